@@ -1,0 +1,60 @@
+"""Dataflow: the graph of one algorithm step, as plain data.
+
+Made by hybridflow/tracing.py from a controller's step, checked before anything starts, drawn, and handed to the mapper.
+Knows names only: no tensors, no Ray, no models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class CallKind(StrEnum):
+    """How a call spends its time; the mapper's simulators are chosen by it (PAPER.md section 4)."""
+
+    generation = "generation"
+    inference = "inference"
+    training = "training"
+    controller = "controller"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """One call of the step.
+
+    Call(name="actor.generate_sequences", role="actor", method="generate_sequences", kind=CallKind.generation,
+         reads=("prompt_ids",), writes=("response_ids", "rollout_log_probs"), depends_on=())
+    """
+
+    name: str
+    """Unique in the graph: role.method, with #2, #3, ... from the second call of the same method on."""
+    role: str
+    """The model that runs it; "controller" for plain functions."""
+    method: str
+    kind: CallKind
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
+    """Names of the calls that wrote what it reads, and of earlier calls whose weights it needs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dataflow:
+    """The calls of one step in program order."""
+
+    algorithm: str
+    calls: tuple[Call, ...]
+    inputs: tuple[str, ...] = ()
+    """Columns that the prompts bring."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The models, in order of first use."""
+        return tuple(dict.fromkeys(call.role for call in self.calls if call.kind is not CallKind.controller))
+
+    def call(self, name: str) -> Call:
+        for call in self.calls:
+            if call.name == name:
+                return call
+        raise ValueError(f"dataflow: no call named {name!r}; known: {', '.join(call.name for call in self.calls)}")

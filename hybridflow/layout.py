@@ -1,0 +1,98 @@
+"""Layout: named axes over the ranks of a pool; every rank's coordinates and every axis' groups.
+
+Knows sizes and order only. It creates no process group and no device mesh: workers build theirs from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+AXES = ("dp", "pp", "cp", "tp")
+"""The known axes in the paper's rank order (PAPER.md section 3): data outermost, tensor innermost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Sizes of the axes, outermost first; rank = mixed-radix number of the coordinates.
+
+        >>> layout = Layout.of(dp=2, pp=1, tp=4)
+        >>> layout.size, layout.coordinates(5)
+        (8, {'dp': 1, 'pp': 0, 'cp': 0, 'tp': 1})
+        >>> layout.groups("tp")
+        [(0, 1, 2, 3), (4, 5, 6, 7)]
+
+    The order is a parameter: `order=("pp", "dp", "cp", "tp")` is Megatron's default.
+    """
+
+    axes: tuple[tuple[str, int], ...]
+
+    def __post_init__(self) -> None:
+        names = [name for name, _ in self.axes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"layout: axis named twice in {names}; name each axis once")
+        for name, size in self.axes:
+            if size < 1:
+                raise ValueError(f"layout: axis {name!r} has size {size}; every size must be at least 1")
+
+    @classmethod
+    def of(cls, *, order: tuple[str, ...] = AXES, **sizes: int) -> Layout:
+        """A layout over `order`, axes that are not named having size 1."""
+        unknown = sorted(set(sizes) - set(order))
+        if unknown:
+            raise ValueError(f"layout: unknown axes {unknown}; known: {', '.join(order)}")
+        return cls(tuple((name, sizes.get(name, 1)) for name in order))
+
+    @property
+    def size(self) -> int:
+        return prod(size for _, size in self.axes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.axes)
+
+    def axis_size(self, axis: str) -> int:
+        """Size of `axis`; an axis that the layout does not have is an axis of size 1."""
+        return dict(self.axes).get(axis, 1)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Coordinates of `rank` along every axis."""
+        if not 0 <= rank < self.size:
+            raise ValueError(f"layout: rank {rank} is outside 0..{self.size - 1} of {self}")
+        result: dict[str, int] = {}
+        for name, size in reversed(self.axes):
+            rank, result[name] = divmod(rank, size)
+        return {name: result[name] for name, _ in self.axes}
+
+    def rank(self, **coordinates: int) -> int:
+        """The rank at `coordinates`; axes that are not named count as 0."""
+        rank = 0
+        for name, size in self.axes:
+            coordinate = coordinates.get(name, 0)
+            if not 0 <= coordinate < size:
+                raise ValueError(f"layout: {name}={coordinate} is outside 0..{size - 1} of {self}")
+            rank = rank * size + coordinate
+        return rank
+
+    def groups(self, *axes: str) -> list[tuple[int, ...]]:
+        """All groups of ranks that differ along `axes` only, in rank order."""
+        others = [(name, size) for name, size in self.axes if name not in axes]
+        inner = [(name, size) for name, size in self.axes if name in axes]
+        return [tuple(self.rank(**outer, **point) for point in _points(inner)) for outer in _points(others)]
+
+    def group(self, rank: int, *axes: str) -> tuple[int, ...]:
+        """The group of `groups(*axes)` that holds `rank`."""
+        here = self.coordinates(rank)
+        inner = [(name, size) for name, size in self.axes if name in axes]
+        return tuple(self.rank(**{**here, **point}) for point in _points(inner))
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name}{size}" for name, size in self.axes if size > 1) or "1 device"
+
+
+def _points(axes: list[tuple[str, int]]) -> Iterator[dict[str, int]]:
+    names = [name for name, _ in axes]
+    for point in product(*(range(size) for _, size in axes)):
+        yield dict(zip(names, point, strict=True))

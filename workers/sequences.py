@@ -1,0 +1,79 @@
+"""Sequences: what a training engine computes on, token sequences without padding and the numbers beside them.
+
+One row is prompt + response. The *scored* tokens of a row are its last `scored_lengths[i]` tokens (the response in RLHF,
+everything but the first token in language modelling). Everything per token is flat: the scored tokens of row 0, then of
+row 1, and so on. How rows are cut into micro-batches is the engine's business and never changes a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(kw_only=True, slots=True)
+class Sequences:
+    """Rows [5, 6, 7 | 8, 9] (prompt | response) and [5 | 6]:
+
+        Sequences(token_ids=tensor([5, 6, 7, 8, 9, 5, 6]), lengths=tensor([5, 2]), scored_lengths=tensor([2, 1]),
+                  per_token={"advantages": tensor([.1, .2, .3])}, per_row={"uid": tensor([0, 1])})
+    """
+
+    token_ids: Tensor
+    """int64 [sum(lengths)], the rows one after the other."""
+    lengths: Tensor
+    """int64 [rows], tokens of each row, at least scored_lengths + 1 (the first token of a row has no prediction)."""
+    scored_lengths: Tensor
+    """int64 [rows], how many tokens at the end of each row are scored; 0 is allowed."""
+    per_token: dict[str, Tensor] = field(default_factory=dict)
+    """name -> [sum(scored_lengths), ...], for the loss (advantages, old_log_probs, weights, ...)."""
+    per_row: dict[str, Tensor] = field(default_factory=dict)
+    """name -> [rows, ...]."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def num_scored_tokens(self) -> int:
+        return int(self.scored_lengths.sum())
+
+    @property
+    def row_of_token(self) -> Tensor:
+        """int64 [sum(scored_lengths)]: the row that every scored token belongs to."""
+        return torch.repeat_interleave(torch.arange(self.num_rows), self.scored_lengths)
+
+    def rows(self, index: Sequence[int] | Tensor) -> Sequences:
+        """The given rows in the given order."""
+        index = torch.as_tensor(index, dtype=torch.int64)
+        tokens = ragged_positions(self.lengths, index)
+        scored = ragged_positions(self.scored_lengths, index)
+        return Sequences(
+            token_ids=self.token_ids[tokens],
+            lengths=self.lengths[index],
+            scored_lengths=self.scored_lengths[index],
+            per_token={name: values[scored] for name, values in self.per_token.items()},
+            per_row={name: values[index] for name, values in self.per_row.items()},
+        )
+
+    def with_columns(self, per_token: Mapping[str, Tensor] | None = None, per_row: Mapping[str, Tensor] | None = None) -> Sequences:
+        """The same rows with further columns."""
+        return Sequences(
+            token_ids=self.token_ids,
+            lengths=self.lengths,
+            scored_lengths=self.scored_lengths,
+            per_token={**self.per_token, **(per_token or {})},
+            per_row={**self.per_row, **(per_row or {})},
+        )
+
+
+def ragged_positions(lengths: Tensor, index: Tensor) -> Tensor:
+    """Flat positions of the rows `index` of a ragged column with `lengths`: int64 [sum(lengths[index])]."""
+    starts = torch.cumsum(lengths, 0) - lengths
+    taken = lengths[index]
+    ends = torch.cumsum(taken, 0)
+    offset = torch.repeat_interleave(starts[index] - (ends - taken), taken)
+    return torch.arange(int(taken.sum()), dtype=torch.int64) + offset
