@@ -1,0 +1,46 @@
+"""Boxes and shards: which part of which logical parameter a rank holds, and where in its memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Box:
+    """A hyper-rectangle of a parameter: element i is inside if start[k] <= i[k] < start[k] + shape[k] for every dim k."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class LocalShard:
+    """One box of a parameter and this rank's memory for it.
+
+    LocalShard(box=Box((0, 0), (128, 64)), tensor=weight.to_local())
+    """
+
+    box: Box
+    tensor: torch.Tensor
+    """A view of the rank's own memory (never a copy), tensor.shape == box.shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalParameter:
+    """What this rank holds of one logical parameter; shards is empty where it holds nothing."""
+
+    name: str
+    """The checkpoint's name (the key in a Hugging Face safetensors file); tied weights appear once, under the first name."""
+    shape: tuple[int, ...]
+    """Global shape."""
+    dtype: torch.dtype
+    shards: tuple[LocalShard, ...]

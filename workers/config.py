@@ -1,0 +1,80 @@
+"""Settings of the workers: the only home of their fields, defaults and docs (YAML files only override them).
+
+Batch sizes and token counts are global or per row, never per rank, unless the name says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Precision(StrEnum):
+    fp32 = "fp32"
+    """Weights, activations and gradients in float32."""
+    bf16 = "bf16"
+    """bfloat16 compute and communication of weights, float32 master weights, gradients reduced in float32."""
+
+
+class Schedule(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    path: str = "???"
+    """Hugging Face hub name or local directory of the model."""
+    tokenizer: str | None = None
+    """Hub name or directory of the tokenizer; the model's own when null."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attention: str = "sdpa"
+    """attn_implementation of transformers: sdpa, eager, flash_attention_2, flash_attention_3, flex_attention."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW."""
+
+    learning_rate: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad_norm: float = 1.0
+    """Largest global L2 norm of the gradient; 0 turns clipping off."""
+    schedule: Schedule = Schedule.constant
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    total_steps: int = 0
+    """Optimizer steps after which the schedule ends; 0 with a constant schedule."""
+    min_learning_rate_fraction: float = 0.0
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    engine: str = "fsdp"
+    """fsdp, threed or deepspeed."""
+    tp: int = 1
+    """Tensor-parallel size."""
+    pp: int = 1
+    """Pipeline-parallel size (engine threed)."""
+    rank_order: list[str] = field(default_factory=lambda: ["dp", "pp", "cp", "tp"])
+    """Axes from outermost to innermost; the data-parallel size is what the pool leaves."""
+    precision: Precision = Precision.bf16
+    micro_batch_tokens: int = 16384
+    """Most tokens (padding included) that one forward pass of one data-parallel rank holds. Changes speed and memory, never results."""
+    activation_checkpointing: bool = False
+    reshard_after_forward: bool = False
+    """fsdp: free gathered weights after the forward pass (ZeRO-3) instead of keeping them to the backward pass (ZeRO-2)."""
+    pipeline_schedule: str = "1f1b"
+    """threed: 1f1b or interleaved_1f1b."""
+    virtual_stages: int = 1
+    """threed: stages per pipeline rank for interleaved_1f1b."""
+    zero_stage: int = 2
+    """deepspeed: 1, 2 or 3."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in host memory while they are not used."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
