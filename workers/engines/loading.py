@@ -1,0 +1,179 @@
+"""ModelSource: a Hugging Face checkpoint on every rank without every rank reading it.
+
+Rank 0 reads the weights into host memory in float32; every other rank builds the same modules on the meta device and receives
+each tensor by broadcast when its module is materialized, so that a rank never holds more than one unsharded module.
+Quantized checkpoints and adapters are left out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from hybridflow.context import RankContext
+from workers.config import ModelConfig
+from workers.engines.base import Head
+from workers.engines.model import score_head
+
+NEW_HEAD_SEED = 0
+NEW_HEAD_STD = 0.02
+
+
+class ModelSource:
+    """All ranks of the default group together:
+
+        source = ModelSource(config, Head.lm, context)
+        for layer in decoder_layers(source.model):
+            source.materialize(layer, device)       # real weights, the same on all ranks
+            fully_shard(layer)
+        source.materialize(source.model, device)    # what is left
+
+    A world of one holds real weights from the start, and materialize only moves them to the device.
+    """
+
+    def __init__(self, config: ModelConfig, head: Head, context: RankContext) -> None:
+        self.rank, self.world_size = context.rank, context.world_size
+        self._weights: dict[str, Tensor] = {}
+        loaded, error = None, None
+        if self.rank == 0:
+            try:
+                loaded = load_pretrained(config, head)
+            except ValueError as problem:
+                error = str(problem)
+        error = self._from_rank_zero(error)
+        if error is not None:
+            raise ValueError(error)
+        if loaded is not None and self.world_size == 1:
+            self.model: PreTrainedModel = loaded
+        else:
+            self.model = build_on_meta(config, head)
+        if loaded is not None:
+            self._weights = dict(chain(loaded.named_parameters(remove_duplicate=False), loaded.named_buffers(remove_duplicate=False)))
+        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in self.model.modules():
+            for name, tensor in _own_tensors(module):
+                self._owners.setdefault(id(tensor), []).append((module, name))
+        # Keeps the original tensors alive, so that no id is used twice.
+        self._originals = list(chain(self.model.parameters(), self.model.buffers()))
+        self._done: set[tuple[int, str]] = set()
+        self._names = {id(module): name for name, module in self.model.named_modules()}
+
+    def materialize(self, module: nn.Module, device: torch.device) -> None:
+        """Give every parameter and buffer under `module` its checkpoint value on `device`; tied ones stay tied. Collective.
+
+        What has been materialized before is skipped, so modules can be sharded one after the other, from the leaves up.
+        """
+        for owner in module.modules():
+            for name, tensor in _own_tensors(owner):
+                if (id(owner), name) not in self._done:
+                    self._materialize(owner, name, tensor, device)
+
+    def _materialize(self, owner: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
+        prefix = self._names[id(owner)]
+        full = f"{prefix}.{name}" if prefix else name
+        if self.rank == 0:
+            value = self._weights.pop(full).detach().to(device).contiguous()
+        else:
+            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if self.world_size > 1:
+            dist.broadcast(value, src=0)
+        new = nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        for other, other_name in self._owners[id(tensor)]:
+            self._done.add((id(other), other_name))
+            if isinstance(new, nn.Parameter):
+                other._parameters[other_name] = new
+            else:
+                other._buffers[other_name] = new
+
+    def _from_rank_zero(self, error: str | None) -> str | None:
+        if self.world_size == 1:
+            return error
+        box = [error]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def load_pretrained(config: ModelConfig, head: Head) -> PreTrainedModel:
+    """The model in float32 on the CPU; ValueError for a path, an architecture or weights that do not fit."""
+    hf_config = model_config(config, head)
+    try:
+        model, info = _auto_class(head).from_pretrained(
+            config.path,
+            config=hf_config,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            dtype=torch.float32,
+            attn_implementation=config.attention,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ImportError) as error:
+        raise ValueError(f"model.path is {config.path!r}: its weights cannot be loaded; {error}") from error
+    _check_keys(config, head, model, info)
+    return model
+
+
+def build_on_meta(config: ModelConfig, head: Head) -> PreTrainedModel:
+    """The same modules as load_pretrained's, without memory."""
+    hf_config = model_config(config, head)
+    with torch.device("meta"):
+        return _auto_class(head).from_config(
+            hf_config, dtype=torch.float32, attn_implementation=config.attention, trust_remote_code=config.trust_remote_code
+        )
+
+
+def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
+    """The checkpoint's configuration; ValueError if it is not that of a causal language model."""
+    labels = {} if head is Head.lm else {"num_labels": 1}
+    try:
+        hf_config = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=config.trust_remote_code, **labels)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.path is {config.path!r}: neither a directory with a Hugging Face config.json nor a reachable hub name; {error}"
+        ) from error
+    kind = hf_config.model_type
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.trust_remote_code
+    bidirectional = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not hf_config.is_decoder
+    if not known or bidirectional or hf_config.is_encoder_decoder:
+        raise ValueError(f"model.path is {config.path!r}: {kind} is not a causal (decoder-only) language model; use one that is")
+    return hf_config
+
+
+def _auto_class(head: Head) -> type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]:
+    return AutoModelForCausalLM if head is Head.lm else AutoModelForSequenceClassification
+
+
+def _check_keys(config: ModelConfig, head: Head, model: PreTrainedModel, info: dict[str, list[str]]) -> None:
+    """Every weight must come from the checkpoint and every weight of the checkpoint be used, save the head that is exchanged."""
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if head is not Head.lm and missing and all(key.startswith("score.") for key in missing):
+        # A causal LM becomes a critic or a reward model: its output embedding is not needed, and the head is new.
+        if head is Head.score:
+            warnings.warn(f"{config.path} has no score head: the scores of a new one mean nothing before training", stacklevel=2)
+        missing = []
+        unexpected = [key for key in unexpected if key.startswith(f"{model.base_model_prefix}.")]
+        _initialize_score(score_head(model))
+    if missing or unexpected:
+        raise ValueError(
+            f"model.path is {config.path!r}: the weights do not fit {type(model).__name__} (head {head.value}): "
+            f"missing {missing[:5]}, unexpected {unexpected[:5]}; use a checkpoint of that architecture"
+        )
+
+
+def _initialize_score(score: nn.Linear) -> None:
+    """A new value head: the same on every run and layout."""
+    generator = torch.Generator().manual_seed(NEW_HEAD_SEED)
+    with torch.no_grad():
+        score.weight.normal_(0.0, NEW_HEAD_STD, generator=generator)
+        if score.bias is not None:
+            score.bias.zero_()
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    own = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    return list(own)

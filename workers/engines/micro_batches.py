@@ -1,0 +1,147 @@
+"""Micro-batches: rows cut, by length, into padded blocks under a token budget, and results put back in the caller's order.
+
+The blocks change speed and memory, never results. Right padding and causal attention: no mask, default positions. Packing rows
+into one sequence (variable-length attention kernels) is left out: it needs kernels that a CPU does not have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from workers.engines.base import Head, Outputs
+from workers.sequences import Sequences, ragged_positions
+
+BLOCKS_PER_BUDGET = 64
+"""One more block is worth its fixed cost if it saves budget / 64 tokens of padding."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """Rows [5, 6, 7 | 8, 9] and [5 | 6] for a language model, whose last tokens need no forward pass:
+
+    input_ids [[5, 6, 7, 8], [5, 0, 0, 0]]  read_positions [2, 3, 4]  targets [8, 9, 6]
+    """
+
+    sequences: Sequences
+    """The rows of this block in its own order, as the loss sees them."""
+    rows: Tensor
+    """int64 [rows], where those rows are in the caller's sequences (on the CPU)."""
+    input_ids: Tensor
+    """int64 [rows, time], right-padded with 0; [1, 1] if there are no rows."""
+    read_positions: Tensor
+    """int64: positions in input_ids.flatten() whose hidden states are read: the one before each scored token, or, for
+    Head.score, the last token of each row."""
+    targets: Tensor
+    """int64 [scored_tokens], the scored tokens."""
+
+
+def make_micro_batches(sequences: Sequences, head: Head, budget_tokens: int, device: torch.device) -> list[MicroBatch]:
+    """All rows in blocks of at most `budget_tokens` tokens, padding included; one longer row is a block of its own."""
+    # Nothing is predicted from the last token of a row, so a language model or critic does not compute it.
+    widths = (sequences.lengths - int(head is not Head.score)).clamp(min=1)
+    return [_micro_batch(sequences, torch.from_numpy(rows), widths, head, device) for rows in cut(widths.numpy(), budget_tokens)]
+
+
+def empty_micro_batch(sequences: Sequences, head: Head, device: torch.device) -> MicroBatch:
+    """No rows: one padding token that nothing reads, for a rank that must take part in collectives; same columns as `sequences`."""
+    rows = torch.zeros(0, dtype=torch.int64)
+    return _micro_batch(sequences, rows, sequences.lengths, head, device)
+
+
+def cut(widths: np.ndarray, budget_tokens: int) -> list[np.ndarray]:
+    """Row indices of each block, longest rows first: least padded tokens + fixed cost of a block, each block under the budget.
+
+    Rows sorted by width, so that blocks are contiguous: f(i) = min_j f(j) + (i - j) * width(j) + cost, exact in O(rows * rows per block).
+    """
+    if budget_tokens < 1:
+        raise ValueError(f"micro_batch_tokens is {budget_tokens}; it must be at least 1")
+    order = np.argsort(-widths, kind="stable")
+    width = widths[order].astype(np.int64)
+    num_rows = len(width)
+    fixed = max(1, budget_tokens // BLOCKS_PER_BUDGET)
+    best = np.zeros(num_rows + 1, dtype=np.int64)
+    begin_of = np.zeros(num_rows + 1, dtype=np.int64)
+    for end in range(1, num_rows + 1):
+        # No block that ends here has more rows than the budget holds at the smallest width in it.
+        first = max(0, end - max(1, budget_tokens // int(width[end - 1])))
+        begins = np.arange(first, end)
+        tokens = (end - begins) * width[begins]
+        cost = best[begins] + tokens + fixed
+        cost[(tokens > budget_tokens) & (begins < end - 1)] = np.iinfo(np.int64).max
+        choice = int(np.argmin(cost))
+        best[end], begin_of[end] = cost[choice], first + choice
+    blocks = []
+    end = num_rows
+    while end > 0:
+        blocks.append(order[begin_of[end] : end])
+        end = int(begin_of[end])
+    return blocks[::-1]
+
+
+def gather_outputs(micro_batches: list[MicroBatch], outputs: list[Outputs], sequences: Sequences) -> Outputs:
+    """Outputs of all blocks, in the row order of `sequences` and on its device."""
+    device = sequences.token_ids.device
+    tokens = [ragged_positions(sequences.scored_lengths, micro_batch.rows) for micro_batch in micro_batches]
+    result: dict[str, Tensor | None] = {}
+    for name in (field.name for field in fields(Outputs)):
+        parts = [_part(output, name) for output in outputs]
+        present = [part.to(device) for part in parts if part is not None]
+        if not present:
+            continue
+        places = [micro_batch.rows for micro_batch in micro_batches] if name == "scores" else tokens
+        merged = torch.empty(sum(len(place) for place in places), dtype=torch.float32, device=device)
+        merged[torch.cat(places)] = torch.cat(present).float()
+        result[name] = merged
+    return Outputs(**result)
+
+
+def _part(output: Outputs, name: str) -> Tensor | None:
+    by_name = {"log_probs": output.log_probs, "entropy": output.entropy, "values": output.values, "scores": output.scores}
+    return by_name[name]
+
+
+def _micro_batch(sequences: Sequences, rows: Tensor, widths: Tensor, head: Head, device: torch.device) -> MicroBatch:
+    part = sequences.rows(rows)
+    width = widths[rows]
+    num_rows = max(1, len(rows))
+    time = int(width.max()) if len(rows) else 1
+    input_ids = torch.zeros(num_rows, time, dtype=torch.int64)
+    inside = torch.arange(time) < width[:, None]
+    if len(rows):
+        ends = torch.cumsum(part.lengths, 0)
+        starts = ends - part.lengths
+        input_ids[inside] = part.token_ids[(starts[:, None] + torch.arange(time))[inside]]
+    scored = _scored_columns(part)
+    targets = part.token_ids[torch.repeat_interleave(torch.cumsum(part.lengths, 0) - part.lengths, part.scored_lengths) + scored]
+    last = torch.arange(len(rows)) * time + part.lengths - 1
+    read_positions = last if head is Head.score else part.row_of_token * time + scored - 1
+    return MicroBatch(
+        sequences=_to(part, device),
+        rows=rows,
+        input_ids=input_ids.to(device),
+        read_positions=read_positions.to(device),
+        targets=targets.to(device),
+    )
+
+
+def _scored_columns(part: Sequences) -> Tensor:
+    """int64 [scored_tokens]: the column of each scored token in its row."""
+    first = part.lengths - part.scored_lengths
+    before = torch.cumsum(part.scored_lengths, 0) - part.scored_lengths
+    return torch.arange(part.num_scored_tokens) + torch.repeat_interleave(first - before, part.scored_lengths)
+
+
+def _to(part: Sequences, device: torch.device) -> Sequences:
+    if device.type == "cpu":
+        return part
+    return Sequences(
+        token_ids=part.token_ids.to(device),
+        lengths=part.lengths.to(device),
+        scored_lengths=part.scored_lengths.to(device),
+        per_token={name: values.to(device) for name, values in part.per_token.items()},
+        per_row={name: values.to(device) for name, values in part.per_row.items()},
+    )
