@@ -1,0 +1,258 @@
+"""Batch: named columns over rows, as references; the data stays where it was made.
+
+select, |, split, concat, reorder, repeat and rows touch metadata only. Reading a column fetches that column, and only its rows.
+The same class stands on both sides of a call: a worker gets the rows and columns that its method reads, already local.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hybridflow import store
+from hybridflow.columns import Block, Column, Ragged, Value, declare, declared
+from hybridflow.store import Held, Ref
+
+SAMPLE = declare("sample", "batch", "int64", "number of the sample among the repetitions of its row, from 0")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """One block of a column: where it is and how many rows it has."""
+
+    ref: Ref
+    num_rows: int
+    node: str | None = None
+    """Ray's id of the node that made it; None where it does not matter."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """One column of a batch: row i is row index[i] of the pieces laid end to end."""
+
+    column: Column
+    pieces: tuple[Piece, ...]
+    index: np.ndarray
+
+
+class Batch(Mapping[str, Value]):
+    """>>> batch = Batch.of(prompt_ids=Ragged.of([[5, 6], [7]]), answer=["a", "b"])
+    >>> batch |= critic.compute_values(batch)          # returns at once; adds the column "values"
+    >>> batch["values"]                                # waits, fetches this column only
+    >>> small, large = batch.reorder([1, 0]).split(2)  # metadata only
+    """
+
+    __slots__ = ("_entries", "_num_rows")
+
+    def __init__(self, entries: Mapping[str, Entry], num_rows: int) -> None:
+        self._entries = dict(entries)
+        self._num_rows = num_rows
+
+    @classmethod
+    def of(cls, **columns: Any) -> Batch:
+        """A batch of values in this process: tensors or arrays (dense), Ragged, lists of Python values (object)."""
+        blocks = {name: Block.of(name, value) for name, value in columns.items()}
+        counts = {name: block.num_rows for name, block in blocks.items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"batch: columns have different numbers of rows: {counts}")
+        num_rows = next(iter(counts.values()), 0)
+        everything = np.arange(num_rows)
+        return cls({name: Entry(declared(name), (Piece(Held(block), num_rows),), everything) for name, block in blocks.items()}, num_rows)
+
+    @property
+    def num_rows(self) -> int:
+        return self._num_rows
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self._entries)
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __bool__(self) -> bool:
+        return self._num_rows > 0
+
+    # Two batches are the same if they are one object: comparing columns would fetch them.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"Batch({self._num_rows} rows: {', '.join(self._entries)})"
+
+    def __getitem__(self, name: str) -> Value:
+        """Fetches one column."""
+        return self.block(name).value()
+
+    def block(self, name: str) -> Block:
+        """The stored form of one column, rows in order."""
+        return self.blocks((name,))[0]
+
+    def ragged(self, name: str) -> Ragged:
+        value = self[name]
+        assert isinstance(value, Ragged), f"column {name} is not ragged"
+        return value
+
+    def blocks(self, names: Sequence[str], here: str | None = None) -> list[Block]:
+        """Several columns in one wait; `here` is the node of the reader."""
+        requests: list[tuple[Ref, np.ndarray, str | None]] = []
+        shapes: list[tuple[int, np.ndarray | None]] = []
+        for name in names:
+            entry = self._entry(name)
+            parts, order = _rows_of_pieces(entry)
+            requests += [(piece.ref, rows, piece.node) for piece, rows in parts]
+            shapes.append((len(parts), order))
+        arrived = iter(store.fetch_rows(requests, here))
+        result = []
+        for count, order in shapes:
+            block = Block.concat([next(arrived) for _ in range(count)])
+            result.append(block if order is None else block.rows(order))
+        return result
+
+    def local(self, names: Sequence[str], here: str | None = None) -> Batch:
+        """These columns fetched into this process."""
+        everything = np.arange(self._num_rows)
+        return Batch(
+            {
+                name: Entry(self._entries[name].column, (Piece(Held(block), self._num_rows),), everything)
+                for name, block in zip(names, self.blocks(names, here), strict=True)
+            },
+            self._num_rows,
+        )
+
+    def stored(self) -> Batch:
+        """The same batch with nothing in this process: blocks that were made here are put into Ray's store, once."""
+
+        def move(entry: Entry) -> Entry:
+            if not any(isinstance(piece.ref, Held) for piece in entry.pieces):
+                return entry
+            pieces = tuple(replace(p, ref=store.put(p.ref)) if isinstance(p.ref, Held) else p for p in entry.pieces)
+            return replace(entry, pieces=pieces)
+
+        return Batch({name: move(entry) for name, entry in self._entries.items()}, self._num_rows)
+
+    # Metadata only, from here on.
+
+    def select(self, *names: str) -> Batch:
+        return Batch({name: self._entry(name) for name in names}, self._num_rows)
+
+    def drop(self, *names: str) -> Batch:
+        return Batch({name: entry for name, entry in self._entries.items() if name not in names}, self._num_rows)
+
+    def rename(self, **new_names: str) -> Batch:
+        """rename(rewards="baseline_rewards"): the new name must be declared with the same dims and dtype."""
+        entries = dict(self._entries)
+        for old, new in new_names.items():
+            entry, column = self._entry(old), declared(new)
+            if (column.dims, column.dtype) != (entry.column.dims, entry.column.dtype):
+                raise ValueError(f"batch: {old!r} can't become {new!r}: {entry.column} and {column} differ in dims or dtype")
+            del entries[old]
+            entries[new] = replace(entry, column=column)
+        return Batch(entries, self._num_rows)
+
+    def __or__(self, other: Batch) -> Batch:  # type: ignore[override]
+        """Both batches' columns, row by row."""
+        if not isinstance(other, Batch):
+            return NotImplemented
+        twice = [name for name in other._entries if name in self._entries and other._entries[name] is not self._entries[name]]
+        if twice:
+            raise ValueError(f"batch: columns {twice} are in both; rename or drop them in one")
+        if self._entries and other._entries and self._num_rows != other._num_rows:
+            raise ValueError(f"batch: {self._num_rows} rows | {other._num_rows} rows; both must have the same rows")
+        return Batch({**self._entries, **other._entries}, self._num_rows if self._entries else other._num_rows)
+
+    def rows(self, index: Any) -> Batch:
+        """The rows at `index` (integers or a bool mask), in that order."""
+        index = np.asarray(index)
+        index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64, copy=False)
+        if len(index) and (int(index.min()) < 0 or int(index.max()) >= self._num_rows):
+            raise ValueError(f"batch: rows {int(index.min())}..{int(index.max())} of a batch of {self._num_rows} rows")
+        moved: dict[int, np.ndarray] = {}
+        entries = {}
+        for name, entry in self._entries.items():
+            if id(entry.index) not in moved:
+                moved[id(entry.index)] = entry.index[index]
+            entries[name] = replace(entry, index=moved[id(entry.index)])
+        return Batch(entries, len(index))
+
+    def reorder(self, order: Any) -> Batch:
+        """All rows in another order."""
+        order = np.asarray(order)
+        if len(order) != self._num_rows or (np.bincount(order, minlength=self._num_rows) != 1).any():
+            raise ValueError(f"batch: reorder needs every one of {self._num_rows} rows exactly once")
+        return self.rows(order)
+
+    def split(self, parts: int | Sequence[int]) -> list[Batch]:
+        """Consecutive parts: a number of parts as equal as possible, or the number of rows of each."""
+        even = np.array_split(np.arange(self._num_rows), parts) if isinstance(parts, int) else ()
+        sizes = list(parts) if not isinstance(parts, int) else [len(chunk) for chunk in even]
+        if sum(sizes) != self._num_rows:
+            raise ValueError(f"batch: split into {sizes} adds up to {sum(sizes)}, not to {self._num_rows} rows")
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
+        everything = np.arange(self._num_rows)
+        return [self.rows(everything[start : start + size]) for start, size in zip(starts, sizes, strict=False)]
+
+    def repeat(self, times: int) -> Batch:
+        """Every row `times` times in a row, numbered by the new column `sample`."""
+        repeated = self.rows(np.repeat(np.arange(self._num_rows), times))
+        return repeated.drop("sample") | Batch.of(sample=np.tile(np.arange(times), self._num_rows))
+
+    @staticmethod
+    def concat(batches: Sequence[Batch]) -> Batch:
+        """The rows of all batches, one batch after the other; all must have the same columns."""
+        if not batches:
+            raise ValueError("batch: concat of no batches")
+        names = batches[0].columns
+        for batch in batches[1:]:
+            if set(batch.columns) != set(names):
+                raise ValueError(f"batch: concat of different columns: {sorted(names)} and {sorted(batch.columns)}")
+        num_rows = sum(len(batch) for batch in batches)
+        return Batch({name: _concat([batch._entries[name] for batch in batches]) for name in names}, num_rows)
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise ValueError(f"batch: no column {name!r}; it has {', '.join(self._entries) or 'none'}")
+        return self._entries[name]
+
+
+def _rows_of_pieces(entry: Entry) -> tuple[list[tuple[Piece, np.ndarray]], np.ndarray | None]:
+    """Which rows of which pieces make up the column, and the order that brings them into place (None: already there)."""
+    if len(entry.pieces) == 1:
+        return [(entry.pieces[0], entry.index)], None
+    starts = np.cumsum([0] + [piece.num_rows for piece in entry.pieces])
+    owner = np.searchsorted(starts, entry.index, side="right") - 1
+    order = np.argsort(owner, kind="stable")
+    parts = []
+    for piece in np.unique(owner):
+        parts.append((entry.pieces[piece], entry.index[owner == piece] - starts[piece]))
+    if not parts:
+        return [(entry.pieces[0], entry.index)], None
+    in_place = bool((np.diff(owner) >= 0).all())
+    return parts, None if in_place else np.argsort(order, kind="stable")
+
+
+def _concat(entries: Sequence[Entry]) -> Entry:
+    pieces: dict[int, tuple[Piece, int]] = {}
+    total = 0
+    indices = []
+    for entry in entries:
+        places = []
+        for piece in entry.pieces:
+            if id(piece) not in pieces:
+                pieces[id(piece)] = (piece, total)
+                total += piece.num_rows
+            places.append(pieces[id(piece)][1])
+        starts = np.cumsum([0] + [piece.num_rows for piece in entry.pieces])
+        owner = np.searchsorted(starts, entry.index, side="right") - 1
+        shift = np.asarray(places, dtype=np.int64) - starts[:-1]
+        indices.append(entry.index + shift[owner])
+    return Entry(entries[0].column, tuple(piece for piece, _ in pieces.values()), np.concatenate(indices))

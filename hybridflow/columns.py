@@ -1,0 +1,189 @@
+"""Columns: what a batch can hold, each declared once, and the blocks in which a column's data is kept.
+
+A block is the part of one column that one process made: numpy arrays (so that Ray moves them through shared memory without a
+copy) or a list of Python values. Leaves out where blocks live (hybridflow/store.py) and which rows are meant (hybridflow/batch.py).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RAGGED = "time"
+"""A second dimension of this name makes a column ragged: each row has its own length and no padding is stored."""
+
+BFLOAT16 = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A declaration: Column("response_ids", "batch time", "int64", "sampled tokens, end-of-sequence included")."""
+
+    name: str
+    dims: str
+    """"batch" first; "batch time" is ragged; anything else is dense."""
+    dtype: str
+    """A torch dtype's name, or "object" for plain Python values."""
+    doc: str = ""
+
+    @property
+    def is_ragged(self) -> bool:
+        return self.dims.split()[1:2] == [RAGGED]
+
+
+COLUMNS: dict[str, Column] = {}
+"""All declared columns by name; filled by declare()."""
+
+
+def declare(name: str, dims: str, dtype: str, doc: str) -> Column:
+    """Declares a column, once; the second, different declaration of a name is an error."""
+    column = Column(name, dims, dtype, doc)
+    if dims.split()[:1] != ["batch"]:
+        raise ValueError(f"column {name!r}: dims {dims!r} must begin with 'batch'")
+    if dtype != "object" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"column {name!r}: dtype {dtype!r} is neither a torch dtype nor 'object'")
+    if COLUMNS.setdefault(name, column) != column:
+        raise ValueError(f"column {name!r} is declared twice: {COLUMNS[name]} and {column}; choose another name")
+    return column
+
+
+def declared(name: str) -> Column:
+    if name not in COLUMNS:
+        raise ValueError(
+            f"column {name!r} is not declared; declare it with hybridflow.columns.declare. Known: {', '.join(sorted(COLUMNS))}"
+        )
+    return COLUMNS[name]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged:
+    """Rows of different lengths without padding.
+
+    >>> ragged = Ragged.of([[1, 2, 3], [4]])
+    >>> ragged.values, ragged.lengths, ragged[1]
+    (tensor([1, 2, 3, 4]), tensor([3, 1]), tensor([4]))
+    """
+
+    values: Tensor
+    """[sum(lengths), ...]"""
+    lengths: Tensor
+    """int64 [rows]"""
+
+    def __post_init__(self) -> None:
+        if int(self.lengths.sum()) != len(self.values):
+            raise ValueError(f"ragged: lengths add up to {int(self.lengths.sum())}, but there are {len(self.values)} values")
+
+    @classmethod
+    def of(cls, rows: Sequence[Any], dtype: torch.dtype | None = None) -> Ragged:
+        tensors = [torch.as_tensor(row, dtype=dtype) for row in rows]
+        values = torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype or torch.int64)
+        return cls(values, torch.tensor([len(row) for row in tensors], dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> Tensor:
+        start = int(self.lengths[:row].sum())
+        return self.values[start : start + int(self.lengths[row])]
+
+    def unbind(self) -> list[Tensor]:
+        return list(self.values.split(self.lengths.tolist()))
+
+
+Value = Tensor | Ragged | list[Any]
+"""What reading a column gives: dense, ragged, or plain Python values."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """The data of one column for some rows, as it is stored."""
+
+    data: Any
+    """numpy [rows, ...] (dense), numpy [tokens, ...] (ragged), or a list (object)."""
+    dtype: str
+    offsets: np.ndarray | None = None
+    """int64 [rows + 1], ragged only: row i is data[offsets[i]:offsets[i + 1]]."""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.data) if self.offsets is None else len(self.offsets) - 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes if isinstance(self.data, np.ndarray) else 0
+
+    @classmethod
+    def of(cls, name: str, value: Any) -> Block:
+        """Checks a value against the column's declaration and wraps it without copying what can be viewed."""
+        column = declared(name)
+        if column.dtype == "object":
+            return cls(list(value), "object")
+        if column.is_ragged:
+            if not isinstance(value, Ragged):
+                raise ValueError(f"column {name!r} has dims {column.dims!r}: give a Ragged, not {type(value).__name__}")
+            lengths = value.lengths.numpy()
+            offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+            np.cumsum(lengths, out=offsets[1:])
+            return cls(_to_numpy(name, column, value.values), column.dtype, offsets)
+        return cls(_to_numpy(name, column, torch.as_tensor(value)), column.dtype)
+
+    def value(self) -> Value:
+        if self.dtype == "object":
+            return self.data
+        if self.offsets is None:
+            return _to_tensor(self.data, self.dtype)
+        return Ragged(_to_tensor(self.data, self.dtype), torch.from_numpy(np.diff(self.offsets)))
+
+    def rows(self, index: np.ndarray) -> Block:
+        """The given rows; a view where they are consecutive."""
+        first, count = (int(index[0]), len(index)) if len(index) else (0, 0)
+        consecutive = count == 0 or (int(index[-1]) - first == count - 1 and bool((np.diff(index) == 1).all()))
+        if consecutive and first == 0 and count == self.num_rows:
+            return self
+        if self.dtype == "object":
+            return Block([self.data[i] for i in index], "object")
+        if self.offsets is None:
+            return Block(self.data[first : first + count] if consecutive else self.data[index], self.dtype)
+        if consecutive:
+            offsets = self.offsets[first : first + count + 1]
+            return Block(self.data[offsets[0] : offsets[-1]], self.dtype, offsets - offsets[0])
+        lengths = np.diff(self.offsets)[index]
+        offsets = np.zeros(len(index) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        positions = np.repeat(self.offsets[index] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Block(self.data[positions], self.dtype, offsets)
+
+    @staticmethod
+    def concat(blocks: Sequence[Block]) -> Block:
+        if len(blocks) == 1:
+            return blocks[0]
+        first = blocks[0]
+        if first.dtype == "object":
+            return Block([value for block in blocks for value in block.data], "object")
+        data = np.concatenate([block.data for block in blocks])
+        if first.offsets is None:
+            return Block(data, first.dtype)
+        lengths = np.concatenate([np.diff(block.offsets) for block in blocks if block.offsets is not None])
+        return Block(data, first.dtype, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def _to_numpy(name: str, column: Column, tensor: Tensor) -> np.ndarray:
+    wanted: torch.dtype = getattr(torch, column.dtype)
+    if tensor.dtype != wanted and (tensor.is_floating_point() != wanted.is_floating_point):
+        raise ValueError(f"column {name!r} is declared {column.dtype}, but {tensor.dtype} was given; convert it")
+    tensor = tensor.detach().to(device="cpu", dtype=wanted)
+    return tensor.contiguous().view(torch.int16).numpy() if wanted is torch.bfloat16 else tensor.contiguous().numpy()
+
+
+def _to_tensor(array: np.ndarray, dtype: str) -> Tensor:
+    with warnings.catch_warnings():
+        # Ray's shared memory is read-only and torch has no read-only tensors. Nobody writes into a batch's columns in place.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == BFLOAT16 else tensor

@@ -1,0 +1,178 @@
+"""Host: the process of one device. All roles of its pool live in it as plain objects and run one call at a time.
+
+It knows roles only as objects with methods. Leaves out how calls are distributed (group.py) and where the process runs (pool.py).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any
+
+from hybridflow.batch import Batch
+from hybridflow.columns import Block
+from hybridflow.context import RankContext
+from hybridflow.errors import Where, WorkerError, WorkerValueError
+from hybridflow.protocols import Arguments
+from hybridflow.waiting import Reply
+from hybridflow.worker import Worker, remote_methods
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostInfo:
+    """Where a host turned out to be."""
+
+    rank: int
+    pid: int
+    node_id: str
+    """Ray's id of the node ("" in local mode)."""
+    address: str
+    stack_file: str
+
+
+class Host:
+    """host = Host(context); host.join("127.0.0.1", 29500, 60.0); host.create("actor", ActorWorker, config)
+    reply, *blocks = host.call("actor", "compute_log_prob", Arguments((batch,)), keep=True)
+    """
+
+    def __init__(self, context: RankContext, node_id: str = "") -> None:
+        self.context = context
+        self.node_id = node_id
+        self.workers: dict[str, Worker] = {}
+        self.stack_file = _write_stacks_on_signal()
+
+    def info(self) -> HostInfo:
+        return HostInfo(
+            rank=self.context.rank,
+            pid=os.getpid(),
+            node_id=self.node_id,
+            address=self.context.node,
+            stack_file=self.stack_file.name,
+        )
+
+    def free_port(self) -> int:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return int(probe.getsockname()[1])
+
+    def join(self, master_address: str, master_port: int, timeout_s: float) -> None:
+        """Enters the pool's torch.distributed world; all hosts together."""
+        import torch
+        import torch.distributed as dist
+
+        context = self.context
+        os.environ.update(
+            RANK=str(context.rank),
+            WORLD_SIZE=str(context.world_size),
+            LOCAL_RANK=str(context.local_rank),
+            MASTER_ADDR=master_address,
+            MASTER_PORT=str(master_port),
+        )
+        if master_address == "127.0.0.1":
+            # The whole pool is on one machine: nothing listens on another interface.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        torch.set_num_threads(context.num_threads)
+        if context.device.startswith("cuda"):
+            torch.cuda.set_device(context.device)
+        backend = "cpu:gloo,cuda:nccl" if context.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+    def create(self, role: str, worker_class: type[Worker], config: Any) -> Reply:
+        """Builds the role's worker; all hosts together."""
+        started = time.time()
+        with _named_failure(self.context, role, "__init__"):
+            self.workers[role] = worker_class(config, replace(self.context, role=role))
+        return Reply(started=started, finished=time.time())
+
+    def call(self, role: str, method: str, arguments: Arguments, keep: bool) -> Any:
+        """Runs one method: a Reply, followed by a block for each column that the method writes (None where keep is false)."""
+        started = time.time()
+        with _named_failure(self.context, role, method):
+            worker = self.workers[role]
+            declaration = remote_methods(type(worker))[method]
+            local = arguments.map_batches(lambda batch: batch.local(batch.columns, self.node_id or None))
+            result = getattr(worker, method)(*local.args, **local.kwargs)
+            if not declaration.writes:
+                return Reply(started=started, finished=time.time(), result=result if keep else None)
+            if not keep:
+                return Reply(started=started, finished=time.time()), *([None] * len(declaration.writes))
+            blocks = _written_blocks(result, declaration.writes, local)
+            return Reply(started=started, finished=time.time(), num_rows=len(result)), *blocks
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+        self.workers.clear()
+
+    def __repr__(self) -> str:
+        return f"{self.context.pool}/{self.context.rank}[{','.join(self.workers)}]"
+
+
+def _written_blocks(result: Any, writes: Sequence[str], arguments: Arguments) -> list[Block]:
+    if not isinstance(result, Batch) or set(result.columns) != set(writes):
+        have = sorted(result.columns) if isinstance(result, Batch) else type(result).__name__
+        raise ValueError(f"the method declares writes={list(writes)} but returned {have}; return Batch.of with these columns")
+    given = {len(batch) for batch in arguments.batches()}
+    if given and len(result) not in given:
+        raise ValueError(f"the method got {max(given)} rows and returned {len(result)}; it must return one row for each, in order")
+    return result.blocks(writes)
+
+
+class _named_failure:
+    """The process boundary: an exception leaves with role, rank, method and traceback. One that another call raised passes as it is."""
+
+    def __init__(self, context: RankContext, role: str, method: str) -> None:
+        self.where = Where(role=role, rank=context.rank, method=method, pool=context.pool, node=context.node, pid=os.getpid())
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None or not isinstance(error, Exception):
+            return
+        upstream = getattr(error, "cause", None)
+        if isinstance(upstream, WorkerError):
+            raise upstream
+        cause = f"{type(error).__name__}: {error}"
+        remote_traceback = "".join(traceback.format_exception(error))
+        raise (WorkerValueError if isinstance(error, ValueError) else WorkerError)(self.where, cause, remote_traceback) from None
+
+
+def _write_stacks_on_signal() -> IO[str]:
+    """SIGUSR1 writes every thread's stack to a file, also while the process is stuck in native code."""
+    file = tempfile.NamedTemporaryFile("w", prefix=f"hybridflow-stacks-{os.getpid()}-", suffix=".txt", delete=False)  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+    return file
+
+
+def read_stacks(pid: int, stack_file: str, wait_s: float = 3.0) -> str:
+    """Asks a process of this node for its stacks; one that can't answer is described by its state."""
+    path = Path(stack_file)
+    try:
+        before = path.stat().st_size
+        os.kill(pid, signal.SIGUSR1)
+    except (ProcessLookupError, FileNotFoundError):
+        return "(the process is gone)"
+    deadline = time.monotonic() + wait_s
+    size = before
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        now = path.stat().st_size
+        if now > before and now == size:
+            return path.read_text()[before:]
+        size = now
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return "(the process is gone)"
+    state = next((line for line in status.splitlines() if line.startswith("State:")), "State: unknown")
+    return f"(did not answer within {wait_s:.0f} s; {state})"

@@ -1,0 +1,319 @@
+"""ResourcePool: n devices of the cluster with one host process each, and one torch.distributed world over them.
+
+RayPool takes the devices from Ray (a placement group packed by node); LocalPool is this very process, world size 1, so that
+breakpoints work. Roles enter a pool through spawn (group.py).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hybridflow import waiting
+from hybridflow.batch import Batch
+from hybridflow.context import RankContext
+from hybridflow.host import Host, HostInfo, read_stacks
+from hybridflow.protocols import Arguments
+from hybridflow.store import Held
+from hybridflow.waiting import CALLS, CallRecord, Pending, Reply
+from hybridflow.worker import Worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSpec:
+    """What is asked for: PoolSpec(name="main", num_devices=8, device="cuda", roles=("actor", "critic"))."""
+
+    name: str = "main"
+    num_devices: int = 1
+    device: str = "cpu"
+    """"cpu" (a device is a CPU slot) or "cuda" (a device is a GPU)."""
+    cpus_per_device: float = 1.0
+    threads_per_device: int = 0
+    """CPU threads of a host; 0: the node's cores shared among its hosts."""
+    roles: tuple[str, ...] = ()
+    """Shown in Ray's dashboard; every spawn says its role again."""
+    start_timeout_s: float = 300.0
+    collective_timeout_s: float = 1800.0
+    env: tuple[tuple[str, str], ...] = ()
+    """Environment variables of the hosts."""
+
+
+class ResourcePool(ABC):
+    """with RayPool(PoolSpec(num_devices=2)) as pool: actor = spawn(ActorWorker, pool, config, role="actor")"""
+
+    spec: PoolSpec
+    broken: str = ""
+    """Why the pool can't be used any more."""
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def size(self) -> int:
+        return self.spec.num_devices
+
+    @abstractmethod
+    def create(self, role: str, worker_class: type[Worker], config: Any) -> None:
+        """Builds the role's worker on every host."""
+
+    @abstractmethod
+    def submit(
+        self, role: str, method: str, arguments: Sequence[Arguments], keep: Sequence[bool], num_columns: int
+    ) -> list[tuple[Any, list[Any]]]:
+        """Starts the method on every rank; per rank a reference to its Reply and one for each column it writes."""
+
+    @abstractmethod
+    def read_replies(self, replies: Sequence[Any]) -> list[Reply]:
+        """Waits for replies."""
+
+    @abstractmethod
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch as it may be sent to the hosts."""
+
+    @abstractmethod
+    def node(self, rank: int) -> str | None: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the hosts; calling it twice is fine."""
+
+    def __enter__(self) -> ResourcePool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class LocalPool(ResourcePool):
+    """One device, in this process: `runtime=local`. Calls run at once and raise where they fail."""
+
+    def __init__(self, spec: PoolSpec) -> None:
+        if spec.num_devices != 1:
+            raise ValueError(f"pool {spec.name!r}: num_devices={spec.num_devices} with runtime=local; set num_devices=1 or runtime=ray")
+        self.spec = spec
+        device = "cuda:0" if spec.device == "cuda" else "cpu"
+        threads = spec.threads_per_device or (os.cpu_count() or 1)
+        self.context = RankContext(pool=spec.name, device=device, num_threads=threads)
+        self.workers: dict[str, Worker] = {}
+        _join_world_of_one(self.context, spec.collective_timeout_s)
+
+    def create(self, role: str, worker_class: type[Worker], config: Any) -> None:
+        self.workers[role] = worker_class(config, replace(self.context, role=role))
+
+    def submit(
+        self, role: str, method: str, arguments: Sequence[Arguments], keep: Sequence[bool], num_columns: int
+    ) -> list[tuple[Any, list[Any]]]:
+        started = time.time()
+        (own,) = arguments
+        local = own.map_batches(lambda batch: batch.local(batch.columns))
+        # The RPC layer's one lookup by name.
+        result = getattr(self.workers[role], method)(*local.args, **local.kwargs)
+        num_rows = len(result) if num_columns else None
+        reply = Reply(started=started, finished=time.time(), num_rows=num_rows, result=None if num_columns else result)
+        CALLS.records.append(CallRecord(role=role, method=method, pool=self.name, started=started, finished=reply.finished))
+        return [(reply, [Held(block) for block in result.blocks(result.columns)] if num_columns else [])]
+
+    def read_replies(self, replies: Sequence[Any]) -> list[Reply]:
+        return list(replies)
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch
+
+    def node(self, rank: int) -> str | None:
+        return None
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+        self.workers.clear()
+
+
+def _join_world_of_one(context: RankContext, timeout_s: float) -> None:
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    torch.set_num_threads(context.num_threads)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if context.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s))
+
+
+class RayPool(ResourcePool):
+    """Hosts as Ray actors, one per device of a packed placement group."""
+
+    def __init__(self, spec: PoolSpec) -> None:
+        self.spec = spec
+        self._actors: list[Any] = []
+        self._group: Any = None
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        nodes = self._reserve()
+        contexts = self._contexts(nodes)
+        self._actors = [self._start_host(context, node) for context, node in zip(contexts, nodes, strict=True)]
+        self.hosts: list[HostInfo] = waiting.get([actor.info.remote() for actor in self._actors])
+        one_node = len({host.node_id for host in self.hosts}) == 1
+        port = waiting.get([self._actors[0].free_port.remote()])[0]
+        master = "127.0.0.1" if one_node else self.hosts[0].address
+        waiting.get([actor.join.remote(master, port, self.spec.collective_timeout_s) for actor in self._actors])
+
+    def _reserve(self) -> list[str]:
+        """Reserves the devices; returns the node of every rank, neighbours in rank order on one node."""
+        import ray
+        from ray.util.placement_group import placement_group, placement_group_table
+
+        bundle: dict[str, float] = {"CPU": self.spec.cpus_per_device}
+        if self.spec.device == "cuda":
+            bundle["GPU"] = 1
+        self._group = placement_group([bundle] * self.size, strategy="PACK", name=f"hybridflow/{self.name}")
+        if not self._group.wait(self.spec.start_timeout_s):
+            raise ValueError(
+                f"pool {self.name!r}: {self.size} devices of {bundle} could not be reserved within {self.spec.start_timeout_s:.0f} s; "
+                f"the cluster has {ray.cluster_resources()}, free now {ray.available_resources()}; "
+                "ask for fewer devices, add nodes, or wait for other jobs"
+            )
+        bundles = placement_group_table(self._group)["bundles_to_node_id"]
+        self._bundles = sorted(bundles, key=lambda bundle: (bundles[bundle], bundle))
+        return [bundles[bundle] for bundle in self._bundles]
+
+    def _contexts(self, nodes: Sequence[str]) -> list[RankContext]:
+        import ray
+
+        alive = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+        contexts = []
+        for rank, node in enumerate(nodes):
+            on_node = nodes.count(node)
+            # A node's CPU resource may be larger than its cores (embedded clusters oversubscribe), never the threads.
+            cores = min(int(alive[node]["Resources"].get("CPU", 1)), os.cpu_count() or 1) if len(alive) == 1 else 0
+            cores = cores or int(alive[node]["Resources"].get("CPU", 1))
+            contexts.append(
+                RankContext(
+                    pool=self.name,
+                    rank=rank,
+                    world_size=self.size,
+                    # Ray shows each host its own GPU only, as device 0; CPU hosts are told apart by their place on the node.
+                    local_rank=0 if self.spec.device == "cuda" else nodes[:rank].count(node),
+                    device="cuda:0" if self.spec.device == "cuda" else "cpu",
+                    node=alive[node]["NodeManagerAddress"],
+                    num_threads=self.spec.threads_per_device or max(1, cores // on_node),
+                )
+            )
+        return contexts
+
+    def _start_host(self, context: RankContext, node: str) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=self._bundles[context.rank])
+        env = {"OMP_NUM_THREADS": str(context.num_threads), "TOKENIZERS_PARALLELISM": "false", **dict(self.spec.env)}
+        roles = "+".join(self.spec.roles)
+        options: dict[str, Any] = {
+            "num_cpus": self.spec.cpus_per_device,
+            "num_gpus": 1 if self.spec.device == "cuda" else 0,
+            "scheduling_strategy": strategy,
+            "runtime_env": {"env_vars": env},
+            "name": f"hybridflow:{ray.get_runtime_context().get_job_id()}:{self.name}/{context.rank}[{roles}]",
+            "max_restarts": 0,
+        }
+        return ray.remote(Host).options(**options).remote(context, node)
+
+    def create(self, role: str, worker_class: type[Worker], config: Any) -> None:
+        self._check_usable()
+        replies = [actor.create.remote(role, worker_class, config) for actor in self._actors]
+        self._watch(role, "__init__", replies)
+        self.read_replies(replies)
+
+    def submit(
+        self, role: str, method: str, arguments: Sequence[Arguments], keep: Sequence[bool], num_columns: int
+    ) -> list[tuple[Any, list[Any]]]:
+        self._check_usable()
+        calls = []
+        for actor, own, kept in zip(self._actors, arguments, keep, strict=True):
+            refs = actor.call.options(num_returns=1 + num_columns).remote(role, method, own, kept)
+            calls.append((refs[0], list(refs[1:])) if num_columns else (refs, []))
+        self._watch(role, method, [reply for reply, _ in calls])
+        return calls
+
+    def _watch(self, role: str, method: str, replies: Sequence[Any]) -> None:
+        CALLS.add(
+            Pending(
+                role=role,
+                method=method,
+                pool=self.name,
+                replies=tuple(replies),
+                stacks=self.stacks,
+                kill=self.kill,
+                describe_host=self.describe_host,
+            )
+        )
+
+    def read_replies(self, replies: Sequence[Any]) -> list[Reply]:
+        return waiting.get(replies)
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch.stored()
+
+    def node(self, rank: int) -> str | None:
+        return self.hosts[rank].node_id
+
+    def describe_host(self, rank: int) -> str:
+        return f"pid {self.hosts[rank].pid} on {self.hosts[rank].address}"
+
+    def stacks(self) -> dict[int, str]:
+        """Every host's Python stacks, also of hosts that are stuck in native code."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        asked = {}
+        for host in self.hosts:
+            strategy = NodeAffinitySchedulingStrategy(host.node_id, soft=False)
+            task = ray.remote(read_stacks).options(num_cpus=0, scheduling_strategy=strategy)
+            asked[host.rank] = task.remote(host.pid, host.stack_file)
+        done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=30)
+        return {rank: ray.get(ref) if ref in done else "(its node did not answer within 30 s)" for rank, ref in asked.items()}
+
+    def kill(self, reason: str) -> None:
+        """Ends all hosts at once; later calls say why."""
+        self.broken = self.broken or reason
+        self._end_processes()
+
+    def _check_usable(self) -> None:
+        if self.broken:
+            raise RuntimeError(f"pool {self.name!r} was stopped: {self.broken}")
+
+    def close(self) -> None:
+        import ray
+
+        if self._actors and not self.broken and ray.is_initialized():
+            ray.wait([actor.close.remote() for actor in self._actors], num_returns=len(self._actors), timeout=10)
+        self.broken = self.broken or "closed"
+        self._end_processes()
+
+    def _end_processes(self) -> None:
+        import ray
+
+        CALLS.forget(self.name)
+        if not ray.is_initialized():
+            return
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        self._actors = []
+        if self._group is not None:
+            ray.util.remove_placement_group(self._group)
+            self._group = None
+        for host in self.hosts if hasattr(self, "hosts") else ():
+            Path(host.stack_file).unlink(missing_ok=True)

@@ -1,0 +1,180 @@
+"""Transfer protocols: how a call's input is distributed over the ranks of a layout and how its output is collected.
+
+The paper's six (PAPER.md section 2) and a user's own pair: Protocol(name="mine", distribute=f, collect=g). Nothing is padded and
+no divisibility is asked for: a split gives every data coordinate some rows, possibly none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from hybridflow.balance import balance
+from hybridflow.batch import Batch
+from hybridflow.layout import Layout
+
+MODEL_AXES = ("pp", "cp", "tp")
+"""Axes whose ranks work on the same rows; all other axes cut the data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """The arguments of one call for one rank."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def batches(self) -> list[Batch]:
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Batch)]
+
+    def map_batches(self, change: Callable[[Batch], Batch]) -> Arguments:
+        def convert(value: Any) -> Any:
+            return change(value) if isinstance(value, Batch) else value
+
+        return Arguments(tuple(convert(value) for value in self.args), {name: convert(value) for name, value in self.kwargs.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """One rank's arguments each, and for split calls the rows of the input that each rank got."""
+
+    arguments: Sequence[Arguments]
+    rows: Sequence[np.ndarray] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How rows are cut: columns that a method names with @remote(balance=..., within=...)."""
+
+    balance: str | None = None
+    """Column of costs (tokens of a row): parts get about the same sum (Karmarkar-Karp), not the same number of rows."""
+    within: str | None = None
+    """Column of labels (mini-batches): the rows of every label are cut evenly, so that each label is balanced."""
+
+
+Distribute = Callable[[Layout, Arguments, Split], Distribution]
+Collect = Callable[[Layout, Sequence[Any]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """A (distribute, collect) pair over a named layout of the worker.
+
+    A pair of one's own:
+
+        def distribute(layout, arguments, split): return Distribution([arguments] * layout.size)
+        def collect(layout, results): return results[0]
+        FIRST = Protocol(name="FIRST", distribute=distribute, collect=collect)
+    """
+
+    name: str
+    distribute: Distribute
+    collect: Collect
+    """Gets the results of the collected ranks, in rank order: values, or Batches of references (rows as that rank returned them)."""
+    collected: Callable[[Layout], Sequence[int]] = lambda layout: range(layout.size)
+    """Ranks whose results are kept; the others store nothing."""
+    layout: str = "train"
+    """Which of the worker's layouts it is meant over."""
+
+
+def data_groups(layout: Layout) -> list[tuple[int, ...]]:
+    """The ranks of every data coordinate: they get the same rows."""
+    return layout.groups(*MODEL_AXES)
+
+
+def _same_to_all(layout: Layout, arguments: Arguments, split: Split) -> Distribution:
+    return Distribution([arguments] * layout.size)
+
+
+def _one_each(layout: Layout, arguments: Arguments, split: Split) -> Distribution:
+    """Every argument is a list with one element per rank."""
+    for name, value in [*enumerate(arguments.args), *arguments.kwargs.items()]:
+        if len(value) != layout.size:
+            raise ValueError(f"ALL_TO_ALL: argument {name} has {len(value)} elements; give one for each of {layout.size} ranks")
+    return Distribution(
+        [
+            Arguments(tuple(value[rank] for value in arguments.args), {name: value[rank] for name, value in arguments.kwargs.items()})
+            for rank in range(layout.size)
+        ]
+    )
+
+
+def _split_over(groups: Callable[[Layout], list[tuple[int, ...]]]) -> Distribute:
+    def distribute(layout: Layout, arguments: Arguments, split: Split) -> Distribution:
+        batches = arguments.batches()
+        counts = {len(batch) for batch in batches}
+        if len(counts) != 1:
+            raise ValueError(f"a split call needs batches with the same number of rows, got {sorted(counts) or 'no batch'}")
+        members = groups(layout)
+        parts = cut_rows(batches[0], len(members), split)
+        of_rank: dict[int, tuple[Arguments, np.ndarray]] = {}
+        for ranks, rows in zip(members, parts, strict=True):
+            shared = arguments.map_batches(lambda batch, rows=rows: batch.rows(rows))  # type: ignore[misc]
+            of_rank |= dict.fromkeys(ranks, (shared, rows))
+        ordered = [of_rank[rank] for rank in range(layout.size)]
+        return Distribution([one for one, _ in ordered], [rows for _, rows in ordered])
+
+    return distribute
+
+
+def cut_rows(batch: Batch, num_parts: int, split: Split) -> list[np.ndarray]:
+    """The rows of each part, ascending; every row in exactly one."""
+    if num_parts == 1:
+        return [np.arange(len(batch))]
+    costs = np.asarray(batch[split.balance]) if split.balance in batch.columns else None  # type: ignore[arg-type]
+    labels = np.asarray(batch[split.within]) if split.within in batch.columns else np.zeros(len(batch), dtype=np.int64)  # type: ignore[arg-type]
+    parts: list[list[np.ndarray]] = [[] for _ in range(num_parts)]
+    for turn, label in enumerate(np.unique(labels)):
+        rows = np.flatnonzero(labels == label)
+        cut = np.array_split(rows, num_parts) if costs is None else [rows[part] for part in balance(costs[rows], num_parts)]
+        for part, some in enumerate(cut):
+            # Turning the assignment keeps the parts that are one row longer from piling up on the first ranks.
+            parts[(part + turn) % num_parts].append(some)
+    return [np.sort(np.concatenate(some)) if some else np.empty(0, dtype=np.int64) for some in parts]
+
+
+def _every_rank(layout: Layout) -> list[tuple[int, ...]]:
+    return [(rank,) for rank in range(layout.size)]
+
+
+def _last_stage(layout: Layout) -> list[int]:
+    """p = last, t = 0 of every data coordinate."""
+    last = layout.axis_size("pp") - 1
+    return [rank for rank in range(layout.size) if _matches(layout, rank, pp=last, cp=0, tp=0)]
+
+
+def _first_of_stage(layout: Layout) -> list[int]:
+    """t = 0, d = 0 of every pipeline stage."""
+    return [rank for rank in range(layout.size) if all(at == 0 for axis, at in layout.coordinates(rank).items() if axis != "pp")]
+
+
+def _matches(layout: Layout, rank: int, **wanted: int) -> bool:
+    here = layout.coordinates(rank)
+    return all(here.get(axis, 0) == coordinate for axis, coordinate in wanted.items())
+
+
+def _as_list(layout: Layout, results: Sequence[Any]) -> Any:
+    return list(results)
+
+
+def _concatenated(layout: Layout, results: Sequence[Any]) -> Any:
+    """Batches and lists are laid end to end; of anything else, which every rank reports alike (metrics), the first stands for all."""
+    if isinstance(results[0], Batch):
+        return Batch.concat(results)
+    if isinstance(results[0], list):
+        return [value for result in results for value in result]
+    return results[0]
+
+
+ONE_TO_ALL = Protocol(name="ONE_TO_ALL", distribute=_same_to_all, collect=_as_list)
+ALL_TO_ALL = Protocol(name="ALL_TO_ALL", distribute=_one_each, collect=_as_list)
+THREE_D = Protocol(name="3D_PROTO", distribute=_split_over(data_groups), collect=_concatenated, collected=_last_stage)
+THREE_D_ALL_MICRO_DP = Protocol(
+    name="3D_ALL_MICRO_DP", distribute=_split_over(data_groups), collect=_concatenated, collected=_last_stage, layout="generation"
+)
+THREE_D_PP_ONLY = Protocol(name="3D_PP_ONLY", distribute=_same_to_all, collect=_as_list, collected=_first_of_stage)
+DP = Protocol(name="DP_PROTO", distribute=_split_over(_every_rank), collect=_concatenated)
+PROTOCOLS = {protocol.name: protocol for protocol in (ONE_TO_ALL, THREE_D, THREE_D_ALL_MICRO_DP, THREE_D_PP_ONLY, DP, ALL_TO_ALL)}

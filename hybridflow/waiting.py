@@ -1,0 +1,213 @@
+"""Waiting: every wait of the controller watches all pending calls.
+
+A failed call raises as soon as it is known, even if its result is not the one being read; a dead process is named; and when no
+call finishes for `timeout_s`, the wait ends in a report of who waits for whom with the stack of every rank. Never in silence.
+In a host process nothing is pending, so a wait there is a plain wait; its controller watches it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
+
+POLL_S = 1.0
+"""How often a wait looks at the other pending calls."""
+GRACE_S = 5.0
+"""How long the other ranks of a failed call may take to finish before the pool is taken for stuck and killed."""
+DEFAULT_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """What every rank answers to every call, beside the columns that it wrote."""
+
+    started: float
+    finished: float
+    """Unix seconds on the rank's node."""
+    num_rows: int | None = None
+    result: Any = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pending:
+    """A call under way: one reply reference per rank, and how to reach the processes if it goes wrong."""
+
+    role: str
+    method: str
+    pool: str
+    replies: tuple[Any, ...]
+    stacks: Callable[[], dict[int, str]]
+    kill: Callable[[str], None]
+    describe_host: Callable[[int], str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallRecord:
+    """A finished call: when its first rank began and its last rank ended."""
+
+    role: str
+    method: str
+    pool: str
+    started: float
+    finished: float
+
+    @property
+    def seconds(self) -> float:
+        return self.finished - self.started
+
+
+@dataclass(slots=True)
+class Calls:
+    """All calls of this process that were not yet seen to finish, and the records of those that were."""
+
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    pending: list[Pending] = field(default_factory=list)
+    records: list[CallRecord] = field(default_factory=list)
+    last_progress: float = field(default_factory=time.monotonic)
+
+    def add(self, call: Pending) -> None:
+        if not self.pending:
+            self.last_progress = time.monotonic()
+        self.pending.append(call)
+        if len(self.pending) % 64 == 0:
+            self.check()
+
+    def get(self, refs: Sequence[Any]) -> list[Any]:
+        """The values behind Ray references."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        refs = list(refs)
+        while True:
+            try:
+                return ray.get(refs, timeout=POLL_S if self.pending else None)
+            except GetTimeoutError:
+                self.check()
+            except RayError as error:
+                self._fail(error)
+
+    def check(self) -> None:
+        """Raises if a pending call failed, its process died, or nothing has finished for too long."""
+        import ray
+        from ray.exceptions import RayError
+
+        still = []
+        for call in self.pending:
+            done, waiting = ray.wait(list(call.replies), num_returns=len(call.replies), timeout=0)
+            if done:
+                try:
+                    replies: list[Reply] = ray.get(done)
+                except RayError as error:
+                    self._fail(error)
+                if not waiting:
+                    started, finished = min(reply.started for reply in replies), max(reply.finished for reply in replies)
+                    self.records.append(CallRecord(role=call.role, method=call.method, pool=call.pool, started=started, finished=finished))
+                    self.last_progress = time.monotonic()
+                    continue
+            still.append(call)
+        self.pending = still
+        if self.pending and time.monotonic() - self.last_progress > self.timeout_s:
+            self._stuck()
+
+    def finish(self) -> list[CallRecord]:
+        """Waits for every pending call; returns and forgets the records made since the last time."""
+        import ray
+
+        while self.pending:
+            ray.wait([ref for call in self.pending for ref in call.replies], num_returns=1, timeout=0)
+            ray.wait(list(self.pending[-1].replies), num_returns=len(self.pending[-1].replies), timeout=POLL_S)
+            self.check()
+        records, self.records = self.records, []
+        return records
+
+    def forget(self, pool: str) -> None:
+        """The pool is gone; nothing will come from it any more."""
+        self.pending = [call for call in self.pending if call.pool != pool]
+
+    def _fail(self, error: Exception) -> None:
+        """Raises what the controller should see instead of Ray's error, and stops pools whose ranks can't go on."""
+        from ray.exceptions import RayActorError, RayTaskError
+
+        pending, self.pending = self.pending, []
+        if isinstance(error, RayActorError):
+            message = _explain_death(error, pending)
+            for call in {call.pool: call for call in pending}.values():
+                call.kill(message)
+            raise WorkerDied(message) from None
+        cause = error.cause if isinstance(error, RayTaskError) else None
+        if not isinstance(cause, WorkerError):
+            raise error
+        _stop_stuck_siblings(cause, pending)
+        raise cause from None
+
+    def _stuck(self) -> None:
+        pending, self.pending = self.pending, []
+        report = _report(pending, self.timeout_s)
+        for call in {call.pool: call for call in pending}.values():
+            call.kill("stuck: see the report of who waits for whom")
+        raise WorkerStuck(report)
+
+
+CALLS = Calls()
+"""This process' calls. One runtime per process, as with Ray itself."""
+
+
+def get(refs: Sequence[Any]) -> list[Any]:
+    return CALLS.get(refs)
+
+
+def _explain_death(error: Exception, pending: Sequence[Pending]) -> str:
+    import ray
+    from ray.exceptions import RayActorError
+
+    lines = []
+    for call in pending:
+        for rank, reply in enumerate(call.replies):
+            done, _ = ray.wait([reply], timeout=0)
+            if done:
+                try:
+                    ray.get(reply)
+                except RayActorError as death:
+                    lines.append(f"{call.role} rank {rank} died in {call.method} ({call.describe_host(rank)}): {_first_lines(death)}")
+                except Exception:
+                    # Another kind of failure of another rank: the death is what is being explained.
+                    continue
+    return "\n".join(dict.fromkeys(lines)) or f"a worker process died: {_first_lines(error)}"
+
+
+def _first_lines(error: Exception) -> str:
+    """Ray's message without its blank and boilerplate lines."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(line for line in lines if not line.startswith(("class_name", "namespace", "actor_id", "The actor died because")))[
+        :1000
+    ]
+
+
+def _stop_stuck_siblings(error: WorkerError, pending: Sequence[Pending]) -> None:
+    """If one rank raised, its peers may wait for it in a collective for ever: after a grace period their pool is killed."""
+    import ray
+
+    peers = [call for call in pending if call.pool == error.where.pool]
+    replies = [reply for call in peers for reply in call.replies]
+    if replies:
+        _, waiting = ray.wait(replies, num_returns=len(replies), timeout=GRACE_S)
+        if waiting:
+            peers[0].kill(f"its ranks wait for a rank that failed: {error.where}: {error.cause}")
+
+
+def _report(pending: Sequence[Pending], timeout_s: float) -> str:
+    import ray
+
+    lines = [f"no call finished for {timeout_s:.0f} s. Waiting for:"]
+    for call in pending:
+        _, waiting = ray.wait(list(call.replies), num_returns=len(call.replies), timeout=0)
+        ranks = [rank for rank, reply in enumerate(call.replies) if reply in waiting]
+        lines.append(f"  {call.role}.{call.method} on pool {call.pool}: ranks {ranks} of {len(call.replies)} have not answered")
+    for call in {call.pool: call for call in pending}.values():
+        for rank, stack in call.stacks().items():
+            lines += [f"--- pool {call.pool} rank {rank} ({call.describe_host(rank)})", stack.rstrip()]
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""Worker: the base of every role, and @remote, which says how a method is called from the controller.
+
+A worker is a plain object inside a host process. It may be built and called by hand in a test or under a debugger: @remote adds
+a declaration and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, ParamSpec, TypeVar
+
+from hybridflow.columns import declared
+from hybridflow.context import RankContext
+from hybridflow.dataflow import CallKind
+from hybridflow.layout import Layout
+from hybridflow.protocols import Protocol, Split
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remote:
+    """What @remote declares of a method."""
+
+    protocol: Protocol
+    reads: tuple[str, ...]
+    optional: tuple[str, ...]
+    writes: tuple[str, ...]
+    kind: CallKind
+    split: Split
+
+
+DECLARATION = "__hybridflow_remote__"
+
+
+def remote(
+    protocol: Protocol,
+    *,
+    reads: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+    writes: tuple[str, ...] = (),
+    kind: CallKind = CallKind.inference,
+    balance: str | None = None,
+    within: str | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Declares a method callable from the controller.
+
+    reads: columns that the method needs; optional: columns that it also reads where the batch has them; only these reach it.
+    writes: columns of the Batch that it returns, one row for every row it got, in the same order.
+    balance, within: see protocols.Split.
+    """
+    for name in (*reads, *optional, *writes):
+        declared(name)
+    declaration = Remote(
+        protocol=protocol, reads=reads, optional=optional, writes=writes, kind=kind, split=Split(balance=balance, within=within)
+    )
+
+    def mark(method: Callable[P, R]) -> Callable[P, R]:
+        setattr(method, DECLARATION, declaration)
+        return method
+
+    return mark
+
+
+def remote_methods(worker: type) -> dict[str, Remote]:
+    """The declared methods of a class by name, inherited ones included; an override keeps its base's declaration."""
+    found: dict[str, Remote] = {}
+    for base in reversed(worker.__mro__):
+        for name, member in vars(base).items():
+            if hasattr(member, DECLARATION):
+                found[name] = getattr(member, DECLARATION)
+    return found
+
+
+class Worker:
+    """class ActorWorker(Worker):
+        @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("log_probs",))
+        def compute_log_prob(self, batch: Batch) -> Batch: ...
+
+    actor = spawn(ActorWorker, pool, config, role="actor")
+    """
+
+    kind: ClassVar[str] = ""
+
+    def __init__(self, config: Any, context: RankContext) -> None:
+        self.config = config
+        self.context = context
+
+    @classmethod
+    def layouts(cls, config: Any, world_size: int) -> dict[str, Layout]:
+        """The named layouts over the pool that the protocols refer to; checked before any process does work."""
+        return {"train": Layout.of(dp=world_size)}
+
+    def close(self) -> None:
+        """Called once when the host goes down in good order."""
