@@ -1,0 +1,91 @@
+"""GenerationEngine: what every generation backend offers, whatever its parallelism.
+
+An engine lives inside its host process, in the pool's torch.distributed world; it starts no process of its own. Ranks of one
+replica (equal data coordinate) call every method together with the same arguments and get the same result; replicas are
+independent of each other in generate and score. What a row becomes depends on its prompt, its seed and the weights, never on
+the layout, the rank or the other rows.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hybridflow.layout import Layout
+from workers.generation.config import SamplingConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generations:
+    """Responses [8, 2] ("stop") and [7] ("length"):
+
+    Generations(response_ids=[8, 2, 7], lengths=[2, 1], log_probs=[-.1, -.2, -.3], finish_reasons=["stop", "length"], ...)
+    """
+
+    response_ids: NDArray[np.int64]
+    """[sum(lengths)], the responses one after the other in the order of the prompts, with the token that ended them."""
+    lengths: NDArray[np.int64]
+    """[rows], at least 1."""
+    log_probs: NDArray[np.float32]
+    """[sum(lengths)], of the response tokens under the full softmax at the sampling temperature, before top-p, top-k and min-p:
+    what a trainer computes for them. Greedy: temperature 1."""
+    finish_reasons: list[str]
+    """[rows]: "stop" (end of sequence, stop token or stop string) or "length"."""
+    num_prompt_tokens: int
+    """Of all rows, repeated prompts counted every time."""
+    seconds: float
+    """Wall time of the call on this rank."""
+
+
+class GenerationEngine(ABC):
+    """How an actor uses it:
+
+    engine = GENERATION_ENGINES[config.engine](model=model_config, config=config, context=context, load_weights=False)
+    engine.wake()
+    engine.load_weights(named_tensors, version=3)
+    assert_close(engine.score(probe), trainer_log_probs)
+    generations = engine.generate(prompts, seeds, config.sampling)
+    engine.sleep()
+    """
+
+    layout: Layout
+    """Axes dp, pp, tp over the ranks of the pool."""
+    weight_version: int
+    """Version of the weights that the engine holds, as given to the last load_weights; -1 before the first."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[NDArray[np.int64]], seeds: NDArray[np.int64], sampling: SamplingConfig) -> Generations:
+        """One response for every prompt ([tokens] each); n samples of a prompt are n equal rows with n seeds.
+
+        `seeds` [rows] decides the draws of each row. Raises ValueError with the row for a prompt that is empty, has ids outside
+        the vocabulary, or leaves no room for max_response_tokens.
+        """
+
+    @abstractmethod
+    def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Log-probs [tokens - 1] at temperature 1 of token_ids[1:], each given those before it, computed by this engine's weights."""
+
+    @abstractmethod
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
+        """Replace all weights by full tensors under their checkpoint names (tied weights once or under both names).
+
+        Every rank passes every tensor; the engine keeps its part. Forgets every cached prefix. Raises ValueError if a
+        parameter of the model was not in `weights`.
+        """
+
+    @abstractmethod
+    def sleep(self) -> None:
+        """Free the key/value cache and the weights; generate, score need wake and then load_weights first."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Take back the memory that sleep freed (its contents are undefined); nothing to do for an engine that is awake."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything; the engine cannot be used afterwards. The process group of the pool stays."""

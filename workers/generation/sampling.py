@@ -1,0 +1,90 @@
+"""What the engines share about sampling: checked inputs, the tokens that end a response, seeds.
+
+It draws nothing: the engines do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+
+from workers.config import ModelConfig
+from workers.generation.config import SamplingConfig
+
+
+def check_sampling(sampling: SamplingConfig) -> None:
+    """Raise a ValueError for a setting outside its range."""
+    checks = [
+        ("temperature", sampling.temperature, sampling.greedy or sampling.temperature > 0, "a value over 0, or greedy=true"),
+        ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "a value in (0, 1]"),
+        ("top_k", sampling.top_k, sampling.top_k >= 0, "0 (all tokens) or more"),
+        ("min_p", sampling.min_p, 0 <= sampling.min_p <= 1, "a value in [0, 1]"),
+        ("max_response_tokens", sampling.max_response_tokens, sampling.max_response_tokens >= 1, "at least 1"),
+        ("stop_strings", sampling.stop_strings, all(sampling.stop_strings), "strings that are not empty"),
+    ]
+    for field, value, valid, fix in checks:
+        if not valid:
+            raise ValueError(f"sampling.{field}={value!r}: use {fix}")
+
+
+def check_prompts(
+    prompts: Sequence[NDArray[np.int64]], seeds: NDArray[np.int64], sampling: SamplingConfig, *, vocab_size: int, max_model_len: int
+) -> None:
+    """Raise a ValueError that names the row for a prompt that the model cannot continue by max_response_tokens."""
+    check_sampling(sampling)
+    if len(seeds) != len(prompts):
+        raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; pass one seed for every row")
+    room = max_model_len - sampling.max_response_tokens
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompts: row {row} is empty; a prompt needs at least one token (a beginning-of-sequence token, say)")
+        if len(prompt) > room:
+            raise ValueError(
+                f"prompts: row {row} has {len(prompt)} tokens, and with max_response_tokens={sampling.max_response_tokens} "
+                f"is over max_model_len={max_model_len}; filter longer prompts, lower max_response_tokens or raise max_model_len"
+            )
+        low, high = int(prompt.min()), int(prompt.max())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"prompts: row {row} has token id {low if low < 0 else high} outside the vocabulary 0..{vocab_size - 1}; "
+                "use the model's own tokenizer"
+            )
+
+
+def load_model_config(model: ModelConfig) -> PretrainedConfig:
+    """The Hugging Face config of the text model."""
+    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return config.get_text_config()
+
+
+def end_token_ids(model: ModelConfig, config: PretrainedConfig) -> tuple[int, ...]:
+    """The model's end-of-sequence tokens: of its generation config if it names any, else of its config."""
+    try:
+        eos = GenerationConfig.from_pretrained(model.path, revision=model.revision).eos_token_id
+    except OSError:  # the model has no generation_config.json
+        eos = None
+    if eos is None:
+        eos = config.eos_token_id
+    if eos is None:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def stop_token_ids(sampling: SamplingConfig, end_tokens: Sequence[int]) -> list[int]:
+    """All tokens that end a response, ascending."""
+    return sorted({*sampling.stop_token_ids, *(() if sampling.ignore_eos else end_tokens)})
+
+
+def mix_seeds(seeds: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A bijection of 64-bit numbers that spreads nearby seeds over all bits (the finaliser of SplitMix64).
+
+    Row seeds are often a base plus a row number, or a row number in the upper bits, and some generators use 32 bits of a seed
+    only (torch's on CPU: the lower ones).
+    """
+    mixed = seeds.astype(np.uint64)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
