@@ -1,0 +1,30 @@
+"""The columns of the dataflows: each declared once, with dims and dtype. Who writes them is in workers/roles.py and controllers/."""
+
+from __future__ import annotations
+
+from hybridflow.columns import declare
+
+# Prompts, from the loop.
+PROMPT_IDS = declare("prompt_ids", "batch time", "int64", "tokens of the prompt")
+UID = declare("uid", "batch", "int64", "number of the prompt's use: dataset row + epoch * rows; samples of one prompt share it")
+EXTRAS = declare("extras", "batch", "object", "dict of the dataset's further columns (answer, ...)")
+
+# Generation.
+RESPONSE_IDS = declare("response_ids", "batch time", "int64", "sampled tokens, with the one that ended them")
+ROLLOUT_LOG_PROBS = declare("rollout_log_probs", "batch time", "float32", "log-probs of the response as the generation engine drew it")
+FINISH_REASON = declare("finish_reason", "batch", "object", "stop or length")
+NUM_TOKENS = declare("num_tokens", "batch", "int64", "tokens of prompt and response: the cost of a row")
+WEIGHT_VERSION = declare("weight_version", "batch", "int64", "version of the actor's weights that drew the response")
+
+# Inference.
+LOG_PROBS = declare("log_probs", "batch time", "float32", "log-probs of the response under the actor's training engine")
+REF_LOG_PROBS = declare("ref_log_probs", "batch time", "float32", "log-probs of the response under the reference")
+VALUES = declare("values", "batch time", "float32", "the critic's value before each response token")
+REWARDS = declare("rewards", "batch", "float32", "reward of the whole response")
+REWARD_METRICS = declare("reward_metrics", "batch", "object", "dict of further numbers of the reward function")
+COSTS = declare("costs", "batch", "float32", "cost of the whole response (Safe-RLHF)")
+
+# The controller's numbers.
+MINI_BATCH = declare("mini_batch", "batch", "int64", "number of the mini-batch that a row is trained in, from 0")
+ADVANTAGES = declare("advantages", "batch time", "float32", "advantage of each response token")
+RETURNS = declare("returns", "batch time", "float32", "the critic's target at each response token")

@@ -1,0 +1,22 @@
+"""ReferenceWorker: the frozen policy over a training engine's forward pass."""
+
+from __future__ import annotations
+
+from hybridflow.batch import Batch
+from hybridflow.context import RankContext
+from workers.engines.base import Head
+from workers.model_worker import ModelWorker, sequences_of
+from workers.role_config import ReferenceConfig
+from workers.roles import Reference
+
+
+class ReferenceWorker(ModelWorker, Reference):
+    config: ReferenceConfig
+
+    def __init__(self, config: ReferenceConfig, context: RankContext) -> None:
+        super().__init__(config, context)
+        self.build(config.model, config.train, Head.lm, context)
+
+    def compute_ref_log_prob(self, batch: Batch) -> Batch:
+        outputs = self.engine.forward(sequences_of(batch), temperature=self.config.temperature)
+        return self.scored(batch, outputs.log_probs if outputs else None, "ref_log_probs")

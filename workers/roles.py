@@ -1,0 +1,116 @@
+"""The roles as algorithms see them: which methods there are, how each is called, what it reads and writes.
+
+Controllers are written against these classes; workers/actor.py and its neighbours implement them over the engines.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from hybridflow.batch import Batch
+from hybridflow.dataflow import CallKind
+from hybridflow.protocols import ONE_TO_ALL, THREE_D, THREE_D_ALL_MICRO_DP
+from hybridflow.results import Metrics
+from hybridflow.worker import Worker, remote
+from workers import columns as columns  # declares every column named below
+from workers.generation.config import SamplingConfig
+
+
+class TrainedRole(Worker):
+    """What every role with weights offers to the loop."""
+
+    @remote(ONE_TO_ALL)
+    def save_checkpoint(self, directory: str) -> None:
+        """Everything that training goes on from."""
+        raise NotImplementedError
+
+    @remote(ONE_TO_ALL)
+    def load_checkpoint(self, directory: str) -> None:
+        raise NotImplementedError
+
+    @remote(ONE_TO_ALL)
+    def save_pretrained(self, directory: str) -> None:
+        """Weights as a Hugging Face directory."""
+        raise NotImplementedError
+
+    @remote(ONE_TO_ALL)
+    def peak_memory_bytes(self) -> int:
+        """Most memory that each rank's process held so far."""
+        raise NotImplementedError
+
+
+class Actor(TrainedRole):
+    """The policy."""
+
+    @remote(
+        THREE_D_ALL_MICRO_DP,
+        reads=("prompt_ids", "uid"),
+        optional=("sample",),
+        writes=("response_ids", "rollout_log_probs", "finish_reason", "num_tokens", "weight_version"),
+        kind=CallKind.generation,
+    )
+    @abstractmethod
+    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None) -> Batch:
+        """One response for every row, by the generation engine under the actor's latest weights; sampling None: the configured one."""
+
+    @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("log_probs",), balance="num_tokens")
+    @abstractmethod
+    def compute_log_prob(self, batch: Batch) -> Batch:
+        """Log-probs of the responses under the training engine, at the sampling temperature."""
+
+    @remote(
+        THREE_D,
+        reads=("prompt_ids", "response_ids", "advantages"),
+        optional=("rollout_log_probs", "log_probs", "ref_log_probs", "mini_batch", "weight_version"),
+        kind=CallKind.training,
+        balance="num_tokens",
+        within="mini_batch",
+    )
+    @abstractmethod
+    def update_actor(self, batch: Batch) -> Metrics:
+        """One optimizer step for every mini-batch and epoch."""
+
+
+class Critic(TrainedRole):
+    """The value model."""
+
+    @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("values",), balance="num_tokens")
+    @abstractmethod
+    def compute_values(self, batch: Batch) -> Batch:
+        """The value of the state before every response token."""
+
+    @remote(
+        THREE_D,
+        reads=("prompt_ids", "response_ids", "returns"),
+        optional=("values", "mini_batch"),
+        kind=CallKind.training,
+        balance="num_tokens",
+        within="mini_batch",
+    )
+    @abstractmethod
+    def update_critic(self, batch: Batch) -> Metrics:
+        """One optimizer step for every mini-batch and epoch."""
+
+
+class Reference(Worker):
+    """The frozen policy."""
+
+    @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("ref_log_probs",), balance="num_tokens")
+    @abstractmethod
+    def compute_ref_log_prob(self, batch: Batch) -> Batch:
+        """Log-probs of the responses under the reference, at the sampling temperature."""
+
+
+class Reward(Worker):
+    """What the policy is trained for: a Python function or a model."""
+
+    @remote(
+        THREE_D,
+        reads=("prompt_ids", "response_ids", "finish_reason"),
+        optional=("extras",),
+        writes=("rewards", "reward_metrics"),
+        balance="num_tokens",
+    )
+    @abstractmethod
+    def compute_reward(self, batch: Batch) -> Batch:
+        """One reward for every response, and the function's further numbers."""
