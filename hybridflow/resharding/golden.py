@@ -1,0 +1,125 @@
+"""The slow way: gather every parameter on every rank, then slice. The oracle of the tests and the baseline of the benchmark.
+
+This is what DeepSpeed-Chat does over all ranks and HybridFlow-V over the model-parallel group (PAPER.md section 3). Shares no
+code with the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from hybridflow.resharding.memory import LocalMemory
+from hybridflow.resharding.shard_map import DTYPES, ParameterSpec, ShardMap
+from hybridflow.resharding.shards import Box, LocalParameter
+
+
+def reshard_golden(
+    source: ShardMap,
+    dtypes: Mapping[str, str],
+    sources: Sequence[LocalParameter],
+    destinations: Sequence[LocalParameter],
+    group: dist.ProcessGroup | None = None,
+    *,
+    bucket_bytes: int = 64 << 20,
+) -> int:
+    """Fill `destinations` from the full parameters; returns the bytes received. Collective over `group`, the ranks of `source`.
+
+    `dtypes` gives the data type of every parameter while it travels (the target's). Holders of the same box send equal parts of
+    it. All-gathers are bucketed: a bucket holds parameters of together `bucket_bytes`.
+    """
+    wanted = {parameter.name: parameter for parameter in destinations}
+    received = 0
+    memory = LocalMemory(sources)
+    with torch.no_grad():
+        for bucket in _buckets(source, dtypes, bucket_bytes):
+            for number, full, received_bytes in _gather_full(source, bucket, dtypes, memory, group):
+                received += received_bytes
+                spec = source.parameters[number]
+                if spec.name in wanted:
+                    for shard in wanted[spec.name].shards:
+                        view = full
+                        for dim, (start, size) in enumerate(zip(shard.box.start, shard.box.shape, strict=True)):
+                            view = view.narrow(dim, start, size)
+                        shard.tensor.detach().copy_(view)
+    return received
+
+
+def _buckets(source: ShardMap, dtypes: Mapping[str, str], bucket_bytes: int) -> Iterator[list[int]]:
+    bucket: list[int] = []
+    total = 0
+    for number, spec in enumerate(source.parameters):
+        size = spec.numel * DTYPES[dtypes[spec.name]].itemsize
+        if bucket and total + size > bucket_bytes:
+            yield bucket
+            bucket, total = [], 0
+        bucket.append(number)
+        total += size
+    if bucket:
+        yield bucket
+
+
+def _gather_full(
+    source: ShardMap, bucket: list[int], dtypes: Mapping[str, str], memory: LocalMemory, group: dist.ProcessGroup | None
+) -> Iterator[tuple[int, torch.Tensor, int]]:
+    """(parameter, its full tensor, bytes received for it)."""
+    parts = {number: _parts(source, number) for number in bucket}
+    size = [0] * source.num_ranks
+    for number in bucket:
+        itemsize = DTYPES[dtypes[source.parameters[number].name]].itemsize
+        for rank, box in parts[number]:
+            size[rank] += -(-box.numel * itemsize // 8) * 8
+    rank = dist.get_rank(group) if dist.is_initialized() else 0
+    gathered = torch.empty((source.num_ranks, max(size)), dtype=torch.uint8)
+    mine = torch.empty(max(size), dtype=torch.uint8)
+    offset = 0
+    for number in bucket:
+        spec = source.parameters[number]
+        for holder, box in parts[number]:
+            if holder == rank:
+                offset = _store(mine, offset, memory.view(spec.name, box.start, box.shape), DTYPES[dtypes[spec.name]])
+    if dist.is_initialized():
+        dist.all_gather(list(gathered.unbind(0)), mine, group=group)
+    else:
+        gathered[0] = mine
+    offsets = [0] * source.num_ranks
+    for number in bucket:
+        spec = source.parameters[number]
+        dtype = DTYPES[dtypes[spec.name]]
+        full = torch.empty(spec.shape, dtype=dtype)
+        for holder, box in parts[number]:
+            end = offsets[holder] + box.numel * dtype.itemsize
+            view = full
+            for dim, (start, length) in enumerate(zip(box.start, box.shape, strict=True)):
+                view = view.narrow(dim, start, length)
+            view.copy_(gathered[holder, offsets[holder] : end].view(dtype).view(box.shape))
+            offsets[holder] = -(-end // 8) * 8
+        yield number, full, sum(box.numel for holder, box in parts[number] if holder != rank) * dtype.itemsize
+
+
+def _store(buffer: torch.Tensor, offset: int, view: torch.Tensor, dtype: torch.dtype) -> int:
+    end = offset + view.numel() * dtype.itemsize
+    buffer[offset:end].view(dtype).view(view.shape).copy_(view)
+    return -(-end // 8) * 8
+
+
+def _parts(source: ShardMap, number: int) -> list[tuple[int, Box]]:
+    """(sender, box): every distinct box of the parameter in equal parts from all of its holders."""
+    spec: ParameterSpec = source.parameters[number]
+    rows, dims = source.rows(number), len(spec.shape)
+    holders: dict[Box, list[int]] = {}
+    for start, shape, rank in zip(source.start[rows].tolist(), source.shape[rows].tolist(), source.rank[rows].tolist(), strict=True):
+        holders.setdefault(Box(tuple(start[:dims]), tuple(shape[:dims])), []).append(rank)
+    parts = []
+    for box, ranks in holders.items():
+        if not box.shape:
+            parts.append((ranks[0], box))
+            continue
+        length = box.shape[0]
+        for i, rank in enumerate(ranks):
+            low, high = length * i // len(ranks), length * (i + 1) // len(ranks)
+            if high > low:
+                parts.append((rank, Box((box.start[0] + low, *box.start[1:]), (high - low, *box.shape[1:]))))
+    return parts

@@ -1,0 +1,126 @@
+"""The cut: which box every receiver needs, and which ranks could send it.
+
+Parameters whose boxes lie on the same ranks in the same way (the layers of a pipeline stage, say) are cut once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hybridflow.resharding.boxes import Ints, contains, disjoint_parts, distinct, intersections, split, volumes
+from hybridflow.resharding.shard_map import ShardMap
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """One row per (piece, receiver)."""
+
+    parameter: Ints
+    start: Ints
+    shape: Ints
+    receiver: Ints
+    candidates: Ints
+    """[rows], index into candidate_sets; of the ranks that may send the piece to the receiver."""
+    candidate_sets: list[tuple[int, ...]]
+
+
+def cut(source: ShardMap, target: ShardMap, nodes: Ints, limit_bytes: int) -> Pieces:
+    """All pieces of at most `limit_bytes`, by parameter. ValueError where a needed element is held by nobody."""
+    sets: dict[tuple[int, ...], int] = {}
+    known: dict[tuple[object, ...], tuple[Ints, Ints, Ints, Ints]] = {}
+    parts: list[tuple[Ints, Ints, Ints, Ints, Ints]] = []
+    for number, spec in enumerate(target.parameters):
+        have, need = source.rows(number), target.rows(number)
+        if need.start == need.stop:
+            raise ValueError(f"{spec.name}: no target rank wants it; a parameter that is needed nowhere should not be in the target")
+        signature = (spec.itemsize, *(a[r].tobytes() for m, r in ((source, have), (target, need)) for a in (m.rank, m.start, m.shape)))
+        if signature not in known:
+            limit = max(1, limit_bytes // spec.itemsize)
+            known[signature] = _cut_one(source, have, target, need, nodes, limit, sets, spec.name)
+        start, shape, receiver, candidates = known[signature]
+        parts.append((np.full(len(receiver), number, dtype=np.int64), start, shape, receiver, candidates))
+    dims = target.dims
+    empty = np.zeros(0, dtype=np.int64)
+    parts.append((empty, empty.reshape(0, dims), empty.reshape(0, dims), empty, empty))
+    parameter, start, shape, receiver, candidates = (np.concatenate([part[i] for part in parts]) for i in range(5))
+    return Pieces(parameter, start, shape, receiver, candidates, list(sets))
+
+
+def _cut_one(
+    source: ShardMap, have: slice, target: ShardMap, need: slice, nodes: Ints, limit: int, sets: dict[tuple[int, ...], int], name: str
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """start, shape, receiver, candidates of one parameter's pieces."""
+    atom_start, atom_shape = disjoint_parts(source.start[have], source.shape[have])
+    box_start, box_shape, box_of_row = distinct(target.start[need], target.shape[need])
+    atom, box, start, shape = intersections(atom_start, atom_shape, box_start, box_shape)
+    covered = np.zeros(len(box_start), dtype=np.int64)
+    np.add.at(covered, box, volumes(shape))
+    if (covered != volumes(box_shape)).any():
+        bad = int(np.nonzero(covered != volumes(box_shape))[0][0])
+        rank = int(target.rank[need][np.nonzero(box_of_row == bad)[0][0]])
+        raise ValueError(
+            f"{name}: target rank {rank} wants start {box_start[bad]} shape {box_shape[bad]}, and no source rank holds all of it"
+        )
+    atom, box, start, shape = _split_large(atom, box, start, shape, limit)
+    # One row per piece and rank that wants the box the piece lies in.
+    row_order = np.argsort(box_of_row, kind="stable")
+    count = np.bincount(box_of_row, minlength=len(box_start))
+    first = np.cumsum(count) - count
+    piece = np.repeat(np.arange(len(box)), count[box])
+    offset = np.arange(len(piece)) - np.repeat(np.cumsum(count[box]) - count[box], count[box])
+    receiver = target.rank[need][row_order[first[box[piece]] + offset]]
+    holds = _holders(source, have, atom_start, atom_shape)
+    candidates = _candidates(holds, atom[piece], receiver, nodes, sets)
+    return start[piece], shape[piece], receiver, candidates
+
+
+def _split_large(atom: Ints, box: Ints, start: Ints, shape: Ints, limit: int) -> tuple[Ints, Ints, Ints, Ints]:
+    large = volumes(shape) > limit
+    if not large.any():
+        return atom, box, start, shape
+    rows: list[tuple[int, ...]] = []
+    for i in np.nonzero(large)[0]:
+        for part_start, part_shape in split(tuple(map(int, start[i])), tuple(map(int, shape[i])), limit):
+            rows.append((int(atom[i]), int(box[i]), *part_start, *part_shape))
+    more = np.array(rows, dtype=np.int64)
+    dims, keep = start.shape[1], ~large
+    return (
+        np.concatenate([atom[keep], more[:, 0]]),
+        np.concatenate([box[keep], more[:, 1]]),
+        np.concatenate([start[keep], more[:, 2 : 2 + dims]]),
+        np.concatenate([shape[keep], more[:, 2 + dims :]]),
+    )
+
+
+def _holders(source: ShardMap, have: slice, atom_start: Ints, atom_shape: Ints) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+    """bool [atoms, ranks]"""
+    box_start, box_shape, box_of_row = distinct(source.start[have], source.shape[have])
+    inside = contains(box_start, box_shape, atom_start, atom_shape)
+    box, atom = np.nonzero(inside)
+    result = np.zeros((len(atom_start), source.num_ranks), dtype=bool)
+    box_holders = np.zeros((len(box_start), source.num_ranks), dtype=bool)
+    box_holders[box_of_row, source.rank[have]] = True
+    np.logical_or.at(result, atom, box_holders[box])
+    return result
+
+
+def _candidates(
+    holds: np.ndarray[tuple[int, int], np.dtype[np.bool_]], atom: Ints, receiver: Ints, nodes: Ints, sets: dict[tuple[int, ...], int]
+) -> Ints:
+    """The receiver alone where it holds the piece, else the holders on its machine, else all holders."""
+    result = np.empty(len(atom), dtype=np.int64)
+    own = holds[atom, receiver]
+    for rank in np.unique(receiver[own]):
+        result[own & (receiver == rank)] = sets.setdefault((int(rank),), len(sets))
+    others = np.nonzero(~own)[0]
+    pair, index = np.unique(np.stack([atom[others], nodes[receiver[others]]], axis=1), axis=0, return_inverse=True)
+    of_pair = np.empty(len(pair), dtype=np.int64)
+    for i, (one, node) in enumerate(pair):
+        holders = np.nonzero(holds[one])[0]
+        near = holders[nodes[holders] == node]
+        chosen = near if len(near) else holders
+        of_pair[i] = sets.setdefault(tuple(int(rank) for rank in chosen), len(sets))
+    result[others] = of_pair[index.reshape(-1)]
+    return result

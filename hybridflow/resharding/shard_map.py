@@ -1,0 +1,206 @@
+"""ShardMap: for every logical parameter, which box which rank holds. Plain data, the input of a plan.
+
+Says nothing about memory; LocalParameter (shards.py) says where a rank's boxes lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hybridflow.resharding.boxes import Ints, overlapping, volumes
+from hybridflow.resharding.shards import Box, LocalParameter
+
+DTYPES: dict[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+                  torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
+}  # fmt: skip
+"""Names of the data types that parameters may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterSpec:
+    """ParameterSpec("model.norm.weight", (4096,), "bfloat16")."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """A key of DTYPES."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"parameter {self.name}: unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class ShardMap:
+    """Rows (parameter, rank, box), sorted by parameter, then rank, in the rank's own order of shards.
+
+    shard_map = ShardMap.gather(engine.local_parameters())          # collective
+    shard_map = ShardMap.of(parameters, {0: [("w", Box((0, 0), (4, 8)))], 1: [("w", Box((4, 0), (4, 8)))]}, num_ranks=2)
+    shard_map.boxes("w", rank=1)                                    # [Box((4, 0), (4, 8))]
+    """
+
+    parameters: tuple[ParameterSpec, ...]
+    num_ranks: int
+    parameter: Ints
+    """[rows], index into parameters."""
+    rank: Ints
+    """[rows]"""
+    start: Ints
+    """[rows, dims]; parameters with fewer dims are filled up with start 0, size 1 at the end."""
+    shape: Ints
+    """[rows, dims]"""
+
+    @classmethod
+    def of(cls, parameters: Sequence[ParameterSpec], held: Mapping[int, Iterable[tuple[str, Box]]], *, num_ranks: int) -> ShardMap:
+        """From lists of (parameter name, box) per rank; empty boxes are left out."""
+        index = {spec.name: i for i, spec in enumerate(parameters)}
+        if len(index) != len(parameters):
+            raise ValueError("shard map: a parameter is named twice; give every logical parameter once")
+        dims = max((len(spec.shape) for spec in parameters), default=0)
+        rows: list[tuple[int, ...]] = []
+        for rank, boxes in held.items():
+            if not 0 <= rank < num_ranks:
+                raise ValueError(f"shard map: rank {rank} is outside 0..{num_ranks - 1}; relabel ranks first")
+            for name, box in boxes:
+                if name not in index:
+                    raise ValueError(f"shard map: rank {rank} holds {name!r}, which is not among the parameters")
+                _check_box(parameters[index[name]], box, rank)
+                if box.numel:
+                    fill = dims - len(box.start)
+                    rows.append((index[name], rank, *box.start, *(0,) * fill, *box.shape, *(1,) * fill))
+        table = np.array(rows, dtype=np.int64).reshape(-1, 2 + 2 * dims)
+        return cls._sorted(tuple(parameters), num_ranks, table, dims)
+
+    @classmethod
+    def _sorted(cls, parameters: tuple[ParameterSpec, ...], num_ranks: int, table: Ints, dims: int) -> ShardMap:
+        table = table[np.lexsort((table[:, 1], table[:, 0]))]
+        return cls(parameters, num_ranks, table[:, 0], table[:, 1], table[:, 2 : 2 + dims], table[:, 2 + dims :])
+
+    @classmethod
+    def gather(cls, local_parameters: Sequence[LocalParameter], group: dist.ProcessGroup | None = None) -> ShardMap:
+        """The map of all ranks of `group` (None: the default group, or this process alone without one). Collective.
+
+        Ranks that hold nothing (of another pool, say) may pass an empty list; all others list all parameters. Raises ValueError
+        on every rank where two ranks disagree about a parameter's shape or dtype.
+        """
+        local = [
+            (parameter.name, parameter.shape, str(parameter.dtype).removeprefix("torch."), [shard.box for shard in parameter.shards])
+            for parameter in local_parameters
+        ]
+        everyone: list[list[tuple[str, tuple[int, ...], str, list[Box]]]] = [local]
+        if dist.is_initialized():
+            everyone = [[] for _ in range(dist.get_world_size(group))]
+            dist.all_gather_object(everyone, local, group=group)
+        specs: dict[str, ParameterSpec] = {}
+        for rank, rows in enumerate(everyone):
+            for name, shape, dtype, _ in rows:
+                spec = specs.setdefault(name, ParameterSpec(name, tuple(shape), dtype))
+                if (spec.shape, spec.dtype) != (tuple(shape), dtype):
+                    raise ValueError(f"parameter {name}: rank {rank} has {tuple(shape)} {dtype}, an earlier rank {spec.shape} {spec.dtype}")
+        held = {rank: [(name, box) for name, _, _, boxes in rows for box in boxes] for rank, rows in enumerate(everyone)}
+        return cls.of(tuple(specs.values()), held, num_ranks=len(everyone))
+
+    def relabel(self, ranks: Sequence[int], num_ranks: int) -> ShardMap:
+        """The same map in another rank space: rank i becomes ranks[i] of `num_ranks` (a group that spans two pools, say)."""
+        if len(ranks) != self.num_ranks or len(set(ranks)) != len(ranks):
+            raise ValueError(f"relabel: {self.num_ranks} ranks need {self.num_ranks} different new ranks, got {list(ranks)}")
+        if any(not 0 <= rank < num_ranks for rank in ranks):
+            raise ValueError(f"relabel: new ranks {list(ranks)} must lie in 0..{num_ranks - 1}")
+        new_rank = np.array(ranks, dtype=np.int64)[self.rank] if len(self.rank) else self.rank
+        table = np.concatenate([self.parameter[:, None], new_rank[:, None], self.start, self.shape], axis=1)
+        return self._sorted(self.parameters, num_ranks, table, self.dims)
+
+    def with_dtype(self, dtype: str) -> ShardMap:
+        """The same map with every parameter in `dtype`."""
+        parameters = tuple(ParameterSpec(spec.name, spec.shape, dtype) for spec in self.parameters)
+        return ShardMap(parameters, self.num_ranks, self.parameter, self.rank, self.start, self.shape)
+
+    @property
+    def dims(self) -> int:
+        return int(self.start.shape[1])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole model, every element counted once."""
+        return sum(spec.num_bytes for spec in self.parameters)
+
+    @property
+    def row_bytes(self) -> Ints:
+        """[rows], bytes of every box."""
+        itemsize = np.array([spec.itemsize for spec in self.parameters], dtype=np.int64)
+        return volumes(self.shape) * itemsize[self.parameter]
+
+    @property
+    def bytes_per_rank(self) -> Ints:
+        """[num_ranks], bytes that every rank holds."""
+        result = np.zeros(self.num_ranks, dtype=np.int64)
+        np.add.at(result, self.rank, self.row_bytes)
+        return result
+
+    def rows(self, parameter: int) -> slice:
+        """The rows of parameter number `parameter`."""
+        return slice(int(np.searchsorted(self.parameter, parameter)), int(np.searchsorted(self.parameter, parameter, side="right")))
+
+    def boxes(self, name: str, rank: int) -> list[Box]:
+        """The boxes of parameter `name` that `rank` holds."""
+        parameter = next((i for i, spec in enumerate(self.parameters) if spec.name == name), None)
+        if parameter is None:
+            raise ValueError(f"shard map: no parameter {name!r}")
+        dims = len(self.parameters[parameter].shape)
+        rows = self.rows(parameter)
+        return [
+            Box(tuple(map(int, start[:dims])), tuple(map(int, shape[:dims])))
+            for start, shape, holder in zip(self.start[rows], self.shape[rows], self.rank[rows], strict=True)
+            if holder == rank
+        ]
+
+    def check_disjoint(self) -> None:
+        """ValueError where one rank lists the same element of a parameter twice."""
+        for parameter, rank, start, shape in self._several():
+            if overlapping(start, shape):
+                raise ValueError(f"parameter {self.parameters[parameter].name}: boxes of rank {rank} overlap; list every element once")
+
+    def _several(self) -> Iterator[tuple[int, int, Ints, Ints]]:
+        """Groups of rows of one (parameter, rank) with more than one box."""
+        key = self.parameter * self.num_ranks + self.rank
+        _, first, count = np.unique(key, return_index=True, return_counts=True)
+        for begin, number in zip(first[count > 1], count[count > 1], strict=True):
+            rows = slice(int(begin), int(begin + number))
+            yield int(self.parameter[begin]), int(self.rank[begin]), self.start[rows], self.shape[rows]
+
+    def digest(self) -> str:
+        """SHA-256 over everything in the map: equal maps, equal digests, on any machine."""
+        hasher = hashlib.sha256(json.dumps([self.num_ranks, [[s.name, s.shape, s.dtype] for s in self.parameters]]).encode())
+        for array in (self.parameter, self.rank, self.start, self.shape):
+            hasher.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
+        return hasher.hexdigest()
+
+
+def _check_box(spec: ParameterSpec, box: Box, rank: int) -> None:
+    fits = len(box.start) == len(box.shape) == len(spec.shape) and all(
+        start >= 0 and size >= 0 and start + size <= whole for start, size, whole in zip(box.start, box.shape, spec.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"parameter {spec.name}: rank {rank} holds {box}, which does not lie in its shape {spec.shape}")
