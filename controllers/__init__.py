@@ -1,0 +1,47 @@
+"""The algorithms by name: a file each, an entry here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from controllers.stepping import Algorithm, AlgorithmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where an algorithm is and which models it uses."""
+
+    module: str
+    algorithm: str
+    config: str
+    roles: tuple[str, ...]
+
+    def load(self) -> type[Algorithm]:
+        found: type[Algorithm] = vars(import_module(self.module))[self.algorithm]
+        return found
+
+    def load_config(self) -> type[AlgorithmConfig]:
+        found: type[AlgorithmConfig] = vars(import_module(self.module))[self.config]
+        return found
+
+
+ALGORITHMS: dict[str, Entry] = {
+    "ppo": Entry("controllers.ppo", "PPO", "PPOConfig", ("actor", "critic", "reference", "reward")),
+    "grpo": Entry("controllers.grpo", "GRPO", "GRPOConfig", ("actor", "reference", "reward")),
+}
+
+
+def algorithm_entry(name: str) -> Entry:
+    """An unknown name is a ValueError that lists the known ones."""
+    if name not in ALGORITHMS:
+        raise ValueError(f"algorithm.name is {name!r}; known: {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name]
+
+
+def create_algorithm(name: str, roles: dict[str, Any], config: AlgorithmConfig) -> Algorithm:
+    """The algorithm over its roles' handles (or their stand-ins)."""
+    entry = algorithm_entry(name)
+    used: dict[str, Any] = {role: roles[role] for role in entry.roles}
+    return entry.load()(**used, config=config)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from hybridflow import store
 from hybridflow.columns import Block, Column, Ragged, Value, declare, declared
@@ -100,6 +101,11 @@ class Batch(Mapping[str, Value]):
     def ragged(self, name: str) -> Ragged:
         value = self[name]
         assert isinstance(value, Ragged), f"column {name} is not ragged"
+        return value
+
+    def tensor(self, name: str) -> Tensor:
+        value = self[name]
+        assert isinstance(value, Tensor), f"column {name} is not dense"
         return value
 
     def blocks(self, names: Sequence[str], here: str | None = None) -> list[Block]:

@@ -13,6 +13,7 @@ from typing import cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hybridflow.batch import Batch
@@ -22,14 +23,15 @@ from hybridflow.layout import Layout
 from hybridflow.results import Metrics
 from workers.config import Precision
 from workers.engines.base import Head
-from workers.generation import create_generation_engine, weight_sink
+from workers.generation import generation_engine_class
 from workers.generation.config import GenerationConfig, SamplingConfig
+from workers.generation.sampling import load_model_config
 from workers.losses.policy import policy_loss
 from workers.model_worker import MiniBatches, ModelWorker, mean_over_steps, sequences_of, train_on, training_layout
 from workers.role_config import ActorConfig
 from workers.roles import Actor
 from workers.sequences import Sequences
-from workers.weight_sync import SyncReport, WeightSync
+from workers.weight_sync import FullWeights, SyncReport, WeightSync
 
 PER_TOKEN = ("advantages", "rollout_log_probs", "ref_log_probs")
 
@@ -51,13 +53,14 @@ class ActorWorker(ModelWorker, Actor):
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
         self.build(config.model, config.train, Head.lm, context)
-        self.generator = create_generation_engine(model=config.model, config=config.generation, context=context)
+        engine = generation_engine_class(config.generation.engine)
+        self.generator = engine(model=config.model, config=config.generation, context=context, load_weights=False)
         self.sync = WeightSync(
             self.engine,
             self.generator,
-            weight_sink(self.generator, self.engine, config.generation, context),
+            FullWeights(self.generator, self.engine.local_parameters(), torch_dtype(config.generation.precision), context.device),
             probe_tolerance=self._probe_tolerance(),
-            vocab_size=self.generator.vocab_size,
+            vocab_size=load_model_config(config.model).vocab_size,
         )
         self.weight_version = 0
         self.last_sync: SyncReport | None = None
@@ -96,7 +99,7 @@ class ActorWorker(ModelWorker, Actor):
         labels = cast(Tensor, batch["mini_batch"]) if "mini_batch" in batch else None
         sequences = sequences_of(batch, PER_TOKEN)
         mini_batches = MiniBatches(sequences, labels, self.layout, self.context.device)
-        if "log_probs" in batch or config.num_epochs * mini_batches.num_labels > 1 or self._is_stale(batch):
+        if "log_probs" in batch or config.num_epochs * mini_batches.num_labels > 1 or self._is_stale(batch):  # the same on every rank
             mini_batches.sequences = sequences.with_columns(per_token={"old_log_probs": self._old_log_probs(batch, sequences)})
         entropy = config.report_entropy or config.loss.entropy_coefficient != 0
         steps = mini_batches.steps(config.num_epochs, self.weight_version, config.loss.aggregation, config.loss.aggregation_constant)
@@ -144,7 +147,12 @@ class ActorWorker(ModelWorker, Actor):
         return outputs.log_probs.cpu()
 
     def _is_stale(self, batch: Batch) -> bool:
-        return "weight_version" in batch and bool((cast(Tensor, batch["weight_version"]) != self.weight_version).any())
+        """Whether any row of any rank was drawn by other weights than the present ones; the same answer on every rank."""
+        if "weight_version" not in batch:
+            return False
+        stale = (cast(Tensor, batch["weight_version"]) != self.weight_version).any().float().reshape(1).to(self.context.device)
+        dist.all_reduce(stale, op=dist.ReduceOp.MAX)
+        return bool(stale)
 
     @property
     def _temperature(self) -> float:
@@ -162,6 +170,10 @@ class ActorWorker(ModelWorker, Actor):
         if self.last_sync is not None:
             metrics |= {f"sync/{name}": float(value) for name, value in asdict(self.last_sync).items()}
         return metrics
+
+
+def torch_dtype(precision: Precision) -> torch.dtype:
+    return torch.bfloat16 if precision is Precision.bf16 else torch.float32
 
 
 def sample_seeds(seed: int, prompts: Batch) -> np.ndarray:

@@ -18,7 +18,7 @@ from hybridflow.layout import Layout
 from hybridflow.results import Metrics
 from hybridflow.worker import Worker
 from workers.config import ModelConfig, TrainConfig
-from workers.engines import create_engine
+from workers.engines import engine_class
 from workers.engines.base import Head, LossFn, TrainingEngine
 from workers.losses.aggregation import Aggregation, Counts, weight_columns
 from workers.losses.reduction import derived_metrics
@@ -47,7 +47,7 @@ class ModelWorker(Worker):
 
     def build(self, model: ModelConfig, train: TrainConfig, head: Head, context: RankContext, *, seed: int = 0) -> None:
         torch.manual_seed(seed)
-        self.engine = create_engine(train.engine, model=model, config=train, head=head, context=context)
+        self.engine = engine_class(train.engine)(model=model, config=train, head=head, context=context)
         self.layout = self.engine.layout
 
     def save_checkpoint(self, directory: str) -> None:

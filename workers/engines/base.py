@@ -15,8 +15,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.resharding.shards import LocalParameter
+from workers.config import ModelConfig, TrainConfig
 from workers.sequences import Sequences
 
 
@@ -63,6 +65,10 @@ class TrainingEngine(ABC):
 
     layout: Layout
     """Axes dp, pp, cp, tp over the ranks of the pool."""
+
+    @abstractmethod
+    def __init__(self, *, model: ModelConfig, config: TrainConfig, head: Head, context: RankContext) -> None:
+        """Loads the model and builds the optimizer; collective over the pool. torch's seed decides a new head."""
 
     @abstractmethod
     def forward(self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0) -> Outputs | None:

@@ -1,0 +1,49 @@
+"""GRPO (Shao et al. 2024, DeepSeekMath): rewards normalised inside the group of samples of one prompt stand in for the critic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controllers.advantages import grpo
+from controllers.stepping import AlgorithmConfig, describe, mini_batch_column
+from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
+from hybridflow.results import Metrics
+from hybridflow.tracing import on_controller
+from workers.roles import Actor, Reference, Reward
+
+
+@dataclass(kw_only=True)
+class GRPOConfig(AlgorithmConfig):
+    name: str = "grpo"
+    samples_per_prompt: int = 8
+    scale_by_std: bool = True
+    """Divide by the group's standard deviation; false is Dr.GRPO's advantage."""
+
+
+class GRPO:
+    """The KL to the reference stands in the actor's loss (actor.loss.kl_coefficient)."""
+
+    def __init__(self, *, actor: Actor, reference: Reference, reward: Reward, config: GRPOConfig) -> None:
+        self.actor, self.reference, self.reward, self.config = actor, reference, reward, config
+
+    def step(self, prompts: Batch) -> Metrics:
+        batch = prompts | self.actor.generate_sequences(prompts)
+        batch |= self.reference.compute_ref_log_prob(batch)
+        batch |= self.reward.compute_reward(batch)
+        batch |= compute_advantages(batch, self.config)
+        return describe(batch) | self.actor.update_actor(batch)
+
+    def state_dict(self) -> dict[str, float]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        pass
+
+
+@on_controller(reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch"))
+def compute_advantages(batch: Batch, config: GRPOConfig) -> Batch:
+    """(reward - mean of the group) / standard deviation of the group, on every token of the response."""
+    lengths = batch.tensor("num_tokens") - batch.ragged("prompt_ids").lengths
+    advantages = grpo(batch.tensor("rewards"), batch.tensor("uid"), lengths, scale_by_std=config.scale_by_std)
+    return Batch.of(advantages=Ragged(advantages, lengths), mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches))

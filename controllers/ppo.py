@@ -1,0 +1,70 @@
+"""PPO for RLHF (Schulman et al. 2017; Ouyang et al. 2022): actor, critic, reference, reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from controllers.advantages import gae, whiten
+from controllers.kl import KLCoefficient, KLControlConfig, sequence_kl
+from controllers.rewards import token_rewards
+from controllers.stepping import AlgorithmConfig, describe, mini_batch_column
+from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
+from hybridflow.results import Metrics
+from hybridflow.tracing import on_controller
+from workers.roles import Actor, Critic, Reference, Reward
+
+
+@dataclass(kw_only=True)
+class PPOConfig(AlgorithmConfig):
+    name: str = "ppo"
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 1.0
+    """lambda of GAE: 1 is low bias, smaller values trade it for less variance."""
+    whiten_advantages: bool = True
+    kl: KLControlConfig = field(default_factory=lambda: KLControlConfig(coefficient=0.05))
+    """Of the KL to the reference in the reward."""
+
+
+class PPO:
+    """One step is the paper's seven calls."""
+
+    def __init__(self, *, actor: Actor, critic: Critic, reference: Reference, reward: Reward, config: PPOConfig) -> None:
+        self.actor, self.critic, self.reference, self.reward, self.config = actor, critic, reference, reward, config
+        self.kl = KLCoefficient(config.kl)
+
+    def step(self, prompts: Batch) -> Metrics:
+        batch = prompts | self.actor.generate_sequences(prompts)
+        batch |= self.critic.compute_values(batch)
+        batch |= self.reference.compute_ref_log_prob(batch)
+        batch |= self.reward.compute_reward(batch)
+        batch |= compute_advantages(batch, self.config, self.kl)
+        critic_metrics = self.critic.update_critic(batch)
+        actor_metrics = self.actor.update_actor(batch)
+        return describe(batch) | critic_metrics | actor_metrics
+
+    def state_dict(self) -> dict[str, float]:
+        return self.kl.state_dict()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.kl.load_state_dict(state)
+
+
+@on_controller(
+    reads=("uid", "rewards", "values", "rollout_log_probs"), optional=("ref_log_probs",), writes=("advantages", "returns", "mini_batch")
+)
+def compute_advantages(batch: Batch, config: PPOConfig, kl: KLCoefficient) -> Batch:
+    """GAE over the reward at the last token minus the KL at every token."""
+    values, log_probs = batch.ragged("values"), batch.ragged("rollout_log_probs")
+    lengths = values.lengths
+    ref_log_probs = batch.ragged("ref_log_probs").values if "ref_log_probs" in batch else None
+    rewards = token_rewards(batch.tensor("rewards"), lengths, log_probs.values, ref_log_probs, kl.value, config.kl.estimator)
+    advantages, returns = gae(rewards, values.values, lengths, config.gamma, config.lam)
+    if ref_log_probs is not None:
+        kl.update(float(sequence_kl(log_probs.values, ref_log_probs, lengths).mean()), len(batch))
+    return Batch.of(
+        advantages=Ragged(whiten(advantages) if config.whiten_advantages else advantages, lengths),
+        returns=Ragged(returns, lengths),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+    )

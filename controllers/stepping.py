@@ -1,0 +1,91 @@
+"""What the algorithms' pages share: common settings, cutting a batch into mini-batches, and the numbers that describe a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybridflow.batch import Batch
+from hybridflow.results import Metrics
+from workers.losses.kl import KLEstimator, kl_estimate
+from workers.losses.segments import row_of_token, segment_sum
+
+
+@dataclass(kw_only=True)
+class AlgorithmConfig:
+    """What every algorithm has; each adds its own in its file."""
+
+    name: str = "???"
+    samples_per_prompt: int = 1
+    """Responses drawn for every prompt."""
+    num_mini_batches: int = 1
+    """Optimizer steps per epoch of an update: the batch's rows are dealt over them at random, equal numbers as far as it goes."""
+
+    def __post_init__(self) -> None:
+        for field, value in (("samples_per_prompt", self.samples_per_prompt), ("num_mini_batches", self.num_mini_batches)):
+            if value < 1:
+                raise ValueError(f"algorithm.{field} is {value}; use at least 1")
+
+
+class Algorithm(Protocol):
+    """What the loop runs: a class in a file of its own and an entry in ALGORITHMS (controllers/__init__.py)."""
+
+    config: Any
+
+    def step(self, prompts: Batch) -> Metrics: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def mini_batch_column(uid: Tensor, num_mini_batches: int) -> Tensor:
+    """int64 [rows]: the mini-batch of every row, drawn at random from the prompts' ids, so that it does not depend on the layout.
+
+    Samples of one prompt may land in different mini-batches.
+    """
+    if num_mini_batches == 1:
+        return torch.zeros(len(uid), dtype=torch.int64)
+    order = np.random.default_rng(uid.numpy().astype(np.uint64)).permutation(len(uid))
+    column = np.empty(len(uid), dtype=np.int64)
+    for number, rows in enumerate(np.array_split(order, num_mini_batches)):
+        column[rows] = number
+    return torch.from_numpy(column)
+
+
+def describe(batch: Batch) -> Metrics:
+    """Rewards, lengths and the KL to the reference of a batch; read when they are logged."""
+    return Metrics(sources=[lambda: _describe(batch)])
+
+
+def _describe(batch: Batch) -> Mapping[str, float]:
+    rewards, num_tokens = batch.tensor("rewards"), batch.tensor("num_tokens").float()
+    response = batch.ragged("rollout_log_probs")
+    lengths = response.lengths.float()
+    finished = [reason == "stop" for reason in batch["finish_reason"]]
+    metrics = {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std(correction=0)),
+        "reward/max": float(rewards.max()),
+        "reward/min": float(rewards.min()),
+        "response_tokens/mean": float(lengths.mean()),
+        "response_tokens/max": float(lengths.max()),
+        "response_tokens/min": float(lengths.min()),
+        "response_tokens/finished": sum(finished) / len(finished),
+        "tokens": float(num_tokens.sum()),
+    }
+    if "ref_log_probs" in batch:
+        kl = kl_estimate(response.values, batch.ragged("ref_log_probs").values, KLEstimator.k1)
+        metrics["kl/reference"] = float(segment_sum(kl, row_of_token(response.lengths), len(batch)).mean())
+    return metrics | _means_of_dicts(batch["reward_metrics"] if "reward_metrics" in batch else [])  # type: ignore[arg-type]
+
+
+def _means_of_dicts(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The reward function's further numbers, each over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {f"reward/{name}": float(np.mean([row[name] for row in rows if name in row])) for name in names}

@@ -1,0 +1,174 @@
+"""RewardWorker: a Python function over the text of each response, or a sequence-classification model over its tokens.
+
+A function that raises, takes too long or returns no number stops the run with the row it failed on: never a reward of 0 for a
+failed reward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
+from hybridflow.context import RankContext
+from hybridflow.layout import Layout
+from workers.engines.base import Head
+from workers.model_worker import ModelWorker, sequences_of, training_layout
+from workers.role_config import RewardConfig
+from workers.roles import Reward
+
+RewardFunction = Callable[..., float | Mapping[str, float]]
+"""f(*, prompt: str, response: str, finish_reason: str, **columns) -> reward, or {"reward": ..., further numbers}."""
+
+
+def resolve(path: str) -> RewardFunction:
+    """The function that "package.module:name" names; every way in which that can fail is a ValueError."""
+    module_name, separator, name = path.partition(":")
+    if not separator or not name:
+        raise ValueError(f"reward.function={path!r}: write it as package.module:name")
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"reward.function={path!r}: module {module_name!r} can't be imported ({error}); it must be importable on every node"
+        ) from error
+    if name not in vars(module):
+        raise ValueError(f"reward.function={path!r}: {module_name} has no {name!r}")
+    function: RewardFunction = vars(module)[name]
+    if not callable(function):
+        raise ValueError(f"reward.function={path!r} is a {type(function).__name__}, not a function")
+    keywords = inspect.signature(function).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in keywords.values()):
+        missing = [name for name in ("prompt", "response", "finish_reason") if name not in keywords]
+        if missing:
+            raise ValueError(f"reward.function={path!r} takes no {', '.join(missing)}; let it end in **columns")
+    return function
+
+
+class FunctionRewardWorker(Reward):
+    """Runs the function in Ray tasks with a timeout; with runtime=local in this process, where a breakpoint works."""
+
+    config: RewardConfig
+
+    def __init__(self, config: RewardConfig, context: RankContext) -> None:
+        super().__init__(config, context)
+        assert config.function is not None
+        resolve(config.function)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+
+    @classmethod
+    def layouts(cls, config: RewardConfig, world_size: int) -> dict[str, Layout]:
+        return {"train": Layout.of(dp=world_size)}
+
+    def compute_reward(self, batch: Batch) -> Batch:
+        assert self.config.function is not None
+        rows = self._rows(batch)
+        scored = self._run_in_tasks(rows) if _inside_ray() else score_rows(self.config.function, rows)
+        return Batch.of(
+            rewards=torch.tensor([reward for reward, _ in scored], dtype=torch.float32),
+            reward_metrics=[metrics for _, metrics in scored],
+        )
+
+    def _rows(self, batch: Batch) -> list[dict[str, Any]]:
+        prompts = self._texts(batch.ragged("prompt_ids"))
+        responses = self._texts(batch.ragged("response_ids"))
+        extras = batch["extras"] if "extras" in batch else [{}] * len(batch)
+        fixed = zip(prompts, responses, batch["finish_reason"], extras, strict=True)
+        return [{**extra, "prompt": prompt, "response": response, "finish_reason": reason} for prompt, response, reason, extra in fixed]
+
+    def _texts(self, ids: Ragged) -> list[str]:
+        return list(self.tokenizer.batch_decode([row.tolist() for row in ids.unbind()], skip_special_tokens=True))
+
+    def _run_in_tasks(self, rows: list[dict[str, Any]]) -> list[tuple[float, dict[str, float]]]:
+        import ray
+
+        if not rows:
+            return []
+        task = ray.remote(score_rows).options(num_cpus=0, max_retries=0, name=f"reward: {self.config.function}")
+        chunks = [[rows[i] for i in part] for part in np.array_split(np.arange(len(rows)), self.config.num_tasks) if len(part)]
+        refs = [task.remote(self.config.function, chunk) for chunk in chunks]
+        _, late = ray.wait(refs, num_returns=len(refs), timeout=self.config.timeout_s)
+        if late:
+            for ref in late:
+                ray.cancel(ref, force=True)
+            chunk = chunks[refs.index(late[0])]
+            raise RuntimeError(
+                f"reward.function={self.config.function!r} took over timeout_s={self.config.timeout_s} for {len(chunk)} rows, the first "
+                f"with prompt {chunk[0]['prompt']!r} and response {chunk[0]['response'][:200]!r}; make it faster, give it a timeout of its own, "
+                "or raise reward.timeout_s"
+            )
+        try:
+            return [row for part in ray.get(refs) for row in part]
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
+
+class ModelRewardWorker(ModelWorker, Reward):
+    """The score of a sequence-classification model at the last token of prompt + response."""
+
+    config: RewardConfig
+
+    def __init__(self, config: RewardConfig, context: RankContext) -> None:
+        super().__init__(config, context)
+        assert config.model is not None
+        self.build(config.model, config.train, Head.score, context)
+
+    @classmethod
+    def layouts(cls, config: RewardConfig, world_size: int) -> dict[str, Layout]:
+        return {"train": training_layout(config.train, world_size, "reward")}
+
+    def compute_reward(self, batch: Batch) -> Batch:
+        outputs = self.engine.forward(sequences_of(batch))
+        if outputs is None or outputs.scores is None:
+            return Batch.of(rewards=torch.empty(0), reward_metrics=[])
+        return Batch.of(rewards=outputs.scores.cpu(), reward_metrics=[{}] * len(batch))
+
+
+def reward_worker(config: RewardConfig) -> type[Reward]:
+    """Which of the two the settings ask for."""
+    if config.function is None and config.model is None:
+        raise ValueError("reward: neither function nor model is set; set reward.function=package.module:name or reward.model.path=...")
+    return FunctionRewardWorker if config.function is not None else ModelRewardWorker
+
+
+def score_rows(path: str, rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, dict[str, float]]]:
+    """(reward, further numbers) of every row."""
+    function = resolve(path)
+    return [_checked(path, row, _call(path, function, row)) for row in rows]
+
+
+def _call(path: str, function: RewardFunction, row: Mapping[str, Any]) -> Any:
+    try:
+        return function(**row)
+    except Exception as error:
+        # The user's code: whatever it raises, the run stops and says on which row.
+        raise RuntimeError(f"reward.function={path!r} raised {type(error).__name__}: {error} on {_describe(row)}") from error
+
+
+def _checked(path: str, row: Mapping[str, Any], result: Any) -> tuple[float, dict[str, float]]:
+    numbers = dict(result) if isinstance(result, Mapping) else {"reward": result}
+    if "reward" not in numbers:
+        raise ValueError(f"reward.function={path!r} returned a dict without 'reward' ({sorted(numbers)}) on {_describe(row)}")
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+            raise ValueError(f"reward.function={path!r} returned {name}={value!r} on {_describe(row)}; return finite numbers")
+    reward = float(numbers.pop("reward"))
+    return reward, {name: float(value) for name, value in numbers.items()}
+
+
+def _describe(row: Mapping[str, Any]) -> str:
+    return f"prompt {row['prompt']!r}, response {row['response'][:200]!r}"
+
+
+def _inside_ray() -> bool:
+    import ray
+
+    return ray.is_initialized()
