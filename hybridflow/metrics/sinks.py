@@ -1,0 +1,154 @@
+"""Sinks: where a Tracker's numbers go. TensorBoard, Weights & Biases, Prometheus; console.py and jsonl.py hold the other two.
+
+A sink's library is imported when the sink is made, so that a run pays only for what it uses.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from ray.util.metrics import Gauge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One call of Tracker.log.
+
+    Row(step=3, split="train", time_s=1.7e9, metrics={"reward/mean": 0.5, "seconds/step": 2.0})
+    """
+
+    step: int
+    split: str
+    """train, validation, ..."""
+    time_s: float
+    """Seconds since the epoch."""
+    metrics: Mapping[str, float]
+
+
+class Sink(ABC):
+    """What every destination offers. Its constructor raises a ValueError for everything that would make log fail."""
+
+    failures: tuple[type[Exception], ...] = (OSError, RuntimeError)
+    """What log, summary and close may raise when the world breaks; the Tracker then drops the sink instead of the run."""
+
+    @abstractmethod
+    def log(self, row: Row) -> None: ...
+
+    @abstractmethod
+    def summary(self, values: Mapping[str, object]) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class TensorBoardSink(Sink):
+    """Scalars <split>/<metric>."""
+
+    def __init__(self, directory: Path, start_step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        # purge_step hides what an earlier run logged after the checkpoint that this one starts from.
+        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None, flush_secs=10)
+
+    def log(self, row: Row) -> None:
+        for name, value in row.metrics.items():
+            self._writer.add_scalar(f"{row.split}/{name}", value, row.step, walltime=row.time_s)
+
+    def summary(self, values: Mapping[str, object]) -> None:
+        lines = (f"| {name} | {value} |" for name, value in values.items())
+        self._writer.add_text("summary", "\n".join(["| | |", "|---|---|", *lines]))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink(Sink):
+    """A Weights & Biases run that goes on under its old id when the directory holds one."""
+
+    def __init__(
+        self, directory: Path, project: str, run: str, mode: Literal["offline", "online"], run_config: Mapping[str, object]
+    ) -> None:
+        import wandb
+
+        self.failures = (*Sink.failures, wandb.Error)
+        id_file = directory / "wandb_id.txt"
+        run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
+        settings = wandb.Settings(silent=True)
+        try:
+            if mode == "online" and not wandb.login(prompt=False):
+                raise ValueError("metrics.wandb: online, but nobody is logged in; run `wandb login`, or set metrics.wandb=offline")
+            self._run = wandb.init(
+                project=project,
+                name=run,
+                id=run_id,
+                resume="allow",
+                mode=mode,
+                dir=str(directory),
+                config=dict(run_config),
+                settings=settings,
+            )
+        except (wandb.Error, OSError) as error:
+            raise ValueError(f"metrics.wandb: {mode} run could not be started: {error}; set metrics.wandb=offline or off") from error
+        id_file.write_text(run_id)
+        # Its own step counter refuses to go back, as a resumed run must; ours is a value like any other.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def log(self, row: Row) -> None:
+        self._run.log({"step": row.step, **{f"{row.split}/{name}": value for name, value in row.metrics.items()}})
+
+    def summary(self, values: Mapping[str, object]) -> None:
+        self._run.summary.update(dict(values))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class PrometheusSink(Sink):
+    """Gauges hybridflow_<split>_<metric> with tag run; Ray's agent on each node exports them with the prefix ray_.
+
+    Ray sends gauges every ten seconds (metrics_report_interval_ms), so a shorter step may be overwritten before anybody sees it.
+    It drops a gauge that is not finite: hybridflow_<split>_num_not_finite counts those, for an alert to watch.
+    """
+
+    def __init__(self, run: str) -> None:
+        import ray
+
+        if not ray.is_initialized():
+            raise ValueError("metrics.prometheus: true needs a Ray runtime; set runtime=ray, or metrics.prometheus=false")
+        self._run = run
+        self._gauges: dict[str, Gauge] = {}
+
+    def log(self, row: Row) -> None:
+        num_not_finite = sum(not math.isfinite(value) for value in row.metrics.values())
+        for name, value in [("step", row.step), ("num_not_finite", num_not_finite), *row.metrics.items()]:
+            self._gauge(f"{row.split}/{name}").set(value, {"run": self._run})
+
+    def _gauge(self, name: str) -> Gauge:
+        from ray.util.metrics import Gauge
+
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(prometheus_name(name), description=name, tag_keys=("run",))
+        return self._gauges[name]
+
+    def summary(self, values: Mapping[str, object]) -> None:
+        """Nothing: a gauge holds the last value already."""
+
+    def close(self) -> None:
+        self._gauges.clear()
+
+
+def prometheus_name(name: str) -> str:
+    """hybridflow_<name> with everything but letters and digits as single underscores: train/kl/mean -> hybridflow_train_kl_mean.
+
+    Ray's exporter merges underscores, so doubled ones would come out under another name.
+    """
+    return "hybridflow_" + re.sub(r"[^a-zA-Z0-9]+", "_", name).strip("_")

@@ -1,0 +1,151 @@
+"""Tracker: takes the numbers of every step and hands them to the sinks that the config names.
+
+Computes nothing: no averages over steps, no units. Runs on the controller only; workers return their numbers as results.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from numbers import Real
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from hybridflow.metrics.console import ConsoleSink
+from hybridflow.metrics.jsonl import RESERVED, JsonlSink
+from hybridflow.metrics.sinks import PrometheusSink, Row, Sink, TensorBoardSink, WandbSink
+
+logger = logging.getLogger(__name__)
+
+
+class WandbMode(StrEnum):
+    off = "off"
+    offline = "offline"
+    """Written to <directory>/wandb; `wandb sync` uploads it later."""
+    online = "online"
+
+
+@dataclass(kw_only=True)
+class MetricsConfig:
+    """Where metrics go; each sink is one line."""
+
+    console: bool = True
+    """Live progress in a terminal, one line a step elsewhere (job logs)."""
+    jsonl: bool = True
+    """<directory>/metrics.jsonl, one object a call of log, and <directory>/summary.json."""
+    tensorboard: bool = False
+    """Event files in <directory>/tensorboard."""
+    wandb: WandbMode = WandbMode.off
+    prometheus: bool = False
+    """Gauges on Ray's metrics endpoint (needs runtime=ray); Prometheus and Grafana read them from there."""
+    project: str = "hybridflow"
+    """Weights & Biases project."""
+    run: str = "run"
+    """Name of the run: the Weights & Biases run and the `run` tag of Prometheus gauges."""
+    console_metrics: list[str] = field(default_factory=lambda: ["reward/mean", "kl/mean", "tokens_per_s"])
+    """Names that the console shows, in this order, where a step has them; seconds/<phase> are always shown."""
+
+
+class Tracker:
+    """One per run.
+
+        with Tracker(config.metrics, Path("outputs/ppo"), total_steps=100, start_step=40) as tracker:
+            tracker.log(41, {"reward/mean": 0.5, "seconds/step": 2.1, "seconds/generation": 1.2})
+            tracker.log(41, {"accuracy": 0.7}, split="validation")
+            tracker.summary({"accuracy_after": 0.93})
+
+    Everything that can be wrong with a sink (nobody logged in, no Ray, a directory that cannot be written) is a ValueError of
+    the constructor. A sink that breaks later is dropped with an error in the log and counted in metrics/failed_sinks; only the
+    JSONL file, the record of the run, is not optional.
+    """
+
+    def __init__(
+        self,
+        config: MetricsConfig,
+        directory: Path,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        run_config: Mapping[str, object] | None = None,
+    ) -> None:
+        """`start_step` > 0 continues a run: what it logged after that step is dropped. `run_config` is shown beside the run."""
+        _make_writable(directory)
+        self._sinks: list[Sink] = []
+        try:
+            if config.jsonl:
+                self._sinks.append(JsonlSink(directory, start_step))
+            if config.tensorboard:
+                self._sinks.append(TensorBoardSink(directory / "tensorboard", start_step))
+            if config.wandb is not WandbMode.off:
+                mode: Literal["offline", "online"] = "online" if config.wandb is WandbMode.online else "offline"
+                self._sinks.append(WandbSink(directory, config.project, config.run, mode, run_config or {}))
+            if config.prometheus:
+                self._sinks.append(PrometheusSink(config.run))
+            if config.console:
+                self._sinks.append(ConsoleSink(config.console_metrics, total_steps, start_step))
+        except BaseException:
+            self.close()
+            raise
+        self._num_failed = 0
+
+    def log(self, step: int, metrics: Mapping[str, float], *, split: str = "train") -> None:
+        """Record `metrics` of `step`; NaN and infinities are kept and stay visible in every sink."""
+        values = {name: _number(name, value) for name, value in metrics.items()}
+        if self._num_failed:
+            values["metrics/failed_sinks"] = float(self._num_failed)
+        row = Row(step=step, split=split, time_s=time.time(), metrics=values)
+        for sink in list(self._sinks):
+            try:
+                sink.log(row)
+            except sink.failures as error:
+                self._drop(sink, error)
+
+    def summary(self, values: Mapping[str, object]) -> None:
+        """Record the outcome of the run: JSON values, nested if need be."""
+        for sink in list(self._sinks):
+            try:
+                sink.summary(values)
+            except sink.failures as error:
+                self._drop(sink, error)
+
+    def close(self) -> None:
+        """Flush and close every sink; called again it does nothing."""
+        while self._sinks:
+            sink = self._sinks.pop()
+            try:
+                sink.close()
+            except sink.failures as error:
+                logger.error("metrics: closing %s failed: %s", type(sink).__name__, error)
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _drop(self, sink: Sink, error: Exception) -> None:
+        logger.error("metrics: %s failed and is switched off for the rest of the run: %s", type(sink).__name__, error)
+        self._sinks.remove(sink)
+        self._num_failed += 1
+
+
+def _number(name: str, value: object) -> float:
+    if name in RESERVED:
+        raise ValueError(f"metrics: the name {name!r} is taken by the record itself; rename the metric (e.g. actor/{name})")
+    if not isinstance(value, Real):
+        raise ValueError(f"metrics: {name} is a {type(value).__name__}, not a number; log a float (tensor.item())")
+    return float(value)
+
+
+def _make_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"metrics: cannot write to {directory}: {error}; choose another output directory") from error

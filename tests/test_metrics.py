@@ -1,0 +1,208 @@
+"""Metrics: every sink read back by a reader of its own (json, TensorBoard's and wandb's file readers, Prometheus' parser)."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import struct
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from omegaconf import OmegaConf
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+from hybridflow.metrics import Curve, MetricsConfig, Tracker, WandbMode, draw_curves, read_jsonl
+from hybridflow.metrics.console import ConsoleSink, compact, sparkline
+from hybridflow.metrics.sinks import Row, prometheus_name
+
+
+def config(**fields: Any) -> MetricsConfig:
+    return MetricsConfig(**{"console": False, **fields})
+
+
+def test_config_is_a_structured_config_and_each_sink_is_one_line() -> None:
+    schema = OmegaConf.structured(MetricsConfig)
+    merged = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create("wandb: offline\ntensorboard: true\nconsole_metrics: [a]")))
+    assert merged == MetricsConfig(wandb=WandbMode.offline, tensorboard=True, console_metrics=["a"])
+
+
+def test_jsonl_is_strict_json_and_gives_back_every_number(tmp_path: Path) -> None:
+    values = {"a": 0.1, "nan": math.nan, "up": math.inf, "down": -math.inf, "count": 3, "f32": np.float32(0.5)}
+    with Tracker(config(), tmp_path, total_steps=2) as tracker:
+        tracker.log(1, values)
+        tracker.log(1, {"accuracy": 1.0}, split="validation")
+        tracker.summary({"seconds": {"x": math.nan}, "path": "p"})
+
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} is not JSON")
+
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    first, second = read_jsonl(tmp_path / "metrics.jsonl")
+    assert (first["step"], first["split"], second["split"]) == (1, "train", "validation")
+    assert math.isnan(first["nan"]) and {**first, "nan": 0} | {**values, "nan": 0} == {**first, "nan": 0}
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"seconds": {"x": "NaN"}, "path": "p"}
+
+
+def test_resuming_drops_what_was_logged_after_the_checkpoint(tmp_path: Path) -> None:
+    with Tracker(config(), tmp_path, total_steps=4) as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step, {"x": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "spl')  # the crash came in the middle of a line
+    with Tracker(config(), tmp_path, total_steps=4, start_step=2) as tracker:
+        tracker.log(3, {"x": 30.0})
+    assert [(row["step"], row["x"]) for row in read_jsonl(tmp_path / "metrics.jsonl")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [("loss", "0.1", "loss is a str"), ("step", 1.0, "'step' is taken")])
+def test_what_is_not_a_metric_is_refused(tmp_path: Path, name: str, value: Any, message: str) -> None:
+    with Tracker(config(), tmp_path, total_steps=1) as tracker, pytest.raises(ValueError, match=message):
+        tracker.log(1, {name: value})
+
+
+def test_sinks_that_cannot_work_fail_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(ValueError, match=r"metrics\.wandb: online, but nobody is logged in"):
+        Tracker(config(wandb=WandbMode.online), tmp_path, total_steps=1)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot write to"):
+        Tracker(config(), tmp_path / "file" / "below", total_steps=1)
+
+
+def test_a_sink_that_breaks_later_is_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    class FullDisk(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    tracker = Tracker(config(), tmp_path, total_steps=3)
+    tracker._sinks.append(ConsoleSink(["x"], 3, 0, Console(file=FullDisk())))
+    tracker.log(1, {"x": 1.0})
+    tracker.log(2, {"x": 2.0})
+    tracker.close()
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert "metrics/failed_sinks" not in rows[0] and rows[1]["metrics/failed_sinks"] == 1.0
+    assert "ConsoleSink failed and is switched off" in caplog.text
+
+
+def test_tensorboard_holds_every_point(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Tracker(config(tensorboard=True), tmp_path, total_steps=2) as tracker:
+        tracker.log(1, {"reward/mean": 0.25, "loss": math.nan})
+        tracker.log(2, {"reward/mean": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/reward/mean")] == [(1, 0.25), (2, 0.5)]
+    assert math.isnan(events.Scalars("train/loss")[0].value)
+
+
+def leveldb_records(data: bytes, offset: int) -> Iterator[bytes]:
+    """The records of a LevelDB log, the format of a .wandb file behind its 7 bytes of header."""
+    start, record = 0, b""
+    while start < len(data):
+        left = 32768 - (start + offset) % 32768
+        if left < 7:
+            start += left
+            continue
+        length, kind = struct.unpack("<HB", data[start + 4 : start + 7])
+        record += data[start + 7 : start + 7 + length]
+        start += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            yield record
+            record = b""
+
+
+def test_wandb_offline_writes_a_run_that_holds_every_point_and_continues_under_its_id(tmp_path: Path) -> None:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for start in (0, 1):
+        with Tracker(config(wandb=WandbMode.offline, run="nightly"), tmp_path, total_steps=2, start_step=start) as tracker:
+            tracker.log(start + 1, {"reward/mean": 0.25})
+            tracker.summary({"accuracy_after": 0.9})
+    points, ids = [], set()
+    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+        for data in leveldb_records(path.read_bytes()[7:], offset=7):
+            record = Record.FromString(data)
+            if record.WhichOneof("record_type") == "run":
+                ids.add((record.run.run_id, record.run.display_name))
+            if record.WhichOneof("record_type") == "history":
+                items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+                points.append((items["step"], items["train/reward/mean"]))
+    assert points == [(1, 0.25), (2, 0.25)]
+    assert ids == {((tmp_path / "wandb_id.txt").read_text(), "nightly")}
+
+
+@pytest.fixture
+def local_ray() -> Iterator[None]:
+    own = not ray.is_initialized()
+    if own:
+        ray.init(num_cpus=2, include_dashboard=False, logging_level="warning", _system_config={"metrics_report_interval_ms": 500})
+    yield
+    if own:
+        ray.shutdown()
+
+
+def test_prometheus_gauges_appear_on_rays_endpoint(tmp_path: Path, local_ray: None) -> None:
+    with Tracker(config(prometheus=True, run="nightly"), tmp_path, total_steps=1) as tracker:
+        tracker.log(7, {"reward/mean": 0.25, "kl (k3)": 1.5, "bad": math.inf})
+        node = ray.nodes()[0]
+        found: dict[str, float] = {}
+        for _ in range(60):
+            time.sleep(0.5)
+            text = urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").read().decode()
+            samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+            found = {sample.name: sample.value for sample in samples if sample.labels.get("run") == "nightly"}
+            if found:
+                break
+    assert found == {
+        "ray_hybridflow_train_step": 7.0,
+        "ray_hybridflow_train_reward_mean": 0.25,
+        "ray_hybridflow_train_kl_k3": 1.5,
+        "ray_hybridflow_train_num_not_finite": 1.0,
+    }
+    assert prometheus_name("validation/accuracy@1") == "hybridflow_validation_accuracy_1"
+
+
+def test_console_prints_one_line_a_step_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink(["reward/mean", "kl/mean"], 9, 0, Console(file=out, width=40, soft_wrap=True))
+    sink.log(Row(step=3, split="train", time_s=0, metrics={"reward/mean": math.nan, "other": 1, "seconds/step": 2, "seconds/sync": 0.5}))
+    sink.log(Row(step=3, split="validation", time_s=0, metrics={"accuracy": 0.5}))
+    assert out.getvalue().splitlines() == ["step 3/9 | reward/mean nan | 2.00 s (sync 0.50)", "validation after step 3 | accuracy 0.5"]
+
+
+def test_console_draws_a_panel_in_a_terminal() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink(["reward/mean"], 2, 0, Console(file=out, width=80, force_terminal=True, color_system=None))
+    for step, reward in ((1, 0.0), (2, 1.0)):
+        sink.log(Row(step=step, split="train", time_s=0, metrics={"reward/mean": reward, "seconds/step": 2.0}))
+    sink.summary({"accuracy": {"after": 0.93}})
+    sink.close()
+    text = out.getvalue()
+    assert "▁█" in text and "2/2" in text and "accuracy.after" in text
+
+
+def test_numbers_stay_readable() -> None:
+    assert [compact(value) for value in (0.012345, 12345.6, 3.0, math.inf, 1e-9)] == ["0.01235", "12,346", "3", "inf", "1e-09"]
+    assert sparkline([0.0, math.nan, 1.0, 0.5]) == "▁!█▅" and sparkline([math.nan]) == "!" and sparkline([2.0, 2.0]) == "▁▁"
+
+
+def test_curves_become_a_png_and_an_unknown_metric_is_named(tmp_path: Path) -> None:
+    with Tracker(config(), tmp_path, total_steps=40) as tracker:
+        for step in range(1, 41):
+            tracker.log(step, {"reward/mean": step / 40})
+        tracker.log(40, {"accuracy": 0.9}, split="validation")
+    curves = [Curve(metric="reward/mean"), Curve(metric="accuracy", split="validation", percent=True)]
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "plots" / "curves.png", curves, title="run")
+    assert (tmp_path / "plots" / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(ValueError, match="no train/accuracy; it has train/reward/mean, validation/accuracy"):
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "x.png", [Curve(metric="accuracy")])
