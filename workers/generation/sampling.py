@@ -1,7 +1,4 @@
-"""What the engines share about sampling: checked inputs, the tokens that end a response, seeds.
-
-It draws nothing: the engines do.
-"""
+"""What the engines share before sampling: checked inputs and the tokens that end a response. draws.py draws."""
 
 from __future__ import annotations
 
@@ -76,15 +73,3 @@ def end_token_ids(model: ModelConfig, config: PretrainedConfig) -> tuple[int, ..
 def stop_token_ids(sampling: SamplingConfig, end_tokens: Sequence[int]) -> list[int]:
     """All tokens that end a response, ascending."""
     return sorted({*sampling.stop_token_ids, *(() if sampling.ignore_eos else end_tokens)})
-
-
-def mix_seeds(seeds: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """A bijection of 64-bit numbers that spreads nearby seeds over all bits (the finaliser of SplitMix64).
-
-    Row seeds are often a base plus a row number, or a row number in the upper bits, and some generators use 32 bits of a seed
-    only (torch's on CPU: the lower ones).
-    """
-    mixed = seeds.astype(np.uint64)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))

@@ -26,7 +26,7 @@ from hybridflow.layout import Layout
 from workers.config import ModelConfig, Precision
 from workers.generation.base import GenerationEngine, Generations
 from workers.generation.config import GenerationConfig, SamplingConfig
-from workers.generation.sampling import check_prompts, end_token_ids, load_model_config, mix_seeds, stop_token_ids
+from workers.generation.sampling import check_prompts, end_token_ids, load_model_config, stop_token_ids
 
 if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
@@ -66,9 +66,11 @@ class VllmEngine(GenerationEngine):
         with guest(context, config):
             from vllm.distributed.parallel_state import model_parallel_is_initialized
 
+            from workers.generation.vllm_sampler import TrainerSampler
+
             self._owns_groups = not model_parallel_is_initialized()
             self._llm = build_llm(model, config, load_weights=load_weights)
-            self._install_sampler()
+            self._sampler = self._runner.sampler = TrainerSampler(self._runner)
             # vLLM's own finalizer would destroy torch.distributed's world, which is the pool's.
             self._llm.llm_engine.engine_core._finalizer.detach()
         self._max_model_len: int = self._llm.model_config.max_model_len
@@ -76,14 +78,16 @@ class VllmEngine(GenerationEngine):
     def generate(self, prompts: Sequence[NDArray[np.int64]], seeds: NDArray[np.int64], sampling: SamplingConfig) -> Generations:
         start = time.perf_counter()
         check_prompts(prompts, seeds, sampling, vocab_size=self._vocab_size, max_model_len=self._max_model_len)
-        params = self._sampling_params(seeds, sampling)
+        params = self._sampling_params(len(prompts), sampling)
+        self._sampler.start(seeds, sampling)
         outputs = self._run([prompt.tolist() for prompt in prompts], params)
+        log_probs = self._sampler.finish()
         completions = [output.outputs[0] for output in outputs]
         lengths = np.array([len(completion.token_ids) for completion in completions], dtype=np.int64)
         return Generations(
             response_ids=np.array([token for completion in completions for token in completion.token_ids], dtype=np.int64),
             lengths=lengths,
-            log_probs=np.array([value for completion in completions for value in completion.logprobs.logprobs], dtype=np.float32),
+            log_probs=log_probs[np.arange(log_probs.shape[1]) < lengths[:, None]],
             finish_reasons=[completion.finish_reason for completion in completions],
             num_prompt_tokens=sum(len(prompt) for prompt in prompts),
             seconds=time.perf_counter() - start,
@@ -123,34 +127,27 @@ class VllmEngine(GenerationEngine):
     def _runner(self):
         return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
-    def _install_sampler(self) -> None:
-        from workers.generation.vllm_sampler import TrainerSampler
-
-        self._runner.sampler = TrainerSampler(logprobs_mode="processed_logprobs")
-
-    def _sampling_params(self, seeds: NDArray[np.int64], sampling: SamplingConfig) -> list[SamplingParams]:
+    def _sampling_params(self, num_rows: int, sampling: SamplingConfig) -> list[SamplingParams]:
+        """One object a row; vLLM only counts and stops, drawing is TrainerSampler's."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        from workers.generation.vllm_sampler import ROW
+
         common = SamplingParams(
-            temperature=0.0 if sampling.greedy else sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
+            temperature=0.0,
             max_tokens=sampling.max_response_tokens,
             stop=sampling.stop_strings,
             stop_token_ids=stop_token_ids(sampling, self._end_tokens),
             ignore_eos=True,  # the end-of-sequence tokens are among stop_token_ids
-            logprobs=0,
-            flat_logprobs=True,
             detokenize=bool(sampling.stop_strings),
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
         result = []
-        for seed in (mix_seeds(seeds) >> np.uint64(1)).tolist():
+        for row in range(num_rows):
             params = copy.copy(common)
-            params.seed = None if sampling.greedy else seed
+            params.extra_args = {ROW: row}
             result.append(params)
         return result
 
@@ -196,7 +193,7 @@ def build_llm(model: ModelConfig, config: GenerationConfig, *, load_weights: boo
         enforce_eager=config.enforce_eager,
         enable_prefix_caching=config.prefix_caching,
         block_size=config.block_size or None,
-        logprobs_mode="processed_logprobs",
+        async_scheduling=False,  # TrainerSampler counts the tokens that a row has
         seed=0,
     )
 
