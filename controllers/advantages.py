@@ -41,7 +41,7 @@ def whiten(values: Tensor, *, shift_mean: bool = True, mask: Tensor | None = Non
 
     Over all tokens of the whole batch (of those in `mask`, if given; the others become 0), and without Bessel's correction: one
     token then has variance 0 and no special case. verl and TRL's PPO use Bessel's correction, OpenRLHF does not; TRL
-    whitens inside every rank, DeepSpeed-Chat inside every micro-batch.
+    whitens inside every rank, so that its result depends on their number.
     """
     counted = (values if mask is None else values[mask]).double()
     if counted.numel() == 0:
@@ -67,7 +67,7 @@ def grpo(scores: Tensor, uid: Tensor, lengths: Tensor, *, scale_by_std: bool = T
 
 
 def rloo(scores: Tensor, uid: Tensor, lengths: Tensor) -> Tensor:
-    """score - mean score of the *other* samples of the group, on every token (Ahmadian et al. 2024, eq. 9).
+    """score - mean score of the *other* samples of the group, on every token (Kool et al. 2019; Ahmadian et al. 2024).
 
     Equals n/(n-1) times Dr.GRPO's. A group of one gets 0 (verl: its raw score; OpenRLHF divides by zero).
     """
@@ -77,7 +77,7 @@ def rloo(scores: Tensor, uid: Tensor, lengths: Tensor) -> Tensor:
 
 def opo(scores: Tensor, uid: Tensor, lengths: Tensor) -> Tensor:
     """score - length-weighted mean score of the group, on every token: the variance-optimal baseline if gradients grow with the
-    square root of the length (Hao et al. 2025, "On-policy RL with optimal reward baseline", eq. 8).
+    square root of the length (Hao et al. 2025, "On-policy RL with optimal reward baseline").
 
     A group of one gets 0 (verl: its raw score). Rows without tokens carry no weight.
     """
@@ -97,10 +97,8 @@ def pass_at_k(correct: Tensor, uid: Tensor, lengths: Tensor, k: int) -> Tensor:
     method (best minus second best, for the best alone).
     """
     group, size = _groups(uid)
-    if len(size) and int(size.min()) < k or k < 1:
-        raise ValueError(
-            f"pass@k: k is {k}, the smallest group has {int(size.min()) if len(size) else 0} samples; choose 1 <= k <= samples"
-        )
+    if k < 1 or bool((size < k).any()):
+        raise ValueError(f"pass@k: k is {k}, group sizes are {size.long().tolist()[:16]}; choose 1 <= k <= the smallest group")
     right = correct.bool()
     wrong = _group_sum((~right).double(), group, len(size))
     mean = 1 - _subset_fraction(wrong, size, k)

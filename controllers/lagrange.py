@@ -44,8 +44,9 @@ class LagrangeMultiplier:
         return math.fsum(self._costs) / len(self._costs) if self._costs else math.nan
 
     def update(self, costs: list[float]) -> None:
-        """ln lambda += learning_rate * lambda * (mean cost - threshold), at most ln maximum (Dai et al. 2024, appendix B.3, and their code: a
-        gradient step on ln lambda, which keeps lambda positive; the mean over a window of responses).
+        """ln lambda += learning_rate * lambda * (mean cost - threshold), at most ln maximum.
+
+        A gradient step on ln lambda, which keeps lambda positive (Dai et al. 2024; the window as in their code).
 
         costs: one per response of the batch. Nothing happens without costs.
         """

@@ -23,8 +23,8 @@ def token_rewards(
     """float [scored_tokens]: -beta KL_t on every token, plus the row's score on its last one (InstructGPT, section 3.5).
 
     scores: [rows]. log_probs, ref_log_probs: [scored_tokens], needed if kl_coefficient is not 0. The last token is the end of
-    sequence, or the last one before the length limit (DeepSpeed-Chat and OpenRLHF put the score on the end-of-sequence token
-    and can penalise its absence). A row without tokens has nothing to reward: its score appears nowhere.
+    sequence, or the last one before the length limit (so do verl and OpenRLHF; TRL can subtract a
+    missing_eos_penalty, here overlong_penalty). A row without tokens has nothing to reward: its score appears nowhere.
     Safe-RLHF splits the KL: kl_coefficient = beta/2 for rewards and -beta/2 for costs.
     """
     if kl_coefficient:

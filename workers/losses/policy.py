@@ -97,7 +97,8 @@ def _entropy(counted: Counted, outputs: Outputs, config: PolicyLossConfig) -> tu
 def _kl(counted: Counted, log_probs: Tensor, sequences: Sequences, config: PolicyLossConfig) -> tuple[Tensor | None, Metrics]:
     """The KL to the reference, aggregated as the policy loss is (GRPO, eq. 3); kl is a mean over tokens, before the coefficient.
 
-    The estimate is not weighted with the ratio, so it is exact for the first update of a batch only (as in verl, OpenRLHF, and TRL by default).
+    The estimate is not weighted with the ratio, so it is exact for the first update of a batch only (as in verl, OpenRLHF, and TRL
+    by default).
     """
     if config.kl_coefficient == 0 and "ref_log_probs" not in sequences.per_token:
         return None, {}

@@ -2,8 +2,8 @@
 
 Metrics come in three kinds, told apart by their names. A name ending in `_max` (`_min`) is a maximum (minimum) and is reduced over
 micro-batches and ranks by max (min), -inf (+inf) standing for "no token"; every other metric is a sum with global weights and is
-reduced by adding (in float64: some are float64 because a variance is made from them). What is neither is made afterwards from sums, by derived_metrics. Metrics carry no gradient and hold
-the same names for every micro-batch, an empty one too.
+reduced by adding (in float64, because variances are made from some). What is neither is made afterwards, by derived_metrics.
+Metrics carry no gradient and have the same names for every micro-batch, an empty one too.
 """
 
 from __future__ import annotations
