@@ -1,0 +1,247 @@
+"""CheckpointStore: directories that are complete or do not exist, whenever the process dies.
+
+Knows files, not models: workers write what they like into the directory that begin returns, commit makes it a checkpoint.
+Left out: uploading, and deciding when to save (controllers/loop.py).
+
+On disk, for a store at outputs/ppo/checkpoints:
+
+    step-00000020/                a checkpoint; its manifest.json was written last
+    .saving-step-00000030/        being written, or left by a crash: never read, removed by the next begin
+    .deleting-step-00000010/      being removed
+    latest                        name of the newest checkpoint, for people and scripts; the manifests are what counts here
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Version of the manifest's fields."""
+
+
+class Best(StrEnum):
+    max = "max"
+    min = "min"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Checkpoint(path=Path("checkpoints/step-00000020"), step=20, sequence=2, metrics={"accuracy": 0.8})
+    """
+
+    path: Path
+    step: int
+    sequence: int
+    """Counts the commits of the store: of two checkpoints the one with the higher number is newer, whatever their steps."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class CheckpointStore:
+    """One per run; any number of processes may read, one may save.
+
+    store = CheckpointStore(Path("outputs/ppo/checkpoints"), keep_last=2, keep_best=1, metric="accuracy")
+    directory = store.begin(20)
+    actor.save(directory / "actor")               # every rank writes into the same directory (a shared file system)
+    store.commit(20, {"data_position": 640}, metrics={"accuracy": 0.8})
+
+    checkpoint = store.latest()                   # None before the first commit
+    metadata = load_metadata(checkpoint.path)     # verified, or a ValueError that names the broken file
+    """
+
+    def __init__(self, directory: Path, *, keep_last: int = 2, keep_best: int = 1, metric: str = "", mode: Best = Best.max) -> None:
+        """Keeps the newest `keep_last` and the `keep_best` with the best `metric` of those that have it (finite), by `mode`."""
+        if keep_last < 1:
+            raise ValueError(f"checkpoint: keep_last is {keep_last}; keep at least 1, or the newest checkpoint would be deleted")
+        if keep_best < 0:
+            raise ValueError(f"checkpoint: keep_best is {keep_best}; use 0 to keep none for its metric")
+        self.directory = directory.absolute()
+        self._keep_last = keep_last
+        self._keep_best = keep_best if metric else 0
+        self._metric = metric
+        self._mode = mode
+
+    def begin(self, step: int) -> Path:
+        """An empty directory for the checkpoint of `step`; removes what crashed saves left behind."""
+        if step < 0:
+            raise ValueError(f"checkpoint: step is {step}; steps count from 0")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in (*self.directory.glob(".saving-*"), *self.directory.glob(".deleting-*")):
+            shutil.rmtree(leftover)
+        directory = self._saving(step)
+        directory.mkdir()
+        return directory
+
+    def commit(self, step: int, metadata: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> Checkpoint:
+        """Make what was written since begin(step) the latest checkpoint, atomically, then delete what need not be kept.
+
+        `metadata` is plain JSON data and comes back equal. Everything is on disk (fsync) before the name appears.
+        """
+        saving = self._saving(step)
+        if not saving.is_dir():
+            raise ValueError(f"checkpoint: commit({step}) without begin({step}); {saving} does not exist")
+        _check_json(metadata)
+        names = sorted(str(path.relative_to(saving)) for path in saving.rglob("*") if path.is_file() and path != saving / MANIFEST)
+        sequence = max((checkpoint.sequence for checkpoint in self._scan()), default=0) + 1
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "sequence": sequence,
+            "metrics": {name: value if math.isfinite(value) else repr(float(value)) for name, value in (metrics or {}).items()},
+            "files": _digests(saving, names, sync=True),
+            "metadata": metadata,
+        }
+        _write_synced(saving / MANIFEST, json.dumps(manifest, indent=1))
+        for directory in (saving, *(path for path in saving.rglob("*") if path.is_dir())):
+            _sync(directory)
+        path = self._free_name(step)
+        saving.rename(path)
+        _sync(self.directory)
+        _write_synced(self.directory / ".latest", path.name + "\n")
+        (self.directory / ".latest").replace(self.directory / "latest")
+        self._prune()
+        return _read(path)
+
+    def all(self) -> list[Checkpoint]:
+        """The complete checkpoints, oldest first, one per step."""
+        newest = {checkpoint.step: checkpoint for checkpoint in self._scan()}
+        return sorted(newest.values(), key=lambda checkpoint: checkpoint.sequence)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest complete checkpoint."""
+        return max(self._scan(), key=lambda checkpoint: checkpoint.sequence, default=None)
+
+    def best(self) -> Checkpoint | None:
+        """The checkpoint with the best metric, the older one of equals; None where none has the metric."""
+        return next(iter(self._ranked()), None)
+
+    def _ranked(self) -> list[Checkpoint]:
+        """Those with a finite metric, best first."""
+        sign = 1 if self._mode is Best.min else -1
+        scored = [checkpoint for checkpoint in self.all() if math.isfinite(checkpoint.metrics.get(self._metric, math.nan))]
+        return sorted(scored, key=lambda checkpoint: (sign * checkpoint.metrics[self._metric], checkpoint.sequence))
+
+    def _scan(self) -> list[Checkpoint]:
+        """Every directory with a manifest, oldest first."""
+        found = []
+        for path in self.directory.glob("step-*"):
+            try:
+                found.append(_read(path))
+            except FileNotFoundError:
+                continue  # no checkpoint, or one that the saving process deleted meanwhile
+        return sorted(found, key=lambda checkpoint: checkpoint.sequence)
+
+    def _prune(self) -> None:
+        keep = {checkpoint.path for checkpoint in (*self.all()[-self._keep_last :], *self._ranked()[: self._keep_best])}
+        for checkpoint in self._scan():
+            if checkpoint.path not in keep:
+                # Under its own name it is always whole: the removal, which takes time, happens under another one.
+                doomed = self.directory / f".deleting-{checkpoint.path.name}"
+                checkpoint.path.rename(doomed)
+                shutil.rmtree(doomed)
+
+    def _saving(self, step: int) -> Path:
+        return self.directory / f".saving-step-{step:08d}"
+
+    def _free_name(self, step: int) -> Path:
+        """step-00000020, or step-00000020-2 after a step that was saved before (a run resumed from an older checkpoint)."""
+        path, number = self.directory / f"step-{step:08d}", 1
+        while path.exists():
+            number += 1
+            path = self.directory / f"step-{step:08d}-{number}"
+        return path
+
+
+def load_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of the checkpoint at `path`, after every file was compared with its size and digest in the manifest."""
+    try:
+        manifest = _manifest(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"checkpoint {path}: no {MANIFEST}, so this is no complete checkpoint") from error
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    missing = [name for name in files if not (path / name).is_file()]
+    if missing:
+        raise ValueError(f"checkpoint {path}: {missing[0]} is missing ({len(missing)} of {len(files)} files); {_FIX}")
+    for name, expected in files.items():
+        size = (path / name).stat().st_size
+        if size != expected["bytes"]:
+            raise ValueError(f"checkpoint {path}: {name} has {size} bytes instead of {expected['bytes']}; {_FIX}")
+    for name, found in _digests(path, list(files), sync=False).items():
+        if found != files[name]:
+            raise ValueError(f"checkpoint {path}: {name} is corrupt, its digest differs from the manifest; {_FIX}")
+    metadata: dict[str, Any] = manifest["metadata"]
+    return metadata
+
+
+_FIX = "remove this directory to go on from the checkpoint before it"
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"checkpoint {path}: {MANIFEST} is corrupt ({error}); {_FIX}") from error
+    if manifest["format"] != FORMAT:
+        raise ValueError(
+            f"checkpoint {path}: format {manifest['format']}, this version reads {FORMAT}; load it with the version that wrote it"
+        )
+    return manifest
+
+
+def _read(path: Path) -> Checkpoint:
+    manifest = _manifest(path)
+    metrics = {name: float(value) for name, value in manifest["metrics"].items()}
+    return Checkpoint(path=path, step=manifest["step"], sequence=manifest["sequence"], metrics=metrics)
+
+
+def _check_json(metadata: Mapping[str, Any]) -> None:
+    for name, value in metadata.items():
+        try:
+            survives = json.loads(json.dumps({name: value})) == {name: value}
+        except TypeError as error:
+            raise ValueError(f"checkpoint: metadata {name!r} is not JSON data: {error}") from error
+        if not survives:
+            raise ValueError(f"checkpoint: metadata {name!r} would not come back equal from JSON; use lists, string keys, finite floats")
+
+
+def _digests(directory: Path, names: list[str], *, sync: bool) -> dict[str, dict[str, Any]]:
+    """Size and BLAKE2b digest of the files by relative name, flushed to disk if `sync`."""
+
+    def one(name: str) -> dict[str, Any]:
+        with (directory / name).open("rb") as file:
+            if sync:
+                os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+            return {"bytes": file.tell(), "blake2b": digest}
+
+    # hashlib releases the interpreter lock, so threads hash at the speed of the disk.
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        return dict(zip(names, threads.map(one, names), strict=True))
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    """Flush a directory's entries (names) to disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
