@@ -26,6 +26,10 @@ class PPOConfig(AlgorithmConfig):
     kl: KLControlConfig = field(default_factory=lambda: KLControlConfig(coefficient=0.05))
     """Of the KL to the reference in the reward."""
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl.coefficient != 0
+
 
 class PPO:
     """One step is the paper's seven calls."""

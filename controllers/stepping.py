@@ -32,6 +32,12 @@ class AlgorithmConfig:
                 raise ValueError(f"algorithm.{field} is {value}; use at least 1")
 
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the algorithm itself (not the actor's loss) reads ref_log_probs."""
+        return False
+
+
 class Algorithm(Protocol):
     """What the loop runs: a class in a file of its own and an entry in ALGORITHMS (controllers/__init__.py)."""
 

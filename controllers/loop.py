@@ -1,0 +1,226 @@
+"""The only outer loop: next prompts, algorithm.step, log, validate, checkpoint.
+
+Knows no algorithm and no engine. What a run must not lose (position in the data, the algorithm's own numbers, weights, optimizer) goes
+into one atomic checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from controllers.data import PromptBatch, PromptDataset, PromptLoader
+from controllers.stepping import Algorithm
+from hybridflow.batch import Batch
+from hybridflow.checkpoint import CheckpointStore, load_metadata
+from hybridflow.columns import Ragged
+from hybridflow.metrics import Tracker
+from hybridflow.waiting import CALLS, CallRecord
+from workers.generation.config import SamplingConfig
+from workers.roles import Actor, Reward, TrainedRole
+
+LOGGER = logging.getLogger(__name__)
+INPUTS = ("prompt_ids", "uid", "extras", "sample")
+"""The columns that every step's prompts bring."""
+
+
+@dataclass(kw_only=True)
+class LoopConfig:
+    """How long, how often."""
+
+    num_steps: int = 100
+    """Steps of the whole run; a step trains on data.batch_size prompts x algorithm.samples_per_prompt responses."""
+    validate_every: int = 10
+    """Steps between validations; 0: only before the first and after the last step."""
+    validation_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(greedy=True))
+    """Of validation; max_response_tokens is always that of training."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0: only after the last step."""
+    keep_last: int = 2
+    """Checkpoints kept, besides the best."""
+    keep_best: int = 1
+    resume: str = "auto"
+    """auto: from the latest checkpoint in the output directory if there is one; never: start anew; or a checkpoint's directory."""
+    stop_at_reward: float | None = None
+    """End the run once a validation's mean reward reaches this."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("num_steps", self.num_steps), ("keep_last", self.keep_last)):
+            if value < 1:
+                raise ValueError(f"loop.{name} is {value}; use at least 1")
+        for name, value in (("validate_every", self.validate_every), ("checkpoint_every", self.checkpoint_every)):
+            if value < 0:
+                raise ValueError(f"loop.{name} is {value}; use 0 or more")
+
+
+class Stateful(Protocol):
+    """Something small that a checkpoint must hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run came to."""
+
+    num_steps: int
+    """The last step that was trained."""
+    reward_before: float | None
+    """Validation's mean reward before the first step of the whole run, and after the last."""
+    reward_after: float | None
+    train_s: float
+    """Seconds in the steps of this process, validation and checkpoints not counted."""
+    tokens: float
+    """Tokens of prompts and responses that these steps trained on."""
+    max_log_prob_gap: float
+    """Largest difference between the generation engine's and the trainer's log-prob of a sampled token."""
+    phase_s: dict[str, float]
+    """Seconds per phase, summed over steps."""
+
+
+class Loop:
+    """Loop(algorithm, actor=actor, reward=reward, trained={"actor": actor, "critic": critic}, ...).run()"""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        *,
+        actor: Actor,
+        reward: Reward,
+        trained: Mapping[str, TrainedRole],
+        prompts: PromptLoader,
+        validation: PromptDataset | None,
+        max_response_tokens: int,
+        tracker: Tracker,
+        store: CheckpointStore,
+        config: LoopConfig,
+    ) -> None:
+        self.algorithm, self.actor, self.reward, self.trained = algorithm, actor, reward, trained
+        self.prompts, self.validation, self.tracker, self.store, self.config = prompts, validation, tracker, store, config
+        self.validation_sampling = SamplingConfig(**{**vars(config.validation_sampling), "max_response_tokens": max_response_tokens})
+        self.step = 0
+        self.reward_before: float | None = None
+        self.reward_after: float | None = None
+        self.train_s, self.tokens, self.gap = 0.0, 0.0, 0.0
+        self.phase_s: dict[str, float] = {}
+
+    def run(self) -> Outcome:
+        self.resume()
+        if self.step == 0:
+            self.reward_before = self.validate()
+        while self.step < self.config.num_steps and not self._good_enough():
+            self.train_one_step()
+            last = self.step == self.config.num_steps
+            if last or _due(self.step, self.config.validate_every):
+                self.reward_after = self.validate()
+            if last or self._good_enough() or _due(self.step, self.config.checkpoint_every):
+                self.checkpoint()
+        return Outcome(
+            num_steps=self.step,
+            reward_before=self.reward_before,
+            reward_after=self.reward_after,
+            train_s=self.train_s,
+            tokens=self.tokens,
+            max_log_prob_gap=self.gap,
+            phase_s=self.phase_s,
+        )
+
+    def train_one_step(self) -> None:
+        started = time.perf_counter()
+        batch = to_batch(next(self.prompts)).repeat(self.algorithm.config.samples_per_prompt)
+        metrics = dict(self.algorithm.step(batch))
+        records = CALLS.finish()
+        seconds = time.perf_counter() - started
+        self.step += 1
+        self._record(metrics, records, seconds)
+
+    def validate(self) -> float | None:
+        """Mean reward of one response for every held-out prompt."""
+        if self.validation is None:
+            return None
+        started = time.perf_counter()
+        batch = to_batch(self.validation.all())
+        batch |= self.actor.generate_sequences(batch, self.validation_sampling)
+        batch |= self.reward.compute_reward(batch)
+        reward = float(batch.tensor("rewards").mean())
+        CALLS.finish()
+        self.tracker.log(self.step, {"reward/mean": reward, "seconds/validation": time.perf_counter() - started}, split="validation")
+        return reward
+
+    def checkpoint(self) -> None:
+        directory = self.store.begin(self.step)
+        saving = [role.save_checkpoint(str(directory / name)) for name, role in self.trained.items()]
+        saving += [self.actor.save_pretrained(str(directory / "huggingface"))]
+        for ranks in saving:
+            list(ranks or ())
+        state = {
+            "step": self.step,
+            "prompts": self.prompts.state_dict(),
+            "algorithm": self.algorithm.state_dict(),
+            "reward_before": self.reward_before,
+            "reward_after": self.reward_after,
+        }
+        self.store.commit(self.step, state, metrics={} if self.reward_after is None else {"reward": self.reward_after})
+        CALLS.finish()
+
+    def resume(self) -> None:
+        """Brings everything back to where the checkpoint was written."""
+        if self.config.resume == "never":
+            return
+        latest = self.store.latest()
+        directory = Path(self.config.resume) if self.config.resume != "auto" else latest.path if latest else None
+        if directory is None:
+            return
+        state = load_metadata(directory)
+        for ranks in [role.load_checkpoint(str(directory / name)) for name, role in self.trained.items()]:
+            list(ranks or ())
+        self.prompts.load_state_dict(state["prompts"])
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.step, self.reward_before, self.reward_after = state["step"], state["reward_before"], state["reward_after"]
+        LOGGER.info("resumed from %s, step %d", directory, self.step)
+
+    def _record(self, metrics: dict[str, float], records: list[CallRecord], seconds: float) -> None:
+        phases = phase_seconds(records)
+        tokens = metrics.pop("tokens", 0.0)
+        self.tracker.log(
+            self.step,
+            metrics
+            | {f"seconds/{phase}": value for phase, value in phases.items()}
+            | {"seconds/step": seconds, "tokens_per_s": tokens / seconds},
+        )
+        self.train_s += seconds
+        self.tokens += tokens
+        self.gap = max(self.gap, metrics.get("actor/max_log_prob_gap", 0.0))
+        for phase, value in phases.items():
+            self.phase_s[phase] = self.phase_s.get(phase, 0.0) + value
+
+    def _good_enough(self) -> bool:
+        target = self.config.stop_at_reward
+        return target is not None and self.reward_after is not None and self.reward_after >= target
+
+
+def to_batch(prompts: PromptBatch) -> Batch:
+    """The dataset's rows as the runtime's columns."""
+    names = list(prompts.extras)
+    rows = [dict(zip(names, values, strict=True)) for values in zip(*prompts.extras.values(), strict=True)] if names else None
+    extras = rows if rows is not None else [{} for _ in prompts.prompt_ids]
+    return Batch.of(prompt_ids=Ragged.of(prompts.prompt_ids), uid=prompts.uid, extras=extras)
+
+
+def phase_seconds(records: list[CallRecord]) -> dict[str, float]:
+    """Seconds of every call of a step, by role.method; calls of one name are added."""
+    phases: dict[str, float] = {}
+    for record in records:
+        name = f"{record.role}.{record.method}"
+        phases[name] = phases.get(name, 0.0) + record.seconds
+    return phases
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,94 @@
+"""RunConfig: every setting of a run in one tree; Hydra loads it, OmegaConf.to_object makes it plain, nothing writes to it after that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from hydra.core.config_store import ConfigStore
+
+from cluster.connect import ClusterConfig
+from controllers import ALGORITHMS
+from controllers.data import DataConfig
+from controllers.loop import LoopConfig
+from controllers.stepping import AlgorithmConfig
+from hybridflow.metrics import MetricsConfig
+from workers.config import ModelConfig
+from workers.role_config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig
+
+
+class Runtime(StrEnum):
+    ray = "ray"
+    local = "local"
+    """All roles in this process, world size 1: breakpoints work, Ray is not started."""
+
+
+class Placement(StrEnum):
+    colocated = "colocated"
+    """All roles on one pool of num_devices."""
+    custom = "custom"
+    """The pools in `pools`."""
+    auto = "auto"
+    """The mapper chooses pools and layouts."""
+
+
+@dataclass(kw_only=True)
+class PoolConfig:
+    """pools.train.num_devices=4 pools.train.roles=[actor,reference]"""
+
+    num_devices: int = 1
+    roles: list[str] = field(default_factory=list)
+
+
+def _run_model() -> ModelConfig:
+    """The run's model, whatever `model.*` is set to."""
+    return ModelConfig(
+        path="${model.path}",
+        tokenizer="${model.tokenizer}",
+        revision="${model.revision}",
+        trust_remote_code="${model.trust_remote_code}",  # type: ignore[arg-type]
+        attention="${model.attention}",
+    )
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """python -m recipes.ppo model.path=... data.train=... reward.function=package.module:name"""
+
+    runtime: Runtime = Runtime.ray
+    placement: Placement = Placement.colocated
+    num_devices: int = 0
+    """Devices of the run (GPUs, or processes on a CPU machine); 0: all GPUs of the cluster, or one process on CPU."""
+    pools: dict[str, PoolConfig] = field(default_factory=dict)
+    """For placement=custom: which roles share which devices."""
+    cpus_per_device: float = 1.0
+    call_timeout_s: float = 1800.0
+    """The run stops with a report of every rank's stack when no call finishes for this long."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The policy's model, and the start of critic and reference unless they name their own."""
+    actor: ActorConfig = field(default_factory=lambda: ActorConfig(model=_run_model(), seed="${seed}"))  # type: ignore[arg-type]
+    critic: CriticConfig = field(default_factory=lambda: CriticConfig(model=_run_model(), seed="${seed}"))  # type: ignore[arg-type]
+    reference: ReferenceConfig = field(
+        default_factory=lambda: ReferenceConfig(model=_run_model(), temperature="${actor.generation.sampling.temperature}")  # type: ignore[arg-type]
+    )
+    reward: RewardConfig = field(default_factory=lambda: RewardConfig(tokenizer="${model.path}"))
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    seed: int = 0
+    output_dir: str = "outputs/run"
+    """Metrics, checkpoints, plots and the config itself."""
+    graph: bool = False
+    """Print the algorithm's dataflow (Mermaid) and stop."""
+    dry_run: bool = False
+    """Check config, model, data, layouts and dataflow, say what would run where, and stop."""
+
+
+def register() -> None:
+    """Makes the schema and the algorithms known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=RunConfig)
+    for name, entry in ALGORITHMS.items():
+        store.store(group="algorithm", name=name, node=entry.load_config())

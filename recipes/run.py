@@ -1,0 +1,186 @@
+"""run(): from settings to a trained model. Checks everything that can be checked, places the roles, hands over to the loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cluster.connect import ClusterInfo, connect
+from controllers import algorithm_entry, create_algorithm
+from controllers.data import PromptDataset, PromptLoader, load_tokenizer
+from controllers.loop import INPUTS, Loop, Outcome
+from hybridflow.batch import Batch
+from hybridflow.checkpoint import CheckpointStore
+from hybridflow.dataflow import Dataflow
+from hybridflow.group import spawn
+from hybridflow.metrics import Tracker
+from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
+from hybridflow.tracing import draw, trace, traced_roles
+from hybridflow.waiting import CALLS
+from hybridflow.worker import Worker
+from recipes.config import Placement, PoolConfig, RunConfig, Runtime
+from workers.actor import ActorWorker
+from workers.critic import CriticWorker
+from workers.reference import ReferenceWorker
+from workers.reward import reward_worker
+
+LOGGER = logging.getLogger(__name__)
+OPTIONAL_ROLES = ("reference",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """One model of the run: which worker, with which settings, in which pool."""
+
+    name: str
+    worker: type[Worker]
+    config: Any
+    pool: str
+
+
+class NoReference:
+    """Stands for a reference that no coefficient asks for: its column is simply not there."""
+
+    def compute_ref_log_prob(self, batch: Batch) -> Batch:
+        return Batch({}, len(batch))
+
+
+def run(config: RunConfig) -> Outcome | None:
+    """The whole run; None for graph=true and dry_run=true, which start nothing."""
+    roles = place(config)
+    dataflow = check_dataflow(config, roles)
+    if config.graph:
+        print(draw(dataflow))
+        return None
+    tokenizer = load_tokenizer(config.model)
+    train = PromptDataset.load(config.data, config.data.train, tokenizer)
+    validation = PromptDataset.load(config.data, config.data.validation, tokenizer) if config.data.validation else None
+    if config.dry_run:
+        print(describe(config, roles, dataflow))
+        return None
+    CALLS.timeout_s = config.call_timeout_s
+    directory = Path(config.output_dir).absolute()
+    with ExitStack() as stack:
+        cluster = stack.enter_context(connect_to(config))
+        tracker = stack.enter_context(
+            Tracker(
+                config.metrics,
+                directory,
+                total_steps=config.loop.num_steps,
+                run_config=OmegaConf.to_container(OmegaConf.structured(config)),
+            )
+        )
+        pools = {name: stack.enter_context(start_pool(config, cluster, name, roles)) for name in dict.fromkeys(r.pool for r in roles)}
+        handles: dict[str, Any] = {role.name: spawn(role.worker, pools[role.pool], role.config, role=role.name) for role in roles}
+        handles |= {name: NoReference() for name in OPTIONAL_ROLES if name not in handles}
+        loop = Loop(
+            create_algorithm(config.algorithm.name, handles, config.algorithm),
+            actor=handles["actor"],
+            reward=handles["reward"],
+            trained={name: handles[name] for name in ("actor", "critic") if name in handles},
+            prompts=PromptLoader(train, config.data),
+            validation=validation,
+            max_response_tokens=config.actor.generation.sampling.max_response_tokens,
+            tracker=tracker,
+            store=CheckpointStore(
+                directory / "checkpoints", keep_last=config.loop.keep_last, keep_best=config.loop.keep_best, metric="reward"
+            ),
+            config=config.loop,
+        )
+        outcome = loop.run()
+        tracker.summary(asdict(outcome))
+        return outcome
+
+
+def place(config: RunConfig) -> list[Role]:
+    """Every role of the algorithm with its worker, settings and pool."""
+    pool_of = _pools(config)
+    workers: dict[str, tuple[type[Worker], Any]] = {
+        "actor": (ActorWorker, config.actor),
+        "critic": (CriticWorker, config.critic),
+        "reference": (ReferenceWorker, config.reference),
+        "reward": (reward_worker(config.reward), replace(config.reward, tokenizer=config.model.tokenizer or config.model.path)),
+    }
+    roles = []
+    for name in algorithm_entry(config.algorithm.name).roles:
+        if name == "reference" and not uses_reference(config):
+            LOGGER.info("no reference model: algorithm.kl and actor.loss.kl_coefficient are 0")
+            continue
+        worker, settings = workers[name]
+        roles.append(Role(name=name, worker=worker, config=settings, pool=pool_of[name]))
+    for role in roles:
+        role.worker.layouts(role.config, pool_sizes(config)[role.pool])
+    return roles
+
+
+def uses_reference(config: RunConfig) -> bool:
+    return config.algorithm.needs_reference or config.actor.loss.kl_coefficient != 0
+
+
+def _pools(config: RunConfig) -> dict[str, str]:
+    """Role -> name of its pool."""
+    names = algorithm_entry(config.algorithm.name).roles
+    if config.placement is not Placement.custom or config.runtime is Runtime.local:
+        return dict.fromkeys(names, "main")
+    if not config.pools:
+        raise ValueError("placement=custom needs pools, for example pools.policy.num_devices=2 'pools.policy.roles=[actor,reference]'")
+    owners: dict[str, list[str]] = {}
+    for pool, settings in config.pools.items():
+        for role in settings.roles:
+            owners.setdefault(role, []).append(pool)
+    unknown = sorted(set(owners) - set(names))
+    wrong = {role: owners.get(role, []) for role in names if len(owners.get(role, [])) != 1}
+    if unknown or wrong:
+        raise ValueError(
+            f"pools: every role of {config.algorithm.name} ({', '.join(names)}) must be in exactly one pool; "
+            f"unknown roles {unknown}, roles with their pools {wrong}"
+        )
+    return {role: pools[0] for role, pools in owners.items()}
+
+
+def pool_sizes(config: RunConfig) -> dict[str, int]:
+    """Devices of every pool."""
+    if config.runtime is Runtime.local:
+        if config.num_devices > 1:
+            raise ValueError(f"num_devices={config.num_devices} with runtime=local, which is one process; leave it out or use runtime=ray")
+        return {"main": 1}
+    if config.placement is Placement.custom:
+        return {name: pool.num_devices for name, pool in config.pools.items()}
+    return {"main": config.num_devices or default_num_devices()}
+
+
+def check_dataflow(config: RunConfig, roles: Sequence[Role]) -> Dataflow:
+    """Runs the algorithm's step on abstract batches: a column that nobody writes is found before anything starts."""
+    stand_ins, recorder = traced_roles({role.name: role.worker for role in roles})
+    stand_ins |= {name: NoReference() for name in OPTIONAL_ROLES if name not in stand_ins}
+    algorithm = create_algorithm(config.algorithm.name, stand_ins, config.algorithm)
+    return trace(config.algorithm.name, algorithm.step, INPUTS, recorder)
+
+
+def start_pool(config: RunConfig, cluster: ClusterInfo | None, name: str, roles: Sequence[Role]) -> ResourcePool:
+    spec = PoolSpec(
+        name=name,
+        num_devices=pool_sizes(config)[name],
+        device="cuda" if gpu_available() else "cpu",
+        cpus_per_device=config.cpus_per_device,
+        roles=tuple(role.name for role in roles if role.pool == name),
+        collective_timeout_s=config.call_timeout_s,
+    )
+    return LocalPool(spec) if cluster is None else RayPool(spec)
+
+
+def describe(config: RunConfig, roles: Sequence[Role], dataflow: Dataflow) -> str:
+    """What would run where."""
+    lines = [f"{config.algorithm.name}: {len(dataflow.calls)} calls a step"]
+    sizes = pool_sizes(config)
+    for role in roles:
+        layouts = ", ".join(f"{name} {layout}" for name, layout in role.worker.layouts(role.config, sizes[role.pool]).items())
+        lines.append(f"  {role.name:<10} pool {role.pool} ({sizes[role.pool]} devices): {layouts}")
+    return "\n".join(lines)
