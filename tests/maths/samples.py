@@ -8,6 +8,7 @@ from torch import Tensor
 from workers.engines.base import LossFn, Outputs
 from workers.losses.aggregation import Aggregation, count, weight_columns
 from workers.losses.preference import pair_columns
+from workers.losses.reduction import combine_metrics
 from workers.sequences import Sequences, ragged_positions
 
 
@@ -70,14 +71,8 @@ def run_parts(loss_fn: LossFn, sequences: Sequences, parts: list[list[int]]) -> 
         assert not metrics or metrics.keys() == part_metrics.keys(), "metric names must not depend on the micro-batch"
         for name, value in part_metrics.items():
             assert value.shape == () and not value.requires_grad, name
-            metrics[name] = _reduce(name, metrics[name], value) if name in metrics else value
+        metrics = combine_metrics(metrics, part_metrics)
         losses.append(loss)
     total = torch.stack(losses).sum()
     total.backward()
     return total.detach(), metrics, [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-
-
-def _reduce(name: str, left: Tensor, right: Tensor) -> Tensor:
-    if name.endswith("_max"):
-        return torch.maximum(left, right)
-    return torch.minimum(left, right) if name.endswith("_min") else left + right

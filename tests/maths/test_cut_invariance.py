@@ -14,6 +14,7 @@ from workers.losses.config import Correction, CorrectionLevel, DPOConfig, Policy
 from workers.losses.language import distillation_loss, language_loss, with_pretraining
 from workers.losses.policy import policy_loss
 from workers.losses.preference import bradley_terry_loss, cost_model_loss, dpo_loss
+from workers.losses.reduction import combine_metrics
 from workers.losses.surrogates import POLICY_LOSSES
 from workers.losses.value import value_loss
 from workers.sequences import Sequences
@@ -39,6 +40,13 @@ PAIR_LOSSES: dict[str, LossFn] = {
     "cost_model": cost_model_loss,
     "dpo": dpo_loss(DPOConfig(label_smoothing=0.1)),
 }
+
+
+def test_metrics_combine_by_their_names():
+    left = {"kl": torch.tensor(1.0), "ratio_max": torch.tensor(-torch.inf), "ratio_min": torch.tensor(2.0)}
+    right = {"kl": torch.tensor(2.0), "ratio_max": torch.tensor(3.0), "ratio_min": torch.tensor(0.5)}
+    assert combine_metrics(left, right) == {"kl": 3.0, "ratio_max": 3.0, "ratio_min": 0.5}
+    assert combine_metrics({}, right) == combine_metrics(right, {}) == right
 
 
 def same(loss_fn: LossFn, sequences: Sequences, parts: list[list[int]]) -> None:

@@ -9,6 +9,7 @@ Metrics carry no gradient and have the same names for every micro-batch, an empt
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -97,6 +98,23 @@ def maximum(values: Tensor) -> Tensor:
 def minimum(values: Tensor) -> Tensor:
     """Over all elements; +inf if there are none."""
     return -maximum(-values)
+
+
+def combine_metrics(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Metrics:
+    """Metrics of two parts of a mini-batch as those of both: _max by max, _min by min, the others added. A part that never called the
+    loss has none ({}), and changes nothing.
+    """
+    combined = {**left}
+    for name, value in right.items():
+        if name not in left:
+            combined[name] = value
+        elif name.endswith("_max"):
+            combined[name] = torch.maximum(left[name], value)
+        elif name.endswith("_min"):
+            combined[name] = torch.minimum(left[name], value)
+        else:
+            combined[name] = left[name] + value
+    return combined
 
 
 def derived_metrics(metrics: dict[str, float]) -> dict[str, float]:
