@@ -50,7 +50,7 @@ def test_gae_by_hand():
     assert returns.tolist() == [1.25, 3.0, 4.0]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(ragged, st.integers(0, 1000), st.floats(0, 1), st.floats(0, 1))
 def test_gae_and_returns_are_the_naive_sums(lengths: list[int], seed: int, gamma: float, lam: float):
     rewards, values = tokens(lengths, seed), tokens(lengths, seed + 1)
@@ -112,7 +112,7 @@ def test_opo_weighs_the_baseline_with_lengths():
     torch.testing.assert_close(adv.opo(SCORES, UID, LENGTHS), on_tokens([1 - baseline, 0, -baseline, 5 - baseline, 0, 0]))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(-3, 3)), min_size=1, max_size=10))
 def test_group_baselines_are_the_naive_ones(rows: list[tuple[int, int, int]]):
     uid, lengths, scores = (list(column) for column in zip(*rows, strict=True))
@@ -132,7 +132,7 @@ def test_group_baselines_are_the_naive_ones(rows: list[tuple[int, int, int]]):
         torch.testing.assert_close(function(*arguments), spread, msg=function.__name__)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=12)
 @given(st.lists(st.booleans(), min_size=1, max_size=6), st.integers(1, 6))
 def test_pass_at_k_enumerates_subsets(correct: list[bool], k: int):
     k = min(k, len(correct))

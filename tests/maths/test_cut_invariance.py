@@ -54,7 +54,7 @@ def same(loss_fn: LossFn, sequences: Sequences, parts: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("name", list(TOKEN_LOSSES))
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=6)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=7),
     st.sampled_from(list(Aggregation)),
@@ -71,7 +71,7 @@ def test_any_cut_of_the_rows_gives_the_same(name: str, rows: list[tuple[int, int
 
 
 @pytest.mark.parametrize("name", list(PAIR_LOSSES))
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=6)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=5), st.integers(0, 1000))
 def test_any_cut_between_pairs_gives_the_same(name: str, pairs: list[tuple[int, int, int]], seed: int):
     sequences = make_pairs([length for chosen, rejected, _ in pairs for length in (chosen, rejected)], seed)
