@@ -79,8 +79,15 @@ class GenerationEngine(ABC):
         """
 
     @abstractmethod
+    def weights_written(self, version: int) -> None:
+        """The weights were replaced by other means (a resharding plan); forget what was computed with the old ones."""
+
+    @abstractmethod
     def sleep(self) -> None:
-        """Free the key/value cache and the weights; generate, score need wake and then load_weights first."""
+        """Free the key/value cache and the weights; generate and score need wake and then new weights first.
+
+        An engine that freed its weights has weight_version -1.
+        """
 
     @abstractmethod
     def wake(self) -> None:

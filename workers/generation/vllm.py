@@ -2,42 +2,33 @@
 
 No process is started: every rank builds its own engine, and the ranks of one replica take the same decisions because they see
 the same requests. The engine works with the groups that exist (built beforehand, for another grouping) or lets vLLM build its
-own of consecutive ranks. Speculative decoding, adapters and several models are left out.
+own of consecutive ranks. Speculative decoding, adapters and multimodal inputs are left out. docs/generation.md has the
+measurements behind the settings.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-import os
-import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
-from workers.config import ModelConfig, Precision
+from workers.config import ModelConfig
 from workers.generation.base import GenerationEngine, Generations
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.generation.sampling import check_prompts, end_token_ids, load_model_config, stop_token_ids
+from workers.generation.vllm_memory import CpuMemory, CudaMemory, EngineMemory, model_runner, reload_weights
+from workers.generation.vllm_setup import build_llm, guest
 
 if TYPE_CHECKING:
-    from vllm import LLM, SamplingParams
-
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
-}
-"""What vLLM reads when it is imported: one process, no telemetry, the model runner whose sampler can be replaced."""
+    from vllm import LLM, RequestOutput, SamplingParams
 
 
 class VllmEngine(GenerationEngine):
@@ -46,49 +37,64 @@ class VllmEngine(GenerationEngine):
     engine = VllmEngine(model=ModelConfig(path=...), config=GenerationConfig(tp=2), context=context, load_weights=False)
     """
 
+    llm: LLM
+    """vLLM's own object, for what replaces the weights by other means."""
+
     def __init__(
         self, *, model: ModelConfig, config: GenerationConfig, context: RankContext, load_weights: bool = True, layout: Layout | None = None
     ) -> None:
         """Build the engine; collective over the pool.
 
-        load_weights=False leaves the weights random, for an actor that pushes its own before the first generation.
+        load_weights=False leaves the weights random, for an actor that pushes its own before the first generation. `layout` says
+        where the ranks are if vLLM's groups were built beforehand; by default groups are consecutive ranks.
         """
-        check_layout(config, context.world_size)
+        if context.world_size % (config.tp * config.pp):
+            raise ValueError(f"generation.tp={config.tp}, pp={config.pp}: tp * pp must divide the pool's {context.world_size} devices")
         self.layout = layout or Layout.of(dp=context.world_size // (config.pp * config.tp), pp=config.pp, tp=config.tp)
         self.weight_version = -1
-        self._config = config
-        self._rank = context.rank
         text_config = load_model_config(model)
         self._end_tokens = end_token_ids(model, text_config)
         self._vocab_size: int = text_config.vocab_size
         self._tied: bool = text_config.tie_word_embeddings
-        self._num_calls = 0
-        with guest(context, config):
+        self._has_tokenizer = bool(config.sampling.stop_strings)
+        self._has_weights = True
+        with guest(context, verbose=config.verbose):
             from vllm.distributed.parallel_state import model_parallel_is_initialized
 
             from workers.generation.vllm_sampler import TrainerSampler
 
             self._owns_groups = not model_parallel_is_initialized()
-            self._llm = build_llm(model, config, load_weights=load_weights)
-            self._sampler = self._runner.sampler = TrainerSampler(self._runner)
+            self.llm = build_llm(model, config, text_config, load_weights=load_weights)
             # vLLM's own finalizer would destroy torch.distributed's world, which is the pool's.
-            self._llm.llm_engine.engine_core._finalizer.detach()
-        self._max_model_len: int = self._llm.model_config.max_model_len
+            self.llm.llm_engine.engine_core._finalizer.detach()
+            self._sampler = TrainerSampler(model_runner(self.llm))
+            model_runner(self.llm).sampler = self._sampler
+        self._max_model_len: int = self.llm.model_config.max_model_len
+        self._memory: EngineMemory = CudaMemory(self.llm) if torch.cuda.is_available() else CpuMemory(self.llm)
+        self._check_groups(context.rank)
+        prepare_pipeline(self.llm)
 
     def generate(self, prompts: Sequence[NDArray[np.int64]], seeds: NDArray[np.int64], sampling: SamplingConfig) -> Generations:
         start = time.perf_counter()
         check_prompts(prompts, seeds, sampling, vocab_size=self._vocab_size, max_model_len=self._max_model_len)
+        if sampling.stop_strings and not self._has_tokenizer:
+            raise ValueError(
+                f"sampling.stop_strings={sampling.stop_strings}: the engine was built without a tokenizer; "
+                "set them in actor.generation.sampling.stop_strings, so that it loads one"
+            )
         params = self._sampling_params(len(prompts), sampling)
         self._sampler.start(seeds, sampling)
-        outputs = self._run([prompt.tolist() for prompt in prompts], params)
-        log_probs = self._sampler.finish()
+        try:
+            outputs = self._run([prompt.tolist() for prompt in prompts], params)
+        finally:
+            log_probs = self._sampler.finish()
         completions = [output.outputs[0] for output in outputs]
         lengths = np.array([len(completion.token_ids) for completion in completions], dtype=np.int64)
         return Generations(
             response_ids=np.array([token for completion in completions for token in completion.token_ids], dtype=np.int64),
             lengths=lengths,
             log_probs=log_probs[np.arange(log_probs.shape[1]) < lengths[:, None]],
-            finish_reasons=[completion.finish_reason for completion in completions],
+            finish_reasons=[str(completion.finish_reason) for completion in completions],
             num_prompt_tokens=sum(len(prompt) for prompt in prompts),
             seconds=time.perf_counter() - start,
         )
@@ -96,36 +102,48 @@ class VllmEngine(GenerationEngine):
     def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         from vllm import SamplingParams
 
+        if not 2 <= len(token_ids) < self._max_model_len:
+            raise ValueError(f"score: {len(token_ids)} tokens; pass at least 2 and fewer than max_model_len={self._max_model_len}")
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True)
         (output,) = self._run([list(token_ids)], [params])
         return np.array(output.prompt_logprobs.logprobs, dtype=np.float32)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
-        self._runner.reload_weights(weights_iterator=self._with_head(weights))
-        self._llm.reset_prefix_cache()
+        reload_weights(self.llm, weights, tied=self._tied)
+        self.weights_written(version)
+
+    def weights_written(self, version: int) -> None:
+        self._has_weights = True
+        self.llm.reset_prefix_cache()
         self.weight_version = version
 
     def sleep(self) -> None:
-        pass
+        self.llm.reset_prefix_cache()
+        self._memory.release()
+        self._has_weights = False
+        self.weight_version = -1
 
     def wake(self) -> None:
-        pass
+        self._memory.take_back_weights()
 
     def close(self) -> None:
         from vllm.distributed.parallel_state import destroy_model_parallel
 
-        core = self._llm.llm_engine.engine_core.engine_core
+        core = self.llm.llm_engine.engine_core.engine_core
         core.model_executor.shutdown()
         core.scheduler.shutdown()
-        del self._llm, core
+        del self.llm, self._sampler, self._memory, core
         gc.unfreeze()
         gc.collect()
         if self._owns_groups:
             destroy_model_parallel()
 
-    @property
-    def _runner(self):
-        return self._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    def _check_groups(self, rank: int) -> None:
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+        for axis, group in (("tp", get_tp_group()), ("pp", get_pp_group())):
+            expected = list(self.layout.group(rank, axis))
+            assert group.ranks == expected, f"vLLM's {axis} group is {group.ranks}, the layout's {expected}: build the groups of the layout"
 
     def _sampling_params(self, num_rows: int, sampling: SamplingConfig) -> list[SamplingParams]:
         """One object a row; vLLM only counts and stops, drawing is TrainerSampler's."""
@@ -151,75 +169,22 @@ class VllmEngine(GenerationEngine):
             result.append(params)
         return result
 
-    def _run(self, prompts: list[list[int]], params: list[SamplingParams]):
+    def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
         """Outputs in the order of `prompts`."""
-        return self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-
-    def _with_head(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Pass tied embeddings a second time as the head: on CPU vLLM keeps a repacked copy that only its own name refreshes."""
-        for name, tensor in weights:
-            yield name, tensor
-            if self._tied and name.endswith("embed_tokens.weight"):
-                yield "lm_head.weight", tensor
+        if not self._has_weights:
+            raise RuntimeError("generation: sleep freed the weights; wake the engine and give it weights first")
+        self._memory.take_back_cache()
+        if not prompts:
+            return []
+        return self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
 
 
-def check_layout(config: GenerationConfig, world_size: int) -> None:
-    """Raise a ValueError for sizes that do not divide the pool."""
-    if world_size % (config.tp * config.pp):
-        raise ValueError(f"generation.tp={config.tp}, pp={config.pp}: tp * pp must divide the pool's {world_size} devices")
+def prepare_pipeline(llm: LLM) -> None:
+    """Give later pipeline stages the buffers that they receive into: vLLM allocates them in a warm-up that CPUs skip."""
+    from vllm.distributed.parallel_state import get_pp_group
 
-
-def build_llm(model: ModelConfig, config: GenerationConfig, *, load_weights: bool) -> LLM:
-    """vLLM's engine in this process, on torch.distributed's world."""
-    from vllm import LLM
-
-    return LLM(
-        model.path,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        tokenizer=model.tokenizer or model.path,
-        skip_tokenizer_init=not config.sampling.stop_strings,
-        generation_config="vllm",
-        load_format="auto" if load_weights else "dummy",
-        dtype="float32" if config.precision == Precision.fp32 else "bfloat16",
-        tensor_parallel_size=config.tp,
-        pipeline_parallel_size=config.pp,
-        distributed_executor_backend="external_launcher",
-        max_model_len=config.max_model_len or None,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
-        gpu_memory_utilization=config.gpu_memory_fraction,
-        kv_cache_memory_bytes=config.kv_cache_bytes if not torch.cuda.is_available() else None,
-        enforce_eager=config.enforce_eager,
-        enable_prefix_caching=config.prefix_caching,
-        block_size=config.block_size or None,
-        async_scheduling=False,  # TrainerSampler counts the tokens that a row has
-        seed=0,
-    )
-
-
-@contextmanager
-def guest(context: RankContext, config: GenerationConfig) -> Iterator[None]:
-    """Let vLLM start without keeping what it changes in the process that it is a guest of.
-
-    It seeds every global random generator, replaces torch.set_num_threads by a no-op (CPU) and edits the environment that
-    later child processes would inherit (LD_PRELOAD among it).
-    """
-    assert dist.is_initialized(), "the pool's torch.distributed world must exist before a generation engine"
-    os.environ.update(ENVIRONMENT)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if config.verbose else "ERROR")
-    environment = dict(os.environ)
-    os.environ.update(RANK=str(context.rank), WORLD_SIZE=str(context.world_size), LOCAL_RANK=str(context.local_rank))
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_bytes
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_num_threads = set_num_threads
-        torch.set_num_threads(num_threads)
-        os.environ.clear()
-        os.environ.update(environment)
+    runner = model_runner(llm)
+    if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
+        )
