@@ -1,0 +1,147 @@
+"""Engine `threed`: pipeline x tensor x data parallelism with a ZeRO-1 optimizer, the paper's Megatron position, in plain PyTorch.
+
+threed_layout.py     which layouts fit; which layers a stage holds
+threed_schedule.py   1F1B and interleaved 1F1B as timetables
+threed_stages.py     a stage of a Hugging Face model
+threed_pipeline.py   runs the timetable: passes and messages of any shape
+threed_optimizer.py  flat buffers, gradient sums, AdamW split over data ranks
+tensor_parallel.py   tensor and sequence parallelism, shared with engine fsdp
+
+Data ranks need not have equally many micro-batches: they meet only at the end of a step.
+Left out: context parallelism (axis cp has size 1), experts, and splitting of single sequences over pipeline time.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hybridflow.context import RankContext
+from hybridflow.layout import Layout
+from hybridflow.resharding.shards import LocalParameter, LocalShard
+from workers.config import ModelConfig, TrainConfig
+from workers.engines.base import Head, LossFn, Outputs, TrainingEngine
+from workers.engines.loading import ModelSource, model_config
+from workers.engines.micro_batches import MicroBatch, gather_outputs, make_micro_batches
+from workers.engines.tensor_parallel import pad_time
+from workers.engines.threed_build import build_share
+from workers.engines.threed_checkpoint import load_state, save_state
+from workers.engines.threed_export import write_safetensors
+from workers.engines.threed_layout import make_layout
+from workers.engines.threed_optimizer import ZeroOptimizer
+from workers.sequences import Sequences
+
+MICRO_BATCHES_PER_STAGE = 4
+"""A pipeline of p ranks gets about 4 p micro-batches where the batch is large enough: a fifth of the time is idle at most."""
+MIN_MICRO_BATCH_TOKENS = 512
+"""Smaller micro-batches than this cost more than an idle pipeline."""
+
+
+class ThreeDEngine(TrainingEngine):
+    """See TrainingEngine; config.tp, pp, rank_order, pipeline_schedule and virtual_stages give the layout, data ranks are what is left."""
+
+    def __init__(self, *, model: ModelConfig, config: TrainConfig, head: Head, context: RankContext) -> None:
+        self.hf_config = model_config(model, head)
+        self.layout: Layout = make_layout(config, self.hf_config, context.world_size)
+        self.model, self.config, self.head = model, config, head
+        self.rank, self.place = context.rank, self.layout.coordinates(context.rank)
+        self.device = torch.device(context.device)
+        source = ModelSource(model, head, context)
+        self._share = build_share(source, model, config, head, self.layout, context.rank, self.device)
+        self._optimizer = ZeroOptimizer(self._share.groups, config.optimizer)
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes losses and outputs."""
+        return self.place["pp"] == self.config.pp - 1
+
+    def forward(self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0) -> Outputs | None:
+        micro_batches = self._micro_batches(sequences)
+        results: list[Outputs] = [Outputs()] * len(micro_batches)
+
+        def finish(index: int, numbers: dict[str, Tensor]) -> Tensor:
+            results[index] = Outputs(**numbers)
+            return next(iter(numbers.values()))
+
+        self._share.pipeline.run(micro_batches, finish, train=False, entropy=entropy, temperature=temperature)
+        if not self.is_last_stage:
+            return None
+        return gather_outputs(micro_batches, results, sequences) if micro_batches else _nothing(self.head, entropy)
+
+    def train_step(self, sequences: Sequences, loss_fn: LossFn, *, entropy: bool = False, temperature: float = 1.0) -> dict[str, float]:
+        micro_batches = self._micro_batches(sequences)
+        metrics: dict[str, Tensor] = {}
+
+        def finish(index: int, numbers: dict[str, Tensor]) -> Tensor:
+            loss, parts = loss_fn(Outputs(**numbers), micro_batches[index].sequences)
+            for name, value in {"loss": loss, **parts}.items():
+                metrics[name] = metrics.get(name, torch.zeros(())) + value.detach().double().cpu()
+            return loss
+
+        self._optimizer.begin_step()
+        self._share.pipeline.run(micro_batches, finish, train=True, entropy=entropy, temperature=temperature)
+        self.onload()
+        grad_norm, rate = self._optimizer.step()
+        if self.config.offload_optimizer:
+            self.offload()
+        return {**self._sum(metrics), "grad_norm": grad_norm, "learning_rate": rate}
+
+    def local_parameters(self) -> list[LocalParameter]:
+        held = {
+            piece.name: LocalShard(piece.box, view)
+            for group in self._share.groups
+            for piece, view in zip(group.pieces, group.views(group.weights), strict=True)
+        }
+        dtype = self._share.pipeline.dtype
+        return [LocalParameter(name, shape, dtype, (held[name],) if name in held else ()) for name, shape in self._share.logical.items()]
+
+    def save(self, directory: Path) -> None:
+        save_state(self._optimizer, directory, writes_replicated=self.place["tp"] == 0, writes_tied=self.place["pp"] == 0)
+
+    def load(self, directory: Path) -> None:
+        load_state(self._optimizer, directory)
+
+    def save_pretrained(self, directory: Path) -> None:
+        if self.rank == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            config = copy.deepcopy(self.hf_config)
+            config.architectures, config.dtype = [self._share.architecture], self._share.pipeline.dtype
+            config.save_pretrained(directory)
+        write_safetensors(self.local_parameters(), directory, self.device)
+
+    def offload(self) -> None:
+        self._optimizer.free_gradients()
+        self._optimizer.move(torch.device("cpu"))
+
+    def onload(self) -> None:
+        self._optimizer.move(self.device)
+
+    def _micro_batches(self, sequences: Sequences) -> list[MicroBatch]:
+        """The same on all ranks of this data coordinate; none if there are no rows."""
+        budget = self.config.micro_batch_tokens
+        if self.config.pp > 1:
+            share = -(-int(sequences.lengths.sum()) // (MICRO_BATCHES_PER_STAGE * self.config.pp))
+            budget = min(budget, max(share, MIN_MICRO_BATCH_TOKENS))
+        cut = make_micro_batches(sequences, self.head, budget, self.device)
+        return [pad_time(micro_batch, self.config.tp) for micro_batch in cut]
+
+    def _sum(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """Sums over data ranks, the same on every rank; the names are known on last stages that had rows only."""
+        counts = self.is_last_stage and self.place["tp"] == 0
+        own = {name: float(value) for name, value in metrics.items()} if counts else {}
+        everywhere: list[dict[str, float]] = [{} for _ in range(self.layout.size)]
+        dist.all_gather_object(everywhere, own)
+        names = dict.fromkeys(name for part in everywhere for name in part)
+        return {name: sum(part.get(name, 0.0) for part in everywhere) for name in names}
+
+
+def _nothing(head: Head, entropy: bool) -> Outputs:
+    """The outputs of no rows."""
+    empty = torch.zeros(0)
+    if head is Head.lm:
+        return Outputs(log_probs=empty, entropy=empty if entropy else None)
+    return Outputs(values=empty) if head is Head.value else Outputs(scores=empty)
