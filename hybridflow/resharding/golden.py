@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from hybridflow.resharding.memory import LocalMemory
 from hybridflow.resharding.shard_map import DTYPES, ParameterSpec, ShardMap
@@ -44,6 +46,15 @@ def reshard_golden(
                         for dim, (start, size) in enumerate(zip(shard.box.start, shard.box.shape, strict=True)):
                             view = view.narrow(dim, start, size)
                         shard.tensor.detach().copy_(view)
+    return received
+
+
+def bytes_gathered(source: ShardMap) -> NDArray[np.int64]:
+    """Bytes that every rank receives in reshard_golden, in the source's data type: int64 [ranks]."""
+    received = np.full(source.num_ranks, source.num_bytes, dtype=np.int64)
+    for number, spec in enumerate(source.parameters):
+        for rank, box in _parts(source, number):
+            received[rank] -= box.numel * spec.itemsize
     return received
 
 

@@ -111,7 +111,7 @@ def compile(
     Raises ValueError where a parameter is missing on one side, has different shapes, or where no rank holds a needed element.
     """
     nodes = tuple(nodes) if nodes is not None else (0,) * target.num_ranks
-    source = _aligned(source, target, nodes, unused)
+    source = aligned(source, target, nodes, unused)
     limit = staging_bytes(bucket_bytes, target.num_ranks)
     largest = max((spec.itemsize for spec in target.parameters), default=1)
     if limit < largest:
@@ -146,7 +146,7 @@ def plan_key(source: ShardMap, target: ShardMap, bucket_bytes: int, nodes: Seque
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _aligned(source: ShardMap, target: ShardMap, nodes: tuple[int, ...], unused: Sequence[str]) -> ShardMap:
+def aligned(source: ShardMap, target: ShardMap, nodes: tuple[int, ...], unused: Sequence[str]) -> ShardMap:
     """`source` with the target's parameters in the target's order."""
     if source.num_ranks != target.num_ranks or len(nodes) != target.num_ranks:
         raise ValueError(

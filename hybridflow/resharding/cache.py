@@ -1,0 +1,57 @@
+"""Plans on disk, found by the hash of both layouts and the compiler's settings. Arrays only, no pickles."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hybridflow.resharding.plan import DEFAULT_BUCKET_BYTES, Plan, aligned, compile, plan_key
+from hybridflow.resharding.shard_map import ShardMap
+
+COLUMNS = ("sender", "receiver", "parameter", "start", "shape", "round")
+
+
+def compile_cached(
+    source: ShardMap,
+    target: ShardMap,
+    directory: Path,
+    *,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    nodes: Sequence[int] | None = None,
+    unused: Sequence[str] = (),
+) -> Plan:
+    """compile(), or the plan that an earlier call with equal arguments left in `directory`. A damaged file is compiled anew."""
+    path = directory / f"{plan_key(source, target, bucket_bytes, nodes, unused)}.npz"
+    columns = _load(path)
+    if columns is not None:
+        places = tuple(nodes) if nodes is not None else (0,) * target.num_ranks
+        source = aligned(source, target, places, unused)
+        return Plan(source=source, target=target, bucket_bytes=bucket_bytes, nodes=places, **columns)
+    plan = compile(source, target, bucket_bytes=bucket_bytes, nodes=nodes, unused=unused)
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial.npz")
+    np.savez(
+        partial,
+        sender=plan.sender,
+        receiver=plan.receiver,
+        parameter=plan.parameter,
+        start=plan.start,
+        shape=plan.shape,
+        round=plan.round,
+    )
+    partial.replace(path)  # several ranks may write the same plan: each file appears whole
+    return plan
+
+
+def _load(path: Path) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            columns = {name: stored[name] for name in COLUMNS}
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
+    lengths = {len(column) for column in columns.values()}
+    return columns if len(lengths) == 1 else None
