@@ -1,0 +1,154 @@
+"""Options: every way to run one role on n devices of one kind, with its time per call and its memory (Algorithm 2's loop).
+
+Algorithm 2 with its gaps closed (PAPER.md section 4): d is an integer, pools smaller than a node are allowed, the generation layout is
+chosen together with the training layout, and nothing is chosen here: which option wins depends on what else lives in the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from hybridflow.dataflow import Call, CallKind
+from hybridflow.mapping.footprint import Footprint, generation_footprint, pass_footprint, resident_footprint
+from hybridflow.mapping.generation import generation_time
+from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
+from hybridflow.mapping.passes import inference_time, micro_batches, training_time
+from hybridflow.mapping.setting import Setting
+from hybridflow.mapping.transition import transition_time, weight_sync_time
+
+
+@dataclass(frozen=True, slots=True)
+class RoleOption:
+    """One role on one pool. `seconds` are per call of the role, in program order; the bytes are those of the fullest device."""
+
+    layout: ModelLayout | None
+    generation: GenerationLayout | None
+    resident: float
+    """Between calls."""
+    transient: float
+    """On top of everybody's resident bytes, in the role's greediest call."""
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PassOption:
+    """The part of a role that trains and runs forward passes; `seconds` holds 0 for generation calls."""
+
+    layout: ModelLayout
+    resident: float
+    transient: float
+    seconds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOption:
+    """The part of a role that generates, without the transition."""
+
+    layout: GenerationLayout
+    seconds: float
+
+
+def role_options(setting: Setting, role: str, group: int, num_devices: int) -> list[RoleOption]:
+    """All of them, unpruned: the search works on fronts of this list, brute force on the list itself."""
+    generating = generation_options(setting, role, group, num_devices) if setting.generates(role) else [None]
+    if all(call.kind is CallKind.generation for call in setting.calls(role)):
+        return [generation_only(setting, role, group, option) for option in generating if option is not None]
+    passing = pass_options(setting, role, group, num_devices)
+    return [combine(setting, role, group, one, other) for one, other in product(passing, generating)]
+
+
+def model_layouts(setting: Setting, role: str, group: int, num_devices: int) -> Iterator[ModelLayout]:
+    """Every layout of the search space for training and forward passes."""
+    space, trained = setting.space, setting.trained(role)
+    stages = space.zero_stages if trained else (0, *(stage for stage in space.zero_stages if stage == 3))
+    recomputes = space.recompute if trained else (False,)
+    longest = setting.workload.longest_row
+    for p, t, d in space.model_layouts(setting.model(role), setting.cluster.groups[group], num_devices):
+        for zero, recompute, offload in product(stages, recomputes, space.offload):
+            if (zero and d == 1 and zero != min(stages)) or (zero >= 3 and (p > 1 or d == 1)):
+                continue
+            for rows in space.micro_batch_rows:
+                yield ModelLayout(p=p, t=t, d=d, zero=zero, recompute=recompute, micro_batch_tokens=rows * longest, offload=offload)
+
+
+def pass_options(setting: Setting, role: str, group: int, num_devices: int) -> list[PassOption]:
+    return [pass_option(setting, role, group, layout) for layout in model_layouts(setting, role, group, num_devices)]
+
+
+def pass_option(setting: Setting, role: str, group: int, layout: ModelLayout) -> PassOption:
+    """Seconds and bytes of the role's training and forward calls with `layout`."""
+    resident = resident_footprint(setting.model(role), layout, setting.space, trained=setting.trained(role)).total
+    calls = setting.calls(role)
+    seconds = tuple(pass_seconds(setting, role, group, call, layout) for call in calls)
+    kinds = {call.kind for call in calls} - {CallKind.generation}
+    transient = max(call_footprint(setting, role, kind, layout, None).total for kind in kinds)
+    return PassOption(layout, resident, transient, seconds)
+
+
+def pass_seconds(setting: Setting, role: str, group: int, call: Call, layout: ModelLayout) -> float:
+    machine = setting.machine(group)
+    if call.kind is CallKind.training:
+        return training_time(setting.model(role), layout, machine).total
+    if call.kind is CallKind.inference:
+        return inference_time(setting.model(role), layout, machine, trained=setting.trained(role)).total
+    return 0.0
+
+
+def call_footprint(
+    setting: Setting, role: str, kind: CallKind, layout: ModelLayout | None, generation: GenerationLayout | None
+) -> Footprint:
+    """What a call of `kind` needs on top of the resident bytes."""
+    model, workload, space = setting.model(role), setting.workload, setting.space
+    if kind is CallKind.generation:
+        assert generation is not None
+        return generation_footprint(model, generation, layout, space, workload)
+    assert layout is not None
+    backward = kind is CallKind.training
+    rows = workload.num_rows / workload.updates if backward else workload.num_rows
+    number, _ = micro_batches(layout, workload, rows)
+    return pass_footprint(model, layout, space, workload, number, trained=setting.trained(role), backward=backward)
+
+
+def generation_options(setting: Setting, role: str, group: int, num_devices: int) -> list[GenerationOption]:
+    """For every (pg, tg): as many sequences at once as the engine allows, and fewer where the KV cache may not hold them."""
+    space, workload = setting.space, setting.workload
+    options = []
+    for pg, tg, replicas in space.generation_layouts(setting.model(role), setting.cluster.groups[group], num_devices):
+        rows = -(-workload.num_rows // replicas)
+        counts = {min(space.max_running, -(-rows // waves)) for waves in space.waves}
+        for running in sorted(counts, reverse=True):
+            layout = GenerationLayout(pg=pg, tg=tg, replicas=replicas, max_running=running)
+            options.append(GenerationOption(layout, generation_time(setting.model(role), layout, setting.machine(group)).total))
+    return options
+
+
+def combine(setting: Setting, role: str, group: int, one: PassOption, other: GenerationOption | None) -> RoleOption:
+    """Training and generation of one role on one pool, with the transition charged to the first generation call of the step."""
+    if other is None:
+        return RoleOption(one.layout, None, one.resident, one.transient, one.seconds)
+    transition = entry_seconds(setting, role, group, one.layout, other.layout)
+    extra = call_footprint(setting, role, CallKind.generation, one.layout, other.layout).total
+    seconds = list(one.seconds)
+    for position, call in enumerate(setting.calls(role)):
+        if call.kind is CallKind.generation:
+            seconds[position] = other.seconds + transition
+            transition = 0.0
+    return RoleOption(one.layout, other.layout, one.resident, max(one.transient, extra), tuple(seconds))
+
+
+def entry_seconds(setting: Setting, role: str, group: int, layout: ModelLayout, generation: GenerationLayout) -> float:
+    """What it takes to enter the generation layout: the transition, and moving away and back what offloading keeps on the host."""
+    if not setting.trained(role):
+        return 0.0
+    return transition_time(setting.model(role), layout, generation, setting.machine(group))
+
+
+def generation_only(setting: Setting, role: str, group: int, option: GenerationOption) -> RoleOption:
+    """A role that does nothing but generate; its weights come from another pool if somebody trains them there."""
+    model, layout = setting.model(role), option.layout
+    sync = weight_sync_time(model, layout, setting.machine(group)) if role in setting.weights_from else 0.0
+    footprint = call_footprint(setting, role, CallKind.generation, None, layout)
+    seconds = tuple(option.seconds + (sync if position == 0 else 0.0) for position in range(len(setting.calls(role))))
+    return RoleOption(None, layout, footprint.generation_weights, footprint.total - footprint.generation_weights, seconds)
