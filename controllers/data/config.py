@@ -1,0 +1,68 @@
+"""Settings of the data: where prompts come from, which columns they are in, how they become tokens and batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Overlong(StrEnum):
+    """What happens to a prompt of more than max_prompt_tokens. Cutting it is not offered: it would be another question."""
+
+    drop = "drop"
+    """Leave it out; how many were is logged."""
+    error = "error"
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """DataConfig(train="data/train.parquet", validation=["openai/gsm8k:main:test"], prompt_column="question", batch_size=128)"""
+
+    train: Any = "???"
+    """A file, directory, glob or hub name, or a list of them. Files are .parquet or .jsonl; a hub name is owner/name,
+    owner/name:split or owner/name:config:split (the split is "train" where it is not named). What exists on disk is taken as a file."""
+    validation: Any = None
+    """The same for held-out prompts; null for none."""
+    prompt_column: str = "prompt"
+    """Text, or chat messages: a list of {role, content}."""
+    answer_column: str | None = "answer"
+    """Given to the reward function as `answer`; null if there is none."""
+    columns: list[str] | None = None
+    """Further columns for the reward function, under their own names; null for all the others that the data has."""
+    batch_size: int = 128
+    """Prompts of one step, over all ranks. It need not divide anything: a batch goes on into the next epoch."""
+    shuffle: bool = True
+    """A new order in every epoch; false keeps the order of the files."""
+    seed: int = 0
+    """Of the order. The order depends on (seed, epoch) only."""
+    max_prompt_tokens: int = 1024
+    overlong: Overlong = Overlong.drop
+    text_as_user_message: bool = False
+    """Make a text prompt the message of a user, for chat models; false continues the text as it stands."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, for a tokenizer that has none or another one."""
+    chat_template_options: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, such as enable_thinking: false."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch_size", self.batch_size), ("max_prompt_tokens", self.max_prompt_tokens)):
+            if value < 1:
+                raise ValueError(f"data.{name} is {value}; use at least 1")
+        if self.seed < 0:
+            raise ValueError(f"data.seed is {self.seed}; use 0 or more")
+        places("data.train", self.train)
+        if self.validation is not None:
+            places("data.validation", self.validation)
+        taken = [name for name in (self.prompt_column, self.answer_column) if name in (self.columns or [])]
+        if taken:
+            raise ValueError(f"data.columns has {taken[0]!r}, which is the prompt or the answer already; leave it out")
+
+
+def places(field_name: str, value: Any) -> list[str]:
+    """One place or several, as a list of strings."""
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, Sequence) or not all(isinstance(place, str) and place for place in listed):
+        raise ValueError(f"{field_name} is {value!r}; give a file, a hub name, or a list of them")
+    return list(listed)

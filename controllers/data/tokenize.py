@@ -1,0 +1,144 @@
+"""From a row's prompt to its tokens, with every way in which a row can be wrong.
+
+Text is tokenised with the tokenizer's special tokens (a beginning-of-sequence token where the model has one); chat messages go
+through the chat template, with the generation prompt at the end. Leaves out images and tools: content is text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from controllers.data.config import DataConfig
+from controllers.data.sources import SourceRow
+from workers.config import ModelConfig
+
+RESERVED = ("prompt", "response", "finish_reason")
+"""What the reward function is given beside the dataset's columns."""
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or the one named beside it."""
+    name = model.tokenizer or model.path
+    revision = model.revision if model.tokenizer is None else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer at {name!r} ({error}); set model.path or model.tokenizer to a directory or hub name") from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+class PromptTokenizer:
+    """ids = PromptTokenizer(tokenizer, config)(rows)   # one list of ints a row"""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        self.template = _template(config)
+
+    def __call__(self, rows: Sequence[SourceRow]) -> list[list[int]]:
+        prompts = [self.prompt(row) for row in rows]
+        chats = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
+        texts = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
+        ids: list[list[int]] = [[]] * len(rows)
+        for indices, rendered, special in (
+            (texts, [prompts[i] for i in texts], True),
+            (chats, [self.render(rows[i], prompts[i]) for i in chats], False),
+        ):
+            if indices:
+                encoded = self.tokenizer(rendered, add_special_tokens=special, padding=False, truncation=False)["input_ids"]
+                for i, tokens in zip(indices, encoded, strict=True):
+                    ids[i] = tokens
+        return ids
+
+    def prompt(self, row: SourceRow) -> str | list[dict[str, Any]]:
+        """The checked prompt: text, or messages."""
+        column = self.config.prompt_column
+        if column not in row.values:
+            raise ValueError(
+                f"{row.place}: no column {column!r}, it has {', '.join(map(repr, row.values))}; "
+                "set data.prompt_column to the column of the prompts"
+            )
+        prompt = row.values[column]
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise ValueError(f"{row.place}: {column!r} is empty; remove the row or give it a prompt")
+            return [{"role": "user", "content": prompt}] if self.config.text_as_user_message else prompt
+        if not isinstance(prompt, list) or not prompt:
+            shown = "an empty list" if prompt == [] else f"{type(prompt).__name__} {str(prompt)[:60]!r}"
+            raise ValueError(f"{row.place}: {column!r} is {shown}; it must be text or a list of {{role, content}} messages")
+        return [_message(row, column, number, message, last=number == len(prompt) - 1) for number, message in enumerate(prompt)]
+
+    def render(self, row: SourceRow, messages: Any) -> str:
+        """The text that the chat template makes of the messages."""
+        if self.template is None and self.tokenizer.chat_template is None:
+            raise ValueError(
+                f"{row.place}: the prompt is a list of chat messages, but the tokenizer has no chat template; "
+                "set data.chat_template to a file with one, use an instruction-tuned model's tokenizer, or store prompts as text"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **self.config.chat_template_options,
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(
+                f"{row.place}: the chat template rejects the messages: {error}; change the messages or the template"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+
+def extras(row: SourceRow, config: DataConfig) -> dict[str, Any]:
+    """The columns for the reward function: `answer` and the further ones."""
+    values = row.values
+    kept = {}
+    if config.answer_column is not None:
+        if values.get(config.answer_column) is None:
+            has = "is null in" if config.answer_column in values else "is not among"
+            raise ValueError(
+                f"{row.place}: the answer's column {config.answer_column!r} {has} {', '.join(map(repr, values))}; "
+                "set data.answer_column to the right column, or to null if the reward needs no answer"
+            )
+        kept["answer"] = values[config.answer_column]
+    used = (config.prompt_column, config.answer_column)
+    names = config.columns if config.columns is not None else [name for name in values if name not in used]
+    for name in names:
+        if name not in values:
+            raise ValueError(f"{row.place}: no column {name!r}, it has {', '.join(map(repr, values))}; correct data.columns")
+        if name in RESERVED or name in kept:
+            raise ValueError(
+                f"{row.place}: column {name!r} has the name of something else that the reward function is given; "
+                "rename it, or list in data.columns the columns to keep"
+            )
+        kept[name] = values[name]
+    return kept
+
+
+def _message(row: SourceRow, column: str, number: int, message: Any, last: bool) -> dict[str, Any]:
+    """The message without the nulls that parquet puts where other messages have a field."""
+    place = f"{row.place}: message {number} (from 0) of {column!r}"
+    if not isinstance(message, dict):
+        raise ValueError(f"{place} is a {type(message).__name__}; write {{'role': ..., 'content': ...}}")
+    for name in ("role", "content"):
+        if not isinstance(message.get(name), str):
+            raise ValueError(f"{place} has {name}={message.get(name)!r}; it must be text")
+    if last and message["role"] == "assistant":
+        raise ValueError(f"{place} is the last one and the assistant's, so there is nothing to answer; remove it")
+    return {name: value for name, value in message.items() if value is not None}
+
+
+def _template(config: DataConfig) -> str | None:
+    if config.chat_template is None:
+        return None
+    path = Path(config.chat_template).expanduser()
+    if not path.is_file():
+        raise ValueError(f"data.chat_template={config.chat_template!r}: there is no such file; give the path of a Jinja template")
+    return path.read_text(encoding="utf-8")
