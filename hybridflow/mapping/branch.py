@@ -89,7 +89,7 @@ class Branch:
             self._descend({**fixed, pool: choice}, left)
 
     def _bound(self, fixed: dict[int, int], room: tuple[int, ...]) -> float:
-        """Makespan when pools in `fixed` (pool -> choice) take their least and each other one takes the least within what the rest leaves."""
+        """Makespan when pools in `fixed` (pool -> choice) take their least and the others the least within what the rest leaves."""
         self._statistics.allocations_bounded += 1
         seconds = list(self._fixed)
         for pool, table in enumerate(self._tables):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hybridflow.mapping.branch import TIE, Branch, Found, Statistics
+from hybridflow.mapping.branch import TIE, Allocation, Branch, Found, Statistics
 from hybridflow.mapping.fronts import Fronts
 from hybridflow.mapping.placements import Placement, placements
 from hybridflow.mapping.setting import Setting
@@ -64,6 +64,10 @@ class Search:
     def best_of(self, placement: Placement) -> Found | None:
         """The fastest plan of one placement, or None if it does not fit."""
         return self._branch(placement).best(np.inf)
+
+    def best_for(self, placement: Placement, allocation: Allocation) -> Found | None:
+        """The fastest layouts for given pools, or None if none fit."""
+        return Branch(self.setting, self._fronts, placement, [], self.statistics).solve(allocation, np.inf)
 
     def _branch(self, placement: Placement) -> Branch:
         for roles in placement:

@@ -1,0 +1,28 @@
+"""What the mapping tests share: small models, clusters and workloads whose brute force is feasible."""
+
+from __future__ import annotations
+
+import pytest
+
+from hybridflow.mapping.cluster import Cluster
+from hybridflow.mapping.setting import Setting
+from hybridflow.mapping.workload import Lengths, Workload
+from hybridflow.mapping.zoo import MODELS
+from recipes.dataflows import STANDARD
+
+
+@pytest.fixture
+def paper_setting():
+    """paper_setting("llama-7b", 16): PPO on A100 nodes with the paper's workload."""
+
+    def make(model: str, num_devices: int, algorithm: str = "ppo") -> Setting:
+        policy = MODELS[model]
+        scalar = policy.with_scalar_head()
+        return Setting(
+            dataflow=STANDARD[algorithm],
+            models={"actor": policy, "reference": policy, "critic": scalar, "reward": scalar, "cost": scalar},
+            cluster=Cluster.parse(f"{num_devices}xA100-80GB"),
+            workload=Workload(num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8),
+        )
+
+    return make
