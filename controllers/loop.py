@@ -196,7 +196,7 @@ class Loop:
         )
         self.train_s += seconds
         self.tokens += tokens
-        self.gap = max(self.gap, metrics.get("actor/max_log_prob_gap", 0.0))
+        self.gap = max(self.gap, metrics.get("actor/log_prob_gap_max", 0.0))
         for phase, value in phases.items():
             self.phase_s[phase] = self.phase_s.get(phase, 0.0) + value
 

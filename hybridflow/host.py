@@ -27,6 +27,9 @@ from hybridflow.waiting import Reply
 from hybridflow.worker import Worker, remote_methods
 
 
+NO_ARGUMENTS = Arguments()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostInfo:
     """Where a host turned out to be."""
@@ -41,7 +44,7 @@ class HostInfo:
 
 class Host:
     """host = Host(context); host.join("127.0.0.1", 29500, 60.0); host.create("actor", ActorWorker, config)
-    reply, *blocks = host.call("actor", "compute_log_prob", Arguments((batch,)), keep=True)
+    reply, *blocks = host.call(("actor", "compute_log_prob", Arguments((batch,)), True))
     """
 
     def __init__(self, context: RankContext, node_id: str = "") -> None:
@@ -93,13 +96,17 @@ class Host:
             self.workers[role] = worker_class(config, replace(self.context, role=role))
         return Reply(started=started, finished=time.time())
 
-    def call(self, role: str, method: str, arguments: Arguments, keep: bool) -> Any:
-        """Runs one method: a Reply, followed by a block for each column that the method writes (None where keep is false)."""
+    def call(self, order: tuple[str, str, Arguments | None, bool]) -> Any:
+        """Runs one method, order = (role, method, arguments, keep).
+
+        Returns a Reply, followed by a block for each column that the method writes (None where keep is false).
+        """
         started = time.time()
+        role, method, arguments, keep = order
         with _named_failure(self.context, role, method):
             worker = self.workers[role]
             declaration = remote_methods(type(worker))[method]
-            local = arguments.map_batches(lambda batch: batch.local(batch.columns, self.node_id or None))
+            local = (arguments or NO_ARGUMENTS).map_batches(lambda batch: batch.local(batch.columns, self.node_id or None))
             result = getattr(worker, method)(*local.args, **local.kwargs)
             if not declaration.writes:
                 return Reply(started=started, finished=time.time(), result=result if keep else None)

@@ -154,6 +154,7 @@ class RayPool(ResourcePool):
     def __init__(self, spec: PoolSpec) -> None:
         self.spec = spec
         self._actors: list[Any] = []
+        self._kept_callers: dict[int, list[Any]] = {}
         self._group: Any = None
         try:
             self._start()
@@ -241,12 +242,19 @@ class RayPool(ResourcePool):
         self, role: str, method: str, arguments: Sequence[Arguments], keep: Sequence[bool], num_columns: int
     ) -> list[tuple[Any, list[Any]]]:
         self._check_usable()
-        calls = []
-        for actor, own, kept in zip(self._actors, arguments, keep, strict=True):
-            refs = actor.call.options(num_returns=1 + num_columns).remote(role, method, own, kept)
+        calls: list[tuple[Any, list[Any]]] = []
+        for start, own, kept in zip(self._callers(num_columns), arguments, keep, strict=True):
+            # One argument: Ray serialises every argument by itself.
+            refs = start.remote((role, method, own if own.args or own.kwargs else None, kept))
             calls.append((refs[0], list(refs[1:])) if num_columns else (refs, []))
         self._watch(role, method, [reply for reply, _ in calls])
         return calls
+
+    def _callers(self, num_columns: int) -> list[Any]:
+        """Each host's `call` with a reply and that many columns; Ray takes long to make one, so they are kept."""
+        if num_columns not in self._kept_callers:
+            self._kept_callers[num_columns] = [actor.call.options(num_returns=1 + num_columns) for actor in self._actors]
+        return self._kept_callers[num_columns]
 
     def _watch(self, role: str, method: str, replies: Sequence[Any]) -> None:
         CALLS.add(
@@ -312,6 +320,7 @@ class RayPool(ResourcePool):
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         self._actors = []
+        self._kept_callers = {}
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
             self._group = None

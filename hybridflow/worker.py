@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from hybridflow.columns import declared
@@ -64,6 +65,7 @@ def remote(
     return mark
 
 
+@cache
 def remote_methods(worker: type) -> dict[str, Remote]:
     """The declared methods of a class by name, inherited ones included; an override keeps its base's declaration."""
     found: dict[str, Remote] = {}
