@@ -5,11 +5,12 @@ target = ShardMap.gather(generator.destinations(), group)
 plan = compile(source, target, bucket_bytes=64 << 20)
 print(verify(plan))                                     # the certificate
 executor = Executor(plan, engine.local_parameters(), generator.destinations(), group)
+attestor = Attestor(plan.source, engine.local_parameters(), plan.target, generator.destinations(), group)
 executor.run()                                          # at every sync
-attest(Parts.of(plan.source), engine.local_parameters(), Parts.of(plan.target), generator.destinations(), group)
+attestor.run()                                          # and after it
 """
 
-from hybridflow.resharding.attest import AttestationError, Parts, attest
+from hybridflow.resharding.attest import AttestationError, Attestor, Parts, attest
 from hybridflow.resharding.certificate import Certificate, PlanError, verify
 from hybridflow.resharding.execute import ExecutionReport, Executor, execute
 from hybridflow.resharding.plan import Plan, compile
@@ -18,6 +19,7 @@ from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
 
 __all__ = [
     "AttestationError",
+    "Attestor",
     "Box",
     "Certificate",
     "ExecutionReport",
