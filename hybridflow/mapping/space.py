@@ -24,7 +24,7 @@ class SearchSpace:
     offload: tuple[bool, ...] = (False,)
     micro_batch_rows: tuple[int, ...] = (1, 2, 4, 8)
     """Micro-batches of this many longest rows."""
-    max_pipeline: int = 16
+    max_pipeline: int = 8
     max_tensor: int = 64
     """Tensor parallelism never leaves a node, whatever is allowed here."""
     max_generation_pipeline: int = 1
