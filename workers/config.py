@@ -30,8 +30,9 @@ class ModelConfig:
     """Hub name or directory of the tokenizer; the model's own when null."""
     revision: str | None = None
     trust_remote_code: bool = False
-    attention: str = "sdpa"
-    """attn_implementation of transformers: sdpa, eager, flash_attention_2, flash_attention_3, flex_attention."""
+    attention: str = "auto"
+    """attn_implementation of transformers: sdpa, eager, flash_attention_2, flash_attention_3, flex_attention; auto takes the
+    model's best (on a CPU, one that is fast for short rows)."""
 
 
 @dataclass(kw_only=True)

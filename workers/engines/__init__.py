@@ -8,7 +8,7 @@ from workers.engines.base import TrainingEngine
 
 ENGINES: dict[str, str] = {
     "fsdp": "workers.engines.fsdp:FsdpEngine",
-    "threed": "workers.engines.threed:ThreedEngine",
+    "threed": "workers.engines.threed:ThreeDEngine",
     "deepspeed": "workers.engines.deepspeed:DeepspeedEngine",
 }
 """name -> "module:class"; imported when asked for, so that one engine's libraries are no other's dependencies."""

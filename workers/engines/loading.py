@@ -13,14 +13,25 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hybridflow.context import RankContext
 from workers.config import ModelConfig
+from workers.engines.attention import prefer_cpu_attention
 from workers.engines.base import Head
 from workers.engines.model import score_head
 
+AUTO = "auto"
+"""ModelConfig.attention: transformers' choice for the model, and on a CPU the faster attention for short rows."""
 NEW_HEAD_SEED = 0
 NEW_HEAD_STD = 0.02
 
@@ -55,20 +66,23 @@ class ModelSource:
             self.model = build_on_meta(config, head)
         if loaded is not None:
             self._weights = dict(chain(loaded.named_parameters(remove_duplicate=False), loaded.named_buffers(remove_duplicate=False)))
-        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module in self.model.modules():
-            for name, tensor in _own_tensors(module):
-                self._owners.setdefault(id(tensor), []).append((module, name))
-        # Keeps the original tensors alive, so that no id is used twice.
-        self._originals = list(chain(self.model.parameters(), self.model.buffers()))
+        if config.attention == AUTO and context.device == "cpu":
+            prefer_cpu_attention(self.model)
+        self.generation_config: GenerationConfig | None = loaded.generation_config if loaded is not None and head is Head.lm else None
+        """The checkpoint's, on rank 0."""
         self._done: set[tuple[int, str]] = set()
         self._names = {id(module): name for name, module in self.model.named_modules()}
+        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._originals: list[Tensor] = []
 
     def materialize(self, module: nn.Module, device: torch.device) -> None:
         """Give every parameter and buffer under `module` its checkpoint value on `device`; tied ones stay tied. Collective.
 
-        What has been materialized before is skipped, so modules can be sharded one after the other, from the leaves up.
+        What has been materialized before is skipped, so modules can be sharded one after the other, from the leaves up. A
+        distributed tensor on meta (tensor parallelism set up before) keeps this rank's part.
         """
+        if not self._owners:
+            self._find_owners()
         for owner in module.modules():
             for name, tensor in _own_tensors(owner):
                 if (id(owner), name) not in self._done:
@@ -83,6 +97,8 @@ class ModelSource:
             value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         if self.world_size > 1:
             dist.broadcast(value, src=0)
+        if isinstance(tensor, DTensor):
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
         new = nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
         for other, other_name in self._owners[id(tensor)]:
             self._done.add((id(other), other_name))
@@ -90,6 +106,14 @@ class ModelSource:
                 other._parameters[other_name] = new
             else:
                 other._buffers[other_name] = new
+
+    def _find_owners(self) -> None:
+        """Which modules hold each tensor (several do if it is tied). Not before now: the caller may have exchanged parameters."""
+        for module in self.model.modules():
+            for name, tensor in _own_tensors(module):
+                self._owners.setdefault(id(tensor), []).append((module, name))
+                # Alive for as long as its id is a key.
+                self._originals.append(tensor)
 
     def _from_rank_zero(self, error: str | None) -> str | None:
         if self.world_size == 1:
@@ -109,7 +133,7 @@ def load_pretrained(config: ModelConfig, head: Head) -> PreTrainedModel:
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             dtype=torch.float32,
-            attn_implementation=config.attention,
+            attn_implementation=_attention(config),
             output_loading_info=True,
         )
     except (OSError, RuntimeError, ImportError) as error:
@@ -123,7 +147,7 @@ def build_on_meta(config: ModelConfig, head: Head) -> PreTrainedModel:
     hf_config = model_config(config, head)
     with torch.device("meta"):
         return _auto_class(head).from_config(
-            hf_config, dtype=torch.float32, attn_implementation=config.attention, trust_remote_code=config.trust_remote_code
+            hf_config, dtype=torch.float32, attn_implementation=_attention(config), trust_remote_code=config.trust_remote_code
         )
 
 
@@ -142,6 +166,10 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
     if not known or bidirectional or hf_config.is_encoder_decoder:
         raise ValueError(f"model.path is {config.path!r}: {kind} is not a causal (decoder-only) language model; use one that is")
     return hf_config
+
+
+def _attention(config: ModelConfig) -> str | None:
+    return None if config.attention == AUTO else config.attention
 
 
 def _auto_class(head: Head) -> type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]:
