@@ -26,7 +26,6 @@ from hybridflow.protocols import Arguments
 from hybridflow.waiting import Reply
 from hybridflow.worker import Worker, remote_methods
 
-
 NO_ARGUMENTS = Arguments()
 
 
@@ -47,8 +46,10 @@ class Host:
     reply, *blocks = host.call(("actor", "compute_log_prob", Arguments((batch,)), True))
     """
 
-    def __init__(self, context: RankContext, node_id: str = "") -> None:
+    def __init__(self, context: RankContext, node_id: str = "", roles: str = "") -> None:
+        """`roles` is for the name that Ray shows, which is made before there are any."""
         self.context = context
+        self.roles = roles
         self.node_id = node_id
         self.workers: dict[str, Worker] = {}
         self.stack_file = _write_stacks_on_signal()
@@ -121,7 +122,7 @@ class Host:
         self.workers.clear()
 
     def __repr__(self) -> str:
-        return f"{self.context.pool}/{self.context.rank}[{','.join(self.workers)}]"
+        return f"{self.context.pool}/{self.context.rank} {self.roles or '+'.join(self.workers)}"
 
 
 def _written_blocks(result: Any, writes: Sequence[str], arguments: Arguments) -> list[Block]:

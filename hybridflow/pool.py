@@ -227,10 +227,10 @@ class RayPool(ResourcePool):
             "num_gpus": 1 if self.spec.device == "cuda" else 0,
             "scheduling_strategy": strategy,
             "runtime_env": {"env_vars": env},
-            "name": f"hybridflow:{ray.get_runtime_context().get_job_id()}:{self.name}/{context.rank}[{roles}]",
+            "name": f"{self.name}/{context.rank} {roles} (job {ray.get_runtime_context().get_job_id()})",
             "max_restarts": 0,
         }
-        return ray.remote(Host).options(**options).remote(context, node)
+        return ray.remote(Host).options(**options).remote(context, node, roles)
 
     def create(self, role: str, worker_class: type[Worker], config: Any) -> None:
         self._check_usable()

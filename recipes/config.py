@@ -23,6 +23,11 @@ class Runtime(StrEnum):
     """All roles in this process, world size 1: breakpoints work, Ray is not started."""
 
 
+class Device(StrEnum):
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 class Placement(StrEnum):
     colocated = "colocated"
     """All roles on one pool of num_devices."""
@@ -57,8 +62,10 @@ class RunConfig:
 
     runtime: Runtime = Runtime.ray
     placement: Placement = Placement.colocated
-    num_devices: int = 0
-    """Devices of the run (GPUs, or processes on a CPU machine); 0: all GPUs of the cluster, or one process on CPU."""
+    device: Device = Device.cpu
+    """What a device is: a GPU, or a process on CPU."""
+    num_devices: int = 1
+    """Devices of the run with placement colocated and auto."""
     pools: dict[str, PoolConfig] = field(default_factory=dict)
     """For placement=custom: which roles share which devices."""
     cpus_per_device: float = 1.0

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from cluster.connect import ClusterInfo, connect
 from controllers import algorithm_entry, create_algorithm
@@ -25,7 +24,7 @@ from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
 from hybridflow.tracing import draw, trace, traced_roles
 from hybridflow.waiting import CALLS
 from hybridflow.worker import Worker
-from recipes.config import Placement, PoolConfig, RunConfig, Runtime
+from recipes.config import Device, Placement, RunConfig, Runtime
 from workers.actor import ActorWorker
 from workers.critic import CriticWorker
 from workers.reference import ReferenceWorker
@@ -68,7 +67,7 @@ def run(config: RunConfig) -> Outcome | None:
     CALLS.timeout_s = config.call_timeout_s
     directory = Path(config.output_dir).absolute()
     with ExitStack() as stack:
-        cluster = stack.enter_context(connect_to(config))
+        cluster = stack.enter_context(connect_cluster(config))
         tracker = stack.enter_context(
             Tracker(
                 config.metrics,
@@ -153,7 +152,7 @@ def pool_sizes(config: RunConfig) -> dict[str, int]:
         return {"main": 1}
     if config.placement is Placement.custom:
         return {name: pool.num_devices for name, pool in config.pools.items()}
-    return {"main": config.num_devices or default_num_devices()}
+    return {"main": config.num_devices}
 
 
 def check_dataflow(config: RunConfig, roles: Sequence[Role]) -> Dataflow:
@@ -164,11 +163,32 @@ def check_dataflow(config: RunConfig, roles: Sequence[Role]) -> Dataflow:
     return trace(config.algorithm.name, algorithm.step, INPUTS, recorder)
 
 
+def connect_cluster(config: RunConfig) -> AbstractContextManager[ClusterInfo | None]:
+    """Ray with room for all pools; nothing with runtime=local."""
+    if config.runtime is Runtime.local:
+        return nullcontext()
+    devices = sum(pool_sizes(config).values())
+    gpus = devices if config.device is Device.cuda else 0
+    return connect(config.cluster, cpu_slots=devices * config.cpus_per_device, gpus=gpus)
+
+
+def start_tracker(config: RunConfig, directory: Path, store: CheckpointStore) -> Tracker:
+    """The metrics of this run, going on where the checkpoint that it resumes from was written."""
+    latest = store.latest() if config.loop.resume == "auto" else None
+    settings = OmegaConf.to_container(OmegaConf.structured(config))
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    start = latest.step if latest else 0
+    return Tracker(
+        config.metrics, directory, total_steps=config.loop.num_steps, start_step=start, run_config=cast(dict[str, object], settings)
+    )
+
+
 def start_pool(config: RunConfig, cluster: ClusterInfo | None, name: str, roles: Sequence[Role]) -> ResourcePool:
     spec = PoolSpec(
         name=name,
         num_devices=pool_sizes(config)[name],
-        device="cuda" if gpu_available() else "cpu",
+        device=config.device.value,
         cpus_per_device=config.cpus_per_device,
         roles=tuple(role.name for role in roles if role.pool == name),
         collective_timeout_s=config.call_timeout_s,

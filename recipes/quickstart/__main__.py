@@ -1,0 +1,98 @@
+"""python -m recipes.quickstart: a tiny model, a task with verifiable answers, and then what a user would run: recipes.ppo.
+
+Leaves in outputs/quickstart: summary.json, metrics.jsonl, curves.png, and the trained policy as a Hugging Face directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hybridflow.checkpoint import CheckpointStore
+from hybridflow.metrics import Curve, draw_curves
+from recipes.quickstart.prepare import Prepared, prepare
+from recipes.quickstart.settings import SETTINGS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=sorted(SETTINGS), default="ppo")
+    parser.add_argument("--output", type=Path, default=None, help="default: outputs/quickstart, for grpo outputs/quickstart-grpo")
+    parser.add_argument("overrides", nargs="*", help="further settings for the recipe, such as loop.num_steps=5 runtime=local")
+    arguments = parser.parse_args()
+    output = arguments.output or Path("outputs/quickstart" if arguments.recipe == "ppo" else f"outputs/quickstart-{arguments.recipe}")
+    console = Console()
+    prepared = prepare(Path("outputs/quickstart-data"), console=console)
+    command = recipe_command(arguments.recipe, prepared, output, arguments.overrides)
+    console.rule("What a user would run")
+    console.print(shlex.join(["python", *command]), soft_wrap=True, highlight=False)
+    console.rule()
+    finished = subprocess.run([sys.executable, *command], check=False)
+    if finished.returncode:
+        raise SystemExit(finished.returncode)
+    summary = summarise(output)
+    draw(output)
+    show(console, summary, output)
+
+
+def recipe_command(recipe: str, prepared: Prepared, output: Path, overrides: list[str]) -> list[str]:
+    """-m recipes.<recipe> with the quickstart's settings; later ones win."""
+    return [
+        "-m",
+        f"recipes.{recipe}",
+        f"model.path={prepared.model_path}",
+        f"data.train={prepared.train_path}",
+        f"data.validation={prepared.test_path}",
+        f"output_dir={output}",
+        *SETTINGS[recipe],
+        *overrides,
+    ]
+
+
+def summarise(output: Path) -> dict[str, Any]:
+    """summary.json in the quickstart's words: its reward is 1 for a right answer, so validation's mean reward is the accuracy."""
+    path = output / "summary.json"
+    outcome = json.loads(path.read_text())
+    summary = {
+        "accuracy_before": outcome["reward_before"],
+        "accuracy_after": outcome["reward_after"],
+        "train_seconds": outcome["train_s"],
+        "num_steps": outcome["num_steps"],
+        "tokens_per_second": outcome["tokens"] / outcome["train_s"] if outcome["train_s"] else 0.0,
+        "max_log_prob_gap": outcome["max_log_prob_gap"],
+        "seconds_per_phase": outcome["phase_s"],
+    }
+    path.write_text(json.dumps(summary, indent=1))
+    checkpoint = CheckpointStore(output / "checkpoints").latest()
+    assert checkpoint is not None, "the loop ends with a checkpoint"
+    shutil.copytree(checkpoint.path / "huggingface", output / "huggingface", dirs_exist_ok=True)
+    return summary
+
+
+def draw(output: Path) -> None:
+    curves = [Curve("reward/mean", "mean reward of the samples"), Curve("reward/mean", "held-out greedy accuracy", split="validation")]
+    draw_curves(output / "metrics.jsonl", output / "curves.png", curves)
+
+
+def show(console: Console, summary: dict[str, Any], output: Path) -> None:
+    table = Table(title="quickstart")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, value in summary.items():
+        for key, number in value.items() if isinstance(value, dict) else [(name, value)]:
+            table.add_row(key if key == name else f"  {key}, s", f"{number:.4g}")
+    console.print(table)
+    console.print(f"curves: {output}/curves.png   policy: {output}/huggingface   metrics: {output}/metrics.jsonl", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Calling a user's reward function, row by row. Imports nothing heavy: Ray tasks start with this module."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from numbers import Real
+from typing import Any
+
+RewardFunction = Callable[..., float | Mapping[str, float]]
+"""f(*, prompt: str, response: str, finish_reason: str, **columns) -> reward, or {"reward": ..., further numbers}."""
+
+
+def resolve(path: str) -> RewardFunction:
+    """The function that "package.module:name" names; every way in which that can fail is a ValueError."""
+    module_name, separator, name = path.partition(":")
+    if not separator or not name:
+        raise ValueError(f"reward.function={path!r}: write it as package.module:name")
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"reward.function={path!r}: module {module_name!r} can't be imported ({error}); it must be importable on every node"
+        ) from error
+    if name not in vars(module):
+        raise ValueError(f"reward.function={path!r}: {module_name} has no {name!r}")
+    function: RewardFunction = vars(module)[name]
+    if not callable(function):
+        raise ValueError(f"reward.function={path!r} is a {type(function).__name__}, not a function")
+    keywords = inspect.signature(function).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in keywords.values()):
+        missing = [name for name in ("prompt", "response", "finish_reason") if name not in keywords]
+        if missing:
+            raise ValueError(f"reward.function={path!r} takes no {', '.join(missing)}; let it end in **columns")
+    return function
+
+
+def score_rows(path: str, rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, dict[str, float]]]:
+    """(reward, further numbers) of every row."""
+    function = resolve(path)
+    return [_checked(path, row, _call(path, function, row)) for row in rows]
+
+
+def _call(path: str, function: RewardFunction, row: Mapping[str, Any]) -> Any:
+    try:
+        return function(**row)
+    except Exception as error:
+        # The user's code: whatever it raises, the run stops and says on which row.
+        raise RuntimeError(f"reward.function={path!r} raised {type(error).__name__}: {error} on {_describe(row)}") from error
+
+
+def _checked(path: str, row: Mapping[str, Any], result: Any) -> tuple[float, dict[str, float]]:
+    numbers = dict(result) if isinstance(result, Mapping) else {"reward": result}
+    if "reward" not in numbers:
+        raise ValueError(f"reward.function={path!r} returned a dict without 'reward' ({sorted(numbers)}) on {_describe(row)}")
+    for name, value in numbers.items():
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"reward.function={path!r} returned {name}={value!r} on {_describe(row)}; return finite numbers")
+    reward = float(numbers.pop("reward"))
+    return reward, {name: float(value) for name, value in numbers.items()}
+
+
+def _describe(row: Mapping[str, Any]) -> str:
+    return f"prompt {row['prompt']!r}, response {row['response'][:200]!r}"
