@@ -79,7 +79,10 @@ def summarise(output: Path) -> dict[str, Any]:
 
 
 def draw(output: Path) -> None:
-    curves = [Curve("reward/mean", "mean reward of the samples"), Curve("reward/mean", "held-out greedy accuracy", split="validation")]
+    curves = [
+        Curve(metric="reward/mean", label="reward of the samples"),
+        Curve(metric="reward/mean", split="validation", label="held-out accuracy, greedy", percent=True),
+    ]
     draw_curves(output / "metrics.jsonl", output / "curves.png", curves)
 
 
