@@ -24,6 +24,24 @@ generation groups stay on neighbouring ranks where that costs nothing."""
 
 
 @dataclass(frozen=True)
+class GroupedLayout(Layout):
+    """A layout whose ranks are placed by a grouping: order[place] is the rank at that place of the mixed-radix numbering.
+
+    Grouping((((0, 2),), ((1, 3),))).layout.groups("tp") == [(0, 2), (1, 3)]
+    """
+
+    order: tuple[int, ...] = ()
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        if rank not in self.order:
+            raise ValueError(f"layout: rank {rank} is outside 0..{self.size - 1} of {self}")
+        return Layout.coordinates(self, self.order.index(rank))
+
+    def rank(self, **coordinates: int) -> int:
+        return self.order[Layout.rank(self, **coordinates)]
+
+
+@dataclass(frozen=True)
 class Grouping:
     """Grouping((((0, 2),), ((1, 3),))): two replicas of one stage with tp=2, on ranks 0, 2 and 1, 3."""
 
@@ -67,6 +85,12 @@ class Grouping:
                 for k, rank in enumerate(stage):
                     result[rank] = (i, j, k)
         return result
+
+    @property
+    def layout(self) -> GroupedLayout:
+        """Axes dp (replicas), pp, tp over the ranks: what a generation engine and the actor's dispatch work with."""
+        order = tuple(rank for replica in self.replicas for stage in replica for rank in stage)
+        return GroupedLayout((("dp", len(self.replicas)), ("pp", self.pp), ("cp", 1), ("tp", self.tp)), order)
 
     @property
     def tensor_groups(self) -> list[tuple[int, ...]]:

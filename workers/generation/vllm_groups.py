@@ -8,6 +8,7 @@ parallel) and context parallelism are left out.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ def build_vllm_groups(replicas: Sequence[Sequence[Sequence[int]]]) -> None:
 
     `replicas[i][stage]` lists the ranks of one generation replica's pipeline stage in the order of their tensor coordinate:
     build_vllm_groups([[[0, 2]], [[1, 3]]]) is two replicas with tp=2, pp=1. All replicas have equal sizes.
+    Worth calling for consecutive ranks too: vLLM's own CPU groups name their shared memory alike in every pool of a machine.
     The groups stay until vllm.distributed.parallel_state.destroy_model_parallel().
     """
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -34,6 +36,10 @@ def build_vllm_groups(replicas: Sequence[Sequence[Sequence[int]]]) -> None:
     def build_permuted(group_ranks: list[list[int]], *args: Any, **kwargs: Any) -> parallel_state.GroupCoordinator:
         return build([[order[place] for place in group] for group in group_ranks], *args, **kwargs)
 
+    # The name of the CPU groups' shared memory: two pools of one machine must not meet in it.
+    name = [secrets.token_hex(8)]
+    dist.broadcast_object_list(name)
+    os.environ["VLLM_DIST_IDENT"] = name[0]
     with set_current_vllm_config(VllmConfig()):
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         parallel_state.init_distributed_environment(
