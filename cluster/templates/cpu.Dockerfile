@@ -1,0 +1,12 @@
+# docker build -f cluster/templates/cpu.Dockerfile -t hybridflow:cpu .
+FROM python:3.11-slim-bookworm
+# DeepSpeed compiles its shared-memory communication on first use.
+RUN apt-get update && apt-get install -y --no-install-recommends build-essential git && rm -rf /var/lib/apt/lists/*
+WORKDIR /opt/hybridflow
+# Requirements first: editing the code does not install them again.
+COPY Makefile pyproject.toml ./
+COPY cluster/requirements.py cluster/
+RUN make install ACCEL=cpu PYTHON=python3.11 && rm -rf /root/.cache/pip
+ENV PATH=/opt/hybridflow/.venv/bin:$PATH
+COPY . .
+CMD ["python", "-m", "recipes.quickstart"]

@@ -1,0 +1,14 @@
+# docker build -f cluster/templates/cuda.Dockerfile -t hybridflow:cuda .
+# torch brings CUDA's libraries; the base has the driver's interface and the compiler for DeepSpeed's and vLLM's own kernels.
+FROM nvidia/cuda:13.0.2-devel-ubuntu22.04
+RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends software-properties-common \
+    && add-apt-repository -y ppa:deadsnakes/ppa \
+    && apt-get install -y --no-install-recommends python3.11 python3.11-dev python3.11-venv build-essential git \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /opt/hybridflow
+COPY Makefile pyproject.toml ./
+COPY cluster/requirements.py cluster/
+RUN make install ACCEL=cuda PYTHON=python3.11 && rm -rf /root/.cache/pip
+ENV PATH=/opt/hybridflow/.venv/bin:$PATH
+COPY . .
+CMD ["python", "-m", "cluster"]
