@@ -112,18 +112,22 @@ def kv_tokens(workload: Workload, running: int) -> float:
     return running * workload.tokens_per_row + (workload.longest_row - workload.tokens_per_row)
 
 
-def generation_footprint(
-    model: ModelSpec, layout: GenerationLayout, training: ModelLayout | None, space: SearchSpace, workload: Workload
-) -> Footprint:
-    """What generation needs on top of what is resident: its weights beyond the training shard (PAPER.md section 3: peak M/(tg pg)
-    and no redundant copy), the KV cache of the running sequences, and the resharding's staging buffer."""
+def held_for_generation(model: ModelSpec, training: ModelLayout | None, space: SearchSpace) -> float:
+    """Bytes of the training shard that generation can compute on in place (PAPER.md section 3: no redundant copy)."""
+    if training is None or not space.shared_generation_weights or training.offload:
+        return 0.0
+    return state_footprint(model, training, space, trained=False).parameters
+
+
+def generation_footprint(model: ModelSpec, layout: GenerationLayout, held: float, space: SearchSpace, workload: Workload) -> Footprint:
+    """What generation needs on top of what is resident: its weights beyond those held (peak M/(tg pg)), the KV cache of the running
+    sequences, and the resharding's staging buffer."""
     weights = space.parameter_bytes * stage_parameters(model, ModelLayout(p=layout.pg, t=layout.tg))
-    if training is not None and space.shared_generation_weights and not training.offload:
-        held = state_footprint(model, training, space, trained=False).parameters
-        weights = max(0.0, weights - held)
     heads_per_rank = max(1.0, model.num_kv_heads / layout.tg) / model.num_kv_heads
     kv = space.activation_bytes * model.kv_elements_per_token / layout.pg * heads_per_rank * kv_tokens(workload, layout.max_running)
     tokens = max(space.prefill_tokens, layout.max_running)
     activations = space.activation_bytes * model.activation_elements_per_token * tokens / layout.tg
     logits = layout.max_running * model.vocab_size / layout.tg * (space.activation_bytes + 4)
-    return Footprint(generation_weights=weights, kv_cache=kv, activations=activations, logits=logits, buffers=space.bucket_bytes)
+    return Footprint(
+        generation_weights=max(0.0, weights - held), kv_cache=kv, activations=activations, logits=logits, buffers=space.bucket_bytes
+    )

@@ -6,18 +6,20 @@ a step's time grows with every call's time (schedule.py), and a pool's memory wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hybridflow.dataflow import CallKind
 from hybridflow.mapping.options import (
+    GenerationOption,
     PassOption,
     RoleOption,
-    combine,
+    entry_seconds,
     generation_only,
     generation_options,
+    paired,
     pass_options,
     role_options,
 )
@@ -177,17 +179,26 @@ class Fronts:
         generating = generation_options(setting, role, group, num_devices)
         if kinds == {CallKind.generation}:
             return [generation_only(setting, role, group, option) for option in generating]
-        capacity = setting.capacity(group)
         alike: dict[tuple[object, ...], list[PassOption]] = {}
         for option in pass_options(setting, role, group, num_devices):
             layout = option.layout
-            if option.resident + option.transient <= capacity:
+            if option.resident + option.transient <= setting.capacity(group):
                 alike.setdefault((layout.p, layout.t, layout.zero, layout.offload), []).append(option)
-        passing: list[PassOption] = []
-        for options in alike.values():
-            rows = np.array([(option.resident, option.transient, *option.seconds) for option in options])
-            passing += [options[index] for index in nondominated(rows)]
-        return [combine(setting, role, group, one, other) for one in passing for other in generating]
+        return [pair for options in alike.values() for pair in self._pairs(role, group, options, generating)]
+
+    def _pairs(self, role: str, group: int, alike: list[PassOption], generating: list[GenerationOption]) -> Iterator[RoleOption]:
+        """Pass options that share their shards with every generation option, as far as they fit."""
+        capacity = self._setting.capacity(group)
+        rows = np.array([(option.resident, option.transient, *option.seconds) for option in alike])
+        passing = [alike[index] for index in nondominated(rows)]
+        transitions: dict[tuple[int, int], float] = {}
+        for other in generating:
+            shape = (other.layout.pg, other.layout.tg)
+            if shape not in transitions:
+                transitions[shape] = entry_seconds(self._setting, role, group, alike[0].layout, other.layout)
+            for one in passing:
+                if one.resident + other.others + max(0.0, other.weights - one.held) <= capacity:
+                    yield paired(self._setting, role, one, other, transitions[shape])
 
 
 def _fitting(fronts: list[RoleFront], capacity: float) -> tuple[RoleFront, ...] | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 PLAIN_MLP_TYPES = ("gpt2", "opt", "gpt_neox", "bloom", "falcon", "phi", "starcoder2", "gpt_bigcode")
 """Model types whose MLP has two matrices; all others are taken to be gated (three)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A decoder-only model.
 
@@ -107,20 +108,20 @@ class ModelSpec:
         """The same decoder as a critic or reward model."""
         return replace(self, scalar_head=True)
 
-    @property
+    @cached_property
     def query_dim(self) -> int:
         return self.num_heads * self.head_dim
 
-    @property
+    @cached_property
     def kv_dim(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    @property
+    @cached_property
     def attention_parameters(self) -> int:
         """Of one layer: query, key, value and output matrices."""
         return self.hidden_size * (2 * self.query_dim + 2 * self.kv_dim)
 
-    @property
+    @cached_property
     def layer_parameters(self) -> float:
         """Of one layer, averaged over the layers."""
         if not self.num_experts:
@@ -129,12 +130,12 @@ class ModelSpec:
         expert = self._mlp(self.expert_intermediate_size) * self.num_experts + self._mlp(self.shared_intermediate_size)
         return self.attention_parameters + (dense + self._moe_layers * expert) / self.num_layers
 
-    @property
+    @cached_property
     def active_layer_parameters(self) -> float:
         """Of one layer, those that one token is multiplied with."""
         return self.attention_parameters + self._mlp(1) * self.active_intermediate_size
 
-    @property
+    @cached_property
     def active_intermediate_size(self) -> float:
         """Inner MLP size that one token passes, averaged over the layers."""
         if not self.num_experts:
@@ -151,26 +152,26 @@ class ModelSpec:
         unread = self._mlp(self.expert_intermediate_size) * self.num_experts * self._moe_layers / self.num_layers * (1.0 - share)
         return self.layer_parameters - unread
 
-    @property
+    @cached_property
     def embedding_parameters(self) -> int:
         return self.vocab_size * self.hidden_size
 
-    @property
+    @cached_property
     def head_parameters(self) -> int:
         """Of the head as a matrix that is multiplied with, tied or not."""
         return self.hidden_size if self.scalar_head else self.vocab_size * self.hidden_size
 
-    @property
+    @cached_property
     def num_parameters(self) -> float:
         tied = self.tied_embeddings and not self.scalar_head
         return self.num_layers * self.layer_parameters + self.embedding_parameters + (0 if tied else self.head_parameters)
 
-    @property
+    @cached_property
     def kv_elements_per_token(self) -> int:
         """Numbers that the KV cache of all layers holds for one token (keys and values)."""
         return 2 * self.num_layers * self.kv_dim
 
-    @property
+    @cached_property
     def activation_elements_per_token(self) -> float:
         """Numbers that one layer stores for its backward pass, per token (method of Korthikanti et al. 2022, section 4.1, counted
         for a gated MLP and an attention that does not store its score matrix): inputs of two norms and of attention and MLP
@@ -178,7 +179,7 @@ class ModelSpec:
         inner = (3 if self.gated_mlp else 2) * self.active_intermediate_size
         return 4 * self.hidden_size + 2 * self.query_dim + 2 * self.kv_dim + inner
 
-    @property
+    @cached_property
     def _moe_layers(self) -> int:
         return self.num_layers - self.num_dense_layers
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from hybridflow.dataflow import Call, CallKind
-from hybridflow.mapping.footprint import Footprint, generation_footprint, pass_footprint, resident_footprint
+from hybridflow.mapping.footprint import Footprint, generation_footprint, held_for_generation, pass_footprint, resident_footprint
 from hybridflow.mapping.generation import generation_time
 from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
 from hybridflow.mapping.passes import inference_time, micro_batches, training_time
@@ -39,6 +39,8 @@ class PassOption:
     layout: ModelLayout
     resident: float
     transient: float
+    held: float
+    """Bytes of parameters that generation can compute on in place."""
     seconds: tuple[float, ...]
 
 
@@ -47,6 +49,10 @@ class GenerationOption:
     """The part of a role that generates, without the transition."""
 
     layout: GenerationLayout
+    weights: float
+    """Bytes of its weights."""
+    others: float
+    """Bytes of everything else that it needs."""
     seconds: float
 
 
@@ -84,7 +90,8 @@ def pass_option(setting: Setting, role: str, group: int, layout: ModelLayout) ->
     seconds = tuple(pass_seconds(setting, role, group, call, layout) for call in calls)
     kinds = {call.kind for call in calls} - {CallKind.generation}
     transient = max(call_footprint(setting, role, kind, layout, None).total for kind in kinds)
-    return PassOption(layout, resident, transient, seconds)
+    held = held_for_generation(setting.model(role), layout, setting.space)
+    return PassOption(layout, resident, transient, held, seconds)
 
 
 def pass_seconds(setting: Setting, role: str, group: int, call: Call, layout: ModelLayout) -> float:
@@ -103,7 +110,7 @@ def call_footprint(
     model, workload, space = setting.model(role), setting.workload, setting.space
     if kind is CallKind.generation:
         assert generation is not None
-        return generation_footprint(model, generation, layout, space, workload)
+        return generation_footprint(model, generation, held_for_generation(model, layout, space), space, workload)
     assert layout is not None
     backward = kind is CallKind.training
     rows = workload.num_rows / workload.updates if backward else workload.num_rows
@@ -120,21 +127,27 @@ def generation_options(setting: Setting, role: str, group: int, num_devices: int
         counts = {min(space.max_running, -(-rows // waves)) for waves in space.waves}
         for running in sorted(counts, reverse=True):
             layout = GenerationLayout(pg=pg, tg=tg, replicas=replicas, max_running=running)
-            options.append(GenerationOption(layout, generation_time(setting.model(role), layout, setting.machine(group)).total))
+            need = generation_footprint(setting.model(role), layout, 0.0, space, workload)
+            seconds = generation_time(setting.model(role), layout, setting.machine(group)).total
+            options.append(GenerationOption(layout, need.generation_weights, need.total - need.generation_weights, seconds))
     return options
 
 
 def combine(setting: Setting, role: str, group: int, one: PassOption, other: GenerationOption | None) -> RoleOption:
-    """Training and generation of one role on one pool, with the transition charged to the first generation call of the step."""
+    """Training and generation of one role on one pool."""
     if other is None:
         return RoleOption(one.layout, None, one.resident, one.transient, one.seconds)
-    transition = entry_seconds(setting, role, group, one.layout, other.layout)
-    extra = call_footprint(setting, role, CallKind.generation, one.layout, other.layout).total
+    return paired(setting, role, one, other, entry_seconds(setting, role, group, one.layout, other.layout))
+
+
+def paired(setting: Setting, role: str, one: PassOption, other: GenerationOption, transition: float) -> RoleOption:
+    """The same with the transition already known; it is charged to the first generation call of the step."""
     seconds = list(one.seconds)
     for position, call in enumerate(setting.calls(role)):
         if call.kind is CallKind.generation:
             seconds[position] = other.seconds + transition
             transition = 0.0
+    extra = other.others + max(0.0, other.weights - one.held)
     return RoleOption(one.layout, other.layout, one.resident, max(one.transient, extra), tuple(seconds))
 
 
@@ -149,6 +162,5 @@ def generation_only(setting: Setting, role: str, group: int, option: GenerationO
     """A role that does nothing but generate; its weights come from another pool if somebody trains them there."""
     model, layout = setting.model(role), option.layout
     sync = weight_sync_time(model, layout, setting.machine(group)) if role in setting.weights_from else 0.0
-    footprint = call_footprint(setting, role, CallKind.generation, None, layout)
     seconds = tuple(option.seconds + (sync if position == 0 else 0.0) for position in range(len(setting.calls(role))))
-    return RoleOption(None, layout, footprint.generation_weights, footprint.total - footprint.generation_weights, seconds)
+    return RoleOption(None, layout, option.weights, option.others, seconds)

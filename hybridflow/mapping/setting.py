@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from hybridflow.dataflow import Call, CallKind, Dataflow
 from hybridflow.mapping.calibration import Calibration
@@ -59,17 +60,31 @@ class Setting:
         return spec
 
     def calls(self, role: str) -> tuple[Call, ...]:
-        return tuple(call for call in self.dataflow.calls if call.role == role and call.kind is not CallKind.controller)
+        """The role's calls in program order."""
+        return self._calls[role]
 
     def trained(self, role: str) -> bool:
-        return any(call.kind is CallKind.training for call in self.calls(role))
+        return CallKind.training in self._kinds[role]
 
     def generates(self, role: str) -> bool:
-        return any(call.kind is CallKind.generation for call in self.calls(role))
+        return CallKind.generation in self._kinds[role]
+
+    @cached_property
+    def _calls(self) -> dict[str, tuple[Call, ...]]:
+        calls = [call for call in self.dataflow.calls if call.kind is not CallKind.controller]
+        return {role: tuple(call for call in calls if call.role == role) for role in self.dataflow.roles}
+
+    @cached_property
+    def _kinds(self) -> dict[str, set[CallKind]]:
+        return {role: {call.kind for call in calls} for role, calls in self._calls.items()}
 
     def machine(self, group: int) -> Machine:
         """What the simulators need, for pools in the cluster's group number `group`."""
-        return Machine(self.cluster.groups[group].kind, self.calibration, self.space, self.workload)
+        return self._machines[group]
+
+    @cached_property
+    def _machines(self) -> tuple[Machine, ...]:
+        return tuple(Machine(group.kind, self.calibration, self.space, self.workload) for group in self.cluster.groups)
 
     def capacity(self, group: int) -> float:
         """Bytes of one device that can be planned with."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import erf, exp, log, sqrt
 
 NUM_QUANTILES = 64
 GOLDEN = (sqrt(5.0) - 1.0) / 2.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Lengths:
     """Token counts as equally likely quantiles, ascending.
 
@@ -62,15 +63,15 @@ class Lengths:
             return cls.lognormal(float(numbers[0]), int(numbers[1]), *(float(number) for number in numbers[2:]))
         raise ValueError(f"lengths {text!r}: write a number, uniform:LOW:HIGH, or lognormal:MEAN:MAX[:SIGMA]")
 
-    @property
+    @cached_property
     def mean(self) -> float:
         return sum(self.quantiles) / len(self.quantiles)
 
-    @property
+    @cached_property
     def mean_square(self) -> float:
         return sum(value * value for value in self.quantiles) / len(self.quantiles)
 
-    @property
+    @cached_property
     def longest(self) -> int:
         return self.quantiles[-1]
 
@@ -80,7 +81,7 @@ class Lengths:
         return [self.quantiles[int((index + 1) * GOLDEN % 1.0 * size)] for index in range(count)]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """Workload(num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8) is the paper's section 8.1."""
 
@@ -105,24 +106,24 @@ class Workload:
         if self.response.longest < 1:
             raise ValueError("workload: every response is empty; give response lengths of at least 1")
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         return self.num_prompts * self.samples_per_prompt
 
-    @property
+    @cached_property
     def tokens_per_row(self) -> float:
         return self.prompt.mean + self.response.mean
 
-    @property
+    @cached_property
     def longest_row(self) -> int:
         return self.prompt.longest + self.response.longest
 
-    @property
+    @cached_property
     def num_tokens(self) -> float:
         """Prompt and response tokens of one step: what the paper's throughput counts."""
         return self.num_rows * self.tokens_per_row
 
-    @property
+    @cached_property
     def attended_per_token(self) -> float:
         """Positions that an average token attends to under a causal mask: E[length^2] / (2 E[length])."""
         square = self.prompt.mean_square + 2 * self.prompt.mean * self.response.mean + self.response.mean_square

@@ -1,0 +1,331 @@
+"""What the mapper answers for the paper's testbed, beside what the paper reports; how long the search takes; predicted against measured.
+
+    python -m benchmarks.mapping --json FILE [--measured FILE] [--pictures docs/images]
+
+One set of constants (hybridflow/mapping/calibration.py's defaults) for all rows. `--measured` reads the runs that
+`python -m benchmarks.mapping_runs` made on this machine (hybridflow/mapping/compare.py says what stands in it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hybridflow.dataflow import CallKind
+from hybridflow.mapping.auto import mapping_of, smallest_cluster
+from hybridflow.mapping.branch import Found
+from hybridflow.mapping.cluster import Cluster
+from hybridflow.mapping.compare import compare, load_runs, order_agrees
+from hybridflow.mapping.explain import table
+from hybridflow.mapping.footprint import resident_footprint
+from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
+from hybridflow.mapping.model import ModelSpec
+from hybridflow.mapping.options import call_footprint, generation_options
+from hybridflow.mapping.passes import Machine
+from hybridflow.mapping.search import Search, search
+from hybridflow.mapping.setting import Setting
+from hybridflow.mapping.space import SearchSpace
+from hybridflow.mapping.transition import transition_time
+from hybridflow.mapping.workload import Lengths, Workload
+from hybridflow.mapping.zoo import MODELS
+from recipes.dataflows import STANDARD
+
+PAPER_WORKLOAD = Workload(num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8)
+"""PAPER.md section 6."""
+SIZES = (8, 16, 32, 48, 64, 96, 128)
+SMALLEST = {"llama-7b": 8, "llama-13b": 16, "llama-34b": 32, "llama-70b": 64}
+COLOCATED = (("actor", "critic", "reference", "reward"),)
+APART = (("actor",), ("critic",), ("reference",), ("reward",))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One finding: what the paper says, what comes out here, whether that is the same, and if not why."""
+
+    finding: str
+    paper: str
+    ours: str
+    agrees: bool
+    why: str = ""
+
+
+def paper_setting(model: str, num_devices: int, *, algorithm: str = "ppo", scorer: str | None = None, **changes: Any) -> Setting:
+    """An algorithm on the paper's testbed; `scorer` is the model of critic, reward and cost if it is another."""
+    policy = MODELS[model]
+    scalar = MODELS[scorer or model].with_scalar_head()
+    setting = Setting(
+        dataflow=STANDARD[algorithm],
+        models={"actor": policy, "reference": policy, "critic": scalar, "reward": scalar, "cost": scalar},
+        cluster=Cluster.parse(f"{num_devices}xA100-80GB"),
+        workload=PAPER_WORKLOAD,
+    )
+    return replace(setting, **changes)
+
+
+def named(found: Found) -> str:
+    """actor+reference 64 | critic 64"""
+    return " | ".join(f"{'+'.join(roles)} {size}" for roles, (_, size) in zip(found.placement, found.allocation, strict=True))
+
+
+def num_pools(found: Found | None) -> int:
+    return 0 if found is None else len(found.placement)
+
+
+def smallest_rows() -> list[Row]:
+    """Device counts of the paper's figures (powers of two of machines) on which PPO fits."""
+    rows = []
+    for model, paper in SMALLEST.items():
+        ours = next(size for size in (8, 16, 32, 64, 128) if search(paper_setting(model, size)).best is not None)
+        exact = smallest_cluster(paper_setting(model, 8))
+        why = ""
+        if ours != paper:
+            resident = 40 * MODELS[model].num_parameters / ours / 1e9
+            why = (
+                f"parameters, gradients and Adam states of four models are {resident:.0f} GB a device on {ours}: it fits, with a KV cache "
+                "so small that generation takes many waves; the paper shows no run that small"
+            )
+        rows.append(
+            Row(f"fewest devices for PPO, {model}", str(paper), f"{ours} (in whole machines {8 * (exact or 0)})", ours == paper, why)
+        )
+    return rows
+
+
+def placement_rows() -> list[Row]:
+    """Which kind of placement is best on how many devices."""
+    rows = []
+    for model, smallest in SMALLEST.items():
+        sizes = [size for size in SIZES if smallest <= size <= 64]
+        best = {size: search(paper_setting(model, size)).best for size in sizes}
+        agrees = all(num_pools(found) == 1 for found in best.values())
+        ours = (
+            "all colocated" if agrees else "; ".join(named(found) for found in best.values() if found is not None and num_pools(found) > 1)
+        )
+        rows.append(Row(f"best placement to 64 devices, {model}", "all colocated", ours, agrees))
+    for model, size in (("llama-34b", 96), ("llama-34b", 128), ("llama-13b", 96)):
+        rows.append(_two_pools(model, size))
+    rows.append(_all_apart("llama-13b", 128))
+    return rows
+
+
+def _two_pools(model: str, size: int) -> Row:
+    searching = Search(paper_setting(model, size))
+    best, together = searching.run().best, searching.best_of(COLOCATED)
+    even = searching.best_of((("actor", "reference"), ("critic", "reward")))
+    assert best is not None and together is not None and even is not None
+    ours = f"{named(best)}: {best.step_s:.1f} s; colocated {together.step_s:.1f} s; {named(even)} {even.step_s:.1f} s"
+    gap = even.step_s / together.step_s - 1
+    why = "" if num_pools(best) == 2 else f"two pools take {gap:+.1%}; {_cheap_gradients()}"
+    return Row(f"best placement, {model} on {size}", "an even split in two", ours, num_pools(best) == 2, why)
+
+
+def _all_apart(model: str, size: int) -> Row:
+    searching = Search(paper_setting(model, size))
+    best, apart = searching.run().best, searching.best_of(APART)
+    assert best is not None and apart is not None
+    same_sizes = [devices for _, devices in apart.allocation] == [64, 32, 16, 16]
+    ours = f"{named(best)}: {best.step_s:.1f} s; all apart {[devices for _, devices in apart.allocation]}: {apart.step_s:.1f} s"
+    why = (
+        f"the sizes of the separate pools {'are the same' if same_sizes else 'differ'}, but they idle while actor and critic work alone: all apart "
+        f"takes {apart.step_s / best.step_s - 1:+.0%}; {_cheap_gradients()}"
+    )
+    return Row(f"best placement, {model} on {size}", "all apart, 64/32/16/16", ours, num_pools(best) == 4, why)
+
+
+def _cheap_gradients() -> str:
+    return (
+        "colocation scales further here because pipelines of up to 8 stages keep the gradient reduction small; "
+        "with at most 2 stages two pools win from 96 devices on (docs/mapping.md)"
+    )
+
+
+def mixed_rows() -> list[Row]:
+    """13B actor and reference with 70B critic and reward."""
+    rows = []
+    for size, paper in ((32, "colocated"), (64, "colocated"), (128, "actor+reference+reward 64 | critic 64")):
+        searching = Search(paper_setting("llama-13b", size, scorer="llama-70b"))
+        best, split = searching.run().best, searching.best_of((("actor", "reference", "reward"), ("critic",)))
+        if best is None:
+            rows.append(Row(f"13B with 70B critic and reward on {size}", paper, "does not fit", False))
+            continue
+        agrees = num_pools(best) == 1 if paper == "colocated" else named(best) == paper
+        extra = "" if split is None or best == split else f"; {named(split)} {split.step_s:.1f} s"
+        why = "" if agrees else f"the paper's split takes {split.step_s / best.step_s - 1:+.1%}; {_cheap_gradients()}" if split else ""
+        rows.append(Row(f"13B with 70B critic and reward on {size}", paper, f"{named(best)}: {best.step_s:.1f} s{extra}", agrees, why))
+    return rows
+
+
+def generation_rows() -> list[Row]:
+    """Generation by tg on 16 devices, training 1-8-2."""
+    rows = []
+    for model, best_tg, cut in (("llama-7b", 2, 60.3), ("llama-13b", 4, 36.4)):
+        seconds = generation_by_tg(model)
+        ours = min(seconds, key=lambda tg: seconds[tg])
+        saved = 100 * (1 - seconds[best_tg] / seconds[8])
+        rows.append(Row(f"best generation tensor size, {model} on 16, training 1-8-2", str(best_tg), str(ours), ours == best_tg))
+        rows.append(
+            Row(
+                f"generation time that tg={best_tg} saves against tg=8, {model}",
+                f"{cut:.1f} %",
+                f"{saved:.1f} %",
+                abs(saved - cut) < 10,
+                "the direction is the same, the gain smaller: here the bytes of the KV cache per device do not depend on tg, so that only weights, "
+                "collectives and the host's work per sequence differ; the paper's engine lost more at tg=8",
+            )
+        )
+    return rows
+
+
+def generation_by_tg(model: str) -> dict[int, float]:
+    """Seconds of the actor's generation (with transition) for every tg at its best number of running sequences; the actor's training
+    states stay on the devices."""
+    setting = paper_setting(model, 16)
+    layout = ModelLayout(p=1, t=8, d=2, zero=1, recompute=True, micro_batch_tokens=2048)
+
+    resident = resident_footprint(setting.model("actor"), layout, setting.space, trained=True).total
+    best: dict[int, float] = {}
+    for option in generation_options(setting, "actor", 0, 16):
+        need = call_footprint(setting, "actor", CallKind.generation, layout, option.layout).total
+        if resident + need <= setting.capacity(0):
+            seconds = option.seconds + transition_time(setting.model("actor"), layout, option.layout, setting.machine(0))
+            best[option.layout.tg] = min(seconds, best.get(option.layout.tg, seconds))
+    return best
+
+
+def transition_rows() -> list[Row]:
+    """Seconds from training to generation at 70B, ours against gathering the whole model on every rank."""
+    setting = paper_setting("llama-70b", 64)
+    machine, model = setting.machine(0), MODELS["llama-70b"]
+    layout = ModelLayout(p=8, t=8, d=1, zero=1)
+    narrow = transition_time(model, layout, GenerationLayout(pg=1, tg=8, replicas=8), machine)
+    whole = gather_everything_s(model, machine, 64)
+    return [
+        Row("transition, 70B on 64, training 8-8-1 to tg=8", "9.6 s (87.8 s less 78.2 s)", f"{narrow:.1f} s", 0.5 < narrow / 9.6 < 2),
+        Row(
+            "transition, 70B on 64, every rank gathers the whole model",
+            "87.8 s",
+            f"{whole:.1f} s",
+            0.5 < whole / 87.8 < 2,
+            "here one large all-gather at the links' speed; DeepSpeed-Chat gathers layer by layer and keeps to neither",
+        ),
+    ]
+
+
+def gather_everything_s(model: ModelSpec, machine: Machine, num_devices: int) -> float:
+    """DeepSpeed-Chat's way (PAPER.md section 3): (tpd - 1)/(tpd) M on every rank, every node's link shared by its 8 ranks."""
+    num_bytes = machine.space.parameter_bytes * model.num_parameters * (num_devices - 1) / num_devices
+    per_node = machine.kind.devices_per_node
+    far = (num_devices - per_node) / (num_devices - 1)
+    return per_node * num_bytes * far / (machine.kind.inter_bandwidth * machine.calibration.link_efficiency)
+
+
+def scaling_rows() -> tuple[list[Row], list[dict[str, Any]]]:
+    """Throughput of every algorithm on 8 to 1,024 devices, and the strong-scaling efficiency of PPO at 128."""
+    throughput = []
+    for algorithm in STANDARD:
+        for model in SMALLEST:
+            for size in (8, 16, 32, 64, 128, 256, 512, 1024):
+                best = search(paper_setting(model, size, algorithm=algorithm)).best
+                tokens = None if best is None else PAPER_WORKLOAD.num_tokens / best.step_s
+                placed = None if best is None else named(best)
+                throughput.append({"algorithm": algorithm, "model": model, "devices": size, "tokens_per_s": tokens, "placement": placed})
+    found = {(row["model"], row["devices"]): row["tokens_per_s"] for row in throughput if row["algorithm"] == "ppo"}
+    each = {model: found[model, 128] / found[model, size] / (128 / size) for model, size in SMALLEST.items()}
+    mean = sum(each.values()) / len(each)
+    detail = ", ".join(f"{model} {value:.0%}" for model, value in each.items())
+    row = Row("strong-scaling efficiency of PPO at 128", "66.8 %", f"{mean:.1%} ({detail})", abs(mean - 0.668) < 0.1)
+    return [row], throughput
+
+
+def search_seconds() -> dict[str, float]:
+    """128 devices and 4 models; 1,024 devices and 5 models (Safe-RLHF); with the best plan of every placement."""
+    result = {}
+    for name, setting in (
+        ("128", paper_setting("llama-13b", 128)),
+        ("1024", paper_setting("llama-13b", 1024, algorithm="safe_rlhf", workload=replace(PAPER_WORKLOAD, num_prompts=8192))),
+    ):
+        started = time.perf_counter()
+        assert search(setting, every_placement=True).best is not None
+        result[name] = time.perf_counter() - started
+    return result
+
+
+def sensitivity() -> list[dict[str, Any]]:
+    """Which placement is best when pipelines may have only so many stages: what decides between colocating and splitting."""
+    rows = []
+    for stages in (1, 2, 4, 8):
+        for model, size in (
+            ("llama-13b", 64),
+            ("llama-13b", 96),
+            ("llama-13b", 128),
+            ("llama-34b", 64),
+            ("llama-34b", 96),
+            ("llama-34b", 128),
+        ):
+            best = search(paper_setting(model, size, space=SearchSpace(max_pipeline=stages))).best
+            assert best is not None
+            rows.append({"max_pipeline": stages, "model": model, "devices": size, "placement": named(best), "step_s": best.step_s})
+    return rows
+
+
+def draw(directory: Path) -> None:
+    """The pictures of docs/mapping.md."""
+    from benchmarks.mapping_pictures import draw_scaling, draw_search_times
+    from hybridflow.mapping.timeline import draw_timelines
+
+    searching = Search(paper_setting("llama-34b", 128))
+    best, together, apart = searching.run().best, searching.best_of(COLOCATED), searching.best_of(APART)
+    assert best is not None and together is not None and apart is not None
+    plans = {"chosen": best, "all colocated": together, "all apart": apart}
+    draw_timelines({name: mapping_of(searching.setting, found) for name, found in plans.items()}, directory / "mapping_timeline.png")
+    draw_scaling(scaling_rows()[1], directory / "mapping_scaling.png")
+    draw_search_times({size: _search_s(model, size) for model, size in PAPER_SEARCHES}, directory / "mapping_search.png")
+
+
+PAPER_SEARCHES = (
+    ("llama-7b", 8), ("llama-7b", 16), ("llama-13b", 24), ("llama-13b", 32), ("llama-34b", 48), ("llama-34b", 64), ("llama-70b", 96), ("llama-70b", 128),
+)  # fmt: skip
+"""The paper's figure 16 (PAPER.md section 4)."""
+
+
+def _search_s(model: str, size: int) -> float:
+    started = time.perf_counter()
+    search(paper_setting(model, size))
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--measured", type=Path, help="runs on this machine, from benchmarks.mapping_runs")
+    parser.add_argument("--pictures", type=Path, help="also draw the pictures into this folder")
+    arguments = parser.parse_args()
+    seconds = search_seconds()
+    scaling, throughput = scaling_rows()
+    rows = [*smallest_rows(), *placement_rows(), *mixed_rows(), *generation_rows(), *transition_rows(), *scaling]
+    runs = load_runs(arguments.measured) if arguments.measured else []
+    prediction = [asdict(row) for run in runs for row in compare(run)]
+    print(table(("finding", "paper", "ours", "same"), [(row.finding, row.paper, row.ours, "yes" if row.agrees else "no") for row in rows]))
+    print("\n" + "\n".join(f"{row.finding}: {row.why}" for row in rows if not row.agrees))
+    print(
+        f"\n{sum(row.agrees for row in rows)} of {len(rows)} agree; search: 128 devices {seconds['128']:.2f} s, 1,024 devices {seconds['1024']:.2f} s"
+    )
+    if arguments.pictures:
+        draw(arguments.pictures)
+    if arguments.json:
+        content = {
+            "search_seconds": seconds,
+            "paper": [asdict(row) for row in rows],
+            "prediction": prediction,
+            "placement_order_agrees": order_agrees(runs) if runs else None,
+            "throughput": throughput,
+            "sensitivity": sensitivity(),
+        }
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
