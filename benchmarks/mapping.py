@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +99,11 @@ def placement_rows() -> list[Row]:
     """Which kind of placement is best on how many devices."""
     rows = []
     for model, smallest in SMALLEST.items():
-        sizes = [size for size in SIZES if smallest <= size <= 64]
-        best = {size: search(paper_setting(model, size)).best for size in sizes}
-        agrees = all(num_pools(found) == 1 for found in best.values())
-        ours = (
-            "all colocated" if agrees else "; ".join(named(found) for found in best.values() if found is not None and num_pools(found) > 1)
-        )
-        rows.append(Row(f"best placement to 64 devices, {model}", "all colocated", ours, agrees))
-    for model, size in (("llama-34b", 96), ("llama-34b", 128), ("llama-13b", 96)):
-        rows.append(_two_pools(model, size))
-    rows.append(_all_apart("llama-13b", 128))
-    return rows
+        best = {size: search(paper_setting(model, size)).best for size in SIZES if smallest <= size <= 64}
+        others = [f"{size}: {named(found)}" for size, found in best.items() if found is not None and num_pools(found) > 1]
+        rows.append(Row(f"best placement to 64 devices, {model}", "all colocated", "; ".join(others) or "all colocated", not others))
+    rows += [_two_pools(model, size) for model, size in (("llama-34b", 96), ("llama-34b", 128), ("llama-13b", 96))]
+    return [*rows, _all_apart("llama-13b", 128)]
 
 
 def _two_pools(model: str, size: int) -> Row:
@@ -126,11 +121,11 @@ def _all_apart(model: str, size: int) -> Row:
     searching = Search(paper_setting(model, size))
     best, apart = searching.run().best, searching.best_of(APART)
     assert best is not None and apart is not None
-    same_sizes = [devices for _, devices in apart.allocation] == [64, 32, 16, 16]
-    ours = f"{named(best)}: {best.step_s:.1f} s; all apart {[devices for _, devices in apart.allocation]}: {apart.step_s:.1f} s"
+    sizes = [devices for _, devices in apart.allocation]
+    ours = f"{named(best)}: {best.step_s:.1f} s; all apart {sizes}: {apart.step_s:.1f} s"
     why = (
-        f"the sizes of the separate pools {'are the same' if same_sizes else 'differ'}, but they idle while actor and critic work alone: all apart "
-        f"takes {apart.step_s / best.step_s - 1:+.0%}; {_cheap_gradients()}"
+        f"the sizes of the separate pools {'are the same' if sizes == [64, 32, 16, 16] else 'differ'}, but they idle while others work: "
+        f"all apart takes {apart.step_s / best.step_s - 1:+.0%}; {_cheap_gradients()}"
     )
     return Row(f"best placement, {model} on {size}", "all apart, 64/32/16/16", ours, num_pools(best) == 4, why)
 
@@ -172,8 +167,8 @@ def generation_rows() -> list[Row]:
                 f"{cut:.1f} %",
                 f"{saved:.1f} %",
                 abs(saved - cut) < 10,
-                "the direction is the same, the gain smaller: here the bytes of the KV cache per device do not depend on tg, so that only weights, "
-                "collectives and the host's work per sequence differ; the paper's engine lost more at tg=8",
+                "the direction is the same, the gain smaller: here the bytes of the KV cache per device do not depend on tg, so that only "
+                "weights, collectives and the host's work per sequence differ; the paper's engine lost more at tg=8",
             )
         )
     return rows
@@ -224,14 +219,12 @@ def gather_everything_s(model: ModelSpec, machine: Machine, num_devices: int) ->
 
 def scaling_rows() -> tuple[list[Row], list[dict[str, Any]]]:
     """Throughput of every algorithm on 8 to 1,024 devices, and the strong-scaling efficiency of PPO at 128."""
-    throughput = []
-    for algorithm in STANDARD:
-        for model in SMALLEST:
-            for size in (8, 16, 32, 64, 128, 256, 512, 1024):
-                best = search(paper_setting(model, size, algorithm=algorithm)).best
-                tokens = None if best is None else PAPER_WORKLOAD.num_tokens / best.step_s
-                placed = None if best is None else named(best)
-                throughput.append({"algorithm": algorithm, "model": model, "devices": size, "tokens_per_s": tokens, "placement": placed})
+    throughput: list[dict[str, Any]] = []
+    for algorithm, model, size in product(STANDARD, SMALLEST, (8, 16, 32, 64, 128, 256, 512, 1024)):
+        best = search(paper_setting(model, size, algorithm=algorithm)).best
+        tokens = None if best is None else PAPER_WORKLOAD.num_tokens / best.step_s
+        placed = None if best is None else named(best)
+        throughput.append({"algorithm": algorithm, "model": model, "devices": size, "tokens_per_s": tokens, "placement": placed})
     found = {(row["model"], row["devices"]): row["tokens_per_s"] for row in throughput if row["algorithm"] == "ppo"}
     each = {model: found[model, 128] / found[model, size] / (128 / size) for model, size in SMALLEST.items()}
     mean = sum(each.values()) / len(each)
@@ -257,21 +250,14 @@ def sensitivity() -> list[dict[str, Any]]:
     """Which placement is best when pipelines may have only so many stages: what decides between colocating and splitting."""
     rows = []
     for stages in (1, 2, 4, 8):
-        for model, size in (
-            ("llama-13b", 64),
-            ("llama-13b", 96),
-            ("llama-13b", 128),
-            ("llama-34b", 64),
-            ("llama-34b", 96),
-            ("llama-34b", 128),
-        ):
+        for model, size in product(("llama-13b", "llama-34b"), (64, 96, 128)):
             best = search(paper_setting(model, size, space=SearchSpace(max_pipeline=stages))).best
             assert best is not None
             rows.append({"max_pipeline": stages, "model": model, "devices": size, "placement": named(best), "step_s": best.step_s})
     return rows
 
 
-def draw(directory: Path) -> None:
+def draw(directory: Path, throughput: list[dict[str, Any]]) -> None:
     """The pictures of docs/mapping.md."""
     from benchmarks.mapping_pictures import draw_scaling, draw_search_times
     from hybridflow.mapping.timeline import draw_timelines
@@ -281,13 +267,16 @@ def draw(directory: Path) -> None:
     assert best is not None and together is not None and apart is not None
     plans = {"chosen": best, "all colocated": together, "all apart": apart}
     draw_timelines({name: mapping_of(searching.setting, found) for name, found in plans.items()}, directory / "mapping_timeline.png")
-    draw_scaling(scaling_rows()[1], directory / "mapping_scaling.png")
+    draw_scaling(throughput, directory / "mapping_scaling.png")
     draw_search_times({size: _search_s(model, size) for model, size in PAPER_SEARCHES}, directory / "mapping_search.png")
 
 
 PAPER_SEARCHES = (
-    ("llama-7b", 8), ("llama-7b", 16), ("llama-13b", 24), ("llama-13b", 32), ("llama-34b", 48), ("llama-34b", 64), ("llama-70b", 96), ("llama-70b", 128),
-)  # fmt: skip
+    *(("llama-7b", size) for size in (8, 16)),
+    *(("llama-13b", size) for size in (24, 32)),
+    *(("llama-34b", size) for size in (48, 64)),
+    *(("llama-70b", size) for size in (96, 128)),
+)
 """The paper's figure 16 (PAPER.md section 4)."""
 
 
@@ -310,11 +299,10 @@ def main() -> None:
     prediction = [asdict(row) for run in runs for row in compare(run)]
     print(table(("finding", "paper", "ours", "same"), [(row.finding, row.paper, row.ours, "yes" if row.agrees else "no") for row in rows]))
     print("\n" + "\n".join(f"{row.finding}: {row.why}" for row in rows if not row.agrees))
-    print(
-        f"\n{sum(row.agrees for row in rows)} of {len(rows)} agree; search: 128 devices {seconds['128']:.2f} s, 1,024 devices {seconds['1024']:.2f} s"
-    )
+    print(f"\n{sum(row.agrees for row in rows)} of {len(rows)} agree")
+    print(f"search: 128 devices {seconds['128']:.2f} s, 1,024 devices {seconds['1024']:.2f} s")
     if arguments.pictures:
-        draw(arguments.pictures)
+        draw(arguments.pictures, throughput)
     if arguments.json:
         content = {
             "search_seconds": seconds,
