@@ -14,6 +14,8 @@ Left out: context parallelism (axis cp has size 1), experts, and splitting of si
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,10 +31,11 @@ from workers.engines.loading import ModelSource, model_config
 from workers.engines.micro_batches import MicroBatch, gather_outputs, make_micro_batches
 from workers.engines.tensor_parallel import pad_time
 from workers.engines.threed_build import build_share
-from workers.engines.threed_checkpoint import load_state, save_state
+from workers.engines.threed_checkpoint import load_state, master_parameters, save_state
 from workers.engines.threed_export import write_safetensors
 from workers.engines.threed_layout import make_layout
 from workers.engines.threed_optimizer import ZeroOptimizer
+from workers.losses.reduction import combine_metrics
 from workers.sequences import Sequences
 
 MICRO_BATCHES_PER_STAGE = 4
@@ -51,8 +54,12 @@ class ThreeDEngine(TrainingEngine):
         self.rank, self.place = context.rank, self.layout.coordinates(context.rank)
         self.device = torch.device(context.device)
         source = ModelSource(model, head, context)
+        self._generation_config = source.generation_config
         self._share = build_share(source, model, config, head, self.layout, context.rank, self.device)
         self._optimizer = ZeroOptimizer(self._share.groups, config.optimizer)
+        self._on_host = False
+        if config.offload_optimizer:
+            self.offload()
 
     @property
     def is_last_stage(self) -> bool:
@@ -78,17 +85,15 @@ class ThreeDEngine(TrainingEngine):
 
         def finish(index: int, numbers: dict[str, Tensor]) -> Tensor:
             loss, parts = loss_fn(Outputs(**numbers), micro_batches[index].sequences)
-            for name, value in {"loss": loss, **parts}.items():
-                metrics[name] = metrics.get(name, torch.zeros(())) + value.detach().double().cpu()
+            detached = {name: value.detach().double() for name, value in {"loss": loss, **parts}.items()}
+            metrics.update(combine_metrics(metrics, detached))
             return loss
 
         self._optimizer.begin_step()
         self._share.pipeline.run(micro_batches, finish, train=True, entropy=entropy, temperature=temperature)
-        self.onload()
-        grad_norm, rate = self._optimizer.step()
-        if self.config.offload_optimizer:
-            self.offload()
-        return {**self._sum(metrics), "grad_norm": grad_norm, "learning_rate": rate}
+        with self._on_device():
+            grad_norm, rate = self._optimizer.step()
+        return {**self._over_ranks(metrics), "grad_norm": grad_norm, "learning_rate": rate}
 
     def local_parameters(self) -> list[LocalParameter]:
         held = {
@@ -100,25 +105,42 @@ class ThreeDEngine(TrainingEngine):
         return [LocalParameter(name, shape, dtype, (held[name],) if name in held else ()) for name, shape in self._share.logical.items()]
 
     def save(self, directory: Path) -> None:
-        save_state(self._optimizer, directory, writes_replicated=self.place["tp"] == 0, writes_tied=self.place["pp"] == 0)
+        with self._on_device():
+            save_state(self._optimizer, directory, writes_replicated=self.place["tp"] == 0, writes_tied=self.place["pp"] == 0)
 
     def load(self, directory: Path) -> None:
-        load_state(self._optimizer, directory)
+        with self._on_device():
+            load_state(self._optimizer, directory)
 
     def save_pretrained(self, directory: Path) -> None:
         if self.rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
             config = copy.deepcopy(self.hf_config)
-            config.architectures, config.dtype = [self._share.architecture], self._share.pipeline.dtype
+            config.architectures, config.dtype = [self._share.architecture], torch.float32
             config.save_pretrained(directory)
-        write_safetensors(self.local_parameters(), directory, self.device)
+            if self._generation_config is not None:
+                self._generation_config.save_pretrained(directory)
+        with self._on_device():
+            write_safetensors(master_parameters(self._share.groups, self._share.logical), directory, self.device)
 
     def offload(self) -> None:
         self._optimizer.free_gradients()
         self._optimizer.move(torch.device("cpu"))
+        self._on_host = True
 
     def onload(self) -> None:
         self._optimizer.move(self.device)
+        self._on_host = False
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """For collectives on optimizer states, which may be on the host."""
+        was_on_host = self._on_host
+        if was_on_host:
+            self.onload()
+        yield
+        if was_on_host:
+            self.offload()
 
     def _micro_batches(self, sequences: Sequences) -> list[MicroBatch]:
         """The same on all ranks of this data coordinate; none if there are no rows."""
@@ -129,14 +151,16 @@ class ThreeDEngine(TrainingEngine):
         cut = make_micro_batches(sequences, self.head, budget, self.device)
         return [pad_time(micro_batch, self.config.tp) for micro_batch in cut]
 
-    def _sum(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Sums over data ranks, the same on every rank; the names are known on last stages that had rows only."""
+    def _over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """Metrics of all data ranks, combined in rank order on every rank; their names are known on last stages with rows only."""
         counts = self.is_last_stage and self.place["tp"] == 0
         own = {name: float(value) for name, value in metrics.items()} if counts else {}
         everywhere: list[dict[str, float]] = [{} for _ in range(self.layout.size)]
         dist.all_gather_object(everywhere, own)
-        names = dict.fromkeys(name for part in everywhere for name in part)
-        return {name: sum(part.get(name, 0.0) for part in everywhere) for name in names}
+        total: dict[str, Tensor] = {}
+        for part in everywhere:
+            total = combine_metrics(total, {name: torch.tensor(value, dtype=torch.float64) for name, value in part.items()})
+        return {name: float(value) for name, value in total.items()}
 
 
 def _nothing(head: Head, entropy: bool) -> Outputs:

@@ -48,6 +48,7 @@ def build_share(
     aliases = _aliases(source.model)
     logical = {name: tuple(parameter.shape) for name, parameter in source.model.named_parameters()}
     shell = build_on_meta(model, head)
+    shell.set_attn_implementation(source.model.config._attn_implementation)
     parallelize(shell, mesh["tp"])
     if train.activation_checkpointing:
         enable_activation_checkpointing(shell)

@@ -1,0 +1,170 @@
+"""What the spawned processes of test_threed.py do: one function runs all cases of all world sizes, because starting processes is slow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hybridflow.context import RankContext
+from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
+from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
+from workers.engines.base import Head
+from workers.engines.threed import ThreeDEngine
+from workers.engines.threed_export import write_safetensors
+from workers.engines.vocabulary_parallel import parallel_token_log_probs
+from workers.sequences import Sequences
+
+OPTIMIZER = {"learning_rate": 1e-3, "weight_decay": 0.1, "clip_grad_norm": 0.5}
+MICRO_BATCH_TOKENS = 36
+NUM_BATCHES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One layout on one model; name is unique and a folder name."""
+
+    p: int = 1
+    t: int = 1
+    d: int = 1
+    virtual: int = 1
+    order: str = "dp pp cp tp"
+    model: str = "llama"
+    head: Head = Head.lm
+    checkpointing: bool = False
+    num_rows: int = 8
+    precision: Precision = Precision.fp32
+    offload: bool = False
+
+    @property
+    def name(self) -> str:
+        extras = [self.order.replace(" ", ""), self.model, self.head.value, self.precision.value, f"rows{self.num_rows}"]
+        return "-".join([f"p{self.p}t{self.t}d{self.d}v{self.virtual}", *extras, *(["ac"] if self.checkpointing else [])])
+
+    @property
+    def world_size(self) -> int:
+        return self.p * self.t * self.d
+
+
+@dataclass(kw_only=True, slots=True)
+class Result:
+    """What one rank saw."""
+
+    data: int
+    """Its data coordinate."""
+    outputs: dict[str, Tensor] | None
+    """Before the first step, of its own rows; None off the last stage."""
+    metrics: list[dict[str, float]] = field(default_factory=list)
+
+
+def run_world(rank: int, root: Path, world_size: int, jobs: list[tuple[str, object]]) -> None:
+    """One process of a world: jobs are (name of a function below, its argument), run in order by all ranks."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size)
+    try:
+        for name, argument in jobs:
+            JOBS[name](rank, root, argument)
+    finally:
+        dist.destroy_process_group()
+
+
+def run_worlds(rank: int, root: Path, worlds: list[tuple[int, list[tuple[str, object]]]]) -> None:
+    """Worlds of several sizes one after the other in the same processes; ranks beyond a world's size skip it."""
+    for world_size, jobs in worlds:
+        if rank < world_size:
+            run_world(rank, root, world_size, jobs)
+
+
+def make_engine(case: Case, root: Path, rank: int) -> ThreeDEngine:
+    config = TrainConfig(
+        engine="threed",
+        tp=case.t,
+        pp=case.p,
+        rank_order=case.order.split(),
+        precision=case.precision,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        activation_checkpointing=case.checkpointing,
+        pipeline_schedule="interleaved_1f1b" if case.virtual > 1 else "1f1b",
+        virtual_stages=case.virtual,
+        offload_optimizer=case.offload,
+        optimizer=OptimizerConfig(**OPTIMIZER),
+    )
+    model = root / (case.model if case.head is Head.lm else f"{case.model}-{case.head.value}")
+    context = RankContext(rank=rank, world_size=case.world_size)
+    return ThreeDEngine(model=ModelConfig(path=str(model), attention="sdpa"), config=config, head=case.head, context=context)
+
+
+def own_rows(case: Case, batch: Sequences, data: int) -> Sequences:
+    """Every d-th row: uneven, and nothing for the last data ranks of a small batch."""
+    return batch.rows(torch.arange(batch.num_rows)[data :: case.d])
+
+
+def batches(case: Case) -> list[Sequences]:
+    return [make_sequences(case.num_rows, seed) for seed in range(NUM_BATCHES)]
+
+
+def train(rank: int, root: Path, case: Case) -> None:
+    """Outputs before training, three steps, the weights as a Hugging Face directory and as the shard map shows them."""
+    engine = make_engine(case, root, rank)
+    data = engine.layout.coordinates(rank)["dp"]
+    rows = [own_rows(case, batch, data) for batch in batches(case)]
+    outputs = engine.forward(rows[0], entropy=True, temperature=TEMPERATURE)
+    found = None
+    if outputs is not None:
+        named = {"log_probs": outputs.log_probs, "entropy": outputs.entropy, "values": outputs.values, "scores": outputs.scores}
+        found = {name: value for name, value in named.items() if value is not None}
+    result = Result(data=data, outputs=found)
+    for batch in rows:
+        result.metrics.append(engine.train_step(batch, loss_fn, entropy=True, temperature=TEMPERATURE))
+    folder = root / case.name
+    engine.save_pretrained(folder)
+    shards = folder / "shards"
+    if rank == 0:
+        shards.mkdir()
+    write_safetensors(engine.local_parameters(), shards, torch.device("cpu"), max_file_bytes=20_000)
+    torch.save(result, folder / f"result{rank}.pt")
+
+
+def save_and_resume(rank: int, root: Path, cases: list[Case]) -> None:
+    """Two steps on the first layout, then the third step there and, from the checkpoint, on every layout of `cases`."""
+    first = cases[0]
+    engine = make_engine(first, root, rank)
+    for batch in batches(first)[:2]:
+        engine.train_step(own_rows(first, batch, engine.layout.coordinates(rank)["dp"]), loss_fn, entropy=True, temperature=TEMPERATURE)
+    engine.save(root / "checkpoint")
+    _third_step(engine, first, rank, root / "resumed-never")
+    for number, case in enumerate(cases):
+        engine = make_engine(case, root, rank)
+        engine.load(root / "checkpoint")
+        _third_step(engine, case, rank, root / f"resumed-{number}")
+
+
+def _third_step(engine: ThreeDEngine, case: Case, rank: int, folder: Path) -> None:
+    rows = own_rows(case, batches(case)[2], engine.layout.coordinates(rank)["dp"])
+    metrics = engine.train_step(rows, loss_fn, entropy=True, temperature=TEMPERATURE)
+    engine.save_pretrained(folder)
+    if rank == 0:
+        torch.save(metrics, folder / "metrics.pt")
+
+
+def vocabulary(rank: int, root: Path, precision: Precision) -> None:
+    """log-probs, entropies and the gradient of this rank's logits, of the table that vocabulary_table makes."""
+    dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
+    logits, targets = vocabulary_table()
+    own = logits.to(dtype).chunk(dist.get_world_size(), dim=-1)[rank].clone().requires_grad_()
+    log_probs, entropy = parallel_token_log_probs(own, targets, 0.7, True, group=dist.group.WORLD)
+    assert entropy is not None
+    (log_probs.sin().sum() + entropy.square().sum()).backward()
+    torch.save((log_probs.detach(), entropy.detach(), own.grad), root / f"vocabulary-{precision.value}-{rank}.pt")
+
+
+def vocabulary_table() -> tuple[Tensor, Tensor]:
+    """Logits [tokens, vocab] far from 0, so that a missing maximum would overflow, and targets."""
+    generator = torch.Generator().manual_seed(3)
+    return 40.0 * torch.randn(17, 64, generator=generator) + 200.0, torch.randint(0, 64, (17,), generator=generator)
+
+
+JOBS = {"train": train, "save_and_resume": save_and_resume, "vocabulary": vocabulary}
