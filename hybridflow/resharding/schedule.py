@@ -14,7 +14,7 @@ from hybridflow.resharding.pieces import Pieces
 def choose_senders(pieces: Pieces, num_bytes: Ints, num_ranks: int) -> Ints:
     """The sender of every piece: int64 [pieces].
 
-    Largest piece first to the candidate that has sent least so far (ties: the next rank below the receiver), then pieces are
+    Largest piece first to the candidate that has sent least so far (ties: the nearest rank), then pieces are
     handed on as long as that evens out two loads. After that no sender could hand a piece to a candidate with more than that
     piece's bytes less to send.
     """
@@ -32,7 +32,7 @@ def choose_senders(pieces: Pieces, num_bytes: Ints, num_ranks: int) -> Ints:
     candidates, sizes = pieces.candidates.tolist(), num_bytes.tolist()
     for piece in open_pieces.tolist():
         to = receiver[piece]
-        best = min(sets[candidates[piece]], key=lambda rank: (load[rank], (to - rank) % num_ranks))
+        best = min(sets[candidates[piece]], key=lambda rank: (load[rank], abs(to - rank)))
         sender[piece] = best
         load[best] += sizes[piece]
     _hand_on(open_pieces, sender, candidates, sizes, sets, load)
