@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.engines.threed_cases import FAMILIES, PlainRun, load_plain, plain_run, save_tiny_model
-from tests.engines.threed_workers import OPTIMIZER, Case, Result, batches, own_rows, run_worlds, vocabulary_table
-from workers.config import OptimizerConfig, Precision
+from tests.engines.threed_workers import OPTIMIZER, Case, Job, Result, batches, own_rows, run_worlds, vocabulary_table
+from workers.config import Precision
 from workers.engines.base import Head, Outputs
 
-FP32 = {"rtol": 2e-5, "atol": 2e-5}
+FP32 = 2e-5
 """AdamW divides by the root of tiny second moments: rounding of 1e-7 in a gradient becomes up to 1e-5 in a weight at this learning rate."""
 
 LAYOUTS = [
@@ -60,8 +60,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(root / "llama-tied", "llama", tied=True)
     for head in (Head.value, Head.score):
         load_plain(root / "llama", head).save_pretrained(root / f"llama-{head.value}")
-    vocabulary = [("vocabulary", Precision.fp32), ("vocabulary", Precision.bf16)]
-    worlds = [(size, [("train", case) for case in [*CASES, BF16] if case.world_size == size]) for size in (4, 2, 1)]
+    vocabulary: list[Job] = [("vocabulary", Precision.fp32), ("vocabulary", Precision.bf16)]
+    worlds: list[tuple[int, list[Job]]] = [
+        (size, [("train", case) for case in [*CASES, BF16] if case.world_size == size]) for size in (4, 2, 1)
+    ]
     worlds[0][1].extend([("save_and_resume", RESUMED), *vocabulary])
     mp.spawn(run_worlds, (root, worlds), nprocs=4)
     return root
@@ -76,7 +78,7 @@ def plain(root: Path) -> Callable[[Case], PlainRun]:
         key = (case.model, case.head, case.num_rows)
         if key not in runs:
             folder = root / (case.model if case.head is Head.lm else f"{case.model}-{case.head.value}")
-            runs[key] = plain_run(load_plain(folder, case.head), case.head, batches(case), OptimizerConfig(**OPTIMIZER))
+            runs[key] = plain_run(load_plain(folder, case.head), case.head, batches(case), OPTIMIZER)
         return runs[key]
 
     return run
@@ -87,14 +89,14 @@ def test_equals_one_plain_process(root: Path, plain: Callable[[Case], PlainRun],
     expected = plain(case)
     results: list[Result] = [torch.load(root / case.name / f"result{rank}.pt", weights_only=False) for rank in range(case.world_size)]
     assert all(result.metrics == results[0].metrics for result in results), "metrics differ between ranks"
-    assert_close([step["loss"] for step in results[0].metrics], expected.losses, **FP32)
-    assert_close([step["grad_norm"] for step in results[0].metrics], expected.grad_norms, **FP32)
+    assert_close([step["loss"] for step in results[0].metrics], expected.losses, rtol=FP32, atol=FP32)
+    assert_close([step["grad_norm"] for step in results[0].metrics], expected.grad_norms, rtol=FP32, atol=FP32)
     weights = load_plain(root / case.name, case.head).state_dict()
-    assert_close({name: weights[name] for name in expected.parameters}, expected.parameters, **FP32)
+    assert_close({name: weights[name] for name in expected.parameters}, expected.parameters, rtol=FP32, atol=FP32)
     assert sum(result.outputs is not None for result in results) == case.t * case.d
     for result in results:
         if result.outputs is not None:
-            assert_close(result.outputs, rows_of(expected.outputs, case, result.data), **FP32)
+            assert_close(result.outputs, rows_of(expected.outputs, case, result.data), rtol=FP32, atol=FP32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -129,8 +131,8 @@ def test_checkpoint_resumes_on_any_layout(root: Path, number: int) -> None:
         assert metrics == metrics_never
         assert all(torch.equal(weights[name], never[name]) for name in never)
     else:
-        assert_close(metrics, metrics_never, **FP32)
-        assert_close(weights, never, **FP32)
+        assert_close(metrics, metrics_never, rtol=FP32, atol=FP32)
+        assert_close(weights, never, rtol=FP32, atol=FP32)
 
 
 @pytest.mark.parametrize("precision", list(Precision))

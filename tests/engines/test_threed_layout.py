@@ -28,12 +28,12 @@ def test_layout_follows_the_rank_order() -> None:
         (
             TrainConfig(tp=4),
             {},
-            r"tp=4 does not fit llama: .* the 2 key-value heads.*sizes that fit: 1, 2; on 8 devices fit: pp=1 tp=1 \(dp=8\)",
+            r"tp=4 does not fit llama: .*num_key_value_heads 2.*sizes that fit: 1, 2; on 8 devices fit: pp=1 tp=1 \(dp=8\)",
         ),
         (
             TrainConfig(tp=2),
             {"vocab_size": 97},
-            r"tp=2 does not fit.*97 tokens.*sizes that fit: 1; on 8 devices fit: pp=1 tp=1 \(dp=8\), pp=2",
+            r"tp=2 does not fit.*vocab_size 97.*sizes that fit: 1; on 8 devices fit: pp=1 tp=1 \(dp=8\), pp=2",
         ),
         (TrainConfig(pp=8), {}, r"pp=8 .*8 pipeline stages, but the model has 4 layers; on 8 devices fit: .*pp=4 tp=2 \(dp=1\)"),
         (TrainConfig(pp=3), {}, r"pp=3 x tp=1 does not divide the 8 devices"),
@@ -53,7 +53,7 @@ def test_what_does_not_fit_is_refused(train: TrainConfig, changes: dict[str, int
         make_layout(train, model(**changes), 8)
 
 
-@given(st.integers(1, 16), st.integers(1, 3))
+@given(st.integers(1, 8), st.integers(1, 3))
 def test_listed_layouts_are_accepted_and_no_others(world_size: int, virtual: int) -> None:
     listed = fitting_layouts(model(), world_size, virtual)
     for pipeline in range(1, world_size + 1):

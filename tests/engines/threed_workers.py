@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +20,11 @@ from workers.engines.threed_export import write_safetensors
 from workers.engines.vocabulary_parallel import parallel_token_log_probs
 from workers.sequences import Sequences
 
-OPTIMIZER = {"learning_rate": 1e-3, "weight_decay": 0.1, "clip_grad_norm": 0.5}
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, clip_grad_norm=0.5)
 MICRO_BATCH_TOKENS = 36
 NUM_BATCHES = 3
+Job = tuple[str, Any]
+"""Name of a function of JOBS, and its argument."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +64,7 @@ class Result:
     metrics: list[dict[str, float]] = field(default_factory=list)
 
 
-def run_world(rank: int, root: Path, world_size: int, jobs: list[tuple[str, object]]) -> None:
+def run_world(rank: int, root: Path, world_size: int, jobs: list[Job]) -> None:
     """One process of a world: jobs are (name of a function below, its argument), run in order by all ranks."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size)
@@ -71,7 +75,7 @@ def run_world(rank: int, root: Path, world_size: int, jobs: list[tuple[str, obje
         dist.destroy_process_group()
 
 
-def run_worlds(rank: int, root: Path, worlds: list[tuple[int, list[tuple[str, object]]]]) -> None:
+def run_worlds(rank: int, root: Path, worlds: list[tuple[int, list[Job]]]) -> None:
     """Worlds of several sizes one after the other in the same processes; ranks beyond a world's size skip it."""
     for world_size, jobs in worlds:
         if rank < world_size:
@@ -90,7 +94,7 @@ def make_engine(case: Case, root: Path, rank: int) -> ThreeDEngine:
         pipeline_schedule="interleaved_1f1b" if case.virtual > 1 else "1f1b",
         virtual_stages=case.virtual,
         offload_optimizer=case.offload,
-        optimizer=OptimizerConfig(**OPTIMIZER),
+        optimizer=OPTIMIZER,
     )
     model = root / (case.model if case.head is Head.lm else f"{case.model}-{case.head.value}")
     context = RankContext(rank=rank, world_size=case.world_size)
@@ -155,7 +159,9 @@ def vocabulary(rank: int, root: Path, precision: Precision) -> None:
     dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
     logits, targets = vocabulary_table()
     own = logits.to(dtype).chunk(dist.get_world_size(), dim=-1)[rank].clone().requires_grad_()
-    log_probs, entropy = parallel_token_log_probs(own, targets, 0.7, True, group=dist.group.WORLD)
+    group = dist.group.WORLD
+    assert group is not None
+    log_probs, entropy = parallel_token_log_probs(own, targets, 0.7, True, group=group)
     assert entropy is not None
     (log_probs.sin().sum() + entropy.square().sum()).backward()
     torch.save((log_probs.detach(), entropy.detach(), own.grad), root / f"vocabulary-{precision.value}-{rank}.pt")
@@ -167,4 +173,4 @@ def vocabulary_table() -> tuple[Tensor, Tensor]:
     return 40.0 * torch.randn(17, 64, generator=generator) + 200.0, torch.randint(0, 64, (17,), generator=generator)
 
 
-JOBS = {"train": train, "save_and_resume": save_and_resume, "vocabulary": vocabulary}
+JOBS: dict[str, Callable[[int, Path, Any], None]] = {"train": train, "save_and_resume": save_and_resume, "vocabulary": vocabulary}

@@ -50,6 +50,8 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     if mesh.size() == 1:
         return
     check_fits(model.config, mesh.size())
+    if "norm" not in dict(model.base_model.named_children()):
+        raise ValueError(f"tp={mesh.size()}: the decoder of {model.config.model_type} has no final module named norm; use tp=1")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
     parallelize_module(model, mesh, _styles(model))
@@ -67,23 +69,28 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 def check_fits(config: PretrainedConfig, tp: int) -> None:
     """ValueError that lists the tensor-parallel sizes which fit, if `tp` does not."""
-    if tp == 1:
-        return
     sizes = fitting_sizes(config)
-    if tp not in sizes:
-        raise ValueError(
-            f"tp={tp} does not fit {config.model_type}: it must divide the {config.num_attention_heads} attention heads, the "
-            f"{config.num_key_value_heads} key-value heads, the {config.intermediate_size} columns of the MLP and the "
-            f"{config.vocab_size} tokens of the vocabulary; sizes that fit: {', '.join(map(str, sizes))}"
-        )
+    if tp in sizes:
+        return
+    if not config.base_model_tp_plan:
+        raise ValueError(f"tp={tp}: transformers has no tensor-parallel plan for {config.model_type}; use tp=1")
+    counts = ", ".join(f"{name} {count}" for name, count in _counts(config).items())
+    raise ValueError(f"tp={tp} does not fit {config.model_type}: it must divide {counts}; sizes that fit: {', '.join(map(str, sizes))}")
 
 
 def fitting_sizes(config: PretrainedConfig) -> list[int]:
     """Tensor-parallel sizes that fit the model, ascending; only 1 for a model without a plan."""
     if not config.base_model_tp_plan:
         return [1]
-    counts = (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size, config.vocab_size)
+    counts = _counts(config).values()
     return [size for size in range(1, min(counts) + 1) if all(count % size == 0 for count in counts)]
+
+
+def _counts(config: PretrainedConfig) -> dict[str, int]:
+    """What is split over tensor ranks, by its name in the configuration."""
+    settings = config.to_dict()
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    return {name: settings[name] for name in names if isinstance(settings.get(name), int)}
 
 
 def pad_time(micro_batch: MicroBatch, multiple: int) -> MicroBatch:
@@ -278,7 +285,7 @@ class _SumRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, group: ProcessGroup) -> Tensor:
-        total = partial.contiguous().clone() if partial.requires_grad else partial.contiguous()
+        total = partial.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 

@@ -11,7 +11,7 @@ Left out: zero-bubble schedules, which split the backward pass in two.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ Tick = tuple[Action | None, ...]
 """What each pipeline rank does; None: it waits."""
 
 
-@cache
+@lru_cache(maxsize=64)
 def timetable(num_ranks: int, num_stages: int, num_micro_batches: int, train: bool) -> tuple[Tick, ...]:
     """All ticks of one step; without `train` the forward passes only.
 
