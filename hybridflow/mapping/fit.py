@@ -1,0 +1,173 @@
+"""fit: constants from measurements, by least squares on relative errors with no constant below 0.
+
+The simulators are linear in what is fitted (seconds per FLOP, per byte, per layer, per micro-batch, per decode step, per running
+sequence), so each fit is one small non-negative problem, solved exactly. Pure NumPy: what measures is recipes/calibrate.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+
+from hybridflow.mapping.calibration import Calibration
+from hybridflow.mapping.cluster import DeviceKind
+from hybridflow.mapping.compute import layer_flops
+from hybridflow.mapping.generation import generation_time
+from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
+from hybridflow.mapping.measurements import CollectiveSample, GenerationSample, Measurements, PassSample
+from hybridflow.mapping.passes import Machine, inference_time, training_time
+from hybridflow.mapping.space import SearchSpace
+from hybridflow.mapping.workload import Lengths, Workload
+
+SMALL = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """The device kind and the constants that explain the measurements, and how well they do."""
+
+    kind: DeviceKind
+    calibration: Calibration
+    errors: dict[str, tuple[float, float]]
+    """What was fitted -> (median, largest) relative error of its samples."""
+
+
+def fit(measurements: Measurements, *, space: SearchSpace, calibration: Calibration | None = None) -> Fit:
+    """Constants for planning on machines like the measured one; what was not measured keeps its value from `calibration`."""
+    given = calibration or Calibration()
+    kind = DeviceKind(
+        name=measurements.name,
+        memory_bytes=measurements.memory_bytes,
+        flops=measurements.matmul_flops,
+        memory_bandwidth=measurements.memory_bandwidth,
+        intra_bandwidth=1e9,
+        inter_bandwidth=1e9,
+        host_bandwidth=measurements.memory_bandwidth,
+        devices_per_node=measurements.num_processes,
+    )
+    found = replace(given, name=measurements.name, call_overhead_s=measurements.call_s, intra_latency_s=0.0, link_efficiency=1.0)
+    errors: dict[str, tuple[float, float]] = {}
+    if measurements.collectives:
+        kind, found = fit_links(measurements.collectives, kind, found)
+    forward = [sample for sample in measurements.passes if not sample.training]
+    training = [sample for sample in measurements.passes if sample.training]
+    if forward:
+        found = fit_forward(forward, kind, found, space)
+        errors["forward"] = _errors([predicted_pass(sample, kind, found, space) / sample.seconds for sample in forward])
+    if training:
+        found = fit_backward(training, kind, found, space)
+        errors["training"] = _errors([predicted_pass(sample, kind, found, space) / sample.seconds for sample in training])
+    if measurements.generations:
+        found = fit_decoding(measurements.generations, kind, found, space)
+        errors["generation"] = _errors(
+            [predicted_generation(sample, kind, found, space) / sample.seconds for sample in measurements.generations]
+        )
+    return Fit(kind=kind, calibration=found, errors=errors)
+
+
+def fit_links(samples: Sequence[CollectiveSample], kind: DeviceKind, given: Calibration) -> tuple[DeviceKind, Calibration]:
+    """seconds = latency log2(ranks) + bytes (ranks - 1)/ranks / bandwidth."""
+    features = [(np.log2(sample.ranks), sample.num_bytes * (sample.ranks - 1) / sample.ranks) for sample in samples]
+    latency, per_byte = nonnegative_least_squares(np.array(features), np.array([sample.seconds for sample in samples]))
+    bandwidth = 1.0 / max(per_byte, SMALL)
+    return replace(kind, intra_bandwidth=bandwidth, inter_bandwidth=bandwidth), replace(given, intra_latency_s=latency)
+
+
+def fit_forward(samples: Sequence[PassSample], kind: DeviceKind, given: Calibration, space: SearchSpace) -> Calibration:
+    """Seconds per FLOP, per byte of element-wise traffic, per layer and micro-batch, and per micro-batch."""
+    features = np.array([_forward_features(sample, space) for sample in samples])
+    per_flop, per_byte, per_layer, per_micro_batch = nonnegative_least_squares(
+        features, np.array([sample.seconds - given.call_overhead_s for sample in samples])
+    )
+    return replace(
+        given,
+        matmul_efficiency=1.0 / max(per_flop * kind.flops, SMALL),
+        bandwidth_efficiency=1.0 / max(per_byte * kind.memory_bandwidth, 1e-3),
+        layer_overhead_s=per_layer,
+        micro_batch_overhead_s=per_micro_batch,
+    )
+
+
+def _forward_features(sample: PassSample, space: SearchSpace) -> tuple[float, float, float, float]:
+    """The same sums that passes.inference_time makes (without weights being the bottleneck)."""
+    model = sample.model
+    length = sample.prompt + sample.response
+    tokens, scored = sample.rows * length, sample.rows * sample.response
+    flops = model.num_layers * layer_flops(model, tokens, length / 2) + 2.0 * scored * model.head_parameters
+    width = 1 if model.scalar_head else model.vocab_size
+    traffic = model.num_layers * 2.0 * space.activation_bytes * model.activation_elements_per_token * tokens
+    traffic += sample.micro_batches * space.parameter_bytes * model.head_parameters + 8.0 * scored * width
+    return flops, traffic, float(model.num_layers * sample.micro_batches), float(sample.micro_batches)
+
+
+def fit_backward(samples: Sequence[PassSample], kind: DeviceKind, given: Calibration, space: SearchSpace) -> Calibration:
+    """The backward factor with the least relative error: training seconds are linear in it."""
+    none = [predicted_pass(sample, kind, replace(given, backward_factor=0.0), space) for sample in samples]
+    one = [predicted_pass(sample, kind, replace(given, backward_factor=1.0), space) for sample in samples]
+    features = np.array([[high - low] for low, high in zip(none, one, strict=True)])
+    targets = np.array([sample.seconds - low for low, sample in zip(none, samples, strict=True)])
+    weights = 1.0 / np.array([sample.seconds for sample in samples])
+    factor = nonnegative_least_squares(features, targets, weights)[0]
+    return replace(given, backward_factor=float(factor))
+
+
+def fit_decoding(samples: Sequence[GenerationSample], kind: DeviceKind, given: Calibration, space: SearchSpace) -> Calibration:
+    """Host seconds per decode step, per layer of a step, and per running sequence of a step, on top of what the bytes take."""
+    bare = replace(given, decode_step_overhead_s=0.0, decode_layer_overhead_s=0.0, decode_row_overhead_s=0.0)
+    targets = np.array([sample.seconds - predicted_generation(sample, kind, bare, space) for sample in samples])
+    features = np.array([(sample.response, sample.response * sample.model.num_layers, sample.response * sample.rows) for sample in samples])
+    weights = 1.0 / np.array([sample.seconds for sample in samples])
+    step, layer, row = nonnegative_least_squares(features.astype(float), targets, weights)
+    return replace(given, decode_step_overhead_s=step, decode_layer_overhead_s=layer, decode_row_overhead_s=row)
+
+
+def predicted_pass(sample: PassSample, kind: DeviceKind, calibration: Calibration, space: SearchSpace) -> float:
+    """What the simulators say to a measured pass."""
+    length = sample.prompt + sample.response
+    workload = Workload(num_prompts=sample.rows, prompt=Lengths.fixed(sample.prompt), response=Lengths.fixed(sample.response))
+    layout = ModelLayout(micro_batch_tokens=-(-sample.rows * length // sample.micro_batches))
+    machine = Machine(kind, calibration, space, workload)
+    if sample.training:
+        return training_time(sample.model, layout, machine).total
+    return inference_time(sample.model, layout, machine, trained=True).total
+
+
+def predicted_generation(sample: GenerationSample, kind: DeviceKind, calibration: Calibration, space: SearchSpace) -> float:
+    """What the simulator says to a measured generation call."""
+    workload = Workload(num_prompts=sample.rows, prompt=Lengths.fixed(sample.prompt), response=Lengths.fixed(sample.response))
+    machine = Machine(kind, calibration, space, workload)
+    return generation_time(sample.model, GenerationLayout(max_running=sample.rows), machine).total
+
+
+def nonnegative_least_squares(features: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> list[float]:
+    """x >= 0 with the least sum of squares of weights * (features x - targets); weights default to 1/targets (relative errors).
+
+    Exact by trying every subset of columns that may be positive (there are at most four): the optimum is the unconstrained solution
+    of its own support (Lawson and Hanson 1974, chapter 23).
+    """
+    scale = weights if weights is not None else 1.0 / np.maximum(np.abs(targets), SMALL)
+    scaled, goal = features * scale[:, None], targets * scale
+    size = features.shape[1]
+    norms = np.linalg.norm(scaled, axis=0)
+    norms[norms == 0] = 1.0
+    best, solution = float(goal @ goal), np.zeros(size)
+    for count in range(1, size + 1):
+        for support in combinations(range(size), count):
+            columns = list(support)
+            part = np.linalg.lstsq(scaled[:, columns] / norms[columns], goal, rcond=None)[0] / norms[columns]
+            if (part < 0).any():
+                continue
+            residual = float(((scaled[:, columns] @ part - goal) ** 2).sum())
+            if residual < best * (1 - 1e-9):
+                best, solution = residual, np.zeros(size)
+                solution[columns] = part
+    return [float(value) for value in solution]
+
+
+def _errors(ratios: Sequence[float]) -> tuple[float, float]:
+    """(median, largest) of |ratio - 1|."""
+    off = sorted(abs(ratio - 1.0) for ratio in ratios)
+    return off[len(off) // 2], off[-1]
