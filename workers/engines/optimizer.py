@@ -87,12 +87,10 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], *, world_size: int, pla
             continue
         copies = plain_copies
         if isinstance(gradient, DTensor):
-            sharded = [
-                size for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True) if placement.is_shard()
-            ]
             copies = world_size
-            for size in sharded:
-                copies //= size
+            for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True):
+                # Not is_shard(): the placement of a dimension that data and tensor axes both shard says no to it.
+                copies //= 1 if placement.is_replicate() else size
             gradient = gradient.to_local()
         if gradient.numel():
             squares.setdefault(copies, []).append(gradient)
