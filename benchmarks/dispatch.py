@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import ray
 
-    ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1", object_store_memory=4 * 2**30)
+    ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1", object_store_memory=4 * 2**30)
     try:
         result = measure(arguments.repeats)
     finally:

@@ -31,7 +31,6 @@ class AlgorithmConfig:
             if value < 1:
                 raise ValueError(f"algorithm.{field} is {value}; use at least 1")
 
-
     @property
     def needs_reference(self) -> bool:
         """Whether the algorithm itself (not the actor's loss) reads ref_log_probs."""
@@ -42,6 +41,9 @@ class Algorithm(Protocol):
     """What the loop runs: a class in a file of its own and an entry in ALGORITHMS (controllers/__init__.py)."""
 
     config: Any
+
+    def __init__(self, *, config: Any, **roles: Any) -> None:
+        """Every role of its entry by name, as a handle, a fake, or a stand-in that records."""
 
     def step(self, prompts: Batch) -> Metrics: ...
 
@@ -88,7 +90,7 @@ def _describe(batch: Batch) -> Mapping[str, float]:
     if "ref_log_probs" in batch:
         kl = kl_estimate(response.values, batch.ragged("ref_log_probs").values, KLEstimator.k1)
         metrics["kl/reference"] = float(segment_sum(kl, row_of_token(response.lengths), len(batch)).mean())
-    return metrics | _means_of_dicts(batch["reward_metrics"] if "reward_metrics" in batch else [])  # type: ignore[arg-type]
+    return metrics | _means_of_dicts(batch.objects("reward_metrics"))
 
 
 def _means_of_dicts(rows: list[dict[str, float]]) -> dict[str, float]:

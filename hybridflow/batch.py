@@ -108,6 +108,11 @@ class Batch(Mapping[str, Value]):
         assert isinstance(value, Tensor), f"column {name} is not dense"
         return value
 
+    def objects(self, name: str) -> list[Any]:
+        value = self[name]
+        assert isinstance(value, list), f"column {name} does not hold Python values"
+        return value
+
     def blocks(self, names: Sequence[str], here: str | None = None) -> list[Block]:
         """Several columns in one wait; `here` is the node of the reader."""
         requests: list[tuple[Ref, np.ndarray, str | None]] = []

@@ -81,7 +81,11 @@ class Handle:
         calls = self._pool.submit(self._role, method, given, keep, len(declaration.writes))
         if declaration.writes:
             return self._collect_batches(declaration, [(rank, *calls[rank]) for rank in collected], rows)
-        read = lambda: protocol.collect(layout, [reply.result for reply in self._pool.read_replies([calls[r][0] for r in collected])])  # noqa: E731
+        replies = [calls[rank][0] for rank in collected]
+
+        def read() -> Any:
+            return protocol.collect(layout, [reply.result for reply in self._pool.read_replies(replies)])
+
         if self._returns_metrics[method] and protocol.collect is not _as_list:
             return Metrics(sources=[read])
         return Results(read) if protocol.collect is _as_list else read()

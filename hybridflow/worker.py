@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from hybridflow.columns import declared
@@ -65,10 +64,14 @@ def remote(
     return mark
 
 
-@cache
+_KNOWN_METHODS: dict[type, dict[str, Remote]] = {}
+
+
 def remote_methods(worker: type) -> dict[str, Remote]:
     """The declared methods of a class by name, inherited ones included; an override keeps its base's declaration."""
-    found: dict[str, Remote] = {}
+    if worker in _KNOWN_METHODS:
+        return _KNOWN_METHODS[worker]
+    found = _KNOWN_METHODS[worker] = {}
     for base in reversed(worker.__mro__):
         for name, member in vars(base).items():
             if hasattr(member, DECLARATION):

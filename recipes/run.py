@@ -68,14 +68,10 @@ def run(config: RunConfig) -> Outcome | None:
     directory = Path(config.output_dir).absolute()
     with ExitStack() as stack:
         cluster = stack.enter_context(connect_cluster(config))
-        tracker = stack.enter_context(
-            Tracker(
-                config.metrics,
-                directory,
-                total_steps=config.loop.num_steps,
-                run_config=OmegaConf.to_container(OmegaConf.structured(config)),
-            )
+        store = CheckpointStore(
+            directory / "checkpoints", keep_last=config.loop.keep_last, keep_best=config.loop.keep_best, metric="reward"
         )
+        tracker = stack.enter_context(start_tracker(config, directory, store))
         pools = {name: stack.enter_context(start_pool(config, cluster, name, roles)) for name in dict.fromkeys(r.pool for r in roles)}
         handles: dict[str, Any] = {role.name: spawn(role.worker, pools[role.pool], role.config, role=role.name) for role in roles}
         handles |= {name: NoReference() for name in OPTIONAL_ROLES if name not in handles}
@@ -88,9 +84,7 @@ def run(config: RunConfig) -> Outcome | None:
             validation=validation,
             max_response_tokens=config.actor.generation.sampling.max_response_tokens,
             tracker=tracker,
-            store=CheckpointStore(
-                directory / "checkpoints", keep_last=config.loop.keep_last, keep_best=config.loop.keep_best, metric="reward"
-            ),
+            store=store,
             config=config.loop,
         )
         outcome = loop.run()

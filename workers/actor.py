@@ -15,36 +15,42 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
+from hybridflow.resharding.grouping import Grouping, vanilla, zero_redundancy
 from hybridflow.results import Metrics
 from workers.config import Precision
 from workers.engines.base import Head
 from workers.generation import generation_engine_class
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.generation.sampling import load_model_config
+from workers.generation.sink import WeightSink, weight_sink
 from workers.losses.policy import policy_loss
 from workers.model_worker import MiniBatches, ModelWorker, mean_over_steps, sequences_of, train_on, training_layout
 from workers.role_config import ActorConfig
 from workers.roles import Actor
 from workers.sequences import Sequences
-from workers.weight_sync import FullWeights, SyncReport, WeightSync
+from workers.weight_sync import SyncReport, WeightSync
 
 PER_TOKEN = ("advantages", "rollout_log_probs", "ref_log_probs")
 
 
-def generation_layout(config: GenerationConfig, world_size: int) -> Layout:
-    """dp is what tp and pp leave of the pool."""
+def generation_grouping(config: GenerationConfig, training: Layout) -> Grouping:
+    """Which rank takes which generation coordinate: the paper's zero-redundancy grouping where its sizes divide the training
+    sizes, consecutive ranks elsewhere (sharded data parallelism, tg that does not divide t)."""
     parallel = config.pp * config.tp
-    if parallel < 1 or world_size % parallel:
+    if parallel < 1 or training.size % parallel:
         raise ValueError(
-            f"actor.generation: pp={config.pp} x tp={config.tp} does not divide the pool's {world_size} devices; "
-            f"choose sizes whose product is one of {[n for n in range(1, world_size + 1) if world_size % n == 0]}"
+            f"actor.generation: pp={config.pp} x tp={config.tp} does not divide the pool's {training.size} devices; "
+            f"choose sizes whose product is one of {[n for n in range(1, training.size + 1) if training.size % n == 0]}"
         )
-    return Layout.of(dp=world_size // parallel, pp=config.pp, tp=config.tp)
+    if training.axis_size("tp") % config.tp == 0 and training.axis_size("pp") % config.pp == 0:
+        return zero_redundancy(training, tp=config.tp, pp=config.pp)
+    return vanilla(training.size, tp=config.tp, pp=config.pp)
 
 
 class ActorWorker(ModelWorker, Actor):
@@ -53,12 +59,13 @@ class ActorWorker(ModelWorker, Actor):
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
         self.build(config.model, config.train, Head.lm, context)
+        grouping = generation_grouping(config.generation, self.layout)
         engine = generation_engine_class(config.generation.engine)
-        self.generator = engine(model=config.model, config=config.generation, context=context, load_weights=False)
+        self.generator = engine(model=config.model, config=config.generation, context=context, load_weights=False, layout=grouping.layout)
         self.sync = WeightSync(
             self.engine,
             self.generator,
-            FullWeights(self.generator, self.engine.local_parameters(), torch_dtype(config.generation.precision), context.device),
+            self._make_sink(),
             probe_tolerance=self._probe_tolerance(),
             vocab_size=load_model_config(config.model).vocab_size,
         )
@@ -67,10 +74,8 @@ class ActorWorker(ModelWorker, Actor):
 
     @classmethod
     def layouts(cls, config: ActorConfig, world_size: int) -> dict[str, Layout]:
-        return {
-            "train": training_layout(config.train, world_size, "actor"),
-            "generation": generation_layout(config.generation, world_size),
-        }
+        training = training_layout(config.train, world_size, "actor")
+        return {"train": training, "generation": generation_grouping(config.generation, training).layout}
 
     def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None) -> Batch:
         self._to_generation()
@@ -112,6 +117,14 @@ class ActorWorker(ModelWorker, Actor):
         if self.context.rank == 0:
             (Path(directory) / "actor.json").write_text(json.dumps({"weight_version": self.weight_version}))
 
+    def save_pretrained(self, directory: str) -> None:
+        super().save_pretrained(directory)
+        if self.context.rank == 0:
+            model = self.config.model
+            AutoTokenizer.from_pretrained(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code).save_pretrained(
+                directory
+            )
+
     def load_checkpoint(self, directory: str) -> None:
         super().load_checkpoint(directory)
         self.weight_version = json.loads((Path(directory) / "actor.json").read_text())["weight_version"]
@@ -133,6 +146,11 @@ class ActorWorker(ModelWorker, Actor):
         if self.config.generation.release_during_training:
             self.generator.sleep()
             self.engine.onload()
+
+    def _make_sink(self) -> WeightSink:
+        config = self.config.generation
+        parameters = self.engine.local_parameters()
+        return weight_sink(config.engine, self.generator, parameters, torch_dtype(config.precision), self.context.device)
 
     def _old_log_probs(self, batch: Batch, sequences: Sequences) -> Tensor:
         """The log-probs before this update: given, or computed now, while the weights are still those that generated.

@@ -50,8 +50,8 @@ class FunctionRewardWorker(Reward):
     def _rows(self, batch: Batch) -> list[dict[str, Any]]:
         prompts = self._texts(batch.ragged("prompt_ids"))
         responses = self._texts(batch.ragged("response_ids"))
-        extras = batch["extras"] if "extras" in batch else [{}] * len(batch)
-        fixed = zip(prompts, responses, batch["finish_reason"], extras, strict=True)
+        extras = batch.objects("extras") if "extras" in batch else [{}] * len(batch)
+        fixed = zip(prompts, responses, batch.objects("finish_reason"), extras, strict=True)
         return [{**extra, "prompt": prompt, "response": response, "finish_reason": reason} for prompt, response, reason, extra in fixed]
 
     def _texts(self, ids: Ragged) -> list[str]:
@@ -60,6 +60,7 @@ class FunctionRewardWorker(Reward):
     def _run_in_tasks(self, rows: list[dict[str, Any]]) -> list[tuple[float, dict[str, float]]]:
         import ray
 
+        assert self.config.function is not None
         if not rows:
             return []
         task = ray.remote(score_rows).options(num_cpus=0, max_retries=0, name=f"reward: {self.config.function}")

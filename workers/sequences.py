@@ -18,8 +18,8 @@ from torch import Tensor
 class Sequences:
     """Rows [5, 6, 7 | 8, 9] (prompt | response) and [5 | 6]:
 
-        Sequences(token_ids=tensor([5, 6, 7, 8, 9, 5, 6]), lengths=tensor([5, 2]), scored_lengths=tensor([2, 1]),
-                  per_token={"advantages": tensor([.1, .2, .3])}, per_row={"uid": tensor([0, 1])})
+    Sequences(token_ids=tensor([5, 6, 7, 8, 9, 5, 6]), lengths=tensor([5, 2]), scored_lengths=tensor([2, 1]),
+              per_token={"advantages": tensor([.1, .2, .3])}, per_row={"uid": tensor([0, 1])})
     """
 
     token_ids: Tensor

@@ -7,56 +7,21 @@ from __future__ import annotations
 
 import logging
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from hybridflow.resharding import AttestationError, Box, Executor, LocalParameter, LocalShard, Parts, ShardMap, attest, compile, verify
+from hybridflow.resharding import AttestationError, Executor, Parts, ShardMap, attest, compile, verify
 from workers.engines.base import TrainingEngine
 from workers.generation.base import GenerationEngine
+from workers.generation.sink import WeightSink
 from workers.sequences import Sequences
 
 BUCKET_BYTES = 64 << 20
 PROBE_TOKENS = 24
 LOGGER = logging.getLogger(__name__)
-
-
-class WeightSink(ABC):
-    """Where the generation side takes weights: memory to fill, then a commit."""
-
-    @abstractmethod
-    def destinations(self) -> list[LocalParameter]:
-        """This rank's boxes of every parameter that the engine needs, and memory to write them to."""
-
-    @abstractmethod
-    def commit(self, version: int) -> None:
-        """The memory is filled: make the engine use it, and forget everything computed with older weights."""
-
-
-class FullWeights(WeightSink):
-    """For an engine that takes full tensors under checkpoint names: every rank receives the whole model."""
-
-    def __init__(self, engine: GenerationEngine, specs: Sequence[LocalParameter], dtype: torch.dtype, device: str) -> None:
-        self.engine = engine
-        self.parameters = [
-            LocalParameter(
-                spec.name,
-                spec.shape,
-                dtype,
-                (LocalShard(Box((0,) * len(spec.shape), spec.shape), torch.empty(spec.shape, dtype=dtype, device=device)),),
-            )
-            for spec in specs
-        ]
-
-    def destinations(self) -> list[LocalParameter]:
-        return self.parameters
-
-    def commit(self, version: int) -> None:
-        self.engine.load_weights([(parameter.name, parameter.shards[0].tensor) for parameter in self.parameters], version=version)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

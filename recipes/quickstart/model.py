@@ -5,14 +5,13 @@ A Qwen2 of about a million parameters and a byte-level BPE tokenizer with a chat
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import pre_tokenizers
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-PAD, END, USER, ASSISTANT, SYSTEM = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
+PAD, END, USER, ASSISTANT, SYSTEM = "<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -35,28 +34,26 @@ class ModelShape:
     tie_word_embeddings: bool = False
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes, the special tokens, the merges: 264 tokens, so that a vocabulary-parallel layer divides by 2, 4 and 8."""
-    special = [PAD, END, USER, ASSISTANT, SYSTEM]
+def make_tokenizer() -> Qwen2Tokenizer:
+    """256 bytes, the merges, the special tokens: 264 tokens, so that a vocabulary-parallel layer divides by 2, 4 and 8.
+
+    Of Qwen2's own class, because AutoTokenizer builds that one for a Qwen2 model, whatever class was saved beside it.
+    """
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in MERGES]
-    bpe = Tokenizer(BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=MERGES))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=MERGES,
         pad_token=PAD,
+        unk_token=PAD,
         eos_token=END,
-        additional_special_tokens=special[2:],
-        clean_up_tokenization_spaces=False,
+        extra_special_tokens=[USER, ASSISTANT, SYSTEM],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     assert len(tokenizer) % 8 == 0, len(tokenizer)
     return tokenizer
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, shape: ModelShape, seed: int) -> Qwen2ForCausalLM:
+def make_model(tokenizer: Qwen2Tokenizer, shape: ModelShape, seed: int) -> Qwen2ForCausalLM:
     """A new model with weights that depend on the seed only."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -77,8 +74,3 @@ def make_model(tokenizer: PreTrainedTokenizerFast, shape: ModelShape, seed: int)
         model = Qwen2ForCausalLM(config)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model
-
-
-def describe(shape: ModelShape) -> dict[str, int | bool]:
-    """The sizes as plain data."""
-    return asdict(shape)

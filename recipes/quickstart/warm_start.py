@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import DynamicCache, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from recipes.quickstart.task import MAX_RESPONSE_TOKENS, Example
 
@@ -41,7 +41,7 @@ class WarmStartConfig:
 
 def warm_start(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: Qwen2Tokenizer,
     examples: Sequence[Example],
     config: WarmStartConfig,
     seed: int,
@@ -67,12 +67,12 @@ def warm_start(
     model.eval()
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, example: Example) -> tuple[list[int], list[int]]:
+def tokenize(tokenizer: Qwen2Tokenizer, example: Example) -> tuple[list[int], list[int]]:
     """(prompt, response): the prompt as the data pipeline will make it, the demonstration with the end token."""
     return prompt_ids(tokenizer, example.question), [*tokenizer.encode(example.demonstration), tokenizer.eos_token_id]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
+def prompt_ids(tokenizer: Qwen2Tokenizer, question: str) -> list[int]:
     message = {"role": "user", "content": question}
     text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     return list(tokenizer.encode(text, add_special_tokens=False))
@@ -91,7 +91,7 @@ def padded(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def greedy_accuracy(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example]) -> float:
+def greedy_accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, examples: Sequence[Example]) -> float:
     """Fraction of examples whose most likely response is the answer, by plain transformers."""
     model.eval()
     correct = 0

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hybridflow.context import RankContext
 from hybridflow.layout import Layout
-from workers.generation.config import SamplingConfig
+from workers.config import ModelConfig
+from workers.generation.config import GenerationConfig, SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +59,16 @@ class GenerationEngine(ABC):
     """Axes dp, pp, tp over the ranks of the pool."""
     weight_version: int
     """Version of the weights that the engine holds, as given to the last load_weights; -1 before the first."""
+
+    @abstractmethod
+    def __init__(
+        self, *, model: ModelConfig, config: GenerationConfig, context: RankContext, load_weights: bool = True, layout: Layout | None = None
+    ) -> None:
+        """Build the engine; collective over the pool.
+
+        load_weights=False: an actor pushes its own weights before the first generation. layout: which rank takes which generation
+        coordinate; consecutive ranks form a replica if it is not given.
+        """
 
     @abstractmethod
     def generate(self, prompts: Sequence[NDArray[np.int64]], seeds: NDArray[np.int64], sampling: SamplingConfig) -> Generations:

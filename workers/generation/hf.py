@@ -30,11 +30,13 @@ class HfEngine(GenerationEngine):
     engine = HfEngine(model=ModelConfig(path=...), config=GenerationConfig(engine="hf"), context=context)
     """
 
-    def __init__(self, *, model: ModelConfig, config: GenerationConfig, context: RankContext, load_weights: bool = True) -> None:
+    def __init__(
+        self, *, model: ModelConfig, config: GenerationConfig, context: RankContext, load_weights: bool = True, layout: Layout | None = None
+    ) -> None:
         """`load_weights` is there for the interface: the weights of the directory are read either way."""
         if config.tp * config.pp != 1:
             raise ValueError(f"generation.tp={config.tp}, pp={config.pp}: engine hf has no parallelism; use 1 and 1, or engine=vllm")
-        self.layout = Layout.of(dp=context.world_size)
+        self.layout = layout or Layout.of(dp=context.world_size)
         self.weight_version = -1
         text_config = load_model_config(model)
         self._vocab_size: int = text_config.vocab_size

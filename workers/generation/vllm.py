@@ -24,6 +24,7 @@ from workers.config import ModelConfig
 from workers.generation.base import GenerationEngine, Generations
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.generation.sampling import check_prompts, end_token_ids, load_model_config, stop_token_ids
+from workers.generation.vllm_groups import build_vllm_groups
 from workers.generation.vllm_memory import CpuMemory, CudaMemory, EngineMemory, model_runner, reload_weights
 from workers.generation.vllm_setup import build_llm, guest
 
@@ -45,8 +46,7 @@ class VllmEngine(GenerationEngine):
     ) -> None:
         """Build the engine; collective over the pool.
 
-        load_weights=False leaves the weights random, for an actor that pushes its own before the first generation. `layout` says
-        where the ranks are if vLLM's groups were built beforehand; by default groups are consecutive ranks.
+        load_weights=False leaves the weights random, for an actor that pushes its own before the first generation.
         """
         if context.world_size % (config.tp * config.pp):
             raise ValueError(f"generation.tp={config.tp}, pp={config.pp}: tp * pp must divide the pool's {context.world_size} devices")
@@ -64,6 +64,8 @@ class VllmEngine(GenerationEngine):
             from workers.generation.vllm_sampler import TrainerSampler
 
             self._owns_groups = not model_parallel_is_initialized()
+            if layout is not None and self._owns_groups:
+                build_vllm_groups(replicas_of(layout))
             self.llm = build_llm(model, config, text_config, load_weights=load_weights)
             # vLLM's own finalizer would destroy torch.distributed's world, which is the pool's.
             self.llm.llm_engine.engine_core._finalizer.detach()
@@ -104,9 +106,22 @@ class VllmEngine(GenerationEngine):
 
         if not 2 <= len(token_ids) < self._max_model_len:
             raise ValueError(f"score: {len(token_ids)} tokens; pass at least 2 and fewer than max_model_len={self._max_model_len}")
+        if self.layout.axis_size("pp") > 1:
+            return self._score_prefixes(np.array(token_ids, dtype=np.int64))
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True)
         (output,) = self._run([list(token_ids)], [params])
         return np.array(output.prompt_logprobs.logprobs, dtype=np.float32)
+
+    def _score_prefixes(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """score by one forced token after every prefix: with pipeline stages vLLM has no log-probs of prompts."""
+        sampling = SamplingConfig(max_response_tokens=1)
+        count = len(token_ids) - 1
+        self._sampler.start(np.zeros(count, dtype=np.int64), sampling, forced=token_ids[1:])
+        try:
+            self._run([token_ids[:length].tolist() for length in range(1, count + 1)], self._sampling_params(count, sampling))
+        finally:
+            log_probs = self._sampler.finish()
+        return log_probs[:, 0]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         reload_weights(self.llm, weights, tied=self._tied)
@@ -188,3 +203,9 @@ def prepare_pipeline(llm: LLM) -> None:
         runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
             batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
         )
+
+
+def replicas_of(layout: Layout) -> list[list[list[int]]]:
+    """replicas[replica][stage][tensor part] = rank."""
+    dp, pp, tp = (range(layout.axis_size(axis)) for axis in ("dp", "pp", "tp"))
+    return [[[layout.rank(dp=i, pp=j, tp=k) for k in tp] for j in pp] for i in dp]

@@ -1,0 +1,69 @@
+"""WeightSink: the generation side of a weight sync, memory to fill and then a commit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from hybridflow.resharding import Box, LocalParameter, LocalShard
+from workers.generation.base import GenerationEngine
+
+
+class WeightSink(ABC):
+    """Where the generation side takes weights: memory to fill, then a commit."""
+
+    @abstractmethod
+    def destinations(self) -> list[LocalParameter]:
+        """This rank's boxes of every parameter that the engine needs, and memory to write them to."""
+
+    @abstractmethod
+    def commit(self, version: int) -> None:
+        """The memory is filled: make the engine use it, and forget everything computed with older weights."""
+
+
+class FullWeights(WeightSink):
+    """For an engine that takes full tensors under checkpoint names: every rank receives the whole model."""
+
+    def __init__(self, engine: GenerationEngine, parameters: Sequence[LocalParameter], dtype: torch.dtype, device: str) -> None:
+        self.engine = engine
+        self.parameters = [
+            LocalParameter(
+                spec.name,
+                spec.shape,
+                dtype,
+                (LocalShard(Box((0,) * len(spec.shape), spec.shape), torch.empty(spec.shape, dtype=dtype, device=device)),),
+            )
+            for spec in parameters
+        ]
+
+    def destinations(self) -> list[LocalParameter]:
+        return self.parameters
+
+    def commit(self, version: int) -> None:
+        self.engine.load_weights([(parameter.name, parameter.shards[0].tensor) for parameter in self.parameters], version=version)
+
+
+class VllmShards(WeightSink):
+    """For vLLM: every rank receives the boxes that its part of the model is made of, written in place where vLLM allows it."""
+
+    def __init__(self, engine: GenerationEngine, parameters: Sequence[LocalParameter]) -> None:
+        from workers.generation.vllm import VllmEngine
+        from workers.generation.vllm_weights import VllmWeights
+
+        self.engine = cast(VllmEngine, engine)
+        self.weights = VllmWeights(self.engine.llm, {parameter.name: parameter.shape for parameter in parameters})
+
+    def destinations(self) -> list[LocalParameter]:
+        return self.weights.destinations()
+
+    def commit(self, version: int) -> None:
+        self.weights.commit()
+        self.engine.weights_written(version)
+
+
+def weight_sink(name: str, engine: GenerationEngine, parameters: Sequence[LocalParameter], dtype: torch.dtype, device: str) -> WeightSink:
+    """The sink of the generation engine called `name`; `parameters` are the trainer's."""
+    return VllmShards(engine, parameters) if name == "vllm" else FullWeights(engine, parameters, dtype, device)
