@@ -68,7 +68,7 @@ class PromptLoader:
             raise ValueError(
                 f"resume: the checkpoint's data had {state['num_rows']} rows and fingerprint {state['fingerprint'][:12]}, this one "
                 f"has {len(self.dataset)} and {self.dataset.fingerprint[:12]}, so its position {state['position']} means nothing here; "
-                "give the same data.train, columns, data.max_prompt_tokens and tokenizer, or start a new output_dir from the checkpoint's weights"
+                "give the same data.train, columns, data.max_prompt_tokens and tokenizer, or start anew in another output_dir"
             )
         for name, value in (("shuffle", self.config.shuffle), ("seed", self.config.seed)):
             if state[name] != value:

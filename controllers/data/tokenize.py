@@ -89,9 +89,7 @@ class PromptTokenizer:
                 **self.config.chat_template_options,
             )
         except jinja2.TemplateError as error:
-            raise ValueError(
-                f"{row.place}: the chat template rejects the messages: {error}; change the messages or the template"
-            ) from error
+            raise ValueError(f"{row.place}: the chat template rejects the messages ({error}); change one of the two") from error
         assert isinstance(text, str)
         return text
 
