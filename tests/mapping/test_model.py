@@ -22,8 +22,8 @@ CONFIGS = [
         num_local_experts=4, num_experts_per_tok=2,
     ),
     Qwen3MoeConfig(
-        hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=300, vocab_size=500,
-        num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96,
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=300,
+        vocab_size=500, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96,
     ),
 ]  # fmt: skip
 

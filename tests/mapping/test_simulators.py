@@ -127,7 +127,9 @@ def test_decode_reads_weights_and_cache():
 
 
 def test_fewer_running_sequences_take_more_waves():
-    seconds = [generation_time(LLAMA, GenerationLayout(tg=2, replicas=8, max_running=running), machine()).total for running in (128, 64, 32)]
+    seconds = [
+        generation_time(LLAMA, GenerationLayout(tg=2, replicas=8, max_running=running), machine()).total for running in (128, 64, 32)
+    ]
     assert seconds == sorted(seconds)
     assert seconds[2] > 1.3 * seconds[0]
 
@@ -169,9 +171,8 @@ def test_generation_keeps_no_redundant_copy():
 
 
 def test_inference_speeds_up_with_devices():
-    seconds = [
-        inference_time(LLAMA, ModelLayout(t=1, d=devices, micro_batch_tokens=8192), machine(), trained=False).total for devices in (1, 2, 4, 8)
-    ]
+    layouts = [ModelLayout(t=1, d=devices, micro_batch_tokens=8192) for devices in (1, 2, 4, 8)]
+    seconds = [inference_time(LLAMA, layout, machine(), trained=False).total for layout in layouts]
     assert [seconds[0] / value for value in seconds] == pytest.approx([1, 2, 4, 8], rel=0.01)
 
 

@@ -1,0 +1,244 @@
+"""The whole mapper: what it answers, how it explains, judges, saves and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from hybridflow.mapping.auto import choose_placement, mapping_of, shortage, smallest_cluster
+from hybridflow.mapping.cluster import DEVICE_KINDS, Cluster, NodeGroup
+from hybridflow.mapping.compare import Run, compare, load_runs, order_agrees, save_runs, side_by_side
+from hybridflow.mapping.explain import describe, rivals
+from hybridflow.mapping.judge import judge
+from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
+from hybridflow.mapping.mapping import Mapping, Pool, RolePlan
+from hybridflow.mapping.search import Search, search
+from hybridflow.mapping.timeline import draw_timelines
+from recipes.dataflows import STANDARD
+
+ROLES = ("actor", "critic", "reference", "reward")
+
+
+def test_prediction_is_what_the_search_minimised_and_it_fits(paper_setting):
+    for model, size in (("llama-7b", 8), ("llama-70b", 64)):
+        setting = paper_setting(model, size)
+        result = search(setting, every_placement=True)
+        for entry in result.placements:
+            if entry.found is not None:
+                mapping = mapping_of(setting, entry.found)
+                assert mapping.step_s == pytest.approx(entry.found.step_s, rel=1e-12)
+                assert mapping.fits
+                assert sum(pool.num_devices for pool in mapping.pools) <= size
+                for call in mapping.calls:
+                    assert sum(call.causes_s.values()) == pytest.approx(call.seconds)
+
+
+def test_pools_run_their_calls_one_at_a_time(paper_setting):
+    setting = paper_setting("llama-7b", 32)
+    mapping = mapping_of(setting, Search(setting).best_of((("actor", "reference"), ("critic", "reward"))))
+    for pool in mapping.pools:
+        calls = [call for call in mapping.calls if call.pool == pool.name]
+        assert all(later.start_s >= earlier.end_s for earlier, later in pairwise(calls))
+
+
+def test_more_devices_and_more_memory_are_never_worse(paper_setting):
+    steps = [search(paper_setting("llama-7b", size)).best.step_s for size in (8, 16, 24)]
+    assert steps == sorted(steps, reverse=True)
+    setting = paper_setting("llama-13b", 16)
+    larger = replace(DEVICE_KINDS["A100-80GB"], memory_bytes=160e9)
+    roomy = replace(setting, cluster=Cluster(groups=(NodeGroup(kind=larger, num_nodes=2),)))
+    assert search(roomy).best.step_s <= search(setting).best.step_s
+
+
+def test_two_kinds_of_devices_are_used_together(paper_setting):
+    setting = paper_setting("llama-7b", 8)
+    one = search(setting).best
+    both = search(replace(setting, cluster=Cluster.parse("1x8xA100-80GB+1x8xH100-80GB"))).best
+    assert both.step_s < one.step_s
+    assert {group for group, _ in both.allocation} >= {1}
+
+
+def test_same_question_same_answer_and_it_survives_json(paper_setting, tmp_path):
+    setting = paper_setting("llama-7b", 16)
+    first, second = (choose_placement(setting.dataflow, setting.models, setting.cluster, setting.workload) for _ in range(2))
+    assert first == second
+    first.save(tmp_path / "mapping.json")
+    assert Mapping.load(tmp_path / "mapping.json") == first
+    again = judge(setting, Mapping.load(tmp_path / "mapping.json"))
+    assert again.fits
+    assert again.mapping.step_s == pytest.approx(first.step_s)
+
+
+def test_a_function_needs_no_devices(paper_setting):
+    setting = paper_setting("llama-7b", 8, "grpo")
+    mapping = choose_placement(setting.dataflow, {**setting.models, "reward": None}, setting.cluster, setting.workload)
+    assert {plan.role for plan in mapping.roles} == {"actor", "reference"}
+    assert next(call for call in mapping.calls if call.role == "reward").pool == "controller"
+
+
+def test_impossible_requests_say_what_would_do(paper_setting):
+    setting = paper_setting("llama-70b", 16)
+    text = shortage(setting)
+    assert "critic (llama-70b" in text
+    assert "does not fit even alone" in text
+    nodes = smallest_cluster(setting)
+    assert f"{nodes}x8xA100-80GB" in text
+    assert search(replace(setting, cluster=setting.cluster.with_nodes(nodes))).best is not None
+    assert search(replace(setting, cluster=setting.cluster.with_nodes(nodes - 1))).best is None
+    with pytest.raises(ValueError, match="smallest cluster that would do"):
+        choose_placement(setting.dataflow, setting.models, setting.cluster, setting.workload)
+
+
+def colocated(layout: ModelLayout, generation: GenerationLayout, devices: int) -> Mapping:
+    return Mapping(
+        algorithm="ppo",
+        cluster="",
+        pools=(Pool(name="all", num_devices=devices, roles=ROLES),),
+        roles=tuple(RolePlan(role=role, pool="all", layout=layout, generation=generation if role == "actor" else None) for role in ROLES),
+        capacity_bytes={},
+    )
+
+
+def test_judge_names_the_worst_call_and_changes_that_help(paper_setting):
+    setting = paper_setting("llama-7b", 16)
+    layout = ModelLayout(p=1, t=2, d=8, zero=1, micro_batch_tokens=4096)
+    judgement = judge(setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=256), 16))
+    assert not judgement.fits
+    assert judgement.overfull[0][:2] == ("all", "actor.generate_sequences")
+    change = next(text for text in judgement.changes if "sequences at once" in text)
+    running = int(change.split("at most ")[1].split()[0])
+    assert judge(setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=running), 16)).fits
+    assert not judge(setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=running * 2), 16)).fits
+    assert "fit together from" in judgement.report()
+
+
+def test_judge_fills_in_layouts_for_given_pools(paper_setting):
+    setting = paper_setting("llama-7b", 32)
+    pools = (Pool(name="a", num_devices=16, roles=("actor", "reference")), Pool(name="b", num_devices=16, roles=("critic", "reward")))
+    empty = Mapping(algorithm="", cluster="", pools=pools, roles=(), capacity_bytes={})
+    judgement = judge(setting, empty)
+    best = Search(setting).best_of((("actor", "reference"), ("critic", "reward")))
+    assert judgement.fits
+    assert judgement.mapping.step_s >= best.step_s * (1 - 1e-9)
+    assert judgement.mapping.role("critic").pool == "b"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pools": (Pool(name="all", num_devices=16, roles=ROLES[:3]),)}, "role reward is in pools"),
+        ({"pools": (Pool(name="all", num_devices=99, roles=ROLES),)}, "do not fit on"),
+        ({"roles": (RolePlan(role="actor", pool="all", layout=ModelLayout(t=3, d=5)),)}, "have no plan"),
+    ],
+)
+def test_judge_refuses_nonsense(paper_setting, change, message):
+    mapping = replace(colocated(ModelLayout(t=8, d=2), GenerationLayout(tg=8, replicas=2), 16), **change)
+    with pytest.raises(ValueError, match=message):
+        judge(paper_setting("llama-7b", 16), mapping)
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [(ModelLayout(t=8, d=1), "pool all has 16"), (ModelLayout(p=16, t=1, d=1), None), (ModelLayout(t=16, d=1), "a node has 8 devices")],
+)
+def test_judge_checks_layouts(paper_setting, layout, message):
+    mapping = colocated(layout, GenerationLayout(tg=8, replicas=2), 16)
+    if message is None:
+        assert judge(paper_setting("llama-7b", 16), mapping).mapping.step_s > 0
+    else:
+        with pytest.raises(ValueError, match=message):
+            judge(paper_setting("llama-7b", 16), mapping)
+
+
+def test_explanations_and_picture(paper_setting, tmp_path):
+    setting = paper_setting("llama-13b", 32)
+    result = search(setting, every_placement=True)
+    mapping = mapping_of(setting, result.best)
+    text = describe(mapping)
+    assert all(call.name in text for call in setting.dataflow.calls)
+    lines = rivals(setting, result).splitlines()
+    assert len(lines) == 2 + 15
+    assert "chosen" in lines[2]
+    assert all("%" in line or "does not fit" in line for line in lines[2:])
+    draw_timelines({"chosen": mapping}, tmp_path / "timeline.png")
+    assert (tmp_path / "timeline.png").stat().st_size > 10_000
+
+
+def test_search_time():
+    """128 devices and 4 models; the 1,024-device figure is in benchmarks.mapping. Processor seconds: others share this machine."""
+    from benchmarks.mapping import paper_setting
+
+    started = time.process_time()
+    assert search(paper_setting("llama-13b", 128), every_placement=True).best is not None
+    assert time.process_time() - started < 5
+
+
+def test_predicted_and_measured_side_by_side(paper_setting, tmp_path):
+    setting = paper_setting("llama-7b", 8)
+    mapping = mapping_of(setting, search(setting).best)
+    measured = {call.call: call.seconds * 1.1 for call in mapping.calls if call.pool != "controller"}
+    run = Run(configuration="seven", mapping=mapping, measured_s=measured, step_s=mapping.step_s * 1.1)
+    assert all(row.ratio == pytest.approx(1 / 1.1) for row in compare(run))
+    assert "-9%" in side_by_side(run)
+    slower = replace(run, configuration="slow", mapping=replace(mapping, step_s=2 * mapping.step_s), step_s=3 * mapping.step_s)
+    assert order_agrees([run, slower])
+    assert not order_agrees([run, replace(slower, step_s=mapping.step_s / 2)])
+    save_runs([run, slower], tmp_path / "runs.json")
+    assert load_runs(tmp_path / "runs.json") == [run, slower]
+    with pytest.raises(ValueError, match=r"actor\.dance"):
+        compare(replace(run, measured_s={"actor.dance": 1.0}))
+
+
+def test_command_line(tmp_path):
+    """One process: no model library, no Ray, no torch is loaded; JSON comes out; a mapping written is a mapping read."""
+    code = (
+        "import sys; from recipes import plan; sys.argv = ['plan', *sys.argv[1:]]; plan.main(); "
+        "loaded = {'torch', 'ray', 'transformers'} & set(sys.modules); assert not loaded, loaded"
+    )
+    saved, data = tmp_path / "mapping.json", tmp_path / "plan.json"
+    arguments = [
+        "algorithm=safe_rlhf",
+        "model=llama-7b",
+        "cluster=64xA100-80GB",
+        "every_placement=false",
+        f"save={saved}",
+        "--json",
+        str(data),
+    ]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stdout
+    content = json.loads(data.read_text())
+    assert Mapping.from_json(content["mapping"]) == Mapping.load(saved)
+    assert len(content["placements"]) == 52
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model=llama-7b"], "cluster"),
+        (["modle=llama-7b"], "modle"),
+        (["algorithm=dpo", "model=llama-7b", "cluster=8xA100-80GB"], "known: ppo"),
+        (["model=llama-7b", "cluster=8xA100-80GB", "models.critic=function"], "models.critic=function"),
+        (["model=llama-7b", "cluster=8xA100-80GB", "models.judge=llama-7b"], "judge"),
+        (["model=llama-7b", "cluster=8xA100-80GB", "num_prompts=many"], "num_prompts"),
+        (["llama-7b"], "key=value"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    from recipes.plan import to_config, to_setting
+
+    with pytest.raises(ValueError, match=message):
+        to_setting(to_config(arguments))
+
+
+@pytest.mark.parametrize("algorithm", list(STANDARD))
+def test_every_algorithm_has_an_answer(paper_setting, algorithm):
+    setting = paper_setting("llama-7b", 16, algorithm)
+    assert search(setting).best is not None

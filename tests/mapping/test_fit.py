@@ -1,0 +1,95 @@
+"""Fitting: constants that made the measurements are found again; the solver against scipy-free brute force."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+from hybridflow.mapping.calibration import Calibration
+from hybridflow.mapping.cluster import DeviceKind
+from hybridflow.mapping.fit import fit, nonnegative_least_squares, predicted_generation, predicted_pass
+from hybridflow.mapping.measurements import CollectiveSample, GenerationSample, Measurements, PassSample
+from hybridflow.mapping.model import ModelSpec
+from hybridflow.mapping.space import SearchSpace
+
+SPACE = SearchSpace(shared_generation_weights=False)
+TRUTH = Calibration(
+    name="truth", matmul_efficiency=0.4, bandwidth_efficiency=0.6, backward_factor=2.3, layer_overhead_s=3e-4, micro_batch_overhead_s=2e-3,
+    decode_layer_overhead_s=2e-4, decode_step_overhead_s=1e-3, decode_row_overhead_s=4e-5, call_overhead_s=0.01, link_efficiency=1,
+    intra_latency_s=2e-4,
+)  # fmt: skip
+KIND = DeviceKind(
+    name="truth", memory_bytes=8e9, flops=5e11, memory_bandwidth=1e10, intra_bandwidth=5e8, inter_bandwidth=5e8, host_bandwidth=1e10,
+    devices_per_node=2,
+)  # fmt: skip
+
+
+def models() -> list[ModelSpec]:
+    return [
+        ModelSpec(
+            name=str(hidden), num_layers=layers, hidden_size=hidden, num_heads=hidden // 32, num_kv_heads=hidden // 32, head_dim=32,
+            intermediate_size=3 * hidden, vocab_size=4096,
+        )
+        for layers, hidden in ((4, 192), (6, 320), (12, 384), (8, 512))
+    ]  # fmt: skip
+
+
+def measurements() -> Measurements:
+    """What a machine would show on which the simulators are exactly right."""
+    passes, generations = [], []
+    for model, rows, micro_batches, training in product(models(), (16, 64), (1, 4), (False, True)):
+        sample = PassSample(model=model, rows=rows, prompt=8, response=56, micro_batches=micro_batches, training=training, seconds=0.0)
+        passes.append(replace(sample, seconds=predicted_pass(sample, KIND, TRUTH, SPACE)))
+    for model, rows, response in product(models(), (8, 64), (32, 64)):
+        drawn = GenerationSample(model=model, rows=rows, prompt=8, response=response, seconds=0.0)
+        generations.append(replace(drawn, seconds=predicted_generation(drawn, KIND, TRUTH, SPACE)))
+    collectives = tuple(CollectiveSample(num_bytes=size, ranks=2, seconds=2e-4 + size / 2 / 5e8) for size in (1e4, 1e6, 1e8))
+    return Measurements(
+        name="truth", num_processes=2, memory_bytes=8e9, compute_bytes=2, matmul_flops=5e11, memory_bandwidth=1e10, passes=tuple(passes),
+        generations=tuple(generations), collectives=collectives, call_s=0.01,
+    )  # fmt: skip
+
+
+def test_the_constants_that_made_the_measurements_are_found():
+    found = fit(measurements(), space=SPACE)
+    overheads = [name for name in Calibration.__dataclass_fields__ if name.endswith("_overhead_s") and name != "call_overhead_s"]
+    for name in ("matmul_efficiency", "bandwidth_efficiency", "backward_factor", "intra_latency_s", *overheads):
+        assert getattr(found.calibration, name) == pytest.approx(getattr(TRUTH, name), rel=0.02), name
+    assert found.kind.intra_bandwidth == pytest.approx(5e8, rel=1e-6)
+    assert max(largest for _, largest in found.errors.values()) < 0.01
+
+
+def test_noise_moves_predictions_little():
+    exact = measurements()
+    noise = np.random.default_rng(0)
+    noisy = replace(exact, passes=tuple(replace(sample, seconds=sample.seconds * noise.uniform(0.9, 1.1)) for sample in exact.passes))
+    found = fit(noisy, space=SPACE)
+    for sample in exact.passes:
+        assert predicted_pass(sample, found.kind, found.calibration, SPACE) == pytest.approx(sample.seconds, rel=0.15)
+
+
+def test_solver_equals_projected_gradient():
+    draw = np.random.default_rng(1)
+    for _ in range(6):
+        features, targets = draw.uniform(0, 1, (12, 3)), draw.uniform(0.5, 1, 12) - draw.uniform(0, 1) * 0.4
+        solution = np.array(nonnegative_least_squares(features, targets, np.ones(12)))
+        point = np.zeros(3)
+        for _ in range(10_000):
+            point = np.maximum(0, point - 0.02 * features.T @ (features @ point - targets))
+        assert solution == pytest.approx(point, abs=1e-4)
+
+
+def test_measurements_and_constants_survive_their_files(tmp_path):
+    seen = measurements()
+    seen.save(tmp_path / "measurements.json")
+    assert Measurements.load(tmp_path / "measurements.json") == seen
+    TRUTH.save(tmp_path / "calibration.json")
+    assert Calibration.load(tmp_path / "calibration.json") == TRUTH
+    (tmp_path / "wrong.json").write_text('{"matmul_eficiency": 0.5}')
+    with pytest.raises(ValueError, match="matmul_eficiency"):
+        Calibration.load(tmp_path / "wrong.json")
+    with pytest.raises(ValueError, match="backward_factor"):
+        Calibration(backward_factor=-1)
