@@ -162,7 +162,8 @@ def gather(values: Ints, group: dist.ProcessGroup | None = None) -> Ints:
     mine = torch.from_numpy(values).to(_device(group))
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
-    return np.asarray(torch.stack(everyone).cpu().numpy())
+    result: Ints = torch.stack(everyone).cpu().numpy()
+    return result
 
 
 def compare(source: Parts, source_digests: Ints, target: Parts, target_digests: Ints) -> dict[str, int]:
@@ -182,7 +183,7 @@ def compare(source: Parts, source_digests: Ints, target: Parts, target_digests: 
 
 def _agreed(parts: Parts, digests: Ints, side: str, faults: list[str]) -> Ints:
     """One digest per part, that of most of its holders; holders that disagree are added to `faults`."""
-    value = digests[parts.holds.argmax(axis=1), np.arange(len(parts.parameter))].copy()
+    value: Ints = digests[parts.holds.argmax(axis=1), np.arange(len(parts.parameter))].copy()
     differs = parts.holds & (value[:, None] != digests.T)
     for part in np.nonzero(differs.any(axis=1))[0].tolist():
         holders = np.nonzero(parts.holds[part])[0]
