@@ -2,8 +2,8 @@
 
     python -m benchmarks.mapping --json FILE [--measured FILE] [--pictures docs/images]
 
-One set of constants (hybridflow/mapping/calibration.py's defaults) for all rows. `--measured` reads the runs that
-`python -m benchmarks.mapping_runs` made on this machine (hybridflow/mapping/compare.py says what stands in it).
+One set of constants (hybridflow/mapping/calibration.py's defaults) for all rows. `--measured` reads real runs with their
+mappings, as hybridflow.mapping.compare.save_runs writes them.
 """
 
 from __future__ import annotations
@@ -234,15 +234,15 @@ def scaling_rows() -> tuple[list[Row], list[dict[str, Any]]]:
 
 
 def search_seconds() -> dict[str, float]:
-    """128 devices and 4 models; 1,024 devices and 5 models (Safe-RLHF); with the best plan of every placement."""
+    """Processor seconds of one core: 128 devices and 4 models; 1,024 devices and 5 models (Safe-RLHF); the best plan of every placement."""
     result = {}
     for name, setting in (
         ("128", paper_setting("llama-13b", 128)),
         ("1024", paper_setting("llama-13b", 1024, algorithm="safe_rlhf", workload=replace(PAPER_WORKLOAD, num_prompts=8192))),
     ):
-        started = time.perf_counter()
+        started = time.process_time()
         assert search(setting, every_placement=True).best is not None
-        result[name] = time.perf_counter() - started
+        result[name] = time.process_time() - started
     return result
 
 
@@ -281,15 +281,15 @@ PAPER_SEARCHES = (
 
 
 def _search_s(model: str, size: int) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     search(paper_setting(model, size))
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--measured", type=Path, help="runs on this machine, from benchmarks.mapping_runs")
+    parser.add_argument("--measured", type=Path, help="real runs and their mappings, written by compare.save_runs")
     parser.add_argument("--pictures", type=Path, help="also draw the pictures into this folder")
     arguments = parser.parse_args()
     seconds = search_seconds()

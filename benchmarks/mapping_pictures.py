@@ -15,8 +15,8 @@ PAPER_SEARCH_S = {8: 10, 16: 30, 24: 65, 32: 110, 48: 220, 64: 370, 96: 800, 128
 
 def draw_scaling(rows: list[dict[str, Any]], path: Path) -> None:
     """Predicted throughput over devices, a panel per algorithm, a line per model."""
-    algorithms = list(dict.fromkeys(row["algorithm"] for row in rows))
-    figure = _figure(3.0 * len(algorithms), 3.2)
+    algorithms = [name for name in dict.fromkeys(row["algorithm"] for row in rows) if name != "rloo"]  # the same calls as grpo
+    figure = _figure(2.7 * len(algorithms), 3.4)
     axes = figure.subplots(1, len(algorithms), sharey=True, squeeze=False)[0]
     for axis, algorithm in zip(axes, algorithms, strict=True):
         for model, color in COLORS.items():

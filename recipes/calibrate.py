@@ -39,6 +39,8 @@ from workers.sequences import Sequences
 
 SIZES = {"3M": (4, 192, 512, 4096), "11M": (6, 320, 896, 6144), "32M": (8, 512, 1408, 8192)}
 """name -> layers, hidden, inner, vocabulary of the models that are measured."""
+PASSES = {False: "forward", True: "training step"}
+GENERATION_SIZES = ("3M", "32M")
 HEAD_DIM = 32
 
 
@@ -54,9 +56,9 @@ class CalibrateConfig:
     generation_engine: str = "vllm"
     memory_gb: float = 8.0
     """Memory of one process to plan with."""
-    repeats: int = 3
+    repeats: int = 2
     """The fastest of this many counts (after one that warms up)."""
-    rows: list[int] = field(default_factory=lambda: [16, 64])
+    rows: list[int] = field(default_factory=lambda: [8, 32])
     prompt: int = 8
     response: int = 64
 
@@ -173,7 +175,7 @@ class Rank:
             matmul_flops=self.matmul_flops(),
             memory_bandwidth=self.memory_bandwidth(),
             passes=tuple(sample for name in SIZES for sample in self.passes(name)),
-            generations=tuple(sample for name in SIZES for sample in self.generations(name)),
+            generations=tuple(sample for name in GENERATION_SIZES for sample in self.generations(name)),
         )
         dist.destroy_process_group()
         if self.config.num_processes == 1:
@@ -183,7 +185,7 @@ class Rank:
         dist.destroy_process_group()
         return replace(measurements, collectives=collectives)
 
-    def fastest(self, action: Callable[[], object]) -> float:
+    def fastest(self, what: str, action: Callable[[], object]) -> float:
         """Seconds of the fastest repetition, all processes starting together each time."""
         seconds = []
         for _ in range(self.config.repeats + 1):
@@ -193,19 +195,21 @@ class Rank:
             if self.device != "cpu":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
+        if self.rank == 0:
+            print(f"{what}: {min(seconds[1:]):.4g} s", file=sys.stderr, flush=True)
         return min(seconds[1:])
 
     def matmul_flops(self) -> float:
         """Per second, of a 2048 x 1024 x 1024 product in the compute precision."""
         left = torch.randn(2048, 1024, device=self.device, dtype=self.dtype)
         right = torch.randn(1024, 1024, device=self.device, dtype=self.dtype)
-        return 2 * 2048 * 1024 * 1024 * 10 / self.fastest(lambda: [left @ right for _ in range(10)])
+        return 2 * 2048 * 1024 * 1024 * 10 / self.fastest("products", lambda: [left @ right for _ in range(10)])
 
     def memory_bandwidth(self) -> float:
         """Bytes per second read and written by a copy of 128 MB."""
         source = torch.ones(32 * 1024 * 1024, device=self.device)
         target = torch.empty_like(source)
-        return 2 * source.nbytes / self.fastest(lambda: target.copy_(source))
+        return 2 * source.nbytes / self.fastest("copy", lambda: target.copy_(source))
 
     def passes(self, name: str) -> list[PassSample]:
         """Forward passes and training steps of the engine on one model, with one and with four micro-batches."""
@@ -225,7 +229,9 @@ class Rank:
                 engine = cast(Any, engine_class(config.engine))(model=model, config=train, head=Head.lm, context=self.context)
                 sequences = self._sequences(rows, spec.vocab_size)
                 for training in (False, True):
-                    seconds = self.fastest(_one_pass(engine, sequences, training))
+                    seconds = self.fastest(
+                        f"{name} {rows} rows in {micro_batches}: {PASSES[training]}", _one_pass(engine, sequences, training)
+                    )
                     samples.append(
                         PassSample(
                             model=spec,
@@ -257,7 +263,9 @@ class Rank:
             sampling = SamplingConfig(max_response_tokens=response, ignore_eos=True)
             prompts = [row.numpy() for row in torch.randint(2, spec.vocab_size, (rows, config.prompt))]
             seeds = torch.arange(rows).numpy()
-            seconds = self.fastest(lambda p=prompts, s=seeds, how=sampling: engine.generate(p, s, how))  # type: ignore[misc]
+            seconds = self.fastest(
+                f"{name} {rows} rows: {response} tokens", lambda p=prompts, s=seeds, how=sampling: engine.generate(p, s, how)
+            )  # type: ignore[misc]
             samples.append(GenerationSample(model=spec, rows=rows, prompt=config.prompt, response=response, seconds=seconds))
         engine.close()
         return samples
@@ -266,7 +274,7 @@ class Rank:
         """Between the processes, of float32."""
         each = torch.ones(int(num_bytes / 4 / self.config.num_processes), device=self.device)
         whole = torch.empty(each.numel() * self.config.num_processes, device=self.device)
-        seconds = self.fastest(lambda: dist.all_gather_into_tensor(whole, each))
+        seconds = self.fastest(f"all-gather of {num_bytes:.0g} bytes", lambda: dist.all_gather_into_tensor(whole, each))
         return CollectiveSample(num_bytes=whole.nbytes, ranks=self.config.num_processes, seconds=seconds)
 
     def _sequences(self, rows: int, vocab: int) -> Sequences:

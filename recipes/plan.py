@@ -38,6 +38,14 @@ from recipes.dataflows import dataflow_of
 FUNCTION = "function"
 SCALAR_ROLES = ("critic", "reward", "cost")
 
+ENGINE_LIMITS: dict[str, dict[str, Any]] = {
+    "": {},
+    "fsdp": {"max_pipeline": 1, "zero_stages": (2, 3)},
+    "threed": {"zero_stages": (1,)},
+    "deepspeed": {"max_pipeline": 1, "max_tensor": 1, "zero_stages": (1, 2, 3)},
+}
+"""What the engines of workers/engines can do: fsdp keeps (ZeRO-2) or frees (ZeRO-3) gathered weights after the forward pass."""
+
 
 @dataclass(kw_only=True)
 class PlanConfig:
@@ -64,8 +72,8 @@ class PlanConfig:
     """Also try keeping optimizer states (and the parameters of models that are not trained) in host memory between calls."""
     shared_generation_weights: bool = True
     """Generation computes on the training shards where they suffice; false: the engine keeps its own copy (vLLM)."""
-    zero_stages: list[int] = field(default_factory=lambda: [1, 3])
-    max_pipeline: int = 8
+    engine: str = ""
+    """Only what this training engine can do (fsdp, threed, deepspeed); empty: every layout."""
     max_running: int = 256
     split_generation: bool = False
     """Also try generation in a pool of its own (role `rollout`), with the weights sent over every step."""
@@ -146,13 +154,14 @@ def role_models(config: PlanConfig, dataflow: Dataflow) -> dict[str, ModelSpec |
 
 
 def search_space(config: PlanConfig) -> SearchSpace:
+    if config.engine not in ENGINE_LIMITS:
+        raise ValueError(f"engine is {config.engine!r}; known: {', '.join(filter(None, ENGINE_LIMITS))}, or empty for every layout")
     return SearchSpace(
+        **ENGINE_LIMITS[config.engine],
         parameter_bytes=4.0 if config.fp32 else 2.0,
         optimizer_bytes=8.0 if config.fp32 else 12.0,
         activation_bytes=4.0 if config.fp32 else 2.0,
-        zero_stages=tuple(config.zero_stages),
         offload=(False, True) if config.offload else (False,),
-        max_pipeline=config.max_pipeline,
         max_running=config.max_running,
         shared_generation_weights=config.shared_generation_weights,
     )

@@ -52,19 +52,13 @@ def _bar(axis, position: int, call: CallPlan, longest: float) -> None:  # type: 
     if transition:
         axis.barh(position, transition, left=call.start_s, height=0.72, color=TRANSITION_COLOR)
     method = call.call.split(".")[1]
+    color = "black" if call.kind == CallKind.inference else "white"
+    middle = call.start_s + (call.seconds + transition) / 2
     text = f"{call.role}\n{method}\n{call.seconds:.3g} s"
-    if call.seconds > longest * 0.011 * len(max(text.split("\n"), key=len)):
-        axis.text(
-            call.start_s + call.seconds / 2,
-            position,
-            text,
-            ha="center",
-            va="center",
-            fontsize=6.5,
-            color="white" if call.kind != "inference" else "black",
-        )
-    elif call.seconds > longest * 0.02:
-        axis.text(call.start_s + call.seconds / 2, position, call.role, ha="center", va="center", fontsize=6, rotation=90)
+    if call.seconds - transition > longest * 0.0095 * max(len(line) for line in text.split("\n")):
+        axis.text(middle, position, text, ha="center", va="center", fontsize=6.5, color=color)
+    elif call.seconds - transition > longest * 0.02:
+        axis.text(middle, position, call.role, ha="center", va="center", fontsize=6, rotation=90, color=color)
 
 
 def _rows(mapping: Mapping) -> list[str]:

@@ -31,7 +31,7 @@ def random_case(seed: int):
 
 
 def second_by_second(dataflow, seconds, pool_of, edges) -> int:
-    """Each second every pool works on its first unfinished call once that call's inputs are there; controller calls wait for inputs only."""
+    """Each second a pool works on its first unfinished call once that call's inputs are there; the controller waits for inputs only."""
     end: dict[str, int] = {}
     started: dict[str, int] = {}
     now = 0

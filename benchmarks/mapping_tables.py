@@ -1,0 +1,73 @@
+"""Fills the tables and numbers of docs/mapping.md from the JSON of benchmarks.mapping.
+
+    python -m benchmarks.mapping_tables mapping.json docs/mapping.md
+
+Text between `<!-- name -->` and `<!-- end -->` is replaced; everything else stays as written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def markdown(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
+    return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
+
+
+def tables(content: dict[str, Any]) -> dict[str, str]:
+    """Name -> text."""
+
+    def plain(text: str) -> str:
+        return text.replace("|", "/")
+
+    paper = [(row["finding"], plain(row["paper"]), plain(row["ours"]), "yes" if row["agrees"] else "no") for row in content["paper"]]
+    stages = sorted({row["max_pipeline"] for row in content["sensitivity"]})
+    cases = list(dict.fromkeys((row["model"], row["devices"]) for row in content["sensitivity"]))
+    found = {
+        (row["model"], row["devices"], row["max_pipeline"]): f"{plain(row['placement'])}: {row['step_s']:.0f} s"
+        for row in content["sensitivity"]
+    }
+    sensitivity = [(f"{model} on {size}", *(_short(found[model, size, stage]) for stage in stages)) for model, size in cases]
+    sizes = sorted({row["devices"] for row in content["throughput"]})
+    speed = {(row["algorithm"], row["model"], row["devices"]): row["tokens_per_s"] for row in content["throughput"]}
+    lines = list(dict.fromkeys((row["algorithm"], row["model"]) for row in content["throughput"]))
+    throughput = [
+        (algorithm, model, *("-" if speed[algorithm, model, size] is None else f"{speed[algorithm, model, size]:,.0f}" for size in sizes))
+        for algorithm, model in lines
+    ]
+    seconds = content["search_seconds"]
+    return {
+        "search": f"{seconds['128']:.1f} s for 128 devices and 4 models, {seconds['1024']:.0f} s for 1,024 devices and 5 models",
+        "paper": markdown(("finding", "paper", "here", "same"), paper),
+        "sensitivity": markdown(("PPO", *(f"{stage} stage{'s' * (stage > 1)}" for stage in stages)), sensitivity),
+        "throughput": markdown(("tokens/s", "", *(str(size) for size in sizes)), throughput),
+    }
+
+
+def _short(text: str) -> str:
+    return text.replace("actor+critic+reference+reward", "all").replace("reference", "ref")
+
+
+def fill(text: str, content: dict[str, str]) -> str:
+    for name, value in content.items():
+        text, count = re.subn(
+            rf"(<!-- {name} -->\n?).*?(\n?<!-- end -->)", lambda match, value=value: match[1] + value + match[2], text, flags=re.S
+        )  # type: ignore[misc]
+        if count != 1:
+            raise ValueError(f"the page has {count} places for {name!r}; it needs one `<!-- {name} -->` ... `<!-- end -->`")
+    return text
+
+
+def main() -> None:
+    source, page = Path(sys.argv[1]), Path(sys.argv[2])
+    page.write_text(fill(page.read_text(), tables(json.loads(source.read_text()))))
+
+
+if __name__ == "__main__":
+    main()
