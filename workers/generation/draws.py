@@ -23,6 +23,9 @@ GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 """Of SplitMix64 (Steele, Lea, Flood 2014)."""
 
+MOST_ROUNDS = 16
+"""Rejections by top-p before the rest is sorted; the round's number is part of the hash, below 2048."""
+
 
 def sample_tokens(logits: Tensor, seeds: Tensor, positions: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Token ids [rows] and their log-probs [rows] (float32) under the full softmax at the temperature, before every filter.
@@ -73,15 +76,28 @@ def keep_most_likely(logits: Tensor, sampling: SamplingConfig) -> Tensor:
 def draw_within_top_p(logits: Tensor, masses: BlockMasses, seeds: Tensor, positions: Tensor, top_p: float) -> Tensor:
     """Ids [rows] drawn from the softmax of `logits`, cut to the fewest most likely tokens that hold `top_p`."""
     ids = draw(logits, masses, seeds, positions, round_number=0)
-    round_number = 0
-    while top_p < 1:
+    for round_number in range(1, MOST_ROUNDS + 1):
+        if top_p == 1:
+            break
         above = (masses.masses * (logits > logits.gather(-1, ids.unsqueeze(-1)))).sum(dim=-1)
         rejected = above >= top_p * masses.total
         if not rejected.any():
             break
-        round_number += 1
+        if round_number == MOST_ROUNDS:  # a small top_p; what is left is drawn from the sorted and cut distribution
+            logits = cut_top_p(logits, masses, top_p)
+            masses = BlockMasses(logits)
         ids = torch.where(rejected, draw(logits, masses, seeds, positions, round_number), ids)
     return ids
+
+
+def cut_top_p(logits: Tensor, masses: BlockMasses, top_p: float) -> Tensor:
+    """The logits with -inf at every token that has at least `top_p` of the mass above it."""
+    order = logits.argsort(dim=-1, descending=True)
+    sorted_masses = masses.masses.gather(-1, order)
+    above = sorted_masses.cumsum(dim=-1) - sorted_masses
+    return logits.masked_fill(
+        torch.empty_like(above, dtype=torch.bool).scatter_(-1, order, above >= top_p * masses.total[:, None]), -math.inf
+    )
 
 
 def draw(logits: Tensor, masses: BlockMasses, seeds: Tensor, positions: Tensor, round_number: int) -> Tensor:

@@ -38,9 +38,10 @@ class TrainerSampler(Sampler):
         self._runner = runner
         self._sampling: SamplingConfig | None = None
 
-    def start(self, seeds: NDArray[np.int64], sampling: SamplingConfig) -> None:
-        """Draw rows by `seeds` until finish."""
+    def start(self, seeds: NDArray[np.int64], sampling: SamplingConfig, forced: NDArray[np.int64] | None = None) -> None:
+        """Draw rows by `seeds` until finish; with `forced` [rows], take that token for each row in place of a draw."""
         self._sampling = sampling
+        self._forced = None if forced is None else torch.from_numpy(forced).to(self._runner.device)
         device = self._runner.device
         self._seeds = torch.from_numpy(np.ascontiguousarray(seeds, dtype=np.int64)).to(device)
         self._log_probs = torch.zeros(len(seeds), sampling.max_response_tokens, device=device)
@@ -66,7 +67,11 @@ class TrainerSampler(Sampler):
         # A row that is still within its prompt draws too; vLLM discards that token, and the draw at position 0 is repeated.
         written = batch.num_tokens_no_spec[:count] - batch.num_prompt_tokens[:count]
         positions = torch.from_numpy(written.astype(np.int64)).to(logits.device)
-        ids, log_probs = sample_tokens(logits, self._seeds[rows], positions, self._sampling)
+        if self._forced is None:
+            ids, log_probs = sample_tokens(logits, self._seeds[rows], positions, self._sampling)
+        else:
+            ids = self._forced[rows]
+            log_probs = logits.float().log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         self._log_probs[rows, positions] = log_probs
         return SamplerOutput(sampled_token_ids=ids.to(torch.int32).unsqueeze(-1), logprobs_tensors=None)
 
