@@ -242,3 +242,21 @@ def test_wrong_arguments_are_named(arguments, message):
 def test_every_algorithm_has_an_answer(paper_setting, algorithm):
     setting = paper_setting("llama-7b", 16, algorithm)
     assert search(setting).best is not None
+
+
+def test_settings_take_the_mappings_layouts(paper_setting):
+    from recipes.placed import generation_settings, train_settings
+    from workers.config import TrainConfig
+    from workers.generation.config import GenerationConfig
+
+    setting = paper_setting("llama-7b", 16)
+    mapping = mapping_of(setting, search(setting).best)
+    plan = mapping.role("actor")
+    train = train_settings(mapping, "actor", TrainConfig(engine="threed"))
+    assert (train.pp, train.tp, train.engine) == (plan.layout.p, plan.layout.t, "threed")
+    assert train.micro_batch_tokens == plan.layout.micro_batch_tokens
+    generation = generation_settings(mapping, "actor", GenerationConfig())
+    assert (generation.tp, generation.max_num_seqs) == (plan.generation.tg, plan.generation.max_running)
+    assert generation.kv_cache_bytes > 1e9
+    with pytest.raises(ValueError, match="critic has no generation layout"):
+        generation_settings(mapping, "critic", GenerationConfig())
