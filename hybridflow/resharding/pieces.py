@@ -60,9 +60,8 @@ def _cut_one(
     if (covered != volumes(box_shape)).any():
         bad = int(np.nonzero(covered != volumes(box_shape))[0][0])
         rank = int(target.rank[need][np.nonzero(box_of_row == bad)[0][0]])
-        raise ValueError(
-            f"{name}: target rank {rank} wants start {box_start[bad]} shape {box_shape[bad]}, and no source rank holds all of it"
-        )
+        where = f"start {box_start[bad]} shape {box_shape[bad]}"
+        raise ValueError(f"{name}: target rank {rank} wants {where}; the source ranks together do not hold all of it")
     atom, box, start, shape = _split_large(atom, box, start, shape, limit)
     # One row per piece and rank that wants the box the piece lies in.
     row_order = np.argsort(box_of_row, kind="stable")

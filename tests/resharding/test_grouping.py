@@ -95,7 +95,7 @@ def test_megatron_rank_order() -> None:
 
 def test_fewest_bytes_where_the_paper_has_no_grouping() -> None:
     """tg does not divide t, and FSDP: never more bytes than vanilla, and brute force agrees."""
-    rules = [rule for rule in decoder_rules(num_layers=4, hidden=48, intermediate=96, num_heads=12, num_kv_heads=12, vocab=384)]
+    rules = decoder_rules(num_layers=4, hidden=48, intermediate=96, num_heads=12, num_kv_heads=12, vocab=384)
     for source, tp in [
         (threed(rules, Layout.of(pp=2, tp=3)), 2),
         (threed(rules, Layout.of(tp=2, dp=3)), 3),
@@ -125,14 +125,14 @@ def test_assignment_against_brute_force(size: int, seed: int) -> None:
 
 
 def test_70b_on_512_ranks_compiles_in_time() -> None:
-    """Llama 70B, training 8-8-8 to generation tp=8, 64 machines of 8: compile and verify."""
-    start = time.perf_counter()
+    """Llama 70B, training 8-8-8 to generation tp=8, 64 machines of 8: compile and verify (processor time: other tests may run beside)."""
+    start = time.process_time()
     rules = decoder_rules(num_layers=80, hidden=8192, intermediate=28672, num_heads=64, num_kv_heads=8, vocab=32000)
     layout = Layout.of(pp=8, tp=8, dp=8)
     source, target = threed(rules, layout), generation(rules, zero_redundancy(layout, tp=8))
     plan = compile(source, target, bucket_bytes=256 << 20, nodes=[rank // 8 for rank in range(512)])
     certificate = verify(plan)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert certificate.received_total == certificate.bound_total
     # 7/64 of M, less what norms (replicated over tensor ranks) and the ends of the pipeline change: within half a percent.
     assert certificate.received_max == pytest.approx(float(Fraction(7, 64)) * target.num_bytes, rel=5e-3)

@@ -102,9 +102,8 @@ class _Recorder(TorchDispatchMode):
         if tensor is None:
             raise LoaderError(f"{name}: its weight loader copies it into something that is no parameter or buffer of the model")
         if into.shape != out.shape:
-            raise LoaderError(
-                f"{name}: its weight loader broadcasts {tuple(out.shape)} to {tuple(into.shape)}; only slices can be resharded"
-            )
+            shapes = f"{tuple(out.shape)} to {tuple(into.shape)}"
+            raise LoaderError(f"{name}: its weight loader broadcasts {shapes}; only slices can be resharded")
         self.written[tensor] += into.numel()
         if into.numel():
             box = _box(name, self.parameters[name], out)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -31,7 +32,7 @@ def build_vllm_groups(replicas: Sequence[Sequence[Sequence[int]]]) -> None:
     if len(sizes) != 1 or sorted(order) != list(range(dist.get_world_size())):
         raise ValueError(f"generation groups {replicas}: need replicas of equal pp and tp sizes that hold every rank of the pool once")
     pipeline, tensor = sizes.pop()
-    build = parallel_state.init_model_parallel_group
+    build, new_group = parallel_state.init_model_parallel_group, dist.new_group
 
     def build_permuted(group_ranks: list[list[int]], *args: Any, **kwargs: Any) -> parallel_state.GroupCoordinator:
         return build([[order[place] for place in group] for group in group_ranks], *args, **kwargs)
@@ -45,9 +46,11 @@ def build_vllm_groups(replicas: Sequence[Sequence[Sequence[int]]]) -> None:
         parallel_state.init_distributed_environment(
             world_size=len(order), rank=dist.get_rank(), local_rank=local_rank, backend=dist.get_backend()
         )
-        # vLLM numbers places as replica, stage, tensor coordinate; the rank at a place is ours to choose.
+        # vLLM numbers places as replica, stage, tensor coordinate; the rank at a place is ours to choose. torch sorts a group's
+        # ranks unless it is told not to, and vLLM does not tell it: gathered tensor parts would come in the order of the ranks.
         parallel_state.init_model_parallel_group = build_permuted
+        dist.new_group = partial(new_group, sort_ranks=False)
         try:
             parallel_state.initialize_model_parallel(tensor, pipeline, backend=dist.get_backend())
         finally:
-            parallel_state.init_model_parallel_group = build
+            parallel_state.init_model_parallel_group, dist.new_group = build, new_group

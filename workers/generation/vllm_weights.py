@@ -95,9 +95,8 @@ class VllmWeights:
             in_place = have.shape == want.shape and have.dtype == want.dtype and have.stride() == want.stride()
             if not in_place:
                 if not self._repacks:
-                    raise LoaderError(
-                        f"{name}: vLLM keeps it as {tuple(have.shape)} {have.dtype}, its loaders fill {tuple(want.shape)} {want.dtype}"
-                    )
+                    kept, filled = f"{tuple(have.shape)} {have.dtype}", f"{tuple(want.shape)} {want.dtype}"
+                    raise LoaderError(f"{name}: vLLM keeps it as {kept}, its loaders fill {filled}; it cannot be written in place")
                 have = torch.zeros(want.shape, dtype=want.dtype)
                 self._staged.add(name)
             memory[name] = have
