@@ -1,0 +1,146 @@
+"""One program, many layouts: PPO on 1, 2 and 4 ranks gives the same samples, rewards and weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from controllers.ppo import PPO, PPOConfig
+from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
+from hybridflow.group import spawn
+from hybridflow.pool import PoolSpec, RayPool
+from hybridflow.waiting import CALLS
+from tests.tiny import VOCAB, make_model
+from workers.actor import ActorWorker
+from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
+from workers.critic import CriticWorker
+from workers.generation.config import GenerationConfig, SamplingConfig
+from workers.reference import ReferenceWorker
+from workers.reward import FunctionRewardWorker
+from workers.role_config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+WEIGHT_TOLERANCE = 2e-5
+"""Largest difference of a weight after two steps of learning rate 1e-3: fp32 rounding through AdamW's division."""
+
+
+@dataclass(frozen=True)
+class Case:
+    num_devices: int
+    engine: str = "fsdp"
+    pp: int = 1
+    tp: int = 1
+    generation_tp: int = 1
+    critic_tp: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.num_devices} ranks {self.engine} {self.pp}-{self.tp} tg{self.generation_tp}"
+
+
+CASES = [
+    Case(2),
+    Case(2, generation_tp=2),
+    Case(4, "threed", pp=2, tp=2, generation_tp=1, critic_tp=2),
+    Case(4, "threed", pp=2, tp=2, generation_tp=2),
+    Case(4, "threed", pp=2, tp=2, generation_tp=4),
+    Case(4, "fsdp", tp=2, generation_tp=2),
+]
+
+
+@dataclass
+class Result:
+    samples: list[list[int]]
+    rewards: list[float]
+    weights: dict[str, torch.Tensor]
+    probe_gap: float
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def single(model: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Result:
+    return train(Case(1), model, tmp_path_factory.mktemp("single"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_samples_rewards_and_weights_as_on_one_rank(case: Case, single: Result, model: Path, tmp_path: Path) -> None:
+    result = train(case, model, tmp_path)
+    assert result.samples == single.samples
+    assert result.rewards == single.rewards
+    assert result.weights.keys() == single.weights.keys()
+    for name, weight in single.weights.items():
+        difference = (result.weights[name] - weight).abs().max()
+        assert difference < WEIGHT_TOLERANCE, f"{name} differs by {difference:.2g}"
+    assert result.probe_gap < 1e-4
+
+
+def train(case: Case, model: Path, directory: Path) -> Result:
+    """Two PPO steps with two mini-batches each."""
+    with RayPool(PoolSpec(name=f"pool{case.num_devices}", num_devices=case.num_devices, threads_per_device=1)) as pool:
+        actor = spawn(ActorWorker, pool, actor_config(case, model), role="actor")
+        roles: dict[str, Any] = {
+            "actor": actor,
+            "critic": spawn(CriticWorker, pool, CriticConfig(model=model_config(model), train=train_config(case, tp=case.critic_tp))),
+            "reference": spawn(ReferenceWorker, pool, ReferenceConfig(model=model_config(model), train=train_config(Case(1)))),
+            "reward": spawn(
+                FunctionRewardWorker,
+                pool,
+                RewardConfig(function="tests.runtime.rewards:count", tokenizer=str(model)),
+                role="reward",
+            ),
+        }
+        algorithm = PPO(**roles, config=PPOConfig(num_mini_batches=2))
+        samples, rewards, gap = [], [], 0.0
+        for step in range(2):
+            batch = prompts(step)
+            seen = actor.generate_sequences(batch)
+            samples += [row.tolist() for row in seen.ragged("response_ids").unbind()]
+            metrics = algorithm.step(batch)
+            rewards.append(round(metrics["reward/mean"], 6))
+            gap = max(gap, metrics["sync/probe_gap"])
+        list(actor.save_pretrained(str(directory)) or ())
+        CALLS.finish()
+    return Result(samples, rewards, load_file(directory / "model.safetensors"), gap)
+
+
+def prompts(step: int) -> Batch:
+    """11 prompts with 2 samples: nothing divides by 2 or 4 twice."""
+    generator = np.random.default_rng(step)
+    ids = [generator.integers(3, VOCAB, generator.integers(2, 9)) for _ in range(11)]
+    return Batch.of(prompt_ids=Ragged.of(ids), uid=np.arange(11) + 11 * step, extras=[{}] * 11).repeat(2)
+
+
+def model_config(model: Path) -> ModelConfig:
+    return ModelConfig(path=str(model))
+
+
+def train_config(case: Case, **sizes: int) -> TrainConfig:
+    settings: dict[str, Any] = {"engine": case.engine, "pp": case.pp, "tp": case.tp, **sizes}
+    if case.engine == "fsdp":
+        settings["pp"] = 1
+    return TrainConfig(**settings, precision=Precision.fp32, optimizer=OptimizerConfig(learning_rate=1e-3), micro_batch_tokens=64)
+
+
+def actor_config(case: Case, model: Path) -> ActorConfig:
+    return ActorConfig(
+        model=model_config(model),
+        train=train_config(case),
+        generation=GenerationConfig(
+            precision=Precision.fp32,
+            tp=case.generation_tp,
+            max_model_len=64,
+            kv_cache_bytes=16 * 2**20,
+            sampling=SamplingConfig(max_response_tokens=12),
+        ),
+    )

@@ -1,0 +1,123 @@
+"""Recipes through their real command line: resume, placements, failures and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny import make_data, make_model
+
+ROOT = Path(__file__).parents[2]
+COUNT = "reward.function=tests.runtime.rewards:count"
+TIMES = re.compile(r"seconds|tokens_per_s|time_s|sync/.*_s$|memory")
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("tiny")
+    model, data = make_model(directory / "model"), make_data(directory / "prompts.jsonl")
+    return [
+        f"model.path={model}",
+        f"data.train={data}",
+        f"data.validation={data}",
+        "data.batch_size=7",
+        "actor.train.precision=fp32",
+        "critic.train.precision=fp32",
+        "reference.train.precision=fp32",
+        "actor.generation.precision=fp32",
+        "actor.generation.max_model_len=64",
+        "actor.generation.kv_cache_bytes=16777216",
+        "actor.generation.sampling.max_response_tokens=8",
+        "actor.train.optimizer.learning_rate=1e-3",
+        "algorithm.samples_per_prompt=2",
+        "algorithm.num_mini_batches=2",
+        "loop.validate_every=2",
+        "loop.num_steps=4",
+    ]
+
+
+def recipe(name: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"recipes.{name}", *arguments]
+    return subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=280)
+
+
+def succeed(name: str, arguments: list[str]) -> None:
+    finished = recipe(name, arguments)
+    assert finished.returncode == 0, finished.stdout[-4000:]
+
+
+def numbers(output: Path) -> list[dict[str, float]]:
+    """What a run logged, without what a clock decides."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not TIMES.search(name)} for row in rows]
+
+
+def policy(output: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(output / "checkpoints" / f"step-{step:08d}" / "huggingface" / "model.safetensors")
+
+
+def test_resume_is_bit_identical_and_works_on_other_ranks(common: list[str], tmp_path: Path) -> None:
+    whole, half, wide = tmp_path / "whole", tmp_path / "half", tmp_path / "wide"
+    succeed("ppo", [*common, COUNT, "runtime=local", f"output_dir={whole}", "loop.checkpoint_every=2", "loop.keep_last=3"])
+    for output in (half, wide):
+        shutil.copytree(whole, output)
+        shutil.rmtree(output / "checkpoints" / "step-00000004")
+    succeed("ppo", [*common, COUNT, "runtime=local", f"output_dir={half}"])
+    assert numbers(half) == numbers(whole)
+    for name, weight in policy(whole, 4).items():
+        assert torch.equal(policy(half, 4)[name], weight), name
+
+    succeed("ppo", [*common, COUNT, "num_devices=2", f"output_dir={wide}"])
+    for name, weight in policy(whole, 4).items():
+        assert (policy(wide, 4)[name] - weight).abs().max() < 2e-5, name
+
+
+def test_custom_pools_equal_one_pool(common: list[str], tmp_path: Path) -> None:
+    pools = ["placement=custom", "pools.policy.roles=[actor,reference]", "pools.values.roles=[critic,reward]"]
+    outputs = {"together": [], "apart": pools}
+    for name, arguments in outputs.items():
+        succeed("ppo", [*common, COUNT, "loop.num_steps=2", f"output_dir={tmp_path / name}", *arguments])
+    assert numbers(tmp_path / "apart") == numbers(tmp_path / "together")
+
+
+def test_a_reward_that_raises_stops_the_run_with_the_row(common: list[str], tmp_path: Path) -> None:
+    finished = recipe("grpo", [*common, "reward.function=tests.runtime.rewards:broken", f"output_dir={tmp_path}"])
+    assert finished.returncode != 0
+    assert "reward rank 0 in compute_reward" in finished.stdout
+    assert "raised KeyError: 'answer' on prompt" in finished.stdout
+    assert no_process_of(tmp_path)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
+def test_nothing_is_left_behind(how: signal.Signals, common: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "recipes.grpo", *common, COUNT, "loop.num_steps=100000", f"output_dir={tmp_path}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline, "no step within 200 s"
+        time.sleep(0.5)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert any("Host" in " ".join(member.cmdline()) or "main/0" in " ".join(member.cmdline()) for member in family), "hosts run"
+    os.kill(process.pid, how)
+    process.wait(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, [" ".join(member.cmdline())[:200] for member in alive]
+
+
+def no_process_of(output: Path) -> bool:
+    """Whether no process still names the run's output directory."""
+    return not [p for p in psutil.process_iter(["cmdline"]) if str(output) in " ".join(p.info["cmdline"] or [])]

@@ -1,0 +1,44 @@
+"""Tiny models, tokenizers and data, made locally: the real loading code runs on them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+VOCAB = 128
+EOS, PAD = 1, 0
+
+
+def make_model(directory: Path, *, seed: int = 0, layers: int = 2, heads: int = 4, kv_heads: int = 4, tied: bool = True) -> Path:
+    """A random Qwen2 of about 0.3 M parameters with a tokenizer whose words are the numbers 0 to 127."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32 * heads,
+        intermediate_size=64 * heads,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=256,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        tie_word_embeddings=tied,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(directory)
+    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=str(EOS), pad_token=str(PAD)).save_pretrained(directory)
+    return directory
+
+
+def make_data(path: Path, rows: int = 24, seed: int = 0) -> Path:
+    """Prompts of 2 to 8 numbers."""
+    generator = np.random.default_rng(seed)
+    prompts = [" ".join(str(n) for n in generator.integers(3, VOCAB, generator.integers(2, 9))) for _ in range(rows)]
+    path.write_text("".join(json.dumps({"prompt": prompt, "answer": str(i)}) + "\n" for i, prompt in enumerate(prompts)))
+    return path
