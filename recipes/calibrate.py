@@ -86,7 +86,7 @@ def search_space(precision: Precision) -> SearchSpace:
     """Bytes of the project's engines: float32 master weights, gradients and moments; the generation engine keeps its own weights."""
     compute = 4.0 if precision is Precision.fp32 else 2.0
     return SearchSpace(parameter_bytes=compute, gradient_bytes=4.0, optimizer_bytes=12.0 if compute == 2.0 else 8.0,
-                       activation_bytes=compute, shared_generation_weights=False)  # fmt: skip
+                       activation_bytes=compute, shared_generation_weights=False, old_log_prob_pass=True)  # fmt: skip
 
 
 def measure(config: CalibrateConfig) -> Measurements:

@@ -164,6 +164,7 @@ def search_space(config: PlanConfig) -> SearchSpace:
         offload=(False, True) if config.offload else (False,),
         max_running=config.max_running,
         shared_generation_weights=config.shared_generation_weights,
+        old_log_prob_pass=bool(config.engine),
     )
 
 

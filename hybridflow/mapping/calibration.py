@@ -41,6 +41,8 @@ class Calibration:
     """Per doubling of the number of nodes, of a collective between nodes."""
     gradient_overlap: float = 0.0
     """Fraction of the gradient reduction hidden behind the backward pass; 0 is Megatron-LM's default."""
+    sync_overhead_s: float = 0.0
+    """Fixed work of entering the generation layout with new weights: reloading, probing, attesting."""
     call_overhead_s: float = 0.05
     """Controller to worker and back, once per call."""
     controller_s: float = 0.2

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from statistics import median
 
 import numpy as np
 
+from hybridflow.dataflow import CallKind
 from hybridflow.mapping.calibration import Calibration
 from hybridflow.mapping.cluster import DeviceKind
+from hybridflow.mapping.compare import Run
 from hybridflow.mapping.compute import layer_flops
 from hybridflow.mapping.generation import generation_time
 from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
@@ -66,6 +69,21 @@ def fit(measurements: Measurements, *, space: SearchSpace, calibration: Calibrat
             [predicted_generation(sample, kind, found, space) / sample.seconds for sample in measurements.generations]
         )
     return Fit(kind=kind, calibration=found, errors=errors)
+
+
+def refine(calibration: Calibration, runs: Sequence[Run]) -> Calibration:
+    """Fixed overheads from real runs that were predicted with `calibration`: what forward calls take beyond their prediction becomes the
+    overhead of every call, what generation takes beyond that becomes the overhead of entering it (medians, never below 0)."""
+    beyond: dict[str, list[float]] = {CallKind.inference: [], CallKind.generation: []}
+    for run in runs:
+        for call in run.mapping.calls:
+            if call.call in run.measured_s and call.kind in beyond:
+                beyond[call.kind].append(run.measured_s[call.call] - call.seconds)
+    every_call = max(median(beyond[CallKind.inference] or [0.0]), -calibration.call_overhead_s)
+    entering = max(median(beyond[CallKind.generation] or [0.0]) - every_call, -calibration.sync_overhead_s)
+    return replace(
+        calibration, call_overhead_s=calibration.call_overhead_s + every_call, sync_overhead_s=calibration.sync_overhead_s + entering
+    )
 
 
 def fit_links(samples: Sequence[CollectiveSample], kind: DeviceKind, given: Calibration) -> tuple[DeviceKind, Calibration]:

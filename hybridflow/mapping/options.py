@@ -14,7 +14,7 @@ from hybridflow.dataflow import Call, CallKind
 from hybridflow.mapping.footprint import Footprint, generation_footprint, held_for_generation, pass_footprint, resident_footprint
 from hybridflow.mapping.generation import generation_time
 from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
-from hybridflow.mapping.passes import inference_time, micro_batches, training_time
+from hybridflow.mapping.passes import PassTime, inference_time, micro_batches, training_time
 from hybridflow.mapping.setting import Setting
 from hybridflow.mapping.transition import transition_time, weight_sync_time
 
@@ -87,20 +87,25 @@ def pass_option(setting: Setting, role: str, group: int, layout: ModelLayout) ->
     """Seconds and bytes of the role's training and forward calls with `layout`."""
     resident = resident_footprint(setting.model(role), layout, setting.space, trained=setting.trained(role)).total
     calls = setting.calls(role)
-    seconds = tuple(pass_seconds(setting, role, group, call, layout) for call in calls)
+    seconds = tuple(pass_time(setting, role, group, call, layout).total for call in calls)
     kinds = {call.kind for call in calls} - {CallKind.generation}
     transient = max(call_footprint(setting, role, kind, layout, None).total for kind in kinds)
     held = held_for_generation(setting.model(role), layout, setting.space)
     return PassOption(layout, resident, transient, held, seconds)
 
 
-def pass_seconds(setting: Setting, role: str, group: int, call: Call, layout: ModelLayout) -> float:
-    machine = setting.machine(group)
-    if call.kind is CallKind.training:
-        return training_time(setting.model(role), layout, machine).total
+def pass_time(setting: Setting, role: str, group: int, call: Call, layout: ModelLayout) -> PassTime:
+    """Time of a training or forward call; nothing for a generation call."""
+    model, machine = setting.model(role), setting.machine(group)
+    if call.kind is CallKind.generation:
+        return PassTime()
     if call.kind is CallKind.inference:
-        return inference_time(setting.model(role), layout, machine, trained=setting.trained(role)).total
-    return 0.0
+        return inference_time(model, layout, machine, trained=setting.trained(role))
+    updates = training_time(model, layout, machine)
+    policy = setting.generates(role) or role in setting.weights_from.values()
+    if setting.space.old_log_prob_pass and policy and setting.workload.updates * setting.workload.epochs > 1:
+        return updates + inference_time(model, layout, machine, trained=True)
+    return updates
 
 
 def call_footprint(
@@ -152,10 +157,15 @@ def paired(setting: Setting, role: str, one: PassOption, other: GenerationOption
 
 
 def entry_seconds(setting: Setting, role: str, group: int, layout: ModelLayout, generation: GenerationLayout) -> float:
-    """What it takes to enter the generation layout: the transition, and moving away and back what offloading keeps on the host."""
+    """What it takes to enter the generation layout with new weights: the transition; a copy where the engine keeps its own weights;
+    fixed work."""
     if not setting.trained(role):
         return 0.0
-    return transition_time(setting.model(role), layout, generation, setting.machine(group))
+    model, machine = setting.model(role), setting.machine(group)
+    copied = 0.0
+    if not setting.space.shared_generation_weights:
+        copied = 2.0 * setting.space.parameter_bytes * model.num_parameters / (generation.pg * generation.tg) / machine.bandwidth
+    return transition_time(model, layout, generation, machine) + copied + setting.calibration.sync_overhead_s
 
 
 def generation_only(setting: Setting, role: str, group: int, option: GenerationOption) -> RoleOption:

@@ -44,6 +44,19 @@ class PassTime:
             + self.gradients + self.optimizer + self.offload + self.overhead
         )  # fmt: skip
 
+    def __add__(self, other: PassTime) -> PassTime:
+        return PassTime(
+            compute=self.compute + other.compute,
+            bubble=self.bubble + other.bubble,
+            tensor=self.tensor + other.tensor,
+            pipeline=self.pipeline + other.pipeline,
+            parameters=self.parameters + other.parameters,
+            gradients=self.gradients + other.gradients,
+            optimizer=self.optimizer + other.optimizer,
+            offload=self.offload + other.offload,
+            overhead=self.overhead + other.overhead,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:

@@ -9,8 +9,7 @@ from hybridflow.dataflow import Call, CallKind
 from hybridflow.mapping.footprint import Footprint, resident_footprint
 from hybridflow.mapping.generation import generation_time
 from hybridflow.mapping.mapping import CallPlan, Mapping, Pool, RolePlan
-from hybridflow.mapping.options import call_footprint, entry_seconds
-from hybridflow.mapping.passes import inference_time, training_time
+from hybridflow.mapping.options import call_footprint, entry_seconds, pass_time
 from hybridflow.mapping.schedule import CONTROLLER
 from hybridflow.mapping.setting import Setting
 from hybridflow.mapping.transition import weight_sync_time
@@ -61,10 +60,7 @@ def _causes(setting: Setting, call: Call, plans: dict[str, RolePlan], pools: dic
         parts = {**asdict(generation_time(model, plan.generation, machine)), "transition": _transition(setting, call, plan, pools)}
     else:
         assert plan.layout is not None
-        if call.kind is CallKind.training:
-            parts = asdict(training_time(model, plan.layout, machine))
-        else:
-            parts = asdict(inference_time(model, plan.layout, machine, trained=setting.trained(call.role)))
+        parts = asdict(pass_time(setting, call.role, pools[plan.pool].group, call, plan.layout))
     return {name: seconds for name, seconds in parts.items() if seconds > 0.0}
 
 

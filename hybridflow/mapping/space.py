@@ -37,6 +37,9 @@ class SearchSpace:
     """Prompt tokens of one prefill pass."""
     shared_generation_weights: bool = True
     """Generation computes on the training shards where they suffice (zero redundancy); False: the engine keeps its own copy."""
+    old_log_prob_pass: bool = False
+    """The actor's update begins with a forward pass that scores the responses under the training engine, where there is more than
+    one optimizer update."""
     bucket_bytes: float = 512e6
     """Staging buffer of the resharding."""
 

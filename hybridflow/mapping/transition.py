@@ -50,7 +50,8 @@ def weight_sync_time(model: ModelSpec, generation: GenerationLayout, machine: Ma
     shard = machine.space.parameter_bytes * model.num_parameters / (generation.pg * generation.tg)
     per_node = min(machine.kind.devices_per_node, generation.num_devices)
     efficiency = machine.calibration.link_efficiency
-    return per_node * shard / (machine.kind.inter_bandwidth * efficiency) + machine.calibration.inter_latency_s
+    moving = per_node * shard / (machine.kind.inter_bandwidth * efficiency)
+    return moving + machine.calibration.inter_latency_s + machine.calibration.sync_overhead_s
 
 
 def transfer_time(producer: Call, consumer: Call, cluster: Cluster, machine: Machine) -> float:

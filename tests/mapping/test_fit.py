@@ -8,11 +8,15 @@ from itertools import product
 import numpy as np
 import pytest
 
+from hybridflow.mapping.auto import mapping_of
 from hybridflow.mapping.calibration import Calibration
 from hybridflow.mapping.cluster import DeviceKind
-from hybridflow.mapping.fit import fit, nonnegative_least_squares, predicted_generation, predicted_pass
+from hybridflow.mapping.compare import Run
+from hybridflow.mapping.fit import fit, nonnegative_least_squares, predicted_generation, predicted_pass, refine
+from hybridflow.mapping.judge import judge
 from hybridflow.mapping.measurements import CollectiveSample, GenerationSample, Measurements, PassSample
 from hybridflow.mapping.model import ModelSpec
+from hybridflow.mapping.search import search
 from hybridflow.mapping.space import SearchSpace
 
 SPACE = SearchSpace(shared_generation_weights=False)
@@ -80,6 +84,18 @@ def test_solver_equals_projected_gradient():
         for _ in range(10_000):
             point = np.maximum(0, point - 0.02 * features.T @ (features @ point - targets))
         assert solution == pytest.approx(point, abs=1e-4)
+
+
+def test_real_runs_add_their_fixed_overheads(paper_setting):
+    setting = paper_setting("llama-7b", 8)
+    mapping = mapping_of(setting, search(setting).best)
+    extra = {"inference": 0.5, "generation": 2.5, "training": 0.5}
+    measured = {call.call: call.seconds + extra[call.kind] for call in mapping.calls if call.kind in extra}
+    found = refine(setting.calibration, [Run(configuration="a", mapping=mapping, measured_s=measured, step_s=1.0)])
+    assert found.call_overhead_s == pytest.approx(setting.calibration.call_overhead_s + 0.5)
+    assert found.sync_overhead_s == pytest.approx(2.0)
+    again = judge(replace(setting, calibration=found), mapping).mapping
+    assert {call.call: call.seconds for call in again.calls if call.call in measured} == pytest.approx(measured)
 
 
 def test_measurements_and_constants_survive_their_files(tmp_path):
