@@ -17,8 +17,8 @@ from tests.engines.threed_workers import OPTIMIZER, Case, Job, Result, batches, 
 from workers.config import Precision
 from workers.engines.base import Head, Outputs
 
-FP32 = 2e-5
-"""AdamW divides by the root of tiny second moments: rounding of 1e-7 in a gradient becomes up to 1e-5 in a weight at this learning rate."""
+FP32 = 1e-5
+"""Relative and absolute, of everything: float32 rounding of other summation orders, through three steps."""
 
 LAYOUTS = [
     Case(),
@@ -147,7 +147,7 @@ def test_vocabulary_parallel_log_probs(root: Path, precision: Precision) -> None
     for part in parts:
         assert_close(part[0], log_probs.detach(), rtol=1e-5, atol=1e-5)
         assert_close(part[1], entropy.detach(), rtol=1e-5, atol=1e-5)
-    tolerance = 1e-5 if precision is Precision.fp32 else 1e-2
+    tolerance = 5e-5 if precision is Precision.fp32 else 1e-2
     assert whole.grad is not None
     assert_close(torch.cat([part[2] for part in parts], -1), whole.grad, rtol=tolerance, atol=tolerance)
 

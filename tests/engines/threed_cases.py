@@ -111,8 +111,8 @@ def plain_run(model: PreTrainedModel, head: Head, batches: list[Sequences], conf
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
         optimizer.step()
-        run.losses.append(float(loss))
-        run.grad_norms.append(float(norm))
+        run.losses.append(loss.item())
+        run.grad_norms.append(norm.item())
     run.parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     return run
 

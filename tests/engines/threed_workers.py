@@ -20,7 +20,8 @@ from workers.engines.threed_export import write_safetensors
 from workers.engines.vocabulary_parallel import parallel_token_log_probs
 from workers.sequences import Sequences
 
-OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, clip_grad_norm=0.5)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, epsilon=1e-4, weight_decay=0.1, clip_grad_norm=0.5)
+"""A large epsilon: with 1e-8, AdamW makes a whole step of a gradient that is rounding noise, and no two summation orders agree."""
 MICRO_BATCH_TOKENS = 36
 NUM_BATCHES = 3
 Job = tuple[str, Any]
