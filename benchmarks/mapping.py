@@ -113,8 +113,10 @@ def _two_pools(model: str, size: int) -> Row:
     assert best is not None and together is not None and even is not None
     ours = f"{named(best)}: {best.step_s:.1f} s; colocated {together.step_s:.1f} s; {named(even)} {even.step_s:.1f} s"
     gap = even.step_s / together.step_s - 1
-    why = "" if num_pools(best) == 2 else f"two pools take {gap:+.1%}; {_cheap_gradients()}"
-    return Row(f"best placement, {model} on {size}", "an even split in two", ours, num_pools(best) == 2, why)
+    sizes = {devices for _, devices in best.allocation}
+    agrees = num_pools(best) == 2 and len(sizes) == 1
+    why = "" if agrees else f"two pools take {gap:+.1%}; {_cheap_gradients()}"
+    return Row(f"best placement, {model} on {size}", "an even split in two", ours, agrees, why)
 
 
 def _all_apart(model: str, size: int) -> Row:
@@ -249,7 +251,7 @@ def search_seconds() -> dict[str, float]:
 def sensitivity() -> list[dict[str, Any]]:
     """Which placement is best when pipelines may have only so many stages: what decides between colocating and splitting."""
     rows = []
-    for stages in (1, 2, 4, 8):
+    for stages in (1, 2, 4, 8, 16):
         for model, size in product(("llama-13b", "llama-34b"), (64, 96, 128)):
             best = search(paper_setting(model, size, space=SearchSpace(max_pipeline=stages))).best
             assert best is not None
