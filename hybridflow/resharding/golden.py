@@ -59,9 +59,18 @@ def bytes_gathered(source: ShardMap) -> NDArray[np.int64]:
 
 
 def _buckets(source: ShardMap, dtypes: Mapping[str, str], bucket_bytes: int) -> Iterator[list[int]]:
+    """Parameters of different holders (pipeline stages) in turns, so that all ranks have something to send in every bucket."""
+    held: dict[bytes, int] = {}
+    progress: dict[int, tuple[bytes, int]] = {}
+    for number, spec in enumerate(source.parameters):
+        holders = source.rank[source.rows(number)].tobytes()
+        held[holders] = held.get(holders, 0) + spec.num_bytes
+        progress[number] = (holders, held[holders])
+    order = sorted(progress, key=lambda number: progress[number][1] / held[progress[number][0]])
     bucket: list[int] = []
     total = 0
-    for number, spec in enumerate(source.parameters):
+    for number in order:
+        spec = source.parameters[number]
         size = spec.numel * DTYPES[dtypes[spec.name]].itemsize
         if bucket and total + size > bucket_bytes:
             yield bucket

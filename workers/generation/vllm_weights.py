@@ -80,6 +80,17 @@ class VllmWeights:
         """Memory held beside the engine's own."""
         return sum(self._memory[name].nbytes for name in self._staged)
 
+    def free_staging(self) -> None:
+        """Give the staging memory back (generation is over until the next sync); nothing may write to it before take_back_staging."""
+        for name in self._staged:
+            self._memory[name].untyped_storage().resize_(0)
+
+    def take_back_staging(self) -> None:
+        """The staging memory again, contents undefined; the boxes stay the same objects."""
+        for name in self._staged:
+            tensor = self._memory[name]
+            tensor.untyped_storage().resize_(tensor.nbytes)
+
     def _bind(self, twin: nn.Module) -> dict[str, torch.Tensor]:
         """The memory of every tensor that loaders fill: the running model's where it has kept its form, else staging memory."""
         live = dict(self._model.named_parameters(remove_duplicate=False)) | dict(self._model.named_buffers(remove_duplicate=False))
