@@ -33,13 +33,13 @@ SAMPLINGS = {
     "greedy": replace(PLAIN, greedy=True),
     "stop_ids": replace(PLAIN, stop_token_ids=list(range(100, 130))),
     "ignore_eos": replace(PLAIN, ignore_eos=True),
-    "stop_strings": replace(PLAIN, greedy=True, stop_strings=["t7", "4 t"]),
+    "stop_strings": replace(PLAIN, greedy=True, stop_strings=["t7", "4t"]),
 }
 CONFIG = GenerationConfig(precision=Precision.fp32, max_model_len=96, max_num_seqs=16, sampling=SAMPLINGS["stop_strings"])
 
 
 def make_model(directory: Path, *, tied: bool, seed: int = 0) -> Qwen2ForCausalLM:
-    """A Qwen2 of 2 layers with a tokenizer of the words t0, t1, ..."""
+    """A Qwen2 of 2 layers with a tokenizer of the words t0, t1, ..., which decodes them without spaces."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         hidden_size=64, num_hidden_layers=2, vocab_size=VOCAB, intermediate_size=128, num_attention_heads=2, num_key_value_heads=2,
@@ -183,15 +183,25 @@ def reference_score(directory: Path, probe: list[int]) -> np.ndarray:
 def sleep_and_wake(engine: GenerationEngine, directory: Path) -> dict[str, Any]:
     prompts, seeds = rows()
     before = engine.generate(prompts, seeds, PLAIN)
-    resident = resident_bytes()
+    cache_bytes = [resident_cache(engine)]
     engine.sleep()
     engine.sleep()
-    freed = resident - resident_bytes()
+    cache_bytes.append(resident_cache(engine))
     asleep = error(lambda: engine.generate(prompts, seeds, PLAIN)), engine.weight_version
     engine.wake()
     unfilled = error(lambda: engine.score([1, 2, 3]))
     engine.load_weights(weights(directory), version=3)
-    return {"freed": freed, "asleep": asleep, "unfilled": unfilled, "before": before, "after": engine.generate(prompts, seeds, PLAIN)}
+    after = engine.generate(prompts, seeds, PLAIN)
+    cache_bytes.append(resident_cache(engine))
+    return {"cache_bytes": cache_bytes, "asleep": asleep, "unfilled": unfilled, "before": before, "after": after}
+
+
+def resident_cache(engine: GenerationEngine) -> int:
+    from workers.generation.vllm import VllmEngine
+    from workers.generation.vllm_memory import model_runner
+
+    assert isinstance(engine, VllmEngine)
+    return model_runner(engine.llm).kv_caches[0].untyped_storage().nbytes()
 
 
 def bad_inputs(engine: GenerationEngine) -> dict[str, str]:
@@ -224,7 +234,3 @@ def process_state() -> tuple[object, ...]:
     """What the trainer in the same process relies on."""
     generators = torch.get_rng_state().sum().item(), hash(random.getstate()), hash(np.random.get_state()[1].tobytes())
     return *generators, torch.get_num_threads(), torch.set_num_threads, tuple(os.sched_getaffinity(0)), os.environ.get("LD_PRELOAD")
-
-
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
