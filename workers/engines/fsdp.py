@@ -22,7 +22,7 @@ from hybridflow.resharding.shards import LocalParameter
 from workers.config import ModelConfig, TrainConfig
 from workers.engines.base import Head, LossFn, Outputs, TrainingEngine
 from workers.engines.checkpoint import load_tensors, save_tensors
-from workers.engines.fsdp_sharding import local_parameter, local_part, make_layout, make_mesh, shard_model
+from workers.engines.fsdp_sharding import abandon_step, local_parameter, local_part, make_layout, make_mesh, shard_model
 from workers.engines.loading import ModelSource
 from workers.engines.micro_batches import MicroBatch, empty_micro_batch, gather_outputs, make_micro_batches
 from workers.engines.optimizer import build_optimizer, clip_gradients, global_grad_norm, learning_rate, set_learning_rate
@@ -70,7 +70,7 @@ class FsdpEngine(TrainingEngine):
             finished = True
         finally:
             if not finished:
-                self._root.reset_iter_state()
+                abandon_step(self._scored)
                 self._drop_gradients()
         rate = self._update()
         return {**self._over_data_ranks(metrics), "grad_norm": float(grad_norm), "learning_rate": rate}

@@ -66,6 +66,20 @@ def shard_model(source: ModelSource, head: Head, config: TrainConfig, mesh: Devi
     return scored
 
 
+def abandon_step(scored: ScoredModel) -> None:
+    """After an exception in a forward or backward pass: sharded weights, no gradients anywhere. No collective: others may not fail."""
+    assert isinstance(scored, FSDPModule)
+    scored.reset_iter_state()
+    # It leaves what unsynchronised micro-batches have added up; there is no public way to drop that.
+    for module in scored.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    parameter.unsharded_accumulated_grad = None
+                    if "_unsharded_param" in vars(parameter):
+                        parameter._unsharded_param.grad = None
+
+
 def local_part(parameter: torch.Tensor) -> torch.Tensor:
     """The rank's own memory of a parameter."""
     return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()

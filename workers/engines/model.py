@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -50,8 +49,9 @@ class ScoredModel(nn.Module):
     def apply_score(self, hidden: Tensor) -> Tensor:
         """The score head in float32, whatever the precision of the decoder: [reads, hidden] -> [reads]."""
         score = score_head(self.model)
-        bias = score.bias.float() if score.bias is not None else None
-        return functional.linear(hidden.float(), score.weight.float(), bias).squeeze(-1)
+        # Not a view: FSDP2 hangs its backward hook on what forward returns.
+        numbers = torch.mv(hidden.float(), score.weight.float()[0])
+        return numbers if score.bias is None else numbers + score.bias.float()
 
     def _keep_read_positions(self, _module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
         """Before the output embedding: hidden states [rows, time, hidden] -> [1, reads, hidden]."""
