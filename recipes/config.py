@@ -34,15 +34,19 @@ class Placement(StrEnum):
     custom = "custom"
     """The pools in `pools`."""
     auto = "auto"
-    """The mapper chooses pools and layouts."""
+    """The mapper chooses pools and layouts: not wired into runs yet; python -m recipes.plan prints what it would choose."""
 
 
 @dataclass(kw_only=True)
 class PoolConfig:
-    """pools.train.num_devices=4 pools.train.roles=[actor,reference]"""
+    """pools.policy.num_devices=4 pools.policy.roles=[actor,reference]"""
 
     num_devices: int = 1
     roles: list[str] = field(default_factory=list)
+
+
+NO_MODEL = ""
+"""reward.model.path of a reward that is no model. Hydra can set a field of a model that is there, not of null."""
 
 
 def _run_model() -> ModelConfig:
@@ -65,7 +69,7 @@ class RunConfig:
     device: Device = Device.cpu
     """What a device is: a GPU, or a process on CPU."""
     num_devices: int = 1
-    """Devices of the run with placement colocated and auto."""
+    """Devices of the run with placement colocated."""
     pools: dict[str, PoolConfig] = field(default_factory=dict)
     """For placement=custom: which roles share which devices."""
     cpus_per_device: float = 1.0
@@ -78,7 +82,7 @@ class RunConfig:
     reference: ReferenceConfig = field(
         default_factory=lambda: ReferenceConfig(model=_run_model(), temperature="${actor.generation.sampling.temperature}")  # type: ignore[arg-type]
     )
-    reward: RewardConfig = field(default_factory=lambda: RewardConfig(tokenizer="${model.path}"))
+    reward: RewardConfig = field(default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)))
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)

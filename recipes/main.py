@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import cast
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipes.config import RunConfig, register
+from controllers import ALGORITHMS
+from recipes.config import NO_MODEL, RunConfig, register
 from recipes.run import run
+
+FREE = ("hydra.", "pools.", "data.chat_template_options.")
+"""Below these the user chooses the names, or Hydra knows them."""
 
 
 def recipe(name: str) -> Callable[[], None]:
@@ -23,24 +30,94 @@ def recipe(name: str) -> Callable[[], None]:
     @hydra.main(version_base="1.3", config_path="pkg://recipes", config_name=name)
     def main(config: DictConfig) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-        try:
-            settings = to_settings(config)
-            run(settings)
-        except ValueError as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+        with plain_errors():
+            run(to_settings(config))
 
-    return cast(Callable[[], None], main)
+    def checked() -> None:
+        with plain_errors():
+            check_names(sys.argv[1:])
+        sys.argv[1:] = join_pools(sys.argv[1:])
+        main()
+
+    return checked
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """A ValueError is the user's: its message is what they need, the stack is not (HYDRA_FULL_ERROR=1 shows it)."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def to_settings(config: DictConfig) -> RunConfig:
     """The plain dataclasses; a missing or wrong value is a ValueError with its name."""
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = sorted(_missing(OmegaConf.to_container(config), ""))
     if missing:
         raise ValueError(f"not set: {', '.join(missing)}; give each as name=value")
+    if config.reward.model is not None and config.reward.model.path == NO_MODEL:
+        config = cast(DictConfig, OmegaConf.merge(config, {"reward": {"model": None}}))
     try:
         return cast(RunConfig, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise ValueError(str(error)) from error
+
+
+def _missing(value: object, name: str) -> Iterator[str]:
+    """Names of the mandatory values; what only refers to one of them (critic.model.path to model.path) is not listed."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _missing(inner, f"{name}.{key}" if name else str(key))
+    elif value == MISSING:
+        yield name
+
+
+def check_names(arguments: Sequence[str]) -> None:
+    """ValueError for name=value with a name that no setting has; Hydra's own advice (+name) would not help."""
+    known = _names()
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if not equals or not name.replace(".", "").isidentifier() or name in known or name.startswith(FREE):
+            continue
+        last = name.rpartition(".")[2]
+        same = [other for other in known if other.rpartition(".")[2] == last]
+        near = get_close_matches(name, same, n=3, cutoff=0.0) or get_close_matches(name, known, n=3)
+        advice = f"did you mean {' or '.join(near)}?" if near else "--cfg job lists them all"
+        raise ValueError(f"{argument}: there is no setting {name!r}; {advice}")
+
+
+def join_pools(arguments: Sequence[str]) -> list[str]:
+    """pools.NAME.FIELD=VALUE, which Hydra can't set because NAME is new, as one value: +pools={NAME: {FIELD: VALUE}}.
+
+    >>> join_pools(["pools.a.num_devices=2", "pools.a.roles=[actor]", "seed=1"])
+    ['seed=1', '+pools={a: {num_devices: 2, roles: [actor]}}']
+    """
+    pools: dict[str, dict[str, str]] = {}
+    rest = []
+    for argument in arguments:
+        if found := re.fullmatch(r"pools\.(\w+)\.(\w+)=(.*)", argument):
+            pools.setdefault(found[1], {})[found[2]] = found[3]
+        else:
+            rest.append(argument)
+    text = ", ".join(f"{name}: {{{', '.join(f'{field}: {value}' for field, value in fields.items())}}}" for name, fields in pools.items())
+    return [*rest, f"+pools={{{text}}}"] if pools else rest
+
+
+def _names() -> list[str]:
+    """Every setting's full name, of all algorithms."""
+    trees = [OmegaConf.structured(RunConfig)] + [
+        OmegaConf.create({"algorithm": OmegaConf.structured(entry.load_config())}) for entry in ALGORITHMS.values()
+    ]
+    return list(dict.fromkeys(name for tree in trees for name in _paths(OmegaConf.to_container(tree), "")))
+
+
+def _paths(value: object, name: str) -> Iterator[str]:
+    if name:
+        yield name
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _paths(inner, f"{name}.{key}" if name else str(key))

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from omegaconf import OmegaConf
 
 from cluster.connect import ClusterInfo, connect
@@ -24,6 +25,7 @@ from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
 from hybridflow.tracing import draw, trace, traced_roles
 from hybridflow.waiting import CALLS
 from hybridflow.worker import Worker
+from recipes.checks import check_model, check_resume, check_settings
 from recipes.config import Device, Placement, RunConfig, Runtime
 from workers.actor import ActorWorker
 from workers.critic import CriticWorker
@@ -58,6 +60,7 @@ def run(config: RunConfig) -> Outcome | None:
     if config.graph:
         print(draw(dataflow))
         return None
+    check_models(config, roles)
     tokenizer = load_tokenizer(config.model)
     train = PromptDataset.load(config.data, config.data.train, tokenizer)
     validation = PromptDataset.load(config.data, config.data.validation, tokenizer) if config.data.validation else None
@@ -108,9 +111,19 @@ def place(config: RunConfig) -> list[Role]:
             continue
         worker, settings = workers[name]
         roles.append(Role(name=name, worker=worker, config=settings, pool=pool_of[name]))
+    sizes = pool_sizes(config)
     for role in roles:
-        role.worker.layouts(role.config, pool_sizes(config)[role.pool])
+        check_settings(role.name, role.config)
+        role.worker.layouts(role.config, sizes[role.pool])
+    check_resume(config.loop.resume)
     return roles
+
+
+def check_models(config: RunConfig, roles: Sequence[Role]) -> None:
+    """Every model's directory has a configuration, and its layouts fit it; no weights are read."""
+    sizes = pool_sizes(config)
+    for role in roles:
+        check_model(role.name, role.config, sizes[role.pool])
 
 
 def uses_reference(config: RunConfig) -> bool:
@@ -120,7 +133,14 @@ def uses_reference(config: RunConfig) -> bool:
 def _pools(config: RunConfig) -> dict[str, str]:
     """Role -> name of its pool."""
     names = algorithm_entry(config.algorithm.name).roles
-    if config.placement is not Placement.custom or config.runtime is Runtime.local:
+    if config.placement is Placement.auto:
+        raise ValueError(
+            "placement=auto: the mapper does not place runs yet; see what it advises with python -m recipes.plan, "
+            "then use placement=custom with its pools, or placement=colocated"
+        )
+    if config.placement is Placement.colocated and config.pools:
+        raise ValueError(f"pools ({', '.join(config.pools)}) are set with placement=colocated; set placement=custom or leave them out")
+    if config.placement is Placement.colocated or config.runtime is Runtime.local:
         return dict.fromkeys(names, "main")
     if not config.pools:
         raise ValueError("placement=custom needs pools, for example pools.policy.num_devices=2 'pools.policy.roles=[actor,reference]'")
@@ -145,8 +165,16 @@ def pool_sizes(config: RunConfig) -> dict[str, int]:
             raise ValueError(f"num_devices={config.num_devices} with runtime=local, which is one process; leave it out or use runtime=ray")
         return {"main": 1}
     if config.placement is Placement.custom:
-        return {name: pool.num_devices for name, pool in config.pools.items()}
-    return {"main": config.num_devices}
+        if config.num_devices > 1:
+            raise ValueError(f"num_devices={config.num_devices} with placement=custom, where every pool has its own; leave it out")
+        sizes = {name: pool.num_devices for name, pool in config.pools.items()}
+    else:
+        sizes = {"main": config.num_devices}
+    for name, size in sizes.items():
+        if size < 1:
+            field = f"pools.{name}.num_devices" if config.placement is Placement.custom else "num_devices"
+            raise ValueError(f"{field} is {size}; use at least 1")
+    return sizes
 
 
 def check_dataflow(config: RunConfig, roles: Sequence[Role]) -> Dataflow:
@@ -160,6 +188,8 @@ def check_dataflow(config: RunConfig, roles: Sequence[Role]) -> Dataflow:
 def connect_cluster(config: RunConfig) -> AbstractContextManager[ClusterInfo | None]:
     """Ray with room for all pools; nothing with runtime=local."""
     if config.runtime is Runtime.local:
+        if config.device is Device.cuda and not torch.cuda.is_available():
+            raise ValueError("device=cuda with runtime=local, but this machine has no CUDA device; use device=cpu")
         return nullcontext()
     devices = sum(pool_sizes(config).values())
     gpus = devices if config.device is Device.cuda else 0

