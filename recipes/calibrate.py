@@ -40,7 +40,6 @@ from workers.sequences import Sequences
 SIZES = {"3M": (4, 192, 512, 4096), "11M": (6, 320, 896, 6144), "32M": (8, 512, 1408, 8192)}
 """name -> layers, hidden, inner, vocabulary of the models that are measured."""
 PASSES = {False: "forward", True: "training step"}
-GENERATION_SIZES = ("3M", "32M")
 HEAD_DIM = 32
 
 
@@ -58,6 +57,8 @@ class CalibrateConfig:
     """Memory of one process to plan with."""
     repeats: int = 2
     """The fastest of this many counts (after one that warms up)."""
+    models: list[str] = field(default_factory=lambda: list(SIZES))
+    """Which of SIZES; at least two, or overheads cannot be told from work."""
     rows: list[int] = field(default_factory=lambda: [8, 32])
     prompt: int = 8
     response: int = 64
@@ -90,9 +91,12 @@ def search_space(precision: Precision) -> SearchSpace:
 
 
 def measure(config: CalibrateConfig) -> Measurements:
-    """Starts the processes and takes the mean over them."""
+    """Starts the processes and takes the mean over them. Generation is measured on every second model: engines start slowly."""
+    unknown = sorted(set(config.models) - set(SIZES))
+    if unknown:
+        raise ValueError(f"models: unknown {unknown}; known: {', '.join(SIZES)}")
     with tempfile.TemporaryDirectory() as directory:
-        for name in SIZES:
+        for name in config.models:
             make_model(Path(directory) / name, name)
         context = mp.get_context("spawn")
         barrier, queue = context.Barrier(config.num_processes), context.SimpleQueue()
@@ -106,7 +110,8 @@ def measure(config: CalibrateConfig) -> Measurements:
             process.join()
     failed = [result for result in results if isinstance(result, str)]
     if failed:
-        raise RuntimeError(f"calibration failed in a process:\n{failed[0]}")
+        first = next((text for text in failed if "BrokenBarrierError" not in text), failed[0])
+        raise RuntimeError(f"calibration failed in a process:\n{first}")
     return mean_of(results)
 
 
@@ -151,6 +156,7 @@ def _measure_rank(rank: int, config: CalibrateConfig, directory: str, barrier: A
         queue.put(Rank(rank, config, Path(directory), barrier).run())
     except BaseException:  # a process boundary: the parent raises it
         queue.put(traceback.format_exc())
+        barrier.abort()
         raise
 
 
@@ -174,8 +180,8 @@ class Rank:
             compute_bytes=self.dtype.itemsize,
             matmul_flops=self.matmul_flops(),
             memory_bandwidth=self.memory_bandwidth(),
-            passes=tuple(sample for name in SIZES for sample in self.passes(name)),
-            generations=tuple(sample for name in GENERATION_SIZES for sample in self.generations(name)),
+            passes=tuple(sample for name in self.config.models for sample in self.passes(name)),
+            generations=tuple(sample for name in self.config.models[::2] for sample in self.generations(name)),
         )
         dist.destroy_process_group()
         if self.config.num_processes == 1:
