@@ -42,9 +42,9 @@ class _TokenLogProbs(torch.autograd.Function):
             log_norm[chunk] = torch.logsumexp(scaled, -1)
             chosen[chunk] = scaled.gather(-1, targets[chunk, None]).squeeze(-1)
             if entropies is not None:
-                # H = log Z - sum_v p_v x_v
-                probs = (scaled - log_norm[chunk, None]).exp_()
-                entropies[chunk] = log_norm[chunk] - torch.linalg.vecdot(probs, scaled)
+                # H = -sum_v p_v log p_v, which loses fewer digits than log Z - sum_v p_v x_v if the logits are far from 0
+                table = scaled.sub_(log_norm[chunk, None])
+                entropies[chunk] = -torch.linalg.vecdot(table.exp(), table)
         ctx.save_for_backward(logits, targets, log_norm, *([entropies] if entropies is not None else []))
         ctx.temperature = temperature
         return chosen - log_norm, entropies

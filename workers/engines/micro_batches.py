@@ -15,8 +15,8 @@ from torch import Tensor
 from workers.engines.base import Head, Outputs
 from workers.sequences import Sequences, ragged_positions
 
-BLOCKS_PER_BUDGET = 64
-"""One more block is worth its fixed cost if it saves budget / 64 tokens of padding."""
+BLOCKS_PER_BUDGET = 128
+"""One more block is worth its fixed cost if it saves budget / 128 tokens of padding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,136 @@
+"""What the training engines share: log-probabilities, schedule, gradient norm, clipping, CPU attention, loading."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hybridflow.context import RankContext
+from tests.engines.threed_cases import save_tiny_model
+from workers.config import ModelConfig, OptimizerConfig, Schedule
+from workers.engines import log_probs
+from workers.engines.attention import CPU_ATTENTION, LONGEST, cpu_attention
+from workers.engines.base import Head
+from workers.engines.loading import ModelSource
+from workers.engines.optimizer import build_optimizer, clip_gradients, global_grad_norm, learning_rate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_log_probs_and_gradients_equal_log_softmax(
+    dtype: torch.dtype, temperature: float, entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_probs, "CPU_CHUNK_ELEMENTS", 500)
+    logits = (5 * torch.randn(23, 101, generator=torch.Generator().manual_seed(0))).to(dtype)
+    targets = torch.arange(23) % 101
+    weights = torch.linspace(-1, 1, 23)
+    mine, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    found, found_entropy = log_probs.token_log_probs(mine, targets, temperature, entropy)
+    table = torch.log_softmax(plain.float() / temperature, -1)
+    expected, expected_entropy = table.gather(-1, targets[:, None]).squeeze(-1), -(table.exp() * table).sum(-1)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    loss, reference = (weights * found).sum(), (weights * expected).sum()
+    if entropy:
+        assert found_entropy is not None
+        assert_close(found_entropy, expected_entropy, rtol=1e-5, atol=1e-5)
+        loss, reference = loss + found_entropy.square().sum(), reference + expected_entropy.square().sum()
+    else:
+        assert found_entropy is None
+    loss.backward()
+    reference.backward()
+    assert mine.grad is not None and mine.grad.dtype == dtype
+    assert_close(mine.grad, plain.grad, rtol=1e-4 if dtype is torch.float32 else 1e-2, atol=1e-6)
+
+
+def test_no_tokens_have_no_log_probs_but_a_gradient() -> None:
+    logits = torch.zeros(0, 7, requires_grad=True)
+    found, _ = log_probs.token_log_probs(logits, torch.zeros(0, dtype=torch.int64), 1.0, False)
+    found.sum().backward()
+    assert logits.grad is not None and logits.grad.shape == (0, 7)
+
+
+def test_schedules_by_hand() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, total_steps=12, schedule=Schedule.linear, min_learning_rate_fraction=0.2)
+    assert [learning_rate(config, step) for step in (0, 3, 4, 8, 12, 50)] == pytest.approx([0.25, 1.0, 1.0, 0.6, 0.2, 0.2])
+    config.schedule = Schedule.cosine
+    assert learning_rate(config, 6) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    config.schedule = Schedule.constant
+    assert learning_rate(config, 50) == 1.0
+    with pytest.raises(ValueError, match=r"optimizer\.total_steps is 0"):
+        build_optimizer([], OptimizerConfig(schedule=Schedule.cosine))
+
+
+def test_clipping_equals_pytorchs_and_zero_turns_it_off() -> None:
+    parameters = {name: nn.Parameter(torch.randn(size)) for name, size in (("a", 5), ("b", 7))}
+    for parameter in parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    before = {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
+    norm = global_grad_norm(parameters.values(), world_size=1)
+    clip_gradients(parameters, norm, 0.0)
+    assert all(torch.equal(parameter.grad, before[name]) for name, parameter in parameters.items())
+    copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters.values()]
+    for copy, gradient in zip(copies, before.values(), strict=True):
+        copy.grad = gradient.clone()
+    assert_close(float(norm), float(nn.utils.clip_grad_norm_(copies, 0.3)))
+    clip_gradients(parameters, norm, 0.3)
+    for copy, parameter in zip(copies, parameters.values(), strict=True):
+        assert_close(parameter.grad, copy.grad)
+
+
+@pytest.mark.parametrize("time", [2, 71])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_short_attention_equals_the_fused_kernel(time: int, kv_heads: int) -> None:
+    """And is the same under gradients; both round to bfloat16."""
+    layer = nn.Module()
+    layer.is_causal, layer.num_key_value_groups = True, 4 // kv_heads  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(3, time, count, 16, generator=generator) for count in (4, kv_heads, kv_heads)]
+    gradient = torch.randn(3, time, 4, 16, generator=generator)
+    results = []
+    for attend, dtype in ((cpu_attention, torch.bfloat16), (sdpa_attention_forward, torch.float32)):
+        leaves = [tensor.to(torch.bfloat16).to(dtype).requires_grad_() for tensor in heads]
+        output, _ = attend(layer, *(leaf.transpose(1, 2) for leaf in leaves), None, scaling=0.2)
+        output.backward(gradient.to(dtype))
+        results.append([output.float(), *(leaf.grad.float() for leaf in leaves if leaf.grad is not None)])
+    for short, fused in zip(*results, strict=True):
+        assert_close(short, fused, rtol=0.03, atol=0.06)
+    assert time <= LONGEST
+
+
+def test_auto_attention_on_a_cpu_and_a_named_one(tmp_path: Path) -> None:
+    path = str(save_tiny_model(tmp_path / "model", "llama", layers=2))
+    assert ModelSource(ModelConfig(path=path), Head.lm, RankContext()).model.config._attn_implementation == CPU_ATTENTION
+    named = ModelSource(ModelConfig(path=path, attention="eager"), Head.lm, RankContext())
+    assert named.model.config._attn_implementation == "eager"
+
+
+def test_a_new_head_is_the_same_every_time_and_a_saved_critic_keeps_its_own(tmp_path: Path) -> None:
+    path = str(save_tiny_model(tmp_path / "model", "llama", layers=2))
+    torch.manual_seed(1)
+    first = ModelSource(ModelConfig(path=path), Head.value, RankContext()).model
+    torch.manual_seed(2)
+    with pytest.warns(UserWarning, match="has no score head"):
+        second = ModelSource(ModelConfig(path=path), Head.score, RankContext()).model
+    assert torch.equal(first.get_submodule("score").weight, second.get_submodule("score").weight)
+    with torch.no_grad():
+        first.get_submodule("score").weight.fill_(0.5)
+    first.save_pretrained(tmp_path / "critic")
+    saved = ModelSource(ModelConfig(path=str(tmp_path / "critic")), Head.score, RankContext()).model
+    assert bool((saved.get_submodule("score").weight == 0.5).all())
+    with pytest.raises(ValueError, match=r"do not fit LlamaForCausalLM.*unexpected \['score\.weight'\]"):
+        ModelSource(ModelConfig(path=str(tmp_path / "critic")), Head.lm, RankContext())
+
+
+def test_a_bidirectional_model_is_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("bert", vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"model.path is '{tmp_path}': bert is not a causal"):
+        ModelSource(ModelConfig(path=str(tmp_path)), Head.lm, RankContext())
