@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+from recipes.quickstart.task import MAX_RESPONSE_TOKENS
+
 COMMON = [
     "reward.function=recipes.quickstart.reward:exact_match",
     "num_devices=2",
     "actor.train.precision=fp32",
-    "critic.train.precision=fp32",
     "reference.train.precision=fp32",
     "actor.generation.precision=fp32",
     "actor.generation.max_model_len=64",
-    "actor.generation.sampling.max_response_tokens=8",
-    "loop.stop_at_reward=0.95",
+    f"actor.generation.sampling.max_response_tokens={MAX_RESPONSE_TOKENS}",
+    "actor.train.optimizer.learning_rate=5e-5",
+    "algorithm.num_mini_batches=2",
+    "loop.num_steps=40",
+    "loop.validate_every=4",
     "metrics.tensorboard=true",
 ]
 
 SETTINGS: dict[str, list[str]] = {
     "ppo": [
         *COMMON,
-        "data.batch_size=128",
+        "data.batch_size=64",
         "algorithm.samples_per_prompt=4",
-        "algorithm.num_mini_batches=2",
         "algorithm.kl.coefficient=0.01",
-        "actor.train.optimizer.learning_rate=3e-4",
-        "critic.train.optimizer.learning_rate=1e-3",
-        "loop.num_steps=80",
+        "critic.train.precision=fp32",
+        "critic.train.optimizer.learning_rate=3e-4",
+        "critic.loss.clip=0.5",
     ],
     "grpo": [
         *COMMON,
-        "data.batch_size=64",
+        "data.batch_size=32",
         "algorithm.samples_per_prompt=8",
-        "actor.train.optimizer.learning_rate=3e-4",
-        "loop.num_steps=80",
+        "actor.loss.kl_coefficient=0.01",
     ],
 }
 """recipe -> overrides."""
