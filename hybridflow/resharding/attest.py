@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hybridflow.resharding.boxes import Ints, contains, disjoint_parts
+from hybridflow.resharding.boxes import Ints, contains, disjoint_parts, intersections, with_dims
 from hybridflow.resharding.digest import BoxDigest
 from hybridflow.resharding.memory import LocalMemory
 from hybridflow.resharding.shard_map import DTYPES, ShardMap
@@ -109,9 +109,10 @@ class Attestor:
         self.group = group
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.source, self.target = Parts.of(source), Parts.of(target)
-        dtypes = {spec.name: spec.dtype for spec in target.parameters}
-        wanted = [parameter for parameter in sources if parameter.name in dtypes]
-        self._sources = self.source.bind(wanted, self.rank, dtypes)
+        self._dtypes = {spec.name: spec.dtype for spec in target.parameters}
+        self._source_parameters = [parameter for parameter in sources if parameter.name in self._dtypes]
+        self._held_parameters = list(held)
+        self._sources = self.source.bind(self._source_parameters, self.rank, self._dtypes)
         self._held = self.target.bind(held, self.rank)
         holds = np.concatenate([self.source.holds, self.target.holds])
         self._mine = holds[:, self.rank]
@@ -128,8 +129,23 @@ class Attestor:
         differing = int(self._all_reduce(np.array([(values != first)[self._mine].sum()]))[0])
         if not equal or differing:
             everyone = gather(values, self.group)
-            return compare(self.source, everyone[:, :count], self.target, everyone[:, count:])
+            faults, names = differences(self.source, everyone[:, :count], self.target, everyone[:, count:])
+            raise _error(self._locate(names) or faults)
         return target_sums
+
+    def _locate(self, names: set[str]) -> list[str]:
+        """Sum the parameters at fault again, now over the parts that both sides cut alike: that tells which rank holds other bits."""
+        source, target = common_parts(self.source, self.target, names)
+        have = gather(source.digests(self._source_parameters, self.rank, self._dtypes), self.group)
+        held = gather(target.digests(self._held_parameters, self.rank), self.group)
+        lines: list[str] = []
+        expected = _agreed(source, have, "training", lines)
+        for part in range(len(target.parameter)):
+            odd = np.nonzero(target.holds[part] & (held[:, part] != expected[part]))[0].tolist()
+            if odd:
+                holders = np.nonzero(source.holds[part])[0].tolist()
+                lines.append(f"{target.describe(part)}: generation ranks {odd} hold other bits than training ranks {holders}")
+        return lines
 
     def _all_reduce(self, values: Ints) -> Ints:
         if not dist.is_initialized():
@@ -168,17 +184,54 @@ def gather(values: Ints, group: dist.ProcessGroup | None = None) -> Ints:
 
 def compare(source: Parts, source_digests: Ints, target: Parts, target_digests: Ints) -> dict[str, int]:
     """The digest per parameter from all ranks' digests [ranks, parts], or an AttestationError that names what differs."""
+    faults, _ = differences(source, source_digests, target, target_digests)
+    if faults:
+        raise _error(faults)
+    return target.sums(target_digests[target.holds.argmax(axis=1), np.arange(len(target.parameter))])
+
+
+def differences(source: Parts, source_digests: Ints, target: Parts, target_digests: Ints) -> tuple[list[str], set[str]]:
+    """(a line per fault, names of the parameters at fault): replicas that disagree, and sides that disagree."""
     faults: list[str] = []
     source_sums = source.sums(_agreed(source, source_digests, "training", faults))
     target_sums = target.sums(_agreed(target, target_digests, "generation", faults))
+    names = {fault.split(" ", 1)[0] for fault in faults}
     for name, value in target_sums.items():
         if source_sums[name] != value:
             ours, theirs = target.holders(name), source.holders(name)
             faults.append(f"{name}: generation ranks {ours} hold digest {value:016x}, training ranks {theirs} {source_sums[name]:016x}")
-    if faults:
-        more = f"\n... and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
-        raise AttestationError("weights differ after the sync:\n" + "\n".join(faults[:_MOST_FAULTS]) + more)
-    return target_sums
+            names.add(name)
+    return faults, names
+
+
+def common_parts(source: Parts, target: Parts, names: set[str]) -> tuple[Parts, Parts]:
+    """The intersections of both sides' parts of some parameters, once with the source's holders and once with the target's."""
+    number = {spec.name: i for i, spec in enumerate(source.shard_map.parameters)}
+    ours: list[Ints] = []
+    theirs: list[Ints] = []
+    starts, shapes = [], []
+    for index, spec in enumerate(target.shard_map.parameters):
+        if spec.name in names:
+            have = np.nonzero(source.parameter == number[spec.name])[0]
+            need = np.nonzero(target.parameter == index)[0]
+            dims = target.shard_map.dims
+            first, second, start, shape = intersections(
+                with_dims(source.start[have], dims, 0), with_dims(source.shape[have], dims, 1), target.start[need], target.shape[need]
+            )
+            theirs.append(have[first])
+            ours.append(need[second])
+            starts.append(start)
+            shapes.append(shape)
+    have, need, start, shape = np.concatenate(theirs), np.concatenate(ours), np.concatenate(starts), np.concatenate(shapes)
+    return (
+        Parts(source.shard_map, source.parameter[have], start, shape, source.holds[have]),
+        Parts(target.shard_map, target.parameter[need], start, shape, target.holds[need]),
+    )
+
+
+def _error(faults: list[str]) -> AttestationError:
+    more = f"\n... and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
+    return AttestationError("weights differ after the sync:\n" + "\n".join(faults[:_MOST_FAULTS]) + more)
 
 
 def _agreed(parts: Parts, digests: Ints, side: str, faults: list[str]) -> Ints:

@@ -22,6 +22,13 @@ def volumes(shape: Ints) -> Ints:
     return np.asarray(np.prod(shape, axis=1, dtype=np.int64))
 
 
+def with_dims(array: Ints, dims: int, fill: int) -> Ints:
+    """`array` [n, any] with `dims` columns: filled up with `fill`, or cut where the rest is filling."""
+    if array.shape[1] >= dims:
+        return array[:, :dims]
+    return np.concatenate([array, np.full((len(array), dims - array.shape[1]), fill, dtype=np.int64)], axis=1)
+
+
 def distinct(start: Ints, shape: Ints) -> tuple[Ints, Ints, Ints]:
     """The distinct boxes and, for every box, which of them it is: start [k, dims], shape [k, dims], index [n]."""
     dims = start.shape[1]

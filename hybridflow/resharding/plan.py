@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybridflow.resharding.boxes import Ints, volumes
+from hybridflow.resharding.boxes import Ints, volumes, with_dims
 from hybridflow.resharding.pieces import Pieces, cut
 from hybridflow.resharding.schedule import assign_rounds, choose_senders
 from hybridflow.resharding.shard_map import ShardMap
@@ -170,16 +170,10 @@ def aligned(source: ShardMap, target: ShardMap, nodes: tuple[int, ...], unused: 
         [
             new_index[source.parameter[rows], None],
             source.rank[rows, None],
-            _with_dims(source.start[rows], dims, 0),
-            _with_dims(source.shape[rows], dims, 1),
+            with_dims(source.start[rows], dims, 0),
+            with_dims(source.shape[rows], dims, 1),
         ],
         axis=1,
     )
     parameters = tuple(source.parameters[number[spec.name]] for spec in target.parameters)
     return ShardMap._sorted(parameters, source.num_ranks, table, dims)
-
-
-def _with_dims(array: Ints, dims: int, fill: int) -> Ints:
-    if array.shape[1] >= dims:
-        return array[:, :dims]
-    return np.concatenate([array, np.full((len(array), dims - array.shape[1]), fill, dtype=np.int64)], axis=1)

@@ -40,10 +40,10 @@ def run(rank: int, directory: str) -> None:
 
 def layouts(source: ShardMap, pp: int, tp: int, rank: int) -> dict[str, int]:
     """Twice through the same executor with changing weights, each time equal to gather-and-slice, to the golden executor, and attested."""
-    sources = allocate(source, full_tensors(source))[rank]
+    sources = allocate(source, full_tensors(source), only=rank)[0]
     grouping = fewest_bytes(source, generation(RULES, vanilla(NUM_RANKS, tp=tp, pp=pp)), tp=tp, pp=pp)
     wanted = generation(RULES, grouping)
-    ours, golden = allocate(wanted)[rank], allocate(wanted)[rank]
+    ours, golden = allocate(wanted, only=rank)[0], allocate(wanted, only=rank)[0]
     gathered, target = ShardMap.gather(sources), ShardMap.gather(ours)
     assert (gathered.digest(), target.digest()) == (source.digest(), wanted.digest())
     plan = compile(gathered, target, bucket_bytes=BUCKET_BYTES)
@@ -79,7 +79,7 @@ def refill(parameters: list[LocalParameter], full: dict[str, torch.Tensor]) -> N
 def faults(rank: int) -> str:
     """One bit on rank 2 flips after the sync: every rank raises and names it."""
     source, target = SOURCES["fsdp-4"], generation(RULES, vanilla(NUM_RANKS, tp=2))
-    sources, held = allocate(source, full_tensors(source))[rank], allocate(target, full_tensors(source))[rank]
+    sources, held = allocate(source, full_tensors(source), only=rank)[0], allocate(target, full_tensors(source), only=rank)[0]
     attestor = Attestor(source, sources, target, held)
     attestor.run()
     if rank == 2:
@@ -96,8 +96,8 @@ def pools(rank: int) -> int:
     training = fsdp(RULES, 2).relabel([0, 1], NUM_RANKS)
     target = generation(RULES, vanilla(2, tp=2)).relabel([2, 3], NUM_RANKS)
     full = full_tensors(training)
-    sources = allocate(training, full)[rank] if rank < 2 else []
-    destinations = allocate(target)[rank] if rank >= 2 else []
+    sources = allocate(training, full, only=rank)[0] if rank < 2 else []
+    destinations = allocate(target, only=rank)[0] if rank >= 2 else []
     plan = compile(ShardMap.gather(sources), ShardMap.gather(destinations), bucket_bytes=BUCKET_BYTES)
     verify(plan)
     report = Executor(plan, sources, destinations).run()

@@ -57,10 +57,12 @@ def full_tensors(shard_map: ShardMap, seed: int = 0) -> dict[str, torch.Tensor]:
     return {spec.name: torch.randn(spec.shape, generator=generator).to(DTYPES[spec.dtype]) for spec in shard_map.parameters}
 
 
-def allocate(shard_map: ShardMap, full: dict[str, torch.Tensor] | None = None, strided: bool = False) -> list[list[LocalParameter]]:
-    """Memory of every rank: slices of `full`, or NaN without it; `strided` puts every box into every other column of its memory."""
+def allocate(
+    shard_map: ShardMap, full: dict[str, torch.Tensor] | None = None, strided: bool = False, only: int | None = None
+) -> list[list[LocalParameter]]:
+    """Memory of every rank (or of rank `only`): slices of `full`, or NaN without it; `strided` puts every box into every other column of its memory."""
     ranks: list[list[LocalParameter]] = []
-    for rank in range(shard_map.num_ranks):
+    for rank in range(shard_map.num_ranks) if only is None else [only]:
         parameters = []
         for spec in shard_map.parameters:
             shards = []
