@@ -76,28 +76,30 @@ def keep_most_likely(logits: Tensor, sampling: SamplingConfig) -> Tensor:
 def draw_within_top_p(logits: Tensor, masses: BlockMasses, seeds: Tensor, positions: Tensor, top_p: float) -> Tensor:
     """Ids [rows] drawn from the softmax of `logits`, cut to the fewest most likely tokens that hold `top_p`."""
     ids = draw(logits, masses, seeds, positions, round_number=0)
+    if top_p == 1:
+        return ids
+    rows = torch.arange(len(ids), device=ids.device)
+    drawn = ids
     for round_number in range(1, MOST_ROUNDS + 1):
-        if top_p == 1:
+        above = (masses.masses * (logits > logits.gather(-1, drawn.unsqueeze(-1)))).sum(dim=-1)
+        rejected = (above >= top_p * masses.total).nonzero().squeeze(-1)
+        if not len(rejected):
             break
-        above = (masses.masses * (logits > logits.gather(-1, ids.unsqueeze(-1)))).sum(dim=-1)
-        rejected = above >= top_p * masses.total
-        if not rejected.any():
-            break
+        rows, logits, seeds, positions = rows[rejected], logits[rejected], seeds[rejected], positions[rejected]
         if round_number == MOST_ROUNDS:  # a small top_p; what is left is drawn from the sorted and cut distribution
-            logits = cut_top_p(logits, masses, top_p)
-            masses = BlockMasses(logits)
-        ids = torch.where(rejected, draw(logits, masses, seeds, positions, round_number), ids)
+            logits = cut_top_p(logits, top_p)
+        masses = BlockMasses(logits)
+        drawn = draw(logits, masses, seeds, positions, round_number)
+        ids[rows] = drawn
     return ids
 
 
-def cut_top_p(logits: Tensor, masses: BlockMasses, top_p: float) -> Tensor:
+def cut_top_p(logits: Tensor, top_p: float) -> Tensor:
     """The logits with -inf at every token that has at least `top_p` of the mass above it."""
     order = logits.argsort(dim=-1, descending=True)
-    sorted_masses = masses.masses.gather(-1, order)
-    above = sorted_masses.cumsum(dim=-1) - sorted_masses
-    return logits.masked_fill(
-        torch.empty_like(above, dtype=torch.bool).scatter_(-1, order, above >= top_p * masses.total[:, None]), -math.inf
-    )
+    sorted_masses = logits.gather(-1, order).softmax(dim=-1)
+    dropped = sorted_masses.cumsum(dim=-1) - sorted_masses >= top_p
+    return logits.masked_fill(torch.empty_like(dropped).scatter_(-1, order, dropped), -math.inf)
 
 
 def draw(logits: Tensor, masses: BlockMasses, seeds: Tensor, positions: Tensor, round_number: int) -> Tensor:
