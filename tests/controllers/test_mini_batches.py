@@ -1,0 +1,35 @@
+"""mini_batch_column: laws that hold for any prompts."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controllers.stepping import mini_batch_column
+
+UIDS = st.lists(st.integers(0, 2**62), min_size=1, max_size=200)
+
+
+@settings(max_examples=60, deadline=None)
+@given(UIDS, st.integers(1, 12))
+def test_every_row_is_dealt_once_and_evenly(uid: list[int], number: int) -> None:
+    column = mini_batch_column(torch.tensor(uid), number)
+    assert column.dtype is torch.int64 and len(column) == len(uid)
+    sizes = torch.bincount(column, minlength=number)
+    assert len(sizes) == number and int(sizes.sum()) == len(uid)
+    assert int(sizes.max() - sizes.min()) <= 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(UIDS, st.integers(1, 12), st.integers(0, 2**31))
+def test_only_the_prompts_decide(uid: list[int], number: int, seed: int) -> None:
+    """Neither torch's nor numpy's global state has a part in it."""
+    first = mini_batch_column(torch.tensor(uid), number)
+    torch.manual_seed(seed)
+    assert torch.equal(first, mini_batch_column(torch.tensor(uid), number))
+
+
+def test_other_prompts_are_dealt_otherwise() -> None:
+    columns = {tuple(mini_batch_column(torch.arange(start, start + 32), 4).tolist()) for start in range(8)}
+    assert len(columns) == 8
