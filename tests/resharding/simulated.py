@@ -60,7 +60,10 @@ def full_tensors(shard_map: ShardMap, seed: int = 0) -> dict[str, torch.Tensor]:
 def allocate(
     shard_map: ShardMap, full: dict[str, torch.Tensor] | None = None, strided: bool = False, only: int | None = None
 ) -> list[list[LocalParameter]]:
-    """Memory of every rank (or of rank `only`): slices of `full`, or NaN without it; `strided` puts every box into every other column of its memory."""
+    """Memory of every rank (or of rank `only`): slices of `full`, or NaN without it.
+
+    `strided` puts every box into every other column of its memory.
+    """
     ranks: list[list[LocalParameter]] = []
     for rank in range(shard_map.num_ranks) if only is None else [only]:
         parameters = []
