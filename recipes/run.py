@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -17,7 +18,7 @@ from controllers import algorithm_entry, create_algorithm
 from controllers.data import PromptDataset, PromptLoader, load_tokenizer
 from controllers.loop import INPUTS, Loop, Outcome
 from hybridflow.batch import Batch
-from hybridflow.checkpoint import CheckpointStore
+from hybridflow.checkpoint import MANIFEST, CheckpointStore
 from hybridflow.dataflow import Dataflow
 from hybridflow.group import spawn
 from hybridflow.metrics import Tracker
@@ -198,14 +199,23 @@ def connect_cluster(config: RunConfig) -> AbstractContextManager[ClusterInfo | N
 
 def start_tracker(config: RunConfig, directory: Path, store: CheckpointStore) -> Tracker:
     """The metrics of this run, going on where the checkpoint that it resumes from was written."""
-    latest = store.latest() if config.loop.resume == "auto" else None
     settings = OmegaConf.to_container(OmegaConf.structured(config))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    start = latest.step if latest else 0
+    start = start_step(config.loop.resume, store)
     return Tracker(
         config.metrics, directory, total_steps=config.loop.num_steps, start_step=start, run_config=cast(dict[str, object], settings)
     )
+
+
+def start_step(resume: str, store: CheckpointStore) -> int:
+    """The step that the run goes on from; metrics of later ones are dropped."""
+    if resume == "never":
+        return 0
+    if resume == "auto":
+        latest = store.latest()
+        return latest.step if latest else 0
+    return int(json.loads((Path(resume) / MANIFEST).read_text())["step"])
 
 
 def start_pool(config: RunConfig, cluster: ClusterInfo | None, name: str, roles: Sequence[Role]) -> ResourcePool:

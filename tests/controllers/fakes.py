@@ -110,7 +110,12 @@ class FakeReward(Fake):
         return Batch.of(rewards=torch.tensor(self.script.rewards), reward_metrics=[{"right": float(i == 0)} for i in range(len(seen))])
 
 
-FAKES: dict[str, Callable[[Log, Script], Any]] = {"actor": FakeActor, "critic": FakeCritic, "reference": FakeReference, "reward": FakeReward}
+FAKES: dict[str, Callable[[Log, Script], Any]] = {
+    "actor": FakeActor,
+    "critic": FakeCritic,
+    "reference": FakeReference,
+    "reward": FakeReward,
+}
 CLASSES: dict[str, type[Worker]] = {"actor": Actor, "critic": Critic, "reference": Reference, "reward": Reward}
 
 

@@ -1,0 +1,190 @@
+"""Wrong settings end before anything starts, in one message with field, value and fix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+
+from controllers import ALGORITHMS, Entry
+from hybridflow.checkpoint import CheckpointStore
+from recipes.config import RunConfig
+from recipes.main import check_names, recipe, to_settings
+from recipes.run import run, start_step
+
+pytestmark = pytest.mark.usefixtures("nothing_starts")
+ROOT = Path(__file__).parents[2]
+
+POOLS = ["placement=custom", "pools.a.roles=[actor,critic]"]
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "two processes in one": (["runtime=local", "num_devices=2"], "num_devices=2 with runtime=local, .* use runtime=ray"),
+    "no devices": (["num_devices=0"], "num_devices is 0; use at least 1"),
+    "custom without pools": (["placement=custom"], "placement=custom needs pools, for example pools.policy.num_devices=2"),
+    "pools without custom": (["pools.a.roles=[actor]"], r"pools \(a\) are set with placement=colocated; set placement=custom"),
+    "devices and pools": ([*POOLS, "pools.b.roles=[reference,reward]", "num_devices=4"], "num_devices=4 with placement=custom"),
+    "an empty pool": ([*POOLS, "pools.b.roles=[reference,reward]", "pools.b.num_devices=0"], "pools.b.num_devices is 0"),
+    "a role in two pools": ([*POOLS, "pools.b.roles=[actor,reference,reward]"], r"exactly one pool; .* \{'actor': \['a', 'b'\]\}"),
+    "a role in no pool": ([*POOLS, "pools.b.roles=[reward]"], r"\{'reference': \[\]\}"),
+    "an unknown role": ([*POOLS, "pools.b.roles=[reference,reward,judge]"], r"unknown roles \['judge'\]"),
+    "not placed automatically": (["placement=auto"], "python -m recipes.plan"),
+    "tp does not divide the devices": (["num_devices=4", "actor.train.tp=3"], r"actor.train: pp=1 x tp=3 .* one of \[1, 2, 4\]"),
+    "generation does not divide": (["num_devices=4", "actor.generation.tp=3"], r"actor.generation: pp=1 x tp=3 .* one of \[1, 2, 4\]"),
+    "tp does not divide the heads": (["num_devices=8", "critic.train.tp=8"], "critic: tp=8 does not fit qwen2: .* fit: 1, 2, 4"),
+    "generation's heads": (
+        ["num_devices=8", "actor.generation.tp=8"],
+        r"actor: generation.tp is 8, .* 4 attention heads; use one of \[1, 2, 4\]",
+    ),
+    "fsdp has no pipeline": (["num_devices=2", "actor.train.pp=2"], "actor: train.pp is 2, but engine fsdp has no pipeline"),
+    "more stages than layers": (
+        ["num_devices=4", "actor.train.engine=threed", "actor.train.pp=4"],
+        "actor: pp=4 .* but the model has 2 layers; on 4 devices fit: ",
+    ),
+    "axes": (["actor.train.rank_order=[dp,tp]"], r"actor.train.rank_order is \['dp', 'tp'\]; it must name each of dp, pp, cp, tp"),
+    "no engine": (["critic.train.engine=megatron"], "critic.train.engine is 'megatron'; known: fsdp, threed, deepspeed"),
+    "no generation engine": (["actor.generation.engine=sglang"], "actor.generation.engine is 'sglang'; known: vllm, hf"),
+    "hf in parallel": (
+        ["num_devices=2", "actor.generation.engine=hf", "actor.generation.tp=2"],
+        "actor.generation: tp=2 pp=1, but engine hf has no parallelism",
+    ),
+    "no algorithm": (["algorithm.name=sarsa"], "algorithm.name is 'sarsa'; known: ppo, grpo"),
+    "no loss": (["actor.loss.name=hinge"], "actor.loss.name is 'hinge'; known: ppo_clip, "),
+    "a loss without its column": (["actor.loss.name=clip_cov"], "a column that no algorithm writes yet; use one of ppo_clip"),
+    "no micro-batch": (["actor.train.micro_batch_tokens=0"], "actor.train.micro_batch_tokens is 0; use at least 1"),
+    "a schedule without end": (["actor.train.optimizer.schedule=cosine"], r"actor.train.optimizer.total_steps is 0 with schedule cosine"),
+    "temperature": (["actor.generation.sampling.temperature=0"], "actor.generation.sampling.temperature=0.0: use a value over 0"),
+    "responses longer than the model": (
+        ["actor.generation.sampling.max_response_tokens=256"],
+        "max_response_tokens is 256, which leaves no room for a prompt in 256 tokens .the limit of the model",
+    ),
+    "epochs": (["actor.num_epochs=0"], "actor.num_epochs is 0; use at least 1"),
+    "no checkpoint": (["loop.resume=/no/such"], "loop.resume is '/no/such', which is no checkpoint"),
+    "reward twice": (["reward.model.path=x"], "reward: both function='tests.recipes.rewards:plain' and a model are set; choose one"),
+    "no reward": (
+        ["reward.function=null"],
+        "neither function nor model is set; set reward.function=package.module:name or",
+    ),
+    "no such module": (["reward.function=no.such:f"], "reward.function='no.such:f': module 'no.such' can't be imported"),
+    "no **columns": (["reward.function=tests.recipes.rewards:no_columns"], r"takes no finish_reason; let it end in \*\*columns"),
+    "no model": (["model.path=/no/such"], "actor: model.path is '/no/such': neither a directory with a Hugging Face config.json"),
+    "no data": (["data.train=/no/such.parquet"], "there is no such file"),
+    "no tokens": (["data.batch_size=0"], "data.batch_size is 0; use at least 1"),
+    "a wrong column": (["data.prompt_column=question"], "no column 'question', it has 'prompt', 'answer'; set data.prompt_column"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_with_field_value_and_fix(name: str, settings: Callable[..., RunConfig]) -> None:
+    """No dry run: what is not found before the start would start here, and fail the fixture's check."""
+    arguments, message = MISTAKES[name]
+    with pytest.raises(ValueError, match=message):
+        run(settings("ppo", *arguments))
+
+
+def test_everything_mandatory_that_is_missing_is_named_at_once(composed: Callable[..., DictConfig]) -> None:
+    with pytest.raises(ValueError, match=r"^not set: data\.train, model\.path; give each as name=value$"):
+        to_settings(composed("ppo", []))
+
+
+@pytest.mark.parametrize(
+    ("argument", "advice"),
+    [
+        ("actor.train.learning_rate=1e-5", "did you mean actor.train.optimizer.learning_rate"),
+        ("num_device=2", "did you mean num_devices"),
+        ("algorithm.lambda=0.9", "did you mean algorithm.lam"),
+        ("xyzzy=1", "--cfg job lists them all"),
+    ],
+)
+def test_an_unknown_setting_is_answered_with_the_nearest(argument: str, advice: str) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: there is no setting '{argument.partition('=')[0]}'; {advice}"):
+        check_names(["seed=1", argument])
+
+
+def test_what_is_a_setting_passes() -> None:
+    check_names(["--cfg", "job", "algorithm=grpo", "hydra.verbose=true", "data.chat_template_options.x=1", "model.path=a=b", "-m"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("num_devices=two", "Value 'two' of type 'str' could not be converted to Integer"),
+        ("runtime=lokal", "Invalid value 'lokal', expected one of .*ray, local"),
+        ("actor.train.precision=fp16", "Invalid value 'fp16', expected one of .*fp32, bf16"),
+        ("pools.a.size=2", "Key 'size' not in 'PoolConfig'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_told(argument: str, message: str, composed: Callable[..., DictConfig]) -> None:
+    """Hydra prints the cause below its own line."""
+    with pytest.raises(HydraException) as caught:
+        composed("ppo", [argument])
+    with pytest.raises(Exception, match=message):
+        assert caught.value.__cause__ is not None
+        raise caught.value.__cause__
+
+
+class Forgetful:
+    """An algorithm whose step reads a column that nobody writes."""
+
+    def __init__(self, *, actor, critic, reference, reward, config) -> None:
+        self.actor, self.critic, self.config = actor, critic, config
+
+    def step(self, prompts):
+        batch = prompts | self.actor.generate_sequences(prompts)
+        return self.critic.update_critic(batch)
+
+
+def test_a_step_that_cannot_work_ends_before_its_models_are_loaded(
+    settings: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Entry(__name__, "Forgetful", "PPOConfig", ALGORITHMS["ppo"].roles)
+    config = settings("ppo", "model.path=/is/not/even/looked/at")
+    monkeypatch.setitem(ALGORITHMS, "ppo", broken)
+    with pytest.raises(ValueError, match=r"critic\.update_critic reads returns, which no earlier call wrote"):
+        run(config)
+
+
+def test_a_dry_run_says_what_would_run_where(settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(settings("ppo", "dry_run=true", "num_devices=4", "actor.train.tp=2", "actor.generation.tp=4")) is None
+    out = capsys.readouterr().out
+    assert "ppo: 7 calls a step" in out
+    assert (
+        "actor      pool main (4 devices): train dp2 x tp2, generation tp4" in out and "critic     pool main (4 devices): train dp4" in out
+    )
+
+
+def test_the_graph_needs_no_model_and_no_data(settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(settings("ppo", "graph=true", "model.path=/no/such", "data.train=/no/such")) is None
+    assert capsys.readouterr().out.startswith("flowchart LR")
+
+
+def test_metrics_go_on_at_the_step_of_the_checkpoint(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=9)
+    assert start_step("auto", store) == 0
+    for step in (2, 4):
+        (store.begin(step) / "weights").touch()
+        store.commit(step, {})
+    assert [start_step(resume, store) for resume in ("auto", "never", str(tmp_path / "step-00000002"))] == [4, 0, 2]
+
+
+def test_the_command_in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["recipes/ppo.py", "nonsense.setting=1"])
+    with pytest.raises(SystemExit) as exit:
+        recipe("ppo")()
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == "error: nonsense.setting=1: there is no setting 'nonsense.setting'; --cfg job lists them all\n"
+
+
+def test_the_command_for_real(required: list[str], tmp_path: Path) -> None:
+    """One message on stderr, no stack, status 2, nothing left behind."""
+    arguments = [*required, "reward.function=no.such:f", f"output_dir={tmp_path}/run"]
+    command = [sys.executable, "-m", "recipes.grpo", *arguments]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert finished.returncode == 2 and "Traceback" not in finished.stderr, finished.stderr
+    assert len(errors) == 1 and errors[0].startswith("error: reward.function='no.such:f': module 'no.such' can't be imported")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,136 @@
+"""Every recipe composes to plain dataclasses of the right types, and one setting reaches every role that depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from controllers import ALGORITHMS
+from recipes.config import RunConfig
+from recipes.main import check_names, join_pools, to_settings
+from recipes.quickstart.settings import SETTINGS
+from recipes.run import check_dataflow, place, pool_sizes
+from tests.recipes.conftest import yaml_files
+from workers.actor import ActorWorker
+from workers.reward import FunctionRewardWorker, ModelRewardWorker
+
+PLAIN = (str, int, float, bool, type(None), Enum)
+
+
+def check_plain(value: Any, name: str) -> None:
+    """No DictConfig, no dict in the place of a dataclass, no reference left unresolved."""
+    if is_dataclass(value):
+        assert "__dict__" not in vars(type(value)) or not set(vars(value)) - {field.name for field in fields(value)}, name
+        for field in fields(value):
+            check_plain(getattr(value, field.name), f"{name}.{field.name}")
+    elif isinstance(value, list):
+        for number, element in enumerate(value):
+            check_plain(element, f"{name}[{number}]")
+    elif type(value) is dict:
+        for key, element in value.items():
+            check_plain(element, f"{name}.{key}")
+    else:
+        assert isinstance(value, PLAIN) and "${" not in str(value) and value != "???", f"{name} is {value!r}"
+
+
+@pytest.mark.parametrize("recipe", yaml_files())
+def test_every_recipe_becomes_plain_dataclasses(recipe: str, settings: Callable[..., RunConfig]) -> None:
+    config = settings(recipe)
+    check_plain(config, recipe)
+    assert type(config) is RunConfig
+    assert type(config.algorithm) is ALGORITHMS[config.algorithm.name].load_config(), "the algorithm's own class, not its base"
+    for field in fields(RunConfig):
+        assert type(getattr(config, field.name)) is type(getattr(RunConfig(), field.name)) or field.name == "algorithm", field.name
+
+
+@pytest.mark.parametrize("recipe", yaml_files())
+def test_every_recipe_passes_its_own_checks(recipe: str, settings: Callable[..., RunConfig]) -> None:
+    config = settings(recipe, "actor.loss.kl_coefficient=0.1")
+    roles = place(config)
+    assert {role.name for role in roles} == set(ALGORITHMS[config.algorithm.name].roles)
+    assert {role.pool for role in roles} == {"main"}
+    assert roles[0].worker is ActorWorker
+    assert set(check_dataflow(config, roles).roles) == {role.name for role in roles}
+
+
+@pytest.mark.parametrize("recipe", sorted(SETTINGS))
+def test_the_quickstarts_settings_are_settings(recipe: str, composed: Callable[..., DictConfig], required: list[str]) -> None:
+    check_names(SETTINGS[recipe])
+    config = to_settings(composed(recipe, [*required, *SETTINGS[recipe]]))
+    assert config.num_devices == 2 and config.actor.generation.max_model_len == 64
+
+
+def test_the_algorithms_own_fields_can_be_set(settings: Callable[..., RunConfig]) -> None:
+    """A schema's defaults list in the wrong order would give the base class and drop them silently."""
+    config = settings("ppo", "algorithm.lam=0.9", "algorithm.kl.coefficient=0.2", "algorithm.num_mini_batches=4")
+    assert (config.algorithm.lam, config.algorithm.kl.coefficient, config.algorithm.num_mini_batches) == (0.9, 0.2, 4)
+    assert settings("grpo", "algorithm.scale_by_std=false").algorithm.scale_by_std is False
+
+
+def test_another_algorithm_in_the_same_recipe(settings: Callable[..., RunConfig]) -> None:
+    assert settings("ppo", "algorithm=grpo").algorithm.samples_per_prompt == 8
+
+
+def test_one_setting_reaches_every_role(settings: Callable[..., RunConfig]) -> None:
+    config = settings("ppo", "seed=5", "model.tokenizer=elsewhere", "actor.generation.sampling.temperature=0.7", "critic.model.path=other")
+    assert config.actor.model == config.reference.model == config.model
+    assert (config.critic.model.path, config.critic.model.tokenizer) == ("other", "elsewhere"), "one field of one role is its own"
+    assert (config.actor.seed, config.critic.seed) == (5, 5)
+    assert config.reference.temperature == 0.7, "the reference scores as the actor samples"
+
+
+def test_settings_survive_being_written_beside_the_run(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """config.yaml of the output directory loads as the same settings."""
+    config = settings("ppo", "data.validation=[a.parquet,b.parquet]", "placement=custom", "pools.a.roles=[actor]")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    written = OmegaConf.load(tmp_path / "config.yaml")
+    assert OmegaConf.to_container(written) == OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config))))
+    assert written.pools.a.roles == ["actor"] and written.data.validation == ["a.parquet", "b.parquet"]
+
+
+def test_pools_by_command_line(settings: Callable[..., RunConfig]) -> None:
+    pools = ["pools.policy.num_devices=2", "pools.policy.roles=[actor,reference]", "pools.values.roles=[critic,reward]"]
+    config = settings("ppo", "placement=custom", *pools)
+    assert pool_sizes(config) == {"policy": 2, "values": 1}
+    assert {role.name: role.pool for role in place(config)} == {
+        "actor": "policy",
+        "reference": "policy",
+        "critic": "values",
+        "reward": "values",
+    }
+    assert pool_sizes(settings("ppo", "runtime=local", "placement=custom", *pools)) == {"main": 1}, "one process has one pool"
+
+
+def test_join_pools_leaves_everything_else_alone() -> None:
+    arguments = ["seed=1", "+pools={a: {roles: [actor]}}", "data.train=pools.parquet"]
+    assert join_pools(arguments) == arguments
+
+
+def test_the_reward_is_a_function_or_a_model(composed: Callable[..., DictConfig], required: list[str]) -> None:
+    model = required[0].removeprefix("model.path=")
+    assert settings_worker(composed, required) is FunctionRewardWorker
+    without = [argument for argument in required if not argument.startswith("reward.")]
+    assert settings_worker(composed, [*without, f"reward.model.path={model}"]) is ModelRewardWorker
+
+
+def settings_worker(composed: Callable[..., DictConfig], arguments: list[str]) -> type:
+    return next(role.worker for role in place(to_settings(composed("ppo", arguments))) if role.name == "reward")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "roles"),
+    [
+        (["algorithm.kl.coefficient=0"], {"actor", "critic", "reward"}),
+        (["algorithm.kl.coefficient=0", "actor.loss.kl_coefficient=0.1"], {"actor", "critic", "reward", "reference"}),
+    ],
+)
+def test_a_reference_that_nothing_reads_is_not_loaded(arguments: list[str], roles: set[str], settings: Callable[..., RunConfig]) -> None:
+    config = settings("ppo", *arguments)
+    placed = place(config)
+    assert {role.name for role in placed} == roles == set(check_dataflow(config, placed).roles)
