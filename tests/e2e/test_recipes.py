@@ -114,7 +114,7 @@ def test_nothing_is_left_behind(how: signal.Signals, common: list[str], tmp_path
     assert any("Host" in " ".join(member.cmdline()) or "main/0" in " ".join(member.cmdline()) for member in family), "hosts run"
     os.kill(process.pid, how)
     process.wait(timeout=60)
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=120)
     assert not alive, [" ".join(member.cmdline())[:200] for member in alive]
 
 
