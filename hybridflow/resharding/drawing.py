@@ -1,7 +1,9 @@
 """Who sends what to whom, as a picture: one panel per rank, and the bytes from every rank to every other.
 
-In a panel x runs over the parameters (widths are bytes), y over the dim along which a parameter is cut. What the rank already
-holds of its generation shard is in its own colour, what it receives in the colour of the sender, what it does not need is white.
+In a panel x runs over the parameters (widths are bytes), y over the dim along which a parameter is cut. Parameters that the two
+sides cut along different dims (FSDP cuts rows, tensor parallelism columns) share one region at the right, their rows along x. What
+the rank already holds of its generation shard is in its own colour, what it receives in the colour of the sender, what it does not
+need is white.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def _matrix(axis: Axes, plan: Plan) -> None:
     total /= plan.target.num_bytes
     axis.imshow(np.where(total > 0, total, np.nan), cmap="Blues", vmin=0, vmax=max(float(total.max()) * 1.6, 1e-12))
     if plan.num_ranks <= 16:
-        for sender, receiver in zip(*np.nonzero(total), strict=True):
+        for sender, receiver in zip(*np.nonzero(total > 0.0005), strict=True):
             axis.text(receiver, sender, f"{total[sender, receiver]:.2g}", ha="center", va="center", fontsize=7)
     axis.set(xlabel="to rank", ylabel="from rank", title="bytes sent, in units of M")
     axis.set_xticks(range(plan.num_ranks))
@@ -97,31 +99,43 @@ def _raster(
 ) -> NDArray[np.int64]:
     """[ranks, HEIGHT, WIDTH]: `value` (default: the rank) where a box covers the cell, else -1."""
     result = np.full((plan.num_ranks, HEIGHT, WIDTH), -1, dtype=np.int64)
-    sizes = np.array([spec.num_bytes for spec in plan.target.parameters], dtype=np.float64)
-    edges = np.concatenate([[0.0], np.cumsum(sizes)]) / sizes.sum() * WIDTH
-    dims = _cut_dims(plan)
+    places = _places(plan)
     for row in range(len(rank)):
-        number = int(parameter[row])
-        dim, whole = dims[number], plan.target.parameters[number].shape
-        full = whole[dim] if whole else 1
-        low, high = round(float(edges[number])), round(float(edges[number + 1]))
-        top = round(int(start[row, dim]) / full * HEIGHT)
-        bottom = round(int(start[row, dim] + shape[row, dim]) / full * HEIGHT)
-        result[int(rank[row]), top:bottom, low:high] = int(rank[row]) if value is None else int(value[row])
+        y_dim, x_dim, left, right = places[int(parameter[row])]
+        full = plan.target.parameters[int(parameter[row])].shape or (1,)
+        top, bottom = (round(int(edge) / full[y_dim] * HEIGHT) for edge in (start[row, y_dim], start[row, y_dim] + shape[row, y_dim]))
+        if x_dim is not None:
+            ends = (int(start[row, x_dim]), int(start[row, x_dim] + shape[row, x_dim]))
+            left, right = (left + end / full[x_dim] * (right - left) for end in ends)
+        result[int(rank[row]), top:bottom, round(left) : round(right)] = int(rank[row]) if value is None else int(value[row])
     return result
 
 
-def _cut_dims(plan: Plan) -> list[int]:
-    """The dim of every parameter that its target boxes are cut along; where they are whole, that of its source boxes; else 0."""
-    result = []
-    for number, spec in enumerate(plan.target.parameters):
-        dim = 0
-        for shard_map in (plan.source, plan.target):
-            rows = shard_map.rows(number)
-            cut = [i for i in range(len(spec.shape)) if (shard_map.shape[rows, i] < spec.shape[i]).any()]
-            dim = cut[0] if cut else dim
-        result.append(dim)
+def _places(plan: Plan) -> list[tuple[int, int | None, float, float]]:
+    """For every parameter: (dim along y, dim along x, left, right edge in the raster).
+
+    Parameters that both sides cut along one dim lie side by side. Those that the two sides cut along different dims share one
+    region at the right, where x is the dim that the source cuts.
+    """
+    cuts = [(_cut_dim(plan.source, number), _cut_dim(plan.target, number)) for number in range(len(plan.target.parameters))]
+    both = [have is not None and need is not None and have != need for have, need in cuts]
+    sizes = np.array([spec.num_bytes for spec in plan.target.parameters], dtype=np.float64)
+    along = np.where(both, 0, sizes)
+    edges = np.concatenate([[0.0], np.cumsum(along)]) / sizes.sum() * WIDTH
+    result: list[tuple[int, int | None, float, float]] = []
+    for number, (have, need) in enumerate(cuts):
+        if both[number]:
+            result.append((need or 0, have, float(edges[-1]), float(WIDTH)))
+        else:
+            y_dim = need if need is not None else have
+            result.append((y_dim or 0, None, float(edges[number]), float(edges[number + 1])))
     return result
+
+
+def _cut_dim(shard_map: ShardMap, number: int) -> int | None:
+    """The first dim that the boxes of a parameter are cut along."""
+    rows, spec = shard_map.rows(number), shard_map.parameters[number]
+    return next((i for i in range(len(spec.shape)) if (shard_map.shape[rows, i] < spec.shape[i]).any()), None)
 
 
 def _colours(number: int) -> NDArray[np.float64]:
