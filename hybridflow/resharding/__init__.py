@@ -11,6 +11,7 @@ attestor.run()                                          # and after it
 """
 
 from hybridflow.resharding.attest import AttestationError, Attestor, Parts, attest
+from hybridflow.resharding.cache import compile_cached
 from hybridflow.resharding.certificate import Certificate, PlanError, verify
 from hybridflow.resharding.execute import ExecutionReport, Executor, execute
 from hybridflow.resharding.plan import Plan, compile
@@ -33,6 +34,7 @@ __all__ = [
     "ShardMap",
     "attest",
     "compile",
+    "compile_cached",
     "execute",
     "verify",
 ]

@@ -27,7 +27,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", list(vllm_cases.CASES))
 def test_scores_equal_transformers_after_every_sync(results: list[dict[str, Any]], name: str) -> None:
     _, _, precision = vllm_cases.CASES[name]
-    tolerance = 1e-5 if precision is Precision.fp32 else 0.05
+    tolerance = 5e-5 if precision is Precision.fp32 else 0.05
     for result in results:
         assert max(result[name]["gaps"]) < tolerance
         assert result[name]["without commit"] > 20 * max(result[name]["gaps"])
