@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ class Region:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Region:
-        return cls(size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=tensor.storage_offset())
+        return cls(size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=int(tensor.storage_offset()))
 
     @property
     def numel(self) -> int:
@@ -72,7 +72,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.names = {_storage(tensor): name for name, tensor in parameters.items()}
         self.parameters = parameters
-        self.tensors = {_storage(tensor): name for name, tensor in reversed(tensors.items())}
+        self.tensors = {_storage(tensor): name for name, tensor in reversed(list(tensors.items()))}
         self.placements: list[Placement] = []
         self.written = dict.fromkeys(tensors, 0)
 
@@ -119,7 +119,7 @@ def record(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: torch
     parameters = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     tensors = dict(model.named_parameters()) | {name: buffer for name, buffer in model.named_buffers() if buffer.device.type == "meta"}
     with _Recorder(parameters, tensors) as recorder:
-        model.load_weights(parameters.items())
+        cast(Any, model).load_weights(parameters.items())
     for name, parameter in model.named_parameters():
         if recorder.written[name] != parameter.numel():
             raise LoaderError(f"{name}: the loaders write {recorder.written[name]} of its {parameter.numel()} elements")
@@ -172,9 +172,9 @@ def _is_view(func: Any) -> bool:
 
 def _box(name: str, whole: torch.Tensor, part: torch.Tensor) -> Box:
     """Which box of `whole` (contiguous) the view `part` shows."""
-    offset, start = part.storage_offset(), []
+    offset, start = int(part.storage_offset()), []
     for stride in whole.stride():
-        index, offset = divmod(offset, stride)
+        index, offset = divmod(offset, int(stride))
         start.append(index)
     same_axes = part.dim() == whole.dim() and all(
         size == 1 or have == stride for size, have, stride in zip(part.shape, part.stride(), whole.stride(), strict=True)

@@ -21,6 +21,7 @@ from workers.generation.discovery import LoaderError, Placement, Region, checkpo
 if TYPE_CHECKING:
     import torch.distributed as dist
     from vllm import LLM
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 
 class VllmWeights:
@@ -128,7 +129,7 @@ def _view(tensor: torch.Tensor, region: Region) -> torch.Tensor:
     return tensor.as_strided(region.size, region.stride, tensor.storage_offset() + region.offset)
 
 
-def _quant_method(module: nn.Module) -> object | None:
+def _quant_method(module: nn.Module) -> QuantizeMethodBase | None:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
     method = module.__dict__.get("quant_method") or module._modules.get("quant_method")
