@@ -41,7 +41,8 @@ def cpu_attention(
     short = query.dtype is torch.bfloat16 and query.device.type == "cpu" and 1 < time <= LONGEST
     causal = attention_mask is None and key.shape[2] == time and module.is_causal and options.get("is_causal") is not False
     if not (short and causal):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        fused: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        return fused
     rows, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
     scaled = query * (head_dim**-0.5 if scaling is None else scaling)

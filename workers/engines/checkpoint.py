@@ -10,22 +10,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 
 def save_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Write plain (the same on all ranks) and distributed tensors into `directory`; collective over the default group."""
     directory.mkdir(parents=True, exist_ok=True)
-    dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True), no_dist=_alone())
+    save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True), no_dist=_alone())
 
 
 def load_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
     """Fill `tensors` in place from `directory`, whatever layout wrote it; collective. ValueError if it is not such a directory."""
     if not any(directory.glob("*.safetensors")):
         raise ValueError(f"checkpoint directory is {str(directory)!r}; it holds no safetensors files: use a directory written by save")
-    dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=_alone())
+    load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=_alone())
 
 
 def _alone() -> bool:

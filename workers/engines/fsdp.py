@@ -8,7 +8,8 @@ micro-batch. Pipelines and context parallelism are left out. docs/training.md ha
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from hybridflow.resharding.shards import LocalParameter
 from workers.config import ModelConfig, TrainConfig
 from workers.engines.base import Head, LossFn, Outputs, TrainingEngine
 from workers.engines.checkpoint import load_tensors, save_tensors
-from workers.engines.fsdp_sharding import abandon_step, local_parameter, local_part, make_layout, make_mesh, shard_model
+from workers.engines.fsdp_sharding import abandon_step, is_one_group, local_parameter, local_part, make_layout, make_mesh, shard_model
 from workers.engines.loading import ModelSource
 from workers.engines.micro_batches import MicroBatch, empty_micro_batch, gather_outputs, make_micro_batches
 from workers.engines.optimizer import build_optimizer, clip_gradients, global_grad_norm, learning_rate, set_learning_rate
@@ -52,6 +53,8 @@ class FsdpEngine(TrainingEngine):
         # AdamW works on the rank's own memory: no distributed dispatch per parameter, and any mix of meshes.
         self._local = {name: nn.Parameter(local_part(parameter)) for name, parameter in self._parameters.items()}
         self._optimizer = build_optimizer([parameter for parameter in self._local.values() if parameter.numel()], config.optimizer)
+        # A small model's gathered weights serve the passes until the next step; a large one's would be in generation's way.
+        self._keeps_gathered = is_one_group(self._scored)
         self._num_steps = 0
         self._state_on_host = False
 
@@ -59,6 +62,8 @@ class FsdpEngine(TrainingEngine):
         with torch.no_grad():
             micro_batches = self._micro_batches(sequences)
             outputs = [self._run(micro_batch, entropy, temperature) for micro_batch in micro_batches]
+        if not self._keeps_gathered:
+            self._reshard()
         return gather_outputs(micro_batches, outputs, sequences)
 
     def train_step(self, sequences: Sequences, loss_fn: LossFn, *, entropy: bool = False, temperature: float = 1.0) -> dict[str, float]:
@@ -76,20 +81,22 @@ class FsdpEngine(TrainingEngine):
         return {**self._over_data_ranks(metrics), "grad_norm": float(grad_norm), "learning_rate": rate}
 
     def local_parameters(self) -> list[LocalParameter]:
+        # Who writes to the views must not find gathered copies of before.
+        self._reshard()
         return [local_parameter(name, parameter) for name, parameter in self._parameters.items()]
 
     def save(self, directory: Path) -> None:
-        save_tensors(self._checkpoint(), directory)
+        with self._state_on_device():
+            save_tensors(self._checkpoint(), directory)
 
     def load(self, directory: Path) -> None:
         self._reshard()
-        state = self._checkpoint()
-        load_tensors(state, directory)
-        self._num_steps = int(state["num_steps"])
-        for moments in self._optimizer.state.values():
-            moments["step"].fill_(self._num_steps)
-        if self._state_on_host:
-            self._move_state(torch.device("cpu"))
+        with self._state_on_device():
+            state = self._checkpoint()
+            load_tensors(state, directory)
+            self._num_steps = int(state["num_steps"])
+            for moments in self._optimizer.state.values():
+                moments["step"].fill_(self._num_steps)
 
     def save_pretrained(self, directory: Path) -> None:
         if self.context.rank == 0:
@@ -148,16 +155,15 @@ class FsdpEngine(TrainingEngine):
 
     def _update(self) -> float:
         """One AdamW step with the gradients there are; the learning rate used."""
-        if self._state_on_host:
-            self._move_state(self.device)
         rate = learning_rate(self.config.optimizer, self._num_steps)
         set_learning_rate(self._optimizer, rate)
         for name, parameter in self._parameters.items():
             self._local[name].grad = local_part(parameter.grad) if parameter.grad is not None else None
-        self._optimizer.step()
+        with self._state_on_device():
+            self._optimizer.step()
         self._num_steps += 1
         self._drop_gradients()
-        if self._state_on_host or self.config.offload_optimizer:
+        if self.config.offload_optimizer:
             self.offload()
         return rate
 
@@ -199,7 +205,17 @@ class FsdpEngine(TrainingEngine):
         if not state[local]:
             step = torch.zeros((), dtype=torch.float32, device=local.device)
             state[local] = {"step": step, **{moment: torch.zeros_like(local) for moment in MOMENTS}}
-        return state[local]
+        found: dict[str, Tensor] = state[local]
+        return found
+
+    @contextmanager
+    def _state_on_device(self) -> Iterator[None]:
+        """Within, AdamW's moments are where the weights are, wherever offload has put them."""
+        if self._state_on_host:
+            self._move_state(self.device)
+        yield
+        if self._state_on_host:
+            self._move_state(torch.device("cpu"))
 
     def _move_state(self, device: torch.device) -> None:
         for moments in self._optimizer.state.values():

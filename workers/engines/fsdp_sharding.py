@@ -58,12 +58,18 @@ def shard_model(source: ModelSource, head: Head, config: TrainConfig, mesh: Devi
     assert isinstance(scored, FSDPModule)
     # A loss is a sum over data ranks; FSDP would take the mean. Gloo can only sum.
     for module in scored.modules():
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and mesh["dp"].size() > 1:
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
     # Experts that only other ranks' tokens use.
     scored.set_reduce_scatter_unused_params(True)
     return scored
+
+
+def is_one_group(scored: ScoredModel) -> bool:
+    """Whether the whole model is gathered at once and not freed in the forward pass."""
+    groups = [module for module in scored.modules() if isinstance(module, FSDPModule)]
+    return len(groups) == 1
 
 
 def abandon_step(scored: ScoredModel) -> None:
@@ -82,7 +88,8 @@ def abandon_step(scored: ScoredModel) -> None:
 
 def local_part(parameter: torch.Tensor) -> torch.Tensor:
     """The rank's own memory of a parameter."""
-    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.detach()
 
 
 def local_parameter(name: str, parameter: nn.Parameter) -> LocalParameter:
