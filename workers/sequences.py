@@ -44,7 +44,7 @@ class Sequences:
     @property
     def row_of_token(self) -> Tensor:
         """int64 [sum(scored_lengths)]: the row that every scored token belongs to."""
-        return torch.repeat_interleave(torch.arange(self.num_rows), self.scored_lengths)
+        return torch.repeat_interleave(torch.arange(self.num_rows, device=self.lengths.device), self.scored_lengths)
 
     def rows(self, index: Sequence[int] | Tensor) -> Sequences:
         """The given rows in the given order."""
@@ -76,4 +76,4 @@ def ragged_positions(lengths: Tensor, index: Tensor) -> Tensor:
     taken = lengths[index]
     ends = torch.cumsum(taken, 0)
     offset = torch.repeat_interleave(starts[index] - (ends - taken), taken)
-    return torch.arange(int(taken.sum()), dtype=torch.int64) + offset
+    return torch.arange(int(taken.sum()), dtype=torch.int64, device=lengths.device) + offset

@@ -57,10 +57,10 @@ gives the value for the mini-batch, however it was cut. A micro-batch without sc
 class TrainingEngine(ABC):
     """How an actor uses it:
 
-        engine = ENGINES[config.engine](model=model_config, config=train_config, head=Head.lm, context=context)
-        outputs = engine.forward(sequences, entropy=True, temperature=1.0)      # None except on the last pipeline stage
-        metrics = engine.train_step(sequences, loss_fn)                         # one optimizer step
-        parameters = engine.local_parameters()                                  # for resharding; views, no copies
+    engine = engine_class(config.engine)(model=model_config, config=train_config, head=Head.lm, context=context)
+    outputs = engine.forward(sequences, entropy=True, temperature=1.0)      # None except on the last pipeline stage
+    metrics = engine.train_step(sequences, loss_fn)                         # one optimizer step
+    parameters = engine.local_parameters()                                  # for resharding; views, no copies
     """
 
     layout: Layout
