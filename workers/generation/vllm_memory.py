@@ -146,4 +146,4 @@ def take_back(sizes: Iterable[tuple[torch.UntypedStorage, int]]) -> None:
     """Resize to the former size, filled with zeros (attention multiplies unused cache entries by zero: they must be numbers)."""
     for storage, size in sizes:
         storage.resize_(size)
-        storage.fill_(0)
+        torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
