@@ -86,7 +86,7 @@ class RunConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    metrics: MetricsConfig = field(default_factory=lambda: MetricsConfig(console_metrics=["reward/mean", "kl/reference", "tokens_per_s"]))
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     seed: int = 0
     output_dir: str = "outputs/run"
