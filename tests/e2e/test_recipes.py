@@ -104,18 +104,25 @@ def test_a_reward_that_raises_stops_the_run_with_the_row(common: list[str], tmp_
 def test_nothing_is_left_behind(how: signal.Signals, common: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "recipes.grpo", *common, COUNT, "loop.num_steps=100000", f"output_dir={tmp_path}"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    metrics = tmp_path / "metrics.jsonl"
+    try:
+        wait_for_steps(process, tmp_path / "metrics.jsonl")
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert any("main/0" in " ".join(member.cmdline()) or "Host" in " ".join(member.cmdline()) for member in family), "hosts run"
+        os.kill(process.pid, how)
+        process.wait(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    _, alive = psutil.wait_procs(family, timeout=120)
+    assert not alive, [" ".join(member.cmdline())[:200] for member in alive]
+
+
+def wait_for_steps(process: subprocess.Popen[bytes], metrics: Path) -> None:
     deadline = time.monotonic() + 200
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
         assert process.poll() is None, "the run ended by itself"
         assert time.monotonic() < deadline, "no step within 200 s"
         time.sleep(0.5)
-    family = psutil.Process(process.pid).children(recursive=True)
-    assert any("Host" in " ".join(member.cmdline()) or "main/0" in " ".join(member.cmdline()) for member in family), "hosts run"
-    os.kill(process.pid, how)
-    process.wait(timeout=60)
-    _, alive = psutil.wait_procs(family, timeout=120)
-    assert not alive, [" ".join(member.cmdline())[:200] for member in alive]
 
 
 def no_process_of(output: Path) -> bool:
