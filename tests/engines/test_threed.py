@@ -123,11 +123,11 @@ def test_bf16_keeps_float32_master_weights(root: Path, plain: Callable[[Case], P
         assert agree > 0.9, f"{name}: the float32 update differs in direction ({agree:.3f})"
 
 
-@pytest.mark.parametrize("number", range(len(RESUMED)), ids=[case.name for case in RESUMED])
-def test_checkpoint_resumes_on_any_layout(root: Path, number: int) -> None:
-    weights, never = (load_file(root / folder / "model.safetensors") for folder in (f"resumed-{number}", "resumed-never"))
-    metrics, metrics_never = (torch.load(root / folder / "metrics.pt") for folder in (f"resumed-{number}", "resumed-never"))
-    if number == 0:
+@pytest.mark.parametrize("place", [*map(str, range(len(RESUMED))), "fsdp"], ids=[*(case.name for case in RESUMED), "engine-fsdp"])
+def test_checkpoint_resumes_on_any_layout(root: Path, place: str) -> None:
+    weights, never = (load_file(root / folder / "model.safetensors") for folder in (f"resumed-{place}", "resumed-never"))
+    metrics, metrics_never = (torch.load(root / folder / "metrics.pt") for folder in (f"resumed-{place}", "resumed-never"))
+    if place == "0":
         assert metrics == metrics_never
         assert all(torch.equal(weights[name], never[name]) for name in never)
     else:

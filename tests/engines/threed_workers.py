@@ -14,7 +14,8 @@ from torch import Tensor
 from hybridflow.context import RankContext
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
-from workers.engines.base import Head
+from workers.engines import engine_class
+from workers.engines.base import Head, TrainingEngine
 from workers.engines.threed import ThreeDEngine
 from workers.engines.threed_export import write_safetensors
 from workers.engines.vocabulary_parallel import parallel_token_log_probs
@@ -134,7 +135,7 @@ def train(rank: int, root: Path, case: Case) -> None:
 
 
 def save_and_resume(rank: int, root: Path, cases: list[Case]) -> None:
-    """Two steps on the first layout, then the third step there and, from the checkpoint, on every layout of `cases`."""
+    """Two steps on the first layout, then the third step there and, from the checkpoint, on every layout of `cases` and on engine fsdp."""
     first = cases[0]
     engine = make_engine(first, root, rank)
     for batch in batches(first)[:2]:
@@ -145,9 +146,16 @@ def save_and_resume(rank: int, root: Path, cases: list[Case]) -> None:
         engine = make_engine(case, root, rank)
         engine.load(root / "checkpoint")
         _third_step(engine, case, rank, root / f"resumed-{number}")
+    other = Case(t=2, d=2, model=first.model)
+    config = TrainConfig(engine="fsdp", tp=2, precision=other.precision, micro_batch_tokens=MICRO_BATCH_TOKENS, optimizer=OPTIMIZER)
+    context = RankContext(rank=rank, world_size=other.world_size)
+    model = ModelConfig(path=str(root / other.model), attention="sdpa")
+    sharded = engine_class("fsdp")(model=model, config=config, head=other.head, context=context)
+    sharded.load(root / "checkpoint")
+    _third_step(sharded, other, rank, root / "resumed-fsdp")
 
 
-def _third_step(engine: ThreeDEngine, case: Case, rank: int, folder: Path) -> None:
+def _third_step(engine: TrainingEngine, case: Case, rank: int, folder: Path) -> None:
     rows = own_rows(case, batches(case)[2], engine.layout.coordinates(rank)["dp"])
     metrics = engine.train_step(rows, loss_fn, entropy=True, temperature=TEMPERATURE)
     engine.save_pretrained(folder)
