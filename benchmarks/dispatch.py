@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy as np
 import psutil
 import torch
 
+from cluster.connect import ClusterConfig, connect
 from hybridflow.batch import Batch
 from hybridflow.columns import declare
 from hybridflow.group import spawn
@@ -64,13 +66,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--repeats", type=int, default=7, help="measurements of each number; medians are reported")
     arguments = parser.parse_args()
-    import ray
-
-    ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1", object_store_memory=4 * 2**30)
-    try:
+    with connect(ClusterConfig(address="local", worker_logs=False, object_store_gib=4), cpu_slots=16):
         result = measure(arguments.repeats)
-    finally:
-        ray.shutdown()
     print(json.dumps(result, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))
@@ -114,13 +111,13 @@ def round_trips(repeats: int) -> dict[str, Any]:
         makers, readers = spawn(Bench, left, None, role="makers"), spawn(Bench, right, None, role="readers")
         for size, factor in (("small", 1), ("large", 8)):
             batch, numbers = make_batch(factor)
-            by_reference = lambda: by_reference_round_trip(makers, readers, batch)  # noqa: E731
+            by_reference = partial(by_reference_round_trip, makers, readers, batch)
             expected = batch.tensor("bench_ids")[:, 0].float() + batch.tensor("bench_numbers")[:, -1]
             assert torch.equal(by_reference().tensor("bench_sum"), expected)
             before = psutil.Process().memory_full_info().uss
             ours = [seconds(by_reference) for _ in range(repeats)]
             grown = psutil.Process().memory_full_info().uss - before
-            through = [seconds(lambda: through_controller(makers, readers, numbers)) for _ in range(max(3, repeats // 2))]
+            through = [seconds(partial(through_controller, makers, readers, numbers)) for _ in range(max(3, repeats // 2))]
             milliseconds[size] = 1000 * statistics.median(ours)
             speedup[size] = statistics.median(through) / statistics.median(ours)
             growth[size] = max(0, grown) / sum(value.nbytes for value in numbers.values())

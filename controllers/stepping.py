@@ -75,7 +75,7 @@ def _describe(batch: Batch) -> Mapping[str, float]:
     rewards, num_tokens = batch.tensor("rewards"), batch.tensor("num_tokens").float()
     response = batch.ragged("rollout_log_probs")
     lengths = response.lengths.float()
-    finished = [reason == "stop" for reason in batch["finish_reason"]]
+    finished = [reason == "stop" for reason in batch.objects("finish_reason")]
     metrics = {
         "reward/mean": float(rewards.mean()),
         "reward/std": float(rewards.std(correction=0)),

@@ -170,7 +170,7 @@ class Batch(Mapping[str, Value]):
             entries[new] = replace(entry, column=column)
         return Batch(entries, self._num_rows)
 
-    def __or__(self, other: Batch) -> Batch:  # type: ignore[override]
+    def __or__(self, other: Batch) -> Batch:
         """Both batches' columns, row by row."""
         if not isinstance(other, Batch):
             return NotImplemented

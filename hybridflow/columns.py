@@ -135,7 +135,8 @@ class Block:
 
     def value(self) -> Value:
         if self.dtype == "object":
-            return self.data
+            values: list[Any] = self.data
+            return values
         if self.offsets is None:
             return _to_tensor(self.data, self.dtype)
         return Ragged(_to_tensor(self.data, self.dtype), torch.from_numpy(np.diff(self.offsets)))

@@ -124,8 +124,8 @@ def cut_rows(batch: Batch, num_parts: int, split: Split) -> list[np.ndarray]:
     """The rows of each part, ascending; every row in exactly one."""
     if num_parts == 1:
         return [np.arange(len(batch))]
-    costs = np.asarray(batch[split.balance]) if split.balance in batch.columns else None  # type: ignore[arg-type]
-    labels = np.asarray(batch[split.within]) if split.within in batch.columns else np.zeros(len(batch), dtype=np.int64)  # type: ignore[arg-type]
+    costs = np.asarray(batch[split.balance]) if split.balance in batch.columns else None
+    labels = np.asarray(batch[split.within]) if split.within in batch.columns else np.zeros(len(batch), dtype=np.int64)
     parts: list[list[np.ndarray]] = [[] for _ in range(num_parts)]
     for turn, label in enumerate(np.unique(labels)):
         rows = np.flatnonzero(labels == label)

@@ -19,7 +19,7 @@ class Metrics(Mapping[str, float]):
         self._values: dict[str, float] = dict(values or {})
         self._sources = list(sources)
 
-    def __or__(self, other: Mapping[str, float]) -> Metrics:  # type: ignore[override]
+    def __or__(self, other: Mapping[str, float]) -> Metrics:
         if isinstance(other, Metrics):
             return Metrics({**self._values, **other._values}, sources=[*self._sources, *other._sources])
         return Metrics({**self._values, **other}, sources=self._sources)

@@ -66,7 +66,7 @@ def _cut_at(node: str, refs: list[Ref], rows: np.ndarray) -> list[Ref]:
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True),
         name="hybridflow: cut rows",
     )
-    result = task.remote(refs, rows)
+    result: Any = task.remote(refs, rows)
     return [result] if len(refs) == 1 else list(result)
 
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -269,9 +270,7 @@ class Rank:
             sampling = SamplingConfig(max_response_tokens=response, ignore_eos=True)
             prompts = [row.numpy() for row in torch.randint(2, spec.vocab_size, (rows, config.prompt))]
             seeds = torch.arange(rows).numpy()
-            seconds = self.fastest(
-                f"{name} {rows} rows: {response} tokens", lambda p=prompts, s=seeds, how=sampling: engine.generate(p, s, how)
-            )  # type: ignore[misc]
+            seconds = self.fastest(f"{name} {rows} rows: {response} tokens", partial(engine.generate, prompts, seeds, sampling))
             samples.append(GenerationSample(model=spec, rows=rows, prompt=config.prompt, response=response, seconds=seconds))
         engine.close()
         return samples

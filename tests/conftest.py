@@ -10,8 +10,7 @@ import pytest
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One embedded Ray for the whole session: starting it takes seconds."""
-    import ray
+    from cluster.connect import ClusterConfig, connect
 
-    ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
-    yield
-    ray.shutdown()
+    with connect(ClusterConfig(address="local", worker_logs=False), cpu_slots=16):
+        yield

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hybridflow.resharding import AttestationError, Executor, Parts, ShardMap, attest, compile, verify
+from hybridflow.resharding import AttestationError, Attestor, Executor, ShardMap, compile, verify
 from workers.engines.base import TrainingEngine
 from workers.generation.base import GenerationEngine
 from workers.generation.sink import WeightSink
@@ -51,23 +51,23 @@ class WeightSync:
         self.probe = np.random.default_rng(0).integers(0, vocab_size, PROBE_TOKENS)
         self._executor: Executor | None = None
 
-    def _prepare(self) -> tuple[Executor, Parts, Parts]:
+    def _prepare(self) -> tuple[Executor, Attestor]:
         sources, destinations = self.engine.local_parameters(), self.sink.destinations()
         source, target = ShardMap.gather(sources), ShardMap.gather(destinations)
         plan = compile(source, target, bucket_bytes=BUCKET_BYTES)
         self.certificate = verify(plan)
         if dist.get_rank() == 0:
             LOGGER.info("resharding plan\n%s", self.certificate)
-        return Executor(plan, sources, destinations), Parts.of(plan.source), Parts.of(plan.target)
+        return Executor(plan, sources, destinations), Attestor(plan.source, sources, plan.target, destinations)
 
     def run(self, version: int) -> SyncReport:
         """Moves, attests, commits and probes; raises AttestationError where the two sides differ. Collective."""
         started = time.perf_counter()
         if self._executor is None:
-            self._executor, self._source_parts, self._target_parts = self._prepare()
+            self._executor, self._attestor = self._prepare()
         report = self._executor.run()
         moved = time.perf_counter()
-        attest(self._source_parts, self.engine.local_parameters(), self._target_parts, self.sink.destinations())
+        self._attestor.run()
         attested = time.perf_counter()
         self.sink.commit(version)
         committed = time.perf_counter()
