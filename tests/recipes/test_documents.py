@@ -1,0 +1,113 @@
+"""README and docs/ say what is so: the page of PPO, links, commands, settings and defaults."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+from types import ModuleType
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from controllers import ALGORITHMS, Entry, create_algorithm
+from controllers.ppo import PPO
+from recipes.main import check_names
+from tests.controllers.fakes import Script, fakes, prompts
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+RECIPES = (ROOT / "docs" / "recipes.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The `python -m recipes.ppo ...` and grpo lines of a page's code blocks, as words."""
+    joined = text.replace("\\\n", " ")
+    return [
+        shlex.split(line, comments=True)[3:] for line in re.findall(r"^ {4}(python -m recipes\.(?:ppo|grpo) .*)$", joined, re.MULTILINE)
+    ]
+
+
+def test_the_readme_shows_ppo_as_it_is() -> None:
+    assert code_blocks(README)[0] == dedent(inspect.getsource(PPO.step))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    missing = [page.name for page in PAGES[1:] if f"docs/{page.name}" not in README]
+    assert not missing, missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_and_targets_that_are_run_exist(page: Path) -> None:
+    text = page.read_text()
+    for module in re.findall(r"python -m ([\w.]+)", text):
+        path = ROOT / Path(*module.split("."))
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page.name}: {module}"
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:^ {4}|`)make (\w+)", text, re.MULTILINE)) <= set(targets), page.name
+
+
+def test_files_that_the_walk_names_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for name in re.findall(r"\b(?:recipes|controllers|workers|cluster|hybridflow)/[\w/]+\.py", text):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", [README, RECIPES], ids=["README.md", "recipes.md"])
+def test_commands_use_settings_that_exist(page: str, composed: Callable[..., DictConfig]) -> None:
+    found = [words for words in commands(page) if "--cfg" not in words]
+    assert found
+    for words in found:
+        check_names(words)
+        composed("ppo", words)
+    check_names(
+        [f"{name}=" for name in re.findall(r"`((?:actor|critic|reference|reward|data|loop|algorithm|metrics)\.[a-z_.]+)(?:=|`)", page)]
+    )
+
+
+def test_the_readmes_defaults_are_the_defaults(composed: Callable[..., DictConfig]) -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| `([^`]+)` \|", README, re.MULTILINE)
+    assert len(rows) > 10
+    config = composed("ppo", [])
+    for name, default in rows:
+        assert str(OmegaConf.select(config, name)) == default, name
+    assert composed("grpo", []).algorithm.samples_per_prompt == 8
+
+
+def test_the_algorithm_of_the_page_on_recipes_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example as it stands, with the imports of controllers/grpo.py."""
+    source = next(block for block in code_blocks(RECIPES) if "class RLOO:" in block)
+    imports = (ROOT / "controllers" / "grpo.py").read_text().split("@dataclass")[0].replace("import grpo", "import rloo")
+    module = ModuleType("controllers.rloo")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(imports + source, "controllers/rloo.py", "exec"), vars(module))
+    entry = re.search(r'`"rloo": (Entry\(.*?\)\))`', RECIPES)
+    assert entry is not None
+    monkeypatch.setitem(ALGORITHMS, "rloo", eval(entry[1], {"Entry": Entry}))
+    roles, log = fakes(Script(responses=[[1]] * 4, rewards=[1.0, 0.0, 2.0, 2.0]))
+    create_algorithm("rloo", roles, ALGORITHMS["rloo"].load_config()()).step(prompts([7, 7, 9, 9]))
+    assert log.last("actor.update_actor").ragged("advantages").values.tolist() == [1.0, -1.0, 0.0, 0.0]
+
+
+def test_the_reward_of_the_page_on_recipes_works() -> None:
+    module: dict[str, object] = {"re": re}
+    exec(next(block for block in code_blocks(RECIPES) if "def last_number" in block), module)
+    reward = module["last_number"]
+    columns = {"prompt": "How much?", "finish_reason": "stop", "answer": "They have\n#### 1,042", "id": 3}
+    assert reward(response="so 2 x 521 = 1042.", **columns) == 1.0  # type: ignore[operator]
+    assert reward(response="42", **columns) == reward(response="none", **columns) == 0.0  # type: ignore[operator]
