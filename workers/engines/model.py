@@ -69,7 +69,7 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers in order: the entries of the longest ModuleList of the base model."""
-    lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
+    lists: list[nn.ModuleList] = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(f"model.path: {type(model).__name__} has no list of decoder layers; use a decoder-only transformer")
     return list(max(lists, key=lambda modules: len(modules)))
