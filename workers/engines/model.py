@@ -72,7 +72,8 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     lists: list[nn.ModuleList] = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(f"model.path: {type(model).__name__} has no list of decoder layers; use a decoder-only transformer")
-    return list(max(lists, key=len))
+    longest = max(lists, key=len)
+    return list(longest)
 
 
 def enable_activation_checkpointing(model: PreTrainedModel) -> None:
