@@ -138,6 +138,7 @@ class ActorWorker(ModelWorker, Actor):
         if self.config.generation.release_during_training:
             self.engine.offload()
             self.generator.wake()
+            self.sync.sink.restore()
         if self.generator.weight_version != self.weight_version:
             self.last_sync = self.sync.run(self.weight_version)
 
@@ -145,6 +146,7 @@ class ActorWorker(ModelWorker, Actor):
         """Step 4: the trainer has the memory."""
         if self.config.generation.release_during_training:
             self.generator.sleep()
+            self.sync.sink.release()
             self.engine.onload()
 
     def _make_sink(self) -> WeightSink:

@@ -40,14 +40,16 @@ class Case:
     tp: int = 1
     generation_tp: int = 1
     critic_tp: int = 1
+    release: bool = False
 
     def __str__(self) -> str:
-        return f"{self.num_devices} ranks {self.engine} {self.pp}-{self.tp} tg{self.generation_tp}"
+        released = ", memory released during training" if self.release else ""
+        return f"{self.num_devices} ranks {self.engine} {self.pp}-{self.tp} tg{self.generation_tp}{released}"
 
 
 CASES = [
     Case(2),
-    Case(2, generation_tp=2),
+    Case(2, generation_tp=2, release=True),
     Case(4, "threed", pp=2, tp=2, generation_tp=1, critic_tp=2),
     Case(4, "threed", pp=2, tp=2, generation_tp=2),
     Case(4, "threed", pp=2, tp=2, generation_tp=4),
@@ -141,6 +143,7 @@ def actor_config(case: Case, model: Path) -> ActorConfig:
             tp=case.generation_tp,
             max_model_len=64,
             kv_cache_bytes=16 * 2**20,
+            release_during_training=case.release,
             sampling=SamplingConfig(max_response_tokens=12),
         ),
     )

@@ -9,7 +9,7 @@ from workers.config import Precision
 
 @dataclass(kw_only=True)
 class SamplingConfig:
-    """How a response is drawn: the filters work on the softmax at `temperature`, in the order top_k, top_p, min_p.
+    """How a response is drawn: the filters work on the softmax at `temperature`, in the order min_p, top_k, top_p.
 
     SamplingConfig(temperature=0.7, top_p=0.95, max_response_tokens=512)
     """

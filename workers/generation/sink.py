@@ -23,6 +23,14 @@ class WeightSink(ABC):
     def commit(self, version: int) -> None:
         """The memory is filled: make the engine use it, and forget everything computed with older weights."""
 
+    @abstractmethod
+    def release(self) -> None:
+        """Give back memory of its own until restore; the engine sleeps meanwhile."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """The memory again, at the same places, contents undefined."""
+
 
 class FullWeights(WeightSink):
     """For an engine that takes full tensors under checkpoint names: every rank receives the whole model."""
@@ -45,6 +53,15 @@ class FullWeights(WeightSink):
     def commit(self, version: int) -> None:
         self.engine.load_weights([(parameter.name, parameter.shards[0].tensor) for parameter in self.parameters], version=version)
 
+    def release(self) -> None:
+        for parameter in self.parameters:
+            parameter.shards[0].tensor.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        for parameter in self.parameters:
+            tensor = parameter.shards[0].tensor
+            tensor.untyped_storage().resize_(tensor.nbytes)
+
 
 class VllmShards(WeightSink):
     """For vLLM: every rank receives the boxes that its part of the model is made of, written in place where vLLM allows it."""
@@ -62,6 +79,12 @@ class VllmShards(WeightSink):
     def commit(self, version: int) -> None:
         self.weights.commit()
         self.engine.weights_written(version)
+
+    def release(self) -> None:
+        self.weights.free_staging()
+
+    def restore(self) -> None:
+        self.weights.take_back_staging()
 
 
 def weight_sink(name: str, engine: GenerationEngine, parameters: Sequence[LocalParameter], dtype: torch.dtype, device: str) -> WeightSink:
