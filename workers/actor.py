@@ -81,8 +81,9 @@ class ActorWorker(ModelWorker, Actor):
         self._to_generation()
         prompt_ids = prompts.ragged("prompt_ids")
         seeds = sample_seeds(self.config.seed, prompts)
+        limits = prompts.tensor("max_response_tokens").numpy() if "max_response_tokens" in prompts else None
         made = self.generator.generate(
-            [prompt.numpy() for prompt in prompt_ids.unbind()], seeds, sampling or self.config.generation.sampling
+            [prompt.numpy() for prompt in prompt_ids.unbind()], seeds, sampling or self.config.generation.sampling, limits
         )
         lengths = torch.from_numpy(made.lengths)
         return Batch.of(

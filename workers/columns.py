@@ -7,6 +7,9 @@ from hybridflow.columns import declare
 # Prompts, from the loop.
 PROMPT_IDS = declare("prompt_ids", "batch time", "int64", "tokens of the prompt")
 UID = declare("uid", "batch", "int64", "number of the prompt's use: dataset row + epoch * rows; samples of one prompt share it")
+MAX_RESPONSE_TOKENS = declare(
+    "max_response_tokens", "batch", "int64", "most tokens of the row's response; the sampling settings' limit holds too"
+)
 EXTRAS = declare("extras", "batch", "object", "dict of the dataset's further columns (answer, ...)")
 
 # Generation.

@@ -45,7 +45,7 @@ class Actor(TrainedRole):
     @remote(
         THREE_D_ALL_MICRO_DP,
         reads=("prompt_ids", "uid"),
-        optional=("sample",),
+        optional=("sample", "max_response_tokens"),
         writes=("response_ids", "rollout_log_probs", "finish_reason", "num_tokens", "weight_version"),
         kind=CallKind.generation,
     )

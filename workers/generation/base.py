@@ -71,11 +71,18 @@ class GenerationEngine(ABC):
         """
 
     @abstractmethod
-    def generate(self, prompts: Sequence[NDArray[np.int64]], seeds: NDArray[np.int64], sampling: SamplingConfig) -> Generations:
+    def generate(
+        self,
+        prompts: Sequence[NDArray[np.int64]],
+        seeds: NDArray[np.int64],
+        sampling: SamplingConfig,
+        limits: NDArray[np.int64] | None = None,
+    ) -> Generations:
         """One response for every prompt ([tokens] each); n samples of a prompt are n equal rows with n seeds.
 
-        `seeds` [rows] decides the draws of each row. Raises ValueError with the row for a prompt that is empty, has ids outside
-        the vocabulary, or leaves no room for max_response_tokens.
+        `seeds` [rows] decides the draws of each row. `limits` [rows] ends single responses before max_response_tokens. Raises
+        ValueError with the row for a prompt that is empty, has ids outside the vocabulary, or leaves no room for
+        max_response_tokens, and for a limit under 1.
         """
 
     @abstractmethod

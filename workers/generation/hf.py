@@ -21,7 +21,7 @@ from workers.config import ModelConfig, Precision
 from workers.generation.base import GenerationEngine, Generations
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.generation.draws import sample_tokens
-from workers.generation.sampling import check_prompts, end_token_ids, load_model_config, stop_token_ids
+from workers.generation.sampling import check_prompts, end_token_ids, load_model_config, most_tokens, stop_token_ids
 
 
 class HfEngine(GenerationEngine):
@@ -56,16 +56,21 @@ class HfEngine(GenerationEngine):
         self._model.eval()
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[NDArray[np.int64]], seeds: NDArray[np.int64], sampling: SamplingConfig) -> Generations:
+    def generate(
+        self,
+        prompts: Sequence[NDArray[np.int64]],
+        seeds: NDArray[np.int64],
+        sampling: SamplingConfig,
+        limits: NDArray[np.int64] | None = None,
+    ) -> Generations:
         start = time.perf_counter()
+        rows = [Row(most) for most in most_tokens(len(prompts), sampling, limits)]
         check_prompts(prompts, seeds, sampling, vocab_size=self._vocab_size, max_model_len=self._max_model_len)
         stop = StopRule(stop_token_ids(sampling, self._end_tokens), sampling, self._tokenizer)
-        rows: list[Row] = []
         for first in range(0, len(prompts), self._max_num_seqs):
             part = slice(first, first + self._max_num_seqs)
-            rows += self._generate(
-                prompts[part], torch.from_numpy(np.asarray(seeds[part], dtype=np.int64)).to(self._device), sampling, stop
-            )
+            own_seeds = torch.from_numpy(np.asarray(seeds[part], dtype=np.int64)).to(self._device)
+            self._generate(rows[part], prompts[part], own_seeds, sampling, stop)
         return Generations(
             response_ids=np.array([token for row in rows for token in row.tokens], dtype=np.int64),
             lengths=np.array([len(row.tokens) for row in rows], dtype=np.int64),
@@ -75,8 +80,10 @@ class HfEngine(GenerationEngine):
             seconds=time.perf_counter() - start,
         )
 
-    def _generate(self, prompts: Sequence[NDArray[np.int64]], seeds: Tensor, sampling: SamplingConfig, stop: StopRule) -> list[Row]:
-        rows = [Row() for _ in prompts]
+    def _generate(
+        self, rows: Sequence[Row], prompts: Sequence[NDArray[np.int64]], seeds: Tensor, sampling: SamplingConfig, stop: StopRule
+    ) -> None:
+        """Fills the rows."""
         inputs, mask = left_padded(prompts, self._device)
         positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self._model.config)
@@ -91,7 +98,6 @@ class HfEngine(GenerationEngine):
                 break
             inputs, positions = ids.unsqueeze(-1), positions[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(inputs)], dim=-1)
-        return rows
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -128,7 +134,9 @@ class HfEngine(GenerationEngine):
 class Row:
     """One response as it grows; tokens after its end are ignored."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        """`most`: tokens after which it ends at the latest."""
+        self.most = most
         self.tokens: list[int] = []
         self.log_probs: list[float] = []
         self.finish_reason = ""
@@ -137,7 +145,7 @@ class Row:
         if not self.finish_reason:
             self.tokens.append(token)
             self.log_probs.append(log_prob)
-            self.finish_reason = stop.reason(self.tokens)
+            self.finish_reason = stop.reason(self.tokens, self.most)
 
 
 class StopRule:
@@ -150,7 +158,7 @@ class StopRule:
         self._sampling = sampling
         self._tokenizer = tokenizer
 
-    def reason(self, tokens: list[int]) -> str:
+    def reason(self, tokens: list[int], most: int) -> str:
         """ "stop", "length", or "" to go on."""
         if tokens[-1] in self._token_ids:
             return "stop"
@@ -158,7 +166,7 @@ class StopRule:
             text = self._tokenizer.decode(tokens, skip_special_tokens=True)
             if any(string in text for string in self._sampling.stop_strings):
                 return "stop"
-        return "length" if len(tokens) == self._sampling.max_response_tokens else ""
+        return "length" if len(tokens) == most else ""
 
 
 def left_padded(prompts: Sequence[NDArray[np.int64]], device: str) -> tuple[Tensor, Tensor]:

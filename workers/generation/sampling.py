@@ -51,6 +51,17 @@ def check_prompts(
             )
 
 
+def most_tokens(num_rows: int, sampling: SamplingConfig, limits: NDArray[np.int64] | None) -> list[int]:
+    """[rows]: tokens after which each response ends at the latest; a ValueError names the row of a limit under 1."""
+    if limits is None:
+        return [sampling.max_response_tokens] * num_rows
+    if len(limits) != num_rows:
+        raise ValueError(f"limits: {len(limits)} for {num_rows} prompts; pass one for every row")
+    for row in np.flatnonzero(limits < 1):
+        raise ValueError(f"max_response_tokens of row {row} is {limits[row]}; use at least 1")
+    return [min(int(limit), sampling.max_response_tokens) for limit in limits]
+
+
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
     """The Hugging Face config of the text model."""
     config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)

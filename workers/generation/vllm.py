@@ -23,7 +23,7 @@ from hybridflow.layout import Layout
 from workers.config import ModelConfig
 from workers.generation.base import GenerationEngine, Generations
 from workers.generation.config import GenerationConfig, SamplingConfig
-from workers.generation.sampling import check_prompts, end_token_ids, load_model_config, stop_token_ids
+from workers.generation.sampling import check_prompts, end_token_ids, load_model_config, most_tokens, stop_token_ids
 from workers.generation.vllm_groups import build_vllm_groups
 from workers.generation.vllm_memory import CpuMemory, CudaMemory, EngineMemory, model_runner, reload_weights
 from workers.generation.vllm_setup import build_llm, guest
@@ -76,15 +76,22 @@ class VllmEngine(GenerationEngine):
         self._check_groups(context.rank)
         prepare_pipeline(self.llm)
 
-    def generate(self, prompts: Sequence[NDArray[np.int64]], seeds: NDArray[np.int64], sampling: SamplingConfig) -> Generations:
+    def generate(
+        self,
+        prompts: Sequence[NDArray[np.int64]],
+        seeds: NDArray[np.int64],
+        sampling: SamplingConfig,
+        limits: NDArray[np.int64] | None = None,
+    ) -> Generations:
         start = time.perf_counter()
+        most = most_tokens(len(prompts), sampling, limits)
         check_prompts(prompts, seeds, sampling, vocab_size=self._vocab_size, max_model_len=self._max_model_len)
         if sampling.stop_strings and not self._has_tokenizer:
             raise ValueError(
                 f"sampling.stop_strings={sampling.stop_strings}: the engine was built without a tokenizer; "
                 "set them in actor.generation.sampling.stop_strings, so that it loads one"
             )
-        params = self._sampling_params(len(prompts), sampling)
+        params = self._sampling_params(most, sampling)
         self._sampler.start(seeds, sampling)
         try:
             outputs = self._run([prompt.tolist() for prompt in prompts], params)
@@ -118,7 +125,7 @@ class VllmEngine(GenerationEngine):
         count = len(token_ids) - 1
         self._sampler.start(np.zeros(count, dtype=np.int64), sampling, forced=token_ids[1:])
         try:
-            self._run([token_ids[:length].tolist() for length in range(1, count + 1)], self._sampling_params(count, sampling))
+            self._run([token_ids[:length].tolist() for length in range(1, count + 1)], self._sampling_params([1] * count, sampling))
         finally:
             log_probs = self._sampler.finish()
         return log_probs[:, 0]
@@ -160,8 +167,8 @@ class VllmEngine(GenerationEngine):
             expected = list(self.layout.group(rank, axis))
             assert group.ranks == expected, f"vLLM's {axis} group is {group.ranks}, the layout's {expected}: build the groups of the layout"
 
-    def _sampling_params(self, num_rows: int, sampling: SamplingConfig) -> list[SamplingParams]:
-        """One object a row; vLLM only counts and stops, drawing is TrainerSampler's."""
+    def _sampling_params(self, most: Sequence[int], sampling: SamplingConfig) -> list[SamplingParams]:
+        """One object a row, which may get `most` tokens; vLLM only counts and stops, drawing is TrainerSampler's."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -178,8 +185,9 @@ class VllmEngine(GenerationEngine):
             skip_clone=True,
         )
         result = []
-        for row in range(num_rows):
+        for row, max_tokens in enumerate(most):
             params = copy.copy(common)
+            params.max_tokens = max_tokens
             params.extra_args = {ROW: row}
             result.append(params)
         return result
