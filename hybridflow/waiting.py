@@ -7,6 +7,7 @@ In a host process nothing is pending, so a wait there is a plain wait; its contr
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,9 @@ class Calls:
     pending: list[Pending] = field(default_factory=list)
     records: list[CallRecord] = field(default_factory=list)
     last_progress: float = field(default_factory=time.monotonic)
+    interrupted: bool = False
+    """Ctrl-C came. Python raises it wherever the process happens to be, and inside a callback of native code it is lost; the next
+    wait raises it again."""
 
     def add(self, call: Pending) -> None:
         if not self.pending:
@@ -83,6 +87,8 @@ class Calls:
 
         refs = list(refs)
         while True:
+            if self.interrupted:
+                raise KeyboardInterrupt
             try:
                 return ray.get(refs, timeout=POLL_S if self.pending else None)
             except GetTimeoutError:
@@ -95,6 +101,8 @@ class Calls:
         import ray
         from ray.exceptions import RayError
 
+        if self.interrupted:
+            raise KeyboardInterrupt
         still = []
         for call in self.pending:
             done, waiting = ray.wait(list(call.replies), num_returns=len(call.replies), timeout=0)
@@ -154,6 +162,16 @@ class Calls:
 
 CALLS = Calls()
 """This process' calls. One runtime per process, as with Ray itself."""
+
+
+def catch_interrupts() -> None:
+    """Ctrl-C ends the run even if its exception gets lost in native code; for the main thread of a program's main."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        CALLS.interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def get(refs: Sequence[Any]) -> list[Any]:

@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from controllers import ALGORITHMS
+from hybridflow.waiting import catch_interrupts
 from recipes.config import NO_MODEL, RunConfig, register
 from recipes.run import run
 
@@ -30,6 +31,7 @@ def recipe(name: str) -> Callable[[], None]:
     @hydra.main(version_base="1.3", config_path="pkg://recipes", config_name=name)
     def main(config: DictConfig) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+        catch_interrupts()
         with plain_errors():
             run(to_settings(config))
 

@@ -108,10 +108,8 @@ def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_m
         "loop.num_steps=40", "metrics.prometheus=true", "metrics.run=job", f"output_dir={tmp_path / 'out'}",
     ]  # fmt: skip
     head.ray("job", "submit", "--working-dir", ".", "--no-wait", "--submission-id", "first", "--", *command)
-    wait_until(lambda: bool(gauges(head)), 150)
-    assert {"ray_hybridflow_train_reward_mean", "ray_hybridflow_train_actor_grad_norm", "ray_hybridflow_train_seconds_step"} <= set(
-        gauges(head)
-    )
+    expected = {"ray_hybridflow_train_reward_mean", "ray_hybridflow_train_actor_grad_norm", "ray_hybridflow_train_seconds_step"}
+    wait_until(lambda: expected <= set(gauges(head)), 150)
 
     actors = json.loads(head.ray("list", "actors", "--format", "json"))
     names = sorted(actor["name"].split(" (job ")[0] for actor in actors if actor["state"] == "ALIVE")
