@@ -1,7 +1,7 @@
 """One run of TRL's GRPOTrainer for benchmarks.step: CASE OUTPUT, in an interpreter that has trl.
 
-settings of the case: precision (bf16 | fp32), attention (sdpa | eager), generation (vllm | transformers), micro_batch (rows).
-One process with as many threads as there are cores. Per-row lengths go in where TRL leaves a door open: a list of sampling
+settings of the case: precision (bf16 | fp32), attention (sdpa | eager), generation (vllm | transformers), micro_batch (rows), threads (of
+the one process; the cores if it is not given). Per-row lengths go in where TRL leaves a door open: a list of sampling
 parameters for vLLM, a logits processor for transformers. TRL's own transfer of weights to vLLM does not work on CPUs, where vLLM
 keeps repacked copies; it is replaced by vLLM's reload.
 """
@@ -175,11 +175,12 @@ def watch_transformers(trainer: GRPOTrainer, case: Case, phases: Phases) -> None
 def run(case: Case, output: Path) -> None:
     phases, clock = Phases(), StepClock()
     watch = Watch(clock, phases)
-    torch.set_num_threads(os.cpu_count() or 1)
+    threads = int(case.settings.get("threads", os.cpu_count() or 1))
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as directory, PeakMemory() as memory:
         trainer = make_trainer(case, directory, watch)
         (watch_vllm if case.settings["generation"] == "vllm" else watch_transformers)(trainer, case, phases)
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(threads)
         trainer._generate_and_score_completions = phases.around("rollout", trainer._generate_and_score_completions)
         trainer._get_per_token_logps_and_entropies = phases.around(
             "log_probs", trainer._get_per_token_logps_and_entropies, when=lambda: not torch.is_grad_enabled()

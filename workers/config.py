@@ -65,7 +65,7 @@ class TrainConfig:
     rank_order: list[str] = field(default_factory=lambda: ["dp", "pp", "cp", "tp"])
     """Axes from outermost to innermost; the data-parallel size is what the pool leaves."""
     precision: Precision = Precision.bf16
-    micro_batch_tokens: int = 16384
+    micro_batch_tokens: int = 8192
     """Most tokens (padding included) that one forward pass of one data-parallel rank holds. Changes speed and memory, never results."""
     activation_checkpointing: bool = False
     reshard_after_forward: bool = False
