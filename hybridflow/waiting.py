@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
 
@@ -142,14 +142,14 @@ class Calls:
 
         pending, self.pending = self.pending, []
         if isinstance(error, RayActorError):
-            message = _explain_death(error, pending)
-            for call in {call.pool: call for call in pending}.values():
-                call.kill(message)
-            raise WorkerDied(message) from None
+            _stop_dead(pending, _deaths(pending) or f"a worker process died: {_first_lines(error)}")
         cause = error.cause if isinstance(error, RayTaskError) else None
         if not isinstance(cause, WorkerError):
             raise error
-        _stop_stuck_siblings(cause, pending)
+        deaths = _settle(cause, pending)
+        if deaths:
+            # The peers of a dead process fail too, often before its death is known; they are not the cause.
+            _stop_dead(pending, f"{deaths}\nits peer failed with it: {cause.where}: {cause.cause}")
         raise cause from None
 
     def _stuck(self) -> None:
@@ -178,23 +178,28 @@ def get(refs: Sequence[Any]) -> list[Any]:
     return CALLS.get(refs)
 
 
-def _explain_death(error: Exception, pending: Sequence[Pending]) -> str:
+def _stop_dead(pending: Sequence[Pending], message: str) -> NoReturn:
+    for call in {call.pool: call for call in pending}.values():
+        call.kill(message)
+    raise WorkerDied(message) from None
+
+
+def _deaths(pending: Sequence[Pending]) -> str:
+    """One line for every rank of a pending call whose process is gone; empty if there is none."""
     import ray
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayActorError, RayError
 
     lines = []
     for call in pending:
         for rank, reply in enumerate(call.replies):
             done, _ = ray.wait([reply], timeout=0)
-            if done:
-                try:
-                    ray.get(reply)
-                except RayActorError as death:
-                    lines.append(f"{call.role} rank {rank} died in {call.method} ({call.describe_host(rank)}): {_first_lines(death)}")
-                except Exception:
-                    # Another kind of failure of another rank: the death is what is being explained.
-                    continue
-    return "\n".join(dict.fromkeys(lines)) or f"a worker process died: {_first_lines(error)}"
+            try:
+                ray.get(done)
+            except RayActorError as death:
+                lines.append(f"{call.role} rank {rank} died in {call.method} ({call.describe_host(rank)}): {_first_lines(death)}")
+            except RayError:
+                continue  # another rank's failure of another kind; deaths are what is looked for
+    return "\n".join(dict.fromkeys(lines))
 
 
 def _first_lines(error: Exception) -> str:
@@ -205,16 +210,18 @@ def _first_lines(error: Exception) -> str:
     ]
 
 
-def _stop_stuck_siblings(error: WorkerError, pending: Sequence[Pending]) -> None:
-    """If one rank raised, its peers may wait for it in a collective for ever: after a grace period their pool is killed."""
+def _settle(error: WorkerError, pending: Sequence[Pending]) -> str:
+    """Gives the failed rank's peers a grace period. Returns the deaths that came to light; if there are none and peers still wait for
+    the failed rank (in a collective, for ever), their pool is killed."""
     import ray
 
     peers = [call for call in pending if call.pool == error.where.pool]
     replies = [reply for call in peers for reply in call.replies]
-    if replies:
-        _, waiting = ray.wait(replies, num_returns=len(replies), timeout=GRACE_S)
-        if waiting:
-            peers[0].kill(f"its ranks wait for a rank that failed: {error.where}: {error.cause}")
+    _, waiting = ray.wait(replies, num_returns=len(replies), timeout=GRACE_S) if replies else ([], [])
+    deaths = _deaths(peers)
+    if waiting and not deaths:
+        peers[0].kill(f"its ranks wait for a rank that failed: {error.where}: {error.cause}")
+    return deaths
 
 
 def _report(pending: Sequence[Pending], timeout_s: float) -> str:

@@ -103,7 +103,7 @@ def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_m
     model, data = make_model(tmp_path / "model"), make_data(tmp_path / "prompts.jsonl")
     command = [
         "python", "-m", "recipes.ppo", f"model.path={model}", f"data.train={data}", "data.batch_size=8", "num_devices=2",
-        "reward.function=tests.runtime.rewards:count", "actor.train.precision=fp32", "actor.generation.precision=fp32",
+        "reward.function=tests.runtime.rewards:unhurried", "actor.train.precision=fp32", "actor.generation.precision=fp32",
         "actor.generation.max_model_len=64", "actor.generation.kv_cache_bytes=16777216", "actor.generation.sampling.max_response_tokens=8",
         "loop.num_steps=40", "metrics.prometheus=true", "metrics.run=job", f"output_dir={tmp_path / 'out'}",
     ]  # fmt: skip

@@ -11,6 +11,12 @@ def count(*, response: str, **columns: object) -> float:
     return sum(number % 2 == 0 for number in numbers) / max(1, len(numbers))
 
 
+def unhurried(*, response: str, **columns: object) -> float:
+    """Long enough for somebody to look at the run."""
+    time.sleep(0.1)
+    return count(response=response)
+
+
 def broken(*, response: str, **columns: object) -> float:
     raise KeyError("answer")
 
