@@ -89,7 +89,7 @@ def noop_ratio(num_workers: int, repeats: int) -> float:
         import ray
 
         def bare() -> None:
-            ray.get([actor.info.remote() for actor in actors])
+            ray.get([actor.__ray_ready__.remote() for actor in actors])
 
         def ours() -> None:
             list(bench.noop())  # type: ignore[call-overload]
@@ -148,7 +148,7 @@ def through_controller(makers: Bench, readers: Bench, numbers: dict[str, torch.T
     for group in (makers, readers):
         parts = [{name: value[rank::2] for name, value in numbers.items()} for rank in range(2)]
         sent = [
-            group._pool._actors[rank].call.remote((group._role, "through_torch", _arguments(_save(part)), True))  # type: ignore[attr-defined]
+            group._pool._callers(f"{group._role}.through_torch", 0)[rank].remote(_arguments(_save(part)))  # type: ignore[attr-defined]
             for rank, part in enumerate(parts)
         ]
         import ray

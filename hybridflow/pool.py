@@ -158,7 +158,7 @@ class RayPool(ResourcePool):
     def __init__(self, spec: PoolSpec) -> None:
         self.spec = spec
         self._actors: list[Any] = []
-        self._kept_callers: dict[int, list[Any]] = {}
+        self._kept_callers: dict[tuple[str, int], list[Any]] = {}
         self._group: Any = None
         try:
             self._start()
@@ -248,18 +248,19 @@ class RayPool(ResourcePool):
     ) -> list[tuple[Any, list[Any]]]:
         self._check_usable()
         calls: list[tuple[Any, list[Any]]] = []
-        for start, own, kept in zip(self._callers(num_columns), arguments, keep, strict=True):
-            # One argument: Ray serialises every argument by itself.
-            refs = start.remote((role, method, own if own.args or own.kwargs else None, kept))
+        for start, own, kept in zip(self._callers(f"{role}.{method}", num_columns), arguments, keep, strict=True):
+            # Ray serialises every argument by itself; none is sent that the host knows.
+            given: tuple[Any, ...] = (own, kept) if not kept else (own,) if own.args or own.kwargs else ()
+            refs = start.remote(*given)
             calls.append((refs[0], list(refs[1:])) if num_columns else (refs, []))
         self._watch(role, method, [reply for reply, _ in calls])
         return calls
 
-    def _callers(self, num_columns: int) -> list[Any]:
-        """Each host's `call` with a reply and that many columns; Ray takes long to make one, so they are kept."""
-        if num_columns not in self._kept_callers:
-            self._kept_callers[num_columns] = [actor.call.options(num_returns=1 + num_columns) for actor in self._actors]
-        return self._kept_callers[num_columns]
+    def _callers(self, name: str, num_columns: int) -> list[Any]:
+        """Each host's `call` under that name with a reply and that many columns; Ray takes long to make one, so they are kept."""
+        if (name, num_columns) not in self._kept_callers:
+            self._kept_callers[name, num_columns] = [actor.call.options(num_returns=1 + num_columns, name=name) for actor in self._actors]
+        return self._kept_callers[name, num_columns]
 
     def _watch(self, role: str, method: str, replies: Sequence[Any]) -> None:
         CALLS.add(
@@ -275,7 +276,7 @@ class RayPool(ResourcePool):
         )
 
     def read_replies(self, replies: Sequence[Any]) -> list[Reply]:
-        return waiting.get(replies)
+        return [Reply.unpacked(reply) for reply in waiting.get(replies)]
 
     def prepare(self, batch: Batch) -> Batch:
         return batch.stored()

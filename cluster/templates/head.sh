@@ -8,6 +8,7 @@ cd "$(dirname "$0")/../.."
 source .venv/bin/activate
 
 export RAY_AUTH_MODE=token
+export RAY_free_objects_period_milliseconds=0   # memory of dropped batches is reused at once (cluster/connect.py)
 ray get-auth-token --generate >/dev/null   # keeps the one in ~/.ray/auth_token if there is one
 if [[ -z "${ADDRESS:-}" ]]; then
     ADDRESS=127.0.0.1

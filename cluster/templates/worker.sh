@@ -9,4 +9,5 @@ source .venv/bin/activate
 : "${HEAD:?set HEAD to the address of the head}"
 test -s "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}" || { echo "no token: copy ~/.ray/auth_token from $HEAD"; exit 1; }
 export RAY_AUTH_MODE=token
+export RAY_free_objects_period_milliseconds=0   # memory of dropped batches is reused at once (cluster/connect.py)
 exec ray start --block --disable-usage-stats --address="$HEAD:${PORT:-6379}" --metrics-export-port="${METRICS_PORT:-8080}" "$@"
