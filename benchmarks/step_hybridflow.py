@@ -26,7 +26,8 @@ from hybridflow.group import spawn
 from hybridflow.results import Metrics
 from recipes.config import RunConfig, register
 from recipes.main import to_settings
-from recipes.run import NoReference, connect_cluster, place, start_pool, start_tracker
+from recipes.roles import NoReference
+from recipes.run import connect_cluster, place, start_pool, start_tracker
 
 
 class Observed:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from controllers.stepping import Algorithm, AlgorithmConfig
+from controllers.streams import NoStream, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,8 @@ class Entry:
     algorithm: str
     config: str
     roles: tuple[str, ...]
+    streams: tuple[str, ...] = ()
+    """What its steps draw besides their prompts (controllers/streams.py): prompts."""
 
     def load(self) -> type[Algorithm]:
         found: type[Algorithm] = vars(import_module(self.module))[self.algorithm]
@@ -40,8 +44,11 @@ def algorithm_entry(name: str) -> Entry:
     return ALGORITHMS[name]
 
 
-def create_algorithm(name: str, roles: dict[str, Any], config: AlgorithmConfig) -> Algorithm:
-    """The algorithm over its roles' handles (or their stand-ins)."""
+def create_algorithm(
+    name: str, roles: Mapping[str, Any], config: AlgorithmConfig, streams: Mapping[str, Stream] | None = None
+) -> Algorithm:
+    """The algorithm over its roles' handles (or their stand-ins) and its streams; tracing needs none."""
     entry = algorithm_entry(name)
     used: dict[str, Any] = {role: roles[role] for role in entry.roles}
+    used |= {stream: NoStream() if streams is None else streams[stream] for stream in entry.streams}
     return entry.load()(**used, config=config)

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from controllers.data import PromptBatch, PromptDataset, PromptLoader
+from controllers.data import PromptDataset, PromptLoader
 from controllers.stepping import Algorithm
-from hybridflow.batch import Batch
+from controllers.streams import to_batch
 from hybridflow.checkpoint import CheckpointStore, load_metadata
-from hybridflow.columns import Ragged
 from hybridflow.metrics import Tracker
 from hybridflow.waiting import CALLS, CallRecord
 from workers.generation.config import SamplingConfig
@@ -92,7 +91,7 @@ class Loop:
         algorithm: Algorithm,
         *,
         actor: Actor,
-        reward: Reward,
+        reward: Reward | None,
         trained: Mapping[str, TrainedRole],
         prompts: PromptLoader,
         validation: PromptDataset | None,
@@ -101,6 +100,8 @@ class Loop:
         store: CheckpointStore,
         config: LoopConfig,
     ) -> None:
+        if validation is not None and reward is None:
+            raise ValueError("data.validation is set, but there is no reward to score it with; set reward.function, or leave it out")
         self.algorithm, self.actor, self.reward, self.trained = algorithm, actor, reward, trained
         self.prompts, self.validation, self.tracker, self.store, self.config = prompts, validation, tracker, store, config
         self.validation_sampling = SamplingConfig(**{**vars(config.validation_sampling), "max_response_tokens": max_response_tokens})
@@ -142,7 +143,7 @@ class Loop:
 
     def validate(self) -> float | None:
         """Mean reward of one response for every held-out prompt."""
-        if self.validation is None:
+        if self.validation is None or self.reward is None:
             return None
         started = time.perf_counter()
         batch = to_batch(self.validation.all())
@@ -203,14 +204,6 @@ class Loop:
     def _good_enough(self) -> bool:
         target = self.config.stop_at_reward
         return target is not None and self.reward_after is not None and self.reward_after >= target
-
-
-def to_batch(prompts: PromptBatch) -> Batch:
-    """The dataset's rows as the runtime's columns."""
-    names = list(prompts.extras)
-    rows = [dict(zip(names, values, strict=True)) for values in zip(*prompts.extras.values(), strict=True)] if names else None
-    extras = rows if rows is not None else [{} for _ in prompts.prompt_ids]
-    return Batch.of(prompt_ids=Ragged.of(prompts.prompt_ids), uid=prompts.uid, extras=extras)
 
 
 def phase_seconds(records: list[CallRecord]) -> dict[str, float]:

@@ -43,7 +43,7 @@ class Algorithm(Protocol):
     config: Any
 
     def __init__(self, *, config: Any, **roles: Any) -> None:
-        """Every role of its entry by name, as a handle, a fake, or a stand-in that records."""
+        """Every role and stream of its entry by name; roles as handles, fakes, or stand-ins that record."""
 
     def step(self, prompts: Batch) -> Metrics: ...
 

@@ -100,12 +100,18 @@ class Traced:
 
 
 def on_controller(
-    *, reads: Sequence[str] = (), optional: Sequence[str] = (), writes: Sequence[str] = ()
+    *, reads: Sequence[str] = (), optional: Sequence[str] = (), writes: Sequence[str] = (), chooses_rows: bool = False
 ) -> Callable[[Callable[P, Batch]], Callable[P, Batch]]:
     """Marks a function of the controller that reads columns and returns a Batch of new ones (numbers only, no model).
 
     @on_controller(reads=("rewards",), writes=("advantages",))
     def compute_advantages(batch: Batch, config: PPOConfig) -> Batch: ...
+
+    chooses_rows: the function returns rows of its first batch with all their columns, and those that it writes. How many rows
+    there are may depend on numbers; tracing goes on with as many as there were.
+
+    @on_controller(reads=("uid", "rewards"), chooses_rows=True)
+    def best_of_each_prompt(batch: Batch) -> Batch: ...
     """
     for name in (*reads, *optional, *writes):
         declared(name)
@@ -120,7 +126,8 @@ def on_controller(
                 return function(*args, **kwargs)
             present = [column for column in optional if any(column in batch for batch in batches)]
             name = recorder.record("controller", function.__name__, CallKind.controller, [*reads, *present], writes, batches)
-            return abstract_batch(writes, name)
+            written = abstract_batch(writes, name)
+            return batches[0] | written if chooses_rows else written
 
         return call
 

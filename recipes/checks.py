@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hybridflow.checkpoint import MANIFEST
 from hybridflow.layout import AXES
+from recipes.config import NO_MODEL
 from workers.config import ModelConfig, TrainConfig
 from workers.engines import ENGINES
 from workers.engines import fsdp_sharding as fsdp
@@ -27,7 +28,6 @@ from workers.reward_function import resolve
 from workers.role_config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig
 
 RoleConfig = ActorConfig | CriticConfig | ReferenceConfig | RewardConfig
-HEADS = {"actor": Head.lm, "reference": Head.lm, "critic": Head.value, "reward": Head.score}
 NEED_SELECTION = ("clip_cov", "kl_cov")
 """Policy losses that read covariance_selected, which no algorithm writes yet."""
 
@@ -35,8 +35,11 @@ NEED_SELECTION = ("clip_cov", "kl_cov")
 def check_settings(role: str, config: RoleConfig) -> None:
     """Names and values of one role; reads no file, save the reward function's module."""
     if isinstance(config, RewardConfig) and config.function is not None:
-        resolve(config.function)
+        resolve(config.function, role)
         return
+    assert config.model is not None, "is_function() saw to it"
+    if config.model.path == NO_MODEL:
+        raise ValueError(f"{role}.model.path is not set; give the directory or hub name of its model")
     check_train(f"{role}.train", config.train)
     if isinstance(config, ActorConfig):
         check_loss(config.loss.name)
@@ -92,13 +95,13 @@ def check_generation(config: GenerationConfig) -> None:
         raise ValueError(f"actor.generation.{error}") from None
 
 
-def check_model(role: str, config: RoleConfig, num_devices: int) -> None:
+def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> None:
     """Loads the model's configuration (not its weights) and holds the layouts against it."""
     if isinstance(config, RewardConfig) and config.function is not None:
         return
-    assert config.model is not None, "reward_worker() saw to it"
+    assert config.model is not None, "is_function() saw to it"
     try:
-        _check_train_layout(config.model, config.train, HEADS[role], num_devices)
+        _check_train_layout(config.model, config.train, head, num_devices)
         if isinstance(config, ActorConfig):
             _check_generation_sizes(config.model, config.generation)
     except ValueError as error:

@@ -46,7 +46,8 @@ class PoolConfig:
 
 
 NO_MODEL = ""
-"""reward.model.path of a reward that is no model. Hydra can set a field of a model that is there, not of null."""
+"""model.path of a reward or cost that is no model, and of a teacher that is not named. Hydra can set a field of a model that is there,
+not of null."""
 
 
 def _run_model() -> ModelConfig:
@@ -83,6 +84,17 @@ class RunConfig:
         default_factory=lambda: ReferenceConfig(model=_run_model(), temperature="${actor.generation.sampling.temperature}")  # type: ignore[arg-type]
     )
     reward: RewardConfig = field(default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)))
+    cost: RewardConfig = field(default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)))
+    """What Safe-RLHF keeps under a threshold; a function or a model like the reward."""
+    cost_critic: CriticConfig = field(default_factory=lambda: CriticConfig(model=_run_model(), seed="${seed}"))  # type: ignore[arg-type]
+    """Safe-RLHF's second value model, of costs."""
+    teacher: ReferenceConfig = field(
+        default_factory=lambda: ReferenceConfig(
+            model=ModelConfig(path=NO_MODEL),
+            temperature="${actor.generation.sampling.temperature}",  # type: ignore[arg-type]
+        )
+    )
+    """The model that distillation learns from; it names its own (teacher.model.path) and shares the policy's vocabulary."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)

@@ -61,8 +61,9 @@ def to_settings(config: DictConfig) -> RunConfig:
     missing = sorted(_missing(OmegaConf.to_container(config), ""))
     if missing:
         raise ValueError(f"not set: {', '.join(missing)}; give each as name=value")
-    if config.reward.model is not None and config.reward.model.path == NO_MODEL:
-        config = cast(DictConfig, OmegaConf.merge(config, {"reward": {"model": None}}))
+    for role in ("reward", "cost"):
+        if config[role].model is not None and config[role].model.path == NO_MODEL:
+            config = cast(DictConfig, OmegaConf.merge(config, {role: {"model": None}}))
     try:
         return cast(RunConfig, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +14,10 @@ import torch
 from omegaconf import OmegaConf
 
 from cluster.connect import ClusterInfo, connect
-from controllers import algorithm_entry, create_algorithm
+from controllers import create_algorithm
 from controllers.data import PromptDataset, PromptLoader, load_tokenizer
 from controllers.loop import INPUTS, Loop, Outcome
-from hybridflow.batch import Batch
+from controllers.streams import PromptStream
 from hybridflow.checkpoint import MANIFEST, CheckpointStore
 from hybridflow.dataflow import Dataflow
 from hybridflow.group import spawn
@@ -28,13 +28,10 @@ from hybridflow.waiting import CALLS
 from hybridflow.worker import Worker
 from recipes.checks import check_model, check_resume, check_settings
 from recipes.config import Device, Placement, RunConfig, Runtime
-from workers.actor import ActorWorker
-from workers.critic import CriticWorker
-from workers.reference import ReferenceWorker
-from workers.reward import reward_worker
+from recipes.roles import role_kind, role_names
+from workers.roles import TrainedRole
 
 LOGGER = logging.getLogger(__name__)
-OPTIONAL_ROLES = ("reference",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +42,6 @@ class Role:
     worker: type[Worker]
     config: Any
     pool: str
-
-
-class NoReference:
-    """Stands for a reference that no coefficient asks for: its column is simply not there."""
-
-    def compute_ref_log_prob(self, batch: Batch) -> Batch:
-        return Batch({}, len(batch))
 
 
 def run(config: RunConfig) -> Outcome | None:
@@ -78,13 +68,15 @@ def run(config: RunConfig) -> Outcome | None:
         tracker = stack.enter_context(start_tracker(config, directory, store))
         pools = {name: stack.enter_context(start_pool(config, cluster, name, roles)) for name in dict.fromkeys(r.pool for r in roles)}
         handles: dict[str, Any] = {role.name: spawn(role.worker, pools[role.pool], role.config, role=role.name) for role in roles}
-        handles |= {name: NoReference() for name in OPTIONAL_ROLES if name not in handles}
+        handles |= stand_ins(config, handles)
+        prompts = PromptLoader(train, config.data)
+        streams = {"prompts": PromptStream(prompts, config.algorithm.samples_per_prompt)}
         loop = Loop(
-            create_algorithm(config.algorithm.name, handles, config.algorithm),
+            create_algorithm(config.algorithm.name, handles, config.algorithm, streams),
             actor=handles["actor"],
-            reward=handles["reward"],
-            trained={name: handles[name] for name in ("actor", "critic") if name in handles},
-            prompts=PromptLoader(train, config.data),
+            reward=handles.get("reward"),
+            trained={role.name: handles[role.name] for role in roles if issubclass(role.worker, TrainedRole)},
+            prompts=prompts,
             validation=validation,
             max_response_tokens=config.actor.generation.sampling.max_response_tokens,
             tracker=tracker,
@@ -99,19 +91,14 @@ def run(config: RunConfig) -> Outcome | None:
 def place(config: RunConfig) -> list[Role]:
     """Every role of the algorithm with its worker, settings and pool."""
     pool_of = _pools(config)
-    workers: dict[str, tuple[type[Worker], Any]] = {
-        "actor": (ActorWorker, config.actor),
-        "critic": (CriticWorker, config.critic),
-        "reference": (ReferenceWorker, config.reference),
-        "reward": (reward_worker(config.reward), replace(config.reward, tokenizer=config.model.tokenizer or config.model.path)),
-    }
     roles = []
-    for name in algorithm_entry(config.algorithm.name).roles:
-        if name == "reference" and not uses_reference(config):
-            LOGGER.info("no reference model: algorithm.kl and actor.loss.kl_coefficient are 0")
+    for name in role_names(config):
+        kind = role_kind(name)
+        if not kind.needed(config):
+            LOGGER.info("no %s model: no coefficient asks for it", name)
             continue
-        worker, settings = workers[name]
-        roles.append(Role(name=name, worker=worker, config=settings, pool=pool_of[name]))
+        settings = kind.settings(config)
+        roles.append(Role(name=name, worker=kind.worker(settings), config=settings, pool=pool_of[name]))
     sizes = pool_sizes(config)
     for role in roles:
         check_settings(role.name, role.config)
@@ -124,16 +111,18 @@ def check_models(config: RunConfig, roles: Sequence[Role]) -> None:
     """Every model's directory has a configuration, and its layouts fit it; no weights are read."""
     sizes = pool_sizes(config)
     for role in roles:
-        check_model(role.name, role.config, sizes[role.pool])
+        check_model(role.name, role.config, role_kind(role.name).head, sizes[role.pool])
 
 
-def uses_reference(config: RunConfig) -> bool:
-    return config.algorithm.needs_reference or config.actor.loss.kl_coefficient != 0
+def stand_ins(config: RunConfig, placed: Container[str]) -> dict[str, Any]:
+    """What stands for the roles of the algorithm that were not placed because nothing asks for them."""
+    absent = {name: role_kind(name).absent for name in role_names(config) if name not in placed}
+    return {name: make() for name, make in absent.items() if make is not None}
 
 
 def _pools(config: RunConfig) -> dict[str, str]:
     """Role -> name of its pool."""
-    names = algorithm_entry(config.algorithm.name).roles
+    names = role_names(config)
     if config.placement is Placement.auto:
         raise ValueError(
             "placement=auto: the mapper does not place runs yet; see what it advises with python -m recipes.plan, "
@@ -180,9 +169,8 @@ def pool_sizes(config: RunConfig) -> dict[str, int]:
 
 def check_dataflow(config: RunConfig, roles: Sequence[Role]) -> Dataflow:
     """Runs the algorithm's step on abstract batches: a column that nobody writes is found before anything starts."""
-    stand_ins, recorder = traced_roles({role.name: role.worker for role in roles})
-    stand_ins |= {name: NoReference() for name in OPTIONAL_ROLES if name not in stand_ins}
-    algorithm = create_algorithm(config.algorithm.name, stand_ins, config.algorithm)
+    traced, recorder = traced_roles({role.name: role.worker for role in roles})
+    algorithm = create_algorithm(config.algorithm.name, traced | stand_ins(config, traced), config.algorithm)
     return trace(config.algorithm.name, algorithm.step, INPUTS, recorder)
 
 

@@ -26,6 +26,7 @@ VALUES = declare("values", "batch time", "float32", "the critic's value before e
 REWARDS = declare("rewards", "batch", "float32", "reward of the whole response")
 REWARD_METRICS = declare("reward_metrics", "batch", "object", "dict of further numbers of the reward function")
 COSTS = declare("costs", "batch", "float32", "cost of the whole response (Safe-RLHF)")
+COST_METRICS = declare("cost_metrics", "batch", "object", "dict of further numbers of the cost function")
 
 # The controller's numbers.
 MINI_BATCH = declare("mini_batch", "batch", "int64", "number of the mini-batch that a row is trained in, from 0")

@@ -1,4 +1,4 @@
-"""RewardWorker: a Python function over the text of each response, or a sequence-classification model over its tokens.
+"""Rewards and costs: a Python function over the text of each response, or a sequence-classification model over its tokens.
 
 A function that raises, takes too long or returns no number stops the run with the row it failed on: never a reward of 0 for a
 failed reward.
@@ -6,46 +6,47 @@ failed reward.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
+from hybridflow.worker import Worker
 from workers.engines.base import Head
 from workers.model_worker import ModelWorker, sequences_of, training_layout
 from workers.reward_function import resolve, score_rows
 from workers.role_config import RewardConfig
-from workers.roles import Reward
+from workers.roles import Cost, Reward
 
 
-class FunctionRewardWorker(Reward):
+class FunctionScorer(Worker):
     """Runs the function in Ray tasks with a timeout; with runtime=local in this process, where a breakpoint works."""
 
     config: RewardConfig
+    role: ClassVar[str] = "reward"
 
     def __init__(self, config: RewardConfig, context: RankContext) -> None:
         super().__init__(config, context)
         assert config.function is not None
-        resolve(config.function)
+        resolve(config.function, self.role)
         self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
 
     @classmethod
     def layouts(cls, config: RewardConfig, world_size: int) -> dict[str, Layout]:
         return {"train": Layout.of(dp=world_size)}
 
-    def compute_reward(self, batch: Batch) -> Batch:
+    def score(self, batch: Batch) -> tuple[Tensor, list[dict[str, float]]]:
+        """(float32 [rows], further numbers of each row)."""
         assert self.config.function is not None
         rows = self._rows(batch)
-        scored = self._run_in_tasks(rows) if _inside_ray() else score_rows(self.config.function, rows)
-        return Batch.of(
-            rewards=torch.tensor([reward for reward, _ in scored], dtype=torch.float32),
-            reward_metrics=[metrics for _, metrics in scored],
-        )
+        scored = self._run_in_tasks(rows) if _inside_ray() else score_rows(self.config.function, rows, self.role)
+        return torch.tensor([score for score, _ in scored], dtype=torch.float32), [metrics for _, metrics in scored]
 
     def _rows(self, batch: Batch) -> list[dict[str, Any]]:
         prompts = self._texts(batch.ragged("prompt_ids"))
@@ -63,18 +64,18 @@ class FunctionRewardWorker(Reward):
         assert self.config.function is not None
         if not rows:
             return []
-        task = ray.remote(score_rows).options(num_cpus=0, max_retries=0, name=f"reward: {self.config.function}")
+        task = ray.remote(score_rows).options(num_cpus=0, max_retries=0, name=f"{self.role}: {self.config.function}")
         chunks = [[rows[i] for i in part] for part in np.array_split(np.arange(len(rows)), self.config.num_tasks) if len(part)]
-        refs = [task.remote(self.config.function, chunk) for chunk in chunks]
+        refs = [task.remote(self.config.function, chunk, self.role) for chunk in chunks]
         _, late = ray.wait(refs, num_returns=len(refs), timeout=self.config.timeout_s)
         if late:
             for ref in late:
                 ray.cancel(ref, force=True)
             chunk = chunks[refs.index(late[0])]
             raise RuntimeError(
-                f"reward.function={self.config.function!r} took over timeout_s={self.config.timeout_s} for {len(chunk)} rows, the first "
-                f"with prompt {chunk[0]['prompt']!r} and response {chunk[0]['response'][:200]!r}; make it faster, give it a timeout "
-                "of its own, or raise reward.timeout_s"
+                f"{self.role}.function={self.config.function!r} took over timeout_s={self.config.timeout_s} for {len(chunk)} rows, the "
+                f"first with prompt {chunk[0]['prompt']!r} and response {chunk[0]['response'][:200]!r}; make it faster, give it a timeout "
+                f"of its own, or raise {self.role}.timeout_s"
             )
         try:
             return [row for part in ray.get(refs) for row in part]
@@ -82,10 +83,11 @@ class FunctionRewardWorker(Reward):
             raise error.cause from None
 
 
-class ModelRewardWorker(ModelWorker, Reward):
+class ModelScorer(ModelWorker):
     """The score of a sequence-classification model at the last token of prompt + response."""
 
     config: RewardConfig
+    role: ClassVar[str] = "reward"
 
     def __init__(self, config: RewardConfig, context: RankContext) -> None:
         super().__init__(config, context)
@@ -94,20 +96,59 @@ class ModelRewardWorker(ModelWorker, Reward):
 
     @classmethod
     def layouts(cls, config: RewardConfig, world_size: int) -> dict[str, Layout]:
-        return {"train": training_layout(config.train, world_size, "reward")}
+        return {"train": training_layout(config.train, world_size, cls.role)}
 
-    def compute_reward(self, batch: Batch) -> Batch:
+    def score(self, batch: Batch) -> tuple[Tensor, list[dict[str, float]]]:
         outputs = self.engine.forward(sequences_of(batch))
         if outputs is None or outputs.scores is None:
-            return Batch.of(rewards=torch.empty(0), reward_metrics=[])
-        return Batch.of(rewards=outputs.scores.cpu(), reward_metrics=[{}] * len(batch))
+            return torch.empty(0), []
+        return outputs.scores.cpu(), [{}] * len(batch)
+
+
+class FunctionRewardWorker(FunctionScorer, Reward):
+    def compute_reward(self, batch: Batch) -> Batch:
+        rewards, metrics = self.score(batch)
+        return Batch.of(rewards=rewards, reward_metrics=metrics)
+
+
+class ModelRewardWorker(ModelScorer, Reward):
+    def compute_reward(self, batch: Batch) -> Batch:
+        rewards, metrics = self.score(batch)
+        return Batch.of(rewards=rewards, reward_metrics=metrics)
+
+
+class FunctionCostWorker(FunctionScorer, Cost):
+    role = "cost"
+
+    def compute_cost(self, batch: Batch) -> Batch:
+        costs, metrics = self.score(batch)
+        return Batch.of(costs=costs, cost_metrics=metrics)
+
+
+class ModelCostWorker(ModelScorer, Cost):
+    role = "cost"
+
+    def compute_cost(self, batch: Batch) -> Batch:
+        costs, metrics = self.score(batch)
+        return Batch.of(costs=costs, cost_metrics=metrics)
 
 
 def reward_worker(config: RewardConfig) -> type[Reward]:
     """Which of the two the settings ask for."""
+    return FunctionRewardWorker if is_function(config, "reward") else ModelRewardWorker
+
+
+def cost_worker(config: RewardConfig) -> type[Cost]:
+    return FunctionCostWorker if is_function(config, "cost") else ModelCostWorker
+
+
+def is_function(config: RewardConfig, role: str) -> bool:
+    """ValueError if it is neither a function nor a model, or both."""
     if config.function is None and config.model is None:
-        raise ValueError("reward: neither function nor model is set; set reward.function=package.module:name or reward.model.path=...")
-    return FunctionRewardWorker if config.function is not None else ModelRewardWorker
+        raise ValueError(f"{role}: neither function nor model is set; set {role}.function=package.module:name or {role}.model.path=...")
+    if config.function is not None and config.model is not None:
+        raise ValueError(f"{role}: both function={config.function!r} and a model are set; choose one")
+    return config.function is not None
 
 
 def _inside_ray() -> bool:

@@ -10,56 +10,56 @@ from numbers import Real
 from typing import Any
 
 RewardFunction = Callable[..., float | Mapping[str, float]]
-"""f(*, prompt: str, response: str, finish_reason: str, **columns) -> reward, or {"reward": ..., further numbers}."""
+"""f(*, prompt: str, response: str, finish_reason: str, **columns) -> reward, or {"reward": ..., further numbers}; a cost alike."""
 
 
-def resolve(path: str) -> RewardFunction:
-    """The function that "package.module:name" names; every way in which that can fail is a ValueError."""
+def resolve(path: str, role: str = "reward") -> RewardFunction:
+    """The function that "package.module:name" names; every way in which that can fail is a ValueError with the setting's name."""
     module_name, separator, name = path.partition(":")
     if not separator or not name:
-        raise ValueError(f"reward.function={path!r}: write it as package.module:name")
+        raise ValueError(f"{role}.function={path!r}: write it as package.module:name")
     try:
         module = import_module(module_name)
     except ImportError as error:
         raise ValueError(
-            f"reward.function={path!r}: module {module_name!r} can't be imported ({error}); it must be importable on every node"
+            f"{role}.function={path!r}: module {module_name!r} can't be imported ({error}); it must be importable on every node"
         ) from error
     if name not in vars(module):
-        raise ValueError(f"reward.function={path!r}: {module_name} has no {name!r}")
+        raise ValueError(f"{role}.function={path!r}: {module_name} has no {name!r}")
     function: RewardFunction = vars(module)[name]
     if not callable(function):
-        raise ValueError(f"reward.function={path!r} is a {type(function).__name__}, not a function")
+        raise ValueError(f"{role}.function={path!r} is a {type(function).__name__}, not a function")
     keywords = inspect.signature(function).parameters
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in keywords.values()):
         missing = [name for name in ("prompt", "response", "finish_reason") if name not in keywords]
         if missing:
-            raise ValueError(f"reward.function={path!r} takes no {', '.join(missing)}; let it end in **columns")
+            raise ValueError(f"{role}.function={path!r} takes no {', '.join(missing)}; let it end in **columns")
     return function
 
 
-def score_rows(path: str, rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, dict[str, float]]]:
-    """(reward, further numbers) of every row."""
-    function = resolve(path)
-    return [_checked(path, row, _call(path, function, row)) for row in rows]
+def score_rows(path: str, rows: Sequence[Mapping[str, Any]], role: str = "reward") -> list[tuple[float, dict[str, float]]]:
+    """(reward or cost, further numbers) of every row; `role` names it in a dict and in messages."""
+    function = resolve(path, role)
+    return [_checked(path, row, _call(path, function, row, role), role) for row in rows]
 
 
-def _call(path: str, function: RewardFunction, row: Mapping[str, Any]) -> Any:
+def _call(path: str, function: RewardFunction, row: Mapping[str, Any], role: str) -> Any:
     try:
         return function(**row)
     except Exception as error:
         # The user's code: whatever it raises, the run stops and says on which row.
-        raise RuntimeError(f"reward.function={path!r} raised {type(error).__name__}: {error} on {_describe(row)}") from error
+        raise RuntimeError(f"{role}.function={path!r} raised {type(error).__name__}: {error} on {_describe(row)}") from error
 
 
-def _checked(path: str, row: Mapping[str, Any], result: Any) -> tuple[float, dict[str, float]]:
-    numbers = dict(result) if isinstance(result, Mapping) else {"reward": result}
-    if "reward" not in numbers:
-        raise ValueError(f"reward.function={path!r} returned a dict without 'reward' ({sorted(numbers)}) on {_describe(row)}")
+def _checked(path: str, row: Mapping[str, Any], result: Any, role: str) -> tuple[float, dict[str, float]]:
+    numbers = dict(result) if isinstance(result, Mapping) else {role: result}
+    if role not in numbers:
+        raise ValueError(f"{role}.function={path!r} returned a dict without {role!r} ({sorted(numbers)}) on {_describe(row)}")
     for name, value in numbers.items():
         if not isinstance(value, Real) or not math.isfinite(value):
-            raise ValueError(f"reward.function={path!r} returned {name}={value!r} on {_describe(row)}; return finite numbers")
-    reward = float(numbers.pop("reward"))
-    return reward, {name: float(value) for name, value in numbers.items()}
+            raise ValueError(f"{role}.function={path!r} returned {name}={value!r} on {_describe(row)}; return finite numbers")
+    score = float(numbers.pop(role))
+    return score, {name: float(value) for name, value in numbers.items()}
 
 
 def _describe(row: Mapping[str, Any]) -> str:

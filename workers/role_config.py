@@ -53,10 +53,10 @@ class ReferenceConfig:
 
 @dataclass(kw_only=True)
 class RewardConfig:
-    """Either a Python function or a model that scores whole responses."""
+    """Either a Python function or a model that scores whole responses: rewards, and costs too."""
 
     function: str | None = None
-    """package.module:name of f(*, prompt, response, finish_reason, **columns) -> float or dict with "reward"."""
+    """package.module:name of f(*, prompt, response, finish_reason, **columns) -> float or dict with "reward" (a cost: with "cost")."""
     model: ModelConfig | None = None
     """A sequence-classification model with one label; its score of prompt + response is the reward."""
     tokenizer: str = "???"
@@ -69,7 +69,5 @@ class RewardConfig:
     """Engine, layout and micro-batch size where the reward is a model."""
 
     def __post_init__(self) -> None:
-        if self.function is not None and self.model is not None:
-            raise ValueError(f"reward: both function={self.function!r} and a model are set; choose one")
         if self.num_tasks < 1:
-            raise ValueError(f"reward.num_tasks is {self.num_tasks}; use at least 1")
+            raise ValueError(f"reward.num_tasks (or cost.num_tasks) is {self.num_tasks}; use at least 1")

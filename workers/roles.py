@@ -114,3 +114,18 @@ class Reward(Worker):
     @abstractmethod
     def compute_reward(self, batch: Batch) -> Batch:
         """One reward for every response, and the function's further numbers."""
+
+
+class Cost(Worker):
+    """What the policy must not exceed (Safe-RLHF): a Python function or a model, harmful above 0 if it was trained as one."""
+
+    @remote(
+        THREE_D,
+        reads=("prompt_ids", "response_ids", "finish_reason"),
+        optional=("extras",),
+        writes=("costs", "cost_metrics"),
+        balance="num_tokens",
+    )
+    @abstractmethod
+    def compute_cost(self, batch: Batch) -> Batch:
+        """One cost for every response, and the function's further numbers."""

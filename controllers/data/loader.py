@@ -32,10 +32,14 @@ class PromptLoader:
         return self
 
     def __next__(self) -> PromptBatch:
+        return self.take(self.config.batch_size)
+
+    def take(self, num_prompts: int) -> PromptBatch:
+        """The next prompts of the stream, as many as asked for."""
         rows, uids, taken = [], [], 0
-        while taken < self.config.batch_size:
+        while taken < num_prompts:
             epoch, start = divmod(self.position + taken, len(self.dataset))
-            part = self.order(epoch)[start : start + self.config.batch_size - taken]
+            part = self.order(epoch)[start : start + num_prompts - taken]
             rows.append(part)
             uids.append(part + epoch * len(self.dataset))
             taken += len(part)

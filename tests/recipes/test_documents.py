@@ -57,7 +57,9 @@ def test_modules_and_targets_that_are_run_exist(page: Path) -> None:
     text = page.read_text()
     for module in re.findall(r"python -m ([\w.]+)", text):
         path = ROOT / Path(*module.split("."))
-        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page.name}: {module}"
+        assert any(found.exists() for found in (path.with_suffix(".py"), path / "__main__.py", path.with_suffix(".yaml"))), (
+            f"{page.name}: {module}"
+        )
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"(?:^ {4}|`)make (\w+)", text, re.MULTILINE)) <= set(targets), page.name
 

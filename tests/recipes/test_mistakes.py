@@ -172,7 +172,7 @@ def test_metrics_go_on_at_the_step_of_the_checkpoint(tmp_path: Path) -> None:
 
 def test_the_command_in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["recipes/ppo.py", "nonsense.setting=1"])
+    monkeypatch.setattr(sys, "argv", ["recipes.ppo", "nonsense.setting=1"])
     with pytest.raises(SystemExit) as exit:
         recipe("ppo")()
     assert exit.value.code == 2

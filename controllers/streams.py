@@ -1,0 +1,47 @@
+"""Streams: what a step may draw besides the prompts that it is given. An entry of ALGORITHMS names the ones that its page asks for.
+
+Positions are part of the loop's checkpoint, so that a resumed run draws what the undisturbed one would have drawn.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from controllers.data import PromptBatch, PromptLoader
+from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
+
+
+class Stream(Protocol):
+    """self.prompts.take(3)"""
+
+    def take(self, num_rows: int) -> Batch:
+        """The next rows."""
+
+
+class PromptStream:
+    """The prompts of the run: the loop takes a step's from it, and a step that needs further ones (DAPO) goes on where that ended."""
+
+    def __init__(self, loader: PromptLoader, samples_per_prompt: int) -> None:
+        self.loader, self.samples_per_prompt = loader, samples_per_prompt
+
+    def take(self, num_rows: int) -> Batch:
+        """The next num_rows prompts, each samples_per_prompt times."""
+        return to_batch(self.loader.take(num_rows)).repeat(self.samples_per_prompt)
+
+
+class NoStream:
+    """For tracing, which draws nothing."""
+
+    def take(self, num_rows: int) -> Batch:
+        raise ValueError(
+            "the step draws from a stream while it is traced; put what depends on numbers into a function marked @on_controller"
+        )
+
+
+def to_batch(prompts: PromptBatch) -> Batch:
+    """The dataset's rows as the runtime's columns."""
+    names = list(prompts.extras)
+    rows = [dict(zip(names, values, strict=True)) for values in zip(*prompts.extras.values(), strict=True)] if names else None
+    extras = rows if rows is not None else [{} for _ in prompts.prompt_ids]
+    return Batch.of(prompt_ids=Ragged.of(prompts.prompt_ids), uid=prompts.uid, extras=extras)

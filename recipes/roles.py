@@ -1,0 +1,84 @@
+"""The roles that a run can have, by name: which worker plays each and where its settings stand.
+
+An algorithm's entry (controllers/__init__.py) names the ones that it uses. A new role is a line in ROLES and a field of RunConfig.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from controllers import algorithm_entry
+from hybridflow.batch import Batch
+from hybridflow.worker import Worker
+from recipes.config import RunConfig
+from workers.actor import ActorWorker
+from workers.critic import CriticWorker
+from workers.engines.base import Head
+from workers.reference import ReferenceWorker
+from workers.reward import cost_worker, reward_worker
+from workers.role_config import RewardConfig
+
+
+class NoReference:
+    """Stands for a reference that no coefficient asks for: its column is simply not there."""
+
+    def compute_ref_log_prob(self, batch: Batch) -> Batch:
+        return Batch({}, len(batch))
+
+
+def always(config: RunConfig) -> bool:
+    return True
+
+
+def uses_reference(config: RunConfig) -> bool:
+    return config.algorithm.needs_reference or config.actor.loss.kl_coefficient != 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoleKind:
+    """How a role comes into being."""
+
+    settings: Callable[[RunConfig], Any]
+    worker: Callable[[Any], type[Worker]]
+    """Its class, given those settings."""
+    head: Head
+    """Of its model, where it has one."""
+    needed: Callable[[RunConfig], bool] = always
+    absent: Callable[[], Any] | None = None
+    """What stands in its place where it is not needed."""
+
+
+def _with_tokenizer(config: RunConfig, reward: RewardConfig) -> RewardConfig:
+    return replace(reward, tokenizer=config.model.tokenizer or config.model.path)
+
+
+ROLES: dict[str, RoleKind] = {
+    "actor": RoleKind(settings=lambda config: config.actor, worker=lambda _: ActorWorker, head=Head.lm),
+    "critic": RoleKind(settings=lambda config: config.critic, worker=lambda _: CriticWorker, head=Head.value),
+    "cost_critic": RoleKind(settings=lambda config: config.cost_critic, worker=lambda _: CriticWorker, head=Head.value),
+    "reference": RoleKind(
+        settings=lambda config: config.reference,
+        worker=lambda _: ReferenceWorker,
+        head=Head.lm,
+        needed=uses_reference,
+        absent=NoReference,
+    ),
+    "teacher": RoleKind(settings=lambda config: config.teacher, worker=lambda _: ReferenceWorker, head=Head.lm),
+    "reward": RoleKind(settings=lambda config: _with_tokenizer(config, config.reward), worker=reward_worker, head=Head.score),
+    "cost": RoleKind(settings=lambda config: _with_tokenizer(config, config.cost), worker=cost_worker, head=Head.score),
+}
+
+
+def role_names(config: RunConfig) -> tuple[str, ...]:
+    """The algorithm's roles, and the reward that validation scores with, whether the algorithm reads it or not."""
+    names = algorithm_entry(config.algorithm.name).roles
+    return names if "reward" in names or not config.data.validation else (*names, "reward")
+
+
+def role_kind(name: str) -> RoleKind:
+    """An entry that names an unknown role is our bug or an extension's: it lists the known ones."""
+    if name not in ROLES:
+        raise ValueError(f"role {name!r} of an algorithm is unknown; known: {', '.join(ROLES)}; add it to recipes/roles.py")
+    return ROLES[name]
