@@ -176,7 +176,9 @@ class Batch(Mapping[str, Value]):
             return NotImplemented
         twice = [name for name in other._entries if name in self._entries and other._entries[name] is not self._entries[name]]
         if twice:
-            raise ValueError(f"batch: columns {twice} are in both; rename or drop them in one")
+            writers = {name: [*_writers(self._entries[name]), *_writers(other._entries[name])] for name in twice}
+            known = "".join(f"; {name} is written by {' and '.join(calls)}" for name, calls in writers.items() if calls)
+            raise ValueError(f"batch: columns {twice} are in both; rename or drop them in one{known}")
         if self._entries and other._entries and self._num_rows != other._num_rows:
             raise ValueError(f"batch: {self._num_rows} rows | {other._num_rows} rows; both must have the same rows")
         return Batch({**self._entries, **other._entries}, self._num_rows if self._entries else other._num_rows)
@@ -233,6 +235,11 @@ class Batch(Mapping[str, Value]):
         if name not in self._entries:
             raise ValueError(f"batch: no column {name!r}; it has {', '.join(self._entries) or 'none'}")
         return self._entries[name]
+
+
+def _writers(entry: Entry) -> list[str]:
+    """The calls that would write it, in a traced step."""
+    return list(dict.fromkeys(piece.ref.writer for piece in entry.pieces if isinstance(piece.ref, store.Abstract)))
 
 
 def _rows_of_pieces(entry: Entry) -> tuple[list[tuple[Piece, np.ndarray]], np.ndarray | None]:

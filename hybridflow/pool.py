@@ -225,6 +225,8 @@ class RayPool(ResourcePool):
 
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=self._bundles[context.rank])
         env = {"OMP_NUM_THREADS": str(context.num_threads), "TOKENIZERS_PARALLELISM": "false"}
+        # torch's native code warns of what nobody can change (a binding to NUMA nodes, once per process).
+        env["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
         env |= {**(KEEP_FREED_MEMORY if self.spec.device == "cpu" else {}), **dict(self.spec.env)}
         roles = "+".join(self.spec.roles)
         options: dict[str, Any] = {

@@ -25,6 +25,22 @@ class Held:
         self.stored: Any = None
 
 
+class Abstract(Held):
+    """Stands for a block that does not exist (an algorithm that is traced): it knows which call would write it."""
+
+    __slots__ = ("writer",)
+
+    def __init__(self, writer: str) -> None:
+        self.writer = writer
+
+    @property
+    def block(self) -> Block:  # type: ignore[override]
+        raise ValueError(
+            f"the step reads a column of {self.writer} on the controller while it is traced; "
+            "put what depends on numbers into a function marked @on_controller(reads=..., writes=...)"
+        )
+
+
 Ref = Any
 """Held, or ray.ObjectRef to a Block."""
 

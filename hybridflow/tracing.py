@@ -16,32 +16,16 @@ from typing import Any, ParamSpec, cast, get_type_hints
 import numpy as np
 
 from hybridflow.batch import Batch, Entry, Piece
-from hybridflow.columns import Block, declared
+from hybridflow.columns import declared
 from hybridflow.dataflow import Call, CallKind, Dataflow
 from hybridflow.results import Metrics
-from hybridflow.store import Held
+from hybridflow.store import Abstract
 from hybridflow.worker import Remote, Worker, remote_methods
 
 P = ParamSpec("P")
 
 NUM_ROWS = 4
 """Rows of an abstract batch; any number would do."""
-
-
-class Abstract(Held):
-    """Stands for a block that does not exist: it knows which call would write it."""
-
-    __slots__ = ("writer",)
-
-    def __init__(self, writer: str) -> None:
-        self.writer = writer
-
-    @property
-    def block(self) -> Block:  # type: ignore[override]
-        raise ValueError(
-            f"the step reads a column of {self.writer} on the controller while it is traced; "
-            "put what depends on numbers into a function marked @on_controller(reads=..., writes=...)"
-        )
 
 
 @dataclass(slots=True)

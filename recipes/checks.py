@@ -124,12 +124,30 @@ def _check_generation_sizes(model: ModelConfig, config: GenerationConfig) -> Non
     if heads % config.tp:
         fitting = [size for size in range(1, heads + 1) if heads % size == 0]
         raise ValueError(f"generation.tp is {config.tp}, which does not divide the model's {heads} attention heads; use one of {fitting}")
-    limit, needed = config.max_model_len or found.max_position_embeddings, config.sampling.max_response_tokens
+    (limit, source), needed = _most_tokens(model, config), config.sampling.max_response_tokens
     if needed >= limit:
         raise ValueError(
-            f"generation.sampling.max_response_tokens is {needed}, which leaves no room for a prompt in {limit} tokens "
-            f"({'generation.max_model_len' if config.max_model_len else 'the limit of the model'}); lower it"
+            f"generation.sampling.max_response_tokens is {needed}, which leaves no room for a prompt in {limit} tokens ({source}); lower it"
         )
+
+
+def check_prompts(field: str, longest_prompt_tokens: int, config: ActorConfig) -> None:
+    """Whether the longest prompt of `field` (data.train, data.validation) fits the engine together with its response."""
+    limit, source = _most_tokens(config.model, config.generation)
+    room = limit - config.generation.sampling.max_response_tokens
+    if longest_prompt_tokens > room:
+        raise ValueError(
+            f"{field}: its longest prompt has {longest_prompt_tokens} tokens, and beside "
+            f"actor.generation.sampling.max_response_tokens={config.generation.sampling.max_response_tokens} there is room for {room} in "
+            f"{limit} tokens ({source}); lower it, raise the limit, or set data.max_prompt_tokens={room} to drop longer prompts"
+        )
+
+
+def _most_tokens(model: ModelConfig, config: GenerationConfig) -> tuple[int, str]:
+    """Tokens that prompt and response may have together, and who says so."""
+    if config.max_model_len:
+        return config.max_model_len, "actor.generation.max_model_len"
+    return model_config(model, Head.lm).get_text_config().max_position_embeddings, "the limit of the model"
 
 
 def check_resume(resume: str) -> None:

@@ -26,7 +26,7 @@ from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
 from hybridflow.tracing import draw, trace, traced_roles
 from hybridflow.waiting import CALLS
 from hybridflow.worker import Worker
-from recipes.checks import check_model, check_resume, check_settings
+from recipes.checks import check_model, check_prompts, check_resume, check_settings
 from recipes.config import Device, Placement, RunConfig, Runtime
 from recipes.roles import role_kind, role_names
 from workers.roles import TrainedRole
@@ -55,6 +55,9 @@ def run(config: RunConfig) -> Outcome | None:
     tokenizer = load_tokenizer(config.model)
     train = PromptDataset.load(config.data, config.data.train, tokenizer)
     validation = PromptDataset.load(config.data, config.data.validation, tokenizer) if config.data.validation else None
+    for field, dataset in (("data.train", train), ("data.validation", validation)):
+        if dataset is not None:
+            check_prompts(field, dataset.longest_prompt_tokens, config.actor)
     if config.dry_run:
         print(describe(config, roles, dataflow))
         return None

@@ -68,6 +68,10 @@ class PromptDataset:
     def num_tokens(self) -> int:
         return int(self._token_ends[-1])
 
+    @property
+    def longest_prompt_tokens(self) -> int:
+        return int(np.diff(self._token_ends, prepend=0).max())
+
     def rows(self, index: Sequence[int] | np.ndarray, uid: np.ndarray | None = None) -> PromptBatch:
         """The given rows in the given order; `uid` is the row's number where it is not given."""
         row = np.asarray(index, dtype=np.int64)

@@ -105,7 +105,7 @@ def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_m
         "python", "-m", "recipes.ppo", f"model.path={model}", f"data.train={data}", "data.batch_size=8", "num_devices=2",
         "reward.function=tests.runtime.rewards:unhurried", "actor.train.precision=fp32", "actor.generation.precision=fp32",
         "actor.generation.max_model_len=64", "actor.generation.kv_cache_bytes=16777216", "actor.generation.sampling.max_response_tokens=8",
-        "loop.num_steps=40", "metrics.prometheus=true", "metrics.run=job", f"output_dir={tmp_path / 'out'}",
+        "loop.num_steps=24", "metrics.prometheus=true", "metrics.run=job", f"output_dir={tmp_path / 'out'}",
     ]  # fmt: skip
     head.ray("job", "submit", "--working-dir", ".", "--no-wait", "--submission-id", "first", "--", *command)
     expected = {"ray_hybridflow_train_reward_mean", "ray_hybridflow_train_actor_grad_norm", "ray_hybridflow_train_seconds_step"}
@@ -118,9 +118,9 @@ def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_m
     wait_until(lambda: "RUNNING" not in head.ray("job", "status", "first"), 150)
     logs = head.ray("job", "logs", "first")
     assert "succeeded" in head.ray("job", "status", "first"), logs
-    assert "step 40/40 | reward/mean" in logs
-    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 40
-    assert (tmp_path / "out" / "checkpoints" / "step-00000040" / "huggingface" / "model.safetensors").exists()
+    assert "step 24/24 | reward/mean" in logs
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 24
+    assert (tmp_path / "out" / "checkpoints" / "step-00000024" / "huggingface" / "model.safetensors").exists()
 
 
 JOIN = """

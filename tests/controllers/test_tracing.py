@@ -97,7 +97,8 @@ def test_a_column_written_twice_is_named() -> None:
         batch |= roles.critic.compute_values(batch)
         batch |= roles.critic.compute_values(batch)
 
-    with pytest.raises(ValueError, match=r"columns \['values'\] are in both; rename or drop them in one"):
+    writers = "values is written by critic.compute_values and critic.compute_values#2"
+    with pytest.raises(ValueError, match=r"columns \['values'\] are in both; rename or drop them in one; " + writers):
         trace_step(step)
 
 

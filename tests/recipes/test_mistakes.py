@@ -61,6 +61,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["actor.generation.sampling.max_response_tokens=256"],
         "max_response_tokens is 256, which leaves no room for a prompt in 256 tokens .the limit of the model",
     ),
+    "prompts longer than the engine": (
+        ["actor.generation.max_model_len=9", "actor.generation.sampling.max_response_tokens=8"],
+        r"data.train: its longest prompt has \d+ tokens, and beside .*=8 there is room for 1 in 9 tokens .actor.generation.max_model_len",
+    ),
     "epochs": (["actor.num_epochs=0"], "actor.num_epochs is 0; use at least 1"),
     "no checkpoint": (["loop.resume=/no/such"], "loop.resume is '/no/such', which is no checkpoint"),
     "reward twice": (["reward.model.path=x"], "reward: both function='tests.recipes.rewards:plain' and a model are set; choose one"),

@@ -7,7 +7,10 @@ Quantized checkpoints and adapters are left out.
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -22,6 +25,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from hybridflow.context import RankContext
@@ -127,19 +131,35 @@ def load_pretrained(config: ModelConfig, head: Head) -> PreTrainedModel:
     """The model in float32 on the CPU; ValueError for a path, an architecture or weights that do not fit."""
     hf_config = model_config(config, head)
     try:
-        model, info = _auto_class(head).from_pretrained(
-            config.path,
-            config=hf_config,
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            dtype=torch.float32,
-            attn_implementation=_attention(config),
-            output_loading_info=True,
-        )
+        with _own_report():
+            model, info = _auto_class(head).from_pretrained(
+                config.path,
+                config=hf_config,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                dtype=torch.float32,
+                attn_implementation=_attention(config),
+                output_loading_info=True,
+            )
     except (OSError, RuntimeError, ImportError) as error:
         raise ValueError(f"model.path is {config.path!r}: its weights cannot be loaded; {error}") from error
     _check_keys(config, head, model, info)
     return model
+
+
+@contextmanager
+def _own_report() -> Iterator[None]:
+    """Without transformers' report of missing and unused weights, which _check_keys judges, and without a progress bar in a log file."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def build_on_meta(config: ModelConfig, head: Head) -> PreTrainedModel:
