@@ -223,15 +223,21 @@ def _first_lines(error: Exception) -> str:
 
 def _settle(error: WorkerError, pending: Sequence[Pending]) -> str:
     """Gives the failed rank's peers a grace period. Returns the deaths that came to light; if there are none and peers still wait for
-    the failed rank (in a collective, for ever), their pool is killed."""
+    the failed rank (in a collective, for ever), their pools are killed.
+
+    Peers are the pool's other ranks, and calls of the same method in other pools: pools that work together (on a transfer of weights,
+    say) do so in methods of one name.
+    """
     import ray
 
-    peers = [call for call in pending if call.pool == error.where.pool]
+    peers = [call for call in pending if call.pool == error.where.pool or call.method == error.where.method]
     replies = [reply for call in peers for reply in call.replies]
     _, waiting = ray.wait(replies, num_returns=len(replies), timeout=GRACE_S) if replies else ([], [])
     deaths = _deaths(peers)
     if waiting and not deaths:
-        peers[0].kill(f"its ranks wait for a rank that failed: {error.where}: {error.cause}")
+        stuck = {call.pool: call for call in peers if not set(waiting).isdisjoint(call.replies)}
+        for call in stuck.values():
+            call.kill(f"its ranks wait for a rank that failed: {error.where}: {error.cause}")
     return deaths
 
 

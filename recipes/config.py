@@ -43,6 +43,7 @@ class PoolConfig:
 
     num_devices: int = 1
     roles: list[str] = field(default_factory=list)
+    """The algorithm's roles, and `generation`: the actor then trains in one pool and generates in another."""
 
 
 NO_MODEL = ""

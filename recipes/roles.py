@@ -19,6 +19,7 @@ from workers.engines.base import Head
 from workers.reference import ReferenceWorker
 from workers.reward import cost_worker, reward_worker
 from workers.role_config import RewardConfig
+from workers.split_actor import GenerationWorker
 
 
 class NoReference:
@@ -54,8 +55,12 @@ def _with_tokenizer(config: RunConfig, reward: RewardConfig) -> RewardConfig:
     return replace(reward, tokenizer=config.model.tokenizer or config.model.path)
 
 
+GENERATION = "generation"
+"""In a pool's roles: the actor generates there and trains where the role actor is."""
+
 ROLES: dict[str, RoleKind] = {
     "actor": RoleKind(settings=lambda config: config.actor, worker=lambda _: ActorWorker, head=Head.lm),
+    GENERATION: RoleKind(settings=lambda config: config.actor, worker=lambda _: GenerationWorker, head=Head.lm),
     "critic": RoleKind(settings=lambda config: config.critic, worker=lambda _: CriticWorker, head=Head.value),
     "cost_critic": RoleKind(settings=lambda config: config.cost_critic, worker=lambda _: CriticWorker, head=Head.value),
     "reference": RoleKind(

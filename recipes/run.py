@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +28,9 @@ from hybridflow.waiting import CALLS
 from hybridflow.worker import Worker
 from recipes.checks import check_model, check_prompts, check_resume, check_settings
 from recipes.config import Device, Placement, RunConfig, Runtime
-from recipes.roles import role_kind, role_names
-from workers.roles import TrainedRole
+from recipes.roles import GENERATION, role_kind, role_names
+from workers.roles import Actor, TrainedRole
+from workers.split_actor import SplitActor, SplitPolicyWorker
 
 LOGGER = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def run(config: RunConfig) -> Outcome | None:
         )
         tracker = stack.enter_context(start_tracker(config, directory, store))
         pools = {name: stack.enter_context(start_pool(config, cluster, name, roles)) for name in dict.fromkeys(r.pool for r in roles)}
-        handles: dict[str, Any] = {role.name: spawn(role.worker, pools[role.pool], role.config, role=role.name) for role in roles}
+        handles = spawn_roles(roles, pools)
         handles |= stand_ins(config, handles)
         prompts = PromptLoader(train, config.data)
         streams = {"prompts": PromptStream(prompts, config.algorithm.samples_per_prompt)}
@@ -91,17 +92,27 @@ def run(config: RunConfig) -> Outcome | None:
         return outcome
 
 
+def spawn_roles(roles: Sequence[Role], pools: Mapping[str, ResourcePool]) -> dict[str, Any]:
+    """A handle for every role; an actor whose generation has a pool of its own is still one handle."""
+    handles: dict[str, Any] = {role.name: spawn(role.worker, pools[role.pool], role.config, role=role.name) for role in roles}
+    pool_of = {role.name: pools[role.pool] for role in roles}
+    if GENERATION in handles:
+        handles["actor"] = SplitActor.of(handles["actor"], handles.pop(GENERATION), pool_of["actor"], pool_of[GENERATION])
+    return handles
+
+
 def place(config: RunConfig) -> list[Role]:
     """Every role of the algorithm with its worker, settings and pool."""
     pool_of = _pools(config)
     roles = []
-    for name in role_names(config):
+    for name in (*role_names(config), *([GENERATION] if GENERATION in pool_of else [])):
         kind = role_kind(name)
         if not kind.needed(config):
             LOGGER.info("no %s model: no coefficient asks for it", name)
             continue
         settings = kind.settings(config)
-        roles.append(Role(name=name, worker=kind.worker(settings), config=settings, pool=pool_of[name]))
+        worker = SplitPolicyWorker if name == "actor" and GENERATION in pool_of else kind.worker(settings)
+        roles.append(Role(name=name, worker=worker, config=settings, pool=pool_of[name]))
     sizes = pool_sizes(config)
     for role in roles:
         check_settings(role.name, role.config)
@@ -114,7 +125,8 @@ def check_models(config: RunConfig, roles: Sequence[Role]) -> None:
     """Every model's directory has a configuration, and its layouts fit it; no weights are read."""
     sizes = pool_sizes(config)
     for role in roles:
-        check_model(role.name, role.config, role_kind(role.name).head, sizes[role.pool])
+        if role.name != GENERATION:  # the model is the actor's, and checked with it
+            check_model(role.name, role.config, role_kind(role.name).head, sizes[role.pool])
 
 
 def stand_ins(config: RunConfig, placed: Container[str]) -> dict[str, Any]:
@@ -126,6 +138,7 @@ def stand_ins(config: RunConfig, placed: Container[str]) -> dict[str, Any]:
 def _pools(config: RunConfig) -> dict[str, str]:
     """Role -> name of its pool."""
     names = role_names(config)
+    may_be_placed = (*names, *([GENERATION] if "actor" in names else []))
     if config.placement is Placement.auto:
         raise ValueError(
             "placement=auto: the mapper does not place runs yet; see what it advises with python -m recipes.plan, "
@@ -141,12 +154,18 @@ def _pools(config: RunConfig) -> dict[str, str]:
     for pool, settings in config.pools.items():
         for role in settings.roles:
             owners.setdefault(role, []).append(pool)
-    unknown = sorted(set(owners) - set(names))
+    unknown = sorted(set(owners) - set(may_be_placed))
     wrong = {role: owners.get(role, []) for role in names if len(owners.get(role, [])) != 1}
+    wrong |= {role: pools for role, pools in owners.items() if len(pools) > 1}
     if unknown or wrong:
         raise ValueError(
             f"pools: every role of {config.algorithm.name} ({', '.join(names)}) must be in exactly one pool; "
             f"unknown roles {unknown}, roles with their pools {wrong}"
+        )
+    if GENERATION in owners and owners[GENERATION] == owners["actor"]:
+        raise ValueError(
+            f"pools.{owners['actor'][0]}.roles names both actor and {GENERATION}: an actor generates in its own pool anyway; "
+            f"leave {GENERATION} out, or give it another pool"
         )
     return {role: pools[0] for role, pools in owners.items()}
 
@@ -172,7 +191,10 @@ def pool_sizes(config: RunConfig) -> dict[str, int]:
 
 def check_dataflow(config: RunConfig, roles: Sequence[Role]) -> Dataflow:
     """Runs the algorithm's step on abstract batches: a column that nobody writes is found before anything starts."""
-    traced, recorder = traced_roles({role.name: role.worker for role in roles})
+    workers = {role.name: role.worker for role in roles}
+    if workers.pop(GENERATION, None) is not None:
+        workers["actor"] = Actor
+    traced, recorder = traced_roles(workers)
     algorithm = create_algorithm(config.algorithm.name, traced | stand_ins(config, traced), config.algorithm)
     return trace(config.algorithm.name, algorithm.step, INPUTS, recorder)
 

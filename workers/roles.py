@@ -6,6 +6,7 @@ Controllers are written against these classes; workers/actor.py and its neighbou
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 
 from hybridflow.batch import Batch
 from hybridflow.dataflow import CallKind
@@ -14,6 +15,8 @@ from hybridflow.results import Metrics
 from hybridflow.worker import Worker, remote
 from workers import columns as columns  # declares every column named below
 from workers.generation.config import SamplingConfig
+
+TO_ALL_GENERATORS = replace(ONE_TO_ALL, name="TO_ALL_GENERATORS", layout="generation")
 
 
 class TrainedRole(Worker):
@@ -39,19 +42,8 @@ class TrainedRole(Worker):
         raise NotImplementedError
 
 
-class Actor(TrainedRole):
-    """The policy."""
-
-    @remote(
-        THREE_D_ALL_MICRO_DP,
-        reads=("prompt_ids", "uid"),
-        optional=("sample", "max_response_tokens"),
-        writes=("response_ids", "rollout_log_probs", "finish_reason", "num_tokens", "weight_version"),
-        kind=CallKind.generation,
-    )
-    @abstractmethod
-    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None) -> Batch:
-        """One response for every row, by the generation engine under the actor's latest weights; sampling None: the configured one."""
+class Policy(TrainedRole):
+    """The half of the actor that trains."""
 
     @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("log_probs",), balance="num_tokens")
     @abstractmethod
@@ -69,6 +61,59 @@ class Actor(TrainedRole):
     @abstractmethod
     def update_actor(self, batch: Batch) -> Metrics:
         """One optimizer step for every mini-batch and epoch."""
+
+
+class Generator(Worker):
+    """The half of the actor that generates."""
+
+    @remote(
+        THREE_D_ALL_MICRO_DP,
+        reads=("prompt_ids", "uid"),
+        optional=("sample", "max_response_tokens"),
+        writes=("response_ids", "rollout_log_probs", "finish_reason", "num_tokens", "weight_version"),
+        kind=CallKind.generation,
+    )
+    @abstractmethod
+    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None) -> Batch:
+        """One response for every row, by the generation engine under the actor's latest weights; sampling None: the configured one."""
+
+
+class Actor(Policy, Generator):
+    """The policy: one model that generates and is trained. One worker has both halves, or each has a pool (workers/split_actor.py)."""
+
+
+class SplitPolicy(Policy):
+    """The training half in a pool of its own."""
+
+    @remote(ONE_TO_ALL)
+    @abstractmethod
+    def open_meeting(self, host: str, num_ranks: int) -> str:
+        """Where the ranks of both pools find each other: rank 0 listens on `host`, the others return ""."""
+
+    @remote(ONE_TO_ALL)
+    @abstractmethod
+    def join(self, meeting: str, num_ranks: int, host: str, timeout_s: float) -> None:
+        """Enters the group of both pools; started on both sides before either is waited for. host "": this machine's address.
+        `timeout_s`: of the group's operations."""
+
+    @remote(ONE_TO_ALL)
+    @abstractmethod
+    def sync_weights(self) -> dict[str, float]:
+        """Sends the weights; started on both sides before either is waited for. Metrics of each rank."""
+
+
+class SplitGenerator(Generator):
+    """The generation half in a pool of its own."""
+
+    @remote(TO_ALL_GENERATORS)
+    @abstractmethod
+    def join(self, meeting: str, num_ranks: int, host: str, timeout_s: float) -> None:
+        """See SplitPolicy.join."""
+
+    @remote(TO_ALL_GENERATORS)
+    @abstractmethod
+    def sync_weights(self) -> dict[str, float]:
+        """Receives the weights and checks them; see SplitPolicy.sync_weights."""
 
 
 class Critic(TrainedRole):

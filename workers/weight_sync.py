@@ -1,19 +1,26 @@
 """WeightSync: the actor's weights from the training layout into the generation engine, compiled once, attested every time.
 
-Leaves out what the generation engine does with the weights it is given (its sink: workers/generation/).
+A rank trains, generates, or does both: with both engines in one pool the group is the pool, otherwise it spans two pools and every
+rank brings the side that it has. Leaves out what the generation engine does with the weights it is given (its sink:
+workers/generation/).
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from hybridflow.resharding import AttestationError, Attestor, Executor, ShardMap, compile, verify
+from hybridflow.resharding import AttestationError, Attestor, Executor, ParameterSpec, Plan, ShardMap, compile, compile_cached, verify
+from hybridflow.resharding.transport import rank_in
 from workers.engines.base import TrainingEngine
 from workers.generation.base import GenerationEngine
 from workers.generation.sink import WeightSink
@@ -21,14 +28,21 @@ from workers.sequences import Sequences
 
 BUCKET_BYTES = 64 << 20
 PROBE_TOKENS = 24
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hybridflow" / "plans"
+"""Where compiled plans are kept; safe to delete."""
+WORTH_KEEPING_ROWS = 20_000
+"""Boxes in both shard maps from which on a plan is kept on disk: a smaller one is compiled in less than a second."""
 LOGGER = logging.getLogger(__name__)
+MakeSink = Callable[[Sequence[ParameterSpec]], WeightSink]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncReport:
-    """What one sync cost and how well the two engines agree."""
+    """What one sync cost this rank, and how well the two engines agree; where the rank only trains, commit and gap are 0."""
 
     seconds: float
+    prepare_s: float
+    """Shard maps, plan and buffers: the first time only."""
     transfer_s: float
     attest_s: float
     commit_s: float
@@ -39,63 +53,102 @@ class SyncReport:
 
 
 class WeightSync:
-    """sync = WeightSync(engine, generator, sink, probe_tolerance=1e-3, vocab_size=32000); report = sync.run(version)"""
+    """sync = WeightSync(engine, generator, make_sink, probe_tolerance=1e-3, vocab_size=32000); report = sync.run(version)"""
 
     def __init__(
-        self, engine: TrainingEngine, generator: GenerationEngine, sink: WeightSink, *, probe_tolerance: float, vocab_size: int
+        self,
+        engine: TrainingEngine | None,
+        generator: GenerationEngine | None,
+        make_sink: MakeSink | None = None,
+        *,
+        probe_tolerance: float,
+        vocab_size: int,
+        node: str = "",
+        group: dist.ProcessGroup | None = None,
     ) -> None:
+        """`group`: all ranks of both sides, those that train first (None: the pool). `node`: this rank's machine."""
         self.engine = engine
         self.generator = generator
-        self.sink = sink
+        self.group = group
+        self.node = node
         self.probe_tolerance = probe_tolerance
         self.probe = np.random.default_rng(0).integers(0, vocab_size, PROBE_TOKENS)
+        self.sink: WeightSink | None = None
+        self.last: SyncReport | None = None
+        self._make_sink = make_sink
         self._executor: Executor | None = None
 
-    def _prepare(self) -> tuple[Executor, Attestor]:
-        sources, destinations = self.engine.local_parameters(), self.sink.destinations()
-        source, target = ShardMap.gather(sources), ShardMap.gather(destinations)
-        plan = compile(source, target, bucket_bytes=BUCKET_BYTES)
-        self.certificate = verify(plan)
-        if dist.get_rank() == 0:
-            LOGGER.info("resharding plan\n%s", self.certificate)
-        return Executor(plan, sources, destinations), Attestor(plan.source, sources, plan.target, destinations)
+    def run(self, version: int = 0) -> SyncReport:
+        """Moves, attests, commits and probes; raises AttestationError where the two sides differ. Collective over the group.
 
-    def run(self, version: int) -> SyncReport:
-        """Moves, attests, commits and probes; raises AttestationError where the two sides differ. Collective."""
-        started = time.perf_counter()
+        `version` counts where the rank trains. A rank that only trains is done when its weights have arrived and were attested.
+        """
+        times = [time.perf_counter()]
         if self._executor is None:
             self._executor, self._attestor = self._prepare()
+        times.append(time.perf_counter())
+        version, expected = self._announce(version)
+        times.append(time.perf_counter())
         report = self._executor.run()
-        moved = time.perf_counter()
-        self._attestor.run()
-        attested = time.perf_counter()
-        self.sink.commit(version)
-        committed = time.perf_counter()
-        gap = self._probe()
-        ended = time.perf_counter()
-        return SyncReport(
-            seconds=ended - started,
-            transfer_s=moved - started,
-            attest_s=attested - moved,
-            commit_s=committed - attested,
-            probe_s=ended - committed,
+        times.append(time.perf_counter())
+        verdict = self._attestor.start()
+        times.append(time.perf_counter())
+        if self.sink is not None:
+            # The verdict travels meanwhile; nothing is generated before it is in.
+            self.sink.commit(version)
+        times.append(time.perf_counter())
+        verdict.finish()
+        times.append(time.perf_counter())
+        gap = self._probe(expected) if self.generator is not None else 0.0
+        times.append(time.perf_counter())
+        prepare, announce, transfer, sums, commit, compare, score = np.diff(times).tolist()
+        self.last = SyncReport(
+            seconds=times[-1] - times[0],
+            prepare_s=prepare,
+            transfer_s=transfer,
+            attest_s=sums + compare,
+            commit_s=commit,
+            probe_s=announce + score,
             received_bytes=report.received_bytes,
             probe_gap=gap,
         )
+        return self.last
 
-    def _probe(self) -> float:
-        """Scores one fixed sequence on both sides; every rank takes part and learns the largest gap."""
-        tokens = torch.from_numpy(self.probe)
-        length = torch.tensor([len(tokens)])
-        outputs = self.engine.forward(Sequences(token_ids=tokens, lengths=length, scored_lengths=length - 1))
+    def make_sink(self, parameters: Sequence[ParameterSpec]) -> WeightSink:
+        """The sink for the trainer's parameters; made once."""
+        if self.sink is None:
+            assert self._make_sink is not None, "a rank that generates has a sink"
+            self.sink = self._make_sink(parameters)
+        return self.sink
+
+    def _prepare(self) -> tuple[Executor, Attestor]:
+        sources = self.engine.local_parameters() if self.engine is not None else []
+        source = ShardMap.gather(sources, self.group)
+        destinations = self.make_sink(source.parameters).destinations() if self.generator is not None else []
+        plan = make_plan(source, ShardMap.gather(destinations, self.group), machines(self.node, self.group))
+        self.certificate = verify(plan)
+        if rank_in(self.group) == 0:
+            LOGGER.info("resharding plan\n%s", self.certificate)
+        return Executor(plan, sources, destinations, self.group), Attestor(plan.source, sources, plan.target, destinations, self.group)
+
+    def _announce(self, version: int) -> tuple[int, Tensor]:
+        """The trainer's version and its log-probs of the probe [tokens - 1], on every rank of the group."""
+        table = torch.zeros(PROBE_TOKENS, dtype=torch.float64)
+        if self.engine is not None:
+            tokens, length = torch.from_numpy(self.probe), torch.tensor([PROBE_TOKENS])
+            outputs = self.engine.forward(Sequences(token_ids=tokens, lengths=length, scored_lengths=length - 1))
+            layout = self.engine.layout
+            if rank_in(self.group) == layout.rank(pp=layout.axis_size("pp") - 1):
+                assert outputs is not None and outputs.log_probs is not None, "the last pipeline stage has the outputs"
+                table[0], table[1:] = version, outputs.log_probs.double().cpu()
+        dist.all_reduce(table, group=self.group)
+        return int(table[0]), table[1:].float()
+
+    def _probe(self, expected: Tensor) -> float:
+        """Scores one fixed sequence and holds it against the trainer's numbers; every rank that generates learns the largest gap."""
+        assert self.generator is not None
         scored = torch.from_numpy(self.generator.score(self.probe.tolist()))
-        # Only the last pipeline stage has the trainer's numbers; the others learn the gap by the reduction below.
-        gap = (
-            (outputs.log_probs.cpu() - scored).abs().mean()
-            if outputs is not None and outputs.log_probs is not None
-            else scored.new_zeros(())
-        )
-        gap = torch.nan_to_num(gap, nan=torch.inf).reshape(1)
+        gap = torch.nan_to_num((expected - scored).abs().mean(), nan=torch.inf).reshape(1)
         dist.all_reduce(gap, op=dist.ReduceOp.MAX)
         if float(gap) > self.probe_tolerance:
             raise AttestationError(
@@ -104,3 +157,18 @@ class WeightSync:
                 "engines' precisions explain it, raise actor.probe_tolerance; otherwise do not train on"
             )
         return float(gap)
+
+
+def make_plan(source: ShardMap, target: ShardMap, nodes: Sequence[int]) -> Plan:
+    """The plan between two maps; one that takes long to compile is kept on disk for the next run."""
+    if len(source.rank) + len(target.rank) < WORTH_KEEPING_ROWS:
+        return compile(source, target, bucket_bytes=BUCKET_BYTES, nodes=nodes)
+    return compile_cached(source, target, CACHE, bucket_bytes=BUCKET_BYTES, nodes=nodes)
+
+
+def machines(node: str, group: dist.ProcessGroup | None) -> list[int]:
+    """A number for the machine of every rank of the group, from the machines' addresses. Collective."""
+    everyone = [""] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, node, group=group)
+    number = {address: i for i, address in enumerate(dict.fromkeys(everyone))}
+    return [number[address] for address in everyone]

@@ -1,8 +1,8 @@
 """Attestation: after every sync both sides sum what they hold, and the sums must agree, parameter by parameter.
 
 The digest (digest.py) does not depend on the layout and is taken over the target's bits: the source is cast before it is summed.
-Replicas are compared too. Where all is well two small reductions suffice; only a mismatch gathers the details that name
-parameters and ranks.
+Replicas are compared too. Where all is well one small reduction suffices, which other work may overlap; only a mismatch gathers the
+details that name parameters and ranks.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from hybridflow.resharding.boxes import Ints, contains, disjoint_parts, intersections, with_dims
-from hybridflow.resharding.digest import BoxDigest
+from hybridflow.resharding.digest import BoxDigest, weights_of_ranks
 from hybridflow.resharding.memory import LocalMemory
 from hybridflow.resharding.shard_map import DTYPES, ShardMap
 from hybridflow.resharding.shards import LocalParameter
+from hybridflow.resharding.transport import rank_in
 
 _MOST_FAULTS = 20
 """Faults that an error lists."""
@@ -107,7 +109,7 @@ class Attestor:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self.group = group
-        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self.rank = rank_in(group)
         self.source, self.target = Parts.of(source), Parts.of(target)
         self._dtypes = {spec.name: spec.dtype for spec in target.parameters}
         self._source_parameters = [parameter for parameter in sources if parameter.name in self._dtypes]
@@ -115,23 +117,43 @@ class Attestor:
         self._sources = self.source.bind(self._source_parameters, self.rank, self._dtypes)
         self._held = self.target.bind(held, self.rank)
         holds = np.concatenate([self.source.holds, self.target.holds])
-        self._mine = holds[:, self.rank]
-        self._speaks = self._mine & (holds.argmax(axis=1) == self.rank)
+        self._speaks = (holds.argmax(axis=1) == self.rank) & holds[:, self.rank]
         """Parts whose first holder this rank is."""
+        self._share = replica_shares(holds, self.rank)
+        owner = {spec.name: i for i, spec in enumerate(self.target.shard_map.parameters)}
+        index = np.array([owner[spec.name] for spec in self.source.shard_map.parameters], dtype=np.int64)
+        self._parameter = np.concatenate([index[self.source.parameter], self.target.parameter])
+        """Of every part of both sides, index into the target's parameters."""
 
     def run(self) -> dict[str, int]:
         """Sum both sides now and compare. Collective."""
+        return self.start().finish()
+
+    def start(self) -> Verdict:
+        """Sum both sides now; the comparison is under way when this returns. Collective, and so is the verdict's finish()."""
+        values = np.concatenate([evaluate(self._sources, len(self.source.parameter)), evaluate(self._held, len(self.target.parameter))])
+        return Verdict(self, values)
+
+    def table(self, values: Ints) -> Ints:
+        """What this rank adds to the verdict, of one value per part: int64 [3, target's parameters].
+
+        Summed over ranks: the target's digests, what the source's exceed them by (0), and a sum over replicas' differences (0).
+        """
+        unsigned, count = values.view(np.uint64), len(self.source.parameter)
+        result = np.zeros((3, len(self.target.shard_map.parameters)), dtype=np.uint64)
+        spoken = np.where(self._speaks, unsigned, np.uint64(0))
+        np.add.at(result[0], self._parameter[count:], spoken[count:])
+        np.add.at(result[1], self._parameter[:count], spoken[:count])
+        result[1] -= result[0]
+        np.add.at(result[2], self._parameter, unsigned * self._share)
+        return result.view(np.int64)
+
+    def explain(self, values: Ints) -> list[str]:
+        """A line per fault; collective, after a verdict that is not good."""
         count = len(self.source.parameter)
-        values = np.concatenate([evaluate(self._sources, count), evaluate(self._held, len(self.target.parameter))])
-        first = self._all_reduce(np.where(self._speaks, values, 0))
-        source_sums, target_sums = self.source.sums(first[:count]), self.target.sums(first[count:])
-        equal = all(source_sums[name] == value for name, value in target_sums.items())
-        differing = int(self._all_reduce(np.array([(values != first)[self._mine].sum()]))[0])
-        if not equal or differing:
-            everyone = gather(values, self.group)
-            faults, names = differences(self.source, everyone[:, :count], self.target, everyone[:, count:])
-            raise _error(self._locate(names) or faults)
-        return target_sums
+        everyone = gather(values, self.group)
+        faults, names = differences(self.source, everyone[:, :count], self.target, everyone[:, count:])
+        return self._locate(names) or faults
 
     def _locate(self, names: set[str]) -> list[str]:
         """Sum the parameters at fault again, now over the parts that both sides cut alike: that tells which rank holds other bits."""
@@ -147,12 +169,37 @@ class Attestor:
                 lines.append(f"{target.describe(part)}: generation ranks {odd} hold other bits than training ranks {holders}")
         return lines
 
-    def _all_reduce(self, values: Ints) -> Ints:
-        if not dist.is_initialized():
-            return values
-        tensor = torch.from_numpy(values.astype(np.int64)).to(_device(self.group))
-        dist.all_reduce(tensor, group=self.group)
-        return np.asarray(tensor.cpu().numpy())
+
+class Verdict:
+    """A comparison under way: verdict = attestor.start(); ...; digests = verdict.finish()"""
+
+    def __init__(self, attestor: Attestor, values: Ints) -> None:
+        self._attestor, self._values = attestor, values
+        self._table = torch.from_numpy(attestor.table(values)).to(_device(attestor.group))
+        self._work = dist.all_reduce(self._table, group=attestor.group, async_op=True) if dist.is_initialized() else None
+
+    def finish(self) -> dict[str, int]:
+        """The digest of every parameter, or an AttestationError on every rank."""
+        if self._work is not None:
+            self._work.wait()
+        digests, excess, spread = self._table.cpu().numpy()
+        if excess.any() or spread.any():
+            raise _error(self._attestor.explain(self._values))
+        return {
+            spec.name: int(digest) for spec, digest in zip(self._attestor.target.shard_map.parameters, digests.view(np.uint64), strict=True)
+        }
+
+
+def replica_shares(holds: np.ndarray[tuple[int, int], np.dtype[np.bool_]], rank: int) -> NDArray[np.uint64]:
+    """This rank's factor of every part: uint64 [parts]. Over a part's holders they add up to 0, so equal digests times them do, too.
+
+    The factors differ from rank to rank: replicas that differ add up to something else, but for a chance of about 2^-63.
+    """
+    factor, mine = weights_of_ranks(holds.shape[1]), holds[:, rank]
+    first = mine & (holds.argmax(axis=1) == rank)
+    result = np.where(mine, factor[rank], np.uint64(0))
+    result[first] = factor[rank] - (holds[first] * factor).sum(axis=1, dtype=np.uint64)
+    return result
 
 
 def attest(
@@ -249,4 +296,7 @@ def _agreed(parts: Parts, digests: Ints, side: str, faults: list[str]) -> Ints:
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    """Where small tensors of a collective lie: in host memory if the group can."""
+    group = group if group is not None else dist.group.WORLD
+    kinds = group._device_types if group is not None else []
+    return torch.device("cpu") if not kinds or torch.device("cpu") in kinds else torch.device("cuda", torch.cuda.current_device())

@@ -14,12 +14,13 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hybridflow.resharding.boxes import Ints
 
 _CHUNK_WORDS = 1 << 15
 """Words summed at a time where a cast or a copy is needed first: small enough for the second-level cache."""
-_ROW_SEED, _WORD_SEED = 0x51ED_270B_9D15_F4A1, 0x0F3C_6A99_B7D2_4E87
+_ROW_SEED, _WORD_SEED, _RANK_SEED = 0x51ED_270B_9D15_F4A1, 0x0F3C_6A99_B7D2_4E87, 0x2B99_2DDF_A232_49D6
 
 
 class BoxDigest:
@@ -82,6 +83,11 @@ def _row_weights(start: tuple[int, ...], shape: tuple[int, ...], global_shape: t
     for first, size, whole in zip(start, shape, global_shape, strict=True):
         index = (index[:, None] * whole + np.arange(first, first + size)[None]).reshape(-1)
     return _weights(_ROW_SEED, int(index.max()) + 1)[index]
+
+
+def weights_of_ranks(num_ranks: int) -> NDArray[np.uint64]:
+    """A factor for every rank, odd: uint64 [ranks]."""
+    return _weights(_RANK_SEED, num_ranks).view(np.uint64)
 
 
 def _weights(seed: int, size: int) -> Ints:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 Message = tuple[int, torch.Tensor]
 """(rank of the peer in the group, uint8 tensor that is contiguous)."""
@@ -24,30 +25,47 @@ class Transport(Protocol):
 
 
 class GroupTransport:
-    """A torch.distributed group, gloo or NCCL."""
+    """A torch.distributed group, gloo or NCCL; also one that spans two pools (hybridflow/spanning.py)."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
-        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self.rank = rank_in(group)
 
     def post(self, receives: Sequence[Message], sends: Sequence[Message]) -> tuple[list[Callable[[], None]], Callable[[], None]]:
-        operations = [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer) for peer, tensor in receives]
-        operations += [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for peer, tensor in sends]
-        works = dist.batch_isend_irecv(operations) if operations else []
-        # NCCL returns one work for the whole batch.
-        one_each = len(works) == len(operations)
-        waits = [_waiter([work]) for work in works] if one_each else [_waiter(works)] * len(operations)
+        tensors = [tensor for _, tensor in (*receives, *sends)]
+        if tensors and tensors[0].is_cuda:
+            wait = self._post_together(receives, sends, tensors[0].device)
+            return [wait] * len(receives), wait
+        works = self._start(receives, sends)
 
         def wait_sent() -> None:
-            for wait in waits[len(receives) :]:
-                wait()
+            for work in works[len(receives) :]:
+                work.wait()
 
-        return waits[: len(receives)], wait_sent
+        return [_waiter(work) for work in works[: len(receives)]], wait_sent
+
+    def _start(self, receives: Sequence[Message], sends: Sequence[Message]) -> list[dist.Work]:
+        works = [dist.irecv(tensor, group=self.group, group_src=peer) for peer, tensor in receives]
+        works += [dist.isend(tensor, group=self.group, group_dst=peer) for peer, tensor in sends]
+        return [work for work in works if work is not None]
+
+    def _post_together(self, receives: Sequence[Message], sends: Sequence[Message], device: torch.device) -> Callable[[], None]:
+        """NCCL takes sends and receives of a round as one operation; posted one by one they would wait for each other."""
+        with _coalescing_manager(self.group, device, async_ops=True) as posted:
+            self._start(receives, sends)
+        wait: Callable[[], None] = posted.wait
+        return wait
 
 
-def _waiter(works: list[dist.Work]) -> Callable[[], None]:
+def rank_in(group: dist.ProcessGroup | None) -> int:
+    """This process' rank in `group` (None: the default group, or this process alone without one)."""
+    if group is not None:
+        return int(group.rank())
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _waiter(work: dist.Work) -> Callable[[], None]:
     def wait() -> None:
-        for work in works:
-            work.wait()
+        work.wait()
 
     return wait

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ from safetensors.torch import load_file
 from controllers.ppo import PPO, PPOConfig
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
+from hybridflow.errors import WorkerDied
 from hybridflow.group import spawn
 from hybridflow.pool import PoolSpec, RayPool
 from hybridflow.waiting import CALLS
@@ -25,6 +31,8 @@ from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.reference import ReferenceWorker
 from workers.reward import FunctionRewardWorker
 from workers.role_config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig
+from workers.roles import Actor
+from workers.split_actor import GenerationWorker, SplitActor, SplitPolicyWorker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -41,10 +49,13 @@ class Case:
     generation_tp: int = 1
     critic_tp: int = 1
     release: bool = False
+    generation_devices: int = 0
+    """Of a pool of its own for generation; 0: the actor generates where it trains."""
 
     def __str__(self) -> str:
         released = ", memory released during training" if self.release else ""
-        return f"{self.num_devices} ranks {self.engine} {self.pp}-{self.tp} tg{self.generation_tp}{released}"
+        split = f", generation on {self.generation_devices} more" if self.generation_devices else ""
+        return f"{self.num_devices} ranks {self.engine} {self.pp}-{self.tp} tg{self.generation_tp}{released}{split}"
 
 
 CASES = [
@@ -54,6 +65,7 @@ CASES = [
     Case(4, "threed", pp=2, tp=2, generation_tp=2),
     Case(4, "threed", pp=2, tp=2, generation_tp=4),
     Case(4, "fsdp", tp=2, generation_tp=2),
+    Case(2, generation_devices=1),
 ]
 
 
@@ -89,8 +101,9 @@ def test_same_samples_rewards_and_weights_as_on_one_rank(case: Case, single: Res
 
 def train(case: Case, model: Path, directory: Path) -> Result:
     """Two PPO steps with two mini-batches each."""
-    with RayPool(PoolSpec(name=f"pool{case.num_devices}", num_devices=case.num_devices, threads_per_device=1)) as pool:
-        actor = spawn(ActorWorker, pool, actor_config(case, model), role="actor")
+    with ExitStack() as stack:
+        pool = stack.enter_context(RayPool(PoolSpec(name=f"pool{case.num_devices}", num_devices=case.num_devices, threads_per_device=1)))
+        actor = stack.enter_context(spawned_actor(case, pool, model))
         roles: dict[str, Any] = {
             "actor": actor,
             "critic": spawn(CriticWorker, pool, CriticConfig(model=model_config(model), train=train_config(case, tp=case.critic_tp))),
@@ -108,12 +121,36 @@ def train(case: Case, model: Path, directory: Path) -> Result:
             batch = prompts(step)
             seen = actor.generate_sequences(batch)
             samples += [row.tolist() for row in seen.ragged("response_ids").unbind()]
+            assert seen.tensor("weight_version").eq(step).all(), "a batch carries the version of the weights that drew it"
             metrics = algorithm.step(batch)
             rewards.append(round(metrics["reward/mean"], 6))
             gap = max(gap, metrics["sync/probe_gap"])
         list(actor.save_pretrained(str(directory)) or ())
         CALLS.finish()
+        if case.generation_devices:
+            the_sync_with_a_dead_trainer_ends_in_its_name(actor, pool)
     return Result(samples, rewards, load_file(directory / "model.safetensors"), gap)
+
+
+@contextmanager
+def spawned_actor(case: Case, pool: RayPool, model: Path) -> Iterator[Actor]:
+    config = actor_config(case, model)
+    if not case.generation_devices:
+        yield spawn(ActorWorker, pool, config, role="actor")
+        return
+    with RayPool(PoolSpec(name="generation", num_devices=case.generation_devices, threads_per_device=1)) as generation:
+        policy = spawn(SplitPolicyWorker, pool, config, role="actor")
+        generator = spawn(GenerationWorker, generation, config, role="generation")
+        yield SplitActor.of(policy, generator, pool, generation)
+
+
+def the_sync_with_a_dead_trainer_ends_in_its_name(actor: Actor, pool: RayPool) -> None:
+    """The weights have changed; rank 1 is killed while both pools are about to exchange them."""
+    os.kill(pool.hosts[1].pid, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(WorkerDied, match=r"actor rank 1 died in sync_weights \(pid \d+"):
+        actor.generate_sequences(prompts(0)).ragged("response_ids")
+    assert time.monotonic() - started < 30
 
 
 def prompts(step: int) -> Batch:

@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from hybridflow.resharding import Box, LocalParameter, LocalShard
+from hybridflow.resharding import Box, LocalParameter, LocalShard, ParameterSpec
 from workers.generation.base import GenerationEngine
 
 
@@ -35,7 +35,7 @@ class WeightSink(ABC):
 class FullWeights(WeightSink):
     """For an engine that takes full tensors under checkpoint names: every rank receives the whole model."""
 
-    def __init__(self, engine: GenerationEngine, parameters: Sequence[LocalParameter], dtype: torch.dtype, device: str) -> None:
+    def __init__(self, engine: GenerationEngine, parameters: Sequence[ParameterSpec], dtype: torch.dtype, device: str) -> None:
         self.engine = engine
         self.parameters = [
             LocalParameter(
@@ -66,7 +66,7 @@ class FullWeights(WeightSink):
 class VllmShards(WeightSink):
     """For vLLM: every rank receives the boxes that its part of the model is made of, written in place where vLLM allows it."""
 
-    def __init__(self, engine: GenerationEngine, parameters: Sequence[LocalParameter]) -> None:
+    def __init__(self, engine: GenerationEngine, parameters: Sequence[ParameterSpec]) -> None:
         from workers.generation.vllm import VllmEngine
         from workers.generation.vllm_weights import VllmWeights
 
@@ -87,6 +87,6 @@ class VllmShards(WeightSink):
         self.weights.take_back_staging()
 
 
-def weight_sink(name: str, engine: GenerationEngine, parameters: Sequence[LocalParameter], dtype: torch.dtype, device: str) -> WeightSink:
+def weight_sink(name: str, engine: GenerationEngine, parameters: Sequence[ParameterSpec], dtype: torch.dtype, device: str) -> WeightSink:
     """The sink of the generation engine called `name`; `parameters` are the trainer's."""
     return VllmShards(engine, parameters) if name == "vllm" else FullWeights(engine, parameters, dtype, device)

@@ -1,0 +1,92 @@
+"""PolicyWorker: the half of the actor that trains. It knows nothing of generation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from hybridflow.batch import Batch
+from hybridflow.context import RankContext
+from hybridflow.results import Metrics
+from workers.engines.base import Head
+from workers.losses.policy import policy_loss
+from workers.model_worker import MiniBatches, ModelWorker, mean_over_steps, sequences_of, train_on
+from workers.role_config import ActorConfig
+from workers.roles import Policy
+from workers.sequences import Sequences
+
+PER_TOKEN = ("advantages", "rollout_log_probs", "ref_log_probs")
+
+
+class PolicyWorker(ModelWorker, Policy):
+    config: ActorConfig
+
+    def __init__(self, config: ActorConfig, context: RankContext) -> None:
+        super().__init__(config, context)
+        self.build(config.model, config.train, Head.lm, context)
+        self.weight_version = 0
+
+    def compute_log_prob(self, batch: Batch) -> Batch:
+        outputs = self.engine.forward(sequences_of(batch), temperature=self._temperature)
+        return self.scored(batch, outputs.log_probs if outputs else None, "log_probs")
+
+    def update_actor(self, batch: Batch) -> Metrics:
+        config = self.config
+        labels = cast(Tensor, batch["mini_batch"]) if "mini_batch" in batch else None
+        sequences = sequences_of(batch, PER_TOKEN)
+        mini_batches = MiniBatches(sequences, labels, self.layout, self.context.device)
+        if "log_probs" in batch or config.num_epochs * mini_batches.num_labels > 1 or self._is_stale(batch):  # the same on every rank
+            mini_batches.sequences = sequences.with_columns(per_token={"old_log_probs": self._old_log_probs(batch, sequences)})
+        entropy = config.report_entropy or config.loss.entropy_coefficient != 0
+        steps = mini_batches.steps(config.num_epochs, self.weight_version, config.loss.aggregation, config.loss.aggregation_constant)
+        metrics = train_on(self.engine, steps, policy_loss(config.loss), entropy=entropy, temperature=self._temperature)
+        self.weight_version += 1
+        return mean_over_steps(metrics, "actor") | {"actor/weight_version": float(self.weight_version)}
+
+    def save_checkpoint(self, directory: str) -> None:
+        super().save_checkpoint(directory)
+        if self.context.rank == 0:
+            (Path(directory) / "actor.json").write_text(json.dumps({"weight_version": self.weight_version}))
+
+    def save_pretrained(self, directory: str) -> None:
+        super().save_pretrained(directory)
+        if self.context.rank == 0:
+            model = self.config.model
+            AutoTokenizer.from_pretrained(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code).save_pretrained(
+                directory
+            )
+
+    def load_checkpoint(self, directory: str) -> None:
+        super().load_checkpoint(directory)
+        self.weight_version = json.loads((Path(directory) / "actor.json").read_text())["weight_version"]
+
+    def _old_log_probs(self, batch: Batch, sequences: Sequences) -> Tensor:
+        """The log-probs before this update: given, or computed now, while the weights are still those that generated.
+
+        Ratios are taken between numbers of one engine: the generation engine's own round differently.
+        """
+        if "log_probs" in batch:
+            return batch.ragged("log_probs").values
+        outputs = self.engine.forward(sequences, temperature=self._temperature)
+        if outputs is None or outputs.log_probs is None:
+            return torch.zeros(sequences.num_scored_tokens)
+        return outputs.log_probs.cpu()
+
+    def _is_stale(self, batch: Batch) -> bool:
+        """Whether any row of any rank was drawn by other weights than the present ones; the same answer on every rank."""
+        if "weight_version" not in batch:
+            return False
+        stale = (cast(Tensor, batch["weight_version"]) != self.weight_version).any().float().reshape(1).to(self.context.device)
+        dist.all_reduce(stale, op=dist.ReduceOp.MAX)
+        return bool(stale)
+
+    @property
+    def _temperature(self) -> float:
+        sampling = self.config.generation.sampling
+        return 1.0 if sampling.greedy else sampling.temperature

@@ -1,0 +1,165 @@
+"""The actor in two pools: one trains, the other generates, and weights go from shards to shards past the controller.
+
+The algorithm's page sees one actor (SplitActor). Before a generation, if the weights have changed, the controller starts
+sync_weights on both pools, one straight after the other and before it waits for anything. A host runs its calls in the order in
+which they were started, so both pools reach the two halves of a sync at the same place of one common order: neither can wait for a
+call that stands behind its own half, and no deadlock is possible. If a process dies, its peers' sockets close and the controller
+names it. The training pool is free again as soon as its weights have arrived and were attested; taking them in and the probe are
+the generation pool's business.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from hybridflow import spanning
+from hybridflow.batch import Batch
+from hybridflow.context import RankContext
+from hybridflow.layout import Layout
+from hybridflow.pool import ResourcePool
+from hybridflow.results import Metrics
+from workers.actor import sync_metrics
+from workers.generation.config import SamplingConfig
+from workers.model_worker import training_layout
+from workers.policy import PolicyWorker
+from workers.role_config import ActorConfig
+from workers.roles import Actor, SplitGenerator, SplitPolicy
+from workers.sampler import Sampler, probe_settings
+from workers.weight_sync import WeightSync
+
+
+class SplitPolicyWorker(PolicyWorker, SplitPolicy):
+    """Trains and sends."""
+
+    sync: WeightSync
+    _meeting: spanning.MeetingPoint | None = None
+
+    @classmethod
+    def layouts(cls, config: ActorConfig, world_size: int) -> dict[str, Layout]:
+        return {"train": training_layout(config.train, world_size, "actor")}
+
+    def open_meeting(self, host: str, num_ranks: int) -> str:
+        if self.context.rank:
+            return ""
+        self._meeting = spanning.MeetingPoint(host or self.context.node, size=num_ranks)
+        return self._meeting.address
+
+    def join(self, meeting: str, num_ranks: int, host: str, timeout_s: float) -> None:
+        context = self.context
+        group = spanning.join(
+            meeting,
+            rank=context.rank,
+            size=num_ranks,
+            host=host or context.node,
+            device=context.device,
+            timeout_s=timeout_s,
+            point=self._meeting,
+        )
+        tolerance, vocab_size = probe_settings(self.config)
+        self.sync = WeightSync(self.engine, None, probe_tolerance=tolerance, vocab_size=vocab_size, node=context.node, group=group)
+
+    def sync_weights(self) -> dict[str, float]:
+        self.sync.run(self.weight_version)
+        return sync_metrics(self.sync)
+
+
+class GenerationWorker(SplitGenerator):
+    """Receives and generates."""
+
+    config: ActorConfig
+    sync: WeightSync
+
+    def __init__(self, config: ActorConfig, context: RankContext) -> None:
+        super().__init__(config, context)
+        if config.generation.release_during_training:
+            raise ValueError("actor.generation.release_during_training is true, but generation has a pool of its own; set it to false")
+        self.sampler = Sampler(config, context, self.layouts(config, context.world_size)["generation"])
+
+    @classmethod
+    def layouts(cls, config: ActorConfig, world_size: int) -> dict[str, Layout]:
+        sizes = config.generation
+        parallel = sizes.pp * sizes.tp
+        if parallel < 1 or world_size % parallel:
+            raise ValueError(
+                f"actor.generation: pp={sizes.pp} x tp={sizes.tp} does not divide the {world_size} devices of generation's pool; "
+                f"choose sizes whose product is one of {[n for n in range(1, world_size + 1) if world_size % n == 0]}"
+            )
+        return {"generation": Layout.of(dp=world_size // parallel, pp=sizes.pp, tp=sizes.tp)}
+
+    def join(self, meeting: str, num_ranks: int, host: str, timeout_s: float) -> None:
+        context = self.context
+        # The ranks that train come first.
+        rank = num_ranks - context.world_size + context.rank
+        group = spanning.join(meeting, rank=rank, size=num_ranks, host=host or context.node, device=context.device, timeout_s=timeout_s)
+        tolerance, vocab_size = probe_settings(self.config)
+        self.sync = WeightSync(
+            None,
+            self.sampler.engine,
+            self.sampler.make_sink,
+            probe_tolerance=tolerance,
+            vocab_size=vocab_size,
+            node=context.node,
+            group=group,
+        )
+
+    def sync_weights(self) -> dict[str, float]:
+        self.sync.run()
+        return sync_metrics(self.sync)
+
+    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None) -> Batch:
+        return self.sampler.generate(prompts, sampling)
+
+    def close(self) -> None:
+        self.sampler.engine.close()
+
+
+class SplitActor:
+    """Both halves behind the actor's methods.
+
+    policy = spawn(SplitPolicyWorker, training_pool, config, role="actor")
+    generator = spawn(GenerationWorker, generation_pool, config, role="generation")
+    actor = SplitActor.of(policy, generator, training_pool, generation_pool)
+    """
+
+    def __init__(self, policy: SplitPolicy, generator: SplitGenerator) -> None:
+        self._policy, self._generator = policy, generator
+        self._changed = True
+        """Whether the weights changed since the generation pool got them."""
+        self._sync = Metrics()
+        self.compute_log_prob = policy.compute_log_prob
+        self.save_checkpoint = policy.save_checkpoint
+        self.save_pretrained = policy.save_pretrained
+        self.peak_memory_bytes = policy.peak_memory_bytes
+
+    @classmethod
+    def of(cls, policy: SplitPolicy, generator: SplitGenerator, training: ResourcePool, generation: ResourcePool) -> Actor:
+        """Brings the two pools together; returns when all their ranks are in one group."""
+        nodes = {pool.node(rank) for pool in (training, generation) for rank in range(pool.size)}
+        host = spanning.LOOPBACK if len(nodes) == 1 else ""
+        num_ranks = training.size + generation.size
+        meeting = cast(list[str], policy.open_meeting(host, num_ranks))[0]
+        timeout_s = training.spec.collective_timeout_s
+        joining: list[Any] = []
+        for half in (policy, generator):
+            join: Any = half.join
+            joining.append(join(meeting, num_ranks, host, timeout_s))
+        for ranks in joining:
+            list(ranks)
+        return cast(Actor, cls(policy, generator))
+
+    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None) -> Batch:
+        if self._changed:
+            self._policy.sync_weights()
+            received = cast(list[dict[str, float]], self._generator.sync_weights())
+            self._sync = Metrics(sources=[lambda: received[0]])
+            self._changed = False
+        return self._generator.generate_sequences(prompts, sampling)
+
+    def update_actor(self, batch: Batch) -> Metrics:
+        self._changed = True
+        return self._policy.update_actor(batch) | self._sync
+
+    def load_checkpoint(self, directory: str) -> Any:
+        self._changed = True
+        load: Any = self._policy.load_checkpoint
+        return load(directory)
