@@ -6,7 +6,12 @@ generate, return the results, back to the training layout, train. With pools of 
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
 
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
@@ -26,6 +31,9 @@ from workers.weight_sync import WeightSync
 class ActorWorker(PolicyWorker, Actor):
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
+        self.memory_metrics: dict[str, float] = {}
+        """Of the latest changes between training and generation (release_during_training)."""
+        self._memory_of = ""
         self.sampler = Sampler(config, context, generation_grouping(config, self.layout).layout)
         tolerance, vocab_size = probe_settings(config)
         self.sync = WeightSync(
@@ -50,7 +58,7 @@ class ActorWorker(PolicyWorker, Actor):
 
     def update_actor(self, batch: Batch) -> Metrics:
         self._to_training()
-        return super().update_actor(batch) | sync_metrics(self.sync)
+        return super().update_actor(batch) | sync_metrics(self.sync) | self.memory_metrics
 
     def load_checkpoint(self, directory: str) -> None:
         super().load_checkpoint(directory)
@@ -61,21 +69,49 @@ class ActorWorker(PolicyWorker, Actor):
 
     def _to_generation(self) -> None:
         """Steps 1 and 2: the generation engine awake and on the latest weights."""
-        if self.config.generation.release_during_training:
-            self.engine.offload()
-            self.sampler.engine.wake()
-            assert self.sync.sink is not None
-            self.sync.sink.restore()
+        if self.config.generation.release_during_training and self._memory_of != "generation":
+            self._memory_of = "generation"
+            with self._measured("offload") as moved:
+                before = allocated_bytes(self.context.device)
+                self.engine.offload()
+                moved.num_bytes = before - allocated_bytes(self.context.device)
+            with self._measured("wake"):
+                self.sampler.engine.wake()
+                assert self.sync.sink is not None
+                self.sync.sink.restore()
         if self.sampler.engine.weight_version != self.weight_version:
             self.sync.run(self.weight_version)
 
     def _to_training(self) -> None:
         """Step 4: the trainer has the memory."""
-        if self.config.generation.release_during_training:
-            self.sampler.engine.sleep()
-            assert self.sync.sink is not None
-            self.sync.sink.release()
-            self.engine.onload()
+        if self.config.generation.release_during_training and self._memory_of != "training":
+            self._memory_of = "training"
+            with self._measured("release") as freed:
+                assert self.sync.sink is not None
+                freed.num_bytes = self.sampler.engine.sleep() + self.sync.sink.release()
+            with self._measured("onload"):
+                self.engine.onload()
+
+    @contextmanager
+    def _measured(self, name: str) -> Iterator[Moved]:
+        """Notes seconds, and bytes if the body knows them, of one change of the memory's owner."""
+        started, moved = time.perf_counter(), Moved()
+        yield moved
+        self.memory_metrics[f"memory/{name}_s"] = time.perf_counter() - started
+        if moved.num_bytes is not None:
+            self.memory_metrics[f"memory/{name}_bytes"] = float(moved.num_bytes)
+
+
+@dataclass
+class Moved:
+    """What a change of the memory's owner came to."""
+
+    num_bytes: int | None = None
+
+
+def allocated_bytes(device: str) -> int:
+    """Bytes of tensors on an accelerator; 0 on CPU, where offloading has nothing to move."""
+    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
 
 
 def sync_metrics(sync: WeightSync) -> dict[str, float]:

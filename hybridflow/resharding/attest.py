@@ -16,7 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from hybridflow.resharding.boxes import Ints, contains, disjoint_parts, intersections, with_dims
-from hybridflow.resharding.digest import BoxDigest, weights_of_ranks
+from hybridflow.resharding.digest import BoxDigest, block_words, weights_of_ranks
 from hybridflow.resharding.memory import LocalMemory
 from hybridflow.resharding.shard_map import DTYPES, ShardMap
 from hybridflow.resharding.shards import LocalParameter
@@ -59,26 +59,49 @@ class Parts:
             holds.append(held)
         return cls(shard_map, np.concatenate(numbers), np.concatenate(starts), np.concatenate(shapes), np.concatenate(holds))
 
-    def bind(self, parameters: Sequence[LocalParameter], rank: int, dtypes: Mapping[str, str] | None = None) -> list[tuple[int, BoxDigest]]:
-        """(number of the part, its digest) of all parts that `rank` holds. `dtypes`: data types to cast to (the target's)."""
+    def bind(
+        self,
+        parameters: Sequence[LocalParameter],
+        rank: int,
+        dtypes: Mapping[str, str] | None = None,
+        blocks: Mapping[str, int] | None = None,
+    ) -> list[tuple[int, BoxDigest]]:
+        """(number of the part, its digest) of all parts that `rank` holds. `dtypes`: data types to cast to (the target's); `blocks`:
+        words to a block of every parameter (1)."""
         memory = LocalMemory(parameters)
         bound = []
         for part in np.nonzero(self.holds[:, rank])[0].tolist():
             spec = self.shard_map.parameters[int(self.parameter[part])]
             start, shape = self._box(part)
             dtype = DTYPES[dtypes[spec.name] if dtypes is not None else spec.dtype]
-            bound.append((part, BoxDigest(memory.view(spec.name, start, shape), start, spec.shape, dtype)))
+            block = blocks[spec.name] if blocks is not None else 1
+            bound.append((part, BoxDigest(memory.view(spec.name, start, shape), start, spec.shape, dtype, block)))
         return bound
 
-    def digests(self, parameters: Sequence[LocalParameter], rank: int, dtypes: Mapping[str, str] | None = None) -> Ints:
-        """Digests of the parts that `rank` holds, 0 elsewhere: int64 [parts]."""
-        return evaluate(self.bind(parameters, rank, dtypes), len(self.parameter))
+    def digests(
+        self,
+        parameters: Sequence[LocalParameter],
+        rank: int,
+        dtypes: Mapping[str, str] | None = None,
+        blocks: Mapping[str, int] | None = None,
+    ) -> Ints:
+        """Digests of the parts that `rank` holds, 0 elsewhere: int64 [parts]. See bind."""
+        return evaluate(self.bind(parameters, rank, dtypes, blocks), len(self.parameter))
 
     def sums(self, values: Ints) -> dict[str, int]:
         """Digest per parameter from one value per part."""
         totals = np.zeros(len(self.shard_map.parameters), dtype=np.uint64)
         np.add.at(totals, self.parameter, values.view(np.uint64))
         return {spec.name: int(total) for spec, total in zip(self.shard_map.parameters, totals, strict=True)}
+
+    def narrowest(self) -> dict[str, int]:
+        """Elements along the last dim of the narrowest part of every parameter."""
+        result: dict[str, int] = {}
+        for number, shape in zip(self.parameter.tolist(), self.shape, strict=True):
+            spec = self.shard_map.parameters[number]
+            width = int(shape[len(spec.shape) - 1]) if spec.shape else 1
+            result[spec.name] = min(result.get(spec.name, width), width)
+        return result
 
     def holders(self, name: str) -> list[int]:
         number = next(i for i, spec in enumerate(self.shard_map.parameters) if spec.name == name)
@@ -114,8 +137,13 @@ class Attestor:
         self._dtypes = {spec.name: spec.dtype for spec in target.parameters}
         self._source_parameters = [parameter for parameter in sources if parameter.name in self._dtypes]
         self._held_parameters = list(held)
-        self._sources = self.source.bind(self._source_parameters, self.rank, self._dtypes)
-        self._held = self.target.bind(held, self.rank)
+        ours, theirs = self.source.narrowest(), self.target.narrowest()
+        blocks = {
+            spec.name: block_words(min(ours[spec.name], theirs[spec.name]) * spec.itemsize // 8)
+            for spec in self.target.shard_map.parameters
+        }
+        self._sources = self.source.bind(self._source_parameters, self.rank, self._dtypes, blocks)
+        self._held = self.target.bind(held, self.rank, None, blocks)
         holds = np.concatenate([self.source.holds, self.target.holds])
         self._speaks = (holds.argmax(axis=1) == self.rank) & holds[:, self.rank]
         """Parts whose first holder this rank is."""

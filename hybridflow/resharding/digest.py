@@ -1,10 +1,12 @@
 """The digest of one box: a 64-bit sum that does not depend on how a parameter is cut into boxes.
 
-    digest = sum over elements (row i, column j) of bits(element) * 2^(bits of the type * (j mod k)) * A(i) * B(j div k)   mod 2^64
+    digest = sum over elements (row i, column j) of bits(element) * 2^(bits of the type * (j mod k)) * A(i) * B(j div k div block) mod 2^64
 
 with k elements to a 64-bit word and fixed odd pseudo-random weights A, B; rows are the leading dims flattened. The digest of a
 union of disjoint boxes is the sum of theirs. One changed bit always changes it (a power of two times an odd number is never
-0 mod 2^64); other changes go unnoticed with a chance of about 2^-63. It is a check against faults, not against an adversary.
+0 mod 2^64); other changes go unnoticed with a chance of about 2^-63, save one kind: words that change places inside one block of a
+row. Additions run at the memory's speed and multiplications do not, so blocks pay; `block_words` chooses them much narrower than
+every box. It is a check against faults, not against an adversary.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from hybridflow.resharding.boxes import Ints
 
 _CHUNK_WORDS = 1 << 15
 """Words summed at a time where a cast or a copy is needed first: small enough for the second-level cache."""
+_SUMMED_WORDS = 1 << 22
+"""Words summed at a time otherwise: bounds the memory of the blocks' sums."""
+MOST_BLOCK_WORDS, LEAST_BLOCK_WORDS = 64, 16
 _ROW_SEED, _WORD_SEED, _RANK_SEED = 0x51ED_270B_9D15_F4A1, 0x0F3C_6A99_B7D2_4E87, 0x2B99_2DDF_A232_49D6
 
 
@@ -29,8 +34,9 @@ class BoxDigest:
     BoxDigest(tensor, start=(8, 0), global_shape=(16, 64), dtype=torch.bfloat16)()
     """
 
-    def __init__(self, tensor: torch.Tensor, start: Sequence[int], global_shape: Sequence[int], dtype: torch.dtype) -> None:
-        """`dtype`: the data type whose bits are summed; `tensor` is cast to it where it has another one."""
+    def __init__(self, tensor: torch.Tensor, start: Sequence[int], global_shape: Sequence[int], dtype: torch.dtype, block: int = 1) -> None:
+        """`dtype`: the data type whose bits are summed; `tensor` is cast to it where it has another one. `block`: words that share a
+        weight; digests compare where it is the same."""
         per_word = 8 // dtype.itemsize
         column = int(start[-1]) if len(start) else 0
         width = int(tensor.shape[-1]) if tensor.dim() else 1
@@ -38,9 +44,10 @@ class BoxDigest:
         self._rows = torch.from_numpy(rows).to(tensor.device)
         self._lead = column % per_word
         self._num_words = -(-(self._lead + width) // per_word)
-        weights = _weights(_WORD_SEED, column // per_word + self._num_words)[column // per_word :]
-        self._weights = torch.from_numpy(weights).to(tensor.device)
-        self._dtype, self._per_word, self._width = dtype, per_word, width
+        self._cuts = _cuts(column // per_word, self._num_words, block)
+        first, last = column // per_word // block, (column // per_word + self._num_words - 1) // block
+        self._weights = torch.from_numpy(_weights(_WORD_SEED, last + 1)[first:]).to(tensor.device)
+        self._dtype, self._per_word, self._width, self._block = dtype, per_word, width, block
         matrix = tensor.detach().reshape(len(rows), width)
         self._aligned = self._lead == 0 and width % per_word == 0
         as_is = self._aligned and tensor.dtype == dtype and matrix.is_contiguous() and matrix.storage_offset() * dtype.itemsize % 8 == 0
@@ -51,15 +58,28 @@ class BoxDigest:
 
     def __call__(self) -> torch.Tensor:
         """int64 [], the sum mod 2^64."""
-        if self._words is not None:
-            return _weighted_sum(self._words, self._weights, self._rows)
-        matrix = self._matrix if self._matrix is not None else self._tensor.reshape(len(self._rows), self._width)
+        matrix = self._words if self._words is not None else self._matrix
+        matrix = matrix if matrix is not None else self._tensor.reshape(len(self._rows), self._width)
         total = torch.zeros((), dtype=torch.int64, device=matrix.device)
-        step = max(1, _CHUNK_WORDS // self._num_words) if matrix.device.type == "cpu" else len(self._rows)
+        step = len(self._rows)
+        if matrix.device.type == "cpu":
+            step = max(1, (_CHUNK_WORDS if self._words is None else _SUMMED_WORDS) // self._num_words)
         for begin in range(0, len(self._rows), step):
-            words = self._as_words(matrix[begin : begin + step])
-            total += _weighted_sum(words, self._weights, self._rows[begin : begin + step])
+            some = matrix[begin : begin + step]
+            total += self._sum(some if self._words is not None else self._as_words(some), self._rows[begin : begin + step])
         return total
+
+    def _sum(self, words: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Of the words [rows, words] of some rows."""
+        if self._block > 1:
+            low, high = self._cuts
+            parts = [words[:, low:high].unflatten(1, (-1, self._block)).sum(-1)] if high > low else []
+            parts = ([words[:, :low].sum(1, keepdim=True)] if low else []) + parts
+            parts += [words[:, high:].sum(1, keepdim=True)] if high < self._num_words else []
+            words = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        if words.device.type == "cpu":
+            return torch.mv(words, self._weights).dot(rows)  # wraps around; CUDA has no integer matrix product
+        return ((words * self._weights).sum(1) * rows).sum()
 
     def _as_words(self, rows: torch.Tensor) -> torch.Tensor:
         padded = torch.empty((len(rows), self._num_words * self._per_word), dtype=self._dtype, device=rows.device)
@@ -69,10 +89,21 @@ class BoxDigest:
         return padded.view(torch.int64)
 
 
-def _weighted_sum(words: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    if words.device.type == "cpu":
-        return torch.mv(words, weights).dot(rows)  # wraps around, at memory speed; CUDA has no integer matrix product
-    return ((words * weights).sum(1) * rows).sum()
+def block_words(narrowest_words: int) -> int:
+    """Words to a block where the narrowest box of a parameter has rows of so many: at most a quarter of it, at most MOST_BLOCK_WORDS.
+
+    Boxes swapped by mistake then differ in whole blocks. Short rows are summed word by word.
+    """
+    block = MOST_BLOCK_WORDS
+    while block > narrowest_words // 4:
+        block //= 2
+    return block if block >= LEAST_BLOCK_WORDS else 1
+
+
+def _cuts(first_word: int, num_words: int, block: int) -> tuple[int, int]:
+    """Where the whole blocks of a row's words begin and end; what is left on either side is part of one block."""
+    low = min(-first_word % block, num_words)
+    return low, low + (num_words - low) // block * block
 
 
 def _row_weights(start: tuple[int, ...], shape: tuple[int, ...], global_shape: tuple[int, ...]) -> Ints:

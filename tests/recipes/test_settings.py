@@ -107,6 +107,24 @@ def test_pools_by_command_line(settings: Callable[..., RunConfig]) -> None:
     assert pool_sizes(settings("ppo", "runtime=local", "placement=custom", *pools)) == {"main": 1}, "one process has one pool"
 
 
+def test_generation_in_a_pool_of_its_own(settings: Callable[..., RunConfig]) -> None:
+    pools = ["pools.train.num_devices=2", "pools.train.roles=[actor,critic,reference,reward]", "pools.samples.num_devices=4"]
+    config = settings("ppo", "placement=custom", *pools, "pools.samples.roles=[generation]", "actor.generation.tp=2")
+    roles = {role.name: role for role in place(config)}
+    assert (roles["actor"].pool, roles["generation"].pool) == ("train", "samples")
+    assert str(roles["generation"].worker.layouts(config.actor, 4)["generation"]) == "dp2 x tp2"
+    together = settings("ppo")
+    assert check_dataflow(config, list(roles.values())) == check_dataflow(together, place(together)), "the page does not change"
+    for wrong, message in (
+        ("[actor,critic,reference,reward,generation]", "names both actor and generation"),
+        ("[generation]", "must be in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            place(settings("ppo", "placement=custom", f"pools.train.roles={wrong}"))
+    with pytest.raises(ValueError, match="does not divide the 4 devices of generation's pool"):
+        place(settings("ppo", "placement=custom", *pools, "pools.samples.roles=[generation]", "actor.generation.tp=3"))
+
+
 def test_join_pools_leaves_everything_else_alone() -> None:
     arguments = ["seed=1", "+pools={a: {roles: [actor]}}", "data.train=pools.parquet"]
     assert join_pools(arguments) == arguments

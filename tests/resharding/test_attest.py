@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from hybridflow.layout import Layout
-from hybridflow.resharding import AttestationError, LocalParameter, Parts, ShardMap, compile
+from hybridflow.resharding import AttestationError, Box, LocalParameter, LocalShard, ParameterSpec, Parts, ShardMap, compile
 from hybridflow.resharding.analytic import decoder_rules, generation, threed
 from hybridflow.resharding.attest import compare
+from hybridflow.resharding.digest import block_words
 from hybridflow.resharding.grouping import zero_redundancy
 from tests.resharding.simulated import allocate, full_tensors, run_in_threads
 
@@ -65,6 +66,26 @@ def test_every_single_bit_counts(maps: tuple[ShardMap, ShardMap], synced: tuple[
             bits[place] ^= 1 << bit if bit < 15 else -(1 << 15)
             assert (target.digests(synced[1][0], 0) != clean).sum() == 1
             bits[place] ^= 1 << bit if bit < 15 else -(1 << 15)
+
+
+def test_a_flipped_bit_in_a_block_of_words() -> None:
+    """Wide rows are summed in blocks that share a weight: every bit still counts, and boxes that changed places do."""
+    spec = ParameterSpec("w", (6, 1000), "bfloat16")
+    source = ShardMap.of([spec], {0: [("w", Box((0, 0), (6, 1000)))]}, num_ranks=1)
+    parts, full = Parts.of(source), torch.randn(6, 1000).bfloat16()
+    assert parts.narrowest() == {"w": 1000} and block_words(250) == 32 and block_words(4096) == 64 and block_words(63) == 1
+
+    def digest() -> int:
+        memory = [LocalParameter("w", (6, 1000), torch.bfloat16, (LocalShard(Box((0, 0), (6, 1000)), full),))]
+        return int(parts.digests(memory, 0, None, {"w": 32})[0])
+
+    clean, bits = digest(), full.view(torch.int16)
+    for row, column in ((0, 0), (5, 999), (3, 500), (2, 127), (2, 128)):
+        bits[row, column] ^= 2
+        assert digest() != clean
+        bits[row, column] ^= 2
+    full.copy_(torch.cat([full[:, 500:], full[:, :500]], 1))
+    assert digest() != clean
 
 
 def test_swapped_shards(maps: tuple[ShardMap, ShardMap], synced: tuple[Memory, Memory]) -> None:

@@ -12,13 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridflow.layout import Layout
-from hybridflow.resharding import ShardMap, compile, verify
+from hybridflow.resharding import Box, ShardMap, compile, verify
 from hybridflow.resharding.analytic import decoder_rules, fsdp, generation, threed, zero3
 from hybridflow.resharding.assignment import assign
 from hybridflow.resharding.certificate import lower_bound
 from hybridflow.resharding.golden import bytes_gathered
 from hybridflow.resharding.grouping import Grouping, fewest_bytes, micro_data_groups, vanilla, zero_redundancy
 from hybridflow.resharding.paper import deepspeed_chat, hybridflow, hybridflow_v
+from workers.config import TrainConfig
+from workers.generation.config import GenerationConfig
+from workers.generation_grouping import generation_grouping
+from workers.role_config import ActorConfig
 
 # Every dim divides by 8 stages, 8 tensor ranks and the vocabulary's padding: the paper's fractions hold to the byte.
 # One embedding-sized matrix on the first and one on the last stage unbalance the stages, so most tests leave them out.
@@ -141,3 +145,43 @@ def test_70b_on_512_ranks_compiles_in_time() -> None:
     assert certificate.received_total == certificate.bound_total
     # 7/64 of M, less what norms (replicated over tensor ranks) and the ends of the pipeline change: within half a percent.
     assert certificate.received_max == pytest.approx(float(Fraction(7, 64)) * target.num_bytes, rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("engine", "training", "sizes"),
+    [
+        *(("fsdp", (1, 1, 8), sizes) for sizes in ((1, 2), (1, 4), (1, 8), (2, 2))),
+        ("fsdp", (1, 2, 4), (1, 2)),
+        ("fsdp", (1, 2, 4), (1, 4)),
+        ("threed", (2, 2, 2), (1, 4)),
+        ("threed", (1, 2, 4), (1, 8)),
+        ("threed", (4, 2, 1), (2, 4)),
+        ("threed", (2, 4, 1), (1, 2)),
+        ("threed", (1, 4, 2), (2, 1)),
+    ],
+)
+def test_the_actors_grouping_needs_no_weights_to_move_the_fewest_bytes(
+    engine: str, training: tuple[int, int, int], sizes: tuple[int, int]
+) -> None:
+    """It is computed from sizes alone, before any process starts; here beside the assignment over all of the model's real boxes."""
+    (pp, tp, dp), (pg, tg) = training, sizes
+    layout = Layout.of(pp=pp, tp=tp, dp=dp)
+    config = ActorConfig(train=TrainConfig(engine=engine, tp=tp, pp=pp), generation=GenerationConfig(tp=tg, pp=pg))
+    source = _fsdp_over_tensor_ranks(tp, dp) if engine == "fsdp" else threed(RULES, layout)
+    best = generation(RULES, fewest_bytes(source, generation(RULES, vanilla(8, tp=tg, pp=pg)), tp=tg, pp=pg))
+    ours = generation(RULES, generation_grouping(config, layout))
+    assert lower_bound(source, ours).sum() == lower_bound(source, best).sum()
+
+
+def _fsdp_over_tensor_ranks(tp: int, dp: int) -> ShardMap:
+    """FSDP2 over tensor parallelism: each tensor rank's part is cut again along its first dim; tensor ranks are neighbours."""
+    tensor_parts = threed(RULES, Layout.of(tp=tp))
+    held: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(tp * dp)}
+    for spec in tensor_parts.parameters:
+        for part in range(tp):
+            for box in tensor_parts.boxes(spec.name, part):
+                rows = box.shape[0] // dp
+                for data in range(dp):
+                    start, shape = (box.start[0] + data * rows, *box.start[1:]), (rows, *box.shape[1:])
+                    held[data * tp + part].append((spec.name, Box(start, shape)))
+    return ShardMap.of(tensor_parts.parameters, held, num_ranks=tp * dp)

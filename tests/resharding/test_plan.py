@@ -78,9 +78,11 @@ def test_digests_do_not_depend_on_the_layout(pair: tuple[ShardMap, ShardMap]) ->
     full = full_tensors(source)
     dtypes = {spec.name: spec.dtype for spec in target.parameters}
     have, want = Parts.of(source), Parts.of(_completed(target))
-    sources = np.stack([have.digests(memory, rank, dtypes) for rank, memory in enumerate(allocate(source, full))])
-    held = np.stack([want.digests(memory, rank) for rank, memory in enumerate(allocate(want.shard_map, full))])
-    assert set(compare(have, sources, want, held)) == set(full)
+    for block in (1, 2, 64):
+        blocks = dict.fromkeys(full, block)
+        sources = np.stack([have.digests(memory, rank, dtypes, blocks) for rank, memory in enumerate(allocate(source, full))])
+        held = np.stack([want.digests(memory, rank, None, blocks) for rank, memory in enumerate(allocate(want.shard_map, full))])
+        assert set(compare(have, sources, want, held)) == set(full)
 
 
 def _completed(target: ShardMap) -> ShardMap:

@@ -102,8 +102,9 @@ class GenerationEngine(ABC):
         """The weights were replaced by other means (a resharding plan); forget what was computed with the old ones."""
 
     @abstractmethod
-    def sleep(self) -> None:
-        """Free the key/value cache and the weights; generate and score need wake and then new weights first.
+    def sleep(self) -> int:
+        """Free the key/value cache and the weights, and say how many bytes that were; generate and score need wake and then new
+        weights first.
 
         An engine that freed its weights has weight_version -1.
         """

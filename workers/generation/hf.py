@@ -121,8 +121,9 @@ class HfEngine(GenerationEngine):
     def weights_written(self, version: int) -> None:
         self.weight_version = version
 
-    def sleep(self) -> None:
+    def sleep(self) -> int:
         """Nothing to free: the cache lives for one call only, and this engine is not for training large models."""
+        return 0
 
     def wake(self) -> None:
         """See sleep."""

@@ -24,8 +24,8 @@ class WeightSink(ABC):
         """The memory is filled: make the engine use it, and forget everything computed with older weights."""
 
     @abstractmethod
-    def release(self) -> None:
-        """Give back memory of its own until restore; the engine sleeps meanwhile."""
+    def release(self) -> int:
+        """Give back memory of its own until restore, and say how many bytes that were; the engine sleeps meanwhile."""
 
     @abstractmethod
     def restore(self) -> None:
@@ -53,9 +53,13 @@ class FullWeights(WeightSink):
     def commit(self, version: int) -> None:
         self.engine.load_weights([(parameter.name, parameter.shards[0].tensor) for parameter in self.parameters], version=version)
 
-    def release(self) -> None:
+    def release(self) -> int:
+        freed = 0
         for parameter in self.parameters:
-            parameter.shards[0].tensor.untyped_storage().resize_(0)
+            storage = parameter.shards[0].tensor.untyped_storage()
+            freed += storage.nbytes()
+            storage.resize_(0)
+        return freed
 
     def restore(self) -> None:
         for parameter in self.parameters:
@@ -80,8 +84,8 @@ class VllmShards(WeightSink):
         self.weights.commit()
         self.engine.weights_written(version)
 
-    def release(self) -> None:
-        self.weights.free_staging()
+    def release(self) -> int:
+        return self.weights.free_staging()
 
     def restore(self) -> None:
         self.weights.take_back_staging()

@@ -139,11 +139,12 @@ class VllmEngine(GenerationEngine):
         self.llm.reset_prefix_cache()
         self.weight_version = version
 
-    def sleep(self) -> None:
+    def sleep(self) -> int:
         self.llm.reset_prefix_cache()
-        self._memory.release()
+        freed = self._memory.release()
         self._has_weights = False
         self.weight_version = -1
+        return freed
 
     def wake(self) -> None:
         self._memory.take_back_weights()

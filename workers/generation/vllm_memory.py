@@ -71,8 +71,8 @@ class EngineMemory(ABC):
     """Frees and takes back an engine's memory: release, take_back_weights, (fill them), weights_filled, ready."""
 
     @abstractmethod
-    def release(self) -> None:
-        """Free weights and key/value cache; nothing to do if they are free."""
+    def release(self) -> int:
+        """Free weights and key/value cache, and say how many bytes that were; nothing to do if they are free."""
 
     @abstractmethod
     def take_back_weights(self) -> None:
@@ -91,15 +91,17 @@ class CpuMemory(EngineMemory):
         self._weights: list[tuple[torch.UntypedStorage, int]] = []
         self._cache: list[tuple[torch.UntypedStorage, int]] = []
 
-    def release(self) -> None:
+    def release(self) -> int:
         if self._weights:
-            return
+            return 0
         model = self._runner.get_model()
         self._weights = free(parameter.untyped_storage() for parameter in model.parameters())
         self._cache = free(layer.untyped_storage() for layer in self._runner.kv_caches)
         for module in model.modules():
             if "cpu_linear" in module.__dict__:
-                module.cpu_linear = None  # vLLM's repacked copy of the weights; filling them makes a new one
+                # vLLM's repacked copy of the weights, not counted: oneDNN does not say how large it is. Filling them makes a new one.
+                module.cpu_linear = None
+        return sum(size for _, size in (*self._weights, *self._cache))
 
     def take_back_weights(self) -> None:
         take_back(self._weights)
@@ -117,10 +119,13 @@ class CudaMemory(EngineMemory):
         self._llm = llm
         self._free: set[str] = set()
 
-    def release(self) -> None:
-        if not self._free:
-            self._llm.sleep(level=2)
-            self._free = {"weights", "kv_cache"}
+    def release(self) -> int:
+        if self._free:
+            return 0
+        before, _ = torch.cuda.mem_get_info()
+        self._llm.sleep(level=2)
+        self._free = {"weights", "kv_cache"}
+        return torch.cuda.mem_get_info()[0] - before
 
     def take_back_weights(self) -> None:
         self._wake("weights")

@@ -81,10 +81,15 @@ class VllmWeights:
         """Memory held beside the engine's own."""
         return sum(self._memory[name].nbytes for name in self._staged)
 
-    def free_staging(self) -> None:
-        """Give the staging memory back (generation is over until the next sync); nothing may write to it before take_back_staging."""
+    def free_staging(self) -> int:
+        """Give the staging memory back (generation is over until the next sync) and say how many bytes it had; nothing may write to it
+        before take_back_staging."""
+        freed = 0
         for name in self._staged:
-            self._memory[name].untyped_storage().resize_(0)
+            storage = self._memory[name].untyped_storage()
+            freed += storage.nbytes()
+            storage.resize_(0)
+        return freed
 
     def take_back_staging(self) -> None:
         """The staging memory again, contents undefined; the boxes stay the same objects."""
