@@ -20,7 +20,7 @@ class Entry:
     config: str
     roles: tuple[str, ...]
     streams: tuple[str, ...] = ()
-    """What its steps draw besides their prompts (controllers/streams.py): prompts."""
+    """What its steps draw besides their prompts (controllers/streams.py): prompts, pretraining."""
 
     def load(self) -> type[Algorithm]:
         found: type[Algorithm] = vars(import_module(self.module))[self.algorithm]
@@ -33,7 +33,33 @@ class Entry:
 
 ALGORITHMS: dict[str, Entry] = {
     "ppo": Entry("controllers.ppo", "PPO", "PPOConfig", ("actor", "critic", "reference", "reward")),
+    "safe_rlhf": Entry(
+        "controllers.safe_rlhf",
+        "SafeRLHF",
+        "SafeRLHFConfig",
+        ("actor", "critic", "cost_critic", "reference", "reward", "cost"),
+        streams=("pretraining",),
+    ),
+    "remax": Entry("controllers.remax", "ReMax", "ReMaxConfig", ("actor", "reference", "reward")),
+    "rloo": Entry("controllers.rloo", "RLOO", "RLOOConfig", ("actor", "reference", "reward")),
+    "reinforce_plus_plus": Entry(
+        "controllers.reinforce_plus_plus", "ReinforcePlusPlus", "ReinforcePlusPlusConfig", ("actor", "reference", "reward")
+    ),
+    "reinforce_plus_plus_baseline": Entry(
+        "controllers.reinforce_plus_plus_baseline",
+        "ReinforcePlusPlusBaseline",
+        "ReinforcePlusPlusBaselineConfig",
+        ("actor", "reference", "reward"),
+    ),
     "grpo": Entry("controllers.grpo", "GRPO", "GRPOConfig", ("actor", "reference", "reward")),
+    "dr_grpo": Entry("controllers.grpo", "GRPO", "DrGRPOConfig", ("actor", "reference", "reward")),
+    "gspo": Entry("controllers.grpo", "GRPO", "GSPOConfig", ("actor", "reference", "reward")),
+    "cispo": Entry("controllers.grpo", "GRPO", "CISPOConfig", ("actor", "reference", "reward")),
+    "clip_cov": Entry("controllers.grpo_cov", "CovarianceGRPO", "ClipCovConfig", ("actor", "reference", "reward")),
+    "kl_cov": Entry("controllers.grpo_cov", "CovarianceGRPO", "KLCovConfig", ("actor", "reference", "reward")),
+    "dapo": Entry("controllers.dapo", "DAPO", "DAPOConfig", ("actor", "reward"), streams=("prompts",)),
+    "opo": Entry("controllers.opo", "OPO", "OPOConfig", ("actor", "reference", "reward")),
+    "pass_at_k": Entry("controllers.pass_at_k", "PassAtK", "PassAtKConfig", ("actor", "reference", "reward")),
 }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from controllers.advantages import grpo
-from controllers.stepping import AlgorithmConfig, describe, mini_batch_column
+from controllers.stepping import AlgorithmConfig, Stateless, describe, mini_batch_column, response_lengths
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.results import Metrics
@@ -19,9 +20,37 @@ class GRPOConfig(AlgorithmConfig):
     samples_per_prompt: int = 8
     scale_by_std: bool = True
     """Divide by the group's standard deviation; false is Dr.GRPO's advantage."""
+    fewest_samples: ClassVar[int] = 2
 
 
-class GRPO:
+@dataclass(kw_only=True)
+class DrGRPOConfig(GRPOConfig):
+    """Dr.GRPO (Liu et al. 2025, "Understanding R1-Zero-like training"): neither the group's deviation nor a response's length divides.
+
+    The second half is the loss's: actor.loss.aggregation=constant.
+    """
+
+    name: str = "dr_grpo"
+    scale_by_std: bool = False
+
+
+@dataclass(kw_only=True)
+class GSPOConfig(GRPOConfig):
+    """GSPO (Zheng et al. 2025): GRPO's step, with a loss that clips the ratio of whole responses."""
+
+    name: str = "gspo"
+    losses: ClassVar[tuple[str, ...]] = ("gspo",)
+
+
+@dataclass(kw_only=True)
+class CISPOConfig(GRPOConfig):
+    """CISPO (MiniMax-M1, 2025): GRPO's step, with a loss that clips the importance weight and keeps every token's gradient."""
+
+    name: str = "cispo"
+    losses: ClassVar[tuple[str, ...]] = ("cispo",)
+
+
+class GRPO(Stateless):
     """The KL to the reference stands in the actor's loss (actor.loss.kl_coefficient)."""
 
     def __init__(self, *, actor: Actor, reference: Reference, reward: Reward, config: GRPOConfig) -> None:
@@ -34,16 +63,10 @@ class GRPO:
         batch |= compute_advantages(batch, self.config)
         return describe(batch) | self.actor.update_actor(batch)
 
-    def state_dict(self) -> dict[str, float]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        pass
-
 
 @on_controller(reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch"))
 def compute_advantages(batch: Batch, config: GRPOConfig) -> Batch:
     """(reward - mean of the group) / standard deviation of the group, on every token of the response."""
-    lengths = batch.tensor("num_tokens") - batch.ragged("prompt_ids").lengths
+    lengths = response_lengths(batch)
     advantages = grpo(batch.tensor("rewards"), batch.tensor("uid"), lengths, scale_by_std=config.scale_by_std)
     return Batch.of(advantages=Ragged(advantages, lengths), mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hybridflow.batch import Batch
 from workers.losses.kl import KLEstimator, kl_estimate
 from workers.losses.segments import row_of_token, segment_sum
 
@@ -33,21 +34,27 @@ class KLControlConfig:
 
     def __post_init__(self) -> None:
         if self.coefficient < 0:
-            raise ValueError(f"kl coefficient is {self.coefficient}; choose more than 0, or 0 for no KL in the reward")
+            raise ValueError(f"algorithm.kl.coefficient is {self.coefficient}; choose more than 0, or 0 for no KL in the reward")
         if self.target < 0 or self.horizon < 1:
-            raise ValueError(f"kl target is {self.target} and horizon {self.horizon}; choose target >= 0 (0: fixed) and horizon >= 1")
+            raise ValueError(
+                f"algorithm.kl.target is {self.target} and algorithm.kl.horizon {self.horizon}; choose target >= 0 (0: fixed) and "
+                "horizon >= 1"
+            )
         if self.target and not self.coefficient:
-            raise ValueError("kl target is set, but coefficient is 0 and would stay 0; choose a coefficient to start from (0.1, say)")
+            raise ValueError(
+                f"algorithm.kl.target is {self.target}, but algorithm.kl.coefficient is 0 and would stay 0; choose one to start from "
+                "(0.1, say)"
+            )
 
 
 class KLCoefficient:
     """coefficient = KLCoefficient(config)
-    rewards = token_rewards(scores, lengths, log_probs, ref_log_probs, coefficient.value, config.estimator)
-    coefficient.update(float(sequence_kl(log_probs, ref_log_probs, lengths).mean()), num_rows)
+    rewards, lengths = rewards_with_kl(batch, coefficient.value, config.estimator)
+    coefficient.follow(batch)
     """
 
     def __init__(self, config: KLControlConfig) -> None:
-        self._config = config
+        self.config = config
         self.value = config.coefficient
 
     def update(self, kl: float, num_rows: int) -> None:
@@ -57,9 +64,15 @@ class KLCoefficient:
         kl: mean over responses of the sum over tokens (as in the paper and TRL; verl steers by a mean over tokens, whose target
         is smaller by the length). num_rows: responses that it was measured on.
         """
-        if self._config.target:
-            error = min(max(kl / self._config.target - 1, -MAX_ERROR), MAX_ERROR)
-            self.value *= 1 + error * num_rows / self._config.horizon
+        if self.config.target:
+            error = min(max(kl / self.config.target - 1, -MAX_ERROR), MAX_ERROR)
+            self.value *= 1 + error * num_rows / self.config.horizon
+
+    def follow(self, batch: Batch) -> None:
+        """update() by the columns rollout_log_probs and ref_log_probs of a batch; nothing without a reference."""
+        if self.config.target and "ref_log_probs" in batch:
+            log_probs, ref_log_probs = batch.ragged("rollout_log_probs"), batch.ragged("ref_log_probs")
+            self.update(float(sequence_kl(log_probs.values, ref_log_probs.values, log_probs.lengths).mean()), len(batch))
 
     def state_dict(self) -> dict[str, float]:
         return {"value": self.value}

@@ -22,9 +22,9 @@ class LagrangeConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.initial <= self.maximum:
-            raise ValueError(f"lagrange: initial is {self.initial}; choose 0 < initial <= maximum ({self.maximum})")
+            raise ValueError(f"algorithm.lagrange.initial is {self.initial}; choose 0 < initial <= maximum ({self.maximum})")
         if self.window < 1:
-            raise ValueError(f"lagrange: window is {self.window}; choose at least 1 response")
+            raise ValueError(f"algorithm.lagrange.window is {self.window}; choose at least 1 response")
 
 
 class LagrangeMultiplier:

@@ -99,12 +99,15 @@ class Loop:
         tracker: Tracker,
         store: CheckpointStore,
         config: LoopConfig,
+        further: Mapping[str, Stateful] | None = None,
     ) -> None:
+        """further: by name, whatever else has a position that a checkpoint must hold."""
         if validation is not None and reward is None:
             raise ValueError("data.validation is set, but there is no reward to score it with; set reward.function, or leave it out")
         self.algorithm, self.actor, self.reward, self.trained = algorithm, actor, reward, trained
         self.prompts, self.validation, self.tracker, self.store, self.config = prompts, validation, tracker, store, config
         self.validation_sampling = SamplingConfig(**{**vars(config.validation_sampling), "max_response_tokens": max_response_tokens})
+        self.further = dict(further or {})
         self.step = 0
         self.reward_before: float | None = None
         self.reward_after: float | None = None
@@ -163,6 +166,7 @@ class Loop:
         state = {
             "step": self.step,
             "prompts": self.prompts.state_dict(),
+            "further": {name: stateful.state_dict() for name, stateful in self.further.items()},
             "algorithm": self.algorithm.state_dict(),
             "reward_before": self.reward_before,
             "reward_after": self.reward_after,
@@ -182,6 +186,8 @@ class Loop:
         for ranks in [role.load_checkpoint(str(directory / name)) for name, role in self.trained.items()]:
             list(ranks or ())
         self.prompts.load_state_dict(state["prompts"])
+        for name, stateful in self.further.items():
+            stateful.load_state_dict(state["further"][name])
         self.algorithm.load_state_dict(state["algorithm"])
         self.step, self.reward_before, self.reward_after = state["step"], state["reward_before"], state["reward_after"]
         LOGGER.info("resumed from %s, step %d", directory, self.step)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from controllers.advantages import gae, whiten
-from controllers.kl import KLCoefficient, KLControlConfig, sequence_kl
-from controllers.rewards import token_rewards
-from controllers.stepping import AlgorithmConfig, describe, mini_batch_column
+from controllers.kl import KLCoefficient, KLControlConfig
+from controllers.rewards import rewards_with_kl
+from controllers.stepping import AlgorithmConfig, check_fractions, describe, mini_batch_column
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.results import Metrics
@@ -25,6 +25,10 @@ class PPOConfig(AlgorithmConfig):
     whiten_advantages: bool = True
     kl: KLControlConfig = field(default_factory=lambda: KLControlConfig(coefficient=0.05))
     """Of the KL to the reference in the reward."""
+
+    def __post_init__(self) -> None:
+        AlgorithmConfig.__post_init__(self)
+        check_fractions(gamma=self.gamma, lam=self.lam)
 
     @property
     def needs_reference(self) -> bool:
@@ -60,13 +64,9 @@ class PPO:
 )
 def compute_advantages(batch: Batch, config: PPOConfig, kl: KLCoefficient) -> Batch:
     """GAE over the reward at the last token minus the KL at every token."""
-    values, log_probs = batch.ragged("values"), batch.ragged("rollout_log_probs")
-    lengths = values.lengths
-    ref_log_probs = batch.ragged("ref_log_probs").values if "ref_log_probs" in batch else None
-    rewards = token_rewards(batch.tensor("rewards"), lengths, log_probs.values, ref_log_probs, kl.value, config.kl.estimator)
-    advantages, returns = gae(rewards, values.values, lengths, config.gamma, config.lam)
-    if ref_log_probs is not None:
-        kl.update(float(sequence_kl(log_probs.values, ref_log_probs, lengths).mean()), len(batch))
+    rewards, lengths = rewards_with_kl(batch, kl.value, config.kl.estimator)
+    advantages, returns = gae(rewards, batch.ragged("values").values, lengths, config.gamma, config.lam)
+    kl.follow(batch)
     return Batch.of(
         advantages=Ragged(whiten(advantages) if config.whiten_advantages else advantages, lengths),
         returns=Ragged(returns, lengths),

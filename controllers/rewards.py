@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from controllers.kl import KLEstimator, kl_estimate
+from hybridflow.batch import Batch
 
 
 def token_rewards(
@@ -36,6 +37,17 @@ def token_rewards(
     last = torch.cumsum(lengths, 0) - 1
     filled = lengths > 0
     return rewards.index_add(0, last[filled], scores[filled].to(rewards.dtype))
+
+
+def rewards_with_kl(batch: Batch, coefficient: float, estimator: KLEstimator, scores: str = "rewards") -> tuple[Tensor, Tensor]:
+    """(token_rewards of the batch [scored_tokens], lengths [rows]), from the column `scores`, rollout_log_probs and, where there is
+    a reference, ref_log_probs."""
+    log_probs = batch.ragged("rollout_log_probs")
+    if "ref_log_probs" not in batch:
+        return token_rewards(batch.tensor(scores), log_probs.lengths), log_probs.lengths
+    ref_log_probs = batch.ragged("ref_log_probs").values
+    rewards = token_rewards(batch.tensor(scores), log_probs.lengths, log_probs.values, ref_log_probs, coefficient, estimator)
+    return rewards, log_probs.lengths
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:

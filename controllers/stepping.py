@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -26,10 +26,17 @@ class AlgorithmConfig:
     num_mini_batches: int = 1
     """Optimizer steps per epoch of an update: the batch's rows are dealt over them at random, equal numbers as far as it goes."""
 
+    losses: ClassVar[tuple[str, ...]] = ()
+    """The policy losses (actor.loss.name) that make it this algorithm; empty: any."""
+    fewest_samples: ClassVar[int] = 1
+    """Samples of a prompt without which there is nothing to learn from."""
+
     def __post_init__(self) -> None:
-        for field, value in (("samples_per_prompt", self.samples_per_prompt), ("num_mini_batches", self.num_mini_batches)):
-            if value < 1:
-                raise ValueError(f"algorithm.{field} is {value}; use at least 1")
+        if self.num_mini_batches < 1:
+            raise ValueError(f"algorithm.num_mini_batches is {self.num_mini_batches}; use at least 1")
+        if self.samples_per_prompt < self.fewest_samples:
+            why = f": {self.name} compares the samples of a prompt" if self.fewest_samples > 1 else ""
+            raise ValueError(f"algorithm.samples_per_prompt is {self.samples_per_prompt}; use at least {self.fewest_samples}{why}")
 
     @property
     def needs_reference(self) -> bool:
@@ -50,6 +57,28 @@ class Algorithm(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def check_fractions(**values: float) -> None:
+    """ValueError for a setting of the algorithm outside 0 to 1."""
+    for field, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"algorithm.{field} is {value}; choose 0 to 1")
+
+
+class Stateless:
+    """Of an algorithm that has no numbers of its own to keep over a restart."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def response_lengths(batch: Batch) -> Tensor:
+    """int64 [rows]: tokens of each response."""
+    return batch.tensor("num_tokens") - batch.ragged("prompt_ids").lengths
 
 
 def mini_batch_column(uid: Tensor, num_mini_batches: int) -> Tensor:
@@ -90,10 +119,14 @@ def _describe(batch: Batch) -> Mapping[str, float]:
     if "ref_log_probs" in batch:
         kl = kl_estimate(response.values, batch.ragged("ref_log_probs").values, KLEstimator.k1)
         metrics["kl/reference"] = float(segment_sum(kl, row_of_token(response.lengths), len(batch)).mean())
-    return metrics | _means_of_dicts(batch.objects("reward_metrics"))
+    if "costs" in batch:
+        costs = batch.tensor("costs")
+        metrics |= {"cost/mean": float(costs.mean()), "cost/max": float(costs.max()), "cost/min": float(costs.min())}
+        metrics |= _means_of_dicts(batch.objects("cost_metrics"), "cost")
+    return metrics | _means_of_dicts(batch.objects("reward_metrics"), "reward")
 
 
-def _means_of_dicts(rows: list[dict[str, float]]) -> dict[str, float]:
-    """The reward function's further numbers, each over the rows that have it."""
+def _means_of_dicts(rows: list[dict[str, float]], prefix: str) -> dict[str, float]:
+    """The further numbers of a reward or cost function, each over the rows that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return {f"reward/{name}": float(np.mean([row[name] for row in rows if name in row])) for name in names}
+    return {f"{prefix}/{name}": float(np.mean([row[name] for row in rows if name in row])) for name in names}

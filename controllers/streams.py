@@ -15,8 +15,8 @@ from hybridflow.columns import Ragged
 class Stream(Protocol):
     """self.prompts.take(3)"""
 
-    def take(self, num_rows: int) -> Batch:
-        """The next rows."""
+    def take(self, num_rows: int = 0) -> Batch:
+        """The next rows; 0: as many as the settings say."""
 
 
 class PromptStream:
@@ -25,15 +25,33 @@ class PromptStream:
     def __init__(self, loader: PromptLoader, samples_per_prompt: int) -> None:
         self.loader, self.samples_per_prompt = loader, samples_per_prompt
 
-    def take(self, num_rows: int) -> Batch:
+    def take(self, num_rows: int = 0) -> Batch:
         """The next num_rows prompts, each samples_per_prompt times."""
-        return to_batch(self.loader.take(num_rows)).repeat(self.samples_per_prompt)
+        return to_batch(self.loader.take(num_rows or self.loader.config.batch_size)).repeat(self.samples_per_prompt)
+
+
+class TextStream:
+    """Text of the pretraining distribution: rows whose prompt is their first token and whose response is the rest."""
+
+    def __init__(self, loader: PromptLoader) -> None:
+        self.loader = loader
+
+    def take(self, num_rows: int = 0) -> Batch:
+        rows = self.loader.take(num_rows or self.loader.config.batch_size).prompt_ids
+        return Batch.of(prompt_ids=Ragged.of([row[:1] for row in rows]), response_ids=Ragged.of([row[1:] for row in rows]))
+
+
+class EmptyStream:
+    """Of a setting that is not used."""
+
+    def take(self, num_rows: int = 0) -> Batch:
+        return Batch.of()
 
 
 class NoStream:
     """For tracing, which draws nothing."""
 
-    def take(self, num_rows: int) -> Batch:
+    def take(self, num_rows: int = 0) -> Batch:
         raise ValueError(
             "the step draws from a stream while it is traced; put what depends on numbers into a function marked @on_controller"
         )

@@ -9,9 +9,11 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from controllers import ALGORITHMS, Entry
 from hybridflow.checkpoint import MANIFEST
+from hybridflow.dataflow import CallKind, Dataflow
 from hybridflow.layout import AXES
-from recipes.config import NO_MODEL
+from recipes.config import NO_MODEL, RunConfig
 from workers.config import ModelConfig, TrainConfig
 from workers.engines import ENGINES
 from workers.engines import fsdp_sharding as fsdp
@@ -23,13 +25,15 @@ from workers.engines.tensor_parallel import check_fits
 from workers.generation import ENGINES as GENERATION_ENGINES
 from workers.generation.config import GenerationConfig
 from workers.generation.sampling import check_sampling
+from workers.losses.aggregation import Aggregation
+from workers.losses.config import Correction, PolicyLossConfig, RolloutCorrectionConfig
 from workers.losses.surrogates import POLICY_LOSSES
 from workers.reward_function import resolve
 from workers.role_config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig
 
 RoleConfig = ActorConfig | CriticConfig | ReferenceConfig | RewardConfig
-NEED_SELECTION = ("clip_cov", "kl_cov")
-"""Policy losses that read covariance_selected, which no algorithm writes yet."""
+LOSS_COLUMNS = {"clip_cov": "covariance_selected", "kl_cov": "covariance_selected"}
+"""Policy loss -> the column that it reads and that not every algorithm writes."""
 
 
 def check_settings(role: str, config: RoleConfig) -> None:
@@ -42,8 +46,10 @@ def check_settings(role: str, config: RoleConfig) -> None:
         raise ValueError(f"{role}.model.path is not set; give the directory or hub name of its model")
     check_train(f"{role}.train", config.train)
     if isinstance(config, ActorConfig):
-        check_loss(config.loss.name)
+        check_loss(config.loss)
         check_generation(config.generation)
+    if isinstance(config, ActorConfig) and config.critic_warmup_steps < 0:
+        raise ValueError(f"{role}.critic_warmup_steps is {config.critic_warmup_steps}; use 0 or more")
     if isinstance(config, ActorConfig | CriticConfig) and config.num_epochs < 1:
         raise ValueError(f"{role}.num_epochs is {config.num_epochs}; use at least 1")
 
@@ -71,12 +77,59 @@ def _check_engine(field: str, engine: str) -> None:
             raise ValueError(f"{field} is {engine!r}, but {module} is not installed; choose another engine of {', '.join(ENGINES)}")
 
 
-def check_loss(name: str) -> None:
-    if name not in POLICY_LOSSES:
-        raise ValueError(f"actor.loss.name is {name!r}; known: {', '.join(POLICY_LOSSES)}")
-    if name in NEED_SELECTION:
-        usable = [known for known in POLICY_LOSSES if known not in NEED_SELECTION]
-        raise ValueError(f"actor.loss.name is {name!r}, which reads a column that no algorithm writes yet; use one of {', '.join(usable)}")
+def check_loss(loss: PolicyLossConfig) -> None:
+    """The name is known, and every value that was set is read by something."""
+    if loss.name not in POLICY_LOSSES:
+        raise ValueError(f"actor.loss.name is {loss.name!r}; known: {', '.join(POLICY_LOSSES)}")
+    readers = {
+        "dual_clip": (loss.name == "ppo_clip", "actor.loss.name=ppo_clip"),
+        "kl_cov_coefficient": (loss.name == "kl_cov", "actor.loss.name=kl_cov"),
+        "aggregation_constant": (loss.aggregation is Aggregation.constant, "actor.loss.aggregation=constant"),
+    }
+    for name, (is_read, reader) in readers.items():
+        if vars(loss)[name] != vars(PolicyLossConfig())[name] and not is_read:
+            raise ValueError(f"actor.loss.{name} is {vars(loss)[name]}, which nothing reads; set {reader}, or leave it out")
+    correction = loss.rollout_correction
+    changed = [name for name, default in vars(RolloutCorrectionConfig()).items() if vars(correction)[name] != default]
+    if correction.correction is Correction.none and changed:
+        raise ValueError(
+            f"actor.loss.rollout_correction.{changed[0]} is {vars(correction)[changed[0]]}, which nothing reads; set "
+            "actor.loss.rollout_correction.correction=truncate or mask, or leave it out"
+        )
+
+
+def check_loss_columns(name: str, dataflow: Dataflow) -> None:
+    """The update gets what its loss reads."""
+    column = LOSS_COLUMNS.get(name)
+    updates = [call for call in dataflow.calls if call.kind is CallKind.training and call.role == "actor"]
+    if column is not None and not all(column in call.reads for call in updates):
+        usable = [known for known in POLICY_LOSSES if known not in LOSS_COLUMNS]
+        raise ValueError(
+            f"actor.loss.name is {name!r}, which reads {column}, and {dataflow.algorithm} does not write it; run python -m recipes.{name}, "
+            f"or use one of {', '.join(usable)}"
+        )
+
+
+def check_algorithm(config: RunConfig, entry: Entry) -> None:
+    """Settings of the actor and the data against what the algorithm is and has."""
+    algorithm, loss = config.algorithm, config.actor.loss
+    if algorithm.losses and loss.name not in algorithm.losses:
+        raise ValueError(
+            f"actor.loss.name is {loss.name!r}, but {algorithm.name} is trained with {' or '.join(algorithm.losses)}; set "
+            f"actor.loss.name={algorithm.losses[0]}, or run python -m recipes.{algorithm.name}, which does"
+        )
+    if loss.kl_coefficient and "reference" not in entry.roles:
+        raise ValueError(f"actor.loss.kl_coefficient is {loss.kl_coefficient}, but {algorithm.name} has no reference; set it to 0")
+    if config.actor.critic_warmup_steps and "critic" not in entry.roles:
+        raise ValueError(
+            f"actor.critic_warmup_steps is {config.actor.critic_warmup_steps}, but {algorithm.name} has no critic; set it to 0"
+        )
+    if config.data.pretraining is not None and "pretraining" not in entry.streams:
+        usable = [name for name, known in ALGORITHMS.items() if "pretraining" in known.streams]
+        raise ValueError(
+            f"data.pretraining is {config.data.pretraining!r}, but {algorithm.name} trains on no text; set it to null, or use "
+            f"{' or '.join(usable)}"
+        )
 
 
 def check_generation(config: GenerationConfig) -> None:

@@ -6,18 +6,19 @@ import json
 import logging
 from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
+from transformers import PreTrainedTokenizerBase
 
 from cluster.connect import ClusterInfo, connect
-from controllers import create_algorithm
+from controllers import algorithm_entry, create_algorithm
 from controllers.data import PromptDataset, PromptLoader, load_tokenizer
 from controllers.loop import INPUTS, Loop, Outcome
-from controllers.streams import PromptStream
+from controllers.streams import EmptyStream, PromptStream, Stream, TextStream
 from hybridflow.checkpoint import MANIFEST, CheckpointStore
 from hybridflow.dataflow import Dataflow
 from hybridflow.group import spawn
@@ -26,7 +27,7 @@ from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
 from hybridflow.tracing import draw, trace, traced_roles
 from hybridflow.waiting import CALLS
 from hybridflow.worker import Worker
-from recipes.checks import check_model, check_prompts, check_resume, check_settings
+from recipes.checks import check_algorithm, check_loss_columns, check_model, check_prompts, check_resume, check_settings
 from recipes.config import Device, Placement, RunConfig, Runtime
 from recipes.roles import GENERATION, role_kind, role_names
 from workers.roles import Actor, TrainedRole
@@ -59,6 +60,7 @@ def run(config: RunConfig) -> Outcome | None:
     for field, dataset in (("data.train", train), ("data.validation", validation)):
         if dataset is not None:
             check_prompts(field, dataset.longest_prompt_tokens, config.actor)
+    texts = load_pretraining(config, tokenizer)
     if config.dry_run:
         print(describe(config, roles, dataflow))
         return None
@@ -74,7 +76,10 @@ def run(config: RunConfig) -> Outcome | None:
         handles = spawn_roles(roles, pools)
         handles |= stand_ins(config, handles)
         prompts = PromptLoader(train, config.data)
-        streams = {"prompts": PromptStream(prompts, config.algorithm.samples_per_prompt)}
+        streams: dict[str, Stream] = {
+            "prompts": PromptStream(prompts, config.algorithm.samples_per_prompt),
+            "pretraining": TextStream(texts) if texts else EmptyStream(),
+        }
         loop = Loop(
             create_algorithm(config.algorithm.name, handles, config.algorithm, streams),
             actor=handles["actor"],
@@ -86,6 +91,7 @@ def run(config: RunConfig) -> Outcome | None:
             tracker=tracker,
             store=store,
             config=config.loop,
+            further={"pretraining": texts} if texts else {},
         )
         outcome = loop.run()
         tracker.summary(asdict(outcome))
@@ -117,6 +123,7 @@ def place(config: RunConfig) -> list[Role]:
     for role in roles:
         check_settings(role.name, role.config)
         role.worker.layouts(role.config, sizes[role.pool])
+    check_algorithm(config, algorithm_entry(config.algorithm.name))
     check_resume(config.loop.resume)
     return roles
 
@@ -189,6 +196,14 @@ def pool_sizes(config: RunConfig) -> dict[str, int]:
     return sizes
 
 
+def load_pretraining(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptLoader | None:
+    """The texts of PPO-ptx, if there are any."""
+    if config.data.pretraining is None:
+        return None
+    dataset = PromptDataset.load_text(config.data, config.data.pretraining, tokenizer)
+    return PromptLoader(dataset, replace(config.data, batch_size=config.data.pretraining_batch_size))
+
+
 def check_dataflow(config: RunConfig, roles: Sequence[Role]) -> Dataflow:
     """Runs the algorithm's step on abstract batches: a column that nobody writes is found before anything starts."""
     workers = {role.name: role.worker for role in roles}
@@ -196,7 +211,9 @@ def check_dataflow(config: RunConfig, roles: Sequence[Role]) -> Dataflow:
         workers["actor"] = Actor
     traced, recorder = traced_roles(workers)
     algorithm = create_algorithm(config.algorithm.name, traced | stand_ins(config, traced), config.algorithm)
-    return trace(config.algorithm.name, algorithm.step, INPUTS, recorder)
+    dataflow = trace(config.algorithm.name, algorithm.step, INPUTS, recorder)
+    check_loss_columns(config.actor.loss.name, dataflow)
+    return dataflow
 
 
 def connect_cluster(config: RunConfig) -> AbstractContextManager[ClusterInfo | None]:

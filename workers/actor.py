@@ -48,9 +48,9 @@ class ActorWorker(PolicyWorker, Actor):
         training = training_layout(config.train, world_size, "actor")
         return {"train": training, "generation": generation_grouping(config, training).layout}
 
-    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None) -> Batch:
+    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True) -> Batch:
         self._to_generation()
-        return self.sampler.generate(prompts, sampling)
+        return self.sampler.generate(prompts, sampling, do_sample=do_sample)
 
     def compute_log_prob(self, batch: Batch) -> Batch:
         self._to_training()

@@ -25,6 +25,7 @@ REF_LOG_PROBS = declare("ref_log_probs", "batch time", "float32", "log-probs of 
 VALUES = declare("values", "batch time", "float32", "the critic's value before each response token")
 REWARDS = declare("rewards", "batch", "float32", "reward of the whole response")
 REWARD_METRICS = declare("reward_metrics", "batch", "object", "dict of further numbers of the reward function")
+BASELINE_REWARDS = declare("baseline_rewards", "batch", "float32", "reward of the prompt's greedy response (ReMax)")
 COSTS = declare("costs", "batch", "float32", "cost of the whole response (Safe-RLHF)")
 COST_METRICS = declare("cost_metrics", "batch", "object", "dict of further numbers of the cost function")
 
@@ -32,3 +33,7 @@ COST_METRICS = declare("cost_metrics", "batch", "object", "dict of further numbe
 MINI_BATCH = declare("mini_batch", "batch", "int64", "number of the mini-batch that a row is trained in, from 0")
 ADVANTAGES = declare("advantages", "batch time", "float32", "advantage of each response token")
 RETURNS = declare("returns", "batch time", "float32", "the critic's target at each response token")
+COST_VALUES = declare("cost_values", "batch time", "float32", "the cost critic's value before each response token (Safe-RLHF)")
+COST_RETURNS = declare("cost_returns", "batch time", "float32", "the cost critic's target at each response token")
+COVARIANCE_SELECTED = declare("covariance_selected", "batch time", "bool", "whether the losses clip_cov and kl_cov act on the token")
+PRETRAIN = declare("pretrain", "batch", "bool", "a row of the pretraining text: prompt_ids is its first token, response_ids the rest")

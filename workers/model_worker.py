@@ -101,24 +101,27 @@ class MiniBatches:
     def __init__(self, sequences: Sequences, labels: Tensor | None, layout: Layout, device: str) -> None:
         self.sequences = sequences
         self.labels = labels if labels is not None else torch.zeros(sequences.num_rows, dtype=torch.int64)
+        self.is_text = sequences.per_row.get("pretrain", torch.zeros(sequences.num_rows, dtype=torch.bool))
         self.counts = self._global_counts(layout, device)
 
     @property
     def num_labels(self) -> int:
         return len(self.counts)
 
-    def _global_counts(self, layout: Layout, device: str) -> list[Counts]:
-        """Of every mini-batch over all data ranks. Ranks of one data coordinate hold the same rows, hence the division."""
+    def _global_counts(self, layout: Layout, device: str) -> list[list[Counts]]:
+        """Of every mini-batch over all data ranks: of its rows of the dataflow, and of its rows of pretraining text. Ranks of one
+        data coordinate hold the same rows, hence the division."""
         largest = torch.tensor([int(self.labels.max()) if len(self.labels) else 0], device=device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         lengths = self.sequences.scored_lengths
-        table = torch.zeros(int(largest) + 1, 2, dtype=torch.int64)
-        table[:, 0].index_add_(0, self.labels, lengths)
-        table[:, 1].index_add_(0, self.labels, (lengths > 0).long())
+        table = torch.zeros(int(largest) + 1, 2, 2, dtype=torch.int64)
+        place = (self.labels, self.is_text.long())
+        table[:, :, 0].index_put_(place, lengths, accumulate=True)
+        table[:, :, 1].index_put_(place, (lengths > 0).long(), accumulate=True)
         table = table.to(device)
         dist.all_reduce(table)
         copies = layout.axis_size("pp") * layout.axis_size("cp") * layout.axis_size("tp")
-        return [Counts(num_tokens=tokens // copies, num_rows=rows // copies) for tokens, rows in table.tolist()]
+        return [[Counts(num_tokens=tokens // copies, num_rows=rows // copies) for tokens, rows in kinds] for kinds in table.tolist()]
 
     def steps(self, num_epochs: int, seed: int, aggregation: Aggregation, constant: int) -> Iterator[tuple[int, Sequences]]:
         """(number of the step, rows): the first epoch in order, later ones in an order drawn from `seed`."""
@@ -126,8 +129,13 @@ class MiniBatches:
         for epoch in range(num_epochs):
             order = np.random.default_rng([seed, epoch]).permutation(self.num_labels) if epoch else np.arange(self.num_labels)
             for label in order:
-                rows = self.sequences.rows(torch.nonzero(self.labels == int(label)).squeeze(1))
-                columns = weight_columns(rows.scored_lengths, self.counts[label], aggregation, constant=constant)
+                index = torch.nonzero(self.labels == int(label)).squeeze(1)
+                rows, (own, text) = self.sequences.rows(index), self.counts[label]
+                columns = weight_columns(rows.scored_lengths, own, aggregation, constant=constant)
+                if "pretrain" in rows.per_row:
+                    of_text = weight_columns(rows.scored_lengths, text, Aggregation.token_mean)
+                    is_text = torch.repeat_interleave(self.is_text[index], rows.scored_lengths)
+                    columns = {name: torch.where(is_text, of_text[name], columns[name]) for name in columns}
                 yield number, rows.with_columns(per_token=columns)
                 number += 1
 

@@ -15,13 +15,14 @@ from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.results import Metrics
 from workers.engines.base import Head
+from workers.losses.language import with_pretraining
 from workers.losses.policy import policy_loss
 from workers.model_worker import MiniBatches, ModelWorker, mean_over_steps, sequences_of, train_on
 from workers.role_config import ActorConfig
 from workers.roles import Policy
 from workers.sequences import Sequences
 
-PER_TOKEN = ("advantages", "rollout_log_probs", "ref_log_probs")
+PER_TOKEN = ("advantages", "rollout_log_probs", "ref_log_probs", "covariance_selected")
 
 
 class PolicyWorker(ModelWorker, Policy):
@@ -31,6 +32,8 @@ class PolicyWorker(ModelWorker, Policy):
         super().__init__(config, context)
         self.build(config.model, config.train, Head.lm, context)
         self.weight_version = 0
+        self.num_skipped = 0
+        """Updates left out for the critic's warm-up."""
 
     def compute_log_prob(self, batch: Batch) -> Batch:
         outputs = self.engine.forward(sequences_of(batch), temperature=self._temperature)
@@ -38,21 +41,28 @@ class PolicyWorker(ModelWorker, Policy):
 
     def update_actor(self, batch: Batch) -> Metrics:
         config = self.config
+        if self.num_skipped < config.critic_warmup_steps:
+            self.num_skipped += 1
+            return Metrics({"actor/critic_warmup_steps": float(self.num_skipped)})
         labels = cast(Tensor, batch["mini_batch"]) if "mini_batch" in batch else None
         sequences = sequences_of(batch, PER_TOKEN)
+        loss_fn = policy_loss(config.loss)
+        if "pretrain" in batch:
+            sequences = sequences.with_columns(per_row={"pretrain": cast(Tensor, batch["pretrain"])})
+            loss_fn = with_pretraining(loss_fn, config.loss.pretraining_coefficient)
         mini_batches = MiniBatches(sequences, labels, self.layout, self.context.device)
         if "log_probs" in batch or config.num_epochs * mini_batches.num_labels > 1 or self._is_stale(batch):  # the same on every rank
             mini_batches.sequences = sequences.with_columns(per_token={"old_log_probs": self._old_log_probs(batch, sequences)})
         entropy = config.report_entropy or config.loss.entropy_coefficient != 0
         steps = mini_batches.steps(config.num_epochs, self.weight_version, config.loss.aggregation, config.loss.aggregation_constant)
-        metrics = train_on(self.engine, steps, policy_loss(config.loss), entropy=entropy, temperature=self._temperature)
+        metrics = train_on(self.engine, steps, loss_fn, entropy=entropy, temperature=self._temperature)
         self.weight_version += 1
         return mean_over_steps(metrics, "actor") | {"actor/weight_version": float(self.weight_version)}
 
     def save_checkpoint(self, directory: str) -> None:
         super().save_checkpoint(directory)
         if self.context.rank == 0:
-            (Path(directory) / "actor.json").write_text(json.dumps({"weight_version": self.weight_version}))
+            (Path(directory) / "actor.json").write_text(json.dumps({"weight_version": self.weight_version, "num_skipped": self.num_skipped}))
 
     def save_pretrained(self, directory: str) -> None:
         super().save_pretrained(directory)
@@ -64,7 +74,8 @@ class PolicyWorker(ModelWorker, Policy):
 
     def load_checkpoint(self, directory: str) -> None:
         super().load_checkpoint(directory)
-        self.weight_version = json.loads((Path(directory) / "actor.json").read_text())["weight_version"]
+        state = json.loads((Path(directory) / "actor.json").read_text())
+        self.weight_version, self.num_skipped = state["weight_version"], state["num_skipped"]
 
     def _old_log_probs(self, batch: Batch, sequences: Sequences) -> Tensor:
         """The log-probs before this update: given, or computed now, while the weights are still those that generated.

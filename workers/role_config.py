@@ -19,6 +19,8 @@ class ActorConfig:
     loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     num_epochs: int = 1
     """Passes of an update over the batch."""
+    critic_warmup_steps: int = 0
+    """First updates of a run that leave the actor as it is, so that a new critic learns to judge it first."""
     report_entropy: bool = True
     """Log the policy's entropy even where the loss does not need it."""
     probe_tolerance: float = -1.0

@@ -53,7 +53,15 @@ class Policy(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids", "advantages"),
-        optional=("rollout_log_probs", "log_probs", "ref_log_probs", "mini_batch", "weight_version"),
+        optional=(
+            "rollout_log_probs",
+            "log_probs",
+            "ref_log_probs",
+            "mini_batch",
+            "weight_version",
+            "covariance_selected",
+            "pretrain",
+        ),
         kind=CallKind.training,
         balance="num_tokens",
         within="mini_batch",
@@ -74,8 +82,11 @@ class Generator(Worker):
         kind=CallKind.generation,
     )
     @abstractmethod
-    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None) -> Batch:
-        """One response for every row, by the generation engine under the actor's latest weights; sampling None: the configured one."""
+    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True) -> Batch:
+        """One response for every row, by the generation engine under the actor's latest weights.
+
+        sampling: None for the configured one. do_sample: False takes the most likely token, all else as configured.
+        """
 
 
 class Actor(Policy, Generator):

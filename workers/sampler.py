@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -31,14 +32,15 @@ class Sampler:
         engine = generation_engine_class(config.generation.engine)
         self.engine = engine(model=config.model, config=config.generation, context=context, load_weights=False, layout=layout)
 
-    def generate(self, prompts: Batch, sampling: SamplingConfig | None) -> Batch:
+    def generate(self, prompts: Batch, sampling: SamplingConfig | None, *, do_sample: bool = True) -> Batch:
         """One response for every row, with the version of the weights that drew it."""
+        sampling = sampling or self.config.generation.sampling
         prompt_ids = prompts.ragged("prompt_ids")
         limits = prompts.tensor("max_response_tokens").numpy() if "max_response_tokens" in prompts else None
         made = self.engine.generate(
             [prompt.numpy() for prompt in prompt_ids.unbind()],
             sample_seeds(self.config.seed, prompts),
-            sampling or self.config.generation.sampling,
+            sampling if do_sample else replace(sampling, greedy=True),
             limits,
         )
         lengths = torch.from_numpy(made.lengths)

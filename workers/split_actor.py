@@ -106,8 +106,8 @@ class GenerationWorker(SplitGenerator):
         self.sync.run()
         return sync_metrics(self.sync)
 
-    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None) -> Batch:
-        return self.sampler.generate(prompts, sampling)
+    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True) -> Batch:
+        return self.sampler.generate(prompts, sampling, do_sample=do_sample)
 
     def close(self) -> None:
         self.sampler.engine.close()
@@ -147,13 +147,13 @@ class SplitActor:
             list(ranks)
         return cast(Actor, cls(policy, generator))
 
-    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None) -> Batch:
+    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True) -> Batch:
         if self._changed:
             self._policy.sync_weights()
             received = cast(list[dict[str, float]], self._generator.sync_weights())
             self._sync = Metrics(sources=[lambda: received[0]])
             self._changed = False
-        return self._generator.generate_sequences(prompts, sampling)
+        return self._generator.generate_sequences(prompts, sampling, do_sample=do_sample)
 
     def update_actor(self, batch: Batch) -> Metrics:
         self._changed = True

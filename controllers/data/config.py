@@ -46,15 +46,26 @@ class DataConfig:
     chat_template_options: dict[str, Any] = field(default_factory=dict)
     """Variables of the chat template, such as enable_thinking: false."""
 
+    pretraining: Any = None
+    """Text of the pretraining distribution for PPO-ptx, places as in `train`; null for none."""
+    pretraining_column: str = "text"
+    pretraining_batch_size: int = 64
+    """Pieces of text in every step's update."""
+    pretraining_tokens: int = 512
+    """Longer texts are cut into pieces of at most this many tokens."""
+
     def __post_init__(self) -> None:
-        for name, value in (("batch_size", self.batch_size), ("max_prompt_tokens", self.max_prompt_tokens)):
-            if value < 1:
-                raise ValueError(f"data.{name} is {value}; use at least 1")
+        least = {"batch_size": 1, "max_prompt_tokens": 1, "pretraining_batch_size": 1, "pretraining_tokens": 4}
+        for name, value in vars(self).items():
+            if value is not None and name in least and value < least[name]:
+                raise ValueError(f"data.{name} is {value}; use at least {least[name]}")
         if self.seed < 0:
             raise ValueError(f"data.seed is {self.seed}; use 0 or more")
         places("data.train", self.train)
         if self.validation is not None:
             places("data.validation", self.validation)
+        if self.pretraining is not None:
+            places("data.pretraining", self.pretraining)
         taken = [name for name in (self.prompt_column, self.answer_column) if name in (self.columns or [])]
         if taken:
             raise ValueError(f"data.columns has {taken[0]!r}, which is the prompt or the answer already; leave it out")

@@ -11,7 +11,7 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, BinaryIO, cast
 
@@ -60,6 +60,37 @@ class PromptDataset:
                 for row, ids in zip(rows, prompt_tokenizer(rows), strict=True):
                     writer.add(row, ids)
             return writer.finish(where)
+
+    @classmethod
+    def load_text(cls, config: DataConfig, where: str | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
+        """Plain text without further columns, longer ones cut into pieces (data.pretraining, data.pretraining_column, ...)."""
+        text = replace(
+            config,
+            prompt_column=config.pretraining_column,
+            answer_column=None,
+            columns=[],
+            batch_size=config.pretraining_batch_size,
+            max_prompt_tokens=2**31 - 1,
+            text_as_user_message=False,
+        )
+        return cls.load(text, where, tokenizer).cut(config.pretraining_tokens)
+
+    def cut(self, max_tokens: int) -> PromptDataset:
+        """Every row in the fewest pieces of at most max_tokens (4 or more) tokens, about equal ones; a row of one token predicts nothing
+        and is left out, with a warning."""
+        lengths = np.diff(self._token_ends, prepend=0)
+        if (short := int((lengths < 2).sum())) == len(lengths):
+            raise ValueError("data.pretraining: no text has two tokens or more; give longer ones")
+        if short:
+            LOGGER.warning("data.pretraining: left out %d texts of one token", short)
+        pieces = [np.arange(n) * length // n for length in lengths for n in (-(-int(length) // max_tokens),)]
+        starts = np.concatenate([end - length + piece for end, length, piece in zip(self._token_ends, lengths, pieces, strict=True)])
+        ends = np.append(starts[1:], self._token_ends[-1])
+        long = ends - starts > 1
+        tokens = np.concatenate([self._tokens[start:end] for start, end in zip(starts[long], ends[long], strict=True)])
+        nothing = np.frombuffer(b"{}" * int(long.sum()), dtype=np.uint8)
+        fingerprint = f"{self.fingerprint} cut at {max_tokens}"
+        return PromptDataset(tokens, np.cumsum((ends - starts)[long]), nothing, 2 * np.arange(1, int(long.sum()) + 1), fingerprint)
 
     def __len__(self) -> int:
         return len(self._token_ends)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from controllers.grpo import GRPOConfig
 from controllers.kl import KLControlConfig
 from controllers.loop import INPUTS
 from controllers.ppo import PPOConfig
+from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
 from hybridflow.dataflow import CallKind
 from hybridflow.tracing import trace, traced_roles
-from tests.controllers.fakes import CLASSES, FAKES, Script, fakes, prompts
+from tests.controllers.fakes import CLASSES, FAKES, Script, fakes, prompts, streams
 
 TWO_ROWS = Script(
     responses=[[8, 1], [1]],
@@ -25,7 +29,23 @@ TWO_ROWS = Script(
     ref_log_probs=[[-1.5, -1.0], [-0.5]],
 )
 FOUR_ROWS = Script(responses=[[8, 1], [1], [1], [8, 8, 1]], rewards=[1.0, 0.0, 2.0, 2.0])
+LEARNABLE = Script(responses=FOUR_ROWS.responses, rewards=[1.0, 0.0, 2.0, 3.0])
+"""Every prompt's samples differ, so that no algorithm asks for others."""
 KNOWN = [name for name, entry in ALGORITHMS.items() if set(entry.roles) <= set(FAKES)]
+
+
+def made(name: str, script: Script, **settings):
+    """(algorithm, log) with two samples a prompt, as prompts([7, 7, 9, 9]) has."""
+    roles, log = fakes(script)
+    extra = {"k": 2} if name == "pass_at_k" else {}
+    config = ALGORITHMS[name].load_config()(**{"samples_per_prompt": 2, **extra, **settings})
+    return create_algorithm(name, roles, config, streams()), log
+
+
+def advantages_of(name: str, script: Script, uid: list[int], **settings) -> list[float]:
+    algorithm, log = made(name, script, **settings)
+    algorithm.step(prompts(uid))
+    return log.last("actor.update_actor").ragged("advantages").values.tolist()
 
 
 def ppo(script: Script = TWO_ROWS, **settings):
@@ -37,11 +57,10 @@ def ppo(script: Script = TWO_ROWS, **settings):
 @pytest.mark.parametrize("name", KNOWN)
 def test_the_trace_is_what_a_step_really_calls(name: str) -> None:
     """Order of calls, and the columns that each of them reads."""
-    config = ALGORITHMS[name].load_config()()
-    roles, log = fakes(FOUR_ROWS)
-    create_algorithm(name, roles, config).step(prompts([7, 7, 9, 9]))
+    algorithm, log = made(name, LEARNABLE)
+    algorithm.step(prompts([7, 7, 9, 9]))
     stand_ins, recorder = traced_roles({role: CLASSES[role] for role in ALGORITHMS[name].roles})
-    dataflow = trace(name, create_algorithm(name, stand_ins, config).step, INPUTS, recorder)
+    dataflow = trace(name, create_algorithm(name, stand_ins, algorithm.config).step, INPUTS, recorder)
     models = [call for call in dataflow.calls if call.kind is not CallKind.controller]
     assert [f"{call.role}.{call.method}" for call in models] == log.names
     assert [set(call.reads) for call in models] == [set(seen.batch.columns) for seen in log]
@@ -102,21 +121,19 @@ def test_grpo_does_not_care_where_a_group_lies() -> None:
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_steps_metrics_describe_the_batch(name: str) -> None:
-    roles, _ = fakes(FOUR_ROWS)
-    metrics = create_algorithm(name, roles, ALGORITHMS[name].load_config()()).step(prompts([7, 7, 9, 9]))
+    algorithm, _ = made(name, LEARNABLE)
+    metrics = algorithm.step(prompts([7, 7, 9, 9]))
     assert metrics["actor/loss"] == 1.0
-    assert (metrics["reward/mean"], metrics["reward/min"], metrics["reward/max"]) == (1.25, 0.0, 2.0)
+    assert (metrics["reward/mean"], metrics["reward/min"], metrics["reward/max"]) == (1.5, 0.0, 3.0)
     assert metrics["reward/right"] == 0.25, "the reward function's own numbers"
     assert metrics["response_tokens/mean"] == 7 / 4 and metrics["tokens"] == 7 + 1 + 2 + 3 + 4
     assert metrics["response_tokens/finished"] == 1.0
-    assert metrics["kl/reference"] == 0.0
+    assert metrics.get("kl/reference") == (0.0 if "reference" in ALGORITHMS[name].roles else None)
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_state_survives_a_checkpoint(name: str) -> None:
-    roles, _ = fakes(FOUR_ROWS)
-    config = ALGORITHMS[name].load_config()()
-    algorithm, restored = create_algorithm(name, roles, config), create_algorithm(name, roles, config)
+    (algorithm, _), (restored, _) = made(name, LEARNABLE), made(name, LEARNABLE)
     algorithm.step(prompts([7, 7, 9, 9]))
     restored.load_state_dict(json.loads(json.dumps(algorithm.state_dict())))
     assert restored.state_dict() == algorithm.state_dict()
@@ -134,6 +151,126 @@ def test_the_adaptive_kl_coefficient_moves_and_is_restored() -> None:
     assert log.last("critic.update_critic").ragged("returns").values.tolist() == pytest.approx([0.5, 1.0, -1.0])
 
 
+def test_rloo_by_hand() -> None:
+    """Scores minus a tenth of the KL of the response, (-0.5 | 0): 1.05 and -1; the other's score is the baseline."""
+    kl = KLControlConfig(coefficient=0.1)
+    assert advantages_of("rloo", TWO_ROWS, [7, 7], kl=kl) == pytest.approx([2.05, 2.05, -2.05])
+
+
+def test_remax_by_hand() -> None:
+    """Rewards per token (-0.05, 1.1 | -1), to go (1.05, 1.1 | -1), minus the greedy responses' 0.5 and 0.25."""
+    script = replace(TWO_ROWS, rewards=[1.0, -1.0, 0.5, 0.25])
+    algorithm, log = made("remax", script, samples_per_prompt=1, kl=KLControlConfig(coefficient=0.1))
+    algorithm.step(prompts([7, 9]))
+    assert log.last("actor.update_actor").ragged("advantages").values.tolist() == pytest.approx([0.55, 0.6, -1.25])
+    generations = [seen.do_sample for seen in log if seen.name == "actor.generate_sequences"]
+    assert generations == [True, False] and log.names.count("reward.compute_reward") == 2
+
+
+def test_reinforce_plus_plus_by_hand() -> None:
+    to_go = [1.05, 1.1, -1.0]
+    mean, deviation = statistics.fmean(to_go), statistics.pstdev(to_go)
+    expected = [(value - mean) / deviation for value in to_go]
+    kl = KLControlConfig(coefficient=0.1)
+    assert advantages_of("reinforce_plus_plus", TWO_ROWS, [7, 9], kl=kl) == pytest.approx(expected, rel=1e-5)
+
+
+def test_reinforce_plus_plus_baseline_by_hand() -> None:
+    """Rewards 1, 0 | 2, 2 minus the groups' means on 2, 1, 1, 3 tokens."""
+    centred = [0.5, 0.5, -0.5, 0, 0, 0, 0]
+    mean, deviation = statistics.fmean(centred), statistics.pstdev(centred)
+    expected = [(value - mean) / deviation for value in centred]
+    assert advantages_of("reinforce_plus_plus_baseline", FOUR_ROWS, [7, 7, 9, 9]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_opo_by_hand() -> None:
+    """Group 7: lengths 2 and 1 weigh rewards 1 and 0, so the baseline is 2/3."""
+    assert advantages_of("opo", FOUR_ROWS, [7, 7, 9, 9]) == pytest.approx([1 / 3, 1 / 3, -2 / 3, 0, 0, 0, 0])
+
+
+def test_pass_at_k_by_hand() -> None:
+    """k = 1 of two samples, one of them right: mean 1/2, deviation 1/2."""
+    assert advantages_of("pass_at_k", FOUR_ROWS, [7, 7, 9, 9], k=1) == pytest.approx([1, 1, -1, 0, 0, 0, 0])
+
+
+def test_dr_grpo_is_grpo_without_the_deviation() -> None:
+    plain = advantages_of("grpo", FOUR_ROWS, [7, 7, 9, 9], scale_by_std=False)
+    assert advantages_of("dr_grpo", FOUR_ROWS, [7, 7, 9, 9]) == plain == [0.5, 0.5, -0.5, 0, 0, 0, 0]
+
+
+def test_the_selection_of_tokens_by_hand() -> None:
+    """Advantages 1, 1, -1 and log-probs -1, -2, -0.5 (means 1/3 and -7/6): covariances 1/9, -5/9, -8/9."""
+    for name, selected in {"kl_cov": [True, False, False], "clip_cov": [True, False, False]}.items():
+        bounds = {"low": 0.0, "high": 1.0} if name == "clip_cov" else {}
+        algorithm, log = made(name, TWO_ROWS, fraction=0.3, scale_by_std=False, **bounds)
+        algorithm.step(prompts([7, 7]))
+        assert log.last("actor.update_actor").ragged("covariance_selected").values.tolist() == selected, name
+
+
+def test_dapo_replaces_prompts_that_teach_nothing() -> None:
+    """Group 9 is all right and is replaced by prompt 100, whose samples differ; nothing that differs is lost."""
+    script = Script(responses=[[1], [1], [1], [1], [8, 1], [1]], rewards=[1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    algorithm, log = made("dapo", script)
+    metrics = algorithm.step(prompts([7, 7, 9, 9]))
+    assert [len(seen.batch) for seen in log if seen.name == "actor.generate_sequences"] == [4, 2]
+    step = 0.5 / math.sqrt(0.5)
+    update = log.last("actor.update_actor")
+    assert update.ragged("advantages").values.tolist() == pytest.approx([step, -step, -step, -step, step], rel=1e-4)
+    rounds = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("dynamic_sampling")}
+    assert rounds == {"rounds": 2, "prompts_kept": 2, "prompts_filtered": 1}
+
+
+def test_dapo_ends_where_nothing_teaches() -> None:
+    algorithm, log = made("dapo", Script(responses=[[1]], rewards=[1.0]), max_rounds=3)
+    metrics = algorithm.step(prompts([7, 7, 9, 9]))
+    assert log.names.count("actor.generate_sequences") == 3
+    assert log.last("actor.update_actor").ragged("advantages").values.tolist() == [0.0] * 4, "the first round's, and no step of the policy"
+    assert (metrics["dynamic_sampling/prompts_kept"], metrics["dynamic_sampling/prompts_filtered"]) == (0, 6)
+
+
+def test_dapo_shapes_overlong_responses() -> None:
+    """Of 4 tokens at most, 2 of them buffer: three tokens cost half the penalty of 0.4."""
+    script = Script(responses=[[8, 8, 1], [1]], rewards=[1.0, 0.0])
+    shaped = advantages_of("dapo", script, [7, 7], overlong_buffer_tokens=2, overlong_penalty=0.4, max_response_tokens=4)
+    assert shaped == pytest.approx([1 / math.sqrt(2)] * 3 + [-1 / math.sqrt(2)], rel=1e-4), "scaled by the deviation of 0.8 and 0"
+    script.rewards = [0.1, 0.0]
+    shaped = advantages_of("dapo", script, [7, 7], overlong_buffer_tokens=2, overlong_penalty=0.4, max_response_tokens=4)
+    assert shaped[0] < 0 < shaped[3], "0.1 - 0.2 is less than 0"
+
+
+def test_safe_rlhf_by_hand() -> None:
+    """KL (0.5, -1 | 0) halves: rewards (-0.025, 1.05 | -1), costs (0.025, 1.95 | 0.5); gamma = lam = 1, so advantages are what is
+    to come minus the value. ln lambda = 0 moves by 0.1 x the mean cost of 1.25."""
+    script = replace(TWO_ROWS, costs=[2.0, 0.5])
+    settings = {"gamma": 1.0, "lam": 1.0, "whiten_advantages": False, "kl": KLControlConfig(coefficient=0.1), "samples_per_prompt": 1}
+    algorithm, log = made("safe_rlhf", script, **settings)
+    metrics = algorithm.step(prompts([7, 9]))
+    multiplier = math.exp(0.125)
+    rewards, costs = [1.025 - 0.5, 1.05 - 1.0, -1.0 - 0.25], [1.975 - 0.5, 1.95 - 1.0, 0.5 - 0.25]
+    expected = [(r - multiplier * c) / (1 + multiplier) for r, c in zip(rewards, costs, strict=True)]
+    assert log.last("actor.update_actor").ragged("advantages").values.tolist() == pytest.approx(expected, rel=1e-5)
+    assert log.last("critic.update_critic").ragged("returns").values.tolist() == pytest.approx([1.025, 1.05, -1.0])
+    assert log.last("cost_critic.update_critic").ragged("returns").values.tolist() == pytest.approx([1.975, 1.95, 0.5])
+    assert metrics["cost/multiplier"] == pytest.approx(multiplier) and metrics["cost/mean"] == 1.25
+    assert metrics["critic/loss"] == metrics["cost_critic/loss"] == 2.0
+
+
+def test_pretraining_rows_join_the_actors_update_only() -> None:
+    class Texts:
+        def take(self, num_rows: int = 0) -> Batch:
+            return Batch.of(prompt_ids=Ragged.of([[3], [3], [3]]), response_ids=Ragged.of([[4, 5], [6], [7]]))
+
+    roles, log = fakes(LEARNABLE)
+    config = ALGORITHMS["safe_rlhf"].load_config()(num_mini_batches=2)
+    create_algorithm("safe_rlhf", roles, config, {"pretraining": Texts()}).step(prompts([7, 7, 9, 9]))
+    update = log.last("actor.update_actor")
+    assert update.tensor("pretrain").tolist() == [False] * 4 + [True] * 3
+    assert update.tensor("mini_batch").tolist()[4:] == [0, 1, 0]
+    assert update.ragged("advantages").values.tolist()[-4:] == [0.0] * 4
+    assert [row.tolist() for row in update.ragged("response_ids").unbind()][4:] == [[4, 5], [6], [7]]
+    assert len(log.last("critic.update_critic")) == len(log.last("cost_critic.update_critic")) == 4
+
+
 def test_ppo_without_a_reference_has_no_kl() -> None:
     roles, log = fakes(TWO_ROWS)
     roles["reference"] = NoColumn()
@@ -144,7 +281,7 @@ def test_ppo_without_a_reference_has_no_kl() -> None:
 
 
 class NoColumn:
-    """recipes.run.NoReference, by hand."""
+    """recipes.roles.NoReference, by hand."""
 
     def compute_ref_log_prob(self, batch):
         return batch.select()
@@ -158,5 +295,5 @@ def test_mini_batches_reach_both_updates_alike() -> None:
 
 
 def test_an_unknown_algorithm_lists_the_known() -> None:
-    with pytest.raises(ValueError, match=r"algorithm\.name is 'sarsa'; known: ppo, grpo"):
+    with pytest.raises(ValueError, match=r"algorithm\.name is 'sarsa'; known: ppo, safe_rlhf, "):
         create_algorithm("sarsa", {}, PPOConfig())

@@ -25,6 +25,7 @@ def required(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"model.path={model}",
         f"data.train={data}",
         "reward.function=tests.recipes.rewards:plain",
+        "cost.function=tests.recipes.rewards:plain",
         "actor.generation.sampling.max_response_tokens=8",
         f"output_dir={directory}/run",
     ]

@@ -43,7 +43,7 @@ class RolloutCorrectionConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.min_ratio < 1 < self.max_ratio:
             raise ValueError(
-                f"rollout_correction: min_ratio {self.min_ratio} and max_ratio {self.max_ratio} must enclose 1 (equal engines); "
+                f"actor.loss.rollout_correction: min_ratio {self.min_ratio} and max_ratio {self.max_ratio} must enclose 1 (equal engines); "
                 "choose 0 <= min_ratio < 1 < max_ratio"
             )
 
@@ -70,18 +70,28 @@ class PolicyLossConfig:
     kl_coefficient: float = 0.0
     """Of the KL to the reference in the loss; not 0 needs the column ref_log_probs."""
     kl_estimator: KLEstimator = KLEstimator.k3
+    pretraining_coefficient: float = 16.0
+    """Of the language loss on rows of data.pretraining (PPO-ptx; Safe-RLHF's 16, InstructGPT's 27.8)."""
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"clip_low is {self.clip_low}; the ratio is clipped to 1 - clip_low, so choose 0 <= clip_low <= 1")
+            raise ValueError(f"actor.loss.clip_low is {self.clip_low}; the ratio is clipped to 1 - clip_low, so choose 0 <= clip_low <= 1")
         if self.clip_high < 0:
-            raise ValueError(f"clip_high is {self.clip_high}; the ratio is clipped to 1 + clip_high, so choose at least 0")
+            raise ValueError(f"actor.loss.clip_high is {self.clip_high}; the ratio is clipped to 1 + clip_high, so choose at least 0")
         if self.dual_clip != 0 and self.dual_clip <= 1:
-            raise ValueError(f"dual_clip is {self.dual_clip}; it bounds the ratio from above, so choose more than 1, or 0 for off")
+            raise ValueError(
+                f"actor.loss.dual_clip is {self.dual_clip}; it bounds the ratio from above, so choose more than 1, or 0 for off"
+            )
         if self.aggregation is Aggregation.constant and self.aggregation_constant < 1:
             raise ValueError(
-                f"aggregation_constant is {self.aggregation_constant}; aggregation 'constant' needs the longest response allowed, in tokens"
+                f"actor.loss.aggregation_constant is {self.aggregation_constant}; aggregation 'constant' needs the longest response "
+                "allowed, in tokens"
+            )
+        if self.kl_coefficient < 0 or self.pretraining_coefficient < 0:
+            raise ValueError(
+                f"actor.loss.kl_coefficient is {self.kl_coefficient} and actor.loss.pretraining_coefficient "
+                f"{self.pretraining_coefficient}; use 0 or more"
             )
 
 
@@ -96,7 +106,7 @@ class ValueLossConfig:
 
     def __post_init__(self) -> None:
         if self.clip < 0:
-            raise ValueError(f"clip is {self.clip}; choose more than 0, or 0 for an unclipped value loss")
+            raise ValueError(f"critic.loss.clip is {self.clip}; choose more than 0, or 0 for an unclipped value loss")
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,91 @@
+"""Clip-Cov and KL-Cov (Cui et al. 2025, "The entropy mechanism of reinforcement learning"): GRPO that spares the policy's entropy.
+
+Few tokens, those whose log-prob and advantage go together most, lower the entropy most. Which ones they are is decided here,
+over the whole batch; the losses clip_cov and kl_cov take their gradient away or hold them back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from controllers.covariance import select_for_clip_cov, select_for_kl_cov
+from controllers.grpo import GRPOConfig, compute_advantages
+from controllers.stepping import Stateless, describe
+from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
+from hybridflow.results import Metrics
+from hybridflow.tracing import on_controller
+from workers.roles import Actor, Reference, Reward
+
+
+@dataclass(kw_only=True)
+class CovConfig(GRPOConfig):
+    fraction: float = 2e-4
+    """Of all tokens: how many are selected, at least one."""
+
+    def __post_init__(self) -> None:
+        GRPOConfig.__post_init__(self)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"algorithm.fraction is {self.fraction}; choose 0 < fraction <= 1 (2e-4 in the paper's code)")
+
+    def select(self, advantages: Tensor, log_probs: Tensor, seed: int) -> Tensor:
+        """bool [scored_tokens]."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class ClipCovConfig(CovConfig):
+    """Some tokens with a covariance between low and high, drawn at random, get no gradient."""
+
+    name: str = "clip_cov"
+    low: float = 1.0
+    high: float = 5.0
+    losses: ClassVar[tuple[str, ...]] = ("clip_cov",)
+
+    def __post_init__(self) -> None:
+        CovConfig.__post_init__(self)
+        if not self.low < self.high:
+            raise ValueError(f"algorithm.low is {self.low} and algorithm.high {self.high}; choose low < high")
+
+    def select(self, advantages: Tensor, log_probs: Tensor, seed: int) -> Tensor:
+        return select_for_clip_cov(advantages, log_probs, fraction=self.fraction, low=self.low, high=self.high, seed=seed)
+
+
+@dataclass(kw_only=True)
+class KLCovConfig(CovConfig):
+    """The tokens with the largest covariance are held back by a KL (actor.loss.kl_cov_coefficient)."""
+
+    name: str = "kl_cov"
+    losses: ClassVar[tuple[str, ...]] = ("kl_cov",)
+
+    def select(self, advantages: Tensor, log_probs: Tensor, seed: int) -> Tensor:
+        return select_for_kl_cov(advantages, log_probs, fraction=self.fraction)
+
+
+class CovarianceGRPO(Stateless):
+    """GRPO's step and one selection."""
+
+    def __init__(self, *, actor: Actor, reference: Reference, reward: Reward, config: CovConfig) -> None:
+        self.actor, self.reference, self.reward, self.config = actor, reference, reward, config
+
+    def step(self, prompts: Batch) -> Metrics:
+        batch = prompts | self.actor.generate_sequences(prompts)
+        batch |= self.reference.compute_ref_log_prob(batch)
+        batch |= self.reward.compute_reward(batch)
+        batch |= compute_advantages(batch, self.config)
+        batch |= select_tokens(batch, self.config)
+        return describe(batch) | self.actor.update_actor(batch)
+
+
+@on_controller(reads=("uid", "advantages", "rollout_log_probs"), writes=("covariance_selected",))
+def select_tokens(batch: Batch, config: CovConfig) -> Batch:
+    """By the covariance under the policy that generated."""
+    advantages, log_probs = batch.ragged("advantages"), batch.ragged("rollout_log_probs")
+    seed = int(batch.tensor("uid").min()) if len(batch) else 0
+    selected = config.select(advantages.values, log_probs.values, seed)
+    assert selected.dtype is torch.bool
+    return Batch.of(covariance_selected=Ragged(selected, advantages.lengths))

@@ -1,0 +1,60 @@
+"""ReMax (Li et al. 2024): REINFORCE whose baseline is the reward of the prompt's greedy response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from controllers.advantages import remax
+from controllers.kl import KLCoefficient, KLControlConfig
+from controllers.rewards import rewards_with_kl
+from controllers.stepping import AlgorithmConfig, describe, mini_batch_column
+from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
+from hybridflow.results import Metrics
+from hybridflow.tracing import on_controller
+from workers.roles import Actor, Reference, Reward
+
+
+@dataclass(kw_only=True)
+class ReMaxConfig(AlgorithmConfig):
+    name: str = "remax"
+    kl: KLControlConfig = field(default_factory=lambda: KLControlConfig(coefficient=0.05))
+    """Of the KL per token in the reward."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl.coefficient != 0
+
+
+class ReMax:
+    """PPO's step without a critic, with a second, greedy generation and its reward."""
+
+    def __init__(self, *, actor: Actor, reference: Reference, reward: Reward, config: ReMaxConfig) -> None:
+        self.actor, self.reference, self.reward, self.config = actor, reference, reward, config
+        self.kl = KLCoefficient(config.kl)
+
+    def step(self, prompts: Batch) -> Metrics:
+        batch = prompts | self.actor.generate_sequences(prompts)
+        greedy = prompts | self.actor.generate_sequences(prompts, do_sample=False)
+        batch |= self.reference.compute_ref_log_prob(batch)
+        batch |= self.reward.compute_reward(batch)
+        batch |= self.reward.compute_reward(greedy).select("rewards").rename(rewards="baseline_rewards")
+        batch |= compute_advantages(batch, self.config, self.kl)
+        return describe(batch) | self.actor.update_actor(batch)
+
+    def state_dict(self) -> dict[str, float]:
+        return self.kl.state_dict()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.kl.load_state_dict(state)
+
+
+@on_controller(
+    reads=("uid", "rewards", "baseline_rewards", "rollout_log_probs"), optional=("ref_log_probs",), writes=("advantages", "mini_batch")
+)
+def compute_advantages(batch: Batch, config: ReMaxConfig, kl: KLCoefficient) -> Batch:
+    """What is still to come of rewards and KL, minus the greedy response's reward."""
+    rewards, lengths = rewards_with_kl(batch, kl.value, config.kl.estimator)
+    kl.follow(batch)
+    advantages, _ = remax(rewards, batch.tensor("baseline_rewards"), lengths)
+    return Batch.of(advantages=Ragged(advantages, lengths), mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches))

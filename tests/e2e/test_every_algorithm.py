@@ -1,0 +1,96 @@
+"""Every algorithm trains two tiny steps through its own recipe, in this process: real models, engines, losses and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from safetensors.torch import load_file
+
+from controllers import ALGORITHMS
+from hybridflow.metrics import read_jsonl
+from recipes.config import register
+from recipes.main import to_settings
+from recipes.run import run
+from tests.tiny import make_data, make_model
+
+register()
+COUNT = "tests.runtime.rewards:count"
+NEEDS: dict[str, list[str]] = {
+    "ppo": ["actor.critic_warmup_steps=1", "algorithm.kl.target=6", "actor.loss.rollout_correction.correction=truncate"],
+    "safe_rlhf": [f"cost.function={COUNT}", "data.pretraining_column=prompt", "data.pretraining_batch_size=3", "data.pretraining_tokens=4"],
+    "dapo": ["algorithm.overlong_buffer_tokens=2"],
+    "pass_at_k": ["algorithm.k=2"],
+}
+"""Settings that a recipe cannot do without, or that are worth a step."""
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    directory = tmp_path_factory.mktemp("tiny")
+    model, data = make_model(directory / "model", layers=1), make_data(directory / "prompts.jsonl")
+    yield [
+        "runtime=local",
+        f"model.path={model}",
+        f"data.train={data}",
+        "data.batch_size=3",
+        f"reward.function={COUNT}",
+        "actor.generation.engine=hf",
+        "actor.generation.precision=fp32",
+        "actor.generation.sampling.max_response_tokens=6",
+        *(f"{role}.train.precision=fp32" for role in ("actor", "critic", "cost_critic", "reference")),
+        "actor.train.optimizer.learning_rate=1e-3",
+        "algorithm.samples_per_prompt=4",
+        "algorithm.num_mini_batches=2",
+        "loop.num_steps=2",
+        "metrics.console=false",
+    ]
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_two_steps(name: str, common: list[str], tmp_path: Path) -> None:
+    arguments = [*common, *NEEDS.get(name, []), f"output_dir={tmp_path}"]
+    if "pretraining" in ALGORITHMS[name].streams:
+        arguments.append(f"data.pretraining={next(a for a in common if a.startswith('data.train')).partition('=')[2]}")
+    with initialize_config_module(version_base="1.3", config_module="recipes"):
+        config = to_settings(compose(config_name=name, overrides=arguments))
+    outcome = run(config)
+    assert outcome is not None and outcome.num_steps == 2 and outcome.max_log_prob_gap < 1e-4
+    steps = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["split"] == "train"]
+    assert all(
+        math.isfinite(value) or name == "critic/explained_variance" for row in steps for name, value in row.items() if name != "split"
+    )
+    last = steps[-1]
+    assert last["actor/grad_norm"] > 0 and last["actor/ratio_mean"] == pytest.approx(1, abs=0.2)
+    before, after = load_file(Path(config.model.path) / "model.safetensors"), load_file(policy(tmp_path))
+    assert any(not torch.equal(weight, after[key]) for key, weight in before.items())
+    if name in CHECKS:
+        CHECKS[name](steps)
+
+
+def policy(output: Path) -> Path:
+    return output / "checkpoints" / "step-00000002" / "huggingface" / "model.safetensors"
+
+
+def ppo_warmed_up(steps: list[dict[str, float]]) -> None:
+    assert "actor/grad_norm" not in steps[0] and steps[0]["actor/critic_warmup_steps"] == 1 and steps[0]["critic/grad_norm"] > 0
+    assert steps[1]["actor/rollout_ratio_mean"] == pytest.approx(1, abs=1e-3), "the correction's metrics"
+
+
+def text_was_trained_on(steps: list[dict[str, float]]) -> None:
+    assert steps[0]["actor/pretrain_nll"] == pytest.approx(math.log(128), rel=0.1), "random weights and 128 words"
+    assert steps[0]["cost_critic/value_loss"] > 0 and steps[0]["cost/multiplier"] > 1
+
+
+def dapo_filled_up(steps: list[dict[str, float]]) -> None:
+    assert all(row["dynamic_sampling/prompts_kept"] == 3 for row in steps)
+
+
+CHECKS = {"ppo": ppo_warmed_up, "safe_rlhf": text_was_trained_on, "dapo": dapo_filled_up}
