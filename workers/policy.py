@@ -62,7 +62,9 @@ class PolicyWorker(ModelWorker, Policy):
     def save_checkpoint(self, directory: str) -> None:
         super().save_checkpoint(directory)
         if self.context.rank == 0:
-            (Path(directory) / "actor.json").write_text(json.dumps({"weight_version": self.weight_version, "num_skipped": self.num_skipped}))
+            (Path(directory) / "actor.json").write_text(
+                json.dumps({"weight_version": self.weight_version, "num_skipped": self.num_skipped})
+            )
 
     def save_pretrained(self, directory: str) -> None:
         super().save_pretrained(directory)

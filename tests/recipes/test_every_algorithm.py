@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from controllers import ALGORITHMS
 from hybridflow.metrics import read_jsonl
-from recipes.config import register
 from recipes.main import to_settings
 from recipes.run import run
 from tests.tiny import make_data, make_model
 
-register()
 COUNT = "tests.runtime.rewards:count"
 NEEDS: dict[str, list[str]] = {
     "ppo": ["actor.critic_warmup_steps=1", "algorithm.kl.target=6", "actor.loss.rollout_correction.correction=truncate"],
@@ -55,12 +53,11 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_two_steps(name: str, common: list[str], tmp_path: Path) -> None:
+def test_two_steps(name: str, common: list[str], composed: Callable[..., DictConfig], tmp_path: Path) -> None:
     arguments = [*common, *NEEDS.get(name, []), f"output_dir={tmp_path}"]
     if "pretraining" in ALGORITHMS[name].streams:
         arguments.append(f"data.pretraining={next(a for a in common if a.startswith('data.train')).partition('=')[2]}")
-    with initialize_config_module(version_base="1.3", config_module="recipes"):
-        config = to_settings(compose(config_name=name, overrides=arguments))
+    config = to_settings(composed(name, arguments))
     outcome = run(config)
     assert outcome is not None and outcome.num_steps == 2 and outcome.max_log_prob_gap < 1e-4
     steps = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["split"] == "train"]
