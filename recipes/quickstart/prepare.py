@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import logging as transformers_logging
 
 from recipes.quickstart import model as model_module
 from recipes.quickstart import task as task_module
@@ -74,6 +75,7 @@ def _make(directory: Path, seed: int, config: PrepareConfig, settings: dict[str,
     write_parquet(train, train_path)
     write_parquet(test, test_path)
 
+    transformers_logging.disable_progress_bar()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, config.shape, seed)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -90,6 +92,8 @@ def guest(context: RankContext, *, verbose: bool) -> Iterator[None]:
     assert dist.is_initialized(), "the pool's torch.distributed world must exist before a generation engine"
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")
+    # vLLM writes lines before it reads that variable.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     environment = dict(os.environ)
     os.environ.update(RANK=str(context.rank), WORLD_SIZE=str(context.world_size), LOCAL_RANK=str(context.local_rank))
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_bytes
@@ -97,7 +101,9 @@ def guest(context: RankContext, *, verbose: bool) -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()
     gc.freeze()  # vLLM collects garbage five times while it starts: over everything imported that takes two seconds
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            if not verbose:
+                warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # of its own use of torch
             yield
     finally:
         random.setstate(python_state)
