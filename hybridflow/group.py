@@ -6,6 +6,8 @@ fills in when it is read; for anything else (a number, a string) the call waits.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -18,6 +20,7 @@ from hybridflow.protocols import Arguments, Distribution, _as_list
 from hybridflow.results import Metrics, Results
 from hybridflow.worker import Remote, Worker, remote_methods
 
+LOGGER = logging.getLogger(__name__)
 W = TypeVar("W", bound=Worker)
 
 
@@ -46,7 +49,9 @@ class Handle:
         self._worker_class = worker_class
         self._methods = remote_methods(worker_class)
         self._returns_metrics = {name: get_type_hints(getattr(worker_class, name)).get("return") is Metrics for name in self._methods}
+        started = time.perf_counter()
         pool.create(role, worker_class, config)
+        LOGGER.info("%s: built on pool %s (%d devices) in %.1f s", role, pool.name, pool.size, time.perf_counter() - started)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_") or name not in self._methods:
