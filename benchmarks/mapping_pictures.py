@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.mapping_tables import alike
+
 COLORS = {"llama-7b": "#4477aa", "llama-13b": "#228833", "llama-34b": "#cc6633", "llama-70b": "#aa3377"}
 PAPER_SEARCH_S = {8: 10, 16: 30, 24: 65, 32: 110, 48: 220, 64: 370, 96: 800, 128: 1400}
 """PAPER.md section 4, read off a logarithmic plot."""
@@ -15,7 +17,7 @@ PAPER_SEARCH_S = {8: 10, 16: 30, 24: 65, 32: 110, 48: 220, 64: 370, 96: 800, 128
 
 def draw_scaling(rows: list[dict[str, Any]], path: Path) -> None:
     """Predicted throughput over devices, a panel per algorithm, a line per model."""
-    algorithms = [name for name in dict.fromkeys(row["algorithm"] for row in rows) if name != "rloo"]  # the same calls as grpo
+    algorithms = [names[0] for names in alike(rows)]
     figure = _figure(2.7 * len(algorithms), 3.4)
     axes = figure.subplots(1, len(algorithms), sharey=True, squeeze=False)[0]
     for axis, algorithm in zip(axes, algorithms, strict=True):

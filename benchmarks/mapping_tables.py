@@ -36,10 +36,11 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
     sensitivity = [(f"{model} on {size}", *(_short(found[model, size, stage]) for stage in stages)) for model, size in cases]
     sizes = sorted({row["devices"] for row in content["throughput"]})
     speed = {(row["algorithm"], row["model"], row["devices"]): row["tokens_per_s"] for row in content["throughput"]}
-    lines = list(dict.fromkeys((row["algorithm"], row["model"]) for row in content["throughput"]))
+    models = list(dict.fromkeys(row["model"] for row in content["throughput"]))
     throughput = [
-        (algorithm, model, *("-" if speed[algorithm, model, size] is None else f"{speed[algorithm, model, size]:,.0f}" for size in sizes))
-        for algorithm, model in lines
+        (", ".join(names), model, *("-" if (found := speed[names[0], model, size]) is None else f"{found:,.0f}" for size in sizes))
+        for names in alike(content["throughput"])
+        for model in models
     ]
     seconds = content["search_seconds"]
     return {
@@ -48,6 +49,14 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
         "sensitivity": markdown(("PPO", *(f"{stage} stage{'s' * (stage > 1)}" for stage in stages)), sensitivity),
         "throughput": markdown(("tokens/s", "", *(str(size) for size in sizes)), throughput),
     }
+
+
+def alike(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Algorithms in groups of equal throughput: their steps make the same calls."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in dict.fromkeys(row["algorithm"] for row in rows):
+        groups.setdefault(tuple(row["tokens_per_s"] for row in rows if row["algorithm"] == name), []).append(name)
+    return list(groups.values())
 
 
 def _short(text: str) -> str:

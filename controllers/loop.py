@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol
 
 from controllers.data import PromptDataset, PromptLoader
@@ -81,6 +82,8 @@ class Outcome:
     """Largest difference between the generation engine's and the trainer's log-prob of a sampled token."""
     phase_s: dict[str, float]
     """Seconds per phase, summed over steps."""
+    median_s: dict[str, float]
+    """Median seconds per phase and of the whole step ("step"), without this process' first step, which also warms up."""
 
 
 class Loop:
@@ -113,6 +116,8 @@ class Loop:
         self.reward_after: float | None = None
         self.train_s, self.tokens, self.gap = 0.0, 0.0, 0.0
         self.phase_s: dict[str, float] = {}
+        self.seconds: list[dict[str, float]] = []
+        """Per phase and step, of every step."""
 
     def run(self) -> Outcome:
         self.resume()
@@ -133,6 +138,7 @@ class Loop:
             tokens=self.tokens,
             max_log_prob_gap=self.gap,
             phase_s=self.phase_s,
+            median_s=median_seconds(self.seconds),
         )
 
     def train_one_step(self) -> None:
@@ -201,6 +207,7 @@ class Loop:
             | {f"seconds/{phase}": value for phase, value in phases.items()}
             | {"seconds/step": seconds, "tokens_per_s": tokens / seconds},
         )
+        self.seconds.append({**phases, "step": seconds})
         self.train_s += seconds
         self.tokens += tokens
         self.gap = max(self.gap, metrics.get("actor/log_prob_gap_max", 0.0))
@@ -219,6 +226,14 @@ def phase_seconds(records: list[CallRecord]) -> dict[str, float]:
         name = f"{record.role}.{record.method}"
         phases[name] = phases.get(name, 0.0) + record.seconds
     return phases
+
+
+def median_seconds(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Of each phase over the steps after the first; of the first where it is the only one."""
+    counted = steps[1:] or steps
+    return {
+        name: median(step[name] for step in counted if name in step) for name in dict.fromkeys(name for step in counted for name in step)
+    }
 
 
 def _due(step: int, every: int) -> bool:

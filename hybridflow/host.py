@@ -102,13 +102,13 @@ class Host:
 
         Returns a Reply (packed), followed by a block for each column that the method writes (None where keep is false).
         """
-        started = time.time()
         # Ray shows tasks by this name, and a call without arguments costs a third less than one with any.
         role, _, method = _task_name().rpartition(".")
         with _named_failure(self.context, role, method):
             worker = self.workers[role]
             declaration = remote_methods(type(worker))[method]
             local = arguments.map_batches(lambda batch: batch.local(batch.columns, self.node_id or None))
+            started = time.time()  # its inputs are there: what another pool took for them is not this call's
             result = getattr(worker, method)(*local.args, **local.kwargs)
             if not declaration.writes:
                 return Reply(started=started, finished=time.time(), result=result if keep else None).packed()

@@ -4,7 +4,8 @@
     python -m recipes.plan ... calibration=calibration/calibration.json cluster=calibration/cluster.json
 
 Runs the real engines on small random models, in as many processes at once as a pool of this machine has, so that what they
-take from each other is in the numbers. Fits what it measured (hybridflow/mapping/fit.py); links between machines are not measured.
+take from each other is in the numbers; fits what it measured (hybridflow/mapping/fit.py); and ends with a few steps of recipes.ppo
+for what only a whole step shows (recipes/calibration_run.py). Links between machines are not measured.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,16 +28,20 @@ from omegaconf import OmegaConf
 from hybridflow.context import RankContext
 from hybridflow.mapping.cluster import Cluster, NodeGroup
 from hybridflow.mapping.explain import table
-from hybridflow.mapping.fit import Fit, fit
-from hybridflow.mapping.measurements import CollectiveSample, GenerationSample, Measurements, PassSample
+from hybridflow.mapping.fit import Fit, fit, refine
+from hybridflow.mapping.measurements import CollectiveSample, GenerationSample, Measurements, PassSample, SyncSample
 from hybridflow.mapping.model import ModelSpec
-from hybridflow.mapping.space import SearchSpace
+from hybridflow.resharding import ParameterSpec
+from recipes.calibration_run import run_steps
+from recipes.placed import engine_space
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, Outputs, TrainingEngine
 from workers.generation import generation_engine_class
 from workers.generation.config import GenerationConfig, SamplingConfig
+from workers.generation.sink import WeightSink, weight_sink
 from workers.sequences import Sequences
+from workers.weight_sync import WeightSync
 
 SIZES = {"3M": (4, 192, 512, 4096), "11M": (6, 320, 896, 6144), "32M": (8, 512, 1408, 8192)}
 """name -> layers, hidden, inner, vocabulary of the models that are measured."""
@@ -63,6 +68,8 @@ class CalibrateConfig:
     rows: list[int] = field(default_factory=lambda: [8, 32])
     prompt: int = 8
     response: int = 64
+    whole_steps: bool = True
+    """End with some steps of recipes.ppo."""
 
 
 def main() -> None:
@@ -76,19 +83,16 @@ def calibrate(config: CalibrateConfig) -> Fit:
     output.mkdir(parents=True, exist_ok=True)
     measurements = measure(config)
     measurements.save(output / "measurements.json")
-    result = fit(measurements, space=search_space(config.precision))
+    result = fit(measurements, space=engine_space(config.precision))
     result.calibration.save(output / "calibration.json")
     Cluster(groups=(NodeGroup(kind=result.kind, num_nodes=1),)).save(output / "cluster.json")
+    if config.whole_steps:
+        whole = run_steps(output, config.num_processes, config.precision, config.engine)
+        result = replace(result, calibration=refine(result.calibration, [whole]))
+        result.calibration.save(output / "calibration.json")
     rows = [(name, f"{median:.0%}", f"{largest:.0%}") for name, (median, largest) in result.errors.items()]
     print(table(("fitted", "median error", "largest error"), rows))
     return result
-
-
-def search_space(precision: Precision) -> SearchSpace:
-    """Bytes of the project's engines: float32 master weights, gradients and moments; the generation engine keeps its own weights."""
-    compute = 4.0 if precision is Precision.fp32 else 2.0
-    return SearchSpace(parameter_bytes=compute, gradient_bytes=4.0, optimizer_bytes=12.0 if compute == 2.0 else 8.0,
-                       activation_bytes=compute, shared_generation_weights=False, old_log_prob_pass=True)  # fmt: skip
 
 
 def measure(config: CalibrateConfig) -> Measurements:
@@ -132,6 +136,7 @@ def mean_of(results: list[Measurements]) -> Measurements:
         passes=tuple(merged(list(samples)) for samples in zip(*(result.passes for result in results), strict=True)),
         generations=tuple(merged(list(samples)) for samples in zip(*(result.generations for result in results), strict=True)),
         collectives=tuple(merged(list(samples)) for samples in zip(*(result.collectives for result in results), strict=True)),
+        syncs=tuple(merged(list(samples)) for samples in zip(*(result.syncs for result in results), strict=True)),
     )
 
 
@@ -174,6 +179,8 @@ class Rank:
 
     def run(self) -> Measurements:
         self._join(self.directory / f"alone{self.rank}", 0, 1)
+        passes = tuple(sample for name in self.config.models for sample in self.passes(name))
+        sampled = [self.generations(name) for name in self.config.models[::2]]
         measurements = Measurements(
             name=f"{'gpu' if self.device != 'cpu' else 'cpu'}-{self.config.precision.value}",
             num_processes=self.config.num_processes,
@@ -181,8 +188,9 @@ class Rank:
             compute_bytes=self.dtype.itemsize,
             matmul_flops=self.matmul_flops(),
             memory_bandwidth=self.memory_bandwidth(),
-            passes=tuple(sample for name in self.config.models for sample in self.passes(name)),
-            generations=tuple(sample for name in self.config.models[::2] for sample in self.generations(name)),
+            passes=passes,
+            generations=tuple(sample for samples, _ in sampled for sample in samples),
+            syncs=tuple(sync for _, sync in sampled),
         )
         dist.destroy_process_group()
         if self.config.num_processes == 1:
@@ -226,14 +234,7 @@ class Rank:
         for rows in config.rows:
             for micro_batches in (1, 4):
                 length = config.prompt + config.response
-                train = TrainConfig(
-                    engine=config.engine,
-                    precision=config.precision,
-                    micro_batch_tokens=rows * length // micro_batches,
-                    optimizer=OptimizerConfig(learning_rate=1e-9),
-                )
-                model = ModelConfig(path=str(self.directory / name))
-                engine = cast(Any, engine_class(config.engine))(model=model, config=train, head=Head.lm, context=self.context)
+                engine = self._trainer(name, rows * length // micro_batches)
                 sequences = self._sequences(rows, spec.vocab_size)
                 for training in (False, True):
                     seconds = self.fastest(
@@ -252,8 +253,20 @@ class Rank:
                     )
         return samples
 
-    def generations(self, name: str) -> list[GenerationSample]:
-        """Generation calls of fixed length, with few and with many sequences at once."""
+    def _trainer(self, name: str, micro_batch_tokens: int) -> TrainingEngine:
+        config = self.config
+        train = TrainConfig(
+            engine=config.engine,
+            precision=config.precision,
+            micro_batch_tokens=micro_batch_tokens,
+            optimizer=OptimizerConfig(learning_rate=1e-9),
+        )
+        model = ModelConfig(path=str(self.directory / name))
+        engine: TrainingEngine = cast(Any, engine_class(config.engine))(model=model, config=train, head=Head.lm, context=self.context)
+        return engine
+
+    def generations(self, name: str) -> tuple[list[GenerationSample], SyncSample]:
+        """Generation calls of fixed length, with few and with many sequences at once; and a sync of the weights."""
         config = self.config
         spec = ModelSpec.from_directory(self.directory / name)
         settings = GenerationConfig(
@@ -272,8 +285,15 @@ class Rank:
             seeds = torch.arange(rows).numpy()
             seconds = self.fastest(f"{name} {rows} rows: {response} tokens", partial(engine.generate, prompts, seeds, sampling))
             samples.append(GenerationSample(model=spec, rows=rows, prompt=config.prompt, response=response, seconds=seconds))
+        trainer = self._trainer(name, config.prompt + config.response)
+
+        def make_sink(parameters: Sequence[ParameterSpec]) -> WeightSink:
+            return weight_sink(config.generation_engine, engine, parameters, self.dtype, self.device)
+
+        sync = WeightSync(trainer, engine, make_sink, probe_tolerance=1.0, vocab_size=spec.vocab_size)
+        synced = SyncSample(model=spec, seconds=self.fastest(f"{name}: sync", partial(sync.run, 1)))
         engine.close()
-        return samples
+        return samples, synced
 
     def all_gather(self, num_bytes: float) -> CollectiveSample:
         """Between the processes, of float32."""

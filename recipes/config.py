@@ -34,7 +34,26 @@ class Placement(StrEnum):
     custom = "custom"
     """The pools in `pools`."""
     auto = "auto"
-    """The mapper chooses pools and layouts: not wired into runs yet; python -m recipes.plan prints what it would choose."""
+    """The mapper chooses pools and layouts for num_devices, or for plan.cluster."""
+
+
+@dataclass(kw_only=True)
+class MapperConfig:
+    """plan.cluster=16x8xA100-80GB plan.response=lognormal:600:4096: what predictions are made for."""
+
+    cluster: str = ""
+    """NODESxDEVICESxKIND or DEVICESxKIND, joined by +, or a JSON file; with dry_run=true it need not exist. Empty: the devices of this
+    run, on this machine."""
+    calibration: str = ""
+    """JSON file of recipes.calibrate; empty: constants of A100 nodes, or of CPUs where the devices are processes. With one given,
+    predicted and measured seconds are printed side by side after the run."""
+    response: str = ""
+    """Tokens of a response: a number, uniform:LOW:HIGH or lognormal:MEAN:MAX; empty: always the most that sampling allows."""
+    split_generation: bool = False
+    """placement=auto may give generation a pool of its own, which gets the weights sent over after every update."""
+    mapping: str = ""
+    """For placement=auto: a mapping to use as it is (output_dir/mapping.json of another run, or save= of recipes.plan). A run that goes
+    on from its checkpoint uses the one that it saved."""
 
 
 @dataclass(kw_only=True)
@@ -71,10 +90,12 @@ class RunConfig:
     device: Device = Device.cpu
     """What a device is: a GPU, or a process on CPU."""
     num_devices: int = 1
-    """Devices of the run with placement colocated."""
+    """Devices of the run with placement colocated or auto."""
     pools: dict[str, PoolConfig] = field(default_factory=dict)
     """For placement=custom: which roles share which devices."""
     cpus_per_device: float = 1.0
+    threads_per_device: int = 0
+    """CPU threads of a device's process; 0: the node's cores shared among the devices of the run, on several nodes of its pool."""
     call_timeout_s: float = 1800.0
     """The run stops with a report of every rank's stack when no call finishes for this long."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -101,13 +122,14 @@ class RunConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     metrics: MetricsConfig = field(default_factory=lambda: MetricsConfig(console_metrics=["reward/mean", "kl/reference", "tokens_per_s"]))
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    plan: MapperConfig = field(default_factory=MapperConfig)
     seed: int = 0
     output_dir: str = "outputs/run"
     """Metrics, checkpoints, plots and the config itself."""
     graph: bool = False
     """Print the algorithm's dataflow (Mermaid) and stop."""
     dry_run: bool = False
-    """Check config, model, data, layouts and dataflow, say what would run where, and stop."""
+    """Check config, model, data, layouts, dataflow and memory, say what would run where and in how many seconds, and stop."""
 
 
 def register() -> None:

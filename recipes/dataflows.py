@@ -1,15 +1,46 @@
-"""The algorithms' dataflows as plain data, for planning without loading a model library.
+"""The algorithms' dataflows for planning: traced from their pages, and the paper's as plain data.
 
-`dataflow_of` is the only way in. For an algorithm whose page exists in controllers/ the traced graph has the same calls
-and the same order (tests/mapping/test_dataflows.py compares them).
+    dataflow_of("ppo")      # runs the page's step on abstract batches; loads torch, no model library
+
+Every model of a page is in its dataflow; without(dataflow, "reference") is the same step where no coefficient asks for one.
+PAPER is what figure 1 of the paper draws, for benchmarks and tests that need no pages (tests/mapping/test_dataflows.py compares).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
 
 from hybridflow.dataflow import Call, CallKind, Dataflow
 
 GENERATE = "actor.generate_sequences"
 ADVANTAGES = "controller.compute_advantages"
+
+
+@lru_cache(maxsize=64)
+def dataflow_of(algorithm: str) -> Dataflow:
+    """The traced step of an entry of ALGORITHMS, with its default settings; an unknown name lists the known ones."""
+    from controllers import algorithm_entry, create_algorithm
+    from controllers.loop import INPUTS
+    from hybridflow.tracing import trace, traced_roles
+    from workers.roles import Actor, Cost, Critic, Reference, Reward
+
+    classes = {"actor": Actor, "critic": Critic, "cost_critic": Critic, "reference": Reference, "teacher": Reference}
+    classes |= {"reward": Reward, "cost": Cost}
+    entry = algorithm_entry(algorithm)
+    unknown = [role for role in entry.roles if role not in classes]
+    if unknown:
+        raise ValueError(f"algorithm {algorithm} uses {', '.join(unknown)}, which recipes/dataflows.py has no class for; add it there")
+    roles, recorder = traced_roles({role: classes[role] for role in entry.roles})
+    return trace(algorithm, create_algorithm(algorithm, roles, entry.load_config()()).step, INPUTS, recorder)
+
+
+def without(dataflow: Dataflow, role: str) -> Dataflow:
+    """The step without the calls of `role`; what they wrote must be optional to whoever reads it."""
+    gone = {call.name for call in dataflow.calls if call.role == role}
+    kept = (call for call in dataflow.calls if call.role != role)
+    calls = tuple(replace(call, depends_on=tuple(name for name in call.depends_on if name not in gone)) for call in kept)
+    return replace(dataflow, calls=calls)
 
 
 def _call(name: str, kind: CallKind, *depends_on: str) -> Call:
@@ -35,22 +66,13 @@ PRETRAIN_LOSS = _call("actor.compute_loss", CallKind.inference)
 GREEDY = _call("actor.generate_sequences#2", CallKind.generation)
 BASELINE = _call("reward.compute_reward#2", CallKind.inference, "actor.generate_sequences#2")
 
-STANDARD: dict[str, Dataflow] = {
+PAPER: dict[str, Dataflow] = {
     dataflow.algorithm: dataflow
     for dataflow in (
         _step("ppo", (VALUES, REFERENCE, REWARD), critic=True),
         _step("grpo", (REFERENCE, REWARD), critic=False),
-        _step("rloo", (REFERENCE, REWARD), critic=False),
         _step("remax", (GREEDY, REFERENCE, REWARD, BASELINE), critic=False),
         _step("safe_rlhf", (VALUES, REFERENCE, REWARD, COST, PRETRAIN_LOSS), critic=True),
     )
 }
-"""PAPER.md section 5. GRPO stands for all that normalise rewards over a group of samples; ReMax generates twice and scores both;
-Safe-RLHF adds the cost model and the pretraining loss."""
-
-
-def dataflow_of(algorithm: str) -> Dataflow:
-    """The step of `algorithm`; an unknown name lists the known ones."""
-    if algorithm not in STANDARD:
-        raise ValueError(f"algorithm is {algorithm!r}; known: {', '.join(STANDARD)}")
-    return STANDARD[algorithm]
+"""PAPER.md section 5. ReMax generates twice and scores both; Safe-RLHF adds the cost model and the pretraining loss."""

@@ -5,7 +5,7 @@
     python -m recipes.plan ... mapping=mine.json        # judge a mapping of your own
     python -m recipes.plan ... --json plan.json         # the answer as plain data ("-" or nothing: to the screen)
 
-Needs no accelerator and loads no model library; settings are the fields of PlanConfig.
+Needs no accelerator and starts nothing; the algorithm is any entry of ALGORITHMS, traced. Settings are the fields of PlanConfig.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from hybridflow.mapping.setting import ROLLOUT, Setting, split_generation
 from hybridflow.mapping.space import SearchSpace
 from hybridflow.mapping.workload import Lengths, Workload
 from hybridflow.mapping.zoo import model_spec
-from recipes.dataflows import dataflow_of
+from recipes.dataflows import dataflow_of, without
 
-FUNCTION = "function"
-SCALAR_ROLES = ("critic", "reward", "cost")
+FUNCTION, NONE = "function", "none"
+SCALAR_ROLES = ("critic", "cost_critic", "reward", "cost")
 
 ENGINE_LIMITS: dict[str, dict[str, Any]] = {
     "": {},
-    "fsdp": {"max_pipeline": 1, "zero_stages": (2, 3)},
+    "fsdp": {"max_pipeline": 1, "zero_stages": (2, 3), "cut_between_steps": True},
     "threed": {"zero_stages": (1,)},
     "deepspeed": {"max_pipeline": 1, "max_tensor": 1, "zero_stages": (1, 2, 3)},
 }
@@ -55,7 +55,8 @@ class PlanConfig:
     model: str = "???"
     """Of all roles: a known shape (llama-7b, qwen2.5-7b, mixtral-8x7b, ...) or a Hugging Face directory."""
     models: dict[str, str] = field(default_factory=dict)
-    """Role -> another model, or `function` for a Python function that needs no devices."""
+    """Role -> another model, `function` for a Python function that needs no devices, or `none` for a role that the run does without
+    (the reference, where no KL coefficient asks for one)."""
     cluster: str = "???"
     """NODESxDEVICESxKIND or DEVICESxKIND, joined by +, or a JSON file."""
     num_prompts: int = 1024
@@ -76,7 +77,7 @@ class PlanConfig:
     """Only what this training engine can do (fsdp, threed, deepspeed); empty: every layout."""
     max_running: int = 256
     split_generation: bool = False
-    """Also try generation in a pool of its own (role `rollout`), with the weights sent over every step."""
+    """Also try generation in a pool of its own (role `generation`), with the weights sent over every step."""
     calibration: str = ""
     """JSON file of recipes.calibrate; the defaults are for A100 nodes."""
     mapping: str = ""
@@ -116,6 +117,8 @@ def to_config(arguments: list[str]) -> PlanConfig:
 def to_setting(config: PlanConfig) -> Setting:
     """What the mapper computes from."""
     dataflow = dataflow_of(config.algorithm)
+    for role in (role for role, name in config.models.items() if name == NONE):
+        dataflow = without(dataflow, role)
     weights_from = {}
     if config.split_generation:
         dataflow, weights_from = split_generation(dataflow), {ROLLOUT: "actor"}
@@ -139,7 +142,7 @@ def to_setting(config: PlanConfig) -> Setting:
 
 def role_models(config: PlanConfig, dataflow: Dataflow) -> dict[str, ModelSpec | None]:
     """Every role's model; critic, reward and cost get a scalar head."""
-    unknown = sorted(set(config.models) - set(dataflow.roles))
+    unknown = sorted(role for role, name in config.models.items() if name != NONE and role not in dataflow.roles)
     if unknown:
         raise ValueError(f"models: {unknown} are no roles of {dataflow.algorithm}; it has {', '.join(dataflow.roles)}")
     result: dict[str, ModelSpec | None] = {}

@@ -11,6 +11,7 @@ from typing import Any
 
 from controllers import algorithm_entry
 from hybridflow.batch import Batch
+from hybridflow.mapping.setting import ROLLOUT
 from hybridflow.worker import Worker
 from recipes.config import RunConfig
 from workers.actor import ActorWorker
@@ -55,7 +56,7 @@ def _with_tokenizer(config: RunConfig, reward: RewardConfig) -> RewardConfig:
     return replace(reward, tokenizer=config.model.tokenizer or config.model.path)
 
 
-GENERATION = "generation"
+GENERATION = ROLLOUT
 """In a pool's roles: the actor generates there and trains where the role actor is."""
 
 ROLES: dict[str, RoleKind] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -22,13 +23,16 @@ from controllers.streams import EmptyStream, PromptStream, Stream, TextStream
 from hybridflow.checkpoint import MANIFEST, CheckpointStore
 from hybridflow.dataflow import Dataflow
 from hybridflow.group import spawn
+from hybridflow.mapping.explain import describe as explain
 from hybridflow.metrics import Tracker
 from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
 from hybridflow.tracing import draw, trace, traced_roles
 from hybridflow.waiting import CALLS
 from hybridflow.worker import Worker
+from recipes.auto import choose, settle
 from recipes.checks import check_algorithm, check_loss_columns, check_model, check_prompts, check_resume, check_settings
 from recipes.config import Device, Placement, RunConfig, Runtime
+from recipes.forecast import MAPPING, Plan, beside, forecast, verdict
 from recipes.roles import GENERATION, role_kind, role_names
 from workers.roles import Actor, TrainedRole
 from workers.split_actor import SplitActor, SplitPolicyWorker
@@ -61,9 +65,21 @@ def run(config: RunConfig) -> Outcome | None:
         if dataset is not None:
             check_prompts(field, dataset.longest_prompt_tokens, config.actor)
     texts = load_pretraining(config, tokenizer)
+    plan = Plan(config=config, dataflow=dataflow, roles={role.name: role.config for role in roles}, prompts=train)
+    mapping = None
+    if config.placement is Placement.auto:
+        mapping = choose(plan)
+        config = settle(plan, mapping)
+        roles = place(config)
+        check_models(config, roles)
     if config.dry_run:
-        print(describe(config, roles, dataflow))
+        predicted = verdict(plan, pools_of(roles), pool_sizes(config)) if mapping is None else explain(mapping)
+        print(f"{describe(config, roles, dataflow)}\n\n{predicted}")
         return None
+    if mapping is not None:
+        LOGGER.info("placement=auto\n%s", explain(mapping))
+    if config.plan.calibration and mapping is None:
+        mapping = forecast(plan, pools_of(roles), pool_sizes(config)).mapping
     CALLS.timeout_s = config.call_timeout_s
     directory = Path(config.output_dir).absolute()
     with ExitStack() as stack:
@@ -93,8 +109,12 @@ def run(config: RunConfig) -> Outcome | None:
             config=config.loop,
             further={"pretraining": texts} if texts else {},
         )
+        if mapping is not None:
+            mapping.save(directory / MAPPING)
         outcome = loop.run()
         tracker.summary(asdict(outcome))
+        if mapping is not None:
+            LOGGER.info("predicted and measured\n%s", beside(mapping, outcome))
         return outcome
 
 
@@ -142,18 +162,17 @@ def stand_ins(config: RunConfig, placed: Container[str]) -> dict[str, Any]:
     return {name: make() for name, make in absent.items() if make is not None}
 
 
+def pools_of(roles: Sequence[Role]) -> dict[str, str]:
+    return {role.name: role.pool for role in roles}
+
+
 def _pools(config: RunConfig) -> dict[str, str]:
-    """Role -> name of its pool."""
+    """Role -> name of its pool; all in one until placement=auto has chosen."""
     names = role_names(config)
     may_be_placed = (*names, *([GENERATION] if "actor" in names else []))
-    if config.placement is Placement.auto:
-        raise ValueError(
-            "placement=auto: the mapper does not place runs yet; see what it advises with python -m recipes.plan, "
-            "then use placement=custom with its pools, or placement=colocated"
-        )
     if config.placement is Placement.colocated and config.pools:
         raise ValueError(f"pools ({', '.join(config.pools)}) are set with placement=colocated; set placement=custom or leave them out")
-    if config.placement is Placement.colocated or config.runtime is Runtime.local:
+    if config.placement is not Placement.custom or config.runtime is Runtime.local:
         return dict.fromkeys(names, "main")
     if not config.pools:
         raise ValueError("placement=custom needs pools, for example pools.policy.num_devices=2 'pools.policy.roles=[actor,reference]'")
@@ -254,10 +273,19 @@ def start_pool(config: RunConfig, cluster: ClusterInfo | None, name: str, roles:
         num_devices=pool_sizes(config)[name],
         device=config.device.value,
         cpus_per_device=config.cpus_per_device,
+        threads_per_device=config.threads_per_device or _threads(config, cluster),
         roles=tuple(role.name for role in roles if role.pool == name),
         collective_timeout_s=config.call_timeout_s,
     )
     return LocalPool(spec) if cluster is None else RayPool(spec)
+
+
+def _threads(config: RunConfig, cluster: ClusterInfo | None) -> int:
+    """Cores of this machine for each device of the run, so that pools that work at the same time do not take each other's; 0 where the
+    devices are on several nodes, which their pools look at."""
+    if cluster is None or len(cluster.nodes) > 1 or config.device is Device.cuda:
+        return 0
+    return max(1, (os.cpu_count() or 1) // sum(pool_sizes(config).values()))
 
 
 def describe(config: RunConfig, roles: Sequence[Role], dataflow: Dataflow) -> str:

@@ -101,7 +101,12 @@ class PromptDataset:
 
     @property
     def longest_prompt_tokens(self) -> int:
-        return int(np.diff(self._token_ends, prepend=0).max())
+        return int(self.lengths.max())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [rows]: tokens of every prompt."""
+        return np.diff(self._token_ends, prepend=0)
 
     def rows(self, index: Sequence[int] | np.ndarray, uid: np.ndarray | None = None) -> PromptBatch:
         """The given rows in the given order; `uid` is the row's number where it is not given."""

@@ -23,6 +23,9 @@ class Calibration:
     """Backward over forward: two products for each one (Narayanan et al. 2021, appendix)."""
     bandwidth_efficiency: float = 0.80
     """Reached fraction of the memory bandwidth (STREAM-like kernels reach 80 to 90 % of an A100's)."""
+    elementwise_efficiency: float = 0.80
+    """Reached fraction of the memory bandwidth in everything of a layer that is no product, in logits and in the optimizer. As high as
+    that of plain reading where kernels are fused; without fusion (CPU) each tensor passes several times."""
     layer_overhead_s: float = 1.0e-4
     """Launching one layer's kernels in one pass: about 20 of 5 microseconds."""
     micro_batch_overhead_s: float = 1.0e-3
@@ -43,10 +46,14 @@ class Calibration:
     """Fraction of the gradient reduction hidden behind the backward pass; 0 is Megatron-LM's default."""
     sync_overhead_s: float = 0.0
     """Fixed work of entering the generation layout with new weights: reloading, probing, attesting."""
+    sync_parameter_s: float = 0.0
+    """Attesting and repacking the weights, per parameter of a rank's generation shard."""
     call_overhead_s: float = 0.05
     """Controller to worker and back, once per call."""
     controller_s: float = 0.2
-    """A controller function such as compute_advantages."""
+    """A controller function such as compute_advantages, with all else that a step does between its calls."""
+    function_s: float = 0.2
+    """A call of a role that is a Python function."""
     memory_fraction: float = 0.90
     """Part of the device's memory that is planned with (the rest is lost to fragmentation; vLLM's default limit is the same)."""
     reserved_bytes: float = 2.0e9
@@ -78,3 +85,7 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+
+CPU = Calibration(name="cpu")
+"""Constants of CPU processes, to be replaced by recipes.calibrate's."""

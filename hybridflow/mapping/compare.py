@@ -22,7 +22,7 @@ class Run:
     configuration: str
     mapping: Mapping
     measured_s: Dictionary[str, float]
-    """Call name -> seconds (median over steps after warm-up)."""
+    """Role.method -> seconds of all its calls of a step (median over steps after warm-up)."""
     step_s: float
     """Measured seconds of a whole step."""
     compare_group: str = ""
@@ -45,7 +45,10 @@ class Comparison:
 
 def compare(run: Run) -> list[Comparison]:
     """Every call that was measured, in program order, and the whole step; an unknown call is an error."""
-    known = {call.call: call.seconds for call in run.mapping.calls}
+    known: dict[str, float] = {}
+    for call in run.mapping.calls:
+        phase = call.call.partition("#")[0]
+        known[phase] = known.get(phase, 0.0) + call.seconds
     unknown = sorted(set(run.measured_s) - set(known))
     if unknown:
         raise ValueError(f"measured_s: {unknown} are no calls of {run.mapping.algorithm}; it has {', '.join(known)}")

@@ -30,15 +30,16 @@ def products_s(
 def elementwise_s(model: ModelSpec, kind: DeviceKind, calibration: Calibration, space: SearchSpace, *, tokens: float, t: int) -> float:
     """Everything of one layer that is not a product; with sequence parallelism cut by t (Korthikanti et al. 2022)."""
     moved = 2.0 * space.activation_bytes * model.activation_elements_per_token * tokens / t
-    return moved / (kind.memory_bandwidth * calibration.bandwidth_efficiency)
+    return moved / (kind.memory_bandwidth * calibration.elementwise_efficiency)
 
 
 def head_s(model: ModelSpec, kind: DeviceKind, calibration: Calibration, space: SearchSpace, *, scored_tokens: float, t: int) -> float:
     """The head over the scored tokens (vocabulary cut by t): product, then logits written and read in float32."""
     product = 2.0 * scored_tokens * model.head_parameters / t / (kind.flops * calibration.matmul_efficiency)
     width = 1 if model.scalar_head else model.vocab_size
-    traffic = (space.parameter_bytes * model.head_parameters + 8.0 * scored_tokens * width) / t
-    return product + traffic / (kind.memory_bandwidth * calibration.bandwidth_efficiency)
+    weights = space.parameter_bytes * model.head_parameters / t / (kind.memory_bandwidth * calibration.bandwidth_efficiency)
+    logits = 8.0 * scored_tokens * width / t / (kind.memory_bandwidth * calibration.elementwise_efficiency)
+    return product + weights + logits
 
 
 def rounds(rows: float, parts: int) -> int:

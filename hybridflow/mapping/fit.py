@@ -20,12 +20,15 @@ from hybridflow.mapping.compare import Run
 from hybridflow.mapping.compute import layer_flops
 from hybridflow.mapping.generation import generation_time
 from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
-from hybridflow.mapping.measurements import CollectiveSample, GenerationSample, Measurements, PassSample
+from hybridflow.mapping.measurements import CollectiveSample, GenerationSample, Measurements, PassSample, SyncSample
 from hybridflow.mapping.passes import Machine, inference_time, training_time
+from hybridflow.mapping.schedule import CONTROLLER
 from hybridflow.mapping.space import SearchSpace
 from hybridflow.mapping.workload import Lengths, Workload
 
 SMALL = 1e-12
+EFFICIENCIES = (0.1, 8.0, 45)
+"""Fractions of the copying bandwidth at which weights and caches may be read: over 1 where they stay in a processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,32 +60,47 @@ def fit(measurements: Measurements, *, space: SearchSpace, calibration: Calibrat
         kind, found = fit_links(measurements.collectives, kind, found)
     forward = [sample for sample in measurements.passes if not sample.training]
     training = [sample for sample in measurements.passes if sample.training]
+    for _ in range(2):  # each of the two needs a constant of the other: the head's weights are read in both
+        found = fit_forward(forward, kind, found, space) if forward else found
+        found = fit_decoding(measurements.generations, kind, found, space) if measurements.generations else found
     if forward:
-        found = fit_forward(forward, kind, found, space)
         errors["forward"] = _errors([predicted_pass(sample, kind, found, space) / sample.seconds for sample in forward])
     if training:
         found = fit_backward(training, kind, found, space)
         errors["training"] = _errors([predicted_pass(sample, kind, found, space) / sample.seconds for sample in training])
     if measurements.generations:
-        found = fit_decoding(measurements.generations, kind, found, space)
         errors["generation"] = _errors(
             [predicted_generation(sample, kind, found, space) / sample.seconds for sample in measurements.generations]
         )
+    if measurements.syncs:
+        found = fit_syncs(measurements.syncs, kind, found, space)
+        errors["sync"] = _errors([predicted_sync(sample, kind, found, space) / sample.seconds for sample in measurements.syncs])
     return Fit(kind=kind, calibration=found, errors=errors)
 
 
 def refine(calibration: Calibration, runs: Sequence[Run]) -> Calibration:
-    """Fixed overheads from real runs that were predicted with `calibration`: what forward calls take beyond their prediction becomes the
-    overhead of every call, what generation takes beyond that becomes the overhead of entering it (medians, never below 0)."""
+    """What only real runs show, from runs in one pool that were predicted with `calibration`, as medians and never below 0: forward calls'
+    seconds beyond their prediction are the overhead of every call, generation's beyond that the overhead of entering it, functions
+    take what they took, and what a step has between its calls goes to its controller function."""
     beyond: dict[str, list[float]] = {CallKind.inference: [], CallKind.generation: []}
+    functions, between = [], []
     for run in runs:
         for call in run.mapping.calls:
-            if call.call in run.measured_s and call.kind in beyond:
+            if call.call not in run.measured_s:
+                continue
+            if call.pool == CONTROLLER:
+                functions.append(run.measured_s[call.call])
+            elif call.kind in beyond:
                 beyond[call.kind].append(run.measured_s[call.call] - call.seconds)
+        between.append(run.step_s - sum(run.measured_s.values()))
     every_call = max(median(beyond[CallKind.inference] or [0.0]), -calibration.call_overhead_s)
     entering = max(median(beyond[CallKind.generation] or [0.0]) - every_call, -calibration.sync_overhead_s)
     return replace(
-        calibration, call_overhead_s=calibration.call_overhead_s + every_call, sync_overhead_s=calibration.sync_overhead_s + entering
+        calibration,
+        call_overhead_s=calibration.call_overhead_s + every_call,
+        sync_overhead_s=calibration.sync_overhead_s + entering,
+        function_s=median(functions) if functions else calibration.function_s,
+        controller_s=max(0.0, median(between)) if between else calibration.controller_s,
     )
 
 
@@ -97,27 +115,30 @@ def fit_links(samples: Sequence[CollectiveSample], kind: DeviceKind, given: Cali
 def fit_forward(samples: Sequence[PassSample], kind: DeviceKind, given: Calibration, space: SearchSpace) -> Calibration:
     """Seconds per FLOP, per byte of element-wise traffic, per layer and micro-batch, and per micro-batch."""
     features = np.array([_forward_features(sample, space) for sample in samples])
+    reading = kind.memory_bandwidth * given.bandwidth_efficiency
+    heads = [sample.micro_batches * space.parameter_bytes * sample.model.head_parameters / reading for sample in samples]
+    targets = np.array([sample.seconds - given.call_overhead_s - head for sample, head in zip(samples, heads, strict=True)])
     per_flop, per_byte, per_layer, per_micro_batch = nonnegative_least_squares(
-        features, np.array([sample.seconds - given.call_overhead_s for sample in samples])
+        features, targets, 1.0 / np.array([sample.seconds for sample in samples])
     )
     return replace(
         given,
         matmul_efficiency=1.0 / max(per_flop * kind.flops, SMALL),
-        bandwidth_efficiency=1.0 / max(per_byte * kind.memory_bandwidth, 1e-3),
+        elementwise_efficiency=1.0 / max(per_byte * kind.memory_bandwidth, 1e-3),
         layer_overhead_s=per_layer,
         micro_batch_overhead_s=per_micro_batch,
     )
 
 
 def _forward_features(sample: PassSample, space: SearchSpace) -> tuple[float, float, float, float]:
-    """The same sums that passes.inference_time makes (without weights being the bottleneck)."""
+    """The same sums that passes.inference_time makes, but for the head's weights (and without weights being the bottleneck)."""
     model = sample.model
     length = sample.prompt + sample.response
     tokens, scored = sample.rows * length, sample.rows * sample.response
     flops = model.num_layers * layer_flops(model, tokens, length / 2) + 2.0 * scored * model.head_parameters
     width = 1 if model.scalar_head else model.vocab_size
     traffic = model.num_layers * 2.0 * space.activation_bytes * model.activation_elements_per_token * tokens
-    traffic += sample.micro_batches * space.parameter_bytes * model.head_parameters + 8.0 * scored * width
+    traffic += 8.0 * scored * width
     return flops, traffic, float(model.num_layers * sample.micro_batches), float(sample.micro_batches)
 
 
@@ -133,13 +154,48 @@ def fit_backward(samples: Sequence[PassSample], kind: DeviceKind, given: Calibra
 
 
 def fit_decoding(samples: Sequence[GenerationSample], kind: DeviceKind, given: Calibration, space: SearchSpace) -> Calibration:
-    """Host seconds per decode step, per layer of a step, and per running sequence of a step, on top of what the bytes take."""
-    bare = replace(given, decode_step_overhead_s=0.0, decode_layer_overhead_s=0.0, decode_row_overhead_s=0.0)
+    """The bandwidth that reading weights and caches reaches (by a coarse and a fine grid, because a step is bound by it or by products),
+    and for each the host's seconds per decode step, per layer of a step, and per running sequence of a step."""
+    coarse = np.geomspace(*EFFICIENCIES)
+    best = min((_decoding(samples, kind, given, space, float(efficiency)) for efficiency in coarse), key=lambda pair: pair[0])
+    found, width = best[1].bandwidth_efficiency, coarse[1] / coarse[0]
+    fine = np.geomspace(found / width, found * width, len(coarse))
+    tried = (_decoding(samples, kind, given, space, float(efficiency)) for efficiency in fine)
+    return min((best, *tried), key=lambda pair: pair[0])[1]
+
+
+def _decoding(
+    samples: Sequence[GenerationSample], kind: DeviceKind, given: Calibration, space: SearchSpace, efficiency: float
+) -> tuple[float, Calibration]:
+    """(sum of squared relative errors, constants) with the overheads that are best for this bandwidth."""
+    bare = replace(
+        given, bandwidth_efficiency=efficiency, decode_step_overhead_s=0.0, decode_layer_overhead_s=0.0, decode_row_overhead_s=0.0
+    )
+    features = np.array(
+        [(sample.response, sample.response * sample.model.num_layers, sample.response * sample.rows) for sample in samples], dtype=float
+    )
     targets = np.array([sample.seconds - predicted_generation(sample, kind, bare, space) for sample in samples])
-    features = np.array([(sample.response, sample.response * sample.model.num_layers, sample.response * sample.rows) for sample in samples])
     weights = 1.0 / np.array([sample.seconds for sample in samples])
-    step, layer, row = nonnegative_least_squares(features.astype(float), targets, weights)
-    return replace(given, decode_step_overhead_s=step, decode_layer_overhead_s=layer, decode_row_overhead_s=row)
+    step, layer, row = nonnegative_least_squares(features, targets, weights)
+    off = (features @ np.array([step, layer, row]) - targets) * weights
+    return float(off @ off), replace(bare, decode_step_overhead_s=step, decode_layer_overhead_s=layer, decode_row_overhead_s=row)
+
+
+def fit_syncs(samples: Sequence[SyncSample], kind: DeviceKind, given: Calibration, space: SearchSpace) -> Calibration:
+    """Fixed seconds of a sync and seconds per parameter, beyond the copy."""
+    bare = replace(given, sync_overhead_s=0.0, sync_parameter_s=0.0)
+    targets = np.array([sample.seconds - predicted_sync(sample, kind, bare, space) for sample in samples])
+    features = np.array([(1.0, sample.model.num_parameters) for sample in samples])
+    fixed, per_parameter = nonnegative_least_squares(features, targets, 1.0 / np.array([sample.seconds for sample in samples]))
+    return replace(given, sync_overhead_s=fixed, sync_parameter_s=per_parameter)
+
+
+def predicted_sync(sample: SyncSample, kind: DeviceKind, calibration: Calibration, space: SearchSpace) -> float:
+    """What options.entry_seconds says for one device."""
+    copied = (
+        0.0 if space.shared_generation_weights else 2.0 * space.parameter_bytes / (kind.memory_bandwidth * calibration.bandwidth_efficiency)
+    )
+    return calibration.sync_overhead_s + (calibration.sync_parameter_s + copied) * sample.model.num_parameters
 
 
 def predicted_pass(sample: PassSample, kind: DeviceKind, calibration: Calibration, space: SearchSpace) -> float:

@@ -177,6 +177,8 @@ def _variations(setting: Setting, plan: RolePlan) -> Iterator[tuple[str, RolePla
                 changed = replace(layout, t=layout.t * factor, d=layout.d // factor)
                 yield f"layout {changed}", replace(plan, layout=changed)
     if generation is not None:
+        if generation.kept:
+            yield "release generation's memory during training", replace(plan, generation=replace(generation, kept=False))
         running = generation.max_running // 2
         while running >= 1:
             yield f"at most {running} sequences at once", replace(plan, generation=replace(generation, max_running=running))

@@ -45,6 +45,8 @@ class GenerationLayout:
     replicas: int = 1
     max_running: int = 256
     """Most sequences that one replica decodes at once; its KV cache is sized for them."""
+    kept: bool = False
+    """Weights and cache of generation stay on the device during other calls (an engine that is not told to release them)."""
 
     @property
     def num_devices(self) -> int:

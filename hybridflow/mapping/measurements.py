@@ -49,6 +49,14 @@ class CollectiveSample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SyncSample:
+    """New weights into the generation engine of one device: copied, attested, repacked, probed."""
+
+    model: ModelSpec
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Measurements:
     """Measurements.load(path). Everything was measured while `num_processes` processes did the same at the same time."""
 
@@ -65,6 +73,7 @@ class Measurements:
     passes: tuple[PassSample, ...] = ()
     generations: tuple[GenerationSample, ...] = ()
     collectives: tuple[CollectiveSample, ...] = ()
+    syncs: tuple[SyncSample, ...] = ()
     call_s: float = 0.0
     """A call from the controller to a pool and back that does nothing."""
 
@@ -80,6 +89,7 @@ class Measurements:
                 "passes": tuple(PassSample(**_with_model(entry)) for entry in content["passes"]),
                 "generations": tuple(GenerationSample(**_with_model(entry)) for entry in content["generations"]),
                 "collectives": tuple(CollectiveSample(**entry) for entry in content["collectives"]),
+                "syncs": tuple(SyncSample(**_with_model(entry)) for entry in content.get("syncs", ())),
             }
         )
 

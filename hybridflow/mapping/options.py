@@ -161,11 +161,12 @@ def entry_seconds(setting: Setting, role: str, group: int, layout: ModelLayout, 
     fixed work."""
     if not setting.trained(role):
         return 0.0
-    model, machine = setting.model(role), setting.machine(group)
-    copied = 0.0
+    model, machine, calibration = setting.model(role), setting.machine(group), setting.calibration
+    shard = model.num_parameters / (generation.pg * generation.tg)
+    fixed = calibration.sync_overhead_s + calibration.sync_parameter_s * shard
     if not setting.space.shared_generation_weights:
-        copied = 2.0 * setting.space.parameter_bytes * model.num_parameters / (generation.pg * generation.tg) / machine.bandwidth
-    return transition_time(model, layout, generation, machine) + copied + setting.calibration.sync_overhead_s
+        fixed += 2.0 * setting.space.parameter_bytes * shard / machine.bandwidth
+    return transition_time(model, layout, generation, machine) + fixed
 
 
 def generation_only(setting: Setting, role: str, group: int, option: GenerationOption) -> RoleOption:

@@ -2,7 +2,8 @@
 
 Pipeline: 1F1B, (m + p - 1) micro-batch slots (Narayanan et al. 2021, section 2.2). Tensor: two all-reduces of the layer's output per
 layer in each direction (Shoeybi et al. 2020, section 3), two more when recomputing. Data: gradients are reduced once per update;
-ZeRO-1 gathers the new parameters, ZeRO-3 gathers them again for every pass (Rajbhandari et al. 2020, section 7).
+ZeRO-1 gathers the new parameters, ZeRO-3 gathers them again for every pass (Rajbhandari et al. 2020, section 7). Every micro-batch after
+the first reads its gradients and the sum and writes the sum.
 Left out: interleaved schedules, overlap of tensor collectives with compute.
 """
 
@@ -33,6 +34,7 @@ class PassTime:
     parameters: float = 0.0
     """ZeRO's gathering of parameters."""
     gradients: float = 0.0
+    """Adding them up over micro-batches, reducing them over data ranks."""
     optimizer: float = 0.0
     offload: float = 0.0
     overhead: float = 0.0
@@ -71,6 +73,10 @@ class Machine:
     def bandwidth(self) -> float:
         return self.kind.memory_bandwidth * self.calibration.bandwidth_efficiency
 
+    @property
+    def elementwise_bandwidth(self) -> float:
+        return self.kind.memory_bandwidth * self.calibration.elementwise_efficiency
+
 
 def micro_batches(layout: ModelLayout, workload: Workload, rows: float) -> tuple[int, float]:
     """(number, tokens of each) of the fullest data replica for `rows` rows in all."""
@@ -98,7 +104,8 @@ def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> Pa
     one = _pipelined(slot, layout, machine, number, offload=0.0)
     gradients, gathering = _data_parallel(model, layout, machine)
     states = state_footprint(model, layout, machine.space, trained=True)
-    optimizer = 2.0 * (states.parameters + states.gradients + states.optimizer) / machine.bandwidth
+    optimizer = 2.0 * (states.parameters + states.gradients + states.optimizer) / machine.elementwise_bandwidth
+    adding = 3.0 * machine.space.gradient_bytes * stage_parameters(model, layout) / machine.elementwise_bandwidth
     moved = states.total - resident_footprint(model, layout, machine.space, trained=True).total
     call = machine.calibration.call_overhead_s
     return PassTime(
@@ -107,7 +114,7 @@ def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> Pa
         tensor=updates * one.tensor,
         pipeline=updates * one.pipeline,
         parameters=updates * (one.parameters + gathering),
-        gradients=updates * gradients,
+        gradients=updates * (gradients + (number - 1) * adding),
         optimizer=updates * optimizer,
         offload=2.0 * moved / machine.kind.host_bandwidth,
         overhead=updates * (one.overhead - call) + call,

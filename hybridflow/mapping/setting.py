@@ -16,7 +16,7 @@ from hybridflow.mapping.space import SearchSpace
 from hybridflow.mapping.transition import transfer_time
 from hybridflow.mapping.workload import Workload
 
-ROLLOUT = "rollout"
+ROLLOUT = "generation"
 """Role that generates with the actor's weights in a pool of its own, after `split_generation`."""
 
 
@@ -102,12 +102,20 @@ class Setting:
 
     def fixed_seconds(self, call: Call) -> float:
         """Duration of a call that runs on no device of the plan."""
-        return self.calibration.controller_s
+        return self.calibration.controller_s if call.kind is CallKind.controller else self.calibration.function_s
 
 
 def split_generation(dataflow: Dataflow, role: str = "actor") -> Dataflow:
-    """The same step with generation as a role of its own (`rollout`), which a mapping may put into another pool."""
+    """The same step with generation as a role of its own (`generation`), which a mapping may put into another pool."""
+    moved = [call for call in dataflow.calls if call.role == role and call.kind is CallKind.generation]
+    names = {call.name: f"{ROLLOUT}{call.name.removeprefix(role)}" for call in moved}
     calls = tuple(
-        replace(call, role=ROLLOUT) if call.role == role and call.kind is CallKind.generation else call for call in dataflow.calls
+        replace(
+            call,
+            name=names.get(call.name, call.name),
+            role=ROLLOUT if call.name in names else call.role,
+            depends_on=tuple(names.get(name, name) for name in call.depends_on),
+        )
+        for call in dataflow.calls
     )
     return replace(dataflow, calls=calls)

@@ -37,6 +37,8 @@ class SearchSpace:
     """Prompt tokens of one prefill pass."""
     shared_generation_weights: bool = True
     """Generation computes on the training shards where they suffice (zero redundancy); False: the engine keeps its own copy."""
+    cut_between_steps: bool = False
+    """Between steps parameters lie cut over d below ZeRO-3 too (FSDP2's shards), so that generation gets them from all data ranks."""
     old_log_prob_pass: bool = False
     """The actor's update begins with a forward pass that scores the responses under the training engine, where there is more than
     one optimizer update."""

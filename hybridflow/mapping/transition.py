@@ -17,11 +17,11 @@ COLUMN_BYTES_PER_TOKEN = 8
 """int64 ids; float32 columns need half."""
 
 
-def received_fraction(training: ModelLayout, generation: GenerationLayout) -> float:
-    """Bytes that each rank receives, as a fraction of the model's."""
+def received_fraction(training: ModelLayout, generation: GenerationLayout, *, cut: bool = False) -> float:
+    """Bytes that each rank receives, as a fraction of the model's; `cut`: parameters lie cut over d whatever the ZeRO stage."""
     shard = 1.0 / (generation.pg * generation.tg)
     held = 1.0 / (max(training.p, generation.pg) * max(training.t, generation.tg))
-    if training.zero >= 3:
+    if training.zero >= 3 or cut:
         held /= training.d
     return max(0.0, shard - held)
 
@@ -29,12 +29,13 @@ def received_fraction(training: ModelLayout, generation: GenerationLayout) -> fl
 def transition_time(model: ModelSpec, training: ModelLayout, generation: GenerationLayout, machine: Machine) -> float:
     """Seconds from the training layout to the generation layout in the same pool, zero-redundancy grouping: consecutive tensor ranks
     of a stage and the same tensor ranks of neighbouring stages hold what a rank lacks."""
-    num_bytes = received_fraction(training, generation) * machine.space.parameter_bytes * model.num_parameters
+    cut = machine.space.cut_between_steps
+    num_bytes = received_fraction(training, generation, cut=cut) * machine.space.parameter_bytes * model.num_parameters
     if num_bytes == 0.0:
         return 0.0
     fabric = Fabric(machine.kind, machine.calibration, training.num_devices)
     inner, outer = max(1, training.t // generation.tg), max(1, training.p // generation.pg)
-    if training.zero >= 3:
+    if training.zero >= 3 or cut:
         outer *= training.d
     size = max(2, inner * outer)
     if inner > 1 and outer == 1:
@@ -51,7 +52,8 @@ def weight_sync_time(model: ModelSpec, generation: GenerationLayout, machine: Ma
     per_node = min(machine.kind.devices_per_node, generation.num_devices)
     efficiency = machine.calibration.link_efficiency
     moving = per_node * shard / (machine.kind.inter_bandwidth * efficiency)
-    return moving + machine.calibration.inter_latency_s + machine.calibration.sync_overhead_s
+    attesting = machine.calibration.sync_overhead_s + machine.calibration.sync_parameter_s * shard / machine.space.parameter_bytes
+    return moving + machine.calibration.inter_latency_s + attesting
 
 
 def transfer_time(producer: Call, consumer: Call, cluster: Cluster, machine: Machine) -> float:

@@ -98,6 +98,18 @@ def test_custom_pools_equal_one_pool(common: list[str], tmp_path: Path) -> None:
     assert numbers(tmp_path / "apart") == numbers(tmp_path / "together")
 
 
+def test_a_computed_placement_runs_and_is_saved(common: list[str], tmp_path: Path) -> None:
+    computed, colocated = tmp_path / "auto", tmp_path / "local"
+    succeed("ppo", [*common, COUNT, "loop.num_steps=3", "placement=auto", "num_devices=2", f"output_dir={computed}"])
+    succeed("ppo", [*common, COUNT, "loop.num_steps=3", "runtime=local", f"output_dir={colocated}"])
+    mapping = json.loads((computed / "mapping.json").read_text())
+    assert sorted(role["role"] for role in mapping["roles"]) == ["actor", "critic", "reference"]
+    assert {call["call"] for call in mapping["calls"]} >= {"actor.generate_sequences", "critic.update_critic", "actor.update_actor"}
+    for row, expected in zip(numbers(computed), numbers(colocated), strict=True):
+        learned = {name: value for name, value in expected.items() if name.startswith(("reward/", "kl/", "critic/", "actor/"))}
+        assert {name: row[name] for name in learned} == pytest.approx(learned, rel=1e-3, abs=1e-4)
+
+
 def test_a_reward_that_raises_stops_the_run_with_the_row(common: list[str], tmp_path: Path) -> None:
     finished = recipe("grpo", [*common, "reward.function=tests.runtime.rewards:broken", f"output_dir={tmp_path}"])
     assert finished.returncode != 0

@@ -8,7 +8,7 @@ from hybridflow.mapping.cluster import Cluster
 from hybridflow.mapping.setting import Setting
 from hybridflow.mapping.workload import Lengths, Workload
 from hybridflow.mapping.zoo import MODELS
-from recipes.dataflows import STANDARD
+from recipes.dataflows import PAPER
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def paper_setting():
         policy = MODELS[model]
         scalar = policy.with_scalar_head()
         return Setting(
-            dataflow=STANDARD[algorithm],
+            dataflow=PAPER[algorithm],
             models={"actor": policy, "reference": policy, "critic": scalar, "reward": scalar, "cost": scalar},
             cluster=Cluster.parse(f"{num_devices}xA100-80GB"),
             workload=Workload(num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8),

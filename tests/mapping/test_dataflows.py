@@ -1,26 +1,35 @@
-"""The plain-data dataflows are what tracing the controllers' pages gives, as far as time depends on it."""
+"""The traced dataflows are what the paper draws, as far as time depends on it, and every algorithm's step can be planned."""
 
 from __future__ import annotations
 
 import pytest
 
-from controllers import ALGORITHMS, create_algorithm
-from controllers.loop import INPUTS
-from hybridflow.dataflow import CallKind
-from hybridflow.tracing import trace, traced_roles
-from recipes.dataflows import STANDARD, dataflow_of
-from workers.roles import Actor, Critic, Reference, Reward
-
-ROLES = {"actor": Actor, "critic": Critic, "reference": Reference, "reward": Reward}
+from controllers import ALGORITHMS
+from hybridflow.dataflow import CallKind, Dataflow
+from recipes.dataflows import PAPER, dataflow_of, without
 
 
-@pytest.mark.parametrize("algorithm", [name for name in STANDARD if name in ALGORITHMS and set(ALGORITHMS[name].roles) <= set(ROLES)])
-def test_standard_dataflows_have_the_traced_calls(algorithm):
-    stand_ins, recorder = traced_roles({role: ROLES[role] for role in ALGORITHMS[algorithm].roles})
-    step = create_algorithm(algorithm, stand_ins, ALGORITHMS[algorithm].load_config()()).step
-    traced = [call for call in trace(algorithm, step, INPUTS, recorder).calls if call.kind is not CallKind.controller]
-    plain = [call for call in dataflow_of(algorithm).calls if call.kind is not CallKind.controller]
-    assert [(call.name, call.role, call.kind) for call in traced] == [(call.name, call.role, call.kind) for call in plain]
+def calls(dataflow: Dataflow) -> list[tuple[str, str, CallKind]]:
+    return [(call.name, call.role, call.kind) for call in dataflow.calls if call.kind is not CallKind.controller]
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ("ppo", "grpo", "remax") if name in ALGORITHMS])
+def test_pages_make_the_papers_calls(algorithm):
+    assert sorted(calls(dataflow_of(algorithm))) == sorted(calls(PAPER[algorithm]))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_is_planned_from_its_page(algorithm):
+    dataflow = dataflow_of(algorithm)
+    assert dataflow.algorithm == algorithm
+    assert set(dataflow.roles) == set(ALGORITHMS[algorithm].roles)
+    assert {"actor.generate_sequences", "actor.update_actor"} <= {call.name for call in dataflow.calls}
+
+
+def test_a_role_can_be_left_out():
+    lean = without(dataflow_of("ppo"), "reference")
+    assert lean.roles == ("actor", "critic", "reward")
+    assert all("reference" not in name for call in lean.calls for name in call.depends_on)
 
 
 def test_unknown_algorithm_lists_the_known():

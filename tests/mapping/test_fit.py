@@ -60,7 +60,7 @@ def measurements() -> Measurements:
 def test_the_constants_that_made_the_measurements_are_found():
     found = fit(measurements(), space=SPACE)
     overheads = [name for name in Calibration.__dataclass_fields__ if name.endswith("_overhead_s") and name != "call_overhead_s"]
-    for name in ("matmul_efficiency", "bandwidth_efficiency", "backward_factor", "intra_latency_s", *overheads):
+    for name in ("matmul_efficiency", "bandwidth_efficiency", "elementwise_efficiency", "backward_factor", "intra_latency_s", *overheads):
         assert getattr(found.calibration, name) == pytest.approx(getattr(TRUTH, name), rel=0.02), name
     assert found.kind.intra_bandwidth == pytest.approx(5e8, rel=1e-6)
     assert max(largest for _, largest in found.errors.values()) < 0.01

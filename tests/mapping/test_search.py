@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridflow.dataflow import Dataflow
+from hybridflow.dataflow import CallKind, Dataflow
 from hybridflow.mapping.calibration import Calibration
 from hybridflow.mapping.cluster import DEVICE_KINDS, Cluster, NodeGroup
 from hybridflow.mapping.model import ModelSpec
@@ -20,7 +20,7 @@ from hybridflow.mapping.search import search
 from hybridflow.mapping.setting import ROLLOUT, Setting, split_generation
 from hybridflow.mapping.space import SearchSpace
 from hybridflow.mapping.workload import Lengths, Workload
-from recipes.dataflows import STANDARD
+from recipes.dataflows import PAPER
 
 
 def brute_force(setting: Setting) -> float:
@@ -28,6 +28,7 @@ def brute_force(setting: Setting) -> float:
     sizes = [(number, size) for number, group in enumerate(setting.cluster.groups) for size in group.pool_sizes()]
     options = {(role, *where): role_options(setting, role, *where) for role in setting.roles for where in sizes}
     best = float("inf")
+    elsewhere = dict.fromkeys(CallKind, setting.calibration.function_s) | {CallKind.controller: setting.calibration.controller_s}
     for placement in placements(setting.roles):
         schedule = setting.schedule({role: str(pool) for pool, roles in enumerate(placement) for role in roles})
         for allocation in product(sizes, repeat=len(placement)):
@@ -36,7 +37,7 @@ def brute_force(setting: Setting) -> float:
             per_pool = [fitting(setting, options, roles, where) for roles, where in zip(placement, allocation, strict=True)]
             for plan in product(*per_pool):
                 seconds = {name: value for pool in plan for name, value in pool.items()}
-                ordered = [seconds.get(call.name, setting.calibration.controller_s) for call in setting.dataflow.calls]
+                ordered = [seconds[call.name] if call.name in seconds else elsewhere[call.kind] for call in setting.dataflow.calls]
                 best = min(best, schedule.makespan(ordered))
     return best
 
@@ -74,7 +75,7 @@ def random_setting(seed: int) -> Setting:
     """A few devices whose memory is between ample and too small, a few roles, a random dataflow's cut of PPO."""
     draw = random.Random(seed)
     algorithm = draw.choice(["ppo", "grpo", "remax"])
-    dataflow = STANDARD[algorithm]
+    dataflow = PAPER[algorithm]
     if algorithm == "ppo" and draw.random() < 0.8:
         dataflow = without_role(dataflow, draw.choice(["reward", "reference"]))
     weights_from = {}

@@ -1,0 +1,74 @@
+"""run_steps: a few steps of recipes.ppo with a small model, predicted and measured: what calibrating the engines alone does not see."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_module
+
+from hybridflow.mapping.compare import Run
+from hybridflow.mapping.mapping import Mapping
+from recipes.config import register
+from recipes.forecast import MAPPING, measured_run
+from recipes.main import to_settings
+from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
+from recipes.run import run
+from workers.config import Precision
+
+SHAPE = ModelShape(hidden_size=256, intermediate_size=768, num_layers=4, max_tokens=128)
+TRAINERS = ("actor", "critic", "reference")
+NUM_STEPS, NUM_PROMPTS, RESPONSE_TOKENS = 5, 32, 48
+
+
+def reward(*, response: str, **_columns: object) -> float:
+    """Something that takes no time."""
+    return float(len(response))
+
+
+def run_steps(calibrated: Path, num_devices: int, precision: Precision, engine: str) -> Run:
+    """One pool of `num_devices`, with the constants and the cluster in `calibrated`."""
+    with tempfile.TemporaryDirectory() as directory:
+        _prepare(Path(directory))
+        overrides = [
+            f"model.path={directory}",
+            f"data.train={directory}/prompts.jsonl",
+            "data.answer_column=null",
+            f"data.batch_size={NUM_PROMPTS}",
+            "reward.function=recipes.calibration_run:reward",
+            f"device={'cuda' if torch.cuda.is_available() else 'cpu'}",
+            f"num_devices={num_devices}",
+            f"threads_per_device={max(1, (os.cpu_count() or 1) // num_devices)}",
+            *(
+                f"{role}.train.{name}"
+                for role in ("actor", "critic", "reference")
+                for name in (f"engine={engine}", f"precision={precision}")
+            ),
+            f"actor.generation.precision={precision}",
+            f"actor.generation.sampling.max_response_tokens={RESPONSE_TOKENS}",
+            "actor.generation.sampling.ignore_eos=true",
+            f"loop.num_steps={NUM_STEPS}",
+            "loop.resume=never",
+            "metrics.console=false",
+            "cluster.address=local",
+            f"plan.calibration={calibrated / 'calibration.json'}",
+            f"plan.cluster={calibrated / 'cluster.json'}",
+            f"output_dir={directory}/run",
+        ]
+        register()
+        with initialize_config_module("recipes", version_base="1.3"):
+            config = to_settings(compose("ppo", overrides))
+        outcome = run(config)
+        assert outcome is not None
+        return measured_run("whole steps", Mapping.load(Path(config.output_dir) / MAPPING), outcome)
+
+
+def _prepare(directory: Path) -> None:
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, SHAPE, seed=0).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    lines = (json.dumps({"prompt": f"{number:08d}"}) for number in range(NUM_PROMPTS * NUM_STEPS))
+    (directory / "prompts.jsonl").write_text("\n".join(lines) + "\n")
