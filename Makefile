@@ -1,5 +1,5 @@
 # make install     create .venv and install what pyproject.toml asks for (ACCEL=cuda: the GPU build)
-# make quickstart  PPO end to end on a tiny model, about ten minutes on two cores
+# make quickstart  PPO end to end on a tiny model, two minutes on two cores
 # make test        lint and tests (ARGS="-k layout" is handed to pytest)
 #
 # The venv holds the dependencies only. The five packages are imported from the checkout, so that a job that Ray uploads
