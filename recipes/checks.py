@@ -16,6 +16,7 @@ from hybridflow.layout import AXES
 from recipes.config import NO_MODEL, RunConfig
 from workers.config import ModelConfig, TrainConfig
 from workers.engines import ENGINES
+from workers.engines import deepspeed_layout as deepspeed
 from workers.engines import fsdp_sharding as fsdp
 from workers.engines import threed_layout as threed
 from workers.engines.base import Head
@@ -169,6 +170,8 @@ def _check_train_layout(model: ModelConfig, train: TrainConfig, head: Head, num_
             check_fits(found, train.tp)
     elif train.engine == "threed":
         threed.make_layout(train, found, num_devices)
+    elif train.engine == "deepspeed":
+        deepspeed.make_layout(train, num_devices)
 
 
 def _check_generation_sizes(model: ModelConfig, config: GenerationConfig) -> None:

@@ -45,9 +45,11 @@ class ModelWorker(Worker):
     def layouts(cls, config, world_size: int) -> dict[str, Layout]:  # type: ignore[no-untyped-def]
         return {"train": training_layout(config.train, world_size, cls.__name__)}
 
-    def build(self, model: ModelConfig, train: TrainConfig, head: Head, context: RankContext, *, seed: int = 0) -> None:
+    def build(
+        self, model: ModelConfig, train: TrainConfig, head: Head, context: RankContext, *, seed: int = 0, trains: bool = True
+    ) -> None:
         torch.manual_seed(seed)
-        self.engine = engine_class(train.engine)(model=model, config=train, head=head, context=context)
+        self.engine = engine_class(train.engine)(model=model, config=train, head=head, context=context, trains=trains)
         self.layout = self.engine.layout
 
     def save_checkpoint(self, directory: str) -> None:

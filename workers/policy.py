@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.results import Metrics
+from workers.consistency import check_first_step
 from workers.engines.base import Head
 from workers.losses.language import with_pretraining
 from workers.losses.policy import policy_loss
@@ -51,13 +53,18 @@ class PolicyWorker(ModelWorker, Policy):
             sequences = sequences.with_columns(per_row={"pretrain": cast(Tensor, batch["pretrain"])})
             loss_fn = with_pretraining(loss_fn, config.loss.pretraining_coefficient)
         mini_batches = MiniBatches(sequences, labels, self.layout, self.context.device)
-        if "log_probs" in batch or config.num_epochs * mini_batches.num_labels > 1 or self._is_stale(batch):  # the same on every rank
+        stale = self._is_stale(batch)
+        if "log_probs" in batch or config.num_epochs * mini_batches.num_labels > 1 or stale:  # the same on every rank
             mini_batches.sequences = sequences.with_columns(per_token={"old_log_probs": self._old_log_probs(batch, sequences)})
         entropy = config.report_entropy or config.loss.entropy_coefficient != 0
         steps = mini_batches.steps(config.num_epochs, self.weight_version, config.loss.aggregation, config.loss.aggregation_constant)
-        metrics = train_on(self.engine, steps, loss_fn, entropy=entropy, temperature=self._temperature)
+        metrics = train_on(self.engine, islice(steps, 1), loss_fn, entropy=entropy, temperature=self._temperature)
+        checked = {"weight_version": float(self.weight_version + 1)}
+        if "weight_version" in batch and not stale:
+            checked |= check_first_step(metrics[0], config, reports=self.context.rank == 0)
+        metrics += train_on(self.engine, steps, loss_fn, entropy=entropy, temperature=self._temperature)
         self.weight_version += 1
-        return mean_over_steps(metrics, "actor") | {"actor/weight_version": float(self.weight_version)}
+        return mean_over_steps(metrics, "actor") | {f"actor/{name}": value for name, value in checked.items()}
 
     def save_checkpoint(self, directory: str) -> None:
         super().save_checkpoint(directory)

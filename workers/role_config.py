@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from workers.config import ModelConfig, TrainConfig
 from workers.generation.config import GenerationConfig
 from workers.losses.config import PolicyLossConfig, ValueLossConfig
+
+
+class Consistency(StrEnum):
+    """What happens where the first step on fresh samples shows that trainer and sampler disagree."""
+
+    off = "off"
+    warn = "warn"
+    error = "error"
 
 
 @dataclass(kw_only=True)
@@ -26,6 +35,12 @@ class ActorConfig:
     probe_tolerance: float = -1.0
     """Largest mean difference of the probe's log-probs between trainer and generation engine after a sync; the run stops above it.
     -1: 1e-3 in fp32, 0.1 where either side computes in bf16."""
+    consistency: Consistency = Consistency.warn
+    """On the first optimizer step of an update on fresh samples the ratio is 1, the approximate KL 0, and the log-probs are those of
+    the generation engine. Where they are not: warn, stop with an error, or do not look."""
+    consistency_tolerance: float = -1.0
+    """What counts as rounding there: of any token where both engines compute in fp32, of the mean over tokens otherwise.
+    -1: 1e-4 in fp32, 0.05 where either side computes in bf16."""
     seed: int = 0
     """Of sampling: a response is a function of (seed, prompt's uid, number of the sample, weights)."""
 

@@ -16,6 +16,7 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.resharding import ParameterSpec
 from workers.config import Precision
+from workers.consistency import is_exact
 from workers.generation import generation_engine_class
 from workers.generation.config import SamplingConfig
 from workers.generation.sampling import load_model_config
@@ -61,8 +62,7 @@ class Sampler:
 
 def probe_settings(config: ActorConfig) -> tuple[float, int]:
     """(probe's tolerance, vocabulary to draw its tokens from)."""
-    exact = config.train.precision is Precision.fp32 and config.generation.precision is Precision.fp32
-    tolerance = config.probe_tolerance if config.probe_tolerance >= 0 else 1e-3 if exact else 0.1
+    tolerance = config.probe_tolerance if config.probe_tolerance >= 0 else 1e-3 if is_exact(config) else 0.1
     return tolerance, int(load_model_config(config.model).vocab_size)
 
 

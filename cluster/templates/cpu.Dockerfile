@@ -1,6 +1,6 @@
 # docker build -f cluster/templates/cpu.Dockerfile -t hybridflow:cpu .
 FROM python:3.11-slim-bookworm
-# DeepSpeed compiles its shared-memory communication on first use.
+# A compiler for what PyTorch and DeepSpeed may build on first use.
 RUN apt-get update && apt-get install -y --no-install-recommends build-essential git && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/hybridflow
 # Requirements first: editing the code does not install them again.

@@ -67,8 +67,8 @@ class TrainingEngine(ABC):
     """Axes dp, pp, cp, tp over the ranks of the pool."""
 
     @abstractmethod
-    def __init__(self, *, model: ModelConfig, config: TrainConfig, head: Head, context: RankContext) -> None:
-        """Loads the model and builds the optimizer; collective over the pool. torch's seed decides a new head."""
+    def __init__(self, *, model: ModelConfig, config: TrainConfig, head: Head, context: RankContext, trains: bool = True) -> None:
+        """Loads the model and builds the optimizer; collective over the pool. trains=False: for forward passes alone."""
 
     @abstractmethod
     def forward(self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0) -> Outputs | None:

@@ -39,7 +39,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class FsdpEngine(TrainingEngine):
     """See TrainingEngine. config.tp gives the layout, data ranks are what is left of the pool."""
 
-    def __init__(self, *, model: ModelConfig, config: TrainConfig, head: Head, context: RankContext) -> None:
+    def __init__(self, *, model: ModelConfig, config: TrainConfig, head: Head, context: RankContext, trains: bool = True) -> None:
+        del trains  # memory for training is taken by the first step
         self.layout = make_layout(config, context.world_size)
         self.config, self.head, self.context = config, head, context
         self.device = torch.device(context.device)

@@ -47,7 +47,8 @@ MIN_MICRO_BATCH_TOKENS = 512
 class ThreeDEngine(TrainingEngine):
     """See TrainingEngine; config.tp, pp, rank_order, pipeline_schedule and virtual_stages give the layout, data ranks are what is left."""
 
-    def __init__(self, *, model: ModelConfig, config: TrainConfig, head: Head, context: RankContext) -> None:
+    def __init__(self, *, model: ModelConfig, config: TrainConfig, head: Head, context: RankContext, trains: bool = True) -> None:
+        del trains  # memory for training is taken by the first step
         self.hf_config = model_config(model, head)
         self.layout: Layout = make_layout(config, self.hf_config, context.world_size)
         self.model, self.config, self.head = model, config, head

@@ -20,10 +20,7 @@ from torch.distributed import ProcessGroup
 
 from hybridflow.resharding.shards import Box
 from workers.config import OptimizerConfig
-from workers.engines.optimizer import check_optimizer_config, learning_rate, set_learning_rate
-
-RUN = 1024
-"""Elements whose squares are added in float32."""
+from workers.engines.optimizer import check_optimizer_config, learning_rate, set_learning_rate, sum_of_squares
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -273,14 +270,3 @@ class ZeroOptimizer:
             views = group.views(group.gradient)
             names += [piece.name for piece, view in zip(group.pieces, views, strict=True) if not bool(torch.isfinite(view).all())]
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "parameters of other ranks"
-
-
-def sum_of_squares(flat: Tensor) -> Tensor:
-    """Of a float32 vector of any length, as a float64 scalar: in float32 over short runs only, whose sums are added in float64.
-
-    One float32 sum over a buffer of millions of elements is off by 1e-4 and more.
-    """
-    whole = len(flat) // RUN * RUN
-    runs = torch.linalg.vector_norm(flat[:whole].view(-1, RUN), dim=1)
-    rest = torch.linalg.vector_norm(flat[whole:])
-    return runs.double().square().sum() + rest.double().square()

@@ -1,4 +1,4 @@
-"""Parts of engine `threed`'s optimizer that need no processes."""
+"""The norm that all engines clip by."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from workers.engines.threed_optimizer import sum_of_squares
+from workers.engines.optimizer import sum_of_squares
 
 
 @pytest.mark.parametrize("size", [0, 5, 1024, 3_000_001])
