@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
 
-from controllers.data import DataConfig, Overlong, PromptDataset, load_tokenizer
+from controllers.data import DataConfig, Overlong, PromptDataset, PromptLoader, load_tokenizer
 from controllers.data.sources import read_hub
+from controllers.streams import TextStream
 from workers.config import ModelConfig
 
 ROWS: list[dict[str, Any]] = [
@@ -174,3 +176,21 @@ def test_load_tokenizer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> N
     assert load_tokenizer(ModelConfig(path="unused", tokenizer=str(tmp_path / "t"))).get_vocab() == tokenizer.get_vocab()
     with pytest.raises(ValueError, match="no tokenizer at"):
         load_tokenizer(ModelConfig(path=str(tmp_path / "nothing")))
+
+
+def test_text_of_the_pretraining_distribution_is_cut_into_equal_pieces(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A token a letter, one before each text: 10 tokens are 4 + 3 + 3 of at most 4, 4 stay whole; of each piece the first is the prompt."""
+    path = jsonl(tmp_path / "text.jsonl", [{"text": "ihgfedcba"}, {"text": "123"}])
+    config = DataConfig(train="x", pretraining=str(path), pretraining_tokens=4, pretraining_batch_size=4, shuffle=False)
+    dataset = PromptDataset.load_text(config, str(path), tokenizer)
+    pieces = [tokenizer.decode(piece) for piece in dataset.all().prompt_ids]
+    assert "".join(pieces) == "<|system|>ihgfedcba<|system|>123" and [len(piece) for piece in dataset.all().prompt_ids] == [3, 3, 4, 4]
+    batch = TextStream(PromptLoader(dataset, replace(config, batch_size=4))).take()
+    assert batch.ragged("prompt_ids").lengths.tolist() == [1] * 4 and batch.ragged("response_ids").lengths.tolist() == [2, 2, 3, 3]
+    whole = [first.tolist() + rest.tolist() for first, rest in zip(*(batch.ragged(n).unbind() for n in COLUMNS), strict=True)]
+    assert whole == [piece.tolist() for piece in dataset.all().prompt_ids]
+
+
+COLUMNS = ("prompt_ids", "response_ids")

@@ -5,23 +5,21 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
-from types import ModuleType
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from controllers import ALGORITHMS, Entry, create_algorithm
+from controllers import ALGORITHMS
 from controllers.ppo import PPO
 from recipes.main import check_names
-from tests.controllers.fakes import Script, fakes, prompts
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 RECIPES = (ROOT / "docs" / "recipes.md").read_text()
+ALGORITHMS_PAGE = (ROOT / "docs" / "algorithms.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -77,9 +75,13 @@ def test_commands_use_settings_that_exist(page: str, composed: Callable[..., Dic
     for words in found:
         check_names(words)
         composed("ppo", words)
-    check_names(
-        [f"{name}=" for name in re.findall(r"`((?:actor|critic|reference|reward|data|loop|algorithm|metrics)\.[a-z_.]+)(?:=|`)", page)]
-    )
+
+
+@pytest.mark.parametrize("page", [README, RECIPES, ALGORITHMS_PAGE], ids=["README.md", "recipes.md", "algorithms.md"])
+def test_settings_that_a_page_names_exist(page: str) -> None:
+    names = re.findall(r"`((?:actor|critic|reference|reward|cost|data|loop|algorithm|metrics)\.[a-z_.]+)(?:=|`)", page)
+    assert names
+    check_names([f"{name}=" for name in names])
 
 
 def test_the_readmes_defaults_are_the_defaults(composed: Callable[..., DictConfig]) -> None:
@@ -91,19 +93,33 @@ def test_the_readmes_defaults_are_the_defaults(composed: Callable[..., DictConfi
     assert composed("grpo", []).algorithm.samples_per_prompt == 8
 
 
-def test_the_algorithm_of_the_page_on_recipes_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example as it stands, with the imports of controllers/grpo.py."""
-    source = next(block for block in code_blocks(RECIPES) if "class RLOO:" in block)
-    imports = (ROOT / "controllers" / "grpo.py").read_text().split("@dataclass")[0].replace("import grpo", "import rloo")
-    module = ModuleType("controllers.rloo")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(imports + source, "controllers/rloo.py", "exec"), vars(module))
-    entry = re.search(r'`"rloo": (Entry\(.*?\)\))`', RECIPES)
-    assert entry is not None
-    monkeypatch.setitem(ALGORITHMS, "rloo", eval(entry[1], {"Entry": Entry}))
-    roles, log = fakes(Script(responses=[[1]] * 4, rewards=[1.0, 0.0, 2.0, 2.0]))
-    create_algorithm("rloo", roles, ALGORITHMS["rloo"].load_config()()).step(prompts([7, 7, 9, 9]))
-    assert log.last("actor.update_actor").ragged("advantages").values.tolist() == [1.0, -1.0, 0.0, 0.0]
+def test_the_walk_through_the_diff_is_the_diff() -> None:
+    """One file of code, one line of a dict, one config: each stands on the page as it stands in the project."""
+    page = (ROOT / "controllers" / "opo.py").read_text()
+    blocks = code_blocks(RECIPES)
+    assert page in blocks
+    line = blocks[blocks.index(page) + 1].strip()
+    assert f"    {line},\n" in (ROOT / "controllers" / "__init__.py").read_text()
+    assert re.findall(r"```yaml\n(.*?)```", RECIPES, re.DOTALL)[0] == (ROOT / "recipes" / "opo.yaml").read_text()
+    mentions = [path for package in ("recipes", "controllers", "workers", "hybridflow") for path in (ROOT / package).rglob("*.py")]
+    assert {path.name for path in mentions if re.search(r"\bopo\b", path.read_text())} == {"opo.py", "__init__.py", "advantages.py"}
+
+
+def test_the_table_of_algorithms_is_the_code() -> None:
+    """Entries, models, files and their lines."""
+    rows = re.findall(r"^\| `(\w+)` \| .*? \| ([\w, ]+) \| .*? \| \[(.*?)\]\(\.\./(.*?)\) \| (\d+) \|$", ALGORITHMS_PAGE, re.MULTILINE)
+    expected = {}
+    for name, entry in ALGORITHMS.items():
+        file = f"{entry.module.replace('.', '/')}.py"
+        lines = len((ROOT / file).read_text().splitlines())
+        expected[name] = (", ".join(role.replace("_", " ") for role in entry.roles), file, file, str(lines))
+    assert {name: tuple(row) for name, *row in rows} == expected
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_step_is_on_the_page_of_algorithms(name: str) -> None:
+    assert dedent(inspect.getsource(ALGORITHMS[name].load().step)) in ALGORITHMS_PAGE
+    assert (ROOT / "recipes" / f"{name}.yaml").is_file()
 
 
 def test_the_reward_of_the_page_on_recipes_works() -> None:
