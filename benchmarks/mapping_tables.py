@@ -48,7 +48,28 @@ def tables(content: dict[str, Any]) -> dict[str, str]:
         "paper": markdown(("finding", "paper", "here", "same"), paper),
         "sensitivity": markdown(("PPO", *(f"{stage} stage{'s' * (stage > 1)}" for stage in stages)), sensitivity),
         "throughput": markdown(("tokens/s", "", *(str(size) for size in sizes)), throughput),
+        "prediction": prediction(content["prediction"], content["placement_order_agrees"]),
     }
+
+
+def prediction(rows: Sequence[dict[str, Any]], order: bool | None) -> str:
+    """A line per configuration, predicted / measured seconds per phase; how far off the worst is, and whether placements rank rightly."""
+    if not rows:
+        return "not measured"
+    phases = list(dict.fromkeys(row["phase"] for row in rows))
+    found = {(row["configuration"], row["phase"]): row for row in rows}
+    lines = []
+    for name in dict.fromkeys(row["configuration"] for row in rows):
+        cells = [found.get((name, phase)) for phase in phases]
+        lines.append((name, *("" if cell is None else f"{cell['predicted_s']:.3g} / {cell['measured_s']:.3g}" for cell in cells)))
+    off = sorted(((abs(row["predicted_s"] / row["measured_s"] - 1), row) for row in rows), key=lambda pair: pair[0])
+    text = markdown(("predicted / measured s", *(phase.replace(".", ". ") for phase in phases)), lines)
+    worst, row = off[-1]
+    agreed = {True: "is the measured one", False: "is NOT the measured one", None: "was not measured"}[order]
+    return (
+        f"{text}\n\nMedian difference {off[len(off) // 2][0]:.0%}, largest {worst:.0%} ({row['phase']} of {row['configuration']}); "
+        f"{sum(difference <= 0.3 for difference, _ in off)} of {len(off)} are within 30 %. The predicted order of placements {agreed}."
+    )
 
 
 def alike(rows: Sequence[dict[str, Any]]) -> list[list[str]]:

@@ -33,8 +33,8 @@ def choose(plan: Plan) -> Mapping:
     setting = setting_of(plan)
     _check(plan, setting)
     saved = saved_mapping(plan.config)
-    if saved is not None:
-        return _again(plan, setting, saved)
+    if saved is not None and (again := _again(plan, setting, saved)) is not None:
+        return again
     found = search(setting).best
     if plan.config.plan.split_generation:
         apart = setting_of(_split(plan))
@@ -47,9 +47,12 @@ def choose(plan: Plan) -> Mapping:
     return mapping_of(setting, found)
 
 
-def _again(plan: Plan, setting: Setting, saved: Path) -> Mapping:
-    """A saved mapping, with today's predictions."""
+def _again(plan: Plan, setting: Setting, saved: Path) -> Mapping | None:
+    """A saved mapping, with today's predictions; None for a run that goes on with other devices and did not name it."""
     mapping = Mapping.load(saved)
+    if not plan.config.plan.mapping and mapping.cluster != str(setting.cluster):
+        LOGGER.info("placement=auto: %s was made for %s, this is %s: chosen anew", saved, mapping.cluster, setting.cluster)
+        return None
     if any(placed.role == ROLLOUT for placed in mapping.roles):
         setting = setting_of(_split(plan))
     judgement = judge(setting, mapping)

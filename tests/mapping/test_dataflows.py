@@ -7,6 +7,7 @@ import pytest
 from controllers import ALGORITHMS
 from hybridflow.dataflow import CallKind, Dataflow
 from recipes.dataflows import PAPER, dataflow_of, without
+from recipes.plan import SCALAR_ROLES, to_config, to_setting
 
 
 def calls(dataflow: Dataflow) -> list[tuple[str, str, CallKind]]:
@@ -24,6 +25,10 @@ def test_every_algorithm_is_planned_from_its_page(algorithm):
     assert dataflow.algorithm == algorithm
     assert set(dataflow.roles) == set(ALGORITHMS[algorithm].roles)
     assert {"actor.generate_sequences", "actor.update_actor"} <= {call.name for call in dataflow.calls}
+    setting = to_setting(to_config([f"algorithm={algorithm}", "model=llama-7b", "cluster=2x8xA100-80GB", "engine=fsdp"]))
+    assert setting.roles == dataflow.roles
+    assert all(setting.models[role].scalar_head for role in setting.roles if role in SCALAR_ROLES)
+    assert setting.schedule(dict.fromkeys(setting.roles, "one")).makespan([1.0] * len(dataflow.calls)) >= len(setting.roles)
 
 
 def test_a_role_can_be_left_out():

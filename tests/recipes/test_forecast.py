@@ -114,6 +114,9 @@ def test_a_mapping_becomes_settings_and_is_taken_again(settings: Settings, tmp_p
     assert saved_mapping(config) is None, "nothing to go on from yet"
     resumed = replace(config, loop=replace(config.loop, resume=str(tmp_path / "checkpoints" / "step-1")))
     assert saved_mapping(resumed) == tmp_path / MAPPING
+    assert choose(replace(plan, config=resumed)) == mapping
+    more = replace(resumed, num_devices=4)
+    assert choose(replace(plan, config=more)).cluster == "1x4xcpu", "other devices: chosen anew"
     again = replace(config, plan=replace(config.plan, mapping=str(tmp_path / MAPPING)))
     assert choose(replace(plan, config=again)).roles == mapping.roles
     assert choose(replace(plan, config=again)) == Mapping.load(tmp_path / MAPPING)
