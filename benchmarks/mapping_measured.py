@@ -3,7 +3,7 @@
     python -m recipes.calibrate output=calibration
     python -m benchmarks.mapping_measured calibration FILE [--only NAME ...]
 
-Models that the calibration did not see, on one and two ranks, colocated and apart. Every rank is one thread. Seconds are medians
+PPO with four models that the calibration did not see, on one and two ranks, colocated and apart. Every rank is one thread. Seconds are medians
 over the steps after the first, from the run's own metrics. Pools of one group share their workload, so that their order counts.
 """
 
@@ -106,7 +106,7 @@ def settings(case: Case, directory: Path, calibration: Path) -> RunConfig:
         f"data.train={directory / f'prompts{case.prompt}.parquet'}",
         "data.answer_column=null",
         f"data.batch_size={case.batch}",
-        "reward.function=benchmarks.step_reward:score",
+        f"reward.model.path={directory / case.model}",
         f"actor.generation.sampling.max_response_tokens={case.response}",
         "actor.generation.sampling.ignore_eos=true",
         "actor.generation.max_model_len=128",

@@ -45,8 +45,8 @@ class MapperConfig:
     """NODESxDEVICESxKIND or DEVICESxKIND, joined by +, or a JSON file; with dry_run=true it need not exist. Empty: the devices of this
     run, on this machine."""
     calibration: str = ""
-    """JSON file of recipes.calibrate; empty: constants of A100 nodes, or of CPUs where the devices are processes. With one given,
-    predicted and measured seconds are printed side by side after the run."""
+    """calibration.json of recipes.calibrate (its cluster.json beside it describes the devices); empty: constants of A100 nodes, or of CPUs
+    where the devices are processes. With one given, predicted and measured seconds are printed side by side after the run."""
     response: str = ""
     """Tokens of a response: a number, uniform:LOW:HIGH or lognormal:MEAN:MAX; empty: always the most that sampling allows."""
     split_generation: bool = False

@@ -109,10 +109,13 @@ def space_of(plan: Plan) -> SearchSpace:
 
 
 def cluster_of(config: RunConfig) -> Cluster:
-    """plan.cluster, or what this machine has for the run."""
+    """plan.cluster, or what this machine has for the run; its speed as calibrated, where the calibration's cluster lies beside it."""
     if config.plan.cluster:
         return Cluster.parse(config.plan.cluster)
     devices = sum(pool.num_devices for pool in config.pools.values()) or config.num_devices
+    measured = Path(config.plan.calibration).with_name("cluster.json")
+    if config.plan.calibration and measured.is_file():
+        return _one_node(Cluster.load(measured).groups[0].kind, devices)
     if config.device is Device.cpu:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / devices
         return _one_node(replace(DEVICE_KINDS["cpu"], memory_bytes=memory), devices)
