@@ -3,8 +3,8 @@
     python -m recipes.calibrate output=calibration
     python -m benchmarks.mapping_measured calibration FILE [--only NAME ...]
 
-PPO with four models that the calibration did not see, on one and two ranks, colocated and apart. Every rank is one thread. Seconds are medians
-over the steps after the first, from the run's own metrics. Pools of one group share their workload, so that their order counts.
+PPO with four models that the calibration did not see, on one and two ranks, colocated and apart. Every rank is one thread. Medians
+over the steps after the first, from the run's own metrics. Runs of one group share their workload, so that their order counts.
 """
 
 from __future__ import annotations
