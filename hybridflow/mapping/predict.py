@@ -82,10 +82,15 @@ def resident(setting: Setting, plan: RolePlan) -> Footprint:
         weights = call_footprint(setting, plan.role, CallKind.generation, None, plan.generation).generation_weights
         return Footprint(generation_weights=weights)
     own = resident_footprint(setting.model(plan.role), plan.layout, setting.space, trained=setting.trained(plan.role))
-    if plan.generation is None or not plan.generation.kept:
-        return own
-    engine = call_footprint(setting, plan.role, CallKind.generation, plan.layout, plan.generation)
-    return own + Footprint(generation_weights=engine.generation_weights, kv_cache=engine.kv_cache)
+    return own + _engine(setting, plan)
+
+
+def _engine(setting: Setting, plan: RolePlan) -> Footprint:
+    """What a generation engine that is not told to release its memory keeps beside the training shards."""
+    if plan.layout is None or plan.generation is None or not plan.generation.kept:
+        return Footprint()
+    need = call_footprint(setting, plan.role, CallKind.generation, plan.layout, plan.generation)
+    return Footprint(generation_weights=need.generation_weights, kv_cache=need.kv_cache)
 
 
 def _kept(setting: Setting, pool: Pool, plans: dict[str, RolePlan]) -> Footprint:
@@ -98,8 +103,8 @@ def _kept(setting: Setting, pool: Pool, plans: dict[str, RolePlan]) -> Footprint
 def _bytes(setting: Setting, call: Call, plan: RolePlan, kept: Footprint) -> dict[str, float]:
     extra = call_footprint(setting, call.role, call.kind, plan.layout, plan.generation)
     parts = asdict(kept + extra)
-    if plan.layout is None or (call.kind is CallKind.generation and plan.generation is not None and plan.generation.kept):
-        parts["generation_weights"] -= extra.generation_weights
-    if plan.layout is not None and call.kind is CallKind.generation and plan.generation is not None and plan.generation.kept:
-        parts["kv_cache"] -= extra.kv_cache
+    if call.kind is CallKind.generation:  # what is kept is not needed a second time
+        counted = resident(setting, plan) if plan.layout is None else _engine(setting, plan)
+        parts["generation_weights"] -= counted.generation_weights
+        parts["kv_cache"] -= counted.kv_cache
     return {name: value for name, value in parts.items() if value > 0.0}

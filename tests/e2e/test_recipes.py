@@ -90,22 +90,18 @@ def test_resume_is_bit_identical_and_works_on_other_ranks(common: list[str], tmp
         assert (policy(wide, 4)[name] - weight).abs().max() < 2e-5, name
 
 
-def test_custom_pools_equal_one_pool(common: list[str], tmp_path: Path) -> None:
+def test_custom_and_computed_pools_equal_one_pool(common: list[str], tmp_path: Path) -> None:
     pools = ["placement=custom", "pools.policy.roles=[actor,reference]", "pools.values.roles=[critic,reward]"]
-    outputs = {"together": [], "apart": pools}
+    outputs = {"together": [], "apart": pools, "auto": ["placement=auto", "num_devices=2"]}
     for name, arguments in outputs.items():
         succeed("ppo", [*common, COUNT, "loop.num_steps=2", f"output_dir={tmp_path / name}", *arguments])
     assert numbers(tmp_path / "apart") == numbers(tmp_path / "together")
 
-
-def test_a_computed_placement_runs_and_is_saved(common: list[str], tmp_path: Path) -> None:
-    computed, colocated = tmp_path / "auto", tmp_path / "local"
-    succeed("ppo", [*common, COUNT, "loop.num_steps=3", "placement=auto", "num_devices=2", f"output_dir={computed}"])
-    succeed("ppo", [*common, COUNT, "loop.num_steps=3", "runtime=local", f"output_dir={colocated}"])
-    mapping = json.loads((computed / "mapping.json").read_text())
+    mapping = json.loads((tmp_path / "auto" / "mapping.json").read_text())
     assert sorted(role["role"] for role in mapping["roles"]) == ["actor", "critic", "reference"]
     assert {call["call"] for call in mapping["calls"]} >= {"actor.generate_sequences", "critic.update_critic", "actor.update_actor"}
-    for row, expected in zip(numbers(computed), numbers(colocated), strict=True):
+    # Its layouts and micro-batches may differ: equal within rounding.
+    for row, expected in zip(numbers(tmp_path / "auto"), numbers(tmp_path / "together"), strict=True):
         learned = {name: value for name, value in expected.items() if name.startswith(("reward/", "kl/", "critic/", "actor/"))}
         assert {name: row[name] for name in learned} == pytest.approx(learned, rel=1e-3, abs=1e-4)
 

@@ -118,6 +118,19 @@ def test_judge_names_the_worst_call_and_changes_that_help(paper_setting):
     assert "fit together from" in judgement.report()
 
 
+def test_an_engine_that_keeps_its_memory_takes_it_from_other_calls(paper_setting):
+    setting = paper_setting("llama-7b", 16)
+    layout = ModelLayout(p=1, t=8, d=2, zero=1, micro_batch_tokens=2048)
+    released, kept = (
+        judge(setting, colocated(layout, GenerationLayout(tg=8, replicas=2, max_running=64, kept=keeps), 16)).mapping
+        for keeps in (False, True)
+    )
+    bytes_of = [{call.call: call.total_bytes for call in mapping.calls} for mapping in (released, kept)]
+    cache = next(call.bytes["kv_cache"] for call in released.calls if call.kind == "generation")
+    assert bytes_of[1]["actor.generate_sequences"] == pytest.approx(bytes_of[0]["actor.generate_sequences"])
+    assert bytes_of[1]["critic.update_critic"] >= bytes_of[0]["critic.update_critic"] + cache
+
+
 def test_judge_fills_in_layouts_for_given_pools(paper_setting):
     setting = paper_setting("llama-7b", 32)
     pools = (Pool(name="a", num_devices=16, roles=("actor", "reference")), Pool(name="b", num_devices=16, roles=("critic", "reward")))
