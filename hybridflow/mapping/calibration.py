@@ -36,6 +36,9 @@ class Calibration:
     """Host work of one decode step: scheduling, input preparation, sampling."""
     decode_row_overhead_s: float = 5.0e-5
     """Host work of one decode step per running sequence (block tables, sampler, detokeniser)."""
+    node_contention: float = 0.0
+    """Part of a call's seconds that is owed to the other devices of the node working at the same time: CPU processes share memory and
+    cache, GPUs neither. A pool that leaves devices of its node to others generates without it: they wait for what it generates."""
     link_efficiency: float = 0.80
     """Reached fraction of a link in large collectives (NCCL's bus bandwidth over the wire's)."""
     intra_latency_s: float = 4.0e-6
@@ -50,6 +53,8 @@ class Calibration:
     """Attesting and repacking the weights, per parameter of a rank's generation shard."""
     call_overhead_s: float = 0.05
     """Controller to worker and back, once per call."""
+    transfer_overhead_s: float = 0.05
+    """Handing columns from one pool to another, beside their bytes."""
     controller_s: float = 0.2
     """A controller function such as compute_advantages, with all else that a step does between its calls."""
     function_s: float = 0.2

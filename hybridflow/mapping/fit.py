@@ -72,16 +72,20 @@ def fit(measurements: Measurements, *, space: SearchSpace, calibration: Calibrat
         errors["generation"] = _errors(
             [predicted_generation(sample, kind, found, space) / sample.seconds for sample in measurements.generations]
         )
+    alone = [sample.alone_s / sample.seconds for sample in measurements.generations if sample.alone_s]
     if measurements.syncs:
         found = fit_syncs(measurements.syncs, kind, found, space)
         errors["sync"] = _errors([predicted_sync(sample, kind, found, space) / sample.seconds for sample in measurements.syncs])
+    if alone:  # last: every sample above was taken while all processes worked
+        found = replace(found, node_contention=max(0.0, 1.0 - median(alone)))
     return Fit(kind=kind, calibration=found, errors=errors)
 
 
 def refine(calibration: Calibration, runs: Sequence[Run]) -> Calibration:
     """What only real runs show, from runs in one pool that were predicted with `calibration`, as medians and never below 0: forward calls'
     seconds beyond their prediction are the overhead of every call, generation's beyond that the overhead of entering it, functions
-    take what they took, and what a step has between its calls goes to its controller function."""
+    take what they took, and what a step has between its calls goes to its controller function. That includes handing over columns, which
+    go through the node's object store whether pools differ or not, so that different pools add no overhead of their own."""
     beyond: dict[str, list[float]] = {CallKind.inference: [], CallKind.generation: []}
     functions, between = [], []
     for run in runs:
@@ -101,6 +105,7 @@ def refine(calibration: Calibration, runs: Sequence[Run]) -> Calibration:
         sync_overhead_s=calibration.sync_overhead_s + entering,
         function_s=median(functions) if functions else calibration.function_s,
         controller_s=max(0.0, median(between)) if between else calibration.controller_s,
+        transfer_overhead_s=0.0 if between else calibration.transfer_overhead_s,
     )
 
 

@@ -63,4 +63,4 @@ def transfer_time(producer: Call, consumer: Call, cluster: Cluster, machine: Mac
     columns = max(1, len(shared))
     num_bytes = columns * COLUMN_BYTES_PER_TOKEN * machine.workload.num_tokens
     slowest = min(group.kind.inter_bandwidth for group in cluster.groups)
-    return num_bytes / (slowest * machine.calibration.link_efficiency) + machine.calibration.call_overhead_s
+    return num_bytes / (slowest * machine.calibration.link_efficiency) + machine.calibration.transfer_overhead_s
