@@ -1,6 +1,6 @@
 """Measure the machine at hand for a minute or two and fit the mapper's constants to it.
 
-    python -m recipes.calibrate output=calibration                      # writes calibration/{measurements,calibration,cluster}.json
+    python -m recipes.calibrate output=calibration                      # writes calibration/{calibration,cluster,measurements,whole_steps}.json
     python -m recipes.plan ... calibration=calibration/calibration.json cluster=calibration/cluster.json
 
 Runs the real engines on small random models, in as many processes at once as a pool of this machine has, so that what they
@@ -28,6 +28,7 @@ from omegaconf import OmegaConf
 
 from hybridflow.context import RankContext
 from hybridflow.mapping.cluster import Cluster, NodeGroup
+from hybridflow.mapping.compare import save_runs
 from hybridflow.mapping.explain import table
 from hybridflow.mapping.fit import Fit, fit, refine
 from hybridflow.mapping.measurements import CollectiveSample, GenerationSample, Measurements, PassSample, SyncSample
@@ -89,6 +90,7 @@ def calibrate(config: CalibrateConfig) -> Fit:
     Cluster(groups=(NodeGroup(kind=result.kind, num_nodes=1),)).save(output / "cluster.json")
     if config.whole_steps:
         whole = run_steps(output, config.num_processes, config.precision, config.engine)
+        save_runs([whole], output / "whole_steps.json")
         result = replace(result, calibration=refine(result.calibration, [whole]))
         result.calibration.save(output / "calibration.json")
     rows = [(name, f"{median:.0%}", f"{largest:.0%}") for name, (median, largest) in result.errors.items()]
