@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,13 @@ from hydra import compose, initialize_config_module
 
 from benchmarks.step_case import SHAPES
 from cluster.connect import ClusterConfig, connect
-from hybridflow.mapping.compare import Run, save_runs, side_by_side
+from hybridflow.mapping.compare import Run, load_runs, save_runs, side_by_side
 from hybridflow.mapping.mapping import Mapping
 from recipes.config import RunConfig, register
 from recipes.forecast import MAPPING, measured_run
 from recipes.main import join_pools, to_settings
 from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
-from recipes.run import run
+from recipes.run import foresee, run
 
 MODELS = {**SHAPES, "12m": {"hidden_size": 384, "intermediate_size": 1152, "num_layers": 6, "num_heads": 6, "num_key_value_heads": 6}}
 """Qwen2 with 3, 12 and 32 million parameters."""
@@ -67,10 +67,16 @@ def main() -> None:
     parser.add_argument("calibration", type=Path, help="what recipes.calibrate wrote")
     parser.add_argument("output", type=Path, help="where the runs go (JSON)")
     parser.add_argument("--only", nargs="*", default=[], help="words of the names of the cases to run")
+    parser.add_argument("--again", action="store_true", help="keep the seconds measured in FILE, predict anew from CALIBRATION")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
+    if arguments.again:
+        runs = predicted_again(arguments.output, arguments.calibration)
+        print("\n\n".join(f"{each.configuration}\n{side_by_side(each)}" for each in runs))
+        save_runs(runs, arguments.output)
+        return
     chosen = [case for case in CASES if all(word in case.name for word in arguments.only)]
-    runs: list[Run] = []
+    runs = []
     with tempfile.TemporaryDirectory() as directory, connect(ClusterConfig(address="local", worker_logs=False), cpu_slots=4):
         prepare(Path(directory))
         for case in chosen:
@@ -97,6 +103,17 @@ def measure(case: Case, directory: Path, calibration: Path) -> Run:
     assert outcome is not None
     mapping = Mapping.load(Path(config.output_dir) / MAPPING)
     return measured_run(case.name, mapping, outcome, case.group or case.name)
+
+
+def predicted_again(measured: Path, calibration: Path) -> list[Run]:
+    """The same runs with the predictions of other constants."""
+    with tempfile.TemporaryDirectory() as directory:
+        prepare(Path(directory))
+        cases = {case.name: case for case in CASES}
+        return [
+            replace(each, mapping=foresee(settings(cases[each.configuration], Path(directory), calibration)))
+            for each in load_runs(measured)
+        ]
 
 
 def settings(case: Case, directory: Path, calibration: Path) -> RunConfig:

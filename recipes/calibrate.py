@@ -1,6 +1,6 @@
 """Measure the machine at hand for a minute or two and fit the mapper's constants to it.
 
-    python -m recipes.calibrate output=calibration                      # writes calibration/{calibration,cluster,measurements,whole_steps}.json
+    python -m recipes.calibrate output=calibration       # writes calibration.json, cluster.json and what was measured
     python -m recipes.plan ... calibration=calibration/calibration.json cluster=calibration/cluster.json
 
 Runs the real engines on small random models, in as many processes at once as a pool of this machine has, so that what they

@@ -24,6 +24,7 @@ from hybridflow.checkpoint import MANIFEST, CheckpointStore
 from hybridflow.dataflow import Dataflow
 from hybridflow.group import spawn
 from hybridflow.mapping.explain import describe as explain
+from hybridflow.mapping.mapping import Mapping as Prediction
 from hybridflow.metrics import Tracker
 from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
 from hybridflow.tracing import draw, trace, traced_roles
@@ -116,6 +117,14 @@ def run(config: RunConfig) -> Outcome | None:
         if mapping is not None:
             LOGGER.info("predicted and measured\n%s", beside(mapping, outcome))
         return outcome
+
+
+def foresee(config: RunConfig) -> Prediction:
+    """What a run with these settings would take; nothing is started."""
+    roles = place(config)
+    prompts = PromptDataset.load(config.data, config.data.train, load_tokenizer(config.model))
+    plan = Plan(config=config, dataflow=check_dataflow(config, roles), roles={r.name: r.config for r in roles}, prompts=prompts)
+    return forecast(plan, pools_of(roles), pool_sizes(config)).mapping
 
 
 def spawn_roles(roles: Sequence[Role], pools: Mapping[str, ResourcePool]) -> dict[str, Any]:
