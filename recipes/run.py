@@ -114,7 +114,7 @@ def run(config: RunConfig) -> Outcome | None:
             mapping.save(directory / MAPPING)
         outcome = loop.run()
         tracker.summary(asdict(outcome))
-        if mapping is not None:
+        if mapping is not None and outcome.median_s:
             LOGGER.info("predicted and measured\n%s", beside(mapping, outcome))
         return outcome
 
