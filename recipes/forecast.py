@@ -113,8 +113,7 @@ def cluster_of(config: RunConfig) -> Cluster:
     if config.plan.cluster:
         return Cluster.parse(config.plan.cluster)
     devices = sum(pool.num_devices for pool in config.pools.values()) or config.num_devices
-    measured = Path(config.plan.calibration).with_name("cluster.json")
-    if config.plan.calibration and measured.is_file():
+    if config.plan.calibration and (measured := Path(config.plan.calibration).parent / "cluster.json").is_file():
         return _one_node(Cluster.load(measured).groups[0].kind, devices)
     if config.device is Device.cpu:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / devices
