@@ -24,7 +24,7 @@ from hybridflow.mapping.cluster import Cluster, NodeGroup
 from hybridflow.mapping.compare import save_runs
 from hybridflow.mapping.explain import table
 from hybridflow.mapping.fit import Fit, fit, refine
-from hybridflow.mapping.measurements import GenerationSample, Measurements
+from hybridflow.mapping.measurements import Measurements
 from recipes.calibration_rank import Rank
 from recipes.calibration_run import run_steps
 from recipes.placed import engine_space
@@ -116,15 +116,12 @@ def mean_of(results: list[Measurements]) -> Measurements:
     def merged(samples: list[Any]) -> Any:
         return replace(samples[0], seconds=mean([sample.seconds for sample in samples]))
 
-    def drawn(samples: list[GenerationSample]) -> GenerationSample:
-        return replace(merged(samples), alone_s=mean([sample.alone_s for sample in samples]))
-
     return replace(
         results[0],
         matmul_flops=mean([result.matmul_flops for result in results]),
         memory_bandwidth=mean([result.memory_bandwidth for result in results]),
         passes=tuple(merged(list(samples)) for samples in zip(*(result.passes for result in results), strict=True)),
-        generations=tuple(drawn(list(samples)) for samples in zip(*(result.generations for result in results), strict=True)),
+        generations=tuple(merged(list(samples)) for samples in zip(*(result.generations for result in results), strict=True)),
         collectives=tuple(merged(list(samples)) for samples in zip(*(result.collectives for result in results), strict=True)),
         syncs=tuple(merged(list(samples)) for samples in zip(*(result.syncs for result in results), strict=True)),
     )

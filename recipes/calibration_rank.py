@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -82,24 +81,6 @@ class Rank:
             print(f"{what}: {min(seconds[1:]):.4g} s", file=sys.stderr, flush=True)
         return min(seconds[1:])
 
-    def alone(self, what: str, action: Callable[[], object]) -> float:
-        """The same while the other processes wait for their turn."""
-        seconds = 0.0
-        for rank in range(self.config.num_processes):
-            self.barrier.wait()
-            if rank == self.rank:
-                marks = [time.perf_counter()]
-                for _ in range(self.config.repeats):
-                    action()
-                    if self.device != "cpu":
-                        torch.cuda.synchronize()
-                    marks.append(time.perf_counter())
-                seconds = min(later - earlier for earlier, later in pairwise(marks))
-        self.barrier.wait()
-        if self.rank == 0:
-            print(f"{what}, alone: {seconds:.4g} s", file=sys.stderr, flush=True)
-        return seconds
-
     def matmul_flops(self) -> float:
         """Per second, of a 2048 x 1024 x 1024 product in the compute precision."""
         left = torch.randn(2048, 1024, device=self.device, dtype=self.dtype)
@@ -169,18 +150,8 @@ class Rank:
             sampling = SamplingConfig(max_response_tokens=response, ignore_eos=True)
             prompts = [row.numpy() for row in torch.randint(2, spec.vocab_size, (rows, config.prompt))]
             seeds = torch.arange(rows).numpy()
-            what, generate = f"{name} {rows} rows: {response} tokens", partial(engine.generate, prompts, seeds, sampling)
-            most = rows == max(config.rows) and response == config.response
-            samples.append(
-                GenerationSample(
-                    model=spec,
-                    rows=rows,
-                    prompt=config.prompt,
-                    response=response,
-                    seconds=self.fastest(what, generate),
-                    alone_s=self.alone(what, generate) if most else 0.0,
-                )
-            )
+            seconds = self.fastest(f"{name} {rows} rows: {response} tokens", partial(engine.generate, prompts, seeds, sampling))
+            samples.append(GenerationSample(model=spec, rows=rows, prompt=config.prompt, response=response, seconds=seconds))
         trainer = self._trainer(name, config.prompt + config.response)
 
         def make_sink(parameters: Sequence[ParameterSpec]) -> WeightSink:

@@ -36,9 +36,6 @@ class Calibration:
     """Host work of one decode step: scheduling, input preparation, sampling."""
     decode_row_overhead_s: float = 5.0e-5
     """Host work of one decode step per running sequence (block tables, sampler, detokeniser)."""
-    node_contention: float = 0.0
-    """Part of a call's seconds that is owed to the other devices of the node working at the same time: CPU processes share memory and
-    cache, GPUs neither. A pool that leaves devices of its node to others generates without it: they wait for what it generates."""
     link_efficiency: float = 0.80
     """Reached fraction of a link in large collectives (NCCL's bus bandwidth over the wire's)."""
     intra_latency_s: float = 4.0e-6
@@ -49,6 +46,8 @@ class Calibration:
     """Fraction of the gradient reduction hidden behind the backward pass; 0 is Megatron-LM's default."""
     sync_overhead_s: float = 0.0
     """Fixed work of entering the generation layout with new weights: reloading, probing, attesting."""
+    sync_ranks_s: float = 0.0
+    """What a sync takes more in a pool of several ranks, beside the bytes: its collectives, and waiting for the slowest."""
     sync_parameter_s: float = 0.0
     """Attesting and repacking the weights, per parameter of a rank's generation shard."""
     call_overhead_s: float = 0.05
@@ -103,10 +102,10 @@ CPU = Calibration(
     decode_layer_overhead_s=6e-4,
     decode_step_overhead_s=0.0,
     decode_row_overhead_s=5.6e-5,
-    node_contention=0.1,
     link_efficiency=1.0,
     intra_latency_s=3e-4,
-    sync_overhead_s=0.07,
+    sync_overhead_s=0.015,
+    sync_ranks_s=0.055,
     sync_parameter_s=2e-9,
     call_overhead_s=0.014,
     transfer_overhead_s=0.0,

@@ -7,7 +7,7 @@ sequence), so each fit is one small non-negative problem, solved exactly. Pure N
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from statistics import median
 
@@ -72,20 +72,20 @@ def fit(measurements: Measurements, *, space: SearchSpace, calibration: Calibrat
         errors["generation"] = _errors(
             [predicted_generation(sample, kind, found, space) / sample.seconds for sample in measurements.generations]
         )
-    alone = [sample.alone_s / sample.seconds for sample in measurements.generations if sample.alone_s]
     if measurements.syncs:
         found = fit_syncs(measurements.syncs, kind, found, space)
         errors["sync"] = _errors([predicted_sync(sample, kind, found, space) / sample.seconds for sample in measurements.syncs])
-    if alone:  # last: every sample above was taken while all processes worked
-        found = replace(found, node_contention=max(0.0, 1.0 - median(alone)))
     return Fit(kind=kind, calibration=found, errors=errors)
 
 
 def refine(calibration: Calibration, runs: Sequence[Run]) -> Calibration:
-    """What only real runs show, from runs in one pool that were predicted with `calibration`, as medians and never below 0: forward calls'
-    seconds beyond their prediction are the overhead of every call, generation's beyond that the overhead of entering it, functions
-    take what they took, and what a step has between its calls goes to its controller function. That includes handing over columns, which
-    go through the node's object store whether pools differ or not, so that different pools add no overhead of their own."""
+    """What only real runs show, from runs in one pool that were predicted with `calibration`, as medians and never below 0.
+
+    Forward calls' seconds beyond their prediction are the overhead of every call; generation's beyond that the overhead of a sync between
+    ranks (of any sync where the pool has one rank). Functions take what they took. What a step has between its calls goes to its
+    controller function; that includes handing over columns, which go through the node's object store whether pools differ or not, so
+    that different pools add no overhead of their own.
+    """
     beyond: dict[str, list[float]] = {CallKind.inference: [], CallKind.generation: []}
     functions, between = [], []
     for run in runs:
@@ -98,11 +98,13 @@ def refine(calibration: Calibration, runs: Sequence[Run]) -> Calibration:
                 beyond[call.kind].append(run.measured_s[call.call] - call.seconds)
         between.append(run.step_s - sum(run.measured_s.values()))
     every_call = max(median(beyond[CallKind.inference] or [0.0]), -calibration.call_overhead_s)
-    entering = max(median(beyond[CallKind.generation] or [0.0]) - every_call, -calibration.sync_overhead_s)
+    name = "sync_ranks_s" if all(run.mapping.num_devices > 1 for run in runs) else "sync_overhead_s"
+    before = asdict(calibration)[name]
+    entering = max(median(beyond[CallKind.generation] or [0.0]) - every_call, -before)
     return replace(
         calibration,
         call_overhead_s=calibration.call_overhead_s + every_call,
-        sync_overhead_s=calibration.sync_overhead_s + entering,
+        **{name: before + entering},
         function_s=median(functions) if functions else calibration.function_s,
         controller_s=max(0.0, median(between)) if between else calibration.controller_s,
         transfer_overhead_s=0.0 if between else calibration.transfer_overhead_s,

@@ -41,18 +41,11 @@ def generation_time(model: ModelSpec, layout: GenerationLayout, machine: Machine
     profile = decode_profile(machine.workload.response, rows, layout.max_running)
     step = DecodeStep(model, layout, machine)
     prompt = machine.workload.prompt.mean
-    undisturbed = 1.0 - machine.calibration.node_contention * _idle_neighbours(layout, machine)
     return GenerationTime(
-        prefill=undisturbed * _prefill_s(model, layout, machine, rows),
-        decode=undisturbed * sum(part.steps * step.seconds(part.running, prompt + part.generated) for part in profile),
+        prefill=_prefill_s(model, layout, machine, rows),
+        decode=sum(part.steps * step.seconds(part.running, prompt + part.generated) for part in profile),
         overhead=machine.calibration.call_overhead_s,
     )
-
-
-def _idle_neighbours(layout: GenerationLayout, machine: Machine) -> float:
-    """Of the devices beside one of the pool's on its node, the fraction that is not in the pool (and waits for it)."""
-    per_node = machine.kind.devices_per_node
-    return max(0.0, per_node - layout.num_devices) / (per_node - 1) if per_node > 1 else 0.0
 
 
 class DecodeStep:

@@ -37,8 +37,6 @@ class GenerationSample:
     prompt: int
     response: int
     seconds: float
-    alone_s: float = 0.0
-    """Of the same while the other processes wait; 0 where that was not measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -164,6 +164,7 @@ def entry_seconds(setting: Setting, role: str, group: int, layout: ModelLayout, 
     model, machine, calibration = setting.model(role), setting.machine(group), setting.calibration
     shard = model.num_parameters / (generation.pg * generation.tg)
     fixed = calibration.sync_overhead_s + calibration.sync_parameter_s * shard
+    fixed += calibration.sync_ranks_s if generation.num_devices > 1 else 0.0
     if not setting.space.shared_generation_weights:
         fixed += 2.0 * setting.space.parameter_bytes * shard / machine.bandwidth
     return transition_time(model, layout, generation, machine) + fixed

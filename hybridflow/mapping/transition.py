@@ -52,7 +52,9 @@ def weight_sync_time(model: ModelSpec, generation: GenerationLayout, machine: Ma
     per_node = min(machine.kind.devices_per_node, generation.num_devices)
     efficiency = machine.calibration.link_efficiency
     moving = per_node * shard / (machine.kind.inter_bandwidth * efficiency)
-    attesting = machine.calibration.sync_overhead_s + machine.calibration.sync_parameter_s * shard / machine.space.parameter_bytes
+    calibration = machine.calibration
+    attesting = calibration.sync_overhead_s + calibration.sync_ranks_s
+    attesting += calibration.sync_parameter_s * shard / machine.space.parameter_bytes
     return moving + machine.calibration.inter_latency_s + attesting
 
 

@@ -93,7 +93,7 @@ def test_real_runs_add_their_fixed_overheads(paper_setting):
     measured = {call.call: call.seconds + extra[call.kind] for call in mapping.calls if call.kind in extra}
     found = refine(setting.calibration, [Run(configuration="a", mapping=mapping, measured_s=measured, step_s=1.0)])
     assert found.call_overhead_s == pytest.approx(setting.calibration.call_overhead_s + 0.5)
-    assert found.sync_overhead_s == pytest.approx(2.0)
+    assert found.sync_ranks_s == pytest.approx(2.0)
     again = judge(replace(setting, calibration=found), mapping).mapping
     assert {call.call: call.seconds for call in again.calls if call.call in measured} == pytest.approx(measured)
 
