@@ -191,3 +191,11 @@ def test_lengths_and_cluster_are_parsed_or_refused():
     assert Cluster.parse("32xA100-80GB") == Cluster.parse("4x8xA100-80GB")
     with pytest.raises(ValueError, match="A100-80GB"):
         Cluster.parse("8xB999")
+
+
+def test_shards_between_steps_reach_every_generation_rank():
+    """FSDP2 keeps 1/d of the parameters on a rank whatever is gathered during a step, so that a rank lacks the other (d - 1)/d."""
+    training, generation = ModelLayout(d=4, zero=2), GenerationLayout(replicas=4)
+    assert received_fraction(training, generation) == 0
+    assert received_fraction(training, generation, cut=True) == pytest.approx(3 / 4)
+    assert received_fraction(training, generation, cut=True) == received_fraction(replace(training, zero=3), generation)
