@@ -18,7 +18,7 @@ from controllers.data import PromptDataset
 from controllers.loop import Outcome
 from hybridflow.dataflow import Dataflow
 from hybridflow.mapping.auto import shortage
-from hybridflow.mapping.calibration import CPU, Calibration
+from hybridflow.mapping.calibration import Calibration, usual_constants
 from hybridflow.mapping.cluster import DEVICE_KINDS, Cluster, DeviceKind, NodeGroup
 from hybridflow.mapping.compare import Run, side_by_side
 from hybridflow.mapping.explain import describe
@@ -144,7 +144,7 @@ def _cuda_kind() -> DeviceKind:
 def calibration_of(config: RunConfig, cluster: Cluster) -> Calibration:
     if config.plan.calibration:
         return Calibration.load(Path(config.plan.calibration))
-    return CPU if cluster.groups[0].kind.name.startswith("cpu") else Calibration()
+    return usual_constants(cluster.groups[0].kind.name)
 
 
 def given_mapping(plan: Plan, pool_of: Dictionary[str, str], sizes: Dictionary[str, int]) -> Mapping:

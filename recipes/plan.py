@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hybridflow.dataflow import CallKind, Dataflow
 from hybridflow.mapping.auto import mapping_of, shortage
-from hybridflow.mapping.calibration import Calibration
+from hybridflow.mapping.calibration import Calibration, usual_constants
 from hybridflow.mapping.cluster import Cluster
 from hybridflow.mapping.explain import describe, rivals
 from hybridflow.mapping.judge import Judgement, judge
@@ -79,7 +79,7 @@ class PlanConfig:
     split_generation: bool = False
     """Also try generation in a pool of its own (role `generation`), with the weights sent over every step."""
     calibration: str = ""
-    """JSON file of recipes.calibrate; the defaults are for A100 nodes."""
+    """JSON file of recipes.calibrate; the defaults are for A100 nodes, and for CPU processes where the cluster's kind is cpu."""
     mapping: str = ""
     """JSON file of a mapping to judge in place of searching; without layouts the best ones for its pools are filled in."""
     every_placement: bool = True
@@ -122,10 +122,11 @@ def to_setting(config: PlanConfig) -> Setting:
     weights_from = {}
     if config.split_generation:
         dataflow, weights_from = split_generation(dataflow), {ROLLOUT: "actor"}
+    cluster = Cluster.parse(config.cluster)
     return Setting(
         dataflow=dataflow,
         models=role_models(config, dataflow),
-        cluster=Cluster.parse(config.cluster),
+        cluster=cluster,
         workload=Workload(
             num_prompts=config.num_prompts,
             samples_per_prompt=config.samples_per_prompt,
@@ -134,7 +135,7 @@ def to_setting(config: PlanConfig) -> Setting:
             updates=config.updates,
             epochs=config.epochs,
         ),
-        calibration=Calibration.load(Path(config.calibration)) if config.calibration else Calibration(),
+        calibration=Calibration.load(Path(config.calibration)) if config.calibration else usual_constants(cluster.groups[0].kind.name),
         space=search_space(config),
         weights_from=weights_from,
     )

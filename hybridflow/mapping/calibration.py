@@ -113,3 +113,8 @@ CPU = Calibration(
     function_s=0.015,
 )
 """Of CPU processes with one thread each and bf16, measured by recipes.calibrate on the two cores of an AMD EPYC without AMX."""
+
+
+def usual_constants(kind: str) -> Calibration:
+    """For devices of the kind of this name, where nothing was measured."""
+    return CPU if kind.startswith("cpu") else Calibration()
