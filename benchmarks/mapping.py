@@ -1,15 +1,20 @@
 """What the mapper answers for the paper's testbed, beside what the paper reports; how long the search takes; predicted against measured.
 
-    python -m benchmarks.mapping --json FILE [--measured FILE] [--pictures docs/images]
+    python -m benchmarks.mapping --json FILE [--measured FILE | --computed] [--pictures docs/images]
 
-One set of constants (hybridflow/mapping/calibration.py's defaults) for all rows. `--measured` reads real runs with their
-mappings, as hybridflow.mapping.compare.save_runs writes them.
+One set of constants (hybridflow/mapping/calibration.py's defaults) for the paper's rows. The predictions' rows are of this machine:
+recipes.calibrate, then the runs of benchmarks.mapping_measured (six minutes in all, on a machine that does nothing else).
+`--measured` takes runs that were measured before, `--computed` leaves measuring out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -21,7 +26,7 @@ from hybridflow.dataflow import CallKind, Dataflow
 from hybridflow.mapping.auto import mapping_of, smallest_cluster
 from hybridflow.mapping.branch import Found
 from hybridflow.mapping.cluster import Cluster
-from hybridflow.mapping.compare import compare, load_runs, order_agrees
+from hybridflow.mapping.compare import Run, compare, load_runs, order_agrees, side_by_side, within
 from hybridflow.mapping.explain import table
 from hybridflow.mapping.footprint import resident_footprint
 from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
@@ -305,20 +310,36 @@ def _search_s(model: str, size: int) -> float:
     return time.process_time() - started
 
 
+def measured_runs() -> list[Run]:
+    """Calibrates this machine and measures the runs, each in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as directory:
+        calibration, runs = f"{directory}/calibration", f"{directory}/runs.json"
+        for command in (["recipes.calibrate", f"output={calibration}"], ["benchmarks.mapping_measured", calibration, runs]):
+            subprocess.run([sys.executable, "-m", *command], env=environment, check=True)
+        return load_runs(Path(runs))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--measured", type=Path, help="real runs and their mappings, written by compare.save_runs")
+    parser.add_argument("--measured", type=Path, help="what benchmarks.mapping_measured wrote, in place of measuring")
+    parser.add_argument("--computed", action="store_true", help="measure nothing")
     parser.add_argument("--pictures", type=Path, help="also draw the pictures into this folder")
     arguments = parser.parse_args()
     seconds = search_seconds()
     scaling, throughput = scaling_rows()
     rows = [*smallest_rows(), *placement_rows(), *mixed_rows(), *generation_rows(), *transition_rows(), *scaling]
-    runs = load_runs(arguments.measured) if arguments.measured else []
+    runs = load_runs(arguments.measured) if arguments.measured else [] if arguments.computed else measured_runs()
     prediction = [asdict(row) for run in runs for row in compare(run)]
     print(table(("finding", "paper", "ours", "same"), [(row.finding, row.paper, row.ours, "yes" if row.agrees else "no") for row in rows]))
     print("\n" + "\n".join(f"{row.finding}: {row.why}" for row in rows if not row.agrees))
     print(f"\n{sum(row.agrees for row in rows)} of {len(rows)} agree")
+    for run in runs:
+        print(f"\n{run.configuration}\n{side_by_side(run)}")
+    if runs:
+        close = within([row for run in runs for row in compare(run)], 0.3)
+        print(f"\nall predictions within 30 %: {close}; placements in the measured order: {order_agrees(runs)}")
     print(f"search: 128 devices {seconds['128']:.2f} s, 1,024 devices {seconds['1024']:.2f} s")
     if arguments.pictures:
         draw(arguments.pictures, throughput)
