@@ -185,7 +185,7 @@ def test_explanations_and_picture(paper_setting, tmp_path):
 
 def test_search_time():
     """128 devices and 4 models; the 1,024-device figure is in benchmarks.mapping. Processor seconds: others share this machine."""
-    from benchmarks.mapping import paper_setting
+    from benchmarks.mapping_paper import paper_setting
 
     started = time.process_time()
     assert search(paper_setting("llama-13b", 128), every_placement=True).best is not None
