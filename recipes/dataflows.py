@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import get_type_hints
 
 from hybridflow.dataflow import Call, CallKind, Dataflow
 
@@ -19,19 +20,18 @@ ADVANTAGES = "controller.compute_advantages"
 
 @lru_cache(maxsize=64)
 def dataflow_of(algorithm: str) -> Dataflow:
-    """The traced step of an entry of ALGORITHMS, with its default settings; an unknown name lists the known ones."""
+    """The traced step of an entry of ALGORITHMS, with its default settings; an unknown name lists the known ones.
+
+    The roles are the abstract ones that the page asks for.
+    """
     from controllers import algorithm_entry, create_algorithm
     from controllers.loop import INPUTS
     from hybridflow.tracing import trace, traced_roles
-    from workers.roles import Actor, Cost, Critic, Reference, Reward
 
-    classes = {"actor": Actor, "critic": Critic, "cost_critic": Critic, "reference": Reference, "teacher": Reference}
-    classes |= {"reward": Reward, "cost": Cost}
     entry = algorithm_entry(algorithm)
-    unknown = [role for role in entry.roles if role not in classes]
-    if unknown:
-        raise ValueError(f"algorithm {algorithm} uses {', '.join(unknown)}, which recipes/dataflows.py has no class for; add it there")
-    roles, recorder = traced_roles({role: classes[role] for role in entry.roles})
+    page = entry.load()
+    asked = get_type_hints(page.__init__)
+    roles, recorder = traced_roles({role: asked[role] for role in entry.roles})
     return trace(algorithm, create_algorithm(algorithm, roles, entry.load_config()()).step, INPUTS, recorder)
 
 
