@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridflow.context import RankContext
+from hybridflow.resharding.shards import Box
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
 from tests.engines.threed_workers import OPTIMIZER
 from workers.config import ModelConfig, Precision, TrainConfig
@@ -53,6 +54,8 @@ class Result:
 
     outputs: dict[str, Tensor]
     """Before the first step, of its own rows."""
+    shards: list[tuple[str, tuple[int, ...], list[Box]]]
+    """The shard map's entries of this rank."""
     metrics: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -104,7 +107,9 @@ def train(rank: int, root: Path, case: Case) -> None:
     """Outputs before training, three steps, the weights as a Hugging Face directory and as the shard map shows them."""
     engine = make_engine(case, root, rank)
     rows = [own_rows(case, batch, rank) for batch in batches(case)]
-    result = Result(outputs=named(engine.forward(rows[0], entropy=True, temperature=TEMPERATURE)))
+    outputs = named(engine.forward(rows[0], entropy=True, temperature=TEMPERATURE))
+    shards = [(local.name, local.shape, [shard.box for shard in local.shards]) for local in engine.local_parameters()]
+    result = Result(outputs=outputs, shards=shards)
     for number, batch in enumerate(rows):
         if number == 1:
             nothing_moves_when_a_step_fails(engine, batch)
@@ -166,12 +171,17 @@ def save(rank: int, root: Path) -> None:
 
 
 def resume(rank: int, root: Path, world_size: int) -> None:
-    """The third step: on the same ranks, under another stage, on one rank, and on engine fsdp."""
+    """The third step: on the same ranks, under another stage, in bfloat16, on one rank, and on engine fsdp."""
     for stage in (2, 3):
         case = Case(stage=stage, world_size=world_size, model=RESUMED.model)
         engine = make_engine(case, root, rank)
         engine.load(root / "checkpoint")
         third_step(engine, case, rank, root / f"resumed-{stage}-{world_size}")
+    if world_size == 2:
+        case = Case(stage=1, model=RESUMED.model, precision=Precision.bf16)
+        engine = make_engine(case, root, rank)
+        engine.load(root / "checkpoint")
+        third_step(engine, case, rank, root / "resumed-bf16")
     if world_size == 1:
         config = TrainConfig(engine="fsdp", precision=Precision.fp32, micro_batch_tokens=MICRO_BATCH_TOKENS, optimizer=OPTIMIZER)
         model = ModelConfig(path=str(root / RESUMED.model), attention="sdpa")

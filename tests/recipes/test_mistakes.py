@@ -47,6 +47,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         r"actor: generation.tp is 8, .* 4 attention heads; use one of \[1, 2, 4\]",
     ),
     "fsdp has no pipeline": (["num_devices=2", "actor.train.pp=2"], "actor: train.pp is 2, but engine fsdp has no pipeline"),
+    "deepspeed has no tensors": (
+        ["num_devices=2", "critic.train.engine=deepspeed", "critic.train.tp=2"],
+        "critic: train.tp is 2, but engine deepspeed is data parallel only; set tp=1 or engine=threed",
+    ),
+    "no such stage": (["actor.train.engine=deepspeed", "actor.train.zero_stage=4"], "actor: train.zero_stage is 4; use 1 "),
     "more stages than layers": (
         ["num_devices=4", "actor.train.engine=threed", "actor.train.pp=4"],
         "actor: pp=4 .* but the model has 2 layers; on 4 devices fit: ",

@@ -1,0 +1,57 @@
+"""A subset of benchmarks.invariance: the same step on three engines in small and large micro-batches, against plain float64.
+
+In this process, one after the other. The layouts with several ranks are the benchmark's, and tests/e2e/test_layouts_agree.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from benchmarks import invariance_case as case
+from benchmarks.invariance import LARGE, SMALL, Combination, errors, numbers, rollouts
+from benchmarks.invariance_reference import Numbers, Rows, reference_step
+from recipes.main import to_settings
+from recipes.run import run
+
+TOLERANCE = 2e-5
+ZERO3 = ("zero_stage=3",)
+COMBINATIONS = [
+    Combination(algorithm="ppo", engine="fsdp", micro_batch_tokens=LARGE),
+    Combination(algorithm="ppo", engine="deepspeed", micro_batch_tokens=SMALL, train=ZERO3),
+    Combination(algorithm="gspo", engine="threed", micro_batch_tokens=SMALL),
+    Combination(algorithm="gspo", engine="deepspeed", micro_batch_tokens=LARGE, train=("zero_stage=1",)),
+]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("invariance")
+    case.make_case(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def samples() -> dict[str, tuple[Rows, dict[str, Numbers]]]:
+    """Of each algorithm: what its first run drew, and what plain PyTorch makes of it."""
+    return {}
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda one: f"{one.algorithm}-{one.engine}-{one.micro_batch_tokens}")
+def test_the_step_does_not_depend_on_the_cut(
+    combination: Combination,
+    composed: Callable[..., DictConfig],
+    directory: Path,
+    samples: dict[str, tuple[Rows, dict[str, Numbers]]],
+    tmp_path: Path,
+) -> None:
+    run(to_settings(composed(combination.algorithm, case.settings(combination.algorithm, directory, tmp_path) + combination.settings())))
+    found, drawn = numbers(combination.algorithm, directory, tmp_path), rollouts(tmp_path)
+    if combination.algorithm not in samples:
+        samples[combination.algorithm] = drawn, reference_step(combination.algorithm, directory, drawn)
+    rows, wanted = samples[combination.algorithm]
+    assert drawn == rows
+    assert all(error < TOLERANCE for error in errors(found, wanted).values()), errors(found, wanted)
