@@ -2,7 +2,7 @@
 
 python -m benchmarks.learning --json FILE [--plot PNG] [--algorithms ppo grpo ...] [--set NAME=VALUE ...]
 
-Budget: 40 steps of 256 trained responses, two processes. The held-out accuracy is greedy, before and after, with a validation every four
+Budget: 24 steps of 256 trained responses, two processes. The held-out accuracy is greedy, before and after, with a validation every four
 steps for the curves. Ends with status 1 if an algorithm's accuracy does not rise by at least CLEARLY.
 """
 

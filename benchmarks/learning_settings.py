@@ -10,6 +10,7 @@ from recipes.quickstart.settings import COMMON as QUICKSTART
 COMMON = [
     *(setting for setting in QUICKSTART if not setting.startswith("metrics.")),
     "metrics.console=false",
+    "loop.num_steps=24",
     "data.batch_size=32",
     "algorithm.samples_per_prompt=8",
 ]

@@ -199,6 +199,16 @@ def check_prompts(field: str, longest_prompt_tokens: int, config: ActorConfig) -
         )
 
 
+def check_text(longest_tokens: int, config: ActorConfig) -> None:
+    """Whether the longest piece of data.pretraining fits the model."""
+    limit = model_config(config.model, Head.lm).get_text_config().max_position_embeddings
+    if longest_tokens > limit:
+        raise ValueError(
+            f"data.pretraining: its longest piece has {longest_tokens} tokens, and the model's limit is {limit}; set "
+            f"data.pretraining_tokens={limit} or lower"
+        )
+
+
 def _most_tokens(model: ModelConfig, config: GenerationConfig) -> tuple[int, str]:
     """Tokens that prompt and response may have together, and who says so."""
     if config.max_model_len:

@@ -31,7 +31,7 @@ from hybridflow.tracing import draw, trace, traced_roles
 from hybridflow.waiting import CALLS
 from hybridflow.worker import Worker
 from recipes.auto import choose, settle
-from recipes.checks import check_algorithm, check_loss_columns, check_model, check_prompts, check_resume, check_settings
+from recipes.checks import check_algorithm, check_loss_columns, check_model, check_prompts, check_resume, check_settings, check_text
 from recipes.config import Device, Placement, RunConfig, Runtime
 from recipes.forecast import MAPPING, Plan, beside, forecast, verdict
 from recipes.roles import GENERATION, role_kind, role_names
@@ -229,6 +229,7 @@ def load_pretraining(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> P
     if config.data.pretraining is None:
         return None
     dataset = PromptDataset.load_text(config.data, config.data.pretraining, tokenizer)
+    check_text(dataset.longest_prompt_tokens, config.actor)
     return PromptLoader(dataset, replace(config.data, batch_size=config.data.pretraining_batch_size))
 
 

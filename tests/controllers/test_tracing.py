@@ -147,3 +147,13 @@ def test_the_drawing_has_every_call_and_every_dependency(name: str) -> None:
     edges = {(names[found[1]], names[found[2]]) for line in lines if (found := re.fullmatch(r"  (n\d+) -->\|.+\| (n\d+)", line))}
     assert edges == {(source, call.name) for call in dataflow.calls for source in call.depends_on}
     assert "  prompts -->|prompt_ids, uid, sample| n0" in lines
+
+
+def test_a_function_that_chooses_rows_passes_the_batch_on() -> None:
+    """DAPO: whoever comes after it reads what was there before, and depends on it where it reads what it wrote."""
+    dataflow = traced("dapo")
+    assert dataflow.call("controller.with_signal").reads == ("uid", "rewards")
+    assert "actor.generate_sequences" in dataflow.call("actor.update_actor").depends_on
+    text = traced("safe_rlhf")
+    assert "controller.with_pretraining" in text.call("actor.update_actor").depends_on
+    assert "controller.with_pretraining" not in text.call("critic.update_critic").depends_on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from controllers import ALGORITHMS
 from hybridflow.metrics import read_jsonl
+from recipes.config import RunConfig
 from recipes.main import to_settings
 from recipes.run import run
 from tests.tiny import make_data, make_model
@@ -52,12 +54,15 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     torch.set_num_threads(threads)
 
 
+def configured(name: str, common: list[str], composed: Callable[..., DictConfig], *further: str) -> RunConfig:
+    text = [argument.replace("data.train", "data.pretraining") for argument in common if argument.startswith("data.train")]
+    streams = text if "pretraining" in ALGORITHMS[name].streams else []
+    return to_settings(composed(name, [*common, *NEEDS.get(name, []), *streams, *further]))
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_two_steps(name: str, common: list[str], composed: Callable[..., DictConfig], tmp_path: Path) -> None:
-    arguments = [*common, *NEEDS.get(name, []), f"output_dir={tmp_path}"]
-    if "pretraining" in ALGORITHMS[name].streams:
-        arguments.append(f"data.pretraining={next(a for a in common if a.startswith('data.train')).partition('=')[2]}")
-    config = to_settings(composed(name, arguments))
+    config = configured(name, common, composed, f"output_dir={tmp_path}")
     outcome = run(config)
     assert outcome is not None and outcome.num_steps == 2 and outcome.max_log_prob_gap < 1e-4
     steps = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["split"] == "train"]
@@ -72,8 +77,30 @@ def test_two_steps(name: str, common: list[str], composed: Callable[..., DictCon
         CHECKS[name](steps)
 
 
-def policy(output: Path) -> Path:
-    return output / "checkpoints" / "step-00000002" / "huggingface" / "model.safetensors"
+@pytest.mark.parametrize("name", ["safe_rlhf", "dapo"])
+def test_a_resumed_run_is_the_undisturbed_one(name: str, common: list[str], composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    """Those with most to lose: lambda and its window of costs, the position in the text; prompts drawn beyond a step's own."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    further = [
+        "loop.num_steps=3",
+        "loop.checkpoint_every=2",
+        "loop.keep_last=2",
+        "actor.critic_warmup_steps=1" if name == "safe_rlhf" else "seed=0",
+    ]
+    run(configured(name, common, composed, *further, f"output_dir={whole}"))
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step-00000003")
+    run(configured(name, common, composed, *further, f"output_dir={cut}"))
+    undisturbed, resumed = (load_file(policy(output, 3)) for output in (whole, cut))
+    assert all(torch.equal(weight, resumed[key]) for key, weight in undisturbed.items())
+    last = [read_jsonl(output / "metrics.jsonl")[-1] for output in (whole, cut)]
+    assert last[0]["step"] == last[1]["step"] == 3
+    names = [key for key in last[0] if key.startswith(("reward/", "cost/", "actor/", "dynamic_sampling/"))]
+    assert names and all(last[0][key] == last[1][key] for key in names)
+
+
+def policy(output: Path, step: int = 2) -> Path:
+    return output / "checkpoints" / f"step-{step:08d}" / "huggingface" / "model.safetensors"
 
 
 def ppo_warmed_up(steps: list[dict[str, float]]) -> None:
