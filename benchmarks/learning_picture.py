@@ -18,15 +18,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(2.5 * COLUMNS, 1.9 * num_rows + 0.4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(num_rows, COLUMNS, sharex=True, sharey=True, squeeze=False)
-    for axis, row in zip(grid.flat, rows, strict=False):
+    for number, (axis, row) in enumerate(zip(grid.flat, rows, strict=False)):
         for other in rows:
             axis.plot(*_points(other), color=OTHERS, linewidth=0.8)
         steps, accuracies = _points(row)
         axis.plot(steps, accuracies, color=COLOR, linewidth=2)
         axis.set_title(row["algorithm"], loc="left", fontsize=8.5)
-        axis.set_title(f"{accuracies[0]:.0f} \N{RIGHTWARDS ARROW} {accuracies[-1]:.0f} %", loc="right", fontsize=8.5, color=COLOR)
+        change = f"{accuracies[0]:.0f} \N{RIGHTWARDS ARROW} {accuracies[-1]:.0f} %"
+        axis.text(0.97, 0.06, change, transform=axis.transAxes, ha="right", fontsize=9, fontweight="bold", color=COLOR)
         axis.set_ylim(0, 104)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=8, labelbottom=number + COLUMNS >= len(rows))
         axis.spines[["top", "right"]].set_visible(False)
     for axis in grid.flat[len(rows) :]:
         axis.set_visible(False)
