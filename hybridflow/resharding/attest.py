@@ -16,7 +16,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from hybridflow.resharding.boxes import Ints, contains, disjoint_parts, intersections, with_dims
-from hybridflow.resharding.digest import BoxDigest, block_words, weights_of_ranks
+from hybridflow.resharding.digest import BoxDigest, Scratch, block_words, weights_of_ranks
 from hybridflow.resharding.memory import LocalMemory
 from hybridflow.resharding.shard_map import DTYPES, ShardMap
 from hybridflow.resharding.shards import LocalParameter
@@ -68,14 +68,17 @@ class Parts:
     ) -> list[tuple[int, BoxDigest]]:
         """(number of the part, its digest) of all parts that `rank` holds. `dtypes`: data types to cast to (the target's); `blocks`:
         words to a block of every parameter (1)."""
-        memory = LocalMemory(parameters)
-        bound = []
+        memory, bound = LocalMemory(parameters), []
+        scratch: dict[torch.device, Scratch] = {}
         for part in np.nonzero(self.holds[:, rank])[0].tolist():
             spec = self.shard_map.parameters[int(self.parameter[part])]
             start, shape = self._box(part)
             dtype = DTYPES[dtypes[spec.name] if dtypes is not None else spec.dtype]
             block = blocks[spec.name] if blocks is not None else 1
-            bound.append((part, BoxDigest(memory.view(spec.name, start, shape), start, spec.shape, dtype, block)))
+            view = memory.view(spec.name, start, shape)
+            if view.device not in scratch:
+                scratch[view.device] = Scratch(view.device)
+            bound.append((part, BoxDigest(view, start, spec.shape, dtype, block, scratch[view.device])))
         return bound
 
     def digests(

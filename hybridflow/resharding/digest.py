@@ -12,6 +12,7 @@ every box. It is a check against faults, not against an adversary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -28,13 +29,49 @@ MOST_BLOCK_WORDS, LEAST_BLOCK_WORDS = 64, 16
 _ROW_SEED, _WORD_SEED, _RANK_SEED = 0x51ED_270B_9D15_F4A1, 0x0F3C_6A99_B7D2_4E87, 0x2B99_2DDF_A232_49D6
 
 
+class Scratch:
+    """Memory that the digests of one rank work in, one after the other: a chunk cast to the data type, and the sums of its blocks."""
+
+    def __init__(self, device: torch.device, row_words: int = 0) -> None:
+        """`row_words`: words of the longest row."""
+        self.words = torch.empty(max(_CHUNK_WORDS, row_words), dtype=torch.int64, device=device)
+        self.sums = torch.empty(max(_SUMMED_WORDS // LEAST_BLOCK_WORDS, row_words), dtype=torch.int64, device=device)
+
+
+@dataclass(slots=True)
+class _Step:
+    """Some rows: where they come from, the words they become, the sums of blocks of words, and their sum row by row."""
+
+    rows: torch.Tensor
+    words: torch.Tensor
+    """[rows, words]; the rows' own memory where they need no cast."""
+    cast: torch.Tensor | None
+    """Where in `words` the rows are copied to, in the data type; None: words is their own memory."""
+    clear: bool
+    """Whether words have ends that the rows do not fill: these count as 0."""
+    sums: list[tuple[torch.Tensor, torch.Tensor]]
+    """(words [rows, blocks, words of a block], their sums [rows, blocks])."""
+    factors: torch.Tensor
+    """What is multiplied by the weights, [rows, blocks]: all sums, or the words themselves."""
+    result: torch.Tensor
+    """[rows]"""
+
+
 class BoxDigest:
     """A box bound to its memory; calling it sums what the memory holds now.
 
     BoxDigest(tensor, start=(8, 0), global_shape=(16, 64), dtype=torch.bfloat16)()
     """
 
-    def __init__(self, tensor: torch.Tensor, start: Sequence[int], global_shape: Sequence[int], dtype: torch.dtype, block: int = 1) -> None:
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        start: Sequence[int],
+        global_shape: Sequence[int],
+        dtype: torch.dtype,
+        block: int = 1,
+        scratch: Scratch | None = None,
+    ) -> None:
         """`dtype`: the data type whose bits are summed; `tensor` is cast to it where it has another one. `block`: words that share a
         weight; digests compare where it is the same."""
         per_word = 8 // dtype.itemsize
@@ -42,51 +79,70 @@ class BoxDigest:
         width = int(tensor.shape[-1]) if tensor.dim() else 1
         rows = _row_weights(tuple(start[:-1]), tuple(tensor.shape[:-1]), tuple(global_shape[:-1]))
         self._rows = torch.from_numpy(rows).to(tensor.device)
-        self._lead = column % per_word
+        self._results = torch.empty_like(self._rows)
+        self._lead, self._width, self._per_word = column % per_word, width, per_word
         self._num_words = -(-(self._lead + width) // per_word)
-        self._cuts = _cuts(column // per_word, self._num_words, block)
+        self._block, self._cuts = block, _cuts(column // per_word, self._num_words, block)
         first, last = column // per_word // block, (column // per_word + self._num_words - 1) // block
         self._weights = torch.from_numpy(_weights(_WORD_SEED, last + 1)[first:]).to(tensor.device)
-        self._dtype, self._per_word, self._width, self._block = dtype, per_word, width, block
-        matrix = tensor.detach().reshape(len(rows), width)
-        self._aligned = self._lead == 0 and width % per_word == 0
-        as_is = self._aligned and tensor.dtype == dtype and matrix.is_contiguous() and matrix.storage_offset() * dtype.itemsize % 8 == 0
-        self._words = matrix.view(torch.int64) if as_is and matrix.data_ptr() % 8 == 0 else None
-        # reshape copies where rows do not lie at one distance; then it must be redone at every call.
-        self._matrix = matrix if matrix.data_ptr() == tensor.data_ptr() else None
+        self._dtype = dtype
+        self._scratch = scratch if scratch is not None else Scratch(tensor.device)
         self._tensor = tensor.detach()
+        matrix = self._tensor.reshape(len(rows), width)
+        # reshape copies where rows do not lie at one distance; then everything must be redone at every call.
+        self._steps = self._plan(matrix) if matrix.data_ptr() == tensor.data_ptr() else None
 
     def __call__(self) -> torch.Tensor:
         """int64 [], the sum mod 2^64."""
-        matrix = self._words if self._words is not None else self._matrix
-        matrix = matrix if matrix is not None else self._tensor.reshape(len(self._rows), self._width)
-        total = torch.zeros((), dtype=torch.int64, device=matrix.device)
-        step = len(self._rows)
-        if matrix.device.type == "cpu":
-            step = max(1, (_CHUNK_WORDS if self._words is None else _SUMMED_WORDS) // self._num_words)
-        for begin in range(0, len(self._rows), step):
-            some = matrix[begin : begin + step]
-            total += self._sum(some if self._words is not None else self._as_words(some), self._rows[begin : begin + step])
-        return total
+        steps = self._steps if self._steps is not None else self._plan(self._tensor.reshape(len(self._rows), self._width))
+        for step in steps:
+            if step.clear:
+                step.words.zero_()
+            if step.cast is not None:
+                step.cast.copy_(step.rows)
+            for words, sums in step.sums:
+                torch.sum(words, -1, out=sums)
+            if step.factors.device.type == "cpu":
+                torch.mv(step.factors, self._weights, out=step.result)  # wraps around
+            else:
+                torch.sum(step.factors * self._weights, 1, out=step.result)  # CUDA has no integer matrix product
+        return torch.dot(self._results, self._rows) if self._rows.device.type == "cpu" else (self._results * self._rows).sum()
 
-    def _sum(self, words: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Of the words [rows, words] of some rows."""
-        if self._block > 1:
-            low, high = self._cuts
-            parts = [words[:, low:high].unflatten(1, (-1, self._block)).sum(-1)] if high > low else []
-            parts = ([words[:, :low].sum(1, keepdim=True)] if low else []) + parts
-            parts += [words[:, high:].sum(1, keepdim=True)] if high < self._num_words else []
-            words = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        if words.device.type == "cpu":
-            return torch.mv(words, self._weights).dot(rows)  # wraps around; CUDA has no integer matrix product
-        return ((words * self._weights).sum(1) * rows).sum()
+    def _plan(self, matrix: torch.Tensor) -> list[_Step]:
+        """The steps for the rows of `matrix` [rows, width], made of views only."""
+        aligned = self._lead == 0 and self._width % self._per_word == 0
+        as_is = aligned and matrix.dtype == self._dtype and matrix.is_contiguous() and matrix.data_ptr() % 8 == 0
+        as_is = as_is and matrix.storage_offset() * self._dtype.itemsize % 8 == 0
+        own = matrix.view(torch.int64) if as_is else None
+        if self._num_words > _CHUNK_WORDS:
+            self._scratch = Scratch(matrix.device, self._num_words)
+        scratch = self._scratch
+        step = max(1, min((_SUMMED_WORDS if as_is else len(scratch.words)) // self._num_words, len(scratch.sums) // len(self._weights)))
+        steps = []
+        for begin in range(0, len(matrix), step):
+            rows, result, cast = matrix[begin : begin + step], self._results[begin : begin + step], None
+            if own is not None:
+                words = own[begin : begin + step]
+            else:
+                words = scratch.words[: len(rows) * self._num_words].view(len(rows), self._num_words)
+                cast = words.view(self._dtype)[:, self._lead : self._lead + self._width]
+            sums, factors = self._blocks(words)
+            steps.append(_Step(rows, words, cast, cast is not None and not aligned, sums, factors, result))
+        return steps
 
-    def _as_words(self, rows: torch.Tensor) -> torch.Tensor:
-        padded = torch.empty((len(rows), self._num_words * self._per_word), dtype=self._dtype, device=rows.device)
-        if not self._aligned:
-            padded.view(torch.uint8).zero_()
-        padded[:, self._lead : self._lead + self._width].copy_(rows)
-        return padded.view(torch.int64)
+    def _blocks(self, words: torch.Tensor) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """(words to be added up and where their sums go, all sums)."""
+        if self._block == 1:
+            return [], words
+        low, high = self._cuts
+        num_rows, count = len(words), len(self._weights)
+        assert count == (low > 0) + (high - low) // self._block + (high < self._num_words), "a weight for each block that the row touches"
+        sums = self._scratch.sums[: num_rows * count].view(num_rows, count)
+        whole, at = (high - low) // self._block, int(low > 0)
+        parts = [(words[:, None, :low], sums[:, :1])] if low else []
+        parts += [(words[:, low:high].unflatten(1, (whole, self._block)), sums[:, at : at + whole])] if whole else []
+        parts += [(words[:, None, high:], sums[:, at + whole :])] if high < self._num_words else []
+        return parts, sums
 
 
 def block_words(narrowest_words: int) -> int:
