@@ -37,7 +37,13 @@ class ActorWorker(PolicyWorker, Actor):
         self.sampler = Sampler(config, context, generation_grouping(config, self.layout).layout)
         tolerance, vocab_size = probe_settings(config)
         self.sync = WeightSync(
-            self.engine, self.sampler.engine, self.sampler.make_sink, probe_tolerance=tolerance, vocab_size=vocab_size, node=context.node
+            self.engine,
+            self.sampler.engine,
+            self.sampler.make_sink,
+            probe_tolerance=tolerance,
+            vocab_size=vocab_size,
+            node=context.node,
+            share_memory=not config.generation.release_during_training,
         )
         self.sync.make_sink(
             [ParameterSpec(one.name, one.shape, str(one.dtype).removeprefix("torch.")) for one in self.engine.local_parameters()]

@@ -48,6 +48,8 @@ class SyncReport:
     commit_s: float
     probe_s: float
     received_bytes: int
+    shared_bytes: int
+    """Of generation weights that are the trainer's own memory."""
     probe_gap: float
     """Mean absolute difference of the probe's log-probs between trainer and generation engine."""
 
@@ -65,14 +67,17 @@ class WeightSync:
         vocab_size: int,
         node: str = "",
         group: dist.ProcessGroup | None = None,
+        share_memory: bool = False,
     ) -> None:
-        """`group`: all ranks of both sides, those that train first (None: the pool). `node`: this rank's machine."""
+        """`group`: all ranks of both sides, those that train first (None: the pool). `node`: this rank's machine. `share_memory`: the
+        generation engine may compute with the trainer's memory, because neither side ever gives its weights' memory back."""
         self.engine = engine
         self.generator = generator
         self.group = group
         self.node = node
         self.probe_tolerance = probe_tolerance
         self.probe = np.random.default_rng(0).integers(0, vocab_size, PROBE_TOKENS)
+        self.share_memory = share_memory
         self.sink: WeightSink | None = None
         self.last: SyncReport | None = None
         self._make_sink = make_sink
@@ -110,6 +115,7 @@ class WeightSync:
             commit_s=commit,
             probe_s=announce + score,
             received_bytes=report.received_bytes,
+            shared_bytes=report.shared_bytes,
             probe_gap=gap,
         )
         return self.last
@@ -124,7 +130,10 @@ class WeightSync:
     def _prepare(self) -> tuple[Executor, Attestor]:
         sources = self.engine.local_parameters() if self.engine is not None else []
         source = ShardMap.gather(sources, self.group)
-        destinations = self.make_sink(source.parameters).destinations() if self.generator is not None else []
+        sink = self.make_sink(source.parameters) if self.generator is not None else None
+        if sink is not None and self.share_memory:
+            sink.share(sources)
+        destinations = sink.destinations() if sink is not None else []
         plan = make_plan(source, ShardMap.gather(destinations, self.group), machines(self.node, self.group))
         self.certificate = verify(plan)
         if rank_in(self.group) == 0:

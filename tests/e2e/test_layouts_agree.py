@@ -22,6 +22,7 @@ from hybridflow.columns import Ragged
 from hybridflow.errors import WorkerDied
 from hybridflow.group import spawn
 from hybridflow.pool import PoolSpec, RayPool
+from hybridflow.results import Metrics
 from hybridflow.waiting import CALLS
 from tests.tiny import VOCAB, make_model
 from workers.actor import ActorWorker
@@ -74,7 +75,7 @@ class Result:
     samples: list[list[int]]
     rewards: list[float]
     weights: dict[str, torch.Tensor]
-    probe_gap: float
+    metrics: Metrics
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,12 @@ def test_same_samples_rewards_and_weights_as_on_one_rank(case: Case, single: Res
     for name, weight in single.weights.items():
         difference = (result.weights[name] - weight).abs().max()
         assert difference < WEIGHT_TOLERANCE, f"{name} differs by {difference:.2g}"
-    assert result.probe_gap < 1e-4
+    assert result.metrics["sync/probe_gap"] < 1e-4
+    if case.engine == "threed" and case.generation_tp == case.tp:
+        assert result.metrics["sync/shared_bytes"] > 0, "where shards coincide, generation computes with training's memory"
+    if case.release:
+        assert result.metrics["memory/release_bytes"] > 16 * 2**20, "the key/value cache and the weights"
+        assert {f"memory/{name}_s" for name in ("offload", "wake", "release", "onload")} <= set(result.metrics)
 
 
 def train(case: Case, model: Path, directory: Path) -> Result:
@@ -116,7 +122,7 @@ def train(case: Case, model: Path, directory: Path) -> Result:
             ),
         }
         algorithm = PPO(**roles, config=PPOConfig(num_mini_batches=2))
-        samples, rewards, gap = [], [], 0.0
+        samples, rewards = [], []
         for step in range(2):
             batch = prompts(step)
             seen = actor.generate_sequences(batch)
@@ -124,12 +130,11 @@ def train(case: Case, model: Path, directory: Path) -> Result:
             assert seen.tensor("weight_version").eq(step).all(), "a batch carries the version of the weights that drew it"
             metrics = algorithm.step(batch)
             rewards.append(round(metrics["reward/mean"], 6))
-            gap = max(gap, metrics["sync/probe_gap"])
         list(actor.save_pretrained(str(directory)) or ())
         CALLS.finish()
         if case.generation_devices:
             the_sync_with_a_dead_trainer_ends_in_its_name(actor, pool)
-    return Result(samples, rewards, load_file(directory / "model.safetensors"), gap)
+    return Result(samples, rewards, load_file(directory / "model.safetensors"), metrics)
 
 
 @contextmanager

@@ -20,6 +20,11 @@ class WeightSink(ABC):
         """This rank's boxes of every parameter that the engine needs, and memory to write them to."""
 
     @abstractmethod
+    def share(self, sources: Sequence[LocalParameter]) -> None:
+        """Let the engine compute with the trainer's own memory (`sources`, of this rank) where the two hold the same part in the same
+        form: nothing is moved there any more. For memory that both sides keep as long as they live; before destinations()."""
+
+    @abstractmethod
     def commit(self, version: int) -> None:
         """The memory is filled: make the engine use it, and forget everything computed with older weights."""
 
@@ -50,6 +55,9 @@ class FullWeights(WeightSink):
     def destinations(self) -> list[LocalParameter]:
         return self.parameters
 
+    def share(self, sources: Sequence[LocalParameter]) -> None:
+        """The engine copies what it is given."""
+
     def commit(self, version: int) -> None:
         self.engine.load_weights([(parameter.name, parameter.shards[0].tensor) for parameter in self.parameters], version=version)
 
@@ -79,6 +87,9 @@ class VllmShards(WeightSink):
 
     def destinations(self) -> list[LocalParameter]:
         return self.weights.destinations()
+
+    def share(self, sources: Sequence[LocalParameter]) -> None:
+        self.weights.share(sources)
 
     def commit(self, version: int) -> None:
         self.weights.commit()

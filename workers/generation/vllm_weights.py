@@ -1,12 +1,14 @@
 """VllmWeights: where a vLLM engine takes its weights, as boxes of checkpoint parameters.
 
-On GPU the boxes are the engine's own parameters: they are written in place and there is nothing to commit. On CPU vLLM repacks
+On GPU the boxes are the engine's own parameters: they are written in place and there is nothing to commit. Those that a training
+shard coincides with can be that shard's memory (share). On CPU vLLM repacks
 linear weights for oneDNN and drops the originals: their boxes are staging memory, and commit lets vLLM repack it. The prefix
 cache is the engine's business.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -54,6 +56,23 @@ class VllmWeights:
     def destinations(self) -> list[LocalParameter]:
         """This rank's boxes of every parameter and the memory to write them to."""
         return self._parameters
+
+    def share(self, sources: Sequence[LocalParameter]) -> None:
+        """Make the engine's tensors views of the trainer's memory where one is exactly one of this rank's training shards: the same box
+        of one parameter, data type, form and device. Fused projections are not, nor on CPU what vLLM repacks."""
+        held = {(parameter.name, shard.box): shard.tensor.detach() for parameter in sources for shard in parameter.shards}
+        copies = Counter(placement.tensor for placement in self.placements)
+        live = dict(self._model.named_parameters())
+        for placement in self.placements:
+            have, own = held.get((placement.name, placement.box)), self._memory[placement.tensor]
+            alone = copies[placement.tensor] == 1 and placement.tensor in live and placement.tensor not in self._staged
+            whole = placement.region == Region(size=tuple(own.shape), stride=tuple(own.stride()), offset=0)
+            if have is None or not alone or not whole:
+                continue
+            if (have.dtype, have.device, have.shape, have.stride()) == (own.dtype, own.device, own.shape, own.stride()):
+                live[placement.tensor].data = have
+                self._memory[placement.tensor] = have
+        self._parameters = self._local_parameters()
 
     def shard_map(self, group: dist.ProcessGroup | None = None) -> ShardMap:
         """The boxes of all ranks of `group`. Collective."""
