@@ -20,7 +20,7 @@ from hybridflow.resharding.digest import BoxDigest, Scratch, block_words, weight
 from hybridflow.resharding.memory import LocalMemory
 from hybridflow.resharding.shard_map import DTYPES, ShardMap
 from hybridflow.resharding.shards import LocalParameter
-from hybridflow.resharding.transport import rank_in
+from hybridflow.resharding.transport import device_kinds, rank_in
 
 _MOST_FAULTS = 20
 """Faults that an error lists."""
@@ -328,6 +328,5 @@ def _agreed(parts: Parts, digests: Ints, side: str, faults: list[str]) -> Ints:
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
     """Where small tensors of a collective lie: in host memory if the group can."""
-    group = group if group is not None else dist.group.WORLD
-    kinds = group._device_types if group is not None else []
+    kinds = device_kinds(group)
     return torch.device("cpu") if not kinds or torch.device("cpu") in kinds else torch.device("cuda", torch.cuda.current_device())

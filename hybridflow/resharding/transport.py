@@ -28,8 +28,11 @@ class GroupTransport:
     """A torch.distributed group, gloo or NCCL; also one that spans two pools (hybridflow/spanning.py)."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """Collective over a group with NCCL: its first operation must be one of all ranks, and a round need not have all of them."""
         self.group = group
         self.rank = rank_in(group)
+        if torch.cuda.is_available() and torch.device("cuda") in device_kinds(group):
+            dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
     def post(self, receives: Sequence[Message], sends: Sequence[Message]) -> tuple[list[Callable[[], None]], Callable[[], None]]:
         tensors = [tensor for _, tensor in (*receives, *sends)]
@@ -62,6 +65,12 @@ def rank_in(group: dist.ProcessGroup | None) -> int:
     if group is not None:
         return int(group.rank())
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def device_kinds(group: dist.ProcessGroup | None) -> list[torch.device]:
+    """Kinds of devices whose tensors the group can send (None: the default group; empty where there is none)."""
+    group = group if group is not None else dist.group.WORLD
+    return list(group._device_types) if group is not None else []
 
 
 def _waiter(work: dist.Work) -> Callable[[], None]:
