@@ -70,7 +70,7 @@ def main() -> None:
         print(table(rows), flush=True)
         actor = reshard_actor.run(Path(directory))
     compile_s = seconds_to_compile_70b()
-    print(reshard_actor.table(actor), f"70B, 8-8-8 to tg 8: compiled and verified in {compile_s:.1f} s", sep="\n\n")
+    print(reshard_actor.table(actor), f"70B, 8-8-8 to tg 8: compiled and verified in {compile_s:.1f} processor seconds", sep="\n\n")
     for aim, misses in aims(rows, compile_s).items():
         print(f"{aim}: {'yes' if not misses else 'no, ' + ', '.join(misses)}")
     if arguments.json:
@@ -203,13 +203,13 @@ def allocate(shard_map: ShardMap, filled: bool = False) -> list[LocalParameter]:
 
 
 def seconds_to_compile_70b() -> float:
-    """Llama 70B, training 8-8-8 on 512 ranks to generation tg = 8."""
+    """Llama 70B, training 8-8-8 on 64 machines of 8 to generation tg = 8: processor seconds."""
     rules = decoder_rules(num_layers=80, hidden=8192, intermediate=28672, num_heads=64, num_kv_heads=8, vocab=32000)
     layout = Layout.of(pp=8, tp=8, dp=8)
     source, target = threed(rules, layout), generation(rules, zero_redundancy(layout, tp=8))
-    start = time.perf_counter()
-    verify(compile(source, target))
-    return time.perf_counter() - start
+    start = time.process_time()
+    verify(compile(source, target, bucket_bytes=256 << 20, nodes=[rank // 8 for rank in range(layout.size)]))
+    return time.process_time() - start
 
 
 def aims(rows: list[dict[str, Any]], compile_s: float) -> dict[str, list[str]]:
