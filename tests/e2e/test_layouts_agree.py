@@ -65,7 +65,7 @@ CASES = [
     Case(4, "threed", pp=2, tp=2, generation_tp=1, critic_tp=2),
     Case(4, "threed", pp=2, tp=2, generation_tp=2),
     Case(4, "threed", pp=2, tp=2, generation_tp=4),
-    Case(4, "fsdp", tp=2, generation_tp=2),
+    Case(4, "fsdp", generation_tp=2),  # generation groups 0, 2 and 1, 3
     Case(2, generation_devices=1),
 ]
 
