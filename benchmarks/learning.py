@@ -37,9 +37,11 @@ def main() -> None:
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="further settings of every recipe, such as loop.num_steps=5"
     )
     parser.add_argument("--output", type=Path, help="keep the runs' directories here")
+    parser.add_argument("--beside", type=Path, help="a file of --json whose rows of other algorithms stand in table, plot and --json too")
     arguments = parser.parse_args()
     prepared = prepare(Path("outputs/quickstart-data"), console=Console(stderr=True))
-    rows = []
+    rows = json.loads(arguments.beside.read_text()) if arguments.beside else []
+    rows = [row for row in rows if row["algorithm"] not in arguments.algorithms]
     with tempfile.TemporaryDirectory() as temporary:
         for algorithm in arguments.algorithms:
             rows.append(train(algorithm, prepared, (arguments.output or Path(temporary)) / algorithm, arguments.set))
