@@ -69,8 +69,8 @@ def run(rank: int, root: Path, cases: list[Case]) -> None:
         for case in cases:
             if case.world_size == world_size:
                 train(rank, root, case)
-        forward_only(rank, root, world_size)
         if world_size == 2:
+            forward_only(rank, root)
             save(rank, root)
         resume(rank, root, world_size)
         dist.destroy_process_group()
@@ -152,13 +152,13 @@ def nothing_moves_when_a_step_fails(engine: TrainingEngine, batch: Sequences) ->
         engine.train_step(batch, raises, entropy=True, temperature=TEMPERATURE)
 
 
-def forward_only(rank: int, root: Path, world_size: int) -> None:
+def forward_only(rank: int, root: Path) -> None:
     """A reference model: as good as one that trains, without an optimizer."""
     for stage in (2, 3):
-        case = Case(stage=stage, world_size=world_size)
+        case = Case(stage=stage)
         rows = own_rows(case, batches(case)[0], rank)
         outputs = named(make_engine(case, root, rank, trains=False).forward(rows, entropy=True, temperature=TEMPERATURE))
-        torch.save(outputs, root / f"forward-{stage}-{world_size}-{rank}.pt")
+        torch.save(outputs, root / f"forward-{stage}-{rank}.pt")
 
 
 def save(rank: int, root: Path) -> None:

@@ -18,12 +18,11 @@ from recipes.main import to_settings
 from recipes.run import run
 
 TOLERANCE = 2e-5
-ZERO3 = ("zero_stage=3",)
 COMBINATIONS = [
     Combination(algorithm="ppo", engine="fsdp", micro_batch_tokens=LARGE),
-    Combination(algorithm="ppo", engine="deepspeed", micro_batch_tokens=SMALL, train=ZERO3),
-    Combination(algorithm="gspo", engine="threed", micro_batch_tokens=SMALL),
-    Combination(algorithm="gspo", engine="deepspeed", micro_batch_tokens=LARGE, train=("zero_stage=1",)),
+    Combination(algorithm="ppo", engine="threed", micro_batch_tokens=SMALL),
+    Combination(algorithm="gspo", engine="fsdp", micro_batch_tokens=SMALL),
+    Combination(algorithm="gspo", engine="deepspeed", micro_batch_tokens=LARGE, train=("zero_stage=3",)),
 ]
 
 
