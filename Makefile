@@ -1,5 +1,6 @@
 # make install     create .venv and install what pyproject.toml asks for (ACCEL=cuda: the GPU build)
 # make quickstart  PPO end to end on a tiny model, two minutes on two cores
+# make rlhf        supervised fine-tuning, reward model and PPO on a tiny model, about four minutes on two cores
 # make test        lint and tests (ARGS="-k layout" is handed to pytest)
 #
 # The venv holds the dependencies only. The five packages are imported from the checkout, so that a job that Ray uploads
@@ -25,7 +26,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install environment quickstart test lint clean
+.PHONY: help install environment quickstart rlhf test lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -55,6 +56,9 @@ endif
 
 quickstart: install
 	$(BIN)/python -m recipes.quickstart
+
+rlhf: install
+	$(BIN)/python -m recipes.rlhf
 
 # Both always run, so that a lint error does not hide a failing test; pytest's closing line comes last.
 test: install

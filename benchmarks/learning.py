@@ -23,6 +23,7 @@ from benchmarks.learning_picture import draw
 from benchmarks.learning_settings import COMMON, SETTINGS
 from hybridflow.metrics import read_jsonl
 from recipes.quickstart.prepare import Prepared, prepare
+from recipes.rlhf.teachers import prepare_teachers
 
 CLEARLY = 0.25
 """The least rise of the accuracy that counts as learning; the warm start leaves 23 %, and 256 questions give +-5 %."""
@@ -43,8 +44,9 @@ def main() -> None:
     rows = json.loads(arguments.beside.read_text()) if arguments.beside else []
     rows = [row for row in rows if row["algorithm"] not in arguments.algorithms]
     with tempfile.TemporaryDirectory() as temporary:
+        models = teachers(arguments.algorithms, Path(temporary))
         for algorithm in arguments.algorithms:
-            rows.append(train(algorithm, prepared, (arguments.output or Path(temporary)) / algorithm, arguments.set))
+            rows.append(train(algorithm, prepared, (arguments.output or Path(temporary)) / algorithm, arguments.set, models))
             print(line(rows[-1]), flush=True)
             if arguments.json:
                 arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
@@ -56,7 +58,21 @@ def main() -> None:
         raise SystemExit(f"did not learn: {', '.join(flat)}")
 
 
-def train(algorithm: str, prepared: Prepared, output: Path, overrides: list[str]) -> dict[str, Any]:
+def teachers(algorithms: list[str], directory: Path) -> dict[str, str]:
+    """What stands for {teacher} and {judge} in settings: models made in half a minute, where an algorithm asks for one."""
+    if not any("{" in setting for algorithm in algorithms for setting in SETTINGS[algorithm] if "path=" in setting):
+        return {}
+    made = prepare_teachers(directory / "teachers")
+    return {"{teacher}": str(made.teacher), "{judge}": str(made.judge)}
+
+
+def filled(setting: str, models: dict[str, str]) -> str:
+    for name, path in models.items():
+        setting = setting.replace(name, path)
+    return setting
+
+
+def train(algorithm: str, prepared: Prepared, output: Path, overrides: list[str], models: dict[str, str]) -> dict[str, Any]:
     """One run in processes of its own, from its command line to its summary."""
     command = [
         f"recipes.{algorithm}",
@@ -65,7 +81,7 @@ def train(algorithm: str, prepared: Prepared, output: Path, overrides: list[str]
         f"data.validation={prepared.test_path}",
         f"output_dir={output}",
         *COMMON,
-        *SETTINGS[algorithm],
+        *(filled(setting, models) for setting in SETTINGS[algorithm]),
         *overrides,
     ]
     started = time.perf_counter()

@@ -6,6 +6,7 @@ Every step trains on 256 responses: prompts x samples. Learning rates and the li
 from __future__ import annotations
 
 from recipes.quickstart.settings import COMMON as QUICKSTART
+from recipes.rlhf.teachers import JUDGE_SETTINGS as JUDGE
 
 COMMON = [
     *(setting for setting in QUICKSTART if not setting.startswith("metrics.")),
@@ -41,4 +42,8 @@ SETTINGS: dict[str, list[str]] = {
     "dapo": ["algorithm.overlong_buffer_tokens=1"],
     "opo": ["algorithm.num_mini_batches=1"],
     "pass_at_k": ["algorithm.k=4"],
+    "distillation": ["teacher.model.path={teacher}", "teacher.train.precision=fp32", "actor.train.optimizer.learning_rate=1e-4"],
+    "rejection_sampling": ["algorithm.min_reward=1", "actor.train.optimizer.learning_rate=3e-4"],
+    "online_dpo": [*JUDGE, "judge.model.path={judge}"],
+    "generative_reward": [*JUDGE, "judge.model.path={judge}", "actor.loss.kl_coefficient=0.01"],
 }

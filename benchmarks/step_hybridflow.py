@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_module
 
 from benchmarks.step_case import PROMPT_TOKENS, PROMPTS, RESPONSE_TOKENS, SAMPLES, Case, PeakMemory, StepClock, write_result
 from controllers import create_algorithm
-from controllers.data import PromptDataset, PromptLoader, load_tokenizer
+from controllers.data import PromptDataset, RowLoader, load_tokenizer
 from controllers.loop import Loop
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
@@ -102,12 +102,9 @@ def train(config: RunConfig, case: Case, clock: StepClock) -> None:
         handles.setdefault("reference", NoReference())
         loop = Loop(
             Observed(create_algorithm("grpo", handles, config.algorithm), case, clock),
-            actor=handles["actor"],
-            reward=handles["reward"],
             trained={"actor": handles["actor"]},
-            prompts=PromptLoader(dataset, config.data),
-            validation=None,
-            max_response_tokens=RESPONSE_TOKENS,
+            data=RowLoader(dataset, config.data),
+            validate=None,
             tracker=tracker,
             store=store,
             config=config.loop,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -9,11 +10,12 @@ from typing import Any
 
 from controllers.stepping import Algorithm, AlgorithmConfig
 from controllers.streams import NoStream, Stream
+from hybridflow.checkpoint import Best
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where an algorithm is and which models it uses."""
+    """Where an algorithm is, which models it uses, and what its rows are."""
 
     module: str
     algorithm: str
@@ -21,6 +23,16 @@ class Entry:
     roles: tuple[str, ...]
     streams: tuple[str, ...] = ()
     """What its steps draw besides their prompts (controllers/streams.py): prompts, pretraining."""
+    rows: str = "prompts"
+    """What its steps begin with: a name in controllers.data.DATASETS. Rows that are no prompts are held out for its own evaluate()."""
+    objective: str = "reward/mean"
+    """The number of validation that the best checkpoint is chosen by."""
+    best: Best = Best.max
+
+    @property
+    def answers_prompts(self) -> bool:
+        """Whether its model answers prompts, so that validation can score responses."""
+        return self.rows == "prompts"
 
     def load(self) -> type[Algorithm]:
         found: type[Algorithm] = vars(import_module(self.module))[self.algorithm]
@@ -60,14 +72,42 @@ ALGORITHMS: dict[str, Entry] = {
     "dapo": Entry("controllers.dapo", "DAPO", "DAPOConfig", ("actor", "reward"), streams=("prompts",)),
     "opo": Entry("controllers.opo", "OPO", "OPOConfig", ("actor", "reference", "reward")),
     "pass_at_k": Entry("controllers.pass_at_k", "PassAtK", "PassAtKConfig", ("actor", "reference", "reward")),
+    "distillation": Entry("controllers.distillation", "Distillation", "DistillationConfig", ("actor", "teacher")),
+    "rejection_sampling": Entry("controllers.rejection_sampling", "RejectionSampling", "RejectionSamplingConfig", ("actor", "reward")),
+    "online_dpo": Entry("controllers.online_dpo", "OnlineDPO", "OnlineDPOConfig", ("actor", "reference", "judge")),
+    "generative_reward": Entry(
+        "controllers.generative_reward", "GenerativeReward", "GenerativeRewardConfig", ("actor", "reference", "judge")
+    ),
 }
+
+
+STAGES: dict[str, Entry] = {
+    "sft": Entry("controllers.sft", "SFT", "SFTConfig", ("policy",), rows="demonstrations", objective="loss", best=Best.min),
+    "reward_model": Entry(
+        "controllers.reward_model", "RewardModel", "RewardModelConfig", ("reward_model",), rows="pairs", objective="accuracy"
+    ),
+    "cost_model": Entry(
+        "controllers.cost_model", "CostModel", "CostModelConfig", ("reward_model",), rows="safety_pairs", objective="accuracy"
+    ),
+    "dpo": Entry("controllers.dpo", "DPO", "DPOConfig", ("policy", "reference"), rows="pairs", objective="accuracy"),
+}
+"""What is trained on rows that are there, before reinforcement learning or in place of it."""
+
+QUESTIONS: dict[str, Entry] = {
+    "evaluate": Entry("controllers.evaluation", "Evaluate", "EvaluateConfig", ("generator", "reward")),
+    "generate": Entry("controllers.evaluation", "Generate", "GenerateConfig", ("generator",)),
+}
+"""What asks a model without training it (recipes.evaluate, recipes.generate)."""
+
+ENTRIES = ChainMap(QUESTIONS, STAGES, ALGORITHMS)
+"""All of them; iterates in the order of this file."""
 
 
 def algorithm_entry(name: str) -> Entry:
     """An unknown name is a ValueError that lists the known ones."""
-    if name not in ALGORITHMS:
-        raise ValueError(f"algorithm.name is {name!r}; known: {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[name]
+    if name not in ENTRIES:
+        raise ValueError(f"algorithm.name is {name!r}; known: {', '.join(ENTRIES)}")
+    return ENTRIES[name]
 
 
 def create_algorithm(

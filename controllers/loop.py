@@ -1,4 +1,4 @@
-"""The only outer loop: next prompts, algorithm.step, log, validate, checkpoint.
+"""The only outer loop: next rows, algorithm.step, log, validate, checkpoint.
 
 Knows no algorithm and no engine. What a run must not lose (position in the data, the algorithm's own numbers, weights, optimizer) goes
 into one atomic checkpoint.
@@ -14,17 +14,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
-from controllers.data import PromptDataset, PromptLoader
+from controllers.data import PromptDataset, RowLoader
 from controllers.stepping import Algorithm
-from controllers.streams import to_batch
+from controllers.validation import REWARD, Validate
 from hybridflow.checkpoint import CheckpointStore, load_metadata
 from hybridflow.metrics import Tracker
 from hybridflow.waiting import CALLS, CallRecord
 from workers.generation.config import SamplingConfig
-from workers.roles import Actor, Reward, TrainedRole
+from workers.roles import TrainedRole
 
 LOGGER = logging.getLogger(__name__)
-INPUTS = ("prompt_ids", "uid", "extras", "sample")
+INPUTS = PromptDataset.columns
 """The columns that every step's prompts bring."""
 
 
@@ -33,11 +33,12 @@ class LoopConfig:
     """How long, how often."""
 
     num_steps: int = 100
-    """Steps of the whole run; a step trains on data.batch_size prompts x algorithm.samples_per_prompt responses."""
+    """Steps of the whole run; a step trains on data.batch_size rows (prompts x algorithm.samples_per_prompt responses,
+    demonstrations, or pairs)."""
     validate_every: int = 10
     """Steps between validations; 0: only before the first and after the last step."""
     validation_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(greedy=True))
-    """Of validation; max_response_tokens is always that of training."""
+    """Of validation by responses; max_response_tokens is always that of training."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only after the last step."""
     keep_last: int = 2
@@ -72,8 +73,11 @@ class Outcome:
     num_steps: int
     """The last step that was trained."""
     reward_before: float | None
-    """Validation's mean reward before the first step of the whole run, and after the last."""
+    """Validation's mean reward before the first step of the whole run, and after the last; null where it has none."""
     reward_after: float | None
+    validation_before: dict[str, float]
+    """All of validation's numbers."""
+    validation_after: dict[str, float]
     train_s: float
     """Seconds in the steps of this process, validation and checkpoints not counted."""
     tokens: float
@@ -87,33 +91,30 @@ class Outcome:
 
 
 class Loop:
-    """Loop(algorithm, actor=actor, reward=reward, trained={"actor": actor, "critic": critic}, ...).run()"""
+    """Loop(algorithm, trained={"actor": actor, "critic": critic}, data=RowLoader(dataset, config.data), validate=None, ...).run()
+
+    trained: the roles that a checkpoint holds; the first is the one that the run is for, also saved as a Hugging Face directory.
+    further: by name, whatever else has a position that a checkpoint must hold.
+    """
 
     def __init__(
         self,
         algorithm: Algorithm,
         *,
-        actor: Actor,
-        reward: Reward | None,
         trained: Mapping[str, TrainedRole],
-        prompts: PromptLoader,
-        validation: PromptDataset | None,
-        max_response_tokens: int,
+        data: RowLoader,
+        validate: Validate | None,
         tracker: Tracker,
         store: CheckpointStore,
         config: LoopConfig,
         further: Mapping[str, Stateful] | None = None,
     ) -> None:
-        """further: by name, whatever else has a position that a checkpoint must hold."""
-        if validation is not None and reward is None:
-            raise ValueError("data.validation is set, but there is no reward to score it with; set reward.function, or leave it out")
-        self.algorithm, self.actor, self.reward, self.trained = algorithm, actor, reward, trained
-        self.prompts, self.validation, self.tracker, self.store, self.config = prompts, validation, tracker, store, config
-        self.validation_sampling = SamplingConfig(**{**vars(config.validation_sampling), "max_response_tokens": max_response_tokens})
+        self.algorithm, self.trained, self.data, self.validation = algorithm, trained, data, validate
+        self.tracker, self.store, self.config = tracker, store, config
         self.further = dict(further or {})
         self.step = 0
-        self.reward_before: float | None = None
-        self.reward_after: float | None = None
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
         self.train_s, self.tokens, self.gap = 0.0, 0.0, 0.0
         self.phase_s: dict[str, float] = {}
         self.seconds: list[dict[str, float]] = []
@@ -122,18 +123,20 @@ class Loop:
     def run(self) -> Outcome:
         self.resume()
         if self.step == 0:
-            self.reward_before = self.validate()
+            self.before = self.validate()
         while self.step < self.config.num_steps and not self._good_enough():
             self.train_one_step()
             last = self.step == self.config.num_steps
             if last or _due(self.step, self.config.validate_every):
-                self.reward_after = self.validate()
+                self.after = self.validate()
             if last or self._good_enough() or _due(self.step, self.config.checkpoint_every):
                 self.checkpoint()
         return Outcome(
             num_steps=self.step,
-            reward_before=self.reward_before,
-            reward_after=self.reward_after,
+            reward_before=self.before.get(REWARD),
+            reward_after=self.after.get(REWARD),
+            validation_before=self.before,
+            validation_after=self.after,
             train_s=self.train_s,
             tokens=self.tokens,
             max_log_prob_gap=self.gap,
@@ -143,41 +146,37 @@ class Loop:
 
     def train_one_step(self) -> None:
         started = time.perf_counter()
-        batch = to_batch(next(self.prompts)).repeat(self.algorithm.config.samples_per_prompt)
+        batch = next(self.data).repeat(self.algorithm.config.samples_per_prompt)
         metrics = dict(self.algorithm.step(batch))
         records = CALLS.finish()
         seconds = time.perf_counter() - started
         self.step += 1
         self._record(metrics, records, seconds)
 
-    def validate(self) -> float | None:
-        """Mean reward of one response for every held-out prompt."""
-        if self.validation is None or self.reward is None:
-            return None
+    def validate(self) -> dict[str, float]:
+        if self.validation is None:
+            return {}
         started = time.perf_counter()
-        batch = to_batch(self.validation.all())
-        batch |= self.actor.generate_sequences(batch, self.validation_sampling)
-        batch |= self.reward.compute_reward(batch)
-        reward = float(batch.tensor("rewards").mean())
+        numbers = dict(self.validation())
         CALLS.finish()
-        self.tracker.log(self.step, {"reward/mean": reward, "seconds/validation": time.perf_counter() - started}, split="validation")
-        return reward
+        self.tracker.log(self.step, numbers | {"seconds/validation": time.perf_counter() - started}, split="validation")
+        return numbers
 
     def checkpoint(self) -> None:
         directory = self.store.begin(self.step)
         saving = [role.save_checkpoint(str(directory / name)) for name, role in self.trained.items()]
-        saving += [self.actor.save_pretrained(str(directory / "huggingface"))]
+        saving += [next(iter(self.trained.values())).save_pretrained(str(directory / "huggingface"))]
         for ranks in saving:
             list(ranks or ())
         state = {
             "step": self.step,
-            "prompts": self.prompts.state_dict(),
+            "data": self.data.state_dict(),
             "further": {name: stateful.state_dict() for name, stateful in self.further.items()},
             "algorithm": self.algorithm.state_dict(),
-            "reward_before": self.reward_before,
-            "reward_after": self.reward_after,
+            "validation_before": self.before,
+            "validation_after": self.after,
         }
-        self.store.commit(self.step, state, metrics={} if self.reward_after is None else {"reward": self.reward_after})
+        self.store.commit(self.step, state, metrics=self.after)
         CALLS.finish()
 
     def resume(self) -> None:
@@ -191,11 +190,11 @@ class Loop:
         state = load_metadata(directory)
         for ranks in [role.load_checkpoint(str(directory / name)) for name, role in self.trained.items()]:
             list(ranks or ())
-        self.prompts.load_state_dict(state["prompts"])
+        self.data.load_state_dict(state["data"])
         for name, stateful in self.further.items():
             stateful.load_state_dict(state["further"][name])
         self.algorithm.load_state_dict(state["algorithm"])
-        self.step, self.reward_before, self.reward_after = state["step"], state["reward_before"], state["reward_after"]
+        self.step, self.before, self.after = state["step"], state["validation_before"], state["validation_after"]
         LOGGER.info("resumed from %s, step %d", directory, self.step)
 
     def _record(self, metrics: dict[str, float], records: list[CallRecord], seconds: float) -> None:
@@ -216,7 +215,7 @@ class Loop:
 
     def _good_enough(self) -> bool:
         target = self.config.stop_at_reward
-        return target is not None and self.reward_after is not None and self.reward_after >= target
+        return target is not None and REWARD in self.after and self.after[REWARD] >= target
 
 
 def phase_seconds(records: list[CallRecord]) -> dict[str, float]:

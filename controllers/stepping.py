@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
+from hybridflow.tracing import on_controller
+from workers import columns as columns  # declares every column named below
 from workers.losses.kl import KLEstimator, kl_estimate
 from workers.losses.segments import row_of_token, segment_sum
 
@@ -81,6 +83,12 @@ def response_lengths(batch: Batch) -> Tensor:
     return batch.tensor("num_tokens") - batch.ragged("prompt_ids").lengths
 
 
+class Evaluated(Algorithm, Protocol):
+    """An algorithm that is judged by its own numbers on held-out rows, not by the reward of responses."""
+
+    def evaluate(self, rows: Batch) -> Mapping[str, float]: ...
+
+
 def mini_batch_column(uid: Tensor, num_mini_batches: int) -> Tensor:
     """int64 [rows]: the mini-batch of every row, drawn at random from the prompts' ids, so that it does not depend on the layout.
 
@@ -95,21 +103,48 @@ def mini_batch_column(uid: Tensor, num_mini_batches: int) -> Tensor:
     return torch.from_numpy(column)
 
 
+@on_controller(reads=("uid",), writes=("mini_batch",))
+def assign_mini_batches(batch: Batch, config: AlgorithmConfig) -> Batch:
+    """The mini-batch of every row, for a page that computes nothing else of its own."""
+    return Batch.of(mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches))
+
+
+@on_controller(reads=("pair",), writes=("mini_batch",))
+def assign_pair_mini_batches(pairs: Batch, config: AlgorithmConfig) -> Batch:
+    """The same for preference pairs, whose two rows are in one mini-batch."""
+    pair, row = torch.unique(pairs.tensor("pair"), return_inverse=True)
+    return Batch.of(mini_batch=mini_batch_column(pair, config.num_mini_batches)[row])
+
+
+def pair_accuracy(pairs: Batch, scores: Tensor) -> dict[str, float]:
+    """Of preference pairs (columns pair, chosen) with a score for every row, [rows]: how many prefer the chosen one (a tie does not),
+    by how much, and the mean of -log sigmoid(difference)."""
+    pair, chosen = pairs.tensor("pair"), pairs.tensor("chosen")
+    better, worse = (scores[kind][torch.argsort(pair[kind])].double() for kind in (chosen, ~chosen))
+    margin = better - worse
+    return {
+        "accuracy": float((margin > 0).double().mean()),
+        "loss": float(-torch.nn.functional.logsigmoid(margin).mean()),
+        "margin": float(margin.mean()),
+    }
+
+
+def count_tokens(rows: Batch) -> Metrics:
+    """Of rows that nobody generates: their number and their tokens."""
+    return Metrics(sources=[lambda: {"rows": float(len(rows)), "tokens": float(rows.tensor("num_tokens").sum())}])
+
+
 def describe(batch: Batch) -> Metrics:
     """Rewards, lengths and the KL to the reference of a batch; read when they are logged."""
     return Metrics(sources=[lambda: _describe(batch)])
 
 
 def _describe(batch: Batch) -> Mapping[str, float]:
-    rewards, num_tokens = batch.tensor("rewards"), batch.tensor("num_tokens").float()
+    num_tokens = batch.tensor("num_tokens").float()
     response = batch.ragged("rollout_log_probs")
     lengths = response.lengths.float()
     finished = [reason == "stop" for reason in batch.objects("finish_reason")]
     metrics = {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std(correction=0)),
-        "reward/max": float(rewards.max()),
-        "reward/min": float(rewards.min()),
         "response_tokens/mean": float(lengths.mean()),
         "response_tokens/max": float(lengths.max()),
         "response_tokens/min": float(lengths.min()),
@@ -119,14 +154,23 @@ def _describe(batch: Batch) -> Mapping[str, float]:
     if "ref_log_probs" in batch:
         kl = kl_estimate(response.values, batch.ragged("ref_log_probs").values, KLEstimator.k1)
         metrics["kl/reference"] = float(segment_sum(kl, row_of_token(response.lengths), len(batch)).mean())
+    if "rewards" in batch:
+        rewards = batch.tensor("rewards")
+        metrics |= {
+            "reward/mean": float(rewards.mean()),
+            "reward/std": float(rewards.std(correction=0)),
+            "reward/max": float(rewards.max()),
+            "reward/min": float(rewards.min()),
+            **means_of_dicts(batch.objects("reward_metrics"), "reward"),
+        }
     if "costs" in batch:
         costs = batch.tensor("costs")
         metrics |= {"cost/mean": float(costs.mean()), "cost/max": float(costs.max()), "cost/min": float(costs.min())}
-        metrics |= _means_of_dicts(batch.objects("cost_metrics"), "cost")
-    return metrics | _means_of_dicts(batch.objects("reward_metrics"), "reward")
+        metrics |= means_of_dicts(batch.objects("cost_metrics"), "cost")
+    return metrics
 
 
-def _means_of_dicts(rows: list[dict[str, float]], prefix: str) -> dict[str, float]:
+def means_of_dicts(rows: list[dict[str, float]], prefix: str) -> dict[str, float]:
     """The further numbers of a reward or cost function, each over the rows that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {f"{prefix}/{name}": float(np.mean([row[name] for row in rows if name in row])) for name in names}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from controllers.data import PromptBatch, PromptLoader
+from controllers.data import RowLoader
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 
@@ -22,22 +22,22 @@ class Stream(Protocol):
 class PromptStream:
     """The prompts of the run: the loop takes a step's from it, and a step that needs further ones (DAPO) goes on where that ended."""
 
-    def __init__(self, loader: PromptLoader, samples_per_prompt: int) -> None:
+    def __init__(self, loader: RowLoader, samples_per_prompt: int) -> None:
         self.loader, self.samples_per_prompt = loader, samples_per_prompt
 
     def take(self, num_rows: int = 0) -> Batch:
         """The next num_rows prompts, each samples_per_prompt times."""
-        return to_batch(self.loader.take(num_rows or self.loader.config.batch_size)).repeat(self.samples_per_prompt)
+        return self.loader.take(num_rows or self.loader.config.batch_size).repeat(self.samples_per_prompt)
 
 
 class TextStream:
     """Text of the pretraining distribution: rows whose prompt is their first token and whose response is the rest."""
 
-    def __init__(self, loader: PromptLoader) -> None:
+    def __init__(self, loader: RowLoader) -> None:
         self.loader = loader
 
     def take(self, num_rows: int = 0) -> Batch:
-        rows = self.loader.take(num_rows or self.loader.config.batch_size).prompt_ids
+        rows = self.loader.take(num_rows or self.loader.config.batch_size).ragged("prompt_ids").unbind()
         return Batch.of(prompt_ids=Ragged.of([row[:1] for row in rows]), response_ids=Ragged.of([row[1:] for row in rows]))
 
 
@@ -55,11 +55,3 @@ class NoStream:
         raise ValueError(
             "the step draws from a stream while it is traced; put what depends on numbers into a function marked @on_controller"
         )
-
-
-def to_batch(prompts: PromptBatch) -> Batch:
-    """The dataset's rows as the runtime's columns."""
-    names = list(prompts.extras)
-    rows = [dict(zip(names, values, strict=True)) for values in zip(*prompts.extras.values(), strict=True)] if names else None
-    extras = rows if rows is not None else [{} for _ in prompts.prompt_ids]
-    return Batch.of(prompt_ids=Ragged.of(prompts.prompt_ids), uid=prompts.uid, extras=extras)

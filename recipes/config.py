@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from hydra.core.config_store import ConfigStore
 
 from cluster.connect import ClusterConfig
-from controllers import ALGORITHMS
+from controllers import ENTRIES
 from controllers.data import DataConfig
 from controllers.loop import LoopConfig
 from controllers.stepping import AlgorithmConfig
 from hybridflow.metrics import MetricsConfig
 from workers.config import ModelConfig
-from workers.role_config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig
+from workers.role_config import ActorConfig, CriticConfig, JudgeConfig, PolicyConfig, PreferenceConfig, ReferenceConfig, RewardConfig
 
 
 class Runtime(StrEnum):
@@ -106,6 +106,8 @@ class RunConfig:
         default_factory=lambda: ReferenceConfig(model=_run_model(), temperature="${actor.generation.sampling.temperature}")  # type: ignore[arg-type]
     )
     reward: RewardConfig = field(default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)))
+    gold: RewardConfig = field(default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)))
+    """A reward that nothing is trained on: validation reports it beside the learned one, so that over-optimisation shows."""
     cost: RewardConfig = field(default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)))
     """What Safe-RLHF keeps under a threshold; a function or a model like the reward."""
     cost_critic: CriticConfig = field(default_factory=lambda: CriticConfig(model=_run_model(), seed="${seed}"))  # type: ignore[arg-type]
@@ -117,6 +119,14 @@ class RunConfig:
         )
     )
     """The model that distillation learns from; it names its own (teacher.model.path) and shares the policy's vocabulary."""
+    judge: JudgeConfig = field(default_factory=lambda: JudgeConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)))
+    """The language model that judges answers; it names its own (judge.model.path)."""
+    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(model=_run_model()))
+    """The language model of recipes that generate nothing: sft, dpo."""
+    reward_model: PreferenceConfig = field(
+        default_factory=lambda: PreferenceConfig(model=replace(_run_model(), new_head=True), seed="${seed}")  # type: ignore[arg-type]
+    )
+    """The model that recipes.reward_model and recipes.cost_model train; `reward` is the frozen one that reinforcement learning asks."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -136,5 +146,5 @@ def register() -> None:
     """Makes the schema and the algorithms known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
-    for name, entry in ALGORITHMS.items():
+    for name, entry in ENTRIES.items():
         store.store(group="algorithm", name=name, node=entry.load_config())

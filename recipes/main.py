@@ -15,7 +15,7 @@ import hydra
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from controllers import ALGORITHMS
+from controllers import ENTRIES
 from hybridflow.waiting import catch_interrupts
 from recipes.config import NO_MODEL, RunConfig, register
 from recipes.run import run
@@ -24,8 +24,8 @@ FREE = ("hydra.", "pools.", "data.chat_template_options.")
 """Below these the user chooses the names, or Hydra knows them."""
 
 
-def recipe(name: str) -> Callable[[], None]:
-    """The main of recipes/<name>.yaml."""
+def recipe(name: str, run: Callable[[RunConfig], object] = run) -> Callable[[], None]:
+    """The main of recipes/<name>.yaml; `run` is what it does with the settings."""
     register()
 
     @hydra.main(version_base="1.3", config_path="pkg://recipes", config_name=name)
@@ -61,7 +61,7 @@ def to_settings(config: DictConfig) -> RunConfig:
     missing = sorted(_missing(OmegaConf.to_container(config), ""))
     if missing:
         raise ValueError(f"not set: {', '.join(missing)}; give each as name=value")
-    for role in ("reward", "cost"):
+    for role in ("reward", "gold", "cost"):
         if config[role].model is not None and config[role].model.path == NO_MODEL:
             config = cast(DictConfig, OmegaConf.merge(config, {role: {"model": None}}))
     try:
@@ -113,7 +113,7 @@ def join_pools(arguments: Sequence[str]) -> list[str]:
 def _names() -> list[str]:
     """Every setting's full name, of all algorithms."""
     trees = [OmegaConf.structured(RunConfig)] + [
-        OmegaConf.create({"algorithm": OmegaConf.structured(entry.load_config())}) for entry in ALGORITHMS.values()
+        OmegaConf.create({"algorithm": OmegaConf.structured(entry.load_config())}) for entry in ENTRIES.values()
     ]
     return list(dict.fromkeys(name for tree in trees for name in _paths(OmegaConf.to_container(tree), "")))
 

@@ -17,6 +17,10 @@ from recipes.config import RunConfig
 from workers.actor import ActorWorker
 from workers.critic import CriticWorker
 from workers.engines.base import Head
+from workers.generator import GeneratorWorker
+from workers.judge import judge_worker
+from workers.learner import LearnerWorker
+from workers.preference import PreferenceWorker
 from workers.reference import ReferenceWorker
 from workers.reward import cost_worker, reward_worker
 from workers.role_config import RewardConfig
@@ -71,16 +75,29 @@ ROLES: dict[str, RoleKind] = {
         needed=uses_reference,
         absent=NoReference,
     ),
+    "judge": RoleKind(
+        settings=lambda config: replace(config.judge, tokenizer=config.model.tokenizer or config.model.path),
+        worker=judge_worker,
+        head=Head.lm,
+    ),
+    "generator": RoleKind(settings=lambda config: config.actor, worker=lambda _: GeneratorWorker, head=Head.lm),
+    "policy": RoleKind(settings=lambda config: config.policy, worker=lambda _: LearnerWorker, head=Head.lm),
+    "reward_model": RoleKind(settings=lambda config: config.reward_model, worker=lambda _: PreferenceWorker, head=Head.score),
     "teacher": RoleKind(settings=lambda config: config.teacher, worker=lambda _: ReferenceWorker, head=Head.lm),
     "reward": RoleKind(settings=lambda config: _with_tokenizer(config, config.reward), worker=reward_worker, head=Head.score),
+    "gold": RoleKind(settings=lambda config: _with_tokenizer(config, config.gold), worker=reward_worker, head=Head.score),
     "cost": RoleKind(settings=lambda config: _with_tokenizer(config, config.cost), worker=cost_worker, head=Head.score),
 }
 
 
 def role_names(config: RunConfig) -> tuple[str, ...]:
     """The algorithm's roles, and the reward that validation scores with, whether the algorithm reads it or not."""
-    names = algorithm_entry(config.algorithm.name).roles
-    return names if "reward" in names or not config.data.validation else (*names, "reward")
+    entry = algorithm_entry(config.algorithm.name)
+    if not entry.answers_prompts or not config.data.validation:
+        return entry.roles
+    has_gold = config.gold.function is not None or config.gold.model is not None
+    scorers = ("reward", "gold") if has_gold else ("reward",)
+    return (*entry.roles, *(name for name in scorers if name not in entry.roles))
 
 
 def role_kind(name: str) -> RoleKind:

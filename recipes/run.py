@@ -16,10 +16,12 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from cluster.connect import ClusterInfo, connect
-from controllers import algorithm_entry, create_algorithm
-from controllers.data import PromptDataset, PromptLoader, load_tokenizer
-from controllers.loop import INPUTS, Loop, Outcome
+from controllers import QUESTIONS, algorithm_entry, create_algorithm
+from controllers.data import DATASETS, PromptDataset, RowDataset, RowLoader, load_tokenizer
+from controllers.loop import Loop, Outcome
+from controllers.stepping import Algorithm, Evaluated
 from controllers.streams import EmptyStream, PromptStream, Stream, TextStream
+from controllers.validation import HeldOutRows, ResponseReward, Validate
 from hybridflow.checkpoint import MANIFEST, CheckpointStore
 from hybridflow.dataflow import Dataflow
 from hybridflow.group import spawn
@@ -53,6 +55,10 @@ class Role:
 
 def run(config: RunConfig) -> Outcome | None:
     """The whole run; None for graph=true and dry_run=true, which start nothing."""
+    if config.algorithm.name in QUESTIONS:
+        raise ValueError(
+            f"algorithm.name is {config.algorithm.name!r}, which trains nothing; run python -m recipes.{config.algorithm.name}"
+        )
     roles = place(config)
     dataflow = check_dataflow(config, roles)
     if config.graph:
@@ -60,51 +66,49 @@ def run(config: RunConfig) -> Outcome | None:
         return None
     check_models(config, roles)
     tokenizer = load_tokenizer(config.model)
-    train = PromptDataset.load(config.data, config.data.train, tokenizer)
-    validation = PromptDataset.load(config.data, config.data.validation, tokenizer) if config.data.validation else None
-    for field, dataset in (("data.train", train), ("data.validation", validation)):
-        if dataset is not None:
-            check_prompts(field, dataset.longest_prompt_tokens, config.actor)
+    entry = algorithm_entry(config.algorithm.name)
+    train = load_rows(config, "train", tokenizer)
+    held_out = load_rows(config, "validation", tokenizer) if config.data.validation else None
     texts = load_pretraining(config, tokenizer)
-    plan = Plan(config=config, dataflow=dataflow, roles={role.name: role.config for role in roles}, prompts=train)
+    plan = plan_of(config, dataflow, roles, train)
     mapping = None
-    if config.placement is Placement.auto:
+    if config.placement is Placement.auto and plan is not None:
         mapping = choose(plan)
         config = settle(plan, mapping)
         roles = place(config)
         check_models(config, roles)
     if config.dry_run:
-        predicted = verdict(plan, pools_of(roles), pool_sizes(config)) if mapping is None else explain(mapping)
-        print(f"{describe(config, roles, dataflow)}\n\n{predicted}")
+        print(describe(config, roles, dataflow))
+        if plan is not None:
+            print("\n" + (verdict(plan, pools_of(roles), pool_sizes(config)) if mapping is None else explain(mapping)))
         return None
     if mapping is not None:
         LOGGER.info("placement=auto\n%s", explain(mapping))
-    if config.plan.calibration and mapping is None:
+    if config.plan.calibration and mapping is None and plan is not None:
         mapping = forecast(plan, pools_of(roles), pool_sizes(config)).mapping
     CALLS.timeout_s = config.call_timeout_s
     directory = Path(config.output_dir).absolute()
     with ExitStack() as stack:
-        cluster = stack.enter_context(connect_cluster(config))
         store = CheckpointStore(
-            directory / "checkpoints", keep_last=config.loop.keep_last, keep_best=config.loop.keep_best, metric="reward"
+            directory / "checkpoints",
+            keep_last=config.loop.keep_last,
+            keep_best=config.loop.keep_best,
+            metric=entry.objective,
+            mode=entry.best,
         )
         tracker = stack.enter_context(start_tracker(config, directory, store))
-        pools = {name: stack.enter_context(start_pool(config, cluster, name, roles)) for name in dict.fromkeys(r.pool for r in roles)}
-        handles = spawn_roles(roles, pools)
-        handles |= stand_ins(config, handles)
-        prompts = PromptLoader(train, config.data)
+        handles = start_roles(stack, config, roles)
+        data = RowLoader(train, config.data)
         streams: dict[str, Stream] = {
-            "prompts": PromptStream(prompts, config.algorithm.samples_per_prompt),
+            "prompts": PromptStream(data, config.algorithm.samples_per_prompt),
             "pretraining": TextStream(texts) if texts else EmptyStream(),
         }
+        algorithm = create_algorithm(config.algorithm.name, handles, config.algorithm, streams)
         loop = Loop(
-            create_algorithm(config.algorithm.name, handles, config.algorithm, streams),
-            actor=handles["actor"],
-            reward=handles.get("reward"),
+            algorithm,
             trained={role.name: handles[role.name] for role in roles if issubclass(role.worker, TrainedRole)},
-            prompts=prompts,
-            validation=validation,
-            max_response_tokens=config.actor.generation.sampling.max_response_tokens,
+            data=data,
+            validate=None if held_out is None else validation(config, algorithm, handles, held_out),
             tracker=tracker,
             store=store,
             config=config.loop,
@@ -134,6 +138,42 @@ def spawn_roles(roles: Sequence[Role], pools: Mapping[str, ResourcePool]) -> dic
     if GENERATION in handles:
         handles["actor"] = SplitActor.of(handles["actor"], handles.pop(GENERATION), pool_of["actor"], pool_of[GENERATION])
     return handles
+
+
+def validation(config: RunConfig, algorithm: Algorithm, handles: Mapping[str, Any], held_out: RowDataset) -> Validate:
+    """The reward of responses where the rows are prompts, the algorithm's own numbers elsewhere."""
+    if not algorithm_entry(config.algorithm.name).answers_prompts:
+        return HeldOutRows(cast(Evaluated, algorithm).evaluate, held_out)
+    longest = config.actor.generation.sampling.max_response_tokens
+    return ResponseReward(handles["actor"], handles["reward"], held_out, config.loop.validation_sampling, longest, gold=handles.get("gold"))
+
+
+def load_rows(config: RunConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> RowDataset:
+    """data.train or data.validation, as the rows that the algorithm's steps begin with."""
+    where = {"train": config.data.train, "validation": config.data.validation}[name]
+    rows = DATASETS[algorithm_entry(config.algorithm.name).rows].load(config.data, where, tokenizer)
+    if isinstance(rows, PromptDataset):
+        check_prompts(f"data.{name}", rows.longest_prompt_tokens, config.actor)
+    return rows
+
+
+def plan_of(config: RunConfig, dataflow: Dataflow, roles: Sequence[Role], rows: RowDataset) -> Plan | None:
+    """What the mapper needs to know; it knows steps that answer prompts only."""
+    if isinstance(rows, PromptDataset):
+        return Plan(config=config, dataflow=dataflow, roles={role.name: role.config for role in roles}, prompts=rows)
+    if config.placement is Placement.auto:
+        raise ValueError(
+            f"placement=auto: the mapper plans steps that answer prompts, not {config.algorithm.name}; use colocated or custom"
+        )
+    return None
+
+
+def start_roles(stack: ExitStack, config: RunConfig, roles: Sequence[Role]) -> dict[str, Any]:
+    """Cluster, pools and a handle for every role; `stack` closes them."""
+    cluster = stack.enter_context(connect_cluster(config))
+    pools = {name: stack.enter_context(start_pool(config, cluster, name, roles)) for name in dict.fromkeys(r.pool for r in roles)}
+    handles = spawn_roles(roles, pools)
+    return handles | stand_ins(config, handles)
 
 
 def place(config: RunConfig) -> list[Role]:
@@ -224,13 +264,13 @@ def pool_sizes(config: RunConfig) -> dict[str, int]:
     return sizes
 
 
-def load_pretraining(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptLoader | None:
+def load_pretraining(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RowLoader | None:
     """The texts of PPO-ptx, if there are any."""
     if config.data.pretraining is None:
         return None
     dataset = PromptDataset.load_text(config.data, config.data.pretraining, tokenizer)
     check_text(dataset.longest_prompt_tokens, config.actor)
-    return PromptLoader(dataset, replace(config.data, batch_size=config.data.pretraining_batch_size))
+    return RowLoader(dataset, replace(config.data, batch_size=config.data.pretraining_batch_size))
 
 
 def check_dataflow(config: RunConfig, roles: Sequence[Role]) -> Dataflow:
@@ -240,7 +280,8 @@ def check_dataflow(config: RunConfig, roles: Sequence[Role]) -> Dataflow:
         workers["actor"] = Actor
     traced, recorder = traced_roles(workers)
     algorithm = create_algorithm(config.algorithm.name, traced | stand_ins(config, traced), config.algorithm)
-    dataflow = trace(config.algorithm.name, algorithm.step, INPUTS, recorder)
+    inputs = DATASETS[algorithm_entry(config.algorithm.name).rows].columns
+    dataflow = trace(config.algorithm.name, algorithm.step, inputs, recorder)
     check_loss_columns(config.actor.loss.name, dataflow)
     return dataflow
 

@@ -18,6 +18,7 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.resharding import ParameterSpec
 from hybridflow.results import Metrics
+from workers.engines.base import LossFn
 from workers.generation.config import SamplingConfig
 from workers.generation_grouping import generation_grouping
 from workers.model_worker import training_layout
@@ -25,6 +26,7 @@ from workers.policy import PolicyWorker
 from workers.role_config import ActorConfig
 from workers.roles import Actor
 from workers.sampler import Sampler, probe_settings
+from workers.sequences import Sequences
 from workers.weight_sync import WeightSync
 
 
@@ -58,13 +60,12 @@ class ActorWorker(PolicyWorker, Actor):
         self._to_generation()
         return self.sampler.generate(prompts, sampling, do_sample=do_sample)
 
-    def compute_log_prob(self, batch: Batch) -> Batch:
-        self._to_training()
-        return super().compute_log_prob(batch)
-
     def update_actor(self, batch: Batch) -> Metrics:
-        self._to_training()
+        self.to_training()
         return super().update_actor(batch) | sync_metrics(self.sync) | self.memory_metrics
+
+    def learn(self, steps: Iterator[tuple[int, Sequences]], loss_fn: LossFn, temperature: float = 1.0) -> Metrics:
+        return super().learn(steps, loss_fn, temperature) | sync_metrics(self.sync) | self.memory_metrics
 
     def load_checkpoint(self, directory: str) -> None:
         super().load_checkpoint(directory)
@@ -88,7 +89,7 @@ class ActorWorker(PolicyWorker, Actor):
         if self.sampler.engine.weight_version != self.weight_version:
             self.sync.run(self.weight_version)
 
-    def _to_training(self) -> None:
+    def to_training(self) -> None:
         """Step 4: the trainer has the memory."""
         if self.config.generation.release_during_training and self._memory_of != "training":
             self._memory_of = "training"

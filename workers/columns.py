@@ -12,6 +12,12 @@ MAX_RESPONSE_TOKENS = declare(
 )
 EXTRAS = declare("extras", "batch", "object", "dict of the dataset's further columns (answer, ...)")
 
+# Demonstrations and preference pairs, from the loop.
+LOSS_MASK = declare("loss_mask", "batch time", "bool", "True for the response tokens that are learned (the assistant's turns)")
+PAIR = declare("pair", "batch", "int64", "number of the pair that a row belongs to; its two rows are never cut apart")
+CHOSEN = declare("chosen", "batch", "bool", "True for the preferred row of a pair")
+HARM_SIGN = declare("harm_sign", "batch", "float32", "+1 for an unsafe response, -1 for a safe one (Safe-RLHF)")
+
 # Generation.
 RESPONSE_IDS = declare("response_ids", "batch time", "int64", "sampled tokens, with the one that ended them")
 ROLLOUT_LOG_PROBS = declare("rollout_log_probs", "batch time", "float32", "log-probs of the response as the generation engine drew it")
@@ -22,7 +28,9 @@ WEIGHT_VERSION = declare("weight_version", "batch", "int64", "version of the act
 # Inference.
 LOG_PROBS = declare("log_probs", "batch time", "float32", "log-probs of the response under the actor's training engine")
 REF_LOG_PROBS = declare("ref_log_probs", "batch time", "float32", "log-probs of the response under the reference")
+TEACHER_LOG_PROBS = declare("teacher_log_probs", "batch time", "float32", "log-probs of the response under the teacher of a distillation")
 VALUES = declare("values", "batch time", "float32", "the critic's value before each response token")
+SCORES = declare("scores", "batch", "float32", "score of the whole response by the model that is trained on preferences")
 REWARDS = declare("rewards", "batch", "float32", "reward of the whole response")
 REWARD_METRICS = declare("reward_metrics", "batch", "object", "dict of further numbers of the reward function")
 BASELINE_REWARDS = declare("baseline_rewards", "batch", "float32", "reward of the prompt's greedy response (ReMax)")

@@ -30,6 +30,9 @@ class ModelConfig:
     """Hub name or directory of the tokenizer; the model's own when null."""
     revision: str | None = None
     trust_remote_code: bool = False
+    new_head: bool = False
+    """Give a language model that has no score head a new one, as the training of a reward model does. Otherwise a model that is to
+    score must have one (a critic's value head may always be new)."""
     attention: str = "auto"
     """attn_implementation of transformers: sdpa, eager, flash_attention_2, flash_attention_3, flex_attention; auto takes the
     model's best (on a CPU, one that is fast for short rows)."""

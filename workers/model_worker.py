@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
@@ -20,9 +21,11 @@ from hybridflow.worker import Worker
 from workers.config import ModelConfig, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, LossFn, TrainingEngine
-from workers.losses.aggregation import Aggregation, Counts, weight_columns
+from workers.losses.aggregation import Aggregation, Counts, counted_lengths, weight_columns
 from workers.losses.reduction import derived_metrics
 from workers.sequences import Sequences
+
+LOSS_MASK = "loss_mask"
 
 
 def training_layout(config: TrainConfig, world_size: int, role: str) -> Layout:
@@ -40,6 +43,7 @@ class ModelWorker(Worker):
     """A role over one training engine."""
 
     engine: TrainingEngine
+    model: ModelConfig
 
     @classmethod
     def layouts(cls, config, world_size: int) -> dict[str, Layout]:  # type: ignore[no-untyped-def]
@@ -49,6 +53,7 @@ class ModelWorker(Worker):
         self, model: ModelConfig, train: TrainConfig, head: Head, context: RankContext, *, seed: int = 0, trains: bool = True
     ) -> None:
         torch.manual_seed(seed)
+        self.model = model
         self.engine = engine_class(train.engine)(model=model, config=train, head=head, context=context, trains=trains)
         self.layout = self.engine.layout
 
@@ -59,7 +64,12 @@ class ModelWorker(Worker):
         self.engine.load(Path(directory))
 
     def save_pretrained(self, directory: str) -> None:
+        """Weights and tokenizer."""
         self.engine.save_pretrained(Path(directory))
+        if self.context.rank == 0:
+            model = self.model
+            name = model.tokenizer or model.path
+            AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code).save_pretrained(directory)
 
     def peak_memory_bytes(self) -> int:
         if self.context.device.startswith("cuda"):
@@ -82,6 +92,11 @@ def sequences_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
         scored_lengths=responses.lengths,
         per_token={name: batch.ragged(name).values for name in per_token if name in batch},
     )
+
+
+def pairs_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
+    """The same for preference pairs: with the per-row columns that losses on pairs read."""
+    return sequences_of(batch, per_token).with_columns(per_row={"pair": batch.tensor("pair"), "chosen": batch.tensor("chosen")})
 
 
 def interleave(first: Ragged, second: Ragged) -> Tensor:
@@ -115,7 +130,7 @@ class MiniBatches:
         data coordinate hold the same rows, hence the division."""
         largest = torch.tensor([int(self.labels.max()) if len(self.labels) else 0], device=device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        lengths = self.sequences.scored_lengths
+        lengths = counted_lengths(self.sequences.scored_lengths, self.sequences.per_token.get(LOSS_MASK))
         table = torch.zeros(int(largest) + 1, 2, 2, dtype=torch.int64)
         place = (self.labels, self.is_text.long())
         table[:, :, 0].index_put_(place, lengths, accumulate=True)
@@ -126,20 +141,29 @@ class MiniBatches:
         return [[Counts(num_tokens=tokens // copies, num_rows=rows // copies) for tokens, rows in kinds] for kinds in table.tolist()]
 
     def steps(self, num_epochs: int, seed: int, aggregation: Aggregation, constant: int) -> Iterator[tuple[int, Sequences]]:
-        """(number of the step, rows): the first epoch in order, later ones in an order drawn from `seed`."""
-        number = 0
+        """(number of the step, rows with the weights of their tokens); tokens outside a column loss_mask do not count."""
+        for number, (label, rows) in enumerate(self._rows(num_epochs, seed)):
+            own, text = self.counts[label]
+            mask = rows.per_token.get(LOSS_MASK)
+            columns = weight_columns(rows.scored_lengths, own, aggregation, constant=constant, mask=mask)
+            if "pretrain" in rows.per_row:
+                of_text = weight_columns(rows.scored_lengths, text, Aggregation.token_mean)
+                is_text = torch.repeat_interleave(rows.per_row["pretrain"], rows.scored_lengths)
+                columns = {name: torch.where(is_text, of_text[name], columns[name]) for name in columns}
+            yield number, rows.with_columns(per_token=columns)
+
+    def pair_steps(self, num_epochs: int, seed: int) -> Iterator[tuple[int, Sequences]]:
+        """(number of the step, rows with the weights of their pairs): 1 / pairs of the mini-batch."""
+        for number, (label, rows) in enumerate(self._rows(num_epochs, seed)):
+            weight = 2 / max(self.counts[label][0].num_rows, 1)
+            yield number, rows.with_columns(per_row={"weights": torch.full((rows.num_rows,), weight)})
+
+    def _rows(self, num_epochs: int, seed: int) -> Iterator[tuple[int, Sequences]]:
+        """(mini-batch, its rows of this rank): the first epoch in order, later ones in an order drawn from `seed`."""
         for epoch in range(num_epochs):
             order = np.random.default_rng([seed, epoch]).permutation(self.num_labels) if epoch else np.arange(self.num_labels)
             for label in order:
-                index = torch.nonzero(self.labels == int(label)).squeeze(1)
-                rows, (own, text) = self.sequences.rows(index), self.counts[label]
-                columns = weight_columns(rows.scored_lengths, own, aggregation, constant=constant)
-                if "pretrain" in rows.per_row:
-                    of_text = weight_columns(rows.scored_lengths, text, Aggregation.token_mean)
-                    is_text = torch.repeat_interleave(self.is_text[index], rows.scored_lengths)
-                    columns = {name: torch.where(is_text, of_text[name], columns[name]) for name in columns}
-                yield number, rows.with_columns(per_token=columns)
-                number += 1
+                yield int(label), self.sequences.rows(torch.nonzero(self.labels == int(label)).squeeze(1))
 
 
 def mean_over_steps(steps: Sequence[Mapping[str, float]], prefix: str) -> Metrics:

@@ -1,25 +1,22 @@
-"""PolicyWorker: the half of the actor that trains. It knows nothing of generation."""
+"""PolicyWorker: the half of the actor that trains, by the policy gradient too. It knows nothing of generation."""
 
 from __future__ import annotations
 
-import json
 from itertools import islice
-from pathlib import Path
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.results import Metrics
 from workers.consistency import check_first_step
-from workers.engines.base import Head
+from workers.learner import LearnerWorker
 from workers.losses.language import with_pretraining
 from workers.losses.policy import policy_loss
-from workers.model_worker import MiniBatches, ModelWorker, mean_over_steps, sequences_of, train_on
+from workers.model_worker import mean_over_steps, sequences_of, train_on
 from workers.role_config import ActorConfig
 from workers.roles import Policy
 from workers.sequences import Sequences
@@ -27,64 +24,45 @@ from workers.sequences import Sequences
 PER_TOKEN = ("advantages", "rollout_log_probs", "ref_log_probs", "covariance_selected")
 
 
-class PolicyWorker(ModelWorker, Policy):
+class PolicyWorker(LearnerWorker, Policy):
     config: ActorConfig
+    prefix = "actor"
 
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
-        self.build(config.model, config.train, Head.lm, context)
-        self.weight_version = 0
         self.num_skipped = 0
         """Updates left out for the critic's warm-up."""
-
-    def compute_log_prob(self, batch: Batch) -> Batch:
-        outputs = self.engine.forward(sequences_of(batch), temperature=self._temperature)
-        return self.scored(batch, outputs.log_probs if outputs else None, "log_probs")
 
     def update_actor(self, batch: Batch) -> Metrics:
         config = self.config
         if self.num_skipped < config.critic_warmup_steps:
             self.num_skipped += 1
             return Metrics({"actor/critic_warmup_steps": float(self.num_skipped)})
-        labels = cast(Tensor, batch["mini_batch"]) if "mini_batch" in batch else None
         sequences = sequences_of(batch, PER_TOKEN)
         loss_fn = policy_loss(config.loss)
         if "pretrain" in batch:
             sequences = sequences.with_columns(per_row={"pretrain": cast(Tensor, batch["pretrain"])})
             loss_fn = with_pretraining(loss_fn, config.loss.pretraining_coefficient)
-        mini_batches = MiniBatches(sequences, labels, self.layout, self.context.device)
+        mini_batches = self._mini_batches(batch, sequences)
         stale = self._is_stale(batch)
         if "log_probs" in batch or config.num_epochs * mini_batches.num_labels > 1 or stale:  # the same on every rank
             mini_batches.sequences = sequences.with_columns(per_token={"old_log_probs": self._old_log_probs(batch, sequences)})
         entropy = config.report_entropy or config.loss.entropy_coefficient != 0
         steps = mini_batches.steps(config.num_epochs, self.weight_version, config.loss.aggregation, config.loss.aggregation_constant)
-        metrics = train_on(self.engine, islice(steps, 1), loss_fn, entropy=entropy, temperature=self._temperature)
+        metrics = train_on(self.engine, islice(steps, 1), loss_fn, entropy=entropy, temperature=self.temperature)
         checked = {"weight_version": float(self.weight_version + 1)}
         if "weight_version" in batch and not stale:
             checked |= check_first_step(metrics[0], config, reports=self.context.rank == 0)
-        metrics += train_on(self.engine, steps, loss_fn, entropy=entropy, temperature=self._temperature)
+        metrics += train_on(self.engine, steps, loss_fn, entropy=entropy, temperature=self.temperature)
         self.weight_version += 1
         return mean_over_steps(metrics, "actor") | {f"actor/{name}": value for name, value in checked.items()}
 
-    def save_checkpoint(self, directory: str) -> None:
-        super().save_checkpoint(directory)
-        if self.context.rank == 0:
-            (Path(directory) / "actor.json").write_text(
-                json.dumps({"weight_version": self.weight_version, "num_skipped": self.num_skipped})
-            )
+    def state(self) -> dict[str, int]:
+        return {**super().state(), "num_skipped": self.num_skipped}
 
-    def save_pretrained(self, directory: str) -> None:
-        super().save_pretrained(directory)
-        if self.context.rank == 0:
-            model = self.config.model
-            AutoTokenizer.from_pretrained(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code).save_pretrained(
-                directory
-            )
-
-    def load_checkpoint(self, directory: str) -> None:
-        super().load_checkpoint(directory)
-        state = json.loads((Path(directory) / "actor.json").read_text())
-        self.weight_version, self.num_skipped = state["weight_version"], state["num_skipped"]
+    def load_state(self, state: dict[str, int]) -> None:
+        super().load_state(state)
+        self.num_skipped = state["num_skipped"]
 
     def _old_log_probs(self, batch: Batch, sequences: Sequences) -> Tensor:
         """The log-probs before this update: given, or computed now, while the weights are still those that generated.
@@ -93,7 +71,7 @@ class PolicyWorker(ModelWorker, Policy):
         """
         if "log_probs" in batch:
             return batch.ragged("log_probs").values
-        outputs = self.engine.forward(sequences, temperature=self._temperature)
+        outputs = self.engine.forward(sequences, temperature=self.temperature)
         if outputs is None or outputs.log_probs is None:
             return torch.zeros(sequences.num_scored_tokens)
         return outputs.log_probs.cpu()
@@ -107,6 +85,6 @@ class PolicyWorker(ModelWorker, Policy):
         return bool(stale)
 
     @property
-    def _temperature(self) -> float:
+    def temperature(self) -> float:
         sampling = self.config.generation.sampling
         return 1.0 if sampling.greedy else sampling.temperature

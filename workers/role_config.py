@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from workers.config import ModelConfig, TrainConfig
-from workers.generation.config import GenerationConfig
+from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.losses.config import PolicyLossConfig, ValueLossConfig
 
 
@@ -43,6 +43,25 @@ class ActorConfig:
     -1: 1e-4 in fp32, 0.05 where either side computes in bf16."""
     seed: int = 0
     """Of sampling: a response is a function of (seed, prompt's uid, number of the sample, weights)."""
+
+
+@dataclass(kw_only=True)
+class PolicyConfig:
+    """A language model that is trained without generating (supervised fine-tuning, DPO)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    num_epochs: int = 1
+    """Passes of an update over the batch; passes over the data are up to loop.num_steps."""
+
+
+@dataclass(kw_only=True)
+class PreferenceConfig:
+    """A reward or cost model in training, started from a language model with a new head or from an earlier reward model."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(new_head=True))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
 
 
 @dataclass(kw_only=True)
@@ -88,3 +107,40 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if self.num_tasks < 1:
             raise ValueError(f"reward.num_tasks (or cost.num_tasks) is {self.num_tasks}; use at least 1")
+
+
+class Verdict(StrEnum):
+    probability = "probability"
+    """The probability that the judge would say yes, from one forward pass: a reward between 0 and 1."""
+    written = "written"
+    """The judge writes, and the verdict is read out of its text: 0 or 1, or the number that it gives."""
+
+
+@dataclass(kw_only=True)
+class JudgeConfig:
+    """A language model that judges answers: judge.model.path=Qwen/Qwen2.5-7B-Instruct"""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: str = "???"
+    """Hub name or directory of the *policy's* tokenizer, which turns its tokens into the text that is judged."""
+    verdict: Verdict = Verdict.probability
+    template: str = "Question:\n{prompt}\n\nAnswer:\n{response}\n\nIs the answer correct? Reply with yes or no."
+    """The judge's prompt; {prompt}, {response} and every column of the data may stand in it. It becomes the message of a user where
+    the judge's tokenizer has a chat template."""
+    yes: str = "yes"
+    """What the judge says of a good answer, as it would write it after the prompt."""
+    no: str = "no"
+    pattern: str = ""
+    """written: regular expression of the verdict (yes, no or a number; the last match counts); empty looks for yes and no."""
+    unreadable_reward: float | None = None
+    """written: reward of a row whose verdict can't be read, counted in reward/unreadable; null stops the run with the text."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """probability: engine, layout and micro-batch size of the forward pass."""
+    generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(sampling=SamplingConfig(greedy=True)))
+    """written: the engine that the judge writes with."""
+
+    def __post_init__(self) -> None:
+        if "{response}" not in self.template:
+            raise ValueError(f"judge.template is {self.template!r}; it must have {{response}}, or the judge would not see the answer")
+        if not self.yes or not self.no or self.yes.lower() == self.no.lower():
+            raise ValueError(f"judge.yes is {self.yes!r} and judge.no {self.no!r}; they must be two different words")

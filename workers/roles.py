@@ -15,6 +15,7 @@ from hybridflow.results import Metrics
 from hybridflow.worker import Worker, remote
 from workers import columns as columns  # declares every column named below
 from workers.generation.config import SamplingConfig
+from workers.losses.config import DPOConfig
 
 TO_ALL_GENERATORS = replace(ONE_TO_ALL, name="TO_ALL_GENERATORS", layout="generation")
 
@@ -42,13 +43,54 @@ class TrainedRole(Worker):
         raise NotImplementedError
 
 
-class Policy(TrainedRole):
-    """The half of the actor that trains."""
+class Learner(TrainedRole):
+    """A language model that learns from rows that are there."""
 
     @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("log_probs",), balance="num_tokens")
     @abstractmethod
     def compute_log_prob(self, batch: Batch) -> Batch:
         """Log-probs of the responses under the training engine, at the sampling temperature."""
+
+    @remote(
+        THREE_D,
+        reads=("prompt_ids", "response_ids"),
+        optional=("loss_mask", "mini_batch"),
+        kind=CallKind.training,
+        balance="num_tokens",
+        within="mini_batch",
+    )
+    @abstractmethod
+    def update_supervised(self, batch: Batch) -> Metrics:
+        """Cross-entropy of the responses (of the tokens in loss_mask): one optimizer step for every mini-batch and epoch."""
+
+    @remote(
+        THREE_D,
+        reads=("prompt_ids", "response_ids", "ref_log_probs", "pair", "chosen"),
+        optional=("mini_batch",),
+        kind=CallKind.training,
+        balance="num_tokens",
+        within="mini_batch",
+        together="pair",
+    )
+    @abstractmethod
+    def update_dpo(self, batch: Batch, loss: DPOConfig) -> Metrics:
+        """DPO on pairs of rows: one optimizer step for every mini-batch and epoch."""
+
+    @remote(
+        THREE_D,
+        reads=("prompt_ids", "response_ids", "teacher_log_probs"),
+        optional=("mini_batch",),
+        kind=CallKind.training,
+        balance="num_tokens",
+        within="mini_batch",
+    )
+    @abstractmethod
+    def update_distilled(self, batch: Batch) -> Metrics:
+        """Reverse KL to the teacher on the responses: one optimizer step for every mini-batch and epoch."""
+
+
+class Policy(Learner):
+    """The half of the actor that trains."""
 
     @remote(
         THREE_D,
@@ -155,6 +197,41 @@ class Reference(Worker):
     @abstractmethod
     def compute_ref_log_prob(self, batch: Batch) -> Batch:
         """Log-probs of the responses under the reference, at the sampling temperature."""
+
+
+class PreferenceModel(TrainedRole):
+    """A reward or cost model in training."""
+
+    @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("scores",), balance="num_tokens")
+    @abstractmethod
+    def compute_scores(self, batch: Batch) -> Batch:
+        """One score for every response."""
+
+    @remote(
+        THREE_D,
+        reads=("prompt_ids", "response_ids", "pair", "chosen"),
+        optional=("mini_batch",),
+        kind=CallKind.training,
+        balance="num_tokens",
+        within="mini_batch",
+        together="pair",
+    )
+    @abstractmethod
+    def update_preferences(self, batch: Batch) -> Metrics:
+        """Bradley-Terry: the chosen row's score above the rejected one's; one optimizer step for every mini-batch."""
+
+    @remote(
+        THREE_D,
+        reads=("prompt_ids", "response_ids", "pair", "chosen", "harm_sign"),
+        optional=("mini_batch",),
+        kind=CallKind.training,
+        balance="num_tokens",
+        within="mini_batch",
+        together="pair",
+    )
+    @abstractmethod
+    def update_costs(self, batch: Batch) -> Metrics:
+        """The same on costs (the chosen row is the more harmful one), and their sign tells unsafe from safe."""
 
 
 class Reward(Worker):

@@ -27,11 +27,11 @@ from workers.role_config import ActorConfig
 class Sampler:
     """sampler = Sampler(config, context, layout); ...weights in...; batch = sampler.generate(prompts, None)"""
 
-    def __init__(self, config: ActorConfig, context: RankContext, layout: Layout) -> None:
-        """Builds the generation engine without weights; collective over the pool."""
+    def __init__(self, config: ActorConfig, context: RankContext, layout: Layout, *, load_weights: bool = False) -> None:
+        """Builds the generation engine, without weights where a trainer will bring them; collective over the pool."""
         self.config, self.context = config, context
         engine = generation_engine_class(config.generation.engine)
-        self.engine = engine(model=config.model, config=config.generation, context=context, load_weights=False, layout=layout)
+        self.engine = engine(model=config.model, config=config.generation, context=context, load_weights=load_weights, layout=layout)
 
     def generate(self, prompts: Batch, sampling: SamplingConfig | None, *, do_sample: bool = True) -> Batch:
         """One response for every row, with the version of the weights that drew it."""

@@ -19,7 +19,8 @@ from hybridflow.layout import Layout
 from hybridflow.pool import ResourcePool
 from hybridflow.results import Metrics
 from workers.actor import sync_metrics
-from workers.generation.config import SamplingConfig
+from workers.generation.config import GenerationConfig, SamplingConfig
+from workers.losses.config import DPOConfig
 from workers.model_worker import training_layout
 from workers.policy import PolicyWorker
 from workers.role_config import ActorConfig
@@ -77,14 +78,7 @@ class GenerationWorker(SplitGenerator):
 
     @classmethod
     def layouts(cls, config: ActorConfig, world_size: int) -> dict[str, Layout]:
-        sizes = config.generation
-        parallel = sizes.pp * sizes.tp
-        if parallel < 1 or world_size % parallel:
-            raise ValueError(
-                f"actor.generation: pp={sizes.pp} x tp={sizes.tp} does not divide the {world_size} devices of generation's pool; "
-                f"choose sizes whose product is one of {[n for n in range(1, world_size + 1) if world_size % n == 0]}"
-            )
-        return {"generation": Layout.of(dp=world_size // parallel, pp=sizes.pp, tp=sizes.tp)}
+        return {"generation": generation_layout(config.generation, world_size, "actor")}
 
     def join(self, meeting: str, num_ranks: int, host: str, timeout_s: float) -> None:
         context = self.context
@@ -111,6 +105,17 @@ class GenerationWorker(SplitGenerator):
 
     def close(self) -> None:
         self.sampler.engine.close()
+
+
+def generation_layout(sizes: GenerationConfig, world_size: int, role: str) -> Layout:
+    """Consecutive ranks form a replica; `role` is named where the sizes do not fit."""
+    parallel = sizes.pp * sizes.tp
+    if parallel < 1 or world_size % parallel:
+        raise ValueError(
+            f"{role}.generation: pp={sizes.pp} x tp={sizes.tp} does not divide the {world_size} devices of generation's pool; "
+            f"choose sizes whose product is one of {[n for n in range(1, world_size + 1) if world_size % n == 0]}"
+        )
+    return Layout.of(dp=world_size // parallel, pp=sizes.pp, tp=sizes.tp)
 
 
 class SplitActor:
@@ -158,6 +163,18 @@ class SplitActor:
     def update_actor(self, batch: Batch) -> Metrics:
         self._changed = True
         return self._policy.update_actor(batch) | self._sync
+
+    def update_supervised(self, batch: Batch) -> Metrics:
+        self._changed = True
+        return self._policy.update_supervised(batch) | self._sync
+
+    def update_dpo(self, batch: Batch, loss: DPOConfig) -> Metrics:
+        self._changed = True
+        return self._policy.update_dpo(batch, loss) | self._sync
+
+    def update_distilled(self, batch: Batch) -> Metrics:
+        self._changed = True
+        return self._policy.update_distilled(batch) | self._sync
 
     def load_checkpoint(self, directory: str) -> Any:
         self._changed = True

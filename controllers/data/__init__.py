@@ -1,16 +1,38 @@
-"""Prompts: from parquet, jsonl or the hub to batches of token sequences.
+"""Rows of prompts, demonstrations or preference pairs: from parquet, jsonl or the hub to batches of token sequences.
 
     tokenizer = load_tokenizer(config.model)
     dataset = PromptDataset.load(config.data, config.data.train, tokenizer)
-    loader = PromptLoader(dataset, config.data)
-    batch = next(loader)                                   # PromptBatch: prompt_ids, uid, row, extras
+    loader = RowLoader(dataset, config.data)
+    batch = next(loader)                                   # Batch: prompt_ids, uid, extras
 
 Leaves out responses, rewards and anything distributed: this runs in the controller's process.
 """
 
 from controllers.data.config import DataConfig, Overlong
-from controllers.data.dataset import PromptBatch, PromptDataset
-from controllers.data.loader import PromptLoader
+from controllers.data.dataset import PromptDataset
+from controllers.data.demonstrations import DemonstrationDataset
+from controllers.data.loader import RowLoader
+from controllers.data.pairs import PairDataset, SafetyPairDataset
+from controllers.data.rows import RowDataset
 from controllers.data.tokenize import load_tokenizer
 
-__all__ = ["DataConfig", "Overlong", "PromptBatch", "PromptDataset", "PromptLoader", "load_tokenizer"]
+__all__ = [
+    "DATASETS",
+    "DataConfig",
+    "DemonstrationDataset",
+    "Overlong",
+    "PairDataset",
+    "PromptDataset",
+    "RowDataset",
+    "RowLoader",
+    "SafetyPairDataset",
+    "load_tokenizer",
+]
+
+DATASETS: dict[str, type[RowDataset]] = {
+    "prompts": PromptDataset,
+    "demonstrations": DemonstrationDataset,
+    "pairs": PairDataset,
+    "safety_pairs": SafetyPairDataset,
+}
+"""What an algorithm's steps may begin with, by name (controllers.Entry.rows)."""

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Overlong(StrEnum):
-    """What happens to a prompt of more than max_prompt_tokens. Cutting it is not offered: it would be another question."""
+    """What happens to a row over the limit (max_prompt_tokens, max_tokens). Cutting it is not offered: it would be another one."""
 
     drop = "drop"
     """Leave it out; how many were is logged."""
@@ -29,6 +29,16 @@ class DataConfig:
     """Text, or chat messages: a list of {role, content}."""
     answer_column: str | None = "answer"
     """Given to the reward function as `answer`; null if there is none."""
+    response_column: str = "response"
+    """Demonstrations: the text that answers the prompt."""
+    messages_column: str | None = None
+    """Demonstrations: the column of whole conversations, in place of prompt and response; every assistant turn is learned."""
+    chosen_column: str = "chosen"
+    """Preference pairs: the better response to the prompt, as text or as a list of one assistant message."""
+    rejected_column: str = "rejected"
+    chosen_safe_column: str = "chosen_safe"
+    """Pairs of a cost model: whether the chosen response is safe (true or false), and the rejected one."""
+    rejected_safe_column: str = "rejected_safe"
     columns: list[str] | None = None
     """Further columns for the reward function, under their own names; null for all the others that the data has."""
     batch_size: int = 128
@@ -38,6 +48,8 @@ class DataConfig:
     seed: int = 0
     """Of the order. The order depends on (seed, epoch) only."""
     max_prompt_tokens: int = 1024
+    max_tokens: int = 4096
+    """Demonstrations and preference pairs: most tokens of a prompt with its (longer) response."""
     overlong: Overlong = Overlong.drop
     text_as_user_message: bool = False
     """Make a text prompt the message of a user, for chat models; false continues the text as it stands."""
@@ -55,7 +67,7 @@ class DataConfig:
     """Longer texts are cut into pieces of at most this many tokens."""
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "max_prompt_tokens": 1, "pretraining_batch_size": 1, "pretraining_tokens": 4}
+        least = {"batch_size": 1, "max_prompt_tokens": 1, "max_tokens": 1, "pretraining_batch_size": 1, "pretraining_tokens": 4}
         for name, value in vars(self).items():
             if value is not None and name in least and value < least[name]:
                 raise ValueError(f"data.{name} is {value}; use at least {least[name]}")

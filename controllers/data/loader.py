@@ -1,7 +1,7 @@
-"""PromptLoader: batches of prompts, epoch after epoch, from an exactly known position.
+"""RowLoader: batches of a dataset's rows, epoch after epoch, from an exactly known position.
 
-The order of an epoch depends on (seed, epoch) only. Prompts form one endless stream, epoch 0, then epoch 1, ...; a batch is the
-next batch_size of it, so no prompt is lost or repeated at the end of an epoch. Leaves out prefetching: rows are already tokens.
+The order of an epoch depends on (seed, epoch) only. Rows form one endless stream, epoch 0, then epoch 1, ...; a batch is the
+next batch_size of it, so no row is lost or repeated at the end of an epoch. Leaves out prefetching: rows are already tokens.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 
 from controllers.data.config import DataConfig
-from controllers.data.dataset import PromptBatch, PromptDataset
+from controllers.data.rows import RowDataset
+from hybridflow.batch import Batch
 
 
-class PromptLoader:
-    """loader = PromptLoader(dataset, config); batch = next(loader); state = loader.state_dict()"""
+class RowLoader:
+    """loader = RowLoader(dataset, config); batch = next(loader); state = loader.state_dict()"""
 
-    def __init__(self, dataset: PromptDataset, config: DataConfig) -> None:
+    def __init__(self, dataset: RowDataset, config: DataConfig) -> None:
         self.dataset, self.config = dataset, config
         self.position = 0
-        """Prompts given out so far, over all epochs."""
+        """Rows given out so far, over all epochs."""
         self._order: tuple[int, np.ndarray] | None = None
 
     @property
@@ -28,18 +29,18 @@ class PromptLoader:
         """Passes over the dataset so far."""
         return self.position / len(self.dataset)
 
-    def __iter__(self) -> PromptLoader:
+    def __iter__(self) -> RowLoader:
         return self
 
-    def __next__(self) -> PromptBatch:
+    def __next__(self) -> Batch:
         return self.take(self.config.batch_size)
 
-    def take(self, num_prompts: int) -> PromptBatch:
-        """The next prompts of the stream, as many as asked for."""
+    def take(self, num_rows: int) -> Batch:
+        """The next rows of the stream, as many as asked for."""
         rows, uids, taken = [], [], 0
-        while taken < num_prompts:
+        while taken < num_rows:
             epoch, start = divmod(self.position + taken, len(self.dataset))
-            part = self.order(epoch)[start : start + num_prompts - taken]
+            part = self.order(epoch)[start : start + num_rows - taken]
             rows.append(part)
             uids.append(part + epoch * len(self.dataset))
             taken += len(part)
@@ -72,12 +73,12 @@ class PromptLoader:
             raise ValueError(
                 f"resume: the checkpoint's data had {state['num_rows']} rows and fingerprint {state['fingerprint'][:12]}, this one "
                 f"has {len(self.dataset)} and {self.dataset.fingerprint[:12]}, so its position {state['position']} means nothing here; "
-                "give the same data.train, columns, data.max_prompt_tokens and tokenizer, or start anew in another output_dir"
+                "give the same data.train, columns, length limits and tokenizer, or start anew in another output_dir"
             )
         for name, value in (("shuffle", self.config.shuffle), ("seed", self.config.seed)):
             if state[name] != value:
                 raise ValueError(
-                    f"resume: data.{name} is {value}, the checkpoint was written with {state[name]}; prompts would be lost or repeated. "
+                    f"resume: data.{name} is {value}, the checkpoint was written with {state[name]}; rows would be lost or repeated. "
                     f"Set data.{name}={state[name]}"
                 )
         self.position = int(state["position"])

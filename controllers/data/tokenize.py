@@ -58,22 +58,20 @@ class PromptTokenizer:
     def prompt(self, row: SourceRow) -> str | list[dict[str, Any]]:
         """The checked prompt: text, or messages."""
         column = self.config.prompt_column
-        if column not in row.values:
-            raise ValueError(
-                f"{row.place}: no column {column!r}, it has {', '.join(map(repr, row.values))}; "
-                "set data.prompt_column to the column of the prompts"
-            )
-        prompt = row.values[column]
+        prompt = value_of(row, column, "data.prompt_column")
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise ValueError(f"{row.place}: {column!r} is empty; remove the row or give it a prompt")
             return [{"role": "user", "content": prompt}] if self.config.text_as_user_message else prompt
-        if not isinstance(prompt, list) or not prompt:
-            shown = "an empty list" if prompt == [] else f"{type(prompt).__name__} {str(prompt)[:60]!r}"
-            raise ValueError(f"{row.place}: {column!r} is {shown}; it must be text or a list of {{role, content}} messages")
-        return [_message(row, column, number, message, last=number == len(prompt) - 1) for number, message in enumerate(prompt)]
+        messages = check_messages(row, column, what="text or ")
+        if messages[-1]["role"] == "assistant":
+            raise ValueError(
+                f"{row.place}: message {len(messages) - 1} (from 0) of {column!r} is the last one and the assistant's, "
+                "so there is nothing to answer; remove it"
+            )
+        return messages
 
-    def render(self, row: SourceRow, messages: Any) -> str:
+    def render(self, row: SourceRow, messages: Any, *, generation_prompt: bool = True) -> str:
         """The text that the chat template makes of the messages."""
         if self.template is None and self.tokenizer.chat_template is None:
             raise ValueError(
@@ -85,7 +83,7 @@ class PromptTokenizer:
                 messages,
                 chat_template=self.template,
                 tokenize=False,
-                add_generation_prompt=True,
+                add_generation_prompt=generation_prompt,
                 **self.config.chat_template_options,
             )
         except jinja2.TemplateError as error:
@@ -120,7 +118,23 @@ def extras(row: SourceRow, config: DataConfig) -> dict[str, Any]:
     return kept
 
 
-def _message(row: SourceRow, column: str, number: int, message: Any, last: bool) -> dict[str, Any]:
+def value_of(row: SourceRow, column: str, setting: str) -> Any:
+    """The row's value, which must be there; `setting` names the column."""
+    if column not in row.values:
+        raise ValueError(f"{row.place}: no column {column!r}, it has {', '.join(map(repr, row.values))}; set {setting} to the right column")
+    return row.values[column]
+
+
+def check_messages(row: SourceRow, column: str, what: str = "") -> list[dict[str, Any]]:
+    """The checked messages of a column that holds a conversation."""
+    messages = value_of(row, column, "data.messages_column")
+    if not isinstance(messages, list) or not messages:
+        shown = "an empty list" if messages == [] else f"{type(messages).__name__} {str(messages)[:60]!r}"
+        raise ValueError(f"{row.place}: {column!r} is {shown}; it must be {what}a list of {{role, content}} messages")
+    return [_message(row, column, number, message) for number, message in enumerate(messages)]
+
+
+def _message(row: SourceRow, column: str, number: int, message: Any) -> dict[str, Any]:
     """The message without the nulls that parquet puts where other messages have a field."""
     place = f"{row.place}: message {number} (from 0) of {column!r}"
     if not isinstance(message, dict):
@@ -128,8 +142,6 @@ def _message(row: SourceRow, column: str, number: int, message: Any, last: bool)
     for name in ("role", "content"):
         if not isinstance(message.get(name), str):
             raise ValueError(f"{place} has {name}={message.get(name)!r}; it must be text")
-    if last and message["role"] == "assistant":
-        raise ValueError(f"{place} is the last one and the assistant's, so there is nothing to answer; remove it")
     return {name: value for name, value in message.items() if value is not None}
 
 

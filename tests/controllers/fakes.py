@@ -17,6 +17,7 @@ from hybridflow.columns import Ragged
 from hybridflow.results import Metrics
 from hybridflow.worker import Worker, remote_methods
 from workers.generation.config import SamplingConfig
+from workers.losses.config import DPOConfig
 from workers.roles import Actor, Cost, Critic, Reference, Reward
 
 
@@ -96,6 +97,18 @@ class FakeActor(Fake):
         self.note(Actor, "update_actor", batch)
         return Metrics({"actor/loss": 1.0})
 
+    def update_supervised(self, batch: Batch) -> Metrics:
+        self.note(Actor, "update_supervised", batch)
+        return Metrics({"actor/loss": 1.0})
+
+    def update_dpo(self, batch: Batch, loss: DPOConfig) -> Metrics:
+        self.note(Actor, "update_dpo", batch)
+        return Metrics({"actor/loss": 1.0})
+
+    def update_distilled(self, batch: Batch) -> Metrics:
+        self.note(Actor, "update_distilled", batch)
+        return Metrics({"actor/loss": 1.0})
+
 
 class FakeCritic(Fake):
     def compute_values(self, batch: Batch) -> Batch:
@@ -146,6 +159,8 @@ FAKES: dict[str, Callable[[str, Log, Script], Any]] = {
     "reference": FakeReference,
     "reward": FakeReward,
     "cost": FakeCost,
+    "judge": FakeReward,
+    "teacher": FakeReference,
 }
 CLASSES: dict[str, type[Worker]] = {
     "actor": Actor,
@@ -154,6 +169,8 @@ CLASSES: dict[str, type[Worker]] = {
     "reference": Reference,
     "reward": Reward,
     "cost": Cost,
+    "judge": Reward,
+    "teacher": Reference,
 }
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from controllers.data import DataConfig, PromptDataset, PromptLoader
+from controllers.data import DataConfig, PromptDataset, RowLoader
 from controllers.loop import Loop, LoopConfig, Outcome, phase_seconds
 from controllers.stepping import AlgorithmConfig
+from controllers.validation import REWARD, ResponseReward
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.metrics import MetricsConfig, Tracker, read_jsonl
@@ -103,19 +104,17 @@ class Run:
     def __init__(self, directory: Path, *, validation: bool = True, fail_at: int = 0, start_step: int = 0, **settings: Any) -> None:
         self.actor = FakeActor()
         self.algorithm = FakeAlgorithm(self.actor, fail_at=fail_at)
-        self.store = CheckpointStore(directory / "checkpoints", keep_last=100, metric="reward")
-        self.loader = PromptLoader(dataset(), DataConfig(train="by hand", batch_size=BATCH, seed=3))
+        self.store = CheckpointStore(directory / "checkpoints", keep_last=100, metric=REWARD)
+        self.loader = RowLoader(dataset(), DataConfig(train="by hand", batch_size=BATCH, seed=3))
         config = LoopConfig(**settings)
+        sampling = config.validation_sampling
         CALLS.records.clear()
         with Tracker(MetricsConfig(console=False), directory, total_steps=config.num_steps, start_step=start_step) as tracker:
             loop = Loop(
                 self.algorithm,
-                actor=self.actor,  # type: ignore[arg-type]
-                reward=FakeReward(self.actor),  # type: ignore[arg-type]
                 trained={"actor": self.actor},  # type: ignore[dict-item]
-                prompts=self.loader,
-                validation=dataset() if validation else None,
-                max_response_tokens=77,
+                data=self.loader,
+                validate=ResponseReward(self.actor, FakeReward(self.actor), dataset(), sampling, 77) if validation else None,  # type: ignore[arg-type]
                 tracker=tracker,
                 store=self.store,
                 config=config,

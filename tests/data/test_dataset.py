@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
 
-from controllers.data import DataConfig, Overlong, PromptDataset, PromptLoader, load_tokenizer
+from controllers.data import DataConfig, Overlong, PromptDataset, RowLoader, load_tokenizer
 from controllers.data.sources import read_hub
 from controllers.streams import TextStream
 from workers.config import ModelConfig
@@ -43,11 +43,11 @@ def test_jsonl_text_and_chat(tmp_path: Path, tokenizer: PreTrainedTokenizerFast)
     batch = load(jsonl(tmp_path / "a.jsonl", ROWS), tokenizer).all()
     chat = tokenizer.apply_chat_template(ROWS[2]["prompt"], add_generation_prompt=True, return_dict=False)
     expected = [tokenizer("2+2=").input_ids, tokenizer("Größe?").input_ids, chat]
-    assert [ids.tolist() for ids in batch.prompt_ids] == expected
+    assert [ids.tolist() for ids in batch.ragged("prompt_ids").unbind()] == expected
     assert tokenizer.decode(expected[0]).startswith("<|system|>") and tokenizer.decode(chat) == "<|user|>Sort 31<|end|><|assistant|>"
-    assert all(ids.dtype == np.int64 for ids in batch.prompt_ids)
-    assert batch.uid.tolist() == batch.row.tolist() == [0, 1, 2]
-    assert batch.extras == {name: [row[name] for row in ROWS] for name in ("answer", "level", "tests")}
+    assert batch.ragged("prompt_ids").values.dtype == torch.int64
+    assert batch.tensor("uid").tolist() == [0, 1, 2]
+    assert batch.objects("extras") == [{name: row[name] for name in ("answer", "level", "tests")} for row in ROWS]
 
 
 def test_parquet_equals_jsonl(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -55,11 +55,12 @@ def test_parquet_equals_jsonl(tmp_path: Path, tokenizer: PreTrainedTokenizerFast
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet", row_group_size=2)
     parquet, lines = load(tmp_path / "b.parquet", tokenizer), load(jsonl(tmp_path / "b.jsonl", rows), tokenizer)
     assert parquet.fingerprint == lines.fingerprint
-    assert parquet.all().extras == lines.all().extras == {name: [row[name] for row in rows] for name in ("answer", "n", "f")}
+    expected = [{name: row[name] for name in ("answer", "n", "f")} for row in rows]
+    assert parquet.all().objects("extras") == lines.all().objects("extras") == expected
     both = load([str(tmp_path / "b.jsonl"), str(tmp_path / "*.parquet")], tokenizer)
     directory = load(tmp_path, tokenizer)
     assert len(both) == len(directory) == 10 and both.fingerprint == directory.fingerprint != parquet.fingerprint
-    assert both.rows([9, 0]).extras["n"] == [4, 0]
+    assert [row["n"] for row in both.rows([9, 0]).objects("extras")] == [4, 0]
 
 
 def test_renamed_and_chosen_columns(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -67,24 +68,24 @@ def test_renamed_and_chosen_columns(tmp_path: Path, tokenizer: PreTrainedTokeniz
     with pytest.raises(ValueError, match=r"'response'.*data\.columns"):
         load(path, tokenizer, prompt_column="question", answer_column="gold")
     data = load(path, tokenizer, prompt_column="question", answer_column="gold", columns=["level"])
-    assert data.all().extras == {"answer": [7], "level": [1]}
-    assert load(path, tokenizer, prompt_column="question", answer_column=None, columns=[]).all().extras == {}
+    assert data.all().objects("extras") == [{"answer": 7, "level": 1}]
+    assert load(path, tokenizer, prompt_column="question", answer_column=None, columns=[]).all().objects("extras") == [{}]
 
 
 def test_text_as_user_message_and_own_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"prompt": "Hi", "answer": ""}])
     (tmp_path / "chat.jinja").write_text("{{ messages[0]['content'] }}{{ suffix }}")
     data = load(path, tokenizer, text_as_user_message=True)
-    assert tokenizer.decode(data.all().prompt_ids[0]) == "<|user|>Hi<|end|><|assistant|>"
+    assert tokenizer.decode(data.all().ragged("prompt_ids")[0]) == "<|user|>Hi<|end|><|assistant|>"
     options = {"text_as_user_message": True, "chat_template": str(tmp_path / "chat.jinja"), "chat_template_options": {"suffix": "!"}}
-    assert tokenizer.decode(load(path, tokenizer, **options).all().prompt_ids[0]) == "Hi!"
+    assert tokenizer.decode(load(path, tokenizer, **options).all().ragged("prompt_ids")[0]) == "Hi!"
 
 
 def test_long_prompts_are_dropped_and_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"prompt": "1" * n, "answer": n} for n in (1, 9, 10, 2)])
     with caplog.at_level(logging.WARNING):
         data = load(path, tokenizer, max_prompt_tokens=10)
-    assert data.all().extras["answer"] == [1, 9, 2] and data.all().row.tolist() == [0, 1, 2]
+    assert [row["answer"] for row in data.all().objects("extras")] == [1, 9, 2] and data.all().tensor("uid").tolist() == [0, 1, 2]
     assert "dropped 1 of 4" in caplog.text and "the longest has 11" in caplog.text
     with pytest.raises(ValueError, match=r"line 3.*11 tokens.*max_prompt_tokens=10"):
         load(path, tokenizer, max_prompt_tokens=10, overlong=Overlong.error)
@@ -185,12 +186,14 @@ def test_text_of_the_pretraining_distribution_is_cut_into_equal_pieces(
     path = jsonl(tmp_path / "text.jsonl", [{"text": "ihgfedcba"}, {"text": "123"}])
     config = DataConfig(train="x", pretraining=str(path), pretraining_tokens=4, pretraining_batch_size=4, shuffle=False)
     dataset = PromptDataset.load_text(config, str(path), tokenizer)
-    pieces = [tokenizer.decode(piece) for piece in dataset.all().prompt_ids]
-    assert "".join(pieces) == "<|system|>ihgfedcba<|system|>123" and [len(piece) for piece in dataset.all().prompt_ids] == [3, 3, 4, 4]
-    batch = TextStream(PromptLoader(dataset, replace(config, batch_size=4))).take()
+    pieces = [tokenizer.decode(piece) for piece in dataset.all().ragged("prompt_ids").unbind()]
+    assert "".join(pieces) == "<|system|>ihgfedcba<|system|>123" and [
+        len(piece) for piece in dataset.all().ragged("prompt_ids").unbind()
+    ] == [3, 3, 4, 4]
+    batch = TextStream(RowLoader(dataset, replace(config, batch_size=4))).take()
     assert batch.ragged("prompt_ids").lengths.tolist() == [1] * 4 and batch.ragged("response_ids").lengths.tolist() == [2, 2, 3, 3]
     whole = [first.tolist() + rest.tolist() for first, rest in zip(*(batch.ragged(n).unbind() for n in COLUMNS), strict=True)]
-    assert whole == [piece.tolist() for piece in dataset.all().prompt_ids]
+    assert whole == [piece.tolist() for piece in dataset.all().ragged("prompt_ids").unbind()]
 
 
 COLUMNS = ("prompt_ids", "response_ids")

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from controllers.data import DataConfig, PromptDataset, PromptLoader
+from controllers.data import DataConfig, PromptDataset, RowLoader
+from hybridflow.batch import Batch
 
 
 def made_of(num_rows: int, name: str = "fingerprint") -> PromptDataset:
@@ -23,8 +24,12 @@ def made_of(num_rows: int, name: str = "fingerprint") -> PromptDataset:
     )
 
 
-def loader(num_rows: int, batch_size: int, **settings: object) -> PromptLoader:
-    return PromptLoader(made_of(num_rows), DataConfig(batch_size=batch_size, **settings))  # type: ignore[arg-type]
+def loader(num_rows: int, batch_size: int, **settings: object) -> RowLoader:
+    return RowLoader(made_of(num_rows), DataConfig(batch_size=batch_size, **settings))  # type: ignore[arg-type]
+
+
+def uids(batch: Batch) -> np.ndarray:
+    return batch.tensor("uid").numpy()
 
 
 @settings(max_examples=60, deadline=None)
@@ -33,14 +38,13 @@ def test_every_epoch_has_every_row_once(num_rows: int, batch_size: int, seed: in
     prompts = loader(num_rows, batch_size, seed=seed, shuffle=shuffle)
     batches = [next(prompts) for _ in range(-(-4 * num_rows // batch_size))]
     assert all(len(batch) == batch_size for batch in batches)
-    uid = np.concatenate([batch.uid for batch in batches])
+    uid = np.concatenate([uids(batch) for batch in batches])
     for epoch in range(4):
         assert sorted(uid[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(epoch * num_rows, (epoch + 1) * num_rows))
     for batch in batches:
-        assert (batch.uid % num_rows == batch.row).all()
-        assert [ids.tolist() for ids in batch.prompt_ids] == [[row] for row in batch.row]
-        assert batch.extras["answer"] == batch.row.tolist()
-        assert batch.uid.dtype == batch.row.dtype == np.int64
+        rows = (uids(batch) % num_rows).tolist()
+        assert [ids.tolist() for ids in batch.ragged("prompt_ids").unbind()] == [[row] for row in rows]
+        assert [extras["answer"] for extras in batch.objects("extras")] == rows
 
 
 @settings(max_examples=60, deadline=None)
@@ -48,14 +52,14 @@ def test_every_epoch_has_every_row_once(num_rows: int, batch_size: int, seed: in
 def test_resumed_stream_goes_on(num_rows: int, before: int, sizes: tuple[int, int]) -> None:
     """Through JSON, into a new loader, even with another batch size: the same stream of uids."""
     first = loader(num_rows, sizes[0], seed=3)
-    given_out = [next(first).uid for _ in range(before)]
+    given_out = [uids(next(first)) for _ in range(before)]
     state = json.loads(json.dumps(first.state_dict()))
     resumed = loader(num_rows, sizes[1], seed=3)
     resumed.load_state_dict(state)
     assert resumed.epoch == before * sizes[0] / num_rows
-    stream = np.concatenate([*given_out, next(resumed).uid, next(resumed).uid])
+    stream = np.concatenate([*given_out, uids(next(resumed)), uids(next(resumed))])
     whole = loader(num_rows, len(stream), seed=3)
-    assert stream.tolist() == next(whole).uid.tolist()
+    assert stream.tolist() == uids(next(whole)).tolist()
 
 
 def test_order_is_shuffled_by_seed_and_epoch() -> None:
@@ -75,7 +79,7 @@ def test_positions_spread_evenly() -> None:
 def test_other_data_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     state = loader(9, 4, seed=1).state_dict()
     with pytest.raises(ValueError, match=r"had 9 rows and fingerprint fingerprint.*this one has 9 and other"):
-        PromptLoader(made_of(9, "other"), DataConfig(batch_size=4, seed=1)).load_state_dict(state)
+        RowLoader(made_of(9, "other"), DataConfig(batch_size=4, seed=1)).load_state_dict(state)
     with pytest.raises(ValueError, match=r"data\.seed is 2.*Set data\.seed=1"):
         loader(9, 4, seed=2).load_state_dict(state)
     with pytest.raises(ValueError, match=r"data\.shuffle is False.*Set data\.shuffle=True"):

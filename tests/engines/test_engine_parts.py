@@ -117,8 +117,9 @@ def test_a_new_head_is_the_same_every_time_and_a_saved_critic_keeps_its_own(tmp_
     torch.manual_seed(1)
     first = ModelSource(ModelConfig(path=path), Head.value, RankContext()).model
     torch.manual_seed(2)
-    with pytest.warns(UserWarning, match="has no score head"):
-        second = ModelSource(ModelConfig(path=path), Head.score, RankContext()).model
+    with pytest.raises(ValueError, match=r"without a score head.*python -m recipes\.reward_model"):
+        ModelSource(ModelConfig(path=path), Head.score, RankContext())
+    second = ModelSource(ModelConfig(path=path, new_head=True), Head.score, RankContext()).model
     assert torch.equal(first.get_submodule("score").weight, second.get_submodule("score").weight)
     with torch.no_grad():
         first.get_submodule("score").weight.fill_(0.5)

@@ -95,8 +95,10 @@ def test_data_is_what_the_pipeline_reads(prepared: Prepared) -> None:
     train, test = make_examples(SMALL.task, seed=5)
     for path, examples in ((config.train, train), (config.validation, test)):
         batch = PromptDataset.load(config, path, tokenizer).all()
-        assert [ids.tolist() for ids in batch.prompt_ids] == [prompt_ids(tokenizer, example.question) for example in examples]
-        assert batch.extras == {"answer": [example.answer for example in examples]}
+        assert [ids.tolist() for ids in batch.ragged("prompt_ids").unbind()] == [
+            prompt_ids(tokenizer, example.question) for example in examples
+        ]
+        assert batch.objects("extras") == [{"answer": example.answer} for example in examples]
 
 
 def test_accuracy_equals_transformers_generate(prepared: Prepared) -> None:

@@ -41,7 +41,15 @@ def composed() -> Iterator[Callable[..., DictConfig]]:
 @pytest.fixture(scope="session")
 def settings(composed: Callable[..., DictConfig], required: list[str]) -> Callable[..., RunConfig]:
     """settings("ppo", "seed=1"): the settings of a run, with what every run needs."""
-    return lambda recipe, *arguments: to_settings(composed(recipe, [*required, *arguments]))
+    model = next(argument for argument in required if argument.startswith("model.path"))
+    of_role = {role: f"{role}.{model}" for role in ("judge", "teacher")}
+    further = {
+        "evaluate": ["data.validation=held-out.jsonl"],
+        "distillation": [of_role["teacher"]],
+        "online_dpo": [of_role["judge"]],
+        "generative_reward": [of_role["judge"]],
+    }
+    return lambda recipe, *arguments: to_settings(composed(recipe, [*required, *further.get(recipe, ()), *arguments]))
 
 
 @pytest.fixture

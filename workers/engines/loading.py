@@ -8,7 +8,6 @@ Quantized checkpoints and adapters are left out.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -201,8 +200,11 @@ def _check_keys(config: ModelConfig, head: Head, model: PreTrainedModel, info: d
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if head is not Head.lm and missing and all(key.startswith("score.") for key in missing):
         # A causal LM becomes a critic or a reward model: its output embedding is not needed, and the head is new.
-        if head is Head.score:
-            warnings.warn(f"{config.path} has no score head: the scores of a new one mean nothing before training", stacklevel=2)
+        if head is Head.score and not config.new_head:
+            raise ValueError(
+                f"model.path is {config.path!r}: a language model without a score head, whose scores would mean nothing; "
+                "train one from it with python -m recipes.reward_model and give that directory"
+            )
         missing = []
         unexpected = [key for key in unexpected if key.startswith(f"{model.base_model_prefix}.")]
         _initialize_score(score_head(model))

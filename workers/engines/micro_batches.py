@@ -1,7 +1,8 @@
 """Micro-batches: rows cut, by length, into padded blocks under a token budget, and results put back in the caller's order.
 
-The blocks change speed and memory, never results. Right padding and causal attention: no mask, default positions. Packing rows
-into one sequence (variable-length attention kernels) is left out: it needs kernels that a CPU does not have.
+The blocks change speed and memory, never results. Rows with the same per-row column `pair` are in one block, as losses on pairs
+need it. Right padding and causal attention: no mask, default positions. Packing rows into one sequence (variable-length attention
+kernels) is left out: it needs kernels that a CPU does not have, and would save the padding only (docs/pipeline.md has the figure).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 from workers.engines.base import Head, Outputs
 from workers.sequences import Sequences, ragged_positions
 
+PAIR = "pair"
+"""Per-row column of labels: rows that share one are never cut apart."""
 BLOCKS_PER_BUDGET = 128
 """One more block is worth its fixed cost if it saves budget / 128 tokens of padding."""
 
@@ -40,10 +43,11 @@ class MicroBatch:
 
 
 def make_micro_batches(sequences: Sequences, head: Head, budget_tokens: int, device: torch.device) -> list[MicroBatch]:
-    """All rows in blocks of at most `budget_tokens` tokens, padding included; one longer row is a block of its own."""
+    """All rows in blocks of at most `budget_tokens` tokens, padding included; one longer row (or pair) is a block of its own."""
     # Nothing is predicted from the last token of a row, so a language model or critic does not compute it.
     widths = (sequences.lengths - int(head is not Head.score)).clamp(min=1)
-    return [_micro_batch(sequences, torch.from_numpy(rows), widths, head, device) for rows in cut(widths.numpy(), budget_tokens)]
+    pair = sequences.per_row[PAIR].numpy() if PAIR in sequences.per_row else None
+    return [_micro_batch(sequences, torch.from_numpy(rows), widths, head, device) for rows in cut(widths.numpy(), budget_tokens, pair)]
 
 
 def empty_micro_batch(sequences: Sequences, head: Head, device: torch.device) -> MicroBatch:
@@ -52,32 +56,53 @@ def empty_micro_batch(sequences: Sequences, head: Head, device: torch.device) ->
     return _micro_batch(sequences, rows, sequences.lengths, head, device)
 
 
-def cut(widths: np.ndarray, budget_tokens: int) -> list[np.ndarray]:
+def cut(widths: np.ndarray, budget_tokens: int, together: np.ndarray | None = None) -> list[np.ndarray]:
     """Row indices of each block, longest rows first: least padded tokens + fixed cost of a block, each block under the budget.
 
-    Rows sorted by width, so that blocks are contiguous: f(i) = min_j f(j) + (i - j) * width(j) + cost, exact in O(rows * rows per block).
+    together: a label for each row; rows of one label stay in one block. Units (rows, or rows of one label) sorted by width, so that
+    blocks are contiguous: f(i) = min_j f(j) + rows(j..i) * width(j) + cost, exact in O(units * units per block).
     """
     if budget_tokens < 1:
         raise ValueError(f"micro_batch_tokens is {budget_tokens}; it must be at least 1")
+    if together is not None:
+        return _cut_labelled(widths, budget_tokens, together)
     order = np.argsort(-widths, kind="stable")
-    width = widths[order].astype(np.int64)
-    num_rows = len(width)
+    return [order[begin:end] for begin, end in _blocks(widths[order], np.ones(len(order), dtype=np.int64), budget_tokens)]
+
+
+def _cut_labelled(widths: np.ndarray, budget_tokens: int, together: np.ndarray) -> list[np.ndarray]:
+    _, unit, num_rows = np.unique(together, return_inverse=True, return_counts=True)
+    width = np.zeros(len(num_rows), dtype=np.int64)
+    np.maximum.at(width, unit, widths)
+    order = np.argsort(-width, kind="stable")
+    rows_by_unit = np.argsort(unit, kind="stable")
+    ends = np.cumsum(num_rows)
+    members = [rows_by_unit[ends[one] - num_rows[one] : ends[one]] for one in order]
+    return [np.concatenate(members[begin:end]) for begin, end in _blocks(width[order], num_rows[order], budget_tokens)]
+
+
+def _blocks(width: np.ndarray, num_rows: np.ndarray, budget_tokens: int) -> list[tuple[int, int]]:
+    """The units [begin, end) of each block, of units with descending width."""
+    width = width.astype(np.int64)
+    rows_before = np.concatenate([[0], np.cumsum(num_rows)])
+    num_units = len(width)
     fixed = max(1, budget_tokens // BLOCKS_PER_BUDGET)
-    best = np.zeros(num_rows + 1, dtype=np.int64)
-    begin_of = np.zeros(num_rows + 1, dtype=np.int64)
-    for end in range(1, num_rows + 1):
+    best = np.zeros(num_units + 1, dtype=np.int64)
+    begin_of = np.zeros(num_units + 1, dtype=np.int64)
+    for end in range(1, num_units + 1):
         # No block that ends here has more rows than the budget holds at the smallest width in it.
-        first = max(0, end - max(1, budget_tokens // int(width[end - 1])))
+        fewest = rows_before[end] - budget_tokens // width[end - 1]
+        first = min(int(np.searchsorted(rows_before, fewest)), end - 1)
         begins = np.arange(first, end)
-        tokens = (end - begins) * width[begins]
+        tokens = (rows_before[end] - rows_before[begins]) * width[begins]
         cost = best[begins] + tokens + fixed
         cost[(tokens > budget_tokens) & (begins < end - 1)] = np.iinfo(np.int64).max
         choice = int(np.argmin(cost))
         best[end], begin_of[end] = cost[choice], first + choice
     blocks = []
-    end = num_rows
+    end = num_units
     while end > 0:
-        blocks.append(order[begin_of[end] : end])
+        blocks.append((int(begin_of[end]), end))
         end = int(begin_of[end])
     return blocks[::-1]
 

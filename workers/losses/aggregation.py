@@ -48,7 +48,7 @@ class Counts:
 
 def count(lengths: Tensor, mask: Tensor | None = None) -> Counts:
     """Counts of rows with `lengths` (int64 [rows]) scored tokens, of which those with mask (bool [scored_tokens]) count."""
-    lengths = _counted_lengths(lengths, mask)
+    lengths = counted_lengths(lengths, mask)
     return Counts(num_tokens=int(lengths.sum()), num_rows=int((lengths > 0).sum()))
 
 
@@ -67,7 +67,7 @@ def weight_columns(
     """
     if aggregation is Aggregation.constant and constant < 1:
         raise ValueError(f"aggregation_constant is {constant}; aggregation 'constant' needs the longest response allowed, in tokens")
-    row_lengths = _counted_lengths(lengths, mask).double()
+    row_lengths = counted_lengths(lengths, mask).double()
     num_tokens, num_rows = max(counts.num_tokens, 1), max(counts.num_rows, 1)
     per_row = {
         Aggregation.token_mean: torch.full_like(row_lengths, 1 / num_tokens),
@@ -82,5 +82,6 @@ def weight_columns(
     return {"weights": weights, "mean_weights": mean_weights}
 
 
-def _counted_lengths(lengths: Tensor, mask: Tensor | None) -> Tensor:
+def counted_lengths(lengths: Tensor, mask: Tensor | None) -> Tensor:
+    """int64 [rows]: tokens of each row that count."""
     return lengths if mask is None else segment_sum(mask.long(), row_of_token(lengths), len(lengths))

@@ -1,0 +1,56 @@
+"""DemonstrationDataset: what a supervised model is to imitate, as prompt and response or as whole conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from controllers.data.config import DataConfig
+from controllers.data.conversation import ConversationTokenizer
+from controllers.data.rows import Encode, EncodedRow, RowDataset
+from controllers.data.sources import SourceRow
+from controllers.data.tokenize import value_of
+from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
+from workers.columns import LOSS_MASK, NUM_TOKENS, PROMPT_IDS, RESPONSE_IDS, UID
+
+
+class DemonstrationDataset(RowDataset):
+    """Batches have prompt_ids (all before the assistant's first turn), response_ids (the rest), loss_mask, num_tokens, uid."""
+
+    num_parts = 3
+    length_limit = "max_tokens"
+    noun = "demonstrations"
+    columns = (PROMPT_IDS.name, RESPONSE_IDS.name, LOSS_MASK.name, NUM_TOKENS.name, UID.name)
+
+    @classmethod
+    def encoder(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encode:
+        tokenize = ConversationTokenizer(tokenizer, config)
+
+        def encode_one(row: SourceRow) -> EncodedRow:
+            if config.messages_column is not None:
+                answered = tokenize.messages(row)
+            else:
+                response = value_of(row, config.response_column, "data.response_column (or data.messages_column for conversations)")
+                answered = tokenize.answer(row, config.response_column, response)
+            parts = (answered.prompt, answered.response, answered.mask)
+            return EncodedRow(parts=parts, num_tokens=len(answered.prompt) + len(answered.response), columns={})
+
+        def encode(rows: Sequence[SourceRow]) -> list[EncodedRow]:
+            return [encode_one(row) for row in rows]
+
+        return encode
+
+    def rows(self, index: Sequence[int] | np.ndarray, uid: np.ndarray | None = None) -> Batch:
+        row = self.checked(index)
+        prompts, responses = (Ragged.of([self.part(i, number) for i in row]) for number in (0, 1))
+        return Batch.of(
+            prompt_ids=prompts,
+            response_ids=responses,
+            loss_mask=Ragged(Ragged.of([self.part(i, 2) for i in row]).values.to(torch.bool), responses.lengths),
+            num_tokens=prompts.lengths + responses.lengths,
+            uid=row.copy() if uid is None else uid,
+        )

@@ -1,0 +1,99 @@
+"""PairDataset: two responses to one prompt, of which the first is preferred; SafetyPairDataset: each also judged safe or not.
+
+A pair is two rows of a batch, chosen and rejected one after the other, which the column `pair` keeps on one rank and in one
+micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from controllers.data.config import DataConfig
+from controllers.data.conversation import ConversationTokenizer
+from controllers.data.rows import Encode, EncodedRow, RowDataset
+from controllers.data.sources import SourceRow
+from controllers.data.tokenize import value_of
+from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
+from workers.columns import CHOSEN, HARM_SIGN, NUM_TOKENS, PAIR, PROMPT_IDS, RESPONSE_IDS, UID
+
+
+class PairDataset(RowDataset):
+    """Batches have two rows a pair: prompt_ids, response_ids, num_tokens, chosen, pair and uid (the pair's number, as uid of prompts)."""
+
+    num_parts = 3
+    length_limit = "max_tokens"
+    noun = "pairs"
+    columns: ClassVar[tuple[str, ...]] = (PROMPT_IDS.name, RESPONSE_IDS.name, NUM_TOKENS.name, CHOSEN.name, PAIR.name, UID.name)
+
+    @classmethod
+    def encoder(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encode:
+        tokenize = ConversationTokenizer(tokenizer, config)
+
+        def encode_one(row: SourceRow) -> EncodedRow:
+            chosen, rejected = (
+                tokenize.answer(row, column, value_of(row, column, f"data.{name}"))
+                for name, column in (("chosen_column", config.chosen_column), ("rejected_column", config.rejected_column))
+            )
+            if chosen.response == rejected.response:
+                raise ValueError(
+                    f"{row.place}: {config.chosen_column!r} and {config.rejected_column!r} are the same response, "
+                    "which prefers nothing; remove the row"
+                )
+            longest = len(chosen.prompt) + max(len(chosen.response), len(rejected.response))
+            parts = (chosen.prompt, chosen.response, rejected.response)
+            return EncodedRow(parts=parts, num_tokens=longest, columns=cls.labels(row, config))
+
+        def encode(rows: Sequence[SourceRow]) -> list[EncodedRow]:
+            return [encode_one(row) for row in rows]
+
+        return encode
+
+    @classmethod
+    def labels(cls, row: SourceRow, config: DataConfig) -> dict[str, Any]:
+        """Plain values that the pair's batches are made from."""
+        return {}
+
+    def rows(self, index: Sequence[int] | np.ndarray, uid: np.ndarray | None = None) -> Batch:
+        row = self.checked(index)
+        uid = np.repeat(row if uid is None else uid, 2)
+        prompts = Ragged.of([self.part(i, 0) for i in row for _ in range(2)])
+        responses = Ragged.of([self.part(i, number) for i in row for number in (1, 2)])
+        return Batch.of(
+            prompt_ids=prompts,
+            response_ids=responses,
+            num_tokens=prompts.lengths + responses.lengths,
+            chosen=torch.tensor([True, False] * len(row)),
+            pair=uid,
+            uid=uid.copy(),
+        )
+
+
+class SafetyPairDataset(PairDataset):
+    """Also harm_sign: +1 for an unsafe response, -1 for a safe one."""
+
+    columns = (*PairDataset.columns, HARM_SIGN.name)
+
+    @classmethod
+    def labels(cls, row: SourceRow, config: DataConfig) -> dict[str, Any]:
+        return {
+            name: _flag(row, column, f"data.{name}_column")
+            for name, column in (("chosen_safe", config.chosen_safe_column), ("rejected_safe", config.rejected_safe_column))
+        }
+
+    def rows(self, index: Sequence[int] | np.ndarray, uid: np.ndarray | None = None) -> Batch:
+        labels = [self.column_values(i) for i in self.checked(index)]
+        safe = [label[name] for label in labels for name in ("chosen_safe", "rejected_safe")]
+        return super().rows(index, uid) | Batch.of(harm_sign=torch.tensor([-1.0 if one else 1.0 for one in safe]))
+
+
+def _flag(row: SourceRow, column: str, setting: str) -> bool:
+    value = value_of(row, column, setting)
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise ValueError(f"{row.place}: {column!r} is {value!r}; it must be true (safe) or false")
+    return bool(value)

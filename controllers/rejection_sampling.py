@@ -1,0 +1,49 @@
+"""Rejection sampling (Touvron et al. 2023, Llama 2, section 3.2.3; RAFT, Dong et al. 2023): the best of n answers is imitated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from controllers.stepping import AlgorithmConfig, Stateless, assign_mini_batches, describe
+from hybridflow.batch import Batch
+from hybridflow.results import Metrics
+from hybridflow.tracing import on_controller
+from workers.roles import Actor, Reward
+
+
+@dataclass(kw_only=True)
+class RejectionSamplingConfig(AlgorithmConfig):
+    name: str = "rejection_sampling"
+    samples_per_prompt: int = 8
+    min_reward: float | None = None
+    """Prompts whose best answer is below it are left out of the step (a metric counts those that stay); null keeps all."""
+
+
+class RejectionSampling(Stateless):
+    """Llama 2 draws all prompts' answers first and fine-tunes then; here each step draws from the policy as it has become."""
+
+    def __init__(self, *, actor: Actor, reward: Reward, config: RejectionSamplingConfig) -> None:
+        self.actor, self.reward, self.config = actor, reward, config
+
+    def step(self, prompts: Batch) -> Metrics:
+        batch = prompts | self.actor.generate_sequences(prompts)
+        batch |= self.reward.compute_reward(batch)
+        best = best_of_each_prompt(batch, self.config)
+        best |= assign_mini_batches(best, self.config)
+        return describe(batch) | describe_best(best) | self.actor.update_supervised(best)
+
+
+@on_controller(reads=("uid", "rewards"), chooses_rows=True)
+def best_of_each_prompt(batch: Batch, config: RejectionSamplingConfig) -> Batch:
+    """The row with the highest reward of every prompt, the first of equals."""
+    uid, rewards = batch.tensor("uid").numpy(), batch.tensor("rewards").numpy()
+    order = np.lexsort((np.arange(len(uid)), -rewards, uid))
+    best = order[np.unique(uid[order], return_index=True)[1]]
+    return batch.rows(best if config.min_reward is None else best[rewards[best] >= config.min_reward])
+
+
+def describe_best(best: Batch) -> Metrics:
+    """Of the answers that are imitated."""
+    return Metrics(sources=[lambda: {"best/rows": float(len(best)), "best/reward": float(best.tensor("rewards").mean()) if best else 0.0}])

@@ -1,0 +1,109 @@
+"""The pipeline's data: demonstrations, preference pairs that a known rule made, and prompts. Everything a user would bring, in parquet.
+
+Demonstrations are the quickstart's: most of the long ones are sorted the wrong way round. Pairs compare two attempts at a question
+(right, reversed, shuffled, a digit lost or doubled), and the rule says which is better; the reward model is shown nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
+from recipes.quickstart.task import Example, TaskConfig, make_examples, write_parquet
+from recipes.rlhf.rule import rule
+
+NUM_PAIRS = 8192
+NUM_HELD_OUT_PAIRS = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """Where prepare() left things."""
+
+    model: Path
+    """A model with random weights, its tokenizer and chat template."""
+    demonstrations: Path
+    held_out_demonstrations: Path
+    pairs: Path
+    held_out_pairs: Path
+    prompts: Path
+    held_out_prompts: Path
+
+
+def prepare(directory: Path, seed: int = 0) -> Prepared:
+    """Takes a second."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = Prepared(
+        model=directory / "model",
+        **{name: directory / f"{name}.parquet" for name in Prepared.__annotations__ if name != "model"},
+    )
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, ModelShape(), seed).save_pretrained(paths.model)
+    tokenizer.save_pretrained(paths.model)
+    train, test = make_examples(TaskConfig(), seed)
+    for examples, demonstrations, prompts in (
+        (train, paths.demonstrations, paths.prompts),
+        (test, paths.held_out_demonstrations, paths.held_out_prompts),
+    ):
+        write(demonstrations, [{"prompt": chat(example), "response": example.demonstration} for example in examples])
+        write_parquet(examples, prompts)
+    drawn = random.Random(seed)
+    write(paths.pairs, make_pairs(train, NUM_PAIRS, drawn))
+    write(paths.held_out_pairs, make_pairs(test, NUM_HELD_OUT_PAIRS, drawn))
+    return paths
+
+
+def make_pairs(examples: Sequence[Example], number: int, drawn: random.Random) -> list[dict[str, Any]]:
+    """prompt, chosen, rejected: two attempts at one question that the rule does not find equally good."""
+    pairs: list[dict[str, Any]] = []
+    while len(pairs) < number:
+        example = drawn.choice(examples)
+        scores = {attempt: rule(example.answer, attempt) for attempt in (drawn.choice(ATTEMPTS)(example.answer, drawn) for _ in range(2))}
+        worse, better = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
+        if scores[worse] < scores[better]:
+            pairs.append({"prompt": chat(example), "chosen": better, "rejected": worse})
+    return pairs
+
+
+def _swapped(answer: str, drawn: random.Random) -> str:
+    place = drawn.randrange(len(answer) - 1)
+    return answer[:place] + answer[place + 1] + answer[place] + answer[place + 2 :]
+
+
+def _shuffled(answer: str, drawn: random.Random) -> str:
+    return "".join(drawn.sample(answer, len(answer)))
+
+
+def _lost(answer: str, drawn: random.Random) -> str:
+    place = drawn.randrange(len(answer))
+    return answer[:place] + answer[place + 1 :]
+
+
+def _doubled(answer: str, drawn: random.Random) -> str:
+    place = drawn.randrange(len(answer))
+    return answer[:place] + answer[place] + answer[place:]
+
+
+ATTEMPTS: list[Callable[[str, random.Random], str]] = [
+    lambda answer, drawn: answer,
+    lambda answer, drawn: answer[::-1],
+    _swapped,
+    _shuffled,
+    _lost,
+    _doubled,
+]
+
+
+def chat(example: Example) -> list[dict[str, str]]:
+    return [{"role": "user", "content": example.question}]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)

@@ -1,0 +1,108 @@
+"""Losses on pairs and on masked tokens do not depend on how the work is cut: one rank or two, large or small micro-batches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
+from hybridflow.context import RankContext
+from hybridflow.protocols import Split, cut_rows
+from tests.tiny import VOCAB, make_model
+from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
+from workers.learner import LearnerWorker
+from workers.losses.config import DPOConfig
+from workers.preference import PreferenceWorker
+from workers.role_config import PolicyConfig, PreferenceConfig
+
+NUM_PAIRS = 7
+SPLIT = Split(balance="num_tokens", within="mini_batch", together="pair")
+CASES = [(2, 64), (1, 10_000), (1, 1)]
+"""(ranks, micro-batch tokens); with a budget of one token every pair is a micro-batch of its own."""
+
+
+def rows() -> Batch:
+    """Pairs of uneven lengths in two mini-batches, with a mask and reference log-probs."""
+    drawn = np.random.default_rng(0)
+    prompts = [drawn.integers(3, VOCAB, drawn.integers(1, 9)) for _ in range(NUM_PAIRS) for _ in (0, 1)]
+    responses = [drawn.integers(3, VOCAB, drawn.integers(2, 12)) for _ in range(2 * NUM_PAIRS)]
+    lengths = torch.tensor([len(response) for response in responses])
+    total = int(lengths.sum())
+    return Batch.of(
+        prompt_ids=Ragged.of(prompts),
+        response_ids=Ragged.of(responses),
+        num_tokens=torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]),
+        ref_log_probs=Ragged(torch.from_numpy(drawn.normal(-4.8, 0.1, total)).float(), lengths),
+        loss_mask=Ragged(torch.from_numpy(drawn.random(total) < 0.6), lengths),
+        pair=torch.arange(NUM_PAIRS).repeat_interleave(2),
+        chosen=torch.tensor([True, False] * NUM_PAIRS),
+        harm_sign=torch.from_numpy(drawn.choice([-1.0, 1.0], 2 * NUM_PAIRS)).float(),
+        mini_batch=(torch.arange(NUM_PAIRS) % 2).repeat_interleave(2),
+    )
+
+
+def train(root: Path, rank: int, world_size: int, tokens: int) -> dict[str, Any]:
+    """Every update once, each by a model of its own: its metrics and its weights after it."""
+    batch = rows()
+    own = batch.rows(cut_rows(batch, world_size, SPLIT)[rank]) if world_size > 1 else batch
+    context = RankContext(rank=rank, world_size=world_size, local_rank=rank)
+    optimizer = OptimizerConfig(learning_rate=1e-3)
+    settings = TrainConfig(precision=Precision.fp32, micro_batch_tokens=tokens, optimizer=optimizer)
+    policy = PolicyConfig(model=ModelConfig(path=str(root / "model")), train=settings)
+    scorer = PreferenceConfig(model=ModelConfig(path=str(root / "model"), new_head=True), train=settings)
+    results: dict[str, Any] = {}
+    for name, update in {
+        "supervised": lambda: LearnerWorker(policy, context).update_supervised(own),
+        "dpo": lambda: LearnerWorker(policy, context).update_dpo(own, DPOConfig(beta=0.5)),
+        "preferences": lambda: PreferenceWorker(scorer, context).update_preferences(own),
+        "costs": lambda: PreferenceWorker(scorer, context).update_costs(own),
+    }.items():
+        results[name] = dict(update())
+    return results
+
+
+def run_worlds(rank: int, root: Path) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    for number, (world_size, tokens) in enumerate(CASES):
+        if rank < world_size:
+            dist.init_process_group("gloo", init_method=f"file://{root}/store{number}", rank=rank, world_size=world_size)
+            torch.save(train(root, rank, world_size, tokens), root / f"{number}.{rank}.pt")
+            dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    root = tmp_path_factory.mktemp("pairs")
+    make_model(root / "model", layers=1)
+    mp.spawn(run_worlds, args=(root,), nprocs=2, join=True)
+    return [torch.load(root / f"{number}.0.pt") for number in range(len(CASES))]
+
+
+@pytest.mark.parametrize("update", ["supervised", "dpo", "preferences", "costs"])
+def test_metrics_do_not_depend_on_the_cut(results: list[dict[str, Any]], update: str) -> None:
+    whole = results[1][update]
+    assert whole[next(name for name in whole if name.endswith("/loss"))] > 0
+    for other in (results[0][update], results[2][update]):
+        for name, value in whole.items():
+            assert other[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
+
+
+def test_pairs_stay_together_and_ranks_get_equal_work() -> None:
+    batch = rows()
+    parts = cut_rows(batch, 3, SPLIT)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(2 * NUM_PAIRS))
+    pair, tokens = batch.tensor("pair").numpy(), batch.tensor("num_tokens").numpy()
+    owners = [{rank for rank, part in enumerate(parts) if number in pair[part]} for number in range(NUM_PAIRS)]
+    assert all(len(owner) == 1 for owner in owners)
+    assert max(tokens[part].sum() for part in parts) < 2 * min(tokens[part].sum() for part in parts)
+    with pytest.raises(ValueError, match="rows with one pair must have one mini_batch"):
+        cut_rows(batch.drop("mini_batch") | Batch.of(mini_batch=torch.arange(2 * NUM_PAIRS)), 2, SPLIT)

@@ -1,0 +1,161 @@
+"""A language model as the reward: it reads question and answer in a prompt of its own and says whether the answer is good.
+
+JudgeWorker takes the probability that it would say yes, by one forward pass; VerdictWorker lets it write and reads the verdict out
+of the text. Both are Rewards: an algorithm that takes one takes the other, and a function too.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hybridflow.batch import Batch
+from hybridflow.context import RankContext
+from hybridflow.layout import Layout
+from workers.config import ModelConfig
+from workers.engines.base import Head
+from workers.generation import generation_engine_class
+from workers.model_worker import ModelWorker, training_layout
+from workers.role_config import JudgeConfig, Verdict
+from workers.roles import Reward
+from workers.sequences import Sequences
+from workers.split_actor import generation_layout
+
+
+class Questions:
+    """questions = Questions(config); questions(batch)   # the judge's prompt of every row, as tokens"""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self.config = config
+        self.policy_tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+        self.tokenizer = judge_tokenizer(config.model)
+
+    def __call__(self, batch: Batch) -> list[list[int]]:
+        prompts = self.policy_tokenizer.batch_decode(batch.ragged("prompt_ids").unbind(), skip_special_tokens=True)
+        responses = self.policy_tokenizer.batch_decode(batch.ragged("response_ids").unbind(), skip_special_tokens=True)
+        extras = batch.objects("extras") if "extras" in batch else [{}] * len(batch)
+        rows = [{**columns, "prompt": p, "response": r} for p, r, columns in zip(prompts, responses, extras, strict=True)]
+        return [self.ask(row) for row in rows]
+
+    def ask(self, row: dict[str, Any]) -> list[int]:
+        """The template filled in, as a user's message where the judge's tokenizer has a chat template."""
+        missing = [name for name in template_fields(self.config.template) if name not in row]
+        if missing:
+            raise ValueError(f"judge.template asks for {missing}, which the data has not; it has {', '.join(sorted(row))}")
+        text = self.config.template.format(**row)
+        if self.tokenizer.chat_template is None:
+            return list(self.tokenizer(text)["input_ids"])
+        message = {"role": "user", "content": text}
+        text = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def template_fields(template: str) -> list[str]:
+    """Names in braces."""
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+
+
+def judge_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    found = AutoTokenizer.from_pretrained(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
+    assert isinstance(found, PreTrainedTokenizerBase)
+    return found
+
+
+class JudgeWorker(ModelWorker, Reward):
+    """P(yes) / (P(yes) + P(no)) after the judge's prompt, each the probability of the whole word."""
+
+    config: JudgeConfig
+
+    def __init__(self, config: JudgeConfig, context: RankContext) -> None:
+        super().__init__(config, context)
+        self.build(config.model, config.train, Head.lm, context, trains=False)
+        self.questions = Questions(config)
+        tokenizer = self.questions.tokenizer
+        self.words = [list(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in (config.yes, config.no)]
+
+    @classmethod
+    def layouts(cls, config: JudgeConfig, world_size: int) -> dict[str, Layout]:
+        return {"train": training_layout(config.train, world_size, "judge")}
+
+    def compute_reward(self, batch: Batch) -> Batch:
+        rows = [(question, word) for question in self.questions(batch) for word in self.words]
+        outputs = self.engine.forward(_answered(rows))
+        if outputs is None or outputs.log_probs is None:
+            return Batch.of(rewards=torch.empty(0), reward_metrics=[])
+        lengths = [len(word) for _, word in rows]
+        log_probs = torch.stack([part.sum() for part in outputs.log_probs.cpu().split(lengths)]) if rows else torch.empty(0)
+        yes, no = log_probs.view(-1, 2).unbind(1)
+        known = (yes.exp() + no.exp()).tolist()
+        return Batch.of(rewards=torch.sigmoid(yes - no), reward_metrics=[{"verdict_probability": value} for value in known])
+
+
+def _answered(rows: Sequence[tuple[list[int], list[int]]]) -> Sequences:
+    lengths = torch.tensor([len(question) + len(word) for question, word in rows], dtype=torch.int64)
+    return Sequences(
+        token_ids=torch.tensor([token for question, word in rows for token in (*question, *word)], dtype=torch.int64),
+        lengths=lengths,
+        scored_lengths=torch.tensor([len(word) for _, word in rows], dtype=torch.int64),
+    )
+
+
+class VerdictWorker(Reward):
+    """The verdict that the judge writes, greedily, after as many thoughts as judge.generation.sampling allows."""
+
+    config: JudgeConfig
+
+    def __init__(self, config: JudgeConfig, context: RankContext) -> None:
+        super().__init__(config, context)
+        self.questions = Questions(config)
+        engine = generation_engine_class(config.generation.engine)
+        layout = self.layouts(config, context.world_size)["train"]
+        self.generator = engine(model=config.model, config=config.generation, context=context, layout=layout)
+
+    @classmethod
+    def layouts(cls, config: JudgeConfig, world_size: int) -> dict[str, Layout]:
+        return {"train": generation_layout(config.generation, world_size, "judge")}
+
+    def compute_reward(self, batch: Batch) -> Batch:
+        questions = [np.asarray(question, dtype=np.int64) for question in self.questions(batch)]
+        made = self.generator.generate(questions, np.arange(len(questions), dtype=np.int64), self.config.generation.sampling)
+        written = np.split(made.response_ids, np.cumsum(made.lengths)[:-1]) if questions else []
+        texts = self.questions.tokenizer.batch_decode([part.tolist() for part in written], skip_special_tokens=True)
+        verdicts = [read_verdict(text, self.config) for text in texts]
+        return Batch.of(
+            rewards=torch.tensor([reward for reward, _ in verdicts], dtype=torch.float32),
+            reward_metrics=[{"unreadable": float(not readable)} for _, readable in verdicts],
+        )
+
+    def close(self) -> None:
+        self.generator.close()
+
+
+def read_verdict(text: str, config: JudgeConfig) -> tuple[float, bool]:
+    """(reward, whether the text has a verdict): 1 for the judge's yes, 0 for its no, whichever stands last; a number where the
+    pattern finds one."""
+    yes, no = config.yes.strip().lower(), config.no.strip().lower()
+    found = re.findall(config.pattern or rf"(?i)(?<!\w)(?:{re.escape(yes)}|{re.escape(no)})(?!\w)", text)
+    if found:
+        word = found[-1].strip().lower()
+        if word in (yes, no):
+            return float(word == yes), True
+        try:
+            return float(word), True
+        except ValueError:
+            pass
+    if config.unreadable_reward is None:
+        raise RuntimeError(
+            f"judge: no verdict in {text[:200]!r}; change judge.template or judge.pattern, raise "
+            "judge.generation.sampling.max_response_tokens, or set judge.unreadable_reward to the reward of such rows"
+        )
+    return config.unreadable_reward, False
+
+
+def judge_worker(config: JudgeConfig) -> type[Reward]:
+    """Which of the two the settings ask for."""
+    return {Verdict.probability: JudgeWorker, Verdict.written: VerdictWorker}[config.verdict]

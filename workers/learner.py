@@ -1,0 +1,95 @@
+"""LearnerWorker: a language model that is trained on rows that are there: demonstrations, preference pairs, a teacher's log-probs.
+
+Generates nothing, so it holds no generation engine. PolicyWorker (policy.py) adds the policy-gradient update.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, cast
+
+from torch import Tensor
+
+from hybridflow.batch import Batch
+from hybridflow.context import RankContext
+from hybridflow.results import Metrics
+from workers.engines.base import Head, LossFn
+from workers.losses.aggregation import Aggregation
+from workers.losses.config import DPOConfig
+from workers.losses.language import distillation_loss, language_loss
+from workers.losses.preference import dpo_loss
+from workers.model_worker import MiniBatches, ModelWorker, mean_over_steps, pairs_of, sequences_of, train_on
+from workers.role_config import ActorConfig, PolicyConfig
+from workers.roles import Learner
+from workers.sequences import Sequences
+
+STATE = "learner.json"
+
+
+class LearnerWorker(ModelWorker, Learner):
+    config: PolicyConfig | ActorConfig
+    prefix: ClassVar[str] = "policy"
+    """Of its metrics."""
+
+    def __init__(self, config: PolicyConfig | ActorConfig, context: RankContext) -> None:
+        super().__init__(config, context)
+        self.build(config.model, config.train, Head.lm, context)
+        self.weight_version = 0
+        """Updates so far."""
+
+    def compute_log_prob(self, batch: Batch) -> Batch:
+        self.to_training()
+        outputs = self.engine.forward(sequences_of(batch), temperature=self.temperature)
+        return self.scored(batch, outputs.log_probs if outputs else None, "log_probs")
+
+    def update_supervised(self, batch: Batch) -> Metrics:
+        mini_batches = self._mini_batches(batch, sequences_of(batch, ("loss_mask",)))
+        steps = mini_batches.steps(self.config.num_epochs, self.weight_version, Aggregation.token_mean, 0)
+        return self.learn(steps, language_loss)
+
+    def update_dpo(self, batch: Batch, loss: DPOConfig) -> Metrics:
+        mini_batches = self._mini_batches(batch, pairs_of(batch, ("ref_log_probs",)))
+        steps = mini_batches.pair_steps(self.config.num_epochs, self.weight_version)
+        return self.learn(steps, dpo_loss(loss), self.temperature)
+
+    def update_distilled(self, batch: Batch) -> Metrics:
+        mini_batches = self._mini_batches(batch, sequences_of(batch, ("teacher_log_probs",)))
+        steps = mini_batches.steps(self.config.num_epochs, self.weight_version, Aggregation.token_mean, 0)
+        return self.learn(steps, distillation_loss, self.temperature)
+
+    def save_checkpoint(self, directory: str) -> None:
+        super().save_checkpoint(directory)
+        if self.context.rank == 0:
+            (Path(directory) / STATE).write_text(json.dumps(self.state()))
+
+    def load_checkpoint(self, directory: str) -> None:
+        super().load_checkpoint(directory)
+        self.load_state(json.loads((Path(directory) / STATE).read_text()))
+
+    def state(self) -> dict[str, int]:
+        """Counters that training goes on from."""
+        return {"weight_version": self.weight_version}
+
+    def load_state(self, state: dict[str, int]) -> None:
+        self.weight_version = state["weight_version"]
+
+    def to_training(self) -> None:
+        """Called before the training engine is used."""
+
+    @property
+    def temperature(self) -> float:
+        """Of log-probs that stand beside another model's: the one that the responses were drawn at."""
+        return 1.0
+
+    def _mini_batches(self, batch: Batch, sequences: Sequences) -> MiniBatches:
+        labels = cast(Tensor, batch["mini_batch"]) if "mini_batch" in batch else None
+        return MiniBatches(sequences, labels, self.layout, self.context.device)
+
+    def learn(self, steps: Iterator[tuple[int, Sequences]], loss_fn: LossFn, temperature: float = 1.0) -> Metrics:
+        """One optimizer step for each of `steps`."""
+        self.to_training()
+        metrics = train_on(self.engine, steps, loss_fn, temperature=temperature)
+        self.weight_version += 1
+        return mean_over_steps(metrics, self.prefix) | {f"{self.prefix}/weight_version": float(self.weight_version)}
