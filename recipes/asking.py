@@ -24,7 +24,7 @@ from hybridflow.batch import Batch
 from hybridflow.tracing import draw
 from hybridflow.waiting import CALLS
 from recipes.config import RunConfig
-from recipes.run import check_dataflow, check_models, describe, load_rows, place, start_roles
+from recipes.run import check_dataflow, check_models, connect_cluster, describe, load_rows, place, start_roles
 
 CONSOLE = Console(stderr=True)
 
@@ -45,7 +45,7 @@ def answers(config: RunConfig) -> Iterator[tuple[Batch, PreTrainedTokenizerBase]
         return
     CALLS.timeout_s = config.call_timeout_s
     with ExitStack() as stack:
-        handles = start_roles(stack, config, roles)
+        handles = start_roles(stack, config, stack.enter_context(connect_cluster(config)), roles)
         asked = cast(Generate, create_algorithm(config.algorithm.name, handles, config.algorithm))
         starts = range(0, len(prompts), config.data.batch_size)
         for start in track(starts, description="answering", console=CONSOLE):

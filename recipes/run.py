@@ -89,6 +89,7 @@ def run(config: RunConfig) -> Outcome | None:
     CALLS.timeout_s = config.call_timeout_s
     directory = Path(config.output_dir).absolute()
     with ExitStack() as stack:
+        cluster = stack.enter_context(connect_cluster(config))
         store = CheckpointStore(
             directory / "checkpoints",
             keep_last=config.loop.keep_last,
@@ -97,7 +98,7 @@ def run(config: RunConfig) -> Outcome | None:
             mode=entry.best,
         )
         tracker = stack.enter_context(start_tracker(config, directory, store))
-        handles = start_roles(stack, config, roles)
+        handles = start_roles(stack, config, cluster, roles)
         data = RowLoader(train, config.data)
         streams: dict[str, Stream] = {
             "prompts": PromptStream(data, config.algorithm.samples_per_prompt),
@@ -168,9 +169,8 @@ def plan_of(config: RunConfig, dataflow: Dataflow, roles: Sequence[Role], rows: 
     return None
 
 
-def start_roles(stack: ExitStack, config: RunConfig, roles: Sequence[Role]) -> dict[str, Any]:
-    """Cluster, pools and a handle for every role; `stack` closes them."""
-    cluster = stack.enter_context(connect_cluster(config))
+def start_roles(stack: ExitStack, config: RunConfig, cluster: ClusterInfo | None, roles: Sequence[Role]) -> dict[str, Any]:
+    """Pools and a handle for every role; `stack` closes them."""
     pools = {name: stack.enter_context(start_pool(config, cluster, name, roles)) for name in dict.fromkeys(r.pool for r in roles)}
     handles = spawn_roles(roles, pools)
     return handles | stand_ins(config, handles)

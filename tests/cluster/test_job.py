@@ -109,7 +109,8 @@ def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_m
     ]  # fmt: skip
     head.ray("job", "submit", "--working-dir", ".", "--no-wait", "--submission-id", "first", "--", *command)
     expected = {"ray_hybridflow_train_reward_mean", "ray_hybridflow_train_actor_grad_norm", "ray_hybridflow_train_seconds_step"}
-    wait_until(lambda: expected <= set(gauges(head)), 150)
+    wait_until(lambda: expected <= set(gauges(head)) or "RUNNING" not in head.ray("job", "status", "first"), 150)
+    assert expected <= set(gauges(head)), head.ray("job", "logs", "first")
 
     actors = json.loads(head.ray("list", "actors", "--format", "json"))
     names = sorted(actor["name"].split(" (job ")[0] for actor in actors if actor["state"] == "ALIVE")
