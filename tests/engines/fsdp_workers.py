@@ -87,7 +87,7 @@ def make_engine(case: Case, root: Path, rank: int) -> FsdpEngine:
         optimizer=OPTIMIZER,
     )
     context = RankContext(rank=rank, world_size=case.world_size)
-    return FsdpEngine(model=ModelConfig(path=str(root / case.model)), config=config, head=case.head, context=context)
+    return FsdpEngine(model=ModelConfig(path=str(root / case.model), new_head=True), config=config, head=case.head, context=context)
 
 
 def batches(case: Case) -> list[Sequences]:
