@@ -35,7 +35,6 @@ from benchmarks.mapping_paper import (
     smallest_rows,
     transition_rows,
 )
-from controllers import ALGORITHMS
 from hybridflow.dataflow import Dataflow
 from hybridflow.mapping.auto import mapping_of
 from hybridflow.mapping.branch import Found
@@ -43,7 +42,7 @@ from hybridflow.mapping.compare import Run, compare, load_runs, order_agrees, si
 from hybridflow.mapping.explain import table
 from hybridflow.mapping.search import Search, search
 from hybridflow.mapping.space import SearchSpace
-from recipes.dataflows import dataflow_of
+from recipes.dataflows import dataflow_of, planned
 
 
 def scaling_rows() -> tuple[list[Row], list[dict[str, Any]]]:
@@ -51,7 +50,7 @@ def scaling_rows() -> tuple[list[Row], list[dict[str, Any]]]:
     are searched once."""
     throughput: list[dict[str, Any]] = []
     searched: dict[tuple[object, ...], Found | None] = {}
-    for algorithm, model, size in product(ALGORITHMS, SMALLEST, (8, 16, 32, 64, 128, 256, 512, 1024)):
+    for algorithm, model, size in product(planned(), SMALLEST, (8, 16, 32, 64, 128, 256, 512, 1024)):
         dataflow = dataflow_of(algorithm)
         key = (timing(dataflow), model, size)
         if key not in searched:

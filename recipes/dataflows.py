@@ -20,7 +20,7 @@ ADVANTAGES = "controller.compute_advantages"
 
 @lru_cache(maxsize=64)
 def dataflow_of(algorithm: str) -> Dataflow:
-    """The traced step of an entry of ALGORITHMS, with its default settings; an unknown name lists the known ones.
+    """The traced step of an entry of ALGORITHMS, with its default settings; a name that can't be planned lists those that can.
 
     The roles are the abstract ones that the page asks for.
     """
@@ -28,11 +28,20 @@ def dataflow_of(algorithm: str) -> Dataflow:
     from controllers.loop import INPUTS
     from hybridflow.tracing import trace, traced_roles
 
+    if algorithm not in planned():
+        raise ValueError(f"algorithm is {algorithm!r}, which answers no prompts and is not planned; known: {', '.join(planned())}")
     entry = algorithm_entry(algorithm)
     page = entry.load()
     asked = get_type_hints(page.__init__)
     roles, recorder = traced_roles({role: asked[role] for role in entry.roles})
     return trace(algorithm, create_algorithm(algorithm, roles, entry.load_config()()).step, INPUTS, recorder)
+
+
+def planned() -> tuple[str, ...]:
+    """The algorithms whose steps begin with prompts: training on rows that are given needs no placement of several models."""
+    from controllers import ALGORITHMS
+
+    return tuple(name for name, entry in ALGORITHMS.items() if entry.answers_prompts)
 
 
 def without(dataflow: Dataflow, role: str) -> Dataflow:

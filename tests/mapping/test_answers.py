@@ -237,7 +237,8 @@ def test_command_line(tmp_path):
     [
         (["model=llama-7b"], "cluster"),
         (["modle=llama-7b"], "modle"),
-        (["algorithm=dpo", "model=llama-7b", "cluster=8xA100-80GB"], "known: ppo"),
+        (["algorithm=dpo", "model=llama-7b", "cluster=8xA100-80GB"], "answers no prompts .* known: ppo"),
+        (["algorithm=sarsa", "model=llama-7b", "cluster=8xA100-80GB"], "known: ppo"),
         (["model=llama-7b", "cluster=8xA100-80GB", "models.critic=function"], "models.critic=function"),
         (["model=llama-7b", "cluster=8xA100-80GB", "models.judge=llama-7b"], "judge"),
         (["model=llama-7b", "cluster=8xA100-80GB", "num_prompts=many"], "num_prompts"),
