@@ -124,6 +124,7 @@ def settings(case: Case, directory: Path, calibration: Path) -> RunConfig:
         "data.answer_column=null",
         f"data.batch_size={case.batch}",
         f"reward.model.path={directory / case.model}",
+        "reward.model.new_head=true",  # its scores mean nothing, and nobody looks at them
         f"actor.generation.sampling.max_response_tokens={case.response}",
         "actor.generation.sampling.ignore_eos=true",
         "actor.generation.max_model_len=128",
