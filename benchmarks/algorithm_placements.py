@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.learning import filled, teachers
 from benchmarks.learning_settings import COMMON, SETTINGS
 from controllers import ALGORITHMS
 from hybridflow.metrics import read_jsonl
@@ -34,16 +35,23 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     arguments = parser.parse_args()
     prepared = prepare(Path("outputs/quickstart-data"), console=Console(stderr=True))
-    rows = []
-    print(f"{'algorithm':<30} {'placement':<10} {'difference':>10}  largest in")
-    for algorithm in arguments.algorithms:
-        alone = metrics(algorithm, prepared, ["runtime=local", "num_devices=1", *arguments.set])
-        for name, settings in placements(algorithm).items():
-            difference, where = compare(alone, metrics(algorithm, prepared, [*settings, *arguments.set]))
-            rows.append({"algorithm": algorithm, "placement": name, "difference": difference, "metric": where})
-            print(f"{algorithm:<30} {name:<10} {difference:10.1e}  {where}", flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        models = teachers(arguments.algorithms, Path(temporary))
+        rows = measure(arguments.algorithms, prepared, models, arguments.set)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def measure(algorithms: list[str], prepared: Prepared, models: dict[str, str], overrides: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    print(f"{'algorithm':<30} {'placement':<10} {'difference':>10}  largest in")
+    for algorithm in algorithms:
+        alone = metrics(algorithm, prepared, models, ["runtime=local", "num_devices=1", *overrides])
+        for name, settings in placements(algorithm).items():
+            difference, where = compare(alone, metrics(algorithm, prepared, models, [*settings, *overrides]))
+            rows.append({"algorithm": algorithm, "placement": name, "difference": difference, "metric": where})
+            print(f"{algorithm:<30} {name:<10} {difference:10.1e}  {where}", flush=True)
+    return rows
 
 
 def placements(algorithm: str) -> dict[str, list[str]]:
@@ -55,7 +63,7 @@ def placements(algorithm: str) -> dict[str, list[str]]:
     return {"2 ranks": ["num_devices=2"], "2 pools": ["num_devices=1", "placement=custom", *pools]}
 
 
-def metrics(algorithm: str, prepared: Prepared, settings: list[str]) -> list[dict[str, Any]]:
+def metrics(algorithm: str, prepared: Prepared, models: dict[str, str], settings: list[str]) -> list[dict[str, Any]]:
     """What a run logged, step by step."""
     with tempfile.TemporaryDirectory() as output:
         command = [
@@ -64,7 +72,7 @@ def metrics(algorithm: str, prepared: Prepared, settings: list[str]) -> list[dic
             f"data.train={prepared.train_path}",
             f"output_dir={output}",
             *COMMON,
-            *SETTINGS[algorithm],
+            *(filled(setting, models) for setting in SETTINGS[algorithm]),
             *SMALL,
             *settings,
         ]
