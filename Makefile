@@ -1,6 +1,6 @@
 # make install     create .venv and install what pyproject.toml asks for (ACCEL=cuda: the GPU build)
 # make quickstart  PPO end to end on a tiny model, two minutes on two cores
-# make rlhf        supervised fine-tuning, reward model and PPO on a tiny model, about four minutes on two cores
+# make rlhf        supervised fine-tuning, reward model and PPO on a tiny model, two to three minutes on two cores
 # make test        lint and tests (ARGS="-k layout" is handed to pytest)
 #
 # The venv holds the dependencies only. The five packages are imported from the checkout, so that a job that Ray uploads

@@ -6,7 +6,7 @@ WORKDIR /opt/hybridflow
 # Requirements first: editing the code does not install them again.
 COPY Makefile pyproject.toml ./
 COPY cluster/requirements.py cluster/
-RUN make install ACCEL=cpu PYTHON=python3.11 && rm -rf /root/.cache/pip
+RUN make install ACCEL=cpu PYTHON=python3.11 && rm -rf ~/.cache/pip
 ENV PATH=/opt/hybridflow/.venv/bin:$PATH
 COPY . .
 CMD ["python", "-m", "recipes.quickstart"]

@@ -8,7 +8,7 @@ RUN apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-ins
 WORKDIR /opt/hybridflow
 COPY Makefile pyproject.toml ./
 COPY cluster/requirements.py cluster/
-RUN make install ACCEL=cuda PYTHON=python3.11 && rm -rf /root/.cache/pip
+RUN make install ACCEL=cuda PYTHON=python3.11 && rm -rf ~/.cache/pip
 ENV PATH=/opt/hybridflow/.venv/bin:$PATH
 COPY . .
 CMD ["python", "-m", "cluster"]

@@ -27,7 +27,10 @@ def test_scripts_parse_and_stop_at_the_first_error(script: Path) -> None:
 
 
 def test_ray_accepts_its_cluster_file() -> None:
-    validate_config(prepare_config(yaml.safe_load((TEMPLATES / "ray-cluster.yaml").read_text())))
+    config = prepare_config(yaml.safe_load((TEMPLATES / "ray-cluster.yaml").read_text()))
+    validate_config(config)
+    with pytest.raises(Exception, match="provider"):
+        validate_config({name: value for name, value in config.items() if name != "provider"})
 
 
 def kube(name: str) -> dict[str, Any]:
