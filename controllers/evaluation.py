@@ -77,8 +77,9 @@ def measure(answers: Sequence[Batch], config: EvaluateConfig) -> Mapping[str, fl
     """What all answers come to: mean reward, pass@k, lengths, and the reward's further numbers."""
     batch = Batch.concat(list(answers))
     passed: dict[int, int] = {}
-    for uid, reward in zip(batch.tensor("uid").tolist(), batch.tensor("rewards").tolist(), strict=True):
-        passed[uid] = passed.get(uid, 0) + (reward >= config.success_reward)
+    # Compared as float32, which rewards are: 0.9 is less than itself otherwise.
+    for uid, success in zip(batch.tensor("uid").tolist(), (batch.tensor("rewards") >= config.success_reward).tolist(), strict=True):
+        passed[uid] = passed.get(uid, 0) + success
     counts = list(passed.values())
     rates = {f"pass@{k}": pass_at_k(counts, config.samples_per_prompt, k) for k in config.ks}
     return {"prompts": float(len(counts)), **rates, **describe(batch)}

@@ -6,6 +6,7 @@ over the whole batch; the losses clip_cov and kl_cov take their gradient away or
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +24,9 @@ from workers.roles import Actor, Reference, Reward
 
 
 @dataclass(kw_only=True)
-class CovConfig(GRPOConfig):
+class CovConfig(GRPOConfig, ABC):
+    """What both variants have; which tokens are selected is theirs."""
+
     fraction: float = 2e-4
     """Of all tokens: how many are selected, at least one."""
 
@@ -32,9 +35,9 @@ class CovConfig(GRPOConfig):
         if not 0 < self.fraction <= 1:
             raise ValueError(f"algorithm.fraction is {self.fraction}; choose 0 < fraction <= 1 (2e-4 in the paper's code)")
 
+    @abstractmethod
     def select(self, advantages: Tensor, log_probs: Tensor, seed: int) -> Tensor:
         """bool [scored_tokens]."""
-        raise NotImplementedError
 
 
 @dataclass(kw_only=True)

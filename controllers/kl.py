@@ -51,11 +51,13 @@ class KLCoefficient:
     """coefficient = KLCoefficient(config)
     rewards, lengths = rewards_with_kl(batch, coefficient.value, config.estimator)
     coefficient.follow(batch)
+    coefficient.metrics()   # {"kl/coefficient": 0.05}
     """
 
     def __init__(self, config: KLControlConfig) -> None:
         self.config = config
-        self.value = config.coefficient
+        self.value = self.used = config.coefficient
+        """Of the next rewards, and of the latest ones."""
 
     def update(self, kl: float, num_rows: int) -> None:
         """beta *= 1 + clip(kl / target - 1, -0.2, 0.2) * num_rows / horizon (Ziegler et al. 2019, section 2.2, with the factor per
@@ -64,6 +66,7 @@ class KLCoefficient:
         kl: mean over responses of the sum over tokens (as in the paper and TRL; verl steers by a mean over tokens, whose target
         is smaller by the length). num_rows: responses that it was measured on.
         """
+        self.used = self.value
         if self.config.target:
             error = min(max(kl / self.config.target - 1, -MAX_ERROR), MAX_ERROR)
             self.value *= 1 + error * num_rows / self.config.horizon
@@ -74,11 +77,15 @@ class KLCoefficient:
             log_probs, ref_log_probs = batch.ragged("rollout_log_probs"), batch.ragged("ref_log_probs")
             self.update(float(sequence_kl(log_probs.values, ref_log_probs.values, log_probs.lengths).mean()), len(batch))
 
+    def metrics(self) -> dict[str, float]:
+        """The coefficient that the latest rewards hold; nothing without a KL in the reward."""
+        return {"kl/coefficient": self.used} if self.config.coefficient else {}
+
     def state_dict(self) -> dict[str, float]:
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.value = state["value"]
+        self.value = self.used = state["value"]
 
 
 def sequence_kl(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, estimator: KLEstimator = KLEstimator.k1) -> Tensor:

@@ -31,6 +31,7 @@ class LagrangeMultiplier:
     """multiplier = LagrangeMultiplier(config)
     multiplier.update(batch["costs"].tolist())
     advantages = safe_rlhf(reward_advantages, cost_advantages, multiplier.value)
+    multiplier.metrics()   # {"cost/multiplier": 1.05, "cost/window_mean": 0.5}
     """
 
     def __init__(self, config: LagrangeConfig) -> None:
@@ -54,6 +55,9 @@ class LagrangeMultiplier:
         if self._costs:
             log_value = math.log(self.value) + self._config.learning_rate * self.value * (self.mean_cost - self._config.threshold)
             self.value = math.exp(min(log_value, math.log(self._config.maximum)))
+
+    def metrics(self) -> dict[str, float]:
+        return {"cost/multiplier": self.value, "cost/window_mean": self.mean_cost}
 
     def state_dict(self) -> dict[str, float | list[float]]:
         return {"value": self.value, "costs": list(self._costs)}

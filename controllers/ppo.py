@@ -50,7 +50,7 @@ class PPO:
         batch |= compute_advantages(batch, self.config, self.kl)
         critic_metrics = self.critic.update_critic(batch)
         actor_metrics = self.actor.update_actor(batch)
-        return describe(batch) | critic_metrics | actor_metrics
+        return describe(batch) | self.kl.metrics() | critic_metrics | actor_metrics
 
     def state_dict(self) -> dict[str, float]:
         return self.kl.state_dict()

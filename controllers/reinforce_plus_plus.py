@@ -42,7 +42,7 @@ class ReinforcePlusPlus:
         batch |= self.reference.compute_ref_log_prob(batch)
         batch |= self.reward.compute_reward(batch)
         batch |= compute_advantages(batch, self.config, self.kl)
-        return describe(batch) | self.actor.update_actor(batch)
+        return describe(batch) | self.kl.metrics() | self.actor.update_actor(batch)
 
     def state_dict(self) -> dict[str, float]:
         return self.kl.state_dict()

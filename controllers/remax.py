@@ -40,7 +40,7 @@ class ReMax:
         batch |= self.reward.compute_reward(batch)
         batch |= self.reward.compute_reward(greedy).select("rewards").rename(rewards="baseline_rewards")
         batch |= compute_advantages(batch, self.config, self.kl)
-        return describe(batch) | self.actor.update_actor(batch)
+        return describe(batch) | self.kl.metrics() | self.actor.update_actor(batch)
 
     def state_dict(self) -> dict[str, float]:
         return self.kl.state_dict()

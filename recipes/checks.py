@@ -6,13 +6,15 @@ Every problem is a ValueError with field, value and fix. Leaves out what others 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Set
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 from controllers import ALGORITHMS, Entry
 from hybridflow.checkpoint import MANIFEST
 from hybridflow.dataflow import CallKind, Dataflow
-from hybridflow.layout import AXES
+from hybridflow.layout import AXES, Layout
 from recipes.config import NO_MODEL, RunConfig
 from workers.config import ModelConfig, TrainConfig
 from workers.engines import ENGINES
@@ -38,9 +40,12 @@ from workers.role_config import (
     PreferenceConfig,
     ReferenceConfig,
     RewardConfig,
+    Verdict,
 )
 
 RoleConfig = ActorConfig | CriticConfig | JudgeConfig | PolicyConfig | PreferenceConfig | ReferenceConfig | RewardConfig
+CLIPPING = ("ppo_clip", "gspo", "cispo", "clip_cov")
+"""The policy losses that read actor.loss.clip_low and clip_high."""
 LOSS_COLUMNS = {"clip_cov": "covariance_selected", "kl_cov": "covariance_selected"}
 """Policy loss -> the column that it reads and that not every algorithm writes."""
 
@@ -59,6 +64,8 @@ def check_settings(role: str, config: RoleConfig) -> None:
         check_generation("actor", config.generation)
     if isinstance(config, JudgeConfig):
         check_generation("judge", config.generation)
+        if config.generation.release_during_training:
+            raise ValueError("judge.generation.release_during_training is true, which nothing reads: only the actor trains; leave it out")
     if isinstance(config, ActorConfig) and config.critic_warmup_steps < 0:
         raise ValueError(f"{role}.critic_warmup_steps is {config.critic_warmup_steps}; use 0 or more")
     if isinstance(config, ActorConfig | CriticConfig | PolicyConfig) and config.num_epochs < 1:
@@ -92,7 +99,10 @@ def check_loss(loss: PolicyLossConfig) -> None:
     """The name is known, and every value that was set is read by something."""
     if loss.name not in POLICY_LOSSES:
         raise ValueError(f"actor.loss.name is {loss.name!r}; known: {', '.join(POLICY_LOSSES)}")
+    clips = ", ".join(CLIPPING)
     readers = {
+        "clip_low": (loss.name in CLIPPING, f"actor.loss.name to one of {clips}"),
+        "clip_high": (loss.name in CLIPPING, f"actor.loss.name to one of {clips}"),
         "dual_clip": (loss.name == "ppo_clip", "actor.loss.name=ppo_clip"),
         "kl_cov_coefficient": (loss.name == "kl_cov", "actor.loss.name=kl_cov"),
         "aggregation_constant": (loss.aggregation is Aggregation.constant, "actor.loss.aggregation=constant"),
@@ -135,6 +145,17 @@ def check_algorithm(config: RunConfig, entry: Entry) -> None:
         raise ValueError(
             f"actor.critic_warmup_steps is {config.actor.critic_warmup_steps}, but {algorithm.name} has no critic; set it to 0"
         )
+    num_rows = config.data.batch_size * algorithm.samples_per_prompt
+    if algorithm.num_mini_batches > num_rows:
+        raise ValueError(
+            f"algorithm.num_mini_batches is {algorithm.num_mini_batches}, but a step has {num_rows} rows (data.batch_size x "
+            "algorithm.samples_per_prompt); lower it, or raise data.batch_size"
+        )
+    if config.data.pretraining is None and loss.pretraining_coefficient != PolicyLossConfig().pretraining_coefficient:
+        raise ValueError(
+            f"actor.loss.pretraining_coefficient is {loss.pretraining_coefficient}, which nothing reads; set data.pretraining, or leave it "
+            "out"
+        )
     if config.data.pretraining is not None and "pretraining" not in entry.streams:
         usable = [name for name, known in ALGORITHMS.items() if "pretraining" in known.streams]
         raise ValueError(
@@ -159,14 +180,26 @@ def check_generation(role: str, config: GenerationConfig) -> None:
         raise ValueError(f"{role}.generation.{error}") from None
 
 
+def check_generation_groups(pool: str, layouts: Mapping[str, Layout]) -> None:
+    """Of the roles of a pool that generate with vLLM, which has one set of groups in a process."""
+    for first, other in pairwise(layouts):
+        if any(sorted(layouts[first].groups(axis)) != sorted(layouts[other].groups(axis)) for axis in ("tp", "pp")):
+            raise ValueError(
+                f"{other}.generation: {other} ({layouts[other]}) and {first} ({layouts[first]}) generate with vLLM in pool {pool}, in "
+                f"groups of other ranks; set tp and pp of {other}.generation to those of {first}.generation, or give {other} a pool of its "
+                "own (placement=custom)"
+            )
+
+
 def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> None:
     """Loads the model's configuration (not its weights) and holds the layouts against it."""
     if isinstance(config, RewardConfig) and config.function is not None:
         return
     assert config.model is not None, "is_function() saw to it"
     try:
-        _check_train_layout(config.model, config.train, head, num_devices)
-        if isinstance(config, ActorConfig):
+        if not (isinstance(config, JudgeConfig) and config.verdict is Verdict.written):
+            _check_train_layout(config.model, config.train, head, num_devices)
+        if isinstance(config, ActorConfig) or (isinstance(config, JudgeConfig) and config.verdict is Verdict.written):
             _check_generation_sizes(config.model, config.generation)
     except ValueError as error:
         raise ValueError(f"{role}: {error}") from None
@@ -206,6 +239,16 @@ def check_prompts(field: str, longest_prompt_tokens: int, config: ActorConfig) -
             f"{field}: its longest prompt has {longest_prompt_tokens} tokens, and beside "
             f"actor.generation.sampling.max_response_tokens={config.generation.sampling.max_response_tokens} there is room for {room} in "
             f"{limit} tokens ({source}); lower it, raise the limit, or set data.max_prompt_tokens={room} to drop longer prompts"
+        )
+
+
+def check_template(config: JudgeConfig, names: Set[str]) -> None:
+    """Whether judge.template asks for what a row has: `names` are the data's columns as a reward sees them."""
+    missing = [name for name in config.template_fields if name not in {"prompt", "response", *names}]
+    if missing:
+        raise ValueError(
+            f"judge.template asks for {', '.join(missing)}, and a row has {', '.join(['prompt', 'response', *sorted(names)])}; correct the "
+            "template, or data.answer_column and data.columns, which say what is kept"
         )
 
 

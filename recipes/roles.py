@@ -90,6 +90,10 @@ ROLES: dict[str, RoleKind] = {
 }
 
 
+SCORERS = ("reward", "gold", "cost")
+"""Roles that may be a function of a row's columns in place of a model."""
+
+
 def role_names(config: RunConfig) -> tuple[str, ...]:
     """The algorithm's roles, and the reward that validation scores with, whether the algorithm reads it or not."""
     entry = algorithm_entry(config.algorithm.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from controllers.validation import HeldOutRows, ResponseReward, Validate
 from hybridflow.checkpoint import MANIFEST, CheckpointStore
 from hybridflow.dataflow import Dataflow
 from hybridflow.group import spawn
+from hybridflow.layout import Layout
 from hybridflow.mapping.explain import describe as explain
 from hybridflow.mapping.mapping import Mapping as Prediction
 from hybridflow.metrics import Tracker
@@ -33,10 +34,21 @@ from hybridflow.tracing import draw, trace, traced_roles
 from hybridflow.waiting import CALLS
 from hybridflow.worker import Worker
 from recipes.auto import choose, settle
-from recipes.checks import check_algorithm, check_loss_columns, check_model, check_prompts, check_resume, check_settings, check_text
+from recipes.checks import (
+    check_algorithm,
+    check_generation_groups,
+    check_loss_columns,
+    check_model,
+    check_prompts,
+    check_resume,
+    check_settings,
+    check_template,
+    check_text,
+)
 from recipes.config import Device, Placement, RunConfig, Runtime
 from recipes.forecast import MAPPING, Plan, beside, forecast, verdict
-from recipes.roles import GENERATION, role_kind, role_names
+from recipes.roles import GENERATION, SCORERS, role_kind, role_names
+from workers.reward_function import check_columns
 from workers.roles import Actor, TrainedRole
 from workers.split_actor import SplitActor, SplitPolicyWorker
 
@@ -155,7 +167,18 @@ def load_rows(config: RunConfig, name: str, tokenizer: PreTrainedTokenizerBase) 
     rows = DATASETS[algorithm_entry(config.algorithm.name).rows].load(config.data, where, tokenizer)
     if isinstance(rows, PromptDataset):
         check_prompts(f"data.{name}", rows.longest_prompt_tokens, config.actor)
+        check_columns_of(config, name, rows.column_names)
     return rows
+
+
+def check_columns_of(config: RunConfig, name: str, columns: Set[str]) -> None:
+    """Whether whoever scores the responses to data.<name> finds there what it asks for."""
+    trained = algorithm_entry(config.algorithm.name).roles
+    for role in role_names(config) if name == "validation" else trained:
+        if role == "judge" and name == "train":
+            check_template(config.judge, columns)
+        elif role in SCORERS and (function := role_kind(role).settings(config).function) is not None:
+            check_columns(function, columns, role)
 
 
 def plan_of(config: RunConfig, dataflow: Dataflow, roles: Sequence[Role], rows: RowDataset) -> Plan | None:
@@ -188,13 +211,23 @@ def place(config: RunConfig) -> list[Role]:
         settings = kind.settings(config)
         worker = SplitPolicyWorker if name == "actor" and GENERATION in pool_of else kind.worker(settings)
         roles.append(Role(name=name, worker=worker, config=settings, pool=pool_of[name]))
-    sizes = pool_sizes(config)
-    for role in roles:
-        check_settings(role.name, role.config)
-        role.worker.layouts(role.config, sizes[role.pool])
+    check_layouts(config, roles)
     check_algorithm(config, algorithm_entry(config.algorithm.name))
     check_resume(config.loop.resume)
     return roles
+
+
+def check_layouts(config: RunConfig, roles: Sequence[Role]) -> None:
+    """Settings of every role, its layouts on its pool, and those of generation engines that share one."""
+    sizes = pool_sizes(config)
+    engines: dict[str, dict[str, Layout]] = {}
+    for role in roles:
+        check_settings(role.name, role.config)
+        layouts = role.worker.layouts(role.config, sizes[role.pool])
+        if "generation" in layouts and role.config.generation.engine == "vllm":
+            engines.setdefault(role.pool, {})[role.name] = layouts["generation"]
+    for pool, of_roles in engines.items():
+        check_generation_groups(pool, of_roles)
 
 
 def check_models(config: RunConfig, roles: Sequence[Role]) -> None:

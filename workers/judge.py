@@ -6,13 +6,16 @@ of the text. Both are Rewards: an algorithm that takes one takes the other, and 
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import math
 import re
-import string
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
@@ -26,6 +29,8 @@ from workers.role_config import JudgeConfig, Verdict
 from workers.roles import Reward
 from workers.sequences import Sequences
 from workers.split_actor import generation_layout
+
+LOGGER = logging.getLogger(__name__)
 
 
 class Questions:
@@ -45,20 +50,16 @@ class Questions:
 
     def ask(self, row: dict[str, Any]) -> list[int]:
         """The template filled in, as a user's message where the judge's tokenizer has a chat template."""
-        missing = [name for name in template_fields(self.config.template) if name not in row]
+        missing = [name for name in self.config.template_fields if row.get(name) is None]
         if missing:
-            raise ValueError(f"judge.template asks for {missing}, which the data has not; it has {', '.join(sorted(row))}")
+            given = ", ".join(sorted(name for name, value in row.items() if value is not None))
+            raise ValueError(f"judge.template asks for {missing}, which the data has not, or has as null; it has {given}")
         text = self.config.template.format(**row)
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer(text)["input_ids"])
         message = {"role": "user", "content": text}
         text = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def template_fields(template: str) -> list[str]:
-    """Names in braces."""
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name]
 
 
 def judge_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -105,7 +106,10 @@ def _answered(rows: Sequence[tuple[list[int], list[int]]]) -> Sequences:
 
 
 class VerdictWorker(Reward):
-    """The verdict that the judge writes, greedily, after as many thoughts as judge.generation.sampling allows."""
+    """The verdict that the judge writes after as many thoughts as judge.generation.sampling allows.
+
+    Where it draws, it draws for the text that is judged: equal questions get equal verdicts, on whichever rank.
+    """
 
     config: JudgeConfig
 
@@ -118,21 +122,40 @@ class VerdictWorker(Reward):
 
     @classmethod
     def layouts(cls, config: JudgeConfig, world_size: int) -> dict[str, Layout]:
-        return {"train": generation_layout(config.generation, world_size, "judge")}
+        layout = generation_layout(config.generation, world_size, "judge")
+        return {"train": layout, "generation": layout}
 
     def compute_reward(self, batch: Batch) -> Batch:
         questions = [np.asarray(question, dtype=np.int64) for question in self.questions(batch)]
-        made = self.generator.generate(questions, np.arange(len(questions), dtype=np.int64), self.config.generation.sampling)
+        made = self.generator.generate(questions, _seeds(questions), self.config.generation.sampling)
         written = np.split(made.response_ids, np.cumsum(made.lengths)[:-1]) if questions else []
         texts = self.questions.tokenizer.batch_decode([part.tolist() for part in written], skip_special_tokens=True)
         verdicts = [read_verdict(text, self.config) for text in texts]
+        unreadable = [text for text, (_, readable) in zip(texts, verdicts, strict=True) if not readable]
+        if unreadable:
+            LOGGER.warning(
+                "judge: %d of %d verdicts can't be read and count as judge.unreadable_reward=%s; the first: %r",
+                len(unreadable),
+                len(texts),
+                self.config.unreadable_reward,
+                unreadable[0][:200],
+            )
         return Batch.of(
             rewards=torch.tensor([reward for reward, _ in verdicts], dtype=torch.float32),
-            reward_metrics=[{"unreadable": float(not readable)} for _, readable in verdicts],
+            reward_metrics=[
+                {"unreadable": float(not readable), "cut_short": float(reason == "length")}
+                for (_, readable), reason in zip(verdicts, made.finish_reasons, strict=True)
+            ],
         )
 
     def close(self) -> None:
         self.generator.close()
+
+
+def _seeds(questions: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """[rows], from the tokens of each question alone."""
+    digests = [hashlib.blake2b(question.tobytes(), digest_size=8).digest() for question in questions]
+    return np.array([int.from_bytes(digest, "little") >> 1 for digest in digests], dtype=np.int64)
 
 
 def read_verdict(text: str, config: JudgeConfig) -> tuple[float, bool]:
@@ -145,9 +168,11 @@ def read_verdict(text: str, config: JudgeConfig) -> tuple[float, bool]:
         if word in (yes, no):
             return float(word == yes), True
         try:
-            return float(word), True
+            number = float(word)
         except ValueError:
-            pass
+            number = math.nan
+        if math.isfinite(number):
+            return number, True
     if config.unreadable_reward is None:
         raise RuntimeError(
             f"judge: no verdict in {text[:200]!r}; change judge.template or judge.pattern, raise "

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, cast
 
+import torch
 from torch import Tensor
 
 from hybridflow.batch import Batch
@@ -55,7 +56,10 @@ class LearnerWorker(ModelWorker, Learner):
         return self.learn(steps, dpo_loss(loss), self.temperature)
 
     def update_distilled(self, batch: Batch) -> Metrics:
-        mini_batches = self._mini_batches(batch, sequences_of(batch, ("teacher_log_probs",)))
+        sequences = sequences_of(batch, ("teacher_log_probs",))
+        mini_batches = self._mini_batches(batch, sequences)
+        if self.config.num_epochs * mini_batches.num_labels > 1:  # from the second step on the policy is no longer the one that sampled
+            mini_batches.sequences = sequences.with_columns(per_token={"old_log_probs": self.old_log_probs(batch, sequences)})
         steps = mini_batches.steps(self.config.num_epochs, self.weight_version, Aggregation.token_mean, 0)
         return self.learn(steps, distillation_loss, self.temperature)
 
@@ -82,6 +86,19 @@ class LearnerWorker(ModelWorker, Learner):
     def temperature(self) -> float:
         """Of log-probs that stand beside another model's: the one that the responses were drawn at."""
         return 1.0
+
+    def old_log_probs(self, batch: Batch, sequences: Sequences) -> Tensor:
+        """The log-probs before this update: given, or computed now, while the weights are still those that generated.
+
+        Ratios are taken between numbers of one engine: the generation engine's own round differently.
+        """
+        if "log_probs" in batch:
+            return batch.ragged("log_probs").values
+        self.to_training()
+        outputs = self.engine.forward(sequences, temperature=self.temperature)
+        if outputs is None or outputs.log_probs is None:
+            return torch.zeros(sequences.num_scored_tokens)
+        return outputs.log_probs.cpu()
 
     def _mini_batches(self, batch: Batch, sequences: Sequences) -> MiniBatches:
         labels = cast(Tensor, batch["mini_batch"]) if "mini_batch" in batch else None

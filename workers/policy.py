@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import islice
 from typing import cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from workers.losses.policy import policy_loss
 from workers.model_worker import mean_over_steps, sequences_of, train_on
 from workers.role_config import ActorConfig
 from workers.roles import Policy
-from workers.sequences import Sequences
 
 PER_TOKEN = ("advantages", "rollout_log_probs", "ref_log_probs", "covariance_selected")
 
@@ -46,7 +44,7 @@ class PolicyWorker(LearnerWorker, Policy):
         mini_batches = self._mini_batches(batch, sequences)
         stale = self._is_stale(batch)
         if "log_probs" in batch or config.num_epochs * mini_batches.num_labels > 1 or stale:  # the same on every rank
-            mini_batches.sequences = sequences.with_columns(per_token={"old_log_probs": self._old_log_probs(batch, sequences)})
+            mini_batches.sequences = sequences.with_columns(per_token={"old_log_probs": self.old_log_probs(batch, sequences)})
         entropy = config.report_entropy or config.loss.entropy_coefficient != 0
         steps = mini_batches.steps(config.num_epochs, self.weight_version, config.loss.aggregation, config.loss.aggregation_constant)
         metrics = train_on(self.engine, islice(steps, 1), loss_fn, entropy=entropy, temperature=self.temperature)
@@ -63,18 +61,6 @@ class PolicyWorker(LearnerWorker, Policy):
     def load_state(self, state: dict[str, int]) -> None:
         super().load_state(state)
         self.num_skipped = state["num_skipped"]
-
-    def _old_log_probs(self, batch: Batch, sequences: Sequences) -> Tensor:
-        """The log-probs before this update: given, or computed now, while the weights are still those that generated.
-
-        Ratios are taken between numbers of one engine: the generation engine's own round differently.
-        """
-        if "log_probs" in batch:
-            return batch.ragged("log_probs").values
-        outputs = self.engine.forward(sequences, temperature=self.temperature)
-        if outputs is None or outputs.log_probs is None:
-            return torch.zeros(sequences.num_scored_tokens)
-        return outputs.log_probs.cpu()
 
     def _is_stale(self, batch: Batch) -> bool:
         """Whether any row of any rank was drawn by other weights than the present ones; the same answer on every rank."""

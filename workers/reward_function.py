@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from numbers import Real
 from typing import Any
@@ -18,11 +18,16 @@ def resolve(path: str, role: str = "reward") -> RewardFunction:
     module_name, separator, name = path.partition(":")
     if not separator or not name:
         raise ValueError(f"{role}.function={path!r}: write it as package.module:name")
+    if module_name.endswith(".py") or "/" in module_name:
+        dotted = module_name.removesuffix(".py").removeprefix("./").replace("/", ".")
+        raise ValueError(f"{role}.function={path!r} names a file; name the module: {dotted}:{name}")
     try:
         module = import_module(module_name)
-    except ImportError as error:
+    except Exception as error:
+        # The user's module: whatever it raises (a missing library, a syntax error), the run does not start.
         raise ValueError(
-            f"{role}.function={path!r}: module {module_name!r} can't be imported ({error}); it must be importable on every node"
+            f"{role}.function={path!r}: module {module_name!r} can't be imported ({type(error).__name__}: {error}); it must be importable "
+            "on every node"
         ) from error
     if name not in vars(module):
         raise ValueError(f"{role}.function={path!r}: {module_name} has no {name!r}")
@@ -35,6 +40,18 @@ def resolve(path: str, role: str = "reward") -> RewardFunction:
         if missing:
             raise ValueError(f"{role}.function={path!r} takes no {', '.join(missing)}; let it end in **columns")
     return function
+
+
+def check_columns(path: str, names: Iterable[str], role: str) -> None:
+    """Whether the function can be called with a row that has the columns `names` beside prompt, response and finish_reason."""
+    given = dict.fromkeys(("prompt", "response", "finish_reason", *sorted(names)))
+    try:
+        inspect.signature(resolve(path, role)).bind(**given)
+    except TypeError as error:
+        raise ValueError(
+            f"{role}.function={path!r} does not fit the data ({error}): it is called by keyword with {', '.join(given)}; let it end in "
+            "**columns, give further parameters a default, or correct data.answer_column and data.columns"
+        ) from None
 
 
 def score_rows(path: str, rows: Sequence[Mapping[str, Any]], role: str = "reward") -> list[tuple[float, dict[str, float]]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import string
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -131,7 +134,8 @@ class JudgeConfig:
     """What the judge says of a good answer, as it would write it after the prompt."""
     no: str = "no"
     pattern: str = ""
-    """written: regular expression of the verdict (yes, no or a number; the last match counts); empty looks for yes and no."""
+    """written: regular expression of the verdict (yes, no or a number; the last match counts, its group where it has one); empty
+    looks for yes and no."""
     unreadable_reward: float | None = None
     """written: reward of a row whose verdict can't be read, counted in reward/unreadable; null stops the run with the text."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -140,7 +144,35 @@ class JudgeConfig:
     """written: the engine that the judge writes with."""
 
     def __post_init__(self) -> None:
-        if "{response}" not in self.template:
+        if "response" not in self.template_fields:
             raise ValueError(f"judge.template is {self.template!r}; it must have {{response}}, or the judge would not see the answer")
-        if not self.yes or not self.no or self.yes.lower() == self.no.lower():
+        yes, no = self.yes.strip().lower(), self.no.strip().lower()
+        if not yes or not no or yes == no:
             raise ValueError(f"judge.yes is {self.yes!r} and judge.no {self.no!r}; they must be two different words")
+        for name, value in (("pattern", self.pattern), ("unreadable_reward", self.unreadable_reward)):
+            if self.verdict is Verdict.probability and value not in ("", None):
+                raise ValueError(
+                    f"judge.{name} is {value!r}, which nothing reads with judge.verdict=probability; set judge.verdict=written, or leave "
+                    "it out"
+                )
+        self._check_pattern()
+        if self.unreadable_reward is not None and not math.isfinite(self.unreadable_reward):
+            raise ValueError(f"judge.unreadable_reward is {self.unreadable_reward}; give a finite reward, or null to stop the run instead")
+
+    @property
+    def template_fields(self) -> list[str]:
+        """Names in braces."""
+        try:
+            return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+        except ValueError as error:
+            raise ValueError(
+                f"judge.template is {self.template!r} ({error}); names stand in braces, and a brace that is text is written twice"
+            ) from None
+
+    def _check_pattern(self) -> None:
+        try:
+            groups = re.compile(self.pattern).groups
+        except re.error as error:
+            raise ValueError(f"judge.pattern is {self.pattern!r}, which is no regular expression ({error}); correct it") from None
+        if groups > 1:
+            raise ValueError(f"judge.pattern is {self.pattern!r} with {groups} groups; use one for the verdict, and (?:...) for the others")

@@ -108,6 +108,11 @@ class RowDataset(ABC):
         values: dict[str, Any] = json.loads(_cut(self._extras, self._extras_ends, row).tobytes())
         return values
 
+    @property
+    def column_names(self) -> set[str]:
+        """Of the plain values that any row has."""
+        return {name for row in range(len(self)) for name in self.column_values(row)}
+
 
 class _Writer:
     """Appends rows to two open files and maps them at the end."""

@@ -12,6 +12,7 @@ import torch
 
 from controllers import ALGORITHMS, create_algorithm
 from controllers.grpo import GRPOConfig
+from controllers.grpo_cov import CovConfig
 from controllers.kl import KLControlConfig
 from controllers.loop import INPUTS
 from controllers.ppo import PPOConfig
@@ -146,12 +147,25 @@ def test_the_adaptive_kl_coefficient_moves_and_is_restored() -> None:
     """KL per response is (-0.5, 0), its mean -0.25 far below the target: down by 0.2 x 2 rows / horizon 10."""
     kl = KLControlConfig(coefficient=0.1, target=6.0, horizon=10)
     algorithm, _ = ppo(kl=kl)
-    algorithm.step(prompts([7, 9]))
+    assert algorithm.step(prompts([7, 9]))["kl/coefficient"] == 0.1, "the one that this step's rewards hold"
     assert algorithm.state_dict() == {"value": pytest.approx(0.1 * (1 - 0.2 * 2 / 10))}
+    assert algorithm.step(prompts([7, 9]))["kl/coefficient"] == pytest.approx(0.096)
     other, log = ppo(kl=kl)
     other.load_state_dict({"value": 0.0})
-    other.step(prompts([7, 9]))
+    assert other.step(prompts([7, 9]))["kl/coefficient"] == 0.0
     assert log.last("critic.update_critic").ragged("returns").values.tolist() == pytest.approx([0.5, 1.0, -1.0])
+
+
+@pytest.mark.parametrize("name", ["ppo", "safe_rlhf", "remax", "rloo", "reinforce_plus_plus"])
+def test_the_kl_coefficient_of_the_reward_is_logged(name: str) -> None:
+    for settings, expected in ((KLControlConfig(coefficient=0.1), 0.1), (KLControlConfig(), None)):
+        algorithm, _ = made(name, LEARNABLE, kl=settings)
+        assert algorithm.step(prompts([7, 7, 9, 9])).get("kl/coefficient") == expected
+
+
+def test_what_selects_tokens_is_for_the_variants_to_say() -> None:
+    with pytest.raises(TypeError, match=r"abstract method '?select"):
+        CovConfig()  # type: ignore[abstract]
 
 
 def test_rloo_by_hand() -> None:
@@ -254,7 +268,7 @@ def test_safe_rlhf_by_hand() -> None:
     assert log.last("actor.update_actor").ragged("advantages").values.tolist() == pytest.approx(expected, rel=1e-5)
     assert log.last("critic.update_critic").ragged("returns").values.tolist() == pytest.approx([1.025, 1.05, -1.0])
     assert log.last("cost_critic.update_critic").ragged("returns").values.tolist() == pytest.approx([1.975, 1.95, 0.5])
-    assert metrics["cost/multiplier"] == pytest.approx(multiplier) and metrics["cost/mean"] == 1.25
+    assert metrics["cost/multiplier"] == pytest.approx(multiplier) and metrics["cost/mean"] == metrics["cost/window_mean"] == 1.25
     assert metrics["critic/loss"] == metrics["cost_critic/loss"] == 2.0
 
 

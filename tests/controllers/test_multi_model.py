@@ -6,7 +6,7 @@ import pytest
 
 from controllers import create_algorithm
 from controllers.distillation import DistillationConfig
-from controllers.evaluation import EvaluateConfig, pass_at_k
+from controllers.evaluation import Evaluate, EvaluateConfig, measure, pass_at_k
 from controllers.generative_reward import GenerativeRewardConfig
 from controllers.online_dpo import OnlineDPOConfig
 from controllers.rejection_sampling import RejectionSamplingConfig
@@ -67,3 +67,10 @@ def test_pass_at_k_is_the_mean_over_all_draws() -> None:
     with pytest.raises(ValueError, match=r"pass_at has 3, and algorithm\.samples_per_prompt is 2"):
         EvaluateConfig(samples_per_prompt=2, pass_at=[3])
     assert issubclass(EvaluateConfig, AlgorithmConfig)
+
+
+def test_a_reward_equal_to_the_bound_has_passed() -> None:
+    """Rewards are float32, where 0.9 is 0.89999998."""
+    roles, _ = fakes(Script(responses=[[1]], rewards=[0.9, 0.8]))
+    asked = Evaluate(generator=roles["actor"], reward=roles["reward"], config=EvaluateConfig(success_reward=0.9))
+    assert measure([asked.answer(prompts([7, 9]))], asked.config)["pass@1"] == 0.5

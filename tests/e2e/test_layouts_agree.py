@@ -61,6 +61,7 @@ class Case:
 
 CASES = [
     Case(2),
+    Case(2, "deepspeed", generation_tp=2),  # ZeRO 3, actor and critic
     Case(2, generation_tp=2, release=True),
     Case(4, "threed", pp=2, tp=2, generation_tp=1, critic_tp=2),
     Case(4, "threed", pp=2, tp=2, generation_tp=2),
@@ -170,7 +171,7 @@ def model_config(model: Path) -> ModelConfig:
 
 
 def train_config(case: Case, **sizes: int) -> TrainConfig:
-    settings: dict[str, Any] = {"engine": case.engine, "pp": case.pp, "tp": case.tp, **sizes}
+    settings: dict[str, Any] = {"engine": case.engine, "pp": case.pp, "tp": case.tp, "zero_stage": 3, **sizes}
     if case.engine == "fsdp":
         settings["pp"] = 1
     return TrainConfig(**settings, precision=Precision.fp32, optimizer=OptimizerConfig(learning_rate=1e-3), micro_batch_tokens=64)

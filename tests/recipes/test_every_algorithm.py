@@ -34,7 +34,16 @@ NEEDS: dict[str, list[str]] = {
     "pass_at_k": ["algorithm.k=2"],
     "distillation": ["teacher.model.path={other}", "teacher.train.precision=fp32"],
     "online_dpo": JUDGE,
-    "generative_reward": JUDGE,
+    "generative_reward": [
+        "judge.model.path={other}",
+        "judge.verdict=written",
+        "judge.template='{prompt} {response}'",
+        "judge.generation.engine=hf",
+        "judge.generation.precision=fp32",
+        "judge.generation.sampling.max_response_tokens=1",
+        r"judge.pattern='\b\d*[02468]\b'",
+        "judge.unreadable_reward=-1",
+    ],
 }
 """Settings that a recipe cannot do without, or that are worth a step."""
 
@@ -119,6 +128,7 @@ def policy(output: Path, step: int = 2) -> Path:
 def ppo_warmed_up(steps: list[dict[str, float]]) -> None:
     assert "actor/grad_norm" not in steps[0] and steps[0]["actor/critic_warmup_steps"] == 1 and steps[0]["critic/grad_norm"] > 0
     assert steps[1]["actor/rollout_ratio_mean"] == pytest.approx(1, abs=1e-3), "the correction's metrics"
+    assert steps[0]["kl/coefficient"] == 0.05 and 0 < abs(steps[1]["kl/coefficient"] - 0.05) < 1e-3, "it adapts, and is logged"
 
 
 def text_was_trained_on(steps: list[dict[str, float]]) -> None:
@@ -130,4 +140,14 @@ def dapo_filled_up(steps: list[dict[str, float]]) -> None:
     assert all(row["dynamic_sampling/prompts_kept"] == 3 for row in steps)
 
 
-CHECKS = {"ppo": ppo_warmed_up, "safe_rlhf": text_was_trained_on, "dapo": dapo_filled_up}
+def odd_verdicts_were_counted(steps: list[dict[str, float]]) -> None:
+    assert 0 < sum(row["reward/unreadable"] for row in steps) < 2
+    assert all(row["reward/min"] == -1 or row["reward/unreadable"] == 0 for row in steps), "never a 0 that nobody gave"
+
+
+CHECKS = {
+    "ppo": ppo_warmed_up,
+    "safe_rlhf": text_was_trained_on,
+    "dapo": dapo_filled_up,
+    "generative_reward": odd_verdicts_were_counted,
+}

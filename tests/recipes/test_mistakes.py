@@ -21,6 +21,12 @@ pytestmark = pytest.mark.usefixtures("nothing_starts")
 ROOT = Path(__file__).parents[2]
 
 POOLS = ["placement=custom", "pools.a.roles=[actor,critic]"]
+JUDGED = [
+    "algorithm=generative_reward",
+    "judge.model.path=${model.path}",
+    "judge.verdict=written",
+    "judge.generation.sampling.max_response_tokens=8",
+]
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "two processes in one": (["runtime=local", "num_devices=2"], "num_devices=2 with runtime=local, .* use runtime=ray"),
     "no devices": (["num_devices=0"], "num_devices is 0; use at least 1"),
@@ -71,6 +77,18 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "another loss": (["algorithm=gspo"], "actor.loss.name is 'ppo_clip', but gspo is trained with gspo; set actor.loss.name=gspo, or run"),
     "a bound that nothing reads": (["actor.loss.dual_clip=3", "actor.loss.name=gspo"], "actor.loss.dual_clip is 3.0, which nothing reads"),
+    "a clip that nothing reads": (
+        ["actor.loss.clip_high=0.3", "actor.loss.name=policy_gradient"],
+        "actor.loss.clip_high is 0.3, which nothing reads; set actor.loss.name to one of ppo_clip, gspo, cispo, clip_cov, or leave it out",
+    ),
+    "text's weight without text": (
+        ["actor.loss.pretraining_coefficient=2"],
+        "actor.loss.pretraining_coefficient is 2.0, which nothing reads; set data.pretraining",
+    ),
+    "more mini-batches than rows": (
+        ["algorithm.num_mini_batches=9", "data.batch_size=4"],
+        r"algorithm.num_mini_batches is 9, but a step has 4 rows \(data.batch_size x algorithm.samples_per_prompt\); lower it",
+    ),
     "a bound below 1": (["actor.loss.dual_clip=0.5"], "actor.loss.dual_clip is 0.5; it bounds the ratio from above, so choose more than 1"),
     "a clip beyond 1": (["actor.loss.clip_low=2"], "actor.loss.clip_low is 2.0; the ratio is clipped to 1 - clip_low, so choose 0"),
     "a constant without its aggregation": (
@@ -106,6 +124,30 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "an overlong buffer without a limit": (
         ["algorithm=dapo", "algorithm.overlong_buffer_tokens=4"],
         r"algorithm.overlong_buffer_tokens is 4; choose 1 to algorithm.max_response_tokens \(0\)",
+    ),
+    "two ways to generate in one process": (
+        [*JUDGED, "num_devices=2", "judge.generation.tp=2"],
+        r"judge.generation: judge \(tp2\) and actor \(dp2\) generate with vLLM in pool main, in groups of other ranks; set tp and pp of "
+        r"judge.generation to those of actor.generation, or give judge a pool",
+    ),
+    "a judge's heads": (
+        [
+            *JUDGED,
+            "placement=custom",
+            "pools.a.roles=[actor,reference]",
+            "pools.b.roles=[judge]",
+            "pools.b.num_devices=8",
+            "judge.generation.tp=8",
+        ],
+        r"judge: generation.tp is 8, .* 4 attention heads; use one of \[1, 2, 4\]",
+    ),
+    "a judge asked for what is not there": (
+        [*JUDGED, "judge.template='{prompt} {response} {hint}'"],
+        "judge.template asks for hint, and a row has prompt, response, answer; correct the template, or data.answer_column",
+    ),
+    "a judge that is put to sleep": (
+        [*JUDGED, "judge.generation.release_during_training=true"],
+        "judge.generation.release_during_training is true, which nothing reads",
     ),
     "no cost": (["algorithm=safe_rlhf", "cost.function=null"], "cost: neither function nor model is set; set cost.function=package"),
     "no micro-batch": (["actor.train.micro_batch_tokens=0"], "actor.train.micro_batch_tokens is 0; use at least 1"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from transformers import AutoModelForCausalLM
 
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
@@ -61,6 +62,7 @@ def train(root: Path, rank: int, world_size: int, tokens: int) -> dict[str, Any]
     results: dict[str, Any] = {}
     for name, update in {
         "supervised": lambda: LearnerWorker(policy, context).update_supervised(own),
+        "distilled": lambda: LearnerWorker(policy, context).update_distilled(own.rename(ref_log_probs="teacher_log_probs")),
         "dpo": lambda: LearnerWorker(policy, context).update_dpo(own, DPOConfig(beta=0.5)),
         "preferences": lambda: PreferenceWorker(scorer, context).update_preferences(own),
         "costs": lambda: PreferenceWorker(scorer, context).update_costs(own),
@@ -80,20 +82,53 @@ def run_worlds(rank: int, root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    root = tmp_path_factory.mktemp("pairs")
-    make_model(root / "model", layers=1)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("pairs") / "model", layers=1)
+
+
+@pytest.fixture(scope="module")
+def results(model: Path) -> list[dict[str, Any]]:
+    root = model.parent
     mp.spawn(run_worlds, args=(root,), nprocs=2, join=True)
     return [torch.load(root / f"{number}.0.pt") for number in range(len(CASES))]
 
 
-@pytest.mark.parametrize("update", ["supervised", "dpo", "preferences", "costs"])
+@pytest.mark.parametrize("update", ["supervised", "distilled", "dpo", "preferences", "costs"])
 def test_metrics_do_not_depend_on_the_cut(results: list[dict[str, Any]], update: str) -> None:
     whole = results[1][update]
-    assert whole[next(name for name in whole if name.endswith("/loss"))] > 0
+    assert whole[next(name for name in whole if name.endswith("/loss"))] != 0
     for other in (results[0][update], results[2][update]):
         for name, value in whole.items():
             assert other[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
+
+
+def test_the_second_step_of_a_distillation_weighs_by_the_ratio(results: list[dict[str, Any]], model: Path) -> None:
+    """The samples are those of the policy before the update: plain PyTorch, two mini-batches, sg[log pi - log teacher] pi / pi_old."""
+    batch = rows()
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+
+    def log_probs(row: int) -> torch.Tensor:
+        asked, answered = (batch.ragged(name).unbind()[row] for name in ("prompt_ids", "response_ids"))
+        logits = policy(torch.cat([asked, answered])[None]).logits[0, len(asked) - 1 : -1]
+        return torch.log_softmax(logits, -1).gather(1, answered[:, None]).squeeze(1)
+
+    with torch.no_grad():
+        old = [log_probs(row) for row in range(len(batch))]
+    losses = []
+    for step in (0, 1):
+        chosen = torch.nonzero(batch.tensor("mini_batch") == step).squeeze(1).tolist()
+        current = torch.cat([log_probs(row) for row in chosen])
+        teacher = torch.cat([batch.ragged("ref_log_probs").unbind()[row] for row in chosen])
+        ratio = (current - torch.cat([old[row] for row in chosen])).exp()
+        loss = ((current - teacher).detach() * ratio).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[1] != pytest.approx(float((current - teacher).mean()), rel=1e-3), "the ratio is not 1 any more"
+    assert results[1]["distilled"]["policy/distillation_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
 def test_pairs_stay_together_and_ranks_get_equal_work() -> None:
