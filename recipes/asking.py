@@ -24,7 +24,16 @@ from hybridflow.batch import Batch
 from hybridflow.tracing import draw
 from hybridflow.waiting import CALLS
 from recipes.config import RunConfig
-from recipes.run import check_dataflow, check_models, connect_cluster, describe, load_rows, place, start_roles
+from recipes.run import (
+    check_dataflow,
+    check_models,
+    check_vocabularies,
+    connect_cluster,
+    describe,
+    load_rows,
+    place,
+    start_roles,
+)
 
 CONSOLE = Console(stderr=True)
 
@@ -39,6 +48,7 @@ def answers(config: RunConfig) -> Iterator[tuple[Batch, PreTrainedTokenizerBase]
         return
     check_models(config, roles)
     tokenizer = load_tokenizer(config.model)
+    check_vocabularies(config, roles, tokenizer)
     prompts = load_rows(config, "train", tokenizer)
     if config.dry_run:
         print(describe(config, roles, dataflow))

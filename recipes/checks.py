@@ -6,12 +6,17 @@ Every problem is a ValueError with field, value and fix. Leaves out what others 
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping, Set
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from controllers import ALGORITHMS, Entry
+from controllers.data import load_tokenizer
 from hybridflow.checkpoint import MANIFEST
 from hybridflow.dataflow import CallKind, Dataflow
 from hybridflow.layout import AXES, Layout
@@ -43,6 +48,7 @@ from workers.role_config import (
     Verdict,
 )
 
+LOGGER = logging.getLogger(__name__)
 RoleConfig = ActorConfig | CriticConfig | JudgeConfig | PolicyConfig | PreferenceConfig | ReferenceConfig | RewardConfig
 CLIPPING = ("ppo_clip", "gspo", "cispo", "clip_cov")
 """The policy losses that read actor.loss.clip_low and clip_high."""
@@ -242,6 +248,32 @@ def check_prompts(field: str, longest_prompt_tokens: int, config: ActorConfig) -
         )
 
 
+def check_vocabulary(role: str, model: ModelConfig, policy: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether a model that reads the policy's tokens means the same by each of them; it may know further ones."""
+    if (model.path, model.tokenizer) == (policy.path, policy.tokenizer):
+        return
+    try:
+        theirs = load_tokenizer(model).get_vocab()
+    except ValueError as error:
+        LOGGER.warning("%s: its vocabulary can't be held against the policy's: %s", role, error)
+        return
+    for token, number in tokenizer.get_vocab().items():
+        if theirs.get(token) != number:
+            raise ValueError(
+                f"{role}.model.path is {model.path!r}, of another vocabulary than model.path={policy.path!r}: {token!r} is token "
+                f"{theirs.get(token, 'none')} there and {number} here, and {role} reads the policy's tokens; use a model of its family"
+            )
+
+
+def check_output(directory: str) -> None:
+    """Whether output_dir can be made."""
+    path = Path(directory).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        why = "is a file" if not existing.is_dir() else "can't be written to"
+        raise ValueError(f"output_dir is {directory!r}, but {existing} {why}; choose another directory")
+
+
 def check_template(config: JudgeConfig, names: Set[str]) -> None:
     """Whether judge.template asks for what a row has: `names` are the data's columns as a reward sees them."""
     missing = [name for name in config.template_fields if name not in {"prompt", "response", *names}]
@@ -252,13 +284,12 @@ def check_template(config: JudgeConfig, names: Set[str]) -> None:
         )
 
 
-def check_text(longest_tokens: int, config: ActorConfig) -> None:
-    """Whether the longest piece of data.pretraining fits the model."""
-    limit = model_config(config.model, Head.lm).get_text_config().max_position_embeddings
+def check_text(field: str, longest_tokens: int, model: ModelConfig, setting: str) -> None:
+    """Whether the longest row of `field` (data.train, data.validation, data.pretraining) fits the model; `setting` limits it."""
+    limit = model_config(model, Head.lm).get_text_config().max_position_embeddings
     if longest_tokens > limit:
         raise ValueError(
-            f"data.pretraining: its longest piece has {longest_tokens} tokens, and the model's limit is {limit}; set "
-            f"data.pretraining_tokens={limit} or lower"
+            f"{field}: its longest row has {longest_tokens} tokens, and the model's limit is {limit}; set {setting}={limit} or lower"
         )
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import cast
+from typing import Any, cast
 
 import hydra
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -18,8 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from controllers import ENTRIES
 from hybridflow.waiting import catch_interrupts
 from recipes.config import NO_MODEL, RunConfig, register
+from recipes.roles import ROLES, role_names
 from recipes.run import run
 
+LOGGER = logging.getLogger(__name__)
 FREE = ("hydra.", "pools.", "data.chat_template_options.")
 """Below these the user chooses the names, or Hydra knows them."""
 
@@ -33,7 +35,10 @@ def recipe(name: str, run: Callable[[RunConfig], object] = run) -> Callable[[], 
         logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
         catch_interrupts()
         with plain_errors():
-            run(to_settings(config))
+            settings = to_settings(config)
+            for line in unread(sys.argv[1:], settings):
+                LOGGER.warning(line)
+            run(settings)
 
     def checked() -> None:
         with plain_errors():
@@ -58,7 +63,10 @@ def plain_errors() -> Iterator[None]:
 
 def to_settings(config: DictConfig) -> RunConfig:
     """The plain dataclasses; a missing or wrong value is a ValueError with its name."""
-    missing = sorted(_missing(OmegaConf.to_container(config), ""))
+    written = OmegaConf.to_container(config)
+    missing = sorted(_missing(written, ""))
+    if config.data.train is None and cast(dict[str, Any], written)["data"]["train"] == "${data.validation}":
+        missing.append("data.validation")
     if missing:
         raise ValueError(f"not set: {', '.join(missing)}; give each as name=value")
     for role in ("reward", "gold", "cost"):
@@ -77,6 +85,15 @@ def _missing(value: object, name: str) -> Iterator[str]:
             yield from _missing(inner, f"{name}.{key}" if name else str(key))
     elif value == MISSING:
         yield name
+
+
+def unread(arguments: Sequence[str], config: RunConfig) -> Iterator[str]:
+    """In words: settings of a model that the recipe does not have."""
+    used = {"actor" if name == "generator" else name for name in role_names(config)}
+    for argument in arguments:
+        role = argument.partition(".")[0]
+        if role in ROLES and role not in used:
+            yield f"{argument}: nothing reads it, {config.algorithm.name} has no {role} (its models: {', '.join(sorted(used))})"
 
 
 def check_names(arguments: Sequence[str]) -> None:

@@ -39,11 +39,13 @@ from recipes.checks import (
     check_generation_groups,
     check_loss_columns,
     check_model,
+    check_output,
     check_prompts,
     check_resume,
     check_settings,
     check_template,
     check_text,
+    check_vocabulary,
 )
 from recipes.config import Device, Placement, RunConfig, Runtime
 from recipes.forecast import MAPPING, Plan, beside, forecast, verdict
@@ -78,6 +80,7 @@ def run(config: RunConfig) -> Outcome | None:
         return None
     check_models(config, roles)
     tokenizer = load_tokenizer(config.model)
+    check_vocabularies(config, roles, tokenizer)
     entry = algorithm_entry(config.algorithm.name)
     train = load_rows(config, "train", tokenizer)
     held_out = load_rows(config, "validation", tokenizer) if config.data.validation else None
@@ -168,6 +171,8 @@ def load_rows(config: RunConfig, name: str, tokenizer: PreTrainedTokenizerBase) 
     if isinstance(rows, PromptDataset):
         check_prompts(f"data.{name}", rows.longest_prompt_tokens, config.actor)
         check_columns_of(config, name, rows.column_names)
+    else:
+        check_text(f"data.{name}", rows.longest_tokens, config.model, f"data.{rows.length_limit}")
     return rows
 
 
@@ -213,6 +218,7 @@ def place(config: RunConfig) -> list[Role]:
         roles.append(Role(name=name, worker=worker, config=settings, pool=pool_of[name]))
     check_layouts(config, roles)
     check_algorithm(config, algorithm_entry(config.algorithm.name))
+    check_output(config.output_dir)
     check_resume(config.loop.resume)
     return roles
 
@@ -236,6 +242,13 @@ def check_models(config: RunConfig, roles: Sequence[Role]) -> None:
     for role in roles:
         if role.name != GENERATION:  # the model is the actor's, and checked with it
             check_model(role.name, role.config, role_kind(role.name).head, sizes[role.pool])
+
+
+def check_vocabularies(config: RunConfig, roles: Sequence[Role], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Of every model that reads the policy's tokens: all but the judge, who reads text."""
+    for role in roles:
+        if role.name != "judge" and role.config.model is not None:
+            check_vocabulary(role.name, role.config.model, config.model, tokenizer)
 
 
 def stand_ins(config: RunConfig, placed: Container[str]) -> dict[str, Any]:
@@ -302,7 +315,7 @@ def load_pretraining(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> R
     if config.data.pretraining is None:
         return None
     dataset = PromptDataset.load_text(config.data, config.data.pretraining, tokenizer)
-    check_text(dataset.longest_prompt_tokens, config.actor)
+    check_text("data.pretraining", dataset.longest_tokens, config.actor.model, "data.pretraining_tokens")
     return RowLoader(dataset, replace(config.data, batch_size=config.data.pretraining_batch_size))
 
 

@@ -21,7 +21,7 @@ from hybridflow.results import Metrics
 from workers.engines.base import LossFn
 from workers.generation.config import SamplingConfig
 from workers.generation_grouping import generation_grouping
-from workers.model_worker import training_layout
+from workers.model_worker import MiniBatches, training_layout
 from workers.policy import PolicyWorker
 from workers.role_config import ActorConfig
 from workers.roles import Actor
@@ -64,8 +64,10 @@ class ActorWorker(PolicyWorker, Actor):
         self.to_training()
         return super().update_actor(batch) | sync_metrics(self.sync) | self.memory_metrics
 
-    def learn(self, steps: Iterator[tuple[int, Sequences]], loss_fn: LossFn, temperature: float = 1.0) -> Metrics:
-        return super().learn(steps, loss_fn, temperature) | sync_metrics(self.sync) | self.memory_metrics
+    def learn(
+        self, mini_batches: MiniBatches, steps: Iterator[tuple[int, Sequences]], loss_fn: LossFn, temperature: float = 1.0
+    ) -> Metrics:
+        return super().learn(mini_batches, steps, loss_fn, temperature) | sync_metrics(self.sync) | self.memory_metrics
 
     def load_checkpoint(self, directory: str) -> None:
         super().load_checkpoint(directory)

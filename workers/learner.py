@@ -48,12 +48,12 @@ class LearnerWorker(ModelWorker, Learner):
     def update_supervised(self, batch: Batch) -> Metrics:
         mini_batches = self._mini_batches(batch, sequences_of(batch, ("loss_mask",)))
         steps = mini_batches.steps(self.config.num_epochs, self.weight_version, Aggregation.token_mean, 0)
-        return self.learn(steps, language_loss)
+        return self.learn(mini_batches, steps, language_loss)
 
     def update_dpo(self, batch: Batch, loss: DPOConfig) -> Metrics:
         mini_batches = self._mini_batches(batch, pairs_of(batch, ("ref_log_probs",)))
         steps = mini_batches.pair_steps(self.config.num_epochs, self.weight_version)
-        return self.learn(steps, dpo_loss(loss), self.temperature)
+        return self.learn(mini_batches, steps, dpo_loss(loss), self.temperature)
 
     def update_distilled(self, batch: Batch) -> Metrics:
         sequences = sequences_of(batch, ("teacher_log_probs",))
@@ -61,7 +61,7 @@ class LearnerWorker(ModelWorker, Learner):
         if self.config.num_epochs * mini_batches.num_labels > 1:  # from the second step on the policy is no longer the one that sampled
             mini_batches.sequences = sequences.with_columns(per_token={"old_log_probs": self.old_log_probs(batch, sequences)})
         steps = mini_batches.steps(self.config.num_epochs, self.weight_version, Aggregation.token_mean, 0)
-        return self.learn(steps, distillation_loss, self.temperature)
+        return self.learn(mini_batches, steps, distillation_loss, self.temperature)
 
     def save_checkpoint(self, directory: str) -> None:
         super().save_checkpoint(directory)
@@ -104,8 +104,13 @@ class LearnerWorker(ModelWorker, Learner):
         labels = cast(Tensor, batch["mini_batch"]) if "mini_batch" in batch else None
         return MiniBatches(sequences, labels, self.layout, self.context.device)
 
-    def learn(self, steps: Iterator[tuple[int, Sequences]], loss_fn: LossFn, temperature: float = 1.0) -> Metrics:
-        """One optimizer step for each of `steps`."""
+    def learn(
+        self, mini_batches: MiniBatches, steps: Iterator[tuple[int, Sequences]], loss_fn: LossFn, temperature: float = 1.0
+    ) -> Metrics:
+        """One optimizer step for each of `steps`; none where no rank has a row, as when no prompt's best answer was good enough: the
+        optimizer's momentum alone would move the weights."""
+        if not mini_batches.num_rows:
+            return Metrics({f"{self.prefix}/updates_without_rows": 1.0})
         self.to_training()
         metrics = train_on(self.engine, steps, loss_fn, temperature=temperature)
         self.weight_version += 1

@@ -125,6 +125,11 @@ class MiniBatches:
     def num_labels(self) -> int:
         return len(self.counts)
 
+    @property
+    def num_rows(self) -> int:
+        """Of all mini-batches and ranks that have a counted token."""
+        return sum(counts.num_rows for kinds in self.counts for counts in kinds)
+
     def _global_counts(self, layout: Layout, device: str) -> list[list[Counts]]:
         """Of every mini-batch over all data ranks: of its rows of the dataflow, and of its rows of pretraining text. Ranks of one
         data coordinate hold the same rows, hence the division."""

@@ -103,7 +103,9 @@ class ConversationTokenizer:
             ids = self.tokenizer(piece.text, add_special_tokens=piece.special)["input_ids"] if piece.text else []
             learned = self._until_end(ids) if piece.learned else 0
             if piece.learned and not learned:
-                raise ValueError(f"{row.place}: an assistant turn has no tokens; remove the row or give it a text")
+                raise ValueError(
+                    f"{row.place}: an assistant turn has no tokens; remove the row, give it a text, or use a chat template that writes it"
+                )
             tokens += ids
             mask += [1] * learned + [0] * (len(ids) - learned)
         first = mask.index(1)

@@ -88,6 +88,12 @@ class RowDataset(ABC):
     def num_tokens(self) -> int:
         return int(self._token_ends[-1])
 
+    @property
+    def longest_tokens(self) -> int:
+        """Of a row: its first part with the longest of the others (a prompt with its response, or with the longer one of two)."""
+        lengths = np.diff(self._token_ends, prepend=0).reshape(-1, self.num_parts)
+        return int((lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)).max())
+
     def all(self) -> Batch:
         """Every row once, in order (validation)."""
         return self.rows(np.arange(len(self)))
@@ -149,7 +155,7 @@ class _Writer:
     def finish(self, where: object) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
         if not self.num_rows:
             dropped = f"; all {self.num_overlong} {self.noun} are over data.{self.limit_name}={self.limit}, raise it"
-            raise ValueError(f"data {where!r} has no rows{dropped if self.num_overlong else ''}")
+            raise ValueError(f"data {where!r} has no rows{dropped if self.num_overlong else '; give a file that has some'}")
         if self.num_overlong:
             LOGGER.warning(
                 "data %s: dropped %d of %d %s with more than data.%s=%d tokens (the longest has %d)",

@@ -30,6 +30,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer at {name!r} ({error}); set model.path or model.tokenizer to a directory or hub name") from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if not tokenizer("0 a")["input_ids"]:  # what transformers makes of a model's type alone, where no tokenizer was saved
+        raise ValueError(f"no tokenizer at {name!r}: it knows no tokens; set model.tokenizer to a directory or hub name that has one")
     return tokenizer
 
 

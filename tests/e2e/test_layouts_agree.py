@@ -60,7 +60,6 @@ class Case:
 
 
 CASES = [
-    Case(2),
     Case(2, "deepspeed", generation_tp=2),  # ZeRO 3, actor and critic
     Case(2, generation_tp=2, release=True),
     Case(4, "threed", pp=2, tp=2, generation_tp=1, critic_tp=2),

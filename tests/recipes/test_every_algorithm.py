@@ -121,6 +121,17 @@ def test_a_resumed_run_is_the_undisturbed_one(name: str, common: list[str], comp
     assert names and all(last[0][key] == last[1][key] for key in names)
 
 
+def test_a_step_without_rows_moves_nothing(common: list[str], composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+    """No answer is good enough in either step; the optimizer's weight decay alone would change the weights."""
+    further = ["algorithm.min_reward=1000", "actor.train.optimizer.weight_decay=0.5", f"output_dir={tmp_path}"]
+    config = configured("rejection_sampling", common, composed, *further)
+    run(config)
+    before, after = load_file(Path(config.model.path) / "model.safetensors"), load_file(policy(tmp_path))
+    assert all(torch.equal(weight, after[key]) for key, weight in before.items())
+    steps = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["split"] == "train"]
+    assert [(row["best/rows"], row["actor/updates_without_rows"]) for row in steps] == [(0.0, 1.0)] * 2
+
+
 def policy(output: Path, step: int = 2) -> Path:
     return output / "checkpoints" / f"step-{step:08d}" / "huggingface" / "model.safetensors"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from omegaconf import DictConfig
 from controllers import ALGORITHMS, Entry
 from hybridflow.checkpoint import CheckpointStore
 from recipes.config import RunConfig
-from recipes.main import check_names, recipe, to_settings
+from recipes.main import check_names, recipe, to_settings, unread
 from recipes.run import run, start_step
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
@@ -168,6 +170,24 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["reward.function=null"],
         "neither function nor model is set; set reward.function=package.module:name or",
     ),
+    "a language model for a reward model": (
+        ["reward.function=null", "reward.model.path=${model.path}"],
+        "reward: model.path is '.*': a language model without a score head, .* train one from it with python -m recipes.reward_model",
+    ),
+    "a negative learning rate": (
+        ["critic.train.optimizer.learning_rate=-1"],
+        "critic.train.optimizer.learning_rate is -1.0; use 0 or more",
+    ),
+    "an output that is a file": ([f"output_dir={__file__}"], r"output_dir is '.*', but .*test_mistakes.py is a file; choose another"),
+    "a file for a module": (["reward.function=./my/rewards.py:f"], "names a file; name the module: my.rewards:f"),
+    "a module that is broken": (
+        ["reward.function=tests.recipes.broken_rewards:f"],
+        r"can't be imported \(NameError: name 'undefined' is not",
+    ),
+    "a reward that asks for what is not there": (
+        ["reward.function=tests.recipes.rewards:of_a_hint"],
+        r"does not fit the data \(missing a required argument: 'hint'\): it is called by keyword with prompt, response,",
+    ),
     "no such module": (["reward.function=no.such:f"], "reward.function='no.such:f': module 'no.such' can't be imported"),
     "no **columns": (["reward.function=tests.recipes.rewards:no_columns"], r"takes no finish_reason; let it end in \*\*columns"),
     "no model": (["model.path=/no/such"], "actor: model.path is '/no/such': neither a directory with a Hugging Face config.json"),
@@ -183,6 +203,45 @@ def test_a_mistake_is_told_with_field_value_and_fix(name: str, settings: Callabl
     arguments, message = MISTAKES[name]
     with pytest.raises(ValueError, match=message):
         run(settings("ppo", *arguments))
+
+
+def test_a_model_of_another_vocabulary_is_found_before_the_start(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Its tokens mean something else by the same numbers: it would score noise."""
+    config = settings("distillation")
+    shutil.copytree(config.model.path, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    words = json.loads(file.read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["5"], vocabulary["6"] = vocabulary["6"], vocabulary["5"]
+    file.write_text(json.dumps(words))
+    with pytest.raises(
+        ValueError, match=r"teacher.model.path is '.*other', of another vocabulary than .*: '5' is token 6 there and 5 here"
+    ):
+        run(settings("distillation", f"teacher.model.path={tmp_path}/other"))
+
+
+def test_rows_longer_than_the_model_are_found_before_the_start(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    row = {"prompt": "3 " * 200, "response": "4 " * 100, "chosen": "4 " * 100, "rejected": "4"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    for recipe_name in ("sft", "dpo", "reward_model"):
+        with pytest.raises(
+            ValueError, match=r"data.train: its longest row has 301 tokens, and the model's limit is 256; set data.max_tokens=256"
+        ):
+            run(settings(recipe_name, f"data.train={tmp_path}/rows.jsonl"))
+
+
+def test_evaluation_asks_for_the_data_that_it_is_named_after(composed: Callable[..., DictConfig]) -> None:
+    with pytest.raises(ValueError, match=r"^not set: data\.validation; give each as name=value$"):
+        to_settings(composed("evaluate", ["model.path=x"]))
+
+
+def test_settings_of_a_model_that_the_recipe_has_not_are_told(settings: Callable[..., RunConfig]) -> None:
+    arguments = ["actor.train.tp=1", "policy.train.tp=1", "seed=1", "critic.seed=3"]
+    told = list(unread(arguments, settings("sft")))
+    assert told == [
+        f"{name}: nothing reads it, sft has no {name.partition('.')[0]} (its models: policy)" for name in (arguments[0], arguments[3])
+    ]
+    assert list(unread(["actor.generation.tp=1", "reward.function=x"], settings("evaluate"))) == []
 
 
 def test_everything_mandatory_that_is_missing_is_named_at_once(composed: Callable[..., DictConfig]) -> None:

@@ -184,7 +184,16 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
     bidirectional = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not hf_config.is_decoder
     if not known or bidirectional or hf_config.is_encoder_decoder:
         raise ValueError(f"model.path is {config.path!r}: {kind} is not a causal (decoder-only) language model; use one that is")
+    if head is Head.score and not config.new_head and any(name.endswith("ForCausalLM") for name in hf_config.architectures or ()):
+        raise ValueError(no_score_head(config))
     return hf_config
+
+
+def no_score_head(config: ModelConfig) -> str:
+    return (
+        f"model.path is {config.path!r}: a language model without a score head, whose scores would mean nothing; "
+        "train one from it with python -m recipes.reward_model and give that directory"
+    )
 
 
 def _attention(config: ModelConfig) -> str | None:
@@ -201,10 +210,7 @@ def _check_keys(config: ModelConfig, head: Head, model: PreTrainedModel, info: d
     if head is not Head.lm and missing and all(key.startswith("score.") for key in missing):
         # A causal LM becomes a critic or a reward model: its output embedding is not needed, and the head is new.
         if head is Head.score and not config.new_head:
-            raise ValueError(
-                f"model.path is {config.path!r}: a language model without a score head, whose scores would mean nothing; "
-                "train one from it with python -m recipes.reward_model and give that directory"
-            )
+            raise ValueError(no_score_head(config))
         missing = []
         unexpected = [key for key in unexpected if key.startswith(f"{model.base_model_prefix}.")]
         _initialize_score(score_head(model))

@@ -45,14 +45,20 @@ def adamw(decaying: list[nn.Parameter], others: list[nn.Parameter], config: Opti
 
 
 def check_optimizer_config(config: OptimizerConfig) -> None:
-    """ValueError for a schedule that cannot be followed."""
+    """ValueError for values that mean nothing, and for a schedule that cannot be followed."""
+    for name in ("learning_rate", "weight_decay", "warmup_steps", "clip_grad_norm"):
+        if vars(config)[name] < 0:
+            raise ValueError(f"optimizer.{name} is {vars(config)[name]}; use 0 or more" + " (0: no clipping)" * (name == "clip_grad_norm"))
+    for name, value in (("beta1", config.beta1), ("beta2", config.beta2)):
+        if not 0 <= value < 1:
+            raise ValueError(f"optimizer.{name} is {value}; choose 0 <= {name} < 1")
+    if config.epsilon <= 0:
+        raise ValueError(f"optimizer.epsilon is {config.epsilon}; use more than 0")
     if config.schedule is not Schedule.constant and config.total_steps <= config.warmup_steps:
         raise ValueError(
             f"optimizer.total_steps is {config.total_steps} with schedule {config.schedule.value} and warmup_steps "
             f"{config.warmup_steps}; set total_steps to the number of optimizer steps of the run, above warmup_steps"
         )
-    if config.clip_grad_norm < 0:
-        raise ValueError(f"optimizer.clip_grad_norm is {config.clip_grad_norm}; use a positive norm, or 0 for no clipping")
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:

@@ -118,6 +118,6 @@ class DPOConfig:
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
-            raise ValueError(f"beta is {self.beta}; it scales the log-ratio to the reference, so choose more than 0 (0.1 is usual)")
+            raise ValueError(f"algorithm.loss.beta is {self.beta}; it scales the log-ratio to the reference: choose more than 0 (0.1)")
         if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}; choose 0 <= label_smoothing < 0.5")
+            raise ValueError(f"algorithm.loss.label_smoothing is {self.label_smoothing}; choose 0 <= label_smoothing < 0.5")

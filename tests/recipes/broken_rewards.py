@@ -1,0 +1,3 @@
+"""A reward module that cannot be imported."""
+
+f = undefined  # noqa: F821
