@@ -51,7 +51,11 @@ class CISPOConfig(GRPOConfig):
 
 
 class GRPO(Stateless):
-    """The KL to the reference stands in the actor's loss (actor.loss.kl_coefficient)."""
+    """The KL to the reference stands in the actor's loss (actor.loss.kl_coefficient).
+
+    The paper has one of 0.04 (k3) and takes means over responses of means over tokens (actor.loss.aggregation=seq_mean_token_mean); the
+    defaults here are no KL and one mean over all tokens, as in most work since.
+    """
 
     def __init__(self, *, actor: Actor, reference: Reference, reward: Reward, config: GRPOConfig) -> None:
         self.actor, self.reference, self.reward, self.config = actor, reference, reward, config

@@ -65,7 +65,7 @@ def to_settings(config: DictConfig) -> RunConfig:
     """The plain dataclasses; a missing or wrong value is a ValueError with its name."""
     written = OmegaConf.to_container(config)
     missing = sorted(_missing(written, ""))
-    if config.data.train is None and cast(dict[str, Any], written)["data"]["train"] == "${data.validation}":
+    if cast(dict[str, Any], written)["data"]["train"] == "${data.validation}" and config.data.train is None:
         missing.append("data.validation")
     if missing:
         raise ValueError(f"not set: {', '.join(missing)}; give each as name=value")
