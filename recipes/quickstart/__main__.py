@@ -19,6 +19,7 @@ from rich.table import Table
 
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.metrics import Curve, draw_curves
+from recipes.main import check_names, plain_errors
 from recipes.quickstart.prepare import Prepared, prepare
 from recipes.quickstart.settings import SETTINGS
 
@@ -29,6 +30,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="default: outputs/quickstart, for grpo outputs/quickstart-grpo")
     parser.add_argument("overrides", nargs="*", help="further settings for the recipe, such as loop.num_steps=5 runtime=local")
     arguments = parser.parse_args()
+    with plain_errors():
+        check_names(arguments.overrides)  # before the minute of preparation, not after it
     output = arguments.output or Path("outputs/quickstart" if arguments.recipe == "ppo" else f"outputs/quickstart-{arguments.recipe}")
     console = Console()
     prepared = prepare(Path("outputs/quickstart-data"), console=console)

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.metrics import Curve, draw_curves, read_jsonl
+from recipes.main import check_names, plain_errors
 from recipes.quickstart.task import MAX_RESPONSE_TOKENS
 from recipes.rlhf.data import Prepared, prepare
 
@@ -36,6 +37,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/rlhf"))
     parser.add_argument("overrides", nargs="*", help="further settings for PPO, such as loop.num_steps=80 algorithm.kl.coefficient=0")
     arguments = parser.parse_args()
+    with plain_errors():
+        check_names(arguments.overrides)  # before the minute of preparation, not after it
     output: Path = arguments.output
     started = time.perf_counter()
     data = prepare(output / "data")

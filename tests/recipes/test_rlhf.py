@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 
 from controllers.data import DataConfig, DemonstrationDataset, PairDataset, PromptDataset
 from recipes.main import check_names
-from recipes.rlhf.__main__ import stages
+from recipes.rlhf.__main__ import main, stages
 from recipes.rlhf.data import Prepared, prepare
 from recipes.rlhf.rule import rule, score
 
@@ -42,3 +43,10 @@ def test_every_file_is_what_its_stage_takes(prepared: Prepared) -> None:
         assert len(kind.load(DataConfig(train=str(path)), str(path), tokenizer)) == rows
     for command in stages(prepared, Path("out"), []).values():
         check_names(command[2:])
+
+
+def test_a_mistyped_setting_ends_before_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["recipes.rlhf", "--output", f"{tmp_path}/run", "algorithm.kl.coeficient=0"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert not (tmp_path / "run").exists()
