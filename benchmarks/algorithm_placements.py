@@ -25,7 +25,8 @@ from hybridflow.metrics import read_jsonl
 from recipes.quickstart.prepare import Prepared, prepare
 
 SMALL = ["data.batch_size=8", "algorithm.samples_per_prompt=4", "loop.num_steps=3", "loop.validate_every=0"]
-COMPARED = ("reward/mean", "actor/policy_loss", "actor/grad_norm", "actor/entropy", "critic/value_loss", "cost/multiplier")
+LOSSES = ("actor/policy_loss", "actor/distillation_loss", "actor/language_loss", "actor/preference_loss", "critic/value_loss")
+COMPARED = ("reward/mean", *LOSSES, "actor/grad_norm", "actor/entropy", "cost/multiplier", "kl/coefficient")
 
 
 def main() -> None:

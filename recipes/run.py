@@ -51,6 +51,7 @@ from recipes.config import Device, Placement, RunConfig, Runtime
 from recipes.forecast import MAPPING, Plan, beside, forecast, verdict
 from recipes.roles import GENERATION, SCORERS, role_kind, role_names
 from workers.reward_function import check_columns
+from workers.role_config import JudgeConfig, Verdict
 from workers.roles import Actor, TrainedRole
 from workers.split_actor import SplitActor, SplitPolicyWorker
 
@@ -187,13 +188,13 @@ def check_columns_of(config: RunConfig, name: str, columns: Set[str]) -> None:
 
 
 def plan_of(config: RunConfig, dataflow: Dataflow, roles: Sequence[Role], rows: RowDataset) -> Plan | None:
-    """What the mapper needs to know; it knows steps that answer prompts only."""
-    if isinstance(rows, PromptDataset):
+    """What the mapper needs to know; it knows steps that answer prompts only, and one generation in them."""
+    writes = any(isinstance(role.config, JudgeConfig) and role.config.verdict is Verdict.written for role in roles)
+    if isinstance(rows, PromptDataset) and not writes:
         return Plan(config=config, dataflow=dataflow, roles={role.name: role.config for role in roles}, prompts=rows)
     if config.placement is Placement.auto:
-        raise ValueError(
-            f"placement=auto: the mapper plans steps that answer prompts, not {config.algorithm.name}; use colocated or custom"
-        )
+        what = "a judge that writes (judge.verdict=written)" if writes else config.algorithm.name
+        raise ValueError(f"placement=auto: the mapper plans steps that answer prompts, not {what}; use colocated or custom")
     return None
 
 

@@ -147,6 +147,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         [*JUDGED, "judge.template='{prompt} {response} {hint}'"],
         "judge.template asks for hint, and a row has prompt, response, answer; correct the template, or data.answer_column",
     ),
+    "a judge that writes, placed by the mapper": (
+        [*JUDGED, "placement=auto", "num_devices=2"],
+        r"the mapper plans steps that answer prompts, not a judge that writes \(judge.verdict=written\); use colocated or custom",
+    ),
     "a judge that is put to sleep": (
         [*JUDGED, "judge.generation.release_during_training=true"],
         "judge.generation.release_during_training is true, which nothing reads",
