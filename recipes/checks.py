@@ -250,8 +250,6 @@ def check_prompts(field: str, longest_prompt_tokens: int, config: ActorConfig) -
 
 def check_vocabulary(role: str, model: ModelConfig, policy: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Whether a model that reads the policy's tokens means the same by each of them; it may know further ones."""
-    if (model.path, model.tokenizer) == (policy.path, policy.tokenizer):
-        return
     try:
         theirs = load_tokenizer(model).get_vocab()
     except ValueError as error:
@@ -263,6 +261,17 @@ def check_vocabulary(role: str, model: ModelConfig, policy: ModelConfig, tokeniz
                 f"{role}.model.path is {model.path!r}, of another vocabulary than model.path={policy.path!r}: {token!r} is token "
                 f"{theirs.get(token, 'none')} there and {number} here, and {role} reads the policy's tokens; use a model of its family"
             )
+
+
+def check_room(role: str, model: ModelConfig, head: Head, longest_prompt_tokens: int, config: ActorConfig) -> None:
+    """Whether the longest prompt with the longest response fits a model that reads both, beside the policy's own."""
+    limit = model_config(model, head).get_text_config().max_position_embeddings
+    response = config.generation.sampling.max_response_tokens
+    if longest_prompt_tokens + response > limit:
+        raise ValueError(
+            f"{role}.model.path is {model.path!r}, whose limit is {limit} tokens; the longest prompt of data.train has {longest_prompt_tokens} "
+            f"beside actor.generation.sampling.max_response_tokens={response}; lower that or data.max_prompt_tokens, or use another model"
+        )
 
 
 def check_output(directory: str) -> None:

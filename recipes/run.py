@@ -42,6 +42,7 @@ from recipes.checks import (
     check_output,
     check_prompts,
     check_resume,
+    check_room,
     check_settings,
     check_template,
     check_text,
@@ -86,6 +87,8 @@ def run(config: RunConfig) -> Outcome | None:
     train = load_rows(config, "train", tokenizer)
     held_out = load_rows(config, "validation", tokenizer) if config.data.validation else None
     texts = load_pretraining(config, tokenizer)
+    for role in readers(config, roles) if isinstance(train, PromptDataset) else ():
+        check_room(role.name, role.config.model, role_kind(role.name).head, train.longest_prompt_tokens, config.actor)
     plan = plan_of(config, dataflow, roles, train)
     mapping = None
     if config.placement is Placement.auto and plan is not None:
@@ -245,11 +248,16 @@ def check_models(config: RunConfig, roles: Sequence[Role]) -> None:
             check_model(role.name, role.config, role_kind(role.name).head, sizes[role.pool])
 
 
+def readers(config: RunConfig, roles: Sequence[Role]) -> list[Role]:
+    """Models of their own that read the policy's tokens: all but the judge, who reads text."""
+    own = [role for role in roles if role.name != "judge" and role.config.model is not None]
+    return [role for role in own if role.config.model.path != config.model.path]
+
+
 def check_vocabularies(config: RunConfig, roles: Sequence[Role], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Of every model that reads the policy's tokens: all but the judge, who reads text."""
-    for role in roles:
-        if role.name != "judge" and role.config.model is not None:
-            check_vocabulary(role.name, role.config.model, config.model, tokenizer)
+    """Of every model that reads the policy's tokens."""
+    for role in readers(config, roles):
+        check_vocabulary(role.name, role.config.model, config.model, tokenizer)
 
 
 def stand_ins(config: RunConfig, placed: Container[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from workers.config import ModelConfig
 from workers.engines.base import Head
+from workers.engines.loading import model_config
 from workers.generation import generation_engine_class
 from workers.model_worker import ModelWorker, training_layout
 from workers.role_config import JudgeConfig, Verdict
@@ -78,6 +79,8 @@ class JudgeWorker(ModelWorker, Reward):
         self.build(config.model, config.train, Head.lm, context, trains=False)
         self.questions = Questions(config)
         tokenizer = self.questions.tokenizer
+        self.limit = int(model_config(config.model, Head.lm).get_text_config().max_position_embeddings)
+        """Tokens that the judge can read."""
         self.words = [list(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in (config.yes, config.no)]
 
     @classmethod
@@ -86,6 +89,12 @@ class JudgeWorker(ModelWorker, Reward):
 
     def compute_reward(self, batch: Batch) -> Batch:
         rows = [(question, word) for question in self.questions(batch) for word in self.words]
+        longest = max((len(question) + len(word) for question, word in rows), default=0)
+        if longest > self.limit:
+            raise ValueError(
+                f"judge: a question and its verdict have {longest} tokens, and the limit of judge.model.path={self.model.path!r} is "
+                f"{self.limit}; shorten judge.template, lower actor.generation.sampling.max_response_tokens, or use another judge"
+            )
         outputs = self.engine.forward(_answered(rows))
         if outputs is None or outputs.log_probs is None:
             return Batch.of(rewards=torch.empty(0), reward_metrics=[])

@@ -224,6 +224,17 @@ def test_a_model_of_another_vocabulary_is_found_before_the_start(settings: Calla
         run(settings("distillation", f"teacher.model.path={tmp_path}/other"))
 
 
+def test_a_model_with_less_room_than_the_policys_is_found_before_the_start(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+    shutil.copytree(settings("distillation").model.path, tmp_path / "other")
+    file = tmp_path / "other" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 12}))
+    message = (
+        r"teacher.model.path is '.*other', whose limit is 12 tokens; the longest prompt of data.train has \d+ beside .*_tokens=8; lower"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(settings("distillation", f"teacher.model.path={tmp_path}/other"))
+
+
 def test_rows_longer_than_the_model_are_found_before_the_start(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
     row = {"prompt": "3 " * 200, "response": "4 " * 100, "chosen": "4 " * 100, "rejected": "4"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")

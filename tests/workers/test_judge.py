@@ -48,6 +48,8 @@ def test_the_reward_is_the_probability_of_yes(tmp_path: Path) -> None:
         rewards = judge.compute_reward(batch).tensor("rewards")
         with pytest.raises(ValueError, match=r"judge\.template asks for \['hint'\], which the data has not, or has as null"):
             judge.compute_reward(batch.drop("extras"))
+        with pytest.raises(ValueError, match=r"have 30\d tokens, and the limit of judge\.model\.path='.*' is 256; shorten judge\.template"):
+            judge.compute_reward(batch.drop("extras") | Batch.of(extras=[{"hint": "3 " * 295}] * 2))
     model = AutoModelForCausalLM.from_pretrained(path)
     for row, text in enumerate(f"{p} 5 {r} {h}" for p, r, h in zip(*_as_decoded(tokenizer, batch), hints, strict=True)):
         asked = tokenizer(text).input_ids
