@@ -24,10 +24,10 @@ from hybridflow.batch import Batch
 from hybridflow.tracing import draw
 from hybridflow.waiting import CALLS
 from recipes.config import RunConfig
+from recipes.fitting import check_vocabularies
 from recipes.run import (
     check_dataflow,
     check_models,
-    check_vocabularies,
     connect_cluster,
     describe,
     load_rows,

@@ -1,22 +1,19 @@
 """What can be known of a run before anything starts: names, sizes, and whether the models fit their layouts.
 
 Every problem is a ValueError with field, value and fix. Leaves out what others check: values of single fields (the dataclasses), data
-(controllers/data), columns (hybridflow/tracing.py), the machines (cluster/connect.py).
+(controllers/data), whether data, models and functions fit each other (fitting.py), columns (hybridflow/tracing.py), the machines
+(cluster/connect.py).
 """
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from controllers import ALGORITHMS, Entry
-from controllers.data import load_tokenizer
 from hybridflow.checkpoint import MANIFEST
 from hybridflow.dataflow import CallKind, Dataflow
 from hybridflow.layout import AXES, Layout
@@ -48,7 +45,6 @@ from workers.role_config import (
     Verdict,
 )
 
-LOGGER = logging.getLogger(__name__)
 RoleConfig = ActorConfig | CriticConfig | JudgeConfig | PolicyConfig | PreferenceConfig | ReferenceConfig | RewardConfig
 CLIPPING = ("ppo_clip", "gspo", "cispo", "clip_cov")
 """The policy losses that read actor.loss.clip_low and clip_high."""
@@ -206,7 +202,7 @@ def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> 
         if not (isinstance(config, JudgeConfig) and config.verdict is Verdict.written):
             _check_train_layout(config.model, config.train, head, num_devices)
         if isinstance(config, ActorConfig) or (isinstance(config, JudgeConfig) and config.verdict is Verdict.written):
-            _check_generation_sizes(config.model, config.generation)
+            _check_generation_sizes(role, config.model, config.generation)
     except ValueError as error:
         raise ValueError(f"{role}: {error}") from None
 
@@ -223,54 +219,16 @@ def _check_train_layout(model: ModelConfig, train: TrainConfig, head: Head, num_
         deepspeed.make_layout(train, num_devices)
 
 
-def _check_generation_sizes(model: ModelConfig, config: GenerationConfig) -> None:
+def _check_generation_sizes(role: str, model: ModelConfig, config: GenerationConfig) -> None:
     found = model_config(model, Head.lm).get_text_config()
     heads = found.num_attention_heads
     if heads % config.tp:
         fitting = [size for size in range(1, heads + 1) if heads % size == 0]
         raise ValueError(f"generation.tp is {config.tp}, which does not divide the model's {heads} attention heads; use one of {fitting}")
-    (limit, source), needed = _most_tokens(model, config), config.sampling.max_response_tokens
+    (limit, source), needed = most_tokens(model, config, role), config.sampling.max_response_tokens
     if needed >= limit:
         raise ValueError(
             f"generation.sampling.max_response_tokens is {needed}, which leaves no room for a prompt in {limit} tokens ({source}); lower it"
-        )
-
-
-def check_prompts(field: str, longest_prompt_tokens: int, config: ActorConfig) -> None:
-    """Whether the longest prompt of `field` (data.train, data.validation) fits the engine together with its response."""
-    limit, source = _most_tokens(config.model, config.generation)
-    room = limit - config.generation.sampling.max_response_tokens
-    if longest_prompt_tokens > room:
-        raise ValueError(
-            f"{field}: its longest prompt has {longest_prompt_tokens} tokens, and beside "
-            f"actor.generation.sampling.max_response_tokens={config.generation.sampling.max_response_tokens} there is room for {room} in "
-            f"{limit} tokens ({source}); lower it, raise the limit, or set data.max_prompt_tokens={room} to drop longer prompts"
-        )
-
-
-def check_vocabulary(role: str, model: ModelConfig, policy: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Whether a model that reads the policy's tokens means the same by each of them; it may know further ones."""
-    try:
-        theirs = load_tokenizer(model).get_vocab()
-    except ValueError as error:
-        LOGGER.warning("%s: its vocabulary can't be held against the policy's: %s", role, error)
-        return
-    for token, number in tokenizer.get_vocab().items():
-        if theirs.get(token) != number:
-            raise ValueError(
-                f"{role}.model.path is {model.path!r}, of another vocabulary than model.path={policy.path!r}: {token!r} is token "
-                f"{theirs.get(token, 'none')} there and {number} here, and {role} reads the policy's tokens; use a model of its family"
-            )
-
-
-def check_room(role: str, model: ModelConfig, head: Head, longest_prompt_tokens: int, config: ActorConfig) -> None:
-    """Whether the longest prompt with the longest response fits a model that reads both, beside the policy's own."""
-    limit = model_config(model, head).get_text_config().max_position_embeddings
-    response = config.generation.sampling.max_response_tokens
-    if longest_prompt_tokens + response > limit:
-        raise ValueError(
-            f"{role}.model.path is {model.path!r}, whose limit is {limit} tokens; the longest prompt of data.train has {longest_prompt_tokens} "
-            f"beside actor.generation.sampling.max_response_tokens={response}; lower that or data.max_prompt_tokens, or use another model"
         )
 
 
@@ -283,29 +241,10 @@ def check_output(directory: str) -> None:
         raise ValueError(f"output_dir is {directory!r}, but {existing} {why}; choose another directory")
 
 
-def check_template(config: JudgeConfig, names: Set[str]) -> None:
-    """Whether judge.template asks for what a row has: `names` are the data's columns as a reward sees them."""
-    missing = [name for name in config.template_fields if name not in {"prompt", "response", *names}]
-    if missing:
-        raise ValueError(
-            f"judge.template asks for {', '.join(missing)}, and a row has {', '.join(['prompt', 'response', *sorted(names)])}; correct the "
-            "template, or data.answer_column and data.columns, which say what is kept"
-        )
-
-
-def check_text(field: str, longest_tokens: int, model: ModelConfig, setting: str) -> None:
-    """Whether the longest row of `field` (data.train, data.validation, data.pretraining) fits the model; `setting` limits it."""
-    limit = model_config(model, Head.lm).get_text_config().max_position_embeddings
-    if longest_tokens > limit:
-        raise ValueError(
-            f"{field}: its longest row has {longest_tokens} tokens, and the model's limit is {limit}; set {setting}={limit} or lower"
-        )
-
-
-def _most_tokens(model: ModelConfig, config: GenerationConfig) -> tuple[int, str]:
+def most_tokens(model: ModelConfig, config: GenerationConfig, role: str) -> tuple[int, str]:
     """Tokens that prompt and response may have together, and who says so."""
     if config.max_model_len:
-        return config.max_model_len, "actor.generation.max_model_len"
+        return config.max_model_len, f"{role}.generation.max_model_len"
     return model_config(model, Head.lm).get_text_config().max_position_embeddings, "the limit of the model"
 
 

@@ -60,6 +60,16 @@ def _with_tokenizer(config: RunConfig, reward: RewardConfig) -> RewardConfig:
     return replace(reward, tokenizer=config.model.tokenizer or config.model.path)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """One model of the run: which worker, with which settings, in which pool."""
+
+    name: str
+    worker: type[Worker]
+    config: Any
+    pool: str
+
+
 GENERATION = ROLLOUT
 """In a pool's roles: the actor generates there and trains where the role actor is."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Container, Mapping, Sequence, Set
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +32,6 @@ from hybridflow.metrics import Tracker
 from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
 from hybridflow.tracing import draw, trace, traced_roles
 from hybridflow.waiting import CALLS
-from hybridflow.worker import Worker
 from recipes.auto import choose, settle
 from recipes.checks import (
     check_algorithm,
@@ -40,33 +39,18 @@ from recipes.checks import (
     check_loss_columns,
     check_model,
     check_output,
-    check_prompts,
     check_resume,
-    check_room,
     check_settings,
-    check_template,
-    check_text,
-    check_vocabulary,
 )
 from recipes.config import Device, Placement, RunConfig, Runtime
+from recipes.fitting import check_columns_of, check_prompts, check_rooms, check_text, check_vocabularies
 from recipes.forecast import MAPPING, Plan, beside, forecast, verdict
-from recipes.roles import GENERATION, SCORERS, role_kind, role_names
-from workers.reward_function import check_columns
+from recipes.roles import GENERATION, Role, role_kind, role_names
 from workers.role_config import JudgeConfig, Verdict
 from workers.roles import Actor, TrainedRole
 from workers.split_actor import SplitActor, SplitPolicyWorker
 
 LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Role:
-    """One model of the run: which worker, with which settings, in which pool."""
-
-    name: str
-    worker: type[Worker]
-    config: Any
-    pool: str
 
 
 def run(config: RunConfig) -> Outcome | None:
@@ -87,8 +71,8 @@ def run(config: RunConfig) -> Outcome | None:
     train = load_rows(config, "train", tokenizer)
     held_out = load_rows(config, "validation", tokenizer) if config.data.validation else None
     texts = load_pretraining(config, tokenizer)
-    for role in readers(config, roles) if isinstance(train, PromptDataset) else ():
-        check_room(role.name, role.config.model, role_kind(role.name).head, train.longest_prompt_tokens, config.actor)
+    if isinstance(train, PromptDataset):
+        check_rooms(config, roles, train.longest_prompt_tokens)
     plan = plan_of(config, dataflow, roles, train)
     mapping = None
     if config.placement is Placement.auto and plan is not None:
@@ -180,16 +164,6 @@ def load_rows(config: RunConfig, name: str, tokenizer: PreTrainedTokenizerBase) 
     return rows
 
 
-def check_columns_of(config: RunConfig, name: str, columns: Set[str]) -> None:
-    """Whether whoever scores the responses to data.<name> finds there what it asks for."""
-    trained = algorithm_entry(config.algorithm.name).roles
-    for role in role_names(config) if name == "validation" else trained:
-        if role == "judge" and name == "train":
-            check_template(config.judge, columns)
-        elif role in SCORERS and (function := role_kind(role).settings(config).function) is not None:
-            check_columns(function, columns, role)
-
-
 def plan_of(config: RunConfig, dataflow: Dataflow, roles: Sequence[Role], rows: RowDataset) -> Plan | None:
     """What the mapper needs to know; it knows steps that answer prompts only, and one generation in them."""
     writes = any(isinstance(role.config, JudgeConfig) and role.config.verdict is Verdict.written for role in roles)
@@ -246,18 +220,6 @@ def check_models(config: RunConfig, roles: Sequence[Role]) -> None:
     for role in roles:
         if role.name != GENERATION:  # the model is the actor's, and checked with it
             check_model(role.name, role.config, role_kind(role.name).head, sizes[role.pool])
-
-
-def readers(config: RunConfig, roles: Sequence[Role]) -> list[Role]:
-    """Models of their own that read the policy's tokens: all but the judge, who reads text."""
-    own = [role for role in roles if role.name != "judge" and role.config.model is not None]
-    return [role for role in own if role.config.model.path != config.model.path]
-
-
-def check_vocabularies(config: RunConfig, roles: Sequence[Role], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Of every model that reads the policy's tokens."""
-    for role in readers(config, roles):
-        check_vocabulary(role.name, role.config.model, config.model, tokenizer)
 
 
 def stand_ins(config: RunConfig, placed: Container[str]) -> dict[str, Any]:
