@@ -78,7 +78,7 @@ def table(batch: Batch, tokenizer: PreTrainedTokenizerBase, *, log_probs: bool) 
     """One row a response: prompt, response, finish_reason, sample, reward (where there is one), the data's columns, token ids."""
     extras = batch.objects("extras")
     columns = {
-        "prompt": tokenizer.batch_decode([ids.tolist() for ids in batch.ragged("prompt_ids").unbind()]),
+        "prompt": [prompt_text(tokenizer, ids.tolist()) for ids in batch.ragged("prompt_ids").unbind()],
         "response": tokenizer.batch_decode([ids.tolist() for ids in batch.ragged("response_ids").unbind()], skip_special_tokens=True),
         "finish_reason": batch.objects("finish_reason"),
         "row": batch.tensor("uid").tolist(),
@@ -91,6 +91,13 @@ def table(batch: Batch, tokenizer: PreTrainedTokenizerBase, *, log_probs: bool) 
         columns["log_probs"] = [values.tolist() for values in batch.ragged("rollout_log_probs").unbind()]
     columns |= {name: [row[name] for row in extras] for name in (extras[0] if extras else {}) if name not in columns}
     return pa.table(columns)
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text whose tokens the prompt is: a beginning-of-sequence token that the tokenizer adds by itself is left out, or whoever reads
+    the file would have two."""
+    added = tokenizer("")["input_ids"][:1]
+    return str(tokenizer.decode(ids[1:] if added and ids[:1] == added and added[0] == tokenizer.bos_token_id else ids))
 
 
 def write(tables: list[pa.Table], path: Path) -> None:

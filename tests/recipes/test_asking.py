@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from omegaconf import DictConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from controllers.evaluation import pass_at_k
+from recipes.asking import prompt_text
 from recipes.evaluate import evaluate
 from recipes.generate import generate
 from recipes.main import to_settings
@@ -58,6 +60,16 @@ def test_generated_rows_are_the_models_own(common: list[str], composed: Callable
         expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(row["response_ids"])[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(row["log_probs"]), expected, atol=1e-5, rtol=1e-5)
         assert row["response"] == tokenizer.decode(row["response_ids"], skip_special_tokens=True)
+
+
+def test_the_prompt_is_text_that_gives_its_tokens_again() -> None:
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(9)}, unk_token="2"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    plain = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="3")
+    assert prompt_text(plain, [3, 5, 6]) == "3 5 6" and plain("3 5 6").input_ids == [3, 5, 6]
+    words.post_processor = processors.TemplateProcessing(single="3 $A", special_tokens=[("3", 3)])
+    adding = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="3")
+    assert prompt_text(adding, [3, 5, 6]) == "5 6" and adding("5 6").input_ids == [3, 5, 6]
 
 
 def test_evaluation_is_what_its_samples_say(common: list[str], composed: Callable[..., DictConfig], tmp_path: Path) -> None:
