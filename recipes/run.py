@@ -36,6 +36,7 @@ from recipes.auto import choose, settle
 from recipes.checks import (
     check_algorithm,
     check_generation_groups,
+    check_generation_memory,
     check_loss_columns,
     check_model,
     check_output,
@@ -205,13 +206,17 @@ def check_layouts(config: RunConfig, roles: Sequence[Role]) -> None:
     """Settings of every role, its layouts on its pool, and those of generation engines that share one."""
     sizes = pool_sizes(config)
     engines: dict[str, dict[str, Layout]] = {}
+    shares: dict[str, dict[str, float]] = {}
     for role in roles:
         check_settings(role.name, role.config)
         layouts = role.worker.layouts(role.config, sizes[role.pool])
         if "generation" in layouts and role.config.generation.engine == "vllm":
             engines.setdefault(role.pool, {})[role.name] = layouts["generation"]
+            shares.setdefault(role.pool, {})[role.name] = role.config.generation.gpu_memory_fraction
     for pool, of_roles in engines.items():
         check_generation_groups(pool, of_roles)
+        if config.device is Device.cuda:
+            check_generation_memory(pool, shares[pool])
 
 
 def check_models(config: RunConfig, roles: Sequence[Role]) -> None:

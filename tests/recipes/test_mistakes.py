@@ -151,6 +151,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         [*JUDGED, "placement=auto", "num_devices=2"],
         r"the mapper plans steps that answer prompts, not a judge that writes \(judge.verdict=written\); use colocated or custom",
     ),
+    "two engines that fill a GPU": (
+        [*JUDGED, "device=cuda"],
+        "pool main: actor.generation.gpu_memory_fraction=0.5, judge.generation.gpu_memory_fraction=0.5 take all memory of a GPU, .*; lower",
+    ),
     "a judge that is put to sleep": (
         [*JUDGED, "judge.generation.release_during_training=true"],
         "judge.generation.release_during_training is true, which nothing reads",
