@@ -197,9 +197,7 @@ def check_generation_memory(pool: str, fractions: Mapping[str, float]) -> None:
     """Each engine takes its share of a GPU's memory and keeps it."""
     if sum(fractions.values()) >= 1:
         listed = ", ".join(f"{role}.generation.gpu_memory_fraction={fraction}" for role, fraction in fractions.items())
-        raise ValueError(
-            f"pool {pool}: {listed} take all memory of a GPU, and training has none; lower them, or give each a pool of its own"
-        )
+        raise ValueError(f"pool {pool}: {listed} take all memory of a GPU; lower them, or give each a pool of its own")
 
 
 def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> None:

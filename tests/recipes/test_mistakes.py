@@ -153,7 +153,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "two engines that fill a GPU": (
         [*JUDGED, "device=cuda"],
-        "pool main: actor.generation.gpu_memory_fraction=0.5, judge.generation.gpu_memory_fraction=0.5 take all memory of a GPU, .*; lower",
+        "pool main: actor.generation.gpu_memory_fraction=0.5, judge.generation.gpu_memory_fraction=0.5 take all memory of a GPU; lower",
     ),
     "a judge that is put to sleep": (
         [*JUDGED, "judge.generation.release_during_training=true"],
