@@ -82,6 +82,8 @@ class WeightSync:
         self.share_memory = share_memory
         self.sink: WeightSink | None = None
         self.last: SyncReport | None = None
+        self.attestor: Attestor | None = None
+        """From the first sync on."""
         self._make_sink = make_sink
         self._executor: Executor | None = None
 
@@ -91,14 +93,14 @@ class WeightSync:
         `version` counts where the rank trains. A rank that only trains is done when its weights have arrived and were attested.
         """
         times = [time.perf_counter()]
-        if self._executor is None:
-            self._executor, self._attestor = self._prepare()
+        if self._executor is None or self.attestor is None:
+            self._executor, self.attestor = self._prepare()
         times.append(time.perf_counter())
         version, expected = self._announce(version)
         times.append(time.perf_counter())
         report = self._executor.run()
         times.append(time.perf_counter())
-        verdict = self._attestor.start()
+        verdict = self.attestor.start()
         times.append(time.perf_counter())
         if self.sink is not None:
             # The verdict travels meanwhile; nothing is generated before it is in.
