@@ -28,6 +28,10 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 <<
 mapped anew and its pages are cleared by the kernel, which doubles the time of elementwise operations."""
 
 
+A_LITTLE = 0.001
+"""Of a resource that marks nodes and is not used up: Ray gives every node 1 of its accelerator type, whatever its number of devices."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PoolSpec:
     """What is asked for: PoolSpec(name="main", num_devices=8, device="cuda", roles=("actor", "critic"))."""
@@ -36,6 +40,8 @@ class PoolSpec:
     num_devices: int = 1
     device: str = "cpu"
     """"cpu" (a device is a CPU slot) or "cuda" (a device is a GPU)."""
+    node_resource: str = ""
+    """Only on nodes that have this Ray resource: `accelerator_type:H100`, or one that you gave your nodes. Empty: on any node."""
     cpus_per_device: float = 1.0
     threads_per_device: int = 0
     """CPU threads of a host; 0: the node's cores shared among its hosts."""
@@ -184,6 +190,8 @@ class RayPool(ResourcePool):
         bundle: dict[str, float] = {"CPU": self.spec.cpus_per_device}
         if self.spec.device == "cuda":
             bundle["GPU"] = 1
+        if self.spec.node_resource:
+            bundle[self.spec.node_resource] = A_LITTLE
         self._group = placement_group([bundle] * self.size, strategy="PACK", name=f"hybridflow/{self.name}")
         if not self._group.wait(self.spec.start_timeout_s):
             raise ValueError(

@@ -3,7 +3,8 @@
     mapping = choose(plan)             # searched, or the one saved with the run that goes on, or plan.mapping
     config = settle(plan, mapping)     # pools, and every role's layouts
 
-Leaves out clusters with several kinds of devices, and roles with different training engines or precisions.
+With several kinds of devices every pool asks for nodes of its kind. Leaves out roles with different training engines or precisions, and
+CPUs beside GPUs.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.mapping.auto import mapping_of, shortage
 from hybridflow.mapping.judge import judge
-from hybridflow.mapping.mapping import Mapping
+from hybridflow.mapping.mapping import Mapping, Pool
 from hybridflow.mapping.search import search
 from hybridflow.mapping.setting import ROLLOUT, Setting
 from recipes.config import Device, Placement, PoolConfig, RunConfig, Runtime
-from recipes.forecast import MAPPING, Plan, setting_of
+from recipes.forecast import MAPPING, Plan, cluster_of, node_resources, setting_of
 from recipes.placed import generation_settings, train_settings
 from recipes.roles import role_names
 from workers.role_config import ActorConfig
@@ -88,7 +89,11 @@ def settle(plan: Plan, mapping: Mapping) -> RunConfig:
     homes = {pool.name: list(pool.roles) for pool in mapping.pools}
     homeless = [role for role in role_names(config) if not any(role in roles for roles in homes.values())]
     homes[mapping.role("actor").pool] += homeless
-    pools = {pool.name: PoolConfig(num_devices=pool.num_devices, roles=homes[pool.name]) for pool in mapping.pools}
+    resources = node_resources(config, cluster_of(config))
+    pools = {
+        pool.name: PoolConfig(num_devices=pool.num_devices, roles=homes[pool.name], node_resource=resources.get(pool.kind, ""))
+        for pool in mapping.pools
+    }
     changes: dict[str, Any] = {}
     for placed in mapping.roles:
         if placed.layout is not None:
@@ -97,14 +102,14 @@ def settle(plan: Plan, mapping: Mapping) -> RunConfig:
     for placed in mapping.roles:
         if placed.generation is not None:
             actor: ActorConfig = changes["actor"]
-            generation = generation_settings(mapping, placed.role, actor.generation, _memory(plan))
+            generation = generation_settings(mapping, placed.role, actor.generation, _memory(plan, mapping.pool_of(placed.role)))
             changes["actor"] = replace(actor, generation=generation)
     return replace(config, placement=Placement.custom, num_devices=1, pools=pools, **changes)
 
 
-def _memory(plan: Plan) -> float | None:
-    """Bytes of a GPU, which the generation engine's share is a fraction of."""
-    return setting_of(plan).cluster.groups[0].kind.memory_bytes if plan.config.device is Device.cuda else None
+def _memory(plan: Plan, pool: Pool) -> float | None:
+    """Bytes of a GPU of the pool, which the generation engine's share is a fraction of."""
+    return cluster_of(plan.config).groups[pool.group].kind.memory_bytes if plan.config.device is Device.cuda else None
 
 
 def _check(plan: Plan, setting: Setting) -> None:
@@ -115,8 +120,7 @@ def _check(plan: Plan, setting: Setting) -> None:
         raise ValueError(
             f"pools ({', '.join(config.pools)}) are set with placement=auto, which makes its own; use placement=custom for yours"
         )
-    if len(setting.cluster.groups) > 1:
-        raise ValueError(f"placement=auto on {setting.cluster}: a run takes devices of one kind; see recipes.plan for several")
+    node_resources(config, setting.cluster)
     if config.num_devices not in (1, setting.cluster.num_devices):
         raise ValueError(
             f"num_devices is {config.num_devices}, plan.cluster has {setting.cluster.num_devices} devices; leave one of them out"
@@ -125,5 +129,6 @@ def _check(plan: Plan, setting: Setting) -> None:
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{role} {engine} {precision}" for role, (engine, precision) in kinds.items())
         raise ValueError(
-            f"placement=auto needs one training engine and precision for all roles: {listed}; set them alike, or place yourself"
+            f"placement=auto needs one training engine and precision for all roles: {listed}; set them alike, or place them yourself "
+            "with placement=custom"
         )

@@ -4,14 +4,17 @@
     python -m recipes.plan ... calibration=calibration/calibration.json cluster=calibration/cluster.json
 
 Runs the real engines on small random models, in as many processes at once as a pool of this machine has, so that what they
-take from each other is in the numbers; fits what it measured (hybridflow/mapping/fit.py); and ends with a few steps of recipes.ppo
-for what only a whole step shows (recipes/calibration_run.py). Links between machines are not measured.
+take from each other is in the numbers; fits what it measured (hybridflow/mapping/fit.py); and ends with a few steps of recipes.ppo,
+on one rank and on all, for what only a whole step shows (recipes/calibration_run.py). Links between machines are not measured.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +28,7 @@ from hybridflow.mapping.compare import save_runs
 from hybridflow.mapping.explain import table
 from hybridflow.mapping.fit import Fit, fit, refine
 from hybridflow.mapping.measurements import Measurements
+from hybridflow.pool import KEEP_FREED_MEMORY
 from recipes.calibration_rank import Rank
 from recipes.calibration_run import run_steps
 from recipes.placed import engine_space
@@ -55,7 +59,11 @@ class CalibrateConfig:
     prompt: int = 8
     response: int = 64
     whole_steps: bool = True
-    """End with some steps of recipes.ppo."""
+    """End with some steps of recipes.ppo, in a pool of one rank and in one of all."""
+
+    @property
+    def threads_per_process(self) -> int:
+        return max(1, (os.cpu_count() or 1) // self.num_processes)
 
 
 def main() -> None:
@@ -73,10 +81,12 @@ def calibrate(config: CalibrateConfig) -> Fit:
     result.calibration.save(output / "calibration.json")
     Cluster(groups=(NodeGroup(kind=result.kind, num_nodes=1),)).save(output / "cluster.json")
     if config.whole_steps:
-        whole = run_steps(output, config.num_processes, config.precision, config.engine)
-        save_runs([whole], output / "whole_steps.json")
-        result = replace(result, calibration=refine(result.calibration, [whole]))
-        result.calibration.save(output / "calibration.json")
+        runs = []
+        for ranks in sorted({1, config.num_processes}):
+            runs.append(run_steps(output, ranks, config.threads_per_process, config.precision, config.engine))
+            result = replace(result, calibration=refine(result.calibration, runs[-1:]))
+            result.calibration.save(output / "calibration.json")
+        save_runs(runs, output / "whole_steps.json")
     rows = [(name, f"{median:.0%}", f"{largest:.0%}") for name, (median, largest) in result.errors.items()]
     print(table(("fitted", "median error", "largest error"), rows))
     return result
@@ -95,8 +105,9 @@ def measure(config: CalibrateConfig) -> Measurements:
         processes = [
             context.Process(target=_measure_rank, args=(rank, config, directory, barrier, queue)) for rank in range(config.num_processes)
         ]
-        for process in processes:
-            process.start()
+        with environment({} if torch.cuda.is_available() else KEEP_FREED_MEMORY):  # glibc reads it when a process starts
+            for process in processes:
+                process.start()
         results = [queue.get() for _ in processes]
         for process in processes:
             process.join()
@@ -105,6 +116,21 @@ def measure(config: CalibrateConfig) -> Measurements:
         first = next((text for text in failed if "BrokenBarrierError" not in text), failed[0])
         raise RuntimeError(f"calibration failed in a process:\n{first}")
     return mean_of(results)
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Of the processes that are started in the meantime."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def mean_of(results: list[Measurements]) -> Measurements:

@@ -38,11 +38,10 @@ class Rank:
 
     def __init__(self, rank: int, config: CalibrateConfig, directory: Path, barrier: Any) -> None:
         self.rank, self.config, self.directory, self.barrier = rank, config, directory, barrier
-        threads = max(1, (os.cpu_count() or 1) // config.num_processes)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(config.threads_per_process)
         self.device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.float32 if config.precision is Precision.fp32 else torch.bfloat16
-        self.context = RankContext(role="calibration", local_rank=rank, device=self.device, num_threads=threads)
+        self.context = RankContext(role="calibration", local_rank=rank, device=self.device, num_threads=config.threads_per_process)
 
     def run(self) -> Measurements:
         self._join(self.directory / f"alone{self.rank}", 0, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -24,8 +23,8 @@ TRAINERS = ("actor", "critic", "reference")
 NUM_STEPS, NUM_PROMPTS, RESPONSE_TOKENS = 5, 32, 48
 
 
-def run_steps(calibrated: Path, num_devices: int, precision: Precision, engine: str) -> Run:
-    """One pool of `num_devices`, with the constants and the cluster in `calibrated`."""
+def run_steps(calibrated: Path, num_devices: int, num_threads: int, precision: Precision, engine: str) -> Run:
+    """One pool of `num_devices` with `num_threads` each, with the constants and the cluster in `calibrated`."""
     with tempfile.TemporaryDirectory() as directory:
         _prepare(Path(directory))
         overrides = [
@@ -35,7 +34,7 @@ def run_steps(calibrated: Path, num_devices: int, precision: Precision, engine: 
             "reward.function=recipes.quickstart.reward:exact_match",
             f"device={'cuda' if torch.cuda.is_available() else 'cpu'}",
             f"num_devices={num_devices}",
-            f"threads_per_device={max(1, (os.cpu_count() or 1) // num_devices)}",
+            f"threads_per_device={num_threads}",
             *(
                 f"{role}.train.{name}"
                 for role in ("actor", "critic", "reference")
@@ -57,7 +56,7 @@ def run_steps(calibrated: Path, num_devices: int, precision: Precision, engine: 
             config = to_settings(compose("ppo", overrides))
         outcome = run(config)
         assert outcome is not None
-        return measured_run("whole steps", Mapping.load(Path(config.output_dir) / MAPPING), outcome)
+        return measured_run(f"whole steps on {num_devices}", Mapping.load(Path(config.output_dir) / MAPPING), outcome)
 
 
 def _prepare(directory: Path) -> None:

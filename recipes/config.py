@@ -54,6 +54,9 @@ class MapperConfig:
     mapping: str = ""
     """For placement=auto: a mapping to use as it is (output_dir/mapping.json of another run, or save= of recipes.plan). A run that goes
     on from its checkpoint uses the one that it saved."""
+    node_resources: list[str] = field(default_factory=list)
+    """For placement=auto with several kinds of devices, KIND:RESOURCE: the Ray resource that the nodes of a kind have. For kinds that are
+    not named, what Ray calls their GPUs: H100-80GB:accelerator_type:H100."""
 
 
 @dataclass(kw_only=True)
@@ -63,6 +66,8 @@ class PoolConfig:
     num_devices: int = 1
     roles: list[str] = field(default_factory=list)
     """The algorithm's roles, and `generation`: the actor then trains in one pool and generates in another."""
+    node_resource: str = ""
+    """A Ray resource that the nodes of this pool must have, such as accelerator_type:H100, where the cluster has several kinds."""
 
 
 NO_MODEL = ""

@@ -24,10 +24,12 @@ def dataflow_of(algorithm: str) -> Dataflow:
 
     The roles are the abstract ones that the page asks for.
     """
-    from controllers import algorithm_entry, create_algorithm
+    from controllers import ENTRIES, algorithm_entry, create_algorithm
     from controllers.loop import INPUTS
     from hybridflow.tracing import trace, traced_roles
 
+    if algorithm not in ENTRIES:
+        raise ValueError(f"algorithm is {algorithm!r}, which is not known; known: {', '.join(planned())}")
     if algorithm not in planned():
         raise ValueError(f"algorithm is {algorithm!r}, which answers no prompts and is not planned; known: {', '.join(planned())}")
     entry = algorithm_entry(algorithm)

@@ -39,6 +39,7 @@ from workers.engines.base import Head
 from workers.engines.loading import model_config
 from workers.role_config import ActorConfig, RewardConfig
 
+CPU_KIND = "cpu"
 MAPPING = "mapping.json"
 """In a run's directory: where its models are, their layouts, and what was predicted."""
 
@@ -117,13 +118,47 @@ def cluster_of(config: RunConfig) -> Cluster:
         return _one_node(Cluster.load(measured).groups[0].kind, devices)
     if config.device is Device.cpu:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / devices
-        return _one_node(replace(DEVICE_KINDS["cpu"], memory_bytes=memory), devices)
+        return _one_node(replace(DEVICE_KINDS[CPU_KIND], memory_bytes=memory), devices)
     if not torch.cuda.is_available():
         raise ValueError("plan.cluster is not set and this machine has no CUDA device to look at; name the cluster, such as 2x8xH100-80GB")
     kind, here = _cuda_kind(), torch.cuda.device_count()
     if devices <= here:
         return _one_node(kind, devices)
     return Cluster(groups=(NodeGroup(kind=replace(kind, devices_per_node=here), num_nodes=-(-devices // here)),))
+
+
+def node_resources(config: RunConfig, cluster: Cluster) -> dict[str, str]:
+    """Device kind -> the Ray resource of its nodes, where there are several kinds; what tells no two kinds apart is an error."""
+    kinds = list(dict.fromkeys(group.kind.name for group in cluster.groups))
+    pairs = [text.partition(":") for text in config.plan.node_resources]
+    named = {kind: resource for kind, _, resource in pairs}
+    if not all(named.values()):
+        raise ValueError(f"plan.node_resources is {config.plan.node_resources}; each is KIND:RESOURCE, such as {kinds[0]}:big_nodes")
+    unknown = sorted(set(named) - set(kinds))
+    if unknown:
+        raise ValueError(f"plan.node_resources names {unknown}, which are no kinds of {cluster}; it has {', '.join(kinds)}")
+    if len(kinds) == 1:
+        return named
+    if config.device is Device.cuda and any(kind.startswith(CPU_KIND) for kind in kinds):
+        raise ValueError(
+            f"plan.cluster is {cluster} with device=cuda: the devices of a run are all GPUs or all CPU processes; leave cpu out"
+        )
+    chips = {name.partition("-")[0] for name in DEVICE_KINDS if name != CPU_KIND}
+    for kind in kinds:
+        chip = kind.partition("-")[0]
+        if chip in chips and config.device is Device.cuda:
+            named.setdefault(kind, f"accelerator_type:{chip}")
+        elif kind not in named:
+            raise ValueError(
+                f"{cluster} has several kinds of devices, and nothing says which of Ray's nodes have {kind}; give those nodes a resource "
+                f"(ray start --resources='{{\"{kind}\": 1}}') and set plan.node_resources=[{kind}:{kind}]"
+            )
+    if len(set(named.values())) < len(kinds):
+        raise ValueError(
+            f"plan.node_resources ({', '.join(f'{kind}:{name}' for kind, name in named.items())}) does not tell the kinds of {cluster} "
+            "apart; give the nodes of each kind a resource of their own"
+        )
+    return named
 
 
 def _one_node(kind: DeviceKind, devices: int) -> Cluster:
@@ -148,14 +183,18 @@ def calibration_of(config: RunConfig, cluster: Cluster) -> Calibration:
 
 
 def given_mapping(plan: Plan, pool_of: Dictionary[str, str], sizes: Dictionary[str, int]) -> Mapping:
-    """The run's own pools and layouts; pools take the cluster's node groups in order."""
+    """The run's own pools and layouts; pools take the cluster's node groups in order, those of their kind where they ask for one."""
     setting = setting_of(plan)
     room = [group.num_devices for group in setting.cluster.groups]
+    chosen = any(pool.node_resource for pool in plan.config.pools.values())
+    resources = node_resources(plan.config, setting.cluster) if chosen else {}
+    marks = [resources.get(group.kind.name, "") for group in setting.cluster.groups]
     pools = []
     for name, size in sizes.items():
         roles = tuple(role for role in setting.roles if pool_of[role] == name)
         if roles:  # a pool of Python functions alone takes no device of the plan
-            group = next((number for number, left in enumerate(room) if left >= size), 0)
+            asked = plan.config.pools[name].node_resource if name in plan.config.pools else ""
+            group = next((number for number, left in enumerate(room) if left >= size and asked in ("", marks[number])), 0)
             room[group] -= size
             pools.append(Pool(name=name, group=group, num_devices=size, roles=roles))
     longest = setting.workload.longest_row

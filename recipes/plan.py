@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,11 +92,19 @@ class PlanConfig:
 
 def main() -> None:
     arguments, json_target = _take_json(sys.argv[1:])
+    if {"-h", "--help"} & {*arguments}:
+        print(usage())
+        return
     try:
         plan(to_config(arguments), json_target)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def usage() -> str:
+    settings = [f"  {entry.name}={'' if entry.default in (MISSING, '???') else entry.default}" for entry in fields(PlanConfig)]
+    return "\n".join([str(__doc__), "Settings with their defaults (what they mean: PlanConfig in recipes/plan.py):", *settings])
 
 
 def to_config(arguments: list[str]) -> PlanConfig:
@@ -191,9 +199,9 @@ def plan(config: PlanConfig, json_target: str | None = None) -> Mapping:
     if config.timeline:
         from hybridflow.mapping.timeline import draw_timelines
 
-        draw_timelines({"yours" if judgement else "chosen": mapping}, Path(config.timeline))
+        draw_timelines({"yours" if judgement else "chosen": mapping}, _into(config.timeline))
     if config.save:
-        mapping.save(Path(config.save))
+        mapping.save(_into(config.save))
     if json_target is not None:
         _write_json(_as_json(setting, mapping, judgement, result, seconds), json_target)
     return mapping
@@ -233,7 +241,14 @@ def _write_json(content: dict[str, Any], target: str) -> None:
     if target == "-":
         print(text)
     else:
-        Path(target).write_text(text + "\n")
+        _into(target).write_text(text + "\n")
+
+
+def _into(target: str) -> Path:
+    """A file that may be written: its folder is there."""
+    path = Path(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _take_json(arguments: list[str]) -> tuple[list[str], str | None]:

@@ -345,6 +345,7 @@ def start_pool(config: RunConfig, cluster: ClusterInfo | None, name: str, roles:
         name=name,
         num_devices=pool_sizes(config)[name],
         device=config.device.value,
+        node_resource=config.pools[name].node_resource if config.placement is Placement.custom else "",
         cpus_per_device=config.cpus_per_device,
         threads_per_device=config.threads_per_device or _threads(config, cluster),
         roles=tuple(role.name for role in roles if role.pool == name),

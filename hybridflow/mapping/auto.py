@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as Dictionary
+from dataclasses import replace
 from itertools import product
 
 from hybridflow.dataflow import Dataflow
@@ -78,10 +79,24 @@ def shortage(setting: Setting) -> str:
         )
     nodes = smallest_cluster(setting)
     if nodes is None:
-        lines.append(f"not even {MAX_NODES} nodes would do; use devices with more memory, offload=true or more tensor parallelism")
+        lines.append(f"not even {MAX_NODES} nodes would do{_obstacle(setting)}; use devices with more memory, or offload=true")
     else:
         lines.append(f"the smallest cluster that would do: {setting.cluster.with_nodes(nodes)}")
     return "\n".join(lines)
+
+
+def _obstacle(setting: Setting) -> str:
+    """The role that has no room however many nodes there are."""
+    large = setting.cluster.with_nodes(MAX_NODES)
+    alone = replace(setting, cluster=replace(large, groups=large.groups[:1]))
+    devices = alone.cluster.num_devices
+    for role in setting.roles:
+        options = role_options(alone, role, 0, devices)
+        need = min((option.resident + option.transient for option in options), default=float("inf"))
+        if need > setting.capacity(0):
+            why = " (generation is cut inside a node only)" if setting.generates(role) else ""
+            return f": on each of {devices} devices {role} needs {need / 1e9:.1f} GB{why}"
+    return ""
 
 
 def least_bytes(setting: Setting, role: str) -> tuple[float, int, int]:
@@ -99,15 +114,7 @@ def least_bytes(setting: Setting, role: str) -> tuple[float, int, int]:
 
 def smallest_cluster(setting: Setting) -> int | None:
     """Nodes of the first group with which some placement fits; None beyond MAX_NODES."""
-    large = Setting(
-        dataflow=setting.dataflow,
-        models=setting.models,
-        cluster=setting.cluster.with_nodes(MAX_NODES),
-        workload=setting.workload,
-        calibration=setting.calibration,
-        space=setting.space,
-        weights_from=setting.weights_from,
-    )
+    large = replace(setting, cluster=setting.cluster.with_nodes(MAX_NODES))
     fronts = Fronts(large)
     smallest: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     best: int | None = None

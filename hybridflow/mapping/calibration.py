@@ -10,6 +10,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from hybridflow.mapping.files import read_json
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
@@ -24,8 +26,12 @@ class Calibration:
     bandwidth_efficiency: float = 0.80
     """Reached fraction of the memory bandwidth (STREAM-like kernels reach 80 to 90 % of an A100's)."""
     elementwise_efficiency: float = 0.80
-    """Reached fraction of the memory bandwidth in everything of a layer that is no product, in logits and in the optimizer. As high as
-    that of plain reading where kernels are fused; without fusion (CPU) each tensor passes several times."""
+    """Reached fraction of the memory bandwidth in everything of a layer that is no product, and in logits. As high as that of plain
+    reading where kernels are fused; without fusion (CPU) each tensor passes several times."""
+    update_efficiency: float = 0.80
+    """Reached fraction of the memory bandwidth in the optimizer and in adding up gradients over micro-batches."""
+    decode_matmul_efficiency: float = 0.70
+    """As matmul_efficiency, with the few rows of a decode step."""
     layer_overhead_s: float = 1.0e-4
     """Launching one layer's kernels in one pass: about 20 of 5 microseconds."""
     micro_batch_overhead_s: float = 1.0e-3
@@ -52,6 +58,8 @@ class Calibration:
     """Attesting and repacking the weights, per parameter of a rank's generation shard."""
     call_overhead_s: float = 0.05
     """Controller to worker and back, once per call."""
+    call_ranks_s: float = 0.0
+    """What a call takes more in a pool of several ranks: they do not begin and end at the same moment."""
     transfer_overhead_s: float = 0.05
     """Handing columns from one pool to another, beside their bytes."""
     controller_s: float = 0.2
@@ -70,6 +78,7 @@ class Calibration:
                 raise ValueError(f"calibration {self.name}: {field.name} is {value!r}; it must be a number and not negative")
         for name, value in (
             ("matmul_efficiency", self.matmul_efficiency),
+            ("decode_matmul_efficiency", self.decode_matmul_efficiency),
             ("bandwidth_efficiency", self.bandwidth_efficiency),
             ("link_efficiency", self.link_efficiency),
             ("memory_fraction", self.memory_fraction),
@@ -80,7 +89,7 @@ class Calibration:
     @classmethod
     def load(cls, path: Path) -> Calibration:
         """From a JSON file; unknown names are an error, missing ones keep their default."""
-        content = json.loads(path.read_text())
+        content = read_json(path, "calibration")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(content) - known)
         if unknown:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from hybridflow.mapping.files import checked, read_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,13 +95,14 @@ class Cluster:
     @classmethod
     def load(cls, path: Path) -> Cluster:
         """From a JSON file: {"groups": [{"num_nodes": 2, "kind": {...}}]}."""
-        known = {field.name for field in fields(DeviceKind)}
+        content = read_json(path, "cluster")
+        if not isinstance(content.get("groups"), list):
+            raise ValueError(f'cluster file {path}: there is no list "groups"; it needs groups of num_nodes and kind')
         groups = []
-        for entry in json.loads(path.read_text())["groups"]:
-            unknown = sorted(set(entry["kind"]) - known)
-            if unknown:
-                raise ValueError(f"cluster file {path}: unknown fields {unknown} of a device kind; known: {', '.join(sorted(known))}")
-            groups.append(NodeGroup(kind=DeviceKind(**entry["kind"]), num_nodes=entry["num_nodes"]))
+        for number, entry in enumerate(content["groups"]):
+            group = checked(NodeGroup, entry, f"cluster file {path}: groups[{number}]")
+            kind = checked(DeviceKind, group["kind"], f"cluster file {path}: groups[{number}].kind")
+            groups.append(NodeGroup(kind=DeviceKind(**kind), num_nodes=group["num_nodes"]))
         return cls(groups=tuple(groups))
 
     def save(self, path: Path) -> None:

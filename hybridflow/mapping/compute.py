@@ -19,10 +19,18 @@ def layer_flops(model: ModelSpec, tokens: float, attended_per_token: float) -> f
 
 
 def products_s(
-    model: ModelSpec, kind: DeviceKind, calibration: Calibration, space: SearchSpace, *, tokens: float, attended: float, t: int
+    model: ModelSpec,
+    kind: DeviceKind,
+    calibration: Calibration,
+    space: SearchSpace,
+    *,
+    tokens: float,
+    attended: float,
+    t: int,
+    decoding: bool = False,
 ) -> float:
     """Matrix products and attention of one layer on one of t tensor ranks."""
-    computing = layer_flops(model, tokens, attended) / t / (kind.flops * calibration.matmul_efficiency)
+    computing = layer_flops(model, tokens, attended) / t / (kind.flops * _efficiency(calibration, decoding))
     weights = space.parameter_bytes * model.touched_layer_parameters(tokens) / t
     return max(computing, weights / (kind.memory_bandwidth * calibration.bandwidth_efficiency))
 
@@ -33,13 +41,26 @@ def elementwise_s(model: ModelSpec, kind: DeviceKind, calibration: Calibration, 
     return moved / (kind.memory_bandwidth * calibration.elementwise_efficiency)
 
 
-def head_s(model: ModelSpec, kind: DeviceKind, calibration: Calibration, space: SearchSpace, *, scored_tokens: float, t: int) -> float:
+def head_s(
+    model: ModelSpec,
+    kind: DeviceKind,
+    calibration: Calibration,
+    space: SearchSpace,
+    *,
+    scored_tokens: float,
+    t: int,
+    decoding: bool = False,
+) -> float:
     """The head over the scored tokens (vocabulary cut by t): product, then logits written and read in float32."""
-    product = 2.0 * scored_tokens * model.head_parameters / t / (kind.flops * calibration.matmul_efficiency)
+    product = 2.0 * scored_tokens * model.head_parameters / t / (kind.flops * _efficiency(calibration, decoding))
     width = 1 if model.scalar_head else model.vocab_size
     weights = space.parameter_bytes * model.head_parameters / t / (kind.memory_bandwidth * calibration.bandwidth_efficiency)
     logits = 8.0 * scored_tokens * width / t / (kind.memory_bandwidth * calibration.elementwise_efficiency)
     return product + weights + logits
+
+
+def _efficiency(calibration: Calibration, decoding: bool) -> float:
+    return calibration.decode_matmul_efficiency if decoding else calibration.matmul_efficiency
 
 
 def rounds(rows: float, parts: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from statistics import median
 
 import numpy as np
@@ -29,6 +29,8 @@ from hybridflow.mapping.workload import Lengths, Workload
 SMALL = 1e-12
 EFFICIENCIES = (0.1, 8.0, 45)
 """Fractions of the copying bandwidth at which weights and caches may be read: over 1 where they stay in a processor's cache."""
+DECODE_PRODUCTS = (0.1, 1.0, 12)
+"""Fractions of matmul_efficiency that products with few rows may reach."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +68,7 @@ def fit(measurements: Measurements, *, space: SearchSpace, calibration: Calibrat
     if forward:
         errors["forward"] = _errors([predicted_pass(sample, kind, found, space) / sample.seconds for sample in forward])
     if training:
-        found = fit_backward(training, kind, found, space)
+        found = fit_training(training, kind, found, space)
         errors["training"] = _errors([predicted_pass(sample, kind, found, space) / sample.seconds for sample in training])
     if measurements.generations:
         errors["generation"] = _errors(
@@ -81,8 +83,9 @@ def fit(measurements: Measurements, *, space: SearchSpace, calibration: Calibrat
 def refine(calibration: Calibration, runs: Sequence[Run]) -> Calibration:
     """What only real runs show, from runs in one pool that were predicted with `calibration`, as medians and never below 0.
 
-    Forward calls' seconds beyond their prediction are the overhead of every call; generation's beyond that the overhead of a sync between
-    ranks (of any sync where the pool has one rank). Functions take what they took. What a step has between its calls goes to its
+    Forward calls' seconds beyond their prediction are the overhead of every call, generation's beyond that the overhead of a sync; from
+    pools of one rank. From pools of several they are what the ranks cost each other, so that runs on one rank come first.
+    Functions take what they took. What a step has between its calls goes to its
     controller function; that includes handing over columns, which go through the node's object store whether pools differ or not, so
     that different pools add no overhead of their own.
     """
@@ -97,14 +100,16 @@ def refine(calibration: Calibration, runs: Sequence[Run]) -> Calibration:
             elif call.kind in beyond:
                 beyond[call.kind].append(run.measured_s[call.call] - call.seconds)
         between.append(run.step_s - sum(run.measured_s.values()))
-    every_call = max(median(beyond[CallKind.inference] or [0.0]), -calibration.call_overhead_s)
-    name = "sync_ranks_s" if all(run.mapping.num_devices > 1 for run in runs) else "sync_overhead_s"
-    before = asdict(calibration)[name]
-    entering = max(median(beyond[CallKind.generation] or [0.0]) - every_call, -before)
+    several = {run.mapping.num_devices > 1 for run in runs}
+    if len(several) != 1:
+        raise ValueError("runs: some in pools of one rank, some in pools of several; refine with those of one rank first, then the others")
+    every, entry = ("call_ranks_s", "sync_ranks_s") if several.pop() else ("call_overhead_s", "sync_overhead_s")
+    before = asdict(calibration)
+    every_call = max(median(beyond[CallKind.inference] or [0.0]), -before[every])
+    entering = max(median(beyond[CallKind.generation] or [0.0]) - every_call, -before[entry])
     return replace(
         calibration,
-        call_overhead_s=calibration.call_overhead_s + every_call,
-        **{name: before + entering},
+        **{every: before[every] + every_call, entry: before[entry] + entering},
         function_s=median(functions) if functions else calibration.function_s,
         controller_s=max(0.0, median(between)) if between else calibration.controller_s,
         transfer_overhead_s=0.0 if between else calibration.transfer_overhead_s,
@@ -149,34 +154,47 @@ def _forward_features(sample: PassSample, space: SearchSpace) -> tuple[float, fl
     return flops, traffic, float(model.num_layers * sample.micro_batches), float(sample.micro_batches)
 
 
-def fit_backward(samples: Sequence[PassSample], kind: DeviceKind, given: Calibration, space: SearchSpace) -> Calibration:
-    """The backward factor with the least relative error: training seconds are linear in it."""
-    none = [predicted_pass(sample, kind, replace(given, backward_factor=0.0), space) for sample in samples]
-    one = [predicted_pass(sample, kind, replace(given, backward_factor=1.0), space) for sample in samples]
-    features = np.array([[high - low] for low, high in zip(none, one, strict=True)])
-    targets = np.array([sample.seconds - low for low, sample in zip(none, samples, strict=True)])
-    weights = 1.0 / np.array([sample.seconds for sample in samples])
-    factor = nonnegative_least_squares(features, targets, weights)[0]
-    return replace(given, backward_factor=float(factor))
+def fit_training(samples: Sequence[PassSample], kind: DeviceKind, given: Calibration, space: SearchSpace) -> Calibration:
+    """The backward factor, and the bandwidth of the optimizer and of adding up gradients: training seconds are linear in the first
+    and in the reciprocal of the second."""
+
+    def seconds(backward_factor: float, per_byte: float) -> np.ndarray:
+        tried = replace(given, backward_factor=backward_factor, update_efficiency=1.0 / max(per_byte, SMALL))
+        return np.array([predicted_pass(sample, kind, tried, space) for sample in samples])
+
+    none = seconds(0.0, 0.0)
+    features = np.stack([seconds(1.0, 0.0) - none, seconds(0.0, 1.0) - none], axis=1)
+    measured = np.array([sample.seconds for sample in samples])
+    factor, per_byte = nonnegative_least_squares(features, measured - none, 1.0 / measured)
+    return replace(given, backward_factor=factor, update_efficiency=1.0 / max(per_byte, 1e-3))
 
 
 def fit_decoding(samples: Sequence[GenerationSample], kind: DeviceKind, given: Calibration, space: SearchSpace) -> Calibration:
-    """The bandwidth that reading weights and caches reaches (by a coarse and a fine grid, because a step is bound by it or by products),
-    and for each the host's seconds per decode step, per layer of a step, and per running sequence of a step."""
-    coarse = np.geomspace(*EFFICIENCIES)
-    best = min((_decoding(samples, kind, given, space, float(efficiency)) for efficiency in coarse), key=lambda pair: pair[0])
-    found, width = best[1].bandwidth_efficiency, coarse[1] / coarse[0]
-    fine = np.geomspace(found / width, found * width, len(coarse))
-    tried = (_decoding(samples, kind, given, space, float(efficiency)) for efficiency in fine)
-    return min((best, *tried), key=lambda pair: pair[0])[1]
+    """What reading weights and caches reaches and what products reach (by a coarse and a fine grid, because a step is bound by one or
+    the other), and for each pair the host's seconds per decode step, per layer of a step, and per running sequence of a step."""
+    readings, products = np.geomspace(*EFFICIENCIES), np.geomspace(*DECODE_PRODUCTS) * given.matmul_efficiency
+    coarse = [_decoding(samples, kind, given, space, *pair) for pair in product(readings.tolist(), products.tolist())]
+    best = min(coarse, key=lambda pair: pair[0])
+    reading, multiplying = best[1].bandwidth_efficiency, best[1].decode_matmul_efficiency
+    wide, high = readings[1] / readings[0], products[1] / products[0]
+    finer = product(
+        np.geomspace(reading / wide, reading * wide, 15).tolist(),
+        np.geomspace(multiplying / high, min(multiplying * high, given.matmul_efficiency), 15).tolist(),
+    )
+    return min((best, *(_decoding(samples, kind, given, space, *pair) for pair in finer)), key=lambda pair: pair[0])[1]
 
 
 def _decoding(
-    samples: Sequence[GenerationSample], kind: DeviceKind, given: Calibration, space: SearchSpace, efficiency: float
+    samples: Sequence[GenerationSample], kind: DeviceKind, given: Calibration, space: SearchSpace, reading: float, multiplying: float
 ) -> tuple[float, Calibration]:
-    """(sum of squared relative errors, constants) with the overheads that are best for this bandwidth."""
+    """(sum of squared relative errors, constants) with the overheads that are best for these two efficiencies."""
     bare = replace(
-        given, bandwidth_efficiency=efficiency, decode_step_overhead_s=0.0, decode_layer_overhead_s=0.0, decode_row_overhead_s=0.0
+        given,
+        bandwidth_efficiency=reading,
+        decode_matmul_efficiency=multiplying,
+        decode_step_overhead_s=0.0,
+        decode_layer_overhead_s=0.0,
+        decode_row_overhead_s=0.0,
     )
     features = np.array(
         [(sample.response, sample.response * sample.model.num_layers, sample.response * sample.rows) for sample in samples], dtype=float

@@ -44,7 +44,7 @@ def generation_time(model: ModelSpec, layout: GenerationLayout, machine: Machine
     return GenerationTime(
         prefill=_prefill_s(model, layout, machine, rows),
         decode=sum(part.steps * step.seconds(part.running, prompt + part.generated) for part in profile),
-        overhead=machine.calibration.call_overhead_s,
+        overhead=machine.call_s(layout.num_devices),
     )
 
 
@@ -70,13 +70,14 @@ class DecodeStep:
         model, layout, machine = self.model, self.layout, self.machine
         parts = (machine.kind, machine.calibration, machine.space)
         layers = model.num_layers / layout.pg
-        layer = products_s(model, *parts, tokens=rows, attended=context, t=layout.tg)
+        layer = products_s(model, *parts, tokens=rows, attended=context, t=layout.tg, decoding=True)
         layer += elementwise_s(model, *parts, tokens=rows, t=layout.tg)
         message = machine.space.activation_bytes * model.hidden_size * rows
         layer += machine.calibration.decode_layer_overhead_s + 2 * self._fabric.all_reduce(message, layout.tg, 1)
         cache = self._kv_bytes * rows * context / machine.bandwidth
         passing = self._fabric.send(message / layout.tg, layout.tg) if layout.pg > 1 else 0.0
-        return layers * layer + cache + head_s(model, *parts, scored_tokens=rows, t=layout.tg) + passing
+        head = head_s(model, *parts, scored_tokens=rows, t=layout.tg, decoding=True)
+        return layers * layer + cache + head + passing
 
 
 def _prefill_s(model: ModelSpec, layout: GenerationLayout, machine: Machine, rows: int) -> float:

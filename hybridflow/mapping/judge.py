@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from hybridflow.mapping.auto import mapping_of
 from hybridflow.mapping.fronts import Fronts
-from hybridflow.mapping.layouts import ModelLayout
+from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
 from hybridflow.mapping.mapping import Mapping, Pool, RolePlan
 from hybridflow.mapping.placements import packs
 from hybridflow.mapping.predict import predict
@@ -23,8 +23,8 @@ class Judgement:
     """The user's mapping with predictions."""
     overfull: tuple[tuple[str, str, float], ...]
     """(pool, call, bytes beyond what a device has), the worst call of each pool that does not fit."""
-    changes: tuple[str, ...]
-    """Single changes that would make it fit."""
+    changes: tuple[tuple[str, str], ...]
+    """(pool, a single change after which that pool fits)."""
 
     @property
     def fits(self) -> bool:
@@ -33,12 +33,14 @@ class Judgement:
     def report(self) -> str:
         if self.fits:
             return "fits"
-        lines = [f"pool {pool}: {call} needs {excess / 1e9:.1f} GB more than a device has" for pool, call, excess in self.overfull]
-        lines += (
-            ["any one of these would do:", *(f"  {change}" for change in self.changes)]
-            if self.changes
-            else ["no single change makes it fit"]
-        )
+        lines = []
+        for pool, call, excess in self.overfull:
+            changes = [text for name, text in self.changes if name == pool]
+            verdict = "any one of these would do:" if changes else "no single change makes it fit"
+            lines += [
+                f"pool {pool}: {call} needs {excess / 1e9:.1f} GB more than a device has; {verdict}",
+                *(f"  {text}" for text in changes),
+            ]
         return "\n".join(lines)
 
 
@@ -140,49 +142,57 @@ def _overfull(mapping: Mapping) -> Iterator[tuple[str, str, float]]:
             yield pool.name, worst.call, worst.total_bytes - mapping.capacity_bytes[pool.name]
 
 
-def _changes(setting: Setting, mapping: Mapping) -> Iterator[str]:
-    """Single changes after which everything fits, each with the step time that it leads to; then bigger pools."""
-    for plan in mapping.roles:
-        for text, changed in _variations(setting, plan):
-            roles = [changed if other.role == plan.role else other for other in mapping.roles]
-            predicted = predict(setting, mapping.pools, roles)
-            if predicted.fits:
-                yield f"{plan.role}: {text} (step {predicted.step_s:.1f} s)"
+def _changes(setting: Setting, mapping: Mapping) -> Iterator[tuple[str, str]]:
+    """Single changes after which their pool fits, each with the step time that it leads to; then what other layouts would do."""
     full = {name for name, _, _ in _overfull(mapping)}
+    for plan in mapping.roles:
+        for steps in _variations(setting, plan) if plan.pool in full else ():
+            for text, changed in steps:
+                roles = [changed if other.role == plan.role else other for other in mapping.roles]
+                predicted = predict(setting, mapping.pools, roles)
+                if plan.pool not in {name for name, _, _ in _overfull(predicted)}:
+                    yield plan.pool, f"{plan.role}: {text} (step {predicted.step_s:.1f} s)"
+                    break
     for pool in mapping.pools:
         if pool.name in full:
-            yield f"pool {pool.name}: {_room(setting, pool)}"
+            yield pool.name, f"with other layouts: {_room(setting, pool)}"
 
 
-def _variations(setting: Setting, plan: RolePlan) -> Iterator[tuple[str, RolePlan]]:
-    """The plan with one setting changed towards less memory."""
-    layout, generation = plan.layout, plan.generation
-    if layout is not None:
-        if setting.trained(plan.role):
-            if not layout.recompute:
-                yield "recompute activations", replace(plan, layout=replace(layout, recompute=True))
-            for stage in (1, 2, 3):
-                if stage > layout.zero and layout.d > 1 and (stage < 3 or layout.p == 1):
-                    yield f"ZeRO stage {stage}", replace(plan, layout=replace(layout, zero=stage))
-        elif layout.zero < 3 and layout.d > 1 and layout.p == 1:
-            yield "parameters cut over data ranks (ZeRO stage 3)", replace(plan, layout=replace(layout, zero=3))
-        if not layout.offload:
-            yield "offload between calls", replace(plan, layout=replace(layout, offload=True))
-        if layout.micro_batch_tokens > setting.workload.longest_row:
-            tokens = setting.workload.longest_row
-            yield f"micro-batches of {tokens} tokens", replace(plan, layout=replace(layout, micro_batch_tokens=tokens))
-        model = setting.model(plan.role)
-        for factor in (2, 4, 8):
-            if layout.d % factor == 0 and model.num_heads % (layout.t * factor) == 0 and layout.t * factor <= _largest_node(setting):
-                changed = replace(layout, t=layout.t * factor, d=layout.d // factor)
-                yield f"layout {changed}", replace(plan, layout=changed)
-    if generation is not None:
-        if generation.kept:
-            yield "release generation's memory during training", replace(plan, generation=replace(generation, kept=False))
-        running = generation.max_running // 2
-        while running >= 1:
-            yield f"at most {running} sequences at once", replace(plan, generation=replace(generation, max_running=running))
-            running //= 2
+Variation = tuple[str, RolePlan]
+
+
+def _variations(setting: Setting, plan: RolePlan) -> Iterator[Iterator[Variation]]:
+    """The plan with one setting changed towards less memory, a little or more: the first that fits is enough."""
+    if plan.layout is not None:
+        yield from _layout_variations(setting, plan, plan.layout)
+    if plan.generation is not None:
+        yield from _generation_variations(plan, plan.generation)
+
+
+def _layout_variations(setting: Setting, plan: RolePlan, layout: ModelLayout) -> Iterator[Iterator[Variation]]:
+    trained, cut = setting.trained(plan.role), layout.d > 1
+    stages = [stage for stage in ((1, 2, 3) if trained else (3,)) if stage > layout.zero and cut and (stage < 3 or layout.p == 1)]
+    if trained and not layout.recompute:
+        yield iter([("recompute activations", replace(plan, layout=replace(layout, recompute=True)))])
+    yield ((f"ZeRO stage {stage}", replace(plan, layout=replace(layout, zero=stage))) for stage in stages)
+    if not layout.offload:
+        yield iter([("offload between calls", replace(plan, layout=replace(layout, offload=True)))])
+    if layout.micro_batch_tokens > (tokens := setting.workload.longest_row):
+        yield iter([(f"micro-batches of {tokens} tokens", replace(plan, layout=replace(layout, micro_batch_tokens=tokens)))])
+    heads, largest = setting.model(plan.role).num_heads, _largest_node(setting)
+    factors = [factor for factor in (2, 4, 8) if layout.d % factor == 0 and heads % (layout.t * factor) == 0]
+    wider = [replace(layout, t=layout.t * factor, d=layout.d // factor) for factor in factors if layout.t * factor <= largest]
+    yield ((f"layout {changed}", replace(plan, layout=changed)) for changed in wider)
+
+
+def _generation_variations(plan: RolePlan, generation: GenerationLayout) -> Iterator[Iterator[Variation]]:
+    if generation.kept:
+        yield iter([("release generation's memory during training", replace(plan, generation=replace(generation, kept=False)))])
+    halves = [generation.max_running >> shift for shift in range(1, generation.max_running.bit_length())]
+    yield (
+        (f"at most {running} sequence{'s' * (running > 1)} at once", replace(plan, generation=replace(generation, max_running=running)))
+        for running in halves
+    )
 
 
 def _room(setting: Setting, pool: Pool) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hybridflow.mapping.files import checked, read_json
 from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
 
 
@@ -105,16 +106,16 @@ class Mapping:
     def from_json(cls, content: dict[str, Any]) -> Mapping:
         """The inverse of to_json; predictions may be missing in a mapping that a user wrote by hand."""
         for key in ("pools", "roles"):
-            if key not in content:
+            if not isinstance(content.get(key), list):
                 raise ValueError(
-                    f"mapping: the key {key!r} is missing; it needs pools (name, num_devices, roles) and roles (role, pool, layout)"
+                    f"mapping: there is no list {key!r}; it needs pools (name, num_devices, roles) and roles (role, pool, layout)"
                 )
         return cls(
             algorithm=content.get("algorithm", ""),
             cluster=content.get("cluster", ""),
-            pools=tuple(Pool(**{**pool, "roles": tuple(pool["roles"])}) for pool in content["pools"]),
-            roles=tuple(_role_plan(plan) for plan in content["roles"]),
-            calls=tuple(CallPlan(**call) for call in content.get("calls", ())),
+            pools=tuple(_pool(pool, f"mapping: pools[{number}]") for number, pool in enumerate(content["pools"])),
+            roles=tuple(_role_plan(plan, f"mapping: roles[{number}]") for number, plan in enumerate(content["roles"])),
+            calls=tuple(CallPlan(**checked(CallPlan, call, "mapping: calls")) for call in content.get("calls", ())),
             step_s=content.get("step_s", 0.0),
             tokens_per_s=content.get("tokens_per_s", 0.0),
             capacity_bytes=content.get("capacity_bytes", {}),
@@ -125,14 +126,22 @@ class Mapping:
 
     @classmethod
     def load(cls, path: Path) -> Mapping:
-        return cls.from_json(json.loads(path.read_text()))
+        return cls.from_json(read_json(path, "mapping"))
 
 
-def _role_plan(content: dict[str, Any]) -> RolePlan:
-    layout, generation = content.get("layout"), content.get("generation")
+def _pool(content: Any, where: str) -> Pool:
+    arguments = checked(Pool, content, where)
+    if not isinstance(arguments["roles"], (list, tuple)):
+        raise ValueError(f"{where}: roles is {arguments['roles']!r}; it must be a list of roles")
+    return Pool(**{**arguments, "roles": tuple(arguments["roles"])})
+
+
+def _role_plan(content: Any, where: str) -> RolePlan:
+    arguments = checked(RolePlan, content, where)
+    layout, generation = arguments.get("layout"), arguments.get("generation")
     return RolePlan(
-        role=content["role"],
-        pool=content["pool"],
-        layout=None if layout is None else ModelLayout(**layout),
-        generation=None if generation is None else GenerationLayout(**generation),
+        role=arguments["role"],
+        pool=arguments["pool"],
+        layout=None if layout is None else ModelLayout(**checked(ModelLayout, layout, f"{where}.layout")),
+        generation=None if generation is None else GenerationLayout(**checked(GenerationLayout, generation, f"{where}.generation")),
     )

@@ -74,8 +74,12 @@ class Machine:
         return self.kind.memory_bandwidth * self.calibration.bandwidth_efficiency
 
     @property
-    def elementwise_bandwidth(self) -> float:
-        return self.kind.memory_bandwidth * self.calibration.elementwise_efficiency
+    def update_bandwidth(self) -> float:
+        return self.kind.memory_bandwidth * self.calibration.update_efficiency
+
+    def call_s(self, num_devices: int) -> float:
+        """Fixed seconds of a call in a pool of so many devices."""
+        return self.calibration.call_overhead_s + (self.calibration.call_ranks_s if num_devices > 1 else 0.0)
 
 
 def micro_batches(layout: ModelLayout, workload: Workload, rows: float) -> tuple[int, float]:
@@ -104,10 +108,10 @@ def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> Pa
     one = _pipelined(slot, layout, machine, number, offload=0.0)
     gradients, gathering = _data_parallel(model, layout, machine)
     states = state_footprint(model, layout, machine.space, trained=True)
-    optimizer = 2.0 * (states.parameters + states.gradients + states.optimizer) / machine.elementwise_bandwidth
-    adding = 3.0 * machine.space.gradient_bytes * stage_parameters(model, layout) / machine.elementwise_bandwidth
+    optimizer = 2.0 * (states.parameters + states.gradients + states.optimizer) / machine.update_bandwidth
+    adding = 3.0 * machine.space.gradient_bytes * stage_parameters(model, layout) / machine.update_bandwidth
     moved = states.total - resident_footprint(model, layout, machine.space, trained=True).total
-    call = machine.calibration.call_overhead_s
+    call = machine.call_s(layout.num_devices)
     return PassTime(
         compute=updates * one.compute,
         bubble=updates * one.bubble,
@@ -156,7 +160,7 @@ def _pipelined(slot: PassTime, layout: ModelLayout, machine: Machine, number: in
         pipeline=number * slot.pipeline,
         parameters=number * slot.parameters,
         offload=offload,
-        overhead=number * slot.overhead + machine.calibration.call_overhead_s,
+        overhead=number * slot.overhead + machine.call_s(layout.num_devices),
     )
 
 

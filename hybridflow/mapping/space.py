@@ -45,6 +45,11 @@ class SearchSpace:
     bucket_bytes: float = 512e6
     """Staging buffer of the resharding."""
 
+    def __post_init__(self) -> None:
+        for name, value in (("max_running", self.max_running), ("prefill_tokens", self.prefill_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+
     def model_layouts(self, model: ModelSpec, group: NodeGroup, num_devices: int) -> list[tuple[int, int, int]]:
         """All (p, t, d) with p * t * d = num_devices that fit the model: t divides the heads and stays inside a node,
         p divides the layers."""

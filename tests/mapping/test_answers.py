@@ -111,11 +111,26 @@ def test_judge_names_the_worst_call_and_changes_that_help(paper_setting):
     judgement = judge(setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=256), 16))
     assert not judgement.fits
     assert judgement.overfull[0][:2] == ("all", "actor.generate_sequences")
-    change = next(text for text in judgement.changes if "sequences at once" in text)
+    change = next(text for _, text in judgement.changes if "sequences at once" in text)
     running = int(change.split("at most ")[1].split()[0])
     assert judge(setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=running), 16)).fits
     assert not judge(setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=running * 2), 16)).fits
     assert "fit together from" in judgement.report()
+
+
+def test_each_pool_that_is_too_full_gets_its_changes(paper_setting):
+    pools = (
+        Pool(name="policy", num_devices=8, roles=("actor", "reference")),
+        Pool(name="values", num_devices=8, roles=("critic", "reward")),
+    )
+    generation = GenerationLayout(tg=2, replicas=4, max_running=64)
+    roles = tuple(
+        RolePlan(role=role, pool=pool.name, layout=ModelLayout(d=8), generation=generation if role == "actor" else None)
+        for pool in pools
+        for role in pool.roles
+    )
+    judgement = judge(paper_setting("llama-7b", 16), Mapping(algorithm="ppo", cluster="", pools=pools, roles=roles, capacity_bytes={}))
+    assert {pool for pool, _, _ in judgement.overfull} == {pool for pool, _ in judgement.changes} == {"policy", "values"}
 
 
 def test_an_engine_that_keeps_its_memory_takes_it_from_other_calls(paper_setting):
@@ -242,6 +257,10 @@ def test_command_line(tmp_path):
         (["model=llama-7b", "cluster=8xA100-80GB", "models.critic=function"], "models.critic=function"),
         (["model=llama-7b", "cluster=8xA100-80GB", "models.judge=llama-7b"], "judge"),
         (["model=llama-7b", "cluster=8xA100-80GB", "num_prompts=many"], "num_prompts"),
+        (["model=llama-7b", "cluster=8xA100-80GB", "num_prompts=4", "updates=8"], "updates is 8, the step has 4 rows"),
+        (["model=llama-7b", "cluster=8xA100-80GB", "max_running=0"], "max_running is 0"),
+        (["model=llama-7b", "cluster=8xA100-80GB", "calibration=/no/such.json"], "calibration file /no/such.json is not there"),
+        (["model=llama-7b", "cluster=/no/such.json"], "cluster file /no/such.json is not there"),
         (["llama-7b"], "key=value"),
     ],
 )
@@ -250,6 +269,25 @@ def test_wrong_arguments_are_named(arguments, message):
 
     with pytest.raises(ValueError, match=message):
         to_setting(to_config(arguments))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "mapping file .* is no JSON"),
+        ("[]", "holds a list"),
+        ('{"pools": []}', "no list 'roles'"),
+        ('{"pools": [{"name": "all", "roles": ["actor"]}], "roles": []}', r"pools\[0\]: missing num_devices; its fields are name"),
+        ('{"pools": [{"name": "all", "num_devices": 8, "roles": "actor"}], "roles": []}', "roles is 'actor'; it must be a list"),
+        ('{"pools": [], "roles": ["actor"]}', r"roles\[0\] is 'actor'"),
+        ('{"pools": [], "roles": [{"role": "actor", "pool": "all", "layout": {"tp": 8}}]}', r"roles\[0\].layout: unknown tp; .* p, t, d"),
+    ],
+)
+def test_mistakes_in_a_mapping_file_are_named(tmp_path, text, message):
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Mapping.load(file)
 
 
 @pytest.mark.parametrize("algorithm", list(PAPER))

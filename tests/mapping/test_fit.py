@@ -23,7 +23,7 @@ SPACE = SearchSpace(shared_generation_weights=False)
 TRUTH = Calibration(
     name="truth", matmul_efficiency=0.4, bandwidth_efficiency=0.6, backward_factor=2.3, layer_overhead_s=3e-4, micro_batch_overhead_s=2e-3,
     decode_layer_overhead_s=2e-4, decode_step_overhead_s=1e-3, decode_row_overhead_s=4e-5, call_overhead_s=0.01, link_efficiency=1,
-    intra_latency_s=2e-4,
+    intra_latency_s=2e-4, update_efficiency=0.5, decode_matmul_efficiency=0.2,
 )  # fmt: skip
 KIND = DeviceKind(
     name="truth", memory_bytes=8e9, flops=5e11, memory_bandwidth=1e10, intra_bandwidth=5e8, inter_bandwidth=5e8, host_bandwidth=1e10,
@@ -60,7 +60,8 @@ def measurements() -> Measurements:
 def test_the_constants_that_made_the_measurements_are_found():
     found = fit(measurements(), space=SPACE)
     overheads = [name for name in Calibration.__dataclass_fields__ if name.endswith("_overhead_s") and name != "call_overhead_s"]
-    for name in ("matmul_efficiency", "bandwidth_efficiency", "elementwise_efficiency", "backward_factor", "intra_latency_s", *overheads):
+    efficiencies = [name for name in Calibration.__dataclass_fields__ if name.endswith("_efficiency")]
+    for name in ("backward_factor", "intra_latency_s", *efficiencies, *overheads):
         assert getattr(found.calibration, name) == pytest.approx(getattr(TRUTH, name), rel=0.02), name
     assert found.kind.intra_bandwidth == pytest.approx(5e8, rel=1e-6)
     assert max(largest for _, largest in found.errors.values()) < 0.01
@@ -92,8 +93,9 @@ def test_real_runs_add_their_fixed_overheads(paper_setting):
     extra = {"inference": 0.5, "generation": 2.5, "training": 0.5}
     measured = {call.call: call.seconds + extra[call.kind] for call in mapping.calls if call.kind in extra}
     found = refine(setting.calibration, [Run(configuration="a", mapping=mapping, measured_s=measured, step_s=1.0)])
-    assert found.call_overhead_s == pytest.approx(setting.calibration.call_overhead_s + 0.5)
+    assert found.call_ranks_s == pytest.approx(0.5)
     assert found.sync_ranks_s == pytest.approx(2.0)
+    assert (found.call_overhead_s, found.sync_overhead_s) == (setting.calibration.call_overhead_s, setting.calibration.sync_overhead_s)
     again = judge(replace(setting, calibration=found), mapping).mapping
     assert {call.call: call.seconds for call in again.calls if call.call in measured} == pytest.approx(measured)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hybridflow.mapping.cluster import DEVICE_KINDS, Cluster, NodeGroup
 from hybridflow.mapping.mapping import Mapping
 from recipes.auto import choose, saved_mapping, settle
 from recipes.config import Placement, RunConfig
@@ -120,6 +121,30 @@ def test_a_mapping_becomes_settings_and_is_taken_again(settings: Settings, tmp_p
     again = replace(config, plan=replace(config.plan, mapping=str(tmp_path / MAPPING)))
     assert choose(replace(plan, config=again)).roles == mapping.roles
     assert choose(replace(plan, config=again)) == Mapping.load(tmp_path / MAPPING)
+
+
+def test_pools_ask_for_nodes_of_their_kind(settings: Settings, tmp_path: Path) -> None:
+    """Two kinds of CPU nodes, and two kinds of GPU nodes, whose names Ray knows."""
+    slow = replace(DEVICE_KINDS["cpu"], name="slow", devices_per_node=1)
+    fast = replace(slow, name="fast", flops=2 * slow.flops, memory_bandwidth=2 * slow.memory_bandwidth)
+    Cluster(groups=(NodeGroup(kind=slow, num_nodes=1), NodeGroup(kind=fast, num_nodes=1))).save(tmp_path / "cluster.json")
+    on_both = ["placement=auto", f"plan.cluster={tmp_path / 'cluster.json'}", f"output_dir={tmp_path}"]
+    config = settings("ppo", *on_both)
+    plan = plan_of(config, prompts_of(config))
+    with pytest.raises(ValueError, match=r"nothing says which of Ray's nodes have slow; .*plan.node_resources=\[slow:slow\]"):
+        choose(plan)
+    plan = replace(plan, config=settings("ppo", *on_both, "plan.node_resources=[slow:old,fast:new]"))
+    mapping = choose(plan)
+    settled = settle(plan, mapping)
+    assert {pool.kind for pool in mapping.pools} == {"slow", "fast"}
+    marks = {"slow": "old", "fast": "new"}
+    assert {name: pool.node_resource for name, pool in settled.pools.items()} == {pool.name: marks[pool.kind] for pool in mapping.pools}
+    given = given_mapping(replace(plan, config=settled), pools_of(place(settled)), pool_sizes(settled))
+    assert {pool.name: pool.group for pool in given.pools} == {pool.name: pool.group for pool in mapping.pools}
+
+    gpus = settings("ppo", "placement=auto", "device=cuda", "plan.cluster=1xH100-80GB+1xA100-80GB", f"output_dir={tmp_path}")
+    settled = settle(replace(plan, config=gpus), choose(replace(plan, config=gpus)))
+    assert {pool.node_resource for pool in settled.pools.values()} <= {"accelerator_type:H100", "accelerator_type:A100"}
 
 
 def test_a_function_needs_no_pool_of_its_own(settings: Settings) -> None:

@@ -47,6 +47,22 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "no mapping": (["placement=auto", "plan.mapping=/no/such.json"], "plan.mapping is '/no/such.json', which is no file"),
     "no cluster": (["placement=auto", "plan.cluster=8xB1000"], "unknown device kind 'B1000'; known: A100-80GB"),
+    "kinds that nothing tells apart": (
+        ["placement=auto", "device=cuda", "plan.cluster=8xA100-80GB+8xA100-40GB"],
+        "accelerator_type:A100.* does not tell the kinds of .* apart",
+    ),
+    "a kind that is not there": (
+        ["placement=auto", "device=cuda", "plan.cluster=8xH100-80GB+8xA100-40GB", "plan.node_resources=[B200:big]"],
+        r"\['B200'\], which are no kinds of",
+    ),
+    "no resource": (
+        ["placement=auto", "device=cuda", "plan.cluster=8xH100-80GB+8xA100-40GB", "plan.node_resources=[big]"],
+        r"\['big'\]; each is KIND:RESOURCE",
+    ),
+    "CPUs beside GPUs": (
+        ["placement=auto", "device=cuda", "plan.cluster=8xH100-80GB+2xcpu"],
+        "all GPUs or all CPU processes",
+    ),
     "tp does not divide the devices": (["num_devices=4", "actor.train.tp=3"], r"actor.train: pp=1 x tp=3 .* one of \[1, 2, 4\]"),
     "generation does not divide": (["num_devices=4", "actor.generation.tp=3"], r"actor.generation: pp=1 x tp=3 .* one of \[1, 2, 4\]"),
     "tp does not divide the heads": (["num_devices=8", "critic.train.tp=8"], "critic: tp=8 does not fit qwen2: .* fit: 1, 2, 4"),

@@ -174,6 +174,15 @@ def test_too_many_devices_say_what_there_is() -> None:
         RayPool(PoolSpec(name="huge", num_devices=999, start_timeout_s=1.0))
 
 
+def test_a_pool_asks_for_nodes_with_a_resource() -> None:
+    """Every cluster's first node has node:__internal_head__; a second kind of node stands in docs/mapping.md."""
+    spec = PoolSpec(name="marked", num_devices=1, threads_per_device=1, node_resource="node:__internal_head__")
+    with RayPool(spec) as pool:
+        assert pool.hosts[0].node_id
+    with pytest.raises(ValueError, match=r"accelerator_type:H100'?: 0.001.* could not be reserved"):
+        RayPool(PoolSpec(name="elsewhere", num_devices=1, node_resource="accelerator_type:H100", start_timeout_s=1.0))
+
+
 def test_local_pool_is_the_same_without_processes() -> None:
     with LocalPool(PoolSpec()) as pool:
         echo = spawn(Echo, pool, {})
