@@ -31,8 +31,9 @@ from recipes.run import foresee, run
 
 MODELS = {**SHAPES, "12m": {"hidden_size": 384, "intermediate_size": 1152, "num_layers": 6, "num_heads": 6, "num_key_value_heads": 6}}
 """Qwen2 with 3, 12 and 32 million parameters."""
-NUM_PROMPTS = 256
-STEPS = 5
+NUM_PROMPTS = 640
+STEPS = {"3m": 13, "12m": 9, "30m": 7}
+"""Short steps need more of them: what disturbs a machine lasts seconds."""
 APART = ("placement=custom", "pools.policy.roles=[actor,reference]", "pools.values.roles=[critic,reward]")
 
 
@@ -129,7 +130,7 @@ def settings(case: Case, directory: Path, calibration: Path) -> RunConfig:
         "actor.generation.sampling.ignore_eos=true",
         "actor.generation.max_model_len=128",
         "threads_per_device=1",
-        f"loop.num_steps={STEPS}",
+        f"loop.num_steps={STEPS[case.model]}",
         "loop.resume=never",
         "metrics.console=false",
         f"plan.calibration={calibration / 'calibration.json'}",

@@ -51,11 +51,13 @@ class CalibrateConfig:
     generation_engine: str = "vllm"
     memory_gb: float = 8.0
     """Memory of one process to plan with."""
-    repeats: int = 2
+    repeats: int = 3
     """The fastest of this many counts (after one that warms up)."""
     models: list[str] = field(default_factory=lambda: list(SIZES))
     """Which of SIZES; at least two, or overheads cannot be told from work."""
     rows: list[int] = field(default_factory=lambda: [8, 32])
+    """Of forward passes and training steps."""
+    generation_rows: list[int] = field(default_factory=lambda: [8, 16, 32])
     prompt: int = 8
     response: int = 64
     whole_steps: bool = True

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -63,6 +64,7 @@ class Rank:
             return measurements
         self._join(self.directory / "together", self.rank, self.config.num_processes)
         collectives = tuple(self.all_gather(num_bytes) for num_bytes in (1e4, 1e6, 1e7, 1e8))
+        collectives += tuple(self.reduce_scatter(num_bytes) for num_bytes in (1e6, 1e7, 1e8))
         dist.destroy_process_group()
         return replace(measurements, collectives=collectives)
 
@@ -139,13 +141,13 @@ class Rank:
             engine=config.generation_engine,
             precision=config.precision,
             max_model_len=4 * (config.prompt + config.response),
-            max_num_seqs=max(config.rows),
+            max_num_seqs=max(config.generation_rows),
         )
         engine = generation_engine_class(config.generation_engine)(
             model=ModelConfig(path=str(self.directory / name)), config=settings, context=self.context
         )
         samples = []
-        for rows, response in ((rows, response) for rows in config.rows for response in (config.response // 2, config.response)):
+        for rows, response in product(config.generation_rows, (config.response // 2, config.response)):
             sampling = SamplingConfig(max_response_tokens=response, ignore_eos=True)
             prompts = [row.numpy() for row in torch.randint(2, spec.vocab_size, (rows, config.prompt))]
             seeds = torch.arange(rows).numpy()
@@ -167,6 +169,13 @@ class Rank:
         whole = torch.empty(each.numel() * self.config.num_processes, device=self.device)
         seconds = self.fastest(f"all-gather of {num_bytes:.0g} bytes", lambda: dist.all_gather_into_tensor(whole, each))
         return CollectiveSample(num_bytes=whole.nbytes, ranks=self.config.num_processes, seconds=seconds)
+
+    def reduce_scatter(self, num_bytes: float) -> CollectiveSample:
+        """The same bytes the other way, summed: how gradients come together."""
+        each = torch.ones(int(num_bytes / 4 / self.config.num_processes), device=self.device)
+        whole = torch.ones(each.numel() * self.config.num_processes, device=self.device)
+        seconds = self.fastest(f"reduce-scatter of {num_bytes:.0g} bytes", lambda: dist.reduce_scatter_tensor(each, whole))
+        return CollectiveSample(num_bytes=whole.nbytes, ranks=self.config.num_processes, seconds=seconds, reduces=True)
 
     def _sequences(self, rows: int, vocab: int) -> Sequences:
         length = self.config.prompt + self.config.response

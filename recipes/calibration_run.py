@@ -20,7 +20,7 @@ from workers.config import Precision
 
 SHAPE = ModelShape(hidden_size=256, intermediate_size=768, num_layers=4, max_tokens=128)
 TRAINERS = ("actor", "critic", "reference")
-NUM_STEPS, NUM_PROMPTS, RESPONSE_TOKENS = 5, 32, 48
+NUM_STEPS, NUM_PROMPTS, RESPONSE_TOKENS = 9, 32, 48
 
 
 def run_steps(calibrated: Path, num_devices: int, num_threads: int, precision: Precision, engine: str) -> Run:

@@ -39,8 +39,12 @@ class Fabric:
         return seconds + latency
 
     def all_reduce(self, num_bytes: float, size: int, stride: int = 1) -> float:
-        """A reduce-scatter and an all-gather."""
+        """A ring passes twice as many bytes as for an all-gather."""
         return 2.0 * self.all_gather(num_bytes, size, stride)
+
+    def reduce_scatter(self, num_bytes: float, size: int, stride: int = 1) -> float:
+        """Every rank begins with `num_bytes` and ends with its part of their sum."""
+        return self.calibration.reduce_factor * self.all_gather(num_bytes, size, stride)
 
     def exchange(self, received: float, size: int, stride: int) -> float:
         """Every rank gets `received` bytes from the others of its group, spread evenly over them (point to point)."""

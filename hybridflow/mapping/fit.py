@@ -117,11 +117,19 @@ def refine(calibration: Calibration, runs: Sequence[Run]) -> Calibration:
 
 
 def fit_links(samples: Sequence[CollectiveSample], kind: DeviceKind, given: Calibration) -> tuple[DeviceKind, Calibration]:
-    """seconds = latency log2(ranks) + bytes (ranks - 1)/ranks / bandwidth."""
-    features = [(np.log2(sample.ranks), sample.num_bytes * (sample.ranks - 1) / sample.ranks) for sample in samples]
-    latency, per_byte = nonnegative_least_squares(np.array(features), np.array([sample.seconds for sample in samples]))
+    """seconds = latency log2(ranks) + bytes (ranks - 1)/ranks / bandwidth; a reduce-scatter takes `reduce_factor` times as long."""
+
+    def features(sample: CollectiveSample) -> tuple[float, float]:
+        return float(np.log2(sample.ranks)), sample.num_bytes * (sample.ranks - 1) / sample.ranks
+
+    gathers = [sample for sample in samples if not sample.reduces]
+    latency, per_byte = nonnegative_least_squares(
+        np.array([features(sample) for sample in gathers]), np.array([s.seconds for s in gathers])
+    )
     bandwidth = 1.0 / max(per_byte, SMALL)
-    return replace(kind, intra_bandwidth=bandwidth, inter_bandwidth=bandwidth), replace(given, intra_latency_s=latency)
+    slower = [sample.seconds / float(np.dot(features(sample), (latency, per_byte))) for sample in samples if sample.reduces]
+    found = replace(given, intra_latency_s=latency, reduce_factor=median(slower or [given.reduce_factor]))
+    return replace(kind, intra_bandwidth=bandwidth, inter_bandwidth=bandwidth), found
 
 
 def fit_forward(samples: Sequence[PassSample], kind: DeviceKind, given: Calibration, space: SearchSpace) -> Calibration:

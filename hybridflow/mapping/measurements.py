@@ -41,11 +41,12 @@ class GenerationSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CollectiveSample:
-    """One all-gather: every rank ends with `num_bytes`."""
+    """One all-gather: every rank ends with `num_bytes`. Or one reduce-scatter: every rank begins with them."""
 
     num_bytes: float
     ranks: int
     seconds: float
+    reduces: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

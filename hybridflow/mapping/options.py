@@ -7,14 +7,14 @@ chosen together with the training layout, and nothing is chosen here: which opti
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from hybridflow.dataflow import Call, CallKind
 from hybridflow.mapping.footprint import Footprint, generation_footprint, held_for_generation, pass_footprint, resident_footprint
 from hybridflow.mapping.generation import generation_time
 from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
-from hybridflow.mapping.passes import PassTime, inference_time, micro_batches, training_time
+from hybridflow.mapping.passes import PassTime, gathering_s, inference_time, micro_batches, training_time
 from hybridflow.mapping.setting import Setting
 from hybridflow.mapping.transition import transition_time, weight_sync_time
 
@@ -100,12 +100,24 @@ def pass_time(setting: Setting, role: str, group: int, call: Call, layout: Model
     if call.kind is CallKind.generation:
         return PassTime()
     if call.kind is CallKind.inference:
-        return inference_time(model, layout, machine, trained=setting.trained(role))
+        forward = inference_time(model, layout, machine, trained=setting.trained(role))
+        return forward + PassTime(parameters=gathering_s(model, layout, machine)) if _gathers(setting, call, layout) else forward
     updates = training_time(model, layout, machine)
+    if any(_gathers(setting, other, layout) for other in setting.calls(role)):
+        updates = replace(updates, parameters=updates.parameters - gathering_s(model, layout, machine))
     policy = setting.generates(role) or role in setting.weights_from.values()
     if setting.space.old_log_prob_pass and policy and setting.workload.updates * setting.workload.epochs > 1:
         return updates + inference_time(model, layout, machine, trained=True)
     return updates
+
+
+def _gathers(setting: Setting, call: Call, layout: ModelLayout) -> bool:
+    """Whether a forward call is the one that gathers what the last update has changed: where parameters lie cut between steps, the
+    first pass of the next step does, and the update that follows finds them gathered."""
+    if not (setting.space.cut_between_steps and setting.trained(call.role) and layout.zero < 3 and layout.d > 1):
+        return False
+    passes = [other for other in setting.calls(call.role) if other.kind is not CallKind.generation]
+    return call.kind is CallKind.inference and call.name == passes[0].name
 
 
 def call_footprint(

@@ -175,5 +175,11 @@ def _data_parallel(model: ModelSpec, layout: ModelLayout, machine: Machine) -> t
     visible = 1.0 - machine.calibration.gradient_overlap
     if layout.zero == 0:
         return visible * fabric.all_reduce(gradient_bytes, layout.d, stride), 0.0
-    gathering = fabric.all_gather(machine.space.parameter_bytes * count, layout.d, stride) if layout.zero < 3 else 0.0
-    return visible * fabric.all_gather(gradient_bytes, layout.d, stride), gathering
+    gathering = gathering_s(model, layout, machine) if layout.zero < 3 else 0.0
+    return visible * fabric.reduce_scatter(gradient_bytes, layout.d, stride), gathering
+
+
+def gathering_s(model: ModelSpec, layout: ModelLayout, machine: Machine) -> float:
+    """Every data rank gets all of its stage's parameters."""
+    fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
+    return fabric.all_gather(machine.space.parameter_bytes * stage_parameters(model, layout), layout.d, layout.p * layout.t)

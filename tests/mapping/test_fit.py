@@ -51,6 +51,7 @@ def measurements() -> Measurements:
         drawn = GenerationSample(model=model, rows=rows, prompt=8, response=response, seconds=0.0)
         generations.append(replace(drawn, seconds=predicted_generation(drawn, KIND, TRUTH, SPACE)))
     collectives = tuple(CollectiveSample(num_bytes=size, ranks=2, seconds=2e-4 + size / 2 / 5e8) for size in (1e4, 1e6, 1e8))
+    collectives += tuple(replace(sample, seconds=1.9 * sample.seconds, reduces=True) for sample in collectives[1:])
     return Measurements(
         name="truth", num_processes=2, memory_bytes=8e9, compute_bytes=2, matmul_flops=5e11, memory_bandwidth=1e10, passes=tuple(passes),
         generations=tuple(generations), collectives=collectives, call_s=0.01,
@@ -64,6 +65,7 @@ def test_the_constants_that_made_the_measurements_are_found():
     for name in ("backward_factor", "intra_latency_s", *efficiencies, *overheads):
         assert getattr(found.calibration, name) == pytest.approx(getattr(TRUTH, name), rel=0.02), name
     assert found.kind.intra_bandwidth == pytest.approx(5e8, rel=1e-6)
+    assert found.calibration.reduce_factor == pytest.approx(1.9)
     assert max(largest for _, largest in found.errors.values()) < 0.01
 
 
