@@ -3,7 +3,7 @@
     python -m benchmarks.mapping --json FILE [--measured FILE | --computed] [--pictures docs/images]
 
 One set of constants (hybridflow/mapping/calibration.py's defaults) for the paper's rows. The predictions' rows are of this machine:
-recipes.calibrate, then the runs of benchmarks.mapping_measured (six minutes in all, on a machine that does nothing else).
+recipes.calibrate, then the runs of benchmarks.mapping_measured (eight minutes in all, on a machine that does nothing else).
 `--measured` takes runs that were measured before, `--computed` leaves measuring out.
 """
 

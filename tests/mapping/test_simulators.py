@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from hybridflow.dataflow import CallKind
 from hybridflow.mapping.calibration import Calibration
 from hybridflow.mapping.cluster import DEVICE_KINDS, Cluster
 from hybridflow.mapping.decoding import decode_profile
@@ -14,6 +15,7 @@ from hybridflow.mapping.fabric import Fabric
 from hybridflow.mapping.footprint import generation_footprint, held_for_generation, pass_footprint, state_footprint
 from hybridflow.mapping.generation import DecodeStep, generation_time
 from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
+from hybridflow.mapping.options import pass_time
 from hybridflow.mapping.passes import Machine, inference_time, training_time
 from hybridflow.mapping.space import SearchSpace
 from hybridflow.mapping.transition import received_fraction, transition_time
@@ -77,6 +79,18 @@ def test_data_parallel_gradients_are_reduced_once_per_update():
     micro_batches = 1024 / 8 / 2 * 2048 / 8192
     adding = 3 * shard / A100.memory_bandwidth  # the sum is read and written, the new gradient read
     assert parts.gradients == pytest.approx(8 * (2 * (8 * shard / 2) / 25e9 + (micro_batches - 1) * adding))
+
+
+def test_what_an_update_changed_is_gathered_by_the_next_pass(paper_setting):
+    """FSDP's shards: the critic's values gather the parameters, its update finds them gathered; the actor has no pass before its own."""
+    setting, layout = paper_setting("llama-7b", 8), ModelLayout(d=8, zero=2)
+    cut = replace(setting, space=replace(setting.space, cut_between_steps=True))
+    gathering = Fabric(A100, setting.calibration, 8).all_gather(2 * setting.model("critic").num_parameters, 8)
+    for role, moved in (("critic", gathering), ("actor", 0.0)):
+        calls = [call for call in setting.calls(role) if call.kind is not CallKind.generation]
+        before, after = ([pass_time(each, role, 0, call, layout).total for call in calls] for each in (setting, cut))
+        assert sum(after) == pytest.approx(sum(before))
+        assert after[0] - before[0] == pytest.approx(moved)
 
 
 def test_states_take_eighteen_bytes_and_zero_cuts_them():
