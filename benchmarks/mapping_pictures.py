@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.mapping_tables import alike
 
 COLORS = {"llama-7b": "#4477aa", "llama-13b": "#228833", "llama-34b": "#cc6633", "llama-70b": "#aa3377"}
+PANELS_ACROSS = 5
 PAPER_SEARCH_S = {8: 10, 16: 30, 24: 65, 32: 110, 48: 220, 64: 370, 96: 800, 128: 1400}
 """PAPER.md section 4, read off a logarithmic plot."""
 
@@ -18,9 +19,13 @@ PAPER_SEARCH_S = {8: 10, 16: 30, 24: 65, 32: 110, 48: 220, 64: 370, 96: 800, 128
 def draw_scaling(rows: list[dict[str, Any]], path: Path) -> None:
     """Predicted throughput over devices, a panel per algorithm, a line per model."""
     algorithms = [names[0] for names in alike(rows)]
-    figure = _figure(2.7 * len(algorithms), 3.4)
-    axes = figure.subplots(1, len(algorithms), sharey=True, squeeze=False)[0]
-    for axis, algorithm in zip(axes, algorithms, strict=True):
+    across = min(len(algorithms), PANELS_ACROSS)
+    down = -(-len(algorithms) // across)
+    figure = _figure(2.4 * across, 3.0 * down)
+    axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    for axis in axes.flat[len(algorithms) :]:
+        axis.set_visible(False)
+    for axis, algorithm in zip(axes.flat, algorithms, strict=False):
         for model, color in COLORS.items():
             points = [
                 (row["devices"], row["tokens_per_s"])
@@ -30,13 +35,16 @@ def draw_scaling(rows: list[dict[str, Any]], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.6, color=color, label=model)
             first = points[0]
             axis.plot([first[0], 1024], [first[1], first[1] * 1024 / first[0]], color=color, linewidth=0.7, linestyle=":")
-        axis.set(xscale="log", yscale="log", title=algorithm, xlabel="devices")
+        axis.set(xscale="log", yscale="log", title=algorithm)
         axis.set_xticks([8, 32, 128, 512], ["8", "32", "128", "512"])
         axis.set_ylim(1e3, 4e5)
         axis.minorticks_off()
         _clean(axis)
-    axes[0].set_ylabel("tokens/s (dotted: linear)")
-    axes[0].legend(frameon=False, fontsize=8, loc="upper left")
+    for row in axes:
+        row[0].set_ylabel("tokens/s (dotted: linear)")
+    for axis in axes[-1]:
+        axis.set_xlabel("devices")
+    axes[0][0].legend(frameon=False, fontsize=8, loc="upper left")
     figure.savefig(path)
 
 
