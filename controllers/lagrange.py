@@ -23,6 +23,8 @@ class LagrangeConfig:
     def __post_init__(self) -> None:
         if not 0 < self.initial <= self.maximum:
             raise ValueError(f"algorithm.lagrange.initial is {self.initial}; choose 0 < initial <= maximum ({self.maximum})")
+        if self.learning_rate < 0:
+            raise ValueError(f"algorithm.lagrange.learning_rate is {self.learning_rate}; use 0 (lambda stays) or more")
         if self.window < 1:
             raise ValueError(f"algorithm.lagrange.window is {self.window}; choose at least 1 response")
 

@@ -93,8 +93,8 @@ def check_vocabulary(role: str, model: ModelConfig, policy: ModelConfig, tokeniz
     for token, number in tokenizer.get_vocab().items():
         if theirs.get(token) != number:
             raise ValueError(
-                f"{role}.model.path is {model.path!r}, of another vocabulary than model.path={policy.path!r}: {token!r} is token "
-                f"{theirs.get(token, 'none')} there and {number} here, and {role} reads the policy's tokens; use a model of its family"
+                f"{role}.model.path is {model.path!r}, of another vocabulary than model.path={policy.path!r}: {token!r} is "
+                f"{f'token {theirs[token]}' if token in theirs else 'no token'} there and token {number} here, and {role} reads the policy's tokens; use a model of its family"
             )
 
 

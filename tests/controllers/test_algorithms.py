@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from controllers import ALGORITHMS, create_algorithm
+from controllers.dapo import DAPOConfig
 from controllers.grpo import GRPOConfig
-from controllers.grpo_cov import CovConfig
+from controllers.grpo_cov import ClipCovConfig, CovConfig, KLCovConfig
 from controllers.kl import KLControlConfig
+from controllers.lagrange import LagrangeConfig
 from controllers.loop import INPUTS
 from controllers.ppo import PPOConfig
 from hybridflow.batch import Batch
@@ -21,6 +24,7 @@ from hybridflow.columns import Ragged
 from hybridflow.dataflow import CallKind
 from hybridflow.tracing import trace, traced_roles
 from tests.controllers.fakes import CLASSES, FAKES, Script, fakes, prompts, streams
+from workers.losses.config import DPOConfig, PolicyLossConfig, ValueLossConfig
 
 TWO_ROWS = Script(
     responses=[[8, 1], [1]],
@@ -161,6 +165,30 @@ def test_the_kl_coefficient_of_the_reward_is_logged(name: str) -> None:
     for settings, expected in ((KLControlConfig(coefficient=0.1), 0.1), (KLControlConfig(), None)):
         algorithm, _ = made(name, LEARNABLE, kl=settings)
         assert algorithm.step(prompts([7, 7, 9, 9])).get("kl/coefficient") == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PPOConfig(num_mini_batches=0), "algorithm.num_mini_batches is 0; use at least 1"),
+        (lambda: KLControlConfig(coefficient=-0.1), "algorithm.kl.coefficient is -0.1; choose more than 0"),
+        (lambda: KLControlConfig(coefficient=0.1, target=-1), "algorithm.kl.target is -1 and .* choose target >= 0"),
+        (lambda: KLControlConfig(coefficient=0.1, horizon=0), "algorithm.kl.horizon 0; .* horizon >= 1"),
+        (lambda: KLCovConfig(fraction=0), "algorithm.fraction is 0; choose 0 < fraction <= 1"),
+        (lambda: ClipCovConfig(low=5, high=5), "algorithm.low is 5 and algorithm.high 5; choose low < high"),
+        (lambda: DAPOConfig(max_rounds=0), "algorithm.max_rounds is 0; use at least 1"),
+        (lambda: LagrangeConfig(initial=6), r"algorithm.lagrange.initial is 6; choose 0 < initial <= maximum \(5.0\)"),
+        (lambda: LagrangeConfig(learning_rate=-1), "algorithm.lagrange.learning_rate is -1; use 0"),
+        (lambda: LagrangeConfig(window=0), "algorithm.lagrange.window is 0; choose at least 1"),
+        (lambda: DPOConfig(beta=0), "algorithm.loss.beta is 0; .* choose more than 0"),
+        (lambda: DPOConfig(label_smoothing=0.5), "algorithm.loss.label_smoothing is 0.5; choose 0 <= label_smoothing < 0.5"),
+        (lambda: ValueLossConfig(clip=-1), "critic.loss.clip is -1; choose more than 0"),
+        (lambda: PolicyLossConfig(kl_coefficient=-1), "actor.loss.kl_coefficient is -1 .* use 0 or more"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_what_selects_tokens_is_for_the_variants_to_say() -> None:

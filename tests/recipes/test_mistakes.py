@@ -239,7 +239,7 @@ def test_a_model_of_another_vocabulary_is_found_before_the_start(settings: Calla
     vocabulary["5"], vocabulary["6"] = vocabulary["6"], vocabulary["5"]
     file.write_text(json.dumps(words))
     with pytest.raises(
-        ValueError, match=r"teacher.model.path is '.*other', of another vocabulary than .*: '[56]' is token [56] there and [56] here"
+        ValueError, match=r"teacher.model.path is '.*other', of another vocabulary than .*: '[56]' is token [56] there and token [56] here"
     ):
         run(settings("distillation", f"teacher.model.path={tmp_path}/other"))
 

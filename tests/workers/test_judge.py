@@ -17,7 +17,7 @@ from hybridflow.pool import LocalPool, PoolSpec
 from tests.tiny import make_model
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.generation.config import GenerationConfig, SamplingConfig
-from workers.judge import JudgeWorker, VerdictWorker, read_verdict
+from workers.judge import JudgeWorker, Questions, VerdictWorker, read_verdict
 from workers.role_config import JudgeConfig, Verdict
 
 
@@ -60,6 +60,25 @@ def test_the_reward_is_the_probability_of_yes(tmp_path: Path) -> None:
                 logits = model(torch.tensor([asked + said])).logits[0, len(asked) - 1 : -1]
             sums.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(said)[:, None]).sum())
         assert rewards[row] == pytest.approx(float(torch.sigmoid(sums[0] - sums[1])), abs=1e-5)
+
+
+def test_the_question_goes_through_the_judges_chat_template(tmp_path: Path) -> None:
+    path = str(make_model(tmp_path / "model", layers=1))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = "8 {{ messages[0].content }} 1{% if add_generation_prompt %} 9{% endif %}"
+    tokenizer.save_pretrained(path)
+    questions = Questions(config(path, template="{prompt} 5 {response} {{6}}"))
+    assert questions.tokenizer.decode(questions.ask({"prompt": "3", "response": "4"})).split() == [
+        "8",
+        "3",
+        "5",
+        "4",
+        "2",
+        "6",
+        "2",
+        "1",
+        "9",
+    ], "2: no word"
 
 
 def _as_decoded(tokenizer, batch: Batch) -> list[list[str]]:  # type: ignore[no-untyped-def]
