@@ -94,6 +94,18 @@ def check_vocabulary(role: str, model: ModelConfig, policy: ModelConfig, tokeniz
         if theirs.get(token) != number:
             there = f"token {theirs[token]}" if token in theirs else "no token"
             raise ValueError(
-                f"{role}.model.path is {model.path!r}, of another vocabulary than model.path={policy.path!r}: {token!r} is {there} there and "
-                f"token {number} here, and {role} reads the policy's tokens; use a model of its family"
+                f"{role}.model.path is {model.path!r}, of another vocabulary than model.path={policy.path!r}: {token!r} is {there} there "
+                f"and token {number} here, and {role} reads the policy's tokens; use a model of its family"
             )
+
+
+def check_room(role: str, model: ModelConfig, head: Head, longest_prompt_tokens: int, config: ActorConfig) -> None:
+    """Whether the longest prompt with the longest response fits a model that reads both, beside the policy's own."""
+    limit = model_config(model, head).get_text_config().max_position_embeddings
+    response = config.generation.sampling.max_response_tokens
+    if longest_prompt_tokens + response > limit:
+        raise ValueError(
+            f"{role}.model.path is {model.path!r}, whose limit is {limit} tokens; the longest prompt of data.train has "
+            f"{longest_prompt_tokens} beside actor.generation.sampling.max_response_tokens={response}; lower that or "
+            "data.max_prompt_tokens, or use another model"
+        )

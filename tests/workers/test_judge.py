@@ -70,16 +70,6 @@ def test_the_question_goes_through_the_judges_chat_template(tmp_path: Path) -> N
     questions = Questions(config(path, template="{prompt} 5 {response} {{6}}"))
     asked = questions.ask({"prompt": "3", "response": "4"})
     assert asked == [8, 3, 5, 4, 2, 6, 2, 1, 9], "2 is what a brace becomes: a word that the tokenizer has not"
-        "8",
-        "3",
-        "5",
-        "4",
-        "2",
-        "6",
-        "2",
-        "1",
-        "9",
-    ], "2: no word"
 
 
 def _as_decoded(tokenizer, batch: Batch) -> list[list[str]]:  # type: ignore[no-untyped-def]
