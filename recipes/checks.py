@@ -24,7 +24,7 @@ from workers.engines import deepspeed_layout as deepspeed
 from workers.engines import fsdp_sharding as fsdp
 from workers.engines import threed_layout as threed
 from workers.engines.base import Head
-from workers.engines.loading import model_config
+from workers.engines.loading import model_config, position_limit
 from workers.engines.optimizer import check_optimizer_config
 from workers.engines.tensor_parallel import check_fits
 from workers.generation import ENGINES as GENERATION_ENGINES
@@ -252,7 +252,7 @@ def most_tokens(model: ModelConfig, config: GenerationConfig, role: str) -> tupl
     """Tokens that prompt and response may have together, and who says so."""
     if config.max_model_len:
         return config.max_model_len, f"{role}.generation.max_model_len"
-    return model_config(model, Head.lm).get_text_config().max_position_embeddings, "the limit of the model"
+    return position_limit(model, Head.lm), "the limit of the model"
 
 
 def check_resume(resume: str) -> None:

@@ -17,7 +17,7 @@ from recipes.config import RunConfig
 from recipes.roles import SCORERS, Role, role_kind, role_names
 from workers.config import ModelConfig
 from workers.engines.base import Head
-from workers.engines.loading import model_config
+from workers.engines.loading import position_limit
 from workers.reward_function import check_columns
 from workers.role_config import ActorConfig, JudgeConfig
 
@@ -58,7 +58,7 @@ def check_prompts(field: str, longest_prompt_tokens: int, config: ActorConfig) -
 
 def check_text(field: str, longest_tokens: int, model: ModelConfig, setting: str) -> None:
     """Whether the longest row of `field` (data.train, data.validation, data.pretraining) fits the model; `setting` limits it."""
-    limit = model_config(model, Head.lm).get_text_config().max_position_embeddings
+    limit = position_limit(model, Head.lm)
     if longest_tokens > limit:
         raise ValueError(
             f"{field}: its longest row has {longest_tokens} tokens, and the model's limit is {limit}; set {setting}={limit} or lower"
@@ -101,7 +101,7 @@ def check_vocabulary(role: str, model: ModelConfig, policy: ModelConfig, tokeniz
 
 def check_room(role: str, model: ModelConfig, head: Head, longest_prompt_tokens: int, config: ActorConfig) -> None:
     """Whether the longest prompt with the longest response fits a model that reads both, beside the policy's own."""
-    limit = model_config(model, head).get_text_config().max_position_embeddings
+    limit = position_limit(model, head)
     response = config.generation.sampling.max_response_tokens
     if longest_prompt_tokens + response > limit:
         raise ValueError(

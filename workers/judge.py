@@ -23,7 +23,7 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from workers.config import ModelConfig
 from workers.engines.base import Head
-from workers.engines.loading import model_config
+from workers.engines.loading import position_limit
 from workers.generation import generation_engine_class
 from workers.model_worker import ModelWorker, training_layout
 from workers.role_config import JudgeConfig, Verdict
@@ -79,7 +79,7 @@ class JudgeWorker(ModelWorker, Reward):
         self.build(config.model, config.train, Head.lm, context, trains=False)
         self.questions = Questions(config)
         tokenizer = self.questions.tokenizer
-        self.limit = int(model_config(config.model, Head.lm).get_text_config().max_position_embeddings)
+        self.limit = position_limit(config.model, Head.lm)
         """Tokens that the judge can read."""
         self.words = [list(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in (config.yes, config.no)]
 

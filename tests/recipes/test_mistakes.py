@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 from hydra.errors import HydraException
 from omegaconf import DictConfig
+from transformers import AutoConfig
 
 from controllers import ALGORITHMS, Entry
 from hybridflow.checkpoint import CheckpointStore
 from recipes.config import RunConfig
 from recipes.main import check_names, recipe, to_settings, unread
 from recipes.run import run, start_step
+from workers.config import ModelConfig
+from workers.engines.base import Head
+from workers.engines.loading import UNLIMITED, position_limit
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
 ROOT = Path(__file__).parents[2]
@@ -382,3 +386,11 @@ def test_the_command_for_real(required: list[str], tmp_path: Path) -> None:
     assert finished.returncode == 2 and "Traceback" not in finished.stderr, finished.stderr
     assert len(errors) == 1 and errors[0].startswith("error: reward.function='no.such:f': module 'no.such' can't be imported")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("model_type", "limit"), [("gpt2", 77), ("bloom", UNLIMITED)])
+def test_the_longest_row_of_a_model_is_read_under_its_own_name(model_type: str, limit: int, tmp_path: Path) -> None:
+    """gpt2 calls it n_positions; bloom, with ALiBi, has none."""
+    sizes = {"n_positions": 77} if model_type == "gpt2" else {}
+    AutoConfig.for_model(model_type, **sizes).save_pretrained(tmp_path)
+    assert position_limit(ModelConfig(path=str(tmp_path)), Head.lm) == limit

@@ -35,6 +35,8 @@ from workers.engines.model import score_head
 
 AUTO = "auto"
 """ModelConfig.attention: transformers' choice for the model, and on a CPU the faster attention for short rows."""
+UNLIMITED = 2**31 - 1
+"""position_limit() of a model that has none."""
 NEW_HEAD_SEED = 0
 NEW_HEAD_STD = 0.02
 
@@ -187,6 +189,13 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
     if head is Head.score and not config.new_head and any(name.endswith("ForCausalLM") for name in hf_config.architectures or ()):
         raise ValueError(no_score_head(config))
     return hf_config
+
+
+def position_limit(model: ModelConfig, head: Head) -> int:
+    """Tokens of the longest row that the model was made for; UNLIMITED where its configuration names none (ALiBi, state spaces)."""
+    found = model_config(model, head).get_text_config()
+    name = found.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    return int(found.to_dict().get(name) or UNLIMITED)
 
 
 def no_score_head(config: ModelConfig) -> str:
