@@ -68,8 +68,7 @@ def test_the_question_goes_through_the_judges_chat_template(tmp_path: Path) -> N
     tokenizer.chat_template = "8 {{ messages[0].content }} 1{% if add_generation_prompt %} 9{% endif %}"
     tokenizer.save_pretrained(path)
     questions = Questions(config(path, template="{prompt} 5 {response} {{6}}"))
-    asked = questions.ask({"prompt": "3", "response": "4"})
-    assert asked == [8, 3, 5, 4, 2, 6, 2, 1, 9], "2 is what a brace becomes: a word that the tokenizer has not"
+    assert questions.ask({"prompt": "3", "response": "4"}) == [8, 3, 5, 4, 6, 1, 9], "a brace is no word of this tokenizer"
 
 
 def _as_decoded(tokenizer, batch: Batch) -> list[list[str]]:  # type: ignore[no-untyped-def]
