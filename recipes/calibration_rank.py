@@ -65,8 +65,10 @@ class Rank:
         self._join(self.directory / "together", self.rank, self.config.num_processes)
         collectives = tuple(self.all_gather(num_bytes) for num_bytes in (1e4, 1e6, 1e7, 1e8))
         collectives += tuple(self.reduce_scatter(num_bytes) for num_bytes in (1e6, 1e7, 1e8))
+        self.context = replace(self.context, rank=self.rank, world_size=self.config.num_processes)
+        passes += tuple(self.shared_step(name) for name in self.config.models[1:])
         dist.destroy_process_group()
-        return replace(measurements, collectives=collectives)
+        return replace(measurements, collectives=collectives, passes=passes)
 
     def fastest(self, what: str, action: Callable[[], object]) -> float:
         """Seconds of the fastest repetition, all processes starting together each time."""
@@ -120,6 +122,24 @@ class Rank:
                         )
                     )
         return samples
+
+    def shared_step(self, name: str) -> PassSample:
+        """A training step of all processes together, as data ranks: what its collectives take inside an engine."""
+        config, ranks = self.config, self.config.num_processes
+        rows, length = max(1, max(config.rows) // ranks), config.prompt + config.response
+        spec = ModelSpec.from_directory(self.directory / name)
+        step = _one_pass(self._trainer(name, rows * length), self._sequences(rows, spec.vocab_size), training=True)
+        seconds = self.fastest(f"{name} {rows} rows on each of {ranks}: {PASSES[True]}", step)
+        return PassSample(
+            model=spec,
+            rows=rows * ranks,
+            prompt=config.prompt,
+            response=config.response,
+            micro_batches=1,
+            training=True,
+            seconds=seconds,
+            ranks=ranks,
+        )
 
     def _trainer(self, name: str, micro_batch_tokens: int) -> TrainingEngine:
         config = self.config

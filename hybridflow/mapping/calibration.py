@@ -49,7 +49,7 @@ class Calibration:
     inter_latency_s: float = 1.0e-5
     """Per doubling of the number of nodes, of a collective between nodes."""
     reduce_factor: float = 1.0
-    """A reduce-scatter's seconds over those of an all-gather of as many bytes. Gloo's is an all-reduce: about 2."""
+    """A reduce-scatter's seconds over those of an all-gather of as many bytes."""
     gradient_overlap: float = 0.0
     """Fraction of the gradient reduction hidden behind the backward pass; 0 is Megatron-LM's default."""
     sync_overhead_s: float = 0.0

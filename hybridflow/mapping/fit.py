@@ -60,8 +60,10 @@ def fit(measurements: Measurements, *, space: SearchSpace, calibration: Calibrat
     errors: dict[str, tuple[float, float]] = {}
     if measurements.collectives:
         kind, found = fit_links(measurements.collectives, kind, found)
-    forward = [sample for sample in measurements.passes if not sample.training]
-    training = [sample for sample in measurements.passes if sample.training]
+    alone = [sample for sample in measurements.passes if sample.ranks == 1]
+    shared = [sample for sample in measurements.passes if sample.ranks > 1]
+    forward = [sample for sample in alone if not sample.training]
+    training = [sample for sample in alone if sample.training]
     for _ in range(2):  # each of the two needs a constant of the other: the head's weights are read in both
         found = fit_forward(forward, kind, found, space) if forward else found
         found = fit_decoding(measurements.generations, kind, found, space) if measurements.generations else found
@@ -70,6 +72,9 @@ def fit(measurements: Measurements, *, space: SearchSpace, calibration: Calibrat
     if training:
         found = fit_training(training, kind, found, space)
         errors["training"] = _errors([predicted_pass(sample, kind, found, space) / sample.seconds for sample in training])
+    if shared:
+        found = fit_shared(shared, kind, found, space)
+        errors["training on several ranks"] = _errors([predicted_pass(sample, kind, found, space) / sample.seconds for sample in shared])
     if measurements.generations:
         errors["generation"] = _errors(
             [predicted_generation(sample, kind, found, space) / sample.seconds for sample in measurements.generations]
@@ -177,6 +182,19 @@ def fit_training(samples: Sequence[PassSample], kind: DeviceKind, given: Calibra
     return replace(given, backward_factor=factor, update_efficiency=1.0 / max(per_byte, 1e-3))
 
 
+def fit_shared(samples: Sequence[PassSample], kind: DeviceKind, given: Calibration, space: SearchSpace) -> Calibration:
+    """What an engine reaches of the links: it moves many tensors, copies them before and after, and ranks wait for each other."""
+
+    def seconds(efficiency: float) -> np.ndarray:
+        tried = replace(given, link_efficiency=efficiency)
+        return np.array([predicted_pass(sample, kind, tried, space) for sample in samples])
+
+    free = seconds(1.0 / SMALL)
+    measured = np.array([sample.seconds for sample in samples])
+    slower = nonnegative_least_squares((seconds(1.0) - free)[:, None], measured - free, 1.0 / measured)[0]
+    return replace(given, link_efficiency=1.0 / max(slower, 1e-3))
+
+
 def fit_decoding(samples: Sequence[GenerationSample], kind: DeviceKind, given: Calibration, space: SearchSpace) -> Calibration:
     """What reading weights and caches reaches and what products reach (by a coarse and a fine grid, because a step is bound by one or
     the other), and for each pair the host's seconds per decode step, per layer of a step, and per running sequence of a step."""
@@ -235,7 +253,8 @@ def predicted_pass(sample: PassSample, kind: DeviceKind, calibration: Calibratio
     """What the simulators say to a measured pass."""
     length = sample.prompt + sample.response
     workload = Workload(num_prompts=sample.rows, prompt=Lengths.fixed(sample.prompt), response=Lengths.fixed(sample.response))
-    layout = ModelLayout(micro_batch_tokens=-(-sample.rows * length // sample.micro_batches))
+    tokens = -(-sample.rows * length // (sample.micro_batches * sample.ranks))
+    layout = ModelLayout(d=sample.ranks, zero=2 if sample.ranks > 1 else 0, micro_batch_tokens=tokens)
     machine = Machine(kind, calibration, space, workload)
     if sample.training:
         return training_time(sample.model, layout, machine).total

@@ -12,7 +12,7 @@ from hybridflow.mapping.model import ModelSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassSample:
-    """One forward pass, or forward, backward and optimizer update, of one device without parallelism.
+    """One forward pass, or forward, backward and optimizer update, of one device, or of several data ranks.
 
     PassSample(model=tiny, rows=32, prompt=8, response=64, micro_batches=1, training=False, seconds=0.21)
     """
@@ -26,6 +26,8 @@ class PassSample:
     micro_batches: int
     training: bool
     seconds: float
+    ranks: int = 1
+    """Data ranks that share the rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,8 +22,8 @@ from hybridflow.mapping.space import SearchSpace
 SPACE = SearchSpace(shared_generation_weights=False)
 TRUTH = Calibration(
     name="truth", matmul_efficiency=0.4, bandwidth_efficiency=0.6, backward_factor=2.3, layer_overhead_s=3e-4, micro_batch_overhead_s=2e-3,
-    decode_layer_overhead_s=2e-4, decode_step_overhead_s=1e-3, decode_row_overhead_s=4e-5, call_overhead_s=0.01, link_efficiency=1,
-    intra_latency_s=2e-4, update_efficiency=0.5, decode_matmul_efficiency=0.2,
+    decode_layer_overhead_s=2e-4, decode_step_overhead_s=1e-3, decode_row_overhead_s=4e-5, call_overhead_s=0.01, link_efficiency=0.7,
+    reduce_factor=1.9, intra_latency_s=2e-4, update_efficiency=0.5, decode_matmul_efficiency=0.2,
 )  # fmt: skip
 KIND = DeviceKind(
     name="truth", memory_bytes=8e9, flops=5e11, memory_bandwidth=1e10, intra_bandwidth=5e8, inter_bandwidth=5e8, host_bandwidth=1e10,
@@ -44,6 +44,9 @@ def models() -> list[ModelSpec]:
 def measurements() -> Measurements:
     """What a machine would show on which the simulators are exactly right."""
     passes, generations = [], []
+    for model in models()[1:]:
+        sample = PassSample(model=model, rows=64, prompt=8, response=56, micro_batches=1, training=True, seconds=0.0, ranks=2)
+        passes.append(replace(sample, seconds=predicted_pass(sample, KIND, TRUTH, SPACE)))
     for model, rows, micro_batches, training in product(models(), (16, 64), (1, 4), (False, True)):
         sample = PassSample(model=model, rows=rows, prompt=8, response=56, micro_batches=micro_batches, training=training, seconds=0.0)
         passes.append(replace(sample, seconds=predicted_pass(sample, KIND, TRUTH, SPACE)))
