@@ -32,7 +32,7 @@ from recipes.run import foresee, run
 MODELS = {**SHAPES, "12m": {"hidden_size": 384, "intermediate_size": 1152, "num_layers": 6, "num_heads": 6, "num_key_value_heads": 6}}
 """Qwen2 with 3, 12 and 32 million parameters."""
 NUM_PROMPTS = 640
-STEPS = {"3m": 13, "12m": 9, "30m": 7}
+STEPS = {"3m": 11, "12m": 7, "30m": 5}
 """Short steps need more of them: what disturbs a machine lasts seconds."""
 APART = ("placement=custom", "pools.policy.roles=[actor,reference]", "pools.values.roles=[critic,reward]")
 
