@@ -88,6 +88,7 @@ def combinations(algorithm: str) -> list[Combination]:
         "ppo": [
             make("fsdp", "1 rank", LARGE),
             make("fsdp", "1 rank", SMALL),
+            make("fsdp", "1 rank, blocks", SMALL, "packing=false"),
             make("threed", "1 rank", SMALL),
             make("deepspeed", "zero1, 1 rank", LARGE, zero1),
             make("deepspeed", "zero3, 1 rank", SMALL, zero3),
@@ -95,6 +96,7 @@ def combinations(algorithm: str) -> list[Combination]:
             make("fsdp", "dp2, resharded", LARGE, "reshard_after_forward=true", ranks=2),
             make("fsdp", "tp2", LARGE, "tp=2", ranks=2),
             make("threed", "pp2", SMALL, "pp=2", ranks=2),
+            make("threed", "pp2, blocks", SMALL, "pp=2", "packing=false", ranks=2),
             make("threed", "pp2 tp2", LARGE, "pp=2", "tp=2", ranks=4),
             make("deepspeed", "zero2, dp2", LARGE, zero2, ranks=2),
             make("deepspeed", "zero3, dp2", SMALL, zero3, ranks=2),

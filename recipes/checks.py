@@ -61,6 +61,11 @@ def check_settings(role: str, config: RoleConfig) -> None:
     if config.model.path == NO_MODEL:
         raise ValueError(f"{role}.model.path is not set; give the directory or hub name of its model")
     check_train(f"{role}.train", config.train)
+    if config.train.packing and config.model.attention in ("eager", "flex_attention"):
+        raise ValueError(
+            f"{role}.model.attention is {config.model.attention!r}, which would need a mask over whole packed rows; set "
+            f"{role}.model.attention=auto or {role}.train.packing=false"
+        )
     if isinstance(config, ActorConfig):
         check_loss(config.loss)
         check_generation("actor", config.generation)

@@ -70,6 +70,10 @@ class TrainConfig:
     precision: Precision = Precision.bf16
     micro_batch_tokens: int = 8192
     """Most tokens (padding included) that one forward pass of one data-parallel rank holds. Changes speed and memory, never results."""
+    packing: bool = True
+    """Rows of a micro-batch one after the other without padding, each attending to itself only. false: padded blocks of rows of similar
+    length, for models with layers that look along the row by other means than attention (convolutions, state spaces), and for
+    attention=eager or flex_attention. Changes speed and memory, never results."""
     activation_checkpointing: bool = False
     reshard_after_forward: bool = False
     """fsdp: free gathered weights after the forward pass (ZeRO-3) instead of keeping them to the backward pass (ZeRO-2)."""

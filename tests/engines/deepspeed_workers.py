@@ -37,10 +37,11 @@ class Case:
     checkpointing: bool = False
     offload: bool = False
     num_rows: int = 8
+    packing: bool = True
 
     @property
     def name(self) -> str:
-        flags = [word for word, on in (("ac", self.checkpointing), ("off", self.offload)) if on]
+        flags = [word for word, on in (("ac", self.checkpointing), ("off", self.offload), ("blocks", not self.packing)) if on]
         return "-".join([f"zero{self.stage}w{self.world_size}r{self.num_rows}", self.model, self.head.value, self.precision.value, *flags])
 
 
@@ -82,6 +83,7 @@ def make_engine(case: Case, root: Path, rank: int, *, trains: bool = True) -> Tr
         zero_stage=case.stage,
         precision=case.precision,
         micro_batch_tokens=MICRO_BATCH_TOKENS,
+        packing=case.packing,
         activation_checkpointing=case.checkpointing,
         offload_optimizer=case.offload,
         optimizer=OPTIMIZER,

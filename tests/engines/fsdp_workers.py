@@ -39,10 +39,12 @@ class Case:
     """reshard_after_forward, with a group per layer."""
     checkpointing: bool = False
     offload: bool = False
+    packing: bool = True
 
     @property
     def name(self) -> str:
-        flags = [word for word, on in (("zero3", self.zero3), ("ac", self.checkpointing), ("off", self.offload)) if on]
+        options = (("zero3", self.zero3), ("ac", self.checkpointing), ("off", self.offload), ("blocks", not self.packing))
+        flags = [word for word, on in options if on]
         sizes = f"w{self.world_size}t{self.tp}{''.join(self.order)}r{self.num_rows}m{self.micro_batch_tokens}"
         return "-".join([sizes, self.model, self.head.value, self.precision.value, *flags])
 
@@ -81,6 +83,7 @@ def make_engine(case: Case, root: Path, rank: int) -> FsdpEngine:
         rank_order=list(case.order),
         precision=case.precision,
         micro_batch_tokens=case.micro_batch_tokens,
+        packing=case.packing,
         activation_checkpointing=case.checkpointing,
         reshard_after_forward=case.zero3,
         offload_optimizer=case.offload,
@@ -128,7 +131,7 @@ def gathered(engine: FsdpEngine) -> dict[str, Tensor]:
 
 def save_and_fail(rank: int, root: Path) -> None:
     """In a world of two: a checkpoint after two steps, the third step, and steps that go wrong."""
-    case = Case(world_size=2)
+    case = Case(world_size=2, micro_batch_tokens=20)
     engine = make_engine(case, root, rank)
     rows = [own_rows(engine, batch, rank) for batch in batches(case)]
     for batch in rows[:2]:

@@ -34,7 +34,7 @@ CASES = [
     Case(stage=2, precision=BF16),
     Case(stage=3, precision=BF16, offload=True),
     Case(stage=1, world_size=1, head=Head.value),
-    Case(stage=3, world_size=1),
+    Case(stage=3, world_size=1, packing=False),
 ]
 
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hybridflow.context import RankContext
-from tests.engines.threed_cases import save_tiny_model
+from tests.engines.threed_cases import FAMILIES, save_tiny_model
 from workers.config import ModelConfig, OptimizerConfig, Schedule
-from workers.engines import log_probs
-from workers.engines.attention import CPU_ATTENTION, LONGEST, cpu_attention
+from workers.engines import attention, log_probs
+from workers.engines.attention import ATTENTION, FUSED_ATTENTION, LONGEST, attend, check_packable
 from workers.engines.base import Head
 from workers.engines.loading import ModelSource
 from workers.engines.optimizer import build_optimizer, clip_gradients, global_grad_norm, learning_rate
+from workers.engines.packing import packing_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -85,6 +87,54 @@ def test_clipping_equals_pytorchs_and_zero_turns_it_off() -> None:
         assert_close(parameter.grad, copy.grad)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_attention_equals_one_sequence_at_a_time(
+    dtype: torch.dtype, kv_heads: int, softcap: float | None, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and gradients, of lengths on both sides of the longest that the matrix products take."""
+    monkeypatch.setattr(attention, "LONGEST", 40)
+    attention._bias.cache_clear()
+    lengths = [71, 41, 40, 13, 13, 13, 2, 1, 1, 7]
+    layer = nn.Module()
+    layer.is_causal, layer.num_key_value_groups = True, 4 // kv_heads  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(1, sum(lengths), count, 16, generator=generator).to(dtype) for count in (4, kv_heads, kv_heads)]
+    gradient = torch.randn(1, sum(lengths), 4, 16, generator=generator)
+    packed, plain = ([tensor.detach().to(kind, copy=True).requires_grad_() for tensor in heads] for kind in (dtype, torch.float64))
+    options = {"scaling": 0.2, "sliding_window": window, "softcap": softcap}
+    parts = (leaf.transpose(1, 2) for leaf in packed)
+    found, _ = attend(layer, *parts, None, fused=False, packing=packing_of(lengths, torch.device("cpu")), **options)
+    found.backward(gradient.to(dtype))
+    rows = zip(*(leaf[0].split(lengths) for leaf in plain), strict=True)
+    expected = torch.cat([naive_attention(*row, **options) for row in rows])[None]
+    expected.backward(gradient.double())
+    attention._bias.cache_clear()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.03, "atol": 0.06}
+    for one, other in [(found, expected), *((a.grad, b.grad) for a, b in zip(packed, plain, strict=True))]:
+        assert one is not None and other is not None
+        assert_close(one.double(), other, **tolerance)
+
+
+def naive_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, sliding_window: int | None, softcap: float | None
+) -> Tensor:
+    """Of one sequence, token by token and head by head: [time, heads, head_dim] each."""
+    time, heads, _ = query.shape
+    copies = heads // key.shape[1]
+    rows = []
+    for token in range(time):
+        first = 0 if sliding_window is None else max(0, token - sliding_window + 1)
+        seen = slice(first, token + 1)
+        for head in range(heads):
+            scores = scaling * key[seen, head // copies] @ query[token, head]
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+            rows.append(torch.softmax(scores, -1) @ value[seen, head // copies])
+    return torch.stack(rows).view(time, heads, -1)
+
+
 @pytest.mark.parametrize("time", [2, 71])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_short_attention_equals_the_fused_kernel(time: int, kv_heads: int) -> None:
@@ -95,9 +145,9 @@ def test_short_attention_equals_the_fused_kernel(time: int, kv_heads: int) -> No
     heads = [torch.randn(3, time, count, 16, generator=generator) for count in (4, kv_heads, kv_heads)]
     gradient = torch.randn(3, time, 4, 16, generator=generator)
     results = []
-    for attend, dtype in ((cpu_attention, torch.bfloat16), (sdpa_attention_forward, torch.float32)):
+    for attends, dtype in ((partial(attend, fused=False), torch.bfloat16), (sdpa_attention_forward, torch.float32)):
         leaves = [tensor.to(torch.bfloat16).to(dtype).requires_grad_() for tensor in heads]
-        output, _ = attend(layer, *(leaf.transpose(1, 2) for leaf in leaves), None, scaling=0.2)
+        output, _ = attends(layer, *(leaf.transpose(1, 2) for leaf in leaves), None, scaling=0.2)
         output.backward(gradient.to(dtype))
         results.append([output.float(), *(leaf.grad.float() for leaf in leaves if leaf.grad is not None)])
     for short, fused in zip(*results, strict=True):
@@ -105,11 +155,38 @@ def test_short_attention_equals_the_fused_kernel(time: int, kv_heads: int) -> No
     assert time <= LONGEST
 
 
-def test_auto_attention_on_a_cpu_and_a_named_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_in_a_packed_row_see_nothing_of_each_other(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    """Other tokens in one sequence: the hidden states of all others stay bit for bit, also in the layers' recomputation."""
+    path = str(save_tiny_model(tmp_path / family, family, layers=2))
+    model = ModelSource(ModelConfig(path=path), Head.lm, RankContext()).model.to(dtype)
+    packing = packing_of([9, 9, 8, 2, 1], torch.device("cpu"))
+    ids = torch.arange(3, 32)[None]
+    begin, end = 9, 18
+    other = ids.clone()
+    other[0, begin:end] = 50
+    with torch.no_grad():
+        one, two = (model.base_model(input_ids=row, use_cache=False, **packing.arguments).last_hidden_state[0] for row in (ids, other))
+    assert torch.equal(one[:begin], two[:begin]) and torch.equal(one[end:], two[end:]) and not torch.equal(one[begin:end], two[begin:end])
+
+
+def test_auto_attention_and_a_named_one(tmp_path: Path) -> None:
     path = str(save_tiny_model(tmp_path / "model", "llama", layers=2))
-    assert ModelSource(ModelConfig(path=path), Head.lm, RankContext()).model.config._attn_implementation == CPU_ATTENTION
-    named = ModelSource(ModelConfig(path=path, attention="eager"), Head.lm, RankContext())
-    assert named.model.config._attn_implementation == "eager"
+    found = {name: ModelSource(ModelConfig(path=path, attention=name), Head.lm, RankContext()).model for name in ("auto", "sdpa", "eager")}
+    assert [model.config._attn_implementation for model in found.values()] == [ATTENTION, FUSED_ATTENTION, "eager"]
+    check_packable(found["sdpa"])
+    with pytest.raises(ValueError, match=r"train\.packing is true, but attention eager .* set model\.attention=auto or set packing=false"):
+        check_packable(found["eager"])
+
+
+def test_what_is_not_attention_cannot_be_packed() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model("lfm2", **sizes, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"lfm2 has layers that are no plain attention \(conv\); set packing=false"):
+        check_packable(model)
 
 
 def test_a_new_head_is_the_same_every_time_and_a_saved_critic_keeps_its_own(tmp_path: Path) -> None:

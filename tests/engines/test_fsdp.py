@@ -32,6 +32,10 @@ CASES = [
     Case(micro_batch_tokens=1, checkpointing=True),
     Case(model="gemma3_text"),
     Case(model="mistral"),
+    Case(model="gemma2", precision=BF16, checkpointing=True),
+    Case(model="gemma2", packing=False),
+    Case(model="mistral", precision=BF16),
+    Case(packing=False, precision=BF16),
     Case(model="llama", head=Head.value, offload=True),
     Case(model="llama", head=Head.score),
     Case(precision=BF16),
@@ -42,6 +46,8 @@ CASES = [
     Case(world_size=2, num_rows=1),
     Case(world_size=2, precision=BF16),
     Case(world_size=2, precision=BF16, zero3=True),
+    Case(world_size=2, tp=2, head=Head.score, packing=False),
+    Case(world_size=2, zero3=True, packing=False),
     Case(world_size=4, zero3=True),
     Case(world_size=4, model="gemma3_text"),
     Case(world_size=4, tp=2),
@@ -56,6 +62,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(root / "qwen2", "qwen2", layers=2, tied=True)
     save_tiny_model(root / "llama", "llama", layers=2)
     save_tiny_model(root / "mistral", "mistral", layers=2)
+    save_tiny_model(root / "gemma2", "gemma2", layers=2, tied=True)
     save_tiny_model(root / "gemma3_text", "gemma3_text", layers=2, tied=True)
     shutil.copytree(root / "llama", root / "broken")
     weights = load_file(root / "llama" / "model.safetensors")

@@ -39,6 +39,7 @@ LAYOUTS = [
     Case(p=2, d=2, num_rows=1, checkpointing=True, offload=True),
     Case(p=2, t=2, head=Head.value),
     Case(t=2, d=2, head=Head.score),
+    Case(p=2, t=2, packing=False),
 ]
 FAMILY_CASES = [Case(p=2, t=2, model=family, num_rows=4) for family in FAMILIES if family != "llama"]
 CASES = LAYOUTS + FAMILY_CASES

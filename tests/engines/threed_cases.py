@@ -41,6 +41,8 @@ def save_tiny_model(directory: Path, family: str, *, heads: int = 4, kv_heads: i
         options["head_dim"] = 16
     if family in ("mistral", "gemma2", "gemma3_text"):
         options["sliding_window"] = 5
+    if family == "gemma2":
+        options["attn_logit_softcapping"] = 1.0  # low enough to be felt by tiny weights
     if family in ("gemma2", "gemma3_text"):
         options["layer_types"] = ["sliding_attention" if index % 2 == 0 else "full_attention" for index in range(layers)]
     torch.manual_seed(0)
@@ -53,9 +55,11 @@ def save_tiny_model(directory: Path, family: str, *, heads: int = 4, kv_heads: i
 
 
 def make_sequences(num_rows: int = 10, seed: int = 0) -> Sequences:
-    """Ragged rows of 4 to 17 tokens, one of them without scored tokens."""
+    """Ragged rows of 4 to 17 tokens, of many one with 2 tokens and one with 1; one of them without scored tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 18, (num_rows,), generator=generator)
+    if num_rows >= 8:
+        lengths[-2:] = torch.tensor([2, 1])
     scored = torch.minimum(torch.randint(1, 12, (num_rows,), generator=generator), lengths - 1)
     scored[num_rows // 2] = 0
     num_scored = int(scored.sum())
@@ -138,7 +142,8 @@ def plain_outputs(model: PreTrainedModel, head: Head, batch: Sequences) -> Outpu
 
 
 def load_plain(directory: Path, head: Head) -> PreTrainedModel:
-    """With transformers alone; a new value head is zero (set it from the engine's)."""
+    """With transformers alone and its plainest attention, the only one with soft-capping; a new value head is zero (set it from the
+    engine's)."""
     if head is Head.lm:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    return AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32, attn_implementation="eager")

@@ -44,11 +44,13 @@ class Case:
     num_rows: int = 8
     precision: Precision = Precision.fp32
     offload: bool = False
+    packing: bool = True
 
     @property
     def name(self) -> str:
         extras = [self.order.replace(" ", ""), self.model, self.head.value, self.precision.value, f"rows{self.num_rows}"]
-        return "-".join([f"p{self.p}t{self.t}d{self.d}v{self.virtual}", *extras, *(["ac"] if self.checkpointing else [])])
+        flags = [word for word, on in (("ac", self.checkpointing), ("blocks", not self.packing)) if on]
+        return "-".join([f"p{self.p}t{self.t}d{self.d}v{self.virtual}", *extras, *flags])
 
     @property
     def world_size(self) -> int:
@@ -92,6 +94,7 @@ def make_engine(case: Case, root: Path, rank: int) -> ThreeDEngine:
         rank_order=case.order.split(),
         precision=case.precision,
         micro_batch_tokens=MICRO_BATCH_TOKENS,
+        packing=case.packing,
         activation_checkpointing=case.checkpointing,
         pipeline_schedule="interleaved_1f1b" if case.virtual > 1 else "1f1b",
         virtual_stages=case.virtual,

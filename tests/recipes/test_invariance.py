@@ -1,6 +1,7 @@
 """A subset of benchmarks.invariance: the same step on three engines in small and large micro-batches, against plain float64.
 
-In this process, one after the other. The layouts with several ranks are the benchmark's, and tests/e2e/test_layouts_agree.py's.
+Packed, and once in padded blocks; in this process, one after the other. The layouts with
+several ranks are the benchmark's, and tests/e2e/test_layouts_agree.py's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ COMBINATIONS = [
     Combination(algorithm="ppo", engine="fsdp", micro_batch_tokens=LARGE),
     Combination(algorithm="ppo", engine="threed", micro_batch_tokens=SMALL),
     Combination(algorithm="gspo", engine="fsdp", micro_batch_tokens=SMALL),
-    Combination(algorithm="gspo", engine="deepspeed", micro_batch_tokens=LARGE, train=("zero_stage=3",)),
+    Combination(algorithm="gspo", engine="deepspeed", micro_batch_tokens=LARGE, train=("zero_stage=3", "packing=false")),
 ]
 
 

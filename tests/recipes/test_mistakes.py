@@ -85,6 +85,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "actor: pp=4 .* but the model has 2 layers; on 4 devices fit: ",
     ),
     "axes": (["actor.train.rank_order=[dp,tp]"], r"actor.train.rank_order is \['dp', 'tp'\]; it must name each of dp, pp, cp, tp"),
+    "a mask over a packed row": (["model.attention=eager"], r"model.attention is 'eager', .* or actor.train.packing=false"),
     "no engine": (["critic.train.engine=megatron"], "critic.train.engine is 'megatron'; known: fsdp, threed, deepspeed"),
     "no generation engine": (["actor.generation.engine=sglang"], "actor.generation.engine is 'sglang'; known: vllm, hf"),
     "hf in parallel": (

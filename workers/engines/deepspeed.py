@@ -124,20 +124,19 @@ class DeepspeedEngine(TrainingEngine):
         return self._partitions
 
     def _run(self, micro_batch: MicroBatch, entropy: bool, temperature: float) -> Outputs:
-        numbers = self._zero.run(
-            micro_batch.input_ids, micro_batch.read_positions, micro_batch.targets, entropy=entropy, temperature=temperature
-        )
-        return Outputs(**numbers)
+        ids, reads, targets, packing = micro_batch.input_ids, micro_batch.read_positions, micro_batch.targets, micro_batch.packing
+        return Outputs(**self._zero.run(ids, reads, targets, packing=packing, entropy=entropy, temperature=temperature))
 
     def _micro_batches(self, sequences: Sequences, *, equal: bool) -> list[MicroBatch]:
         """At least one; as many on every rank where passes have collectives inside."""
-        made = make_micro_batches(sequences, self.head, self.config.micro_batch_tokens, self.device)
+        packing = self.config.packing
+        made = make_micro_batches(sequences, self.head, self.config.micro_batch_tokens, self.device, packing=packing)
         wanted = max(1, len(made))
         if equal and self.layout.size > 1:
             most = torch.tensor(wanted, device=self.device)
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
             wanted = int(most)
-        return made + [empty_micro_batch(sequences, self.head, self.device) for _ in range(wanted - len(made))]
+        return made + [empty_micro_batch(sequences, self.head, self.device, packing=packing) for _ in range(wanted - len(made))]
 
     def _accumulate(self, micro_batches: list[MicroBatch], loss_fn: LossFn, entropy: bool, temperature: float) -> dict[str, Tensor]:
         """Gradients of the summed loss of all micro-batches and ranks; the metrics of this rank."""

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from workers.config import Precision, TrainConfig
+from workers.engines.attention import check_packable
 from workers.engines.base import Head
 from workers.engines.loading import ModelSource
 from workers.engines.model import ScoredModel, decoder_layers, enable_activation_checkpointing
@@ -83,6 +84,8 @@ class ZeroModel:
 
     def __init__(self, source: ModelSource, head: Head, config: TrainConfig, device: torch.device, *, trains: bool) -> None:
         """Collective. trains=False: weights alone; under stages 1 and 2 that is the plain model, without DeepSpeed."""
+        if config.packing:
+            check_packable(source.model)
         self.config = config
         self.dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
         self.shapes = {name: tuple(parameter.shape) for name, parameter in source.model.named_parameters()}

@@ -124,20 +124,19 @@ class FsdpEngine(TrainingEngine):
         return self._scored
 
     def _run(self, micro_batch: MicroBatch, entropy: bool, temperature: float) -> Outputs:
-        numbers = self._scored(
-            micro_batch.input_ids, micro_batch.read_positions, micro_batch.targets, entropy=entropy, temperature=temperature
-        )
-        return Outputs(**numbers)
+        ids, reads, targets, packing = micro_batch.input_ids, micro_batch.read_positions, micro_batch.targets, micro_batch.packing
+        return Outputs(**self._scored(ids, reads, targets, packing=packing, entropy=entropy, temperature=temperature))
 
     def _micro_batches(self, sequences: Sequences) -> list[MicroBatch]:
         """At least one; as many on every data rank if the weights are gathered for each."""
-        made = make_micro_batches(sequences, self.head, self.config.micro_batch_tokens, self.device)
+        packing = self.config.packing
+        made = make_micro_batches(sequences, self.head, self.config.micro_batch_tokens, self.device, packing=packing)
         wanted = max(1, len(made))
         if self.config.reshard_after_forward and self.layout.axis_size("dp") > 1:
             most = torch.tensor(wanted, device=self.device)
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._data_group)
             wanted = int(most)
-        made += [empty_micro_batch(sequences, self.head, self.device) for _ in range(wanted - len(made))]
+        made += [empty_micro_batch(sequences, self.head, self.device, packing=packing) for _ in range(wanted - len(made))]
         return [pad_time(micro_batch, self.config.tp) for micro_batch in made]
 
     def _accumulate(self, micro_batches: list[MicroBatch], loss_fn: LossFn, entropy: bool, temperature: float) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from hybridflow.layout import Layout
 from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
 from workers.config import Precision, TrainConfig
+from workers.engines.attention import check_packable
 from workers.engines.base import Head
 from workers.engines.loading import ModelSource
 from workers.engines.model import ScoredModel, decoder_layers, enable_activation_checkpointing, parameter_bytes
@@ -43,6 +44,8 @@ def make_mesh(layout: Layout, device_type: str) -> DeviceMesh:
 def shard_model(source: ModelSource, head: Head, config: TrainConfig, mesh: DeviceMesh, device: torch.device) -> ScoredModel:
     """The model over `mesh`, float32 shards of its weights on `device`; never more than one group is whole at a time. Collective."""
     model = source.model
+    if config.packing:
+        check_packable(model)
     scored = ScoredModel(model, head)
     if config.tp > 1:
         parallelize(model, mesh["tp"])

@@ -29,12 +29,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hybridflow.context import RankContext
 from workers.config import ModelConfig
-from workers.engines.attention import prefer_cpu_attention
+from workers.engines.attention import use_sequence_attention
 from workers.engines.base import Head
 from workers.engines.model import score_head
 
 AUTO = "auto"
-"""ModelConfig.attention: transformers' choice for the model, and on a CPU the faster attention for short rows."""
+"""ModelConfig.attention: transformers' choice for the model; where that is PyTorch's fused kernel, attention.py."""
 UNLIMITED = 2**31 - 1
 """position_limit() of a model that has none."""
 NEW_HEAD_SEED = 0
@@ -71,8 +71,7 @@ class ModelSource:
             self.model = build_on_meta(config, head)
         if loaded is not None:
             self._weights = dict(chain(loaded.named_parameters(remove_duplicate=False), loaded.named_buffers(remove_duplicate=False)))
-        if config.attention == AUTO and context.device == "cpu":
-            prefer_cpu_attention(self.model)
+        use_sequence_attention(self.model, fused=config.attention != AUTO)
         self.generation_config: GenerationConfig | None = loaded.generation_config if loaded is not None and head is Head.lm else None
         """The checkpoint's, on rank 0."""
         self._done: set[tuple[int, str]] = set()

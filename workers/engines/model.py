@@ -13,10 +13,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from workers.engines.base import Head
 from workers.engines.log_probs import LogProbFn, token_log_probs
+from workers.engines.packing import Packing
 
 
 class ScoredModel(nn.Module):
-    """model(input_ids, read_positions, targets) of a MicroBatch -> {"log_probs": ..., "entropy": ...} | {"values": ...} | {"scores": ...}.
+    """model(input_ids, read_positions, targets, packing=packing) -> {"log_probs": ..., "entropy": ...} | {"values": ...} | {"scores": ...}.
 
     Always in eval mode: dropout would make a loss depend on the layout.
     """
@@ -34,15 +35,23 @@ class ScoredModel(nn.Module):
             model.get_output_embeddings().register_forward_pre_hook(self._keep_read_positions)
 
     def forward(
-        self, input_ids: Tensor, read_positions: Tensor, targets: Tensor, *, entropy: bool = False, temperature: float = 1.0
+        self,
+        input_ids: Tensor,
+        read_positions: Tensor,
+        targets: Tensor,
+        *,
+        packing: Packing | None = None,
+        entropy: bool = False,
+        temperature: float = 1.0,
     ) -> dict[str, Tensor]:
-        """input_ids int64 [rows, time] right-padded, read_positions int64 [reads] into the flattened ids; float32 [reads] each."""
+        """input_ids int64 [rows, time], read_positions int64 [reads] into the flattened ids; float32 [reads] each."""
+        where = packing.arguments if packing is not None else {}
         if self.head is Head.lm:
             self._read_positions = read_positions
-            logits = self.model(input_ids=input_ids, use_cache=False).logits
+            logits = self.model(input_ids=input_ids, use_cache=False, **where).logits
             log_probs, entropies = self.log_prob_fn(logits.flatten(0, 1), targets, temperature, entropy)
             return {"log_probs": log_probs} if entropies is None else {"log_probs": log_probs, "entropy": entropies}
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **where).last_hidden_state
         numbers = self.apply_score(hidden.flatten(0, 1).index_select(0, read_positions))
         return {"values" if self.head is Head.value else "scores": numbers}
 

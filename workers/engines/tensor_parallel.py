@@ -36,6 +36,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from workers.engines.micro_batches import MicroBatch
 from workers.engines.model import decoder_layers
+from workers.engines.packing import packing_of
 
 COLUMN, ROW, REPLICATED = "colwise", "rowwise", ("replicated_with_grad_allreduce", "replicated")
 """The entries of transformers' plans that are understood."""
@@ -94,15 +95,16 @@ def _counts(config: PretrainedConfig) -> dict[str, int]:
 
 
 def pad_time(micro_batch: MicroBatch, multiple: int) -> MicroBatch:
-    """The micro-batch with further padding columns until time divides by `multiple`."""
+    """The micro-batch with further padding columns until time divides by `multiple`; in a packed row they are one more sequence."""
     time = micro_batch.input_ids.shape[1]
     missing = -time % multiple
     if not missing:
         return micro_batch
-    positions = micro_batch.read_positions
+    positions, packing = micro_batch.read_positions, micro_batch.packing
     return replace(
         micro_batch,
         input_ids=F.pad(micro_batch.input_ids, (0, missing)),
+        packing=packing_of([*packing.lengths, missing], micro_batch.input_ids.device) if packing is not None else None,
         read_positions=positions + torch.div(positions, time, rounding_mode="floor") * missing,
     )
 

@@ -149,7 +149,7 @@ class ThreeDEngine(TrainingEngine):
         if self.config.pp > 1:
             share = -(-int(sequences.lengths.sum()) // (MICRO_BATCHES_PER_STAGE * self.config.pp))
             budget = min(budget, max(share, MIN_MICRO_BATCH_TOKENS))
-        cut = make_micro_batches(sequences, self.head, budget, self.device)
+        cut = make_micro_batches(sequences, self.head, budget, self.device, packing=self.config.packing)
         return [pad_time(micro_batch, self.config.tp) for micro_batch in cut]
 
     def _over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hybridflow.layout import Layout
 from hybridflow.resharding.shards import Box
 from workers.config import ModelConfig, Precision, TrainConfig
+from workers.engines.attention import check_packable
 from workers.engines.base import Head
 from workers.engines.loading import ModelSource, build_on_meta
 from workers.engines.model import ScoredModel, enable_activation_checkpointing
@@ -42,6 +43,8 @@ def build_share(
     source: ModelSource, model: ModelConfig, train: TrainConfig, head: Head, layout: Layout, rank: int, device: torch.device
 ) -> Share:
     """Collective over the default group, whose ranks are those of `layout`."""
+    if train.packing:
+        check_packable(source.model)
     dtype = torch.float32 if train.precision is Precision.fp32 else torch.bfloat16
     sizes = [size for _, size in layout.axes]
     mesh = DeviceMesh(device.type, torch.arange(layout.size).view(sizes), mesh_dim_names=layout.names)

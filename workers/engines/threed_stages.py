@@ -49,14 +49,16 @@ class Stages:
     ) -> Tensor | dict[str, Tensor]:
         """Activations [rows, time / tp, hidden] for the next stage, or, of the last stage, ScoredModel's numbers."""
         is_last = stage == self.num_stages - 1
+        ids, packing = micro_batch.input_ids, micro_batch.packing
         self._received.value = received
         self._attach(self._lists[stage], self._placeholder if stage else self._embedding, self._norm if is_last else _PASS)
         try:
             if is_last:
-                ids, reads, targets = micro_batch.input_ids, micro_batch.read_positions, micro_batch.targets
-                numbers: dict[str, Tensor] = self.scored(ids, reads, targets, entropy=entropy, temperature=temperature)
+                reads, targets = micro_batch.read_positions, micro_batch.targets
+                numbers: dict[str, Tensor] = self.scored(ids, reads, targets, packing=packing, entropy=entropy, temperature=temperature)
                 return numbers
-            hidden: Tensor = self.base(input_ids=micro_batch.input_ids, use_cache=False).last_hidden_state
+            where = packing.arguments if packing is not None else {}
+            hidden: Tensor = self.base(input_ids=ids, use_cache=False, **where).last_hidden_state
             return hidden
         finally:
             self._received.value = None
