@@ -24,23 +24,24 @@ class TrainedRole(Worker):
     """What every role with weights offers to the loop."""
 
     @remote(ONE_TO_ALL)
+    @abstractmethod
     def save_checkpoint(self, directory: str) -> None:
         """Everything that training goes on from."""
-        raise NotImplementedError
 
     @remote(ONE_TO_ALL)
+    @abstractmethod
     def load_checkpoint(self, directory: str) -> None:
-        raise NotImplementedError
+        """Go on from what save_checkpoint wrote, on this layout or another."""
 
     @remote(ONE_TO_ALL)
+    @abstractmethod
     def save_pretrained(self, directory: str) -> None:
         """Weights as a Hugging Face directory."""
-        raise NotImplementedError
 
     @remote(ONE_TO_ALL)
+    @abstractmethod
     def peak_memory_bytes(self) -> int:
         """Most memory that each rank's process held so far."""
-        raise NotImplementedError
 
 
 class Learner(TrainedRole):
