@@ -48,8 +48,8 @@ DEVICE_KINDS: dict[str, DeviceKind] = {
                    intra_bandwidth=450e9, inter_bandwidth=400e9, host_bandwidth=50e9),
         DeviceKind(name="L40S-48GB", memory_bytes=48e9, flops=362e12, memory_bandwidth=0.864e12,
                    intra_bandwidth=25e9, inter_bandwidth=25e9),
-        DeviceKind(name="cpu", memory_bytes=8e9, flops=0.4e12, memory_bandwidth=18e9, intra_bandwidth=0.8e9, inter_bandwidth=0.8e9,
-                   host_bandwidth=18e9, devices_per_node=2),
+        DeviceKind(name="cpu", memory_bytes=8e9, flops=0.42e12, memory_bandwidth=31e9, intra_bandwidth=0.9e9, inter_bandwidth=0.9e9,
+                   host_bandwidth=31e9, devices_per_node=2),
     )
 }  # fmt: skip
 """NVIDIA's datasheets (dense bf16, one direction of NVLink). Nodes of A100: 200 Gbit/s between machines, the paper's testbed
