@@ -19,7 +19,8 @@ from workers.engines.base import Head, Outputs
 from workers.engines.fsdp import FsdpEngine
 from workers.sequences import Sequences
 
-OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, clip_grad_norm=0.5)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, clip_grad_norm=0.5, epsilon=1e-6)
+"""With this epsilon rounding of a gradient is not blown up where a weight has next to no gradient."""
 NUM_STEPS = 3
 
 
