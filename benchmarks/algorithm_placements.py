@@ -1,9 +1,11 @@
-"""Every algorithm on two ranks and on split pools against one process: the same rewards, losses and gradient norms, step by step.
+"""Every algorithm on two ranks and on split pools against one process: the same rewards, losses and gradient
+norms, step by step.
 
 python -m benchmarks.algorithm_placements [--json FILE] [--algorithms ppo ...] [--set NAME=VALUE ...]
 
-The real command line, the quickstart's model, task and settings (benchmarks/learning_settings.py) in small, three steps. What a layout
-changes is the order in which float32 sums are added up; the largest relative difference is printed.
+The real command line, the quickstart's model, task and settings (benchmarks/learning/settings.py) in small,
+three steps. What a layout changes is the order in which float32 sums are added up; the largest relative
+difference is printed.
 """
 
 from __future__ import annotations
@@ -18,19 +20,27 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.learning import filled, teachers
-from benchmarks.learning_settings import COMMON, SETTINGS
+from benchmarks.learning.__main__ import filled, teachers
+from benchmarks.learning.settings import COMMON, SETTINGS
 from controllers import ALGORITHMS
 from hybridflow.metrics import read_jsonl
 from recipes.quickstart.prepare import Prepared, prepare
 
 SMALL = ["data.batch_size=8", "algorithm.samples_per_prompt=4", "loop.num_steps=3", "loop.validate_every=0"]
-LOSSES = ("actor/policy_loss", "actor/distillation_loss", "actor/language_loss", "actor/preference_loss", "critic/value_loss")
+LOSSES = (
+    "actor/policy_loss",
+    "actor/distillation_loss",
+    "actor/language_loss",
+    "actor/preference_loss",
+    "critic/value_loss",
+)
 COMPARED = ("reward/mean", *LOSSES, "actor/grad_norm", "actor/entropy", "cost/multiplier", "kl/coefficient")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--algorithms", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
@@ -43,14 +53,18 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def measure(algorithms: list[str], prepared: Prepared, models: dict[str, str], overrides: list[str]) -> list[dict[str, Any]]:
+def measure(
+    algorithms: list[str], prepared: Prepared, models: dict[str, str], overrides: list[str]
+) -> list[dict[str, Any]]:
     rows = []
     print(f"{'algorithm':<30} {'placement':<10} {'difference':>10}  largest in")
     for algorithm in algorithms:
         alone = metrics(algorithm, prepared, models, ["runtime=local", "num_devices=1", *overrides])
         for name, settings in placements(algorithm).items():
             difference, where = compare(alone, metrics(algorithm, prepared, models, [*settings, *overrides]))
-            rows.append({"algorithm": algorithm, "placement": name, "difference": difference, "metric": where})
+            rows.append(
+                {"algorithm": algorithm, "placement": name, "difference": difference, "metric": where}
+            )
             print(f"{algorithm:<30} {name:<10} {difference:10.1e}  {where}", flush=True)
     return rows
 
@@ -64,7 +78,9 @@ def placements(algorithm: str) -> dict[str, list[str]]:
     return {"2 ranks": ["num_devices=2"], "2 pools": ["num_devices=1", "placement=custom", *pools]}
 
 
-def metrics(algorithm: str, prepared: Prepared, models: dict[str, str], settings: list[str]) -> list[dict[str, Any]]:
+def metrics(
+    algorithm: str, prepared: Prepared, models: dict[str, str], settings: list[str]
+) -> list[dict[str, Any]]:
     """What a run logged, step by step."""
     with tempfile.TemporaryDirectory() as output:
         command = [
@@ -78,7 +94,11 @@ def metrics(algorithm: str, prepared: Prepared, models: dict[str, str], settings
             *settings,
         ]
         finished = subprocess.run(
-            [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            [sys.executable, "-m", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
         )
         if finished.returncode:
             raise RuntimeError(f"{algorithm} {settings} failed:\n{finished.stdout[-6000:]}")

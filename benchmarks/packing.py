@@ -1,9 +1,10 @@
-"""What packing rows into one sequence saves over length-bucketed padded blocks: padding, micro-batches and seconds.
+"""What packing rows into one sequence saves over length-bucketed padded blocks: padding, micro-batches and
+seconds.
 
 OMP_NUM_THREADS=1 python -m benchmarks.packing [--json FILE] [--repeat N] [--models 3m 30m]    # some minutes
 
-Seconds are CPU seconds of log-probabilities and of a training step of engine fsdp in this process, both ways in turn on the same rows,
-with other lengths every time; the median of N.
+Seconds are CPU seconds of log-probabilities and of a training step of engine fsdp in this process, both ways
+in turn on the same rows, with other lengths every time; the median of N.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import logging as transformers_logging
 
-from benchmarks.step_case import SHAPES
+from benchmarks.step.case import SHAPES
 from hybridflow.context import RankContext
 from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.engines.base import Head, Outputs
-from workers.engines.fsdp import FsdpEngine
-from workers.engines.micro_batches import cut, pack
+from workers.engines.fsdp.engine import FsdpEngine
+from workers.engines.shared.micro_batches import cut, pack
 from workers.sequences import Sequences
 
 STEPS = 100
@@ -35,7 +36,8 @@ LOGNORMAL, UNIFORM = "lognormal, median 400, 16 to 4096", "uniform, 32 to 2048"
 
 
 def drawn_lengths(kind: str, rows: int, drawn: np.random.Generator) -> np.ndarray:
-    """int64 [rows]: demonstrations, or prompts of 8 tokens with responses of 64 or of 8 to 64 as in benchmarks.step."""
+    """int64 [rows]: demonstrations, or prompts of 8 tokens with responses of 64 or of 8 to 64 as in
+    benchmarks.step."""
     if kind == LOGNORMAL:
         return np.clip(drawn.lognormal(np.log(400), 0.9, rows), 16, 4096).astype(np.int64)
     if kind == UNIFORM:
@@ -63,7 +65,7 @@ class Timed:
     """One comparison."""
 
     model: str
-    """Key of benchmarks.step_case.SHAPES."""
+    """Key of benchmarks.step.case.SHAPES."""
     lengths: str
     rows: int
     precision: Precision
@@ -87,13 +89,22 @@ def seconds(case: Timed, repeat: int) -> dict[str, float]:
     """Medians of a forward pass and of a training step, both ways."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer()
-        make_model(tokenizer, ModelShape(**SHAPES[case.model], max_tokens=4096), seed=0).save_pretrained(folder)  # type: ignore[arg-type]
+        make_model(tokenizer, ModelShape(**SHAPES[case.model], max_tokens=4096), seed=0).save_pretrained(
+            folder
+        )  # type: ignore[arg-type]
         model = ModelConfig(path=folder)
         engines = {
-            way: FsdpEngine(model=model, config=TrainConfig(precision=case.precision, packing=packing), head=Head.lm, context=RankContext())
+            way: FsdpEngine(
+                model=model,
+                config=TrainConfig(precision=case.precision, packing=packing),
+                head=Head.lm,
+                context=RankContext(),
+            )
             for way, packing in (("blocks", False), ("packed", True))
         }
-    times: dict[str, list[float]] = {f"{kind}_{way}_s": [] for way in engines for kind in ("forward", "train")}
+    times: dict[str, list[float]] = {
+        f"{kind}_{way}_s": [] for way in engines for kind in ("forward", "train")
+    }
     drawn = np.random.default_rng(1)
     for turn in range(repeat + 1):
         rows = random_rows(drawn_lengths(case.lengths, case.rows, drawn), len(tokenizer), drawn)
@@ -107,13 +118,19 @@ def seconds(case: Timed, repeat: int) -> dict[str, float]:
                 times[f"forward_{way}_s"].append(middle - begin)
                 times[f"train_{way}_s"].append(end - middle)
     ratios = np.array(times["train_packed_s"]) / np.array(times["train_blocks_s"])
-    return {name: float(np.median(found)) for name, found in times.items()} | {"train_packed_to_blocks": float(np.median(ratios))}
+    return {name: float(np.median(found)) for name, found in times.items()} | {
+        "train_packed_to_blocks": float(np.median(ratios))
+    }
 
 
 def random_rows(lengths: np.ndarray, vocabulary: int, drawn: np.random.Generator) -> Sequences:
     """Everything behind the first 8 tokens of a row is scored."""
     sizes = torch.from_numpy(lengths)
-    return Sequences(token_ids=torch.from_numpy(drawn.integers(0, vocabulary, int(lengths.sum()))), lengths=sizes, scored_lengths=sizes - 8)
+    return Sequences(
+        token_ids=torch.from_numpy(drawn.integers(0, vocabulary, int(lengths.sum()))),
+        lengths=sizes,
+        scored_lengths=sizes - 8,
+    )
 
 
 def likelihood(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
@@ -123,7 +140,9 @@ def likelihood(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
@@ -144,7 +163,15 @@ def main() -> None:
     timed = []
     for case in (one for one in TIMED if one.model in arguments.models):
         found = seconds(case, arguments.repeat)
-        timed.append({"model": case.model, "lengths": case.lengths, "rows": case.rows, "precision": case.precision.value, **found})
+        timed.append(
+            {
+                "model": case.model,
+                "lengths": case.lengths,
+                "rows": case.rows,
+                "precision": case.precision.value,
+                **found,
+            }
+        )
         print(
             f"{case.model:<4} {case.precision.value} {case.lengths:<36} {case.rows:>4} rows: "
             f"forward {found['forward_blocks_s']:.3f} s in blocks, {found['forward_packed_s']:.3f} packed; "

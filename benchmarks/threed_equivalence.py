@@ -1,10 +1,12 @@
-"""Engine `threed` on every layout of up to 8 ranks against plain PyTorch in one process: 3 training steps, same data, same weights.
+"""Engine `threed` on every layout of up to 8 ranks against plain PyTorch in one process: 3 training steps,
+same data, same weights.
 
 python -m benchmarks.threed_equivalence --json FILE [--ranks 8] [--model llama]
 
-A row per (pipeline, tensor, data) size that fits the model, 1F1B and, where the layers suffice, interleaved 1F1B, in the paper's rank order
-and in Megatron's: the largest difference of the losses, of the gradient norms (both relative) and of any element of any weight after the
-last step (absolute; the learning rate is 1e-3). The plain run has no padding, no micro-batches and full logits. Gloo, one thread a rank.
+A row per (pipeline, tensor, data) size that fits the model, 1F1B and, where the layers suffice, interleaved
+1F1B, in the paper's rank order and in Megatron's: the largest difference of the losses, of the gradient norms
+(both relative) and of any element of any weight after the last step (absolute; the learning rate is 1e-3).
+The plain run has no padding, no micro-batches and full logits. Gloo, one thread a rank.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from transformers import AutoConfig
 
 from tests.engines.threed_cases import FAMILIES, PlainRun, load_plain, plain_run, save_tiny_model
 from tests.engines.threed_workers import OPTIMIZER, Case, Result, batches, run_worlds
-from workers.engines.threed_layout import fitting_layouts
+from workers.engines.threed.layout import fitting_layouts
 
 LAYERS, HEADS = 8, 8
 TOLERANCE = 1e-5
-"""Of every difference: float32 rounding of other summation orders, through three AdamW steps (epsilon 1e-4)."""
+"""Of every difference: float32 rounding of other summation orders, through three AdamW steps (epsilon 1e-4).
+"""
 ORDERS = ("dp pp cp tp", "pp dp cp tp")
 
 
@@ -35,12 +38,18 @@ def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        save_tiny_model(root / arguments.model, arguments.model, heads=HEADS, kv_heads=HEADS, layers=LAYERS, tied=True)
+        save_tiny_model(
+            root / arguments.model, arguments.model, heads=HEADS, kv_heads=HEADS, layers=LAYERS, tied=True
+        )
         cases = layouts(root / arguments.model, arguments.model, arguments.ranks)
-        expected = plain_run(load_plain(root / arguments.model, cases[0].head), cases[0].head, batches(cases[0]), OPTIMIZER)
+        expected = plain_run(
+            load_plain(root / arguments.model, cases[0].head), cases[0].head, batches(cases[0]), OPTIMIZER
+        )
         rows = []
         for world_size in range(1, arguments.ranks + 1):
-            rows += run_all([case for case in cases if case.world_size == world_size], world_size, root, expected)
+            rows += run_all(
+                [case for case in cases if case.world_size == world_size], world_size, root, expected
+            )
     worst = max(max(row["loss"], row["grad_norm"], row["weight"]) for row in rows)
     print(f"{len(rows)} layouts, largest difference {worst:.1e} (tolerance {TOLERANCE:.0e})")
     if arguments.json is not None:
@@ -50,7 +59,8 @@ def main() -> None:
 
 
 def layouts(directory: Path, name: str, most_ranks: int) -> list[Case]:
-    """Every layout of at most `most_ranks` ranks that fits, with each schedule and rank order that makes a difference."""
+    """Every layout of at most `most_ranks` ranks that fits, with each schedule and rank order that makes a
+    difference."""
     config = AutoConfig.from_pretrained(directory)
     cases: dict[str, Case] = {}
     for world_size, virtual, order in product(range(1, most_ranks + 1), (1, 2), ORDERS):
@@ -85,7 +95,9 @@ def compare(case: Case, root: Path, expected: PlainRun) -> dict[str, Any]:
         "order": case.order,
         "loss": _relative([step["loss"] for step in result.metrics], expected.losses),
         "grad_norm": _relative([step["grad_norm"] for step in result.metrics], expected.grad_norms),
-        "weight": max(float((weights[name] - value).abs().max()) for name, value in expected.parameters.items()),
+        "weight": max(
+            float((weights[name] - value).abs().max()) for name, value in expected.parameters.items()
+        ),
     }
 
 

@@ -41,7 +41,8 @@ class Probe:
 class NodeInfo:
     """One machine.
 
-    NodeInfo(node_id="1db8...", address="10.0.0.7", num_cpu_slots=8, num_gpus=1, memory_bytes=2**35, object_store_bytes=2**33, probe=...)
+    NodeInfo(node_id="1db8...", address="10.0.0.7", num_cpu_slots=8, num_gpus=1, memory_bytes=2**35,
+    object_store_bytes=2**33, probe=...)
     """
 
     node_id: str
@@ -103,7 +104,9 @@ def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:
         try:
             answer = ray.get(reference, timeout=0) if reference in done else None
         except (RayError, GetTimeoutError) as error:
-            raise RuntimeError(f"cluster: the check on node {node['NodeManagerAddress']} failed: {error}") from error
+            raise RuntimeError(
+                f"cluster: the check on node {node['NodeManagerAddress']} failed: {error}"
+            ) from error
         if answer is None:
             silent.append(node["NodeManagerAddress"])
             continue
@@ -133,7 +136,8 @@ def _ask(node_id: str) -> ray.ObjectRef[Probe]:
 
 
 def check_nodes(nodes: Sequence[NodeInfo], driver: Probe) -> None:
-    """ValueError that names every node whose Python, libraries or copy of the project differ from the controller's."""
+    """ValueError that names every node whose Python, libraries or copy of the project differ from the
+    controller's."""
     problems = []
     for node in nodes:
         where = f"{node.address} ({node.probe.hostname})"
@@ -165,7 +169,11 @@ def table(nodes: Sequence[NodeInfo]) -> str:
     """One line per node and the sums."""
     rows = [("node", "address", "cores", "CPU slots", "GPUs", "memory", "object store")]
     for node in nodes:
-        gpus = ", ".join(f"{name} {memory / GIB:.0f} GiB" for name, memory in node.probe.gpus) if node.num_gpus else ""
+        gpus = (
+            ", ".join(f"{name} {memory / GIB:.0f} GiB" for name, memory in node.probe.gpus)
+            if node.num_gpus
+            else ""
+        )
         rows.append(
             (
                 node.probe.hostname,
@@ -178,5 +186,7 @@ def table(nodes: Sequence[NodeInfo]) -> str:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     return "\n".join(lines)

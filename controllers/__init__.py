@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from controllers.stepping import Algorithm, AlgorithmConfig
+from controllers.algorithm_base import Algorithm, AlgorithmConfig
 from controllers.streams import NoStream, Stream
 from hybridflow.checkpoint import Best
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class AlgorithmEntry:
     """Where an algorithm is, which models it uses, and what its rows are."""
 
     module: str
@@ -24,7 +24,8 @@ class Entry:
     streams: tuple[str, ...] = ()
     """What its steps draw besides their prompts (controllers/streams.py): prompts, pretraining."""
     rows: str = "prompts"
-    """What its steps begin with: a name in controllers.data.DATASETS. Rows that are no prompts are held out for its own evaluate()."""
+    """What its steps begin with: a name in controllers.data.DATASETS. Rows that are no prompts are held out
+    for its own evaluate()."""
     objective: str = "reward/mean"
     """The number of validation that the best checkpoint is chosen by."""
     best: Best = Best.max
@@ -43,59 +44,101 @@ class Entry:
         return found
 
 
-ALGORITHMS: dict[str, Entry] = {
-    "ppo": Entry("controllers.ppo", "PPO", "PPOConfig", ("actor", "critic", "reference", "reward")),
-    "safe_rlhf": Entry(
+ALGORITHMS: dict[str, AlgorithmEntry] = {
+    "ppo": AlgorithmEntry("controllers.ppo", "PPO", "PPOConfig", ("actor", "critic", "reference", "reward")),
+    "safe_rlhf": AlgorithmEntry(
         "controllers.safe_rlhf",
         "SafeRLHF",
         "SafeRLHFConfig",
         ("actor", "critic", "cost_critic", "reference", "reward", "cost"),
         streams=("pretraining",),
     ),
-    "remax": Entry("controllers.remax", "ReMax", "ReMaxConfig", ("actor", "reference", "reward")),
-    "rloo": Entry("controllers.rloo", "RLOO", "RLOOConfig", ("actor", "reference", "reward")),
-    "reinforce_plus_plus": Entry(
-        "controllers.reinforce_plus_plus", "ReinforcePlusPlus", "ReinforcePlusPlusConfig", ("actor", "reference", "reward")
+    "remax": AlgorithmEntry("controllers.remax", "ReMax", "ReMaxConfig", ("actor", "reference", "reward")),
+    "rloo": AlgorithmEntry("controllers.rloo", "RLOO", "RLOOConfig", ("actor", "reference", "reward")),
+    "reinforce_plus_plus": AlgorithmEntry(
+        "controllers.reinforce_plus_plus",
+        "ReinforcePlusPlus",
+        "ReinforcePlusPlusConfig",
+        ("actor", "reference", "reward"),
     ),
-    "reinforce_plus_plus_baseline": Entry(
+    "reinforce_plus_plus_baseline": AlgorithmEntry(
         "controllers.reinforce_plus_plus_baseline",
         "ReinforcePlusPlusBaseline",
         "ReinforcePlusPlusBaselineConfig",
         ("actor", "reference", "reward"),
     ),
-    "grpo": Entry("controllers.grpo", "GRPO", "GRPOConfig", ("actor", "reference", "reward")),
-    "dr_grpo": Entry("controllers.grpo", "GRPO", "DrGRPOConfig", ("actor", "reference", "reward")),
-    "gspo": Entry("controllers.grpo", "GRPO", "GSPOConfig", ("actor", "reference", "reward")),
-    "cispo": Entry("controllers.grpo", "GRPO", "CISPOConfig", ("actor", "reference", "reward")),
-    "clip_cov": Entry("controllers.grpo_cov", "CovarianceGRPO", "ClipCovConfig", ("actor", "reference", "reward")),
-    "kl_cov": Entry("controllers.grpo_cov", "CovarianceGRPO", "KLCovConfig", ("actor", "reference", "reward")),
-    "dapo": Entry("controllers.dapo", "DAPO", "DAPOConfig", ("actor", "reward"), streams=("prompts",)),
-    "opo": Entry("controllers.opo", "OPO", "OPOConfig", ("actor", "reference", "reward")),
-    "pass_at_k": Entry("controllers.pass_at_k", "PassAtK", "PassAtKConfig", ("actor", "reference", "reward")),
-    "distillation": Entry("controllers.distillation", "Distillation", "DistillationConfig", ("actor", "teacher")),
-    "rejection_sampling": Entry("controllers.rejection_sampling", "RejectionSampling", "RejectionSamplingConfig", ("actor", "reward")),
-    "online_dpo": Entry("controllers.online_dpo", "OnlineDPO", "OnlineDPOConfig", ("actor", "reference", "judge")),
-    "generative_reward": Entry(
-        "controllers.generative_reward", "GenerativeReward", "GenerativeRewardConfig", ("actor", "reference", "judge")
+    "grpo": AlgorithmEntry("controllers.grpo", "GRPO", "GRPOConfig", ("actor", "reference", "reward")),
+    "dr_grpo": AlgorithmEntry("controllers.grpo", "GRPO", "DrGRPOConfig", ("actor", "reference", "reward")),
+    "gspo": AlgorithmEntry("controllers.grpo", "GRPO", "GSPOConfig", ("actor", "reference", "reward")),
+    "cispo": AlgorithmEntry("controllers.grpo", "GRPO", "CISPOConfig", ("actor", "reference", "reward")),
+    "clip_cov": AlgorithmEntry(
+        "controllers.grpo_cov", "CovarianceGRPO", "ClipCovConfig", ("actor", "reference", "reward")
+    ),
+    "kl_cov": AlgorithmEntry(
+        "controllers.grpo_cov", "CovarianceGRPO", "KLCovConfig", ("actor", "reference", "reward")
+    ),
+    "dapo": AlgorithmEntry(
+        "controllers.dapo", "DAPO", "DAPOConfig", ("actor", "reward"), streams=("prompts",)
+    ),
+    "opo": AlgorithmEntry("controllers.opo", "OPO", "OPOConfig", ("actor", "reference", "reward")),
+    "pass_at_k": AlgorithmEntry(
+        "controllers.pass_at_k", "PassAtK", "PassAtKConfig", ("actor", "reference", "reward")
+    ),
+    "distillation": AlgorithmEntry(
+        "controllers.distillation", "Distillation", "DistillationConfig", ("actor", "teacher")
+    ),
+    "rejection_sampling": AlgorithmEntry(
+        "controllers.rejection_sampling", "RejectionSampling", "RejectionSamplingConfig", ("actor", "reward")
+    ),
+    "online_dpo": AlgorithmEntry(
+        "controllers.online_dpo", "OnlineDPO", "OnlineDPOConfig", ("actor", "reference", "judge")
+    ),
+    "generative_reward": AlgorithmEntry(
+        "controllers.generative_reward",
+        "GenerativeReward",
+        "GenerativeRewardConfig",
+        ("actor", "reference", "judge"),
     ),
 }
 
 
-STAGES: dict[str, Entry] = {
-    "sft": Entry("controllers.sft", "SFT", "SFTConfig", ("policy",), rows="demonstrations", objective="loss", best=Best.min),
-    "reward_model": Entry(
-        "controllers.reward_model", "RewardModel", "RewardModelConfig", ("reward_model",), rows="pairs", objective="accuracy"
+STAGES: dict[str, AlgorithmEntry] = {
+    "sft": AlgorithmEntry(
+        "controllers.sft",
+        "SFT",
+        "SFTConfig",
+        ("policy",),
+        rows="demonstrations",
+        objective="loss",
+        best=Best.min,
     ),
-    "cost_model": Entry(
-        "controllers.cost_model", "CostModel", "CostModelConfig", ("reward_model",), rows="safety_pairs", objective="accuracy"
+    "reward_model": AlgorithmEntry(
+        "controllers.reward_model",
+        "RewardModel",
+        "RewardModelConfig",
+        ("reward_model",),
+        rows="pairs",
+        objective="accuracy",
     ),
-    "dpo": Entry("controllers.dpo", "DPO", "DPOConfig", ("policy", "reference"), rows="pairs", objective="accuracy"),
+    "cost_model": AlgorithmEntry(
+        "controllers.cost_model",
+        "CostModel",
+        "CostModelConfig",
+        ("reward_model",),
+        rows="safety_pairs",
+        objective="accuracy",
+    ),
+    "dpo": AlgorithmEntry(
+        "controllers.dpo", "DPO", "DPOConfig", ("policy", "reference"), rows="pairs", objective="accuracy"
+    ),
 }
 """What is trained on rows that are there, before reinforcement learning or in place of it."""
 
-QUESTIONS: dict[str, Entry] = {
-    "evaluate": Entry("controllers.evaluation", "Evaluate", "EvaluateConfig", ("generator", "reward")),
-    "generate": Entry("controllers.evaluation", "Generate", "GenerateConfig", ("generator",)),
+QUESTIONS: dict[str, AlgorithmEntry] = {
+    "evaluate": AlgorithmEntry(
+        "controllers.evaluation", "Evaluate", "EvaluateConfig", ("generator", "reward")
+    ),
+    "generate": AlgorithmEntry("controllers.evaluation", "Generate", "GenerateConfig", ("generator",)),
 }
 """What asks a model without training it (recipes.evaluate, recipes.generate)."""
 
@@ -103,7 +146,7 @@ ENTRIES = ChainMap(QUESTIONS, STAGES, ALGORITHMS)
 """All of them; iterates in the order of this file."""
 
 
-def algorithm_entry(name: str) -> Entry:
+def algorithm_entry(name: str) -> AlgorithmEntry:
     """An unknown name is a ValueError that lists the known ones."""
     if name not in ENTRIES:
         raise ValueError(f"algorithm.name is {name!r}; known: {', '.join(ENTRIES)}")

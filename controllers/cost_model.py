@@ -1,11 +1,18 @@
-"""Cost model (Dai et al. 2024, Safe-RLHF, eq. 6): Bradley-Terry on harm, and a sign that tells unsafe from safe."""
+"""Cost model (Dai et al. 2024, Safe-RLHF, eq. 6): Bradley-Terry on harm, and a sign that tells unsafe from
+safe."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from controllers.stepping import AlgorithmConfig, Stateless, assign_pair_mini_batches, count_tokens, pair_accuracy
+from controllers.algorithm_base import (
+    AlgorithmConfig,
+    Stateless,
+    assign_pair_mini_batches,
+    count_tokens,
+    pair_accuracy,
+)
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from hybridflow.tracing import on_controller

@@ -1,8 +1,9 @@
 """Which tokens clip_cov and kl_cov act on: the column covariance_selected, made over the whole batch.
 
-A token's covariance is (log_prob - mean log_prob) (advantage - mean advantage), means over all tokens (Cui et al. 2025, "The Entropy
-Mechanism of Reinforcement Learning"). We take the old log-probs, so that the selection can be made before any update and does
-not depend on how the batch is cut; the authors' code and verl take the current ones inside each micro-batch.
+A token's covariance is (log_prob - mean log_prob) (advantage - mean advantage), means over all tokens (Cui et
+al. 2025, "The Entropy Mechanism of Reinforcement Learning"). We take the old log-probs, so that the selection
+can be made before any update and does not depend on how the batch is cut; the authors' code and verl take the
+current ones inside each micro-batch.
 """
 
 from __future__ import annotations
@@ -12,9 +13,16 @@ from torch import Tensor
 
 
 def select_for_clip_cov(
-    advantages: Tensor, old_log_probs: Tensor, *, fraction: float = 2e-4, low: float = 1.0, high: float = 5.0, seed: int
+    advantages: Tensor,
+    old_log_probs: Tensor,
+    *,
+    fraction: float = 2e-4,
+    low: float = 1.0,
+    high: float = 5.0,
+    seed: int,
 ) -> Tensor:
-    """bool [scored_tokens]: a random `fraction` of all tokens (at least one), out of those with covariance between low and high.
+    """bool [scored_tokens]: a random `fraction` of all tokens (at least one), out of those with covariance
+    between low and high.
 
     Defaults as in the authors' code. Fewer, if there are not so many; none, if there is none.
     """
@@ -32,12 +40,16 @@ def select_for_kl_cov(advantages: Tensor, old_log_probs: Tensor, *, fraction: fl
 
 
 def _covariance(advantages: Tensor, log_probs: Tensor) -> Tensor:
-    return (log_probs.double() - log_probs.double().mean()) * (advantages.double() - advantages.double().mean())
+    return (log_probs.double() - log_probs.double().mean()) * (
+        advantages.double() - advantages.double().mean()
+    )
 
 
 def _number(fraction: float, num_tokens: int) -> int:
     if not 0 < fraction <= 1:
-        raise ValueError(f"covariance fraction is {fraction}; choose 0 < fraction <= 1 (2e-4 in the paper's code)")
+        raise ValueError(
+            f"covariance fraction is {fraction}; choose 0 < fraction <= 1 (2e-4 in the paper's code)"
+        )
     return max(1, int(fraction * num_tokens))
 
 

@@ -1,6 +1,8 @@
-"""DAPO (Yu et al. 2025): GRPO with dynamic sampling, overlong reward shaping, clip-higher and a loss of tokens; no KL.
+"""DAPO (Yu et al. 2025): GRPO with dynamic sampling, overlong reward shaping, clip-higher and a loss of
+tokens; no KL.
 
-Clip-higher and the token-level loss are the loss's (actor.loss.clip_high=0.28, actor.loss.aggregation=token_mean).
+Clip-higher and the token-level loss are the loss's (actor.loss.clip_high=0.28,
+actor.loss.aggregation=token_mean).
 """
 
 from __future__ import annotations
@@ -9,8 +11,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from controllers.advantages import grpo
+from controllers.algorithm_base import (
+    AlgorithmConfig,
+    Stateless,
+    batch_metrics,
+    mini_batch_column,
+    response_lengths,
+)
 from controllers.rewards import groups_with_signal, overlong_penalty
-from controllers.stepping import AlgorithmConfig, Stateless, describe, mini_batch_column, response_lengths
 from controllers.streams import Stream
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
@@ -24,10 +32,11 @@ class DAPOConfig(AlgorithmConfig):
     name: str = "dapo"
     samples_per_prompt: int = 8
     max_rounds: int = 10
-    """Generations of a step at most, each for the prompts that are still missing; 1 turns dynamic sampling's refill off. A step that
-    is short of prompts after that trains on those it has, and says so."""
+    """Generations of a step at most, each for the prompts that are still missing; 1 turns dynamic sampling's
+    refill off. A step that is short of prompts after that trains on those it has, and says so."""
     overlong_buffer_tokens: int = 0
-    """Tokens before the length limit over which the penalty grows from 0 to overlong_penalty; 0: no penalty."""
+    """Tokens before the length limit over which the penalty grows from 0 to overlong_penalty; 0: no penalty.
+   """
     overlong_penalty: float = 1.0
     max_response_tokens: int = 0
     """The length limit that the penalty refers to: actor.generation.sampling.max_response_tokens."""
@@ -45,7 +54,8 @@ class DAPOConfig(AlgorithmConfig):
 
 
 class DAPO(Stateless):
-    """No response that can teach something is thrown away: each round asks for exactly as many prompts as are missing."""
+    """No response that can teach something is thrown away: each round asks for exactly as many prompts as are
+    missing."""
 
     def __init__(self, *, actor: Actor, reward: Reward, prompts: Stream, config: DAPOConfig) -> None:
         self.actor, self.reward, self.prompts, self.config = actor, reward, prompts, config
@@ -54,12 +64,18 @@ class DAPO(Stateless):
         drawn = self.rollout(prompts)
         batch, num_drawn, num_rounds = with_signal(drawn), len(drawn), 1
         while len(batch) < len(prompts) and num_rounds < self.config.max_rounds:
-            further = self.rollout(self.prompts.take((len(prompts) - len(batch)) // self.config.samples_per_prompt))
-            batch, num_drawn, num_rounds = Batch.concat([batch, with_signal(further)]), num_drawn + len(further), num_rounds + 1
+            further = self.rollout(
+                self.prompts.take((len(prompts) - len(batch)) // self.config.samples_per_prompt)
+            )
+            batch, num_drawn, num_rounds = (
+                Batch.concat([batch, with_signal(further)]),
+                num_drawn + len(further),
+                num_rounds + 1,
+            )
         metrics = self.sampling_metrics(len(batch), num_drawn, num_rounds)
         batch = batch or drawn  # nothing to learn from in any round: advantages of 0
         batch |= compute_advantages(batch, self.config)
-        return describe(batch) | metrics | self.actor.update_actor(batch)
+        return batch_metrics(batch) | metrics | self.actor.update_actor(batch)
 
     def rollout(self, prompts: Batch) -> Batch:
         batch = prompts | self.actor.generate_sequences(prompts)
@@ -78,7 +94,8 @@ class DAPO(Stateless):
 
 @on_controller(reads=("uid", "rewards"), chooses_rows=True)
 def with_signal(batch: Batch) -> Batch:
-    """The samples of prompts whose rewards differ: where all are right or all are wrong, every advantage is 0 (DAPO, eq. 11)."""
+    """The samples of prompts whose rewards differ: where all are right or all are wrong, every advantage is 0
+    (DAPO, eq. 11)."""
     return batch.rows(groups_with_signal(batch.tensor("rewards"), batch.tensor("uid")).numpy())
 
 
@@ -90,4 +107,7 @@ def compute_advantages(batch: Batch, config: DAPOConfig) -> Batch:
         penalty = overlong_penalty(lengths, config.max_response_tokens, config.overlong_buffer_tokens)
         scores = scores + config.overlong_penalty * penalty
     advantages = grpo(scores, batch.tensor("uid"), lengths)
-    return Batch.of(advantages=Ragged(advantages, lengths), mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches))
+    return Batch.of(
+        advantages=Ragged(advantages, lengths),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+    )

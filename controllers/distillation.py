@@ -1,11 +1,12 @@
-"""On-policy distillation (Agarwal et al. 2024, GKD with lambda = 1; Gu et al. 2024, MiniLLM): the student answers, and at every token of
-its own answer the teacher says how likely it would have been. No reward; validation may use one."""
+"""On-policy distillation (Agarwal et al. 2024, GKD with lambda = 1; Gu et al. 2024, MiniLLM): the student
+answers, and at every token of its own answer the teacher says how likely it would have been. No reward;
+validation may use one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controllers.stepping import AlgorithmConfig, Stateless, assign_mini_batches, describe
+from controllers.algorithm_base import AlgorithmConfig, Stateless, assign_mini_batches, batch_metrics
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from workers.roles import Actor, Reference
@@ -18,7 +19,8 @@ class DistillationConfig(AlgorithmConfig):
 
 
 class Distillation(Stateless):
-    """Reverse KL per token, each position by itself (workers/losses/language.py); the teacher shares the student's vocabulary."""
+    """Reverse KL per token, each position by itself (workers/losses/language.py); the teacher shares the
+    student's vocabulary."""
 
     def __init__(self, *, actor: Actor, teacher: Reference, config: DistillationConfig) -> None:
         self.actor, self.teacher, self.config = actor, teacher, config
@@ -27,4 +29,4 @@ class Distillation(Stateless):
         batch = prompts | self.actor.generate_sequences(prompts)
         batch |= self.teacher.compute_ref_log_prob(batch).rename(ref_log_probs="teacher_log_probs")
         batch |= assign_mini_batches(batch, self.config)
-        return describe(batch) | self.actor.update_distilled(batch)
+        return batch_metrics(batch) | self.actor.update_distilled(batch)

@@ -1,16 +1,23 @@
-"""DPO (Rafailov et al. 2023): the policy learns from preference pairs directly; its log-ratio to the reference is the reward."""
+"""DPO (Rafailov et al. 2023): the policy learns from preference pairs directly; its log-ratio to the
+reference is the reward."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from controllers.stepping import AlgorithmConfig, Stateless, assign_pair_mini_batches, count_tokens, pair_accuracy
+from controllers.algorithm_base import (
+    AlgorithmConfig,
+    Stateless,
+    assign_pair_mini_batches,
+    count_tokens,
+    pair_accuracy,
+)
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from workers.losses.config import DPOConfig as DPOLossConfig
 from workers.losses.segments import row_of_token, segment_sum
-from workers.roles import Learner, Reference
+from workers.roles import Policy, Reference
 
 
 @dataclass(kw_only=True)
@@ -26,7 +33,7 @@ class DPOConfig(AlgorithmConfig):
 class DPO(Stateless):
     """The reference is the model that the policy starts from, unless reference.model.path says otherwise."""
 
-    def __init__(self, *, policy: Learner, reference: Reference, config: DPOConfig) -> None:
+    def __init__(self, *, policy: Policy, reference: Reference, config: DPOConfig) -> None:
         self.policy, self.reference, self.config = policy, reference, config
 
     def step(self, pairs: Batch) -> Metrics:

@@ -1,4 +1,5 @@
-"""Asking a model without training it: answers to a data set's prompts, scored or not, and pass@k of several answers to each."""
+"""Asking a model without training it: answers to a data set's prompts, scored or not, and pass@k of several
+answers to each."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from controllers.stepping import AlgorithmConfig, Stateless, describe
+from controllers.algorithm_base import AlgorithmConfig, Stateless, batch_metrics
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from workers.roles import Generator, Reward
@@ -51,7 +52,7 @@ class Generate(Stateless):
         return prompts | self.generator.generate_sequences(prompts)
 
     def step(self, prompts: Batch) -> Metrics:
-        return describe(self.answer(prompts))
+        return batch_metrics(self.answer(prompts))
 
 
 class Evaluate(Generate):
@@ -64,8 +65,9 @@ class Evaluate(Generate):
 
 
 def pass_at_k(passed: Sequence[int], num_samples: int, k: int) -> float:
-    """Mean over prompts of 1 - C(n - c, k) / C(n, k): the chance that k of n answers, drawn without replacement, contain one that
-    passed (Chen et al. 2021, Codex, eq. 1), without bias. passed: c of each prompt."""
+    """Mean over prompts of 1 - C(n - c, k) / C(n, k): the chance that k of n answers, drawn without
+    replacement, contain one that passed (Chen et al. 2021, Codex, eq. 1), without bias. passed: c of each
+    prompt."""
     missed = 0.0
     for c in passed:
         if num_samples - c >= k:
@@ -78,8 +80,10 @@ def measure(answers: Sequence[Batch], config: EvaluateConfig) -> Mapping[str, fl
     batch = Batch.concat(list(answers))
     passed: dict[int, int] = {}
     # Compared as float32, which rewards are: 0.9 is less than itself otherwise.
-    for uid, success in zip(batch.tensor("uid").tolist(), (batch.tensor("rewards") >= config.success_reward).tolist(), strict=True):
+    for uid, success in zip(
+        batch.tensor("uid").tolist(), (batch.tensor("rewards") >= config.success_reward).tolist(), strict=True
+    ):
         passed[uid] = passed.get(uid, 0) + success
     counts = list(passed.values())
     rates = {f"pass@{k}": pass_at_k(counts, config.samples_per_prompt, k) for k in config.ks}
-    return {"prompts": float(len(counts)), **rates, **describe(batch)}
+    return {"prompts": float(len(counts)), **rates, **batch_metrics(batch)}

@@ -1,12 +1,13 @@
-"""GRPO with a generative reward model (Zhang et al. 2024, "Generative verifiers"): a language model reads each answer and its verdict is
-the reward: the probability that it says yes, or what it writes after thinking (judge.verdict)."""
+"""GRPO with a generative reward model (Zhang et al. 2024, "Generative verifiers"): a language model reads
+each answer and its verdict is the reward: the probability that it says yes, or what it writes after thinking
+(judge.verdict)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from controllers.algorithm_base import Stateless, batch_metrics
 from controllers.grpo import GRPOConfig, compute_advantages
-from controllers.stepping import Stateless, describe
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from workers.roles import Actor, Reference, Reward
@@ -18,9 +19,12 @@ class GenerativeRewardConfig(GRPOConfig):
 
 
 class GenerativeReward(Stateless):
-    """The judge is a role of its own, so that validation can ask a true reward beside it and over-optimisation shows."""
+    """The judge is a role of its own, so that validation can ask a true reward beside it and
+    over-optimisation shows."""
 
-    def __init__(self, *, actor: Actor, reference: Reference, judge: Reward, config: GenerativeRewardConfig) -> None:
+    def __init__(
+        self, *, actor: Actor, reference: Reference, judge: Reward, config: GenerativeRewardConfig
+    ) -> None:
         self.actor, self.reference, self.judge, self.config = actor, reference, judge, config
 
     def step(self, prompts: Batch) -> Metrics:
@@ -28,4 +32,4 @@ class GenerativeReward(Stateless):
         batch |= self.reference.compute_ref_log_prob(batch)
         batch |= self.judge.compute_reward(batch)
         batch |= compute_advantages(batch, self.config)
-        return describe(batch) | self.actor.update_actor(batch)
+        return batch_metrics(batch) | self.actor.update_actor(batch)

@@ -1,7 +1,9 @@
-"""Clip-Cov and KL-Cov (Cui et al. 2025, "The entropy mechanism of reinforcement learning"): GRPO that spares the policy's entropy.
+"""Clip-Cov and KL-Cov (Cui et al. 2025, "The entropy mechanism of reinforcement learning"): GRPO that spares
+the policy's entropy.
 
-Few tokens, those whose log-prob and advantage go together most, lower the entropy most. Which ones they are is decided here,
-over the whole batch; the losses clip_cov and kl_cov take their gradient away or hold them back.
+Few tokens, those whose log-prob and advantage go together most, lower the entropy most. Which ones they are
+is decided here, over the whole batch; the losses clip_cov and kl_cov take their gradient away or hold them
+back.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from controllers.algorithm_base import Stateless, batch_metrics
 from controllers.covariance import select_for_clip_cov, select_for_kl_cov
 from controllers.grpo import GRPOConfig, compute_advantages
-from controllers.stepping import Stateless, describe
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.results import Metrics
@@ -33,7 +35,9 @@ class CovConfig(GRPOConfig, ABC):
     def __post_init__(self) -> None:
         GRPOConfig.__post_init__(self)
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"algorithm.fraction is {self.fraction}; choose 0 < fraction <= 1 (2e-4 in the paper's code)")
+            raise ValueError(
+                f"algorithm.fraction is {self.fraction}; choose 0 < fraction <= 1 (2e-4 in the paper's code)"
+            )
 
     @abstractmethod
     def select(self, advantages: Tensor, log_probs: Tensor, seed: int) -> Tensor:
@@ -55,7 +59,9 @@ class ClipCovConfig(CovConfig):
             raise ValueError(f"algorithm.low is {self.low} and algorithm.high {self.high}; choose low < high")
 
     def select(self, advantages: Tensor, log_probs: Tensor, seed: int) -> Tensor:
-        return select_for_clip_cov(advantages, log_probs, fraction=self.fraction, low=self.low, high=self.high, seed=seed)
+        return select_for_clip_cov(
+            advantages, log_probs, fraction=self.fraction, low=self.low, high=self.high, seed=seed
+        )
 
 
 @dataclass(kw_only=True)
@@ -81,7 +87,7 @@ class CovarianceGRPO(Stateless):
         batch |= self.reward.compute_reward(batch)
         batch |= compute_advantages(batch, self.config)
         batch |= select_tokens(batch, self.config)
-        return describe(batch) | self.actor.update_actor(batch)
+        return batch_metrics(batch) | self.actor.update_actor(batch)
 
 
 @on_controller(reads=("uid", "advantages", "rollout_log_probs"), writes=("covariance_selected",))

@@ -1,7 +1,7 @@
 """The KL coefficient of the reward, fixed or adaptive, and the KL it is steered by.
 
-The per-token estimators stand in workers/losses/kl.py, because the losses use them too. A KL in the loss has a fixed coefficient
-(PolicyLossConfig.kl_coefficient).
+The per-token estimators stand in workers/losses/kl.py, because the losses use them too. A KL in the loss has
+a fixed coefficient (PolicyLossConfig.kl_coefficient).
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class KLControlConfig:
 
     def __post_init__(self) -> None:
         if self.coefficient < 0:
-            raise ValueError(f"algorithm.kl.coefficient is {self.coefficient}; choose more than 0, or 0 for no KL in the reward")
+            raise ValueError(
+                f"algorithm.kl.coefficient is {self.coefficient}; choose more than 0, or 0 for no KL in the reward"
+            )
         if self.target < 0 or self.horizon < 1:
             raise ValueError(
                 f"algorithm.kl.target is {self.target} and algorithm.kl.horizon {self.horizon}; choose target >= 0 (0: fixed) and "
@@ -60,11 +62,11 @@ class KLCoefficient:
         """Of the next rewards, and of the latest ones."""
 
     def update(self, kl: float, num_rows: int) -> None:
-        """beta *= 1 + clip(kl / target - 1, -0.2, 0.2) * num_rows / horizon (Ziegler et al. 2019, section 2.2, with the factor per
-        response of their code); nothing if fixed.
+        """beta *= 1 + clip(kl / target - 1, -0.2, 0.2) * num_rows / horizon (Ziegler et al. 2019, section
+        2.2, with the factor per response of their code); nothing if fixed.
 
-        kl: mean over responses of the sum over tokens (as in the paper and TRL; verl steers by a mean over tokens, whose target
-        is smaller by the length). num_rows: responses that it was measured on.
+        kl: mean over responses of the sum over tokens (as in the paper and TRL; verl steers by a mean over
+        tokens, whose target is smaller by the length). num_rows: responses that it was measured on.
         """
         self.used = self.value
         if self.config.target:
@@ -72,10 +74,14 @@ class KLCoefficient:
             self.value *= 1 + error * num_rows / self.config.horizon
 
     def follow(self, batch: Batch) -> None:
-        """update() by the columns rollout_log_probs and ref_log_probs of a batch; nothing without a reference."""
+        """update() by the columns rollout_log_probs and ref_log_probs of a batch; nothing without a
+        reference."""
         if self.config.target and "ref_log_probs" in batch:
             log_probs, ref_log_probs = batch.ragged("rollout_log_probs"), batch.ragged("ref_log_probs")
-            self.update(float(sequence_kl(log_probs.values, ref_log_probs.values, log_probs.lengths).mean()), len(batch))
+            self.update(
+                float(sequence_kl(log_probs.values, ref_log_probs.values, log_probs.lengths).mean()),
+                len(batch),
+            )
 
     def metrics(self) -> dict[str, float]:
         """The coefficient that the latest rewards hold; nothing without a KL in the reward."""
@@ -88,6 +94,8 @@ class KLCoefficient:
         self.value = self.used = state["value"]
 
 
-def sequence_kl(log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, estimator: KLEstimator = KLEstimator.k1) -> Tensor:
+def sequence_kl(
+    log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, estimator: KLEstimator = KLEstimator.k1
+) -> Tensor:
     """[rows]: the KL of each response to the reference, summed over its tokens, in nats."""
     return segment_sum(kl_estimate(log_probs, ref_log_probs, estimator), row_of_token(lengths), len(lengths))

@@ -22,9 +22,13 @@ class LagrangeConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.initial <= self.maximum:
-            raise ValueError(f"algorithm.lagrange.initial is {self.initial}; choose 0 < initial <= maximum ({self.maximum})")
+            raise ValueError(
+                f"algorithm.lagrange.initial is {self.initial}; choose 0 < initial <= maximum ({self.maximum})"
+            )
         if self.learning_rate < 0:
-            raise ValueError(f"algorithm.lagrange.learning_rate is {self.learning_rate}; use 0 (lambda stays) or more")
+            raise ValueError(
+                f"algorithm.lagrange.learning_rate is {self.learning_rate}; use 0 (lambda stays) or more"
+            )
         if self.window < 1:
             raise ValueError(f"algorithm.lagrange.window is {self.window}; choose at least 1 response")
 
@@ -49,13 +53,16 @@ class LagrangeMultiplier:
     def update(self, costs: list[float]) -> None:
         """ln lambda += learning_rate * lambda * (mean cost - threshold), at most ln maximum.
 
-        A gradient step on ln lambda, which keeps lambda positive (Dai et al. 2024; the window as in their code).
+        A gradient step on ln lambda, which keeps lambda positive (Dai et al. 2024; the window as in their
+        code).
 
         costs: one per response of the batch. Nothing happens without costs.
         """
         self._costs.extend(costs)
         if self._costs:
-            log_value = math.log(self.value) + self._config.learning_rate * self.value * (self.mean_cost - self._config.threshold)
+            log_value = math.log(self.value) + self._config.learning_rate * self.value * (
+                self.mean_cost - self._config.threshold
+            )
             self.value = math.exp(min(log_value, math.log(self._config.maximum)))
 
     def metrics(self) -> dict[str, float]:

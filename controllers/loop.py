@@ -1,7 +1,7 @@
 """The only outer loop: next rows, algorithm.step, log, validate, checkpoint.
 
-Knows no algorithm and no engine. What a run must not lose (position in the data, the algorithm's own numbers, weights, optimizer) goes
-into one atomic checkpoint.
+Knows no algorithm and no engine. What a run must not lose (position in the data, the algorithm's own numbers,
+weights, optimizer) goes into one atomic checkpoint.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
+from controllers.algorithm_base import Algorithm
 from controllers.data import PromptDataset, RowLoader
-from controllers.stepping import Algorithm
 from controllers.validation import REWARD, Validate
 from hybridflow.checkpoint import CheckpointStore, load_metadata
 from hybridflow.metrics import Tracker
@@ -33,8 +33,8 @@ class LoopConfig:
     """How long, how often."""
 
     num_steps: int = 100
-    """Steps of the whole run; a step trains on data.batch_size rows (prompts x algorithm.samples_per_prompt responses,
-    demonstrations, or pairs)."""
+    """Steps of the whole run; a step trains on data.batch_size rows (prompts x algorithm.samples_per_prompt
+    responses, demonstrations, or pairs)."""
     validate_every: int = 10
     """Steps between validations; 0: only before the first and after the last step."""
     validation_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(greedy=True))
@@ -45,7 +45,8 @@ class LoopConfig:
     """Checkpoints kept, besides the best."""
     keep_best: int = 1
     resume: str = "auto"
-    """auto: from the latest checkpoint in the output directory if there is one; never: start anew; or a checkpoint's directory."""
+    """auto: from the latest checkpoint in the output directory if there is one; never: start anew; or a
+    checkpoint's directory."""
     stop_at_reward: float | None = None
     """End the run once a validation's mean reward reaches this."""
 
@@ -53,7 +54,10 @@ class LoopConfig:
         for name, value in (("num_steps", self.num_steps), ("keep_last", self.keep_last)):
             if value < 1:
                 raise ValueError(f"loop.{name} is {value}; use at least 1")
-        for name, value in (("validate_every", self.validate_every), ("checkpoint_every", self.checkpoint_every)):
+        for name, value in (
+            ("validate_every", self.validate_every),
+            ("checkpoint_every", self.checkpoint_every),
+        ):
             if value < 0:
                 raise ValueError(f"loop.{name} is {value}; use 0 or more")
 
@@ -73,7 +77,8 @@ class Outcome:
     num_steps: int
     """The last step that was trained."""
     reward_before: float | None
-    """Validation's mean reward before the first step of the whole run, and after the last; null where it has none."""
+    """Validation's mean reward before the first step of the whole run, and after the last; null where it has
+    none."""
     reward_after: float | None
     validation_before: dict[str, float]
     """All of validation's numbers."""
@@ -87,14 +92,16 @@ class Outcome:
     phase_s: dict[str, float]
     """Seconds per phase, summed over steps."""
     median_s: dict[str, float]
-    """Median seconds per phase and of the whole step ("step"), without this process' first step, which also warms up."""
+    """Median seconds per phase and of the whole step ("step"), without this process' first step, which also
+    warms up."""
 
 
 class Loop:
-    """Loop(algorithm, trained={"actor": actor, "critic": critic}, data=RowLoader(dataset, config.data), validate=None, ...).run()
+    """Loop(algorithm, trained={"actor": actor, "critic": critic}, data=RowLoader(dataset, config.data),
+    validate=None, ...).run()
 
-    trained: the roles that a checkpoint holds; the first is the one that the run is for, also saved as a Hugging Face directory.
-    further: by name, whatever else has a position that a checkpoint must hold.
+    trained: the roles that a checkpoint holds; the first is the one that the run is for, also saved as a
+    Hugging Face directory. further: by name, whatever else has a position that a checkpoint must hold.
     """
 
     def __init__(
@@ -159,7 +166,9 @@ class Loop:
         started = time.perf_counter()
         numbers = dict(self.validation())
         CALLS.finish()
-        self.tracker.log(self.step, numbers | {"seconds/validation": time.perf_counter() - started}, split="validation")
+        self.tracker.log(
+            self.step, numbers | {"seconds/validation": time.perf_counter() - started}, split="validation"
+        )
         return numbers
 
     def checkpoint(self) -> None:
@@ -184,7 +193,9 @@ class Loop:
         if self.config.resume == "never":
             return
         latest = self.store.latest()
-        directory = Path(self.config.resume) if self.config.resume != "auto" else latest.path if latest else None
+        directory = (
+            Path(self.config.resume) if self.config.resume != "auto" else latest.path if latest else None
+        )
         if directory is None:
             return
         state = load_metadata(directory)
@@ -194,7 +205,11 @@ class Loop:
         for name, stateful in self.further.items():
             stateful.load_state_dict(state["further"][name])
         self.algorithm.load_state_dict(state["algorithm"])
-        self.step, self.before, self.after = state["step"], state["validation_before"], state["validation_after"]
+        self.step, self.before, self.after = (
+            state["step"],
+            state["validation_before"],
+            state["validation_after"],
+        )
         LOGGER.info("resumed from %s, step %d", directory, self.step)
 
     def _record(self, metrics: dict[str, float], records: list[CallRecord], seconds: float) -> None:
@@ -231,7 +246,8 @@ def median_seconds(steps: list[dict[str, float]]) -> dict[str, float]:
     """Of each phase over the steps after the first; of the first where it is the only one."""
     counted = steps[1:] or steps
     return {
-        name: median(step[name] for step in counted if name in step) for name in dict.fromkeys(name for step in counted for name in step)
+        name: median(step[name] for step in counted if name in step)
+        for name in dict.fromkeys(name for step in counted for name in step)
     }
 
 

@@ -1,5 +1,6 @@
-"""Online DPO (Guo et al. 2024, "Direct language model alignment from online AI feedback"): the policy answers a prompt several times, a
-judge says which answer is best and which is worst, and the pair trains the policy at once."""
+"""Online DPO (Guo et al. 2024, "Direct language model alignment from online AI feedback"): the policy answers
+a prompt several times, a judge says which answer is best and which is worst, and the pair trains the policy
+at once."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from controllers.stepping import AlgorithmConfig, Stateless, assign_pair_mini_batches, describe
+from controllers.algorithm_base import AlgorithmConfig, Stateless, assign_pair_mini_batches, batch_metrics
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from hybridflow.tracing import on_controller
@@ -32,7 +33,8 @@ class OnlineDPOConfig(AlgorithmConfig):
 
 
 class OnlineDPO(Stateless):
-    """The judge scores answers one by one (Guo et al. show it two at once), so that n answers cost n judgements."""
+    """The judge scores answers one by one (Guo et al. show it two at once), so that n answers cost n
+    judgements."""
 
     def __init__(self, *, actor: Actor, reference: Reference, judge: Reward, config: OnlineDPOConfig) -> None:
         self.actor, self.reference, self.judge, self.config = actor, reference, judge, config
@@ -43,12 +45,13 @@ class OnlineDPO(Stateless):
         pairs = best_and_worst(batch)
         pairs |= self.reference.compute_ref_log_prob(pairs)
         pairs |= assign_pair_mini_batches(pairs, self.config)
-        return describe(batch) | count_pairs(pairs) | self.actor.update_dpo(pairs, self.config.loss)
+        return batch_metrics(batch) | count_pairs(pairs) | self.actor.update_dpo(pairs, self.config.loss)
 
 
 @on_controller(reads=("uid", "rewards"), writes=("pair", "chosen"), chooses_rows=True)
 def best_and_worst(batch: Batch) -> Batch:
-    """Of every prompt the rows with the highest and the lowest reward; prompts whose answers the judge finds all alike have no pair."""
+    """Of every prompt the rows with the highest and the lowest reward; prompts whose answers the judge finds
+    all alike have no pair."""
     uid, rewards = batch.tensor("uid").numpy(), batch.tensor("rewards").numpy()
     order = np.lexsort((np.arange(len(uid)), rewards, uid))
     _, first, count = np.unique(uid[order], return_index=True, return_counts=True)

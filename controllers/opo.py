@@ -1,4 +1,5 @@
-"""OPO (Hao et al. 2025, "On-policy RL with optimal reward baseline"): the baseline of a prompt weighs its samples by their lengths.
+"""OPO (Hao et al. 2025, "On-policy RL with optimal reward baseline"): the baseline of a prompt weighs its
+samples by their lengths.
 
 The paper trains strictly on policy: one mini-batch, no clip that acts, no KL.
 """
@@ -9,7 +10,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from controllers.advantages import opo
-from controllers.stepping import AlgorithmConfig, Stateless, describe, mini_batch_column, response_lengths
+from controllers.algorithm_base import (
+    AlgorithmConfig,
+    Stateless,
+    batch_metrics,
+    mini_batch_column,
+    response_lengths,
+)
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.results import Metrics
@@ -33,7 +40,7 @@ class OPO(Stateless):
         batch |= self.reference.compute_ref_log_prob(batch)
         batch |= self.reward.compute_reward(batch)
         batch |= compute_advantages(batch, self.config)
-        return describe(batch) | self.actor.update_actor(batch)
+        return batch_metrics(batch) | self.actor.update_actor(batch)
 
 
 @on_controller(reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch"))
@@ -41,4 +48,7 @@ def compute_advantages(batch: Batch, config: OPOConfig) -> Batch:
     """Reward minus the length-weighted mean of the group, on every token."""
     lengths = response_lengths(batch)
     advantages = opo(batch.tensor("rewards"), batch.tensor("uid"), lengths)
-    return Batch.of(advantages=Ragged(advantages, lengths), mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches))
+    return Batch.of(
+        advantages=Ragged(advantages, lengths),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+    )

@@ -1,4 +1,5 @@
-"""Pass@k training (Chen et al. 2025): what is rewarded is that one of k samples is right, so that a policy keeps trying different ways."""
+"""Pass@k training (Chen et al. 2025): what is rewarded is that one of k samples is right, so that a policy
+keeps trying different ways."""
 
 from __future__ import annotations
 
@@ -6,7 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from controllers.advantages import pass_at_k
-from controllers.stepping import AlgorithmConfig, Stateless, describe, mini_batch_column, response_lengths
+from controllers.algorithm_base import (
+    AlgorithmConfig,
+    Stateless,
+    batch_metrics,
+    mini_batch_column,
+    response_lengths,
+)
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.results import Metrics
@@ -27,7 +34,9 @@ class PassAtKConfig(AlgorithmConfig):
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
         if not 1 <= self.k <= self.samples_per_prompt:
-            raise ValueError(f"algorithm.k is {self.k}; choose 1 to algorithm.samples_per_prompt ({self.samples_per_prompt})")
+            raise ValueError(
+                f"algorithm.k is {self.k}; choose 1 to algorithm.samples_per_prompt ({self.samples_per_prompt})"
+            )
 
 
 class PassAtK(Stateless):
@@ -39,7 +48,7 @@ class PassAtK(Stateless):
         batch |= self.reference.compute_ref_log_prob(batch)
         batch |= self.reward.compute_reward(batch)
         batch |= compute_advantages(batch, self.config)
-        return describe(batch) | self.actor.update_actor(batch)
+        return batch_metrics(batch) | self.actor.update_actor(batch)
 
 
 @on_controller(reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch"))
@@ -48,4 +57,7 @@ def compute_advantages(batch: Batch, config: PassAtKConfig) -> Batch:
     lengths = response_lengths(batch)
     right = batch.tensor("rewards") >= config.right_from
     advantages = pass_at_k(right, batch.tensor("uid"), lengths, config.k)
-    return Batch.of(advantages=Ragged(advantages, lengths), mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches))
+    return Batch.of(
+        advantages=Ragged(advantages, lengths),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+    )

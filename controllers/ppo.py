@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from controllers.advantages import gae, whiten
+from controllers.algorithm_base import AlgorithmConfig, batch_metrics, check_fractions, mini_batch_column
 from controllers.kl import KLCoefficient, KLControlConfig
 from controllers.rewards import rewards_with_kl
-from controllers.stepping import AlgorithmConfig, check_fractions, describe, mini_batch_column
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.results import Metrics
@@ -38,8 +38,16 @@ class PPOConfig(AlgorithmConfig):
 class PPO:
     """One step is the paper's seven calls."""
 
-    def __init__(self, *, actor: Actor, critic: Critic, reference: Reference, reward: Reward, config: PPOConfig) -> None:
-        self.actor, self.critic, self.reference, self.reward, self.config = actor, critic, reference, reward, config
+    def __init__(
+        self, *, actor: Actor, critic: Critic, reference: Reference, reward: Reward, config: PPOConfig
+    ) -> None:
+        self.actor, self.critic, self.reference, self.reward, self.config = (
+            actor,
+            critic,
+            reference,
+            reward,
+            config,
+        )
         self.kl = KLCoefficient(config.kl)
 
     def step(self, prompts: Batch) -> Metrics:
@@ -50,7 +58,7 @@ class PPO:
         batch |= compute_advantages(batch, self.config, self.kl)
         critic_metrics = self.critic.update_critic(batch)
         actor_metrics = self.actor.update_actor(batch)
-        return describe(batch) | self.kl.metrics() | critic_metrics | actor_metrics
+        return batch_metrics(batch) | self.kl.metrics() | critic_metrics | actor_metrics
 
     def state_dict(self) -> dict[str, float]:
         return self.kl.state_dict()
@@ -60,7 +68,9 @@ class PPO:
 
 
 @on_controller(
-    reads=("uid", "rewards", "values", "rollout_log_probs"), optional=("ref_log_probs",), writes=("advantages", "returns", "mini_batch")
+    reads=("uid", "rewards", "values", "rollout_log_probs"),
+    optional=("ref_log_probs",),
+    writes=("advantages", "returns", "mini_batch"),
 )
 def compute_advantages(batch: Batch, config: PPOConfig, kl: KLCoefficient) -> Batch:
     """GAE over the reward at the last token minus the KL at every token."""

@@ -1,7 +1,9 @@
-"""PPO-ptx (Ouyang et al. 2022, eq. 2): text of the pretraining distribution beside the responses of an update.
+"""PPO-ptx (Ouyang et al. 2022, eq. 2): text of the pretraining distribution beside the responses of an
+update.
 
-A text is a row like any other, its first token the prompt and the rest the response, marked by the column pretrain; the actor's loss is
-then cross-entropy on it (workers/losses/language.py). Leaves out where texts come from: controllers/streams.py.
+A text is a row like any other, its first token the prompt and the rest the response, marked by the column
+pretrain; the actor's loss is then cross-entropy on it (workers/losses/language.py). Leaves out where texts
+come from: controllers/streams.py.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""REINFORCE++ (Hu et al. 2025): PPO's loss and KL without a critic; returns are whitened over the whole batch."""
+"""REINFORCE++ (Hu et al. 2025): PPO's loss and KL without a critic; returns are whitened over the whole
+batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from controllers.advantages import reinforce_plus_plus
+from controllers.algorithm_base import AlgorithmConfig, batch_metrics, check_fractions, mini_batch_column
 from controllers.kl import KLCoefficient, KLControlConfig
 from controllers.rewards import rewards_with_kl
-from controllers.stepping import AlgorithmConfig, check_fractions, describe, mini_batch_column
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.results import Metrics
@@ -33,7 +34,9 @@ class ReinforcePlusPlusConfig(AlgorithmConfig):
 
 
 class ReinforcePlusPlus:
-    def __init__(self, *, actor: Actor, reference: Reference, reward: Reward, config: ReinforcePlusPlusConfig) -> None:
+    def __init__(
+        self, *, actor: Actor, reference: Reference, reward: Reward, config: ReinforcePlusPlusConfig
+    ) -> None:
         self.actor, self.reference, self.reward, self.config = actor, reference, reward, config
         self.kl = KLCoefficient(config.kl)
 
@@ -42,7 +45,7 @@ class ReinforcePlusPlus:
         batch |= self.reference.compute_ref_log_prob(batch)
         batch |= self.reward.compute_reward(batch)
         batch |= compute_advantages(batch, self.config, self.kl)
-        return describe(batch) | self.kl.metrics() | self.actor.update_actor(batch)
+        return batch_metrics(batch) | self.kl.metrics() | self.actor.update_actor(batch)
 
     def state_dict(self) -> dict[str, float]:
         return self.kl.state_dict()
@@ -51,10 +54,17 @@ class ReinforcePlusPlus:
         self.kl.load_state_dict(state)
 
 
-@on_controller(reads=("uid", "rewards", "rollout_log_probs"), optional=("ref_log_probs",), writes=("advantages", "mini_batch"))
+@on_controller(
+    reads=("uid", "rewards", "rollout_log_probs"),
+    optional=("ref_log_probs",),
+    writes=("advantages", "mini_batch"),
+)
 def compute_advantages(batch: Batch, config: ReinforcePlusPlusConfig, kl: KLCoefficient) -> Batch:
     """What is still to come of rewards and KL at every token, whitened over all tokens of the batch."""
     rewards, lengths = rewards_with_kl(batch, kl.value, config.kl.estimator)
     kl.follow(batch)
     advantages, _ = reinforce_plus_plus(rewards, lengths, config.gamma)
-    return Batch.of(advantages=Ragged(advantages, lengths), mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches))
+    return Batch.of(
+        advantages=Ragged(advantages, lengths),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+    )

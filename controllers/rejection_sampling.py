@@ -1,4 +1,5 @@
-"""Rejection sampling (Touvron et al. 2023, Llama 2, section 3.2.3; RAFT, Dong et al. 2023): the best of n answers is imitated."""
+"""Rejection sampling (Touvron et al. 2023, Llama 2, section 3.2.3; RAFT, Dong et al. 2023): the best of n
+answers is imitated."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from controllers.stepping import AlgorithmConfig, Stateless, assign_mini_batches, describe
+from controllers.algorithm_base import AlgorithmConfig, Stateless, assign_mini_batches, batch_metrics
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from hybridflow.tracing import on_controller
@@ -18,11 +19,13 @@ class RejectionSamplingConfig(AlgorithmConfig):
     name: str = "rejection_sampling"
     samples_per_prompt: int = 8
     min_reward: float | None = None
-    """Prompts whose best answer is below it are left out of the step (a metric counts those that stay); null keeps all."""
+    """Prompts whose best answer is below it are left out of the step (a metric counts those that stay); null
+    keeps all."""
 
 
 class RejectionSampling(Stateless):
-    """Llama 2 draws all prompts' answers first and fine-tunes then; here each step draws from the policy as it has become."""
+    """Llama 2 draws all prompts' answers first and fine-tunes then; here each step draws from the policy as
+    it has become."""
 
     def __init__(self, *, actor: Actor, reward: Reward, config: RejectionSamplingConfig) -> None:
         self.actor, self.reward, self.config = actor, reward, config
@@ -32,7 +35,7 @@ class RejectionSampling(Stateless):
         batch |= self.reward.compute_reward(batch)
         best = best_of_each_prompt(batch, self.config)
         best |= assign_mini_batches(best, self.config)
-        return describe(batch) | describe_best(best) | self.actor.update_supervised(best)
+        return batch_metrics(batch) | best_metrics(best) | self.actor.update_supervised(best)
 
 
 @on_controller(reads=("uid", "rewards"), chooses_rows=True)
@@ -44,6 +47,13 @@ def best_of_each_prompt(batch: Batch, config: RejectionSamplingConfig) -> Batch:
     return batch.rows(best if config.min_reward is None else best[rewards[best] >= config.min_reward])
 
 
-def describe_best(best: Batch) -> Metrics:
+def best_metrics(best: Batch) -> Metrics:
     """Of the answers that are imitated."""
-    return Metrics(sources=[lambda: {"best/rows": float(len(best)), "best/reward": float(best.tensor("rewards").mean()) if best else 0.0}])
+    return Metrics(
+        sources=[
+            lambda: {
+                "best/rows": float(len(best)),
+                "best/reward": float(best.tensor("rewards").mean()) if best else 0.0,
+            }
+        ]
+    )

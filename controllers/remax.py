@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from controllers.advantages import remax
+from controllers.algorithm_base import AlgorithmConfig, batch_metrics, mini_batch_column
 from controllers.kl import KLCoefficient, KLControlConfig
 from controllers.rewards import rewards_with_kl
-from controllers.stepping import AlgorithmConfig, describe, mini_batch_column
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.results import Metrics
@@ -40,7 +40,7 @@ class ReMax:
         batch |= self.reward.compute_reward(batch)
         batch |= self.reward.compute_reward(greedy).select("rewards").rename(rewards="baseline_rewards")
         batch |= compute_advantages(batch, self.config, self.kl)
-        return describe(batch) | self.kl.metrics() | self.actor.update_actor(batch)
+        return batch_metrics(batch) | self.kl.metrics() | self.actor.update_actor(batch)
 
     def state_dict(self) -> dict[str, float]:
         return self.kl.state_dict()
@@ -50,11 +50,16 @@ class ReMax:
 
 
 @on_controller(
-    reads=("uid", "rewards", "baseline_rewards", "rollout_log_probs"), optional=("ref_log_probs",), writes=("advantages", "mini_batch")
+    reads=("uid", "rewards", "baseline_rewards", "rollout_log_probs"),
+    optional=("ref_log_probs",),
+    writes=("advantages", "mini_batch"),
 )
 def compute_advantages(batch: Batch, config: ReMaxConfig, kl: KLCoefficient) -> Batch:
     """What is still to come of rewards and KL, minus the greedy response's reward."""
     rewards, lengths = rewards_with_kl(batch, kl.value, config.kl.estimator)
     kl.follow(batch)
     advantages, _ = remax(rewards, batch.tensor("baseline_rewards"), lengths)
-    return Batch.of(advantages=Ragged(advantages, lengths), mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches))
+    return Batch.of(
+        advantages=Ragged(advantages, lengths),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+    )

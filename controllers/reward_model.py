@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from controllers.stepping import AlgorithmConfig, Stateless, assign_pair_mini_batches, count_tokens, pair_accuracy
+from controllers.algorithm_base import (
+    AlgorithmConfig,
+    Stateless,
+    assign_pair_mini_batches,
+    count_tokens,
+    pair_accuracy,
+)
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from workers.roles import PreferenceModel

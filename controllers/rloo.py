@@ -1,4 +1,5 @@
-"""RLOO (Ahmadian et al. 2024, "Back to basics"): REINFORCE whose baseline is the mean reward of the prompt's other samples."""
+"""RLOO (Ahmadian et al. 2024, "Back to basics"): REINFORCE whose baseline is the mean reward of the prompt's
+other samples."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from controllers.advantages import rloo
+from controllers.algorithm_base import AlgorithmConfig, batch_metrics, mini_batch_column
 from controllers.kl import KLCoefficient, KLControlConfig
 from controllers.rewards import rewards_with_kl
-from controllers.stepping import AlgorithmConfig, describe, mini_batch_column
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.results import Metrics
@@ -42,7 +43,7 @@ class RLOO:
         batch |= self.reference.compute_ref_log_prob(batch)
         batch |= self.reward.compute_reward(batch)
         batch |= compute_advantages(batch, self.config, self.kl)
-        return describe(batch) | self.kl.metrics() | self.actor.update_actor(batch)
+        return batch_metrics(batch) | self.kl.metrics() | self.actor.update_actor(batch)
 
     def state_dict(self) -> dict[str, float]:
         return self.kl.state_dict()
@@ -51,11 +52,18 @@ class RLOO:
         self.kl.load_state_dict(state)
 
 
-@on_controller(reads=("uid", "rewards", "rollout_log_probs"), optional=("ref_log_probs",), writes=("advantages", "mini_batch"))
+@on_controller(
+    reads=("uid", "rewards", "rollout_log_probs"),
+    optional=("ref_log_probs",),
+    writes=("advantages", "mini_batch"),
+)
 def compute_advantages(batch: Batch, config: RLOOConfig, kl: KLCoefficient) -> Batch:
     """Reward minus KL of a response, minus the mean of that over the other samples, on every token."""
     rewards, lengths = rewards_with_kl(batch, kl.value, config.kl.estimator)
     scores = segment_sum(rewards, row_of_token(lengths), len(batch))
     kl.follow(batch)
     advantages = rloo(scores, batch.tensor("uid"), lengths)
-    return Batch.of(advantages=Ragged(advantages, lengths), mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches))
+    return Batch.of(
+        advantages=Ragged(advantages, lengths),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+    )

@@ -1,8 +1,8 @@
 """Safe-RLHF (Dai et al. 2024): as much reward as possible while the mean cost stays under a threshold.
 
-PPO with a cost model beside the reward, a critic for each, and a Lagrange multiplier between them; and PPO-ptx (Ouyang et al. 2022):
-text of the pretraining distribution in every update, so that the policy does not forget it (data.pretraining,
-actor.loss.pretraining_coefficient).
+PPO with a cost model beside the reward, a critic for each, and a Lagrange multiplier between them; and
+PPO-ptx (Ouyang et al. 2022): text of the pretraining distribution in every update, so that the policy does
+not forget it (data.pretraining, actor.loss.pretraining_coefficient).
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controllers.advantages import gae, safe_rlhf, whiten
+from controllers.algorithm_base import AlgorithmConfig, batch_metrics, check_fractions, mini_batch_column
 from controllers.kl import KLCoefficient, KLControlConfig
 from controllers.lagrange import LagrangeConfig, LagrangeMultiplier
 from controllers.pretraining import with_pretraining
 from controllers.rewards import rewards_with_kl
-from controllers.stepping import AlgorithmConfig, check_fractions, describe, mini_batch_column
 from controllers.streams import Stream
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
@@ -76,7 +76,13 @@ class SafeRLHF:
         of_costs = batch.drop("values", "returns").rename(cost_values="values", cost_returns="returns")
         critic_metrics |= self.cost_critic.update_critic(of_costs).renamed("critic/", "cost_critic/")
         actor_metrics = self.actor.update_actor(with_pretraining(batch, self.pretraining))
-        return describe(batch) | self.kl.metrics() | self.multiplier.metrics() | critic_metrics | actor_metrics
+        return (
+            batch_metrics(batch)
+            | self.kl.metrics()
+            | self.multiplier.metrics()
+            | critic_metrics
+            | actor_metrics
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"kl": self.kl.state_dict(), "multiplier": self.multiplier.state_dict()}
@@ -91,8 +97,11 @@ class SafeRLHF:
     optional=("ref_log_probs",),
     writes=("advantages", "returns", "cost_returns", "mini_batch"),
 )
-def compute_advantages(batch: Batch, config: SafeRLHFConfig, kl: KLCoefficient, multiplier: LagrangeMultiplier) -> Batch:
-    """GAE of rewards and of costs, each with its critic and half of the KL, and lambda between them (eq. 10 and 12).
+def compute_advantages(
+    batch: Batch, config: SafeRLHFConfig, kl: KLCoefficient, multiplier: LagrangeMultiplier
+) -> Batch:
+    """GAE of rewards and of costs, each with its critic and half of the KL, and lambda between them (eq. 10
+    and 12).
 
     lambda moves first, by the costs of this batch.
     """
@@ -101,7 +110,9 @@ def compute_advantages(batch: Batch, config: SafeRLHFConfig, kl: KLCoefficient, 
     rewards, lengths = rewards_with_kl(batch, half, config.kl.estimator)
     costs, _ = rewards_with_kl(batch, -half, config.kl.estimator, scores="costs")
     advantages, returns = gae(rewards, batch.ragged("values").values, lengths, config.gamma, config.lam)
-    cost_advantages, cost_returns = gae(costs, batch.ragged("cost_values").values, lengths, config.gamma, config.lam)
+    cost_advantages, cost_returns = gae(
+        costs, batch.ragged("cost_values").values, lengths, config.gamma, config.lam
+    )
     advantages = safe_rlhf(advantages, cost_advantages, multiplier.value)
     kl.follow(batch)
     return Batch.of(

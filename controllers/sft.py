@@ -1,4 +1,5 @@
-"""Supervised fine-tuning: cross-entropy of the demonstrations' responses (of the assistant's turns in a conversation)."""
+"""Supervised fine-tuning: cross-entropy of the demonstrations' responses (of the assistant's turns in a
+conversation)."""
 
 from __future__ import annotations
 
@@ -6,10 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from controllers.stepping import AlgorithmConfig, Stateless, assign_mini_batches, count_tokens
+from controllers.algorithm_base import AlgorithmConfig, Stateless, assign_mini_batches, count_tokens
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
-from workers.roles import Learner
+from workers.roles import Policy
 
 
 @dataclass(kw_only=True)
@@ -18,9 +19,10 @@ class SFTConfig(AlgorithmConfig):
 
 
 class SFT(Stateless):
-    """The mean is over all learned tokens of a mini-batch, so that a token of a short answer weighs what one of a long answer does."""
+    """The mean is over all learned tokens of a mini-batch, so that a token of a short answer weighs what one
+    of a long answer does."""
 
-    def __init__(self, *, policy: Learner, config: SFTConfig) -> None:
+    def __init__(self, *, policy: Policy, config: SFTConfig) -> None:
         self.policy, self.config = policy, config
 
     def step(self, rows: Batch) -> Metrics:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from controllers.algorithm_base import means_of_dicts
 from controllers.data import RowDataset
-from controllers.stepping import means_of_dicts
 from hybridflow.batch import Batch
 from workers.generation.config import SamplingConfig
 from workers.roles import Generator, Reward
@@ -16,10 +16,11 @@ Validate = Callable[[], Mapping[str, float]]
 
 
 class ResponseReward:
-    """validate = ResponseReward(actor, reward, prompts, sampling, max_response_tokens); validate()   # {"reward/mean": 0.4}
+    """validate = ResponseReward(actor, reward, prompts, sampling, max_response_tokens); validate()   #
+    {"reward/mean": 0.4}
 
-    The mean reward of one response for every held-out prompt; with `gold`, a reward that nothing is trained on, also what that one
-    says of the same responses (gold/mean and its further numbers).
+    The mean reward of one response for every held-out prompt; with `gold`, a reward that nothing is trained
+    on, also what that one says of the same responses (gold/mean and its further numbers).
     """
 
     def __init__(

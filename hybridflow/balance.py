@@ -1,7 +1,7 @@
 """Karmarkar-Karp: rows cut into parts of nearly equal total length, so that no rank waits for another.
 
-Largest differencing method for any number of parts (Karmarkar and Karp 1982, "The differencing method of set partitioning"). Equal
-numbers of rows per part are not asked for.
+Largest differencing method for any number of parts (Karmarkar and Karp 1982, "The differencing method of set
+partitioning"). Equal numbers of rows per part are not asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ EMPTY: Part = (0, -1, -1)
 
 
 def balance(lengths: np.ndarray, num_parts: int) -> list[np.ndarray]:
-    """Row indices (int64, ascending) of each of `num_parts` parts; every row is in exactly one part, and a part may be empty.
+    """Row indices (int64, ascending) of each of `num_parts` parts; every row is in exactly one part, and a
+    part may be empty.
 
     lengths: non-negative integers [rows]. The same lengths give the same parts, heaviest first.
 
@@ -27,8 +28,12 @@ def balance(lengths: np.ndarray, num_parts: int) -> list[np.ndarray]:
     lengths = np.asarray(lengths)
     if num_parts < 1:
         raise ValueError(f"num_parts is {num_parts}; it must be at least 1")
-    if lengths.ndim != 1 or (len(lengths) and (not np.issubdtype(lengths.dtype, np.integer) or lengths.min() < 0)):
-        raise ValueError(f"lengths is an array {lengths.shape} of {lengths.dtype}; use one dimension of non-negative integers")
+    if lengths.ndim != 1 or (
+        len(lengths) and (not np.issubdtype(lengths.dtype, np.integer) or lengths.min() < 0)
+    ):
+        raise ValueError(
+            f"lengths is an array {lengths.shape} of {lengths.dtype}; use one dimension of non-negative integers"
+        )
     if not len(lengths):
         return [np.zeros(0, dtype=np.int64) for _ in range(num_parts)]
     following = np.full(len(lengths), -1, dtype=np.int64).tolist()
@@ -47,7 +52,8 @@ class _Partial:
 
 
 def _difference(lengths: list[int], num_parts: int, following: list[int]) -> list[Part]:
-    """Merge the two partial partitions of largest spread until one is left; ties by age, so the result is deterministic."""
+    """Merge the two partial partitions of largest spread until one is left; ties by age, so the result is
+    deterministic."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     heap = [(-lengths[row], age, _Partial([(lengths[row], row, row)])) for age, row in enumerate(order)]
     if num_parts == 1:
@@ -70,7 +76,9 @@ def _merge(left: _Partial, right: _Partial, num_parts: int, following: list[int]
             return left
         return _Partial(sorted(left.parts + right.parts, key=_weight, reverse=True))
     pairs = zip(_full(left.parts, num_parts), reversed(_full(right.parts, num_parts)), strict=True)
-    return _Partial(sorted((_chain(heavy, light, following) for heavy, light in pairs), key=_weight, reverse=True))
+    return _Partial(
+        sorted((_chain(heavy, light, following) for heavy, light in pairs), key=_weight, reverse=True)
+    )
 
 
 def _chain(heavy: Part, light: Part, following: list[int]) -> Part:

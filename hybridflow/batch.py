@@ -1,7 +1,8 @@
 """Batch: named columns over rows, as references; the data stays where it was made.
 
-select, |, split, concat, reorder, repeat and rows touch metadata only. Reading a column fetches that column, and only its rows.
-The same class stands on both sides of a call: a worker gets the rows and columns that its method reads, already local.
+select, |, split, concat, reorder, repeat and rows touch metadata only. Reading a column fetches that column,
+and only its rows. The same class stands on both sides of a call: a worker gets the rows and columns that its
+method reads, already local.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ SAMPLE = declare("sample", "batch", "int64", "number of the sample among the rep
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class RowRange:
     """One block of a column: where it is and how many rows it has."""
 
     ref: Ref
@@ -31,11 +32,11 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Entry:
+class ColumnEntry:
     """One column of a batch: row i is row index[i] of the pieces laid end to end."""
 
     column: Column
-    pieces: tuple[Piece, ...]
+    pieces: tuple[RowRange, ...]
     index: np.ndarray
 
 
@@ -48,20 +49,27 @@ class Batch(Mapping[str, Value]):
 
     __slots__ = ("_entries", "_num_rows")
 
-    def __init__(self, entries: Mapping[str, Entry], num_rows: int) -> None:
+    def __init__(self, entries: Mapping[str, ColumnEntry], num_rows: int) -> None:
         self._entries = dict(entries)
         self._num_rows = num_rows
 
     @classmethod
     def of(cls, **columns: Any) -> Batch:
-        """A batch of values in this process: tensors or arrays (dense), Ragged, lists of Python values (object)."""
+        """A batch of values in this process: tensors or arrays (dense), Ragged, lists of Python values
+        (object)."""
         blocks = {name: Block.of(name, value) for name, value in columns.items()}
         counts = {name: block.num_rows for name, block in blocks.items()}
         if len(set(counts.values())) > 1:
             raise ValueError(f"batch: columns have different numbers of rows: {counts}")
         num_rows = next(iter(counts.values()), 0)
         everything = np.arange(num_rows)
-        return cls({name: Entry(declared(name), (Piece(Held(block), num_rows),), everything) for name, block in blocks.items()}, num_rows)
+        return cls(
+            {
+                name: ColumnEntry(declared(name), (RowRange(Held(block), num_rows),), everything)
+                for name, block in blocks.items()
+            },
+            num_rows,
+        )
 
     @property
     def num_rows(self) -> int:
@@ -134,19 +142,24 @@ class Batch(Mapping[str, Value]):
         everything = np.arange(self._num_rows)
         return Batch(
             {
-                name: Entry(self._entries[name].column, (Piece(Held(block), self._num_rows),), everything)
+                name: ColumnEntry(
+                    self._entries[name].column, (RowRange(Held(block), self._num_rows),), everything
+                )
                 for name, block in zip(names, self.blocks(names, here), strict=True)
             },
             self._num_rows,
         )
 
     def stored(self) -> Batch:
-        """The same batch with nothing in this process: blocks that were made here are put into Ray's store, once."""
+        """The same batch with nothing in this process: blocks that were made here are put into Ray's store,
+        once."""
 
-        def move(entry: Entry) -> Entry:
+        def move(entry: ColumnEntry) -> ColumnEntry:
             if not any(isinstance(piece.ref, Held) for piece in entry.pieces):
                 return entry
-            pieces = tuple(replace(p, ref=store.put(p.ref)) if isinstance(p.ref, Held) else p for p in entry.pieces)
+            pieces = tuple(
+                replace(p, ref=store.put(p.ref)) if isinstance(p.ref, Held) else p for p in entry.pieces
+            )
             return replace(entry, pieces=pieces)
 
         return Batch({name: move(entry) for name, entry in self._entries.items()}, self._num_rows)
@@ -157,7 +170,9 @@ class Batch(Mapping[str, Value]):
         return Batch({name: self._entry(name) for name in names}, self._num_rows)
 
     def drop(self, *names: str) -> Batch:
-        return Batch({name: entry for name, entry in self._entries.items() if name not in names}, self._num_rows)
+        return Batch(
+            {name: entry for name, entry in self._entries.items() if name not in names}, self._num_rows
+        )
 
     def rename(self, **new_names: str) -> Batch:
         """rename(rewards="baseline_rewards"): the new name must be declared with the same dims and dtype."""
@@ -165,7 +180,9 @@ class Batch(Mapping[str, Value]):
         for old, new in new_names.items():
             entry, column = self._entry(old), declared(new)
             if (column.dims, column.dtype) != (entry.column.dims, entry.column.dtype):
-                raise ValueError(f"batch: {old!r} can't become {new!r}: {entry.column} and {column} differ in dims or dtype")
+                raise ValueError(
+                    f"batch: {old!r} can't become {new!r}: {entry.column} and {column} differ in dims or dtype"
+                )
             del entries[old]
             entries[new] = replace(entry, column=column)
         return Batch(entries, self._num_rows)
@@ -174,21 +191,35 @@ class Batch(Mapping[str, Value]):
         """Both batches' columns, row by row."""
         if not isinstance(other, Batch):
             return NotImplemented
-        twice = [name for name in other._entries if name in self._entries and other._entries[name] is not self._entries[name]]
+        twice = [
+            name
+            for name in other._entries
+            if name in self._entries and other._entries[name] is not self._entries[name]
+        ]
         if twice:
-            writers = {name: [*_writers(self._entries[name]), *_writers(other._entries[name])] for name in twice}
-            known = "".join(f"; {name} is written by {' and '.join(calls)}" for name, calls in writers.items() if calls)
+            writers = {
+                name: [*_writers(self._entries[name]), *_writers(other._entries[name])] for name in twice
+            }
+            known = "".join(
+                f"; {name} is written by {' and '.join(calls)}" for name, calls in writers.items() if calls
+            )
             raise ValueError(f"batch: columns {twice} are in both; rename or drop them in one{known}")
         if self._entries and other._entries and self._num_rows != other._num_rows:
-            raise ValueError(f"batch: {self._num_rows} rows | {other._num_rows} rows; both must have the same rows")
-        return Batch({**self._entries, **other._entries}, self._num_rows if self._entries else other._num_rows)
+            raise ValueError(
+                f"batch: {self._num_rows} rows | {other._num_rows} rows; both must have the same rows"
+            )
+        return Batch(
+            {**self._entries, **other._entries}, self._num_rows if self._entries else other._num_rows
+        )
 
     def rows(self, index: Any) -> Batch:
         """The rows at `index` (integers or a bool mask), in that order."""
         index = np.asarray(index)
         index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64, copy=False)
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= self._num_rows):
-            raise ValueError(f"batch: rows {int(index.min())}..{int(index.max())} of a batch of {self._num_rows} rows")
+            raise ValueError(
+                f"batch: rows {int(index.min())}..{int(index.max())} of a batch of {self._num_rows} rows"
+            )
         moved: dict[int, np.ndarray] = {}
         entries = {}
         for name, entry in self._entries.items():
@@ -209,10 +240,14 @@ class Batch(Mapping[str, Value]):
         even = np.array_split(np.arange(self._num_rows), parts) if isinstance(parts, int) else ()
         sizes = list(parts) if not isinstance(parts, int) else [len(chunk) for chunk in even]
         if sum(sizes) != self._num_rows:
-            raise ValueError(f"batch: split into {sizes} adds up to {sum(sizes)}, not to {self._num_rows} rows")
+            raise ValueError(
+                f"batch: split into {sizes} adds up to {sum(sizes)}, not to {self._num_rows} rows"
+            )
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
         everything = np.arange(self._num_rows)
-        return [self.rows(everything[start : start + size]) for start, size in zip(starts, sizes, strict=False)]
+        return [
+            self.rows(everything[start : start + size]) for start, size in zip(starts, sizes, strict=False)
+        ]
 
     def repeat(self, times: int) -> Batch:
         """Every row `times` times in a row, numbered by the new column `sample`."""
@@ -227,23 +262,28 @@ class Batch(Mapping[str, Value]):
         names = batches[0].columns
         for batch in batches[1:]:
             if set(batch.columns) != set(names):
-                raise ValueError(f"batch: concat of different columns: {sorted(names)} and {sorted(batch.columns)}")
+                raise ValueError(
+                    f"batch: concat of different columns: {sorted(names)} and {sorted(batch.columns)}"
+                )
         num_rows = sum(len(batch) for batch in batches)
         return Batch({name: _concat([batch._entries[name] for batch in batches]) for name in names}, num_rows)
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> ColumnEntry:
         if name not in self._entries:
             raise ValueError(f"batch: no column {name!r}; it has {', '.join(self._entries) or 'none'}")
         return self._entries[name]
 
 
-def _writers(entry: Entry) -> list[str]:
+def _writers(entry: ColumnEntry) -> list[str]:
     """The calls that would write it, in a traced step."""
-    return list(dict.fromkeys(piece.ref.writer for piece in entry.pieces if isinstance(piece.ref, store.Abstract)))
+    return list(
+        dict.fromkeys(piece.ref.writer for piece in entry.pieces if isinstance(piece.ref, store.Abstract))
+    )
 
 
-def _rows_of_pieces(entry: Entry) -> tuple[list[tuple[Piece, np.ndarray]], np.ndarray | None]:
-    """Which rows of which pieces make up the column, and the order that brings them into place (None: already there)."""
+def _rows_of_pieces(entry: ColumnEntry) -> tuple[list[tuple[RowRange, np.ndarray]], np.ndarray | None]:
+    """Which rows of which pieces make up the column, and the order that brings them into place (None: already
+    there)."""
     if len(entry.pieces) == 1:
         return [(entry.pieces[0], entry.index)], None
     starts = np.cumsum([0] + [piece.num_rows for piece in entry.pieces])
@@ -258,8 +298,8 @@ def _rows_of_pieces(entry: Entry) -> tuple[list[tuple[Piece, np.ndarray]], np.nd
     return parts, None if in_place else np.argsort(order, kind="stable")
 
 
-def _concat(entries: Sequence[Entry]) -> Entry:
-    pieces: dict[int, tuple[Piece, int]] = {}
+def _concat(entries: Sequence[ColumnEntry]) -> ColumnEntry:
+    pieces: dict[int, tuple[RowRange, int]] = {}
     total = 0
     indices = []
     for entry in entries:
@@ -273,4 +313,6 @@ def _concat(entries: Sequence[Entry]) -> Entry:
         owner = np.searchsorted(starts, entry.index, side="right") - 1
         shift = np.asarray(places, dtype=np.int64) - starts[:-1]
         indices.append(entry.index + shift[owner])
-    return Entry(entries[0].column, tuple(piece for piece, _ in pieces.values()), np.concatenate(indices))
+    return ColumnEntry(
+        entries[0].column, tuple(piece for piece, _ in pieces.values()), np.concatenate(indices)
+    )

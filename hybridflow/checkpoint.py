@@ -1,7 +1,7 @@
 """CheckpointStore: directories that are complete or do not exist, whenever the process dies.
 
-Knows files, not models: workers write what they like into the directory that begin returns, commit makes it a checkpoint.
-Left out: uploading, and deciding when to save (controllers/loop.py).
+Knows files, not models: workers write what they like into the directory that begin returns, commit makes it a
+checkpoint. Left out: uploading, and deciding when to save (controllers/loop.py).
 
 On disk, for a store at outputs/ppo/checkpoints:
 
@@ -45,7 +45,8 @@ class Checkpoint:
     path: Path
     step: int
     sequence: int
-    """Counts the commits of the store: of two checkpoints the one with the higher number is newer, whatever their steps."""
+    """Counts the commits of the store: of two checkpoints the one with the higher number is newer, whatever
+    their steps."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -53,18 +54,28 @@ class CheckpointStore:
     """One per run; any number of processes may read, one may save.
 
     store = CheckpointStore(Path("outputs/ppo/checkpoints"), keep_last=2, keep_best=1, metric="accuracy")
-    directory = store.begin(20)
-    actor.save(directory / "actor")               # every rank writes into the same directory (a shared file system)
-    store.commit(20, {"data_position": 640}, metrics={"accuracy": 0.8})
+    directory = store.begin(20) actor.save(directory / "actor")               # every rank writes into the
+    same directory (a shared file system) store.commit(20, {"data_position": 640}, metrics={"accuracy": 0.8})
 
     checkpoint = store.latest()                   # None before the first commit
     metadata = load_metadata(checkpoint.path)     # verified, or a ValueError that names the broken file
     """
 
-    def __init__(self, directory: Path, *, keep_last: int = 2, keep_best: int = 1, metric: str = "", mode: Best = Best.max) -> None:
-        """Keeps the newest `keep_last` and the `keep_best` with the best `metric` of those that have it (finite), by `mode`."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        metric: str = "",
+        mode: Best = Best.max,
+    ) -> None:
+        """Keeps the newest `keep_last` and the `keep_best` with the best `metric` of those that have it
+        (finite), by `mode`."""
         if keep_last < 1:
-            raise ValueError(f"checkpoint: keep_last is {keep_last}; keep at least 1, or the newest checkpoint would be deleted")
+            raise ValueError(
+                f"checkpoint: keep_last is {keep_last}; keep at least 1, or the newest checkpoint would be deleted"
+            )
         if keep_best < 0:
             raise ValueError(f"checkpoint: keep_best is {keep_best}; use 0 to keep none for its metric")
         self.directory = directory.absolute()
@@ -84,22 +95,33 @@ class CheckpointStore:
         directory.mkdir()
         return directory
 
-    def commit(self, step: int, metadata: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None) -> Checkpoint:
-        """Make what was written since begin(step) the latest checkpoint, atomically, then delete what need not be kept.
+    def commit(
+        self, step: int, metadata: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
+    ) -> Checkpoint:
+        """Make what was written since begin(step) the latest checkpoint, atomically, then delete what need
+        not be kept.
 
-        `metadata` is plain JSON data and comes back equal. Everything is on disk (fsync) before the name appears.
+        `metadata` is plain JSON data and comes back equal. Everything is on disk (fsync) before the name
+        appears.
         """
         saving = self._saving(step)
         if not saving.is_dir():
             raise ValueError(f"checkpoint: commit({step}) without begin({step}); {saving} does not exist")
         _check_json(metadata)
-        names = sorted(str(path.relative_to(saving)) for path in saving.rglob("*") if path.is_file() and path != saving / MANIFEST)
+        names = sorted(
+            str(path.relative_to(saving))
+            for path in saving.rglob("*")
+            if path.is_file() and path != saving / MANIFEST
+        )
         sequence = max((checkpoint.sequence for checkpoint in self._scan()), default=0) + 1
         manifest = {
             "format": FORMAT,
             "step": step,
             "sequence": sequence,
-            "metrics": {name: value if math.isfinite(value) else repr(float(value)) for name, value in (metrics or {}).items()},
+            "metrics": {
+                name: value if math.isfinite(value) else repr(float(value))
+                for name, value in (metrics or {}).items()
+            },
             "files": _digests(saving, names, sync=True),
             "metadata": metadata,
         }
@@ -130,8 +152,14 @@ class CheckpointStore:
     def _ranked(self) -> list[Checkpoint]:
         """Those with a finite metric, best first."""
         sign = 1 if self._mode is Best.min else -1
-        scored = [checkpoint for checkpoint in self.all() if math.isfinite(checkpoint.metrics.get(self._metric, math.nan))]
-        return sorted(scored, key=lambda checkpoint: (sign * checkpoint.metrics[self._metric], checkpoint.sequence))
+        scored = [
+            checkpoint
+            for checkpoint in self.all()
+            if math.isfinite(checkpoint.metrics.get(self._metric, math.nan))
+        ]
+        return sorted(
+            scored, key=lambda checkpoint: (sign * checkpoint.metrics[self._metric], checkpoint.sequence)
+        )
 
     def _scan(self) -> list[Checkpoint]:
         """Every directory with a manifest, oldest first."""
@@ -144,10 +172,14 @@ class CheckpointStore:
         return sorted(found, key=lambda checkpoint: checkpoint.sequence)
 
     def _prune(self) -> None:
-        keep = {checkpoint.path for checkpoint in (*self.all()[-self._keep_last :], *self._ranked()[: self._keep_best])}
+        keep = {
+            checkpoint.path
+            for checkpoint in (*self.all()[-self._keep_last :], *self._ranked()[: self._keep_best])
+        }
         for checkpoint in self._scan():
             if checkpoint.path not in keep:
-                # Under its own name it is always whole: the removal, which takes time, happens under another one.
+                # Under its own name it is always whole: the removal, which takes time, happens under another
+                # one.
                 doomed = self.directory / f".deleting-{checkpoint.path.name}"
                 checkpoint.path.rename(doomed)
                 shutil.rmtree(doomed)
@@ -156,7 +188,8 @@ class CheckpointStore:
         return self.directory / f".saving-step-{step:08d}"
 
     def _free_name(self, step: int) -> Path:
-        """step-00000020, or step-00000020-2 after a step that was saved before (a run resumed from an older checkpoint)."""
+        """step-00000020, or step-00000020-2 after a step that was saved before (a run resumed from an older
+        checkpoint)."""
         path, number = self.directory / f"step-{step:08d}", 1
         while path.exists():
             number += 1
@@ -165,7 +198,8 @@ class CheckpointStore:
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of the checkpoint at `path`, after every file was compared with its size and digest in the manifest."""
+    """The metadata of the checkpoint at `path`, after every file was compared with its size and digest in the
+    manifest."""
     try:
         manifest = _manifest(path)
     except FileNotFoundError as error:
@@ -173,14 +207,20 @@ def load_metadata(path: Path) -> dict[str, Any]:
     files: dict[str, dict[str, Any]] = manifest["files"]
     missing = [name for name in files if not (path / name).is_file()]
     if missing:
-        raise ValueError(f"checkpoint {path}: {missing[0]} is missing ({len(missing)} of {len(files)} files); {_FIX}")
+        raise ValueError(
+            f"checkpoint {path}: {missing[0]} is missing ({len(missing)} of {len(files)} files); {_FIX}"
+        )
     for name, expected in files.items():
         size = (path / name).stat().st_size
         if size != expected["bytes"]:
-            raise ValueError(f"checkpoint {path}: {name} has {size} bytes instead of {expected['bytes']}; {_FIX}")
+            raise ValueError(
+                f"checkpoint {path}: {name} has {size} bytes instead of {expected['bytes']}; {_FIX}"
+            )
     for name, found in _digests(path, list(files), sync=False).items():
         if found != files[name]:
-            raise ValueError(f"checkpoint {path}: {name} is corrupt, its digest differs from the manifest; {_FIX}")
+            raise ValueError(
+                f"checkpoint {path}: {name} is corrupt, its digest differs from the manifest; {_FIX}"
+            )
     metadata: dict[str, Any] = manifest["metadata"]
     return metadata
 
@@ -213,7 +253,9 @@ def _check_json(metadata: Mapping[str, Any]) -> None:
         except TypeError as error:
             raise ValueError(f"checkpoint: metadata {name!r} is not JSON data: {error}") from error
         if not survives:
-            raise ValueError(f"checkpoint: metadata {name!r} would not come back equal from JSON; use lists, string keys, finite floats")
+            raise ValueError(
+                f"checkpoint: metadata {name!r} would not come back equal from JSON; use lists, string keys, finite floats"
+            )
 
 
 def _digests(directory: Path, names: list[str], *, sync: bool) -> dict[str, dict[str, Any]]:

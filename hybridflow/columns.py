@@ -1,7 +1,8 @@
 """Columns: what a batch can hold, each declared once, and the blocks in which a column's data is kept.
 
-A block is the part of one column that one process made: numpy arrays (so that Ray moves them through shared memory without a
-copy) or a list of Python values. Leaves out where blocks live (hybridflow/store.py) and which rows are meant (hybridflow/batch.py).
+A block is the part of one column that one process made: numpy arrays (so that Ray moves them through shared
+memory without a copy) or a list of Python values. Leaves out where blocks live (hybridflow/store.py) and
+which rows are meant (hybridflow/batch.py).
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor
 
 RAGGED = "time"
-"""A second dimension of this name makes a column ragged: each row has its own length and no padding is stored."""
+"""A second dimension of this name makes a column ragged: each row has its own length and no padding is
+stored."""
 
 BFLOAT16 = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A declaration: Column("response_ids", "batch time", "int64", "sampled tokens, end-of-sequence included")."""
+    """A declaration: Column("response_ids", "batch time", "int64", "sampled tokens, end-of-sequence
+    included")."""
 
     name: str
     dims: str
@@ -49,7 +52,9 @@ def declare(name: str, dims: str, dtype: str, doc: str) -> Column:
     if dtype != "object" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"column {name!r}: dtype {dtype!r} is neither a torch dtype nor 'object'")
     if COLUMNS.setdefault(name, column) != column:
-        raise ValueError(f"column {name!r} is declared twice: {COLUMNS[name]} and {column}; choose another name")
+        raise ValueError(
+            f"column {name!r} is declared twice: {COLUMNS[name]} and {column}; choose another name"
+        )
     return column
 
 
@@ -77,7 +82,9 @@ class Ragged:
 
     def __post_init__(self) -> None:
         if int(self.lengths.sum()) != len(self.values):
-            raise ValueError(f"ragged: lengths add up to {int(self.lengths.sum())}, but there are {len(self.values)} values")
+            raise ValueError(
+                f"ragged: lengths add up to {int(self.lengths.sum())}, but there are {len(self.values)} values"
+            )
 
     @classmethod
     def of(cls, rows: Sequence[Any], dtype: torch.dtype | None = None) -> Ragged:
@@ -126,7 +133,9 @@ class Block:
             return cls(list(value), "object")
         if column.is_ragged:
             if not isinstance(value, Ragged):
-                raise ValueError(f"column {name!r} has dims {column.dims!r}: give a Ragged, not {type(value).__name__}")
+                raise ValueError(
+                    f"column {name!r} has dims {column.dims!r}: give a Ragged, not {type(value).__name__}"
+                )
             lengths = value.lengths.numpy()
             offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
             np.cumsum(lengths, out=offsets[1:])
@@ -144,7 +153,9 @@ class Block:
     def rows(self, index: np.ndarray) -> Block:
         """The given rows; a view where they are consecutive."""
         first, count = (int(index[0]), len(index)) if len(index) else (0, 0)
-        consecutive = count == 0 or (int(index[-1]) - first == count - 1 and bool((np.diff(index) == 1).all()))
+        consecutive = count == 0 or (
+            int(index[-1]) - first == count - 1 and bool((np.diff(index) == 1).all())
+        )
         if consecutive and first == 0 and count == self.num_rows:
             return self
         if self.dtype == "object":
@@ -177,14 +188,21 @@ class Block:
 def _to_numpy(name: str, column: Column, tensor: Tensor) -> np.ndarray:
     wanted: torch.dtype = getattr(torch, column.dtype)
     if tensor.dtype != wanted and (tensor.is_floating_point() != wanted.is_floating_point):
-        raise ValueError(f"column {name!r} is declared {column.dtype}, but {tensor.dtype} was given; convert it")
+        raise ValueError(
+            f"column {name!r} is declared {column.dtype}, but {tensor.dtype} was given; convert it"
+        )
     tensor = tensor.detach().to(device="cpu", dtype=wanted)
-    return tensor.contiguous().view(torch.int16).numpy() if wanted is torch.bfloat16 else tensor.contiguous().numpy()
+    return (
+        tensor.contiguous().view(torch.int16).numpy()
+        if wanted is torch.bfloat16
+        else tensor.contiguous().numpy()
+    )
 
 
 def _to_tensor(array: np.ndarray, dtype: str) -> Tensor:
     with warnings.catch_warnings():
-        # Ray's shared memory is read-only and torch has no read-only tensors. Nobody writes into a batch's columns in place.
+        # Ray's shared memory is read-only and torch has no read-only tensors. Nobody writes into a batch's
+        # columns in place.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if dtype == BFLOAT16 else tensor

@@ -1,7 +1,7 @@
 """Dataflow: the graph of one algorithm step, as plain data.
 
-Made by hybridflow/tracing.py from a controller's step, checked before anything starts, drawn, and handed to the mapper.
-Knows names only: no tensors, no Ray, no models.
+Made by hybridflow/tracing.py from a controller's step, checked before anything starts, drawn, and handed to
+the mapper. Knows names only: no tensors, no Ray, no models.
 """
 
 from __future__ import annotations
@@ -57,4 +57,6 @@ class Dataflow:
         for call in self.calls:
             if call.name == name:
                 return call
-        raise ValueError(f"dataflow: no call named {name!r}; known: {', '.join(call.name for call in self.calls)}")
+        raise ValueError(
+            f"dataflow: no call named {name!r}; known: {', '.join(call.name for call in self.calls)}"
+        )

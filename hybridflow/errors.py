@@ -1,4 +1,5 @@
-"""The errors that cross a process boundary: each says which role, rank and method, and carries the remote traceback."""
+"""The errors that cross a process boundary: each says which role, rank and method, and carries the remote
+traceback."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Where:
-    """The place of a failure: Where(role="actor", rank=1, method="update_actor", pool="main", node="10.0.0.7", pid=4711)."""
+    """The place of a failure: Where(role="actor", rank=1, method="update_actor", pool="main",
+    node="10.0.0.7", pid=4711)."""
 
     role: str
     rank: int
@@ -21,7 +23,8 @@ class Where:
 
 
 class WorkerError(RuntimeError):
-    """A worker's method raised. `where` says who, `cause` the original message, `remote_traceback` the stack over there."""
+    """A worker's method raised. `where` says who, `cause` the original message, `remote_traceback` the stack
+    over there."""
 
     def __init__(self, where: Where, cause: str, remote_traceback: str) -> None:
         super().__init__(where, cause, remote_traceback)

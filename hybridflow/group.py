@@ -1,7 +1,7 @@
 """spawn: a worker on every device of a pool, behind a handle that has the worker's own type.
 
-A call on the handle is distributed and collected by the method's protocol and returns at once. A Batch, Metrics or a list
-fills in when it is read; for anything else (a number, a string) the call waits.
+A call on the handle is distributed and collected by the method's protocol and returns at once. A Batch,
+Metrics or a list fills in when it is read; for anything else (a number, a string) the call waits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 import numpy as np
 
-from hybridflow.batch import Batch, Entry, Piece
+from hybridflow.batch import Batch, ColumnEntry, RowRange
 from hybridflow.columns import declared
 from hybridflow.pool import ResourcePool
 from hybridflow.protocols import Arguments, Distribution, _as_list
@@ -30,7 +30,9 @@ def spawn(worker_class: type[W], pool: ResourcePool, config: Any, *, role: str =
     critic = spawn(CriticWorker, pool, config, role="critic")
     critic.compute_values(batch)          # checked by mypy as CriticWorker.compute_values
     """
-    return cast(W, Handle(worker_class, pool, config, role or worker_class.__name__.removesuffix("Worker").lower()))
+    return cast(
+        W, Handle(worker_class, pool, config, role or worker_class.__name__.removesuffix("Worker").lower())
+    )
 
 
 class Handle:
@@ -48,15 +50,26 @@ class Handle:
         self._role = role
         self._worker_class = worker_class
         self._methods = remote_methods(worker_class)
-        self._returns_metrics = {name: get_type_hints(getattr(worker_class, name)).get("return") is Metrics for name in self._methods}
+        self._returns_metrics = {
+            name: get_type_hints(getattr(worker_class, name)).get("return") is Metrics
+            for name in self._methods
+        }
         started = time.perf_counter()
         pool.create(role, worker_class, config)
-        LOGGER.info("%s: built on pool %s (%d devices) in %.1f s", role, pool.name, pool.size, time.perf_counter() - started)
+        LOGGER.info(
+            "%s: built on pool %s (%d devices) in %.1f s",
+            role,
+            pool.name,
+            pool.size,
+            time.perf_counter() - started,
+        )
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_") or name not in self._methods:
             known = ", ".join(sorted(self.__dict__.get("_methods", ())))
-            raise AttributeError(f"{self.__dict__.get('_role', 'handle')}: no remote method {name!r}; it has {known}")
+            raise AttributeError(
+                f"{self.__dict__.get('_role', 'handle')}: no remote method {name!r}; it has {known}"
+            )
         declaration = self._methods[name]
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -99,25 +112,36 @@ class Handle:
         """The columns that the method declares, in a form that may be sent."""
         missing = [name for name in declaration.reads if name not in batch]
         if missing:
-            raise ValueError(f"{self._role}.{method} reads {missing}, which the batch lacks; it has {', '.join(batch.columns) or 'none'}")
+            raise ValueError(
+                f"{self._role}.{method} reads {missing}, which the batch lacks; it has {', '.join(batch.columns) or 'none'}"
+            )
         split = declaration.split
-        used = (*declaration.optional, *(name for name in (split.balance, split.within, split.together) if name))
+        used = (
+            *declaration.optional,
+            *(name for name in (split.balance, split.within, split.together) if name),
+        )
         wanted = dict.fromkeys((*declaration.reads, *(name for name in used if name in batch)))
         return self._pool.prepare(batch.select(*wanted))
 
     def _collect_batches(
-        self, declaration: Remote, calls: Sequence[tuple[int, Any, list[Any]]], rows: Sequence[np.ndarray] | None
+        self,
+        declaration: Remote,
+        calls: Sequence[tuple[int, Any, list[Any]]],
+        rows: Sequence[np.ndarray] | None,
     ) -> Batch:
         if rows is None:
-            # The protocol says nothing of rows (a user's own, ONE_TO_ALL): only the replies tell how many there are.
-            counts = [reply.num_rows or 0 for reply in self._pool.read_replies([reply for _, reply, _ in calls])]
+            # The protocol says nothing of rows (a user's own, ONE_TO_ALL): only the replies tell how many
+            # there are.
+            counts = [
+                reply.num_rows or 0 for reply in self._pool.read_replies([reply for _, reply, _ in calls])
+            ]
         else:
             counts = [len(rows[rank]) for rank, _, _ in calls]
         results = []
         for (rank, _, columns), count in zip(calls, counts, strict=True):
             everything = np.arange(count)
             entries = {
-                name: Entry(declared(name), (Piece(ref, count, self._pool.node(rank)),), everything)
+                name: ColumnEntry(declared(name), (RowRange(ref, count, self._pool.node(rank)),), everything)
                 for name, ref in zip(declaration.writes, columns, strict=True)
             }
             results.append(Batch(entries, count))

@@ -1,6 +1,8 @@
-"""Host: the process of one device. All roles of its pool live in it as plain objects and run one call at a time.
+"""Host: the process of one device. All roles of its pool live in it as plain objects and run one call at a
+time.
 
-It knows roles only as objects with methods. Leaves out how calls are distributed (group.py) and where the process runs (pool.py).
+It knows roles only as objects with methods. Leaves out how calls are distributed (group.py) and where the
+process runs (pool.py).
 """
 
 from __future__ import annotations
@@ -100,7 +102,8 @@ class Host:
     def call(self, arguments: Arguments = NO_ARGUMENTS, keep: bool = True) -> Any:
         """Runs the role's method that this task is named after.
 
-        Returns a Reply (packed), followed by a block for each column that the method writes (None where keep is false).
+        Returns a Reply (packed), followed by a block for each column that the method writes (None where keep
+        is false).
         """
         # Ray shows tasks by this name, and a call without arguments costs a third less than one with any.
         role, _, method = _task_name().rpartition(".")
@@ -113,7 +116,9 @@ class Host:
             if not declaration.writes:
                 return Reply(started=started, finished=time.time(), result=result if keep else None).packed()
             if not keep:
-                return Reply(started=started, finished=time.time()).packed(), *([None] * len(declaration.writes))
+                return Reply(started=started, finished=time.time()).packed(), *(
+                    [None] * len(declaration.writes)
+                )
             blocks = _written_blocks(result, declaration.writes, local)
             return Reply(started=started, finished=time.time(), num_rows=len(result)).packed(), *blocks
 
@@ -129,10 +134,14 @@ class Host:
 def _written_blocks(result: Any, writes: Sequence[str], arguments: Arguments) -> list[Block]:
     if not isinstance(result, Batch) or set(result.columns) != set(writes):
         have = sorted(result.columns) if isinstance(result, Batch) else type(result).__name__
-        raise ValueError(f"the method declares writes={list(writes)} but returned {have}; return Batch.of with these columns")
+        raise ValueError(
+            f"the method declares writes={list(writes)} but returned {have}; return Batch.of with these columns"
+        )
     given = {len(batch) for batch in arguments.batches()}
     if given and len(result) not in given:
-        raise ValueError(f"the method got {max(given)} rows and returned {len(result)}; it must return one row for each, in order")
+        raise ValueError(
+            f"the method got {max(given)} rows and returned {len(result)}; it must return one row for each, in order"
+        )
     return result.blocks(writes)
 
 
@@ -143,10 +152,13 @@ def _task_name() -> str:
 
 
 class _named_failure:
-    """The process boundary: an exception leaves with role, rank, method and traceback. One that another call raised passes as it is."""
+    """The process boundary: an exception leaves with role, rank, method and traceback. One that another call
+    raised passes as it is."""
 
     def __init__(self, context: RankContext, role: str, method: str) -> None:
-        self.where = Where(role=role, rank=context.rank, method=method, pool=context.pool, node=context.node, pid=os.getpid())
+        self.where = Where(
+            role=role, rank=context.rank, method=method, pool=context.pool, node=context.node, pid=os.getpid()
+        )
 
     def __enter__(self) -> None:
         return None
@@ -159,12 +171,16 @@ class _named_failure:
             raise upstream
         cause = f"{type(error).__name__}: {error}"
         remote_traceback = "".join(traceback.format_exception(error))
-        raise (WorkerValueError if isinstance(error, ValueError) else WorkerError)(self.where, cause, remote_traceback) from None
+        raise (WorkerValueError if isinstance(error, ValueError) else WorkerError)(
+            self.where, cause, remote_traceback
+        ) from None
 
 
 def _write_stacks_on_signal() -> IO[str]:
     """SIGUSR1 writes every thread's stack to a file, also while the process is stuck in native code."""
-    file = tempfile.NamedTemporaryFile("w", prefix=f"hybridflow-stacks-{os.getpid()}-", suffix=".txt", delete=False)  # noqa: SIM115
+    file = tempfile.NamedTemporaryFile(
+        "w", prefix=f"hybridflow-stacks-{os.getpid()}-", suffix=".txt", delete=False
+    )
     faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
     return file
 

@@ -1,7 +1,8 @@
-"""ResourcePool: n devices of the cluster with one host process each, and one torch.distributed world over them.
+"""ResourcePool: n devices of the cluster with one host process each, and one torch.distributed world over
+them.
 
-RayPool takes the devices from Ray (a placement group packed by node); LocalPool is this very process, world size 1, so that
-breakpoints work. Roles enter a pool through spawn (group.py).
+RayPool takes the devices from Ray (a placement group packed by node); LocalPool is this very process, world
+size 1, so that breakpoints work. Roles enter a pool through spawn (group.py).
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from hybridflow.waiting import CALLS, CallRecord, Pending, Reply
 from hybridflow.worker import Worker
 
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""glibc's allocator in CPU hosts: a freed tensor's memory stays in the process for the next one. By default every tensor over 32 MiB is
-mapped anew and its pages are cleared by the kernel, which doubles the time of elementwise operations."""
+"""glibc's allocator in CPU hosts: a freed tensor's memory stays in the process for the next one. By default
+every tensor over 32 MiB is mapped anew and its pages are cleared by the kernel, which doubles the time of
+elementwise operations."""
 
 
-A_LITTLE = 0.001
-"""Of a resource that marks nodes and is not used up: Ray gives every node 1 of its accelerator type, whatever its number of devices."""
+NODE_MARK_AMOUNT = 0.001
+"""Of a resource that marks nodes and is not used up: Ray gives every node 1 of its accelerator type, whatever
+its number of devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class PoolSpec:
     device: str = "cpu"
     """"cpu" (a device is a CPU slot) or "cuda" (a device is a GPU)."""
     node_resource: str = ""
-    """Only on nodes that have this Ray resource: `accelerator_type:H100`, or one that you gave your nodes. Empty: on any node."""
+    """Only on nodes that have this Ray resource: `accelerator_type:H100`, or one that you gave your nodes.
+    Empty: on any node."""
     cpus_per_device: float = 1.0
     threads_per_device: int = 0
     """CPU threads of a host; 0: the node's cores shared among its hosts."""
@@ -76,7 +80,8 @@ class ResourcePool(ABC):
     def submit(
         self, role: str, method: str, arguments: Sequence[Arguments], keep: Sequence[bool], num_columns: int
     ) -> list[tuple[Any, list[Any]]]:
-        """Starts the method on every rank; per rank a reference to its Reply and one for each column it writes."""
+        """Starts the method on every rank; per rank a reference to its Reply and one for each column it
+        writes."""
 
     @abstractmethod
     def read_replies(self, replies: Sequence[Any]) -> list[Reply]:
@@ -105,7 +110,9 @@ class LocalPool(ResourcePool):
 
     def __init__(self, spec: PoolSpec) -> None:
         if spec.num_devices != 1:
-            raise ValueError(f"pool {spec.name!r}: num_devices={spec.num_devices} with runtime=local; set num_devices=1 or runtime=ray")
+            raise ValueError(
+                f"pool {spec.name!r}: num_devices={spec.num_devices} with runtime=local; set num_devices=1 or runtime=ray"
+            )
         self.spec = spec
         device = "cuda:0" if spec.device == "cuda" else "cpu"
         threads = spec.threads_per_device or (os.cpu_count() or 1)
@@ -125,8 +132,12 @@ class LocalPool(ResourcePool):
         # The RPC layer's one lookup by name.
         result = getattr(self.workers[role], method)(*local.args, **local.kwargs)
         num_rows = len(result) if num_columns else None
-        reply = Reply(started=started, finished=time.time(), num_rows=num_rows, result=None if num_columns else result)
-        CALLS.records.append(CallRecord(role=role, method=method, pool=self.name, started=started, finished=reply.finished))
+        reply = Reply(
+            started=started, finished=time.time(), num_rows=num_rows, result=None if num_columns else result
+        )
+        CALLS.records.append(
+            CallRecord(role=role, method=method, pool=self.name, started=started, finished=reply.finished)
+        )
         return [(reply, [Held(block) for block in result.blocks(result.columns)] if num_columns else [])]
 
     def read_replies(self, replies: Sequence[Any]) -> list[Reply]:
@@ -155,7 +166,9 @@ def _join_world_of_one(context: RankContext, timeout_s: float) -> None:
     torch.set_num_threads(context.num_threads)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if context.device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s)
+        )
 
 
 class RayPool(ResourcePool):
@@ -175,12 +188,16 @@ class RayPool(ResourcePool):
     def _start(self) -> None:
         nodes = self._reserve()
         contexts = self._contexts(nodes)
-        self._actors = [self._start_host(context, node) for context, node in zip(contexts, nodes, strict=True)]
+        self._actors = [
+            self._start_host(context, node) for context, node in zip(contexts, nodes, strict=True)
+        ]
         self.hosts: list[HostInfo] = waiting.get([actor.info.remote() for actor in self._actors])
         one_node = len({host.node_id for host in self.hosts}) == 1
         port = waiting.get([self._actors[0].free_port.remote()])[0]
         master = "127.0.0.1" if one_node else self.hosts[0].address
-        waiting.get([actor.join.remote(master, port, self.spec.collective_timeout_s) for actor in self._actors])
+        waiting.get(
+            [actor.join.remote(master, port, self.spec.collective_timeout_s) for actor in self._actors]
+        )
 
     def _reserve(self) -> list[str]:
         """Reserves the devices; returns the node of every rank, neighbours in rank order on one node."""
@@ -191,7 +208,7 @@ class RayPool(ResourcePool):
         if self.spec.device == "cuda":
             bundle["GPU"] = 1
         if self.spec.node_resource:
-            bundle[self.spec.node_resource] = A_LITTLE
+            bundle[self.spec.node_resource] = NODE_MARK_AMOUNT
         self._group = placement_group([bundle] * self.size, strategy="PACK", name=f"hybridflow/{self.name}")
         if not self._group.wait(self.spec.start_timeout_s):
             raise ValueError(
@@ -210,15 +227,21 @@ class RayPool(ResourcePool):
         contexts = []
         for rank, node in enumerate(nodes):
             on_node = nodes.count(node)
-            # A node's CPU resource may be larger than its cores (embedded clusters oversubscribe), never the threads.
-            cores = min(int(alive[node]["Resources"].get("CPU", 1)), os.cpu_count() or 1) if len(alive) == 1 else 0
+            # A node's CPU resource may be larger than its cores (embedded clusters oversubscribe), never the
+            # threads.
+            cores = (
+                min(int(alive[node]["Resources"].get("CPU", 1)), os.cpu_count() or 1)
+                if len(alive) == 1
+                else 0
+            )
             cores = cores or int(alive[node]["Resources"].get("CPU", 1))
             contexts.append(
                 RankContext(
                     pool=self.name,
                     rank=rank,
                     world_size=self.size,
-                    # Ray shows each host its own GPU only, as device 0; CPU hosts are told apart by their place on the node.
+                    # Ray shows each host its own GPU only, as device 0; CPU hosts are told apart by their
+                    # place on the node.
                     local_rank=0 if self.spec.device == "cuda" else nodes[:rank].count(node),
                     device="cuda:0" if self.spec.device == "cuda" else "cpu",
                     node=alive[node]["NodeManagerAddress"],
@@ -231,7 +254,9 @@ class RayPool(ResourcePool):
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=self._bundles[context.rank])
+        strategy = PlacementGroupSchedulingStrategy(
+            self._group, placement_group_bundle_index=self._bundles[context.rank]
+        )
         env = {"OMP_NUM_THREADS": str(context.num_threads), "TOKENIZERS_PARALLELISM": "false"}
         # torch's native code warns of what nobody can change (a binding to NUMA nodes, once per process).
         env["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -258,7 +283,9 @@ class RayPool(ResourcePool):
     ) -> list[tuple[Any, list[Any]]]:
         self._check_usable()
         calls: list[tuple[Any, list[Any]]] = []
-        for start, own, kept in zip(self._callers(f"{role}.{method}", num_columns), arguments, keep, strict=True):
+        for start, own, kept in zip(
+            self._callers(f"{role}.{method}", num_columns), arguments, keep, strict=True
+        ):
             # Ray serialises every argument by itself; none is sent that the host knows.
             given: tuple[Any, ...] = (own, kept) if not kept else (own,) if own.args or own.kwargs else ()
             refs = start.remote(*given)
@@ -267,9 +294,12 @@ class RayPool(ResourcePool):
         return calls
 
     def _callers(self, name: str, num_columns: int) -> list[Any]:
-        """Each host's `call` under that name with a reply and that many columns; Ray takes long to make one, so they are kept."""
+        """Each host's `call` under that name with a reply and that many columns; Ray takes long to make one,
+        so they are kept."""
         if (name, num_columns) not in self._kept_callers:
-            self._kept_callers[name, num_columns] = [actor.call.options(num_returns=1 + num_columns, name=name) for actor in self._actors]
+            self._kept_callers[name, num_columns] = [
+                actor.call.options(num_returns=1 + num_columns, name=name) for actor in self._actors
+            ]
         return self._kept_callers[name, num_columns]
 
     def _watch(self, role: str, method: str, replies: Sequence[Any]) -> None:
@@ -308,7 +338,10 @@ class RayPool(ResourcePool):
             task = ray.remote(read_stacks).options(num_cpus=0, scheduling_strategy=strategy)
             asked[host.rank] = task.remote(host.pid, host.stack_file)
         done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=30)
-        return {rank: ray.get(ref) if ref in done else "(its node did not answer within 30 s)" for rank, ref in asked.items()}
+        return {
+            rank: ray.get(ref) if ref in done else "(its node did not answer within 30 s)"
+            for rank, ref in asked.items()
+        }
 
     def kill(self, reason: str) -> None:
         """Ends all hosts at once; later calls say why."""
@@ -323,7 +356,9 @@ class RayPool(ResourcePool):
         import ray
 
         if self._actors and not self.broken and ray.is_initialized():
-            ray.wait([actor.close.remote() for actor in self._actors], num_returns=len(self._actors), timeout=10)
+            ray.wait(
+                [actor.close.remote() for actor in self._actors], num_returns=len(self._actors), timeout=10
+            )
         self.broken = self.broken or "closed"
         self._end_processes()
 

@@ -1,7 +1,9 @@
-"""Transfer protocols: how a call's input is distributed over the ranks of a layout and how its output is collected.
+"""Transfer protocols: how a call's input is distributed over the ranks of a layout and how its output is
+collected.
 
-The paper's six (PAPER.md section 2) and a user's own pair: Protocol(name="mine", distribute=f, collect=g). Nothing is padded and
-no divisibility is asked for: a split gives every data coordinate some rows, possibly none.
+The paper's six (PAPER.md section 2) and a user's own pair: Protocol(name="mine", distribute=f, collect=g).
+Nothing is padded and no divisibility is asked for: a split gives every data coordinate some rows, possibly
+none.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ class Arguments:
         def convert(value: Any) -> Any:
             return change(value) if isinstance(value, Batch) else value
 
-        return Arguments(tuple(convert(value) for value in self.args), {name: convert(value) for name, value in self.kwargs.items()})
+        return Arguments(
+            tuple(convert(value) for value in self.args),
+            {name: convert(value) for name, value in self.kwargs.items()},
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +55,14 @@ class Split:
     """How rows are cut: columns that a method names with @remote(balance=..., within=..., together=...)."""
 
     balance: str | None = None
-    """Column of costs (tokens of a row): parts get about the same sum (Karmarkar-Karp), not the same number of rows."""
+    """Column of costs (tokens of a row): parts get about the same sum (Karmarkar-Karp), not the same number
+    of rows."""
     within: str | None = None
-    """Column of labels (mini-batches): the rows of every label are cut evenly, so that each label is balanced."""
+    """Column of labels (mini-batches): the rows of every label are cut evenly, so that each label is
+    balanced."""
     together: str | None = None
-    """Column of labels (pairs): rows with the same label go to the same part. They must have the same label of `within`."""
+    """Column of labels (pairs): rows with the same label go to the same part. They must have the same label
+    of `within`."""
 
 
 Distribute = Callable[[Layout, Arguments, Split], Distribution]
@@ -75,7 +83,8 @@ class Protocol:
     name: str
     distribute: Distribute
     collect: Collect
-    """Gets the results of the collected ranks, in rank order: values, or Batches of references (rows as that rank returned them)."""
+    """Gets the results of the collected ranks, in rank order: values, or Batches of references (rows as that
+    rank returned them)."""
     collected: Callable[[Layout], Sequence[int]] = lambda layout: range(layout.size)
     """Ranks whose results are kept; the others store nothing."""
     layout: str = "train"
@@ -95,10 +104,15 @@ def _one_each(layout: Layout, arguments: Arguments, split: Split) -> Distributio
     """Every argument is a list with one element per rank."""
     for name, value in [*enumerate(arguments.args), *arguments.kwargs.items()]:
         if len(value) != layout.size:
-            raise ValueError(f"ALL_TO_ALL: argument {name} has {len(value)} elements; give one for each of {layout.size} ranks")
+            raise ValueError(
+                f"ALL_TO_ALL: argument {name} has {len(value)} elements; give one for each of {layout.size} ranks"
+            )
     return Distribution(
         [
-            Arguments(tuple(value[rank] for value in arguments.args), {name: value[rank] for name, value in arguments.kwargs.items()})
+            Arguments(
+                tuple(value[rank] for value in arguments.args),
+                {name: value[rank] for name, value in arguments.kwargs.items()},
+            )
             for rank in range(layout.size)
         ]
     )
@@ -109,7 +123,9 @@ def _split_over(groups: Callable[[Layout], list[tuple[int, ...]]]) -> Distribute
         batches = arguments.batches()
         counts = {len(batch) for batch in batches}
         if len(counts) != 1:
-            raise ValueError(f"a split call needs batches with the same number of rows, got {sorted(counts) or 'no batch'}")
+            raise ValueError(
+                f"a split call needs batches with the same number of rows, got {sorted(counts) or 'no batch'}"
+            )
         members = groups(layout)
         parts = cut_rows(batches[0], len(members), split)
         of_rank: dict[int, tuple[Arguments, np.ndarray]] = {}
@@ -127,12 +143,18 @@ def cut_rows(batch: Batch, num_parts: int, split: Split) -> list[np.ndarray]:
     if num_parts == 1:
         return [np.arange(len(batch))]
     costs = np.asarray(batch[split.balance]) if split.balance in batch.columns else None
-    labels = np.asarray(batch[split.within]) if split.within in batch.columns else np.zeros(len(batch), dtype=np.int64)
+    labels = (
+        np.asarray(batch[split.within])
+        if split.within in batch.columns
+        else np.zeros(len(batch), dtype=np.int64)
+    )
     if split.together not in batch.columns:
         return _cut_units(labels, costs, num_parts)
     _, first, unit = np.unique(np.asarray(batch[split.together]), return_index=True, return_inverse=True)
     if (labels != labels[first][unit]).any():
-        raise ValueError(f"rows with one {split.together} must have one {split.within}; label all rows of a {split.together} alike")
+        raise ValueError(
+            f"rows with one {split.together} must have one {split.within}; label all rows of a {split.together} alike"
+        )
     costs = None if costs is None else np.bincount(unit, weights=costs, minlength=len(first)).astype(np.int64)
     return [np.flatnonzero(np.isin(unit, units)) for units in _cut_units(labels[first], costs, num_parts)]
 
@@ -142,9 +164,14 @@ def _cut_units(labels: np.ndarray, costs: np.ndarray | None, num_parts: int) -> 
     parts: list[list[np.ndarray]] = [[] for _ in range(num_parts)]
     for turn, label in enumerate(np.unique(labels)):
         units = np.flatnonzero(labels == label)
-        cut = np.array_split(units, num_parts) if costs is None else [units[part] for part in balance(costs[units], num_parts)]
+        cut = (
+            np.array_split(units, num_parts)
+            if costs is None
+            else [units[part] for part in balance(costs[units], num_parts)]
+        )
         for part, some in enumerate(cut):
-            # Turning the assignment keeps the parts that are one unit longer from piling up on the first ranks.
+            # Turning the assignment keeps the parts that are one unit longer from piling up on the first
+            # ranks.
             parts[(part + turn) % num_parts].append(some)
     return [np.sort(np.concatenate(some)) if some else np.empty(0, dtype=np.int64) for some in parts]
 
@@ -161,7 +188,11 @@ def _last_stage(layout: Layout) -> list[int]:
 
 def _first_of_stage(layout: Layout) -> list[int]:
     """t = 0, d = 0 of every pipeline stage."""
-    return [rank for rank in range(layout.size) if all(at == 0 for axis, at in layout.coordinates(rank).items() if axis != "pp")]
+    return [
+        rank
+        for rank in range(layout.size)
+        if all(at == 0 for axis, at in layout.coordinates(rank).items() if axis != "pp")
+    ]
 
 
 def _matches(layout: Layout, rank: int, **wanted: int) -> bool:
@@ -174,7 +205,8 @@ def _as_list(layout: Layout, results: Sequence[Any]) -> Any:
 
 
 def _concatenated(layout: Layout, results: Sequence[Any]) -> Any:
-    """Batches and lists are laid end to end; of anything else, which every rank reports alike (metrics), the first stands for all."""
+    """Batches and lists are laid end to end; of anything else, which every rank reports alike (metrics), the
+    first stands for all."""
     if isinstance(results[0], Batch):
         return Batch.concat(results)
     if isinstance(results[0], list):
@@ -184,10 +216,21 @@ def _concatenated(layout: Layout, results: Sequence[Any]) -> Any:
 
 ONE_TO_ALL = Protocol(name="ONE_TO_ALL", distribute=_same_to_all, collect=_as_list)
 ALL_TO_ALL = Protocol(name="ALL_TO_ALL", distribute=_one_each, collect=_as_list)
-THREE_D = Protocol(name="3D_PROTO", distribute=_split_over(data_groups), collect=_concatenated, collected=_last_stage)
-THREE_D_ALL_MICRO_DP = Protocol(
-    name="3D_ALL_MICRO_DP", distribute=_split_over(data_groups), collect=_concatenated, collected=_last_stage, layout="generation"
+THREE_D = Protocol(
+    name="3D_PROTO", distribute=_split_over(data_groups), collect=_concatenated, collected=_last_stage
 )
-THREE_D_PP_ONLY = Protocol(name="3D_PP_ONLY", distribute=_same_to_all, collect=_as_list, collected=_first_of_stage)
+THREE_D_ALL_MICRO_DP = Protocol(
+    name="3D_ALL_MICRO_DP",
+    distribute=_split_over(data_groups),
+    collect=_concatenated,
+    collected=_last_stage,
+    layout="generation",
+)
+THREE_D_PP_ONLY = Protocol(
+    name="3D_PP_ONLY", distribute=_same_to_all, collect=_as_list, collected=_first_of_stage
+)
 DP = Protocol(name="DP_PROTO", distribute=_split_over(_every_rank), collect=_concatenated)
-PROTOCOLS = {protocol.name: protocol for protocol in (ONE_TO_ALL, THREE_D, THREE_D_ALL_MICRO_DP, THREE_D_PP_ONLY, DP, ALL_TO_ALL)}
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (ONE_TO_ALL, THREE_D, THREE_D_ALL_MICRO_DP, THREE_D_PP_ONLY, DP, ALL_TO_ALL)
+}

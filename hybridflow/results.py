@@ -1,4 +1,5 @@
-"""What a call returns besides batches: metrics and lists that fill in when they are read, so that every call returns at once."""
+"""What a call returns besides batches: metrics and lists that fill in when they are read, so that every call
+returns at once."""
 
 from __future__ import annotations
 
@@ -15,7 +16,12 @@ class Metrics(Mapping[str, float]):
     >>> metrics["actor/loss"]                                                # waits
     """
 
-    def __init__(self, values: Mapping[str, float] | None = None, *, sources: Sequence[Callable[[], Mapping[str, float]]] = ()) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, float] | None = None,
+        *,
+        sources: Sequence[Callable[[], Mapping[str, float]]] = (),
+    ) -> None:
         self._values: dict[str, float] = dict(values or {})
         self._sources = list(sources)
 
@@ -26,7 +32,14 @@ class Metrics(Mapping[str, float]):
 
     def renamed(self, old: str, new: str) -> Metrics:
         """The same numbers with another prefix, for two roles of one kind; does not wait."""
-        return Metrics(sources=[lambda: {new + name.removeprefix(old) if name.startswith(old) else name: v for name, v in self.items()}])
+        return Metrics(
+            sources=[
+                lambda: {
+                    new + name.removeprefix(old) if name.startswith(old) else name: v
+                    for name, v in self.items()
+                }
+            ]
+        )
 
     def _read(self) -> dict[str, float]:
         while self._sources:

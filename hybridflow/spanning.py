@@ -1,8 +1,10 @@
-"""A process group over the hosts of two pools: what one pool sends to the other goes from host to host, past the controller.
+"""A process group over the hosts of two pools: what one pool sends to the other goes from host to host, past
+the controller.
 
-Each pool has a torch.distributed world of its own. The spanning group is registered in neither: it is passed to the functions of
-torch.distributed that take a group and knows its own ranks (group.rank(), group.size()). Leaves out who meets whom and when: the
-controller hands round the meeting point, and calls that use the group are started on both sides before either is waited for.
+Each pool has a torch.distributed world of its own. The spanning group is registered in neither: it is passed
+to the functions of torch.distributed that take a group and knows its own ranks (group.rank(), group.size()).
+Leaves out who meets whom and when: the controller hands round the meeting point, and calls that use the group
+are started on both sides before either is waited for.
 """
 
 from __future__ import annotations
@@ -18,32 +20,48 @@ JOIN_TIMEOUT_S = 300.0
 
 
 class MeetingPoint:
-    """The listening end that all ranks of a spanning group find each other at; kept by one of them as long as the group lives.
+    """The listening end that all ranks of a spanning group find each other at; kept by one of them as long as
+    the group lives.
 
     point = MeetingPoint("10.0.0.7", size=6)
     group = join(point.address, rank=0, size=6, host="10.0.0.7", device="cpu", timeout_s=600.0, point=point)
     """
 
     def __init__(self, host: str, *, size: int) -> None:
-        self.store = dist.TCPStore(host, 0, size, is_master=True, timeout=timedelta(seconds=JOIN_TIMEOUT_S), wait_for_workers=False)
+        self.store = dist.TCPStore(
+            host, 0, size, is_master=True, timeout=timedelta(seconds=JOIN_TIMEOUT_S), wait_for_workers=False
+        )
         self.address = f"{host}:{self.store.port}"
 
 
 def join(
-    address: str, *, rank: int, size: int, host: str, device: str, timeout_s: float, point: MeetingPoint | None = None
+    address: str,
+    *,
+    rank: int,
+    size: int,
+    host: str,
+    device: str,
+    timeout_s: float,
+    point: MeetingPoint | None = None,
 ) -> dist.ProcessGroup:
     """The group of all `size` ranks that join at `address`; collective over them.
 
-    `host` is this machine's address as the others can reach it (127.0.0.1 where all are on one machine). Tensors in host memory travel
-    over gloo, those of a cuda device over NCCL. An operation of the group fails after `timeout_s`, joining after JOIN_TIMEOUT_S.
+    `host` is this machine's address as the others can reach it (127.0.0.1 where all are on one machine).
+    Tensors in host memory travel over gloo, those of a cuda device over NCCL. An operation of the group fails
+    after `timeout_s`, joining after JOIN_TIMEOUT_S.
     """
     timeout, joining = timedelta(seconds=timeout_s), timedelta(seconds=JOIN_TIMEOUT_S)
     name, _, port = address.rpartition(":")
-    store = point.store if point is not None else dist.TCPStore(name, int(port), size, is_master=False, timeout=joining)
+    store = (
+        point.store
+        if point is not None
+        else dist.TCPStore(name, int(port), size, is_master=False, timeout=joining)
+    )
     kinds = dist.ProcessGroup.BackendType
     group = dist.ProcessGroup(store, rank, size)
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    # A pool's own world may be bound to the loopback interface; this group is bound to where the other pool can reach it.
+    # A pool's own world may be bound to the loopback interface; this group is bound to where the other pool
+    # can reach it.
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = timeout
     gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo/", store), rank, size, options)

@@ -1,7 +1,7 @@
 """Where blocks live: in this process (Held) or in Ray's object store (an ObjectRef), behind one fetch.
 
-fetch() is the only place that waits for data. On the controller the wait also watches every pending call (hybridflow/waiting.py),
-so that a dead or stuck producer ends in an error and never in silence.
+fetch() is the only place that waits for data. On the controller the wait also watches every pending call
+(hybridflow/waiting.py), so that a dead or stuck producer ends in an error and never in silence.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Held:
 
 
 class Abstract(Held):
-    """Stands for a block that does not exist (an algorithm that is traced): it knows which call would write it."""
+    """Stands for a block that does not exist (an algorithm that is traced): it knows which call would write
+    it."""
 
     __slots__ = ("writer",)
 
@@ -55,7 +56,8 @@ def fetch(refs: Sequence[Ref]) -> list[Block]:
 def fetch_rows(requests: Sequence[tuple[Ref, np.ndarray, str | None]], here: str | None) -> list[Block]:
     """For each (reference, rows, node) the rows of that block.
 
-    A block of this node is mapped, not copied. Of a block on another node only the rows travel: a task there cuts them out.
+    A block of this node is mapped, not copied. Of a block on another node only the rows travel: a task there
+    cuts them out.
     """
     far: dict[tuple[str, bytes], list[int]] = {}
     for position, (ref, rows, node) in enumerate(requests):
@@ -69,7 +71,10 @@ def fetch_rows(requests: Sequence[tuple[Ref, np.ndarray, str | None]], here: str
             wanted[position] = ref
             cut.add(position)
     blocks = fetch(wanted)
-    return [block if position in cut else block.rows(requests[position][1]) for position, block in enumerate(blocks)]
+    return [
+        block if position in cut else block.rows(requests[position][1])
+        for position, block in enumerate(blocks)
+    ]
 
 
 def _cut_at(node: str, refs: list[Ref], rows: np.ndarray) -> list[Ref]:

@@ -1,8 +1,9 @@
 """Tracing: an algorithm's step, run on abstract batches, gives the dataflow graph.
 
-The same step code runs; only the roles are stand-ins that record. A column that nobody writes, one that is written twice and a
-reader before its writer are reported here, before any process starts. Leaves out data-dependent control flow: a step that looks
-at numbers to decide what to call next puts that decision into a function marked @on_controller.
+The same step code runs; only the roles are stand-ins that record. A column that nobody writes, one that is
+written twice and a reader before its writer are reported here, before any process starts. Leaves out
+data-dependent control flow: a step that looks at numbers to decide what to call next puts that decision into
+a function marked @on_controller.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, ParamSpec, cast, get_type_hints
 
 import numpy as np
 
-from hybridflow.batch import Batch, Entry, Piece
+from hybridflow.batch import Batch, ColumnEntry, RowRange
 from hybridflow.columns import declared
 from hybridflow.dataflow import Call, CallKind, Dataflow
 from hybridflow.results import Metrics
@@ -36,14 +37,30 @@ class Recorder:
     last_training: dict[str, str] = field(default_factory=dict)
     """Role -> its last call that changed weights: later calls of the role depend on it."""
 
-    def record(self, role: str, method: str, kind: CallKind, reads: Sequence[str], writes: Sequence[str], batches: Sequence[Batch]) -> str:
+    def record(
+        self,
+        role: str,
+        method: str,
+        kind: CallKind,
+        reads: Sequence[str],
+        writes: Sequence[str],
+        batches: Sequence[Batch],
+    ) -> str:
         seen = sum(call.role == role and call.method == method for call in self.calls)
         name = f"{role}.{method}" + (f"#{seen + 1}" if seen else "")
         writers = dict.fromkeys(writer for batch in batches for writer in _writers(batch, reads))
         if role in self.last_training:
             writers[self.last_training[role]] = None
         self.calls.append(
-            Call(name=name, role=role, method=method, kind=kind, reads=tuple(reads), writes=tuple(writes), depends_on=tuple(writers))
+            Call(
+                name=name,
+                role=role,
+                method=method,
+                kind=kind,
+                reads=tuple(reads),
+                writes=tuple(writes),
+                depends_on=tuple(writers),
+            )
         )
         if kind is CallKind.training:
             self.last_training[role] = name
@@ -64,11 +81,15 @@ class Traced:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_") or name not in self._methods:
-            raise AttributeError(f"{self._role}: no remote method {name!r}; it has {', '.join(sorted(self._methods))}")
+            raise AttributeError(
+                f"{self._role}: no remote method {name!r}; it has {', '.join(sorted(self._methods))}"
+            )
         declaration = self._methods[name]
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self._record(name, declaration, [value for value in (*args, *kwargs.values()) if isinstance(value, Batch)])
+            return self._record(
+                name, declaration, [value for value in (*args, *kwargs.values()) if isinstance(value, Batch)]
+            )
 
         return call
 
@@ -84,15 +105,20 @@ class Traced:
 
 
 def on_controller(
-    *, reads: Sequence[str] = (), optional: Sequence[str] = (), writes: Sequence[str] = (), chooses_rows: bool = False
+    *,
+    reads: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    writes: Sequence[str] = (),
+    chooses_rows: bool = False,
 ) -> Callable[[Callable[P, Batch]], Callable[P, Batch]]:
-    """Marks a function of the controller that reads columns and returns a Batch of new ones (numbers only, no model).
+    """Marks a function of the controller that reads columns and returns a Batch of new ones (numbers only, no
+    model).
 
     @on_controller(reads=("rewards",), writes=("advantages",))
     def compute_advantages(batch: Batch, config: PPOConfig) -> Batch: ...
 
-    chooses_rows: the function returns rows of its first batch with all their columns, and those that it writes. How many rows
-    there are may depend on numbers; tracing goes on with as many as there were.
+    chooses_rows: the function returns rows of its first batch with all their columns, and those that it
+    writes. How many rows there are may depend on numbers; tracing goes on with as many as there were.
 
     @on_controller(reads=("uid", "rewards"), chooses_rows=True)
     def best_of_each_prompt(batch: Batch) -> Batch: ...
@@ -109,7 +135,9 @@ def on_controller(
             if recorder is None:
                 return function(*args, **kwargs)
             present = [column for column in optional if any(column in batch for batch in batches)]
-            name = recorder.record("controller", function.__name__, CallKind.controller, [*reads, *present], writes, batches)
+            name = recorder.record(
+                "controller", function.__name__, CallKind.controller, [*reads, *present], writes, batches
+            )
             written = abstract_batch(writes, name)
             return batches[0] | written if chooses_rows else written
 
@@ -118,8 +146,11 @@ def on_controller(
     return mark
 
 
-def trace(algorithm: str, step: Callable[[Batch], object], inputs: Sequence[str], recorder: Recorder) -> Dataflow:
-    """Runs `step` (of an algorithm built on Traced roles with the same recorder) on an abstract batch of `inputs`."""
+def trace(
+    algorithm: str, step: Callable[[Batch], object], inputs: Sequence[str], recorder: Recorder
+) -> Dataflow:
+    """Runs `step` (of an algorithm built on Traced roles with the same recorder) on an abstract batch of
+    `inputs`."""
     token = _RECORDER.set(recorder)
     try:
         step(abstract_batch(inputs, "prompts"))
@@ -137,13 +168,18 @@ def traced_roles(roles: Mapping[str, type[Worker]]) -> tuple[dict[str, Any], Rec
 def abstract_batch(names: Sequence[str], writer: str) -> Batch:
     """A batch of columns that have a writer and no data."""
     everything = np.arange(NUM_ROWS)
-    pieces = (Piece(Abstract(writer), NUM_ROWS),)
-    return Batch({name: Entry(declared(name), pieces, everything) for name in names}, NUM_ROWS)
+    pieces = (RowRange(Abstract(writer), NUM_ROWS),)
+    return Batch({name: ColumnEntry(declared(name), pieces, everything) for name in names}, NUM_ROWS)
 
 
 def _writers(batch: Batch, names: Sequence[str]) -> list[str]:
     entries = [batch._entries[name] for name in names if name in batch]
-    writers = [cast(Abstract, piece.ref).writer for entry in entries for piece in entry.pieces if isinstance(piece.ref, Abstract)]
+    writers = [
+        cast(Abstract, piece.ref).writer
+        for entry in entries
+        for piece in entry.pieces
+        if isinstance(piece.ref, Abstract)
+    ]
     return [writer for writer in dict.fromkeys(writers) if writer != "prompts"]
 
 
@@ -158,7 +194,7 @@ def _check_reads(reader: str, reads: Sequence[str], batches: Sequence[Batch]) ->
             )
 
 
-def draw(dataflow: Dataflow) -> str:
+def to_mermaid(dataflow: Dataflow) -> str:
     """The graph as Mermaid text (GitHub and most editors draw it)."""
     shapes = {
         CallKind.generation: '(["{}"])',
@@ -170,7 +206,10 @@ def draw(dataflow: Dataflow) -> str:
     lines = ["flowchart LR", f'  prompts[/"prompts: {", ".join(dataflow.inputs)}"/]']
     for call in dataflow.calls:
         lines.append(f"  {ids[call.name]}{shapes[call.kind].format(call.name)}")
-        sources = {name: [column for column in dataflow.call(name).writes if column in call.reads] for name in call.depends_on}
+        sources = {
+            name: [column for column in dataflow.call(name).writes if column in call.reads]
+            for name in call.depends_on
+        }
         for source, columns in sources.items():
             label = f"|{', '.join(columns)}|" if columns else "|weights|"
             lines.append(f"  {ids[source]} -->{label} {ids[call.name]}")

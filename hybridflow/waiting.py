@@ -1,8 +1,9 @@
 """Waiting: every wait of the controller watches all pending calls.
 
-A failed call raises as soon as it is known, even if its result is not the one being read; a dead process is named; and when no
-call finishes for `timeout_s`, the wait ends in a report of who waits for whom with the stack of every rank. Never in silence.
-In a host process nothing is pending, so a wait there is a plain wait; its controller watches it.
+A failed call raises as soon as it is known, even if its result is not the one being read; a dead process is
+named; and when no call finishes for `timeout_s`, the wait ends in a report of who waits for whom with the
+stack of every rank. Never in silence. In a host process nothing is pending, so a wait there is a plain wait;
+its controller watches it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
 POLL_S = 1.0
 """How often a wait looks at the other pending calls."""
 GRACE_S = 5.0
-"""How long the other ranks of a failed call may take to finish before the pool is taken for stuck and killed."""
+"""How long the other ranks of a failed call may take to finish before the pool is taken for stuck and killed.
+"""
 DEFAULT_TIMEOUT_S = 1800.0
 
 
@@ -81,8 +83,8 @@ class Calls:
     records: list[CallRecord] = field(default_factory=list)
     last_progress: float = field(default_factory=time.monotonic)
     interrupted: bool = False
-    """Ctrl-C came. Python raises it wherever the process happens to be, and inside a callback of native code it is lost; the next
-    wait raises it again."""
+    """Ctrl-C came. Python raises it wherever the process happens to be, and inside a callback of native code
+    it is lost; the next wait raises it again."""
 
     def add(self, call: Pending) -> None:
         if not self.pending:
@@ -123,8 +125,19 @@ class Calls:
                 except RayError as error:
                     self._fail(error)
                 if not waiting:
-                    started, finished = min(reply.started for reply in replies), max(reply.finished for reply in replies)
-                    self.records.append(CallRecord(role=call.role, method=call.method, pool=call.pool, started=started, finished=finished))
+                    started, finished = (
+                        min(reply.started for reply in replies),
+                        max(reply.finished for reply in replies),
+                    )
+                    self.records.append(
+                        CallRecord(
+                            role=call.role,
+                            method=call.method,
+                            pool=call.pool,
+                            started=started,
+                            finished=finished,
+                        )
+                    )
                     self.last_progress = time.monotonic()
                     continue
             still.append(call)
@@ -138,7 +151,9 @@ class Calls:
 
         while self.pending:
             ray.wait([ref for call in self.pending for ref in call.replies], num_returns=1, timeout=0)
-            ray.wait(list(self.pending[-1].replies), num_returns=len(self.pending[-1].replies), timeout=POLL_S)
+            ray.wait(
+                list(self.pending[-1].replies), num_returns=len(self.pending[-1].replies), timeout=POLL_S
+            )
             self.check()
         records, self.records = self.records, []
         return records
@@ -148,7 +163,8 @@ class Calls:
         self.pending = [call for call in self.pending if call.pool != pool]
 
     def _fail(self, error: Exception) -> None:
-        """Raises what the controller should see instead of Ray's error, and stops pools whose ranks can't go on."""
+        """Raises what the controller should see instead of Ray's error, and stops pools whose ranks can't go
+        on."""
         from ray.exceptions import RayActorError, RayTaskError
 
         pending, self.pending = self.pending, []
@@ -176,7 +192,8 @@ CALLS = Calls()
 
 
 def catch_interrupts() -> None:
-    """Ctrl-C ends the run even if its exception gets lost in native code; for the main thread of a program's main."""
+    """Ctrl-C ends the run even if its exception gets lost in native code; for the main thread of a program's
+    main."""
 
     def interrupt(signum: int, frame: object) -> None:
         CALLS.interrupted = True
@@ -207,7 +224,9 @@ def _deaths(pending: Sequence[Pending]) -> str:
             try:
                 ray.get(done)
             except RayActorError as death:
-                lines.append(f"{call.role} rank {rank} died in {call.method} ({call.describe_host(rank)}): {_first_lines(death)}")
+                lines.append(
+                    f"{call.role} rank {rank} died in {call.method} ({call.describe_host(rank)}): {_first_lines(death)}"
+                )
             except RayError:
                 continue  # another rank's failure of another kind; deaths are what is looked for
     return "\n".join(dict.fromkeys(lines))
@@ -216,17 +235,19 @@ def _deaths(pending: Sequence[Pending]) -> str:
 def _first_lines(error: Exception) -> str:
     """Ray's message without its blank and boilerplate lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(line for line in lines if not line.startswith(("class_name", "namespace", "actor_id", "The actor died because")))[
-        :1000
-    ]
+    return "; ".join(
+        line
+        for line in lines
+        if not line.startswith(("class_name", "namespace", "actor_id", "The actor died because"))
+    )[:1000]
 
 
 def _settle(error: WorkerError, pending: Sequence[Pending]) -> str:
-    """Gives the failed rank's peers a grace period. Returns the deaths that came to light; if there are none and peers still wait for
-    the failed rank (in a collective, for ever), their pools are killed.
+    """Gives the failed rank's peers a grace period. Returns the deaths that came to light; if there are none
+    and peers still wait for the failed rank (in a collective, for ever), their pools are killed.
 
-    Peers are the pool's other ranks, and calls of the same method in other pools: pools that work together (on a transfer of weights,
-    say) do so in methods of one name.
+    Peers are the pool's other ranks, and calls of the same method in other pools: pools that work together
+    (on a transfer of weights, say) do so in methods of one name.
     """
     import ray
 
@@ -248,7 +269,9 @@ def _report(pending: Sequence[Pending], timeout_s: float) -> str:
     for call in pending:
         _, waiting = ray.wait(list(call.replies), num_returns=len(call.replies), timeout=0)
         ranks = [rank for rank, reply in enumerate(call.replies) if reply in waiting]
-        lines.append(f"  {call.role}.{call.method} on pool {call.pool}: ranks {ranks} of {len(call.replies)} have not answered")
+        lines.append(
+            f"  {call.role}.{call.method} on pool {call.pool}: ranks {ranks} of {len(call.replies)} have not answered"
+        )
     for call in {call.pool: call for call in pending}.values():
         for rank, stack in call.stacks().items():
             lines += [f"--- pool {call.pool} rank {rank} ({call.describe_host(rank)})", stack.rstrip()]

@@ -1,7 +1,7 @@
 """Worker: the base of every role, and @remote, which says how a method is called from the controller.
 
-A worker is a plain object inside a host process. It may be built and called by hand in a test or under a debugger: @remote adds
-a declaration and changes nothing.
+A worker is a plain object inside a host process. It may be built and called by hand in a test or under a
+debugger: @remote adds a declaration and changes nothing.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def remote(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declares a method callable from the controller.
 
-    reads: columns that the method needs; optional: columns that it also reads where the batch has them; only these reach it.
-    writes: columns of the Batch that it returns, one row for every row it got, in the same order.
-    balance, within, together: see protocols.Split.
+    reads: columns that the method needs; optional: columns that it also reads where the batch has them; only
+    these reach it. writes: columns of the Batch that it returns, one row for every row it got, in the same
+    order. balance, within, together: see protocols.Split.
     """
     for name in (*reads, *optional, *writes):
         declared(name)
@@ -74,7 +74,8 @@ _KNOWN_METHODS: dict[type, dict[str, Remote]] = {}
 
 
 def remote_methods(worker: type) -> dict[str, Remote]:
-    """The declared methods of a class by name, inherited ones included; an override keeps its base's declaration."""
+    """The declared methods of a class by name, inherited ones included; an override keeps its base's
+    declaration."""
     if worker in _KNOWN_METHODS:
         return _KNOWN_METHODS[worker]
     found = _KNOWN_METHODS[worker] = {}

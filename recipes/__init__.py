@@ -1,6 +1,8 @@
-"""Recipes: what to run. A YAML here is a recipe: `python -m recipes.grpo` runs recipes/grpo.yaml with no file of code of its own.
+"""Recipes: what to run. A YAML here is a recipe: `python -m recipes.grpo` runs recipes/grpo.yaml with no file
+of code of its own.
 
-A recipe that needs more than settings (recipes.plan, recipes.quickstart) is a module like any other, and is found first.
+A recipe that needs more than settings (recipes.plan, recipes.quickstart) is a module like any other, and is
+found first.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ HERE = Path(__file__).parent
 
 
 class YamlRecipes:
-    """Python asks it for the modules that no file defines: recipes.NAME is recipes/training.py where there is a recipes/NAME.yaml."""
+    """Python asks it for the modules that no file defines: recipes.NAME is recipes/training.py where there is
+    a recipes/NAME.yaml."""
 
     @staticmethod
-    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         package, _, recipe = name.rpartition(".")
         if package != __name__ or not (HERE / f"{recipe}.yaml").is_file():
             return None

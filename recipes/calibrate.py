@@ -3,9 +3,10 @@
     python -m recipes.calibrate output=calibration       # writes calibration.json, cluster.json and what was measured
     python -m recipes.plan ... calibration=calibration/calibration.json cluster=calibration/cluster.json
 
-Runs the real engines on small random models, in as many processes at once as a pool of this machine has, so that what they
-take from each other is in the numbers; fits what it measured (hybridflow/mapping/fit.py); and ends with a few steps of recipes.ppo,
-on one rank and on all, for what only a whole step shows (recipes/calibration_run.py). Links between machines are not measured.
+Runs the real engines on small random models, in as many processes at once as a pool of this machine has, so
+that what they take from each other is in the numbers; fits what it measured
+(hybridflow/mapping/calibrate/fit.py); and ends with a few steps of recipes.ppo, on one rank and on all, for
+what only a whole step shows (recipes/calibration_run.py). Links between machines are not measured.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ import torch
 import torch.multiprocessing as mp
 from omegaconf import OmegaConf
 
-from hybridflow.mapping.cluster import Cluster, NodeGroup
-from hybridflow.mapping.compare import save_runs
-from hybridflow.mapping.explain import table
-from hybridflow.mapping.fit import Fit, fit, refine
-from hybridflow.mapping.measurements import Measurements
+from hybridflow.mapping.answer.explain import table
+from hybridflow.mapping.calibrate.compare import save_runs
+from hybridflow.mapping.calibrate.fit import Fit, fit, refine
+from hybridflow.mapping.calibrate.measurements import Measurements
+from hybridflow.mapping.question.cluster import Cluster, NodeGroup
 from hybridflow.pool import KEEP_FREED_MEMORY
 from recipes.calibration_rank import Rank
 from recipes.calibration_run import run_steps
-from recipes.placed import engine_space
+from recipes.mapping_settings import engine_space
 from workers.config import Precision
 
 SIZES = {"3M": (4, 192, 512, 4096), "11M": (6, 320, 896, 6144), "32M": (8, 512, 1408, 8192)}
@@ -95,7 +96,8 @@ def calibrate(config: CalibrateConfig) -> Fit:
 
 
 def measure(config: CalibrateConfig) -> Measurements:
-    """Starts the processes and takes the mean over them. Generation is measured on every second model: engines start slowly."""
+    """Starts the processes and takes the mean over them. Generation is measured on every second model:
+    engines start slowly."""
     unknown = sorted(set(config.models) - set(SIZES))
     if unknown:
         raise ValueError(f"models: unknown {unknown}; known: {', '.join(SIZES)}")
@@ -105,9 +107,12 @@ def measure(config: CalibrateConfig) -> Measurements:
         context = mp.get_context("spawn")
         barrier, queue = context.Barrier(config.num_processes), context.SimpleQueue()
         processes = [
-            context.Process(target=_measure_rank, args=(rank, config, directory, barrier, queue)) for rank in range(config.num_processes)
+            context.Process(target=_measure_rank, args=(rank, config, directory, barrier, queue))
+            for rank in range(config.num_processes)
         ]
-        with environment({} if torch.cuda.is_available() else KEEP_FREED_MEMORY):  # glibc reads it when a process starts
+        with environment(
+            {} if torch.cuda.is_available() else KEEP_FREED_MEMORY
+        ):  # glibc reads it when a process starts
             for process in processes:
                 process.start()
         results = [queue.get() for _ in processes]
@@ -148,10 +153,18 @@ def mean_of(results: list[Measurements]) -> Measurements:
         results[0],
         matmul_flops=mean([result.matmul_flops for result in results]),
         memory_bandwidth=mean([result.memory_bandwidth for result in results]),
-        passes=tuple(merged(list(samples)) for samples in zip(*(result.passes for result in results), strict=True)),
-        generations=tuple(merged(list(samples)) for samples in zip(*(result.generations for result in results), strict=True)),
-        collectives=tuple(merged(list(samples)) for samples in zip(*(result.collectives for result in results), strict=True)),
-        syncs=tuple(merged(list(samples)) for samples in zip(*(result.syncs for result in results), strict=True)),
+        passes=tuple(
+            merged(list(samples)) for samples in zip(*(result.passes for result in results), strict=True)
+        ),
+        generations=tuple(
+            merged(list(samples)) for samples in zip(*(result.generations for result in results), strict=True)
+        ),
+        collectives=tuple(
+            merged(list(samples)) for samples in zip(*(result.collectives for result in results), strict=True)
+        ),
+        syncs=tuple(
+            merged(list(samples)) for samples in zip(*(result.syncs for result in results), strict=True)
+        ),
     )
 
 
@@ -170,7 +183,7 @@ def make_model(directory: Path, name: str) -> None:
 
 
 def _measure_rank(rank: int, config: CalibrateConfig, directory: str, barrier: Any, queue: Any) -> None:
-    """Entry point of a process; sends its measurements, or the traceback as text."""
+    """AlgorithmEntry point of a process; sends its measurements, or the traceback as text."""
     import traceback
 
     try:

@@ -16,15 +16,21 @@ import torch
 import torch.distributed as dist
 
 from hybridflow.context import RankContext
-from hybridflow.mapping.measurements import CollectiveSample, GenerationSample, Measurements, PassSample, SyncSample
-from hybridflow.mapping.model import ModelSpec
+from hybridflow.mapping.calibrate.measurements import (
+    CollectiveSample,
+    GenerationSample,
+    Measurements,
+    PassSample,
+    SyncSample,
+)
+from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.resharding import ParameterSpec
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, Outputs, TrainingEngine
 from workers.generation import generation_engine_class
 from workers.generation.config import GenerationConfig, SamplingConfig
-from workers.generation.sink import WeightSink, weight_sink
+from workers.generation.weight_destination import WeightDestination, weight_destination
 from workers.sequences import Sequences
 from workers.weight_sync import WeightSync
 
@@ -35,14 +41,17 @@ PASSES = {False: "forward", True: "training step"}
 
 
 class Rank:
-    """One of the processes that measure at the same time; each is a world of its own except for the collectives."""
+    """One of the processes that measure at the same time; each is a world of its own except for the
+    collectives."""
 
     def __init__(self, rank: int, config: CalibrateConfig, directory: Path, barrier: Any) -> None:
         self.rank, self.config, self.directory, self.barrier = rank, config, directory, barrier
         torch.set_num_threads(config.threads_per_process)
         self.device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.float32 if config.precision is Precision.fp32 else torch.bfloat16
-        self.context = RankContext(role="calibration", local_rank=rank, device=self.device, num_threads=config.threads_per_process)
+        self.context = RankContext(
+            role="calibration", local_rank=rank, device=self.device, num_threads=config.threads_per_process
+        )
 
     def run(self) -> Measurements:
         self._join(self.directory / f"alone{self.rank}", 0, 1)
@@ -88,7 +97,9 @@ class Rank:
         """Per second, of a 2048 x 1024 x 1024 product in the compute precision."""
         left = torch.randn(2048, 1024, device=self.device, dtype=self.dtype)
         right = torch.randn(1024, 1024, device=self.device, dtype=self.dtype)
-        return 2 * 2048 * 1024 * 1024 * 10 / self.fastest("products", lambda: [left @ right for _ in range(10)])
+        return (
+            2 * 2048 * 1024 * 1024 * 10 / self.fastest("products", lambda: [left @ right for _ in range(10)])
+        )
 
     def memory_bandwidth(self) -> float:
         """Bytes per second read and written by a copy of 128 MB."""
@@ -108,7 +119,8 @@ class Rank:
                 sequences = self._sequences(rows, spec.vocab_size)
                 for training in (False, True):
                     seconds = self.fastest(
-                        f"{name} {rows} rows in {micro_batches}: {PASSES[training]}", _one_pass(engine, sequences, training)
+                        f"{name} {rows} rows in {micro_batches}: {PASSES[training]}",
+                        _one_pass(engine, sequences, training),
                     )
                     samples.append(
                         PassSample(
@@ -124,11 +136,14 @@ class Rank:
         return samples
 
     def shared_step(self, name: str) -> PassSample:
-        """A training step of all processes together, as data ranks: what its collectives take inside an engine."""
+        """A training step of all processes together, as data ranks: what its collectives take inside an
+        engine."""
         config, ranks = self.config, self.config.num_processes
         rows, length = max(1, max(config.rows) // ranks), config.prompt + config.response
         spec = ModelSpec.from_directory(self.directory / name)
-        step = _one_pass(self._trainer(name, rows * length), self._sequences(rows, spec.vocab_size), training=True)
+        step = _one_pass(
+            self._trainer(name, rows * length), self._sequences(rows, spec.vocab_size), training=True
+        )
         seconds = self.fastest(f"{name} {rows} rows on each of {ranks}: {PASSES[True]}", step)
         return PassSample(
             model=spec,
@@ -150,11 +165,14 @@ class Rank:
             optimizer=OptimizerConfig(learning_rate=1e-9),
         )
         model = ModelConfig(path=str(self.directory / name))
-        engine: TrainingEngine = cast(Any, engine_class(config.engine))(model=model, config=train, head=Head.lm, context=self.context)
+        engine: TrainingEngine = cast(Any, engine_class(config.engine))(
+            model=model, config=train, head=Head.lm, context=self.context
+        )
         return engine
 
     def generations(self, name: str) -> tuple[list[GenerationSample], SyncSample]:
-        """Generation calls of fixed length, with few and with many sequences at once; and a sync of the weights."""
+        """Generation calls of fixed length, with few and with many sequences at once; and a sync of the
+        weights."""
         config = self.config
         spec = ModelSpec.from_directory(self.directory / name)
         settings = GenerationConfig(
@@ -171,14 +189,20 @@ class Rank:
             sampling = SamplingConfig(max_response_tokens=response, ignore_eos=True)
             prompts = [row.numpy() for row in torch.randint(2, spec.vocab_size, (rows, config.prompt))]
             seeds = torch.arange(rows).numpy()
-            seconds = self.fastest(f"{name} {rows} rows: {response} tokens", partial(engine.generate, prompts, seeds, sampling))
-            samples.append(GenerationSample(model=spec, rows=rows, prompt=config.prompt, response=response, seconds=seconds))
+            seconds = self.fastest(
+                f"{name} {rows} rows: {response} tokens", partial(engine.generate, prompts, seeds, sampling)
+            )
+            samples.append(
+                GenerationSample(
+                    model=spec, rows=rows, prompt=config.prompt, response=response, seconds=seconds
+                )
+            )
         trainer = self._trainer(name, config.prompt + config.response)
 
-        def make_sink(parameters: Sequence[ParameterSpec]) -> WeightSink:
-            return weight_sink(config.generation_engine, engine, parameters, self.dtype, self.device)
+        def make_destination(parameters: Sequence[ParameterSpec]) -> WeightDestination:
+            return weight_destination(config.generation_engine, engine, parameters, self.dtype, self.device)
 
-        sync = WeightSync(trainer, engine, make_sink, probe_tolerance=1.0, vocab_size=spec.vocab_size)
+        sync = WeightSync(trainer, engine, make_destination, probe_tolerance=1.0, vocab_size=spec.vocab_size)
         synced = SyncSample(model=spec, seconds=self.fastest(f"{name}: sync", partial(sync.run, 1)))
         engine.close()
         return samples, synced
@@ -187,15 +211,21 @@ class Rank:
         """Between the processes, of float32."""
         each = torch.ones(int(num_bytes / 4 / self.config.num_processes), device=self.device)
         whole = torch.empty(each.numel() * self.config.num_processes, device=self.device)
-        seconds = self.fastest(f"all-gather of {num_bytes:.0g} bytes", lambda: dist.all_gather_into_tensor(whole, each))
+        seconds = self.fastest(
+            f"all-gather of {num_bytes:.0g} bytes", lambda: dist.all_gather_into_tensor(whole, each)
+        )
         return CollectiveSample(num_bytes=whole.nbytes, ranks=self.config.num_processes, seconds=seconds)
 
     def reduce_scatter(self, num_bytes: float) -> CollectiveSample:
         """The same bytes the other way, summed: how gradients come together."""
         each = torch.ones(int(num_bytes / 4 / self.config.num_processes), device=self.device)
         whole = torch.ones(each.numel() * self.config.num_processes, device=self.device)
-        seconds = self.fastest(f"reduce-scatter of {num_bytes:.0g} bytes", lambda: dist.reduce_scatter_tensor(each, whole))
-        return CollectiveSample(num_bytes=whole.nbytes, ranks=self.config.num_processes, seconds=seconds, reduces=True)
+        seconds = self.fastest(
+            f"reduce-scatter of {num_bytes:.0g} bytes", lambda: dist.reduce_scatter_tensor(each, whole)
+        )
+        return CollectiveSample(
+            num_bytes=whole.nbytes, ranks=self.config.num_processes, seconds=seconds, reduces=True
+        )
 
     def _sequences(self, rows: int, vocab: int) -> Sequences:
         length = self.config.prompt + self.config.response

@@ -1,4 +1,5 @@
-"""run_steps: a few steps of recipes.ppo with a small model, predicted and measured: what calibrating the engines alone does not see."""
+"""run_steps: a few steps of recipes.ppo with a small model, predicted and measured: what calibrating the
+engines alone does not see."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_module
 
-from hybridflow.mapping.compare import Run
-from hybridflow.mapping.mapping import Mapping
+from hybridflow.mapping.answer.device_mapping import DeviceMapping
+from hybridflow.mapping.calibrate.compare import Run
 from recipes.config import register
 from recipes.forecast import MAPPING, measured_run
 from recipes.main import to_settings
@@ -56,12 +57,17 @@ def run_steps(calibrated: Path, num_devices: int, num_threads: int, precision: P
             config = to_settings(compose("ppo", overrides))
         outcome = run(config)
         assert outcome is not None
-        return measured_run(f"whole steps on {num_devices}", Mapping.load(Path(config.output_dir) / MAPPING), outcome)
+        return measured_run(
+            f"whole steps on {num_devices}", DeviceMapping.load(Path(config.output_dir) / MAPPING), outcome
+        )
 
 
 def _prepare(directory: Path) -> None:
     tokenizer = make_tokenizer()
     make_model(tokenizer, SHAPE, seed=0).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    lines = (json.dumps({"prompt": f"{number:08d}", "answer": str(number)}) for number in range(NUM_PROMPTS * NUM_STEPS))
+    lines = (
+        json.dumps({"prompt": f"{number:08d}", "answer": str(number)})
+        for number in range(NUM_PROMPTS * NUM_STEPS)
+    )
     (directory / "prompts.jsonl").write_text("\n".join(lines) + "\n")

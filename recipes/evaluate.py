@@ -1,7 +1,8 @@
 """python -m recipes.evaluate model.path=... data.validation=... reward.function=package.module:name
 
-Answers every prompt (greedily, or algorithm.samples_per_prompt times with actor.generation.sampling.greedy=false), scores the answers
-with any reward, and leaves in output_dir: evaluation.json and samples.parquet. Prints a table.
+Answers every prompt (greedily, or algorithm.samples_per_prompt times with
+actor.generation.sampling.greedy=false), scores the answers with any reward, and leaves in output_dir:
+evaluation.json and samples.parquet. Prints a table.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from controllers.evaluation import EvaluateConfig, measure
-from recipes.asking import answers, table, write
 from recipes.config import RunConfig
+from recipes.evaluation_run import answers, table, write
 from recipes.main import recipe
 
 
@@ -31,7 +32,9 @@ def evaluate(config: RunConfig) -> dict[str, float] | None:
     numbers = dict(measure(batches, settings))
     output = Path(config.output_dir)
     write(tables, output / "samples.parquet")
-    (output / "evaluation.json").write_text(json.dumps({"model": config.model.path, "data": config.data.train, **numbers}, indent=1) + "\n")
+    (output / "evaluation.json").write_text(
+        json.dumps({"model": config.model.path, "data": config.data.train, **numbers}, indent=1) + "\n"
+    )
     show(numbers, output)
     return numbers
 

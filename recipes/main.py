@@ -36,7 +36,7 @@ def recipe(name: str, run: Callable[[RunConfig], object] = run) -> Callable[[], 
         catch_interrupts()
         with plain_errors():
             settings = to_settings(config)
-            for line in unread(sys.argv[1:], settings):
+            for line in unused_settings(sys.argv[1:], settings):
                 LOGGER.warning(line)
             run(settings)
 
@@ -51,7 +51,8 @@ def recipe(name: str, run: Callable[[RunConfig], object] = run) -> Callable[[], 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """A ValueError is the user's: its message is what they need, the stack is not (HYDRA_FULL_ERROR=1 shows it)."""
+    """A ValueError is the user's: its message is what they need, the stack is not (HYDRA_FULL_ERROR=1 shows
+    it)."""
     try:
         yield
     except ValueError as error:
@@ -79,7 +80,8 @@ def to_settings(config: DictConfig) -> RunConfig:
 
 
 def _missing(value: object, name: str) -> Iterator[str]:
-    """Names of the mandatory values; what only refers to one of them (critic.model.path to model.path) is not listed."""
+    """Names of the mandatory values; what only refers to one of them (critic.model.path to model.path) is not
+    listed."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _missing(inner, f"{name}.{key}" if name else str(key))
@@ -87,7 +89,7 @@ def _missing(value: object, name: str) -> Iterator[str]:
         yield name
 
 
-def unread(arguments: Sequence[str], config: RunConfig) -> Iterator[str]:
+def unused_settings(arguments: Sequence[str], config: RunConfig) -> Iterator[str]:
     """In words: settings of a model that the recipe does not have."""
     used = {"actor" if name == "generator" else name for name in role_names(config)}
     for argument in arguments:
@@ -111,7 +113,8 @@ def check_names(arguments: Sequence[str]) -> None:
 
 
 def join_pools(arguments: Sequence[str]) -> list[str]:
-    """pools.NAME.FIELD=VALUE, which Hydra can't set because NAME is new, as one value: +pools={NAME: {FIELD: VALUE}}.
+    """pools.NAME.FIELD=VALUE, which Hydra can't set because NAME is new, as one value: +pools={NAME: {FIELD:
+    VALUE}}.
 
     >>> join_pools(["pools.a.num_devices=2", "pools.a.roles=[actor]", "seed=1"])
     ['seed=1', '+pools={a: {num_devices: 2, roles: [actor]}}']
@@ -123,14 +126,18 @@ def join_pools(arguments: Sequence[str]) -> list[str]:
             pools.setdefault(found[1], {})[found[2]] = found[3]
         else:
             rest.append(argument)
-    text = ", ".join(f"{name}: {{{', '.join(f'{field}: {value}' for field, value in fields.items())}}}" for name, fields in pools.items())
+    text = ", ".join(
+        f"{name}: {{{', '.join(f'{field}: {value}' for field, value in fields.items())}}}"
+        for name, fields in pools.items()
+    )
     return [*rest, f"+pools={{{text}}}"] if pools else rest
 
 
 def _names() -> list[str]:
     """Every setting's full name, of all algorithms."""
     trees = [OmegaConf.structured(RunConfig)] + [
-        OmegaConf.create({"algorithm": OmegaConf.structured(entry.load_config())}) for entry in ENTRIES.values()
+        OmegaConf.create({"algorithm": OmegaConf.structured(entry.load_config())})
+        for entry in ENTRIES.values()
     ]
     return list(dict.fromkeys(name for tree in trees for name in _paths(OmegaConf.to_container(tree), "")))
 

@@ -1,11 +1,13 @@
-"""Plan a run without starting it: which models share devices, every layout, time and memory per call, and why the rivals lose.
+"""Plan a run without starting it: which models share devices, every layout, time and memory per call, and why
+the rivals lose.
 
     python -m recipes.plan algorithm=ppo model=llama-7b cluster=2x8xA100-80GB
     python -m recipes.plan algorithm=ppo model=llama-13b models.critic=llama-70b models.reward=function cluster=128xH100-80GB
     python -m recipes.plan ... mapping=mine.json        # judge a mapping of your own
     python -m recipes.plan ... --json plan.json         # the answer as plain data ("-" or nothing: to the screen)
 
-Needs no accelerator and starts nothing; the algorithm is any entry of ALGORITHMS, traced. Settings are the fields of PlanConfig.
+Needs no accelerator and starts nothing; the algorithm is any entry of ALGORITHMS, traced. Settings are the
+fields of PlanConfig.
 """
 
 from __future__ import annotations
@@ -21,18 +23,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hybridflow.dataflow import CallKind, Dataflow
-from hybridflow.mapping.auto import mapping_of, shortage
-from hybridflow.mapping.calibration import Calibration, usual_constants
-from hybridflow.mapping.cluster import Cluster
-from hybridflow.mapping.explain import describe, rivals
-from hybridflow.mapping.judge import Judgement, judge
-from hybridflow.mapping.mapping import Mapping
-from hybridflow.mapping.model import ModelSpec
-from hybridflow.mapping.search import SearchResult, search
-from hybridflow.mapping.setting import ROLLOUT, Setting, split_generation
-from hybridflow.mapping.space import SearchSpace
-from hybridflow.mapping.workload import Lengths, Workload
-from hybridflow.mapping.zoo import model_spec
+from hybridflow.mapping.answer.auto import mapping_of, shortage
+from hybridflow.mapping.answer.device_mapping import DeviceMapping
+from hybridflow.mapping.answer.explain import mapping_report, rivals
+from hybridflow.mapping.answer.judge import Judgement, judge
+from hybridflow.mapping.question.calibration import Calibration, usual_constants
+from hybridflow.mapping.question.cluster import Cluster
+from hybridflow.mapping.question.model import ModelSpec
+from hybridflow.mapping.question.space import SearchSpace
+from hybridflow.mapping.question.workload import Lengths, Workload
+from hybridflow.mapping.question.zoo import model_spec
+from hybridflow.mapping.search.search import SearchResult, search
+from hybridflow.mapping.search.setting import ROLLOUT, Setting, split_generation
 from recipes.dataflows import dataflow_of, without
 
 FUNCTION, NONE = "function", "none"
@@ -44,7 +46,8 @@ ENGINE_LIMITS: dict[str, dict[str, Any]] = {
     "threed": {"zero_stages": (1,)},
     "deepspeed": {"max_pipeline": 1, "max_tensor": 1, "zero_stages": (1, 2, 3)},
 }
-"""What the engines of workers/engines can do: fsdp keeps (ZeRO-2) or frees (ZeRO-3) gathered weights after the forward pass."""
+"""What the engines of workers/engines can do: fsdp keeps (ZeRO-2) or frees (ZeRO-3) gathered weights after
+the forward pass."""
 
 
 @dataclass(kw_only=True)
@@ -55,8 +58,8 @@ class PlanConfig:
     model: str = "???"
     """Of all roles: a known shape (llama-7b, qwen2.5-7b, mixtral-8x7b, ...) or a Hugging Face directory."""
     models: dict[str, str] = field(default_factory=dict)
-    """Role -> another model, `function` for a Python function that needs no devices, or `none` for a role that the run does without
-    (the reference, where no KL coefficient asks for one)."""
+    """Role -> another model, `function` for a Python function that needs no devices, or `none` for a role
+    that the run does without (the reference, where no KL coefficient asks for one)."""
     cluster: str = "???"
     """NODESxDEVICESxKIND or DEVICESxKIND, joined by +, or a JSON file."""
     num_prompts: int = 1024
@@ -68,20 +71,25 @@ class PlanConfig:
     """Optimizer updates per epoch."""
     epochs: int = 1
     fp32: bool = False
-    """Train and generate in float32 (16 bytes a parameter) in place of bf16 with float32 master weights (18 bytes)."""
+    """Train and generate in float32 (16 bytes a parameter) in place of bf16 with float32 master weights (18
+    bytes)."""
     offload: bool = False
-    """Also try keeping optimizer states (and the parameters of models that are not trained) in host memory between calls."""
+    """Also try keeping optimizer states (and the parameters of models that are not trained) in host memory
+    between calls."""
     shared_generation_weights: bool = True
-    """Generation computes on the training shards where they suffice; false: the engine keeps its own copy (vLLM)."""
+    """Generation computes on the training shards where they suffice; false: the engine keeps its own copy
+    (vLLM)."""
     engine: str = ""
     """Only what this training engine can do (fsdp, threed, deepspeed); empty: every layout."""
     max_running: int = 256
     split_generation: bool = False
     """Also try generation in a pool of its own (role `generation`), with the weights sent over every step."""
     calibration: str = ""
-    """JSON file of recipes.calibrate; the defaults are for A100 nodes, and for CPU processes where the cluster's kind is cpu."""
+    """JSON file of recipes.calibrate; the defaults are for A100 nodes, and for CPU processes where the
+    cluster's kind is cpu."""
     mapping: str = ""
-    """JSON file of a mapping to judge in place of searching; without layouts the best ones for its pools are filled in."""
+    """JSON file of a mapping to judge in place of searching; without layouts the best ones for its pools are
+    filled in."""
     every_placement: bool = True
     """The best plan of every placement for the table; false stops at the proof that a placement loses."""
     timeline: str = ""
@@ -103,15 +111,26 @@ def main() -> None:
 
 
 def usage() -> str:
-    settings = [f"  {entry.name}={'' if entry.default in (MISSING, '???') else entry.default}" for entry in fields(PlanConfig)]
-    return "\n".join([str(__doc__), "Settings with their defaults (what they mean: PlanConfig in recipes/plan.py):", *settings])
+    settings = [
+        f"  {entry.name}={'' if entry.default in (MISSING, '???') else entry.default}"
+        for entry in fields(PlanConfig)
+    ]
+    return "\n".join(
+        [
+            str(__doc__),
+            "Settings with their defaults (what they mean: PlanConfig in recipes/plan.py):",
+            *settings,
+        ]
+    )
 
 
 def to_config(arguments: list[str]) -> PlanConfig:
     """key=value arguments over the defaults; a wrong key or type is a ValueError with its name."""
     for argument in arguments:
         if "=" not in argument:
-            raise ValueError(f"argument {argument!r} is not of the form key=value; keys are the fields of PlanConfig in recipes/plan.py")
+            raise ValueError(
+                f"argument {argument!r} is not of the form key=value; keys are the fields of PlanConfig in recipes/plan.py"
+            )
     try:
         config = OmegaConf.merge(OmegaConf.structured(PlanConfig), OmegaConf.from_dotlist(arguments))
         missing = sorted(OmegaConf.missing_keys(config))
@@ -119,7 +138,9 @@ def to_config(arguments: list[str]) -> PlanConfig:
             raise ValueError(f"not set: {', '.join(missing)}; give each as name=value")
         return cast(PlanConfig, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
-        raise ValueError(str(error).split("\n")[0] + f"; known: {', '.join(PlanConfig.__dataclass_fields__)}") from None
+        raise ValueError(
+            str(error).split("\n")[0] + f"; known: {', '.join(PlanConfig.__dataclass_fields__)}"
+        ) from None
 
 
 def to_setting(config: PlanConfig) -> Setting:
@@ -143,7 +164,9 @@ def to_setting(config: PlanConfig) -> Setting:
             updates=config.updates,
             epochs=config.epochs,
         ),
-        calibration=Calibration.load(Path(config.calibration)) if config.calibration else usual_constants(cluster.groups[0].kind.name),
+        calibration=Calibration.load(Path(config.calibration))
+        if config.calibration
+        else usual_constants(cluster.groups[0].kind.name),
         space=search_space(config),
         weights_from=weights_from,
     )
@@ -151,12 +174,18 @@ def to_setting(config: PlanConfig) -> Setting:
 
 def role_models(config: PlanConfig, dataflow: Dataflow) -> dict[str, ModelSpec | None]:
     """Every role's model; critic, reward and cost get a scalar head."""
-    unknown = sorted(role for role, name in config.models.items() if name != NONE and role not in dataflow.roles)
+    unknown = sorted(
+        role for role, name in config.models.items() if name != NONE and role not in dataflow.roles
+    )
     if unknown:
-        raise ValueError(f"models: {unknown} are no roles of {dataflow.algorithm}; it has {', '.join(dataflow.roles)}")
+        raise ValueError(
+            f"models: {unknown} are no roles of {dataflow.algorithm}; it has {', '.join(dataflow.roles)}"
+        )
     result: dict[str, ModelSpec | None] = {}
     for role in dataflow.roles:
-        name = config.models.get(role, config.models.get("actor", config.model) if role == ROLLOUT else config.model)
+        name = config.models.get(
+            role, config.models.get("actor", config.model) if role == ROLLOUT else config.model
+        )
         kinds = {call.kind for call in dataflow.calls if call.role == role}
         if name == FUNCTION and kinds & {CallKind.training, CallKind.generation}:
             raise ValueError(f"models.{role}=function: {role} trains or generates; give it a model")
@@ -167,7 +196,9 @@ def role_models(config: PlanConfig, dataflow: Dataflow) -> dict[str, ModelSpec |
 
 def search_space(config: PlanConfig) -> SearchSpace:
     if config.engine not in ENGINE_LIMITS:
-        raise ValueError(f"engine is {config.engine!r}; known: {', '.join(filter(None, ENGINE_LIMITS))}, or empty for every layout")
+        raise ValueError(
+            f"engine is {config.engine!r}; known: {', '.join(filter(None, ENGINE_LIMITS))}, or empty for every layout"
+        )
     return SearchSpace(
         **ENGINE_LIMITS[config.engine],
         parameter_bytes=4.0 if config.fp32 else 2.0,
@@ -180,13 +211,13 @@ def search_space(config: PlanConfig) -> SearchSpace:
     )
 
 
-def plan(config: PlanConfig, json_target: str | None = None) -> Mapping:
+def plan(config: PlanConfig, json_target: str | None = None) -> DeviceMapping:
     """Search or judge, print, draw, save; returns the mapping."""
     setting = to_setting(config)
     started = time.perf_counter()
     judgement, result = None, None
     if config.mapping:
-        judgement = judge(setting, Mapping.load(Path(config.mapping)))
+        judgement = judge(setting, DeviceMapping.load(Path(config.mapping)))
         mapping = judgement.mapping
     else:
         result = search(setting, every_placement=config.every_placement)
@@ -197,7 +228,7 @@ def plan(config: PlanConfig, json_target: str | None = None) -> Mapping:
     if json_target != "-":
         print(_text(setting, mapping, judgement, result, seconds))
     if config.timeline:
-        from hybridflow.mapping.timeline import draw_timelines
+        from hybridflow.mapping.answer.timeline import draw_timelines
 
         draw_timelines({"yours" if judgement else "chosen": mapping}, _into(config.timeline))
     if config.save:
@@ -207,8 +238,14 @@ def plan(config: PlanConfig, json_target: str | None = None) -> Mapping:
     return mapping
 
 
-def _text(setting: Setting, mapping: Mapping, judgement: Judgement | None, result: SearchResult | None, seconds: float) -> str:
-    parts = [describe(mapping)]
+def _text(
+    setting: Setting,
+    mapping: DeviceMapping,
+    judgement: Judgement | None,
+    result: SearchResult | None,
+    seconds: float,
+) -> str:
+    parts = [mapping_report(mapping)]
     if judgement is not None:
         parts.append(judgement.report())
     if result is not None:
@@ -217,7 +254,11 @@ def _text(setting: Setting, mapping: Mapping, judgement: Judgement | None, resul
 
 
 def _as_json(
-    setting: Setting, mapping: Mapping, judgement: Judgement | None, result: SearchResult | None, seconds: float
+    setting: Setting,
+    mapping: DeviceMapping,
+    judgement: Judgement | None,
+    result: SearchResult | None,
+    seconds: float,
 ) -> dict[str, Any]:
     content: dict[str, Any] = {"mapping": mapping.to_json(), "seconds": seconds}
     if judgement is not None:

@@ -1,11 +1,13 @@
-"""Plan the actor's weights' way from training to generation without starting anything: the certificate, and who sends what to whom.
+"""Plan the actor's weights' way from training to generation without starting anything: the certificate, and
+who sends what to whom.
 
     python -m recipes.reshard_plan source=2-4-1 target=1-2 model=llama-7b
     python -m recipes.reshard_plan source=8-8-8 target=1-8 model=llama-70b bucket_mb=256 devices_per_node=8
     python -m recipes.reshard_plan source=fsdp-8 target=1-2 model=PATH picture=plan.png
 
-source: p-t-d as the paper writes it, fsdp-N or zero3-N; target: pg-tg (the rest is data parallel). Biases and per-head norms, under
-a thousandth of the bytes, are not in the model's shape; a run prints the certificate of its real parameters.
+source: p-t-d as the paper writes it, fsdp-N or zero3-N; target: pg-tg (the rest is data parallel). Biases and
+per-head norms, under a thousandth of the bytes, are not in the model's shape; a run prints the certificate of
+its real parameters.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hybridflow.layout import AXES, Layout
-from hybridflow.mapping.zoo import model_spec
+from hybridflow.mapping.question.zoo import model_spec
 from hybridflow.resharding import Plan, ShardMap, compile, verify
 from hybridflow.resharding.analytic import ParameterRule, decoder_rules, fsdp, generation, threed, zero3
-from hybridflow.resharding.drawing import draw
+from hybridflow.resharding.drawing import draw_plan
 from hybridflow.resharding.grouping import Grouping, fewest_bytes, vanilla, zero_redundancy
 from hybridflow.resharding.paper import deepspeed_chat, hybridflow, hybridflow_v
 
@@ -63,7 +65,11 @@ def main() -> None:
         print(groups(grouping))
         print(busiest(plan))
         if config.picture:
-            draw(plan, Path(config.picture), f"{config.model}: training {config.source} to generation {config.target} ({config.grouping})")
+            draw_plan(
+                plan,
+                Path(config.picture),
+                f"{config.model}: training {config.source} to generation {config.target} ({config.grouping})",
+            )
             print(f"picture: {config.picture}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,7 +84,9 @@ def to_config(arguments: list[str]) -> ReshardPlanConfig:
             raise ValueError(f"not set: {', '.join(missing)}; give each as name=value")
         return cast(ReshardPlanConfig, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
-        raise ValueError(str(error).split("\n")[0] + f"; known: {', '.join(ReshardPlanConfig.__dataclass_fields__)}") from None
+        raise ValueError(
+            str(error).split("\n")[0] + f"; known: {', '.join(ReshardPlanConfig.__dataclass_fields__)}"
+        ) from None
 
 
 def make_plan(config: ReshardPlanConfig) -> tuple[Plan, Grouping]:
@@ -91,17 +99,23 @@ def make_plan(config: ReshardPlanConfig) -> tuple[Plan, Grouping]:
             raise ValueError("grouping=zero_redundancy needs a source p-t-d; use fewest_bytes")
         grouping = zero_redundancy(layout, tp=tp, pp=pp)
     elif config.grouping == "fewest_bytes":
-        grouping = fewest_bytes(source, generation(rules, vanilla(source.num_ranks, tp=tp, pp=pp)), tp=tp, pp=pp)
+        grouping = fewest_bytes(
+            source, generation(rules, vanilla(source.num_ranks, tp=tp, pp=pp)), tp=tp, pp=pp
+        )
     else:
         raise ValueError(f"grouping={config.grouping}: known are {', '.join(GROUPINGS)}")
     nodes = [rank // config.devices_per_node for rank in range(source.num_ranks)]
-    return compile(source, generation(rules, grouping), bucket_bytes=config.bucket_mb << 20, nodes=nodes), grouping
+    return compile(
+        source, generation(rules, grouping), bucket_bytes=config.bucket_mb << 20, nodes=nodes
+    ), grouping
 
 
 def model_rules(config: ReshardPlanConfig) -> list[ParameterRule]:
     spec = model_spec(config.model)
     if spec.num_experts:
-        raise ValueError(f"model={config.model}: layouts of mixture-of-experts models are not known here; run it and read its certificate")
+        raise ValueError(
+            f"model={config.model}: layouts of mixture-of-experts models are not known here; run it and read its certificate"
+        )
     return decoder_rules(
         num_layers=spec.num_layers,
         hidden=spec.hidden_size,
@@ -139,14 +153,22 @@ def comparison(config: ReshardPlanConfig, plan: Plan) -> str:
     pp, tp, dp = numbers(config.source, 3, "source", "p-t-d")
     generation_pp, generation_tp = numbers(config.target, 2, "target", "pg-tg")
     model = plan.target.num_bytes
-    rows = [("DeepSpeed-Chat", deepspeed_chat(pp=pp, tp=tp, dp=dp)), ("HybridFlow-V", hybridflow_v(pp=pp, tp=tp))]
+    rows = [
+        ("DeepSpeed-Chat", deepspeed_chat(pp=pp, tp=tp, dp=dp)),
+        ("HybridFlow-V", hybridflow_v(pp=pp, tp=tp)),
+    ]
     if tp % generation_tp == 0 and pp % generation_pp == 0:
-        rows.append(("HybridFlow", hybridflow(pp=pp, tp=tp, generation_pp=generation_pp, generation_tp=generation_tp)))
+        rows.append(
+            ("HybridFlow", hybridflow(pp=pp, tp=tp, generation_pp=generation_pp, generation_tp=generation_tp))
+        )
     lines = [
-        f"  {name:<15} receives {float(p.received * model) / 1e9:9.3f} GB, peak {float(p.peak * model) / 1e9:9.3f} GB" for name, p in rows
+        f"  {name:<15} receives {float(p.received * model) / 1e9:9.3f} GB, peak {float(p.peak * model) / 1e9:9.3f} GB"
+        for name, p in rows
     ]
     peak = max(plan.target.bytes_per_rank)
-    lines.append(f"  {'this plan':<15} receives {max(plan.bytes_received) / 1e9:9.3f} GB, peak {peak / 1e9:9.3f} GB")
+    lines.append(
+        f"  {'this plan':<15} receives {max(plan.bytes_received) / 1e9:9.3f} GB, peak {peak / 1e9:9.3f} GB"
+    )
     return "per rank at most, the paper's predictions first:\n" + "\n".join(lines)
 
 
@@ -161,13 +183,23 @@ def busiest(plan: Plan, count: int = 16) -> str:
     remote = plan.remote
     totals: dict[tuple[int, int], int] = {}
     for sender, receiver, size in zip(
-        plan.sender[remote].tolist(), plan.receiver[remote].tolist(), plan.num_bytes[remote].tolist(), strict=True
+        plan.sender[remote].tolist(),
+        plan.receiver[remote].tolist(),
+        plan.num_bytes[remote].tolist(),
+        strict=True,
     ):
         totals[sender, receiver] = totals.get((sender, receiver), 0) + size
     ordered = sorted(totals.items(), key=lambda item: (-item[1], item[0]))
-    lines = [f"  {sender:4} -> {receiver:<4} {size / 1e6:12,.1f} MB" for (sender, receiver), size in ordered[:count]]
+    lines = [
+        f"  {sender:4} -> {receiver:<4} {size / 1e6:12,.1f} MB"
+        for (sender, receiver), size in ordered[:count]
+    ]
     more = [f"  ... and {len(ordered) - count} more pairs"] if len(ordered) > count else []
-    return "\n".join(["who sends to whom:", *lines, *more]) if lines else "nothing is sent: every rank holds what it needs"
+    return (
+        "\n".join(["who sends to whom:", *lines, *more])
+        if lines
+        else "nothing is sent: every rank holds what it needs"
+    )
 
 
 if __name__ == "__main__":

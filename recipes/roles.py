@@ -1,6 +1,7 @@
 """The roles that a run can have, by name: which worker plays each and where its settings stand.
 
-An algorithm's entry (controllers/__init__.py) names the ones that it uses. A new role is a line in ROLES and a field of RunConfig.
+An algorithm's entry (controllers/__init__.py) names the ones that it uses. A new role is a line in ROLES and
+a field of RunConfig.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from controllers import algorithm_entry
 from hybridflow.batch import Batch
-from hybridflow.mapping.setting import ROLLOUT
+from hybridflow.mapping.search.setting import ROLLOUT
 from hybridflow.worker import Worker
 from recipes.config import RunConfig
 from workers.actor import ActorWorker
@@ -19,7 +20,7 @@ from workers.critic import CriticWorker
 from workers.engines.base import Head
 from workers.generator import GeneratorWorker
 from workers.judge import judge_worker
-from workers.learner import LearnerWorker
+from workers.policy import PolicyWorker
 from workers.preference import PreferenceWorker
 from workers.reference import ReferenceWorker
 from workers.reward import cost_worker, reward_worker
@@ -75,9 +76,13 @@ GENERATION = ROLLOUT
 
 ROLES: dict[str, RoleKind] = {
     "actor": RoleKind(settings=lambda config: config.actor, worker=lambda _: ActorWorker, head=Head.lm),
-    GENERATION: RoleKind(settings=lambda config: config.actor, worker=lambda _: GenerationWorker, head=Head.lm),
+    GENERATION: RoleKind(
+        settings=lambda config: config.actor, worker=lambda _: GenerationWorker, head=Head.lm
+    ),
     "critic": RoleKind(settings=lambda config: config.critic, worker=lambda _: CriticWorker, head=Head.value),
-    "cost_critic": RoleKind(settings=lambda config: config.cost_critic, worker=lambda _: CriticWorker, head=Head.value),
+    "cost_critic": RoleKind(
+        settings=lambda config: config.cost_critic, worker=lambda _: CriticWorker, head=Head.value
+    ),
     "reference": RoleKind(
         settings=lambda config: config.reference,
         worker=lambda _: ReferenceWorker,
@@ -90,13 +95,25 @@ ROLES: dict[str, RoleKind] = {
         worker=judge_worker,
         head=Head.lm,
     ),
-    "generator": RoleKind(settings=lambda config: config.actor, worker=lambda _: GeneratorWorker, head=Head.lm),
-    "policy": RoleKind(settings=lambda config: config.policy, worker=lambda _: LearnerWorker, head=Head.lm),
-    "reward_model": RoleKind(settings=lambda config: config.reward_model, worker=lambda _: PreferenceWorker, head=Head.score),
-    "teacher": RoleKind(settings=lambda config: config.teacher, worker=lambda _: ReferenceWorker, head=Head.lm),
-    "reward": RoleKind(settings=lambda config: _with_tokenizer(config, config.reward), worker=reward_worker, head=Head.score),
-    "gold": RoleKind(settings=lambda config: _with_tokenizer(config, config.gold), worker=reward_worker, head=Head.score),
-    "cost": RoleKind(settings=lambda config: _with_tokenizer(config, config.cost), worker=cost_worker, head=Head.score),
+    "generator": RoleKind(
+        settings=lambda config: config.actor, worker=lambda _: GeneratorWorker, head=Head.lm
+    ),
+    "policy": RoleKind(settings=lambda config: config.policy, worker=lambda _: PolicyWorker, head=Head.lm),
+    "reward_model": RoleKind(
+        settings=lambda config: config.reward_model, worker=lambda _: PreferenceWorker, head=Head.score
+    ),
+    "teacher": RoleKind(
+        settings=lambda config: config.teacher, worker=lambda _: ReferenceWorker, head=Head.lm
+    ),
+    "reward": RoleKind(
+        settings=lambda config: _with_tokenizer(config, config.reward), worker=reward_worker, head=Head.score
+    ),
+    "gold": RoleKind(
+        settings=lambda config: _with_tokenizer(config, config.gold), worker=reward_worker, head=Head.score
+    ),
+    "cost": RoleKind(
+        settings=lambda config: _with_tokenizer(config, config.cost), worker=cost_worker, head=Head.score
+    ),
 }
 
 
@@ -105,7 +122,8 @@ SCORERS = ("reward", "gold", "cost")
 
 
 def role_names(config: RunConfig) -> tuple[str, ...]:
-    """The algorithm's roles, and the reward that validation scores with, whether the algorithm reads it or not."""
+    """The algorithm's roles, and the reward that validation scores with, whether the algorithm reads it or
+    not."""
     entry = algorithm_entry(config.algorithm.name)
     if not entry.answers_prompts or not config.data.validation:
         return entry.roles
@@ -117,5 +135,7 @@ def role_names(config: RunConfig) -> tuple[str, ...]:
 def role_kind(name: str) -> RoleKind:
     """An entry that names an unknown role is our bug or an extension's: it lists the known ones."""
     if name not in ROLES:
-        raise ValueError(f"role {name!r} of an algorithm is unknown; known: {', '.join(ROLES)}; add it to recipes/roles.py")
+        raise ValueError(
+            f"role {name!r} of an algorithm is unknown; known: {', '.join(ROLES)}; add it to recipes/roles.py"
+        )
     return ROLES[name]

@@ -1,4 +1,5 @@
-"""The main of every recipe that is a YAML: python -m recipes.NAME model.path=... data.train=... reward.function=package.module:name"""
+"""The main of every recipe that is a YAML: python -m recipes.NAME model.path=... data.train=...
+reward.function=package.module:name"""
 
 from recipes.main import recipe
 

@@ -31,7 +31,11 @@ def test_a_commit_is_the_latest_and_comes_back(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "store")
     assert store.latest() is None and store.best() is None
     checkpoint = save(store, 10, accuracy=0.5, kl=math.inf)
-    assert store.latest() == checkpoint == Checkpoint(path=checkpoint.path, step=10, sequence=1, metrics={"accuracy": 0.5, "kl": math.inf})
+    assert (
+        store.latest()
+        == checkpoint
+        == Checkpoint(path=checkpoint.path, step=10, sequence=1, metrics={"accuracy": 0.5, "kl": math.inf})
+    )
     assert load_metadata(checkpoint.path) == {"step": 10, "ledger": [1, 2, {"a": None}]}
     assert (tmp_path / "store" / "latest").read_text() == "step-00000010\n"
     assert (checkpoint.path / "actor" / "rank1.bin").read_bytes() == random.Random(10).randbytes(1001)
@@ -63,7 +67,10 @@ def test_going_on_from_an_older_checkpoint_makes_the_rewritten_step_the_latest(t
     ("damage", "message"),
     [
         (lambda path: (path / "actor/rank1.bin").write_bytes(b"x" * 1001), r"actor/rank1.bin is corrupt"),
-        (lambda path: (path / "actor/rank1.bin").write_bytes(b"x" * 1000), r"actor/rank1.bin has 1000 bytes instead of 1001"),
+        (
+            lambda path: (path / "actor/rank1.bin").write_bytes(b"x" * 1000),
+            r"actor/rank1.bin has 1000 bytes instead of 1001",
+        ),
         (lambda path: (path / "actor/rank0.bin").unlink(), r"actor/rank0.bin is missing \(1 of 2 files\)"),
         (lambda path: (path / "manifest.json").write_text('{"format'), r"manifest.json is corrupt"),
         (lambda path: (path / "manifest.json").unlink(), r"no complete checkpoint"),
@@ -118,7 +125,9 @@ def test_kill_at_any_moment_leaves_the_latest_loadable(tmp_path: Path) -> None:
     generator = random.Random(0)
     store = CheckpointStore(tmp_path)
     for _ in range(6):
-        process = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         process.stdout.readline()  # it saves from here on
         time.sleep(generator.uniform(0, 0.05))
@@ -176,6 +185,8 @@ print(die_at)
 
 
 def test_death_at_every_single_file_operation_leaves_the_latest_loadable(tmp_path: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", DYING_SAVER, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    run = subprocess.run(
+        [sys.executable, "-c", DYING_SAVER, str(tmp_path)], capture_output=True, text=True, timeout=100
+    )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) > 20  # so many places to die were tried

@@ -1,4 +1,5 @@
-"""Metrics: every sink read back by a reader of its own (json, TensorBoard's and wandb's file readers, Prometheus' parser)."""
+"""Metrics: every sink read back by a reader of its own (json, TensorBoard's and wandb's file readers,
+Prometheus' parser)."""
 
 from __future__ import annotations
 
@@ -28,12 +29,21 @@ def config(**fields: Any) -> MetricsConfig:
 
 def test_config_is_a_structured_config_and_each_sink_is_one_line() -> None:
     schema = OmegaConf.structured(MetricsConfig)
-    merged = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.create("wandb: offline\ntensorboard: true\nconsole_metrics: [a]")))
+    merged = OmegaConf.to_object(
+        OmegaConf.merge(schema, OmegaConf.create("wandb: offline\ntensorboard: true\nconsole_metrics: [a]"))
+    )
     assert merged == MetricsConfig(wandb=WandbMode.offline, tensorboard=True, console_metrics=["a"])
 
 
 def test_jsonl_is_strict_json_and_gives_back_every_number(tmp_path: Path) -> None:
-    values = {"a": 0.1, "nan": math.nan, "up": math.inf, "down": -math.inf, "count": 3, "f32": np.float32(0.5)}
+    values = {
+        "a": 0.1,
+        "nan": math.nan,
+        "up": math.inf,
+        "down": -math.inf,
+        "count": 3,
+        "f32": np.float32(0.5),
+    }
     with Tracker(config(), tmp_path, total_steps=2) as tracker:
         tracker.log(1, values)
         tracker.log(1, {"accuracy": 1.0}, split="validation")
@@ -58,16 +68,24 @@ def test_resuming_drops_what_was_logged_after_the_checkpoint(tmp_path: Path) -> 
         file.write('{"step": 4, "spl')  # the crash came in the middle of a line
     with Tracker(config(), tmp_path, total_steps=4, start_step=2) as tracker:
         tracker.log(3, {"x": 30.0})
-    assert [(row["step"], row["x"]) for row in read_jsonl(tmp_path / "metrics.jsonl")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [(row["step"], row["x"]) for row in read_jsonl(tmp_path / "metrics.jsonl")] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 30.0),
+    ]
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [("loss", "0.1", "loss is a str"), ("step", 1.0, "'step' is taken")])
+@pytest.mark.parametrize(
+    ("name", "value", "message"), [("loss", "0.1", "loss is a str"), ("step", 1.0, "'step' is taken")]
+)
 def test_what_is_not_a_metric_is_refused(tmp_path: Path, name: str, value: Any, message: str) -> None:
     with Tracker(config(), tmp_path, total_steps=1) as tracker, pytest.raises(ValueError, match=message):
         tracker.log(1, {name: value})
 
 
-def test_sinks_that_cannot_work_fail_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sinks_that_cannot_work_fail_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(ValueError, match=r"metrics\.wandb: online, but nobody is logged in"):
@@ -77,7 +95,9 @@ def test_sinks_that_cannot_work_fail_before_the_first_step(tmp_path: Path, monke
         Tracker(config(), tmp_path / "file" / "below", total_steps=1)
 
 
-def test_a_sink_that_breaks_later_is_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_a_sink_that_breaks_later_is_dropped_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     class FullDisk(io.StringIO):
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")
@@ -99,7 +119,10 @@ def test_tensorboard_holds_every_point(tmp_path: Path) -> None:
         tracker.log(1, {"reward/mean": 0.25, "loss": math.nan})
         tracker.log(2, {"reward/mean": 0.5})
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/reward/mean")] == [(1, 0.25), (2, 0.5)]
+    assert [(event.step, event.value) for event in events.Scalars("train/reward/mean")] == [
+        (1, 0.25),
+        (2, 0.5),
+    ]
     assert math.isnan(events.Scalars("train/loss")[0].value)
 
 
@@ -123,7 +146,9 @@ def test_wandb_offline_writes_a_run_that_holds_every_point_and_continues_under_i
     from wandb.proto.wandb_internal_pb2 import Record
 
     for start in (0, 1):
-        with Tracker(config(wandb=WandbMode.offline, run="nightly"), tmp_path, total_steps=2, start_step=start) as tracker:
+        with Tracker(
+            config(wandb=WandbMode.offline, run="nightly"), tmp_path, total_steps=2, start_step=start
+        ) as tracker:
             tracker.log(start + 1, {"reward/mean": 0.25})
             tracker.summary({"accuracy_after": 0.9})
     points, ids = [], set()
@@ -133,7 +158,10 @@ def test_wandb_offline_writes_a_run_that_holds_every_point_and_continues_under_i
             if record.WhichOneof("record_type") == "run":
                 ids.add((record.run.run_id, record.run.display_name))
             if record.WhichOneof("record_type") == "history":
-                items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+                items = {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                    for item in record.history.item
+                }
                 points.append((items["step"], items["train/reward/mean"]))
     assert points == [(1, 0.25), (2, 0.25)]
     assert ids == {((tmp_path / "wandb_id.txt").read_text(), "nightly")}
@@ -144,23 +172,39 @@ def test_prometheus_names_are_legal_and_need_ray(tmp_path: Path) -> None:
     assert prometheus_name("validation/kl (k3)") == "hybridflow_validation_kl_k3"
     script = "import sys; from pathlib import Path; from hybridflow.metrics import *\n"
     script += "Tracker(MetricsConfig(prometheus=True), Path(sys.argv[1]), total_steps=1)"
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
     assert "ValueError: metrics.prometheus: true needs a Ray runtime; set runtime=ray" in run.stderr
 
 
 def test_console_prints_one_line_a_step_where_there_is_no_terminal() -> None:
     out = io.StringIO()
     sink = ConsoleSink(["reward/mean", "kl/mean"], 9, 0, Console(file=out, width=40, soft_wrap=True))
-    sink.log(Row(step=3, split="train", time_s=0, metrics={"reward/mean": math.nan, "other": 1, "seconds/step": 2, "seconds/sync": 0.5}))
+    sink.log(
+        Row(
+            step=3,
+            split="train",
+            time_s=0,
+            metrics={"reward/mean": math.nan, "other": 1, "seconds/step": 2, "seconds/sync": 0.5},
+        )
+    )
     sink.log(Row(step=3, split="validation", time_s=0, metrics={"accuracy": 0.5}))
-    assert out.getvalue().splitlines() == ["step 3/9 | reward/mean nan | 2.00 s (sync 0.50)", "validation after step 3 | accuracy 0.5"]
+    assert out.getvalue().splitlines() == [
+        "step 3/9 | reward/mean nan | 2.00 s (sync 0.50)",
+        "validation after step 3 | accuracy 0.5",
+    ]
 
 
 def test_console_draws_a_panel_in_a_terminal() -> None:
     out = io.StringIO()
-    sink = ConsoleSink(["reward/mean"], 2, 0, Console(file=out, width=80, force_terminal=True, color_system=None))
+    sink = ConsoleSink(
+        ["reward/mean"], 2, 0, Console(file=out, width=80, force_terminal=True, color_system=None)
+    )
     for step, reward in ((1, 0.0), (2, 1.0)):
-        sink.log(Row(step=step, split="train", time_s=0, metrics={"reward/mean": reward, "seconds/step": 2.0}))
+        sink.log(
+            Row(step=step, split="train", time_s=0, metrics={"reward/mean": reward, "seconds/step": 2.0})
+        )
     sink.summary({"accuracy": {"after": 0.93}})
     sink.close()
     text = out.getvalue()
@@ -168,8 +212,18 @@ def test_console_draws_a_panel_in_a_terminal() -> None:
 
 
 def test_numbers_stay_readable() -> None:
-    assert [compact(value) for value in (0.012345, 12345.6, 3.0, math.inf, 1e-9)] == ["0.01235", "12,346", "3", "inf", "1e-09"]
-    assert sparkline([0.0, math.nan, 1.0, 0.5]) == "▁!█▅" and sparkline([math.nan]) == "!" and sparkline([2.0, 2.0]) == "▁▁"
+    assert [compact(value) for value in (0.012345, 12345.6, 3.0, math.inf, 1e-9)] == [
+        "0.01235",
+        "12,346",
+        "3",
+        "inf",
+        "1e-09",
+    ]
+    assert (
+        sparkline([0.0, math.nan, 1.0, 0.5]) == "▁!█▅"
+        and sparkline([math.nan]) == "!"
+        and sparkline([2.0, 2.0]) == "▁▁"
+    )
 
 
 def test_curves_become_a_png_and_an_unknown_metric_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The project as a package: every module imports alone and lightly, imports point down, the build holds every file."""
+"""The project as a package: every module imports alone and lightly, imports point down, the build holds every
+file."""
 
 from __future__ import annotations
 
@@ -18,8 +19,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def modules() -> list[str]:
-    paths = (path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py")))
-    return [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths if path.name != "__main__.py"]
+    paths = (
+        path.relative_to(ROOT) for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))
+    )
+    return [
+        ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        for path in paths
+        if path.name != "__main__.py"
+    ]
 
 
 IMPORT_ALL = """
@@ -35,7 +42,9 @@ assert not torch.distributed.is_initialized()
 
 
 def test_every_module_imports_without_starting_anything() -> None:
-    run = subprocess.run([sys.executable, "-c", IMPORT_ALL, *modules()], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, *modules()], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
     assert run.returncode == 0, run.stderr
 
 
@@ -49,7 +58,9 @@ assert not {"torch", "ray", "transformers", "vllm"} & set(sys.modules)
 
 def test_the_mapper_imports_neither_torch_nor_ray() -> None:
     mapping = [name for name in modules() if name.startswith("hybridflow.mapping")]
-    run = subprocess.run([sys.executable, "-c", IMPORT_MAPPING, *mapping], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORT_MAPPING, *mapping], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert mapping and run.returncode == 0, run.stderr
 
 
@@ -61,7 +72,11 @@ def test_imports_only_point_down() -> None:
 
 def test_the_build_takes_every_folder_with_code() -> None:
     include = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
-    folders = {".".join(path.relative_to(ROOT).parent.parts) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    folders = {
+        ".".join(path.relative_to(ROOT).parent.parts)
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+    }
     assert folders == set(find_packages(str(ROOT), include=include)), "a folder with code has no __init__.py"
 
 
@@ -73,7 +88,8 @@ def test_extras_resolve_and_an_unknown_one_is_named() -> None:
 
 
 def test_the_installed_environment_is_what_was_asked_for() -> None:
-    """pip's own check of this project's requirements (not of vLLM's: see the Makefile for what is removed on purpose)."""
+    """pip's own check of this project's requirements (not of vLLM's: see the Makefile for what is removed on
+    purpose)."""
     from importlib.metadata import PackageNotFoundError, version
 
     from packaging.requirements import Requirement

@@ -14,7 +14,9 @@ VOCAB = 128
 EOS, PAD = 1, 0
 
 
-def make_model(directory: Path, *, seed: int = 0, layers: int = 2, heads: int = 4, kv_heads: int = 4, tied: bool = True) -> Path:
+def make_model(
+    directory: Path, *, seed: int = 0, layers: int = 2, heads: int = 4, kv_heads: int = 4, tied: bool = True
+) -> Path:
     """A random Qwen2 of about 0.3 M parameters with a tokenizer whose words are the numbers 0 to 127."""
     torch.manual_seed(seed)
     config = Qwen2Config(
@@ -32,13 +34,19 @@ def make_model(directory: Path, *, seed: int = 0, layers: int = 2, heads: int = 
     Qwen2ForCausalLM(config).save_pretrained(directory)
     tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="2"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=str(EOS), pad_token=str(PAD)).save_pretrained(directory)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=str(EOS), pad_token=str(PAD)
+    ).save_pretrained(directory)
     return directory
 
 
 def make_data(path: Path, rows: int = 24, seed: int = 0) -> Path:
     """Prompts of 2 to 8 numbers."""
     generator = np.random.default_rng(seed)
-    prompts = [" ".join(str(n) for n in generator.integers(3, VOCAB, generator.integers(2, 9))) for _ in range(rows)]
-    path.write_text("".join(json.dumps({"prompt": prompt, "answer": str(i)}) + "\n" for i, prompt in enumerate(prompts)))
+    prompts = [
+        " ".join(str(n) for n in generator.integers(3, VOCAB, generator.integers(2, 9))) for _ in range(rows)
+    ]
+    path.write_text(
+        "".join(json.dumps({"prompt": prompt, "answer": str(i)}) + "\n" for i, prompt in enumerate(prompts))
+    )
     return path

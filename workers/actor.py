@@ -1,7 +1,9 @@
-"""ActorWorker: the hybrid engine. One set of weights, trained in one layout and sampled in another, in one pool.
+"""ActorWorker: the hybrid engine. One set of weights, trained in one layout and sampled in another, in one
+pool.
 
-An iteration is the paper's five steps (PAPER.md section 3): weights into the generation layout (only when they changed),
-generate, return the results, back to the training layout, train. With pools of their own the two halves meet in split_actor.py.
+An iteration is the paper's five steps (PAPER.md section 3): weights into the generation layout (only when
+they changed), generate, return the results, back to the training layout, train. With pools of their own the
+two halves meet in split_actor.py.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.resharding import ParameterSpec
 from hybridflow.results import Metrics
+from workers.actor_training import ActorTrainingWorker
 from workers.engines.base import LossFn
 from workers.generation.config import SamplingConfig
 from workers.generation_grouping import generation_grouping
 from workers.model_worker import MiniBatches, training_layout
-from workers.policy import PolicyWorker
 from workers.role_config import ActorConfig
 from workers.roles import Actor
 from workers.sampler import Sampler, probe_settings
@@ -30,7 +32,7 @@ from workers.sequences import Sequences
 from workers.weight_sync import WeightSync
 
 
-class ActorWorker(PolicyWorker, Actor):
+class ActorWorker(ActorTrainingWorker, Actor):
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
         self.memory_metrics: dict[str, float] = {}
@@ -41,14 +43,17 @@ class ActorWorker(PolicyWorker, Actor):
         self.sync = WeightSync(
             self.engine,
             self.sampler.engine,
-            self.sampler.make_sink,
+            self.sampler.make_destination,
             probe_tolerance=tolerance,
             vocab_size=vocab_size,
             node=context.node,
             share_memory=not config.generation.release_during_training,
         )
-        self.sync.make_sink(
-            [ParameterSpec(one.name, one.shape, str(one.dtype).removeprefix("torch.")) for one in self.engine.local_parameters()]
+        self.sync.make_destination(
+            [
+                ParameterSpec(one.name, one.shape, str(one.dtype).removeprefix("torch."))
+                for one in self.engine.local_parameters()
+            ]
         )
 
     @classmethod
@@ -56,7 +61,9 @@ class ActorWorker(PolicyWorker, Actor):
         training = training_layout(config.train, world_size, "actor")
         return {"train": training, "generation": generation_grouping(config, training).layout}
 
-    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True) -> Batch:
+    def generate_sequences(
+        self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
+    ) -> Batch:
         self._to_generation()
         return self.sampler.generate(prompts, sampling, do_sample=do_sample)
 
@@ -65,9 +72,17 @@ class ActorWorker(PolicyWorker, Actor):
         return super().update_actor(batch) | sync_metrics(self.sync) | self.memory_metrics
 
     def learn(
-        self, mini_batches: MiniBatches, steps: Iterator[tuple[int, Sequences]], loss_fn: LossFn, temperature: float = 1.0
+        self,
+        mini_batches: MiniBatches,
+        steps: Iterator[tuple[int, Sequences]],
+        loss_fn: LossFn,
+        temperature: float = 1.0,
     ) -> Metrics:
-        return super().learn(mini_batches, steps, loss_fn, temperature) | sync_metrics(self.sync) | self.memory_metrics
+        return (
+            super().learn(mini_batches, steps, loss_fn, temperature)
+            | sync_metrics(self.sync)
+            | self.memory_metrics
+        )
 
     def load_checkpoint(self, directory: str) -> None:
         super().load_checkpoint(directory)
@@ -86,8 +101,8 @@ class ActorWorker(PolicyWorker, Actor):
                 moved.num_bytes = before - allocated_bytes(self.context.device)
             with self._measured("wake"):
                 self.sampler.engine.wake()
-                assert self.sync.sink is not None
-                self.sync.sink.restore()
+                assert self.sync.destination is not None
+                self.sync.destination.restore()
         if self.sampler.engine.weight_version != self.weight_version:
             self.sync.run(self.weight_version)
 
@@ -96,8 +111,8 @@ class ActorWorker(PolicyWorker, Actor):
         if self.config.generation.release_during_training and self._memory_of != "training":
             self._memory_of = "training"
             with self._measured("release") as freed:
-                assert self.sync.sink is not None
-                freed.num_bytes = self.sampler.engine.sleep() + self.sync.sink.release()
+                assert self.sync.destination is not None
+                freed.num_bytes = self.sampler.engine.sleep() + self.sync.destination.release()
             with self._measured("onload"):
                 self.engine.onload()
 
@@ -125,4 +140,8 @@ def allocated_bytes(device: str) -> int:
 
 def sync_metrics(sync: WeightSync) -> dict[str, float]:
     """What the last sync reported, as metrics."""
-    return {} if sync.last is None else {f"sync/{name}": float(value) for name, value in asdict(sync.last).items()}
+    return (
+        {}
+        if sync.last is None
+        else {f"sync/{name}": float(value) for name, value in asdict(sync.last).items()}
+    )

@@ -16,7 +16,7 @@ class Precision(StrEnum):
     """bfloat16 compute and communication of weights, float32 master weights, gradients reduced in float32."""
 
 
-class Schedule(StrEnum):
+class LearningRateSchedule(StrEnum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
@@ -31,11 +31,11 @@ class ModelConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     new_head: bool = False
-    """Give a language model that has no score head a new one, as the training of a reward model does. Otherwise a model that is to
-    score must have one (a critic's value head may always be new)."""
+    """Give a language model that has no score head a new one, as the training of a reward model does.
+    Otherwise a model that is to score must have one (a critic's value head may always be new)."""
     attention: str = "auto"
-    """attn_implementation of transformers: sdpa, eager, flash_attention_2, flash_attention_3, flex_attention; auto takes the
-    model's best (on a CPU, one that is fast for short rows)."""
+    """attn_implementation of transformers: sdpa, eager, flash_attention_2, flash_attention_3, flex_attention;
+    auto takes the model's best (on a CPU, one that is fast for short rows)."""
 
 
 @dataclass(kw_only=True)
@@ -49,7 +49,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     clip_grad_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
-    schedule: Schedule = Schedule.constant
+    schedule: LearningRateSchedule = LearningRateSchedule.constant
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up."""
     total_steps: int = 0
@@ -69,14 +69,17 @@ class TrainConfig:
     """Axes from outermost to innermost; the data-parallel size is what the pool leaves."""
     precision: Precision = Precision.bf16
     micro_batch_tokens: int = 8192
-    """Most tokens (padding included) that one forward pass of one data-parallel rank holds. Changes speed and memory, never results."""
+    """Most tokens (padding included) that one forward pass of one data-parallel rank holds. Changes speed and
+    memory, never results."""
     packing: bool = True
-    """Rows of a micro-batch one after the other without padding, each attending to itself only. false: padded blocks of rows of similar
-    length, for models with layers that look along the row by other means than attention (convolutions, state spaces), and for
-    attention=eager or flex_attention. Changes speed and memory, never results."""
+    """Rows of a micro-batch one after the other without padding, each attending to itself only. false: padded
+    blocks of rows of similar length, for models with layers that look along the row by other means than
+    attention (convolutions, state spaces), and for attention=eager or flex_attention. Changes speed and
+    memory, never results."""
     activation_checkpointing: bool = False
     reshard_after_forward: bool = False
-    """fsdp: free gathered weights after the forward pass (ZeRO-3) instead of keeping them to the backward pass (ZeRO-2)."""
+    """fsdp: free gathered weights after the forward pass (ZeRO-3) instead of keeping them to the backward
+    pass (ZeRO-2)."""
     pipeline_schedule: str = "1f1b"
     """threed: 1f1b or interleaved_1f1b."""
     virtual_stages: int = 1

@@ -1,9 +1,9 @@
 """What must hold of the first optimizer step of an update on fresh samples, checked in every run.
 
-The policy that is trained is still the one that sampled: the ratio of every token is 1 and the approximate KL 0, and the trainer's
-log-probs are those of the generation engine, all up to rounding. Where they are not, the step optimises something else than it
-says: other weights, another temperature, a shifted column, a layout that changes the result. Left out: later steps, stale
-rows, and why the two sides differ.
+The policy that is trained is still the one that sampled: the ratio of every token is 1 and the approximate KL
+0, and the trainer's log-probs are those of the generation engine, all up to rounding. Where they are not, the
+step optimises something else than it says: other weights, another temperature, a shifted column, a layout
+that changes the result. Left out: later steps, stale rows, and why the two sides differ.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ BF16_TOLERANCE = 0.05
 
 
 def is_exact(config: ActorConfig) -> bool:
-    """Whether both sides compute in float32: then the worst token is held to the tolerance, otherwise the mean."""
+    """Whether both sides compute in float32: then the worst token is held to the tolerance, otherwise the
+    mean."""
     return config.train.precision is Precision.fp32 and config.generation.precision is Precision.fp32
 
 
@@ -32,7 +33,8 @@ def tolerance_of(config: ActorConfig) -> float:
 
 
 def check_first_step(metrics: Mapping[str, float], config: ActorConfig, *, reports: bool) -> dict[str, float]:
-    """The metric consistency_violations; a RuntimeError or a warning (on the rank that `reports`) names what is wrong.
+    """The metric consistency_violations; a RuntimeError or a warning (on the rank that `reports`) names what
+    is wrong.
 
     `metrics` are those of the step, of policy_loss: the same on every rank, so that all ranks raise together.
     """
@@ -46,7 +48,9 @@ def check_first_step(metrics: Mapping[str, float], config: ActorConfig, *, repor
             "columns or weights. If rounding explains it, raise actor.consistency_tolerance"
         )
         if config.consistency is Consistency.error:
-            raise RuntimeError(f"{text} (actor.consistency=error stops the run before the new weights are used)")
+            raise RuntimeError(
+                f"{text} (actor.consistency=error stops the run before the new weights are used)"
+            )
         if reports:
             LOGGER.warning("actor: %s", text)
     return {"consistency_violations": float(len(violations))}
@@ -56,13 +60,25 @@ def find_violations(metrics: Mapping[str, float], tolerance: float, *, exact: bo
     """In words; of what the metrics hold. A maximum over no tokens (infinite) says nothing."""
     measured: dict[str, float] = {}
     if exact:
-        ratios = [metrics[name] for name in ("ratio_max", "ratio_min") if name in metrics and isfinite(metrics[name])]
+        ratios = [
+            metrics[name]
+            for name in ("ratio_max", "ratio_min")
+            if name in metrics and isfinite(metrics[name])
+        ]
         measured["largest |ratio - 1|"] = max((abs(ratio - 1) for ratio in ratios), default=0.0)
         measured["|approximate KL|"] = abs(metrics.get("approx_kl_k1", 0.0))
         gap = metrics.get("log_prob_gap_max", 0.0)
         measured["largest gap to the generation engine's log-probs"] = gap if gap != -float("inf") else 0.0
     else:
-        measured["|mean ratio - 1|"] = abs(metrics.get("ratio_mean", 1.0) - 1) if isfinite(metrics.get("ratio_max", -float("inf"))) else 0.0
+        measured["|mean ratio - 1|"] = (
+            abs(metrics.get("ratio_mean", 1.0) - 1)
+            if isfinite(metrics.get("ratio_max", -float("inf")))
+            else 0.0
+        )
         measured["|approximate KL|"] = abs(metrics.get("approx_kl_k1", 0.0))
         measured["mean gap to the generation engine's log-probs"] = metrics.get("log_prob_gap_mean", 0.0)
-    return [f"{name} is {value:.3g}, over {tolerance:.3g}" for name, value in measured.items() if not value <= tolerance]
+    return [
+        f"{name} is {value:.3g}, over {tolerance:.3g}"
+        for name, value in measured.items()
+        if not value <= tolerance
+    ]

@@ -33,7 +33,9 @@ class CriticWorker(ModelWorker, Critic):
         labels = cast(Tensor, batch["mini_batch"]) if "mini_batch" in batch else None
         sequences = sequences_of(batch, per_token=("returns", "values"))
         mini_batches = MiniBatches(sequences, labels, self.layout, self.context.device)
-        steps = mini_batches.steps(config.num_epochs, self.num_updates, config.loss.aggregation, config.loss.aggregation_constant)
+        steps = mini_batches.steps(
+            config.num_epochs, self.num_updates, config.loss.aggregation, config.loss.aggregation_constant
+        )
         metrics = train_on(self.engine, steps, value_loss(config.loss))
         self.num_updates += 1
         return mean_over_steps(metrics, "critic")

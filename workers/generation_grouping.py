@@ -1,4 +1,5 @@
-"""Which rank takes which generation coordinate, known before anything starts: from the training layout and the engine's name alone."""
+"""Which rank takes which generation coordinate, known before anything starts: from the training layout and
+the engine's name alone."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ SHARDED = ("fsdp", "deepspeed")
 
 
 def generation_grouping(config: ActorConfig, training: Layout) -> Grouping:
-    """The grouping under which the fewest bytes have to move: the paper's zero-redundancy grouping where its sizes divide the
-    training sizes, an assignment problem elsewhere (sharded data parallelism, tg that does not divide t)."""
+    """The grouping under which the fewest bytes have to move: the paper's zero-redundancy grouping where its
+    sizes divide the training sizes, an assignment problem elsewhere (sharded data parallelism, tg that does
+    not divide t)."""
     sizes = config.generation
     parallel = sizes.pp * sizes.tp
     if parallel < 1 or training.size % parallel:
@@ -30,11 +32,11 @@ def generation_grouping(config: ActorConfig, training: Layout) -> Grouping:
 
 
 def miniature(training: Layout, *, tp: int, pp: int, data_shards: bool) -> tuple[ShardMap, ShardMap]:
-    """The model as one parameter [layers, width] with pipeline stages along the one dim and tensor parts along the other: (who trains
-    what, what each coordinate generates with under the vanilla grouping).
+    """The model as one parameter [layers, width] with pipeline stages along the one dim and tensor parts
+    along the other: (who trains what, what each coordinate generates with under the vanilla grouping).
 
-    Where data ranks share the weights out (`data_shards`), each has a part of its tensor part: engines cut the first dim of a matrix
-    over tensor ranks, then over data ranks, and vLLM cuts the same dim of most.
+    Where data ranks share the weights out (`data_shards`), each has a part of its tensor part: engines cut
+    the first dim of a matrix over tensor ranks, then over data ranks, and vLLM cuts the same dim of most.
     """
     data = training.axis_size("dp") if data_shards else 1
     parts, stages = training.axis_size("tp") * data, training.axis_size("pp")
@@ -47,8 +49,13 @@ def miniature(training: Layout, *, tp: int, pp: int, data_shards: bool) -> tuple
     target: dict[int, list[tuple[str, Box]]] = {}
     for replica in vanilla(training.size, tp=tp, pp=pp).replicas:
         for stage, ranks in enumerate(replica):
-            target |= {rank: [("model", _cell(spec.shape, stage, pp, part, tp))] for part, rank in enumerate(ranks)}
-    return (ShardMap.of([spec], source, num_ranks=training.size), ShardMap.of([spec], target, num_ranks=training.size))
+            target |= {
+                rank: [("model", _cell(spec.shape, stage, pp, part, tp))] for part, rank in enumerate(ranks)
+            }
+    return (
+        ShardMap.of([spec], source, num_ranks=training.size),
+        ShardMap.of([spec], target, num_ranks=training.size),
+    )
 
 
 def _cell(shape: tuple[int, ...], row: int, num_rows: int, column: int, num_columns: int) -> Box:

@@ -1,4 +1,5 @@
-"""GeneratorWorker: a language model that only answers (evaluation, a data set of responses), over a generation engine alone.
+"""GeneratorWorker: a language model that only answers (evaluation, a data set of responses), over a
+generation engine alone.
 
 The weights are those on disk: there is no trainer, and nothing to synchronise.
 """
@@ -22,13 +23,17 @@ class GeneratorWorker(Generator):
 
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
-        self.sampler = Sampler(config, context, self.layouts(config, context.world_size)["generation"], load_weights=True)
+        self.sampler = Sampler(
+            config, context, self.layouts(config, context.world_size)["generation"], load_weights=True
+        )
 
     @classmethod
     def layouts(cls, config: ActorConfig, world_size: int) -> dict[str, Layout]:
         return {"generation": generation_layout(config.generation, world_size, "actor")}
 
-    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True) -> Batch:
+    def generate_sequences(
+        self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
+    ) -> Batch:
         return self.sampler.generate(prompts, sampling, do_sample=do_sample)
 
     def close(self) -> None:

@@ -1,7 +1,9 @@
-"""A language model as the reward: it reads question and answer in a prompt of its own and says whether the answer is good.
+"""A language model as the reward: it reads question and answer in a prompt of its own and says whether the
+answer is good.
 
-JudgeWorker takes the probability that it would say yes, by one forward pass; VerdictWorker lets it write and reads the verdict out
-of the text. Both are Rewards: an algorithm that takes one takes the other, and a function too.
+JudgeWorker takes the probability that it would say yes, by one forward pass; VerdictWorker lets it write and
+reads the verdict out of the text. Both are Rewards: an algorithm that takes one takes the other, and a
+function too.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from workers.config import ModelConfig
 from workers.engines.base import Head
-from workers.engines.loading import position_limit
+from workers.engines.model.loading import position_limit
 from workers.generation import generation_engine_class
 from workers.model_worker import ModelWorker, training_layout
-from workers.role_config import JudgeConfig, Verdict
+from workers.role_config import JudgeConfig, VerdictKind
 from workers.roles import Reward
 from workers.sequences import Sequences
 from workers.split_actor import generation_layout
@@ -43,10 +45,17 @@ class Questions:
         self.tokenizer = judge_tokenizer(config.model)
 
     def __call__(self, batch: Batch) -> list[list[int]]:
-        prompts = self.policy_tokenizer.batch_decode(batch.ragged("prompt_ids").unbind(), skip_special_tokens=True)
-        responses = self.policy_tokenizer.batch_decode(batch.ragged("response_ids").unbind(), skip_special_tokens=True)
+        prompts = self.policy_tokenizer.batch_decode(
+            batch.ragged("prompt_ids").unbind(), skip_special_tokens=True
+        )
+        responses = self.policy_tokenizer.batch_decode(
+            batch.ragged("response_ids").unbind(), skip_special_tokens=True
+        )
         extras = batch.objects("extras") if "extras" in batch else [{}] * len(batch)
-        rows = [{**columns, "prompt": p, "response": r} for p, r, columns in zip(prompts, responses, extras, strict=True)]
+        rows = [
+            {**columns, "prompt": p, "response": r}
+            for p, r, columns in zip(prompts, responses, extras, strict=True)
+        ]
         return [self.ask(row) for row in rows]
 
     def ask(self, row: dict[str, Any]) -> list[int]:
@@ -54,7 +63,9 @@ class Questions:
         missing = [name for name in self.config.template_fields if row.get(name) is None]
         if missing:
             given = ", ".join(sorted(name for name, value in row.items() if value is not None))
-            raise ValueError(f"judge.template asks for {missing}, which the data has not, or has as null; it has {given}")
+            raise ValueError(
+                f"judge.template asks for {missing}, which the data has not, or has as null; it has {given}"
+            )
         text = self.config.template.format(**row)
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer(text)["input_ids"])
@@ -64,7 +75,9 @@ class Questions:
 
 
 def judge_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    found = AutoTokenizer.from_pretrained(model.tokenizer or model.path, trust_remote_code=model.trust_remote_code)
+    found = AutoTokenizer.from_pretrained(
+        model.tokenizer or model.path, trust_remote_code=model.trust_remote_code
+    )
     assert isinstance(found, PreTrainedTokenizerBase)
     return found
 
@@ -81,7 +94,9 @@ class JudgeWorker(ModelWorker, Reward):
         tokenizer = self.questions.tokenizer
         self.limit = position_limit(config.model, Head.lm)
         """Tokens that the judge can read."""
-        self.words = [list(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in (config.yes, config.no)]
+        self.words = [
+            list(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in (config.yes, config.no)
+        ]
 
     @classmethod
     def layouts(cls, config: JudgeConfig, world_size: int) -> dict[str, Layout]:
@@ -99,16 +114,25 @@ class JudgeWorker(ModelWorker, Reward):
         if outputs is None or outputs.log_probs is None:
             return Batch.of(rewards=torch.empty(0), reward_metrics=[])
         lengths = [len(word) for _, word in rows]
-        log_probs = torch.stack([part.sum() for part in outputs.log_probs.cpu().split(lengths)]) if rows else torch.empty(0)
+        log_probs = (
+            torch.stack([part.sum() for part in outputs.log_probs.cpu().split(lengths)])
+            if rows
+            else torch.empty(0)
+        )
         yes, no = log_probs.view(-1, 2).unbind(1)
         known = (yes.exp() + no.exp()).tolist()
-        return Batch.of(rewards=torch.sigmoid(yes - no), reward_metrics=[{"verdict_probability": value} for value in known])
+        return Batch.of(
+            rewards=torch.sigmoid(yes - no),
+            reward_metrics=[{"verdict_probability": value} for value in known],
+        )
 
 
 def _answered(rows: Sequence[tuple[list[int], list[int]]]) -> Sequences:
     lengths = torch.tensor([len(question) + len(word) for question, word in rows], dtype=torch.int64)
     return Sequences(
-        token_ids=torch.tensor([token for question, word in rows for token in (*question, *word)], dtype=torch.int64),
+        token_ids=torch.tensor(
+            [token for question, word in rows for token in (*question, *word)], dtype=torch.int64
+        ),
         lengths=lengths,
         scored_lengths=torch.tensor([len(word) for _, word in rows], dtype=torch.int64),
     )
@@ -117,7 +141,8 @@ def _answered(rows: Sequence[tuple[list[int], list[int]]]) -> Sequences:
 class VerdictWorker(Reward):
     """The verdict that the judge writes after as many thoughts as judge.generation.sampling allows.
 
-    Where it draws, it draws for the text that is judged: equal questions get equal verdicts, on whichever rank.
+    Where it draws, it draws for the text that is judged: equal questions get equal verdicts, on whichever
+    rank.
     """
 
     config: JudgeConfig
@@ -138,7 +163,9 @@ class VerdictWorker(Reward):
         questions = [np.asarray(question, dtype=np.int64) for question in self.questions(batch)]
         made = self.generator.generate(questions, _seeds(questions), self.config.generation.sampling)
         written = np.split(made.response_ids, np.cumsum(made.lengths)[:-1]) if questions else []
-        texts = self.questions.tokenizer.batch_decode([part.tolist() for part in written], skip_special_tokens=True)
+        texts = self.questions.tokenizer.batch_decode(
+            [part.tolist() for part in written], skip_special_tokens=True
+        )
         verdicts = [read_verdict(text, self.config) for text in texts]
         unreadable = [text for text, (_, readable) in zip(texts, verdicts, strict=True) if not readable]
         if unreadable:
@@ -168,8 +195,8 @@ def _seeds(questions: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 
 def read_verdict(text: str, config: JudgeConfig) -> tuple[float, bool]:
-    """(reward, whether the text has a verdict): 1 for the judge's yes, 0 for its no, whichever stands last; a number where the
-    pattern finds one."""
+    """(reward, whether the text has a verdict): 1 for the judge's yes, 0 for its no, whichever stands last; a
+    number where the pattern finds one."""
     yes, no = config.yes.strip().lower(), config.no.strip().lower()
     found = re.findall(config.pattern or rf"(?i)(?<!\w)(?:{re.escape(yes)}|{re.escape(no)})(?!\w)", text)
     if found:
@@ -192,4 +219,4 @@ def read_verdict(text: str, config: JudgeConfig) -> tuple[float, bool]:
 
 def judge_worker(config: JudgeConfig) -> type[Reward]:
     """Which of the two the settings ask for."""
-    return {Verdict.probability: JudgeWorker, Verdict.written: VerdictWorker}[config.verdict]
+    return {VerdictKind.probability: JudgeWorker, VerdictKind.written: VerdictWorker}[config.verdict]

@@ -1,4 +1,5 @@
-"""ModelWorker: what the roles that hold a model have in common: layout, engine, checkpoints, and batches as token sequences."""
+"""ModelWorker: what the roles that hold a model have in common: layout, engine, checkpoints, and batches as
+token sequences."""
 
 from __future__ import annotations
 
@@ -50,11 +51,20 @@ class ModelWorker(Worker):
         return {"train": training_layout(config.train, world_size, cls.__name__)}
 
     def build(
-        self, model: ModelConfig, train: TrainConfig, head: Head, context: RankContext, *, seed: int = 0, trains: bool = True
+        self,
+        model: ModelConfig,
+        train: TrainConfig,
+        head: Head,
+        context: RankContext,
+        *,
+        seed: int = 0,
+        trains: bool = True,
     ) -> None:
         torch.manual_seed(seed)
         self.model = model
-        self.engine = engine_class(train.engine)(model=model, config=train, head=head, context=context, trains=trains)
+        self.engine = engine_class(train.engine)(
+            model=model, config=train, head=head, context=context, trains=trains
+        )
         self.layout = self.engine.layout
 
     def save_checkpoint(self, directory: str) -> None:
@@ -69,7 +79,9 @@ class ModelWorker(Worker):
         if self.context.rank == 0:
             model = self.model
             name = model.tokenizer or model.path
-            AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code).save_pretrained(directory)
+            AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code).save_pretrained(
+                directory
+            )
 
     def peak_memory_bytes(self) -> int:
         if self.context.device.startswith("cuda"):
@@ -84,7 +96,8 @@ class ModelWorker(Worker):
 
 
 def sequences_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
-    """prompt_ids + response_ids row by row, the response scored; `per_token` columns that the batch has go along."""
+    """prompt_ids + response_ids row by row, the response scored; `per_token` columns that the batch has go
+    along."""
     prompts, responses = batch.ragged("prompt_ids"), batch.ragged("response_ids")
     return Sequences(
         token_ids=interleave(prompts, responses),
@@ -96,7 +109,9 @@ def sequences_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
 
 def pairs_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
     """The same for preference pairs: with the per-row columns that losses on pairs read."""
-    return sequences_of(batch, per_token).with_columns(per_row={"pair": batch.tensor("pair"), "chosen": batch.tensor("chosen")})
+    return sequences_of(batch, per_token).with_columns(
+        per_row={"pair": batch.tensor("pair"), "chosen": batch.tensor("chosen")}
+    )
 
 
 def interleave(first: Ragged, second: Ragged) -> Tensor:
@@ -110,9 +125,11 @@ def interleave(first: Ragged, second: Ragged) -> Tensor:
 
 
 class MiniBatches:
-    """The optimizer steps of one update: each mini-batch's rows of this rank with the weights of the whole mini-batch.
+    """The optimizer steps of one update: each mini-batch's rows of this rank with the weights of the whole
+    mini-batch.
 
-    Which rows form a mini-batch was decided for the whole batch (column mini_batch), so it does not depend on the layout.
+    Which rows form a mini-batch was decided for the whole batch (column mini_batch), so it does not depend on
+    the layout.
     """
 
     def __init__(self, sequences: Sequences, labels: Tensor | None, layout: Layout, device: str) -> None:
@@ -131,8 +148,8 @@ class MiniBatches:
         return sum(counts.num_rows for kinds in self.counts for counts in kinds)
 
     def _global_counts(self, layout: Layout, device: str) -> list[list[Counts]]:
-        """Of every mini-batch over all data ranks: of its rows of the dataflow, and of its rows of pretraining text. Ranks of one
-        data coordinate hold the same rows, hence the division."""
+        """Of every mini-batch over all data ranks: of its rows of the dataflow, and of its rows of
+        pretraining text. Ranks of one data coordinate hold the same rows, hence the division."""
         largest = torch.tensor([int(self.labels.max()) if len(self.labels) else 0], device=device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         lengths = counted_lengths(self.sequences.scored_lengths, self.sequences.per_token.get(LOSS_MASK))
@@ -143,10 +160,16 @@ class MiniBatches:
         table = table.to(device)
         dist.all_reduce(table)
         copies = layout.axis_size("pp") * layout.axis_size("cp") * layout.axis_size("tp")
-        return [[Counts(num_tokens=tokens // copies, num_rows=rows // copies) for tokens, rows in kinds] for kinds in table.tolist()]
+        return [
+            [Counts(num_tokens=tokens // copies, num_rows=rows // copies) for tokens, rows in kinds]
+            for kinds in table.tolist()
+        ]
 
-    def steps(self, num_epochs: int, seed: int, aggregation: Aggregation, constant: int) -> Iterator[tuple[int, Sequences]]:
-        """(number of the step, rows with the weights of their tokens); tokens outside a column loss_mask do not count."""
+    def steps(
+        self, num_epochs: int, seed: int, aggregation: Aggregation, constant: int
+    ) -> Iterator[tuple[int, Sequences]]:
+        """(number of the step, rows with the weights of their tokens); tokens outside a column loss_mask do
+        not count."""
         for number, (label, rows) in enumerate(self._rows(num_epochs, seed)):
             own, text = self.counts[label]
             mask = rows.per_token.get(LOSS_MASK)
@@ -164,9 +187,14 @@ class MiniBatches:
             yield number, rows.with_columns(per_row={"weights": torch.full((rows.num_rows,), weight)})
 
     def _rows(self, num_epochs: int, seed: int) -> Iterator[tuple[int, Sequences]]:
-        """(mini-batch, its rows of this rank): the first epoch in order, later ones in an order drawn from `seed`."""
+        """(mini-batch, its rows of this rank): the first epoch in order, later ones in an order drawn from
+        `seed`."""
         for epoch in range(num_epochs):
-            order = np.random.default_rng([seed, epoch]).permutation(self.num_labels) if epoch else np.arange(self.num_labels)
+            order = (
+                np.random.default_rng([seed, epoch]).permutation(self.num_labels)
+                if epoch
+                else np.arange(self.num_labels)
+            )
             for label in order:
                 yield int(label), self.sequences.rows(torch.nonzero(self.labels == int(label)).squeeze(1))
 
@@ -176,7 +204,9 @@ def mean_over_steps(steps: Sequence[Mapping[str, float]], prefix: str) -> Metric
     combined: dict[str, float] = {}
     for name in steps[0]:
         values = [step[name] for step in steps]
-        reduce: Callable[[list[float]], float] = max if name.endswith("_max") else min if name.endswith("_min") else _mean
+        reduce: Callable[[list[float]], float] = (
+            max if name.endswith("_max") else min if name.endswith("_min") else _mean
+        )
         combined[name] = reduce(values)
     combined |= derived_metrics(combined)
     return Metrics({f"{prefix}/{name}": value for name, value in combined.items()})
@@ -187,7 +217,12 @@ def _mean(values: list[float]) -> float:
 
 
 def train_on(
-    engine: TrainingEngine, steps: Iterator[tuple[int, Sequences]], loss_fn: LossFn, *, entropy: bool = False, temperature: float = 1.0
+    engine: TrainingEngine,
+    steps: Iterator[tuple[int, Sequences]],
+    loss_fn: LossFn,
+    *,
+    entropy: bool = False,
+    temperature: float = 1.0,
 ) -> list[dict[str, float]]:
     """One optimizer step for each of `steps`."""
     return [engine.train_step(rows, loss_fn, entropy=entropy, temperature=temperature) for _, rows in steps]

@@ -1,76 +1,130 @@
-"""PolicyWorker: the half of the actor that trains, by the policy gradient too. It knows nothing of generation."""
+"""PolicyWorker: a language model that is trained on rows that are there: demonstrations, preference pairs, a
+teacher's log-probs.
+
+Generates nothing, so it holds no generation engine. ActorTrainingWorker (actor_training.py) adds the
+policy-gradient update.
+"""
 
 from __future__ import annotations
 
-from itertools import islice
-from typing import cast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, cast
 
-import torch.distributed as dist
+import torch
 from torch import Tensor
 
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.results import Metrics
-from workers.consistency import check_first_step
-from workers.learner import LearnerWorker
-from workers.losses.language import with_pretraining
-from workers.losses.policy import policy_loss
-from workers.model_worker import mean_over_steps, sequences_of, train_on
-from workers.role_config import ActorConfig
+from workers.engines.base import Head, LossFn
+from workers.losses.aggregation import Aggregation
+from workers.losses.config import DPOLossConfig
+from workers.losses.language import distillation_loss, language_loss
+from workers.losses.preference import dpo_loss
+from workers.model_worker import MiniBatches, ModelWorker, mean_over_steps, pairs_of, sequences_of, train_on
+from workers.role_config import ActorConfig, PolicyConfig
 from workers.roles import Policy
+from workers.sequences import Sequences
 
-PER_TOKEN = ("advantages", "rollout_log_probs", "ref_log_probs", "covariance_selected")
+STATE = "learner.json"
 
 
-class PolicyWorker(LearnerWorker, Policy):
-    config: ActorConfig
-    prefix = "actor"
+class PolicyWorker(ModelWorker, Policy):
+    config: PolicyConfig | ActorConfig
+    prefix: ClassVar[str] = "policy"
+    """Of its metrics."""
 
-    def __init__(self, config: ActorConfig, context: RankContext) -> None:
+    def __init__(self, config: PolicyConfig | ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
-        self.num_skipped = 0
-        """Updates left out for the critic's warm-up."""
+        self.build(config.model, config.train, Head.lm, context)
+        self.weight_version = 0
+        """Updates so far."""
 
-    def update_actor(self, batch: Batch) -> Metrics:
-        config = self.config
-        if self.num_skipped < config.critic_warmup_steps:
-            self.num_skipped += 1
-            return Metrics({"actor/critic_warmup_steps": float(self.num_skipped)})
-        sequences = sequences_of(batch, PER_TOKEN)
-        loss_fn = policy_loss(config.loss)
-        if "pretrain" in batch:
-            sequences = sequences.with_columns(per_row={"pretrain": cast(Tensor, batch["pretrain"])})
-            loss_fn = with_pretraining(loss_fn, config.loss.pretraining_coefficient)
+    def compute_log_prob(self, batch: Batch) -> Batch:
+        self.to_training()
+        outputs = self.engine.forward(sequences_of(batch), temperature=self.temperature)
+        return self.scored(batch, outputs.log_probs if outputs else None, "log_probs")
+
+    def update_supervised(self, batch: Batch) -> Metrics:
+        mini_batches = self._mini_batches(batch, sequences_of(batch, ("loss_mask",)))
+        steps = mini_batches.steps(self.config.num_epochs, self.weight_version, Aggregation.token_mean, 0)
+        return self.learn(mini_batches, steps, language_loss)
+
+    def update_dpo(self, batch: Batch, loss: DPOLossConfig) -> Metrics:
+        mini_batches = self._mini_batches(batch, pairs_of(batch, ("ref_log_probs",)))
+        steps = mini_batches.pair_steps(self.config.num_epochs, self.weight_version)
+        return self.learn(mini_batches, steps, dpo_loss(loss), self.temperature)
+
+    def update_distilled(self, batch: Batch) -> Metrics:
+        sequences = sequences_of(batch, ("teacher_log_probs",))
         mini_batches = self._mini_batches(batch, sequences)
-        stale = self._is_stale(batch)
-        if "log_probs" in batch or config.num_epochs * mini_batches.num_labels > 1 or stale:  # the same on every rank
-            mini_batches.sequences = sequences.with_columns(per_token={"old_log_probs": self.old_log_probs(batch, sequences)})
-        entropy = config.report_entropy or config.loss.entropy_coefficient != 0
-        steps = mini_batches.steps(config.num_epochs, self.weight_version, config.loss.aggregation, config.loss.aggregation_constant)
-        metrics = train_on(self.engine, islice(steps, 1), loss_fn, entropy=entropy, temperature=self.temperature)
-        checked = {"weight_version": float(self.weight_version + 1)}
-        if "weight_version" in batch and not stale:
-            checked |= check_first_step(metrics[0], config, reports=self.context.rank == 0)
-        metrics += train_on(self.engine, steps, loss_fn, entropy=entropy, temperature=self.temperature)
-        self.weight_version += 1
-        return mean_over_steps(metrics, "actor") | {f"actor/{name}": value for name, value in checked.items()}
+        if (
+            self.config.num_epochs * mini_batches.num_labels > 1
+        ):  # from the second step on the policy is no longer the one that sampled
+            mini_batches.sequences = sequences.with_columns(
+                per_token={"old_log_probs": self.old_log_probs(batch, sequences)}
+            )
+        steps = mini_batches.steps(self.config.num_epochs, self.weight_version, Aggregation.token_mean, 0)
+        return self.learn(mini_batches, steps, distillation_loss, self.temperature)
+
+    def save_checkpoint(self, directory: str) -> None:
+        super().save_checkpoint(directory)
+        if self.context.rank == 0:
+            (Path(directory) / STATE).write_text(json.dumps(self.state()))
+
+    def load_checkpoint(self, directory: str) -> None:
+        super().load_checkpoint(directory)
+        self.load_state(json.loads((Path(directory) / STATE).read_text()))
 
     def state(self) -> dict[str, int]:
-        return {**super().state(), "num_skipped": self.num_skipped}
+        """Counters that training goes on from."""
+        return {"weight_version": self.weight_version}
 
     def load_state(self, state: dict[str, int]) -> None:
-        super().load_state(state)
-        self.num_skipped = state["num_skipped"]
+        self.weight_version = state["weight_version"]
 
-    def _is_stale(self, batch: Batch) -> bool:
-        """Whether any row of any rank was drawn by other weights than the present ones; the same answer on every rank."""
-        if "weight_version" not in batch:
-            return False
-        stale = (cast(Tensor, batch["weight_version"]) != self.weight_version).any().float().reshape(1).to(self.context.device)
-        dist.all_reduce(stale, op=dist.ReduceOp.MAX)
-        return bool(stale)
+    def to_training(self) -> None:
+        """Called before the training engine is used."""
 
     @property
     def temperature(self) -> float:
-        sampling = self.config.generation.sampling
-        return 1.0 if sampling.greedy else sampling.temperature
+        """Of log-probs that stand beside another model's: the one that the responses were drawn at."""
+        return 1.0
+
+    def old_log_probs(self, batch: Batch, sequences: Sequences) -> Tensor:
+        """The log-probs before this update: given, or computed now, while the weights are still those that
+        generated.
+
+        Ratios are taken between numbers of one engine: the generation engine's own round differently.
+        """
+        if "log_probs" in batch:
+            return batch.ragged("log_probs").values
+        self.to_training()
+        outputs = self.engine.forward(sequences, temperature=self.temperature)
+        if outputs is None or outputs.log_probs is None:
+            return torch.zeros(sequences.num_scored_tokens)
+        return outputs.log_probs.cpu()
+
+    def _mini_batches(self, batch: Batch, sequences: Sequences) -> MiniBatches:
+        labels = cast(Tensor, batch["mini_batch"]) if "mini_batch" in batch else None
+        return MiniBatches(sequences, labels, self.layout, self.context.device)
+
+    def learn(
+        self,
+        mini_batches: MiniBatches,
+        steps: Iterator[tuple[int, Sequences]],
+        loss_fn: LossFn,
+        temperature: float = 1.0,
+    ) -> Metrics:
+        """One optimizer step for each of `steps`; none where no rank has a row, as when no prompt's best
+        answer was good enough: the optimizer's momentum alone would move the weights."""
+        if not mini_batches.num_rows:
+            return Metrics({f"{self.prefix}/updates_without_rows": 1.0})
+        self.to_training()
+        metrics = train_on(self.engine, steps, loss_fn, temperature=temperature)
+        self.weight_version += 1
+        return mean_over_steps(metrics, self.prefix) | {
+            f"{self.prefix}/weight_version": float(self.weight_version)
+        }

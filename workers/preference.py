@@ -1,4 +1,5 @@
-"""PreferenceWorker: a reward or cost model while it is trained on preference pairs. RewardWorker (reward.py) is its frozen form."""
+"""PreferenceWorker: a reward or cost model while it is trained on preference pairs. RewardWorker (reward.py)
+is its frozen form."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ class PreferenceWorker(ModelWorker, PreferenceModel):
 
     def compute_scores(self, batch: Batch) -> Batch:
         outputs = self.engine.forward(sequences_of(batch))
-        return Batch.of(scores=torch.empty(0) if outputs is None or outputs.scores is None else outputs.scores.cpu())
+        return Batch.of(
+            scores=torch.empty(0) if outputs is None or outputs.scores is None else outputs.scores.cpu()
+        )
 
     def update_preferences(self, batch: Batch) -> Metrics:
         return self._train(batch, pairs_of(batch), bradley_terry_loss)

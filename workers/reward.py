@@ -1,7 +1,8 @@
-"""Rewards and costs: a Python function over the text of each response, or a sequence-classification model over its tokens.
+"""Rewards and costs: a Python function over the text of each response, or a sequence-classification model
+over its tokens.
 
-A function that raises, takes too long or returns no number stops the run with the row it failed on: never a reward of 0 for a
-failed reward.
+A function that raises, takes too long or returns no number stops the run with the row it failed on: never a
+reward of 0 for a failed reward.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from workers.roles import Cost, Reward
 
 
 class FunctionScorer(Worker):
-    """Runs the function in Ray tasks with a timeout; with runtime=local in this process, where a breakpoint works."""
+    """Runs the function in Ray tasks with a timeout; with runtime=local in this process, where a breakpoint
+    works."""
 
     config: RewardConfig
     role: ClassVar[str] = "reward"
@@ -45,18 +47,27 @@ class FunctionScorer(Worker):
         """(float32 [rows], further numbers of each row)."""
         assert self.config.function is not None
         rows = self._rows(batch)
-        scored = self._run_in_tasks(rows) if _inside_ray() else score_rows(self.config.function, rows, self.role)
-        return torch.tensor([score for score, _ in scored], dtype=torch.float32), [metrics for _, metrics in scored]
+        scored = (
+            self._run_in_tasks(rows) if _inside_ray() else score_rows(self.config.function, rows, self.role)
+        )
+        return torch.tensor([score for score, _ in scored], dtype=torch.float32), [
+            metrics for _, metrics in scored
+        ]
 
     def _rows(self, batch: Batch) -> list[dict[str, Any]]:
         prompts = self._texts(batch.ragged("prompt_ids"))
         responses = self._texts(batch.ragged("response_ids"))
         extras = batch.objects("extras") if "extras" in batch else [{}] * len(batch)
         fixed = zip(prompts, responses, batch.objects("finish_reason"), extras, strict=True)
-        return [{**extra, "prompt": prompt, "response": response, "finish_reason": reason} for prompt, response, reason, extra in fixed]
+        return [
+            {**extra, "prompt": prompt, "response": response, "finish_reason": reason}
+            for prompt, response, reason, extra in fixed
+        ]
 
     def _texts(self, ids: Ragged) -> list[str]:
-        return list(self.tokenizer.batch_decode([row.tolist() for row in ids.unbind()], skip_special_tokens=True))
+        return list(
+            self.tokenizer.batch_decode([row.tolist() for row in ids.unbind()], skip_special_tokens=True)
+        )
 
     def _run_in_tasks(self, rows: list[dict[str, Any]]) -> list[tuple[float, dict[str, float]]]:
         import ray
@@ -64,8 +75,14 @@ class FunctionScorer(Worker):
         assert self.config.function is not None
         if not rows:
             return []
-        task = ray.remote(score_rows).options(num_cpus=0, max_retries=0, name=f"{self.role}: {self.config.function}")
-        chunks = [[rows[i] for i in part] for part in np.array_split(np.arange(len(rows)), self.config.num_tasks) if len(part)]
+        task = ray.remote(score_rows).options(
+            num_cpus=0, max_retries=0, name=f"{self.role}: {self.config.function}"
+        )
+        chunks = [
+            [rows[i] for i in part]
+            for part in np.array_split(np.arange(len(rows)), self.config.num_tasks)
+            if len(part)
+        ]
         refs = [task.remote(self.config.function, chunk, self.role) for chunk in chunks]
         _, late = ray.wait(refs, num_returns=len(refs), timeout=self.config.timeout_s)
         if late:
@@ -145,7 +162,9 @@ def cost_worker(config: RewardConfig) -> type[Cost]:
 def is_function(config: RewardConfig, role: str) -> bool:
     """ValueError if it is neither a function nor a model, or both."""
     if config.function is None and config.model is None:
-        raise ValueError(f"{role}: neither function nor model is set; set {role}.function=package.module:name or {role}.model.path=...")
+        raise ValueError(
+            f"{role}: neither function nor model is set; set {role}.function=package.module:name or {role}.model.path=..."
+        )
     if config.function is not None and config.model is not None:
         raise ValueError(f"{role}: both function={config.function!r} and a model are set; choose one")
     return config.function is not None

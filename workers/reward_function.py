@@ -10,11 +10,13 @@ from numbers import Real
 from typing import Any
 
 RewardFunction = Callable[..., float | Mapping[str, float]]
-"""f(*, prompt: str, response: str, finish_reason: str, **columns) -> reward, or {"reward": ..., further numbers}; a cost alike."""
+"""f(*, prompt: str, response: str, finish_reason: str, **columns) -> reward, or {"reward": ..., further
+numbers}; a cost alike."""
 
 
 def resolve(path: str, role: str = "reward") -> RewardFunction:
-    """The function that "package.module:name" names; every way in which that can fail is a ValueError with the setting's name."""
+    """The function that "package.module:name" names; every way in which that can fail is a ValueError with
+    the setting's name."""
     module_name, separator, name = path.partition(":")
     if not separator or not name:
         raise ValueError(f"{role}.function={path!r}: write it as package.module:name")
@@ -38,12 +40,15 @@ def resolve(path: str, role: str = "reward") -> RewardFunction:
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in keywords.values()):
         missing = [name for name in ("prompt", "response", "finish_reason") if name not in keywords]
         if missing:
-            raise ValueError(f"{role}.function={path!r} takes no {', '.join(missing)}; let it end in **columns")
+            raise ValueError(
+                f"{role}.function={path!r} takes no {', '.join(missing)}; let it end in **columns"
+            )
     return function
 
 
 def check_columns(path: str, names: Iterable[str], role: str) -> None:
-    """Whether the function can be called with a row that has the columns `names` beside prompt, response and finish_reason."""
+    """Whether the function can be called with a row that has the columns `names` beside prompt, response and
+    finish_reason."""
     given = dict.fromkeys(("prompt", "response", "finish_reason", *sorted(names)))
     try:
         inspect.signature(resolve(path, role)).bind(**given)
@@ -54,7 +59,9 @@ def check_columns(path: str, names: Iterable[str], role: str) -> None:
         ) from None
 
 
-def score_rows(path: str, rows: Sequence[Mapping[str, Any]], role: str = "reward") -> list[tuple[float, dict[str, float]]]:
+def score_rows(
+    path: str, rows: Sequence[Mapping[str, Any]], role: str = "reward"
+) -> list[tuple[float, dict[str, float]]]:
     """(reward or cost, further numbers) of every row; `role` names it in a dict and in messages."""
     function = resolve(path, role)
     return [_checked(path, row, _call(path, function, row, role), role) for row in rows]
@@ -65,16 +72,22 @@ def _call(path: str, function: RewardFunction, row: Mapping[str, Any], role: str
         return function(**row)
     except Exception as error:
         # The user's code: whatever it raises, the run stops and says on which row.
-        raise RuntimeError(f"{role}.function={path!r} raised {type(error).__name__}: {error} on {_describe(row)}") from error
+        raise RuntimeError(
+            f"{role}.function={path!r} raised {type(error).__name__}: {error} on {_describe(row)}"
+        ) from error
 
 
 def _checked(path: str, row: Mapping[str, Any], result: Any, role: str) -> tuple[float, dict[str, float]]:
     numbers = dict(result) if isinstance(result, Mapping) else {role: result}
     if role not in numbers:
-        raise ValueError(f"{role}.function={path!r} returned a dict without {role!r} ({sorted(numbers)}) on {_describe(row)}")
+        raise ValueError(
+            f"{role}.function={path!r} returned a dict without {role!r} ({sorted(numbers)}) on {_describe(row)}"
+        )
     for name, value in numbers.items():
         if not isinstance(value, Real) or not math.isfinite(value):
-            raise ValueError(f"{role}.function={path!r} returned {name}={value!r} on {_describe(row)}; return finite numbers")
+            raise ValueError(
+                f"{role}.function={path!r} returned {name}={value!r} on {_describe(row)}; return finite numbers"
+            )
     score = float(numbers.pop(role))
     return score, {name: float(value) for name, value in numbers.items()}
 

@@ -36,13 +36,16 @@ class ActorConfig:
     report_entropy: bool = True
     """Log the policy's entropy even where the loss does not need it."""
     probe_tolerance: float = -1.0
-    """Largest mean difference of the probe's log-probs between trainer and generation engine after a sync; the run stops above it.
+    """Largest mean difference of the probe's log-probs between trainer and generation engine after a sync;
+    the run stops above it.
     -1: 1e-3 in fp32, 0.1 where either side computes in bf16."""
     consistency: Consistency = Consistency.warn
-    """On the first optimizer step of an update on fresh samples the ratio is 1, the approximate KL 0, and the log-probs are those of
-    the generation engine. Where they are not: warn, stop with an error, or do not look."""
+    """On the first optimizer step of an update on fresh samples the ratio is 1, the approximate KL 0, and the
+    log-probs are those of the generation engine. Where they are not: warn, stop with an error, or do not
+    look."""
     consistency_tolerance: float = -1.0
-    """What counts as rounding there: of any token where both engines compute in fp32, of the mean over tokens otherwise.
+    """What counts as rounding there: of any token where both engines compute in fp32, of the mean over tokens
+    otherwise.
     -1: 1e-4 in fp32, 0.05 where either side computes in bf16."""
     seed: int = 0
     """Of sampling: a response is a function of (seed, prompt's uid, number of the sample, weights)."""
@@ -60,7 +63,8 @@ class PolicyConfig:
 
 @dataclass(kw_only=True)
 class PreferenceConfig:
-    """A reward or cost model in training, started from a language model with a new head or from an earlier reward model."""
+    """A reward or cost model in training, started from a language model with a new head or from an earlier
+    reward model."""
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig(new_head=True))
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -95,7 +99,8 @@ class RewardConfig:
     """Either a Python function or a model that scores whole responses: rewards, and costs too."""
 
     function: str | None = None
-    """package.module:name of f(*, prompt, response, finish_reason, **columns) -> float or dict with "reward" (a cost: with "cost")."""
+    """package.module:name of f(*, prompt, response, finish_reason, **columns) -> float or dict with "reward"
+    (a cost: with "cost")."""
     model: ModelConfig | None = None
     """A sequence-classification model with one label; its score of prompt + response is the reward."""
     tokenizer: str = "???"
@@ -112,7 +117,7 @@ class RewardConfig:
             raise ValueError(f"reward.num_tasks (or cost.num_tasks) is {self.num_tasks}; use at least 1")
 
 
-class Verdict(StrEnum):
+class VerdictKind(StrEnum):
     probability = "probability"
     """The probability that the judge would say yes, from one forward pass: a reward between 0 and 1."""
     written = "written"
@@ -125,39 +130,51 @@ class JudgeConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: str = "???"
-    """Hub name or directory of the *policy's* tokenizer, which turns its tokens into the text that is judged."""
-    verdict: Verdict = Verdict.probability
-    template: str = "Question:\n{prompt}\n\nAnswer:\n{response}\n\nIs the answer correct? Reply with yes or no."
-    """The judge's prompt; {prompt}, {response} and every column of the data may stand in it. It becomes the message of a user where
-    the judge's tokenizer has a chat template."""
+    """Hub name or directory of the *policy's* tokenizer, which turns its tokens into the text that is judged.
+   """
+    verdict: VerdictKind = VerdictKind.probability
+    template: str = (
+        "Question:\n{prompt}\n\nAnswer:\n{response}\n\nIs the answer correct? Reply with yes or no."
+    )
+    """The judge's prompt; {prompt}, {response} and every column of the data may stand in it. It becomes the
+    message of a user where the judge's tokenizer has a chat template."""
     yes: str = "yes"
     """What the judge says of a good answer, as it would write it after the prompt."""
     no: str = "no"
     pattern: str = ""
-    """written: regular expression of the verdict (yes, no or a number; the last match counts, its group where it has one); empty
-    looks for yes and no."""
+    """written: regular expression of the verdict (yes, no or a number; the last match counts, its group where
+    it has one); empty looks for yes and no."""
     unreadable_reward: float | None = None
-    """written: reward of a row whose verdict can't be read, counted in reward/unreadable; null stops the run with the text."""
+    """written: reward of a row whose verdict can't be read, counted in reward/unreadable; null stops the run
+    with the text."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """probability: engine, layout and micro-batch size of the forward pass."""
-    generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(sampling=SamplingConfig(greedy=True)))
+    generation: GenerationConfig = field(
+        default_factory=lambda: GenerationConfig(sampling=SamplingConfig(greedy=True))
+    )
     """written: the engine that the judge writes with."""
 
     def __post_init__(self) -> None:
         if "response" not in self.template_fields:
-            raise ValueError(f"judge.template is {self.template!r}; it must have {{response}}, or the judge would not see the answer")
+            raise ValueError(
+                f"judge.template is {self.template!r}; it must have {{response}}, or the judge would not see the answer"
+            )
         yes, no = self.yes.strip().lower(), self.no.strip().lower()
         if not yes or not no or yes == no:
-            raise ValueError(f"judge.yes is {self.yes!r} and judge.no {self.no!r}; they must be two different words")
+            raise ValueError(
+                f"judge.yes is {self.yes!r} and judge.no {self.no!r}; they must be two different words"
+            )
         for name, value in (("pattern", self.pattern), ("unreadable_reward", self.unreadable_reward)):
-            if self.verdict is Verdict.probability and value not in ("", None):
+            if self.verdict is VerdictKind.probability and value not in ("", None):
                 raise ValueError(
                     f"judge.{name} is {value!r}, which nothing reads with judge.verdict=probability; set judge.verdict=written, or leave "
                     "it out"
                 )
         self._check_pattern()
         if self.unreadable_reward is not None and not math.isfinite(self.unreadable_reward):
-            raise ValueError(f"judge.unreadable_reward is {self.unreadable_reward}; give a finite reward, or null to stop the run instead")
+            raise ValueError(
+                f"judge.unreadable_reward is {self.unreadable_reward}; give a finite reward, or null to stop the run instead"
+            )
 
     @property
     def template_fields(self) -> list[str]:
@@ -173,6 +190,10 @@ class JudgeConfig:
         try:
             groups = re.compile(self.pattern).groups
         except re.error as error:
-            raise ValueError(f"judge.pattern is {self.pattern!r}, which is no regular expression ({error}); correct it") from None
+            raise ValueError(
+                f"judge.pattern is {self.pattern!r}, which is no regular expression ({error}); correct it"
+            ) from None
         if groups > 1:
-            raise ValueError(f"judge.pattern is {self.pattern!r} with {groups} groups; use one for the verdict, and (?:...) for the others")
+            raise ValueError(
+                f"judge.pattern is {self.pattern!r} with {groups} groups; use one for the verdict, and (?:...) for the others"
+            )

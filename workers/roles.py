@@ -1,6 +1,7 @@
 """The roles as algorithms see them: which methods there are, how each is called, what it reads and writes.
 
-Controllers are written against these classes; workers/actor.py and its neighbours implement them over the engines.
+Controllers are written against these classes; workers/actor.py and its neighbours implement them over the
+engines.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hybridflow.results import Metrics
 from hybridflow.worker import Worker, remote
 from workers import columns as columns  # declares every column named below
 from workers.generation.config import SamplingConfig
-from workers.losses.config import DPOConfig
+from workers.losses.config import DPOLossConfig
 
 TO_ALL_GENERATORS = replace(ONE_TO_ALL, name="TO_ALL_GENERATORS", layout="generation")
 
@@ -44,7 +45,7 @@ class TrainedRole(Worker):
         """Most memory that each rank's process held so far."""
 
 
-class Learner(TrainedRole):
+class Policy(TrainedRole):
     """A language model that learns from rows that are there."""
 
     @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("log_probs",), balance="num_tokens")
@@ -62,7 +63,8 @@ class Learner(TrainedRole):
     )
     @abstractmethod
     def update_supervised(self, batch: Batch) -> Metrics:
-        """Cross-entropy of the responses (of the tokens in loss_mask): one optimizer step for every mini-batch and epoch."""
+        """Cross-entropy of the responses (of the tokens in loss_mask): one optimizer step for every
+        mini-batch and epoch."""
 
     @remote(
         THREE_D,
@@ -74,7 +76,7 @@ class Learner(TrainedRole):
         together="pair",
     )
     @abstractmethod
-    def update_dpo(self, batch: Batch, loss: DPOConfig) -> Metrics:
+    def update_dpo(self, batch: Batch, loss: DPOLossConfig) -> Metrics:
         """DPO on pairs of rows: one optimizer step for every mini-batch and epoch."""
 
     @remote(
@@ -90,7 +92,7 @@ class Learner(TrainedRole):
         """Reverse KL to the teacher on the responses: one optimizer step for every mini-batch and epoch."""
 
 
-class Policy(Learner):
+class TrainingActor(Policy):
     """The half of the actor that trains."""
 
     @remote(
@@ -125,18 +127,22 @@ class Generator(Worker):
         kind=CallKind.generation,
     )
     @abstractmethod
-    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True) -> Batch:
+    def generate_sequences(
+        self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
+    ) -> Batch:
         """One response for every row, by the generation engine under the actor's latest weights.
 
-        sampling: None for the configured one. do_sample: False takes the most likely token, all else as configured.
+        sampling: None for the configured one. do_sample: False takes the most likely token, all else as
+        configured.
         """
 
 
-class Actor(Policy, Generator):
-    """The policy: one model that generates and is trained. One worker has both halves, or each has a pool (workers/split_actor.py)."""
+class Actor(TrainingActor, Generator):
+    """The policy: one model that generates and is trained. One worker has both halves, or each has a pool
+    (workers/split_actor.py)."""
 
 
-class SplitPolicy(Policy):
+class SplitTrainer(TrainingActor):
     """The training half in a pool of its own."""
 
     @remote(ONE_TO_ALL)
@@ -147,8 +153,8 @@ class SplitPolicy(Policy):
     @remote(ONE_TO_ALL)
     @abstractmethod
     def join(self, meeting: str, num_ranks: int, host: str, timeout_s: float) -> None:
-        """Enters the group of both pools; started on both sides before either is waited for. host "": this machine's address.
-        `timeout_s`: of the group's operations."""
+        """Enters the group of both pools; started on both sides before either is waited for. host "": this
+        machine's address. `timeout_s`: of the group's operations."""
 
     @remote(ONE_TO_ALL)
     @abstractmethod
@@ -162,12 +168,12 @@ class SplitGenerator(Generator):
     @remote(TO_ALL_GENERATORS)
     @abstractmethod
     def join(self, meeting: str, num_ranks: int, host: str, timeout_s: float) -> None:
-        """See SplitPolicy.join."""
+        """See SplitTrainer.join."""
 
     @remote(TO_ALL_GENERATORS)
     @abstractmethod
     def sync_weights(self) -> dict[str, float]:
-        """Receives the weights and checks them; see SplitPolicy.sync_weights."""
+        """Receives the weights and checks them; see SplitTrainer.sync_weights."""
 
 
 class Critic(TrainedRole):
@@ -219,7 +225,8 @@ class PreferenceModel(TrainedRole):
     )
     @abstractmethod
     def update_preferences(self, batch: Batch) -> Metrics:
-        """Bradley-Terry: the chosen row's score above the rejected one's; one optimizer step for every mini-batch."""
+        """Bradley-Terry: the chosen row's score above the rejected one's; one optimizer step for every
+        mini-batch."""
 
     @remote(
         THREE_D,
@@ -251,7 +258,8 @@ class Reward(Worker):
 
 
 class Cost(Worker):
-    """What the policy must not exceed (Safe-RLHF): a Python function or a model, harmful above 0 if it was trained as one."""
+    """What the policy must not exceed (Safe-RLHF): a Python function or a model, harmful above 0 if it was
+    trained as one."""
 
     @remote(
         THREE_D,

@@ -1,4 +1,5 @@
-"""Sampler: the half of the actor that generates. Rows become responses; seeds, versions and the engine's memory are its business."""
+"""Sampler: the half of the actor that generates. Rows become responses; seeds, versions and the engine's
+memory are its business."""
 
 from __future__ import annotations
 
@@ -20,18 +21,27 @@ from workers.consistency import is_exact
 from workers.generation import generation_engine_class
 from workers.generation.config import SamplingConfig
 from workers.generation.sampling import load_model_config
-from workers.generation.sink import WeightSink, weight_sink
+from workers.generation.weight_destination import WeightDestination, weight_destination
 from workers.role_config import ActorConfig
 
 
 class Sampler:
     """sampler = Sampler(config, context, layout); ...weights in...; batch = sampler.generate(prompts, None)"""
 
-    def __init__(self, config: ActorConfig, context: RankContext, layout: Layout, *, load_weights: bool = False) -> None:
-        """Builds the generation engine, without weights where a trainer will bring them; collective over the pool."""
+    def __init__(
+        self, config: ActorConfig, context: RankContext, layout: Layout, *, load_weights: bool = False
+    ) -> None:
+        """Builds the generation engine, without weights where a trainer will bring them; collective over the
+        pool."""
         self.config, self.context = config, context
         engine = generation_engine_class(config.generation.engine)
-        self.engine = engine(model=config.model, config=config.generation, context=context, load_weights=load_weights, layout=layout)
+        self.engine = engine(
+            model=config.model,
+            config=config.generation,
+            context=context,
+            load_weights=load_weights,
+            layout=layout,
+        )
 
     def generate(self, prompts: Batch, sampling: SamplingConfig | None, *, do_sample: bool = True) -> Batch:
         """One response for every row, with the version of the weights that drew it."""
@@ -53,11 +63,11 @@ class Sampler:
             weight_version=torch.full((len(prompts),), self.engine.weight_version),
         )
 
-    def make_sink(self, parameters: Sequence[ParameterSpec]) -> WeightSink:
+    def make_destination(self, parameters: Sequence[ParameterSpec]) -> WeightDestination:
         """Where the engine takes the trainer's `parameters`."""
         config = self.config.generation
         dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
-        return weight_sink(config.engine, self.engine, parameters, dtype, self.context.device)
+        return weight_destination(config.engine, self.engine, parameters, dtype, self.context.device)
 
 
 def probe_settings(config: ActorConfig) -> tuple[float, int]:
@@ -67,10 +77,17 @@ def probe_settings(config: ActorConfig) -> tuple[float, int]:
 
 
 def sample_seeds(seed: int, prompts: Batch) -> np.ndarray:
-    """int64 [rows]: one seed for each (run, prompt's use, number of the sample), whatever rank or layout draws it."""
+    """int64 [rows]: one seed for each (run, prompt's use, number of the sample), whatever rank or layout
+    draws it."""
     uid = cast(Tensor, prompts["uid"]).numpy().astype(np.uint64)
-    sample = cast(Tensor, prompts["sample"]).numpy().astype(np.uint64) if "sample" in prompts else np.zeros(len(uid), np.uint64)
+    sample = (
+        cast(Tensor, prompts["sample"]).numpy().astype(np.uint64)
+        if "sample" in prompts
+        else np.zeros(len(uid), np.uint64)
+    )
     mixed = (
-        (uid * np.uint64(0x9E3779B97F4A7C15)) ^ (sample * np.uint64(0xD1B54A32D192ED03)) ^ np.uint64((seed * 0x2545F4914F6CDD1D) % 2**64)
+        (uid * np.uint64(0x9E3779B97F4A7C15))
+        ^ (sample * np.uint64(0xD1B54A32D192ED03))
+        ^ np.uint64((seed * 0x2545F4914F6CDD1D) % 2**64)
     )
     return (mixed >> np.uint64(1)).astype(np.int64)

@@ -1,8 +1,9 @@
 """Sequences: what a training engine computes on, token sequences without padding and the numbers beside them.
 
-One row is prompt + response. The *scored* tokens of a row are its last `scored_lengths[i]` tokens (the response in RLHF,
-everything but the first token in language modelling). Everything per token is flat: the scored tokens of row 0, then of
-row 1, and so on. How rows are cut into micro-batches is the engine's business and never changes a result.
+One row is prompt + response. The *scored* tokens of a row are its last `scored_lengths[i]` tokens (the
+response in RLHF, everything but the first token in language modelling). Everything per token is flat: the
+scored tokens of row 0, then of row 1, and so on. How rows are cut into micro-batches is the engine's business
+and never changes a result.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Sequences:
     token_ids: Tensor
     """int64 [sum(lengths)], the rows one after the other."""
     lengths: Tensor
-    """int64 [rows], tokens of each row, at least scored_lengths + 1 (the first token of a row has no prediction)."""
+    """int64 [rows], tokens of each row, at least scored_lengths + 1 (the first token of a row has no
+    prediction)."""
     scored_lengths: Tensor
     """int64 [rows], how many tokens at the end of each row are scored; 0 is allowed."""
     per_token: dict[str, Tensor] = field(default_factory=dict)
@@ -44,7 +46,9 @@ class Sequences:
     @property
     def row_of_token(self) -> Tensor:
         """int64 [sum(scored_lengths)]: the row that every scored token belongs to."""
-        return torch.repeat_interleave(torch.arange(self.num_rows, device=self.lengths.device), self.scored_lengths)
+        return torch.repeat_interleave(
+            torch.arange(self.num_rows, device=self.lengths.device), self.scored_lengths
+        )
 
     def rows(self, index: Sequence[int] | Tensor) -> Sequences:
         """The given rows in the given order."""
@@ -59,7 +63,9 @@ class Sequences:
             per_row={name: values[index] for name, values in self.per_row.items()},
         )
 
-    def with_columns(self, per_token: Mapping[str, Tensor] | None = None, per_row: Mapping[str, Tensor] | None = None) -> Sequences:
+    def with_columns(
+        self, per_token: Mapping[str, Tensor] | None = None, per_row: Mapping[str, Tensor] | None = None
+    ) -> Sequences:
         """The same rows with further columns."""
         return Sequences(
             token_ids=self.token_ids,

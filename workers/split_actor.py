@@ -1,11 +1,13 @@
-"""The actor in two pools: one trains, the other generates, and weights go from shards to shards past the controller.
+"""The actor in two pools: one trains, the other generates, and weights go from shards to shards past the
+controller.
 
-The algorithm's page sees one actor (SplitActor). Before a generation, if the weights have changed, the controller starts
-sync_weights on both pools, one straight after the other and before it waits for anything. A host runs its calls in the order in
-which they were started, so both pools reach the two halves of a sync at the same place of one common order: neither can wait for a
-call that stands behind its own half, and no deadlock is possible. If a process dies, its peers' sockets close and the controller
-names it. The training pool is free again as soon as its weights have arrived and were attested; taking them in and the probe are
-the generation pool's business.
+The algorithm's page sees one actor (SplitActor). Before a generation, if the weights have changed, the
+controller starts sync_weights on both pools, one straight after the other and before it waits for anything. A
+host runs its calls in the order in which they were started, so both pools reach the two halves of a sync at
+the same place of one common order: neither can wait for a call that stands behind its own half, and no
+deadlock is possible. If a process dies, its peers' sockets close and the controller names it. The training
+pool is free again as soon as its weights have arrived and were attested; taking them in and the probe are the
+generation pool's business.
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ from hybridflow.layout import Layout
 from hybridflow.pool import ResourcePool
 from hybridflow.results import Metrics
 from workers.actor import sync_metrics
+from workers.actor_training import ActorTrainingWorker
 from workers.generation.config import GenerationConfig, SamplingConfig
-from workers.losses.config import DPOConfig
+from workers.losses.config import DPOLossConfig
 from workers.model_worker import training_layout
-from workers.policy import PolicyWorker
 from workers.role_config import ActorConfig
-from workers.roles import Actor, SplitGenerator, SplitPolicy
+from workers.roles import Actor, SplitGenerator, SplitTrainer
 from workers.sampler import Sampler, probe_settings
 from workers.weight_sync import WeightSync
 
 
-class SplitPolicyWorker(PolicyWorker, SplitPolicy):
+class SplitTrainingWorker(ActorTrainingWorker, SplitTrainer):
     """Trains and sends."""
 
     sync: WeightSync
@@ -57,7 +59,14 @@ class SplitPolicyWorker(PolicyWorker, SplitPolicy):
             point=self._meeting,
         )
         tolerance, vocab_size = probe_settings(self.config)
-        self.sync = WeightSync(self.engine, None, probe_tolerance=tolerance, vocab_size=vocab_size, node=context.node, group=group)
+        self.sync = WeightSync(
+            self.engine,
+            None,
+            probe_tolerance=tolerance,
+            vocab_size=vocab_size,
+            node=context.node,
+            group=group,
+        )
 
     def sync_weights(self) -> dict[str, float]:
         self.sync.run(self.weight_version)
@@ -73,7 +82,9 @@ class GenerationWorker(SplitGenerator):
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
         if config.generation.release_during_training:
-            raise ValueError("actor.generation.release_during_training is true, but generation has a pool of its own; set it to false")
+            raise ValueError(
+                "actor.generation.release_during_training is true, but generation has a pool of its own; set it to false"
+            )
         self.sampler = Sampler(config, context, self.layouts(config, context.world_size)["generation"])
 
     @classmethod
@@ -84,12 +95,19 @@ class GenerationWorker(SplitGenerator):
         context = self.context
         # The ranks that train come first.
         rank = num_ranks - context.world_size + context.rank
-        group = spanning.join(meeting, rank=rank, size=num_ranks, host=host or context.node, device=context.device, timeout_s=timeout_s)
+        group = spanning.join(
+            meeting,
+            rank=rank,
+            size=num_ranks,
+            host=host or context.node,
+            device=context.device,
+            timeout_s=timeout_s,
+        )
         tolerance, vocab_size = probe_settings(self.config)
         self.sync = WeightSync(
             None,
             self.sampler.engine,
-            self.sampler.make_sink,
+            self.sampler.make_destination,
             probe_tolerance=tolerance,
             vocab_size=vocab_size,
             node=context.node,
@@ -100,7 +118,9 @@ class GenerationWorker(SplitGenerator):
         self.sync.run()
         return sync_metrics(self.sync)
 
-    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True) -> Batch:
+    def generate_sequences(
+        self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
+    ) -> Batch:
         return self.sampler.generate(prompts, sampling, do_sample=do_sample)
 
     def close(self) -> None:
@@ -121,12 +141,12 @@ def generation_layout(sizes: GenerationConfig, world_size: int, role: str) -> La
 class SplitActor:
     """Both halves behind the actor's methods.
 
-    policy = spawn(SplitPolicyWorker, training_pool, config, role="actor")
+    policy = spawn(SplitTrainingWorker, training_pool, config, role="actor")
     generator = spawn(GenerationWorker, generation_pool, config, role="generation")
     actor = SplitActor.of(policy, generator, training_pool, generation_pool)
     """
 
-    def __init__(self, policy: SplitPolicy, generator: SplitGenerator) -> None:
+    def __init__(self, policy: SplitTrainer, generator: SplitGenerator) -> None:
         self._policy, self._generator = policy, generator
         self._changed = True
         """Whether the weights changed since the generation pool got them."""
@@ -137,7 +157,9 @@ class SplitActor:
         self.peak_memory_bytes = policy.peak_memory_bytes
 
     @classmethod
-    def of(cls, policy: SplitPolicy, generator: SplitGenerator, training: ResourcePool, generation: ResourcePool) -> Actor:
+    def of(
+        cls, policy: SplitTrainer, generator: SplitGenerator, training: ResourcePool, generation: ResourcePool
+    ) -> Actor:
         """Brings the two pools together; returns when all their ranks are in one group."""
         nodes = {pool.node(rank) for pool in (training, generation) for rank in range(pool.size)}
         host = spanning.LOOPBACK if len(nodes) == 1 else ""
@@ -152,7 +174,9 @@ class SplitActor:
             list(ranks)
         return cast(Actor, cls(policy, generator))
 
-    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True) -> Batch:
+    def generate_sequences(
+        self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
+    ) -> Batch:
         if self._changed:
             self._policy.sync_weights()
             received = cast(list[dict[str, float]], self._generator.sync_weights())
@@ -168,7 +192,7 @@ class SplitActor:
         self._changed = True
         return self._policy.update_supervised(batch) | self._sync
 
-    def update_dpo(self, batch: Batch, loss: DPOConfig) -> Metrics:
+    def update_dpo(self, batch: Batch, loss: DPOLossConfig) -> Metrics:
         self._changed = True
         return self._policy.update_dpo(batch, loss) | self._sync
 

@@ -1,8 +1,9 @@
-"""WeightSync: the actor's weights from the training layout into the generation engine, compiled once, attested every time.
+"""WeightSync: the actor's weights from the training layout into the generation engine, compiled once,
+attested every time.
 
-A rank trains, generates, or does both: with both engines in one pool the group is the pool, otherwise it spans two pools and every
-rank brings the side that it has. Leaves out what the generation engine does with the weights it is given (its sink:
-workers/generation/).
+A rank trains, generates, or does both: with both engines in one pool the group is the pool, otherwise it
+spans two pools and every rank brings the side that it has. Leaves out what the generation engine does with
+the weights it is given (its destination: workers/generation/).
 """
 
 from __future__ import annotations
@@ -19,28 +20,41 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybridflow.resharding import AttestationError, Attestor, Executor, ParameterSpec, Plan, ShardMap, compile, compile_cached, verify
+from hybridflow.resharding import (
+    AttestationError,
+    Attestor,
+    Executor,
+    ParameterSpec,
+    Plan,
+    ShardMap,
+    compile,
+    compile_cached,
+    verify,
+)
 from hybridflow.resharding.transport import rank_in
 from workers.engines.base import TrainingEngine
 from workers.generation.base import GenerationEngine
-from workers.generation.sink import WeightSink
+from workers.generation.weight_destination import WeightDestination
 from workers.sequences import Sequences
 
 BUCKET_BYTES = 64 << 20
 LARGE_BUCKET_BYTES = 256 << 20
-"""Of plans with many boxes (large models on many ranks): fewer buckets, so that 70B on 512 ranks compiles in 5 s and not in 31."""
+"""Of plans with many boxes (large models on many ranks): fewer buckets, so that 70B on 512 ranks compiles in
+5 s and not in 31."""
 PROBE_TOKENS = 24
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hybridflow" / "plans"
 """Where compiled plans are kept; safe to delete."""
 WORTH_KEEPING_ROWS = 20_000
-"""Boxes in both shard maps from which on a plan is kept on disk: a smaller one is compiled in less than a second."""
+"""Boxes in both shard maps from which on a plan is kept on disk: a smaller one is compiled in less than a
+second."""
 LOGGER = logging.getLogger(__name__)
-MakeSink = Callable[[Sequence[ParameterSpec]], WeightSink]
+MakeSink = Callable[[Sequence[ParameterSpec]], WeightDestination]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncReport:
-    """What one sync cost this rank, and how well the two engines agree; where the rank only trains, commit and gap are 0."""
+    """What one sync cost this rank, and how well the two engines agree; where the rank only trains, commit
+    and gap are 0."""
 
     seconds: float
     prepare_s: float
@@ -57,13 +71,14 @@ class SyncReport:
 
 
 class WeightSync:
-    """sync = WeightSync(engine, generator, make_sink, probe_tolerance=1e-3, vocab_size=32000); report = sync.run(version)"""
+    """sync = WeightSync(engine, generator, make_destination, probe_tolerance=1e-3, vocab_size=32000); report
+    = sync.run(version)"""
 
     def __init__(
         self,
         engine: TrainingEngine | None,
         generator: GenerationEngine | None,
-        make_sink: MakeSink | None = None,
+        make_destination: MakeSink | None = None,
         *,
         probe_tolerance: float,
         vocab_size: int,
@@ -71,8 +86,9 @@ class WeightSync:
         group: dist.ProcessGroup | None = None,
         share_memory: bool = False,
     ) -> None:
-        """`group`: all ranks of both sides, those that train first (None: the pool). `node`: this rank's machine. `share_memory`: the
-        generation engine may compute with the trainer's memory, because neither side ever gives its weights' memory back."""
+        """`group`: all ranks of both sides, those that train first (None: the pool). `node`: this rank's
+        machine. `share_memory`: the generation engine may compute with the trainer's memory, because neither
+        side ever gives its weights' memory back."""
         self.engine = engine
         self.generator = generator
         self.group = group
@@ -80,17 +96,19 @@ class WeightSync:
         self.probe_tolerance = probe_tolerance
         self.probe = np.random.default_rng(0).integers(0, vocab_size, PROBE_TOKENS)
         self.share_memory = share_memory
-        self.sink: WeightSink | None = None
+        self.destination: WeightDestination | None = None
         self.last: SyncReport | None = None
         self.attestor: Attestor | None = None
         """From the first sync on."""
-        self._make_sink = make_sink
+        self._make_destination = make_destination
         self._executor: Executor | None = None
 
     def run(self, version: int = 0) -> SyncReport:
-        """Moves, attests, commits and probes; raises AttestationError where the two sides differ. Collective over the group.
+        """Moves, attests, commits and probes; raises AttestationError where the two sides differ. Collective
+        over the group.
 
-        `version` counts where the rank trains. A rank that only trains is done when its weights have arrived and were attested.
+        `version` counts where the rank trains. A rank that only trains is done when its weights have arrived
+        and were attested.
         """
         times = [time.perf_counter()]
         if self._executor is None or self.attestor is None:
@@ -102,9 +120,9 @@ class WeightSync:
         times.append(time.perf_counter())
         verdict = self.attestor.start()
         times.append(time.perf_counter())
-        if self.sink is not None:
+        if self.destination is not None:
             # The verdict travels meanwhile; nothing is generated before it is in.
-            self.sink.commit(version)
+            self.destination.commit(version)
         times.append(time.perf_counter())
         verdict.finish()
         times.append(time.perf_counter())
@@ -124,41 +142,48 @@ class WeightSync:
         )
         return self.last
 
-    def make_sink(self, parameters: Sequence[ParameterSpec]) -> WeightSink:
-        """The sink for the trainer's parameters; made once."""
-        if self.sink is None:
-            assert self._make_sink is not None, "a rank that generates has a sink"
-            self.sink = self._make_sink(parameters)
-        return self.sink
+    def make_destination(self, parameters: Sequence[ParameterSpec]) -> WeightDestination:
+        """The destination for the trainer's parameters; made once."""
+        if self.destination is None:
+            assert self._make_destination is not None, "a rank that generates has a destination"
+            self.destination = self._make_destination(parameters)
+        return self.destination
 
     def _prepare(self) -> tuple[Executor, Attestor]:
         sources = self.engine.local_parameters() if self.engine is not None else []
         source = ShardMap.gather(sources, self.group)
-        sink = self.make_sink(source.parameters) if self.generator is not None else None
-        if sink is not None and self.share_memory:
-            sink.share(sources)
-        destinations = sink.destinations() if sink is not None else []
+        destination = self.make_destination(source.parameters) if self.generator is not None else None
+        if destination is not None and self.share_memory:
+            destination.share(sources)
+        destinations = destination.destinations() if destination is not None else []
         plan = make_plan(source, ShardMap.gather(destinations, self.group), machines(self.node, self.group))
         self.certificate = verify(plan)
         if rank_in(self.group) == 0:
             LOGGER.info("resharding plan\n%s", self.certificate)
-        return Executor(plan, sources, destinations, self.group), Attestor(plan.source, sources, plan.target, destinations, self.group)
+        return Executor(plan, sources, destinations, self.group), Attestor(
+            plan.source, sources, plan.target, destinations, self.group
+        )
 
     def _announce(self, version: int) -> tuple[int, Tensor]:
         """The trainer's version and its log-probs of the probe [tokens - 1], on every rank of the group."""
         table = torch.zeros(PROBE_TOKENS, dtype=torch.float64)
         if self.engine is not None:
             tokens, length = torch.from_numpy(self.probe), torch.tensor([PROBE_TOKENS])
-            outputs = self.engine.forward(Sequences(token_ids=tokens, lengths=length, scored_lengths=length - 1))
+            outputs = self.engine.forward(
+                Sequences(token_ids=tokens, lengths=length, scored_lengths=length - 1)
+            )
             layout = self.engine.layout
             if rank_in(self.group) == layout.rank(pp=layout.axis_size("pp") - 1):
-                assert outputs is not None and outputs.log_probs is not None, "the last pipeline stage has the outputs"
+                assert outputs is not None and outputs.log_probs is not None, (
+                    "the last pipeline stage has the outputs"
+                )
                 table[0], table[1:] = version, outputs.log_probs.double().cpu()
         dist.all_reduce(table, group=self.group)
         return int(table[0]), table[1:].float()
 
     def _probe(self, expected: Tensor) -> float:
-        """Scores one fixed sequence and holds it against the trainer's numbers; every rank that generates learns the largest gap."""
+        """Scores one fixed sequence and holds it against the trainer's numbers; every rank that generates
+        learns the largest gap."""
         assert self.generator is not None
         scored = torch.from_numpy(self.generator.score(self.probe.tolist()))
         gap = torch.nan_to_num((expected - scored).abs().mean(), nan=torch.inf).reshape(1)

@@ -1,10 +1,10 @@
 """From a conversation to its tokens and the mask of what is learned: the assistant's turns, and nothing else.
 
-The conversation is cut where the assistant begins and ends to speak, and the pieces are tokenised one by one. A prompt has then
-the very tokens that generation will see (PromptTokenizer), which one pass over the whole text does not promise. A turn is learned
-up to its end-of-sequence token: what the template writes after it (a line break) is never generated. Leaves out templates that
-rewrite earlier turns once later ones follow (some drop the thoughts of old turns): there is then no one text to learn, and the
-row is refused.
+The conversation is cut where the assistant begins and ends to speak, and the pieces are tokenised one by one.
+A prompt has then the very tokens that generation will see (PromptTokenizer), which one pass over the whole
+text does not promise. A turn is learned up to its end-of-sequence token: what the template writes after it (a
+line break) is never generated. Leaves out templates that rewrite earlier turns once later ones follow (some
+drop the thoughts of old turns): there is then no one text to learn, and the row is refused.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from controllers.data.tokenize import PromptTokenizer, check_messages
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Text that is learned or not: Piece("4<|end|>", learned=True)."""
+class Segment:
+    """Text that is learned or not: Segment("4<|end|>", learned=True)."""
 
     text: str
     learned: bool
@@ -32,7 +32,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Answered(prompt=[5, 6], response=[7, 1, 5, 8, 1], mask=[1, 1, 0, 1, 1]): the prompt ends where the assistant first speaks."""
+    """Answered(prompt=[5, 6], response=[7, 1, 5, 8, 1], mask=[1, 1, 0, 1, 1]): the prompt ends where the
+    assistant first speaks."""
 
     prompt: list[int]
     response: list[int]
@@ -47,13 +48,14 @@ class ConversationTokenizer:
         self.prompts = PromptTokenizer(tokenizer, config)
 
     def answer(self, row: SourceRow, column: str, response: Any) -> Answered:
-        """The prompt of the row (data.prompt_column) with the response of `column`: text, or a list of one assistant message."""
+        """The prompt of the row (data.prompt_column) with the response of `column`: text, or a list of one
+        assistant message."""
         text = _response_text(row, column, response)
         prompt = self.prompts.prompt(row)
         if not isinstance(prompt, str):
             messages = [*prompt, {"role": "assistant", "content": text}]
             return self._of_turns(row, messages, [len(prompt)])
-        pieces = [Piece(prompt, learned=False, special=True), Piece(text, learned=True)]
+        pieces = [Segment(prompt, learned=False, special=True), Segment(text, learned=True)]
         answered = self._tokens(row, pieces)
         end = self.tokenizer.eos_token_id
         if end is None:
@@ -73,7 +75,9 @@ class ConversationTokenizer:
         """Every assistant turn learned; messages after the last one are left out."""
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
-            raise ValueError(f"{row.place}: no message has the role 'assistant', so there is nothing to learn; remove the row")
+            raise ValueError(
+                f"{row.place}: no message has the role 'assistant', so there is nothing to learn; remove the row"
+            )
         return self._of_turns(row, messages, turns)
 
     def _of_turns(self, row: SourceRow, messages: Sequence[dict[str, Any]], turns: Sequence[int]) -> Answered:
@@ -81,11 +85,16 @@ class ConversationTokenizer:
         for turn in turns:
             before = self._rendered(row, messages[:turn], done, generation_prompt=True)
             after = self._rendered(row, messages[: turn + 1], before, generation_prompt=False)
-            pieces += [Piece(before[len(done) :], learned=False), Piece(after[len(before) :], learned=True)]
+            pieces += [
+                Segment(before[len(done) :], learned=False),
+                Segment(after[len(before) :], learned=True),
+            ]
             done = after
         return self._tokens(row, pieces)
 
-    def _rendered(self, row: SourceRow, messages: Sequence[dict[str, Any]], begin: str, *, generation_prompt: bool) -> str:
+    def _rendered(
+        self, row: SourceRow, messages: Sequence[dict[str, Any]], begin: str, *, generation_prompt: bool
+    ) -> str:
         """The template's text, which must go on from what it made of fewer messages."""
         text = self.prompts.render(row, list(messages), generation_prompt=generation_prompt)
         if not text.startswith(begin):
@@ -96,11 +105,15 @@ class ConversationTokenizer:
             )
         return text
 
-    def _tokens(self, row: SourceRow, pieces: Sequence[Piece]) -> Answered:
+    def _tokens(self, row: SourceRow, pieces: Sequence[Segment]) -> Answered:
         tokens: list[int] = []
         mask: list[int] = []
         for piece in pieces:
-            ids = self.tokenizer(piece.text, add_special_tokens=piece.special)["input_ids"] if piece.text else []
+            ids = (
+                self.tokenizer(piece.text, add_special_tokens=piece.special)["input_ids"]
+                if piece.text
+                else []
+            )
             learned = self._until_end(ids) if piece.learned else 0
             if piece.learned and not learned:
                 raise ValueError(
@@ -123,7 +136,12 @@ class ConversationTokenizer:
 
 
 def _response_text(row: SourceRow, column: str, response: Any) -> str:
-    if isinstance(response, list) and len(response) == 1 and isinstance(response[0], dict) and response[0].get("role") == "assistant":
+    if (
+        isinstance(response, list)
+        and len(response) == 1
+        and isinstance(response[0], dict)
+        and response[0].get("role") == "assistant"
+    ):
         response = response[0].get("content")
     if not isinstance(response, str):
         raise ValueError(

@@ -21,7 +21,8 @@ LOGGER = logging.getLogger(__name__)
 
 
 class PromptDataset(RowDataset):
-    """Batches have prompt_ids, uid (row + epoch * rows of the dataset: no two uses of a prompt share it) and extras."""
+    """Batches have prompt_ids, uid (row + epoch * rows of the dataset: no two uses of a prompt share it) and
+    extras."""
 
     num_parts = 1
     length_limit = "max_prompt_tokens"
@@ -38,8 +39,11 @@ class PromptDataset(RowDataset):
         return encode
 
     @classmethod
-    def load_text(cls, config: DataConfig, where: str | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
-        """Plain text without further columns, longer ones cut into pieces (data.pretraining, data.pretraining_column, ...)."""
+    def load_text(
+        cls, config: DataConfig, where: str | Sequence[str], tokenizer: PreTrainedTokenizerBase
+    ) -> PromptDataset:
+        """Plain text without further columns, longer ones cut into pieces (data.pretraining,
+        data.pretraining_column, ...)."""
         text = replace(
             config,
             prompt_column=config.pretraining_column,
@@ -52,21 +56,34 @@ class PromptDataset(RowDataset):
         return cls.load(text, where, tokenizer).cut(config.pretraining_tokens)
 
     def cut(self, max_tokens: int) -> PromptDataset:
-        """Every row in the fewest pieces of at most max_tokens (4 or more) tokens, about equal ones; a row of one token predicts nothing
-        and is left out, with a warning."""
+        """Every row in the fewest pieces of at most max_tokens (4 or more) tokens, about equal ones; a row of
+        one token predicts nothing and is left out, with a warning."""
         lengths = np.diff(self._token_ends, prepend=0)
         if (short := int((lengths < 2).sum())) == len(lengths):
             raise ValueError("data.pretraining: no text has two tokens or more; give longer ones")
         if short:
             LOGGER.warning("data.pretraining: left out %d texts of one token", short)
         pieces = [np.arange(n) * length // n for length in lengths for n in (-(-int(length) // max_tokens),)]
-        starts = np.concatenate([end - length + piece for end, length, piece in zip(self._token_ends, lengths, pieces, strict=True)])
+        starts = np.concatenate(
+            [
+                end - length + piece
+                for end, length, piece in zip(self._token_ends, lengths, pieces, strict=True)
+            ]
+        )
         ends = np.append(starts[1:], self._token_ends[-1])
         long = ends - starts > 1
-        tokens = np.concatenate([self._tokens[start:end] for start, end in zip(starts[long], ends[long], strict=True)])
+        tokens = np.concatenate(
+            [self._tokens[start:end] for start, end in zip(starts[long], ends[long], strict=True)]
+        )
         nothing = np.frombuffer(b"{}" * int(long.sum()), dtype=np.uint8)
         fingerprint = f"{self.fingerprint} cut at {max_tokens}"
-        return PromptDataset(tokens, np.cumsum((ends - starts)[long]), nothing, 2 * np.arange(1, int(long.sum()) + 1), fingerprint)
+        return PromptDataset(
+            tokens,
+            np.cumsum((ends - starts)[long]),
+            nothing,
+            2 * np.arange(1, int(long.sum()) + 1),
+            fingerprint,
+        )
 
     @property
     def longest_prompt_tokens(self) -> int:
@@ -80,7 +97,8 @@ class PromptDataset(RowDataset):
     def rows(self, index: Sequence[int] | np.ndarray, uid: np.ndarray | None = None) -> Batch:
         row = self.checked(index)
         values = [self.column_values(i) for i in row]
-        # A row of a jsonl file that lacks a column has null there: a reward function's parameters are always given.
+        # A row of a jsonl file that lacks a column has null there: a reward function's parameters are always
+        # given.
         names = dict.fromkeys(name for columns in values for name in columns)
         return Batch.of(
             prompt_ids=Ragged.of([self.part(i, 0) for i in row]),

@@ -1,4 +1,5 @@
-"""DemonstrationDataset: what a supervised model is to imitate, as prompt and response or as whole conversations."""
+"""DemonstrationDataset: what a supervised model is to imitate, as prompt and response or as whole
+conversations."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from workers.columns import LOSS_MASK, NUM_TOKENS, PROMPT_IDS, RESPONSE_IDS, UID
 
 
 class DemonstrationDataset(RowDataset):
-    """Batches have prompt_ids (all before the assistant's first turn), response_ids (the rest), loss_mask, num_tokens, uid."""
+    """Batches have prompt_ids (all before the assistant's first turn), response_ids (the rest), loss_mask,
+    num_tokens, uid."""
 
     num_parts = 3
     length_limit = "max_tokens"
@@ -34,10 +36,16 @@ class DemonstrationDataset(RowDataset):
             if config.messages_column is not None:
                 answered = tokenize.messages(row)
             else:
-                response = value_of(row, config.response_column, "data.response_column (or data.messages_column for conversations)")
+                response = value_of(
+                    row,
+                    config.response_column,
+                    "data.response_column (or data.messages_column for conversations)",
+                )
                 answered = tokenize.answer(row, config.response_column, response)
             parts = (answered.prompt, answered.response, answered.mask)
-            return EncodedRow(parts=parts, num_tokens=len(answered.prompt) + len(answered.response), columns={})
+            return EncodedRow(
+                parts=parts, num_tokens=len(answered.prompt) + len(answered.response), columns={}
+            )
 
         def encode(rows: Sequence[SourceRow]) -> list[EncodedRow]:
             return [encode_one(row) for row in rows]
@@ -50,7 +58,9 @@ class DemonstrationDataset(RowDataset):
         return Batch.of(
             prompt_ids=prompts,
             response_ids=responses,
-            loss_mask=Ragged(Ragged.of([self.part(i, 2) for i in row]).values.to(torch.bool), responses.lengths),
+            loss_mask=Ragged(
+                Ragged.of([self.part(i, 2) for i in row]).values.to(torch.bool), responses.lengths
+            ),
             num_tokens=prompts.lengths + responses.lengths,
             uid=row.copy() if uid is None else uid,
         )

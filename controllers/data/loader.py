@@ -1,7 +1,8 @@
 """RowLoader: batches of a dataset's rows, epoch after epoch, from an exactly known position.
 
-The order of an epoch depends on (seed, epoch) only. Rows form one endless stream, epoch 0, then epoch 1, ...; a batch is the
-next batch_size of it, so no row is lost or repeated at the end of an epoch. Leaves out prefetching: rows are already tokens.
+The order of an epoch depends on (seed, epoch) only. Rows form one endless stream, epoch 0, then epoch 1, ...;
+a batch is the next batch_size of it, so no row is lost or repeated at the end of an epoch. Leaves out
+prefetching: rows are already tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class RowLoader:
             return np.arange(len(self.dataset), dtype=np.int64)
         if self._order is None or self._order[0] != epoch:
             # A bit generator's raw stream, unlike Generator.permutation, is the same in every numpy version.
-            keys = np.random.Philox(key=np.array([self.config.seed, epoch], dtype=np.uint64)).random_raw(len(self.dataset))
+            keys = np.random.Philox(key=np.array([self.config.seed, epoch], dtype=np.uint64)).random_raw(
+                len(self.dataset)
+            )
             self._order = epoch, np.argsort(keys, kind="stable").astype(np.int64)
         return self._order[1]
 

@@ -1,7 +1,8 @@
-"""PairDataset: two responses to one prompt, of which the first is preferred; SafetyPairDataset: each also judged safe or not.
+"""PairDataset: two responses to one prompt, of which the first is preferred; SafetyPairDataset: each also
+judged safe or not.
 
-A pair is two rows of a batch, chosen and rejected one after the other, which the column `pair` keeps on one rank and in one
-micro-batch.
+A pair is two rows of a batch, chosen and rejected one after the other, which the column `pair` keeps on one
+rank and in one micro-batch.
 """
 
 from __future__ import annotations
@@ -24,12 +25,20 @@ from workers.columns import CHOSEN, HARM_SIGN, NUM_TOKENS, PAIR, PROMPT_IDS, RES
 
 
 class PairDataset(RowDataset):
-    """Batches have two rows a pair: prompt_ids, response_ids, num_tokens, chosen, pair and uid (the pair's number, as uid of prompts)."""
+    """Batches have two rows a pair: prompt_ids, response_ids, num_tokens, chosen, pair and uid (the pair's
+    number, as uid of prompts)."""
 
     num_parts = 3
     length_limit = "max_tokens"
     noun = "pairs"
-    columns: ClassVar[tuple[str, ...]] = (PROMPT_IDS.name, RESPONSE_IDS.name, NUM_TOKENS.name, CHOSEN.name, PAIR.name, UID.name)
+    columns: ClassVar[tuple[str, ...]] = (
+        PROMPT_IDS.name,
+        RESPONSE_IDS.name,
+        NUM_TOKENS.name,
+        CHOSEN.name,
+        PAIR.name,
+        UID.name,
+    )
 
     @classmethod
     def encoder(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encode:
@@ -38,7 +47,10 @@ class PairDataset(RowDataset):
         def encode_one(row: SourceRow) -> EncodedRow:
             chosen, rejected = (
                 tokenize.answer(row, column, value_of(row, column, f"data.{name}"))
-                for name, column in (("chosen_column", config.chosen_column), ("rejected_column", config.rejected_column))
+                for name, column in (
+                    ("chosen_column", config.chosen_column),
+                    ("rejected_column", config.rejected_column),
+                )
             )
             if chosen.response == rejected.response:
                 raise ValueError(
@@ -83,13 +95,18 @@ class SafetyPairDataset(PairDataset):
     def labels(cls, row: SourceRow, config: DataConfig) -> dict[str, Any]:
         return {
             name: _flag(row, column, f"data.{name}_column")
-            for name, column in (("chosen_safe", config.chosen_safe_column), ("rejected_safe", config.rejected_safe_column))
+            for name, column in (
+                ("chosen_safe", config.chosen_safe_column),
+                ("rejected_safe", config.rejected_safe_column),
+            )
         }
 
     def rows(self, index: Sequence[int] | np.ndarray, uid: np.ndarray | None = None) -> Batch:
         labels = [self.column_values(i) for i in self.checked(index)]
         safe = [label[name] for label in labels for name in ("chosen_safe", "rejected_safe")]
-        return super().rows(index, uid) | Batch.of(harm_sign=torch.tensor([-1.0 if one else 1.0 for one in safe]))
+        return super().rows(index, uid) | Batch.of(
+            harm_sign=torch.tensor([-1.0 if one else 1.0 for one in safe])
+        )
 
 
 def _flag(row: SourceRow, column: str, setting: str) -> bool:

@@ -1,9 +1,10 @@
 """RowDataset: rows of tokens and columns, read and tokenised once, kept in memory-mapped files without names.
 
-A row is a fixed number of token sequences (a prompt; a prompt and its response; a prompt and two responses) and a dict of plain
-values. Tokens are one flat int32 array; columns are JSON, so that what comes out is what went in, without the nulls and widened
-types of a common schema. Leaves out what rows mean (dataset.py, demonstrations.py, pairs.py) and a cache between runs: a fast
-tokenizer does a million prompts in about a minute.
+A row is a fixed number of token sequences (a prompt; a prompt and its response; a prompt and two responses)
+and a dict of plain values. Tokens are one flat int32 array; columns are JSON, so that what comes out is what
+went in, without the nulls and widened types of a common schema. Leaves out what rows mean (dataset.py,
+demonstrations.py, pairs.py) and a cache between runs: a fast tokenizer does a million prompts in about a
+minute.
 """
 
 from __future__ import annotations
@@ -54,8 +55,20 @@ class RowDataset(ABC):
     columns: ClassVar[tuple[str, ...]]
     """The columns of its batches, which every step of an algorithm begins with."""
 
-    def __init__(self, tokens: np.ndarray, token_ends: np.ndarray, extras: np.ndarray, extras_ends: np.ndarray, fingerprint: str) -> None:
-        self._tokens, self._token_ends, self._extras, self._extras_ends = tokens, token_ends, extras, extras_ends
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        token_ends: np.ndarray,
+        extras: np.ndarray,
+        extras_ends: np.ndarray,
+        fingerprint: str,
+    ) -> None:
+        self._tokens, self._token_ends, self._extras, self._extras_ends = (
+            tokens,
+            token_ends,
+            extras,
+            extras_ends,
+        )
         self.fingerprint = fingerprint
         """Of tokens and columns of all rows, in order."""
 
@@ -78,7 +91,13 @@ class RowDataset(ABC):
                 for row, encoded in zip(rows, encode(rows), strict=True):
                     writer.add(row, encoded)
             dataset = cls(*writer.finish(where))
-        LOGGER.info("data %s: %d %s, %.1f tokens each on average", where, len(dataset), cls.noun, dataset.num_tokens / len(dataset))
+        LOGGER.info(
+            "data %s: %d %s, %.1f tokens each on average",
+            where,
+            len(dataset),
+            cls.noun,
+            dataset.num_tokens / len(dataset),
+        )
         return dataset
 
     def __len__(self) -> int:
@@ -90,7 +109,8 @@ class RowDataset(ABC):
 
     @property
     def longest_tokens(self) -> int:
-        """Of a row: its first part with the longest of the others (a prompt with its response, or with the longer one of two)."""
+        """Of a row: its first part with the longest of the others (a prompt with its response, or with the
+        longer one of two)."""
         lengths = np.diff(self._token_ends, prepend=0).reshape(-1, self.num_parts)
         return int((lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)).max())
 
@@ -102,7 +122,9 @@ class RowDataset(ABC):
         """int64 row numbers that exist."""
         row = np.asarray(index, dtype=np.int64)
         if len(row) and not (row.min() >= 0 and row.max() < len(self)):
-            raise ValueError(f"data: rows {row.min()} to {row.max()} asked for; the dataset has 0 to {len(self) - 1}")
+            raise ValueError(
+                f"data: rows {row.min()} to {row.max()} asked for; the dataset has 0 to {len(self) - 1}"
+            )
         return row
 
     def part(self, row: int, number: int) -> np.ndarray:
@@ -125,7 +147,12 @@ class _Writer:
 
     def __init__(self, tokens: Any, columns: Any, config: DataConfig, length_limit: str, noun: str) -> None:
         self.tokens, self.columns = cast(BinaryIO, tokens), cast(BinaryIO, columns)
-        self.limit_name, self.limit, self.overlong, self.noun = length_limit, vars(config)[length_limit], config.overlong, noun
+        self.limit_name, self.limit, self.overlong, self.noun = (
+            length_limit,
+            vars(config)[length_limit],
+            config.overlong,
+            noun,
+        )
         self.hash = hashlib.sha256()
         self.token_ends: list[int] = []
         self.columns_ends: list[int] = []
@@ -155,7 +182,9 @@ class _Writer:
     def finish(self, where: object) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
         if not self.num_rows:
             dropped = f"; all {self.num_overlong} {self.noun} are over data.{self.limit_name}={self.limit}, raise it"
-            raise ValueError(f"data {where!r} has no rows{dropped if self.num_overlong else '; give a file that has some'}")
+            raise ValueError(
+                f"data {where!r} has no rows{dropped if self.num_overlong else '; give a file that has some'}"
+            )
         if self.num_overlong:
             LOGGER.warning(
                 "data %s: dropped %d of %d %s with more than data.%s=%d tokens (the longest has %d)",
@@ -182,7 +211,9 @@ def _encode(row: SourceRow, columns: dict[str, Any]) -> bytes:
     try:
         return json.dumps(columns).encode()
     except (TypeError, ValueError) as error:
-        wrong = ", ".join(f"{name!r} ({type(value).__name__})" for name, value in columns.items() if not _is_plain(value))
+        wrong = ", ".join(
+            f"{name!r} ({type(value).__name__})" for name, value in columns.items() if not _is_plain(value)
+        )
         raise ValueError(
             f"{row.place}: columns that hold no plain values (text, numbers, lists, dicts): {wrong}; "
             "store them as text, or list in data.columns the columns to keep"

@@ -46,8 +46,14 @@ def find_files(place: str) -> list[Path] | None:
         files = [path]
     elif any(character in place for character in "*?["):
         files = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-    elif path.suffix in (*SUFFIXES, ".json", ".csv", ".txt") or path.is_absolute() or place.startswith((".", "~")):
-        raise ValueError(f"data {place!r}: there is no such file (working directory {Path.cwd()}); give an existing path or a hub name")
+    elif (
+        path.suffix in (*SUFFIXES, ".json", ".csv", ".txt")
+        or path.is_absolute()
+        or place.startswith((".", "~"))
+    ):
+        raise ValueError(
+            f"data {place!r}: there is no such file (working directory {Path.cwd()}); give an existing path or a hub name"
+        )
     else:
         return None
     if not files:
@@ -86,7 +92,9 @@ def read_jsonl(path: Path) -> Iterator[SourceRow]:
                     f"{place}: not valid JSON: {error.msg} at character {error.pos + 1} of {_start(line)}; a line must be one object"
                 ) from error
             if not isinstance(values, dict):
-                raise ValueError(f"{place}: a {type(values).__name__}, not a JSON object; write {{column: value, ...}}")
+                raise ValueError(
+                    f"{place}: a {type(values).__name__}, not a JSON object; write {{column: value, ...}}"
+                )
             yield SourceRow(place, values)
 
 

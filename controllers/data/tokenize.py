@@ -1,7 +1,8 @@
 """From a row's prompt to its tokens, with every way in which a row can be wrong.
 
-Text is tokenised with the tokenizer's special tokens (a beginning-of-sequence token where the model has one); chat messages go
-through the chat template, with the generation prompt at the end. Leaves out images and tools: content is text.
+Text is tokenised with the tokenizer's special tokens (a beginning-of-sequence token where the model has one);
+chat messages go through the chat template, with the generation prompt at the end. Leaves out images and
+tools: content is text.
 """
 
 from __future__ import annotations
@@ -26,12 +27,20 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     name = model.tokenizer or model.path
     revision = model.revision if model.tokenizer is None else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=model.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer at {name!r} ({error}); set model.path or model.tokenizer to a directory or hub name") from error
+        raise ValueError(
+            f"no tokenizer at {name!r} ({error}); set model.path or model.tokenizer to a directory or hub name"
+        ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    if not tokenizer("0 a")["input_ids"]:  # what transformers makes of a model's type alone, where no tokenizer was saved
-        raise ValueError(f"no tokenizer at {name!r}: it knows no tokens; set model.tokenizer to a directory or hub name that has one")
+    if not tokenizer("0 a")[
+        "input_ids"
+    ]:  # what transformers makes of a model's type alone, where no tokenizer was saved
+        raise ValueError(
+            f"no tokenizer at {name!r}: it knows no tokens; set model.tokenizer to a directory or hub name that has one"
+        )
     return tokenizer
 
 
@@ -52,7 +61,9 @@ class PromptTokenizer:
             (chats, [self.render(rows[i], prompts[i]) for i in chats], False),
         ):
             if indices:
-                encoded = self.tokenizer(rendered, add_special_tokens=special, padding=False, truncation=False)["input_ids"]
+                encoded = self.tokenizer(
+                    rendered, add_special_tokens=special, padding=False, truncation=False
+                )["input_ids"]
                 for i, tokens in zip(indices, encoded, strict=True):
                     ids[i] = tokens
         return ids
@@ -89,7 +100,9 @@ class PromptTokenizer:
                 **self.config.chat_template_options,
             )
         except jinja2.TemplateError as error:
-            raise ValueError(f"{row.place}: the chat template rejects the messages ({error}); change one of the two") from error
+            raise ValueError(
+                f"{row.place}: the chat template rejects the messages ({error}); change one of the two"
+            ) from error
         assert isinstance(text, str)
         return text
 
@@ -110,7 +123,9 @@ def extras(row: SourceRow, config: DataConfig) -> dict[str, Any]:
     names = config.columns if config.columns is not None else [name for name in values if name not in used]
     for name in names:
         if name not in values:
-            raise ValueError(f"{row.place}: no column {name!r}, it has {', '.join(map(repr, values))}; correct data.columns")
+            raise ValueError(
+                f"{row.place}: no column {name!r}, it has {', '.join(map(repr, values))}; correct data.columns"
+            )
         if name in RESERVED or name in kept:
             raise ValueError(
                 f"{row.place}: column {name!r} has the name of something else that the reward function is given; "
@@ -123,7 +138,9 @@ def extras(row: SourceRow, config: DataConfig) -> dict[str, Any]:
 def value_of(row: SourceRow, column: str, setting: str) -> Any:
     """The row's value, which must be there; `setting` names the column."""
     if column not in row.values:
-        raise ValueError(f"{row.place}: no column {column!r}, it has {', '.join(map(repr, row.values))}; set {setting} to the right column")
+        raise ValueError(
+            f"{row.place}: no column {column!r}, it has {', '.join(map(repr, row.values))}; set {setting} to the right column"
+        )
     return row.values[column]
 
 
@@ -132,7 +149,9 @@ def check_messages(row: SourceRow, column: str, what: str = "") -> list[dict[str
     messages = value_of(row, column, "data.messages_column")
     if not isinstance(messages, list) or not messages:
         shown = "an empty list" if messages == [] else f"{type(messages).__name__} {str(messages)[:60]!r}"
-        raise ValueError(f"{row.place}: {column!r} is {shown}; it must be {what}a list of {{role, content}} messages")
+        raise ValueError(
+            f"{row.place}: {column!r} is {shown}; it must be {what}a list of {{role, content}} messages"
+        )
     return [_message(row, column, number, message) for number, message in enumerate(messages)]
 
 
@@ -152,5 +171,7 @@ def _template(config: DataConfig) -> str | None:
         return None
     path = Path(config.chat_template).expanduser()
     if not path.is_file():
-        raise ValueError(f"data.chat_template={config.chat_template!r}: there is no such file; give the path of a Jinja template")
+        raise ValueError(
+            f"data.chat_template={config.chat_template!r}: there is no such file; give the path of a Jinja template"
+        )
     return path.read_text(encoding="utf-8")

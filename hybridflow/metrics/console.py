@@ -11,7 +11,14 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -27,7 +34,9 @@ WIDTH = 40
 class ConsoleSink(Sink):
     """Live panel on a terminal, lines elsewhere."""
 
-    def __init__(self, names: Sequence[str], total_steps: int, start_step: int, console: Console | None = None) -> None:
+    def __init__(
+        self, names: Sequence[str], total_steps: int, start_step: int, console: Console | None = None
+    ) -> None:
         self._console = console or Console(soft_wrap=True)
         self._names = list(names)
         self._total_steps = total_steps
@@ -50,7 +59,10 @@ class ConsoleSink(Sink):
         self._latest = row
         self._progress.update(self._task, completed=row.step)
         if not self._console.is_terminal:
-            self._print(f"step {row.step}/{self._total_steps}", {name: row.metrics[name] for name in self._names if name in row.metrics})
+            self._print(
+                f"step {row.step}/{self._total_steps}",
+                {name: row.metrics[name] for name in self._names if name in row.metrics},
+            )
             return
         if self._live is None:
             # Started with the first step, so that what the start-up prints is not drawn over.
@@ -59,7 +71,10 @@ class ConsoleSink(Sink):
         self._live.update(self._panel(row))
 
     def _print(self, title: str, metrics: Mapping[str, float]) -> None:
-        parts = [title, *(f"{name} {compact(value)}" for name, value in metrics.items() if not name.startswith(PHASE))]
+        parts = [
+            title,
+            *(f"{name} {compact(value)}" for name, value in metrics.items() if not name.startswith(PHASE)),
+        ]
         if self._latest is not None and title.startswith("step"):
             parts.append(_phases(self._latest.metrics))
         self._console.print(" | ".join(part for part in parts if part), highlight=False, markup=False)
@@ -69,7 +84,11 @@ class ConsoleSink(Sink):
         for name in self._names:
             if name in self._history:
                 values = self._history[name]
-                table.add_row(Text(name, style="bold"), Text(compact(values[-1]), justify="right"), Text(sparkline(values), style="cyan"))
+                table.add_row(
+                    Text(name, style="bold"),
+                    Text(compact(values[-1]), justify="right"),
+                    Text(sparkline(values), style="cyan"),
+                )
         phases = Text(_phases(row.metrics), style="dim")
         return Panel(Group(self._progress, table, phases), title="hybridflow", border_style="blue")
 

@@ -42,7 +42,11 @@ def draw_curves(jsonl: Path, png: Path, curves: Sequence[Curve], *, title: str =
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(curves), squeeze=False)[0]
     for axis, curve, color in zip(axes, curves, COLORS * len(curves), strict=False):
-        points = [(row["step"], row[curve.metric]) for row in rows if row["split"] == curve.split and curve.metric in row]
+        points = [
+            (row["step"], row[curve.metric])
+            for row in rows
+            if row["split"] == curve.split and curve.metric in row
+        ]
         if not points:
             known = sorted({f"{row['split']}/{name}" for row in rows for name in row if name not in RESERVED})
             raise ValueError(f"curve: {jsonl} has no {curve.split}/{curve.metric}; it has {', '.join(known)}")
@@ -65,7 +69,9 @@ def _draw(axis: Axes, curve: Curve, steps: list[int], values: list[float], color
         axis.plot(steps, _smooth(values), color=color, linewidth=2.2)
     shown = values if len(values) <= FEW else _smooth(values)
     first, last = (f"{value:.0f} %" if curve.percent else f"{value:.3g}" for value in (shown[0], shown[-1]))
-    axis.set_title(f"{first} \N{RIGHTWARDS ARROW} {last}", loc="right", fontsize=11, color=color, fontweight="bold")
+    axis.set_title(
+        f"{first} \N{RIGHTWARDS ARROW} {last}", loc="right", fontsize=11, color=color, fontweight="bold"
+    )
     axis.set_title(curve.label or curve.metric, loc="left", fontsize=11)
     axis.set_xlabel("training step")
     axis.grid(axis="y", color="#dddddd", linewidth=0.8)

@@ -1,7 +1,7 @@
 """The JSONL record of a run: one flat JSON object a call of log, readable by pandas.read_json(lines=True).
 
-Not-a-number and the infinities are not JSON; they are written as the strings "NaN", "Infinity" and "-Infinity", which
-read_jsonl (and Python's float) turn back.
+Not-a-number and the infinities are not JSON; they are written as the strings "NaN", "Infinity" and
+"-Infinity", which read_jsonl (and Python's float) turn back.
 """
 
 from __future__ import annotations
@@ -25,10 +25,15 @@ class JsonlSink(Sink):
     failures = ()
 
     def __init__(self, directory: Path, start_step: int) -> None:
-        """Lines after `start_step` that an earlier run left are dropped; with start_step 0 the file starts afresh."""
+        """Lines after `start_step` that an earlier run left are dropped; with start_step 0 the file starts
+        afresh."""
         self._directory = directory
         path = directory / "metrics.jsonl"
-        kept = [row for row in read_jsonl(path) if row["step"] <= start_step] if start_step and path.exists() else []
+        kept = (
+            [row for row in read_jsonl(path) if row["step"] <= start_step]
+            if start_step and path.exists()
+            else []
+        )
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(to_json(row), allow_nan=False) + "\n" for row in kept))
         temporary.replace(path)
@@ -51,7 +56,8 @@ class JsonlSink(Sink):
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of `path` with floats restored. A last line cut off by a crash is left out; any other broken line is a ValueError."""
+    """The rows of `path` with floats restored. A last line cut off by a crash is left out; any other broken
+    line is a ValueError."""
     lines = path.read_text().splitlines(keepends=True)
     rows = []
     for number, line in enumerate(lines, start=1):

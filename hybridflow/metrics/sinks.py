@@ -1,4 +1,5 @@
-"""Sinks: where a Tracker's numbers go. TensorBoard, Weights & Biases, Prometheus; console.py and jsonl.py hold the other two.
+"""Sinks: where a Tracker's numbers go. TensorBoard, Weights & Biases, Prometheus; console.py and jsonl.py
+hold the other two.
 
 A sink's library is imported when the sink is made, so that a run pays only for what it uses.
 """
@@ -34,10 +35,12 @@ class Row:
 
 
 class Sink(ABC):
-    """What every destination offers. Its constructor raises a ValueError for everything that would make log fail."""
+    """What every destination offers. Its constructor raises a ValueError for everything that would make log
+    fail."""
 
     failures: tuple[type[Exception], ...] = (OSError, RuntimeError)
-    """What log, summary and close may raise when the world breaks; the Tracker then drops the sink instead of the run."""
+    """What log, summary and close may raise when the world breaks; the Tracker then drops the sink instead of
+    the run."""
 
     @abstractmethod
     def log(self, row: Row) -> None: ...
@@ -56,7 +59,9 @@ class TensorBoardSink(Sink):
         from torch.utils.tensorboard.writer import SummaryWriter
 
         # purge_step hides what an earlier run logged after the checkpoint that this one starts from.
-        self._writer = SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None, flush_secs=10)
+        self._writer = SummaryWriter(
+            str(directory), purge_step=start_step + 1 if start_step else None, flush_secs=10
+        )
 
     def log(self, row: Row) -> None:
         for name, value in row.metrics.items():
@@ -74,7 +79,12 @@ class WandbSink(Sink):
     """A Weights & Biases run that goes on under its old id when the directory holds one."""
 
     def __init__(
-        self, directory: Path, project: str, run: str, mode: Literal["offline", "online"], run_config: Mapping[str, object]
+        self,
+        directory: Path,
+        project: str,
+        run: str,
+        mode: Literal["offline", "online"],
+        run_config: Mapping[str, object],
     ) -> None:
         import wandb
 
@@ -84,7 +94,9 @@ class WandbSink(Sink):
         settings = wandb.Settings(silent=True)
         try:
             if mode == "online" and not wandb.login(prompt=False):
-                raise ValueError("metrics.wandb: online, but nobody is logged in; run `wandb login`, or set metrics.wandb=offline")
+                raise ValueError(
+                    "metrics.wandb: online, but nobody is logged in; run `wandb login`, or set metrics.wandb=offline"
+                )
             self._run = wandb.init(
                 project=project,
                 name=run,
@@ -96,14 +108,18 @@ class WandbSink(Sink):
                 settings=settings,
             )
         except (wandb.Error, OSError) as error:
-            raise ValueError(f"metrics.wandb: {mode} run could not be started: {error}; set metrics.wandb=offline or off") from error
+            raise ValueError(
+                f"metrics.wandb: {mode} run could not be started: {error}; set metrics.wandb=offline or off"
+            ) from error
         id_file.write_text(run_id)
         # Its own step counter refuses to go back, as a resumed run must; ours is a value like any other.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def log(self, row: Row) -> None:
-        self._run.log({"step": row.step, **{f"{row.split}/{name}": value for name, value in row.metrics.items()}})
+        self._run.log(
+            {"step": row.step, **{f"{row.split}/{name}": value for name, value in row.metrics.items()}}
+        )
 
     def summary(self, values: Mapping[str, object]) -> None:
         self._run.summary.update(dict(values))
@@ -113,17 +129,21 @@ class WandbSink(Sink):
 
 
 class PrometheusSink(Sink):
-    """Gauges hybridflow_<split>_<metric> with tag run; Ray's agent on each node exports them with the prefix ray_.
+    """Gauges hybridflow_<split>_<metric> with tag run; Ray's agent on each node exports them with the prefix
+    ray_.
 
-    Ray sends gauges every ten seconds (metrics_report_interval_ms), so a shorter step may be overwritten before anybody sees it.
-    It drops a gauge that is not finite: hybridflow_<split>_num_not_finite counts those, for an alert to watch.
+    Ray sends gauges every ten seconds (metrics_report_interval_ms), so a shorter step may be overwritten
+    before anybody sees it. It drops a gauge that is not finite: hybridflow_<split>_num_not_finite counts
+    those, for an alert to watch.
     """
 
     def __init__(self, run: str) -> None:
         import ray
 
         if not ray.is_initialized():
-            raise ValueError("metrics.prometheus: true needs a Ray runtime; set runtime=ray, or metrics.prometheus=false")
+            raise ValueError(
+                "metrics.prometheus: true needs a Ray runtime; set runtime=ray, or metrics.prometheus=false"
+            )
         self._run = run
         self._gauges: dict[str, Gauge] = {}
 
@@ -147,7 +167,8 @@ class PrometheusSink(Sink):
 
 
 def prometheus_name(name: str) -> str:
-    """hybridflow_<name> with everything but letters and digits as single underscores: train/kl/mean -> hybridflow_train_kl_mean.
+    """hybridflow_<name> with everything but letters and digits as single underscores: train/kl/mean ->
+    hybridflow_train_kl_mean.
 
     Ray's exporter merges underscores, so doubled ones would come out under another name.
     """

@@ -1,6 +1,7 @@
 """Tracker: takes the numbers of every step and hands them to the sinks that the config names.
 
-Computes nothing: no averages over steps, no units. Runs on the controller only; workers return their numbers as results.
+Computes nothing: no averages over steps, no units. Runs on the controller only; workers return their numbers
+as results.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class MetricsConfig:
     run: str = "run"
     """Name of the run: the Weights & Biases run and the `run` tag of Prometheus gauges."""
     console_metrics: list[str] = field(default_factory=lambda: ["reward/mean", "kl/mean", "tokens_per_s"])
-    """Names that the console shows, in this order, where a step has them; seconds/<phase> are always shown."""
+    """Names that the console shows, in this order, where a step has them; seconds/<phase> are always shown.
+   """
 
 
 class Tracker:
@@ -58,9 +60,9 @@ class Tracker:
             tracker.log(41, {"accuracy": 0.7}, split="validation")
             tracker.summary({"accuracy_after": 0.93})
 
-    Everything that can be wrong with a sink (nobody logged in, no Ray, a directory that cannot be written) is a ValueError of
-    the constructor. A sink that breaks later is dropped with an error in the log and counted in metrics/failed_sinks; only the
-    JSONL file, the record of the run, is not optional.
+    Everything that can be wrong with a sink (nobody logged in, no Ray, a directory that cannot be written) is
+    a ValueError of the constructor. A sink that breaks later is dropped with an error in the log and counted
+    in metrics/failed_sinks; only the JSONL file, the record of the run, is not optional.
     """
 
     def __init__(
@@ -72,7 +74,8 @@ class Tracker:
         start_step: int = 0,
         run_config: Mapping[str, object] | None = None,
     ) -> None:
-        """`start_step` > 0 continues a run: what it logged after that step is dropped. `run_config` is shown beside the run."""
+        """`start_step` > 0 continues a run: what it logged after that step is dropped. `run_config` is shown
+        beside the run."""
         _make_writable(directory)
         self._sinks: list[Sink] = []
         try:
@@ -81,7 +84,9 @@ class Tracker:
             if config.tensorboard:
                 self._sinks.append(TensorBoardSink(directory / "tensorboard", start_step))
             if config.wandb is not WandbMode.off:
-                mode: Literal["offline", "online"] = "online" if config.wandb is WandbMode.online else "offline"
+                mode: Literal["offline", "online"] = (
+                    "online" if config.wandb is WandbMode.online else "offline"
+                )
                 self._sinks.append(WandbSink(directory, config.project, config.run, mode, run_config or {}))
             if config.prometheus:
                 self._sinks.append(PrometheusSink(config.run))
@@ -124,20 +129,28 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _drop(self, sink: Sink, error: Exception) -> None:
-        logger.error("metrics: %s failed and is switched off for the rest of the run: %s", type(sink).__name__, error)
+        logger.error(
+            "metrics: %s failed and is switched off for the rest of the run: %s", type(sink).__name__, error
+        )
         self._sinks.remove(sink)
         self._num_failed += 1
 
 
 def _number(name: str, value: object) -> float:
     if name in RESERVED:
-        raise ValueError(f"metrics: the name {name!r} is taken by the record itself; rename the metric (e.g. actor/{name})")
+        raise ValueError(
+            f"metrics: the name {name!r} is taken by the record itself; rename the metric (e.g. actor/{name})"
+        )
     if not isinstance(value, Real):
-        raise ValueError(f"metrics: {name} is a {type(value).__name__}, not a number; log a float (tensor.item())")
+        raise ValueError(
+            f"metrics: {name} is a {type(value).__name__}, not a number; log a float (tensor.item())"
+        )
     return float(value)
 
 
@@ -148,4 +161,6 @@ def _make_writable(directory: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"metrics: cannot write to {directory}: {error}; choose another output directory") from error
+        raise ValueError(
+            f"metrics: cannot write to {directory}: {error}; choose another output directory"
+        ) from error

@@ -1,7 +1,7 @@
 """Shard maps of layouts that do not run: for plans without weights, for predictions and for tests.
 
-A model is a list of rules: shape, the dim that tensor parallelism splits, the pipeline stage's layer. Real engines describe
-themselves (ShardMap.gather); nothing in a training run depends on this file.
+A model is a list of rules: shape, the dim that tensor parallelism splits, the pipeline stage's layer. Real
+engines describe themselves (ShardMap.gather); nothing in a training run depends on this file.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from hybridflow.resharding.shard_map import ParameterSpec, ShardMap
 from hybridflow.resharding.shards import Box
 
 FIRST, LAST, BOTH = -1, -2, -3
-"""Layers of the embedding, of final norm and head, and of an embedding tied to the head (held by the first and the last stage)."""
+"""Layers of the embedding, of final norm and head, and of an embedding tied to the head (held by the first
+and the last stage)."""
 VOCAB_PADDING = 64
 """vLLM splits a vocabulary that is padded to a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterRule:
-    """ParameterRule(ParameterSpec("model.layers.3.self_attn.k_proj.weight", (1024, 8192), "bfloat16"), layer=3, split=0, unit=128)"""
+    """ParameterRule(ParameterSpec("model.layers.3.self_attn.k_proj.weight", (1024, 8192), "bfloat16"),
+    layer=3, split=0, unit=128)"""
 
     spec: ParameterSpec
     layer: int
@@ -34,7 +36,8 @@ class ParameterRule:
     split: int | None = None
     """Dim that tensor parallelism splits; None: every tensor rank holds all of it."""
     unit: int = 1
-    """Indivisible elements along `split` (a head); fewer units than tensor ranks are replicated, as key-value heads are."""
+    """Indivisible elements along `split` (a head); fewer units than tensor ranks are replicated, as key-value
+    heads are."""
     vocabulary: bool = False
     """Split dim is the vocabulary."""
 
@@ -52,8 +55,9 @@ def decoder_rules(
     norms: bool = True,
     dtype: str = "bfloat16",
 ) -> list[ParameterRule]:
-    """A Llama-shaped decoder. Llama 70B: decoder_rules(num_layers=80, hidden=8192, intermediate=28672, num_heads=64, num_kv_heads=8,
-    vocab=32000); norms=False leaves out everything that tensor parallelism cannot split."""
+    """A Llama-shaped decoder. Llama 70B: decoder_rules(num_layers=80, hidden=8192, intermediate=28672,
+    num_heads=64, num_kv_heads=8, vocab=32000); norms=False leaves out everything that tensor parallelism
+    cannot split."""
     head = head_dim or hidden // num_heads
     matrices = [
         ("self_attn.q_proj", (num_heads * head, hidden), 0, head),
@@ -66,7 +70,12 @@ def decoder_rules(
     ]
 
     def rule(
-        name: str, shape: tuple[int, ...], layer: int, split: int | None = None, unit: int = 1, vocabulary: bool = False
+        name: str,
+        shape: tuple[int, ...],
+        layer: int,
+        split: int | None = None,
+        unit: int = 1,
+        vocabulary: bool = False,
     ) -> ParameterRule:
         return ParameterRule(ParameterSpec(f"{name}.weight", shape, dtype), layer, split, unit, vocabulary)
 
@@ -75,7 +84,10 @@ def decoder_rules(
         prefix = f"model.layers.{layer}."
         rules += [rule(prefix + name, shape, layer, split, unit) for name, shape, split, unit in matrices]
         if norms:
-            rules += [rule(prefix + name, (hidden,), layer) for name in ("input_layernorm", "post_attention_layernorm")]
+            rules += [
+                rule(prefix + name, (hidden,), layer)
+                for name in ("input_layernorm", "post_attention_layernorm")
+            ]
     if norms:
         rules.append(rule("model.norm", (hidden,), LAST))
     if not tied:
@@ -84,17 +96,23 @@ def decoder_rules(
 
 
 def threed(rules: Sequence[ParameterRule], layout: Layout) -> ShardMap:
-    """Pipeline x tensor x data training: layers in even contiguous stages, split dims in even parts, replicated over dp."""
+    """Pipeline x tensor x data training: layers in even contiguous stages, split dims in even parts,
+    replicated over dp."""
     pp, tp = layout.axis_size("pp"), layout.axis_size("tp")
     stages = _stages(rules, pp)
     coordinates = [layout.coordinates(rank) for rank in range(layout.size)]
-    boxes = {(stage, part): _boxes(rules, stages, stage, pp, part, tp, padding=1) for stage in range(pp) for part in range(tp)}
+    boxes = {
+        (stage, part): _boxes(rules, stages, stage, pp, part, tp, padding=1)
+        for stage in range(pp)
+        for part in range(tp)
+    }
     held = {rank: boxes[at.get("pp", 0), at.get("tp", 0)] for rank, at in enumerate(coordinates)}
     return ShardMap.of([rule.spec for rule in rules], held, num_ranks=layout.size)
 
 
 def fsdp(rules: Sequence[ParameterRule], num_ranks: int, shard_ranks: int | None = None) -> ShardMap:
-    """FSDP2: dim 0 of every parameter in torch.chunk's parts over `shard_ranks` neighbours (all ranks by default), replicated beyond."""
+    """FSDP2: dim 0 of every parameter in torch.chunk's parts over `shard_ranks` neighbours (all ranks by
+    default), replicated beyond."""
     size = shard_ranks or num_ranks
     held: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(num_ranks)}
     for rule in rules:
@@ -103,7 +121,9 @@ def fsdp(rules: Sequence[ParameterRule], num_ranks: int, shard_ranks: int | None
         for rank in range(num_ranks):
             low = min(rank % size * step, shape[0])
             high = min(low + step, shape[0])
-            held[rank].append((rule.spec.name, Box((low, *(0,) * (len(shape) - 1)), (high - low, *shape[1:]))))
+            held[rank].append(
+                (rule.spec.name, Box((low, *(0,) * (len(shape) - 1)), (high - low, *shape[1:])))
+            )
     return ShardMap.of([rule.spec for rule in rules], held, num_ranks=num_ranks)
 
 
@@ -135,13 +155,21 @@ def _stages(rules: Sequence[ParameterRule], num_stages: int) -> list[int]:
     """Stage of every layer; the last stages take one layer more where it does not divide."""
     num_layers = max(rule.layer for rule in rules) + 1
     if num_layers and num_layers < num_stages:
-        raise ValueError(f"pp={num_stages}: the model has {num_layers} layers; choose at most that many stages")
+        raise ValueError(
+            f"pp={num_stages}: the model has {num_layers} layers; choose at most that many stages"
+        )
     bounds = [num_layers * (stage + 1) // num_stages for stage in range(num_stages)]
     return [int(np.searchsorted(bounds, layer, side="right")) for layer in range(num_layers)]
 
 
 def _boxes(
-    rules: Sequence[ParameterRule], stages: list[int], stage: int, num_stages: int, part: int, num_parts: int, padding: int
+    rules: Sequence[ParameterRule],
+    stages: list[int],
+    stage: int,
+    num_stages: int,
+    part: int,
+    num_parts: int,
+    padding: int,
 ) -> list[tuple[str, Box]]:
     on = {FIRST: {0}, LAST: {num_stages - 1}, BOTH: {0, num_stages - 1}}
     result = []
@@ -167,9 +195,13 @@ def _part(rule: ParameterRule, part: int, num_parts: int, padding: int) -> tuple
     units = size // rule.unit
     if units < num_parts:
         if num_parts % units:
-            raise ValueError(f"tp={num_parts}: {rule.spec.name} has {units} heads; tp must divide by them or divide them")
+            raise ValueError(
+                f"tp={num_parts}: {rule.spec.name} has {units} heads; tp must divide by them or divide them"
+            )
         part, num_parts = part // (num_parts // units), units
     if units % num_parts:
-        raise ValueError(f"tp={num_parts}: {rule.spec.name} has {units} parts along dim {rule.split}; choose a divisor")
+        raise ValueError(
+            f"tp={num_parts}: {rule.spec.name} has {units} parts along dim {rule.split}; choose a divisor"
+        )
     step = size // num_parts
     return part * step, (part + 1) * step

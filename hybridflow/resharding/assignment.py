@@ -1,4 +1,5 @@
-"""The assignment problem: one column for every row, the largest sum of gains (Kuhn 1955; shortest augmenting paths, NumPy)."""
+"""The assignment problem: one column for every row, the largest sum of gains (Kuhn 1955; shortest augmenting
+paths, NumPy)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 def assign(gain: NDArray[np.float64]) -> NDArray[np.int64]:
     """The column of every row of a square matrix [n, n] such that the gains add up to the most: int64 [n].
 
-    O(n^3): 512 x 512 takes a few seconds. Rows start where their largest gain is free, which is the whole answer in easy cases.
+    O(n^3): 512 x 512 takes a few seconds. Rows start where their largest gain is free, which is the whole
+    answer in easy cases.
     """
     size = len(gain)
     cost = gain.max() - gain
@@ -34,7 +36,8 @@ def _augment(
     row_of: NDArray[np.int64],
     column_of: NDArray[np.int64],
 ) -> None:
-    """Shortest path, in reduced costs, from an unassigned row to an unassigned column (Dijkstra); then swap along it."""
+    """Shortest path, in reduced costs, from an unassigned row to an unassigned column (Dijkstra); then swap
+    along it."""
     distance = np.full(len(cost), np.inf)
     before = np.full(len(cost), -1)
     done = np.zeros(len(cost), dtype=bool)

@@ -1,8 +1,9 @@
-"""Attestation: after every sync both sides sum what they hold, and the sums must agree, parameter by parameter.
+"""Attestation: after every sync both sides sum what they hold, and the sums must agree, parameter by
+parameter.
 
-The digest (digest.py) does not depend on the layout and is taken over the target's bits: the source is cast before it is summed.
-Replicas are compared too. Where all is well one small reduction suffices, which other work may overlap; only a mismatch gathers the
-details that name parameters and ranks.
+The digest (digest.py) does not depend on the layout and is taken over the target's bits: the source is cast
+before it is summed. Replicas are compared too. Where all is well one small reduction suffices, which other
+work may overlap; only a mismatch gathers the details that name parameters and ranks.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class AttestationError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The disjoint parts of every parameter and who holds them; the same on every rank: parts = Parts.of(shard_map)"""
+    """The disjoint parts of every parameter and who holds them; the same on every rank: parts =
+    Parts.of(shard_map)"""
 
     shard_map: ShardMap
     parameter: Ints
@@ -44,7 +46,11 @@ class Parts:
     @classmethod
     def of(cls, shard_map: ShardMap) -> Parts:
         dims = shard_map.dims
-        numbers, starts, shapes = [np.zeros(0, np.int64)], [np.zeros((0, dims), np.int64)], [np.zeros((0, dims), np.int64)]
+        numbers, starts, shapes = (
+            [np.zeros(0, np.int64)],
+            [np.zeros((0, dims), np.int64)],
+            [np.zeros((0, dims), np.int64)],
+        )
         holds = [np.zeros((0, shard_map.num_ranks), bool)]
         for number in range(len(shard_map.parameters)):
             rows = shard_map.rows(number)
@@ -57,7 +63,13 @@ class Parts:
             starts.append(start)
             shapes.append(shape)
             holds.append(held)
-        return cls(shard_map, np.concatenate(numbers), np.concatenate(starts), np.concatenate(shapes), np.concatenate(holds))
+        return cls(
+            shard_map,
+            np.concatenate(numbers),
+            np.concatenate(starts),
+            np.concatenate(shapes),
+            np.concatenate(holds),
+        )
 
     def bind(
         self,
@@ -66,8 +78,8 @@ class Parts:
         dtypes: Mapping[str, str] | None = None,
         blocks: Mapping[str, int] | None = None,
     ) -> list[tuple[int, BoxDigest]]:
-        """(number of the part, its digest) of all parts that `rank` holds. `dtypes`: data types to cast to (the target's); `blocks`:
-        words to a block of every parameter (1)."""
+        """(number of the part, its digest) of all parts that `rank` holds. `dtypes`: data types to cast to
+        (the target's); `blocks`: words to a block of every parameter (1)."""
         memory, bound = LocalMemory(parameters), []
         scratch: dict[torch.device, Scratch] = {}
         for part in np.nonzero(self.holds[:, rank])[0].tolist():
@@ -123,7 +135,8 @@ class Attestor:
     """Both sides bound to this rank's memory; build it once where the memory stays, run it after every sync.
 
     attestor = Attestor(plan.source, engine.local_parameters(), plan.target, generator.destinations(), group)
-    digests = attestor.run()    # collective; the digest of every parameter, or an AttestationError on every rank
+    digests = attestor.run()    # collective; the digest of every parameter, or an AttestationError on every
+    rank
     """
 
     def __init__(
@@ -160,15 +173,22 @@ class Attestor:
         """Sum both sides now and compare. Collective."""
         return self.start().finish()
 
-    def start(self) -> Verdict:
-        """Sum both sides now; the comparison is under way when this returns. Collective, and so is the verdict's finish()."""
-        values = np.concatenate([evaluate(self._sources, len(self.source.parameter)), evaluate(self._held, len(self.target.parameter))])
-        return Verdict(self, values)
+    def start(self) -> Attestation:
+        """Sum both sides now; the comparison is under way when this returns. Collective, and so is the
+        verdict's finish()."""
+        values = np.concatenate(
+            [
+                evaluate(self._sources, len(self.source.parameter)),
+                evaluate(self._held, len(self.target.parameter)),
+            ]
+        )
+        return Attestation(self, values)
 
     def table(self, values: Ints) -> Ints:
         """What this rank adds to the verdict, of one value per part: int64 [3, target's parameters].
 
-        Summed over ranks: the target's digests, what the source's exceed them by (0), and a sum over replicas' differences (0).
+        Summed over ranks: the target's digests, what the source's exceed them by (0), and a sum over
+        replicas' differences (0).
         """
         unsigned, count = values.view(np.uint64), len(self.source.parameter)
         result = np.zeros((3, len(self.target.shard_map.parameters)), dtype=np.uint64)
@@ -187,7 +207,8 @@ class Attestor:
         return self._locate(names) or faults
 
     def _locate(self, names: set[str]) -> list[str]:
-        """Sum the parameters at fault again, now over the parts that both sides cut alike: that tells which rank holds other bits."""
+        """Sum the parameters at fault again, now over the parts that both sides cut alike: that tells which
+        rank holds other bits."""
         source, target = common_parts(self.source, self.target, names)
         have = gather(source.digests(self._source_parameters, self.rank, self._dtypes), self.group)
         held = gather(target.digests(self._held_parameters, self.rank), self.group)
@@ -197,17 +218,23 @@ class Attestor:
             odd = np.nonzero(target.holds[part] & (held[:, part] != expected[part]))[0].tolist()
             if odd:
                 holders = np.nonzero(source.holds[part])[0].tolist()
-                lines.append(f"{target.describe(part)}: generation ranks {odd} hold other bits than training ranks {holders}")
+                lines.append(
+                    f"{target.describe(part)}: generation ranks {odd} hold other bits than training ranks {holders}"
+                )
         return lines
 
 
-class Verdict:
+class Attestation:
     """A comparison under way: verdict = attestor.start(); ...; digests = verdict.finish()"""
 
     def __init__(self, attestor: Attestor, values: Ints) -> None:
         self._attestor, self._values = attestor, values
         self._table = torch.from_numpy(attestor.table(values)).to(_device(attestor.group))
-        self._work = dist.all_reduce(self._table, group=attestor.group, async_op=True) if dist.is_initialized() else None
+        self._work = (
+            dist.all_reduce(self._table, group=attestor.group, async_op=True)
+            if dist.is_initialized()
+            else None
+        )
 
     def finish(self) -> dict[str, int]:
         """The digest of every parameter, or an AttestationError on every rank."""
@@ -217,14 +244,19 @@ class Verdict:
         if excess.any() or spread.any():
             raise _error(self._attestor.explain(self._values))
         return {
-            spec.name: int(digest) for spec, digest in zip(self._attestor.target.shard_map.parameters, digests.view(np.uint64), strict=True)
+            spec.name: int(digest)
+            for spec, digest in zip(
+                self._attestor.target.shard_map.parameters, digests.view(np.uint64), strict=True
+            )
         }
 
 
 def replica_shares(holds: np.ndarray[tuple[int, int], np.dtype[np.bool_]], rank: int) -> NDArray[np.uint64]:
-    """This rank's factor of every part: uint64 [parts]. Over a part's holders they add up to 0, so equal digests times them do, too.
+    """This rank's factor of every part: uint64 [parts]. Over a part's holders they add up to 0, so equal
+    digests times them do, too.
 
-    The factors differ from rank to rank: replicas that differ add up to something else, but for a chance of about 2^-63.
+    The factors differ from rank to rank: replicas that differ add up to something else, but for a chance of
+    about 2^-63.
     """
     factor, mine = weights_of_ranks(holds.shape[1]), holds[:, rank]
     first = mine & (holds.argmax(axis=1) == rank)
@@ -234,7 +266,11 @@ def replica_shares(holds: np.ndarray[tuple[int, int], np.dtype[np.bool_]], rank:
 
 
 def attest(
-    source: Parts, sources: Sequence[LocalParameter], target: Parts, held: Sequence[LocalParameter], group: dist.ProcessGroup | None = None
+    source: Parts,
+    sources: Sequence[LocalParameter],
+    target: Parts,
+    held: Sequence[LocalParameter],
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, int]:
     """Attestor for a single use."""
     return Attestor(source.shard_map, sources, target.shard_map, held, group).run()
@@ -261,14 +297,17 @@ def gather(values: Ints, group: dist.ProcessGroup | None = None) -> Ints:
 
 
 def compare(source: Parts, source_digests: Ints, target: Parts, target_digests: Ints) -> dict[str, int]:
-    """The digest per parameter from all ranks' digests [ranks, parts], or an AttestationError that names what differs."""
+    """The digest per parameter from all ranks' digests [ranks, parts], or an AttestationError that names what
+    differs."""
     faults, _ = differences(source, source_digests, target, target_digests)
     if faults:
         raise _error(faults)
     return target.sums(target_digests[target.holds.argmax(axis=1), np.arange(len(target.parameter))])
 
 
-def differences(source: Parts, source_digests: Ints, target: Parts, target_digests: Ints) -> tuple[list[str], set[str]]:
+def differences(
+    source: Parts, source_digests: Ints, target: Parts, target_digests: Ints
+) -> tuple[list[str], set[str]]:
     """(a line per fault, names of the parameters at fault): replicas that disagree, and sides that disagree."""
     faults: list[str] = []
     source_sums = source.sums(_agreed(source, source_digests, "training", faults))
@@ -277,13 +316,16 @@ def differences(source: Parts, source_digests: Ints, target: Parts, target_diges
     for name, value in target_sums.items():
         if source_sums[name] != value:
             ours, theirs = target.holders(name), source.holders(name)
-            faults.append(f"{name}: generation ranks {ours} hold digest {value:016x}, training ranks {theirs} {source_sums[name]:016x}")
+            faults.append(
+                f"{name}: generation ranks {ours} hold digest {value:016x}, training ranks {theirs} {source_sums[name]:016x}"
+            )
             names.add(name)
     return faults, names
 
 
 def common_parts(source: Parts, target: Parts, names: set[str]) -> tuple[Parts, Parts]:
-    """The intersections of both sides' parts of some parameters, once with the source's holders and once with the target's."""
+    """The intersections of both sides' parts of some parameters, once with the source's holders and once with
+    the target's."""
     number = {spec.name: i for i, spec in enumerate(source.shard_map.parameters)}
     ours: list[Ints] = []
     theirs: list[Ints] = []
@@ -294,13 +336,21 @@ def common_parts(source: Parts, target: Parts, names: set[str]) -> tuple[Parts, 
             need = np.nonzero(target.parameter == index)[0]
             dims = target.shard_map.dims
             first, second, start, shape = intersections(
-                with_dims(source.start[have], dims, 0), with_dims(source.shape[have], dims, 1), target.start[need], target.shape[need]
+                with_dims(source.start[have], dims, 0),
+                with_dims(source.shape[have], dims, 1),
+                target.start[need],
+                target.shape[need],
             )
             theirs.append(have[first])
             ours.append(need[second])
             starts.append(start)
             shapes.append(shape)
-    have, need, start, shape = np.concatenate(theirs), np.concatenate(ours), np.concatenate(starts), np.concatenate(shapes)
+    have, need, start, shape = (
+        np.concatenate(theirs),
+        np.concatenate(ours),
+        np.concatenate(starts),
+        np.concatenate(shapes),
+    )
     return (
         Parts(source.shard_map, source.parameter[have], start, shape, source.holds[have]),
         Parts(target.shard_map, target.parameter[need], start, shape, target.holds[need]),
@@ -322,11 +372,17 @@ def _agreed(parts: Parts, digests: Ints, side: str, faults: list[str]) -> Ints:
         if (count == count.max()).sum() == 1:
             value[part] = values[count.argmax()]
         odd = [int(rank) for rank in holders if digests[rank, part] != value[part]]
-        faults.append(f"{parts.describe(part)}: {side} ranks {odd} differ from ranks {[int(r) for r in holders if int(r) not in odd]}")
+        faults.append(
+            f"{parts.describe(part)}: {side} ranks {odd} differ from ranks {[int(r) for r in holders if int(r) not in odd]}"
+        )
     return value
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
     """Where small tensors of a collective lie: in host memory if the group can."""
     kinds = device_kinds(group)
-    return torch.device("cpu") if not kinds or torch.device("cpu") in kinds else torch.device("cuda", torch.cuda.current_device())
+    return (
+        torch.device("cpu")
+        if not kinds or torch.device("cpu") in kinds
+        else torch.device("cuda", torch.cuda.current_device())
+    )

@@ -1,6 +1,7 @@
 """Arithmetic on many boxes at once: int64 arrays start[n, dims] and shape[n, dims].
 
-Knows neither ranks nor parameters. `flat_range_boxes` turns a range of a flattened parameter (ZeRO's partitions) into boxes.
+Knows neither ranks nor parameters. `flat_range_boxes` turns a range of a flattened parameter (ZeRO's
+partitions) into boxes.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ def with_dims(array: Ints, dims: int, fill: int) -> Ints:
 
 
 def distinct(start: Ints, shape: Ints) -> tuple[Ints, Ints, Ints]:
-    """The distinct boxes and, for every box, which of them it is: start [k, dims], shape [k, dims], index [n]."""
+    """The distinct boxes and, for every box, which of them it is: start [k, dims], shape [k, dims], index
+    [n]."""
     dims = start.shape[1]
     unique, inverse = np.unique(np.concatenate([start, shape], axis=1), axis=0, return_inverse=True)
     return unique[:, :dims], unique[:, dims:], inverse.reshape(-1).astype(np.int64)
 
 
-def intersections(start: Ints, shape: Ints, other_start: Ints, other_shape: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+def intersections(
+    start: Ints, shape: Ints, other_start: Ints, other_shape: Ints
+) -> tuple[Ints, Ints, Ints, Ints]:
     """All non-empty intersections of two lists: (index into the first, index into the second, start, shape)."""
     parts = []
     step = max(1, _PAIRS_AT_ONCE // max(1, len(other_start)))
@@ -65,20 +69,30 @@ def contains(start: Ints, shape: Ints, inner_start: Ints, inner_shape: Ints) -> 
 def disjoint_parts(start: Ints, shape: Ints) -> tuple[Ints, Ints]:
     """Disjoint boxes with the same union, such that every given box is a union of some of them.
 
-    The boxes themselves where they are disjoint (the usual case); otherwise the cells of the grid of all their faces.
+    The boxes themselves where they are disjoint (the usual case); otherwise the cells of the grid of all
+    their faces.
     """
     start, shape, _ = distinct(start, shape)
     if not overlapping(start, shape):
         return start, shape
-    faces = [np.unique(np.concatenate([start[:, dim], (start + shape)[:, dim]])) for dim in range(start.shape[1])]
-    low = np.stack(np.meshgrid(*[face[:-1] for face in faces], indexing="ij"), axis=-1).reshape(-1, start.shape[1])
-    size = np.stack(np.meshgrid(*[np.diff(face) for face in faces], indexing="ij"), axis=-1).reshape(-1, start.shape[1])
+    faces = [
+        np.unique(np.concatenate([start[:, dim], (start + shape)[:, dim]])) for dim in range(start.shape[1])
+    ]
+    low = np.stack(np.meshgrid(*[face[:-1] for face in faces], indexing="ij"), axis=-1).reshape(
+        -1, start.shape[1]
+    )
+    size = np.stack(np.meshgrid(*[np.diff(face) for face in faces], indexing="ij"), axis=-1).reshape(
+        -1, start.shape[1]
+    )
     inside = contains(start, shape, low, size).any(axis=0)
     return low[inside], size[inside]
 
 
-def split(start: tuple[int, ...], shape: tuple[int, ...], limit: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Boxes of at most `limit` elements, cut along the outermost dims first so that the parts stay contiguous in memory."""
+def split(
+    start: tuple[int, ...], shape: tuple[int, ...], limit: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Boxes of at most `limit` elements, cut along the outermost dims first so that the parts stay contiguous
+    in memory."""
     if prod(shape) <= limit:
         return [(start, shape)]
     dim = next(i for i, size in enumerate(shape) if size > 1)

@@ -24,7 +24,8 @@ def compile_cached(
     nodes: Sequence[int] | None = None,
     unused: Sequence[str] = (),
 ) -> Plan:
-    """compile(), or the plan that an earlier call with equal arguments left in `directory`. A damaged file is compiled anew."""
+    """compile(), or the plan that an earlier call with equal arguments left in `directory`. A damaged file is
+    compiled anew."""
     path = directory / f"{plan_key(source, target, bucket_bytes, nodes, unused)}.npz"
     columns = _load(path)
     if columns is not None:

@@ -1,8 +1,9 @@
-"""verify(plan) -> Certificate: proves from the two shard maps and the list of transfers alone that a plan is right.
+"""verify(plan) -> Certificate: proves from the two shard maps and the list of transfers alone that a plan is
+right.
 
-Shares no code with the compiler. What it proves, each with its number in the certificate:
-every destination element is written exactly once; from a rank that holds it; every rank receives exactly the bytes that it needs
-and does not hold; senders of replicated data are balanced; extra memory stays within two buckets.
+Shares no code with the compiler. What it proves, each with its number in the certificate: every destination
+element is written exactly once; from a rank that holds it; every rank receives exactly the bytes that it
+needs and does not hold; senders of replicated data are balanced; extra memory stays within two buckets.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ class Certificate:
     bound_total: int
     sent_max: int
     sender_imbalance: int
-    """Most bytes that a sender has to send beyond another rank that could send one of its transfers (a rank on the receiver's
-    machine, if one of them holds it); at most one bucket."""
+    """Most bytes that a sender has to send beyond another rank that could send one of its transfers (a rank
+    on the receiver's machine, if one of them holds it); at most one bucket."""
     extra_peak_bytes: int
     """Most staging memory of a rank if nothing could be sent from or received into its place."""
     bucket_bytes: int
     between_machines_bytes: int
     busiest_link: tuple[int, int, int]
-    """(sender, receiver, bytes) of the pair of machines with most traffic, or of ranks where there is one machine."""
+    """(sender, receiver, bytes) of the pair of machines with most traffic, or of ranks where there is one
+    machine."""
 
     def __str__(self) -> str:
         first, second, link = self.busiest_link
@@ -73,12 +75,18 @@ def verify(plan: Plan) -> Certificate:
     bound, received = lower_bound(plan.source, plan.target), plan.bytes_received
     if (received != bound).any():
         rank = int(np.nonzero(received != bound)[0][0])
-        raise PlanError(f"rank {rank} receives {received[rank]} bytes; it needs and does not hold {bound[rank]}")
+        raise PlanError(
+            f"rank {rank} receives {received[rank]} bytes; it needs and does not hold {bound[rank]}"
+        )
     imbalance, extra = _sender_imbalance(plan), _extra_peak(plan)
     if imbalance > plan.bucket_bytes:
-        raise PlanError(f"senders of replicated data differ by {imbalance} bytes, more than one bucket of {plan.bucket_bytes}")
+        raise PlanError(
+            f"senders of replicated data differ by {imbalance} bytes, more than one bucket of {plan.bucket_bytes}"
+        )
     if extra > EXTRA_MEMORY_BUCKETS * plan.bucket_bytes:
-        raise PlanError(f"a rank needs {extra} bytes of extra memory, more than {EXTRA_MEMORY_BUCKETS} buckets of {plan.bucket_bytes}")
+        raise PlanError(
+            f"a rank needs {extra} bytes of extra memory, more than {EXTRA_MEMORY_BUCKETS} buckets of {plan.bucket_bytes}"
+        )
     between, link = _links(plan)
     return Certificate(
         num_ranks=plan.num_ranks,
@@ -100,21 +108,27 @@ def verify(plan: Plan) -> Certificate:
 
 
 def lower_bound(source: ShardMap, target: ShardMap) -> Ints:
-    """Bytes that every rank needs (target) and does not hold (source), in the target's data type: int64 [ranks].
+    """Bytes that every rank needs (target) and does not hold (source), in the target's data type: int64
+    [ranks].
 
-    Both maps have the same parameters in the same order. Boxes of one rank are disjoint, so what it holds of a needed box is the
-    sum of the intersections.
+    Both maps have the same parameters in the same order. Boxes of one rank are disjoint, so what it holds of
+    a needed box is the sum of the intersections.
     """
     num_ranks = target.num_ranks
     itemsize = np.array([spec.itemsize for spec in target.parameters], dtype=np.int64)
     need = target.bytes_per_rank
-    have_key, need_key = source.parameter * num_ranks + source.rank, target.parameter * num_ranks + target.rank
+    have_key, need_key = (
+        source.parameter * num_ranks + source.rank,
+        target.parameter * num_ranks + target.rank,
+    )
     first = np.searchsorted(have_key, need_key, side="left")
     count = np.searchsorted(have_key, need_key, side="right") - first
     need_row = np.repeat(np.arange(len(need_key)), count)
     have_row = np.repeat(first - (np.cumsum(count) - count), count) + np.arange(len(need_row))
     low = np.maximum(source.start[have_row], target.start[need_row])
-    high = np.minimum(source.start[have_row] + source.shape[have_row], target.start[need_row] + target.shape[need_row])
+    high = np.minimum(
+        source.start[have_row] + source.shape[have_row], target.start[need_row] + target.shape[need_row]
+    )
     held = volumes(np.maximum(high - low, 0)) * itemsize[target.parameter[need_row]]
     np.subtract.at(need, target.rank[need_row], held)
     return need
@@ -126,7 +140,8 @@ def _check_senders(plan: Plan) -> None:
 
 
 def _rows_of(plan: Plan, shard_map: ShardMap, rank: Ints, verb: str, problem: str) -> Ints:
-    """For every transfer the row of `shard_map` (of the transfer's parameter and `rank`) that contains it: int64 [transfers]."""
+    """For every transfer the row of `shard_map` (of the transfer's parameter and `rank`) that contains it:
+    int64 [transfers]."""
     key = shard_map.parameter * plan.num_ranks + shard_map.rank
     wanted = plan.parameter * plan.num_ranks + rank
     first = np.searchsorted(key, wanted, side="left")
@@ -141,7 +156,9 @@ def _rows_of(plan: Plan, shard_map: ShardMap, rank: Ints, verb: str, problem: st
     if (result < 0).any():
         bad = int(np.nonzero(result < 0)[0][0])
         name = plan.target.parameters[int(plan.parameter[bad])].name
-        raise PlanError(f"{name}: rank {rank[bad]} {verb} start {plan.start[bad]} shape {plan.shape[bad]}, which it {problem}")
+        raise PlanError(
+            f"{name}: rank {rank[bad]} {verb} start {plan.start[bad]} shape {plan.shape[bad]}, which it {problem}"
+        )
     return result
 
 
@@ -154,7 +171,9 @@ def _check_cover(plan: Plan) -> None:
     if len(wrong):
         bad = int(wrong[0])
         name = plan.target.parameters[int(plan.target.parameter[bad])].name
-        raise PlanError(f"{name}: rank {plan.target.rank[bad]} gets {filled[bad]} of {volumes(plan.target.shape)[bad]} elements")
+        raise PlanError(
+            f"{name}: rank {plan.target.rank[bad]} gets {filled[bad]} of {volumes(plan.target.shape)[bad]} elements"
+        )
     order = np.argsort(row, kind="stable")
     _, first, count = np.unique(row[order], return_index=True, return_counts=True)
     checked: set[bytes] = set()
@@ -189,7 +208,8 @@ def _sender_imbalance(plan: Plan) -> int:
 
 
 def _extra_peak(plan: Plan) -> int:
-    """Most bytes that a rank stages in two consecutive rounds, sent and received, with the padding of its messages."""
+    """Most bytes that a rank stages in two consecutive rounds, sent and received, with the padding of its
+    messages."""
     if not plan.num_rounds:
         return 0
     staged = np.zeros((plan.num_rounds, plan.num_ranks), dtype=np.int64)
@@ -214,7 +234,11 @@ def _links(plan: Plan) -> tuple[int, tuple[int, int, int]]:
     total = np.zeros(len(pairs), dtype=np.int64)
     np.add.at(total, index.reshape(-1), plan.num_bytes[chosen])
     best = int(total.argmax())
-    return int(plan.num_bytes[remote & crosses].sum()), (int(pairs[best, 0]), int(pairs[best, 1]), int(total[best]))
+    return int(plan.num_bytes[remote & crosses].sum()), (
+        int(pairs[best, 0]),
+        int(pairs[best, 1]),
+        int(total[best]),
+    )
 
 
 def _mb(num_bytes: int) -> str:

@@ -2,11 +2,12 @@
 
     digest = sum over elements (row i, column j) of bits(element) * 2^(bits of the type * (j mod k)) * A(i) * B(j div k div block) mod 2^64
 
-with k elements to a 64-bit word and fixed odd pseudo-random weights A, B; rows are the leading dims flattened. The digest of a
-union of disjoint boxes is the sum of theirs. One changed bit always changes it (a power of two times an odd number is never
-0 mod 2^64); other changes go unnoticed with a chance of about 2^-63, save one kind: words that change places inside one block of a
-row. Additions run at the memory's speed and multiplications do not, so blocks pay; `block_words` chooses them much narrower than
-every box. It is a check against faults, not against an adversary.
+with k elements to a 64-bit word and fixed odd pseudo-random weights A, B; rows are the leading dims
+flattened. The digest of a union of disjoint boxes is the sum of theirs. One changed bit always changes it (a
+power of two times an odd number is never 0 mod 2^64); other changes go unnoticed with a chance of about
+2^-63, save one kind: words that change places inside one block of a row. Additions run at the memory's speed
+and multiplications do not, so blocks pay; `block_words` chooses them much narrower than every box. It is a
+check against faults, not against an adversary.
 """
 
 from __future__ import annotations
@@ -30,17 +31,21 @@ _ROW_SEED, _WORD_SEED, _RANK_SEED = 0x51ED_270B_9D15_F4A1, 0x0F3C_6A99_B7D2_4E87
 
 
 class Scratch:
-    """Memory that the digests of one rank work in, one after the other: a chunk cast to the data type, and the sums of its blocks."""
+    """Memory that the digests of one rank work in, one after the other: a chunk cast to the data type, and
+    the sums of its blocks."""
 
     def __init__(self, device: torch.device, row_words: int = 0) -> None:
         """`row_words`: words of the longest row."""
         self.words = torch.empty(max(_CHUNK_WORDS, row_words), dtype=torch.int64, device=device)
-        self.sums = torch.empty(max(_SUMMED_WORDS // LEAST_BLOCK_WORDS, row_words), dtype=torch.int64, device=device)
+        self.sums = torch.empty(
+            max(_SUMMED_WORDS // LEAST_BLOCK_WORDS, row_words), dtype=torch.int64, device=device
+        )
 
 
 @dataclass(slots=True)
 class _Step:
-    """Some rows: where they come from, the words they become, the sums of blocks of words, and their sum row by row."""
+    """Some rows: where they come from, the words they become, the sums of blocks of words, and their sum row
+    by row."""
 
     rows: torch.Tensor
     words: torch.Tensor
@@ -72,8 +77,8 @@ class BoxDigest:
         block: int = 1,
         scratch: Scratch | None = None,
     ) -> None:
-        """`dtype`: the data type whose bits are summed; `tensor` is cast to it where it has another one. `block`: words that share a
-        weight; digests compare where it is the same."""
+        """`dtype`: the data type whose bits are summed; `tensor` is cast to it where it has another one.
+        `block`: words that share a weight; digests compare where it is the same."""
         per_word = 8 // dtype.itemsize
         column = int(start[-1]) if len(start) else 0
         width = int(tensor.shape[-1]) if tensor.dim() else 1
@@ -94,7 +99,11 @@ class BoxDigest:
 
     def __call__(self) -> torch.Tensor:
         """int64 [], the sum mod 2^64."""
-        steps = self._steps if self._steps is not None else self._plan(self._tensor.reshape(len(self._rows), self._width))
+        steps = (
+            self._steps
+            if self._steps is not None
+            else self._plan(self._tensor.reshape(len(self._rows), self._width))
+        )
         for step in steps:
             if step.clear:
                 step.words.zero_()
@@ -105,19 +114,33 @@ class BoxDigest:
             if step.factors.device.type == "cpu":
                 torch.mv(step.factors, self._weights, out=step.result)  # wraps around
             else:
-                torch.sum(step.factors * self._weights, 1, out=step.result)  # CUDA has no integer matrix product
-        return torch.dot(self._results, self._rows) if self._rows.device.type == "cpu" else (self._results * self._rows).sum()
+                torch.sum(
+                    step.factors * self._weights, 1, out=step.result
+                )  # CUDA has no integer matrix product
+        return (
+            torch.dot(self._results, self._rows)
+            if self._rows.device.type == "cpu"
+            else (self._results * self._rows).sum()
+        )
 
     def _plan(self, matrix: torch.Tensor) -> list[_Step]:
         """The steps for the rows of `matrix` [rows, width], made of views only."""
         aligned = self._lead == 0 and self._width % self._per_word == 0
-        as_is = aligned and matrix.dtype == self._dtype and matrix.is_contiguous() and matrix.data_ptr() % 8 == 0
+        as_is = (
+            aligned and matrix.dtype == self._dtype and matrix.is_contiguous() and matrix.data_ptr() % 8 == 0
+        )
         as_is = as_is and matrix.storage_offset() * self._dtype.itemsize % 8 == 0
         own = matrix.view(torch.int64) if as_is else None
         if self._num_words > _CHUNK_WORDS:
             self._scratch = Scratch(matrix.device, self._num_words)
         scratch = self._scratch
-        step = max(1, min((_SUMMED_WORDS if as_is else len(scratch.words)) // self._num_words, len(scratch.sums) // len(self._weights)))
+        step = max(
+            1,
+            min(
+                (_SUMMED_WORDS if as_is else len(scratch.words)) // self._num_words,
+                len(scratch.sums) // len(self._weights),
+            ),
+        )
         steps = []
         for begin in range(0, len(matrix), step):
             rows, result, cast = matrix[begin : begin + step], self._results[begin : begin + step], None
@@ -136,17 +159,24 @@ class BoxDigest:
             return [], words
         low, high = self._cuts
         num_rows, count = len(words), len(self._weights)
-        assert count == (low > 0) + (high - low) // self._block + (high < self._num_words), "a weight for each block that the row touches"
+        assert count == (low > 0) + (high - low) // self._block + (high < self._num_words), (
+            "a weight for each block that the row touches"
+        )
         sums = self._scratch.sums[: num_rows * count].view(num_rows, count)
         whole, at = (high - low) // self._block, int(low > 0)
         parts = [(words[:, None, :low], sums[:, :1])] if low else []
-        parts += [(words[:, low:high].unflatten(1, (whole, self._block)), sums[:, at : at + whole])] if whole else []
+        parts += (
+            [(words[:, low:high].unflatten(1, (whole, self._block)), sums[:, at : at + whole])]
+            if whole
+            else []
+        )
         parts += [(words[:, None, high:], sums[:, at + whole :])] if high < self._num_words else []
         return parts, sums
 
 
 def block_words(narrowest_words: int) -> int:
-    """Words to a block where the narrowest box of a parameter has rows of so many: at most a quarter of it, at most MOST_BLOCK_WORDS.
+    """Words to a block where the narrowest box of a parameter has rows of so many: at most a quarter of it,
+    at most MOST_BLOCK_WORDS.
 
     Boxes swapped by mistake then differ in whole blocks. Short rows are summed word by word.
     """
@@ -157,7 +187,8 @@ def block_words(narrowest_words: int) -> int:
 
 
 def _cuts(first_word: int, num_words: int, block: int) -> tuple[int, int]:
-    """Where the whole blocks of a row's words begin and end; what is left on either side is part of one block."""
+    """Where the whole blocks of a row's words begin and end; what is left on either side is part of one
+    block."""
     low = min(-first_word % block, num_words)
     return low, low + (num_words - low) // block * block
 

@@ -1,9 +1,9 @@
 """Who sends what to whom, as a picture: one panel per rank, and the bytes from every rank to every other.
 
-In a panel x runs over the parameters (widths are bytes), y over the dim along which a parameter is cut. Parameters that the two
-sides cut along different dims (FSDP cuts rows, tensor parallelism columns) share one region at the right, their rows along x. What
-the rank already holds of its generation shard is in its own colour, what it receives in the colour of the sender, what it does not
-need is white.
+In a panel x runs over the parameters (widths are bytes), y over the dim along which a parameter is cut.
+Parameters that the two sides cut along different dims (FSDP cuts rows, tensor parallelism columns) share one
+region at the right, their rows along x. What the rank already holds of its generation shard is in its own
+colour, what it receives in the colour of the sender, what it does not need is white.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ HEIGHT, WIDTH = 48, 240
 MOST_RANKS = 32
 
 
-def draw(plan: Plan, path: Path, title: str) -> None:
+def draw_plan(plan: Plan, path: Path, title: str) -> None:
     """Write the picture (.png, .svg, .pdf). ValueError for more ranks than a page holds."""
     if plan.num_ranks > MOST_RANKS:
-        raise ValueError(f"picture: {plan.num_ranks} ranks do not fit on a page; draw a layout of at most {MOST_RANKS}")
+        raise ValueError(
+            f"picture: {plan.num_ranks} ranks do not fit on a page; draw a layout of at most {MOST_RANKS}"
+        )
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,21 +46,28 @@ def draw(plan: Plan, path: Path, title: str) -> None:
     received = plan.bytes_received
     axes = panels.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     cells = _cells(plan)
-    held = _raster(plan.source, plan.source.rank, plan.source.parameter, plan.source.start, plan.source.shape, plan)
+    held = _raster(
+        plan.source, plan.source.rank, plan.source.parameter, plan.source.start, plan.source.shape, plan
+    )
     for rank, axis in enumerate(axes.flat):
         if rank >= plan.num_ranks:
             axis.set_axis_off()
             continue
         _panel(axis, cells[rank], held[rank] >= 0, colours)
         axis.set_title(f"rank {rank}: receives {received[rank] / plan.target.num_bytes:.3g} M", fontsize=9)
-    panels.supxlabel("parameters, first layer to last; outlined: what the rank trains; number and colour: where it comes from", fontsize=9)
+    panels.supxlabel(
+        "parameters, first layer to last; outlined: what the rank trains; number and colour: where it comes from",
+        fontsize=9,
+    )
     panels.supylabel("tensor dim", fontsize=9)
     _matrix(matrix.subplots(), plan)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _panel(axis: Axes, senders: NDArray[np.int64], trained: NDArray[np.bool_], colours: NDArray[np.float64]) -> None:
+def _panel(
+    axis: Axes, senders: NDArray[np.int64], trained: NDArray[np.bool_], colours: NDArray[np.float64]
+) -> None:
     image = np.ones((HEIGHT, WIDTH, 3))
     image[senders >= 0] = colours[senders[senders >= 0]]
     axis.imshow(image, aspect="auto", origin="upper", extent=(0, 1, 1, 0), interpolation="nearest")
@@ -80,22 +89,33 @@ def _matrix(axis: Axes, plan: Plan) -> None:
     total = np.zeros((plan.num_ranks, plan.num_ranks))
     np.add.at(total, (plan.sender[remote], plan.receiver[remote]), plan.num_bytes[remote])
     total /= plan.target.num_bytes
-    axis.imshow(np.where(total > 0, total, np.nan), cmap="Blues", vmin=0, vmax=max(float(total.max()) * 1.6, 1e-12))
+    axis.imshow(
+        np.where(total > 0, total, np.nan), cmap="Blues", vmin=0, vmax=max(float(total.max()) * 1.6, 1e-12)
+    )
     if plan.num_ranks <= 16:
         for sender, receiver in zip(*np.nonzero(total > 0.0005), strict=True):
-            axis.text(receiver, sender, f"{total[sender, receiver]:.2g}", ha="center", va="center", fontsize=7)
+            axis.text(
+                receiver, sender, f"{total[sender, receiver]:.2g}", ha="center", va="center", fontsize=7
+            )
     axis.set(xlabel="to rank", ylabel="from rank", title="bytes sent, in units of M")
     axis.set_xticks(range(plan.num_ranks))
     axis.set_yticks(range(plan.num_ranks))
 
 
 def _cells(plan: Plan) -> NDArray[np.int64]:
-    """For every rank and raster cell the rank that the contents come from (itself if held), -1 where not needed."""
+    """For every rank and raster cell the rank that the contents come from (itself if held), -1 where not
+    needed."""
     return _raster(plan.target, plan.receiver, plan.parameter, plan.start, plan.shape, plan, plan.sender)
 
 
 def _raster(
-    shard_map: ShardMap, rank: Ints, parameter: Ints, start: Ints, shape: Ints, plan: Plan, value: Ints | None = None
+    shard_map: ShardMap,
+    rank: Ints,
+    parameter: Ints,
+    start: Ints,
+    shape: Ints,
+    plan: Plan,
+    value: Ints | None = None,
 ) -> NDArray[np.int64]:
     """[ranks, HEIGHT, WIDTH]: `value` (default: the rank) where a box covers the cell, else -1."""
     result = np.full((plan.num_ranks, HEIGHT, WIDTH), -1, dtype=np.int64)
@@ -103,21 +123,29 @@ def _raster(
     for row in range(len(rank)):
         y_dim, x_dim, left, right = places[int(parameter[row])]
         full = plan.target.parameters[int(parameter[row])].shape or (1,)
-        top, bottom = (round(int(edge) / full[y_dim] * HEIGHT) for edge in (start[row, y_dim], start[row, y_dim] + shape[row, y_dim]))
+        top, bottom = (
+            round(int(edge) / full[y_dim] * HEIGHT)
+            for edge in (start[row, y_dim], start[row, y_dim] + shape[row, y_dim])
+        )
         if x_dim is not None:
             ends = (int(start[row, x_dim]), int(start[row, x_dim] + shape[row, x_dim]))
             left, right = (left + end / full[x_dim] * (right - left) for end in ends)
-        result[int(rank[row]), top:bottom, round(left) : round(right)] = int(rank[row]) if value is None else int(value[row])
+        result[int(rank[row]), top:bottom, round(left) : round(right)] = (
+            int(rank[row]) if value is None else int(value[row])
+        )
     return result
 
 
 def _places(plan: Plan) -> list[tuple[int, int | None, float, float]]:
     """For every parameter: (dim along y, dim along x, left, right edge in the raster).
 
-    Parameters that both sides cut along one dim lie side by side. Those that the two sides cut along different dims share one
-    region at the right, where x is the dim that the source cuts.
+    Parameters that both sides cut along one dim lie side by side. Those that the two sides cut along
+    different dims share one region at the right, where x is the dim that the source cuts.
     """
-    cuts = [(_cut_dim(plan.source, number), _cut_dim(plan.target, number)) for number in range(len(plan.target.parameters))]
+    cuts = [
+        (_cut_dim(plan.source, number), _cut_dim(plan.target, number))
+        for number in range(len(plan.target.parameters))
+    ]
     both = [have is not None and need is not None and have != need for have, need in cuts]
     sizes = np.array([spec.num_bytes for spec in plan.target.parameters], dtype=np.float64)
     along = np.where(both, 0, sizes)

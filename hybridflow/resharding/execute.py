@@ -1,7 +1,8 @@
-"""Running a plan: pack, send, receive, unpack, in rounds; the packing of one round overlaps the transfer of the round before.
+"""Running a plan: pack, send, receive, unpack, in rounds; the packing of one round overlaps the transfer of
+the round before.
 
-A piece that lies contiguously in memory on a side travels from or into that memory itself; only the others are staged. The cast
-to the target's data type happens on the sender.
+A piece that lies contiguously in memory on a side travels from or into that memory itself; only the others
+are staged. The cast to the target's data type happens on the sender.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from hybridflow.resharding.shards import LocalParameter
 from hybridflow.resharding.transport import GroupTransport, Message, Transport
 
 ALONE_BYTES = 128 << 10
-"""Pieces of at least this size are messages of their own, so that they need no staging where they are contiguous."""
+"""Pieces of at least this size are messages of their own, so that they need no staging where they are
+contiguous."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +43,8 @@ class ExecutionReport:
 
 @dataclass(slots=True)
 class _Side:
-    """One direction of one message: the pieces, and where in the staging buffer it lies (direct: the memory itself)."""
+    """One direction of one message: the pieces, and where in the staging buffer it lies (direct: the memory
+    itself)."""
 
     peer: int
     views: list[torch.Tensor]
@@ -94,7 +97,9 @@ class Executor:
         self._locals: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._rounds: list[_Round] = []
         self._bind(source, destination)
-        device = next((s.tensor.device for p in (*destinations, *sources) for s in p.shards), torch.device("cpu"))
+        device = next(
+            (s.tensor.device for p in (*destinations, *sources) for s in p.shards), torch.device("cpu")
+        )
         # Two slots per direction: one round is packed (or unpacked) while the other travels.
         sizes = [max((r.staged_send for r in self._rounds[slot::2]), default=0) for slot in (0, 1)]
         self._send_slots = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
@@ -143,13 +148,21 @@ class Executor:
         current = self._rounds[number]
         into, out = self._receive_slots[number % 2], self._send_slots[number % 2]
         receives: list[Message] = [
-            (s.peer, s.direct if s.direct is not None else into[s.offset : s.offset + s.num_bytes]) for s in current.receives
+            (s.peer, s.direct if s.direct is not None else into[s.offset : s.offset + s.num_bytes])
+            for s in current.receives
         ]
         sends: list[Message] = []
         for side in current.sends:
             if side.direct is None:
                 _pack(side, out)
-            sends.append((side.peer, side.direct if side.direct is not None else out[side.offset : side.offset + side.num_bytes]))
+            sends.append(
+                (
+                    side.peer,
+                    side.direct
+                    if side.direct is not None
+                    else out[side.offset : side.offset + side.num_bytes],
+                )
+            )
         waits, wait_sent = self.transport.post(receives, sends)
         sent.append(wait_sent)
         return waits
@@ -174,23 +187,35 @@ class Executor:
             start, shape = tuple(plan.start[row, :dims].tolist()), tuple(plan.shape[row, :dims].tolist())
             sender, receiver, round_ = int(plan.sender[row]), int(plan.receiver[row]), int(plan.round[row])
             if round_ == LOCAL:
-                self._locals.append((destination.view(spec.name, start, shape), source.view(spec.name, start, shape)))
+                self._locals.append(
+                    (destination.view(spec.name, start, shape), source.view(spec.name, start, shape))
+                )
                 continue
             outgoing = sender == rank
             view = (source if outgoing else destination).view(spec.name, start, shape)
             num_bytes = prod(shape) * dtype.itemsize
             alone = row if num_bytes >= ALONE_BYTES else -1
-            messages.setdefault((round_, receiver if outgoing else sender, outgoing, alone), []).append((num_bytes, view, dtype))
+            messages.setdefault((round_, receiver if outgoing else sender, outgoing, alone), []).append(
+                (num_bytes, view, dtype)
+            )
         self._rounds = [_Round() for _ in range(max((key[0] for key in messages), default=-1) + 1)]
         for (round_, peer, outgoing, _), pieces in sorted(messages.items(), key=lambda item: item[0]):
             # Large items first: every piece is then aligned to its own data type.
             pieces.sort(key=lambda piece: -piece[2].itemsize)
-            side = _Side(peer, [view for _, view, _ in pieces], [dtype for _, _, dtype in pieces], sum(size for size, _, _ in pieces))
+            side = _Side(
+                peer,
+                [view for _, view, _ in pieces],
+                [dtype for _, _, dtype in pieces],
+                sum(size for size, _, _ in pieces),
+            )
             self._rounds[round_].place(side, outgoing)
 
 
 def execute(
-    plan: Plan, sources: Sequence[LocalParameter], destinations: Sequence[LocalParameter], group: dist.ProcessGroup | None = None
+    plan: Plan,
+    sources: Sequence[LocalParameter],
+    destinations: Sequence[LocalParameter],
+    group: dist.ProcessGroup | None = None,
 ) -> ExecutionReport:
     """Run `plan` once. Collective over `group`, whose ranks are the plan's."""
     return Executor(plan, sources, destinations, group).run()

@@ -1,7 +1,8 @@
-"""The slow way: gather every parameter on every rank, then slice. The oracle of the tests and the baseline of the benchmark.
+"""The slow way: gather every parameter on every rank, then slice. The oracle of the tests and the baseline of
+the benchmark.
 
-This is what DeepSpeed-Chat does over all ranks and HybridFlow-V over the model-parallel group (PAPER.md section 3). Shares no
-code with the compiler.
+This is what DeepSpeed-Chat does over all ranks and HybridFlow-V over the model-parallel group (PAPER.md
+section 3). Shares no code with the compiler.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ def reshard_golden(
     *,
     bucket_bytes: int = 64 << 20,
 ) -> int:
-    """Fill `destinations` from the full parameters; returns the bytes received. Collective over `group`, the ranks of `source`.
+    """Fill `destinations` from the full parameters; returns the bytes received. Collective over `group`, the
+    ranks of `source`.
 
-    `dtypes` gives the data type of every parameter while it travels (the target's). Holders of the same box send equal parts of
-    it. All-gathers are bucketed: a bucket holds parameters of together `bucket_bytes`.
+    `dtypes` gives the data type of every parameter while it travels (the target's). Holders of the same box
+    send equal parts of it. All-gathers are bucketed: a bucket holds parameters of together `bucket_bytes`.
     """
     wanted = {parameter.name: parameter for parameter in destinations}
     received = 0
@@ -43,7 +45,9 @@ def reshard_golden(
                 if spec.name in wanted:
                     for shard in wanted[spec.name].shards:
                         view = full
-                        for dim, (start, size) in enumerate(zip(shard.box.start, shard.box.shape, strict=True)):
+                        for dim, (start, size) in enumerate(
+                            zip(shard.box.start, shard.box.shape, strict=True)
+                        ):
                             view = view.narrow(dim, start, size)
                         shard.tensor.detach().copy_(view)
     return received
@@ -59,7 +63,8 @@ def bytes_gathered(source: ShardMap) -> NDArray[np.int64]:
 
 
 def _buckets(source: ShardMap, dtypes: Mapping[str, str], bucket_bytes: int) -> Iterator[list[int]]:
-    """Parameters of different holders (pipeline stages) in turns, so that all ranks have something to send in every bucket."""
+    """Parameters of different holders (pipeline stages) in turns, so that all ranks have something to send in
+    every bucket."""
     held: dict[bytes, int] = {}
     progress: dict[int, tuple[bytes, int]] = {}
     for number, spec in enumerate(source.parameters):
@@ -82,7 +87,11 @@ def _buckets(source: ShardMap, dtypes: Mapping[str, str], bucket_bytes: int) -> 
 
 
 def _gather_full(
-    source: ShardMap, bucket: list[int], dtypes: Mapping[str, str], memory: LocalMemory, group: dist.ProcessGroup | None
+    source: ShardMap,
+    bucket: list[int],
+    dtypes: Mapping[str, str],
+    memory: LocalMemory,
+    group: dist.ProcessGroup | None,
 ) -> Iterator[tuple[int, torch.Tensor, int]]:
     """(parameter, its full tensor, bytes received for it)."""
     parts = {number: _parts(source, number) for number in bucket}
@@ -99,7 +108,9 @@ def _gather_full(
         spec = source.parameters[number]
         for holder, box in parts[number]:
             if holder == rank:
-                offset = _store(mine, offset, memory.view(spec.name, box.start, box.shape), DTYPES[dtypes[spec.name]])
+                offset = _store(
+                    mine, offset, memory.view(spec.name, box.start, box.shape), DTYPES[dtypes[spec.name]]
+                )
     if dist.is_initialized():
         dist.all_gather(list(gathered.unbind(0)), mine, group=group)
     else:
@@ -130,7 +141,9 @@ def _parts(source: ShardMap, number: int) -> list[tuple[int, Box]]:
     spec: ParameterSpec = source.parameters[number]
     rows, dims = source.rows(number), len(spec.shape)
     holders: dict[Box, list[int]] = {}
-    for start, shape, rank in zip(source.start[rows].tolist(), source.shape[rows].tolist(), source.rank[rows].tolist(), strict=True):
+    for start, shape, rank in zip(
+        source.start[rows].tolist(), source.shape[rows].tolist(), source.rank[rows].tolist(), strict=True
+    ):
         holders.setdefault(Box(tuple(start[:dims]), tuple(shape[:dims])), []).append(rank)
     parts = []
     for box, ranks in holders.items():

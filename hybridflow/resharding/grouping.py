@@ -1,7 +1,8 @@
 """Grouping: which rank takes which generation coordinate (replica, pipeline stage, tensor part).
 
-`vanilla` and `zero_redundancy` are the paper's (PAPER.md section 3); `fewest_bytes` is the assignment that leaves the fewest
-bytes to receive for any training layout. Rank order inside a replica is vLLM's: build_vllm_groups takes `replicas` as it is.
+`vanilla` and `zero_redundancy` are the paper's (PAPER.md section 3); `fewest_bytes` is the assignment that
+leaves the fewest bytes to receive for any training layout. Rank order inside a replica is vLLM's:
+build_vllm_groups takes `replicas` as it is.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from hybridflow.resharding.boxes import volumes
 from hybridflow.resharding.shard_map import ShardMap
 
 PREFERENCE = 0.25
-"""Gain, in bytes, of a rank's place in the vanilla grouping: decides between assignments that receive the same bytes, so that
-generation groups stay on neighbouring ranks where that costs nothing."""
+"""Gain, in bytes, of a rank's place in the vanilla grouping: decides between assignments that receive the
+same bytes, so that generation groups stay on neighbouring ranks where that costs nothing."""
 
 
 @dataclass(frozen=True)
 class GroupedLayout(Layout):
-    """A layout whose ranks are placed by a grouping: order[place] is the rank at that place of the mixed-radix numbering.
+    """A layout whose ranks are placed by a grouping: order[place] is the rank at that place of the
+    mixed-radix numbering.
 
     Grouping((((0, 2),), ((1, 3),))).layout.groups("tp") == [(0, 2), (1, 3)]
     """
@@ -61,8 +63,12 @@ class Grouping:
         place = {at: rank for rank, at in enumerate(coordinates)}
         replicas, pp, tp = (max(at[i] for at in coordinates) + 1 for i in range(3))
         if len(place) != len(coordinates) or len(place) != replicas * pp * tp:
-            raise ValueError(f"grouping: {len(coordinates)} ranks do not fill {replicas} x {pp} x {tp} coordinates once each")
-        return cls(tuple(tuple(tuple(place[i, j, k] for k in range(tp)) for j in range(pp)) for i in range(replicas)))
+            raise ValueError(
+                f"grouping: {len(coordinates)} ranks do not fill {replicas} x {pp} x {tp} coordinates once each"
+            )
+        return cls(
+            tuple(tuple(tuple(place[i, j, k] for k in range(tp)) for j in range(pp)) for i in range(replicas))
+        )
 
     @property
     def num_ranks(self) -> int:
@@ -88,7 +94,8 @@ class Grouping:
 
     @property
     def layout(self) -> GroupedLayout:
-        """Axes dp (replicas), pp, tp over the ranks: what a generation engine and the actor's dispatch work with."""
+        """Axes dp (replicas), pp, tp over the ranks: what a generation engine and the actor's dispatch work
+        with."""
         order = tuple(rank for replica in self.replicas for stage in replica for rank in stage)
         return GroupedLayout((("dp", len(self.replicas)), ("pp", self.pp), ("cp", 1), ("tp", self.tp)), order)
 
@@ -105,12 +112,15 @@ def vanilla(num_ranks: int, *, tp: int, pp: int = 1) -> Grouping:
 
 
 def zero_redundancy(layout: Layout, *, tp: int, pp: int = 1) -> Grouping:
-    """The paper's grouping: generation TP groups at interval t/tg, PP groups at interval p/pg, so that every rank's training shard
-    is part of its generation shard (equations in PAPER.md section 3). Needs tg | t and pg | p; fewest_bytes has no such limit.
+    """The paper's grouping: generation TP groups at interval t/tg, PP groups at interval p/pg, so that every
+    rank's training shard is part of its generation shard (equations in PAPER.md section 3). Needs tg | t and
+    pg | p; fewest_bytes has no such limit.
     """
     t, p = layout.axis_size("tp"), layout.axis_size("pp")
     if t % tp or p % pp:
-        raise ValueError(f"zero-redundancy grouping: generation tp={tp}, pp={pp} must divide training tp={t}, pp={p}; use fewest_bytes")
+        raise ValueError(
+            f"zero-redundancy grouping: generation tp={tp}, pp={pp} must divide training tp={t}, pp={p}; use fewest_bytes"
+        )
     every_t, every_p = t // tp, p // pp
     coordinates = []
     for rank in range(layout.size):
@@ -125,7 +135,8 @@ def zero_redundancy(layout: Layout, *, tp: int, pp: int = 1) -> Grouping:
 
 
 def micro_data_groups(layout: Layout, grouping: Grouping) -> list[tuple[int, ...]]:
-    """Ranks of one training replica that hold the same generation shard: the micro-DP groups, inside which weights are gathered."""
+    """Ranks of one training replica that hold the same generation shard: the micro-DP groups, inside which
+    weights are gathered."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank, (_, stage, part) in enumerate(grouping.coordinates):
         at = layout.coordinates(rank)
@@ -135,10 +146,12 @@ def micro_data_groups(layout: Layout, grouping: Grouping) -> list[tuple[int, ...
 
 
 def fewest_bytes(source: ShardMap, shards: ShardMap, *, tp: int, pp: int = 1) -> Grouping:
-    """The grouping with the fewest bytes received in total, for any source (also FSDP, ZeRO, or where tg does not divide t).
+    """The grouping with the fewest bytes received in total, for any source (also FSDP, ZeRO, or where tg does
+    not divide t).
 
-    `shards` is the target of any one grouping with these sizes in which rank 0..tp*pp-1 are replica 0 (vanilla): it says what
-    each coordinate holds. An assignment problem: rank x coordinate, gain = bytes of the coordinate that the rank holds.
+    `shards` is the target of any one grouping with these sizes in which rank 0..tp*pp-1 are replica 0
+    (vanilla): it says what each coordinate holds. An assignment problem: rank x coordinate, gain = bytes of
+    the coordinate that the rank holds.
     """
     _check_sizes(source.num_ranks, tp, pp)
     num_replicas = source.num_ranks // (tp * pp)
@@ -157,7 +170,8 @@ def fewest_bytes(source: ShardMap, shards: ShardMap, *, tp: int, pp: int = 1) ->
 
 
 def held_bytes(source: ShardMap, shards: ShardMap, num_coordinates: int) -> NDArray[np.int64]:
-    """Bytes (target's data type) that every rank holds of what each coordinate needs: int64 [ranks, coordinates]."""
+    """Bytes (target's data type) that every rank holds of what each coordinate needs: int64 [ranks,
+    coordinates]."""
     number = {spec.name: i for i, spec in enumerate(source.parameters)}
     result = np.zeros((source.num_ranks, num_coordinates), dtype=np.int64)
     known: dict[tuple[bytes, ...], NDArray[np.int64]] = {}

@@ -22,9 +22,13 @@ class LocalMemory:
             shards = self._shards.setdefault(parameter.name, [])
             for shard in parameter.shards:
                 if tuple(shard.tensor.shape) != shard.box.shape:
-                    raise ValueError(f"parameter {parameter.name}: tensor of shape {tuple(shard.tensor.shape)} for {shard.box}")
+                    raise ValueError(
+                        f"parameter {parameter.name}: tensor of shape {tuple(shard.tensor.shape)} for {shard.box}"
+                    )
                 if shard.tensor.dtype != parameter.dtype:
-                    raise ValueError(f"parameter {parameter.name}: tensor of {shard.tensor.dtype}, declared {parameter.dtype}")
+                    raise ValueError(
+                        f"parameter {parameter.name}: tensor of {shard.tensor.dtype}, declared {parameter.dtype}"
+                    )
                 shards.append((shard.box, shard.tensor.detach()))
 
     def view(self, name: str, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
@@ -35,7 +39,9 @@ class LocalMemory:
                 for low, whole, first, size in zip(box.start, box.shape, start, shape, strict=True)
             )
             if inside:
-                for dim, (low, whole, first, size) in enumerate(zip(box.start, box.shape, start, shape, strict=True)):
+                for dim, (low, whole, first, size) in enumerate(
+                    zip(box.start, box.shape, start, shape, strict=True)
+                ):
                     if size != whole:
                         tensor = tensor.narrow(dim, first - low, size)
                 return tensor

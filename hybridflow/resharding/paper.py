@@ -1,5 +1,6 @@
-"""The paper's predictions for the transition from training to generation (HybridFlow, table 2; PAPER.md section 3), as fractions
-of the model's bytes M. For a training layout p-t-d and generation sizes pg-tg; norms count as if they were split like matrices.
+"""The paper's predictions for the transition from training to generation (HybridFlow, table 2; PAPER.md
+section 3), as fractions of the model's bytes M. For a training layout p-t-d and generation sizes pg-tg; norms
+count as if they were split like matrices.
 """
 
 from __future__ import annotations
@@ -27,10 +28,17 @@ def deepspeed_chat(*, pp: int, tp: int, dp: int) -> Prediction:
 
 def hybridflow_v(*, pp: int, tp: int) -> Prediction:
     """Every rank gathers the model inside its training model-parallel group and keeps its generation part."""
-    return Prediction(received=Fraction(tp * pp - 1, tp * pp), peak=Fraction(1), redundant=Fraction(1, tp * pp))
+    return Prediction(
+        received=Fraction(tp * pp - 1, tp * pp), peak=Fraction(1), redundant=Fraction(1, tp * pp)
+    )
 
 
 def hybridflow(*, pp: int, tp: int, generation_pp: int, generation_tp: int) -> Prediction:
-    """Zero-redundancy grouping: every rank gathers inside its micro-DP group; its training shard is part of its generation shard."""
+    """Zero-redundancy grouping: every rank gathers inside its micro-DP group; its training shard is part of
+    its generation shard."""
     parallel, generation = tp * pp, generation_tp * generation_pp
-    return Prediction(received=Fraction(parallel - generation, generation * parallel), peak=Fraction(1, generation), redundant=Fraction(0))
+    return Prediction(
+        received=Fraction(parallel - generation, generation * parallel),
+        peak=Fraction(1, generation),
+        redundant=Fraction(0),
+    )

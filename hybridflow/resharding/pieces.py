@@ -1,6 +1,7 @@
 """The cut: which box every receiver needs, and which ranks could send it.
 
-Parameters whose boxes lie on the same ranks in the same way (the layers of a pipeline stage, say) are cut once.
+Parameters whose boxes lie on the same ranks in the same way (the layers of a pipeline stage, say) are cut
+once.
 """
 
 from __future__ import annotations
@@ -9,7 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hybridflow.resharding.boxes import Ints, contains, disjoint_parts, distinct, intersections, split, volumes
+from hybridflow.resharding.boxes import (
+    Ints,
+    contains,
+    disjoint_parts,
+    distinct,
+    intersections,
+    split,
+    volumes,
+)
 from hybridflow.resharding.shard_map import ShardMap
 
 
@@ -34,8 +43,17 @@ def cut(source: ShardMap, target: ShardMap, nodes: Ints, limit_bytes: int) -> Pi
     for number, spec in enumerate(target.parameters):
         have, need = source.rows(number), target.rows(number)
         if need.start == need.stop:
-            raise ValueError(f"{spec.name}: no target rank wants it; a parameter that is needed nowhere should not be in the target")
-        signature = (spec.itemsize, *(a[r].tobytes() for m, r in ((source, have), (target, need)) for a in (m.rank, m.start, m.shape)))
+            raise ValueError(
+                f"{spec.name}: no target rank wants it; a parameter that is needed nowhere should not be in the target"
+            )
+        signature = (
+            spec.itemsize,
+            *(
+                a[r].tobytes()
+                for m, r in ((source, have), (target, need))
+                for a in (m.rank, m.start, m.shape)
+            ),
+        )
         if signature not in known:
             limit = max(1, limit_bytes // spec.itemsize)
             known[signature] = _cut_one(source, have, target, need, nodes, limit, sets, spec.name)
@@ -44,12 +62,21 @@ def cut(source: ShardMap, target: ShardMap, nodes: Ints, limit_bytes: int) -> Pi
     dims = target.dims
     empty = np.zeros(0, dtype=np.int64)
     parts.append((empty, empty.reshape(0, dims), empty.reshape(0, dims), empty, empty))
-    parameter, start, shape, receiver, candidates = (np.concatenate([part[i] for part in parts]) for i in range(5))
+    parameter, start, shape, receiver, candidates = (
+        np.concatenate([part[i] for part in parts]) for i in range(5)
+    )
     return Pieces(parameter, start, shape, receiver, candidates, list(sets))
 
 
 def _cut_one(
-    source: ShardMap, have: slice, target: ShardMap, need: slice, nodes: Ints, limit: int, sets: dict[tuple[int, ...], int], name: str
+    source: ShardMap,
+    have: slice,
+    target: ShardMap,
+    need: slice,
+    nodes: Ints,
+    limit: int,
+    sets: dict[tuple[int, ...], int],
+    name: str,
 ) -> tuple[Ints, Ints, Ints, Ints]:
     """start, shape, receiver, candidates of one parameter's pieces."""
     atom_start, atom_shape = disjoint_parts(source.start[have], source.shape[have])
@@ -61,7 +88,9 @@ def _cut_one(
         bad = int(np.nonzero(covered != volumes(box_shape))[0][0])
         rank = int(target.rank[need][np.nonzero(box_of_row == bad)[0][0]])
         where = f"start {box_start[bad]} shape {box_shape[bad]}"
-        raise ValueError(f"{name}: target rank {rank} wants {where}; the source ranks together do not hold all of it")
+        raise ValueError(
+            f"{name}: target rank {rank} wants {where}; the source ranks together do not hold all of it"
+        )
     atom, box, start, shape = _split_large(atom, box, start, shape, limit)
     # One row per piece and rank that wants the box the piece lies in.
     row_order = np.argsort(box_of_row, kind="stable")
@@ -75,7 +104,9 @@ def _cut_one(
     return start[piece], shape[piece], receiver, candidates
 
 
-def _split_large(atom: Ints, box: Ints, start: Ints, shape: Ints, limit: int) -> tuple[Ints, Ints, Ints, Ints]:
+def _split_large(
+    atom: Ints, box: Ints, start: Ints, shape: Ints, limit: int
+) -> tuple[Ints, Ints, Ints, Ints]:
     large = volumes(shape) > limit
     if not large.any():
         return atom, box, start, shape
@@ -93,7 +124,9 @@ def _split_large(atom: Ints, box: Ints, start: Ints, shape: Ints, limit: int) ->
     )
 
 
-def _holders(source: ShardMap, have: slice, atom_start: Ints, atom_shape: Ints) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+def _holders(
+    source: ShardMap, have: slice, atom_start: Ints, atom_shape: Ints
+) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
     """bool [atoms, ranks]"""
     box_start, box_shape, box_of_row = distinct(source.start[have], source.shape[have])
     inside = contains(box_start, box_shape, atom_start, atom_shape)
@@ -106,7 +139,11 @@ def _holders(source: ShardMap, have: slice, atom_start: Ints, atom_shape: Ints) 
 
 
 def _candidates(
-    holds: np.ndarray[tuple[int, int], np.dtype[np.bool_]], atom: Ints, receiver: Ints, nodes: Ints, sets: dict[tuple[int, ...], int]
+    holds: np.ndarray[tuple[int, int], np.dtype[np.bool_]],
+    atom: Ints,
+    receiver: Ints,
+    nodes: Ints,
+    sets: dict[tuple[int, ...], int],
 ) -> Ints:
     """The receiver alone where it holds the piece, else the holders on its machine, else all holders."""
     result = np.empty(len(atom), dtype=np.int64)
@@ -114,7 +151,9 @@ def _candidates(
     for rank in np.unique(receiver[own]):
         result[own & (receiver == rank)] = sets.setdefault((int(rank),), len(sets))
     others = np.nonzero(~own)[0]
-    pair, index = np.unique(np.stack([atom[others], nodes[receiver[others]]], axis=1), axis=0, return_inverse=True)
+    pair, index = np.unique(
+        np.stack([atom[others], nodes[receiver[others]]], axis=1), axis=0, return_inverse=True
+    )
     of_pair = np.empty(len(pair), dtype=np.int64)
     for i, (one, node) in enumerate(pair):
         holders = np.nonzero(holds[one])[0]

@@ -1,7 +1,8 @@
-"""compile(source, target) -> Plan: who sends which box of which parameter to whom, in which round. Plain data.
+"""compile(source, target) -> Plan: who sends which box of which parameter to whom, in which round. Plain
+data.
 
-The plan moves every element that a rank needs and does not hold exactly once, from one of the ranks that hold it. It knows
-neither tensors nor process groups (execute.py) and does not judge itself (certificate.py).
+The plan moves every element that a rank needs and does not hold exactly once, from one of the ranks that hold
+it. It knows neither tensors nor process groups (execute.py) and does not judge itself (certificate.py).
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ MESSAGE_ALIGNMENT = 8
 class Plan:
     """Transfers in order of execution; made by compile, checked by verify, run by execute.
 
-    Extra memory: each rank stages at most `staging_bytes` of outgoing and as much of incoming data per round, and two rounds are
-    under way at once (one is packed while the other travels): 4 * staging_bytes <= 2 * bucket_bytes.
+    Extra memory: each rank stages at most `staging_bytes` of outgoing and as much of incoming data per round,
+    and two rounds are under way at once (one is packed while the other travels): 4 * staging_bytes <= 2 *
+    bucket_bytes.
     """
 
     source: ShardMap
@@ -104,11 +106,13 @@ def compile(
     nodes: Sequence[int] | None = None,
     unused: Sequence[str] = (),
 ) -> Plan:
-    """The plan from `source` to `target`, two maps over the same ranks (ShardMap.relabel brings two pools into one rank space).
+    """The plan from `source` to `target`, two maps over the same ranks (ShardMap.relabel brings two pools
+    into one rank space).
 
-    `nodes` names the machine of every rank (None: one machine); a sender on the receiver's machine is preferred. Data type and
-    size of what is moved are the target's. `unused` names source parameters that the target does not want.
-    Raises ValueError where a parameter is missing on one side, has different shapes, or where no rank holds a needed element.
+    `nodes` names the machine of every rank (None: one machine); a sender on the receiver's machine is
+    preferred. Data type and size of what is moved are the target's. `unused` names source parameters that the
+    target does not want. Raises ValueError where a parameter is missing on one side, has different shapes, or
+    where no rank holds a needed element.
     """
     nodes = tuple(nodes) if nodes is not None else (0,) * target.num_ranks
     source = aligned(source, target, nodes, unused)
@@ -116,14 +120,21 @@ def compile(
     largest = max((spec.itemsize for spec in target.parameters), default=1)
     if limit < largest:
         least = 2 * (largest + MESSAGE_ALIGNMENT * target.num_ranks)
-        raise ValueError(f"bucket_bytes={bucket_bytes} is too small for {target.num_ranks} ranks; give at least {least}")
+        raise ValueError(
+            f"bucket_bytes={bucket_bytes} is too small for {target.num_ranks} ranks; give at least {least}"
+        )
     target.check_disjoint()
     pieces: Pieces = cut(source, target, np.array(nodes), limit)
-    num_bytes = volumes(pieces.shape) * np.array([spec.itemsize for spec in target.parameters], dtype=np.int64)[pieces.parameter]
+    num_bytes = (
+        volumes(pieces.shape)
+        * np.array([spec.itemsize for spec in target.parameters], dtype=np.int64)[pieces.parameter]
+    )
     sender = choose_senders(pieces, num_bytes, target.num_ranks)
     remote = sender != pieces.receiver
     round_ = np.full(len(sender), LOCAL, dtype=np.int64)
-    round_[remote] = assign_rounds(sender[remote], pieces.receiver[remote], num_bytes[remote], target.num_ranks, limit)
+    round_[remote] = assign_rounds(
+        sender[remote], pieces.receiver[remote], num_bytes[remote], target.num_ranks, limit
+    )
     order = np.lexsort((pieces.parameter, pieces.receiver, sender, round_))
     return Plan(
         source=source,
@@ -139,7 +150,13 @@ def compile(
     )
 
 
-def plan_key(source: ShardMap, target: ShardMap, bucket_bytes: int, nodes: Sequence[int] | None, unused: Sequence[str] = ()) -> str:
+def plan_key(
+    source: ShardMap,
+    target: ShardMap,
+    bucket_bytes: int,
+    nodes: Sequence[int] | None,
+    unused: Sequence[str] = (),
+) -> str:
     """What the plan depends on, as a hexadecimal hash."""
     nodes = tuple(nodes) if nodes is not None else (0,) * target.num_ranks
     text = f"{COMPILER_VERSION} {source.digest()} {target.digest()} {bucket_bytes} {nodes} {sorted(unused)}"
@@ -155,14 +172,18 @@ def aligned(source: ShardMap, target: ShardMap, nodes: tuple[int, ...], unused: 
     number = {spec.name: i for i, spec in enumerate(source.parameters)}
     wanted = {spec.name for spec in target.parameters}
     if left := [name for name in number if name not in wanted and name not in unused]:
-        raise ValueError(f"compile: no target rank wants {', '.join(left[:5])}; name them in `unused` if that is meant")
+        raise ValueError(
+            f"compile: no target rank wants {', '.join(left[:5])}; name them in `unused` if that is meant"
+        )
     new_index = np.full(len(source.parameters), -1, dtype=np.int64)
     for i, spec in enumerate(target.parameters):
         if spec.name not in number:
             raise ValueError(f"compile: the target wants {spec.name}, which no source rank holds")
         have = source.parameters[number[spec.name]]
         if have.shape != spec.shape:
-            raise ValueError(f"compile: {spec.name} has shape {have.shape} in the source and {spec.shape} in the target")
+            raise ValueError(
+                f"compile: {spec.name} has shape {have.shape} in the source and {spec.shape} in the target"
+            )
         new_index[number[spec.name]] = i
     rows = new_index[source.parameter] >= 0
     dims = target.dims

@@ -15,8 +15,8 @@ def choose_senders(pieces: Pieces, num_bytes: Ints, num_ranks: int) -> Ints:
     """The sender of every piece: int64 [pieces].
 
     Largest piece first to the candidate that has sent least so far (ties: the nearest rank), then pieces are
-    handed on as long as that evens out two loads. After that no sender could hand a piece to a candidate with more than that
-    piece's bytes less to send.
+    handed on as long as that evens out two loads. After that no sender could hand a piece to a candidate with
+    more than that piece's bytes less to send.
     """
     num_candidates = np.array([len(one) for one in pieces.candidate_sets], dtype=np.int64)
     only = np.array([one[0] for one in pieces.candidate_sets], dtype=np.int64)
@@ -39,8 +39,16 @@ def choose_senders(pieces: Pieces, num_bytes: Ints, num_ranks: int) -> Ints:
     return sender
 
 
-def _hand_on(pieces: Ints, sender: Ints, candidates: list[int], sizes: list[int], sets: list[tuple[int, ...]], load: list[int]) -> None:
-    """Each move lowers the sum of squared loads, so this ends; it rarely moves anything after the greedy pass."""
+def _hand_on(
+    pieces: Ints,
+    sender: Ints,
+    candidates: list[int],
+    sizes: list[int],
+    sets: list[tuple[int, ...]],
+    load: list[int],
+) -> None:
+    """Each move lowers the sum of squared loads, so this ends; it rarely moves anything after the greedy
+    pass."""
     moved = True
     while moved:
         moved = False
@@ -55,12 +63,14 @@ def _hand_on(pieces: Ints, sender: Ints, candidates: list[int], sizes: list[int]
 
 
 def assign_rounds(sender: Ints, receiver: Ints, num_bytes: Ints, num_ranks: int, limit: int) -> Ints:
-    """The round of every transfer, such that no rank sends or receives more than `limit` bytes in one: int64 [transfers].
+    """The round of every transfer, such that no rank sends or receives more than `limit` bytes in one: int64
+    [transfers].
 
-    Transfers are taken in the order of their sender's progress, so that all senders are busy in all rounds, and go to the first
-    round with room on both sides.
+    Transfers are taken in the order of their sender's progress, so that all senders are busy in all rounds,
+    and go to the first round with room on both sides.
     """
-    # Progress: the fraction of its bytes that a sender has sent before this transfer; its receivers take turns.
+    # Progress: the fraction of its bytes that a sender has sent before this transfer; its receivers take
+    # turns.
     turn = np.lexsort((np.arange(len(sender)), (receiver - sender) % num_ranks, sender))
     place = _rank_within(sender[turn], receiver[turn])
     turn = turn[np.lexsort(((receiver[turn] - sender[turn]) % num_ranks, place, sender[turn]))]
@@ -76,7 +86,13 @@ def assign_rounds(sender: Ints, receiver: Ints, num_bytes: Ints, num_ranks: int,
     received: list[list[int]] = [[] for _ in range(num_ranks)]
     send_low, receive_low = [0] * num_ranks, [0] * num_ranks
     nearly_full = limit - limit // 16
-    for i, s, r, size in zip(order.tolist(), sender[order].tolist(), receiver[order].tolist(), num_bytes[order].tolist(), strict=True):
+    for i, s, r, size in zip(
+        order.tolist(),
+        sender[order].tolist(),
+        receiver[order].tolist(),
+        num_bytes[order].tolist(),
+        strict=True,
+    ):
         out, into = sent[s], received[r]
         now = max(send_low[s], receive_low[r])
         while True:

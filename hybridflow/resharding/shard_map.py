@@ -37,7 +37,9 @@ class ParameterSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"parameter {self.name}: unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}")
+            raise ValueError(
+                f"parameter {self.name}: unknown dtype {self.dtype!r}; known: {', '.join(DTYPES)}"
+            )
 
     @property
     def numel(self) -> int:
@@ -56,8 +58,8 @@ class ParameterSpec:
 class ShardMap:
     """Rows (parameter, rank, box), sorted by parameter, then rank, in the rank's own order of shards.
 
-    shard_map = ShardMap.gather(engine.local_parameters())          # collective
-    shard_map = ShardMap.of(parameters, {0: [("w", Box((0, 0), (4, 8)))], 1: [("w", Box((4, 0), (4, 8)))]}, num_ranks=2)
+    shard_map = ShardMap.gather(engine.local_parameters())          # collective shard_map =
+    ShardMap.of(parameters, {0: [("w", Box((0, 0), (4, 8)))], 1: [("w", Box((4, 0), (4, 8)))]}, num_ranks=2)
     shard_map.boxes("w", rank=1)                                    # [Box((4, 0), (4, 8))]
     """
 
@@ -73,7 +75,13 @@ class ShardMap:
     """[rows, dims]"""
 
     @classmethod
-    def of(cls, parameters: Sequence[ParameterSpec], held: Mapping[int, Iterable[tuple[str, Box]]], *, num_ranks: int) -> ShardMap:
+    def of(
+        cls,
+        parameters: Sequence[ParameterSpec],
+        held: Mapping[int, Iterable[tuple[str, Box]]],
+        *,
+        num_ranks: int,
+    ) -> ShardMap:
         """From lists of (parameter name, box) per rank; empty boxes are left out."""
         index = {spec.name: i for i, spec in enumerate(parameters)}
         if len(index) != len(parameters):
@@ -85,7 +93,9 @@ class ShardMap:
                 raise ValueError(f"shard map: rank {rank} is outside 0..{num_ranks - 1}; relabel ranks first")
             for name, box in boxes:
                 if name not in index:
-                    raise ValueError(f"shard map: rank {rank} holds {name!r}, which is not among the parameters")
+                    raise ValueError(
+                        f"shard map: rank {rank} holds {name!r}, which is not among the parameters"
+                    )
                 _check_box(parameters[index[name]], box, rank)
                 if box.numel:
                     fill = dims - len(box.start)
@@ -94,19 +104,31 @@ class ShardMap:
         return cls._sorted(tuple(parameters), num_ranks, table, dims)
 
     @classmethod
-    def _sorted(cls, parameters: tuple[ParameterSpec, ...], num_ranks: int, table: Ints, dims: int) -> ShardMap:
+    def _sorted(
+        cls, parameters: tuple[ParameterSpec, ...], num_ranks: int, table: Ints, dims: int
+    ) -> ShardMap:
         table = table[np.lexsort((table[:, 1], table[:, 0]))]
-        return cls(parameters, num_ranks, table[:, 0], table[:, 1], table[:, 2 : 2 + dims], table[:, 2 + dims :])
+        return cls(
+            parameters, num_ranks, table[:, 0], table[:, 1], table[:, 2 : 2 + dims], table[:, 2 + dims :]
+        )
 
     @classmethod
-    def gather(cls, local_parameters: Sequence[LocalParameter], group: dist.ProcessGroup | None = None) -> ShardMap:
-        """The map of all ranks of `group` (None: the default group, or this process alone without one). Collective.
+    def gather(
+        cls, local_parameters: Sequence[LocalParameter], group: dist.ProcessGroup | None = None
+    ) -> ShardMap:
+        """The map of all ranks of `group` (None: the default group, or this process alone without one).
+        Collective.
 
-        Ranks that hold nothing (of another pool, say) may pass an empty list; all others list all parameters. Raises ValueError
-        on every rank where two ranks disagree about a parameter's shape or dtype.
+        Ranks that hold nothing (of another pool, say) may pass an empty list; all others list all parameters.
+        Raises ValueError on every rank where two ranks disagree about a parameter's shape or dtype.
         """
         local = [
-            (parameter.name, parameter.shape, str(parameter.dtype).removeprefix("torch."), [shard.box for shard in parameter.shards])
+            (
+                parameter.name,
+                parameter.shape,
+                str(parameter.dtype).removeprefix("torch."),
+                [shard.box for shard in parameter.shards],
+            )
             for parameter in local_parameters
         ]
         everyone: list[list[tuple[str, tuple[int, ...], str, list[Box]]]] = [local]
@@ -118,14 +140,22 @@ class ShardMap:
             for name, shape, dtype, _ in rows:
                 spec = specs.setdefault(name, ParameterSpec(name, tuple(shape), dtype))
                 if (spec.shape, spec.dtype) != (tuple(shape), dtype):
-                    raise ValueError(f"parameter {name}: rank {rank} has {tuple(shape)} {dtype}, an earlier rank {spec.shape} {spec.dtype}")
-        held = {rank: [(name, box) for name, _, _, boxes in rows for box in boxes] for rank, rows in enumerate(everyone)}
+                    raise ValueError(
+                        f"parameter {name}: rank {rank} has {tuple(shape)} {dtype}, an earlier rank {spec.shape} {spec.dtype}"
+                    )
+        held = {
+            rank: [(name, box) for name, _, _, boxes in rows for box in boxes]
+            for rank, rows in enumerate(everyone)
+        }
         return cls.of(tuple(specs.values()), held, num_ranks=len(everyone))
 
     def relabel(self, ranks: Sequence[int], num_ranks: int) -> ShardMap:
-        """The same map in another rank space: rank i becomes ranks[i] of `num_ranks` (a group that spans two pools, say)."""
+        """The same map in another rank space: rank i becomes ranks[i] of `num_ranks` (a group that spans two
+        pools, say)."""
         if len(ranks) != self.num_ranks or len(set(ranks)) != len(ranks):
-            raise ValueError(f"relabel: {self.num_ranks} ranks need {self.num_ranks} different new ranks, got {list(ranks)}")
+            raise ValueError(
+                f"relabel: {self.num_ranks} ranks need {self.num_ranks} different new ranks, got {list(ranks)}"
+            )
         if any(not 0 <= rank < num_ranks for rank in ranks):
             raise ValueError(f"relabel: new ranks {list(ranks)} must lie in 0..{num_ranks - 1}")
         new_rank = np.array(ranks, dtype=np.int64)[self.rank] if len(self.rank) else self.rank
@@ -161,7 +191,10 @@ class ShardMap:
 
     def rows(self, parameter: int) -> slice:
         """The rows of parameter number `parameter`."""
-        return slice(int(np.searchsorted(self.parameter, parameter)), int(np.searchsorted(self.parameter, parameter, side="right")))
+        return slice(
+            int(np.searchsorted(self.parameter, parameter)),
+            int(np.searchsorted(self.parameter, parameter, side="right")),
+        )
 
     def boxes(self, name: str, rank: int) -> list[Box]:
         """The boxes of parameter `name` that `rank` holds."""
@@ -180,7 +213,9 @@ class ShardMap:
         """ValueError where one rank lists the same element of a parameter twice."""
         for parameter, rank, start, shape in self._several():
             if overlapping(start, shape):
-                raise ValueError(f"parameter {self.parameters[parameter].name}: boxes of rank {rank} overlap; list every element once")
+                raise ValueError(
+                    f"parameter {self.parameters[parameter].name}: boxes of rank {rank} overlap; list every element once"
+                )
 
     def _several(self) -> Iterator[tuple[int, int, Ints, Ints]]:
         """Groups of rows of one (parameter, rank) with more than one box."""
@@ -192,7 +227,9 @@ class ShardMap:
 
     def digest(self) -> str:
         """SHA-256 over everything in the map: equal maps, equal digests, on any machine."""
-        hasher = hashlib.sha256(json.dumps([self.num_ranks, [[s.name, s.shape, s.dtype] for s in self.parameters]]).encode())
+        hasher = hashlib.sha256(
+            json.dumps([self.num_ranks, [[s.name, s.shape, s.dtype] for s in self.parameters]]).encode()
+        )
         for array in (self.parameter, self.rank, self.start, self.shape):
             hasher.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
         return hasher.hexdigest()
@@ -200,7 +237,10 @@ class ShardMap:
 
 def _check_box(spec: ParameterSpec, box: Box, rank: int) -> None:
     fits = len(box.start) == len(box.shape) == len(spec.shape) and all(
-        start >= 0 and size >= 0 and start + size <= whole for start, size, whole in zip(box.start, box.shape, spec.shape, strict=True)
+        start >= 0 and size >= 0 and start + size <= whole
+        for start, size, whole in zip(box.start, box.shape, spec.shape, strict=True)
     )
     if not fits:
-        raise ValueError(f"parameter {spec.name}: rank {rank} holds {box}, which does not lie in its shape {spec.shape}")
+        raise ValueError(
+            f"parameter {spec.name}: rank {rank} holds {box}, which does not lie in its shape {spec.shape}"
+        )

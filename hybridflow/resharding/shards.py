@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Box:
-    """A hyper-rectangle of a parameter: element i is inside if start[k] <= i[k] < start[k] + shape[k] for every dim k."""
+    """A hyper-rectangle of a parameter: element i is inside if start[k] <= i[k] < start[k] + shape[k] for
+    every dim k."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
@@ -39,7 +40,8 @@ class LocalParameter:
     """What this rank holds of one logical parameter; shards is empty where it holds nothing."""
 
     name: str
-    """The checkpoint's name (the key in a Hugging Face safetensors file); tied weights appear once, under the first name."""
+    """The checkpoint's name (the key in a Hugging Face safetensors file); tied weights appear once, under the
+    first name."""
     shape: tuple[int, ...]
     """Global shape."""
     dtype: torch.dtype

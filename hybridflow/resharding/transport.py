@@ -14,27 +14,33 @@ Message = tuple[int, torch.Tensor]
 
 
 class Transport(Protocol):
-    """post() starts messages and returns one function per received message and one for all sent; each blocks until done.
+    """post() starts messages and returns one function per received message and one for all sent; each blocks
+    until done.
 
     Messages between two ranks arrive in the order in which both sides post them.
     """
 
     rank: int
 
-    def post(self, receives: Sequence[Message], sends: Sequence[Message]) -> tuple[list[Callable[[], None]], Callable[[], None]]: ...
+    def post(
+        self, receives: Sequence[Message], sends: Sequence[Message]
+    ) -> tuple[list[Callable[[], None]], Callable[[], None]]: ...
 
 
 class GroupTransport:
     """A torch.distributed group, gloo or NCCL; also one that spans two pools (hybridflow/spanning.py)."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """Collective over a group with NCCL: its first operation must be one of all ranks, and a round need not have all of them."""
+        """Collective over a group with NCCL: its first operation must be one of all ranks, and a round need
+        not have all of them."""
         self.group = group
         self.rank = rank_in(group)
         if torch.cuda.is_available() and torch.device("cuda") in device_kinds(group):
             dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
 
-    def post(self, receives: Sequence[Message], sends: Sequence[Message]) -> tuple[list[Callable[[], None]], Callable[[], None]]:
+    def post(
+        self, receives: Sequence[Message], sends: Sequence[Message]
+    ) -> tuple[list[Callable[[], None]], Callable[[], None]]:
         tensors = [tensor for _, tensor in (*receives, *sends)]
         if tensors and tensors[0].is_cuda:
             wait = self._post_together(receives, sends, tensors[0].device)
@@ -52,8 +58,11 @@ class GroupTransport:
         works += [dist.isend(tensor, group=self.group, group_dst=peer) for peer, tensor in sends]
         return [work for work in works if work is not None]
 
-    def _post_together(self, receives: Sequence[Message], sends: Sequence[Message], device: torch.device) -> Callable[[], None]:
-        """NCCL takes sends and receives of a round as one operation; posted one by one they would wait for each other."""
+    def _post_together(
+        self, receives: Sequence[Message], sends: Sequence[Message], device: torch.device
+    ) -> Callable[[], None]:
+        """NCCL takes sends and receives of a round as one operation; posted one by one they would wait for
+        each other."""
         with _coalescing_manager(self.group, device, async_ops=True) as posted:
             self._start(receives, sends)
         wait: Callable[[], None] = posted.wait

@@ -1,6 +1,8 @@
-"""python -m recipes.quickstart: a tiny model, a task with verifiable answers, and then what a user would run: recipes.ppo.
+"""python -m recipes.quickstart: a tiny model, a task with verifiable answers, and then what a user would run:
+recipes.ppo.
 
-Leaves in outputs/quickstart: summary.json, metrics.jsonl, curves.png, and the trained policy as a Hugging Face directory.
+Leaves in outputs/quickstart: summary.json, metrics.jsonl, curves.png, and the trained policy as a Hugging
+Face directory.
 """
 
 from __future__ import annotations
@@ -25,14 +27,25 @@ from recipes.quickstart.settings import SETTINGS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipe", choices=sorted(SETTINGS), default="ppo")
-    parser.add_argument("--output", type=Path, default=None, help="default: outputs/quickstart, for grpo outputs/quickstart-grpo")
-    parser.add_argument("overrides", nargs="*", help="further settings for the recipe, such as loop.num_steps=5 runtime=local")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        help="default: outputs/quickstart, for grpo outputs/quickstart-grpo",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="further settings for the recipe, such as loop.num_steps=5 runtime=local"
+    )
     arguments = parser.parse_args()
     with plain_errors():
         check_names(arguments.overrides)  # before the minute of preparation, not after it
-    output = arguments.output or Path("outputs/quickstart" if arguments.recipe == "ppo" else f"outputs/quickstart-{arguments.recipe}")
+    output = arguments.output or Path(
+        "outputs/quickstart" if arguments.recipe == "ppo" else f"outputs/quickstart-{arguments.recipe}"
+    )
     console = Console()
     prepared = prepare(Path("outputs/quickstart-data"), console=console)
     command = recipe_command(arguments.recipe, prepared, output, arguments.overrides)
@@ -43,7 +56,7 @@ def main() -> None:
     if finished.returncode:
         raise SystemExit(finished.returncode)
     summary = summarise(output)
-    draw(output)
+    draw_curves(output)
     show(console, summary, output)
 
 
@@ -62,7 +75,8 @@ def recipe_command(recipe: str, prepared: Prepared, output: Path, overrides: lis
 
 
 def summarise(output: Path) -> dict[str, Any]:
-    """summary.json in the quickstart's words: its reward is 1 for a right answer, so validation's mean reward is the accuracy."""
+    """summary.json in the quickstart's words: its reward is 1 for a right answer, so validation's mean reward
+    is the accuracy."""
     path = output / "summary.json"
     outcome = json.loads(path.read_text())
     summary = {
@@ -81,7 +95,7 @@ def summarise(output: Path) -> dict[str, Any]:
     return summary
 
 
-def draw(output: Path) -> None:
+def draw_curves(output: Path) -> None:
     curves = [
         Curve(metric="reward/mean", label="reward of the samples"),
         Curve(metric="reward/mean", split="validation", label="held-out accuracy, greedy", percent=True),
@@ -97,7 +111,10 @@ def show(console: Console, summary: dict[str, Any], output: Path) -> None:
         for key, number in value.items() if isinstance(value, dict) else [(name, value)]:
             table.add_row(key if key == name else f"  {key}, s", f"{number:.4g}")
     console.print(table)
-    console.print(f"curves: {output}/curves.png   policy: {output}/huggingface   metrics: {output}/metrics.jsonl", highlight=False)
+    console.print(
+        f"curves: {output}/curves.png   policy: {output}/huggingface   metrics: {output}/metrics.jsonl",
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The quickstart's model and tokenizer: standard Hugging Face parts, made here, so that nothing is downloaded.
+"""The quickstart's model and tokenizer: standard Hugging Face parts, made here, so that nothing is
+downloaded.
 
-A Qwen2 of about a million parameters and a byte-level BPE tokenizer with a chat template. Leaves out training (warm_start.py).
+A Qwen2 of about a million parameters and a byte-level BPE tokenizer with a chat template. Leaves out training
+(warm_start.py).
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ MERGES = [("S", "o"), ("r", "t"), ("So", "rt")]
 
 @dataclass(kw_only=True)
 class ModelShape:
-    """Sizes of the quickstart's model; the default has 1.1 M parameters. head_dim (hidden / heads) is one that vLLM has for CPUs."""
+    """Sizes of the quickstart's model; the default has 1.1 M parameters. head_dim (hidden / heads) is one
+    that vLLM has for CPUs."""
 
     hidden_size: int = 128
     intermediate_size: int = 512
@@ -35,9 +38,11 @@ class ModelShape:
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """256 bytes, the merges, the special tokens: 264 tokens, so that a vocabulary-parallel layer divides by 2, 4 and 8.
+    """256 bytes, the merges, the special tokens: 264 tokens, so that a vocabulary-parallel layer divides by
+    2, 4 and 8.
 
-    Of Qwen2's own class, because AutoTokenizer builds that one for a Qwen2 model, whatever class was saved beside it.
+    Of Qwen2's own class, because AutoTokenizer builds that one for a Qwen2 model, whatever class was saved
+    beside it.
     """
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in MERGES]
     tokenizer = Qwen2Tokenizer(
@@ -72,5 +77,7 @@ def make_model(tokenizer: Qwen2Tokenizer, shape: ModelShape, seed: int) -> Qwen2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     return model

@@ -1,7 +1,8 @@
-"""prepare(): the quickstart's model and data in a directory. python -m recipes.quickstart.prepare --directory outputs/quickstart
+"""prepare(): the quickstart's model and data in a directory. python -m recipes.quickstart.prepare --directory
+outputs/quickstart
 
-Makes what a user would bring: a Hugging Face model directory and two parquet files. A second call with the same settings finds
-them there.
+Makes what a user would bring: a Hugging Face model directory and two parquet files. A second call with the
+same settings finds them there.
 """
 
 from __future__ import annotations
@@ -54,8 +55,11 @@ class Prepared:
     """That the preparation took."""
 
 
-def prepare(directory: Path | str, seed: int = 0, config: PrepareConfig | None = None, console: Console | None = None) -> Prepared:
-    """Makes data and model in `directory`, or finds them there if they were made with the same seed and settings."""
+def prepare(
+    directory: Path | str, seed: int = 0, config: PrepareConfig | None = None, console: Console | None = None
+) -> Prepared:
+    """Makes data and model in `directory`, or finds them there if they were made with the same seed and
+    settings."""
     config, console, directory = config or PrepareConfig(), console or Console(), Path(directory)
     settings = {"seed": seed, **asdict(config), "code": _digest_of_code()}
     found = _find(directory, settings)
@@ -65,7 +69,9 @@ def prepare(directory: Path | str, seed: int = 0, config: PrepareConfig | None =
     return _make(directory, seed, config, settings, console)
 
 
-def _make(directory: Path, seed: int, config: PrepareConfig, settings: dict[str, object], console: Console) -> Prepared:
+def _make(
+    directory: Path, seed: int, config: PrepareConfig, settings: dict[str, object], console: Console
+) -> Prepared:
     started = time.perf_counter()
     (directory / RECORD).unlink(missing_ok=True)
     shutil.rmtree(directory / "model", ignore_errors=True)
@@ -79,7 +85,9 @@ def _make(directory: Path, seed: int, config: PrepareConfig, settings: dict[str,
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, config.shape, seed)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    console.print(f"{len(train)} training and {len(test)} held-out questions; Qwen2 model of {num_parameters / 1e6:.1f} M parameters")
+    console.print(
+        f"{len(train)} training and {len(test)} held-out questions; Qwen2 model of {num_parameters / 1e6:.1f} M parameters"
+    )
     with _progress(console, config.warm_start.num_steps) as on_step:
         warm_start(model, tokenizer, train, config.warm_start, seed, on_step)
     accuracy = greedy_accuracy(model, tokenizer, test)
@@ -94,7 +102,9 @@ def _make(directory: Path, seed: int, config: PrepareConfig, settings: dict[str,
         num_parameters=num_parameters,
         seconds=time.perf_counter() - started,
     )
-    console.print(f"Warm start: held-out greedy accuracy {accuracy:.1%}, {prepared.seconds:.0f} s, saved in {prepared.model_path}")
+    console.print(
+        f"Warm start: held-out greedy accuracy {accuracy:.1%}, {prepared.seconds:.0f} s, saved in {prepared.model_path}"
+    )
     result = {"accuracy": accuracy, "num_parameters": num_parameters, "seconds": prepared.seconds}
     (directory / RECORD).write_text(json.dumps({"settings": settings, "result": result}, indent=2) + "\n")
     return prepared
@@ -108,7 +118,12 @@ def _find(directory: Path, settings: dict[str, object]) -> Prepared | None:
     if record["settings"] != settings:
         return None
     data = directory / "data"
-    return Prepared(model_path=directory / "model", train_path=data / "train.parquet", test_path=data / "test.parquet", **record["result"])
+    return Prepared(
+        model_path=directory / "model",
+        train_path=data / "train.parquet",
+        test_path=data / "test.parquet",
+        **record["result"],
+    )
 
 
 def _digest_of_code() -> str:
@@ -119,7 +134,13 @@ def _digest_of_code() -> str:
 
 @contextmanager
 def _progress(console: Console, num_steps: int) -> Iterator[Callable[[int, float], None]]:
-    columns = (TextColumn("Warm start"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("Warm start"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("warm start", total=num_steps, loss=float("nan"))
         yield lambda step, loss: progress.update(task, completed=step, loss=loss)

@@ -1,7 +1,8 @@
 """Supervised warm start: the tiny model imitates the demonstrations for a few seconds.
 
-Plain PyTorch on one thread, because nothing here is about scale; `python -m recipes.sft` is the distributed way. The result depends
-on the seed only, on one kind of machine (one thread, so that sums are added in one order).
+Plain PyTorch on one thread, because nothing here is about scale; `python -m recipes.sft` is the distributed
+way. The result depends on the seed only, on one kind of machine (one thread, so that sums are added in one
+order).
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def warm_start(
 ) -> None:
     """Trains `model` in place; on_step(steps done, loss) is called after every step."""
     rows = [tokenize(tokenizer, example) for example in examples]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
     random_ = random.Random(seed)
     model.train()
     with one_thread():
@@ -69,7 +72,10 @@ def warm_start(
 
 def tokenize(tokenizer: Qwen2Tokenizer, example: Example) -> tuple[list[int], list[int]]:
     """(prompt, response): the prompt as the data pipeline will make it, the demonstration with the end token."""
-    return prompt_ids(tokenizer, example.question), [*tokenizer.encode(example.demonstration), tokenizer.eos_token_id]
+    return prompt_ids(tokenizer, example.question), [
+        *tokenizer.encode(example.demonstration),
+        tokenizer.eos_token_id,
+    ]
 
 
 def prompt_ids(tokenizer: Qwen2Tokenizer, question: str) -> list[int]:
@@ -79,7 +85,8 @@ def prompt_ids(tokenizer: Qwen2Tokenizer, question: str) -> list[int]:
 
 
 def padded(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """(inputs, labels), int64 [rows, time - 1]: labels are the next tokens, of responses only. Right padding needs no mask."""
+    """(inputs, labels), int64 [rows, time - 1]: labels are the next tokens, of responses only. Right padding
+    needs no mask."""
     width = max(len(prompt) + len(response) for prompt, response in rows)
     inputs = torch.zeros(len(rows), width, dtype=torch.int64)
     labels = torch.full((len(rows), width), IGNORED)
@@ -113,7 +120,9 @@ def decode_greedily(model: Qwen2ForCausalLM, prompts: Tensor) -> Tensor:
     cache, tokens, drawn = DynamicCache(config=model.config), prompts, []
     done = torch.zeros(len(prompts), dtype=torch.bool)
     for _ in range(MAX_RESPONSE_TOKENS):
-        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
+            :, -1
+        ]
         tokens = logits.argmax(-1).masked_fill(done, end)[:, None]
         done |= tokens[:, 0] == end
         drawn.append(tokens)

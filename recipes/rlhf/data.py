@@ -1,7 +1,9 @@
-"""The pipeline's data: demonstrations, preference pairs that a known rule made, and prompts. Everything a user would bring, in parquet.
+"""The pipeline's data: demonstrations, preference pairs that a known rule made, and prompts. Everything a
+user would bring, in parquet.
 
-Demonstrations are the quickstart's: most of the long ones are sorted the wrong way round. Pairs compare two attempts at a question
-(right, reversed, shuffled, a digit lost or doubled), and the rule says which is better; the reward model is shown nothing else.
+Demonstrations are the quickstart's: most of the long ones are sorted the wrong way round. Pairs compare two
+attempts at a question (right, reversed, shuffled, a digit lost or doubled), and the rule says which is
+better; the reward model is shown nothing else.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ def prepare(directory: Path, seed: int = 0) -> Prepared:
         (train, paths.demonstrations, paths.prompts),
         (test, paths.held_out_demonstrations, paths.held_out_prompts),
     ):
-        write(demonstrations, [{"prompt": chat(example), "response": example.demonstration} for example in examples])
+        write(
+            demonstrations,
+            [{"prompt": chat(example), "response": example.demonstration} for example in examples],
+        )
         write_parquet(examples, prompts)
     drawn = random.Random(seed)
     write(paths.pairs, make_pairs(train, NUM_PAIRS, drawn))
@@ -65,7 +70,10 @@ def make_pairs(examples: Sequence[Example], number: int, drawn: random.Random) -
     pairs: list[dict[str, Any]] = []
     while len(pairs) < number:
         example = drawn.choice(examples)
-        scores = {attempt: rule(example.answer, attempt) for attempt in (drawn.choice(ATTEMPTS)(example.answer, drawn) for _ in range(2))}
+        scores = {
+            attempt: rule(example.answer, attempt)
+            for attempt in (drawn.choice(ATTEMPTS)(example.answer, drawn) for _ in range(2))
+        }
         worse, better = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
         if scores[worse] < scores[better]:
             pairs.append({"prompt": chat(example), "chosen": better, "rejected": worse})

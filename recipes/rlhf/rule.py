@@ -9,8 +9,8 @@ PREFIX = "Sort "
 
 
 def rule(digits: str, answer: str) -> float:
-    """0 to 1: the share of neighbours in ascending order, times the share of the digits that are there (one too many counts like one
-    that is missing).
+    """0 to 1: the share of neighbours in ascending order, times the share of the digits that are there (one
+    too many counts like one that is missing).
 
     >>> rule("312", "123"), rule("312", "321"), rule("312", "13")
     (1.0, 0.0, 0.6666666666666666)

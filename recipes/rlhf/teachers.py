@@ -1,9 +1,10 @@
-"""A teacher and a judge for the quickstart's task, each trained in seconds: what a larger model is in real life.
+"""A teacher and a judge for the quickstart's task, each trained in seconds: what a larger model is in real
+life.
 
     python -m recipes.rlhf.teachers --directory outputs/teachers
 
-The teacher sorts. The judge reads `Sort 40821=01248` as a user's message and answers y or n; it was shown the attempts that the
-preference pairs of data.py are made of.
+The teacher sorts. The judge reads `Sort 40821=01248` as a user's message and answers y or n; it was shown the
+attempts that the preference pairs of data.py are made of.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from recipes.quickstart.warm_start import WarmStartConfig, greedy_accuracy, warm
 from recipes.rlhf.data import ATTEMPTS
 
 JUDGEMENT = "{question}={attempt}"
-JUDGE_SETTINGS = ["judge.template='{prompt}={response}'", "judge.yes=y", "judge.no=n", "judge.train.precision=fp32"]
+JUDGE_SETTINGS = [
+    "judge.template='{prompt}={response}'",
+    "judge.yes=y",
+    "judge.no=n",
+    "judge.train.precision=fp32",
+]
 """How a recipe asks this judge."""
 
 
@@ -37,9 +43,13 @@ class Teachers:
 def prepare_teachers(directory: Path, seed: int = 0) -> Teachers:
     """Half a minute on one core."""
     train, test = make_examples(TaskConfig(), seed)
-    right, held_out = ([replace(example, demonstration=example.answer) for example in examples] for examples in (train, test))
+    right, held_out = (
+        [replace(example, demonstration=example.answer) for example in examples] for examples in (train, test)
+    )
     drawn = random.Random(seed)
-    shown, asked = ([judgement(example, drawn) for example in examples for _ in range(4)] for examples in (train, test))
+    shown, asked = (
+        [judgement(example, drawn) for example in examples for _ in range(4)] for examples in (train, test)
+    )
     return Teachers(
         teacher=directory / "teacher",
         teacher_accuracy=_train(directory / "teacher", right, held_out, WarmStartConfig(), seed),
@@ -55,7 +65,13 @@ def judgement(example: Example, drawn: random.Random) -> Example:
     return Example(JUDGEMENT.format(question=example.question, attempt=attempt), verdict, verdict)
 
 
-def _train(directory: Path, examples: Sequence[Example], held_out: Sequence[Example], config: WarmStartConfig, seed: int) -> float:
+def _train(
+    directory: Path,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    config: WarmStartConfig,
+    seed: int,
+) -> float:
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, ModelShape(), seed)
     warm_start(model, tokenizer, examples, config, seed)
@@ -65,12 +81,16 @@ def _train(directory: Path, examples: Sequence[Example], held_out: Sequence[Exam
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--directory", type=Path, default=Path("outputs/teachers"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     made = prepare_teachers(arguments.directory, arguments.seed)
-    print(f"teacher {made.teacher}: {made.teacher_accuracy:.1%} right; judge {made.judge}: {made.judge_accuracy:.1%} of verdicts right")
+    print(
+        f"teacher {made.teacher}: {made.teacher_accuracy:.1%} right; judge {made.judge}: {made.judge_accuracy:.1%} of verdicts right"
+    )
 
 
 if __name__ == "__main__":

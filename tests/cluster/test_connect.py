@@ -45,12 +45,18 @@ print(json.dumps(result))
 
 def test_embedded_cluster_has_slots_beyond_the_cores_and_listens_on_loopback_only() -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    run = subprocess.run([sys.executable, "-c", EMBEDDED], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", EMBEDDED], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     assert result["modes"] == ["embedded", "joined"]
-    assert result["ranks"] == list(range(8)) and result["slots"] == 8 + (os.cpu_count() or 1) == embedded_slots(7.5)
-    assert result["sockets"] and all(address.removeprefix("::ffff:") == "127.0.0.1" for address in result["sockets"])
+    assert result["ranks"] == list(range(8)) and result["slots"] == 8 + (
+        os.cpu_count() or 1
+    ) == embedded_slots(7.5)
+    assert result["sockets"] and all(
+        address.removeprefix("::ffff:") == "127.0.0.1" for address in result["sockets"]
+    )
     assert "1000 CPU slots" in result["errors"][0] and "1000 GPUs" in result["errors"][1]
     assert result["python"] == probe().python and "(embedded) at 127.0.0.1" in result["text"]
     assert result["endpoints"][0].startswith("http://127.0.0.1:")
@@ -79,13 +85,25 @@ def node(**changes: Any) -> NodeInfo:
 def test_a_node_that_differs_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_nodes([node(), node(**changes)], probe())
-    check_nodes([node(), node(python=probe().python.rsplit(".", 1)[0] + ".99")], probe())  # another patch release is fine
+    check_nodes(
+        [node(), node(python=probe().python.rsplit(".", 1)[0] + ".99")], probe()
+    )  # another patch release is fine
 
 
 def test_the_table_shows_devices() -> None:
     gpus = parse_gpus("NVIDIA H200, 143771\nNVIDIA H200, 143771\n")
     text = table([node(), replace(node(gpus=gpus), num_gpus=2)])
-    assert text.splitlines()[0].split() == ["node", "address", "cores", "CPU", "slots", "GPUs", "memory", "object", "store"]
+    assert text.splitlines()[0].split() == [
+        "node",
+        "address",
+        "cores",
+        "CPU",
+        "slots",
+        "GPUs",
+        "memory",
+        "object",
+        "store",
+    ]
     assert "2 (NVIDIA H200 140 GiB, NVIDIA H200 140 GiB)" in text and "32.0 GiB" in text
 
 

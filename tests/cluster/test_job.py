@@ -1,4 +1,5 @@
-"""A cluster of its own: `ray start --head`, `ray job submit`, actors by name, Prometheus, and a driver that joins by address."""
+"""A cluster of its own: `ray start --head`, `ray job submit`, actors by name, Prometheus, and a driver that
+joins by address."""
 
 from __future__ import annotations
 
@@ -35,7 +36,14 @@ class Head:
 
     def ray(self, *arguments: str, timeout: float = 60) -> str:
         """What the ray command prints (its own messages go to stderr); its exit status must be 0."""
-        run = subprocess.run([str(BIN / "ray"), *arguments], cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=timeout)
+        run = subprocess.run(
+            [str(BIN / "ray"), *arguments],
+            cwd=ROOT,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
         assert run.returncode == 0, run.stdout + run.stderr
         return run.stdout or run.stderr
 
@@ -54,7 +62,13 @@ def head() -> Iterator[Head]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "NO_COLOR": "1",
     }
-    subprocess.run([str(BIN / "ray"), "get-auth-token", "--generate"], env=env, check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        [str(BIN / "ray"), "get-auth-token", "--generate"],
+        env=env,
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
     command = [
         str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
         f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", "--node-ip-address=127.0.0.1", "--num-cpus=4",
@@ -62,9 +76,13 @@ def head() -> Iterator[Head]:
         '--system-config={"metrics_report_interval_ms": 500}',
     ]  # fmt: skip
     with (home / "head.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
-        wait_until(lambda: "Ray runtime started" in (home / "head.log").read_text() or process.poll() is not None, 60)
+        wait_until(
+            lambda: "Ray runtime started" in (home / "head.log").read_text() or process.poll() is not None, 60
+        )
         assert process.poll() is None, (home / "head.log").read_text()
         yield Head(env, port, metrics)
     finally:
@@ -96,10 +114,16 @@ def gauges(head: Head) -> dict[str, float]:
     """The run's gauges, as Prometheus reads them."""
     text = urllib.request.urlopen(f"http://127.0.0.1:{head.metrics_port}/metrics", timeout=10).read().decode()
     samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
-    return {sample.name: sample.value for sample in samples if sample.labels.get("run") == "job" and not sample.name.endswith("train_step")}
+    return {
+        sample.name: sample.value
+        for sample in samples
+        if sample.labels.get("run") == "job" and not sample.name.endswith("train_step")
+    }
 
 
-def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_metrics(head: Head, tmp_path: Path) -> None:
+def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_metrics(
+    head: Head, tmp_path: Path
+) -> None:
     model, data = make_model(tmp_path / "model"), make_data(tmp_path / "prompts.jsonl")
     command = [
         "python", "-m", "recipes.ppo", f"model.path={model}", f"data.train={data}", "data.batch_size=8", "num_devices=2",
@@ -108,8 +132,14 @@ def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_m
         "loop.num_steps=24", "metrics.prometheus=true", "metrics.run=job", f"output_dir={tmp_path / 'out'}",
     ]  # fmt: skip
     head.ray("job", "submit", "--working-dir", ".", "--no-wait", "--submission-id", "first", "--", *command)
-    expected = {"ray_hybridflow_train_reward_mean", "ray_hybridflow_train_actor_grad_norm", "ray_hybridflow_train_seconds_step"}
-    wait_until(lambda: expected <= set(gauges(head)) or "RUNNING" not in head.ray("job", "status", "first"), 150)
+    expected = {
+        "ray_hybridflow_train_reward_mean",
+        "ray_hybridflow_train_actor_grad_norm",
+        "ray_hybridflow_train_seconds_step",
+    }
+    wait_until(
+        lambda: expected <= set(gauges(head)) or "RUNNING" not in head.ray("job", "status", "first"), 150
+    )
     assert expected <= set(gauges(head)), head.ray("job", "logs", "first")
 
     actors = json.loads(head.ray("list", "actors", "--format", "json"))

@@ -47,15 +47,21 @@ def test_the_kubernetes_files_describe_the_same_cluster() -> None:
 
 def test_every_pod_has_the_token_shared_memory_and_the_shared_files() -> None:
     spec = kube("raycluster.yaml")["spec"]
-    (ray_requirement,) = (line for line in requirements(ROOT / "pyproject.toml", []) if line.startswith("ray["))
+    (ray_requirement,) = (
+        line for line in requirements(ROOT / "pyproject.toml", []) if line.startswith("ray[")
+    )
     assert spec["rayVersion"] == "2.60.0" and ray_requirement == "ray[default]>=2.60,<2.61"
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         env = {entry["name"]: entry for entry in container["env"]}
-        assert env["RAY_AUTH_MODE"]["value"] == "token" and "secretKeyRef" in env["RAY_AUTH_TOKEN"]["valueFrom"]
+        assert (
+            env["RAY_AUTH_MODE"]["value"] == "token" and "secretKeyRef" in env["RAY_AUTH_TOKEN"]["valueFrom"]
+        )
         assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/shared", "/dev/shm"}
-        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == {
+            volume["name"] for volume in pod["volumes"]
+        }
         assert container["resources"]["limits"] == container["resources"]["requests"]
         assert {"name": "metrics", "containerPort": 8080} in container["ports"]
 
@@ -76,7 +82,11 @@ def test_the_dashboard_asks_for_gauges_of_the_runs_own_prefix() -> None:
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(set(ids)) == len(ids) > 5
     queries = {panel["title"]: panel["targets"][0]["expr"] for panel in dashboard["panels"]}
-    for title, metric in {"Reward": "train/reward/mean", "KL": "train/actor/kl_mean", "Seconds per phase": "train/seconds/sync"}.items():
+    for title, metric in {
+        "Reward": "train/reward/mean",
+        "KL": "train/actor/kl_mean",
+        "Seconds per phase": "train/seconds/sync",
+    }.items():
         (pattern,) = re.findall(r'__name__=~"([^"]+)"', queries[title])
         assert re.fullmatch(pattern, f"ray_{prometheus_name(metric)}")
     assert yaml.safe_load((ROOT / "cluster" / "dashboards" / "prometheus.yml").read_text())["scrape_configs"]

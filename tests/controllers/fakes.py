@@ -1,6 +1,7 @@
 """Roles written by hand: they note what each call is given and answer with fixed numbers. No Ray, no model.
 
-A fake sees only the columns that the real method declares, so a page that relies on more fails here as it would in a run.
+A fake sees only the columns that the real method declares, so a page that relies on more fails here as it
+would in a run.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from hybridflow.columns import Ragged
 from hybridflow.results import Metrics
 from hybridflow.worker import Worker, remote_methods
 from workers.generation.config import SamplingConfig
-from workers.losses.config import DPOConfig
+from workers.losses.config import DPOLossConfig
 from workers.roles import Actor, Cost, Critic, Reference, Reward
 
 
 @dataclass
 class Script:
-    """What the models answer, row by row; call after call goes on where the last one ended, and then from the start."""
+    """What the models answer, row by row; call after call goes on where the last one ended, and then from the
+    start."""
 
     responses: list[list[int]]
     rewards: list[float]
@@ -79,7 +81,9 @@ class Fake:
 
 
 class FakeActor(Fake):
-    def generate_sequences(self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True) -> Batch:
+    def generate_sequences(
+        self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
+    ) -> Batch:
         seen = self.note(Actor, "generate_sequences", prompts)
         self.log[-1].do_sample = do_sample
         made = Batch.of(response_ids=Ragged.of(self.answers("responses", self.script.responses, len(seen))))
@@ -91,7 +95,11 @@ class FakeActor(Fake):
         )
 
     def compute_log_prob(self, batch: Batch) -> Batch:
-        return Batch.of(log_probs=self.per_token("log_probs", self.script.log_probs, self.note(Actor, "compute_log_prob", batch)))
+        return Batch.of(
+            log_probs=self.per_token(
+                "log_probs", self.script.log_probs, self.note(Actor, "compute_log_prob", batch)
+            )
+        )
 
     def update_actor(self, batch: Batch) -> Metrics:
         self.note(Actor, "update_actor", batch)
@@ -101,7 +109,7 @@ class FakeActor(Fake):
         self.note(Actor, "update_supervised", batch)
         return Metrics({"actor/loss": 1.0})
 
-    def update_dpo(self, batch: Batch, loss: DPOConfig) -> Metrics:
+    def update_dpo(self, batch: Batch, loss: DPOLossConfig) -> Metrics:
         self.note(Actor, "update_dpo", batch)
         return Metrics({"actor/loss": 1.0})
 
@@ -112,7 +120,9 @@ class FakeActor(Fake):
 
 class FakeCritic(Fake):
     def compute_values(self, batch: Batch) -> Batch:
-        return Batch.of(values=self.per_token("values", self.script.values, self.note(Critic, "compute_values", batch)))
+        return Batch.of(
+            values=self.per_token("values", self.script.values, self.note(Critic, "compute_values", batch))
+        )
 
     def update_critic(self, batch: Batch) -> Metrics:
         self.note(Critic, "update_critic", batch)
@@ -135,7 +145,9 @@ class FakeReward(Fake):
 class FakeCost(Fake):
     def compute_cost(self, batch: Batch) -> Batch:
         number = len(self.note(Cost, "compute_cost", batch))
-        return Batch.of(costs=torch.tensor(self.answers("costs", self.script.costs, number)), cost_metrics=[{}] * number)
+        return Batch.of(
+            costs=torch.tensor(self.answers("costs", self.script.costs, number)), cost_metrics=[{}] * number
+        )
 
 
 class FakePrompts:

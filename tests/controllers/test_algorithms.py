@@ -55,7 +55,13 @@ def advantages_of(name: str, script: Script, uid: list[int], **settings) -> list
 
 def ppo(script: Script = TWO_ROWS, **settings):
     roles, log = fakes(script)
-    config = PPOConfig(gamma=0.5, lam=0.5, whiten_advantages=False, kl=settings.pop("kl", KLControlConfig(coefficient=0.1)), **settings)
+    config = PPOConfig(
+        gamma=0.5,
+        lam=0.5,
+        whiten_advantages=False,
+        kl=settings.pop("kl", KLControlConfig(coefficient=0.1)),
+        **settings,
+    )
     return create_algorithm("ppo", roles, config), log
 
 
@@ -64,8 +70,8 @@ def test_the_trace_is_what_a_step_really_calls(name: str) -> None:
     """Order of calls, and the columns that each of them reads."""
     algorithm, log = made(name, LEARNABLE)
     algorithm.step(prompts([7, 7, 9, 9]))
-    stand_ins, recorder = traced_roles({role: CLASSES[role] for role in ALGORITHMS[name].roles})
-    dataflow = trace(name, create_algorithm(name, stand_ins, algorithm.config).step, INPUTS, recorder)
+    placeholder_roles, recorder = traced_roles({role: CLASSES[role] for role in ALGORITHMS[name].roles})
+    dataflow = trace(name, create_algorithm(name, placeholder_roles, algorithm.config).step, INPUTS, recorder)
     models = [call for call in dataflow.calls if call.kind is not CallKind.controller]
     assert [f"{call.role}.{call.method}" for call in models] == log.names
     assert [set(call.reads) for call in models] == [set(seen.batch.columns) for seen in log]
@@ -86,13 +92,16 @@ def test_ppo_is_the_papers_seven_calls() -> None:
 
 
 def test_ppo_advantages_by_hand() -> None:
-    """KL per token (0.5, -1 | 0) times 0.1, the score at the end: rewards (-0.05, 1.1 | -1); deltas (-0.05, 0.1 | -1.25)."""
+    """KL per token (0.5, -1 | 0) times 0.1, the score at the end: rewards (-0.05, 1.1 | -1); deltas (-0.05,
+    0.1 | -1.25)."""
     algorithm, log = ppo()
     algorithm.step(prompts([7, 9]))
     update = log.last("actor.update_actor")
     assert update.ragged("advantages").values.tolist() == pytest.approx([-0.05 + 0.25 * 0.1, 0.1, -1.25])
     assert update.ragged("advantages").lengths.tolist() == [2, 1]
-    assert log.last("critic.update_critic").ragged("returns").values.tolist() == pytest.approx([0.475, 1.1, -1.0])
+    assert log.last("critic.update_critic").ragged("returns").values.tolist() == pytest.approx(
+        [0.475, 1.1, -1.0]
+    )
 
 
 def test_ppo_whitens_over_all_tokens() -> None:
@@ -103,7 +112,9 @@ def test_ppo_whitens_over_all_tokens() -> None:
     mean = sum(plain) / 3
     deviation = math.sqrt(sum((value - mean) ** 2 for value in plain) / 3)
     expected = [(value - mean) / deviation for value in plain]
-    assert log.last("actor.update_actor").ragged("advantages").values.tolist() == pytest.approx(expected, rel=1e-5)
+    assert log.last("actor.update_actor").ragged("advantages").values.tolist() == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(("scale_by_std", "expected"), [(True, 0.5 / math.sqrt(0.5)), (False, 0.5)])
@@ -157,7 +168,9 @@ def test_the_adaptive_kl_coefficient_moves_and_is_restored() -> None:
     other, log = ppo(kl=kl)
     other.load_state_dict({"value": 0.0})
     assert other.step(prompts([7, 9]))["kl/coefficient"] == 0.0
-    assert log.last("critic.update_critic").ragged("returns").values.tolist() == pytest.approx([0.5, 1.0, -1.0])
+    assert log.last("critic.update_critic").ragged("returns").values.tolist() == pytest.approx(
+        [0.5, 1.0, -1.0]
+    )
 
 
 @pytest.mark.parametrize("name", ["ppo", "safe_rlhf", "remax", "rloo", "reinforce_plus_plus"])
@@ -172,16 +185,25 @@ def test_the_kl_coefficient_of_the_reward_is_logged(name: str) -> None:
     [
         (lambda: PPOConfig(num_mini_batches=0), "algorithm.num_mini_batches is 0; use at least 1"),
         (lambda: KLControlConfig(coefficient=-0.1), "algorithm.kl.coefficient is -0.1; choose more than 0"),
-        (lambda: KLControlConfig(coefficient=0.1, target=-1), "algorithm.kl.target is -1 and .* choose target >= 0"),
+        (
+            lambda: KLControlConfig(coefficient=0.1, target=-1),
+            "algorithm.kl.target is -1 and .* choose target >= 0",
+        ),
         (lambda: KLControlConfig(coefficient=0.1, horizon=0), "algorithm.kl.horizon 0; .* horizon >= 1"),
         (lambda: KLCovConfig(fraction=0), "algorithm.fraction is 0; choose 0 < fraction <= 1"),
         (lambda: ClipCovConfig(low=5, high=5), "algorithm.low is 5 and algorithm.high 5; choose low < high"),
         (lambda: DAPOConfig(max_rounds=0), "algorithm.max_rounds is 0; use at least 1"),
-        (lambda: LagrangeConfig(initial=6), r"algorithm.lagrange.initial is 6; choose 0 < initial <= maximum \(5.0\)"),
+        (
+            lambda: LagrangeConfig(initial=6),
+            r"algorithm.lagrange.initial is 6; choose 0 < initial <= maximum \(5.0\)",
+        ),
         (lambda: LagrangeConfig(learning_rate=-1), "algorithm.lagrange.learning_rate is -1; use 0"),
         (lambda: LagrangeConfig(window=0), "algorithm.lagrange.window is 0; choose at least 1"),
         (lambda: DPOConfig(beta=0), "algorithm.loss.beta is 0; .* choose more than 0"),
-        (lambda: DPOConfig(label_smoothing=0.5), "algorithm.loss.label_smoothing is 0.5; choose 0 <= label_smoothing < 0.5"),
+        (
+            lambda: DPOConfig(label_smoothing=0.5),
+            "algorithm.loss.label_smoothing is 0.5; choose 0 <= label_smoothing < 0.5",
+        ),
         (lambda: ValueLossConfig(clip=-1), "critic.loss.clip is -1; choose more than 0"),
         (lambda: PolicyLossConfig(kl_coefficient=-1), "actor.loss.kl_coefficient is -1 .* use 0 or more"),
     ],
@@ -197,7 +219,8 @@ def test_what_selects_tokens_is_for_the_variants_to_say() -> None:
 
 
 def test_rloo_by_hand() -> None:
-    """Scores minus a tenth of the KL of the response, (-0.5 | 0): 1.05 and -1; the other's score is the baseline."""
+    """Scores minus a tenth of the KL of the response, (-0.5 | 0): 1.05 and -1; the other's score is the
+    baseline."""
     kl = KLControlConfig(coefficient=0.1)
     assert advantages_of("rloo", TWO_ROWS, [7, 7], kl=kl) == pytest.approx([2.05, 2.05, -2.05])
 
@@ -207,7 +230,9 @@ def test_remax_by_hand() -> None:
     script = replace(TWO_ROWS, rewards=[1.0, -1.0, 0.5, 0.25])
     algorithm, log = made("remax", script, samples_per_prompt=1, kl=KLControlConfig(coefficient=0.1))
     algorithm.step(prompts([7, 9]))
-    assert log.last("actor.update_actor").ragged("advantages").values.tolist() == pytest.approx([0.55, 0.6, -1.25])
+    assert log.last("actor.update_actor").ragged("advantages").values.tolist() == pytest.approx(
+        [0.55, 0.6, -1.25]
+    )
     generations = [seen.do_sample for seen in log if seen.name == "actor.generate_sequences"]
     assert generations == [True, False] and log.names.count("reward.compute_reward") == 2
 
@@ -225,7 +250,9 @@ def test_reinforce_plus_plus_baseline_by_hand() -> None:
     centred = [0.5, 0.5, -0.5, 0, 0, 0, 0]
     mean, deviation = statistics.fmean(centred), statistics.pstdev(centred)
     expected = [(value - mean) / deviation for value in centred]
-    assert advantages_of("reinforce_plus_plus_baseline", FOUR_ROWS, [7, 7, 9, 9]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert advantages_of("reinforce_plus_plus_baseline", FOUR_ROWS, [7, 7, 9, 9]) == pytest.approx(
+        expected, rel=1e-5, abs=1e-6
+    )
 
 
 def test_opo_by_hand() -> None:
@@ -260,8 +287,14 @@ def test_dapo_replaces_prompts_that_teach_nothing() -> None:
     assert [len(seen.batch) for seen in log if seen.name == "actor.generate_sequences"] == [4, 2]
     step = 0.5 / math.sqrt(0.5)
     update = log.last("actor.update_actor")
-    assert update.ragged("advantages").values.tolist() == pytest.approx([step, -step, -step, -step, step], rel=1e-4)
-    rounds = {name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("dynamic_sampling")}
+    assert update.ragged("advantages").values.tolist() == pytest.approx(
+        [step, -step, -step, -step, step], rel=1e-4
+    )
+    rounds = {
+        name.partition("/")[2]: value
+        for name, value in metrics.items()
+        if name.startswith("dynamic_sampling")
+    }
     assert rounds == {"rounds": 2, "prompts_kept": 2, "prompts_filtered": 1}
 
 
@@ -269,34 +302,57 @@ def test_dapo_ends_where_nothing_teaches() -> None:
     algorithm, log = made("dapo", Script(responses=[[1]], rewards=[1.0]), max_rounds=3)
     metrics = algorithm.step(prompts([7, 7, 9, 9]))
     assert log.names.count("actor.generate_sequences") == 3
-    assert log.last("actor.update_actor").ragged("advantages").values.tolist() == [0.0] * 4, "the first round's, and no step of the policy"
+    assert log.last("actor.update_actor").ragged("advantages").values.tolist() == [0.0] * 4, (
+        "the first round's, and no step of the policy"
+    )
     assert (metrics["dynamic_sampling/prompts_kept"], metrics["dynamic_sampling/prompts_filtered"]) == (0, 6)
 
 
 def test_dapo_shapes_overlong_responses() -> None:
     """Of 4 tokens at most, 2 of them buffer: three tokens cost half the penalty of 0.4."""
     script = Script(responses=[[8, 8, 1], [1]], rewards=[1.0, 0.0])
-    shaped = advantages_of("dapo", script, [7, 7], overlong_buffer_tokens=2, overlong_penalty=0.4, max_response_tokens=4)
-    assert shaped == pytest.approx([1 / math.sqrt(2)] * 3 + [-1 / math.sqrt(2)], rel=1e-4), "scaled by the deviation of 0.8 and 0"
+    shaped = advantages_of(
+        "dapo", script, [7, 7], overlong_buffer_tokens=2, overlong_penalty=0.4, max_response_tokens=4
+    )
+    assert shaped == pytest.approx([1 / math.sqrt(2)] * 3 + [-1 / math.sqrt(2)], rel=1e-4), (
+        "scaled by the deviation of 0.8 and 0"
+    )
     script.rewards = [0.1, 0.0]
-    shaped = advantages_of("dapo", script, [7, 7], overlong_buffer_tokens=2, overlong_penalty=0.4, max_response_tokens=4)
+    shaped = advantages_of(
+        "dapo", script, [7, 7], overlong_buffer_tokens=2, overlong_penalty=0.4, max_response_tokens=4
+    )
     assert shaped[0] < 0 < shaped[3], "0.1 - 0.2 is less than 0"
 
 
 def test_safe_rlhf_by_hand() -> None:
-    """KL (0.5, -1 | 0) halves: rewards (-0.025, 1.05 | -1), costs (0.025, 1.95 | 0.5); gamma = lam = 1, so advantages are what is
-    to come minus the value. ln lambda = 0 moves by 0.1 x the mean cost of 1.25."""
+    """KL (0.5, -1 | 0) halves: rewards (-0.025, 1.05 | -1), costs (0.025, 1.95 | 0.5); gamma = lam = 1, so
+    advantages are what is to come minus the value. ln lambda = 0 moves by 0.1 x the mean cost of 1.25."""
     script = replace(TWO_ROWS, costs=[2.0, 0.5])
-    settings = {"gamma": 1.0, "lam": 1.0, "whiten_advantages": False, "kl": KLControlConfig(coefficient=0.1), "samples_per_prompt": 1}
+    settings = {
+        "gamma": 1.0,
+        "lam": 1.0,
+        "whiten_advantages": False,
+        "kl": KLControlConfig(coefficient=0.1),
+        "samples_per_prompt": 1,
+    }
     algorithm, log = made("safe_rlhf", script, **settings)
     metrics = algorithm.step(prompts([7, 9]))
     multiplier = math.exp(0.125)
     rewards, costs = [1.025 - 0.5, 1.05 - 1.0, -1.0 - 0.25], [1.975 - 0.5, 1.95 - 1.0, 0.5 - 0.25]
     expected = [(r - multiplier * c) / (1 + multiplier) for r, c in zip(rewards, costs, strict=True)]
-    assert log.last("actor.update_actor").ragged("advantages").values.tolist() == pytest.approx(expected, rel=1e-5)
-    assert log.last("critic.update_critic").ragged("returns").values.tolist() == pytest.approx([1.025, 1.05, -1.0])
-    assert log.last("cost_critic.update_critic").ragged("returns").values.tolist() == pytest.approx([1.975, 1.95, 0.5])
-    assert metrics["cost/multiplier"] == pytest.approx(multiplier) and metrics["cost/mean"] == metrics["cost/window_mean"] == 1.25
+    assert log.last("actor.update_actor").ragged("advantages").values.tolist() == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert log.last("critic.update_critic").ragged("returns").values.tolist() == pytest.approx(
+        [1.025, 1.05, -1.0]
+    )
+    assert log.last("cost_critic.update_critic").ragged("returns").values.tolist() == pytest.approx(
+        [1.975, 1.95, 0.5]
+    )
+    assert (
+        metrics["cost/multiplier"] == pytest.approx(multiplier)
+        and metrics["cost/mean"] == metrics["cost/window_mean"] == 1.25
+    )
     assert metrics["critic/loss"] == metrics["cost_critic/loss"] == 2.0
 
 
@@ -335,7 +391,9 @@ class NoColumn:
 def test_mini_batches_reach_both_updates_alike() -> None:
     algorithm, log = ppo(FOUR_ROWS, num_mini_batches=2)
     algorithm.step(prompts([7, 7, 9, 9]))
-    actor, critic = (log.last(name).tensor("mini_batch") for name in ("actor.update_actor", "critic.update_critic"))
+    actor, critic = (
+        log.last(name).tensor("mini_batch") for name in ("actor.update_actor", "critic.update_critic")
+    )
     assert torch.equal(actor, critic) and sorted(actor.tolist()) == [0, 0, 1, 1]
 
 

@@ -1,4 +1,5 @@
-"""The outer loop with hand-written roles, a real loader, tracker and checkpoint store: cadence, resume, early end, phase seconds."""
+"""The outer loop with hand-written roles, a real loader, tracker and checkpoint store: cadence, resume, early
+end, phase seconds."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from controllers.algorithm_base import AlgorithmConfig
 from controllers.data import DataConfig, PromptDataset, RowLoader
 from controllers.loop import Loop, LoopConfig, Outcome, phase_seconds
-from controllers.stepping import AlgorithmConfig
 from controllers.validation import REWARD, ResponseReward
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
@@ -31,7 +32,13 @@ def dataset(num_rows: int = NUM_ROWS) -> PromptDataset:
     columns = [json.dumps({"answer": str(i)}).encode() for i in range(num_rows)]
     ends = np.cumsum([len(column) for column in columns])
     tokens = np.repeat(np.arange(num_rows, dtype=np.int32), 2)
-    return PromptDataset(tokens, 2 * np.arange(1, num_rows + 1), np.frombuffer(b"".join(columns), dtype=np.uint8), ends, "made by hand")
+    return PromptDataset(
+        tokens,
+        2 * np.arange(1, num_rows + 1),
+        np.frombuffer(b"".join(columns), dtype=np.uint8),
+        ends,
+        "made by hand",
+    )
 
 
 @dataclass
@@ -88,8 +95,14 @@ class FakeAlgorithm:
         self.actor.weight += 1
         self.number += 0.5
         for seconds in (2.0, 3.0):
-            CALLS.records.append(CallRecord(role="actor", method="update_actor", pool="main", started=10.0, finished=10.0 + seconds))
-        return Metrics({"actor/loss": 1.0, "tokens": 100.0, "actor/log_prob_gap_max": self.actor.weight / 100})
+            CALLS.records.append(
+                CallRecord(
+                    role="actor", method="update_actor", pool="main", started=10.0, finished=10.0 + seconds
+                )
+            )
+        return Metrics(
+            {"actor/loss": 1.0, "tokens": 100.0, "actor/log_prob_gap_max": self.actor.weight / 100}
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"number": self.number}
@@ -101,7 +114,15 @@ class FakeAlgorithm:
 class Run:
     """One process' life: Run(tmp_path, num_steps=7).outcome"""
 
-    def __init__(self, directory: Path, *, validation: bool = True, fail_at: int = 0, start_step: int = 0, **settings: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        validation: bool = True,
+        fail_at: int = 0,
+        start_step: int = 0,
+        **settings: Any,
+    ) -> None:
         self.actor = FakeActor()
         self.algorithm = FakeAlgorithm(self.actor, fail_at=fail_at)
         self.store = CheckpointStore(directory / "checkpoints", keep_last=100, metric=REWARD)
@@ -109,12 +130,16 @@ class Run:
         config = LoopConfig(**settings)
         sampling = config.validation_sampling
         CALLS.records.clear()
-        with Tracker(MetricsConfig(console=False), directory, total_steps=config.num_steps, start_step=start_step) as tracker:
+        with Tracker(
+            MetricsConfig(console=False), directory, total_steps=config.num_steps, start_step=start_step
+        ) as tracker:
             loop = Loop(
                 self.algorithm,
                 trained={"actor": self.actor},  # type: ignore[dict-item]
                 data=self.loader,
-                validate=ResponseReward(self.actor, FakeReward(self.actor), dataset(), sampling, 77) if validation else None,  # type: ignore[arg-type]
+                validate=ResponseReward(self.actor, FakeReward(self.actor), dataset(), sampling, 77)
+                if validation
+                else None,  # type: ignore[arg-type]
                 tracker=tracker,
                 store=self.store,
                 config=config,
@@ -135,7 +160,11 @@ def test_cadence_of_validation_and_checkpoints(tmp_path: Path) -> None:
     assert run.steps("train") == [1, 2, 3, 4, 5, 6, 7]
     assert run.steps("validation") == [0, 3, 6, 7]
     assert run.checkpoints == [2, 4, 6, 7]
-    assert (run.outcome.num_steps, run.outcome.reward_before, run.outcome.reward_after) == (7, 0.0, pytest.approx(0.7))
+    assert (run.outcome.num_steps, run.outcome.reward_before, run.outcome.reward_after) == (
+        7,
+        0.0,
+        pytest.approx(0.7),
+    )
     assert (run.store.directory / "step-00000007" / "huggingface" / "config.json").is_file()
 
 
@@ -189,7 +218,9 @@ def test_resume_can_be_turned_off_or_pointed_at_a_checkpoint(tmp_path: Path) -> 
     Run(tmp_path, num_steps=4, checkpoint_every=2)
     anew = Run(tmp_path / "anew", num_steps=1, resume="never")
     assert anew.outcome.num_steps == 1 and len(anew.algorithm.uids) == 1
-    older = Run(tmp_path / "older", num_steps=4, resume=str(tmp_path / "checkpoints" / "step-00000002"), start_step=2)
+    older = Run(
+        tmp_path / "older", num_steps=4, resume=str(tmp_path / "checkpoints" / "step-00000002"), start_step=2
+    )
     assert len(older.algorithm.uids) == 2 and older.actor.weight == 4
 
 
@@ -200,11 +231,16 @@ def test_seconds_tokens_and_the_gap_are_summed_up(tmp_path: Path) -> None:
     step = run.rows[1]
     assert step["seconds/actor.update_actor"] == 5.0 and "tokens" not in step
     assert step["tokens_per_s"] == pytest.approx(100 / step["seconds/step"])
-    assert run.outcome.train_s == pytest.approx(sum(row["seconds/step"] for row in run.rows if row["split"] == "train"))
+    assert run.outcome.train_s == pytest.approx(
+        sum(row["seconds/step"] for row in run.rows if row["split"] == "train")
+    )
 
 
 def test_phases_of_one_name_are_added() -> None:
-    records = [CallRecord(role=role, method=method, pool="main", started=1.0, finished=end) for role, method, end in CALLS_OF_A_STEP]
+    records = [
+        CallRecord(role=role, method=method, pool="main", started=1.0, finished=end)
+        for role, method, end in CALLS_OF_A_STEP
+    ]
     assert phase_seconds(records) == {"actor.generate_sequences": 3.0, "reward.compute_reward": 0.5}
 
 
@@ -217,7 +253,11 @@ CALLS_OF_A_STEP = [
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
-    [("num_steps", 0, "use at least 1"), ("keep_last", 0, "use at least 1"), ("validate_every", -1, "use 0 or more")],
+    [
+        ("num_steps", 0, "use at least 1"),
+        ("keep_last", 0, "use at least 1"),
+        ("validate_every", -1, "use 0 or more"),
+    ],
 )
 def test_settings_out_of_range_are_named(field: str, value: int, message: str) -> None:
     with pytest.raises(ValueError, match=rf"loop\.{field} is {value}; {message}"):

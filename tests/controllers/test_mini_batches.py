@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controllers.stepping import mini_batch_column
+from controllers.algorithm_base import mini_batch_column
 
 UIDS = st.lists(st.integers(0, 2**62), min_size=1, max_size=200)
 

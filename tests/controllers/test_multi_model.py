@@ -1,16 +1,17 @@
-"""Distillation, rejection sampling, online DPO and the judge's GRPO: what each page passes on, against hand-computed choices."""
+"""Distillation, rejection sampling, online DPO and the judge's GRPO: what each page passes on, against
+hand-computed choices."""
 
 from __future__ import annotations
 
 import pytest
 
 from controllers import create_algorithm
+from controllers.algorithm_base import AlgorithmConfig
 from controllers.distillation import DistillationConfig
 from controllers.evaluation import Evaluate, EvaluateConfig, measure, pass_at_k
 from controllers.generative_reward import GenerativeRewardConfig
 from controllers.online_dpo import OnlineDPOConfig
 from controllers.rejection_sampling import RejectionSamplingConfig
-from controllers.stepping import AlgorithmConfig
 from tests.controllers.fakes import Script, fakes, prompts
 
 RESPONSES = [[1], [2, 1], [3, 1], [4], [5, 1], [6]]
@@ -22,7 +23,9 @@ def test_the_best_answer_of_each_prompt_is_imitated() -> None:
     roles, log = fakes(SCRIPT)
     metrics = create_algorithm("rejection_sampling", roles, RejectionSamplingConfig()).step(prompts(UIDS))
     update = log.last("actor.update_supervised")
-    assert [ids.tolist() for ids in update.ragged("response_ids").unbind()] == [[2, 1], [4]], "the first of equals"
+    assert [ids.tolist() for ids in update.ragged("response_ids").unbind()] == [[2, 1], [4]], (
+        "the first of equals"
+    )
     assert [len(ids) for ids in update.ragged("prompt_ids").unbind()] == [2, 4], "each with its own prompt"
     assert (metrics["best/rows"], metrics["best/reward"], metrics["reward/mean"]) == (2.0, 0.625, 0.375)
     create_algorithm("rejection_sampling", roles, RejectionSamplingConfig(min_reward=0.5)).step(prompts(UIDS))
@@ -41,7 +44,11 @@ def test_best_and_worst_are_a_pair_where_the_judge_sees_a_difference() -> None:
 
 
 def test_the_teacher_sees_the_students_answers() -> None:
-    script = Script(responses=RESPONSES, rewards=[], ref_log_probs=[[-float(i)] * len(ids) for i, ids in enumerate(RESPONSES)])
+    script = Script(
+        responses=RESPONSES,
+        rewards=[],
+        ref_log_probs=[[-float(i)] * len(ids) for i, ids in enumerate(RESPONSES)],
+    )
     roles, log = fakes(script)
     create_algorithm("distillation", roles, DistillationConfig(num_mini_batches=2)).step(prompts(UIDS))
     update = log.last("actor.update_distilled")
@@ -51,7 +58,9 @@ def test_the_teacher_sees_the_students_answers() -> None:
 
 def test_the_judges_verdict_is_grpos_reward() -> None:
     roles, log = fakes(SCRIPT)
-    create_algorithm("generative_reward", roles, GenerativeRewardConfig(scale_by_std=False)).step(prompts(UIDS))
+    create_algorithm("generative_reward", roles, GenerativeRewardConfig(scale_by_std=False)).step(
+        prompts(UIDS)
+    )
     advantages = log.last("actor.update_actor").ragged("advantages")
     assert [row[0].item() for row in advantages.unbind()] == [0.0, 0.5, -0.5, 0.0, 0.0, 0.0]
 
@@ -72,5 +81,7 @@ def test_pass_at_k_is_the_mean_over_all_draws() -> None:
 def test_a_reward_equal_to_the_bound_has_passed() -> None:
     """Rewards are float32, where 0.9 is 0.89999998."""
     roles, _ = fakes(Script(responses=[[1]], rewards=[0.9, 0.8]))
-    asked = Evaluate(generator=roles["actor"], reward=roles["reward"], config=EvaluateConfig(success_reward=0.9))
+    asked = Evaluate(
+        generator=roles["actor"], reward=roles["reward"], config=EvaluateConfig(success_reward=0.9)
+    )
     assert measure([asked.answer(prompts([7, 9]))], asked.config)["pass@1"] == 0.5

@@ -1,4 +1,5 @@
-"""A tokenizer made on the spot: the quickstart's, with a beginning-of-sequence token so that special tokens show."""
+"""A tokenizer made on the spot: the quickstart's, with a beginning-of-sequence token so that special tokens
+show."""
 
 from __future__ import annotations
 
@@ -13,5 +14,7 @@ from recipes.quickstart.model import make_tokenizer
 def tokenizer() -> Qwen2Tokenizer:
     made = make_tokenizer()
     system = made.convert_tokens_to_ids("<|system|>")
-    made.backend_tokenizer.post_processor = TemplateProcessing(single="<|system|> $A", special_tokens=[("<|system|>", system)])
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", system)]
+    )
     return made

@@ -20,7 +20,11 @@ def made_of(num_rows: int, name: str = "fingerprint") -> PromptDataset:
     columns = [json.dumps({"answer": i}).encode() for i in range(num_rows)]
     ends = np.cumsum([len(part) for part in columns])
     return PromptDataset(
-        np.arange(num_rows, dtype=np.int32), np.arange(1, num_rows + 1), np.frombuffer(b"".join(columns), np.uint8), ends, name
+        np.arange(num_rows, dtype=np.int32),
+        np.arange(1, num_rows + 1),
+        np.frombuffer(b"".join(columns), np.uint8),
+        ends,
+        name,
     )
 
 
@@ -33,14 +37,21 @@ def uids(batch: Batch) -> np.ndarray:
 
 
 @settings(max_examples=60, deadline=None)
-@given(num_rows=st.integers(1, 23), batch_size=st.integers(1, 50), seed=st.integers(0, 2**40), shuffle=st.booleans())
+@given(
+    num_rows=st.integers(1, 23),
+    batch_size=st.integers(1, 50),
+    seed=st.integers(0, 2**40),
+    shuffle=st.booleans(),
+)
 def test_every_epoch_has_every_row_once(num_rows: int, batch_size: int, seed: int, shuffle: bool) -> None:
     prompts = loader(num_rows, batch_size, seed=seed, shuffle=shuffle)
     batches = [next(prompts) for _ in range(-(-4 * num_rows // batch_size))]
     assert all(len(batch) == batch_size for batch in batches)
     uid = np.concatenate([uids(batch) for batch in batches])
     for epoch in range(4):
-        assert sorted(uid[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(epoch * num_rows, (epoch + 1) * num_rows))
+        assert sorted(uid[epoch * num_rows : (epoch + 1) * num_rows]) == list(
+            range(epoch * num_rows, (epoch + 1) * num_rows)
+        )
     for batch in batches:
         rows = (uids(batch) % num_rows).tolist()
         assert [ids.tolist() for ids in batch.ragged("prompt_ids").unbind()] == [[row] for row in rows]
@@ -48,7 +59,11 @@ def test_every_epoch_has_every_row_once(num_rows: int, batch_size: int, seed: in
 
 
 @settings(max_examples=60, deadline=None)
-@given(num_rows=st.integers(1, 23), before=st.integers(0, 9), sizes=st.tuples(st.integers(1, 30), st.integers(1, 30)))
+@given(
+    num_rows=st.integers(1, 23),
+    before=st.integers(0, 9),
+    sizes=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+)
 def test_resumed_stream_goes_on(num_rows: int, before: int, sizes: tuple[int, int]) -> None:
     """Through JSON, into a new loader, even with another batch size: the same stream of uids."""
     first = loader(num_rows, sizes[0], seed=3)
@@ -66,7 +81,9 @@ def test_order_is_shuffled_by_seed_and_epoch() -> None:
     orders = [tuple(loader(50, 1, seed=seed).order(epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(orders)) == 4 and tuple(range(50)) not in orders
     assert loader(50, 1, shuffle=False).order(7).tolist() == list(range(50))
-    assert loader(6, 1, seed=0).order(0).tolist() == [0, 2, 1, 5, 4, 3], "the order of a seed must never change"
+    assert loader(6, 1, seed=0).order(0).tolist() == [0, 2, 1, 5, 4, 3], (
+        "the order of a seed must never change"
+    )
 
 
 def test_positions_spread_evenly() -> None:

@@ -33,13 +33,13 @@ from workers.reference import ReferenceWorker
 from workers.reward import FunctionRewardWorker
 from workers.role_config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig
 from workers.roles import Actor
-from workers.split_actor import GenerationWorker, SplitActor, SplitPolicyWorker
+from workers.split_actor import GenerationWorker, SplitActor, SplitTrainingWorker
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 WEIGHT_TOLERANCE = 2e-5
-"""Largest difference of a weight after two steps of learning rate 1e-3: fp32 rounding through AdamW's division. EPSILON keeps that from
-making much of gradients that are rounding noise themselves."""
+"""Largest difference of a weight after two steps of learning rate 1e-3: fp32 rounding through AdamW's
+division. EPSILON keeps that from making much of gradients that are rounding noise themselves."""
 EPSILON = 1e-6
 
 
@@ -91,7 +91,9 @@ def single(model: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: N
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_samples_rewards_and_weights_as_on_one_rank(case: Case, single: Result, model: Path, tmp_path: Path) -> None:
+def test_same_samples_rewards_and_weights_as_on_one_rank(
+    case: Case, single: Result, model: Path, tmp_path: Path
+) -> None:
     result = train(case, model, tmp_path)
     assert result.samples == single.samples
     assert result.rewards == single.rewards
@@ -101,21 +103,35 @@ def test_same_samples_rewards_and_weights_as_on_one_rank(case: Case, single: Res
         assert difference < WEIGHT_TOLERANCE, f"{name} differs by {difference:.2g}"
     assert result.metrics["sync/probe_gap"] < 1e-4
     if case.engine == "threed" and case.generation_tp == case.tp:
-        assert result.metrics["sync/shared_bytes"] > 0, "where shards coincide, generation computes with training's memory"
+        assert result.metrics["sync/shared_bytes"] > 0, (
+            "where shards coincide, generation computes with training's memory"
+        )
     if case.release:
         assert result.metrics["memory/release_bytes"] > 16 * 2**20, "the key/value cache and the weights"
-        assert {f"memory/{name}_s" for name in ("offload", "wake", "release", "onload")} <= set(result.metrics)
+        assert {f"memory/{name}_s" for name in ("offload", "wake", "release", "onload")} <= set(
+            result.metrics
+        )
 
 
 def train(case: Case, model: Path, directory: Path) -> Result:
     """Two PPO steps with two mini-batches each."""
     with ExitStack() as stack:
-        pool = stack.enter_context(RayPool(PoolSpec(name=f"pool{case.num_devices}", num_devices=case.num_devices, threads_per_device=1)))
+        pool = stack.enter_context(
+            RayPool(
+                PoolSpec(name=f"pool{case.num_devices}", num_devices=case.num_devices, threads_per_device=1)
+            )
+        )
         actor = stack.enter_context(spawned_actor(case, pool, model))
         roles: dict[str, Any] = {
             "actor": actor,
-            "critic": spawn(CriticWorker, pool, CriticConfig(model=model_config(model), train=train_config(case, tp=case.critic_tp))),
-            "reference": spawn(ReferenceWorker, pool, ReferenceConfig(model=model_config(model), train=train_config(Case(1)))),
+            "critic": spawn(
+                CriticWorker,
+                pool,
+                CriticConfig(model=model_config(model), train=train_config(case, tp=case.critic_tp)),
+            ),
+            "reference": spawn(
+                ReferenceWorker, pool, ReferenceConfig(model=model_config(model), train=train_config(Case(1)))
+            ),
             "reward": spawn(
                 FunctionRewardWorker,
                 pool,
@@ -129,7 +145,9 @@ def train(case: Case, model: Path, directory: Path) -> Result:
             batch = prompts(step)
             seen = actor.generate_sequences(batch)
             samples += [row.tolist() for row in seen.ragged("response_ids").unbind()]
-            assert seen.tensor("weight_version").eq(step).all(), "a batch carries the version of the weights that drew it"
+            assert seen.tensor("weight_version").eq(step).all(), (
+                "a batch carries the version of the weights that drew it"
+            )
             metrics = algorithm.step(batch)
             rewards.append(round(metrics["reward/mean"], 6))
         list(actor.save_pretrained(str(directory)) or ())
@@ -145,8 +163,10 @@ def spawned_actor(case: Case, pool: RayPool, model: Path) -> Iterator[Actor]:
     if not case.generation_devices:
         yield spawn(ActorWorker, pool, config, role="actor")
         return
-    with RayPool(PoolSpec(name="generation", num_devices=case.generation_devices, threads_per_device=1)) as generation:
-        policy = spawn(SplitPolicyWorker, pool, config, role="actor")
+    with RayPool(
+        PoolSpec(name="generation", num_devices=case.generation_devices, threads_per_device=1)
+    ) as generation:
+        policy = spawn(SplitTrainingWorker, pool, config, role="actor")
         generator = spawn(GenerationWorker, generation, config, role="generation")
         yield SplitActor.of(policy, generator, pool, generation)
 
@@ -176,7 +196,10 @@ def train_config(case: Case, **sizes: int) -> TrainConfig:
     if case.engine == "fsdp":
         settings["pp"] = 1
     return TrainConfig(
-        **settings, precision=Precision.fp32, optimizer=OptimizerConfig(learning_rate=1e-3, epsilon=EPSILON), micro_batch_tokens=64
+        **settings,
+        precision=Precision.fp32,
+        optimizer=OptimizerConfig(learning_rate=1e-3, epsilon=EPSILON),
+        micro_batch_tokens=64,
     )
 
 

@@ -56,7 +56,9 @@ def killed(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[
 
 def recipe(name: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"recipes.{name}", *arguments]
-    return subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=280)
+    return subprocess.run(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=280
+    )
 
 
 def succeed(name: str, arguments: list[str]) -> None:
@@ -76,7 +78,17 @@ def policy(output: Path, step: int) -> dict[str, torch.Tensor]:
 
 def test_resume_is_bit_identical_and_works_on_other_ranks(common: list[str], tmp_path: Path) -> None:
     whole, half, wide = tmp_path / "whole", tmp_path / "half", tmp_path / "wide"
-    succeed("ppo", [*common, COUNT, "runtime=local", f"output_dir={whole}", "loop.checkpoint_every=2", "loop.keep_last=3"])
+    succeed(
+        "ppo",
+        [
+            *common,
+            COUNT,
+            "runtime=local",
+            f"output_dir={whole}",
+            "loop.checkpoint_every=2",
+            "loop.keep_last=3",
+        ],
+    )
     for output in (half, wide):
         shutil.copytree(whole, output)
         shutil.rmtree(output / "checkpoints" / "step-00000004")
@@ -97,22 +109,35 @@ def test_custom_and_computed_pools_equal_one_pool(common: list[str], tmp_path: P
     for name, arguments in outputs.items():
         succeed("ppo", [*common, COUNT, "loop.num_steps=2", f"output_dir={tmp_path / name}", *arguments])
     apart, together = (
-        [{name: value for name, value in row.items() if not name.endswith("_bytes")} for row in numbers(tmp_path / one)]
+        [
+            {name: value for name, value in row.items() if not name.endswith("_bytes")}
+            for row in numbers(tmp_path / one)
+        ]
         for one in ("apart", "together")
     )
     assert apart == together, "all but what was moved"
 
     mapping = json.loads((tmp_path / "auto" / "mapping.json").read_text())
     assert sorted(role["role"] for role in mapping["roles"]) == ["actor", "critic", "reference"]
-    assert {call["call"] for call in mapping["calls"]} >= {"actor.generate_sequences", "critic.update_critic", "actor.update_actor"}
+    assert {call["call"] for call in mapping["calls"]} >= {
+        "actor.generate_sequences",
+        "critic.update_critic",
+        "actor.update_actor",
+    }
     # Its layouts and micro-batches may differ: equal within rounding.
     for row, expected in zip(numbers(tmp_path / "auto"), numbers(tmp_path / "together"), strict=True):
-        learned = {name: value for name, value in expected.items() if name.startswith(("reward/", "kl/", "critic/", "actor/"))}
+        learned = {
+            name: value
+            for name, value in expected.items()
+            if name.startswith(("reward/", "kl/", "critic/", "actor/"))
+        }
         assert {name: row[name] for name in learned} == pytest.approx(learned, rel=1e-3, abs=1e-4)
 
 
 def test_a_reward_that_raises_stops_the_run_with_the_row(common: list[str], tmp_path: Path) -> None:
-    finished = recipe("grpo", [*common, "reward.function=tests.runtime.rewards:broken", f"output_dir={tmp_path}"])
+    finished = recipe(
+        "grpo", [*common, "reward.function=tests.runtime.rewards:broken", f"output_dir={tmp_path}"]
+    )
     assert finished.returncode != 0
     assert "reward rank 0 in compute_reward" in finished.stdout
     assert "raised KeyError: 'answer' on prompt" in finished.stdout
@@ -125,19 +150,32 @@ def test_nothing_is_left_behind_after_ctrl_c(common: list[str], tmp_path: Path) 
 
 
 def test_nothing_is_left_behind_after_kill_9(killed: list[psutil.Process]) -> None:
-    """Last in this file: Ray takes about a minute to see that its driver is gone, and the other tests run meanwhile."""
+    """Last in this file: Ray takes about a minute to see that its driver is gone, and the other tests run
+    meanwhile."""
     _, alive = psutil.wait_procs(killed, timeout=120)
     assert not alive, described(alive)
 
 
 def stopped_run(how: signal.Signals, common: list[str], output: Path) -> list[psutil.Process]:
     """The processes below a run that was stopped in its training."""
-    command = [sys.executable, "-m", "recipes.grpo", *common, COUNT, "loop.num_steps=100000", f"output_dir={output}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.grpo",
+        *common,
+        COUNT,
+        "loop.num_steps=100000",
+        f"output_dir={output}",
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         wait_for_steps(process, output / "metrics.jsonl")
         family = psutil.Process(process.pid).children(recursive=True)
-        assert any(title.startswith("ray::") and "IDLE" not in title for title in described(family)), "hosts run"
+        assert any(title.startswith("ray::") and "IDLE" not in title for title in described(family)), (
+            "hosts run"
+        )
         os.kill(process.pid, how)
         process.wait(timeout=60)
     finally:
@@ -160,4 +198,6 @@ def wait_for_steps(process: subprocess.Popen[bytes], metrics: Path) -> None:
 
 def no_process_of(output: Path) -> bool:
     """Whether no process still names the run's output directory."""
-    return not [p for p in psutil.process_iter(["cmdline"]) if str(output) in " ".join(p.info["cmdline"] or [])]
+    return not [
+        p for p in psutil.process_iter(["cmdline"]) if str(output) in " ".join(p.info["cmdline"] or [])
+    ]

@@ -17,8 +17,8 @@ from tests.engines.threed_workers import OPTIMIZER
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, Outputs, TrainingEngine
-from workers.engines.deepspeed import DeepspeedEngine
-from workers.engines.threed_export import write_safetensors
+from workers.engines.deepspeed.engine import DeepspeedEngine
+from workers.engines.shared.export import write_safetensors
 from workers.sequences import Sequences
 
 MICRO_BATCH_TOKENS = 36
@@ -41,8 +41,20 @@ class Case:
 
     @property
     def name(self) -> str:
-        flags = [word for word, on in (("ac", self.checkpointing), ("off", self.offload), ("blocks", not self.packing)) if on]
-        return "-".join([f"zero{self.stage}w{self.world_size}r{self.num_rows}", self.model, self.head.value, self.precision.value, *flags])
+        flags = [
+            word
+            for word, on in (("ac", self.checkpointing), ("off", self.offload), ("blocks", not self.packing))
+            if on
+        ]
+        return "-".join(
+            [
+                f"zero{self.stage}w{self.world_size}r{self.num_rows}",
+                self.model,
+                self.head.value,
+                self.precision.value,
+                *flags,
+            ]
+        )
 
 
 RESUMED = Case(stage=2, model="qwen2")
@@ -66,7 +78,9 @@ def run(rank: int, root: Path, cases: list[Case]) -> None:
     for world_size in (2, 1):
         if rank >= world_size:
             continue
-        dist.init_process_group("gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size
+        )
         for case in cases:
             if case.world_size == world_size:
                 train(rank, root, case)
@@ -91,7 +105,11 @@ def make_engine(case: Case, root: Path, rank: int, *, trains: bool = True) -> Tr
     model = root / (case.model if case.head is Head.lm else f"{case.model}-{case.head.value}")
     context = RankContext(rank=rank, world_size=case.world_size)
     return DeepspeedEngine(
-        model=ModelConfig(path=str(model), attention="sdpa"), config=config, head=case.head, context=context, trains=trains
+        model=ModelConfig(path=str(model), attention="sdpa"),
+        config=config,
+        head=case.head,
+        context=context,
+        trains=trains,
     )
 
 
@@ -102,15 +120,23 @@ def batches(case: Case) -> list[Sequences]:
 def own_rows(case: Case, batch: Sequences, rank: int) -> Sequences:
     """Uneven: rank 0 has the first five of seven rows."""
     rows = torch.arange(batch.num_rows)
-    return batch if case.world_size == 1 else batch.rows(rows[rows % 7 < 5] if rank == 0 else rows[rows % 7 >= 5])
+    return (
+        batch
+        if case.world_size == 1
+        else batch.rows(rows[rows % 7 < 5] if rank == 0 else rows[rows % 7 >= 5])
+    )
 
 
 def train(rank: int, root: Path, case: Case) -> None:
-    """Outputs before training, three steps, the weights as a Hugging Face directory and as the shard map shows them."""
+    """Outputs before training, three steps, the weights as a Hugging Face directory and as the shard map
+    shows them."""
     engine = make_engine(case, root, rank)
     rows = [own_rows(case, batch, rank) for batch in batches(case)]
     outputs = named(engine.forward(rows[0], entropy=True, temperature=TEMPERATURE))
-    shards = [(local.name, local.shape, [shard.box for shard in local.shards]) for local in engine.local_parameters()]
+    shards = [
+        (local.name, local.shape, [shard.box for shard in local.shards])
+        for local in engine.local_parameters()
+    ]
     result = Result(outputs=outputs, shards=shards)
     for number, batch in enumerate(rows):
         if number == 1:
@@ -127,18 +153,26 @@ def train(rank: int, root: Path, case: Case) -> None:
 
 def named(outputs: Outputs | None) -> dict[str, Tensor]:
     assert outputs is not None
-    columns = {"log_probs": outputs.log_probs, "entropy": outputs.entropy, "values": outputs.values, "scores": outputs.scores}
+    columns = {
+        "log_probs": outputs.log_probs,
+        "entropy": outputs.entropy,
+        "values": outputs.values,
+        "scores": outputs.scores,
+    }
     return {name: value for name, value in columns.items() if value is not None}
 
 
 def nothing_moves_when_a_step_fails(engine: TrainingEngine, batch: Sequences) -> None:
-    """Neither an infinite loss nor one that raises leaves anything behind: the steps after it are compared with a run without them."""
+    """Neither an infinite loss nor one that raises leaves anything behind: the steps after it are compared
+    with a run without them."""
 
     def infinite(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = loss_fn(outputs, sequences)
         return loss * torch.inf, metrics
 
-    with pytest.raises(RuntimeError, match=r"grad_norm is nan: the gradient is not finite in (model\.|parameters of other)"):
+    with pytest.raises(
+        RuntimeError, match=r"grad_norm is nan: the gradient is not finite in (model\.|parameters of other)"
+    ):
         engine.train_step(batch, infinite, entropy=True, temperature=TEMPERATURE)
 
     calls = 0
@@ -159,7 +193,9 @@ def forward_only(rank: int, root: Path) -> None:
     for stage in (2, 3):
         case = Case(stage=stage)
         rows = own_rows(case, batches(case)[0], rank)
-        outputs = named(make_engine(case, root, rank, trains=False).forward(rows, entropy=True, temperature=TEMPERATURE))
+        outputs = named(
+            make_engine(case, root, rank, trains=False).forward(rows, entropy=True, temperature=TEMPERATURE)
+        )
         torch.save(outputs, root / f"forward-{stage}-{rank}.pt")
 
 
@@ -185,7 +221,12 @@ def resume(rank: int, root: Path, world_size: int) -> None:
         engine.load(root / "checkpoint")
         third_step(engine, case, rank, root / "resumed-bf16")
     if world_size == 1:
-        config = TrainConfig(engine="fsdp", precision=Precision.fp32, micro_batch_tokens=MICRO_BATCH_TOKENS, optimizer=OPTIMIZER)
+        config = TrainConfig(
+            engine="fsdp",
+            precision=Precision.fp32,
+            micro_batch_tokens=MICRO_BATCH_TOKENS,
+            optimizer=OPTIMIZER,
+        )
         model = ModelConfig(path=str(root / RESUMED.model), attention="sdpa")
         engine = engine_class("fsdp")(model=model, config=config, head=Head.lm, context=RankContext())
         engine.load(root / "checkpoint")
@@ -193,7 +234,9 @@ def resume(rank: int, root: Path, world_size: int) -> None:
 
 
 def third_step(engine: TrainingEngine, case: Case, rank: int, folder: Path) -> None:
-    metrics = engine.train_step(own_rows(case, batches(case)[2], rank), loss_fn, entropy=True, temperature=TEMPERATURE)
+    metrics = engine.train_step(
+        own_rows(case, batches(case)[2], rank), loss_fn, entropy=True, temperature=TEMPERATURE
+    )
     engine.save_pretrained(folder)
     if rank == 0:
         torch.save(metrics, folder / "metrics.pt")

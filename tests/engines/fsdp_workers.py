@@ -1,4 +1,5 @@
-"""What the spawned processes of test_fsdp.py do: all cases of all world sizes in one go, because starting processes is slow."""
+"""What the spawned processes of test_fsdp.py do: all cases of all world sizes in one go, because starting
+processes is slow."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from hybridflow.resharding.shards import Box
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines.base import Head, Outputs
-from workers.engines.fsdp import FsdpEngine
+from workers.engines.fsdp.engine import FsdpEngine
 from workers.sequences import Sequences
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, clip_grad_norm=0.5, epsilon=1e-6)
@@ -44,7 +45,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        options = (("zero3", self.zero3), ("ac", self.checkpointing), ("off", self.offload), ("blocks", not self.packing))
+        options = (
+            ("zero3", self.zero3),
+            ("ac", self.checkpointing),
+            ("off", self.offload),
+            ("blocks", not self.packing),
+        )
         flags = [word for word, on in options if on]
         sizes = f"w{self.world_size}t{self.tp}{''.join(self.order)}r{self.num_rows}m{self.micro_batch_tokens}"
         return "-".join([sizes, self.model, self.head.value, self.precision.value, *flags])
@@ -70,7 +76,9 @@ def run_worlds(rank: int, root: Path, cases: list[Case]) -> None:
     for world_size in (4, 2, 1):
         if rank >= world_size:
             continue
-        dist.init_process_group("gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size
+        )
         for case in cases:
             if case.world_size == world_size:
                 torch.save(train(rank, root, case), root / f"{case.name}.{rank}.pt")
@@ -91,7 +99,12 @@ def make_engine(case: Case, root: Path, rank: int) -> FsdpEngine:
         optimizer=OPTIMIZER,
     )
     context = RankContext(rank=rank, world_size=case.world_size)
-    return FsdpEngine(model=ModelConfig(path=str(root / case.model), new_head=True), config=config, head=case.head, context=context)
+    return FsdpEngine(
+        model=ModelConfig(path=str(root / case.model), new_head=True),
+        config=config,
+        head=case.head,
+        context=context,
+    )
 
 
 def batches(case: Case) -> list[Sequences]:
@@ -121,12 +134,19 @@ def train(rank: int, root: Path, case: Case) -> Result:
     whole = gathered(engine)
     if case.head is not Head.score:
         engine.save_pretrained(root / f"{case.name}.hf")
-    return Result(data=engine.layout.coordinates(rank)["dp"], outputs=outputs, shards=shards, whole=whole, metrics=metrics)
+    return Result(
+        data=engine.layout.coordinates(rank)["dp"],
+        outputs=outputs,
+        shards=shards,
+        whole=whole,
+        metrics=metrics,
+    )
 
 
 def gathered(engine: FsdpEngine) -> dict[str, Tensor]:
     return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone() for name, value in engine._parameters.items()
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+        for name, value in engine._parameters.items()
     }
 
 
@@ -160,7 +180,9 @@ def nothing_moves_when_a_step_fails(engine: FsdpEngine, batch: Sequences) -> Non
         loss, _ = loss_fn(outputs, sequences)
         return loss * torch.inf, {}
 
-    with pytest.raises(RuntimeError, match=r"grad_norm is nan: the gradient is not finite in model\.embed_tokens\.weight"):
+    with pytest.raises(
+        RuntimeError, match=r"grad_norm is nan: the gradient is not finite in model\.embed_tokens\.weight"
+    ):
         engine.train_step(batch, infinite, entropy=True)
 
     calls = 0

@@ -1,4 +1,5 @@
-"""Engine `deepspeed` on one and two gloo processes against plain PyTorch in one process, and its checkpoints on other ranks and engines."""
+"""Engine `deepspeed` on one and two gloo processes against plain PyTorch in one process, and its checkpoints
+on other ranks and engines."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from tests.engines.threed_cases import PlainRun, load_plain, plain_run, save_tin
 from tests.engines.threed_workers import OPTIMIZER
 from workers.config import Precision, TrainConfig
 from workers.engines.base import Head
-from workers.engines.deepspeed_layout import make_layout
-from workers.engines.loading import _initialize_score
-from workers.engines.model import score_head
+from workers.engines.deepspeed.layout import make_layout
+from workers.engines.model.loading import _initialize_score
+from workers.engines.model.scored import score_head
 
 FP32 = 1e-5
 """Relative and absolute, of everything: float32 rounding of other summation orders, through three steps."""
@@ -66,10 +67,14 @@ def plain(root: Path) -> dict[tuple[str, Head], PlainRun]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_one_plain_process(root: Path, plain: dict[tuple[str, Head], PlainRun], case: Case) -> None:
-    """Outputs before training; losses, gradient norms and weights of three steps, with steps in between that failed."""
+    """Outputs before training; losses, gradient norms and weights of three steps, with steps in between that
+    failed."""
     expected = plain[case.model, case.head]
     loose = case.precision is BF16
-    results: list[Result] = [torch.load(root / case.name / f"result{rank}.pt", weights_only=False) for rank in range(case.world_size)]
+    results: list[Result] = [
+        torch.load(root / case.name / f"result{rank}.pt", weights_only=False)
+        for rank in range(case.world_size)
+    ]
     assert all(result.metrics == results[0].metrics for result in results), "metrics differ between ranks"
     tolerance = {"rtol": 0.05, "atol": 0.03} if loose else {"rtol": FP32, "atol": FP32}
     assert_close([step["loss"] for step in results[0].metrics], expected.losses, **tolerance)
@@ -85,11 +90,14 @@ def test_equals_one_plain_process(root: Path, plain: dict[tuple[str, Head], Plai
             assert_close(value, wanted, rtol=0.0, atol=0.05 if loose else FP32)
     weights = load_plain(root / case.name, case.head).state_dict()
     if not loose:
-        assert_close({name: weights[name] for name in expected.parameters}, expected.parameters, rtol=FP32, atol=FP32)
+        assert_close(
+            {name: weights[name] for name in expected.parameters}, expected.parameters, rtol=FP32, atol=FP32
+        )
         return
     start = load_plain(root / case.model, case.head).state_dict()
     for name, value in expected.parameters.items():
-        # Bfloat16 has steps of 8e-3 at 1: moves of 3e-3 are only seen in float32 master weights that started from the checkpoint.
+        # Bfloat16 has steps of 8e-3 at 1: moves of 3e-3 are only seen in float32 master weights that started
+        # from the checkpoint.
         moved, wanted = (weights[name] - start[name]).flatten(), (value - start[name]).flatten()
         assert torch.nn.functional.cosine_similarity(moved, wanted, dim=0) > 0.9, name
         assert float((moved - wanted).abs().max()) < 4e-3, name
@@ -106,15 +114,23 @@ def test_shard_map_covers_the_weights(root: Path, case: Case) -> None:
 def test_stage_3_lies_where_plans_expect_it(root: Path) -> None:
     """recipes.reshard_plan source=zero3-2 computes its shard map without running anything."""
     case = next(case for case in CASES if case.stage == 3 and case.world_size == 2)
-    results: list[Result] = [torch.load(root / case.name / f"result{rank}.pt", weights_only=False) for rank in range(2)]
-    rules = [ParameterRule(ParameterSpec(name, shape, "float32"), layer=0) for name, shape, _ in results[0].shards]
+    results: list[Result] = [
+        torch.load(root / case.name / f"result{rank}.pt", weights_only=False) for rank in range(2)
+    ]
+    rules = [
+        ParameterRule(ParameterSpec(name, shape, "float32"), layer=0) for name, shape, _ in results[0].shards
+    ]
     planned = zero3(rules, 2)
     for rank, result in enumerate(results):
-        assert {name: boxes for name, _, boxes in result.shards} == {rule.spec.name: planned.boxes(rule.spec.name, rank) for rule in rules}
+        assert {name: boxes for name, _, boxes in result.shards} == {
+            rule.spec.name: planned.boxes(rule.spec.name, rank) for rule in rules
+        }
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_forward_without_an_optimizer(root: Path, plain: dict[tuple[str, Head], PlainRun], stage: int) -> None:
+def test_forward_without_an_optimizer(
+    root: Path, plain: dict[tuple[str, Head], PlainRun], stage: int
+) -> None:
     case = Case(stage=stage)
     batch = batches(case)[0].with_columns(per_token=named(plain["llama", Head.lm].outputs))
     for rank in range(case.world_size):
@@ -127,7 +143,9 @@ def test_forward_without_an_optimizer(root: Path, plain: dict[tuple[str, Head], 
 def test_checkpoint_resumes_on_other_ranks_stages_and_engines(root: Path, place: str) -> None:
     """Saved by two ranks under stage 2. On the same ranks bit for bit."""
     weights, never = (load_file(root / f"resumed-{name}" / "model.safetensors") for name in (place, "never"))
-    metrics, metrics_never = (torch.load(root / f"resumed-{name}" / "metrics.pt") for name in (place, "never"))
+    metrics, metrics_never = (
+        torch.load(root / f"resumed-{name}" / "metrics.pt") for name in (place, "never")
+    )
     if place == "2-2":
         assert metrics == metrics_never
         assert all(torch.equal(weights[name], never[name]) for name in never)

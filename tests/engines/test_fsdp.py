@@ -1,4 +1,5 @@
-"""Engine `fsdp` on 1, 2 and 4 gloo processes against plain PyTorch in one process: outputs, losses, gradient norms, weights, resume."""
+"""Engine `fsdp` on 1, 2 and 4 gloo processes against plain PyTorch in one process: outputs, losses, gradient
+norms, weights, resume."""
 
 from __future__ import annotations
 
@@ -19,12 +20,13 @@ from tests.engines.threed_cases import PlainRun, load_plain, plain_run, save_tin
 from workers.config import Precision
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head, Outputs
-from workers.engines.loading import _initialize_score
-from workers.engines.model import score_head
+from workers.engines.model.loading import _initialize_score
+from workers.engines.model.scored import score_head
 from workers.sequences import ragged_positions
 
 FP32 = 1e-5
-"""Of a loss, a gradient norm (relative), and of a weight after three steps of learning rate 1e-3, rounding through AdamW's division."""
+"""Of a loss, a gradient norm (relative), and of a weight after three steps of learning rate 1e-3, rounding
+through AdamW's division."""
 BF16 = Precision.bf16
 CASES = [
     Case(),
@@ -73,7 +75,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results(root: Path, case: Case) -> list[Result]:
-    return [torch.load(root / f"{case.name}.{rank}.pt", weights_only=False) for rank in range(case.world_size)]
+    return [
+        torch.load(root / f"{case.name}.{rank}.pt", weights_only=False) for rank in range(case.world_size)
+    ]
 
 
 def plain(root: Path, case: Case) -> PlainRun:
@@ -85,7 +89,8 @@ def plain(root: Path, case: Case) -> PlainRun:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_plain_pytorch(root: Path, case: Case) -> None:
-    """Outputs before training; loss, gradient norm and weights of three steps; and every rank reports the same numbers."""
+    """Outputs before training; loss, gradient norm and weights of three steps; and every rank reports the
+    same numbers."""
     found, expected = results(root, case), plain(root, case)
     loose = case.precision is BF16
     tolerance = {"rtol": 0.02, "atol": 0.03} if loose else {"rtol": FP32, "atol": FP32}
@@ -93,13 +98,27 @@ def test_equals_plain_pytorch(root: Path, case: Case) -> None:
         assert result.metrics == found[0].metrics
         for name, value in columns(result.outputs).items():
             whole = columns(expected.outputs)[name]
-            assert_close(value, whole[places(case, result.data, name)], rtol=0.0, atol=0.05 if loose else 3e-6)
-    assert_close(torch.tensor([step["loss"] for step in found[0].metrics]), torch.tensor(expected.losses), **tolerance)
-    assert_close(torch.tensor([step["grad_norm"] for step in found[0].metrics]), torch.tensor(expected.grad_norms), **tolerance)
+            assert_close(
+                value, whole[places(case, result.data, name)], rtol=0.0, atol=0.05 if loose else 3e-6
+            )
+    assert_close(
+        torch.tensor([step["loss"] for step in found[0].metrics]), torch.tensor(expected.losses), **tolerance
+    )
+    assert_close(
+        torch.tensor([step["grad_norm"] for step in found[0].metrics]),
+        torch.tensor(expected.grad_norms),
+        **tolerance,
+    )
     assert [step["learning_rate"] for step in found[0].metrics] == [OPTIMIZER.learning_rate] * 3
     for name, value in expected.parameters.items():
         # Three steps of AdamW move a weight by 3e-3 at most, whatever the gradient.
-        assert_close(found[0].whole[name], value, rtol=0.0, atol=6e-3 if loose else FP32, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(
+            found[0].whole[name],
+            value,
+            rtol=0.0,
+            atol=6e-3 if loose else FP32,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -112,17 +131,23 @@ def test_shards_cover_every_parameter_once_per_replica(root: Path, case: Case) -
             shard_name, shape, shards = result.shards[index]
             assert (shard_name, shape) == (name, tuple(whole.shape))
             for box, tensor in shards:
-                inside = tuple(slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True))
+                inside = tuple(
+                    slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True)
+                )
                 pasted[inside] = tensor
                 counts[inside] += 1
         assert torch.equal(pasted, whole)
         assert counts.unique().tolist() in ([1], [case.tp])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.head is not Head.score], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.head is not Head.score], ids=lambda case: case.name
+)
 def test_transformers_loads_what_was_saved(root: Path, case: Case) -> None:
     auto = AutoModelForCausalLM if case.head is Head.lm else AutoModelForSequenceClassification
-    model, info = auto.from_pretrained(root / f"{case.name}.hf", dtype=torch.float32, output_loading_info=True)
+    model, info = auto.from_pretrained(
+        root / f"{case.name}.hf", dtype=torch.float32, output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
     weights = dict(model.named_parameters())
     whole = results(root, case)[0].whole
@@ -134,7 +159,8 @@ def test_transformers_loads_what_was_saved(root: Path, case: Case) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_checkpoint_is_loaded_on_another_layout(root: Path, world_size: int) -> None:
-    """Saved by two data ranks; loaded by one, and by two tensor ranks. (The same layout, bit for bit: in the processes.)"""
+    """Saved by two data ranks; loaded by one, and by two tensor ranks. (The same layout, bit for bit: in the
+    processes.)"""
     metrics, weights = torch.load(root / f"resumed.{world_size}.pt", weights_only=False)
     expected = plain(root, Case())
     assert metrics["loss"] == pytest.approx(expected.losses[2], rel=FP32)
@@ -150,7 +176,12 @@ def test_an_unknown_engine_lists_the_known_ones() -> None:
 
 
 def columns(outputs: Outputs) -> dict[str, Tensor]:
-    named = {"log_probs": outputs.log_probs, "entropy": outputs.entropy, "values": outputs.values, "scores": outputs.scores}
+    named = {
+        "log_probs": outputs.log_probs,
+        "entropy": outputs.entropy,
+        "values": outputs.values,
+        "scores": outputs.scores,
+    }
     return {name: value for name, value in named.items() if value is not None}
 
 

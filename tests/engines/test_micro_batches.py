@@ -1,4 +1,5 @@
-"""Micro-batches: every row once, under the budget, little padding, reads at the right places, results back in the caller's order."""
+"""Micro-batches: every row once, under the budget, little padding, reads at the right places, results back in
+the caller's order."""
 
 from itertools import product
 
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.engines.base import Head, Outputs
-from workers.engines.micro_batches import (
+from workers.engines.model.tensor_parallel import pad_time
+from workers.engines.shared.micro_batches import (
     BLOCKS_PER_BUDGET,
     PAIR,
     MicroBatch,
@@ -20,7 +22,6 @@ from workers.engines.micro_batches import (
     make_micro_batches,
     pack,
 )
-from workers.engines.tensor_parallel import pad_time
 from workers.sequences import Sequences
 
 CPU = torch.device("cpu")
@@ -43,7 +44,9 @@ def some_sequences(draw: st.DrawFn) -> Sequences:
 
 @settings(max_examples=200, deadline=None)
 @given(some_sequences(), st.sampled_from(list(Head)), st.integers(1, 60), st.booleans(), st.integers(1, 4))
-def test_every_row_once_and_results_return_in_order(sequences: Sequences, head: Head, budget: int, packing: bool, multiple: int) -> None:
+def test_every_row_once_and_results_return_in_order(
+    sequences: Sequences, head: Head, budget: int, packing: bool, multiple: int
+) -> None:
     made = make_micro_batches(sequences, head, budget, CPU, packing=packing)
     assert all(micro_batch.input_ids.numel() <= budget or len(micro_batch.rows) == 1 for micro_batch in made)
     micro_batches = [pad_time(micro_batch, multiple) for micro_batch in made]
@@ -53,7 +56,9 @@ def test_every_row_once_and_results_return_in_order(sequences: Sequences, head: 
         assert micro_batch.input_ids.shape[1] % multiple == 0
         assert (micro_batch.packing is not None) is packing
         assert torch.equal(micro_batch.sequences.per_row["uid"], micro_batch.rows)
-    outputs = gather_outputs(micro_batches, [reads(micro_batch, head) for micro_batch in micro_batches], sequences)
+    outputs = gather_outputs(
+        micro_batches, [reads(micro_batch, head) for micro_batch in micro_batches], sequences
+    )
     ends = torch.cumsum(sequences.lengths, 0)
     if not micro_batches:
         assert outputs == Outputs()
@@ -63,7 +68,9 @@ def test_every_row_once_and_results_return_in_order(sequences: Sequences, head: 
     else:
         # The token before each scored token, and the scored token itself.
         scored = [
-            place for end, count in zip(ends.tolist(), sequences.scored_lengths.tolist(), strict=True) for place in range(end - count, end)
+            place
+            for end, count in zip(ends.tolist(), sequences.scored_lengths.tolist(), strict=True)
+            for place in range(end - count, end)
         ]
         assert outputs.values is not None and outputs.log_probs is not None
         assert outputs.values.tolist() == [100 + place - 1 for place in scored]
@@ -122,19 +129,27 @@ def test_an_empty_micro_batch_has_the_columns_and_reads_nothing() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(some_sequences(), st.sampled_from(list(Head)), st.integers(1, 60), st.integers(1, 5))
-def test_a_packed_row_has_no_padding_and_keeps_labels_together(sequences: Sequences, head: Head, budget: int, labels: int) -> None:
-    """What Packing says of the row is what lies in it; rows of one label share a row, under the budget if there are several."""
+def test_a_packed_row_has_no_padding_and_keeps_labels_together(
+    sequences: Sequences, head: Head, budget: int, labels: int
+) -> None:
+    """What Packing says of the row is what lies in it; rows of one label share a row, under the budget if
+    there are several."""
     label = torch.arange(sequences.num_rows) % labels
-    micro_batches = make_micro_batches(sequences.with_columns(per_row={PAIR: label}), head, budget, CPU, packing=True)
-    assert len({int(one) for micro_batch in micro_batches for one in set(label[micro_batch.rows].tolist())}) == sum(
-        len(set(label[micro_batch.rows].tolist())) for micro_batch in micro_batches
+    micro_batches = make_micro_batches(
+        sequences.with_columns(per_row={PAIR: label}), head, budget, CPU, packing=True
     )
+    assert len(
+        {int(one) for micro_batch in micro_batches for one in set(label[micro_batch.rows].tolist())}
+    ) == sum(len(set(label[micro_batch.rows].tolist())) for micro_batch in micro_batches)
     for micro_batch in micro_batches:
         packing = micro_batch.packing
         assert packing is not None
         widths = (micro_batch.sequences.lengths - int(head is not Head.score)).clamp(min=1).tolist()
         assert packing.lengths == widths == sorted(widths, reverse=True) and packing.longest == max(widths)
-        assert packing.ends.tolist() == [0, *np.cumsum(widths)] and micro_batch.input_ids.shape == (1, sum(widths))
+        assert packing.ends.tolist() == [0, *np.cumsum(widths)] and micro_batch.input_ids.shape == (
+            1,
+            sum(widths),
+        )
         assert packing.position_ids[0].tolist() == [place for width in widths for place in range(width)]
         assert len(packing.runs) == len(set(widths))
         rows = micro_batch.sequences.token_ids.split(micro_batch.sequences.lengths.tolist())
@@ -156,7 +171,9 @@ def fewest(widths: list[int], budget: int, room: list[int]) -> int:
         return len(room)
     *rest, one = widths
     tried = {left: place for place, left in enumerate(room) if left >= one}
-    counts = [fewest(rest, budget, [*room[:place], left - one, *room[place + 1 :]]) for left, place in tried.items()]
+    counts = [
+        fewest(rest, budget, [*room[:place], left - one, *room[place + 1 :]]) for left, place in tried.items()
+    ]
     return min([*counts, fewest(rest, budget, [*room, budget - one])])
 
 

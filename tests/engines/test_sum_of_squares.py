@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from workers.engines.optimizer import sum_of_squares
+from workers.engines.shared.optimizer import sum_of_squares
 
 
 @pytest.mark.parametrize("size", [0, 5, 1024, 3_000_001])

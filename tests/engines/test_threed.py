@@ -1,4 +1,5 @@
-"""Engine `threed` on gloo processes against plain PyTorch in one process: losses, gradient norms, outputs and weights after 3 steps."""
+"""Engine `threed` on gloo processes against plain PyTorch in one process: losses, gradient norms, outputs and
+weights after 3 steps."""
 
 from __future__ import annotations
 
@@ -13,7 +14,16 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.engines.threed_cases import FAMILIES, PlainRun, load_plain, plain_run, save_tiny_model
-from tests.engines.threed_workers import OPTIMIZER, Case, Job, Result, batches, own_rows, run_worlds, vocabulary_table
+from tests.engines.threed_workers import (
+    OPTIMIZER,
+    Case,
+    Job,
+    Result,
+    batches,
+    own_rows,
+    run_worlds,
+    vocabulary_table,
+)
 from workers.config import Precision
 from workers.engines.base import Head, Outputs
 
@@ -88,12 +98,19 @@ def plain(root: Path) -> Callable[[Case], PlainRun]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_equals_one_plain_process(root: Path, plain: Callable[[Case], PlainRun], case: Case) -> None:
     expected = plain(case)
-    results: list[Result] = [torch.load(root / case.name / f"result{rank}.pt", weights_only=False) for rank in range(case.world_size)]
+    results: list[Result] = [
+        torch.load(root / case.name / f"result{rank}.pt", weights_only=False)
+        for rank in range(case.world_size)
+    ]
     assert all(result.metrics == results[0].metrics for result in results), "metrics differ between ranks"
     assert_close([step["loss"] for step in results[0].metrics], expected.losses, rtol=FP32, atol=FP32)
-    assert_close([step["grad_norm"] for step in results[0].metrics], expected.grad_norms, rtol=FP32, atol=FP32)
+    assert_close(
+        [step["grad_norm"] for step in results[0].metrics], expected.grad_norms, rtol=FP32, atol=FP32
+    )
     weights = load_plain(root / case.name, case.head).state_dict()
-    assert_close({name: weights[name] for name in expected.parameters}, expected.parameters, rtol=FP32, atol=FP32)
+    assert_close(
+        {name: weights[name] for name in expected.parameters}, expected.parameters, rtol=FP32, atol=FP32
+    )
     assert sum(result.outputs is not None for result in results) == case.t * case.d
     for result in results:
         if result.outputs is not None:
@@ -119,15 +136,22 @@ def test_bf16_keeps_float32_master_weights(root: Path, plain: Callable[[Case], P
     start = load_plain(root / BF16.model, Head.lm).state_dict()
     for name, value in expected.parameters.items():
         moved, wanted = weights[name] - start[name], value - start[name]
-        # bfloat16 weights of size 1 have steps of 8e-3: none of these moves of up to 3e-3 would be seen in them.
+        # bfloat16 weights of size 1 have steps of 8e-3: none of these moves of up to 3e-3 would be seen in
+        # them.
         agree = torch.nn.functional.cosine_similarity(moved.flatten(), wanted.flatten(), dim=0)
         assert agree > 0.9, f"{name}: the float32 update differs in direction ({agree:.3f})"
 
 
-@pytest.mark.parametrize("place", [*map(str, range(len(RESUMED))), "fsdp"], ids=[*(case.name for case in RESUMED), "engine-fsdp"])
+@pytest.mark.parametrize(
+    "place", [*map(str, range(len(RESUMED))), "fsdp"], ids=[*(case.name for case in RESUMED), "engine-fsdp"]
+)
 def test_checkpoint_resumes_on_any_layout(root: Path, place: str) -> None:
-    weights, never = (load_file(root / folder / "model.safetensors") for folder in (f"resumed-{place}", "resumed-never"))
-    metrics, metrics_never = (torch.load(root / folder / "metrics.pt") for folder in (f"resumed-{place}", "resumed-never"))
+    weights, never = (
+        load_file(root / folder / "model.safetensors") for folder in (f"resumed-{place}", "resumed-never")
+    )
+    metrics, metrics_never = (
+        torch.load(root / folder / "metrics.pt") for folder in (f"resumed-{place}", "resumed-never")
+    )
     if place == "0":
         assert metrics == metrics_never
         assert all(torch.equal(weights[name], never[name]) for name in never)
@@ -160,4 +184,7 @@ def rows_of(outputs: Outputs, case: Case, data: int) -> dict[str, Tensor]:
     per_token = {name: value for name, value in named.items() if value is not None}
     per_row = {} if outputs.scores is None else {"scores": outputs.scores}
     own = own_rows(case, batch.with_columns(per_token=per_token, per_row=per_row), data)
-    return {**{name: own.per_token[name] for name in per_token}, **{name: own.per_row[name] for name in per_row}}
+    return {
+        **{name: own.per_token[name] for name in per_token},
+        **{name: own.per_row[name] for name in per_row},
+    }

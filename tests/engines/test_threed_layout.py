@@ -8,11 +8,17 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, PretrainedConfig
 
 from workers.config import TrainConfig
-from workers.engines.threed_layout import fitting_layouts, make_layout, stage_layers
+from workers.engines.threed.layout import fitting_layouts, make_layout, stage_layers
 
 
 def model(**changes: int) -> PretrainedConfig:
-    options = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 96}
+    options = {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "vocab_size": 96,
+    }
     return AutoConfig.for_model("llama", hidden_size=32, **{**options, **changes})
 
 
@@ -35,16 +41,28 @@ def test_layout_follows_the_rank_order() -> None:
             {"vocab_size": 97},
             r"tp=2 does not fit.*vocab_size 97.*sizes that fit: 1; on 8 devices fit: pp=1 tp=1 \(dp=8\), pp=2",
         ),
-        (TrainConfig(pp=8), {}, r"pp=8 .*8 pipeline stages, but the model has 4 layers; on 8 devices fit: .*pp=4 tp=2 \(dp=1\)"),
+        (
+            TrainConfig(pp=8),
+            {},
+            r"pp=8 .*8 pipeline stages, but the model has 4 layers; on 8 devices fit: .*pp=4 tp=2 \(dp=1\)",
+        ),
         (TrainConfig(pp=3), {}, r"pp=3 x tp=1 does not divide the 8 devices"),
-        (TrainConfig(pp=4, pipeline_schedule="interleaved_1f1b", virtual_stages=2), {}, r"virtual_stages=2 makes 8 pipeline stages"),
+        (
+            TrainConfig(pp=4, pipeline_schedule="interleaved_1f1b", virtual_stages=2),
+            {},
+            r"virtual_stages=2 makes 8 pipeline stages",
+        ),
         (
             TrainConfig(pp=2, pipeline_schedule="interleaved_1f1b"),
             {},
             r"interleaved_1f1b with pp=2 and virtual_stages=1; both must be at least 2",
         ),
         (TrainConfig(pp=2, virtual_stages=2), {}, r"virtual_stages is 2 with pipeline_schedule 1f1b"),
-        (TrainConfig(pipeline_schedule="gpipe"), {}, r"pipeline_schedule is 'gpipe'; known: 1f1b, interleaved_1f1b"),
+        (
+            TrainConfig(pipeline_schedule="gpipe"),
+            {},
+            r"pipeline_schedule is 'gpipe'; known: 1f1b, interleaved_1f1b",
+        ),
         (TrainConfig(rank_order=["dp", "tp"]), {}, r"rank_order is .*each of dp, pp, cp, tp once"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Timetables of engine `threed`: every pass once, in an order that can run, with the idle time and the memory that the papers promise."""
+"""Timetables of engine `threed`: every pass once, in an order that can run, with the idle time and the memory
+that the papers promise."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.engines.threed_schedule import Action, peak_in_flight, timetable
+from workers.engines.threed.schedule import Action, peak_in_flight, timetable
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(0, 20))
 
@@ -30,7 +31,12 @@ def test_every_pass_runs_once_after_what_it_needs(sizes: tuple[int, int, int], t
                 assert Action(before, action.micro_batch, action.backward) in done
         done.update(running)
     passes = [False, True] if train else [False]
-    assert done == {Action(stage, index, backward) for stage in range(stages) for index in range(micro_batches) for backward in passes}
+    assert done == {
+        Action(stage, index, backward)
+        for stage in range(stages)
+        for index in range(micro_batches)
+        for backward in passes
+    }
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
@@ -39,7 +45,9 @@ def test_idle_time_is_the_papers(ranks: int, chunks: int) -> None:
     micro_batches = 4 * ranks
     ticks = timetable(ranks, ranks * chunks, micro_batches, True)
     work = 2 * chunks * micro_batches
-    assert len(ticks) == work + 2 * (ranks - 1)  # bubble (p - 1) / (s m) of the work: Narayanan et al. 2021, section 2.2
+    assert len(ticks) == work + 2 * (
+        ranks - 1
+    )  # bubble (p - 1) / (s m) of the work: Narayanan et al. 2021, section 2.2
 
 
 @pytest.mark.parametrize("micro_batches", [4, 32])
@@ -51,7 +59,9 @@ def test_1f1b_keeps_at_most_p_micro_batches_alive(micro_batches: int) -> None:
 def test_docstring_example() -> None:
     ticks = timetable(2, 2, 2, True)
     shown = [
-        "".join(f"{a.stage}.{a.micro_batch}{'b' if a.backward else ''}".ljust(6) if a else " " * 6 for a in row).rstrip()
+        "".join(
+            f"{a.stage}.{a.micro_batch}{'b' if a.backward else ''}".ljust(6) if a else " " * 6 for a in row
+        ).rstrip()
         for row in zip(*ticks, strict=True)
     ]
     assert shown == ["0.0   0.1         0.0b        0.1b", "      1.0   1.0b  1.1   1.1b"]

@@ -1,6 +1,8 @@
-"""What the tests and the benchmark of engine `threed` share: tiny models of every family, a batch, and the plain single-process run.
+"""What the tests and the benchmark of engine `threed` share: tiny models of every family, a batch, and the
+plain single-process run.
 
-The plain run is transformers and torch.optim only: one row at a time, no padding, no micro-batches, logits in full.
+The plain run is transformers and torch.optim only: one row at a time, no padding, no micro-batches, logits in
+full.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ TEMPERATURE = 0.8
 VOCABULARY = 96
 
 
-def save_tiny_model(directory: Path, family: str, *, heads: int = 4, kv_heads: int = 2, layers: int = 4, tied: bool = False) -> Path:
-    """A random model of `family` as a Hugging Face directory; sliding windows shorter than the rows where the family has them."""
+def save_tiny_model(
+    directory: Path, family: str, *, heads: int = 4, kv_heads: int = 2, layers: int = 4, tied: bool = False
+) -> Path:
+    """A random model of `family` as a Hugging Face directory; sliding windows shorter than the rows where the
+    family has them."""
     options: dict[str, object] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -44,7 +49,9 @@ def save_tiny_model(directory: Path, family: str, *, heads: int = 4, kv_heads: i
     if family == "gemma2":
         options["attn_logit_softcapping"] = 1.0  # low enough to be felt by tiny weights
     if family in ("gemma2", "gemma3_text"):
-        options["layer_types"] = ["sliding_attention" if index % 2 == 0 else "full_attention" for index in range(layers)]
+        options["layer_types"] = [
+            "sliding_attention" if index % 2 == 0 else "full_attention" for index in range(layers)
+        ]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options), dtype=torch.float32)
     with torch.no_grad():
@@ -55,7 +62,8 @@ def save_tiny_model(directory: Path, family: str, *, heads: int = 4, kv_heads: i
 
 
 def make_sequences(num_rows: int = 10, seed: int = 0) -> Sequences:
-    """Ragged rows of 4 to 17 tokens, of many one with 2 tokens and one with 1; one of them without scored tokens."""
+    """Ragged rows of 4 to 17 tokens, of many one with 2 tokens and one with 1; one of them without scored
+    tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 18, (num_rows,), generator=generator)
     if num_rows >= 8:
@@ -73,14 +81,17 @@ def make_sequences(num_rows: int = 10, seed: int = 0) -> Sequences:
 
 
 def loss_fn(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
-    """Something that depends on every output that the head has, with weights that hold the global normalisation."""
+    """Something that depends on every output that the head has, with weights that hold the global
+    normalisation."""
     weights, targets = sequences.per_token["weights"], sequences.per_row["targets"]
     if outputs.log_probs is not None:
         assert outputs.entropy is not None
         loss = -(weights * outputs.log_probs).sum() - 0.01 * (weights.abs() * outputs.entropy).sum()
         return loss, {"tokens": torch.tensor(float(len(weights)))}
     if outputs.values is not None:
-        return (weights.abs() * (outputs.values - weights.sign()).square()).sum(), {"values": outputs.values.detach().sum()}
+        return (weights.abs() * (outputs.values - weights.sign()).square()).sum(), {
+            "values": outputs.values.detach().sum()
+        }
     assert outputs.scores is not None
     return (outputs.scores - targets).square().sum() / 10, {"rows": torch.tensor(float(len(targets)))}
 
@@ -97,7 +108,9 @@ class PlainRun:
     """After the last step."""
 
 
-def plain_run(model: PreTrainedModel, head: Head, batches: list[Sequences], config: OptimizerConfig) -> PlainRun:
+def plain_run(
+    model: PreTrainedModel, head: Head, batches: list[Sequences], config: OptimizerConfig
+) -> PlainRun:
     """One optimizer step per batch with plain PyTorch; `model` is trained in place."""
     decays = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
@@ -124,7 +137,9 @@ def plain_run(model: PreTrainedModel, head: Head, batches: list[Sequences], conf
 def plain_outputs(model: PreTrainedModel, head: Head, batch: Sequences) -> Outputs:
     """Row by row, with full logits."""
     log_probs, entropies, values, scores = [], [], [], []
-    for tokens, scored in zip(batch.token_ids.split(batch.lengths.tolist()), batch.scored_lengths.tolist(), strict=True):
+    for tokens, scored in zip(
+        batch.token_ids.split(batch.lengths.tolist()), batch.scored_lengths.tolist(), strict=True
+    ):
         first = len(tokens) - scored
         if head is Head.lm:
             logits = model(input_ids=tokens[None]).logits[0, first - 1 : -1].float() / TEMPERATURE
@@ -142,8 +157,12 @@ def plain_outputs(model: PreTrainedModel, head: Head, batch: Sequences) -> Outpu
 
 
 def load_plain(directory: Path, head: Head) -> PreTrainedModel:
-    """With transformers alone and its plainest attention, the only one with soft-capping; a new value head is zero (set it from the
-    engine's)."""
+    """With transformers alone and its plainest attention, the only one with soft-capping; a new value head is
+    zero (set it from the engine's)."""
     if head is Head.lm:
-        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    return AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32, attn_implementation="eager")
+        return AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        )
+    return AutoModelForSequenceClassification.from_pretrained(
+        directory, num_labels=1, dtype=torch.float32, attn_implementation="eager"
+    )

@@ -1,4 +1,5 @@
-"""What the spawned processes of test_threed.py do: one function runs all cases of all world sizes, because starting processes is slow."""
+"""What the spawned processes of test_threed.py do: one function runs all cases of all world sizes, because
+starting processes is slow."""
 
 from __future__ import annotations
 
@@ -16,13 +17,14 @@ from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, TrainingEngine
-from workers.engines.threed import ThreeDEngine
-from workers.engines.threed_export import write_safetensors
-from workers.engines.vocabulary_parallel import parallel_token_log_probs
+from workers.engines.model.vocabulary_parallel import parallel_token_log_probs
+from workers.engines.shared.export import write_safetensors
+from workers.engines.threed.engine import ThreeDEngine
 from workers.sequences import Sequences
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, epsilon=1e-4, weight_decay=0.1, clip_grad_norm=0.5)
-"""A large epsilon: with 1e-8, AdamW makes a whole step of a gradient that is rounding noise, and no two summation orders agree."""
+"""A large epsilon: with 1e-8, AdamW makes a whole step of a gradient that is rounding noise, and no two
+summation orders agree."""
 MICRO_BATCH_TOKENS = 36
 NUM_BATCHES = 3
 Job = tuple[str, Any]
@@ -48,7 +50,13 @@ class Case:
 
     @property
     def name(self) -> str:
-        extras = [self.order.replace(" ", ""), self.model, self.head.value, self.precision.value, f"rows{self.num_rows}"]
+        extras = [
+            self.order.replace(" ", ""),
+            self.model,
+            self.head.value,
+            self.precision.value,
+            f"rows{self.num_rows}",
+        ]
         flags = [word for word, on in (("ac", self.checkpointing), ("blocks", not self.packing)) if on]
         return "-".join([f"p{self.p}t{self.t}d{self.d}v{self.virtual}", *extras, *flags])
 
@@ -71,7 +79,9 @@ class Result:
 def run_world(rank: int, root: Path, world_size: int, jobs: list[Job]) -> None:
     """One process of a world: jobs are (name of a function below, its argument), run in order by all ranks."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size
+    )
     try:
         for name, argument in jobs:
             JOBS[name](rank, root, argument)
@@ -103,7 +113,9 @@ def make_engine(case: Case, root: Path, rank: int) -> ThreeDEngine:
     )
     model = root / (case.model if case.head is Head.lm else f"{case.model}-{case.head.value}")
     context = RankContext(rank=rank, world_size=case.world_size)
-    return ThreeDEngine(model=ModelConfig(path=str(model), attention="sdpa"), config=config, head=case.head, context=context)
+    return ThreeDEngine(
+        model=ModelConfig(path=str(model), attention="sdpa"), config=config, head=case.head, context=context
+    )
 
 
 def own_rows(case: Case, batch: Sequences, data: int) -> Sequences:
@@ -116,14 +128,20 @@ def batches(case: Case) -> list[Sequences]:
 
 
 def train(rank: int, root: Path, case: Case) -> None:
-    """Outputs before training, three steps, the weights as a Hugging Face directory and as the shard map shows them."""
+    """Outputs before training, three steps, the weights as a Hugging Face directory and as the shard map
+    shows them."""
     engine = make_engine(case, root, rank)
     data = engine.layout.coordinates(rank)["dp"]
     rows = [own_rows(case, batch, data) for batch in batches(case)]
     outputs = engine.forward(rows[0], entropy=True, temperature=TEMPERATURE)
     found = None
     if outputs is not None:
-        named = {"log_probs": outputs.log_probs, "entropy": outputs.entropy, "values": outputs.values, "scores": outputs.scores}
+        named = {
+            "log_probs": outputs.log_probs,
+            "entropy": outputs.entropy,
+            "values": outputs.values,
+            "scores": outputs.scores,
+        }
         found = {name: value for name, value in named.items() if value is not None}
     result = Result(data=data, outputs=found)
     for batch in rows:
@@ -138,11 +156,17 @@ def train(rank: int, root: Path, case: Case) -> None:
 
 
 def save_and_resume(rank: int, root: Path, cases: list[Case]) -> None:
-    """Two steps on the first layout, then the third step there and, from the checkpoint, on every layout of `cases` and on engine fsdp."""
+    """Two steps on the first layout, then the third step there and, from the checkpoint, on every layout of
+    `cases` and on engine fsdp."""
     first = cases[0]
     engine = make_engine(first, root, rank)
     for batch in batches(first)[:2]:
-        engine.train_step(own_rows(first, batch, engine.layout.coordinates(rank)["dp"]), loss_fn, entropy=True, temperature=TEMPERATURE)
+        engine.train_step(
+            own_rows(first, batch, engine.layout.coordinates(rank)["dp"]),
+            loss_fn,
+            entropy=True,
+            temperature=TEMPERATURE,
+        )
     engine.save(root / "checkpoint")
     _third_step(engine, first, rank, root / "resumed-never")
     for number, case in enumerate(cases):
@@ -150,7 +174,13 @@ def save_and_resume(rank: int, root: Path, cases: list[Case]) -> None:
         engine.load(root / "checkpoint")
         _third_step(engine, case, rank, root / f"resumed-{number}")
     other = Case(t=2, d=2, model=first.model)
-    config = TrainConfig(engine="fsdp", tp=2, precision=other.precision, micro_batch_tokens=MICRO_BATCH_TOKENS, optimizer=OPTIMIZER)
+    config = TrainConfig(
+        engine="fsdp",
+        tp=2,
+        precision=other.precision,
+        micro_batch_tokens=MICRO_BATCH_TOKENS,
+        optimizer=OPTIMIZER,
+    )
     context = RankContext(rank=rank, world_size=other.world_size)
     model = ModelConfig(path=str(root / other.model), attention="sdpa")
     sharded = engine_class("fsdp")(model=model, config=config, head=other.head, context=context)
@@ -176,13 +206,21 @@ def vocabulary(rank: int, root: Path, precision: Precision) -> None:
     log_probs, entropy = parallel_token_log_probs(own, targets, 0.7, True, group=group)
     assert entropy is not None
     (log_probs.sin().sum() + entropy.square().sum()).backward()
-    torch.save((log_probs.detach(), entropy.detach(), own.grad), root / f"vocabulary-{precision.value}-{rank}.pt")
+    torch.save(
+        (log_probs.detach(), entropy.detach(), own.grad), root / f"vocabulary-{precision.value}-{rank}.pt"
+    )
 
 
 def vocabulary_table() -> tuple[Tensor, Tensor]:
     """Logits [tokens, vocab] far from 0, so that a missing maximum would overflow, and targets."""
     generator = torch.Generator().manual_seed(3)
-    return 40.0 * torch.randn(17, 64, generator=generator) + 200.0, torch.randint(0, 64, (17,), generator=generator)
+    return 40.0 * torch.randn(17, 64, generator=generator) + 200.0, torch.randint(
+        0, 64, (17,), generator=generator
+    )
 
 
-JOBS: dict[str, Callable[[int, Path, Any], None]] = {"train": train, "save_and_resume": save_and_resume, "vocabulary": vocabulary}
+JOBS: dict[str, Callable[[int, Path, Any], None]] = {
+    "train": train,
+    "save_and_resume": save_and_resume,
+    "vocabulary": vocabulary,
+}

@@ -1,4 +1,5 @@
-"""What the two processes of test_vllm.py run: real engines on tiny models. Everything measured goes back as plain data."""
+"""What the two processes of test_vllm.py run: real engines on tiny models. Everything measured goes back as
+plain data."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ SAMPLINGS = {
     "ignore_eos": replace(PLAIN, ignore_eos=True),
     "stop_strings": replace(PLAIN, greedy=True, stop_strings=["t7", "4t"]),
 }
-CONFIG = GenerationConfig(precision=Precision.fp32, max_model_len=96, max_num_seqs=16, sampling=SAMPLINGS["stop_strings"])
+CONFIG = GenerationConfig(
+    precision=Precision.fp32, max_model_len=96, max_num_seqs=16, sampling=SAMPLINGS["stop_strings"]
+)
 
 
 def make_model(directory: Path, *, tied: bool, seed: int = 0) -> Qwen2ForCausalLM:
@@ -62,7 +65,9 @@ def rows() -> tuple[list[np.ndarray], np.ndarray]:
 
 def run(rank: int, port: int, models: dict[str, str], output: str) -> None:
     """Entry point of a process; writes {case: result} or the traceback."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     results: dict[str, Any] = {}
@@ -80,9 +85,11 @@ def run(rank: int, port: int, models: dict[str, str], output: str) -> None:
 
 
 def vllm_engine(rank: int, path: Path, **config: Any) -> GenerationEngine:
-    from workers.generation.vllm import VllmEngine
+    from workers.generation.vllm.engine import VllmEngine
 
-    return VllmEngine(model=ModelConfig(path=str(path)), config=replace(CONFIG, **config), context=context(rank))
+    return VllmEngine(
+        model=ModelConfig(path=str(path)), config=replace(CONFIG, **config), context=context(rank)
+    )
 
 
 def context(rank: int) -> RankContext:
@@ -123,7 +130,9 @@ def untied(rank: int, models: dict[str, Path]) -> dict[str, Any]:
     results = {"untied": reload(engine, models["other_untied"])}
     if rank == 0:
         results["missing"] = error(
-            lambda: engine.load_weights(weights(models["untied"], drop="layers.1.self_attn.k_proj.weight"), version=9)
+            lambda: engine.load_weights(
+                weights(models["untied"], drop="layers.1.self_attn.k_proj.weight"), version=9
+            )
         )
     engine.close()
     return results
@@ -143,12 +152,18 @@ def replica_of_two(rank: int, models: dict[str, Path], axis: str) -> dict[str, A
     prompts, seeds = rows()
     parts: list[Generations | None] = [None, None]
     dist.all_gather_object(parts, engine.generate(prompts, seeds, PLAIN))
-    results = {axis: parts, f"{axis} layout": engine.layout, f"{axis} reload": reload(engine, models["other_tied"])}
+    results = {
+        axis: parts,
+        f"{axis} layout": engine.layout,
+        f"{axis} reload": reload(engine, models["other_tied"]),
+    }
     engine.close()
     return results
 
 
-def reload(engine: GenerationEngine, directory: Path, *, both_names: bool = False) -> tuple[np.ndarray, np.ndarray, int]:
+def reload(
+    engine: GenerationEngine, directory: Path, *, both_names: bool = False
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Scores by the engine after it got the weights of `directory`, and by transformers."""
     probe = np.random.default_rng(1).integers(0, VOCAB, 40).tolist()
     engine.score(probe)  # its prefix is cached now, under the old weights
@@ -157,9 +172,10 @@ def reload(engine: GenerationEngine, directory: Path, *, both_names: bool = Fals
 
 
 def stale_head(engine: GenerationEngine, directory: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The fault that score is there for: vLLM's own reload of tied weights leaves its repacked head as it was."""
-    from workers.generation.vllm import VllmEngine
-    from workers.generation.vllm_memory import model_runner
+    """The fault that score is there for: vLLM's own reload of tied weights leaves its repacked head as it
+    was."""
+    from workers.generation.vllm.engine import VllmEngine
+    from workers.generation.vllm.memory import model_runner
 
     assert isinstance(engine, VllmEngine)
     probe = np.random.default_rng(1).integers(0, VOCAB, 40).tolist()
@@ -168,7 +184,9 @@ def stale_head(engine: GenerationEngine, directory: Path) -> tuple[np.ndarray, n
     return engine.score(probe), reference_score(directory, probe)
 
 
-def weights(directory: Path, *, both_names: bool = False, drop: str = "nothing") -> list[tuple[str, torch.Tensor]]:
+def weights(
+    directory: Path, *, both_names: bool = False, drop: str = "nothing"
+) -> list[tuple[str, torch.Tensor]]:
     model = Qwen2ForCausalLM.from_pretrained(directory)
     named = model.named_parameters(remove_duplicate=not both_names)
     return [(name, parameter.detach()) for name, parameter in named if not name.endswith(drop)]
@@ -176,7 +194,9 @@ def weights(directory: Path, *, both_names: bool = False, drop: str = "nothing")
 
 @torch.no_grad()
 def reference_score(directory: Path, probe: list[int]) -> np.ndarray:
-    log_probs = Qwen2ForCausalLM.from_pretrained(directory)(torch.tensor([probe])).logits[0, :-1].log_softmax(dim=-1)
+    log_probs = (
+        Qwen2ForCausalLM.from_pretrained(directory)(torch.tensor([probe])).logits[0, :-1].log_softmax(dim=-1)
+    )
     return log_probs.gather(-1, torch.tensor(probe)[1:, None])[:, 0].numpy()
 
 
@@ -193,12 +213,18 @@ def sleep_and_wake(engine: GenerationEngine, directory: Path) -> dict[str, Any]:
     engine.load_weights(weights(directory), version=3)
     after = engine.generate(prompts, seeds, PLAIN)
     cache_bytes.append(resident_cache(engine))
-    return {"cache_bytes": cache_bytes, "asleep": asleep, "unfilled": unfilled, "before": before, "after": after}
+    return {
+        "cache_bytes": cache_bytes,
+        "asleep": asleep,
+        "unfilled": unfilled,
+        "before": before,
+        "after": after,
+    }
 
 
 def resident_cache(engine: GenerationEngine) -> int:
-    from workers.generation.vllm import VllmEngine
-    from workers.generation.vllm_memory import model_runner
+    from workers.generation.vllm.engine import VllmEngine
+    from workers.generation.vllm.memory import model_runner
 
     assert isinstance(engine, VllmEngine)
     return model_runner(engine.llm).kv_caches[0].untyped_storage().nbytes()
@@ -232,5 +258,15 @@ def error(call: Callable[[], object]) -> str:
 
 def process_state() -> tuple[object, ...]:
     """What the trainer in the same process relies on."""
-    generators = torch.get_rng_state().sum().item(), hash(random.getstate()), hash(np.random.get_state()[1].tobytes())
-    return *generators, torch.get_num_threads(), torch.set_num_threads, tuple(os.sched_getaffinity(0)), os.environ.get("LD_PRELOAD")
+    generators = (
+        torch.get_rng_state().sum().item(),
+        hash(random.getstate()),
+        hash(np.random.get_state()[1].tobytes()),
+    )
+    return (
+        *generators,
+        torch.get_num_threads(),
+        torch.set_num_threads,
+        tuple(os.sched_getaffinity(0)),
+        os.environ.get("LD_PRELOAD"),
+    )

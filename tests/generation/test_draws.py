@@ -1,4 +1,5 @@
-"""The draws follow the softmax (cut by the filters), depend on seed and position only, and carry the trainer's log-probs."""
+"""The draws follow the softmax (cut by the filters), depend on seed and position only, and carry the
+trainer's log-probs."""
 
 import math
 
@@ -17,7 +18,9 @@ def logits() -> torch.Tensor:
     return torch.randn(VOCAB, generator=torch.Generator().manual_seed(3)) * 2
 
 
-def draw(logits: torch.Tensor, sampling: SamplingConfig, *, first_seed: int = 0, position: int = 0) -> torch.Tensor:
+def draw(
+    logits: torch.Tensor, sampling: SamplingConfig, *, first_seed: int = 0, position: int = 0
+) -> torch.Tensor:
     seeds = torch.arange(first_seed, first_seed + DRAWS)
     return sample_tokens(logits.expand(DRAWS, -1), seeds, torch.full_like(seeds, position), sampling)[0]
 
@@ -62,7 +65,8 @@ def test_draws_follow_the_filtered_softmax(logits: torch.Tensor, sampling: Sampl
 
 
 def test_large_vocabulary_is_reached_evenly() -> None:
-    # Equal logits: every token once in 1,000 draws; blocks and the noise inside them show as a pattern if they are dependent.
+    # Equal logits: every token once in 1,000 draws; blocks and the noise inside them show as a pattern if
+    # they are dependent.
     seen = draw(torch.zeros(1000), SamplingConfig()).bincount(minlength=1000).double()
     chi_square = ((seen - DRAWS / 1000) ** 2 / (DRAWS / 1000)).sum()
     assert abs(chi_square - 999) < 5 * math.sqrt(2 * 999)
@@ -71,7 +75,10 @@ def test_large_vocabulary_is_reached_evenly() -> None:
 @pytest.mark.parametrize(("first_seed", "position"), [(0, 1), (1, 0), (1 << 32, 0), (0, 2048)])
 def test_other_position_or_seed_is_independent(logits: torch.Tensor, first_seed: int, position: int) -> None:
     flat = logits[:6] / 4
-    one, other = draw(flat, SamplingConfig()), draw(flat, SamplingConfig(), first_seed=first_seed, position=position)
+    one, other = (
+        draw(flat, SamplingConfig()),
+        draw(flat, SamplingConfig(), first_seed=first_seed, position=position),
+    )
     probabilities = flat.double().softmax(dim=-1)
     expected = DRAWS * probabilities[:, None] * probabilities[None, :]
     seen = (one * 6 + other).bincount(minlength=36).double().view(6, 6)
@@ -81,9 +88,14 @@ def test_other_position_or_seed_is_independent(logits: torch.Tensor, first_seed:
 def test_log_probs_are_of_the_full_softmax_at_the_temperature(logits: torch.Tensor) -> None:
     rows = torch.randn(64, VOCAB) * 3
     seeds = torch.arange(64)
-    for sampling in (SamplingConfig(temperature=0.5, top_p=0.6, top_k=9, min_p=0.01), SamplingConfig(greedy=True, temperature=0.5)):
+    for sampling in (
+        SamplingConfig(temperature=0.5, top_p=0.6, top_k=9, min_p=0.01),
+        SamplingConfig(greedy=True, temperature=0.5),
+    ):
         ids, log_probs = sample_tokens(rows, seeds, seeds, sampling)
-        expected = (rows / (1.0 if sampling.greedy else 0.5)).log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0]
+        expected = (
+            (rows / (1.0 if sampling.greedy else 0.5)).log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0]
+        )
         torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(ids, rows.argmax(dim=-1))
 
@@ -94,7 +106,9 @@ def test_a_row_does_not_depend_on_the_others_nor_on_a_little_noise(logits: torch
     state = torch.get_rng_state()
     ids, _ = sample_tokens(rows, seeds, positions, SamplingConfig())
     shuffled = torch.randperm(512)
-    again, _ = sample_tokens((rows * (1 + 1e-6))[shuffled], seeds[shuffled], positions[shuffled], SamplingConfig())
+    again, _ = sample_tokens(
+        (rows * (1 + 1e-6))[shuffled], seeds[shuffled], positions[shuffled], SamplingConfig()
+    )
     assert torch.equal(ids[shuffled], again)
     torch.set_rng_state(state)
     sample_tokens(rows, seeds, positions, SamplingConfig(top_p=0.9))

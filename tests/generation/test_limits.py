@@ -14,7 +14,11 @@ from workers.generation.sampling import most_tokens
 
 def test_rows_end_at_their_limits(tmp_path: Path) -> None:
     make_model(tmp_path, tied=False)
-    engine = HfEngine(model=ModelConfig(path=str(tmp_path)), config=GenerationConfig(precision=Precision.fp32), context=context(0))
+    engine = HfEngine(
+        model=ModelConfig(path=str(tmp_path)),
+        config=GenerationConfig(precision=Precision.fp32),
+        context=context(0),
+    )
     prompts, seeds = rows()
     sampling = SamplingConfig(max_response_tokens=6, ignore_eos=True)
     limits = np.arange(len(prompts)) % 8 + 1

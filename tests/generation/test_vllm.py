@@ -1,4 +1,5 @@
-"""The vLLM engine against transformers and against itself on other layouts; two processes run all of cases.py once."""
+"""The vLLM engine against transformers and against itself on other layouts; two processes run all of cases.py
+once."""
 
 import socket
 from typing import Any
@@ -37,14 +38,18 @@ def split(made: Generations) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", ["plain", "cool", "filtered", "greedy"])
-def test_log_probs_are_those_of_transformers_at_the_temperature(models: dict[str, str], results: dict[str, Any], name: str) -> None:
+def test_log_probs_are_those_of_transformers_at_the_temperature(
+    models: dict[str, str], results: dict[str, Any], name: str
+) -> None:
     model = Qwen2ForCausalLM.from_pretrained(models["tied"])
     made, sampling = results[name], cases.SAMPLINGS[name]
     expected = []
     for prompt, response in zip(cases.rows()[0], split(made), strict=True):
         ids = torch.tensor([prompt.tolist() + response])
         with torch.no_grad():
-            scores = model(ids).logits[0, len(prompt) - 1 : -1] / (1 if sampling.greedy else sampling.temperature)
+            scores = model(ids).logits[0, len(prompt) - 1 : -1] / (
+                1 if sampling.greedy else sampling.temperature
+            )
         expected.append(scores.log_softmax(dim=-1).gather(-1, torch.tensor(response)[:, None])[:, 0])
     np.testing.assert_allclose(made.log_probs, torch.cat(expected).numpy(), rtol=0, atol=1e-5)
 
@@ -71,14 +76,20 @@ def test_same_seeds_give_the_same_samples_on_every_layout(results: dict[str, Any
 
 def test_seeds_decide(results: dict[str, Any]) -> None:
     made, other = split(results["plain"]), split(results["other_seeds"])
-    assert all(made[row] != made[row + 1] for row in range(0, cases.ROWS, 2))  # equal prompts, different seeds
+    assert all(
+        made[row] != made[row + 1] for row in range(0, cases.ROWS, 2)
+    )  # equal prompts, different seeds
     assert made != other
     assert made[1] == other[0]  # the same prompt and the same seed, in another row
 
 
 def test_responses_end_where_they_should(results: dict[str, Any]) -> None:
     limit = cases.PLAIN.max_response_tokens
-    for name, ends in (("plain", {cases.END}), ("stop_ids", {cases.END, *range(100, 130)}), ("ignore_eos", set())):
+    for name, ends in (
+        ("plain", {cases.END}),
+        ("stop_ids", {cases.END, *range(100, 130)}),
+        ("ignore_eos", set()),
+    ):
         for tokens, reason in zip(split(results[name]), results[name].finish_reasons, strict=True):
             assert not ends & set(tokens[:-1])
             assert reason == ("stop" if tokens[-1] in ends else "length")
@@ -89,8 +100,12 @@ def test_responses_end_where_they_should(results: dict[str, Any]) -> None:
 
 def test_stop_strings_end_at_the_token_that_completes_them(results: dict[str, Any]) -> None:
     made = results["stop_strings"]
-    for greedy, stopped, reason in zip(split(results["greedy"]), split(made), made.finish_reasons, strict=True):
-        texts = ["".join(f"t{token}" for token in greedy[:length] if token) for length in range(1, len(greedy) + 1)]  # t0 is special
+    for greedy, stopped, reason in zip(
+        split(results["greedy"]), split(made), made.finish_reasons, strict=True
+    ):
+        texts = [
+            "".join(f"t{token}" for token in greedy[:length] if token) for length in range(1, len(greedy) + 1)
+        ]  # t0 is special
         found = [length for length, text in enumerate(texts, 1) if "t7" in text or "4t" in text]
         assert stopped == (greedy[: found[0]] if found else greedy)
         assert reason == ("stop" if found or greedy[-1] == cases.END else "length")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hybridflow.mapping.cluster import Cluster
-from hybridflow.mapping.setting import Setting
-from hybridflow.mapping.workload import Lengths, Workload
-from hybridflow.mapping.zoo import MODELS
+from hybridflow.mapping.question.cluster import Cluster
+from hybridflow.mapping.question.workload import Lengths, Workload
+from hybridflow.mapping.question.zoo import MODELS
+from hybridflow.mapping.search.setting import Setting
 from recipes.dataflows import PAPER
 
 
@@ -22,7 +22,9 @@ def paper_setting():
             dataflow=PAPER[algorithm],
             models={"actor": policy, "reference": policy, "critic": scalar, "reward": scalar, "cost": scalar},
             cluster=Cluster.parse(f"{num_devices}xA100-80GB"),
-            workload=Workload(num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8),
+            workload=Workload(
+                num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8
+            ),
         )
 
     return make

@@ -11,15 +11,22 @@ from itertools import pairwise
 
 import pytest
 
-from hybridflow.mapping.auto import choose_placement, mapping_of, shortage, smallest_cluster
-from hybridflow.mapping.cluster import DEVICE_KINDS, Cluster, NodeGroup
-from hybridflow.mapping.compare import Run, compare, load_runs, order_agrees, save_runs, side_by_side
-from hybridflow.mapping.explain import describe, rivals
-from hybridflow.mapping.judge import judge
-from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
-from hybridflow.mapping.mapping import Mapping, Pool, RolePlan
-from hybridflow.mapping.search import Search, search
-from hybridflow.mapping.timeline import draw_timelines
+from hybridflow.mapping.answer.auto import choose_placement, mapping_of, shortage, smallest_cluster
+from hybridflow.mapping.answer.device_mapping import DeviceMapping, Pool, RolePlan
+from hybridflow.mapping.answer.explain import mapping_report, rivals
+from hybridflow.mapping.answer.judge import judge
+from hybridflow.mapping.answer.timeline import draw_timelines
+from hybridflow.mapping.calibrate.compare import (
+    Run,
+    compare,
+    load_runs,
+    order_agrees,
+    save_runs,
+    side_by_side,
+)
+from hybridflow.mapping.question.cluster import DEVICE_KINDS, Cluster, NodeGroup
+from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
+from hybridflow.mapping.search.search import Search, search
 from recipes.dataflows import PAPER
 
 ROLES = ("actor", "critic", "reference", "reward")
@@ -66,18 +73,23 @@ def test_two_kinds_of_devices_are_used_together(paper_setting):
 
 def test_same_question_same_answer_and_it_survives_json(paper_setting, tmp_path):
     setting = paper_setting("llama-7b", 16)
-    first, second = (choose_placement(setting.dataflow, setting.models, setting.cluster, setting.workload) for _ in range(2))
+    first, second = (
+        choose_placement(setting.dataflow, setting.models, setting.cluster, setting.workload)
+        for _ in range(2)
+    )
     assert first == second
     first.save(tmp_path / "mapping.json")
-    assert Mapping.load(tmp_path / "mapping.json") == first
-    again = judge(setting, Mapping.load(tmp_path / "mapping.json"))
+    assert DeviceMapping.load(tmp_path / "mapping.json") == first
+    again = judge(setting, DeviceMapping.load(tmp_path / "mapping.json"))
     assert again.fits
     assert again.mapping.step_s == pytest.approx(first.step_s)
 
 
 def test_a_function_needs_no_devices(paper_setting):
     setting = paper_setting("llama-7b", 8, "grpo")
-    mapping = choose_placement(setting.dataflow, {**setting.models, "reward": None}, setting.cluster, setting.workload)
+    mapping = choose_placement(
+        setting.dataflow, {**setting.models, "reward": None}, setting.cluster, setting.workload
+    )
     assert {plan.role for plan in mapping.roles} == {"actor", "reference"}
     assert next(call for call in mapping.calls if call.role == "reward").pool == "controller"
 
@@ -95,12 +107,15 @@ def test_impossible_requests_say_what_would_do(paper_setting):
         choose_placement(setting.dataflow, setting.models, setting.cluster, setting.workload)
 
 
-def colocated(layout: ModelLayout, generation: GenerationLayout, devices: int) -> Mapping:
-    return Mapping(
+def colocated(layout: ModelLayout, generation: GenerationLayout, devices: int) -> DeviceMapping:
+    return DeviceMapping(
         algorithm="ppo",
         cluster="",
         pools=(Pool(name="all", num_devices=devices, roles=ROLES),),
-        roles=tuple(RolePlan(role=role, pool="all", layout=layout, generation=generation if role == "actor" else None) for role in ROLES),
+        roles=tuple(
+            RolePlan(role=role, pool="all", layout=layout, generation=generation if role == "actor" else None)
+            for role in ROLES
+        ),
         capacity_bytes={},
     )
 
@@ -114,7 +129,9 @@ def test_judge_names_the_worst_call_and_changes_that_help(paper_setting):
     change = next(text for _, text in judgement.changes if "sequences at once" in text)
     running = int(change.split("at most ")[1].split()[0])
     assert judge(setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=running), 16)).fits
-    assert not judge(setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=running * 2), 16)).fits
+    assert not judge(
+        setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=running * 2), 16)
+    ).fits
     assert "fit together from" in judgement.report()
 
 
@@ -125,19 +142,33 @@ def test_each_pool_that_is_too_full_gets_its_changes(paper_setting):
     )
     generation = GenerationLayout(tg=2, replicas=4, max_running=64)
     roles = tuple(
-        RolePlan(role=role, pool=pool.name, layout=ModelLayout(d=8), generation=generation if role == "actor" else None)
+        RolePlan(
+            role=role,
+            pool=pool.name,
+            layout=ModelLayout(d=8),
+            generation=generation if role == "actor" else None,
+        )
         for pool in pools
         for role in pool.roles
     )
-    judgement = judge(paper_setting("llama-7b", 16), Mapping(algorithm="ppo", cluster="", pools=pools, roles=roles, capacity_bytes={}))
-    assert {pool for pool, _, _ in judgement.overfull} == {pool for pool, _ in judgement.changes} == {"policy", "values"}
+    judgement = judge(
+        paper_setting("llama-7b", 16),
+        DeviceMapping(algorithm="ppo", cluster="", pools=pools, roles=roles, capacity_bytes={}),
+    )
+    assert (
+        {pool for pool, _, _ in judgement.overfull}
+        == {pool for pool, _ in judgement.changes}
+        == {"policy", "values"}
+    )
 
 
 def test_an_engine_that_keeps_its_memory_takes_it_from_other_calls(paper_setting):
     setting = paper_setting("llama-7b", 16)
     layout = ModelLayout(p=1, t=8, d=2, zero=1, micro_batch_tokens=2048)
     released, kept = (
-        judge(setting, colocated(layout, GenerationLayout(tg=8, replicas=2, max_running=64, kept=keeps), 16)).mapping
+        judge(
+            setting, colocated(layout, GenerationLayout(tg=8, replicas=2, max_running=64, kept=keeps), 16)
+        ).mapping
         for keeps in (False, True)
     )
     bytes_of = [{call.call: call.total_bytes for call in mapping.calls} for mapping in (released, kept)]
@@ -148,8 +179,11 @@ def test_an_engine_that_keeps_its_memory_takes_it_from_other_calls(paper_setting
 
 def test_judge_fills_in_layouts_for_given_pools(paper_setting):
     setting = paper_setting("llama-7b", 32)
-    pools = (Pool(name="a", num_devices=16, roles=("actor", "reference")), Pool(name="b", num_devices=16, roles=("critic", "reward")))
-    empty = Mapping(algorithm="", cluster="", pools=pools, roles=(), capacity_bytes={})
+    pools = (
+        Pool(name="a", num_devices=16, roles=("actor", "reference")),
+        Pool(name="b", num_devices=16, roles=("critic", "reward")),
+    )
+    empty = DeviceMapping(algorithm="", cluster="", pools=pools, roles=(), capacity_bytes={})
     judgement = judge(setting, empty)
     best = Search(setting).best_of((("actor", "reference"), ("critic", "reward")))
     assert judgement.fits
@@ -173,7 +207,11 @@ def test_judge_refuses_nonsense(paper_setting, change, message):
 
 @pytest.mark.parametrize(
     ("layout", "message"),
-    [(ModelLayout(t=8, d=1), "pool all has 16"), (ModelLayout(p=16, t=1, d=1), None), (ModelLayout(t=16, d=1), "a node has 8 devices")],
+    [
+        (ModelLayout(t=8, d=1), "pool all has 16"),
+        (ModelLayout(p=16, t=1, d=1), None),
+        (ModelLayout(t=16, d=1), "a node has 8 devices"),
+    ],
 )
 def test_judge_checks_layouts(paper_setting, layout, message):
     mapping = colocated(layout, GenerationLayout(tg=8, replicas=2), 16)
@@ -188,7 +226,7 @@ def test_explanations_and_picture(paper_setting, tmp_path):
     setting = paper_setting("llama-13b", 32)
     result = search(setting, every_placement=True)
     mapping = mapping_of(setting, result.best)
-    text = describe(mapping)
+    text = mapping_report(mapping)
     assert all(call.name in text for call in setting.dataflow.calls)
     lines = rivals(setting, result).splitlines()
     assert len(lines) == 2 + 15
@@ -199,8 +237,9 @@ def test_explanations_and_picture(paper_setting, tmp_path):
 
 
 def test_search_time():
-    """128 devices and 4 models; the 1,024-device figure is in benchmarks.mapping. Processor seconds: others share this machine."""
-    from benchmarks.mapping_paper import paper_setting
+    """128 devices and 4 models; the 1,024-device figure is in benchmarks.mapping. Processor seconds: others
+    share this machine."""
+    from benchmarks.mapping.paper import paper_setting
 
     started = time.process_time()
     assert search(paper_setting("llama-13b", 128), every_placement=True).best is not None
@@ -214,7 +253,12 @@ def test_predicted_and_measured_side_by_side(paper_setting, tmp_path):
     run = Run(configuration="seven", mapping=mapping, measured_s=measured, step_s=mapping.step_s * 1.1)
     assert all(row.ratio == pytest.approx(1 / 1.1) for row in compare(run))
     assert "-9%" in side_by_side(run)
-    slower = replace(run, configuration="slow", mapping=replace(mapping, step_s=2 * mapping.step_s), step_s=3 * mapping.step_s)
+    slower = replace(
+        run,
+        configuration="slow",
+        mapping=replace(mapping, step_s=2 * mapping.step_s),
+        step_s=3 * mapping.step_s,
+    )
     assert order_agrees([run, slower])
     assert not order_agrees([run, replace(slower, step_s=mapping.step_s / 2)])
     save_runs([run, slower], tmp_path / "runs.json")
@@ -239,11 +283,13 @@ def test_command_line(tmp_path):
         "--json",
         str(data),
     ]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stdout
     content = json.loads(data.read_text())
-    assert Mapping.from_json(content["mapping"]) == Mapping.load(saved)
+    assert DeviceMapping.from_json(content["mapping"]) == DeviceMapping.load(saved)
     assert len(content["placements"]) == 15
 
 
@@ -257,9 +303,15 @@ def test_command_line(tmp_path):
         (["model=llama-7b", "cluster=8xA100-80GB", "models.critic=function"], "models.critic=function"),
         (["model=llama-7b", "cluster=8xA100-80GB", "models.judge=llama-7b"], "judge"),
         (["model=llama-7b", "cluster=8xA100-80GB", "num_prompts=many"], "num_prompts"),
-        (["model=llama-7b", "cluster=8xA100-80GB", "num_prompts=4", "updates=8"], "updates is 8, the step has 4 rows"),
+        (
+            ["model=llama-7b", "cluster=8xA100-80GB", "num_prompts=4", "updates=8"],
+            "updates is 8, the step has 4 rows",
+        ),
         (["model=llama-7b", "cluster=8xA100-80GB", "max_running=0"], "max_running is 0"),
-        (["model=llama-7b", "cluster=8xA100-80GB", "calibration=/no/such.json"], "calibration file /no/such.json is not there"),
+        (
+            ["model=llama-7b", "cluster=8xA100-80GB", "calibration=/no/such.json"],
+            "calibration file /no/such.json is not there",
+        ),
         (["model=llama-7b", "cluster=/no/such.json"], "cluster file /no/such.json is not there"),
         (["llama-7b"], "key=value"),
     ],
@@ -277,17 +329,26 @@ def test_wrong_arguments_are_named(arguments, message):
         ("{", "mapping file .* is no JSON"),
         ("[]", "holds a list"),
         ('{"pools": []}', "no list 'roles'"),
-        ('{"pools": [{"name": "all", "roles": ["actor"]}], "roles": []}', r"pools\[0\]: missing num_devices; its fields are name"),
-        ('{"pools": [{"name": "all", "num_devices": 8, "roles": "actor"}], "roles": []}', "roles is 'actor'; it must be a list"),
+        (
+            '{"pools": [{"name": "all", "roles": ["actor"]}], "roles": []}',
+            r"pools\[0\]: missing num_devices; its fields are name",
+        ),
+        (
+            '{"pools": [{"name": "all", "num_devices": 8, "roles": "actor"}], "roles": []}',
+            "roles is 'actor'; it must be a list",
+        ),
         ('{"pools": [], "roles": ["actor"]}', r"roles\[0\] is 'actor'"),
-        ('{"pools": [], "roles": [{"role": "actor", "pool": "all", "layout": {"tp": 8}}]}', r"roles\[0\].layout: unknown tp; .* p, t, d"),
+        (
+            '{"pools": [], "roles": [{"role": "actor", "pool": "all", "layout": {"tp": 8}}]}',
+            r"roles\[0\].layout: unknown tp; .* p, t, d",
+        ),
     ],
 )
 def test_mistakes_in_a_mapping_file_are_named(tmp_path, text, message):
     file = tmp_path / "mine.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
-        Mapping.load(file)
+        DeviceMapping.load(file)
 
 
 @pytest.mark.parametrize("algorithm", list(PAPER))
@@ -297,7 +358,7 @@ def test_every_algorithm_has_an_answer(paper_setting, algorithm):
 
 
 def test_settings_take_the_mappings_layouts(paper_setting):
-    from recipes.placed import generation_settings, train_settings
+    from recipes.mapping_settings import generation_settings, train_settings
     from workers.config import TrainConfig
     from workers.generation.config import GenerationConfig
 

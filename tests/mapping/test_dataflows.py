@@ -1,4 +1,5 @@
-"""The traced dataflows are what the paper draws, as far as time depends on it, and every algorithm's step can be planned."""
+"""The traced dataflows are what the paper draws, as far as time depends on it, and every algorithm's step can
+be planned."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from recipes.plan import SCALAR_ROLES, to_config, to_setting
 
 
 def calls(dataflow: Dataflow) -> list[tuple[str, str, CallKind]]:
-    return [(call.name, call.role, call.kind) for call in dataflow.calls if call.kind is not CallKind.controller]
+    return [
+        (call.name, call.role, call.kind) for call in dataflow.calls if call.kind is not CallKind.controller
+    ]
 
 
 @pytest.mark.parametrize("algorithm", [name for name in ("ppo", "grpo", "remax") if name in ALGORITHMS])
@@ -26,10 +29,14 @@ def test_every_algorithm_is_planned_from_its_page(algorithm):
     assert set(dataflow.roles) == set(ALGORITHMS[algorithm].roles)
     actor = [call for call in dataflow.calls if call.role == "actor"]
     assert actor[0].name == "actor.generate_sequences" and actor[-1].kind is CallKind.training
-    setting = to_setting(to_config([f"algorithm={algorithm}", "model=llama-7b", "cluster=2x8xA100-80GB", "engine=fsdp"]))
+    setting = to_setting(
+        to_config([f"algorithm={algorithm}", "model=llama-7b", "cluster=2x8xA100-80GB", "engine=fsdp"])
+    )
     assert setting.roles == dataflow.roles
     assert all(setting.models[role].scalar_head for role in setting.roles if role in SCALAR_ROLES)
-    assert setting.schedule(dict.fromkeys(setting.roles, "one")).makespan([1.0] * len(dataflow.calls)) >= len(setting.roles)
+    assert setting.schedule(dict.fromkeys(setting.roles, "one")).makespan([1.0] * len(dataflow.calls)) >= len(
+        setting.roles
+    )
 
 
 def test_a_role_can_be_left_out():

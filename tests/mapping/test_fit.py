@@ -8,16 +8,27 @@ from itertools import product
 import numpy as np
 import pytest
 
-from hybridflow.mapping.auto import mapping_of
-from hybridflow.mapping.calibration import Calibration
-from hybridflow.mapping.cluster import DeviceKind
-from hybridflow.mapping.compare import Run
-from hybridflow.mapping.fit import fit, nonnegative_least_squares, predicted_generation, predicted_pass, refine
-from hybridflow.mapping.judge import judge
-from hybridflow.mapping.measurements import CollectiveSample, GenerationSample, Measurements, PassSample
-from hybridflow.mapping.model import ModelSpec
-from hybridflow.mapping.search import search
-from hybridflow.mapping.space import SearchSpace
+from hybridflow.mapping.answer.auto import mapping_of
+from hybridflow.mapping.answer.judge import judge
+from hybridflow.mapping.calibrate.compare import Run
+from hybridflow.mapping.calibrate.fit import (
+    fit,
+    nonnegative_least_squares,
+    predicted_generation,
+    predicted_pass,
+    refine,
+)
+from hybridflow.mapping.calibrate.measurements import (
+    CollectiveSample,
+    GenerationSample,
+    Measurements,
+    PassSample,
+)
+from hybridflow.mapping.question.calibration import Calibration
+from hybridflow.mapping.question.cluster import DeviceKind
+from hybridflow.mapping.question.model import ModelSpec
+from hybridflow.mapping.question.space import SearchSpace
+from hybridflow.mapping.search.search import search
 
 SPACE = SearchSpace(shared_generation_weights=False)
 TRUTH = Calibration(
@@ -45,16 +56,30 @@ def measurements() -> Measurements:
     """What a machine would show on which the simulators are exactly right."""
     passes, generations = [], []
     for model in models()[1:]:
-        sample = PassSample(model=model, rows=64, prompt=8, response=56, micro_batches=1, training=True, seconds=0.0, ranks=2)
+        sample = PassSample(
+            model=model, rows=64, prompt=8, response=56, micro_batches=1, training=True, seconds=0.0, ranks=2
+        )
         passes.append(replace(sample, seconds=predicted_pass(sample, KIND, TRUTH, SPACE)))
     for model, rows, micro_batches, training in product(models(), (16, 64), (1, 4), (False, True)):
-        sample = PassSample(model=model, rows=rows, prompt=8, response=56, micro_batches=micro_batches, training=training, seconds=0.0)
+        sample = PassSample(
+            model=model,
+            rows=rows,
+            prompt=8,
+            response=56,
+            micro_batches=micro_batches,
+            training=training,
+            seconds=0.0,
+        )
         passes.append(replace(sample, seconds=predicted_pass(sample, KIND, TRUTH, SPACE)))
     for model, rows, response in product(models(), (8, 64), (32, 64)):
         drawn = GenerationSample(model=model, rows=rows, prompt=8, response=response, seconds=0.0)
         generations.append(replace(drawn, seconds=predicted_generation(drawn, KIND, TRUTH, SPACE)))
-    collectives = tuple(CollectiveSample(num_bytes=size, ranks=2, seconds=2e-4 + size / 2 / 5e8) for size in (1e4, 1e6, 1e8))
-    collectives += tuple(replace(sample, seconds=1.9 * sample.seconds, reduces=True) for sample in collectives[1:])
+    collectives = tuple(
+        CollectiveSample(num_bytes=size, ranks=2, seconds=2e-4 + size / 2 / 5e8) for size in (1e4, 1e6, 1e8)
+    )
+    collectives += tuple(
+        replace(sample, seconds=1.9 * sample.seconds, reduces=True) for sample in collectives[1:]
+    )
     return Measurements(
         name="truth", num_processes=2, memory_bytes=8e9, compute_bytes=2, matmul_flops=5e11, memory_bandwidth=1e10, passes=tuple(passes),
         generations=tuple(generations), collectives=collectives, call_s=0.01,
@@ -63,7 +88,11 @@ def measurements() -> Measurements:
 
 def test_the_constants_that_made_the_measurements_are_found():
     found = fit(measurements(), space=SPACE)
-    overheads = [name for name in Calibration.__dataclass_fields__ if name.endswith("_overhead_s") and name != "call_overhead_s"]
+    overheads = [
+        name
+        for name in Calibration.__dataclass_fields__
+        if name.endswith("_overhead_s") and name != "call_overhead_s"
+    ]
     efficiencies = [name for name in Calibration.__dataclass_fields__ if name.endswith("_efficiency")]
     for name in ("backward_factor", "intra_latency_s", *efficiencies, *overheads):
         assert getattr(found.calibration, name) == pytest.approx(getattr(TRUTH, name), rel=0.02), name
@@ -75,10 +104,17 @@ def test_the_constants_that_made_the_measurements_are_found():
 def test_noise_moves_predictions_little():
     exact = measurements()
     noise = np.random.default_rng(0)
-    noisy = replace(exact, passes=tuple(replace(sample, seconds=sample.seconds * noise.uniform(0.9, 1.1)) for sample in exact.passes))
+    noisy = replace(
+        exact,
+        passes=tuple(
+            replace(sample, seconds=sample.seconds * noise.uniform(0.9, 1.1)) for sample in exact.passes
+        ),
+    )
     found = fit(noisy, space=SPACE)
     for sample in exact.passes:
-        assert predicted_pass(sample, found.kind, found.calibration, SPACE) == pytest.approx(sample.seconds, rel=0.15)
+        assert predicted_pass(sample, found.kind, found.calibration, SPACE) == pytest.approx(
+            sample.seconds, rel=0.15
+        )
 
 
 def test_solver_equals_projected_gradient():
@@ -97,12 +133,19 @@ def test_real_runs_add_their_fixed_overheads(paper_setting):
     mapping = mapping_of(setting, search(setting).best)
     extra = {"inference": 0.5, "generation": 2.5, "training": 0.5}
     measured = {call.call: call.seconds + extra[call.kind] for call in mapping.calls if call.kind in extra}
-    found = refine(setting.calibration, [Run(configuration="a", mapping=mapping, measured_s=measured, step_s=1.0)])
+    found = refine(
+        setting.calibration, [Run(configuration="a", mapping=mapping, measured_s=measured, step_s=1.0)]
+    )
     assert found.call_ranks_s == pytest.approx(0.5)
     assert found.sync_ranks_s == pytest.approx(2.0)
-    assert (found.call_overhead_s, found.sync_overhead_s) == (setting.calibration.call_overhead_s, setting.calibration.sync_overhead_s)
+    assert (found.call_overhead_s, found.sync_overhead_s) == (
+        setting.calibration.call_overhead_s,
+        setting.calibration.sync_overhead_s,
+    )
     again = judge(replace(setting, calibration=found), mapping).mapping
-    assert {call.call: call.seconds for call in again.calls if call.call in measured} == pytest.approx(measured)
+    assert {call.call: call.seconds for call in again.calls if call.call in measured} == pytest.approx(
+        measured
+    )
 
 
 def test_measurements_and_constants_survive_their_files(tmp_path):

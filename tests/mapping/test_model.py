@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MixtralConfig, OPTConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MixtralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 
-from hybridflow.mapping.model import ModelSpec
-from hybridflow.mapping.zoo import MODELS, model_spec
+from hybridflow.mapping.question.model import ModelSpec
+from hybridflow.mapping.question.zoo import MODELS, model_spec
 
 CONFIGS = [
     LlamaConfig(hidden_size=256, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, intermediate_size=700, vocab_size=1000),
@@ -36,7 +44,10 @@ def test_parameters_are_those_of_transformers(config):
     assert ModelSpec.from_hf(config.to_dict()).num_parameters == pytest.approx(counted, rel=0.02)
 
 
-@pytest.mark.parametrize(("name", "billions"), [("llama-7b", 6.738), ("llama-13b", 13.016), ("llama-34b", 33.744), ("llama-70b", 68.977)])
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("llama-7b", 6.738), ("llama-13b", 13.016), ("llama-34b", 33.744), ("llama-70b", 68.977)],
+)
 def test_published_sizes(name, billions):
     assert MODELS[name].num_parameters / 1e9 == pytest.approx(billions, rel=1e-3)
 
@@ -61,5 +72,12 @@ def test_unknown_model_and_broken_config_name_the_fix(tmp_path):
         ModelSpec.from_hf({"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10})
     with pytest.raises(ValueError, match="num_kv_heads 3"):
         ModelSpec.from_hf(
-            {"hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 3, "vocab_size": 10, "num_hidden_layers": 1}, name="odd"
+            {
+                "hidden_size": 8,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 3,
+                "vocab_size": 10,
+                "num_hidden_layers": 1,
+            },
+            name="odd",
         )

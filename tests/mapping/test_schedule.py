@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from hybridflow.dataflow import Call, CallKind, Dataflow
-from hybridflow.mapping.cluster import Cluster
-from hybridflow.mapping.placements import packs, placements
-from hybridflow.mapping.schedule import Schedule
+from hybridflow.mapping.question.cluster import Cluster
+from hybridflow.mapping.search.placements import packs, placements
+from hybridflow.mapping.simulate.schedule import Schedule
 
 
 def random_case(seed: int):
@@ -23,7 +23,9 @@ def random_case(seed: int):
         before = [call.name for call in calls if draw.random() < 0.4]
         role = draw.choice([*roles, "controller"])
         kind = CallKind.controller if role == "controller" else CallKind.inference
-        calls.append(Call(name=f"{role}.{index}", role=role, method=str(index), kind=kind, depends_on=tuple(before)))
+        calls.append(
+            Call(name=f"{role}.{index}", role=role, method=str(index), kind=kind, depends_on=tuple(before))
+        )
         seconds.append(draw.randint(0, 5))
     pool_of = {role: str(draw.randint(0, 2)) for role in roles}
     edges = {(name, call.name): draw.randint(0, 2) for call in calls for name in call.depends_on}
@@ -31,7 +33,8 @@ def random_case(seed: int):
 
 
 def second_by_second(dataflow, seconds, pool_of, edges) -> int:
-    """Each second a pool works on its first unfinished call once that call's inputs are there; the controller waits for inputs only."""
+    """Each second a pool works on its first unfinished call once that call's inputs are there; the controller
+    waits for inputs only."""
     end: dict[str, int] = {}
     started: dict[str, int] = {}
     now = 0
@@ -39,7 +42,11 @@ def second_by_second(dataflow, seconds, pool_of, edges) -> int:
         for call, duration in zip(dataflow.calls, seconds, strict=True):
             pool = pool_of.get(call.role)
             if call.name not in started:
-                ahead = [other for other in dataflow.calls[: dataflow.calls.index(call)] if pool and pool_of.get(other.role) == pool]
+                ahead = [
+                    other
+                    for other in dataflow.calls[: dataflow.calls.index(call)]
+                    if pool and pool_of.get(other.role) == pool
+                ]
                 free = all(other.name in end and end[other.name] <= now for other in ahead)
 
                 def arrival(name: str, call=call, pool=pool) -> float:
@@ -51,16 +58,25 @@ def second_by_second(dataflow, seconds, pool_of, edges) -> int:
             if call.name in started and call.name not in end and started[call.name] + duration == now:
                 end[call.name] = now
         # zero-length calls may unlock others at the same moment: look again before time moves on
-        if all(call.name in end or call.name in started or not _ready(call, dataflow, end, pool_of, edges, now) for call in dataflow.calls):
+        if all(
+            call.name in end or call.name in started or not _ready(call, dataflow, end, pool_of, edges, now)
+            for call in dataflow.calls
+        ):
             now += 1
     return max(end.values())
 
 
 def _ready(call, dataflow, end, pool_of, edges, now) -> bool:
     pool = pool_of.get(call.role)
-    ahead = [other for other in dataflow.calls[: dataflow.calls.index(call)] if pool and pool_of.get(other.role) == pool]
+    ahead = [
+        other
+        for other in dataflow.calls[: dataflow.calls.index(call)]
+        if pool and pool_of.get(other.role) == pool
+    ]
     arrived = all(
-        end.get(name, float("inf")) + (edges[name, call.name] if pool_of.get(dataflow.call(name).role) != pool else 0) <= now
+        end.get(name, float("inf"))
+        + (edges[name, call.name] if pool_of.get(dataflow.call(name).role) != pool else 0)
+        <= now
         for name in call.depends_on
     )
     return arrived and all(other.name in end and end[other.name] <= now for other in ahead)
@@ -73,7 +89,9 @@ def test_makespan_equals_second_by_second_simulation(seed):
     assert schedule.makespan(seconds) == second_by_second(dataflow, seconds, pool_of, edges)
     assert max(bar.end for bar in schedule.bars(seconds)) == schedule.makespan(seconds)
     path = schedule.critical_path(seconds)
-    assert next(bar.end for bar in schedule.bars(seconds) if bar.call == path[-1]) == schedule.makespan(seconds)
+    assert next(bar.end for bar in schedule.bars(seconds) if bar.call == path[-1]) == schedule.makespan(
+        seconds
+    )
 
 
 def test_many_schedules_at_once_equal_one_by_one():
@@ -94,7 +112,10 @@ def test_placements_are_the_set_partitions():
     assert [len(list(placements("abcde"[:count]))) for count in range(1, 6)] == [1, 2, 5, 15, 52]
     seen = {frozenset(frozenset(part) for part in placement) for placement in placements("abcd")}
     assert len(seen) == 15
-    assert all(sorted(role for part in placement for role in part) == list("abcd") for placement in placements("abcd"))
+    assert all(
+        sorted(role for part in placement for role in part) == list("abcd")
+        for placement in placements("abcd")
+    )
 
 
 def test_packing_equals_trying_every_node():
@@ -103,7 +124,10 @@ def test_packing_equals_trying_every_node():
         small = [size for size in sizes if size < 4]
         whole = sum(size // 4 for size in sizes if size >= 4)
         fits = whole <= 3 and any(
-            all(sum(size for size, where in zip(small, nodes, strict=True) if where == node) <= 4 for node in range(3 - whole))
+            all(
+                sum(size for size, where in zip(small, nodes, strict=True) if where == node) <= 4
+                for node in range(3 - whole)
+            )
             for nodes in product(range(max(1, 3 - whole)), repeat=len(small))
             if whole < 3 or not small
         )

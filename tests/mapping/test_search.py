@@ -11,33 +11,47 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridflow.dataflow import CallKind, Dataflow
-from hybridflow.mapping.calibration import Calibration
-from hybridflow.mapping.cluster import DEVICE_KINDS, Cluster, NodeGroup
-from hybridflow.mapping.model import ModelSpec
-from hybridflow.mapping.options import role_options
-from hybridflow.mapping.placements import packs, placements
-from hybridflow.mapping.search import search
-from hybridflow.mapping.setting import ROLLOUT, Setting, split_generation
-from hybridflow.mapping.space import SearchSpace
-from hybridflow.mapping.workload import Lengths, Workload
+from hybridflow.mapping.question.calibration import Calibration
+from hybridflow.mapping.question.cluster import DEVICE_KINDS, Cluster, NodeGroup
+from hybridflow.mapping.question.model import ModelSpec
+from hybridflow.mapping.question.space import SearchSpace
+from hybridflow.mapping.question.workload import Lengths, Workload
+from hybridflow.mapping.search.options import role_options
+from hybridflow.mapping.search.placements import packs, placements
+from hybridflow.mapping.search.search import search
+from hybridflow.mapping.search.setting import ROLLOUT, Setting, split_generation
 from recipes.dataflows import PAPER
 
 
 def brute_force(setting: Setting) -> float:
     """Least makespan over every placement, allocation and combination of raw options; inf if none fits."""
-    sizes = [(number, size) for number, group in enumerate(setting.cluster.groups) for size in group.pool_sizes()]
-    options = {(role, *where): role_options(setting, role, *where) for role in setting.roles for where in sizes}
+    sizes = [
+        (number, size) for number, group in enumerate(setting.cluster.groups) for size in group.pool_sizes()
+    ]
+    options = {
+        (role, *where): role_options(setting, role, *where) for role in setting.roles for where in sizes
+    }
     best = float("inf")
-    elsewhere = dict.fromkeys(CallKind, setting.calibration.function_s) | {CallKind.controller: setting.calibration.controller_s}
+    elsewhere = dict.fromkeys(CallKind, setting.calibration.function_s) | {
+        CallKind.controller: setting.calibration.controller_s
+    }
     for placement in placements(setting.roles):
-        schedule = setting.schedule({role: str(pool) for pool, roles in enumerate(placement) for role in roles})
+        schedule = setting.schedule(
+            {role: str(pool) for pool, roles in enumerate(placement) for role in roles}
+        )
         for allocation in product(sizes, repeat=len(placement)):
             if not packs(setting.cluster, allocation):
                 continue
-            per_pool = [fitting(setting, options, roles, where) for roles, where in zip(placement, allocation, strict=True)]
+            per_pool = [
+                fitting(setting, options, roles, where)
+                for roles, where in zip(placement, allocation, strict=True)
+            ]
             for plan in product(*per_pool):
                 seconds = {name: value for pool in plan for name, value in pool.items()}
-                ordered = [seconds[call.name] if call.name in seconds else elsewhere[call.kind] for call in setting.dataflow.calls]
+                ordered = [
+                    seconds[call.name] if call.name in seconds else elsewhere[call.kind]
+                    for call in setting.dataflow.calls
+                ]
                 best = min(best, schedule.makespan(ordered))
     return best
 
@@ -46,7 +60,9 @@ def fitting(setting, options, roles, where) -> list[dict[str, float]]:
     """Seconds per call of every combination of options that fits into one pool."""
     result = []
     for chosen in product(*(options[(role, *where)] for role in roles)):
-        if sum(option.resident for option in chosen) + max(option.transient for option in chosen) <= setting.capacity(where[0]):
+        if sum(option.resident for option in chosen) + max(
+            option.transient for option in chosen
+        ) <= setting.capacity(where[0]):
             result.append(
                 {
                     call.name: value
@@ -115,7 +131,9 @@ def random_setting(seed: int) -> Setting:
         bucket_bytes=1e8,
     )
     lengths = draw.choice([Lengths.fixed(512), Lengths.uniform(64, 700)])
-    workload = Workload(num_prompts=draw.choice([30, 64]), prompt=lengths, response=lengths, updates=draw.choice([1, 3]))
+    workload = Workload(
+        num_prompts=draw.choice([30, 64]), prompt=lengths, response=lengths, updates=draw.choice([1, 3])
+    )
     return Setting(
         dataflow=dataflow,
         models=models,

@@ -8,19 +8,24 @@ from dataclasses import replace
 import pytest
 
 from hybridflow.dataflow import CallKind
-from hybridflow.mapping.calibration import Calibration
-from hybridflow.mapping.cluster import DEVICE_KINDS, Cluster
-from hybridflow.mapping.decoding import decode_profile
-from hybridflow.mapping.fabric import Fabric
-from hybridflow.mapping.footprint import generation_footprint, held_for_generation, pass_footprint, state_footprint
-from hybridflow.mapping.generation import DecodeStep, generation_time
-from hybridflow.mapping.layouts import GenerationLayout, ModelLayout
-from hybridflow.mapping.options import pass_time
-from hybridflow.mapping.passes import Machine, inference_time, training_time
-from hybridflow.mapping.space import SearchSpace
-from hybridflow.mapping.transition import received_fraction, transition_time
-from hybridflow.mapping.workload import Lengths, Workload
-from hybridflow.mapping.zoo import MODELS
+from hybridflow.mapping.question.calibration import Calibration
+from hybridflow.mapping.question.cluster import DEVICE_KINDS, Cluster
+from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
+from hybridflow.mapping.question.space import SearchSpace
+from hybridflow.mapping.question.workload import Lengths, Workload
+from hybridflow.mapping.question.zoo import MODELS
+from hybridflow.mapping.search.options import pass_time
+from hybridflow.mapping.simulate.decoding import decode_profile
+from hybridflow.mapping.simulate.fabric import Fabric
+from hybridflow.mapping.simulate.footprint import (
+    generation_footprint,
+    held_for_generation,
+    pass_footprint,
+    state_footprint,
+)
+from hybridflow.mapping.simulate.generation import DecodeStep, generation_time
+from hybridflow.mapping.simulate.passes import Machine, inference_time, training_time
+from hybridflow.mapping.simulate.transition import received_fraction, transition_time
 
 A100 = DEVICE_KINDS["A100-80GB"]
 LLAMA = MODELS["llama-7b"]
@@ -55,7 +60,8 @@ def test_recomputation_adds_a_third():
 
 
 def test_bubble_is_p_minus_one_over_m():
-    """Narayanan et al. 2021: bubble / ideal = (p - 1) / m; 16 rows a replica make 16 micro-batches of one row."""
+    """Narayanan et al. 2021: bubble / ideal = (p - 1) / m; 16 rows a replica make 16 micro-batches of one
+    row."""
     layout = ModelLayout(p=4, t=1, d=8, micro_batch_tokens=2048)
     parts = training_time(LLAMA, layout, machine())
     working = parts.compute + parts.pipeline + parts.tensor
@@ -82,13 +88,16 @@ def test_data_parallel_gradients_are_reduced_once_per_update():
 
 
 def test_what_an_update_changed_is_gathered_by_the_next_pass(paper_setting):
-    """FSDP's shards: the critic's values gather the parameters, its update finds them gathered; the actor has no pass before its own."""
+    """FSDP's shards: the critic's values gather the parameters, its update finds them gathered; the actor has
+    no pass before its own."""
     setting, layout = paper_setting("llama-7b", 8), ModelLayout(d=8, zero=2)
     cut = replace(setting, space=replace(setting.space, cut_between_steps=True))
     gathering = Fabric(A100, setting.calibration, 8).all_gather(2 * setting.model("critic").num_parameters, 8)
     for role, moved in (("critic", gathering), ("actor", 0.0)):
         calls = [call for call in setting.calls(role) if call.kind is not CallKind.generation]
-        before, after = ([pass_time(each, role, 0, call, layout).total for call in calls] for each in (setting, cut))
+        before, after = (
+            [pass_time(each, role, 0, call, layout).total for call in calls] for each in (setting, cut)
+        )
         assert sum(after) == pytest.approx(sum(before))
         assert after[0] - before[0] == pytest.approx(moved)
 
@@ -104,7 +113,8 @@ def test_states_take_eighteen_bytes_and_zero_cuts_them():
 
 
 def test_activations_follow_korthikanti():
-    """A layer of 4 h MLP without gate stores 34 s b h bytes less dropout masks and scores; 1F1B keeps min(p, m) micro-batches."""
+    """A layer of 4 h MLP without gate stores 34 s b h bytes less dropout masks and scores; 1F1B keeps min(p,
+    m) micro-batches."""
     layout = ModelLayout(p=4, t=2, d=1, micro_batch_tokens=2048)
     space = SearchSpace()
     few = pass_footprint(LLAMA, layout, space, WORKLOAD, 1, trained=True, backward=True)
@@ -145,7 +155,8 @@ def test_decode_reads_weights_and_cache():
 
 def test_fewer_running_sequences_take_more_waves():
     seconds = [
-        generation_time(LLAMA, GenerationLayout(tg=2, replicas=8, max_running=running), machine()).total for running in (128, 64, 32)
+        generation_time(LLAMA, GenerationLayout(tg=2, replicas=8, max_running=running), machine()).total
+        for running in (128, 64, 32)
     ]
     assert seconds == sorted(seconds)
     assert seconds[2] > 1.3 * seconds[0]
@@ -176,13 +187,16 @@ def test_transition_bytes_are_the_papers(train, generate, fraction):
 
 
 def test_generation_keeps_no_redundant_copy():
-    """PAPER.md section 3: peak M/(tg pg), of which the training shard is part; an engine with its own weights holds both."""
+    """PAPER.md section 3: peak M/(tg pg), of which the training shard is part; an engine with its own weights
+    holds both."""
     space, training = SearchSpace(), ModelLayout(t=4, d=2)
     layout = GenerationLayout(tg=2, replicas=4, max_running=1)
     size = 2 * LLAMA.num_parameters
     shared = generation_footprint(LLAMA, layout, held_for_generation(LLAMA, training, space), space, WORKLOAD)
     own_space = replace(space, shared_generation_weights=False)
-    own = generation_footprint(LLAMA, layout, held_for_generation(LLAMA, training, own_space), own_space, WORKLOAD)
+    own = generation_footprint(
+        LLAMA, layout, held_for_generation(LLAMA, training, own_space), own_space, WORKLOAD
+    )
     assert shared.generation_weights == pytest.approx(size / 2 - size / 4)
     assert own.generation_weights == pytest.approx(size / 2)
 
@@ -208,8 +222,11 @@ def test_lengths_and_cluster_are_parsed_or_refused():
 
 
 def test_shards_between_steps_reach_every_generation_rank():
-    """FSDP2 keeps 1/d of the parameters on a rank whatever is gathered during a step, so that a rank lacks the other (d - 1)/d."""
+    """FSDP2 keeps 1/d of the parameters on a rank whatever is gathered during a step, so that a rank lacks
+    the other (d - 1)/d."""
     training, generation = ModelLayout(d=4, zero=2), GenerationLayout(replicas=4)
     assert received_fraction(training, generation) == 0
     assert received_fraction(training, generation, cut=True) == pytest.approx(3 / 4)
-    assert received_fraction(training, generation, cut=True) == received_fraction(replace(training, zero=3), generation)
+    assert received_fraction(training, generation, cut=True) == received_fraction(
+        replace(training, zero=3), generation
+    )

@@ -1,4 +1,5 @@
-"""The policy loss as a loop over rows and tokens with Python's own if, for comparison. Torch scalars, so that autograd gives gradients."""
+"""The policy loss as a loop over rows and tokens with Python's own if, for comparison. Torch scalars, so that
+autograd gives gradients."""
 
 from __future__ import annotations
 
@@ -11,17 +12,23 @@ from workers.losses.kl import KLEstimator
 from workers.sequences import Sequences
 
 
-def naive_policy_loss(config: PolicyLossConfig, sequences: Sequences, log_probs: Tensor, entropy: Tensor) -> Tensor:
+def naive_policy_loss(
+    config: PolicyLossConfig, sequences: Sequences, log_probs: Tensor, entropy: Tensor
+) -> Tensor:
     lengths = sequences.scored_lengths.tolist()
     columns = {name: values.split(lengths) for name, values in sequences.per_token.items()}
     filled = [length for length in lengths if length]
     total = torch.zeros((), dtype=torch.float64)
-    for i, (row, row_entropy) in enumerate(zip(log_probs.split(lengths), entropy.split(lengths), strict=True)):
+    for i, (row, row_entropy) in enumerate(
+        zip(log_probs.split(lengths), entropy.split(lengths), strict=True)
+    ):
         for t in range(len(row)):
             loss = _surrogate(config, row, {name: values[i] for name, values in columns.items()}, t)
             loss = loss * _correction(config, columns["old_log_probs"][i], columns["rollout_log_probs"][i], t)
             loss = loss - config.entropy_coefficient * row_entropy[t]
-            loss = loss + config.kl_coefficient * _kl(config.kl_estimator, row[t] - columns["ref_log_probs"][i][t])
+            loss = loss + config.kl_coefficient * _kl(
+                config.kl_estimator, row[t] - columns["ref_log_probs"][i][t]
+            )
             total = total + loss / _denominator(config, len(row), filled)
     return total
 
@@ -54,7 +61,9 @@ def _surrogate(config: PolicyLossConfig, row: Tensor, columns: dict[str, Tensor]
     if config.name == "gspo":
         # The gradient of s = (prod ratio)^(1/n) reaches token t through its own log-prob times n, because the
         # sum over the n tokens of a row hands every token's log-prob 1/n of each.
-        ratio = torch.exp((row - columns["old_log_probs"]).mean()).detach() * torch.exp(row[t] - row[t].detach())
+        ratio = torch.exp((row - columns["old_log_probs"]).mean()).detach() * torch.exp(
+            row[t] - row[t].detach()
+        )
     if advantage >= 0:
         return -advantage * (ratio if ratio.item() < high else torch.tensor(high, dtype=torch.float64))
     if config.name == "ppo_clip" and config.dual_clip and ratio.item() > config.dual_clip:

@@ -13,7 +13,10 @@ from workers.sequences import Sequences, ragged_positions
 
 
 def make_sequences(
-    lengths: list[int], seed: int = 0, aggregation: Aggregation = Aggregation.token_mean, mask: Tensor | None = None
+    lengths: list[int],
+    seed: int = 0,
+    aggregation: Aggregation = Aggregation.token_mean,
+    mask: Tensor | None = None,
 ) -> Sequences:
     """Rows of 2 prompt tokens and `lengths` scored tokens with every column that a loss reads."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +40,10 @@ def make_sequences(
         **weight_columns(scored, count(scored, mask), aggregation, constant=7, mask=mask),
     }
     return Sequences(
-        token_ids=torch.zeros(int((scored + 2).sum()), dtype=torch.int64), lengths=scored + 2, scored_lengths=scored, per_token=columns
+        token_ids=torch.zeros(int((scored + 2).sum()), dtype=torch.int64),
+        lengths=scored + 2,
+        scored_lengths=scored,
+        per_token=columns,
     )
 
 
@@ -46,15 +52,20 @@ def make_pairs(lengths: list[int], seed: int = 0) -> Sequences:
     sequences = make_sequences(lengths, seed)
     num_rows = len(lengths)
     harm = torch.where(torch.rand(num_rows, generator=torch.Generator().manual_seed(seed)) < 0.5, 1.0, -1.0)
-    return sequences.with_columns(per_row={**pair_columns(num_rows // 2), "harm_sign": harm, "rank": torch.arange(num_rows)})
+    return sequences.with_columns(
+        per_row={**pair_columns(num_rows // 2), "harm_sign": harm, "rank": torch.arange(num_rows)}
+    )
 
 
 def run_whole(loss_fn: LossFn, sequences: Sequences) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
     return run_parts(loss_fn, sequences, [list(range(sequences.num_rows))])
 
 
-def run_parts(loss_fn: LossFn, sequences: Sequences, parts: list[list[int]]) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
-    """(loss, metrics, gradients of log_probs, entropy, values, scores) of rows cut into micro-batches and reduced as an engine does it."""
+def run_parts(
+    loss_fn: LossFn, sequences: Sequences, parts: list[list[int]]
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    """(loss, metrics, gradients of log_probs, entropy, values, scores) of rows cut into micro-batches and
+    reduced as an engine does it."""
     log_probs = sequences.per_token["current"].clone().requires_grad_()
     entropy = (log_probs.detach().abs() + 0.5).requires_grad_()
     values = (sequences.per_token["returns"] * 0.7 + 0.2).clone().requires_grad_()
@@ -65,14 +76,22 @@ def run_parts(loss_fn: LossFn, sequences: Sequences, parts: list[list[int]]) -> 
     for part in parts:
         rows = torch.tensor(part, dtype=torch.int64)
         index = ragged_positions(sequences.scored_lengths, rows)
-        outputs = Outputs(log_probs=log_probs[index], entropy=entropy[index], values=values[index], scores=scores[rows])
+        outputs = Outputs(
+            log_probs=log_probs[index], entropy=entropy[index], values=values[index], scores=scores[rows]
+        )
         loss, part_metrics = loss_fn(outputs, sequences.rows(rows))
         assert loss.shape == () and loss.requires_grad
-        assert not metrics or metrics.keys() == part_metrics.keys(), "metric names must not depend on the micro-batch"
+        assert not metrics or metrics.keys() == part_metrics.keys(), (
+            "metric names must not depend on the micro-batch"
+        )
         for name, value in part_metrics.items():
             assert value.shape == () and not value.requires_grad, name
         metrics = combine_metrics(metrics, part_metrics)
         losses.append(loss)
     total = torch.stack(losses).sum()
     total.backward()
-    return total.detach(), metrics, [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    return (
+        total.detach(),
+        metrics,
+        [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves],
+    )

@@ -55,10 +55,18 @@ def test_gae_by_hand():
 def test_gae_and_returns_are_the_naive_sums(lengths: list[int], seed: int, gamma: float, lam: float):
     rewards, values = tokens(lengths, seed), tokens(lengths, seed + 1)
     advantages, returns = adv.gae(rewards, values, torch.tensor(lengths), gamma, lam)
-    expected = flat([naive_gae(r, v, gamma, lam) for r, v in zip(per_row(rewards, lengths), per_row(values, lengths), strict=True)])
+    expected = flat(
+        [
+            naive_gae(r, v, gamma, lam)
+            for r, v in zip(per_row(rewards, lengths), per_row(values, lengths), strict=True)
+        ]
+    )
     torch.testing.assert_close(advantages, expected)
     torch.testing.assert_close(returns, expected + values)
-    to_go = [[sum(gamma ** (s - t) * row[s] for s in range(t, len(row))) for t in range(len(row))] for row in per_row(rewards, lengths)]
+    to_go = [
+        [sum(gamma ** (s - t) * row[s] for s in range(t, len(row))) for t in range(len(row))]
+        for row in per_row(rewards, lengths)
+    ]
     torch.testing.assert_close(adv.returns_to_go(rewards, torch.tensor(lengths), gamma), flat(to_go))
 
 
@@ -91,25 +99,37 @@ def on_tokens(rows: list[float]) -> Tensor:
 
 
 def test_grpo_by_hand():
-    # Group 7 has scores 1, 0, 5: mean 2, Bessel's variance (1 + 4 + 9) / 2 = 7. Group 3 is constant, group 9 alone.
+    # Group 7 has scores 1, 0, 5: mean 2, Bessel's variance (1 + 4 + 9) / 2 = 7. Group 3 is constant, group 9
+    # alone.
     std = math.sqrt(7)
-    torch.testing.assert_close(adv.grpo(SCORES, UID, LENGTHS), on_tokens([-1 / std, 0, -2 / std, 3 / std, 0, 0]))
-    torch.testing.assert_close(adv.grpo(SCORES, UID, LENGTHS, scale_by_std=False), on_tokens([-1, 0, -2, 3, 0, 0]))
+    torch.testing.assert_close(
+        adv.grpo(SCORES, UID, LENGTHS), on_tokens([-1 / std, 0, -2 / std, 3 / std, 0, 0])
+    )
+    torch.testing.assert_close(
+        adv.grpo(SCORES, UID, LENGTHS, scale_by_std=False), on_tokens([-1, 0, -2, 3, 0, 0])
+    )
 
 
 def test_equal_scores_give_no_advantage_even_where_float32_rounds():
     scores = torch.full((3,), 0.1)
-    assert adv.grpo(scores, torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64)).abs().max() < 1e-6
+    assert (
+        adv.grpo(scores, torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64)).abs().max()
+        < 1e-6
+    )
 
 
 def test_rloo_leaves_one_out():
-    torch.testing.assert_close(adv.rloo(SCORES, UID, LENGTHS), on_tokens([1 - 2.5, 0, 0 - 3.0, 5 - 0.5, 0, 0]))
+    torch.testing.assert_close(
+        adv.rloo(SCORES, UID, LENGTHS), on_tokens([1 - 2.5, 0, 0 - 3.0, 5 - 0.5, 0, 0])
+    )
 
 
 def test_opo_weighs_the_baseline_with_lengths():
     # Group 7: (2*1 + 0*0 + 1*5) / 3; group 3: 2; group 9: 4.
     baseline = 7 / 3
-    torch.testing.assert_close(adv.opo(SCORES, UID, LENGTHS), on_tokens([1 - baseline, 0, -baseline, 5 - baseline, 0, 0]))
+    torch.testing.assert_close(
+        adv.opo(SCORES, UID, LENGTHS), on_tokens([1 - baseline, 0, -baseline, 5 - baseline, 0, 0])
+    )
 
 
 @settings(deadline=None, max_examples=12)
@@ -141,21 +161,36 @@ def test_pass_at_k_enumerates_subsets(correct: list[bool], k: int):
     mean, deviation = statistics.fmean(rewards), statistics.pstdev(rewards)
     expected = []
     for i in range(len(correct)):
-        group_advantages = [(r - mean) / deviation if deviation else 0.0 for s, r in zip(subsets, rewards, strict=True) if i in s]
+        group_advantages = [
+            (r - mean) / deviation if deviation else 0.0
+            for s, r in zip(subsets, rewards, strict=True)
+            if i in s
+        ]
         expected.append(statistics.fmean(group_advantages))
     ones = torch.ones(len(correct), dtype=torch.int64)
     result = adv.pass_at_k(torch.tensor(correct), ones * 5, ones, k)
-    torch.testing.assert_close(result.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        result.double(), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=1e-6
+    )
 
 
 def test_pass_at_k_by_hand():
-    # One of four correct, k = 2: R = 1/2, s = 1/2; correct (1/2)/(1/2); wrong: 1/2 - C(2,1)/C(3,1) = -1/6, over 1/2.
+    # One of four correct, k = 2: R = 1/2, s = 1/2; correct (1/2)/(1/2); wrong: 1/2 - C(2,1)/C(3,1) = -1/6,
+    # over 1/2.
     result = adv.pass_at_k(
-        torch.tensor([True, False, False, False]), torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.int64), 2
+        torch.tensor([True, False, False, False]),
+        torch.zeros(4, dtype=torch.int64),
+        torch.ones(4, dtype=torch.int64),
+        2,
     )
     torch.testing.assert_close(result, torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3]))
     with pytest.raises(ValueError, match="k is 3"):
-        adv.pass_at_k(torch.tensor([True, False]), torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64), 3)
+        adv.pass_at_k(
+            torch.tensor([True, False]),
+            torch.zeros(2, dtype=torch.int64),
+            torch.ones(2, dtype=torch.int64),
+            3,
+        )
 
 
 def test_reinforce_plus_plus():
@@ -183,12 +218,21 @@ def test_safe_rlhf_combination():
 def test_covariance_selection():
     advantages = torch.tensor([0.0, 0.0, 0.0, 4.0, -4.0])
     log_probs = torch.tensor([-2.0, -2.0, -2.0, 0.0, -1.5])  # mean -1.5; covariances 0, 0, 0, 6, 0
-    assert select_for_kl_cov(advantages, log_probs, fraction=0.2).tolist() == [False, False, False, True, False]
+    assert select_for_kl_cov(advantages, log_probs, fraction=0.2).tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
     assert int(select_for_kl_cov(advantages, log_probs, fraction=0.4).sum()) == 2
     chosen = select_for_clip_cov(advantages, log_probs, fraction=1.0, low=1.0, high=7.0, seed=0)
     assert chosen.tolist() == [False, False, False, True, False]
     assert not select_for_clip_cov(advantages, log_probs, fraction=1.0, low=1.0, high=5.0, seed=0).any()
     many, ones = torch.tensor([1.0, -1.0] * 50), torch.tensor([0.0, -3.0] * 50)
     assert int(select_for_clip_cov(many, ones, fraction=0.1, seed=3).sum()) == 10
-    assert torch.equal(select_for_clip_cov(many, ones, fraction=0.1, seed=3), select_for_clip_cov(many, ones, fraction=0.1, seed=3))
+    assert torch.equal(
+        select_for_clip_cov(many, ones, fraction=0.1, seed=3),
+        select_for_clip_cov(many, ones, fraction=0.1, seed=3),
+    )
     assert select_for_kl_cov(torch.zeros(0), torch.zeros(0)).shape == (0,)

@@ -30,11 +30,17 @@ def naive(rows: list[list[float]], aggregation: Aggregation, constant: int) -> f
 def test_weights_give_the_aggregate(aggregation: Aggregation, masked: bool):
     lengths = torch.tensor(LENGTHS)
     mask = torch.tensor([kept for row in MASK for kept in row]) if masked else None
-    kept = [[x for x, k in zip(row, keep, strict=True) if k] for row, keep in zip(LOSSES, MASK, strict=True)] if masked else LOSSES
+    kept = (
+        [[x for x, k in zip(row, keep, strict=True) if k] for row, keep in zip(LOSSES, MASK, strict=True)]
+        if masked
+        else LOSSES
+    )
     losses = torch.tensor([x for row in LOSSES for x in row])
     columns = weight_columns(lengths, count(lengths, mask), aggregation, constant=10, mask=mask)
     assert (columns["weights"] * losses).sum().item() == pytest.approx(naive(kept, aggregation, 10))
-    assert (columns["mean_weights"] * losses).sum().item() == pytest.approx(naive(kept, Aggregation.token_mean, 10))
+    assert (columns["mean_weights"] * losses).sum().item() == pytest.approx(
+        naive(kept, Aggregation.token_mean, 10)
+    )
     assert columns["weights"].dtype == columns["mean_weights"].dtype == torch.float32
     if mask is not None:
         assert not columns["weights"][~mask].any()
@@ -49,7 +55,10 @@ def test_parts_weighted_with_global_counts_are_the_whole():
     counts = count(torch.tensor(LENGTHS))
     for aggregation in Aggregation:
         whole = weight_columns(torch.tensor(LENGTHS), counts, aggregation, constant=5)["weights"]
-        parts = [weight_columns(torch.tensor(part), counts, aggregation, constant=5)["weights"] for part in ([2, 0], [1], [3])]
+        parts = [
+            weight_columns(torch.tensor(part), counts, aggregation, constant=5)["weights"]
+            for part in ([2, 0], [1], [3])
+        ]
         assert torch.equal(whole, torch.cat(parts))
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from tests.maths.samples import make_pairs, make_sequences, run_parts, run_whole
 from workers.engines.base import Outputs
-from workers.losses.config import DPOConfig, PolicyLossConfig, ValueLossConfig
+from workers.losses.config import DPOLossConfig, PolicyLossConfig, ValueLossConfig
 from workers.losses.language import distillation_loss, language_loss, with_pretraining
 from workers.losses.policy import policy_loss
 from workers.losses.preference import bradley_terry_loss, cost_model_loss, dpo_loss, pair_columns
@@ -23,13 +23,18 @@ LENGTHS = [3, 0, 5, 1, 4]
 
 
 def test_value_loss_by_hand():
-    # Old values 0, returns 1: v = 0.5 is clipped to 0.2 (error 0.8); v = 0.1 is free; v = -0.5 is free, since its error is larger.
+    # Old values 0, returns 1: v = 0.5 is clipped to 0.2 (error 0.8); v = 0.1 is free; v = -0.5 is free, since
+    # its error is larger.
     values = torch.tensor([0.5, 0.1, -0.5], dtype=torch.float64, requires_grad=True)
     sequences = Sequences(
         token_ids=torch.zeros(4, dtype=torch.int64),
         lengths=torch.tensor([4]),
         scored_lengths=torch.tensor([3]),
-        per_token={"returns": torch.ones(3), "values": torch.zeros(3), "weights": torch.full((3,), 1 / 3, dtype=torch.float64)},
+        per_token={
+            "returns": torch.ones(3),
+            "values": torch.zeros(3),
+            "weights": torch.full((3,), 1 / 3, dtype=torch.float64),
+        },
     )
     loss, metrics = value_loss(ValueLossConfig(clip=0.2))(Outputs(values=values), sequences)
     loss.backward()
@@ -42,7 +47,9 @@ def test_value_loss_by_hand():
 
 def test_value_loss_equals_the_naive_loop_and_so_does_explained_variance():
     sequences = make_sequences(LENGTHS, 4)
-    loss, metrics, (_, _, gradient, _) = run_parts(value_loss(ValueLossConfig(clip=0.3)), sequences, [[0, 3], [2], [1], [4]])
+    loss, metrics, (_, _, gradient, _) = run_parts(
+        value_loss(ValueLossConfig(clip=0.3)), sequences, [[0, 3], [2], [1], [4]]
+    )
     returns, old = sequences.per_token["returns"].tolist(), sequences.per_token["values"].tolist()
     leaf = (sequences.per_token["returns"] * 0.7 + 0.2).clone().requires_grad_()
     expected = torch.zeros((), dtype=torch.float64)
@@ -50,13 +57,17 @@ def test_value_loss_equals_the_naive_loop_and_so_does_explained_variance():
         clipped = old[t] + min(max(leaf[t].item() - old[t], -0.3), 0.3)
         free_error, clipped_error = (leaf[t] - returns[t]) ** 2, (clipped - returns[t]) ** 2
         moved = abs(leaf[t].item() - old[t]) > 0.3
-        expected = expected + 0.5 * (clipped_error if moved and clipped_error > free_error.item() else free_error) / len(returns)
+        expected = expected + 0.5 * (
+            clipped_error if moved and clipped_error > free_error.item() else free_error
+        ) / len(returns)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), atol=1e-7, rtol=1e-6)
     torch.testing.assert_close(gradient, leaf.grad, atol=1e-7, rtol=1e-6)
     errors = [r - v for r, v in zip(returns, leaf.tolist(), strict=True)]
     explained = derived_metrics({name: value.item() for name, value in metrics.items()})["explained_variance"]
-    assert explained == pytest.approx(1 - statistics.pvariance(errors) / statistics.pvariance(returns), abs=1e-6)
+    assert explained == pytest.approx(
+        1 - statistics.pvariance(errors) / statistics.pvariance(returns), abs=1e-6
+    )
 
 
 def test_explained_variance_of_constant_returns_is_undefined():
@@ -71,7 +82,9 @@ def test_language_loss_is_cross_entropy():
     log_probs = logits.log_softmax(-1)[torch.arange(5), targets].requires_grad_()
     loss, metrics = language_loss(Outputs(log_probs=log_probs), sequences)
     assert loss.item() == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-6)
-    assert derived_metrics({"nll": metrics["nll"].item()})["perplexity"] == pytest.approx(math.exp(loss.item()))
+    assert derived_metrics({"nll": metrics["nll"].item()})["perplexity"] == pytest.approx(
+        math.exp(loss.item())
+    )
 
 
 def test_distillation_gradient_is_that_of_the_reverse_kl():
@@ -117,14 +130,16 @@ def test_bradley_terry_by_hand():
     expected = (math.log(1 + math.exp(-1.0)) + math.log(1 + math.exp(3.0))) / 2
     assert loss.item() == pytest.approx(expected)
     slope = [-1 / (1 + math.exp(1.0)) / 2, -1 / (1 + math.exp(-3.0)) / 2]
-    torch.testing.assert_close(scores.grad, torch.tensor([slope[0], -slope[0], slope[1], -slope[1]], dtype=torch.float64))
+    torch.testing.assert_close(
+        scores.grad, torch.tensor([slope[0], -slope[0], slope[1], -slope[1]], dtype=torch.float64)
+    )
     assert metrics["preference_accuracy"].item() == pytest.approx(0.5)
     assert metrics["margin"].item() == pytest.approx(-1.0)
 
 
 def test_pairs_are_found_in_any_order_and_must_be_whole():
     sequences = make_pairs([2, 1, 3, 0, 1, 2], 3)
-    for loss_fn in (bradley_terry_loss, cost_model_loss, dpo_loss(DPOConfig())):
+    for loss_fn in (bradley_terry_loss, cost_model_loss, dpo_loss(DPOLossConfig())):
         whole = run_whole(loss_fn, sequences)
         shuffled = run_parts(loss_fn, sequences, [[5, 2, 4, 3], [1, 0], []])
         torch.testing.assert_close(shuffled, whole)
@@ -147,17 +162,25 @@ def test_cost_model_loss_by_hand():
 def test_dpo_equals_the_naive_loop(smoothing: float):
     lengths = [2, 3, 1, 4]
     sequences = make_pairs(lengths, 7)
-    loss, metrics, (gradient, *_) = run_whole(dpo_loss(DPOConfig(beta=0.3, label_smoothing=smoothing)), sequences)
+    loss, metrics, (gradient, *_) = run_whole(
+        dpo_loss(DPOLossConfig(beta=0.3, label_smoothing=smoothing)), sequences
+    )
     leaf = sequences.per_token["current"].clone().requires_grad_()
     rows, references = leaf.split(lengths), sequences.per_token["ref_log_probs"].split(lengths)
     expected = torch.zeros((), dtype=torch.float64)
     for i in (0, 2):
         margin = 0.3 * ((rows[i].sum() - references[i].sum()) - (rows[i + 1].sum() - references[i + 1].sum()))
-        expected = expected + (1 - smoothing) * torch.log(1 + torch.exp(-margin)) / 2 + smoothing * torch.log(1 + torch.exp(margin)) / 2
+        expected = (
+            expected
+            + (1 - smoothing) * torch.log(1 + torch.exp(-margin)) / 2
+            + smoothing * torch.log(1 + torch.exp(margin)) / 2
+        )
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(gradient, leaf.grad)
-    assert metrics["margin"].item() == pytest.approx((metrics["chosen_score"] - metrics["rejected_score"]).item())
+    assert metrics["margin"].item() == pytest.approx(
+        (metrics["chosen_score"] - metrics["rejected_score"]).item()
+    )
 
 
 def test_pair_columns():

@@ -13,7 +13,14 @@ from tests.maths.naive import naive_policy_loss
 from tests.maths.samples import make_sequences, run_whole
 from workers.engines.base import Outputs
 from workers.losses.aggregation import Aggregation
-from workers.losses.config import Correction, CorrectionLevel, DPOConfig, PolicyLossConfig, RolloutCorrectionConfig, ValueLossConfig
+from workers.losses.config import (
+    Correction,
+    CorrectionLevel,
+    DPOLossConfig,
+    PolicyLossConfig,
+    RolloutCorrectionConfig,
+    ValueLossConfig,
+)
 from workers.losses.kl import KLEstimator
 from workers.losses.policy import policy_loss
 from workers.losses.reduction import derived_metrics
@@ -59,9 +66,12 @@ def test_ppo_clip_by_hand():
 
 
 def test_gspo_by_hand():
-    # One row with ratios 2 and 0.5: the sequence ratio is 1, so nothing is clipped although both tokens are far out.
+    # One row with ratios 2 and 0.5: the sequence ratio is 1, so nothing is clipped although both tokens are
+    # far out.
     log_probs, sequences = one_row([2.0, 0.5], [1.0, 1.0])
-    loss, metrics = policy_loss(PolicyLossConfig(name="gspo", clip_low=3e-4, clip_high=4e-4))(Outputs(log_probs=log_probs), sequences)
+    loss, metrics = policy_loss(PolicyLossConfig(name="gspo", clip_low=3e-4, clip_high=4e-4))(
+        Outputs(log_probs=log_probs), sequences
+    )
     loss.backward()
     assert loss.item() == pytest.approx(-1.0)
     torch.testing.assert_close(log_probs.grad, torch.tensor([-0.5, -0.5], dtype=torch.float64))
@@ -69,15 +79,23 @@ def test_gspo_by_hand():
 
 
 def test_gspo_gradient_is_that_of_the_sequence_objective():
-    """With one advantage a row and seq_mean_token_mean: -min(s A, clip(s) A), s the geometric mean of ratios, mean over rows."""
+    """With one advantage a row and seq_mean_token_mean: -min(s A, clip(s) A), s the geometric mean of ratios,
+    mean over rows."""
     sequences = make_sequences(LENGTHS, 1, Aggregation.seq_mean_token_mean)
-    advantages = torch.repeat_interleave(torch.tensor([1.0, 0.0, -2.0, 0.5, -1.0], dtype=torch.float64), sequences.scored_lengths)
+    advantages = torch.repeat_interleave(
+        torch.tensor([1.0, 0.0, -2.0, 0.5, -1.0], dtype=torch.float64), sequences.scored_lengths
+    )
     sequences = sequences.with_columns(per_token={"advantages": advantages})
-    loss, _, gradients = run_whole(policy_loss(PolicyLossConfig(name="gspo", clip_low=0.05, clip_high=0.05)), sequences)
+    loss, _, gradients = run_whole(
+        policy_loss(PolicyLossConfig(name="gspo", clip_low=0.05, clip_high=0.05)), sequences
+    )
     log_probs = sequences.per_token["current"].clone().requires_grad_()
     objective = torch.zeros((), dtype=torch.float64)
     for row, old, advantage in zip(
-        log_probs.split(LENGTHS), sequences.per_token["old_log_probs"].split(LENGTHS), advantages.split(LENGTHS), strict=True
+        log_probs.split(LENGTHS),
+        sequences.per_token["old_log_probs"].split(LENGTHS),
+        advantages.split(LENGTHS),
+        strict=True,
     ):
         if len(row):
             s = (row - old).mean().exp()
@@ -90,7 +108,14 @@ def test_gspo_gradient_is_that_of_the_sequence_objective():
 @pytest.mark.parametrize("name", list(POLICY_LOSSES))
 @pytest.mark.parametrize("aggregation", list(Aggregation))
 def test_value_and_gradient_equal_the_naive_loop(name: str, aggregation: Aggregation):
-    config = PolicyLossConfig(name=name, clip_low=0.1, clip_high=0.15, dual_clip=1.2, aggregation=aggregation, aggregation_constant=7)
+    config = PolicyLossConfig(
+        name=name,
+        clip_low=0.1,
+        clip_high=0.15,
+        dual_clip=1.2,
+        aggregation=aggregation,
+        aggregation_constant=7,
+    )
     corrections = [
         RolloutCorrectionConfig(),
         *(
@@ -101,7 +126,13 @@ def test_value_and_gradient_equal_the_naive_loop(name: str, aggregation: Aggrega
     ]
     for seed, correction in enumerate(corrections):
         estimator = list(KLEstimator)[seed % 4]
-        config = replace(config, rollout_correction=correction, entropy_coefficient=0.03, kl_coefficient=0.2, kl_estimator=estimator)
+        config = replace(
+            config,
+            rollout_correction=correction,
+            entropy_coefficient=0.03,
+            kl_coefficient=0.2,
+            kl_estimator=estimator,
+        )
         sequences = make_sequences(LENGTHS, seed, aggregation)
         loss, _, (log_probs_grad, entropy_grad, _, _) = run_whole(policy_loss(config), sequences)
         log_probs = sequences.per_token["current"].clone().requires_grad_()
@@ -127,21 +158,28 @@ def test_first_step_rule(name: str):
 
 def test_rollout_metrics_by_hand():
     log_probs, sequences = one_row([1.0, 1.0], [1.0, 1.0])
-    rollout = sequences.per_token["old_log_probs"] - torch.tensor([math.log(4.0), math.log(0.5)], dtype=torch.float64)
+    rollout = sequences.per_token["old_log_probs"] - torch.tensor(
+        [math.log(4.0), math.log(0.5)], dtype=torch.float64
+    )
     sequences = sequences.with_columns(per_token={"rollout_log_probs": rollout})
     correction = RolloutCorrectionConfig(correction=Correction.truncate, max_ratio=2.0)
-    loss, metrics = policy_loss(PolicyLossConfig(rollout_correction=correction))(Outputs(log_probs=log_probs), sequences)
+    loss, metrics = policy_loss(PolicyLossConfig(rollout_correction=correction))(
+        Outputs(log_probs=log_probs), sequences
+    )
     assert loss.item() == pytest.approx(-(2.0 + 0.5) / 2)
     assert metrics["log_prob_gap_max"].item() == pytest.approx(math.log(4.0))
     assert metrics["log_prob_gap_mean"].item() == pytest.approx((math.log(4.0) + math.log(2.0)) / 2)
     assert metrics["rollout_ratio_mean"].item() == pytest.approx(2.25)
     assert metrics["rollout_corrected_fraction"].item() == pytest.approx(0.5)
     numbers = {name: value.item() for name, value in metrics.items()}
-    assert derived_metrics(numbers)["rollout_effective_sample_fraction"] == pytest.approx(4.5**2 / (2 * 16.25))
+    assert derived_metrics(numbers)["rollout_effective_sample_fraction"] == pytest.approx(
+        4.5**2 / (2 * 16.25)
+    )
 
 
 def test_masked_tokens_do_not_exist():
-    """A row with tokens masked out has the loss and the gradients of the row without them, even if they hold infinities."""
+    """A row with tokens masked out has the loss and the gradients of the row without them, even if they hold
+    infinities."""
     mask = torch.tensor([True, False, True, True, False, False, True, True])
     masked = make_sequences([5, 3], 2, Aggregation.seq_mean_token_mean, mask)
     kept = Sequences(
@@ -165,7 +203,9 @@ def test_masked_tokens_do_not_exist():
 
 def test_an_exploded_ratio_stays_finite():
     _, sequences = one_row([1.0, 1.0, 1.0], [1.0, -1.0, 1.0])
-    extreme = (sequences.per_token["old_log_probs"] + torch.tensor([500.0, 500.0, -500.0])).float().requires_grad_()
+    extreme = (
+        (sequences.per_token["old_log_probs"] + torch.tensor([500.0, 500.0, -500.0])).float().requires_grad_()
+    )
     loss, metrics = policy_loss(PolicyLossConfig())(Outputs(log_probs=extreme), sequences)
     loss.backward()
     assert math.isfinite(loss.item()) and extreme.grad is not None and torch.isfinite(extreme.grad).all()
@@ -178,7 +218,9 @@ def test_a_micro_batch_without_tokens_gives_zero_with_a_graph():
     log_probs = torch.zeros(0, dtype=torch.float64, requires_grad=True)
     outputs = Outputs(log_probs=log_probs, entropy=log_probs)
     for rows in ([1], []):
-        loss, metrics = policy_loss(PolicyLossConfig())(outputs, sequences.rows(torch.tensor(rows, dtype=torch.int64)))
+        loss, metrics = policy_loss(PolicyLossConfig())(
+            outputs, sequences.rows(torch.tensor(rows, dtype=torch.int64))
+        )
         loss.backward()
         assert loss.item() == 0.0
         assert metrics.keys() == whole.keys()
@@ -197,13 +239,20 @@ def test_errors_name_the_field_and_the_fix():
         "weights": PolicyLossConfig(),
         "ref_log_probs": PolicyLossConfig(kl_coefficient=0.1),
         "covariance_selected": PolicyLossConfig(name="kl_cov"),
-        "rollout_log_probs": PolicyLossConfig(rollout_correction=RolloutCorrectionConfig(correction=Correction.truncate)),
+        "rollout_log_probs": PolicyLossConfig(
+            rollout_correction=RolloutCorrectionConfig(correction=Correction.truncate)
+        ),
     }.items():
         partial = make_sequences([2])
         del partial.per_token[missing]
         with pytest.raises(ValueError, match=missing):
             policy_loss(config)(outputs, partial)
-    for arguments in ({"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 0.5}, {"aggregation": Aggregation.constant}):
+    for arguments in (
+        {"clip_low": 1.5},
+        {"clip_high": -0.1},
+        {"dual_clip": 0.5},
+        {"aggregation": Aggregation.constant},
+    ):
         with pytest.raises(ValueError, match=r"choose|needs"):
             PolicyLossConfig(**arguments)
 
@@ -212,13 +261,19 @@ def test_configs_work_with_omegaconf():
     """Every config composes, enums parse by name, and the result is the dataclass."""
     node = OmegaConf.merge(
         OmegaConf.structured(PolicyLossConfig),
-        {"aggregation": "seq_mean_token_mean", "kl_estimator": "k2", "rollout_correction": {"correction": "mask", "level": "sequence"}},
+        {
+            "aggregation": "seq_mean_token_mean",
+            "kl_estimator": "k2",
+            "rollout_correction": {"correction": "mask", "level": "sequence"},
+        },
     )
     config = OmegaConf.to_object(node)
     assert config == PolicyLossConfig(
         aggregation=Aggregation.seq_mean_token_mean,
         kl_estimator=KLEstimator.k2,
-        rollout_correction=RolloutCorrectionConfig(correction=Correction.mask, level=CorrectionLevel.sequence),
+        rollout_correction=RolloutCorrectionConfig(
+            correction=Correction.mask, level=CorrectionLevel.sequence
+        ),
     )
     assert OmegaConf.to_object(OmegaConf.structured(ValueLossConfig)) == ValueLossConfig()
-    assert OmegaConf.to_object(OmegaConf.structured(DPOConfig)) == DPOConfig()
+    assert OmegaConf.to_object(OmegaConf.structured(DPOLossConfig)) == DPOLossConfig()

@@ -16,7 +16,9 @@ from controllers.rewards import groups_with_signal, overlong_penalty, token_rewa
 def test_score_lands_on_the_last_token_and_kl_on_every_token():
     lengths = torch.tensor([2, 0, 1])
     log_probs, reference = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -1.0, -3.0])
-    rewards = token_rewards(torch.tensor([10.0, 20.0, 30.0]), lengths, log_probs, reference, kl_coefficient=0.1)
+    rewards = token_rewards(
+        torch.tensor([10.0, 20.0, 30.0]), lengths, log_probs, reference, kl_coefficient=0.1
+    )
     torch.testing.assert_close(rewards, torch.tensor([-0.05, 10.1, 30.0]))
     assert token_rewards(torch.tensor([10.0, 20.0, 30.0]), lengths).tolist() == [0.0, 10.0, 30.0]
     with pytest.raises(ValueError, match="ref_log_probs are needed"):
@@ -32,11 +34,14 @@ def test_kl_estimators_by_hand():
         KLEstimator.k3: [math.exp(-0.5) - 0.5, math.e - 2],
     }
     for estimator in KLEstimator:
-        torch.testing.assert_close(kl_estimate(log_probs, reference, estimator), torch.tensor(expected[estimator]))
+        torch.testing.assert_close(
+            kl_estimate(log_probs, reference, estimator), torch.tensor(expected[estimator])
+        )
 
 
 def test_estimators_against_the_exact_divergence():
-    """Over a small vocabulary: k1 and k3 are unbiased, k2's gradient is that of the reverse KL, k3's of the forward KL."""
+    """Over a small vocabulary: k1 and k3 are unbiased, k2's gradient is that of the reverse KL, k3's of the
+    forward KL."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, generator=generator, dtype=torch.float64).requires_grad_()
     reference = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(0)
@@ -53,14 +58,18 @@ def test_estimators_against_the_exact_divergence():
 
     torch.testing.assert_close(value(KLEstimator.k1), reverse)
     torch.testing.assert_close(value(KLEstimator.k3), reverse)
-    torch.testing.assert_close(gradient(value(KLEstimator.k1)), torch.zeros(5, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        gradient(value(KLEstimator.k1)), torch.zeros(5, dtype=torch.float64), atol=1e-12, rtol=0
+    )
     torch.testing.assert_close(gradient(value(KLEstimator.k2)), gradient(reverse))
     torch.testing.assert_close(gradient(value(KLEstimator.k3)), gradient(forward))
 
 
 def test_k3_stays_finite_and_exact_for_small_differences():
     assert torch.isfinite(kl_estimate(torch.tensor([-200.0]), torch.tensor([0.0]), KLEstimator.k3)).all()
-    small = kl_estimate(torch.tensor([1e-3], dtype=torch.float64), torch.zeros(1, dtype=torch.float64), KLEstimator.k3)
+    small = kl_estimate(
+        torch.tensor([1e-3], dtype=torch.float64), torch.zeros(1, dtype=torch.float64), KLEstimator.k3
+    )
     assert small.item() == pytest.approx(5e-7, rel=1e-3)
 
 
@@ -81,7 +90,9 @@ def test_adaptive_coefficient():
 
 
 def test_sequence_kl_sums_over_rows():
-    kl = sequence_kl(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -1.0, -4.0]), torch.tensor([2, 0, 1]))
+    kl = sequence_kl(
+        torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -1.0, -4.0]), torch.tensor([2, 0, 1])
+    )
     assert kl.tolist() == [-0.5, 0.0, 1.0]
 
 
@@ -100,14 +111,18 @@ def test_groups_with_signal():
 
 
 def test_lagrange_multiplier():
-    multiplier = LagrangeMultiplier(LagrangeConfig(initial=1.0, learning_rate=0.1, threshold=1.0, maximum=2.0, window=3))
+    multiplier = LagrangeMultiplier(
+        LagrangeConfig(initial=1.0, learning_rate=0.1, threshold=1.0, maximum=2.0, window=3)
+    )
     multiplier.update([3.0, 5.0])
     assert multiplier.value == pytest.approx(math.exp(0.1 * (4 - 1)))
     before = multiplier.value
     multiplier.update([-1.0, -2.0])  # the window keeps 5, -1, -2
     assert multiplier.mean_cost == pytest.approx(2 / 3)
     assert multiplier.value == pytest.approx(before * math.exp(0.1 * before * (2 / 3 - 1)))
-    restored = LagrangeMultiplier(LagrangeConfig(initial=1.0, learning_rate=0.1, threshold=1.0, maximum=2.0, window=3))
+    restored = LagrangeMultiplier(
+        LagrangeConfig(initial=1.0, learning_rate=0.1, threshold=1.0, maximum=2.0, window=3)
+    )
     restored.load_state_dict(json.loads(json.dumps(multiplier.state_dict())))
     multiplier.update([100.0])
     restored.update([100.0])

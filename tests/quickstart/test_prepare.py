@@ -9,16 +9,30 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Qwen2ForCausalLM,
+)
 
 from controllers.data import DataConfig, PromptDataset
 from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
 from recipes.quickstart.prepare import PrepareConfig, Prepared, prepare
 from recipes.quickstart.reward import exact_match
 from recipes.quickstart.task import MOST_DIGITS, TaskConfig, make_examples
-from recipes.quickstart.warm_start import IGNORED, WarmStartConfig, greedy_accuracy, padded, prompt_ids, tokenize
+from recipes.quickstart.warm_start import (
+    IGNORED,
+    WarmStartConfig,
+    greedy_accuracy,
+    padded,
+    prompt_ids,
+    tokenize,
+)
 
-SMALL = PrepareConfig(task=TaskConfig(num_train=200, num_test=40), warm_start=WarmStartConfig(num_steps=3, batch_size=8))
+SMALL = PrepareConfig(
+    task=TaskConfig(num_train=200, num_test=40), warm_start=WarmStartConfig(num_steps=3, batch_size=8)
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,7 +59,9 @@ def test_examples() -> None:
     for example in train:
         digits = example.question.removeprefix("Sort ")
         assert example.answer == "".join(sorted(digits)) and len(set(digits)) == len(digits) <= MOST_DIGITS
-        assert example.demonstration == example.answer or (len(digits) > 4 and example.demonstration == example.answer[::-1])
+        assert example.demonstration == example.answer or (
+            len(digits) > 4 and example.demonstration == example.answer[::-1]
+        )
         long += [example.demonstration == example.answer] * (len(digits) > 4)
     assert abs(sum(long) / len(long) - 0.2) < 0.03
 
@@ -67,24 +83,40 @@ def test_tokenizer_round_trip() -> None:
 
 def test_labels_are_the_responses() -> None:
     tokenizer = make_tokenizer()
-    rows = [tokenize(tokenizer, example) for example in make_examples(TaskConfig(num_train=5, num_test=1), seed=0)[0]]
+    rows = [
+        tokenize(tokenizer, example)
+        for example in make_examples(TaskConfig(num_train=5, num_test=1), seed=0)[0]
+    ]
     inputs, labels = padded(rows)
     for (prompt, response), tokens, targets in zip(rows, inputs.tolist(), labels.tolist(), strict=True):
         whole = prompt + response
         assert tokens[: len(whole) - 1] == whole[:-1]
-        assert targets == [IGNORED] * (len(prompt) - 1) + response + [IGNORED] * (len(targets) - len(whole) + 1)
+        assert targets == [IGNORED] * (len(prompt) - 1) + response + [IGNORED] * (
+            len(targets) - len(whole) + 1
+        )
 
 
 def test_model_is_what_others_load(prepared: Prepared) -> None:
     model = AutoModelForCausalLM.from_pretrained(prepared.model_path)
     tokenizer = AutoTokenizer.from_pretrained(prepared.model_path)
     files = {path.name for path in prepared.model_path.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= files
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    } <= files
     assert 1e6 <= prepared.num_parameters == sum(parameter.numel() for parameter in model.parameters()) <= 5e6
     assert model.dtype == torch.float32 and model.config.hidden_size // model.config.num_attention_heads == 32
     assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
     assert len(tokenizer) == model.config.vocab_size and model.config.vocab_size % 8 == 0
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id == model.config.pad_token_id
+    assert (
+        model.generation_config.eos_token_id
+        == tokenizer.eos_token_id
+        != tokenizer.pad_token_id
+        == model.config.pad_token_id
+    )
     critic = AutoModelForSequenceClassification.from_pretrained(prepared.model_path, num_labels=1)
     assert torch.equal(critic.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
@@ -111,20 +143,25 @@ def test_accuracy_equals_transformers_generate(prepared: Prepared) -> None:
     inputs, labels = padded([tokenize(tokenizer, example) for example in examples])
     for _ in range(25):
         logits = model(input_ids=inputs, use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED).backward()
+        torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED
+        ).backward()
         optimizer.step()
         optimizer.zero_grad()
     right = 0
     for example in examples:
         prompt = torch.tensor([prompt_ids(tokenizer, example.question)])
-        drawn = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10, do_sample=False)[0, prompt.shape[1] :]
+        drawn = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=10, do_sample=False
+        )[0, prompt.shape[1] :]
         right += tokenizer.decode(drawn, skip_special_tokens=True) == example.answer
     assert 0 < right < len(examples)
     assert greedy_accuracy(model, tokenizer, examples) == right / len(examples)
 
 
 def test_preparation_is_deterministic_and_found_again(prepared: Prepared, tmp_path: Path) -> None:
-    """Another directory and number of threads: the same weights. The same directory: found. Other settings: made anew."""
+    """Another directory and number of threads: the same weights. The same directory: found. Other settings:
+    made anew."""
     quiet, threads = Console(quiet=True), torch.get_num_threads()
     torch.set_num_threads(2)
     torch.rand(3)

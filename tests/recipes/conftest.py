@@ -49,7 +49,9 @@ def settings(composed: Callable[..., DictConfig], required: list[str]) -> Callab
         "online_dpo": [of_role["judge"]],
         "generative_reward": [of_role["judge"]],
     }
-    return lambda recipe, *arguments: to_settings(composed(recipe, [*required, *further.get(recipe, ()), *arguments]))
+    return lambda recipe, *arguments: to_settings(
+        composed(recipe, [*required, *further.get(recipe, ()), *arguments])
+    )
 
 
 @pytest.fixture

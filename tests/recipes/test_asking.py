@@ -1,4 +1,5 @@
-"""recipes.generate and recipes.evaluate in this process: what stands in their files, against transformers and the files themselves."""
+"""recipes.generate and recipes.evaluate in this process: what stands in their files, against transformers and
+the files themselves."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from controllers.evaluation import pass_at_k
-from recipes.asking import prompt_text
 from recipes.evaluate import evaluate
+from recipes.evaluation_run import prompt_text
 from recipes.generate import generate
 from recipes.main import to_settings
 from recipes.run import run
@@ -43,14 +44,23 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def test_generated_rows_are_the_models_own(common: list[str], composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+def test_generated_rows_are_the_models_own(
+    common: list[str], composed: Callable[..., DictConfig], tmp_path: Path
+) -> None:
     data = make_data(tmp_path / "prompts.jsonl", rows=4)
-    arguments = [f"data.train={data}", f"output_dir={tmp_path}", "algorithm.samples_per_prompt=2", "algorithm.log_probs=true"]
+    arguments = [
+        f"data.train={data}",
+        f"output_dir={tmp_path}",
+        "algorithm.samples_per_prompt=2",
+        "algorithm.log_probs=true",
+    ]
     config = to_settings(composed("generate", [*common, *arguments]))
     path = generate(config)
     assert path == tmp_path / "responses.parquet"
     rows = pq.read_table(path).to_pylist()
-    assert [(row["row"], row["sample"], row["answer"]) for row in rows] == [(i, s, str(i)) for i in range(4) for s in (0, 1)]
+    assert [(row["row"], row["sample"], row["answer"]) for row in rows] == [
+        (i, s, str(i)) for i in range(4) for s in (0, 1)
+    ]
     model = AutoModelForCausalLM.from_pretrained(config.model.path)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     for row in rows[:3]:
@@ -72,7 +82,9 @@ def test_the_prompt_is_text_that_gives_its_tokens_again() -> None:
     assert prompt_text(adding, [3, 5, 6]) == "5 6" and adding("5 6").input_ids == [3, 5, 6]
 
 
-def test_evaluation_is_what_its_samples_say(common: list[str], composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+def test_evaluation_is_what_its_samples_say(
+    common: list[str], composed: Callable[..., DictConfig], tmp_path: Path
+) -> None:
     data = make_data(tmp_path / "prompts.jsonl", rows=4)
     arguments = [
         *common,
@@ -83,7 +95,9 @@ def test_evaluation_is_what_its_samples_say(common: list[str], composed: Callabl
         "algorithm.success_reward=0.5",
         "algorithm.pass_at=[1,3]",
     ]
-    with pytest.raises(ValueError, match=r"samples_per_prompt is 3 with actor\.generation\.sampling\.greedy=true"):
+    with pytest.raises(
+        ValueError, match=r"samples_per_prompt is 3 with actor\.generation\.sampling\.greedy=true"
+    ):
         evaluate(to_settings(composed("evaluate", arguments)))
     arguments += ["actor.generation.sampling.greedy=false", "actor.generation.sampling.temperature=2"]
     numbers = evaluate(to_settings(composed("evaluate", arguments)))
@@ -92,7 +106,9 @@ def test_evaluation_is_what_its_samples_say(common: list[str], composed: Callabl
     assert len(rows) == 12 and {row["row"] for row in rows} == {0, 1, 2, 3}
     passed = [sum(row["reward"] >= 0.5 for row in rows if row["row"] == i) for i in range(4)]
     assert numbers["reward/mean"] == pytest.approx(sum(row["reward"] for row in rows) / 12)
-    assert numbers["pass@1"] == pytest.approx(sum(passed) / 12) and numbers["pass@3"] == pytest.approx(pass_at_k(passed, 3, 3))
+    assert numbers["pass@1"] == pytest.approx(sum(passed) / 12) and numbers["pass@3"] == pytest.approx(
+        pass_at_k(passed, 3, 3)
+    )
     stored = json.loads((tmp_path / "evaluation.json").read_text())
     assert stored["pass@3"] == numbers["pass@3"] and stored["prompts"] == 4
     with pytest.raises(ValueError, match=r"trains nothing; run python -m recipes\.evaluate"):

@@ -31,7 +31,8 @@ def commands(text: str) -> list[list[str]]:
     """The `python -m recipes.ppo ...` and grpo lines of a page's code blocks, as words."""
     joined = text.replace("\\\n", " ")
     return [
-        shlex.split(line, comments=True)[3:] for line in re.findall(r"^ {4}(python -m recipes\.(?:ppo|grpo) .*)$", joined, re.MULTILINE)
+        shlex.split(line, comments=True)[3:]
+        for line in re.findall(r"^ {4}(python -m recipes\.(?:ppo|grpo) .*)$", joined, re.MULTILINE)
     ]
 
 
@@ -55,9 +56,10 @@ def test_modules_and_targets_that_are_run_exist(page: Path) -> None:
     text = page.read_text()
     for module in re.findall(r"python -m ([\w.]+)", text):
         path = ROOT / Path(*module.split("."))
-        assert any(found.exists() for found in (path.with_suffix(".py"), path / "__main__.py", path.with_suffix(".yaml"))), (
-            f"{page.name}: {module}"
-        )
+        assert any(
+            found.exists()
+            for found in (path.with_suffix(".py"), path / "__main__.py", path.with_suffix(".yaml"))
+        ), f"{page.name}: {module}"
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"(?:^ {4}|`)make (\w+)", text, re.MULTILINE)) <= set(targets), page.name
 
@@ -77,9 +79,13 @@ def test_commands_use_settings_that_exist(page: str, composed: Callable[..., Dic
         composed("ppo", words)
 
 
-@pytest.mark.parametrize("page", [README, RECIPES, ALGORITHMS_PAGE], ids=["README.md", "recipes.md", "algorithms.md"])
+@pytest.mark.parametrize(
+    "page", [README, RECIPES, ALGORITHMS_PAGE], ids=["README.md", "recipes.md", "algorithms.md"]
+)
 def test_settings_that_a_page_names_exist(page: str) -> None:
-    names = re.findall(r"`((?:actor|critic|reference|reward|cost|data|loop|algorithm|metrics)\.[a-z_.]+)(?:=|`)", page)
+    names = re.findall(
+        r"`((?:actor|critic|reference|reward|cost|data|loop|algorithm|metrics)\.[a-z_.]+)(?:=|`)", page
+    )
     assert names
     check_names([f"{name}=" for name in names])
 
@@ -100,14 +106,28 @@ def test_the_walk_through_the_diff_is_the_diff() -> None:
     assert page in blocks
     line = blocks[blocks.index(page) + 1].strip()
     assert f"    {line},\n" in (ROOT / "controllers" / "__init__.py").read_text()
-    assert re.findall(r"```yaml\n(.*?)```", RECIPES, re.DOTALL)[0] == (ROOT / "recipes" / "opo.yaml").read_text()
-    mentions = [path for package in ("recipes", "controllers", "workers", "hybridflow") for path in (ROOT / package).rglob("*.py")]
-    assert {path.name for path in mentions if re.search(r"\bopo\b", path.read_text())} == {"opo.py", "__init__.py", "advantages.py"}
+    assert (
+        re.findall(r"```yaml\n(.*?)```", RECIPES, re.DOTALL)[0] == (ROOT / "recipes" / "opo.yaml").read_text()
+    )
+    mentions = [
+        path
+        for package in ("recipes", "controllers", "workers", "hybridflow")
+        for path in (ROOT / package).rglob("*.py")
+    ]
+    assert {path.name for path in mentions if re.search(r"\bopo\b", path.read_text())} == {
+        "opo.py",
+        "__init__.py",
+        "advantages.py",
+    }
 
 
 def test_the_table_of_algorithms_is_the_code() -> None:
     """Entries, models, files and their lines."""
-    rows = re.findall(r"^\| `(\w+)` \| .*? \| ([\w, ]+) \| .*? \| \[(.*?)\]\(\.\./(.*?)\) \| (\d+) \|$", ALGORITHMS_PAGE, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)` \| .*? \| ([\w, ]+) \| .*? \| \[(.*?)\]\(\.\./(.*?)\) \| (\d+) \|$",
+        ALGORITHMS_PAGE,
+        re.MULTILINE,
+    )
     expected = {}
     for name, entry in ALGORITHMS.items():
         file = f"{entry.module.replace('.', '/')}.py"

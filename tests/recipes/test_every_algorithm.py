@@ -1,4 +1,5 @@
-"""Every algorithm trains two tiny steps through its own recipe, in this process: real models, engines, losses and checkpoints."""
+"""Every algorithm trains two tiny steps through its own recipe, in this process: real models, engines, losses
+and checkpoints."""
 
 from __future__ import annotations
 
@@ -28,8 +29,17 @@ JUDGE = [
     "judge.template='{prompt} {response} 5'",
 ]
 NEEDS: dict[str, list[str]] = {
-    "ppo": ["actor.critic_warmup_steps=1", "algorithm.kl.target=6", "actor.loss.rollout_correction.correction=truncate"],
-    "safe_rlhf": [f"cost.function={COUNT}", "data.pretraining_column=prompt", "data.pretraining_batch_size=3", "data.pretraining_tokens=4"],
+    "ppo": [
+        "actor.critic_warmup_steps=1",
+        "algorithm.kl.target=6",
+        "actor.loss.rollout_correction.correction=truncate",
+    ],
+    "safe_rlhf": [
+        f"cost.function={COUNT}",
+        "data.pretraining_column=prompt",
+        "data.pretraining_batch_size=3",
+        "data.pretraining_tokens=4",
+    ],
     "dapo": ["algorithm.overlong_buffer_tokens=2"],
     "pass_at_k": ["algorithm.k=2"],
     "distillation": ["teacher.model.path={other}", "teacher.train.precision=fp32"],
@@ -75,9 +85,17 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 
 def configured(name: str, common: list[str], composed: Callable[..., DictConfig], *further: str) -> RunConfig:
-    text = [argument.replace("data.train", "data.pretraining") for argument in common if argument.startswith("data.train")]
+    text = [
+        argument.replace("data.train", "data.pretraining")
+        for argument in common
+        if argument.startswith("data.train")
+    ]
     streams = text if "pretraining" in ALGORITHMS[name].streams else []
-    other = next(argument for argument in common if argument.startswith("model.path")).partition("=")[2].replace("/model", "/other")
+    other = (
+        next(argument for argument in common if argument.startswith("model.path"))
+        .partition("=")[2]
+        .replace("/model", "/other")
+    )
     needs = [need.replace("{other}", other) for need in NEEDS.get(name, [])]
     return to_settings(composed(name, [*common, *needs, *streams, *further]))
 
@@ -89,7 +107,10 @@ def test_two_steps(name: str, common: list[str], composed: Callable[..., DictCon
     assert outcome is not None and outcome.num_steps == 2 and outcome.max_log_prob_gap < 1e-4
     steps = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["split"] == "train"]
     assert all(
-        math.isfinite(value) or name == "critic/explained_variance" for row in steps for name, value in row.items() if name != "split"
+        math.isfinite(value) or name == "critic/explained_variance"
+        for row in steps
+        for name, value in row.items()
+        if name != "split"
     )
     last = steps[-1]
     assert last["actor/grad_norm"] > 0 and last.get("actor/ratio_mean", 1.0) == pytest.approx(1, abs=0.2)
@@ -100,8 +121,11 @@ def test_two_steps(name: str, common: list[str], composed: Callable[..., DictCon
 
 
 @pytest.mark.parametrize("name", ["safe_rlhf", "dapo"])
-def test_a_resumed_run_is_the_undisturbed_one(name: str, common: list[str], composed: Callable[..., DictConfig], tmp_path: Path) -> None:
-    """Those with most to lose: lambda and its window of costs, the position in the text; prompts drawn beyond a step's own."""
+def test_a_resumed_run_is_the_undisturbed_one(
+    name: str, common: list[str], composed: Callable[..., DictConfig], tmp_path: Path
+) -> None:
+    """Those with most to lose: lambda and its window of costs, the position in the text; prompts drawn beyond
+    a step's own."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     further = [
         "loop.num_steps=3",
@@ -121,9 +145,15 @@ def test_a_resumed_run_is_the_undisturbed_one(name: str, common: list[str], comp
     assert names and all(last[0][key] == last[1][key] for key in names)
 
 
-def test_a_step_without_rows_moves_nothing(common: list[str], composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+def test_a_step_without_rows_moves_nothing(
+    common: list[str], composed: Callable[..., DictConfig], tmp_path: Path
+) -> None:
     """No answer is good enough in either step; the optimizer's weight decay alone would change the weights."""
-    further = ["algorithm.min_reward=1000", "actor.train.optimizer.weight_decay=0.5", f"output_dir={tmp_path}"]
+    further = [
+        "algorithm.min_reward=1000",
+        "actor.train.optimizer.weight_decay=0.5",
+        f"output_dir={tmp_path}",
+    ]
     config = configured("rejection_sampling", common, composed, *further)
     run(config)
     before, after = load_file(Path(config.model.path) / "model.safetensors"), load_file(policy(tmp_path))
@@ -137,13 +167,21 @@ def policy(output: Path, step: int = 2) -> Path:
 
 
 def ppo_warmed_up(steps: list[dict[str, float]]) -> None:
-    assert "actor/grad_norm" not in steps[0] and steps[0]["actor/critic_warmup_steps"] == 1 and steps[0]["critic/grad_norm"] > 0
+    assert (
+        "actor/grad_norm" not in steps[0]
+        and steps[0]["actor/critic_warmup_steps"] == 1
+        and steps[0]["critic/grad_norm"] > 0
+    )
     assert steps[1]["actor/rollout_ratio_mean"] == pytest.approx(1, abs=1e-3), "the correction's metrics"
-    assert steps[0]["kl/coefficient"] == 0.05 and 0 < abs(steps[1]["kl/coefficient"] - 0.05) < 1e-3, "it adapts, and is logged"
+    assert steps[0]["kl/coefficient"] == 0.05 and 0 < abs(steps[1]["kl/coefficient"] - 0.05) < 1e-3, (
+        "it adapts, and is logged"
+    )
 
 
 def text_was_trained_on(steps: list[dict[str, float]]) -> None:
-    assert steps[0]["actor/pretrain_nll"] == pytest.approx(math.log(128), rel=0.1), "random weights and 128 words"
+    assert steps[0]["actor/pretrain_nll"] == pytest.approx(math.log(128), rel=0.1), (
+        "random weights and 128 words"
+    )
     assert steps[0]["cost_critic/value_loss"] > 0 and steps[0]["cost/multiplier"] > 1
 
 
@@ -153,7 +191,9 @@ def dapo_filled_up(steps: list[dict[str, float]]) -> None:
 
 def odd_verdicts_were_counted(steps: list[dict[str, float]]) -> None:
     assert 0 < sum(row["reward/unreadable"] for row in steps) < 2
-    assert all(row["reward/min"] == -1 or row["reward/unreadable"] == 0 for row in steps), "never a 0 that nobody gave"
+    assert all(row["reward/min"] == -1 or row["reward/unreadable"] == 0 for row in steps), (
+        "never a 0 that nobody gave"
+    )
 
 
 CHECKS = {

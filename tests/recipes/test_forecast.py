@@ -1,4 +1,5 @@
-"""dry_run and placement=auto: what a run would take on a cluster that is not there, and a mapping that becomes settings."""
+"""dry_run and placement=auto: what a run would take on a cluster that is not there, and a mapping that
+becomes settings."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from hybridflow.mapping.cluster import DEVICE_KINDS, Cluster, NodeGroup
-from hybridflow.mapping.mapping import Mapping
-from recipes.auto import choose, saved_mapping, settle
-from recipes.config import Placement, RunConfig
-from recipes.forecast import MAPPING, Plan, given_mapping, setting_of, workload_of
+from hybridflow.mapping.answer.device_mapping import DeviceMapping
+from hybridflow.mapping.question.cluster import DEVICE_KINDS, Cluster, NodeGroup
+from recipes.auto import apply_mapping, choose, saved_mapping
+from recipes.config import PlacementMode, RunConfig
+from recipes.forecast import MAPPING, MapperInputs, given_mapping, setting_of, workload_of
 from recipes.run import check_dataflow, place, pool_sizes, pools_of, run
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
@@ -32,7 +33,11 @@ LLAMA_70B = {
 def large(required: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Llama 70B's configuration with the tiny model's tokenizer: all that a dry run reads."""
     directory = tmp_path_factory.mktemp("large")
-    shutil.copytree(next(text for text in required if text.startswith("model.path=")).partition("=")[2], directory, dirs_exist_ok=True)
+    shutil.copytree(
+        next(text for text in required if text.startswith("model.path=")).partition("=")[2],
+        directory,
+        dirs_exist_ok=True,
+    )
     (directory / "config.json").write_text(json.dumps(LLAMA_70B))
     for weights in directory.glob("*.safetensors"):
         weights.unlink()
@@ -46,9 +51,14 @@ def large(required: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iter
     ]
 
 
-def plan_of(config: RunConfig, prompts: object) -> Plan:
+def plan_of(config: RunConfig, prompts: object) -> MapperInputs:
     roles = place(config)
-    return Plan(config=config, dataflow=check_dataflow(config, roles), roles={r.name: r.config for r in roles}, prompts=prompts)
+    return MapperInputs(
+        config=config,
+        dataflow=check_dataflow(config, roles),
+        roles={r.name: r.config for r in roles},
+        prompts=prompts,
+    )
 
 
 def prompts_of(config: RunConfig) -> object:
@@ -57,9 +67,13 @@ def prompts_of(config: RunConfig) -> object:
     return PromptDataset.load(config.data, config.data.train, load_tokenizer(config.model))
 
 
-def test_a_thousand_devices_that_are_not_there(settings: Settings, large: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_thousand_devices_that_are_not_there(
+    settings: Settings, large: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     started = time.process_time()
-    config = settings("ppo", *large, "device=cuda", "dry_run=true", "placement=auto", "plan.cluster=128x8xH100-80GB")
+    config = settings(
+        "ppo", *large, "device=cuda", "dry_run=true", "placement=auto", "plan.cluster=128x8xH100-80GB"
+    )
     assert run(config) is None
     assert time.process_time() - started < 20
     printed = capsys.readouterr().out
@@ -72,7 +86,8 @@ def test_a_layout_that_is_too_large_says_what_would_do(settings: Settings, large
     layout = ["actor.train.tp=8", "critic.train.tp=8", "reference.train.tp=8", "actor.generation.tp=8"]
     on_16 = [*large, *layout, "device=cuda", "dry_run=true", "num_devices=16", "plan.cluster=2x8xA100-80GB"]
     with pytest.raises(
-        ValueError, match=r"(?s)pool main: .* GB more than a device has.*critic \(.*needs at least .*smallest cluster"
+        ValueError,
+        match=r"(?s)pool main: .* GB more than a device has.*critic \(.*needs at least .*smallest cluster",
     ) as error:
         run(settings("ppo", *on_16))
     assert "does not fit on 2x8xA100-80GB" in str(error.value)
@@ -82,7 +97,9 @@ def test_a_layout_that_is_too_large_says_what_would_do(settings: Settings, large
 
 
 def test_settings_become_a_question_for_the_mapper(settings: Settings) -> None:
-    config = settings("ppo", "data.batch_size=6", "algorithm.num_mini_batches=2", "num_devices=4", "actor.train.tp=2")
+    config = settings(
+        "ppo", "data.batch_size=6", "algorithm.num_mini_batches=2", "num_devices=4", "actor.train.tp=2"
+    )
     prompts = prompts_of(config)
     plan = plan_of(config, prompts)
     setting = setting_of(plan)
@@ -95,7 +112,11 @@ def test_settings_become_a_question_for_the_mapper(settings: Settings) -> None:
     assert setting.cluster.num_devices == 4
     assert workload_of(replace(plan, config=settings("ppo", "plan.response=uniform:2:8"))).response.mean < 8
     given = given_mapping(plan, pools_of(place(config)), pool_sizes(config))
-    assert (given.role("actor").layout.t, given.role("actor").layout.d, given.role("critic").layout.d) == (2, 2, 4)
+    assert (given.role("actor").layout.t, given.role("actor").layout.d, given.role("critic").layout.d) == (
+        2,
+        2,
+        4,
+    )
 
 
 def test_a_mapping_becomes_settings_and_is_taken_again(settings: Settings, tmp_path: Path) -> None:
@@ -103,11 +124,18 @@ def test_a_mapping_becomes_settings_and_is_taken_again(settings: Settings, tmp_p
     prompts = prompts_of(config)
     plan = plan_of(config, prompts)
     mapping = choose(plan)
-    settled = settle(plan, mapping)
-    assert settled.placement is Placement.custom
+    settled = apply_mapping(plan, mapping)
+    assert settled.placement is PlacementMode.custom
     assert sum(pool.num_devices for pool in settled.pools.values()) == mapping.num_devices <= 2
-    assert sorted(role for pool in settled.pools.values() for role in pool.roles) == ["actor", "critic", "reference", "reward"]
-    layouts = {role.name: role.worker.layouts(role.config, pool_sizes(settled)[role.pool]) for role in place(settled)}
+    assert sorted(role for pool in settled.pools.values() for role in pool.roles) == [
+        "actor",
+        "critic",
+        "reference",
+        "reward",
+    ]
+    layouts = {
+        role.name: role.worker.layouts(role.config, pool_sizes(settled)[role.pool]) for role in place(settled)
+    }
     assert layouts["actor"]["generation"].axis_size("tp") == mapping.role("actor").generation.tg
     assert settled.critic.train.micro_batch_tokens == mapping.role("critic").layout.micro_batch_tokens
 
@@ -120,37 +148,54 @@ def test_a_mapping_becomes_settings_and_is_taken_again(settings: Settings, tmp_p
     assert choose(replace(plan, config=more)).cluster == "1x4xcpu", "other devices: chosen anew"
     again = replace(config, plan=replace(config.plan, mapping=str(tmp_path / MAPPING)))
     assert choose(replace(plan, config=again)).roles == mapping.roles
-    assert choose(replace(plan, config=again)) == Mapping.load(tmp_path / MAPPING)
+    assert choose(replace(plan, config=again)) == DeviceMapping.load(tmp_path / MAPPING)
 
 
 def test_pools_ask_for_nodes_of_their_kind(settings: Settings, tmp_path: Path) -> None:
     """Two kinds of CPU nodes, and two kinds of GPU nodes, whose names Ray knows."""
     slow = replace(DEVICE_KINDS["cpu"], name="slow", devices_per_node=1)
     fast = replace(slow, name="fast", flops=2 * slow.flops, memory_bandwidth=2 * slow.memory_bandwidth)
-    Cluster(groups=(NodeGroup(kind=slow, num_nodes=1), NodeGroup(kind=fast, num_nodes=1))).save(tmp_path / "cluster.json")
+    Cluster(groups=(NodeGroup(kind=slow, num_nodes=1), NodeGroup(kind=fast, num_nodes=1))).save(
+        tmp_path / "cluster.json"
+    )
     on_both = ["placement=auto", f"plan.cluster={tmp_path / 'cluster.json'}", f"output_dir={tmp_path}"]
     config = settings("ppo", *on_both)
     plan = plan_of(config, prompts_of(config))
-    with pytest.raises(ValueError, match=r"nothing says which of Ray's nodes have slow; .*plan.node_resources=\[slow:slow\]"):
+    with pytest.raises(
+        ValueError, match=r"nothing says which of Ray's nodes have slow; .*plan.node_resources=\[slow:slow\]"
+    ):
         choose(plan)
     plan = replace(plan, config=settings("ppo", *on_both, "plan.node_resources=[slow:old,fast:new]"))
     mapping = choose(plan)
-    settled = settle(plan, mapping)
+    settled = apply_mapping(plan, mapping)
     assert {pool.kind for pool in mapping.pools} == {"slow", "fast"}
     marks = {"slow": "old", "fast": "new"}
-    assert {name: pool.node_resource for name, pool in settled.pools.items()} == {pool.name: marks[pool.kind] for pool in mapping.pools}
+    assert {name: pool.node_resource for name, pool in settled.pools.items()} == {
+        pool.name: marks[pool.kind] for pool in mapping.pools
+    }
     given = given_mapping(replace(plan, config=settled), pools_of(place(settled)), pool_sizes(settled))
-    assert {pool.name: pool.group for pool in given.pools} == {pool.name: pool.group for pool in mapping.pools}
+    assert {pool.name: pool.group for pool in given.pools} == {
+        pool.name: pool.group for pool in mapping.pools
+    }
 
-    gpus = settings("ppo", "placement=auto", "device=cuda", "plan.cluster=1xH100-80GB+1xA100-80GB", f"output_dir={tmp_path}")
-    settled = settle(replace(plan, config=gpus), choose(replace(plan, config=gpus)))
-    assert {pool.node_resource for pool in settled.pools.values()} <= {"accelerator_type:H100", "accelerator_type:A100"}
+    gpus = settings(
+        "ppo",
+        "placement=auto",
+        "device=cuda",
+        "plan.cluster=1xH100-80GB+1xA100-80GB",
+        f"output_dir={tmp_path}",
+    )
+    settled = apply_mapping(replace(plan, config=gpus), choose(replace(plan, config=gpus)))
+    assert {pool.node_resource for pool in settled.pools.values()} <= {
+        "accelerator_type:H100",
+        "accelerator_type:A100",
+    }
 
 
 def test_a_function_needs_no_pool_of_its_own(settings: Settings) -> None:
     config = settings("grpo", "placement=auto", "num_devices=2", "actor.loss.kl_coefficient=0")
     plan = plan_of(config, prompts_of(config))
     assert list(plan.roles) == ["actor", "reward"]
-    settled = settle(plan, choose(plan))
+    settled = apply_mapping(plan, choose(plan))
     assert [pool.roles for pool in settled.pools.values()] == [["actor", "reference", "reward"]]
     assert [role.name for role in place(settled)] == ["actor", "reward"]

@@ -1,4 +1,5 @@
-"""A subset of benchmarks.invariance: the same step on three engines in small and large micro-batches, against plain float64.
+"""A subset of benchmarks.invariance: the same step on three engines in small and large micro-batches, against
+plain float64.
 
 Packed, and once in padded blocks; in this process, one after the other. The layouts with
 several ranks are the benchmark's, and tests/e2e/test_layouts_agree.py's.
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from benchmarks import invariance_case as case
-from benchmarks.invariance import LARGE, SMALL, Combination, errors, numbers, rollouts
-from benchmarks.invariance_reference import Numbers, Rows, reference_step
+from benchmarks.invariance import case
+from benchmarks.invariance.__main__ import LARGE, SMALL, Combination, errors, numbers, rollouts
+from benchmarks.invariance.reference import Numbers, Rows, reference_step
 from recipes.main import to_settings
 from recipes.run import run
 
@@ -23,7 +24,12 @@ COMBINATIONS = [
     Combination(algorithm="ppo", engine="fsdp", micro_batch_tokens=LARGE),
     Combination(algorithm="ppo", engine="threed", micro_batch_tokens=SMALL),
     Combination(algorithm="gspo", engine="fsdp", micro_batch_tokens=SMALL),
-    Combination(algorithm="gspo", engine="deepspeed", micro_batch_tokens=LARGE, train=("zero_stage=3", "packing=false")),
+    Combination(
+        algorithm="gspo",
+        engine="deepspeed",
+        micro_batch_tokens=LARGE,
+        train=("zero_stage=3", "packing=false"),
+    ),
 ]
 
 
@@ -40,7 +46,9 @@ def samples() -> dict[str, tuple[Rows, dict[str, Numbers]]]:
     return {}
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda one: f"{one.algorithm}-{one.engine}-{one.micro_batch_tokens}")
+@pytest.mark.parametrize(
+    "combination", COMBINATIONS, ids=lambda one: f"{one.algorithm}-{one.engine}-{one.micro_batch_tokens}"
+)
 def test_the_step_does_not_depend_on_the_cut(
     combination: Combination,
     composed: Callable[..., DictConfig],
@@ -48,7 +56,14 @@ def test_the_step_does_not_depend_on_the_cut(
     samples: dict[str, tuple[Rows, dict[str, Numbers]]],
     tmp_path: Path,
 ) -> None:
-    run(to_settings(composed(combination.algorithm, case.settings(combination.algorithm, directory, tmp_path) + combination.settings())))
+    run(
+        to_settings(
+            composed(
+                combination.algorithm,
+                case.settings(combination.algorithm, directory, tmp_path) + combination.settings(),
+            )
+        )
+    )
     found, drawn = numbers(combination.algorithm, directory, tmp_path), rollouts(tmp_path)
     if combination.algorithm not in samples:
         samples[combination.algorithm] = drawn, reference_step(combination.algorithm, directory, drawn)

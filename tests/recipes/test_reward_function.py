@@ -1,4 +1,5 @@
-"""Reward functions at their edges: what a bad one does is an error with its name and the row, never a reward of 0."""
+"""Reward functions at their edges: what a bad one does is an error with its name and the row, never a reward
+of 0."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def test_a_wrong_path_is_found_before_any_row(path: str, message: str) -> None:
 
 
 def test_what_it_raises_comes_with_the_row() -> None:
-    with pytest.raises(RuntimeError, match=r"raises' raised TypeError: .* on prompt '2 \+ 2 =', response 'good'") as caught:
+    with pytest.raises(
+        RuntimeError, match=r"raises' raised TypeError: .* on prompt '2 \+ 2 =', response 'good'"
+    ) as caught:
         score_rows(f"{HERE}:raises", [row()])
     assert isinstance(caught.value.__cause__, TypeError)
 
@@ -56,7 +59,9 @@ def test_what_it_raises_comes_with_the_row() -> None:
 )
 def test_what_is_no_finite_number_stops_the_run(name: str, response: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        score_rows(f"{HERE}:{name}", [row("good") if name == "not_a_number" else row(response), row(response)])
+        score_rows(
+            f"{HERE}:{name}", [row("good") if name == "not_a_number" else row(response), row(response)]
+        )
 
 
 def test_a_long_response_is_cut_in_the_message() -> None:

@@ -17,8 +17,13 @@ from recipes.rlhf.rule import rule, score
 
 
 def test_the_rule_by_hand() -> None:
-    assert rule("312", "123") == 1.0 and rule("312", "321") == 0.0 and rule("312", "13") == pytest.approx(2 / 3)
-    assert rule("312", "1123") == pytest.approx((1 - 1 / 3) * 2 / 3) and rule("312", "") == rule("312", "a12") == rule("312", "999") == 0.0
+    assert (
+        rule("312", "123") == 1.0 and rule("312", "321") == 0.0 and rule("312", "13") == pytest.approx(2 / 3)
+    )
+    assert (
+        rule("312", "1123") == pytest.approx((1 - 1 / 3) * 2 / 3)
+        and rule("312", "") == rule("312", "a12") == rule("312", "999") == 0.0
+    )
     assert score("Sort 312", " 123 ", answer="123") == {"reward": 1.0, "exact": 1.0}
 
 
@@ -45,8 +50,12 @@ def test_every_file_is_what_its_stage_takes(prepared: Prepared) -> None:
         check_names(command[2:])
 
 
-def test_a_mistyped_setting_ends_before_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["recipes.rlhf", "--output", f"{tmp_path}/run", "algorithm.kl.coeficient=0"])
+def test_a_mistyped_setting_ends_before_the_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["recipes.rlhf", "--output", f"{tmp_path}/run", "algorithm.kl.coeficient=0"]
+    )
     with pytest.raises(SystemExit, match="2"):
         main()
     assert not (tmp_path / "run").exists()

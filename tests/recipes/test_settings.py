@@ -1,4 +1,5 @@
-"""Every recipe composes to plain dataclasses of the right types, and one setting reaches every role that depends on it."""
+"""Every recipe composes to plain dataclasses of the right types, and one setting reaches every role that
+depends on it."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ PLAIN = (str, int, float, bool, type(None), Enum)
 def check_plain(value: Any, name: str) -> None:
     """No DictConfig, no dict in the place of a dataclass, no reference left unresolved."""
     if is_dataclass(value):
-        assert "__dict__" not in vars(type(value)) or not set(vars(value)) - {field.name for field in fields(value)}, name
+        assert "__dict__" not in vars(type(value)) or not set(vars(value)) - {
+            field.name for field in fields(value)
+        }, name
         for field in fields(value):
             check_plain(getattr(value, field.name), f"{name}.{field.name}")
     elif isinstance(value, list):
@@ -40,14 +43,19 @@ def check_plain(value: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", yaml_files())
-def test_every_recipe_becomes_plain_dataclasses_and_passes_its_own_checks(recipe: str, settings: Callable[..., RunConfig]) -> None:
+def test_every_recipe_becomes_plain_dataclasses_and_passes_its_own_checks(
+    recipe: str, settings: Callable[..., RunConfig]
+) -> None:
     kl = ["actor.loss.kl_coefficient=0.1"] if "reference" in ENTRIES[recipe].roles else []
     config = settings(recipe, *kl)
     check_plain(config, recipe)
     assert type(config) is RunConfig
     assert type(config.algorithm) is ENTRIES[recipe].load_config(), "the algorithm's own class, not its base"
     for field in fields(RunConfig):
-        assert type(getattr(config, field.name)) is type(getattr(RunConfig(), field.name)) or field.name == "algorithm", field.name
+        assert (
+            type(getattr(config, field.name)) is type(getattr(RunConfig(), field.name))
+            or field.name == "algorithm"
+        ), field.name
     roles = place(config)
     assert {role.name for role in roles} == set(ENTRIES[config.algorithm.name].roles)
     assert {role.pool for role in roles} == {"main"}
@@ -56,7 +64,9 @@ def test_every_recipe_becomes_plain_dataclasses_and_passes_its_own_checks(recipe
 
 
 @pytest.mark.parametrize("recipe", sorted(SETTINGS))
-def test_the_quickstarts_settings_are_settings(recipe: str, composed: Callable[..., DictConfig], required: list[str]) -> None:
+def test_the_quickstarts_settings_are_settings(
+    recipe: str, composed: Callable[..., DictConfig], required: list[str]
+) -> None:
     check_names(SETTINGS[recipe])
     config = to_settings(composed(recipe, [*required, *SETTINGS[recipe]]))
     assert config.num_devices == 2 and config.actor.generation.max_model_len == 64
@@ -64,8 +74,14 @@ def test_the_quickstarts_settings_are_settings(recipe: str, composed: Callable[.
 
 def test_the_algorithms_own_fields_can_be_set(settings: Callable[..., RunConfig]) -> None:
     """A schema's defaults list in the wrong order would give the base class and drop them silently."""
-    config = settings("ppo", "algorithm.lam=0.9", "algorithm.kl.coefficient=0.2", "algorithm.num_mini_batches=4")
-    assert (config.algorithm.lam, config.algorithm.kl.coefficient, config.algorithm.num_mini_batches) == (0.9, 0.2, 4)
+    config = settings(
+        "ppo", "algorithm.lam=0.9", "algorithm.kl.coefficient=0.2", "algorithm.num_mini_batches=4"
+    )
+    assert (config.algorithm.lam, config.algorithm.kl.coefficient, config.algorithm.num_mini_batches) == (
+        0.9,
+        0.2,
+        4,
+    )
     assert settings("grpo", "algorithm.scale_by_std=false").algorithm.scale_by_std is False
 
 
@@ -74,24 +90,42 @@ def test_another_algorithm_in_the_same_recipe(settings: Callable[..., RunConfig]
 
 
 def test_one_setting_reaches_every_role(settings: Callable[..., RunConfig]) -> None:
-    config = settings("ppo", "seed=5", "model.tokenizer=elsewhere", "actor.generation.sampling.temperature=0.7", "critic.model.path=other")
+    config = settings(
+        "ppo",
+        "seed=5",
+        "model.tokenizer=elsewhere",
+        "actor.generation.sampling.temperature=0.7",
+        "critic.model.path=other",
+    )
     assert config.actor.model == config.reference.model == config.model
-    assert (config.critic.model.path, config.critic.model.tokenizer) == ("other", "elsewhere"), "one field of one role is its own"
+    assert (config.critic.model.path, config.critic.model.tokenizer) == ("other", "elsewhere"), (
+        "one field of one role is its own"
+    )
     assert (config.actor.seed, config.critic.seed) == (5, 5)
     assert config.reference.temperature == 0.7, "the reference scores as the actor samples"
 
 
-def test_settings_survive_being_written_beside_the_run(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_settings_survive_being_written_beside_the_run(
+    settings: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     """config.yaml of the output directory loads as the same settings."""
-    config = settings("ppo", "data.validation=[a.parquet,b.parquet]", "placement=custom", "pools.a.roles=[actor]")
+    config = settings(
+        "ppo", "data.validation=[a.parquet,b.parquet]", "placement=custom", "pools.a.roles=[actor]"
+    )
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     written = OmegaConf.load(tmp_path / "config.yaml")
-    assert OmegaConf.to_container(written) == OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config))))
+    assert OmegaConf.to_container(written) == OmegaConf.to_container(
+        OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    )
     assert written.pools.a.roles == ["actor"] and written.data.validation == ["a.parquet", "b.parquet"]
 
 
 def test_pools_by_command_line(settings: Callable[..., RunConfig]) -> None:
-    pools = ["pools.policy.num_devices=2", "pools.policy.roles=[actor,reference]", "pools.values.roles=[critic,reward]"]
+    pools = [
+        "pools.policy.num_devices=2",
+        "pools.policy.roles=[actor,reference]",
+        "pools.values.roles=[critic,reward]",
+    ]
     config = settings("ppo", "placement=custom", *pools)
     assert pool_sizes(config) == {"policy": 2, "values": 1}
     assert {role.name: role.pool for role in place(config)} == {
@@ -100,17 +134,27 @@ def test_pools_by_command_line(settings: Callable[..., RunConfig]) -> None:
         "critic": "values",
         "reward": "values",
     }
-    assert pool_sizes(settings("ppo", "runtime=local", "placement=custom", *pools)) == {"main": 1}, "one process has one pool"
+    assert pool_sizes(settings("ppo", "runtime=local", "placement=custom", *pools)) == {"main": 1}, (
+        "one process has one pool"
+    )
 
 
 def test_generation_in_a_pool_of_its_own(settings: Callable[..., RunConfig]) -> None:
-    pools = ["pools.train.num_devices=2", "pools.train.roles=[actor,critic,reference,reward]", "pools.samples.num_devices=4"]
-    config = settings("ppo", "placement=custom", *pools, "pools.samples.roles=[generation]", "actor.generation.tp=2")
+    pools = [
+        "pools.train.num_devices=2",
+        "pools.train.roles=[actor,critic,reference,reward]",
+        "pools.samples.num_devices=4",
+    ]
+    config = settings(
+        "ppo", "placement=custom", *pools, "pools.samples.roles=[generation]", "actor.generation.tp=2"
+    )
     roles = {role.name: role for role in place(config)}
     assert (roles["actor"].pool, roles["generation"].pool) == ("train", "samples")
     assert str(roles["generation"].worker.layouts(config.actor, 4)["generation"]) == "dp2 x tp2"
     together = settings("ppo")
-    assert check_dataflow(config, list(roles.values())) == check_dataflow(together, place(together)), "the page does not change"
+    assert check_dataflow(config, list(roles.values())) == check_dataflow(together, place(together)), (
+        "the page does not change"
+    )
     for wrong, message in (
         ("[actor,critic,reference,reward,generation]", "names both actor and generation"),
         ("[generation]", "must be in"),
@@ -118,7 +162,11 @@ def test_generation_in_a_pool_of_its_own(settings: Callable[..., RunConfig]) -> 
         with pytest.raises(ValueError, match=message):
             place(settings("ppo", "placement=custom", f"pools.train.roles={wrong}"))
     with pytest.raises(ValueError, match="does not divide the 4 devices of generation's pool"):
-        place(settings("ppo", "placement=custom", *pools, "pools.samples.roles=[generation]", "actor.generation.tp=3"))
+        place(
+            settings(
+                "ppo", "placement=custom", *pools, "pools.samples.roles=[generation]", "actor.generation.tp=3"
+            )
+        )
 
 
 def test_join_pools_leaves_everything_else_alone() -> None:
@@ -126,7 +174,9 @@ def test_join_pools_leaves_everything_else_alone() -> None:
     assert join_pools(arguments) == arguments
 
 
-def test_the_reward_is_a_function_or_a_model(composed: Callable[..., DictConfig], required: list[str]) -> None:
+def test_the_reward_is_a_function_or_a_model(
+    composed: Callable[..., DictConfig], required: list[str]
+) -> None:
     model = required[0].removeprefix("model.path=")
     assert settings_worker(composed, required) is FunctionRewardWorker
     without = [argument for argument in required if not argument.startswith("reward.")]
@@ -134,17 +184,24 @@ def test_the_reward_is_a_function_or_a_model(composed: Callable[..., DictConfig]
 
 
 def settings_worker(composed: Callable[..., DictConfig], arguments: list[str]) -> type:
-    return next(role.worker for role in place(to_settings(composed("ppo", arguments))) if role.name == "reward")
+    return next(
+        role.worker for role in place(to_settings(composed("ppo", arguments))) if role.name == "reward"
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "roles"),
     [
         (["algorithm.kl.coefficient=0"], {"actor", "critic", "reward"}),
-        (["algorithm.kl.coefficient=0", "actor.loss.kl_coefficient=0.1"], {"actor", "critic", "reward", "reference"}),
+        (
+            ["algorithm.kl.coefficient=0", "actor.loss.kl_coefficient=0.1"],
+            {"actor", "critic", "reward", "reference"},
+        ),
     ],
 )
-def test_a_reference_that_nothing_reads_is_not_loaded(arguments: list[str], roles: set[str], settings: Callable[..., RunConfig]) -> None:
+def test_a_reference_that_nothing_reads_is_not_loaded(
+    arguments: list[str], roles: set[str], settings: Callable[..., RunConfig]
+) -> None:
     config = settings("ppo", *arguments)
     placed = place(config)
     assert {role.name for role in placed} == roles == set(check_dataflow(config, placed).roles)

@@ -1,4 +1,5 @@
-"""The stages before reinforcement learning, in this process: they learn, and their numbers are those of plain transformers."""
+"""The stages before reinforcement learning, in this process: they learn, and their numbers are those of plain
+transformers."""
 
 from __future__ import annotations
 
@@ -21,9 +22,7 @@ from recipes.main import to_settings
 from recipes.run import run
 from tests.tiny import EOS, make_model
 
-TEMPLATE = (
-    "{% for m in messages %}{{ 8 if m.role == 'user' else 9 }} {{ m.content }} 1 {% endfor %}{% if add_generation_prompt %}9{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}{{ 8 if m.role == 'user' else 9 }} {{ m.content }} 1 {% endfor %}{% if add_generation_prompt %}9{% endif %}"
 RISING, FALLING = "3 4 5 6 7 8 9", "9 8 7 6 5 4 3"
 
 
@@ -42,7 +41,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(composed: Callable[..., DictConfig], model: Path, tmp_path: Path) -> Callable[..., Any]:
-    """train("sft", rows, "policy.train...=..."): runs the recipe; (outcome, rows of metrics.jsonl, Hugging Face directory)."""
+    """train("sft", rows, "policy.train...=..."): runs the recipe; (outcome, rows of metrics.jsonl, Hugging
+    Face directory)."""
 
     def stage(recipe: str, rows: list[dict[str, Any]], *arguments: str) -> Any:
         data = tmp_path / "rows.jsonl"
@@ -73,7 +73,10 @@ def train(composed: Callable[..., DictConfig], model: Path, tmp_path: Path) -> C
 def demonstrations() -> list[dict[str, Any]]:
     """Responses of 1 to 6 numbers."""
     drawn = np.random.default_rng(0)
-    return [{"prompt": RISING[: 2 * drawn.integers(1, 7) - 1], "response": FALLING[: 2 * length - 1]} for length in (1, 2, 4, 6, 6, 3)]
+    return [
+        {"prompt": RISING[: 2 * drawn.integers(1, 7) - 1], "response": FALLING[: 2 * length - 1]}
+        for length in (1, 2, 4, 6, 6, 3)
+    ]
 
 
 def pairs() -> list[dict[str, Any]]:
@@ -122,23 +125,41 @@ def test_sft_learns_and_its_loss_is_that_of_transformers(train: Callable[..., An
     outcome, metrics, saved = train("sft", rows, "algorithm.num_mini_batches=1")
     first = labels_loss(model, rows)
     assert metrics[0]["loss"] == pytest.approx(first, rel=1e-5), "validation before the first step"
-    assert metrics[1]["policy/nll"] == pytest.approx(first, rel=1e-5), "the first step, in micro-batches of 40 tokens"
-    assert outcome.validation_after["loss"] == pytest.approx(labels_loss(saved, rows), rel=1e-5) and outcome.reward_after is None
+    assert metrics[1]["policy/nll"] == pytest.approx(first, rel=1e-5), (
+        "the first step, in micro-batches of 40 tokens"
+    )
+    assert (
+        outcome.validation_after["loss"] == pytest.approx(labels_loss(saved, rows), rel=1e-5)
+        and outcome.reward_after is None
+    )
     assert outcome.validation_after["loss"] < 0.5 * first
-    assert metrics[1]["rows"] == 6 and outcome.tokens == 6 * sum(len((row["prompt"] + " " + row["response"]).split()) + 1 for row in rows)
+    assert metrics[1]["rows"] == 6 and outcome.tokens == 6 * sum(
+        len((row["prompt"] + " " + row["response"]).split()) + 1 for row in rows
+    )
 
 
-def test_conversations_learn_the_assistants_turns_only(train: Callable[..., Any], model: Path, tmp_path: Path) -> None:
-    turns = [{"role": role, "content": content} for role, content in (("user", "3 4"), ("assistant", "4 3"), ("user", "5"))]
+def test_conversations_learn_the_assistants_turns_only(
+    train: Callable[..., Any], model: Path, tmp_path: Path
+) -> None:
+    turns = [
+        {"role": role, "content": content}
+        for role, content in (("user", "3 4"), ("assistant", "4 3"), ("user", "5"))
+    ]
     conversation = [*turns, {"role": "assistant", "content": "5 5"}]
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
-    settings = ["data.messages_column=messages", f"data.chat_template={tmp_path}/chat.jinja", "loop.num_steps=1"]
+    settings = [
+        "data.messages_column=messages",
+        f"data.chat_template={tmp_path}/chat.jinja",
+        "loop.num_steps=1",
+    ]
     _, metrics, _ = train("sft", [{"messages": conversation}], *settings)
     ids = torch.tensor([[8, 3, 4, 1, 9, 4, 3, 1, 8, 5, 1, 9, 5, 5, 1]])
     labels = torch.where(torch.tensor([[0] * 5 + [1] * 3 + [0] * 4 + [1] * 3]).bool(), ids, -100)
     with torch.no_grad():
         expected = float(AutoModelForCausalLM.from_pretrained(model)(input_ids=ids, labels=labels).loss)
-    assert metrics[0]["loss"] == pytest.approx(expected, rel=1e-5) and metrics[1]["policy/nll"] == pytest.approx(expected, rel=1e-5)
+    assert metrics[0]["loss"] == pytest.approx(expected, rel=1e-5) and metrics[1][
+        "policy/nll"
+    ] == pytest.approx(expected, rel=1e-5)
 
 
 def test_dpo_is_its_closed_form(train: Callable[..., Any], model: Path) -> None:
@@ -148,7 +169,8 @@ def test_dpo_is_its_closed_form(train: Callable[..., Any], model: Path) -> None:
     margins = []
     for row in rows:
         gain = {
-            kind: log_prob(saved, row["prompt"], row[kind]) - log_prob(model, row["prompt"], row[kind]) for kind in ("chosen", "rejected")
+            kind: log_prob(saved, row["prompt"], row[kind]) - log_prob(model, row["prompt"], row[kind])
+            for kind in ("chosen", "rejected")
         }
         margins.append(0.3 * (gain["chosen"] - gain["rejected"]))
     margin = torch.stack(margins)
@@ -158,14 +180,20 @@ def test_dpo_is_its_closed_form(train: Callable[..., Any], model: Path) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "sign"), [("reward_model", 1), ("cost_model", -1)])
-def test_reward_and_cost_models_are_what_transformers_loads(train: Callable[..., Any], recipe: str, sign: int) -> None:
+def test_reward_and_cost_models_are_what_transformers_loads(
+    train: Callable[..., Any], recipe: str, sign: int
+) -> None:
     rows = pairs()
     outcome, _, saved = train(recipe, rows)
     scorer = AutoModelForSequenceClassification.from_pretrained(saved)
     with torch.no_grad():
         scores = [
             [
-                float(scorer(torch.tensor([[*tokens(saved, row["prompt"]), *tokens(saved, row[kind]), EOS]])).logits)
+                float(
+                    scorer(
+                        torch.tensor([[*tokens(saved, row["prompt"]), *tokens(saved, row[kind]), EOS]])
+                    ).logits
+                )
                 for kind in row
                 if kind in KINDS
             ]

@@ -1,4 +1,5 @@
-"""What four gloo processes do once for test_gloo.py: every pair of layouts, the golden executor beside it, faults, two pools."""
+"""What four gloo processes do once for test_gloo.py: every pair of layouts, the golden executor beside it,
+faults, two pools."""
 
 from __future__ import annotations
 
@@ -9,7 +10,15 @@ import torch
 import torch.distributed as dist
 
 from hybridflow.layout import Layout
-from hybridflow.resharding import AttestationError, Attestor, Executor, LocalParameter, ShardMap, compile, verify
+from hybridflow.resharding import (
+    AttestationError,
+    Attestor,
+    Executor,
+    LocalParameter,
+    ShardMap,
+    compile,
+    verify,
+)
 from hybridflow.resharding.analytic import decoder_rules, fsdp, generation, threed, zero3
 from hybridflow.resharding.golden import bytes_gathered, reshard_golden
 from hybridflow.resharding.grouping import fewest_bytes, vanilla
@@ -39,7 +48,8 @@ def run(rank: int, directory: str) -> None:
 
 
 def layouts(source: ShardMap, pp: int, tp: int, rank: int) -> dict[str, int]:
-    """Twice through the same executor with changing weights, each time equal to gather-and-slice, to the golden executor, and attested."""
+    """Twice through the same executor with changing weights, each time equal to gather-and-slice, to the
+    golden executor, and attested."""
     sources = allocate(source, full_tensors(source), only=rank)[0]
     grouping = fewest_bytes(source, generation(RULES, vanilla(NUM_RANKS, tp=tp, pp=pp)), tp=tp, pp=pp)
     wanted = generation(RULES, grouping)
@@ -57,7 +67,11 @@ def layouts(source: ShardMap, pp: int, tp: int, rank: int) -> dict[str, int]:
         assert_holds([ours], full)
         digests.append(attestor.run())
         golden_bytes = reshard_golden(
-            gathered, {spec.name: spec.dtype for spec in target.parameters}, sources, golden, bucket_bytes=BUCKET_BYTES
+            gathered,
+            {spec.name: spec.dtype for spec in target.parameters},
+            sources,
+            golden,
+            bucket_bytes=BUCKET_BYTES,
         )
         assert_holds([golden], full)
     assert all(digests[0][name] != digests[1][name] for name in digests[0])
@@ -73,13 +87,20 @@ def layouts(source: ShardMap, pp: int, tp: int, rank: int) -> dict[str, int]:
 def refill(parameters: list[LocalParameter], full: dict[str, torch.Tensor]) -> None:
     for parameter in parameters:
         for shard in parameter.shards:
-            shard.tensor.copy_(full[parameter.name][tuple(slice(a, a + n) for a, n in zip(shard.box.start, shard.box.shape, strict=True))])
+            shard.tensor.copy_(
+                full[parameter.name][
+                    tuple(slice(a, a + n) for a, n in zip(shard.box.start, shard.box.shape, strict=True))
+                ]
+            )
 
 
 def faults(rank: int) -> str:
     """One bit on rank 2 flips after the sync: every rank raises and names it."""
     source, target = SOURCES["fsdp-4"], generation(RULES, vanilla(NUM_RANKS, tp=2))
-    sources, held = allocate(source, full_tensors(source), only=rank)[0], allocate(target, full_tensors(source), only=rank)[0]
+    sources, held = (
+        allocate(source, full_tensors(source), only=rank)[0],
+        allocate(target, full_tensors(source), only=rank)[0],
+    )
     attestor = Attestor(source, sources, target, held)
     attestor.run()
     if rank == 2:
@@ -92,7 +113,8 @@ def faults(rank: int) -> str:
 
 
 def pools(rank: int) -> int:
-    """Ranks 0, 1 train, ranks 2, 3 generate with tp=2; one group spans both pools; each side only knows its own parameters."""
+    """Ranks 0, 1 train, ranks 2, 3 generate with tp=2; one group spans both pools; each side only knows its
+    own parameters."""
     training = fsdp(RULES, 2).relabel([0, 1], NUM_RANKS)
     target = generation(RULES, vanilla(2, tp=2)).relabel([2, 3], NUM_RANKS)
     full = full_tensors(training)

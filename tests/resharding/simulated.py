@@ -27,7 +27,9 @@ class QueueTransport:
         self.queues = queues
         self.staged = 0
 
-    def post(self, receives: Sequence[Message], sends: Sequence[Message]) -> tuple[list[Callable[[], None]], Callable[[], None]]:
+    def post(
+        self, receives: Sequence[Message], sends: Sequence[Message]
+    ) -> tuple[list[Callable[[], None]], Callable[[], None]]:
         for peer, tensor in sends:
             assert tensor.is_contiguous() and tensor.dtype == torch.uint8
             self.queues[self.rank, peer].put(tensor.clone())
@@ -38,7 +40,9 @@ class QueueTransport:
         return [receiver(peer, tensor) for peer, tensor in receives], lambda: None
 
 
-def run_in_threads(plan: Plan, sources: list[list[LocalParameter]], destinations: list[list[LocalParameter]]) -> list[ExecutionReport]:
+def run_in_threads(
+    plan: Plan, sources: list[list[LocalParameter]], destinations: list[list[LocalParameter]]
+) -> list[ExecutionReport]:
     """Execute the plan with one thread per rank."""
     queues: dict[tuple[int, int], SimpleQueue] = defaultdict(SimpleQueue)
     for pair in zip(plan.sender.tolist(), plan.receiver.tolist(), strict=True):
@@ -54,11 +58,17 @@ def run_in_threads(plan: Plan, sources: list[list[LocalParameter]], destinations
 def full_tensors(shard_map: ShardMap, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random bits-and-all values for every parameter."""
     generator = torch.Generator().manual_seed(seed)
-    return {spec.name: torch.randn(spec.shape, generator=generator).to(DTYPES[spec.dtype]) for spec in shard_map.parameters}
+    return {
+        spec.name: torch.randn(spec.shape, generator=generator).to(DTYPES[spec.dtype])
+        for spec in shard_map.parameters
+    }
 
 
 def allocate(
-    shard_map: ShardMap, full: dict[str, torch.Tensor] | None = None, strided: bool = False, only: int | None = None
+    shard_map: ShardMap,
+    full: dict[str, torch.Tensor] | None = None,
+    strided: bool = False,
+    only: int | None = None,
 ) -> list[list[LocalParameter]]:
     """Memory of every rank (or of rank `only`): slices of `full`, or NaN without it.
 
@@ -72,9 +82,15 @@ def allocate(
             for box in shard_map.boxes(spec.name, rank):
                 tensor = torch.full(box.shape, float("nan"), dtype=DTYPES[spec.dtype])
                 if strided and box.shape:
-                    tensor = torch.full((*box.shape[:-1], box.shape[-1] * 2), float("nan"), dtype=DTYPES[spec.dtype])[..., ::2]
+                    tensor = torch.full(
+                        (*box.shape[:-1], box.shape[-1] * 2), float("nan"), dtype=DTYPES[spec.dtype]
+                    )[..., ::2]
                 if full is not None:
-                    tensor.copy_(full[spec.name][tuple(slice(a, a + n) for a, n in zip(box.start, box.shape, strict=True))])
+                    tensor.copy_(
+                        full[spec.name][
+                            tuple(slice(a, a + n) for a, n in zip(box.start, box.shape, strict=True))
+                        ]
+                    )
                 shards.append(LocalShard(box, tensor))
             parameters.append(LocalParameter(spec.name, spec.shape, DTYPES[spec.dtype], tuple(shards)))
         ranks.append(parameters)
@@ -86,7 +102,9 @@ def assert_holds(held: list[list[LocalParameter]], full: dict[str, torch.Tensor]
     for parameters in held:
         for parameter in parameters:
             for shard in parameter.shards:
-                expected = full[parameter.name][tuple(slice(a, a + n) for a, n in zip(shard.box.start, shard.box.shape, strict=True))]
+                expected = full[parameter.name][
+                    tuple(slice(a, a + n) for a, n in zip(shard.box.start, shard.box.shape, strict=True))
+                ]
                 expected = expected.to(parameter.dtype)
                 same = np.array_equal(_bits(shard.tensor), _bits(expected))
                 assert same, f"{parameter.name} {shard.box}"

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from hybridflow.layout import Layout
-from hybridflow.resharding import AttestationError, Box, LocalParameter, LocalShard, ParameterSpec, Parts, ShardMap, compile
+from hybridflow.resharding import (
+    AttestationError,
+    Box,
+    LocalParameter,
+    LocalShard,
+    ParameterSpec,
+    Parts,
+    ShardMap,
+    compile,
+)
 from hybridflow.resharding.analytic import decoder_rules, generation, threed
 from hybridflow.resharding.attest import compare
 from hybridflow.resharding.digest import block_words
@@ -50,7 +59,9 @@ def test_a_good_sync_passes(maps: tuple[ShardMap, ShardMap], synced: tuple[Memor
     assert set(attest_all(maps, *synced)) == {spec.name for spec in maps[1].parameters}
 
 
-def test_one_flipped_bit_names_parameter_and_rank(maps: tuple[ShardMap, ShardMap], synced: tuple[Memory, Memory]) -> None:
+def test_one_flipped_bit_names_parameter_and_rank(
+    maps: tuple[ShardMap, ShardMap], synced: tuple[Memory, Memory]
+) -> None:
     shard(synced[1], 5, Q).view(torch.int16)[3, 7] ^= 1
     with pytest.raises(AttestationError, match=rf"{Q} .*generation ranks \[5\] differ"):
         attest_all(maps, *synced)
@@ -69,11 +80,17 @@ def test_every_single_bit_counts(maps: tuple[ShardMap, ShardMap], synced: tuple[
 
 
 def test_a_flipped_bit_in_a_block_of_words() -> None:
-    """Wide rows are summed in blocks that share a weight: every bit still counts, and boxes that changed places do."""
+    """Wide rows are summed in blocks that share a weight: every bit still counts, and boxes that changed
+    places do."""
     spec = ParameterSpec("w", (6, 1000), "bfloat16")
     source = ShardMap.of([spec], {0: [("w", Box((0, 0), (6, 1000)))]}, num_ranks=1)
     parts, full = Parts.of(source), torch.randn(6, 1000).bfloat16()
-    assert parts.narrowest() == {"w": 1000} and block_words(250) == 32 and block_words(4096) == 64 and block_words(63) == 1
+    assert (
+        parts.narrowest() == {"w": 1000}
+        and block_words(250) == 32
+        and block_words(4096) == 64
+        and block_words(63) == 1
+    )
 
     def digest() -> int:
         memory = [LocalParameter("w", (6, 1000), torch.bfloat16, (LocalShard(Box((0, 0), (6, 1000)), full),))]
@@ -98,7 +115,9 @@ def test_swapped_shards(maps: tuple[ShardMap, ShardMap], synced: tuple[Memory, M
         kept = one.clone()
         one.copy_(two)
         two.copy_(kept)
-    with pytest.raises(AttestationError, match=rf"{Q}: generation ranks \[0, 1, 2, 3, 4, 5, 6, 7\] hold digest"):
+    with pytest.raises(
+        AttestationError, match=rf"{Q}: generation ranks \[0, 1, 2, 3, 4, 5, 6, 7\] hold digest"
+    ):
         attest_all(maps, *synced)
 
 
@@ -114,13 +133,19 @@ def test_a_stale_parameter(maps: tuple[ShardMap, ShardMap], synced: tuple[Memory
     sources, destinations = synced
     with torch.no_grad():
         for memory in sources:
-            next(p for p in memory if p.name == "lm_head.weight").shards and shard([memory], 0, "lm_head.weight").add_(0.5)
+            next(p for p in memory if p.name == "lm_head.weight").shards and shard(
+                [memory], 0, "lm_head.weight"
+            ).add_(0.5)
     with pytest.raises(AttestationError, match=r"lm_head.weight: generation ranks") as caught:
         attest_all(maps, sources, destinations)
     assert Q not in str(caught.value)
 
 
-def test_training_replicas_that_drifted_apart(maps: tuple[ShardMap, ShardMap], synced: tuple[Memory, Memory]) -> None:
+def test_training_replicas_that_drifted_apart(
+    maps: tuple[ShardMap, ShardMap], synced: tuple[Memory, Memory]
+) -> None:
     shard(synced[0], 6, "model.norm.weight").mul_(1.5)
-    with pytest.raises(AttestationError, match=r"model.norm.weight .*training ranks \[6\] differ from ranks \[2, 3, 7\]"):
+    with pytest.raises(
+        AttestationError, match=r"model.norm.weight .*training ranks \[6\] differ from ranks \[2, 3, 7\]"
+    ):
         attest_all(maps, *synced)

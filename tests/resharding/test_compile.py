@@ -1,4 +1,5 @@
-"""What compile promises and refuses, that verify sees through wrong plans, the cache, ranges of flat parameters, zero copy."""
+"""What compile promises and refuses, that verify sees through wrong plans, the cache, ranges of flat
+parameters, zero copy."""
 
 from __future__ import annotations
 
@@ -12,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridflow.layout import Layout
-from hybridflow.resharding import Box, LocalParameter, LocalShard, ParameterSpec, Plan, PlanError, ShardMap, compile, verify
+from hybridflow.resharding import (
+    Box,
+    LocalParameter,
+    LocalShard,
+    ParameterSpec,
+    Plan,
+    PlanError,
+    ShardMap,
+    compile,
+    verify,
+)
 from hybridflow.resharding.analytic import decoder_rules, fsdp, generation, threed, zero3
 from hybridflow.resharding.boxes import flat_range_boxes
 from hybridflow.resharding.cache import compile_cached
@@ -26,13 +37,21 @@ WHOLE = ("w", Box((0, 0), (8, 4)))
 
 def make_plan(bucket_bytes: int = 1 << 14, nodes: list[int] | None = None) -> Plan:
     layout = Layout.of(pp=2, tp=2, dp=2)
-    return compile(threed(RULES, layout), generation(RULES, zero_redundancy(layout, tp=1)), bucket_bytes=bucket_bytes, nodes=nodes)
+    return compile(
+        threed(RULES, layout),
+        generation(RULES, zero_redundancy(layout, tp=1)),
+        bucket_bytes=bucket_bytes,
+        nodes=nodes,
+    )
 
 
-@pytest.mark.parametrize("source", [threed(RULES, Layout.of(pp=2, tp=2, dp=2)), fsdp(RULES, 8), fsdp(RULES, 8, 4), zero3(RULES, 8)])
+@pytest.mark.parametrize(
+    "source", [threed(RULES, Layout.of(pp=2, tp=2, dp=2)), fsdp(RULES, 8), fsdp(RULES, 8, 4), zero3(RULES, 8)]
+)
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2)])
 def test_every_layout_to_every_layout(source: ShardMap, tp: int, pp: int) -> None:
-    """Padded vocabulary, replicated key-value heads, flat ranges: bit for bit, at the lower bound, in small buckets."""
+    """Padded vocabulary, replicated key-value heads, flat ranges: bit for bit, at the lower bound, in small
+    buckets."""
     if tp == 8:
         source = _replace_rules(source)
     rules = RULES if tp < 8 else EIGHT_HEADS
@@ -62,7 +81,9 @@ def test_training_masters_are_cast_by_the_sender() -> None:
     plan, full, destinations = compile(source, target), full_tensors(source), allocate(target)
     reports = run_in_threads(plan, allocate(source, full), destinations)
     assert_holds(destinations, full)
-    assert plan.bytes_received.sum() == sum(report.received_bytes for report in reports)  # bytes of bf16, not of fp32
+    assert plan.bytes_received.sum() == sum(
+        report.received_bytes for report in reports
+    )  # bytes of bf16, not of fp32
 
 
 def test_senders_of_replicas_are_balanced_and_near() -> None:
@@ -93,7 +114,10 @@ def test_coinciding_shards_are_not_copied() -> None:
     source, target = threed(RULES, layout), generation(RULES, zero_redundancy(layout, tp=2))
     sources = allocate(source, full_tensors(source))
     destinations = [
-        [LocalParameter(p.name, p.shape, p.dtype, p.shards) if "mlp" in p.name else q for p, q in zip(have, want, strict=True)]
+        [
+            LocalParameter(p.name, p.shape, p.dtype, p.shards) if "mlp" in p.name else q
+            for p, q in zip(have, want, strict=True)
+        ]
         for have, want in zip(sources, allocate(target), strict=True)
     ]
     reports = run_in_threads(compile(source, target), sources, destinations)
@@ -114,7 +138,9 @@ def test_coinciding_shards_are_not_copied() -> None:
 )
 def test_bad_maps_are_refused_by_name(source: dict, target: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        compile(ShardMap.of([W], source, num_ranks=2), ShardMap.of([W], target, num_ranks=2), bucket_bytes=1024)
+        compile(
+            ShardMap.of([W], source, num_ranks=2), ShardMap.of([W], target, num_ranks=2), bucket_bytes=1024
+        )
 
 
 def test_models_that_differ_are_refused_by_name() -> None:
@@ -126,7 +152,9 @@ def test_models_that_differ_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="the target wants v, which no source rank holds"):
         compile(one, both)
     verify(compile(both, one, unused=["v"]))
-    reshaped = ShardMap.of([ParameterSpec("w", (4, 8), "float32")], {0: [("w", Box((0, 0), (4, 8)))]}, num_ranks=1)
+    reshaped = ShardMap.of(
+        [ParameterSpec("w", (4, 8), "float32")], {0: [("w", Box((0, 0), (4, 8)))]}, num_ranks=1
+    )
     with pytest.raises(ValueError, match=r"w has shape \(4, 8\) in the source and \(8, 4\)"):
         compile(reshaped, one)
     with pytest.raises(ValueError, match="bucket_bytes=8 is too small"):
@@ -139,7 +167,10 @@ def test_verify_sees_through_wrong_plans() -> None:
 
     def without(row: int) -> Plan:
         keep = np.arange(len(plan.sender)) != row
-        columns = {name: getattr(plan, name)[keep] for name in ("sender", "receiver", "parameter", "start", "shape", "round")}
+        columns = {
+            name: getattr(plan, name)[keep]
+            for name in ("sender", "receiver", "parameter", "start", "shape", "round")
+        }
         return replace(plan, **columns)
 
     with pytest.raises(PlanError, match=r"rank \d gets \d+ of \d+ elements"):
@@ -190,7 +221,10 @@ def test_flat_ranges_are_boxes_in_order(shape: tuple[int, ...], data: st.DataObj
     begin = data.draw(st.integers(0, whole.numel()))
     end = data.draw(st.integers(begin, whole.numel()))
     boxes = flat_range_boxes(shape, begin, end)
-    parts = [whole[tuple(slice(a, a + n) for a, n in zip(box.start, box.shape, strict=True))].reshape(-1) for box in boxes]
+    parts = [
+        whole[tuple(slice(a, a + n) for a, n in zip(box.start, box.shape, strict=True))].reshape(-1)
+        for box in boxes
+    ]
     assert torch.equal(torch.cat([*parts, torch.zeros(0, dtype=torch.int64)]), torch.arange(begin, end))
     assert len(boxes) <= max(1, 2 * len(shape) - 1)
 

@@ -1,4 +1,5 @@
-"""Recording weight loaders: copies of slices become boxes, anything else is an error that names the parameter."""
+"""Recording weight loaders: copies of slices become boxes, anything else is an error that names the
+parameter."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from hybridflow.resharding import Box
-from workers.generation.discovery import LoaderError, Placement, Region, missing, record
+from workers.generation.vllm.shard_map import LoaderError, LoaderWrite, Region, missing, record
 
 Load = Callable[[nn.Parameter, torch.Tensor], None]
 SHAPES = {"q": (8, 4), "kv": (4, 4), "bias": (6,)}
@@ -45,9 +46,21 @@ class Fused(nn.Module):
 
 def test_slices_become_boxes() -> None:
     assert record(Fused(), SHAPES, torch.float32) == [
-        Placement(name="q", box=Box((4, 0), (4, 4)), tensor="fused", region=Region(size=(4, 4), stride=(4, 1), offset=0)),
-        Placement(name="kv", box=Box((2, 0), (2, 4)), tensor="fused", region=Region(size=(2, 4), stride=(4, 1), offset=16)),
-        Placement(name="bias", box=Box((0,), (6,)), tensor="bias", region=Region(size=(6,), stride=(1,), offset=0)),
+        LoaderWrite(
+            name="q",
+            box=Box((4, 0), (4, 4)),
+            tensor="fused",
+            region=Region(size=(4, 4), stride=(4, 1), offset=0),
+        ),
+        LoaderWrite(
+            name="kv",
+            box=Box((2, 0), (2, 4)),
+            tensor="fused",
+            region=Region(size=(2, 4), stride=(4, 1), offset=16),
+        ),
+        LoaderWrite(
+            name="bias", box=Box((0,), (6,)), tensor="bias", region=Region(size=(6,), stride=(1,), offset=0)
+        ),
     ]
 
 
@@ -57,7 +70,10 @@ def test_columns_and_single_elements() -> None:
         parameter.data[:4, :2].copy_(weight[4:, 2:])
 
     placements = record(Fused({"q": columns}), SHAPES, torch.float32)
-    assert [placement.box for placement in placements if placement.name == "q"] == [Box((4, 0), (4, 2)), Box((4, 2), (4, 2))]
+    assert [placement.box for placement in placements if placement.name == "q"] == [
+        Box((4, 0), (4, 2)),
+        Box((4, 2), (4, 2)),
+    ]
     assert placements[0].region == Region(size=(4, 2), stride=(4, 1), offset=2)
 
 
@@ -65,16 +81,40 @@ def test_columns_and_single_elements() -> None:
     ("name", "load", "message"),
     [
         ("q", lambda p, w: p.data[:4].copy_(w[4:] * 2), "q: its weight loader applies aten.mul"),
-        ("q", lambda p, w: p.data[:4].copy_(w[4:].to(torch.bfloat16)), "q: its weight loader applies aten._to_copy"),
-        ("q", lambda p, w: p.data[:4].copy_(torch.cat([w[4:6], w[6:]])), "q: its weight loader applies aten.cat"),
-        ("q", lambda p, w: p.data[:4].copy_(w[:4].t()), "q: its weight loader stores a view of shape .* which is no box"),
+        (
+            "q",
+            lambda p, w: p.data[:4].copy_(w[4:].to(torch.bfloat16)),
+            "q: its weight loader applies aten._to_copy",
+        ),
+        (
+            "q",
+            lambda p, w: p.data[:4].copy_(torch.cat([w[4:6], w[6:]])),
+            "q: its weight loader applies aten.cat",
+        ),
+        (
+            "q",
+            lambda p, w: p.data[:4].copy_(w[:4].t()),
+            "q: its weight loader stores a view of shape .* which is no box",
+        ),
         ("q", lambda p, w: p.data[:4].copy_(w[::2]), "q: its weight loader stores a view"),
         ("q", lambda p, w: p.data[:4].copy_(w[0]), "q: its weight loader broadcasts"),
-        ("q", lambda p, w: torch.empty(4, 4, device="meta").copy_(w[:4]), "q: its weight loader copies it into something"),
+        (
+            "q",
+            lambda p, w: torch.empty(4, 4, device="meta").copy_(w[:4]),
+            "q: its weight loader copies it into something",
+        ),
         ("q", lambda p, w: (Fused.load_q(p, w), p.data.add_(1)), "fused: a weight loader applies aten.add_"),
-        ("q", lambda p, w: p.data[:4].copy_(torch.ones(4, 4, device="meta")), "fused: a weight loader fills it from something"),
+        (
+            "q",
+            lambda p, w: p.data[:4].copy_(torch.ones(4, 4, device="meta")),
+            "fused: a weight loader fills it from something",
+        ),
         ("q", lambda p, w: p.data[:3].copy_(w[4:7]), "fused: the loaders write 20 of its 24 elements"),
-        ("q", lambda p, w: (Fused.load_q(p, w), Fused.load_q(p, w)), "fused: the loaders write 40 of its 24 elements"),
+        (
+            "q",
+            lambda p, w: (Fused.load_q(p, w), Fused.load_q(p, w)),
+            "fused: the loaders write 40 of its 24 elements",
+        ),
     ],
 )
 def test_anything_else_is_an_error_with_the_name(name: str, load: Load, message: str) -> None:

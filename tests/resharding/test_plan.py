@@ -23,16 +23,22 @@ def _cuts(draw: st.DrawFn, box: Box, depth: int) -> list[Box]:
     at = draw(st.integers(1, box.shape[dim] - 1))
     first = Box(box.start, (*box.shape[:dim], at, *box.shape[dim + 1 :]))
     second = Box(
-        (*box.start[:dim], box.start[dim] + at, *box.start[dim + 1 :]), (*box.shape[:dim], box.shape[dim] - at, *box.shape[dim + 1 :])
+        (*box.start[:dim], box.start[dim] + at, *box.start[dim + 1 :]),
+        (*box.shape[:dim], box.shape[dim] - at, *box.shape[dim + 1 :]),
     )
     return _cuts(draw, first, depth - 1) + _cuts(draw, second, depth - 1)
 
 
 @st.composite
 def maps(draw: st.DrawFn) -> tuple[ShardMap, ShardMap]:
-    """A source that holds everything (with replicas, also of overlapping boxes) and a target that wants anything."""
+    """A source that holds everything (with replicas, also of overlapping boxes) and a target that wants
+    anything."""
     shapes = draw(st.lists(st.lists(st.integers(1, 6), max_size=3).map(tuple), min_size=1, max_size=3))
-    dtypes = draw(st.lists(st.sampled_from(["float32", "bfloat16", "float64"]), min_size=len(shapes), max_size=len(shapes)))
+    dtypes = draw(
+        st.lists(
+            st.sampled_from(["float32", "bfloat16", "float64"]), min_size=len(shapes), max_size=len(shapes)
+        )
+    )
     source: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(NUM_RANKS)}
     target: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(NUM_RANKS)}
     for number, shape in enumerate(shapes):
@@ -48,14 +54,23 @@ def maps(draw: st.DrawFn) -> tuple[ShardMap, ShardMap]:
         wanting = draw(st.sets(st.integers(0, NUM_RANKS - 1), min_size=1))
         for rank in wanting:
             boxes = _cuts(draw, whole, 3)
-            target[rank] += [(name, box) for box in draw(st.lists(st.sampled_from(boxes), min_size=1, unique=True))]
+            target[rank] += [
+                (name, box) for box in draw(st.lists(st.sampled_from(boxes), min_size=1, unique=True))
+            ]
     source_specs = [ParameterSpec(f"p{i}", shape, "float32") for i, shape in enumerate(shapes)]
-    target_specs = [ParameterSpec(f"p{i}", shape, dtype) for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))]
-    return ShardMap.of(source_specs, source, num_ranks=NUM_RANKS), ShardMap.of(target_specs, target, num_ranks=NUM_RANKS)
+    target_specs = [
+        ParameterSpec(f"p{i}", shape, dtype)
+        for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))
+    ]
+    return ShardMap.of(source_specs, source, num_ranks=NUM_RANKS), ShardMap.of(
+        target_specs, target, num_ranks=NUM_RANKS
+    )
 
 
 @SETTINGS
-@given(maps(), st.sampled_from([96, 128, 1024, 1 << 20]), st.sampled_from([None, [0, 0, 1, 1]]), st.booleans())
+@given(
+    maps(), st.sampled_from([96, 128, 1024, 1 << 20]), st.sampled_from([None, [0, 0, 1, 1]]), st.booleans()
+)
 def test_compile_and_execute_equal_gather_and_slice(
     pair: tuple[ShardMap, ShardMap], bucket_bytes: int, nodes: list[int] | None, strided: bool
 ) -> None:
@@ -66,7 +81,11 @@ def test_compile_and_execute_equal_gather_and_slice(
     sources, destinations = allocate(source, full, strided), allocate(target, strided=strided)
     reports = run_in_threads(plan, sources, destinations)
     assert_holds(destinations, full)
-    assert [report.received_bytes for report in reports] == plan.bytes_received.tolist() == _naive_bound(source, target)
+    assert (
+        [report.received_bytes for report in reports]
+        == plan.bytes_received.tolist()
+        == _naive_bound(source, target)
+    )
     assert certificate.received_total == sum(report.received_bytes for report in reports)
     assert max(report.staging_bytes for report in reports) <= 2 * bucket_bytes
 
@@ -80,14 +99,24 @@ def test_digests_do_not_depend_on_the_layout(pair: tuple[ShardMap, ShardMap]) ->
     have, want = Parts.of(source), Parts.of(_completed(target))
     for block in (1, 2, 64):
         blocks = dict.fromkeys(full, block)
-        sources = np.stack([have.digests(memory, rank, dtypes, blocks) for rank, memory in enumerate(allocate(source, full))])
-        held = np.stack([want.digests(memory, rank, None, blocks) for rank, memory in enumerate(allocate(want.shard_map, full))])
+        sources = np.stack(
+            [have.digests(memory, rank, dtypes, blocks) for rank, memory in enumerate(allocate(source, full))]
+        )
+        held = np.stack(
+            [
+                want.digests(memory, rank, None, blocks)
+                for rank, memory in enumerate(allocate(want.shard_map, full))
+            ]
+        )
         assert set(compare(have, sources, want, held)) == set(full)
 
 
 def _completed(target: ShardMap) -> ShardMap:
     """`target` with one more rank that wants every parameter whole, so that all of it is held somewhere."""
-    held = {rank: [(s.name, box) for s in target.parameters for box in target.boxes(s.name, rank)] for rank in range(NUM_RANKS)}
+    held = {
+        rank: [(s.name, box) for s in target.parameters for box in target.boxes(s.name, rank)]
+        for rank in range(NUM_RANKS)
+    }
     held[NUM_RANKS] = [(spec.name, Box((0,) * len(spec.shape), spec.shape)) for spec in target.parameters]
     return ShardMap.of(target.parameters, held, num_ranks=NUM_RANKS + 1)
 

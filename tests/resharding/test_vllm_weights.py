@@ -1,4 +1,5 @@
-"""vLLM after a sync scores like transformers, for every family, tensor and pipeline parallel, groups that vLLM would not build."""
+"""vLLM after a sync scores like transformers, for every family, tensor and pipeline parallel, groups that
+vLLM would not build."""
 
 from __future__ import annotations
 
@@ -38,4 +39,7 @@ def test_scores_equal_transformers_after_every_sync(results: list[dict[str, Any]
 def test_a_flipped_bit_in_the_engine_is_named(results: list[dict[str, Any]], name: str) -> None:
     texts = {result[name]["fault"] for result in results}
     assert len(texts) == 1
-    assert ".weight" in (text := texts.pop()) and "generation ranks [1] hold other bits than training ranks" in text
+    assert (
+        ".weight" in (text := texts.pop())
+        and "generation ranks [1] hold other bits than training ranks" in text
+    )

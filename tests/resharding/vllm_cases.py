@@ -1,7 +1,8 @@
-"""What two processes do once for test_vllm_weights.py: for every family an engine, two syncs, and scores beside transformers'.
+"""What two processes do once for test_vllm_weights.py: for every family an engine, two syncs, and scores
+beside transformers'.
 
-The pool trains like FSDP (rows over both ranks, float32 masters). Generation is tp=2 on the ranks in reverse order (so that groups
-are not the ones vLLM would build), pp=2, or two engines.
+The pool trains like FSDP (rows over both ranks, float32 masters). Generation is tp=2 on the ranks in reverse
+order (so that groups are not the ones vLLM would build), pp=2, or two engines.
 """
 
 from __future__ import annotations
@@ -26,7 +27,17 @@ from transformers import (
 )
 
 from hybridflow.context import RankContext
-from hybridflow.resharding import AttestationError, Attestor, Box, Executor, LocalParameter, LocalShard, ShardMap, compile, verify
+from hybridflow.resharding import (
+    AttestationError,
+    Attestor,
+    Box,
+    Executor,
+    LocalParameter,
+    LocalShard,
+    ShardMap,
+    compile,
+    verify,
+)
 from hybridflow.resharding.grouping import Grouping
 from workers.config import ModelConfig, Precision
 from workers.generation.config import GenerationConfig, SamplingConfig
@@ -47,10 +58,22 @@ TWO_ENGINES = Grouping((((0,),), ((1,),)))
 REVERSED_TP = Grouping((((1, 0),),))
 REVERSED_PP = Grouping((((1,), (0,)),))
 CASES: dict[str, tuple[PretrainedConfig, Grouping, Precision]] = {
-    "llama": (LlamaConfig(**SIZES, num_key_value_heads=1), REVERSED_TP, Precision.fp32),  # one key-value head: replicated by vLLM
-    "qwen2 tied": (Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True), REVERSED_PP, Precision.fp32),
+    "llama": (
+        LlamaConfig(**SIZES, num_key_value_heads=1),
+        REVERSED_TP,
+        Precision.fp32,
+    ),  # one key-value head: replicated by vLLM
+    "qwen2 tied": (
+        Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+        REVERSED_PP,
+        Precision.fp32,
+    ),
     "qwen2 bf16": (Qwen2Config(**SIZES, num_key_value_heads=2), TWO_ENGINES, Precision.bf16),
-    "qwen3 tied": (Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True), REVERSED_TP, Precision.fp32),
+    "qwen3 tied": (
+        Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
+        REVERSED_TP,
+        Precision.fp32,
+    ),
     "mistral": (MistralConfig(**SIZES, num_key_value_heads=2, head_dim=32), TWO_ENGINES, Precision.fp32),
     "gemma": (GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=32), TWO_ENGINES, Precision.fp32),
     "gemma2": (Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=32), REVERSED_TP, Precision.fp32),
@@ -61,40 +84,59 @@ CASES: dict[str, tuple[PretrainedConfig, Grouping, Precision]] = {
 def run(rank: int, port: int, directory: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    results = {name: family(rank, Path(directory, name.replace(" ", "_")), *case) for name, case in CASES.items()}
+    results = {
+        name: family(rank, Path(directory, name.replace(" ", "_")), *case) for name, case in CASES.items()
+    }
     Path(directory, f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
-def family(rank: int, directory: Path, config: PretrainedConfig, grouping: Grouping, precision: Precision) -> dict[str, Any]:
+def family(
+    rank: int, directory: Path, config: PretrainedConfig, grouping: Grouping, precision: Precision
+) -> dict[str, Any]:
     from vllm.distributed.parallel_state import destroy_model_parallel
 
-    from workers.generation.vllm import VllmEngine
-    from workers.generation.vllm_groups import build_vllm_groups
-    from workers.generation.vllm_weights import VllmWeights
+    from workers.generation.vllm.engine import VllmEngine
+    from workers.generation.vllm.groups import build_vllm_groups
+    from workers.generation.vllm.weights import VllmWeights
 
     trainer = make_model(config)
     if rank == 0:
         trainer.save_pretrained(directory)
     dist.barrier()
     build_vllm_groups(grouping.replicas)
-    settings = GenerationConfig(tp=grouping.tp, pp=grouping.pp, precision=precision, max_model_len=64, kv_cache_bytes=2**22)
+    settings = GenerationConfig(
+        tp=grouping.tp, pp=grouping.pp, precision=precision, max_model_len=64, kv_cache_bytes=2**22
+    )
     context = RankContext(rank=rank, world_size=2, local_rank=rank)
     engine = VllmEngine(
-        model=ModelConfig(path=str(directory)), config=settings, context=context, load_weights=False, layout=grouping.layout
+        model=ModelConfig(path=str(directory)),
+        config=settings,
+        context=context,
+        load_weights=False,
+        layout=grouping.layout,
     )
     weights = VllmWeights(engine.llm)
     sources = fsdp_like(trainer, rank)
     source, target = ShardMap.gather(sources), weights.shard_map()
     plan = compile(source, target, bucket_bytes=1 << 16)
     certificate = verify(plan)
-    executor, attestor = Executor(plan, sources, weights.destinations()), Attestor(plan.source, sources, target, weights.destinations())
-    result: dict[str, Any] = {"gaps": [], "received": certificate.received_max, "bound": certificate.bound_max}
+    executor, attestor = (
+        Executor(plan, sources, weights.destinations()),
+        Attestor(plan.source, sources, target, weights.destinations()),
+    )
+    result: dict[str, Any] = {
+        "gaps": [],
+        "received": certificate.received_max,
+        "bound": certificate.bound_max,
+    }
     for step in range(2):
         change(trainer, step)
         executor.run()
         attestor.run()
-        if step == 1:  # the second time the engine has old weights: without a commit the probe must notice (repacked and tied heads)
+        if (
+            step == 1
+        ):  # the second time the engine has old weights: without a commit the probe must notice (repacked and tied heads)
             engine.llm.reset_prefix_cache()
             result["without commit"] = gap(engine, trainer, precision, grouping)
         weights.commit()
@@ -112,7 +154,9 @@ def make_model(config: PretrainedConfig) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(parameter + torch.randn_like(parameter) * 0.1 if parameter.dim() == 1 else parameter * 3)
+            parameter.copy_(
+                parameter + torch.randn_like(parameter) * 0.1 if parameter.dim() == 1 else parameter * 3
+            )
     return model
 
 
@@ -139,7 +183,11 @@ def gap(engine: Any, trainer: PreTrainedModel, precision: Precision, grouping: G
     prompt = torch.randint(3, VOCAB, (20,), generator=torch.Generator().manual_seed(1)).numpy()
     sampling = SamplingConfig(greedy=True, max_response_tokens=8, ignore_eos=True)
     made = engine.generate([prompt], torch.zeros(1, dtype=torch.int64).numpy(), sampling)
-    model = trainer if precision is Precision.fp32 else AutoModelForCausalLM.from_config(trainer.config, dtype=torch.bfloat16).eval()
+    model = (
+        trainer
+        if precision is Precision.fp32
+        else AutoModelForCausalLM.from_config(trainer.config, dtype=torch.bfloat16).eval()
+    )
     if model is not trainer:
         model.load_state_dict({name: tensor.bfloat16() for name, tensor in trainer.state_dict().items()})
     ids = torch.cat([torch.from_numpy(prompt), torch.from_numpy(made.response_ids)])

@@ -1,4 +1,5 @@
-"""Karmarkar-Karp partitions: nothing lost, nothing twice, and better than what dealing out rows in turn gives."""
+"""Karmarkar-Karp partitions: nothing lost, nothing twice, and better than what dealing out rows in turn
+gives."""
 
 import time
 from itertools import product
@@ -13,7 +14,9 @@ from hybridflow.balance import balance
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(0, 5000), max_size=60), st.integers(1, 12))
-def test_every_row_is_in_exactly_one_part_and_no_part_is_too_heavy(lengths: list[int], num_parts: int) -> None:
+def test_every_row_is_in_exactly_one_part_and_no_part_is_too_heavy(
+    lengths: list[int], num_parts: int
+) -> None:
     values = np.array(lengths, dtype=np.int64)
     parts = balance(values, num_parts)
     assert len(parts) == num_parts
@@ -30,7 +33,10 @@ def test_every_row_is_in_exactly_one_part_and_no_part_is_too_heavy(lengths: list
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 3))
 def test_close_to_the_best_partition_of_small_inputs(lengths: list[int], num_parts: int) -> None:
     values = np.array(lengths)
-    best = min(max(np.bincount(choice, values, num_parts)) for choice in product(range(num_parts), repeat=len(lengths)))
+    best = min(
+        max(np.bincount(choice, values, num_parts))
+        for choice in product(range(num_parts), repeat=len(lengths))
+    )
     heaviest = max(values[part].sum() for part in balance(values, num_parts))
     assert best <= heaviest <= 4 / 3 * best
 

@@ -68,7 +68,10 @@ def test_union_needs_different_names_and_equal_rows() -> None:
         batch | numbers(3).select("test_length")
     with pytest.raises(ValueError, match=r"3 rows . 4 rows"):
         batch.select("test_ids") | numbers(4).select("test_length")
-    assert (batch.select("test_ids") | batch.select("test_length", "test_ids")).columns == ("test_ids", "test_length")
+    assert (batch.select("test_ids") | batch.select("test_length", "test_ids")).columns == (
+        "test_ids",
+        "test_length",
+    )
 
 
 def test_wrong_values_are_named() -> None:
@@ -92,7 +95,10 @@ def test_wrong_values_are_named() -> None:
 
 def test_rename_keeps_the_data_and_checks_the_kind() -> None:
     batch = numbers(3)
-    assert batch.rename(test_length="test_rank").tensor("test_rank").tolist() == batch.tensor("test_length").tolist()
+    assert (
+        batch.rename(test_length="test_rank").tensor("test_rank").tolist()
+        == batch.tensor("test_length").tolist()
+    )
     with pytest.raises(ValueError, match="differ in dims or dtype"):
         batch.rename(test_ids="test_rank")
 

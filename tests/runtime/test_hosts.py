@@ -43,15 +43,24 @@ def test_six_protocols(echo: Echo) -> None:
     doubled = echo.double(batch)
     assert torch.equal(doubled.ragged("test_double").values, 2 * batch.ragged("test_ids").values)
     assert torch.equal(doubled.ragged("test_double").lengths, batch.ragged("test_ids").lengths)
-    assert set(doubled.tensor("test_rank").tolist()) == {0, 2}, "collected from t = 0 of both data coordinates"
+    assert set(doubled.tensor("test_rank").tolist()) == {0, 2}, (
+        "collected from t = 0 of both data coordinates"
+    )
     assert set(echo.micro(batch).tensor("test_rank").tolist()) == {0, 1, 2, 3}
     half = echo.half(doubled)
-    assert torch.equal(half.ragged("test_half").values.float(), (batch.ragged("test_ids").values / 2).bfloat16().float())
+    assert torch.equal(
+        half.ragged("test_half").values.float(), (batch.ragged("test_ids").values / 2).bfloat16().float()
+    )
 
 
 def test_a_worker_sees_only_what_it_reads(echo: Echo) -> None:
     seen = echo.double(numbers(5) | Batch.of(test_half=numbers_half(5)))["test_seen"]
-    assert {name for columns in seen for name in columns} == {"test_ids", "test_text", "test_length", "test_label"}
+    assert {name for columns in seen for name in columns} == {
+        "test_ids",
+        "test_text",
+        "test_length",
+        "test_label",
+    }
 
 
 def numbers_half(rows: int):  # type: ignore[no-untyped-def]
@@ -62,14 +71,19 @@ def numbers_half(rows: int):  # type: ignore[no-untyped-def]
 
 def test_metrics_are_joined_without_waiting(echo: Echo) -> None:
     batch = numbers(9)
-    total = int(batch.ragged("test_ids").values.sum()) * 2  # both tensor ranks of a data coordinate hold the same rows
+    total = (
+        int(batch.ragged("test_ids").values.sum()) * 2
+    )  # both tensor ranks of a data coordinate hold the same rows
     assert dict(echo.total(batch)) == {"total": total}
 
 
 def test_fewer_rows_than_ranks_and_none(echo: Echo) -> None:
     for rows in (0, 1, 3):
         assert echo.half(echo.double(numbers(rows))).num_rows == rows
-        assert echo.double(numbers(rows)).ragged("test_double").lengths.tolist() == numbers(rows).ragged("test_ids").lengths.tolist()
+        assert (
+            echo.double(numbers(rows)).ragged("test_double").lengths.tolist()
+            == numbers(rows).ragged("test_ids").lengths.tolist()
+        )
 
 
 def test_chains_do_not_pass_through_the_controller(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,9 +99,13 @@ def test_chains_do_not_pass_through_the_controller(echo: Echo, monkeypatch: pyte
 
 def test_a_protocol_of_ones_own(pool: ResourcePool) -> None:
     def distribute(layout, arguments: Arguments, split: Split) -> Distribution:  # type: ignore[no-untyped-def]
-        return Distribution([arguments.map_batches(lambda b, r=r: b.rows([r % len(b)])) for r in range(layout.size)])
+        return Distribution(
+            [arguments.map_batches(lambda b, r=r: b.rows([r % len(b)])) for r in range(layout.size)]
+        )
 
-    one_each = Protocol(name="ONE_ROW_EACH", distribute=distribute, collect=lambda layout, results: Batch.concat(results))
+    one_each = Protocol(
+        name="ONE_ROW_EACH", distribute=distribute, collect=lambda layout, results: Batch.concat(results)
+    )
 
     class Picky(Echo):
         @remote(one_each, reads=("test_ids",), writes=("test_double",))
@@ -152,7 +170,10 @@ def test_a_stuck_collective_ends_in_a_report_with_stacks(monkeypatch: pytest.Mon
 
 def test_pools_overlap() -> None:
     spec = PoolSpec(num_devices=1, threads_per_device=1)
-    with RayPool(PoolSpec(**{**_fields(spec), "name": "left"})) as left, RayPool(PoolSpec(**{**_fields(spec), "name": "right"})) as right:
+    with (
+        RayPool(PoolSpec(**{**_fields(spec), "name": "left"})) as left,
+        RayPool(PoolSpec(**{**_fields(spec), "name": "right"})) as right,
+    ):
         one, other = spawn(Echo, left, {}), spawn(Echo, right, {})
         list(one.noop()), list(other.noop())
         CALLS.finish()
@@ -176,18 +197,26 @@ def test_too_many_devices_say_what_there_is() -> None:
 
 def test_a_pool_asks_for_nodes_with_a_resource() -> None:
     """Every cluster's first node has node:__internal_head__; a second kind of node stands in docs/mapping.md."""
-    spec = PoolSpec(name="marked", num_devices=1, threads_per_device=1, node_resource="node:__internal_head__")
+    spec = PoolSpec(
+        name="marked", num_devices=1, threads_per_device=1, node_resource="node:__internal_head__"
+    )
     with RayPool(spec) as pool:
         assert pool.hosts[0].node_id
     with pytest.raises(ValueError, match=r"accelerator_type:H100'?: 0.001.* could not be reserved"):
-        RayPool(PoolSpec(name="elsewhere", num_devices=1, node_resource="accelerator_type:H100", start_timeout_s=1.0))
+        RayPool(
+            PoolSpec(
+                name="elsewhere", num_devices=1, node_resource="accelerator_type:H100", start_timeout_s=1.0
+            )
+        )
 
 
 def test_local_pool_is_the_same_without_processes() -> None:
     with LocalPool(PoolSpec()) as pool:
         echo = spawn(Echo, pool, {})
         batch = numbers(7)
-        assert torch.equal(echo.double(batch).ragged("test_double").values, 2 * batch.ragged("test_ids").values)
+        assert torch.equal(
+            echo.double(batch).ragged("test_double").values, 2 * batch.ragged("test_ids").values
+        )
         assert echo.whoami("here") == [("here", 0, os.getpid())]
         with pytest.raises(ValueError, match=r"^it broke$"):
             echo.fail(0)

@@ -13,7 +13,12 @@ def test_papers_training_groups() -> None:
     layout = Layout.of(dp=2, pp=1, tp=4)
     assert layout.groups("tp") == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert layout.groups("dp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
-    assert Layout.of(order=("pp", "dp", "cp", "tp"), pp=2, dp=2, tp=2).groups("pp") == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    assert Layout.of(order=("pp", "dp", "cp", "tp"), pp=2, dp=2, tp=2).groups("pp") == [
+        (0, 4),
+        (1, 5),
+        (2, 6),
+        (3, 7),
+    ]
 
 
 @given(st.permutations(["dp", "pp", "cp", "tp"]), st.lists(st.integers(1, 3), min_size=4, max_size=4))
@@ -30,7 +35,12 @@ def test_coordinates_and_ranks_are_inverse_and_groups_partition(order: list[str]
         groups = layout.groups(*axes)
         assert sorted(rank for group in groups for rank in group) == list(range(layout.size))
         for group in groups:
-            assert len({tuple(v for k, v in layout.coordinates(rank).items() if k not in axes) for rank in group}) == 1
+            assert (
+                len(
+                    {tuple(v for k, v in layout.coordinates(rank).items() if k not in axes) for rank in group}
+                )
+                == 1
+            )
 
 
 def test_bad_layouts_are_named() -> None:

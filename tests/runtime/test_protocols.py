@@ -23,14 +23,29 @@ from hybridflow.protocols import (
 )
 from tests.runtime.workers import numbers
 
-LAYOUTS = st.builds(lambda dp, pp, tp: Layout.of(dp=dp, pp=pp, tp=tp), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+LAYOUTS = st.builds(
+    lambda dp, pp, tp: Layout.of(dp=dp, pp=pp, tp=tp), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)
+)
 SPLITS = st.sampled_from(
-    [Split(), Split(balance="test_length"), Split(within="test_label"), Split(balance="test_length", within="test_label")]
+    [
+        Split(),
+        Split(balance="test_length"),
+        Split(within="test_label"),
+        Split(balance="test_length", within="test_label"),
+    ]
 )
 
 
-@given(st.sampled_from([THREE_D, THREE_D_ALL_MICRO_DP, DP]), LAYOUTS, SPLITS, st.integers(0, 40), st.integers(0, 5))
-def test_split_then_collect_is_the_identity(protocol, layout: Layout, split: Split, rows: int, seed: int) -> None:  # type: ignore[no-untyped-def]
+@given(
+    st.sampled_from([THREE_D, THREE_D_ALL_MICRO_DP, DP]),
+    LAYOUTS,
+    SPLITS,
+    st.integers(0, 40),
+    st.integers(0, 5),
+)
+def test_split_then_collect_is_the_identity(
+    protocol, layout: Layout, split: Split, rows: int, seed: int
+) -> None:  # type: ignore[no-untyped-def]
     batch = numbers(rows, seed)
     distribution = protocol.distribute(layout, Arguments((batch,)), split)
     assert distribution.rows is not None
@@ -40,7 +55,10 @@ def test_split_then_collect_is_the_identity(protocol, layout: Layout, split: Spl
     for name in batch.columns:
         restored, original = result.rows(order)[name], batch[name]
         if name == "test_ids":
-            restored, original = [r.tolist() for r in restored.unbind()], [r.tolist() for r in original.unbind()]  # type: ignore[union-attr]
+            restored, original = (
+                [r.tolist() for r in restored.unbind()],
+                [r.tolist() for r in original.unbind()],
+            )  # type: ignore[union-attr]
         assert list(restored) == list(original)
 
 
@@ -67,7 +85,14 @@ def test_who_is_collected() -> None:
     assert list(THREE_D.collected(layout)) == [2, 6]
     assert list(THREE_D_PP_ONLY.collected(layout)) == [0, 2]
     assert list(DP.collected(layout)) == list(ONE_TO_ALL.collected(layout)) == list(range(8))
-    assert set(PROTOCOLS) == {"ONE_TO_ALL", "3D_PROTO", "3D_ALL_MICRO_DP", "3D_PP_ONLY", "DP_PROTO", "ALL_TO_ALL"}
+    assert set(PROTOCOLS) == {
+        "ONE_TO_ALL",
+        "3D_PROTO",
+        "3D_ALL_MICRO_DP",
+        "3D_PP_ONLY",
+        "DP_PROTO",
+        "ALL_TO_ALL",
+    }
 
 
 def test_wrong_inputs_are_named() -> None:
@@ -78,4 +103,6 @@ def test_wrong_inputs_are_named() -> None:
         DP.distribute(layout, Arguments((numbers(2), numbers(3))), Split())
     with pytest.raises(ValueError, match="no batch"):
         DP.distribute(layout, Arguments((1,)), Split())
-    assert isinstance(DP.distribute(layout, Arguments((numbers(2), "same")), Split()).arguments[1].args[0], Batch)
+    assert isinstance(
+        DP.distribute(layout, Arguments((numbers(2), "same")), Split()).arguments[1].args[0], Batch
+    )

@@ -65,7 +65,11 @@ class Echo(Worker):
     def double(self, batch: Batch) -> Batch:
         ids = batch.ragged("test_ids")
         rank = torch.full((len(batch),), self.context.rank)
-        return Batch.of(test_double=Ragged(ids.values * 2, ids.lengths), test_rank=rank, test_seen=[tuple(batch.columns)] * len(batch))
+        return Batch.of(
+            test_double=Ragged(ids.values * 2, ids.lengths),
+            test_rank=rank,
+            test_seen=[tuple(batch.columns)] * len(batch),
+        )
 
     @remote(THREE_D_ALL_MICRO_DP, reads=("test_ids",), writes=("test_rank",))
     def micro(self, batch: Batch) -> Batch:

@@ -18,7 +18,7 @@ from tests.tiny import make_model
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.judge import JudgeWorker, Questions, VerdictWorker, read_verdict
-from workers.role_config import JudgeConfig, Verdict
+from workers.role_config import JudgeConfig, VerdictKind
 
 
 def config(path: str = "somewhere", **settings: object) -> JudgeConfig:
@@ -46,12 +46,19 @@ def test_the_reward_is_the_probability_of_yes(tmp_path: Path) -> None:
     with LocalPool(PoolSpec()) as pool:
         judge = spawn(JudgeWorker, pool, settings, role="judge")
         rewards = judge.compute_reward(batch).tensor("rewards")
-        with pytest.raises(ValueError, match=r"judge\.template asks for \['hint'\], which the data has not, or has as null"):
+        with pytest.raises(
+            ValueError, match=r"judge\.template asks for \['hint'\], which the data has not, or has as null"
+        ):
             judge.compute_reward(batch.drop("extras"))
-        with pytest.raises(ValueError, match=r"have 30\d tokens, and the limit of judge\.model\.path='.*' is 256; shorten judge\.template"):
+        with pytest.raises(
+            ValueError,
+            match=r"have 30\d tokens, and the limit of judge\.model\.path='.*' is 256; shorten judge\.template",
+        ):
             judge.compute_reward(batch.drop("extras") | Batch.of(extras=[{"hint": "3 " * 295}] * 2))
     model = AutoModelForCausalLM.from_pretrained(path)
-    for row, text in enumerate(f"{p} 5 {r} {h}" for p, r, h in zip(*_as_decoded(tokenizer, batch), hints, strict=True)):
+    for row, text in enumerate(
+        f"{p} 5 {r} {h}" for p, r, h in zip(*_as_decoded(tokenizer, batch), hints, strict=True)
+    ):
         asked = tokenizer(text).input_ids
         sums = []
         for word in ("3 4", "6"):
@@ -68,7 +75,9 @@ def test_the_question_goes_through_the_judges_chat_template(tmp_path: Path) -> N
     tokenizer.chat_template = "8 {{ messages[0].content }} 1{% if add_generation_prompt %} 9{% endif %}"
     tokenizer.save_pretrained(path)
     questions = Questions(config(path, template="{prompt} 5 {response} {{6}}"))
-    assert questions.ask({"prompt": "3", "response": "4"}) == [8, 3, 5, 4, 6, 1, 9], "a brace is no word of this tokenizer"
+    assert questions.ask({"prompt": "3", "response": "4"}) == [8, 3, 5, 4, 6, 1, 9], (
+        "a brace is no word of this tokenizer"
+    )
 
 
 def _as_decoded(tokenizer, batch: Batch) -> list[list[str]]:  # type: ignore[no-untyped-def]
@@ -87,17 +96,22 @@ def _as_decoded(tokenizer, batch: Batch) -> list[list[str]]:  # type: ignore[no-
         ("infinity or nan", {"unreadable_reward": 0.25, "pattern": r"\w+"}, (0.25, False)),
     ],
 )
-def test_the_last_verdict_counts(text: str, settings: dict[str, object], expected: tuple[float, bool]) -> None:
-    assert read_verdict(text, config(verdict=Verdict.written, **settings)) == expected
+def test_the_last_verdict_counts(
+    text: str, settings: dict[str, object], expected: tuple[float, bool]
+) -> None:
+    assert read_verdict(text, config(verdict=VerdictKind.written, **settings)) == expected
 
 
 def test_what_the_judge_wrote_is_read_row_by_row(tmp_path: Path) -> None:
-    """Against transformers' own greedy text; what can't be read is counted, or stops the run; draws do not depend on the other rows."""
+    """Against transformers' own greedy text; what can't be read is counted, or stops the run; draws do not
+    depend on the other rows."""
     path = str(make_model(tmp_path / "model", layers=1, tied=False))
-    generation = GenerationConfig(engine="hf", precision=Precision.fp32, sampling=SamplingConfig(greedy=True, max_response_tokens=2))
+    generation = GenerationConfig(
+        engine="hf", precision=Precision.fp32, sampling=SamplingConfig(greedy=True, max_response_tokens=2)
+    )
     settings = config(
         path,
-        verdict=Verdict.written,
+        verdict=VerdictKind.written,
         template="{prompt} {response}",
         pattern=r"\b\d*[0-5]\b",
         unreadable_reward=-1.5,
@@ -115,20 +129,30 @@ def test_what_the_judge_wrote_is_read_row_by_row(tmp_path: Path) -> None:
     expected = []
     for prompt, response in zip(*_as_decoded(tokenizer, batch), strict=True):
         asked = tokenizer(f"{prompt} {response}", return_tensors="pt").input_ids
-        said = tokenizer.decode(model.generate(asked, do_sample=False, max_new_tokens=2)[0, asked.shape[1] :], skip_special_tokens=True)
+        said = tokenizer.decode(
+            model.generate(asked, do_sample=False, max_new_tokens=2)[0, asked.shape[1] :],
+            skip_special_tokens=True,
+        )
         read = [word for word in said.split() if word[-1] in "012345"]
         expected.append(float(read[-1]) if read else -1.5)
     assert -1.5 in expected and max(expected) > 0, "some can be read and some can't"
-    drawing = replace(settings, generation=replace(generation, sampling=SamplingConfig(max_response_tokens=2)))
+    drawing = replace(
+        settings, generation=replace(generation, sampling=SamplingConfig(max_response_tokens=2))
+    )
     with LocalPool(PoolSpec()) as pool:
         judged = spawn(VerdictWorker, pool, settings, role="judge").compute_reward(batch)
         assert judged.tensor("rewards").tolist() == expected
         unreadable = [row["unreadable"] for row in judged.objects("reward_metrics")]
         assert unreadable == [float(reward == -1.5) for reward in expected]
         with pytest.raises(RuntimeError, match=r"judge: no verdict in "):
-            spawn(VerdictWorker, pool, replace(settings, unreadable_reward=None), role="judge").compute_reward(batch)
+            spawn(
+                VerdictWorker, pool, replace(settings, unreadable_reward=None), role="judge"
+            ).compute_reward(batch)
         sampler = spawn(VerdictWorker, pool, drawing, role="judge")
-        drawn, turned = (sampler.compute_reward(rows).tensor("rewards") for rows in (batch, batch.rows(np.array([4, 3, 2, 1, 0]))))
+        drawn, turned = (
+            sampler.compute_reward(rows).tensor("rewards")
+            for rows in (batch, batch.rows(np.array([4, 3, 2, 1, 0])))
+        )
         assert torch.equal(drawn, turned.flip(0)) and drawn.tolist() != expected
 
 
@@ -140,15 +164,22 @@ def test_an_unreadable_verdict_is_no_reward_of_zero() -> None:
 def test_settings_that_cannot_work_are_named() -> None:
     with pytest.raises(ValueError, match=r"judge\.template is 'good\?'; it must have \{response\}"):
         config(template="good?")
-    with pytest.raises(ValueError, match=r"judge\.template is '\{response\} \{' .*a brace that is text is written twice"):
+    with pytest.raises(
+        ValueError, match=r"judge\.template is '\{response\} \{' .*a brace that is text is written twice"
+    ):
         config(template="{response} {")
     with pytest.raises(ValueError, match=r"judge\.pattern is '\(', which is no regular expression"):
-        config(pattern="(", verdict=Verdict.written)
-    with pytest.raises(ValueError, match=r"judge\.pattern is '\(a\)\(b\)' with 2 groups; use one for the verdict"):
-        config(pattern="(a)(b)", verdict=Verdict.written)
+        config(pattern="(", verdict=VerdictKind.written)
+    with pytest.raises(
+        ValueError, match=r"judge\.pattern is '\(a\)\(b\)' with 2 groups; use one for the verdict"
+    ):
+        config(pattern="(a)(b)", verdict=VerdictKind.written)
     with pytest.raises(ValueError, match=r"judge\.unreadable_reward is nan; give a finite reward"):
-        config(unreadable_reward=float("nan"), verdict=Verdict.written)
-    with pytest.raises(ValueError, match=r"judge\.unreadable_reward is 0\.5, which nothing reads with judge\.verdict=probability"):
+        config(unreadable_reward=float("nan"), verdict=VerdictKind.written)
+    with pytest.raises(
+        ValueError,
+        match=r"judge\.unreadable_reward is 0\.5, which nothing reads with judge\.verdict=probability",
+    ):
         config(unreadable_reward=0.5)
     with pytest.raises(ValueError, match="must be two different words"):
         config(no="Yes")

@@ -1,4 +1,5 @@
-"""Losses on pairs and on masked tokens do not depend on how the work is cut: one rank or two, large or small micro-batches."""
+"""Losses on pairs and on masked tokens do not depend on how the work is cut: one rank or two, large or small
+micro-batches."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from hybridflow.context import RankContext
 from hybridflow.protocols import Split, cut_rows
 from tests.tiny import VOCAB, make_model
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
-from workers.learner import LearnerWorker
 from workers.losses.config import DPOConfig
+from workers.policy import PolicyWorker
 from workers.preference import PreferenceWorker
 from workers.role_config import PolicyConfig, PreferenceConfig
 
@@ -61,9 +62,11 @@ def train(root: Path, rank: int, world_size: int, tokens: int) -> dict[str, Any]
     scorer = PreferenceConfig(model=ModelConfig(path=str(root / "model"), new_head=True), train=settings)
     results: dict[str, Any] = {}
     for name, update in {
-        "supervised": lambda: LearnerWorker(policy, context).update_supervised(own),
-        "distilled": lambda: LearnerWorker(policy, context).update_distilled(own.rename(ref_log_probs="teacher_log_probs")),
-        "dpo": lambda: LearnerWorker(policy, context).update_dpo(own, DPOConfig(beta=0.5)),
+        "supervised": lambda: PolicyWorker(policy, context).update_supervised(own),
+        "distilled": lambda: PolicyWorker(policy, context).update_distilled(
+            own.rename(ref_log_probs="teacher_log_probs")
+        ),
+        "dpo": lambda: PolicyWorker(policy, context).update_dpo(own, DPOConfig(beta=0.5)),
         "preferences": lambda: PreferenceWorker(scorer, context).update_preferences(own),
         "costs": lambda: PreferenceWorker(scorer, context).update_costs(own),
     }.items():
@@ -76,7 +79,9 @@ def run_worlds(rank: int, root: Path) -> None:
     torch.set_num_threads(1)
     for number, (world_size, tokens) in enumerate(CASES):
         if rank < world_size:
-            dist.init_process_group("gloo", init_method=f"file://{root}/store{number}", rank=rank, world_size=world_size)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{root}/store{number}", rank=rank, world_size=world_size
+            )
             torch.save(train(root, rank, world_size, tokens), root / f"{number}.{rank}.pt")
             dist.destroy_process_group()
 
@@ -102,8 +107,11 @@ def test_metrics_do_not_depend_on_the_cut(results: list[dict[str, Any]], update:
             assert other[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
 
 
-def test_the_second_step_of_a_distillation_weighs_by_the_ratio(results: list[dict[str, Any]], model: Path) -> None:
-    """The samples are those of the policy before the update: plain PyTorch, two mini-batches, sg[log pi - log teacher] pi / pi_old."""
+def test_the_second_step_of_a_distillation_weighs_by_the_ratio(
+    results: list[dict[str, Any]], model: Path
+) -> None:
+    """The samples are those of the policy before the update: plain PyTorch, two mini-batches, sg[log pi - log
+    teacher] pi / pi_old."""
     batch = rows()
     policy = AutoModelForCausalLM.from_pretrained(model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
@@ -127,7 +135,9 @@ def test_the_second_step_of_a_distillation_weighs_by_the_ratio(results: list[dic
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[1] != pytest.approx(float((current - teacher).detach().mean()), rel=1e-3), "the ratio is not 1 any more"
+    assert losses[1] != pytest.approx(float((current - teacher).detach().mean()), rel=1e-3), (
+        "the ratio is not 1 any more"
+    )
     assert results[1]["distilled"]["policy/distillation_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
 
 
@@ -136,7 +146,9 @@ def test_pairs_stay_together_and_ranks_get_equal_work() -> None:
     parts = cut_rows(batch, 3, SPLIT)
     assert sorted(np.concatenate(parts).tolist()) == list(range(2 * NUM_PAIRS))
     pair, tokens = batch.tensor("pair").numpy(), batch.tensor("num_tokens").numpy()
-    owners = [{rank for rank, part in enumerate(parts) if number in pair[part]} for number in range(NUM_PAIRS)]
+    owners = [
+        {rank for rank, part in enumerate(parts) if number in pair[part]} for number in range(NUM_PAIRS)
+    ]
     assert all(len(owner) == 1 for owner in owners)
     assert max(tokens[part].sum() for part in parts) < 2 * min(tokens[part].sum() for part in parts)
     with pytest.raises(ValueError, match="rows with one pair must have one mini_batch"):

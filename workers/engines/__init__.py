@@ -7,11 +7,12 @@ from importlib import import_module
 from workers.engines.base import TrainingEngine
 
 ENGINES: dict[str, str] = {
-    "fsdp": "workers.engines.fsdp:FsdpEngine",
-    "threed": "workers.engines.threed:ThreeDEngine",
-    "deepspeed": "workers.engines.deepspeed:DeepspeedEngine",
+    "fsdp": "workers.engines.fsdp.engine:FsdpEngine",
+    "threed": "workers.engines.threed.engine:ThreeDEngine",
+    "deepspeed": "workers.engines.deepspeed.engine:DeepspeedEngine",
 }
-"""name -> "module:class"; imported when asked for, so that one engine's libraries are no other's dependencies."""
+"""name -> "module:class"; imported when asked for, so that one engine's libraries are no other's
+dependencies."""
 
 
 def engine_class(name: str) -> type[TrainingEngine]:

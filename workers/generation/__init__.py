@@ -16,7 +16,7 @@ def generation_engine_class(name: str) -> type[GenerationEngine]:
 
 
 def _vllm() -> type[GenerationEngine]:
-    from workers.generation.vllm import VllmEngine
+    from workers.generation.vllm.engine import VllmEngine
 
     return VllmEngine
 

@@ -9,7 +9,8 @@ from workers.config import Precision
 
 @dataclass(kw_only=True)
 class SamplingConfig:
-    """How a response is drawn: the filters work on the softmax at `temperature`, in the order min_p, top_k, top_p.
+    """How a response is drawn: the filters work on the softmax at `temperature`, in the order min_p, top_k,
+    top_p.
 
     SamplingConfig(temperature=0.7, top_p=0.95, max_response_tokens=512)
     """
@@ -23,11 +24,13 @@ class SamplingConfig:
     min_p: float = 0.0
     """Drop tokens whose probability is under this fraction of the most likely token's; 0 keeps all."""
     greedy: bool = False
-    """Take the most likely token (do_sample=False); temperature, top_p, top_k, min_p and the seeds then play no part."""
+    """Take the most likely token (do_sample=False); temperature, top_p, top_k, min_p and the seeds then play
+    no part."""
     max_response_tokens: int = 256
     """A response ends after this many tokens at the latest, with finish reason "length"."""
     stop_token_ids: list[int] = field(default_factory=list)
-    """Tokens that end a response, besides the model's own end-of-sequence tokens; the stopping token is part of the response."""
+    """Tokens that end a response, besides the model's own end-of-sequence tokens; the stopping token is part
+    of the response."""
     stop_strings: list[str] = field(default_factory=list)
     """Strings that end a response; the tokens that spell them are part of the response."""
     ignore_eos: bool = False
@@ -47,7 +50,8 @@ class GenerationConfig:
     precision: Precision = Precision.bf16
     """Of the generation weights and the key/value cache; logits are float32 from the softmax on."""
     max_model_len: int = 0
-    """Most tokens of prompt and response together; 0 takes the model's own limit. A smaller value saves memory."""
+    """Most tokens of prompt and response together; 0 takes the model's own limit. A smaller value saves
+    memory."""
     max_num_seqs: int = 256
     """Most responses that are generated at the same time by one data-parallel engine; the others wait."""
     max_num_batched_tokens: int = 8192

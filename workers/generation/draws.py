@@ -1,13 +1,15 @@
-"""Drawing tokens: one definition for every engine, layout and device, decided by a row's seed and the position in its response.
+"""Drawing tokens: one definition for every engine, layout and device, decided by a row's seed and the
+position in its response.
 
-Gumbel-max in two steps. The vocabulary is cut into blocks of consecutive tokens; a block is drawn by Gumbel noise on the
-logarithms of the blocks' masses, then a token inside it by Gumbel noise on its logits. That is exactly the softmax, with about
-2 * sqrt(vocab) noise numbers a token in place of vocab. Noise is a hash of (seed, position, round, index), so nothing is kept
-between steps and no random generator of the process is touched. Rounding moves a draw only where two sums of logit and noise
-are equal within rounding, about once in a million tokens for float32: the same seeds give the same samples on other layouts.
+Gumbel-max in two steps. The vocabulary is cut into blocks of consecutive tokens; a block is drawn by Gumbel
+noise on the logarithms of the blocks' masses, then a token inside it by Gumbel noise on its logits. That is
+exactly the softmax, with about 2 * sqrt(vocab) noise numbers a token in place of vocab. Noise is a hash of
+(seed, position, round, index), so nothing is kept between steps and no random generator of the process is
+touched. Rounding moves a draw only where two sums of logit and noise are equal within rounding, about once in
+a million tokens for float32: the same seeds give the same samples on other layouts.
 
-top-p is a rejection: draw from all tokens, keep the draw if the tokens more likely than it hold less than top_p, else draw
-again with the next round's noise. Over top_p of the draws are kept, and nothing is sorted.
+top-p is a rejection: draw from all tokens, keep the draw if the tokens more likely than it hold less than
+top_p, else draw again with the next round's noise. Over top_p of the draws are kept, and nothing is sorted.
 """
 
 from __future__ import annotations
@@ -27,10 +29,14 @@ MOST_ROUNDS = 16
 """Rejections by top-p before the rest is sorted; the round's number is part of the hash, below 2048."""
 
 
-def sample_tokens(logits: Tensor, seeds: Tensor, positions: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Token ids [rows] and their log-probs [rows] (float32) under the full softmax at the temperature, before every filter.
+def sample_tokens(
+    logits: Tensor, seeds: Tensor, positions: Tensor, sampling: SamplingConfig
+) -> tuple[Tensor, Tensor]:
+    """Token ids [rows] and their log-probs [rows] (float32) under the full softmax at the temperature, before
+    every filter.
 
-    logits [rows, vocab], any float type, not yet divided by the temperature; seeds and positions int64 [rows].
+    logits [rows, vocab], any float type, not yet divided by the temperature; seeds and positions int64
+    [rows].
     """
     logits = logits.float()
     if sampling.greedy:
@@ -40,7 +46,9 @@ def sample_tokens(logits: Tensor, seeds: Tensor, positions: Tensor, sampling: Sa
         logits = logits / sampling.temperature
     masses = BlockMasses(logits)
     kept = keep_most_likely(logits, sampling)
-    ids = draw_within_top_p(kept, masses if kept is logits else BlockMasses(kept), seeds, positions, sampling.top_p)
+    ids = draw_within_top_p(
+        kept, masses if kept is logits else BlockMasses(kept), seeds, positions, sampling.top_p
+    )
     return ids, logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - masses.log_total()
 
 
@@ -73,9 +81,11 @@ def keep_most_likely(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return kept
 
 
-def draw_within_top_p(logits: Tensor, masses: BlockMasses, seeds: Tensor, positions: Tensor, top_p: float) -> Tensor:
+def sample_once_within_top_p(
+    logits: Tensor, masses: BlockMasses, seeds: Tensor, positions: Tensor, top_p: float
+) -> Tensor:
     """Ids [rows] drawn from the softmax of `logits`, cut to the fewest most likely tokens that hold `top_p`."""
-    ids = draw(logits, masses, seeds, positions, round_number=0)
+    ids = sample_once(logits, masses, seeds, positions, round_number=0)
     if top_p == 1:
         return ids
     rows = torch.arange(len(ids), device=ids.device)
@@ -85,11 +95,18 @@ def draw_within_top_p(logits: Tensor, masses: BlockMasses, seeds: Tensor, positi
         rejected = (above >= top_p * masses.total).nonzero().squeeze(-1)
         if not len(rejected):
             break
-        rows, logits, seeds, positions = rows[rejected], logits[rejected], seeds[rejected], positions[rejected]
-        if round_number == MOST_ROUNDS:  # a small top_p; what is left is drawn from the sorted and cut distribution
+        rows, logits, seeds, positions = (
+            rows[rejected],
+            logits[rejected],
+            seeds[rejected],
+            positions[rejected],
+        )
+        if (
+            round_number == MOST_ROUNDS
+        ):  # a small top_p; what is left is drawn from the sorted and cut distribution
             logits = cut_top_p(logits, top_p)
         masses = BlockMasses(logits)
-        drawn = draw(logits, masses, seeds, positions, round_number)
+        drawn = sample_once(logits, masses, seeds, positions, round_number)
         ids[rows] = drawn
     return ids
 
@@ -102,7 +119,9 @@ def cut_top_p(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(torch.empty_like(dropped).scatter_(-1, order, dropped), -math.inf)
 
 
-def draw(logits: Tensor, masses: BlockMasses, seeds: Tensor, positions: Tensor, round_number: int) -> Tensor:
+def sample_once(
+    logits: Tensor, masses: BlockMasses, seeds: Tensor, positions: Tensor, round_number: int
+) -> Tensor:
     """Ids [rows] drawn from the softmax of `logits` [rows, vocab]."""
     vocab = logits.shape[-1]
     keys = mix(mix(seeds + _signed(GOLDEN)) + (positions * 4096 + 2 * round_number) * _signed(GOLDEN))

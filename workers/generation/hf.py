@@ -1,7 +1,8 @@
-"""The slow reference: a transformers model, one token for every row at a time, with the draws that every engine uses.
+"""The slow reference: a transformers model, one token for every row at a time, with the draws that every
+engine uses.
 
-No scheduler, no shared prefixes, no parallelism: every rank holds the whole model and is a replica of its own. In float32 it
-gives the tokens that vLLM gives.
+No scheduler, no shared prefixes, no parallelism: every rank holds the whole model and is a replica of its
+own. In float32 it gives the tokens that vLLM gives.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
@@ -21,7 +28,13 @@ from workers.config import ModelConfig, Precision
 from workers.generation.base import GenerationEngine, Generations
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.generation.draws import sample_tokens
-from workers.generation.sampling import check_prompts, end_token_ids, load_model_config, most_tokens, stop_token_ids
+from workers.generation.sampling import (
+    check_prompts,
+    end_token_ids,
+    load_model_config,
+    most_tokens,
+    stop_token_ids,
+)
 
 
 class HfEngine(GenerationEngine):
@@ -31,11 +44,19 @@ class HfEngine(GenerationEngine):
     """
 
     def __init__(
-        self, *, model: ModelConfig, config: GenerationConfig, context: RankContext, load_weights: bool = True, layout: Layout | None = None
+        self,
+        *,
+        model: ModelConfig,
+        config: GenerationConfig,
+        context: RankContext,
+        load_weights: bool = True,
+        layout: Layout | None = None,
     ) -> None:
         """`load_weights` is there for the interface: the weights of the directory are read either way."""
         if config.tp * config.pp != 1:
-            raise ValueError(f"generation.tp={config.tp}, pp={config.pp}: engine hf has no parallelism; use 1 and 1, or engine=vllm")
+            raise ValueError(
+                f"generation.tp={config.tp}, pp={config.pp}: engine hf has no parallelism; use 1 and 1, or engine=vllm"
+            )
         self.layout = layout or Layout.of(dp=context.world_size)
         self.weight_version = -1
         text_config = load_model_config(model)
@@ -65,7 +86,9 @@ class HfEngine(GenerationEngine):
     ) -> Generations:
         start = time.perf_counter()
         rows = [Row(most) for most in most_tokens(len(prompts), sampling, limits)]
-        check_prompts(prompts, seeds, sampling, vocab_size=self._vocab_size, max_model_len=self._max_model_len)
+        check_prompts(
+            prompts, seeds, sampling, vocab_size=self._vocab_size, max_model_len=self._max_model_len
+        )
         stop = StopRule(stop_token_ids(sampling, self._end_tokens), sampling, self._tokenizer)
         for first in range(0, len(prompts), self._max_num_seqs):
             part = slice(first, first + self._max_num_seqs)
@@ -81,7 +104,12 @@ class HfEngine(GenerationEngine):
         )
 
     def _generate(
-        self, rows: Sequence[Row], prompts: Sequence[NDArray[np.int64]], seeds: Tensor, sampling: SamplingConfig, stop: StopRule
+        self,
+        rows: Sequence[Row],
+        prompts: Sequence[NDArray[np.int64]],
+        seeds: Tensor,
+        sampling: SamplingConfig,
+        stop: StopRule,
     ) -> None:
         """Fills the rows."""
         inputs, mask = left_padded(prompts, self._device)
@@ -89,9 +117,16 @@ class HfEngine(GenerationEngine):
         cache = DynamicCache(config=self._model.config)
         for step in range(sampling.max_response_tokens):
             outputs = self._model(
-                input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=inputs,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
-            ids, log_probs = sample_tokens(outputs.logits[:, -1], seeds, torch.full_like(seeds, step), sampling)
+            ids, log_probs = sample_tokens(
+                outputs.logits[:, -1], seeds, torch.full_like(seeds, step), sampling
+            )
             for row, token, log_prob in zip(rows, ids.tolist(), log_probs.tolist(), strict=True):
                 row.take(token, log_prob, stop)
             if all(row.finish_reason for row in rows):
@@ -115,14 +150,17 @@ class HfEngine(GenerationEngine):
             parameters[name].copy_(tensor)
             missing.pop(id(parameters[name]), None)
         if missing:
-            raise ValueError(f"load_weights: {', '.join(sorted(missing.values()))} not given; pass every parameter of the model")
+            raise ValueError(
+                f"load_weights: {', '.join(sorted(missing.values()))} not given; pass every parameter of the model"
+            )
         self.weight_version = version
 
     def weights_written(self, version: int) -> None:
         self.weight_version = version
 
     def sleep(self) -> int:
-        """Nothing to free: the cache lives for one call only, and this engine is not for training large models."""
+        """Nothing to free: the cache lives for one call only, and this engine is not for training large
+        models."""
         return 0
 
     def wake(self) -> None:
@@ -152,9 +190,13 @@ class Row:
 class StopRule:
     """Why a response ends, if it does."""
 
-    def __init__(self, token_ids: Sequence[int], sampling: SamplingConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(
+        self, token_ids: Sequence[int], sampling: SamplingConfig, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
         if sampling.stop_strings and tokenizer is None:
-            raise ValueError(f"sampling.stop_strings={sampling.stop_strings} needs a tokenizer; set generation.sampling.stop_strings too")
+            raise ValueError(
+                f"sampling.stop_strings={sampling.stop_strings} needs a tokenizer; set generation.sampling.stop_strings too"
+            )
         self._token_ids = set(token_ids)
         self._sampling = sampling
         self._tokenizer = tokenizer

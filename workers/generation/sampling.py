@@ -15,11 +15,21 @@ from workers.generation.config import SamplingConfig
 def check_sampling(sampling: SamplingConfig) -> None:
     """Raise a ValueError for a setting outside its range."""
     checks = [
-        ("temperature", sampling.temperature, sampling.greedy or sampling.temperature > 0, "a value over 0, or greedy=true"),
+        (
+            "temperature",
+            sampling.temperature,
+            sampling.greedy or sampling.temperature > 0,
+            "a value over 0, or greedy=true",
+        ),
         ("top_p", sampling.top_p, 0 < sampling.top_p <= 1, "a value in (0, 1]"),
         ("top_k", sampling.top_k, sampling.top_k >= 0, "0 (all tokens) or more"),
         ("min_p", sampling.min_p, 0 <= sampling.min_p <= 1, "a value in [0, 1]"),
-        ("max_response_tokens", sampling.max_response_tokens, sampling.max_response_tokens >= 1, "at least 1"),
+        (
+            "max_response_tokens",
+            sampling.max_response_tokens,
+            sampling.max_response_tokens >= 1,
+            "at least 1",
+        ),
         ("stop_strings", sampling.stop_strings, all(sampling.stop_strings), "strings that are not empty"),
     ]
     for field, value, valid, fix in checks:
@@ -28,16 +38,24 @@ def check_sampling(sampling: SamplingConfig) -> None:
 
 
 def check_prompts(
-    prompts: Sequence[NDArray[np.int64]], seeds: NDArray[np.int64], sampling: SamplingConfig, *, vocab_size: int, max_model_len: int
+    prompts: Sequence[NDArray[np.int64]],
+    seeds: NDArray[np.int64],
+    sampling: SamplingConfig,
+    *,
+    vocab_size: int,
+    max_model_len: int,
 ) -> None:
-    """Raise a ValueError that names the row for a prompt that the model cannot continue by max_response_tokens."""
+    """Raise a ValueError that names the row for a prompt that the model cannot continue by
+    max_response_tokens."""
     check_sampling(sampling)
     if len(seeds) != len(prompts):
         raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; pass one seed for every row")
     room = max_model_len - sampling.max_response_tokens
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"prompts: row {row} is empty; a prompt needs at least one token (a beginning-of-sequence token, say)")
+            raise ValueError(
+                f"prompts: row {row} is empty; a prompt needs at least one token (a beginning-of-sequence token, say)"
+            )
         if len(prompt) > room:
             raise ValueError(
                 f"prompts: row {row} has {len(prompt)} tokens, and with max_response_tokens={sampling.max_response_tokens} "
@@ -52,7 +70,8 @@ def check_prompts(
 
 
 def most_tokens(num_rows: int, sampling: SamplingConfig, limits: NDArray[np.int64] | None) -> list[int]:
-    """[rows]: tokens after which each response ends at the latest; a ValueError names the row of a limit under 1."""
+    """[rows]: tokens after which each response ends at the latest; a ValueError names the row of a limit
+    under 1."""
     if limits is None:
         return [sampling.max_response_tokens] * num_rows
     if len(limits) != num_rows:
@@ -64,7 +83,9 @@ def most_tokens(num_rows: int, sampling: SamplingConfig, limits: NDArray[np.int6
 
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
     """The Hugging Face config of the text model."""
-    config = AutoConfig.from_pretrained(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    config = AutoConfig.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
     return config.get_text_config()
 
 

@@ -10,7 +10,8 @@ from workers.losses.kl import KLEstimator
 
 
 class Correction(StrEnum):
-    """What the importance weight w = pi_old / pi_rollout between training and generation engine does to a token's policy loss."""
+    """What the importance weight w = pi_old / pi_rollout between training and generation engine does to a
+    token's policy loss."""
 
     none = "none"
     truncate = "truncate"
@@ -24,7 +25,8 @@ class CorrectionLevel(StrEnum):
 
     token = "token"
     sequence = "sequence"
-    """The product over a row's tokens, for each of them: unbiased for whole responses, with large variance."""
+    """The product over a row's tokens, for each of them: unbiased for whole responses, with large variance.
+   """
     sequence_mean = "sequence_mean"
     """Its geometric mean: does not grow with the length."""
 
@@ -55,11 +57,13 @@ class PolicyLossConfig:
     name: str = "ppo_clip"
     """ppo_clip, gspo, cispo, clip_cov, kl_cov or policy_gradient (workers/losses/surrogates.py)."""
     clip_low: float = 0.2
-    """The ratio is clipped to at least 1 - clip_low. GSPO's paper: 3e-4. CISPO's paper has no lower bound: 1."""
+    """The ratio is clipped to at least 1 - clip_low. GSPO's paper: 3e-4. CISPO's paper has no lower bound: 1.
+   """
     clip_high: float = 0.2
     """... and at most 1 + clip_high. DAPO's clip-higher: 0.28. GSPO's paper: 4e-4."""
     dual_clip: float = 0.0
-    """ppo_clip: bound of the ratio for negative advantages, above 1 (3 in its paper and in verl); 0 turns it off."""
+    """ppo_clip: bound of the ratio for negative advantages, above 1 (3 in its paper and in verl); 0 turns it
+    off."""
     kl_cov_coefficient: float = 1.0
     """kl_cov: of |log ratio| on the selected tokens."""
     aggregation: Aggregation = Aggregation.token_mean
@@ -76,9 +80,13 @@ class PolicyLossConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low <= 1:
-            raise ValueError(f"actor.loss.clip_low is {self.clip_low}; the ratio is clipped to 1 - clip_low, so choose 0 <= clip_low <= 1")
+            raise ValueError(
+                f"actor.loss.clip_low is {self.clip_low}; the ratio is clipped to 1 - clip_low, so choose 0 <= clip_low <= 1"
+            )
         if self.clip_high < 0:
-            raise ValueError(f"actor.loss.clip_high is {self.clip_high}; the ratio is clipped to 1 + clip_high, so choose at least 0")
+            raise ValueError(
+                f"actor.loss.clip_high is {self.clip_high}; the ratio is clipped to 1 + clip_high, so choose at least 0"
+            )
         if self.dual_clip != 0 and self.dual_clip <= 1:
             raise ValueError(
                 f"actor.loss.dual_clip is {self.dual_clip}; it bounds the ratio from above, so choose more than 1, or 0 for off"
@@ -100,17 +108,20 @@ class ValueLossConfig:
     """Of the critic."""
 
     clip: float = 0.2
-    """The value may move this far from the rollout's value before its gradient stops; 0 turns clipping off."""
+    """The value may move this far from the rollout's value before its gradient stops; 0 turns clipping off.
+   """
     aggregation: Aggregation = Aggregation.token_mean
     aggregation_constant: int = 0
 
     def __post_init__(self) -> None:
         if self.clip < 0:
-            raise ValueError(f"critic.loss.clip is {self.clip}; choose more than 0, or 0 for an unclipped value loss")
+            raise ValueError(
+                f"critic.loss.clip is {self.clip}; choose more than 0, or 0 for an unclipped value loss"
+            )
 
 
 @dataclass(kw_only=True)
-class DPOConfig:
+class DPOLossConfig:
     beta: float = 0.1
     """Strength of the implicit KL constraint."""
     label_smoothing: float = 0.0
@@ -118,6 +129,10 @@ class DPOConfig:
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
-            raise ValueError(f"algorithm.loss.beta is {self.beta}; it scales the log-ratio to the reference: choose more than 0 (0.1)")
+            raise ValueError(
+                f"algorithm.loss.beta is {self.beta}; it scales the log-ratio to the reference: choose more than 0 (0.1)"
+            )
         if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"algorithm.loss.label_smoothing is {self.label_smoothing}; choose 0 <= label_smoothing < 0.5")
+            raise ValueError(
+                f"algorithm.loss.label_smoothing is {self.label_smoothing}; choose 0 <= label_smoothing < 0.5"
+            )

@@ -1,8 +1,10 @@
-"""The actor's loss: a policy loss by name, corrected for the rollout, minus the entropy bonus, plus the KL to the reference.
+"""The actor's loss: a policy loss by name, corrected for the rollout, minus the entropy bonus, plus the KL to
+the reference.
 
-Reads per-token columns advantages and weights; old_log_probs, ref_log_probs, rollout_log_probs, covariance_selected where present or
-asked for. Metrics: policy_loss, entropy, kl and kl_loss, clip fractions, ratios, approximate KL to the old policy, and the
-gap to the rollout. Leaves out how advantages and weights are made.
+Reads per-token columns advantages and weights; old_log_probs, ref_log_probs, rollout_log_probs,
+covariance_selected where present or asked for. LossMetrics: policy_loss, entropy, kl and kl_loss, clip
+fractions, ratios, approximate KL to the old policy, and the gap to the rollout. Leaves out how advantages and
+weights are made.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from torch import Tensor
 from workers.engines.base import LossFn, Outputs
 from workers.losses.config import Correction, PolicyLossConfig
 from workers.losses.kl import MAX_LOG_RATIO, KLEstimator, kl_estimate
-from workers.losses.reduction import Counted, Metrics, column, maximum, minimum, required
+from workers.losses.reduction import Counted, LossMetrics, column, maximum, minimum, required
 from workers.losses.rollout_correction import gap_metrics, importance_weights
 from workers.losses.surrogates import POLICY_LOSSES, PolicyTokens
 from workers.sequences import Sequences
@@ -24,14 +26,14 @@ def policy_loss(config: PolicyLossConfig) -> LossFn:
         columns = weight_columns(lengths, counts, config.aggregation, constant=config.aggregation_constant)
         engine.train_step(sequences.with_columns(per_token=columns), policy_loss(config), entropy=config.entropy_coefficient != 0)
 
-    First-step rule: without a column old_log_probs the old policy is the current one, detached. The ratio is then exactly 1, which
-    is right for the first update of a batch and saves a forward pass.
+    First-step rule: without a column old_log_probs the old policy is the current one, detached. The ratio is
+    then exactly 1, which is right for the first update of a batch and saves a forward pass.
     """
     if config.name not in POLICY_LOSSES:
         raise ValueError(f"policy loss name is {config.name!r}; known: {', '.join(POLICY_LOSSES)}")
     surrogate = POLICY_LOSSES[config.name]
 
-    def loss_fn(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, Metrics]:
+    def loss_fn(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, LossMetrics]:
         counted = Counted.of(sequences)
         log_probs = counted.take(required(outputs.log_probs, "log_probs"))
         old_log_probs = _optional(counted, sequences, "old_log_probs")
@@ -49,8 +51,15 @@ def policy_loss(config: PolicyLossConfig) -> LossFn:
         metrics = {name: counted.mean(values) for name, values in per_token_metrics.items()}
         factors, rollout_metrics = _rollout(counted, sequences, old_log_probs, config)
         loss = counted.weighted_sum(losses if factors is None else factors * losses)
-        metrics |= {"policy_loss": loss.detach(), **_ratio_metrics(counted, log_probs, old_log_probs), **rollout_metrics}
-        for term, term_metrics in (_entropy(counted, outputs, config), _kl(counted, log_probs, sequences, config)):
+        metrics |= {
+            "policy_loss": loss.detach(),
+            **_ratio_metrics(counted, log_probs, old_log_probs),
+            **rollout_metrics,
+        }
+        for term, term_metrics in (
+            _entropy(counted, outputs, config),
+            _kl(counted, log_probs, sequences, config),
+        ):
             loss = loss if term is None else loss + term
             metrics |= term_metrics
         return loss, metrics
@@ -58,7 +67,9 @@ def policy_loss(config: PolicyLossConfig) -> LossFn:
     return loss_fn
 
 
-def _rollout(counted: Counted, sequences: Sequences, old_log_probs: Tensor, config: PolicyLossConfig) -> tuple[Tensor | None, Metrics]:
+def _rollout(
+    counted: Counted, sequences: Sequences, old_log_probs: Tensor, config: PolicyLossConfig
+) -> tuple[Tensor | None, LossMetrics]:
     """Factors of the losses (None: no correction) and the metrics of the gap."""
     wanted = config.rollout_correction.correction is not Correction.none
     if not wanted and "rollout_log_probs" not in sequences.per_token:
@@ -67,12 +78,15 @@ def _rollout(counted: Counted, sequences: Sequences, old_log_probs: Tensor, conf
     metrics = gap_metrics(counted, old_log_probs, rollout_log_probs)
     if not wanted:
         return None, metrics
-    factors, ratio_metrics = importance_weights(counted, old_log_probs, rollout_log_probs, config.rollout_correction)
+    factors, ratio_metrics = importance_weights(
+        counted, old_log_probs, rollout_log_probs, config.rollout_correction
+    )
     return factors, metrics | ratio_metrics
 
 
-def _ratio_metrics(counted: Counted, log_probs: Tensor, old_log_probs: Tensor) -> Metrics:
-    """Of the token ratio pi / pi_old, whatever the loss makes of it; approximate KL(old || current) over samples of the old policy."""
+def _ratio_metrics(counted: Counted, log_probs: Tensor, old_log_probs: Tensor) -> LossMetrics:
+    """Of the token ratio pi / pi_old, whatever the loss makes of it; approximate KL(old || current) over
+    samples of the old policy."""
     log_ratio = (log_probs - old_log_probs).detach()
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return {
@@ -85,7 +99,9 @@ def _ratio_metrics(counted: Counted, log_probs: Tensor, old_log_probs: Tensor) -
     }
 
 
-def _entropy(counted: Counted, outputs: Outputs, config: PolicyLossConfig) -> tuple[Tensor | None, Metrics]:
+def _entropy(
+    counted: Counted, outputs: Outputs, config: PolicyLossConfig
+) -> tuple[Tensor | None, LossMetrics]:
     """The entropy bonus, aggregated as the policy loss is."""
     if config.entropy_coefficient == 0 and outputs.entropy is None:
         return None, {}
@@ -94,11 +110,14 @@ def _entropy(counted: Counted, outputs: Outputs, config: PolicyLossConfig) -> tu
     return term, {"entropy": counted.mean(entropy)}
 
 
-def _kl(counted: Counted, log_probs: Tensor, sequences: Sequences, config: PolicyLossConfig) -> tuple[Tensor | None, Metrics]:
-    """The KL to the reference, aggregated as the policy loss is (GRPO, eq. 3); kl is a mean over tokens, before the coefficient.
+def _kl(
+    counted: Counted, log_probs: Tensor, sequences: Sequences, config: PolicyLossConfig
+) -> tuple[Tensor | None, LossMetrics]:
+    """The KL to the reference, aggregated as the policy loss is (GRPO, eq. 3); kl is a mean over tokens,
+    before the coefficient.
 
-    The estimate is not weighted with the ratio, so it is exact for the first update of a batch only (as in verl, OpenRLHF, and TRL
-    by default).
+    The estimate is not weighted with the ratio, so it is exact for the first update of a batch only (as in
+    verl, OpenRLHF, and TRL by default).
     """
     if config.kl_coefficient == 0 and "ref_log_probs" not in sequences.per_token:
         return None, {}

@@ -1,9 +1,11 @@
-"""What every token-level loss starts and ends with: the counted tokens of a micro-batch, and metrics that add up.
+"""What every token-level loss starts and ends with: the counted tokens of a micro-batch, and metrics that add
+up.
 
-Metrics come in three kinds, told apart by their names. A name ending in `_max` (`_min`) is a maximum (minimum) and is reduced over
-micro-batches and ranks by max (min), -inf (+inf) standing for "no token"; every other metric is a sum with global weights and is
-reduced by adding (in float64, because variances are made from some). What is neither is made afterwards, by derived_metrics.
-Metrics carry no gradient and have the same names for every micro-batch, an empty one too.
+LossMetrics come in three kinds, told apart by their names. A name ending in `_max` (`_min`) is a maximum
+(minimum) and is reduced over micro-batches and ranks by max (min), -inf (+inf) standing for "no token"; every
+other metric is a sum with global weights and is reduced by adding (in float64, because variances are made
+from some). What is neither is made afterwards, by derived_metrics. LossMetrics carry no gradient and have the
+same names for every micro-batch, an empty one too.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 from workers.losses.segments import row_of_token
 from workers.sequences import Sequences
 
-Metrics = dict[str, Tensor]
+LossMetrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,14 +47,20 @@ class Counted:
     def of(cls, sequences: Sequences) -> Counted:
         """Reads the columns weights and mean_weights (workers/losses/aggregation.py).
 
-        Without mean_weights the metrics are weighted as the loss is: a mean too under token_mean and seq_mean_token_mean, not
-        under the other aggregations.
+        Without mean_weights the metrics are weighted as the loss is: a mean too under token_mean and
+        seq_mean_token_mean, not under the other aggregations.
         """
         weights = column(sequences, "weights")
         index = torch.nonzero(weights).squeeze(1)
         row = row_of_token(sequences.scored_lengths).to(weights.device)
         mean_weights = sequences.per_token.get("mean_weights", weights)
-        return cls(index=index, weights=weights[index], mean_weights=mean_weights[index], row=row[index], num_rows=sequences.num_rows)
+        return cls(
+            index=index,
+            weights=weights[index],
+            mean_weights=mean_weights[index],
+            row=row[index],
+            num_rows=sequences.num_rows,
+        )
 
     def take(self, values: Tensor) -> Tensor:
         """[scored_tokens] -> [counted]."""
@@ -65,27 +73,35 @@ class Counted:
     def mean(self, values: Tensor) -> Tensor:
         """The micro-batch's part of the mean of [counted] (bool too) over all tokens of the mini-batch."""
         values = values.detach()
-        return (self.mean_weights * values.to(torch.promote_types(values.dtype, self.mean_weights.dtype))).sum()
+        return (
+            self.mean_weights * values.to(torch.promote_types(values.dtype, self.mean_weights.dtype))
+        ).sum()
 
 
 def column(sequences: Sequences, name: str) -> Tensor:
     """A per-token column, [scored_tokens]."""
     if name not in sequences.per_token:
-        raise ValueError(f"loss: per-token column {name!r} is missing; the micro-batch has {sorted(sequences.per_token)}")
+        raise ValueError(
+            f"loss: per-token column {name!r} is missing; the micro-batch has {sorted(sequences.per_token)}"
+        )
     return sequences.per_token[name]
 
 
 def row_column(sequences: Sequences, name: str) -> Tensor:
     """A per-row column, [rows]."""
     if name not in sequences.per_row:
-        raise ValueError(f"loss: per-row column {name!r} is missing; the micro-batch has {sorted(sequences.per_row)}")
+        raise ValueError(
+            f"loss: per-row column {name!r} is missing; the micro-batch has {sorted(sequences.per_row)}"
+        )
     return sequences.per_row[name]
 
 
 def required(output: Tensor | None, name: str) -> Tensor:
     """An output of the engine that the loss cannot do without."""
     if output is None:
-        raise ValueError(f"loss: the engine gave no {name}; choose the head (or entropy=True) that computes it")
+        raise ValueError(
+            f"loss: the engine gave no {name}; choose the head (or entropy=True) that computes it"
+        )
     return output
 
 
@@ -100,9 +116,9 @@ def minimum(values: Tensor) -> Tensor:
     return -maximum(-values)
 
 
-def combine_metrics(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Metrics:
-    """Metrics of two parts of a mini-batch as those of both: _max by max, _min by min, the others added. A part that never called the
-    loss has none ({}), and changes nothing.
+def combine_metrics(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> LossMetrics:
+    """LossMetrics of two parts of a mini-batch as those of both: _max by max, _min by min, the others added.
+    A part that never called the loss has none ({}), and changes nothing.
     """
     combined = {**left}
     for name, value in right.items():
@@ -118,19 +134,24 @@ def combine_metrics(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> 
 
 
 def derived_metrics(metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics that are no sums, from those of a whole mini-batch: call it on what TrainingEngine.train_step returned.
+    """The metrics that are no sums, from those of a whole mini-batch: call it on what
+    TrainingEngine.train_step returned.
 
-    explained_variance: 1 - Var(returns - values) / Var(returns), from the means of both and of their squares (value_loss);
-    NaN if the returns do not vary. rollout_effective_sample_fraction: E[w]^2 / E[w^2] of the importance weights between generation
-    and training (1: no gap). perplexity: e^nll.
+    explained_variance: 1 - Var(returns - values) / Var(returns), from the means of both and of their squares
+    (value_loss); NaN if the returns do not vary. rollout_effective_sample_fraction: E[w]^2 / E[w^2] of the
+    importance weights between generation and training (1: no gap). perplexity: e^nll.
     """
     derived: dict[str, float] = {}
     if "value_error_squared" in metrics:
         error_variance = metrics["value_error_squared"] - metrics["value_error"] ** 2
         return_variance = metrics["return_squared"] - metrics["return_mean"] ** 2
-        derived["explained_variance"] = 1 - error_variance / return_variance if return_variance > 0 else math.nan
+        derived["explained_variance"] = (
+            1 - error_variance / return_variance if return_variance > 0 else math.nan
+        )
     if metrics.get("rollout_ratio_squared"):
-        derived["rollout_effective_sample_fraction"] = metrics["rollout_ratio_mean"] ** 2 / metrics["rollout_ratio_squared"]
+        derived["rollout_effective_sample_fraction"] = (
+            metrics["rollout_ratio_mean"] ** 2 / metrics["rollout_ratio_squared"]
+        )
     if "nll" in metrics:
         derived["perplexity"] = math.exp(min(metrics["nll"], 700.0))
     return derived

@@ -1,7 +1,8 @@
-"""The policy losses, per token: POLICY_LOSSES maps a name to a function (tokens, config) -> (losses, metrics).
+"""The policy losses, per token: POLICY_LOSSES maps a name to a function (tokens, config) -> (losses,
+metrics).
 
-Both are per token, [tokens]: policy.py weighs and sums them, adds entropy, KL and the rollout correction, and measures what all
-losses have in common. A new policy loss is a function here and a line in the dict.
+Both are per token, [tokens]: policy.py weighs and sums them, adds entropy, KL and the rollout correction, and
+measures what all losses have in common. A new policy loss is a function here and a line in the dict.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class PolicyTokens:
     log_probs: Tensor
     """[tokens], with a gradient."""
     log_ratio: Tensor
-    """[tokens], log_probs - old_log_probs, clamped to what exp can bear (workers/losses/kl.py); with a gradient."""
+    """[tokens], log_probs - old_log_probs, clamped to what exp can bear (workers/losses/kl.py); with a
+    gradient."""
     advantages: Tensor
     """[tokens]."""
     row: Tensor
@@ -37,20 +39,22 @@ PolicyLoss = Callable[[PolicyTokens, PolicyLossConfig], tuple[Tensor, dict[str, 
 
 
 def ppo_clip(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """-min(r A, clip(r) A), r = pi / pi_old (Schulman et al. 2017, eq. 7), with two bounds (DAPO, eq. 8) and dual clipping (Ye
-    et al. 2020: for A < 0 the loss is at most -c A).
+    """-min(r A, clip(r) A), r = pi / pi_old (Schulman et al. 2017, eq. 7), with two bounds (DAPO, eq. 8) and
+    dual clipping (Ye et al. 2020: for A < 0 the loss is at most -c A).
 
-    Clip fractions count tokens whose gradient the clip removes (TRL does the same; verl adds both sides up in one number).
+    Clip fractions count tokens whose gradient the clip removes (TRL does the same; verl adds both sides up in
+    one number).
     """
     return _clipped(tokens.log_ratio.exp(), tokens.advantages, config, dual_clip=config.dual_clip)
 
 
 def gspo(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clip of the sequence ratio s = exp(mean log ratio of the row) (Zheng et al. 2025, eq. 7), in GSPO-token's form (eq. 13,
-    14): r = sg[s] pi / sg[pi], so that every token has its own advantage; equal to GSPO when a row's advantages are.
+    """PPO's clip of the sequence ratio s = exp(mean log ratio of the row) (Zheng et al. 2025, eq. 7), in
+    GSPO-token's form (eq. 13, 14): r = sg[s] pi / sg[pi], so that every token has its own advantage; equal to
+    GSPO when a row's advantages are.
 
-    Its papers' aggregation is seq_mean_token_mean; ours is the configured one (verl always takes seq-mean-token-mean). The mean is
-    over a row's counted tokens.
+    Its papers' aggregation is seq_mean_token_mean; ours is the configured one (verl always takes
+    seq-mean-token-mean). The mean is over a row's counted tokens.
     """
     sequence = segment_mean(tokens.log_ratio.detach(), tokens.row, tokens.num_rows)[tokens.row]
     ratio = (tokens.log_probs - tokens.log_probs.detach() + sequence).exp()
@@ -59,13 +63,17 @@ def gspo(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[s
 
 
 def cispo(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """-sg[clip(r)] A log pi: clips the importance weight and keeps every token's gradient (MiniMax-M1, 2025, eq. 4 and 5).
+    """-sg[clip(r)] A log pi: clips the importance weight and keeps every token's gradient (MiniMax-M1, 2025,
+    eq. 4 and 5).
 
     The paper tunes the upper bound only; so does TRL, which has no lower one (clip_low = 1 here).
     """
     ratio = tokens.log_ratio.detach().exp()
     weight = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    metrics = {"clip_fraction_low": ratio < 1 - config.clip_low, "clip_fraction_high": ratio > 1 + config.clip_high}
+    metrics = {
+        "clip_fraction_low": ratio < 1 - config.clip_low,
+        "clip_fraction_high": ratio > 1 + config.clip_high,
+    }
     return -weight * tokens.advantages * tokens.log_probs, metrics
 
 
@@ -75,12 +83,13 @@ def policy_gradient(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Ten
 
 
 def clip_cov(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clip, and no gradient from the selected tokens: few of those whose advantage and log-prob go together most, which
-    lower the entropy most (Cui et al. 2025, "The Entropy Mechanism of Reinforcement Learning").
+    """PPO's clip, and no gradient from the selected tokens: few of those whose advantage and log-prob go
+    together most, which lower the entropy most (Cui et al. 2025, "The Entropy Mechanism of Reinforcement
+    Learning").
 
-    The selection is a column that was made over the whole batch (controllers/covariance.py), from the old log-probs. The
-    authors' code and verl select inside each micro-batch, with the current ones, and never a token that PPO clips: their
-    loss depends on the cut.
+    The selection is a column that was made over the whole batch (controllers/covariance.py), from the old
+    log-probs. The authors' code and verl select inside each micro-batch, with the current ones, and never a
+    token that PPO clips: their loss depends on the cut.
     """
     losses, metrics = _clipped(tokens.log_ratio.exp(), tokens.advantages, config, dual_clip=0.0)
     selected = _selected(tokens, "clip_cov")
@@ -88,7 +97,8 @@ def clip_cov(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, di
 
 
 def kl_cov(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """-r A without a clip, plus kl_cov_coefficient |log r| on the selected tokens (Cui et al. 2025); selection as in clip_cov.
+    """-r A without a clip, plus kl_cov_coefficient |log r| on the selected tokens (Cui et al. 2025);
+    selection as in clip_cov.
 
     |log r| has gradient 0 at r = 1: the penalty acts from a batch's second update on.
     """
@@ -108,12 +118,17 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {
 }
 
 
-def _clipped(ratio: Tensor, advantages: Tensor, config: PolicyLossConfig, *, dual_clip: float) -> tuple[Tensor, dict[str, Tensor]]:
+def _clipped(
+    ratio: Tensor, advantages: Tensor, config: PolicyLossConfig, *, dual_clip: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     losses = torch.maximum(unclipped, clipped)
     active = clipped > unclipped
-    metrics = {"clip_fraction_low": active & (advantages < 0), "clip_fraction_high": active & (advantages > 0)}
+    metrics = {
+        "clip_fraction_low": active & (advantages < 0),
+        "clip_fraction_high": active & (advantages > 0),
+    }
     if dual_clip:
         bound = -dual_clip * advantages
         beyond = (advantages < 0) & (losses > bound)
@@ -124,5 +139,7 @@ def _clipped(ratio: Tensor, advantages: Tensor, config: PolicyLossConfig, *, dua
 
 def _selected(tokens: PolicyTokens, name: str) -> Tensor:
     if tokens.covariance_selected is None:
-        raise ValueError(f"loss {name}: per-token column 'covariance_selected' is missing; make it with controllers/covariance.py")
+        raise ValueError(
+            f"loss {name}: per-token column 'covariance_selected' is missing; make it with controllers/covariance.py"
+        )
     return tokens.covariance_selected

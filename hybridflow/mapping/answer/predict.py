@@ -1,0 +1,122 @@
+"""predict: time and memory of a given mapping, fitting or not. The only place where simulators and memory
+meet a whole plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from hybridflow.dataflow import Call, CallKind
+from hybridflow.mapping.answer.device_mapping import CallPlan, DeviceMapping, Pool, RolePlan
+from hybridflow.mapping.search.options import call_footprint, entry_seconds, pass_time
+from hybridflow.mapping.search.setting import Setting
+from hybridflow.mapping.simulate.footprint import Footprint, resident_footprint
+from hybridflow.mapping.simulate.generation import generation_time
+from hybridflow.mapping.simulate.schedule import CONTROLLER
+from hybridflow.mapping.simulate.transition import weight_sync_time
+
+
+def predict(setting: Setting, pools: Sequence[Pool], roles: Sequence[RolePlan]) -> DeviceMapping:
+    """The mapping with its predictions; pools and roles must be complete and consistent (see judge.check)."""
+    pool_by_name = {pool.name: pool for pool in pools}
+    plans = {plan.role: plan for plan in roles}
+    causes = [_causes(setting, call, plans, pool_by_name) for call in setting.dataflow.calls]
+    schedule = setting.schedule({plan.role: plan.pool for plan in roles})
+    bars = schedule.bars([sum(parts.values()) for parts in causes])
+    kept = {pool.name: _kept(setting, pool, plans) for pool in pools}
+    calls = tuple(
+        CallPlan(
+            call=call.name,
+            role=call.role,
+            pool=bar.pool,
+            kind=call.kind.value,
+            start_s=bar.start,
+            end_s=bar.end,
+            causes_s=parts,
+            bytes={} if bar.pool == CONTROLLER else _bytes(setting, call, plans[call.role], kept[bar.pool]),
+        )
+        for call, bar, parts in zip(setting.dataflow.calls, bars, causes, strict=True)
+    )
+    step_s = max(bar.end for bar in bars)
+    return DeviceMapping(
+        algorithm=setting.dataflow.algorithm,
+        cluster=str(setting.cluster),
+        pools=tuple(pools),
+        roles=tuple(roles),
+        calls=calls,
+        step_s=step_s,
+        tokens_per_s=setting.workload.num_tokens / step_s,
+        capacity_bytes={pool.name: setting.capacity(pool.group) for pool in pools},
+    )
+
+
+def _causes(
+    setting: Setting, call: Call, plans: dict[str, RolePlan], pools: dict[str, Pool]
+) -> dict[str, float]:
+    """Seconds of a call by cause; causes of 0 seconds are left out."""
+    if call.role not in plans:
+        return {"controller": setting.fixed_seconds(call)}
+    plan = plans[call.role]
+    model, machine = setting.model(call.role), setting.machine(pools[plan.pool].group)
+    if call.kind is CallKind.generation:
+        assert plan.generation is not None
+        parts = {
+            **asdict(generation_time(model, plan.generation, machine)),
+            "transition": _transition(setting, call, plan, pools),
+        }
+    else:
+        assert plan.layout is not None
+        parts = asdict(pass_time(setting, call.role, pools[plan.pool].group, call, plan.layout))
+    return {name: seconds for name, seconds in parts.items() if seconds > 0.0}
+
+
+def _transition(setting: Setting, call: Call, plan: RolePlan, pools: dict[str, Pool]) -> float:
+    """Charged to the role's first generation call of the step."""
+    assert plan.generation is not None
+    first = next(other for other in setting.calls(call.role) if other.kind is CallKind.generation)
+    if first.name != call.name:
+        return 0.0
+    group = pools[plan.pool].group
+    if call.role in setting.weights_from:
+        return weight_sync_time(setting.model(call.role), plan.generation, setting.machine(group))
+    return (
+        0.0 if plan.layout is None else entry_seconds(setting, call.role, group, plan.layout, plan.generation)
+    )
+
+
+def resident(setting: Setting, plan: RolePlan) -> Footprint:
+    """What a role keeps on each device between calls."""
+    if plan.layout is None:
+        weights = call_footprint(
+            setting, plan.role, CallKind.generation, None, plan.generation
+        ).generation_weights
+        return Footprint(generation_weights=weights)
+    own = resident_footprint(
+        setting.model(plan.role), plan.layout, setting.space, trained=setting.trained(plan.role)
+    )
+    return own + _engine(setting, plan)
+
+
+def _engine(setting: Setting, plan: RolePlan) -> Footprint:
+    """What a generation engine that is not told to release its memory keeps beside the training shards."""
+    if plan.layout is None or plan.generation is None or not plan.generation.kept:
+        return Footprint()
+    need = call_footprint(setting, plan.role, CallKind.generation, plan.layout, plan.generation)
+    return Footprint(generation_weights=need.generation_weights, kv_cache=need.kv_cache)
+
+
+def _kept(setting: Setting, pool: Pool, plans: dict[str, RolePlan]) -> Footprint:
+    total = Footprint()
+    for role in pool.roles:
+        total = total + resident(setting, plans[role])
+    return total
+
+
+def _bytes(setting: Setting, call: Call, plan: RolePlan, kept: Footprint) -> dict[str, float]:
+    extra = call_footprint(setting, call.role, call.kind, plan.layout, plan.generation)
+    parts = asdict(kept + extra)
+    if call.kind is CallKind.generation:  # what is kept is not needed a second time
+        counted = resident(setting, plan) if plan.layout is None else _engine(setting, plan)
+        parts["generation_weights"] -= counted.generation_weights
+        parts["kv_cache"] -= counted.kv_cache
+    return {name: value for name, value in parts.items() if value > 0.0}

@@ -1,0 +1,105 @@
+"""Measurements: what a short run on the machine at hand saw; plain data between recipes.calibrate and fit.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hybridflow.mapping.question.model import ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassSample:
+    """One forward pass, or forward, backward and optimizer update, of one device, or of several data ranks.
+
+    PassSample(model=tiny, rows=32, prompt=8, response=64, micro_batches=1, training=False, seconds=0.21)
+    """
+
+    model: ModelSpec
+    rows: int
+    prompt: int
+    """Tokens of every row that are not scored."""
+    response: int
+    """Scored tokens of every row."""
+    micro_batches: int
+    training: bool
+    seconds: float
+    ranks: int = 1
+    """Data ranks that share the rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationSample:
+    """One generation call of one device: `rows` prompts of equal length, responses of equal length, all
+    running at once."""
+
+    model: ModelSpec
+    rows: int
+    prompt: int
+    response: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CollectiveSample:
+    """One all-gather: every rank ends with `num_bytes`. Or one reduce-scatter: every rank begins with them."""
+
+    num_bytes: float
+    ranks: int
+    seconds: float
+    reduces: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyncSample:
+    """New weights into the generation engine of one device: copied, attested, repacked, probed."""
+
+    model: ModelSpec
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurements:
+    """Measurements.load(path). Everything was measured while `num_processes` processes did the same at the
+    same time."""
+
+    name: str
+    num_processes: int
+    memory_bytes: float
+    """Of one process' share of the machine."""
+    compute_bytes: float
+    """Of one number in the compute precision: 4 float32, 2 bf16."""
+    matmul_flops: float
+    """Per second, in large products."""
+    memory_bandwidth: float
+    """Bytes read and written per second, in large copies."""
+    passes: tuple[PassSample, ...] = ()
+    generations: tuple[GenerationSample, ...] = ()
+    collectives: tuple[CollectiveSample, ...] = ()
+    syncs: tuple[SyncSample, ...] = ()
+    call_s: float = 0.0
+    """A call from the controller to a pool and back that does nothing."""
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Measurements:
+        content: dict[str, Any] = json.loads(path.read_text())
+        return cls(
+            **{
+                **content,
+                "passes": tuple(PassSample(**_with_model(entry)) for entry in content["passes"]),
+                "generations": tuple(
+                    GenerationSample(**_with_model(entry)) for entry in content["generations"]
+                ),
+                "collectives": tuple(CollectiveSample(**entry) for entry in content["collectives"]),
+                "syncs": tuple(SyncSample(**_with_model(entry)) for entry in content.get("syncs", ())),
+            }
+        )
+
+
+def _with_model(entry: dict[str, Any]) -> dict[str, Any]:
+    return {**entry, "model": ModelSpec(**entry["model"])}

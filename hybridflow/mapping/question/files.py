@@ -1,0 +1,42 @@
+"""Reading what users write by hand: every mistake in a JSON file is a ValueError that names the file, the
+field and the fix."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The object in a file; `what` says what it should hold, for example "mapping"."""
+    if not path.is_file():
+        raise ValueError(f"{what} file {path} is not there; give the path of a JSON file")
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{what} file {path} is no JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} file {path} holds a {type(content).__name__}; it must be an object {{...}}")
+    return content
+
+
+def checked(kind: type, content: Any, where: str) -> dict[str, Any]:
+    """`content` as keyword arguments of the dataclass `kind`, none missing and none unknown; `where` is said
+    in errors."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} is {content!r}; it must be an object {{...}}")
+    known = {field.name: field for field in fields(kind)}
+    unknown = sorted(set(content) - set(known))
+    missing = [
+        name
+        for name, field in known.items()
+        if name not in content and field.default is MISSING and field.default_factory is MISSING
+    ]
+    if unknown or missing:
+        parts = [f"unknown {', '.join(unknown)}"] * bool(unknown) + [f"missing {', '.join(missing)}"] * bool(
+            missing
+        )
+        raise ValueError(f"{where}: {'; '.join(parts)}; its fields are {', '.join(known)}")
+    return content

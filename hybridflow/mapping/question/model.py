@@ -1,0 +1,226 @@
+"""ModelSpec: the sizes of a decoder that time and memory follow from; read from any Hugging Face config.
+
+Dense and mixture-of-experts decoders, grouped-query attention, gated or plain MLPs, an LM head or a scalar
+head. Left out: biases and norms are counted roughly (below 0.1 % of a model), encoders, state-space layers
+and latent attention.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+PLAIN_MLP_TYPES = ("gpt2", "opt", "gpt_neox", "bloom", "falcon", "phi", "starcoder2", "gpt_bigcode")
+"""Model types whose MLP has two matrices; all others are taken to be gated (three)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A decoder-only model.
+
+    ModelSpec.from_hf({"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096,
+    "num_attention_heads": 32,
+                       "intermediate_size": 11008, "vocab_size": 32000}, name="llama-7b").num_parameters  # 6.74e9
+    """
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    """Inner size of a dense layer's MLP."""
+    vocab_size: int
+    tied_embeddings: bool = False
+    gated_mlp: bool = True
+    num_experts: int = 0
+    """Experts of a mixture-of-experts layer; 0 for a dense model."""
+    experts_per_token: int = 0
+    expert_intermediate_size: int = 0
+    shared_intermediate_size: int = 0
+    """Inner size of the experts that every token passes."""
+    num_dense_layers: int = 0
+    """Layers of a mixture-of-experts model that are dense."""
+    scalar_head: bool = False
+    """One number per token in place of the vocabulary (critic, reward, cost)."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+            value = {
+                "num_layers": self.num_layers,
+                "hidden_size": self.hidden_size,
+                "num_heads": self.num_heads,
+                "num_kv_heads": self.num_kv_heads,
+                "head_dim": self.head_dim,
+                "vocab_size": self.vocab_size,
+            }[name]
+            if value < 1:
+                raise ValueError(f"model {self.name}: {name} is {value}; it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model {self.name}: num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}"
+            )
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"model {self.name}: experts_per_token {self.experts_per_token} is outside 1..{self.num_experts}"
+            )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, object], *, name: str = "") -> ModelSpec:
+        """From the content of a config.json; errors name the missing key."""
+        text = config.get("text_config")
+        if isinstance(text, Mapping):
+            return cls.from_hf(text, name=name)
+        heads = _integer(config, "num_attention_heads", "n_head")
+        hidden = _integer(config, "hidden_size", "n_embd", "d_model")
+        experts = _integer(config, "num_local_experts", "num_experts", "n_routed_experts", default=0)
+        inner = _integer(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+        expert_inner = _integer(config, "moe_intermediate_size", default=inner)
+        num_shared = _integer(config, "n_shared_experts", default=0)
+        return cls(
+            name=name or str(config.get("_name_or_path") or config.get("model_type", "model")),
+            num_layers=_integer(config, "num_hidden_layers", "n_layer"),
+            hidden_size=hidden,
+            num_heads=heads,
+            num_kv_heads=_integer(config, "num_key_value_heads", default=heads),
+            head_dim=_integer(config, "head_dim", default=hidden // heads),
+            intermediate_size=inner,
+            vocab_size=_integer(config, "vocab_size"),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            gated_mlp=config.get("model_type") not in PLAIN_MLP_TYPES,
+            num_experts=experts,
+            experts_per_token=_integer(config, "num_experts_per_tok", "moe_topk", default=0)
+            if experts
+            else 0,
+            expert_intermediate_size=expert_inner if experts else 0,
+            shared_intermediate_size=_integer(
+                config, "shared_expert_intermediate_size", default=num_shared * expert_inner
+            )
+            if experts
+            else 0,
+            num_dense_layers=_integer(config, "first_k_dense_replace", default=0) if experts else 0,
+        )
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> ModelSpec:
+        """From a Hugging Face directory or a config.json."""
+        path = Path(path)
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(
+                f"model path {str(path)!r} holds no config.json; give a Hugging Face directory, a config.json or a known name"
+            )
+        return cls.from_hf(
+            json.loads(file.read_text()), name=path.name if path.is_dir() else path.parent.name
+        )
+
+    def with_scalar_head(self) -> ModelSpec:
+        """The same decoder as a critic or reward model."""
+        return replace(self, scalar_head=True)
+
+    @cached_property
+    def query_dim(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @cached_property
+    def kv_dim(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @cached_property
+    def attention_parameters(self) -> int:
+        """Of one layer: query, key, value and output matrices."""
+        return self.hidden_size * (2 * self.query_dim + 2 * self.kv_dim)
+
+    @cached_property
+    def layer_parameters(self) -> float:
+        """Of one layer, averaged over the layers."""
+        if not self.num_experts:
+            return self.attention_parameters + self._mlp(self.intermediate_size)
+        dense = self.num_dense_layers * self._mlp(self.intermediate_size)
+        expert = self._mlp(self.expert_intermediate_size) * self.num_experts + self._mlp(
+            self.shared_intermediate_size
+        )
+        return self.attention_parameters + (dense + self._moe_layers * expert) / self.num_layers
+
+    @cached_property
+    def active_layer_parameters(self) -> float:
+        """Of one layer, those that one token is multiplied with."""
+        return self.attention_parameters + self._mlp(1) * self.active_intermediate_size
+
+    @cached_property
+    def active_intermediate_size(self) -> float:
+        """Inner MLP size that one token passes, averaged over the layers."""
+        if not self.num_experts:
+            return self.intermediate_size
+        moe = self.experts_per_token * self.expert_intermediate_size + self.shared_intermediate_size
+        return (self.num_dense_layers * self.intermediate_size + self._moe_layers * moe) / self.num_layers
+
+    def touched_layer_parameters(self, num_tokens: float) -> float:
+        """Of one layer, those that a pass over `num_tokens` tokens reads: all of a dense layer; of a mixture
+        the expected number of distinct experts, E (1 - (1 - k/E)^tokens) for tokens that choose k of E
+        experts evenly."""
+        if not self.num_experts:
+            return self.layer_parameters
+        share: float = 1.0 - (1.0 - self.experts_per_token / self.num_experts) ** max(num_tokens, 1.0)
+        unread = (
+            self._mlp(self.expert_intermediate_size)
+            * self.num_experts
+            * self._moe_layers
+            / self.num_layers
+            * (1.0 - share)
+        )
+        return self.layer_parameters - unread
+
+    @cached_property
+    def embedding_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size
+
+    @cached_property
+    def head_parameters(self) -> int:
+        """Of the head as a matrix that is multiplied with, tied or not."""
+        return self.hidden_size if self.scalar_head else self.vocab_size * self.hidden_size
+
+    @cached_property
+    def num_parameters(self) -> float:
+        tied = self.tied_embeddings and not self.scalar_head
+        return (
+            self.num_layers * self.layer_parameters
+            + self.embedding_parameters
+            + (0 if tied else self.head_parameters)
+        )
+
+    @cached_property
+    def kv_elements_per_token(self) -> int:
+        """Numbers that the KV cache of all layers holds for one token (keys and values)."""
+        return 2 * self.num_layers * self.kv_dim
+
+    @cached_property
+    def activation_elements_per_token(self) -> float:
+        """Numbers that one layer stores for its backward pass, per token (method of Korthikanti et al. 2022,
+        section 4.1, counted for a gated MLP and an attention that does not store its score matrix): inputs of
+        two norms and of attention and MLP (4 h), queries and attention output (2 q), keys and values (2 kv),
+        MLP's inner tensors (3 f; 2 f without a gate)."""
+        inner = (3 if self.gated_mlp else 2) * self.active_intermediate_size
+        return 4 * self.hidden_size + 2 * self.query_dim + 2 * self.kv_dim + inner
+
+    @cached_property
+    def _moe_layers(self) -> int:
+        return self.num_layers - self.num_dense_layers
+
+    def _mlp(self, inner: int) -> int:
+        return (3 if self.gated_mlp else 2) * self.hidden_size * inner
+
+
+def _integer(config: Mapping[str, object], *keys: str, default: int | None = None) -> int:
+    """The first of `keys` that the config has; several model families name one size differently."""
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, int):
+            return value
+    if default is None:
+        raise ValueError(f"model config: none of {', '.join(keys)} is there; give a decoder's config.json")
+    return default

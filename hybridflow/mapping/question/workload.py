@@ -1,0 +1,159 @@
+"""Workload: how much work one step is: rows, their lengths with their spread, optimizer updates.
+
+Lengths are quantiles, so that one description serves means (compute), squares (attention), maxima (memory)
+and the long tail (generation). Prompt and response lengths are taken to be independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import erf, exp, log, sqrt
+
+NUM_QUANTILES = 64
+GOLDEN = (sqrt(5.0) - 1.0) / 2.0
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Token counts as equally likely quantiles, ascending.
+
+    Lengths.parse("1024"), Lengths.parse("uniform:8:64"), Lengths.parse("lognormal:600:4096") (mean 600, cut
+    at 4096).
+    """
+
+    quantiles: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.quantiles or self.quantiles[0] < 0 or list(self.quantiles) != sorted(self.quantiles):
+            raise ValueError(
+                f"lengths: quantiles must be ascending and not negative, got {self.quantiles[:4]}..."
+            )
+
+    @classmethod
+    def fixed(cls, tokens: int) -> Lengths:
+        return cls((tokens,))
+
+    @classmethod
+    def uniform(cls, low: int, high: int) -> Lengths:
+        step = (high - low) / NUM_QUANTILES
+        return cls(tuple(round(low + step * (index + 0.5)) for index in range(NUM_QUANTILES)))
+
+    @classmethod
+    def lognormal(cls, mean: float, longest: int, sigma: float = 0.8) -> Lengths:
+        """A long tail: log-normal with the given mean before it is cut at `longest` (the engine's limit)."""
+        mu = log(mean) - sigma**2 / 2
+        values = (
+            exp(mu + sigma * _normal_quantile((index + 0.5) / NUM_QUANTILES))
+            for index in range(NUM_QUANTILES)
+        )
+        return cls(tuple(max(1, min(longest, round(value))) for value in values))
+
+    @classmethod
+    def observed(cls, values: Sequence[int]) -> Lengths:
+        """From measured lengths (a data set's prompts, an earlier run's responses)."""
+        ordered = sorted(values)
+        if len(ordered) <= NUM_QUANTILES:
+            return cls(tuple(ordered))
+        return cls(
+            tuple(
+                ordered[int((index + 0.5) / NUM_QUANTILES * len(ordered))] for index in range(NUM_QUANTILES)
+            )
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Lengths:
+        name, *numbers = text.split(":")
+        if name.isdigit() and not numbers:
+            return cls.fixed(int(name))
+        if name == "uniform" and len(numbers) == 2:
+            return cls.uniform(int(numbers[0]), int(numbers[1]))
+        if name == "lognormal" and len(numbers) in (2, 3):
+            return cls.lognormal(
+                float(numbers[0]), int(numbers[1]), *(float(number) for number in numbers[2:])
+            )
+        raise ValueError(f"lengths {text!r}: write a number, uniform:LOW:HIGH, or lognormal:MEAN:MAX[:SIGMA]")
+
+    @cached_property
+    def mean(self) -> float:
+        return sum(self.quantiles) / len(self.quantiles)
+
+    @cached_property
+    def mean_square(self) -> float:
+        return sum(value * value for value in self.quantiles) / len(self.quantiles)
+
+    @cached_property
+    def longest(self) -> int:
+        return self.quantiles[-1]
+
+    def sample(self, count: int) -> list[int]:
+        """`count` lengths in an order without trend: quantiles at multiples of the golden ratio (evenly
+        spread for every count)."""
+        size = len(self.quantiles)
+        return [self.quantiles[int((index + 1) * GOLDEN % 1.0 * size)] for index in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Workload(num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8) is the
+    paper's section 8.1."""
+
+    num_prompts: int
+    prompt: Lengths
+    response: Lengths
+    samples_per_prompt: int = 1
+    updates: int = 1
+    """Optimizer updates (mini-batches) per epoch over the step's rows."""
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        counts = {
+            "num_prompts": self.num_prompts,
+            "samples_per_prompt": self.samples_per_prompt,
+            "updates": self.updates,
+            "epochs": self.epochs,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"workload: {name} is {value}; it must be at least 1")
+        if self.updates > self.num_rows:
+            raise ValueError(
+                f"workload: updates is {self.updates}, the step has {self.num_rows} rows; an update needs at least one row"
+            )
+        if self.response.longest < 1:
+            raise ValueError("workload: every response is empty; give response lengths of at least 1")
+
+    @cached_property
+    def num_rows(self) -> int:
+        return self.num_prompts * self.samples_per_prompt
+
+    @cached_property
+    def tokens_per_row(self) -> float:
+        return self.prompt.mean + self.response.mean
+
+    @cached_property
+    def longest_row(self) -> int:
+        return self.prompt.longest + self.response.longest
+
+    @cached_property
+    def num_tokens(self) -> float:
+        """Prompt and response tokens of one step: what the paper's throughput counts."""
+        return self.num_rows * self.tokens_per_row
+
+    @cached_property
+    def attended_per_token(self) -> float:
+        """Positions that an average token attends to under a causal mask: E[length^2] / (2 E[length])."""
+        square = (
+            self.prompt.mean_square + 2 * self.prompt.mean * self.response.mean + self.response.mean_square
+        )
+        return square / (2 * self.tokens_per_row)
+
+
+def _normal_quantile(probability: float) -> float:
+    """Inverse of the standard normal distribution function by bisection."""
+    low, high = -8.0, 8.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (1 + erf(middle / sqrt(2))) / 2 < probability else (low, middle)
+    return (low + high) / 2

@@ -1,0 +1,68 @@
+"""Model shapes by name, so that a plan needs no download; sizes are those of the published config.json files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hybridflow.mapping.question.model import ModelSpec
+
+
+def _llama(
+    name: str,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    inner: int,
+    vocab: int = 32000,
+    tied: bool = False,
+) -> ModelSpec:
+    return ModelSpec(
+        name=name,
+        num_layers=layers,
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=128 if hidden > 2048 else hidden // heads,
+        intermediate_size=inner,
+        vocab_size=vocab,
+        tied_embeddings=tied,
+    )
+
+
+MODELS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        _llama("llama-7b", 32, 4096, 32, 32, 11008),
+        _llama("llama-13b", 40, 5120, 40, 40, 13824),
+        _llama("llama-34b", 48, 8192, 64, 8, 22016),
+        _llama("llama-70b", 80, 8192, 64, 8, 28672),
+        _llama("llama3-8b", 32, 4096, 32, 8, 14336, 128256),
+        _llama("llama3-70b", 80, 8192, 64, 8, 28672, 128256),
+        _llama("llama3-405b", 126, 16384, 128, 8, 53248, 128256),
+        _llama("qwen2.5-0.5b", 24, 896, 14, 2, 4864, 151936, tied=True),
+        _llama("qwen2.5-1.5b", 28, 1536, 12, 2, 8960, 151936, tied=True),
+        _llama("qwen2.5-7b", 28, 3584, 28, 4, 18944, 152064),
+        _llama("qwen2.5-32b", 64, 5120, 40, 8, 27648, 152064),
+        ModelSpec(
+            name="mixtral-8x7b", num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=14336,
+            vocab_size=32000, num_experts=8, experts_per_token=2, expert_intermediate_size=14336,
+        ),
+        ModelSpec(
+            name="qwen3-30b-a3b", num_layers=48, hidden_size=2048, num_heads=32, num_kv_heads=4, head_dim=128, intermediate_size=6144,
+            vocab_size=151936, num_experts=128, experts_per_token=8, expert_intermediate_size=768,
+        ),
+    )
+}  # fmt: skip
+"""llama-7b, -13b and -70b are Llama 2, llama-34b is Code Llama 34B: the family of the paper's section 8."""
+
+
+def model_spec(name: str) -> ModelSpec:
+    """A known shape, or the config.json of a Hugging Face directory."""
+    if name in MODELS:
+        return MODELS[name]
+    if Path(name).exists():
+        return ModelSpec.from_directory(name)
+    raise ValueError(
+        f"model {name!r} is neither a known shape ({', '.join(MODELS)}) nor a directory with a config.json"
+    )

@@ -1,0 +1,130 @@
+"""Setting: everything that a mapping is computed from, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from hybridflow.dataflow import Call, CallKind, Dataflow
+from hybridflow.mapping.question.calibration import Calibration
+from hybridflow.mapping.question.cluster import Cluster
+from hybridflow.mapping.question.model import ModelSpec
+from hybridflow.mapping.question.space import SearchSpace
+from hybridflow.mapping.question.workload import Workload
+from hybridflow.mapping.simulate.passes import Machine
+from hybridflow.mapping.simulate.schedule import Schedule
+from hybridflow.mapping.simulate.transition import transfer_time
+
+ROLLOUT = "generation"
+"""Role that generates with the actor's weights in a pool of its own, after `split_generation`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Setting(dataflow=ppo, models={"actor": llama, ..., "reward": None},
+    cluster=Cluster.parse("2x8xA100-80GB"), workload=workload)
+
+    A role whose model is None is a Python function: it takes part in the timeline and needs no devices.
+    """
+
+    dataflow: Dataflow
+    models: Mapping[str, ModelSpec | None]
+    cluster: Cluster
+    workload: Workload
+    calibration: Calibration = field(default_factory=Calibration)
+    space: SearchSpace = field(default_factory=SearchSpace)
+    weights_from: Mapping[str, str] = field(default_factory=dict)
+    """Role that only generates -> role that trains its weights in another pool."""
+
+    def __post_init__(self) -> None:
+        missing = [role for role in self.dataflow.roles if role not in self.models]
+        if missing:
+            raise ValueError(
+                f"models: no entry for {missing} of algorithm {self.dataflow.algorithm}; give a ModelSpec, or None for a function"
+            )
+        for role in self.roles:
+            kinds = {call.kind for call in self.calls(role)}
+            if role in self.weights_from and kinds != {CallKind.generation}:
+                raise ValueError(
+                    f"weights_from: {role} also runs {sorted(kinds)}; only a role that does nothing but generate can borrow weights"
+                )
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that need devices, in order of first use."""
+        return tuple(role for role in self.dataflow.roles if self.models[role] is not None)
+
+    def model(self, role: str) -> ModelSpec:
+        spec = self.models[role]
+        assert spec is not None, f"{role} is a function"
+        return spec
+
+    def calls(self, role: str) -> tuple[Call, ...]:
+        """The role's calls in program order."""
+        return self._calls[role]
+
+    def trained(self, role: str) -> bool:
+        return CallKind.training in self._kinds[role]
+
+    def generates(self, role: str) -> bool:
+        return CallKind.generation in self._kinds[role]
+
+    @cached_property
+    def _calls(self) -> dict[str, tuple[Call, ...]]:
+        calls = [call for call in self.dataflow.calls if call.kind is not CallKind.controller]
+        return {role: tuple(call for call in calls if call.role == role) for role in self.dataflow.roles}
+
+    @cached_property
+    def _kinds(self) -> dict[str, set[CallKind]]:
+        return {role: {call.kind for call in calls} for role, calls in self._calls.items()}
+
+    def machine(self, group: int) -> Machine:
+        """What the simulators need, for pools in the cluster's group number `group`."""
+        return self._machines[group]
+
+    @cached_property
+    def _machines(self) -> tuple[Machine, ...]:
+        return tuple(
+            Machine(group.kind, self.calibration, self.space, self.workload) for group in self.cluster.groups
+        )
+
+    def capacity(self, group: int) -> float:
+        """Bytes of one device that can be planned with."""
+        return (
+            self.cluster.groups[group].kind.memory_bytes * self.calibration.memory_fraction
+            - self.calibration.reserved_bytes
+        )
+
+    def schedule(self, pool_of: dict[str, str]) -> Schedule:
+        """The step's schedule for a placement, with the data's way between pools."""
+        machine = self.machine(0)
+        edges = {
+            (name, call.name): transfer_time(self.dataflow.call(name), call, self.cluster, machine)
+            for call in self.dataflow.calls
+            for name in call.depends_on
+        }
+        return Schedule(self.dataflow, pool_of, edges)
+
+    def fixed_seconds(self, call: Call) -> float:
+        """Duration of a call that runs on no device of the plan."""
+        return (
+            self.calibration.controller_s if call.kind is CallKind.controller else self.calibration.function_s
+        )
+
+
+def split_generation(dataflow: Dataflow, role: str = "actor") -> Dataflow:
+    """The same step with generation as a role of its own (`generation`), which a mapping may put into another
+    pool."""
+    moved = [call for call in dataflow.calls if call.role == role and call.kind is CallKind.generation]
+    names = {call.name: f"{ROLLOUT}{call.name.removeprefix(role)}" for call in moved}
+    calls = tuple(
+        replace(
+            call,
+            name=names.get(call.name, call.name),
+            role=ROLLOUT if call.name in names else call.role,
+            depends_on=tuple(names.get(name, name) for name in call.depends_on),
+        )
+        for call in dataflow.calls
+    )
+    return replace(dataflow, calls=calls)

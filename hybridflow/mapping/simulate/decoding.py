@@ -1,0 +1,91 @@
+"""DecodeProfile: how many sequences run during how many decode steps, under continuous batching.
+
+Depends on lengths and counts only, not on the model or machine; so one profile serves all layouts with the
+same counts. A finished sequence is replaced by a waiting one at once (Yu et al. 2022, Orca's iteration-level
+scheduling); when none waits, the tail of long ones runs in an emptying batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from heapq import heapify, heapreplace
+
+from hybridflow.mapping.question.workload import Lengths
+
+MAX_SEGMENTS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`steps` decode steps with `running` sequences that have generated `generated` tokens each, on average."""
+
+    steps: float
+    running: float
+    generated: float
+
+
+@lru_cache(maxsize=65536)
+def decode_profile(lengths: Lengths, rows: int, max_running: int) -> tuple[Segment, ...]:
+    """Of one replica that generates `rows` responses, at most `max_running` at once.
+
+    decode_profile(Lengths.fixed(10), rows=5, max_running=2) -> (Segment(20, 2, 5.0), Segment(10, 1, 5.0))
+    """
+    if len(lengths.quantiles) == 1:
+        return _fixed(lengths.longest, rows, max_running)
+    return _condense(_simulate(lengths.sample(rows), max_running))
+
+
+def _fixed(length: int, rows: int, max_running: int) -> tuple[Segment, ...]:
+    full, rest = divmod(rows, max_running)
+    segments = [Segment(length * full, max_running, length / 2)] if full else []
+    return (*segments, Segment(length, rest, length / 2)) if rest else tuple(segments)
+
+
+def _simulate(lengths: list[int], max_running: int) -> list[Segment]:
+    """Event by event: the next sequence to finish, and who takes its place."""
+    lengths = [max(1, length) for length in lengths]
+    running = [(length, 0) for length in lengths[:max_running]]
+    heapify(running)
+    started = 0.0
+    segments: list[Segment] = []
+    now = 0
+    for length in lengths[max_running:]:
+        finish, start = running[0]
+        _extend(segments, now, finish, len(running), started)
+        now = finish
+        heapreplace(running, (now + length, now))
+        started += now - start
+    ordered = sorted(running)
+    for index, (finish, start) in enumerate(ordered):
+        _extend(segments, now, finish, len(ordered) - index, started)
+        now = finish
+        started -= start
+    return segments
+
+
+def _extend(segments: list[Segment], now: int, until: int, running: int, started: float) -> None:
+    """A segment from `now` to `until`; `started` is the sum of the running sequences' first steps."""
+    if until > now:
+        segments.append(Segment(until - now, running, (now + until) / 2 - started / running))
+
+
+def _condense(segments: list[Segment]) -> tuple[Segment, ...]:
+    """At most about MAX_SEGMENTS of them: neighbours merged by their step-weighted means."""
+    total = sum(segment.steps for segment in segments)
+    result: list[Segment] = []
+    bunch: list[Segment] = []
+    for segment in segments:
+        bunch.append(segment)
+        if sum(part.steps for part in bunch) * MAX_SEGMENTS >= total:
+            result.append(_merge(bunch))
+            bunch = []
+    return tuple([*result, _merge(bunch)] if bunch else result)
+
+
+def _merge(bunch: list[Segment]) -> Segment:
+    steps = sum(part.steps for part in bunch)
+    rows = sum(part.steps * part.running for part in bunch)
+    return Segment(
+        steps, rows / steps, sum(part.steps * part.running * part.generated for part in bunch) / rows
+    )

@@ -1,0 +1,108 @@
+"""Simulator of generation: prefill is compute-bound, decoding is bound by reading weights and KV cache
+(PAPER.md section 4).
+
+A decode step reads every weight once per pipeline micro-batch and the keys and values of all running
+sequences once (Pope et al. 2022, section 2; Kwon et al. 2023 for paged caches). Left out: speculative
+decoding, prefix caching between samples of one prompt, chunked prefill mixed into decode steps (prefill is
+counted before).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hybridflow.mapping.question.layouts import GenerationLayout
+from hybridflow.mapping.question.model import ModelSpec
+from hybridflow.mapping.simulate.compute import elementwise_s, head_s, products_s, rounds
+from hybridflow.mapping.simulate.decoding import decode_profile
+from hybridflow.mapping.simulate.fabric import Fabric
+from hybridflow.mapping.simulate.passes import Machine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationTime:
+    """Seconds of one generation call by cause, without the transition into the generation layout."""
+
+    prefill: float
+    decode: float
+    overhead: float
+
+    @property
+    def total(self) -> float:
+        return self.prefill + self.decode + self.overhead
+
+
+def replica_rows(layout: GenerationLayout, machine: Machine) -> int:
+    """Responses that the busiest replica generates."""
+    return rounds(machine.workload.num_rows, layout.replicas)
+
+
+def generation_time(model: ModelSpec, layout: GenerationLayout, machine: Machine) -> GenerationTime:
+    """One response for every row of the step."""
+    rows = replica_rows(layout, machine)
+    profile = decode_profile(machine.workload.response, rows, layout.max_running)
+    step = DecodeStep(model, layout, machine)
+    prompt = machine.workload.prompt.mean
+    return GenerationTime(
+        prefill=_prefill_s(model, layout, machine, rows),
+        decode=sum(part.steps * step.seconds(part.running, prompt + part.generated) for part in profile),
+        overhead=machine.call_s(layout.num_devices),
+    )
+
+
+class DecodeStep:
+    """DecodeStep(model, layout, machine).seconds(running=64, context=1536)"""
+
+    def __init__(self, model: ModelSpec, layout: GenerationLayout, machine: Machine) -> None:
+        self.model, self.layout, self.machine = model, layout, machine
+        self._fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
+        kv_share = max(1.0, model.num_kv_heads / layout.tg) / model.num_kv_heads
+        self._kv_bytes = machine.space.activation_bytes * model.kv_elements_per_token / layout.pg * kv_share
+
+    def seconds(self, running: float, context: float) -> float:
+        """One token for each of `running` sequences whose caches hold `context` tokens each, on average.
+
+        With pg stages the sequences form pg groups that follow each other through the stages: every stage is
+        passed pg times.
+        """
+        calibration = self.machine.calibration
+        host = calibration.decode_step_overhead_s + calibration.decode_row_overhead_s * running
+        return host + self.layout.pg * self._stage(running / self.layout.pg, context)
+
+    def _stage(self, rows: float, context: float) -> float:
+        model, layout, machine = self.model, self.layout, self.machine
+        parts = (machine.kind, machine.calibration, machine.space)
+        layers = model.num_layers / layout.pg
+        layer = products_s(model, *parts, tokens=rows, attended=context, t=layout.tg, decoding=True)
+        layer += elementwise_s(model, *parts, tokens=rows, t=layout.tg)
+        message = machine.space.activation_bytes * model.hidden_size * rows
+        layer += machine.calibration.decode_layer_overhead_s + 2 * self._fabric.all_reduce(
+            message, layout.tg, 1
+        )
+        cache = self._kv_bytes * rows * context / machine.bandwidth
+        passing = self._fabric.send(message / layout.tg, layout.tg) if layout.pg > 1 else 0.0
+        head = head_s(model, *parts, scored_tokens=rows, t=layout.tg, decoding=True)
+        return layers * layer + cache + head + passing
+
+
+def _prefill_s(model: ModelSpec, layout: GenerationLayout, machine: Machine, rows: int) -> float:
+    """All prompts of a replica, in passes of at most `prefill_tokens`; stages work on different passes at the
+    same time."""
+    prompt = machine.workload.prompt
+    tokens = rows * prompt.mean
+    if tokens == 0:
+        return 0.0
+    passes = rounds(tokens, int(machine.space.prefill_tokens))
+    each = tokens / passes
+    parts = (machine.kind, machine.calibration, machine.space)
+    attended = prompt.mean_square / (2 * prompt.mean)
+    layer = products_s(model, *parts, tokens=each, attended=attended, t=layout.tg) + elementwise_s(
+        model, *parts, tokens=each, t=layout.tg
+    )
+    fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
+    message = machine.space.activation_bytes * model.hidden_size * each
+    layer += machine.calibration.layer_overhead_s + 2 * fabric.all_reduce(message, layout.tg, 1)
+    stage = model.num_layers / layout.pg * layer + head_s(
+        model, *parts, scored_tokens=rows / passes, t=layout.tg
+    )
+    return (passes + layout.pg - 1) * (stage + machine.calibration.micro_batch_overhead_s)

@@ -1,0 +1,197 @@
+"""Simulators of training and inference: one call over all rows of a step, compute-bound (PAPER.md section 4).
+
+Pipeline: 1F1B, (m + p - 1) micro-batch slots (Narayanan et al. 2021, section 2.2). Tensor: two all-reduces of
+the layer's output per layer in each direction (Shoeybi et al. 2020, section 3), two more when recomputing.
+Data: gradients are reduced once per update; ZeRO-1 gathers the new parameters, ZeRO-3 gathers them again for
+every pass (Rajbhandari et al. 2020, section 7). Every micro-batch after the first reads its gradients and the
+sum and writes the sum. Left out: interleaved schedules, overlap of tensor collectives with compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from hybridflow.mapping.question.calibration import Calibration
+from hybridflow.mapping.question.cluster import DeviceKind
+from hybridflow.mapping.question.layouts import ModelLayout
+from hybridflow.mapping.question.model import ModelSpec
+from hybridflow.mapping.question.space import SearchSpace
+from hybridflow.mapping.question.workload import Workload
+from hybridflow.mapping.simulate.compute import elementwise_s, head_s, products_s, rounds
+from hybridflow.mapping.simulate.fabric import Fabric
+from hybridflow.mapping.simulate.footprint import resident_footprint, stage_parameters, state_footprint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassTime:
+    """Seconds of one call by cause; they add up to `total`."""
+
+    compute: float = 0.0
+    bubble: float = 0.0
+    tensor: float = 0.0
+    pipeline: float = 0.0
+    parameters: float = 0.0
+    """ZeRO's gathering of parameters."""
+    gradients: float = 0.0
+    """Adding them up over micro-batches, reducing them over data ranks."""
+    optimizer: float = 0.0
+    offload: float = 0.0
+    overhead: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return (
+            self.compute + self.bubble + self.tensor + self.pipeline + self.parameters
+            + self.gradients + self.optimizer + self.offload + self.overhead
+        )  # fmt: skip
+
+    def __add__(self, other: PassTime) -> PassTime:
+        return PassTime(
+            compute=self.compute + other.compute,
+            bubble=self.bubble + other.bubble,
+            tensor=self.tensor + other.tensor,
+            pipeline=self.pipeline + other.pipeline,
+            parameters=self.parameters + other.parameters,
+            gradients=self.gradients + other.gradients,
+            optimizer=self.optimizer + other.optimizer,
+            offload=self.offload + other.offload,
+            overhead=self.overhead + other.overhead,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What every simulator needs to know about where it runs."""
+
+    kind: DeviceKind
+    calibration: Calibration
+    space: SearchSpace
+    workload: Workload
+
+    @property
+    def bandwidth(self) -> float:
+        return self.kind.memory_bandwidth * self.calibration.bandwidth_efficiency
+
+    @property
+    def update_bandwidth(self) -> float:
+        return self.kind.memory_bandwidth * self.calibration.update_efficiency
+
+    def call_s(self, num_devices: int) -> float:
+        """Fixed seconds of a call in a pool of so many devices."""
+        return self.calibration.call_overhead_s + (self.calibration.call_ranks_s if num_devices > 1 else 0.0)
+
+
+def micro_batches(layout: ModelLayout, workload: Workload, rows: float) -> tuple[int, float]:
+    """(number, tokens of each) of the fullest data replica for `rows` rows in all."""
+    tokens = rounds(rows, layout.d) * workload.tokens_per_row
+    number = max(1, ceil(tokens / layout.micro_batch_tokens))
+    return number, tokens / number
+
+
+def inference_time(model: ModelSpec, layout: ModelLayout, machine: Machine, *, trained: bool) -> PassTime:
+    """One forward pass over the step's rows."""
+    number, tokens = micro_batches(layout, machine.workload, machine.workload.num_rows)
+    slot = _slot(model, layout, machine, tokens, backward=False)
+    fetched = 0.0
+    if layout.offload and not trained:
+        fetched = (
+            state_footprint(model, layout, machine.space, trained=False).total / machine.kind.host_bandwidth
+        )
+    return _pipelined(slot, layout, machine, number, offload=fetched)
+
+
+def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> PassTime:
+    """All optimizer updates of one step."""
+    workload = machine.workload
+    updates = workload.updates * workload.epochs
+    number, tokens = micro_batches(layout, workload, workload.num_rows / workload.updates)
+    slot = _slot(model, layout, machine, tokens, backward=True)
+    one = _pipelined(slot, layout, machine, number, offload=0.0)
+    gradients, gathering = _data_parallel(model, layout, machine)
+    states = state_footprint(model, layout, machine.space, trained=True)
+    optimizer = 2.0 * (states.parameters + states.gradients + states.optimizer) / machine.update_bandwidth
+    adding = 3.0 * machine.space.gradient_bytes * stage_parameters(model, layout) / machine.update_bandwidth
+    moved = states.total - resident_footprint(model, layout, machine.space, trained=True).total
+    call = machine.call_s(layout.num_devices)
+    return PassTime(
+        compute=updates * one.compute,
+        bubble=updates * one.bubble,
+        tensor=updates * one.tensor,
+        pipeline=updates * one.pipeline,
+        parameters=updates * (one.parameters + gathering),
+        gradients=updates * (gradients + (number - 1) * adding),
+        optimizer=updates * optimizer,
+        offload=2.0 * moved / machine.kind.host_bandwidth,
+        overhead=updates * (one.overhead - call) + call,
+    )
+
+
+def _slot(
+    model: ModelSpec, layout: ModelLayout, machine: Machine, tokens: float, *, backward: bool
+) -> PassTime:
+    """One micro-batch on the slowest stage (the last: it has the head), without waiting."""
+    kind, calibration, space = machine.kind, machine.calibration, machine.space
+    layers = model.num_layers / layout.p
+    passes = 1.0 + (calibration.backward_factor + layout.recompute if backward else 0.0)
+    attended = machine.workload.attended_per_token
+    layer = products_s(model, kind, calibration, space, tokens=tokens, attended=attended, t=layout.t)
+    layer += (
+        elementwise_s(model, kind, calibration, space, tokens=tokens, t=layout.t)
+        + calibration.layer_overhead_s
+    )
+    scored = tokens * machine.workload.response.mean / machine.workload.tokens_per_row
+    head = head_s(model, kind, calibration, space, scored_tokens=scored, t=layout.t)
+    fabric = Fabric(kind, calibration, layout.num_devices)
+    message = space.activation_bytes * model.hidden_size * tokens
+    directions = (2 + layout.recompute) if backward else 1
+    gathers = 0.0
+    if layout.zero >= 3:
+        stage_bytes = space.parameter_bytes * stage_parameters(model, layout)
+        gathers = (2.0 if backward else 1.0) * fabric.all_gather(stage_bytes, layout.d, layout.p * layout.t)
+    return PassTime(
+        compute=layers * layer * passes + head * (1.0 + calibration.backward_factor if backward else 1.0),
+        tensor=layers * 2 * directions * fabric.all_reduce(message, layout.t, 1) if layout.t > 1 else 0.0,
+        pipeline=(2 if backward else 1) * fabric.send(message / layout.t, layout.t) if layout.p > 1 else 0.0,
+        parameters=gathers,
+        overhead=calibration.micro_batch_overhead_s
+        * (1.0 + (calibration.backward_factor if backward else 0.0)),
+    )
+
+
+def _pipelined(
+    slot: PassTime, layout: ModelLayout, machine: Machine, number: int, offload: float
+) -> PassTime:
+    """`number` micro-batches through p stages: number + p - 1 slots, of which p - 1 are the bubble."""
+    return PassTime(
+        compute=number * slot.compute,
+        bubble=(layout.p - 1) * slot.total,
+        tensor=number * slot.tensor,
+        pipeline=number * slot.pipeline,
+        parameters=number * slot.parameters,
+        offload=offload,
+        overhead=number * slot.overhead + machine.call_s(layout.num_devices),
+    )
+
+
+def _data_parallel(model: ModelSpec, layout: ModelLayout, machine: Machine) -> tuple[float, float]:
+    """(reducing the gradients, gathering the new parameters), once per update."""
+    if layout.d == 1:
+        return 0.0, 0.0
+    fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
+    count = stage_parameters(model, layout)
+    stride = layout.p * layout.t
+    gradient_bytes = machine.space.gradient_bytes * count
+    visible = 1.0 - machine.calibration.gradient_overlap
+    if layout.zero == 0:
+        return visible * fabric.all_reduce(gradient_bytes, layout.d, stride), 0.0
+    gathering = gathering_s(model, layout, machine) if layout.zero < 3 else 0.0
+    return visible * fabric.reduce_scatter(gradient_bytes, layout.d, stride), gathering
+
+
+def gathering_s(model: ModelSpec, layout: ModelLayout, machine: Machine) -> float:
+    """Every data rank gets all of its stage's parameters."""
+    fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
+    return fabric.all_gather(
+        machine.space.parameter_bytes * stage_parameters(model, layout), layout.d, layout.p * layout.t
+    )

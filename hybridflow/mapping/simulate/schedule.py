@@ -1,0 +1,133 @@
+"""Schedule: when each call of a step starts and ends, given how long it takes and which pool it runs in.
+
+A call starts when its inputs are there and its pool is free; a pool runs its calls one at a time in program
+order, as the runtime does. So pools overlap wherever the dataflow lets them: the paper's d_cost (section 6)
+with stages in place of barriers. Durations may be numbers or NumPy arrays (many candidates at once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hybridflow.dataflow import CallKind, Dataflow
+
+CONTROLLER = "controller"
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """An input of a call: the index of its producer and the seconds that the data takes between their pools."""
+
+    producer: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One call on the timeline."""
+
+    call: str
+    pool: str
+    kind: CallKind
+    start: float
+    end: float
+
+
+class Schedule:
+    """Schedule(dataflow, pool_of={"actor": "a", ...}, edge_seconds).makespan(seconds)
+
+    `pool_of` maps roles to pools; a role without pool (a Python function) runs beside the controller.
+    """
+
+    def __init__(
+        self, dataflow: Dataflow, pool_of: dict[str, str], edge_seconds: dict[tuple[str, str], float]
+    ) -> None:
+        self._calls = dataflow.calls
+        index = {call.name: position for position, call in enumerate(dataflow.calls)}
+        self.pools = [pool_of.get(call.role, CONTROLLER) for call in dataflow.calls]
+        self._edges: list[list[Edge]] = []
+        for position, call in enumerate(dataflow.calls):
+            missing = [name for name in call.depends_on if index.get(name, position) >= position]
+            if missing:
+                raise ValueError(
+                    f"dataflow {dataflow.algorithm}: {call.name} depends on {missing}, which no earlier call provides"
+                )
+            edges = []
+            for name in call.depends_on:
+                producer = index[name]
+                apart = self.pools[producer] != self.pools[position]
+                edges.append(Edge(producer, edge_seconds.get((name, call.name), 0.0) if apart else 0.0))
+            self._edges.append(edges)
+
+    def makespan(self, seconds: Sequence[float]) -> float:
+        """End of the last call; `seconds` in program order."""
+        ends: list[float] = []
+        free: dict[str, float] = {}
+        for duration, pool, edges in zip(seconds, self.pools, self._edges, strict=True):
+            start = 0.0 if pool == CONTROLLER else free.get(pool, 0.0)
+            for edge in edges:
+                ready = ends[edge.producer] + edge.seconds
+                if ready > start:
+                    start = ready
+            end = start + duration
+            ends.append(end)
+            free[pool] = end
+        return max(ends)
+
+    def makespans(self, seconds: Sequence[np.ndarray]) -> np.ndarray:
+        """The same for arrays of durations that broadcast against each other."""
+        ends: list[np.ndarray] = []
+        free: dict[str, np.ndarray] = {}
+        for duration, pool, edges in zip(seconds, self.pools, self._edges, strict=True):
+            start: np.ndarray | None = None if pool == CONTROLLER else free.get(pool)
+            for edge in edges:
+                ready = ends[edge.producer] + edge.seconds if edge.seconds else ends[edge.producer]
+                start = ready if start is None else np.maximum(start, ready)
+            ends.append(np.asarray(duration) if start is None else start + duration)
+            free[pool] = ends[-1]
+        result = ends[0]
+        for end in ends[1:]:
+            result = np.maximum(result, end)
+        return result
+
+    def bars(self, seconds: Sequence[float]) -> tuple[Bar, ...]:
+        """The timeline."""
+        ends: list[float] = []
+        free: dict[str, float] = {}
+        bars = []
+        for call, duration, pool, edges in zip(self._calls, seconds, self.pools, self._edges, strict=True):
+            start = max(
+                [
+                    0.0 if pool == CONTROLLER else free.get(pool, 0.0),
+                    *(ends[edge.producer] + edge.seconds for edge in edges),
+                ]
+            )
+            ends.append(start + duration)
+            free[pool] = ends[-1]
+            bars.append(Bar(call.name, pool, call.kind, start, ends[-1]))
+        return tuple(bars)
+
+    def critical_path(self, seconds: Sequence[float]) -> tuple[str, ...]:
+        """Names of the calls that decide the makespan, first to last."""
+        bars = self.bars(seconds)
+        current = max(range(len(bars)), key=lambda position: bars[position].end)
+        path = [current]
+        while bars[current].start > 0.0:
+            before = [
+                edge.producer
+                for edge in self._edges[current]
+                if bars[edge.producer].end + edge.seconds >= bars[current].start - 1e-12
+            ]
+            before += [
+                other
+                for other in range(current)
+                if bars[other].pool == bars[current].pool and bars[other].end >= bars[current].start - 1e-12
+            ]
+            if not before:
+                break
+            current = max(before)
+            path.append(current)
+        return tuple(bars[position].call for position in reversed(path))

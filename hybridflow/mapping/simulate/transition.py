@@ -1,0 +1,81 @@
+"""Simulator of moving weights between layouts, and of moving data between pools.
+
+Bytes: what a rank needs and does not hold (PAPER.md section 3: (tp - tg pg) / (tg pg tp) M), generalised to
+layouts of which neither contains the other: a generation shard of M/(tg pg) overlaps the rank's training
+shard in M/(max(p, pg) max(t, tg)).
+"""
+
+from __future__ import annotations
+
+from hybridflow.dataflow import Call
+from hybridflow.mapping.question.cluster import Cluster
+from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
+from hybridflow.mapping.question.model import ModelSpec
+from hybridflow.mapping.simulate.fabric import Fabric
+from hybridflow.mapping.simulate.passes import Machine
+
+COLUMN_BYTES_PER_TOKEN = 8
+"""int64 ids; float32 columns need half."""
+
+
+def received_fraction(training: ModelLayout, generation: GenerationLayout, *, cut: bool = False) -> float:
+    """Bytes that each rank receives, as a fraction of the model's; `cut`: parameters lie cut over d whatever
+    the ZeRO stage."""
+    shard = 1.0 / (generation.pg * generation.tg)
+    held = 1.0 / (max(training.p, generation.pg) * max(training.t, generation.tg))
+    if training.zero >= 3 or cut:
+        held /= training.d
+    return max(0.0, shard - held)
+
+
+def transition_time(
+    model: ModelSpec, training: ModelLayout, generation: GenerationLayout, machine: Machine
+) -> float:
+    """Seconds from the training layout to the generation layout in the same pool, zero-redundancy grouping:
+    consecutive tensor ranks of a stage and the same tensor ranks of neighbouring stages hold what a rank
+    lacks."""
+    cut = machine.space.cut_between_steps
+    num_bytes = (
+        received_fraction(training, generation, cut=cut)
+        * machine.space.parameter_bytes
+        * model.num_parameters
+    )
+    if num_bytes == 0.0:
+        return 0.0
+    fabric = Fabric(machine.kind, machine.calibration, training.num_devices)
+    inner, outer = max(1, training.t // generation.tg), max(1, training.p // generation.pg)
+    if training.zero >= 3 or cut:
+        outer *= training.d
+    size = max(2, inner * outer)
+    if inner > 1 and outer == 1:
+        return fabric.exchange(num_bytes, size, 1)
+    per_node = min(machine.kind.devices_per_node, training.num_devices)
+    stages_per_node = max(1, min(outer, per_node // training.t))
+    local = min(size, inner * stages_per_node)
+    return fabric.exchange(num_bytes, size, max(1, per_node // local))
+
+
+def weight_sync_time(model: ModelSpec, generation: GenerationLayout, machine: Machine) -> float:
+    """Seconds to fill a generation pool whose weights are trained in another pool: every rank receives its
+    shard from outside."""
+    shard = machine.space.parameter_bytes * model.num_parameters / (generation.pg * generation.tg)
+    per_node = min(machine.kind.devices_per_node, generation.num_devices)
+    efficiency = machine.calibration.link_efficiency
+    moving = per_node * shard / (machine.kind.inter_bandwidth * efficiency)
+    calibration = machine.calibration
+    attesting = calibration.sync_overhead_s + calibration.sync_ranks_s
+    attesting += calibration.sync_parameter_s * shard / machine.space.parameter_bytes
+    return moving + machine.calibration.inter_latency_s + attesting
+
+
+def transfer_time(producer: Call, consumer: Call, cluster: Cluster, machine: Machine) -> float:
+    """Seconds to bring the columns that `consumer` reads from `producer`'s pool into another: each reader
+    pulls its own rows, so all columns cross once; the consumer's smallest unit, one node's link, is taken for
+    the bandwidth."""
+    shared = set(producer.writes) & set(consumer.reads)
+    columns = max(1, len(shared))
+    num_bytes = columns * COLUMN_BYTES_PER_TOKEN * machine.workload.num_tokens
+    slowest = min(group.kind.inter_bandwidth for group in cluster.groups)
+    return (
+        num_bytes / (slowest * machine.calibration.link_efficiency) + machine.calibration.transfer_overhead_s
+    )

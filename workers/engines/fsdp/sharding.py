@@ -1,0 +1,146 @@
+"""How engine fsdp lays a model out: process mesh, FSDP2 groups, and which box of a parameter a rank holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from hybridflow.layout import Layout
+from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
+from workers.config import Precision, TrainConfig
+from workers.engines.base import Head
+from workers.engines.model.attention import check_packable
+from workers.engines.model.loading import ModelSource
+from workers.engines.model.scored import (
+    ScoredModel,
+    decoder_layers,
+    enable_activation_checkpointing,
+    parameter_bytes,
+)
+from workers.engines.model.tensor_parallel import parallelize
+from workers.engines.model.vocabulary_parallel import vocabulary_parallel
+
+ONE_GROUP_BYTES = 512 * 2**20
+"""Float32 bytes up to which the whole model is one FSDP group: one gather and one reduction a step instead of
+one per layer."""
+
+
+def make_layout(config: TrainConfig, world_size: int) -> Layout:
+    """dp x tp over the pool; ValueError for sizes that do not fit."""
+    if config.pp != 1:
+        raise ValueError(
+            f"train.pp is {config.pp}, but engine fsdp has no pipeline; set pp=1 or engine=threed"
+        )
+    if config.tp < 1 or world_size % config.tp:
+        fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        raise ValueError(
+            f"train.tp is {config.tp}, which does not divide the pool's {world_size} devices; use one of {fitting}"
+        )
+    return Layout.of(order=tuple(config.rank_order), dp=world_size // config.tp, tp=config.tp)
+
+
+def make_mesh(layout: Layout, device_type: str) -> DeviceMesh:
+    """Mesh [dp] or [dp, tp] in the layout's rank order; collective."""
+    dp, tp = layout.axis_size("dp"), layout.axis_size("tp")
+    ranks = torch.tensor([[layout.rank(dp=data, tp=tensor) for tensor in range(tp)] for data in range(dp)])
+    if tp == 1:
+        return DeviceMesh(device_type, ranks[:, 0], mesh_dim_names=("dp",))
+    return DeviceMesh(device_type, ranks, mesh_dim_names=("dp", "tp"))
+
+
+def shard_model(
+    source: ModelSource, head: Head, config: TrainConfig, mesh: DeviceMesh, device: torch.device
+) -> ScoredModel:
+    """The model over `mesh`, float32 shards of its weights on `device`; never more than one group is whole at
+    a time. Collective."""
+    model = source.model
+    if config.packing:
+        check_packable(model)
+    scored = ScoredModel(model, head)
+    if config.tp > 1:
+        parallelize(model, mesh["tp"])
+        scored.log_prob_fn = vocabulary_parallel(mesh.get_group("tp"))
+    if config.activation_checkpointing:
+        enable_activation_checkpointing(model)
+    bf16 = config.precision is Precision.bf16
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if bf16
+        else MixedPrecisionPolicy()
+    )
+    layers = (
+        decoder_layers(model)
+        if parameter_bytes(model) > ONE_GROUP_BYTES or config.reshard_after_forward
+        else []
+    )
+    for module in (*layers, scored):
+        source.materialize(model if module is scored else module, device)
+        fully_shard(
+            module, mesh=mesh["dp"], mp_policy=policy, reshard_after_forward=config.reshard_after_forward
+        )
+    assert isinstance(scored, FSDPModule)
+    # A loss is a sum over data ranks; FSDP would take the mean. Gloo can only sum.
+    for module in scored.modules():
+        if isinstance(module, FSDPModule) and mesh["dp"].size() > 1:
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+    # Experts that only other ranks' tokens use.
+    scored.set_reduce_scatter_unused_params(True)
+    return scored
+
+
+def is_one_group(scored: ScoredModel) -> bool:
+    """Whether the whole model is gathered at once and not freed in the forward pass."""
+    groups = [module for module in scored.modules() if isinstance(module, FSDPModule)]
+    return len(groups) == 1
+
+
+def abandon_step(scored: ScoredModel) -> None:
+    """After an exception in a forward or backward pass: sharded weights, no gradients anywhere. No
+    collective: others may not fail."""
+    assert isinstance(scored, FSDPModule)
+    scored.reset_iter_state()
+    # It leaves what unsynchronised micro-batches have added up; there is no public way to drop that.
+    for module in scored.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    parameter.unsharded_accumulated_grad = None
+                    if "_unsharded_param" in vars(parameter):
+                        parameter._unsharded_param.grad = None
+
+
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """The rank's own memory of a parameter."""
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local.detach()
+
+
+def local_parameter(name: str, parameter: nn.Parameter) -> LocalParameter:
+    """The shard map's entry of a parameter; its tensor is a view."""
+    tensor = local_part(parameter)
+    box = local_box(parameter)
+    assert tuple(tensor.shape) == box.shape, f"{name}: local tensor {tuple(tensor.shape)}, box {box}"
+    shards = (LocalShard(box=box, tensor=tensor),) if box.numel else ()
+    return LocalParameter(name=name, shape=tuple(parameter.shape), dtype=parameter.dtype, shards=shards)
+
+
+def local_box(parameter: torch.Tensor) -> Box:
+    """This rank's box: tensor parallelism cuts first, data parallelism cuts what that leaves, each into
+    pieces of equal rounded-up size (the last ones smaller or empty)."""
+    start, shape = [0] * parameter.ndim, list(parameter.shape)
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for axis in reversed(range(mesh.ndim)):
+            placement = parameter.placements[axis]
+            if placement.is_replicate():
+                continue
+            dim = placement.dim  # type: ignore[attr-defined]
+            piece = -(-shape[dim] // mesh.size(axis))
+            before = min(piece * mesh.get_local_rank(axis), shape[dim])
+            start[dim] += before
+            shape[dim] = min(piece, shape[dim] - before)
+    return Box(tuple(start), tuple(shape))

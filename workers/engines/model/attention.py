@@ -1,0 +1,276 @@
+"""Causal attention within each sequence of a micro-batch, whether sequences are the rows of a padded block or
+share one packed row.
+
+Neighbours of equal length are one batched call, so nothing is padded and no mask of tokens x tokens exists.
+Three kernels: two matrix products and a softmax for short bfloat16 sequences on a CPU, where PyTorch's fused
+kernel has a slow backward pass; PyTorch's variable-length kernel for packed half-precision rows on CUDA; its
+fused kernel for all else. Sliding windows and soft-capping are applied here, not by masks of transformers.
+Attention sinks and position biases are left out and refused.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+from workers.engines.model.packing import Packing, Run
+
+ATTENTION, FUSED_ATTENTION = "sequences", "sequences_fused"
+"""The names under which transformers finds it: with all kernels, and with PyTorch's only."""
+LONGEST = 768
+"""Tokens up to which the matrix products are faster than the fused kernel (docs/training.md has the figures).
+"""
+LARGEST_HEAD = 256
+"""Numbers of a head that the variable-length kernel takes."""
+PACKED_ATTENTIONS = (ATTENTION, FUSED_ATTENTION, "flash_attention_2", "flash_attention_3")
+"""What keeps the sequences of a row apart without a mask."""
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def use_sequence_attention(model: PreTrainedModel, *, fused: bool) -> None:
+    """In every layer of `model` that would use PyTorch's fused kernel; fused=True: with PyTorch's kernels
+    only."""
+    if model.config._attn_implementation == "sdpa" and _why_not(model) is None:
+        model.set_attn_implementation(FUSED_ATTENTION if fused else ATTENTION)
+
+
+def check_packable(model: PreTrainedModel) -> None:
+    """ValueError if sequences that share a row would see each other, or only a mask of tokens x tokens would
+    keep them apart."""
+    why, attention = _why_not(model), model.config._attn_implementation
+    if why is None and attention not in PACKED_ATTENTIONS:
+        why = f"attention {attention} would need a mask over the whole row; set model.attention=auto or"
+    if why is not None:
+        raise ValueError(f"train.packing is true, but {why} set packing=false")
+
+
+def _why_not(model: PreTrainedModel) -> str | None:
+    """What of the model's layers does more than causal attention as transformers' interface describes it."""
+    config = model.config
+    others = sorted(set(config.to_dict().get("layer_types") or ()) - LAYER_TYPES)
+    if model._is_stateful or others:
+        return f"{config.model_type} has layers that are no plain attention ({', '.join(others) or 'they carry a state'});"
+    if not (model._supports_attention_backend and model._supports_flash_attn):
+        return f"the attention of {config.model_type} can't be told where sequences begin;"
+    return None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    *,
+    fused: bool,
+    packing: Packing | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query [rows, heads, time, head_dim], key and value [rows, key_value_heads, time, ...] -> [rows, time,
+    heads, head_dim].
+
+    With `packing` there is one row; without, each row is a sequence, and padding at its end is seen by
+    nothing.
+    """
+    if (
+        s_aux is not None
+        or position_bias is not None
+        or not module.is_causal
+        or key.shape[2] != query.shape[2]
+    ):
+        raise ValueError(
+            f"{type(module).__name__} does more than causal attention; set model.attention=eager and packing=false"
+        )
+    assert attention_mask is None, "a mask that _no_mask did not make"
+    rows, _heads, time, head_dim = query.shape
+    scale = head_dim**-0.5 if scaling is None else scaling
+    flat = [heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value)]
+    variable = (
+        query.is_cuda
+        and query.dtype is not torch.float32
+        and softcap is None
+        and value.shape[3] == head_dim <= LARGEST_HEAD
+    )
+    if packing is not None and variable:
+        output = _variable_length(flat, packing, scale, sliding_window)
+    else:
+        runs = ((rows, time),) if packing is None else packing.runs
+        products = (
+            not fused and softcap is None and query.dtype is torch.bfloat16 and query.device.type == "cpu"
+        )
+        output = _run_by_run(module, flat, runs, products, scale, sliding_window, softcap)
+    return output.unflatten(0, (rows, time)), None
+
+
+def _no_mask(*, attention_mask: Tensor | None = None, use_vmap: bool = False, **_: Any) -> None:
+    """Causality, windows and the ends of sequences are known to attend()."""
+    if use_vmap or (attention_mask is not None and not bool(attention_mask.all())):
+        raise ValueError(
+            "the model asks for an attention mask that is not plainly causal; set model.attention=eager and packing=false"
+        )
+
+
+def _variable_length(flat: list[Tensor], packing: Packing, scale: float, window: int | None) -> Tensor:
+    """One call for the whole row [tokens, heads, head_dim]; CUDA, half precision."""
+    before = -1 if window is None else window - 1
+    (query, key, value), ends, longest = flat, packing.ends, packing.longest
+    output = varlen_attn(
+        query, key, value, ends, ends, longest, longest, scale=scale, window_size=(before, 0), enable_gqa=True
+    )
+    assert isinstance(output, Tensor)
+    return output
+
+
+def _run_by_run(
+    module: nn.Module,
+    flat: list[Tensor],
+    runs: tuple[Run, ...],
+    products: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """[tokens, heads, head_dim] of the query, key and value -> the same of the output."""
+    units: list[tuple[Run, ...]] = []
+    for short, group in groupby(runs, lambda run: products and run[1] <= LONGEST):
+        together = tuple(group)
+        units += [together] if short else [(run,) for run in together]
+    sizes = [sum(rows * time for rows, time in unit) for unit in units]
+    parts = zip(*(tensor.split(sizes) for tensor in flat), strict=True) if len(units) > 1 else [flat]
+    outputs = []
+    for unit, (query, key, value) in zip(units, parts, strict=True):
+        if products and unit[0][1] <= LONGEST:
+            outputs.append(_Products.apply(query, key, value, unit, scale, window))
+            continue
+        heads = [tensor.unflatten(0, unit[0]).transpose(1, 2) for tensor in (query, key, value)]
+        if softcap is None:
+            mask = (
+                None if window is None or window >= unit[0][1] else _visible(unit[0][1], window, query.device)
+            )
+            output, _ = sdpa_attention_forward(module, *heads, mask, scaling=scale)
+        else:
+            output = _capped(heads, scale, window, softcap)
+        outputs.append(output.flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _capped(queries_keys_values: list[Tensor], scale: float, window: int | None, softcap: float) -> Tensor:
+    """Scores within +- softcap (Gemma 2, section 2.2), which no fused kernel does; [rows, heads, time, ...]
+    -> [rows, time, heads, ...]."""
+    query, key, value = queries_keys_values
+    copies = query.shape[1] // key.shape[1]
+    scores = softcap * torch.tanh(query @ repeat_kv(key, copies).transpose(2, 3) * (scale / softcap))
+    hidden = ~_visible(query.shape[2], window, query.device)
+    probs = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1, dtype=torch.float32).to(query.dtype)
+    return (probs @ repeat_kv(value, copies)).transpose(1, 2)
+
+
+def _visible(time: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [time, time]: which tokens (columns) each token (row) sees, itself and window - 1 before it."""
+    seen = torch.ones(time, time, dtype=torch.bool, device=device).tril_()
+    return seen if window is None else seen.triu_(1 - window)
+
+
+class _Products(torch.autograd.Function):
+    """Short bfloat16 sequences: the query heads of one key-value head are rows of one product, so keys and
+    values are not repeated.
+
+    One node for all runs of a row; autograd would pad every run's gradient to the row's length, and copy more
+    often.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        runs: tuple[Run, ...],
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        kv_heads = key.shape[1]
+        output = query.new_empty(*query.shape[:2], value.shape[2])
+        bias = _bias(window)
+        trains, saved = any(ctx.needs_input_grad), list[Tensor]()
+        for run, queries, keys, values, out in zip(
+            runs, *_by_run(runs, query, key, value, output), strict=True
+        ):
+            q, k, v = (_grouped(part, run, kv_heads) for part in (queries, keys, values))
+            q = q * scale
+            scores = torch.bmm(q, k.transpose(1, 2))
+            scores.unflatten(1, (-1, run[1])).add_(bias[: run[1], : run[1]])
+            probs = torch.softmax(scores, -1)
+            _ungroup(torch.bmm(probs, v), run, out)
+            if trains:
+                saved += [q, k, v, probs]
+        ctx.save_for_backward(*saved)
+        ctx.runs, ctx.scale, ctx.shapes = runs, scale, (query.shape, key.shape, value.shape)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """P = softmax(S), S = scale Q K^T: dV = P^T dO, dP = dO V^T, dS = P (dP - sum(P dP)), dQ = scale dS
+        K, dK = dS^T (scale Q)."""
+        runs, saved = ctx.runs, ctx.saved_tensors
+        grads = [gradient.new_empty(shape) for shape in ctx.shapes]
+        kv_heads = ctx.shapes[1][1]
+        for index, (run, out, *parts) in enumerate(zip(runs, *_by_run(runs, gradient, *grads), strict=True)):
+            q, k, v, probs = saved[4 * index : 4 * index + 4]
+            grad = _grouped(out, run, kv_heads)
+            slope = torch.bmm(grad, v.transpose(1, 2))
+            slope = torch._softmax_backward_data(slope, probs, -1, probs.dtype)
+            _ungroup(torch.bmm(slope, k).mul_(ctx.scale), run, parts[0])
+            _ungroup(torch.bmm(slope.transpose(1, 2), q), run, parts[1])
+            _ungroup(torch.bmm(probs.transpose(1, 2), grad), run, parts[2])
+        return *grads, None, None, None
+
+
+def _by_run(runs: tuple[Run, ...], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Views of each run's tokens, one tuple a tensor."""
+    sizes = [rows * time for rows, time in runs]
+    return [tensor.split(sizes) for tensor in tensors]
+
+
+def _grouped(part: Tensor, run: Run, kv_heads: int) -> Tensor:
+    """[rows * time, heads, head_dim] -> [rows * kv_heads, heads / kv_heads * time, head_dim]."""
+    return (
+        part.reshape(*run, kv_heads, -1, part.shape[2])
+        .permute(0, 2, 3, 1, 4)
+        .reshape(run[0] * kv_heads, -1, part.shape[2])
+    )
+
+
+def _ungroup(grouped: Tensor, run: Run, part: Tensor) -> None:
+    """The inverse of _grouped, into `part`."""
+    rows, time = run
+    kv_heads = len(grouped) // rows
+    part.view(rows, time, kv_heads, -1, part.shape[2]).copy_(
+        grouped.view(rows, kv_heads, -1, time, part.shape[2]).permute(0, 3, 1, 2, 4)
+    )
+
+
+@lru_cache(maxsize=4)
+def _bias(window: int | None) -> Tensor:
+    """bfloat16 [LONGEST, LONGEST]: 0 where a token may look, -inf where it may not; its corner serves every
+    shorter sequence."""
+    with torch.inference_mode(False):
+        visible = _visible(LONGEST, window, torch.device("cpu"))
+        return torch.zeros(LONGEST, LONGEST, dtype=torch.bfloat16).masked_fill_(~visible, -torch.inf)
+
+
+for _name, _fused in ((ATTENTION, False), (FUSED_ATTENTION, True)):
+    AttentionInterface.register(_name, partial(attend, fused=_fused))
+    AttentionMaskInterface.register(_name, _no_mask)

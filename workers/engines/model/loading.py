@@ -1,0 +1,275 @@
+"""ModelSource: a Hugging Face checkpoint on every rank without every rank reading it.
+
+Rank 0 reads the weights into host memory in float32; every other rank builds the same modules on the meta
+device and receives each tensor by broadcast when its module is materialized, so that a rank never holds more
+than one unsharded module. Quantized checkpoints and adapters are left out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers import logging as transformers_logging
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from hybridflow.context import RankContext
+from workers.config import ModelConfig
+from workers.engines.base import Head
+from workers.engines.model.attention import use_sequence_attention
+from workers.engines.model.scored import score_head
+
+AUTO = "auto"
+"""ModelConfig.attention: transformers' choice for the model; where that is PyTorch's fused kernel,
+attention.py."""
+UNLIMITED = 2**31 - 1
+"""position_limit() of a model that has none."""
+NEW_HEAD_SEED = 0
+NEW_HEAD_STD = 0.02
+
+
+class ModelSource:
+    """All ranks of the default group together:
+
+        source = ModelSource(config, Head.lm, context)
+        for layer in decoder_layers(source.model):
+            source.materialize(layer, device)       # real weights, the same on all ranks
+            fully_shard(layer)
+        source.materialize(source.model, device)    # what is left
+
+    A world of one holds real weights from the start, and materialize only moves them to the device.
+    """
+
+    def __init__(self, config: ModelConfig, head: Head, context: RankContext) -> None:
+        self.rank, self.world_size = context.rank, context.world_size
+        self._weights: dict[str, Tensor] = {}
+        loaded, error = None, None
+        if self.rank == 0:
+            try:
+                loaded = load_pretrained(config, head)
+            except ValueError as problem:
+                error = str(problem)
+        error = self._from_rank_zero(error)
+        if error is not None:
+            raise ValueError(error)
+        if loaded is not None and self.world_size == 1:
+            self.model: PreTrainedModel = loaded
+        else:
+            self.model = build_on_meta(config, head)
+        if loaded is not None:
+            self._weights = dict(
+                chain(
+                    loaded.named_parameters(remove_duplicate=False),
+                    loaded.named_buffers(remove_duplicate=False),
+                )
+            )
+        use_sequence_attention(self.model, fused=config.attention != AUTO)
+        self.generation_config: GenerationConfig | None = (
+            loaded.generation_config if loaded is not None and head is Head.lm else None
+        )
+        """The checkpoint's, on rank 0."""
+        self._done: set[tuple[int, str]] = set()
+        self._names = {id(module): name for name, module in self.model.named_modules()}
+        self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        self._originals: list[Tensor] = []
+
+    def materialize(self, module: nn.Module, device: torch.device) -> None:
+        """Give every parameter and buffer under `module` its checkpoint value on `device`; tied ones stay
+        tied. Collective.
+
+        What has been materialized before is skipped, so modules can be sharded one after the other, from the
+        leaves up. A distributed tensor on meta (tensor parallelism set up before) keeps this rank's part.
+        """
+        if not self._owners:
+            self._find_owners()
+        for owner in module.modules():
+            for name, tensor in _own_tensors(owner):
+                if (id(owner), name) not in self._done:
+                    self._materialize(owner, name, tensor, device)
+
+    def _materialize(self, owner: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
+        prefix = self._names[id(owner)]
+        full = f"{prefix}.{name}" if prefix else name
+        if self.rank == 0:
+            value = self._weights.pop(full).detach().to(device).contiguous()
+        else:
+            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        if self.world_size > 1:
+            dist.broadcast(value, src=0)
+        if isinstance(tensor, DTensor):
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        new = (
+            nn.Parameter(value, requires_grad=tensor.requires_grad)
+            if isinstance(tensor, nn.Parameter)
+            else value
+        )
+        for other, other_name in self._owners[id(tensor)]:
+            self._done.add((id(other), other_name))
+            if isinstance(new, nn.Parameter):
+                other._parameters[other_name] = new
+            else:
+                other._buffers[other_name] = new
+
+    def _find_owners(self) -> None:
+        """Which modules hold each tensor (several do if it is tied). Not before now: the caller may have
+        exchanged parameters."""
+        for module in self.model.modules():
+            for name, tensor in _own_tensors(module):
+                self._owners.setdefault(id(tensor), []).append((module, name))
+                # Alive for as long as its id is a key.
+                self._originals.append(tensor)
+
+    def _from_rank_zero(self, error: str | None) -> str | None:
+        if self.world_size == 1:
+            return error
+        box = [error]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def load_pretrained(config: ModelConfig, head: Head) -> PreTrainedModel:
+    """The model in float32 on the CPU; ValueError for a path, an architecture or weights that do not fit."""
+    hf_config = model_config(config, head)
+    try:
+        with _own_report():
+            model, info = _auto_class(head).from_pretrained(
+                config.path,
+                config=hf_config,
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                dtype=torch.float32,
+                attn_implementation=_attention(config),
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError, ImportError) as error:
+        raise ValueError(f"model.path is {config.path!r}: its weights cannot be loaded; {error}") from error
+    _check_keys(config, head, model, info)
+    return model
+
+
+@contextmanager
+def _own_report() -> Iterator[None]:
+    """Without transformers' report of missing and unused weights, which _check_keys judges, and without a
+    progress bar in a log file."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def build_on_meta(config: ModelConfig, head: Head) -> PreTrainedModel:
+    """The same modules as load_pretrained's, without memory."""
+    hf_config = model_config(config, head)
+    with torch.device("meta"):
+        return _auto_class(head).from_config(
+            hf_config,
+            dtype=torch.float32,
+            attn_implementation=_attention(config),
+            trust_remote_code=config.trust_remote_code,
+        )
+
+
+def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
+    """The checkpoint's configuration; ValueError if it is not that of a causal language model."""
+    labels = {} if head is Head.lm else {"num_labels": 1}
+    try:
+        hf_config = AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code, **labels
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.path is {config.path!r}: neither a directory with a Hugging Face config.json nor a reachable hub name; {error}"
+        ) from error
+    kind = hf_config.model_type
+    known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.trust_remote_code
+    bidirectional = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not hf_config.is_decoder
+    if not known or bidirectional or hf_config.is_encoder_decoder:
+        raise ValueError(
+            f"model.path is {config.path!r}: {kind} is not a causal (decoder-only) language model; use one that is"
+        )
+    if (
+        head is Head.score
+        and not config.new_head
+        and any(name.endswith("ForCausalLM") for name in hf_config.architectures or ())
+    ):
+        raise ValueError(no_score_head(config))
+    return hf_config
+
+
+def position_limit(model: ModelConfig, head: Head) -> int:
+    """Tokens of the longest row that the model was made for; UNLIMITED where its configuration names none
+    (ALiBi, state spaces)."""
+    found = model_config(model, head).get_text_config()
+    name = found.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    return int(found.to_dict().get(name) or UNLIMITED)
+
+
+def no_score_head(config: ModelConfig) -> str:
+    return (
+        f"model.path is {config.path!r}: a language model without a score head, whose scores would mean nothing; "
+        "train one from it with python -m recipes.reward_model and give that directory"
+    )
+
+
+def _attention(config: ModelConfig) -> str | None:
+    return None if config.attention == AUTO else config.attention
+
+
+def _auto_class(head: Head) -> type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]:
+    return AutoModelForCausalLM if head is Head.lm else AutoModelForSequenceClassification
+
+
+def _check_keys(config: ModelConfig, head: Head, model: PreTrainedModel, info: dict[str, list[str]]) -> None:
+    """Every weight must come from the checkpoint and every weight of the checkpoint be used, save the head
+    that is exchanged."""
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if head is not Head.lm and missing and all(key.startswith("score.") for key in missing):
+        # A causal LM becomes a critic or a reward model: its output embedding is not needed, and the head is
+        # new.
+        if head is Head.score and not config.new_head:
+            raise ValueError(no_score_head(config))
+        missing = []
+        unexpected = [key for key in unexpected if key.startswith(f"{model.base_model_prefix}.")]
+        _initialize_score(score_head(model))
+    if missing or unexpected:
+        raise ValueError(
+            f"model.path is {config.path!r}: the weights do not fit {type(model).__name__} (head {head.value}): "
+            f"missing {missing[:5]}, unexpected {unexpected[:5]}; use a checkpoint of that architecture"
+        )
+
+
+def _initialize_score(score: nn.Linear) -> None:
+    """A new value head: the same on every run and layout."""
+    generator = torch.Generator().manual_seed(NEW_HEAD_SEED)
+    with torch.no_grad():
+        score.weight.normal_(0.0, NEW_HEAD_STD, generator=generator)
+        if score.bias is not None:
+            score.bias.zero_()
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    own = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+    return list(own)

@@ -1,0 +1,111 @@
+"""A model that is spread over ranks, written as safetensors files; for any engine, since shard maps say what
+is where.
+
+One rank collects one parameter after the other and holds one file's worth of them at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hybridflow.resharding.shards import Box, LocalParameter
+
+MAX_FILE_BYTES = 4 * 2**30
+"""Most bytes of one file; a larger parameter is a file of its own."""
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def write_safetensors(
+    parameters: list[LocalParameter],
+    directory: Path,
+    device: torch.device,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> None:
+    """Collective over the default group: model.safetensors, or several files and their index, written by rank
+    0.
+
+    `device` is where messages travel ("cpu" for gloo, a GPU for NCCL).
+    """
+    everywhere: list[list[tuple[Box, ...]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(
+        everywhere, [tuple(shard.box for shard in parameter.shards) for parameter in parameters]
+    )
+    files = _split(parameters, max_file_bytes)
+    writes = dist.get_rank() == 0
+    for number, indices in enumerate(files):
+        tensors: dict[str, Tensor] = {}
+        for index in indices:
+            whole = _collect(parameters[index], [boxes[index] for boxes in everywhere], device)
+            if whole is not None:
+                tensors[parameters[index].name] = whole
+        if writes:
+            save_file(tensors, directory / _file_name(number, len(files)), metadata={"format": "pt"})
+    if writes and len(files) > 1:
+        _write_index(parameters, files, directory)
+    dist.barrier()
+
+
+def _collect(
+    parameter: LocalParameter, holders: list[tuple[Box, ...]], device: torch.device
+) -> Tensor | None:
+    """The whole parameter in rank 0's host memory, None elsewhere; every distinct box comes from the first
+    rank that holds it."""
+    rank = dist.get_rank()
+    sources = {box: holder for holder in reversed(range(len(holders))) for box in holders[holder]}
+    own = {shard.box: shard.tensor for shard in parameter.shards}
+    if rank != 0:
+        for box, source in sorted(sources.items()):
+            if source == rank:
+                dist.send(own[box].contiguous(), dst=0)
+        return None
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+    for box, source in sorted(sources.items()):
+        if source == 0:
+            part = own[box]
+        else:
+            part = torch.empty(box.shape, dtype=parameter.dtype, device=device)
+            dist.recv(part, src=source)
+        whole[
+            tuple(slice(start, start + length) for start, length in zip(box.start, box.shape, strict=True))
+        ].copy_(part)
+    return whole
+
+
+def _split(parameters: list[LocalParameter], max_file_bytes: int) -> list[list[int]]:
+    """Indices of the parameters of each file, in order."""
+    files: list[list[int]] = [[]]
+    filled = 0
+    for index, parameter in enumerate(parameters):
+        size = _num_bytes(parameter)
+        if files[-1] and filled + size > max_file_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(index)
+        filled += size
+    return files
+
+
+def _write_index(parameters: list[LocalParameter], files: list[list[int]], directory: Path) -> None:
+    weight_map = {
+        parameters[index].name: _file_name(number, len(files))
+        for number, indices in enumerate(files)
+        for index in indices
+    }
+    total = sum(_num_bytes(parameter) for parameter in parameters)
+    (directory / INDEX_FILE).write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+    )
+
+
+def _file_name(number: int, num_files: int) -> str:
+    return "model.safetensors" if num_files == 1 else f"model-{number + 1:05d}-of-{num_files:05d}.safetensors"
+
+
+def _num_bytes(parameter: LocalParameter) -> int:
+    return torch.Size(parameter.shape).numel() * parameter.dtype.itemsize

@@ -1,0 +1,170 @@
+"""AdamW, its learning-rate schedule, and the global gradient norm over any mix of plain and distributed
+tensors.
+
+The schedule is a pure function of the step, so a checkpoint needs only the step. Per-layer learning rates are
+left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from math import cos, isfinite, pi
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
+
+from workers.config import LearningRateSchedule, OptimizerConfig
+
+RUN = 1024
+"""Elements whose squares are added in float32."""
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool = True
+) -> AdamW:
+    """AdamW (Loshchilov and Hutter 2019) over `parameters`; matrices decay, vectors (norms, biases) do not.
+
+    fused=False loops over the parameters one by one: the only way that accepts distributed tensors of several
+    meshes.
+    """
+    parameters = list(parameters)
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    return adamw(matrices, [parameter for parameter in parameters if parameter.ndim < 2], config, fused=fused)
+
+
+def adamw(
+    decaying: list[nn.Parameter], others: list[nn.Parameter], config: OptimizerConfig, *, fused: bool
+) -> AdamW:
+    """AdamW with weight decay for `decaying` alone; without a group that would be empty."""
+    check_optimizer_config(config)
+    groups = [
+        {"params": decaying, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=fused,
+        foreach=False,
+    )
+
+
+def check_optimizer_config(config: OptimizerConfig) -> None:
+    """ValueError for values that mean nothing, and for a schedule that cannot be followed."""
+    for name in ("learning_rate", "weight_decay", "warmup_steps", "clip_grad_norm"):
+        if vars(config)[name] < 0:
+            raise ValueError(
+                f"optimizer.{name} is {vars(config)[name]}; use 0 or more"
+                + " (0: no clipping)" * (name == "clip_grad_norm")
+            )
+    for name, value in (("beta1", config.beta1), ("beta2", config.beta2)):
+        if not 0 <= value < 1:
+            raise ValueError(f"optimizer.{name} is {value}; choose 0 <= {name} < 1")
+    if config.epsilon <= 0:
+        raise ValueError(f"optimizer.epsilon is {config.epsilon}; use more than 0")
+    if config.schedule is not LearningRateSchedule.constant and config.total_steps <= config.warmup_steps:
+        raise ValueError(
+            f"optimizer.total_steps is {config.total_steps} with schedule {config.schedule.value} and warmup_steps "
+            f"{config.warmup_steps}; set total_steps to the number of optimizer steps of the run, above warmup_steps"
+        )
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then the schedule down to the
+    minimum fraction."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule is LearningRateSchedule.constant:
+        return config.learning_rate
+    done = min(1.0, (step - config.warmup_steps) / (config.total_steps - config.warmup_steps))
+    left = 1.0 - done if config.schedule is LearningRateSchedule.linear else 0.5 * (1.0 + cos(pi * done))
+    floor = config.min_learning_rate_fraction
+    return config.learning_rate * (floor + (1.0 - floor) * left)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """The learning rate of the next step, for every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """This rank's gradient tensors, in order, without those that are None or empty."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    return [gradient for gradient in local if gradient.numel()]
+
+
+def global_grad_norm(parameters: Iterable[nn.Parameter], *, world_size: int, plain_copies: int = 1) -> Tensor:
+    """L2 norm (float64, on the CPU) of the gradient of all parameters of all ranks of the default group; one
+    all-reduce of a number.
+
+    Each rank adds the squares that it holds, divided by the number of ranks that hold the same elements: for
+    a distributed tensor the ranks that its mesh does not shard over, for a plain tensor `plain_copies`.
+    """
+    squares: dict[int, list[Tensor]] = {}
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        copies = plain_copies
+        if isinstance(gradient, DTensor):
+            copies = world_size
+            for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True):
+                # Not is_shard(): the placement of a dimension that data and tensor axes both shard says no to
+                # it.
+                copies //= 1 if placement.is_replicate() else size
+            gradient = gradient.to_local()
+        if gradient.numel():
+            squares.setdefault(copies, []).append(gradient)
+    device = next((tensors[0].device for tensors in squares.values()), torch.device("cpu"))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for copies, tensors in squares.items():
+        total += torch.stack([sum_of_squares(tensor) for tensor in tensors]).sum() / copies
+    if world_size > 1:
+        dist.all_reduce(total)
+    return total.sqrt().cpu()
+
+
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """Of a float32 tensor of any size, as a float64 scalar: in float32 over short runs only, whose sums are
+    added in float64.
+
+    One float32 sum over a buffer of millions of elements is off by 1e-4 and more.
+    """
+    flat = tensor.reshape(-1)
+    whole = len(flat) // RUN * RUN
+    runs = torch.linalg.vector_norm(flat[:whole].view(-1, RUN), dim=1)
+    rest = torch.linalg.vector_norm(flat[whole:])
+    return runs.double().square().sum() + rest.double().square()
+
+
+def clip_gradients(parameters: Mapping[str, nn.Parameter], norm: Tensor, limit: float) -> None:
+    """Scale all gradients so that their global norm is at most `limit` (0: leave them); a norm that is not
+    finite is an error.
+
+    RuntimeError names the parameters of this rank whose gradients are not finite; the weights have not been
+    touched.
+    """
+    value = float(norm)
+    if not isfinite(value):
+        broken = [name for name, parameter in parameters.items() if not _is_finite(parameter)]
+        where = (
+            ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
+            if broken
+            else "parameters of other ranks"
+        )
+        raise RuntimeError(
+            f"grad_norm is {value}: the gradient is not finite in {where}; the weights were not changed"
+        )
+    if limit > 0 and value > limit:
+        torch._foreach_mul_(local_gradients(parameters.values()), limit / (value + 1e-6))
+
+
+def _is_finite(parameter: nn.Parameter) -> bool:
+    return all(bool(torch.isfinite(gradient).all()) for gradient in local_gradients([parameter]))

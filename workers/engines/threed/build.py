@@ -1,0 +1,183 @@
+"""Building a rank's share of the model: cut on the meta device, then filled parameter by parameter, so that
+nothing is ever held whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
+
+from hybridflow.layout import Layout
+from hybridflow.resharding.shards import Box
+from workers.config import ModelConfig, Precision, TrainConfig
+from workers.engines.base import Head
+from workers.engines.model.attention import check_packable
+from workers.engines.model.loading import ModelSource, build_on_meta
+from workers.engines.model.scored import ScoredModel, enable_activation_checkpointing
+from workers.engines.model.tensor_parallel import parallelize
+from workers.engines.model.vocabulary_parallel import vocabulary_parallel
+from workers.engines.threed.layout import stage_layers
+from workers.engines.threed.optimizer import FlatGroup, FlatSlice, group_pieces
+from workers.engines.threed.pipeline import Pipeline
+from workers.engines.threed.stages import Stages
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a rank holds of a model."""
+
+    pipeline: Pipeline
+    groups: list[FlatGroup]
+    logical: dict[str, tuple[int, ...]]
+    """Global shape of every parameter of the whole model, by checkpoint name; tied ones once."""
+    architecture: str
+    """transformers' class name."""
+
+
+def build_share(
+    source: ModelSource,
+    model: ModelConfig,
+    train: TrainConfig,
+    head: Head,
+    layout: Layout,
+    rank: int,
+    device: torch.device,
+) -> Share:
+    """Collective over the default group, whose ranks are those of `layout`."""
+    if train.packing:
+        check_packable(source.model)
+    dtype = torch.float32 if train.precision is Precision.fp32 else torch.bfloat16
+    sizes = [size for _, size in layout.axes]
+    mesh = DeviceMesh(device.type, torch.arange(layout.size).view(sizes), mesh_dim_names=layout.names)
+    aliases = _aliases(source.model)
+    logical = {name: tuple(parameter.shape) for name, parameter in source.model.named_parameters()}
+    shell = build_on_meta(model, head)
+    shell.set_attn_implementation(source.model.config._attn_implementation)
+    parallelize(shell, mesh["tp"])
+    if train.activation_checkpointing:
+        enable_activation_checkpointing(shell)
+    scored = ScoredModel(shell, head, vocabulary_parallel(mesh.get_group("tp")))
+    num_stages = train.pp * train.virtual_stages
+    layers = stage_layers(int(shell.config.num_hidden_layers), num_stages)
+    local = list(range(layout.coordinates(rank)["pp"], num_stages, train.pp))
+    stages = Stages(scored, layers, local, dtype, device)
+    tied = train.pp > 1 and len(set(aliases.values())) < len(aliases)
+    pieces = _pieces(shell, aliases, tied, mesh.get_local_rank("tp"), train.tp)
+    ends = _ends_group(layout, rank) if tied else None
+    groups = [_flat_group(members, dtype, device, mesh, ends) for members in group_pieces(pieces)]
+    _copy_weights(source, shell, groups, device)
+    pipe = mesh.get_group("pp")
+    dist.all_reduce(
+        torch.zeros(1, device=device), group=pipe
+    )  # NCCL wants a collective of all ranks before the first message
+    pipeline = Pipeline(stages, pipe, train.tp, int(shell.config.hidden_size), dtype)
+    return Share(pipeline, groups, logical, type(shell).__name__)
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Every parameter's name -> the first name of the same parameter."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _pieces(
+    shell: PreTrainedModel, aliases: dict[str, str], tied: bool, tensor_rank: int, tensor_size: int
+) -> list[FlatSlice]:
+    """What is left of the model on this rank, in the order of its modules."""
+    places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for module_name, module in shell.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append(
+                (f"{module_name}.{name}".removeprefix("."), module, name)
+            )
+    shared = {first for name, first in aliases.items() if name != first}
+    pieces = []
+    for found in places.values():
+        full_name, module, attribute = found[0]
+        name = aliases[full_name]
+        parameter = module.get_parameter(attribute)
+        sharded = isinstance(parameter, DTensor) and parameter.placements[0].is_shard()
+        twice = tied and name in shared
+        pieces.append(
+            FlatSlice(
+                name=name,
+                shape=tuple(parameter.shape),
+                box=_box(parameter, tensor_rank, tensor_size),
+                places=tuple((module, attribute) for _, module, attribute in found),
+                replicated=not sharded and tensor_size > 1,
+                partial=not sharded and isinstance(parameter, DTensor),
+                tied=twice,
+                copies=(1 if sharded else tensor_size) * (2 if twice else 1),
+            )
+        )
+    return pieces
+
+
+def _box(parameter: Tensor, tensor_rank: int, tensor_size: int) -> Box:
+    shape, start = list(parameter.shape), [0] * parameter.ndim
+    placement = parameter.placements[0] if isinstance(parameter, DTensor) else None
+    if isinstance(placement, Shard):
+        dim = placement.dim
+        shape[dim] //= tensor_size
+        start[dim] = tensor_rank * shape[dim]
+    return Box(tuple(start), tuple(shape))
+
+
+def _flat_group(
+    pieces: list[FlatSlice],
+    dtype: torch.dtype,
+    device: torch.device,
+    mesh: DeviceMesh,
+    ends: ProcessGroup | None,
+) -> FlatGroup:
+    sums = [mesh.get_group("tp")] if pieces[0].partial else []
+    if pieces[0].tied:
+        assert ends is not None
+        sums.append(ends)
+    return FlatGroup(pieces, dtype, device, mesh.get_group("dp"), sums)
+
+
+def _ends_group(layout: Layout, rank: int) -> ProcessGroup | None:
+    """The first and last stage of this rank's pipeline, if it is one of them; collective."""
+    own = None
+    for ranks in layout.groups("pp"):
+        group = dist.new_group([ranks[0], ranks[-1]])
+        if rank in (ranks[0], ranks[-1]):
+            own = group
+    return own
+
+
+def _copy_weights(
+    source: ModelSource, shell: nn.Module, groups: list[FlatGroup], device: torch.device
+) -> None:
+    """Every module's checkpoint values in turn: this rank keeps its boxes and its buffers, and drops the
+    rest."""
+    wanted = {piece.name: (group, index) for group in groups for index, piece in enumerate(group.pieces)}
+    targets = dict(shell.named_modules())
+    for module_name, module in list(source.model.named_modules()):
+        if not module._parameters and not module._buffers:
+            continue
+        source.materialize(module, device)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            group, index = wanted.get(f"{module_name}.{name}", (None, -1))
+            if group is not None:
+                box = group.pieces[index].box
+                inside = tuple(
+                    slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True)
+                )
+                group.write(index, parameter.detach()[inside])
+            module._parameters[name] = nn.Parameter(
+                torch.empty_like(parameter, device="meta"), requires_grad=False
+            )
+        for name, buffer in module.named_buffers(recurse=False):
+            if module_name in targets and name in targets[module_name]._buffers:
+                targets[module_name]._buffers[name] = buffer

@@ -1,0 +1,87 @@
+"""Which pipeline x tensor x data layouts fit a model, and which layers each pipeline stage holds."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from hybridflow.layout import AXES, Layout
+from workers.config import TrainConfig
+from workers.engines.model.tensor_parallel import check_fits, fitting_sizes
+
+SCHEDULES = ("1f1b", "interleaved_1f1b")
+
+
+def make_layout(train: TrainConfig, model: PretrainedConfig, world_size: int) -> Layout:
+    """The layout of `train` over `world_size` ranks; ValueError, with the layouts that fit, if there is none."""
+    _check_schedule(train)
+    if sorted(train.rank_order) != sorted(AXES):
+        raise ValueError(
+            f"rank_order is {train.rank_order}; it must name each of {', '.join(AXES)} once, outermost first"
+        )
+    if train.tp < 1 or train.pp < 1:
+        raise ValueError(f"tp={train.tp}, pp={train.pp}: sizes must be at least 1")
+    stages = train.pp * train.virtual_stages
+    if stages > model.num_hidden_layers:
+        raise ValueError(
+            f"pp={train.pp} with virtual_stages={train.virtual_stages} makes {stages} pipeline stages, but the model has "
+            f"{model.num_hidden_layers} layers; {_advice(train, model, world_size)}"
+        )
+    if stages > 1 and not model.base_model_pp_plan:
+        raise ValueError(
+            f"pp={train.pp}: transformers has no pipeline plan for {model.model_type}; use pp=1 or engine fsdp"
+        )
+    try:
+        check_fits(model, train.tp)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_advice(train, model, world_size)}") from None
+    if world_size % (train.pp * train.tp):
+        raise ValueError(
+            f"pp={train.pp} x tp={train.tp} does not divide the {world_size} devices of the pool; {_advice(train, model, world_size)}"
+        )
+    data = world_size // (train.pp * train.tp)
+    return Layout.of(order=tuple(train.rank_order), pp=train.pp, tp=train.tp, dp=data)
+
+
+def fitting_layouts(
+    model: PretrainedConfig, world_size: int, virtual_stages: int = 1
+) -> list[tuple[int, int, int]]:
+    """All (pp, tp, dp) over `world_size` ranks that fit the model, ascending."""
+    sizes = fitting_sizes(model)
+    deepest = model.num_hidden_layers // virtual_stages if model.base_model_pp_plan else 1
+    return [
+        (pipeline, tensor, world_size // (pipeline * tensor))
+        for pipeline in range(1, min(world_size, deepest) + 1)
+        for tensor in sizes
+        if world_size % (pipeline * tensor) == 0
+    ]
+
+
+def stage_layers(num_layers: int, num_stages: int) -> list[range]:
+    """Contiguous layers of each stage; where they do not divide, the stages in the middle, without embedding
+    or head, get one more."""
+    counts = [num_layers // num_stages] * num_stages
+    for stage in [*range(1, num_stages - 1), 0, num_stages - 1][: num_layers % num_stages]:
+        counts[stage] += 1
+    starts = [sum(counts[:stage]) for stage in range(num_stages)]
+    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+
+
+def _check_schedule(train: TrainConfig) -> None:
+    if train.pipeline_schedule not in SCHEDULES:
+        raise ValueError(f"pipeline_schedule is {train.pipeline_schedule!r}; known: {', '.join(SCHEDULES)}")
+    interleaved = train.pipeline_schedule == "interleaved_1f1b"
+    if interleaved and (train.pp < 2 or train.virtual_stages < 2):
+        raise ValueError(
+            f"pipeline_schedule is interleaved_1f1b with pp={train.pp} and virtual_stages={train.virtual_stages}; both must be at least 2, "
+            "or use 1f1b"
+        )
+    if not interleaved and train.virtual_stages != 1:
+        raise ValueError(
+            f"virtual_stages is {train.virtual_stages} with pipeline_schedule 1f1b; use interleaved_1f1b or virtual_stages=1"
+        )
+
+
+def _advice(train: TrainConfig, model: PretrainedConfig, world_size: int) -> str:
+    layouts = fitting_layouts(model, world_size, train.virtual_stages)
+    listed = ", ".join(f"pp={pipeline} tp={tensor} (dp={data})" for pipeline, tensor, data in layouts)
+    return f"on {world_size} devices fit: {listed or 'none'}"

@@ -1,0 +1,314 @@
+"""ZeRO-1: AdamW whose float32 master weights and states are split over the data ranks (Rajbhandari et al.
+2020, stage 1).
+
+A rank's parameters lie one after the other in a few flat buffers (FlatGroup), in the compute dtype; the
+modules' parameters are views of them. Gradients add up in a float32 buffer of the same shape over all
+micro-batches; one reduce-scatter gives each data rank the sum for its part; it updates that part and one
+all-gather brings the new weights to all. In float32 the master weights are the working weights themselves.
+Memory for gradients and states is taken by the first training step: a model that only scores has its weights
+and nothing else. Left out: overlap of the reduce-scatter with the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from hybridflow.resharding.shards import Box
+from workers.config import OptimizerConfig
+from workers.engines.shared.optimizer import (
+    check_optimizer_config,
+    learning_rate,
+    set_learning_rate,
+    sum_of_squares,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlatSlice:
+    """This rank's part of one logical parameter.
+
+    FlatSlice(name="model.norm.weight", shape=(64,), box=Box((0,), (64,)), places=((norm, "weight"),),
+    replicated=True, partial=True,
+          tied=False, copies=2)
+    """
+
+    name: str
+    """The checkpoint's name."""
+    shape: tuple[int, ...]
+    """Global shape."""
+    box: Box
+    places: tuple[tuple[nn.Module, str], ...]
+    """Modules and attributes that use it: two for tied embeddings on one rank."""
+    replicated: bool
+    """All ranks of the tensor axis hold the same elements."""
+    partial: bool
+    """Replicated, and each of those ranks has only its share of the gradient."""
+    tied: bool
+    """The first and the last pipeline stage hold the same elements, and each has only its share of the
+    gradient."""
+    copies: int
+    """How many ranks of one data coordinate hold the same elements."""
+
+    @property
+    def decays(self) -> bool:
+        """Weight decay is for matrices only."""
+        return len(self.shape) >= 2
+
+
+class FlatGroup:
+    """Pieces with the same treatment in one buffer, split over the data ranks in equal parts (the last one is
+    padded)."""
+
+    def __init__(
+        self,
+        pieces: list[FlatSlice],
+        dtype: torch.dtype,
+        device: torch.device,
+        data_group: ProcessGroup,
+        sum_groups: list[ProcessGroup],
+    ) -> None:
+        self.pieces = pieces
+        self.dtype = dtype
+        self.data_group = data_group
+        self.sum_groups = sum_groups
+        """Axes besides data whose ranks hold shares of the same gradients."""
+        self.copies, self.decays = pieces[0].copies, pieces[0].decays
+        sizes = [piece.box.numel for piece in pieces]
+        self.starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        self.part_size = -(-sum(sizes) // data_group.size())
+        begin = data_group.rank() * self.part_size
+        self.part = slice(begin, begin + self.part_size)
+        """The data rank's part of the buffers."""
+        self.weights = torch.zeros(self.part_size * data_group.size(), dtype=dtype, device=device)
+        self.gradient: Tensor | None = None
+        self._master = self.weights[self.part] if dtype is torch.float32 else None
+        for piece, view in zip(pieces, self.views(self.weights), strict=True):
+            parameter = nn.Parameter(view)
+            for module, name in piece.places:
+                module._parameters[name] = parameter
+            if dtype is not torch.float32:
+                parameter.register_post_accumulate_grad_hook(self._accumulate(piece))
+
+    @property
+    def master(self) -> Tensor:
+        """float32 [part_size]; made from the working weights when first asked for."""
+        if self._master is None:
+            self._master = self.weights[self.part].float()
+        return self._master
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The pieces' local tensors inside a flat buffer."""
+        boxes = [piece.box for piece in self.pieces]
+        return [
+            flat[start : start + box.numel].view(box.shape)
+            for start, box in zip(self.starts, boxes, strict=True)
+        ]
+
+    def part_of(self, piece: int) -> tuple[int, int]:
+        """The elements [begin, end) of a piece, counted within it, that are in this data rank's part; empty
+        if begin >= end."""
+        start = self.starts[piece]
+        return max(0, self.part.start - start), min(self.pieces[piece].box.numel, self.part.stop - start)
+
+    def write(self, piece: int, value: Tensor) -> None:
+        """Set a piece from float32 values; master weights come to life early if the compute dtype cannot hold
+        the values."""
+        view = self.views(self.weights)[piece]
+        rounded = value.to(self.dtype)
+        if self._master is None and not torch.equal(rounded.float(), value.float()):
+            self._master = self.weights[self.part].float()
+        view.copy_(rounded)
+        begin, end = self.part_of(piece)
+        if self._master is not None and begin < end:
+            offset = self.starts[piece] - self.part.start
+            self._master[offset + begin : offset + end] = value.reshape(-1)[begin:end]
+
+    def begin_step(self) -> None:
+        """A gradient buffer of zeros that the next backward passes add to."""
+        if self.gradient is None:
+            self.gradient = torch.zeros(len(self.weights), dtype=torch.float32, device=self.weights.device)
+        else:
+            self.gradient.zero_()
+        if self.dtype is torch.float32:
+            for piece, view in zip(self.pieces, self.views(self.gradient), strict=True):
+                module, name = piece.places[0]
+                module.get_parameter(name).grad = view
+
+    def reduce(self) -> Tensor:
+        """The sum of the gradient over all ranks that have a share of it, for this data rank's part: float32
+        [part_size]."""
+        assert self.gradient is not None, "reduce before begin_step"
+        part = self.gradient
+        if self.data_group.size() > 1:
+            part = torch.empty(self.part_size, dtype=torch.float32, device=self.weights.device)
+            dist.reduce_scatter_single(part, self.gradient, group=self.data_group)
+        for group in self.sum_groups:
+            dist.all_reduce(part, group=group)
+        return part
+
+    def publish(self) -> None:
+        """Bring the master weights of all data ranks into everybody's working weights."""
+        if self.dtype is not torch.float32:
+            self.weights[self.part].copy_(self.master)
+        if self.data_group.size() > 1:
+            dist.all_gather_single(self.weights, self.weights[self.part].clone(), group=self.data_group)
+
+    def free(self) -> None:
+        """Drop the gradient buffer until the next step."""
+        self.gradient = None
+        for piece in self.pieces:
+            module, name = piece.places[0]
+            module.get_parameter(name).grad = None
+
+    def move_master(self, device: torch.device) -> None:
+        """Move the master weights, if they are not the working weights."""
+        if self.dtype is not torch.float32 and self._master is not None:
+            self._master = self._master.to(device)
+
+    def _accumulate(self, piece: FlatSlice) -> Callable[[Tensor], None]:
+        index = self.pieces.index(piece)
+
+        def accumulate(parameter: Tensor) -> None:
+            assert self.gradient is not None and parameter.grad is not None, "backward before begin_step"
+            start = self.starts[index]
+            self.gradient[start : start + piece.box.numel].view(piece.box.shape).add_(parameter.grad)
+            parameter.grad = None
+
+        return accumulate
+
+
+def group_pieces(pieces: list[FlatSlice]) -> list[list[FlatSlice]]:
+    """Pieces by treatment; every rank of an axis that shares gradients forms the same groups in the same
+    order."""
+    groups: dict[tuple[bool, bool, bool, int], list[FlatSlice]] = {}
+    for piece in pieces:
+        groups.setdefault((piece.tied, piece.partial, piece.decays, piece.copies), []).append(piece)
+    return [groups[key] for key in sorted(groups)]
+
+
+class ZeroOptimizer:
+    """optimizer.begin_step(); backward passes; norm, rate = optimizer.step()."""
+
+    def __init__(self, groups: list[FlatGroup], config: OptimizerConfig) -> None:
+        check_optimizer_config(config)
+        self.groups = groups
+        self.config = config
+        self.num_steps = 0
+        """Steps taken: where the learning-rate schedule stands."""
+        self.adam: torch.optim.AdamW | None = None
+
+    def begin_step(self) -> None:
+        for group in self.groups:
+            group.begin_step()
+
+    def step(self) -> tuple[float, float]:
+        """(gradient norm over all ranks before clipping, learning rate); RuntimeError for a norm that is not
+        finite."""
+        parts = [group.reduce() for group in self.groups]
+        norm = self._norm(parts)
+        if not isfinite(norm):
+            raise RuntimeError(
+                f"grad_norm is {norm}: the gradient is not finite in {self._not_finite()}; the weights were not changed"
+            )
+        limit = self.config.clip_grad_norm
+        if 0 < limit < norm:
+            torch._foreach_mul_(parts, limit / (norm + 1e-6))
+        adam = self.states()
+        rate = learning_rate(self.config, self.num_steps)
+        set_learning_rate(adam, rate)
+        for group, part in zip(self.groups, parts, strict=True):
+            group.master.grad = part
+        adam.step()
+        for group in self.groups:
+            group.master.grad = None
+            group.publish()
+        self.num_steps += 1
+        return norm, rate
+
+    def states(self) -> torch.optim.AdamW:
+        """The AdamW over the data rank's parts, with its states; made when first asked for."""
+        if self.adam is None:
+            decay = [0.0 if not group.decays else self.config.weight_decay for group in self.groups]
+            self.adam = torch.optim.AdamW(
+                [
+                    {"params": [group.master], "weight_decay": value}
+                    for group, value in zip(self.groups, decay, strict=True)
+                ],
+                lr=self.config.learning_rate,
+                betas=(self.config.beta1, self.config.beta2),
+                eps=self.config.epsilon,
+                fused=True,
+            )
+            for group in self.groups:
+                zeros = {name: torch.zeros_like(group.master) for name in ("exp_avg", "exp_avg_sq")}
+                self.adam.state[group.master] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=group.master.device),
+                    **zeros,
+                }
+        return self.adam
+
+    def tensors(self) -> Iterator[tuple[FlatGroup, dict[str, Tensor]]]:
+        """Of each group, the data rank's part of master weights and states, by name."""
+        adam = self.states()
+        for group in self.groups:
+            state = adam.state[group.master]
+            yield (
+                group,
+                {"weight": group.master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]},
+            )
+
+    def restored(self, num_steps: int) -> None:
+        """After `tensors` were overwritten with those of step `num_steps`."""
+        self.num_steps = num_steps
+        for state in self.states().state.values():
+            state["step"].fill_(float(num_steps))
+        for group in self.groups:
+            group.publish()
+
+    def free_gradients(self) -> None:
+        for group in self.groups:
+            group.free()
+
+    def move(self, device: torch.device) -> None:
+        """Master weights and states to `device`."""
+        old = [group.master for group in self.groups] if self.adam is not None else []
+        for group in self.groups:
+            group.move_master(device)
+        if self.adam is None:
+            return
+        for group, before, options in zip(self.groups, old, self.adam.param_groups, strict=True):
+            state = self.adam.state.pop(before)
+            self.adam.state[group.master] = {name: value.to(device) for name, value in state.items()}
+            options["params"] = [group.master]
+
+    def _norm(self, parts: list[Tensor]) -> float:
+        """L2 norm of the whole gradient: each element once, however many ranks hold it."""
+        total = torch.zeros((), dtype=torch.float64, device=self.groups[0].weights.device)
+        for group, part in zip(self.groups, parts, strict=True):
+            total += sum_of_squares(part) / group.copies
+        dist.all_reduce(total)
+        return float(total.sqrt())
+
+    def _not_finite(self) -> str:
+        """Names of this rank's parameters whose own gradients are not finite."""
+        names = []
+        for group in self.groups:
+            assert group.gradient is not None
+            views = group.views(group.gradient)
+            names += [
+                piece.name
+                for piece, view in zip(group.pieces, views, strict=True)
+                if not bool(torch.isfinite(view).all())
+            ]
+        return (
+            ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            if names
+            else "parameters of other ranks"
+        )

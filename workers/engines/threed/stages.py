@@ -1,0 +1,129 @@
+"""Stages: the slices of a Hugging Face model that one pipeline rank holds, run by the model's own forward
+code.
+
+The decoder keeps its full list of layers; those of other stages are replaced by modules that pass their input
+on, so parameters keep their checkpoint names and the family's own forward (masks, rotary embeddings, layer
+types, scaling) runs unchanged on every stage. On a stage that is not the first, the embedding gives a
+placeholder of the right shape (only its shape and dtype are read, for masks and positions) and the
+activations that arrived enter in the place of layer 0. The head and the final norm exist on the last stage
+only. Between stages an activation is [rows, time / tp, hidden]: every tensor rank sends its own part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.engines.model.scored import ScoredModel, decoder_layers
+from workers.engines.shared.micro_batches import MicroBatch
+
+
+class Stages:
+    """stages.forward(stage, micro_batch, received) for the stages in `local`; the other stages' modules are
+    dropped from the model."""
+
+    def __init__(
+        self,
+        scored: ScoredModel,
+        layers: list[range],
+        local: list[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.scored = scored
+        self.base = scored.model.base_model
+        self.num_stages = len(layers)
+        self.local = local
+        first, last = local[0] == 0, local[-1] == self.num_stages - 1
+        self._received = _Received()
+        self._embedding = self.base.get_submodule("embed_tokens")
+        self._norm = self.base.get_submodule("norm")
+        self._placeholder = _Placeholder(int(scored.model.config.hidden_size), dtype, device)
+        all_layers = decoder_layers(scored.model)
+        held = {index for stage in local for index in layers[stage]}
+        self._lists = {
+            stage: nn.ModuleList(self._slice(all_layers, set(layers[stage]), stage > 0)) for stage in local
+        }
+        if not last:
+            self._norm = nn.Identity()
+            for name, child in scored.model.named_children():
+                if child is not self.base:
+                    setattr(scored.model, name, nn.Identity())
+        if not first:
+            self._embedding = self._placeholder
+        self._whole = nn.ModuleList(self._slice(all_layers, held, False))
+        self._attach(self._whole, self._embedding, self._norm)
+
+    def forward(
+        self,
+        stage: int,
+        micro_batch: MicroBatch,
+        received: Tensor | None,
+        *,
+        entropy: bool,
+        temperature: float,
+    ) -> Tensor | dict[str, Tensor]:
+        """Activations [rows, time / tp, hidden] for the next stage, or, of the last stage, ScoredModel's
+        numbers."""
+        is_last = stage == self.num_stages - 1
+        ids, packing = micro_batch.input_ids, micro_batch.packing
+        self._received.value = received
+        self._attach(
+            self._lists[stage],
+            self._placeholder if stage else self._embedding,
+            self._norm if is_last else _PASS,
+        )
+        try:
+            if is_last:
+                reads, targets = micro_batch.read_positions, micro_batch.targets
+                numbers: dict[str, Tensor] = self.scored(
+                    ids, reads, targets, packing=packing, entropy=entropy, temperature=temperature
+                )
+                return numbers
+            where = packing.arguments if packing is not None else {}
+            hidden: Tensor = self.base(input_ids=ids, use_cache=False, **where).last_hidden_state
+            return hidden
+        finally:
+            self._received.value = None
+            self._attach(self._whole, self._embedding, self._norm)
+
+    def _slice(self, layers: list[nn.Module], keep: set[int], receives: bool) -> list[nn.Module]:
+        kept = [layer if index in keep else _PASS for index, layer in enumerate(layers)]
+        return [self._received, *kept[1:]] if receives else kept
+
+    def _attach(self, layers: nn.ModuleList, embedding: nn.Module, norm: nn.Module) -> None:
+        self.base.layers, self.base.embed_tokens, self.base.norm = layers, embedding, norm
+
+
+class _Pass(nn.Module):
+    """A layer of another stage."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+_PASS = _Pass()
+
+
+class _Received(nn.Module):
+    """Stands where layer 0 would: gives what the stage before has sent."""
+
+    value: Tensor | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.value is not None, "a later stage ran without the activations of the one before"
+        return self.value
+
+
+class _Placeholder(nn.Module):
+    """Stands for the embedding on later stages: [rows, time, hidden] of zeros that take no memory."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.zero = torch.zeros((), dtype=dtype, device=device)
+        self.hidden_size = hidden_size
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.zero.expand(*input_ids.shape, self.hidden_size)

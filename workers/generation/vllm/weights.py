@@ -1,0 +1,232 @@
+"""VllmWeights: where a vLLM engine takes its weights, as boxes of checkpoint parameters.
+
+On GPU the boxes are the engine's own parameters: they are written in place and there is nothing to commit.
+Those that a training shard coincides with can be that shard's memory (share). On CPU vLLM repacks linear
+weights for oneDNN and drops the originals: their boxes are staging memory, and commit lets vLLM repack it.
+The prefix cache is the engine's business.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from hybridflow.resharding import LocalParameter, LocalShard, ShardMap
+from hybridflow.resharding.attest import Parts
+from hybridflow.resharding.boxes import Ints
+from workers.generation.vllm.shard_map import (
+    LoaderError,
+    LoaderWrite,
+    Region,
+    checkpoint_shapes,
+    meta_model,
+    missing,
+    record,
+)
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from vllm import LLM
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+
+class VllmWeights:
+    """weights = VllmWeights(llm); plan = compile(source, weights.shard_map(), ...); execute(...,
+    weights.destinations()); weights.commit()
+
+    One object per rank, made after the engine and used as long as it lives.
+    """
+
+    def __init__(self, llm: LLM, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        """Discovers what this rank holds; collective over the replica's ranks.
+
+        `shapes`: name and shape of every checkpoint parameter (the trainer's); None asks transformers. Raises
+        LoaderError, naming the parameter, where a loader does something other than copying slices or ignores
+        a parameter.
+        """
+        config = llm.llm_engine.vllm_config
+        if config.model_config.quantization is not None:
+            raise ValueError(
+                f"generation: quantization={config.model_config.quantization} cannot be resharded; use an unquantised model"
+            )
+        self._model: nn.Module = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        self._dtype: torch.dtype = config.model_config.dtype
+        if shapes is None:
+            model_config = config.model_config
+            shapes = checkpoint_shapes(
+                model_config.model, model_config.revision, model_config.trust_remote_code
+            )
+        self._shapes = dict(shapes)
+        twin = meta_model(config)
+        self.placements = record(twin, self._shapes, self._dtype)
+        _check_no_parameter_is_lost(self.placements, self._shapes)
+        self._memory = self._bind(twin)
+        self._parameters = self._local_parameters()
+
+    def destinations(self) -> list[LocalParameter]:
+        """This rank's boxes of every parameter and the memory to write them to."""
+        return self._parameters
+
+    def share(self, sources: Sequence[LocalParameter]) -> None:
+        """Make the engine's tensors views of the trainer's memory where one is exactly one of this rank's
+        training shards: the same box of one parameter, data type, form and device. Fused projections are not,
+        nor on CPU what vLLM repacks."""
+        held = {
+            (parameter.name, shard.box): shard.tensor.detach()
+            for parameter in sources
+            for shard in parameter.shards
+        }
+        copies = Counter(placement.tensor for placement in self.placements)
+        live = dict(self._model.named_parameters())
+        for placement in self.placements:
+            have, own = held.get((placement.name, placement.box)), self._memory[placement.tensor]
+            alone = (
+                copies[placement.tensor] == 1
+                and placement.tensor in live
+                and placement.tensor not in self._staged
+            )
+            whole = placement.region == Region(size=tuple(own.shape), stride=tuple(own.stride()), offset=0)
+            if have is None or not alone or not whole:
+                continue
+            if (have.dtype, have.device, have.shape, have.stride()) == (
+                own.dtype,
+                own.device,
+                own.shape,
+                own.stride(),
+            ):
+                live[placement.tensor].data = have
+                self._memory[placement.tensor] = have
+        self._parameters = self._local_parameters()
+
+    def shard_map(self, group: dist.ProcessGroup | None = None) -> ShardMap:
+        """The boxes of all ranks of `group`. Collective."""
+        return ShardMap.gather(self._parameters, group)
+
+    def digests(self, parts: Parts, rank: int) -> Ints:
+        """Digests of what this rank holds (on CPU: of what was handed to vLLM to repack)."""
+        return parts.digests(self._parameters, rank)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Make the engine compute with what was written. On CPU vLLM repacks every linear layer, tied heads
+        included."""
+        if not self._repacks:
+            return
+        for name, module in self._model.named_modules():
+            staged = {
+                own: self._memory[key]
+                for own in module._parameters
+                if (key := self._tensor_of(name, own)) in self._staged
+            }
+            for own, tensor in staged.items():
+                module._parameters[own] = nn.Parameter(tensor, requires_grad=False)
+            method = _quant_method(module)
+            if method is not None:
+                method.process_weights_after_loading(module)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory held beside the engine's own."""
+        return sum(self._memory[name].nbytes for name in self._staged)
+
+    def free_staging(self) -> int:
+        """Give the staging memory back (generation is over until the next sync) and say how many bytes it
+        had; nothing may write to it before take_back_staging."""
+        freed = 0
+        for name in self._staged:
+            storage = self._memory[name].untyped_storage()
+            freed += storage.nbytes()
+            storage.resize_(0)
+        return freed
+
+    def take_back_staging(self) -> None:
+        """The staging memory again, contents undefined; the boxes stay the same objects."""
+        for name in self._staged:
+            tensor = self._memory[name]
+            tensor.untyped_storage().resize_(tensor.nbytes)
+
+    def _bind(self, twin: nn.Module) -> dict[str, torch.Tensor]:
+        """The memory of every tensor that loaders fill: the running model's where it has kept its form, else
+        staging memory."""
+        live = dict(self._model.named_parameters(remove_duplicate=False)) | dict(
+            self._model.named_buffers(remove_duplicate=False)
+        )
+        fresh = dict(twin.named_parameters()) | dict(twin.named_buffers())
+        # A name that vLLM ties to another one is the same tensor: both names lead to the first.
+        first = {id(tensor): name for name, tensor in reversed(fresh.items())}
+        self._alias = {
+            name: first[id(tensor)] for name, tensor in twin.named_parameters(remove_duplicate=False)
+        }
+        self._staged: set[str] = set()
+        self._repacks = any(
+            _quant_method(m) is not None for m in self._model.modules()
+        ) and not _on_accelerator(self._model)
+        memory: dict[str, torch.Tensor] = {}
+        for name in dict.fromkeys(placement.tensor for placement in self.placements):
+            have, want = live[name].detach(), fresh[name]
+            in_place = (
+                have.shape == want.shape and have.dtype == want.dtype and have.stride() == want.stride()
+            )
+            if not in_place:
+                if not self._repacks:
+                    kept, filled = f"{tuple(have.shape)} {have.dtype}", f"{tuple(want.shape)} {want.dtype}"
+                    raise LoaderError(
+                        f"{name}: vLLM keeps it as {kept}, its loaders fill {filled}; it cannot be written in place"
+                    )
+                have = torch.zeros(want.shape, dtype=want.dtype)
+                self._staged.add(name)
+            memory[name] = have
+        return memory
+
+    def _tensor_of(self, module: str, parameter: str) -> str:
+        name = f"{module}.{parameter}" if module else parameter
+        return self._alias.get(name, name)
+
+    def _local_parameters(self) -> list[LocalParameter]:
+        shards: dict[str, list[LocalShard]] = {name: [] for name in self._shapes}
+        for placement in self.placements:
+            shards[placement.name].append(
+                LocalShard(placement.box, _view(self._memory[placement.tensor], placement.region))
+            )
+        return [
+            LocalParameter(name, shape, self._dtype, tuple(shards[name]))
+            for name, shape in self._shapes.items()
+        ]
+
+
+def _view(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+    return tensor.as_strided(region.size, region.stride, tensor.storage_offset() + region.offset)
+
+
+def _quant_method(module: nn.Module) -> QuantizeMethodBase | None:
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    method = module.__dict__.get("quant_method") or module._modules.get("quant_method")
+    return method if isinstance(method, QuantizeMethodBase) else None
+
+
+def _on_accelerator(model: nn.Module) -> bool:
+    return any(parameter.device.type != "cpu" for parameter in model.parameters())
+
+
+def _check_no_parameter_is_lost(
+    placements: Sequence[LoaderWrite], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """LoaderError for a parameter that no pipeline stage of this replica takes. Collective over the stages."""
+    import torch.distributed as dist
+    from vllm.distributed.parallel_state import get_pp_group
+
+    lost = missing(placements, shapes)
+    stages = get_pp_group()
+    everyone: list[list[str]] = [lost]
+    if stages.world_size > 1:
+        everyone = [[] for _ in range(stages.world_size)]
+        dist.all_gather_object(everyone, lost, group=stages.cpu_group)
+    if nowhere := set.intersection(*map(set, everyone)):
+        raise LoaderError(
+            f"{', '.join(sorted(nowhere)[:5])}: vLLM's loaders ignore it on every pipeline stage"
+        )

@@ -1,0 +1,125 @@
+"""WeightDestination: the generation side of a weight sync, memory to fill and then a commit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from hybridflow.resharding import Box, LocalParameter, LocalShard, ParameterSpec
+from workers.generation.base import GenerationEngine
+
+
+class WeightDestination(ABC):
+    """Where the generation side takes weights: memory to fill, then a commit."""
+
+    @abstractmethod
+    def destinations(self) -> list[LocalParameter]:
+        """This rank's boxes of every parameter that the engine needs, and memory to write them to."""
+
+    @abstractmethod
+    def share(self, sources: Sequence[LocalParameter]) -> None:
+        """Let the engine compute with the trainer's own memory (`sources`, of this rank) where the two hold
+        the same part in the same form: nothing is moved there any more. For memory that both sides keep as
+        long as they live; before destinations()."""
+
+    @abstractmethod
+    def commit(self, version: int) -> None:
+        """The memory is filled: make the engine use it, and forget everything computed with older weights."""
+
+    @abstractmethod
+    def release(self) -> int:
+        """Give back memory of its own until restore, and say how many bytes that were; the engine sleeps
+        meanwhile."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """The memory again, at the same places, contents undefined."""
+
+
+class FullWeights(WeightDestination):
+    """For an engine that takes full tensors under checkpoint names: every rank receives the whole model."""
+
+    def __init__(
+        self, engine: GenerationEngine, parameters: Sequence[ParameterSpec], dtype: torch.dtype, device: str
+    ) -> None:
+        self.engine = engine
+        self.parameters = [
+            LocalParameter(
+                spec.name,
+                spec.shape,
+                dtype,
+                (
+                    LocalShard(
+                        Box((0,) * len(spec.shape), spec.shape),
+                        torch.empty(spec.shape, dtype=dtype, device=device),
+                    ),
+                ),
+            )
+            for spec in parameters
+        ]
+
+    def destinations(self) -> list[LocalParameter]:
+        return self.parameters
+
+    def share(self, sources: Sequence[LocalParameter]) -> None:
+        """The engine copies what it is given."""
+
+    def commit(self, version: int) -> None:
+        self.engine.load_weights(
+            [(parameter.name, parameter.shards[0].tensor) for parameter in self.parameters], version=version
+        )
+
+    def release(self) -> int:
+        freed = 0
+        for parameter in self.parameters:
+            storage = parameter.shards[0].tensor.untyped_storage()
+            freed += storage.nbytes()
+            storage.resize_(0)
+        return freed
+
+    def restore(self) -> None:
+        for parameter in self.parameters:
+            tensor = parameter.shards[0].tensor
+            tensor.untyped_storage().resize_(tensor.nbytes)
+
+
+class VllmShards(WeightDestination):
+    """For vLLM: every rank receives the boxes that its part of the model is made of, written in place where
+    vLLM allows it."""
+
+    def __init__(self, engine: GenerationEngine, parameters: Sequence[ParameterSpec]) -> None:
+        from workers.generation.vllm.engine import VllmEngine
+        from workers.generation.vllm.weights import VllmWeights
+
+        self.engine = cast(VllmEngine, engine)
+        self.weights = VllmWeights(
+            self.engine.llm, {parameter.name: parameter.shape for parameter in parameters}
+        )
+
+    def destinations(self) -> list[LocalParameter]:
+        return self.weights.destinations()
+
+    def share(self, sources: Sequence[LocalParameter]) -> None:
+        self.weights.share(sources)
+
+    def commit(self, version: int) -> None:
+        self.weights.commit()
+        self.engine.weights_written(version)
+
+    def release(self) -> int:
+        return self.weights.free_staging()
+
+    def restore(self) -> None:
+        self.weights.take_back_staging()
+
+
+def weight_destination(
+    name: str, engine: GenerationEngine, parameters: Sequence[ParameterSpec], dtype: torch.dtype, device: str
+) -> WeightDestination:
+    """The destination of the generation engine called `name`; `parameters` are the trainer's."""
+    return (
+        VllmShards(engine, parameters) if name == "vllm" else FullWeights(engine, parameters, dtype, device)
+    )
