@@ -155,8 +155,10 @@ def main() -> None:
     ]
     for row in counted:
         print(
-            f"{row['lengths']:<36} {row['rows']:>4} rows, {row['budget_tokens']:>6} tokens: padding {row['padding']:.1%}, as one block "
-            f"{row['padding_in_one_block']:.0%}; {row['micro_batches']:.1f} micro-batches, packed {row['micro_batches_packed']:.1f}"
+            f"{row['lengths']:<36} {row['rows']:>4} rows, {row['budget_tokens']:>6} tokens: padding "
+            f"{row['padding']:.1%}, as one block "
+            f"{row['padding_in_one_block']:.0%}; {row['micro_batches']:.1f} micro-batches, packed "
+            f"{row['micro_batches_packed']:.1f}"
         )
     transformers_logging.disable_progress_bar()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

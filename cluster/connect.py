@@ -173,7 +173,8 @@ def _start_embedded(config: ClusterConfig, cpu_slots: float) -> None:
 
 @contextmanager
 def _loopback_only() -> Iterator[None]:
-    """Ray's processes started inside take 127.0.0.1 for their address; Ray has no documented argument for it."""
+    """Ray's processes started inside take 127.0.0.1 for their address; Ray has no documented argument for
+    it."""
     before = os.environ.get(LOOPBACK_SWITCH), ray_constants.ENABLE_RAY_CLUSTER
     os.environ[LOOPBACK_SWITCH] = "0"  # for the processes that Ray starts
     ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which read the variable when it imported Ray
@@ -206,7 +207,8 @@ def _connect_to(config: ClusterConfig, mode: Mode) -> None:
             )
     except AuthenticationError as error:
         raise ValueError(
-            f"cluster.address: {address} wants a token; copy ~/.ray/auth_token from the head, or set RAY_AUTH_TOKEN, "
+            f"cluster.address: {address} wants a token; copy ~/.ray/auth_token from the head, or set "
+            "RAY_AUTH_TOKEN, "
             f"and set RAY_AUTH_MODE=token ({error})"
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -232,7 +234,8 @@ def _resolve(asked: str) -> tuple[str, bool]:
         if candidate and _answers(candidate):
             return candidate, candidate.rpartition(":")[0] in LOOPBACK
     raise ValueError(
-        f"cluster.address: no Ray cluster answers at {asked!r}; start one with `ray start --head`, or leave it empty"
+        f"cluster.address: no Ray cluster answers at {asked!r}; start one with `ray start --head`, or leave "
+        "it empty"
     )
 
 
@@ -253,10 +256,12 @@ def _dashboard_url() -> str:
 def _check_size(info: ClusterInfo, cpu_slots: float, gpus: float) -> None:
     if info.num_gpus < gpus:
         raise ValueError(
-            f"cluster: the pools need {gpus:g} GPUs, the cluster has {info.num_gpus:g}; use fewer devices or device=cpu"
+            f"cluster: the pools need {gpus:g} GPUs, the cluster has {info.num_gpus:g}; use fewer devices or "
+            "device=cpu"
         )
     if info.num_cpu_slots < cpu_slots:
         raise ValueError(
-            f"cluster: the pools need {cpu_slots:g} CPU slots, the cluster has {info.num_cpu_slots:g}; start its nodes with "
+            f"cluster: the pools need {cpu_slots:g} CPU slots, the cluster has {info.num_cpu_slots:g}; start "
+            "its nodes with "
             "`ray start --num-cpus=...`, use fewer devices, or lower cpus_per_device"
         )

@@ -94,7 +94,8 @@ def parse_gpus(text: str) -> tuple[tuple[str, int], ...]:
 
 
 def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:
-    """Every live node of the connected cluster, by address; a RuntimeError names the ones that do not answer."""
+    """Every live node of the connected cluster, by address; a RuntimeError names the ones that do not
+    answer."""
     alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     nodes = sorted(alive, key=lambda node: (node["NodeManagerAddress"], node["NodeID"]))
     asked = [_ask(node["NodeID"]) for node in nodes]
@@ -124,7 +125,8 @@ def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:
         )
     if silent:
         raise RuntimeError(
-            f"cluster: nodes {silent} did not start a task within {timeout_s:.0f} s; remove them (ray stop on the node), "
+            f"cluster: nodes {silent} did not start a task within {timeout_s:.0f} s; remove them (ray stop "
+            "on the node), "
             "free memory there, or raise cluster.check_timeout_s"
         )
     return tuple(infos)

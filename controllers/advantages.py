@@ -109,7 +109,8 @@ def pass_at_k(correct: Tensor, uid: Tensor, lengths: Tensor, k: int) -> Tensor:
     group, size = _groups(uid)
     if k < 1 or bool((size < k).any()):
         raise ValueError(
-            f"pass@k: k is {k}, group sizes are {size.long().tolist()[:16]}; choose 1 <= k <= the smallest group"
+            f"pass@k: k is {k}, group sizes are {size.long().tolist()[:16]}; choose 1 <= k <= the smallest "
+            "group"
         )
     right = correct.bool()
     wrong = _group_sum((~right).double(), group, len(size))

@@ -41,7 +41,8 @@ class AlgorithmConfig:
         if self.samples_per_prompt < self.fewest_samples:
             why = f": {self.name} compares the samples of a prompt" if self.fewest_samples > 1 else ""
             raise ValueError(
-                f"algorithm.samples_per_prompt is {self.samples_per_prompt}; use at least {self.fewest_samples}{why}"
+                f"algorithm.samples_per_prompt is {self.samples_per_prompt}; use at least "
+                f"{self.fewest_samples}{why}"
             )
 
     @property
@@ -51,7 +52,8 @@ class AlgorithmConfig:
 
 
 class Algorithm(Protocol):
-    """What the loop runs: a class in a file of its own and an entry in ALGORITHMS (controllers/__init__.py)."""
+    """What the loop runs: a class in a file of its own and an entry in ALGORITHMS
+    (controllers/__init__.py)."""
 
     config: Any
 

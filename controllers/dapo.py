@@ -48,7 +48,8 @@ class DAPOConfig(AlgorithmConfig):
             raise ValueError(f"algorithm.max_rounds is {self.max_rounds}; use at least 1")
         if self.overlong_buffer_tokens and not 0 < self.overlong_buffer_tokens <= self.max_response_tokens:
             raise ValueError(
-                f"algorithm.overlong_buffer_tokens is {self.overlong_buffer_tokens}; choose 1 to algorithm.max_response_tokens "
+                f"algorithm.overlong_buffer_tokens is {self.overlong_buffer_tokens}; choose 1 to "
+                "algorithm.max_response_tokens "
                 f"({self.max_response_tokens}), or 0 for no penalty"
             )
 

@@ -15,7 +15,7 @@ from controllers.algorithm_base import (
 )
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
-from workers.losses.config import DPOConfig as DPOLossConfig
+from workers.losses.config import DPOLossConfig
 from workers.losses.segments import row_of_token, segment_sum
 from workers.roles import Policy, Reference
 

@@ -34,7 +34,8 @@ class EvaluateConfig(AlgorithmConfig):
         wrong = [k for k in self.pass_at if not 1 <= k <= self.samples_per_prompt]
         if wrong:
             raise ValueError(
-                f"algorithm.pass_at has {wrong[0]}, and algorithm.samples_per_prompt is {self.samples_per_prompt}; "
+                f"algorithm.pass_at has {wrong[0]}, and algorithm.samples_per_prompt is "
+                f"{self.samples_per_prompt}; "
                 "k must be at least 1 and at most that"
             )
 

@@ -35,16 +35,19 @@ class KLControlConfig:
     def __post_init__(self) -> None:
         if self.coefficient < 0:
             raise ValueError(
-                f"algorithm.kl.coefficient is {self.coefficient}; choose more than 0, or 0 for no KL in the reward"
+                f"algorithm.kl.coefficient is {self.coefficient}; choose more than 0, or 0 for no KL in the "
+                "reward"
             )
         if self.target < 0 or self.horizon < 1:
             raise ValueError(
-                f"algorithm.kl.target is {self.target} and algorithm.kl.horizon {self.horizon}; choose target >= 0 (0: fixed) and "
+                f"algorithm.kl.target is {self.target} and algorithm.kl.horizon {self.horizon}; choose "
+                "target >= 0 (0: fixed) and "
                 "horizon >= 1"
             )
         if self.target and not self.coefficient:
             raise ValueError(
-                f"algorithm.kl.target is {self.target}, but algorithm.kl.coefficient is 0 and would stay 0; choose one to start from "
+                f"algorithm.kl.target is {self.target}, but algorithm.kl.coefficient is 0 and would stay 0; "
+                "choose one to start from "
                 "(0.1, say)"
             )
 

@@ -23,7 +23,8 @@ class LagrangeConfig:
     def __post_init__(self) -> None:
         if not 0 < self.initial <= self.maximum:
             raise ValueError(
-                f"algorithm.lagrange.initial is {self.initial}; choose 0 < initial <= maximum ({self.maximum})"
+                f"algorithm.lagrange.initial is {self.initial}; choose 0 < initial <= maximum "
+                f"({self.maximum})"
             )
         if self.learning_rate < 0:
             raise ValueError(

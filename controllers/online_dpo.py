@@ -14,7 +14,7 @@ from controllers.algorithm_base import AlgorithmConfig, Stateless, assign_pair_m
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from hybridflow.tracing import on_controller
-from workers.losses.config import DPOConfig
+from workers.losses.config import DPOLossConfig
 from workers.roles import Actor, Reference, Reward
 
 
@@ -23,7 +23,7 @@ class OnlineDPOConfig(AlgorithmConfig):
     name: str = "online_dpo"
     samples_per_prompt: int = 4
     """At least 2; the best and the worst of them are the pair."""
-    loss: DPOConfig = field(default_factory=DPOConfig)
+    loss: DPOLossConfig = field(default_factory=DPOLossConfig)
 
     fewest_samples: ClassVar[int] = 2
 

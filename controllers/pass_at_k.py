@@ -35,7 +35,8 @@ class PassAtKConfig(AlgorithmConfig):
         AlgorithmConfig.__post_init__(self)
         if not 1 <= self.k <= self.samples_per_prompt:
             raise ValueError(
-                f"algorithm.k is {self.k}; choose 1 to algorithm.samples_per_prompt ({self.samples_per_prompt})"
+                f"algorithm.k is {self.k}; choose 1 to algorithm.samples_per_prompt "
+                f"({self.samples_per_prompt})"
             )
 
 

@@ -32,7 +32,8 @@ def token_rewards(
     if kl_coefficient:
         if log_probs is None or ref_log_probs is None:
             raise ValueError(
-                f"token rewards: kl_coefficient is {kl_coefficient}, so log_probs and ref_log_probs are needed; give both"
+                f"token rewards: kl_coefficient is {kl_coefficient}, so log_probs and ref_log_probs are "
+                "needed; give both"
             )
         rewards = -kl_coefficient * kl_estimate(log_probs, ref_log_probs, estimator)
     else:

@@ -59,5 +59,6 @@ class NoStream:
 
     def take(self, num_rows: int = 0) -> Batch:
         raise ValueError(
-            "the step draws from a stream while it is traced; put what depends on numbers into a function marked @on_controller"
+            "the step draws from a stream while it is traced; put what depends on numbers into a function "
+            "marked @on_controller"
         )

@@ -32,7 +32,8 @@ def balance(lengths: np.ndarray, num_parts: int) -> list[np.ndarray]:
         len(lengths) and (not np.issubdtype(lengths.dtype, np.integer) or lengths.min() < 0)
     ):
         raise ValueError(
-            f"lengths is an array {lengths.shape} of {lengths.dtype}; use one dimension of non-negative integers"
+            f"lengths is an array {lengths.shape} of {lengths.dtype}; use one dimension of non-negative "
+            "integers"
         )
     if not len(lengths):
         return [np.zeros(0, dtype=np.int64) for _ in range(num_parts)]

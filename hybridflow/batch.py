@@ -181,7 +181,8 @@ class Batch(Mapping[str, Value]):
             entry, column = self._entry(old), declared(new)
             if (column.dims, column.dtype) != (entry.column.dims, entry.column.dtype):
                 raise ValueError(
-                    f"batch: {old!r} can't become {new!r}: {entry.column} and {column} differ in dims or dtype"
+                    f"batch: {old!r} can't become {new!r}: {entry.column} and {column} differ in dims or "
+                    "dtype"
                 )
             del entries[old]
             entries[new] = replace(entry, column=column)

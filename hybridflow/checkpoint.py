@@ -74,7 +74,8 @@ class CheckpointStore:
         (finite), by `mode`."""
         if keep_last < 1:
             raise ValueError(
-                f"checkpoint: keep_last is {keep_last}; keep at least 1, or the newest checkpoint would be deleted"
+                f"checkpoint: keep_last is {keep_last}; keep at least 1, or the newest checkpoint would be "
+                "deleted"
             )
         if keep_best < 0:
             raise ValueError(f"checkpoint: keep_best is {keep_best}; use 0 to keep none for its metric")
@@ -235,7 +236,8 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path}: {MANIFEST} is corrupt ({error}); {_FIX}") from error
     if manifest["format"] != FORMAT:
         raise ValueError(
-            f"checkpoint {path}: format {manifest['format']}, this version reads {FORMAT}; load it with the version that wrote it"
+            f"checkpoint {path}: format {manifest['format']}, this version reads {FORMAT}; load it with the "
+            "version that wrote it"
         )
     return manifest
 
@@ -254,7 +256,8 @@ def _check_json(metadata: Mapping[str, Any]) -> None:
             raise ValueError(f"checkpoint: metadata {name!r} is not JSON data: {error}") from error
         if not survives:
             raise ValueError(
-                f"checkpoint: metadata {name!r} would not come back equal from JSON; use lists, string keys, finite floats"
+                f"checkpoint: metadata {name!r} would not come back equal from JSON; use lists, string keys, "
+                "finite floats"
             )
 
 

@@ -61,7 +61,8 @@ def declare(name: str, dims: str, dtype: str, doc: str) -> Column:
 def declared(name: str) -> Column:
     if name not in COLUMNS:
         raise ValueError(
-            f"column {name!r} is not declared; declare it with hybridflow.columns.declare. Known: {', '.join(sorted(COLUMNS))}"
+            f"column {name!r} is not declared; declare it with hybridflow.columns.declare. Known: "
+            f"{', '.join(sorted(COLUMNS))}"
         )
     return COLUMNS[name]
 
@@ -83,7 +84,8 @@ class Ragged:
     def __post_init__(self) -> None:
         if int(self.lengths.sum()) != len(self.values):
             raise ValueError(
-                f"ragged: lengths add up to {int(self.lengths.sum())}, but there are {len(self.values)} values"
+                f"ragged: lengths add up to {int(self.lengths.sum())}, but there are {len(self.values)} "
+                "values"
             )
 
     @classmethod

@@ -45,4 +45,5 @@ class WorkerDied(RuntimeError):
 
 
 class WorkerStuck(RuntimeError):
-    """Nothing finished for the configured time; the message holds who waits for whom and every rank's stack."""
+    """Nothing finished for the configured time; the message holds who waits for whom and every rank's
+    stack."""

@@ -43,7 +43,8 @@ class Handle:
         for name, layout in self._layouts.items():
             if layout.size != pool.size:
                 raise ValueError(
-                    f"{role}: its {name} layout {layout} is for {layout.size} devices, pool {pool.name!r} has {pool.size}; "
+                    f"{role}: its {name} layout {layout} is for {layout.size} devices, pool {pool.name!r} "
+                    f"has {pool.size}; "
                     f"change the parallel sizes so that their product is {pool.size}"
                 )
         self._pool = pool
@@ -113,7 +114,8 @@ class Handle:
         missing = [name for name in declaration.reads if name not in batch]
         if missing:
             raise ValueError(
-                f"{self._role}.{method} reads {missing}, which the batch lacks; it has {', '.join(batch.columns) or 'none'}"
+                f"{self._role}.{method} reads {missing}, which the batch lacks; it has "
+                f"{', '.join(batch.columns) or 'none'}"
             )
         split = declaration.split
         used = (

@@ -135,12 +135,14 @@ def _written_blocks(result: Any, writes: Sequence[str], arguments: Arguments) ->
     if not isinstance(result, Batch) or set(result.columns) != set(writes):
         have = sorted(result.columns) if isinstance(result, Batch) else type(result).__name__
         raise ValueError(
-            f"the method declares writes={list(writes)} but returned {have}; return Batch.of with these columns"
+            f"the method declares writes={list(writes)} but returned {have}; return Batch.of with these "
+            "columns"
         )
     given = {len(batch) for batch in arguments.batches()}
     if given and len(result) not in given:
         raise ValueError(
-            f"the method got {max(given)} rows and returned {len(result)}; it must return one row for each, in order"
+            f"the method got {max(given)} rows and returned {len(result)}; it must return one row for each, "
+            "in order"
         )
     return result.blocks(writes)
 
@@ -178,7 +180,7 @@ class _named_failure:
 
 def _write_stacks_on_signal() -> IO[str]:
     """SIGUSR1 writes every thread's stack to a file, also while the process is stuck in native code."""
-    file = tempfile.NamedTemporaryFile(
+    file = tempfile.NamedTemporaryFile(  # noqa: SIM115
         "w", prefix=f"hybridflow-stacks-{os.getpid()}-", suffix=".txt", delete=False
     )
     faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)

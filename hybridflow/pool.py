@@ -58,7 +58,8 @@ class PoolSpec:
 
 
 class ResourcePool(ABC):
-    """with RayPool(PoolSpec(num_devices=2)) as pool: actor = spawn(ActorWorker, pool, config, role="actor")"""
+    """with RayPool(PoolSpec(num_devices=2)) as pool: actor = spawn(ActorWorker, pool, config,
+    role="actor")"""
 
     spec: PoolSpec
     broken: str = ""
@@ -111,7 +112,8 @@ class LocalPool(ResourcePool):
     def __init__(self, spec: PoolSpec) -> None:
         if spec.num_devices != 1:
             raise ValueError(
-                f"pool {spec.name!r}: num_devices={spec.num_devices} with runtime=local; set num_devices=1 or runtime=ray"
+                f"pool {spec.name!r}: num_devices={spec.num_devices} with runtime=local; set num_devices=1 "
+                "or runtime=ray"
             )
         self.spec = spec
         device = "cuda:0" if spec.device == "cuda" else "cpu"
@@ -212,7 +214,8 @@ class RayPool(ResourcePool):
         self._group = placement_group([bundle] * self.size, strategy="PACK", name=f"hybridflow/{self.name}")
         if not self._group.wait(self.spec.start_timeout_s):
             raise ValueError(
-                f"pool {self.name!r}: {self.size} devices of {bundle} could not be reserved within {self.spec.start_timeout_s:.0f} s; "
+                f"pool {self.name!r}: {self.size} devices of {bundle} could not be reserved within "
+                f"{self.spec.start_timeout_s:.0f} s; "
                 f"the cluster has {ray.cluster_resources()}, free now {ray.available_resources()}; "
                 "ask for fewer devices, add nodes, or wait for other jobs"
             )

@@ -105,7 +105,8 @@ def _one_each(layout: Layout, arguments: Arguments, split: Split) -> Distributio
     for name, value in [*enumerate(arguments.args), *arguments.kwargs.items()]:
         if len(value) != layout.size:
             raise ValueError(
-                f"ALL_TO_ALL: argument {name} has {len(value)} elements; give one for each of {layout.size} ranks"
+                f"ALL_TO_ALL: argument {name} has {len(value)} elements; give one for each of {layout.size} "
+                "ranks"
             )
     return Distribution(
         [
@@ -153,7 +154,8 @@ def cut_rows(batch: Batch, num_parts: int, split: Split) -> list[np.ndarray]:
     _, first, unit = np.unique(np.asarray(batch[split.together]), return_index=True, return_inverse=True)
     if (labels != labels[first][unit]).any():
         raise ValueError(
-            f"rows with one {split.together} must have one {split.within}; label all rows of a {split.together} alike"
+            f"rows with one {split.together} must have one {split.within}; label all rows of a "
+            f"{split.together} alike"
         )
     costs = None if costs is None else np.bincount(unit, weights=costs, minlength=len(first)).astype(np.int64)
     return [np.flatnonzero(np.isin(unit, units)) for units in _cut_units(labels[first], costs, num_parts)]

@@ -225,7 +225,8 @@ def _deaths(pending: Sequence[Pending]) -> str:
                 ray.get(done)
             except RayActorError as death:
                 lines.append(
-                    f"{call.role} rank {rank} died in {call.method} ({call.describe_host(rank)}): {_first_lines(death)}"
+                    f"{call.role} rank {rank} died in {call.method} ({call.describe_host(rank)}): "
+                    f"{_first_lines(death)}"
                 )
             except RayError:
                 continue  # another rank's failure of another kind; deaths are what is looked for
@@ -270,7 +271,8 @@ def _report(pending: Sequence[Pending], timeout_s: float) -> str:
         _, waiting = ray.wait(list(call.replies), num_returns=len(call.replies), timeout=0)
         ranks = [rank for rank, reply in enumerate(call.replies) if reply in waiting]
         lines.append(
-            f"  {call.role}.{call.method} on pool {call.pool}: ranks {ranks} of {len(call.replies)} have not answered"
+            f"  {call.role}.{call.method} on pool {call.pool}: ranks {ranks} of {len(call.replies)} have not "
+            "answered"
         )
     for call in {call.pool: call for call in pending}.values():
         for rank, stack in call.stacks().items():

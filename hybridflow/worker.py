@@ -102,7 +102,8 @@ class Worker:
 
     @classmethod
     def layouts(cls, config: Any, world_size: int) -> dict[str, Layout]:
-        """The named layouts over the pool that the protocols refer to; checked before any process does work."""
+        """The named layouts over the pool that the protocols refer to; checked before any process does
+        work."""
         return {"train": Layout.of(dp=world_size)}
 
     def close(self) -> None:

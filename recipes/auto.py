@@ -81,7 +81,8 @@ def saved_mapping(config: RunConfig) -> Path | None:
         path = Path(config.plan.mapping)
         if not path.is_file():
             raise ValueError(
-                f"plan.mapping is {config.plan.mapping!r}, which is no file; give one that a run or recipes.plan has saved"
+                f"plan.mapping is {config.plan.mapping!r}, which is no file; give one that a run or "
+                "recipes.plan has saved"
             )
         return path
     directory = Path(config.output_dir)
@@ -139,16 +140,19 @@ def _check(plan: MapperInputs, setting: Setting) -> None:
     config = plan.config
     if config.runtime is Runtime.local:
         raise ValueError(
-            "placement=auto with runtime=local, which is one process: there is nothing to place; leave one of them out"
+            "placement=auto with runtime=local, which is one process: there is nothing to place; leave one "
+            "of them out"
         )
     if config.pools:
         raise ValueError(
-            f"pools ({', '.join(config.pools)}) are set with placement=auto, which makes its own; use placement=custom for yours"
+            f"pools ({', '.join(config.pools)}) are set with placement=auto, which makes its own; use "
+            "placement=custom for yours"
         )
     node_resources(config, setting.cluster)
     if config.num_devices not in (1, setting.cluster.num_devices):
         raise ValueError(
-            f"num_devices is {config.num_devices}, plan.cluster has {setting.cluster.num_devices} devices; leave one of them out"
+            f"num_devices is {config.num_devices}, plan.cluster has {setting.cluster.num_devices} devices; "
+            "leave one of them out"
         )
     kinds = {
         role: (plan.roles[role].train.engine, plan.roles[role].train.precision) for role in setting.roles
@@ -156,6 +160,7 @@ def _check(plan: MapperInputs, setting: Setting) -> None:
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{role} {engine} {precision}" for role, (engine, precision) in kinds.items())
         raise ValueError(
-            f"placement=auto needs one training engine and precision for all roles: {listed}; set them alike, or place them yourself "
+            f"placement=auto needs one training engine and precision for all roles: {listed}; set them "
+            "alike, or place them yourself "
             "with placement=custom"
         )

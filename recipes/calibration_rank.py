@@ -108,7 +108,8 @@ class Rank:
         return 2 * source.nbytes / self.fastest("copy", lambda: target.copy_(source))
 
     def passes(self, name: str) -> list[PassSample]:
-        """Forward passes and training steps of the engine on one model, with one and with four micro-batches."""
+        """Forward passes and training steps of the engine on one model, with one and with four
+        micro-batches."""
         config = self.config
         spec = ModelSpec.from_directory(self.directory / name)
         samples = []

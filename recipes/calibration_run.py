@@ -25,7 +25,8 @@ NUM_STEPS, NUM_PROMPTS, RESPONSE_TOKENS = 9, 32, 48
 
 
 def run_steps(calibrated: Path, num_devices: int, num_threads: int, precision: Precision, engine: str) -> Run:
-    """One pool of `num_devices` with `num_threads` each, with the constants and the cluster in `calibrated`."""
+    """One pool of `num_devices` with `num_threads` each, with the constants and the cluster in
+    `calibrated`."""
     with tempfile.TemporaryDirectory() as directory:
         _prepare(Path(directory))
         overrides = [

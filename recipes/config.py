@@ -123,8 +123,9 @@ class RunConfig:
     critic: CriticConfig = field(default_factory=lambda: CriticConfig(model=_run_model(), seed="${seed}"))  # type: ignore[arg-type]
     reference: ReferenceConfig = field(
         default_factory=lambda: ReferenceConfig(
-            model=_run_model(), temperature="${actor.generation.sampling.temperature}"
-        )  # type: ignore[arg-type]
+            model=_run_model(),
+            temperature="${actor.generation.sampling.temperature}",  # type: ignore[arg-type]
+        )
     )
     reward: RewardConfig = field(
         default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL))
@@ -139,8 +140,8 @@ class RunConfig:
     )
     """What Safe-RLHF keeps under a threshold; a function or a model like the reward."""
     cost_critic: CriticConfig = field(
-        default_factory=lambda: CriticConfig(model=_run_model(), seed="${seed}")
-    )  # type: ignore[arg-type]
+        default_factory=lambda: CriticConfig(model=_run_model(), seed="${seed}")  # type: ignore[arg-type]
+    )
     """Safe-RLHF's second value model, of costs."""
     teacher: ReferenceConfig = field(
         default_factory=lambda: ReferenceConfig(

@@ -34,7 +34,8 @@ def dataflow_of(algorithm: str) -> Dataflow:
         raise ValueError(f"algorithm is {algorithm!r}, which is not known; known: {', '.join(planned())}")
     if algorithm not in planned():
         raise ValueError(
-            f"algorithm is {algorithm!r}, which answers no prompts and is not planned; known: {', '.join(planned())}"
+            f"algorithm is {algorithm!r}, which answers no prompts and is not planned; known: "
+            f"{', '.join(planned())}"
         )
     entry = algorithm_entry(algorithm)
     page = entry.load()

@@ -71,7 +71,8 @@ def check_samples(config: RunConfig) -> None:
     samples = config.algorithm.samples_per_prompt
     if samples > 1 and config.actor.generation.sampling.greedy:
         raise ValueError(
-            f"algorithm.samples_per_prompt is {samples} with actor.generation.sampling.greedy=true: all samples would be the same; "
+            f"algorithm.samples_per_prompt is {samples} with actor.generation.sampling.greedy=true: all "
+            "samples would be the same; "
             "set actor.generation.sampling.greedy=false, and a temperature"
         )
 

@@ -131,7 +131,8 @@ def cluster_of(config: RunConfig) -> Cluster:
         return _one_node(replace(DEVICE_KINDS[CPU_KIND], memory_bytes=memory), devices)
     if not torch.cuda.is_available():
         raise ValueError(
-            "plan.cluster is not set and this machine has no CUDA device to look at; name the cluster, such as 2x8xH100-80GB"
+            "plan.cluster is not set and this machine has no CUDA device to look at; name the cluster, such "
+            "as 2x8xH100-80GB"
         )
     kind, here = _cuda_kind(), torch.cuda.device_count()
     if devices <= here:
@@ -149,7 +150,8 @@ def node_resources(config: RunConfig, cluster: Cluster) -> dict[str, str]:
     named = {kind: resource for kind, _, resource in pairs}
     if not all(named.values()):
         raise ValueError(
-            f"plan.node_resources is {config.plan.node_resources}; each is KIND:RESOURCE, such as {kinds[0]}:big_nodes"
+            f"plan.node_resources is {config.plan.node_resources}; each is KIND:RESOURCE, such as "
+            f"{kinds[0]}:big_nodes"
         )
     unknown = sorted(set(named) - set(kinds))
     if unknown:
@@ -160,7 +162,8 @@ def node_resources(config: RunConfig, cluster: Cluster) -> dict[str, str]:
         return named
     if config.device is Device.cuda and any(kind.startswith(CPU_KIND) for kind in kinds):
         raise ValueError(
-            f"plan.cluster is {cluster} with device=cuda: the devices of a run are all GPUs or all CPU processes; leave cpu out"
+            f"plan.cluster is {cluster} with device=cuda: the devices of a run are all GPUs or all CPU "
+            "processes; leave cpu out"
         )
     chips = {name.partition("-")[0] for name in DEVICE_KINDS if name != CPU_KIND}
     for kind in kinds:
@@ -169,12 +172,14 @@ def node_resources(config: RunConfig, cluster: Cluster) -> dict[str, str]:
             named.setdefault(kind, f"accelerator_type:{chip}")
         elif kind not in named:
             raise ValueError(
-                f"{cluster} has several kinds of devices, and nothing says which of Ray's nodes have {kind}; give those nodes a resource "
+                f"{cluster} has several kinds of devices, and nothing says which of Ray's nodes have {kind}; "
+                "give those nodes a resource "
                 f"(ray start --resources='{{\"{kind}\": 1}}') and set plan.node_resources=[{kind}:{kind}]"
             )
     if len(set(named.values())) < len(kinds):
         raise ValueError(
-            f"plan.node_resources ({', '.join(f'{kind}:{name}' for kind, name in named.items())}) does not tell the kinds of {cluster} "
+            f"plan.node_resources ({', '.join(f'{kind}:{name}' for kind, name in named.items())}) does not "
+            f"tell the kinds of {cluster} "
             "apart; give the nodes of each kind a resource of their own"
         )
     return named
@@ -190,7 +195,8 @@ def _cuda_kind() -> DeviceKind:
     same_chip = [kind for name, kind in DEVICE_KINDS.items() if name.partition("-")[0] in properties.name]
     if not same_chip:
         raise ValueError(
-            f"plan.cluster is not set, and {properties.name} is none of {', '.join(DEVICE_KINDS)}; describe the devices in a JSON file"
+            f"plan.cluster is not set, and {properties.name} is none of {', '.join(DEVICE_KINDS)}; describe "
+            "the devices in a JSON file"
         )
     return min(same_chip, key=lambda kind: abs(kind.memory_bytes - properties.total_memory))
 

@@ -1,4 +1,5 @@
-"""recipe(): what every recipe's main does with Hydra: compose, convert once, run, and tell mistakes plainly."""
+"""recipe(): what every recipe's main does with Hydra: compose, convert once, run, and tell mistakes
+plainly."""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ def unused_settings(arguments: Sequence[str], config: RunConfig) -> Iterator[str
 
 
 def check_names(arguments: Sequence[str]) -> None:
-    """ValueError for name=value with a name that no setting has; Hydra's own advice (+name) would not help."""
+    """ValueError for name=value with a name that no setting has; Hydra's own advice (+name) would not
+    help."""
     known = _names()
     for argument in arguments:
         name, equals, _ = argument.partition("=")

@@ -129,7 +129,8 @@ def to_config(arguments: list[str]) -> PlanConfig:
     for argument in arguments:
         if "=" not in argument:
             raise ValueError(
-                f"argument {argument!r} is not of the form key=value; keys are the fields of PlanConfig in recipes/plan.py"
+                f"argument {argument!r} is not of the form key=value; keys are the fields of PlanConfig in "
+                "recipes/plan.py"
             )
     try:
         config = OmegaConf.merge(OmegaConf.structured(PlanConfig), OmegaConf.from_dotlist(arguments))
@@ -197,7 +198,8 @@ def role_models(config: PlanConfig, dataflow: Dataflow) -> dict[str, ModelSpec |
 def search_space(config: PlanConfig) -> SearchSpace:
     if config.engine not in ENGINE_LIMITS:
         raise ValueError(
-            f"engine is {config.engine!r}; known: {', '.join(filter(None, ENGINE_LIMITS))}, or empty for every layout"
+            f"engine is {config.engine!r}; known: {', '.join(filter(None, ENGINE_LIMITS))}, or empty for "
+            "every layout"
         )
     return SearchSpace(
         **ENGINE_LIMITS[config.engine],

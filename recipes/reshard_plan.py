@@ -114,7 +114,8 @@ def model_rules(config: ReshardPlanConfig) -> list[ParameterRule]:
     spec = model_spec(config.model)
     if spec.num_experts:
         raise ValueError(
-            f"model={config.model}: layouts of mixture-of-experts models are not known here; run it and read its certificate"
+            f"model={config.model}: layouts of mixture-of-experts models are not known here; run it and read "
+            "its certificate"
         )
     return decoder_rules(
         num_layers=spec.num_layers,
@@ -162,7 +163,8 @@ def comparison(config: ReshardPlanConfig, plan: Plan) -> str:
             ("HybridFlow", hybridflow(pp=pp, tp=tp, generation_pp=generation_pp, generation_tp=generation_tp))
         )
     lines = [
-        f"  {name:<15} receives {float(p.received * model) / 1e9:9.3f} GB, peak {float(p.peak * model) / 1e9:9.3f} GB"
+        f"  {name:<15} receives {float(p.received * model) / 1e9:9.3f} GB, peak "
+        f"{float(p.peak * model) / 1e9:9.3f} GB"
         for name, p in rows
     ]
     peak = max(plan.target.bytes_per_rank)

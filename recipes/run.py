@@ -65,7 +65,8 @@ def run(config: RunConfig) -> Outcome | None:
     """The whole run; None for graph=true and dry_run=true, which start nothing."""
     if config.algorithm.name in QUESTIONS:
         raise ValueError(
-            f"algorithm.name is {config.algorithm.name!r}, which trains nothing; run python -m recipes.{config.algorithm.name}"
+            f"algorithm.name is {config.algorithm.name!r}, which trains nothing; run python -m "
+            f"recipes.{config.algorithm.name}"
         )
     roles = place(config)
     dataflow = check_dataflow(config, roles)
@@ -288,13 +289,15 @@ def _pools(config: RunConfig) -> dict[str, str]:
     may_be_placed = (*names, *([GENERATION] if "actor" in names else []))
     if config.placement is PlacementMode.colocated and config.pools:
         raise ValueError(
-            f"pools ({', '.join(config.pools)}) are set with placement=colocated; set placement=custom or leave them out"
+            f"pools ({', '.join(config.pools)}) are set with placement=colocated; set placement=custom or "
+            "leave them out"
         )
     if config.placement is not PlacementMode.custom or config.runtime is Runtime.local:
         return dict.fromkeys(names, "main")
     if not config.pools:
         raise ValueError(
-            "placement=custom needs pools, for example pools.policy.num_devices=2 'pools.policy.roles=[actor,reference]'"
+            "placement=custom needs pools, for example pools.policy.num_devices=2 "
+            "'pools.policy.roles=[actor,reference]'"
         )
     owners: dict[str, list[str]] = {}
     for pool, settings in config.pools.items():
@@ -310,7 +313,8 @@ def _pools(config: RunConfig) -> dict[str, str]:
         )
     if GENERATION in owners and owners[GENERATION] == owners["actor"]:
         raise ValueError(
-            f"pools.{owners['actor'][0]}.roles names both actor and {GENERATION}: an actor generates in its own pool anyway; "
+            f"pools.{owners['actor'][0]}.roles names both actor and {GENERATION}: an actor generates in its "
+            "own pool anyway; "
             f"leave {GENERATION} out, or give it another pool"
         )
     return {role: pools[0] for role, pools in owners.items()}
@@ -321,13 +325,15 @@ def pool_sizes(config: RunConfig) -> dict[str, int]:
     if config.runtime is Runtime.local:
         if config.num_devices > 1:
             raise ValueError(
-                f"num_devices={config.num_devices} with runtime=local, which is one process; leave it out or use runtime=ray"
+                f"num_devices={config.num_devices} with runtime=local, which is one process; leave it out or "
+                "use runtime=ray"
             )
         return {"main": 1}
     if config.placement is PlacementMode.custom:
         if config.num_devices > 1:
             raise ValueError(
-                f"num_devices={config.num_devices} with placement=custom, where every pool has its own; leave it out"
+                f"num_devices={config.num_devices} with placement=custom, where every pool has its own; "
+                "leave it out"
             )
         sizes = {name: pool.num_devices for name, pool in config.pools.items()}
     else:

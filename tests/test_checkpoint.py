@@ -1,4 +1,5 @@
-"""CheckpointStore: what is kept, what is refused, and that no kill at any moment loses the latest checkpoint."""
+"""CheckpointStore: what is kept, what is refused, and that no kill at any moment loses the latest
+checkpoint."""
 
 from __future__ import annotations
 

@@ -43,8 +43,10 @@ def check_first_step(metrics: Mapping[str, float], config: ActorConfig, *, repor
     violations = list(find_violations(metrics, tolerance_of(config), exact=is_exact(config)))
     if violations:
         text = (
-            f"first optimizer step on fresh samples: {'; '.join(violations)}. The trainer does not compute what was sampled: compare "
-            "temperature, precision and attention of the two engines, and look for code between sampling and update that changes "
+            f"first optimizer step on fresh samples: {'; '.join(violations)}. The trainer does not compute "
+            "what was sampled: compare "
+            "temperature, precision and attention of the two engines, and look for code between sampling and "
+            "update that changes "
             "columns or weights. If rounding explains it, raise actor.consistency_tolerance"
         )
         if config.consistency is Consistency.error:

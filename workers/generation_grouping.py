@@ -22,8 +22,10 @@ def generation_grouping(config: ActorConfig, training: Layout) -> Grouping:
     parallel = sizes.pp * sizes.tp
     if parallel < 1 or training.size % parallel:
         raise ValueError(
-            f"actor.generation: pp={sizes.pp} x tp={sizes.tp} does not divide the pool's {training.size} devices; "
-            f"choose sizes whose product is one of {[n for n in range(1, training.size + 1) if training.size % n == 0]}"
+            f"actor.generation: pp={sizes.pp} x tp={sizes.tp} does not divide the pool's {training.size} "
+            "devices; "
+            "choose sizes whose product is one of "
+            f"{[n for n in range(1, training.size + 1) if training.size % n == 0]}"
         )
     if training.axis_size("tp") % sizes.tp == 0 and training.axis_size("pp") % sizes.pp == 0:
         return zero_redundancy(training, tp=sizes.tp, pp=sizes.pp)

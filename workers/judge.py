@@ -107,8 +107,10 @@ class JudgeWorker(ModelWorker, Reward):
         longest = max((len(question) + len(word) for question, word in rows), default=0)
         if longest > self.limit:
             raise ValueError(
-                f"judge: a question and its verdict have {longest} tokens, and the limit of judge.model.path={self.model.path!r} is "
-                f"{self.limit}; shorten judge.template, lower actor.generation.sampling.max_response_tokens, or use another judge"
+                f"judge: a question and its verdict have {longest} tokens, and the limit of "
+                f"judge.model.path={self.model.path!r} is "
+                f"{self.limit}; shorten judge.template, lower actor.generation.sampling.max_response_tokens, "
+                "or use another judge"
             )
         outputs = self.engine.forward(_answered(rows))
         if outputs is None or outputs.log_probs is None:
@@ -170,7 +172,8 @@ class VerdictWorker(Reward):
         unreadable = [text for text, (_, readable) in zip(texts, verdicts, strict=True) if not readable]
         if unreadable:
             LOGGER.warning(
-                "judge: %d of %d verdicts can't be read and count as judge.unreadable_reward=%s; the first: %r",
+                "judge: %d of %d verdicts can't be read and count as judge.unreadable_reward=%s; the first: "
+                "%r",
                 len(unreadable),
                 len(texts),
                 self.config.unreadable_reward,
@@ -212,7 +215,8 @@ def read_verdict(text: str, config: JudgeConfig) -> tuple[float, bool]:
     if config.unreadable_reward is None:
         raise RuntimeError(
             f"judge: no verdict in {text[:200]!r}; change judge.template or judge.pattern, raise "
-            "judge.generation.sampling.max_response_tokens, or set judge.unreadable_reward to the reward of such rows"
+            "judge.generation.sampling.max_response_tokens, or set judge.unreadable_reward to the reward of "
+            "such rows"
         )
     return config.unreadable_reward, False
 

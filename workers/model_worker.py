@@ -35,7 +35,8 @@ def training_layout(config: TrainConfig, world_size: int, role: str) -> Layout:
     if parallel < 1 or world_size % parallel:
         raise ValueError(
             f"{role}.train: pp={config.pp} x tp={config.tp} does not divide the pool's {world_size} devices; "
-            f"choose sizes whose product is one of {[n for n in range(1, world_size + 1) if world_size % n == 0]}"
+            "choose sizes whose product is one of "
+            f"{[n for n in range(1, world_size + 1) if world_size % n == 0]}"
         )
     return Layout.of(order=tuple(config.rank_order), dp=world_size // parallel, pp=config.pp, tp=config.tp)
 
@@ -200,7 +201,8 @@ class MiniBatches:
 
 
 def mean_over_steps(steps: Sequence[Mapping[str, float]], prefix: str) -> Metrics:
-    """Each metric's mean over the optimizer steps (_max and _min: over all of them), under the role's name."""
+    """Each metric's mean over the optimizer steps (_max and _min: over all of them), under the role's
+    name."""
     combined: dict[str, float] = {}
     for name in steps[0]:
         values = [step[name] for step in steps]

@@ -90,8 +90,10 @@ class FunctionScorer(Worker):
                 ray.cancel(ref, force=True)
             chunk = chunks[refs.index(late[0])]
             raise RuntimeError(
-                f"{self.role}.function={self.config.function!r} took over timeout_s={self.config.timeout_s} for {len(chunk)} rows, the "
-                f"first with prompt {chunk[0]['prompt']!r} and response {chunk[0]['response'][:200]!r}; make it faster, give it a timeout "
+                f"{self.role}.function={self.config.function!r} took over timeout_s={self.config.timeout_s} "
+                f"for {len(chunk)} rows, the "
+                f"first with prompt {chunk[0]['prompt']!r} and response {chunk[0]['response'][:200]!r}; make "
+                "it faster, give it a timeout "
                 f"of its own, or raise {self.role}.timeout_s"
             )
         try:
@@ -163,7 +165,8 @@ def is_function(config: RewardConfig, role: str) -> bool:
     """ValueError if it is neither a function nor a model, or both."""
     if config.function is None and config.model is None:
         raise ValueError(
-            f"{role}: neither function nor model is set; set {role}.function=package.module:name or {role}.model.path=..."
+            f"{role}: neither function nor model is set; set {role}.function=package.module:name or "
+            f"{role}.model.path=..."
         )
     if config.function is not None and config.model is not None:
         raise ValueError(f"{role}: both function={config.function!r} and a model are set; choose one")

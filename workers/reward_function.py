@@ -28,7 +28,8 @@ def resolve(path: str, role: str = "reward") -> RewardFunction:
     except Exception as error:
         # The user's module: whatever it raises (a missing library, a syntax error), the run does not start.
         raise ValueError(
-            f"{role}.function={path!r}: module {module_name!r} can't be imported ({type(error).__name__}: {error}); it must be importable "
+            f"{role}.function={path!r}: module {module_name!r} can't be imported ({type(error).__name__}: "
+            f"{error}); it must be importable "
             "on every node"
         ) from error
     if name not in vars(module):
@@ -54,7 +55,8 @@ def check_columns(path: str, names: Iterable[str], role: str) -> None:
         inspect.signature(resolve(path, role)).bind(**given)
     except TypeError as error:
         raise ValueError(
-            f"{role}.function={path!r} does not fit the data ({error}): it is called by keyword with {', '.join(given)}; let it end in "
+            f"{role}.function={path!r} does not fit the data ({error}): it is called by keyword with "
+            f"{', '.join(given)}; let it end in "
             "**columns, give further parameters a default, or correct data.answer_column and data.columns"
         ) from None
 
@@ -81,12 +83,14 @@ def _checked(path: str, row: Mapping[str, Any], result: Any, role: str) -> tuple
     numbers = dict(result) if isinstance(result, Mapping) else {role: result}
     if role not in numbers:
         raise ValueError(
-            f"{role}.function={path!r} returned a dict without {role!r} ({sorted(numbers)}) on {_describe(row)}"
+            f"{role}.function={path!r} returned a dict without {role!r} ({sorted(numbers)}) on "
+            f"{_describe(row)}"
         )
     for name, value in numbers.items():
         if not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError(
-                f"{role}.function={path!r} returned {name}={value!r} on {_describe(row)}; return finite numbers"
+                f"{role}.function={path!r} returned {name}={value!r} on {_describe(row)}; return finite "
+                "numbers"
             )
     score = float(numbers.pop(role))
     return score, {name: float(value) for name, value in numbers.items()}

@@ -157,7 +157,8 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         if "response" not in self.template_fields:
             raise ValueError(
-                f"judge.template is {self.template!r}; it must have {{response}}, or the judge would not see the answer"
+                f"judge.template is {self.template!r}; it must have {{response}}, or the judge would not see "
+                "the answer"
             )
         yes, no = self.yes.strip().lower(), self.no.strip().lower()
         if not yes or not no or yes == no:
@@ -167,13 +168,15 @@ class JudgeConfig:
         for name, value in (("pattern", self.pattern), ("unreadable_reward", self.unreadable_reward)):
             if self.verdict is VerdictKind.probability and value not in ("", None):
                 raise ValueError(
-                    f"judge.{name} is {value!r}, which nothing reads with judge.verdict=probability; set judge.verdict=written, or leave "
+                    f"judge.{name} is {value!r}, which nothing reads with judge.verdict=probability; set "
+                    "judge.verdict=written, or leave "
                     "it out"
                 )
         self._check_pattern()
         if self.unreadable_reward is not None and not math.isfinite(self.unreadable_reward):
             raise ValueError(
-                f"judge.unreadable_reward is {self.unreadable_reward}; give a finite reward, or null to stop the run instead"
+                f"judge.unreadable_reward is {self.unreadable_reward}; give a finite reward, or null to stop "
+                "the run instead"
             )
 
     @property
@@ -183,7 +186,8 @@ class JudgeConfig:
             return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
         except ValueError as error:
             raise ValueError(
-                f"judge.template is {self.template!r} ({error}); names stand in braces, and a brace that is text is written twice"
+                f"judge.template is {self.template!r} ({error}); names stand in braces, and a brace that is "
+                "text is written twice"
             ) from None
 
     def _check_pattern(self) -> None:
@@ -195,5 +199,6 @@ class JudgeConfig:
             ) from None
         if groups > 1:
             raise ValueError(
-                f"judge.pattern is {self.pattern!r} with {groups} groups; use one for the verdict, and (?:...) for the others"
+                f"judge.pattern is {self.pattern!r} with {groups} groups; use one for the verdict, and "
+                "(?:...) for the others"
             )

@@ -239,7 +239,8 @@ class PreferenceModel(TrainedRole):
     )
     @abstractmethod
     def update_costs(self, batch: Batch) -> Metrics:
-        """The same on costs (the chosen row is the more harmful one), and their sign tells unsafe from safe."""
+        """The same on costs (the chosen row is the more harmful one), and their sign tells unsafe from
+        safe."""
 
 
 class Reward(Worker):

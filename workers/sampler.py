@@ -26,7 +26,8 @@ from workers.role_config import ActorConfig
 
 
 class Sampler:
-    """sampler = Sampler(config, context, layout); ...weights in...; batch = sampler.generate(prompts, None)"""
+    """sampler = Sampler(config, context, layout); ...weights in...; batch = sampler.generate(prompts,
+    None)"""
 
     def __init__(
         self, config: ActorConfig, context: RankContext, layout: Layout, *, load_weights: bool = False

@@ -83,7 +83,8 @@ class GenerationWorker(SplitGenerator):
         super().__init__(config, context)
         if config.generation.release_during_training:
             raise ValueError(
-                "actor.generation.release_during_training is true, but generation has a pool of its own; set it to false"
+                "actor.generation.release_during_training is true, but generation has a pool of its own; set "
+                "it to false"
             )
         self.sampler = Sampler(config, context, self.layouts(config, context.world_size)["generation"])
 
@@ -132,8 +133,10 @@ def generation_layout(sizes: GenerationConfig, world_size: int, role: str) -> La
     parallel = sizes.pp * sizes.tp
     if parallel < 1 or world_size % parallel:
         raise ValueError(
-            f"{role}.generation: pp={sizes.pp} x tp={sizes.tp} does not divide the {world_size} devices of generation's pool; "
-            f"choose sizes whose product is one of {[n for n in range(1, world_size + 1) if world_size % n == 0]}"
+            f"{role}.generation: pp={sizes.pp} x tp={sizes.tp} does not divide the {world_size} devices of "
+            "generation's pool; "
+            "choose sizes whose product is one of "
+            f"{[n for n in range(1, world_size + 1) if world_size % n == 0]}"
         )
     return Layout.of(dp=world_size // parallel, pp=sizes.pp, tp=sizes.tp)
 

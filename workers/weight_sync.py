@@ -190,8 +190,10 @@ class WeightSync:
         dist.all_reduce(gap, op=dist.ReduceOp.MAX)
         if float(gap) > self.probe_tolerance:
             raise AttestationError(
-                f"probe: after a sync with equal digests the generation engine scores a fixed sequence {float(gap):.3g} per token away "
-                f"from the trainer (probe_tolerance={self.probe_tolerance}): it computes with other weights or in another way. If the "
+                "probe: after a sync with equal digests the generation engine scores a fixed sequence "
+                f"{float(gap):.3g} per token away "
+                f"from the trainer (probe_tolerance={self.probe_tolerance}): it computes with other weights "
+                "or in another way. If the "
                 "engines' precisions explain it, raise actor.probe_tolerance; otherwise do not train on"
             )
         return float(gap)

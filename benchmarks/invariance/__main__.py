@@ -228,7 +228,8 @@ def compare(chosen: list[Combination], directory: Path) -> list[dict[str, Any]]:
 def show(row: dict[str, Any], seconds: float) -> None:
     where = f"{row['algorithm']:<10} {row['engine']:<10} {row['layout']:<15} {row['micro_batch_tokens']:>5} {row['placement']:<10}"
     print(
-        f"{where} loss {row['loss_error']:.1e}  norm {row['grad_norm_error']:.1e}  update {row['update_error']:.1e}  {seconds:.0f} s",
+        f"{where} loss {row['loss_error']:.1e}  norm {row['grad_norm_error']:.1e}  update "
+        f"{row['update_error']:.1e}  {seconds:.0f} s",
         flush=True,
     )
 

@@ -47,7 +47,8 @@ class Row:
 def paper_setting(
     model: str, num_devices: int, *, algorithm: str = "ppo", scorer: str | None = None, **changes: Any
 ) -> Setting:
-    """An algorithm on the paper's testbed; `scorer` is the model of critic, reward and cost if it is another."""
+    """An algorithm on the paper's testbed; `scorer` is the model of critic, reward and cost if it is
+    another."""
     policy, scalar = MODELS[model], MODELS[scorer or model].with_scalar_head()
     dataflow = changes.pop("dataflow", None) or PAPER[algorithm]
     setting = Setting(
@@ -83,7 +84,8 @@ def smallest_rows() -> list[Row]:
         if ours != paper:
             resident = 40 * MODELS[model].num_parameters / ours / 1e9
             why = (
-                f"parameters, gradients and Adam states of four models are {resident:.0f} GB a device on {ours}: it fits, with a KV cache "
+                f"parameters, gradients and Adam states of four models are {resident:.0f} GB a device on "
+                f"{ours}: it fits, with a KV cache "
                 "so small that generation takes many waves; the paper shows no run that small"
             )
         rows.append(
@@ -142,7 +144,8 @@ def _all_apart(model: str, size: int) -> Row:
     sizes = [devices for _, devices in apart.allocation]
     ours = f"{named(best)}: {best.step_s:.1f} s; all apart {sizes}: {apart.step_s:.1f} s"
     why = (
-        f"the sizes of the separate pools {'are the same' if sizes == [64, 32, 16, 16] else 'differ'}, but they idle while others work: "
+        f"the sizes of the separate pools {'are the same' if sizes == [64, 32, 16, 16] else 'differ'}, but "
+        "they idle while others work: "
         f"all apart takes {apart.step_s / best.step_s - 1:+.0%}; {_cheap_gradients()}"
     )
     return Row(
@@ -152,7 +155,8 @@ def _all_apart(model: str, size: int) -> Row:
 
 def _cheap_gradients() -> str:
     return (
-        "colocation scales further here because pipelines of up to 8 stages keep the gradient reduction small; "
+        "colocation scales further here because pipelines of up to 8 stages keep the gradient reduction "
+        "small; "
         "with at most 2 stages two pools win from 96 devices on (docs/mapping.md)"
     )
 
@@ -208,8 +212,10 @@ def generation_rows() -> list[Row]:
                 f"{cut:.1f} %",
                 f"{saved:.1f} %",
                 abs(saved - cut) < 10,
-                "the direction is the same, the gain smaller: here the bytes of the KV cache per device do not depend on tg, so that only "
-                "weights, collectives and the host's work per sequence differ; the paper's engine lost more at tg=8",
+                "the direction is the same, the gain smaller: here the bytes of the KV cache per device do "
+                "not depend on tg, so that only "
+                "weights, collectives and the host's work per sequence differ; the paper's engine lost more "
+                "at tg=8",
             )
         )
     return rows
@@ -252,7 +258,8 @@ def transition_rows() -> list[Row]:
             "87.8 s",
             f"{whole:.1f} s",
             0.5 < whole / 87.8 < 2,
-            "here one large all-gather at the links' speed; DeepSpeed-Chat gathers layer by layer and keeps to neither",
+            "here one large all-gather at the links' speed; DeepSpeed-Chat gathers layer by layer and keeps "
+            "to neither",
         ),
     ]
 

@@ -96,8 +96,10 @@ def prediction(rows: Sequence[dict[str, Any]], order: bool | None) -> str:
     worst, row = off[-1]
     agreed = {True: "is the measured one", False: "is NOT the measured one", None: "was not measured"}[order]
     return (
-        f"{text}\n\nMedian difference {off[len(off) // 2][0]:.0%}, largest {worst:.0%} ({row['phase']} of {row['configuration']}); "
-        f"{sum(difference <= 0.3 for difference, _ in off)} of {len(off)} are within 30 %. The predicted order of placements {agreed}."
+        f"{text}\n\nMedian difference {off[len(off) // 2][0]:.0%}, largest {worst:.0%} ({row['phase']} of "
+        f"{row['configuration']}); "
+        f"{sum(difference <= 0.3 for difference, _ in off)} of {len(off)} are within 30 %. The predicted "
+        f"order of placements {agreed}."
     )
 
 

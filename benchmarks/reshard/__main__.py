@@ -305,14 +305,17 @@ def paper_received(name: str, pg: int, tg: int, model_bytes: int) -> int | None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| training | generation pg-tg | received at most, MB | bound | paper | extra, MB | seconds | gather all | V | attest |",
+        "| training | generation pg-tg | received at most, MB | bound | paper | extra, MB | seconds | gather "
+        "all | V | attest |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         paper = f"{row['paper_received_max'] / 1e6:.1f}" if row["paper_received_max"] is not None else "-"
         lines.append(
-            f"| {row['source']} | {row['target']} | {row['received_max'] / 1e6:.1f} | {row['bound_max'] / 1e6:.1f} | {paper} "
-            f"| {row['extra_peak_bytes'] / 1e6:.1f} | {row['seconds']:.3f} | {row['seconds_golden']:.3f} | {row['seconds_vanilla']:.3f} "
+            f"| {row['source']} | {row['target']} | {row['received_max'] / 1e6:.1f} | "
+            f"{row['bound_max'] / 1e6:.1f} | {paper} "
+            f"| {row['extra_peak_bytes'] / 1e6:.1f} | {row['seconds']:.3f} | {row['seconds_golden']:.3f} | "
+            f"{row['seconds_vanilla']:.3f} "
             f"| {row['seconds_attest']:.3f} |"
         )
     return "\n".join(lines)

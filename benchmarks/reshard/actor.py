@@ -180,12 +180,14 @@ def summary(ranks: list[tuple[Report, list[Report], list[Report]]]) -> dict[str,
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| sync in the actor | received, MB | seconds | moving | attesting | taking in | probe | unattested | attestation adds | prepare |",
+        "| sync in the actor | received, MB | seconds | moving | attesting | taking in | probe | unattested "
+        "| attestation adds | prepare |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         times = " | ".join(f"{row[part]:.3f}" for part in (*PARTS, "seconds_unattested"))
         lines.append(
-            f"| {row['case']} | {row['received_max'] / 1e6:.1f} | {times} | {100 * row['attest_share']:.1f} % | {row['prepare_s']:.2f} |"
+            f"| {row['case']} | {row['received_max'] / 1e6:.1f} | {times} | {100 * row['attest_share']:.1f} "
+            f"% | {row['prepare_s']:.2f} |"
         )
     return "\n".join(lines)

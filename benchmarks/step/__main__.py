@@ -144,12 +144,14 @@ def row(name: dict[str, Any], made: list[dict[str, Any]]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """One line a row, and how many times faster this system is than the fastest settings of the other."""
     lines = [
-        f"{'system':>10} {'model':>5} {'lengths':>7} {'step s':>7} {'CPU s':>6} {'tokens/s':>9} {'peak MB':>8}  seconds per phase"
+        f"{'system':>10} {'model':>5} {'lengths':>7} {'step s':>7} {'CPU s':>6} {'tokens/s':>9} "
+        f"{'peak MB':>8}  seconds per phase"
     ]
     for one in rows:
         parts = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in one["phases"].items())
         lines.append(
-            f"{one['system']:>10} {one['model']:>5} {one['lengths']:>7} {one['step_s']:7.2f} {one['cpu_s']:6.2f} "
+            f"{one['system']:>10} {one['model']:>5} {one['lengths']:>7} {one['step_s']:7.2f} "
+            f"{one['cpu_s']:6.2f} "
             f"{one['tokens_per_s']:9.0f} {one['peak_bytes'] / 1e6:8.0f}  {parts}"
         )
     for ours in (one for one in rows if one["system"] == OURS):

@@ -60,7 +60,8 @@ class ConversationTokenizer:
         end = self.tokenizer.eos_token_id
         if end is None:
             raise ValueError(
-                f"{row.place}: the tokenizer has no end-of-sequence token, so a text response has no end to learn; "
+                f"{row.place}: the tokenizer has no end-of-sequence token, so a text response has no end to "
+                "learn; "
                 "use a tokenizer with one, or a chat template (data.text_as_user_message=true)"
             )
         return Answered(answered.prompt, [*answered.response, int(end)], [*answered.mask, 1])
@@ -76,7 +77,8 @@ class ConversationTokenizer:
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise ValueError(
-                f"{row.place}: no message has the role 'assistant', so there is nothing to learn; remove the row"
+                f"{row.place}: no message has the role 'assistant', so there is nothing to learn; remove the "
+                "row"
             )
         return self._of_turns(row, messages, turns)
 
@@ -99,8 +101,10 @@ class ConversationTokenizer:
         text = self.prompts.render(row, list(messages), generation_prompt=generation_prompt)
         if not text.startswith(begin):
             raise ValueError(
-                f"{row.place}: the chat template writes the first messages differently once message {len(messages) - 1} (from 0) follows, "
-                "so no one text has all turns; give data.chat_template a template that keeps earlier turns as they are, "
+                f"{row.place}: the chat template writes the first messages differently once message "
+                f"{len(messages) - 1} (from 0) follows, "
+                "so no one text has all turns; give data.chat_template a template that keeps earlier turns "
+                "as they are, "
                 "or store one row for each assistant turn"
             )
         return text
@@ -117,14 +121,16 @@ class ConversationTokenizer:
             learned = self._until_end(ids) if piece.learned else 0
             if piece.learned and not learned:
                 raise ValueError(
-                    f"{row.place}: an assistant turn has no tokens; remove the row, give it a text, or use a chat template that writes it"
+                    f"{row.place}: an assistant turn has no tokens; remove the row, give it a text, or use a "
+                    "chat template that writes it"
                 )
             tokens += ids
             mask += [1] * learned + [0] * (len(ids) - learned)
         first = mask.index(1)
         if not first:
             raise ValueError(
-                f"{row.place}: nothing stands before the first assistant turn, and nothing predicts its first token; add a prompt"
+                f"{row.place}: nothing stands before the first assistant turn, and nothing predicts its "
+                "first token; add a prompt"
             )
         last = len(mask) - mask[::-1].index(1)
         return Answered(tokens[:first], tokens[first:last], mask[first:last])
@@ -145,8 +151,10 @@ def _response_text(row: SourceRow, column: str, response: Any) -> str:
         response = response[0].get("content")
     if not isinstance(response, str):
         raise ValueError(
-            f"{row.place}: {column!r} is {type(response).__name__} {str(response)[:60]!r}; it must be the response as text, "
-            "or a list of one {role: assistant, content} message (the messages before it belong in data.prompt_column)"
+            f"{row.place}: {column!r} is {type(response).__name__} {str(response)[:60]!r}; it must be the "
+            "response as text, "
+            "or a list of one {role: assistant, content} message (the messages before it belong in "
+            "data.prompt_column)"
         )
     if not response.strip():
         raise ValueError(f"{row.place}: {column!r} is empty; remove the row or give it a response")

@@ -74,14 +74,18 @@ class RowLoader:
         """Goes on from there; batch_size may be another one, everything else must be the same."""
         if state["fingerprint"] != self.dataset.fingerprint:
             raise ValueError(
-                f"resume: the checkpoint's data had {state['num_rows']} rows and fingerprint {state['fingerprint'][:12]}, this one "
-                f"has {len(self.dataset)} and {self.dataset.fingerprint[:12]}, so its position {state['position']} means nothing here; "
-                "give the same data.train, columns, length limits and tokenizer, or start anew in another output_dir"
+                f"resume: the checkpoint's data had {state['num_rows']} rows and fingerprint "
+                f"{state['fingerprint'][:12]}, this one "
+                f"has {len(self.dataset)} and {self.dataset.fingerprint[:12]}, so its position "
+                f"{state['position']} means nothing here; "
+                "give the same data.train, columns, length limits and tokenizer, or start anew in another "
+                "output_dir"
             )
         for name, value in (("shuffle", self.config.shuffle), ("seed", self.config.seed)):
             if state[name] != value:
                 raise ValueError(
-                    f"resume: data.{name} is {value}, the checkpoint was written with {state[name]}; rows would be lost or repeated. "
+                    f"resume: data.{name} is {value}, the checkpoint was written with {state[name]}; rows "
+                    "would be lost or repeated. "
                     f"Set data.{name}={state[name]}"
                 )
         self.position = int(state["position"])

@@ -54,7 +54,8 @@ class PairDataset(RowDataset):
             )
             if chosen.response == rejected.response:
                 raise ValueError(
-                    f"{row.place}: {config.chosen_column!r} and {config.rejected_column!r} are the same response, "
+                    f"{row.place}: {config.chosen_column!r} and {config.rejected_column!r} are the same "
+                    "response, "
                     "which prefers nothing; remove the row"
                 )
             longest = len(chosen.prompt) + max(len(chosen.response), len(rejected.response))

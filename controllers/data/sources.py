@@ -52,7 +52,8 @@ def find_files(place: str) -> list[Path] | None:
         or place.startswith((".", "~"))
     ):
         raise ValueError(
-            f"data {place!r}: there is no such file (working directory {Path.cwd()}); give an existing path or a hub name"
+            f"data {place!r}: there is no such file (working directory {Path.cwd()}); give an existing path "
+            "or a hub name"
         )
     else:
         return None
@@ -89,7 +90,8 @@ def read_jsonl(path: Path) -> Iterator[SourceRow]:
                 raise ValueError(f"{place}: not UTF-8 text ({error}); save the file as UTF-8") from error
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"{place}: not valid JSON: {error.msg} at character {error.pos + 1} of {_start(line)}; a line must be one object"
+                    f"{place}: not valid JSON: {error.msg} at character {error.pos + 1} of {_start(line)}; a "
+                    "line must be one object"
                 ) from error
             if not isinstance(values, dict):
                 raise ValueError(
@@ -110,7 +112,8 @@ def read_hub(place: str) -> Iterator[SourceRow]:
         dataset = datasets.load_dataset(name, rest[0] if len(rest) == 2 else None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"data {place!r} is neither a file nor a dataset that the hub gives us ({type(error).__name__}: {error}); "
+            f"data {place!r} is neither a file nor a dataset that the hub gives us ({type(error).__name__}: "
+            f"{error}); "
             "check the name, config and split, or the network"
         ) from error
     for number, values in enumerate(dataset):

@@ -32,14 +32,16 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no tokenizer at {name!r} ({error}); set model.path or model.tokenizer to a directory or hub name"
+            f"no tokenizer at {name!r} ({error}); set model.path or model.tokenizer to a directory or hub "
+            "name"
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if not tokenizer("0 a")[
         "input_ids"
     ]:  # what transformers makes of a model's type alone, where no tokenizer was saved
         raise ValueError(
-            f"no tokenizer at {name!r}: it knows no tokens; set model.tokenizer to a directory or hub name that has one"
+            f"no tokenizer at {name!r}: it knows no tokens; set model.tokenizer to a directory or hub name "
+            "that has one"
         )
     return tokenizer
 
@@ -79,7 +81,8 @@ class PromptTokenizer:
         messages = check_messages(row, column, what="text or ")
         if messages[-1]["role"] == "assistant":
             raise ValueError(
-                f"{row.place}: message {len(messages) - 1} (from 0) of {column!r} is the last one and the assistant's, "
+                f"{row.place}: message {len(messages) - 1} (from 0) of {column!r} is the last one and the "
+                "assistant's, "
                 "so there is nothing to answer; remove it"
             )
         return messages
@@ -88,8 +91,10 @@ class PromptTokenizer:
         """The text that the chat template makes of the messages."""
         if self.template is None and self.tokenizer.chat_template is None:
             raise ValueError(
-                f"{row.place}: the prompt is a list of chat messages, but the tokenizer has no chat template; "
-                "set data.chat_template to a file with one, use an instruction-tuned model's tokenizer, or store prompts as text"
+                f"{row.place}: the prompt is a list of chat messages, but the tokenizer has no chat "
+                "template; "
+                "set data.chat_template to a file with one, use an instruction-tuned model's tokenizer, or "
+                "store prompts as text"
             )
         try:
             text = self.tokenizer.apply_chat_template(
@@ -115,7 +120,8 @@ def extras(row: SourceRow, config: DataConfig) -> dict[str, Any]:
         if values.get(config.answer_column) is None:
             has = "is null in" if config.answer_column in values else "is not among"
             raise ValueError(
-                f"{row.place}: the answer's column {config.answer_column!r} {has} {', '.join(map(repr, values))}; "
+                f"{row.place}: the answer's column {config.answer_column!r} {has} "
+                f"{', '.join(map(repr, values))}; "
                 "set data.answer_column to the right column, or to null if the reward needs no answer"
             )
         kept["answer"] = values[config.answer_column]
@@ -124,11 +130,13 @@ def extras(row: SourceRow, config: DataConfig) -> dict[str, Any]:
     for name in names:
         if name not in values:
             raise ValueError(
-                f"{row.place}: no column {name!r}, it has {', '.join(map(repr, values))}; correct data.columns"
+                f"{row.place}: no column {name!r}, it has {', '.join(map(repr, values))}; correct "
+                "data.columns"
             )
         if name in RESERVED or name in kept:
             raise ValueError(
-                f"{row.place}: column {name!r} has the name of something else that the reward function is given; "
+                f"{row.place}: column {name!r} has the name of something else that the reward function is "
+                "given; "
                 "rename it, or list in data.columns the columns to keep"
             )
         kept[name] = values[name]
@@ -139,7 +147,8 @@ def value_of(row: SourceRow, column: str, setting: str) -> Any:
     """The row's value, which must be there; `setting` names the column."""
     if column not in row.values:
         raise ValueError(
-            f"{row.place}: no column {column!r}, it has {', '.join(map(repr, row.values))}; set {setting} to the right column"
+            f"{row.place}: no column {column!r}, it has {', '.join(map(repr, row.values))}; set {setting} to "
+            "the right column"
         )
     return row.values[column]
 
@@ -172,6 +181,7 @@ def _template(config: DataConfig) -> str | None:
     path = Path(config.chat_template).expanduser()
     if not path.is_file():
         raise ValueError(
-            f"data.chat_template={config.chat_template!r}: there is no such file; give the path of a Jinja template"
+            f"data.chat_template={config.chat_template!r}: there is no such file; give the path of a Jinja "
+            "template"
         )
     return path.read_text(encoding="utf-8")

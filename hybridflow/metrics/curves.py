@@ -33,7 +33,8 @@ class Curve:
 
 
 def draw_curves(jsonl: Path, png: Path, curves: Sequence[Curve], *, title: str = "") -> None:
-    """One panel per curve over the training step, side by side; first and last value stand beside the title."""
+    """One panel per curve over the training step, side by side; first and last value stand beside the
+    title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -95,7 +95,8 @@ class WandbSink(Sink):
         try:
             if mode == "online" and not wandb.login(prompt=False):
                 raise ValueError(
-                    "metrics.wandb: online, but nobody is logged in; run `wandb login`, or set metrics.wandb=offline"
+                    "metrics.wandb: online, but nobody is logged in; run `wandb login`, or set "
+                    "metrics.wandb=offline"
                 )
             self._run = wandb.init(
                 project=project,

@@ -140,7 +140,8 @@ def zero3(rules: Sequence[ParameterRule], num_ranks: int) -> ShardMap:
 
 
 def generation(rules: Sequence[ParameterRule], grouping: Grouping) -> ShardMap:
-    """vLLM's layout under `grouping`: padded vocabulary, replicated key-value heads, even contiguous stages."""
+    """vLLM's layout under `grouping`: padded vocabulary, replicated key-value heads, even contiguous
+    stages."""
     stages = _stages(rules, grouping.pp)
     boxes = {
         (stage, part): _boxes(rules, stages, stage, grouping.pp, part, grouping.tp, padding=VOCAB_PADDING)

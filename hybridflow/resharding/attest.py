@@ -219,7 +219,8 @@ class Attestor:
             if odd:
                 holders = np.nonzero(source.holds[part])[0].tolist()
                 lines.append(
-                    f"{target.describe(part)}: generation ranks {odd} hold other bits than training ranks {holders}"
+                    f"{target.describe(part)}: generation ranks {odd} hold other bits than training ranks "
+                    f"{holders}"
                 )
         return lines
 
@@ -308,7 +309,8 @@ def compare(source: Parts, source_digests: Ints, target: Parts, target_digests: 
 def differences(
     source: Parts, source_digests: Ints, target: Parts, target_digests: Ints
 ) -> tuple[list[str], set[str]]:
-    """(a line per fault, names of the parameters at fault): replicas that disagree, and sides that disagree."""
+    """(a line per fault, names of the parameters at fault): replicas that disagree, and sides that
+    disagree."""
     faults: list[str] = []
     source_sums = source.sums(_agreed(source, source_digests, "training", faults))
     target_sums = target.sums(_agreed(target, target_digests, "generation", faults))
@@ -317,7 +319,8 @@ def differences(
         if source_sums[name] != value:
             ours, theirs = target.holders(name), source.holders(name)
             faults.append(
-                f"{name}: generation ranks {ours} hold digest {value:016x}, training ranks {theirs} {source_sums[name]:016x}"
+                f"{name}: generation ranks {ours} hold digest {value:016x}, training ranks {theirs} "
+                f"{source_sums[name]:016x}"
             )
             names.add(name)
     return faults, names
@@ -373,7 +376,8 @@ def _agreed(parts: Parts, digests: Ints, side: str, faults: list[str]) -> Ints:
             value[part] = values[count.argmax()]
         odd = [int(rank) for rank in holders if digests[rank, part] != value[part]]
         faults.append(
-            f"{parts.describe(part)}: {side} ranks {odd} differ from ranks {[int(r) for r in holders if int(r) not in odd]}"
+            f"{parts.describe(part)}: {side} ranks {odd} differ from ranks "
+            f"{[int(r) for r in holders if int(r) not in odd]}"
         )
     return value
 

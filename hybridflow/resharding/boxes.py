@@ -41,7 +41,8 @@ def distinct(start: Ints, shape: Ints) -> tuple[Ints, Ints, Ints]:
 def intersections(
     start: Ints, shape: Ints, other_start: Ints, other_shape: Ints
 ) -> tuple[Ints, Ints, Ints, Ints]:
-    """All non-empty intersections of two lists: (index into the first, index into the second, start, shape)."""
+    """All non-empty intersections of two lists: (index into the first, index into the second, start,
+    shape)."""
     parts = []
     step = max(1, _PAIRS_AT_ONCE // max(1, len(other_start)))
     for begin in range(0, max(1, len(start)), step):

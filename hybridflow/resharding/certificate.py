@@ -56,13 +56,17 @@ class Certificate:
         allowed = f"{EXTRA_MEMORY_BUCKETS} buckets of {_mb(self.bucket_bytes)} allowed"
         return "\n".join(
             [
-                f"certificate: {self.num_parameters} parameters, {_mb(self.model_bytes)}, {self.num_ranks} ranks",
+                f"certificate: {self.num_parameters} parameters, {_mb(self.model_bytes)}, {self.num_ranks} "
+                "ranks",
                 "  every destination element is written exactly once, from a rank that holds it",
-                f"  received per rank   {_mb(self.received_max)} at most, {_mb(self.received_total)} in total",
+                f"  received per rank   {_mb(self.received_max)} at most, {_mb(self.received_total)} in "
+                "total",
                 "  bytes received by every rank = the lower bound: what it needs and does not hold",
-                f"  sent per rank       {_mb(self.sent_max)} at most; no better balance within {_mb(self.sender_imbalance)}",
+                f"  sent per rank       {_mb(self.sent_max)} at most; no better balance within "
+                f"{_mb(self.sender_imbalance)}",
                 f"  extra memory        {_mb(self.extra_peak_bytes)} at most ({allowed})",
-                f"  between machines    {_mb(self.between_machines_bytes)}; busiest link {first} -> {second}: {_mb(link)}",
+                f"  between machines    {_mb(self.between_machines_bytes)}; busiest link {first} -> "
+                f"{second}: {_mb(link)}",
                 f"  {self.num_transfers} transfers in {self.num_rounds} rounds",
             ]
         )
@@ -81,11 +85,13 @@ def verify(plan: Plan) -> Certificate:
     imbalance, extra = _sender_imbalance(plan), _extra_peak(plan)
     if imbalance > plan.bucket_bytes:
         raise PlanError(
-            f"senders of replicated data differ by {imbalance} bytes, more than one bucket of {plan.bucket_bytes}"
+            f"senders of replicated data differ by {imbalance} bytes, more than one bucket of "
+            f"{plan.bucket_bytes}"
         )
     if extra > EXTRA_MEMORY_BUCKETS * plan.bucket_bytes:
         raise PlanError(
-            f"a rank needs {extra} bytes of extra memory, more than {EXTRA_MEMORY_BUCKETS} buckets of {plan.bucket_bytes}"
+            f"a rank needs {extra} bytes of extra memory, more than {EXTRA_MEMORY_BUCKETS} buckets of "
+            f"{plan.bucket_bytes}"
         )
     between, link = _links(plan)
     return Certificate(
@@ -157,7 +163,8 @@ def _rows_of(plan: Plan, shard_map: ShardMap, rank: Ints, verb: str, problem: st
         bad = int(np.nonzero(result < 0)[0][0])
         name = plan.target.parameters[int(plan.parameter[bad])].name
         raise PlanError(
-            f"{name}: rank {rank[bad]} {verb} start {plan.start[bad]} shape {plan.shape[bad]}, which it {problem}"
+            f"{name}: rank {rank[bad]} {verb} start {plan.start[bad]} shape {plan.shape[bad]}, which it "
+            f"{problem}"
         )
     return result
 
@@ -172,7 +179,8 @@ def _check_cover(plan: Plan) -> None:
         bad = int(wrong[0])
         name = plan.target.parameters[int(plan.target.parameter[bad])].name
         raise PlanError(
-            f"{name}: rank {plan.target.rank[bad]} gets {filled[bad]} of {volumes(plan.target.shape)[bad]} elements"
+            f"{name}: rank {plan.target.rank[bad]} gets {filled[bad]} of {volumes(plan.target.shape)[bad]} "
+            "elements"
         )
     order = np.argsort(row, kind="stable")
     _, first, count = np.unique(row[order], return_index=True, return_counts=True)

@@ -56,7 +56,8 @@ def draw_plan(plan: Plan, path: Path, title: str) -> None:
         _panel(axis, cells[rank], held[rank] >= 0, colours)
         axis.set_title(f"rank {rank}: receives {received[rank] / plan.target.num_bytes:.3g} M", fontsize=9)
     panels.supxlabel(
-        "parameters, first layer to last; outlined: what the rank trains; number and colour: where it comes from",
+        "parameters, first layer to last; outlined: what the rank trains; number and colour: where it comes "
+        "from",
         fontsize=9,
     )
     panels.supylabel("tensor dim", fontsize=9)

@@ -64,7 +64,8 @@ class Grouping:
         replicas, pp, tp = (max(at[i] for at in coordinates) + 1 for i in range(3))
         if len(place) != len(coordinates) or len(place) != replicas * pp * tp:
             raise ValueError(
-                f"grouping: {len(coordinates)} ranks do not fill {replicas} x {pp} x {tp} coordinates once each"
+                f"grouping: {len(coordinates)} ranks do not fill {replicas} x {pp} x {tp} coordinates once "
+                "each"
             )
         return cls(
             tuple(tuple(tuple(place[i, j, k] for k in range(tp)) for j in range(pp)) for i in range(replicas))
@@ -119,7 +120,8 @@ def zero_redundancy(layout: Layout, *, tp: int, pp: int = 1) -> Grouping:
     t, p = layout.axis_size("tp"), layout.axis_size("pp")
     if t % tp or p % pp:
         raise ValueError(
-            f"zero-redundancy grouping: generation tp={tp}, pp={pp} must divide training tp={t}, pp={p}; use fewest_bytes"
+            f"zero-redundancy grouping: generation tp={tp}, pp={pp} must divide training tp={t}, pp={p}; use "
+            "fewest_bytes"
         )
     every_t, every_p = t // tp, p // pp
     coordinates = []

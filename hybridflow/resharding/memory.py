@@ -23,11 +23,13 @@ class LocalMemory:
             for shard in parameter.shards:
                 if tuple(shard.tensor.shape) != shard.box.shape:
                     raise ValueError(
-                        f"parameter {parameter.name}: tensor of shape {tuple(shard.tensor.shape)} for {shard.box}"
+                        f"parameter {parameter.name}: tensor of shape {tuple(shard.tensor.shape)} for "
+                        f"{shard.box}"
                     )
                 if shard.tensor.dtype != parameter.dtype:
                     raise ValueError(
-                        f"parameter {parameter.name}: tensor of {shard.tensor.dtype}, declared {parameter.dtype}"
+                        f"parameter {parameter.name}: tensor of {shard.tensor.dtype}, declared "
+                        f"{parameter.dtype}"
                     )
                 shards.append((shard.box, shard.tensor.detach()))
 
@@ -46,7 +48,8 @@ class LocalMemory:
                         tensor = tensor.narrow(dim, first - low, size)
                 return tensor
         raise ValueError(
-            f"parameter {name}: this rank has no memory for start {tuple(start)} shape {tuple(shape)}; is the plan of this layout?"
+            f"parameter {name}: this rank has no memory for start {tuple(start)} shape {tuple(shape)}; is "
+            "the plan of this layout?"
         )
 
 

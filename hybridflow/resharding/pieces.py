@@ -36,7 +36,8 @@ class Pieces:
 
 
 def cut(source: ShardMap, target: ShardMap, nodes: Ints, limit_bytes: int) -> Pieces:
-    """All pieces of at most `limit_bytes`, by parameter. ValueError where a needed element is held by nobody."""
+    """All pieces of at most `limit_bytes`, by parameter. ValueError where a needed element is held by
+    nobody."""
     sets: dict[tuple[int, ...], int] = {}
     known: dict[tuple[object, ...], tuple[Ints, Ints, Ints, Ints]] = {}
     parts: list[tuple[Ints, Ints, Ints, Ints, Ints]] = []
@@ -44,7 +45,8 @@ def cut(source: ShardMap, target: ShardMap, nodes: Ints, limit_bytes: int) -> Pi
         have, need = source.rows(number), target.rows(number)
         if need.start == need.stop:
             raise ValueError(
-                f"{spec.name}: no target rank wants it; a parameter that is needed nowhere should not be in the target"
+                f"{spec.name}: no target rank wants it; a parameter that is needed nowhere should not be in "
+                "the target"
             )
         signature = (
             spec.itemsize,

@@ -167,7 +167,8 @@ def aligned(source: ShardMap, target: ShardMap, nodes: tuple[int, ...], unused: 
     """`source` with the target's parameters in the target's order."""
     if source.num_ranks != target.num_ranks or len(nodes) != target.num_ranks:
         raise ValueError(
-            f"compile: source has {source.num_ranks} ranks, target {target.num_ranks}, nodes {len(nodes)}; relabel them into one rank space"
+            f"compile: source has {source.num_ranks} ranks, target {target.num_ranks}, nodes {len(nodes)}; "
+            "relabel them into one rank space"
         )
     number = {spec.name: i for i, spec in enumerate(source.parameters)}
     wanted = {spec.name for spec in target.parameters}

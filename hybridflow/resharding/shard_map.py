@@ -141,7 +141,8 @@ class ShardMap:
                 spec = specs.setdefault(name, ParameterSpec(name, tuple(shape), dtype))
                 if (spec.shape, spec.dtype) != (tuple(shape), dtype):
                     raise ValueError(
-                        f"parameter {name}: rank {rank} has {tuple(shape)} {dtype}, an earlier rank {spec.shape} {spec.dtype}"
+                        f"parameter {name}: rank {rank} has {tuple(shape)} {dtype}, an earlier rank "
+                        f"{spec.shape} {spec.dtype}"
                     )
         held = {
             rank: [(name, box) for name, _, _, boxes in rows for box in boxes]
@@ -154,7 +155,8 @@ class ShardMap:
         pools, say)."""
         if len(ranks) != self.num_ranks or len(set(ranks)) != len(ranks):
             raise ValueError(
-                f"relabel: {self.num_ranks} ranks need {self.num_ranks} different new ranks, got {list(ranks)}"
+                f"relabel: {self.num_ranks} ranks need {self.num_ranks} different new ranks, got "
+                f"{list(ranks)}"
             )
         if any(not 0 <= rank < num_ranks for rank in ranks):
             raise ValueError(f"relabel: new ranks {list(ranks)} must lie in 0..{num_ranks - 1}")
@@ -214,7 +216,8 @@ class ShardMap:
         for parameter, rank, start, shape in self._several():
             if overlapping(start, shape):
                 raise ValueError(
-                    f"parameter {self.parameters[parameter].name}: boxes of rank {rank} overlap; list every element once"
+                    f"parameter {self.parameters[parameter].name}: boxes of rank {rank} overlap; list every "
+                    "element once"
                 )
 
     def _several(self) -> Iterator[tuple[int, int, Ints, Ints]]:

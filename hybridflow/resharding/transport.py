@@ -77,7 +77,8 @@ def rank_in(group: dist.ProcessGroup | None) -> int:
 
 
 def device_kinds(group: dist.ProcessGroup | None) -> list[torch.device]:
-    """Kinds of devices whose tensors the group can send (None: the default group; empty where there is none)."""
+    """Kinds of devices whose tensors the group can send (None: the default group; empty where there is
+    none)."""
     group = group if group is not None else dist.group.WORLD
     return list(group._device_types) if group is not None else []
 

@@ -56,7 +56,7 @@ def main() -> None:
     if finished.returncode:
         raise SystemExit(finished.returncode)
     summary = summarise(output)
-    draw_curves(output)
+    draw_progress(output)
     show(console, summary, output)
 
 
@@ -95,7 +95,7 @@ def summarise(output: Path) -> dict[str, Any]:
     return summary
 
 
-def draw_curves(output: Path) -> None:
+def draw_progress(output: Path) -> None:
     curves = [
         Curve(metric="reward/mean", label="reward of the samples"),
         Curve(metric="reward/mean", split="validation", label="held-out accuracy, greedy", percent=True),

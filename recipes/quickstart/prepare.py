@@ -86,7 +86,8 @@ def _make(
     model = make_model(tokenizer, config.shape, seed)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
-        f"{len(train)} training and {len(test)} held-out questions; Qwen2 model of {num_parameters / 1e6:.1f} M parameters"
+        f"{len(train)} training and {len(test)} held-out questions; Qwen2 model of "
+        f"{num_parameters / 1e6:.1f} M parameters"
     )
     with _progress(console, config.warm_start.num_steps) as on_step:
         warm_start(model, tokenizer, train, config.warm_start, seed, on_step)
@@ -103,7 +104,8 @@ def _make(
         seconds=time.perf_counter() - started,
     )
     console.print(
-        f"Warm start: held-out greedy accuracy {accuracy:.1%}, {prepared.seconds:.0f} s, saved in {prepared.model_path}"
+        f"Warm start: held-out greedy accuracy {accuracy:.1%}, {prepared.seconds:.0f} s, saved in "
+        f"{prepared.model_path}"
     )
     result = {"accuracy": accuracy, "num_parameters": num_parameters, "seconds": prepared.seconds}
     (directory / RECORD).write_text(json.dumps({"settings": settings, "result": result}, indent=2) + "\n")
@@ -111,7 +113,8 @@ def _make(
 
 
 def _find(directory: Path, settings: dict[str, object]) -> Prepared | None:
-    """What an earlier call made with these settings; the record is written last, so it stands for everything."""
+    """What an earlier call made with these settings; the record is written last, so it stands for
+    everything."""
     if not (directory / RECORD).is_file():
         return None
     record = json.loads((directory / RECORD).read_text())

@@ -71,7 +71,8 @@ def warm_start(
 
 
 def tokenize(tokenizer: Qwen2Tokenizer, example: Example) -> tuple[list[int], list[int]]:
-    """(prompt, response): the prompt as the data pipeline will make it, the demonstration with the end token."""
+    """(prompt, response): the prompt as the data pipeline will make it, the demonstration with the end
+    token."""
     return prompt_ids(tokenizer, example.question), [
         *tokenizer.encode(example.demonstration),
         tokenizer.eos_token_id,

@@ -59,11 +59,12 @@ def main() -> None:
             raise SystemExit(finished.returncode)
         seconds[name] = time.perf_counter() - before
     summary = summarise(output, seconds | {"all": time.perf_counter() - started})
-    draw_curves(output)
+    draw_progress(output)
     show(summary, output)
     if summary["rule_after"] <= summary["rule_before"]:
         CONSOLE.print(
-            "[red]the rule's score did not rise: the policy learned what the reward model says, not what the rule wants"
+            "[red]the rule's score did not rise: the policy learned what the reward model says, not what the "
+            "rule wants"
         )
         raise SystemExit(1)
 
@@ -172,7 +173,7 @@ def summarise(output: Path, seconds: dict[str, float]) -> dict[str, Any]:
 NAMES = {"learned_reward": "reward/mean", "rule": "gold/mean", "exact": "gold/exact"}
 
 
-def draw_curves(output: Path) -> None:
+def draw_progress(output: Path) -> None:
     curves = [
         Curve(metric="reward/mean", split="validation", label="learned reward"),
         Curve(metric="gold/mean", split="validation", label="the rule's score", percent=True),
@@ -195,7 +196,8 @@ def show(summary: dict[str, Any], output: Path) -> None:
             )
     CONSOLE.print(table)
     CONSOLE.print(
-        f"reward model: {summary['reward_model_accuracy']:.1%} of held-out pairs; all stages: {summary['seconds']['all']:.0f} s; "
+        f"reward model: {summary['reward_model_accuracy']:.1%} of held-out pairs; all stages: "
+        f"{summary['seconds']['all']:.0f} s; "
         f"curves: {output}/curves.png, summary: {output}/summary.json",
         highlight=False,
     )

@@ -1,4 +1,5 @@
-"""The rule that makes the preferences and is never shown to the policy: gold.function=recipes.rlhf.rule:score"""
+"""The rule that makes the preferences and is never shown to the policy:
+gold.function=recipes.rlhf.rule:score"""
 
 from __future__ import annotations
 

@@ -89,7 +89,8 @@ def main() -> None:
     arguments = parser.parse_args()
     made = prepare_teachers(arguments.directory, arguments.seed)
     print(
-        f"teacher {made.teacher}: {made.teacher_accuracy:.1%} right; judge {made.judge}: {made.judge_accuracy:.1%} of verdicts right"
+        f"teacher {made.teacher}: {made.teacher_accuracy:.1%} right; judge {made.judge}: "
+        f"{made.judge_accuracy:.1%} of verdicts right"
     )
 
 

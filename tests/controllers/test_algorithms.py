@@ -159,7 +159,8 @@ def test_state_survives_a_checkpoint(name: str) -> None:
 
 
 def test_the_adaptive_kl_coefficient_moves_and_is_restored() -> None:
-    """KL per response is (-0.5, 0), its mean -0.25 far below the target: down by 0.2 x 2 rows / horizon 10."""
+    """KL per response is (-0.5, 0), its mean -0.25 far below the target: down by 0.2 x 2 rows / horizon
+    10."""
     kl = KLControlConfig(coefficient=0.1, target=6.0, horizon=10)
     algorithm, _ = ppo(kl=kl)
     assert algorithm.step(prompts([7, 9]))["kl/coefficient"] == 0.1, "the one that this step's rewards hold"
@@ -226,7 +227,8 @@ def test_rloo_by_hand() -> None:
 
 
 def test_remax_by_hand() -> None:
-    """Rewards per token (-0.05, 1.1 | -1), to go (1.05, 1.1 | -1), minus the greedy responses' 0.5 and 0.25."""
+    """Rewards per token (-0.05, 1.1 | -1), to go (1.05, 1.1 | -1), minus the greedy responses' 0.5 and
+    0.25."""
     script = replace(TWO_ROWS, rewards=[1.0, -1.0, 0.5, 0.25])
     algorithm, log = made("remax", script, samples_per_prompt=1, kl=KLControlConfig(coefficient=0.1))
     algorithm.step(prompts([7, 9]))
@@ -280,7 +282,8 @@ def test_the_selection_of_tokens_by_hand() -> None:
 
 
 def test_dapo_replaces_prompts_that_teach_nothing() -> None:
-    """Group 9 is all right and is replaced by prompt 100, whose samples differ; nothing that differs is lost."""
+    """Group 9 is all right and is replaced by prompt 100, whose samples differ; nothing that differs is
+    lost."""
     script = Script(responses=[[1], [1], [1], [1], [8, 1], [1]], rewards=[1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     algorithm, log = made("dapo", script)
     metrics = algorithm.step(prompts([7, 7, 9, 9]))

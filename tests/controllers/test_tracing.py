@@ -14,7 +14,7 @@ from controllers.loop import INPUTS
 from controllers.ppo import PPOConfig, compute_advantages
 from hybridflow.batch import Batch
 from hybridflow.dataflow import CallKind, Dataflow
-from hybridflow.tracing import trace, traced_roles
+from hybridflow.tracing import to_mermaid, trace, traced_roles
 from tests.controllers.fakes import CLASSES
 
 

@@ -1,4 +1,5 @@
-"""What the spawned processes of test_deepspeed.py do: a world of two, then process 0 again as a world of one."""
+"""What the spawned processes of test_deepspeed.py do: a world of two, then process 0 again as a world of
+one."""
 
 from __future__ import annotations
 
@@ -209,7 +210,8 @@ def save(rank: int, root: Path) -> None:
 
 
 def resume(rank: int, root: Path, world_size: int) -> None:
-    """The third step: on the same ranks, under another stage, in bfloat16, on one rank, and on engine fsdp."""
+    """The third step: on the same ranks, under another stage, in bfloat16, on one rank, and on engine
+    fsdp."""
     for stage in (2, 3):
         case = Case(stage=stage, world_size=world_size, model=RESUMED.model)
         engine = make_engine(case, root, rank)

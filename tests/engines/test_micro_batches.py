@@ -162,7 +162,8 @@ def test_a_packed_row_has_no_padding_and_keeps_labels_together(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(40, 120))
 def test_packing_makes_few_micro_batches(widths: list[int], budget: int) -> None:
-    """First-fit decreasing against every way there is: 11/9 of the fewest and 6/9 more at most (Dosa 2007)."""
+    """First-fit decreasing against every way there is: 11/9 of the fewest and 6/9 more at most (Dosa
+    2007)."""
     assert len(pack(np.array(widths), budget)) <= 11 / 9 * fewest(sorted(widths), budget, []) + 6 / 9
 
 

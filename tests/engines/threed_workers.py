@@ -77,7 +77,8 @@ class Result:
 
 
 def run_world(rank: int, root: Path, world_size: int, jobs: list[Job]) -> None:
-    """One process of a world: jobs are (name of a function below, its argument), run in order by all ranks."""
+    """One process of a world: jobs are (name of a function below, its argument), run in order by all
+    ranks."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size
@@ -90,7 +91,8 @@ def run_world(rank: int, root: Path, world_size: int, jobs: list[Job]) -> None:
 
 
 def run_worlds(rank: int, root: Path, worlds: list[tuple[int, list[Job]]]) -> None:
-    """Worlds of several sizes one after the other in the same processes; ranks beyond a world's size skip it."""
+    """Worlds of several sizes one after the other in the same processes; ranks beyond a world's size skip
+    it."""
     for world_size, jobs in worlds:
         if rank < world_size:
             run_world(rank, root, world_size, jobs)
@@ -197,7 +199,8 @@ def _third_step(engine: TrainingEngine, case: Case, rank: int, folder: Path) -> 
 
 
 def vocabulary(rank: int, root: Path, precision: Precision) -> None:
-    """log-probs, entropies and the gradient of this rank's logits, of the table that vocabulary_table makes."""
+    """log-probs, entropies and the gradient of this rank's logits, of the table that vocabulary_table
+    makes."""
     dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
     logits, targets = vocabulary_table()
     own = logits.to(dtype).chunk(dist.get_world_size(), dim=-1)[rank].clone().requires_grad_()

@@ -1,4 +1,5 @@
-"""Fitting: constants that made the measurements are found again; the solver against scipy-free brute force."""
+"""Fitting: constants that made the measurements are found again; the solver against scipy-free brute
+force."""
 
 from __future__ import annotations
 

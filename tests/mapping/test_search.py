@@ -1,4 +1,5 @@
-"""The search against brute force over everything that it prunes: placements, device counts, options, memory."""
+"""The search against brute force over everything that it prunes: placements, device counts, options,
+memory."""
 
 from __future__ import annotations
 
@@ -88,7 +89,8 @@ def random_model(draw: random.Random, name: str) -> ModelSpec:
 
 
 def random_setting(seed: int) -> Setting:
-    """A few devices whose memory is between ample and too small, a few roles, a random dataflow's cut of PPO."""
+    """A few devices whose memory is between ample and too small, a few roles, a random dataflow's cut of
+    PPO."""
     draw = random.Random(seed)
     algorithm = draw.choice(["ppo", "grpo", "remax"])
     dataflow = PAPER[algorithm]

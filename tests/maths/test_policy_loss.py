@@ -1,4 +1,5 @@
-"""The policy loss: numbers by hand, values and gradients against the naive loop, the first-step rule, errors."""
+"""The policy loss: numbers by hand, values and gradients against the naive loop, the first-step rule,
+errors."""
 
 from __future__ import annotations
 

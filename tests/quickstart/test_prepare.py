@@ -1,4 +1,5 @@
-"""The quickstart's task, model and preparation (a warm start of a few steps; the real one is a run of 200)."""
+"""The quickstart's task, model and preparation (a warm start of a few steps; the real one is a run of
+200)."""
 
 from __future__ import annotations
 

@@ -100,7 +100,8 @@ def test_the_readmes_defaults_are_the_defaults(composed: Callable[..., DictConfi
 
 
 def test_the_walk_through_the_diff_is_the_diff() -> None:
-    """One file of code, one line of a dict, one config: each stands on the page as it stands in the project."""
+    """One file of code, one line of a dict, one config: each stands on the page as it stands in the
+    project."""
     page = (ROOT / "controllers" / "opo.py").read_text()
     blocks = code_blocks(RECIPES)
     assert page in blocks

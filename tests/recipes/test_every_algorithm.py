@@ -148,7 +148,8 @@ def test_a_resumed_run_is_the_undisturbed_one(
 def test_a_step_without_rows_moves_nothing(
     common: list[str], composed: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
-    """No answer is good enough in either step; the optimizer's weight decay alone would change the weights."""
+    """No answer is good enough in either step; the optimizer's weight decay alone would change the
+    weights."""
     further = [
         "algorithm.min_reward=1000",
         "actor.train.optimizer.weight_decay=0.5",

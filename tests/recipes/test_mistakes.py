@@ -172,7 +172,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a clip that nothing reads": (
         ["actor.loss.clip_high=0.3", "actor.loss.name=policy_gradient"],
-        "actor.loss.clip_high is 0.3, which nothing reads; set actor.loss.name to one of ppo_clip, gspo, cispo, clip_cov, or leave it out",
+        "actor.loss.clip_high is 0.3, which nothing reads; set actor.loss.name to one of ppo_clip, gspo, "
+        "cispo, clip_cov, or leave it out",
     ),
     "text's weight without text": (
         ["actor.loss.pretraining_coefficient=2"],
@@ -200,7 +201,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a correction's bound without one": (
         ["actor.loss.rollout_correction.max_ratio=3"],
-        "actor.loss.rollout_correction.max_ratio is 3.0, which nothing reads; set actor.loss.rollout_correction.correction=truncate",
+        "actor.loss.rollout_correction.max_ratio is 3.0, which nothing reads; set "
+        "actor.loss.rollout_correction.correction=truncate",
     ),
     "bounds that miss 1": (
         ["actor.loss.rollout_correction.max_ratio=0.9"],
@@ -257,7 +259,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a judge asked for what is not there": (
         [*JUDGED, "judge.template='{prompt} {response} {hint}'"],
-        "judge.template asks for hint, and a row has prompt, response, answer; correct the template, or data.answer_column",
+        "judge.template asks for hint, and a row has prompt, response, answer; correct the template, or "
+        "data.answer_column",
     ),
     "a judge that writes, placed by the mapper": (
         [*JUDGED, "placement=auto", "num_devices=2"],
@@ -265,7 +268,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "two engines that fill a GPU": (
         [*JUDGED, "device=cuda"],
-        "pool main: actor.generation.gpu_memory_fraction=0.5, judge.generation.gpu_memory_fraction=0.5 take all memory of a GPU; lower",
+        "pool main: actor.generation.gpu_memory_fraction=0.5, judge.generation.gpu_memory_fraction=0.5 take "
+        "all memory of a GPU; lower",
     ),
     "a judge that is put to sleep": (
         [*JUDGED, "judge.generation.release_during_training=true"],
@@ -307,7 +311,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a language model for a reward model": (
         ["reward.function=null", "reward.model.path=${model.path}"],
-        "reward: model.path is '.*': a language model without a score head, .* train one from it with python -m recipes.reward_model",
+        "reward: model.path is '.*': a language model without a score head, .* train one from it with python "
+        "-m recipes.reward_model",
     ),
     "a negative learning rate": (
         ["critic.train.optimizer.learning_rate=-1"],

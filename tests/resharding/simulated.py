@@ -1,4 +1,5 @@
-"""Ranks as threads of one process, joined by queues: the transport of the tests. And memory for a shard map."""
+"""Ranks as threads of one process, joined by queues: the transport of the tests. And memory for a shard
+map."""
 
 from __future__ import annotations
 

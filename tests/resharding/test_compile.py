@@ -97,7 +97,8 @@ def test_senders_of_replicas_are_balanced_and_near() -> None:
 
 
 def test_two_pools_in_one_rank_space() -> None:
-    """Actor trains on ranks 0..3 of a group, generates on ranks 4..7: point to point, from shards to shards."""
+    """Actor trains on ranks 0..3 of a group, generates on ranks 4..7: point to point, from shards to
+    shards."""
     training = threed(RULES, Layout.of(pp=2, tp=2)).relabel(range(4), 8)
     target = generation(RULES, vanilla(4, tp=2)).relabel([4, 5, 6, 7], 8)
     plan, full, destinations = compile(training, target), full_tensors(training), allocate(target)

@@ -17,7 +17,8 @@ SHAPES = {"q": (8, 4), "kv": (4, 4), "bias": (6,)}
 
 
 class Fused(nn.Module):
-    """A rank's part (1 of 2) of a fused projection and a replicated bias, as an inference engine keeps them."""
+    """A rank's part (1 of 2) of a fused projection and a replicated bias, as an inference engine keeps
+    them."""
 
     def __init__(self, load: dict[str, Load] | None = None) -> None:
         super().__init__()

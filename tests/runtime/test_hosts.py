@@ -196,7 +196,8 @@ def test_too_many_devices_say_what_there_is() -> None:
 
 
 def test_a_pool_asks_for_nodes_with_a_resource() -> None:
-    """Every cluster's first node has node:__internal_head__; a second kind of node stands in docs/mapping.md."""
+    """Every cluster's first node has node:__internal_head__; a second kind of node stands in
+    docs/mapping.md."""
     spec = PoolSpec(
         name="marked", num_devices=1, threads_per_device=1, node_resource="node:__internal_head__"
     )

@@ -1,4 +1,5 @@
-"""The judge: its prompt, the probability of its yes against transformers, and what is read out of its text."""
+"""The judge: its prompt, the probability of its yes against transformers, and what is read out of its
+text."""
 
 from __future__ import annotations
 

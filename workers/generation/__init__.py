@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
 
 def generation_engine_class(name: str) -> type[GenerationEngine]:
-    """The engine that `actor.generation.engine` names; imported here, because importing vLLM takes seconds."""
+    """The engine that `actor.generation.engine` names; imported here, because importing vLLM takes
+    seconds."""
     if name not in ENGINES:
         raise ValueError(f"actor.generation.engine={name!r} is unknown; use one of {', '.join(ENGINES)}")
     return ENGINES[name]()

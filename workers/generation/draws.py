@@ -46,7 +46,7 @@ def sample_tokens(
         logits = logits / sampling.temperature
     masses = BlockMasses(logits)
     kept = keep_most_likely(logits, sampling)
-    ids = draw_within_top_p(
+    ids = sample_within_top_p(
         kept, masses if kept is logits else BlockMasses(kept), seeds, positions, sampling.top_p
     )
     return ids, logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - masses.log_total()
@@ -72,7 +72,8 @@ class BlockMasses:
 
 
 def keep_most_likely(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """The logits with -inf at tokens that min_p drops, then top_k; the same tensor if neither is asked for."""
+    """The logits with -inf at tokens that min_p drops, then top_k; the same tensor if neither is asked
+    for."""
     kept = logits
     if sampling.min_p > 0:
         kept = kept.masked_fill(kept < kept.amax(dim=-1, keepdim=True) + math.log(sampling.min_p), -math.inf)
@@ -81,10 +82,11 @@ def keep_most_likely(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return kept
 
 
-def sample_once_within_top_p(
+def sample_within_top_p(
     logits: Tensor, masses: BlockMasses, seeds: Tensor, positions: Tensor, top_p: float
 ) -> Tensor:
-    """Ids [rows] drawn from the softmax of `logits`, cut to the fewest most likely tokens that hold `top_p`."""
+    """Ids [rows] drawn from the softmax of `logits`, cut to the fewest most likely tokens that hold
+    `top_p`."""
     ids = sample_once(logits, masses, seeds, positions, round_number=0)
     if top_p == 1:
         return ids

@@ -55,7 +55,8 @@ class HfEngine(GenerationEngine):
         """`load_weights` is there for the interface: the weights of the directory are read either way."""
         if config.tp * config.pp != 1:
             raise ValueError(
-                f"generation.tp={config.tp}, pp={config.pp}: engine hf has no parallelism; use 1 and 1, or engine=vllm"
+                f"generation.tp={config.tp}, pp={config.pp}: engine hf has no parallelism; use 1 and 1, or "
+                "engine=vllm"
             )
         self.layout = layout or Layout.of(dp=context.world_size)
         self.weight_version = -1
@@ -151,7 +152,8 @@ class HfEngine(GenerationEngine):
             missing.pop(id(parameters[name]), None)
         if missing:
             raise ValueError(
-                f"load_weights: {', '.join(sorted(missing.values()))} not given; pass every parameter of the model"
+                f"load_weights: {', '.join(sorted(missing.values()))} not given; pass every parameter of the "
+                "model"
             )
         self.weight_version = version
 
@@ -195,7 +197,8 @@ class StopRule:
     ) -> None:
         if sampling.stop_strings and tokenizer is None:
             raise ValueError(
-                f"sampling.stop_strings={sampling.stop_strings} needs a tokenizer; set generation.sampling.stop_strings too"
+                f"sampling.stop_strings={sampling.stop_strings} needs a tokenizer; set "
+                "generation.sampling.stop_strings too"
             )
         self._token_ids = set(token_ids)
         self._sampling = sampling

@@ -1,4 +1,5 @@
-"""What the engines share before sampling: checked inputs and the tokens that end a response. draws.py draws."""
+"""What the engines share before sampling: checked inputs and the tokens that end a response. draws.py
+draws."""
 
 from __future__ import annotations
 
@@ -54,17 +55,21 @@ def check_prompts(
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(
-                f"prompts: row {row} is empty; a prompt needs at least one token (a beginning-of-sequence token, say)"
+                f"prompts: row {row} is empty; a prompt needs at least one token (a beginning-of-sequence "
+                "token, say)"
             )
         if len(prompt) > room:
             raise ValueError(
-                f"prompts: row {row} has {len(prompt)} tokens, and with max_response_tokens={sampling.max_response_tokens} "
-                f"is over max_model_len={max_model_len}; filter longer prompts, lower max_response_tokens or raise max_model_len"
+                f"prompts: row {row} has {len(prompt)} tokens, and with "
+                f"max_response_tokens={sampling.max_response_tokens} "
+                f"is over max_model_len={max_model_len}; filter longer prompts, lower max_response_tokens or "
+                "raise max_model_len"
             )
         low, high = int(prompt.min()), int(prompt.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(
-                f"prompts: row {row} has token id {low if low < 0 else high} outside the vocabulary 0..{vocab_size - 1}; "
+                f"prompts: row {row} has token id {low if low < 0 else high} outside the vocabulary "
+                f"0..{vocab_size - 1}; "
                 "use the model's own tokenizer"
             )
 

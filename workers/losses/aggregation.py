@@ -39,7 +39,8 @@ class Aggregation(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """Of the whole mini-batch over all data ranks: the numbers that weights need. Add those of parts with +."""
+    """Of the whole mini-batch over all data ranks: the numbers that weights need. Add those of parts with
+    +."""
 
     num_tokens: int
     """Counted tokens."""
@@ -79,7 +80,8 @@ def weight_columns(
     """
     if aggregation is Aggregation.constant and constant < 1:
         raise ValueError(
-            f"aggregation_constant is {constant}; aggregation 'constant' needs the longest response allowed, in tokens"
+            f"aggregation_constant is {constant}; aggregation 'constant' needs the longest response allowed, "
+            "in tokens"
         )
     row_lengths = counted_lengths(lengths, mask).double()
     num_tokens, num_rows = max(counts.num_tokens, 1), max(counts.num_rows, 1)

@@ -45,7 +45,8 @@ class RolloutCorrectionConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.min_ratio < 1 < self.max_ratio:
             raise ValueError(
-                f"actor.loss.rollout_correction: min_ratio {self.min_ratio} and max_ratio {self.max_ratio} must enclose 1 (equal engines); "
+                f"actor.loss.rollout_correction: min_ratio {self.min_ratio} and max_ratio {self.max_ratio} "
+                "must enclose 1 (equal engines); "
                 "choose 0 <= min_ratio < 1 < max_ratio"
             )
 
@@ -81,19 +82,23 @@ class PolicyLossConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low <= 1:
             raise ValueError(
-                f"actor.loss.clip_low is {self.clip_low}; the ratio is clipped to 1 - clip_low, so choose 0 <= clip_low <= 1"
+                f"actor.loss.clip_low is {self.clip_low}; the ratio is clipped to 1 - clip_low, so choose 0 "
+                "<= clip_low <= 1"
             )
         if self.clip_high < 0:
             raise ValueError(
-                f"actor.loss.clip_high is {self.clip_high}; the ratio is clipped to 1 + clip_high, so choose at least 0"
+                f"actor.loss.clip_high is {self.clip_high}; the ratio is clipped to 1 + clip_high, so choose "
+                "at least 0"
             )
         if self.dual_clip != 0 and self.dual_clip <= 1:
             raise ValueError(
-                f"actor.loss.dual_clip is {self.dual_clip}; it bounds the ratio from above, so choose more than 1, or 0 for off"
+                f"actor.loss.dual_clip is {self.dual_clip}; it bounds the ratio from above, so choose more "
+                "than 1, or 0 for off"
             )
         if self.aggregation is Aggregation.constant and self.aggregation_constant < 1:
             raise ValueError(
-                f"actor.loss.aggregation_constant is {self.aggregation_constant}; aggregation 'constant' needs the longest response "
+                f"actor.loss.aggregation_constant is {self.aggregation_constant}; aggregation 'constant' "
+                "needs the longest response "
                 "allowed, in tokens"
             )
         if self.kl_coefficient < 0 or self.pretraining_coefficient < 0:
@@ -130,7 +135,8 @@ class DPOLossConfig:
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise ValueError(
-                f"algorithm.loss.beta is {self.beta}; it scales the log-ratio to the reference: choose more than 0 (0.1)"
+                f"algorithm.loss.beta is {self.beta}; it scales the log-ratio to the reference: choose more "
+                "than 0 (0.1)"
             )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(

@@ -92,7 +92,8 @@ def _pairs(sequences: Sequences) -> tuple[Tensor, Tensor]:
     chosen, rejected = chosen[torch.argsort(pair[chosen])], rejected[torch.argsort(pair[rejected])]
     if not torch.equal(pair[chosen], pair[rejected]):
         raise ValueError(
-            f"preference loss: a micro-batch has chosen rows of pairs {pair[chosen].tolist()} and rejected rows of pairs "
+            f"preference loss: a micro-batch has chosen rows of pairs {pair[chosen].tolist()} and rejected "
+            "rows of pairs "
             f"{pair[rejected].tolist()}; keep both rows of a pair in one micro-batch on one rank"
         )
     return chosen, rejected

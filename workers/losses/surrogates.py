@@ -78,7 +78,8 @@ def cispo(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[
 
 
 def policy_gradient(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """-A log pi (REINFORCE): right for one update per batch, and blind to how far the policy has moved since."""
+    """-A log pi (REINFORCE): right for one update per batch, and blind to how far the policy has moved
+    since."""
     return -tokens.advantages * tokens.log_probs, {}
 
 
@@ -140,6 +141,7 @@ def _clipped(
 def _selected(tokens: PolicyTokens, name: str) -> Tensor:
     if tokens.covariance_selected is None:
         raise ValueError(
-            f"loss {name}: per-token column 'covariance_selected' is missing; make it with controllers/covariance.py"
+            f"loss {name}: per-token column 'covariance_selected' is missing; make it with "
+            "controllers/covariance.py"
         )
     return tokens.covariance_selected

@@ -83,13 +83,15 @@ def shortage(setting: Setting) -> str:
         verdict = "fits alone" if need <= room else "does not fit even alone"
         model = setting.model(role)
         lines.append(
-            f"  {role} ({model.name}, {model.num_parameters / 1e9:.1f}B parameters) needs at least {need / 1e9:.1f} GB "
+            f"  {role} ({model.name}, {model.num_parameters / 1e9:.1f}B parameters) needs at least "
+            f"{need / 1e9:.1f} GB "
             f"on each of {size} devices, which have {room / 1e9:.1f} GB: {verdict}"
         )
     nodes = smallest_cluster(setting)
     if nodes is None:
         lines.append(
-            f"not even {MAX_NODES} nodes would do{_obstacle(setting)}; use devices with more memory, or offload=true"
+            f"not even {MAX_NODES} nodes would do{_obstacle(setting)}; use devices with more memory, or "
+            "offload=true"
         )
     else:
         lines.append(f"the smallest cluster that would do: {setting.cluster.with_nodes(nodes)}")
@@ -111,7 +113,8 @@ def _obstacle(setting: Setting) -> str:
 
 
 def least_bytes(setting: Setting, role: str) -> tuple[float, int, int]:
-    """(bytes per device, node group, devices) of the leanest option of a role that has the cluster to itself."""
+    """(bytes per device, node group, devices) of the leanest option of a role that has the cluster to
+    itself."""
     needs = []
     for group, nodes in enumerate(setting.cluster.groups):
         for size in nodes.pool_sizes():
@@ -120,7 +123,8 @@ def least_bytes(setting: Setting, role: str) -> tuple[float, int, int]:
                 needs.append((min(option.resident + option.transient for option in options), group, size))
     if not needs:
         raise ValueError(
-            f"{role}: no layout of {setting.model(role).name} fits any pool of {setting.cluster}; check heads and layers"
+            f"{role}: no layout of {setting.model(role).name} fits any pool of {setting.cluster}; check "
+            "heads and layers"
         )
     return min(needs)
 

@@ -117,7 +117,8 @@ class DeviceMapping:
         for key in ("pools", "roles"):
             if not isinstance(content.get(key), list):
                 raise ValueError(
-                    f"mapping: there is no list {key!r}; it needs pools (name, num_devices, roles) and roles (role, pool, layout)"
+                    f"mapping: there is no list {key!r}; it needs pools (name, num_devices, roles) and roles "
+                    "(role, pool, layout)"
                 )
         return cls(
             algorithm=content.get("algorithm", ""),

@@ -1,4 +1,5 @@
-"""Explain: a mapping and its rivals as text that a person reads; computes nothing that predict does not give."""
+"""Explain: a mapping and its rivals as text that a person reads; computes nothing that predict does not
+give."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def mapping_report(mapping: DeviceMapping) -> str:
     """Pools and layouts, then every call with its seconds, where they go, and the memory while it runs."""
     head = (
-        f"{mapping.algorithm} on {mapping.cluster}: {mapping.step_s:.3g} s a step, {mapping.tokens_per_s:,.0f} tokens/s, "
+        f"{mapping.algorithm} on {mapping.cluster}: {mapping.step_s:.3g} s a step, "
+        f"{mapping.tokens_per_s:,.0f} tokens/s, "
         f"{idle_share(mapping):.0%} of the devices' time idle"
     )
     roles = [

@@ -89,7 +89,8 @@ def check_pools(setting: Setting, pools: tuple[Pool, ...], plans: tuple[RolePlan
         for role in pool.roles:
             if role not in owners:
                 raise ValueError(
-                    f"pool {pool.name}: unknown role {role!r} for {setting.dataflow.algorithm}; it has {', '.join(setting.roles)}"
+                    f"pool {pool.name}: unknown role {role!r} for {setting.dataflow.algorithm}; it has "
+                    f"{', '.join(setting.roles)}"
                 )
             owners[role].append(pool.name)
     for role, names in owners.items():
@@ -98,7 +99,8 @@ def check_pools(setting: Setting, pools: tuple[Pool, ...], plans: tuple[RolePlan
     for plan in plans:
         if plan.role in owners and plan.pool != owners[plan.role][0]:
             raise ValueError(
-                f"role {plan.role}: its plan says pool {plan.pool!r}, but it is listed in {owners[plan.role][0]!r}"
+                f"role {plan.role}: its plan says pool {plan.pool!r}, but it is listed in "
+                f"{owners[plan.role][0]!r}"
             )
     missing = sorted(set(owners) - {plan.role for plan in plans})
     if missing and any(plan.layout is not None for plan in plans):
@@ -106,7 +108,8 @@ def check_pools(setting: Setting, pools: tuple[Pool, ...], plans: tuple[RolePlan
     if not packs(setting.cluster, [(pool.group, pool.num_devices) for pool in pools]):
         sizes = " + ".join(f"{pool.name}={pool.num_devices}" for pool in pools)
         raise ValueError(
-            f"pools {sizes} do not fit on {setting.cluster} ({setting.cluster.num_devices} devices, small pools inside one node)"
+            f"pools {sizes} do not fit on {setting.cluster} ({setting.cluster.num_devices} devices, small "
+            "pools inside one node)"
         )
 
 
@@ -124,17 +127,20 @@ def check_layout(setting: Setting, plan: RolePlan, pool: Pool) -> None:
     for name, pipeline, tensor, devices in sizes:
         if devices != pool.num_devices:
             raise ValueError(
-                f"role {plan.role}: {name} uses {devices} devices, pool {pool.name} has {pool.num_devices}; their product must agree"
+                f"role {plan.role}: {name} uses {devices} devices, pool {pool.name} has {pool.num_devices}; "
+                "their product must agree"
             )
         if model.num_heads % tensor or model.num_layers % pipeline:
             allowed = setting.space.model_layouts(model, setting.cluster.groups[pool.group], pool.num_devices)
             raise ValueError(
-                f"role {plan.role}: {name} {pipeline}-{tensor} does not divide {model.num_layers} layers and {model.num_heads} heads "
+                f"role {plan.role}: {name} {pipeline}-{tensor} does not divide {model.num_layers} layers and "
+                f"{model.num_heads} heads "
                 f"of {model.name}; allowed p-t-d: {', '.join('-'.join(map(str, sizes)) for sizes in allowed)}"
             )
         if tensor > per_node:
             raise ValueError(
-                f"role {plan.role}: {name} has tensor size {tensor}, a node has {per_node} devices; keep it inside a node"
+                f"role {plan.role}: {name} has tensor size {tensor}, a node has {per_node} devices; keep it "
+                "inside a node"
             )
 
 
@@ -175,7 +181,8 @@ Variation = tuple[str, RolePlan]
 
 
 def _variations(setting: Setting, plan: RolePlan) -> Iterator[Iterator[Variation]]:
-    """The plan with one setting changed towards less memory, a little or more: the first that fits is enough."""
+    """The plan with one setting changed towards less memory, a little or more: the first that fits is
+    enough."""
     if plan.layout is not None:
         yield from _layout_variations(setting, plan, plan.layout)
     if plan.generation is not None:
@@ -252,7 +259,8 @@ def _largest_node(setting: Setting) -> int:
 def _kind(setting: Setting, pool: Pool) -> str:
     if not 0 <= pool.group < len(setting.cluster.groups):
         raise ValueError(
-            f"pool {pool.name}: group {pool.group} does not exist; the cluster has groups 0..{len(setting.cluster.groups) - 1}"
+            f"pool {pool.name}: group {pool.group} does not exist; the cluster has groups "
+            f"0..{len(setting.cluster.groups) - 1}"
         )
     return setting.cluster.groups[pool.group].kind.name
 

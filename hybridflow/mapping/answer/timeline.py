@@ -23,7 +23,8 @@ TRANSITION_COLOR = "#223355"
 
 
 def draw_timelines(mappings: dict[str, DeviceMapping], path: Path) -> None:
-    """One panel per mapping (title -> mapping) over a common time axis, as a PNG (or what the suffix says)."""
+    """One panel per mapping (title -> mapping) over a common time axis, as a PNG (or what the suffix
+    says)."""
     rows = [max(1, len(_rows(mapping))) for mapping in mappings.values()]
     figure = Figure(
         figsize=(11, 0.9 + sum(0.62 * count + 0.75 for count in rows)), dpi=130, layout="constrained"

@@ -137,7 +137,8 @@ def refine(calibration: Calibration, runs: Sequence[Run]) -> Calibration:
     several = {run.mapping.num_devices > 1 for run in runs}
     if len(several) != 1:
         raise ValueError(
-            "runs: some in pools of one rank, some in pools of several; refine with those of one rank first, then the others"
+            "runs: some in pools of one rank, some in pools of several; refine with those of one rank first, "
+            "then the others"
         )
     every, entry = (
         ("call_ranks_s", "sync_ranks_s") if several.pop() else ("call_overhead_s", "sync_overhead_s")

@@ -1,4 +1,5 @@
-"""Measurements: what a short run on the machine at hand saw; plain data between recipes.calibrate and fit.py."""
+"""Measurements: what a short run on the machine at hand saw; plain data between recipes.calibrate and
+fit.py."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class GenerationSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CollectiveSample:
-    """One all-gather: every rank ends with `num_bytes`. Or one reduce-scatter: every rank begins with them."""
+    """One all-gather: every rank ends with `num_bytes`. Or one reduce-scatter: every rank begins with
+    them."""
 
     num_bytes: float
     ranks: int

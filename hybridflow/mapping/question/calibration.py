@@ -84,7 +84,8 @@ class Calibration:
             value = {"name": 0.0}.get(field.name, asdict(self)[field.name])
             if not isinstance(value, (int, float)) or value < 0:
                 raise ValueError(
-                    f"calibration {self.name}: {field.name} is {value!r}; it must be a number and not negative"
+                    f"calibration {self.name}: {field.name} is {value!r}; it must be a number and not "
+                    "negative"
                 )
         for name, value in (
             ("matmul_efficiency", self.matmul_efficiency),

@@ -77,7 +77,8 @@ class NodeGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
-    """Cluster.parse("16x8xA100-80GB"); Cluster.parse("4x8xH100-80GB+8x8xA100-80GB"); Cluster.parse("2xcpu")."""
+    """Cluster.parse("16x8xA100-80GB"); Cluster.parse("4x8xH100-80GB+8x8xA100-80GB");
+    Cluster.parse("2xcpu")."""
 
     groups: tuple[NodeGroup, ...]
 
@@ -133,12 +134,14 @@ def _parse_group(text: str, kinds: dict[str, DeviceKind]) -> NodeGroup:
     match = re.fullmatch(r"(?:(\d+)x)?(\d+)x([A-Za-z].*)", text)
     if match is None:
         raise ValueError(
-            f"cluster {text!r} is not of the form NODESxDEVICESxKIND or DEVICESxKIND, for example 16x8xA100-80GB"
+            f"cluster {text!r} is not of the form NODESxDEVICESxKIND or DEVICESxKIND, for example "
+            "16x8xA100-80GB"
         )
     nodes, devices, name = match.groups()
     if name not in kinds:
         raise ValueError(
-            f"cluster {text!r}: unknown device kind {name!r}; known: {', '.join(kinds)} (or describe yours in a JSON file)"
+            f"cluster {text!r}: unknown device kind {name!r}; known: {', '.join(kinds)} (or describe yours "
+            "in a JSON file)"
         )
     if int(devices) < 1 or int(nodes or 1) < 1:
         raise ValueError(f"cluster {text!r} has no devices; give at least one")

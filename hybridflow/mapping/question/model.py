@@ -62,11 +62,13 @@ class ModelSpec:
                 raise ValueError(f"model {self.name}: {name} is {value}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"model {self.name}: num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}"
+                f"model {self.name}: num_kv_heads {self.num_kv_heads} does not divide num_heads "
+                f"{self.num_heads}"
             )
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
-                f"model {self.name}: experts_per_token {self.experts_per_token} is outside 1..{self.num_experts}"
+                f"model {self.name}: experts_per_token {self.experts_per_token} is outside "
+                f"1..{self.num_experts}"
             )
 
     @classmethod
@@ -112,7 +114,8 @@ class ModelSpec:
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
             raise ValueError(
-                f"model path {str(path)!r} holds no config.json; give a Hugging Face directory, a config.json or a known name"
+                f"model path {str(path)!r} holds no config.json; give a Hugging Face directory, a "
+                "config.json or a known name"
             )
         return cls.from_hf(
             json.loads(file.read_text()), name=path.name if path.is_dir() else path.parent.name

@@ -1,4 +1,5 @@
-"""Model shapes by name, so that a plan needs no download; sizes are those of the published config.json files."""
+"""Model shapes by name, so that a plan needs no download; sizes are those of the published config.json
+files."""
 
 from __future__ import annotations
 

@@ -166,7 +166,8 @@ class Fronts:
         return self._together[key]
 
     def cheapest(self, roles: tuple[str, ...], group: int, num_devices: int) -> tuple[RoleOption, ...] | None:
-        """Options, one per role, that fit together and have the least sum of seconds; None if nothing fits."""
+        """Options, one per role, that fit together and have the least sum of seconds; None if nothing
+        fits."""
         key = (roles, group, num_devices)
         if key not in self._cheapest:
             self._cheapest[key] = self._least_sum(*key)

@@ -1,4 +1,5 @@
-"""Placements: which roles share a pool (set partitions), and whether pools of given sizes fit on the nodes."""
+"""Placements: which roles share a pool (set partitions), and whether pools of given sizes fit on the
+nodes."""
 
 from __future__ import annotations
 

@@ -41,13 +41,15 @@ class Setting:
         missing = [role for role in self.dataflow.roles if role not in self.models]
         if missing:
             raise ValueError(
-                f"models: no entry for {missing} of algorithm {self.dataflow.algorithm}; give a ModelSpec, or None for a function"
+                f"models: no entry for {missing} of algorithm {self.dataflow.algorithm}; give a ModelSpec, "
+                "or None for a function"
             )
         for role in self.roles:
             kinds = {call.kind for call in self.calls(role)}
             if role in self.weights_from and kinds != {CallKind.generation}:
                 raise ValueError(
-                    f"weights_from: {role} also runs {sorted(kinds)}; only a role that does nothing but generate can borrow weights"
+                    f"weights_from: {role} also runs {sorted(kinds)}; only a role that does nothing but "
+                    "generate can borrow weights"
                 )
 
     @property

@@ -18,7 +18,8 @@ MAX_SEGMENTS = 24
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`steps` decode steps with `running` sequences that have generated `generated` tokens each, on average."""
+    """`steps` decode steps with `running` sequences that have generated `generated` tokens each, on
+    average."""
 
     steps: float
     running: float

@@ -19,7 +19,8 @@ CONTROLLER = "controller"
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """An input of a call: the index of its producer and the seconds that the data takes between their pools."""
+    """An input of a call: the index of its producer and the seconds that the data takes between their
+    pools."""
 
     producer: int
     seconds: float
@@ -53,7 +54,8 @@ class Schedule:
             missing = [name for name in call.depends_on if index.get(name, position) >= position]
             if missing:
                 raise ValueError(
-                    f"dataflow {dataflow.algorithm}: {call.name} depends on {missing}, which no earlier call provides"
+                    f"dataflow {dataflow.algorithm}: {call.name} depends on {missing}, which no earlier call "
+                    "provides"
                 )
             edges = []
             for name in call.depends_on:

@@ -102,7 +102,8 @@ class DeepspeedEngine(TrainingEngine):
             if not isfinite(grad_norm):
                 where = self._not_finite(gradients)
                 raise RuntimeError(
-                    f"grad_norm is {grad_norm}: the gradient is not finite in {where}; the weights were not changed"
+                    f"grad_norm is {grad_norm}: the gradient is not finite in {where}; the weights were not "
+                    "changed"
                 )
             limit = self.config.optimizer.clip_grad_norm
             if 0 < limit < grad_norm:

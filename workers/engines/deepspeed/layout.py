@@ -12,10 +12,12 @@ def make_layout(config: TrainConfig, world_size: int) -> Layout:
     for axis, size in (("pp", config.pp), ("tp", config.tp)):
         if size != 1:
             raise ValueError(
-                f"train.{axis} is {size}, but engine deepspeed is data parallel only; set {axis}=1 or engine=threed"
+                f"train.{axis} is {size}, but engine deepspeed is data parallel only; set {axis}=1 or "
+                "engine=threed"
             )
     if config.zero_stage not in (1, 2, 3):
         raise ValueError(
-            f"train.zero_stage is {config.zero_stage}; use 1 (optimizer), 2 (and gradients) or 3 (and weights)"
+            f"train.zero_stage is {config.zero_stage}; use 1 (optimizer), 2 (and gradients) or 3 (and "
+            "weights)"
         )
     return Layout.of(order=tuple(config.rank_order), dp=world_size)

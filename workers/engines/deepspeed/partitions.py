@@ -34,7 +34,8 @@ class Fragment:
 
 
 class Partitions(ABC):
-    """The rank's part of the optimizer; `zero` is DeepSpeed's optimizer, `adam` the torch optimizer inside."""
+    """The rank's part of the optimizer; `zero` is DeepSpeed's optimizer, `adam` the torch optimizer
+    inside."""
 
     def __init__(self, zero: Any, adam: torch.optim.AdamW, parameters: dict[str, nn.Parameter]) -> None:
         self.zero = zero
@@ -169,7 +170,8 @@ def partitions(zero: Any, adam: torch.optim.AdamW, parameters: dict[str, nn.Para
     kind = type(zero).__name__
     if kind not in kinds:
         raise RuntimeError(
-            f"deepspeed chose its optimizer {kind}; this engine knows {', '.join(kinds)}: install deepspeed 0.19.8"
+            f"deepspeed chose its optimizer {kind}; this engine knows {', '.join(kinds)}: install deepspeed "
+            "0.19.8"
         )
     return kinds[kind](zero, adam, parameters)
 

@@ -37,7 +37,8 @@ def make_layout(config: TrainConfig, world_size: int) -> Layout:
     if config.tp < 1 or world_size % config.tp:
         fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
         raise ValueError(
-            f"train.tp is {config.tp}, which does not divide the pool's {world_size} devices; use one of {fitting}"
+            f"train.tp is {config.tp}, which does not divide the pool's {world_size} devices; use one of "
+            f"{fitting}"
         )
     return Layout.of(order=tuple(config.rank_order), dp=world_size // config.tp, tp=config.tp)
 

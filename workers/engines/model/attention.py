@@ -91,7 +91,8 @@ def attend(
         or key.shape[2] != query.shape[2]
     ):
         raise ValueError(
-            f"{type(module).__name__} does more than causal attention; set model.attention=eager and packing=false"
+            f"{type(module).__name__} does more than causal attention; set model.attention=eager and "
+            "packing=false"
         )
     assert attention_mask is None, "a mask that _no_mask did not make"
     rows, _heads, time, head_dim = query.shape
@@ -118,7 +119,8 @@ def _no_mask(*, attention_mask: Tensor | None = None, use_vmap: bool = False, **
     """Causality, windows and the ends of sequences are known to attend()."""
     if use_vmap or (attention_mask is not None and not bool(attention_mask.all())):
         raise ValueError(
-            "the model asks for an attention mask that is not plainly causal; set model.attention=eager and packing=false"
+            "the model asks for an attention mask that is not plainly causal; set model.attention=eager and "
+            "packing=false"
         )
 
 

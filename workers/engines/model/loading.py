@@ -201,14 +201,16 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model.path is {config.path!r}: neither a directory with a Hugging Face config.json nor a reachable hub name; {error}"
+            f"model.path is {config.path!r}: neither a directory with a Hugging Face config.json nor a "
+            f"reachable hub name; {error}"
         ) from error
     kind = hf_config.model_type
     known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.trust_remote_code
     bidirectional = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not hf_config.is_decoder
     if not known or bidirectional or hf_config.is_encoder_decoder:
         raise ValueError(
-            f"model.path is {config.path!r}: {kind} is not a causal (decoder-only) language model; use one that is"
+            f"model.path is {config.path!r}: {kind} is not a causal (decoder-only) language model; use one "
+            "that is"
         )
     if (
         head is Head.score
@@ -229,7 +231,8 @@ def position_limit(model: ModelConfig, head: Head) -> int:
 
 def no_score_head(config: ModelConfig) -> str:
     return (
-        f"model.path is {config.path!r}: a language model without a score head, whose scores would mean nothing; "
+        f"model.path is {config.path!r}: a language model without a score head, whose scores would mean "
+        "nothing; "
         "train one from it with python -m recipes.reward_model and give that directory"
     )
 
@@ -256,7 +259,8 @@ def _check_keys(config: ModelConfig, head: Head, model: PreTrainedModel, info: d
         _initialize_score(score_head(model))
     if missing or unexpected:
         raise ValueError(
-            f"model.path is {config.path!r}: the weights do not fit {type(model).__name__} (head {head.value}): "
+            f"model.path is {config.path!r}: the weights do not fit {type(model).__name__} (head "
+            f"{head.value}): "
             f"missing {missing[:5]}, unexpected {unexpected[:5]}; use a checkpoint of that architecture"
         )
 

@@ -91,7 +91,8 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     ]
     if not lists:
         raise ValueError(
-            f"model.path: {type(model).__name__} has no list of decoder layers; use a decoder-only transformer"
+            f"model.path: {type(model).__name__} has no list of decoder layers; use a decoder-only "
+            "transformer"
         )
     longest = max(lists, key=len)
     return list(longest)
@@ -101,7 +102,8 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     """Recompute each decoder layer in the backward pass; the layers' contents stay in eval mode."""
     if not model.supports_gradient_checkpointing:
         raise ValueError(
-            f"activation_checkpointing is true, but {type(model).__name__} does not support it; set it to false"
+            f"activation_checkpointing is true, but {type(model).__name__} does not support it; set it to "
+            "false"
         )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():

@@ -57,7 +57,8 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     check_fits(model.config, mesh.size())
     if "norm" not in dict(model.base_model.named_children()):
         raise ValueError(
-            f"tp={mesh.size()}: the decoder of {model.config.model_type} has no final module named norm; use tp=1"
+            f"tp={mesh.size()}: the decoder of {model.config.model_type} has no final module named norm; use "
+            "tp=1"
         )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
@@ -87,7 +88,8 @@ def check_fits(config: PretrainedConfig, tp: int) -> None:
         )
     counts = ", ".join(f"{name} {count}" for name, count in _counts(config).items())
     raise ValueError(
-        f"tp={tp} does not fit {config.model_type}: it must divide {counts}; sizes that fit: {', '.join(map(str, sizes))}"
+        f"tp={tp} does not fit {config.model_type}: it must divide {counts}; sizes that fit: "
+        f"{', '.join(map(str, sizes))}"
     )
 
 
@@ -181,9 +183,9 @@ class _Embedding(_Style):
 
     placements = {"weight": Shard(0)}  # noqa: RUF012
 
-    def wrap(
+    def wrap(  # type: ignore[override]
         self, module: nn.Embedding, forward: Callable[..., Any], group: ProcessGroup
-    ) -> Callable[..., Any]:  # type: ignore[override]
+    ) -> Callable[..., Any]:
         size = module.num_embeddings // group.size()
         start = group.rank() * size
         if module.padding_idx is not None:  # its row gets no gradient, on the rank that has it
@@ -225,7 +227,8 @@ def _styles(model: PreTrainedModel) -> dict[str, ParallelStyle]:
             styles[name] = _Style()
         else:
             raise ValueError(
-                f"tp: {name} of {model.config.model_type} has the plan {entry!r}, which is not supported; use tp=1"
+                f"tp: {name} of {model.config.model_type} has the plan {entry!r}, which is not supported; "
+                "use tp=1"
             )
     return styles
 
@@ -296,7 +299,8 @@ class _ScatterTime(torch.autograd.Function):
 
 
 class _SliceTime(torch.autograd.Function):
-    """The same [rows, time, hidden] on every rank -> this rank's [rows, time / tp, hidden]; backward gathers."""
+    """The same [rows, time, hidden] on every rank -> this rank's [rows, time / tp, hidden]; backward
+    gathers."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, group: ProcessGroup) -> Tensor:

@@ -34,7 +34,8 @@ def load_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
     such a directory."""
     if not any(directory.glob("*.safetensors")):
         raise ValueError(
-            f"checkpoint directory is {str(directory)!r}; it holds no safetensors files: use a directory written by save"
+            f"checkpoint directory is {str(directory)!r}; it holds no safetensors files: use a directory "
+            "written by save"
         )
     load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=_alone())
 

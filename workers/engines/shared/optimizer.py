@@ -69,8 +69,10 @@ def check_optimizer_config(config: OptimizerConfig) -> None:
         raise ValueError(f"optimizer.epsilon is {config.epsilon}; use more than 0")
     if config.schedule is not LearningRateSchedule.constant and config.total_steps <= config.warmup_steps:
         raise ValueError(
-            f"optimizer.total_steps is {config.total_steps} with schedule {config.schedule.value} and warmup_steps "
-            f"{config.warmup_steps}; set total_steps to the number of optimizer steps of the run, above warmup_steps"
+            f"optimizer.total_steps is {config.total_steps} with schedule {config.schedule.value} and "
+            "warmup_steps "
+            f"{config.warmup_steps}; set total_steps to the number of optimizer steps of the run, above "
+            "warmup_steps"
         )
 
 

@@ -12,7 +12,8 @@ SCHEDULES = ("1f1b", "interleaved_1f1b")
 
 
 def make_layout(train: TrainConfig, model: PretrainedConfig, world_size: int) -> Layout:
-    """The layout of `train` over `world_size` ranks; ValueError, with the layouts that fit, if there is none."""
+    """The layout of `train` over `world_size` ranks; ValueError, with the layouts that fit, if there is
+    none."""
     _check_schedule(train)
     if sorted(train.rank_order) != sorted(AXES):
         raise ValueError(
@@ -23,12 +24,14 @@ def make_layout(train: TrainConfig, model: PretrainedConfig, world_size: int) ->
     stages = train.pp * train.virtual_stages
     if stages > model.num_hidden_layers:
         raise ValueError(
-            f"pp={train.pp} with virtual_stages={train.virtual_stages} makes {stages} pipeline stages, but the model has "
+            f"pp={train.pp} with virtual_stages={train.virtual_stages} makes {stages} pipeline stages, but "
+            "the model has "
             f"{model.num_hidden_layers} layers; {_advice(train, model, world_size)}"
         )
     if stages > 1 and not model.base_model_pp_plan:
         raise ValueError(
-            f"pp={train.pp}: transformers has no pipeline plan for {model.model_type}; use pp=1 or engine fsdp"
+            f"pp={train.pp}: transformers has no pipeline plan for {model.model_type}; use pp=1 or engine "
+            "fsdp"
         )
     try:
         check_fits(model, train.tp)
@@ -36,7 +39,8 @@ def make_layout(train: TrainConfig, model: PretrainedConfig, world_size: int) ->
         raise ValueError(f"{error}; {_advice(train, model, world_size)}") from None
     if world_size % (train.pp * train.tp):
         raise ValueError(
-            f"pp={train.pp} x tp={train.tp} does not divide the {world_size} devices of the pool; {_advice(train, model, world_size)}"
+            f"pp={train.pp} x tp={train.tp} does not divide the {world_size} devices of the pool; "
+            f"{_advice(train, model, world_size)}"
         )
     data = world_size // (train.pp * train.tp)
     return Layout.of(order=tuple(train.rank_order), pp=train.pp, tp=train.tp, dp=data)
@@ -72,12 +76,14 @@ def _check_schedule(train: TrainConfig) -> None:
     interleaved = train.pipeline_schedule == "interleaved_1f1b"
     if interleaved and (train.pp < 2 or train.virtual_stages < 2):
         raise ValueError(
-            f"pipeline_schedule is interleaved_1f1b with pp={train.pp} and virtual_stages={train.virtual_stages}; both must be at least 2, "
+            f"pipeline_schedule is interleaved_1f1b with pp={train.pp} and "
+            f"virtual_stages={train.virtual_stages}; both must be at least 2, "
             "or use 1f1b"
         )
     if not interleaved and train.virtual_stages != 1:
         raise ValueError(
-            f"virtual_stages is {train.virtual_stages} with pipeline_schedule 1f1b; use interleaved_1f1b or virtual_stages=1"
+            f"virtual_stages is {train.virtual_stages} with pipeline_schedule 1f1b; use interleaved_1f1b or "
+            "virtual_stages=1"
         )
 
 

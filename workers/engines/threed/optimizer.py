@@ -215,7 +215,8 @@ class ZeroOptimizer:
         norm = self._norm(parts)
         if not isfinite(norm):
             raise RuntimeError(
-                f"grad_norm is {norm}: the gradient is not finite in {self._not_finite()}; the weights were not changed"
+                f"grad_norm is {norm}: the gradient is not finite in {self._not_finite()}; the weights were "
+                "not changed"
             )
         limit = self.config.clip_grad_norm
         if 0 < limit < norm:

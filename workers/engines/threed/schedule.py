@@ -49,7 +49,8 @@ def timetable(num_ranks: int, num_stages: int, num_micro_batches: int, train: bo
             # passes go first then.
             tick = tuple(_ready_forward(queue, done, num_stages) for queue in queues)
         assert any(tick), (
-            f"pipeline order of {num_ranks} ranks, {num_stages} stages, {num_micro_batches} micro-batches is stuck"
+            f"pipeline order of {num_ranks} ranks, {num_stages} stages, {num_micro_batches} micro-batches is "
+            "stuck"
         )
         for queue, action in zip(queues, tick, strict=True):
             if action is not None:

@@ -65,7 +65,8 @@ class VllmEngine(GenerationEngine):
         """
         if context.world_size % (config.tp * config.pp):
             raise ValueError(
-                f"generation.tp={config.tp}, pp={config.pp}: tp * pp must divide the pool's {context.world_size} devices"
+                f"generation.tp={config.tp}, pp={config.pp}: tp * pp must divide the pool's "
+                f"{context.world_size} devices"
             )
         self.layout = layout or Layout.of(
             dp=context.world_size // (config.pp * config.tp), pp=config.pp, tp=config.tp
@@ -138,7 +139,8 @@ class VllmEngine(GenerationEngine):
 
         if not 2 <= len(token_ids) < self._max_model_len:
             raise ValueError(
-                f"score: {len(token_ids)} tokens; pass at least 2 and fewer than max_model_len={self._max_model_len}"
+                f"score: {len(token_ids)} tokens; pass at least 2 and fewer than "
+                f"max_model_len={self._max_model_len}"
             )
         if self.layout.axis_size("pp") > 1:
             return self._score_prefixes(np.array(token_ids, dtype=np.int64))
@@ -205,7 +207,8 @@ class VllmEngine(GenerationEngine):
         for axis, group in (("tp", get_tp_group()), ("pp", get_pp_group())):
             expected = list(self.layout.group(rank, axis))
             assert group.ranks == expected, (
-                f"vLLM's {axis} group is {group.ranks}, the layout's {expected}: build the groups of the layout"
+                f"vLLM's {axis} group is {group.ranks}, the layout's {expected}: build the groups of the "
+                "layout"
             )
 
     def _sampling_params(self, most: Sequence[int], sampling: SamplingConfig) -> list[SamplingParams]:

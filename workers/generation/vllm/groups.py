@@ -33,7 +33,8 @@ def build_vllm_groups(replicas: Sequence[Sequence[Sequence[int]]]) -> None:
     order = [rank for replica in replicas for stage in replica for rank in stage]
     if len(sizes) != 1 or sorted(order) != list(range(dist.get_world_size())):
         raise ValueError(
-            f"generation groups {replicas}: need replicas of equal pp and tp sizes that hold every rank of the pool once"
+            f"generation groups {replicas}: need replicas of equal pp and tp sizes that hold every rank of "
+            "the pool once"
         )
     pipeline, tensor = sizes.pop()
     build, new_group = parallel_state.init_model_parallel_group, dist.new_group

@@ -40,7 +40,8 @@ def reload_weights(llm: LLM, weights: Iterable[tuple[str, torch.Tensor]], *, tie
         finalize_layerwise_reload(model, llm.model_config)
     if incomplete:
         raise ValueError(
-            f"load_weights: the tensors given do not fill {', '.join(incomplete)}; pass every parameter of the model"
+            f"load_weights: the tensors given do not fill {', '.join(incomplete)}; pass every parameter of "
+            "the model"
         )
 
 
@@ -79,7 +80,8 @@ class EngineMemory(ABC):
 
     @abstractmethod
     def release(self) -> int:
-        """Free weights and key/value cache, and say how many bytes that were; nothing to do if they are free."""
+        """Free weights and key/value cache, and say how many bytes that were; nothing to do if they are
+        free."""
 
     @abstractmethod
     def take_back_weights(self) -> None:

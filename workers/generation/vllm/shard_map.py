@@ -98,12 +98,14 @@ class _Recorder(TorchDispatchMode):
                         and (name := self.names.get(_storage(tensor))) is not None
                     ):
                         raise LoaderError(
-                            f"{name}: its weight loader applies {func} before it is stored; only slices can be resharded"
+                            f"{name}: its weight loader applies {func} before it is stored; only slices can "
+                            "be resharded"
                         )
             written = args[0] if args and isinstance(args[0], torch.Tensor) else None
             if func._schema.is_mutable and written is not None and _storage(written) in self.tensors:
                 raise LoaderError(
-                    f"{self.tensors[_storage(written)]}: a weight loader applies {func} to it; only copies can be resharded"
+                    f"{self.tensors[_storage(written)]}: a weight loader applies {func} to it; only copies "
+                    "can be resharded"
                 )
         return func(*args, **(kwargs or {}))
 
@@ -113,11 +115,13 @@ class _Recorder(TorchDispatchMode):
             return  # scratch memory of the loader
         if name is None:
             raise LoaderError(
-                f"{tensor}: a weight loader fills it from something that is no slice of a checkpoint parameter"
+                f"{tensor}: a weight loader fills it from something that is no slice of a checkpoint "
+                "parameter"
             )
         if tensor is None:
             raise LoaderError(
-                f"{name}: its weight loader copies it into something that is no parameter or buffer of the model"
+                f"{name}: its weight loader copies it into something that is no parameter or buffer of the "
+                "model"
             )
         if into.shape != out.shape:
             shapes = f"{tuple(out.shape)} to {tuple(into.shape)}"
@@ -213,6 +217,7 @@ def _box(name: str, whole: torch.Tensor, part: torch.Tensor) -> Box:
     if not inside:
         layout = f"shape {tuple(part.shape)} stride {tuple(part.stride())}"
         raise LoaderError(
-            f"{name}: its weight loader stores a view of {layout}, which is no box of shape {tuple(whole.shape)}"
+            f"{name}: its weight loader stores a view of {layout}, which is no box of shape "
+            f"{tuple(whole.shape)}"
         )
     return Box(tuple(start), tuple(part.shape))

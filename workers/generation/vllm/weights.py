@@ -51,7 +51,8 @@ class VllmWeights:
         config = llm.llm_engine.vllm_config
         if config.model_config.quantization is not None:
             raise ValueError(
-                f"generation: quantization={config.model_config.quantization} cannot be resharded; use an unquantised model"
+                f"generation: quantization={config.model_config.quantization} cannot be resharded; use an "
+                "unquantised model"
             )
         self._model: nn.Module = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
         self._dtype: torch.dtype = config.model_config.dtype
@@ -175,7 +176,8 @@ class VllmWeights:
                 if not self._repacks:
                     kept, filled = f"{tuple(have.shape)} {have.dtype}", f"{tuple(want.shape)} {want.dtype}"
                     raise LoaderError(
-                        f"{name}: vLLM keeps it as {kept}, its loaders fill {filled}; it cannot be written in place"
+                        f"{name}: vLLM keeps it as {kept}, its loaders fill {filled}; it cannot be written "
+                        "in place"
                     )
                 have = torch.zeros(want.shape, dtype=want.dtype)
                 self._staged.add(name)
@@ -216,7 +218,8 @@ def _on_accelerator(model: nn.Module) -> bool:
 def _check_no_parameter_is_lost(
     placements: Sequence[LoaderWrite], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """LoaderError for a parameter that no pipeline stage of this replica takes. Collective over the stages."""
+    """LoaderError for a parameter that no pipeline stage of this replica takes. Collective over the
+    stages."""
     import torch.distributed as dist
     from vllm.distributed.parallel_state import get_pp_group
 
