@@ -24,7 +24,7 @@ from hybridflow.columns import Ragged
 from hybridflow.dataflow import CallKind
 from hybridflow.tracing import trace, traced_roles
 from tests.controllers.fakes import CLASSES, FAKES, Script, fakes, prompts, streams
-from workers.losses.config import DPOConfig, PolicyLossConfig, ValueLossConfig
+from workers.losses.config import DPOLossConfig, PolicyLossConfig, ValueLossConfig
 
 TWO_ROWS = Script(
     responses=[[8, 1], [1]],
@@ -200,9 +200,9 @@ def test_the_kl_coefficient_of_the_reward_is_logged(name: str) -> None:
         ),
         (lambda: LagrangeConfig(learning_rate=-1), "algorithm.lagrange.learning_rate is -1; use 0"),
         (lambda: LagrangeConfig(window=0), "algorithm.lagrange.window is 0; choose at least 1"),
-        (lambda: DPOConfig(beta=0), "algorithm.loss.beta is 0; .* choose more than 0"),
+        (lambda: DPOLossConfig(beta=0), "algorithm.loss.beta is 0; .* choose more than 0"),
         (
-            lambda: DPOConfig(label_smoothing=0.5),
+            lambda: DPOLossConfig(label_smoothing=0.5),
             "algorithm.loss.label_smoothing is 0.5; choose 0 <= label_smoothing < 0.5",
         ),
         (lambda: ValueLossConfig(clip=-1), "critic.loss.clip is -1; choose more than 0"),

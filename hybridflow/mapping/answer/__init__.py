@@ -1,0 +1,1 @@
+"""The chosen mapping as plain data: predicted, judged, explained, drawn."""

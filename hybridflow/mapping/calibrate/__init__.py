@@ -1,0 +1,1 @@
+"""Constants of the simulators, fitted to what a real machine measured."""

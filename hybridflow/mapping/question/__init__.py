@@ -1,0 +1,1 @@
+"""What is asked of the mapper: models, cluster, workload, and the layouts it may choose from."""

@@ -1,0 +1,1 @@
+"""The search over placements, device counts and layouts."""

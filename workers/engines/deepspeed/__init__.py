@@ -1,0 +1,1 @@
+"""Training engine deepspeed: ZeRO stages 1 to 3."""

@@ -1,0 +1,1 @@
+"""Training engine fsdp: FSDP2 over tensor parallelism."""

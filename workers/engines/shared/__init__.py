@@ -1,0 +1,1 @@
+"""What the training engines share: micro-batches, optimizer, checkpoints, export."""

@@ -1,0 +1,1 @@
+"""Training engine threed: pipeline x tensor x data parallelism."""

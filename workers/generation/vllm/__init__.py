@@ -1,0 +1,1 @@
+"""Generation engine vllm: vLLM inside the host processes."""
