@@ -11,7 +11,7 @@ from enum import StrEnum
 
 
 class CallKind(StrEnum):
-    """How a call spends its time; the mapper's simulators are chosen by it (PAPER.md section 4)."""
+    """How a call spends its time; the mapper's simulators are chosen by it (docs/paper.md section 4)."""
 
     generation = "generation"
     inference = "inference"

@@ -11,7 +11,7 @@ from itertools import product
 from math import prod
 
 AXES = ("dp", "pp", "cp", "tp")
-"""The known axes in the paper's rank order (PAPER.md section 3): data outermost, tensor innermost."""
+"""The known axes in the paper's rank order (docs/paper.md section 3): data outermost, tensor innermost."""
 
 
 @dataclass(frozen=True, slots=True)

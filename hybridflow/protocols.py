@@ -1,7 +1,8 @@
 """Transfer protocols: how a call's input is distributed over the ranks of a layout and how its output is
 collected.
 
-The paper's six (PAPER.md section 2) and a user's own pair: Protocol(name="mine", distribute=f, collect=g).
+The paper's six (docs/paper.md section 2) and a user's own pair:
+Protocol(name="mine", distribute=f, collect=g).
 Nothing is padded and no divisibility is asked for: a split gives every data coordinate some rows, possibly
 none.
 """

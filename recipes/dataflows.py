@@ -96,5 +96,5 @@ PAPER: dict[str, Dataflow] = {
         _step("safe_rlhf", (VALUES, REFERENCE, REWARD, COST, PRETRAIN_LOSS), critic=True),
     )
 }
-"""PAPER.md section 5. ReMax generates twice and scores both; Safe-RLHF adds the cost model and the
+"""docs/paper.md section 5. ReMax generates twice and scores both; Safe-RLHF adds the cost model and the
 pretraining loss."""

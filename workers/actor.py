@@ -1,8 +1,8 @@
 """ActorWorker: the hybrid engine. One set of weights, trained in one layout and sampled in another, in one
 pool.
 
-An iteration is the paper's five steps (PAPER.md section 3): weights into the generation layout (only when
-they changed), generate, return the results, back to the training layout, train. With pools of their own the
+An iteration is the paper's five steps (docs/paper.md section 3): weights into the generation layout (only
+when they changed), generate, return the results, back to the training layout, train. With pools of their own the
 two halves meet in split_actor.py.
 """
 

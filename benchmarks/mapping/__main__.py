@@ -162,7 +162,7 @@ PAPER_SEARCHES = (
     *(("llama-34b", size) for size in (48, 64)),
     *(("llama-70b", size) for size in (96, 128)),
 )
-"""The paper's figure 16 (PAPER.md section 4)."""
+"""The paper's figure 16 (docs/paper.md section 4)."""
 
 
 def _search_s(model: str, size: int) -> float:

@@ -1,5 +1,5 @@
-"""The paper's findings about placements, generation and transitions (PAPER.md section 6), computed with one
-set of constants."""
+"""The paper's findings about placements, generation and transitions (docs/paper.md section 6), computed with
+one set of constants."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from recipes.plan import SCALAR_ROLES
 PAPER_WORKLOAD = Workload(
     num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8
 )
-"""PAPER.md section 6."""
+"""docs/paper.md section 6."""
 SIZES = (8, 16, 32, 48, 64, 96, 128)
 SMALLEST = {"llama-7b": 8, "llama-13b": 16, "llama-34b": 32, "llama-70b": 64}
 COLOCATED = (("actor", "critic", "reference", "reward"),)
@@ -265,8 +265,8 @@ def transition_rows() -> list[Row]:
 
 
 def gather_everything_s(model: ModelSpec, machine: Machine, num_devices: int) -> float:
-    """DeepSpeed-Chat's way (PAPER.md section 3): (tpd - 1)/(tpd) M on every rank, every node's link shared by
-    its 8 ranks."""
+    """DeepSpeed-Chat's way (docs/paper.md section 3): (tpd - 1)/(tpd) M on every rank, every node's link shared
+    by its 8 ranks."""
     num_bytes = machine.space.parameter_bytes * model.num_parameters * (num_devices - 1) / num_devices
     per_node = machine.kind.devices_per_node
     far = (num_devices - per_node) / (num_devices - 1)

@@ -13,7 +13,7 @@ from benchmarks.mapping.tables import alike
 COLORS = {"llama-7b": "#4477aa", "llama-13b": "#228833", "llama-34b": "#cc6633", "llama-70b": "#aa3377"}
 PANELS_ACROSS = 5
 PAPER_SEARCH_S = {8: 10, 16: 30, 24: 65, 32: 110, 48: 220, 64: 370, 96: 800, 128: 1400}
-"""PAPER.md section 4, read off a logarithmic plot."""
+"""docs/paper.md section 4, read off a logarithmic plot."""
 
 
 def draw_scaling(rows: list[dict[str, Any]], path: Path) -> None:

@@ -1,7 +1,7 @@
 """The slow way: gather every parameter on every rank, then slice. The oracle of the tests and the baseline of
 the benchmark.
 
-This is what DeepSpeed-Chat does over all ranks and HybridFlow-V over the model-parallel group (PAPER.md
+This is what DeepSpeed-Chat does over all ranks and HybridFlow-V over the model-parallel group (docs/paper.md
 section 3). Shares no code with the compiler.
 """
 

@@ -1,7 +1,7 @@
 """Grouping: which rank takes which generation coordinate (replica, pipeline stage, tensor part).
 
-`vanilla` and `zero_redundancy` are the paper's (PAPER.md section 3); `fewest_bytes` is the assignment that
-leaves the fewest bytes to receive for any training layout. Rank order inside a replica is vLLM's:
+`vanilla` and `zero_redundancy` are the paper's (docs/paper.md section 3); `fewest_bytes` is the assignment
+that leaves the fewest bytes to receive for any training layout. Rank order inside a replica is vLLM's:
 build_vllm_groups takes `replicas` as it is.
 """
 
@@ -114,8 +114,8 @@ def vanilla(num_ranks: int, *, tp: int, pp: int = 1) -> Grouping:
 
 def zero_redundancy(layout: Layout, *, tp: int, pp: int = 1) -> Grouping:
     """The paper's grouping: generation TP groups at interval t/tg, PP groups at interval p/pg, so that every
-    rank's training shard is part of its generation shard (equations in PAPER.md section 3). Needs tg | t and
-    pg | p; fewest_bytes has no such limit.
+    rank's training shard is part of its generation shard (equations in docs/paper.md section 3). Needs tg | t
+    and pg | p; fewest_bytes has no such limit.
     """
     t, p = layout.axis_size("tp"), layout.axis_size("pp")
     if t % tp or p % pp:

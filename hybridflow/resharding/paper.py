@@ -1,4 +1,4 @@
-"""The paper's predictions for the transition from training to generation (HybridFlow, table 2; PAPER.md
+"""The paper's predictions for the transition from training to generation (HybridFlow, table 2; docs/paper.md
 section 3), as fractions of the model's bytes M. For a training layout p-t-d and generation sizes pg-tg; norms
 count as if they were split like matrices.
 """

@@ -187,8 +187,8 @@ def test_transition_bytes_are_the_papers(train, generate, fraction):
 
 
 def test_generation_keeps_no_redundant_copy():
-    """PAPER.md section 3: peak M/(tg pg), of which the training shard is part; an engine with its own weights
-    holds both."""
+    """docs/paper.md section 3: peak M/(tg pg), of which the training shard is part; an engine with its own
+    weights holds both."""
     space, training = SearchSpace(), ModelLayout(t=4, d=2)
     layout = GenerationLayout(tg=2, replicas=4, max_running=1)
     size = 2 * LLAMA.num_parameters

@@ -1,4 +1,4 @@
-"""Groupings and the paper's table and worked examples, exactly (PAPER.md section 3)."""
+"""Groupings and the paper's table and worked examples, exactly (docs/paper.md section 3)."""
 
 from __future__ import annotations
 

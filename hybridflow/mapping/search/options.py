@@ -1,9 +1,9 @@
 """Options: every way to run one role on n devices of one kind, with its time per call and its memory
 (Algorithm 2's loop).
 
-Algorithm 2 with its gaps closed (PAPER.md section 4): d is an integer, pools smaller than a node are allowed,
-the generation layout is chosen together with the training layout, and nothing is chosen here: which option
-wins depends on what else lives in the pool.
+Algorithm 2 with its gaps closed (docs/paper.md section 4): d is an integer, pools smaller than a node are
+allowed, the generation layout is chosen together with the training layout, and nothing is chosen here: which
+option wins depends on what else lives in the pool.
 """
 
 from __future__ import annotations

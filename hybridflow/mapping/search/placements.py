@@ -12,7 +12,7 @@ Placement = tuple[tuple[str, ...], ...]
 
 
 def placements(roles: Sequence[str]) -> Iterator[Placement]:
-    """All set partitions of `roles`: Bell(4) = 15, Bell(5) = 52 (PAPER.md section 4).
+    """All set partitions of `roles`: Bell(4) = 15, Bell(5) = 52 (docs/paper.md section 4).
 
     list(placements(["a", "b"])) -> [(("a", "b"),), (("a",), ("b",))]
     """

@@ -126,8 +126,8 @@ def kv_tokens(workload: Workload, running: int) -> float:
 
 
 def held_for_generation(model: ModelSpec, training: ModelLayout | None, space: SearchSpace) -> float:
-    """Bytes of the training shard that generation can compute on in place (PAPER.md section 3: no redundant
-    copy)."""
+    """Bytes of the training shard that generation can compute on in place (docs/paper.md section 3: no
+    redundant copy)."""
     if training is None or not space.shared_generation_weights or training.offload:
         return 0.0
     return state_footprint(model, training, space, trained=False).parameters

@@ -1,5 +1,5 @@
 """Simulator of generation: prefill is compute-bound, decoding is bound by reading weights and KV cache
-(PAPER.md section 4).
+(docs/paper.md section 4).
 
 A decode step reads every weight once per pipeline micro-batch and the keys and values of all running
 sequences once (Pope et al. 2022, section 2; Kwon et al. 2023 for paged caches). Left out: speculative

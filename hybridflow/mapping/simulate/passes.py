@@ -1,4 +1,5 @@
-"""Simulators of training and inference: one call over all rows of a step, compute-bound (PAPER.md section 4).
+"""Simulators of training and inference: one call over all rows of a step, compute-bound
+(docs/paper.md section 4).
 
 Pipeline: 1F1B, (m + p - 1) micro-batch slots (Narayanan et al. 2021, section 2.2). Tensor: two all-reduces of
 the layer's output per layer in each direction (Shoeybi et al. 2020, section 3), two more when recomputing.

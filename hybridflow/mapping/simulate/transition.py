@@ -1,7 +1,7 @@
 """Simulator of moving weights between layouts, and of moving data between pools.
 
-Bytes: what a rank needs and does not hold (PAPER.md section 3: (tp - tg pg) / (tg pg tp) M), generalised to
-layouts of which neither contains the other: a generation shard of M/(tg pg) overlaps the rank's training
+Bytes: what a rank needs and does not hold (docs/paper.md section 3: (tp - tg pg) / (tg pg tp) M), generalised
+to layouts of which neither contains the other: a generation shard of M/(tg pg) overlaps the rank's training
 shard in M/(max(p, pg) max(t, tg)).
 """
 

@@ -1,6 +1,6 @@
 """vLLM's process groups for any generation grouping, built before the engine.
 
-vLLM groups consecutive ranks. The paper's zero-redundancy grouping does not (PAPER.md section 3): its
+vLLM groups consecutive ranks. The paper's zero-redundancy grouping does not (docs/paper.md section 3): its
 generation TP groups take ranks at intervals. vLLM keeps groups that exist already, so these are built first.
 Engines that are data-parallel inside (expert parallel) and context parallelism are left out.
 """
