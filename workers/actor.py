@@ -2,8 +2,8 @@
 pool.
 
 An iteration is the paper's five steps (docs/paper.md section 3): weights into the generation layout (only
-when they changed), generate, return the results, back to the training layout, train. With pools of their own the
-two halves meet in split_actor.py.
+when they changed), generate, return the results, back to the training layout, train. With pools of their own
+the two halves meet in split_actor.py.
 """
 
 from __future__ import annotations

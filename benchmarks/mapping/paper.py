@@ -265,8 +265,8 @@ def transition_rows() -> list[Row]:
 
 
 def gather_everything_s(model: ModelSpec, machine: Machine, num_devices: int) -> float:
-    """DeepSpeed-Chat's way (docs/paper.md section 3): (tpd - 1)/(tpd) M on every rank, every node's link shared
-    by its 8 ranks."""
+    """DeepSpeed-Chat's way (docs/paper.md section 3): (tpd - 1)/(tpd) M on every rank, every node's link
+    shared by its 8 ranks."""
     num_bytes = machine.space.parameter_bytes * model.num_parameters * (num_devices - 1) / num_devices
     per_node = machine.kind.devices_per_node
     far = (num_devices - per_node) / (num_devices - 1)

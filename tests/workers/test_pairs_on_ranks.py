@@ -20,7 +20,7 @@ from hybridflow.context import RankContext
 from hybridflow.protocols import Split, cut_rows
 from tests.tiny import VOCAB, make_model
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
-from workers.losses.config import DPOConfig
+from workers.losses.config import DPOLossConfig
 from workers.policy import PolicyWorker
 from workers.preference import PreferenceWorker
 from workers.role_config import PolicyConfig, PreferenceConfig
@@ -66,7 +66,7 @@ def train(root: Path, rank: int, world_size: int, tokens: int) -> dict[str, Any]
         "distilled": lambda: PolicyWorker(policy, context).update_distilled(
             own.rename(ref_log_probs="teacher_log_probs")
         ),
-        "dpo": lambda: PolicyWorker(policy, context).update_dpo(own, DPOConfig(beta=0.5)),
+        "dpo": lambda: PolicyWorker(policy, context).update_dpo(own, DPOLossConfig(beta=0.5)),
         "preferences": lambda: PreferenceWorker(scorer, context).update_preferences(own),
         "costs": lambda: PreferenceWorker(scorer, context).update_costs(own),
     }.items():
