@@ -26,15 +26,8 @@ from hybridflow.tracing import to_mermaid
 from hybridflow.waiting import CALLS
 from recipes.compatibility import check_vocabularies
 from recipes.config import RunConfig
-from recipes.run import (
-    check_dataflow,
-    check_models,
-    connect_cluster,
-    load_rows,
-    place,
-    placement_report,
-    start_roles,
-)
+from recipes.placing import check_models, place, placement_report
+from recipes.session import check_dataflow, connect_cluster, load_rows, start_roles
 
 CONSOLE = Console(stderr=True)
 

@@ -1,6 +1,6 @@
 """One run of recipes.grpo for benchmarks.step: CASE OUTPUT [setting=value ...]
 
-The recipe's own parts, put together as recipes/run.py does; the algorithm is GRPO behind a step that looks at
+The recipe's own parts, put together as recipes/run.py and recipes/session.py do; the algorithm is GRPO behind a step that looks at
 the clock and, for drawn lengths, gives every row its limit.
 """
 
@@ -35,8 +35,9 @@ from hybridflow.group import spawn
 from hybridflow.results import Metrics
 from recipes.config import RunConfig, register
 from recipes.main import to_settings
+from recipes.placing import place
 from recipes.roles import NoReference
-from recipes.run import connect_cluster, place, start_pool, start_tracker
+from recipes.session import connect_cluster, start_pool, start_tracker
 
 
 class Observed:

@@ -17,7 +17,9 @@ from hybridflow.mapping.question.cluster import DEVICE_KINDS, Cluster, NodeGroup
 from recipes.auto import apply_mapping, choose, saved_mapping
 from recipes.config import PlacementMode, RunConfig
 from recipes.forecast import MAPPING, MapperInputs, given_mapping, setting_of, workload_of
-from recipes.run import check_dataflow, place, pool_sizes, pools_of, run
+from recipes.placing import place, pool_sizes, pools_of
+from recipes.run import run
+from recipes.session import check_dataflow
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
 Settings = Callable[..., RunConfig]

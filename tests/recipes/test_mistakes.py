@@ -18,7 +18,8 @@ from controllers import ALGORITHMS, AlgorithmEntry
 from hybridflow.checkpoint import CheckpointStore
 from recipes.config import RunConfig
 from recipes.main import check_names, recipe, to_settings, unused_settings
-from recipes.run import run, start_step
+from recipes.run import run
+from recipes.session import start_step
 from workers.config import ModelConfig
 from workers.engines.base import Head
 from workers.engines.model.loading import UNLIMITED, position_limit

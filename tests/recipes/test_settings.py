@@ -15,8 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from controllers import ENTRIES
 from recipes.config import RunConfig
 from recipes.main import check_names, join_pools, to_settings
+from recipes.placing import place, pool_sizes
 from recipes.quickstart.settings import SETTINGS
-from recipes.run import check_dataflow, place, pool_sizes
+from recipes.session import check_dataflow
 from tests.recipes.conftest import yaml_files
 from workers.actor import ActorWorker
 from workers.reward import FunctionRewardWorker, ModelRewardWorker

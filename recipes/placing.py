@@ -1,0 +1,156 @@
+"""place(): which role stands in which pool, with which worker and settings; whether layouts and models fit.
+
+Reads model configurations; starts nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Container, Sequence
+from typing import Any
+
+from controllers import algorithm_entry
+from hybridflow.dataflow import Dataflow
+from hybridflow.layout import Layout
+from recipes.checks import (
+    check_algorithm,
+    check_generation_groups,
+    check_generation_memory,
+    check_model,
+    check_output,
+    check_resume,
+    check_settings,
+)
+from recipes.config import Device, PlacementMode, RunConfig, Runtime
+from recipes.roles import GENERATION, Role, role_kind, role_names
+from workers.split_actor import SplitTrainingWorker
+
+LOGGER = logging.getLogger(__name__)
+
+
+def place(config: RunConfig) -> list[Role]:
+    """Every role of the algorithm with its worker, settings and pool."""
+    pool_of = _pools(config)
+    roles = []
+    for name in (*role_names(config), *([GENERATION] if GENERATION in pool_of else [])):
+        kind = role_kind(name)
+        if not kind.needed(config):
+            LOGGER.info("no %s model: no coefficient asks for it", name)
+            continue
+        settings = kind.settings(config)
+        worker = SplitTrainingWorker if name == "actor" and GENERATION in pool_of else kind.worker(settings)
+        roles.append(Role(name=name, worker=worker, config=settings, pool=pool_of[name]))
+    check_layouts(config, roles)
+    check_algorithm(config, algorithm_entry(config.algorithm.name))
+    check_output(config.output_dir)
+    check_resume(config.loop.resume)
+    return roles
+
+
+def _pools(config: RunConfig) -> dict[str, str]:
+    """Role -> name of its pool; all in one until placement=auto has chosen."""
+    names = role_names(config)
+    may_be_placed = (*names, *([GENERATION] if "actor" in names else []))
+    if config.placement is PlacementMode.colocated and config.pools:
+        raise ValueError(
+            f"pools ({', '.join(config.pools)}) are set with placement=colocated; set placement=custom or "
+            "leave them out"
+        )
+    if config.placement is not PlacementMode.custom or config.runtime is Runtime.local:
+        return dict.fromkeys(names, "main")
+    if not config.pools:
+        raise ValueError(
+            "placement=custom needs pools, for example pools.policy.num_devices=2 "
+            "'pools.policy.roles=[actor,reference]'"
+        )
+    owners: dict[str, list[str]] = {}
+    for pool, settings in config.pools.items():
+        for role in settings.roles:
+            owners.setdefault(role, []).append(pool)
+    unknown = sorted(set(owners) - set(may_be_placed))
+    wrong = {role: owners.get(role, []) for role in names if len(owners.get(role, [])) != 1}
+    wrong |= {role: pools for role, pools in owners.items() if len(pools) > 1}
+    if unknown or wrong:
+        raise ValueError(
+            f"pools: every role of {config.algorithm.name} ({', '.join(names)}) must be in exactly one pool; "
+            f"unknown roles {unknown}, roles with their pools {wrong}"
+        )
+    if GENERATION in owners and owners[GENERATION] == owners["actor"]:
+        raise ValueError(
+            f"pools.{owners['actor'][0]}.roles names both actor and {GENERATION}: an actor generates in its "
+            "own pool anyway; "
+            f"leave {GENERATION} out, or give it another pool"
+        )
+    return {role: pools[0] for role, pools in owners.items()}
+
+
+def pool_sizes(config: RunConfig) -> dict[str, int]:
+    """Devices of every pool."""
+    if config.runtime is Runtime.local:
+        if config.num_devices > 1:
+            raise ValueError(
+                f"num_devices={config.num_devices} with runtime=local, which is one process; leave it out or "
+                "use runtime=ray"
+            )
+        return {"main": 1}
+    if config.placement is PlacementMode.custom:
+        if config.num_devices > 1:
+            raise ValueError(
+                f"num_devices={config.num_devices} with placement=custom, where every pool has its own; "
+                "leave it out"
+            )
+        sizes = {name: pool.num_devices for name, pool in config.pools.items()}
+    else:
+        sizes = {"main": config.num_devices}
+    for name, size in sizes.items():
+        if size < 1:
+            field = f"pools.{name}.num_devices" if config.placement is PlacementMode.custom else "num_devices"
+            raise ValueError(f"{field} is {size}; use at least 1")
+    return sizes
+
+
+def pools_of(roles: Sequence[Role]) -> dict[str, str]:
+    return {role.name: role.pool for role in roles}
+
+
+def check_layouts(config: RunConfig, roles: Sequence[Role]) -> None:
+    """Settings of every role, its layouts on its pool, and those of generation engines that share one."""
+    sizes = pool_sizes(config)
+    engines: dict[str, dict[str, Layout]] = {}
+    shares: dict[str, dict[str, float]] = {}
+    for role in roles:
+        check_settings(role.name, role.config)
+        layouts = role.worker.layouts(role.config, sizes[role.pool])
+        if "generation" in layouts and role.config.generation.engine == "vllm":
+            engines.setdefault(role.pool, {})[role.name] = layouts["generation"]
+            shares.setdefault(role.pool, {})[role.name] = role.config.generation.gpu_memory_fraction
+    for pool, of_roles in engines.items():
+        check_generation_groups(pool, of_roles)
+        if config.device is Device.cuda:
+            check_generation_memory(pool, shares[pool])
+
+
+def check_models(config: RunConfig, roles: Sequence[Role]) -> None:
+    """Every model's directory has a configuration, and its layouts fit it; no weights are read."""
+    sizes = pool_sizes(config)
+    for role in roles:
+        if role.name != GENERATION:  # the model is the actor's, and checked with it
+            check_model(role.name, role.config, role_kind(role.name).head, sizes[role.pool])
+
+
+def placeholder_roles(config: RunConfig, placed: Container[str]) -> dict[str, Any]:
+    """What stands for the roles of the algorithm that were not placed because nothing asks for them."""
+    absent = {name: role_kind(name).absent for name in role_names(config) if name not in placed}
+    return {name: make() for name, make in absent.items() if make is not None}
+
+
+def placement_report(config: RunConfig, roles: Sequence[Role], dataflow: Dataflow) -> str:
+    """What would run where."""
+    lines = [f"{config.algorithm.name}: {len(dataflow.calls)} calls a step"]
+    sizes = pool_sizes(config)
+    for role in roles:
+        layouts = ", ".join(
+            f"{name} {layout}" for name, layout in role.worker.layouts(role.config, sizes[role.pool]).items()
+        )
+        lines.append(f"  {role.name:<10} pool {role.pool} ({sizes[role.pool]} devices): {layouts}")
+    return "\n".join(lines)
