@@ -76,13 +76,8 @@ class SafeRLHF:
         of_costs = batch.drop("values", "returns").rename(cost_values="values", cost_returns="returns")
         critic_metrics |= self.cost_critic.update_critic(of_costs).renamed("critic/", "cost_critic/")
         actor_metrics = self.actor.update_actor(with_pretraining(batch, self.pretraining))
-        return (
-            batch_metrics(batch)
-            | self.kl.metrics()
-            | self.multiplier.metrics()
-            | critic_metrics
-            | actor_metrics
-        )
+        metrics = batch_metrics(batch) | self.kl.metrics() | self.multiplier.metrics()
+        return metrics | critic_metrics | actor_metrics
 
     def state_dict(self) -> dict[str, Any]:
         return {"kl": self.kl.state_dict(), "multiplier": self.multiplier.state_dict()}

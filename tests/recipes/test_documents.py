@@ -123,17 +123,17 @@ def test_the_walk_through_the_diff_is_the_diff() -> None:
 
 
 def test_the_table_of_algorithms_is_the_code() -> None:
-    """Entries, models, files and their lines."""
+    """Entries, models and files; each file is a page."""
     rows = re.findall(
-        r"^\| `(\w+)` \| .*? \| ([\w, ]+) \| .*? \| \[(.*?)\]\(\.\./(.*?)\) \| (\d+) \|$",
+        r"^\| `(\w+)` \| .*? \| ([\w, ]+) \| .*? \| \[(.*?)\]\(\.\./(.*?)\) \|$",
         ALGORITHMS_PAGE,
         re.MULTILINE,
     )
     expected = {}
     for name, entry in ALGORITHMS.items():
         file = f"{entry.module.replace('.', '/')}.py"
-        lines = len((ROOT / file).read_text().splitlines())
-        expected[name] = (", ".join(role.replace("_", " ") for role in entry.roles), file, file, str(lines))
+        expected[name] = (", ".join(role.replace("_", " ") for role in entry.roles), file, file)
+        assert len((ROOT / file).read_text().splitlines()) <= 130, file
     assert {name: tuple(row) for name, *row in rows} == expected
 
 
