@@ -23,8 +23,8 @@ from hybridflow.results import Metrics
 from workers.actor_training import ActorTrainingWorker
 from workers.engines.base import LossFn
 from workers.generation.config import SamplingConfig
-from workers.generation_grouping import generation_grouping
-from workers.model_worker import MiniBatches, training_layout
+from workers.layouts import generation_grouping, training_layout
+from workers.mini_batches import MiniBatches
 from workers.role_config import ActorConfig
 from workers.roles import Actor
 from workers.sampler import Sampler, probe_settings
@@ -74,7 +74,7 @@ class ActorWorker(ActorTrainingWorker, Actor):
     def learn(
         self,
         mini_batches: MiniBatches,
-        steps: Iterator[tuple[int, Sequences]],
+        steps: Iterator[Sequences],
         loss_fn: LossFn,
         temperature: float = 1.0,
     ) -> Metrics:

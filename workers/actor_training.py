@@ -15,7 +15,8 @@ from hybridflow.results import Metrics
 from workers.consistency import check_first_step
 from workers.losses.language import with_pretraining
 from workers.losses.policy import policy_loss
-from workers.model_worker import mean_over_steps, sequences_of, train_on
+from workers.mini_batches import mean_over_steps, train_on
+from workers.model_worker import sequences_of
 from workers.policy import PolicyWorker
 from workers.role_config import ActorConfig
 from workers.roles import TrainingActor

@@ -11,7 +11,8 @@ from hybridflow.context import RankContext
 from hybridflow.results import Metrics
 from workers.engines.base import Head
 from workers.losses.value import value_loss
-from workers.model_worker import MiniBatches, ModelWorker, mean_over_steps, sequences_of, train_on
+from workers.mini_batches import MiniBatches, mean_over_steps, train_on
+from workers.model_worker import ModelWorker, sequences_of
 from workers.role_config import CriticConfig
 from workers.roles import Critic
 

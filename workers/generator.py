@@ -10,10 +10,10 @@ from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from workers.generation.config import SamplingConfig
+from workers.layouts import generation_layout
 from workers.role_config import ActorConfig
 from workers.roles import Generator
 from workers.sampler import Sampler
-from workers.split_actor import generation_layout
 
 
 class GeneratorWorker(Generator):

@@ -27,11 +27,11 @@ from workers.config import ModelConfig
 from workers.engines.base import Head
 from workers.engines.model.loading import position_limit
 from workers.generation import generation_engine_class
-from workers.model_worker import ModelWorker, training_layout
+from workers.layouts import generation_layout, training_layout
+from workers.model_worker import ModelWorker
 from workers.role_config import JudgeConfig, VerdictKind
 from workers.roles import Reward
 from workers.sequences import Sequences
-from workers.split_actor import generation_layout
 
 LOGGER = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from workers.losses.aggregation import Aggregation
 from workers.losses.config import DPOLossConfig
 from workers.losses.language import distillation_loss, language_loss
 from workers.losses.preference import dpo_loss
-from workers.model_worker import MiniBatches, ModelWorker, mean_over_steps, pairs_of, sequences_of, train_on
+from workers.mini_batches import MiniBatches, mean_over_steps, train_on
+from workers.model_worker import ModelWorker, pairs_of, sequences_of
 from workers.role_config import ActorConfig, PolicyConfig
 from workers.roles import Policy
 from workers.sequences import Sequences
@@ -114,7 +115,7 @@ class PolicyWorker(ModelWorker, Policy):
     def learn(
         self,
         mini_batches: MiniBatches,
-        steps: Iterator[tuple[int, Sequences]],
+        steps: Iterator[Sequences],
         loss_fn: LossFn,
         temperature: float = 1.0,
     ) -> Metrics:

@@ -13,7 +13,8 @@ from hybridflow.context import RankContext
 from hybridflow.results import Metrics
 from workers.engines.base import Head, LossFn
 from workers.losses.preference import bradley_terry_loss, cost_model_loss
-from workers.model_worker import MiniBatches, ModelWorker, mean_over_steps, pairs_of, sequences_of, train_on
+from workers.mini_batches import MiniBatches, mean_over_steps, train_on
+from workers.model_worker import ModelWorker, pairs_of, sequences_of
 from workers.role_config import PreferenceConfig
 from workers.roles import PreferenceModel
 from workers.sequences import Sequences

@@ -20,7 +20,8 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.worker import Worker
 from workers.engines.base import Head
-from workers.model_worker import ModelWorker, sequences_of, training_layout
+from workers.layouts import training_layout
+from workers.model_worker import ModelWorker, sequences_of
 from workers.reward_function import resolve, score_rows
 from workers.role_config import RewardConfig
 from workers.roles import Cost, Reward

@@ -22,9 +22,9 @@ from hybridflow.pool import ResourcePool
 from hybridflow.results import Metrics
 from workers.actor import sync_metrics
 from workers.actor_training import ActorTrainingWorker
-from workers.generation.config import GenerationConfig, SamplingConfig
+from workers.generation.config import SamplingConfig
+from workers.layouts import generation_layout, training_layout
 from workers.losses.config import DPOLossConfig
-from workers.model_worker import training_layout
 from workers.role_config import ActorConfig
 from workers.roles import Actor, SplitGenerator, SplitTrainer
 from workers.sampler import Sampler, probe_settings
@@ -126,19 +126,6 @@ class GenerationWorker(SplitGenerator):
 
     def close(self) -> None:
         self.sampler.engine.close()
-
-
-def generation_layout(sizes: GenerationConfig, world_size: int, role: str) -> Layout:
-    """Consecutive ranks form a replica; `role` is named where the sizes do not fit."""
-    parallel = sizes.pp * sizes.tp
-    if parallel < 1 or world_size % parallel:
-        raise ValueError(
-            f"{role}.generation: pp={sizes.pp} x tp={sizes.tp} does not divide the {world_size} devices of "
-            "generation's pool; "
-            "choose sizes whose product is one of "
-            f"{[n for n in range(1, world_size + 1) if world_size % n == 0]}"
-        )
-    return Layout.of(dp=world_size // parallel, pp=sizes.pp, tp=sizes.tp)
 
 
 class SplitActor:

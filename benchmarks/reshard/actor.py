@@ -26,7 +26,7 @@ from workers.config import ModelConfig, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, TrainingEngine
 from workers.generation.config import GenerationConfig
-from workers.generation_grouping import generation_grouping
+from workers.layouts import generation_grouping
 from workers.role_config import ActorConfig
 from workers.sampler import Sampler
 from workers.weight_sync import WeightSync

@@ -21,7 +21,7 @@ from hybridflow.resharding.grouping import Grouping, fewest_bytes, micro_data_gr
 from hybridflow.resharding.paper import deepspeed_chat, hybridflow, hybridflow_v
 from workers.config import TrainConfig
 from workers.generation.config import GenerationConfig
-from workers.generation_grouping import generation_grouping
+from workers.layouts import generation_grouping
 from workers.role_config import ActorConfig
 
 # Every dim divides by 8 stages, 8 tensor ranks and the vocabulary's padding: the paper's fractions hold to
