@@ -1,4 +1,4 @@
-"""Measures how the code reads: long lines, comprehensions, conditional expressions, dense statements, odd names.
+"""Measures how the code reads: long lines, comprehensions, conditional expressions, dense statements, names.
 
     python -m benchmarks.house                            # the five packages
     python -m benchmarks.house workers/engines --worst 20 # a folder or file, and its worst places
@@ -22,8 +22,30 @@ PACKAGES = ("hybridflow", "workers", "controllers", "cluster", "recipes")
 """The packages that are measured where no path is given, as folders of the repository."""
 
 DIALECT = frozenset(
-    "asked beside drawn everyone found given held homeless kept made mine one ones ours own owned room rooms "
-    "taken theirs told wanted".split()
+    {
+        "asked",
+        "beside",
+        "drawn",
+        "everyone",
+        "found",
+        "given",
+        "held",
+        "homeless",
+        "kept",
+        "made",
+        "mine",
+        "one",
+        "ones",
+        "ours",
+        "own",
+        "owned",
+        "room",
+        "rooms",
+        "taken",
+        "theirs",
+        "told",
+        "wanted",
+    }
 )
 """Names of variables and parameters that say nothing about their values."""
 
