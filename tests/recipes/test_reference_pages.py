@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
+
+from recipes.main import check_names
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("hybridflow", "workers", "cluster", "controllers", "recipes", "benchmarks", "tests")
@@ -45,3 +49,31 @@ def test_anchors_of_links_exist(page: Path) -> None:
     for file, anchor in re.findall(r"\]\(([\w/.-]*)#([\w-]+)\)", page.read_text()):
         target = page.parent / file if file else page
         assert anchor in anchors(target), f"{page.name}: {file}#{anchor}"
+
+
+def test_settings_beside_those_of_other_systems_exist(composed: Callable[..., DictConfig]) -> None:
+    """The first column of the tables of docs/coming_from.md, and its example's command line."""
+    text = (ROOT / "docs" / "coming_from.md").read_text()
+    names: list[str] = []
+    for first in re.findall(r"^\| (.*?) \| .* \| .* \| .* \|$", text, re.MULTILINE):
+        names.extend(re.findall(r"`([a-z_][\w.]*)`", first))
+    assert len(names) >= 60
+    check_names([f"{name}=" for name in names])
+    example = re.findall(r"^\| hybridflow \| `([^`]+=[^`]+)` \|$", text, re.MULTILINE)
+    config = composed("grpo", example[0].split())
+    sizes = config.data.batch_size * config.algorithm.samples_per_prompt
+    assert (sizes, config.algorithm.num_mini_batches) == (1024, 4)
+
+
+def test_defaults_that_differ_from_other_systems(composed: Callable[..., DictConfig]) -> None:
+    """What the text of docs/coming_from.md says of this project's defaults."""
+    ppo, grpo = composed("ppo", []), composed("grpo", [])
+    assert ppo.algorithm.kl.coefficient == 0.05
+    assert grpo.actor.loss.kl_coefficient == 0.0
+    assert (ppo.actor.loss.dual_clip, ppo.critic.loss.clip) == (0.0, 0.2)
+    assert ppo.actor.loss.rollout_correction.correction.name == "none"
+    optimizer = ppo.actor.train.optimizer
+    assert (optimizer.schedule.name, optimizer.beta2, optimizer.weight_decay) == ("constant", 0.95, 0.0)
+    assert ppo.actor.generation.enforce_eager
+    assert not ppo.actor.train.activation_checkpointing
+    assert (ppo.loop.checkpoint_every, ppo.loop.resume) == (0, "auto")
