@@ -20,7 +20,7 @@ from hybridflow.mapping.answer.auto import mapping_of, shortage
 from hybridflow.mapping.answer.device_mapping import DeviceMapping, Pool
 from hybridflow.mapping.answer.judge import judge
 from hybridflow.mapping.search.search import search
-from hybridflow.mapping.search.setting import ROLLOUT, Setting
+from hybridflow.mapping.search.setting import GENERATION, Setting
 from recipes.config import Device, PlacementMode, PoolConfig, RunConfig, Runtime
 from recipes.forecast import MAPPING, MapperInputs, cluster_of, node_resources, setting_of
 from recipes.mapping_settings import generation_settings, train_settings
@@ -41,7 +41,7 @@ def choose(plan: MapperInputs) -> DeviceMapping:
     if plan.config.plan.split_generation:
         apart = setting_of(_split(plan))
         other = search(apart).best
-        together = other is None or any({"actor", ROLLOUT} <= set(roles) for roles in other.placement)
+        together = other is None or any({"actor", GENERATION} <= set(roles) for roles in other.placement)
         if other is not None and not together and (found is None or other.step_s < found.step_s):
             return mapping_of(apart, other)
     if found is None:
@@ -61,7 +61,7 @@ def _again(plan: MapperInputs, setting: Setting, saved: Path) -> DeviceMapping |
             setting.cluster,
         )
         return None
-    if any(placed.role == ROLLOUT for placed in mapping.roles):
+    if any(placed.role == GENERATION for placed in mapping.roles):
         setting = setting_of(_split(plan))
     judgement = judge(setting, mapping)
     if not judgement.fits:
@@ -72,7 +72,7 @@ def _again(plan: MapperInputs, setting: Setting, saved: Path) -> DeviceMapping |
 
 def _split(plan: MapperInputs) -> MapperInputs:
     """The run with generation as a role of its own."""
-    return replace(plan, roles={**plan.roles, ROLLOUT: plan.roles["actor"]})
+    return replace(plan, roles={**plan.roles, GENERATION: plan.roles["actor"]})
 
 
 def saved_mapping(config: RunConfig) -> Path | None:

@@ -30,7 +30,7 @@ from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.mapping.question.workload import Lengths, Workload
 from hybridflow.mapping.search.search import search
-from hybridflow.mapping.search.setting import ROLLOUT, Setting, split_generation
+from hybridflow.mapping.search.setting import GENERATION, Setting, split_generation
 from recipes.checks import RoleConfig
 from recipes.config import Device, RunConfig
 from recipes.mapping_settings import engine_space, generation_layout, train_layout
@@ -62,7 +62,7 @@ def setting_of(plan: MapperInputs) -> Setting:
     """What every prediction for this run is computed from."""
     config = plan.config
     cluster = cluster_of(config)
-    split = ROLLOUT in plan.roles
+    split = GENERATION in plan.roles
     return Setting(
         dataflow=split_generation(plan.dataflow) if split else plan.dataflow,
         models={role: model_spec(role, settings) for role, settings in plan.roles.items()},
@@ -70,7 +70,7 @@ def setting_of(plan: MapperInputs) -> Setting:
         workload=workload_of(plan),
         calibration=calibration_of(config, cluster),
         space=space_of(plan),
-        weights_from={ROLLOUT: "actor"} if split else {},
+        weights_from={GENERATION: "actor"} if split else {},
     )
 
 
@@ -236,7 +236,7 @@ def given_mapping(plan: MapperInputs, pool_of: Mapping[str, str], sizes: Mapping
             generation = generation_layout(
                 settings.generation, size, _rows_in_cache(plan, setting.model(role), longest)
             )
-        if role != ROLLOUT:
+        if role != GENERATION:
             layout = train_layout(settings.train, size, trained=setting.trained(role))
         plans.append(RolePlan(role=role, pool=pool_of[role], layout=layout, generation=generation))
     return DeviceMapping(
@@ -298,8 +298,8 @@ def measured_run(configuration: str, mapping: DeviceMapping, outcome: Outcome, g
     phases = {call.call.partition("#")[0] for call in mapping.calls}
     measured = {name: seconds for name, seconds in outcome.median_s.items() if name in phases}
     for name in measured:
-        if name.startswith(ROLLOUT):
-            measured[name] += outcome.median_s.get(f"{ROLLOUT}.sync_weights", 0.0)  # predicted as one
+        if name.startswith(GENERATION):
+            measured[name] += outcome.median_s.get(f"{GENERATION}.sync_weights", 0.0)  # predicted as one
     return Run(
         configuration=configuration,
         mapping=mapping,

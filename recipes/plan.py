@@ -34,7 +34,7 @@ from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.mapping.question.workload import Lengths, Workload
 from hybridflow.mapping.question.zoo import model_spec
 from hybridflow.mapping.search.search import SearchResult, search
-from hybridflow.mapping.search.setting import ROLLOUT, Setting, split_generation
+from hybridflow.mapping.search.setting import GENERATION, Setting, split_generation
 from recipes.dataflows import dataflow_of, without
 
 FUNCTION, NONE = "function", "none"
@@ -151,7 +151,7 @@ def to_setting(config: PlanConfig) -> Setting:
         dataflow = without(dataflow, role)
     weights_from = {}
     if config.split_generation:
-        dataflow, weights_from = split_generation(dataflow), {ROLLOUT: "actor"}
+        dataflow, weights_from = split_generation(dataflow), {GENERATION: "actor"}
     cluster = Cluster.parse(config.cluster)
     return Setting(
         dataflow=dataflow,
@@ -185,7 +185,7 @@ def role_models(config: PlanConfig, dataflow: Dataflow) -> dict[str, ModelSpec |
     result: dict[str, ModelSpec | None] = {}
     for role in dataflow.roles:
         name = config.models.get(
-            role, config.models.get("actor", config.model) if role == ROLLOUT else config.model
+            role, config.models.get("actor", config.model) if role == GENERATION else config.model
         )
         kinds = {call.kind for call in dataflow.calls if call.role == role}
         if name == FUNCTION and kinds & {CallKind.training, CallKind.generation}:
@@ -269,8 +269,10 @@ def _as_json(
         content["placements"] = [
             {
                 "placement": entry.placement,
-                "devices": None if entry.found is None else [size for _, size in entry.found.allocation],
-                "step_s": None if entry.found is None else entry.found.step_s,
+                "devices": None
+                if entry.solution is None
+                else [size for _, size in entry.solution.allocation],
+                "step_s": None if entry.solution is None else entry.solution.step_s,
                 "at_least_s": None if entry.bound_s == float("inf") else entry.bound_s,
                 "fits": entry.bound_s != float("inf"),
             }

@@ -12,7 +12,7 @@ from typing import Any
 
 from controllers import algorithm_entry
 from hybridflow.batch import Batch
-from hybridflow.mapping.search.setting import ROLLOUT
+from hybridflow.mapping.search.setting import GENERATION
 from hybridflow.worker import Worker
 from recipes.config import RunConfig
 from workers.actor import ActorWorker
@@ -70,9 +70,6 @@ class Role:
     config: Any
     pool: str
 
-
-GENERATION = ROLLOUT
-"""In a pool's roles: the actor generates there and trains where the role actor is."""
 
 ROLES: dict[str, RoleKind] = {
     "actor": RoleKind(settings=lambda config: config.actor, worker=lambda _: ActorWorker, head=Head.lm),

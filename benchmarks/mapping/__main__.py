@@ -42,7 +42,7 @@ from hybridflow.mapping.answer.auto import mapping_of
 from hybridflow.mapping.answer.explain import table
 from hybridflow.mapping.calibrate.compare import Run, compare, load_runs, order_agrees, side_by_side, within
 from hybridflow.mapping.question.space import SearchSpace
-from hybridflow.mapping.search.branch import Found
+from hybridflow.mapping.search.branch import Solution
 from hybridflow.mapping.search.search import Search, search
 from recipes.dataflows import dataflow_of, planned
 
@@ -51,7 +51,7 @@ def scaling_rows() -> tuple[list[Row], list[dict[str, Any]]]:
     """Throughput of every algorithm on 8 to 1,024 devices, and the strong-scaling efficiency of PPO at 128.
     Algorithms with the same calls are searched once."""
     throughput: list[dict[str, Any]] = []
-    searched: dict[tuple[object, ...], Found | None] = {}
+    searched: dict[tuple[object, ...], Solution | None] = {}
     for algorithm, model, size in product(planned(), SMALLEST, (8, 16, 32, 64, 128, 256, 512, 1024)):
         dataflow = dataflow_of(algorithm)
         key = (timing(dataflow), model, size)

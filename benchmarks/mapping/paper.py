@@ -13,7 +13,7 @@ from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
 from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.workload import Lengths, Workload
 from hybridflow.mapping.question.zoo import MODELS
-from hybridflow.mapping.search.branch import Found
+from hybridflow.mapping.search.branch import Solution
 from hybridflow.mapping.search.options import call_footprint, generation_options
 from hybridflow.mapping.search.search import Search, search
 from hybridflow.mapping.search.setting import Setting
@@ -60,7 +60,7 @@ def paper_setting(
     return replace(setting, **changes)
 
 
-def named(found: Found) -> str:
+def named(found: Solution) -> str:
     """actor+reference 64 | critic 64"""
     return " | ".join(
         f"{'+'.join(roles)} {size}"
@@ -68,7 +68,7 @@ def named(found: Found) -> str:
     )
 
 
-def num_pools(found: Found | None) -> int:
+def num_pools(found: Solution | None) -> int:
     return 0 if found is None else len(found.placement)
 
 

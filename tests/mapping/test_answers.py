@@ -37,9 +37,9 @@ def test_prediction_is_what_the_search_minimised_and_it_fits(paper_setting):
         setting = paper_setting(model, size)
         result = search(setting, every_placement=True)
         for entry in result.placements:
-            if entry.found is not None:
-                mapping = mapping_of(setting, entry.found)
-                assert mapping.step_s == pytest.approx(entry.found.step_s, rel=1e-12)
+            if entry.solution is not None:
+                mapping = mapping_of(setting, entry.solution)
+                assert mapping.step_s == pytest.approx(entry.solution.step_s, rel=1e-12)
                 assert mapping.fits
                 assert sum(pool.num_devices for pool in mapping.pools) <= size
                 for call in mapping.calls:

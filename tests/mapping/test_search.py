@@ -20,7 +20,7 @@ from hybridflow.mapping.question.workload import Lengths, Workload
 from hybridflow.mapping.search.options import role_options
 from hybridflow.mapping.search.placements import packs, placements
 from hybridflow.mapping.search.search import search
-from hybridflow.mapping.search.setting import ROLLOUT, Setting, split_generation
+from hybridflow.mapping.search.setting import GENERATION, Setting, split_generation
 from recipes.dataflows import PAPER
 
 
@@ -98,9 +98,9 @@ def random_setting(seed: int) -> Setting:
         dataflow = without_role(dataflow, draw.choice(["reward", "reference"]))
     weights_from = {}
     if algorithm == "grpo" and draw.random() < 0.5:
-        dataflow, weights_from = split_generation(without_role(dataflow, "reward")), {ROLLOUT: "actor"}
+        dataflow, weights_from = split_generation(without_role(dataflow, "reward")), {GENERATION: "actor"}
     policy = random_model(draw, "policy")
-    models = dict.fromkeys((*dataflow.roles, ROLLOUT), policy) | {
+    models = dict.fromkeys((*dataflow.roles, GENERATION), policy) | {
         "reward": random_model(draw, "reward"),
         "critic": policy.with_scalar_head(),
     }

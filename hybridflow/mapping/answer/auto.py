@@ -1,4 +1,4 @@
-"""choose_placement: from a dataflow and its models to a mapping, or to a reason why there is none."""
+"""choose_placement: from a dataflow and its models to a mapping, or to the reason why there is none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hybridflow.mapping.question.cluster import Cluster
 from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.mapping.question.workload import Workload
-from hybridflow.mapping.search.branch import Found
+from hybridflow.mapping.search.branch import Solution
 from hybridflow.mapping.search.fronts import Fronts
 from hybridflow.mapping.search.options import role_options
 from hybridflow.mapping.search.placements import packs, placements
@@ -22,7 +22,7 @@ from hybridflow.mapping.search.search import search
 from hybridflow.mapping.search.setting import Setting
 
 MAX_NODES = 512
-"""How far `smallest_cluster` looks."""
+"""The largest cluster that `smallest_cluster` tries."""
 
 
 def choose_placement(
@@ -34,7 +34,7 @@ def choose_placement(
     calibration: Calibration | None = None,
     space: SearchSpace | None = None,
 ) -> DeviceMapping:
-    """The fastest mapping of one step; the same inputs always give the same mapping.
+    """The fastest mapping of a step; the same inputs always give the same mapping.
 
     A role whose model is None is a Python function without devices. If nothing fits, the ValueError says
     which model needs how much and which cluster would do.
@@ -47,26 +47,19 @@ def choose_placement(
         calibration=calibration or Calibration(),
         space=space or SearchSpace(),
     )
-    found = search(setting).best
-    if found is None:
+    best = search(setting).best
+    if best is None:
         raise ValueError(shortage(setting))
-    return mapping_of(setting, found)
+    return mapping_of(setting, best)
 
 
-def mapping_of(setting: Setting, found: Found) -> DeviceMapping:
+def mapping_of(setting: Setting, solution: Solution) -> DeviceMapping:
     """The search's answer with its predictions; pools are named after their roles."""
     pools, roles = [], []
-    for members, (group, size), options in zip(found.placement, found.allocation, found.options, strict=True):
-        name = "+".join(members)
-        pools.append(
-            Pool(
-                name=name,
-                group=group,
-                kind=setting.cluster.groups[group].kind.name,
-                num_devices=size,
-                roles=members,
-            )
-        )
+    parts = zip(solution.placement, solution.allocation, solution.options, strict=True)
+    for members, (group, size), options in parts:
+        name, kind = "+".join(members), setting.cluster.groups[group].kind.name
+        pools.append(Pool(name=name, group=group, kind=kind, num_devices=size, roles=members))
         for role, option in zip(members, options, strict=True):
             roles.append(RolePlan(role=role, pool=name, layout=option.layout, generation=option.generation))
     roles.sort(key=lambda plan: setting.roles.index(plan.role))
@@ -74,18 +67,17 @@ def mapping_of(setting: Setting, found: Found) -> DeviceMapping:
 
 
 def shortage(setting: Setting) -> str:
-    """Why nothing fits: what each model needs at least, and the smallest cluster of the same kinds that would
-    do."""
+    """The reason why nothing fits: the least that each model needs, and the smallest cluster of the same
+    kinds that would do."""
     lines = [f"{setting.dataflow.algorithm} does not fit on {setting.cluster}:"]
     for role in setting.roles:
         need, group, size = least_bytes(setting, role)
-        room = setting.capacity(group)
-        verdict = "fits alone" if need <= room else "does not fit even alone"
+        capacity = setting.capacity(group)
+        verdict = "fits alone" if need <= capacity else "does not fit even alone"
         model = setting.model(role)
         lines.append(
             f"  {role} ({model.name}, {model.num_parameters / 1e9:.1f}B parameters) needs at least "
-            f"{need / 1e9:.1f} GB "
-            f"on each of {size} devices, which have {room / 1e9:.1f} GB: {verdict}"
+            f"{need / 1e9:.1f} GB on each of {size} devices, which have {capacity / 1e9:.1f} GB: {verdict}"
         )
     nodes = smallest_cluster(setting)
     if nodes is None:
@@ -99,7 +91,7 @@ def shortage(setting: Setting) -> str:
 
 
 def _obstacle(setting: Setting) -> str:
-    """The role that has no room however many nodes there are."""
+    """Names the role that does not fit however many nodes there are."""
     large = setting.cluster.with_nodes(MAX_NODES)
     alone = replace(setting, cluster=replace(large, groups=large.groups[:1]))
     devices = alone.cluster.num_devices
@@ -107,20 +99,20 @@ def _obstacle(setting: Setting) -> str:
         options = role_options(alone, role, 0, devices)
         need = min((option.resident + option.transient for option in options), default=float("inf"))
         if need > setting.capacity(0):
-            why = " (generation is cut inside a node only)" if setting.generates(role) else ""
-            return f": on each of {devices} devices {role} needs {need / 1e9:.1f} GB{why}"
+            text = f": on each of {devices} devices {role} needs {need / 1e9:.1f} GB"
+            if setting.generates(role):
+                text += " (generation is cut inside a node only)"
+            return text
     return ""
 
 
 def least_bytes(setting: Setting, role: str) -> tuple[float, int, int]:
-    """(bytes per device, node group, devices) of the leanest option of a role that has the cluster to
-    itself."""
+    """(bytes per device, node group, devices) of the leanest option of a role that has the whole cluster."""
     needs = []
     for group, nodes in enumerate(setting.cluster.groups):
         for size in nodes.pool_sizes():
-            options = role_options(setting, role, group, size)
-            if options:
-                needs.append((min(option.resident + option.transient for option in options), group, size))
+            for option in role_options(setting, role, group, size):
+                needs.append((option.resident + option.transient, group, size))
     if not needs:
         raise ValueError(
             f"{role}: no layout of {setting.model(role).name} fits any pool of {setting.cluster}; check "
@@ -130,7 +122,7 @@ def least_bytes(setting: Setting, role: str) -> tuple[float, int, int]:
 
 
 def smallest_cluster(setting: Setting) -> int | None:
-    """Nodes of the first group with which some placement fits; None beyond MAX_NODES."""
+    """The least number of nodes of the first group with which some placement fits; None beyond MAX_NODES."""
     large = replace(setting, cluster=setting.cluster.with_nodes(MAX_NODES))
     fronts = Fronts(large)
     smallest: dict[tuple[str, ...], list[tuple[int, int]]] = {}
@@ -147,13 +139,13 @@ def smallest_cluster(setting: Setting) -> int | None:
 
 
 def _smallest_pools(
-    setting: Setting, fronts: Fronts, roles: tuple[str, ...], enough: int | None
+    setting: Setting, fronts: Fronts, roles: tuple[str, ...], max_nodes: int | None
 ) -> list[tuple[int, int]]:
-    """(group, devices) of the smallest pool in every node group; not looked for beyond `enough` nodes."""
+    """(group, devices) of the smallest pool in every node group, up to `max_nodes` nodes of the first."""
     result = []
     for group, nodes in enumerate(setting.cluster.groups):
         for size in nodes.pool_sizes():
-            if enough is not None and group == 0 and size > enough * nodes.kind.devices_per_node:
+            if max_nodes is not None and group == 0 and size > max_nodes * nodes.kind.devices_per_node:
                 break
             if fronts.cheapest(roles, group, size) is not None:
                 result.append((group, size))

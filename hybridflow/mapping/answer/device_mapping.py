@@ -1,10 +1,10 @@
-"""DeviceMapping: the answer as plain data: pools, who lives where, every layout, predicted seconds and bytes
-per call; JSON in and out."""
+"""DeviceMapping: the answer as plain data: pools, their roles, every layout, predicted seconds and bytes per
+call; JSON in and out."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ class Pool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolePlan:
-    """RolePlan(role="actor", pool="all", layout=ModelLayout(p=1, t=8, d=2), generation=GenerationLayout(tg=2,
-    replicas=8))"""
+    """A role's pool and layouts; a role that only generates has no `layout`.
+
+    RolePlan(role="actor", pool="all", layout=ModelLayout(t=8, d=2),
+             generation=GenerationLayout(tg=2, replicas=8))
+    """
 
     role: str
     pool: str
@@ -37,7 +40,7 @@ class RolePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallPlan:
-    """One call of the step as predicted."""
+    """A call of the step as predicted."""
 
     call: str
     role: str
@@ -46,10 +49,10 @@ class CallPlan:
     start_s: float
     end_s: float
     causes_s: dict[str, float]
-    """Where the seconds go; they add up to end_s - start_s."""
+    """Cause -> seconds; they add up to end_s - start_s."""
     bytes: dict[str, float]
-    """On the fullest device while the call runs: what all roles of the pool keep there, and what the call
-    needs besides."""
+    """Part -> bytes on the fullest device while the call runs: those that all roles of the pool keep there,
+    and those that the call needs besides."""
 
     @property
     def seconds(self) -> float:
@@ -73,7 +76,7 @@ class DeviceMapping:
     tokens_per_s: float = 0.0
     """Prompt and response tokens of a step over its seconds: the paper's throughput."""
     capacity_bytes: dict[str, float]
-    """Pool -> bytes of a device that were planned with."""
+    """Pool -> bytes of a device that can be planned with."""
 
     def pool(self, name: str) -> Pool:
         for pool in self.pools:
@@ -95,14 +98,16 @@ class DeviceMapping:
         return self.pool(self.role(role).pool)
 
     def peak_bytes(self, pool: str) -> float:
-        """On the fullest device of the pool, over all its calls."""
+        """Most bytes on the fullest device of the pool, over all its calls."""
         return max((call.total_bytes for call in self.calls if call.pool == pool), default=0.0)
 
     @property
     def fits(self) -> bool:
-        return all(
-            self.peak_bytes(pool.name) <= self.capacity_bytes[pool.name] * (1 + 1e-9) for pool in self.pools
-        )
+        """Whether every pool's devices have the memory that its calls need."""
+        for pool in self.pools:
+            if self.peak_bytes(pool.name) > self.capacity_bytes[pool.name] * (1 + 1e-9):
+                return False
+        return True
 
     @property
     def num_devices(self) -> int:
@@ -120,18 +125,19 @@ class DeviceMapping:
                     f"mapping: there is no list {key!r}; it needs pools (name, num_devices, roles) and roles "
                     "(role, pool, layout)"
                 )
+        pools, roles, calls = [], [], []
+        for number, pool in enumerate(content["pools"]):
+            pools.append(_pool(pool, f"mapping: pools[{number}]"))
+        for number, plan in enumerate(content["roles"]):
+            roles.append(_role_plan(plan, f"mapping: roles[{number}]"))
+        for number, call in enumerate(content.get("calls", ())):
+            calls.append(CallPlan(**checked(CallPlan, call, f"mapping: calls[{number}]")))
         return cls(
             algorithm=content.get("algorithm", ""),
             cluster=content.get("cluster", ""),
-            pools=tuple(
-                _pool(pool, f"mapping: pools[{number}]") for number, pool in enumerate(content["pools"])
-            ),
-            roles=tuple(
-                _role_plan(plan, f"mapping: roles[{number}]") for number, plan in enumerate(content["roles"])
-            ),
-            calls=tuple(
-                CallPlan(**checked(CallPlan, call, "mapping: calls")) for call in content.get("calls", ())
-            ),
+            pools=tuple(pools),
+            roles=tuple(roles),
+            calls=tuple(calls),
             step_s=content.get("step_s", 0.0),
             tokens_per_s=content.get("tokens_per_s", 0.0),
             capacity_bytes=content.get("capacity_bytes", {}),
@@ -154,12 +160,12 @@ def _pool(content: Any, where: str) -> Pool:
 
 def _role_plan(content: Any, where: str) -> RolePlan:
     arguments = checked(RolePlan, content, where)
+    plan = RolePlan(role=arguments["role"], pool=arguments["pool"])
     layout, generation = arguments.get("layout"), arguments.get("generation")
-    return RolePlan(
-        role=arguments["role"],
-        pool=arguments["pool"],
-        layout=None if layout is None else ModelLayout(**checked(ModelLayout, layout, f"{where}.layout")),
-        generation=None
-        if generation is None
-        else GenerationLayout(**checked(GenerationLayout, generation, f"{where}.generation")),
-    )
+    if layout is not None:
+        fields = checked(ModelLayout, layout, f"{where}.layout")
+        plan = replace(plan, layout=ModelLayout(**fields))
+    if generation is not None:
+        fields = checked(GenerationLayout, generation, f"{where}.generation")
+        plan = replace(plan, generation=GenerationLayout(**fields))
+    return plan

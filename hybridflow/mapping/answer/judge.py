@@ -1,4 +1,4 @@
-"""judge: what a mapping that the user wrote would take, whether it fits, and what would have to change."""
+"""judge: time and memory of a mapping that the user wrote, whether it fits, and which changes would help."""
 
 from __future__ import annotations
 
@@ -35,18 +35,15 @@ class Judgement:
             return "fits"
         lines = []
         for pool, call, excess in self.overfull:
-            changes = [text for name, text in self.changes if name == pool]
+            changes = [f"  {text}" for name, text in self.changes if name == pool]
             verdict = "any one of these would do:" if changes else "no single change makes it fit"
-            lines += [
-                f"pool {pool}: {call} needs {excess / 1e9:.1f} GB more than a device has; {verdict}",
-                *(f"  {text}" for text in changes),
-            ]
+            lines.append(f"pool {pool}: {call} needs {excess / 1e9:.1f} GB more than a device has; {verdict}")
+            lines += changes
         return "\n".join(lines)
 
 
 def judge(setting: Setting, mapping: DeviceMapping) -> Judgement:
-    """Predictions for `mapping`; where no role has a layout, the best layouts for the given pools are filled
-    in.
+    """Predictions for `mapping`; where no role has a layout, the best layouts for its pools are filled in.
 
     Raises a ValueError for a mapping that makes no sense (a role without pool, a layout of the wrong size),
     not for one that does not fit.
@@ -60,30 +57,31 @@ def judge(setting: Setting, mapping: DeviceMapping) -> Judgement:
         check_layout(setting, plan, next(pool for pool in pools if pool.name == plan.pool))
     predicted = predict(setting, pools, plans)
     overfull = tuple(_overfull(predicted))
-    return Judgement(
-        mapping=predicted, overfull=overfull, changes=tuple(_changes(setting, predicted)) if overfull else ()
-    )
+    changes: tuple[tuple[str, str], ...] = ()
+    if overfull:
+        changes = tuple(_changes(setting, predicted))
+    return Judgement(mapping=predicted, overfull=overfull, changes=changes)
 
 
 def complete(setting: Setting, pools: tuple[Pool, ...]) -> DeviceMapping:
-    """The best layouts for pools that are given with their sizes; a ValueError if none fit."""
-    placement = tuple(tuple(role for role in setting.roles if role in pool.roles) for pool in pools)
-    found = Search(setting).best_for(placement, tuple((pool.group, pool.num_devices) for pool in pools))
-    if found is None:
+    """The best layouts for pools of these sizes; a ValueError if none fit."""
+    placement = tuple(_roles_in(setting, pool) for pool in pools)
+    allocation = tuple((pool.group, pool.num_devices) for pool in pools)
+    solution = Search(setting).best_for(placement, allocation)
+    if solution is None:
         fronts = Fronts(setting)
-        too_small = [
-            pool
-            for pool, roles in zip(pools, placement, strict=True)
-            if fronts.cheapest(roles, pool.group, pool.num_devices) is None
-        ]
-        hints = "; ".join(f"pool {pool.name}: {_room(setting, pool)}" for pool in too_small)
-        raise ValueError(f"no layouts fit: {hints}")
-    chosen = mapping_of(setting, found)
+        hints = []
+        for pool, roles in zip(pools, placement, strict=True):
+            if fronts.cheapest(roles, pool.group, pool.num_devices) is None:
+                hints.append(f"pool {pool.name}: {_smallest_size(setting, pool)}")
+        raise ValueError(f"no layouts fit: {'; '.join(hints)}")
+    chosen = mapping_of(setting, solution)
     return predict(setting, pools, [replace(plan, pool=_owner(pools, plan.role)) for plan in chosen.roles])
 
 
 def check_pools(setting: Setting, pools: tuple[Pool, ...], plans: tuple[RolePlan, ...]) -> None:
-    """Every role in exactly one pool, the same in both lists, and the pools on the cluster."""
+    """Checks that every role is in exactly one pool, the same in both lists, and that the cluster has the
+    pools."""
     owners: dict[str, list[str]] = {role: [] for role in setting.roles}
     for pool in pools:
         for role in pool.roles:
@@ -114,8 +112,8 @@ def check_pools(setting: Setting, pools: tuple[Pool, ...], plans: tuple[RolePlan
 
 
 def check_layout(setting: Setting, plan: RolePlan, pool: Pool) -> None:
-    """Sizes that multiply to the pool's, heads and layers that divide, a generation layout where it
-    generates."""
+    """Checks that sizes multiply to the pool's, that heads and layers divide, and that a role that generates
+    has a generation layout."""
     model, per_node = setting.model(plan.role), setting.cluster.groups[pool.group].kind.devices_per_node
     if setting.generates(plan.role) and plan.generation is None:
         raise ValueError(f"role {plan.role} generates; give it a generation layout (tg, replicas)")
@@ -131,11 +129,11 @@ def check_layout(setting: Setting, plan: RolePlan, pool: Pool) -> None:
                 "their product must agree"
             )
         if model.num_heads % tensor or model.num_layers % pipeline:
-            allowed = setting.space.model_layouts(model, setting.cluster.groups[pool.group], pool.num_devices)
+            layouts = setting.space.model_layouts(model, setting.cluster.groups[pool.group], pool.num_devices)
+            allowed = ", ".join(f"{p}-{t}-{d}" for p, t, d in layouts)
             raise ValueError(
                 f"role {plan.role}: {name} {pipeline}-{tensor} does not divide {model.num_layers} layers and "
-                f"{model.num_heads} heads "
-                f"of {model.name}; allowed p-t-d: {', '.join('-'.join(map(str, sizes)) for sizes in allowed)}"
+                f"{model.num_heads} heads of {model.name}; allowed p-t-d: {allowed}"
             )
         if tensor > per_node:
             raise ValueError(
@@ -145,8 +143,7 @@ def check_layout(setting: Setting, plan: RolePlan, pool: Pool) -> None:
 
 
 def _with_defaults(setting: Setting, plan: RolePlan, mapping: DeviceMapping) -> RolePlan:
-    """A role without layout that has forward passes gets pure data parallelism; said in the report by its
-    layout."""
+    """Gives a role with forward passes but without layout pure data parallelism; the report shows it."""
     if plan.layout is not None or setting.calls(plan.role) == () or plan.role in setting.weights_from:
         return plan
     return replace(plan, layout=ModelLayout(d=mapping.pool(plan.pool).num_devices))
@@ -161,27 +158,30 @@ def _overfull(mapping: DeviceMapping) -> Iterator[tuple[str, str, float]]:
 
 
 def _changes(setting: Setting, mapping: DeviceMapping) -> Iterator[tuple[str, str]]:
-    """Single changes after which their pool fits, each with the step time that it leads to; then what other
-    layouts would do."""
+    """Single changes after which their pool fits, each with the step time that it leads to; then the number
+    of devices that would do with other layouts."""
     full = {name for name, _, _ in _overfull(mapping)}
-    for plan in mapping.roles:
-        for steps in _variations(setting, plan) if plan.pool in full else ():
+    for position, plan in enumerate(mapping.roles):
+        if plan.pool not in full:
+            continue
+        for steps in _variations(setting, plan):
             for text, changed in steps:
-                roles = [changed if other.role == plan.role else other for other in mapping.roles]
+                roles = [*mapping.roles[:position], changed, *mapping.roles[position + 1 :]]
                 predicted = predict(setting, mapping.pools, roles)
                 if plan.pool not in {name for name, _, _ in _overfull(predicted)}:
                     yield plan.pool, f"{plan.role}: {text} (step {predicted.step_s:.1f} s)"
                     break
     for pool in mapping.pools:
         if pool.name in full:
-            yield pool.name, f"with other layouts: {_room(setting, pool)}"
+            yield pool.name, f"with other layouts: {_smallest_size(setting, pool)}"
 
 
-Variation = tuple[str, RolePlan]
+Variations = list[tuple[str, RolePlan]]
+"""(text, changed plan) with the same field changed, a little first, then more."""
 
 
-def _variations(setting: Setting, plan: RolePlan) -> Iterator[Iterator[Variation]]:
-    """The plan with one setting changed towards less memory, a little or more: the first that fits is
+def _variations(setting: Setting, plan: RolePlan) -> Iterator[Variations]:
+    """The plan with a single field changed towards less memory; the first of each list that fits is
     enough."""
     if plan.layout is not None:
         yield from _layout_variations(setting, plan, plan.layout)
@@ -189,63 +189,55 @@ def _variations(setting: Setting, plan: RolePlan) -> Iterator[Iterator[Variation
         yield from _generation_variations(plan, plan.generation)
 
 
-def _layout_variations(
-    setting: Setting, plan: RolePlan, layout: ModelLayout
-) -> Iterator[Iterator[Variation]]:
-    trained, cut = setting.trained(plan.role), layout.d > 1
-    stages = [
-        stage
-        for stage in ((1, 2, 3) if trained else (3,))
-        if stage > layout.zero and cut and (stage < 3 or layout.p == 1)
-    ]
+def _layout_variations(setting: Setting, plan: RolePlan, layout: ModelLayout) -> Iterator[Variations]:
+    trained, tokens = setting.trained(plan.role), setting.workload.longest_row
     if trained and not layout.recompute:
-        yield iter([("recompute activations", replace(plan, layout=replace(layout, recompute=True)))])
-    yield ((f"ZeRO stage {stage}", replace(plan, layout=replace(layout, zero=stage))) for stage in stages)
+        yield _with_layouts(plan, {"recompute activations": replace(layout, recompute=True)})
+    stages: dict[str, ModelLayout] = {}
+    for stage in (1, 2, 3) if trained else (3,):
+        if stage > layout.zero and layout.d > 1 and (stage < 3 or layout.p == 1):
+            stages[f"ZeRO stage {stage}"] = replace(layout, zero=stage)
+    yield _with_layouts(plan, stages)
     if not layout.offload:
-        yield iter([("offload between calls", replace(plan, layout=replace(layout, offload=True)))])
-    if layout.micro_batch_tokens > (tokens := setting.workload.longest_row):
-        yield iter(
-            [
-                (
-                    f"micro-batches of {tokens} tokens",
-                    replace(plan, layout=replace(layout, micro_batch_tokens=tokens)),
-                )
-            ]
-        )
+        yield _with_layouts(plan, {"offload between calls": replace(layout, offload=True)})
+    if layout.micro_batch_tokens > tokens:
+        smaller = replace(layout, micro_batch_tokens=tokens)
+        yield _with_layouts(plan, {f"micro-batches of {tokens} tokens": smaller})
     heads, largest = setting.model(plan.role).num_heads, _largest_node(setting)
-    factors = [factor for factor in (2, 4, 8) if layout.d % factor == 0 and heads % (layout.t * factor) == 0]
-    wider = [
-        replace(layout, t=layout.t * factor, d=layout.d // factor)
-        for factor in factors
-        if layout.t * factor <= largest
-    ]
-    yield ((f"layout {changed}", replace(plan, layout=changed)) for changed in wider)
+    wider: dict[str, ModelLayout] = {}
+    for factor in (2, 4, 8):
+        tensor = layout.t * factor
+        if layout.d % factor == 0 and heads % tensor == 0 and tensor <= largest:
+            changed = replace(layout, t=tensor, d=layout.d // factor)
+            wider[f"layout {changed}"] = changed
+    yield _with_layouts(plan, wider)
 
 
-def _generation_variations(plan: RolePlan, generation: GenerationLayout) -> Iterator[Iterator[Variation]]:
+def _with_layouts(plan: RolePlan, layouts: dict[str, ModelLayout]) -> Variations:
+    return [(text, replace(plan, layout=layout)) for text, layout in layouts.items()]
+
+
+def _generation_variations(plan: RolePlan, generation: GenerationLayout) -> Iterator[Variations]:
     if generation.kept:
-        yield iter(
-            [
-                (
-                    "release generation's memory during training",
-                    replace(plan, generation=replace(generation, kept=False)),
-                )
-            ]
-        )
-    halves = [generation.max_running >> shift for shift in range(1, generation.max_running.bit_length())]
-    yield (
-        (
-            f"at most {running} sequence{'s' * (running > 1)} at once",
-            replace(plan, generation=replace(generation, max_running=running)),
-        )
-        for running in halves
-    )
+        released = replace(plan, generation=replace(generation, kept=False))
+        yield [("release generation's memory during training", released)]
+    variations = []
+    for shift in range(1, generation.max_running.bit_length()):
+        running = generation.max_running >> shift
+        fewer = replace(plan, generation=replace(generation, max_running=running))
+        variations.append((f"at most {running} sequence{'s' * (running > 1)} at once", fewer))
+    yield variations
 
 
-def _room(setting: Setting, pool: Pool) -> str:
-    """From which number of devices on the pool's roles fit with some layouts."""
+def _roles_in(setting: Setting, pool: Pool) -> tuple[str, ...]:
+    """The pool's roles in the setting's order."""
+    return tuple(role for role in setting.roles if role in pool.roles)
+
+
+def _smallest_size(setting: Setting, pool: Pool) -> str:
+    """Says from which number of devices on the pool's roles fit with some layouts."""
     fronts = Fronts(setting)
-    roles = tuple(role for role in setting.roles if role in pool.roles)
+    roles = _roles_in(setting, pool)
     for size in setting.cluster.groups[pool.group].pool_sizes():
         if fronts.cheapest(roles, pool.group, size) is not None:
             return f"{', '.join(roles)} fit together from {size} devices on"

@@ -1,5 +1,5 @@
-"""predict: time and memory of a given mapping, fitting or not. The only place where simulators and memory
-meet a whole plan."""
+"""predict: time and memory of a mapping, whether it fits or not; here simulators and memory meet a whole
+plan."""
 
 from __future__ import annotations
 
@@ -17,33 +17,38 @@ from hybridflow.mapping.simulate.transition import weight_sync_time
 
 
 def predict(setting: Setting, pools: Sequence[Pool], roles: Sequence[RolePlan]) -> DeviceMapping:
-    """The mapping with its predictions; pools and roles must be complete and consistent (see judge.check)."""
+    """The mapping with its predictions; pools and roles must be complete and consistent, as judge.check_pools
+    and judge.check_layout demand."""
     pool_by_name = {pool.name: pool for pool in pools}
     plans = {plan.role: plan for plan in roles}
     causes = [_causes(setting, call, plans, pool_by_name) for call in setting.dataflow.calls]
     schedule = setting.schedule({plan.role: plan.pool for plan in roles})
     bars = schedule.bars([sum(parts.values()) for parts in causes])
-    kept = {pool.name: _kept(setting, pool, plans) for pool in pools}
-    calls = tuple(
-        CallPlan(
-            call=call.name,
-            role=call.role,
-            pool=bar.pool,
-            kind=call.kind.value,
-            start_s=bar.start,
-            end_s=bar.end,
-            causes_s=parts,
-            bytes={} if bar.pool == CONTROLLER else _bytes(setting, call, plans[call.role], kept[bar.pool]),
+    residents = {pool.name: _pool_resident(setting, pool, plans) for pool in pools}
+    calls = []
+    for call, bar, parts in zip(setting.dataflow.calls, bars, causes, strict=True):
+        num_bytes: dict[str, float] = {}
+        if bar.pool != CONTROLLER:
+            num_bytes = _bytes(setting, call, plans[call.role], residents[bar.pool])
+        calls.append(
+            CallPlan(
+                call=call.name,
+                role=call.role,
+                pool=bar.pool,
+                kind=call.kind.value,
+                start_s=bar.start,
+                end_s=bar.end,
+                causes_s=parts,
+                bytes=num_bytes,
+            )
         )
-        for call, bar, parts in zip(setting.dataflow.calls, bars, causes, strict=True)
-    )
     step_s = max(bar.end for bar in bars)
     return DeviceMapping(
         algorithm=setting.dataflow.algorithm,
         cluster=str(setting.cluster),
         pools=tuple(pools),
         roles=tuple(roles),
-        calls=calls,
+        calls=tuple(calls),
         step_s=step_s,
         tokens_per_s=setting.workload.num_tokens / step_s,
         capacity_bytes={pool.name: setting.capacity(pool.group) for pool in pools},
@@ -71,7 +76,7 @@ def _causes(
 
 
 def _transition(setting: Setting, call: Call, plan: RolePlan, pools: dict[str, Pool]) -> float:
-    """Charged to the role's first generation call of the step."""
+    """Seconds to enter the generation layout, which the role's first generation call of the step takes."""
     assert plan.generation is not None
     first = next(other for other in setting.calls(call.role) if other.kind is CallKind.generation)
     if first.name != call.name:
@@ -79,43 +84,42 @@ def _transition(setting: Setting, call: Call, plan: RolePlan, pools: dict[str, P
     group = pools[plan.pool].group
     if call.role in setting.weights_from:
         return weight_sync_time(setting.model(call.role), plan.generation, setting.machine(group))
-    return (
-        0.0 if plan.layout is None else entry_seconds(setting, call.role, group, plan.layout, plan.generation)
-    )
+    if plan.layout is None:
+        return 0.0
+    return entry_seconds(setting, call.role, group, plan.layout, plan.generation)
 
 
 def resident(setting: Setting, plan: RolePlan) -> Footprint:
-    """What a role keeps on each device between calls."""
+    """Bytes of a role on each device between calls."""
     if plan.layout is None:
-        weights = call_footprint(
-            setting, plan.role, CallKind.generation, None, plan.generation
-        ).generation_weights
-        return Footprint(generation_weights=weights)
-    own = resident_footprint(
-        setting.model(plan.role), plan.layout, setting.space, trained=setting.trained(plan.role)
-    )
-    return own + _engine(setting, plan)
+        need = call_footprint(setting, plan.role, CallKind.generation, None, plan.generation)
+        return Footprint(generation_weights=need.generation_weights)
+    model, trained = setting.model(plan.role), setting.trained(plan.role)
+    return resident_footprint(model, plan.layout, setting.space, trained=trained) + _engine(setting, plan)
 
 
 def _engine(setting: Setting, plan: RolePlan) -> Footprint:
-    """What a generation engine that is not told to release its memory keeps beside the training shards."""
+    """Bytes between calls of a generation engine that is not told to release its memory, beside the training
+    shards."""
     if plan.layout is None or plan.generation is None or not plan.generation.kept:
         return Footprint()
     need = call_footprint(setting, plan.role, CallKind.generation, plan.layout, plan.generation)
     return Footprint(generation_weights=need.generation_weights, kv_cache=need.kv_cache)
 
 
-def _kept(setting: Setting, pool: Pool, plans: dict[str, RolePlan]) -> Footprint:
+def _pool_resident(setting: Setting, pool: Pool, plans: dict[str, RolePlan]) -> Footprint:
+    """Bytes between calls of all roles of a pool."""
     total = Footprint()
     for role in pool.roles:
         total = total + resident(setting, plans[role])
     return total
 
 
-def _bytes(setting: Setting, call: Call, plan: RolePlan, kept: Footprint) -> dict[str, float]:
+def _bytes(setting: Setting, call: Call, plan: RolePlan, pool_resident: Footprint) -> dict[str, float]:
+    """Bytes on each device while a call runs, by part; parts of 0 bytes are left out."""
     extra = call_footprint(setting, call.role, call.kind, plan.layout, plan.generation)
-    parts = asdict(kept + extra)
-    if call.kind is CallKind.generation:  # what is kept is not needed a second time
+    parts = asdict(pool_resident + extra)
+    if call.kind is CallKind.generation:  # resident weights and cache are not needed a second time
         counted = resident(setting, plan) if plan.layout is None else _engine(setting, plan)
         parts["generation_weights"] -= counted.generation_weights
         parts["kv_cache"] -= counted.kv_cache

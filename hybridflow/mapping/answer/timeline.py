@@ -1,4 +1,4 @@
-"""The step as a picture: each pool a row, each call a bar. The only file of this package that needs
+"""The step as a picture: a row for each pool, a bar for each call. No other file of this package needs
 matplotlib."""
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ TRANSITION_COLOR = "#223355"
 
 
 def draw_timelines(mappings: dict[str, DeviceMapping], path: Path) -> None:
-    """One panel per mapping (title -> mapping) over a common time axis, as a PNG (or what the suffix
-    says)."""
+    """Draws a panel for every mapping (title -> mapping) over a common time axis, as a PNG or the format of
+    the suffix."""
     rows = [max(1, len(_rows(mapping))) for mapping in mappings.values()]
-    figure = Figure(
-        figsize=(11, 0.9 + sum(0.62 * count + 0.75 for count in rows)), dpi=130, layout="constrained"
-    )
+    height = 0.9 + sum(0.62 * count + 0.75 for count in rows)
+    figure = Figure(figsize=(11, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(mappings), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
     longest = max(mapping.step_s for mapping in mappings.values())
@@ -51,13 +50,10 @@ def draw_timelines(mappings: dict[str, DeviceMapping], path: Path) -> None:
         axis.tick_params(axis="y", length=0)
         axis.axvline(mapping.step_s, color="#333333", linewidth=0.8, linestyle=":")
     axes[-1].set_xlabel("seconds of one step", fontsize=9)
-    patches = [
-        Patch(color=color, label=kind.value)
-        for kind, color in COLORS.items()
-        if kind is not CallKind.controller
-    ]
+    colors = {kind.value: color for kind, color in COLORS.items() if kind is not CallKind.controller}
+    colors["transition"] = TRANSITION_COLOR
     figure.legend(
-        handles=[*patches, Patch(color=TRANSITION_COLOR, label="transition")],
+        handles=[Patch(color=color, label=label) for label, color in colors.items()],
         loc="outside lower right",
         ncols=4,
         fontsize=8,
@@ -67,7 +63,7 @@ def draw_timelines(mappings: dict[str, DeviceMapping], path: Path) -> None:
 
 
 def _bar(axis, position: int, call: CallPlan, longest: float) -> None:  # type: ignore[no-untyped-def]
-    """A call's bar; the transition into the generation layout is its dark beginning."""
+    """Draws a call; the transition into the generation layout is the dark beginning of its bar."""
     axis.barh(
         position,
         call.seconds,
@@ -99,5 +95,5 @@ def _label(mapping: DeviceMapping, name: str) -> str:
     if name == CONTROLLER:
         return name
     pool = mapping.pool(name)
-    peak, room = mapping.peak_bytes(name) / 1e9, mapping.capacity_bytes[name] / 1e9
-    return f"{name.replace('+', ' + ')}\n{pool.num_devices} x {pool.kind}, {peak:.0f} of {room:.0f} GB"
+    peak, capacity = mapping.peak_bytes(name) / 1e9, mapping.capacity_bytes[name] / 1e9
+    return f"{name.replace('+', ' + ')}\n{pool.num_devices} x {pool.kind}, {peak:.0f} of {capacity:.0f} GB"

@@ -1,1 +1,1 @@
-"""What is asked of the mapper: models, cluster, workload, and the layouts it may choose from."""
+"""The question put to the mapper: models, cluster, workload, and the layouts that it may choose from."""

@@ -1,5 +1,4 @@
-"""Calibration: the fractions of the datasheet that are reached, and the overheads. The only home of empirical
-constants.
+"""Calibration: the fractions of the datasheet that are reached, and the overheads; every empirical constant.
 
 The defaults are for A100 nodes with Megatron-like training and a vLLM-like engine.
 `hybridflow.mapping.calibrate.fit` computes a Calibration from measurements; it is saved as JSON with a name.
@@ -13,6 +12,15 @@ from pathlib import Path
 
 from hybridflow.mapping.question.files import read_json
 
+POSITIVE = (
+    "matmul_efficiency",
+    "decode_matmul_efficiency",
+    "bandwidth_efficiency",
+    "link_efficiency",
+    "memory_fraction",
+)
+"""The constants that divide something."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
@@ -21,21 +29,21 @@ class Calibration:
     name: str = "a100"
     matmul_efficiency: float = 0.70
     """Reached fraction of the peak in the matrix products of a large layer. Megatron-LM reports 52 % of an
-    A100's peak end to end (Narayanan et al. 2021, table 1) and 54 to 56 % (Korthikanti et al. 2022, table 5),
-    including what is counted apart here."""
+    A100's peak end to end (Narayanan et al. 2021, table 1) and 54 to 56 % (Korthikanti et al. 2022, table 5);
+    those figures include overheads that have constants of their own here."""
     backward_factor: float = 2.0
     """Backward over forward: two products for each one (Narayanan et al. 2021, appendix)."""
     bandwidth_efficiency: float = 0.80
     """Reached fraction of the memory bandwidth (STREAM-like kernels reach 80 to 90 % of an A100's)."""
     elementwise_efficiency: float = 0.80
-    """Reached fraction of the memory bandwidth in everything of a layer that is no product, and in logits. As
+    """Reached fraction of the memory bandwidth in the element-wise operations of a layer, and in logits. As
     high as that of plain reading where kernels are fused; without fusion (CPU) each tensor passes several
     times."""
     update_efficiency: float = 0.80
     """Reached fraction of the memory bandwidth in the optimizer and in adding up gradients over
     micro-batches."""
     decode_matmul_efficiency: float = 0.70
-    """As matmul_efficiency, with the few rows of a decode step."""
+    """The same as matmul_efficiency for products with the few rows of a decode step."""
     layer_overhead_s: float = 1.0e-4
     """Launching one layer's kernels in one pass: about 20 of 5 microseconds."""
     micro_batch_overhead_s: float = 1.0e-3
@@ -49,9 +57,9 @@ class Calibration:
     link_efficiency: float = 0.80
     """Reached fraction of a link in large collectives (NCCL's bus bandwidth over the wire's)."""
     intra_latency_s: float = 4.0e-6
-    """Per doubling of the group, of a collective inside a node."""
+    """Latency of a collective inside a node, for every doubling of the group."""
     inter_latency_s: float = 1.0e-5
-    """Per doubling of the number of nodes, of a collective between nodes."""
+    """Latency of a collective between nodes, for every doubling of the number of nodes."""
     reduce_factor: float = 1.0
     """A reduce-scatter's seconds over those of an all-gather of as many bytes."""
     gradient_overlap: float = 0.0
@@ -59,14 +67,15 @@ class Calibration:
     sync_overhead_s: float = 0.0
     """Fixed work of entering the generation layout with new weights: reloading, probing, attesting."""
     sync_ranks_s: float = 0.0
-    """What a sync takes more in a pool of several ranks, beside the bytes: its collectives, and waiting for
-    the slowest."""
+    """Additional seconds of a sync in a pool of several ranks, beside the bytes: its collectives, and waiting
+    for the slowest rank."""
     sync_parameter_s: float = 0.0
     """Attesting and repacking the weights, per parameter of a rank's generation shard."""
     call_overhead_s: float = 0.05
     """Controller to worker and back, once per call."""
     call_ranks_s: float = 0.0
-    """What a call takes more in a pool of several ranks: they do not begin and end at the same moment."""
+    """Additional seconds of a call in a pool of several ranks, which do not begin and end at the same
+    moment."""
     transfer_overhead_s: float = 0.05
     """Handing columns from one pool to another, beside their bytes."""
     controller_s: float = 0.2
@@ -80,26 +89,20 @@ class Calibration:
     """Context and communication buffers of one process."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = {"name": 0.0}.get(field.name, asdict(self)[field.name])
+        constants = asdict(self)
+        del constants["name"]
+        for name, value in constants.items():
             if not isinstance(value, (int, float)) or value < 0:
                 raise ValueError(
-                    f"calibration {self.name}: {field.name} is {value!r}; it must be a number and not "
-                    "negative"
+                    f"calibration {self.name}: {name} is {value!r}; it must be a number and not negative"
                 )
-        for name, value in (
-            ("matmul_efficiency", self.matmul_efficiency),
-            ("decode_matmul_efficiency", self.decode_matmul_efficiency),
-            ("bandwidth_efficiency", self.bandwidth_efficiency),
-            ("link_efficiency", self.link_efficiency),
-            ("memory_fraction", self.memory_fraction),
-        ):
-            if value <= 0:
-                raise ValueError(f"calibration {self.name}: {name} is {value}; it must be positive")
+        for name in POSITIVE:
+            if constants[name] <= 0:
+                raise ValueError(f"calibration {self.name}: {name} is {constants[name]}; it must be positive")
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
-        """From a JSON file; unknown names are an error, missing ones keep their default."""
+        """Reads a JSON file; unknown names are an error, missing ones keep their default."""
         content = read_json(path, "calibration")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(content) - known)
@@ -138,10 +141,12 @@ CPU = Calibration(
     controller_s=0.043,
     function_s=0.012,
 )
-"""Of CPU processes with one thread each and bf16, measured by recipes.calibrate on the two cores of an AMD
-EPYC without AMX."""
+"""Constants for CPU processes with one thread each and bf16, measured by recipes.calibrate on the two cores
+of an AMD EPYC without AMX."""
 
 
 def usual_constants(kind: str) -> Calibration:
-    """For devices of the kind of this name, where nothing was measured."""
-    return CPU if kind.startswith("cpu") else Calibration()
+    """The constants for devices of the kind of this name, where nothing was measured."""
+    if kind.startswith("cpu"):
+        return CPU
+    return Calibration()

@@ -1,7 +1,7 @@
-"""Cluster: the devices to plan for: kinds, nodes and links. Several kinds may stand in one cluster.
+"""Cluster: the devices to plan for: kinds, nodes and links. A cluster may have several kinds.
 
-Datasheet numbers only; what fraction of them is reached stands in calibration.py. Left out: the network's
-topology above a node (every pair of nodes is taken to be equally far).
+Numbers here are those of the datasheets; calibration.py says which fraction of them is reached. Left out: the
+network's topology above a node (every pair of nodes is taken to be equally far).
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ DEVICE_KINDS: dict[str, DeviceKind] = {
                    intra_bandwidth=450e9, inter_bandwidth=400e9, host_bandwidth=50e9),
         DeviceKind(name="L40S-48GB", memory_bytes=48e9, flops=362e12, memory_bandwidth=0.864e12,
                    intra_bandwidth=25e9, inter_bandwidth=25e9),
-        DeviceKind(name="cpu", memory_bytes=8e9, flops=0.42e12, memory_bandwidth=31e9, intra_bandwidth=0.9e9, inter_bandwidth=0.9e9,
-                   host_bandwidth=31e9, devices_per_node=2),
+        DeviceKind(name="cpu", memory_bytes=8e9, flops=0.42e12, memory_bandwidth=31e9,
+                   intra_bandwidth=0.9e9, inter_bandwidth=0.9e9, host_bandwidth=31e9, devices_per_node=2),
     )
 }  # fmt: skip
-"""NVIDIA's datasheets (dense bf16, one direction of NVLink). Nodes of A100: 200 Gbit/s between machines, the
-paper's testbed (section 8.1); of H100 and H200: 8 x 400 Gbit/s; cpu: one core, measured as calibration.CPU,
-to be replaced by `recipes.calibrate`."""
+"""NVIDIA's datasheets (dense bf16, one direction of NVLink). Links between nodes: 200 Gbit/s for A100, the
+paper's testbed (section 8.1), 8 x 400 Gbit/s for H100 and H200. cpu is one core, measured together with
+calibration.CPU; `recipes.calibrate` measures yours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ class NodeGroup:
         return self.num_nodes * self.kind.devices_per_node
 
     def pool_sizes(self) -> tuple[int, ...]:
-        """Sizes that a pool may have: any number inside one node, whole nodes above, so that packing never
+        """The sizes that a pool may have: any number inside a node, whole nodes above, so that packing never
         splits a node between two large pools and tensor-parallel groups stay inside nodes."""
         per_node = self.kind.devices_per_node
         return (*range(1, per_node), *range(per_node, self.num_devices + 1, per_node))
@@ -90,17 +90,15 @@ class Cluster:
 
     @classmethod
     def parse(cls, text: str, kinds: dict[str, DeviceKind] | None = None) -> Cluster:
-        """`nodes x devices x kind`, or `devices x kind`, joined by +; or the path of a JSON file written by
-        `save`."""
+        """Reads NODESxDEVICESxKIND or DEVICESxKIND, joined by +, or a JSON file that `save` wrote."""
         if text.endswith(".json"):
             return cls.load(Path(text))
-        return cls(
-            groups=tuple(_parse_group(part.strip(), kinds or DEVICE_KINDS) for part in text.split("+"))
-        )
+        known = kinds or DEVICE_KINDS
+        return cls(groups=tuple(_parse_group(part.strip(), known) for part in text.split("+")))
 
     @classmethod
     def load(cls, path: Path) -> Cluster:
-        """From a JSON file: {"groups": [{"num_nodes": 2, "kind": {...}}]}."""
+        """Reads a JSON file: {"groups": [{"num_nodes": 2, "kind": {...}}]}."""
         content = read_json(path, "cluster")
         if not isinstance(content.get("groups"), list):
             raise ValueError(
@@ -121,7 +119,7 @@ class Cluster:
         return sum(group.num_devices for group in self.groups)
 
     def with_nodes(self, num_nodes: int) -> Cluster:
-        """The same kinds with `num_nodes` nodes in the first group (for: how many would do?)."""
+        """The same kinds with `num_nodes` nodes in the first group."""
         return replace(self, groups=(replace(self.groups[0], num_nodes=num_nodes), *self.groups[1:]))
 
     def __str__(self) -> str:

@@ -1,5 +1,5 @@
-"""Reading what users write by hand: every mistake in a JSON file is a ValueError that names the file, the
-field and the fix."""
+"""JSON files that users write by hand: every mistake is a ValueError that names the file, the field and the
+fix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The object in a file; `what` says what it should hold, for example "mapping"."""
+    """Reads the object in a file; `what` names its kind in errors, for example "mapping"."""
     if not path.is_file():
         raise ValueError(f"{what} file {path} is not there; give the path of a JSON file")
     try:
@@ -23,8 +23,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def checked(kind: type, content: Any, where: str) -> dict[str, Any]:
-    """`content` as keyword arguments of the dataclass `kind`, none missing and none unknown; `where` is said
-    in errors."""
+    """Checks that `content` can be the keyword arguments of the dataclass `kind`, none missing and none
+    unknown; errors begin with `where`."""
     if not isinstance(content, dict):
         raise ValueError(f"{where} is {content!r}; it must be an object {{...}}")
     known = {field.name: field for field in fields(kind)}
@@ -34,9 +34,11 @@ def checked(kind: type, content: Any, where: str) -> dict[str, Any]:
         for name, field in known.items()
         if name not in content and field.default is MISSING and field.default_factory is MISSING
     ]
-    if unknown or missing:
-        parts = [f"unknown {', '.join(unknown)}"] * bool(unknown) + [f"missing {', '.join(missing)}"] * bool(
-            missing
-        )
-        raise ValueError(f"{where}: {'; '.join(parts)}; its fields are {', '.join(known)}")
+    problems = []
+    if unknown:
+        problems.append(f"unknown {', '.join(unknown)}")
+    if missing:
+        problems.append(f"missing {', '.join(missing)}")
+    if problems:
+        raise ValueError(f"{where}: {'; '.join(problems)}; its fields are {', '.join(known)}")
     return content

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelLayout:
-    """Pipeline x tensor x data, with what else decides time and memory of a training or forward pass.
+    """Pipeline x tensor x data sizes, and the other choices that time and memory of a pass depend on.
 
     ModelLayout(p=1, t=8, d=2, zero=1, recompute=True, micro_batch_tokens=4096)  # the paper's 1-8-2
     """
@@ -21,22 +21,24 @@ class ModelLayout:
     recompute: bool = False
     """Recompute a layer's activations in the backward pass (activation checkpointing)."""
     micro_batch_tokens: int = 4096
-    """Most tokens that one pass of one data replica holds."""
+    """The most tokens that a pass of a data replica holds."""
     offload: bool = False
-    """Keep what only a training call needs (trained models: optimizer) or all parameters (others) in host
-    memory between calls."""
+    """Keep optimizer states (of trained models) or all parameters (of others) in host memory between
+    calls."""
 
     @property
     def num_devices(self) -> int:
         return self.p * self.t * self.d
 
     def __str__(self) -> str:
-        extras = (
-            [f"ZeRO-{self.zero}"] * bool(self.zero)
-            + ["recompute"] * self.recompute
-            + ["offload"] * self.offload
-        )
-        return " ".join([f"{self.p}-{self.t}-{self.d}", *extras])
+        words = [f"{self.p}-{self.t}-{self.d}"]
+        if self.zero:
+            words.append(f"ZeRO-{self.zero}")
+        if self.recompute:
+            words.append("recompute")
+        if self.offload:
+            words.append("offload")
+        return " ".join(words)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,7 @@ class GenerationLayout:
     tg: int = 1
     replicas: int = 1
     max_running: int = 256
-    """Most sequences that one replica decodes at once; its KV cache is sized for them."""
+    """The most sequences that a replica decodes at once; its KV cache is sized for them."""
     kept: bool = False
     """Weights and cache of generation stay on the device during other calls (an engine that is not told to
     release them)."""

@@ -1,4 +1,4 @@
-"""ModelSpec: the sizes of a decoder that time and memory follow from; read from any Hugging Face config.
+"""ModelSpec: the sizes of a decoder, from which time and memory follow; read from any Hugging Face config.
 
 Dense and mixture-of-experts decoders, grouped-query attention, gated or plain MLPs, an LM head or a scalar
 head. Left out: biases and norms are counted roughly (below 0.1 % of a model), encoders, state-space layers
@@ -21,9 +21,9 @@ PLAIN_MLP_TYPES = ("gpt2", "opt", "gpt_neox", "bloom", "falcon", "phi", "starcod
 class ModelSpec:
     """A decoder-only model.
 
-    ModelSpec.from_hf({"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096,
-    "num_attention_heads": 32,
-                       "intermediate_size": 11008, "vocab_size": 32000}, name="llama-7b").num_parameters  # 6.74e9
+    config = {"model_type": "llama", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
+              "intermediate_size": 11008, "vocab_size": 32000}
+    ModelSpec.from_hf(config, name="llama-7b").num_parameters  # 6.74e9
     """
 
     name: str
@@ -49,15 +49,15 @@ class ModelSpec:
     """One number per token in place of the vocabulary (critic, reward, cost)."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
-            value = {
-                "num_layers": self.num_layers,
-                "hidden_size": self.hidden_size,
-                "num_heads": self.num_heads,
-                "num_kv_heads": self.num_kv_heads,
-                "head_dim": self.head_dim,
-                "vocab_size": self.vocab_size,
-            }[name]
+        sizes = {
+            "num_layers": self.num_layers,
+            "hidden_size": self.hidden_size,
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+        }
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"model {self.name}: {name} is {value}; it must be at least 1")
         if self.num_heads % self.num_kv_heads:
@@ -73,7 +73,7 @@ class ModelSpec:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, object], *, name: str = "") -> ModelSpec:
-        """From the content of a config.json; errors name the missing key."""
+        """Reads the content of a config.json; errors name the missing key."""
         text = config.get("text_config")
         if isinstance(text, Mapping):
             return cls.from_hf(text, name=name)
@@ -81,9 +81,7 @@ class ModelSpec:
         hidden = _integer(config, "hidden_size", "n_embd", "d_model")
         experts = _integer(config, "num_local_experts", "num_experts", "n_routed_experts", default=0)
         inner = _integer(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
-        expert_inner = _integer(config, "moe_intermediate_size", default=inner)
-        num_shared = _integer(config, "n_shared_experts", default=0)
-        return cls(
+        dense = cls(
             name=name or str(config.get("_name_or_path") or config.get("model_type", "model")),
             num_layers=_integer(config, "num_hidden_layers", "n_layer"),
             hidden_size=hidden,
@@ -94,32 +92,31 @@ class ModelSpec:
             vocab_size=_integer(config, "vocab_size"),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             gated_mlp=config.get("model_type") not in PLAIN_MLP_TYPES,
+        )
+        if not experts:
+            return dense
+        expert_inner = _integer(config, "moe_intermediate_size", default=inner)
+        shared = _integer(config, "n_shared_experts", default=0) * expert_inner
+        return replace(
+            dense,
             num_experts=experts,
-            experts_per_token=_integer(config, "num_experts_per_tok", "moe_topk", default=0)
-            if experts
-            else 0,
-            expert_intermediate_size=expert_inner if experts else 0,
-            shared_intermediate_size=_integer(
-                config, "shared_expert_intermediate_size", default=num_shared * expert_inner
-            )
-            if experts
-            else 0,
-            num_dense_layers=_integer(config, "first_k_dense_replace", default=0) if experts else 0,
+            experts_per_token=_integer(config, "num_experts_per_tok", "moe_topk", default=0),
+            expert_intermediate_size=expert_inner,
+            shared_intermediate_size=_integer(config, "shared_expert_intermediate_size", default=shared),
+            num_dense_layers=_integer(config, "first_k_dense_replace", default=0),
         )
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ModelSpec:
-        """From a Hugging Face directory or a config.json."""
+        """Reads a Hugging Face directory or a config.json."""
         path = Path(path)
-        file = path / "config.json" if path.is_dir() else path
+        directory, file = (path, path / "config.json") if path.is_dir() else (path.parent, path)
         if not file.is_file():
             raise ValueError(
                 f"model path {str(path)!r} holds no config.json; give a Hugging Face directory, a "
                 "config.json or a known name"
             )
-        return cls.from_hf(
-            json.loads(file.read_text()), name=path.name if path.is_dir() else path.parent.name
-        )
+        return cls.from_hf(json.loads(file.read_text()), name=directory.name)
 
     def with_scalar_head(self) -> ModelSpec:
         """The same decoder as a critic or reward model."""
@@ -135,12 +132,12 @@ class ModelSpec:
 
     @cached_property
     def attention_parameters(self) -> int:
-        """Of one layer: query, key, value and output matrices."""
+        """Parameters of a layer's query, key, value and output matrices."""
         return self.hidden_size * (2 * self.query_dim + 2 * self.kv_dim)
 
     @cached_property
     def layer_parameters(self) -> float:
-        """Of one layer, averaged over the layers."""
+        """Parameters of a layer, averaged over the layers."""
         if not self.num_experts:
             return self.attention_parameters + self._mlp(self.intermediate_size)
         dense = self.num_dense_layers * self._mlp(self.intermediate_size)
@@ -151,21 +148,21 @@ class ModelSpec:
 
     @cached_property
     def active_layer_parameters(self) -> float:
-        """Of one layer, those that one token is multiplied with."""
+        """Parameters of a layer that a token is multiplied with, averaged over the layers."""
         return self.attention_parameters + self._mlp(1) * self.active_intermediate_size
 
     @cached_property
     def active_intermediate_size(self) -> float:
-        """Inner MLP size that one token passes, averaged over the layers."""
+        """Inner MLP size that a token passes, averaged over the layers."""
         if not self.num_experts:
             return self.intermediate_size
         moe = self.experts_per_token * self.expert_intermediate_size + self.shared_intermediate_size
         return (self.num_dense_layers * self.intermediate_size + self._moe_layers * moe) / self.num_layers
 
     def touched_layer_parameters(self, num_tokens: float) -> float:
-        """Of one layer, those that a pass over `num_tokens` tokens reads: all of a dense layer; of a mixture
-        the expected number of distinct experts, E (1 - (1 - k/E)^tokens) for tokens that choose k of E
-        experts evenly."""
+        """Parameters of a layer that a pass over `num_tokens` tokens reads: all of a dense layer; in a
+        mixture those of the expected number of distinct experts, E (1 - (1 - k/E)^tokens) for tokens that
+        choose k of E experts evenly."""
         if not self.num_experts:
             return self.layer_parameters
         share: float = 1.0 - (1.0 - self.experts_per_token / self.num_experts) ** max(num_tokens, 1.0)
@@ -184,17 +181,15 @@ class ModelSpec:
 
     @cached_property
     def head_parameters(self) -> int:
-        """Of the head as a matrix that is multiplied with, tied or not."""
+        """Size of the matrix that the head multiplies with, tied to the embedding or not."""
         return self.hidden_size if self.scalar_head else self.vocab_size * self.hidden_size
 
     @cached_property
     def num_parameters(self) -> float:
-        tied = self.tied_embeddings and not self.scalar_head
-        return (
-            self.num_layers * self.layer_parameters
-            + self.embedding_parameters
-            + (0 if tied else self.head_parameters)
-        )
+        total = self.num_layers * self.layer_parameters + self.embedding_parameters
+        if self.tied_embeddings and not self.scalar_head:
+            return total
+        return total + self.head_parameters
 
     @cached_property
     def kv_elements_per_token(self) -> int:
@@ -203,23 +198,29 @@ class ModelSpec:
 
     @cached_property
     def activation_elements_per_token(self) -> float:
-        """Numbers that one layer stores for its backward pass, per token (method of Korthikanti et al. 2022,
+        """Numbers that a layer stores for its backward pass, per token (method of Korthikanti et al. 2022,
         section 4.1, counted for a gated MLP and an attention that does not store its score matrix): inputs of
         two norms and of attention and MLP (4 h), queries and attention output (2 q), keys and values (2 kv),
         MLP's inner tensors (3 f; 2 f without a gate)."""
-        inner = (3 if self.gated_mlp else 2) * self.active_intermediate_size
+        inner = self._mlp_matrices * self.active_intermediate_size
         return 4 * self.hidden_size + 2 * self.query_dim + 2 * self.kv_dim + inner
+
+    @cached_property
+    def _mlp_matrices(self) -> int:
+        """Matrices of an MLP: two, and a third one where it has a gate."""
+        return 3 if self.gated_mlp else 2
 
     @cached_property
     def _moe_layers(self) -> int:
         return self.num_layers - self.num_dense_layers
 
     def _mlp(self, inner: int) -> int:
-        return (3 if self.gated_mlp else 2) * self.hidden_size * inner
+        """Parameters of an MLP with this inner size."""
+        return self._mlp_matrices * self.hidden_size * inner
 
 
 def _integer(config: Mapping[str, object], *keys: str, default: int | None = None) -> int:
-    """The first of `keys` that the config has; several model families name one size differently."""
+    """The value of the first of `keys` that the config has; model families name the same size differently."""
     for key in keys:
         value = config.get(key)
         if isinstance(value, int):

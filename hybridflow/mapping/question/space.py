@@ -1,4 +1,5 @@
-"""SearchSpace: which layouts are tried, and what the engines need per parameter. Chooses nothing itself."""
+"""SearchSpace: which layouts are tried, and how many bytes the engines need per parameter. It chooses
+nothing."""
 
 from __future__ import annotations
 
@@ -16,13 +17,13 @@ class SearchSpace:
     parameter_bytes: float = 2.0
     gradient_bytes: float = 4.0
     optimizer_bytes: float = 12.0
-    """fp32 master weight and Adam's two moments; with the above 18 bytes a parameter (the paper's section
-    8.1: bf16 parameters, fp32 gradients and Adam states; Rajbhandari et al. 2020 count 16 with bf16
-    gradients)."""
+    """fp32 master weight and Adam's two moments; with parameters and gradients 18 bytes a parameter (the
+    paper's section 8.1: bf16 parameters, fp32 gradients and Adam states; Rajbhandari et al. 2020 count 16
+    with bf16 gradients)."""
     activation_bytes: float = 2.0
     zero_stages: tuple[int, ...] = (1, 3)
-    """Tried for trained models. Stage 3 only without pipeline. Stage 0 is never better than 1: same bytes
-    moved, more memory."""
+    """ZeRO stages that are tried for trained models, stage 3 only without pipeline. Stage 0 is never better
+    than 1: it moves the same bytes and takes more memory."""
     recompute: tuple[bool, ...] = (False, True)
     offload: tuple[bool, ...] = (False,)
     micro_batch_rows: tuple[int, ...] = (1, 2, 4, 8)
@@ -34,17 +35,17 @@ class SearchSpace:
     """Pipeline-parallel generation reads the weights once per stage and micro-batch; engines rarely gain from
     it."""
     waves: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-    """Into how many parts a replica's rows are cut where the KV cache does not hold all of them."""
+    """Numbers of parts into which a replica's rows are cut where the KV cache does not hold all of them."""
     max_running: int = 256
-    """Most sequences that one engine decodes at once (vLLM's default)."""
+    """The most sequences that an engine decodes at once (vLLM's default)."""
     prefill_tokens: int = 8192
-    """Prompt tokens of one prefill pass."""
+    """The most prompt tokens of a prefill pass."""
     shared_generation_weights: bool = True
-    """Generation computes on the training shards where they suffice (zero redundancy); False: the engine
-    keeps its own copy."""
+    """Generation computes on the training shards where they suffice (zero redundancy). False: the engine
+    holds a copy of the weights."""
     cut_between_steps: bool = False
-    """Between steps parameters lie cut over d below ZeRO-3 too (FSDP2's shards), so that generation gets them
-    from all data ranks."""
+    """Between steps parameters are sharded over d below ZeRO-3 too (FSDP2's shards), so that generation gets
+    them from all data ranks."""
     old_log_prob_pass: bool = False
     """The actor's update begins with a forward pass that scores the responses under the training engine,
     where there is more than one optimizer update."""
@@ -61,22 +62,22 @@ class SearchSpace:
     ) -> list[tuple[int, int, int]]:
         """All (p, t, d) with p * t * d = num_devices that fit the model: t divides the heads and stays inside
         a node, p divides the layers."""
-        result = []
-        for t in self._tensor_sizes(model, group, num_devices):
-            for p in range(1, min(self.max_pipeline, model.num_layers, num_devices // t) + 1):
-                if model.num_layers % p == 0 and num_devices % (p * t) == 0:
-                    result.append((p, t, num_devices // (p * t)))
-        return result
+        return self._layouts(model, group, num_devices, self.max_pipeline)
 
     def generation_layouts(
         self, model: ModelSpec, group: NodeGroup, num_devices: int
     ) -> list[tuple[int, int, int]]:
-        """All (pg, tg, replicas) on num_devices."""
+        """All (pg, tg, replicas) on num_devices, by the same rules."""
+        return self._layouts(model, group, num_devices, self.max_generation_pipeline)
+
+    def _layouts(
+        self, model: ModelSpec, group: NodeGroup, num_devices: int, max_pipeline: int
+    ) -> list[tuple[int, int, int]]:
         result = []
-        for tg in self._tensor_sizes(model, group, num_devices):
-            for pg in range(1, min(self.max_generation_pipeline, model.num_layers, num_devices // tg) + 1):
-                if model.num_layers % pg == 0 and num_devices % (pg * tg) == 0:
-                    result.append((pg, tg, num_devices // (pg * tg)))
+        for tensor in self._tensor_sizes(model, group, num_devices):
+            for pipeline in range(1, min(max_pipeline, model.num_layers, num_devices // tensor) + 1):
+                if model.num_layers % pipeline == 0 and num_devices % (pipeline * tensor) == 0:
+                    result.append((pipeline, tensor, num_devices // (pipeline * tensor)))
         return result
 
     def _tensor_sizes(self, model: ModelSpec, group: NodeGroup, num_devices: int) -> list[int]:

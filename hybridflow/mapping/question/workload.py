@@ -1,7 +1,7 @@
-"""Workload: how much work one step is: rows, their lengths with their spread, optimizer updates.
+"""Workload: how much work a step is: rows, their lengths with their spread, optimizer updates.
 
-Lengths are quantiles, so that one description serves means (compute), squares (attention), maxima (memory)
-and the long tail (generation). Prompt and response lengths are taken to be independent.
+Lengths are quantiles, so that the same description serves means (compute), squares (attention), maxima
+(memory) and the long tail (generation). Prompt and response lengths are taken to be independent.
 """
 
 from __future__ import annotations
@@ -44,36 +44,38 @@ class Lengths:
     def lognormal(cls, mean: float, longest: int, sigma: float = 0.8) -> Lengths:
         """A long tail: log-normal with the given mean before it is cut at `longest` (the engine's limit)."""
         mu = log(mean) - sigma**2 / 2
-        values = (
-            exp(mu + sigma * _normal_quantile((index + 0.5) / NUM_QUANTILES))
-            for index in range(NUM_QUANTILES)
-        )
-        return cls(tuple(max(1, min(longest, round(value))) for value in values))
+        quantiles = []
+        for index in range(NUM_QUANTILES):
+            value = exp(mu + sigma * _normal_quantile((index + 0.5) / NUM_QUANTILES))
+            quantiles.append(max(1, min(longest, round(value))))
+        return cls(tuple(quantiles))
 
     @classmethod
     def observed(cls, values: Sequence[int]) -> Lengths:
-        """From measured lengths (a data set's prompts, an earlier run's responses)."""
+        """The quantiles of measured lengths (a data set's prompts, an earlier run's responses)."""
         ordered = sorted(values)
-        if len(ordered) <= NUM_QUANTILES:
+        size = len(ordered)
+        if size <= NUM_QUANTILES:
             return cls(tuple(ordered))
         return cls(
-            tuple(
-                ordered[int((index + 0.5) / NUM_QUANTILES * len(ordered))] for index in range(NUM_QUANTILES)
-            )
+            tuple(ordered[int((index + 0.5) / NUM_QUANTILES * size)] for index in range(NUM_QUANTILES))
         )
 
     @classmethod
     def parse(cls, text: str) -> Lengths:
+        """Reads a number, uniform:LOW:HIGH or lognormal:MEAN:MAX[:SIGMA]."""
+        mistake = f"lengths {text!r}: write a number, uniform:LOW:HIGH, or lognormal:MEAN:MAX[:SIGMA]"
         name, *numbers = text.split(":")
-        if name.isdigit() and not numbers:
-            return cls.fixed(int(name))
-        if name == "uniform" and len(numbers) == 2:
-            return cls.uniform(int(numbers[0]), int(numbers[1]))
-        if name == "lognormal" and len(numbers) in (2, 3):
-            return cls.lognormal(
-                float(numbers[0]), int(numbers[1]), *(float(number) for number in numbers[2:])
-            )
-        raise ValueError(f"lengths {text!r}: write a number, uniform:LOW:HIGH, or lognormal:MEAN:MAX[:SIGMA]")
+        try:
+            if name.isdigit() and not numbers:
+                return cls.fixed(int(name))
+            if name == "uniform" and len(numbers) == 2:
+                return cls.uniform(int(numbers[0]), int(numbers[1]))
+            if name == "lognormal" and len(numbers) in (2, 3):
+                return cls.lognormal(float(numbers[0]), int(numbers[1]), *map(float, numbers[2:]))
+        except ValueError:
+            raise ValueError(mistake) from None
+        raise ValueError(mistake)
 
     @cached_property
     def mean(self) -> float:
@@ -96,8 +98,10 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Workload(num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8) is the
-    paper's section 8.1."""
+    """The work of a step; this is the paper's (section 8.1):
+
+    Workload(num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8)
+    """
 
     num_prompts: int
     prompt: Lengths
@@ -139,15 +143,14 @@ class Workload:
 
     @cached_property
     def num_tokens(self) -> float:
-        """Prompt and response tokens of one step: what the paper's throughput counts."""
+        """Prompt and response tokens of a step, which the paper's throughput counts."""
         return self.num_rows * self.tokens_per_row
 
     @cached_property
     def attended_per_token(self) -> float:
         """Positions that an average token attends to under a causal mask: E[length^2] / (2 E[length])."""
-        square = (
-            self.prompt.mean_square + 2 * self.prompt.mean * self.response.mean + self.response.mean_square
-        )
+        prompt, response = self.prompt, self.response
+        square = prompt.mean_square + 2 * prompt.mean * response.mean + response.mean_square
         return square / (2 * self.tokens_per_row)
 
 
@@ -156,5 +159,8 @@ def _normal_quantile(probability: float) -> float:
     low, high = -8.0, 8.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if (1 + erf(middle / sqrt(2))) / 2 < probability else (low, middle)
+        if (1 + erf(middle / sqrt(2))) / 2 < probability:
+            low = middle
+        else:
+            high = middle
     return (low + high) / 2

@@ -46,12 +46,14 @@ MODELS: dict[str, ModelSpec] = {
         _llama("qwen2.5-7b", 28, 3584, 28, 4, 18944, 152064),
         _llama("qwen2.5-32b", 64, 5120, 40, 8, 27648, 152064),
         ModelSpec(
-            name="mixtral-8x7b", num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=14336,
-            vocab_size=32000, num_experts=8, experts_per_token=2, expert_intermediate_size=14336,
+            name="mixtral-8x7b", num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128,
+            intermediate_size=14336, vocab_size=32000, num_experts=8, experts_per_token=2,
+            expert_intermediate_size=14336,
         ),
         ModelSpec(
-            name="qwen3-30b-a3b", num_layers=48, hidden_size=2048, num_heads=32, num_kv_heads=4, head_dim=128, intermediate_size=6144,
-            vocab_size=151936, num_experts=128, experts_per_token=8, expert_intermediate_size=768,
+            name="qwen3-30b-a3b", num_layers=48, hidden_size=2048, num_heads=32, num_kv_heads=4, head_dim=128,
+            intermediate_size=6144, vocab_size=151936, num_experts=128, experts_per_token=8,
+            expert_intermediate_size=768,
         ),
     )
 }  # fmt: skip

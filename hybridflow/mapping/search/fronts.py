@@ -1,8 +1,8 @@
-"""Fronts: the options of a role that no other option beats in everything, and how roles of one pool fit
+"""Fronts: the options of a role that no other option beats in every respect, and how roles of a pool fit
 together.
 
-A role's front keeps memory as a criterion, because others share the pool. Dropping a beaten option never
-changes the best plan: a step's time grows with every call's time (schedule.py), and a pool's memory with
+A role's front has memory as a criterion, because others share the pool. Dropping a beaten option never
+changes the best solution: a step's time grows with every call's time (schedule.py), and a pool's memory with
 every role's.
 """
 
@@ -33,18 +33,24 @@ def nondominated(rows: np.ndarray) -> np.ndarray:
     in ascending order."""
     if len(rows) <= 1:
         return np.arange(len(rows))
-    left = np.lexsort((np.arange(len(rows)), rows.sum(axis=1)))
-    kept = []
-    while len(left):
-        best = left[0]
-        kept.append(best)
-        left = left[1:][(rows[left[1:]] < rows[best]).any(axis=1)]
-    return np.sort(np.array(kept))
+    candidates = np.lexsort((np.arange(len(rows)), rows.sum(axis=1)))
+    unbeaten = []
+    while len(candidates):
+        best, others = candidates[0], candidates[1:]
+        unbeaten.append(best)
+        candidates = others[(rows[others] < rows[best]).any(axis=1)]
+    return np.sort(np.array(unbeaten))
+
+
+def all_pairs(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every pair of an entry of `left` and one of `right`, as two flat arrays."""
+    first, second = np.meshgrid(left, right, indexing="ij")
+    return first.ravel(), second.ravel()
 
 
 @dataclass(frozen=True, slots=True)
 class RoleFront:
-    """A role's options on one pool, as arrays [options] and [options, calls of the role]."""
+    """A role's options on a pool, as arrays [options] and [options, calls of the role]."""
 
     options: tuple[RoleOption, ...]
     resident: np.ndarray
@@ -52,6 +58,7 @@ class RoleFront:
     seconds: np.ndarray
 
     def take(self, index: np.ndarray) -> RoleFront:
+        """The options at `index`."""
         return RoleFront(
             tuple(self.options[i] for i in index),
             self.resident[index],
@@ -61,85 +68,91 @@ class RoleFront:
 
 
 @dataclass(frozen=True, slots=True)
-class Plans:
-    """Choices of one option per role of a pool: `chosen` [plans, roles] indexes the fronts, `seconds` is
-    [plans, columns]."""
+class Combinations:
+    """Choices of an option for every role of a pool: `chosen` [combinations, roles] indexes the fronts,
+    `resident` and `transient` are [combinations], `seconds` is [combinations, columns]."""
 
     chosen: np.ndarray
     resident: np.ndarray
     transient: np.ndarray
     seconds: np.ndarray
 
-    def take(self, index: np.ndarray) -> Plans:
-        return Plans(self.chosen[index], self.resident[index], self.transient[index], self.seconds[index])
+    def __len__(self) -> int:
+        return len(self.resident)
+
+    def take(self, index: np.ndarray) -> Combinations:
+        """The combinations at `index`."""
+        return Combinations(
+            self.chosen[index], self.resident[index], self.transient[index], self.seconds[index]
+        )
 
 
-def merge_plans(
+def combine_roles(
     fronts: tuple[RoleFront, ...],
     columns: list[np.ndarray],
     capacity: float,
     promising: Callable[[np.ndarray], np.ndarray],
-) -> Plans:
-    """All plans of a pool that fit, that no other plan beats, and that are `promising`.
+) -> Combinations:
+    """All combinations of a pool that fit, that no other beats, and that are `promising`.
 
-    `columns[r]` [calls of role r, columns] adds a role's calls up into the criteria. `promising` gets [plans,
-    columns], the least seconds that each partial plan can still end with, and returns a mask. Works role by
-    role and prunes after each by all three tests.
+    `columns[r]` [calls of role r, columns] adds a role's calls up into the criteria. `promising` gets
+    [combinations, columns], the least seconds that each partial combination can end with, and returns a mask.
+    Works role by role and prunes after each by all three tests.
     """
     least_resident = [front.resident.min() for front in fronts]
     weighted = [front.seconds @ weights for front, weights in zip(fronts, columns, strict=True)]
     least_seconds = np.array([seconds.min(axis=0) for seconds in weighted])
-    plans = Plans(
+    result = Combinations(
         np.zeros((1, 0), dtype=np.int64), np.zeros(1), np.zeros(1), np.zeros((1, columns[0].shape[1]))
     )
     for position, (front, seconds) in enumerate(zip(fronts, weighted, strict=True)):
-        front_rows = nondominated(
-            np.concatenate([front.resident[:, None], front.transient[:, None], seconds], axis=1)
-        )
-        left, right = (
-            index.ravel() for index in np.meshgrid(np.arange(len(plans.resident)), front_rows, indexing="ij")
-        )
-        resident = plans.resident[left] + front.resident[right]
-        transient = np.maximum(plans.transient[left], front.transient[right])
-        total = plans.seconds[left] + seconds[right]
+        unbeaten = nondominated(_criteria(front.resident, front.transient, seconds))
+        left, right = all_pairs(np.arange(len(result)), unbeaten)
+        resident = result.resident[left] + front.resident[right]
+        transient = np.maximum(result.transient[left], front.transient[right])
+        total = result.seconds[left] + seconds[right]
         fits = resident + transient + sum(least_resident[position + 1 :]) <= capacity
         fits[fits] = promising(total[fits] + least_seconds[position + 1 :].sum(axis=0))
-        grown = Plans(
-            np.concatenate([plans.chosen[left], right[:, None]], axis=1), resident, transient, total
-        ).take(np.flatnonzero(fits))
-        last = position == len(fronts) - 1
-        criteria = (
-            grown.seconds
-            if last
-            else np.concatenate([grown.resident[:, None], grown.transient[:, None], grown.seconds], axis=1)
-        )
-        plans = grown.take(nondominated(criteria))
-    return plans
+        chosen = np.concatenate([result.chosen[left], right[:, None]], axis=1)
+        extended = Combinations(chosen, resident, transient, total).take(np.flatnonzero(fits))
+        criteria = extended.seconds
+        if position < len(fronts) - 1:
+            criteria = _criteria(extended.resident, extended.transient, extended.seconds)
+        result = extended.take(nondominated(criteria))
+    return result
+
+
+def _criteria(resident: np.ndarray, transient: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """[options, 2 + columns]: everything in which an option can beat another."""
+    return np.concatenate([resident[:, None], transient[:, None], seconds], axis=1)
 
 
 def greedy_choice(fronts: tuple[RoleFront, ...], capacity: float) -> tuple[int, ...] | None:
-    """Indices of a good plan that fits, found by pricing memory: each role takes its cheapest option at the
-    price, and the price rises until all fit. Not always the best, sometimes nothing: it only gives the exact
-    search a bound to start from."""
+    """Indices of a good combination that fits, by pricing memory: each role takes its cheapest option at the
+    price, and the price rises until all fit. It is not always the best, and may be None where something fits:
+    the exact search only starts from its bound."""
     best: tuple[float, tuple[int, ...]] | None = None
     totals = [front.seconds.sum(axis=1) for front in fronts]
     scale = sum(float(total.min()) for total in totals) / capacity
     for resident_price in (0.0, *(scale * 4.0**power for power in range(-6, 4))):
         for transient_price in (0.0, 0.1 * resident_price, resident_price):
-            chosen = tuple(
-                int(np.argmin(total + resident_price * front.resident + transient_price * front.transient))
-                for front, total in zip(fronts, totals, strict=True)
-            )
-            resident = sum(front.resident[index] for front, index in zip(fronts, chosen, strict=True))
-            transient = max(front.transient[index] for front, index in zip(fronts, chosen, strict=True))
-            seconds = sum(total[index] for total, index in zip(totals, chosen, strict=True))
+            chosen, resident, transient, seconds = [], 0.0, 0.0, 0.0
+            for front, total in zip(fronts, totals, strict=True):
+                priced = total + resident_price * front.resident + transient_price * front.transient
+                index = int(np.argmin(priced))
+                chosen.append(index)
+                resident += front.resident[index]
+                transient = max(transient, front.transient[index])
+                seconds += total[index]
             if resident + transient <= capacity and (best is None or seconds < best[0]):
-                best = (seconds, chosen)
-    return best[1] if best is not None else None
+                best = (seconds, tuple(chosen))
+    if best is None:
+        return None
+    return best[1]
 
 
 class Fronts:
-    """Fronts(setting).of_role("actor", group=0, num_devices=16); everything is computed once."""
+    """Fronts(setting).of_role("actor", group=0, num_devices=16); every answer is computed once."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
@@ -156,17 +169,16 @@ class Fronts:
         return self._roles[key]
 
     def together(self, roles: tuple[str, ...], group: int, num_devices: int) -> tuple[RoleFront, ...] | None:
-        """Each role's front, without the options for which the others have no room even at their leanest;
-        None if the set does not fit."""
+        """Each role's front, without the options that leave the others too little memory even at their
+        leanest; None if the roles do not fit together."""
         key = (roles, group, num_devices)
         if key not in self._together:
-            self._together[key] = _fitting(
-                [self.of_role(role, group, num_devices) for role in roles], self._setting.capacity(group)
-            )
+            fronts = [self.of_role(role, group, num_devices) for role in roles]
+            self._together[key] = _fitting(fronts, self._setting.capacity(group))
         return self._together[key]
 
     def cheapest(self, roles: tuple[str, ...], group: int, num_devices: int) -> tuple[RoleOption, ...] | None:
-        """Options, one per role, that fit together and have the least sum of seconds; None if nothing
+        """An option for every role: they fit together and have the least sum of seconds; None if nothing
         fits."""
         key = (roles, group, num_devices)
         if key not in self._cheapest:
@@ -181,20 +193,17 @@ class Fronts:
             return None
         capacity = self._setting.capacity(group)
         chosen = greedy_choice(fronts, capacity)
-        bound = (
-            np.inf
-            if chosen is None
-            else sum(float(front.seconds[index].sum()) for front, index in zip(fronts, chosen, strict=True))
-        )
+        bound = float("inf")
+        if chosen is not None:
+            pairs = zip(fronts, chosen, strict=True)
+            bound = sum(float(front.seconds[index].sum()) for front, index in pairs)
         ones = [np.ones((front.seconds.shape[1], 1)) for front in fronts]
-        plans = merge_plans(fronts, ones, capacity, lambda seconds: seconds[:, 0] < bound * (1 - 1e-12))
-        if len(plans.resident):
-            chosen = tuple(plans.chosen[int(np.argmin(plans.seconds[:, 0]))])
-        return (
-            None
-            if chosen is None
-            else tuple(front.options[index] for front, index in zip(fronts, chosen, strict=True))
-        )
+        cheaper = combine_roles(fronts, ones, capacity, lambda sums: sums[:, 0] < bound * (1 - 1e-12))
+        if len(cheaper):
+            chosen = tuple(cheaper.chosen[int(np.argmin(cheaper.seconds[:, 0]))])
+        if chosen is None:
+            return None
+        return tuple(front.options[index] for front, index in zip(fronts, chosen, strict=True))
 
     def _signature(self, role: str) -> tuple[object, ...]:
         setting = self._setting
@@ -203,22 +212,20 @@ class Fronts:
 
     def _role_front(self, role: str, group: int, num_devices: int) -> RoleFront:
         capacity = self._setting.capacity(group)
-        options = [
-            option
-            for option in self._candidates(role, group, num_devices)
-            if option.resident + option.transient <= capacity
-        ]
-        rows = np.array([(option.resident, option.transient, *option.seconds) for option in options])
-        rows = rows.reshape(len(options), 2 + len(self._setting.calls(role)))
-        kept = nondominated(rows)
-        return RoleFront(
-            tuple(options[index] for index in kept), rows[kept, 0], rows[kept, 1], rows[kept, 2:]
-        )
+        options, rows = [], []
+        for option in self._candidates(role, group, num_devices):
+            if option.resident + option.transient <= capacity:
+                options.append(option)
+                rows.append((option.resident, option.transient, *option.seconds))
+        table = np.array(rows).reshape(len(options), 2 + len(self._setting.calls(role)))
+        unbeaten = nondominated(table)
+        chosen = tuple(options[index] for index in unbeaten)
+        return RoleFront(chosen, table[unbeaten, 0], table[unbeaten, 1], table[unbeaten, 2:])
 
     def _candidates(self, role: str, group: int, num_devices: int) -> list[RoleOption]:
-        """role_options, without pass options that lose to one with the same shards: those alike in p, t, ZeRO
-        stage and offloading have the same transition and leave the same room for generation, so that only
-        their own bytes and seconds count."""
+        """role_options, without pass options that lose to another with the same shards: those alike in p, t,
+        ZeRO stage and offloading have the same transition and leave the same memory for generation, so that
+        only their bytes and seconds count."""
         setting = self._setting
         kinds = {call.kind for call in setting.calls(role)}
         if CallKind.generation not in kinds:
@@ -231,7 +238,10 @@ class Fronts:
             layout = option.layout
             if option.resident + option.transient <= setting.capacity(group):
                 alike.setdefault((layout.p, layout.t, layout.zero, layout.offload), []).append(option)
-        return [pair for options in alike.values() for pair in self._pairs(role, group, options, generating)]
+        candidates: list[RoleOption] = []
+        for options in alike.values():
+            candidates += self._pairs(role, group, options, generating)
+        return candidates
 
     def _pairs(
         self, role: str, group: int, alike: list[PassOption], generating: list[GenerationOption]
@@ -241,16 +251,17 @@ class Fronts:
         rows = np.array([(option.resident, option.transient, *option.seconds) for option in alike])
         passing = [alike[index] for index in nondominated(rows)]
         transitions: dict[tuple[int, int], float] = {}
-        for other in generating:
+        for other in generating:  # the loop that decides how long the fronts take
             shape = (other.layout.pg, other.layout.tg)
             if shape not in transitions:
                 transitions[shape] = entry_seconds(self._setting, role, group, alike[0].layout, other.layout)
-            for one in passing:
-                if one.resident + other.others + max(0.0, other.weights - one.held) <= capacity:
-                    yield paired(self._setting, role, one, other, transitions[shape])
+            for option in passing:
+                if option.resident + other.others + max(0.0, other.weights - option.held) <= capacity:
+                    yield paired(self._setting, role, option, other, transitions[shape])
 
 
 def _fitting(fronts: list[RoleFront], capacity: float) -> tuple[RoleFront, ...] | None:
+    """The fronts without options that cannot fit beside the leanest of the others; None if nothing fits."""
     if any(not front.options for front in fronts):
         return None
     result = []
@@ -258,9 +269,9 @@ def _fitting(fronts: list[RoleFront], capacity: float) -> tuple[RoleFront, ...] 
         others = fronts[:position] + fronts[position + 1 :]
         resident = sum(other.resident.min() for other in others)
         transient = max((float(other.transient.min()) for other in others), default=0.0)
-        result.append(
-            front.take(
-                np.flatnonzero(front.resident + np.maximum(front.transient, transient) + resident <= capacity)
-            )
-        )
-    return tuple(result) if all(front.options for front in result) else None
+        needed = front.resident + np.maximum(front.transient, transient) + resident
+        smaller = front.take(np.flatnonzero(needed <= capacity))
+        if not smaller.options:
+            return None
+        result.append(smaller)
+    return tuple(result)

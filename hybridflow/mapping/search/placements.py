@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from hybridflow.mapping.question.cluster import Cluster
 
 Placement = tuple[tuple[str, ...], ...]
-"""Sets of roles, one per pool; roles keep their order of first use."""
+"""A set of roles for every pool; roles are in the order of their first use."""
 
 
 def placements(roles: Sequence[str]) -> Iterator[Placement]:
@@ -31,21 +31,27 @@ def packs(cluster: Cluster, pools: Sequence[tuple[int, int]]) -> bool:
     on the rest."""
     for number, group in enumerate(cluster.groups):
         per_node = group.kind.devices_per_node
-        sizes = [size for where, size in pools if where == number]
-        whole = sum(size // per_node for size in sizes)
-        small = sorted((size % per_node for size in sizes if size % per_node), reverse=True)
-        if whole > group.num_nodes or not _fill(small, [per_node] * min(len(small), group.num_nodes - whole)):
+        whole, small = 0, []
+        for where, size in pools:
+            if where == number:
+                whole += size // per_node
+                if size % per_node:
+                    small.append(size % per_node)
+        if whole > group.num_nodes:
+            return False
+        small.sort(reverse=True)
+        if not _fill(small, [per_node] * min(len(small), group.num_nodes - whole)):
             return False
     return True
 
 
-def _fill(sizes: list[int], room: list[int]) -> bool:
+def _fill(sizes: list[int], bins: list[int]) -> bool:
     """Exact bin packing by trying every distinct bin; there are at most as many sizes as roles."""
     if not sizes:
         return True
-    for index in range(len(room)):
-        if room[index] >= sizes[0] and room[index] not in room[:index]:
-            left = [*room[:index], room[index] - sizes[0], *room[index + 1 :]]
-            if _fill(sizes[1:], left):
+    for index, free in enumerate(bins):
+        if free >= sizes[0] and free not in bins[:index]:
+            rest = [*bins[:index], free - sizes[0], *bins[index + 1 :]]
+            if _fill(sizes[1:], rest):
                 return True
     return False

@@ -1,4 +1,4 @@
-"""Setting: everything that a mapping is computed from, checked once."""
+"""Setting: everything that a mapping is computed from, checked when it is made."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from hybridflow.mapping.simulate.passes import Machine
 from hybridflow.mapping.simulate.schedule import Schedule
 from hybridflow.mapping.simulate.transition import transfer_time
 
-ROLLOUT = "generation"
-"""Role that generates with the actor's weights in a pool of its own, after `split_generation`."""
+GENERATION = "generation"
+"""The role that generates with the actor's weights in another pool, after `split_generation`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Setting(dataflow=ppo, models={"actor": llama, ..., "reward": None},
-    cluster=Cluster.parse("2x8xA100-80GB"), workload=workload)
+    """The question as the search reads it.
+
+    Setting(dataflow=ppo, models={"actor": llama, ..., "reward": None},
+            cluster=Cluster.parse("2x8xA100-80GB"), workload=workload)
 
     A role whose model is None is a Python function: it takes part in the timeline and needs no devices.
     """
@@ -35,7 +37,7 @@ class Setting:
     calibration: Calibration = field(default_factory=Calibration)
     space: SearchSpace = field(default_factory=SearchSpace)
     weights_from: Mapping[str, str] = field(default_factory=dict)
-    """Role that only generates -> role that trains its weights in another pool."""
+    """Role that only generates -> the role that trains its weights in another pool."""
 
     def __post_init__(self) -> None:
         missing = [role for role in self.dataflow.roles if role not in self.models]
@@ -74,59 +76,66 @@ class Setting:
 
     @cached_property
     def _calls(self) -> dict[str, tuple[Call, ...]]:
-        calls = [call for call in self.dataflow.calls if call.kind is not CallKind.controller]
-        return {role: tuple(call for call in calls if call.role == role) for role in self.dataflow.roles}
+        calls: dict[str, list[Call]] = {role: [] for role in self.dataflow.roles}
+        for call in self.dataflow.calls:
+            if call.kind is not CallKind.controller:
+                calls[call.role].append(call)
+        return {role: tuple(of_role) for role, of_role in calls.items()}
 
     @cached_property
     def _kinds(self) -> dict[str, set[CallKind]]:
-        return {role: {call.kind for call in calls} for role, calls in self._calls.items()}
+        kinds: dict[str, set[CallKind]] = {}
+        for role, calls in self._calls.items():
+            kinds[role] = {call.kind for call in calls}
+        return kinds
 
     def machine(self, group: int) -> Machine:
-        """What the simulators need, for pools in the cluster's group number `group`."""
+        """The simulators' view of a pool in the cluster's node group number `group`."""
         return self._machines[group]
 
     @cached_property
     def _machines(self) -> tuple[Machine, ...]:
-        return tuple(
-            Machine(group.kind, self.calibration, self.space, self.workload) for group in self.cluster.groups
-        )
+        shared = (self.calibration, self.space, self.workload)
+        return tuple(Machine(group.kind, *shared) for group in self.cluster.groups)
 
     def capacity(self, group: int) -> float:
-        """Bytes of one device that can be planned with."""
-        return (
-            self.cluster.groups[group].kind.memory_bytes * self.calibration.memory_fraction
-            - self.calibration.reserved_bytes
-        )
+        """Bytes of a device of the node group that can be planned with."""
+        memory_bytes = self.cluster.groups[group].kind.memory_bytes
+        return memory_bytes * self.calibration.memory_fraction - self.calibration.reserved_bytes
 
     def schedule(self, pool_of: dict[str, str]) -> Schedule:
-        """The step's schedule for a placement, with the data's way between pools."""
-        machine = self.machine(0)
-        edges = {
-            (name, call.name): transfer_time(self.dataflow.call(name), call, self.cluster, machine)
-            for call in self.dataflow.calls
-            for name in call.depends_on
-        }
-        return Schedule(self.dataflow, pool_of, edges)
+        """The step's schedule for a placement (role -> pool), with the transfers between pools."""
+        return Schedule(self.dataflow, pool_of, self._transfers)
+
+    @cached_property
+    def _transfers(self) -> dict[tuple[str, str], float]:
+        """(producer, consumer) -> seconds of the data between them if their pools differ."""
+        seconds: dict[tuple[str, str], float] = {}
+        for call in self.dataflow.calls:
+            for name in call.depends_on:
+                producer = self.dataflow.call(name)
+                seconds[name, call.name] = transfer_time(producer, call, self.cluster, self.machine(0))
+        return seconds
 
     def fixed_seconds(self, call: Call) -> float:
         """Duration of a call that runs on no device of the plan."""
-        return (
-            self.calibration.controller_s if call.kind is CallKind.controller else self.calibration.function_s
-        )
+        if call.kind is CallKind.controller:
+            return self.calibration.controller_s
+        return self.calibration.function_s
 
 
 def split_generation(dataflow: Dataflow, role: str = "actor") -> Dataflow:
     """The same step with generation as a role of its own (`generation`), which a mapping may put into another
     pool."""
-    moved = [call for call in dataflow.calls if call.role == role and call.kind is CallKind.generation]
-    names = {call.name: f"{ROLLOUT}{call.name.removeprefix(role)}" for call in moved}
-    calls = tuple(
-        replace(
-            call,
-            name=names.get(call.name, call.name),
-            role=ROLLOUT if call.name in names else call.role,
-            depends_on=tuple(names.get(name, name) for name in call.depends_on),
-        )
-        for call in dataflow.calls
-    )
-    return replace(dataflow, calls=calls)
+    names: dict[str, str] = {}
+    for call in dataflow.calls:
+        if call.role == role and call.kind is CallKind.generation:
+            names[call.name] = f"{GENERATION}{call.name.removeprefix(role)}"
+    calls = []
+    for call in dataflow.calls:
+        depends_on = tuple(names.get(name, name) for name in call.depends_on)
+        moved = replace(call, depends_on=depends_on)
+        if call.name in names:
+            moved = replace(moved, name=names[call.name], role=GENERATION)
+        calls.append(moved)
+    return replace(dataflow, calls=tuple(calls))

@@ -1,5 +1,4 @@
-"""PoolTable: all pools that a set of roles fits into, with the least seconds of each call: the bounds of the
-search."""
+"""PoolTable: all pools that a set of roles fits into, with the least seconds of each call, for the bounds."""
 
 from __future__ import annotations
 
@@ -12,8 +11,9 @@ from hybridflow.mapping.search.setting import Setting
 
 
 class PoolTable:
-    """PoolTable(setting, fronts, ("actor", "critic")).within((64,)): what no pool of at most 64 devices can
-    beat.
+    """The pools of a set of roles.
+
+    PoolTable(setting, fronts, ("actor", "critic")).within((64,))  # seconds that no pool of up to 64 beats
 
     `choices` are (group, devices); `seconds` [choices, calls of the set] is the least of each call over all
     options that fit.
@@ -32,18 +32,20 @@ class PoolTable:
         self.groups = np.array([group for group, _ in choices], dtype=np.int64)
         self.sizes = np.array([size for _, size in choices], dtype=np.int64)
         self.seconds = np.array(rows).reshape(len(choices), width)
-        self._envelopes: dict[tuple[int, ...], np.ndarray | None] = {}
+        self._least: dict[tuple[int, ...], np.ndarray | None] = {}
 
-    def within(self, room: Sequence[int]) -> np.ndarray | None:
-        """[calls]: the least of each call over all choices that leave each group within `room` devices; None
-        if there is none."""
-        key = tuple(room)
-        if key not in self._envelopes:
-            fits = self.sizes <= np.array(key)[self.groups] if len(self.sizes) else np.zeros(0, dtype=bool)
-            self._envelopes[key] = self.seconds[fits].min(axis=0) if fits.any() else None
-        return self._envelopes[key]
+    def within(self, devices: Sequence[int]) -> np.ndarray | None:
+        """[calls]: the least seconds of each call over all choices that take at most `devices` of each node
+        group; None if there is no such choice."""
+        key = tuple(devices)
+        if key not in self._least:
+            fits = self.sizes <= np.array(key)[self.groups]
+            self._least[key] = self.seconds[fits].min(axis=0) if fits.any() else None
+        return self._least[key]
 
     @property
     def smallest(self) -> int:
         """Devices of the smallest pool that the set fits into; more than there are if none."""
-        return int(self.sizes.min()) if len(self.sizes) else 1 << 40
+        if not len(self.sizes):
+            return 1 << 40
+        return int(self.sizes.min())

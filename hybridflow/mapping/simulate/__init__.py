@@ -1,1 +1,1 @@
-"""How long a call takes and how much memory it needs, for one model with one layout."""
+"""Simulators: how long a call takes and how much memory it needs, for a model with a layout."""

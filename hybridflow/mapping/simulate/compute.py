@@ -1,9 +1,9 @@
-"""Seconds that one pass of a model's layers takes on one device: the roofline that all simulators share.
+"""Seconds that a pass of a model's layers takes on a device: the roofline that all simulators share.
 
 Products: 2 FLOPs per parameter and token, 4 q per attended position (Kaplan et al. 2020, section 2.1), at the
 calibrated fraction of the peak, or reading the weights if that takes longer (Williams et al. 2009).
-Everything else in a layer is bound by memory: the tensors of `activation_elements_per_token` are written once
-and read once.
+All other operations of a layer are bound by memory: the tensors of `activation_elements_per_token` are
+written once and read once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hybridflow.mapping.question.space import SearchSpace
 
 
 def layer_flops(model: ModelSpec, tokens: float, attended_per_token: float) -> float:
-    """Of one layer's forward pass over all tensor ranks together."""
+    """FLOPs of a layer's forward pass, over all tensor ranks together."""
     return tokens * (2.0 * model.active_layer_parameters + 4.0 * model.query_dim * attended_per_token)
 
 
@@ -30,7 +30,7 @@ def products_s(
     t: int,
     decoding: bool = False,
 ) -> float:
-    """Matrix products and attention of one layer on one of t tensor ranks."""
+    """Seconds of a layer's matrix products and attention on one of t tensor ranks."""
     computing = layer_flops(model, tokens, attended) / t / (kind.flops * _efficiency(calibration, decoding))
     weights = space.parameter_bytes * model.touched_layer_parameters(tokens) / t
     return max(computing, weights / (kind.memory_bandwidth * calibration.bandwidth_efficiency))
@@ -39,7 +39,7 @@ def products_s(
 def elementwise_s(
     model: ModelSpec, kind: DeviceKind, calibration: Calibration, space: SearchSpace, *, tokens: float, t: int
 ) -> float:
-    """Everything of one layer that is not a product; with sequence parallelism cut by t (Korthikanti et al.
+    """Seconds of a layer's element-wise operations; sequence parallelism cuts them by t (Korthikanti et al.
     2022)."""
     moved = 2.0 * space.activation_bytes * model.activation_elements_per_token * tokens / t
     return moved / (kind.memory_bandwidth * calibration.elementwise_efficiency)
@@ -55,26 +55,30 @@ def head_s(
     t: int,
     decoding: bool = False,
 ) -> float:
-    """The head over the scored tokens (vocabulary cut by t): product, then logits written and read in
-    float32."""
-    product = (
-        2.0 * scored_tokens * model.head_parameters / t / (kind.flops * _efficiency(calibration, decoding))
-    )
-    width = 1 if model.scalar_head else model.vocab_size
-    weights = (
-        space.parameter_bytes
-        * model.head_parameters
-        / t
-        / (kind.memory_bandwidth * calibration.bandwidth_efficiency)
-    )
-    logits = 8.0 * scored_tokens * width / t / (kind.memory_bandwidth * calibration.elementwise_efficiency)
+    """Seconds of the head over the scored tokens (vocabulary cut by t): the product, then logits written and
+    read in float32."""
+    flops = kind.flops * _efficiency(calibration, decoding)
+    product = 2.0 * scored_tokens * model.head_parameters / t / flops
+    reading = kind.memory_bandwidth * calibration.bandwidth_efficiency
+    weights = space.parameter_bytes * model.head_parameters / t / reading
+    elementwise = kind.memory_bandwidth * calibration.elementwise_efficiency
+    logits = 8.0 * scored_tokens * head_width(model) / t / elementwise
     return product + weights + logits
 
 
+def head_width(model: ModelSpec) -> int:
+    """Numbers that the head gives for a token."""
+    if model.scalar_head:
+        return 1
+    return model.vocab_size
+
+
 def _efficiency(calibration: Calibration, decoding: bool) -> float:
-    return calibration.decode_matmul_efficiency if decoding else calibration.matmul_efficiency
+    if decoding:
+        return calibration.decode_matmul_efficiency
+    return calibration.matmul_efficiency
 
 
 def rounds(rows: float, parts: int) -> int:
-    """Rows of the fullest of `parts` replicas."""
+    """Rows of the fullest of `parts` equal parts: rows / parts, rounded up."""
     return -int(-rows // parts)

@@ -1,7 +1,7 @@
 """DecodeProfile: how many sequences run during how many decode steps, under continuous batching.
 
-Depends on lengths and counts only, not on the model or machine; so one profile serves all layouts with the
-same counts. A finished sequence is replaced by a waiting one at once (Yu et al. 2022, Orca's iteration-level
+It depends on lengths and counts only, not on the model or machine; so all layouts with the same counts share
+a profile. A finished sequence is replaced by a waiting one at once (Yu et al. 2022, Orca's iteration-level
 scheduling); when none waits, the tail of long ones runs in an emptying batch.
 """
 
@@ -18,7 +18,7 @@ MAX_SEGMENTS = 24
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """`steps` decode steps with `running` sequences that have generated `generated` tokens each, on
+    """`steps` decode steps in which `running` sequences have generated `generated` tokens each, on
     average."""
 
     steps: float
@@ -28,7 +28,7 @@ class Segment:
 
 @lru_cache(maxsize=65536)
 def decode_profile(lengths: Lengths, rows: int, max_running: int) -> tuple[Segment, ...]:
-    """Of one replica that generates `rows` responses, at most `max_running` at once.
+    """The profile of a replica that generates `rows` responses, at most `max_running` at once.
 
     decode_profile(Lengths.fixed(10), rows=5, max_running=2) -> (Segment(20, 2, 5.0), Segment(10, 1, 5.0))
     """
@@ -39,12 +39,16 @@ def decode_profile(lengths: Lengths, rows: int, max_running: int) -> tuple[Segme
 
 def _fixed(length: int, rows: int, max_running: int) -> tuple[Segment, ...]:
     full, rest = divmod(rows, max_running)
-    segments = [Segment(length * full, max_running, length / 2)] if full else []
-    return (*segments, Segment(length, rest, length / 2)) if rest else tuple(segments)
+    segments = []
+    if full:
+        segments.append(Segment(length * full, max_running, length / 2))
+    if rest:
+        segments.append(Segment(length, rest, length / 2))
+    return tuple(segments)
 
 
 def _simulate(lengths: list[int], max_running: int) -> list[Segment]:
-    """Event by event: the next sequence to finish, and who takes its place."""
+    """Goes from event to event: the next sequence finishes, and a waiting one takes its place."""
     lengths = [max(1, length) for length in lengths]
     running = [(length, 0) for length in lengths[:max_running]]
     heapify(running)
@@ -66,13 +70,13 @@ def _simulate(lengths: list[int], max_running: int) -> list[Segment]:
 
 
 def _extend(segments: list[Segment], now: int, until: int, running: int, started: float) -> None:
-    """A segment from `now` to `until`; `started` is the sum of the running sequences' first steps."""
+    """Adds a segment from `now` to `until`; `started` is the sum of the running sequences' first steps."""
     if until > now:
         segments.append(Segment(until - now, running, (now + until) / 2 - started / running))
 
 
 def _condense(segments: list[Segment]) -> tuple[Segment, ...]:
-    """At most about MAX_SEGMENTS of them: neighbours merged by their step-weighted means."""
+    """Merges neighbours by their step-weighted means, down to about MAX_SEGMENTS."""
     total = sum(segment.steps for segment in segments)
     result: list[Segment] = []
     bunch: list[Segment] = []
@@ -81,12 +85,13 @@ def _condense(segments: list[Segment]) -> tuple[Segment, ...]:
         if sum(part.steps for part in bunch) * MAX_SEGMENTS >= total:
             result.append(_merge(bunch))
             bunch = []
-    return tuple([*result, _merge(bunch)] if bunch else result)
+    if bunch:
+        result.append(_merge(bunch))
+    return tuple(result)
 
 
 def _merge(bunch: list[Segment]) -> Segment:
     steps = sum(part.steps for part in bunch)
-    rows = sum(part.steps * part.running for part in bunch)
-    return Segment(
-        steps, rows / steps, sum(part.steps * part.running * part.generated for part in bunch) / rows
-    )
+    tokens = sum(part.steps * part.running for part in bunch)
+    generated = sum(part.steps * part.running * part.generated for part in bunch)
+    return Segment(steps, tokens / steps, generated / tokens)

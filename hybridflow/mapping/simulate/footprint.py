@@ -1,13 +1,14 @@
-"""Footprint: bytes on one device, by what they are for; and which of them stay between calls."""
+"""Footprint: bytes on a device, by what they are for; and which of them stay between calls."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
 from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.mapping.question.workload import Workload
+from hybridflow.mapping.simulate.compute import head_width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,14 +43,10 @@ class Footprint:
             buffers=self.buffers + other.buffers,
         )
 
-    @staticmethod
-    def names() -> tuple[str, ...]:
-        return tuple(field.name for field in fields(Footprint))
-
 
 def stage_parameters(model: ModelSpec, layout: ModelLayout) -> float:
-    """Parameters of the fullest pipeline stage's tensor rank: its layers, and the embedding or the head (both
-    without pipeline)."""
+    """Parameters of a tensor rank of the fullest pipeline stage: its layers, and the embedding or the head
+    (both without pipeline)."""
     if layout.p == 1:
         return model.num_parameters / layout.t
     ends = max(model.embedding_parameters, model.head_parameters)
@@ -57,27 +54,33 @@ def stage_parameters(model: ModelSpec, layout: ModelLayout) -> float:
 
 
 def state_footprint(model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool) -> Footprint:
-    """Parameters, gradients and optimizer states while they are all there; ZeRO's cuts as in Rajbhandari et
-    al. 2020, figure 1."""
+    """Parameters, gradients and optimizer states while all are on the device; ZeRO's cuts as in Rajbhandari
+    et al. 2020, figure 1."""
     count = stage_parameters(model, layout)
-    parameters = space.parameter_bytes * count / (layout.d if layout.zero >= 3 else 1)
+    parameters = space.parameter_bytes * count
+    gradients = space.gradient_bytes * count
+    optimizer = space.optimizer_bytes * count
+    if layout.zero >= 1:
+        optimizer /= layout.d
+    if layout.zero >= 2:
+        gradients /= layout.d
+    if layout.zero >= 3:
+        parameters /= layout.d
     if not trained:
         return Footprint(parameters=parameters)
-    return Footprint(
-        parameters=parameters,
-        gradients=space.gradient_bytes * count / (layout.d if layout.zero >= 2 else 1),
-        optimizer=space.optimizer_bytes * count / (layout.d if layout.zero >= 1 else 1),
-    )
+    return Footprint(parameters=parameters, gradients=gradients, optimizer=optimizer)
 
 
 def resident_footprint(
     model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
 ) -> Footprint:
-    """What stays on the device between the model's calls."""
+    """The bytes that stay on the device between the model's calls."""
     state = state_footprint(model, layout, space, trained=trained)
     if not layout.offload:
         return state
-    return Footprint(parameters=state.parameters, gradients=state.gradients) if trained else Footprint()
+    if not trained:
+        return Footprint()
+    return Footprint(parameters=state.parameters, gradients=state.gradients)
 
 
 def pass_footprint(
@@ -90,10 +93,10 @@ def pass_footprint(
     trained: bool,
     backward: bool,
 ) -> Footprint:
-    """What one training (backward) or forward call needs on top of what is resident.
+    """The bytes that a training (backward) or forward call needs on top of the resident ones.
 
     Activations: Korthikanti et al. 2022, section 4 (with sequence parallelism all of a layer's are cut by t;
-    with recomputation only each layer's input stays, plus one layer at a time); the first of p stages holds
+    with recomputation only each layer's input stays, plus a layer at a time); the first of p stages holds
     min(p, micro-batches) of them under 1F1B (Narayanan et al. 2021, section 2.2). Logits: compute precision
     and float32, with a float32 gradient in training.
     """
@@ -106,23 +109,28 @@ def pass_footprint(
         activations = min(layout.p, num_micro_batches) * model.num_layers / layout.p * layer_input + per_layer
     else:
         activations = min(layout.p, num_micro_batches) * model.num_layers / layout.p * per_layer
-    width = 1 if model.scalar_head else model.vocab_size
     scored = workload.response.mean / workload.tokens_per_row
-    logits = tokens * scored * width / layout.t * (space.activation_bytes + (8 if backward else 4))
-    state = state_footprint(model, layout, space, trained=trained)
-    fetched = (
-        state.total - resident_footprint(model, layout, space, trained=trained).total
-        if layout.offload and (backward or not trained)
-        else 0.0
-    )
-    gathered = 2 * space.parameter_bytes * model.layer_parameters / layout.t if layout.zero >= 3 else 0.0
+    logit_bytes = space.activation_bytes + (8 if backward else 4)
+    logits = tokens * scored * head_width(model) / layout.t * logit_bytes
+    fetched, gathered = 0.0, 0.0
+    if layout.offload and (backward or not trained):
+        state = state_footprint(model, layout, space, trained=trained)
+        fetched = state.total - resident_footprint(model, layout, space, trained=trained).total
+    if layout.zero >= 3:
+        gathered = 2 * space.parameter_bytes * model.layer_parameters / layout.t
     return Footprint(activations=activations, logits=logits, buffers=fetched + gathered)
 
 
 def kv_tokens(workload: Workload, running: int) -> float:
-    """Tokens that `running` sequences hold when all near their end: their mean length each, and one of them
+    """Tokens that `running` sequences hold when all are near their end: each its mean length, and one of them
     the longest."""
     return running * workload.tokens_per_row + (workload.longest_row - workload.tokens_per_row)
+
+
+def kv_bytes_per_token(model: ModelSpec, layout: GenerationLayout, space: SearchSpace) -> float:
+    """Bytes of a token's keys and values on a rank, which has at least one key/value head of its layers."""
+    share = max(1.0, model.num_kv_heads / layout.tg) / model.num_kv_heads
+    return space.activation_bytes * model.kv_elements_per_token / layout.pg * share
 
 
 def held_for_generation(model: ModelSpec, training: ModelLayout | None, space: SearchSpace) -> float:
@@ -136,17 +144,10 @@ def held_for_generation(model: ModelSpec, training: ModelLayout | None, space: S
 def generation_footprint(
     model: ModelSpec, layout: GenerationLayout, held: float, space: SearchSpace, workload: Workload
 ) -> Footprint:
-    """What generation needs on top of what is resident: its weights beyond those held (peak M/(tg pg)), the
-    KV cache of the running sequences, and the resharding's staging buffer."""
+    """The bytes that generation needs on top of the resident ones: its weights beyond those held (peak
+    M/(tg pg)), the KV cache of the running sequences, and the resharding's staging buffer."""
     weights = space.parameter_bytes * stage_parameters(model, ModelLayout(p=layout.pg, t=layout.tg))
-    heads_per_rank = max(1.0, model.num_kv_heads / layout.tg) / model.num_kv_heads
-    kv = (
-        space.activation_bytes
-        * model.kv_elements_per_token
-        / layout.pg
-        * heads_per_rank
-        * kv_tokens(workload, layout.max_running)
-    )
+    kv = kv_bytes_per_token(model, layout, space) * kv_tokens(workload, layout.max_running)
     tokens = max(space.prefill_tokens, layout.max_running)
     activations = space.activation_bytes * model.activation_elements_per_token * tokens / layout.tg
     logits = layout.max_running * model.vocab_size / layout.tg * (space.activation_bytes + 4)

@@ -1,7 +1,7 @@
 """Simulator of generation: prefill is compute-bound, decoding is bound by reading weights and KV cache
 (docs/paper.md section 4).
 
-A decode step reads every weight once per pipeline micro-batch and the keys and values of all running
+A decode step reads every weight once per pipeline micro-batch, and the keys and values of all running
 sequences once (Pope et al. 2022, section 2; Kwon et al. 2023 for paged caches). Left out: speculative
 decoding, prefix caching between samples of one prompt, chunked prefill mixed into decode steps (prefill is
 counted before).
@@ -16,12 +16,13 @@ from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.simulate.compute import elementwise_s, head_s, products_s, rounds
 from hybridflow.mapping.simulate.decoding import decode_profile
 from hybridflow.mapping.simulate.fabric import Fabric
+from hybridflow.mapping.simulate.footprint import kv_bytes_per_token
 from hybridflow.mapping.simulate.passes import Machine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationTime:
-    """Seconds of one generation call by cause, without the transition into the generation layout."""
+    """Seconds of a generation call by cause, without the transition into the generation layout."""
 
     prefill: float
     decode: float
@@ -38,11 +39,11 @@ def replica_rows(layout: GenerationLayout, machine: Machine) -> int:
 
 
 def generation_time(model: ModelSpec, layout: GenerationLayout, machine: Machine) -> GenerationTime:
-    """One response for every row of the step."""
+    """Seconds of a response for every row of the step."""
     rows = replica_rows(layout, machine)
-    profile = decode_profile(machine.workload.response, rows, layout.max_running)
     step = DecodeStep(model, layout, machine)
     prompt = machine.workload.prompt.mean
+    profile = decode_profile(machine.workload.response, rows, layout.max_running)
     return GenerationTime(
         prefill=_prefill_s(model, layout, machine, rows),
         decode=sum(part.steps * step.seconds(part.running, prompt + part.generated) for part in profile),
@@ -56,11 +57,10 @@ class DecodeStep:
     def __init__(self, model: ModelSpec, layout: GenerationLayout, machine: Machine) -> None:
         self.model, self.layout, self.machine = model, layout, machine
         self._fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
-        kv_share = max(1.0, model.num_kv_heads / layout.tg) / model.num_kv_heads
-        self._kv_bytes = machine.space.activation_bytes * model.kv_elements_per_token / layout.pg * kv_share
+        self._kv_bytes = kv_bytes_per_token(model, layout, machine.space)
 
     def seconds(self, running: float, context: float) -> float:
-        """One token for each of `running` sequences whose caches hold `context` tokens each, on average.
+        """Seconds of a token for each of `running` sequences whose caches hold `context` tokens, on average.
 
         With pg stages the sequences form pg groups that follow each other through the stages: every stage is
         passed pg times.
@@ -80,14 +80,16 @@ class DecodeStep:
             message, layout.tg, 1
         )
         cache = self._kv_bytes * rows * context / machine.bandwidth
-        passing = self._fabric.send(message / layout.tg, layout.tg) if layout.pg > 1 else 0.0
+        passing = 0.0
+        if layout.pg > 1:
+            passing = self._fabric.send(message / layout.tg, layout.tg)
         head = head_s(model, *parts, scored_tokens=rows, t=layout.tg, decoding=True)
         return layers * layer + cache + head + passing
 
 
 def _prefill_s(model: ModelSpec, layout: GenerationLayout, machine: Machine, rows: int) -> float:
-    """All prompts of a replica, in passes of at most `prefill_tokens`; stages work on different passes at the
-    same time."""
+    """Seconds of all prompts of a replica, in passes of at most `max_num_batched_tokens`; stages work on
+    different passes at the same time."""
     prompt = machine.workload.prompt
     tokens = rows * prompt.mean
     if tokens == 0:

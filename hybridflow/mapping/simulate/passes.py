@@ -1,4 +1,4 @@
-"""Simulators of training and inference: one call over all rows of a step, compute-bound
+"""Simulators of training and inference: a call over all rows of a step, compute-bound
 (docs/paper.md section 4).
 
 Pipeline: 1F1B, (m + p - 1) micro-batch slots (Narayanan et al. 2021, section 2.2). Tensor: two all-reduces of
@@ -26,16 +26,16 @@ from hybridflow.mapping.simulate.footprint import resident_footprint, stage_para
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassTime:
-    """Seconds of one call by cause; they add up to `total`."""
+    """Seconds of a call by cause; they add up to `total`."""
 
     compute: float = 0.0
     bubble: float = 0.0
     tensor: float = 0.0
     pipeline: float = 0.0
     parameters: float = 0.0
-    """ZeRO's gathering of parameters."""
+    """Gathering the parameters that ZeRO has cut."""
     gradients: float = 0.0
-    """Adding them up over micro-batches, reducing them over data ranks."""
+    """Adding gradients up over micro-batches and reducing them over data ranks."""
     optimizer: float = 0.0
     offload: float = 0.0
     overhead: float = 0.0
@@ -63,7 +63,7 @@ class PassTime:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What every simulator needs to know about where it runs."""
+    """The device, constants, engines and work that every simulator computes with."""
 
     kind: DeviceKind
     calibration: Calibration
@@ -80,35 +80,37 @@ class Machine:
 
     def call_s(self, num_devices: int) -> float:
         """Fixed seconds of a call in a pool of so many devices."""
-        return self.calibration.call_overhead_s + (self.calibration.call_ranks_s if num_devices > 1 else 0.0)
+        seconds = self.calibration.call_overhead_s
+        if num_devices > 1:
+            seconds += self.calibration.call_ranks_s
+        return seconds
 
 
 def micro_batches(layout: ModelLayout, workload: Workload, rows: float) -> tuple[int, float]:
-    """(number, tokens of each) of the fullest data replica for `rows` rows in all."""
+    """(number, tokens of each) of the micro-batches of the fullest data replica, for `rows` rows in all."""
     tokens = rounds(rows, layout.d) * workload.tokens_per_row
     number = max(1, ceil(tokens / layout.micro_batch_tokens))
     return number, tokens / number
 
 
 def inference_time(model: ModelSpec, layout: ModelLayout, machine: Machine, *, trained: bool) -> PassTime:
-    """One forward pass over the step's rows."""
+    """Seconds of a forward pass over the step's rows."""
     number, tokens = micro_batches(layout, machine.workload, machine.workload.num_rows)
     slot = _slot(model, layout, machine, tokens, backward=False)
     fetched = 0.0
     if layout.offload and not trained:
-        fetched = (
-            state_footprint(model, layout, machine.space, trained=False).total / machine.kind.host_bandwidth
-        )
+        weights = state_footprint(model, layout, machine.space, trained=False).total
+        fetched = weights / machine.kind.host_bandwidth
     return _pipelined(slot, layout, machine, number, offload=fetched)
 
 
 def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> PassTime:
-    """All optimizer updates of one step."""
+    """Seconds of all optimizer updates of a step."""
     workload = machine.workload
     updates = workload.updates * workload.epochs
     number, tokens = micro_batches(layout, workload, workload.num_rows / workload.updates)
     slot = _slot(model, layout, machine, tokens, backward=True)
-    one = _pipelined(slot, layout, machine, number, offload=0.0)
+    update = _pipelined(slot, layout, machine, number, offload=0.0)
     gradients, gathering = _data_parallel(model, layout, machine)
     states = state_footprint(model, layout, machine.space, trained=True)
     optimizer = 2.0 * (states.parameters + states.gradients + states.optimizer) / machine.update_bandwidth
@@ -116,54 +118,58 @@ def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> Pa
     moved = states.total - resident_footprint(model, layout, machine.space, trained=True).total
     call = machine.call_s(layout.num_devices)
     return PassTime(
-        compute=updates * one.compute,
-        bubble=updates * one.bubble,
-        tensor=updates * one.tensor,
-        pipeline=updates * one.pipeline,
-        parameters=updates * (one.parameters + gathering),
+        compute=updates * update.compute,
+        bubble=updates * update.bubble,
+        tensor=updates * update.tensor,
+        pipeline=updates * update.pipeline,
+        parameters=updates * (update.parameters + gathering),
         gradients=updates * (gradients + (number - 1) * adding),
         optimizer=updates * optimizer,
         offload=2.0 * moved / machine.kind.host_bandwidth,
-        overhead=updates * (one.overhead - call) + call,
+        overhead=updates * (update.overhead - call) + call,
     )
 
 
 def _slot(
     model: ModelSpec, layout: ModelLayout, machine: Machine, tokens: float, *, backward: bool
 ) -> PassTime:
-    """One micro-batch on the slowest stage (the last: it has the head), without waiting."""
+    """Seconds of a micro-batch on the slowest stage (the last: it has the head), without waiting."""
     kind, calibration, space = machine.kind, machine.calibration, machine.space
     layers = model.num_layers / layout.p
-    passes = 1.0 + (calibration.backward_factor + layout.recompute if backward else 0.0)
+    passes, head_passes, directions, gathers, sends = 1.0, 1.0, 1, 1.0, 1
+    if backward:
+        head_passes = 1.0 + calibration.backward_factor
+        passes = 1.0 + (calibration.backward_factor + layout.recompute)
+        directions, gathers, sends = 2 + layout.recompute, 2.0, 2
     attended = machine.workload.attended_per_token
     layer = products_s(model, kind, calibration, space, tokens=tokens, attended=attended, t=layout.t)
-    layer += (
-        elementwise_s(model, kind, calibration, space, tokens=tokens, t=layout.t)
-        + calibration.layer_overhead_s
-    )
+    elementwise = elementwise_s(model, kind, calibration, space, tokens=tokens, t=layout.t)
+    layer += elementwise + calibration.layer_overhead_s
     scored = tokens * machine.workload.response.mean / machine.workload.tokens_per_row
     head = head_s(model, kind, calibration, space, scored_tokens=scored, t=layout.t)
     fabric = Fabric(kind, calibration, layout.num_devices)
     message = space.activation_bytes * model.hidden_size * tokens
-    directions = (2 + layout.recompute) if backward else 1
-    gathers = 0.0
+    tensor, pipeline, parameters = 0.0, 0.0, 0.0
+    if layout.t > 1:
+        tensor = layers * 2 * directions * fabric.all_reduce(message, layout.t, 1)
+    if layout.p > 1:
+        pipeline = sends * fabric.send(message / layout.t, layout.t)
     if layout.zero >= 3:
-        stage_bytes = space.parameter_bytes * stage_parameters(model, layout)
-        gathers = (2.0 if backward else 1.0) * fabric.all_gather(stage_bytes, layout.d, layout.p * layout.t)
+        parameters = gathers * gathering_s(model, layout, machine)
     return PassTime(
-        compute=layers * layer * passes + head * (1.0 + calibration.backward_factor if backward else 1.0),
-        tensor=layers * 2 * directions * fabric.all_reduce(message, layout.t, 1) if layout.t > 1 else 0.0,
-        pipeline=(2 if backward else 1) * fabric.send(message / layout.t, layout.t) if layout.p > 1 else 0.0,
-        parameters=gathers,
-        overhead=calibration.micro_batch_overhead_s
-        * (1.0 + (calibration.backward_factor if backward else 0.0)),
+        compute=layers * layer * passes + head * head_passes,
+        tensor=tensor,
+        pipeline=pipeline,
+        parameters=parameters,
+        overhead=calibration.micro_batch_overhead_s * head_passes,
     )
 
 
 def _pipelined(
     slot: PassTime, layout: ModelLayout, machine: Machine, number: int, offload: float
 ) -> PassTime:
-    """`number` micro-batches through p stages: number + p - 1 slots, of which p - 1 are the bubble."""
+    """Seconds of `number` micro-batches through p stages: number + p - 1 slots, of which p - 1 are the
+    bubble."""
     return PassTime(
         compute=number * slot.compute,
         bubble=(layout.p - 1) * slot.total,
@@ -176,7 +182,7 @@ def _pipelined(
 
 
 def _data_parallel(model: ModelSpec, layout: ModelLayout, machine: Machine) -> tuple[float, float]:
-    """(reducing the gradients, gathering the new parameters), once per update."""
+    """(seconds of reducing the gradients, seconds of gathering the new parameters), once per update."""
     if layout.d == 1:
         return 0.0, 0.0
     fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
@@ -186,13 +192,14 @@ def _data_parallel(model: ModelSpec, layout: ModelLayout, machine: Machine) -> t
     visible = 1.0 - machine.calibration.gradient_overlap
     if layout.zero == 0:
         return visible * fabric.all_reduce(gradient_bytes, layout.d, stride), 0.0
-    gathering = gathering_s(model, layout, machine) if layout.zero < 3 else 0.0
+    gathering = 0.0
+    if layout.zero < 3:
+        gathering = gathering_s(model, layout, machine)
     return visible * fabric.reduce_scatter(gradient_bytes, layout.d, stride), gathering
 
 
 def gathering_s(model: ModelSpec, layout: ModelLayout, machine: Machine) -> float:
-    """Every data rank gets all of its stage's parameters."""
+    """Seconds until every data rank has all of its stage's parameters."""
     fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
-    return fabric.all_gather(
-        machine.space.parameter_bytes * stage_parameters(model, layout), layout.d, layout.p * layout.t
-    )
+    num_bytes = machine.space.parameter_bytes * stage_parameters(model, layout)
+    return fabric.all_gather(num_bytes, layout.d, layout.p * layout.t)

@@ -1,8 +1,9 @@
-"""Schedule: when each call of a step starts and ends, given how long it takes and which pool it runs in.
+"""Schedule: when each call of a step starts and ends, from how long it takes and which pool it runs in.
 
-A call starts when its inputs are there and its pool is free; a pool runs its calls one at a time in program
-order, as the runtime does. So pools overlap wherever the dataflow lets them: the paper's d_cost (section 6)
-with stages in place of barriers. Durations may be numbers or NumPy arrays (many candidates at once).
+A call starts when its inputs have arrived and its pool is free; a pool runs its calls one at a time in
+program order, as the runtime does. So pools overlap wherever the dataflow lets them: the paper's d_cost
+(section 6) without barriers between its stages. Durations may be numbers or NumPy arrays (many candidates at
+once).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One call on the timeline."""
+    """A call on the timeline."""
 
     call: str
     pool: str
@@ -59,13 +60,14 @@ class Schedule:
                 )
             edges = []
             for name in call.depends_on:
-                producer = index[name]
-                apart = self.pools[producer] != self.pools[position]
-                edges.append(Edge(producer, edge_seconds.get((name, call.name), 0.0) if apart else 0.0))
+                producer, seconds = index[name], 0.0
+                if self.pools[producer] != self.pools[position]:
+                    seconds = edge_seconds.get((name, call.name), 0.0)
+                edges.append(Edge(producer, seconds))
             self._edges.append(edges)
 
     def makespan(self, seconds: Sequence[float]) -> float:
-        """End of the last call; `seconds` in program order."""
+        """The end of the last call; `seconds` are in program order."""
         ends: list[float] = []
         free: dict[str, float] = {}
         for duration, pool, edges in zip(seconds, self.pools, self._edges, strict=True):
@@ -80,33 +82,35 @@ class Schedule:
         return max(ends)
 
     def makespans(self, seconds: Sequence[np.ndarray]) -> np.ndarray:
-        """The same for arrays of durations that broadcast against each other."""
+        """The same as makespan, for arrays of durations that broadcast against each other."""
         ends: list[np.ndarray] = []
         free: dict[str, np.ndarray] = {}
         for duration, pool, edges in zip(seconds, self.pools, self._edges, strict=True):
-            start: np.ndarray | None = None if pool == CONTROLLER else free.get(pool)
+            start: np.ndarray | None = None
+            if pool != CONTROLLER:
+                start = free.get(pool)
             for edge in edges:
-                ready = ends[edge.producer] + edge.seconds if edge.seconds else ends[edge.producer]
+                ready = ends[edge.producer]
+                if edge.seconds:
+                    ready = ready + edge.seconds
                 start = ready if start is None else np.maximum(start, ready)
-            ends.append(np.asarray(duration) if start is None else start + duration)
-            free[pool] = ends[-1]
+            end = np.asarray(duration) if start is None else start + duration
+            ends.append(end)
+            free[pool] = end
         result = ends[0]
         for end in ends[1:]:
             result = np.maximum(result, end)
         return result
 
     def bars(self, seconds: Sequence[float]) -> tuple[Bar, ...]:
-        """The timeline."""
+        """The timeline, a bar for every call in program order."""
         ends: list[float] = []
         free: dict[str, float] = {}
         bars = []
         for call, duration, pool, edges in zip(self._calls, seconds, self.pools, self._edges, strict=True):
-            start = max(
-                [
-                    0.0 if pool == CONTROLLER else free.get(pool, 0.0),
-                    *(ends[edge.producer] + edge.seconds for edge in edges),
-                ]
-            )
+            start = 0.0 if pool == CONTROLLER else free.get(pool, 0.0)
+            for edge in edges:
+                start = max(start, ends[edge.producer] + edge.seconds)
             ends.append(start + duration)
             free[pool] = ends[-1]
             bars.append(Bar(call.name, pool, call.kind, start, ends[-1]))
@@ -118,16 +122,14 @@ class Schedule:
         current = max(range(len(bars)), key=lambda position: bars[position].end)
         path = [current]
         while bars[current].start > 0.0:
-            before = [
-                edge.producer
-                for edge in self._edges[current]
-                if bars[edge.producer].end + edge.seconds >= bars[current].start - 1e-12
-            ]
-            before += [
-                other
-                for other in range(current)
-                if bars[other].pool == bars[current].pool and bars[other].end >= bars[current].start - 1e-12
-            ]
+            start = bars[current].start - 1e-12
+            before = []
+            for edge in self._edges[current]:
+                if bars[edge.producer].end + edge.seconds >= start:
+                    before.append(edge.producer)
+            for other in range(current):
+                if bars[other].pool == bars[current].pool and bars[other].end >= start:
+                    before.append(other)
             if not before:
                 break
             current = max(before)

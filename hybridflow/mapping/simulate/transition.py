@@ -1,8 +1,8 @@
 """Simulator of moving weights between layouts, and of moving data between pools.
 
-Bytes: what a rank needs and does not hold (docs/paper.md section 3: (tp - tg pg) / (tg pg tp) M), generalised
-to layouts of which neither contains the other: a generation shard of M/(tg pg) overlaps the rank's training
-shard in M/(max(p, pg) max(t, tg)).
+A rank receives the bytes that it needs and does not hold (docs/paper.md section 3:
+(tp - tg pg) / (tg pg tp) M), generalised to layouts of which neither contains the other: a generation shard
+of M/(tg pg) overlaps the rank's training shard in M/(max(p, pg) max(t, tg)).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ COLUMN_BYTES_PER_TOKEN = 8
 
 
 def received_fraction(training: ModelLayout, generation: GenerationLayout, *, cut: bool = False) -> float:
-    """Bytes that each rank receives, as a fraction of the model's; `cut`: parameters lie cut over d whatever
-    the ZeRO stage."""
+    """Bytes that each rank receives, as a fraction of the model's; `cut`: parameters are sharded over d
+    whatever the ZeRO stage."""
     shard = 1.0 / (generation.pg * generation.tg)
     held = 1.0 / (max(training.p, generation.pg) * max(training.t, generation.tg))
     if training.zero >= 3 or cut:
@@ -32,14 +32,11 @@ def transition_time(
     model: ModelSpec, training: ModelLayout, generation: GenerationLayout, machine: Machine
 ) -> float:
     """Seconds from the training layout to the generation layout in the same pool, zero-redundancy grouping:
-    consecutive tensor ranks of a stage and the same tensor ranks of neighbouring stages hold what a rank
-    lacks."""
+    consecutive tensor ranks of a stage and the same tensor ranks of neighbouring stages hold the bytes that a
+    rank lacks."""
     cut = machine.space.cut_between_steps
-    num_bytes = (
-        received_fraction(training, generation, cut=cut)
-        * machine.space.parameter_bytes
-        * model.num_parameters
-    )
+    fraction = received_fraction(training, generation, cut=cut)
+    num_bytes = fraction * machine.space.parameter_bytes * model.num_parameters
     if num_bytes == 0.0:
         return 0.0
     fabric = Fabric(machine.kind, machine.calibration, training.num_devices)
@@ -69,13 +66,12 @@ def weight_sync_time(model: ModelSpec, generation: GenerationLayout, machine: Ma
 
 
 def transfer_time(producer: Call, consumer: Call, cluster: Cluster, machine: Machine) -> float:
-    """Seconds to bring the columns that `consumer` reads from `producer`'s pool into another: each reader
-    pulls its own rows, so all columns cross once; the consumer's smallest unit, one node's link, is taken for
-    the bandwidth."""
+    """Seconds to bring the columns that `consumer` reads from `producer`'s pool into another. Each reader
+    pulls its rows, so that all columns cross once; the bandwidth is that of a single node's link, the least
+    that the consumer can have."""
     shared = set(producer.writes) & set(consumer.reads)
     columns = max(1, len(shared))
     num_bytes = columns * COLUMN_BYTES_PER_TOKEN * machine.workload.num_tokens
     slowest = min(group.kind.inter_bandwidth for group in cluster.groups)
-    return (
-        num_bytes / (slowest * machine.calibration.link_efficiency) + machine.calibration.transfer_overhead_s
-    )
+    moving = num_bytes / (slowest * machine.calibration.link_efficiency)
+    return moving + machine.calibration.transfer_overhead_s
