@@ -30,7 +30,7 @@ from workers.engines import engine_class
 from workers.engines.base import Head, Outputs, TrainingEngine
 from workers.generation import generation_engine_class
 from workers.generation.config import GenerationConfig, SamplingConfig
-from workers.generation.weight_destination import WeightDestination, weight_destination
+from workers.generation.weight_destination import WeightDestination
 from workers.sequences import Sequences
 from workers.weight_sync import WeightSync
 
@@ -201,7 +201,7 @@ class Rank:
         trainer = self._trainer(name, config.prompt + config.response)
 
         def make_destination(parameters: Sequence[ParameterSpec]) -> WeightDestination:
-            return weight_destination(config.generation_engine, engine, parameters, self.dtype, self.device)
+            return engine.weight_destination(parameters, self.dtype, self.device)
 
         sync = WeightSync(trainer, engine, make_destination, probe_tolerance=1.0, vocab_size=spec.vocab_size)
         synced = SyncSample(model=spec, seconds=self.fastest(f"{name}: sync", partial(sync.run, 1)))

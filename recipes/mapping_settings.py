@@ -9,6 +9,7 @@ from hybridflow.mapping.answer.device_mapping import DeviceMapping
 from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
 from hybridflow.mapping.question.space import SearchSpace
 from workers.config import Precision, TrainConfig
+from workers.engines import engine_class
 from workers.generation.config import GenerationConfig
 from workers.weight_sync import BUCKET_BYTES
 
@@ -73,8 +74,7 @@ def _must_release(mapping: DeviceMapping, role: str, generating: float) -> bool:
 
 def train_layout(train: TrainConfig, num_devices: int, *, trained: bool) -> ModelLayout:
     """What the engine settings come to on `num_devices`; recipes/checks.py says whether they fit."""
-    stages = {"fsdp": 3 if train.reshard_after_forward else 2, "threed": 1, "deepspeed": train.zero_stage}
-    zero = stages[train.engine]
+    zero = engine_class(train.engine).zero_stage(train)
     return ModelLayout(
         p=train.pp,
         t=train.tp,

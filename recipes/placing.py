@@ -23,6 +23,7 @@ from recipes.checks import (
 )
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
 from recipes.roles import GENERATION, Role, role_kind, role_names
+from workers.generation import generation_engine_class
 from workers.split_actor import SplitTrainingWorker
 
 LOGGER = logging.getLogger(__name__)
@@ -121,7 +122,9 @@ def check_layouts(config: RunConfig, roles: Sequence[Role]) -> None:
     for role in roles:
         check_settings(role.name, role.config)
         layouts = role.worker.layouts(role.config, sizes[role.pool])
-        if "generation" in layouts and role.config.generation.engine == "vllm":
+        if "generation" not in layouts:
+            continue
+        if generation_engine_class(role.config.generation.engine).shares_process:
             engines.setdefault(role.pool, {})[role.name] = layouts["generation"]
             shares.setdefault(role.pool, {})[role.name] = role.config.generation.gpu_memory_fraction
     for pool, of_roles in engines.items():

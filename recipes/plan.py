@@ -36,18 +36,10 @@ from hybridflow.mapping.question.zoo import model_spec
 from hybridflow.mapping.search.search import SearchResult, search
 from hybridflow.mapping.search.setting import GENERATION, Setting, split_generation
 from recipes.dataflows import dataflow_of, without
+from workers.engines import engine_class
 
 FUNCTION, NONE = "function", "none"
 SCALAR_ROLES = ("critic", "cost_critic", "reward", "cost")
-
-ENGINE_LIMITS: dict[str, dict[str, Any]] = {
-    "": {},
-    "fsdp": {"max_pipeline": 1, "zero_stages": (2, 3), "cut_between_steps": True},
-    "threed": {"zero_stages": (1,)},
-    "deepspeed": {"max_pipeline": 1, "max_tensor": 1, "zero_stages": (1, 2, 3)},
-}
-"""What the engines of workers/engines can do: fsdp keeps (ZeRO-2) or frees (ZeRO-3) gathered weights after
-the forward pass."""
 
 
 @dataclass(kw_only=True)
@@ -196,13 +188,7 @@ def role_models(config: PlanConfig, dataflow: Dataflow) -> dict[str, ModelSpec |
 
 
 def search_space(config: PlanConfig) -> SearchSpace:
-    if config.engine not in ENGINE_LIMITS:
-        raise ValueError(
-            f"engine is {config.engine!r}; known: {', '.join(filter(None, ENGINE_LIMITS))}, or empty for "
-            "every layout"
-        )
-    return SearchSpace(
-        **ENGINE_LIMITS[config.engine],
+    space = SearchSpace(
         parameter_bytes=4.0 if config.fp32 else 2.0,
         optimizer_bytes=8.0 if config.fp32 else 12.0,
         activation_bytes=4.0 if config.fp32 else 2.0,
@@ -211,6 +197,7 @@ def search_space(config: PlanConfig) -> SearchSpace:
         shared_generation_weights=config.shared_generation_weights,
         old_log_prob_pass=bool(config.engine),
     )
+    return engine_class(config.engine).limit(space) if config.engine else space
 
 
 def plan(config: PlanConfig, json_target: str | None = None) -> DeviceMapping:

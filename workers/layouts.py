@@ -12,21 +12,21 @@ from hybridflow.layout import Layout
 from hybridflow.resharding import Box, ParameterSpec, ShardMap
 from hybridflow.resharding.grouping import Grouping, fewest_bytes, vanilla, zero_redundancy
 from workers.config import TrainConfig
+from workers.engines import engine_class
 from workers.generation.config import GenerationConfig
 from workers.role_config import ActorConfig
 
-SHARDED = ("fsdp", "deepspeed")
-"""Engines whose data ranks share the weights out among themselves, along the first dim."""
-
 
 def training_layout(config: TrainConfig, world_size: int, role: str) -> Layout:
-    """The layout of a training engine: dp is what pp and tp leave of the pool's devices.
+    """The layout of a role's training engine, over the pool's devices.
 
-    Raises a ValueError that names `role` where pp x tp does not divide `world_size`.
+    Raises a ValueError that names `role` where the engine has none for them.
     """
-    parallel = config.pp * config.tp
-    _check_divides(f"{role}.train", config.pp, config.tp, world_size, f"the pool's {world_size} devices")
-    return Layout.of(order=tuple(config.rank_order), dp=world_size // parallel, pp=config.pp, tp=config.tp)
+    engine = engine_class(config.engine, f"{role}.train.engine")
+    try:
+        return engine.make_layout(config, world_size)
+    except ValueError as error:
+        raise ValueError(f"{role}.{error}") from None
 
 
 def generation_layout(config: GenerationConfig, world_size: int, role: str) -> Layout:
@@ -52,7 +52,10 @@ def generation_grouping(config: ActorConfig, training: Layout) -> Grouping:
     _check_divides("actor.generation", sizes.pp, sizes.tp, training.size, devices)
     if training.axis_size("tp") % sizes.tp == 0 and training.axis_size("pp") % sizes.pp == 0:
         return zero_redundancy(training, tp=sizes.tp, pp=sizes.pp)
-    source, target = miniature(training, tp=sizes.tp, pp=sizes.pp, data_shards=config.train.engine in SHARDED)
+    engine = engine_class(config.train.engine, "actor.train.engine")
+    source, target = miniature(
+        training, tp=sizes.tp, pp=sizes.pp, data_shards=engine.shards_data(config.train)
+    )
     return fewest_bytes(source, target, tp=sizes.tp, pp=sizes.pp)
 
 

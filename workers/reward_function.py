@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import import_module
 from numbers import Real
 from typing import Any
+
+from hybridflow.registry import load_object
 
 RewardFunction = Callable[..., float | Mapping[str, float]]
 """f(*, prompt: str, response: str, finish_reason: str, **columns) -> reward, or {"reward": ..., further
@@ -17,24 +18,7 @@ numbers}; a cost alike."""
 def resolve(path: str, role: str = "reward") -> RewardFunction:
     """The function that "package.module:name" names; every way in which that can fail is a ValueError with
     the setting's name."""
-    module_name, separator, name = path.partition(":")
-    if not separator or not name:
-        raise ValueError(f"{role}.function={path!r}: write it as package.module:name")
-    if module_name.endswith(".py") or "/" in module_name:
-        dotted = module_name.removesuffix(".py").removeprefix("./").replace("/", ".")
-        raise ValueError(f"{role}.function={path!r} names a file; name the module: {dotted}:{name}")
-    try:
-        module = import_module(module_name)
-    except Exception as error:
-        # The user's module: whatever it raises (a missing library, a syntax error), the run does not start.
-        raise ValueError(
-            f"{role}.function={path!r}: module {module_name!r} can't be imported ({type(error).__name__}: "
-            f"{error}); it must be importable "
-            "on every node"
-        ) from error
-    if name not in vars(module):
-        raise ValueError(f"{role}.function={path!r}: {module_name} has no {name!r}")
-    function: RewardFunction = vars(module)[name]
+    function: RewardFunction = load_object(path, f"{role}.function")
     if not callable(function):
         raise ValueError(f"{role}.function={path!r} is a {type(function).__name__}, not a function")
     keywords = inspect.signature(function).parameters

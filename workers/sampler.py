@@ -21,7 +21,7 @@ from workers.consistency import is_exact
 from workers.generation import generation_engine_class
 from workers.generation.config import SamplingConfig
 from workers.generation.sampling import load_model_config
-from workers.generation.weight_destination import WeightDestination, weight_destination
+from workers.generation.weight_destination import WeightDestination
 from workers.role_config import ActorConfig
 
 
@@ -66,9 +66,9 @@ class Sampler:
 
     def make_destination(self, parameters: Sequence[ParameterSpec]) -> WeightDestination:
         """Where the engine takes the trainer's `parameters`."""
-        config = self.config.generation
-        dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
-        return weight_destination(config.engine, self.engine, parameters, dtype, self.context.device)
+        bf16 = self.config.generation.precision is Precision.bf16
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        return self.engine.weight_destination(parameters, dtype, self.context.device)
 
 
 def probe_settings(config: ActorConfig) -> tuple[float, int]:

@@ -10,6 +10,7 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import LlamaConfig
 
 from hybridflow.resharding.analytic import ParameterRule, zero3
 from hybridflow.resharding.shard_map import ParameterSpec
@@ -18,7 +19,7 @@ from tests.engines.threed_cases import PlainRun, load_plain, plain_run, save_tin
 from tests.engines.threed_workers import OPTIMIZER
 from workers.config import Precision, TrainConfig
 from workers.engines.base import Head
-from workers.engines.deepspeed.layout import make_layout
+from workers.engines.deepspeed.engine import DeepspeedEngine
 from workers.engines.model.loading import _initialize_score
 from workers.engines.model.scored import score_head
 
@@ -168,5 +169,6 @@ def test_checkpoint_resumes_on_other_ranks_stages_and_engines(root: Path, place:
     ],
 )
 def test_layouts_that_do_not_exist(settings: dict[str, int], message: str) -> None:
+    config = TrainConfig(engine="deepspeed", **settings)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
-        make_layout(TrainConfig(engine="deepspeed", **settings), 4)  # type: ignore[arg-type]
+        DeepspeedEngine.check(LlamaConfig(), config, Head.lm, 4)

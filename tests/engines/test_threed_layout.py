@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, PretrainedConfig
 
 from workers.config import TrainConfig
-from workers.engines.threed.layout import fitting_layouts, make_layout, stage_layers
+from workers.engines.threed.engine import ThreeDEngine
+from workers.engines.threed.layout import check_layout, fitting_layouts, stage_layers
 
 
 def model(**changes: int) -> PretrainedConfig:
@@ -23,7 +24,9 @@ def model(**changes: int) -> PretrainedConfig:
 
 
 def test_layout_follows_the_rank_order() -> None:
-    layout = make_layout(TrainConfig(pp=2, tp=2, rank_order=["pp", "dp", "cp", "tp"]), model(), 8)
+    train = TrainConfig(pp=2, tp=2, rank_order=["pp", "dp", "cp", "tp"])
+    check_layout(model(), train, 8)
+    layout = ThreeDEngine.make_layout(train, 8)
     assert layout.coordinates(5) == {"pp": 1, "dp": 0, "cp": 0, "tp": 1}
     assert layout.groups("pp")[0] == (0, 4)
 
@@ -68,7 +71,7 @@ def test_layout_follows_the_rank_order() -> None:
 )
 def test_what_does_not_fit_is_refused(train: TrainConfig, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_layout(train, model(**changes), 8)
+        check_layout(model(**changes), train, 8)
 
 
 @given(st.integers(1, 8), st.integers(1, 3))
@@ -82,10 +85,11 @@ def test_listed_layouts_are_accepted_and_no_others(world_size: int, virtual: int
             schedule = "interleaved_1f1b" if interleaved else "1f1b"
             train = TrainConfig(pp=pipeline, tp=tensor, pipeline_schedule=schedule, virtual_stages=virtual)
             try:
-                data = make_layout(train, model(), world_size).axis_size("dp")
+                check_layout(model(), train, world_size)
             except ValueError:
                 assert all((pipeline, tensor) != (p, t) for p, t, _ in listed)
             else:
+                data = ThreeDEngine.make_layout(train, world_size).axis_size("dp")
                 assert (pipeline, tensor, data) in listed
 
 

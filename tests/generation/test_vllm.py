@@ -171,5 +171,5 @@ def test_bad_inputs_are_value_errors(results: dict[str, Any], name: str, words: 
 def test_unknown_engine_and_layout_are_value_errors(models: dict[str, str]) -> None:
     from workers.generation import generation_engine_class
 
-    with pytest.raises(ValueError, match="use one of vllm, hf"):
+    with pytest.raises(ValueError, match="known: vllm, hf"):
         generation_engine_class("sglang")

@@ -244,7 +244,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "two ways to generate in one process": (
         [*JUDGED, "num_devices=2", "judge.generation.tp=2"],
-        r"judge.generation: judge \(tp2\) and actor \(dp2\) generate with vLLM in pool main, in groups of other ranks; set tp and pp of "
+        r"judge.generation: judge \(tp2\) and actor \(dp2\) generate in pool main, in groups of other ranks; set tp and pp of "
         r"judge.generation to those of actor.generation, or give judge a pool",
     ),
     "a judge's heads": (

@@ -1,24 +1,22 @@
-"""Training engines by name. An engine is one file that implements TrainingEngine and one entry here."""
+"""Training engines by name. An engine is a class that implements TrainingEngine: built-in ones are a folder
+here and an entry in ENGINES; hybridflow/registry.py says how other packages bring theirs."""
 
 from __future__ import annotations
 
-from importlib import import_module
-
+from hybridflow.registry import Registry
 from workers.engines.base import TrainingEngine
 
-ENGINES: dict[str, str] = {
-    "fsdp": "workers.engines.fsdp.engine:FsdpEngine",
-    "threed": "workers.engines.threed.engine:ThreeDEngine",
-    "deepspeed": "workers.engines.deepspeed.engine:DeepspeedEngine",
-}
-"""name -> "module:class"; imported when asked for, so that one engine's libraries are no other's
-dependencies."""
+ENGINES = Registry(
+    group="hybridflow.training_engines",
+    builtin={
+        "fsdp": "workers.engines.fsdp.engine:FsdpEngine",
+        "threed": "workers.engines.threed.engine:ThreeDEngine",
+        "deepspeed": "workers.engines.deepspeed.engine:DeepspeedEngine",
+    },
+)
 
 
-def engine_class(name: str) -> type[TrainingEngine]:
-    """The engine's class; an unknown name is a ValueError that lists the known ones."""
-    if name not in ENGINES:
-        raise ValueError(f"engine is {name!r}; known: {', '.join(ENGINES)}")
-    module, _, attribute = ENGINES[name].partition(":")
-    found: type[TrainingEngine] = vars(import_module(module))[attribute]
+def engine_class(name: str, field: str = "engine") -> type[TrainingEngine]:
+    """The engine's class; `field` is the setting, for the ValueError of a name that is not known."""
+    found: type[TrainingEngine] = ENGINES.load_class(name, field, TrainingEngine)
     return found

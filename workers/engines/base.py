@@ -13,11 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
+from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.resharding.shards import LocalParameter
 from workers.config import ModelConfig, TrainConfig
 from workers.sequences import Sequences
@@ -40,7 +43,7 @@ class Head(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outputs:
-    """Of the scored tokens of the sequences passed in, flat, in row order; float32."""
+    """Numbers for the scored tokens of the sequences passed in, flat, in row order; float32."""
 
     log_probs: Tensor | None = None
     """[scored_tokens], at the temperature asked for."""
@@ -62,15 +65,62 @@ without scored tokens must give 0 with a graph."""
 class TrainingEngine(ABC):
     """How an actor uses it:
 
-    engine = engine_class(config.engine)(model=model_config, config=train_config, head=Head.lm,
-    context=context) outputs = engine.forward(sequences, entropy=True, temperature=1.0)      # None except on
-    the last pipeline stage metrics = engine.train_step(sequences, loss_fn)                         # one
-    optimizer step parameters = engine.local_parameters()                                  # for resharding;
-    views, no copies
+        engine = engine_class(config.engine)(model=model_config, config=config, head=Head.lm, context=context)
+        outputs = engine.forward(sequences, entropy=True)  # None except on the last pipeline stage
+        metrics = engine.train_step(sequences, loss_fn)  # one optimizer step
+        parameters = engine.local_parameters()  # for resharding; views, no copies
+
+    The class methods are the engine's facts, which checks and the mapper read before anything starts. They
+    are called on machines without a GPU and without `library`, so the module of an engine imports its library
+    only where it computes.
     """
 
+    library: ClassVar[str] = "torch"
+    """Top-level module that must be installed where the engine computes."""
     layout: Layout
     """Axes dp, pp, cp, tp over the ranks of the pool."""
+
+    @classmethod
+    def make_layout(cls, config: TrainConfig, world_size: int) -> Layout:
+        """Which coordinates each rank has: tp and pp as set, dp what they leave of the pool.
+
+        A ValueError for sizes that do not divide the pool. Driver and ranks both call it, so it reads nothing
+        but its arguments.
+        """
+        parallel = config.pp * config.tp
+        if parallel < 1 or world_size % parallel:
+            fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
+            raise ValueError(
+                f"train: pp={config.pp} x tp={config.tp} does not divide the pool's {world_size} devices; "
+                f"choose sizes whose product is one of {fitting}"
+            )
+        return Layout.of(
+            order=tuple(config.rank_order), dp=world_size // parallel, pp=config.pp, tp=config.tp
+        )
+
+    @classmethod
+    @abstractmethod
+    def check(cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int) -> None:
+        """Refuse before the start what the engine cannot do: a ValueError with field, value and fix for
+        settings that it does not have and for a model that does not fit its layout."""
+
+    @classmethod
+    @abstractmethod
+    def limit(cls, space: SearchSpace) -> SearchSpace:
+        """The mapper's search space, narrowed to the layouts that this engine has."""
+
+    @classmethod
+    @abstractmethod
+    def zero_stage(cls, config: TrainConfig) -> int:
+        """What data ranks share between steps and passes, as the mapper counts it: 0 nothing, 1 optimizer
+        states, 2 gradients too, 3 weights too."""
+
+    @classmethod
+    @abstractmethod
+    def shards_data(cls, config: TrainConfig) -> bool:
+        """Whether local_parameters() of a data rank are its own part of each tensor rank's weights, cut along
+        the first dim. Resharding assigns generation coordinates so that the fewest bytes move; a wrong answer
+        costs bytes, never correctness."""
 
     @abstractmethod
     def __init__(

@@ -1,31 +1,21 @@
-"""Generation engines, by name."""
+"""Generation engines by name. An engine is a class that implements GenerationEngine: built-in ones are a
+module here and an entry in ENGINES; hybridflow/registry.py says how other packages bring theirs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from hybridflow.registry import Registry
+from workers.generation.base import GenerationEngine
 
-if TYPE_CHECKING:
-    from workers.generation.base import GenerationEngine
-
-
-def generation_engine_class(name: str) -> type[GenerationEngine]:
-    """The engine that `actor.generation.engine` names; imported here, because importing vLLM takes
-    seconds."""
-    if name not in ENGINES:
-        raise ValueError(f"actor.generation.engine={name!r} is unknown; use one of {', '.join(ENGINES)}")
-    return ENGINES[name]()
+ENGINES = Registry(
+    group="hybridflow.generation_engines",
+    builtin={
+        "vllm": "workers.generation.vllm.engine:VllmEngine",
+        "hf": "workers.generation.hf:HfEngine",
+    },
+)
 
 
-def _vllm() -> type[GenerationEngine]:
-    from workers.generation.vllm.engine import VllmEngine
-
-    return VllmEngine
-
-
-def _hf() -> type[GenerationEngine]:
-    from workers.generation.hf import HfEngine
-
-    return HfEngine
-
-
-ENGINES = {"vllm": _vllm, "hf": _hf}
+def generation_engine_class(name: str, field: str = "generation.engine") -> type[GenerationEngine]:
+    """The engine's class; `field` is the setting, for the ValueError of a name that is not known."""
+    found: type[GenerationEngine] = ENGINES.load_class(name, field, GenerationEngine)
+    return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from numpy.typing import NDArray
 
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
+from hybridflow.resharding import ParameterSpec
 from workers.config import ModelConfig
 from workers.generation.config import GenerationConfig, SamplingConfig
+from workers.generation.weight_destination import FullWeights, WeightDestination
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,17 +52,34 @@ class Generations:
 class GenerationEngine(ABC):
     """How an actor uses it:
 
-    engine = GENERATION_ENGINES[config.engine](model=model_config, config=config, context=context,
-    load_weights=False) engine.wake() engine.load_weights(named_tensors, version=3)
-    assert_close(engine.score(probe), trainer_log_probs) generations = engine.generate(prompts, seeds,
-    config.sampling) engine.sleep()
+        engine = generation_engine_class(config.engine)(
+            model=model_config, config=config, context=context, load_weights=False
+        )
+        engine.wake()
+        engine.load_weights(named_tensors, version=3)
+        assert_close(engine.score(probe), trainer_log_probs)
+        generations = engine.generate(prompts, seeds, config.sampling)
+        engine.sleep()
+
+    `library`, `shares_process`, `check` are read before anything starts, on machines without `library` too:
+    the module of an engine imports its library only where it computes.
     """
 
+    library: ClassVar[str] = "torch"
+    """Top-level module that must be installed where the engine computes."""
+    shares_process: ClassVar[bool] = False
+    """All engines of one process share its groups of ranks and its GPU's memory: roles of one pool then need
+    equal tp and pp, and shares of memory (gpu_memory_fraction) that fit together."""
     layout: Layout
     """Axes dp, pp, tp over the ranks of the pool."""
     weight_version: int
-    """Version of the weights that the engine holds, as given to the last load_weights; -1 before the first.
-   """
+    """Version of the weights that the engine holds, as given to the last load_weights; -1 before the first."""
+
+    @classmethod
+    def check(cls, config: GenerationConfig) -> None:
+        """Refuse before the start settings that the engine does not have: a ValueError with field, value and
+        fix. Nothing by default."""
+        del config
 
     @abstractmethod
     def __init__(
@@ -96,6 +116,16 @@ class GenerationEngine(ABC):
     def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Log-probs [tokens - 1] at temperature 1 of token_ids[1:], each given those before it, computed by
         this engine's weights."""
+
+    def weight_destination(
+        self, parameters: Sequence[ParameterSpec], dtype: torch.dtype, device: str
+    ) -> WeightDestination:
+        """Where a weight sync writes the trainer's `parameters`, and how they come into use.
+
+        By default every rank receives the whole model and load_weights takes it. An engine that can name its
+        own boxes of the parameters returns a destination of its own, and receives no other bytes.
+        """
+        return FullWeights(self, parameters, dtype, device)
 
     @abstractmethod
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:

@@ -40,8 +40,16 @@ from workers.generation.sampling import (
 class HfEngine(GenerationEngine):
     """See GenerationEngine.
 
-    engine = HfEngine(model=ModelConfig(path=...), config=GenerationConfig(engine="hf"), context=context)
+    engine = HfEngine(model=ModelConfig(path=...), config=GenerationConfig(), context=context)
     """
+
+    @classmethod
+    def check(cls, config: GenerationConfig) -> None:
+        if config.tp * config.pp != 1:
+            raise ValueError(
+                f"generation: tp={config.tp} pp={config.pp}, but engine hf has no parallelism; use 1 and 1, "
+                "or engine=vllm"
+            )
 
     def __init__(
         self,
@@ -53,11 +61,7 @@ class HfEngine(GenerationEngine):
         layout: Layout | None = None,
     ) -> None:
         """`load_weights` is there for the interface: the weights of the directory are read either way."""
-        if config.tp * config.pp != 1:
-            raise ValueError(
-                f"generation.tp={config.tp}, pp={config.pp}: engine hf has no parallelism; use 1 and 1, or "
-                "engine=vllm"
-            )
+        self.check(config)
         self.layout = layout or Layout.of(dp=context.world_size)
         self.weight_version = -1
         text_config = load_model_config(model)

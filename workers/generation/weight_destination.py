@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING
 
 import torch
 
 from hybridflow.resharding import Box, LocalParameter, LocalShard, ParameterSpec
-from workers.generation.base import GenerationEngine
+
+if TYPE_CHECKING:
+    from workers.generation.base import GenerationEngine
 
 
 class WeightDestination(ABC):
@@ -84,42 +86,3 @@ class FullWeights(WeightDestination):
         for parameter in self.parameters:
             tensor = parameter.shards[0].tensor
             tensor.untyped_storage().resize_(tensor.nbytes)
-
-
-class VllmShards(WeightDestination):
-    """For vLLM: every rank receives the boxes that its part of the model is made of, written in place where
-    vLLM allows it."""
-
-    def __init__(self, engine: GenerationEngine, parameters: Sequence[ParameterSpec]) -> None:
-        from workers.generation.vllm.engine import VllmEngine
-        from workers.generation.vllm.weights import VllmWeights
-
-        self.engine = cast(VllmEngine, engine)
-        self.weights = VllmWeights(
-            self.engine.llm, {parameter.name: parameter.shape for parameter in parameters}
-        )
-
-    def destinations(self) -> list[LocalParameter]:
-        return self.weights.destinations()
-
-    def share(self, sources: Sequence[LocalParameter]) -> None:
-        self.weights.share(sources)
-
-    def commit(self, version: int) -> None:
-        self.weights.commit()
-        self.engine.weights_written(version)
-
-    def release(self) -> int:
-        return self.weights.free_staging()
-
-    def restore(self) -> None:
-        self.weights.take_back_staging()
-
-
-def weight_destination(
-    name: str, engine: GenerationEngine, parameters: Sequence[ParameterSpec], dtype: torch.dtype, device: str
-) -> WeightDestination:
-    """The destination of the generation engine called `name`; `parameters` are the trainer's."""
-    return (
-        VllmShards(engine, parameters) if name == "vllm" else FullWeights(engine, parameters, dtype, device)
-    )

@@ -1,8 +1,8 @@
 """The actor's loss: a policy loss by name, corrected for the rollout, minus the entropy bonus, plus the KL to
 the reference.
 
-Reads per-token columns advantages and weights; old_log_probs, ref_log_probs, rollout_log_probs,
-covariance_selected where present or asked for. LossMetrics: policy_loss, entropy, kl and kl_loss, clip
+Reads per-token columns advantages and weights; old_log_probs, ref_log_probs, rollout_log_probs where present
+or asked for, and what the loss says that it reads. LossMetrics: policy_loss, entropy, kl and kl_loss, clip
 fractions, ratios, approximate KL to the old policy, and the gap to the rollout. Leaves out how advantages and
 weights are made.
 """
@@ -16,7 +16,7 @@ from workers.losses.config import Correction, PolicyLossConfig
 from workers.losses.kl import MAX_LOG_RATIO, KLEstimator, kl_estimate
 from workers.losses.reduction import Counted, LossMetrics, column, maximum, minimum, required
 from workers.losses.rollout_correction import gap_metrics, importance_weights
-from workers.losses.surrogates import POLICY_LOSSES, PolicyTokens
+from workers.losses.surrogates import PolicyTokens, surrogate
 from workers.sequences import Sequences
 
 
@@ -29,9 +29,7 @@ def policy_loss(config: PolicyLossConfig) -> LossFn:
     First-step rule: without a column old_log_probs the old policy is the current one, detached. The ratio is
     then exactly 1, which is right for the first update of a batch and saves a forward pass.
     """
-    if config.name not in POLICY_LOSSES:
-        raise ValueError(f"policy loss name is {config.name!r}; known: {', '.join(POLICY_LOSSES)}")
-    surrogate = POLICY_LOSSES[config.name]
+    loss_of_tokens = surrogate(config.name)
 
     def loss_fn(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, LossMetrics]:
         counted = Counted.of(sequences)
@@ -45,9 +43,9 @@ def policy_loss(config: PolicyLossConfig) -> LossFn:
             advantages=counted.take(column(sequences, "advantages")),
             row=counted.row,
             num_rows=counted.num_rows,
-            covariance_selected=_optional(counted, sequences, "covariance_selected"),
+            columns={name: counted.take(column(sequences, name)) for name in loss_of_tokens.columns},
         )
-        losses, per_token_metrics = surrogate(tokens, config)
+        losses, per_token_metrics = loss_of_tokens(tokens, config)
         metrics = {name: counted.mean(values) for name, values in per_token_metrics.items()}
         factors, rollout_metrics = _rollout(counted, sequences, old_log_probs, config)
         loss = counted.weighted_sum(losses if factors is None else factors * losses)

@@ -1,18 +1,20 @@
-"""The policy losses, per token: POLICY_LOSSES maps a name to a function (tokens, config) -> (losses,
-metrics).
+"""The policy losses, per token, by name: POLICY_LOSSES.
 
-Both are per token, [tokens]: policy.py weighs and sums them, adds entropy, KL and the rollout correction, and
-measures what all losses have in common. A new policy loss is a function here and a line in the dict.
+A policy loss is a function (tokens, config) -> (losses, metrics), both per token, [tokens]; @reads says which
+settings and columns it reads. policy.py weighs and sums the losses, adds entropy, KL and the rollout
+correction, and measures what all losses have in common. hybridflow/registry.py says how other packages bring
+losses of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hybridflow.registry import Registry
 from workers.losses.config import PolicyLossConfig
 from workers.losses.segments import segment_mean
 
@@ -31,13 +33,51 @@ class PolicyTokens:
     row: Tensor
     """int64 [tokens]."""
     num_rows: int
-    covariance_selected: Tensor | None
-    """bool [tokens], for clip_cov and kl_cov."""
+    columns: Mapping[str, Tensor]
+    """[tokens] each: the further columns that the loss reads, by name."""
 
 
-PolicyLoss = Callable[[PolicyTokens, PolicyLossConfig], tuple[Tensor, dict[str, Tensor]]]
+SELECTED = "covariance_selected"
+"""bool column: the tokens that clip_cov and kl_cov act on (controllers/covariance.py)."""
+
+PolicyLossFunction = Callable[[PolicyTokens, PolicyLossConfig], tuple[Tensor, dict[str, Tensor]]]
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyLoss:
+    """A policy loss and what it reads; called like its function."""
+
+    function: PolicyLossFunction
+    settings: tuple[str, ...]
+    """Fields of PolicyLossConfig: setting any other one that only some losses read is refused."""
+    columns: tuple[str, ...]
+    """Per-token columns of the batch, beside advantages and log-probs: an algorithm that does not write them
+    is refused."""
+
+    def __call__(self, tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.function(tokens, config)
+
+
+def reads(*settings: str, columns: tuple[str, ...] = ()) -> Callable[[PolicyLossFunction], PolicyLoss]:
+    """Turns a function into a PolicyLoss that reads these settings and columns.
+
+    @reads("clip_low")
+    def my_loss(tokens, config): ...
+    """
+    unknown = [name for name in settings if name not in PolicyLossConfig.__dataclass_fields__]
+    if unknown:
+        raise ValueError(
+            f"@reads: {', '.join(unknown)} is no setting of a policy loss; known: "
+            f"{', '.join(PolicyLossConfig.__dataclass_fields__)}"
+        )
+
+    def wrap(function: PolicyLossFunction) -> PolicyLoss:
+        return PolicyLoss(function, settings, columns)
+
+    return wrap
+
+
+@reads("clip_low", "clip_high", "dual_clip")
 def ppo_clip(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """-min(r A, clip(r) A), r = pi / pi_old (Schulman et al. 2017, eq. 7), with two bounds (DAPO, eq. 8) and
     dual clipping (Ye et al. 2020: for A < 0 the loss is at most -c A).
@@ -48,6 +88,7 @@ def ppo_clip(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, di
     return _clipped(tokens.log_ratio.exp(), tokens.advantages, config, dual_clip=config.dual_clip)
 
 
+@reads("clip_low", "clip_high")
 def gspo(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clip of the sequence ratio s = exp(mean log ratio of the row) (Zheng et al. 2025, eq. 7), in
     GSPO-token's form (eq. 13, 14): r = sg[s] pi / sg[pi], so that every token has its own advantage; equal to
@@ -62,6 +103,7 @@ def gspo(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[s
     return losses, {**metrics, "sequence_ratio_mean": ratio.detach()}
 
 
+@reads("clip_low", "clip_high")
 def cispo(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """-sg[clip(r)] A log pi: clips the importance weight and keeps every token's gradient (MiniMax-M1, 2025,
     eq. 4 and 5).
@@ -77,12 +119,14 @@ def cispo(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[
     return -weight * tokens.advantages * tokens.log_probs, metrics
 
 
+@reads()
 def policy_gradient(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """-A log pi (REINFORCE): right for one update per batch, and blind to how far the policy has moved
     since."""
     return -tokens.advantages * tokens.log_probs, {}
 
 
+@reads("clip_low", "clip_high", columns=(SELECTED,))
 def clip_cov(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clip, and no gradient from the selected tokens: few of those whose advantage and log-prob go
     together most, which lower the entropy most (Cui et al. 2025, "The Entropy Mechanism of Reinforcement
@@ -93,30 +137,45 @@ def clip_cov(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, di
     token that PPO clips: their loss depends on the cut.
     """
     losses, metrics = _clipped(tokens.log_ratio.exp(), tokens.advantages, config, dual_clip=0.0)
-    selected = _selected(tokens, "clip_cov")
+    selected = tokens.columns[SELECTED]
     return torch.where(selected, 0.0, losses), {**metrics, "covariance_fraction": selected}
 
 
+@reads("kl_cov_coefficient", columns=(SELECTED,))
 def kl_cov(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """-r A without a clip, plus kl_cov_coefficient |log r| on the selected tokens (Cui et al. 2025);
     selection as in clip_cov.
 
     |log r| has gradient 0 at r = 1: the penalty acts from a batch's second update on.
     """
-    selected = _selected(tokens, "kl_cov")
+    selected = tokens.columns[SELECTED]
     losses = -tokens.advantages * tokens.log_ratio.exp()
     penalty = config.kl_cov_coefficient * tokens.log_ratio.abs()
     return losses + torch.where(selected, penalty, 0.0), {"covariance_fraction": selected}
 
 
-POLICY_LOSSES: dict[str, PolicyLoss] = {
-    "ppo_clip": ppo_clip,
-    "gspo": gspo,
-    "cispo": cispo,
-    "clip_cov": clip_cov,
-    "kl_cov": kl_cov,
-    "policy_gradient": policy_gradient,
-}
+POLICY_LOSSES = Registry(
+    group="hybridflow.policy_losses",
+    builtin={
+        "ppo_clip": f"{__name__}:ppo_clip",
+        "gspo": f"{__name__}:gspo",
+        "cispo": f"{__name__}:cispo",
+        "clip_cov": f"{__name__}:clip_cov",
+        "kl_cov": f"{__name__}:kl_cov",
+        "policy_gradient": f"{__name__}:policy_gradient",
+    },
+)
+
+
+def surrogate(name: str) -> PolicyLoss:
+    """The policy loss that actor.loss.name names; a ValueError if there is none."""
+    found = POLICY_LOSSES.load(name, "actor.loss.name")
+    if not isinstance(found, PolicyLoss):
+        raise ValueError(
+            f"actor.loss.name is {name!r}, which is no policy loss; mark the function with @reads "
+            "(workers/losses/surrogates.py)"
+        )
+    return found
 
 
 def _clipped(
@@ -136,12 +195,3 @@ def _clipped(
         losses = torch.where(beyond, bound, losses)
         metrics["dual_clip_fraction"] = beyond
     return losses, metrics
-
-
-def _selected(tokens: PolicyTokens, name: str) -> Tensor:
-    if tokens.covariance_selected is None:
-        raise ValueError(
-            f"loss {name}: per-token column 'covariance_selected' is missing; make it with "
-            "controllers/covariance.py"
-        )
-    return tokens.covariance_selected

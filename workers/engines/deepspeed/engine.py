@@ -14,24 +14,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from hybridflow.context import RankContext
-from hybridflow.layout import Layout
+from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.resharding.boxes import flat_range_boxes
 from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
 from workers.config import ModelConfig, TrainConfig
 from workers.engines.base import Head, LossFn, Outputs, TrainingEngine
 from workers.engines.deepspeed.checkpoint import load_state, master_parameters, save_state
-from workers.engines.deepspeed.layout import make_layout
 from workers.engines.deepspeed.partitions import MOMENTS, Partitions, partitions, shard_range
 from workers.engines.deepspeed.setup import ZeroModel
-from workers.engines.model.loading import ModelSource
+from workers.engines.model.loading import ModelSource, model_config
 from workers.engines.shared.export import write_safetensors
 from workers.engines.shared.micro_batches import (
     MicroBatch,
@@ -48,10 +50,41 @@ from workers.engines.shared.optimizer import (
 from workers.losses.reduction import combine_metrics
 from workers.sequences import Sequences
 
+STAGES = (1, 2, 3)
+"""Values of train.zero_stage."""
+
 
 class DeepspeedEngine(TrainingEngine):
     """See TrainingEngine; config.zero_stage says what is sharded: optimizer (1), gradients (2), weights (3).
     Every rank is a data rank."""
+
+    library: ClassVar[str] = "deepspeed"
+
+    @classmethod
+    def check(cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int) -> None:
+        for axis, size in (("pp", config.pp), ("tp", config.tp)):
+            if size != 1:
+                raise ValueError(
+                    f"train.{axis} is {size}, but engine deepspeed is data parallel only; set {axis}=1 or "
+                    "engine=threed"
+                )
+        if config.zero_stage not in STAGES:
+            raise ValueError(
+                f"train.zero_stage is {config.zero_stage}; use 1 (optimizer), 2 (and gradients) or 3 (and "
+                "weights)"
+            )
+
+    @classmethod
+    def limit(cls, space: SearchSpace) -> SearchSpace:
+        return replace(space, max_pipeline=1, max_tensor=1, zero_stages=STAGES)
+
+    @classmethod
+    def zero_stage(cls, config: TrainConfig) -> int:
+        return config.zero_stage
+
+    @classmethod
+    def shards_data(cls, config: TrainConfig) -> bool:
+        return config.zero_stage == 3
 
     def __init__(
         self,
@@ -62,7 +95,8 @@ class DeepspeedEngine(TrainingEngine):
         context: RankContext,
         trains: bool = True,
     ) -> None:
-        self.layout: Layout = make_layout(config, context.world_size)
+        self.check(model_config(model, head), config, head, context.world_size)
+        self.layout = self.make_layout(config, context.world_size)
         check_optimizer_config(config.optimizer)
         self.config, self.head, self.context = config, head, context
         self.device = torch.device(context.device)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,8 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig
 
 from hybridflow.context import RankContext
+from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.resharding.shards import LocalParameter
 from workers.config import ModelConfig, TrainConfig
 from workers.engines.base import Head, LossFn, Outputs, TrainingEngine
@@ -29,12 +32,11 @@ from workers.engines.fsdp.sharding import (
     is_one_group,
     local_parameter,
     local_part,
-    make_layout,
     make_mesh,
     shard_model,
 )
-from workers.engines.model.loading import ModelSource
-from workers.engines.model.tensor_parallel import pad_time
+from workers.engines.model.loading import ModelSource, model_config
+from workers.engines.model.tensor_parallel import check_fits, pad_time
 from workers.engines.shared.checkpoint import load_tensors, save_tensors
 from workers.engines.shared.export import write_safetensors
 from workers.engines.shared.micro_batches import (
@@ -60,6 +62,28 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class FsdpEngine(TrainingEngine):
     """See TrainingEngine. config.tp gives the layout, data ranks are what is left of the pool."""
 
+    @classmethod
+    def check(cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int) -> None:
+        if config.pp != 1:
+            raise ValueError(
+                f"train.pp is {config.pp}, but engine fsdp has no pipeline; set pp=1 or engine=threed"
+            )
+        if config.tp > 1:
+            check_fits(model, config.tp)
+
+    @classmethod
+    def limit(cls, space: SearchSpace) -> SearchSpace:
+        """Parameters lie cut over data ranks between steps under both stages."""
+        return replace(space, max_pipeline=1, zero_stages=(2, 3), cut_between_steps=True)
+
+    @classmethod
+    def zero_stage(cls, config: TrainConfig) -> int:
+        return 3 if config.reshard_after_forward else 2
+
+    @classmethod
+    def shards_data(cls, config: TrainConfig) -> bool:
+        return True
+
     def __init__(
         self,
         *,
@@ -70,7 +94,8 @@ class FsdpEngine(TrainingEngine):
         trains: bool = True,
     ) -> None:
         del trains  # memory for training is taken by the first step
-        self.layout = make_layout(config, context.world_size)
+        self.check(model_config(model, head), config, head, context.world_size)
+        self.layout = self.make_layout(config, context.world_size)
         self.config, self.head, self.context = config, head, context
         self.device = torch.device(context.device)
         self._mesh = make_mesh(self.layout, self.device.type)

@@ -28,21 +28,6 @@ ONE_GROUP_BYTES = 512 * 2**20
 one per layer."""
 
 
-def make_layout(config: TrainConfig, world_size: int) -> Layout:
-    """dp x tp over the pool; ValueError for sizes that do not fit."""
-    if config.pp != 1:
-        raise ValueError(
-            f"train.pp is {config.pp}, but engine fsdp has no pipeline; set pp=1 or engine=threed"
-        )
-    if config.tp < 1 or world_size % config.tp:
-        fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
-        raise ValueError(
-            f"train.tp is {config.tp}, which does not divide the pool's {world_size} devices; use one of "
-            f"{fitting}"
-        )
-    return Layout.of(order=tuple(config.rank_order), dp=world_size // config.tp, tp=config.tp)
-
-
 def make_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     """Mesh [dp] or [dp, tp] in the layout's rank order; collective."""
     dp, tp = layout.axis_size("dp"), layout.axis_size("tp")

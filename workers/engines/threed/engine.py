@@ -17,14 +17,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from hybridflow.context import RankContext
-from hybridflow.layout import Layout
+from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.resharding.shards import LocalParameter, LocalShard
 from workers.config import ModelConfig, TrainConfig
 from workers.engines.base import Head, LossFn, Outputs, TrainingEngine
@@ -34,7 +36,7 @@ from workers.engines.shared.export import write_safetensors
 from workers.engines.shared.micro_batches import MicroBatch, gather_outputs, make_micro_batches
 from workers.engines.threed.build import build_share
 from workers.engines.threed.checkpoint import load_state, master_parameters, save_state
-from workers.engines.threed.layout import make_layout
+from workers.engines.threed.layout import check_layout
 from workers.engines.threed.optimizer import ZeroOptimizer
 from workers.losses.reduction import combine_metrics
 from workers.sequences import Sequences
@@ -50,6 +52,22 @@ class ThreeDEngine(TrainingEngine):
     """See TrainingEngine; config.tp, pp, rank_order, pipeline_schedule and virtual_stages give the layout,
     data ranks are what is left."""
 
+    @classmethod
+    def check(cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int) -> None:
+        check_layout(model, config, world_size)
+
+    @classmethod
+    def limit(cls, space: SearchSpace) -> SearchSpace:
+        return replace(space, zero_stages=(1,))
+
+    @classmethod
+    def zero_stage(cls, config: TrainConfig) -> int:
+        return 1
+
+    @classmethod
+    def shards_data(cls, config: TrainConfig) -> bool:
+        return False
+
     def __init__(
         self,
         *,
@@ -61,7 +79,8 @@ class ThreeDEngine(TrainingEngine):
     ) -> None:
         del trains  # memory for training is taken by the first step
         self.hf_config = model_config(model, head)
-        self.layout: Layout = make_layout(config, self.hf_config, context.world_size)
+        self.check(self.hf_config, config, head, context.world_size)
+        self.layout = self.make_layout(config, context.world_size)
         self.model, self.config, self.head = model, config, head
         self.rank, self.place = context.rank, self.layout.coordinates(context.rank)
         self.device = torch.device(context.device)

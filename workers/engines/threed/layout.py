@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from hybridflow.layout import AXES, Layout
+from hybridflow.layout import AXES
 from workers.config import TrainConfig
 from workers.engines.model.tensor_parallel import check_fits, fitting_sizes
 
 SCHEDULES = ("1f1b", "interleaved_1f1b")
 
 
-def make_layout(train: TrainConfig, model: PretrainedConfig, world_size: int) -> Layout:
-    """The layout of `train` over `world_size` ranks; ValueError, with the layouts that fit, if there is
-    none."""
+def check_layout(model: PretrainedConfig, train: TrainConfig, world_size: int) -> None:
+    """ValueError, with the layouts that fit, where that of `train` over `world_size` ranks does not."""
     _check_schedule(train)
     if sorted(train.rank_order) != sorted(AXES):
         raise ValueError(
@@ -42,8 +41,6 @@ def make_layout(train: TrainConfig, model: PretrainedConfig, world_size: int) ->
             f"pp={train.pp} x tp={train.tp} does not divide the {world_size} devices of the pool; "
             f"{_advice(train, model, world_size)}"
         )
-    data = world_size // (train.pp * train.tp)
-    return Layout.of(order=tuple(train.rank_order), pp=train.pp, tp=train.tp, dp=data)
 
 
 def fitting_layouts(

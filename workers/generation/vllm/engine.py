@@ -13,7 +13,7 @@ import copy
 import gc
 import time
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
+from hybridflow.resharding import ParameterSpec
 from workers.config import ModelConfig
 from workers.generation.base import GenerationEngine, Generations
 from workers.generation.config import GenerationConfig, SamplingConfig
@@ -31,6 +32,7 @@ from workers.generation.sampling import (
     most_tokens,
     stop_token_ids,
 )
+from workers.generation.vllm.destination import VllmShards
 from workers.generation.vllm.groups import build_vllm_groups
 from workers.generation.vllm.memory import CpuMemory, CudaMemory, EngineMemory, model_runner, reload_weights
 from workers.generation.vllm.setup import build_llm, preserve_process_state
@@ -46,6 +48,8 @@ class VllmEngine(GenerationEngine):
     load_weights=False)
     """
 
+    library: ClassVar[str] = "vllm"
+    shares_process: ClassVar[bool] = True
     llm: LLM
     """vLLM's own object, for what replaces the weights by other means."""
 
@@ -169,6 +173,13 @@ class VllmEngine(GenerationEngine):
         finally:
             log_probs = self._sampler.finish()
         return log_probs[:, 0]
+
+    def weight_destination(
+        self, parameters: Sequence[ParameterSpec], dtype: torch.dtype, device: str
+    ) -> VllmShards:
+        """vLLM's own memory has dtype and device already."""
+        del dtype, device
+        return VllmShards(self, parameters)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         reload_weights(self.llm, weights, tied=self._tied)
