@@ -1,11 +1,11 @@
-"""Advantages: from rewards to what the policy loss multiplies with. Pure functions that run on the
+"""Advantages: the factors of the policy loss, computed from rewards. Pure functions that run on the
 controller.
 
-Tensors are flat over response tokens [scored_tokens], rows (= samples) one after the other, with `lengths`
-int64 [rows], 0 allowed. `uid`, int64 [rows], is equal for samples of one prompt; a group may have any size
-and lie anywhere. Every function sees the whole batch, so means are over all its tokens or rows, whatever the
-ranks. Statistics are taken in float64: with scores that are equal but not representable, float32 noise
-divided by a zero deviation would become an advantage.
+Tensors are flat over response tokens [scored_tokens], rows (= samples) one after the other, with
+`lengths` int64 [rows], 0 allowed. `uid`, int64 [rows], is equal for samples of one prompt; a group
+may have any size and lie anywhere. Every function sees the whole batch, so means are over all its
+tokens or rows, whatever the ranks. Statistics are taken in float64: with scores that are equal but
+not representable, float32 noise divided by a zero deviation would become an advantage.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ STD_EPSILON = 1e-6
 def gae(
     token_rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """(advantages, returns), [scored_tokens] each, not whitened (Schulman et al. 2016, eq. 16; the value
-    after the end is 0).
+    """(advantages, returns), [scored_tokens] each, not whitened (Schulman et al. 2016, eq. 16; the
+    value after the end is 0).
 
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}        R_t = A_t + V_t
 
@@ -43,28 +43,38 @@ def returns_to_go(token_rewards: Tensor, lengths: Tensor, gamma: float = 1.0) ->
 
 
 def whiten(values: Tensor, *, shift_mean: bool = True, mask: Tensor | None = None) -> Tensor:
-    """(values - mean) / sqrt(variance + 1e-8), [scored_tokens]; with shift_mean=False the mean stays.
+    """(values - mean) / sqrt(variance + 1e-8), [scored_tokens]; with shift_mean=False the mean
+    stays.
 
-    Over all tokens of the whole batch (of those in `mask`, if given; the others become 0), and without
-    Bessel's correction: one token then has variance 0 and no special case. verl and TRL's PPO use Bessel's
-    correction, OpenRLHF does not; TRL whitens inside every rank, so that its result depends on their number.
+    Over all tokens of the whole batch (of those in `mask`, if given; the others become 0), and
+    without Bessel's correction: one token then has variance 0 and no special case. verl and TRL's
+    PPO use Bessel's correction, OpenRLHF does not; TRL whitens inside every rank, so that its
+    result depends on their number.
     """
-    counted = (values if mask is None else values[mask]).double()
+    counted = values.double()
+    if mask is not None:
+        counted = counted[mask]
     if counted.numel() == 0:
         return torch.zeros_like(values)
     mean = counted.mean()
     scale = torch.rsqrt(counted.var(correction=0) + 1e-8)
-    whitened = ((values.double() - mean) * scale + (0.0 if shift_mean else mean)).to(values.dtype)
-    return whitened if mask is None else whitened * mask
+    whitened = (values.double() - mean) * scale
+    if not shift_mean:
+        whitened = whitened + mean
+    whitened = whitened.to(values.dtype)
+    if mask is None:
+        return whitened
+    return whitened * mask
 
 
 def grpo(scores: Tensor, uid: Tensor, lengths: Tensor, *, scale_by_std: bool = True) -> Tensor:
-    """(score - mean of the group) / (std of the group + 1e-6) on every token (DeepSeekMath, section 4.1.2);
-    scores: [rows].
+    """(score - mean of the group) / (std of the group + 1e-6) on every token (DeepSeekMath, section
+    4.1.2); scores: [rows].
 
-    scale_by_std=False is Dr.GRPO's, which keeps hard and easy prompts at their weight. The deviation has
-    Bessel's correction, as in verl, TRL and OpenRLHF (the paper does not say). A group of equal scores gets
-    0, and so does a group of one, which has nothing to compare with (verl: its raw score).
+    scale_by_std=False is Dr.GRPO's, which keeps hard and easy prompts at their weight. The
+    deviation has Bessel's correction, as in verl, TRL and OpenRLHF (the paper does not say). A
+    group of equal scores gets 0, and so does a group of one, which has nothing to compare with
+    (verl: its raw score).
     """
     centred, group, size = _centred(scores, uid)
     if scale_by_std:
@@ -74,19 +84,20 @@ def grpo(scores: Tensor, uid: Tensor, lengths: Tensor, *, scale_by_std: bool = T
 
 
 def rloo(scores: Tensor, uid: Tensor, lengths: Tensor) -> Tensor:
-    """score - mean score of the *other* samples of the group, on every token (Kool et al. 2019; Ahmadian et
-    al. 2024).
+    """score - mean score of the *other* samples of the group, on every token (Kool et al. 2019;
+    Ahmadian et al. 2024).
 
-    Equals n/(n-1) times Dr.GRPO's. A group of one gets 0 (verl: its raw score; OpenRLHF divides by zero).
+    Equals n/(n-1) times Dr.GRPO's. A group of one gets 0 (verl: its raw score; OpenRLHF divides by
+    zero).
     """
     centred, group, size = _centred(scores, uid)
     return _on_tokens(centred * (size / (size - 1).clamp(min=1))[group], scores, lengths)
 
 
 def opo(scores: Tensor, uid: Tensor, lengths: Tensor) -> Tensor:
-    """score - length-weighted mean score of the group, on every token: the variance-optimal baseline if
-    gradients grow with the square root of the length (Hao et al. 2025, "On-policy RL with optimal reward
-    baseline").
+    """score - length-weighted mean score of the group, on every token: the variance-optimal
+    baseline if gradients grow with the square root of the length (Hao et al. 2025, "On-policy RL
+    with optimal reward baseline").
 
     A group of one gets 0 (verl: its raw score). Rows without tokens carry no weight.
     """
@@ -98,19 +109,20 @@ def opo(scores: Tensor, uid: Tensor, lengths: Tensor) -> Tensor:
 
 
 def pass_at_k(correct: Tensor, uid: Tensor, lengths: Tensor, k: int) -> Tensor:
-    """The advantage of a sample when groups of k, of which one correct suffices, are what is rewarded,
-    averaged over all subsets of k of the prompt's n samples (Chen et al. 2025, "Pass@k training", analytical
-    derivation).
+    """The advantage of a sample when groups of k, of which one correct suffices, are what is
+    rewarded, averaged over all subsets of k of the prompt's n samples (Chen et al. 2025, "Pass@k
+    training", analytical derivation).
 
-    With m wrong of n, mean R = 1 - C(m,k)/C(n,k), deviation s = sqrt(R (1-R)): correct samples get (1-R)/s,
-    wrong ones (1 - R - C(m-1,k-1)/C(n-1,k-1))/s; 0 if every subset is rewarded alike. correct: bool [rows].
-    verl's grpo_passk is another method (best minus second best, for the best alone).
+    With m wrong of n, mean R = 1 - C(m,k)/C(n,k), deviation s = sqrt(R (1-R)): correct samples get
+    (1-R)/s, wrong ones (1 - R - C(m-1,k-1)/C(n-1,k-1))/s; 0 if every subset is rewarded alike.
+    correct: bool [rows]. verl's grpo_passk is another method (best minus second best, for the best
+    alone).
     """
     group, size = _groups(uid)
     if k < 1 or bool((size < k).any()):
         raise ValueError(
-            f"pass@k: k is {k}, group sizes are {size.long().tolist()[:16]}; choose 1 <= k <= the smallest "
-            "group"
+            f"pass@k: k is {k}, group sizes are {size.long().tolist()[:16]}; choose 1 <= k <= the "
+            "smallest group"
         )
     right = correct.bool()
     wrong = _group_sum((~right).double(), group, len(size))
@@ -123,8 +135,8 @@ def pass_at_k(correct: Tensor, uid: Tensor, lengths: Tensor, k: int) -> Tensor:
 
 
 def reinforce_plus_plus(token_rewards: Tensor, lengths: Tensor, gamma: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(advantages, returns): returns-to-go of rewards that hold the KL, whitened over the whole batch (Hu et
-    al. 2025).
+    """(advantages, returns): returns-to-go of rewards that hold the KL, whitened over the whole
+    batch (Hu et al. 2025).
 
     verl whitens with Bessel's correction, OpenRLHF (its authors') without, as here.
     """
@@ -133,16 +145,16 @@ def reinforce_plus_plus(token_rewards: Tensor, lengths: Tensor, gamma: float = 1
 
 
 def reinforce_plus_plus_baseline(scores: Tensor, uid: Tensor, lengths: Tensor) -> Tensor:
-    """score - mean of the group on every token, then whitened over all tokens of the batch (Hu et al. 2025,
-    with baseline); its KL belongs into the loss (k2).
+    """score - mean of the group on every token, then whitened over all tokens of the batch (Hu et
+    al. 2025, with baseline); its KL belongs into the loss (k2).
     """
     centred, _, _ = _centred(scores, uid)
     return whiten(_on_tokens(centred, scores, lengths))
 
 
 def remax(token_rewards: Tensor, baseline_scores: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """(advantages, returns): returns-to-go minus the score of the prompt's greedy response (Li et al. 2024,
-    algorithm 1).
+    """(advantages, returns): returns-to-go minus the score of the prompt's greedy response (Li et
+    al. 2024, algorithm 1).
 
     baseline_scores: [rows]. Without KL every token gets score - greedy score.
     """
@@ -151,16 +163,16 @@ def remax(token_rewards: Tensor, baseline_scores: Tensor, lengths: Tensor) -> tu
 
 
 def safe_rlhf(reward_advantages: Tensor, cost_advantages: Tensor, multiplier: float) -> Tensor:
-    """(A_reward - lambda A_cost) / (1 + lambda) per token (Dai et al. 2024, Safe-RLHF): the division keeps
-    the step's size as lambda grows. Whiten the result, or neither; whitening both parts first would undo
-    lambda's units.
+    """(A_reward - lambda A_cost) / (1 + lambda) per token (Dai et al. 2024, Safe-RLHF): the
+    division keeps the step's size as lambda grows. Whiten the result, or neither; whitening both
+    parts first would undo lambda's units.
     """
     return (reward_advantages - multiplier * cost_advantages) / (1 + multiplier)
 
 
 def _discounted_sum(values: Tensor, lengths: Tensor, discount: float) -> Tensor:
-    """y_t = x_t + discount y_{t+1} inside every row: a scan over time, all rows at once, on a padded
-    time-major copy."""
+    """y_t = x_t + discount y_{t+1} inside every row: a scan over time, all rows at once, on a
+    padded time-major copy."""
     if values.numel() == 0:
         return values.clone()
     row = row_of_token(lengths)
@@ -196,8 +208,9 @@ def _on_tokens(per_row: Tensor, like: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _subset_fraction(part: Tensor, whole: Tensor, size: int) -> Tensor:
-    """C(part, size) / C(whole, size), 0 where part < size: the share of subsets that lie inside `part`."""
+    """C(part, size) / C(whole, size), 0 where part < size: the share of subsets that lie inside
+    `part`."""
     fraction = torch.ones_like(whole)
-    for taken in range(size):
-        fraction = fraction * (part - taken).clamp(min=0) / (whole - taken)
+    for i in range(size):
+        fraction = fraction * (part - i).clamp(min=0) / (whole - i)
     return fraction

@@ -1,9 +1,10 @@
-"""Which tokens clip_cov and kl_cov act on: the column covariance_selected, made over the whole batch.
+"""Selects the tokens that clip_cov and kl_cov act on: the column covariance_selected of the whole
+batch.
 
-A token's covariance is (log_prob - mean log_prob) (advantage - mean advantage), means over all tokens (Cui et
-al. 2025, "The Entropy Mechanism of Reinforcement Learning"). We take the old log-probs, so that the selection
-can be made before any update and does not depend on how the batch is cut; the authors' code and verl take the
-current ones inside each micro-batch.
+A token's covariance is (log_prob - mean log_prob) (advantage - mean advantage), means over all
+tokens (Cui et al. 2025, "The Entropy Mechanism of Reinforcement Learning"). We take the old
+log-probs, so that the selection can be made before any update and does not depend on how the batch
+is cut; the authors' code and verl take the current ones inside each micro-batch.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def select_for_clip_cov(
     high: float = 5.0,
     seed: int,
 ) -> Tensor:
-    """bool [scored_tokens]: a random `fraction` of all tokens (at least one), out of those with covariance
-    between low and high.
+    """bool [scored_tokens]: a random `fraction` of all tokens (at least one), out of those with
+    covariance between low and high.
 
     Defaults as in the authors' code. Fewer, if there are not so many; none, if there is none.
     """
@@ -33,7 +34,8 @@ def select_for_clip_cov(
 
 
 def select_for_kl_cov(advantages: Tensor, old_log_probs: Tensor, *, fraction: float = 2e-4) -> Tensor:
-    """bool [scored_tokens]: the `fraction` of all tokens (at least one) with the largest covariance."""
+    """bool [scored_tokens]: the `fraction` of all tokens (at least one) with the largest
+    covariance."""
     covariance = _covariance(advantages, old_log_probs)
     number = min(_number(fraction, len(advantages)), len(advantages))
     return _mark(len(advantages), torch.topk(covariance, number).indices)

@@ -1,6 +1,6 @@
-"""On-policy distillation (Agarwal et al. 2024, GKD with lambda = 1; Gu et al. 2024, MiniLLM): the student
-answers, and at every token of its own answer the teacher says how likely it would have been. No reward;
-validation may use one."""
+"""On-policy distillation (Agarwal et al. 2024, GKD with lambda = 1; Gu et al. 2024, MiniLLM):
+the student answers, and at every token of its own answer the teacher says how likely it would
+have been. No reward; validation may use one."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class DistillationConfig(AlgorithmConfig):
 
 
 class Distillation(Stateless):
-    """Reverse KL per token, each position by itself (workers/losses/language.py); the teacher shares the
-    student's vocabulary."""
+    """Reverse KL per token, each position by itself (workers/losses/language.py); the teacher
+    shares the student's vocabulary."""
 
     def __init__(self, *, actor: Actor, teacher: Reference, config: DistillationConfig) -> None:
         self.actor, self.teacher, self.config = actor, teacher, config

@@ -1,5 +1,5 @@
-"""Asking a model without training it: answers to a data set's prompts, scored or not, and pass@k of several
-answers to each."""
+"""Evaluates a model without training it: responses to a data set's prompts, scored or not, and
+pass@k of several responses to each."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ class EvaluateConfig(AlgorithmConfig):
         if wrong:
             raise ValueError(
                 f"algorithm.pass_at has {wrong[0]}, and algorithm.samples_per_prompt is "
-                f"{self.samples_per_prompt}; "
-                "k must be at least 1 and at most that"
+                f"{self.samples_per_prompt}; k must be at least 1 and at most that"
             )
 
     @property
@@ -66,9 +65,9 @@ class Evaluate(Generate):
 
 
 def pass_at_k(passed: Sequence[int], num_samples: int, k: int) -> float:
-    """Mean over prompts of 1 - C(n - c, k) / C(n, k): the chance that k of n answers, drawn without
-    replacement, contain one that passed (Chen et al. 2021, Codex, eq. 1), without bias. passed: c of each
-    prompt."""
+    """Mean over prompts of 1 - C(n - c, k) / C(n, k): the chance that k of n answers, drawn
+    without replacement, contain one that passed (Chen et al. 2021, Codex, eq. 1), without bias.
+    passed: c of each prompt."""
     missed = 0.0
     for c in passed:
         if num_samples - c >= k:
@@ -77,13 +76,13 @@ def pass_at_k(passed: Sequence[int], num_samples: int, k: int) -> float:
 
 
 def measure(answers: Sequence[Batch], config: EvaluateConfig) -> Mapping[str, float]:
-    """What all answers come to: mean reward, pass@k, lengths, and the reward's further numbers."""
+    """The metrics of all answers together: mean reward, pass@k, lengths, and the reward's
+    further numbers."""
     batch = Batch.concat(list(answers))
     passed: dict[int, int] = {}
     # Compared as float32, which rewards are: 0.9 is less than itself otherwise.
-    for uid, success in zip(
-        batch.tensor("uid").tolist(), (batch.tensor("rewards") >= config.success_reward).tolist(), strict=True
-    ):
+    successes = batch.tensor("rewards") >= config.success_reward
+    for uid, success in zip(batch.tensor("uid").tolist(), successes.tolist(), strict=True):
         passed[uid] = passed.get(uid, 0) + success
     counts = list(passed.values())
     rates = {f"pass@{k}": pass_at_k(counts, config.samples_per_prompt, k) for k in config.ks}

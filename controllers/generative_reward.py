@@ -1,6 +1,6 @@
-"""GRPO with a generative reward model (Zhang et al. 2024, "Generative verifiers"): a language model reads
-each answer and its verdict is the reward: the probability that it says yes, or what it writes after thinking
-(judge.verdict)."""
+"""GRPO with a generative reward model (Zhang et al. 2024, "Generative verifiers"): a language
+model reads each answer and its verdict is the reward: the probability that it says yes, or what
+it writes after thinking (judge.verdict)."""
 
 from __future__ import annotations
 

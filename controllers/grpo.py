@@ -1,5 +1,5 @@
-"""GRPO (Shao et al. 2024, DeepSeekMath): rewards normalised inside the group of samples of one prompt stand
-in for the critic."""
+"""GRPO (Shao et al. 2024, DeepSeekMath): rewards normalised inside the group of samples of one
+prompt stand in for the critic."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class GRPOConfig(AlgorithmConfig):
 
 @dataclass(kw_only=True)
 class DrGRPOConfig(GRPOConfig):
-    """Dr.GRPO (Liu et al. 2025, "Understanding R1-Zero-like training"): neither the group's deviation nor a
-    response's length divides.
+    """Dr.GRPO (Liu et al. 2025, "Understanding R1-Zero-like training"): neither the group's
+    deviation nor a response's length divides.
 
     The second half is the loss's: actor.loss.aggregation=constant.
     """
@@ -44,7 +44,8 @@ class DrGRPOConfig(GRPOConfig):
 
 @dataclass(kw_only=True)
 class GSPOConfig(GRPOConfig):
-    """GSPO (Zheng et al. 2025): GRPO's step, with a loss that clips the ratio of whole responses."""
+    """GSPO (Zheng et al. 2025): GRPO's step, with a loss that clips the ratio of whole
+    responses."""
 
     name: str = "gspo"
     losses: ClassVar[tuple[str, ...]] = ("gspo",)
@@ -52,8 +53,8 @@ class GSPOConfig(GRPOConfig):
 
 @dataclass(kw_only=True)
 class CISPOConfig(GRPOConfig):
-    """CISPO (MiniMax-M1, 2025): GRPO's step, with a loss that clips the importance weight and keeps every
-    token's gradient."""
+    """CISPO (MiniMax-M1, 2025): GRPO's step, with a loss that clips the importance weight and
+    keeps every token's gradient."""
 
     name: str = "cispo"
     losses: ClassVar[tuple[str, ...]] = ("cispo",)
@@ -63,8 +64,8 @@ class GRPO(Stateless):
     """The KL to the reference stands in the actor's loss (actor.loss.kl_coefficient).
 
     The paper has one of 0.04 (k3) and takes means over responses of means over tokens
-    (actor.loss.aggregation=seq_mean_token_mean); the defaults here are no KL and one mean over all tokens, as
-    in most work since.
+    (actor.loss.aggregation=seq_mean_token_mean); the defaults here are no KL and one mean over all
+    tokens, as in most work since.
     """
 
     def __init__(self, *, actor: Actor, reference: Reference, reward: Reward, config: GRPOConfig) -> None:
@@ -80,7 +81,8 @@ class GRPO(Stateless):
 
 @on_controller(reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch"))
 def compute_advantages(batch: Batch, config: GRPOConfig) -> Batch:
-    """(reward - mean of the group) / standard deviation of the group, on every token of the response."""
+    """(reward - mean of the group) / standard deviation of the group, on every token of the
+    response."""
     lengths = response_lengths(batch)
     advantages = grpo(batch.tensor("rewards"), batch.tensor("uid"), lengths, scale_by_std=config.scale_by_std)
     return Batch.of(

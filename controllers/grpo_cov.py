@@ -1,9 +1,9 @@
-"""Clip-Cov and KL-Cov (Cui et al. 2025, "The entropy mechanism of reinforcement learning"): GRPO that spares
-the policy's entropy.
+"""Clip-Cov and KL-Cov (Cui et al. 2025, "The entropy mechanism of reinforcement learning"): GRPO
+that spares the policy's entropy.
 
-Few tokens, those whose log-prob and advantage go together most, lower the entropy most. Which ones they are
-is decided here, over the whole batch; the losses clip_cov and kl_cov take their gradient away or hold them
-back.
+Few tokens, those whose log-prob and advantage go together most, lower the entropy most. Which ones
+they are is decided here, over the whole batch; the losses clip_cov and kl_cov take their gradient
+away or hold them back.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from workers.roles import Actor, Reference, Reward
 
 @dataclass(kw_only=True)
 class CovConfig(GRPOConfig, ABC):
-    """What both variants have; which tokens are selected is theirs."""
+    """Settings of both variants; each selects tokens in its own way."""
 
     fraction: float = 2e-4
-    """Of all tokens: how many are selected, at least one."""
+    """Share of all tokens that is selected; at least one token is."""
 
     def __post_init__(self) -> None:
         GRPOConfig.__post_init__(self)
@@ -41,7 +41,7 @@ class CovConfig(GRPOConfig, ABC):
 
     @abstractmethod
     def select(self, advantages: Tensor, log_probs: Tensor, seed: int) -> Tensor:
-        """bool [scored_tokens]."""
+        """bool [scored_tokens]: True for the tokens that the loss treats specially."""
 
 
 @dataclass(kw_only=True)
@@ -66,7 +66,8 @@ class ClipCovConfig(CovConfig):
 
 @dataclass(kw_only=True)
 class KLCovConfig(CovConfig):
-    """The tokens with the largest covariance are held back by a KL (actor.loss.kl_cov_coefficient)."""
+    """The tokens with the largest covariance are held back by a KL
+    (actor.loss.kl_cov_coefficient)."""
 
     name: str = "kl_cov"
     losses: ClassVar[tuple[str, ...]] = ("kl_cov",)
@@ -92,7 +93,7 @@ class CovarianceGRPO(Stateless):
 
 @on_controller(reads=("uid", "advantages", "rollout_log_probs"), writes=("covariance_selected",))
 def select_tokens(batch: Batch, config: CovConfig) -> Batch:
-    """By the covariance under the policy that generated."""
+    """Marks tokens by their covariance under the policy that generated them."""
     advantages, log_probs = batch.ragged("advantages"), batch.ragged("rollout_log_probs")
     seed = int(batch.tensor("uid").min()) if len(batch) else 0
     selected = config.select(advantages.values, log_probs.values, seed)

@@ -12,7 +12,7 @@ class LagrangeConfig:
     initial: float = 1.0
     """lambda at the start."""
     learning_rate: float = 0.1
-    """Of ln lambda."""
+    """Learning rate of ln lambda."""
     threshold: float = 0.0
     """Largest mean cost of a response that is allowed; the paper's -d."""
     maximum: float = 5.0
@@ -48,22 +48,23 @@ class LagrangeMultiplier:
 
     @property
     def mean_cost(self) -> float:
-        """Over the window; NaN before the first update."""
-        return math.fsum(self._costs) / len(self._costs) if self._costs else math.nan
+        """Mean cost over the window; NaN before the first update."""
+        if not self._costs:
+            return math.nan
+        return math.fsum(self._costs) / len(self._costs)
 
     def update(self, costs: list[float]) -> None:
         """ln lambda += learning_rate * lambda * (mean cost - threshold), at most ln maximum.
 
-        A gradient step on ln lambda, which keeps lambda positive (Dai et al. 2024; the window as in their
-        code).
+        A gradient step on ln lambda, which keeps lambda positive (Dai et al. 2024; the window as in
+        their code).
 
         costs: one per response of the batch. Nothing happens without costs.
         """
         self._costs.extend(costs)
         if self._costs:
-            log_value = math.log(self.value) + self._config.learning_rate * self.value * (
-                self.mean_cost - self._config.threshold
-            )
+            excess = self.mean_cost - self._config.threshold
+            log_value = math.log(self.value) + self._config.learning_rate * self.value * excess
             self.value = math.exp(min(log_value, math.log(self._config.maximum)))
 
     def metrics(self) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""Online DPO (Guo et al. 2024, "Direct language model alignment from online AI feedback"): the policy answers
-a prompt several times, a judge says which answer is best and which is worst, and the pair trains the policy
-at once."""
+"""Online DPO (Guo et al. 2024, "Direct language model alignment from online AI feedback"): the
+policy answers a prompt several times, a judge says which answer is best and which is worst, and
+the pair trains the policy at once."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class OnlineDPOConfig(AlgorithmConfig):
 
 
 class OnlineDPO(Stateless):
-    """The judge scores answers one by one (Guo et al. show it two at once), so that n answers cost n
-    judgements."""
+    """The judge scores answers one by one (Guo et al. show it two at once), so that n answers
+    cost n judgements."""
 
     def __init__(self, *, actor: Actor, reference: Reference, judge: Reward, config: OnlineDPOConfig) -> None:
         self.actor, self.reference, self.judge, self.config = actor, reference, judge, config
@@ -50,8 +50,8 @@ class OnlineDPO(Stateless):
 
 @on_controller(reads=("uid", "rewards"), writes=("pair", "chosen"), chooses_rows=True)
 def best_and_worst(batch: Batch) -> Batch:
-    """Of every prompt the rows with the highest and the lowest reward; prompts whose answers the judge finds
-    all alike have no pair."""
+    """The rows with the highest and the lowest reward of every prompt; prompts whose answers
+    all have the same reward have no pair."""
     uid, rewards = batch.tensor("uid").numpy(), batch.tensor("rewards").numpy()
     order = np.lexsort((np.arange(len(uid)), rewards, uid))
     _, first, count = np.unique(uid[order], return_index=True, return_counts=True)

@@ -1,5 +1,5 @@
-"""OPO (Hao et al. 2025, "On-policy RL with optimal reward baseline"): the baseline of a prompt weighs its
-samples by their lengths.
+"""OPO (Hao et al. 2025, "On-policy RL with optimal reward baseline"): the baseline of a prompt
+weighs its samples by their lengths.
 
 The paper trains strictly on policy: one mini-batch, no clip that acts, no KL.
 """

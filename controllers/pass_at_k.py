@@ -1,5 +1,5 @@
-"""Pass@k training (Chen et al. 2025): what is rewarded is that one of k samples is right, so that a policy
-keeps trying different ways."""
+"""Pass@k training (Chen et al. 2025): the policy is rewarded if one of k samples is right, so
+that it keeps trying different ways."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class PassAtKConfig(AlgorithmConfig):
     name: str = "pass_at_k"
     samples_per_prompt: int = 8
     k: int = 4
-    """Samples of which one right one suffices."""
+    """Size of the sets of samples in which a single right sample suffices."""
     right_from: float = 0.5
-    """Rewards from here on count as right."""
+    """Smallest reward that counts as right."""
     fewest_samples: ClassVar[int] = 2
 
     def __post_init__(self) -> None:

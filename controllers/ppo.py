@@ -24,7 +24,7 @@ class PPOConfig(AlgorithmConfig):
     """lambda of GAE: 1 is low bias, smaller values trade it for less variance."""
     whiten_advantages: bool = True
     kl: KLControlConfig = field(default_factory=lambda: KLControlConfig(coefficient=0.05))
-    """Of the KL to the reference in the reward."""
+    """The KL to the reference in the reward."""
 
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
@@ -41,13 +41,8 @@ class PPO:
     def __init__(
         self, *, actor: Actor, critic: Critic, reference: Reference, reward: Reward, config: PPOConfig
     ) -> None:
-        self.actor, self.critic, self.reference, self.reward, self.config = (
-            actor,
-            critic,
-            reference,
-            reward,
-            config,
-        )
+        self.actor, self.critic, self.reference = actor, critic, reference
+        self.reward, self.config = reward, config
         self.kl = KLCoefficient(config.kl)
 
     def step(self, prompts: Batch) -> Metrics:
@@ -76,9 +71,11 @@ def compute_advantages(batch: Batch, config: PPOConfig, kl: KLCoefficient) -> Ba
     """GAE over the reward at the last token minus the KL at every token."""
     rewards, lengths = rewards_with_kl(batch, kl.value, config.kl.estimator)
     advantages, returns = gae(rewards, batch.ragged("values").values, lengths, config.gamma, config.lam)
+    if config.whiten_advantages:
+        advantages = whiten(advantages)
     kl.follow(batch)
     return Batch.of(
-        advantages=Ragged(whiten(advantages) if config.whiten_advantages else advantages, lengths),
+        advantages=Ragged(advantages, lengths),
         returns=Ragged(returns, lengths),
         mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
     )

@@ -1,9 +1,9 @@
-"""PPO-ptx (Ouyang et al. 2022, eq. 2): text of the pretraining distribution beside the responses of an
-update.
+"""PPO-ptx (Ouyang et al. 2022, eq. 2): adds text of the pretraining distribution to the responses
+of an update.
 
-A text is a row like any other, its first token the prompt and the rest the response, marked by the column
-pretrain; the actor's loss is then cross-entropy on it (workers/losses/language.py). Leaves out where texts
-come from: controllers/streams.py.
+A text is a row like any other, its first token the prompt and the rest the response, marked by the
+column pretrain; the actor's loss is then cross-entropy on it (workers/losses/language.py). Leaves
+out where texts come from: controllers/streams.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ TOKEN_COLUMNS = ("advantages", "rollout_log_probs", "ref_log_probs")
     chooses_rows=True,
 )
 def with_pretraining(batch: Batch, stream: Stream) -> Batch:
-    """What an update reads of the batch, and the stream's next rows, dealt evenly over the mini-batches."""
+    """The columns of the batch that an update reads, and the stream's next rows, spread evenly
+    over the mini-batches."""
     texts = stream.take()
     columns = [name for name in ("prompt_ids", "response_ids", *ROW_COLUMNS, *TOKEN_COLUMNS) if name in batch]
     rows = batch.select(*columns) | Batch.of(pretrain=torch.zeros(len(batch), dtype=torch.bool))

@@ -1,5 +1,5 @@
-"""REINFORCE++ (Hu et al. 2025): PPO's loss and KL without a critic; returns are whitened over the whole
-batch."""
+"""REINFORCE++ (Hu et al. 2025): PPO's loss and KL without a critic; returns are whitened over
+the whole batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ReinforcePlusPlusConfig(AlgorithmConfig):
     gamma: float = 1.0
     """Discount per token."""
     kl: KLControlConfig = field(default_factory=lambda: KLControlConfig(coefficient=0.01))
-    """Of the KL per token in the reward."""
+    """The KL per token in the reward."""
 
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
@@ -60,7 +60,7 @@ class ReinforcePlusPlus:
     writes=("advantages", "mini_batch"),
 )
 def compute_advantages(batch: Batch, config: ReinforcePlusPlusConfig, kl: KLCoefficient) -> Batch:
-    """What is still to come of rewards and KL at every token, whitened over all tokens of the batch."""
+    """Returns of reward and KL at every token, whitened over all tokens of the batch."""
     rewards, lengths = rewards_with_kl(batch, kl.value, config.kl.estimator)
     kl.follow(batch)
     advantages, _ = reinforce_plus_plus(rewards, lengths, config.gamma)

@@ -1,5 +1,5 @@
-"""REINFORCE++ with baseline (Hu et al. 2025): rewards minus the mean of the group, then whitened over the
-whole batch, not the group.
+"""REINFORCE++ with baseline (Hu et al. 2025): rewards minus the mean of the group, then whitened
+over the whole batch, not the group.
 
 Its KL stands in the loss (actor.loss.kl_estimator=k2).
 """

@@ -1,5 +1,5 @@
-"""Rejection sampling (Touvron et al. 2023, Llama 2, section 3.2.3; RAFT, Dong et al. 2023): the best of n
-answers is imitated."""
+"""Rejection sampling (Touvron et al. 2023, Llama 2, section 3.2.3; RAFT, Dong et al. 2023): the
+best of n answers is imitated."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class RejectionSamplingConfig(AlgorithmConfig):
     name: str = "rejection_sampling"
     samples_per_prompt: int = 8
     min_reward: float | None = None
-    """Prompts whose best answer is below it are left out of the step (a metric counts those that stay); null
-    keeps all."""
+    """Smallest reward of a prompt's best answer: prompts below it are left out of the step (a
+    metric counts those that stay); null keeps all."""
 
 
 class RejectionSampling(Stateless):
-    """Llama 2 draws all prompts' answers first and fine-tunes then; here each step draws from the policy as
-    it has become."""
+    """Llama 2 samples answers to all prompts first and fine-tunes then; here each step samples
+    from the current policy."""
 
     def __init__(self, *, actor: Actor, reward: Reward, config: RejectionSamplingConfig) -> None:
         self.actor, self.reward, self.config = actor, reward, config
@@ -44,16 +44,18 @@ def best_of_each_prompt(batch: Batch, config: RejectionSamplingConfig) -> Batch:
     uid, rewards = batch.tensor("uid").numpy(), batch.tensor("rewards").numpy()
     order = np.lexsort((np.arange(len(uid)), -rewards, uid))
     best = order[np.unique(uid[order], return_index=True)[1]]
-    return batch.rows(best if config.min_reward is None else best[rewards[best] >= config.min_reward])
+    if config.min_reward is not None:
+        best = best[rewards[best] >= config.min_reward]
+    return batch.rows(best)
 
 
 def best_metrics(best: Batch) -> Metrics:
-    """Of the answers that are imitated."""
-    return Metrics(
-        sources=[
-            lambda: {
-                "best/rows": float(len(best)),
-                "best/reward": float(best.tensor("rewards").mean()) if best else 0.0,
-            }
-        ]
-    )
+    """Number and mean reward of the answers that are imitated; 0 if there are none."""
+
+    def measure() -> dict[str, float]:
+        reward = 0.0
+        if best:
+            reward = float(best.tensor("rewards").mean())
+        return {"best/rows": float(len(best)), "best/reward": reward}
+
+    return Metrics(sources=[measure])

@@ -1,4 +1,5 @@
-"""ReMax (Li et al. 2024): REINFORCE whose baseline is the reward of the prompt's greedy response."""
+"""ReMax (Li et al. 2024): REINFORCE whose baseline is the reward of the prompt's greedy
+response."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from workers.roles import Actor, Reference, Reward
 class ReMaxConfig(AlgorithmConfig):
     name: str = "remax"
     kl: KLControlConfig = field(default_factory=lambda: KLControlConfig(coefficient=0.05))
-    """Of the KL per token in the reward."""
+    """The KL per token in the reward."""
 
     @property
     def needs_reference(self) -> bool:
@@ -55,7 +56,7 @@ class ReMax:
     writes=("advantages", "mini_batch"),
 )
 def compute_advantages(batch: Batch, config: ReMaxConfig, kl: KLCoefficient) -> Batch:
-    """What is still to come of rewards and KL, minus the greedy response's reward."""
+    """Returns of reward and KL at every token, minus the greedy response's reward."""
     rewards, lengths = rewards_with_kl(batch, kl.value, config.kl.estimator)
     kl.follow(batch)
     advantages, _ = remax(rewards, batch.tensor("baseline_rewards"), lengths)

@@ -1,7 +1,7 @@
-"""From scores per response to rewards per token, and which responses are worth training on.
+"""Rewards per token from scores per response, and the responses that are worth training on.
 
-Tensors are flat over response tokens [scored_tokens], rows in order, with `lengths` int64 [rows]. Leaves out
-where scores come from (workers) and what becomes of rewards (advantages.py).
+Tensors are flat over response tokens [scored_tokens], rows in order, with `lengths` int64 [rows].
+Leaves out where scores come from (workers) and what becomes of rewards (advantages.py).
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ def token_rewards(
     kl_coefficient: float = 0.0,
     estimator: KLEstimator = KLEstimator.k1,
 ) -> Tensor:
-    """float [scored_tokens]: -beta KL_t on every token, plus the row's score on its last one (InstructGPT,
-    section 3.5).
+    """float [scored_tokens]: -beta KL_t on every token, plus the row's score on its last one
+    (InstructGPT, section 3.5).
 
-    scores: [rows]. log_probs, ref_log_probs: [scored_tokens], needed if kl_coefficient is not 0. The last
-    token is the end of sequence, or the last one before the length limit (so do verl and OpenRLHF; TRL can
-    subtract a missing_eos_penalty, here overlong_penalty). A row without tokens has nothing to reward: its
-    score appears nowhere. Safe-RLHF splits the KL: kl_coefficient = beta/2 for rewards and -beta/2 for costs.
+    scores: [rows]. log_probs, ref_log_probs: [scored_tokens], needed if kl_coefficient is not 0.
+    The last token is the end of sequence, or the last one before the length limit (so do verl and
+    OpenRLHF; TRL can subtract a missing_eos_penalty, here overlong_penalty). A row without tokens
+    has nothing to reward: its score appears nowhere. Safe-RLHF splits the KL: kl_coefficient =
+    beta/2 for rewards and -beta/2 for costs.
     """
     if kl_coefficient:
         if log_probs is None or ref_log_probs is None:
             raise ValueError(
-                f"token rewards: kl_coefficient is {kl_coefficient}, so log_probs and ref_log_probs are "
-                "needed; give both"
+                f"token rewards: kl_coefficient is {kl_coefficient}, so log_probs and "
+                "ref_log_probs are needed; give both"
             )
         rewards = -kl_coefficient * kl_estimate(log_probs, ref_log_probs, estimator)
     else:
@@ -59,8 +60,8 @@ def rewards_with_kl(
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """float32 [rows], to add to the scores: 0 up to max_length - buffer tokens, then falling linearly to -1
-    at max_length, and -1 beyond (DAPO, eq. 13, soft overlong punishment).
+    """float32 [rows], to add to the scores: 0 up to max_length - buffer tokens, then falling
+    linearly to -1 at max_length, and -1 beyond (DAPO, eq. 13, soft overlong punishment).
 
     verl multiplies it with a penalty factor (1 by default): multiply the result.
     """
@@ -72,14 +73,15 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
 
 
 def groups_with_signal(scores: Tensor, uid: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """bool [rows]: True for rows of groups (equal uid, int64 [rows]) whose scores differ (DAPO, dynamic
-    sampling, eq. 11).
+    """bool [rows]: True for rows of groups (equal uid, int64 [rows]) whose scores differ (DAPO,
+    dynamic sampling, eq. 11).
 
-    DAPO asks for 0 < correct < group size, the same for scores of two values; like verl we look at the spread
-    of any score (verl: of a metric by name). A group of one has no signal (verl keeps it).
+    DAPO asks for 0 < correct < group size, the same for scores of two values; like verl we look at
+    the spread of any score (verl: of a metric by name). A group of one has no signal (verl keeps
+    it).
     """
-    _, group = torch.unique(uid, return_inverse=True)
-    num_groups = int(group.max()) + 1 if len(group) else 0
+    _, group, size = torch.unique(uid, return_inverse=True, return_counts=True)
+    num_groups = len(size)
     lowest = scores.new_zeros(num_groups).scatter_reduce(0, group, scores, "amin", include_self=False)
     highest = scores.new_zeros(num_groups).scatter_reduce(0, group, scores, "amax", include_self=False)
     return (highest - lowest > tolerance)[group]

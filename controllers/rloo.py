@@ -1,5 +1,5 @@
-"""RLOO (Ahmadian et al. 2024, "Back to basics"): REINFORCE whose baseline is the mean reward of the prompt's
-other samples."""
+"""RLOO (Ahmadian et al. 2024, "Back to basics"): REINFORCE whose baseline is the mean reward of
+the prompt's other samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RLOOConfig(AlgorithmConfig):
     name: str = "rloo"
     samples_per_prompt: int = 4
     kl: KLControlConfig = field(default_factory=lambda: KLControlConfig(coefficient=0.05))
-    """Of the KL of whole responses in the reward."""
+    """The KL of whole responses in the reward."""
     fewest_samples: ClassVar[int] = 2
 
     @property
@@ -58,7 +58,8 @@ class RLOO:
     writes=("advantages", "mini_batch"),
 )
 def compute_advantages(batch: Batch, config: RLOOConfig, kl: KLCoefficient) -> Batch:
-    """Reward minus KL of a response, minus the mean of that over the other samples, on every token."""
+    """Reward minus KL of a response, minus the mean of that over the other samples, on every
+    token."""
     rewards, lengths = rewards_with_kl(batch, kl.value, config.kl.estimator)
     scores = segment_sum(rewards, row_of_token(lengths), len(batch))
     kl.follow(batch)

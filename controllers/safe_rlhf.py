@@ -1,8 +1,9 @@
-"""Safe-RLHF (Dai et al. 2024): as much reward as possible while the mean cost stays under a threshold.
+"""Safe-RLHF (Dai et al. 2024): as much reward as possible while the mean cost stays under a
+threshold.
 
-PPO with a cost model beside the reward, a critic for each, and a Lagrange multiplier between them; and
-PPO-ptx (Ouyang et al. 2022): text of the pretraining distribution in every update, so that the policy does
-not forget it (data.pretraining, actor.loss.pretraining_coefficient).
+PPO with a cost model beside the reward, a critic for each, and a Lagrange multiplier between them;
+and PPO-ptx (Ouyang et al. 2022): text of the pretraining distribution in every update, so that the
+policy does not forget it (data.pretraining, actor.loss.pretraining_coefficient).
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ class SafeRLHFConfig(AlgorithmConfig):
     gamma: float = 1.0
     lam: float = 0.95
     kl: KLControlConfig = field(default_factory=lambda: KLControlConfig(coefficient=0.02))
-    """Of the KL per token: one half lowers the rewards, the other raises the costs."""
+    """The KL per token: one half lowers the rewards, the other raises the costs."""
     lagrange: LagrangeConfig = field(default_factory=LagrangeConfig)
     whiten_advantages: bool = True
-    """Of reward and cost together."""
+    """Whiten the combined advantage of reward and cost."""
 
     def __post_init__(self) -> None:
         AlgorithmConfig.__post_init__(self)
@@ -73,8 +74,8 @@ class SafeRLHF:
         batch |= self.cost.compute_cost(batch)
         batch |= compute_advantages(batch, self.config, self.kl, self.multiplier)
         critic_metrics = self.critic.update_critic(batch)
-        of_costs = batch.drop("values", "returns").rename(cost_values="values", cost_returns="returns")
-        critic_metrics |= self.cost_critic.update_critic(of_costs).renamed("critic/", "cost_critic/")
+        cost_batch = batch.drop("values", "returns").rename(cost_values="values", cost_returns="returns")
+        critic_metrics |= self.cost_critic.update_critic(cost_batch).renamed("critic/", "cost_critic/")
         actor_metrics = self.actor.update_actor(with_pretraining(batch, self.pretraining))
         metrics = batch_metrics(batch) | self.kl.metrics() | self.multiplier.metrics()
         return metrics | critic_metrics | actor_metrics
@@ -95,8 +96,8 @@ class SafeRLHF:
 def compute_advantages(
     batch: Batch, config: SafeRLHFConfig, kl: KLCoefficient, multiplier: LagrangeMultiplier
 ) -> Batch:
-    """GAE of rewards and of costs, each with its critic and half of the KL, and lambda between them (eq. 10
-    and 12).
+    """GAE of rewards and of costs, each with its critic and half of the KL, and lambda between them
+    (eq. 10 and 12).
 
     lambda moves first, by the costs of this batch.
     """
@@ -109,9 +110,11 @@ def compute_advantages(
         costs, batch.ragged("cost_values").values, lengths, config.gamma, config.lam
     )
     advantages = safe_rlhf(advantages, cost_advantages, multiplier.value)
+    if config.whiten_advantages:
+        advantages = whiten(advantages)
     kl.follow(batch)
     return Batch.of(
-        advantages=Ragged(whiten(advantages) if config.whiten_advantages else advantages, lengths),
+        advantages=Ragged(advantages, lengths),
         returns=Ragged(returns, lengths),
         cost_returns=Ragged(cost_returns, lengths),
         mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),

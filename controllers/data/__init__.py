@@ -1,5 +1,5 @@
-"""Rows of prompts, demonstrations or preference pairs: from parquet, jsonl or the hub to batches of token
-sequences.
+"""Reads prompts, demonstrations or preference pairs from parquet, jsonl or the hub into batches of
+token sequences.
 
     tokenizer = load_tokenizer(config.model)
     dataset = PromptDataset.load(config.data, config.data.train, tokenizer)
@@ -36,4 +36,4 @@ DATASETS: dict[str, type[RowDataset]] = {
     "pairs": PairDataset,
     "safety_pairs": SafetyPairDataset,
 }
-"""What an algorithm's steps may begin with, by name (controllers.AlgorithmEntry.rows)."""
+"""The kinds of data that an algorithm can train on, by name (controllers.AlgorithmEntry.rows)."""

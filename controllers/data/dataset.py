@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,15 +16,14 @@ from controllers.data.rows import Encode, EncodedRow, RowDataset
 from controllers.data.sources import SourceRow
 from controllers.data.tokenize import PromptTokenizer, extras
 from hybridflow.batch import SAMPLE, Batch
-from hybridflow.columns import Ragged
 from workers.columns import EXTRAS, PROMPT_IDS, UID
 
 LOGGER = logging.getLogger(__name__)
 
 
 class PromptDataset(RowDataset):
-    """Batches have prompt_ids, uid (row + epoch * rows of the dataset: no two uses of a prompt share it) and
-    extras."""
+    """Batches have prompt_ids, uid (row + epoch * rows of the dataset: no two uses of a prompt
+    share it) and extras."""
 
     num_parts = 1
     length_limit = "max_prompt_tokens"
@@ -56,33 +57,29 @@ class PromptDataset(RowDataset):
         return cls.load(text, where, tokenizer).cut(config.pretraining_tokens)
 
     def cut(self, max_tokens: int) -> PromptDataset:
-        """Every row in the fewest pieces of at most max_tokens (4 or more) tokens, about equal ones; a row of
-        one token predicts nothing and is left out, with a warning."""
+        """Every row in the fewest pieces of at most max_tokens (4 or more) tokens, about equal
+        ones; a row of one token predicts nothing and is left out, with a warning."""
         lengths = np.diff(self._token_ends, prepend=0)
         if (short := int((lengths < 2).sum())) == len(lengths):
             raise ValueError("data.pretraining: no text has two tokens or more; give longer ones")
         if short:
             LOGGER.warning("data.pretraining: left out %d texts of one token", short)
-        pieces = [np.arange(n) * length // n for length in lengths for n in (-(-int(length) // max_tokens),)]
-        starts = np.concatenate(
-            [
-                end - length + piece
-                for end, length, piece in zip(self._token_ends, lengths, pieces, strict=True)
-            ]
-        )
+        row_starts = self._token_ends - lengths
+        pieces = []
+        for start, length in zip(row_starts, lengths, strict=True):
+            num_pieces = math.ceil(length / max_tokens)
+            pieces.append(start + np.arange(num_pieces) * length // num_pieces)
+        starts = np.concatenate(pieces)
         ends = np.append(starts[1:], self._token_ends[-1])
         long = ends - starts > 1
-        tokens = np.concatenate(
-            [self._tokens[start:end] for start, end in zip(starts[long], ends[long], strict=True)]
-        )
-        nothing = np.frombuffer(b"{}" * int(long.sum()), dtype=np.uint8)
-        fingerprint = f"{self.fingerprint} cut at {max_tokens}"
+        starts, ends = starts[long], ends[long]
+        tokens = [self._tokens[start:end] for start, end in zip(starts, ends, strict=True)]
         return PromptDataset(
-            tokens,
-            np.cumsum((ends - starts)[long]),
-            nothing,
-            2 * np.arange(1, int(long.sum()) + 1),
-            fingerprint,
+            np.concatenate(tokens),
+            token_ends=np.cumsum(ends - starts),
+            extras=np.frombuffer(b"{}" * len(starts), dtype=np.uint8),
+            extras_ends=2 * np.arange(1, len(starts) + 1),
+            fingerprint=f"{self.fingerprint} cut at {max_tokens}",
         )
 
     @property
@@ -91,19 +88,21 @@ class PromptDataset(RowDataset):
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [rows]: tokens of every prompt."""
+        """int64 [rows]: the number of tokens of every prompt."""
         return np.diff(self._token_ends, prepend=0)
 
     def rows(self, index: Sequence[int] | np.ndarray, uid: np.ndarray | None = None) -> Batch:
         row = self.checked(index)
         values = [self.column_values(i) for i in row]
-        # A row of a jsonl file that lacks a column has null there: a reward function's parameters are always
-        # given.
-        names = dict.fromkeys(name for columns in values for name in columns)
+        # A row of a jsonl file that lacks a column has null there, so that a reward function always
+        # gets all of its parameters.
+        missing: dict[str, Any] = {}
+        for columns in values:
+            missing |= dict.fromkeys(columns)
+        if uid is None:
+            uid = row.copy()
         return Batch.of(
-            prompt_ids=Ragged.of([self.part(i, 0) for i in row]),
-            uid=row.copy() if uid is None else uid,
-            extras=[{name: columns.get(name) for name in names} for columns in values],
+            prompt_ids=self.parts(row, 0), uid=uid, extras=[missing | columns for columns in values]
         )
 
 

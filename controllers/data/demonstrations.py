@@ -1,5 +1,5 @@
-"""DemonstrationDataset: what a supervised model is to imitate, as prompt and response or as whole
-conversations."""
+"""DemonstrationDataset: responses that a supervised model imitates, as prompt and response or
+as whole conversations."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from workers.columns import LOSS_MASK, NUM_TOKENS, PROMPT_IDS, RESPONSE_IDS, UID
 
 
 class DemonstrationDataset(RowDataset):
-    """Batches have prompt_ids (all before the assistant's first turn), response_ids (the rest), loss_mask,
-    num_tokens, uid."""
+    """Batches have prompt_ids (all before the assistant's first turn), response_ids (the rest),
+    loss_mask, num_tokens, uid."""
 
     num_parts = 3
     length_limit = "max_tokens"
@@ -54,13 +54,13 @@ class DemonstrationDataset(RowDataset):
 
     def rows(self, index: Sequence[int] | np.ndarray, uid: np.ndarray | None = None) -> Batch:
         row = self.checked(index)
-        prompts, responses = (Ragged.of([self.part(i, number) for i in row]) for number in (0, 1))
+        prompts, responses, masks = self.parts(row, 0), self.parts(row, 1), self.parts(row, 2)
+        if uid is None:
+            uid = row.copy()
         return Batch.of(
             prompt_ids=prompts,
             response_ids=responses,
-            loss_mask=Ragged(
-                Ragged.of([self.part(i, 2) for i in row]).values.to(torch.bool), responses.lengths
-            ),
+            loss_mask=Ragged(masks.values.to(torch.bool), responses.lengths),
             num_tokens=prompts.lengths + responses.lengths,
-            uid=row.copy() if uid is None else uid,
+            uid=uid,
         )

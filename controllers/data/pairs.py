@@ -1,8 +1,8 @@
-"""PairDataset: two responses to one prompt, of which the first is preferred; SafetyPairDataset: each also
-judged safe or not.
+"""PairDataset: two responses to one prompt, of which the first is preferred; SafetyPairDataset:
+each also judged safe or not.
 
-A pair is two rows of a batch, chosen and rejected one after the other, which the column `pair` keeps on one
-rank and in one micro-batch.
+A pair is two rows of a batch, chosen and rejected one after the other, which the column `pair`
+keeps on one rank and in one micro-batch.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from workers.columns import CHOSEN, HARM_SIGN, NUM_TOKENS, PAIR, PROMPT_IDS, RES
 
 
 class PairDataset(RowDataset):
-    """Batches have two rows a pair: prompt_ids, response_ids, num_tokens, chosen, pair and uid (the pair's
-    number, as uid of prompts)."""
+    """Batches have two rows a pair: prompt_ids, response_ids, num_tokens, chosen, pair and uid
+    (the pair's number, as uid of prompts)."""
 
     num_parts = 3
     length_limit = "max_tokens"
@@ -45,18 +45,14 @@ class PairDataset(RowDataset):
         tokenize = ConversationTokenizer(tokenizer, config)
 
         def encode_one(row: SourceRow) -> EncodedRow:
-            chosen, rejected = (
-                tokenize.answer(row, column, value_of(row, column, f"data.{name}"))
-                for name, column in (
-                    ("chosen_column", config.chosen_column),
-                    ("rejected_column", config.rejected_column),
-                )
-            )
+            chosen_text = value_of(row, config.chosen_column, "data.chosen_column")
+            rejected_text = value_of(row, config.rejected_column, "data.rejected_column")
+            chosen = tokenize.answer(row, config.chosen_column, chosen_text)
+            rejected = tokenize.answer(row, config.rejected_column, rejected_text)
             if chosen.response == rejected.response:
                 raise ValueError(
-                    f"{row.place}: {config.chosen_column!r} and {config.rejected_column!r} are the same "
-                    "response, "
-                    "which prefers nothing; remove the row"
+                    f"{row.place}: {config.chosen_column!r} and {config.rejected_column!r} are "
+                    "the same response, which prefers nothing; remove the row"
                 )
             longest = len(chosen.prompt) + max(len(chosen.response), len(rejected.response))
             parts = (chosen.prompt, chosen.response, rejected.response)
@@ -69,18 +65,23 @@ class PairDataset(RowDataset):
 
     @classmethod
     def labels(cls, row: SourceRow, config: DataConfig) -> dict[str, Any]:
-        """Plain values that the pair's batches are made from."""
+        """Plain values of the pair that its batches need."""
         return {}
 
     def rows(self, index: Sequence[int] | np.ndarray, uid: np.ndarray | None = None) -> Batch:
         row = self.checked(index)
-        uid = np.repeat(row if uid is None else uid, 2)
-        prompts = Ragged.of([self.part(i, 0) for i in row for _ in range(2)])
-        responses = Ragged.of([self.part(i, number) for i in row for number in (1, 2)])
+        if uid is None:
+            uid = row
+        uid = np.repeat(uid, 2)
+        prompts = self.parts(np.repeat(row, 2), 0)
+        responses = []
+        for i in row:
+            responses += [self.part(i, 1), self.part(i, 2)]
+        response_ids = Ragged.of(responses)
         return Batch.of(
             prompt_ids=prompts,
-            response_ids=responses,
-            num_tokens=prompts.lengths + responses.lengths,
+            response_ids=response_ids,
+            num_tokens=prompts.lengths + response_ids.lengths,
             chosen=torch.tensor([True, False] * len(row)),
             pair=uid,
             uid=uid.copy(),
@@ -95,18 +96,17 @@ class SafetyPairDataset(PairDataset):
     @classmethod
     def labels(cls, row: SourceRow, config: DataConfig) -> dict[str, Any]:
         return {
-            name: _flag(row, column, f"data.{name}_column")
-            for name, column in (
-                ("chosen_safe", config.chosen_safe_column),
-                ("rejected_safe", config.rejected_safe_column),
-            )
+            "chosen_safe": _flag(row, config.chosen_safe_column, "data.chosen_safe_column"),
+            "rejected_safe": _flag(row, config.rejected_safe_column, "data.rejected_safe_column"),
         }
 
     def rows(self, index: Sequence[int] | np.ndarray, uid: np.ndarray | None = None) -> Batch:
-        labels = [self.column_values(i) for i in self.checked(index)]
-        safe = [label[name] for label in labels for name in ("chosen_safe", "rejected_safe")]
+        safe: list[bool] = []
+        for i in self.checked(index):
+            label = self.column_values(i)
+            safe += [label["chosen_safe"], label["rejected_safe"]]
         return super().rows(index, uid) | Batch.of(
-            harm_sign=torch.tensor([-1.0 if one else 1.0 for one in safe])
+            harm_sign=1.0 - 2.0 * torch.tensor(safe, dtype=torch.float32)
         )
 
 

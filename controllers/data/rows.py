@@ -1,10 +1,11 @@
-"""RowDataset: rows of tokens and columns, read and tokenised once, kept in memory-mapped files without names.
+"""RowDataset: rows of tokens and columns, read and tokenised once, kept in memory-mapped files
+without names.
 
-A row is a fixed number of token sequences (a prompt; a prompt and its response; a prompt and two responses)
-and a dict of plain values. Tokens are one flat int32 array; columns are JSON, so that what comes out is what
-went in, without the nulls and widened types of a common schema. Leaves out what rows mean (dataset.py,
-demonstrations.py, pairs.py) and a cache between runs: a fast tokenizer does a million prompts in about a
-minute.
+A row is a fixed number of token sequences (a prompt; a prompt and its response; a prompt and two
+responses) and a dict of plain values. Tokens are one flat int32 array; columns are JSON, so that
+what comes out is what went in, without the nulls and widened types of a common schema. Leaves out
+what rows mean (dataset.py, demonstrations.py, pairs.py) and a cache between runs: a fast tokenizer
+does a million prompts in about a minute.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from controllers.data.config import DataConfig, Overlong, places
 from controllers.data.sources import READ_ROWS, SourceRow, read
 from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
 
 LOGGER = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ class EncodedRow:
     parts: Sequence[Sequence[int]]
     """The row's token sequences (or other integers, such as a mask)."""
     num_tokens: int
-    """Held against the length limit."""
+    """The length that is compared with the limit."""
     columns: dict[str, Any]
 
 
@@ -44,14 +46,15 @@ Encode = Callable[[Sequence[SourceRow]], list[EncodedRow]]
 
 
 class RowDataset(ABC):
-    """dataset = PromptDataset.load(config, config.train, tokenizer); dataset.rows([3, 0]); dataset.all()"""
+    """dataset = PromptDataset.load(config, config.train, tokenizer); dataset.rows([3, 0]);
+    dataset.all()"""
 
     num_parts: ClassVar[int]
     """Token sequences of a row."""
     length_limit: ClassVar[str]
     """The setting of DataConfig that limits a row's tokens."""
     noun: ClassVar[str]
-    """What a row is called in messages."""
+    """The word for rows in messages."""
     columns: ClassVar[tuple[str, ...]]
     """The columns of its batches, which every step of an algorithm begins with."""
 
@@ -63,23 +66,21 @@ class RowDataset(ABC):
         extras_ends: np.ndarray,
         fingerprint: str,
     ) -> None:
-        self._tokens, self._token_ends, self._extras, self._extras_ends = (
-            tokens,
-            token_ends,
-            extras,
-            extras_ends,
-        )
+        self._tokens, self._token_ends = tokens, token_ends
+        self._extras, self._extras_ends = extras, extras_ends
         self.fingerprint = fingerprint
-        """Of tokens and columns of all rows, in order."""
+        """Digest of the tokens and columns of all rows, in order."""
 
     @classmethod
     @abstractmethod
     def encoder(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encode:
-        """What turns rows of a file into tokens; a broken row is a ValueError with its place."""
+        """A function that turns rows of a file into tokens; it raises ValueError with the place
+        of a broken row."""
 
     @abstractmethod
     def rows(self, index: Sequence[int] | np.ndarray, uid: np.ndarray | None = None) -> Batch:
-        """The given rows in the given order; `uid` (int64) is the row's number where it is not given."""
+        """The given rows in the given order; `uid` (int64) is the row's number where it is not
+        given."""
 
     @classmethod
     def load(cls, config: DataConfig, where: str | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Self:
@@ -109,8 +110,8 @@ class RowDataset(ABC):
 
     @property
     def longest_tokens(self) -> int:
-        """Of a row: its first part with the longest of the others (a prompt with its response, or with the
-        longer one of two)."""
+        """Tokens of the longest row: its first part with the longest of the others (a prompt
+        with its response, or with the longer one of two)."""
         lengths = np.diff(self._token_ends, prepend=0).reshape(-1, self.num_parts)
         return int((lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)).max())
 
@@ -131,6 +132,10 @@ class RowDataset(ABC):
         """int64 [tokens]: one token sequence of a row."""
         return _cut(self._tokens, self._token_ends, row * self.num_parts + number).astype(np.int64)
 
+    def parts(self, rows: np.ndarray, number: int) -> Ragged:
+        """int64 [rows, tokens]: the token sequence of that number of each row."""
+        return Ragged.of([self.part(row, number) for row in rows])
+
     def column_values(self, row: int) -> dict[str, Any]:
         """The row's plain values."""
         values: dict[str, Any] = json.loads(_cut(self._extras, self._extras_ends, row).tobytes())
@@ -138,8 +143,11 @@ class RowDataset(ABC):
 
     @property
     def column_names(self) -> set[str]:
-        """Of the plain values that any row has."""
-        return {name for row in range(len(self)) for name in self.column_values(row)}
+        """Names of the plain values that any row has."""
+        names: set[str] = set()
+        for row in range(len(self)):
+            names.update(self.column_values(row))
+        return names
 
 
 class _Writer:
@@ -147,12 +155,8 @@ class _Writer:
 
     def __init__(self, tokens: Any, columns: Any, config: DataConfig, length_limit: str, noun: str) -> None:
         self.tokens, self.columns = cast(BinaryIO, tokens), cast(BinaryIO, columns)
-        self.limit_name, self.limit, self.overlong, self.noun = (
-            length_limit,
-            vars(config)[length_limit],
-            config.overlong,
-            noun,
-        )
+        self.limit_name, self.limit = length_limit, vars(config)[length_limit]
+        self.overlong, self.noun = config.overlong, noun
         self.hash = hashlib.sha256()
         self.token_ends: list[int] = []
         self.columns_ends: list[int] = []
@@ -163,10 +167,11 @@ class _Writer:
         if encoded.num_tokens > self.limit:
             if self.overlong is Overlong.error:
                 raise ValueError(
-                    f"{row.place}: {encoded.num_tokens} tokens, over data.{self.limit_name}={self.limit}; "
-                    "raise it, or set data.overlong=drop"
+                    f"{row.place}: {encoded.num_tokens} tokens, over "
+                    f"data.{self.limit_name}={self.limit}; raise it, or set data.overlong=drop"
                 )
-            self.num_overlong, self.longest = self.num_overlong + 1, max(self.longest, encoded.num_tokens)
+            self.num_overlong += 1
+            self.longest = max(self.longest, encoded.num_tokens)
             return
         self.num_rows += 1
         for part in encoded.parts:
@@ -174,20 +179,24 @@ class _Writer:
         self._append(self.columns, self.columns_ends, columns, 1)
 
     def _append(self, file: BinaryIO, ends: list[int], data: bytes, width: int) -> None:
+        start = 0
+        if ends:
+            start = ends[-1]
         file.write(data)
-        ends.append((ends[-1] if ends else 0) + len(data) // width)
+        ends.append(start + len(data) // width)
         self.hash.update(len(data).to_bytes(8, "little"))
         self.hash.update(data)
 
     def finish(self, where: object) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
         if not self.num_rows:
-            dropped = f"; all {self.num_overlong} {self.noun} are over data.{self.limit_name}={self.limit}, raise it"
-            raise ValueError(
-                f"data {where!r} has no rows{dropped if self.num_overlong else '; give a file that has some'}"
-            )
+            fix = "give a file that has some"
+            if self.num_overlong:
+                limit = f"data.{self.limit_name}={self.limit}"
+                fix = f"all {self.num_overlong} {self.noun} are over {limit}, raise it"
+            raise ValueError(f"data {where!r} has no rows; {fix}")
         if self.num_overlong:
             LOGGER.warning(
-                "data %s: dropped %d of %d %s with more than data.%s=%d tokens (the longest has %d)",
+                ("data %s: dropped %d of %d %s with more than data.%s=%d tokens (the longest has %d)"),
                 where,
                 self.num_overlong,
                 self.num_overlong + self.num_rows,
@@ -215,8 +224,8 @@ def _encode(row: SourceRow, columns: dict[str, Any]) -> bytes:
             f"{name!r} ({type(value).__name__})" for name, value in columns.items() if not _is_plain(value)
         )
         raise ValueError(
-            f"{row.place}: columns that hold no plain values (text, numbers, lists, dicts): {wrong}; "
-            "store them as text, or list in data.columns the columns to keep"
+            f"{row.place}: columns that hold no plain values (text, numbers, lists, dicts): "
+            f"{wrong}; store them as text, or list in data.columns the columns to keep"
         ) from error
 
 
@@ -234,4 +243,7 @@ def _chunks(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:
 
 
 def _cut(values: np.ndarray, ends: np.ndarray, row: int) -> np.ndarray:
-    return values[ends[row - 1] if row else 0 : ends[row]]
+    start = 0
+    if row:
+        start = ends[row - 1]
+    return values[start : ends[row]]

@@ -1,4 +1,5 @@
-"""Rows of parquet files, jsonl files and hub datasets, each with the place that an error message can name.
+"""Reads rows of parquet files, jsonl files and hub datasets, each with its place for error
+messages.
 
 Leaves out what the rows mean: columns are checked in tokenize.py.
 """
@@ -34,17 +35,20 @@ def read(places: Sequence[str]) -> Iterator[SourceRow]:
         if files is None:
             yield from read_hub(place)
         for path in files or ():
-            yield from (read_parquet if path.suffix == ".parquet" else read_jsonl)(path)
+            if path.suffix == ".parquet":
+                yield from read_parquet(path)
+            else:
+                yield from read_jsonl(path)
 
 
 def find_files(place: str) -> list[Path] | None:
-    """The files that a place means, sorted; None for a hub name."""
+    """The files that a place stands for, sorted; None for a hub name."""
     path = Path(place).expanduser()
     if path.is_dir():
         files = sorted(child for child in path.iterdir() if child.suffix in SUFFIXES)
     elif path.is_file():
         files = [path]
-    elif any(character in place for character in "*?["):
+    elif set(place) & set("*?["):
         files = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
     elif (
         path.suffix in (*SUFFIXES, ".json", ".csv", ".txt")
@@ -52,8 +56,8 @@ def find_files(place: str) -> list[Path] | None:
         or place.startswith((".", "~"))
     ):
         raise ValueError(
-            f"data {place!r}: there is no such file (working directory {Path.cwd()}); give an existing path "
-            "or a hub name"
+            f"data {place!r}: there is no such file (working directory {Path.cwd()}); give an "
+            "existing path or a hub name"
         )
     else:
         return None
@@ -90,8 +94,8 @@ def read_jsonl(path: Path) -> Iterator[SourceRow]:
                 raise ValueError(f"{place}: not UTF-8 text ({error}); save the file as UTF-8") from error
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"{place}: not valid JSON: {error.msg} at character {error.pos + 1} of {_start(line)}; a "
-                    "line must be one object"
+                    f"{place}: not valid JSON: {error.msg} at character {error.pos + 1} of "
+                    f"{_start(line)}; a line must be one object"
                 ) from error
             if not isinstance(values, dict):
                 raise ValueError(
@@ -101,20 +105,24 @@ def read_jsonl(path: Path) -> Iterator[SourceRow]:
 
 
 def read_hub(place: str) -> Iterator[SourceRow]:
-    """owner/name[:config][:split], through `datasets` (its cache, its mirrors, its offline mode)."""
+    """owner/name[:config][:split], through `datasets` (its cache, its mirrors, its offline
+    mode)."""
     import datasets
 
     name, *rest = place.split(":")
     if len(rest) > 2 or not all((name, *rest)):
         raise ValueError(f"data {place!r}: write owner/name, owner/name:split or owner/name:config:split")
-    split = rest[-1] if rest else "train"
+    split, config = "train", None
+    if rest:
+        split = rest[-1]
+    if len(rest) == 2:
+        config = rest[0]
     try:
-        dataset = datasets.load_dataset(name, rest[0] if len(rest) == 2 else None, split=split)
+        dataset = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"data {place!r} is neither a file nor a dataset that the hub gives us ({type(error).__name__}: "
-            f"{error}); "
-            "check the name, config and split, or the network"
+            f"data {place!r} is neither a file nor a dataset that the hub gives us "
+            f"({type(error).__name__}: {error}); check the name, config and split, or the network"
         ) from error
     for number, values in enumerate(dataset):
         yield SourceRow(f"{place}, row {number} (from 0)", values)

@@ -1,8 +1,8 @@
-"""From a row's prompt to its tokens, with every way in which a row can be wrong.
+"""Tokenises the prompt of a row and checks everything that can be wrong with it.
 
-Text is tokenised with the tokenizer's special tokens (a beginning-of-sequence token where the model has one);
-chat messages go through the chat template, with the generation prompt at the end. Leaves out images and
-tools: content is text.
+Text is tokenised with the tokenizer's special tokens (a beginning-of-sequence token where the model
+has one); chat messages go through the chat template, with the generation prompt at the end. Leaves
+out images and tools: content is text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from controllers.data.sources import SourceRow
 from workers.config import ModelConfig
 
 RESERVED = ("prompt", "response", "finish_reason")
-"""What the reward function is given beside the dataset's columns."""
+"""Parameters of a reward function that do not come from the dataset's columns."""
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -32,16 +32,15 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no tokenizer at {name!r} ({error}); set model.path or model.tokenizer to a directory or hub "
-            "name"
+            f"no tokenizer at {name!r} ({error}); set model.path or model.tokenizer to a "
+            "directory or hub name"
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    if not tokenizer("0 a")[
-        "input_ids"
-    ]:  # what transformers makes of a model's type alone, where no tokenizer was saved
+    # transformers makes an empty tokenizer from the model's type alone if none was saved.
+    if not tokenizer("0 a")["input_ids"]:
         raise ValueError(
-            f"no tokenizer at {name!r}: it knows no tokens; set model.tokenizer to a directory or hub name "
-            "that has one"
+            f"no tokenizer at {name!r}: it knows no tokens; set model.tokenizer to a directory or "
+            "hub name that has one"
         )
     return tokenizer
 
@@ -54,19 +53,21 @@ class PromptTokenizer:
         self.template = _template(config)
 
     def __call__(self, rows: Sequence[SourceRow]) -> list[list[int]]:
-        prompts = [self.prompt(row) for row in rows]
-        chats = [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]
-        texts = [i for i, prompt in enumerate(prompts) if isinstance(prompt, str)]
+        texts: dict[int, str] = {}
+        chats: dict[int, str] = {}
+        for i, row in enumerate(rows):
+            prompt = self.prompt(row)
+            if isinstance(prompt, str):
+                texts[i] = prompt
+            else:
+                chats[i] = self.render(row, prompt)
         ids: list[list[int]] = [[]] * len(rows)
-        for indices, rendered, special in (
-            (texts, [prompts[i] for i in texts], True),
-            (chats, [self.render(rows[i], prompts[i]) for i in chats], False),
-        ):
-            if indices:
+        for rendered, special in ((texts, True), (chats, False)):
+            if rendered:
                 encoded = self.tokenizer(
-                    rendered, add_special_tokens=special, padding=False, truncation=False
-                )["input_ids"]
-                for i, tokens in zip(indices, encoded, strict=True):
+                    list(rendered.values()), add_special_tokens=special, padding=False, truncation=False
+                )
+                for i, tokens in zip(rendered, encoded["input_ids"], strict=True):
                     ids[i] = tokens
         return ids
 
@@ -77,13 +78,14 @@ class PromptTokenizer:
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise ValueError(f"{row.place}: {column!r} is empty; remove the row or give it a prompt")
-            return [{"role": "user", "content": prompt}] if self.config.text_as_user_message else prompt
+            if self.config.text_as_user_message:
+                return [{"role": "user", "content": prompt}]
+            return prompt
         messages = check_messages(row, column, what="text or ")
         if messages[-1]["role"] == "assistant":
             raise ValueError(
-                f"{row.place}: message {len(messages) - 1} (from 0) of {column!r} is the last one and the "
-                "assistant's, "
-                "so there is nothing to answer; remove it"
+                f"{row.place}: message {len(messages) - 1} (from 0) of {column!r} is the last one "
+                "and the assistant's, so there is nothing to answer; remove it"
             )
         return messages
 
@@ -91,10 +93,9 @@ class PromptTokenizer:
         """The text that the chat template makes of the messages."""
         if self.template is None and self.tokenizer.chat_template is None:
             raise ValueError(
-                f"{row.place}: the prompt is a list of chat messages, but the tokenizer has no chat "
-                "template; "
-                "set data.chat_template to a file with one, use an instruction-tuned model's tokenizer, or "
-                "store prompts as text"
+                f"{row.place}: the prompt is a list of chat messages, but the tokenizer has no "
+                "chat template; set data.chat_template to a file with one, use an "
+                "instruction-tuned model's tokenizer, or store prompts as text"
             )
         try:
             text = self.tokenizer.apply_chat_template(
@@ -115,40 +116,43 @@ class PromptTokenizer:
 def extras(row: SourceRow, config: DataConfig) -> dict[str, Any]:
     """The columns for the reward function: `answer` and the further ones."""
     values = row.values
-    kept = {}
+    selected = {}
     if config.answer_column is not None:
         if values.get(config.answer_column) is None:
-            has = "is null in" if config.answer_column in values else "is not among"
+            has = "is not among"
+            if config.answer_column in values:
+                has = "is null in"
             raise ValueError(
                 f"{row.place}: the answer's column {config.answer_column!r} {has} "
-                f"{', '.join(map(repr, values))}; "
-                "set data.answer_column to the right column, or to null if the reward needs no answer"
+                f"{', '.join(map(repr, values))}; set data.answer_column to the right column, or "
+                "to null if the reward needs no answer"
             )
-        kept["answer"] = values[config.answer_column]
-    used = (config.prompt_column, config.answer_column)
-    names = config.columns if config.columns is not None else [name for name in values if name not in used]
+        selected["answer"] = values[config.answer_column]
+    names = config.columns
+    if names is None:
+        used = (config.prompt_column, config.answer_column)
+        names = [name for name in values if name not in used]
     for name in names:
         if name not in values:
             raise ValueError(
                 f"{row.place}: no column {name!r}, it has {', '.join(map(repr, values))}; correct "
                 "data.columns"
             )
-        if name in RESERVED or name in kept:
+        if name in RESERVED or name in selected:
             raise ValueError(
-                f"{row.place}: column {name!r} has the name of something else that the reward function is "
-                "given; "
-                "rename it, or list in data.columns the columns to keep"
+                f"{row.place}: column {name!r} has the name of something else that the reward "
+                "function is given; rename it, or list in data.columns the columns to keep"
             )
-        kept[name] = values[name]
-    return kept
+        selected[name] = values[name]
+    return selected
 
 
 def value_of(row: SourceRow, column: str, setting: str) -> Any:
     """The row's value, which must be there; `setting` names the column."""
     if column not in row.values:
         raise ValueError(
-            f"{row.place}: no column {column!r}, it has {', '.join(map(repr, row.values))}; set {setting} to "
-            "the right column"
+            f"{row.place}: no column {column!r}, it has {', '.join(map(repr, row.values))}; set "
+            f"{setting} to the right column"
         )
     return row.values[column]
 
@@ -157,7 +161,9 @@ def check_messages(row: SourceRow, column: str, what: str = "") -> list[dict[str
     """The checked messages of a column that holds a conversation."""
     messages = value_of(row, column, "data.messages_column")
     if not isinstance(messages, list) or not messages:
-        shown = "an empty list" if messages == [] else f"{type(messages).__name__} {str(messages)[:60]!r}"
+        shown = f"{type(messages).__name__} {str(messages)[:60]!r}"
+        if messages == []:
+            shown = "an empty list"
         raise ValueError(
             f"{row.place}: {column!r} is {shown}; it must be {what}a list of {{role, content}} messages"
         )
@@ -181,7 +187,7 @@ def _template(config: DataConfig) -> str | None:
     path = Path(config.chat_template).expanduser()
     if not path.is_file():
         raise ValueError(
-            f"data.chat_template={config.chat_template!r}: there is no such file; give the path of a Jinja "
-            "template"
+            f"data.chat_template={config.chat_template!r}: there is no such file; give the path "
+            "of a Jinja template"
         )
     return path.read_text(encoding="utf-8")
