@@ -30,6 +30,7 @@ from ray._private import ray_constants, services, worker
 from ray.exceptions import AuthenticationError
 
 from cluster.nodes import NodeInfo, check_nodes, probe, probe_nodes, table
+from hybridflow.progress import activity
 
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """0: Ray's nodes take 127.0.0.1 for their address and listen there only. Ray's default on laptops' systems,
@@ -128,12 +129,15 @@ def connect(config: ClusterConfig | None = None, *, cpu_slots: float = 0, gpus: 
     config = config or ClusterConfig()
     mode = _mode(config)
     if mode is Mode.embedded:
-        _start_embedded(config, cpu_slots)
+        with activity("starting Ray"):
+            _start_embedded(config, cpu_slots)
     elif mode is not Mode.joined:
-        _connect_to(config, mode)
+        with activity("connecting to Ray"):
+            _connect_to(config, mode)
     try:
-        nodes = probe_nodes(config.check_timeout_s)
-        check_nodes(nodes, probe())
+        with activity("checking the nodes"):
+            nodes = probe_nodes(config.check_timeout_s)
+            check_nodes(nodes, probe())
         context = ray.get_runtime_context()
         info = ClusterInfo(mode=mode, address=context.gcs_address, dashboard=_dashboard_url(), nodes=nodes)
         _check_size(info, cpu_slots, gpus)

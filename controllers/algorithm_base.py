@@ -144,8 +144,9 @@ def count_tokens(rows: Batch) -> Metrics:
 
 
 def batch_metrics(batch: Batch) -> Metrics:
-    """Rewards, lengths and the KL to the reference of a batch; read when they are logged."""
-    return Metrics(sources=[lambda: _batch_metrics(batch)])
+    """Rewards, lengths and the KL to the reference of a batch, read when they are logged, and the batch for
+    samples of it (controllers/samples.py)."""
+    return Metrics(sources=[lambda: _batch_metrics(batch)], rows=batch)
 
 
 def _batch_metrics(batch: Batch) -> Mapping[str, float]:

@@ -16,14 +16,19 @@ from typing import Any, Protocol
 
 from controllers.algorithm_base import Algorithm
 from controllers.data import PromptDataset, RowLoader
+from controllers.samples import SampleReader
 from controllers.validation import REWARD, Validate
 from hybridflow.checkpoint import CheckpointStore, load_metadata
 from hybridflow.metrics import Tracker
+from hybridflow.progress import activity
 from hybridflow.waiting import CALLS, CallRecord
 from workers.generation.config import SamplingConfig
 from workers.roles import TrainedRole
 
 LOGGER = logging.getLogger(__name__)
+PATIENCE_S = 30.0
+"""Seconds of a validation or a checkpoint after which the log says what it is doing (progress.py)."""
+STEP_PATIENCE_S = 300.0
 INPUTS = PromptDataset.columns
 """The columns that every step's prompts bring."""
 
@@ -102,6 +107,7 @@ class Loop:
 
     trained: the roles that a checkpoint holds; the first is the one that the run is for, also saved as a
     Hugging Face directory. further: by name, whatever else has a position that a checkpoint must hold.
+    samples: reads what the model says; None shows nothing of it.
     """
 
     def __init__(
@@ -115,10 +121,12 @@ class Loop:
         store: CheckpointStore,
         config: LoopConfig,
         further: Mapping[str, Stateful] | None = None,
+        samples: SampleReader | None = None,
     ) -> None:
         self.algorithm, self.trained, self.data, self.validation = algorithm, trained, data, validate
         self.tracker, self.store, self.config = tracker, store, config
         self.further = dict(further or {})
+        self.samples = samples
         self.step = 0
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
@@ -154,24 +162,36 @@ class Loop:
     def train_one_step(self) -> None:
         started = time.perf_counter()
         batch = next(self.data).repeat(self.algorithm.config.samples_per_prompt)
-        metrics = dict(self.algorithm.step(batch))
-        records = CALLS.finish()
+        with activity(f"step {self.step + 1}", detail=CALLS.under_way, patience_s=STEP_PATIENCE_S):
+            metrics = self.algorithm.step(batch)
+            numbers = dict(metrics)
+            records = CALLS.finish()
         seconds = time.perf_counter() - started
         self.step += 1
-        self._record(metrics, records, seconds)
+        self._record(numbers, records, seconds)
+        if self.samples is not None:
+            self.tracker.show(self.step, self.samples.training(metrics, self.step))
 
     def validate(self) -> dict[str, float]:
         if self.validation is None:
             return {}
         started = time.perf_counter()
-        numbers = dict(self.validation())
-        CALLS.finish()
+        with activity("validation", detail=CALLS.under_way, patience_s=PATIENCE_S):
+            metrics = self.validation()
+            numbers = dict(metrics)
+            CALLS.finish()
         self.tracker.log(
             self.step, numbers | {"seconds/validation": time.perf_counter() - started}, split="validation"
         )
+        if self.samples is not None:
+            self.tracker.show(self.step, self.samples.validation(metrics), split="validation")
         return numbers
 
     def checkpoint(self) -> None:
+        with activity("checkpoint", detail=CALLS.under_way, patience_s=PATIENCE_S):
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
         directory = self.store.begin(self.step)
         saving = [role.save_checkpoint(str(directory / name)) for name, role in self.trained.items()]
         saving += [next(iter(self.trained.values())).save_pretrained(str(directory / "huggingface"))]

@@ -1,4 +1,5 @@
-"""What a run is judged by between its steps: each is called without arguments and returns named numbers."""
+"""Validation: what a run is judged by between its steps. Each is called without arguments and returns named
+numbers, with the rows that they describe where those are responses."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ from dataclasses import replace
 from controllers.algorithm_base import means_of_dicts
 from controllers.data import RowDataset
 from hybridflow.batch import Batch
+from hybridflow.results import Metrics
 from workers.generation.config import SamplingConfig
 from workers.roles import Generator, Reward
 
 REWARD = "reward/mean"
-Validate = Callable[[], Mapping[str, float]]
+Validate = Callable[[], Metrics]
 
 
 class ResponseReward:
@@ -35,16 +37,18 @@ class ResponseReward:
         self.actor, self.reward, self.gold, self.prompts = actor, reward, gold, prompts
         self.sampling = replace(sampling, max_response_tokens=max_response_tokens)
 
-    def __call__(self) -> Mapping[str, float]:
+    def __call__(self) -> Metrics:
         batch = self.prompts.all()
         batch |= self.actor.generate_sequences(batch, self.sampling)
         scored = self.reward.compute_reward(batch)
         judged = self.gold.compute_reward(batch) if self.gold is not None else None
         numbers = {REWARD: float(scored.tensor("rewards").mean())}
+        batch |= scored
         if judged is not None:
             numbers["gold/mean"] = float(judged.tensor("rewards").mean())
             numbers |= means_of_dicts(judged.objects("reward_metrics"), "gold")
-        return numbers
+            batch |= judged.rename(rewards="gold_rewards", reward_metrics="gold_metrics")
+        return Metrics(numbers, rows=batch)
 
 
 class HeldOutRows:
@@ -53,5 +57,5 @@ class HeldOutRows:
     def __init__(self, evaluate: Callable[[Batch], Mapping[str, float]], rows: RowDataset) -> None:
         self.evaluate, self.rows = evaluate, rows
 
-    def __call__(self) -> Mapping[str, float]:
-        return self.evaluate(self.rows.all())
+    def __call__(self) -> Metrics:
+        return Metrics(self.evaluate(self.rows.all()))

@@ -16,6 +16,7 @@ import numpy as np
 from hybridflow.batch import Batch, ColumnEntry, RowRange
 from hybridflow.columns import declared
 from hybridflow.pool import ResourcePool
+from hybridflow.progress import activity
 from hybridflow.protocols import Arguments, Distribution, _as_list
 from hybridflow.results import Metrics, Results
 from hybridflow.worker import Remote, Worker, remote_methods
@@ -56,7 +57,8 @@ class Handle:
             for name in self._methods
         }
         started = time.perf_counter()
-        pool.create(role, worker_class, config)
+        with activity(f"building {role}", detail=pool.activity):
+            pool.create(role, worker_class, config)
         LOGGER.info(
             "%s: built on pool %s (%d devices) in %.1f s",
             role,

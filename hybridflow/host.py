@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
+from hybridflow import progress
 from hybridflow.batch import Batch
 from hybridflow.columns import Block
 from hybridflow.context import RankContext
@@ -41,6 +42,8 @@ class HostInfo:
     """Ray's id of the node ("" in local mode)."""
     address: str
     stack_file: str
+    activity_file: str
+    """What it is doing at the moment (progress.read)."""
 
 
 class Host:
@@ -55,6 +58,8 @@ class Host:
         self.node_id = node_id
         self.workers: dict[str, Worker] = {}
         self.stack_file = _write_stacks_on_signal()
+        self.activity_file = f"{self.stack_file.name}.activity"
+        progress.write_to(Path(self.activity_file))
 
     def info(self) -> HostInfo:
         return HostInfo(
@@ -63,6 +68,7 @@ class Host:
             node_id=self.node_id,
             address=self.context.node,
             stack_file=self.stack_file.name,
+            activity_file=self.activity_file,
         )
 
     def free_port(self) -> int:

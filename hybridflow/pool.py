@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hybridflow import waiting
+from hybridflow import progress, waiting
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.host import Host, HostInfo, read_stacks
+from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
 from hybridflow.store import Held
 from hybridflow.waiting import CALLS, CallRecord, Pending, Reply
@@ -29,6 +30,8 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 <<
 every tensor over 32 MiB is mapped anew and its pages are cleared by the kernel, which doubles the time of
 elementwise operations."""
 
+REMOTE_LOOK_S = 10.0
+REMOTE_TIMEOUT_S = 5.0
 
 NODE_MARK_AMOUNT = 0.001
 """Of a resource that marks nodes and is not used up: Ray gives every node 1 of its accelerator type, whatever
@@ -96,6 +99,10 @@ class ResourcePool(ABC):
     def node(self, rank: int) -> str | None: ...
 
     @abstractmethod
+    def activity(self) -> str:
+        """What another process of the pool is doing, where that has a name (progress.py); for any thread."""
+
+    @abstractmethod
     def close(self) -> None:
         """Ends the hosts; calling it twice is fine."""
 
@@ -131,8 +138,9 @@ class LocalPool(ResourcePool):
         started = time.time()
         (own,) = arguments
         local = own.map_batches(lambda batch: batch.local(batch.columns))
-        # The RPC layer's one lookup by name.
-        result = getattr(self.workers[role], method)(*local.args, **local.kwargs)
+        with activity(f"{role}.{method}"):
+            # The RPC layer's one lookup by name.
+            result = getattr(self.workers[role], method)(*local.args, **local.kwargs)
         num_rows = len(result) if num_columns else None
         reply = Reply(
             started=started, finished=time.time(), num_rows=num_rows, result=None if num_columns else result
@@ -150,6 +158,9 @@ class LocalPool(ResourcePool):
 
     def node(self, rank: int) -> str | None:
         return None
+
+    def activity(self) -> str:
+        return ""
 
     def close(self) -> None:
         for worker in self.workers.values():
@@ -181,25 +192,33 @@ class RayPool(ResourcePool):
         self._actors: list[Any] = []
         self._kept_callers: dict[tuple[str, int], list[Any]] = {}
         self._group: Any = None
+        self._seen_activity, self._seen_at = "", 0.0
         try:
-            self._start()
+            with activity(f"pool {spec.name}"):
+                self._start()
         except BaseException:
             self.close()
             raise
 
     def _start(self) -> None:
-        nodes = self._reserve()
-        contexts = self._contexts(nodes)
-        self._actors = [
-            self._start_host(context, node) for context, node in zip(contexts, nodes, strict=True)
-        ]
-        self.hosts: list[HostInfo] = waiting.get([actor.info.remote() for actor in self._actors])
-        one_node = len({host.node_id for host in self.hosts}) == 1
-        port = waiting.get([self._actors[0].free_port.remote()])[0]
-        master = "127.0.0.1" if one_node else self.hosts[0].address
-        waiting.get(
-            [actor.join.remote(master, port, self.spec.collective_timeout_s) for actor in self._actors]
-        )
+        import ray
+
+        self._node = ray.get_runtime_context().get_node_id()
+        with activity(f"reserving {self.size} devices"):
+            nodes = self._reserve()
+        with activity(f"starting {self.size} processes"):
+            contexts = self._contexts(nodes)
+            self._actors = [
+                self._start_host(context, node) for context, node in zip(contexts, nodes, strict=True)
+            ]
+            self.hosts: list[HostInfo] = waiting.get([actor.info.remote() for actor in self._actors])
+        with activity("connecting the processes"):
+            one_node = len({host.node_id for host in self.hosts}) == 1
+            port = waiting.get([self._actors[0].free_port.remote()])[0]
+            master = "127.0.0.1" if one_node else self.hosts[0].address
+            waiting.get(
+                [actor.join.remote(master, port, self.spec.collective_timeout_s) for actor in self._actors]
+            )
 
     def _reserve(self) -> list[str]:
         """Reserves the devices; returns the node of every rank, neighbours in rank order on one node."""
@@ -315,6 +334,7 @@ class RayPool(ResourcePool):
                 stacks=self.stacks,
                 kill=self.kill,
                 describe_host=self.describe_host,
+                activity=self.activity,
             )
         )
 
@@ -329,6 +349,25 @@ class RayPool(ResourcePool):
 
     def describe_host(self, rank: int) -> str:
         return f"pid {self.hosts[rank].pid} on {self.hosts[rank].address}"
+
+    def activity(self) -> str:
+        """Rank 0's. On another node a task reads it, at most every REMOTE_LOOK_S."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        if not self._actors:
+            return ""
+        host = self.hosts[0]
+        if host.node_id == self._node:
+            return progress.read(Path(host.activity_file))
+        if time.monotonic() - self._seen_at > REMOTE_LOOK_S:
+            self._seen_at = time.monotonic()
+            strategy = NodeAffinitySchedulingStrategy(host.node_id, soft=False)
+            task = ray.remote(progress.read).options(num_cpus=0, scheduling_strategy=strategy)
+            answer = task.remote(Path(host.activity_file))
+            done, _ = ray.wait([answer], timeout=REMOTE_TIMEOUT_S)
+            self._seen_activity = ray.get(answer) if done else ""
+        return self._seen_activity
 
     def stacks(self) -> dict[int, str]:
         """Every host's Python stacks, also of hosts that are stuck in native code."""
@@ -380,3 +419,4 @@ class RayPool(ResourcePool):
             self._group = None
         for host in self.hosts if hasattr(self, "hosts") else ():
             Path(host.stack_file).unlink(missing_ok=True)
+            Path(host.activity_file).unlink(missing_ok=True)

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, overload
 
+from hybridflow.batch import Batch
+
 T = TypeVar("T")
 
 
@@ -21,14 +23,21 @@ class Metrics(Mapping[str, float]):
         values: Mapping[str, float] | None = None,
         *,
         sources: Sequence[Callable[[], Mapping[str, float]]] = (),
+        rows: Batch | None = None,
     ) -> None:
+        """rows: what the numbers describe, so that a run can show some of it."""
         self._values: dict[str, float] = dict(values or {})
         self._sources = list(sources)
+        self.rows = rows
 
     def __or__(self, other: Mapping[str, float]) -> Metrics:
         if isinstance(other, Metrics):
-            return Metrics({**self._values, **other._values}, sources=[*self._sources, *other._sources])
-        return Metrics({**self._values, **other}, sources=self._sources)
+            return Metrics(
+                {**self._values, **other._values},
+                sources=[*self._sources, *other._sources],
+                rows=self.rows or other.rows,
+            )
+        return Metrics({**self._values, **other}, sources=self._sources, rows=self.rows)
 
     def renamed(self, old: str, new: str) -> Metrics:
         """The same numbers with another prefix, for two roles of one kind; does not wait."""

@@ -57,6 +57,8 @@ class Pending:
     stacks: Callable[[], dict[int, str]]
     kill: Callable[[str], None]
     describe_host: Callable[[int], str]
+    activity: Callable[[], str]
+    """What its first rank is doing, where that has a name (progress.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,6 +146,18 @@ class Calls:
         self.pending = still
         if self.pending and time.monotonic() - self.last_progress > self.timeout_s:
             self._stuck()
+
+    def under_way(self) -> str:
+        """The call that each pool is at, and what it does there; "" while nothing is pending. Any thread may
+        ask."""
+        first: dict[str, Pending] = {}
+        for call in list(self.pending):
+            first.setdefault(call.pool, call)
+        texts = []
+        for call in first.values():
+            activity = call.activity()
+            texts.append(f"{call.role}.{call.method}" + (f": {activity}" if activity else ""))
+        return ", ".join(texts)
 
     def finish(self) -> list[CallRecord]:
         """Waits for every pending call; returns and forgets the records made since the last time."""

@@ -12,11 +12,14 @@ from pathlib import Path
 from controllers import QUESTIONS, algorithm_entry, create_algorithm
 from controllers.data import PromptDataset, RowDataset, RowLoader, load_tokenizer
 from controllers.loop import Loop, Outcome
+from controllers.samples import SampleReader
 from controllers.streams import EmptyStream, PromptStream, Stream, TextStream
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.dataflow import Dataflow
 from hybridflow.mapping.answer.device_mapping import DeviceMapping
 from hybridflow.mapping.answer.explain import mapping_report
+from hybridflow.progress import activity
+from hybridflow.progress_display import shown
 from hybridflow.tracing import to_mermaid
 from hybridflow.waiting import CALLS
 from recipes.auto import apply_mapping, choose
@@ -90,16 +93,18 @@ def run(config: RunConfig) -> Outcome | None:
     CALLS.timeout_s = config.call_timeout_s
     directory = Path(config.output_dir).absolute()
     with ExitStack() as stack:
-        cluster = stack.enter_context(connect_cluster(config))
-        store = CheckpointStore(
-            directory / "checkpoints",
-            keep_last=config.loop.keep_last,
-            keep_best=config.loop.keep_best,
-            metric=entry.objective,
-            mode=entry.best,
-        )
-        tracker = stack.enter_context(start_tracker(config, directory, store))
-        handles = start_roles(stack, config, cluster, roles)
+        stack.enter_context(shown(live=config.metrics.console))
+        with activity("start"):
+            cluster = stack.enter_context(connect_cluster(config))
+            store = CheckpointStore(
+                directory / "checkpoints",
+                keep_last=config.loop.keep_last,
+                keep_best=config.loop.keep_best,
+                metric=entry.objective,
+                mode=entry.best,
+            )
+            tracker = stack.enter_context(start_tracker(config, directory, store))
+            handles = start_roles(stack, config, cluster, roles)
         data = RowLoader(train, config.data)
         streams: dict[str, Stream] = {
             "prompts": PromptStream(data, config.algorithm.samples_per_prompt),
@@ -115,6 +120,7 @@ def run(config: RunConfig) -> Outcome | None:
             store=store,
             config=config.loop,
             further={"pretraining": texts} if texts else {},
+            samples=SampleReader(config.metrics.samples, tokenizer, seed=config.seed),
         )
         if mapping is not None:
             mapping.save(directory / MAPPING)

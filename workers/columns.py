@@ -65,6 +65,12 @@ REWARDS = declare("rewards", "batch", "float32", "reward of the whole response")
 REWARD_METRICS = declare(
     "reward_metrics", "batch", "object", "dict of further numbers of the reward function"
 )
+GOLD_REWARDS = declare(
+    "gold_rewards", "batch", "float32", "reward of the whole response by the role `gold`, in validation"
+)
+GOLD_METRICS = declare(
+    "gold_metrics", "batch", "object", "dict of further numbers of the gold reward's function"
+)
 BASELINE_REWARDS = declare(
     "baseline_rewards", "batch", "float32", "reward of the prompt's greedy response (ReMax)"
 )

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hybridflow.progress import activity
 from hybridflow.resharding import (
     AttestationError,
     Attestor,
@@ -112,7 +113,8 @@ class WeightSync:
         """
         times = [time.perf_counter()]
         if self._executor is None or self.attestor is None:
-            self._executor, self.attestor = self._prepare()
+            with activity("compiling the resharding plan"):
+                self._executor, self.attestor = self._prepare()
         times.append(time.perf_counter())
         version, expected = self._announce(version)
         times.append(time.perf_counter())

@@ -1,6 +1,6 @@
 """The console: a live panel in a terminal, one line per step in a file or a job log.
 
-Shows the latest step only; the record of a run is the JSONL file.
+Shows the latest step, and one sample whenever there are some; the record of a run are the JSONL files.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import (
     BarColumn,
@@ -22,13 +22,19 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from hybridflow import progress_display
+from hybridflow.metrics.samples import Sample, SampleRows, shorten
 from hybridflow.metrics.sinks import Row, Sink
+from hybridflow.progress_display import Display
 
 PHASE = "seconds/"
 """Metrics under this prefix are the phases of a step; seconds/step is all of it."""
 SPARKS = "▁▂▃▄▅▆▇█"
 WIDTH = 40
 """Points of a sparkline."""
+PROMPT_CHARACTERS = 300
+RESPONSE_CHARACTERS = 600
+"""Of a sample, what the console shows at most; the whole is in samples.jsonl."""
 
 
 class ConsoleSink(Sink):
@@ -43,11 +49,17 @@ class ConsoleSink(Sink):
         self._history: dict[str, list[float]] = {}
         self._latest: Row | None = None
         self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), console=self._console, expand=True,
-        )  # fmt: skip
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            expand=True,
+        )
         self._task = self._progress.add_task("steps", total=total_steps, completed=start_step)
-        self._live: Live | None = None
+        self._display: Display | None = None
 
     def log(self, row: Row) -> None:
         if row.split != "train":
@@ -64,11 +76,19 @@ class ConsoleSink(Sink):
                 {name: row.metrics[name] for name in self._names if name in row.metrics},
             )
             return
-        if self._live is None:
-            # Started with the first step, so that what the start-up prints is not drawn over.
-            self._live = Live(console=self._console, refresh_per_second=2, transient=True)
-            self._live.start()
-        self._live.update(self._panel(row))
+        if self._display is None:
+            # Started with the first step: until then the start has its own line.
+            progress_display.drawn_elsewhere(True)
+            self._display = Display(console=self._console, get_renderable=self._panel)
+            self._display.start()
+
+    def show(self, rows: SampleRows) -> None:
+        sample = rows.samples[0]
+        title = f"sample of {rows.split} after step {rows.step}"
+        if self._console.is_terminal:
+            self._console.print(_sample_panel(sample, title))
+        else:
+            self._console.print("\n".join(_sample_lines(sample, title)), highlight=False, markup=False)
 
     def _print(self, title: str, metrics: Mapping[str, float]) -> None:
         parts = [
@@ -79,7 +99,9 @@ class ConsoleSink(Sink):
             parts.append(_phases(self._latest.metrics))
         self._console.print(" | ".join(part for part in parts if part), highlight=False, markup=False)
 
-    def _panel(self, row: Row) -> RenderableType:
+    def _panel(self) -> RenderableType:
+        if self._latest is None:
+            return ""
         table = Table.grid(padding=(0, 2))
         for name in self._names:
             if name in self._history:
@@ -89,25 +111,55 @@ class ConsoleSink(Sink):
                     Text(compact(values[-1]), justify="right"),
                     Text(sparkline(values), style="cyan"),
                 )
-        phases = Text(_phases(row.metrics), style="dim")
-        return Panel(Group(self._progress, table, phases), title="hybridflow", border_style="blue")
+        parts: list[RenderableType] = [
+            self._progress,
+            table,
+            Text(_phases(self._latest.metrics), style="dim"),
+        ]
+        if self._display is not None:
+            parts.append(progress_display.current_line())
+        return Panel(Group(*parts), title="hybridflow", border_style="blue")
 
     def summary(self, values: Mapping[str, object]) -> None:
-        self._stop_live()
+        self._stop_display()
         table = Table(title="summary", show_header=False, title_style="bold")
         for name, value in _flat(values):
             table.add_row(name, compact(value) if isinstance(value, float) else str(value))
         self._console.print(table)
 
     def close(self) -> None:
-        self._stop_live()
+        self._stop_display()
 
-    def _stop_live(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-            if self._latest is not None:
-                self._console.print(self._panel(self._latest))
+    def _stop_display(self) -> None:
+        if self._display is not None:
+            self._display.stop()
+            self._display = None
+            progress_display.drawn_elsewhere(False)
+            self._console.print(self._panel())
+
+
+def _sample_panel(sample: Sample, title: str) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    grid.add_row("prompt", Text(shorten(sample.prompt, PROMPT_CHARACTERS)))
+    grid.add_row("response", Text(shorten(sample.response, RESPONSE_CHARACTERS), style="bold"))
+    return Panel(
+        grid, title=title, title_align="left", subtitle=escape(_verdict(sample)), subtitle_align="left"
+    )
+
+
+def _sample_lines(sample: Sample, title: str) -> list[str]:
+    """Three lines, whatever the texts contain."""
+    prompt = shorten(sample.prompt, PROMPT_CHARACTERS).replace("\n", "\\n")
+    response = shorten(sample.response, RESPONSE_CHARACTERS).replace("\n", "\\n")
+    return [f"{title} | {_verdict(sample)}", f"  prompt    {prompt}", f"  response  {response}"]
+
+
+def _verdict(sample: Sample) -> str:
+    """reward 1 | reward/format 0.5 | finish stop | weights 12"""
+    scores = [f"{name} {compact(value)}" for name, value in sample.scores.items()]
+    return " | ".join([*scores, f"finish {sample.finish_reason}", f"weights {sample.weight_version}"])
 
 
 def compact(value: float) -> str:

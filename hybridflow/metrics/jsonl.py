@@ -1,4 +1,5 @@
-"""The JSONL record of a run: one flat JSON object a call of log, readable by pandas.read_json(lines=True).
+"""The JSONL record of a run, readable by pandas.read_json(lines=True): a flat JSON object for every call of
+log in metrics.jsonl, and for every sample in samples.jsonl.
 
 Not-a-number and the infinities are not JSON; they are written as the strings "NaN", "Infinity" and
 "-Infinity", which read_jsonl (and Python's float) turn back.
@@ -11,38 +12,37 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from hybridflow.metrics.samples import SampleRows
 from hybridflow.metrics.sinks import Row, Sink
 
 RESERVED = ("step", "split", "time_s")
-"""Keys of every line beside the metrics."""
+"""Keys of every line of metrics.jsonl beside the metrics."""
+SAMPLES = "samples.jsonl"
 
 
 class JsonlSink(Sink):
-    """<directory>/metrics.jsonl, flushed at every line, and <directory>/summary.json."""
+    """<directory>/metrics.jsonl and samples.jsonl, flushed at every line, and <directory>/summary.json."""
 
     failures = ()
 
     def __init__(self, directory: Path, start_step: int) -> None:
-        """Lines after `start_step` that an earlier run left are dropped; with start_step 0 the file starts
+        """Lines after `start_step` that an earlier run left are dropped; with start_step 0 the files start
         afresh."""
         self._directory = directory
-        path = directory / "metrics.jsonl"
-        kept = (
-            [row for row in read_jsonl(path) if row["step"] <= start_step]
-            if start_step and path.exists()
-            else []
-        )
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(to_json(row), allow_nan=False) + "\n" for row in kept))
-        temporary.replace(path)
-        self._file = path.open("a")
+        self._metrics = _continue(directory / "metrics.jsonl", start_step)
+        self._samples = _continue(directory / SAMPLES, start_step)
 
     def log(self, row: Row) -> None:
-        values = {"step": row.step, "split": row.split, "time_s": round(row.time_s, 3), **row.metrics}
-        self._file.write(json.dumps(to_json(values), allow_nan=False) + "\n")
-        self._file.flush()
+        _append(
+            self._metrics,
+            {"step": row.step, "split": row.split, "time_s": round(row.time_s, 3), **row.metrics},
+        )
+
+    def show(self, rows: SampleRows) -> None:
+        for sample in rows.samples:
+            _append(self._samples, {"step": rows.step, "split": rows.split, **sample.fields()})
 
     def summary(self, values: Mapping[str, object]) -> None:
         path = self._directory / "summary.json"
@@ -51,24 +51,54 @@ class JsonlSink(Sink):
         temporary.replace(path)
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        for file in (self._metrics, self._samples):
+            os.fsync(file.fileno())
+            file.close()
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of `path` with floats restored. A last line cut off by a crash is left out; any other broken
-    line is a ValueError."""
+    """The rows of metrics.jsonl with floats restored. A last line cut off by a crash is left out; any other
+    broken line is a ValueError."""
+    rows = []
+    for row in _read_lines(path):
+        rows.append({name: value if name in RESERVED else float(value) for name, value in row.items()})
+    return rows
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The rows of samples.jsonl, in order; a last line cut off by a crash is left out."""
+    return _read_lines(path)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines(keepends=True)
     rows = []
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith("\n"):
             break
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: not a JSON line ({error}); remove the line") from error
-        rows.append({name: value if name in RESERVED else float(value) for name, value in row.items()})
     return rows
+
+
+def _continue(path: Path, start_step: int) -> IO[str]:
+    """The file opened for appending, without the lines after start_step."""
+    earlier = []
+    if start_step and path.exists():
+        earlier = [row for row in _read_lines(path) if row["step"] <= start_step]
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        for row in earlier:
+            _append(file, row)
+    temporary.replace(path)
+    return path.open("a")
+
+
+def _append(file: IO[str], row: Mapping[str, object]) -> None:
+    file.write(json.dumps(to_json(row), allow_nan=False) + "\n")
+    file.flush()
 
 
 def to_json(value: Any) -> Any:

@@ -1,5 +1,5 @@
-"""Sinks: where a Tracker's numbers go. TensorBoard, Weights & Biases, Prometheus; console.py and jsonl.py
-hold the other two.
+"""Sinks: where a Tracker's numbers and samples go. TensorBoard, Weights & Biases, Prometheus; console.py and
+jsonl.py hold the other two.
 
 A sink's library is imported when the sink is made, so that a run pays only for what it uses.
 """
@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from hybridflow.metrics.samples import TEXT_FIELDS, Sample, SampleRows
 
 if TYPE_CHECKING:
     from ray.util.metrics import Gauge
@@ -46,6 +48,9 @@ class Sink(ABC):
     def log(self, row: Row) -> None: ...
 
     @abstractmethod
+    def show(self, rows: SampleRows) -> None: ...
+
+    @abstractmethod
     def summary(self, values: Mapping[str, object]) -> None: ...
 
     @abstractmethod
@@ -53,7 +58,7 @@ class Sink(ABC):
 
 
 class TensorBoardSink(Sink):
-    """Scalars <split>/<metric>."""
+    """Scalars <split>/<metric>, and samples as the text <split>/samples."""
 
     def __init__(self, directory: Path, start_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -67,6 +72,10 @@ class TensorBoardSink(Sink):
         for name, value in row.metrics.items():
             self._writer.add_scalar(f"{row.split}/{name}", value, row.step, walltime=row.time_s)
 
+    def show(self, rows: SampleRows) -> None:
+        text = "\n\n---\n\n".join(_markdown(sample) for sample in rows.samples)
+        self._writer.add_text(f"{rows.split}/samples", text, rows.step, walltime=rows.time_s)
+
     def summary(self, values: Mapping[str, object]) -> None:
         lines = (f"| {name} | {value} |" for name, value in values.items())
         self._writer.add_text("summary", "\n".join(["| | |", "|---|---|", *lines]))
@@ -76,7 +85,8 @@ class TensorBoardSink(Sink):
 
 
 class WandbSink(Sink):
-    """A Weights & Biases run that goes on under its old id when the directory holds one."""
+    """A Weights & Biases run that goes on under its old id when the directory holds one. Samples are a table
+    <split>/samples of each step that shows any."""
 
     def __init__(
         self,
@@ -122,6 +132,13 @@ class WandbSink(Sink):
             {"step": row.step, **{f"{row.split}/{name}": value for name, value in row.metrics.items()}}
         )
 
+    def show(self, rows: SampleRows) -> None:
+        import wandb
+
+        names, values = rows.table()
+        table = wandb.Table(columns=[*names], data=values)
+        self._run.log({"step": rows.step, f"{rows.split}/samples": table})
+
     def summary(self, values: Mapping[str, object]) -> None:
         self._run.summary.update(dict(values))
 
@@ -160,11 +177,25 @@ class PrometheusSink(Sink):
             self._gauges[name] = Gauge(prometheus_name(name), description=name, tag_keys=("run",))
         return self._gauges[name]
 
+    def show(self, rows: SampleRows) -> None:
+        """Nothing: a gauge holds numbers only."""
+
     def summary(self, values: Mapping[str, object]) -> None:
         """Nothing: a gauge holds the last value already."""
 
     def close(self) -> None:
         self._gauges.clear()
+
+
+def _markdown(sample: Sample) -> str:
+    """Texts as indented code, so that nothing in them is taken for Markdown."""
+    lines = []
+    for name, value in sample.fields().items():
+        if name in TEXT_FIELDS:
+            lines += [f"**{name}**", "", *(f"    {line}" for line in str(value).splitlines()), ""]
+        else:
+            lines.append(f"- {name}: {value}")
+    return "\n".join(lines)
 
 
 def prometheus_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Tracker: takes the numbers of every step and hands them to the sinks that the config names.
+"""Tracker: takes the numbers and samples of every step and hands them to the sinks that the config names.
 
 Computes nothing: no averages over steps, no units. Runs on the controller only; workers return their numbers
 as results.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from numbers import Real
@@ -18,7 +18,9 @@ from typing import Literal
 
 from hybridflow.metrics.console import ConsoleSink
 from hybridflow.metrics.jsonl import RESERVED, JsonlSink
+from hybridflow.metrics.samples import Sample, SampleRows, SamplesConfig
 from hybridflow.metrics.sinks import PrometheusSink, Row, Sink, TensorBoardSink, WandbSink
+from hybridflow.progress import activity
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class MetricsConfig:
     console: bool = True
     """Live progress in a terminal, one line a step elsewhere (job logs)."""
     jsonl: bool = True
-    """<directory>/metrics.jsonl, one object a call of log, and <directory>/summary.json."""
+    """<directory>/metrics.jsonl, samples.jsonl (one object a call of log, and a sample) and summary.json."""
     tensorboard: bool = False
     """Event files in <directory>/tensorboard."""
     wandb: WandbMode = WandbMode.off
@@ -50,6 +52,8 @@ class MetricsConfig:
     console_metrics: list[str] = field(default_factory=lambda: ["reward/mean", "kl/mean", "tokens_per_s"])
     """Names that the console shows, in this order, where a step has them; seconds/<phase> are always shown.
    """
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    """What the model says."""
 
 
 class Tracker:
@@ -58,6 +62,7 @@ class Tracker:
         with Tracker(config.metrics, Path("outputs/ppo"), total_steps=100, start_step=40) as tracker:
             tracker.log(41, {"reward/mean": 0.5, "seconds/step": 2.1, "seconds/generation": 1.2})
             tracker.log(41, {"accuracy": 0.7}, split="validation")
+            tracker.show(41, [Sample(prompt="2+3=", response="5", ...)], split="validation")
             tracker.summary({"accuracy_after": 0.93})
 
     Everything that can be wrong with a sink (nobody logged in, no Ray, a directory that cannot be written) is
@@ -79,23 +84,32 @@ class Tracker:
         _make_writable(directory)
         self._sinks: list[Sink] = []
         try:
-            if config.jsonl:
-                self._sinks.append(JsonlSink(directory, start_step))
-            if config.tensorboard:
-                self._sinks.append(TensorBoardSink(directory / "tensorboard", start_step))
-            if config.wandb is not WandbMode.off:
-                mode: Literal["offline", "online"] = (
-                    "online" if config.wandb is WandbMode.online else "offline"
-                )
-                self._sinks.append(WandbSink(directory, config.project, config.run, mode, run_config or {}))
-            if config.prometheus:
-                self._sinks.append(PrometheusSink(config.run))
-            if config.console:
-                self._sinks.append(ConsoleSink(config.console_metrics, total_steps, start_step))
+            with activity("opening the metrics"):
+                self._open(config, directory, total_steps, start_step, run_config or {})
         except BaseException:
             self.close()
             raise
         self._num_failed = 0
+
+    def _open(
+        self,
+        config: MetricsConfig,
+        directory: Path,
+        total_steps: int,
+        start_step: int,
+        run_config: Mapping[str, object],
+    ) -> None:
+        if config.jsonl:
+            self._sinks.append(JsonlSink(directory, start_step))
+        if config.tensorboard:
+            self._sinks.append(TensorBoardSink(directory / "tensorboard", start_step))
+        if config.wandb is not WandbMode.off:
+            mode: Literal["offline", "online"] = "online" if config.wandb is WandbMode.online else "offline"
+            self._sinks.append(WandbSink(directory, config.project, config.run, mode, run_config))
+        if config.prometheus:
+            self._sinks.append(PrometheusSink(config.run))
+        if config.console:
+            self._sinks.append(ConsoleSink(config.console_metrics, total_steps, start_step))
 
     def log(self, step: int, metrics: Mapping[str, float], *, split: str = "train") -> None:
         """Record `metrics` of `step`; NaN and infinities are kept and stay visible in every sink."""
@@ -103,19 +117,18 @@ class Tracker:
         if self._num_failed:
             values["metrics/failed_sinks"] = float(self._num_failed)
         row = Row(step=step, split=split, time_s=time.time(), metrics=values)
-        for sink in list(self._sinks):
-            try:
-                sink.log(row)
-            except sink.failures as error:
-                self._drop(sink, error)
+        self._to_all(lambda sink: sink.log(row))
+
+    def show(self, step: int, samples: Sequence[Sample], *, split: str = "train") -> None:
+        """Record responses of `step`; without any it does nothing."""
+        if not samples:
+            return
+        rows = SampleRows(step=step, split=split, time_s=time.time(), samples=samples)
+        self._to_all(lambda sink: sink.show(rows))
 
     def summary(self, values: Mapping[str, object]) -> None:
         """Record the outcome of the run: JSON values, nested if need be."""
-        for sink in list(self._sinks):
-            try:
-                sink.summary(values)
-            except sink.failures as error:
-                self._drop(sink, error)
+        self._to_all(lambda sink: sink.summary(values))
 
     def close(self) -> None:
         """Flush and close every sink; called again it does nothing."""
@@ -133,6 +146,13 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _to_all(self, act: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                act(sink)
+            except sink.failures as error:
+                self._drop(sink, error)
 
     def _drop(self, sink: Sink, error: Exception) -> None:
         logger.error(

@@ -7,7 +7,6 @@ than one unsharded module. Quantized checkpoints and adapters are left out.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -31,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hybridflow.context import RankContext
+from hybridflow.progress import activity
 from workers.config import ModelConfig
 from workers.engines.base import Head
 from workers.engines.model.attention import use_sequence_attention
@@ -148,7 +148,7 @@ def load_pretrained(config: ModelConfig, head: Head) -> PreTrainedModel:
     """The model in float32 on the CPU; ValueError for a path, an architecture or weights that do not fit."""
     hf_config = model_config(config, head)
     try:
-        with _own_report():
+        with activity(f"loading the weights of {config.path}"), _own_report():
             model, info = _auto_class(head).from_pretrained(
                 config.path,
                 config=hf_config,
@@ -166,12 +166,11 @@ def load_pretrained(config: ModelConfig, head: Head) -> PreTrainedModel:
 
 @contextmanager
 def _own_report() -> Iterator[None]:
-    """Without transformers' report of missing and unused weights, which _check_keys judges, and without a
-    progress bar in a log file."""
+    """Without transformers' report of missing and unused weights, which _check_keys judges, and without its
+    progress bar, which would be drawn over the run's own display."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
+from hybridflow.progress import activity
 from hybridflow.resharding import ParameterSpec
 from workers.config import ModelConfig
 from workers.generation.base import GenerationEngine, Generations
@@ -82,7 +83,7 @@ class VllmEngine(GenerationEngine):
         self._tied: bool = text_config.tie_word_embeddings
         self._has_tokenizer = bool(config.sampling.stop_strings)
         self._has_weights = True
-        with preserve_process_state(context, verbose=config.verbose):
+        with activity("building vLLM"), preserve_process_state(context, verbose=config.verbose):
             from vllm.distributed.parallel_state import model_parallel_is_initialized
 
             from workers.generation.vllm.sampler import TrainerSampler
