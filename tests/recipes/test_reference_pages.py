@@ -77,3 +77,17 @@ def test_defaults_that_differ_from_other_systems(composed: Callable[..., DictCon
     assert ppo.actor.generation.enforce_eager
     assert not ppo.actor.train.activation_checkpointing
     assert (ppo.loop.checkpoint_every, ppo.loop.resume) == (0, "auto")
+
+
+def test_what_the_glossary_names_exists() -> None:
+    """Every row's file, and every class, function or constant in it; terms are unique."""
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    rows = re.findall(r"^\| \*\*(.+?)\*\* \| .* \| \[(.+?)\]\(\.\./(.+?)\): (.+) \|$", text, re.MULTILINE)
+    assert len(rows) >= 50
+    assert len({term for term, *_ in rows}) == len(rows)
+    for term, file, link, names in rows:
+        assert file == link, term
+        source = (ROOT / file).read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            defined = re.search(rf"^(?:class|def) {name}\b|^{name}\b.* = ", source, re.MULTILINE)
+            assert defined, f"{term}: {file} has no {name}"
