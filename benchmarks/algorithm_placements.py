@@ -1,11 +1,12 @@
-"""Every algorithm on two ranks and on split pools against one process: the same rewards, losses and gradient
-norms, step by step.
+"""Every algorithm on two ranks and on split pools against one process: the same rewards, losses and
+gradient norms, step by step.
 
-python -m benchmarks.algorithm_placements [--json FILE] [--algorithms ppo ...] [--set NAME=VALUE ...]
+python -m benchmarks.algorithm_placements [--json FILE] [--algorithms ppo ...] [--set NAME=VALUE
+...]
 
-The real command line, the quickstart's model, task and settings (benchmarks/learning/settings.py) in small,
-three steps. What a layout changes is the order in which float32 sums are added up; the largest relative
-difference is printed.
+The real command line, the quickstart's model, task and settings (benchmarks/learning/settings.py)
+in small, three steps. What a layout changes is the order in which float32 sums are added up; the
+largest relative difference is printed.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.learning.__main__ import filled, teachers
 from benchmarks.learning.settings import COMMON, SETTINGS
+from benchmarks.learning.teachers import filled, teachers
 from controllers import ALGORITHMS
 from hybridflow.metrics import read_jsonl
 from recipes.quickstart.prepare import Prepared, prepare
@@ -70,7 +71,8 @@ def measure(
 
 
 def placements(algorithm: str) -> dict[str, list[str]]:
-    """Two ranks of one pool; and the policy with its reference in one pool, all other roles in another."""
+    """Two ranks of one pool; and the policy with its reference in one pool, all other roles in
+    another."""
     roles = ALGORITHMS[algorithm].roles
     policy = [role for role in roles if role in ("actor", "reference")]
     others = [role for role in roles if role not in policy] or ["reward"]
@@ -81,7 +83,7 @@ def placements(algorithm: str) -> dict[str, list[str]]:
 def metrics(
     algorithm: str, prepared: Prepared, models: dict[str, str], settings: list[str]
 ) -> list[dict[str, Any]]:
-    """What a run logged, step by step."""
+    """The metrics that a run logged, step by step."""
     with tempfile.TemporaryDirectory() as output:
         command = [
             f"recipes.{algorithm}",
@@ -89,7 +91,7 @@ def metrics(
             f"data.train={prepared.train_path}",
             f"output_dir={output}",
             *COMMON,
-            *(filled(setting, models) for setting in SETTINGS[algorithm]),
+            *filled(algorithm, models),
             *SMALL,
             *settings,
         ]
@@ -107,13 +109,13 @@ def metrics(
 
 def compare(alone: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[float, str]:
     """(largest difference relative to max(1e-3, the value), step and metric where it is)."""
-    found = [
-        (abs(left[name] - right[name]) / max(1e-3, abs(left[name])), f"{name}, step {left['step']}")
-        for left, right in zip(alone, other, strict=True)
-        for name in COMPARED
-        if name in left
-    ]
-    return max(found)
+    largest = (0.0, "")
+    for left, right in zip(alone, other, strict=True):
+        for name in COMPARED:
+            if name in left:
+                difference = abs(left[name] - right[name]) / max(1e-3, abs(left[name]))
+                largest = max(largest, (difference, f"{name}, step {left['step']}"))
+    return largest
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Measures how the code reads: long lines, comprehensions, conditional expressions, dense statements, names.
+"""Measures how the code reads: long lines, comprehensions, conditional expressions, dense
+statements, names.
 
     python -m benchmarks.house                            # the five packages
     python -m benchmarks.house workers/engines --worst 20 # a folder or file, and its worst places
@@ -81,7 +82,8 @@ class Place:
 
 @dataclass(kw_only=True)
 class Figures:
-    """The counts of some files; `places` holds the lines behind each count, under the keys of PLACES."""
+    """The counts of some files; `places` holds the lines behind each count, under the keys of
+    PLACES."""
 
     lines: int = 0
     nodes: int = 0
@@ -123,7 +125,8 @@ class Figures:
 
 
 class Reader(ast.NodeVisitor):
-    """Adds one file's syntax tree to the figures: Reader(figures, "workers/actor.py").visit(tree)."""
+    """Adds one file's syntax tree to the figures: Reader(figures,
+    "workers/actor.py").visit(tree)."""
 
     def __init__(self, figures: Figures, path: str) -> None:
         self.figures = figures
@@ -216,7 +219,8 @@ def measure(paths: list[Path]) -> Figures:
 
 
 def names_to_import(guide: Path = USER_GUIDE) -> int | None:
-    """The number of names that the user guide's own loop imports; None if the guide has no such example."""
+    """The number of names that the user guide's own loop imports; None if the guide has no such
+    example."""
     if not guide.exists():
         return None
     for block in re.findall(r"```python\n(.*?)```", guide.read_text(), flags=re.DOTALL):

@@ -1,12 +1,13 @@
-"""Engine `threed` on every layout of up to 8 ranks against plain PyTorch in one process: 3 training steps,
-same data, same weights.
+"""Engine `threed` on every layout of up to 8 ranks against plain PyTorch in one process: 3 training
+steps, same data, same weights.
 
 python -m benchmarks.threed_equivalence --json FILE [--ranks 8] [--model llama]
 
-A row per (pipeline, tensor, data) size that fits the model, 1F1B and, where the layers suffice, interleaved
-1F1B, in the paper's rank order and in Megatron's: the largest difference of the losses, of the gradient norms
-(both relative) and of any element of any weight after the last step (absolute; the learning rate is 1e-3).
-The plain run has no padding, no micro-batches and full logits. Gloo, one thread a rank.
+A row per (pipeline, tensor, data) size that fits the model, 1F1B and, where the layers suffice,
+interleaved 1F1B, in the paper's rank order and in Megatron's: the largest difference of the losses,
+of the gradient norms (both relative) and of any element of any weight after the last step
+(absolute; the learning rate is 1e-3). The plain run has no padding, no micro-batches and full
+logits. Gloo, one thread a rank.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from workers.engines.threed.layout import fitting_layouts
 
 LAYERS, HEADS = 8, 8
 TOLERANCE = 1e-5
-"""Of every difference: float32 rounding of other summation orders, through three AdamW steps (epsilon 1e-4).
-"""
+"""The largest difference that float32 rounding of other summation orders makes, through three
+AdamW steps (epsilon 1e-4)."""
 ORDERS = ("dp pp cp tp", "pp dp cp tp")
 
 
@@ -59,8 +60,8 @@ def main() -> None:
 
 
 def layouts(directory: Path, name: str, most_ranks: int) -> list[Case]:
-    """Every layout of at most `most_ranks` ranks that fits, with each schedule and rank order that makes a
-    difference."""
+    """Every layout of at most `most_ranks` ranks that fits, with each schedule and rank order
+    that makes a difference."""
     config = AutoConfig.from_pretrained(directory)
     cases: dict[str, Case] = {}
     for world_size, virtual, order in product(range(1, most_ranks + 1), (1, 2), ORDERS):
@@ -101,8 +102,8 @@ def compare(case: Case, root: Path, expected: PlainRun) -> dict[str, Any]:
     }
 
 
-def _relative(found: list[float], wanted: list[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
+def _relative(actual: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(actual, expected, strict=True))
 
 
 def _arguments() -> argparse.Namespace:

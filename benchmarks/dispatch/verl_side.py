@@ -1,8 +1,8 @@
-"""The dispatch benchmark's data-parallel round trip on verl's own DataProto and worker groups; needs verl
-(0.9.1 runs on CPU).
+"""The dispatch benchmark's data-parallel round trip on verl's own DataProto and worker groups;
+needs verl (0.9.1 runs on CPU).
 
-The same batch and the same path: distribute over two ranks, identity, collect, distribute over a second
-group, one number per row back.
+The same batch and the same path: distribute over two ranks, identity, collect, distribute over a
+second group, one number per row back.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 
+from benchmarks.dispatch.case import SIZES, make_columns, row_sums
+
 SERIALIZATION = "VERL_DATAPROTO_SERIALIZATION_METHOD"
 
 
 def round_trip_ms(repeats: int, serialization: str | None) -> dict[str, float]:
-    """Median ms of the small and the large batch; serialization: None (verl's default) or "numpy"."""
+    """Median ms of the small and the large batch; serialization: None (verl's default) or
+    "numpy"."""
     import ray
     from verl import DataProto
     from verl.single_controller.base import Worker
     from verl.single_controller.base.decorator import Dispatch, register
     from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
-
-    from benchmarks.dispatch.__main__ import make_batch
 
     class Peer(Worker):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -40,7 +41,7 @@ def round_trip_ms(repeats: int, serialization: str | None) -> dict[str, float]:
         @register(dispatch_mode=Dispatch.DP_COMPUTE_PROTO)
         def read(self, data: Any) -> Any:
             return DataProto.from_dict(
-                {"bench_sum": data.batch["bench_ids"][:, 0].float() + data.batch["bench_numbers"][:, -1]}
+                {"bench_sum": row_sums(data.batch["bench_ids"], data.batch["bench_numbers"])}
             )
 
     before = os.environ.pop(SERIALIZATION, None)
@@ -63,12 +64,12 @@ def round_trip_ms(repeats: int, serialization: str | None) -> dict[str, float]:
 
         makers, readers = group("makers"), group("readers")
         result = {}
-        for size, factor in (("small", 1), ("large", 8)):
-            _, numbers = make_batch(factor)
-            expected = numbers["bench_ids"][:, 0].float() + numbers["bench_numbers"][:, -1]
+        for size, factor in SIZES.items():
+            columns = make_columns(factor)
+            expected = row_sums(columns["bench_ids"], columns["bench_numbers"])
             times = []
             for _ in range(max(3, repeats // 2) + 1):
-                data = DataProto.from_dict(dict(numbers))
+                data = DataProto.from_dict(dict(columns))
                 started = time.perf_counter()
                 answer = readers.read(makers.identity(data))
                 times.append(time.perf_counter() - started)

@@ -1,9 +1,9 @@
-"""What benchmarks.invariance runs: a tiny model, prompts, a reward function that writes down what it is
-shown, and settings.
+"""The case that benchmarks.invariance runs: a tiny model, prompts, a reward function that writes
+down its input, and settings.
 
-Everything is in float32, with learning rates and clip ranges that make two optimizer steps on one batch
-differ: the second step's ratios are not 1, some of them clipped, and values have moved away from the
-rollout's.
+Everything is in float32, with learning rates and clip ranges that make two optimizer steps on one
+batch differ: the second step's ratios are not 1, some of them clipped, and values have moved away
+from the rollout's.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from transformers import (
 
 VOCABULARY, EOS, END = 64, 1, "<end>"
 NUM_PROMPTS = 7
-"""Divides by nothing."""
+"""A number that no number of ranks or samples divides."""
 RESPONSE_TOKENS = 10
 LEARNING_RATE, EPSILON, WEIGHT_DECAY, CLIP_GRAD_NORM = 1e-3, 1e-4, 0.1, 0.5
-"""AdamW's epsilon is large: with 1e-8 a gradient that is rounding noise makes a whole step, and no two
-summation orders agree."""
+"""AdamW's epsilon is large: with 1e-8 a gradient that is rounding noise makes a whole step, and
+no two summation orders agree."""
 NUM_EPOCHS = 2
 CLIP = 0.05
 KL, GAMMA, LAMBDA = 0.1, 0.99, 0.9
@@ -49,8 +49,8 @@ STARTS = {"actor": "policy", "critic": "critic", "cost_critic": "cost_critic"}
 
 
 def make_case(directory: Path) -> None:
-    """directory/policy, reference (another model, so that the KL is not 0), critic, cost_critic, tokenizer,
-    texts.jsonl."""
+    """directory/policy, reference (another model, so that the KL is not 0), critic,
+    cost_critic, tokenizer, texts.jsonl."""
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -64,12 +64,12 @@ def make_case(directory: Path) -> None:
         pad_token_id=EOS,
         tie_word_embeddings=False,
     )
-    tokenizer = Tokenizer(
-        models.WordLevel({END if i == EOS else f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2")
-    )
+    vocabulary = {f"w{i}": i for i in range(VOCABULARY) if i != EOS}
+    tokenizer = Tokenizer(models.WordLevel({**vocabulary, END: EOS}, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    # Only the end is special: every other token of a response is in the text that the reward function gets.
-    # In a folder of its own: beside a Qwen2 model AutoTokenizer would make a Qwen2Tokenizer of it.
+    # Only the end is special: every other token of a response is in the text that the reward
+    # function gets. In a folder of its own: beside a Qwen2 model AutoTokenizer would make a
+    # Qwen2Tokenizer of it.
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END).save_pretrained(
         directory / "tokenizer"
     )
@@ -84,11 +84,11 @@ def make_case(directory: Path) -> None:
     for seed, name in enumerate(("critic", "cost_critic"), start=2):
         torch.manual_seed(seed)
         Qwen2ForSequenceClassification(config).save_pretrained(directory / name)
-    texts = [
-        {"text": " ".join(f"w{(number * number + 5 * place) % 60 + 3}" for place in range(4 + 3 * number))}
-        for number in range(NUM_TEXTS)
-    ]
-    (directory / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    lines = []
+    for number in range(NUM_TEXTS):
+        words = [f"w{(number * number + 5 * place) % 60 + 3}" for place in range(4 + 3 * number)]
+        lines.append(json.dumps({"text": " ".join(words)}) + "\n")
+    (directory / "texts.jsonl").write_text("".join(lines))
 
 
 def prompts(directory: Path, rollouts: Path) -> Path:
@@ -106,8 +106,8 @@ def prompts(directory: Path, rollouts: Path) -> Path:
 def record(
     *, prompt: str, response: str, finish_reason: str, answer: str, rollouts: str, **_columns: object
 ) -> float:
-    """The reward, a number between 0 and 1 that any change of a response changes; the row goes into the file
-    `rollouts`."""
+    """The reward, a number between 0 and 1 that any change of a response changes; the row goes
+    into the file `rollouts`."""
     tokens = numbers(response) + ([EOS] if finish_reason == "stop" else [])
     reward = sum((place + 1) * token for place, token in enumerate(tokens)) % 17 / 16
     row = {"number": int(answer), "prompt": numbers(prompt), "response": tokens, "reward": reward}
@@ -132,7 +132,8 @@ def numbers(text: str) -> list[int]:
 
 
 def settings(algorithm: str, case: Path, output: Path) -> list[str]:
-    """The command line of one step of `algorithm`, without engine, layout, micro-batches and placement."""
+    """The command line of one step of `algorithm`, without engine, layout, micro-batches and
+    placement."""
     trained = TRAINED[algorithm]
     common = [
         f"model.path={case / 'policy'}",
@@ -176,8 +177,8 @@ def _of_algorithm(algorithm: str, case: Path) -> list[str]:
     shared = [
         f"algorithm.gamma={GAMMA}",
         f"algorithm.lam={LAMBDA}",
-        # Whitened advantages sum to 0, and so would the first step's loss: a relative error of 0 says
-        # nothing.
+        # Whitened advantages sum to 0, and so would the first step's loss: a relative error of 0
+        # says nothing.
         "algorithm.whiten_advantages=false",
         f"algorithm.kl.coefficient={KL}",
     ]

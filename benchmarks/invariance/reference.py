@@ -1,9 +1,9 @@
 """One step of PPO, GRPO, GSPO and Safe-RLHF in plain PyTorch and float64, from the rollouts: what
 benchmarks.invariance compares with.
 
-Written from the papers' equations, row by row, with full logits, no padding, no micro-batches, no code of
-this project but the numbers of the case. Transformers computes norms and rotations in float32 whatever the
-weights; everything else is float64.
+Written from the papers' equations, row by row, with full logits, no padding, no micro-batches, no
+code of this project but the numbers of the case. Transformers computes norms and rotations in
+float32 whatever the weights; everything else is float64.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Rows = list[dict[str, Any]]
 
 @dataclass(kw_only=True)
 class Numbers:
-    """Of one model's update."""
+    """Loss, gradient norm and change of one model's update."""
 
     loss: float
     """Mean over the optimizer steps."""
     grad_norm: float
     """Before clipping; mean over the optimizer steps."""
     change: dict[str, Tensor] = field(default_factory=dict)
-    """Of every parameter, after the last step."""
+    """Change of every parameter after the last step."""
 
 
 def reference_step(algorithm: str, directory: Path, rows: Rows) -> dict[str, Numbers]:
-    """By role that learns."""
+    """The numbers of every role that learns."""
     actor = AutoModelForCausalLM.from_pretrained(directory / "policy", dtype=torch.float64)
     reference = AutoModelForCausalLM.from_pretrained(directory / "reference", dtype=torch.float64)
     with torch.no_grad():
@@ -57,14 +57,17 @@ def reference_step(algorithm: str, directory: Path, rows: Rows) -> dict[str, Num
         gae, critic = evaluate(directory / "critic", rows, rewards, old, ref, case.KL)
         return {"actor": train(actor, lambda: ppo_loss(actor, rows, old, gae)), "critic": critic}
     costs = [case.cost_of(row["response"]) for row in rows]
-    # Half of the KL lowers the rewards, half raises the costs; ln lambda takes one step before it is used.
-    of_rewards, critic = evaluate(directory / "critic", rows, rewards, old, ref, case.KL / 2)
-    of_costs, cost_critic = evaluate(directory / "cost_critic", rows, costs, old, ref, -case.KL / 2)
+    # Half of the KL lowers the rewards, half raises the costs; ln lambda takes one step before it
+    # is used.
+    reward_advantages, critic = evaluate(directory / "critic", rows, rewards, old, ref, case.KL / 2)
+    cost_advantages, cost_critic = evaluate(directory / "cost_critic", rows, costs, old, ref, -case.KL / 2)
     mean_cost = sum(costs) / len(costs)
     multiplier = case.MULTIPLIER * exp(
         case.MULTIPLIER_RATE * case.MULTIPLIER * (mean_cost - case.COST_THRESHOLD)
     )
-    mixed = [(a - multiplier * b) / (1 + multiplier) for a, b in zip(of_rewards, of_costs, strict=True)]
+    mixed = []
+    for gain, cost in zip(reward_advantages, cost_advantages, strict=True):
+        mixed.append((gain - multiplier * cost) / (1 + multiplier))
     texts = [json.loads(line)["text"] for line in (directory / "texts.jsonl").read_text().splitlines()]
     update = train(
         actor, lambda: ppo_loss(actor, rows, old, mixed) + case.PRETRAINING * text_loss(actor, texts)
@@ -109,7 +112,8 @@ def train(model: torch.nn.Module, loss_of: Callable[[], Tensor]) -> Numbers:
 
 
 def log_probs(model: Any, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Of the response's tokens, and the entropies of the distributions that they were drawn from."""
+    """Log-probs of the response's tokens, and the entropies of the distributions that they were
+    sampled from."""
     tokens, first = torch.tensor(row["prompt"] + row["response"]), len(row["prompt"])
     table = torch.log_softmax(model(input_ids=tokens[None]).logits[0, first - 1 : -1].double(), -1)
     return table.gather(-1, tokens[first:, None]).squeeze(-1), -(table.exp() * table).sum(-1)
@@ -123,7 +127,8 @@ def value(model: Any, row: dict[str, Any]) -> Tensor:
 
 
 def generalized_advantages(score: float, penalties: Tensor, values: Tensor) -> Tensor:
-    """A_t = sum_l (gamma lambda)^l delta_{t+l}, the KL penalty on every token and the score on the last."""
+    """A_t = sum_l (gamma lambda)^l delta_{t+l}, the KL penalty on every token and the score on
+    the last."""
     rewards = penalties.clone()
     rewards[-1] += score
     following = torch.cat([values[1:], torch.zeros(1, dtype=torch.float64)])
@@ -137,13 +142,12 @@ def generalized_advantages(score: float, penalties: Tensor, values: Tensor) -> T
 
 
 def group_advantages(rows: Rows) -> list[float]:
-    """(reward - mean) / (deviation + 1e-6) among the samples of one prompt; the deviation with Bessel's
-    correction."""
+    """(reward - mean) / (deviation + 1e-6) among the samples of one prompt; the deviation with
+    Bessel's correction."""
     result = []
     for row in rows:
-        group = torch.tensor(
-            [other["reward"] for other in rows if other["number"] == row["number"]], dtype=torch.float64
-        )
+        rewards = [other["reward"] for other in rows if other["number"] == row["number"]]
+        group = torch.tensor(rewards, dtype=torch.float64)
         result.append(float((row["reward"] - group.mean()) / (group.std() + 1e-6)))
     return result
 
@@ -172,12 +176,15 @@ def group_loss(
     *,
     sequence_ratio: bool,
 ) -> Tensor:
-    """Mean over rows of the mean over tokens (GRPO, eq. 3); with the ratio of whole sequences, GSPO (eq. 5
-    and 7). KL: k3."""
+    """Mean over rows of the mean over tokens (GRPO, eq. 3); with the ratio of whole sequences,
+    GSPO (eq. 5 and 7). KL: k3."""
     total = torch.zeros((), dtype=torch.float64)
     for row, before, reference, advantage in zip(rows, old, ref, advantages, strict=True):
         now, entropy = log_probs(model, row)
-        ratio = (now - before).mean().exp() if sequence_ratio else (now - before).exp()
+        log_ratio = now - before
+        if sequence_ratio:
+            log_ratio = log_ratio.mean()
+        ratio = log_ratio.exp()
         kl = (reference - now).exp() - (reference - now) - 1
         total = total + (clipped(ratio, advantage) + case.KL * kl - case.ENTROPY * entropy).mean()
     return total / len(rows)
@@ -190,8 +197,8 @@ def text_loss(model: Any, texts: list[str]) -> Tensor:
 
 
 def critic_loss(model: Any, rows: Rows, old: list[Tensor], returns: list[Tensor]) -> Tensor:
-    """Half the larger of two squared errors, one with the value held near the rollout's; mean over all
-    tokens."""
+    """Half the larger of two squared errors, one with the value held near the rollout's; mean
+    over all tokens."""
     num_tokens = sum(len(row["response"]) for row in rows)
     total = torch.zeros((), dtype=torch.float64)
     for row, before, target in zip(rows, old, returns, strict=True):

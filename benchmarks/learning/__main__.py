@@ -1,11 +1,12 @@
-"""Does every algorithm learn? Each trains on the quickstart's task with the same budget, through its own
-recipe and command line.
+"""Does every algorithm learn? Each trains on the quickstart's task with the same budget, through
+its own recipe and command line.
 
-python -m benchmarks.learning --json FILE [--plot PNG] [--algorithms ppo grpo ...] [--set NAME=VALUE ...]
+python -m benchmarks.learning --json FILE [--plot PNG] [--algorithms ppo grpo ...] [--set NAME=VALUE
+...]
 
-Budget: 24 steps of 256 trained responses, two processes. The held-out accuracy is greedy, before and after,
-with a validation every four steps for the curves. Ends with status 1 if an algorithm's accuracy does not rise
-by at least CLEARLY.
+Budget: 24 steps of 256 trained responses, two processes. The held-out accuracy is greedy, before
+and after, with a validation every four steps for the curves. Ends with status 1 if an algorithm's
+accuracy does not rise by at least CLEARLY.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ from rich.console import Console
 
 from benchmarks.learning.picture import draw_curves
 from benchmarks.learning.settings import COMMON, SETTINGS
+from benchmarks.learning.teachers import filled, teachers
 from hybridflow.metrics import read_jsonl
 from recipes.quickstart.prepare import Prepared, prepare
-from recipes.rlhf.teachers import prepare_teachers
 
 CLEARLY = 0.25
-"""The least rise of the accuracy that counts as learning; the warm start leaves 23 %, and 256 questions give
-+-5 %."""
+"""The least rise of the accuracy that counts as learning; the warm start leaves 23 %, and 256
+questions give +-5 %."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.learning",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--plot", type=Path, help="draw the curves here")
@@ -54,7 +57,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     prepared = prepare(Path("outputs/quickstart-data"), console=Console(stderr=True))
-    rows = json.loads(arguments.beside.read_text()) if arguments.beside else []
+    rows = []
+    if arguments.beside:
+        rows = json.loads(arguments.beside.read_text())
     rows = [row for row in rows if row["algorithm"] not in arguments.algorithms]
     with tempfile.TemporaryDirectory() as temporary:
         models = teachers(arguments.algorithms, Path(temporary))
@@ -79,23 +84,6 @@ def main() -> None:
         raise SystemExit(f"did not learn: {', '.join(flat)}")
 
 
-def teachers(algorithms: list[str], directory: Path) -> dict[str, str]:
-    """What stands for {teacher} and {judge} in settings: models made in half a minute, where an algorithm
-    asks for one."""
-    if not any(
-        "{" in setting for algorithm in algorithms for setting in SETTINGS[algorithm] if "path=" in setting
-    ):
-        return {}
-    made = prepare_teachers(directory / "teachers")
-    return {"{teacher}": str(made.teacher), "{judge}": str(made.judge)}
-
-
-def filled(setting: str, models: dict[str, str]) -> str:
-    for name, path in models.items():
-        setting = setting.replace(name, path)
-    return setting
-
-
 def train(
     algorithm: str, prepared: Prepared, output: Path, overrides: list[str], models: dict[str, str]
 ) -> dict[str, Any]:
@@ -107,7 +95,7 @@ def train(
         f"data.validation={prepared.test_path}",
         f"output_dir={output}",
         *COMMON,
-        *(filled(setting, models) for setting in SETTINGS[algorithm]),
+        *filled(algorithm, models),
         *overrides,
     ]
     started = time.perf_counter()
@@ -134,7 +122,8 @@ def train(
 
 
 def line(row: dict[str, Any]) -> str:
-    return f"{row['algorithm']:<30} {row['accuracy_before']:7.1%} {row['accuracy_after']:7.1%} {row['seconds']:8.1f}"
+    before, after = row["accuracy_before"], row["accuracy_after"]
+    return f"{row['algorithm']:<30} {before:7.1%} {after:7.1%} {row['seconds']:8.1f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -1,4 +1,5 @@
-"""Safe-RLHF's cost in benchmarks.learning: digits that were lost or made up, whatever their order."""
+"""Safe-RLHF's cost in benchmarks.learning: digits that were lost or made up, whatever their
+order."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The picture of benchmarks.learning: a panel per algorithm, with all the others' curves in grey behind
-it."""
+"""The picture of benchmarks.learning: a panel per algorithm, with all the others' curves in
+grey behind it."""
 
 from __future__ import annotations
 

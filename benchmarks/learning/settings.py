@@ -1,8 +1,8 @@
-"""Settings of benchmarks.learning: algorithm -> what its recipe needs beside COMMON. An algorithm joins with
-a line here.
+"""Settings of benchmarks.learning: algorithm -> what its recipe needs beside COMMON. An algorithm
+joins with a line here.
 
-Every step trains on 256 responses: prompts x samples. Learning rates and the like were chosen with a few
-short runs, not searched.
+Every step trains on 256 responses: prompts x samples. Learning rates and the like were chosen with
+a few short runs, not searched.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""GRPO steps of the real recipe, and of TRL's GRPOTrainer where it is importable: seconds per phase,
-tokens/s, peak memory.
+"""GRPO steps of the real recipe, and of TRL's GRPOTrainer where it is importable: seconds per
+phase, tokens/s, peak memory.
 
 python -m benchmarks.step --json FILE [--trl-python PYTHON]
 
-32 prompts x 8 samples, 8 + 64 tokens (fixed; and 8 to 64, drawn per response), random Qwen2 models of 3 and
-32 million parameters, bf16. This system: 2 processes of 1 thread. TRL: one process with all cores, at several
-settings, of which the fastest counts. Every run has a process of its own, one after the other, and all of
-them are gone through `--repeats` times; medians over all measured steps. docs/performance.md says where the
-time goes.
+32 prompts x 8 samples, 8 + 64 tokens (fixed; and 8 to 64, drawn per response), random Qwen2 models
+of 3 and 32 million parameters, bf16. This system: 2 processes of 1 thread. TRL: one process with
+all cores, at several settings, of which the fastest counts. Every run has a process of its own, one
+after the other, and all of them are gone through `--repeats` times; medians over all measured
+steps. docs/performance.md says where the time goes.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.step.case import PHASES, SHAPES, Case, prepare
 
-OURS, TRL = "hybridflow", "trl"
+HYBRIDFLOW, TRL = "hybridflow", "trl"
 TRL_SETTINGS: dict[str, list[dict[str, str]]] = {
     "3m": [
         {"precision": "bf16", "attention": "eager", "generation": "vllm", "micro_batch": "32"},
@@ -37,12 +37,15 @@ TRL_SETTINGS: dict[str, list[dict[str, str]]] = {
         {"precision": "bf16", "attention": "sdpa", "generation": "vllm", "micro_batch": "32"},
     ],
 }
-"""What came out fastest among precision x attention x generation x micro-batch (docs/performance.md)."""
+"""The fastest combinations of precision, attention, generation and micro-batch
+(docs/performance.md)."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument(
@@ -50,7 +53,7 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=sorted(SHAPES))
     parser.add_argument("--lengths", nargs="+", choices=("fixed", "drawn"), default=["fixed", "drawn"])
-    parser.add_argument("--systems", nargs="+", choices=(OURS, TRL), default=[OURS, TRL])
+    parser.add_argument("--systems", nargs="+", choices=(HYBRIDFLOW, TRL), default=[HYBRIDFLOW, TRL])
     parser.add_argument(
         "--steps", type=int, default=5, help="measured steps of a run, after two that warm up"
     )
@@ -60,55 +63,56 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     systems = [system for system in arguments.systems if system != TRL or has_trl(arguments.trl_python)]
-    results: dict[str, tuple[dict[str, str], list[dict[str, Any]]]] = {}
+    results: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory() as directory:
         prepare(Path(directory), arguments.models)
-        for _ in range(arguments.repeats):
-            for model in arguments.models:
-                for lengths in arguments.lengths:
-                    case = Case(
-                        model=model, lengths=lengths, directory=directory, warm_up=2, steps=arguments.steps
-                    )
-                    for system, settings in runs(
-                        systems, model, dict(pair.split("=", 1) for pair in arguments.set)
-                    ):
-                        name = {
-                            "system": system,
-                            "model": model,
-                            "lengths": lengths,
-                            **({"settings": settings} if settings else {}),
-                        }
-                        made = run(system, replace(case, settings=settings), arguments.trl_python)
-                        results.setdefault(json.dumps(name), (name, []))[1].append(made)
-                        step_s = statistics.median(step["step_s"] for step in made["steps"])
-                        print(f"{system:>10} {model:>4} {lengths:>5} {step_s:6.2f} s {settings}", flush=True)
-    rows = [row(name, made) for name, made in results.values()]
+        overrides = dict(pair.split("=", 1) for pair in arguments.set)
+        for _, model, lengths in product(range(arguments.repeats), arguments.models, arguments.lengths):
+            for system, settings in runs(systems, model, overrides):
+                case = Case(
+                    model=model,
+                    lengths=lengths,
+                    directory=directory,
+                    warm_up=2,
+                    steps=arguments.steps,
+                    settings=settings,
+                )
+                name: dict[str, Any] = {"system": system, "model": model, "lengths": lengths}
+                if settings:
+                    name["settings"] = settings
+                result = run(system, case, arguments.trl_python)
+                results.setdefault(json.dumps(name), (name, []))[1].append(result)
+                step_s = statistics.median(step["step_s"] for step in result["steps"])
+                print(f"{system:>10} {model:>4} {lengths:>5} {step_s:6.2f} s {settings}", flush=True)
+    rows = [row(name, repeats) for name, repeats in results.values()]
     print(table(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def has_trl(python: str) -> bool:
-    """Whether that interpreter imports trl; found out in it."""
-    found = subprocess.run([python, "-c", "import trl"], capture_output=True, check=False).returncode == 0
-    if not found:
+    """Whether that interpreter imports trl; asks it."""
+    importing = subprocess.run([python, "-c", "import trl"], capture_output=True, check=False)
+    if importing.returncode:
         print(f"{python} has no trl: this system is measured alone")
-    return found
+    return importing.returncode == 0
 
 
-def runs(systems: list[str], model: str, own: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+def runs(systems: list[str], model: str, overrides: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Every system with each of its settings; `overrides` are this system's."""
     for system in systems:
-        for settings in TRL_SETTINGS[model] if system == TRL else [own]:
-            yield system, settings
+        if system == TRL:
+            for settings in TRL_SETTINGS[model]:
+                yield system, settings
+        else:
+            yield system, overrides
 
 
 def run(system: str, case: Case, trl_python: str) -> dict[str, Any]:
     """One run in a process of its own: {"steps": [...], "peak_bytes": ...}."""
-    module, python = (
-        ("benchmarks.step.trl_side", trl_python)
-        if system == TRL
-        else ("benchmarks.step.hybridflow_side", sys.executable)
-    )
+    module, python = "benchmarks.step.hybridflow_side", sys.executable
+    if system == TRL:
+        module, python = "benchmarks.step.trl_side", trl_python
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "result.json"
         finished = subprocess.run(
@@ -116,7 +120,7 @@ def run(system: str, case: Case, trl_python: str) -> dict[str, Any]:
             capture_output=True,
             text=True,
             check=False,
-            cwd=Path(__file__).resolve().parents[1],
+            cwd=Path(__file__).resolve().parents[2],
             env={**os.environ, "PYTHONWARNINGS": "ignore"},
         )
         if finished.returncode:
@@ -125,49 +129,48 @@ def run(system: str, case: Case, trl_python: str) -> dict[str, Any]:
     return result
 
 
-def row(name: dict[str, Any], made: list[dict[str, Any]]) -> dict[str, Any]:
+def row(name: dict[str, Any], repeats: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the steps of all repeats of one run."""
-    steps = [step for one in made for step in one["steps"]]
+    steps = list(chain.from_iterable(repeat["steps"] for repeat in repeats))
+    times = [step["step_s"] for step in steps]
+    phases = {}
+    for phase in PHASES:
+        phases[phase] = statistics.median(step["phases"][phase] for step in steps)
     return {
         **name,
-        "step_s": statistics.median(step["step_s"] for step in steps),
-        "step_s_min": min(step["step_s"] for step in steps),
-        "step_s_max": max(step["step_s"] for step in steps),
+        "step_s": statistics.median(times),
+        "step_s_min": min(times),
+        "step_s_max": max(times),
         "cpu_s": statistics.median(step["cpu_s"] for step in steps),
-        "phases": {phase: statistics.median(step["phases"][phase] for step in steps) for phase in PHASES},
+        "phases": phases,
         "tokens_per_s": statistics.median(step["tokens"] / step["step_s"] for step in steps),
-        "peak_bytes": max(one["peak_bytes"] for one in made),
+        "peak_bytes": max(repeat["peak_bytes"] for repeat in repeats),
         "num_steps": len(steps),
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line a row, and how many times faster this system is than the fastest settings of the other."""
+    """One line a row, and how many times faster this system is than the fastest settings of the
+    other."""
     lines = [
         f"{'system':>10} {'model':>5} {'lengths':>7} {'step s':>7} {'CPU s':>6} {'tokens/s':>9} "
         f"{'peak MB':>8}  seconds per phase"
     ]
-    for one in rows:
-        parts = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in one["phases"].items())
+    by_case: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        case = by_case.setdefault((row["model"], row["lengths"]), {HYBRIDFLOW: [], TRL: []})
+        case[row["system"]].append(row)
+        parts = "  ".join(f"{phase} {seconds:.2f}" for phase, seconds in row["phases"].items())
         lines.append(
-            f"{one['system']:>10} {one['model']:>5} {one['lengths']:>7} {one['step_s']:7.2f} "
-            f"{one['cpu_s']:6.2f} "
-            f"{one['tokens_per_s']:9.0f} {one['peak_bytes'] / 1e6:8.0f}  {parts}"
+            f"{row['system']:>10} {row['model']:>5} {row['lengths']:>7} {row['step_s']:7.2f} "
+            f"{row['cpu_s']:6.2f} {row['tokens_per_s']:9.0f} {row['peak_bytes'] / 1e6:8.0f}  "
+            f"{parts}"
         )
-    for ours in (one for one in rows if one["system"] == OURS):
-        rivals = [
-            one
-            for one in rows
-            if one["system"] == TRL and all(one[key] == ours[key] for key in ("model", "lengths"))
-        ]
-        if rivals:
-            wall, cpu = (
-                min(one["step_s"] for one in rivals) / ours["step_s"],
-                min(one["cpu_s"] for one in rivals) / ours["cpu_s"],
-            )
-            lines.append(
-                f"{ours['model']} {ours['lengths']}: {wall:.2f}x faster than TRL ({cpu:.2f}x by CPU seconds)"
-            )
+    for (model, lengths), systems in by_case.items():
+        for row in systems[HYBRIDFLOW] if systems[TRL] else []:
+            wall = min(trl["step_s"] for trl in systems[TRL]) / row["step_s"]
+            cpu = min(trl["cpu_s"] for trl in systems[TRL]) / row["cpu_s"]
+            lines.append(f"{model} {lengths}: {wall:.2f}x faster than TRL ({cpu:.2f}x by CPU seconds)")
     return "\n".join(lines)
 
 

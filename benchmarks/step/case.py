@@ -1,5 +1,5 @@
-"""What both sides of benchmarks.step share: models, prompts, drawn lengths, the reward, and how time and
-memory are measured.
+"""The parts that both sides of benchmarks.step share: models, prompts, sampled lengths, the reward,
+and how time and memory are measured.
 
 Imported by the other system's interpreter too, so nothing of the runtime is imported here.
 """
@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Case:
     """Steps before those that are measured."""
     steps: int
     settings: dict[str, str] = field(default_factory=dict)
-    """The system's own."""
+    """Settings of the system that is measured."""
 
     @property
     def model_path(self) -> str:
@@ -103,8 +104,8 @@ def reward(response: str) -> float:
 
 
 class StepClock:
-    """Marks the beginnings of steps: wall and CPU seconds (user and system, of this process and all below it)
-    from each to the next."""
+    """Marks the beginnings of steps: wall and CPU seconds (user and system, of this process and
+    all below it) from each to the next."""
 
     def __init__(self) -> None:
         self._marks: list[tuple[float, float]] = []
@@ -114,8 +115,10 @@ class StepClock:
 
     def steps(self) -> list[dict[str, float]]:
         """step_s and cpu_s of every step whose end was marked."""
-        pairs = zip(self._marks[:-1], self._marks[1:], strict=True)
-        return [{"step_s": end[0] - begin[0], "cpu_s": end[1] - begin[1]} for begin, end in pairs]
+        steps = []
+        for (begin_s, begin_cpu_s), (end_s, end_cpu_s) in pairwise(self._marks):
+            steps.append({"step_s": end_s - begin_s, "cpu_s": end_cpu_s - begin_cpu_s})
+        return steps
 
 
 def cpu_seconds() -> float:
@@ -133,8 +136,8 @@ def cpu_seconds() -> float:
 class PeakMemory:
     """with PeakMemory() as memory: ...; memory.peak_bytes
 
-    Largest sum over this process and all below it of memory that files on disk do not back, looked at twice a
-    second.
+    Largest sum over this process and all below it of memory that files on disk do not back, looked
+    at twice a second.
     """
 
     def __init__(self) -> None:
@@ -156,8 +159,8 @@ class PeakMemory:
 
 
 def private_bytes(pid: int) -> int:
-    """Anonymous memory of a process; 0 if it is gone. Ray's object store is left out: every process that maps
-    it shows it."""
+    """Anonymous memory of a process; 0 if it is gone. Ray's object store is left out: every
+    process that maps it shows it."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -171,5 +174,6 @@ def _tree() -> list[psutil.Process]:
 
 
 def write_result(path: Path, steps: list[dict[str, Any]], peak_bytes: int) -> None:
-    """What a system's process hands back: each measured step with step_s, cpu_s, tokens and phases."""
+    """Writes the result of a system's process: each measured step with step_s, cpu_s, tokens
+    and phases."""
     path.write_text(json.dumps({"steps": steps, "peak_bytes": peak_bytes}))

@@ -1,7 +1,7 @@
 """One run of recipes.grpo for benchmarks.step: CASE OUTPUT [setting=value ...]
 
-The recipe's own parts, put together as recipes/run.py and recipes/session.py do; the algorithm is GRPO behind a step that looks at
-the clock and, for drawn lengths, gives every row its limit.
+Built from the recipe's parts, as recipes/session.py does; the algorithm is GRPO behind a step that
+reads the clock and, for sampled lengths, gives every row its limit.
 """
 
 from __future__ import annotations

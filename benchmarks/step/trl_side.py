@@ -1,10 +1,10 @@
 """One run of TRL's GRPOTrainer for benchmarks.step: CASE OUTPUT, in an interpreter that has trl.
 
-settings of the case: precision (bf16 | fp32), attention (sdpa | eager), generation (vllm | transformers),
-micro_batch (rows), threads (of the one process; the cores if it is not given). Per-row lengths go in where
-TRL leaves a door open: a list of sampling parameters for vLLM, a logits processor for transformers. TRL's own
-transfer of weights to vLLM does not work on CPUs, where vLLM keeps repacked copies; it is replaced by vLLM's
-reload.
+settings of the case: precision (bf16 | fp32), attention (sdpa | eager), generation (vllm |
+transformers), micro_batch (rows), threads (of the one process; the cores if it is not given).
+Per-row lengths go in where TRL leaves a door open: a list of sampling parameters for vLLM, a logits
+processor for transformers. TRL's own transfer of weights to vLLM does not work on CPUs, where vLLM
+keeps repacked copies; it is replaced by vLLM's reload.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class Phases:
         return timed
 
     def take(self) -> dict[str, float]:
-        taken, self.seconds = self.seconds, {}
-        return taken
+        seconds, self.seconds = self.seconds, {}
+        return seconds
 
 
 class Watch(TrainerCallback):
@@ -204,7 +204,10 @@ def run(case: Case, output: Path) -> None:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as directory, PeakMemory() as memory:
         trainer = make_trainer(case, directory, watch)
-        (watch_vllm if case.settings["generation"] == "vllm" else watch_transformers)(trainer, case, phases)
+        if case.settings["generation"] == "vllm":
+            watch_vllm(trainer, case, phases)
+        else:
+            watch_transformers(trainer, case, phases)
         torch.set_num_threads(threads)
         trainer._generate_and_score_completions = phases.around(
             "rollout", trainer._generate_and_score_completions

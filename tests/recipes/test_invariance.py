@@ -1,5 +1,5 @@
-"""A subset of benchmarks.invariance: the same step on three engines in small and large micro-batches, against
-plain float64.
+"""A subset of benchmarks.invariance: the same step on three engines in small and large
+micro-batches, against plain float64.
 
 Packed, and once in padded blocks; in this process, one after the other. The layouts with
 several ranks are the benchmark's, and tests/e2e/test_layouts_agree.py's.
@@ -14,7 +14,8 @@ import pytest
 from omegaconf import DictConfig
 
 from benchmarks.invariance import case
-from benchmarks.invariance.__main__ import LARGE, SMALL, Combination, errors, numbers, rollouts
+from benchmarks.invariance.combinations import LARGE, SMALL, Combination
+from benchmarks.invariance.outcome import errors, numbers, rollouts
 from benchmarks.invariance.reference import Numbers, Rows, reference_step
 from recipes.main import to_settings
 from recipes.run import run
@@ -42,12 +43,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def samples() -> dict[str, tuple[Rows, dict[str, Numbers]]]:
-    """Of each algorithm: what its first run drew, and what plain PyTorch makes of it."""
+    """By algorithm: the samples of its first run, and the numbers that plain PyTorch computes
+    from them."""
     return {}
 
 
 @pytest.mark.parametrize(
-    "combination", COMBINATIONS, ids=lambda one: f"{one.algorithm}-{one.engine}-{one.micro_batch_tokens}"
+    "combination", COMBINATIONS, ids=lambda case: f"{case.algorithm}-{case.engine}-{case.micro_batch_tokens}"
 )
 def test_the_step_does_not_depend_on_the_cut(
     combination: Combination,
@@ -64,9 +66,11 @@ def test_the_step_does_not_depend_on_the_cut(
             )
         )
     )
-    found, drawn = numbers(combination.algorithm, directory, tmp_path), rollouts(tmp_path)
-    if combination.algorithm not in samples:
-        samples[combination.algorithm] = drawn, reference_step(combination.algorithm, directory, drawn)
-    rows, wanted = samples[combination.algorithm]
-    assert drawn == rows
-    assert all(error < TOLERANCE for error in errors(found, wanted).values()), errors(found, wanted)
+    algorithm = combination.algorithm
+    actual, sampled = numbers(algorithm, directory, tmp_path), rollouts(tmp_path)
+    if algorithm not in samples:
+        samples[algorithm] = sampled, reference_step(algorithm, directory, sampled)
+    rows, expected = samples[algorithm]
+    assert sampled == rows
+    differences = errors(actual, expected)
+    assert max(differences.values()) < TOLERANCE, differences
