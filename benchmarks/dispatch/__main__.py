@@ -62,9 +62,10 @@ def measure(repeats: int) -> dict[str, Any]:
 
 def noop_ratio(num_workers: int, repeats: int) -> float:
     """Time of ONE_TO_ALL without arguments over bare Ray calls to the same actors, interleaved."""
-    with RayPool(PoolSpec(name=f"noop{num_workers}", num_devices=num_workers, threads_per_device=1)) as pool:
+    ray_pool = RayPool(PoolSpec(name=f"noop{num_workers}", num_devices=num_workers, threads_per_device=1))
+    with ray_pool as pool:
         bench = spawn(Bench, pool, None)
-        actors = pool._actors
+        actors = ray_pool._actors
 
         def bare() -> None:
             ray.get([actor.__ray_ready__.remote() for actor in actors])
