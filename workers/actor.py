@@ -1,15 +1,15 @@
-"""ActorWorker: the hybrid engine. One set of weights, trained in one layout and sampled in another, in one
-pool.
+"""ActorWorker: the hybrid engine, which trains and generates with one set of weights in one pool, each in a
+layout of its own.
 
 An iteration is the paper's five steps (docs/paper.md section 3): weights into the generation layout (only
-when they changed), generate, return the results, back to the training layout, train. With pools of their own
-the two halves meet in split_actor.py.
+when they changed), generate, return the results, back to the training layout, train. split_actor.py has the
+two halves in pools of their own.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -36,8 +36,9 @@ class ActorWorker(ActorTrainingWorker, Actor):
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
         self.memory_metrics: dict[str, float] = {}
-        """Of the latest changes between training and generation (release_during_training)."""
-        self._memory_of = ""
+        """Seconds and bytes of the latest changes between training and generation."""
+        self._memory_owner = ""
+        """"training" or "generation", once either has taken the memory (release_during_training)."""
         self.sampler = Sampler(config, context, generation_grouping(config, self.layout).layout)
         tolerance, vocab_size = probe_settings(config)
         self.sync = WeightSync(
@@ -49,12 +50,11 @@ class ActorWorker(ActorTrainingWorker, Actor):
             node=context.node,
             share_memory=not config.generation.release_during_training,
         )
-        self.sync.make_destination(
-            [
-                ParameterSpec(one.name, one.shape, str(one.dtype).removeprefix("torch."))
-                for one in self.engine.local_parameters()
-            ]
-        )
+        specs = []
+        for parameter in self.engine.local_parameters():
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            specs.append(ParameterSpec(parameter.name, parameter.shape, dtype))
+        self.sync.make_destination(specs)
 
     @classmethod
     def layouts(cls, config: ActorConfig, world_size: int) -> dict[str, Layout]:
@@ -71,18 +71,15 @@ class ActorWorker(ActorTrainingWorker, Actor):
         self.to_training()
         return super().update_actor(batch) | sync_metrics(self.sync) | self.memory_metrics
 
-    def learn(
+    def update(
         self,
         mini_batches: MiniBatches,
-        steps: Iterator[Sequences],
+        steps: Iterable[Sequences],
         loss_fn: LossFn,
         temperature: float = 1.0,
     ) -> Metrics:
-        return (
-            super().learn(mini_batches, steps, loss_fn, temperature)
-            | sync_metrics(self.sync)
-            | self.memory_metrics
-        )
+        metrics = super().update(mini_batches, steps, loss_fn, temperature)
+        return metrics | sync_metrics(self.sync) | self.memory_metrics
 
     def load_checkpoint(self, directory: str) -> None:
         super().load_checkpoint(directory)
@@ -92,9 +89,9 @@ class ActorWorker(ActorTrainingWorker, Actor):
         self.sampler.engine.close()
 
     def _to_generation(self) -> None:
-        """Steps 1 and 2: the generation engine awake and on the latest weights."""
-        if self.config.generation.release_during_training and self._memory_of != "generation":
-            self._memory_of = "generation"
+        """Steps 1 and 2: wakes the generation engine and brings it the latest weights."""
+        if self.config.generation.release_during_training and self._memory_owner != "generation":
+            self._memory_owner = "generation"
             with self._measured("offload") as moved:
                 before = allocated_bytes(self.context.device)
                 self.engine.offload()
@@ -107,9 +104,9 @@ class ActorWorker(ActorTrainingWorker, Actor):
             self.sync.run(self.weight_version)
 
     def to_training(self) -> None:
-        """Step 4: the trainer has the memory."""
-        if self.config.generation.release_during_training and self._memory_of != "training":
-            self._memory_of = "training"
+        """Step 4: gives the memory to the trainer."""
+        if self.config.generation.release_during_training and self._memory_owner != "training":
+            self._memory_owner = "training"
             with self._measured("release") as freed:
                 assert self.sync.destination is not None
                 freed.num_bytes = self.sampler.engine.sleep() + self.sync.destination.release()
@@ -118,7 +115,7 @@ class ActorWorker(ActorTrainingWorker, Actor):
 
     @contextmanager
     def _measured(self, name: str) -> Iterator[Moved]:
-        """Notes seconds, and bytes if the body knows them, of one change of the memory's owner."""
+        """Records the seconds of one change of the memory's owner, and the bytes if the body sets them."""
         started, moved = time.perf_counter(), Moved()
         yield moved
         self.memory_metrics[f"memory/{name}_s"] = time.perf_counter() - started
@@ -128,9 +125,10 @@ class ActorWorker(ActorTrainingWorker, Actor):
 
 @dataclass
 class Moved:
-    """What a change of the memory's owner came to."""
+    """The result of a change of the memory's owner."""
 
     num_bytes: int | None = None
+    """None where the change did not measure bytes."""
 
 
 def allocated_bytes(device: str) -> int:
@@ -139,9 +137,7 @@ def allocated_bytes(device: str) -> int:
 
 
 def sync_metrics(sync: WeightSync) -> dict[str, float]:
-    """What the last sync reported, as metrics."""
-    return (
-        {}
-        if sync.last is None
-        else {f"sync/{name}": float(value) for name, value in asdict(sync.last).items()}
-    )
+    """The report of the last sync as metrics; none before the first."""
+    if sync.last is None:
+        return {}
+    return {f"sync/{name}": float(value) for name, value in asdict(sync.last).items()}

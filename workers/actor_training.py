@@ -1,13 +1,13 @@
-"""ActorTrainingWorker: the half of the actor that trains, by the policy gradient too. It knows nothing of
-generation."""
+"""ActorTrainingWorker: the half of the actor that trains: a policy with the policy-gradient update.
+
+It does not touch generation.
+"""
 
 from __future__ import annotations
 
 from itertools import islice
-from typing import cast
 
 import torch.distributed as dist
-from torch import Tensor
 
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
@@ -31,59 +31,55 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
         self.num_skipped = 0
-        """Updates left out for the critic's warm-up."""
+        """Updates left out while the critic warms up."""
 
     def update_actor(self, batch: Batch) -> Metrics:
-        config = self.config
+        config, loss = self.config, self.config.loss
         if self.num_skipped < config.critic_warmup_steps:
             self.num_skipped += 1
             return Metrics({"actor/critic_warmup_steps": float(self.num_skipped)})
         sequences = sequences_of(batch, PER_TOKEN)
-        loss_fn = policy_loss(config.loss)
+        loss_fn = policy_loss(loss)
         if "pretrain" in batch:
-            sequences = sequences.with_columns(per_row={"pretrain": cast(Tensor, batch["pretrain"])})
-            loss_fn = with_pretraining(loss_fn, config.loss.pretraining_coefficient)
-        mini_batches = self._mini_batches(batch, sequences)
+            sequences = sequences.with_columns(per_row={"pretrain": batch.tensor("pretrain")})
+            loss_fn = with_pretraining(loss_fn, loss.pretraining_coefficient)
+        mini_batches = self.mini_batches(batch, sequences)
         stale = self._is_stale(batch)
-        if (
-            "log_probs" in batch or config.num_epochs * mini_batches.num_labels > 1 or stale
-        ):  # the same on every rank
-            mini_batches.sequences = sequences.with_columns(
-                per_token={"old_log_probs": self.old_log_probs(batch, sequences)}
-            )
-        entropy = config.report_entropy or config.loss.entropy_coefficient != 0
+        # Every rank decides the same, because computing log-probs is collective.
+        if "log_probs" in batch or config.num_epochs * mini_batches.num_labels > 1 or stale:
+            self.add_old_log_probs(batch, mini_batches)
+        entropy = config.report_entropy or loss.entropy_coefficient != 0
         steps = mini_batches.steps(
-            config.num_epochs, self.weight_version, config.loss.aggregation, config.loss.aggregation_constant
+            config.num_epochs, self.num_updates, loss.aggregation, loss.aggregation_constant
         )
         metrics = train_on(
             self.engine, islice(steps, 1), loss_fn, entropy=entropy, temperature=self.temperature
         )
-        checked = {"weight_version": float(self.weight_version + 1)}
+        violations = {}
         if "weight_version" in batch and not stale:
-            checked |= check_first_step(metrics[0], config, reports=self.context.rank == 0)
+            violations = check_first_step(metrics[0], config, reports=self.context.rank == 0)
         metrics += train_on(self.engine, steps, loss_fn, entropy=entropy, temperature=self.temperature)
-        self.weight_version += 1
-        return mean_over_steps(metrics, "actor") | {f"actor/{name}": value for name, value in checked.items()}
+        self.num_updates += 1
+        return (
+            mean_over_steps(metrics, "actor")
+            | {"actor/weight_version": float(self.weight_version)}
+            | {f"actor/{name}": value for name, value in violations.items()}
+        )
 
-    def state(self) -> dict[str, int]:
-        return {**super().state(), "num_skipped": self.num_skipped}
+    def counters(self) -> dict[str, int]:
+        return {**super().counters(), "num_skipped": self.num_skipped}
 
-    def load_state(self, state: dict[str, int]) -> None:
-        super().load_state(state)
-        self.num_skipped = state["num_skipped"]
+    def load_counters(self, counters: dict[str, int]) -> None:
+        super().load_counters(counters)
+        self.num_skipped = counters["num_skipped"]
 
     def _is_stale(self, batch: Batch) -> bool:
-        """Whether any row of any rank was drawn by other weights than the present ones; the same answer on
-        every rank."""
+        """Whether any row of any rank was drawn by other weights than the present ones. Collective: the same
+        answer on every rank."""
         if "weight_version" not in batch:
             return False
-        stale = (
-            (cast(Tensor, batch["weight_version"]) != self.weight_version)
-            .any()
-            .float()
-            .reshape(1)
-            .to(self.context.device)
-        )
+        differs = (batch.tensor("weight_version") != self.weight_version).any()
+        stale = differs.float().reshape(1).to(self.context.device)
         dist.all_reduce(stale, op=dist.ReduceOp.MAX)
         return bool(stale)
 

@@ -45,6 +45,10 @@ class MiniBatches:
         """Rows with a counted token, of all mini-batches and ranks."""
         return sum(rollout.num_rows + text.num_rows for rollout, text in self.counts)
 
+    def add_columns(self, **per_token: Tensor) -> None:
+        """Adds columns [scored tokens] for the loss; the counts stay as they are."""
+        self.sequences = self.sequences.with_columns(per_token=per_token)
+
     def _global_counts(self, layout: Layout, device: str) -> list[tuple[Counts, Counts]]:
         """Counts of every mini-batch over all data ranks: (rows of the dataflow, rows of pretraining text).
 

@@ -1,15 +1,13 @@
-"""ModelWorker: what the roles that hold a model have in common: layout, engine, checkpoints, and batches as
-token sequences."""
+"""ModelWorker: the base of every role over a training engine, frozen or trained, and batches as token
+sequences."""
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
@@ -24,13 +22,17 @@ from workers.sequences import Sequences
 
 
 class ModelWorker(Worker):
-    """A role over one training engine."""
+    """A role over one training engine, which its __init__ builds:
+
+    self.build(config.model, config.train, Head.lm, context, trains=False)
+    """
 
     engine: TrainingEngine
     model: ModelConfig
+    layout: Layout
 
     @classmethod
-    def layouts(cls, config, world_size: int) -> dict[str, Layout]:  # type: ignore[no-untyped-def]
+    def layouts(cls, config: Any, world_size: int) -> dict[str, Layout]:
         return {"train": training_layout(config.train, world_size, cls.__name__)}
 
     def build(
@@ -43,33 +45,13 @@ class ModelWorker(Worker):
         seed: int = 0,
         trains: bool = True,
     ) -> None:
+        """Builds the engine; `seed` draws a new head, `trains=False` leaves out the optimizer. Collective."""
         torch.manual_seed(seed)
         self.model = model
         self.engine = engine_class(train.engine)(
             model=model, config=train, head=head, context=context, trains=trains
         )
         self.layout = self.engine.layout
-
-    def save_checkpoint(self, directory: str) -> None:
-        self.engine.save(Path(directory))
-
-    def load_checkpoint(self, directory: str) -> None:
-        self.engine.load(Path(directory))
-
-    def save_pretrained(self, directory: str) -> None:
-        """Weights and tokenizer."""
-        self.engine.save_pretrained(Path(directory))
-        if self.context.rank == 0:
-            model = self.model
-            name = model.tokenizer or model.path
-            AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code).save_pretrained(
-                directory
-            )
-
-    def peak_memory_bytes(self) -> int:
-        if self.context.device.startswith("cuda"):
-            return torch.cuda.max_memory_allocated(self.context.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def scored(self, batch: Batch, values: Tensor | None, name: str) -> Batch:
         """The column `name` of one float per response token; empty on ranks whose result is not collected."""
@@ -91,7 +73,7 @@ def sequences_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
 
 
 def pairs_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
-    """The same for preference pairs: with the per-row columns that losses on pairs read."""
+    """The sequences of preference pairs: with the per-row columns that losses on pairs read."""
     return sequences_of(batch, per_token).with_columns(
         per_row={"pair": batch.tensor("pair"), "chosen": batch.tensor("chosen")}
     )

@@ -1,16 +1,14 @@
-"""PolicyWorker: a language model that is trained on rows that are there: demonstrations, preference pairs, a
-teacher's log-probs.
+"""PolicyWorker: a language model that is trained on given rows: demonstrations, preference pairs, a teacher's
+log-probs.
 
-Generates nothing, so it holds no generation engine. ActorTrainingWorker (actor_training.py) adds the
+It generates nothing, so it holds no generation engine. ActorTrainingWorker (actor_training.py) adds the
 policy-gradient update.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import ClassVar, cast
+from collections.abc import Iterable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,25 +21,31 @@ from workers.losses.aggregation import Aggregation
 from workers.losses.config import DPOLossConfig
 from workers.losses.language import distillation_loss, language_loss
 from workers.losses.preference import dpo_loss
-from workers.mini_batches import MiniBatches, mean_over_steps, train_on
-from workers.model_worker import ModelWorker, pairs_of, sequences_of
+from workers.mini_batches import MiniBatches
+from workers.model_worker import pairs_of, sequences_of
 from workers.role_config import ActorConfig, PolicyConfig
 from workers.roles import Policy
 from workers.sequences import Sequences
+from workers.trained_worker import TrainedWorker
 
-STATE = "learner.json"
 
-
-class PolicyWorker(ModelWorker, Policy):
+class PolicyWorker(TrainedWorker, Policy):
     config: PolicyConfig | ActorConfig
     prefix: ClassVar[str] = "policy"
-    """Of its metrics."""
 
     def __init__(self, config: PolicyConfig | ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
         self.build(config.model, config.train, Head.lm, context)
-        self.weight_version = 0
-        """Updates so far."""
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the weights: the number of updates that made them."""
+        return self.num_updates
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the log-probs that are compared with another model's: the sampling temperature."""
+        return 1.0
 
     def compute_log_prob(self, batch: Batch) -> Batch:
         self.to_training()
@@ -49,57 +53,49 @@ class PolicyWorker(ModelWorker, Policy):
         return self.scored(batch, outputs.log_probs if outputs else None, "log_probs")
 
     def update_supervised(self, batch: Batch) -> Metrics:
-        mini_batches = self._mini_batches(batch, sequences_of(batch, ("loss_mask",)))
-        steps = mini_batches.steps(self.config.num_epochs, self.weight_version, Aggregation.token_mean, 0)
-        return self.learn(mini_batches, steps, language_loss)
+        mini_batches = self.mini_batches(batch, sequences_of(batch, ("loss_mask",)))
+        steps = mini_batches.steps(self.config.num_epochs, self.num_updates, Aggregation.token_mean)
+        return self.update(mini_batches, steps, language_loss)
 
     def update_dpo(self, batch: Batch, loss: DPOLossConfig) -> Metrics:
-        mini_batches = self._mini_batches(batch, pairs_of(batch, ("ref_log_probs",)))
-        steps = mini_batches.pair_steps(self.config.num_epochs, self.weight_version)
-        return self.learn(mini_batches, steps, dpo_loss(loss), self.temperature)
+        mini_batches = self.mini_batches(batch, pairs_of(batch, ("ref_log_probs",)))
+        steps = mini_batches.pair_steps(self.config.num_epochs, self.num_updates)
+        return self.update(mini_batches, steps, dpo_loss(loss), self.temperature)
 
     def update_distilled(self, batch: Batch) -> Metrics:
-        sequences = sequences_of(batch, ("teacher_log_probs",))
-        mini_batches = self._mini_batches(batch, sequences)
-        if (
-            self.config.num_epochs * mini_batches.num_labels > 1
-        ):  # from the second step on the policy is no longer the one that sampled
-            mini_batches.sequences = sequences.with_columns(
-                per_token={"old_log_probs": self.old_log_probs(batch, sequences)}
-            )
-        steps = mini_batches.steps(self.config.num_epochs, self.weight_version, Aggregation.token_mean, 0)
-        return self.learn(mini_batches, steps, distillation_loss, self.temperature)
+        mini_batches = self.mini_batches(batch, sequences_of(batch, ("teacher_log_probs",)))
+        # From the second step on the policy is no longer the one that sampled.
+        if self.config.num_epochs * mini_batches.num_labels > 1:
+            self.add_old_log_probs(batch, mini_batches)
+        steps = mini_batches.steps(self.config.num_epochs, self.num_updates, Aggregation.token_mean)
+        return self.update(mini_batches, steps, distillation_loss, self.temperature)
 
-    def save_checkpoint(self, directory: str) -> None:
-        super().save_checkpoint(directory)
-        if self.context.rank == 0:
-            (Path(directory) / STATE).write_text(json.dumps(self.state()))
+    def update(
+        self,
+        mini_batches: MiniBatches,
+        steps: Iterable[Sequences],
+        loss_fn: LossFn,
+        temperature: float = 1.0,
+    ) -> Metrics:
+        """Takes one optimizer step for each of `steps`; none where no rank has a row.
 
-    def load_checkpoint(self, directory: str) -> None:
-        super().load_checkpoint(directory)
-        self.load_state(json.loads((Path(directory) / STATE).read_text()))
-
-    def state(self) -> dict[str, int]:
-        """Counters that training goes on from."""
-        return {"weight_version": self.weight_version}
-
-    def load_state(self, state: dict[str, int]) -> None:
-        self.weight_version = state["weight_version"]
-
-    def to_training(self) -> None:
-        """Called before the training engine is used."""
-
-    @property
-    def temperature(self) -> float:
-        """Of log-probs that stand beside another model's: the one that the responses were drawn at."""
-        return 1.0
-
-    def old_log_probs(self, batch: Batch, sequences: Sequences) -> Tensor:
-        """The log-probs before this update: given, or computed now, while the weights are still those that
-        generated.
-
-        Ratios are taken between numbers of one engine: the generation engine's own round differently.
+        No row is left when no prompt's best answer was good enough. The optimizer's momentum alone would then
+        move the weights.
         """
+        if not mini_batches.num_rows:
+            return Metrics({f"{self.prefix}/updates_without_rows": 1.0})
+        self.to_training()
+        metrics = super().update(mini_batches, steps, loss_fn, temperature)
+        return metrics | {f"{self.prefix}/weight_version": float(self.weight_version)}
+
+    def add_old_log_probs(self, batch: Batch, mini_batches: MiniBatches) -> None:
+        """Adds the column old_log_probs, the log-probs before this update: those of `batch`, or computed now.
+
+        Ratios are taken between numbers of the training engine: the generation engine's round differently.
+        """
+        mini_batches.add_columns(old_log_probs=self._old_log_probs(batch, mini_batches.sequences))
+
+    def _old_log_probs(self, batch: Batch, sequences: Sequences) -> Tensor:
         if "log_probs" in batch:
             return batch.ragged("log_probs").values
         self.to_training()
@@ -108,24 +104,5 @@ class PolicyWorker(ModelWorker, Policy):
             return torch.zeros(sequences.num_scored_tokens)
         return outputs.log_probs.cpu()
 
-    def _mini_batches(self, batch: Batch, sequences: Sequences) -> MiniBatches:
-        labels = cast(Tensor, batch["mini_batch"]) if "mini_batch" in batch else None
-        return MiniBatches(sequences, labels, self.layout, self.context.device)
-
-    def learn(
-        self,
-        mini_batches: MiniBatches,
-        steps: Iterator[Sequences],
-        loss_fn: LossFn,
-        temperature: float = 1.0,
-    ) -> Metrics:
-        """One optimizer step for each of `steps`; none where no rank has a row, as when no prompt's best
-        answer was good enough: the optimizer's momentum alone would move the weights."""
-        if not mini_batches.num_rows:
-            return Metrics({f"{self.prefix}/updates_without_rows": 1.0})
-        self.to_training()
-        metrics = train_on(self.engine, steps, loss_fn, temperature=temperature)
-        self.weight_version += 1
-        return mean_over_steps(metrics, self.prefix) | {
-            f"{self.prefix}/weight_version": float(self.weight_version)
-        }
+    def to_training(self) -> None:
+        """Called before the training engine is used."""

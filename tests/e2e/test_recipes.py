@@ -84,6 +84,7 @@ def test_resume_is_bit_identical_and_works_on_other_ranks(common: list[str], tmp
             *common,
             COUNT,
             "runtime=local",
+            "critic.num_epochs=2",
             f"output_dir={whole}",
             "loop.checkpoint_every=2",
             "loop.keep_last=3",
@@ -92,12 +93,12 @@ def test_resume_is_bit_identical_and_works_on_other_ranks(common: list[str], tmp
     for output in (half, wide):
         shutil.copytree(whole, output)
         shutil.rmtree(output / "checkpoints" / "step-00000004")
-    succeed("ppo", [*common, COUNT, "runtime=local", f"output_dir={half}"])
+    succeed("ppo", [*common, COUNT, "runtime=local", "critic.num_epochs=2", f"output_dir={half}"])
     assert numbers(half) == numbers(whole)
     for name, weight in policy(whole, 4).items():
         assert torch.equal(policy(half, 4)[name], weight), name
 
-    succeed("ppo", [*common, COUNT, "num_devices=2", f"output_dir={wide}"])
+    succeed("ppo", [*common, COUNT, "num_devices=2", "critic.num_epochs=2", f"output_dir={wide}"])
     for name, weight in policy(whole, 4).items():
         assert (policy(wide, 4)[name] - weight).abs().max() < 2e-5, name
 

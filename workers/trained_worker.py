@@ -1,0 +1,100 @@
+"""TrainedWorker: the base of every role that is trained (policy, actor, critic, preference model).
+
+It counts updates and saves the count with the checkpoint, because the order of the mini-batches in an
+update's later epochs depends on it. The losses are left to the roles.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoTokenizer
+
+from hybridflow.batch import Batch
+from hybridflow.context import RankContext
+from hybridflow.results import Metrics
+from workers.engines.base import LossFn
+from workers.mini_batches import MiniBatches, mean_over_steps, train_on
+from workers.model_worker import ModelWorker
+from workers.roles import TrainedRole
+from workers.sequences import Sequences
+
+COUNTERS = "counters.json"
+
+
+class TrainedWorker(ModelWorker, TrainedRole):
+    """A role's update is three lines:
+
+    mini_batches = self.mini_batches(batch, sequences_of(batch, ("returns",)))
+    steps = mini_batches.steps(num_epochs, self.num_updates, Aggregation.token_mean)
+    return self.update(mini_batches, steps, loss_fn)
+    """
+
+    prefix: ClassVar[str]
+    """Prefix of the role's metrics."""
+
+    def __init__(self, config: Any, context: RankContext) -> None:
+        super().__init__(config, context)
+        self.num_updates = 0
+        """Updates so far, over all runs that the checkpoint comes from."""
+
+    def mini_batches(self, batch: Batch, sequences: Sequences) -> MiniBatches:
+        """The mini-batches of `sequences`, the rows of `batch`: by its column mini_batch, or a single one.
+        Collective."""
+        labels = batch.tensor("mini_batch") if "mini_batch" in batch else None
+        return MiniBatches(sequences, labels, self.layout, self.context.device)
+
+    def update(
+        self,
+        mini_batches: MiniBatches,
+        steps: Iterable[Sequences],
+        loss_fn: LossFn,
+        temperature: float = 1.0,
+    ) -> Metrics:
+        """Takes one optimizer step for each of `steps`, which are steps of `mini_batches`."""
+        metrics = train_on(self.engine, steps, loss_fn, temperature=temperature)
+        self.num_updates += 1
+        return mean_over_steps(metrics, self.prefix)
+
+    def counters(self) -> dict[str, int]:
+        """The numbers that training goes on from, besides the engine's state."""
+        return {"num_updates": self.num_updates}
+
+    def load_counters(self, counters: dict[str, int]) -> None:
+        self.num_updates = counters["num_updates"]
+
+    def save_checkpoint(self, directory: str) -> None:
+        self.engine.save(Path(directory))
+        if self.context.rank == 0:
+            (Path(directory) / COUNTERS).write_text(json.dumps(self.counters()))
+
+    def load_checkpoint(self, directory: str) -> None:
+        """Raises a ValueError where the checkpoint has no counters."""
+        path = Path(directory) / COUNTERS
+        if not path.exists():
+            raise ValueError(
+                f"{directory} has no {COUNTERS}, so it was written by an earlier version and cannot be "
+                "resumed; start a new run from its weights"
+            )
+        self.engine.load(Path(directory))
+        self.load_counters(json.loads(path.read_text()))
+
+    def save_pretrained(self, directory: str) -> None:
+        """Writes weights and tokenizer as a Hugging Face directory."""
+        self.engine.save_pretrained(Path(directory))
+        if self.context.rank == 0:
+            model = self.model
+            tokenizer = AutoTokenizer.from_pretrained(
+                model.tokenizer or model.path, trust_remote_code=model.trust_remote_code
+            )
+            tokenizer.save_pretrained(directory)
+
+    def peak_memory_bytes(self) -> int:
+        if self.context.device.startswith("cuda"):
+            return torch.cuda.max_memory_allocated(self.context.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
