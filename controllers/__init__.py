@@ -1,16 +1,20 @@
-"""The algorithms by name: a file each, an entry here."""
+"""The algorithms by name: a file each, an entry here. Other packages declare theirs as entry points of the
+group hybridflow.algorithms, scripts and notebooks by register_algorithm()."""
 
 from __future__ import annotations
 
+import logging
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from controllers.algorithm_base import Algorithm, AlgorithmConfig
 from controllers.streams import NoStream, Stream
 from hybridflow.checkpoint import Best
+from hybridflow.registry import Registry, load_object
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +40,14 @@ class AlgorithmEntry:
         return self.rows == "prompts"
 
     def load(self) -> type[Algorithm]:
-        found: type[Algorithm] = vars(import_module(self.module))[self.algorithm]
-        return found
+        algorithm: type[Algorithm] = load_object(
+            f"{self.module}:{self.algorithm}", "AlgorithmEntry.algorithm"
+        )
+        return algorithm
 
     def load_config(self) -> type[AlgorithmConfig]:
-        found: type[AlgorithmConfig] = vars(import_module(self.module))[self.config]
-        return found
+        config: type[AlgorithmConfig] = load_object(f"{self.module}:{self.config}", "AlgorithmEntry.config")
+        return config
 
 
 ALGORITHMS: dict[str, AlgorithmEntry] = {
@@ -143,14 +149,68 @@ QUESTIONS: dict[str, AlgorithmEntry] = {
 """What asks a model without training it (recipes.evaluate, recipes.generate)."""
 
 ENTRIES = ChainMap(QUESTIONS, STAGES, ALGORITHMS)
-"""All of them; iterates in the order of this file."""
+"""The built-in ones; iterates in the order of this file."""
+
+EXTENSIONS = Registry(group="hybridflow.algorithms", builtin={})
+"""Algorithms of other packages, each an AlgorithmEntry:
+
+    [project.entry-points."hybridflow.algorithms"]
+    mine = "my_package:MINE"
+"""
+REGISTERED: dict[str, AlgorithmEntry] = {}
+"""Algorithms of this process: register_algorithm()."""
+
+
+def register_algorithm(name: str, entry: AlgorithmEntry) -> None:
+    """Adds an algorithm from a script or notebook, where no package is installed that declares it. The
+    algorithm runs in this process alone, so no other one has to know it."""
+    if name in ENTRIES:
+        raise ValueError(f"algorithm {name!r} is built in; register yours under another name")
+    REGISTERED[name] = entry
+
+
+def algorithm_names() -> list[str]:
+    """Every name that algorithm_entry() knows, the built-in ones first."""
+    declared = EXTENSIONS.locations()
+    taken = [name for name in declared if name in ENTRIES]
+    if taken:
+        raise ValueError(
+            f"entry point group {EXTENSIONS.group}: {taken[0]} ({declared[taken[0]]}) is the name of a "
+            "built-in algorithm; rename it in that package"
+        )
+    return list(dict.fromkeys([*ENTRIES, *REGISTERED, *declared]))
 
 
 def algorithm_entry(name: str) -> AlgorithmEntry:
     """An unknown name is a ValueError that lists the known ones."""
-    if name not in ENTRIES:
-        raise ValueError(f"algorithm.name is {name!r}; known: {', '.join(ENTRIES)}")
-    return ENTRIES[name]
+    if name in ENTRIES:
+        return ENTRIES[name]
+    if name in REGISTERED:
+        return REGISTERED[name]
+    if name not in algorithm_names():
+        raise ValueError(f"algorithm.name is {name!r}; known: {', '.join(algorithm_names())}")
+    entry = EXTENSIONS.load(name, "algorithm.name")
+    if not isinstance(entry, AlgorithmEntry):
+        raise ValueError(
+            f"algorithm.name is {name!r}, and {EXTENSIONS.locations()[name]} is no "
+            f"{AlgorithmEntry.__module__}.{AlgorithmEntry.__name__}"
+        )
+    return entry
+
+
+def usable_algorithms() -> dict[str, AlgorithmEntry]:
+    """Every algorithm by name. One of another package that can't be imported is left out with a warning: it
+    must not stop the runs that do not use it."""
+    entries = {}
+    for name in algorithm_names():
+        try:
+            entry = algorithm_entry(name)
+            entry.load_config()
+        except ValueError as error:
+            LOGGER.warning("algorithm %s is left out: %s", name, error)
+        else:
+            entries[name] = entry
+    return entries
 
 
 def create_algorithm(

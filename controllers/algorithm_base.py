@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
+from hybridflow.seeds import spread_seed
 from hybridflow.tracing import on_controller
 from workers import columns as columns  # declares every column named below
 from workers.losses.kl import KLEstimator, kl_estimate
@@ -29,6 +30,9 @@ class AlgorithmConfig:
     num_mini_batches: int = 1
     """Optimizer steps per epoch of an update: the batch's rows are dealt over them at random, equal numbers
     as far as it goes."""
+    seed: int = 0
+    """Decides the random choices on the controller: which mini-batch a row is dealt to, and the tokens that
+    Clip-Cov and KL-Cov draw."""
 
     losses: ClassVar[tuple[str, ...]] = ()
     """The policy losses (actor.loss.name) that make it this algorithm; empty: any."""
@@ -75,7 +79,7 @@ def check_fractions(**values: float) -> None:
 
 
 class Stateless:
-    """Of an algorithm that has no numbers of its own to keep over a restart."""
+    """Base of an algorithm that has no numbers of its own to keep over a restart."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -95,17 +99,18 @@ class Evaluated(Algorithm, Protocol):
     def evaluate(self, rows: Batch) -> Mapping[str, float]: ...
 
 
-def mini_batch_column(uid: Tensor, num_mini_batches: int) -> Tensor:
-    """int64 [rows]: the mini-batch of every row, drawn at random from the prompts' ids, so that it does not
-    depend on the layout.
+def mini_batch_column(uid: Tensor, config: AlgorithmConfig) -> Tensor:
+    """int64 [rows]: the mini-batch of every row, drawn at random from the prompts' ids and algorithm.seed,
+    so that it does not depend on the layout.
 
     Samples of one prompt may land in different mini-batches.
     """
-    if num_mini_batches == 1:
+    if config.num_mini_batches == 1:
         return torch.zeros(len(uid), dtype=torch.int64)
-    order = np.random.default_rng(uid.numpy().astype(np.uint64)).permutation(len(uid))
+    entropy = uid.numpy().astype(np.uint64) ^ np.uint64(spread_seed(config.seed))
+    order = np.random.default_rng(entropy).permutation(len(uid))
     column = np.empty(len(uid), dtype=np.int64)
-    for number, rows in enumerate(np.array_split(order, num_mini_batches)):
+    for number, rows in enumerate(np.array_split(order, config.num_mini_batches)):
         column[rows] = number
     return torch.from_numpy(column)
 
@@ -113,14 +118,14 @@ def mini_batch_column(uid: Tensor, num_mini_batches: int) -> Tensor:
 @on_controller(reads=("uid",), writes=("mini_batch",))
 def assign_mini_batches(batch: Batch, config: AlgorithmConfig) -> Batch:
     """The mini-batch of every row, for a page that computes nothing else of its own."""
-    return Batch.of(mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches))
+    return Batch.of(mini_batch=mini_batch_column(batch.tensor("uid"), config))
 
 
 @on_controller(reads=("pair",), writes=("mini_batch",))
 def assign_pair_mini_batches(pairs: Batch, config: AlgorithmConfig) -> Batch:
     """The same for preference pairs, whose two rows are in one mini-batch."""
     pair, row = torch.unique(pairs.tensor("pair"), return_inverse=True)
-    return Batch.of(mini_batch=mini_batch_column(pair, config.num_mini_batches)[row])
+    return Batch.of(mini_batch=mini_batch_column(pair, config)[row])
 
 
 def pair_accuracy(pairs: Batch, scores: Tensor) -> dict[str, float]:

@@ -108,5 +108,5 @@ def compute_advantages(batch: Batch, config: DAPOConfig) -> Batch:
     advantages = grpo(scores, batch.tensor("uid"), lengths)
     return Batch.of(
         advantages=Ragged(advantages, lengths),
-        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config),
     )

@@ -87,5 +87,5 @@ def compute_advantages(batch: Batch, config: GRPOConfig) -> Batch:
     advantages = grpo(batch.tensor("rewards"), batch.tensor("uid"), lengths, scale_by_std=config.scale_by_std)
     return Batch.of(
         advantages=Ragged(advantages, lengths),
-        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config),
     )

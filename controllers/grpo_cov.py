@@ -21,6 +21,7 @@ from controllers.grpo import GRPOConfig, compute_advantages
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.results import Metrics
+from hybridflow.seeds import combine_seed
 from hybridflow.tracing import on_controller
 from workers.roles import Actor, Reference, Reward
 
@@ -95,7 +96,8 @@ class CovarianceGRPO(Stateless):
 def select_tokens(batch: Batch, config: CovConfig) -> Batch:
     """Marks tokens by their covariance under the policy that generated them."""
     advantages, log_probs = batch.ragged("advantages"), batch.ragged("rollout_log_probs")
-    seed = int(batch.tensor("uid").min()) if len(batch) else 0
+    first_uid = int(batch.tensor("uid").min()) if len(batch) else 0
+    seed = combine_seed(config.seed, first_uid) % 2**63
     selected = config.select(advantages.values, log_probs.values, seed)
     assert selected.dtype is torch.bool
     return Batch.of(covariance_selected=Ragged(selected, advantages.lengths))

@@ -60,5 +60,5 @@ def compute_advantages(batch: Batch, config: PassAtKConfig) -> Batch:
     advantages = pass_at_k(right, batch.tensor("uid"), lengths, config.k)
     return Batch.of(
         advantages=Ragged(advantages, lengths),
-        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config),
     )

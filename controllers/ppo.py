@@ -77,5 +77,5 @@ def compute_advantages(batch: Batch, config: PPOConfig, kl: KLCoefficient) -> Ba
     return Batch.of(
         advantages=Ragged(advantages, lengths),
         returns=Ragged(returns, lengths),
-        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config),
     )

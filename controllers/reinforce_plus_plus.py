@@ -66,5 +66,5 @@ def compute_advantages(batch: Batch, config: ReinforcePlusPlusConfig, kl: KLCoef
     advantages, _ = reinforce_plus_plus(rewards, lengths, config.gamma)
     return Batch.of(
         advantages=Ragged(advantages, lengths),
-        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config),
     )

@@ -52,5 +52,5 @@ def compute_advantages(batch: Batch, config: ReinforcePlusPlusBaselineConfig) ->
     advantages = reinforce_plus_plus_baseline(batch.tensor("rewards"), batch.tensor("uid"), lengths)
     return Batch.of(
         advantages=Ragged(advantages, lengths),
-        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config),
     )

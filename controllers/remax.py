@@ -62,5 +62,5 @@ def compute_advantages(batch: Batch, config: ReMaxConfig, kl: KLCoefficient) -> 
     advantages, _ = remax(rewards, batch.tensor("baseline_rewards"), lengths)
     return Batch.of(
         advantages=Ragged(advantages, lengths),
-        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config),
     )

@@ -66,5 +66,5 @@ def compute_advantages(batch: Batch, config: RLOOConfig, kl: KLCoefficient) -> B
     advantages = rloo(scores, batch.tensor("uid"), lengths)
     return Batch.of(
         advantages=Ragged(advantages, lengths),
-        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config),
     )

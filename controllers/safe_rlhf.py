@@ -117,5 +117,5 @@ def compute_advantages(
         advantages=Ragged(advantages, lengths),
         returns=Ragged(returns, lengths),
         cost_returns=Ragged(cost_returns, lengths),
-        mini_batch=mini_batch_column(batch.tensor("uid"), config.num_mini_batches),
+        mini_batch=mini_batch_column(batch.tensor("uid"), config),
     )

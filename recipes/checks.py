@@ -81,8 +81,10 @@ def check_settings(role: str, config: RoleConfig) -> None:
             )
     if isinstance(config, ActorConfig) and config.critic_warmup_steps < 0:
         raise ValueError(f"{role}.critic_warmup_steps is {config.critic_warmup_steps}; use 0 or more")
-    if isinstance(config, ActorConfig | CriticConfig | PolicyConfig) and config.num_epochs < 1:
+    if isinstance(config, ActorConfig | CriticConfig) and config.num_epochs < 1:
         raise ValueError(f"{role}.num_epochs is {config.num_epochs}; use at least 1")
+    if isinstance(config, PolicyConfig) and config.passes_per_batch < 1:
+        raise ValueError(f"{role}.passes_per_batch is {config.passes_per_batch}; use at least 1")
 
 
 def check_train(field: str, config: TrainConfig) -> None:

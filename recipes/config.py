@@ -9,7 +9,7 @@ from enum import StrEnum
 from hydra.core.config_store import ConfigStore
 
 from cluster.connect import ClusterConfig
-from controllers import ENTRIES
+from controllers import usable_algorithms
 from controllers.algorithm_base import AlgorithmConfig
 from controllers.data import DataConfig
 from controllers.loop import LoopConfig
@@ -152,10 +152,14 @@ class RunConfig:
     """The model that distillation learns from; it names its own (teacher.model.path) and shares the policy's
     vocabulary."""
     judge: JudgeConfig = field(
-        default_factory=lambda: JudgeConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL))
+        default_factory=lambda: JudgeConfig(
+            tokenizer="${model.path}",
+            model=ModelConfig(path=NO_MODEL),
+            seed="${seed}",  # type: ignore[arg-type]
+        )
     )
     """The language model that judges answers; it names its own (judge.model.path)."""
-    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(model=_run_model()))
+    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(model=_run_model(), seed="${seed}"))
     """The language model of recipes that generate nothing: sft, dpo."""
     reward_model: PreferenceConfig = field(
         default_factory=lambda: PreferenceConfig(model=replace(_run_model(), new_head=True), seed="${seed}")  # type: ignore[arg-type]
@@ -163,7 +167,7 @@ class RunConfig:
     """The model that recipes.reward_model and recipes.cost_model train; `reward` is the frozen one that
     reinforcement learning asks."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=lambda: DataConfig(seed="${seed}"))  # type: ignore[arg-type]
     loop: LoopConfig = field(default_factory=LoopConfig)
     metrics: MetricsConfig = field(
         default_factory=lambda: MetricsConfig(console_metrics=["reward/mean", "kl/reference", "tokens_per_s"])
@@ -171,6 +175,9 @@ class RunConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: MapperConfig = field(default_factory=MapperConfig)
     seed: int = 0
+    """Everything random follows it, and can be set apart: data.seed (order of the rows), algorithm.seed
+    (mini-batches), actor.seed (sampling), critic.seed, cost_critic.seed and reward_model.seed (new heads),
+    policy.seed, judge.seed."""
     output_dir: str = "outputs/run"
     """Metrics, checkpoints, plots and the config itself."""
     graph: bool = False
@@ -181,8 +188,9 @@ class RunConfig:
 
 
 def register() -> None:
-    """Makes the schema and the algorithms known to Hydra."""
+    """Makes the schema and the algorithms, those of other packages too, known to Hydra."""
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
-    for name, entry in ENTRIES.items():
-        store.store(group="algorithm", name=name, node=entry.load_config())
+    for name, entry in usable_algorithms().items():
+        node = entry.load_config()(seed="${seed}")  # type: ignore[arg-type]
+        store.store(group="algorithm", name=name, node=node)

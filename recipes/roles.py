@@ -14,7 +14,7 @@ from controllers import algorithm_entry
 from hybridflow.batch import Batch
 from hybridflow.mapping.search.setting import GENERATION
 from hybridflow.worker import Worker
-from recipes.config import RunConfig
+from recipes.config import NO_MODEL, RunConfig
 from workers.actor import ActorWorker
 from workers.critic import CriticWorker
 from workers.engines.base import Head
@@ -57,8 +57,14 @@ class RoleKind:
     """What stands in its place where it is not needed."""
 
 
-def _with_tokenizer(config: RunConfig, reward: RewardConfig) -> RewardConfig:
-    return replace(reward, tokenizer=config.model.tokenizer or config.model.path)
+def scorer_settings(config: RunConfig, scorer: RewardConfig) -> RewardConfig:
+    """With the policy's tokenizer, and without a model where none is named."""
+    has_model = scorer.model is not None and scorer.model.path != NO_MODEL
+    return replace(
+        scorer,
+        tokenizer=config.model.tokenizer or config.model.path,
+        model=scorer.model if has_model else None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +109,13 @@ ROLES: dict[str, RoleKind] = {
         settings=lambda config: config.teacher, worker=lambda _: ReferenceWorker, head=Head.lm
     ),
     "reward": RoleKind(
-        settings=lambda config: _with_tokenizer(config, config.reward), worker=reward_worker, head=Head.score
+        settings=lambda config: scorer_settings(config, config.reward), worker=reward_worker, head=Head.score
     ),
     "gold": RoleKind(
-        settings=lambda config: _with_tokenizer(config, config.gold), worker=reward_worker, head=Head.score
+        settings=lambda config: scorer_settings(config, config.gold), worker=reward_worker, head=Head.score
     ),
     "cost": RoleKind(
-        settings=lambda config: _with_tokenizer(config, config.cost), worker=cost_worker, head=Head.score
+        settings=lambda config: scorer_settings(config, config.cost), worker=cost_worker, head=Head.score
     ),
 }
 
@@ -124,7 +130,8 @@ def role_names(config: RunConfig) -> tuple[str, ...]:
     entry = algorithm_entry(config.algorithm.name)
     if not entry.answers_prompts or not config.data.validation:
         return entry.roles
-    has_gold = config.gold.function is not None or config.gold.model is not None
+    gold = scorer_settings(config, config.gold)
+    has_gold = gold.function is not None or gold.model is not None
     scorers = ("reward", "gold") if has_gold else ("reward",)
     return (*entry.roles, *(name for name in scorers if name not in entry.roles))
 

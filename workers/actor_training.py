@@ -50,7 +50,7 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
             self.add_old_log_probs(batch, mini_batches)
         entropy = config.report_entropy or loss.entropy_coefficient != 0
         steps = mini_batches.steps(
-            config.num_epochs, self.num_updates, loss.aggregation, loss.aggregation_constant
+            config.num_epochs, self.update_seed, loss.aggregation, loss.aggregation_constant
         )
         metrics = train_on(
             self.engine, islice(steps, 1), loss_fn, entropy=entropy, temperature=self.temperature

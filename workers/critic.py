@@ -29,6 +29,6 @@ class CriticWorker(TrainedWorker, Critic):
         config, loss = self.config, self.config.loss
         mini_batches = self.mini_batches(batch, sequences_of(batch, ("returns", "values")))
         steps = mini_batches.steps(
-            config.num_epochs, self.num_updates, loss.aggregation, loss.aggregation_constant
+            config.num_epochs, self.update_seed, loss.aggregation, loss.aggregation_constant
         )
         return self.update(mini_batches, steps, value_loss(loss))

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
+from hybridflow.seeds import combine_seed
 from workers.config import ModelConfig
 from workers.engines.base import Head
 from workers.engines.model.loading import position_limit
@@ -163,7 +164,9 @@ class VerdictWorker(Reward):
 
     def compute_reward(self, batch: Batch) -> Batch:
         questions = [np.asarray(question, dtype=np.int64) for question in self.questions(batch)]
-        made = self.generator.generate(questions, _seeds(questions), self.config.generation.sampling)
+        made = self.generator.generate(
+            questions, _seeds(questions, self.config.seed), self.config.generation.sampling
+        )
         written = np.split(made.response_ids, np.cumsum(made.lengths)[:-1]) if questions else []
         texts = self.questions.tokenizer.batch_decode(
             [part.tolist() for part in written], skip_special_tokens=True
@@ -191,10 +194,13 @@ class VerdictWorker(Reward):
         self.generator.close()
 
 
-def _seeds(questions: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """[rows], from the tokens of each question alone."""
-    digests = [hashlib.blake2b(question.tobytes(), digest_size=8).digest() for question in questions]
-    return np.array([int.from_bytes(digest, "little") >> 1 for digest in digests], dtype=np.int64)
+def _seeds(questions: Sequence[NDArray[np.int64]], seed: int) -> NDArray[np.int64]:
+    """[rows], from judge.seed and the tokens of each question alone."""
+    seeds = np.empty(len(questions), dtype=np.int64)
+    for row, question in enumerate(questions):
+        digest = hashlib.blake2b(question.tobytes(), digest_size=8).digest()
+        seeds[row] = combine_seed(seed, int.from_bytes(digest, "little")) >> 1
+    return seeds
 
 
 def read_verdict(text: str, config: JudgeConfig) -> tuple[float, bool]:

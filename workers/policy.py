@@ -35,7 +35,7 @@ class PolicyWorker(TrainedWorker, Policy):
 
     def __init__(self, config: PolicyConfig | ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
-        self.build(config.model, config.train, Head.lm, context)
+        self.build(config.model, config.train, Head.lm, context, seed=config.seed)
 
     @property
     def weight_version(self) -> int:
@@ -54,20 +54,20 @@ class PolicyWorker(TrainedWorker, Policy):
 
     def update_supervised(self, batch: Batch) -> Metrics:
         mini_batches = self.mini_batches(batch, sequences_of(batch, ("loss_mask",)))
-        steps = mini_batches.steps(self.config.num_epochs, self.num_updates, Aggregation.token_mean)
+        steps = mini_batches.steps(self.config.passes_per_batch, self.update_seed, Aggregation.token_mean)
         return self.update(mini_batches, steps, language_loss)
 
     def update_dpo(self, batch: Batch, loss: DPOLossConfig) -> Metrics:
         mini_batches = self.mini_batches(batch, pairs_of(batch, ("ref_log_probs",)))
-        steps = mini_batches.pair_steps(self.config.num_epochs, self.num_updates)
+        steps = mini_batches.pair_steps(self.config.passes_per_batch, self.update_seed)
         return self.update(mini_batches, steps, dpo_loss(loss), self.temperature)
 
     def update_distilled(self, batch: Batch) -> Metrics:
         mini_batches = self.mini_batches(batch, sequences_of(batch, ("teacher_log_probs",)))
         # From the second step on the policy is no longer the one that sampled.
-        if self.config.num_epochs * mini_batches.num_labels > 1:
+        if self.config.passes_per_batch * mini_batches.num_labels > 1:
             self.add_old_log_probs(batch, mini_batches)
-        steps = mini_batches.steps(self.config.num_epochs, self.num_updates, Aggregation.token_mean)
+        steps = mini_batches.steps(self.config.passes_per_batch, self.update_seed, Aggregation.token_mean)
         return self.update(mini_batches, steps, distillation_loss, self.temperature)
 
     def update(

@@ -30,7 +30,8 @@ class ActorConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     num_epochs: int = 1
-    """Passes of an update over the batch."""
+    """Optimizer passes over the rows of every step (PPO's epochs). Passes over the data are
+    loop.num_epochs."""
     critic_warmup_steps: int = 0
     """First updates of a run that leave the actor as it is, so that a new critic learns to judge it first."""
     report_entropy: bool = True
@@ -48,7 +49,13 @@ class ActorConfig:
     otherwise.
     -1: 1e-4 in fp32, 0.05 where either side computes in bf16."""
     seed: int = 0
-    """Of sampling: a response is a function of (seed, prompt's uid, number of the sample, weights)."""
+    """Decides sampling (a response is a function of seed, prompt's uid, number of the sample and weights), the
+    order of mini-batches from the second pass over a batch on, and dropout where the model has any."""
+
+    @property
+    def passes_per_batch(self) -> int:
+        """num_epochs under the name that PolicyConfig has for it."""
+        return self.num_epochs
 
 
 @dataclass(kw_only=True)
@@ -57,8 +64,10 @@ class PolicyConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    num_epochs: int = 1
-    """Passes of an update over the batch; passes over the data are up to loop.num_steps."""
+    passes_per_batch: int = 1
+    """Optimizer passes over the rows of every step. Passes over the data are loop.num_epochs."""
+    seed: int = 0
+    """Decides the order of mini-batches from the second pass on, and dropout where the model has any."""
 
 
 @dataclass(kw_only=True)
@@ -69,6 +78,7 @@ class PreferenceConfig:
     model: ModelConfig = field(default_factory=lambda: ModelConfig(new_head=True))
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
+    """Decides the new head's weights, and dropout where the model has any."""
 
 
 @dataclass(kw_only=True)
@@ -79,8 +89,11 @@ class CriticConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: ValueLossConfig = field(default_factory=ValueLossConfig)
     num_epochs: int = 1
+    """Optimizer passes over the rows of every step (PPO's epochs). Passes over the data are
+    loop.num_epochs."""
     seed: int = 0
-    """Of the new value head."""
+    """Decides the new value head's weights, the order of mini-batches from the second pass on, and dropout
+    where the model has any."""
 
 
 @dataclass(kw_only=True)
@@ -153,6 +166,8 @@ class JudgeConfig:
         default_factory=lambda: GenerationConfig(sampling=SamplingConfig(greedy=True))
     )
     """written: the engine that the judge writes with."""
+    seed: int = 0
+    """written: decides what a judge that draws (generation.sampling.greedy=false) writes of a text."""
 
     def __post_init__(self) -> None:
         if "response" not in self.template_fields:

@@ -17,6 +17,7 @@ from hybridflow.columns import Ragged
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.resharding import ParameterSpec
+from hybridflow.seeds import spread_seed
 from workers.config import Precision
 from workers.consistency import is_exact
 from workers.generation import generation_engine_class
@@ -95,6 +96,6 @@ def sample_seeds(seed: int, prompts: Batch) -> np.ndarray:
     mixed = (
         (uid * np.uint64(0x9E3779B97F4A7C15))
         ^ (sample * np.uint64(0xD1B54A32D192ED03))
-        ^ np.uint64((seed * 0x2545F4914F6CDD1D) % 2**64)
+        ^ np.uint64(spread_seed(seed))
     )
     return (mixed >> np.uint64(1)).astype(np.int64)

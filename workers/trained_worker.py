@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.results import Metrics
+from hybridflow.seeds import combine_seed
 from workers.engines.base import LossFn
 from workers.mini_batches import MiniBatches, mean_over_steps, train_on
 from workers.model_worker import ModelWorker
@@ -31,7 +32,7 @@ class TrainedWorker(ModelWorker, TrainedRole):
     """A role's update is three lines:
 
     mini_batches = self.mini_batches(batch, sequences_of(batch, ("returns",)))
-    steps = mini_batches.steps(num_epochs, self.num_updates, Aggregation.token_mean)
+    steps = mini_batches.steps(num_epochs, self.update_seed, Aggregation.token_mean)
     return self.update(mini_batches, steps, loss_fn)
     """
 
@@ -42,6 +43,11 @@ class TrainedWorker(ModelWorker, TrainedRole):
         super().__init__(config, context)
         self.num_updates = 0
         """Updates so far, over all runs that the checkpoint comes from."""
+
+    @property
+    def update_seed(self) -> int:
+        """Decides the order of this update's mini-batches from the second pass over the batch on."""
+        return combine_seed(self.config.seed, self.num_updates)
 
     def mini_batches(self, batch: Batch, sequences: Sequences) -> MiniBatches:
         """The mini-batches of `sequences`, the rows of `batch`: by its column mini_batch, or a single one.

@@ -53,7 +53,7 @@ class DataConfig:
     shuffle: bool = True
     """A new order in every epoch; false keeps the order of the files."""
     seed: int = 0
-    """Of the order. The order depends on (seed, epoch) only."""
+    """Decides the order of the rows, which depends on (seed, epoch) only."""
     max_prompt_tokens: int = 1024
     max_tokens: int = 4096
     """Demonstrations and preference pairs: most tokens of a prompt with its (longer) response."""
@@ -84,8 +84,8 @@ class DataConfig:
         for name, value in vars(self).items():
             if value is not None and name in least and value < least[name]:
                 raise ValueError(f"data.{name} is {value}; use at least {least[name]}")
-        if self.seed < 0:
-            raise ValueError(f"data.seed is {self.seed}; use 0 or more")
+        if isinstance(self.seed, int) and self.seed < 0:  # a text refers to the run's seed
+            raise ValueError(f"data.seed is {self.seed}, its own or the run's seed; use 0 or more")
         places("data.train", self.train)
         if self.validation is not None:
             places("data.validation", self.validation)

@@ -54,9 +54,8 @@ class RowLoader:
             return np.arange(len(self.dataset), dtype=np.int64)
         if self._order is None or self._order[0] != epoch:
             # A bit generator's raw stream, unlike Generator.permutation, is the same in every numpy version.
-            keys = np.random.Philox(key=np.array([self.config.seed, epoch], dtype=np.uint64)).random_raw(
-                len(self.dataset)
-            )
+            key = np.array([self.config.seed, epoch], dtype=np.uint64)
+            keys = np.random.Philox(key=key).random_raw(len(self.dataset))
             self._order = epoch, np.argsort(keys, kind="stable").astype(np.int64)
         return self._order[1]
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controllers.algorithm_base import mini_batch_column
+from controllers.algorithm_base import AlgorithmConfig, mini_batch_column
 
 UIDS = st.lists(st.integers(0, 2**62), min_size=1, max_size=200)
 
@@ -14,7 +14,7 @@ UIDS = st.lists(st.integers(0, 2**62), min_size=1, max_size=200)
 @settings(max_examples=60, deadline=None)
 @given(UIDS, st.integers(1, 12))
 def test_every_row_is_dealt_once_and_evenly(uid: list[int], number: int) -> None:
-    column = mini_batch_column(torch.tensor(uid), number)
+    column = mini_batch_column(torch.tensor(uid), AlgorithmConfig(num_mini_batches=number))
     assert column.dtype is torch.int64 and len(column) == len(uid)
     sizes = torch.bincount(column, minlength=number)
     assert len(sizes) == number and int(sizes.sum()) == len(uid)
@@ -25,11 +25,24 @@ def test_every_row_is_dealt_once_and_evenly(uid: list[int], number: int) -> None
 @given(UIDS, st.integers(1, 12), st.integers(0, 2**31))
 def test_only_the_prompts_decide(uid: list[int], number: int, seed: int) -> None:
     """Neither torch's nor numpy's global state has a part in it."""
-    first = mini_batch_column(torch.tensor(uid), number)
+    first = mini_batch_column(torch.tensor(uid), AlgorithmConfig(num_mini_batches=number))
     torch.manual_seed(seed)
-    assert torch.equal(first, mini_batch_column(torch.tensor(uid), number))
+    assert torch.equal(first, mini_batch_column(torch.tensor(uid), AlgorithmConfig(num_mini_batches=number)))
 
 
 def test_other_prompts_are_dealt_otherwise() -> None:
-    columns = {tuple(mini_batch_column(torch.arange(start, start + 32), 4).tolist()) for start in range(8)}
+    config = AlgorithmConfig(num_mini_batches=4)
+    columns = {
+        tuple(mini_batch_column(torch.arange(start, start + 32), config).tolist()) for start in range(8)
+    }
+    assert len(columns) == 8
+
+
+def test_the_seed_decides_too() -> None:
+    uid = torch.arange(32)
+    columns = set()
+    for seed in range(8):
+        column = mini_batch_column(uid, AlgorithmConfig(num_mini_batches=4, seed=seed))
+        assert torch.equal(column, mini_batch_column(uid, AlgorithmConfig(num_mini_batches=4, seed=seed)))
+        columns.add(tuple(column.tolist()))
     assert len(columns) == 8

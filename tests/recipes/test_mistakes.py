@@ -432,7 +432,7 @@ def test_everything_mandatory_that_is_missing_is_named_at_once(composed: Callabl
         ("actor.train.learning_rate=1e-5", "did you mean actor.train.optimizer.learning_rate"),
         ("num_device=2", "did you mean num_devices"),
         ("algorithm.lambda=0.9", "did you mean algorithm.lam"),
-        ("xyzzy=1", "--cfg job lists them all"),
+        ("xyzzy=1", "--settings lists them all"),
     ],
 )
 def test_an_unknown_setting_is_answered_with_the_nearest(argument: str, advice: str) -> None:
@@ -542,7 +542,7 @@ def test_the_command_in_this_process(
     assert exit.value.code == 2
     assert (
         capsys.readouterr().err
-        == "error: nonsense.setting=1: there is no setting 'nonsense.setting'; --cfg job lists them all\n"
+        == "error: nonsense.setting=1: there is no setting 'nonsense.setting'; --settings lists them all\n"
     )
 
 

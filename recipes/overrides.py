@@ -1,0 +1,90 @@
+"""The name=value arguments of a recipe: which names there are, what they were called before, and pools."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+
+from omegaconf import OmegaConf
+
+from controllers import usable_algorithms
+from recipes.config import RunConfig
+
+FREE = ("hydra.", "pools.", "data.chat_template_options.")
+"""Below these the user chooses the names, or Hydra knows them."""
+
+RENAMED = {
+    "policy.num_epochs": (
+        "policy.passes_per_batch (optimizer passes over the rows of every step); passes over the data are "
+        "loop.num_epochs"
+    ),
+}
+"""What a setting was called -> what it is called now."""
+
+
+def check_names(arguments: Sequence[str]) -> None:
+    """ValueError for name=value with a name that no setting has; Hydra's own advice (+name) would not
+    help."""
+    known = setting_names()
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        name = name.removeprefix("++").removeprefix("+")
+        if not equals or not name.replace(".", "").isidentifier() or name in known or name.startswith(FREE):
+            continue
+        raise ValueError(f"{argument}: {unknown_setting(name, known)}")
+
+
+def unknown_setting(name: str, known: Sequence[str]) -> str:
+    """What to say of a setting that does not exist: its new name, or those that look like it."""
+    if name in RENAMED:
+        return f"{name} is now {RENAMED[name]}"
+    near = near_names(name, known)
+    advice = f"did you mean {' or '.join(near)}?" if near else "--settings lists them all"
+    return f"there is no setting {name!r}; {advice}"
+
+
+def near_names(name: str, known: Sequence[str]) -> list[str]:
+    """Names with the same last part, or else names that are written alike; at most three."""
+    last = name.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == last]
+    return get_close_matches(name, same, n=3, cutoff=0.0) or get_close_matches(name, known, n=3)
+
+
+def join_pools(arguments: Sequence[str]) -> list[str]:
+    """pools.NAME.FIELD=VALUE, which Hydra can't set because NAME is new, as one value: +pools={NAME: {FIELD:
+    VALUE}}.
+
+    >>> join_pools(["pools.a.num_devices=2", "pools.a.roles=[actor]", "seed=1"])
+    ['seed=1', '+pools={a: {num_devices: 2, roles: [actor]}}']
+    """
+    pools: dict[str, list[str]] = {}
+    rest = []
+    for argument in arguments:
+        match = re.fullmatch(r"pools\.(\w+)\.(\w+)=(.*)", argument)
+        if match is None:
+            rest.append(argument)
+        else:
+            pools.setdefault(match[1], []).append(f"{match[2]}: {match[3]}")
+    if not pools:
+        return rest
+    text = ", ".join(f"{name}: {{{', '.join(fields)}}}" for name, fields in pools.items())
+    return [*rest, f"+pools={{{text}}}"]
+
+
+def setting_names() -> list[str]:
+    """Every setting's full name, of all algorithms."""
+    names = dict(nodes(OmegaConf.to_container(OmegaConf.structured(RunConfig)), ""))
+    for entry in usable_algorithms().values():
+        config = OmegaConf.to_container(OmegaConf.structured(entry.load_config()))
+        names |= dict(nodes(config, "algorithm"))
+    return list(names)
+
+
+def nodes(value: object, name: str) -> Iterator[tuple[str, object]]:
+    """(dotted name, value) of a tree's inner nodes and leaves."""
+    if name:
+        yield name, value
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from nodes(inner, f"{name}.{key}" if name else str(key))
