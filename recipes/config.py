@@ -159,7 +159,7 @@ class RunConfig:
         )
     )
     """The language model that judges answers; it names its own (judge.model.path)."""
-    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(model=_run_model(), seed="${seed}"))
+    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(model=_run_model(), seed="${seed}"))  # type: ignore[arg-type]
     """The language model of recipes that generate nothing: sft, dpo."""
     reward_model: PreferenceConfig = field(
         default_factory=lambda: PreferenceConfig(model=replace(_run_model(), new_head=True), seed="${seed}")  # type: ignore[arg-type]

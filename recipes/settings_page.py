@@ -14,7 +14,7 @@ from enum import Enum
 from functools import cache
 from itertools import pairwise
 from textwrap import dedent, fill
-from typing import get_args, get_type_hints
+from typing import cast, get_args, get_type_hints
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 
@@ -139,25 +139,26 @@ def unread_fields(entry: AlgorithmEntry) -> Iterator[str]:
 
 def all_settings(config: DictConfig, group: str) -> Iterator[Setting]:
     """The leaves of a tree of dataclasses, each group's own ones before those of the groups in it."""
-    kind = OmegaConf.get_type(config)
-    written = OmegaConf.to_container(config)
-    assert is_dataclass(kind) and isinstance(written, dict)
+    kind = cast(type, OmegaConf.get_type(config))
+    written = cast(dict[str, object], OmegaConf.to_container(config))
     hints, docs = get_type_hints(kind), field_docs(kind)
     inner = []
     for field, value in written.items():
-        name = f"{group}.{field}" if group else str(field)
-        if OmegaConf.is_missing(config, field) or OmegaConf.is_interpolation(config, field):
-            is_group = False
-        else:
-            node = config[field]
-            is_group = isinstance(node, DictConfig) and is_dataclass(OmegaConf.get_type(node))
-        if is_group:
+        name = f"{group}.{field}" if group else field
+        if is_group(config, field):
             inner.append((config[field], name))
         else:
-            meaning = " ".join(part for part in (docs.get(str(field), ""), choices(hints[field])) if part)
+            meaning = " ".join(part for part in (docs.get(field, ""), choices(hints[field])) if part)
             yield Setting(group=group, name=name, default=default_text(value), meaning=meaning)
     for node, name in inner:
         yield from all_settings(node, name)
+
+
+def is_group(config: DictConfig, field: str) -> bool:
+    """Whether the field holds a dataclass of further settings."""
+    if OmegaConf.is_missing(config, field) or OmegaConf.is_interpolation(config, field):
+        return False
+    return isinstance(config[field], DictConfig) and is_dataclass(OmegaConf.get_type(config, field))
 
 
 def default_text(value: object) -> str:

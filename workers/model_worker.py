@@ -49,7 +49,7 @@ class ModelWorker(Worker):
         torch.manual_seed(seed)
         self.model = model
         self.engine = engine_class(train.engine)(
-            model=model, config=train, head=head, context=context, trains=trains
+            model=model, config=train, head=head, context=context, trains=trains, seed=seed
         )
         self.layout = self.engine.layout
 

@@ -42,4 +42,4 @@ class PreferenceWorker(TrainedWorker, PreferenceModel):
 
     def _update(self, batch: Batch, sequences: Sequences, loss_fn: LossFn) -> Metrics:
         mini_batches = self.mini_batches(batch, sequences)
-        return self.update(mini_batches, mini_batches.pair_steps(1, self.num_updates), loss_fn)
+        return self.update(mini_batches, mini_batches.pair_steps(1, self.update_seed), loss_fn)

@@ -49,8 +49,8 @@ class ActorConfig:
     otherwise.
     -1: 1e-4 in fp32, 0.05 where either side computes in bf16."""
     seed: int = 0
-    """Decides sampling (a response is a function of seed, prompt's uid, number of the sample and weights), the
-    order of mini-batches from the second pass over a batch on, and dropout where the model has any."""
+    """Decides sampling (a response is a function of seed, prompt's uid, number of the sample and weights),
+    the order of mini-batches from the second pass over a batch on, and dropout where the model has any."""
 
     @property
     def passes_per_batch(self) -> int:

@@ -263,6 +263,8 @@ def test_a_new_head_is_the_same_every_time_and_a_saved_critic_keeps_its_own(tmp_
         ModelSource(ModelConfig(path=path), Head.score, RankContext())
     second = ModelSource(ModelConfig(path=path, new_head=True), Head.score, RankContext()).model
     assert torch.equal(first.get_submodule("score").weight, second.get_submodule("score").weight)
+    other = ModelSource(ModelConfig(path=path), Head.value, RankContext(), seed=1).model
+    assert not torch.equal(first.get_submodule("score").weight, other.get_submodule("score").weight)
     with torch.no_grad():
         first.get_submodule("score").weight.fill_(0.5)
     first.save_pretrained(tmp_path / "critic")

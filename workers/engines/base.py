@@ -131,9 +131,10 @@ class TrainingEngine(ABC):
         head: Head,
         context: RankContext,
         trains: bool = True,
+        seed: int = 0,
     ) -> None:
         """Loads the model and builds the optimizer; collective over the pool. trains=False: for forward
-        passes alone."""
+        passes alone. seed: decides the weights of a new head (ModelSource draws them)."""
 
     @abstractmethod
     def forward(

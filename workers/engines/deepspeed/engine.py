@@ -94,13 +94,14 @@ class DeepspeedEngine(TrainingEngine):
         head: Head,
         context: RankContext,
         trains: bool = True,
+        seed: int = 0,
     ) -> None:
         self.check(model_config(model, head), config, head, context.world_size)
         self.layout = self.make_layout(config, context.world_size)
         check_optimizer_config(config.optimizer)
         self.config, self.head, self.context = config, head, context
         self.device = torch.device(context.device)
-        source = ModelSource(model, head, context)
+        source = ModelSource(model, head, context, seed)
         self._hf_config, self._generation_config = (
             copy.deepcopy(source.model.config),
             source.generation_config,

@@ -92,6 +92,7 @@ class FsdpEngine(TrainingEngine):
         head: Head,
         context: RankContext,
         trains: bool = True,
+        seed: int = 0,
     ) -> None:
         del trains  # memory for training is taken by the first step
         self.check(model_config(model, head), config, head, context.world_size)
@@ -100,7 +101,7 @@ class FsdpEngine(TrainingEngine):
         self.device = torch.device(context.device)
         self._mesh = make_mesh(self.layout, self.device.type)
         self._data_group = self._mesh.get_group("dp")
-        source = ModelSource(model, head, context)
+        source = ModelSource(model, head, context, seed)
         self._hf_config, self._generation_config = (
             copy.deepcopy(source.model.config),
             source.generation_config,

@@ -41,7 +41,6 @@ AUTO = "auto"
 attention.py."""
 UNLIMITED = 2**31 - 1
 """position_limit() of a model that has none."""
-NEW_HEAD_SEED = 0
 NEW_HEAD_STD = 0.02
 
 
@@ -57,13 +56,13 @@ class ModelSource:
     A world of one holds real weights from the start, and materialize only moves them to the device.
     """
 
-    def __init__(self, config: ModelConfig, head: Head, context: RankContext) -> None:
+    def __init__(self, config: ModelConfig, head: Head, context: RankContext, seed: int = 0) -> None:
         self.rank, self.world_size = context.rank, context.world_size
         self._weights: dict[str, Tensor] = {}
         loaded, error = None, None
         if self.rank == 0:
             try:
-                loaded = load_pretrained(config, head)
+                loaded = load_pretrained(config, head, seed)
             except ValueError as problem:
                 error = str(problem)
         error = self._from_rank_zero(error)
@@ -144,8 +143,9 @@ class ModelSource:
         return box[0]
 
 
-def load_pretrained(config: ModelConfig, head: Head) -> PreTrainedModel:
-    """The model in float32 on the CPU; ValueError for a path, an architecture or weights that do not fit."""
+def load_pretrained(config: ModelConfig, head: Head, seed: int = 0) -> PreTrainedModel:
+    """The model in float32 on the CPU, a new head drawn from `seed`; ValueError for a path, an architecture
+    or weights that do not fit."""
     hf_config = model_config(config, head)
     try:
         with activity(f"loading the weights of {config.path}"), _own_report():
@@ -160,7 +160,7 @@ def load_pretrained(config: ModelConfig, head: Head) -> PreTrainedModel:
             )
     except (OSError, RuntimeError, ImportError) as error:
         raise ValueError(f"model.path is {config.path!r}: its weights cannot be loaded; {error}") from error
-    _check_keys(config, head, model, info)
+    _check_keys(config, head, model, info, seed)
     return model
 
 
@@ -244,7 +244,9 @@ def _auto_class(head: Head) -> type[AutoModelForCausalLM] | type[AutoModelForSeq
     return AutoModelForCausalLM if head is Head.lm else AutoModelForSequenceClassification
 
 
-def _check_keys(config: ModelConfig, head: Head, model: PreTrainedModel, info: dict[str, list[str]]) -> None:
+def _check_keys(
+    config: ModelConfig, head: Head, model: PreTrainedModel, info: dict[str, list[str]], seed: int
+) -> None:
     """Every weight must come from the checkpoint and every weight of the checkpoint be used, save the head
     that is exchanged."""
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -255,7 +257,7 @@ def _check_keys(config: ModelConfig, head: Head, model: PreTrainedModel, info: d
             raise ValueError(no_score_head(config))
         missing = []
         unexpected = [key for key in unexpected if key.startswith(f"{model.base_model_prefix}.")]
-        _initialize_score(score_head(model))
+        _initialize_score(score_head(model), seed)
     if missing or unexpected:
         raise ValueError(
             f"model.path is {config.path!r}: the weights do not fit {type(model).__name__} (head "
@@ -264,9 +266,9 @@ def _check_keys(config: ModelConfig, head: Head, model: PreTrainedModel, info: d
         )
 
 
-def _initialize_score(score: nn.Linear) -> None:
-    """A new value head: the same on every run and layout."""
-    generator = torch.Generator().manual_seed(NEW_HEAD_SEED)
+def _initialize_score(score: nn.Linear, seed: int) -> None:
+    """A new value head: the same for a seed, on every layout."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         score.weight.normal_(0.0, NEW_HEAD_STD, generator=generator)
         if score.bias is not None:

@@ -76,6 +76,7 @@ class ThreeDEngine(TrainingEngine):
         head: Head,
         context: RankContext,
         trains: bool = True,
+        seed: int = 0,
     ) -> None:
         del trains  # memory for training is taken by the first step
         self.hf_config = model_config(model, head)
@@ -84,7 +85,7 @@ class ThreeDEngine(TrainingEngine):
         self.model, self.config, self.head = model, config, head
         self.rank, self.place = context.rank, self.layout.coordinates(context.rank)
         self.device = torch.device(context.device)
-        source = ModelSource(model, head, context)
+        source = ModelSource(model, head, context, seed)
         self._generation_config = source.generation_config
         self._share = build_share(source, model, config, head, self.layout, context.rank, self.device)
         self._optimizer = ZeroOptimizer(self._share.groups, config.optimizer)
