@@ -1,4 +1,4 @@
-"""Rank: one of the processes that measure for recipes.calibrate, all at the same time."""
+"""Rank: a process that measures for recipes.calibrate, at the same time as the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from hybridflow.mapping.calibrate.measurements import (
 )
 from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.resharding import ParameterSpec
+from recipes.calibration_config import CalibrateConfig
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, Outputs, TrainingEngine
@@ -34,14 +35,11 @@ from workers.generation.weight_destination import WeightDestination
 from workers.sequences import Sequences
 from workers.weight_sync import WeightSync
 
-if TYPE_CHECKING:
-    from recipes.calibrate import CalibrateConfig
-
 PASSES = {False: "forward", True: "training step"}
 
 
 class Rank:
-    """One of the processes that measure at the same time; each is a world of its own except for the
+    """A process that measures at the same time as others; each is a world of its own except for the
     collectives."""
 
     def __init__(self, rank: int, config: CalibrateConfig, directory: Path, barrier: Any) -> None:
@@ -55,18 +53,25 @@ class Rank:
 
     def run(self) -> Measurements:
         self._join(self.directory / f"alone{self.rank}", 0, 1)
-        passes = tuple(sample for name in self.config.models for sample in self.passes(name))
-        sampled = [self.generations(name) for name in self.config.models[::2]]
+        passes: list[PassSample] = []
+        for name in self.config.models:
+            passes += self.passes(name)
+        generations, syncs = [], []
+        for name in self.config.models[::2]:
+            samples, sync = self.generations(name)
+            generations += samples
+            syncs.append(sync)
+        kind = "cpu" if self.device == "cpu" else "gpu"
         measurements = Measurements(
-            name=f"{'gpu' if self.device != 'cpu' else 'cpu'}-{self.config.precision.value}",
+            name=f"{kind}-{self.config.precision.value}",
             num_processes=self.config.num_processes,
             memory_bytes=self.config.memory_gb * 1e9,
             compute_bytes=self.dtype.itemsize,
             matmul_flops=self.matmul_flops(),
             memory_bandwidth=self.memory_bandwidth(),
-            passes=passes,
-            generations=tuple(sample for samples, _ in sampled for sample in samples),
-            syncs=tuple(sync for _, sync in sampled),
+            passes=tuple(passes),
+            generations=tuple(generations),
+            syncs=tuple(syncs),
         )
         dist.destroy_process_group()
         if self.config.num_processes == 1:
@@ -75,9 +80,9 @@ class Rank:
         collectives = tuple(self.all_gather(num_bytes) for num_bytes in (1e4, 1e6, 1e7, 1e8))
         collectives += tuple(self.reduce_scatter(num_bytes) for num_bytes in (1e6, 1e7, 1e8))
         self.context = replace(self.context, rank=self.rank, world_size=self.config.num_processes)
-        passes += tuple(self.shared_step(name) for name in self.config.models[1:])
+        passes += [self.shared_step(name) for name in self.config.models[1:]]
         dist.destroy_process_group()
-        return replace(measurements, collectives=collectives, passes=passes)
+        return replace(measurements, collectives=collectives, passes=tuple(passes))
 
     def fastest(self, what: str, action: Callable[[], object]) -> float:
         """Seconds of the fastest repetition, all processes starting together each time."""
@@ -94,12 +99,11 @@ class Rank:
         return min(seconds[1:])
 
     def matmul_flops(self) -> float:
-        """Per second, of a 2048 x 1024 x 1024 product in the compute precision."""
+        """FLOPs per second of a 2048 x 1024 x 1024 product in the compute precision."""
         left = torch.randn(2048, 1024, device=self.device, dtype=self.dtype)
         right = torch.randn(1024, 1024, device=self.device, dtype=self.dtype)
-        return (
-            2 * 2048 * 1024 * 1024 * 10 / self.fastest("products", lambda: [left @ right for _ in range(10)])
-        )
+        seconds = self.fastest("products", lambda: [left @ right for _ in range(10)])
+        return 2 * 2048 * 1024 * 1024 * 10 / seconds
 
     def memory_bandwidth(self) -> float:
         """Bytes per second read and written by a copy of 128 MB."""
@@ -108,7 +112,7 @@ class Rank:
         return 2 * source.nbytes / self.fastest("copy", lambda: target.copy_(source))
 
     def passes(self, name: str) -> list[PassSample]:
-        """Forward passes and training steps of the engine on one model, with one and with four
+        """Forward passes and training steps of the engine on a model, with one and with four
         micro-batches."""
         config = self.config
         spec = ModelSpec.from_directory(self.directory / name)
@@ -209,7 +213,7 @@ class Rank:
         return samples, synced
 
     def all_gather(self, num_bytes: float) -> CollectiveSample:
-        """Between the processes, of float32."""
+        """An all-gather of float32 between the processes."""
         each = torch.ones(int(num_bytes / 4 / self.config.num_processes), device=self.device)
         whole = torch.empty(each.numel() * self.config.num_processes, device=self.device)
         seconds = self.fastest(
@@ -247,4 +251,6 @@ def _one_pass(engine: TrainingEngine, sequences: Sequences, training: bool) -> C
         assert outputs.log_probs is not None
         return -outputs.log_probs.sum() / sequences.num_scored_tokens, {}
 
-    return (lambda: engine.train_step(sequences, loss)) if training else (lambda: engine.forward(sequences))
+    if training:
+        return lambda: engine.train_step(sequences, loss)
+    return lambda: engine.forward(sequences)

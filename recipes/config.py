@@ -14,6 +14,7 @@ from controllers.algorithm_base import AlgorithmConfig
 from controllers.data import DataConfig
 from controllers.loop import LoopConfig
 from hybridflow.metrics import MetricsConfig
+from recipes.mapper_config import MapperConfig
 from workers.config import ModelConfig
 from workers.role_config import (
     ActorConfig,
@@ -44,31 +45,6 @@ class PlacementMode(StrEnum):
     """The pools in `pools`."""
     auto = "auto"
     """The mapper chooses pools and layouts for num_devices, or for plan.cluster."""
-
-
-@dataclass(kw_only=True)
-class MapperConfig:
-    """plan.cluster=16x8xA100-80GB plan.response=lognormal:600:4096: what predictions are made for."""
-
-    cluster: str = ""
-    """NODESxDEVICESxKIND or DEVICESxKIND, joined by +, or a JSON file; with dry_run=true it need not exist.
-    Empty: the devices of this run, on this machine."""
-    calibration: str = ""
-    """calibration.json of recipes.calibrate (its cluster.json beside it describes the devices); empty:
-    constants of A100 nodes, or of CPUs where the devices are processes. With one given, predicted and
-    measured seconds are printed side by side after the run."""
-    response: str = ""
-    """Tokens of a response: a number, uniform:LOW:HIGH or lognormal:MEAN:MAX; empty: always the most that
-    sampling allows."""
-    split_generation: bool = False
-    """placement=auto may give generation a pool of its own, which gets the weights sent over after every
-    update."""
-    mapping: str = ""
-    """For placement=auto: a mapping to use as it is (output_dir/mapping.json of another run, or save= of
-    recipes.plan). A run that goes on from its checkpoint uses the one that it saved."""
-    node_resources: list[str] = field(default_factory=list)
-    """For placement=auto with several kinds of devices, KIND:RESOURCE: the Ray resource that the nodes of a
-    kind have. For kinds that are not named, what Ray calls their GPUs: H100-80GB:accelerator_type:H100."""
 
 
 @dataclass(kw_only=True)

@@ -39,14 +39,14 @@ def dataflow_of(algorithm: str) -> Dataflow:
         )
     entry = algorithm_entry(algorithm)
     page = entry.load()
-    asked = get_type_hints(page.__init__)
-    roles, recorder = traced_roles({role: asked[role] for role in entry.roles})
+    hints = get_type_hints(page.__init__)
+    roles, recorder = traced_roles({role: hints[role] for role in entry.roles})
     return trace(algorithm, create_algorithm(algorithm, roles, entry.load_config()()).step, INPUTS, recorder)
 
 
 def planned() -> tuple[str, ...]:
-    """The algorithms whose steps begin with prompts: training on rows that are given needs no placement of
-    several models."""
+    """The algorithms whose steps begin with prompts; training on existing rows needs no placement of several
+    models."""
     from controllers import ALGORITHMS
 
     return tuple(name for name, entry in ALGORITHMS.items() if entry.answers_prompts)
@@ -54,12 +54,13 @@ def planned() -> tuple[str, ...]:
 
 def without(dataflow: Dataflow, role: str) -> Dataflow:
     """The step without the calls of `role`; what they wrote must be optional to whoever reads it."""
-    gone = {call.name for call in dataflow.calls if call.role == role}
-    kept = (call for call in dataflow.calls if call.role != role)
-    calls = tuple(
-        replace(call, depends_on=tuple(name for name in call.depends_on if name not in gone)) for call in kept
-    )
-    return replace(dataflow, calls=calls)
+    removed = {call.name for call in dataflow.calls if call.role == role}
+    calls = []
+    for call in dataflow.calls:
+        if call.role != role:
+            depends_on = tuple(name for name in call.depends_on if name not in removed)
+            calls.append(replace(call, depends_on=depends_on))
+    return replace(dataflow, calls=tuple(calls))
 
 
 def _call(name: str, kind: CallKind, *depends_on: str) -> Call:
@@ -70,7 +71,9 @@ def _call(name: str, kind: CallKind, *depends_on: str) -> Call:
 def _step(algorithm: str, before: tuple[Call, ...], *, critic: bool) -> Dataflow:
     """Generation, the calls `before` the advantages, the advantages, the updates."""
     advantages = _call(ADVANTAGES, CallKind.controller, *(call.name for call in before))
-    updates = [_call("critic.update_critic", CallKind.training, ADVANTAGES)] if critic else []
+    updates = []
+    if critic:
+        updates.append(_call("critic.update_critic", CallKind.training, ADVANTAGES))
     updates.append(_call("actor.update_actor", CallKind.training, ADVANTAGES))
     return Dataflow(
         algorithm=algorithm,

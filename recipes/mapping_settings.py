@@ -1,22 +1,258 @@
-"""Between layouts of the mapper and settings of the engines, both ways. Chooses nothing itself."""
+"""The translator between a run's settings and the mapper, both ways. Chooses nothing.
+
+    setting = setting_of(inputs)                       # the run's question
+    mapping = configured_mapping(inputs, pools, sizes) # the run's pools and layouts, as they are set
+    config = apply_mapping(inputs, mapping)            # a mapping's pools and layouts as the run's settings
+
+Reads model configurations and prompt lengths, no weights; the cluster need not exist.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from hybridflow.dataflow import CallKind
-from hybridflow.mapping.answer.device_mapping import DeviceMapping
+from controllers.data import PromptDataset
+from hybridflow.dataflow import CallKind, Dataflow
+from hybridflow.mapping.answer.device_mapping import DeviceMapping, Pool, RolePlan
 from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
+from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.space import SearchSpace
+from hybridflow.mapping.question.workload import Lengths
+from hybridflow.mapping.search.setting import GENERATION, Setting
+from hybridflow.mapping.simulate.footprint import kv_bytes_per_token
+from recipes.checks import RoleConfig
+from recipes.config import Device, PlacementMode, PoolConfig, RunConfig
+from recipes.mapping_cluster import cluster_of, node_resources
+from recipes.mapping_question import Question, precision_space, to_setting
+from recipes.roles import role_kind, role_names
 from workers.config import Precision, TrainConfig
 from workers.engines import engine_class
+from workers.engines.base import Head
+from workers.engines.model.loading import model_config
 from workers.generation.config import GenerationConfig
+from workers.role_config import ActorConfig, RewardConfig
 from workers.weight_sync import BUCKET_BYTES
 
-GENERATING = ("generation_weights", "kv_cache", "activations", "logits")
-"""What a generation engine counts as its own."""
+GENERATION_PARTS = ("generation_weights", "kv_cache", "activations", "logits")
+"""The parts of a generation call's bytes that the generation engine allocates."""
 ENGINE_BYTES = 1e9
-"""What vLLM takes besides."""
+"""Bytes that vLLM takes besides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapperInputs:
+    """Everything of a run that the mapper's question depends on: its traced step, its roles' settings, its
+    prompts."""
+
+    config: RunConfig
+    dataflow: Dataflow
+    roles: Mapping[str, RoleConfig]
+    """Role -> settings, in the algorithm's order; `generation` with the actor's where it has a pool of its
+    own."""
+    prompts: PromptDataset
+
+
+def with_split_generation(inputs: MapperInputs) -> MapperInputs:
+    """The run with generation as a role of its own."""
+    return replace(inputs, roles={**inputs.roles, GENERATION: inputs.roles["actor"]})
+
+
+def setting_of(inputs: MapperInputs) -> Setting:
+    """The setting that every prediction for this run is computed from."""
+    return to_setting(question_of(inputs))
+
+
+def question_of(inputs: MapperInputs) -> Question:
+    """The run's question. Prompt lengths are those of the data; the critic's epochs are taken to be the
+    actor's."""
+    config = inputs.config
+    response = Lengths.fixed(config.actor.generation.sampling.max_response_tokens)
+    if config.plan.response:
+        response = Lengths.parse(config.plan.response)
+    return Question(
+        dataflow=inputs.dataflow,
+        models={role: model_spec(role, settings) for role, settings in inputs.roles.items()},
+        cluster=cluster_of(config),
+        calibration=config.plan.calibration,
+        batch_size=config.data.batch_size,
+        samples_per_prompt=config.algorithm.samples_per_prompt,
+        prompt=Lengths.observed(inputs.prompts.lengths.tolist()),
+        response=response,
+        num_mini_batches=config.algorithm.num_mini_batches,
+        num_epochs=config.actor.num_epochs,
+        split_generation=GENERATION in inputs.roles,
+        space=space_of(inputs),
+    )
+
+
+def model_spec(role: str, settings: RoleConfig) -> ModelSpec | None:
+    """The sizes of a role's model, from its configuration; None for a Python function."""
+    if isinstance(settings, RewardConfig) and settings.model is None:
+        return None
+    assert settings.model is not None
+    head = role_kind(role).head
+    content = model_config(settings.model, head).to_dict()
+    spec = ModelSpec.from_hf(content, name=Path(settings.model.path).name)
+    if head is Head.lm:
+        return spec
+    return spec.with_scalar_head()
+
+
+def space_of(inputs: MapperInputs) -> SearchSpace:
+    """The bytes that the run's engines need per parameter, and the layouts that they have; engines and
+    precisions are the actor's."""
+    actor = next(settings for settings in inputs.roles.values() if isinstance(settings, ActorConfig))
+    calls = [call for call in inputs.dataflow.calls if call.role == "actor"]
+    space = replace(
+        engine_space(actor.train.precision),
+        old_log_prob_pass=not any("log_probs" in call.writes for call in calls),
+        max_num_seqs=actor.generation.max_num_seqs,
+        max_num_batched_tokens=actor.generation.max_num_batched_tokens,
+        max_generation_pipeline=1,
+    )
+    return engine_class(actor.train.engine).limit(space)
+
+
+def engine_space(precision: Precision) -> SearchSpace:
+    """The bytes that the project's engines need per parameter; the generation engine has its own weights."""
+    return replace(
+        precision_space(precision),
+        shared_generation_weights=False,
+        old_log_prob_pass=True,
+        bucket_bytes=float(BUCKET_BYTES),
+    )
+
+
+def configured_mapping(
+    inputs: MapperInputs, pool_of: Mapping[str, str], sizes: Mapping[str, int]
+) -> DeviceMapping:
+    """The run's pools (role -> pool, pool -> devices) and layouts as they are set, without predictions. Pools
+    take the cluster's node groups in order, those of their kind where they ask for one."""
+    setting = setting_of(inputs)
+    plans = [_configured_role(inputs, setting, role, pool_of[role], sizes) for role in setting.roles]
+    return DeviceMapping(
+        algorithm=inputs.dataflow.algorithm,
+        cluster="",
+        pools=tuple(_configured_pools(inputs.config, setting, pool_of, sizes)),
+        roles=tuple(plans),
+        capacity_bytes={},
+    )
+
+
+def _configured_pools(
+    config: RunConfig, setting: Setting, pool_of: Mapping[str, str], sizes: Mapping[str, int]
+) -> list[Pool]:
+    resources: Mapping[str, str] = {}
+    if any(pool.node_resource for pool in config.pools.values()):
+        resources = node_resources(config, setting.cluster)
+    free = [nodes.num_devices for nodes in setting.cluster.groups]
+    pools = []
+    for name, size in sizes.items():
+        roles = tuple(role for role in setting.roles if pool_of[role] == name)
+        if not roles:  # a pool of Python functions alone takes no device of the plan
+            continue
+        resource = config.pools[name].node_resource if name in config.pools else ""
+        group = 0
+        for number, nodes in enumerate(setting.cluster.groups):
+            if free[number] >= size and resource in ("", resources.get(nodes.kind.name, "")):
+                group = number
+                break
+        free[group] -= size
+        pools.append(Pool(name=name, group=group, num_devices=size, roles=roles))
+    return pools
+
+
+def _configured_role(
+    inputs: MapperInputs, setting: Setting, role: str, pool: str, sizes: Mapping[str, int]
+) -> RolePlan:
+    settings, num_devices = inputs.roles[role], sizes[pool]
+    plan = RolePlan(role=role, pool=pool)
+    if setting.generates(role):
+        assert isinstance(settings, ActorConfig)
+        rows = settings.generation.max_num_seqs
+        if inputs.config.device is Device.cpu:  # a GPU's cache takes the memory that is left
+            rows = _rows_in_cache(settings.generation, setting.model(role), setting.workload.longest_row)
+        plan = replace(plan, generation=generation_layout(settings.generation, num_devices, rows))
+    if role != GENERATION:
+        layout = train_layout(settings.train, num_devices, trained=setting.trained(role))
+        plan = replace(plan, layout=layout)
+    return plan
+
+
+def train_layout(train: TrainConfig, num_devices: int, *, trained: bool) -> ModelLayout:
+    """The layout that the engine settings give on `num_devices`; recipes/checks.py says whether it fits."""
+    zero = engine_class(train.engine).zero_stage(train)
+    if not trained and zero < 3:
+        zero = 0
+    return ModelLayout(
+        p=train.pp,
+        t=train.tp,
+        d=num_devices // (train.pp * train.tp),
+        zero=zero,
+        recompute=train.activation_checkpointing and trained,
+        micro_batch_tokens=train.micro_batch_tokens,
+        offload=train.offload_optimizer and trained,
+    )
+
+
+def generation_layout(generation: GenerationConfig, num_devices: int, rows_in_cache: int) -> GenerationLayout:
+    """`rows_in_cache`: sequences that the key/value cache holds."""
+    return GenerationLayout(
+        pg=generation.pp,
+        tg=generation.tp,
+        replicas=num_devices // (generation.pp * generation.tp),
+        max_running=min(generation.max_num_seqs, rows_in_cache),
+        kept=not generation.release_during_training,
+    )
+
+
+def _rows_in_cache(generation: GenerationConfig, model: ModelSpec, longest_row: int) -> int:
+    """Sequences that the key/value cache of a CPU rank holds, at least one."""
+    layout = GenerationLayout(pg=generation.pp, tg=generation.tp)
+    per_token = kv_bytes_per_token(model, layout, precision_space(generation.precision))
+    return max(1, int(generation.kv_cache_bytes / (per_token * longest_row)))
+
+
+def apply_mapping(inputs: MapperInputs, mapping: DeviceMapping) -> RunConfig:
+    """The run's settings with the mapping's pools and layouts, as a run with placement=custom."""
+    config = inputs.config
+    changes: dict[str, Any] = {}
+    for plan in mapping.roles:
+        if plan.layout is not None:
+            settings = inputs.roles[plan.role]
+            train = train_settings(mapping, plan.role, settings.train)
+            changes[plan.role] = replace(settings, train=train)
+    for plan in mapping.roles:
+        if plan.generation is not None:
+            actor: ActorConfig = changes["actor"]
+            memory_bytes = None
+            if config.device is Device.cuda:
+                group = mapping.pool_of(plan.role).group
+                memory_bytes = cluster_of(config).groups[group].kind.memory_bytes
+            generation = generation_settings(mapping, plan.role, actor.generation, memory_bytes)
+            changes["actor"] = replace(actor, generation=generation)
+    pools = _pool_settings(config, mapping)
+    return replace(config, placement=PlacementMode.custom, num_devices=1, pools=pools, **changes)
+
+
+def _pool_settings(config: RunConfig, mapping: DeviceMapping) -> dict[str, PoolConfig]:
+    """The mapping's pools; roles without devices are in the actor's."""
+    roles = {pool.name: list(pool.roles) for pool in mapping.pools}
+    for role in role_names(config):
+        if not any(role in pool.roles for pool in mapping.pools):
+            roles[mapping.role("actor").pool].append(role)
+    resources = node_resources(config, cluster_of(config))
+    pools: dict[str, PoolConfig] = {}
+    for pool in mapping.pools:
+        pools[pool.name] = PoolConfig(
+            num_devices=pool.num_devices,
+            roles=roles[pool.name],
+            node_resource=resources.get(pool.kind, ""),
+        )
+    return pools
 
 
 def train_settings(mapping: DeviceMapping, role: str, train: TrainConfig) -> TrainConfig:
@@ -40,73 +276,35 @@ def train_settings(mapping: DeviceMapping, role: str, train: TrainConfig) -> Tra
 def generation_settings(
     mapping: DeviceMapping, role: str, generation: GenerationConfig, memory_bytes: float | None = None
 ) -> GenerationConfig:
-    """The generation engine's settings, with as much cache as was planned for; memory_bytes: of a GPU."""
-    layout = mapping.role(role).generation
-    if layout is None:
+    """The generation engine's settings, with as much cache as was planned; `memory_bytes` are a GPU's, None
+    for CPUs."""
+    plan = mapping.role(role)
+    if plan.generation is None:
         raise ValueError(
             f"mapping: role {role} has no generation layout; it does not generate in {mapping.algorithm}"
         )
-    calls = [
-        call.bytes for call in mapping.calls if call.role == role and call.kind == CallKind.generation.value
-    ]
-    needs = {name: max(parts.get(name, 0.0) for parts in calls) for name in GENERATING}
+    needs = dict.fromkeys(GENERATION_PARTS, 0.0)
+    for call in mapping.calls:
+        if call.role == role and call.kind == CallKind.generation.value:
+            for name in GENERATION_PARTS:
+                needs[name] = max(needs[name], call.bytes.get(name, 0.0))
+    num_bytes = sum(needs.values())
     fraction = generation.gpu_memory_fraction
     if memory_bytes is not None:
-        fraction = min(0.95, (sum(needs.values()) + ENGINE_BYTES) / memory_bytes)
+        fraction = min(0.95, (num_bytes + ENGINE_BYTES) / memory_bytes)
     return replace(
         generation,
-        tp=layout.tg,
-        pp=layout.pg,
-        max_num_seqs=layout.max_running,
+        tp=plan.generation.tg,
+        pp=plan.generation.pg,
+        max_num_seqs=plan.generation.max_running,
         kv_cache_bytes=max(int(needs["kv_cache"]), generation.kv_cache_bytes),
         gpu_memory_fraction=fraction,
-        release_during_training=mapping.role(role).layout is not None
-        and _must_release(mapping, role, sum(needs.values())),
+        release_during_training=plan.layout is not None and _must_release(mapping, role, num_bytes),
     )
 
 
-def _must_release(mapping: DeviceMapping, role: str, generating: float) -> bool:
-    """Whether another call of the pool has no room beside what generation holds."""
+def _must_release(mapping: DeviceMapping, role: str, generation_bytes: float) -> bool:
+    """Whether another call of the pool has too little memory beside the generation engine's."""
     pool = mapping.role(role).pool
     others = [call for call in mapping.calls if call.pool == pool and call.kind != CallKind.generation.value]
-    return any(call.total_bytes + generating > mapping.capacity_bytes[pool] for call in others)
-
-
-def train_layout(train: TrainConfig, num_devices: int, *, trained: bool) -> ModelLayout:
-    """What the engine settings come to on `num_devices`; recipes/checks.py says whether they fit."""
-    zero = engine_class(train.engine).zero_stage(train)
-    return ModelLayout(
-        p=train.pp,
-        t=train.tp,
-        d=num_devices // (train.pp * train.tp),
-        zero=zero if trained or zero == 3 else 0,
-        recompute=train.activation_checkpointing and trained,
-        micro_batch_tokens=train.micro_batch_tokens,
-        offload=train.offload_optimizer and trained,
-    )
-
-
-def generation_layout(generation: GenerationConfig, num_devices: int, rows_in_cache: int) -> GenerationLayout:
-    """`rows_in_cache`: sequences that the key/value cache holds."""
-    return GenerationLayout(
-        pg=generation.pp,
-        tg=generation.tp,
-        replicas=num_devices // (generation.pp * generation.tp),
-        max_running=min(generation.max_num_seqs, rows_in_cache),
-        kept=not generation.release_during_training,
-    )
-
-
-def engine_space(precision: Precision) -> SearchSpace:
-    """Bytes of the project's engines: float32 master weights, gradients and moments; the generation engine
-    keeps its own weights."""
-    compute = 4.0 if precision is Precision.fp32 else 2.0
-    return SearchSpace(
-        parameter_bytes=compute,
-        gradient_bytes=4.0,
-        optimizer_bytes=12.0 if compute == 2.0 else 8.0,
-        activation_bytes=compute,
-        shared_generation_weights=False,
-        old_log_prob_pass=True,
-        bucket_bytes=float(BUCKET_BYTES),
-    )
+    return any(call.total_bytes + generation_bytes > mapping.capacity_bytes[pool] for call in others)

@@ -16,10 +16,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from hybridflow.layout import AXES, Layout
 from hybridflow.mapping.question.zoo import model_spec
@@ -28,6 +24,9 @@ from hybridflow.resharding.analytic import ParameterRule, decoder_rules, fsdp, g
 from hybridflow.resharding.drawing import draw_plan
 from hybridflow.resharding.grouping import Grouping, fewest_bytes, vanilla, zero_redundancy
 from hybridflow.resharding.paper import deepspeed_chat, hybridflow, hybridflow_v
+from hybridflow.resharding.shard_map import DTYPES
+from recipes.arguments import HELP, read_arguments, usage
+from recipes.errors import plain_errors
 
 GROUPINGS = ("fewest_bytes", "zero_redundancy", "vanilla")
 
@@ -54,60 +53,62 @@ class ReshardPlanConfig:
 
 
 def main() -> None:
-    try:
-        config = to_config(sys.argv[1:])
-        started = time.perf_counter()
-        plan, grouping = make_plan(config)
-        certificate = verify(plan)
-        print(certificate)
-        print(f"  compiled and verified in {time.perf_counter() - started:.1f} s")
-        print(comparison(config, plan))
-        print(groups(grouping))
-        print(busiest(plan))
-        if config.picture:
-            draw_plan(
-                plan,
-                Path(config.picture),
-                f"{config.model}: training {config.source} to generation {config.target} ({config.grouping})",
-            )
-            print(f"picture: {config.picture}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    if {*HELP} & {*sys.argv[1:]}:
+        print(usage(__doc__, ReshardPlanConfig, "recipes/reshard_plan.py"))
+        return
+    with plain_errors():
+        report(to_config(sys.argv[1:]))
+
+
+def report(config: ReshardPlanConfig) -> None:
+    """Prints the plan's certificate and its senders, and draws it."""
+    started = time.perf_counter()
+    plan, grouping = make_plan(config)
+    print(verify(plan))
+    print(f"  compiled and verified in {time.perf_counter() - started:.1f} s")
+    print(comparison(config, plan))
+    print(groups(grouping))
+    print(busiest(plan))
+    if config.picture:
+        title = f"{config.model}: training {config.source} to generation {config.target} ({config.grouping})"
+        draw_plan(plan, Path(config.picture), title)
+        print(f"picture: {config.picture}")
 
 
 def to_config(arguments: list[str]) -> ReshardPlanConfig:
-    """key=value arguments over the defaults; a wrong key or type is a ValueError with its name."""
-    try:
-        config = OmegaConf.merge(OmegaConf.structured(ReshardPlanConfig), OmegaConf.from_dotlist(arguments))
-        if missing := sorted(OmegaConf.missing_keys(config)):
-            raise ValueError(f"not set: {', '.join(missing)}; give each as name=value")
-        return cast(ReshardPlanConfig, OmegaConf.to_object(config))
-    except OmegaConfBaseException as error:
+    """name=value arguments over the defaults; a mistake is a ValueError with the setting's name."""
+    config = read_arguments(ReshardPlanConfig, arguments)
+    for name, value in {"bucket_mb": config.bucket_mb, "devices_per_node": config.devices_per_node}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; use at least 1")
+    if config.grouping not in GROUPINGS:
+        raise ValueError(f"grouping is {config.grouping!r}; known: {', '.join(GROUPINGS)}")
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype is {config.dtype!r}; known: {', '.join(DTYPES)}")
+    if sorted(config.rank_order.split(",")) != sorted(AXES):
         raise ValueError(
-            str(error).split("\n")[0] + f"; known: {', '.join(ReshardPlanConfig.__dataclass_fields__)}"
-        ) from None
+            f"rank_order is {config.rank_order!r}; it must name each of {', '.join(AXES)} once, with commas"
+        )
+    return config
 
 
 def make_plan(config: ReshardPlanConfig) -> tuple[Plan, Grouping]:
-    rules, (pp, tp) = model_rules(config), numbers(config.target, 2, "target", "pg-tg, say 1-2")
+    """The compiled plan, and which ranks generate together."""
+    rules = model_rules(config)
+    pp, tp = numbers(config.target, 2, "target", "pg-tg, say 1-2")
     source, layout = training_map(config, rules)
     if config.grouping == "vanilla":
         grouping = vanilla(source.num_ranks, tp=tp, pp=pp)
-    elif config.grouping == "zero_redundancy":
-        if layout is None:
-            raise ValueError("grouping=zero_redundancy needs a source p-t-d; use fewest_bytes")
-        grouping = zero_redundancy(layout, tp=tp, pp=pp)
     elif config.grouping == "fewest_bytes":
-        grouping = fewest_bytes(
-            source, generation(rules, vanilla(source.num_ranks, tp=tp, pp=pp)), tp=tp, pp=pp
-        )
+        shards = generation(rules, vanilla(source.num_ranks, tp=tp, pp=pp))
+        grouping = fewest_bytes(source, shards, tp=tp, pp=pp)
+    elif layout is None:
+        raise ValueError("grouping=zero_redundancy needs a source p-t-d; use fewest_bytes")
     else:
-        raise ValueError(f"grouping={config.grouping}: known are {', '.join(GROUPINGS)}")
+        grouping = zero_redundancy(layout, tp=tp, pp=pp)
     nodes = [rank // config.devices_per_node for rank in range(source.num_ranks)]
-    return compile(
-        source, generation(rules, grouping), bucket_bytes=config.bucket_mb << 20, nodes=nodes
-    ), grouping
+    target = generation(rules, grouping)
+    return compile(source, target, bucket_bytes=config.bucket_mb << 20, nodes=nodes), grouping
 
 
 def model_rules(config: ReshardPlanConfig) -> list[ParameterRule]:
@@ -153,35 +154,36 @@ def comparison(config: ReshardPlanConfig, plan: Plan) -> str:
         return ""
     pp, tp, dp = numbers(config.source, 3, "source", "p-t-d")
     generation_pp, generation_tp = numbers(config.target, 2, "target", "pg-tg")
-    model = plan.target.num_bytes
-    rows = [
-        ("DeepSpeed-Chat", deepspeed_chat(pp=pp, tp=tp, dp=dp)),
-        ("HybridFlow-V", hybridflow_v(pp=pp, tp=tp)),
-    ]
+    size = plan.target.num_bytes
+    predictions = {
+        "DeepSpeed-Chat": deepspeed_chat(pp=pp, tp=tp, dp=dp),
+        "HybridFlow-V": hybridflow_v(pp=pp, tp=tp),
+    }
     if tp % generation_tp == 0 and pp % generation_pp == 0:
-        rows.append(
-            ("HybridFlow", hybridflow(pp=pp, tp=tp, generation_pp=generation_pp, generation_tp=generation_tp))
+        predictions["HybridFlow"] = hybridflow(
+            pp=pp, tp=tp, generation_pp=generation_pp, generation_tp=generation_tp
         )
-    lines = [
-        f"  {name:<15} receives {float(p.received * model) / 1e9:9.3f} GB, peak "
-        f"{float(p.peak * model) / 1e9:9.3f} GB"
-        for name, p in rows
-    ]
-    peak = max(plan.target.bytes_per_rank)
-    lines.append(
-        f"  {'this plan':<15} receives {max(plan.bytes_received) / 1e9:9.3f} GB, peak {peak / 1e9:9.3f} GB"
-    )
-    return "per rank at most, the paper's predictions first:\n" + "\n".join(lines)
+    lines = ["per rank at most, the paper's predictions first:"]
+    for name, predicted in predictions.items():
+        lines.append(_received(name, float(predicted.received * size), float(predicted.peak * size)))
+    lines.append(_received("this plan", max(plan.bytes_received), max(plan.target.bytes_per_rank)))
+    return "\n".join(lines)
+
+
+def _received(name: str, received_bytes: float, peak_bytes: float) -> str:
+    return f"  {name:<15} receives {received_bytes / 1e9:9.3f} GB, peak {peak_bytes / 1e9:9.3f} GB"
 
 
 def groups(grouping: Grouping) -> str:
+    """The ranks that share a generation replica's tensor-parallel group."""
     shown = [f"[{' '.join(map(str, group))}]" for group in grouping.tensor_groups[:16]]
-    more = f" and {len(grouping.tensor_groups) - 16} more" if len(grouping.tensor_groups) > 16 else ""
-    return f"generation TP groups: {' '.join(shown)}{more}"
+    if len(grouping.tensor_groups) > len(shown):
+        shown.append(f"and {len(grouping.tensor_groups) - len(shown)} more")
+    return f"generation TP groups: {' '.join(shown)}"
 
 
 def busiest(plan: Plan, count: int = 16) -> str:
-    """Who sends how much to whom, the largest first."""
+    """The pairs of ranks that send most, largest first."""
     remote = plan.remote
     totals: dict[tuple[int, int], int] = {}
     for sender, receiver, size in zip(
@@ -191,17 +193,15 @@ def busiest(plan: Plan, count: int = 16) -> str:
         strict=True,
     ):
         totals[sender, receiver] = totals.get((sender, receiver), 0) + size
+    if not totals:
+        return "nothing is sent: every rank holds what it needs"
     ordered = sorted(totals.items(), key=lambda item: (-item[1], item[0]))
-    lines = [
-        f"  {sender:4} -> {receiver:<4} {size / 1e6:12,.1f} MB"
-        for (sender, receiver), size in ordered[:count]
-    ]
-    more = [f"  ... and {len(ordered) - count} more pairs"] if len(ordered) > count else []
-    return (
-        "\n".join(["who sends to whom:", *lines, *more])
-        if lines
-        else "nothing is sent: every rank holds what it needs"
-    )
+    lines = ["who sends to whom:"]
+    for (sender, receiver), size in ordered[:count]:
+        lines.append(f"  {sender:4} -> {receiver:<4} {size / 1e6:12,.1f} MB")
+    if len(ordered) > count:
+        lines.append(f"  ... and {len(ordered) - count} more pairs")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,14 @@ from hybridflow.progress import activity
 from hybridflow.progress_display import shown
 from hybridflow.tracing import to_mermaid
 from hybridflow.waiting import CALLS
-from recipes.auto import apply_mapping, choose
+from recipes.auto import choose
 from recipes.compatibility import (
     check_context_lengths,
     check_vocabularies,
 )
 from recipes.config import PlacementMode, RunConfig
-from recipes.forecast import MAPPING, MapperInputs, forecast, predicted_vs_measured, verdict
+from recipes.forecast import MAPPING, forecast, predicted_vs_measured, verdict
+from recipes.mapping_settings import MapperInputs, apply_mapping
 from recipes.placing import check_models, place, placement_report, pool_sizes, pools_of
 from recipes.roles import Role
 from recipes.session import (

@@ -107,7 +107,7 @@ def search_seconds() -> dict[str, float]:
         (
             "1024",
             paper_setting(
-                "llama-13b", 1024, algorithm="safe_rlhf", workload=replace(PAPER_WORKLOAD, num_prompts=8192)
+                "llama-13b", 1024, algorithm="safe_rlhf", workload=replace(PAPER_WORKLOAD, batch_size=8192)
             ),
         ),
     ):

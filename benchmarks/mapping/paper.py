@@ -24,7 +24,7 @@ from recipes.dataflows import PAPER
 from recipes.plan import SCALAR_ROLES
 
 PAPER_WORKLOAD = Workload(
-    num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8
+    batch_size=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), num_mini_batches=8
 )
 """docs/paper.md section 6."""
 SIZES = (8, 16, 32, 48, 64, 96, 128)

@@ -23,7 +23,7 @@ def paper_setting():
             models={"actor": policy, "reference": policy, "critic": scalar, "reward": scalar, "cost": scalar},
             cluster=Cluster.parse(f"{num_devices}xA100-80GB"),
             workload=Workload(
-                num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8
+                batch_size=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), num_mini_batches=8
             ),
         )
 

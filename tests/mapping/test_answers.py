@@ -302,25 +302,37 @@ def test_command_line(tmp_path):
         (["algorithm=sarsa", "model=llama-7b", "cluster=8xA100-80GB"], "known: ppo"),
         (["model=llama-7b", "cluster=8xA100-80GB", "models.critic=function"], "models.critic=function"),
         (["model=llama-7b", "cluster=8xA100-80GB", "models.judge=llama-7b"], "judge"),
-        (["model=llama-7b", "cluster=8xA100-80GB", "num_prompts=many"], "num_prompts"),
+        (["model=llama-7b", "cluster=8xA100-80GB", "batch_size=many"], "batch_size"),
         (
-            ["model=llama-7b", "cluster=8xA100-80GB", "num_prompts=4", "updates=8"],
-            "updates is 8, the step has 4 rows",
+            ["model=llama-7b", "cluster=8xA100-80GB", "batch_size=4", "num_mini_batches=8"],
+            "num_mini_batches is 8, the step has 4 rows",
         ),
-        (["model=llama-7b", "cluster=8xA100-80GB", "max_running=0"], "max_running is 0"),
+        (["model=llama-7b", "cluster=8xA100-80GB", "max_num_seqs=0"], "max_num_seqs is 0"),
+        (["num_prompts=4"], "num_prompts is now batch_size"),
+        (["updates=8"], "updates is now num_mini_batches"),
+        (["epochs=2"], "epochs is now num_epochs"),
+        (["fp32=true"], "fp32 is now precision"),
+        (["max_running=0"], "max_running is now max_num_seqs"),
+        (["plan.cluster=8xA100-80GB"], r"no setting 'plan.cluster'; did you mean cluster\?"),
+        (["respnse=64"], r"no setting 'respnse'; did you mean response"),
+        (["precision=fp16"], "precision is 'fp16': .*fp32, bf16"),
+        (["model=llama-7b", "cluster=8xA100-80GB", "prompt=uniform:a:b"], "lengths 'uniform:a:b'"),
+        (["model=llama-7b", "cluster=8xA100-80GB", "engine=megatron"], "engine is 'megatron'; known: fsdp"),
         (
             ["model=llama-7b", "cluster=8xA100-80GB", "calibration=/no/such.json"],
             "calibration file /no/such.json is not there",
         ),
         (["model=llama-7b", "cluster=/no/such.json"], "cluster file /no/such.json is not there"),
-        (["llama-7b"], "key=value"),
+        (["llama-7b"], "name=value"),
+        (["models={critic"], "models is '{critic', which is no YAML"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
-    from recipes.plan import to_config, to_setting
+    from recipes.mapping_question import to_setting
+    from recipes.plan import to_config, to_question
 
     with pytest.raises(ValueError, match=message):
-        to_setting(to_config(arguments))
+        to_setting(to_question(to_config(arguments)))
 
 
 @pytest.mark.parametrize(

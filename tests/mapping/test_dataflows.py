@@ -8,7 +8,8 @@ import pytest
 from controllers import ALGORITHMS
 from hybridflow.dataflow import CallKind, Dataflow
 from recipes.dataflows import PAPER, dataflow_of, without
-from recipes.plan import SCALAR_ROLES, to_config, to_setting
+from recipes.mapping_question import to_setting
+from recipes.plan import SCALAR_ROLES, to_config, to_question
 
 
 def calls(dataflow: Dataflow) -> list[tuple[str, str, CallKind]]:
@@ -29,14 +30,12 @@ def test_every_algorithm_is_planned_from_its_page(algorithm):
     assert set(dataflow.roles) == set(ALGORITHMS[algorithm].roles)
     actor = [call for call in dataflow.calls if call.role == "actor"]
     assert actor[0].name == "actor.generate_sequences" and actor[-1].kind is CallKind.training
-    setting = to_setting(
-        to_config([f"algorithm={algorithm}", "model=llama-7b", "cluster=2x8xA100-80GB", "engine=fsdp"])
-    )
+    arguments = [f"algorithm={algorithm}", "model=llama-7b", "cluster=2x8xA100-80GB", "engine=fsdp"]
+    setting = to_setting(to_question(to_config(arguments)))
     assert setting.roles == dataflow.roles
     assert all(setting.models[role].scalar_head for role in setting.roles if role in SCALAR_ROLES)
-    assert setting.schedule(dict.fromkeys(setting.roles, "one")).makespan([1.0] * len(dataflow.calls)) >= len(
-        setting.roles
-    )
+    schedule = setting.schedule(dict.fromkeys(setting.roles, "main"))
+    assert schedule.makespan([1.0] * len(dataflow.calls)) >= len(setting.roles)
 
 
 def test_a_role_can_be_left_out():

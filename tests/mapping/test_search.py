@@ -134,7 +134,10 @@ def random_setting(seed: int) -> Setting:
     )
     lengths = draw.choice([Lengths.fixed(512), Lengths.uniform(64, 700)])
     workload = Workload(
-        num_prompts=draw.choice([30, 64]), prompt=lengths, response=lengths, updates=draw.choice([1, 3])
+        batch_size=draw.choice([30, 64]),
+        prompt=lengths,
+        response=lengths,
+        num_mini_batches=draw.choice([1, 3]),
     )
     return Setting(
         dataflow=dataflow,

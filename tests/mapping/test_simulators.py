@@ -29,7 +29,9 @@ from hybridflow.mapping.simulate.transition import received_fraction, transition
 
 A100 = DEVICE_KINDS["A100-80GB"]
 LLAMA = MODELS["llama-7b"]
-WORKLOAD = Workload(num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8)
+WORKLOAD = Workload(
+    batch_size=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), num_mini_batches=8
+)
 FREE = Calibration(
     layer_overhead_s=0, micro_batch_overhead_s=0, decode_layer_overhead_s=0, decode_step_overhead_s=0, decode_row_overhead_s=0,
     call_overhead_s=0, intra_latency_s=0, inter_latency_s=0, link_efficiency=1, matmul_efficiency=1, bandwidth_efficiency=1,

@@ -14,9 +14,10 @@ import pytest
 
 from hybridflow.mapping.answer.device_mapping import DeviceMapping
 from hybridflow.mapping.question.cluster import DEVICE_KINDS, Cluster, NodeGroup
-from recipes.auto import apply_mapping, choose, saved_mapping
+from recipes.auto import choose, saved_mapping
 from recipes.config import PlacementMode, RunConfig
-from recipes.forecast import MAPPING, MapperInputs, given_mapping, setting_of, workload_of
+from recipes.forecast import MAPPING
+from recipes.mapping_settings import MapperInputs, apply_mapping, configured_mapping, setting_of
 from recipes.placing import place, pool_sizes, pools_of
 from recipes.run import run
 from recipes.session import check_dataflow
@@ -107,13 +108,13 @@ def test_settings_become_a_question_for_the_mapper(settings: Settings) -> None:
     setting = setting_of(plan)
     assert setting.models["reward"] is None
     assert setting.models["critic"].scalar_head
-    assert (setting.workload.num_rows, setting.workload.updates) == (6, 2)
+    assert (setting.workload.num_rows, setting.workload.num_mini_batches) == (6, 2)
     assert setting.workload.prompt.longest == prompts.lengths.max()
     assert setting.workload.response.quantiles == (8,)
     assert setting.space.old_log_prob_pass
     assert setting.cluster.num_devices == 4
-    assert workload_of(replace(plan, config=settings("ppo", "plan.response=uniform:2:8"))).response.mean < 8
-    given = given_mapping(plan, pools_of(place(config)), pool_sizes(config))
+    assert setting_of(replace(plan, config=settings("ppo", "plan.response=uniform:2:8"))).workload.response.mean < 8
+    given = configured_mapping(plan, pools_of(place(config)), pool_sizes(config))
     assert (given.role("actor").layout.t, given.role("actor").layout.d, given.role("critic").layout.d) == (
         2,
         2,
@@ -175,7 +176,7 @@ def test_pools_ask_for_nodes_of_their_kind(settings: Settings, tmp_path: Path) -
     assert {name: pool.node_resource for name, pool in settled.pools.items()} == {
         pool.name: marks[pool.kind] for pool in mapping.pools
     }
-    given = given_mapping(replace(plan, config=settled), pools_of(place(settled)), pool_sizes(settled))
+    given = configured_mapping(replace(plan, config=settled), pools_of(place(settled)), pool_sizes(settled))
     assert {pool.name: pool.group for pool in given.pools} == {
         pool.name: pool.group for pool in mapping.pools
     }

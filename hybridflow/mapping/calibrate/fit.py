@@ -339,7 +339,7 @@ def predicted_pass(
     """What the simulators say to a measured pass."""
     length = sample.prompt + sample.response
     workload = Workload(
-        num_prompts=sample.rows, prompt=Lengths.fixed(sample.prompt), response=Lengths.fixed(sample.response)
+        batch_size=sample.rows, prompt=Lengths.fixed(sample.prompt), response=Lengths.fixed(sample.response)
     )
     tokens = -(-sample.rows * length // (sample.micro_batches * sample.ranks))
     layout = ModelLayout(d=sample.ranks, zero=2 if sample.ranks > 1 else 0, micro_batch_tokens=tokens)
@@ -354,7 +354,7 @@ def predicted_generation(
 ) -> float:
     """What the simulator says to a measured generation call."""
     workload = Workload(
-        num_prompts=sample.rows, prompt=Lengths.fixed(sample.prompt), response=Lengths.fixed(sample.response)
+        batch_size=sample.rows, prompt=Lengths.fixed(sample.prompt), response=Lengths.fixed(sample.response)
     )
     machine = Machine(kind, calibration, space, workload)
     return generation_time(sample.model, GenerationLayout(max_running=sample.rows), machine).total

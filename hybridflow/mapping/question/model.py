@@ -7,11 +7,12 @@ and latent attention.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+
+from hybridflow.mapping.question.files import read_json
 
 PLAIN_MLP_TYPES = ("gpt2", "opt", "gpt_neox", "bloom", "falcon", "phi", "starcoder2", "gpt_bigcode")
 """Model types whose MLP has two matrices; all others are taken to be gated (three)."""
@@ -116,7 +117,7 @@ class ModelSpec:
                 f"model path {str(path)!r} holds no config.json; give a Hugging Face directory, a "
                 "config.json or a known name"
             )
-        return cls.from_hf(json.loads(file.read_text()), name=directory.name)
+        return cls.from_hf(read_json(file, "model config"), name=directory.name)
 
     def with_scalar_head(self) -> ModelSpec:
         """The same decoder as a critic or reward model."""

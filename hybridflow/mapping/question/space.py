@@ -36,9 +36,9 @@ class SearchSpace:
     it."""
     waves: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
     """Numbers of parts into which a replica's rows are cut where the KV cache does not hold all of them."""
-    max_running: int = 256
+    max_num_seqs: int = 256
     """The most sequences that an engine decodes at once (vLLM's default)."""
-    prefill_tokens: int = 8192
+    max_num_batched_tokens: int = 8192
     """The most prompt tokens of a prefill pass."""
     shared_generation_weights: bool = True
     """Generation computes on the training shards where they suffice (zero redundancy). False: the engine
@@ -53,7 +53,8 @@ class SearchSpace:
     """Staging buffer of the resharding."""
 
     def __post_init__(self) -> None:
-        for name, value in (("max_running", self.max_running), ("prefill_tokens", self.prefill_tokens)):
+        sizes = {"max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": self.max_num_batched_tokens}
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
 

@@ -100,38 +100,39 @@ class Lengths:
 class Workload:
     """The work of a step; this is the paper's (section 8.1):
 
-    Workload(num_prompts=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), updates=8)
+    Workload(batch_size=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), num_mini_batches=8)
     """
 
-    num_prompts: int
+    batch_size: int
+    """Prompts of a step."""
     prompt: Lengths
     response: Lengths
     samples_per_prompt: int = 1
-    updates: int = 1
-    """Optimizer updates (mini-batches) per epoch over the step's rows."""
-    epochs: int = 1
+    num_mini_batches: int = 1
+    """Optimizer updates per epoch over the step's rows."""
+    num_epochs: int = 1
 
     def __post_init__(self) -> None:
         counts = {
-            "num_prompts": self.num_prompts,
+            "batch_size": self.batch_size,
             "samples_per_prompt": self.samples_per_prompt,
-            "updates": self.updates,
-            "epochs": self.epochs,
+            "num_mini_batches": self.num_mini_batches,
+            "num_epochs": self.num_epochs,
         }
         for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"workload: {name} is {value}; it must be at least 1")
-        if self.updates > self.num_rows:
+        if self.num_mini_batches > self.num_rows:
             raise ValueError(
-                f"workload: updates is {self.updates}, the step has {self.num_rows} rows; an update needs at "
-                "least one row"
+                f"workload: num_mini_batches is {self.num_mini_batches}, the step has {self.num_rows} rows; an "
+                "update needs at least one row"
             )
         if self.response.longest < 1:
             raise ValueError("workload: every response is empty; give response lengths of at least 1")
 
     @cached_property
     def num_rows(self) -> int:
-        return self.num_prompts * self.samples_per_prompt
+        return self.batch_size * self.samples_per_prompt
 
     @cached_property
     def tokens_per_row(self) -> float:

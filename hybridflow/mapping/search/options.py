@@ -141,7 +141,8 @@ def pass_time(setting: Setting, role: str, group: int, call: Call, layout: Model
     if any(_gathers(setting, other, layout) for other in setting.calls(role)):
         updates = replace(updates, parameters=updates.parameters - gathering_s(model, layout, machine))
     policy = setting.generates(role) or role in setting.weights_from.values()
-    if setting.space.old_log_prob_pass and policy and setting.workload.updates * setting.workload.epochs > 1:
+    num_updates = setting.workload.num_mini_batches * setting.workload.num_epochs
+    if setting.space.old_log_prob_pass and policy and num_updates > 1:
         return updates + inference_time(model, layout, machine, trained=True)
     return updates
 
@@ -173,7 +174,7 @@ def call_footprint(
     backward, trained = kind is CallKind.training, setting.trained(role)
     rows: float = workload.num_rows
     if backward:
-        rows = rows / workload.updates
+        rows = rows / workload.num_mini_batches
     number, _ = micro_batches(layout, workload, rows)
     return pass_footprint(model, layout, space, workload, number, trained=trained, backward=backward)
 
@@ -185,7 +186,7 @@ def generation_options(setting: Setting, role: str, group: int, num_devices: int
     options = []
     for pg, tg, replicas in space.generation_layouts(model, setting.cluster.groups[group], num_devices):
         rows = -(-workload.num_rows // replicas)
-        counts = {min(space.max_running, -(-rows // waves)) for waves in space.waves}
+        counts = {min(space.max_num_seqs, -(-rows // waves)) for waves in space.waves}
         for running in sorted(counts, reverse=True):
             layout = GenerationLayout(pg=pg, tg=tg, replicas=replicas, max_running=running)
             need = generation_footprint(model, layout, 0.0, space, workload)

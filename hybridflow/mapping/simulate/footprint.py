@@ -148,7 +148,7 @@ def generation_footprint(
     M/(tg pg)), the KV cache of the running sequences, and the resharding's staging buffer."""
     weights = space.parameter_bytes * stage_parameters(model, ModelLayout(p=layout.pg, t=layout.tg))
     kv = kv_bytes_per_token(model, layout, space) * kv_tokens(workload, layout.max_running)
-    tokens = max(space.prefill_tokens, layout.max_running)
+    tokens = max(space.max_num_batched_tokens, layout.max_running)
     activations = space.activation_bytes * model.activation_elements_per_token * tokens / layout.tg
     logits = layout.max_running * model.vocab_size / layout.tg * (space.activation_bytes + 4)
     return Footprint(

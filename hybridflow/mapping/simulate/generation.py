@@ -94,7 +94,7 @@ def _prefill_s(model: ModelSpec, layout: GenerationLayout, machine: Machine, row
     tokens = rows * prompt.mean
     if tokens == 0:
         return 0.0
-    passes = rounds(tokens, int(machine.space.prefill_tokens))
+    passes = rounds(tokens, int(machine.space.max_num_batched_tokens))
     each = tokens / passes
     parts = (machine.kind, machine.calibration, machine.space)
     attended = prompt.mean_square / (2 * prompt.mean)

@@ -107,8 +107,8 @@ def inference_time(model: ModelSpec, layout: ModelLayout, machine: Machine, *, t
 def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> PassTime:
     """Seconds of all optimizer updates of a step."""
     workload = machine.workload
-    updates = workload.updates * workload.epochs
-    number, tokens = micro_batches(layout, workload, workload.num_rows / workload.updates)
+    updates = workload.num_mini_batches * workload.num_epochs
+    number, tokens = micro_batches(layout, workload, workload.num_rows / workload.num_mini_batches)
     slot = _slot(model, layout, machine, tokens, backward=True)
     update = _pipelined(slot, layout, machine, number, offload=0.0)
     gradients, gathering = _data_parallel(model, layout, machine)
