@@ -113,7 +113,8 @@ def test_settings_become_a_question_for_the_mapper(settings: Settings) -> None:
     assert setting.workload.response.quantiles == (8,)
     assert setting.space.old_log_prob_pass
     assert setting.cluster.num_devices == 4
-    assert setting_of(replace(plan, config=settings("ppo", "plan.response=uniform:2:8"))).workload.response.mean < 8
+    shorter = replace(plan, config=settings("ppo", "plan.response=uniform:2:8"))
+    assert setting_of(shorter).workload.response.mean < 8
     given = configured_mapping(plan, pools_of(place(config)), pool_sizes(config))
     assert (given.role("actor").layout.t, given.role("actor").layout.d, given.role("critic").layout.d) == (
         2,
