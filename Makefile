@@ -1,7 +1,8 @@
 # make install     create .venv and install what pyproject.toml asks for (ACCEL=cuda: the GPU build)
 # make quickstart  PPO end to end on a tiny model, two minutes on two cores
 # make rlhf        supervised fine-tuning, reward model and PPO on a tiny model, two to three minutes on two cores
-# make test        lint and tests (ARGS="-k layout" is handed to pytest)
+# make test        lint and quick tests (ARGS="-k layout" is handed to pytest)
+# make test-slow   the rest of the large matrices: more layouts, precisions and model families
 #
 # The venv holds the dependencies only. The five packages are imported from the checkout, so that a job that Ray uploads
 # runs its own copy and never one that happens to be installed.
@@ -26,7 +27,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install environment quickstart rlhf test lint clean
+.PHONY: help install environment quickstart rlhf test test-slow lint clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -62,7 +63,10 @@ rlhf: install
 
 # Both always run, so that a lint error does not hide a failing test; pytest's closing line comes last.
 test: install
-	@status=0; $(MAKE) --no-print-directory lint || status=1; $(BIN)/python -m pytest $(ARGS) || status=1; exit $$status
+	@status=0; $(MAKE) --no-print-directory lint || status=1; $(BIN)/python -m pytest -m "not slow" $(ARGS) || status=1; exit $$status
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+
+
+@pytest.fixture(scope="module")
+def selected(request: pytest.FixtureRequest) -> Callable[[str], list[Any]]:
+    """selected("case"): the values of a parameter in the tests of this module that run.
+
+    Several engines run a whole matrix in one set of processes; with this they leave out the cases
+    that no selected test reads (-m, -k).
+    """
+
+    def values(name: str) -> list[Any]:
+        result: list[Any] = []
+        for item in request.session.items:
+            spec = vars(item).get("callspec")
+            if item.path != request.path or spec is None or name not in spec.params:
+                continue
+            if spec.params[name] not in result:
+                result.append(spec.params[name])
+        return result
+
+    return values
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def killed(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[psutil.Process]:
-    """What a run started whose driver was killed -9, before the other tests."""
+    """The processes of a run whose driver was killed with SIGKILL, before the other tests."""
     return stopped_run(signal.SIGKILL, common, tmp_path_factory.mktemp("killed"))
 
 
@@ -67,7 +67,7 @@ def succeed(name: str, arguments: list[str]) -> None:
 
 
 def numbers(output: Path) -> list[dict[str, float]]:
-    """What a run logged, without what a clock decides."""
+    """The metrics that a run logged, without those that a clock decides."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not TIMES.search(name)} for row in rows]
 
@@ -103,21 +103,34 @@ def test_resume_is_bit_identical_and_works_on_other_ranks(common: list[str], tmp
         assert (policy(wide, 4)[name] - weight).abs().max() < 2e-5, name
 
 
-def test_custom_and_computed_pools_equal_one_pool(common: list[str], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def together(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output of a run with all models in one pool."""
+    output = tmp_path_factory.mktemp("together")
+    succeed("ppo", [*common, COUNT, "loop.num_steps=2", f"output_dir={output}"])
+    return output
+
+
+def unmoved(output: Path) -> list[dict[str, float]]:
+    """The numbers of a run without the bytes that it moved."""
+    return [
+        {name: value for name, value in row.items() if not name.endswith("_bytes")} for row in numbers(output)
+    ]
+
+
+def test_separate_pools_equal_one_pool(common: list[str], together: Path, tmp_path: Path) -> None:
     pools = ["placement=custom", "pools.policy.roles=[actor,reference]", "pools.values.roles=[critic,reward]"]
     pools += ["pools.samples.roles=[generation]"]
-    outputs = {"together": [], "apart": pools, "auto": ["placement=auto", "num_devices=2"]}
-    for name, arguments in outputs.items():
-        succeed("ppo", [*common, COUNT, "loop.num_steps=2", f"output_dir={tmp_path / name}", *arguments])
-    apart, together = (
-        [
-            {name: value for name, value in row.items() if not name.endswith("_bytes")}
-            for row in numbers(tmp_path / one)
-        ]
-        for one in ("apart", "together")
-    )
-    assert apart == together, "all but what was moved"
+    succeed("ppo", [*common, COUNT, "loop.num_steps=2", f"output_dir={tmp_path / 'apart'}", *pools])
+    assert unmoved(tmp_path / "apart") == unmoved(together), "all but the bytes that were moved"
 
+
+@pytest.mark.slow
+def test_a_computed_placement_equals_one_pool(common: list[str], together: Path, tmp_path: Path) -> None:
+    """The quick tests of placement=auto end before the run starts
+    (tests/recipes/test_forecast.py)."""
+    auto = ["placement=auto", "num_devices=2", f"output_dir={tmp_path / 'auto'}"]
+    succeed("ppo", [*common, COUNT, "loop.num_steps=2", *auto])
     mapping = json.loads((tmp_path / "auto" / "mapping.json").read_text())
     assert sorted(role["role"] for role in mapping["roles"]) == ["actor", "critic", "reference"]
     assert {call["call"] for call in mapping["calls"]} >= {
@@ -126,7 +139,7 @@ def test_custom_and_computed_pools_equal_one_pool(common: list[str], tmp_path: P
         "actor.update_actor",
     }
     # Its layouts and micro-batches may differ: equal within rounding.
-    for row, expected in zip(numbers(tmp_path / "auto"), numbers(tmp_path / "together"), strict=True):
+    for row, expected in zip(numbers(tmp_path / "auto"), numbers(together), strict=True):
         learned = {
             name: value
             for name, value in expected.items()
@@ -151,8 +164,8 @@ def test_nothing_is_left_behind_after_ctrl_c(common: list[str], tmp_path: Path) 
 
 
 def test_nothing_is_left_behind_after_kill_9(killed: list[psutil.Process]) -> None:
-    """Last in this file: Ray takes about a minute to see that its driver is gone, and the other tests run
-    meanwhile."""
+    """Last in this file: Ray takes about a minute to see that its driver is gone, and the other
+    tests run meanwhile."""
     _, alive = psutil.wait_procs(killed, timeout=120)
     assert not alive, described(alive)
 

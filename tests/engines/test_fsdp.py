@@ -1,11 +1,13 @@
-"""Engine `fsdp` on 1, 2 and 4 gloo processes against plain PyTorch in one process: outputs, losses, gradient
-norms, weights, resume."""
+"""Engine `fsdp` on 1, 2 and 4 gloo processes against plain PyTorch in one process: outputs,
+losses, gradient norms, weights, resume."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.engines.fsdp_workers import OPTIMIZER, Case, Result, batches, data_rows, run_worlds
 from tests.engines.threed_cases import PlainRun, load_plain, plain_run, save_tiny_model
+from tests.matrix import matrix
 from workers.config import Precision
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head, Outputs
@@ -25,19 +28,15 @@ from workers.engines.model.scored import score_head
 from workers.sequences import ragged_positions
 
 FP32 = 1e-5
-"""Of a loss, a gradient norm (relative), and of a weight after three steps of learning rate 1e-3, rounding
-through AdamW's division."""
+"""Of a loss, a gradient norm (relative), and of a weight after three steps of learning rate
+1e-3, rounding through AdamW's division."""
 BF16 = Precision.bf16
 CASES = [
     Case(),
-    Case(micro_batch_tokens=10_000),
     Case(micro_batch_tokens=1, checkpointing=True),
     Case(model="gemma3_text"),
     Case(model="mistral"),
-    Case(model="gemma2", precision=BF16, checkpointing=True),
     Case(model="gemma2", packing=False),
-    Case(model="mistral", precision=BF16),
-    Case(packing=False, precision=BF16),
     Case(model="llama", head=Head.value, offload=True),
     Case(model="llama", head=Head.score),
     Case(precision=BF16),
@@ -46,19 +45,25 @@ CASES = [
     Case(world_size=2, tp=2, model="llama"),
     Case(world_size=2, head=Head.value),
     Case(world_size=2, num_rows=1),
-    Case(world_size=2, precision=BF16),
     Case(world_size=2, precision=BF16, zero3=True),
     Case(world_size=2, tp=2, head=Head.score, packing=False),
+    Case(world_size=4, tp=2),
+    Case(world_size=4, tp=2, zero3=True, head=Head.value, order=("tp", "pp", "cp", "dp")),
+]
+SLOW = [
+    Case(micro_batch_tokens=10_000),
+    Case(model="gemma2", precision=BF16, checkpointing=True),
+    Case(model="mistral", precision=BF16),
+    Case(packing=False, precision=BF16),
+    Case(world_size=2, precision=BF16),
     Case(world_size=2, zero3=True, packing=False),
     Case(world_size=4, zero3=True),
     Case(world_size=4, model="gemma3_text"),
-    Case(world_size=4, tp=2),
-    Case(world_size=4, tp=2, zero3=True, head=Head.value, order=("tp", "pp", "cp", "dp")),
 ]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], list[Any]]) -> Path:
     """Folder with the models and everything that the processes wrote."""
     root = tmp_path_factory.mktemp("fsdp")
     save_tiny_model(root / "qwen2", "qwen2", layers=2, tied=True)
@@ -70,7 +75,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = load_file(root / "llama" / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, root / "broken" / "model.safetensors", metadata={"format": "pt"})
-    mp.spawn(run_worlds, args=(root, CASES), nprocs=4)
+    mp.spawn(run_worlds, args=(root, selected("case")), nprocs=4)
     return root
 
 
@@ -87,10 +92,10 @@ def plain(root: Path, case: Case) -> PlainRun:
     return plain_run(model, case.head, batches(case), OPTIMIZER)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", matrix(CASES, SLOW), ids=lambda case: case.name)
 def test_equals_plain_pytorch(root: Path, case: Case) -> None:
-    """Outputs before training; loss, gradient norm and weights of three steps; and every rank reports the
-    same numbers."""
+    """Outputs before training; loss, gradient norm and weights of three steps; and every rank
+    reports the same numbers."""
     found, expected = results(root, case), plain(root, case)
     loose = case.precision is BF16
     tolerance = {"rtol": 0.02, "atol": 0.03} if loose else {"rtol": FP32, "atol": FP32}
@@ -121,9 +126,10 @@ def test_equals_plain_pytorch(root: Path, case: Case) -> None:
         )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", matrix(CASES, SLOW), ids=lambda case: case.name)
 def test_shards_cover_every_parameter_once_per_replica(root: Path, case: Case) -> None:
-    """Boxes and memory of all ranks, pasted together, are the parameters; data ranks hold disjoint boxes."""
+    """Boxes and memory of all ranks, pasted together, are the parameters; data ranks hold
+    disjoint boxes."""
     found = results(root, case)
     for index, (name, whole) in enumerate(found[0].whole.items()):
         pasted, counts = torch.zeros_like(whole), torch.zeros(whole.shape, dtype=torch.int64)
@@ -141,7 +147,9 @@ def test_shards_cover_every_parameter_once_per_replica(root: Path, case: Case) -
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.head is not Head.score], ids=lambda case: case.name
+    "case",
+    matrix([case for case in CASES if case.head is not Head.score], SLOW),
+    ids=lambda case: case.name,
 )
 def test_transformers_loads_what_was_saved(root: Path, case: Case) -> None:
     auto = AutoModelForCausalLM if case.head is Head.lm else AutoModelForSequenceClassification
@@ -159,8 +167,8 @@ def test_transformers_loads_what_was_saved(root: Path, case: Case) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_checkpoint_is_loaded_on_another_layout(root: Path, world_size: int) -> None:
-    """Saved by two data ranks; loaded by one, and by two tensor ranks. (The same layout, bit for bit: in the
-    processes.)"""
+    """Saved by two data ranks; loaded by one, and by two tensor ranks. (The same layout, bit
+    for bit: in the processes.)"""
     metrics, weights = torch.load(root / f"resumed.{world_size}.pt", weights_only=False)
     expected = plain(root, Case())
     assert metrics["loss"] == pytest.approx(expected.losses[2], rel=FP32)

@@ -1,31 +1,37 @@
-"""vLLM after a sync scores like transformers, for every family, tensor and pipeline parallel, groups that
-vLLM would not build."""
+"""vLLM after a sync scores like transformers, for every family, tensor and pipeline parallel,
+groups that vLLM would not build."""
 
 from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.multiprocessing as mp
 
+from tests.matrix import matrix
 from tests.resharding import vllm_cases
 from workers.config import Precision
 
+NAMES = matrix([name for name in vllm_cases.CASES if name not in vllm_cases.SLOW], vllm_cases.SLOW)
+
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def results(
+    tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], list[Any]]
+) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("vllm")
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    mp.spawn(vllm_cases.run, args=(port, str(directory)), nprocs=2)
+    mp.spawn(vllm_cases.run, args=(port, str(directory), selected("name")), nprocs=2)
     return [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", list(vllm_cases.CASES))
+@pytest.mark.parametrize("name", NAMES)
 def test_scores_equal_transformers_after_every_sync(results: list[dict[str, Any]], name: str) -> None:
     _, _, precision = vllm_cases.CASES[name]
     tolerance = 5e-5 if precision is Precision.fp32 else 0.05
@@ -35,7 +41,7 @@ def test_scores_equal_transformers_after_every_sync(results: list[dict[str, Any]
         assert result[name]["received"] == result[name]["bound"]
 
 
-@pytest.mark.parametrize("name", list(vllm_cases.CASES))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_flipped_bit_in_the_engine_is_named(results: list[dict[str, Any]], name: str) -> None:
     texts = {result[name]["fault"] for result in results}
     assert len(texts) == 1

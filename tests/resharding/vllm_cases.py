@@ -1,8 +1,8 @@
-"""What two processes do once for test_vllm_weights.py: for every family an engine, two syncs, and scores
-beside transformers'.
+"""The runs of two processes for test_vllm_weights.py: for every family an engine, two syncs, and
+scores compared with transformers'.
 
-The pool trains like FSDP (rows over both ranks, float32 masters). Generation is tp=2 on the ranks in reverse
-order (so that groups are not the ones vLLM would build), pp=2, or two engines.
+The pool trains like FSDP (rows over both ranks, float32 masters). Generation is tp=2 on the ranks
+in reverse order (so that groups are not the ones vLLM would build), pp=2, or two engines.
 """
 
 from __future__ import annotations
@@ -81,12 +81,15 @@ CASES: dict[str, tuple[PretrainedConfig, Grouping, Precision]] = {
 }
 
 
-def run(rank: int, port: int, directory: str) -> None:
+SLOW = ("mistral", "gemma", "gemma2")
+"""Families whose layers the other cases have too."""
+
+
+def run(rank: int, port: int, directory: str, names: list[str]) -> None:
+    """Entry point of a process: runs the cases of those names and writes their results."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    results = {
-        name: family(rank, Path(directory, name.replace(" ", "_")), *case) for name, case in CASES.items()
-    }
+    results = {name: family(rank, Path(directory, name.replace(" ", "_")), *CASES[name]) for name in names}
     Path(directory, f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
@@ -134,9 +137,9 @@ def family(
         change(trainer, step)
         executor.run()
         attestor.run()
-        if (
-            step == 1
-        ):  # the second time the engine has old weights: without a commit the probe must notice (repacked and tied heads)
+        # The second time the engine has old weights: without a commit the probe must notice (repacked
+        # and tied heads).
+        if step == 1:
             engine.llm.reset_prefix_cache()
             result["without commit"] = gap(engine, trainer, precision, grouping)
         weights.commit()
@@ -149,7 +152,8 @@ def family(
 
 
 def make_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Weights large enough that every one of them shows in the scores; norms and biases away from 1 and 0."""
+    """Weights large enough that every one of them shows in the scores; norms and biases away
+    from 1 and 0."""
     torch.manual_seed(0)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
