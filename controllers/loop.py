@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from controllers.algorithm_base import Algorithm
 from controllers.data import PromptDataset, RowLoader
+from controllers.run_length import RunLength
 from controllers.samples import SampleReader
 from controllers.validation import REWARD, Validate
 from hybridflow.checkpoint import CheckpointStore, load_metadata
@@ -37,9 +38,12 @@ INPUTS = PromptDataset.columns
 class LoopConfig:
     """How long, how often."""
 
-    num_steps: int = 100
+    num_steps: int | None = None
     """Steps of the whole run; a step trains on data.batch_size rows (prompts x algorithm.samples_per_prompt
-    responses, demonstrations, or pairs)."""
+    responses, demonstrations, or pairs). null: as many as num_epochs needs, or 100 where that is null too."""
+    num_epochs: int | None = None
+    """Passes over data.train, in place of num_steps: each row is used so many times, and the last step takes
+    what is left."""
     validate_every: int = 10
     """Steps between validations; 0: only before the first and after the last step."""
     validation_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(greedy=True))
@@ -56,8 +60,17 @@ class LoopConfig:
     """End the run once a validation's mean reward reaches this."""
 
     def __post_init__(self) -> None:
-        for name, value in (("num_steps", self.num_steps), ("keep_last", self.keep_last)):
-            if value < 1:
+        if self.num_steps is not None and self.num_epochs is not None:
+            raise ValueError(
+                f"loop.num_steps is {self.num_steps} and loop.num_epochs is {self.num_epochs}; set one of "
+                "them, and the other to null"
+            )
+        for name, value in (
+            ("num_steps", self.num_steps),
+            ("num_epochs", self.num_epochs),
+            ("keep_last", self.keep_last),
+        ):
+            if value is not None and value < 1:
                 raise ValueError(f"loop.{name} is {value}; use at least 1")
         for name, value in (
             ("validate_every", self.validate_every),
@@ -65,6 +78,12 @@ class LoopConfig:
         ):
             if value < 0:
                 raise ValueError(f"loop.{name} is {value}; use 0 or more")
+
+    def length(self, num_rows: int, batch_size: int) -> RunLength:
+        """When the run ends on a dataset of `num_rows` rows."""
+        return RunLength.of(
+            num_steps=self.num_steps, num_epochs=self.num_epochs, num_rows=num_rows, batch_size=batch_size
+        )
 
 
 class Stateful(Protocol):
@@ -125,6 +144,7 @@ class Loop:
     ) -> None:
         self.algorithm, self.trained, self.data, self.validation = algorithm, trained, data, validate
         self.tracker, self.store, self.config = tracker, store, config
+        self.length = config.length(len(data.dataset), data.config.batch_size)
         self.further = dict(further or {})
         self.samples = samples
         self.step = 0
@@ -139,9 +159,10 @@ class Loop:
         self.resume()
         if self.step == 0:
             self.before = self.validate()
-        while self.step < self.config.num_steps and not self._good_enough():
+        LOGGER.info("%s", self.length)
+        while not self._finished() and not self._good_enough():
             self.train_one_step()
-            last = self.step == self.config.num_steps
+            last = self._finished()
             if last or _due(self.step, self.config.validate_every):
                 self.after = self.validate()
             if last or self._good_enough() or _due(self.step, self.config.checkpoint_every):
@@ -161,7 +182,8 @@ class Loop:
 
     def train_one_step(self) -> None:
         started = time.perf_counter()
-        batch = next(self.data).repeat(self.algorithm.config.samples_per_prompt)
+        rows = self.length.next_rows(self.data.position)
+        batch = self.data.take(rows).repeat(self.algorithm.config.samples_per_prompt)
         with activity(f"step {self.step + 1}", detail=CALLS.under_way, patience_s=STEP_PATIENCE_S):
             metrics = self.algorithm.step(batch)
             numbers = dict(metrics)
@@ -247,6 +269,9 @@ class Loop:
         self.gap = max(self.gap, metrics.get("actor/log_prob_gap_max", 0.0))
         for phase, value in phases.items():
             self.phase_s[phase] = self.phase_s.get(phase, 0.0) + value
+
+    def _finished(self) -> bool:
+        return self.length.reached(self.step, self.data.position)
 
     def _good_enough(self) -> bool:
         target = self.config.stop_at_reward

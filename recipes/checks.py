@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from hybridflow.dataflow import CallKind, Dataflow
 from hybridflow.layout import AXES, Layout
 from hybridflow.registry import Registry
 from recipes.config import NO_MODEL, RunConfig
-from workers.config import ModelConfig, TrainConfig
+from workers.config import LearningRateSchedule, ModelConfig, TrainConfig
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head
 from workers.engines.model.loading import model_config, position_limit
@@ -103,8 +104,11 @@ def check_train(field: str, config: TrainConfig) -> None:
     ):
         if value < 1:
             raise ValueError(f"{field}.{name} is {value}; use at least 1")
+    optimizer = config.optimizer
+    if not optimizer.total_steps:  # the run's own length, which is not known before the data is read
+        optimizer = replace(optimizer, schedule=LearningRateSchedule.constant)
     try:
-        check_optimizer_config(config.optimizer)
+        check_optimizer_config(optimizer)
     except ValueError as error:
         raise ValueError(f"{field}.{error}") from None
 

@@ -32,6 +32,7 @@ from recipes.forecast import MAPPING, forecast, predicted_vs_measured, verdict
 from recipes.mapping_settings import MapperInputs, apply_mapping
 from recipes.placing import check_models, place, placement_report, pool_sizes, pools_of
 from recipes.roles import Role
+from recipes.schedules import with_schedules
 from recipes.session import (
     check_dataflow,
     connect_cluster,
@@ -64,6 +65,9 @@ def run(config: RunConfig) -> Outcome | None:
     check_vocabularies(config, roles, tokenizer)
     entry = algorithm_entry(config.algorithm.name)
     train = load_rows(config, "train", tokenizer)
+    length = config.loop.length(len(train), config.data.batch_size)
+    config = with_schedules(config, length.num_steps)
+    roles = place(config)
     held_out = load_rows(config, "validation", tokenizer) if config.data.validation else None
     texts = load_pretraining(config, tokenizer)
     if isinstance(train, PromptDataset):
@@ -104,7 +108,7 @@ def run(config: RunConfig) -> Outcome | None:
                 metric=entry.objective,
                 mode=entry.best,
             )
-            tracker = stack.enter_context(start_tracker(config, directory, store))
+            tracker = stack.enter_context(start_tracker(config, directory, store, length.num_steps))
             handles = start_roles(stack, config, cluster, roles)
         data = RowLoader(train, config.data)
         streams: dict[str, Stream] = {

@@ -105,7 +105,7 @@ def connect_cluster(config: RunConfig) -> AbstractContextManager[ClusterInfo | N
     return connect(config.cluster, cpu_slots=devices * config.cpus_per_device, gpus=gpus)
 
 
-def start_tracker(config: RunConfig, directory: Path, store: CheckpointStore) -> Tracker:
+def start_tracker(config: RunConfig, directory: Path, store: CheckpointStore, num_steps: int) -> Tracker:
     """The metrics of this run, going on where the checkpoint that it resumes from was written."""
     settings = OmegaConf.to_container(OmegaConf.structured(config))
     directory.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def start_tracker(config: RunConfig, directory: Path, store: CheckpointStore) ->
     return Tracker(
         config.metrics,
         directory,
-        total_steps=config.loop.num_steps,
+        total_steps=num_steps,
         start_step=start,
         run_config=cast(dict[str, object], settings),
     )

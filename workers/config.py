@@ -53,7 +53,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up."""
     total_steps: int = 0
-    """Optimizer steps after which the schedule ends; 0 with a constant schedule."""
+    """Optimizer steps after which the schedule ends; 0: those of the run."""
     min_learning_rate_fraction: float = 0.0
 
 

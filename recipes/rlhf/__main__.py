@@ -85,7 +85,7 @@ def stages(data: Prepared, output: Path, overrides: list[str]) -> dict[str, list
                 "policy.train.optimizer.learning_rate=3e-3",
                 "policy.train.optimizer.schedule=cosine",
             ),
-            *("policy.train.optimizer.warmup_steps=20", "policy.train.optimizer.total_steps=200"),
+            *("policy.train.optimizer.warmup_steps=20"),
             *("loop.num_steps=200", "loop.validate_every=50", "loop.resume=never"),
         ],
         "2. reward model": [
@@ -102,7 +102,7 @@ def stages(data: Prepared, output: Path, overrides: list[str]) -> dict[str, list
                 "reward_model.train.optimizer.learning_rate=1e-3",
                 "reward_model.train.optimizer.schedule=cosine",
             ),
-            *("reward_model.train.optimizer.warmup_steps=10", "reward_model.train.optimizer.total_steps=250"),
+            *("reward_model.train.optimizer.warmup_steps=10"),
             *("loop.num_steps=250", "loop.validate_every=50", "loop.resume=never"),
         ],
         "3. PPO against the learned reward": [

@@ -4,6 +4,7 @@ end, phase seconds."""
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ class FakeAlgorithm:
     fail_at: int = 0
 
     def step(self, prompts: Batch) -> Metrics:
-        assert prompts.tensor("sample").tolist() == [0, 1] * BATCH
+        assert prompts.tensor("sample").tolist() == [0, 1] * (len(prompts) // 2)
         if self.fail_at == self.actor.weight + 1:
             raise RuntimeError("the machine died")
         self.uids.append(prompts.tensor("uid").tolist()[::2])
@@ -131,7 +132,10 @@ class Run:
         sampling = config.validation_sampling
         CALLS.records.clear()
         with Tracker(
-            MetricsConfig(console=False), directory, total_steps=config.num_steps, start_step=start_step
+            MetricsConfig(console=False),
+            directory,
+            total_steps=config.length(NUM_ROWS, BATCH).num_steps,
+            start_step=start_step,
         ) as tracker:
             loop = Loop(
                 self.algorithm,
@@ -205,6 +209,34 @@ def test_every_prompt_is_used_once_an_epoch(tmp_path: Path) -> None:
     run = Run(tmp_path, num_steps=5)
     used = [uid for uids in run.algorithm.uids for uid in uids]
     assert sorted(used) == list(range(2 * NUM_ROWS)), "two epochs: uid = row + epoch x rows"
+
+
+def test_epochs_use_every_row_so_many_times_and_no_more(tmp_path: Path) -> None:
+    run = Run(tmp_path, num_epochs=3)
+    used = [uid for uids in run.algorithm.uids for uid in uids]
+    assert sorted(used) == list(range(3 * NUM_ROWS))
+    assert {len(uids) for uids in run.algorithm.uids[:-1]} == {BATCH}
+    assert run.outcome.num_steps == math.ceil(3 * NUM_ROWS / BATCH) and run.checkpoints == [
+        run.outcome.num_steps
+    ]
+
+
+def test_a_run_of_epochs_goes_on_in_the_middle_of_one(tmp_path: Path) -> None:
+    whole = Run(tmp_path / "whole", num_epochs=2)
+    with pytest.raises(RuntimeError, match="the machine died"):
+        Run(tmp_path / "cut", num_epochs=2, checkpoint_every=1, fail_at=4)
+    resumed = Run(tmp_path / "cut", num_epochs=2, checkpoint_every=1, start_step=3)
+    assert (3 * BATCH) % NUM_ROWS, "the cut is inside an epoch"
+    assert resumed.algorithm.uids == whole.algorithm.uids[3:]
+    longer = Run(tmp_path / "cut", num_epochs=3, start_step=resumed.outcome.num_steps)
+    used = [uid for uids in longer.algorithm.uids for uid in uids]
+    assert sorted(used) == list(range(2 * NUM_ROWS, 3 * NUM_ROWS)), "one more epoch"
+
+
+def test_the_length_of_a_run_is_told() -> None:
+    assert str(LoopConfig().length(1000, 128)) == "100 steps of 128 rows"
+    assert str(LoopConfig(num_steps=7).length(1000, 128)) == "7 steps of 128 rows"
+    assert str(LoopConfig(num_epochs=3).length(1000, 128)) == "24 steps of 128 rows, the last of 56"
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:

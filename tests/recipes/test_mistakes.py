@@ -285,8 +285,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "actor.train.micro_batch_tokens is 0; use at least 1",
     ),
     "a schedule without end": (
-        ["actor.train.optimizer.schedule=cosine"],
-        r"actor.train.optimizer.total_steps is 0 with schedule cosine",
+        ["actor.train.optimizer.schedule=cosine", "actor.train.optimizer.warmup_steps=100"],
+        r"actor.train.optimizer.total_steps is 100 with schedule cosine and warmup_steps 100",
     ),
     "temperature": (
         ["actor.generation.sampling.temperature=0"],
@@ -300,7 +300,12 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["actor.generation.max_model_len=9", "actor.generation.sampling.max_response_tokens=8"],
         r"data.train: its longest prompt has \d+ tokens, and beside .*=8 there is room for 1 in 9 tokens .actor.generation.max_model_len",
     ),
-    "epochs": (["actor.num_epochs=0"], "actor.num_epochs is 0; use at least 1"),
+    "no pass over the batch": (["actor.num_epochs=0"], "actor.num_epochs is 0; use at least 1"),
+    "steps and epochs": (
+        ["loop.num_steps=5", "loop.num_epochs=2"],
+        "loop.num_steps is 5 and loop.num_epochs is 2; set one of them, and the other to null",
+    ),
+    "no epoch": (["loop.num_epochs=0"], "loop.num_epochs is 0; use at least 1"),
     "no checkpoint": (["loop.resume=/no/such"], "loop.resume is '/no/such', which is no checkpoint"),
     "reward twice": (
         ["reward.model.path=x"],
@@ -431,6 +436,7 @@ def test_everything_mandatory_that_is_missing_is_named_at_once(composed: Callabl
     [
         ("actor.train.learning_rate=1e-5", "did you mean actor.train.optimizer.learning_rate"),
         ("num_device=2", "did you mean num_devices"),
+        ("loop.epochs=2", "did you mean loop.num_epochs"),
         ("algorithm.lambda=0.9", "did you mean algorithm.lam"),
         ("xyzzy=1", "--settings lists them all"),
     ],

@@ -17,6 +17,7 @@ from recipes.config import RunConfig
 from recipes.main import check_names, join_pools, to_settings
 from recipes.placing import place, pool_sizes
 from recipes.quickstart.settings import SETTINGS
+from recipes.schedules import with_schedules
 from recipes.session import check_dataflow
 from tests.recipes.conftest import yaml_files
 from workers.actor import ActorWorker
@@ -104,6 +105,38 @@ def test_one_setting_reaches_every_role(settings: Callable[..., RunConfig]) -> N
     )
     assert (config.actor.seed, config.critic.seed) == (5, 5)
     assert config.reference.temperature == 0.7, "the reference scores as the actor samples"
+
+
+def test_a_schedule_ends_with_the_run(settings: Callable[..., RunConfig]) -> None:
+    """Optimizer steps: steps x passes x mini-batches, without the updates that a critic's warm-up leaves
+    out."""
+    cosine = [f"{role}.train.optimizer.schedule=cosine" for role in ("actor", "critic", "policy")]
+    config = settings(
+        "ppo",
+        *cosine,
+        "algorithm.num_mini_batches=4",
+        "actor.num_epochs=2",
+        "actor.critic_warmup_steps=3",
+        "policy.passes_per_batch=5",
+        "policy.train.optimizer.total_steps=9",
+    )
+    settled = with_schedules(config, 10)
+    assert settled.actor.train.optimizer.total_steps == (10 - 3) * 2 * 4
+    assert settled.critic.train.optimizer.total_steps == 10 * 4
+    assert settled.policy.train.optimizer.total_steps == 9, "its own"
+    assert settled.cost_critic.train.optimizer.total_steps == 0, "constant"
+
+
+def test_one_seed_reaches_everything_random(settings: Callable[..., RunConfig]) -> None:
+    config = settings("ppo", "seed=5")
+    followers = ("actor", "critic", "cost_critic", "reward_model", "policy", "judge", "algorithm", "data")
+    assert {name: vars(config)[name].seed for name in followers} == dict.fromkeys(followers, 5)
+    for name in followers:
+        apart = settings("ppo", "seed=5", f"{name}.seed=7")
+        assert {other: vars(apart)[other].seed for other in followers} == {
+            **dict.fromkeys(followers, 5),
+            name: 7,
+        }
 
 
 def test_settings_survive_being_written_beside_the_run(
