@@ -91,3 +91,11 @@ def test_what_the_glossary_names_exists() -> None:
         for name in re.findall(r"`(\w+)`", names):
             defined = re.search(rf"^(?:class|def) {name}\b|^{name}\b.* = ", source, re.MULTILINE)
             assert defined, f"{term}: {file} has no {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_text_is_wrapped(page: Path) -> None:
+    """Tables, indented commands and pictures aside, which can't be wrapped."""
+    lines = without_code(page).splitlines()
+    text = [line for line in lines if not line.startswith(("|", "    ", "!["))]
+    assert not [line for line in text if len(line) > 140]
