@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 PATIENCE_S = 10.0
 """Seconds after which the log says for the first time what a process is doing."""
 FILE_BYTES = 512
@@ -93,6 +95,14 @@ def activity(
         else:
             for listener in _LISTENERS:
                 listener(current)
+
+
+def counted(items: Sequence[T], what: str, *, detail: Callable[[], str] = nothing) -> Iterator[T]:
+    """The items one after the other; the activity counts those that are done with."""
+    with activity(what, total=len(items), detail=detail) as current:
+        for item in items:
+            yield item
+            current.advance()
 
 
 def activities() -> list[Activity]:

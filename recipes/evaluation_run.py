@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from controllers import create_algorithm
 from controllers.data import load_tokenizer
 from controllers.evaluation import Generate
 from hybridflow.batch import Batch
+from hybridflow.progress import counted
 from hybridflow.tracing import to_mermaid
 from hybridflow.waiting import CALLS
 from recipes.compatibility import check_vocabularies
@@ -53,7 +53,7 @@ def answers(config: RunConfig) -> Iterator[tuple[Batch, PreTrainedTokenizerBase]
         handles = start_roles(stack, config, stack.enter_context(connect_cluster(config)), roles)
         asked = cast(Generate, create_algorithm(config.algorithm.name, handles, config.algorithm))
         starts = range(0, len(prompts), config.data.batch_size)
-        for start in track(starts, description="answering", console=CONSOLE):
+        for start in counted(starts, "answering"):
             rows = np.arange(start, min(start + config.data.batch_size, len(prompts)))
             batch = asked.answer(prompts.rows(rows).repeat(config.algorithm.samples_per_prompt))
             yield batch.local(batch.columns), tokenizer
@@ -86,6 +86,9 @@ def table(batch: Batch, tokenizer: PreTrainedTokenizerBase, *, log_probs: bool) 
     }
     if "rewards" in batch:
         columns["reward"] = batch.tensor("rewards").tolist()
+        further = batch.objects("reward_metrics")
+        names = dict.fromkeys(name for row in further for name in row)
+        columns |= {f"reward/{name}": [row.get(name) for row in further] for name in names}
     if log_probs:
         columns["log_probs"] = [values.tolist() for values in batch.ragged("rollout_log_probs").unbind()]
     columns |= {

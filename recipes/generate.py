@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from controllers.evaluation import GenerateConfig
+from hybridflow.progress_display import shown
 from recipes.config import RunConfig
 from recipes.evaluation_run import CONSOLE, answers, table, write
 from recipes.main import recipe
@@ -19,7 +20,10 @@ from recipes.main import recipe
 def generate(config: RunConfig) -> Path | None:
     """The file; None where nothing was asked."""
     settings = cast(GenerateConfig, config.algorithm)
-    tables = [table(batch, tokenizer, log_probs=settings.log_probs) for batch, tokenizer in answers(config)]
+    tables = []
+    with shown(CONSOLE, live=config.metrics.console):
+        for batch, tokenizer in answers(config):
+            tables.append(table(batch, tokenizer, log_probs=settings.log_probs))
     if not tables:
         return None
     path = Path(config.output_dir) / "responses.parquet"

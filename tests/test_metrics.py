@@ -18,9 +18,37 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from hybridflow.metrics import Curve, MetricsConfig, Tracker, WandbMode, draw_curves, read_jsonl
+from hybridflow.metrics import (
+    Curve,
+    MetricsConfig,
+    Sample,
+    SamplesConfig,
+    Tracker,
+    WandbMode,
+    draw_curves,
+    read_jsonl,
+    read_samples,
+)
 from hybridflow.metrics.console import ConsoleSink, compact, sparkline
+from hybridflow.metrics.samples import SampleRows, shorten
 from hybridflow.metrics.sinks import Row, prometheus_name
+
+RIGHT = Sample(
+    prompt="2+3=\n# a [bold]",
+    response="5",
+    finish_reason="stop",
+    weight_version=4,
+    uid=17,
+    scores={"reward": 1.0, "reward/format": math.nan},
+)
+LONG = Sample(
+    prompt="count",
+    response="12 " * 900,
+    finish_reason="length",
+    weight_version=4,
+    uid=2,
+    scores={"reward": 0.0},
+)
 
 
 def config(**fields: Any) -> MetricsConfig:
@@ -75,6 +103,33 @@ def test_resuming_drops_what_was_logged_after_the_checkpoint(tmp_path: Path) -> 
     ]
 
 
+def test_samples_are_written_whole_and_go_back_to_the_checkpoint_with_the_metrics(tmp_path: Path) -> None:
+    with Tracker(config(), tmp_path, total_steps=4) as tracker:
+        tracker.show(0, [RIGHT], split="validation")
+        tracker.show(2, [RIGHT, LONG])
+        tracker.show(3, [RIGHT])
+    with Tracker(config(), tmp_path, total_steps=4, start_step=2) as tracker:
+        tracker.show(4, [LONG], split="validation")
+        tracker.show(4, [])
+    rows = read_samples(tmp_path / "samples.jsonl")
+    assert [(row["step"], row["split"], row["uid"]) for row in rows] == [
+        (0, "validation", 17),
+        (2, "train", 17),
+        (2, "train", 2),
+        (4, "validation", 2),
+    ]
+    assert rows[0] == {
+        "step": 0, "split": "validation", "prompt": RIGHT.prompt, "response": "5", "reward": 1.0,
+        "reward/format": "NaN", "finish_reason": "stop", "weight_version": 4, "uid": 17,
+    }  # fmt: skip
+    assert rows[2]["response"] == LONG.response and "reward/format" not in rows[2]
+
+
+def test_settings_of_samples_out_of_range_are_named() -> None:
+    with pytest.raises(ValueError, match=r"metrics\.samples\.train_every is -1; use 0 or more"):
+        SamplesConfig(train_every=-1)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"), [("loss", "0.1", "loss is a str"), ("step", 1.0, "'step' is taken")]
 )
@@ -126,6 +181,19 @@ def test_tensorboard_holds_every_point(tmp_path: Path) -> None:
     assert math.isnan(events.Scalars("train/loss")[0].value)
 
 
+def test_tensorboard_shows_samples_as_text(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Tracker(config(tensorboard=True), tmp_path, total_steps=2) as tracker:
+        tracker.show(1, [RIGHT, LONG], split="validation")
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = events.Tensors("validation/samples/text_summary")
+    (text,) = event.tensor_proto.string_val
+    assert event.step == 1
+    assert "    2+3=\n    # a [bold]\n" in text.decode(), "indented: code, not a heading"
+    assert "- reward: 1.0" in text.decode() and LONG.response in text.decode()
+
+
 def leveldb_records(data: bytes, offset: int) -> Iterator[bytes]:
     """The records of a LevelDB log, the format of a .wandb file behind its 7 bytes of header."""
     start, record = 0, b""
@@ -167,6 +235,31 @@ def test_wandb_offline_writes_a_run_that_holds_every_point_and_continues_under_i
     assert ids == {((tmp_path / "wandb_id.txt").read_text(), "nightly")}
 
 
+def test_wandb_offline_writes_samples_as_a_table_of_their_step(tmp_path: Path) -> None:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    with Tracker(config(wandb=WandbMode.offline), tmp_path, total_steps=2) as tracker:
+        tracker.show(1, [RIGHT, LONG], split="validation")
+        tracker.show(2, [LONG], split="validation")
+    tables = []
+    for path in tmp_path.glob("wandb/offline-run-*/*.wandb"):
+        for data in leveldb_records(path.read_bytes()[7:], offset=7):
+            record = Record.FromString(data)
+            if record.WhichOneof("record_type") == "history":
+                items = {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                    for item in record.history.item
+                }
+                file = path.parent / "files" / items["validation/samples/path"]
+                tables.append((items["step"], json.loads(file.read_text())))
+    (first, table), (second, later) = tables
+    assert (first, second) == (1, 2)
+    columns = ["prompt", "response", "reward", "reward/format", "finish_reason", "weight_version", "uid"]
+    assert table["columns"] == columns and len(later["data"]) == 1
+    assert table["data"][0][:3] == [RIGHT.prompt, "5", 1.0]
+    assert table["data"][1] == ["count", LONG.response, 0.0, None, "length", 4, 2]
+
+
 def test_prometheus_names_are_legal_and_need_ray(tmp_path: Path) -> None:
     """Gauges on a real endpoint: tests/cluster/test_job.py."""
     assert prometheus_name("validation/kl (k3)") == "hybridflow_validation_kl_k3"
@@ -194,6 +287,31 @@ def test_console_prints_one_line_a_step_where_there_is_no_terminal() -> None:
         "step 3/9 | reward/mean nan | 2.00 s (sync 0.50)",
         "validation after step 3 | accuracy 0.5",
     ]
+
+
+def test_console_shows_one_sample_in_three_lines_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink([], 9, 0, Console(file=out, width=40, soft_wrap=True))
+    sink.show(SampleRows(step=3, split="validation", time_s=0, samples=[RIGHT, LONG]))
+    assert out.getvalue().splitlines() == [
+        "sample of validation after step 3 | reward 1 | reward/format nan | finish stop | weights 4",
+        r"  prompt    2+3=\n# a [bold]",
+        "  response  5",
+    ]
+
+
+def test_console_draws_a_sample_in_a_terminal() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink([], 9, 0, Console(file=out, width=60, force_terminal=True, color_system=None))
+    sink.show(SampleRows(step=3, split="train", time_s=0, samples=[RIGHT]))
+    text = out.getvalue()
+    assert "sample of step 3" in text and "# a [bold]" in text and "reward/format nan" in text
+
+
+def test_long_texts_keep_both_ends() -> None:
+    text = shorten("start " + "x" * 500 + " end", 40)
+    assert text.startswith("start x") and text.endswith("x end") and len(text) <= 41
+    assert shorten("  short\n", 40) == "short"
 
 
 def test_console_draws_a_panel_in_a_terminal() -> None:

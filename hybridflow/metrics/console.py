@@ -63,7 +63,7 @@ class ConsoleSink(Sink):
 
     def log(self, row: Row) -> None:
         if row.split != "train":
-            self._print(f"{row.split} after step {row.step}", row.metrics)
+            self._print(_moment(row.split, row.step), row.metrics)
             return
         for name in self._names:
             if name in row.metrics:
@@ -83,12 +83,7 @@ class ConsoleSink(Sink):
             self._display.start()
 
     def show(self, rows: SampleRows) -> None:
-        sample = rows.samples[0]
-        title = f"sample of {rows.split} after step {rows.step}"
-        if self._console.is_terminal:
-            self._console.print(_sample_panel(sample, title))
-        else:
-            self._console.print("\n".join(_sample_lines(sample, title)), highlight=False, markup=False)
+        print_sample(self._console, rows.samples[0], f"sample of {_moment(rows.split, rows.step)}")
 
     def _print(self, title: str, metrics: Mapping[str, float]) -> None:
         parts = [
@@ -136,6 +131,18 @@ class ConsoleSink(Sink):
             self._display = None
             progress_display.drawn_elsewhere(False)
             self._console.print(self._panel())
+
+
+def _moment(split: str, step: int) -> str:
+    return f"step {step}" if split == "train" else f"{split} after step {step}"
+
+
+def print_sample(console: Console, sample: Sample, title: str) -> None:
+    """A panel on a terminal, three lines elsewhere; long texts are shortened."""
+    if console.is_terminal:
+        console.print(_sample_panel(sample, title))
+    else:
+        console.print("\n".join(_sample_lines(sample, title)), highlight=False, markup=False, soft_wrap=True)
 
 
 def _sample_panel(sample: Sample, title: str) -> RenderableType:

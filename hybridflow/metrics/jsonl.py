@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,8 +41,7 @@ class JsonlSink(Sink):
         )
 
     def show(self, rows: SampleRows) -> None:
-        for sample in rows.samples:
-            _append(self._samples, {"step": rows.step, "split": rows.split, **sample.fields()})
+        _append_samples(self._samples, rows)
 
     def summary(self, values: Mapping[str, object]) -> None:
         path = self._directory / "summary.json"
@@ -70,6 +69,15 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     return _read_lines(path)
 
 
+def replace_samples(path: Path, rows: SampleRows) -> None:
+    """Writes the samples in place of those that the file has of the same split."""
+    earlier = []
+    if path.exists():
+        earlier = [row for row in _read_lines(path) if row["split"] != rows.split]
+    with _rewrite(path, earlier) as file:
+        _append_samples(file, rows)
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines(keepends=True)
     rows = []
@@ -88,12 +96,22 @@ def _continue(path: Path, start_step: int) -> IO[str]:
     earlier = []
     if start_step and path.exists():
         earlier = [row for row in _read_lines(path) if row["step"] <= start_step]
+    return _rewrite(path, earlier)
+
+
+def _rewrite(path: Path, rows: Sequence[Mapping[str, object]]) -> IO[str]:
+    """The file with these rows only, opened for appending."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w") as file:
-        for row in earlier:
+        for row in rows:
             _append(file, row)
     temporary.replace(path)
     return path.open("a")
+
+
+def _append_samples(file: IO[str], rows: SampleRows) -> None:
+    for sample in rows.samples:
+        _append(file, {"step": rows.step, "split": rows.split, **sample.fields()})
 
 
 def _append(file: IO[str], row: Mapping[str, object]) -> None:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from controllers.evaluation import pass_at_k
+from hybridflow.metrics import read_samples
 from recipes.evaluate import evaluate
 from recipes.evaluation_run import prompt_text
 from recipes.generate import generate
@@ -109,6 +110,12 @@ def test_evaluation_is_what_its_samples_say(
     assert numbers["pass@1"] == pytest.approx(sum(passed) / 12) and numbers["pass@3"] == pytest.approx(
         pass_at_k(passed, 3, 3)
     )
+    shown = read_samples(tmp_path / "samples.jsonl")
+    assert len(shown) == 4 and {row["split"] for row in shown} == {"evaluation"}
+    first = {row["row"]: row for row in rows if row["sample"] == 0}
+    for sample in shown:
+        row = first[sample["uid"]]
+        assert (sample["response"], sample["reward"]) == (row["response"], row["reward"])
     stored = json.loads((tmp_path / "evaluation.json").read_text())
     assert stored["pass@3"] == numbers["pass@3"] and stored["prompts"] == 4
     with pytest.raises(ValueError, match=r"trains nothing; run python -m recipes\.evaluate"):
