@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hybridflow.layout import AXES, Layout
 from hybridflow.mapping.question.zoo import model_spec
-from hybridflow.resharding import Plan, ShardMap, compile, verify
+from hybridflow.resharding import ReshardingPlan, ShardMap, compile, verify
 from hybridflow.resharding.analytic import ParameterRule, decoder_rules, fsdp, generation, threed, zero3
 from hybridflow.resharding.drawing import draw_plan
 from hybridflow.resharding.grouping import Grouping, fewest_bytes, vanilla, zero_redundancy
@@ -92,7 +92,7 @@ def to_config(arguments: list[str]) -> ReshardPlanConfig:
     return config
 
 
-def make_plan(config: ReshardPlanConfig) -> tuple[Plan, Grouping]:
+def make_plan(config: ReshardPlanConfig) -> tuple[ReshardingPlan, Grouping]:
     """The compiled plan, and which ranks generate together."""
     rules = model_rules(config)
     pp, tp = numbers(config.target, 2, "target", "pg-tg, say 1-2")
@@ -148,7 +148,7 @@ def numbers(text: str, count: int, name: str, form: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def comparison(config: ReshardPlanConfig, plan: Plan) -> str:
+def comparison(config: ReshardPlanConfig, plan: ReshardingPlan) -> str:
     """The plan beside the paper's predictions (its table 2)."""
     if config.source.startswith(("fsdp", "zero3")):
         return ""
@@ -182,7 +182,7 @@ def groups(grouping: Grouping) -> str:
     return f"generation TP groups: {' '.join(shown)}"
 
 
-def busiest(plan: Plan, count: int = 16) -> str:
+def busiest(plan: ReshardingPlan, count: int = 16) -> str:
     """The pairs of ranks that send most, largest first."""
     remote = plan.remote
     totals: dict[tuple[int, int], int] = {}

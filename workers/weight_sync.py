@@ -1,9 +1,9 @@
-"""WeightSync: the actor's weights from the training layout into the generation engine, compiled once,
+"""WeightSync: moves the actor's weights from the training layout into the generation engine; compiled once,
 attested every time.
 
 A rank trains, generates, or does both: with both engines in one pool the group is the pool, otherwise it
-spans two pools and every rank brings the side that it has. Leaves out what the generation engine does with
-the weights it is given (its destination: workers/generation/).
+spans two pools and every rank has one side. How the generation engine takes the weights in is left to its
+weight destination (workers/generation/).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hybridflow.resharding import (
     Attestor,
     Executor,
     ParameterSpec,
-    Plan,
+    ReshardingPlan,
     ShardMap,
     compile,
     compile_cached,
@@ -40,22 +40,22 @@ from workers.sequences import Sequences
 
 BUCKET_BYTES = 64 << 20
 LARGE_BUCKET_BYTES = 256 << 20
-"""Of plans with many boxes (large models on many ranks): fewer buckets, so that 70B on 512 ranks compiles in
-5 s and not in 31."""
+"""Bucket size of plans with many boxes (large models on many ranks): with fewer buckets 70B on 512 ranks
+compiles in 5 s, not in 31."""
 PROBE_TOKENS = 24
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hybridflow" / "plans"
-"""Where compiled plans are kept; safe to delete."""
-WORTH_KEEPING_ROWS = 20_000
-"""Boxes in both shard maps from which on a plan is kept on disk: a smaller one is compiled in less than a
-second."""
+"""Directory of compiled plans; safe to delete."""
+CACHED_BOXES = 20_000
+"""Plans for at least this many boxes in both shard maps are cached on disk; a smaller plan compiles in less
+than a second."""
 LOGGER = logging.getLogger(__name__)
-MakeSink = Callable[[Sequence[ParameterSpec]], WeightDestination]
+MakeDestination = Callable[[Sequence[ParameterSpec]], WeightDestination]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncReport:
-    """What one sync cost this rank, and how well the two engines agree; where the rank only trains, commit
-    and gap are 0."""
+    """The cost of a sync for this rank, and the agreement of the two engines; commit and gap are 0 where the
+    rank only trains."""
 
     seconds: float
     prepare_s: float
@@ -66,7 +66,7 @@ class SyncReport:
     probe_s: float
     received_bytes: int
     shared_bytes: int
-    """Of generation weights that are the trainer's own memory."""
+    """Bytes of generation weights that lie in the trainer's memory and need no copy."""
     probe_gap: float
     """Mean absolute difference of the probe's log-probs between trainer and generation engine."""
 
@@ -79,7 +79,7 @@ class WeightSync:
         self,
         engine: TrainingEngine | None,
         generator: GenerationEngine | None,
-        make_destination: MakeSink | None = None,
+        make_destination: MakeDestination | None = None,
         *,
         probe_tolerance: float,
         vocab_size: int,
@@ -100,7 +100,7 @@ class WeightSync:
         self.destination: WeightDestination | None = None
         self.last: SyncReport | None = None
         self.attestor: Attestor | None = None
-        """From the first sync on."""
+        """None before the first sync."""
         self._make_destination = make_destination
         self._executor: Executor | None = None
 
@@ -120,13 +120,13 @@ class WeightSync:
         times.append(time.perf_counter())
         report = self._executor.run()
         times.append(time.perf_counter())
-        verdict = self.attestor.start()
+        attestation = self.attestor.start()
         times.append(time.perf_counter())
         if self.destination is not None:
-            # The verdict travels meanwhile; nothing is generated before it is in.
+            # The comparison is under way meanwhile; nothing is generated before it has finished.
             self.destination.commit(version)
         times.append(time.perf_counter())
-        verdict.finish()
+        attestation.finish()
         times.append(time.perf_counter())
         gap = self._probe(expected) if self.generator is not None else 0.0
         times.append(time.perf_counter())
@@ -145,7 +145,7 @@ class WeightSync:
         return self.last
 
     def make_destination(self, parameters: Sequence[ParameterSpec]) -> WeightDestination:
-        """The destination for the trainer's parameters; made once."""
+        """The destination for the trainer's parameters, which is created once."""
         if self.destination is None:
             assert self._make_destination is not None, "a rank that generates has a destination"
             self.destination = self._make_destination(parameters)
@@ -184,8 +184,10 @@ class WeightSync:
         return int(table[0]), table[1:].float()
 
     def _probe(self, expected: Tensor) -> float:
-        """Scores one fixed sequence and holds it against the trainer's numbers; every rank that generates
-        learns the largest gap."""
+        """The largest gap, over ranks, between the engine's log-probs of a fixed sequence and the trainer's.
+
+        Raises an AttestationError above the tolerance.
+        """
         assert self.generator is not None
         scored = torch.from_numpy(self.generator.score(self.probe.tolist()))
         gap = torch.nan_to_num((expected - scored).abs().mean(), nan=torch.inf).reshape(1)
@@ -201,16 +203,16 @@ class WeightSync:
         return float(gap)
 
 
-def make_plan(source: ShardMap, target: ShardMap, nodes: Sequence[int]) -> Plan:
-    """The plan between two maps; one that takes long to compile is kept on disk for the next run."""
-    if len(source.rank) + len(target.rank) < WORTH_KEEPING_ROWS:
+def make_plan(source: ShardMap, target: ShardMap, nodes: Sequence[int]) -> ReshardingPlan:
+    """The plan between two maps; a plan that takes long to compile is cached on disk for the next run."""
+    if len(source.rank) + len(target.rank) < CACHED_BOXES:
         return compile(source, target, bucket_bytes=BUCKET_BYTES, nodes=nodes)
     return compile_cached(source, target, CACHE, bucket_bytes=LARGE_BUCKET_BYTES, nodes=nodes)
 
 
 def machines(node: str, group: dist.ProcessGroup | None) -> list[int]:
     """A number for the machine of every rank of the group, from the machines' addresses. Collective."""
-    everyone = [""] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, node, group=group)
-    number = {address: i for i, address in enumerate(dict.fromkeys(everyone))}
-    return [number[address] for address in everyone]
+    addresses = [""] * dist.get_world_size(group)
+    dist.all_gather_object(addresses, node, group=group)
+    number = {address: i for i, address in enumerate(dict.fromkeys(addresses))}
+    return [number[address] for address in addresses]

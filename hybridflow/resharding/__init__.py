@@ -14,7 +14,7 @@ from hybridflow.resharding.attest import AttestationError, Attestor, Parts, atte
 from hybridflow.resharding.cache import compile_cached
 from hybridflow.resharding.certificate import Certificate, PlanError, verify
 from hybridflow.resharding.execute import ExecutionReport, Executor, execute
-from hybridflow.resharding.plan import Plan, compile
+from hybridflow.resharding.plan import ReshardingPlan, compile
 from hybridflow.resharding.shard_map import ParameterSpec, ShardMap
 from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
 
@@ -29,8 +29,8 @@ __all__ = [
     "LocalShard",
     "ParameterSpec",
     "Parts",
-    "Plan",
     "PlanError",
+    "ReshardingPlan",
     "ShardMap",
     "attest",
     "compile",

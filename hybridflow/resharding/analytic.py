@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 import numpy as np
@@ -19,8 +20,8 @@ from hybridflow.resharding.shard_map import ParameterSpec, ShardMap
 from hybridflow.resharding.shards import Box
 
 FIRST, LAST, BOTH = -1, -2, -3
-"""Layers of the embedding, of final norm and head, and of an embedding tied to the head (held by the first
-and the last stage)."""
+"""The layer of the embedding, of the final norm and head, and of an embedding tied to the head (which the
+first and the last stage hold)."""
 VOCAB_PADDING = 64
 """vLLM splits a vocabulary that is padded to a multiple of this."""
 
@@ -34,12 +35,12 @@ class ParameterRule:
     layer: int
     """Number of the decoder layer, FIRST, LAST or BOTH."""
     split: int | None = None
-    """Dim that tensor parallelism splits; None: every tensor rank holds all of it."""
+    """Dim that tensor parallelism splits; None: every tensor rank holds the whole parameter."""
     unit: int = 1
     """Indivisible elements along `split` (a head); fewer units than tensor ranks are replicated, as key-value
     heads are."""
     vocabulary: bool = False
-    """Split dim is the vocabulary."""
+    """Whether `split` is the vocabulary, which vLLM pads."""
 
 
 def decoder_rules(
@@ -84,10 +85,8 @@ def decoder_rules(
         prefix = f"model.layers.{layer}."
         rules += [rule(prefix + name, shape, layer, split, unit) for name, shape, split, unit in matrices]
         if norms:
-            rules += [
-                rule(prefix + name, (hidden,), layer)
-                for name in ("input_layernorm", "post_attention_layernorm")
-            ]
+            rules.append(rule(prefix + "input_layernorm", (hidden,), layer))
+            rules.append(rule(prefix + "post_attention_layernorm", (hidden,), layer))
     if norms:
         rules.append(rule("model.norm", (hidden,), LAST))
     if not tied:
@@ -98,58 +97,61 @@ def decoder_rules(
 def threed(rules: Sequence[ParameterRule], layout: Layout) -> ShardMap:
     """Pipeline x tensor x data training: layers in even contiguous stages, split dims in even parts,
     replicated over dp."""
-    pp, tp = layout.axis_size("pp"), layout.axis_size("tp")
-    stages = _stages(rules, pp)
-    coordinates = [layout.coordinates(rank) for rank in range(layout.size)]
-    boxes = {
-        (stage, part): _boxes(rules, stages, stage, pp, part, tp, padding=1)
-        for stage in range(pp)
-        for part in range(tp)
-    }
-    held = {rank: boxes[at.get("pp", 0), at.get("tp", 0)] for rank, at in enumerate(coordinates)}
-    return ShardMap.of([rule.spec for rule in rules], held, num_ranks=layout.size)
+    boxes = _boxes_by_coordinate(rules, layout.axis_size("pp"), layout.axis_size("tp"), padding=1)
+    boxes_of_rank = {}
+    for rank in range(layout.size):
+        at = layout.coordinates(rank)
+        boxes_of_rank[rank] = boxes[at.get("pp", 0), at.get("tp", 0)]
+    return ShardMap.of([rule.spec for rule in rules], boxes_of_rank, num_ranks=layout.size)
 
 
 def fsdp(rules: Sequence[ParameterRule], num_ranks: int, shard_ranks: int | None = None) -> ShardMap:
     """FSDP2: dim 0 of every parameter in torch.chunk's parts over `shard_ranks` neighbours (all ranks by
     default), replicated beyond."""
     size = shard_ranks or num_ranks
-    held: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(num_ranks)}
+    boxes_of_rank: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(num_ranks)}
     for rule in rules:
         shape = rule.spec.shape
         step = -(-shape[0] // size)
         for rank in range(num_ranks):
             low = min(rank % size * step, shape[0])
             high = min(low + step, shape[0])
-            held[rank].append(
+            boxes_of_rank[rank].append(
                 (rule.spec.name, Box((low, *(0,) * (len(shape) - 1)), (high - low, *shape[1:])))
             )
-    return ShardMap.of([rule.spec for rule in rules], held, num_ranks=num_ranks)
+    return ShardMap.of([rule.spec for rule in rules], boxes_of_rank, num_ranks=num_ranks)
 
 
 def zero3(rules: Sequence[ParameterRule], num_ranks: int) -> ShardMap:
     """DeepSpeed ZeRO-3: every flattened parameter in equal ranges."""
-    held: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(num_ranks)}
+    boxes_of_rank: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(num_ranks)}
     for rule in rules:
         numel = prod(rule.spec.shape)
         step = -(-numel // num_ranks)
         for rank in range(num_ranks):
             low, high = min(rank * step, numel), min((rank + 1) * step, numel)
-            held[rank] += [(rule.spec.name, box) for box in flat_range_boxes(rule.spec.shape, low, high)]
-    return ShardMap.of([rule.spec for rule in rules], held, num_ranks=num_ranks)
+            boxes = flat_range_boxes(rule.spec.shape, low, high)
+            boxes_of_rank[rank] += [(rule.spec.name, box) for box in boxes]
+    return ShardMap.of([rule.spec for rule in rules], boxes_of_rank, num_ranks=num_ranks)
 
 
 def generation(rules: Sequence[ParameterRule], grouping: Grouping) -> ShardMap:
     """vLLM's layout under `grouping`: padded vocabulary, replicated key-value heads, even contiguous
     stages."""
-    stages = _stages(rules, grouping.pp)
-    boxes = {
-        (stage, part): _boxes(rules, stages, stage, grouping.pp, part, grouping.tp, padding=VOCAB_PADDING)
-        for stage in range(grouping.pp)
-        for part in range(grouping.tp)
-    }
-    held = {rank: boxes[stage, part] for rank, (_, stage, part) in enumerate(grouping.coordinates)}
-    return ShardMap.of([rule.spec for rule in rules], held, num_ranks=grouping.num_ranks)
+    boxes = _boxes_by_coordinate(rules, grouping.pp, grouping.tp, padding=VOCAB_PADDING)
+    boxes_of_rank = {rank: boxes[stage, part] for rank, (_, stage, part) in enumerate(grouping.coordinates)}
+    return ShardMap.of([rule.spec for rule in rules], boxes_of_rank, num_ranks=grouping.num_ranks)
+
+
+def _boxes_by_coordinate(
+    rules: Sequence[ParameterRule], pp: int, tp: int, padding: int
+) -> dict[tuple[int, int], list[tuple[str, Box]]]:
+    """The boxes of every (pipeline stage, tensor part)."""
+    stages = _stages(rules, pp)
+    boxes = {}
+    for stage, part in product(range(pp), range(tp)):
+        boxes[stage, part] = _boxes(rules, stages, stage, pp, part, tp, padding)
+    return boxes
 
 
 def _stages(rules: Sequence[ParameterRule], num_stages: int) -> list[int]:
@@ -172,10 +174,12 @@ def _boxes(
     num_parts: int,
     padding: int,
 ) -> list[tuple[str, Box]]:
-    on = {FIRST: {0}, LAST: {num_stages - 1}, BOTH: {0, num_stages - 1}}
+    """(parameter name, box) of a stage's tensor part; see _part for `padding`."""
+    outside_layers = {FIRST: {0}, LAST: {num_stages - 1}, BOTH: {0, num_stages - 1}}
     result = []
     for rule in rules:
-        if stage not in on.get(rule.layer, {stages[rule.layer]} if rule.layer >= 0 else set()):
+        holders = {stages[rule.layer]} if rule.layer >= 0 else outside_layers[rule.layer]
+        if stage not in holders:
             continue
         start, shape = [0] * len(rule.spec.shape), list(rule.spec.shape)
         if rule.split is not None:
@@ -186,12 +190,12 @@ def _boxes(
 
 
 def _part(rule: ParameterRule, part: int, num_parts: int, padding: int) -> tuple[int, int]:
+    """Where a part begins and ends along the split dim; a vocabulary is padded to a multiple of `padding`."""
     assert rule.split is not None
     size = rule.spec.shape[rule.split]
     if rule.vocabulary:
-        unit = padding if padding > 1 else 1
-        step = -(-size // unit) * unit
-        step = -(-step // num_parts)
+        padded = -(-size // padding) * padding
+        step = -(-padded // num_parts)
         return min(part * step, size), min((part + 1) * step, size)
     units = size // rule.unit
     if units < num_parts:

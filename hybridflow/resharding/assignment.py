@@ -1,5 +1,5 @@
-"""The assignment problem: one column for every row, the largest sum of gains (Kuhn 1955; shortest augmenting
-paths, NumPy)."""
+"""The assignment problem: a column for every row such that the sum of gains is largest (Kuhn 1955), solved by
+shortest augmenting paths."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 def assign(gain: NDArray[np.float64]) -> NDArray[np.int64]:
     """The column of every row of a square matrix [n, n] such that the gains add up to the most: int64 [n].
 
-    O(n^3): 512 x 512 takes a few seconds. Rows start where their largest gain is free, which is the whole
-    answer in easy cases.
+    O(n^3): 512 x 512 takes a few seconds. A row first takes a column of its largest gain that no other row
+    has, which is the whole answer in easy cases.
     """
     size = len(gain)
     cost = gain.max() - gain
@@ -20,9 +20,9 @@ def assign(gain: NDArray[np.float64]) -> NDArray[np.int64]:
     column_of = np.full(size, -1)
     row_price[:] = cost.min(axis=1)
     for row in range(size):
-        free = np.nonzero((cost[row] - row_price[row] == 0) & (row_of < 0))[0]
-        if len(free):
-            row_of[free[0]], column_of[row] = row, free[0]
+        columns = np.nonzero((cost[row] - row_price[row] == 0) & (row_of < 0))[0]
+        if len(columns):
+            row_of[columns[0]], column_of[row] = row, columns[0]
     for row in np.nonzero(column_of < 0)[0]:
         _augment(int(row), cost, row_price, column_price, row_of, column_of)
     return column_of.astype(np.int64)
@@ -36,8 +36,8 @@ def _augment(
     row_of: NDArray[np.int64],
     column_of: NDArray[np.int64],
 ) -> None:
-    """Shortest path, in reduced costs, from an unassigned row to an unassigned column (Dijkstra); then swap
-    along it."""
+    """Assigns `row` along the shortest path, in reduced costs, to a column that no row has (Dijkstra); the
+    rows along the path change columns."""
     distance = np.full(len(cost), np.inf)
     before = np.full(len(cost), -1)
     done = np.zeros(len(cost), dtype=bool)

@@ -1,6 +1,6 @@
 """Arithmetic on many boxes at once: int64 arrays start[n, dims] and shape[n, dims].
 
-Knows neither ranks nor parameters. `flat_range_boxes` turns a range of a flattened parameter (ZeRO's
+Ranks and parameters do not appear here. `flat_range_boxes` turns a range of a flattened parameter (ZeRO's
 partitions) into boxes.
 """
 
@@ -24,7 +24,7 @@ def volumes(shape: Ints) -> Ints:
 
 
 def with_dims(array: Ints, dims: int, fill: int) -> Ints:
-    """`array` [n, any] with `dims` columns: filled up with `fill`, or cut where the rest is filling."""
+    """`array` [n, any] with `dims` columns: extended by `fill`, or cut where the further columns are fill."""
     if array.shape[1] >= dims:
         return array[:, :dims]
     return np.concatenate([array, np.full((len(array), dims - array.shape[1]), fill, dtype=np.int64)], axis=1)
@@ -50,7 +50,7 @@ def intersections(
         high = np.minimum((start + shape)[begin : begin + step, None], (other_start + other_shape)[None])
         first, second = np.nonzero((low < high).all(axis=2))
         parts.append((first + begin, second, low[first, second], (high - low)[first, second]))
-    first, second, low, size = (np.concatenate([part[i] for part in parts]) for i in range(4))
+    first, second, low, size = map(np.concatenate, zip(*parts, strict=True))
     return first, second, low, size
 
 
@@ -76,15 +76,14 @@ def disjoint_parts(start: Ints, shape: Ints) -> tuple[Ints, Ints]:
     start, shape, _ = distinct(start, shape)
     if not overlapping(start, shape):
         return start, shape
-    faces = [
-        np.unique(np.concatenate([start[:, dim], (start + shape)[:, dim]])) for dim in range(start.shape[1])
-    ]
-    low = np.stack(np.meshgrid(*[face[:-1] for face in faces], indexing="ij"), axis=-1).reshape(
-        -1, start.shape[1]
-    )
-    size = np.stack(np.meshgrid(*[np.diff(face) for face in faces], indexing="ij"), axis=-1).reshape(
-        -1, start.shape[1]
-    )
+    dims = start.shape[1]
+    lows, sizes = [], []
+    for dim in range(dims):
+        faces = np.unique(np.concatenate([start[:, dim], (start + shape)[:, dim]]))
+        lows.append(faces[:-1])
+        sizes.append(np.diff(faces))
+    low = np.stack(np.meshgrid(*lows, indexing="ij"), axis=-1).reshape(-1, dims)
+    size = np.stack(np.meshgrid(*sizes, indexing="ij"), axis=-1).reshape(-1, dims)
     inside = contains(start, shape, low, size).any(axis=0)
     return low[inside], size[inside]
 
@@ -134,7 +133,7 @@ def flat_range_boxes(shape: tuple[int, ...], begin: int, end: int) -> list[Box]:
         first += 1
     whole_end = end // row
     if whole_end > first:
-        boxes.append(Box((first, *(0 for _ in shape[1:])), (whole_end - first, *shape[1:])))
+        boxes.append(Box((first, *(0,) * len(shape[1:])), (whole_end - first, *shape[1:])))
     if end % row:
         boxes += inner(whole_end, 0, end % row)
     return boxes

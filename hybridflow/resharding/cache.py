@@ -1,4 +1,7 @@
-"""Plans on disk, found by the hash of both layouts and the compiler's settings. Arrays only, no pickles."""
+"""Compiled plans on disk, under the hash of both shard maps and the compiler's settings.
+
+Files hold arrays only, no pickles.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hybridflow.resharding.plan import DEFAULT_BUCKET_BYTES, Plan, aligned, compile, plan_key
+from hybridflow.resharding.plan import DEFAULT_BUCKET_BYTES, ReshardingPlan, aligned, compile, plan_key
 from hybridflow.resharding.shard_map import ShardMap
 
 COLUMNS = ("sender", "receiver", "parameter", "start", "shape", "round")
@@ -23,15 +26,19 @@ def compile_cached(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     nodes: Sequence[int] | None = None,
     unused: Sequence[str] = (),
-) -> Plan:
-    """compile(), or the plan that an earlier call with equal arguments left in `directory`. A damaged file is
-    compiled anew."""
+) -> ReshardingPlan:
+    """compile(), or the plan that an earlier call with equal arguments wrote into `directory`.
+
+    A damaged file is replaced by a plan that is compiled again.
+    """
     path = directory / f"{plan_key(source, target, bucket_bytes, nodes, unused)}.npz"
     columns = _load(path)
     if columns is not None:
-        places = tuple(nodes) if nodes is not None else (0,) * target.num_ranks
-        source = aligned(source, target, places, unused)
-        return Plan(source=source, target=target, bucket_bytes=bucket_bytes, nodes=places, **columns)
+        machines = tuple(nodes) if nodes is not None else (0,) * target.num_ranks
+        source = aligned(source, target, machines, unused)
+        return ReshardingPlan(
+            source=source, target=target, bucket_bytes=bucket_bytes, nodes=machines, **columns
+        )
     plan = compile(source, target, bucket_bytes=bucket_bytes, nodes=nodes, unused=unused)
     directory.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial.npz")

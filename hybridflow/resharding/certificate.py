@@ -1,9 +1,8 @@
-"""verify(plan) -> Certificate: proves from the two shard maps and the list of transfers alone that a plan is
-right.
+"""verify(plan) -> Certificate: proves a plan correct from the two shard maps and the list of transfers alone.
 
-Shares no code with the compiler. What it proves, each with its number in the certificate: every destination
-element is written exactly once; from a rank that holds it; every rank receives exactly the bytes that it
-needs and does not hold; senders of replicated data are balanced; extra memory stays within two buckets.
+It shares no code with the compiler. It proves, each with its number in the certificate, that every element is
+written exactly once, from a rank that holds it; that every rank receives exactly the bytes that it needs and
+does not hold; that senders of replicated data are balanced; and that extra memory stays within two buckets.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybridflow.resharding.boxes import Ints, contains, overlapping, volumes
-from hybridflow.resharding.plan import Plan
+from hybridflow.resharding.plan import ReshardingPlan
 from hybridflow.resharding.shard_map import ShardMap
 
 EXTRA_MEMORY_BUCKETS = 2
@@ -21,35 +20,34 @@ EXTRA_MEMORY_BUCKETS = 2
 
 
 class PlanError(RuntimeError):
-    """A plan that is not what it should be; the text names the parameter and the ranks."""
+    """A plan that is not correct; the text names the parameter and the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
-    """What verify has proved about a plan; bytes are the target's data type."""
+    """The facts that verify has proved about a plan; bytes are counted in the target's data type."""
 
     num_ranks: int
     num_parameters: int
     num_transfers: int
-    """Between different ranks."""
+    """Transfers between different ranks."""
     num_rounds: int
     model_bytes: int
     received_max: int
     received_total: int
     bound_max: int
-    """Largest over the ranks of: bytes that it needs and does not hold."""
+    """The lower bound of a rank is the bytes that it needs and does not hold; this is the largest."""
     bound_total: int
     sent_max: int
     sender_imbalance: int
-    """Most bytes that a sender has to send beyond another rank that could send one of its transfers (a rank
-    on the receiver's machine, if one of them holds it); at most one bucket."""
+    """Most bytes that a sender sends more than another rank that could send one of its transfers (a rank on
+    the receiver's machine, if one of them holds the data); at most one bucket."""
     extra_peak_bytes: int
-    """Most staging memory of a rank if nothing could be sent from or received into its place."""
+    """Most staging memory of a rank, counted as if every transfer were staged."""
     bucket_bytes: int
     between_machines_bytes: int
     busiest_link: tuple[int, int, int]
-    """(sender, receiver, bytes) of the pair of machines with most traffic, or of ranks where there is one
-    machine."""
+    """(sender, receiver, bytes) of the pair with most traffic: of machines, or of ranks on one machine."""
 
     def __str__(self) -> str:
         first, second, link = self.busiest_link
@@ -72,8 +70,8 @@ class Certificate:
         )
 
 
-def verify(plan: Plan) -> Certificate:
-    """Prove the plan right, or raise a PlanError that says what is wrong."""
+def verify(plan: ReshardingPlan) -> Certificate:
+    """Proves the plan correct, or raises a PlanError that says what is wrong."""
     _check_senders(plan)
     _check_cover(plan)
     bound, received = lower_bound(plan.source, plan.target), plan.bytes_received
@@ -117,8 +115,8 @@ def lower_bound(source: ShardMap, target: ShardMap) -> Ints:
     """Bytes that every rank needs (target) and does not hold (source), in the target's data type: int64
     [ranks].
 
-    Both maps have the same parameters in the same order. Boxes of one rank are disjoint, so what it holds of
-    a needed box is the sum of the intersections.
+    Both maps have the same parameters in the same order. The boxes of a rank are disjoint, so the part of a
+    needed box that the rank holds is the sum of the intersections.
     """
     num_ranks = target.num_ranks
     itemsize = np.array([spec.itemsize for spec in target.parameters], dtype=np.int64)
@@ -135,29 +133,29 @@ def lower_bound(source: ShardMap, target: ShardMap) -> Ints:
     high = np.minimum(
         source.start[have_row] + source.shape[have_row], target.start[need_row] + target.shape[need_row]
     )
-    held = volumes(np.maximum(high - low, 0)) * itemsize[target.parameter[need_row]]
-    np.subtract.at(need, target.rank[need_row], held)
+    bytes_held = volumes(np.maximum(high - low, 0)) * itemsize[target.parameter[need_row]]
+    np.subtract.at(need, target.rank[need_row], bytes_held)
     return need
 
 
-def _check_senders(plan: Plan) -> None:
-    """Every transfer lies in one box that its sender holds."""
+def _check_senders(plan: ReshardingPlan) -> None:
+    """Checks that every transfer lies in a box that its sender holds."""
     _rows_of(plan, plan.source, plan.sender, "sends", "does not hold")
 
 
-def _rows_of(plan: Plan, shard_map: ShardMap, rank: Ints, verb: str, problem: str) -> Ints:
-    """For every transfer the row of `shard_map` (of the transfer's parameter and `rank`) that contains it:
-    int64 [transfers]."""
+def _rows_of(plan: ReshardingPlan, shard_map: ShardMap, rank: Ints, verb: str, problem: str) -> Ints:
+    """The row of `shard_map`, for the transfer's parameter and `rank`, that contains each transfer: int64
+    [transfers]."""
     key = shard_map.parameter * plan.num_ranks + shard_map.rank
-    wanted = plan.parameter * plan.num_ranks + rank
-    first = np.searchsorted(key, wanted, side="left")
-    count = np.searchsorted(key, wanted, side="right") - first
-    transfer = np.repeat(np.arange(len(wanted)), count)
+    transfer_key = plan.parameter * plan.num_ranks + rank
+    first = np.searchsorted(key, transfer_key, side="left")
+    count = np.searchsorted(key, transfer_key, side="right") - first
+    transfer = np.repeat(np.arange(len(transfer_key)), count)
     row = np.repeat(first - (np.cumsum(count) - count), count) + np.arange(len(transfer))
     inside = (shard_map.start[row] <= plan.start[transfer]).all(axis=1) & (
         plan.start[transfer] + plan.shape[transfer] <= shard_map.start[row] + shard_map.shape[row]
     ).all(axis=1)
-    result = np.full(len(wanted), -1, dtype=np.int64)
+    result = np.full(len(transfer_key), -1, dtype=np.int64)
     result[transfer[inside]] = row[inside]
     if (result < 0).any():
         bad = int(np.nonzero(result < 0)[0][0])
@@ -169,8 +167,8 @@ def _rows_of(plan: Plan, shard_map: ShardMap, rank: Ints, verb: str, problem: st
     return result
 
 
-def _check_cover(plan: Plan) -> None:
-    """The transfers into every target box are disjoint and fill it."""
+def _check_cover(plan: ReshardingPlan) -> None:
+    """Checks that the transfers into every target box are disjoint and fill it."""
     row = _rows_of(plan, plan.target, plan.receiver, "receives", "does not want")
     filled = np.zeros(len(plan.target.parameter), dtype=np.int64)
     np.add.at(filled, row, volumes(plan.shape))
@@ -186,36 +184,39 @@ def _check_cover(plan: Plan) -> None:
     _, first, count = np.unique(row[order], return_index=True, return_counts=True)
     checked: set[bytes] = set()
     for begin, number in zip(first[count > 1].tolist(), count[count > 1].tolist(), strict=True):
-        mine = order[begin : begin + number]
-        content = plan.start[mine].tobytes() + plan.shape[mine].tobytes()
+        transfers = order[begin : begin + number]
+        content = plan.start[transfers].tobytes() + plan.shape[transfers].tobytes()
         if content in checked:
             continue
         checked.add(content)
-        if overlapping(plan.start[mine], plan.shape[mine]):
-            name = plan.target.parameters[int(plan.parameter[mine[0]])].name
-            raise PlanError(f"{name}: an element is written twice on rank {plan.receiver[mine[0]]}")
+        if overlapping(plan.start[transfers], plan.shape[transfers]):
+            first_transfer = transfers[0]
+            name = plan.target.parameters[int(plan.parameter[first_transfer])].name
+            raise PlanError(f"{name}: an element is written twice on rank {plan.receiver[first_transfer]}")
 
 
-def _sender_imbalance(plan: Plan) -> int:
-    """The most that a sender has to send beyond another rank that could send one of its transfers."""
+def _sender_imbalance(plan: ReshardingPlan) -> int:
+    """Most bytes that a sender sends more than another rank that could send one of its transfers."""
     load, nodes, source = plan.bytes_sent, np.array(plan.nodes), plan.source
     order = np.argsort(plan.parameter, kind="stable")
     order = order[plan.remote[order]]
     bounds = np.searchsorted(plan.parameter[order], np.arange(len(plan.target.parameters) + 1))
     worst = 0
     for number in range(len(plan.target.parameters)):
-        mine, rows = order[bounds[number] : bounds[number + 1]], source.rows(number)
-        for begin in range(0, len(mine), 4096):
-            part = mine[begin : begin + 4096]
-            could = contains(source.start[rows], source.shape[rows], plan.start[part], plan.shape[part])
-            near = could & (nodes[source.rank[rows]][:, None] == nodes[plan.receiver[part]][None])
-            could = np.where(near.any(axis=0)[None], near, could)
-            lightest = np.where(could, load[source.rank[rows]][:, None], np.iinfo(np.int64).max).min(axis=0)
+        transfers, rows = order[bounds[number] : bounds[number + 1]], source.rows(number)
+        for begin in range(0, len(transfers), 4096):
+            part = transfers[begin : begin + 4096]
+            can_send = contains(source.start[rows], source.shape[rows], plan.start[part], plan.shape[part])
+            near = can_send & (nodes[source.rank[rows]][:, None] == nodes[plan.receiver[part]][None])
+            can_send = np.where(near.any(axis=0)[None], near, can_send)
+            lightest = np.where(can_send, load[source.rank[rows]][:, None], np.iinfo(np.int64).max).min(
+                axis=0
+            )
             worst = max(worst, int((load[plan.sender[part]] - lightest).max(initial=0)))
     return worst
 
 
-def _extra_peak(plan: Plan) -> int:
+def _extra_peak(plan: ReshardingPlan) -> int:
     """Most bytes that a rank stages in two consecutive rounds, sent and received, with the padding of its
     messages."""
     if not plan.num_rounds:
@@ -224,29 +225,29 @@ def _extra_peak(plan: Plan) -> int:
     remote = plan.remote
     np.add.at(staged, (plan.round[remote], plan.sender[remote]), plan.num_bytes[remote])
     np.add.at(staged, (plan.round[remote], plan.receiver[remote]), plan.num_bytes[remote])
-    slots = [staged[slot::2].max(axis=0) for slot in (0, 1) if slot < len(staged)]
-    return int(np.sum(slots, axis=0).max()) if len(slots) > 1 else int(slots[0].max())
+    peak = staged[0::2].max(axis=0)
+    if len(staged) > 1:
+        peak = peak + staged[1::2].max(axis=0)
+    return int(peak.max())
 
 
-def _links(plan: Plan) -> tuple[int, tuple[int, int, int]]:
+def _links(plan: ReshardingPlan) -> tuple[int, tuple[int, int, int]]:
     """(bytes between machines, the busiest pair of machines, or of ranks on a single machine)."""
     remote, nodes = plan.remote, np.array(plan.nodes)
     crosses = nodes[plan.sender] != nodes[plan.receiver]
-    one = len(set(plan.nodes)) == 1
-    chosen = remote if one else remote & crosses
+    single_machine = len(set(plan.nodes)) == 1
+    chosen = remote if single_machine else remote & crosses
     ends = np.stack([plan.sender, plan.receiver], axis=1)[chosen]
-    ends = ends if one else nodes[ends]
+    if not single_machine:
+        ends = nodes[ends]
     pairs, index = np.unique(ends, axis=0, return_inverse=True)
     if not len(pairs):
         return 0, (0, 0, 0)
     total = np.zeros(len(pairs), dtype=np.int64)
     np.add.at(total, index.reshape(-1), plan.num_bytes[chosen])
     best = int(total.argmax())
-    return int(plan.num_bytes[remote & crosses].sum()), (
-        int(pairs[best, 0]),
-        int(pairs[best, 1]),
-        int(total[best]),
-    )
+    busiest = (int(pairs[best, 0]), int(pairs[best, 1]), int(total[best]))
+    return int(plan.num_bytes[remote & crosses].sum()), busiest
 
 
 def _mb(num_bytes: int) -> str:

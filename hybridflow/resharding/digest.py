@@ -1,6 +1,7 @@
 """The digest of one box: a 64-bit sum that does not depend on how a parameter is cut into boxes.
 
-    digest = sum over elements (row i, column j) of bits(element) * 2^(bits of the type * (j mod k)) * A(i) * B(j div k div block) mod 2^64
+    digest = sum over elements (row i, column j) of
+             bits(element) * 2^(bits of the type * (j mod k)) * A(i) * B(j div k div block) mod 2^64
 
 with k elements to a 64-bit word and fixed odd pseudo-random weights A, B; rows are the leading dims
 flattened. The digest of a union of disjoint boxes is the sum of theirs. One changed bit always changes it (a
@@ -31,8 +32,8 @@ _ROW_SEED, _WORD_SEED, _RANK_SEED = 0x51ED_270B_9D15_F4A1, 0x0F3C_6A99_B7D2_4E87
 
 
 class Scratch:
-    """Memory that the digests of one rank work in, one after the other: a chunk cast to the data type, and
-    the sums of its blocks."""
+    """Working memory that the digests of a rank use in turn: a chunk cast to the data type, and the sums of
+    its blocks."""
 
     def __init__(self, device: torch.device, row_words: int = 0) -> None:
         """`row_words`: words of the longest row."""
@@ -44,26 +45,26 @@ class Scratch:
 
 @dataclass(slots=True)
 class _Step:
-    """Some rows: where they come from, the words they become, the sums of blocks of words, and their sum row
-    by row."""
+    """The work on some rows: views of the rows, of their words, of the sums over blocks of words, and of the
+    sum of every row."""
 
     rows: torch.Tensor
     words: torch.Tensor
     """[rows, words]; the rows' own memory where they need no cast."""
     cast: torch.Tensor | None
-    """Where in `words` the rows are copied to, in the data type; None: words is their own memory."""
+    """The part of `words` that the rows are copied to, in the data type; None: words is their own memory."""
     clear: bool
     """Whether words have ends that the rows do not fill: these count as 0."""
     sums: list[tuple[torch.Tensor, torch.Tensor]]
     """(words [rows, blocks, words of a block], their sums [rows, blocks])."""
     factors: torch.Tensor
-    """What is multiplied by the weights, [rows, blocks]: all sums, or the words themselves."""
+    """[rows, blocks], multiplied by the weights: all sums, or the words themselves."""
     result: torch.Tensor
-    """[rows]"""
+    """[rows], the sum of every row."""
 
 
 class BoxDigest:
-    """A box bound to its memory; calling it sums what the memory holds now.
+    """A box bound to its memory; calling it sums the memory's present contents.
 
     BoxDigest(tensor, start=(8, 0), global_shape=(16, 64), dtype=torch.bfloat16)()
     """
@@ -99,11 +100,9 @@ class BoxDigest:
 
     def __call__(self) -> torch.Tensor:
         """int64 [], the sum mod 2^64."""
-        steps = (
-            self._steps
-            if self._steps is not None
-            else self._plan(self._tensor.reshape(len(self._rows), self._width))
-        )
+        steps = self._steps
+        if steps is None:
+            steps = self._plan(self._tensor.reshape(len(self._rows), self._width))
         for step in steps:
             if step.clear:
                 step.words.zero_()
@@ -114,14 +113,11 @@ class BoxDigest:
             if step.factors.device.type == "cpu":
                 torch.mv(step.factors, self._weights, out=step.result)  # wraps around
             else:
-                torch.sum(
-                    step.factors * self._weights, 1, out=step.result
-                )  # CUDA has no integer matrix product
-        return (
-            torch.dot(self._results, self._rows)
-            if self._rows.device.type == "cpu"
-            else (self._results * self._rows).sum()
-        )
+                # CUDA has no integer matrix product.
+                torch.sum(step.factors * self._weights, 1, out=step.result)
+        if self._rows.device.type == "cpu":
+            return torch.dot(self._results, self._rows)
+        return (self._results * self._rows).sum()
 
     def _plan(self, matrix: torch.Tensor) -> list[_Step]:
         """The steps for the rows of `matrix` [rows, width], made of views only."""
@@ -130,22 +126,16 @@ class BoxDigest:
             aligned and matrix.dtype == self._dtype and matrix.is_contiguous() and matrix.data_ptr() % 8 == 0
         )
         as_is = as_is and matrix.storage_offset() * self._dtype.itemsize % 8 == 0
-        own = matrix.view(torch.int64) if as_is else None
         if self._num_words > _CHUNK_WORDS:
             self._scratch = Scratch(matrix.device, self._num_words)
         scratch = self._scratch
-        step = max(
-            1,
-            min(
-                (_SUMMED_WORDS if as_is else len(scratch.words)) // self._num_words,
-                len(scratch.sums) // len(self._weights),
-            ),
-        )
+        chunk_words = _SUMMED_WORDS if as_is else len(scratch.words)
+        step = max(1, min(chunk_words // self._num_words, len(scratch.sums) // len(self._weights)))
         steps = []
         for begin in range(0, len(matrix), step):
             rows, result, cast = matrix[begin : begin + step], self._results[begin : begin + step], None
-            if own is not None:
-                words = own[begin : begin + step]
+            if as_is:
+                words = rows.view(torch.int64)
             else:
                 words = scratch.words[: len(rows) * self._num_words].view(len(rows), self._num_words)
                 cast = words.view(self._dtype)[:, self._lead : self._lead + self._width]
@@ -154,7 +144,7 @@ class BoxDigest:
         return steps
 
     def _blocks(self, words: torch.Tensor) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-        """(words to be added up and where their sums go, all sums)."""
+        """(words to be added up with the memory for their sums, memory of all sums)."""
         if self._block == 1:
             return [], words
         low, high = self._cuts
@@ -164,19 +154,20 @@ class BoxDigest:
         )
         sums = self._scratch.sums[: num_rows * count].view(num_rows, count)
         whole, at = (high - low) // self._block, int(low > 0)
-        parts = [(words[:, None, :low], sums[:, :1])] if low else []
-        parts += (
-            [(words[:, low:high].unflatten(1, (whole, self._block)), sums[:, at : at + whole])]
-            if whole
-            else []
-        )
-        parts += [(words[:, None, high:], sums[:, at + whole :])] if high < self._num_words else []
+        parts = []
+        if low:
+            parts.append((words[:, None, :low], sums[:, :1]))
+        if whole:
+            blocks = words[:, low:high].unflatten(1, (whole, self._block))
+            parts.append((blocks, sums[:, at : at + whole]))
+        if high < self._num_words:
+            parts.append((words[:, None, high:], sums[:, at + whole :]))
         return parts, sums
 
 
 def block_words(narrowest_words: int) -> int:
-    """Words to a block where the narrowest box of a parameter has rows of so many: at most a quarter of it,
-    at most MOST_BLOCK_WORDS.
+    """Words to a block where the narrowest box of a parameter has rows of `narrowest_words` words: at most a
+    quarter of them, at most MOST_BLOCK_WORDS.
 
     Boxes swapped by mistake then differ in whole blocks. Short rows are summed word by word.
     """
@@ -187,8 +178,8 @@ def block_words(narrowest_words: int) -> int:
 
 
 def _cuts(first_word: int, num_words: int, block: int) -> tuple[int, int]:
-    """Where the whole blocks of a row's words begin and end; what is left on either side is part of one
-    block."""
+    """The first and the last position of whole blocks in a row's words; the words on either side are part of
+    one block each."""
     low = min(-first_word % block, num_words)
     return low, low + (num_words - low) // block * block
 

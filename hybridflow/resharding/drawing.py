@@ -1,9 +1,9 @@
-"""Who sends what to whom, as a picture: one panel per rank, and the bytes from every rank to every other.
+"""A plan as a picture: one panel per rank, and the bytes from every rank to every other.
 
 In a panel x runs over the parameters (widths are bytes), y over the dim along which a parameter is cut.
 Parameters that the two sides cut along different dims (FSDP cuts rows, tensor parallelism columns) share one
-region at the right, their rows along x. What the rank already holds of its generation shard is in its own
-colour, what it receives in the colour of the sender, what it does not need is white.
+region at the right, their rows along x. The part of its generation shard that a rank holds already has the
+rank's colour, the part that it receives the colour of the sender; white parts are not needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridflow.resharding.boxes import Ints
-from hybridflow.resharding.plan import Plan
+from hybridflow.resharding.plan import ReshardingPlan
 from hybridflow.resharding.shard_map import ShardMap
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ HEIGHT, WIDTH = 48, 240
 MOST_RANKS = 32
 
 
-def draw_plan(plan: Plan, path: Path, title: str) -> None:
-    """Write the picture (.png, .svg, .pdf). ValueError for more ranks than a page holds."""
+def draw_plan(plan: ReshardingPlan, path: Path, title: str) -> None:
+    """Writes the picture (.png, .svg or .pdf); raises a ValueError for more than MOST_RANKS ranks."""
     if plan.num_ranks > MOST_RANKS:
         raise ValueError(
             f"picture: {plan.num_ranks} ranks do not fit on a page; draw a layout of at most {MOST_RANKS}"
@@ -45,15 +45,14 @@ def draw_plan(plan: Plan, path: Path, title: str) -> None:
     figure.suptitle(title)
     received = plan.bytes_received
     axes = panels.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    cells = _cells(plan)
-    held = _raster(
-        plan.source, plan.source.rank, plan.source.parameter, plan.source.start, plan.source.shape, plan
-    )
+    senders = _raster(plan, plan.receiver, plan.parameter, plan.start, plan.shape, plan.sender)
+    source = plan.source
+    trained = _raster(plan, source.rank, source.parameter, source.start, source.shape, source.rank)
     for rank, axis in enumerate(axes.flat):
         if rank >= plan.num_ranks:
             axis.set_axis_off()
             continue
-        _panel(axis, cells[rank], held[rank] >= 0, colours)
+        _panel(axis, senders[rank], trained[rank] >= 0, colours)
         axis.set_title(f"rank {rank}: receives {received[rank] / plan.target.num_bytes:.3g} M", fontsize=9)
     panels.supxlabel(
         "parameters, first layer to last; outlined: what the rank trains; number and colour: where it comes "
@@ -85,7 +84,7 @@ def _panel(
             axis.text(*centre, str(sender), ha="center", va="center", fontsize=9)
 
 
-def _matrix(axis: Axes, plan: Plan) -> None:
+def _matrix(axis: Axes, plan: ReshardingPlan) -> None:
     remote = plan.remote
     total = np.zeros((plan.num_ranks, plan.num_ranks))
     np.add.at(total, (plan.sender[remote], plan.receiver[remote]), plan.num_bytes[remote])
@@ -103,50 +102,33 @@ def _matrix(axis: Axes, plan: Plan) -> None:
     axis.set_yticks(range(plan.num_ranks))
 
 
-def _cells(plan: Plan) -> NDArray[np.int64]:
-    """For every rank and raster cell the rank that the contents come from (itself if held), -1 where not
-    needed."""
-    return _raster(plan.target, plan.receiver, plan.parameter, plan.start, plan.shape, plan, plan.sender)
-
-
 def _raster(
-    shard_map: ShardMap,
-    rank: Ints,
-    parameter: Ints,
-    start: Ints,
-    shape: Ints,
-    plan: Plan,
-    value: Ints | None = None,
+    plan: ReshardingPlan, rank: Ints, parameter: Ints, start: Ints, shape: Ints, value: Ints
 ) -> NDArray[np.int64]:
-    """[ranks, HEIGHT, WIDTH]: `value` (default: the rank) where a box covers the cell, else -1."""
+    """[ranks, HEIGHT, WIDTH]: `value` where a box of the rank covers the cell, else -1."""
     result = np.full((plan.num_ranks, HEIGHT, WIDTH), -1, dtype=np.int64)
     places = _places(plan)
-    for row in range(len(rank)):
-        y_dim, x_dim, left, right = places[int(parameter[row])]
-        full = plan.target.parameters[int(parameter[row])].shape or (1,)
-        top, bottom = (
-            round(int(edge) / full[y_dim] * HEIGHT)
-            for edge in (start[row, y_dim], start[row, y_dim] + shape[row, y_dim])
-        )
+    low, high = start.tolist(), (start + shape).tolist()
+    for row, number in enumerate(parameter.tolist()):
+        y_dim, x_dim, left, right = places[number]
+        full = plan.target.parameters[number].shape or (1,)
+        top = round(low[row][y_dim] / full[y_dim] * HEIGHT)
+        bottom = round(high[row][y_dim] / full[y_dim] * HEIGHT)
         if x_dim is not None:
-            ends = (int(start[row, x_dim]), int(start[row, x_dim] + shape[row, x_dim]))
-            left, right = (left + end / full[x_dim] * (right - left) for end in ends)
-        result[int(rank[row]), top:bottom, round(left) : round(right)] = (
-            int(rank[row]) if value is None else int(value[row])
-        )
+            per_element = (right - left) / full[x_dim]
+            left, right = left + low[row][x_dim] * per_element, left + high[row][x_dim] * per_element
+        result[rank[row], top:bottom, round(left) : round(right)] = value[row]
     return result
 
 
-def _places(plan: Plan) -> list[tuple[int, int | None, float, float]]:
-    """For every parameter: (dim along y, dim along x, left, right edge in the raster).
+def _places(plan: ReshardingPlan) -> list[tuple[int, int | None, float, float]]:
+    """(dim along y, dim along x, left edge, right edge in the raster) of every parameter.
 
     Parameters that both sides cut along one dim lie side by side. Those that the two sides cut along
     different dims share one region at the right, where x is the dim that the source cuts.
     """
-    cuts = [
-        (_cut_dim(plan.source, number), _cut_dim(plan.target, number))
-        for number in range(len(plan.target.parameters))
-    ]
+    numbers = range(len(plan.target.parameters))
+    cuts = [(_cut_dim(plan.source, number), _cut_dim(plan.target, number)) for number in numbers]
     both = [have is not None and need is not None and have != need for have, need in cuts]
     sizes = np.array([spec.num_bytes for spec in plan.target.parameters], dtype=np.float64)
     along = np.where(both, 0, sizes)
@@ -162,9 +144,12 @@ def _places(plan: Plan) -> list[tuple[int, int | None, float, float]]:
 
 
 def _cut_dim(shard_map: ShardMap, number: int) -> int | None:
-    """The first dim that the boxes of a parameter are cut along."""
-    rows, spec = shard_map.rows(number), shard_map.parameters[number]
-    return next((i for i in range(len(spec.shape)) if (shard_map.shape[rows, i] < spec.shape[i]).any()), None)
+    """The first dim that the boxes of a parameter are cut along; None where every box is the whole."""
+    rows = shard_map.rows(number)
+    for dim, size in enumerate(shard_map.parameters[number].shape):
+        if (shard_map.shape[rows, dim] < size).any():
+            return dim
+    return None
 
 
 def _colours(number: int) -> NDArray[np.float64]:

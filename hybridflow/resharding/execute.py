@@ -1,8 +1,8 @@
-"""Running a plan: pack, send, receive, unpack, in rounds; the packing of one round overlaps the transfer of
-the round before.
+"""Running a plan: pack, send, receive, unpack, in rounds; the packing of a round overlaps the transfer of the
+round before.
 
-A piece that lies contiguously in memory on a side travels from or into that memory itself; only the others
-are staged. The cast to the target's data type happens on the sender.
+A box that is contiguous in a rank's memory is sent from or received into that memory itself; only the others
+are staged. The sender casts to the target's data type.
 """
 
 from __future__ import annotations
@@ -17,62 +17,80 @@ import torch
 import torch.distributed as dist
 
 from hybridflow.resharding.memory import LocalMemory, as_bytes, same_memory
-from hybridflow.resharding.plan import LOCAL, MESSAGE_ALIGNMENT, Plan
+from hybridflow.resharding.plan import LOCAL, MESSAGE_ALIGNMENT, ReshardingPlan
 from hybridflow.resharding.shard_map import DTYPES
 from hybridflow.resharding.shards import LocalParameter
 from hybridflow.resharding.transport import GroupTransport, Message, Transport
 
 ALONE_BYTES = 128 << 10
-"""Pieces of at least this size are messages of their own, so that they need no staging where they are
+"""Boxes of at least this size are messages of their own, so that they need no staging where they are
 contiguous."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExecutionReport:
-    """What one execution did on this rank."""
+    """Time and bytes of one execution on this rank."""
 
     seconds: float
     received_bytes: int
     copied_bytes: int
-    """Moved inside the rank's memory."""
+    """Bytes copied inside the rank's memory."""
     shared_bytes: int
-    """Not moved: source and destination are the same memory."""
+    """Bytes that need no copy, because source and destination are the same memory."""
     staging_bytes: int
     """Extra memory allocated."""
 
 
 @dataclass(slots=True)
-class _Side:
-    """One direction of one message: the pieces, and where in the staging buffer it lies (direct: the memory
-    itself)."""
+class _Endpoint:
+    """This rank's end of a message, as sender or receiver."""
 
     peer: int
     views: list[torch.Tensor]
+    """The boxes in this rank's memory."""
     dtypes: list[torch.dtype]
+    """The data type in which each box travels."""
     num_bytes: int
     offset: int = 0
+    """Place in the staging buffer."""
     direct: torch.Tensor | None = None
+    """uint8 view of the box's memory where the message needs no staging."""
+
+    def buffer(self, slot: torch.Tensor) -> torch.Tensor:
+        """The uint8 memory that is sent from or received into, `slot` being the round's staging buffer."""
+        if self.direct is not None:
+            return self.direct
+        return slot[self.offset : self.offset + self.num_bytes]
+
+    def staged(self, slot: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(memory of the box, its place in the staging buffer) of every box."""
+        offset = self.offset
+        for view, dtype in zip(self.views, self.dtypes, strict=True):
+            end = offset + view.numel() * dtype.itemsize
+            yield view, slot[offset:end].view(dtype).view(view.shape)
+            offset = end
 
 
 @dataclass(slots=True)
 class _Round:
-    sends: list[_Side] = field(default_factory=list)
-    receives: list[_Side] = field(default_factory=list)
+    sends: list[_Endpoint] = field(default_factory=list)
+    receives: list[_Endpoint] = field(default_factory=list)
     staged_send: int = 0
     staged_receive: int = 0
 
-    def place(self, side: _Side, outgoing: bool) -> None:
-        """Add a message; it is direct where it is one contiguous piece of the right data type."""
-        only = side.views[0] if len(side.views) == 1 else None
-        if only is not None and only.is_contiguous() and only.dtype == side.dtypes[0]:
-            side.direct = as_bytes(only)
-        padded = -(-side.num_bytes // MESSAGE_ALIGNMENT) * MESSAGE_ALIGNMENT if side.direct is None else 0
+    def add(self, endpoint: _Endpoint, outgoing: bool) -> None:
+        """Adds a message; it is direct where it is one contiguous box of the right data type."""
+        only = endpoint.views[0] if len(endpoint.views) == 1 else None
+        padded = -(-endpoint.num_bytes // MESSAGE_ALIGNMENT) * MESSAGE_ALIGNMENT
+        if only is not None and only.is_contiguous() and only.dtype == endpoint.dtypes[0]:
+            endpoint.direct = as_bytes(only)
+            padded = 0
         if outgoing:
-            side.offset, self.staged_send = self.staged_send, self.staged_send + padded
-            self.sends.append(side)
+            endpoint.offset, self.staged_send = self.staged_send, self.staged_send + padded
+            self.sends.append(endpoint)
         else:
-            side.offset, self.staged_receive = self.staged_receive, self.staged_receive + padded
-            self.receives.append(side)
+            endpoint.offset, self.staged_receive = self.staged_receive, self.staged_receive + padded
+            self.receives.append(endpoint)
 
 
 class Executor:
@@ -84,7 +102,7 @@ class Executor:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: ReshardingPlan,
         sources: Sequence[LocalParameter],
         destinations: Sequence[LocalParameter],
         group: dist.ProcessGroup | None = None,
@@ -97,22 +115,18 @@ class Executor:
         self._locals: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._rounds: list[_Round] = []
         self._bind(source, destination)
-        device = next(
-            (s.tensor.device for p in (*destinations, *sources) for s in p.shards), torch.device("cpu")
-        )
+        device = _device_of((*destinations, *sources))
         # Two slots per direction: one round is packed (or unpacked) while the other travels.
-        sizes = [max((r.staged_send for r in self._rounds[slot::2]), default=0) for slot in (0, 1)]
-        self._send_slots = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
-        sizes = [max((r.staged_receive for r in self._rounds[slot::2]), default=0) for slot in (0, 1)]
-        self._receive_slots = [torch.empty(size, dtype=torch.uint8, device=device) for size in sizes]
+        self._send_slots = _make_slots([round_.staged_send for round_ in self._rounds], device)
+        self._receive_slots = _make_slots([round_.staged_receive for round_ in self._rounds], device)
 
     @property
     def staging_bytes(self) -> int:
-        """Extra memory held."""
+        """Extra memory that the executor keeps."""
         return sum(slot.numel() for slot in (*self._send_slots, *self._receive_slots))
 
     def run(self) -> ExecutionReport:
-        """Move everything; returns when this rank's destinations are complete and its sources may change."""
+        """Moves everything; returns when this rank's destinations are complete and its sources may change."""
         begin = perf_counter()
         with torch.no_grad():
             copied, shared, received = self._run()
@@ -134,11 +148,12 @@ class Executor:
                 sent[number - 1]()  # its send slot is the one that the next round packs into
             following = self._post(number + 1, sent) if number + 1 < len(self._rounds) else []
             slot = self._receive_slots[number % 2]
-            for side, wait in zip(current.receives, pending, strict=True):
+            for endpoint, wait in zip(current.receives, pending, strict=True):
                 wait()
-                received += side.num_bytes
-                if side.direct is None:
-                    _unpack(side, slot)
+                received += endpoint.num_bytes
+                if endpoint.direct is None:
+                    for view, staged in endpoint.staged(slot):
+                        view.copy_(staged)
             pending = following
         if sent:
             sent[-1]()
@@ -147,22 +162,13 @@ class Executor:
     def _post(self, number: int, sent: list[Callable[[], None]]) -> list[Callable[[], None]]:
         current = self._rounds[number]
         into, out = self._receive_slots[number % 2], self._send_slots[number % 2]
-        receives: list[Message] = [
-            (s.peer, s.direct if s.direct is not None else into[s.offset : s.offset + s.num_bytes])
-            for s in current.receives
-        ]
+        receives: list[Message] = [(endpoint.peer, endpoint.buffer(into)) for endpoint in current.receives]
         sends: list[Message] = []
-        for side in current.sends:
-            if side.direct is None:
-                _pack(side, out)
-            sends.append(
-                (
-                    side.peer,
-                    side.direct
-                    if side.direct is not None
-                    else out[side.offset : side.offset + side.num_bytes],
-                )
-            )
+        for endpoint in current.sends:
+            if endpoint.direct is None:
+                for view, staged in endpoint.staged(out):
+                    staged.copy_(view)
+            sends.append((endpoint.peer, endpoint.buffer(out)))
         waits, wait_sent = self.transport.post(receives, sends)
         sent.append(wait_sent)
         return waits
@@ -178,10 +184,11 @@ class Executor:
         return copied, shared
 
     def _bind(self, source: LocalMemory, destination: LocalMemory) -> None:
+        """Finds the memory of every box that this rank sends, receives or copies."""
         plan, rank = self.plan, self.transport.rank
-        mine = np.nonzero((plan.sender == rank) | (plan.receiver == rank))[0]
+        transfers = np.nonzero((plan.sender == rank) | (plan.receiver == rank))[0]
         messages: dict[tuple[int, int, bool, int], list[tuple[int, torch.Tensor, torch.dtype]]] = {}
-        for row in mine.tolist():
+        for row in transfers.tolist():
             spec = plan.target.parameters[int(plan.parameter[row])]
             dims, dtype = len(spec.shape), DTYPES[spec.dtype]
             start, shape = tuple(plan.start[row, :dims].tolist()), tuple(plan.shape[row, :dims].tolist())
@@ -199,42 +206,30 @@ class Executor:
                 (num_bytes, view, dtype)
             )
         self._rounds = [_Round() for _ in range(max((key[0] for key in messages), default=-1) + 1)]
-        for (round_, peer, outgoing, _), pieces in sorted(messages.items(), key=lambda item: item[0]):
-            # Large items first: every piece is then aligned to its own data type.
-            pieces.sort(key=lambda piece: -piece[2].itemsize)
-            side = _Side(
-                peer,
-                [view for _, view, _ in pieces],
-                [dtype for _, _, dtype in pieces],
-                sum(size for size, _, _ in pieces),
-            )
-            self._rounds[round_].place(side, outgoing)
+        for (round_, peer, outgoing, _), boxes in sorted(messages.items(), key=lambda item: item[0]):
+            # Data types with large items first: every box is then aligned to its own data type.
+            boxes.sort(key=lambda box: -box[2].itemsize)
+            sizes, views, dtypes = zip(*boxes, strict=True)
+            self._rounds[round_].add(_Endpoint(peer, list(views), list(dtypes), sum(sizes)), outgoing)
 
 
 def execute(
-    plan: Plan,
+    plan: ReshardingPlan,
     sources: Sequence[LocalParameter],
     destinations: Sequence[LocalParameter],
     group: dist.ProcessGroup | None = None,
 ) -> ExecutionReport:
-    """Run `plan` once. Collective over `group`, whose ranks are the plan's."""
+    """Runs `plan` once. Collective over `group`, whose ranks are the plan's."""
     return Executor(plan, sources, destinations, group).run()
 
 
-def _pack(side: _Side, slot: torch.Tensor) -> None:
-    for view, piece in _pieces(side, slot):
-        piece.copy_(view)
+def _device_of(parameters: Sequence[LocalParameter]) -> torch.device:
+    for parameter in parameters:
+        for shard in parameter.shards:
+            return shard.tensor.device
+    return torch.device("cpu")
 
 
-def _unpack(side: _Side, slot: torch.Tensor) -> None:
-    for view, piece in _pieces(side, slot):
-        view.copy_(piece)
-
-
-def _pieces(side: _Side, slot: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(memory of the piece, its place in the staging buffer) of every piece of a staged message."""
-    offset = side.offset
-    for view, dtype in zip(side.views, side.dtypes, strict=True):
-        end = offset + view.numel() * dtype.itemsize
-        yield view, slot[offset:end].view(dtype).view(view.shape)
-        offset = end
+def _make_slots(sizes: Sequence[int], device: torch.device) -> list[torch.Tensor]:
+    """Two staging buffers: one for rounds with even numbers, one for the others."""
+    return [torch.empty(max(sizes[slot::2], default=0), dtype=torch.uint8, device=device) for slot in (0, 1)]

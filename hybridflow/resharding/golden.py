@@ -1,8 +1,8 @@
-"""The slow way: gather every parameter on every rank, then slice. The oracle of the tests and the baseline of
-the benchmark.
+"""The golden executor: gathers every parameter on every rank, then slices; the tests' oracle and the
+benchmark's baseline.
 
-This is what DeepSpeed-Chat does over all ranks and HybridFlow-V over the model-parallel group (docs/paper.md
-section 3). Shares no code with the compiler.
+DeepSpeed-Chat does this over all ranks and HybridFlow-V over the model-parallel group (docs/paper.md section
+3). It shares no code with the compiler.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ def reshard_golden(
     *,
     bucket_bytes: int = 64 << 20,
 ) -> int:
-    """Fill `destinations` from the full parameters; returns the bytes received. Collective over `group`, the
+    """Fills `destinations` from the full parameters; returns the bytes received. Collective over `group`, the
     ranks of `source`.
 
     `dtypes` gives the data type of every parameter while it travels (the target's). Holders of the same box
-    send equal parts of it. All-gathers are bucketed: a bucket holds parameters of together `bucket_bytes`.
+    send equal parts of it. All-gathers are bucketed: the parameters of a bucket have at most `bucket_bytes`
+    together.
     """
-    wanted = {parameter.name: parameter for parameter in destinations}
+    targets = {parameter.name: parameter for parameter in destinations}
     received = 0
     memory = LocalMemory(sources)
     with torch.no_grad():
@@ -42,14 +43,9 @@ def reshard_golden(
             for number, full, received_bytes in _gather_full(source, bucket, dtypes, memory, group):
                 received += received_bytes
                 spec = source.parameters[number]
-                if spec.name in wanted:
-                    for shard in wanted[spec.name].shards:
-                        view = full
-                        for dim, (start, size) in enumerate(
-                            zip(shard.box.start, shard.box.shape, strict=True)
-                        ):
-                            view = view.narrow(dim, start, size)
-                        shard.tensor.detach().copy_(view)
+                if spec.name in targets:
+                    for shard in targets[spec.name].shards:
+                        shard.tensor.detach().copy_(_slice(full, shard.box))
     return received
 
 
@@ -63,15 +59,15 @@ def bytes_gathered(source: ShardMap) -> NDArray[np.int64]:
 
 
 def _buckets(source: ShardMap, dtypes: Mapping[str, str], bucket_bytes: int) -> Iterator[list[int]]:
-    """Parameters of different holders (pipeline stages) in turns, so that all ranks have something to send in
-    every bucket."""
-    held: dict[bytes, int] = {}
+    """Buckets of parameter numbers, from different holders (pipeline stages) in turns, so that all ranks have
+    something to send in every bucket."""
+    bytes_of_holders: dict[bytes, int] = {}
     progress: dict[int, tuple[bytes, int]] = {}
     for number, spec in enumerate(source.parameters):
         holders = source.rank[source.rows(number)].tobytes()
-        held[holders] = held.get(holders, 0) + spec.num_bytes
-        progress[number] = (holders, held[holders])
-    order = sorted(progress, key=lambda number: progress[number][1] / held[progress[number][0]])
+        bytes_of_holders[holders] = bytes_of_holders.get(holders, 0) + spec.num_bytes
+        progress[number] = (holders, bytes_of_holders[holders])
+    order = sorted(progress, key=lambda number: progress[number][1] / bytes_of_holders[progress[number][0]])
     bucket: list[int] = []
     total = 0
     for number in order:
@@ -102,19 +98,18 @@ def _gather_full(
             size[rank] += -(-box.numel * itemsize // 8) * 8
     rank = dist.get_rank(group) if dist.is_initialized() else 0
     gathered = torch.empty((source.num_ranks, max(size)), dtype=torch.uint8)
-    mine = torch.empty(max(size), dtype=torch.uint8)
+    local = torch.empty(max(size), dtype=torch.uint8)
     offset = 0
     for number in bucket:
         spec = source.parameters[number]
         for holder, box in parts[number]:
             if holder == rank:
-                offset = _store(
-                    mine, offset, memory.view(spec.name, box.start, box.shape), DTYPES[dtypes[spec.name]]
-                )
+                view = memory.view(spec.name, box.start, box.shape)
+                offset = _store(local, offset, view, DTYPES[dtypes[spec.name]])
     if dist.is_initialized():
-        dist.all_gather(list(gathered.unbind(0)), mine, group=group)
+        dist.all_gather(list(gathered.unbind(0)), local, group=group)
     else:
-        gathered[0] = mine
+        gathered[0] = local
     offsets = [0] * source.num_ranks
     for number in bucket:
         spec = source.parameters[number]
@@ -122,22 +117,28 @@ def _gather_full(
         full = torch.empty(spec.shape, dtype=dtype)
         for holder, box in parts[number]:
             end = offsets[holder] + box.numel * dtype.itemsize
-            view = full
-            for dim, (start, length) in enumerate(zip(box.start, box.shape, strict=True)):
-                view = view.narrow(dim, start, length)
-            view.copy_(gathered[holder, offsets[holder] : end].view(dtype).view(box.shape))
+            _slice(full, box).copy_(gathered[holder, offsets[holder] : end].view(dtype).view(box.shape))
             offsets[holder] = -(-end // 8) * 8
-        yield number, full, sum(box.numel for holder, box in parts[number] if holder != rank) * dtype.itemsize
+        received = sum(box.numel for holder, box in parts[number] if holder != rank)
+        yield number, full, received * dtype.itemsize
+
+
+def _slice(full: torch.Tensor, box: Box) -> torch.Tensor:
+    """The view of a box in the full parameter."""
+    for dim, (start, size) in enumerate(zip(box.start, box.shape, strict=True)):
+        full = full.narrow(dim, start, size)
+    return full
 
 
 def _store(buffer: torch.Tensor, offset: int, view: torch.Tensor, dtype: torch.dtype) -> int:
+    """Writes `view` in `dtype` at `offset`; returns the offset behind it, a multiple of 8."""
     end = offset + view.numel() * dtype.itemsize
     buffer[offset:end].view(dtype).view(view.shape).copy_(view)
     return -(-end // 8) * 8
 
 
 def _parts(source: ShardMap, number: int) -> list[tuple[int, Box]]:
-    """(sender, box): every distinct box of the parameter in equal parts from all of its holders."""
+    """(sender, box) of every distinct box of the parameter, in equal parts from all of its holders."""
     spec: ParameterSpec = source.parameters[number]
     rows, dims = source.rows(number), len(spec.shape)
     holders: dict[Box, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Grouping: which rank takes which generation coordinate (replica, pipeline stage, tensor part).
+"""Grouping: the generation coordinate (replica, pipeline stage, tensor part) of every rank.
 
 `vanilla` and `zero_redundancy` are the paper's (docs/paper.md section 3); `fewest_bytes` is the assignment
 that leaves the fewest bytes to receive for any training layout. Rank order inside a replica is vLLM's:
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +21,14 @@ from hybridflow.resharding.boxes import volumes
 from hybridflow.resharding.shard_map import ShardMap
 
 PREFERENCE = 0.25
-"""Gain, in bytes, of a rank's place in the vanilla grouping: decides between assignments that receive the
-same bytes, so that generation groups stay on neighbouring ranks where that costs nothing."""
+"""Gain, in bytes, of a rank's coordinate in the vanilla grouping. It decides between assignments that receive
+the same bytes, so that generation groups stay on neighbouring ranks where that costs nothing."""
 
 
 @dataclass(frozen=True)
 class GroupedLayout(Layout):
-    """A layout whose ranks are placed by a grouping: order[place] is the rank at that place of the
-    mixed-radix numbering.
+    """A layout whose ranks are numbered by a grouping: order[i] is the rank at place i of the mixed-radix
+    numbering.
 
     Grouping((((0, 2),), ((1, 3),))).layout.groups("tp") == [(0, 2), (1, 3)]
     """
@@ -51,25 +52,30 @@ class Grouping:
     """replicas[replica][stage][tensor part] = rank."""
 
     def __post_init__(self) -> None:
-        ranks = sorted(rank for replica in self.replicas for stage in replica for rank in stage)
+        ranks = sorted(chain.from_iterable(self.stages))
         if ranks != list(range(len(ranks))):
             raise ValueError(f"grouping: ranks {ranks} are not 0..{len(ranks) - 1}, each once")
-        if len({(len(replica), len(stage)) for replica in self.replicas for stage in replica}) != 1:
+        if len(set(map(len, self.replicas))) != 1 or len(set(map(len, self.stages))) != 1:
             raise ValueError("grouping: replicas differ in their sizes; all need the same pp and tp")
 
     @classmethod
     def of(cls, coordinates: Sequence[tuple[int, int, int]]) -> Grouping:
-        """From (replica, stage, tensor part) of every rank."""
-        place = {at: rank for rank, at in enumerate(coordinates)}
-        replicas, pp, tp = (max(at[i] for at in coordinates) + 1 for i in range(3))
-        if len(place) != len(coordinates) or len(place) != replicas * pp * tp:
+        """The grouping with the given (replica, stage, tensor part) of every rank."""
+        replicas, pp, tp = (max(axis) + 1 for axis in zip(*coordinates, strict=True))
+        if not len(coordinates) == len(set(coordinates)) == replicas * pp * tp:
             raise ValueError(
                 f"grouping: {len(coordinates)} ranks do not fill {replicas} x {pp} x {tp} coordinates once "
                 "each"
             )
-        return cls(
-            tuple(tuple(tuple(place[i, j, k] for k in range(tp)) for j in range(pp)) for i in range(replicas))
-        )
+        ranks = np.empty((replicas, pp, tp), dtype=np.int64)
+        for rank, coordinate in enumerate(coordinates):
+            ranks[coordinate] = rank
+        return cls(tuple(tuple(map(tuple, replica)) for replica in ranks.tolist()))
+
+    @property
+    def stages(self) -> list[tuple[int, ...]]:
+        """The ranks of every stage of every replica, replica by replica."""
+        return list(chain.from_iterable(self.replicas))
 
     @property
     def num_ranks(self) -> int:
@@ -87,23 +93,21 @@ class Grouping:
     def coordinates(self) -> list[tuple[int, int, int]]:
         """(replica, stage, tensor part) of every rank."""
         result = [(0, 0, 0)] * self.num_ranks
-        for i, replica in enumerate(self.replicas):
-            for j, stage in enumerate(replica):
-                for k, rank in enumerate(stage):
-                    result[rank] = (i, j, k)
+        coordinates = product(range(len(self.replicas)), range(self.pp), range(self.tp))
+        for coordinate, rank in zip(coordinates, chain.from_iterable(self.stages), strict=True):
+            result[rank] = coordinate
         return result
 
     @property
     def layout(self) -> GroupedLayout:
-        """Axes dp (replicas), pp, tp over the ranks: what a generation engine and the actor's dispatch work
-        with."""
-        order = tuple(rank for replica in self.replicas for stage in replica for rank in stage)
+        """Axes dp (replicas), pp, tp over the ranks, for generation engines and the actor's dispatch."""
+        order = tuple(chain.from_iterable(self.stages))
         return GroupedLayout((("dp", len(self.replicas)), ("pp", self.pp), ("cp", 1), ("tp", self.tp)), order)
 
     @property
     def tensor_groups(self) -> list[tuple[int, ...]]:
         """Generation TP groups, by rank."""
-        return sorted(stage for replica in self.replicas for stage in replica)
+        return sorted(self.stages)
 
 
 def vanilla(num_ranks: int, *, tp: int, pp: int = 1) -> Grouping:
@@ -113,9 +117,11 @@ def vanilla(num_ranks: int, *, tp: int, pp: int = 1) -> Grouping:
 
 
 def zero_redundancy(layout: Layout, *, tp: int, pp: int = 1) -> Grouping:
-    """The paper's grouping: generation TP groups at interval t/tg, PP groups at interval p/pg, so that every
-    rank's training shard is part of its generation shard (equations in docs/paper.md section 3). Needs tg | t
-    and pg | p; fewest_bytes has no such limit.
+    """The paper's grouping: generation TP groups at interval t/tg, PP groups at interval p/pg (docs/paper.md
+    section 3).
+
+    Every rank's training shard is then part of its generation shard. Raises a ValueError where tg does not
+    divide t or pg does not divide p; fewest_bytes has no such limit.
     """
     t, p = layout.axis_size("tp"), layout.axis_size("pp")
     if t % tp or p % pp:
@@ -137,8 +143,8 @@ def zero_redundancy(layout: Layout, *, tp: int, pp: int = 1) -> Grouping:
 
 
 def micro_data_groups(layout: Layout, grouping: Grouping) -> list[tuple[int, ...]]:
-    """Ranks of one training replica that hold the same generation shard: the micro-DP groups, inside which
-    weights are gathered."""
+    """The micro-DP groups, inside which weights are gathered: ranks of a training replica with the same
+    generation shard."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank, (_, stage, part) in enumerate(grouping.coordinates):
         at = layout.coordinates(rank)
@@ -148,31 +154,29 @@ def micro_data_groups(layout: Layout, grouping: Grouping) -> list[tuple[int, ...
 
 
 def fewest_bytes(source: ShardMap, shards: ShardMap, *, tp: int, pp: int = 1) -> Grouping:
-    """The grouping with the fewest bytes received in total, for any source (also FSDP, ZeRO, or where tg does
-    not divide t).
+    """The grouping with the fewest bytes received in total, for any source: also FSDP, ZeRO, or where tg does
+    not divide t.
 
-    `shards` is the target of any one grouping with these sizes in which rank 0..tp*pp-1 are replica 0
-    (vanilla): it says what each coordinate holds. An assignment problem: rank x coordinate, gain = bytes of
-    the coordinate that the rank holds.
+    `shards` is the target of a grouping with these sizes in which ranks 0..tp*pp-1 are replica 0, such as
+    vanilla; it tells the shard of each coordinate. This is an assignment problem, rank x coordinate, whose
+    gain is the bytes of the coordinate's shard that the rank holds.
     """
     _check_sizes(source.num_ranks, tp, pp)
     num_replicas = source.num_ranks // (tp * pp)
-    held = held_bytes(source, shards, tp * pp)
-    gain = held.astype(np.float64)
+    gain = held_bytes(source, shards, tp * pp).astype(np.float64)
     ranks = np.arange(source.num_ranks)
     gain[ranks, ranks % (tp * pp)] += PREFERENCE
     slot = assign(np.repeat(gain, num_replicas, axis=1)) // num_replicas
-    taken = [0] * (tp * pp)
+    num_assigned = [0] * (tp * pp)
     coordinates = []
-    for rank in range(source.num_ranks):
-        place = int(slot[rank])
-        coordinates.append((taken[place], place // tp, place % tp))
-        taken[place] += 1
+    for place in slot.tolist():
+        coordinates.append((num_assigned[place], place // tp, place % tp))
+        num_assigned[place] += 1
     return Grouping.of(coordinates)
 
 
 def held_bytes(source: ShardMap, shards: ShardMap, num_coordinates: int) -> NDArray[np.int64]:
-    """Bytes (target's data type) that every rank holds of what each coordinate needs: int64 [ranks,
+    """Bytes of each coordinate's shard that every rank holds, in the target's data type: int64 [ranks,
     coordinates]."""
     number = {spec.name: i for i, spec in enumerate(source.parameters)}
     result = np.zeros((source.num_ranks, num_coordinates), dtype=np.int64)

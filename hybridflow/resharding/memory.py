@@ -1,4 +1,4 @@
-"""Views into a rank's shards: which bytes belong to a box of a logical parameter. Never copies."""
+"""Views into a rank's shards: the memory of a box of a logical parameter, never a copy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ class LocalMemory:
                 shards.append((shard.box, shard.tensor.detach()))
 
     def view(self, name: str, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-        """The memory of the box; it must lie inside one shard. ValueError where the rank does not hold it."""
+        """The memory of a box that lies inside one shard.
+
+        Raises a ValueError where the rank does not hold it.
+        """
         for box, tensor in self._shards.get(name, ()):
             inside = all(
                 low <= first and first + size <= low + whole
@@ -59,7 +62,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Both views show the same elements in the same order."""
+    """Whether both views show the same elements in the same order."""
     return (
         first.data_ptr() == second.data_ptr()
         and first.dtype == second.dtype

@@ -1,8 +1,7 @@
-"""compile(source, target) -> Plan: who sends which box of which parameter to whom, in which round. Plain
-data.
+"""compile(source, target) -> ReshardingPlan: who sends which box of which parameter to whom, in which round.
 
-The plan moves every element that a rank needs and does not hold exactly once, from one of the ranks that hold
-it. It knows neither tensors nor process groups (execute.py) and does not judge itself (certificate.py).
+The plan is plain data. It moves every element that a rank needs and does not hold exactly once, from one of
+the ranks that hold it. Tensors and process groups are left to execute.py, proofs to certificate.py.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hybridflow.resharding.boxes import Ints, volumes, with_dims
-from hybridflow.resharding.pieces import Pieces, cut
-from hybridflow.resharding.schedule import assign_rounds, choose_senders
+from hybridflow.resharding.requests import make_requests
+from hybridflow.resharding.rounds import assign_rounds, choose_senders
 from hybridflow.resharding.shard_map import ShardMap
 
 LOCAL = -1
@@ -27,8 +26,8 @@ MESSAGE_ALIGNMENT = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """Transfers in order of execution; made by compile, checked by verify, run by execute.
+class ReshardingPlan:
+    """Transfers in order of execution: compile returns it, verify checks it, execute runs it.
 
     Extra memory: each rank stages at most `staging_bytes` of outgoing and as much of incoming data per round,
     and two rounds are under way at once (one is packed while the other travels): 4 * staging_bytes <= 2 *
@@ -39,11 +38,11 @@ class Plan:
     target: ShardMap
     bucket_bytes: int
     nodes: tuple[int, ...]
-    """Machine of every rank."""
+    """[ranks], number of each rank's machine."""
     sender: Ints
     """[transfers]"""
     receiver: Ints
-    """[transfers]; equal to the sender for a local copy."""
+    """[transfers], equal to the sender for a local copy."""
     parameter: Ints
     """[transfers], index into target.parameters."""
     start: Ints
@@ -69,7 +68,7 @@ class Plan:
 
     @property
     def remote(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """bool [transfers]: crosses from one rank to another."""
+        """bool [transfers], whether sender and receiver are different ranks."""
         return np.asarray(self.round != LOCAL)
 
     @property
@@ -94,7 +93,8 @@ class Plan:
 
 
 def staging_bytes(bucket_bytes: int, num_ranks: int) -> int:
-    """Half a bucket per direction, less the padding of one message per peer."""
+    """Most bytes that a rank stages in one direction in one round: half a bucket, less the padding of one
+    message per peer."""
     return bucket_bytes // 2 - MESSAGE_ALIGNMENT * num_ranks
 
 
@@ -105,14 +105,13 @@ def compile(
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     nodes: Sequence[int] | None = None,
     unused: Sequence[str] = (),
-) -> Plan:
-    """The plan from `source` to `target`, two maps over the same ranks (ShardMap.relabel brings two pools
-    into one rank space).
+) -> ReshardingPlan:
+    """The plan from `source` to `target`, two maps over the same ranks.
 
-    `nodes` names the machine of every rank (None: one machine); a sender on the receiver's machine is
-    preferred. Data type and size of what is moved are the target's. `unused` names source parameters that the
-    target does not want. Raises ValueError where a parameter is missing on one side, has different shapes, or
-    where no rank holds a needed element.
+    ShardMap.relabel brings the maps of two pools into one rank space. `nodes` numbers the machine of every
+    rank (None: one machine); a sender on the receiver's machine is preferred. Bytes are moved in the target's
+    data type. `unused` names source parameters that the target does not want. Raises a ValueError where a
+    parameter is missing on one side, has different shapes, or where no rank holds a needed element.
     """
     nodes = tuple(nodes) if nodes is not None else (0,) * target.num_ranks
     source = aligned(source, target, nodes, unused)
@@ -124,28 +123,26 @@ def compile(
             f"bucket_bytes={bucket_bytes} is too small for {target.num_ranks} ranks; give at least {least}"
         )
     target.check_disjoint()
-    pieces: Pieces = cut(source, target, np.array(nodes), limit)
-    num_bytes = (
-        volumes(pieces.shape)
-        * np.array([spec.itemsize for spec in target.parameters], dtype=np.int64)[pieces.parameter]
-    )
-    sender = choose_senders(pieces, num_bytes, target.num_ranks)
-    remote = sender != pieces.receiver
+    requests = make_requests(source, target, np.array(nodes), limit)
+    itemsize = np.array([spec.itemsize for spec in target.parameters], dtype=np.int64)
+    num_bytes = volumes(requests.shape) * itemsize[requests.parameter]
+    sender = choose_senders(requests, num_bytes, target.num_ranks)
+    remote = sender != requests.receiver
     round_ = np.full(len(sender), LOCAL, dtype=np.int64)
     round_[remote] = assign_rounds(
-        sender[remote], pieces.receiver[remote], num_bytes[remote], target.num_ranks, limit
+        sender[remote], requests.receiver[remote], num_bytes[remote], target.num_ranks, limit
     )
-    order = np.lexsort((pieces.parameter, pieces.receiver, sender, round_))
-    return Plan(
+    order = np.lexsort((requests.parameter, requests.receiver, sender, round_))
+    return ReshardingPlan(
         source=source,
         target=target,
         bucket_bytes=bucket_bytes,
         nodes=nodes,
         sender=sender[order],
-        receiver=pieces.receiver[order],
-        parameter=pieces.parameter[order],
-        start=pieces.start[order],
-        shape=pieces.shape[order],
+        receiver=requests.receiver[order],
+        parameter=requests.parameter[order],
+        start=requests.start[order],
+        shape=requests.shape[order],
         round=round_[order],
     )
 
@@ -157,24 +154,28 @@ def plan_key(
     nodes: Sequence[int] | None,
     unused: Sequence[str] = (),
 ) -> str:
-    """What the plan depends on, as a hexadecimal hash."""
+    """Hexadecimal hash of everything that the plan depends on."""
     nodes = tuple(nodes) if nodes is not None else (0,) * target.num_ranks
     text = f"{COMPILER_VERSION} {source.digest()} {target.digest()} {bucket_bytes} {nodes} {sorted(unused)}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def aligned(source: ShardMap, target: ShardMap, nodes: tuple[int, ...], unused: Sequence[str]) -> ShardMap:
-    """`source` with the target's parameters in the target's order."""
+    """`source` with the target's parameters in the target's order.
+
+    Raises a ValueError where the two maps do not fit together; see compile.
+    """
     if source.num_ranks != target.num_ranks or len(nodes) != target.num_ranks:
         raise ValueError(
             f"compile: source has {source.num_ranks} ranks, target {target.num_ranks}, nodes {len(nodes)}; "
             "relabel them into one rank space"
         )
     number = {spec.name: i for i, spec in enumerate(source.parameters)}
-    wanted = {spec.name for spec in target.parameters}
-    if left := [name for name in number if name not in wanted and name not in unused]:
+    needed = {spec.name for spec in target.parameters}
+    unwanted = [name for name in number if name not in needed and name not in unused]
+    if unwanted:
         raise ValueError(
-            f"compile: no target rank wants {', '.join(left[:5])}; name them in `unused` if that is meant"
+            f"compile: no target rank wants {', '.join(unwanted[:5])}; name them in `unused` if that is meant"
         )
     new_index = np.full(len(source.parameters), -1, dtype=np.int64)
     for i, spec in enumerate(target.parameters):

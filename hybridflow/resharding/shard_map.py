@@ -1,6 +1,6 @@
-"""ShardMap: for every logical parameter, which box which rank holds. Plain data, the input of a plan.
+"""ShardMap: the boxes of every logical parameter that each rank holds; plain data, the input of a plan.
 
-Says nothing about memory; LocalParameter (shards.py) says where a rank's boxes lie.
+Where a rank's boxes lie in its memory is in LocalParameter (shards.py).
 """
 
 from __future__ import annotations
@@ -19,10 +19,19 @@ from hybridflow.resharding.boxes import Ints, overlapping, volumes
 from hybridflow.resharding.shards import Box, LocalParameter
 
 DTYPES: dict[str, torch.dtype] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-                  torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
-}  # fmt: skip
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
 """Names of the data types that parameters may have."""
 
 
@@ -58,8 +67,9 @@ class ParameterSpec:
 class ShardMap:
     """Rows (parameter, rank, box), sorted by parameter, then rank, in the rank's own order of shards.
 
-    shard_map = ShardMap.gather(engine.local_parameters())          # collective shard_map =
-    ShardMap.of(parameters, {0: [("w", Box((0, 0), (4, 8)))], 1: [("w", Box((4, 0), (4, 8)))]}, num_ranks=2)
+    shard_map = ShardMap.gather(engine.local_parameters())          # collective
+    boxes = {0: [("w", Box((0, 0), (4, 8)))], 1: [("w", Box((4, 0), (4, 8)))]}
+    shard_map = ShardMap.of(parameters, boxes, num_ranks=2)
     shard_map.boxes("w", rank=1)                                    # [Box((4, 0), (4, 8))]
     """
 
@@ -70,7 +80,7 @@ class ShardMap:
     rank: Ints
     """[rows]"""
     start: Ints
-    """[rows, dims]; parameters with fewer dims are filled up with start 0, size 1 at the end."""
+    """[rows, dims]; a parameter with fewer dims has start 0 and size 1 in the further ones."""
     shape: Ints
     """[rows, dims]"""
 
@@ -78,17 +88,20 @@ class ShardMap:
     def of(
         cls,
         parameters: Sequence[ParameterSpec],
-        held: Mapping[int, Iterable[tuple[str, Box]]],
+        boxes_of_rank: Mapping[int, Iterable[tuple[str, Box]]],
         *,
         num_ranks: int,
     ) -> ShardMap:
-        """From lists of (parameter name, box) per rank; empty boxes are left out."""
+        """The map of lists of (parameter name, box) per rank; empty boxes are left out.
+
+        Raises a ValueError for an unknown rank or parameter and a box outside of its parameter.
+        """
         index = {spec.name: i for i, spec in enumerate(parameters)}
         if len(index) != len(parameters):
             raise ValueError("shard map: a parameter is named twice; give every logical parameter once")
         dims = max((len(spec.shape) for spec in parameters), default=0)
         rows: list[tuple[int, ...]] = []
-        for rank, boxes in held.items():
+        for rank, boxes in boxes_of_rank.items():
             if not 0 <= rank < num_ranks:
                 raise ValueError(f"shard map: rank {rank} is outside 0..{num_ranks - 1}; relabel ranks first")
             for name, box in boxes:
@@ -120,39 +133,34 @@ class ShardMap:
         Collective.
 
         Ranks that hold nothing (of another pool, say) may pass an empty list; all others list all parameters.
-        Raises ValueError on every rank where two ranks disagree about a parameter's shape or dtype.
+        Raises a ValueError on every rank where two ranks disagree about a parameter's shape or dtype.
         """
-        local = [
-            (
-                parameter.name,
-                parameter.shape,
-                str(parameter.dtype).removeprefix("torch."),
-                [shard.box for shard in parameter.shards],
-            )
-            for parameter in local_parameters
-        ]
-        everyone: list[list[tuple[str, tuple[int, ...], str, list[Box]]]] = [local]
+        local: list[tuple[str, tuple[int, ...], str, list[Box]]] = []
+        for parameter in local_parameters:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            boxes = [shard.box for shard in parameter.shards]
+            local.append((parameter.name, parameter.shape, dtype, boxes))
+        gathered = [local]
         if dist.is_initialized():
-            everyone = [[] for _ in range(dist.get_world_size(group))]
-            dist.all_gather_object(everyone, local, group=group)
+            gathered = [[] for _ in range(dist.get_world_size(group))]
+            dist.all_gather_object(gathered, local, group=group)
         specs: dict[str, ParameterSpec] = {}
-        for rank, rows in enumerate(everyone):
-            for name, shape, dtype, _ in rows:
+        boxes_of_rank: dict[int, list[tuple[str, Box]]] = {}
+        for rank, rows in enumerate(gathered):
+            boxes_of_rank[rank] = []
+            for name, shape, dtype, boxes in rows:
                 spec = specs.setdefault(name, ParameterSpec(name, tuple(shape), dtype))
                 if (spec.shape, spec.dtype) != (tuple(shape), dtype):
                     raise ValueError(
                         f"parameter {name}: rank {rank} has {tuple(shape)} {dtype}, an earlier rank "
                         f"{spec.shape} {spec.dtype}"
                     )
-        held = {
-            rank: [(name, box) for name, _, _, boxes in rows for box in boxes]
-            for rank, rows in enumerate(everyone)
-        }
-        return cls.of(tuple(specs.values()), held, num_ranks=len(everyone))
+                boxes_of_rank[rank] += [(name, box) for box in boxes]
+        return cls.of(tuple(specs.values()), boxes_of_rank, num_ranks=len(gathered))
 
     def relabel(self, ranks: Sequence[int], num_ranks: int) -> ShardMap:
-        """The same map in another rank space: rank i becomes ranks[i] of `num_ranks` (a group that spans two
-        pools, say)."""
+        """The same map in another rank space, such as that of a group over two pools: rank i becomes ranks[i]
+        of `num_ranks`."""
         if len(ranks) != self.num_ranks or len(set(ranks)) != len(ranks):
             raise ValueError(
                 f"relabel: {self.num_ranks} ranks need {self.num_ranks} different new ranks, got "
@@ -186,7 +194,7 @@ class ShardMap:
 
     @property
     def bytes_per_rank(self) -> Ints:
-        """[num_ranks], bytes that every rank holds."""
+        """[num_ranks], bytes that each rank holds."""
         result = np.zeros(self.num_ranks, dtype=np.int64)
         np.add.at(result, self.rank, self.row_bytes)
         return result
@@ -212,16 +220,16 @@ class ShardMap:
         ]
 
     def check_disjoint(self) -> None:
-        """ValueError where one rank lists the same element of a parameter twice."""
-        for parameter, rank, start, shape in self._several():
+        """Raises a ValueError where a rank lists the same element of a parameter twice."""
+        for parameter, rank, start, shape in self._groups_of_boxes():
             if overlapping(start, shape):
                 raise ValueError(
                     f"parameter {self.parameters[parameter].name}: boxes of rank {rank} overlap; list every "
                     "element once"
                 )
 
-    def _several(self) -> Iterator[tuple[int, int, Ints, Ints]]:
-        """Groups of rows of one (parameter, rank) with more than one box."""
+    def _groups_of_boxes(self) -> Iterator[tuple[int, int, Ints, Ints]]:
+        """(parameter, rank, starts, shapes) of every pair that has more than one box."""
         key = self.parameter * self.num_ranks + self.rank
         _, first, count = np.unique(key, return_index=True, return_counts=True)
         for begin, number in zip(first[count > 1], count[count > 1], strict=True):

@@ -1,4 +1,4 @@
-"""Boxes and shards: which part of which logical parameter a rank holds, and where in its memory."""
+"""Boxes and shards: the parts of logical parameters that a rank holds, and their place in its memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LocalShard:
 
 @dataclass(frozen=True, slots=True)
 class LocalParameter:
-    """What this rank holds of one logical parameter; shards is empty where it holds nothing."""
+    """The shards of one logical parameter that this rank holds; none where it holds nothing of it."""
 
     name: str
     """The checkpoint's name (the key in a Hugging Face safetensors file); tied weights appear once, under the

@@ -1,4 +1,4 @@
-"""Point-to-point messages between the ranks of a group: what execute needs of a network."""
+"""Point-to-point messages between the ranks of a group: the network interface of execute.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Message = tuple[int, torch.Tensor]
 
 
 class Transport(Protocol):
-    """post() starts messages and returns one function per received message and one for all sent; each blocks
-    until done.
+    """post() starts messages and returns a function per received message and one for all that are sent; each
+    function blocks until its messages are done.
 
     Messages between two ranks arrive in the order in which both sides post them.
     """

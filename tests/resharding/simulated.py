@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hybridflow.resharding.execute import ExecutionReport, Executor
-from hybridflow.resharding.plan import Plan
+from hybridflow.resharding.plan import ReshardingPlan
 from hybridflow.resharding.shard_map import DTYPES, ShardMap
 from hybridflow.resharding.shards import LocalParameter, LocalShard
 from hybridflow.resharding.transport import Message
@@ -42,7 +42,7 @@ class QueueTransport:
 
 
 def run_in_threads(
-    plan: Plan, sources: list[list[LocalParameter]], destinations: list[list[LocalParameter]]
+    plan: ReshardingPlan, sources: list[list[LocalParameter]], destinations: list[list[LocalParameter]]
 ) -> list[ExecutionReport]:
     """Execute the plan with one thread per rank."""
     queues: dict[tuple[int, int], SimpleQueue] = defaultdict(SimpleQueue)

@@ -18,8 +18,8 @@ from hybridflow.resharding import (
     LocalParameter,
     LocalShard,
     ParameterSpec,
-    Plan,
     PlanError,
+    ReshardingPlan,
     ShardMap,
     compile,
     verify,
@@ -35,7 +35,7 @@ W = ParameterSpec("w", (8, 4), "float32")
 WHOLE = ("w", Box((0, 0), (8, 4)))
 
 
-def make_plan(bucket_bytes: int = 1 << 14, nodes: list[int] | None = None) -> Plan:
+def make_plan(bucket_bytes: int = 1 << 14, nodes: list[int] | None = None) -> ReshardingPlan:
     layout = Layout.of(pp=2, tp=2, dp=2)
     return compile(
         threed(RULES, layout),
@@ -166,7 +166,7 @@ def test_verify_sees_through_wrong_plans() -> None:
     plan = make_plan(1 << 12)
     remote = np.nonzero(plan.remote)[0]
 
-    def without(row: int) -> Plan:
+    def without(row: int) -> ReshardingPlan:
         keep = np.arange(len(plan.sender)) != row
         columns = {
             name: getattr(plan, name)[keep]

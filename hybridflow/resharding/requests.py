@@ -1,7 +1,7 @@
-"""The cut: which box every receiver needs, and which ranks could send it.
+"""Requests: the boxes that every rank needs, each with the ranks that could send it.
 
-Parameters whose boxes lie on the same ranks in the same way (the layers of a pipeline stage, say) are cut
-once.
+Parameters whose boxes lie on the same ranks in the same way (the layers of a pipeline stage, say) are worked
+out once.
 """
 
 from __future__ import annotations
@@ -23,21 +23,24 @@ from hybridflow.resharding.shard_map import ShardMap
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces:
-    """One row per (piece, receiver)."""
+class Requests:
+    """One row per (box, receiver)."""
 
     parameter: Ints
     start: Ints
     shape: Ints
     receiver: Ints
     candidates: Ints
-    """[rows], index into candidate_sets; of the ranks that may send the piece to the receiver."""
+    """[rows], index into candidate_sets."""
     candidate_sets: list[tuple[int, ...]]
+    """Ranks that may send a box to its receiver."""
 
 
-def cut(source: ShardMap, target: ShardMap, nodes: Ints, limit_bytes: int) -> Pieces:
-    """All pieces of at most `limit_bytes`, by parameter. ValueError where a needed element is held by
-    nobody."""
+def make_requests(source: ShardMap, target: ShardMap, nodes: Ints, limit_bytes: int) -> Requests:
+    """All requests, by parameter, for boxes of at most `limit_bytes`.
+
+    Raises a ValueError where no rank holds a needed element.
+    """
     sets: dict[tuple[int, ...], int] = {}
     known: dict[tuple[object, ...], tuple[Ints, Ints, Ints, Ints]] = {}
     parts: list[tuple[Ints, Ints, Ints, Ints, Ints]] = []
@@ -48,17 +51,10 @@ def cut(source: ShardMap, target: ShardMap, nodes: Ints, limit_bytes: int) -> Pi
                 f"{spec.name}: no target rank wants it; a parameter that is needed nowhere should not be in "
                 "the target"
             )
-        signature = (
-            spec.itemsize,
-            *(
-                a[r].tobytes()
-                for m, r in ((source, have), (target, need))
-                for a in (m.rank, m.start, m.shape)
-            ),
-        )
+        signature = (spec.itemsize, *_signature(source, have), *_signature(target, need))
         if signature not in known:
             limit = max(1, limit_bytes // spec.itemsize)
-            known[signature] = _cut_one(source, have, target, need, nodes, limit, sets, spec.name)
+            known[signature] = _requests_for(source, have, target, need, nodes, limit, sets, spec.name)
         start, shape, receiver, candidates = known[signature]
         parts.append((np.full(len(receiver), number, dtype=np.int64), start, shape, receiver, candidates))
     dims = target.dims
@@ -67,10 +63,16 @@ def cut(source: ShardMap, target: ShardMap, nodes: Ints, limit_bytes: int) -> Pi
     parameter, start, shape, receiver, candidates = (
         np.concatenate([part[i] for part in parts]) for i in range(5)
     )
-    return Pieces(parameter, start, shape, receiver, candidates, list(sets))
+    return Requests(parameter, start, shape, receiver, candidates, list(sets))
 
 
-def _cut_one(
+def _signature(shard_map: ShardMap, rows: slice) -> tuple[bytes, ...]:
+    """Equal for parameters whose boxes lie on the same ranks in the same way."""
+    arrays = (shard_map.rank, shard_map.start, shard_map.shape)
+    return tuple(array[rows].tobytes() for array in arrays)
+
+
+def _requests_for(
     source: ShardMap,
     have: slice,
     target: ShardMap,
@@ -80,7 +82,7 @@ def _cut_one(
     sets: dict[tuple[int, ...], int],
     name: str,
 ) -> tuple[Ints, Ints, Ints, Ints]:
-    """start, shape, receiver, candidates of one parameter's pieces."""
+    """start, shape, receiver, candidates of one parameter's requests."""
     atom_start, atom_shape = disjoint_parts(source.start[have], source.shape[have])
     box_start, box_shape, box_of_row = distinct(target.start[need], target.shape[need])
     atom, box, start, shape = intersections(atom_start, atom_shape, box_start, box_shape)
@@ -94,21 +96,22 @@ def _cut_one(
             f"{name}: target rank {rank} wants {where}; the source ranks together do not hold all of it"
         )
     atom, box, start, shape = _split_large(atom, box, start, shape, limit)
-    # One row per piece and rank that wants the box the piece lies in.
+    # One row per part of a box and rank that wants the box.
     row_order = np.argsort(box_of_row, kind="stable")
     count = np.bincount(box_of_row, minlength=len(box_start))
     first = np.cumsum(count) - count
-    piece = np.repeat(np.arange(len(box)), count[box])
-    offset = np.arange(len(piece)) - np.repeat(np.cumsum(count[box]) - count[box], count[box])
-    receiver = target.rank[need][row_order[first[box[piece]] + offset]]
+    part = np.repeat(np.arange(len(box)), count[box])
+    offset = np.arange(len(part)) - np.repeat(np.cumsum(count[box]) - count[box], count[box])
+    receiver = target.rank[need][row_order[first[box[part]] + offset]]
     holds = _holders(source, have, atom_start, atom_shape)
-    candidates = _candidates(holds, atom[piece], receiver, nodes, sets)
-    return start[piece], shape[piece], receiver, candidates
+    candidates = _candidates(holds, atom[part], receiver, nodes, sets)
+    return start[part], shape[part], receiver, candidates
 
 
 def _split_large(
     atom: Ints, box: Ints, start: Ints, shape: Ints, limit: int
 ) -> tuple[Ints, Ints, Ints, Ints]:
+    """The same rows with boxes of more than `limit` elements split."""
     large = volumes(shape) > limit
     if not large.any():
         return atom, box, start, shape
@@ -129,7 +132,7 @@ def _split_large(
 def _holders(
     source: ShardMap, have: slice, atom_start: Ints, atom_shape: Ints
 ) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
-    """bool [atoms, ranks]"""
+    """The ranks that hold each atom: bool [atoms, ranks]."""
     box_start, box_shape, box_of_row = distinct(source.start[have], source.shape[have])
     inside = contains(box_start, box_shape, atom_start, atom_shape)
     box, atom = np.nonzero(inside)
@@ -147,20 +150,23 @@ def _candidates(
     nodes: Ints,
     sets: dict[tuple[int, ...], int],
 ) -> Ints:
-    """The receiver alone where it holds the piece, else the holders on its machine, else all holders."""
+    """The receiver alone where it holds the atom, else the holders on its machine, else all holders.
+
+    int64 [rows], index into `sets`, to which new sets are added.
+    """
     result = np.empty(len(atom), dtype=np.int64)
-    own = holds[atom, receiver]
-    for rank in np.unique(receiver[own]):
-        result[own & (receiver == rank)] = sets.setdefault((int(rank),), len(sets))
-    others = np.nonzero(~own)[0]
+    local = holds[atom, receiver]
+    for rank in np.unique(receiver[local]):
+        result[local & (receiver == rank)] = sets.setdefault((int(rank),), len(sets))
+    others = np.nonzero(~local)[0]
     pair, index = np.unique(
         np.stack([atom[others], nodes[receiver[others]]], axis=1), axis=0, return_inverse=True
     )
-    of_pair = np.empty(len(pair), dtype=np.int64)
-    for i, (one, node) in enumerate(pair):
-        holders = np.nonzero(holds[one])[0]
+    set_of_pair = np.empty(len(pair), dtype=np.int64)
+    for i, (number, node) in enumerate(pair):
+        holders = np.nonzero(holds[number])[0]
         near = holders[nodes[holders] == node]
         chosen = near if len(near) else holders
-        of_pair[i] = sets.setdefault(tuple(int(rank) for rank in chosen), len(sets))
-    result[others] = of_pair[index.reshape(-1)]
+        set_of_pair[i] = sets.setdefault(tuple(chosen.tolist()), len(sets))
+    result[others] = set_of_pair[index.reshape(-1)]
     return result

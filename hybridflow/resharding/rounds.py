@@ -1,6 +1,7 @@
-"""Who sends (balanced among the ranks that hold a piece) and when (rounds that fit the staging memory).
+"""The sender of every request, balanced among the candidates, and the round of every transfer, such that
+rounds fit the staging memory.
 
-Knows bytes and ranks only.
+It works on bytes and ranks only.
 """
 
 from __future__ import annotations
@@ -8,57 +9,61 @@ from __future__ import annotations
 import numpy as np
 
 from hybridflow.resharding.boxes import Ints
-from hybridflow.resharding.pieces import Pieces
+from hybridflow.resharding.requests import Requests
 
 
-def choose_senders(pieces: Pieces, num_bytes: Ints, num_ranks: int) -> Ints:
-    """The sender of every piece: int64 [pieces].
+def choose_senders(requests: Requests, num_bytes: Ints, num_ranks: int) -> Ints:
+    """The sender of every request: int64 [requests].
 
-    Largest piece first to the candidate that has sent least so far (ties: the nearest rank), then pieces are
-    handed on as long as that evens out two loads. After that no sender could hand a piece to a candidate with
-    more than that piece's bytes less to send.
+    The largest request goes first, to the candidate that has sent least so far (ties: the nearest rank). Then
+    requests move to another candidate as long as that evens out two loads. After that no sender could give a
+    request to a candidate that has more than the request's bytes less to send.
     """
-    num_candidates = np.array([len(one) for one in pieces.candidate_sets], dtype=np.int64)
-    only = np.array([one[0] for one in pieces.candidate_sets], dtype=np.int64)
-    sender = only[pieces.candidates] if len(only) else pieces.candidates.copy()
-    free = num_candidates[pieces.candidates] > 1 if len(only) else np.zeros(0, dtype=bool)
-    fixed = ~free & (sender != pieces.receiver)
+    if not len(requests.candidates):
+        return requests.candidates.copy()
+    sets, receiver = requests.candidate_sets, requests.receiver.tolist()
+    num_candidates = np.array([len(ranks) for ranks in sets], dtype=np.int64)
+    first = np.array([ranks[0] for ranks in sets], dtype=np.int64)
+    sender = first[requests.candidates]
+    has_choice = num_candidates[requests.candidates] > 1
+    fixed = ~has_choice & (sender != requests.receiver)
     initial = np.zeros(num_ranks, dtype=np.int64)
     np.add.at(initial, sender[fixed], num_bytes[fixed])
     load: list[int] = initial.tolist()
-    open_pieces = np.nonzero(free)[0]
-    open_pieces = open_pieces[np.argsort(-num_bytes[open_pieces], kind="stable")]
-    sets, receiver = pieces.candidate_sets, pieces.receiver.tolist()
-    candidates, sizes = pieces.candidates.tolist(), num_bytes.tolist()
-    for piece in open_pieces.tolist():
-        to = receiver[piece]
-        best = min(sets[candidates[piece]], key=lambda rank: (load[rank], abs(to - rank)))
-        sender[piece] = best
-        load[best] += sizes[piece]
-    _hand_on(open_pieces, sender, candidates, sizes, sets, load)
+    undecided = np.nonzero(has_choice)[0]
+    undecided = undecided[np.argsort(-num_bytes[undecided], kind="stable")]
+    candidates, sizes = requests.candidates.tolist(), num_bytes.tolist()
+    for request in undecided.tolist():
+        to = receiver[request]
+        best = min(sets[candidates[request]], key=lambda rank: (load[rank], abs(to - rank)))
+        sender[request] = best
+        load[best] += sizes[request]
+    _even_out(undecided, sender, candidates, sizes, sets, load)
     return sender
 
 
-def _hand_on(
-    pieces: Ints,
+def _even_out(
+    requests: Ints,
     sender: Ints,
     candidates: list[int],
     sizes: list[int],
     sets: list[tuple[int, ...]],
     load: list[int],
 ) -> None:
-    """Each move lowers the sum of squared loads, so this ends; it rarely moves anything after the greedy
-    pass."""
+    """Moves requests between candidates until no move evens out two loads.
+
+    Each move lowers the sum of squared loads, so this ends; it rarely moves anything after the greedy pass.
+    """
     moved = True
     while moved:
         moved = False
-        for piece in pieces.tolist():
-            now = int(sender[piece])
-            best = min(sets[candidates[piece]], key=load.__getitem__)
-            if load[now] - load[best] > sizes[piece]:
-                sender[piece] = best
-                load[now] -= sizes[piece]
-                load[best] += sizes[piece]
+        for request in requests.tolist():
+            current = int(sender[request])
+            best = min(sets[candidates[request]], key=load.__getitem__)
+            if load[current] - load[best] > sizes[request]:
+                sender[request] = best
+                load[current] -= sizes[request]
+                load[best] += sizes[request]
                 moved = True
 
 
@@ -67,7 +72,7 @@ def assign_rounds(sender: Ints, receiver: Ints, num_bytes: Ints, num_ranks: int,
     [transfers].
 
     Transfers are taken in the order of their sender's progress, so that all senders are busy in all rounds,
-    and go to the first round with room on both sides.
+    and go to the first round that both ranks have memory for.
     """
     # Progress: the fraction of its bytes that a sender has sent before this transfer; its receivers take
     # turns.
