@@ -1,7 +1,7 @@
-"""Karmarkar-Karp: rows cut into parts of nearly equal total length, so that no rank waits for another.
+"""Karmarkar-Karp: cuts rows into parts of nearly equal total length, so that no rank waits for another.
 
-Largest differencing method for any number of parts (Karmarkar and Karp 1982, "The differencing method of set
-partitioning"). Equal numbers of rows per part are not asked for.
+This is the largest differencing method for any number of parts (Karmarkar and Karp 1982, "The differencing
+method of set partitioning"). Parts may have different numbers of rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Part = tuple[int, int, int]
-"""Sum of lengths, first row, last row; the rows between are chained. No rows: (0, -1, -1)."""
+"""Sum of lengths, first row, last row; the rows between form a linked list. No rows: (0, -1, -1)."""
 EMPTY: Part = (0, -1, -1)
 
 
@@ -53,8 +53,8 @@ class _Partial:
 
 
 def _difference(lengths: list[int], num_parts: int, following: list[int]) -> list[Part]:
-    """Merge the two partial partitions of largest spread until one is left; ties by age, so the result is
-    deterministic."""
+    """Merges the two partial partitions of largest spread until a single one is left; ties are broken by age,
+    so that the result is deterministic."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     heap = [(-lengths[row], age, _Partial([(lengths[row], row, row)])) for age, row in enumerate(order)]
     if num_parts == 1:
@@ -69,7 +69,7 @@ def _difference(lengths: list[int], num_parts: int, following: list[int]) -> lis
 
 
 def _merge(left: _Partial, right: _Partial, num_parts: int, following: list[int]) -> _Partial:
-    """The heaviest parts of `left` onto the lightest of `right`."""
+    """Joins the heaviest parts of `left` with the lightest of `right`."""
     if len(left.parts) + len(right.parts) <= num_parts:
         # Parts meet empty ones only. Rows come longest first, so most of the time they go to the end.
         if left.parts[-1][0] >= right.parts[0][0]:

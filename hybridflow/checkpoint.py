@@ -1,14 +1,14 @@
 """CheckpointStore: directories that are complete or do not exist, whenever the process dies.
 
-Knows files, not models: workers write what they like into the directory that begin returns, commit makes it a
-checkpoint. Left out: uploading, and deciding when to save (controllers/loop.py).
+Workers write any files into the directory that begin returns, and commit makes it a checkpoint. Uploading is
+left out, and so is deciding when to save (controllers/loop.py).
 
 On disk, for a store at outputs/ppo/checkpoints:
 
     step-00000020/                a checkpoint; its manifest.json was written last
     .saving-step-00000030/        being written, or left by a crash: never read, removed by the next begin
     .deleting-step-00000010/      being removed
-    latest                        name of the newest checkpoint, for people and scripts; the manifests are what counts here
+    latest                        name of the newest checkpoint, for people and scripts; not read here
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ class Checkpoint:
     path: Path
     step: int
     sequence: int
-    """Counts the commits of the store: of two checkpoints the one with the higher number is newer, whatever
-    their steps."""
+    """Number of the commit: the checkpoint with the higher number is newer, whatever its step."""
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -54,8 +53,9 @@ class CheckpointStore:
     """One per run; any number of processes may read, one may save.
 
     store = CheckpointStore(Path("outputs/ppo/checkpoints"), keep_last=2, keep_best=1, metric="accuracy")
-    directory = store.begin(20) actor.save(directory / "actor")               # every rank writes into the
-    same directory (a shared file system) store.commit(20, {"data_position": 640}, metrics={"accuracy": 0.8})
+    directory = store.begin(20)
+    actor.save(directory / "actor")               # every rank writes into it, on a shared file system
+    store.commit(20, {"data_position": 640}, metrics={"accuracy": 0.8})
 
     checkpoint = store.latest()                   # None before the first commit
     metadata = load_metadata(checkpoint.path)     # verified, or a ValueError that names the broken file
@@ -86,7 +86,7 @@ class CheckpointStore:
         self._mode = mode
 
     def begin(self, step: int) -> Path:
-        """An empty directory for the checkpoint of `step`; removes what crashed saves left behind."""
+        """An empty directory for the checkpoint of `step`; removes the directories of saves that crashed."""
         if step < 0:
             raise ValueError(f"checkpoint: step is {step}; steps count from 0")
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -99,11 +99,11 @@ class CheckpointStore:
     def commit(
         self, step: int, metadata: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
     ) -> Checkpoint:
-        """Make what was written since begin(step) the latest checkpoint, atomically, then delete what need
-        not be kept.
+        """Makes the files written since begin(step) the latest checkpoint, atomically; then deletes the
+        checkpoints that are not to be kept.
 
         `metadata` is plain JSON data and comes back equal. Everything is on disk (fsync) before the name
-        appears.
+        appears. Raises a ValueError without begin(step) or for other metadata.
         """
         saving = self._saving(step)
         if not saving.is_dir():
@@ -115,14 +115,14 @@ class CheckpointStore:
             if path.is_file() and path != saving / MANIFEST
         )
         sequence = max((checkpoint.sequence for checkpoint in self._scan()), default=0) + 1
+        numbers: dict[str, float | str] = {}
+        for name, value in (metrics or {}).items():
+            numbers[name] = value if math.isfinite(value) else repr(float(value))  # JSON has no infinity
         manifest = {
             "format": FORMAT,
             "step": step,
             "sequence": sequence,
-            "metrics": {
-                name: value if math.isfinite(value) else repr(float(value))
-                for name, value in (metrics or {}).items()
-            },
+            "metrics": numbers,
             "files": _digests(saving, names, sync=True),
             "metadata": metadata,
         }
@@ -147,40 +147,38 @@ class CheckpointStore:
         return max(self._scan(), key=lambda checkpoint: checkpoint.sequence, default=None)
 
     def best(self) -> Checkpoint | None:
-        """The checkpoint with the best metric, the older one of equals; None where none has the metric."""
+        """The checkpoint with the best metric, the older of two equals; None where no checkpoint has the
+        metric."""
         return next(iter(self._ranked()), None)
 
     def _ranked(self) -> list[Checkpoint]:
-        """Those with a finite metric, best first."""
+        """The checkpoints with a finite metric, best first."""
         sign = 1 if self._mode is Best.min else -1
-        scored = [
-            checkpoint
-            for checkpoint in self.all()
-            if math.isfinite(checkpoint.metrics.get(self._metric, math.nan))
-        ]
-        return sorted(
-            scored, key=lambda checkpoint: (sign * checkpoint.metrics[self._metric], checkpoint.sequence)
-        )
+        ranked = []
+        for checkpoint in self.all():
+            value = checkpoint.metrics.get(self._metric, math.nan)
+            if math.isfinite(value):
+                ranked.append((sign * value, checkpoint.sequence, checkpoint))
+        ranked.sort(key=lambda entry: entry[:2])
+        return [checkpoint for *_, checkpoint in ranked]
 
     def _scan(self) -> list[Checkpoint]:
         """Every directory with a manifest, oldest first."""
-        found = []
+        checkpoints = []
         for path in self.directory.glob("step-*"):
             try:
-                found.append(_read(path))
+                checkpoints.append(_read(path))
             except FileNotFoundError:
-                continue  # no checkpoint, or one that the saving process deleted meanwhile
-        return sorted(found, key=lambda checkpoint: checkpoint.sequence)
+                continue  # no checkpoint, or the saving process deleted it meanwhile
+        return sorted(checkpoints, key=lambda checkpoint: checkpoint.sequence)
 
     def _prune(self) -> None:
-        keep = {
-            checkpoint.path
-            for checkpoint in (*self.all()[-self._keep_last :], *self._ranked()[: self._keep_best])
-        }
+        retained = (*self.all()[-self._keep_last :], *self._ranked()[: self._keep_best])
+        paths = {checkpoint.path for checkpoint in retained}
         for checkpoint in self._scan():
-            if checkpoint.path not in keep:
-                # Under its own name it is always whole: the removal, which takes time, happens under another
-                # one.
+            if checkpoint.path not in paths:
+                # A directory named step-... is always whole: the removal, which takes time, happens under
+                # another name.
                 doomed = self.directory / f".deleting-{checkpoint.path.name}"
                 checkpoint.path.rename(doomed)
                 shutil.rmtree(doomed)
@@ -189,8 +187,8 @@ class CheckpointStore:
         return self.directory / f".saving-step-{step:08d}"
 
     def _free_name(self, step: int) -> Path:
-        """step-00000020, or step-00000020-2 after a step that was saved before (a run resumed from an older
-        checkpoint)."""
+        """step-00000020, or step-00000020-2 where the step was saved before, by a run that was then resumed
+        from an older checkpoint."""
         path, number = self.directory / f"step-{step:08d}", 1
         while path.exists():
             number += 1
@@ -217,8 +215,8 @@ def load_metadata(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"checkpoint {path}: {name} has {size} bytes instead of {expected['bytes']}; {_FIX}"
             )
-    for name, found in _digests(path, list(files), sync=False).items():
-        if found != files[name]:
+    for name, digest in _digests(path, list(files), sync=False).items():
+        if digest != files[name]:
             raise ValueError(
                 f"checkpoint {path}: {name} is corrupt, its digest differs from the manifest; {_FIX}"
             )
@@ -262,9 +260,9 @@ def _check_json(metadata: Mapping[str, Any]) -> None:
 
 
 def _digests(directory: Path, names: list[str], *, sync: bool) -> dict[str, dict[str, Any]]:
-    """Size and BLAKE2b digest of the files by relative name, flushed to disk if `sync`."""
+    """Size and BLAKE2b digest of the files by relative name; the files are flushed to disk if `sync`."""
 
-    def one(name: str) -> dict[str, Any]:
+    def digest_file(name: str) -> dict[str, Any]:
         with (directory / name).open("rb") as file:
             if sync:
                 os.fsync(file.fileno())
@@ -273,7 +271,7 @@ def _digests(directory: Path, names: list[str], *, sync: bool) -> dict[str, dict
 
     # hashlib releases the interpreter lock, so threads hash at the speed of the disk.
     with ThreadPoolExecutor(max_workers=8) as threads:
-        return dict(zip(names, threads.map(one, names), strict=True))
+        return dict(zip(names, threads.map(digest_file, names), strict=True))
 
 
 def _write_synced(path: Path, text: str) -> None:
@@ -284,7 +282,7 @@ def _write_synced(path: Path, text: str) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Flush a directory's entries (names) to disk."""
+    """Flushes a directory's entries (names) to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

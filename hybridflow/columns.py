@@ -1,8 +1,8 @@
-"""Columns: what a batch can hold, each declared once, and the blocks in which a column's data is kept.
+"""Columns of batches, each declared once, and the blocks that store a column's data.
 
-A block is the part of one column that one process made: numpy arrays (so that Ray moves them through shared
-memory without a copy) or a list of Python values. Leaves out where blocks live (hybridflow/store.py) and
-which rows are meant (hybridflow/batch.py).
+A block is the part of a column that a process wrote: numpy arrays (so that Ray moves them through shared
+memory without a copy) or a list of Python values. Where blocks are stored is in hybridflow/store.py, the
+choice of rows in hybridflow/batch.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ COLUMNS: dict[str, Column] = {}
 
 
 def declare(name: str, dims: str, dtype: str, doc: str) -> Column:
-    """Declares a column, once; the second, different declaration of a name is an error."""
+    """Declares a column; a second, different declaration of its name is a ValueError."""
     column = Column(name, dims, dtype, doc)
     if dims.split()[:1] != ["batch"]:
         raise ValueError(f"column {name!r}: dims {dims!r} must begin with 'batch'")
@@ -106,7 +107,7 @@ class Ragged:
 
 
 Value = Tensor | Ragged | list[Any]
-"""What reading a column gives: dense, ragged, or plain Python values."""
+"""The value of a column that is read: dense, ragged, or plain Python values."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,7 +180,7 @@ class Block:
             return blocks[0]
         first = blocks[0]
         if first.dtype == "object":
-            return Block([value for block in blocks for value in block.data], "object")
+            return Block(list(chain.from_iterable(block.data for block in blocks)), "object")
         data = np.concatenate([block.data for block in blocks])
         if first.offsets is None:
             return Block(data, first.dtype)
@@ -188,17 +189,15 @@ class Block:
 
 
 def _to_numpy(name: str, column: Column, tensor: Tensor) -> np.ndarray:
-    wanted: torch.dtype = getattr(torch, column.dtype)
-    if tensor.dtype != wanted and (tensor.is_floating_point() != wanted.is_floating_point):
+    dtype: torch.dtype = getattr(torch, column.dtype)
+    if tensor.dtype != dtype and (tensor.is_floating_point() != dtype.is_floating_point):
         raise ValueError(
             f"column {name!r} is declared {column.dtype}, but {tensor.dtype} was given; convert it"
         )
-    tensor = tensor.detach().to(device="cpu", dtype=wanted)
-    return (
-        tensor.contiguous().view(torch.int16).numpy()
-        if wanted is torch.bfloat16
-        else tensor.contiguous().numpy()
-    )
+    tensor = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+    if dtype is torch.bfloat16:
+        tensor = tensor.view(torch.int16)  # numpy has no bfloat16
+    return tensor.numpy()
 
 
 def _to_tensor(array: np.ndarray, dtype: str) -> Tensor:

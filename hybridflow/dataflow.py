@@ -1,7 +1,7 @@
-"""Dataflow: the graph of one algorithm step, as plain data.
+"""Dataflow: the graph of an algorithm's step, as plain data.
 
-Made by hybridflow/tracing.py from a controller's step, checked before anything starts, drawn, and handed to
-the mapper. Knows names only: no tensors, no Ray, no models.
+hybridflow/tracing.py makes it from a controller's step. It is checked before anything starts, drawn, and
+given to the mapper. It holds names only: no tensors and no models.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import StrEnum
 
 
 class CallKind(StrEnum):
-    """How a call spends its time; the mapper's simulators are chosen by it (docs/paper.md section 4)."""
+    """The kind of work of a call; the mapper chooses a simulator by it (docs/paper.md section 4)."""
 
     generation = "generation"
     inference = "inference"
@@ -36,7 +36,7 @@ class Call:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     depends_on: tuple[str, ...] = ()
-    """Names of the calls that wrote what it reads, and of earlier calls whose weights it needs."""
+    """Names of the calls that wrote the columns it reads, and of earlier calls whose weights it needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""The errors that cross a process boundary: each says which role, rank and method, and carries the remote
+"""The errors that cross a process boundary: each names role, rank and method and carries the remote
 traceback."""
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ class Where:
     pid: int = 0
 
     def __str__(self) -> str:
-        return f"{self.role} rank {self.rank} in {self.method} (pool {self.pool}, node {self.node}, pid {self.pid})"
+        process = f"pool {self.pool}, node {self.node}, pid {self.pid}"
+        return f"{self.role} rank {self.rank} in {self.method} ({process})"
 
 
 class WorkerError(RuntimeError):
-    """A worker's method raised. `where` says who, `cause` the original message, `remote_traceback` the stack
-    over there."""
+    """A worker's method raised: `where` names it, `cause` is the original message, `remote_traceback` the
+    stack in the worker's process."""
 
     def __init__(self, where: Where, cause: str, remote_traceback: str) -> None:
         super().__init__(where, cause, remote_traceback)
@@ -37,7 +38,7 @@ class WorkerError(RuntimeError):
 
 
 class WorkerValueError(WorkerError, ValueError):
-    """The worker's error was a ValueError: the user's input, not the machinery."""
+    """A worker's method raised a ValueError, as it does for mistakes of the user."""
 
 
 class WorkerDied(RuntimeError):
@@ -45,5 +46,5 @@ class WorkerDied(RuntimeError):
 
 
 class WorkerStuck(RuntimeError):
-    """Nothing finished for the configured time; the message holds who waits for whom and every rank's
+    """No call finished for the configured time; the message says who waits for whom and has every rank's
     stack."""

@@ -1,8 +1,8 @@
 """Host: the process of one device. All roles of its pool live in it as plain objects and run one call at a
 time.
 
-It knows roles only as objects with methods. Leaves out how calls are distributed (group.py) and where the
-process runs (pool.py).
+Roles are objects with methods here. The distribution of calls is in group.py, the choice of the process' node
+in pool.py.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NO_ARGUMENTS = Arguments()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostInfo:
-    """Where a host turned out to be."""
+    """The process and node of a host."""
 
     rank: int
     pid: int
@@ -43,7 +43,7 @@ class HostInfo:
     address: str
     stack_file: str
     activity_file: str
-    """What it is doing at the moment (progress.read)."""
+    """The host's present activity (progress.read)."""
 
 
 class Host:
@@ -52,7 +52,7 @@ class Host:
     """
 
     def __init__(self, context: RankContext, node_id: str = "", roles: str = "") -> None:
-        """`roles` is for the name that Ray shows, which is made before there are any."""
+        """`roles`: names for Ray's dashboard, which shows the host before it has any role."""
         self.context = context
         self.roles = roles
         self.node_id = node_id
@@ -77,7 +77,7 @@ class Host:
             return int(probe.getsockname()[1])
 
     def join(self, master_address: str, master_port: int, timeout_s: float) -> None:
-        """Enters the pool's torch.distributed world; all hosts together."""
+        """Enters the pool's torch.distributed world. Collective over the hosts."""
         import torch
         import torch.distributed as dist
 
@@ -99,7 +99,7 @@ class Host:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
     def create(self, role: str, worker_class: type[Worker], config: Any) -> Reply:
-        """Builds the role's worker; all hosts together."""
+        """Builds the role's worker. Collective over the hosts."""
         started = time.time()
         with _named_failure(self.context, role, "__init__"):
             self.workers[role] = worker_class(config, replace(self.context, role=role))
@@ -117,7 +117,7 @@ class Host:
             worker = self.workers[role]
             declaration = remote_methods(type(worker))[method]
             local = arguments.map_batches(lambda batch: batch.local(batch.columns, self.node_id or None))
-            started = time.time()  # its inputs are there: what another pool took for them is not this call's
+            started = time.time()  # the inputs have arrived: waiting for them is not part of the call
             result = getattr(worker, method)(*local.args, **local.kwargs)
             if not declaration.writes:
                 return Reply(started=started, finished=time.time(), result=result if keep else None).packed()
@@ -144,11 +144,11 @@ def _written_blocks(result: Any, writes: Sequence[str], arguments: Arguments) ->
             f"the method declares writes={list(writes)} but returned {have}; return Batch.of with these "
             "columns"
         )
-    given = {len(batch) for batch in arguments.batches()}
-    if given and len(result) not in given:
+    num_rows = {len(batch) for batch in arguments.batches()}
+    if num_rows and len(result) not in num_rows:
         raise ValueError(
-            f"the method got {max(given)} rows and returned {len(result)}; it must return one row for each, "
-            "in order"
+            f"the method got {max(num_rows)} rows and returned {len(result)}; it must return one row for "
+            "each, in order"
         )
     return result.blocks(writes)
 
@@ -160,8 +160,8 @@ def _task_name() -> str:
 
 
 class _named_failure:
-    """The process boundary: an exception leaves with role, rank, method and traceback. One that another call
-    raised passes as it is."""
+    """The process boundary: an exception leaves with role, rank, method and traceback; an exception that
+    another call raised passes unchanged."""
 
     def __init__(self, context: RankContext, role: str, method: str) -> None:
         self.where = Where(
@@ -194,7 +194,7 @@ def _write_stacks_on_signal() -> IO[str]:
 
 
 def read_stacks(pid: int, stack_file: str, wait_s: float = 3.0) -> str:
-    """Asks a process of this node for its stacks; one that can't answer is described by its state."""
+    """The stacks of a process of this node; its state where it does not answer."""
     path = Path(stack_file)
     try:
         before = path.stat().st_size

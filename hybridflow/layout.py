@@ -1,6 +1,6 @@
 """Layout: named axes over the ranks of a pool; every rank's coordinates and every axis' groups.
 
-Knows sizes and order only. It creates no process group and no device mesh: workers build theirs from it.
+A layout has sizes and an order only. Workers build process groups and device meshes from it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ class Layout:
         """All groups of ranks that differ along `axes` only, in rank order."""
         others = [(name, size) for name, size in self.axes if name not in axes]
         inner = [(name, size) for name, size in self.axes if name in axes]
-        return [tuple(self.rank(**outer, **point) for point in _points(inner)) for outer in _points(others)]
+        groups = []
+        for outer in _points(others):
+            groups.append(tuple(self.rank(**outer, **point) for point in _points(inner)))
+        return groups
 
     def group(self, rank: int, *axes: str) -> tuple[int, ...]:
         """The group of `groups(*axes)` that holds `rank`."""

@@ -3,7 +3,7 @@ collected.
 
 The paper's six (docs/paper.md section 2) and a user's own pair:
 Protocol(name="mine", distribute=f, collect=g).
-Nothing is padded and no divisibility is asked for: a split gives every data coordinate some rows, possibly
+Nothing is padded and no size needs to divide another: a split gives every data coordinate some rows, possibly
 none.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -37,15 +39,18 @@ class Arguments:
         def convert(value: Any) -> Any:
             return change(value) if isinstance(value, Batch) else value
 
+        return self.map(convert)
+
+    def map(self, change: Callable[[Any], Any]) -> Arguments:
+        """The same arguments with `change` applied to every value."""
         return Arguments(
-            tuple(convert(value) for value in self.args),
-            {name: convert(value) for name, value in self.kwargs.items()},
+            tuple(map(change, self.args)), {name: change(value) for name, value in self.kwargs.items()}
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """One rank's arguments each, and for split calls the rows of the input that each rank got."""
+    """The arguments of every rank, and for split calls the rows of the input that each rank got."""
 
     arguments: Sequence[Arguments]
     rows: Sequence[np.ndarray] | None = None
@@ -53,7 +58,7 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How rows are cut: columns that a method names with @remote(balance=..., within=..., together=...)."""
+    """How rows are split: columns that a method names with @remote(balance=..., within=..., together=...)."""
 
     balance: str | None = None
     """Column of costs (tokens of a row): parts get about the same sum (Karmarkar-Karp), not the same number
@@ -102,22 +107,14 @@ def _same_to_all(layout: Layout, arguments: Arguments, split: Split) -> Distribu
 
 
 def _one_each(layout: Layout, arguments: Arguments, split: Split) -> Distribution:
-    """Every argument is a list with one element per rank."""
+    """Distributes arguments that are lists with an element per rank."""
     for name, value in [*enumerate(arguments.args), *arguments.kwargs.items()]:
         if len(value) != layout.size:
             raise ValueError(
                 f"ALL_TO_ALL: argument {name} has {len(value)} elements; give one for each of {layout.size} "
                 "ranks"
             )
-    return Distribution(
-        [
-            Arguments(
-                tuple(value[rank] for value in arguments.args),
-                {name: value[rank] for name, value in arguments.kwargs.items()},
-            )
-            for rank in range(layout.size)
-        ]
-    )
+    return Distribution([arguments.map(itemgetter(rank)) for rank in range(layout.size)])
 
 
 def _split_over(groups: Callable[[Layout], list[tuple[int, ...]]]) -> Distribute:
@@ -130,26 +127,28 @@ def _split_over(groups: Callable[[Layout], list[tuple[int, ...]]]) -> Distribute
             )
         members = groups(layout)
         parts = cut_rows(batches[0], len(members), split)
-        of_rank: dict[int, tuple[Arguments, np.ndarray]] = {}
+        arguments_of_rank: dict[int, Arguments] = {}
+        rows_of_rank: dict[int, np.ndarray] = {}
         for ranks, rows in zip(members, parts, strict=True):
             shared = arguments.map_batches(lambda batch, rows=rows: batch.rows(rows))  # type: ignore[misc]
-            of_rank |= dict.fromkeys(ranks, (shared, rows))
-        ordered = [of_rank[rank] for rank in range(layout.size)]
-        return Distribution([one for one, _ in ordered], [rows for _, rows in ordered])
+            arguments_of_rank |= dict.fromkeys(ranks, shared)
+            rows_of_rank |= dict.fromkeys(ranks, rows)
+        order = range(layout.size)
+        return Distribution(
+            [arguments_of_rank[rank] for rank in order], [rows_of_rank[rank] for rank in order]
+        )
 
     return distribute
 
 
 def cut_rows(batch: Batch, num_parts: int, split: Split) -> list[np.ndarray]:
-    """The rows of each part, ascending; every row in exactly one."""
+    """The rows of each part, ascending; every row is in exactly one part."""
     if num_parts == 1:
         return [np.arange(len(batch))]
     costs = np.asarray(batch[split.balance]) if split.balance in batch.columns else None
-    labels = (
-        np.asarray(batch[split.within])
-        if split.within in batch.columns
-        else np.zeros(len(batch), dtype=np.int64)
-    )
+    labels = np.zeros(len(batch), dtype=np.int64)
+    if split.within in batch.columns:
+        labels = np.asarray(batch[split.within])
     if split.together not in batch.columns:
         return _cut_units(labels, costs, num_parts)
     _, first, unit = np.unique(np.asarray(batch[split.together]), return_index=True, return_inverse=True)
@@ -158,25 +157,25 @@ def cut_rows(batch: Batch, num_parts: int, split: Split) -> list[np.ndarray]:
             f"rows with one {split.together} must have one {split.within}; label all rows of a "
             f"{split.together} alike"
         )
-    costs = None if costs is None else np.bincount(unit, weights=costs, minlength=len(first)).astype(np.int64)
+    if costs is not None:
+        costs = np.bincount(unit, weights=costs, minlength=len(first)).astype(np.int64)
     return [np.flatnonzero(np.isin(unit, units)) for units in _cut_units(labels[first], costs, num_parts)]
 
 
 def _cut_units(labels: np.ndarray, costs: np.ndarray | None, num_parts: int) -> list[np.ndarray]:
-    """What is cut are units: rows, or rows that stay together."""
-    parts: list[list[np.ndarray]] = [[] for _ in range(num_parts)]
+    """The units of each part, ascending; a unit is a row, or rows that stay together."""
+    parts: list[list[np.ndarray]] = [[np.empty(0, dtype=np.int64)] for _ in range(num_parts)]
     for turn, label in enumerate(np.unique(labels)):
         units = np.flatnonzero(labels == label)
-        cut = (
-            np.array_split(units, num_parts)
-            if costs is None
-            else [units[part] for part in balance(costs[units], num_parts)]
-        )
-        for part, some in enumerate(cut):
+        if costs is None:
+            cut = np.array_split(units, num_parts)
+        else:
+            cut = [units[part] for part in balance(costs[units], num_parts)]
+        for part, units_of_part in enumerate(cut):
             # Turning the assignment keeps the parts that are one unit longer from piling up on the first
             # ranks.
-            parts[(part + turn) % num_parts].append(some)
-    return [np.sort(np.concatenate(some)) if some else np.empty(0, dtype=np.int64) for some in parts]
+            parts[(part + turn) % num_parts].append(units_of_part)
+    return [np.sort(np.concatenate(units_of_part)) for units_of_part in parts]
 
 
 def _every_rank(layout: Layout) -> list[tuple[int, ...]]:
@@ -184,23 +183,20 @@ def _every_rank(layout: Layout) -> list[tuple[int, ...]]:
 
 
 def _last_stage(layout: Layout) -> list[int]:
-    """p = last, t = 0 of every data coordinate."""
+    """The rank with p = last, t = 0 of every data coordinate."""
     last = layout.axis_size("pp") - 1
     return [rank for rank in range(layout.size) if _matches(layout, rank, pp=last, cp=0, tp=0)]
 
 
 def _first_of_stage(layout: Layout) -> list[int]:
-    """t = 0, d = 0 of every pipeline stage."""
-    return [
-        rank
-        for rank in range(layout.size)
-        if all(at == 0 for axis, at in layout.coordinates(rank).items() if axis != "pp")
-    ]
+    """The rank with t = 0, d = 0 of every pipeline stage."""
+    zeros = {name: 0 for name in layout.names if name != "pp"}
+    return [rank for rank in range(layout.size) if _matches(layout, rank, **zeros)]
 
 
-def _matches(layout: Layout, rank: int, **wanted: int) -> bool:
+def _matches(layout: Layout, rank: int, **coordinates: int) -> bool:
     here = layout.coordinates(rank)
-    return all(here.get(axis, 0) == coordinate for axis, coordinate in wanted.items())
+    return all(here.get(axis, 0) == coordinate for axis, coordinate in coordinates.items())
 
 
 def _as_list(layout: Layout, results: Sequence[Any]) -> Any:
@@ -208,12 +204,12 @@ def _as_list(layout: Layout, results: Sequence[Any]) -> Any:
 
 
 def _concatenated(layout: Layout, results: Sequence[Any]) -> Any:
-    """Batches and lists are laid end to end; of anything else, which every rank reports alike (metrics), the
-    first stands for all."""
+    """Batches and lists are concatenated; of other results, which are equal on all ranks (metrics), the first
+    is taken."""
     if isinstance(results[0], Batch):
         return Batch.concat(results)
     if isinstance(results[0], list):
-        return [value for result in results for value in result]
+        return list(chain.from_iterable(results))
     return results[0]
 
 

@@ -1,10 +1,9 @@
-"""A process group over the hosts of two pools: what one pool sends to the other goes from host to host, past
-the controller.
+"""A process group over the hosts of two pools: data goes from host to host without passing the controller.
 
 Each pool has a torch.distributed world of its own. The spanning group is registered in neither: it is passed
-to the functions of torch.distributed that take a group and knows its own ranks (group.rank(), group.size()).
-Leaves out who meets whom and when: the controller hands round the meeting point, and calls that use the group
-are started on both sides before either is waited for.
+to the functions of torch.distributed that take a group, and has ranks of its own (group.rank(),
+group.size()). The controller tells both pools the address of the meeting point, and starts calls that use the
+group on both sides before it waits for either.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import torch.distributed as dist
 
 LOOPBACK = "127.0.0.1"
 JOIN_TIMEOUT_S = 300.0
-"""How long a rank waits for the others to come; the controller notices a dead one much sooner."""
+"""How long a rank waits for the others to join; the controller notices a dead rank much sooner."""
 
 
 class MeetingPoint:
-    """The listening end that all ranks of a spanning group find each other at; kept by one of them as long as
-    the group lives.
+    """The listening socket at which the ranks of a spanning group find each other; a rank keeps it as long as
+    the group exists.
 
     point = MeetingPoint("10.0.0.7", size=6)
     group = join(point.address, rank=0, size=6, host="10.0.0.7", device="cpu", timeout_s=600.0, point=point)
@@ -52,11 +51,10 @@ def join(
     """
     timeout, joining = timedelta(seconds=timeout_s), timedelta(seconds=JOIN_TIMEOUT_S)
     name, _, port = address.rpartition(":")
-    store = (
-        point.store
-        if point is not None
-        else dist.TCPStore(name, int(port), size, is_master=False, timeout=joining)
-    )
+    if point is not None:
+        store = point.store
+    else:
+        store = dist.TCPStore(name, int(port), size, is_master=False, timeout=joining)
     kinds = dist.ProcessGroup.BackendType
     group = dist.ProcessGroup(store, rank, size)
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]

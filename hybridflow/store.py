@@ -1,6 +1,6 @@
-"""Where blocks live: in this process (Held) or in Ray's object store (an ObjectRef), behind one fetch.
+"""Storage of blocks: in this process (Held) or in Ray's object store (an ObjectRef), both read by fetch.
 
-fetch() is the only place that waits for data. On the controller the wait also watches every pending call
+fetch() is the only function that waits for data. On the controller the wait also watches every pending call
 (hybridflow/waiting.py), so that a dead or stuck producer ends in an error and never in silence.
 """
 
@@ -16,7 +16,7 @@ from hybridflow.columns import Block
 
 
 class Held:
-    """A block in this process' memory; `stored` is its reference once it was put into Ray's store."""
+    """A block in this process' memory; `stored` is its reference once it is in Ray's store."""
 
     __slots__ = ("block", "stored")
 
@@ -26,8 +26,7 @@ class Held:
 
 
 class Abstract(Held):
-    """Stands for a block that does not exist (an algorithm that is traced): it knows which call would write
-    it."""
+    """Stands for a block while an algorithm is traced: it names the call that would write it."""
 
     __slots__ = ("writer",)
 
@@ -50,31 +49,34 @@ def fetch(refs: Sequence[Ref]) -> list[Block]:
     """The blocks behind the references, waiting until they exist."""
     remote = [ref for ref in refs if not isinstance(ref, Held)]
     arrived = iter(waiting.get(remote) if remote else ())
-    return [ref.block if isinstance(ref, Held) else next(arrived) for ref in refs]
+    blocks = []
+    for ref in refs:
+        blocks.append(ref.block if isinstance(ref, Held) else next(arrived))
+    return blocks
 
 
 def fetch_rows(requests: Sequence[tuple[Ref, np.ndarray, str | None]], here: str | None) -> list[Block]:
-    """For each (reference, rows, node) the rows of that block.
+    """The rows of the block of each (reference, rows, node).
 
-    A block of this node is mapped, not copied. Of a block on another node only the rows travel: a task there
-    cuts them out.
+    A block of this node is mapped, not copied. From another node only the rows travel: a task there cuts them
+    out.
     """
-    far: dict[tuple[str, bytes], list[int]] = {}
+    remote: dict[tuple[str, bytes], list[int]] = {}
     for position, (ref, rows, node) in enumerate(requests):
         if not isinstance(ref, Held) and here is not None and node is not None and node != here:
-            far.setdefault((node, rows.tobytes()), []).append(position)
-    wanted: list[Ref] = [ref for ref, _, _ in requests]
+            remote.setdefault((node, rows.tobytes()), []).append(position)
+    refs: list[Ref] = [ref for ref, _, _ in requests]
     cut: set[int] = set()
-    for (node, _), positions in far.items():
-        refs = [wanted[position] for position in positions]
-        for position, ref in zip(positions, _cut_at(node, refs, requests[positions[0]][1]), strict=True):
-            wanted[position] = ref
+    for (node, _), positions in remote.items():
+        uncut = [refs[position] for position in positions]
+        for position, ref in zip(positions, _cut_at(node, uncut, requests[positions[0]][1]), strict=True):
+            refs[position] = ref
             cut.add(position)
-    blocks = fetch(wanted)
-    return [
-        block if position in cut else block.rows(requests[position][1])
-        for position, block in enumerate(blocks)
-    ]
+    blocks = fetch(refs)
+    for position, block in enumerate(blocks):
+        if position not in cut:
+            blocks[position] = block.rows(requests[position][1])
+    return blocks
 
 
 def _cut_at(node: str, refs: list[Ref], rows: np.ndarray) -> list[Ref]:
@@ -99,7 +101,7 @@ def _cut(refs: list[Ref], rows: np.ndarray) -> Any:
 
 
 def put(held: Held) -> Ref:
-    """The reference of a block in Ray's store; a block is put once, however often it is sent."""
+    """The reference of a block in Ray's store; a block is put there once, however often it is sent."""
     if held.stored is None:
         import ray
 

@@ -1,9 +1,9 @@
 """Tracing: an algorithm's step, run on abstract batches, gives the dataflow graph.
 
-The same step code runs; only the roles are stand-ins that record. A column that nobody writes, one that is
-written twice and a reader before its writer are reported here, before any process starts. Leaves out
-data-dependent control flow: a step that looks at numbers to decide what to call next puts that decision into
-a function marked @on_controller.
+The same step code runs; only the roles are stand-ins that record. A column that no call writes, one that is
+written twice and a reader before its writer are reported here, before any process starts. Control flow that
+depends on data cannot be traced: a step that looks at numbers to decide what to call next puts that decision
+into a function marked @on_controller.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any, ParamSpec, cast, get_type_hints
+from typing import Any, ParamSpec, get_type_hints
 
 import numpy as np
 
@@ -48,7 +48,9 @@ class Recorder:
     ) -> str:
         seen = sum(call.role == role and call.method == method for call in self.calls)
         name = f"{role}.{method}" + (f"#{seen + 1}" if seen else "")
-        writers = dict.fromkeys(writer for batch in batches for writer in _writers(batch, reads))
+        writers: dict[str, None] = {}
+        for batch in batches:
+            writers |= dict.fromkeys(_writers(batch, reads))
         if role in self.last_training:
             writers[self.last_training[role]] = None
         self.calls.append(
@@ -95,7 +97,7 @@ class Traced:
 
     def _record(self, name: str, declaration: Remote, batches: Sequence[Batch]) -> Any:
         _check_reads(f"{self._role}.{name}", declaration.reads, batches)
-        present = [column for column in declaration.optional if any(column in batch for batch in batches)]
+        present = _present(declaration.optional, batches)
         reads = (*declaration.reads, *present)
         call = self._recorder.record(self._role, name, declaration.kind, reads, declaration.writes, batches)
         if declaration.writes:
@@ -134,7 +136,7 @@ def on_controller(
             _check_reads(function.__name__, reads, batches)
             if recorder is None:
                 return function(*args, **kwargs)
-            present = [column for column in optional if any(column in batch for batch in batches)]
+            present = _present(optional, batches)
             name = recorder.record(
                 "controller", function.__name__, CallKind.controller, [*reads, *present], writes, batches
             )
@@ -173,14 +175,21 @@ def abstract_batch(names: Sequence[str], writer: str) -> Batch:
 
 
 def _writers(batch: Batch, names: Sequence[str]) -> list[str]:
-    entries = [batch._entries[name] for name in names if name in batch]
-    writers = [
-        cast(Abstract, piece.ref).writer
-        for entry in entries
-        for piece in entry.pieces
-        if isinstance(piece.ref, Abstract)
-    ]
-    return [writer for writer in dict.fromkeys(writers) if writer != "prompts"]
+    """The calls that wrote these columns, in the order of the columns."""
+    writers: dict[str, None] = {}
+    for name in names:
+        pieces = batch._entries[name].pieces if name in batch else ()
+        for piece in pieces:
+            if isinstance(piece.ref, Abstract) and piece.ref.writer != "prompts":
+                writers[piece.ref.writer] = None
+    return list(writers)
+
+
+def _present(names: Sequence[str], batches: Sequence[Batch]) -> list[str]:
+    """The columns that some batch has."""
+    columns: set[str] = set()
+    columns.update(*(batch.columns for batch in batches))
+    return [name for name in names if name in columns]
 
 
 def _check_reads(reader: str, reads: Sequence[str], batches: Sequence[Batch]) -> None:
@@ -206,11 +215,8 @@ def to_mermaid(dataflow: Dataflow) -> str:
     lines = ["flowchart LR", f'  prompts[/"prompts: {", ".join(dataflow.inputs)}"/]']
     for call in dataflow.calls:
         lines.append(f"  {ids[call.name]}{shapes[call.kind].format(call.name)}")
-        sources = {
-            name: [column for column in dataflow.call(name).writes if column in call.reads]
-            for name in call.depends_on
-        }
-        for source, columns in sources.items():
+        for source in call.depends_on:
+            columns = [column for column in dataflow.call(source).writes if column in call.reads]
             label = f"|{', '.join(columns)}|" if columns else "|weights|"
             lines.append(f"  {ids[source]} -->{label} {ids[call.name]}")
         from_prompts = [column for column in call.reads if column in dataflow.inputs]

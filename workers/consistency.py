@@ -1,9 +1,9 @@
-"""What must hold of the first optimizer step of an update on fresh samples, checked in every run.
+"""Consistency: checks in every run the first optimizer step of an update on fresh samples.
 
-The policy that is trained is still the one that sampled: the ratio of every token is 1 and the approximate KL
-0, and the trainer's log-probs are those of the generation engine, all up to rounding. Where they are not, the
-step optimises something else than it says: other weights, another temperature, a shifted column, a layout
-that changes the result. Left out: later steps, stale rows, and why the two sides differ.
+The policy that is trained is then still the policy that sampled: the ratio of every token is 1, the
+approximate KL is 0, and the trainer's log-probs are those of the generation engine, all up to rounding. Where
+they are not, the step does not optimise the loss that it claims to: other weights, another temperature, a
+shifted column, a layout that changes the result. Later steps and stale rows are not checked.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def tolerance_of(config: ActorConfig) -> float:
 
 
 def check_first_step(metrics: Mapping[str, float], config: ActorConfig, *, reports: bool) -> dict[str, float]:
-    """The metric consistency_violations; a RuntimeError or a warning (on the rank that `reports`) names what
-    is wrong.
+    """The metric consistency_violations, after a RuntimeError or a warning (on the rank that `reports`) that
+    names the violations.
 
-    `metrics` are those of the step, of policy_loss: the same on every rank, so that all ranks raise together.
+    `metrics` are policy_loss's for the step: the same on every rank, so that all ranks raise together.
     """
     if config.consistency is Consistency.off:
         return {}
@@ -59,25 +59,22 @@ def check_first_step(metrics: Mapping[str, float], config: ActorConfig, *, repor
 
 
 def find_violations(metrics: Mapping[str, float], tolerance: float, *, exact: bool) -> list[str]:
-    """In words; of what the metrics hold. A maximum over no tokens (infinite) says nothing."""
+    """A line per measure that exceeds the tolerance, of those that the metrics hold.
+
+    A maximum over no tokens is infinite and is not counted.
+    """
     measured: dict[str, float] = {}
+    kl = abs(metrics.get("approx_kl_k1", 0.0))
     if exact:
-        ratios = [
-            metrics[name]
-            for name in ("ratio_max", "ratio_min")
-            if name in metrics and isfinite(metrics[name])
-        ]
-        measured["largest |ratio - 1|"] = max((abs(ratio - 1) for ratio in ratios), default=0.0)
-        measured["|approximate KL|"] = abs(metrics.get("approx_kl_k1", 0.0))
-        gap = metrics.get("log_prob_gap_max", 0.0)
-        measured["largest gap to the generation engine's log-probs"] = gap if gap != -float("inf") else 0.0
+        ratios = [metrics.get("ratio_max", 1.0), metrics.get("ratio_min", 1.0)]
+        measured["largest |ratio - 1|"] = max((abs(r - 1) for r in ratios if isfinite(r)), default=0.0)
+        measured["|approximate KL|"] = kl
+        # The gap's maximum over no tokens is -infinity.
+        measured["largest gap to the generation engine's log-probs"] = metrics.get("log_prob_gap_max", 0.0)
     else:
-        measured["|mean ratio - 1|"] = (
-            abs(metrics.get("ratio_mean", 1.0) - 1)
-            if isfinite(metrics.get("ratio_max", -float("inf")))
-            else 0.0
-        )
-        measured["|approximate KL|"] = abs(metrics.get("approx_kl_k1", 0.0))
+        if isfinite(metrics.get("ratio_max", -float("inf"))):
+            measured["|mean ratio - 1|"] = abs(metrics.get("ratio_mean", 1.0) - 1)
+        measured["|approximate KL|"] = kl
         measured["mean gap to the generation engine's log-probs"] = metrics.get("log_prob_gap_mean", 0.0)
     return [
         f"{name} is {value:.3g}, over {tolerance:.3g}"

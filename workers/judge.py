@@ -1,9 +1,8 @@
-"""A language model as the reward: it reads question and answer in a prompt of its own and says whether the
+"""A language model as the reward: a judge that reads question and answer in a prompt and says whether the
 answer is good.
 
-JudgeWorker takes the probability that it would say yes, by one forward pass; VerdictWorker lets it write and
-reads the verdict out of the text. Both are Rewards: an algorithm that takes one takes the other, and a
-function too.
+JudgeWorker takes the probability that the judge would say yes, by a forward pass; VerdictWorker lets it write
+and reads the verdict from the text. Both are Rewards, so an algorithm can use either, or a function.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -63,9 +63,9 @@ class Questions:
         """The template filled in, as a user's message where the judge's tokenizer has a chat template."""
         missing = [name for name in self.config.template_fields if row.get(name) is None]
         if missing:
-            given = ", ".join(sorted(name for name, value in row.items() if value is not None))
+            present = ", ".join(sorted(name for name, value in row.items() if value is not None))
             raise ValueError(
-                f"judge.template asks for {missing}, which the data has not, or has as null; it has {given}"
+                f"judge.template asks for {missing}, which the data has not, or has as null; it has {present}"
             )
         text = self.config.template.format(**row)
         if self.tokenizer.chat_template is None:
@@ -76,11 +76,11 @@ class Questions:
 
 
 def judge_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    found = AutoTokenizer.from_pretrained(
+    tokenizer = AutoTokenizer.from_pretrained(
         model.tokenizer or model.path, trust_remote_code=model.trust_remote_code
     )
-    assert isinstance(found, PreTrainedTokenizerBase)
-    return found
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
 
 
 class JudgeWorker(ModelWorker, Reward):
@@ -104,7 +104,7 @@ class JudgeWorker(ModelWorker, Reward):
         return {"train": training_layout(config.train, world_size, "judge")}
 
     def compute_reward(self, batch: Batch) -> Batch:
-        rows = [(question, word) for question in self.questions(batch) for word in self.words]
+        rows = list(product(self.questions(batch), self.words))
         longest = max((len(question) + len(word) for question, word in rows), default=0)
         if longest > self.limit:
             raise ValueError(
@@ -117,11 +117,9 @@ class JudgeWorker(ModelWorker, Reward):
         if outputs is None or outputs.log_probs is None:
             return Batch.of(rewards=torch.empty(0), reward_metrics=[])
         lengths = [len(word) for _, word in rows]
-        log_probs = (
-            torch.stack([part.sum() for part in outputs.log_probs.cpu().split(lengths)])
-            if rows
-            else torch.empty(0)
-        )
+        log_probs = torch.zeros(len(rows))
+        for row, part in enumerate(outputs.log_probs.cpu().split(lengths)):
+            log_probs[row] = part.sum()
         yes, no = log_probs.view(-1, 2).unbind(1)
         known = (yes.exp() + no.exp()).tolist()
         return Batch.of(
@@ -131,12 +129,14 @@ class JudgeWorker(ModelWorker, Reward):
 
 
 def _answered(rows: Sequence[tuple[list[int], list[int]]]) -> Sequences:
-    lengths = torch.tensor([len(question) + len(word) for question, word in rows], dtype=torch.int64)
+    """The sequences question + word, the word scored."""
+    tokens: list[int] = []
+    for question, word in rows:
+        tokens += question + word
+    lengths = [len(question) + len(word) for question, word in rows]
     return Sequences(
-        token_ids=torch.tensor(
-            [token for question, word in rows for token in (*question, *word)], dtype=torch.int64
-        ),
-        lengths=lengths,
+        token_ids=torch.tensor(tokens, dtype=torch.int64),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
         scored_lengths=torch.tensor([len(word) for _, word in rows], dtype=torch.int64),
     )
 
@@ -164,10 +164,10 @@ class VerdictWorker(Reward):
 
     def compute_reward(self, batch: Batch) -> Batch:
         questions = [np.asarray(question, dtype=np.int64) for question in self.questions(batch)]
-        made = self.generator.generate(
+        answers = self.generator.generate(
             questions, _seeds(questions, self.config.seed), self.config.generation.sampling
         )
-        written = np.split(made.response_ids, np.cumsum(made.lengths)[:-1]) if questions else []
+        written = np.split(answers.response_ids, np.cumsum(answers.lengths)[:-1]) if questions else []
         texts = self.questions.tokenizer.batch_decode(
             [part.tolist() for part in written], skip_special_tokens=True
         )
@@ -186,7 +186,7 @@ class VerdictWorker(Reward):
             rewards=torch.tensor([reward for reward, _ in verdicts], dtype=torch.float32),
             reward_metrics=[
                 {"unreadable": float(not readable), "cut_short": float(reason == "length")}
-                for (_, readable), reason in zip(verdicts, made.finish_reasons, strict=True)
+                for (_, readable), reason in zip(verdicts, answers.finish_reasons, strict=True)
             ],
         )
 
@@ -207,9 +207,9 @@ def read_verdict(text: str, config: JudgeConfig) -> tuple[float, bool]:
     """(reward, whether the text has a verdict): 1 for the judge's yes, 0 for its no, whichever stands last; a
     number where the pattern finds one."""
     yes, no = config.yes.strip().lower(), config.no.strip().lower()
-    found = re.findall(config.pattern or rf"(?i)(?<!\w)(?:{re.escape(yes)}|{re.escape(no)})(?!\w)", text)
-    if found:
-        word = found[-1].strip().lower()
+    matches = re.findall(config.pattern or rf"(?i)(?<!\w)(?:{re.escape(yes)}|{re.escape(no)})(?!\w)", text)
+    if matches:
+        word = matches[-1].strip().lower()
         if word in (yes, no):
             return float(word == yes), True
         try:
@@ -228,5 +228,5 @@ def read_verdict(text: str, config: JudgeConfig) -> tuple[float, bool]:
 
 
 def judge_worker(config: JudgeConfig) -> type[Reward]:
-    """Which of the two the settings ask for."""
+    """The worker for judge.verdict."""
     return {VerdictKind.probability: JudgeWorker, VerdictKind.written: VerdictWorker}[config.verdict]

@@ -14,7 +14,7 @@ from workers.losses.config import PolicyLossConfig, ValueLossConfig
 
 
 class Consistency(StrEnum):
-    """What happens where the first step on fresh samples shows that trainer and sampler disagree."""
+    """The reaction where the first step on fresh samples shows that trainer and sampler disagree."""
 
     off = "off"
     warn = "warn"
@@ -45,8 +45,8 @@ class ActorConfig:
     log-probs are those of the generation engine. Where they are not: warn, stop with an error, or do not
     look."""
     consistency_tolerance: float = -1.0
-    """What counts as rounding there: of any token where both engines compute in fp32, of the mean over tokens
-    otherwise.
+    """The largest difference that counts as rounding: of any token where both engines compute in fp32, of
+    the mean over tokens otherwise.
     -1: 1e-4 in fp32, 0.05 where either side computes in bf16."""
     seed: int = 0
     """Decides sampling (a response is a function of seed, prompt's uid, number of the sample and weights),
@@ -104,7 +104,7 @@ class ReferenceConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Engine, layout and micro-batch size of the forward pass; its optimizer is not used."""
     temperature: float = 1.0
-    """Of the log-probs: the actor's sampling temperature."""
+    """Temperature of the log-probs: the actor's sampling temperature."""
 
 
 @dataclass(kw_only=True)
@@ -152,7 +152,7 @@ class JudgeConfig:
     """The judge's prompt; {prompt}, {response} and every column of the data may stand in it. It becomes the
     message of a user where the judge's tokenizer has a chat template."""
     yes: str = "yes"
-    """What the judge says of a good answer, as it would write it after the prompt."""
+    """The judge's word for a good answer, as it would write it after the prompt."""
     no: str = "no"
     pattern: str = ""
     """written: regular expression of the verdict (yes, no or a number; the last match counts, its group where

@@ -22,31 +22,31 @@ TO_ALL_GENERATORS = replace(ONE_TO_ALL, name="TO_ALL_GENERATORS", layout="genera
 
 
 class TrainedRole(Worker):
-    """What every role with weights offers to the loop."""
+    """A role that is trained: its checkpoints and weights, for the loop."""
 
     @remote(ONE_TO_ALL)
     @abstractmethod
     def save_checkpoint(self, directory: str) -> None:
-        """Everything that training goes on from."""
+        """Writes everything that training goes on from."""
 
     @remote(ONE_TO_ALL)
     @abstractmethod
     def load_checkpoint(self, directory: str) -> None:
-        """Go on from what save_checkpoint wrote, on this layout or another."""
+        """Reads what save_checkpoint wrote, on this layout or another."""
 
     @remote(ONE_TO_ALL)
     @abstractmethod
     def save_pretrained(self, directory: str) -> None:
-        """Weights as a Hugging Face directory."""
+        """Writes weights and tokenizer as a Hugging Face directory."""
 
     @remote(ONE_TO_ALL)
     @abstractmethod
     def peak_memory_bytes(self) -> int:
-        """Most memory that each rank's process held so far."""
+        """The peak memory of each rank's process so far."""
 
 
 class Policy(TrainedRole):
-    """A language model that learns from rows that are there."""
+    """A language model that is trained on given rows: demonstrations, pairs, a teacher's log-probs."""
 
     @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("log_probs",), balance="num_tokens")
     @abstractmethod
@@ -93,7 +93,7 @@ class Policy(TrainedRole):
 
 
 class TrainingActor(Policy):
-    """The half of the actor that trains."""
+    """The half of the actor that trains: a policy with the policy-gradient update."""
 
     @remote(
         THREE_D,
@@ -117,7 +117,7 @@ class TrainingActor(Policy):
 
 
 class Generator(Worker):
-    """The half of the actor that generates."""
+    """A language model that generates: the other half of the actor, or a model that is evaluated."""
 
     @remote(
         THREE_D_ALL_MICRO_DP,
@@ -138,7 +138,7 @@ class Generator(Worker):
 
 
 class Actor(TrainingActor, Generator):
-    """The policy: one model that generates and is trained. One worker has both halves, or each has a pool
+    """A policy that also generates. A worker has both halves, or each half has a pool of its own
     (workers/split_actor.py)."""
 
 
@@ -198,7 +198,7 @@ class Critic(TrainedRole):
 
 
 class Reference(Worker):
-    """The frozen policy."""
+    """The frozen policy that the KL divergence is taken to."""
 
     @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("ref_log_probs",), balance="num_tokens")
     @abstractmethod
@@ -239,12 +239,12 @@ class PreferenceModel(TrainedRole):
     )
     @abstractmethod
     def update_costs(self, batch: Batch) -> Metrics:
-        """The same on costs (the chosen row is the more harmful one), and their sign tells unsafe from
-        safe."""
+        """Bradley-Terry on costs, where the chosen row is the more harmful of a pair; a cost's sign tells
+        unsafe from safe."""
 
 
 class Reward(Worker):
-    """What the policy is trained for: a Python function or a model."""
+    """The reward that the policy is trained to increase: a Python function or a model."""
 
     @remote(
         THREE_D,
@@ -259,8 +259,8 @@ class Reward(Worker):
 
 
 class Cost(Worker):
-    """What the policy must not exceed (Safe-RLHF): a Python function or a model, harmful above 0 if it was
-    trained as one."""
+    """The cost that the policy must keep under a limit (Safe-RLHF): a Python function, or a cost model, for
+    which a response is harmful above 0."""
 
     @remote(
         THREE_D,

@@ -1,4 +1,5 @@
-"""Sequences: what a training engine computes on, token sequences without padding and the numbers beside them.
+"""Sequences: the input of a training engine, token sequences without padding and the columns that go with
+them.
 
 One row is prompt + response. The *scored* tokens of a row are its last `scored_lengths[i]` tokens (the
 response in RLHF, everything but the first token in language modelling). Everything per token is flat: the
@@ -79,7 +80,7 @@ class Sequences:
 def ragged_positions(lengths: Tensor, index: Tensor) -> Tensor:
     """Flat positions of the rows `index` of a ragged column with `lengths`: int64 [sum(lengths[index])]."""
     starts = torch.cumsum(lengths, 0) - lengths
-    taken = lengths[index]
-    ends = torch.cumsum(taken, 0)
-    offset = torch.repeat_interleave(starts[index] - (ends - taken), taken)
-    return torch.arange(int(taken.sum()), dtype=torch.int64, device=lengths.device) + offset
+    row_lengths = lengths[index]
+    ends = torch.cumsum(row_lengths, 0)
+    offset = torch.repeat_interleave(starts[index] - (ends - row_lengths), row_lengths)
+    return torch.arange(int(row_lengths.sum()), dtype=torch.int64, device=lengths.device) + offset
