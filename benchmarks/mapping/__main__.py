@@ -1,10 +1,10 @@
-"""What the mapper answers for the paper's testbed, beside what the paper reports; how long the search takes;
-predicted against measured.
+"""The mapper's answers for the paper's testbed, beside the paper's; how long the search takes; predicted
+against measured.
 
     python -m benchmarks.mapping --json FILE [--measured FILE | --computed] [--pictures docs/images]
 
-One set of constants (hybridflow/mapping/question/calibration.py's defaults) for the paper's rows. The
-predictions' rows are of this machine: recipes.calibrate, then the runs of benchmarks.mapping.measured (eight
+All rows of the paper are computed with the same constants, the defaults of question/calibration.py. The rows
+of predictions are of this machine: recipes.calibrate, then the runs of benchmarks.mapping.measured (eight
 minutes in all, on a machine that does nothing else). `--measured` takes runs that were measured before,
 `--computed` leaves measuring out.
 """
@@ -40,7 +40,15 @@ from benchmarks.mapping.paper import (
 from hybridflow.dataflow import Dataflow
 from hybridflow.mapping.answer.auto import mapping_of
 from hybridflow.mapping.answer.explain import table
-from hybridflow.mapping.calibrate.compare import Run, compare, load_runs, order_agrees, side_by_side, within
+from hybridflow.mapping.calibrate.compare import (
+    Comparison,
+    Run,
+    compare,
+    load_runs,
+    order_agrees,
+    side_by_side,
+    within,
+)
 from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.mapping.search.branch import Solution
 from hybridflow.mapping.search.search import Search, search
@@ -52,65 +60,51 @@ def scaling_rows() -> tuple[list[Row], list[dict[str, Any]]]:
     Algorithms with the same calls are searched once."""
     throughput: list[dict[str, Any]] = []
     searched: dict[tuple[object, ...], Solution | None] = {}
+    ppo: dict[tuple[str, int], float] = {}
     for algorithm, model, size in product(planned(), SMALLEST, (8, 16, 32, 64, 128, 256, 512, 1024)):
         dataflow = dataflow_of(algorithm)
         key = (timing(dataflow), model, size)
         if key not in searched:
             searched[key] = search(paper_setting(model, size, dataflow=dataflow)).best
         best = searched[key]
-        tokens = None if best is None else PAPER_WORKLOAD.num_tokens / best.step_s
-        placed = None if best is None else named(best)
-        throughput.append(
-            {
-                "algorithm": algorithm,
-                "model": model,
-                "devices": size,
-                "tokens_per_s": tokens,
-                "placement": placed,
-            }
-        )
-    found = {
-        (row["model"], row["devices"]): row["tokens_per_s"] for row in throughput if row["algorithm"] == "ppo"
-    }
-    each = {model: found[model, 128] / found[model, size] / (128 / size) for model, size in SMALLEST.items()}
+        row: dict[str, Any] = {"algorithm": algorithm, "model": model, "devices": size}
+        row |= {"tokens_per_s": None, "placement": None}
+        if best is not None:
+            row |= {"tokens_per_s": PAPER_WORKLOAD.num_tokens / best.step_s, "placement": named(best)}
+        throughput.append(row)
+        if algorithm == "ppo" and best is not None:
+            ppo[model, size] = row["tokens_per_s"]
+    each = {model: ppo[model, 128] / ppo[model, size] / (128 / size) for model, size in SMALLEST.items()}
     mean = sum(each.values()) / len(each)
     detail = ", ".join(f"{model} {value:.0%}" for model, value in each.items())
-    row = Row(
-        "strong-scaling efficiency of PPO at 128", "66.8 %", f"{mean:.1%} ({detail})", abs(mean - 0.668) < 0.1
-    )
-    return [row], throughput
+    name, agrees = "strong-scaling efficiency of PPO at 128", abs(mean - 0.668) < 0.1
+    return [Row(name, "66.8 %", f"{mean:.1%} ({detail})", agrees)], throughput
 
 
 def timing(dataflow: Dataflow) -> tuple[object, ...]:
-    """What a prediction depends on: who computes what kind of thing after whom, and how many columns go
-    between them."""
+    """A key of everything that a prediction depends on: which role makes which kind of call after which
+    others, and how many columns go between them."""
     position = {call.name: number for number, call in enumerate(dataflow.calls)}
-    return tuple(
-        (
-            call.role,
-            call.kind,
-            tuple(
-                (position[name], len({*dataflow.call(name).writes} & {*call.reads}))
-                for name in call.depends_on
-            ),
-        )
-        for call in dataflow.calls
-    )
+    calls = []
+    for call in dataflow.calls:
+        inputs = []
+        for name in call.depends_on:
+            columns = {*dataflow.call(name).writes} & {*call.reads}
+            inputs.append((position[name], len(columns)))
+        calls.append((call.role, call.kind, tuple(inputs)))
+    return tuple(calls)
 
 
 def search_seconds() -> dict[str, float]:
     """Processor seconds of one core: 128 devices and 4 models; 1,024 devices and 5 models (Safe-RLHF); the
     best plan of every placement."""
+    large = replace(PAPER_WORKLOAD, batch_size=8192)
+    settings = {
+        "128": paper_setting("llama-13b", 128),
+        "1024": paper_setting("llama-13b", 1024, algorithm="safe_rlhf", workload=large),
+    }
     result = {}
-    for name, setting in (
-        ("128", paper_setting("llama-13b", 128)),
-        (
-            "1024",
-            paper_setting(
-                "llama-13b", 1024, algorithm="safe_rlhf", workload=replace(PAPER_WORKLOAD, batch_size=8192)
-            ),
-        ),
-    ):
+    for name, setting in settings.items():
         started = time.process_time()
         assert search(setting, every_placement=True).best is not None
         result[name] = time.process_time() - started
@@ -118,8 +112,8 @@ def search_seconds() -> dict[str, float]:
 
 
 def sensitivity() -> list[dict[str, Any]]:
-    """Which placement is best when pipelines may have only so many stages: what decides between colocating
-    and splitting."""
+    """The best placement by the longest pipeline that is allowed, which decides between colocating and
+    splitting."""
     rows = []
     for stages in (1, 2, 4, 8, 16):
         for model, size in product(("llama-13b", "llama-34b"), (64, 96, 128)):
@@ -145,22 +139,23 @@ def draw(directory: Path, throughput: list[dict[str, Any]]) -> None:
     searching = Search(paper_setting("llama-34b", 128))
     best, together, apart = searching.run().best, searching.best_of(COLOCATED), searching.best_of(APART)
     assert best is not None and together is not None and apart is not None
-    plans = {"chosen": best, "all colocated": together, "all apart": apart}
-    draw_timelines(
-        {name: mapping_of(searching.setting, found) for name, found in plans.items()},
-        directory / "mapping_timeline.png",
-    )
+    solutions = {"chosen": best, "all colocated": together, "all apart": apart}
+    mappings = {name: mapping_of(searching.setting, solution) for name, solution in solutions.items()}
+    draw_timelines(mappings, directory / "mapping_timeline.png")
     draw_scaling(throughput, directory / "mapping_scaling.png")
-    draw_search_times(
-        {size: _search_s(model, size) for model, size in PAPER_SEARCHES}, directory / "mapping_search.png"
-    )
+    seconds = {size: _search_s(model, size) for model, size in PAPER_SEARCHES}
+    draw_search_times(seconds, directory / "mapping_search.png")
 
 
 PAPER_SEARCHES = (
-    *(("llama-7b", size) for size in (8, 16)),
-    *(("llama-13b", size) for size in (24, 32)),
-    *(("llama-34b", size) for size in (48, 64)),
-    *(("llama-70b", size) for size in (96, 128)),
+    ("llama-7b", 8),
+    ("llama-7b", 16),
+    ("llama-13b", 24),
+    ("llama-13b", 32),
+    ("llama-34b", 48),
+    ("llama-34b", 64),
+    ("llama-70b", 96),
+    ("llama-70b", 128),
 )
 """The paper's figure 16 (docs/paper.md section 4)."""
 
@@ -205,25 +200,23 @@ def main() -> None:
         *transition_rows(),
         *scaling,
     ]
-    runs = (
-        load_runs(arguments.measured) if arguments.measured else [] if arguments.computed else measured_runs()
-    )
-    prediction = [asdict(row) for run in runs for row in compare(run)]
-    print(
-        table(
-            ("finding", "paper", "ours", "same"),
-            [(row.finding, row.paper, row.ours, "yes" if row.agrees else "no") for row in rows],
-        )
-    )
+    runs: list[Run] = []
+    if arguments.measured:
+        runs = load_runs(arguments.measured)
+    elif not arguments.computed:
+        runs = measured_runs()
+    comparisons: list[Comparison] = []
+    for run in runs:
+        comparisons += compare(run)
+    cells = [(row.finding, row.paper, row.ours, ("no", "yes")[row.agrees]) for row in rows]
+    print(table(("finding", "paper", "ours", "same"), cells))
     print("\n" + "\n".join(f"{row.finding}: {row.why}" for row in rows if not row.agrees))
     print(f"\n{sum(row.agrees for row in rows)} of {len(rows)} agree")
     for run in runs:
         print(f"\n{run.configuration}\n{side_by_side(run)}")
     if runs:
-        close = within([row for run in runs for row in compare(run)], 0.3)
-        print(
-            f"\nall predictions within 30 %: {close}; placements in the measured order: {order_agrees(runs)}"
-        )
+        close, order = within(comparisons, 0.3), order_agrees(runs)
+        print(f"\nall predictions within 30 %: {close}; placements in the measured order: {order}")
     print(f"search: 128 devices {seconds['128']:.2f} s, 1,024 devices {seconds['1024']:.2f} s")
     if arguments.pictures:
         draw(arguments.pictures, throughput)
@@ -231,7 +224,7 @@ def main() -> None:
         content = {
             "search_seconds": seconds,
             "paper": [asdict(row) for row in rows],
-            "prediction": prediction,
+            "prediction": [asdict(row) for row in comparisons],
             "placement_order_agrees": order_agrees(runs) if runs else None,
             "throughput": throughput,
             "sensitivity": sensitivity(),

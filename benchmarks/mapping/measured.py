@@ -1,5 +1,5 @@
-"""PPO steps of the real recipe in several configurations, predicted before and measured after: what
-benchmarks.mapping --measured reads.
+"""PPO steps of the real recipe in several configurations, predicted before and measured after, for
+benchmarks.mapping --measured.
 
     python -m recipes.calibrate output=calibration
     python -m benchmarks.mapping.measured calibration FILE [--only NAME ...]
@@ -50,7 +50,7 @@ APART = ("placement=custom", "pools.policy.roles=[actor,reference]", "pools.valu
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One configuration."""
+    """A configuration of recipes.ppo."""
 
     name: str
     model: str
@@ -115,17 +115,17 @@ def prepare(directory: Path) -> None:
     """Random models with a byte tokenizer; prompts of 8 and of 32 digits, a token each."""
     tokenizer = make_tokenizer()
     for name, shape in MODELS.items():
-        make_model(tokenizer, ModelShape(**shape, max_tokens=128), seed=0).save_pretrained(directory / name)  # type: ignore[arg-type]
+        model = make_model(tokenizer, ModelShape(**shape, max_tokens=128), seed=0)
+        model.save_pretrained(directory / name)  # type: ignore[arg-type]
         tokenizer.save_pretrained(directory / name)
     for length in (8, 32):
         digits = np.random.default_rng(0).integers(0, 10, (NUM_PROMPTS, length))
-        pandas.DataFrame({"prompt": ["".join(map(str, row)) for row in digits]}).to_parquet(
-            directory / f"prompts{length}.parquet"
-        )
+        prompts = ["".join(map(str, row)) for row in digits]
+        pandas.DataFrame({"prompt": prompts}).to_parquet(directory / f"prompts{length}.parquet")
 
 
 def measure(case: Case, directory: Path, calibration: Path) -> Run:
-    """One run of recipes.ppo: its prediction, then its steps."""
+    """A run of recipes.ppo: its prediction, then its steps."""
     config = settings(case, directory, calibration)
     outcome = run(config)
     assert outcome is not None
@@ -138,10 +138,11 @@ def predicted_again(measured: Path, calibration: Path) -> list[Run]:
     with tempfile.TemporaryDirectory() as directory:
         prepare(Path(directory))
         cases = {case.name: case for case in CASES}
-        return [
-            replace(each, mapping=foresee(settings(cases[each.configuration], Path(directory), calibration)))
-            for each in load_runs(measured)
-        ]
+        runs = []
+        for each in load_runs(measured):
+            config = settings(cases[each.configuration], Path(directory), calibration)
+            runs.append(replace(each, mapping=foresee(config)))
+        return runs
 
 
 def settings(case: Case, directory: Path, calibration: Path) -> RunConfig:

@@ -35,7 +35,7 @@ APART = (("actor",), ("critic",), ("reference",), ("reward",))
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One finding: what the paper says, what comes out here, whether that is the same, and if not why."""
+    """A finding: the paper's value, the value here, whether they are the same, and the reason if not."""
 
     finding: str
     paper: str
@@ -51,25 +51,27 @@ def paper_setting(
     another."""
     policy, scalar = MODELS[model], MODELS[scorer or model].with_scalar_head()
     dataflow = changes.pop("dataflow", None) or PAPER[algorithm]
+    models: dict[str, ModelSpec | None] = dict.fromkeys(dataflow.roles, policy)
+    for role in SCALAR_ROLES:
+        if role in models:
+            models[role] = scalar
     setting = Setting(
         dataflow=dataflow,
-        models={role: scalar if role in SCALAR_ROLES else policy for role in dataflow.roles},
+        models=models,
         cluster=Cluster.parse(f"{num_devices}xA100-80GB"),
         workload=PAPER_WORKLOAD,
     )
     return replace(setting, **changes)
 
 
-def named(found: Solution) -> str:
+def named(solution: Solution) -> str:
     """actor+reference 64 | critic 64"""
-    return " | ".join(
-        f"{'+'.join(roles)} {size}"
-        for roles, (_, size) in zip(found.placement, found.allocation, strict=True)
-    )
+    pools = zip(solution.placement, solution.allocation, strict=True)
+    return " | ".join(f"{'+'.join(roles)} {size}" for roles, (_, size) in pools)
 
 
-def num_pools(found: Solution | None) -> int:
-    return 0 if found is None else len(found.placement)
+def num_pools(solution: Solution) -> int:
+    return len(solution.placement)
 
 
 def smallest_rows() -> list[Row]:
@@ -104,12 +106,12 @@ def placement_rows() -> list[Row]:
     """Which kind of placement is best on how many devices."""
     rows = []
     for model, smallest in SMALLEST.items():
-        best = {size: search(paper_setting(model, size)).best for size in SIZES if smallest <= size <= 64}
-        others = [
-            f"{size}: {named(found)}"
-            for size, found in best.items()
-            if found is not None and num_pools(found) > 1
-        ]
+        others = []
+        for size in SIZES:
+            if smallest <= size <= 64:
+                best = search(paper_setting(model, size)).best
+                if best is not None and num_pools(best) > 1:
+                    others.append(f"{size}: {named(best)}")
         rows.append(
             Row(
                 f"best placement to 64 devices, {model}",
@@ -129,7 +131,8 @@ def _two_pools(model: str, size: int) -> Row:
     best, together = searching.run().best, searching.best_of(COLOCATED)
     even = searching.best_of((("actor", "reference"), ("critic", "reward")))
     assert best is not None and together is not None and even is not None
-    ours = f"{named(best)}: {best.step_s:.1f} s; colocated {together.step_s:.1f} s; {named(even)} {even.step_s:.1f} s"
+    ours = f"{named(best)}: {best.step_s:.1f} s; colocated {together.step_s:.1f} s"
+    ours += f"; {named(even)} {even.step_s:.1f} s"
     gap = even.step_s / together.step_s - 1
     sizes = {devices for _, devices in best.allocation}
     agrees = num_pools(best) == 2 and len(sizes) == 1
@@ -171,23 +174,12 @@ def mixed_rows() -> list[Row]:
             rows.append(Row(f"13B with 70B critic and reward on {size}", paper, "does not fit", False))
             continue
         agrees = num_pools(best) == 1 if paper == "colocated" else named(best) == paper
-        extra = "" if split is None or best == split else f"; {named(split)} {split.step_s:.1f} s"
-        why = (
-            ""
-            if agrees
-            else f"the paper's split takes {split.step_s / best.step_s - 1:+.1%}; {_cheap_gradients()}"
-            if split
-            else ""
-        )
-        rows.append(
-            Row(
-                f"13B with 70B critic and reward on {size}",
-                paper,
-                f"{named(best)}: {best.step_s:.1f} s{extra}",
-                agrees,
-                why,
-            )
-        )
+        ours, why = f"{named(best)}: {best.step_s:.1f} s", ""
+        if split is not None and best != split:
+            ours += f"; {named(split)} {split.step_s:.1f} s"
+        if split is not None and not agrees:
+            why = f"the paper's split takes {split.step_s / best.step_s - 1:+.1%}; {_cheap_gradients()}"
+        rows.append(Row(f"13B with 70B critic and reward on {size}", paper, ours, agrees, why))
     return rows
 
 

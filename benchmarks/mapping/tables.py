@@ -11,63 +11,66 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
     lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
-    return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)])
+    for row in rows:
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines)
 
 
 def tables(content: dict[str, Any]) -> dict[str, str]:
-    """Name -> text."""
-
-    def plain(text: str) -> str:
-        return text.replace("|", "/")
-
-    paper = [
-        (row["finding"], plain(row["paper"]), plain(row["ours"]), "yes" if row["agrees"] else "no")
-        for row in content["paper"]
-    ]
-    stages = sorted({row["max_pipeline"] for row in content["sensitivity"]})
-    cases = list(dict.fromkeys((row["model"], row["devices"]) for row in content["sensitivity"]))
-    found = {
-        (
-            row["model"],
-            row["devices"],
-            row["max_pipeline"],
-        ): f"{plain(row['placement'])}: {row['step_s']:.0f} s"
-        for row in content["sensitivity"]
-    }
-    sensitivity = [
-        (f"{model} on {size}", *(_short(found[model, size, stage]) for stage in stages))
-        for model, size in cases
-    ]
-    sizes = sorted({row["devices"] for row in content["throughput"]})
-    speed = {
-        (row["algorithm"], row["model"], row["devices"]): row["tokens_per_s"] for row in content["throughput"]
-    }
-    models = list(dict.fromkeys(row["model"] for row in content["throughput"]))
-    throughput = [
-        (
-            ", ".join(names),
-            model,
-            *("-" if (found := speed[names[0], model, size]) is None else f"{found:,.0f}" for size in sizes),
-        )
-        for names in alike(content["throughput"])
-        for model in models
-    ]
+    """Name -> text, for every place in the page."""
+    paper = []
+    for row in content["paper"]:
+        same = ("no", "yes")[row["agrees"]]
+        paper.append((row["finding"], plain(row["paper"]), plain(row["ours"]), same))
     seconds = content["search_seconds"]
+    small = f"{seconds['128']:.1f} s for 128 devices and 4 models"
     return {
-        "search": f"{seconds['128']:.1f} s for 128 devices and 4 models, {seconds['1024']:.0f} s for 1,024 devices and 5 models",
+        "search": f"{small}, {seconds['1024']:.0f} s for 1,024 devices and 5 models",
         "paper": markdown(("finding", "paper", "here", "same"), paper),
-        "sensitivity": markdown(
-            ("PPO", *(f"{stage} stage{'s' * (stage > 1)}" for stage in stages)), sensitivity
-        ),
-        "throughput": markdown(("tokens/s", "", *(str(size) for size in sizes)), throughput),
+        "sensitivity": sensitivity(content["sensitivity"]),
+        "throughput": throughput(content["throughput"]),
         "prediction": prediction(content["prediction"], content["placement_order_agrees"]),
     }
+
+
+def plain(text: str) -> str:
+    """The text without the character that ends a cell."""
+    return text.replace("|", "/")
+
+
+def sensitivity(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per model and size, a column per longest pipeline."""
+    stages = sorted({row["max_pipeline"] for row in rows})
+    lines: dict[tuple[str, int], list[str]] = {}
+    for row in sorted(rows, key=lambda row: int(row["max_pipeline"])):
+        name = f"{row['model']} on {row['devices']}"
+        cells = lines.setdefault((row["model"], row["devices"]), [name])
+        cells.append(_short(f"{plain(row['placement'])}: {row['step_s']:.0f} s"))
+    headers = [f"{stage} stage{'s' * (stage > 1)}" for stage in stages]
+    return markdown(("PPO", *headers), list(lines.values()))
+
+
+def throughput(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per algorithm and model, a column per number of devices."""
+    sizes = sorted({row["devices"] for row in rows})
+    speed = {(row["algorithm"], row["model"], row["devices"]): row["tokens_per_s"] for row in rows}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = []
+    for names, model in product(alike(rows), models):
+        cells = [", ".join(names), model]
+        for size in sizes:
+            tokens = speed[names[0], model, size]
+            cells.append("-" if tokens is None else f"{tokens:,.0f}")
+        lines.append(cells)
+    return markdown(("tokens/s", "", *map(str, sizes)), lines)
 
 
 def prediction(rows: Sequence[dict[str, Any]], order: bool | None) -> str:
@@ -76,23 +79,15 @@ def prediction(rows: Sequence[dict[str, Any]], order: bool | None) -> str:
     if not rows:
         return "not measured"
     phases = list(dict.fromkeys(row["phase"] for row in rows))
-    found = {(row["configuration"], row["phase"]): row for row in rows}
-    lines = []
-    for name in dict.fromkeys(row["configuration"] for row in rows):
-        cells = [found.get((name, phase)) for phase in phases]
-        lines.append(
-            (
-                name,
-                *(
-                    "" if cell is None else f"{cell['predicted_s']:.3g} / {cell['measured_s']:.3g}"
-                    for cell in cells
-                ),
-            )
-        )
-    off = sorted(
-        ((abs(row["predicted_s"] / row["measured_s"] - 1), row) for row in rows), key=lambda pair: pair[0]
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        cells = lines.setdefault(row["configuration"], [row["configuration"], *[""] * len(phases)])
+        cells[1 + phases.index(row["phase"])] = f"{row['predicted_s']:.3g} / {row['measured_s']:.3g}"
+    off = [(abs(row["predicted_s"] / row["measured_s"] - 1), row) for row in rows]
+    off.sort(key=lambda pair: pair[0])
+    text = markdown(
+        ("predicted / measured s", *(phase.replace(".", ". ") for phase in phases)), list(lines.values())
     )
-    text = markdown(("predicted / measured s", *(phase.replace(".", ". ") for phase in phases)), lines)
     worst, row = off[-1]
     agreed = {True: "is the measured one", False: "is NOT the measured one", None: "was not measured"}[order]
     return (
@@ -107,9 +102,8 @@ def alike(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Algorithms in groups of equal throughput: their steps make the same calls."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for name in dict.fromkeys(row["algorithm"] for row in rows):
-        groups.setdefault(tuple(row["tokens_per_s"] for row in rows if row["algorithm"] == name), []).append(
-            name
-        )
+        tokens = tuple(row["tokens_per_s"] for row in rows if row["algorithm"] == name)
+        groups.setdefault(tokens, []).append(name)
     return list(groups.values())
 
 

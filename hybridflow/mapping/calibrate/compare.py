@@ -1,5 +1,5 @@
-"""Predicted beside measured: seconds per phase of real runs against the mapper's, and whether it ranks
-placements rightly."""
+"""Predicted beside measured: seconds per phase of real runs and the mapper's, and whether it ranks placements
+correctly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """One phase of one run."""
+    """A phase of a run."""
 
     configuration: str
     phase: str
@@ -55,30 +55,27 @@ def compare(run: Run) -> list[Comparison]:
         raise ValueError(
             f"measured_s: {unknown} are no calls of {run.mapping.algorithm}; it has {', '.join(known)}"
         )
-    rows = [
-        Comparison(
-            configuration=run.configuration, phase=name, predicted_s=seconds, measured_s=run.measured_s[name]
+    phases: dict[str, tuple[float, float]] = {}
+    for name, seconds in known.items():
+        if name in run.measured_s:
+            phases[name] = (seconds, run.measured_s[name])
+    phases["step"] = (run.mapping.step_s, run.step_s)
+    rows = []
+    for name, (predicted, measured) in phases.items():
+        rows.append(
+            Comparison(
+                configuration=run.configuration, phase=name, predicted_s=predicted, measured_s=measured
+            )
         )
-        for name, seconds in known.items()
-        if name in run.measured_s
-    ]
-    rows.append(
-        Comparison(
-            configuration=run.configuration,
-            phase="step",
-            predicted_s=run.mapping.step_s,
-            measured_s=run.step_s,
-        )
-    )
     return rows
 
 
 def side_by_side(run: Run) -> str:
-    """What is printed after a run."""
-    rows = [
-        (row.phase, f"{row.predicted_s:.3g}", f"{row.measured_s:.3g}", f"{row.ratio - 1:+.0%}")
-        for row in compare(run)
-    ]
+    """The table of predicted and measured seconds that is printed after a run."""
+    rows = []
+    for row in compare(run):
+        difference = f"{row.ratio - 1:+.0%}"
+        rows.append((row.phase, f"{row.predicted_s:.3g}", f"{row.measured_s:.3g}", difference))
     return table(("phase", "predicted s", "measured s", "difference"), rows)
 
 
@@ -92,9 +89,8 @@ def order_agrees(runs: Sequence[Run], tie: float = 0.05) -> bool:
     each other count as equal."""
     for number, run in enumerate(runs):
         for other in runs[number + 1 :]:
-            if run.compare_group != other.compare_group or abs(run.step_s - other.step_s) <= tie * max(
-                run.step_s, other.step_s
-            ):
+            near = abs(run.step_s - other.step_s) <= tie * max(run.step_s, other.step_s)
+            if near or run.compare_group != other.compare_group:
                 continue
             if (run.step_s < other.step_s) != (run.mapping.step_s < other.mapping.step_s):
                 return False
@@ -102,13 +98,12 @@ def order_agrees(runs: Sequence[Run], tie: float = 0.05) -> bool:
 
 
 def save_runs(runs: Sequence[Run], path: Path) -> None:
-    path.write_text(
-        json.dumps([{**asdict(run), "mapping": run.mapping.to_json()} for run in runs], indent=1) + "\n"
-    )
+    path.write_text(json.dumps([asdict(run) for run in runs], indent=1) + "\n")
 
 
 def load_runs(path: Path) -> list[Run]:
-    return [
-        Run(**{**entry, "mapping": DeviceMapping.from_json(entry["mapping"])})
-        for entry in json.loads(path.read_text())
-    ]
+    runs = []
+    for entry in json.loads(path.read_text()):
+        mapping = DeviceMapping.from_json(entry["mapping"])
+        runs.append(Run(**{**entry, "mapping": mapping}))
+    return runs

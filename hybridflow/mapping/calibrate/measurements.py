@@ -1,4 +1,4 @@
-"""Measurements: what a short run on the machine at hand saw; plain data between recipes.calibrate and
+"""Measurements: the times of a short run on this machine; plain data between recipes.calibrate and
 fit.py."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hybridflow.mapping.question.model import ModelSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassSample:
-    """One forward pass, or forward, backward and optimizer update, of one device, or of several data ranks.
+    """A forward pass, or forward, backward and optimizer update, of a device, or of several data ranks.
 
     PassSample(model=tiny, rows=32, prompt=8, response=64, micro_batches=1, training=False, seconds=0.21)
     """
@@ -33,7 +33,7 @@ class PassSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationSample:
-    """One generation call of one device: `rows` prompts of equal length, responses of equal length, all
+    """A generation call of a device: `rows` prompts of equal length, responses of equal length, all
     running at once."""
 
     model: ModelSpec
@@ -45,8 +45,8 @@ class GenerationSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CollectiveSample:
-    """One all-gather: every rank ends with `num_bytes`. Or one reduce-scatter: every rank begins with
-    them."""
+    """An all-gather, where every rank ends with `num_bytes`; or a reduce-scatter, where every rank begins
+    with them."""
 
     num_bytes: float
     ranks: int
@@ -56,7 +56,7 @@ class CollectiveSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncSample:
-    """New weights into the generation engine of one device: copied, attested, repacked, probed."""
+    """New weights into the generation engine of a device: copied, attested, repacked, probed."""
 
     model: ModelSpec
     seconds: float
@@ -70,9 +70,9 @@ class Measurements:
     name: str
     num_processes: int
     memory_bytes: float
-    """Of one process' share of the machine."""
+    """Bytes of a process' share of the machine's memory."""
     compute_bytes: float
-    """Of one number in the compute precision: 4 float32, 2 bf16."""
+    """Bytes of a number in the compute precision: 4 for float32, 2 for bf16."""
     matmul_flops: float
     """Per second, in large products."""
     memory_bandwidth: float
@@ -82,7 +82,7 @@ class Measurements:
     collectives: tuple[CollectiveSample, ...] = ()
     syncs: tuple[SyncSample, ...] = ()
     call_s: float = 0.0
-    """A call from the controller to a pool and back that does nothing."""
+    """Seconds of a call from the controller to a pool and back that does nothing."""
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n")
@@ -90,17 +90,13 @@ class Measurements:
     @classmethod
     def load(cls, path: Path) -> Measurements:
         content: dict[str, Any] = json.loads(path.read_text())
-        return cls(
-            **{
-                **content,
-                "passes": tuple(PassSample(**_with_model(entry)) for entry in content["passes"]),
-                "generations": tuple(
-                    GenerationSample(**_with_model(entry)) for entry in content["generations"]
-                ),
-                "collectives": tuple(CollectiveSample(**entry) for entry in content["collectives"]),
-                "syncs": tuple(SyncSample(**_with_model(entry)) for entry in content.get("syncs", ())),
-            }
-        )
+        samples = {
+            "passes": tuple(PassSample(**_with_model(entry)) for entry in content["passes"]),
+            "generations": tuple(GenerationSample(**_with_model(entry)) for entry in content["generations"]),
+            "collectives": tuple(CollectiveSample(**entry) for entry in content["collectives"]),
+            "syncs": tuple(SyncSample(**_with_model(entry)) for entry in content.get("syncs", ())),
+        }
+        return cls(**{**content, **samples})
 
 
 def _with_model(entry: dict[str, Any]) -> dict[str, Any]:

@@ -124,8 +124,8 @@ class Workload:
                 raise ValueError(f"workload: {name} is {value}; it must be at least 1")
         if self.num_mini_batches > self.num_rows:
             raise ValueError(
-                f"workload: num_mini_batches is {self.num_mini_batches}, the step has {self.num_rows} rows; an "
-                "update needs at least one row"
+                f"workload: num_mini_batches is {self.num_mini_batches}, the step has {self.num_rows} rows; "
+                "an update needs at least one row"
             )
         if self.response.longest < 1:
             raise ValueError("workload: every response is empty; give response lengths of at least 1")
