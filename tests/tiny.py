@@ -44,10 +44,9 @@ def make_model(
 def make_data(path: Path, rows: int = 24, seed: int = 0) -> Path:
     """Prompts of 2 to 8 numbers."""
     generator = np.random.default_rng(seed)
-    prompts = [
-        " ".join(str(n) for n in generator.integers(3, VOCAB, generator.integers(2, 9))) for _ in range(rows)
-    ]
-    path.write_text(
-        "".join(json.dumps({"prompt": prompt, "answer": str(i)}) + "\n" for i, prompt in enumerate(prompts))
-    )
+    lines = []
+    for row in range(rows):
+        tokens = generator.integers(3, VOCAB, generator.integers(2, 9))
+        lines.append(json.dumps({"prompt": " ".join(map(str, tokens)), "answer": str(row)}) + "\n")
+    path.write_text("".join(lines))
     return path

@@ -86,11 +86,11 @@ class FakeActor(Fake):
     ) -> Batch:
         seen = self.note(Actor, "generate_sequences", prompts)
         self.log[-1].do_sample = do_sample
-        made = Batch.of(response_ids=Ragged.of(self.answers("responses", self.script.responses, len(seen))))
-        return made | Batch.of(
-            rollout_log_probs=self.per_token("rollout_log_probs", self.script.log_probs, made),
+        responses = Batch.of(response_ids=Ragged.of(self.answers("responses", self.script.responses, len(seen))))
+        return responses | Batch.of(
+            rollout_log_probs=self.per_token("rollout_log_probs", self.script.log_probs, responses),
             finish_reason=["stop"] * len(seen),
-            num_tokens=seen.ragged("prompt_ids").lengths + made.ragged("response_ids").lengths,
+            num_tokens=seen.ragged("prompt_ids").lengths + responses.ragged("response_ids").lengths,
             weight_version=torch.zeros(len(seen), dtype=torch.int64),
         )
 

@@ -66,11 +66,13 @@ def test_the_judges_verdict_is_grpos_reward() -> None:
 
 
 def test_pass_at_k_is_the_mean_over_all_draws() -> None:
-    from itertools import combinations
+    from itertools import combinations, product
 
     passed = [3, 0, 1]
     for k in (1, 2, 4, 5):
-        draws = [any(index < c for index in drawn) for c in passed for drawn in combinations(range(5), k)]
+        draws = []
+        for num_passed, subset in product(passed, combinations(range(5), k)):
+            draws.append(min(subset) < num_passed)
         assert pass_at_k(passed, 5, k) == pytest.approx(sum(draws) / len(draws))
     assert EvaluateConfig(samples_per_prompt=6).ks == [1, 2, 4] and EvaluateConfig().ks == [1]
     with pytest.raises(ValueError, match=r"pass_at has 3, and algorithm\.samples_per_prompt is 2"):

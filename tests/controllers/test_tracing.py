@@ -178,16 +178,15 @@ def test_the_drawing_has_every_call_and_every_dependency(name: str) -> None:
     dataflow = traced(name)
     lines = to_mermaid(dataflow).splitlines()
     assert lines[0] == "flowchart LR"
-    names = {
-        found[1]: found[2] for line in lines if (found := re.fullmatch(r'  (n\d+)[^"]*"([^"]+)".*', line))
-    }
+    names = dict(re.findall(r'^  (n\d+)[^"\n]*"([^"\n]+)".*$', "\n".join(lines), flags=re.MULTILINE))
     assert sorted(names.values()) == sorted(call.name for call in dataflow.calls)
-    edges = {
-        (names[found[1]], names[found[2]])
-        for line in lines
-        if (found := re.fullmatch(r"  (n\d+) -->\|.+\| (n\d+)", line))
-    }
-    assert edges == {(source, call.name) for call in dataflow.calls for source in call.depends_on}
+    edges = set()
+    for source, target in re.findall(r"^  (n\d+) -->\|.+\| (n\d+)$", "\n".join(lines), flags=re.MULTILINE):
+        edges.add((names[source], names[target]))
+    expected = set()
+    for call in dataflow.calls:
+        expected.update((source, call.name) for source in call.depends_on)
+    assert edges == expected
     assert "  prompts -->|prompt_ids, uid, sample| n0" in lines
 
 

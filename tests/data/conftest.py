@@ -1,4 +1,4 @@
-"""A tokenizer made on the spot: the quickstart's, with a beginning-of-sequence token so that special tokens
+"""A tokenizer tokenizer on the spot: the quickstart's, with a beginning-of-sequence token so that special tokens
 show."""
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from recipes.quickstart.model import make_tokenizer
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Qwen2Tokenizer:
-    made = make_tokenizer()
-    system = made.convert_tokens_to_ids("<|system|>")
-    made.backend_tokenizer.post_processor = TemplateProcessing(
+    tokenizer = make_tokenizer()
+    system = tokenizer.convert_tokens_to_ids("<|system|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|system|> $A", special_tokens=[("<|system|>", system)]
     )
-    return made
+    return tokenizer

@@ -24,8 +24,14 @@ ANSWER = {"role": "assistant", "content": "13"}
 MORE = {"role": "user", "content": "Sort 9870"}
 LAST = {"role": "assistant", "content": "0789"}
 CONVERSATION = [{"role": "system", "content": "be short"}, USER, ANSWER, MORE, LAST]
-LINE_BREAKS = "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-FORGETS = "{% for m in messages %}{% if m.role == 'user' or loop.last %}<|{{m.role}}|>{{m.content}}<|end|>{% endif %}{% endfor %}"
+LINE_BREAKS = (
+    "{% for m in messages %}<|{{m.role}}|>{{m.content}}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+FORGETS = (
+    "{% for m in messages %}{% if m.role == 'user' or loop.last %}"
+    "<|{{m.role}}|>{{m.content}}<|end|>{% endif %}{% endfor %}"
+)
 
 
 def load(

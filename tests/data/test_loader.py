@@ -29,7 +29,8 @@ def made_of(num_rows: int, name: str = "fingerprint") -> PromptDataset:
 
 
 def loader(num_rows: int, batch_size: int, **settings: object) -> RowLoader:
-    return RowLoader(made_of(num_rows), DataConfig(batch_size=batch_size, **settings))  # type: ignore[arg-type]
+    config = DataConfig(batch_size=batch_size, **settings)  # type: ignore[arg-type]
+    return RowLoader(made_of(num_rows), config)
 
 
 def uids(batch: Batch) -> np.ndarray:
