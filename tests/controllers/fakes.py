@@ -1,7 +1,8 @@
-"""Roles written by hand: they note what each call is given and answer with fixed numbers. No Ray, no model.
+"""Roles written by hand: they note what each call is given and answer with fixed numbers. No Ray,
+no model.
 
-A fake sees only the columns that the real method declares, so a page that relies on more fails here as it
-would in a run.
+A fake sees only the columns that the real method declares, so a page that relies on more fails here
+as it would in a run.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from workers.roles import Actor, Cost, Critic, Reference, Reward
 
 @dataclass
 class Script:
-    """What the models answer, row by row; call after call goes on where the last one ended, and then from the
-    start."""
+    """What the models answer, row by row; call after call goes on where the last one ended, and
+    then from the start."""
 
     responses: list[list[int]]
     rewards: list[float]
@@ -86,7 +87,9 @@ class FakeActor(Fake):
     ) -> Batch:
         seen = self.note(Actor, "generate_sequences", prompts)
         self.log[-1].do_sample = do_sample
-        responses = Batch.of(response_ids=Ragged.of(self.answers("responses", self.script.responses, len(seen))))
+        responses = Batch.of(
+            response_ids=Ragged.of(self.answers("responses", self.script.responses, len(seen)))
+        )
         return responses | Batch.of(
             rollout_log_probs=self.per_token("rollout_log_probs", self.script.log_probs, responses),
             finish_reason=["stop"] * len(seen),

@@ -1,4 +1,5 @@
-"""Every algorithm against hand-written roles: order of calls, columns, and advantages computed by hand."""
+"""Every algorithm against hand-written roles: order of calls, columns, and advantages computed
+by hand."""
 
 from __future__ import annotations
 
@@ -92,8 +93,8 @@ def test_ppo_is_the_papers_seven_calls() -> None:
 
 
 def test_ppo_advantages_by_hand() -> None:
-    """KL per token (0.5, -1 | 0) times 0.1, the score at the end: rewards (-0.05, 1.1 | -1); deltas (-0.05,
-    0.1 | -1.25)."""
+    """KL per token (0.5, -1 | 0) times 0.1, the score at the end: rewards (-0.05, 1.1 | -1);
+    deltas (-0.05, 0.1 | -1.25)."""
     algorithm, log = ppo()
     algorithm.step(prompts([7, 9]))
     update = log.last("actor.update_actor")
@@ -159,8 +160,8 @@ def test_state_survives_a_checkpoint(name: str) -> None:
 
 
 def test_the_adaptive_kl_coefficient_moves_and_is_restored() -> None:
-    """KL per response is (-0.5, 0), its mean -0.25 far below the target: down by 0.2 x 2 rows / horizon
-    10."""
+    """KL per response is (-0.5, 0), its mean -0.25 far below the target: down by 0.2 x 2 rows /
+    horizon 10."""
     kl = KLControlConfig(coefficient=0.1, target=6.0, horizon=10)
     algorithm, _ = ppo(kl=kl)
     assert algorithm.step(prompts([7, 9]))["kl/coefficient"] == 0.1, "the one that this step's rewards hold"
@@ -220,15 +221,15 @@ def test_what_selects_tokens_is_for_the_variants_to_say() -> None:
 
 
 def test_rloo_by_hand() -> None:
-    """Scores minus a tenth of the KL of the response, (-0.5 | 0): 1.05 and -1; the other's score is the
-    baseline."""
+    """Scores minus a tenth of the KL of the response, (-0.5 | 0): 1.05 and -1; the other's
+    score is the baseline."""
     kl = KLControlConfig(coefficient=0.1)
     assert advantages_of("rloo", TWO_ROWS, [7, 7], kl=kl) == pytest.approx([2.05, 2.05, -2.05])
 
 
 def test_remax_by_hand() -> None:
-    """Rewards per token (-0.05, 1.1 | -1), to go (1.05, 1.1 | -1), minus the greedy responses' 0.5 and
-    0.25."""
+    """Rewards per token (-0.05, 1.1 | -1), to go (1.05, 1.1 | -1), minus the greedy responses'
+    0.5 and 0.25."""
     script = replace(TWO_ROWS, rewards=[1.0, -1.0, 0.5, 0.25])
     algorithm, log = made("remax", script, samples_per_prompt=1, kl=KLControlConfig(coefficient=0.1))
     algorithm.step(prompts([7, 9]))
@@ -273,7 +274,8 @@ def test_dr_grpo_is_grpo_without_the_deviation() -> None:
 
 
 def test_the_selection_of_tokens_by_hand() -> None:
-    """Advantages 1, 1, -1 and log-probs -1, -2, -0.5 (means 1/3 and -7/6): covariances 1/9, -5/9, -8/9."""
+    """Advantages 1, 1, -1 and log-probs -1, -2, -0.5 (means 1/3 and -7/6): covariances 1/9,
+    -5/9, -8/9."""
     for name, selected in {"kl_cov": [True, False, False], "clip_cov": [True, False, False]}.items():
         bounds = {"low": 0.0, "high": 1.0} if name == "clip_cov" else {}
         algorithm, log = made(name, TWO_ROWS, fraction=0.3, scale_by_std=False, **bounds)
@@ -282,8 +284,8 @@ def test_the_selection_of_tokens_by_hand() -> None:
 
 
 def test_dapo_replaces_prompts_that_teach_nothing() -> None:
-    """Group 9 is all right and is replaced by prompt 100, whose samples differ; nothing that differs is
-    lost."""
+    """Group 9 is all right and is replaced by prompt 100, whose samples differ; nothing that
+    differs is lost."""
     script = Script(responses=[[1], [1], [1], [1], [8, 1], [1]], rewards=[1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
     algorithm, log = made("dapo", script)
     metrics = algorithm.step(prompts([7, 7, 9, 9]))
@@ -328,8 +330,9 @@ def test_dapo_shapes_overlong_responses() -> None:
 
 
 def test_safe_rlhf_by_hand() -> None:
-    """KL (0.5, -1 | 0) halves: rewards (-0.025, 1.05 | -1), costs (0.025, 1.95 | 0.5); gamma = lam = 1, so
-    advantages are what is to come minus the value. ln lambda = 0 moves by 0.1 x the mean cost of 1.25."""
+    """KL (0.5, -1 | 0) halves: rewards (-0.025, 1.05 | -1), costs (0.025, 1.95 | 0.5); gamma =
+    lam = 1, so advantages are what is to come minus the value. ln lambda = 0 moves by 0.1 x the
+    mean cost of 1.25."""
     script = replace(TWO_ROWS, costs=[2.0, 0.5])
     settings = {
         "gamma": 1.0,

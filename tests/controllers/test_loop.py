@@ -1,5 +1,5 @@
-"""The outer loop with hand-written roles, a real loader, tracker and checkpoint store: cadence, resume, early
-end, phase seconds."""
+"""The outer loop with hand-written roles, a real loader, tracker and checkpoint store: cadence,
+resume, early end, phase seconds."""
 
 from __future__ import annotations
 

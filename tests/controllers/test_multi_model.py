@@ -1,5 +1,5 @@
-"""Distillation, rejection sampling, online DPO and the judge's GRPO: what each page passes on, against
-hand-computed choices."""
+"""Distillation, rejection sampling, online DPO and the judge's GRPO: what each page passes on,
+against hand-computed choices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Tracing: the graphs of PPO and GRPO, and steps that cannot work, found before any role does anything."""
+"""Tracing: the graphs of PPO and GRPO, and steps that cannot work, found before any role does
+anything."""
 
 from __future__ import annotations
 
@@ -191,8 +192,8 @@ def test_the_drawing_has_every_call_and_every_dependency(name: str) -> None:
 
 
 def test_a_function_that_chooses_rows_passes_the_batch_on() -> None:
-    """DAPO: whoever comes after it reads what was there before, and depends on it where it reads what it
-    wrote."""
+    """DAPO: whoever comes after it reads what was there before, and depends on it where it
+    reads what it wrote."""
     dataflow = traced("dapo")
     assert dataflow.call("controller.with_signal").reads == ("uid", "rewards")
     assert "actor.generate_sequences" in dataflow.call("actor.update_actor").depends_on

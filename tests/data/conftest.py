@@ -1,5 +1,5 @@
-"""A tokenizer tokenizer on the spot: the quickstart's, with a beginning-of-sequence token so that special tokens
-show."""
+"""A tokenizer tokenizer on the spot: the quickstart's, with a beginning-of-sequence token so
+that special tokens show."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Demonstrations and pairs: which tokens are learned, against the chat template itself; what is broken is
-named."""
+"""Demonstrations and pairs: which tokens are learned, against the chat template itself; what is
+broken is named."""
 
 from __future__ import annotations
 

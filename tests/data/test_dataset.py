@@ -1,5 +1,5 @@
-"""Files to prompts: what comes out is what went in, tokenised as the tokenizer alone would; what is broken is
-named."""
+"""Files to prompts: what comes out is what went in, tokenised as the tokenizer alone would;
+what is broken is named."""
 
 from __future__ import annotations
 
@@ -221,8 +221,8 @@ def test_load_tokenizer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> N
 def test_text_of_the_pretraining_distribution_is_cut_into_equal_pieces(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A token a letter, one before each text: 10 tokens are 4 + 3 + 3 of at most 4, 4 stay whole; of each
-    piece the first is the prompt."""
+    """A token a letter, one before each text: 10 tokens are 4 + 3 + 3 of at most 4, 4 stay
+    whole; of each piece the first is the prompt."""
     path = jsonl(tmp_path / "text.jsonl", [{"text": "ihgfedcba"}, {"text": "123"}])
     config = DataConfig(
         train="x", pretraining=str(path), pretraining_tokens=4, pretraining_batch_size=4, shuffle=False

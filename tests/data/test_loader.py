@@ -88,7 +88,8 @@ def test_order_is_shuffled_by_seed_and_epoch() -> None:
 
 
 def test_positions_spread_evenly() -> None:
-    """Row 0 lands everywhere: mean position over 400 epochs within 4 standard errors of the middle."""
+    """Row 0 lands everywhere: mean position over 400 epochs within 4 standard errors of the
+    middle."""
     prompts = loader(101, 1)
     where = [int(np.flatnonzero(prompts.order(epoch) == 0)[0]) for epoch in range(400)]
     assert abs(np.mean(where) - 50) < 4 * np.sqrt((101**2 - 1) / 12 / 400)
