@@ -102,6 +102,7 @@ def test_the_constants_that_made_the_measurements_are_found():
     assert max(largest for _, largest in found.errors.values()) < 0.01
 
 
+@pytest.mark.slow
 def test_noise_moves_predictions_little():
     exact = measurements()
     noise = np.random.default_rng(0)

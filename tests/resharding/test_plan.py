@@ -11,7 +11,7 @@ from hybridflow.resharding.attest import compare
 from tests.resharding.simulated import allocate, assert_holds, full_tensors, run_in_threads
 
 NUM_RANKS = 4
-SETTINGS = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SETTINGS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def _cuts(draw: st.DrawFn, box: Box, depth: int) -> list[Box]:
