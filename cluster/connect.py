@@ -198,8 +198,8 @@ def embedded_slots(cpu_slots: float) -> int:
 
 
 def _connect_to(config: ClusterConfig, mode: Mode) -> None:
-    asked = "auto" if mode is Mode.job else config.address or os.environ["RAY_ADDRESS"]
-    address, loopback = _resolve(asked)
+    requested = "auto" if mode is Mode.job else config.address or os.environ["RAY_ADDRESS"]
+    address, loopback = _resolve(requested)
     options: dict[str, Any] = {}
     if mode is Mode.address and config.working_dir:
         # A submitted job brings its working directory; here the workers get this one.
@@ -219,26 +219,28 @@ def _connect_to(config: ClusterConfig, mode: Mode) -> None:
         raise ValueError(f"cluster.address: cannot join the Ray cluster at {address}: {error}") from error
 
 
-def _resolve(asked: str) -> tuple[str, bool]:
+def _resolve(requested: str) -> tuple[str, bool]:
     """host:port to connect to, and whether the head listens on loopback only.
 
     Ray turns 127.0.0.1 into the machine's address, where such a head does not listen, and then waits for a
     minute.
     """
     try:
-        address = services.get_ray_address_from_environment("auto", None) if asked == "auto" else asked
+        address = (
+            services.get_ray_address_from_environment("auto", None) if requested == "auto" else requested
+        )
         candidates = (services.canonicalize_bootstrap_address(address), address) if address else ()
     except ConnectionError:
         candidates = ()
     except ValueError as error:
         raise ValueError(
-            f"cluster.address: {asked!r} is not an address; write host:port, auto or local ({error})"
+            f"cluster.address: {requested!r} is not an address; write host:port, auto or local ({error})"
         ) from error
     for candidate in candidates:
         if candidate and _answers(candidate):
             return candidate, candidate.rpartition(":")[0] in LOOPBACK
     raise ValueError(
-        f"cluster.address: no Ray cluster answers at {asked!r}; start one with `ray start --head`, or leave "
+        f"cluster.address: no Ray cluster answers at {requested!r}; start one with `ray start --head`, or leave "
         "it empty"
     )
 

@@ -1,6 +1,5 @@
-"""Nodes: what machines a Ray cluster has, asked on the machines themselves, and whether they fit together.
-
-Measures no link speeds; the mapper's calibration does.
+"""Nodes: which machines a Ray cluster has, as tasks on these machines report them, and whether they fit
+together. Link speeds are measured by the mapper's calibration, not here.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Probe:
-    """What a task on a node finds out about it."""
+    """The facts that a task on a node reports about it."""
 
     hostname: str
     num_cores: int
@@ -51,7 +50,7 @@ class NodeInfo:
     """Ray's CPU resource, which may exceed the cores (see connect)."""
     num_gpus: float
     memory_bytes: int
-    """What Ray lets tasks and actors ask for."""
+    """Memory that Ray hands out to tasks and actors."""
     object_store_bytes: int
     probe: Probe
 
@@ -98,10 +97,10 @@ def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:
     answer."""
     alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     nodes = sorted(alive, key=lambda node: (node["NodeManagerAddress"], node["NodeID"]))
-    asked = [_ask(node["NodeID"]) for node in nodes]
+    answers = [_start_probe(node["NodeID"]) for node in nodes]
     silent, infos = [], []
-    done, _ = ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
-    for node, reference in zip(nodes, asked, strict=True):
+    done, _ = ray.wait(answers, num_returns=len(answers), timeout=timeout_s)
+    for node, reference in zip(nodes, answers, strict=True):
         try:
             answer = ray.get(reference, timeout=0) if reference in done else None
         except (RayError, GetTimeoutError) as error:
@@ -132,7 +131,7 @@ def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:
     return tuple(infos)
 
 
-def _ask(node_id: str) -> ray.ObjectRef[Probe]:
+def _start_probe(node_id: str) -> ray.ObjectRef[Probe]:
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return ray.remote(probe).options(num_cpus=0, scheduling_strategy=strategy, max_retries=1).remote()
 
@@ -158,7 +157,8 @@ def check_nodes(nodes: Sequence[NodeInfo], driver: Probe) -> None:
         raise ValueError(
             "cluster: the nodes do not fit together:\n  "
             + "\n  ".join(problems)
-            + "\nInstall the same requirements on all nodes (make install), and submit with --working-dir . so that all run this copy."
+            + "\nInstall the same requirements on all nodes (make install), and submit with --working-dir . "
+            "so that all run this copy."
         )
 
 

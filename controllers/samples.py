@@ -1,4 +1,4 @@
-"""What the model says: a few rows of a validation or a training step as text, for the tracker."""
+"""Samples of what the model says: a few rows of a validation or a training step as text, for the tracker."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class TextStream:
 
 
 class EmptyStream:
-    """Of a setting that is not used."""
+    """The stream of a setting that is not used: no rows."""
 
     def take(self, num_rows: int = 0) -> Batch:
         return Batch.of()

@@ -36,7 +36,7 @@ class Activity:
     total: int | None = None
     """Units of work in all, where they are known."""
     detail: Callable[[], str] = nothing
-    """What others do for it meanwhile; called by another thread."""
+    """Says what other processes do for it meanwhile; called by another thread."""
     patience_s: float = PATIENCE_S
     started: float = field(default_factory=time.monotonic)
     done: int = 0
@@ -106,7 +106,7 @@ def counted(items: Sequence[T], what: str, *, detail: Callable[[], str] = nothin
 
 
 def activities() -> list[Activity]:
-    """What this process is doing, the outermost first; any thread may ask."""
+    """The activities of this process, the outermost first; any thread may ask."""
     return list(_STACK)
 
 
@@ -128,7 +128,7 @@ def write_to(path: Path) -> None:
 
 
 def read(path: Path) -> str:
-    """What the process that writes to `path` is doing and for how long; "" for nothing, or a process that is
+    """The activity of the process that writes to `path`, and for how long; "" for none, or a process that is
     gone."""
     try:
         line = path.read_text(errors="ignore").rstrip()

@@ -105,10 +105,13 @@ class Reporter:
             return ""
         grid = Table.grid(padding=(0, 1))
         texts: list[RenderableType] = [self._spinner]
-        for one in stack:
-            texts += [Text(one.what), Text(duration(one.seconds), style="dim")]
-            if one.total is not None:
-                texts += [ProgressBar(one.total, one.done, width=BAR_WIDTH), Text(f"{one.done}/{one.total}")]
+        for current in stack:
+            texts += [Text(current.what), Text(duration(current.seconds), style="dim")]
+            if current.total is not None:
+                texts += [
+                    ProgressBar(current.total, current.done, width=BAR_WIDTH),
+                    Text(f"{current.done}/{current.total}"),
+                ]
             texts.append(Text("\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}", style="dim"))
         detail = self._latest_detail(stack)
         texts = [*texts, Text(detail)] if detail else texts[:-1]
@@ -145,7 +148,7 @@ class Reporter:
         if not outermost.overdue():
             return
         outermost.num_reports += 1
-        inside = [f"{one.what} ({one.state})" for one in stack[1:]]
+        inside = [f"{current.what} ({current.state})" for current in stack[1:]]
         detail = self._latest_detail(stack)
         inside += [detail] if detail else []
         LOGGER.info(
@@ -157,7 +160,7 @@ class Reporter:
         now = time.monotonic()
         if now - self._detail_at >= DETAIL_S or stack[-1].started > self._detail_at:
             self._detail_at = now
-            details = [one.detail() for one in stack if one.detail is not nothing]
+            details = [current.detail() for current in stack if current.detail is not nothing]
             self._detail = details[-1] if details else ""
         return self._detail
 

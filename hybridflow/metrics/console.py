@@ -34,7 +34,7 @@ WIDTH = 40
 """Points of a sparkline."""
 PROMPT_CHARACTERS = 300
 RESPONSE_CHARACTERS = 600
-"""Of a sample, what the console shows at most; the whole is in samples.jsonl."""
+"""The console shows this much of a sample at most; samples.jsonl has all of it."""
 
 
 class ConsoleSink(Sink):

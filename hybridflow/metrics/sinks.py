@@ -37,11 +37,11 @@ class Row:
 
 
 class Sink(ABC):
-    """What every destination offers. Its constructor raises a ValueError for everything that would make log
+    """A destination of metrics and samples. Its constructor raises a ValueError for everything that would make log
     fail."""
 
     failures: tuple[type[Exception], ...] = (OSError, RuntimeError)
-    """What log, summary and close may raise when the world breaks; the Tracker then drops the sink instead of
+    """The errors that log, show, summary and close may raise when the world breaks; the Tracker then drops the sink instead of
     the run."""
 
     @abstractmethod

@@ -53,7 +53,7 @@ class MetricsConfig:
     """Names that the console shows, in this order, where a step has them; seconds/<phase> are always shown.
    """
     samples: SamplesConfig = field(default_factory=SamplesConfig)
-    """What the model says."""
+    """Responses of the model that are shown with their rewards."""
 
 
 class Tracker:
