@@ -19,7 +19,9 @@ from controllers.data import PromptDataset, RowLoader
 from controllers.run_length import RunLength
 from controllers.samples import SampleReader
 from controllers.validation import REWARD, Validate
+from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore, load_metadata
+from hybridflow.group import start
 from hybridflow.metrics import Tracker
 from hybridflow.progress import activity
 from hybridflow.waiting import CALLS, CallRecord
@@ -111,8 +113,9 @@ class Outcome:
     """Seconds in the steps of this process, validation and checkpoints not counted."""
     tokens: float
     """Tokens of prompts and responses that these steps trained on."""
-    max_log_prob_gap: float
-    """Largest difference between the generation engine's and the trainer's log-prob of a sampled token."""
+    largest: dict[str, float]
+    """Over these steps, the largest value of every metric whose name ends in "max", such as
+    actor/log_prob_gap_max."""
     phase_s: dict[str, float]
     """Seconds per phase, summed over steps."""
     median_s: dict[str, float]
@@ -124,8 +127,9 @@ class Loop:
     """Loop(algorithm, trained={"actor": actor, "critic": critic}, data=RowLoader(dataset, config.data),
     validate=None, ...).run()
 
-    trained: the roles that a checkpoint holds; the first is the one that the run is for, also saved as a
-    Hugging Face directory. further: by name, whatever else has a position that a checkpoint must hold.
+    run() goes on from where the loop stands: call resume() before it to begin at a checkpoint. trained: the
+    roles that a checkpoint holds; the first is the one that the run is for, also saved as a Hugging Face
+    directory. further: by name, whatever else has a position that a checkpoint must hold.
     samples: reads what the model says; None shows nothing of it.
     """
 
@@ -150,13 +154,14 @@ class Loop:
         self.step = 0
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
-        self.train_s, self.tokens, self.gap = 0.0, 0.0, 0.0
+        self.train_s, self.tokens = 0.0, 0.0
+        self.largest: dict[str, float] = {}
         self.phase_s: dict[str, float] = {}
         self.seconds: list[dict[str, float]] = []
         """Per phase and step, of every step."""
 
     def run(self) -> Outcome:
-        self.resume()
+        """Steps, validations and checkpoints to the end of the run; ends with a checkpoint."""
         if self.step == 0:
             self.before = self.validate()
         LOGGER.info("%s", self.length)
@@ -175,24 +180,30 @@ class Loop:
             validation_after=self.after,
             train_s=self.train_s,
             tokens=self.tokens,
-            max_log_prob_gap=self.gap,
+            largest=self.largest,
             phase_s=self.phase_s,
             median_s=median_seconds(self.seconds),
         )
 
-    def train_one_step(self) -> None:
+    def train_one_step(self, prompts: Batch | None = None) -> dict[str, float]:
+        """One step on the next rows, or on these; returns what was logged of it once its calls have ended."""
+        CALLS.finish()  # what ran before is not part of this step's seconds
         started = time.perf_counter()
-        rows = self.length.next_rows(self.data.position)
-        batch = self.data.take(rows).repeat(self.algorithm.config.samples_per_prompt)
+        if prompts is None:
+            rows = self.length.next_rows(self.data.position)
+            if rows < 1:
+                raise ValueError(f"loop.num_epochs={self.config.num_epochs}: every row was used; raise it")
+            prompts = self.data.take(rows).repeat(self.algorithm.config.samples_per_prompt)
         with activity(f"step {self.step + 1}", detail=CALLS.under_way, patience_s=STEP_PATIENCE_S):
-            metrics = self.algorithm.step(batch)
+            metrics = self.algorithm.step(prompts)
             numbers = dict(metrics)
             records = CALLS.finish()
         seconds = time.perf_counter() - started
         self.step += 1
-        self._record(numbers, records, seconds)
+        row = self._record(numbers, records, seconds)
         if self.samples is not None:
             self.tracker.show(self.step, self.samples.training(metrics, self.step))
+        return row
 
     def validate(self) -> dict[str, float]:
         if self.validation is None:
@@ -210,15 +221,18 @@ class Loop:
         return numbers
 
     def checkpoint(self) -> None:
+        """Writes a checkpoint; returns when it is complete."""
         with activity("checkpoint", detail=CALLS.under_way, patience_s=PATIENCE_S):
             self._checkpoint()
 
     def _checkpoint(self) -> None:
         directory = self.store.begin(self.step)
-        saving = [role.save_checkpoint(str(directory / name)) for name, role in self.trained.items()]
-        saving += [next(iter(self.trained.values())).save_pretrained(str(directory / "huggingface"))]
+        saving = []
+        for name, role in self.trained.items():
+            saving.append(start(role.save_checkpoint, str(directory / name)))
+        saving.append(start(self._main_role.save_pretrained, str(directory / "huggingface")))
         for ranks in saving:
-            list(ranks or ())
+            ranks.wait()
         state = {
             "step": self.step,
             "data": self.data.state_dict(),
@@ -229,6 +243,15 @@ class Loop:
         }
         self.store.commit(self.step, state, metrics=self.after)
         CALLS.finish()
+
+    def save_pretrained(self, directory: Path) -> None:
+        """The model that the run is for, as a Hugging Face directory; returns when every rank has written its
+        part."""
+        self._main_role.save_pretrained(str(directory))
+
+    @property
+    def _main_role(self) -> TrainedRole:
+        return next(iter(self.trained.values()))
 
     def resume(self) -> None:
         """Brings everything back to where the checkpoint was written."""
@@ -241,8 +264,11 @@ class Loop:
         if directory is None:
             return
         state = load_metadata(directory)
-        for ranks in [role.load_checkpoint(str(directory / name)) for name, role in self.trained.items()]:
-            list(ranks or ())
+        loading = []
+        for name, role in self.trained.items():
+            loading.append(start(role.load_checkpoint, str(directory / name)))
+        for ranks in loading:
+            ranks.wait()
         self.data.load_state_dict(state["data"])
         for name, stateful in self.further.items():
             stateful.load_state_dict(state["further"][name])
@@ -254,21 +280,26 @@ class Loop:
         )
         LOGGER.info("resumed from %s, step %d", directory, self.step)
 
-    def _record(self, metrics: dict[str, float], records: list[CallRecord], seconds: float) -> None:
+    def _record(
+        self, metrics: dict[str, float], records: list[CallRecord], seconds: float
+    ) -> dict[str, float]:
+        """Logs the step and adds it to what the outcome reports."""
         phases = phase_seconds(records)
         tokens = metrics.pop("tokens", 0.0)
-        self.tracker.log(
-            self.step,
-            metrics
-            | {f"seconds/{phase}": value for phase, value in phases.items()}
-            | {"seconds/step": seconds, "tokens_per_s": tokens / seconds},
-        )
+        row = dict(metrics)
+        for phase, value in phases.items():
+            row[f"seconds/{phase}"] = value
+            self.phase_s[phase] = self.phase_s.get(phase, 0.0) + value
+        row["seconds/step"] = seconds
+        row["tokens_per_s"] = tokens / seconds
+        self.tracker.log(self.step, row)
         self.seconds.append({**phases, "step": seconds})
         self.train_s += seconds
         self.tokens += tokens
-        self.gap = max(self.gap, metrics.get("actor/log_prob_gap_max", 0.0))
-        for phase, value in phases.items():
-            self.phase_s[phase] = self.phase_s.get(phase, 0.0) + value
+        for name, value in metrics.items():
+            if name.endswith("max"):
+                self.largest[name] = max(value, self.largest.get(name, value))
+        return row
 
     def _finished(self) -> bool:
         return self.length.reached(self.step, self.data.position)

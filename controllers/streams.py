@@ -22,8 +22,8 @@ class Stream(Protocol):
 
 
 class PromptStream:
-    """The prompts of the run: the loop takes a step's from it, and a step that needs further ones (DAPO) goes
-    on where that ended."""
+    """The prompts of the run: a step's are next(prompts), and a step that needs further ones (DAPO) goes on
+    where that ended."""
 
     def __init__(self, loader: RowLoader, samples_per_prompt: int) -> None:
         self.loader, self.samples_per_prompt = loader, samples_per_prompt
@@ -31,6 +31,13 @@ class PromptStream:
     def take(self, num_rows: int = 0) -> Batch:
         """The next num_rows prompts, each samples_per_prompt times."""
         return self.loader.take(num_rows or self.loader.config.batch_size).repeat(self.samples_per_prompt)
+
+    def __iter__(self) -> PromptStream:
+        return self
+
+    def __next__(self) -> Batch:
+        """The rows of one step; the stream has no end."""
+        return self.take()
 
 
 class TextStream:

@@ -62,14 +62,16 @@ class Batch(Mapping[str, Value]):
         if len(set(counts.values())) > 1:
             raise ValueError(f"batch: columns have different numbers of rows: {counts}")
         num_rows = next(iter(counts.values()), 0)
-        everything = np.arange(num_rows)
-        return cls(
-            {
-                name: ColumnEntry(declared(name), (RowRange(Held(block), num_rows),), everything)
-                for name, block in blocks.items()
-            },
-            num_rows,
-        )
+        return cls.of_refs({name: Held(block) for name, block in blocks.items()}, num_rows)
+
+    @classmethod
+    def of_refs(cls, refs: Mapping[str, Ref], num_rows: int, node: str | None = None) -> Batch:
+        """A batch of one block of `num_rows` rows for each column, made on `node`."""
+        everything = np.arange(num_rows)  # one object, which rows() then reorders once for all columns
+        entries = {}
+        for name, ref in refs.items():
+            entries[name] = ColumnEntry(declared(name), (RowRange(ref, num_rows, node),), everything)
+        return cls(entries, num_rows)
 
     @property
     def num_rows(self) -> int:
@@ -139,16 +141,8 @@ class Batch(Mapping[str, Value]):
 
     def local(self, names: Sequence[str], here: str | None = None) -> Batch:
         """These columns fetched into this process."""
-        everything = np.arange(self._num_rows)
-        return Batch(
-            {
-                name: ColumnEntry(
-                    self._entries[name].column, (RowRange(Held(block), self._num_rows),), everything
-                )
-                for name, block in zip(names, self.blocks(names, here), strict=True)
-            },
-            self._num_rows,
-        )
+        blocks = zip(names, self.blocks(names, here), strict=True)
+        return Batch.of_refs({name: Held(block) for name, block in blocks}, self._num_rows)
 
     def stored(self) -> Batch:
         """The same batch with nothing in this process: blocks that were made here are put into Ray's store,

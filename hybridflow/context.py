@@ -23,3 +23,6 @@ class RankContext:
     node: str = "localhost"
     num_threads: int = 1
     """CPU threads that the process may use."""
+    in_ray: bool = False
+    """The process belongs to a Ray cluster: work may be spread over Ray tasks. False with runtime=local, even
+    where something else has connected this process to Ray."""

@@ -1,7 +1,12 @@
 """spawn: a worker on every device of a pool, behind a handle that has the worker's own type.
 
-A call on the handle is distributed and collected by the method's protocol and returns at once. A Batch,
-Metrics or a list fills in when it is read; for anything else (a number, a string) the call waits.
+A call on the handle is distributed and collected by the method's protocol. What it returns is of the type that
+the method declares:
+
+    batch = actor.generate_sequences(prompts)       # Batch, Metrics: returned at once, filled in when read
+    actor.save_pretrained("out")                    # None: returns when every rank is done
+    each(actor.peak_memory_bytes)                   # a value of every rank: each() waits for all, list[int]
+    saving = start(actor.save_checkpoint, "at")     # the same without waiting: Results[None]; saving.wait()
 """
 
 from __future__ import annotations
@@ -9,31 +14,86 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast, get_type_hints
+from functools import partial
+from types import NoneType
+from typing import Any, ParamSpec, TypeVar, cast, get_type_hints
 
 import numpy as np
 
-from hybridflow.batch import Batch, ColumnEntry, RowRange
-from hybridflow.columns import declared
+from hybridflow.batch import Batch
+from hybridflow.context import RankContext
 from hybridflow.pool import ResourcePool
 from hybridflow.progress import activity
-from hybridflow.protocols import Arguments, Distribution, _as_list
+from hybridflow.protocols import Arguments, Distribution
 from hybridflow.results import Metrics, Results
 from hybridflow.worker import Remote, Worker, remote_methods
 
 LOGGER = logging.getLogger(__name__)
 W = TypeVar("W", bound=Worker)
+ConfigT = TypeVar("ConfigT")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def spawn(worker_class: type[W], pool: ResourcePool, config: Any, *, role: str = "") -> W:
-    """Builds the worker on every host of the pool; returns when it stands.
+def spawn(
+    worker_class: Callable[[ConfigT, RankContext], W],
+    pool: ResourcePool,
+    config: ConfigT,
+    *,
+    role: str = "",
+) -> W:
+    """Builds the worker, a class, on every host of the pool; returns when it stands.
 
-    critic = spawn(CriticWorker, pool, config, role="critic")
+    critic = spawn(CriticWorker, pool, CriticConfig(...), role="critic")   # another config is a type error
     critic.compute_values(batch)          # checked by mypy as CriticWorker.compute_values
     """
-    return cast(
-        W, Handle(worker_class, pool, config, role or worker_class.__name__.removesuffix("Worker").lower())
-    )
+    if not (isinstance(worker_class, type) and issubclass(worker_class, Worker)):
+        raise ValueError(f"spawn: {worker_class!r} is not a subclass of Worker; give a worker's class")
+    name = role or worker_class.__name__.removesuffix("Worker").lower()
+    return cast(W, Handle(worker_class, pool, config, name))
+
+
+def start(method: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Results[R]:
+    """Starts a call that every rank answers; the answers are there when they are read.
+
+    A method of a plain object in this process is called at once and counts as the only rank.
+    """
+    if isinstance(method, RemoteMethod):
+        return method.start(*args, **kwargs)
+    answer = method(*args, **kwargs)
+    return Results(lambda: [answer])
+
+
+def each(method: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> list[R]:
+    """The answers of every rank, in rank order; waits for all of them."""
+    return list(start(method, *args, **kwargs))
+
+
+class RemoteMethod:
+    """One declared method of a worker group, ready to be called."""
+
+    def __init__(
+        self, begin: Callable[[Arguments], Callable[[], Any]], name: str, declaration: Remote, returns: object
+    ) -> None:
+        self._begin, self._name, self._declaration, self._returns = begin, name, declaration, returns
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._declaration.protocol.every_rank and self._returns is not NoneType:
+            raise TypeError(
+                f"{self._name} is answered by every rank; call each({self._name}, ...) for the list of the "
+                "answers"
+            )
+        collect = self._begin(Arguments(args, kwargs))
+        if self._returns is Metrics and not self._declaration.writes:
+            return Metrics(sources=[collect])
+        result = collect()
+        return None if self._returns is NoneType else result
+
+    def start(self, *args: Any, **kwargs: Any) -> Results[Any]:
+        """See the function start."""
+        if not self._declaration.protocol.every_rank:
+            raise TypeError(f"{self._name} has one answer, not one of every rank; call it")
+        return Results(self._begin(Arguments(args, kwargs)))
 
 
 class Handle:
@@ -52,10 +112,6 @@ class Handle:
         self._role = role
         self._worker_class = worker_class
         self._methods = remote_methods(worker_class)
-        self._returns_metrics = {
-            name: get_type_hints(getattr(worker_class, name)).get("return") is Metrics
-            for name in self._methods
-        }
         started = time.perf_counter()
         with activity(f"building {role}", detail=pool.activity):
             pool.create(role, worker_class, config)
@@ -67,25 +123,27 @@ class Handle:
             time.perf_counter() - started,
         )
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
+    def __getattr__(self, name: str) -> RemoteMethod:
         if name.startswith("_") or name not in self._methods:
             known = ", ".join(sorted(self.__dict__.get("_methods", ())))
             raise AttributeError(
                 f"{self.__dict__.get('_role', 'handle')}: no remote method {name!r}; it has {known}"
             )
         declaration = self._methods[name]
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return self._call(name, declaration, Arguments(args, kwargs))
-
+        # The RPC layer looks methods up by name.
+        returns = get_type_hints(getattr(self._worker_class, name)).get("return")
+        begin = partial(self._begin, name, declaration)
+        method = RemoteMethod(begin, f"{self._role}.{name}", declaration, returns)
         # The next call finds it without coming here.
-        self.__dict__[name] = call
-        return call
+        self.__dict__[name] = method
+        return method
 
     def __repr__(self) -> str:
         return f"{self._role} ({self._worker_class.__name__} on pool {self._pool.name!r}, {self._pool.size} devices)"
 
-    def _call(self, method: str, declaration: Remote, arguments: Arguments) -> Any:
+    def _begin(self, method: str, declaration: Remote, arguments: Arguments) -> Callable[[], Any]:
+        """Starts the call on every rank. The returned function collects its result: batches at once, since
+        they are references; values when they are there."""
         protocol = declaration.protocol
         layout = self._layouts[protocol.layout]
         rows: Sequence[np.ndarray] | None = None
@@ -101,15 +159,10 @@ class Handle:
             keep[rank] = True
         calls = self._pool.submit(self._role, method, given, keep, len(declaration.writes))
         if declaration.writes:
-            return self._collect_batches(declaration, [(rank, *calls[rank]) for rank in collected], rows)
+            written = [(rank, *calls[rank]) for rank in collected]
+            return lambda: self._collect_batches(declaration, written, rows)
         replies = [calls[rank][0] for rank in collected]
-
-        def read() -> Any:
-            return protocol.collect(layout, [reply.result for reply in self._pool.read_replies(replies)])
-
-        if self._returns_metrics[method] and protocol.collect is not _as_list:
-            return Metrics(sources=[read])
-        return Results(read) if protocol.collect is _as_list else read()
+        return lambda: protocol.collect(layout, [reply.result for reply in self._pool.read_replies(replies)])
 
     def _needed(self, batch: Batch, method: str, declaration: Remote) -> Batch:
         """The columns that the method declares, in a form that may be sent."""
@@ -143,12 +196,8 @@ class Handle:
             counts = [len(rows[rank]) for rank, _, _ in calls]
         results = []
         for (rank, _, columns), count in zip(calls, counts, strict=True):
-            everything = np.arange(count)
-            entries = {
-                name: ColumnEntry(declared(name), (RowRange(ref, count, self._pool.node(rank)),), everything)
-                for name, ref in zip(declaration.writes, columns, strict=True)
-            }
-            results.append(Batch(entries, count))
+            refs = dict(zip(declaration.writes, columns, strict=True))
+            results.append(Batch.of_refs(refs, count, self._pool.node(rank)))
         layout = self._layouts[declaration.protocol.layout]
         batch = declaration.protocol.collect(layout, results)
         if rows is None or not isinstance(batch, Batch):

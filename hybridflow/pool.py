@@ -22,7 +22,7 @@ from hybridflow.host import Host, HostInfo, read_stacks
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
 from hybridflow.store import Held
-from hybridflow.waiting import CALLS, CallRecord, Pending, Reply
+from hybridflow.waiting import CALLS, DEFAULT_TIMEOUT_S, CallRecord, Pending, Reply
 from hybridflow.worker import Worker
 
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
@@ -56,6 +56,9 @@ class PoolSpec:
     """Shown in Ray's dashboard; every spawn says its role again."""
     start_timeout_s: float = 300.0
     collective_timeout_s: float = 1800.0
+    """Of an operation of the pool's process group."""
+    call_timeout_s: float = DEFAULT_TIMEOUT_S
+    """A wait ends in a report of every rank's stack when no call finishes for this long."""
     env: tuple[tuple[str, str], ...] = ()
     """Environment variables of the hosts."""
 
@@ -106,6 +109,10 @@ class ResourcePool(ABC):
     def close(self) -> None:
         """Ends the hosts; calling it twice is fine."""
 
+    def _check_usable(self) -> None:
+        if self.broken:
+            raise RuntimeError(f"pool {self.name!r} was stopped: {self.broken}")
+
     def __enter__(self) -> ResourcePool:
         return self
 
@@ -116,7 +123,8 @@ class ResourcePool(ABC):
 class LocalPool(ResourcePool):
     """One device, in this process: `runtime=local`. Calls run at once and raise where they fail."""
 
-    def __init__(self, spec: PoolSpec) -> None:
+    def __init__(self, spec: PoolSpec | None = None) -> None:
+        spec = spec or PoolSpec()
         if spec.num_devices != 1:
             raise ValueError(
                 f"pool {spec.name!r}: num_devices={spec.num_devices} with runtime=local; set num_devices=1 "
@@ -130,11 +138,13 @@ class LocalPool(ResourcePool):
         _join_world_of_one(self.context, spec.collective_timeout_s)
 
     def create(self, role: str, worker_class: type[Worker], config: Any) -> None:
+        self._check_usable()
         self.workers[role] = worker_class(config, replace(self.context, role=role))
 
     def submit(
         self, role: str, method: str, arguments: Sequence[Arguments], keep: Sequence[bool], num_columns: int
     ) -> list[tuple[Any, list[Any]]]:
+        self._check_usable()
         started = time.time()
         (own,) = arguments
         local = own.map_batches(lambda batch: batch.local(batch.columns))
@@ -163,6 +173,8 @@ class LocalPool(ResourcePool):
         return ""
 
     def close(self) -> None:
+        CALLS.forget(self.name)
+        self.broken = self.broken or "closed"
         for worker in self.workers.values():
             worker.close()
         self.workers.clear()
@@ -187,8 +199,10 @@ def _join_world_of_one(context: RankContext, timeout_s: float) -> None:
 class RayPool(ResourcePool):
     """Hosts as Ray actors, one per device of a packed placement group."""
 
-    def __init__(self, spec: PoolSpec) -> None:
+    def __init__(self, spec: PoolSpec | None = None) -> None:
+        spec = spec or PoolSpec()
         self.spec = spec
+        self.hosts: list[HostInfo] = []
         self._actors: list[Any] = []
         self._kept_callers: dict[tuple[str, int], list[Any]] = {}
         self._group: Any = None
@@ -211,7 +225,7 @@ class RayPool(ResourcePool):
             self._actors = [
                 self._start_host(context, node) for context, node in zip(contexts, nodes, strict=True)
             ]
-            self.hosts: list[HostInfo] = waiting.get([actor.info.remote() for actor in self._actors])
+            self.hosts = waiting.get([actor.info.remote() for actor in self._actors])
         with activity("connecting the processes"):
             one_node = len({host.node_id for host in self.hosts}) == 1
             port = waiting.get([self._actors[0].free_port.remote()])[0]
@@ -268,6 +282,7 @@ class RayPool(ResourcePool):
                     device="cuda:0" if self.spec.device == "cuda" else "cpu",
                     node=alive[node]["NodeManagerAddress"],
                     num_threads=self.spec.threads_per_device or max(1, cores // on_node),
+                    in_ray=True,
                 )
             )
         return contexts
@@ -335,6 +350,7 @@ class RayPool(ResourcePool):
                 kill=self.kill,
                 describe_host=self.describe_host,
                 activity=self.activity,
+                timeout_s=self.spec.call_timeout_s,
             )
         )
 
@@ -390,10 +406,6 @@ class RayPool(ResourcePool):
         self.broken = self.broken or reason
         self._end_processes()
 
-    def _check_usable(self) -> None:
-        if self.broken:
-            raise RuntimeError(f"pool {self.name!r} was stopped: {self.broken}")
-
     def close(self) -> None:
         import ray
 
@@ -417,6 +429,6 @@ class RayPool(ResourcePool):
         if self._group is not None:
             ray.util.remove_placement_group(self._group)
             self._group = None
-        for host in self.hosts if hasattr(self, "hosts") else ():
+        for host in self.hosts:
             Path(host.stack_file).unlink(missing_ok=True)
             Path(host.activity_file).unlink(missing_ok=True)

@@ -95,6 +95,9 @@ class Protocol:
     """Ranks whose results are kept; the others store nothing."""
     layout: str = "train"
     """Which of the worker's layouts it is meant over."""
+    every_rank: bool = False
+    """collect returns a list with the answer of each collected rank: the caller asks for it with each() or
+    start() (group.py)."""
 
 
 def data_groups(layout: Layout) -> list[tuple[int, ...]]:
@@ -213,8 +216,8 @@ def _concatenated(layout: Layout, results: Sequence[Any]) -> Any:
     return results[0]
 
 
-ONE_TO_ALL = Protocol(name="ONE_TO_ALL", distribute=_same_to_all, collect=_as_list)
-ALL_TO_ALL = Protocol(name="ALL_TO_ALL", distribute=_one_each, collect=_as_list)
+ONE_TO_ALL = Protocol(name="ONE_TO_ALL", distribute=_same_to_all, collect=_as_list, every_rank=True)
+ALL_TO_ALL = Protocol(name="ALL_TO_ALL", distribute=_one_each, collect=_as_list, every_rank=True)
 THREE_D = Protocol(
     name="3D_PROTO", distribute=_split_over(data_groups), collect=_concatenated, collected=_last_stage
 )
@@ -226,7 +229,11 @@ THREE_D_ALL_MICRO_DP = Protocol(
     layout="generation",
 )
 THREE_D_PP_ONLY = Protocol(
-    name="3D_PP_ONLY", distribute=_same_to_all, collect=_as_list, collected=_first_of_stage
+    name="3D_PP_ONLY",
+    distribute=_same_to_all,
+    collect=_as_list,
+    collected=_first_of_stage,
+    every_rank=True,
 )
 DP = Protocol(name="DP_PROTO", distribute=_split_over(_every_rank), collect=_concatenated)
 PROTOCOLS = {

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar, overload
 from hybridflow.batch import Batch
 
 T = TypeVar("T")
+Part = Mapping[str, float] | Callable[[], Mapping[str, float]]
 
 
 class Metrics(Mapping[str, float]):
@@ -26,18 +27,18 @@ class Metrics(Mapping[str, float]):
         rows: Batch | None = None,
     ) -> None:
         """rows: what the numbers describe, so that a run can show some of it."""
-        self._values: dict[str, float] = dict(values or {})
-        self._sources = list(sources)
+        self._parts: list[Part] = [dict(values or {}), *sources]
+        """In the order in which they are laid over each other; a callable one is read when any is."""
         self.rows = rows
 
     def __or__(self, other: Mapping[str, float]) -> Metrics:
+        """Both; of a name that is in both, the right one."""
         if isinstance(other, Metrics):
-            return Metrics(
-                {**self._values, **other._values},
-                sources=[*self._sources, *other._sources],
-                rows=self.rows or other.rows,
-            )
-        return Metrics({**self._values, **other}, sources=self._sources, rows=self.rows)
+            return _joined([*self._parts, *other._parts], self.rows or other.rows)
+        return _joined([*self._parts, dict(other)], self.rows)
+
+    def __ror__(self, other: Mapping[str, float]) -> Metrics:
+        return _joined([dict(other), *self._parts], self.rows)
 
     def renamed(self, old: str, new: str) -> Metrics:
         """The same numbers with another prefix, for two roles of one kind; does not wait."""
@@ -51,10 +52,13 @@ class Metrics(Mapping[str, float]):
         )
 
     def _read(self) -> dict[str, float]:
-        while self._sources:
-            self._values.update(self._sources[0]())
-            del self._sources[0]
-        return self._values
+        values: dict[str, float] = {}
+        for number, part in enumerate(self._parts):
+            if callable(part):
+                part = self._parts[number] = part()  # read once, whichever of the others fails
+            values.update(part)
+        self._parts = [values]
+        return values
 
     def __getitem__(self, name: str) -> float:
         return self._read()[name]
@@ -66,11 +70,18 @@ class Metrics(Mapping[str, float]):
         return len(self._read())
 
     def __repr__(self) -> str:
-        return f"Metrics({len(self._sources)} under way)" if self._sources else f"Metrics({self._values})"
+        under_way = sum(callable(part) for part in self._parts)
+        return f"Metrics({under_way} under way)" if under_way else f"Metrics({self._read()})"
+
+
+def _joined(parts: Sequence[Part], rows: Batch | None) -> Metrics:
+    joined = Metrics(rows=rows)
+    joined._parts = list(parts)
+    return joined
 
 
 class Results(Sequence[T], Generic[T]):
-    """The list that a call collected from its ranks; reading waits."""
+    """The answers of a call that every rank answers, in rank order; reading waits."""
 
     def __init__(self, read: Callable[[], list[T]]) -> None:
         self._source: Callable[[], list[T]] | None = read
@@ -80,6 +91,10 @@ class Results(Sequence[T], Generic[T]):
         if self._source is not None:
             self._list, self._source = self._source(), None
         return self._list
+
+    def wait(self) -> None:
+        """Returns when every rank has answered."""
+        self._read()
 
     @overload
     def __getitem__(self, index: int) -> T: ...

@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, ParamSpec, get_type_hints
 
-import numpy as np
-
-from hybridflow.batch import Batch, ColumnEntry, RowRange
+from hybridflow.batch import Batch
 from hybridflow.columns import declared
 from hybridflow.dataflow import Call, CallKind, Dataflow
 from hybridflow.results import Metrics
@@ -169,9 +167,7 @@ def traced_roles(roles: Mapping[str, type[Worker]]) -> tuple[dict[str, Any], Rec
 
 def abstract_batch(names: Sequence[str], writer: str) -> Batch:
     """A batch of columns that have a writer and no data."""
-    everything = np.arange(NUM_ROWS)
-    pieces = (RowRange(Abstract(writer), NUM_ROWS),)
-    return Batch({name: ColumnEntry(declared(name), pieces, everything) for name in names}, NUM_ROWS)
+    return Batch.of_refs({name: Abstract(writer) for name in names}, NUM_ROWS)
 
 
 def _writers(batch: Batch, names: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Waiting: every wait of the controller watches all pending calls.
 
 A failed call raises as soon as it is known, even if its result is not the one being read; a dead process is
-named; and when no call finishes for `timeout_s`, the wait ends in a report of who waits for whom with the
+named; and when no call finishes for as long as a pool allows (PoolSpec.call_timeout_s), the wait ends in a report of who waits for whom with the
 stack of every rank. Never in silence. In a host process nothing is pending, so a wait there is a plain wait;
 its controller watches it.
 """
@@ -59,6 +59,8 @@ class Pending:
     describe_host: Callable[[int], str]
     activity: Callable[[], str]
     """What its first rank is doing, where that has a name (progress.py)."""
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    """Its pool's: how long no call may finish before the wait for it ends in a report."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +82,6 @@ class CallRecord:
 class Calls:
     """All calls of this process that were not yet seen to finish, and the records of those that were."""
 
-    timeout_s: float = DEFAULT_TIMEOUT_S
     pending: list[Pending] = field(default_factory=list)
     records: list[CallRecord] = field(default_factory=list)
     last_progress: float = field(default_factory=time.monotonic)
@@ -144,8 +145,9 @@ class Calls:
                     continue
             still.append(call)
         self.pending = still
-        if self.pending and time.monotonic() - self.last_progress > self.timeout_s:
-            self._stuck()
+        timeout_s = min((call.timeout_s for call in self.pending), default=DEFAULT_TIMEOUT_S)
+        if self.pending and time.monotonic() - self.last_progress > timeout_s:
+            self._stuck(timeout_s)
 
     def under_way(self) -> str:
         """The call that each pool is at, and what it does there; "" while nothing is pending. Any thread may
@@ -175,6 +177,7 @@ class Calls:
     def forget(self, pool: str) -> None:
         """The pool is gone; nothing will come from it any more."""
         self.pending = [call for call in self.pending if call.pool != pool]
+        self.records = [record for record in self.records if record.pool != pool]
 
     def _fail(self, error: Exception) -> None:
         """Raises what the controller should see instead of Ray's error, and stops pools whose ranks can't go
@@ -193,9 +196,9 @@ class Calls:
             _stop_dead(pending, f"{deaths}\nits peer failed with it: {cause.where}: {cause.cause}")
         raise cause from None
 
-    def _stuck(self) -> None:
+    def _stuck(self, timeout_s: float) -> None:
         pending, self.pending = self.pending, []
-        report = _report(pending, self.timeout_s)
+        report = _report(pending, timeout_s)
         for call in {call.pool: call for call in pending}.values():
             call.kill("stuck: see the report of who waits for whom")
         raise WorkerStuck(report)

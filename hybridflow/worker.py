@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from hybridflow.columns import declared
 from hybridflow.context import RankContext
@@ -93,8 +93,6 @@ class Worker:
 
     actor = spawn(ActorWorker, pool, config, role="actor")
     """
-
-    kind: ClassVar[str] = ""
 
     def __init__(self, config: Any, context: RankContext) -> None:
         self.config = config

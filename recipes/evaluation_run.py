@@ -7,7 +7,6 @@ Leaves out resuming: what was answered before a crash is answered again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import cast
 
@@ -17,17 +16,14 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from controllers import create_algorithm
-from controllers.data import load_tokenizer
 from controllers.evaluation import Generate
 from hybridflow.batch import Batch
 from hybridflow.progress import counted
 from hybridflow.tracing import to_mermaid
-from hybridflow.waiting import CALLS
-from recipes.compatibility import check_vocabularies
 from recipes.config import RunConfig
-from recipes.placing import check_models, place, placement_report
-from recipes.session import check_dataflow, connect_cluster, load_rows, start_roles
+from recipes.placing import place
+from recipes.preparation import check_dataflow, dry_run_report, prepare
+from recipes.session import Session
 
 CONSOLE = Console(stderr=True)
 
@@ -35,29 +31,23 @@ CONSOLE = Console(stderr=True)
 def answers(config: RunConfig) -> Iterator[tuple[Batch, PreTrainedTokenizerBase]]:
     """data.batch_size prompts at a time with their answers, each column already here; nothing for graph=true
     and dry_run=true."""
-    roles = place(config)
-    check_samples(config)
-    dataflow = check_dataflow(config, roles)
     if config.graph:
-        print(to_mermaid(dataflow))
+        print(to_mermaid(check_dataflow(place(config))))
         return
-    check_models(config, roles)
-    tokenizer = load_tokenizer(config.model)
-    check_vocabularies(config, roles, tokenizer)
-    prompts = load_rows(config, "train", tokenizer)
+    check_samples(config)
+    prepared = prepare(config)
     if config.dry_run:
-        print(placement_report(config, roles, dataflow))
+        print(dry_run_report(prepared))
         return
-    CALLS.timeout_s = config.call_timeout_s
-    with ExitStack() as stack:
-        handles = start_roles(stack, config, stack.enter_context(connect_cluster(config)), roles)
-        asked = cast(Generate, create_algorithm(config.algorithm.name, handles, config.algorithm))
+    prompts = prepared.train
+    with Session(prepared) as session:
+        algorithm = cast(Generate, session.algorithm)
         starts = range(0, len(prompts), config.data.batch_size)
         for start in counted(starts, "answering"):
             rows = np.arange(start, min(start + config.data.batch_size, len(prompts)))
-            batch = asked.answer(prompts.rows(rows).repeat(config.algorithm.samples_per_prompt))
-            yield batch.local(batch.columns), tokenizer
-            CALLS.finish()
+            batch = algorithm.answer(prompts.rows(rows).repeat(config.algorithm.samples_per_prompt))
+            yield batch.local(batch.columns), prepared.tokenizer
+            session.wait()
 
 
 def check_samples(config: RunConfig) -> None:

@@ -1,15 +1,19 @@
 """place(): which role stands in which pool, with which worker and settings; whether layouts and models fit.
 
+    placement = place(config)      # made once; everything after that reads it
+    placement.roles, placement.pool_sizes, placement.entry
+
 Reads model configurations; starts nothing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from controllers import algorithm_entry
+from controllers import AlgorithmEntry, algorithm_entry
 from hybridflow.dataflow import Dataflow
 from hybridflow.layout import Layout
 from recipes.checks import (
@@ -17,8 +21,6 @@ from recipes.checks import (
     check_generation_groups,
     check_generation_memory,
     check_model,
-    check_output,
-    check_resume,
     check_settings,
 )
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
@@ -29,11 +31,45 @@ from workers.split_actor import SplitTrainingWorker
 LOGGER = logging.getLogger(__name__)
 
 
-def place(config: RunConfig) -> list[Role]:
-    """Every role of the algorithm with its worker, settings and pool."""
-    pool_of = _pools(config)
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """A run's roles and the pools that they stand in.
+
+    Placement(config=config, entry=ALGORITHMS["grpo"], role_names=("actor", "reference", "reward"),
+        roles=(Role(name="actor", ...), Role(name="reward", ...)), pool_sizes={"main": 8})
+    """
+
+    config: RunConfig
+    entry: AlgorithmEntry
+    """The algorithm's."""
+    role_names: tuple[str, ...]
+    """Every role that the algorithm or its validation names, placed or not."""
+    roles: tuple[Role, ...]
+    """Those that are needed, in the order in which they are started."""
+    pool_sizes: Mapping[str, int]
+    """Devices of every pool."""
+
+    @property
+    def pool_of(self) -> dict[str, str]:
+        """Role -> name of its pool."""
+        return {role.name: role.pool for role in self.roles}
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of all pools together."""
+        return sum(self.pool_sizes.values())
+
+    def layouts(self, role: Role) -> dict[str, Layout]:
+        """The role's layouts over its pool, by name."""
+        return role.worker.layouts(role.config, self.pool_sizes[role.pool])
+
+
+def place(config: RunConfig) -> Placement:
+    """Every role of the algorithm with its worker, settings and pool; settings and layouts are checked."""
+    entry, names = algorithm_entry(config.algorithm.name), role_names(config)
+    pool_of = _pools(config, names)
     roles = []
-    for name in (*role_names(config), *([GENERATION] if GENERATION in pool_of else [])):
+    for name in (*names, *([GENERATION] if GENERATION in pool_of else [])):
         kind = role_kind(name)
         if not kind.needed(config):
             LOGGER.info("no %s model: no coefficient asks for it", name)
@@ -41,16 +77,61 @@ def place(config: RunConfig) -> list[Role]:
         settings = kind.settings(config)
         worker = SplitTrainingWorker if name == "actor" and GENERATION in pool_of else kind.worker(settings)
         roles.append(Role(name=name, worker=worker, config=settings, pool=pool_of[name]))
-    check_layouts(config, roles)
-    check_algorithm(config, algorithm_entry(config.algorithm.name))
-    check_output(config.output_dir)
-    check_resume(config.loop.resume)
-    return roles
+    placement = Placement(
+        config=config, entry=entry, role_names=names, roles=tuple(roles), pool_sizes=_pool_sizes(config)
+    )
+    check_layouts(placement)
+    check_algorithm(config, entry)
+    return placement
 
 
-def _pools(config: RunConfig) -> dict[str, str]:
+def check_layouts(placement: Placement) -> None:
+    """Settings of every role, its layouts on its pool, and those of generation engines that share one."""
+    engines: dict[str, dict[str, Layout]] = {}
+    shares: dict[str, dict[str, float]] = {}
+    for role in placement.roles:
+        check_settings(role.name, role.config)
+        layouts = placement.layouts(role)
+        if "generation" not in layouts:
+            continue
+        if generation_engine_class(role.config.generation.engine).shares_process:
+            engines.setdefault(role.pool, {})[role.name] = layouts["generation"]
+            shares.setdefault(role.pool, {})[role.name] = role.config.generation.gpu_memory_fraction
+    for pool, of_roles in engines.items():
+        check_generation_groups(pool, of_roles)
+        if placement.config.device is Device.cuda:
+            check_generation_memory(pool, shares[pool])
+
+
+def check_models(placement: Placement) -> None:
+    """Every model's directory has a configuration, and its layouts fit it; no weights are read."""
+    for role in placement.roles:
+        if role.name != GENERATION:  # the model is the actor's, and checked with it
+            check_model(role.name, role.config, role_kind(role.name).head, placement.pool_sizes[role.pool])
+
+
+def placeholder_roles(placement: Placement, placed: Container[str]) -> dict[str, Any]:
+    """What stands for the roles of the algorithm that were not placed because nothing asks for them."""
+    placeholders = {}
+    for name in placement.role_names:
+        make = role_kind(name).absent
+        if name not in placed and make is not None:
+            placeholders[name] = make()
+    return placeholders
+
+
+def placement_report(placement: Placement, dataflow: Dataflow) -> str:
+    """What would run where."""
+    lines = [f"{placement.config.algorithm.name}: {len(dataflow.calls)} calls a step"]
+    for role in placement.roles:
+        layouts = ", ".join(f"{name} {layout}" for name, layout in placement.layouts(role).items())
+        size = placement.pool_sizes[role.pool]
+        lines.append(f"  {role.name:<10} pool {role.pool} ({size} devices): {layouts}")
+    return "\n".join(lines)
+
+
+def _pools(config: RunConfig, names: tuple[str, ...]) -> dict[str, str]:
     """Role -> name of its pool; all in one until placement=auto has chosen."""
-    names = role_names(config)
     may_be_placed = (*names, *([GENERATION] if "actor" in names else []))
     if config.placement is PlacementMode.colocated and config.pools:
         raise ValueError(
@@ -85,7 +166,7 @@ def _pools(config: RunConfig) -> dict[str, str]:
     return {role: pools[0] for role, pools in owners.items()}
 
 
-def pool_sizes(config: RunConfig) -> dict[str, int]:
+def _pool_sizes(config: RunConfig) -> dict[str, int]:
     """Devices of every pool."""
     if config.runtime is Runtime.local:
         if config.num_devices > 1:
@@ -108,52 +189,3 @@ def pool_sizes(config: RunConfig) -> dict[str, int]:
             field = f"pools.{name}.num_devices" if config.placement is PlacementMode.custom else "num_devices"
             raise ValueError(f"{field} is {size}; use at least 1")
     return sizes
-
-
-def pools_of(roles: Sequence[Role]) -> dict[str, str]:
-    return {role.name: role.pool for role in roles}
-
-
-def check_layouts(config: RunConfig, roles: Sequence[Role]) -> None:
-    """Settings of every role, its layouts on its pool, and those of generation engines that share one."""
-    sizes = pool_sizes(config)
-    engines: dict[str, dict[str, Layout]] = {}
-    shares: dict[str, dict[str, float]] = {}
-    for role in roles:
-        check_settings(role.name, role.config)
-        layouts = role.worker.layouts(role.config, sizes[role.pool])
-        if "generation" not in layouts:
-            continue
-        if generation_engine_class(role.config.generation.engine).shares_process:
-            engines.setdefault(role.pool, {})[role.name] = layouts["generation"]
-            shares.setdefault(role.pool, {})[role.name] = role.config.generation.gpu_memory_fraction
-    for pool, of_roles in engines.items():
-        check_generation_groups(pool, of_roles)
-        if config.device is Device.cuda:
-            check_generation_memory(pool, shares[pool])
-
-
-def check_models(config: RunConfig, roles: Sequence[Role]) -> None:
-    """Every model's directory has a configuration, and its layouts fit it; no weights are read."""
-    sizes = pool_sizes(config)
-    for role in roles:
-        if role.name != GENERATION:  # the model is the actor's, and checked with it
-            check_model(role.name, role.config, role_kind(role.name).head, sizes[role.pool])
-
-
-def placeholder_roles(config: RunConfig, placed: Container[str]) -> dict[str, Any]:
-    """What stands for the roles of the algorithm that were not placed because nothing asks for them."""
-    absent = {name: role_kind(name).absent for name in role_names(config) if name not in placed}
-    return {name: make() for name, make in absent.items() if make is not None}
-
-
-def placement_report(config: RunConfig, roles: Sequence[Role], dataflow: Dataflow) -> str:
-    """What would run where."""
-    lines = [f"{config.algorithm.name}: {len(dataflow.calls)} calls a step"]
-    sizes = pool_sizes(config)
-    for role in roles:
-        layouts = ", ".join(
-            f"{name} {layout}" for name, layout in role.worker.layouts(role.config, sizes[role.pool]).items()
-        )
-        lines.append(f"  {role.name:<10} pool {role.pool} ({sizes[role.pool]} devices): {layouts}")
-    return "\n".join(lines)

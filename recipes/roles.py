@@ -24,6 +24,7 @@ from workers.policy import PolicyWorker
 from workers.preference import PreferenceWorker
 from workers.reference import ReferenceWorker
 from workers.reward import cost_worker, reward_worker
+from workers.reward_function import function_name
 from workers.role_config import RewardConfig
 from workers.split_actor import GenerationWorker
 
@@ -122,6 +123,18 @@ ROLES: dict[str, RoleKind] = {
 
 SCORERS = ("reward", "gold", "cost")
 """Roles that may be a function of a row's columns in place of a model."""
+
+
+def with_named_functions(config: RunConfig) -> RunConfig:
+    """The same settings with names in the place of functions that were passed as objects: what is written
+    beside the run."""
+
+    def named(scorer: RewardConfig) -> RewardConfig:
+        if scorer.function is None:
+            return scorer
+        return replace(scorer, function=function_name(scorer.function))
+
+    return replace(config, reward=named(config.reward), gold=named(config.gold), cost=named(config.cost))
 
 
 def role_names(config: RunConfig) -> tuple[str, ...]:

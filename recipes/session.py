@@ -1,122 +1,321 @@
-"""What a run consists of while it lives: the cluster, pools, roles, data and metrics."""
+"""Session: the cluster, pools, roles, data and metrics of a run while it lives.
+
+    with open_session("grpo", ["model.path=...", "data.train=..."], reward=my_function) as session:
+        for _ in range(100):
+            print(session.step())
+        session.save("out")
+
+`run` drives the same session by Loop.run. Leaves out how settings become a Preparation (preparation.py).
+"""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from omegaconf import OmegaConf
-from transformers import PreTrainedTokenizerBase
 
 from cluster.connect import ClusterInfo, connect
-from controllers import algorithm_entry, create_algorithm
+from controllers import QUESTIONS, create_algorithm
 from controllers.algorithm_base import Algorithm, Evaluated
-from controllers.data import DATASETS, PromptDataset, RowDataset, RowLoader
+from controllers.data import RowDataset, RowLoader
+from controllers.loop import Loop, phase_seconds
+from controllers.samples import SampleReader
+from controllers.streams import EmptyStream, PromptStream, Stream, TextStream
 from controllers.validation import HeldOutRows, ResponseReward, Validate
+from hybridflow.batch import Batch
 from hybridflow.checkpoint import MANIFEST, CheckpointStore
-from hybridflow.dataflow import Dataflow
 from hybridflow.group import spawn
 from hybridflow.metrics import Tracker
 from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
-from hybridflow.tracing import trace, traced_roles
-from recipes.checks import (
-    check_loss_columns,
-)
-from recipes.compatibility import (
-    check_columns_of,
-    check_prompts,
-    check_text,
-)
+from hybridflow.progress import activity
+from hybridflow.progress_display import shown
+from hybridflow.waiting import CALLS
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
-from recipes.placing import placeholder_roles, pool_sizes
-from recipes.roles import GENERATION, Role
-from workers.roles import Actor
+from recipes.placing import Placement, placeholder_roles
+from recipes.preparation import Preparation
+from recipes.roles import GENERATION, with_named_functions
+from workers.roles import (
+    Actor,
+    Cost,
+    Critic,
+    Generator,
+    Policy,
+    PreferenceModel,
+    Reference,
+    Reward,
+    TrainedRole,
+)
 from workers.split_actor import SplitActor
 
-LOGGER = logging.getLogger(__name__)
 
+class Session:
+    """A run that is under way: its roles as attributes, and the loop's steps one at a time.
 
-def spawn_roles(roles: Sequence[Role], pools: Mapping[str, ResourcePool]) -> dict[str, Any]:
-    """A handle for every role; an actor whose generation has a pool of its own is still one handle."""
-    handles: dict[str, Any] = {
-        role.name: spawn(role.worker, pools[role.pool], role.config, role=role.name) for role in roles
-    }
-    pool_of = {role.name: pools[role.pool] for role in roles}
-    if GENERATION in handles:
-        handles["actor"] = SplitActor.of(
-            handles["actor"], handles.pop(GENERATION), pool_of["actor"], pool_of[GENERATION]
+        session.actor.generate_sequences(next(session.prompts))     # typed as Actor.generate_sequences
+        session.step()                                              # {"reward/mean": 0.5, "seconds/step": 2.1, ...}
+
+    A process has one session at a time. The roles are those of the recipe; another one's name is an
+    AttributeError that lists them.
+    """
+
+    actor: Actor
+    critic: Critic
+    cost_critic: Critic
+    reference: Reference
+    teacher: Reference
+    reward: Reward
+    gold: Reward
+    judge: Reward
+    cost: Cost
+    policy: Policy
+    reward_model: PreferenceModel
+    generator: Generator
+
+    def __init__(self, prepared: Preparation) -> None:
+        """Starts everything and goes on from the checkpoint that loop.resume names; closes what was started
+        where that fails."""
+        _claim_process(self)
+        self.prepared = prepared
+        self.placement = prepared.placement
+        self.config = prepared.config
+        self.tokenizer = prepared.tokenizer
+        self.directory = Path(self.config.output_dir).absolute()
+        """output_dir: metrics, checkpoints, settings."""
+        self.roles: dict[str, Any] = {}
+        """Role -> its handle, placeholders included."""
+        self.pools: dict[str, ResourcePool] = {}
+        self.prompts: PromptStream
+        """The stream of the steps' rows: next(session.prompts) is what the next step would begin with."""
+        self.algorithm: Algorithm
+        self._loop: Loop | None = None
+        self._resources = ExitStack()
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        prepared, placement, config = self.prepared, self.placement, self.config
+        store, tracker = checkpoint_store(placement, self.directory), None
+        self._resources.enter_context(shown(live=config.metrics.console))
+        with activity("start"):
+            cluster = self._resources.enter_context(connect_cluster(placement))
+            if config.algorithm.name not in QUESTIONS:
+                num_steps = config.loop.length(len(prepared.train), config.data.batch_size).num_steps
+                tracker = start_tracker(config, self.directory, store, num_steps)
+                self._resources.enter_context(tracker)
+            for name in dict.fromkeys(role.pool for role in placement.roles):
+                self.pools[name] = self._resources.enter_context(start_pool(placement, cluster, name))
+            self.roles = spawn_roles(placement, self.pools)
+        vars(self).update(self.roles)
+        data = RowLoader(prepared.train, config.data)
+        texts = prepared.pretraining
+        self.prompts = PromptStream(data, config.algorithm.samples_per_prompt)
+        streams: dict[str, Stream] = {
+            "prompts": self.prompts,
+            "pretraining": TextStream(texts) if texts else EmptyStream(),
+        }
+        self.algorithm = create_algorithm(config.algorithm.name, self.roles, config.algorithm, streams)
+        if tracker is not None:
+            trained = {}
+            for role in placement.roles:
+                if issubclass(role.worker, TrainedRole):
+                    trained[role.name] = self.roles[role.name]
+            self._loop = Loop(
+                self.algorithm,
+                trained=trained,
+                data=data,
+                validate=self._validation(prepared.held_out),
+                tracker=tracker,
+                store=store,
+                config=config.loop,
+                further={"pretraining": texts} if texts else {},
+                samples=SampleReader(config.metrics.samples, self.tokenizer, seed=config.seed),
+            )
+            self._loop.resume()
+
+    def _validation(self, held_out: RowDataset | None) -> Validate | None:
+        """The reward of responses where the rows are prompts, the algorithm's own numbers elsewhere."""
+        if held_out is None:
+            return None
+        if not self.placement.entry.answers_prompts:
+            return HeldOutRows(cast(Evaluated, self.algorithm).evaluate, held_out)
+        return ResponseReward(
+            self.actor,
+            self.reward,
+            held_out,
+            self.config.loop.validation_sampling,
+            self.config.actor.generation.sampling.max_response_tokens,
+            gold=self.roles.get("gold"),
         )
-    return handles
+
+    @property
+    def loop(self) -> Loop:
+        """The loop over this session; a ValueError for recipes that train nothing."""
+        if self._loop is None:
+            raise ValueError(f"{self.config.algorithm.name} trains nothing, so its session has no steps")
+        if _OPEN is not self:
+            raise ValueError("the session is closed; open another one")
+        return self._loop
+
+    @property
+    def num_steps(self) -> int:
+        """Steps so far, those before a resume included."""
+        return self.loop.step
+
+    def step(self, prompts: Batch | None = None) -> dict[str, float]:
+        """One step of the algorithm on the next prompts, or on these; returns when all of its calls have
+        ended, with its metrics and seconds."""
+        return self.loop.train_one_step(prompts)
+
+    def validate(self) -> dict[str, float]:
+        """The validation's numbers, now; a ValueError without data.validation."""
+        if self.prepared.held_out is None:
+            raise ValueError("data.validation is not set; name the held-out rows to validate on")
+        return self.loop.validate()
+
+    def save(self, directory: str | Path) -> None:
+        """The trained model and its tokenizer as a Hugging Face directory; returns when every rank has
+        written its part."""
+        path = Path(directory).absolute()
+        path.mkdir(parents=True, exist_ok=True)
+        self.loop.save_pretrained(path)
+
+    def checkpoint(self) -> None:
+        """Writes what a later session with the same output_dir goes on from (loop.resume=auto)."""
+        self.loop.checkpoint()
+
+    def wait(self) -> dict[str, float]:
+        """Waits for every call under way; the seconds of each since the last step or wait, by role.method."""
+        return phase_seconds(CALLS.finish())
+
+    def close(self) -> None:
+        """Ends pools, connections and files; called again it does nothing."""
+        try:
+            self._resources.close()
+        finally:
+            _release_process(self)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "" if _OPEN is self else ", closed"
+        return f"Session({self.config.algorithm.name}: {', '.join(self.roles)}{state})"
+
+    if not TYPE_CHECKING:  # for a type checker an unknown name is a mistake
+
+        def __getattr__(self, name: str) -> NoReturn:
+            roles = ", ".join(vars(self).get("roles", ())) or "none yet"
+            raise AttributeError(f"session: no {name!r}; the roles of this recipe are {roles}")
 
 
-def start_roles(
-    stack: ExitStack, config: RunConfig, cluster: ClusterInfo | None, roles: Sequence[Role]
-) -> dict[str, Any]:
-    """Pools and a handle for every role; `stack` closes them."""
-    pools = {
-        name: stack.enter_context(start_pool(config, cluster, name, roles))
-        for name in dict.fromkeys(r.pool for r in roles)
-    }
-    handles = spawn_roles(roles, pools)
-    return handles | placeholder_roles(config, handles)
+_OPEN: Session | None = None
+"""The session of this process; calls and their seconds are counted per process."""
 
 
-def start_pool(
-    config: RunConfig, cluster: ClusterInfo | None, name: str, roles: Sequence[Role]
-) -> ResourcePool:
-    spec = PoolSpec(
-        name=name,
-        num_devices=pool_sizes(config)[name],
-        device=config.device.value,
-        node_resource=config.pools[name].node_resource if config.placement is PlacementMode.custom else "",
-        cpus_per_device=config.cpus_per_device,
-        threads_per_device=config.threads_per_device or _threads(config, cluster),
-        roles=tuple(role.name for role in roles if role.pool == name),
-        collective_timeout_s=config.call_timeout_s,
-    )
-    return LocalPool(spec) if cluster is None else RayPool(spec)
+def _claim_process(session: Session) -> None:
+    global _OPEN
+    if _OPEN is not None:
+        raise ValueError(f"{_OPEN} is open in this process; close it first (session.close())")
+    _OPEN = session
 
 
-def _threads(config: RunConfig, cluster: ClusterInfo | None) -> int:
-    """Cores of this machine for each device of the run, so that pools that work at the same time do not take
-    each other's; 0 where the devices are on several nodes, which their pools look at."""
-    if cluster is None or len(cluster.nodes) > 1 or config.device is Device.cuda:
-        return 0
-    return max(1, (os.cpu_count() or 1) // sum(pool_sizes(config).values()))
+def _release_process(session: Session) -> None:
+    global _OPEN
+    if _OPEN is session:
+        _OPEN = None
 
 
-def connect_cluster(config: RunConfig) -> AbstractContextManager[ClusterInfo | None]:
-    """Ray with room for all pools; nothing with runtime=local."""
+def current_session() -> Session | None:
+    """The session that is open in this process, for whoever lost hold of it."""
+    return _OPEN
+
+
+def spawn_roles(placement: Placement, pools: Mapping[str, ResourcePool]) -> dict[str, Any]:
+    """A handle for every role, and placeholders for those that nothing asks for; an actor whose generation
+    has a pool of its own is still one handle."""
+    handles: dict[str, Any] = {}
+    for role in placement.roles:
+        handles[role.name] = spawn(role.worker, pools[role.pool], role.config, role=role.name)
+    if GENERATION in handles:
+        training, generation = (pools[placement.pool_of[name]] for name in ("actor", GENERATION))
+        handles["actor"] = SplitActor.of(handles["actor"], handles.pop(GENERATION), training, generation)
+    return handles | placeholder_roles(placement, handles)
+
+
+def connect_cluster(placement: Placement) -> AbstractContextManager[ClusterInfo | None]:
+    """Ray with enough slots for all pools; nothing with runtime=local."""
+    config, devices = placement.config, placement.num_devices
     if config.runtime is Runtime.local:
         if config.device is Device.cuda and not torch.cuda.is_available():
             raise ValueError(
                 "device=cuda with runtime=local, but this machine has no CUDA device; use device=cpu"
             )
         return nullcontext()
-    devices = sum(pool_sizes(config).values())
     gpus = devices if config.device is Device.cuda else 0
     return connect(config.cluster, cpu_slots=devices * config.cpus_per_device, gpus=gpus)
 
 
+def start_pool(placement: Placement, cluster: ClusterInfo | None, name: str) -> ResourcePool:
+    """The pool of that name, in Ray or (without a cluster) in this process."""
+    config = placement.config
+    custom = config.placement is PlacementMode.custom and name in config.pools
+    spec = PoolSpec(
+        name=name,
+        num_devices=placement.pool_sizes[name],
+        device=config.device.value,
+        node_resource=config.pools[name].node_resource if custom else "",
+        cpus_per_device=config.cpus_per_device,
+        threads_per_device=config.threads_per_device or _threads(placement, cluster),
+        roles=tuple(role.name for role in placement.roles if role.pool == name),
+        collective_timeout_s=config.call_timeout_s,
+        call_timeout_s=config.call_timeout_s,
+    )
+    return LocalPool(spec) if cluster is None else RayPool(spec)
+
+
+def _threads(placement: Placement, cluster: ClusterInfo | None) -> int:
+    """Cores of this machine for each device of the run, so that pools that work at the same time do not take
+    each other's; 0 where the devices are on several nodes, which their pools look at."""
+    if cluster is None or len(cluster.nodes) > 1 or placement.config.device is Device.cuda:
+        return 0
+    return max(1, (os.cpu_count() or 1) // placement.num_devices)
+
+
+def checkpoint_store(placement: Placement, directory: Path) -> CheckpointStore:
+    """The run's checkpoints; the best is chosen by the algorithm's objective."""
+    loop = placement.config.loop
+    return CheckpointStore(
+        directory / "checkpoints",
+        keep_last=loop.keep_last,
+        keep_best=loop.keep_best,
+        metric=placement.entry.objective,
+        mode=placement.entry.best,
+    )
+
+
 def start_tracker(config: RunConfig, directory: Path, store: CheckpointStore, num_steps: int) -> Tracker:
     """The metrics of this run, going on where the checkpoint that it resumes from was written."""
-    settings = OmegaConf.to_container(OmegaConf.structured(config))
+    settings = OmegaConf.structured(with_named_functions(config))
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    start = start_step(config.loop.resume, store)
+    (directory / "config.yaml").write_text(OmegaConf.to_yaml(settings))
     return Tracker(
         config.metrics,
         directory,
         total_steps=num_steps,
-        start_step=start,
-        run_config=cast(dict[str, object], settings),
+        start_step=start_step(config.loop.resume, store),
+        run_config=cast(dict[str, object], OmegaConf.to_container(settings)),
     )
 
 
@@ -128,57 +327,3 @@ def start_step(resume: str, store: CheckpointStore) -> int:
         latest = store.latest()
         return latest.step if latest else 0
     return int(json.loads((Path(resume) / MANIFEST).read_text())["step"])
-
-
-def load_rows(config: RunConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> RowDataset:
-    """data.train or data.validation, as the rows that the algorithm's steps begin with."""
-    where = {"train": config.data.train, "validation": config.data.validation}[name]
-    rows = DATASETS[algorithm_entry(config.algorithm.name).rows].load(config.data, where, tokenizer)
-    if isinstance(rows, PromptDataset):
-        check_prompts(f"data.{name}", rows.longest_prompt_tokens, config.actor)
-        check_columns_of(config, name, rows.column_names)
-    else:
-        check_text(f"data.{name}", rows.longest_tokens, config.model, f"data.{rows.length_limit}")
-    return rows
-
-
-def load_pretraining(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RowLoader | None:
-    """The texts of PPO-ptx, if there are any."""
-    if config.data.pretraining is None:
-        return None
-    dataset = PromptDataset.load_text(config.data, config.data.pretraining, tokenizer)
-    check_text("data.pretraining", dataset.longest_tokens, config.actor.model, "data.pretraining_tokens")
-    return RowLoader(dataset, replace(config.data, batch_size=config.data.pretraining_batch_size))
-
-
-def check_dataflow(config: RunConfig, roles: Sequence[Role]) -> Dataflow:
-    """Runs the algorithm's step on abstract batches: a column that nobody writes is found before anything
-    starts."""
-    workers = {role.name: role.worker for role in roles}
-    if workers.pop(GENERATION, None) is not None:
-        workers["actor"] = Actor
-    traced, recorder = traced_roles(workers)
-    algorithm = create_algorithm(
-        config.algorithm.name, traced | placeholder_roles(config, traced), config.algorithm
-    )
-    inputs = DATASETS[algorithm_entry(config.algorithm.name).rows].columns
-    dataflow = trace(config.algorithm.name, algorithm.step, inputs, recorder)
-    check_loss_columns(config.actor.loss.name, dataflow)
-    return dataflow
-
-
-def validation(
-    config: RunConfig, algorithm: Algorithm, handles: Mapping[str, Any], held_out: RowDataset
-) -> Validate:
-    """The reward of responses where the rows are prompts, the algorithm's own numbers elsewhere."""
-    if not algorithm_entry(config.algorithm.name).answers_prompts:
-        return HeldOutRows(cast(Evaluated, algorithm).evaluate, held_out)
-    longest = config.actor.generation.sampling.max_response_tokens
-    return ResponseReward(
-        handles["actor"],
-        handles["reward"],
-        held_out,
-        config.loop.validation_sampling,
-        longest,
-        gold=handles.get("gold"),
-    )

@@ -22,7 +22,7 @@ from hybridflow.worker import Worker
 from workers.engines.base import Head
 from workers.layouts import training_layout
 from workers.model_worker import ModelWorker, sequences_of
-from workers.reward_function import resolve, score_rows
+from workers.reward_function import function_name, resolve, score_rows
 from workers.role_config import RewardConfig
 from workers.roles import Cost, Reward
 
@@ -49,7 +49,9 @@ class FunctionScorer(Worker):
         assert self.config.function is not None
         rows = self._rows(batch)
         scored = (
-            self._run_in_tasks(rows) if _inside_ray() else score_rows(self.config.function, rows, self.role)
+            self._run_in_tasks(rows)
+            if self.context.in_ray
+            else score_rows(self.config.function, rows, self.role)
         )
         return torch.tensor([score for score, _ in scored], dtype=torch.float32), [
             metrics for _, metrics in scored
@@ -77,7 +79,7 @@ class FunctionScorer(Worker):
         if not rows:
             return []
         task = ray.remote(score_rows).options(
-            num_cpus=0, max_retries=0, name=f"{self.role}: {self.config.function}"
+            num_cpus=0, max_retries=0, name=f"{self.role}: {function_name(self.config.function)}"
         )
         chunks = [
             [rows[i] for i in part]
@@ -91,7 +93,7 @@ class FunctionScorer(Worker):
                 ray.cancel(ref, force=True)
             chunk = chunks[refs.index(late[0])]
             raise RuntimeError(
-                f"{self.role}.function={self.config.function!r} took over timeout_s={self.config.timeout_s} "
+                f"{self.role}.function={function_name(self.config.function)!r} took over timeout_s={self.config.timeout_s} "
                 f"for {len(chunk)} rows, the "
                 f"first with prompt {chunk[0]['prompt']!r} and response {chunk[0]['response'][:200]!r}; make "
                 "it faster, give it a timeout "
@@ -170,11 +172,7 @@ def is_function(config: RewardConfig, role: str) -> bool:
             f"{role}.model.path=..."
         )
     if config.function is not None and config.model is not None:
-        raise ValueError(f"{role}: both function={config.function!r} and a model are set; choose one")
+        raise ValueError(
+            f"{role}: both function={function_name(config.function)!r} and a model are set; choose one"
+        )
     return config.function is not None
-
-
-def _inside_ray() -> bool:
-    import ray
-
-    return ray.is_initialized()

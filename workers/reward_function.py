@@ -1,4 +1,8 @@
-"""Calling a user's reward function, row by row. Imports nothing heavy: Ray tasks start with this module."""
+"""Calling a user's reward function, row by row. Imports nothing heavy: Ray tasks start with this module.
+
+A function is named ("package.module:name") or, from Python, passed as it is: also a lambda, a closure, or a
+function of a notebook's cell, which Ray then sends to its tasks by value.
+"""
 
 from __future__ import annotations
 
@@ -15,42 +19,53 @@ RewardFunction = Callable[..., float | Mapping[str, float]]
 numbers}; a cost alike."""
 
 
-def resolve(path: str, role: str = "reward") -> RewardFunction:
-    """The function that "package.module:name" names; every way in which that can fail is a ValueError with
-    the setting's name."""
-    function: RewardFunction = load_object(path, f"{role}.function")
-    if not callable(function):
-        raise ValueError(f"{role}.function={path!r} is a {type(function).__name__}, not a function")
-    keywords = inspect.signature(function).parameters
+def function_name(function: str | RewardFunction) -> str:
+    """What messages and the run's written settings call it: package.module:name."""
+    if isinstance(function, str):
+        return function
+    if inspect.isroutine(function) or inspect.isclass(function):
+        return f"{function.__module__}:{function.__qualname__}"
+    return f"{type(function).__module__}:{type(function).__qualname__}"
+
+
+def resolve(function: str | RewardFunction, role: str = "reward") -> RewardFunction:
+    """The function itself; every way in which that can fail is a ValueError with the setting's name."""
+    found = load_object(function, f"{role}.function") if isinstance(function, str) else function
+    if not callable(found):
+        raise ValueError(
+            f"{role}.function={function_name(function)!r} is a {type(found).__name__}, not a function"
+        )
+    keywords = inspect.signature(found).parameters
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in keywords.values()):
         missing = [name for name in ("prompt", "response", "finish_reason") if name not in keywords]
         if missing:
             raise ValueError(
-                f"{role}.function={path!r} takes no {', '.join(missing)}; let it end in **columns"
+                f"{role}.function={function_name(function)!r} takes no {', '.join(missing)}; let it end in "
+                "**columns"
             )
-    return function
+    return found
 
 
-def check_columns(path: str, names: Iterable[str], role: str) -> None:
+def check_columns(function: str | RewardFunction, names: Iterable[str], role: str) -> None:
     """Whether the function can be called with a row that has the columns `names` beside prompt, response and
     finish_reason."""
     given = dict.fromkeys(("prompt", "response", "finish_reason", *sorted(names)))
     try:
-        inspect.signature(resolve(path, role)).bind(**given)
+        inspect.signature(resolve(function, role)).bind(**given)
     except TypeError as error:
         raise ValueError(
-            f"{role}.function={path!r} does not fit the data ({error}): it is called by keyword with "
+            f"{role}.function={function_name(function)!r} does not fit the data ({error}): it is called by keyword with "
             f"{', '.join(given)}; let it end in "
             "**columns, give further parameters a default, or correct data.answer_column and data.columns"
         ) from None
 
 
 def score_rows(
-    path: str, rows: Sequence[Mapping[str, Any]], role: str = "reward"
+    function: str | RewardFunction, rows: Sequence[Mapping[str, Any]], role: str = "reward"
 ) -> list[tuple[float, dict[str, float]]]:
     """(reward or cost, further numbers) of every row; `role` names it in a dict and in messages."""
-    function = resolve(path, role)
-    return [_checked(path, row, _call(path, function, row, role), role) for row in rows]
+    path, call = function_name(function), resolve(function, role)
+    return [_checked(path, row, _call(path, call, row, role), role) for row in rows]
 
 
 def _call(path: str, function: RewardFunction, row: Mapping[str, Any], role: str) -> Any:

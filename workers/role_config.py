@@ -7,6 +7,7 @@ import re
 import string
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from workers.config import ModelConfig, TrainConfig
 from workers.generation.config import GenerationConfig, SamplingConfig
@@ -111,9 +112,9 @@ class ReferenceConfig:
 class RewardConfig:
     """Either a Python function or a model that scores whole responses: rewards, and costs too."""
 
-    function: str | None = None
+    function: Any = None
     """package.module:name of f(*, prompt, response, finish_reason, **columns) -> float or dict with "reward"
-    (a cost: with "cost")."""
+    (a cost: with "cost"); from Python also the function itself."""
     model: ModelConfig | None = None
     """A sequence-classification model with one label; its score of prompt + response is the reward."""
     tokenizer: str = "???"

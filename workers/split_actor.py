@@ -12,11 +12,10 @@ generation pool's business.
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 from hybridflow import spanning
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
+from hybridflow.group import each, start
 from hybridflow.layout import Layout
 from hybridflow.pool import ResourcePool
 from hybridflow.results import Metrics
@@ -128,69 +127,81 @@ class GenerationWorker(SplitGenerator):
         self.sampler.engine.close()
 
 
-class SplitActor:
-    """Both halves behind the actor's methods.
+class SplitActor(Actor):
+    """Both halves behind the actor's methods, on the controller.
 
-    policy = spawn(SplitTrainingWorker, training_pool, config, role="actor")
+    trainer = spawn(SplitTrainingWorker, training_pool, config, role="actor")
     generator = spawn(GenerationWorker, generation_pool, config, role="generation")
-    actor = SplitActor.of(policy, generator, training_pool, generation_pool)
+    actor = SplitActor.of(trainer, generator, training_pool, generation_pool)
     """
 
-    def __init__(self, policy: SplitTrainer, generator: SplitGenerator) -> None:
-        self._policy, self._generator = policy, generator
+    def __init__(self, trainer: SplitTrainer, generator: SplitGenerator) -> None:
+        self._trainer, self._generator = trainer, generator
         self._changed = True
         """Whether the weights changed since the generation pool got them."""
         self._sync = Metrics()
-        self.compute_log_prob = policy.compute_log_prob
-        self.save_checkpoint = policy.save_checkpoint
-        self.save_pretrained = policy.save_pretrained
-        self.peak_memory_bytes = policy.peak_memory_bytes
 
     @classmethod
     def of(
-        cls, policy: SplitTrainer, generator: SplitGenerator, training: ResourcePool, generation: ResourcePool
-    ) -> Actor:
+        cls,
+        trainer: SplitTrainer,
+        generator: SplitGenerator,
+        training: ResourcePool,
+        generation: ResourcePool,
+    ) -> SplitActor:
         """Brings the two pools together; returns when all their ranks are in one group."""
         nodes = {pool.node(rank) for pool in (training, generation) for rank in range(pool.size)}
         host = spanning.LOOPBACK if len(nodes) == 1 else ""
         num_ranks = training.size + generation.size
-        meeting = cast(list[str], policy.open_meeting(host, num_ranks))[0]
+        meeting = each(trainer.open_meeting, host, num_ranks)[0]
         timeout_s = training.spec.collective_timeout_s
-        joining: list[Any] = []
-        for half in (policy, generator):
-            join: Any = half.join
-            joining.append(join(meeting, num_ranks, host, timeout_s))
+        joining = [
+            start(trainer.join, meeting, num_ranks, host, timeout_s),
+            start(generator.join, meeting, num_ranks, host, timeout_s),
+        ]
         for ranks in joining:
-            list(ranks)
-        return cast(Actor, cls(policy, generator))
+            ranks.wait()
+        return cls(trainer, generator)
 
     def generate_sequences(
         self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
     ) -> Batch:
         if self._changed:
-            self._policy.sync_weights()
-            received = cast(list[dict[str, float]], self._generator.sync_weights())
+            start(self._trainer.sync_weights)
+            received = start(self._generator.sync_weights)
             self._sync = Metrics(sources=[lambda: received[0]])
             self._changed = False
         return self._generator.generate_sequences(prompts, sampling, do_sample=do_sample)
 
+    def compute_log_prob(self, batch: Batch) -> Batch:
+        return self._trainer.compute_log_prob(batch)
+
     def update_actor(self, batch: Batch) -> Metrics:
         self._changed = True
-        return self._policy.update_actor(batch) | self._sync
+        return self._trainer.update_actor(batch) | self._sync
 
     def update_supervised(self, batch: Batch) -> Metrics:
         self._changed = True
-        return self._policy.update_supervised(batch) | self._sync
+        return self._trainer.update_supervised(batch) | self._sync
 
     def update_dpo(self, batch: Batch, loss: DPOLossConfig) -> Metrics:
         self._changed = True
-        return self._policy.update_dpo(batch, loss) | self._sync
+        return self._trainer.update_dpo(batch, loss) | self._sync
 
     def update_distilled(self, batch: Batch) -> Metrics:
         self._changed = True
-        return self._policy.update_distilled(batch) | self._sync
+        return self._trainer.update_distilled(batch) | self._sync
 
-    def load_checkpoint(self, directory: str) -> Any:
+    def save_checkpoint(self, directory: str) -> None:
+        self._trainer.save_checkpoint(directory)
+
+    def load_checkpoint(self, directory: str) -> None:
         self._changed = True
-        load: Any = self._policy.load_checkpoint
-        return load(directory)
+        self._trainer.load_checkpoint(directory)
+
+    def save_pretrained(self, directory: str) -> None:
+        self._trainer.save_pretrained(directory)
+
+    def peak_memory_bytes(self) -> int:
+        """Of the training rank that held most."""
+        return max(each(self._trainer.peak_memory_bytes))

@@ -116,7 +116,7 @@ def train(
         "accuracy_after": outcome["reward_after"],
         "seconds": outcome["train_s"],
         "wall_seconds": time.perf_counter() - started,
-        "max_log_prob_gap": outcome["max_log_prob_gap"],
+        "max_log_prob_gap": outcome["largest"]["actor/log_prob_gap_max"],
         "curve": [[row["step"], row["reward/mean"]] for row in steps],
     }
 

@@ -28,8 +28,9 @@ from hybridflow.mapping.calibrate.compare import Run, load_runs, save_runs, side
 from recipes.config import RunConfig, register
 from recipes.forecast import MAPPING, measured_run
 from recipes.main import join_pools, to_settings
+from recipes.preparation import foresee
 from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
-from recipes.run import foresee, run
+from recipes.run import run
 
 MODELS = {
     **SHAPES,

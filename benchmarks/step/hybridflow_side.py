@@ -1,7 +1,7 @@
 """One run of recipes.grpo for benchmarks.step: CASE OUTPUT [setting=value ...]
 
-Built from the recipe's parts, as recipes/session.py does; the algorithm is GRPO behind a step that
-reads the clock and, for sampled lengths, gives every row its limit.
+The recipe's session, step by step: reads the clock between the steps and, for sampled lengths, gives every row
+its limit.
 """
 
 from __future__ import annotations
@@ -9,12 +9,9 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from hydra import compose, initialize_config_module
 
 from benchmarks.step.case import (
     PROMPT_TOKENS,
@@ -26,62 +23,34 @@ from benchmarks.step.case import (
     StepClock,
     write_result,
 )
-from controllers import create_algorithm
-from controllers.data import PromptDataset, RowLoader, load_tokenizer
-from controllers.loop import Loop
 from hybridflow.batch import Batch
-from hybridflow.checkpoint import CheckpointStore
-from hybridflow.group import spawn
-from hybridflow.results import Metrics
-from recipes.config import RunConfig, register
-from recipes.main import to_settings
-from recipes.placing import place
-from recipes.roles import NoReference
-from recipes.session import connect_cluster, start_pool, start_tracker
-
-
-class Observed:
-    """An algorithm whose steps are timed and whose rows have limits."""
-
-    def __init__(self, algorithm: Any, case: Case, clock: StepClock) -> None:
-        self.algorithm, self.case, self.clock, self.number = algorithm, case, clock, 0
-        self.config = algorithm.config
-
-    def step(self, prompts: Batch) -> Metrics:
-        self.clock.mark()
-        if self.case.lengths != "fixed":
-            prompts |= Batch.of(max_response_tokens=torch.from_numpy(self.case.response_tokens(self.number)))
-        self.number += 1
-        return self.algorithm.step(prompts)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+from recipes.config import RunConfig
+from recipes.preparation import prepare
+from recipes.python_settings import make_settings
+from recipes.session import Session
 
 
 def settings(case: Case, directory: str) -> RunConfig:
     """recipes.grpo with the case's model, data and lengths, and nothing tuned beyond it."""
-    register()
-    overrides = [
-        f"model.path={case.model_path}",
-        f"data.train={case.data_path}",
-        "data.answer_column=null",
-        f"data.batch_size={PROMPTS}",
-        f"algorithm.samples_per_prompt={SAMPLES}",
-        "reward.function=benchmarks.step.reward:score",
-        "num_devices=2",
-        f"actor.generation.sampling.max_response_tokens={RESPONSE_TOKENS}",
-        "actor.generation.sampling.ignore_eos=true",
-        f"loop.num_steps={case.warm_up + case.steps}",
-        "loop.resume=never",
-        "metrics.console=false",
-        f"output_dir={directory}",
-        *(f"{name}={value}" for name, value in case.settings.items()),
-    ]
-    with initialize_config_module("recipes", version_base="1.3"):
-        return to_settings(compose("grpo", overrides))
+    return make_settings(
+        "grpo",
+        [
+            f"model.path={case.model_path}",
+            f"data.train={case.data_path}",
+            "data.answer_column=null",
+            f"data.batch_size={PROMPTS}",
+            f"algorithm.samples_per_prompt={SAMPLES}",
+            "num_devices=2",
+            f"actor.generation.sampling.max_response_tokens={RESPONSE_TOKENS}",
+            "actor.generation.sampling.ignore_eos=true",
+            f"loop.num_steps={case.warm_up + case.steps}",
+            "loop.resume=never",
+            "metrics.console=false",
+            f"output_dir={directory}",
+            *(f"{name}={value}" for name, value in case.settings.items()),
+        ],
+        reward="benchmarks.step.reward:score",
+    )
 
 
 def run(case: Case, output: Path) -> None:
@@ -107,30 +76,14 @@ def run(case: Case, output: Path) -> None:
 
 
 def train(config: RunConfig, case: Case, clock: StepClock) -> None:
-    roles = place(config)
-    dataset = PromptDataset.load(config.data, config.data.train, load_tokenizer(config.model))
-    with ExitStack() as stack:
-        cluster = stack.enter_context(connect_cluster(config))
-        store = CheckpointStore(
-            Path(config.output_dir) / "checkpoints", keep_last=1, keep_best=0, metric="reward"
-        )
-        tracker = stack.enter_context(start_tracker(config, Path(config.output_dir), store))
-        pool = stack.enter_context(start_pool(config, cluster, "main", roles))
-        handles: dict[str, Any] = {
-            role.name: spawn(role.worker, pool, role.config, role=role.name) for role in roles
-        }
-        handles.setdefault("reference", NoReference())
-        loop = Loop(
-            Observed(create_algorithm("grpo", handles, config.algorithm), case, clock),
-            trained={"actor": handles["actor"]},
-            data=RowLoader(dataset, config.data),
-            validate=None,
-            tracker=tracker,
-            store=store,
-            config=config.loop,
-        )
-        for _ in range(case.warm_up + case.steps):
-            loop.train_one_step()
+    with Session(prepare(config)) as session:
+        for number in range(case.warm_up + case.steps):
+            prompts = next(session.prompts)
+            clock.mark()
+            if case.lengths != "fixed":
+                limits = torch.from_numpy(case.response_tokens(number))
+                prompts |= Batch.of(max_response_tokens=limits)
+            session.step(prompts)
         clock.mark()
 
 

@@ -85,7 +85,7 @@ def summarise(output: Path) -> dict[str, Any]:
         "train_seconds": outcome["train_s"],
         "num_steps": outcome["num_steps"],
         "tokens_per_second": outcome["tokens"] / outcome["train_s"] if outcome["train_s"] else 0.0,
-        "max_log_prob_gap": outcome["max_log_prob_gap"],
+        "max_log_prob_gap": outcome["largest"]["actor/log_prob_gap_max"],
         "seconds_per_phase": outcome["phase_s"],
     }
     path.write_text(json.dumps(summary, indent=1))

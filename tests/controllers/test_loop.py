@@ -54,19 +54,16 @@ class FakeActor:
         self.validations.append((len(prompts), sampling))
         return Batch.of(finish_reason=["stop"] * len(prompts))
 
-    def save_checkpoint(self, directory: str) -> list[None]:
+    def save_checkpoint(self, directory: str) -> None:
         Path(directory).mkdir(parents=True)
         (Path(directory) / "weight").write_text(str(self.weight))
-        return [None]
 
-    def load_checkpoint(self, directory: str) -> list[None]:
+    def load_checkpoint(self, directory: str) -> None:
         self.weight = int((Path(directory) / "weight").read_text())
-        return [None]
 
-    def save_pretrained(self, directory: str) -> list[None]:
+    def save_pretrained(self, directory: str) -> None:
         Path(directory).mkdir()
         (Path(directory) / "config.json").write_text("{}")
-        return [None]
 
 
 @dataclass
@@ -148,6 +145,7 @@ class Run:
                 store=self.store,
                 config=config,
             )
+            loop.resume()
             self.outcome: Outcome = loop.run()
         self.rows = read_jsonl(directory / "metrics.jsonl")
 
@@ -259,7 +257,7 @@ def test_resume_can_be_turned_off_or_pointed_at_a_checkpoint(tmp_path: Path) -> 
 def test_seconds_tokens_and_the_gap_are_summed_up(tmp_path: Path) -> None:
     run = Run(tmp_path, num_steps=3, validate_every=1)
     assert run.outcome.phase_s == {"actor.update_actor": 15.0}
-    assert run.outcome.tokens == 300.0 and run.outcome.max_log_prob_gap == 0.03
+    assert run.outcome.tokens == 300.0 and run.outcome.largest == {"actor/log_prob_gap_max": 0.03}
     step = run.rows[1]
     assert step["seconds/actor.update_actor"] == 5.0 and "tokens" not in step
     assert step["tokens_per_s"] == pytest.approx(100 / step["seconds/step"])

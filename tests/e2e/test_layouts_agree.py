@@ -158,7 +158,7 @@ def train(case: Case, model: Path, directory: Path) -> Result:
             )
             metrics = algorithm.step(batch)
             rewards.append(round(metrics["reward/mean"], 6))
-        list(actor.save_pretrained(str(directory)) or ())
+        actor.save_pretrained(str(directory))
         CALLS.finish()
         if case.generation_devices:
             the_sync_with_a_dead_trainer_ends_in_its_name(actor, pool)

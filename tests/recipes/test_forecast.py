@@ -18,9 +18,9 @@ from recipes.auto import choose, saved_mapping
 from recipes.config import PlacementMode, RunConfig
 from recipes.forecast import MAPPING
 from recipes.mapping_settings import MapperInputs, apply_mapping, configured_mapping, setting_of
-from recipes.placing import place, pool_sizes, pools_of
+from recipes.placing import place
+from recipes.preparation import check_dataflow
 from recipes.run import run
-from recipes.session import check_dataflow
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
 Settings = Callable[..., RunConfig]
@@ -55,11 +55,11 @@ def large(required: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def plan_of(config: RunConfig, prompts: object) -> MapperInputs:
-    roles = place(config)
+    placement = place(config)
     return MapperInputs(
         config=config,
-        dataflow=check_dataflow(config, roles),
-        roles={r.name: r.config for r in roles},
+        dataflow=check_dataflow(placement),
+        roles={role.name: role.config for role in placement.roles},
         prompts=prompts,
     )
 
@@ -115,7 +115,7 @@ def test_settings_become_a_question_for_the_mapper(settings: Settings) -> None:
     assert setting.cluster.num_devices == 4
     shorter = replace(plan, config=settings("ppo", "plan.response=uniform:2:8"))
     assert setting_of(shorter).workload.response.mean < 8
-    given = configured_mapping(plan, pools_of(place(config)), pool_sizes(config))
+    given = configured_mapping(plan, place(config).pool_of, place(config).pool_sizes)
     assert (given.role("actor").layout.t, given.role("actor").layout.d, given.role("critic").layout.d) == (
         2,
         2,
@@ -137,9 +137,7 @@ def test_a_mapping_becomes_settings_and_is_taken_again(settings: Settings, tmp_p
         "reference",
         "reward",
     ]
-    layouts = {
-        role.name: role.worker.layouts(role.config, pool_sizes(settled)[role.pool]) for role in place(settled)
-    }
+    layouts = {role.name: place(settled).layouts(role) for role in place(settled).roles}
     assert layouts["actor"]["generation"].axis_size("tp") == mapping.role("actor").generation.tg
     assert settled.critic.train.micro_batch_tokens == mapping.role("critic").layout.micro_batch_tokens
 
@@ -177,7 +175,9 @@ def test_pools_ask_for_nodes_of_their_kind(settings: Settings, tmp_path: Path) -
     assert {name: pool.node_resource for name, pool in settled.pools.items()} == {
         pool.name: marks[pool.kind] for pool in mapping.pools
     }
-    given = configured_mapping(replace(plan, config=settled), pools_of(place(settled)), pool_sizes(settled))
+    given = configured_mapping(
+        replace(plan, config=settled), place(settled).pool_of, place(settled).pool_sizes
+    )
     assert {pool.name: pool.group for pool in given.pools} == {
         pool.name: pool.group for pool in mapping.pools
     }
@@ -202,4 +202,4 @@ def test_a_function_needs_no_pool_of_its_own(settings: Settings) -> None:
     assert list(plan.roles) == ["actor", "reward"]
     settled = apply_mapping(plan, choose(plan))
     assert [pool.roles for pool in settled.pools.values()] == [["actor", "reference", "reward"]]
-    assert [role.name for role in place(settled)] == ["actor", "reward"]
+    assert [role.name for role in place(settled).roles] == ["actor", "reward"]

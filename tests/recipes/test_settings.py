@@ -15,10 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from controllers import ENTRIES
 from recipes.config import RunConfig
 from recipes.main import check_names, join_pools, to_settings
-from recipes.placing import place, pool_sizes
+from recipes.placing import place
+from recipes.preparation import check_dataflow
 from recipes.quickstart.settings import SETTINGS
 from recipes.schedules import with_schedules
-from recipes.session import check_dataflow
 from tests.recipes.conftest import yaml_files
 from workers.actor import ActorWorker
 from workers.reward import FunctionRewardWorker, ModelRewardWorker
@@ -58,11 +58,11 @@ def test_every_recipe_becomes_plain_dataclasses_and_passes_its_own_checks(
             type(getattr(config, field.name)) is type(getattr(RunConfig(), field.name))
             or field.name == "algorithm"
         ), field.name
-    roles = place(config)
-    assert {role.name for role in roles} == set(ENTRIES[config.algorithm.name].roles)
-    assert {role.pool for role in roles} == {"main"}
-    assert roles[0].worker is ActorWorker or roles[0].name != "actor"
-    assert set(check_dataflow(config, roles).roles) == {role.name for role in roles}
+    placement = place(config)
+    assert set(placement.pool_of) == set(ENTRIES[config.algorithm.name].roles)
+    assert set(placement.pool_of.values()) == {"main"}
+    assert placement.roles[0].worker is ActorWorker or placement.roles[0].name != "actor"
+    assert set(check_dataflow(placement).roles) == set(placement.pool_of)
 
 
 @pytest.mark.parametrize("recipe", sorted(SETTINGS))
@@ -161,14 +161,14 @@ def test_pools_by_command_line(settings: Callable[..., RunConfig]) -> None:
         "pools.values.roles=[critic,reward]",
     ]
     config = settings("ppo", "placement=custom", *pools)
-    assert pool_sizes(config) == {"policy": 2, "values": 1}
-    assert {role.name: role.pool for role in place(config)} == {
+    assert place(config).pool_sizes == {"policy": 2, "values": 1}
+    assert place(config).pool_of == {
         "actor": "policy",
         "reference": "policy",
         "critic": "values",
         "reward": "values",
     }
-    assert pool_sizes(settings("ppo", "runtime=local", "placement=custom", *pools)) == {"main": 1}, (
+    assert place(settings("ppo", "runtime=local", "placement=custom", *pools)).pool_sizes == {"main": 1}, (
         "one process has one pool"
     )
 
@@ -182,13 +182,12 @@ def test_generation_in_a_pool_of_its_own(settings: Callable[..., RunConfig]) -> 
     config = settings(
         "ppo", "placement=custom", *pools, "pools.samples.roles=[generation]", "actor.generation.tp=2"
     )
-    roles = {role.name: role for role in place(config)}
+    placement = place(config)
+    roles = {role.name: role for role in placement.roles}
     assert (roles["actor"].pool, roles["generation"].pool) == ("train", "samples")
     assert str(roles["generation"].worker.layouts(config.actor, 4)["generation"]) == "dp2 x tp2"
     together = settings("ppo")
-    assert check_dataflow(config, list(roles.values())) == check_dataflow(together, place(together)), (
-        "the page does not change"
-    )
+    assert check_dataflow(placement) == check_dataflow(place(together)), "the page does not change"
     for wrong, message in (
         ("[actor,critic,reference,reward,generation]", "names both actor and generation"),
         ("[generation]", "must be in"),
@@ -219,7 +218,7 @@ def test_the_reward_is_a_function_or_a_model(
 
 def settings_worker(composed: Callable[..., DictConfig], arguments: list[str]) -> type:
     return next(
-        role.worker for role in place(to_settings(composed("ppo", arguments))) if role.name == "reward"
+        role.worker for role in place(to_settings(composed("ppo", arguments))).roles if role.name == "reward"
     )
 
 
@@ -238,4 +237,4 @@ def test_a_reference_that_nothing_reads_is_not_loaded(
 ) -> None:
     config = settings("ppo", *arguments)
     placed = place(config)
-    assert {role.name for role in placed} == roles == set(check_dataflow(config, placed).roles)
+    assert set(placed.pool_of) == roles == set(check_dataflow(placed).roles)

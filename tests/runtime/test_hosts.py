@@ -13,7 +13,7 @@ import torch
 
 from hybridflow.batch import Batch
 from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
-from hybridflow.group import spawn
+from hybridflow.group import each, spawn, start
 from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
 from hybridflow.protocols import Arguments, Distribution, Protocol, Split
 from hybridflow.waiting import CALLS
@@ -36,10 +36,10 @@ def echo(pool: ResourcePool) -> Echo:
 
 def test_six_protocols(echo: Echo) -> None:
     batch = numbers(37)
-    assert [(word, rank) for word, rank, _ in echo.whoami("hi")] == [("hi", rank) for rank in range(4)]  # type: ignore[misc]
-    assert len({pid for _, _, pid in echo.whoami()}) == 4  # type: ignore[misc]
-    assert echo.add([10, 20, 30, 40]) == [10, 21, 32, 43]
-    assert echo.stage() == [(0, 0)]
+    assert [(word, rank) for word, rank, _ in each(echo.whoami, "hi")] == [("hi", rank) for rank in range(4)]
+    assert len({pid for _, _, pid in each(echo.whoami)}) == 4
+    assert each(echo.add, [10, 20, 30, 40]) == [10, 21, 32, 43]
+    assert each(echo.stage) == [(0, 0)]
     doubled = echo.double(batch)
     assert torch.equal(doubled.ragged("test_double").values, 2 * batch.ragged("test_ids").values)
     assert torch.equal(doubled.ragged("test_double").lengths, batch.ragged("test_ids").lengths)
@@ -133,7 +133,7 @@ def test_an_exception_arrives_with_role_rank_and_traceback() -> None:
     with RayPool(PoolSpec(name="failing", num_devices=2, threads_per_device=1)) as pool:
         echo = spawn(Echo, pool, {}, role="critic")
         with pytest.raises(ValueError, match=r"critic rank 1 in fail .pool failing.*it broke") as caught:
-            list(echo.fail(1))
+            echo.fail(1)
         assert isinstance(caught.value, WorkerError)
         assert caught.value.where.rank == 1
         assert "raise ValueError(message)" in caught.value.remote_traceback
@@ -147,19 +147,19 @@ def test_a_killed_worker_is_named_while_another_result_is_read() -> None:
         echo = spawn(Echo, pool, {}, role="actor")
         started = time.monotonic()
         with pytest.raises(WorkerDied, match=r"actor rank 1 died in die \(pid \d+") as caught:
-            echo.die(1)[0]
+            echo.die(1)
         assert time.monotonic() - started < 20
         assert "rank 1" in str(caught.value)
         pids = [host.pid for host in pool.hosts]  # type: ignore[attr-defined]
     assert_gone(pids)
 
 
-def test_a_stuck_collective_ends_in_a_report_with_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    with RayPool(PoolSpec(name="hanging", num_devices=2, threads_per_device=1)) as pool:
+def test_a_stuck_collective_ends_in_a_report_with_stacks() -> None:
+    spec = PoolSpec(name="hanging", num_devices=2, threads_per_device=1, call_timeout_s=4.0)
+    with RayPool(spec) as pool:
         echo = spawn(Echo, pool, {}, role="actor")
-        monkeypatch.setattr(CALLS, "timeout_s", 4.0)
         with pytest.raises(WorkerStuck) as caught:
-            echo.hang(1)[0]
+            echo.hang(1)
         report = str(caught.value)
         assert "actor.hang on pool hanging: ranks [0, 1] of 2 have not answered" in report
         assert "barrier" in report, "rank 0's stack shows the collective that it waits in"
@@ -175,9 +175,9 @@ def test_pools_overlap() -> None:
         RayPool(PoolSpec(**{**_fields(spec), "name": "right"})) as right,
     ):
         one, other = spawn(Echo, left, {}), spawn(Echo, right, {})
-        list(one.noop()), list(other.noop())
+        one.noop(), other.noop()
         CALLS.finish()
-        both = [one.sleep(1.0), other.sleep(1.0)]
+        both = [start(one.sleep, 1.0), start(other.sleep, 1.0)]
         assert [len(ranks) for ranks in both] == [1, 1]
         first, second = CALLS.finish()
         assert first.started < second.finished and second.started < first.finished, "the two calls overlapped"
@@ -185,9 +185,9 @@ def test_pools_overlap() -> None:
 
 def test_two_roles_of_one_pool_share_processes_and_differ_in_layout(pool: ResourcePool) -> None:
     wide, narrow = spawn(Echo, pool, {"pp": 4}, role="wide"), spawn(Echo, pool, {"tp": 4}, role="narrow")
-    assert [pid for _, _, pid in wide.whoami()] == [pid for _, _, pid in narrow.whoami()]  # type: ignore[misc]
-    assert wide.stage() == [(0, 0), (1, 1), (2, 2), (3, 3)]
-    assert narrow.stage() == [(0, 0)]
+    assert [pid for _, _, pid in each(wide.whoami)] == [pid for _, _, pid in each(narrow.whoami)]
+    assert each(wide.stage) == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert each(narrow.stage) == [(0, 0)]
 
 
 def test_too_many_devices_say_what_there_is() -> None:
@@ -218,7 +218,7 @@ def test_local_pool_is_the_same_without_processes() -> None:
         assert torch.equal(
             echo.double(batch).ragged("test_double").values, 2 * batch.ragged("test_ids").values
         )
-        assert echo.whoami("here") == [("here", 0, os.getpid())]
+        assert each(echo.whoami, "here") == [("here", 0, os.getpid())]
         with pytest.raises(ValueError, match=r"^it broke$"):
             echo.fail(0)
     with pytest.raises(ValueError, match="num_devices=2 with runtime=local"):

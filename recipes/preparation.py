@@ -1,0 +1,188 @@
+"""prepare(): everything between settings and the first process. Checks what can be checked, reads the data,
+lets the mapper place the models.
+
+    prepared = prepare(config)       # a ValueError with field, value and fix, or all that a session needs
+    with Session(prepared) as session: ...
+
+Reads data and model configurations; starts nothing and loads no weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from controllers import QUESTIONS, create_algorithm
+from controllers.data import DATASETS, PromptDataset, RowDataset, RowLoader, load_tokenizer
+from hybridflow.dataflow import Dataflow
+from hybridflow.mapping.answer.device_mapping import DeviceMapping
+from hybridflow.mapping.answer.explain import mapping_report
+from hybridflow.tracing import trace, traced_roles
+from recipes.auto import choose
+from recipes.checks import check_loss_columns, check_output, check_resume
+from recipes.compatibility import (
+    check_columns_of,
+    check_context_lengths,
+    check_prompts,
+    check_text,
+    check_vocabularies,
+)
+from recipes.config import PlacementMode, RunConfig
+from recipes.forecast import forecast, verdict
+from recipes.mapping_settings import MapperInputs, apply_mapping
+from recipes.placing import Placement, check_models, place, placeholder_roles, placement_report
+from recipes.roles import GENERATION
+from recipes.schedules import with_schedules
+from workers.role_config import JudgeConfig, VerdictKind
+from workers.roles import Actor
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """All that a session needs: checked, read, and nothing started."""
+
+    placement: Placement
+    dataflow: Dataflow
+    """The traced step."""
+    tokenizer: PreTrainedTokenizerBase
+    train: RowDataset
+    """The rows that the algorithm's steps begin with."""
+    held_out: RowDataset | None
+    pretraining: RowLoader | None
+    """The texts of PPO-ptx."""
+    mapper_inputs: MapperInputs | None
+    """None where the mapper cannot plan the step."""
+    mapping: DeviceMapping | None = None
+    """What placement=auto chose."""
+
+    @property
+    def config(self) -> RunConfig:
+        return self.placement.config
+
+
+def prepare(config: RunConfig) -> Preparation:
+    """Every mistake that can be found before a process starts is a ValueError here."""
+    placement = place(config)
+    check_output(config.output_dir)
+    check_resume(config.loop.resume)
+    dataflow = check_dataflow(placement)
+    check_models(placement)
+    tokenizer = load_tokenizer(config.model)
+    check_vocabularies(config, placement.roles, tokenizer)
+    train = load_rows(placement, "train", tokenizer)
+    num_steps = config.loop.length(len(train), config.data.batch_size).num_steps
+    config = with_schedules(config, num_steps)
+    placement = place(config)
+    held_out = load_rows(placement, "validation", tokenizer) if config.data.validation else None
+    pretraining = load_pretraining(config, tokenizer)
+    if isinstance(train, PromptDataset):
+        check_context_lengths(config, placement.roles, train.longest_prompt_tokens)
+    prepared = Preparation(
+        placement=placement,
+        dataflow=dataflow,
+        tokenizer=tokenizer,
+        train=train,
+        held_out=held_out,
+        pretraining=pretraining,
+        mapper_inputs=mapper_inputs(placement, dataflow, train),
+    )
+    if config.placement is PlacementMode.auto and prepared.mapper_inputs is not None:
+        return _placed_by_the_mapper(prepared, prepared.mapper_inputs)
+    return prepared
+
+
+def check_dataflow(placement: Placement) -> Dataflow:
+    """Runs the algorithm's step on abstract batches: a column that nobody writes is found before anything
+    starts."""
+    config = placement.config
+    workers = {role.name: role.worker for role in placement.roles}
+    if workers.pop(GENERATION, None) is not None:
+        workers["actor"] = Actor
+    traced, recorder = traced_roles(workers)
+    roles = traced | placeholder_roles(placement, traced)
+    algorithm = create_algorithm(config.algorithm.name, roles, config.algorithm)
+    inputs = DATASETS[placement.entry.rows].columns
+    dataflow = trace(config.algorithm.name, algorithm.step, inputs, recorder)
+    check_loss_columns(config.actor.loss.name, dataflow)
+    return dataflow
+
+
+def load_rows(placement: Placement, name: str, tokenizer: PreTrainedTokenizerBase) -> RowDataset:
+    """data.train or data.validation, as the rows that the algorithm's steps begin with."""
+    config = placement.config
+    where = {"train": config.data.train, "validation": config.data.validation}[name]
+    rows = DATASETS[placement.entry.rows].load(config.data, where, tokenizer)
+    if isinstance(rows, PromptDataset):
+        check_prompts(f"data.{name}", rows.longest_prompt_tokens, config.actor)
+        check_columns_of(config, name, rows.column_names)
+    else:
+        check_text(f"data.{name}", rows.longest_tokens, config.model, f"data.{rows.length_limit}")
+    return rows
+
+
+def load_pretraining(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RowLoader | None:
+    """The texts of PPO-ptx, if there are any."""
+    if config.data.pretraining is None:
+        return None
+    dataset = PromptDataset.load_text(config.data, config.data.pretraining, tokenizer)
+    check_text("data.pretraining", dataset.longest_tokens, config.actor.model, "data.pretraining_tokens")
+    return RowLoader(dataset, replace(config.data, batch_size=config.data.pretraining_batch_size))
+
+
+def mapper_inputs(placement: Placement, dataflow: Dataflow, rows: RowDataset) -> MapperInputs | None:
+    """What the mapper reads; it plans training steps that answer prompts, with one generation in them."""
+    config = placement.config
+    if config.algorithm.name in QUESTIONS:
+        return None
+    settings = {role.name: role.config for role in placement.roles}
+    writes = any(
+        isinstance(role, JudgeConfig) and role.verdict is VerdictKind.written for role in settings.values()
+    )
+    if isinstance(rows, PromptDataset) and not writes:
+        return MapperInputs(config=config, dataflow=dataflow, roles=settings, prompts=rows)
+    if config.placement is PlacementMode.auto:
+        what = "a judge that writes (judge.verdict=written)" if writes else config.algorithm.name
+        raise ValueError(
+            f"placement=auto: the mapper plans steps that answer prompts, not {what}; use colocated or custom"
+        )
+    return None
+
+
+def _placed_by_the_mapper(prepared: Preparation, inputs: MapperInputs) -> Preparation:
+    """The same run on the pools and with the layouts that the mapper chose."""
+    mapping = choose(inputs)
+    placement = place(apply_mapping(inputs, mapping))
+    check_models(placement)
+    LOGGER.info("placement=auto\n%s", mapping_report(mapping))
+    return replace(prepared, placement=placement, mapping=mapping)
+
+
+def dry_run_report(prepared: Preparation) -> str:
+    """What would run where and, where the mapper can plan the step, in how many seconds and bytes."""
+    placement = prepared.placement
+    report = placement_report(placement, prepared.dataflow)
+    if prepared.mapping is not None:
+        return f"{report}\n\n{mapping_report(prepared.mapping)}"
+    if prepared.mapper_inputs is not None:
+        return f"{report}\n\n{verdict(prepared.mapper_inputs, placement.pool_of, placement.pool_sizes)}"
+    return report
+
+
+def predicted_mapping(prepared: Preparation) -> DeviceMapping | None:
+    """The run's placement with predicted seconds: chosen by placement=auto, or asked for by
+    plan.calibration."""
+    inputs, placement = prepared.mapper_inputs, prepared.placement
+    if prepared.mapping is None and prepared.config.plan.calibration and inputs is not None:
+        return forecast(inputs, placement.pool_of, placement.pool_sizes).mapping
+    return prepared.mapping
+
+
+def foresee(config: RunConfig) -> DeviceMapping:
+    """What a run with these settings would take; nothing is started."""
+    prepared = prepare(config)
+    assert prepared.mapper_inputs is not None, "a recipe that the mapper plans"
+    return forecast(prepared.mapper_inputs, prepared.placement.pool_of, prepared.placement.pool_sizes).mapping
