@@ -240,8 +240,8 @@ def _resolve(requested: str) -> tuple[str, bool]:
         if candidate and _answers(candidate):
             return candidate, candidate.rpartition(":")[0] in LOOPBACK
     raise ValueError(
-        f"cluster.address: no Ray cluster answers at {requested!r}; start one with `ray start --head`, or leave "
-        "it empty"
+        f"cluster.address: no Ray cluster answers at {requested!r}; start one with `ray start --head`, or "
+        "leave it empty"
     )
 
 
