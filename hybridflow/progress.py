@@ -135,7 +135,10 @@ def read(path: Path) -> str:
     except FileNotFoundError:
         return ""
     started, _, what = line.partition(" ")
-    return f"{what} ({duration(time.time() - float(started))})" if what else ""
+    if not what:
+        return ""
+    # The clocks of two nodes may differ by more than the activity has lasted.
+    return f"{what} ({duration(max(0.0, time.time() - float(started)))})"
 
 
 def _write() -> None:

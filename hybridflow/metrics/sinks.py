@@ -37,12 +37,12 @@ class Row:
 
 
 class Sink(ABC):
-    """A destination of metrics and samples. Its constructor raises a ValueError for everything that would make
-    log fail."""
+    """A destination of metrics and samples. Its constructor raises a ValueError for everything that would
+    make log fail."""
 
     failures: tuple[type[Exception], ...] = (OSError, RuntimeError)
-    """The errors that log, show, summary and close may raise when the world breaks; the Tracker then drops the
-    sink instead of the run."""
+    """The errors that log, show, summary and close may raise when the world breaks; the Tracker then drops
+    the sink instead of the run."""
 
     @abstractmethod
     def log(self, row: Row) -> None: ...
