@@ -51,7 +51,8 @@ def make_critic(model: ModelConfig) -> TrainedWorker:
 
 
 def make_policy(model: ModelConfig) -> TrainedWorker:
-    return PolicyWorker(PolicyConfig(model=model, train=train_config(), num_epochs=2), CONTEXT)
+    config = PolicyConfig(model=model, train=train_config(), passes_per_batch=2)
+    return PolicyWorker(config, CONTEXT)
 
 
 def make_actor(model: ModelConfig) -> TrainedWorker:
