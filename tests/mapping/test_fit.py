@@ -33,24 +33,48 @@ from hybridflow.mapping.search.search import search
 
 SPACE = SearchSpace(shared_generation_weights=False)
 TRUTH = Calibration(
-    name="truth", matmul_efficiency=0.4, bandwidth_efficiency=0.6, backward_factor=2.3, layer_overhead_s=3e-4, micro_batch_overhead_s=2e-3,
-    decode_layer_overhead_s=2e-4, decode_step_overhead_s=1e-3, decode_row_overhead_s=4e-5, call_overhead_s=0.01, link_efficiency=0.7,
-    reduce_factor=1.9, intra_latency_s=2e-4, update_efficiency=0.5, decode_matmul_efficiency=0.2,
-)  # fmt: skip
+    name="truth",
+    matmul_efficiency=0.4,
+    bandwidth_efficiency=0.6,
+    backward_factor=2.3,
+    layer_overhead_s=3e-4,
+    micro_batch_overhead_s=2e-3,
+    decode_layer_overhead_s=2e-4,
+    decode_step_overhead_s=1e-3,
+    decode_row_overhead_s=4e-5,
+    call_overhead_s=0.01,
+    link_efficiency=0.7,
+    reduce_factor=1.9,
+    intra_latency_s=2e-4,
+    update_efficiency=0.5,
+    decode_matmul_efficiency=0.2,
+)
 KIND = DeviceKind(
-    name="truth", memory_bytes=8e9, flops=5e11, memory_bandwidth=1e10, intra_bandwidth=5e8, inter_bandwidth=5e8, host_bandwidth=1e10,
+    name="truth",
+    memory_bytes=8e9,
+    flops=5e11,
+    memory_bandwidth=1e10,
+    intra_bandwidth=5e8,
+    inter_bandwidth=5e8,
+    host_bandwidth=1e10,
     devices_per_node=2,
-)  # fmt: skip
+)
 
 
 def models() -> list[ModelSpec]:
     return [
         ModelSpec(
-            name=str(hidden), num_layers=layers, hidden_size=hidden, num_heads=hidden // 32, num_kv_heads=hidden // 32, head_dim=32,
-            intermediate_size=3 * hidden, vocab_size=4096,
+            name=str(hidden),
+            num_layers=layers,
+            hidden_size=hidden,
+            num_heads=hidden // 32,
+            num_kv_heads=hidden // 32,
+            head_dim=32,
+            intermediate_size=3 * hidden,
+            vocab_size=4096,
         )
         for layers, hidden in ((4, 192), (6, 320), (12, 384), (8, 512))
-    ]  # fmt: skip
+    ]
 
 
 def measurements() -> Measurements:
@@ -82,9 +106,17 @@ def measurements() -> Measurements:
         replace(sample, seconds=1.9 * sample.seconds, reduces=True) for sample in collectives[1:]
     )
     return Measurements(
-        name="truth", num_processes=2, memory_bytes=8e9, compute_bytes=2, matmul_flops=5e11, memory_bandwidth=1e10, passes=tuple(passes),
-        generations=tuple(generations), collectives=collectives, call_s=0.01,
-    )  # fmt: skip
+        name="truth",
+        num_processes=2,
+        memory_bytes=8e9,
+        compute_bytes=2,
+        matmul_flops=5e11,
+        memory_bandwidth=1e10,
+        passes=tuple(passes),
+        generations=tuple(generations),
+        collectives=collectives,
+        call_s=0.01,
+    )
 
 
 def test_the_constants_that_made_the_measurements_are_found():

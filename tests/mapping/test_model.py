@@ -18,22 +18,55 @@ from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.zoo import MODELS, model_spec
 
 CONFIGS = [
-    LlamaConfig(hidden_size=256, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, intermediate_size=700, vocab_size=1000),
+    LlamaConfig(
+        hidden_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        intermediate_size=700,
+        vocab_size=1000,
+    ),
     Qwen2Config(
-        hidden_size=192, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=6, intermediate_size=512, vocab_size=900,
+        hidden_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        intermediate_size=512,
+        vocab_size=900,
         tie_word_embeddings=True,
     ),
-    OPTConfig(hidden_size=256, num_hidden_layers=2, num_attention_heads=8, ffn_dim=1024, vocab_size=2000, word_embed_proj_dim=256,
-              max_position_embeddings=4),
+    OPTConfig(
+        hidden_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        ffn_dim=1024,
+        vocab_size=2000,
+        word_embed_proj_dim=256,
+        max_position_embeddings=4,
+    ),
     MixtralConfig(
-        hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=300, vocab_size=500,
-        num_local_experts=4, num_experts_per_tok=2,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=300,
+        vocab_size=500,
+        num_local_experts=4,
+        num_experts_per_tok=2,
     ),
     Qwen3MoeConfig(
-        hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=300,
-        vocab_size=500, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=300,
+        vocab_size=500,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=96,
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)

@@ -115,9 +115,14 @@ def random_setting(seed: int) -> Setting:
         inter_bandwidth=10 ** draw.uniform(8, 11),
     )
     calibration = Calibration(
-        decode_step_overhead_s=10 ** draw.uniform(-6, -3), decode_layer_overhead_s=10 ** draw.uniform(-7, -5), decode_row_overhead_s=1e-6,
-        call_overhead_s=0.0, controller_s=10 ** draw.uniform(-4, -1), layer_overhead_s=1e-6, micro_batch_overhead_s=1e-4,
-    )  # fmt: skip
+        decode_step_overhead_s=10 ** draw.uniform(-6, -3),
+        decode_layer_overhead_s=10 ** draw.uniform(-7, -5),
+        decode_row_overhead_s=1e-6,
+        call_overhead_s=0.0,
+        controller_s=10 ** draw.uniform(-4, -1),
+        layer_overhead_s=1e-6,
+        micro_batch_overhead_s=1e-4,
+    )
     groups = [NodeGroup(kind=kind, num_nodes=draw.choice([1, 2]) if per_node == 2 else 1)]
     if draw.random() < 0.3:
         other = replace(DEVICE_KINDS["H100-80GB"], devices_per_node=1, memory_bytes=draw.uniform(3e9, 16e9))

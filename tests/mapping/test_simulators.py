@@ -33,10 +33,21 @@ WORKLOAD = Workload(
     batch_size=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), num_mini_batches=8
 )
 FREE = Calibration(
-    layer_overhead_s=0, micro_batch_overhead_s=0, decode_layer_overhead_s=0, decode_step_overhead_s=0, decode_row_overhead_s=0,
-    call_overhead_s=0, intra_latency_s=0, inter_latency_s=0, link_efficiency=1, matmul_efficiency=1, bandwidth_efficiency=1,
-    elementwise_efficiency=1, update_efficiency=1, decode_matmul_efficiency=1,
-)  # fmt: skip
+    layer_overhead_s=0,
+    micro_batch_overhead_s=0,
+    decode_layer_overhead_s=0,
+    decode_step_overhead_s=0,
+    decode_row_overhead_s=0,
+    call_overhead_s=0,
+    intra_latency_s=0,
+    inter_latency_s=0,
+    link_efficiency=1,
+    matmul_efficiency=1,
+    bandwidth_efficiency=1,
+    elementwise_efficiency=1,
+    update_efficiency=1,
+    decode_matmul_efficiency=1,
+)
 FAST_MEMORY = replace(A100, memory_bandwidth=1e30)
 
 
