@@ -146,7 +146,8 @@ DYING_SAVER = """
 import os, sys
 from pathlib import Path
 from hybridflow.checkpoint import CheckpointStore, load_metadata
-EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "os.scandir"}
+EVENTS = {"open", "shutil.rmtree"}
+EVENTS |= {f"os.{name}" for name in ("rename", "mkdir", "remove", "rmdir", "truncate", "scandir")}
 root = Path(sys.argv[1])
 os.fsync = lambda descriptor: None  # for power cuts, not for kills; this is what takes the time
 

@@ -119,9 +119,16 @@ def test_samples_are_written_whole_and_go_back_to_the_checkpoint_with_the_metric
         (4, "validation", 2),
     ]
     assert rows[0] == {
-        "step": 0, "split": "validation", "prompt": RIGHT.prompt, "response": "5", "reward": 1.0,
-        "reward/format": "NaN", "finish_reason": "stop", "weight_version": 4, "uid": 17,
-    }  # fmt: skip
+        "step": 0,
+        "split": "validation",
+        "prompt": RIGHT.prompt,
+        "response": "5",
+        "reward": 1.0,
+        "reward/format": "NaN",
+        "finish_reason": "stop",
+        "weight_version": 4,
+        "uid": 17,
+    }
     assert rows[2]["response"] == LONG.response and "reward/format" not in rows[2]
 
 

@@ -27,7 +27,9 @@ with connect(ClusterConfig(address="local"), cpu_slots=8) as cluster:
     inner.shutdown()
     assert ray.is_initialized()
     hosts = [ray.remote(num_cpus=1)(lambda rank: rank).remote(rank) for rank in range(8)]
-    sockets = [c.laddr.ip for p in psutil.Process().children(recursive=True) for c in p.net_connections() if c.status == "LISTEN"]
+    sockets = set()
+    for process in psutil.Process().children(recursive=True):
+        sockets |= {c.laddr.ip for c in process.net_connections() if c.status == "LISTEN"}
     errors = []
     for need in ({"cpu_slots": 1000}, {"gpus": 1000}):
         try:
@@ -35,8 +37,14 @@ with connect(ClusterConfig(address="local"), cpu_slots=8) as cluster:
         except ValueError as error:
             errors.append(str(error))
     result = {
-        "modes": [cluster.mode, inner.mode], "ranks": ray.get(hosts), "slots": cluster.num_cpu_slots, "sockets": sorted(set(sockets)),
-        "errors": errors, "text": cluster.describe(), "python": cluster.nodes[0].probe.python, "endpoints": cluster.metrics_endpoints,
+        "modes": [cluster.mode, inner.mode],
+        "ranks": ray.get(hosts),
+        "slots": cluster.num_cpu_slots,
+        "sockets": sorted(sockets),
+        "errors": errors,
+        "text": cluster.describe(),
+        "python": cluster.nodes[0].probe.python,
+        "endpoints": cluster.metrics_endpoints,
     }
 assert not ray.is_initialized()
 print(json.dumps(result))

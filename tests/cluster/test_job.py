@@ -70,11 +70,22 @@ def head() -> Iterator[Head]:
         timeout=60,
     )
     command = [
-        str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
-        f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", "--node-ip-address=127.0.0.1", "--num-cpus=4",
-        f"--temp-dir={home / 'ray'}", "--disable-usage-stats", "--object-store-memory=200000000",
+        str(BIN / "ray"),
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        f"--dashboard-port={dashboard}",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--metrics-export-port={metrics}",
+        "--node-ip-address=127.0.0.1",
+        "--num-cpus=4",
+        f"--temp-dir={home / 'ray'}",
+        "--disable-usage-stats",
+        "--object-store-memory=200000000",
         '--system-config={"metrics_report_interval_ms": 500}',
-    ]  # fmt: skip
+    ]
     with (home / "head.log").open("w") as log:
         process = subprocess.Popen(
             command, cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -126,11 +137,24 @@ def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_m
 ) -> None:
     model, data = make_model(tmp_path / "model"), make_data(tmp_path / "prompts.jsonl")
     command = [
-        "python", "-m", "recipes.ppo", f"model.path={model}", f"data.train={data}", "data.batch_size=8", "num_devices=2",
-        "reward.function=tests.runtime.rewards:unhurried", "actor.train.precision=fp32", "actor.generation.precision=fp32",
-        "actor.generation.max_model_len=64", "actor.generation.kv_cache_bytes=16777216", "actor.generation.sampling.max_response_tokens=8",
-        "loop.num_steps=24", "metrics.prometheus=true", "metrics.run=job", f"output_dir={tmp_path / 'out'}",
-    ]  # fmt: skip
+        "python",
+        "-m",
+        "recipes.ppo",
+        f"model.path={model}",
+        f"data.train={data}",
+        "data.batch_size=8",
+        "num_devices=2",
+        "reward.function=tests.runtime.rewards:unhurried",
+        "actor.train.precision=fp32",
+        "actor.generation.precision=fp32",
+        "actor.generation.max_model_len=64",
+        "actor.generation.kv_cache_bytes=16777216",
+        "actor.generation.sampling.max_response_tokens=8",
+        "loop.num_steps=24",
+        "metrics.prometheus=true",
+        "metrics.run=job",
+        f"output_dir={tmp_path / 'out'}",
+    ]
     head.ray("job", "submit", "--working-dir", ".", "--no-wait", "--submission-id", "first", "--", *command)
     expected = {
         "ray_hybridflow_train_reward_mean",

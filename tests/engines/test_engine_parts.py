@@ -230,7 +230,7 @@ def test_auto_attention_and_a_named_one(tmp_path: Path) -> None:
     check_packable(found["sdpa"])
     with pytest.raises(
         ValueError,
-        match=r"train\.packing is true, but attention eager .* set model\.attention=auto or set packing=false",
+        match=r"packing is true, but attention eager .* set model\.attention=auto or set packing=false",
     ):
         check_packable(found["eager"])
 

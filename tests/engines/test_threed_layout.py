@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, PretrainedConfig
 
@@ -37,12 +37,18 @@ def test_layout_follows_the_rank_order() -> None:
         (
             TrainConfig(tp=4),
             {},
-            r"tp=4 does not fit llama: .*num_key_value_heads 2.*sizes that fit: 1, 2; on 8 devices fit: pp=1 tp=1 \(dp=8\)",
+            (
+                r"tp=4 does not fit llama: .*num_key_value_heads 2.*sizes that fit: 1, 2; on 8 devices fit: "
+                r"pp=1 tp=1 \(dp=8\)"
+            ),
         ),
         (
             TrainConfig(tp=2),
             {"vocab_size": 97},
-            r"tp=2 does not fit.*vocab_size 97.*sizes that fit: 1; on 8 devices fit: pp=1 tp=1 \(dp=8\), pp=2",
+            (
+                r"tp=2 does not fit.*vocab_size 97.*sizes that fit: 1; on 8 devices fit: pp=1 tp=1 \(dp=8\), "
+                r"pp=2"
+            ),
         ),
         (
             TrainConfig(pp=8),
@@ -74,6 +80,7 @@ def test_what_does_not_fit_is_refused(train: TrainConfig, changes: dict[str, int
         check_layout(model(**changes), train, 8)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 3))
 def test_listed_layouts_are_accepted_and_no_others(world_size: int, virtual: int) -> None:
     listed = fitting_layouts(model(), world_size, virtual)
@@ -93,6 +100,7 @@ def test_listed_layouts_are_accepted_and_no_others(world_size: int, virtual: int
                 assert (pipeline, tensor, data) in listed
 
 
+@settings(deadline=None)
 @given(st.integers(1, 80), st.data())
 def test_stages_share_the_layers(num_layers: int, data: st.DataObject) -> None:
     num_stages = data.draw(st.integers(1, num_layers))

@@ -45,9 +45,18 @@ def make_model(directory: Path, *, tied: bool, seed: int = 0) -> Qwen2ForCausalL
     """A Qwen2 of 2 layers with a tokenizer of the words t0, t1, ..., which decodes them without spaces."""
     torch.manual_seed(seed)
     config = Qwen2Config(
-        hidden_size=64, num_hidden_layers=2, vocab_size=VOCAB, intermediate_size=128, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=128, tie_word_embeddings=tied, eos_token_id=END, bos_token_id=None, initializer_range=0.15,
-    )  # fmt: skip
+        hidden_size=64,
+        num_hidden_layers=2,
+        vocab_size=VOCAB,
+        intermediate_size=128,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        eos_token_id=END,
+        bos_token_id=None,
+        initializer_range=0.15,
+    )
     model = Qwen2ForCausalLM(config).eval()
     model.save_pretrained(directory)
     words = Tokenizer(models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0"))

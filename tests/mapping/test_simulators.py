@@ -183,13 +183,16 @@ def test_long_tail_costs_more_than_its_mean():
     assert spread > 1.3 * even
 
 
-@pytest.mark.parametrize(("train", "generate", "fraction"), [
-    ((1, 4, 2), (1, 2, 4), 1 / 4),
-    ((8, 8, 1), (1, 8, 8), 7 / 64),
-    ((2, 4, 1), (1, 2, 4), (8 - 2) / (2 * 8)),
-    ((1, 8, 2), (1, 8, 2), 0),
-    ((1, 2, 8), (1, 4, 4), 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("train", "generate", "fraction"),
+    [
+        ((1, 4, 2), (1, 2, 4), 1 / 4),
+        ((8, 8, 1), (1, 8, 8), 7 / 64),
+        ((2, 4, 1), (1, 2, 4), (8 - 2) / (2 * 8)),
+        ((1, 8, 2), (1, 8, 2), 0),
+        ((1, 2, 8), (1, 4, 4), 0),
+    ],
+)
 def test_transition_bytes_are_the_papers(train, generate, fraction):
     """(tp - tg pg) / (tg pg tp) M; nothing where the generation shard is part of the training shard."""
     training = ModelLayout(p=train[0], t=train[1], d=train[2])

@@ -182,7 +182,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "more mini-batches than rows": (
         ["algorithm.num_mini_batches=9", "data.batch_size=4"],
-        r"algorithm.num_mini_batches is 9, but a step has 4 rows \(data.batch_size x algorithm.samples_per_prompt\); lower it",
+        (
+            r"algorithm.num_mini_batches is 9, but a step has 4 rows \(data.batch_size x "
+            r"algorithm.samples_per_prompt\); lower it"
+        ),
     ),
     "a bound below 1": (
         ["actor.loss.dual_clip=0.5"],
@@ -244,8 +247,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "two ways to generate in one process": (
         [*JUDGED, "num_devices=2", "judge.generation.tp=2"],
-        r"judge.generation: judge \(tp2\) and actor \(dp2\) generate in pool main, in groups of other ranks; set tp and pp of "
-        r"judge.generation to those of actor.generation, or give judge a pool",
+        r"judge.generation: judge \(tp2\) and actor \(dp2\) generate in pool main, in groups of other "
+        r"ranks; set tp and pp of judge.generation to those of actor.generation, or give judge a pool",
     ),
     "a judge's heads": (
         [
@@ -265,7 +268,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a judge that writes, placed by the mapper": (
         [*JUDGED, "placement=auto", "num_devices=2"],
-        r"the mapper plans steps that answer prompts, not a judge that writes \(judge.verdict=written\); use colocated or custom",
+        (
+            r"the mapper plans steps that answer prompts, not a judge that writes \(judge.verdict=written\); "
+            r"use colocated or custom"
+        ),
     ),
     "two engines that fill a GPU": (
         [*JUDGED, "device=cuda"],
@@ -298,7 +304,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "prompts longer than the engine": (
         ["actor.generation.max_model_len=9", "actor.generation.sampling.max_response_tokens=8"],
-        r"data.train: its longest prompt has \d+ tokens, and beside .*=8 there is room for 1 in 9 tokens .actor.generation.max_model_len",
+        (
+            r"data.train: its longest prompt has \d+ tokens, and beside .*=8 there is room for 1 in 9 tokens "
+            r".actor.generation.max_model_len"
+        ),
     ),
     "no pass over the batch": (["actor.num_epochs=0"], "actor.num_epochs is 0; use at least 1"),
     "steps and epochs": (
@@ -338,7 +347,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a reward that asks for what is not there": (
         ["reward.function=tests.recipes.rewards:of_a_hint"],
-        r"does not fit the data \(missing a required argument: 'hint'\): it is called by keyword with prompt, response,",
+        (
+            r"does not fit the data \(missing a required argument: 'hint'\): it is called by keyword with "
+            r"prompt, response,"
+        ),
     ),
     "no such module": (
         ["reward.function=no.such:f"],
@@ -382,7 +394,10 @@ def test_a_model_of_another_vocabulary_is_found_before_the_start(
     file.write_text(json.dumps(words))
     with pytest.raises(
         ValueError,
-        match=r"teacher.model.path is '.*other', of another vocabulary than .*: '[56]' is token [56] there and token [56] here",
+        match=(
+            r"teacher.model.path is '.*other', of another vocabulary than .*: '[56]' is token [56] there "
+            r"and token [56] here"
+        ),
     ):
         run(settings("distillation", f"teacher.model.path={tmp_path}/other"))
 
@@ -393,7 +408,10 @@ def test_a_model_with_less_room_than_the_policys_is_found_before_the_start(
     shutil.copytree(settings("distillation").model.path, tmp_path / "other")
     file = tmp_path / "other" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 12}))
-    message = r"teacher.model.path is '.*other', whose limit is 12 tokens; the longest prompt of data.train has \d+ beside .*_tokens=8; lower"
+    message = (
+        r"teacher.model.path is '.*other', whose limit is 12 tokens; the longest prompt of data.train has "
+        r"\d+ beside .*_tokens=8; lower"
+    )
     with pytest.raises(ValueError, match=message):
         run(settings("distillation", f"teacher.model.path={tmp_path}/other"))
 
@@ -406,7 +424,10 @@ def test_rows_longer_than_the_model_are_found_before_the_start(
     for recipe_name in ("sft", "dpo", "reward_model"):
         with pytest.raises(
             ValueError,
-            match=r"data.train: its longest row has 301 tokens, and the model's limit is 256; set data.max_tokens=256",
+            match=(
+                r"data.train: its longest row has 301 tokens, and the model's limit is 256; set "
+                r"data.max_tokens=256"
+            ),
         ):
             run(settings(recipe_name, f"data.train={tmp_path}/rows.jsonl"))
 

@@ -22,7 +22,10 @@ from recipes.main import to_settings
 from recipes.run import run
 from tests.tiny import EOS, make_model
 
-TEMPLATE = "{% for m in messages %}{{ 8 if m.role == 'user' else 9 }} {{ m.content }} 1 {% endfor %}{% if add_generation_prompt %}9{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ 8 if m.role == 'user' else 9 }} {{ m.content }} 1 {% endfor %}{% if "
+    "add_generation_prompt %}9{% endif %}"
+)
 RISING, FALLING = "3 4 5 6 7 8 9", "9 8 7 6 5 4 3"
 
 

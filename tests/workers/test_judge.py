@@ -53,7 +53,10 @@ def test_the_reward_is_the_probability_of_yes(tmp_path: Path) -> None:
             judge.compute_reward(batch.drop("extras"))
         with pytest.raises(
             ValueError,
-            match=r"have 30\d tokens, and the limit of judge\.model\.path='.*' is 256; shorten judge\.template",
+            match=(
+                r"have 30\d tokens, and the limit of judge\.model\.path='.*' is 256; "
+                r"shorten judge\.template"
+            ),
         ):
             judge.compute_reward(batch.drop("extras") | Batch.of(extras=[{"hint": "3 " * 295}] * 2))
     model = AutoModelForCausalLM.from_pretrained(path)
