@@ -10,8 +10,8 @@ DEFAULT_NUM_STEPS = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunLength:
-    """RunLength.of(num_steps=None, num_epochs=3, num_rows=1000, batch_size=128) is 24 steps, the last one with
-    56 rows, after which every row was used three times."""
+    """RunLength.of(num_steps=None, num_epochs=3, num_rows=1000, batch_size=128) is 24 steps, the last one
+    with 56 rows, after which every row was used three times."""
 
     num_steps: int
     batch_size: int

@@ -2,7 +2,7 @@
 of code of its own.
 
 A recipe that needs more than settings (recipes.plan, recipes.quickstart) is a module like any other, and is
-found first.
+found first. `python -m recipes` lists all, and runs a YAML that stands elsewhere.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 from controllers import algorithm_entry
 from hybridflow.batch import Batch
 from hybridflow.mapping.search.setting import GENERATION
+from hybridflow.registry import Registry
 from hybridflow.worker import Worker
 from recipes.config import NO_MODEL, RunConfig
 from workers.actor import ActorWorker
@@ -121,6 +122,9 @@ ROLES: dict[str, RoleKind] = {
 }
 
 
+EXTENSIONS = Registry(group="hybridflow.roles", builtin={})
+"""Roles of other packages, each a RoleKind. Its settings are of a class in workers/role_config.py."""
+
 SCORERS = ("reward", "gold", "cost")
 """Roles that may be a function of a row's columns in place of a model."""
 
@@ -150,9 +154,15 @@ def role_names(config: RunConfig) -> tuple[str, ...]:
 
 
 def role_kind(name: str) -> RoleKind:
-    """An entry that names an unknown role is our bug or an extension's: it lists the known ones."""
-    if name not in ROLES:
+    """The role that an algorithm's entry names; a ValueError for an unknown one lists the known ones."""
+    if name in ROLES:
+        return ROLES[name]
+    if name not in EXTENSIONS:
         raise ValueError(
-            f"role {name!r} of an algorithm is unknown; known: {', '.join(ROLES)}; add it to recipes/roles.py"
+            f"role {name!r} of an algorithm is unknown; known: {', '.join([*ROLES, *EXTENSIONS])}; declare "
+            f"it as an entry point of the group {EXTENSIONS.group}"
         )
-    return ROLES[name]
+    kind = EXTENSIONS.load(name, f"role {name}")
+    if not isinstance(kind, RoleKind):
+        raise ValueError(f"role {name}: {EXTENSIONS.locations()[name]} is no recipes.roles.RoleKind")
+    return kind

@@ -1,0 +1,154 @@
+"""An algorithm, a role, a reward and a recipe from outside the repository, built from docs/recipes.md as it
+stands there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from controllers import AlgorithmEntry, algorithm_entry, register_algorithm
+from recipes.composing import RecipeFile, compose, to_settings
+from tests.tiny import make_data, make_model
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "recipes.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what `pip install` would leave of the page's package, and the page's two YAMLs."""
+    directory = tmp_path_factory.mktemp("outside")
+    (module,) = [text for text in blocks("python") if "AlgorithmEntry" in text]
+    (names,) = [text for text in blocks("toml") if "hybridflow.algorithms" in text]
+    (directory / "brevity").mkdir()
+    (directory / "brevity" / "__init__.py").write_text(module)
+    installed = directory / "brevity-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: brevity\nVersion: 1.0\n")
+    entry_points = re.sub(r'project\.entry-points\."([\w.]+)"', r"\1", names).replace('"', "")
+    (installed / "entry_points.txt").write_text(entry_points)
+    for text in blocks("yaml"):
+        if name := re.match(r"# (\w+\.yaml)\n", text):
+            (directory / name[1]).write_text(text)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("tiny")
+    return [
+        f"model.path={make_model(directory / 'model')}",
+        f"data.train={make_data(directory / 'prompts.jsonl')}",
+        "data.batch_size=4",
+        "actor.generation.engine=hf",
+        "actor.generation.precision=fp32",
+        "actor.train.precision=fp32",
+        "actor.generation.sampling.max_response_tokens=6",
+        "loop.num_steps=2",
+        "metrics.console=false",
+    ]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+def run_recipe(
+    package: Path, name: str, arguments: list[str], output: Path
+) -> subprocess.CompletedProcess[str]:
+    """Somewhere else, with the package and the project on the path."""
+    environment = os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "recipes", str(package / name), *arguments, f"output_dir={output}"]
+    return subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def rewards(output: Path) -> list[float]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [row["reward/mean"] for row in map(json.loads, lines) if row["split"] == "train"]
+
+
+def test_it_runs_in_one_process(package: Path, arguments: list[str], tmp_path: Path) -> None:
+    finished = run_recipe(package, "brevity.yaml", ["runtime=local", *arguments], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert len(rewards(tmp_path)) == 2
+    assert (tmp_path / "checkpoints" / "step-00000002" / "huggingface" / "config.json").is_file()
+
+
+def test_it_runs_on_ray(package: Path, arguments: list[str], tmp_path: Path) -> None:
+    """And draws and scores what one process does."""
+    finished = run_recipe(package, "brevity.yaml", ["num_devices=2", *arguments], tmp_path / "ray")
+    assert finished.returncode == 0, finished.stderr
+    finished = run_recipe(package, "brevity.yaml", ["runtime=local", *arguments], tmp_path / "local")
+    assert finished.returncode == 0, finished.stderr
+    assert rewards(tmp_path / "ray")[0] == rewards(tmp_path / "local")[0]
+
+
+def test_a_dry_run_says_what_would_run(package: Path, arguments: list[str], tmp_path: Path) -> None:
+    finished = run_recipe(package, "brevity.yaml", ["dry_run=true", *arguments], tmp_path / "out")
+    assert finished.returncode == 0, finished.stderr
+    assert "brevity: 5 calls a step" in finished.stdout and "shortness" in finished.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_its_settings_are_told_and_checked(package: Path, tmp_path: Path) -> None:
+    finished = run_recipe(package, "brevity.yaml", ["--settings", "algorithm.bonus_weight"], tmp_path)
+    assert "algorithm.bonus_weight = 0.1\n    How much a short answer counts" in finished.stdout
+    finished = run_recipe(package, "brevity.yaml", ["algorithm.bonus=1"], tmp_path)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: algorithm.bonus=1: there is no setting 'algorithm.bonus'")
+
+
+def test_a_yaml_may_begin_with_a_recipe_of_the_project(package: Path) -> None:
+    config = to_settings(
+        compose(RecipeFile.of(str(package / "mine.yaml")), ["model.path=x", "data.train=y", "seed=3"])
+    )
+    assert (config.algorithm.name, config.algorithm.samples_per_prompt) == ("grpo", 4)
+    assert (config.output_dir, config.actor.seed) == ("outputs/mine", 3)
+
+
+def test_mistakes_in_a_yaml_are_told_in_one_line(tmp_path: Path) -> None:
+    for text, message in (
+        (
+            "defaults: [grpo, _self_]\npolicy: {num_epochs: 3}",
+            "policy.num_epochs is now policy.passes_per_batch",
+        ),
+        (
+            "defaults: [grpo, _self_]\nactor: {trian: {tp: 2}}",
+            "there is no setting 'actor.trian'; did you mean actor.train",
+        ),
+        (
+            "defaults: [grpo, _self_]\nseed: two",
+            "seed: Value 'two' of type 'str' could not be converted to Integer",
+        ),
+        ("defaults: [gpro, _self_]", "defaults: there is no recipe 'gpro'"),
+        (
+            "defaults: [schema, algorithm: mine, _self_]",
+            "defaults: there is no algorithm 'mine'; known: cispo, ",
+        ),
+        ("seed: : 3", r"mapping values are not allowed here \(line 1\)"),
+    ):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {message}") as caught:
+            compose(RecipeFile.of(str(path)), [])
+        assert "\n" not in str(caught.value)
+    with pytest.raises(
+        ValueError, match=r"there is no recipe 'gpro'; give the path of a YAML, or one of cispo"
+    ):
+        RecipeFile.of("gpro")
+    with pytest.raises(ValueError, match=r"recipe no\.yaml: there is no such file"):
+        RecipeFile.of("no.yaml")
+
+
+def test_an_algorithm_can_be_registered_by_a_call() -> None:
+    entry = AlgorithmEntry("controllers.opo", "OPO", "OPOConfig", ("actor", "reference", "reward"))
+    register_algorithm("opo_again", entry)
+    assert algorithm_entry("opo_again") is entry
+    with pytest.raises(ValueError, match="algorithm 'ppo' is built in; register yours under another name"):
+        register_algorithm("ppo", entry)
