@@ -200,6 +200,12 @@ class RayPool(ResourcePool):
     """Hosts as Ray actors, one per device of a packed placement group."""
 
     def __init__(self, spec: PoolSpec | None = None) -> None:
+        import ray
+
+        if not ray.is_initialized():
+            raise ValueError(
+                "RayPool: this process is not connected to Ray; use it inside `with connect(...):`"
+            )
         spec = spec or PoolSpec()
         self.spec = spec
         self.hosts: list[HostInfo] = []

@@ -193,7 +193,8 @@ class Calls:
         deaths = _settle(cause, pending)
         if deaths:
             # The peers of a dead process fail too, often before its death is known; they are not the cause.
-            _stop_dead(pending, f"{deaths}\nits peer failed with it: {cause.where}: {cause.cause}")
+            peer = f"{cause.where}: {cause.cause}".partition("\n")[0]
+            _stop_dead(pending, f"{deaths}; its peer failed with it: {peer}")
         raise cause from None
 
     def _stuck(self, timeout_s: float) -> None:
@@ -247,7 +248,7 @@ def _deaths(pending: Sequence[Pending]) -> str:
                 )
             except RayError:
                 continue  # another rank's failure of another kind; deaths are what is looked for
-    return "\n".join(dict.fromkeys(lines))
+    return "; ".join(dict.fromkeys(lines))
 
 
 def _first_lines(error: Exception) -> str:

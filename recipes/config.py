@@ -3,8 +3,10 @@ writes to it after that."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import re
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
@@ -161,6 +163,27 @@ class RunConfig:
     dry_run: bool = False
     """Check config, model, data, layouts, dataflow and memory, say what would run where and in how many
     seconds, and stop."""
+
+    def __post_init__(self) -> None:
+        """A tree made in Python refers to its own settings as one made by Hydra does: a critic starts from
+        model.path, samples are drawn with seed."""
+        resolve_references(self, self)
+
+
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+
+
+def resolve_references(node: Any, root: RunConfig) -> None:
+    """Replaces every "${name}" below `node` by the setting of that name."""
+    for field_ in fields(node):
+        value = vars(node)[field_.name]
+        if is_dataclass(value):
+            resolve_references(value, root)
+        elif isinstance(value, str) and (reference := REFERENCE.fullmatch(value)):
+            setting: Any = root
+            for name in reference[1].split("."):
+                setting = vars(setting)[name]
+            vars(node)[field_.name] = setting
 
 
 def register() -> None:

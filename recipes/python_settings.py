@@ -7,20 +7,17 @@ config = make_settings("grpo", {"model.path": "...", "data.train": ["a.jsonl", "
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
-from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException
 
-import recipes
-from recipes.config import RunConfig, register
-from recipes.main import check_names, join_pools, to_settings, unused_settings
+from recipes.composing import RecipeFile, compose, to_settings
+from recipes.config import RunConfig
+from recipes.main import unused_settings
 from workers.reward_function import RewardFunction
 from workers.role_config import RewardConfig
 
@@ -40,19 +37,15 @@ def make_settings(
     *,
     first: Sequence[str] = (),
 ) -> RunConfig:
-    """The recipe's settings with these changes; `first` are defaults of the caller that they may override."""
-    known = sorted(path.stem for path in Path(recipes.__file__).parent.glob("*.yaml"))
-    if recipe not in known:
-        raise ValueError(f"recipe is {recipe!r}; known: {', '.join(known)}")
+    """The recipe's settings with these changes. `recipe` is a name or the path of a YAML; the settings may
+    override what stands in `first`."""
     arguments = [*first, *as_arguments(settings)]
-    check_names(arguments)
-    register()
-    with _own_hydra(), initialize_config_module("recipes", version_base="1.3"):
-        try:
-            composed = compose(recipe, join_pools(arguments))
-        except HydraException as error:
-            raise ValueError(": ".join(line.strip() for line in str(error).splitlines() if line)) from error
-    config = to_settings(composed)
+    state = GlobalHydra.instance()
+    before, state.hydra = state.hydra, None  # a program that uses Hydra itself gets its state back
+    try:
+        config = to_settings(compose(RecipeFile.of(recipe), arguments))
+    finally:
+        GlobalHydra.instance().hydra = before
     for line in unused_settings(arguments, config):
         LOGGER.warning(line)
     return replace(
@@ -100,16 +93,3 @@ def _text(name: str, value: object) -> str:
     if isinstance(value, Sequence):
         return "[" + ", ".join(_text(name, inner) for inner in value) + "]"
     raise ValueError(f"settings: {name} is a {type(value).__name__}; give text, a number, a list or a dict")
-
-
-@contextmanager
-def _own_hydra() -> Iterator[None]:
-    """Hydra keeps one state per process; whoever uses it already gets it back."""
-    state = GlobalHydra.instance()
-    before = state.hydra
-    state.clear()
-    try:
-        yield
-    finally:
-        GlobalHydra.set_instance(state)
-        state.hydra = before

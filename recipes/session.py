@@ -58,7 +58,7 @@ class Session:
     """A run that is under way: its roles as attributes, and the loop's steps one at a time.
 
         session.actor.generate_sequences(next(session.prompts))     # typed as Actor.generate_sequences
-        session.step()                                              # {"reward/mean": 0.5, "seconds/step": 2.1, ...}
+        session.step()                                              # {"reward/mean": 0.5, ...}
 
     A process has one session at a time. The roles are those of the recipe; another one's name is an
     AttributeError that lists them.

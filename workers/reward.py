@@ -93,8 +93,8 @@ class FunctionScorer(Worker):
                 ray.cancel(ref, force=True)
             chunk = chunks[refs.index(late[0])]
             raise RuntimeError(
-                f"{self.role}.function={function_name(self.config.function)!r} took over timeout_s={self.config.timeout_s} "
-                f"for {len(chunk)} rows, the "
+                f"{self.role}.function={function_name(self.config.function)!r} took over "
+                f"timeout_s={self.config.timeout_s} for {len(chunk)} rows, the "
                 f"first with prompt {chunk[0]['prompt']!r} and response {chunk[0]['response'][:200]!r}; make "
                 "it faster, give it a timeout "
                 f"of its own, or raise {self.role}.timeout_s"

@@ -54,8 +54,8 @@ def check_columns(function: str | RewardFunction, names: Iterable[str], role: st
         inspect.signature(resolve(function, role)).bind(**given)
     except TypeError as error:
         raise ValueError(
-            f"{role}.function={function_name(function)!r} does not fit the data ({error}): it is called by keyword with "
-            f"{', '.join(given)}; let it end in "
+            f"{role}.function={function_name(function)!r} does not fit the data ({error}): it is called by "
+            f"keyword with {', '.join(given)}; let it end in "
             "**columns, give further parameters a default, or correct data.answer_column and data.columns"
         ) from None
 

@@ -1,0 +1,98 @@
+"""open_session on Ray: a closure as the reward, a killed process in one line, and a session after it. And the
+same death on the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridflow import WorkerDied, current_session, each, open_session, start
+from tests.tiny import make_data, make_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("ray")
+    return {
+        "num_devices": 2,
+        "model.path": make_model(directory / "model", layers=1),
+        "data.train": make_data(directory / "prompts.jsonl", rows=8),
+        "data.batch_size": 2,
+        "algorithm.samples_per_prompt": 2,
+        "actor.generation.engine": "hf",
+        "actor.generation.precision": "fp32",
+        "actor.generation.sampling.max_response_tokens": 5,
+        "actor.train.precision": "fp32",
+        "cluster.address": "local",
+        "output_dir": directory / "run",
+    }
+
+
+def test_a_session_dies_and_the_next_one_lives(tiny: dict[str, Any], tmp_path: Path) -> None:
+    offset = 2.5
+    with open_session(
+        "grpo", tiny, reward=lambda *, response, **columns: offset + 0 * len(response)
+    ) as session:
+        assert session.step()["reward/mean"] == offset
+        memory = each(session.actor.peak_memory_bytes)
+        assert len(memory) == 2 and all(isinstance(value, int) and value > 0 for value in memory)
+        saving = start(session.actor.save_checkpoint, str(tmp_path / "checkpoint"))
+        saving.wait()
+        assert list((tmp_path / "checkpoint").iterdir())
+        session.save(tmp_path / "saved")
+        assert (tmp_path / "saved" / "model.safetensors").is_file()
+        (pool,) = session.pools.values()
+        os.kill(pool.hosts[1].pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        with pytest.raises(WorkerDied, match=r"actor rank 1 died in \w+ \(pid \d+") as caught:
+            session.step()
+        assert "\n" not in str(caught.value)
+    assert current_session() is None
+    with open_session("grpo", tiny, reward=lambda **columns: 1.0) as session:
+        numbers = session.step()
+        assert numbers["reward/mean"] == 1.0
+        assert not [name for name in numbers if name.startswith("seconds/") and "save" in name]
+
+
+def test_a_killed_process_ends_the_command_in_one_line(tiny: dict[str, Any], tmp_path: Path) -> None:
+    settings = {**tiny, "output_dir": tmp_path, "loop.num_steps": 10_000, "metrics.console": False}
+    settings["reward.function"] = "tests.recipes.rewards:plain"
+    arguments = [f"{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "recipes.grpo", *arguments]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    try:
+        metrics = tmp_path / "metrics.jsonl"
+        deadline = time.monotonic() + 200
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
+            time.sleep(0.2)
+        os.kill(host_of(process.pid), signal.SIGKILL)
+        errors = process.communicate(timeout=90)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "Traceback" not in errors, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert re.match(r"error: actor rank \d died in \w+ \(pid \d+ on ", line), line
+    assert json.loads(metrics.read_text().splitlines()[0])["step"] == 1
+
+
+def host_of(driver: int) -> int:
+    """A host process of the embedded cluster that the driver started."""
+    import psutil
+
+    for child in psutil.Process(driver).children(recursive=True):
+        if child.name().startswith("ray::main/"):
+            return child.pid
+    raise AssertionError([child.name() for child in psutil.Process(driver).children(recursive=True)])
