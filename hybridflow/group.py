@@ -1,7 +1,7 @@
 """spawn: a worker on every device of a pool, behind a handle that has the worker's own type.
 
-A call on the handle is distributed and collected by the method's protocol. What it returns is of the type that
-the method declares:
+A call on the handle is distributed and collected by the method's protocol. What it returns is of the type
+that the method declares:
 
     batch = actor.generate_sequences(prompts)       # Batch, Metrics: returned at once, filled in when read
     actor.save_pretrained("out")                    # None: returns when every rank is done
@@ -139,7 +139,8 @@ class Handle:
         return method
 
     def __repr__(self) -> str:
-        return f"{self._role} ({self._worker_class.__name__} on pool {self._pool.name!r}, {self._pool.size} devices)"
+        pool = f"pool {self._pool.name!r}, {self._pool.size} devices"
+        return f"{self._role} ({self._worker_class.__name__} on {pool})"
 
     def _begin(self, method: str, declaration: Remote, arguments: Arguments) -> Callable[[], Any]:
         """Starts the call on every rank. The returned function collects its result: batches at once, since

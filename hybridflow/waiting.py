@@ -1,9 +1,9 @@
 """Waiting: every wait of the controller watches all pending calls.
 
 A failed call raises as soon as it is known, even if its result is not the one being read; a dead process is
-named; and when no call finishes for as long as a pool allows (PoolSpec.call_timeout_s), the wait ends in a report of who waits for whom with the
-stack of every rank. Never in silence. In a host process nothing is pending, so a wait there is a plain wait;
-its controller watches it.
+named; and when no call finishes for as long as a pool allows (PoolSpec.call_timeout_s), the wait ends in a
+report of who waits for whom with the stack of every rank. Never in silence. In a host process nothing is
+pending, so a wait there is a plain wait; its controller watches it.
 """
 
 from __future__ import annotations
