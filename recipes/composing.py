@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -12,6 +13,7 @@ from typing import cast
 import hydra
 import yaml
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -74,7 +76,8 @@ def compose(recipe: RecipeFile, arguments: Sequence[str]) -> DictConfig:
     overrides = join_pools(arguments)
     if recipe.directory != PACKAGED:
         overrides.append(SEARCH)
-    with initialize_config_dir(version_base="1.3", config_dir=str(recipe.directory)):
+    directory = str(recipe.directory)
+    with own_hydra(), initialize_config_dir(version_base="1.3", config_dir=directory):
         try:
             return hydra.compose(config_name=recipe.name, overrides=overrides)
         except MissingConfigException as error:
@@ -83,6 +86,19 @@ def compose(recipe: RecipeFile, arguments: Sequence[str]) -> DictConfig:
             raise ValueError(f"{recipe.path}: {error.problem}{yaml_line(error)}") from error
         except HydraException as error:
             raise ValueError(composition_problem(recipe, error)) from error
+
+
+@contextmanager
+def own_hydra() -> Iterator[None]:
+    """Hydra keeps one state per process; whoever uses it already gets it back."""
+    state = GlobalHydra.instance()
+    before = state.hydra
+    state.clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.set_instance(state)
+        state.hydra = before
 
 
 def yaml_line(error: yaml.MarkedYAMLError) -> str:
