@@ -12,7 +12,6 @@ from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from recipes.composing import RecipeFile, compose, to_settings
@@ -40,12 +39,7 @@ def make_settings(
     """The recipe's settings with these changes. `recipe` is a name or the path of a YAML; the settings may
     override what stands in `first`."""
     arguments = [*first, *as_arguments(settings)]
-    state = GlobalHydra.instance()
-    before, state.hydra = state.hydra, None  # a program that uses Hydra itself gets its state back
-    try:
-        config = to_settings(compose(RecipeFile.of(recipe), arguments))
-    finally:
-        GlobalHydra.instance().hydra = before
+    config = to_settings(compose(RecipeFile.of(recipe), arguments))
     for line in unused_settings(arguments, config):
         LOGGER.warning(line)
     return replace(
