@@ -1,5 +1,4 @@
-"""recipes.plan, recipes.calibrate and recipes.reshard_plan: a mistake is one line and status 2, before anything
-starts."""
+"""recipes.plan, recipes.calibrate and recipes.reshard_plan: a mistake is one line and status 2, at once."""
 
 from __future__ import annotations
 
