@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from hybridflow.protocols import ONE_TO_ALL
 from recipes.config import RunConfig
 from recipes.placing import place
 from workers.config import ModelConfig
-from workers.reward import FunctionRewardWorker
 
 ROOT = Path(__file__).parents[2]
 
@@ -176,34 +174,3 @@ def hybridflow_algorithm(name: str):  # type: ignore[no-untyped-def]
     from controllers import algorithm_entry
 
     return algorithm_entry(name).load_config()()
-
-
-@pytest.fixture
-def ray_elsewhere() -> Mapping[str, object]:
-    import ray
-
-    started = not ray.is_initialized()
-    if started:
-        ray.init(address="local", num_cpus=1, include_dashboard=False)
-    yield {}
-    if started:
-        ray.shutdown()
-
-
-def test_a_local_reward_runs_here_even_where_ray_is_connected(ray_elsewhere: object, tmp_path: Path) -> None:
-    from tests.tiny import make_model
-
-    seen: list[str] = []
-
-    def reward(*, response: str, **columns: object) -> float:
-        seen.append(response)
-        return 1.0
-
-    config = RewardConfig(function=reward, tokenizer=str(make_model(tmp_path, layers=1)))
-    worker = FunctionRewardWorker(config, RankContext())
-    batch = hybridflow.Batch.of(
-        prompt_ids=hybridflow.Ragged.of([[5]]),
-        response_ids=hybridflow.Ragged.of([[6, 7]]),
-        finish_reason=["stop"],
-    )
-    assert worker.compute_reward(batch).tensor("rewards").tolist() == [1.0] and seen == ["67"]

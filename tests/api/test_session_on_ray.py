@@ -15,7 +15,18 @@ from typing import Any
 
 import pytest
 
-from hybridflow import WorkerDied, current_session, each, open_session, start
+from hybridflow import (
+    Batch,
+    FunctionRewardWorker,
+    Ragged,
+    RankContext,
+    RewardConfig,
+    WorkerDied,
+    current_session,
+    each,
+    open_session,
+    start,
+)
 from tests.tiny import make_data, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -96,3 +107,20 @@ def host_of(driver: int) -> int:
         if child.name().startswith("ray::main/"):
             return child.pid
     raise AssertionError([child.name() for child in psutil.Process(driver).children(recursive=True)])
+
+
+def test_a_local_reward_runs_here_even_where_ray_is_connected(ray_cluster: None, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def reward(*, response: str, **columns: object) -> float:
+        seen.append(response)
+        return 1.0
+
+    config = RewardConfig(function=reward, tokenizer=str(make_model(tmp_path, layers=1)))
+    worker = FunctionRewardWorker(config, RankContext())
+    batch = Batch.of(
+        prompt_ids=Ragged.of([[5]]),
+        response_ids=Ragged.of([[6, 7]]),
+        finish_reason=["stop"],
+    )
+    assert worker.compute_reward(batch).tensor("rewards").tolist() == [1.0] and seen == ["67"]
