@@ -243,8 +243,8 @@ def check_generation_groups(pool: str, layouts: Mapping[str, Layout]) -> None:
         ):
             raise ValueError(
                 f"{other}.generation: {other} ({layouts[other]}) and {first} ({layouts[first]}) generate in "
-                f"pool {pool}, in groups of other ranks; set tp and pp of {other}.generation to those of {first}.generation, or give {other} a pool "
-                "of its own (placement=custom)"
+                f"pool {pool}, in groups of other ranks; set tp and pp of {other}.generation to those of "
+                f"{first}.generation, or give {other} a pool of its own (placement=custom)"
             )
 
 

@@ -60,7 +60,8 @@ class OptimizerConfig:
 @dataclass(kw_only=True)
 class TrainConfig:
     engine: str = "fsdp"
-    """fsdp, threed or deepspeed."""
+    """fsdp, threed or deepspeed, or an engine of another package: a name that it declares, or
+    package.module:Name."""
     tp: int = 1
     """Tensor-parallel size."""
     pp: int = 1

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.engines.base import Head, Outputs
-from workers.engines.model.tensor_parallel import pad_time
 from workers.engines.shared.micro_batches import (
     BLOCKS_PER_BUDGET,
     PAIR,
@@ -21,6 +20,7 @@ from workers.engines.shared.micro_batches import (
     gather_outputs,
     make_micro_batches,
     pack,
+    pad_time,
 )
 from workers.sequences import Sequences
 

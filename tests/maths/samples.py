@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from workers.engines.base import LossFn, Outputs
+from workers.engines.shared.metrics import combine_metrics
 from workers.losses.aggregation import Aggregation, count, weight_columns
 from workers.losses.preference import pair_columns
-from workers.losses.reduction import combine_metrics
 from workers.sequences import Sequences, ragged_positions
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests.maths.samples import make_pairs, make_sequences, run_parts, run_whole
 from workers.engines.base import LossFn
+from workers.engines.shared.metrics import combine_metrics
 from workers.losses.aggregation import Aggregation
 from workers.losses.config import (
     Correction,
@@ -22,7 +23,6 @@ from workers.losses.config import (
 from workers.losses.language import distillation_loss, language_loss, with_pretraining
 from workers.losses.policy import policy_loss
 from workers.losses.preference import bradley_terry_loss, cost_model_loss, dpo_loss
-from workers.losses.reduction import combine_metrics
 from workers.losses.surrogates import POLICY_LOSSES
 from workers.losses.value import value_loss
 from workers.sequences import Sequences

@@ -27,7 +27,7 @@ from workers.sequences import Sequences
 
 
 class Head(StrEnum):
-    """What stands on top of the decoder."""
+    """The layer on top of the decoder."""
 
     lm = "lm"
     """A language-model head; outputs log_probs (and entropy) of the scored tokens. Loaded as
@@ -112,7 +112,7 @@ class TrainingEngine(ABC):
     @classmethod
     @abstractmethod
     def zero_stage(cls, config: TrainConfig) -> int:
-        """What data ranks share between steps and passes, as the mapper counts it: 0 nothing, 1 optimizer
+        """The ZeRO stage that data ranks come to, as the mapper counts it: 0 shards nothing, 1 optimizer
         states, 2 gradients too, 3 weights too."""
 
     @classmethod

@@ -44,7 +44,7 @@ class Generations:
     finish_reasons: list[str]
     """[rows]: "stop" (end of sequence, stop token or stop string) or "length"."""
     num_prompt_tokens: int
-    """Of all rows, repeated prompts counted every time."""
+    """Prompt tokens of all rows, repeated prompts counted every time."""
     seconds: float
     """Wall time of the call on this rank."""
 
@@ -73,7 +73,7 @@ class GenerationEngine(ABC):
     layout: Layout
     """Axes dp, pp, tp over the ranks of the pool."""
     weight_version: int
-    """Version of the weights that the engine holds, as given to the last load_weights; -1 before the first."""
+    """Version of the weights that the engine holds: that of the last load_weights; -1 before the first."""
 
     @classmethod
     def check(cls, config: GenerationConfig) -> None:

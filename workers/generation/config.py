@@ -42,13 +42,14 @@ class GenerationConfig:
     """The generation engine of an actor; the data-parallel size is what tp and pp leave of the pool."""
 
     engine: str = "vllm"
-    """vllm or hf (a slow reference without parallelism)."""
+    """vllm or hf (a slow reference without parallelism), or an engine of another package: a name that it
+    declares, or package.module:Name."""
     tp: int = 1
     """Tensor-parallel size."""
     pp: int = 1
     """Pipeline-parallel size."""
     precision: Precision = Precision.bf16
-    """Of the generation weights and the key/value cache; logits are float32 from the softmax on."""
+    """Precision of the generation weights and the key/value cache; logits are float32 from the softmax on."""
     max_model_len: int = 0
     """Most tokens of prompt and response together; 0 takes the model's own limit. A smaller value saves
     memory."""

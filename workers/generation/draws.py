@@ -23,7 +23,7 @@ from workers.generation.config import SamplingConfig
 
 GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-"""Of SplitMix64 (Steele, Lea, Flood 2014)."""
+"""Constants of SplitMix64 (Steele, Lea, Flood 2014)."""
 
 MOST_ROUNDS = 16
 """Rejections by top-p before the rest is sorted; the round's number is part of the hash, below 2048."""

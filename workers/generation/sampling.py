@@ -1,5 +1,4 @@
-"""What the engines share before sampling: checked inputs and the tokens that end a response. draws.py
-draws."""
+"""Checks of inputs, and the tokens that end a response, for every engine; draws.py draws."""
 
 from __future__ import annotations
 

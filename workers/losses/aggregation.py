@@ -39,8 +39,7 @@ class Aggregation(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """Of the whole mini-batch over all data ranks: the numbers that weights need. Add those of parts with
-    +."""
+    """The numbers that weights need, of the whole mini-batch over all data ranks; + adds those of parts."""
 
     num_tokens: int
     """Counted tokens."""
@@ -73,7 +72,8 @@ def weight_columns(
     not count. mean_weights: 1/N for counted tokens, so that metrics are means over tokens whatever the
     aggregation.
 
-        >>> weight_columns(tensor([1, 3]), Counts(num_tokens=4, num_rows=2), Aggregation.seq_mean_token_mean)["weights"]
+        >>> counts = Counts(num_tokens=4, num_rows=2)
+        >>> weight_columns(tensor([1, 3]), counts, Aggregation.seq_mean_token_mean)["weights"]
         tensor([0.5000, 0.1667, 0.1667, 0.1667])
 
     lengths: int64 [rows], any part of the mini-batch. constant: Dr.GRPO's L, for Aggregation.constant only.

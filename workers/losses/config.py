@@ -10,7 +10,7 @@ from workers.losses.kl import KLEstimator
 
 
 class Correction(StrEnum):
-    """What the importance weight w = pi_old / pi_rollout between training and generation engine does to a
+    """Use of the importance weight w = pi_old / pi_rollout between training and generation engine in a
     token's policy loss."""
 
     none = "none"
@@ -38,9 +38,9 @@ class RolloutCorrectionConfig:
     correction: Correction = Correction.none
     level: CorrectionLevel = CorrectionLevel.token
     min_ratio: float = 0.5
-    """Of w, for mask."""
+    """Bound of w, for mask."""
     max_ratio: float = 2.0
-    """Of w, for truncate and mask."""
+    """Bound of w, for truncate and mask."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_ratio < 1 < self.max_ratio:
@@ -53,10 +53,11 @@ class RolloutCorrectionConfig:
 
 @dataclass(kw_only=True)
 class PolicyLossConfig:
-    """Of the actor."""
+    """The actor's loss."""
 
     name: str = "ppo_clip"
-    """ppo_clip, gspo, cispo, clip_cov, kl_cov or policy_gradient (workers/losses/surrogates.py)."""
+    """ppo_clip, gspo, cispo, clip_cov, kl_cov or policy_gradient (workers/losses/surrogates.py), or one of
+    another package: a name that it declares, or package.module:name."""
     clip_low: float = 0.2
     """The ratio is clipped to at least 1 - clip_low. GSPO's paper: 3e-4. CISPO's paper has no lower bound: 1.
    """
@@ -66,17 +67,18 @@ class PolicyLossConfig:
     """ppo_clip: bound of the ratio for negative advantages, above 1 (3 in its paper and in verl); 0 turns it
     off."""
     kl_cov_coefficient: float = 1.0
-    """kl_cov: of |log ratio| on the selected tokens."""
+    """kl_cov: coefficient of |log ratio| on the selected tokens."""
     aggregation: Aggregation = Aggregation.token_mean
     aggregation_constant: int = 0
     """aggregation constant (Dr.GRPO): the longest response allowed, in tokens."""
     entropy_coefficient: float = 0.0
-    """Of the entropy bonus; not 0 needs an engine called with entropy=True."""
+    """Coefficient of the entropy bonus; not 0 needs an engine called with entropy=True."""
     kl_coefficient: float = 0.0
-    """Of the KL to the reference in the loss; not 0 needs the column ref_log_probs."""
+    """Coefficient of the KL to the reference in the loss; not 0 needs the column ref_log_probs."""
     kl_estimator: KLEstimator = KLEstimator.k3
     pretraining_coefficient: float = 16.0
-    """Of the language loss on rows of data.pretraining (PPO-ptx; Safe-RLHF's 16, InstructGPT's 27.8)."""
+    """Coefficient of the language loss on rows of data.pretraining (PPO-ptx; Safe-RLHF's 16, InstructGPT's
+    27.8)."""
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
 
     def __post_init__(self) -> None:
@@ -110,7 +112,7 @@ class PolicyLossConfig:
 
 @dataclass(kw_only=True)
 class ValueLossConfig:
-    """Of the critic."""
+    """The critic's loss."""
 
     clip: float = 0.2
     """The value may move this far from the rollout's value before its gradient stops; 0 turns clipping off.

@@ -8,7 +8,9 @@ With d = log_prob - ref_log_prob (Schulman, "Approximating KL divergence", 2020)
 | k1   | d            | unbiased, can be negative         | 0 in expectation: it only adds noise
 | abs  | abs(d)       | biased, an upper bound of k1      | pulls every token back equally hard
 | k2   | d^2 / 2      | biased, low variance              | that of the reverse KL, on policy
-| k3   | e^-d + d - 1 | unbiased, never negative          | that of the forward KL, KL(reference || policy), on policy
+| k3   | e^-d + d - 1 | unbiased, never negative          | that of the forward KL, on policy
+
+The forward KL is KL(reference || policy).
 
 So k1 belongs into the reward (InstructGPT, OpenRLHF, TRL's PPO), k2 or k3 into the loss (GRPO's paper, eq. 4,
 uses k3; REINFORCE++ recommends k2). Others: verl calls them kl, abs, mse, low_var_kl, clamps d to +-20 and

@@ -24,7 +24,8 @@ def policy_loss(config: PolicyLossConfig) -> LossFn:
     """The loss that `config` describes:
 
         columns = weight_columns(lengths, counts, config.aggregation, constant=config.aggregation_constant)
-        engine.train_step(sequences.with_columns(per_token=columns), policy_loss(config), entropy=config.entropy_coefficient != 0)
+        sequences = sequences.with_columns(per_token=columns)
+        engine.train_step(sequences, policy_loss(config), entropy=config.entropy_coefficient != 0)
 
     First-step rule: without a column old_log_probs the old policy is the current one, detached. The ratio is
     then exactly 1, which is right for the first update of a batch and saves a forward pass.
@@ -83,8 +84,8 @@ def _rollout(
 
 
 def _ratio_metrics(counted: Counted, log_probs: Tensor, old_log_probs: Tensor) -> LossMetrics:
-    """Of the token ratio pi / pi_old, whatever the loss makes of it; approximate KL(old || current) over
-    samples of the old policy."""
+    """Metrics of the token ratio pi / pi_old, whatever the loss makes of it, and of the approximate
+    KL(old || current) over samples of the old policy."""
     log_ratio = (log_probs - old_log_probs).detach()
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return {

@@ -1,17 +1,16 @@
-"""What every token-level loss starts and ends with: the counted tokens of a micro-batch, and metrics that add
+"""The beginning and end of every token-level loss: the counted tokens of a micro-batch, and metrics that add
 up.
 
 LossMetrics come in three kinds, told apart by their names. A name ending in `_max` (`_min`) is a maximum
-(minimum) and is reduced over micro-batches and ranks by max (min), -inf (+inf) standing for "no token"; every
-other metric is a sum with global weights and is reduced by adding (in float64, because variances are made
-from some). What is neither is made afterwards, by derived_metrics. LossMetrics carry no gradient and have the
-same names for every micro-batch, an empty one too.
+(minimum), -inf (+inf) standing for "no token"; every other metric is a sum with global weights. Engines
+combine them over micro-batches and ranks (workers/engines/shared/metrics.py), sums in float64 because
+variances are computed from some. What is neither comes afterwards, from derived_metrics. LossMetrics carry no
+gradient and have the same names for every micro-batch, an empty one too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -114,23 +113,6 @@ def maximum(values: Tensor) -> Tensor:
 def minimum(values: Tensor) -> Tensor:
     """Over all elements; +inf if there are none."""
     return -maximum(-values)
-
-
-def combine_metrics(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> LossMetrics:
-    """LossMetrics of two parts of a mini-batch as those of both: _max by max, _min by min, the others added.
-    A part that never called the loss has none ({}), and changes nothing.
-    """
-    combined = {**left}
-    for name, value in right.items():
-        if name not in left:
-            combined[name] = value
-        elif name.endswith("_max"):
-            combined[name] = torch.maximum(left[name], value)
-        elif name.endswith("_min"):
-            combined[name] = torch.minimum(left[name], value)
-        else:
-            combined[name] = left[name] + value
-    return combined
 
 
 def derived_metrics(metrics: dict[str, float]) -> dict[str, float]:

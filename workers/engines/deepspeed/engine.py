@@ -1,8 +1,8 @@
 """Engine `deepspeed`: data parallelism with ZeRO stage 1, 2 or 3 through deepspeed.initialize.
 
-deepspeed_setup.py       the import, the settings, a model that DeepSpeed takes over
-deepspeed_partitions.py  which elements of which parameter a rank owns, whatever the stage
-deepspeed_checkpoint.py  checkpoints that load on any number of ranks, and on the other engines
+setup.py       the import, the settings, a model that DeepSpeed takes over
+partitions.py  which elements of which parameter a rank owns, whatever the stage
+checkpoint.py  checkpoints that load on any number of ranks, and on the other engines
 
 DeepSpeed shards, gathers, reduces and steps; what engines share is not left to it: micro-batches, sums in
 place of means, clipping by a norm that is added up in float64, the schedule. Left out: tensor and pipeline
@@ -11,11 +11,10 @@ parallelism, NVMe, and DeepSpeed's own checkpoints.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
-from math import isfinite
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,37 +23,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from hybridflow.context import RankContext
 from hybridflow.mapping.question.space import SearchSpace
-from hybridflow.resharding.boxes import flat_range_boxes
 from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
-from workers.config import ModelConfig, TrainConfig
-from workers.engines.base import Head, LossFn, Outputs, TrainingEngine
+from workers.config import TrainConfig
+from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.deepspeed.checkpoint import load_state, master_parameters, save_state
-from workers.engines.deepspeed.partitions import MOMENTS, Partitions, partitions, shard_range
+from workers.engines.deepspeed.partitions import Partitions, partitions, shard_range
 from workers.engines.deepspeed.setup import ZeroModel
-from workers.engines.model.loading import ModelSource, model_config
-from workers.engines.shared.export import write_safetensors
-from workers.engines.shared.micro_batches import (
-    MicroBatch,
-    empty_micro_batch,
-    gather_outputs,
-    make_micro_batches,
-)
+from workers.engines.model.loading import ModelSource
+from workers.engines.shared.box_tensor import flat_views
+from workers.engines.shared.metrics import add_micro_batch, metrics_of_group
+from workers.engines.shared.micro_batches import MicroBatch, gather_outputs, run_micro_batch
 from workers.engines.shared.optimizer import (
-    check_optimizer_config,
+    MOMENTS,
+    clip,
     learning_rate,
     set_learning_rate,
     sum_of_squares,
 )
-from workers.losses.reduction import combine_metrics
+from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.sequences import Sequences
 
 STAGES = (1, 2, 3)
 """Values of train.zero_stage."""
 
 
-class DeepspeedEngine(TrainingEngine):
+class DeepspeedEngine(ShardedEngine):
     """See TrainingEngine; config.zero_stage says what is sharded: optimizer (1), gradients (2), weights (3).
     Every rank is a data rank."""
 
@@ -86,40 +80,17 @@ class DeepspeedEngine(TrainingEngine):
     def shards_data(cls, config: TrainConfig) -> bool:
         return config.zero_stage == 3
 
-    def __init__(
-        self,
-        *,
-        model: ModelConfig,
-        config: TrainConfig,
-        head: Head,
-        context: RankContext,
-        trains: bool = True,
-        seed: int = 0,
-    ) -> None:
-        self.check(model_config(model, head), config, head, context.world_size)
-        self.layout = self.make_layout(config, context.world_size)
-        check_optimizer_config(config.optimizer)
-        self.config, self.head, self.context = config, head, context
-        self.device = torch.device(context.device)
-        source = ModelSource(model, head, context, seed)
-        self._hf_config, self._generation_config = (
-            copy.deepcopy(source.model.config),
-            source.generation_config,
-        )
-        self._hf_config.architectures = [type(source.model).__name__]
-        self._zero = ZeroModel(source, head, config, self.device, trains=trains)
+    def _build(self, source: ModelSource, *, trains: bool) -> None:
+        self._zero = ZeroModel(source, self.head, self.config, self.device, trains=trains)
         self._num_steps = 0
-        self._state_on_host = False
         self._partitions: Partitions | None = None
         if self._zero.adam is not None:
             self._partitions = partitions(self._zero.engine.optimizer, self._zero.adam, self._zero.parameters)
             self._restore_originals(self._partitions)
-            if config.offload_optimizer:
-                self.offload()
 
     def forward(self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0) -> Outputs:
         with torch.no_grad():
-            micro_batches = self._micro_batches(sequences, equal=self.config.zero_stage == 3)
+            micro_batches = self._cut_alike(sequences, None, alike=self.config.zero_stage == 3)
             outputs = [self._run(micro_batch, entropy, temperature) for micro_batch in micro_batches]
         return gather_outputs(micro_batches, outputs, sequences)
 
@@ -127,37 +98,25 @@ class DeepspeedEngine(TrainingEngine):
         self, sequences: Sequences, loss_fn: LossFn, *, entropy: bool = False, temperature: float = 1.0
     ) -> dict[str, float]:
         owned = self._owned
-        finished = False
-        try:
-            metrics = self._accumulate(
-                self._micro_batches(sequences, equal=True), loss_fn, entropy, temperature
-            )
+        with ExitStack() as on_error:
+            on_error.callback(owned.drop_gradients)
+            micro_batches = self._cut_alike(sequences, None, alike=True)
+            metrics = self._accumulate(micro_batches, loss_fn, entropy, temperature)
             gradients = owned.gradients()
             grad_norm = self._norm(gradients)
-            if not isfinite(grad_norm):
-                where = self._not_finite(gradients)
-                raise RuntimeError(
-                    f"grad_norm is {grad_norm}: the gradient is not finite in {where}; the weights were not "
-                    "changed"
-                )
+            flat = list(chain.from_iterable(gradients))
             limit = self.config.optimizer.clip_grad_norm
-            if 0 < limit < grad_norm:
-                torch._foreach_mul_(
-                    [part for parts in gradients for part in parts], limit / (grad_norm + 1e-6)
-                )
-            finished = True
-        finally:
-            if not finished:
-                owned.drop_gradients()
+            clip(flat, grad_norm, limit, lambda: self._not_finite(gradients))
+            on_error.pop_all()
         rate = self._update(owned)
-        return {**self._over_ranks(metrics), "grad_norm": grad_norm, "learning_rate": rate}
+        return {**metrics_of_group(metrics, None), "grad_norm": grad_norm, "learning_rate": rate}
 
     def local_parameters(self) -> list[LocalParameter]:
-        made = []
+        result = []
         for name, shape in self._zero.shapes.items():
-            parameter = self._zero.parameters[name]
-            made.append(LocalParameter(name, shape, self._zero.dtype, tuple(self._shards(shape, parameter))))
-        return made
+            shards = tuple(self._shards(shape, self._zero.parameters[name]))
+            result.append(LocalParameter(name, shape, self._zero.dtype, shards))
+        return result
 
     def save(self, directory: Path) -> None:
         with self._state_on_device():
@@ -167,55 +126,13 @@ class DeepspeedEngine(TrainingEngine):
         with self._state_on_device():
             self._num_steps = load_state(self._owned, self._zero.shapes, directory)
 
-    def save_pretrained(self, directory: Path) -> None:
-        if self.context.rank == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._hf_config.dtype = torch.float32
-            self._hf_config.save_pretrained(directory)
-            if self._generation_config is not None:
-                self._generation_config.save_pretrained(directory)
-        with self._state_on_device():
-            write_safetensors(master_parameters(self._owned, self._zero.shapes), directory, self.device)
-
-    def offload(self) -> None:
-        self._move(torch.device("cpu"))
-        self._state_on_host = True
-
-    def onload(self) -> None:
-        self._move(self.device)
-        self._state_on_host = False
-
     @property
     def _owned(self) -> Partitions:
         assert self._partitions is not None, "the engine was built with trains=False"
         return self._partitions
 
     def _run(self, micro_batch: MicroBatch, entropy: bool, temperature: float) -> Outputs:
-        ids, reads, targets, packing = (
-            micro_batch.input_ids,
-            micro_batch.read_positions,
-            micro_batch.targets,
-            micro_batch.packing,
-        )
-        return Outputs(
-            **self._zero.run(ids, reads, targets, packing=packing, entropy=entropy, temperature=temperature)
-        )
-
-    def _micro_batches(self, sequences: Sequences, *, equal: bool) -> list[MicroBatch]:
-        """At least one; as many on every rank where passes have collectives inside."""
-        packing = self.config.packing
-        made = make_micro_batches(
-            sequences, self.head, self.config.micro_batch_tokens, self.device, packing=packing
-        )
-        wanted = max(1, len(made))
-        if equal and self.layout.size > 1:
-            most = torch.tensor(wanted, device=self.device)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
-            wanted = int(most)
-        return made + [
-            empty_micro_batch(sequences, self.head, self.device, packing=packing)
-            for _ in range(wanted - len(made))
-        ]
+        return run_micro_batch(self._zero.run, micro_batch, entropy=entropy, temperature=temperature)
 
     def _accumulate(
         self, micro_batches: list[MicroBatch], loss_fn: LossFn, entropy: bool, temperature: float
@@ -228,10 +145,7 @@ class DeepspeedEngine(TrainingEngine):
             loss, parts = loss_fn(self._run(micro_batch, entropy, temperature), micro_batch.sequences)
             # DeepSpeed takes the mean over ranks; a loss here is a sum.
             engine.backward(loss * self.layout.size, scale_wrt_gas=False)
-            parts = {"loss": loss, **parts}
-            metrics = combine_metrics(
-                metrics, {name: value.detach().double() for name, value in parts.items()}
-            )
+            metrics = add_micro_batch(metrics, loss, parts)
         return metrics
 
     def _update(self, owned: Partitions) -> float:
@@ -253,29 +167,13 @@ class DeepspeedEngine(TrainingEngine):
         dist.all_reduce(total)
         return float(total.sqrt())
 
-    def _not_finite(self, gradients: list[list[Tensor]]) -> str:
+    def _not_finite(self, gradients: list[list[Tensor]]) -> list[str]:
         flat = [torch.cat([part.reshape(-1) for part in parts]) for parts in gradients]
-        names = [
-            piece.name
-            for piece in self._owned.fragments
-            if not bool(torch.isfinite(piece.of(flat[piece.group])).all())
-        ]
-        return (
-            ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            if names
-            else "parameters of other ranks"
-        )
-
-    def _over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics of all ranks, combined in rank order on every rank; one small collective."""
-        names = sorted(metrics)
-        own = torch.stack([metrics[name] for name in names])
-        every = own.new_empty(self.layout.size * len(names))
-        dist.all_gather_single(every, own)
-        total: dict[str, Tensor] = {}
-        for numbers in every.cpu().view(-1, len(names)):
-            total = combine_metrics(total, dict(zip(names, numbers, strict=True)))
-        return {name: float(total[name]) for name in metrics}
+        names = []
+        for piece in self._owned.fragments:
+            if not bool(torch.isfinite(piece.of(flat[piece.group])).all()):
+                names.append(piece.name)
+        return names
 
     def _shards(self, shape: tuple[int, ...], parameter: nn.Parameter) -> Iterator[LocalShard]:
         """Views of the working weights: all of a parameter, or, under stage 3, the boxes of the rank's flat
@@ -285,9 +183,8 @@ class DeepspeedEngine(TrainingEngine):
             return
         begin, end = shard_range(parameter)
         flat: Tensor = parameter.ds_tensor.detach()  # type: ignore[attr-defined]
-        for box in flat_range_boxes(shape, begin, end):
-            yield LocalShard(box, flat[: box.numel].view(box.shape))
-            flat = flat[box.numel :]
+        for box, view in flat_views(shape, begin, end, flat):
+            yield LocalShard(box, view)
 
     def _restore_originals(self, owned: Partitions) -> None:
         """Master weights start from the float32 checkpoint, not from its rounding to bfloat16."""
@@ -299,16 +196,13 @@ class DeepspeedEngine(TrainingEngine):
                 piece.of(masters[piece.group].detach()).copy_(part)
         self._zero.originals.clear()
 
-    @contextmanager
-    def _state_on_device(self) -> Iterator[None]:
-        """Within, master weights and moments are where the model is, wherever offload has put them."""
-        if self._state_on_host:
-            self._move(self.device)
-        yield
-        if self._state_on_host:
-            self._move(torch.device("cpu"))
+    def _master_parameters(self) -> list[LocalParameter]:
+        return master_parameters(self._owned, self._zero.shapes)
 
-    def _move(self, device: torch.device) -> None:
+    def _drop_gradients(self) -> None:
+        """DeepSpeed frees them after each step itself, but for the buffer of stage 3, which it keeps."""
+
+    def _move_state(self, device: torch.device) -> None:
         if self._partitions is None:
             return
         for state in self._partitions.adam.state.values():

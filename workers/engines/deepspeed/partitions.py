@@ -1,5 +1,5 @@
-"""What a rank owns under ZeRO, whatever the stage: master weights, AdamW's moments and gradients of flat
-ranges of parameters.
+"""A rank's part under ZeRO, whatever the stage: master weights, AdamW's moments and gradients of flat ranges
+of parameters.
 
 DeepSpeed has three optimizers for it, with names of their own: stages 1 and 2; stage 1 in bfloat16; stage 3.
 Their differences end here. A Fragment says which elements of which parameter lie where in which flat buffer.
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from workers.engines.shared.optimizer import MOMENTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +49,8 @@ class Partitions(ABC):
 
     @abstractmethod
     def gradients(self) -> list[list[Tensor]]:
-        """Of every flat buffer, after the last backward pass of a step: averaged over data ranks, in order,
-        writable, padding included."""
+        """The gradients of every flat buffer after a step's last backward pass: averaged over data ranks, in
+        order, writable, padding included."""
 
     @abstractmethod
     def drop_gradients(self) -> None:

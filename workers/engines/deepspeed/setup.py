@@ -52,7 +52,7 @@ def library(device: torch.device) -> Any:
 
 
 def deepspeed_settings(config: TrainConfig, num_parameters: int) -> dict[str, Any]:
-    """What deepspeed.initialize is told. Batch sizes mean nothing: the engine sets every accumulation
+    """The settings of deepspeed.initialize. Batch sizes mean nothing: the engine sets every accumulation
     boundary itself."""
     bucket = max(1024, min(BUCKET_ELEMENTS, num_parameters))
     return {

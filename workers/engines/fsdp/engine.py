@@ -9,24 +9,21 @@ are left out. docs/training.md has the measurements behind the choices.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
-from hybridflow.context import RankContext
 from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.resharding.shards import LocalParameter
-from workers.config import ModelConfig, TrainConfig
-from workers.engines.base import Head, LossFn, Outputs, TrainingEngine
+from workers.config import TrainConfig
+from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.fsdp.sharding import (
     abandon_step,
     is_one_group,
@@ -35,31 +32,24 @@ from workers.engines.fsdp.sharding import (
     make_mesh,
     shard_model,
 )
-from workers.engines.model.loading import ModelSource, model_config
-from workers.engines.model.tensor_parallel import check_fits, pad_time
+from workers.engines.model.loading import ModelSource
+from workers.engines.model.tensor_parallel import check_fits
 from workers.engines.shared.checkpoint import load_tensors, save_tensors
-from workers.engines.shared.export import write_safetensors
-from workers.engines.shared.micro_batches import (
-    MicroBatch,
-    empty_micro_batch,
-    gather_outputs,
-    make_micro_batches,
-)
+from workers.engines.shared.metrics import add_micro_batch, metrics_of_group
+from workers.engines.shared.micro_batches import MicroBatch, gather_outputs, pad_time, run_micro_batch
 from workers.engines.shared.optimizer import (
+    MOMENTS,
     build_optimizer,
     clip_gradients,
     global_grad_norm,
     learning_rate,
     set_learning_rate,
 )
-from workers.losses.reduction import combine_metrics
+from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.sequences import Sequences
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter, beside the step."""
 
-
-class FsdpEngine(TrainingEngine):
+class FsdpEngine(ShardedEngine):
     """See TrainingEngine. config.tp gives the layout, data ranks are what is left of the pool."""
 
     @classmethod
@@ -84,43 +74,23 @@ class FsdpEngine(TrainingEngine):
     def shards_data(cls, config: TrainConfig) -> bool:
         return True
 
-    def __init__(
-        self,
-        *,
-        model: ModelConfig,
-        config: TrainConfig,
-        head: Head,
-        context: RankContext,
-        trains: bool = True,
-        seed: int = 0,
-    ) -> None:
+    def _build(self, source: ModelSource, *, trains: bool) -> None:
         del trains  # memory for training is taken by the first step
-        self.check(model_config(model, head), config, head, context.world_size)
-        self.layout = self.make_layout(config, context.world_size)
-        self.config, self.head, self.context = config, head, context
-        self.device = torch.device(context.device)
         self._mesh = make_mesh(self.layout, self.device.type)
         self._data_group = self._mesh.get_group("dp")
-        source = ModelSource(model, head, context, seed)
-        self._hf_config, self._generation_config = (
-            copy.deepcopy(source.model.config),
-            source.generation_config,
-        )
-        self._hf_config.architectures = [type(source.model).__name__]
-        self._scored = shard_model(source, head, config, self._mesh, self.device)
+        self._scored = shard_model(source, self.head, self.config, self._mesh, self.device)
         self._parameters: dict[str, nn.Parameter] = dict(source.model.named_parameters())
         # AdamW works on the rank's own memory: no distributed dispatch per parameter, and any mix of meshes.
         self._local = {
             name: nn.Parameter(local_part(parameter)) for name, parameter in self._parameters.items()
         }
         self._optimizer = build_optimizer(
-            [parameter for parameter in self._local.values() if parameter.numel()], config.optimizer
+            [parameter for parameter in self._local.values() if parameter.numel()], self.config.optimizer
         )
         # A small model's gathered weights serve the passes until the next step; a large one's would be in
         # generation's way.
         self._keeps_gathered = is_one_group(self._scored)
         self._num_steps = 0
-        self._state_on_host = False
 
     def forward(self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0) -> Outputs:
         with torch.no_grad():
@@ -133,18 +103,18 @@ class FsdpEngine(TrainingEngine):
     def train_step(
         self, sequences: Sequences, loss_fn: LossFn, *, entropy: bool = False, temperature: float = 1.0
     ) -> dict[str, float]:
-        finished = False
-        try:
+        with ExitStack() as on_error:
+            on_error.callback(self._abandon_step)
             metrics = self._accumulate(self._micro_batches(sequences), loss_fn, entropy, temperature)
             grad_norm = global_grad_norm(self._parameters.values(), world_size=self.layout.size)
             clip_gradients(self._parameters, grad_norm, self.config.optimizer.clip_grad_norm)
-            finished = True
-        finally:
-            if not finished:
-                abandon_step(self._scored)
-                self._drop_gradients()
+            on_error.pop_all()
         rate = self._update()
-        return {**self._over_data_ranks(metrics), "grad_norm": float(grad_norm), "learning_rate": rate}
+        return {
+            **metrics_of_group(metrics, self._data_group),
+            "grad_norm": float(grad_norm),
+            "learning_rate": rate,
+        }
 
     def local_parameters(self) -> list[LocalParameter]:
         # Who writes to the views must not find gathered copies of before.
@@ -164,24 +134,9 @@ class FsdpEngine(TrainingEngine):
             for moments in self._optimizer.state.values():
                 moments["step"].fill_(self._num_steps)
 
-    def save_pretrained(self, directory: Path) -> None:
-        if self.context.rank == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._hf_config.dtype = torch.float32
-            self._hf_config.save_pretrained(directory)
-            if self._generation_config is not None:
-                self._generation_config.save_pretrained(directory)
-        write_safetensors(self.local_parameters(), directory, self.device)
-
     def offload(self) -> None:
         self._reshard()
-        self._drop_gradients()
-        self._move_state(torch.device("cpu"))
-        self._state_on_host = True
-
-    def onload(self) -> None:
-        self._move_state(self.device)
-        self._state_on_host = False
+        super().offload()
 
     @property
     def _root(self) -> FSDPModule:
@@ -189,32 +144,12 @@ class FsdpEngine(TrainingEngine):
         return self._scored
 
     def _run(self, micro_batch: MicroBatch, entropy: bool, temperature: float) -> Outputs:
-        ids, reads, targets, packing = (
-            micro_batch.input_ids,
-            micro_batch.read_positions,
-            micro_batch.targets,
-            micro_batch.packing,
-        )
-        return Outputs(
-            **self._scored(ids, reads, targets, packing=packing, entropy=entropy, temperature=temperature)
-        )
+        return run_micro_batch(self._scored, micro_batch, entropy=entropy, temperature=temperature)
 
     def _micro_batches(self, sequences: Sequences) -> list[MicroBatch]:
-        """At least one; as many on every data rank if the weights are gathered for each."""
-        packing = self.config.packing
-        made = make_micro_batches(
-            sequences, self.head, self.config.micro_batch_tokens, self.device, packing=packing
-        )
-        wanted = max(1, len(made))
-        if self.config.reshard_after_forward and self.layout.axis_size("dp") > 1:
-            most = torch.tensor(wanted, device=self.device)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._data_group)
-            wanted = int(most)
-        made += [
-            empty_micro_batch(sequences, self.head, self.device, packing=packing)
-            for _ in range(wanted - len(made))
-        ]
-        return [pad_time(micro_batch, self.config.tp) for micro_batch in made]
+        """As many on every data rank if the weights are gathered for each."""
+        cut = self._cut_alike(sequences, self._data_group, alike=self.config.reshard_after_forward)
+        return [pad_time(micro_batch, self.config.tp) for micro_batch in cut]
 
     def _accumulate(
         self, micro_batches: list[MicroBatch], loss_fn: LossFn, entropy: bool, temperature: float
@@ -228,10 +163,7 @@ class FsdpEngine(TrainingEngine):
                 self._root.set_reshard_after_backward(last)
             loss, parts = loss_fn(self._run(micro_batch, entropy, temperature), micro_batch.sequences)
             loss.backward()
-            parts = {"loss": loss, **parts}
-            metrics = combine_metrics(
-                metrics, {name: value.detach().double() for name, value in parts.items()}
-            )
+            metrics = add_micro_batch(metrics, loss, parts)
         return metrics
 
     def _update(self) -> float:
@@ -248,6 +180,13 @@ class FsdpEngine(TrainingEngine):
             self.offload()
         return rate
 
+    def _abandon_step(self) -> None:
+        abandon_step(self._scored)
+        self._drop_gradients()
+
+    def _master_parameters(self) -> list[LocalParameter]:
+        return self.local_parameters()
+
     def _drop_gradients(self) -> None:
         for name, parameter in self._parameters.items():
             parameter.grad = self._local[name].grad = None
@@ -257,17 +196,6 @@ class FsdpEngine(TrainingEngine):
         for module in self._scored.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-    def _over_data_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics of all data ranks together, combined in rank order on every rank; one small collective."""
-        names = sorted(metrics)
-        own = torch.stack([metrics[name] for name in names])
-        every = own.new_empty(self.layout.axis_size("dp") * len(names))
-        dist.all_gather_single(every, own, group=self._data_group)
-        total: dict[str, Tensor] = {}
-        for numbers in every.cpu().view(-1, len(names)):
-            total = combine_metrics(total, dict(zip(names, numbers, strict=True)))
-        return {name: float(total[name]) for name in metrics}
 
     def _checkpoint(self) -> dict[str, Tensor]:
         """Weights, AdamW's moments (zero before the first step) and the step, as distributed tensors over
@@ -287,17 +215,8 @@ class FsdpEngine(TrainingEngine):
         if not state[local]:
             step = torch.zeros((), dtype=torch.float32, device=local.device)
             state[local] = {"step": step, **{moment: torch.zeros_like(local) for moment in MOMENTS}}
-        found: dict[str, Tensor] = state[local]
-        return found
-
-    @contextmanager
-    def _state_on_device(self) -> Iterator[None]:
-        """Within, AdamW's moments are where the weights are, wherever offload has put them."""
-        if self._state_on_host:
-            self._move_state(self.device)
-        yield
-        if self._state_on_host:
-            self._move_state(torch.device("cpu"))
+        moments: dict[str, Tensor] = state[local]
+        return moments
 
     def _move_state(self, device: torch.device) -> None:
         for moments in self._optimizer.state.values():

@@ -30,7 +30,7 @@ LONGEST = 768
 LARGEST_HEAD = 256
 """Numbers of a head that the variable-length kernel takes."""
 PACKED_ATTENTIONS = (ATTENTION, FUSED_ATTENTION, "flash_attention_2", "flash_attention_3")
-"""What keeps the sequences of a row apart without a mask."""
+"""Attentions that keep the sequences of a row apart without a mask."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -52,11 +52,13 @@ def check_packable(model: PreTrainedModel) -> None:
 
 
 def _why_not(model: PreTrainedModel) -> str | None:
-    """What of the model's layers does more than causal attention as transformers' interface describes it."""
+    """Why the model's layers do more than causal attention as transformers' interface describes it; None if
+    they do not."""
     config = model.config
     others = sorted(set(config.to_dict().get("layer_types") or ()) - LAYER_TYPES)
     if model._is_stateful or others:
-        return f"{config.model_type} has layers that are no plain attention ({', '.join(others) or 'they carry a state'});"
+        kinds = ", ".join(others) or "they carry a state"
+        return f"{config.model_type} has layers that are no plain attention ({kinds});"
     if not (model._supports_attention_backend and model._supports_flash_attn):
         return f"the attention of {config.model_type} can't be told where sequences begin;"
     return None
@@ -148,7 +150,10 @@ def _run_by_run(
     units: list[tuple[Run, ...]] = []
     for short, group in groupby(runs, lambda run: products and run[1] <= LONGEST):
         together = tuple(group)
-        units += [together] if short else [(run,) for run in together]
+        if short:
+            units.append(together)
+        else:
+            units += [(run,) for run in together]
     sizes = [sum(rows * time for rows, time in unit) for unit in units]
     parts = zip(*(tensor.split(sizes) for tensor in flat), strict=True) if len(units) > 1 else [flat]
     outputs = []

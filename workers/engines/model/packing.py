@@ -22,7 +22,7 @@ Run = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The sequences of one packed row; packing_of makes it."""
+    """The sequences of one packed row; packing_of builds it."""
 
     position_ids: Tensor
     """int64 [1, tokens], from 0 on in each sequence."""
@@ -35,12 +35,16 @@ class Packing:
 
     @property
     def lengths(self) -> list[int]:
-        """Of each sequence."""
-        return [length for sequences, length in self.runs for _ in range(sequences)]
+        """Tokens of each sequence."""
+        result = []
+        for sequences, length in self.runs:
+            result += [length] * sequences
+        return result
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of the model's forward: this for attention.py, and what transformers' own flash attention reads."""
+        """Keyword arguments of the model's forward code: for attention.py, and for transformers' own flash
+        attention."""
         ends, longest = self.ends, self.longest
         lengths = {
             "cu_seq_lens_q": ends,
@@ -52,7 +56,7 @@ class Packing:
 
 
 def packing_of(lengths: list[int], device: torch.device) -> Packing:
-    """Of sequences with these lengths, each at least 1, in the order of the row."""
+    """The Packing of a row of sequences with these lengths, each at least 1."""
     sizes = torch.tensor(lengths)
     ends = torch.cumsum(sizes, 0)
     positions = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - sizes, sizes)

@@ -1,12 +1,15 @@
 """Tensor parallelism, with sequence-parallel norms, for any Hugging Face decoder that brings its own
 tensor-parallel plan.
 
-    parallelize(model, mesh["tp"])                       # once, before fully_shard; the parameters become DTensors on that mesh
-    micro_batch = pad_time(micro_batch, tp)              # time must divide by tp
-    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state    # [rows, time, hidden], the same on every tensor rank
-    logits = model.lm_head(hidden.flatten(0, 1)[read_positions])               # [tokens, vocab / tp]: this rank's part of the vocabulary
-    log_prob_fn = vocabulary_parallel(mesh.get_group("tp"))                    # a LogProbFn, for ScoredModel
-    log_probs, entropy = log_prob_fn(logits, targets, temperature, True)       # full logits exist nowhere
+    # Once, before fully_shard; the parameters become DTensors on that mesh.
+    parallelize(model, mesh["tp"])
+    micro_batch = pad_time(micro_batch, tp)  # time must divide by tp
+    # [rows, time, hidden], the same on every tensor rank
+    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
+    # [tokens, vocab / tp]: this rank's part of the vocabulary; full logits exist nowhere
+    logits = model.lm_head(hidden.flatten(0, 1)[read_positions])
+    log_prob_fn = vocabulary_parallel(mesh.get_group("tp"))  # a LogProbFn, for ScoredModel
+    log_probs, entropy = log_prob_fn(logits, targets, temperature, True)
 
 Which linears split by rows and which by columns is read from transformers' own `base_model_tp_plan`; there is
 no table of models here. Between attention and MLP the activations are split along time; the inputs of
@@ -23,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -33,13 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from transformers import PretrainedConfig, PreTrainedModel
 
-from workers.engines.model.packing import packing_of
 from workers.engines.model.scored import decoder_layers
-from workers.engines.shared.micro_batches import MicroBatch
 
 COLUMN, ROW, REPLICATED = "colwise", "rowwise", ("replicated_with_grad_allreduce", "replicated")
 """The entries of transformers' plans that are understood."""
@@ -102,36 +102,20 @@ def fitting_sizes(config: PretrainedConfig) -> list[int]:
 
 
 def _counts(config: PretrainedConfig) -> dict[str, int]:
-    """What is split over tensor ranks, by its name in the configuration."""
+    """Counts that are split over tensor ranks, by their names in the configuration."""
     settings = config.to_dict()
     names = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
     return {name: settings[name] for name in names if isinstance(settings.get(name), int)}
-
-
-def pad_time(micro_batch: MicroBatch, multiple: int) -> MicroBatch:
-    """The micro-batch with further padding columns until time divides by `multiple`; in a packed row they are
-    one more sequence."""
-    time = micro_batch.input_ids.shape[1]
-    missing = -time % multiple
-    if not missing:
-        return micro_batch
-    positions, packing = micro_batch.read_positions, micro_batch.packing
-    return replace(
-        micro_batch,
-        input_ids=F.pad(micro_batch.input_ids, (0, missing)),
-        packing=packing_of([*packing.lengths, missing], micro_batch.input_ids.device)
-        if packing is not None
-        else None,
-        read_positions=positions + torch.div(positions, time, rounding_mode="floor") * missing,
-    )
 
 
 def local(parameter: Tensor) -> Tensor:
     """The rank's part of a parameter, for computing; a replicated one collects Partial gradients."""
     if not isinstance(parameter, DTensor):
         return parameter
-    partial = [Partial() if placement.is_replicate() else placement for placement in parameter.placements]
-    return parameter.to_local(grad_placements=partial)
+    placements: list[Placement] = []
+    for placement in parameter.placements:
+        placements.append(Partial() if placement.is_replicate() else placement)
+    return parameter.to_local(grad_placements=placements)
 
 
 # Styles: how one module's parameters are laid out and its forward runs on the local part.

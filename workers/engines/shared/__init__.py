@@ -1,1 +1,1 @@
-"""What the training engines share: micro-batches, optimizer, checkpoints, export."""
+"""Parts that several training engines use: micro-batches, optimizer, metrics, checkpoints, export."""

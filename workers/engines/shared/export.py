@@ -57,7 +57,10 @@ def _collect(
     """The whole parameter in rank 0's host memory, None elsewhere; every distinct box comes from the first
     rank that holds it."""
     rank = dist.get_rank()
-    sources = {box: holder for holder in reversed(range(len(holders))) for box in holders[holder]}
+    sources: dict[Box, int] = {}
+    for holder, boxes in enumerate(holders):
+        for box in boxes:
+            sources.setdefault(box, holder)
     own = {shard.box: shard.tensor for shard in parameter.shards}
     if rank != 0:
         for box, source in sorted(sources.items()):
@@ -92,11 +95,10 @@ def _split(parameters: list[LocalParameter], max_file_bytes: int) -> list[list[i
 
 
 def _write_index(parameters: list[LocalParameter], files: list[list[int]], directory: Path) -> None:
-    weight_map = {
-        parameters[index].name: _file_name(number, len(files))
-        for number, indices in enumerate(files)
-        for index in indices
-    }
+    weight_map = {}
+    for number, indices in enumerate(files):
+        for index in indices:
+            weight_map[parameters[index].name] = _file_name(number, len(files))
     total = sum(_num_bytes(parameter) for parameter in parameters)
     (directory / INDEX_FILE).write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)

@@ -9,7 +9,8 @@ apart. Cutting one sequence in two is left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -151,6 +152,39 @@ def _blocks(width: np.ndarray, num_rows: np.ndarray, budget_tokens: int) -> list
         blocks.append((int(begin_of[end]), end))
         end = int(begin_of[end])
     return blocks[::-1]
+
+
+def pad_time(micro_batch: MicroBatch, multiple: int) -> MicroBatch:
+    """The micro-batch with further padding columns until time divides by `multiple`; in a packed row they are
+    one more sequence."""
+    time = micro_batch.input_ids.shape[1]
+    missing = -time % multiple
+    if not missing:
+        return micro_batch
+    positions, packing = micro_batch.read_positions, micro_batch.packing
+    if packing is not None:
+        packing = packing_of([*packing.lengths, missing], micro_batch.input_ids.device)
+    return replace(
+        micro_batch,
+        input_ids=torch.nn.functional.pad(micro_batch.input_ids, (0, missing)),
+        packing=packing,
+        read_positions=positions + torch.div(positions, time, rounding_mode="floor") * missing,
+    )
+
+
+def run_micro_batch(
+    model: Callable[..., dict[str, Tensor]], micro_batch: MicroBatch, *, entropy: bool, temperature: float
+) -> Outputs:
+    """One pass of a ScoredModel, or of what wraps it."""
+    numbers = model(
+        micro_batch.input_ids,
+        micro_batch.read_positions,
+        micro_batch.targets,
+        packing=micro_batch.packing,
+        entropy=entropy,
+        temperature=temperature,
+    )
+    return Outputs(**numbers)
 
 
 def gather_outputs(micro_batches: list[MicroBatch], outputs: list[Outputs], sequences: Sequences) -> Outputs:

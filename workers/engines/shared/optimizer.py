@@ -7,7 +7,7 @@ left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import cos, isfinite, pi
 
 import torch
@@ -18,6 +18,8 @@ from torch.optim import AdamW
 
 from workers.config import LearningRateSchedule, OptimizerConfig
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, beside the step."""
 RUN = 1024
 """Elements whose squares are added in float32."""
 
@@ -58,10 +60,8 @@ def check_optimizer_config(config: OptimizerConfig) -> None:
     """ValueError for values that mean nothing, and for a schedule that cannot be followed."""
     for name in ("learning_rate", "weight_decay", "warmup_steps", "clip_grad_norm"):
         if vars(config)[name] < 0:
-            raise ValueError(
-                f"optimizer.{name} is {vars(config)[name]}; use 0 or more"
-                + " (0: no clipping)" * (name == "clip_grad_norm")
-            )
+            meaning = " (0: no clipping)" if name == "clip_grad_norm" else ""
+            raise ValueError(f"optimizer.{name} is {vars(config)[name]}; use 0 or more{meaning}")
     for name, value in (("beta1", config.beta1), ("beta2", config.beta2)):
         if not 0 <= value < 1:
             raise ValueError(f"optimizer.{name} is {value}; choose 0 <= {name} < 1")
@@ -70,9 +70,8 @@ def check_optimizer_config(config: OptimizerConfig) -> None:
     if config.schedule is not LearningRateSchedule.constant and config.total_steps <= config.warmup_steps:
         raise ValueError(
             f"optimizer.total_steps is {config.total_steps} with schedule {config.schedule.value} and "
-            "warmup_steps "
-            f"{config.warmup_steps}; set total_steps to the number of optimizer steps of the run, above "
-            "warmup_steps"
+            f"warmup_steps {config.warmup_steps}; set total_steps to the number of optimizer steps of the "
+            "run, above warmup_steps"
         )
 
 
@@ -97,9 +96,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """This rank's gradient tensors, in order, without those that are None or empty."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    return [gradient for gradient in local if gradient.numel()]
+    local = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor):
+            gradient = gradient.to_local()
+        if gradient is not None and gradient.numel():
+            local.append(gradient)
+    return local
 
 
 def global_grad_norm(parameters: Iterable[nn.Parameter], *, world_size: int, plain_copies: int = 1) -> Tensor:
@@ -134,8 +138,8 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], *, world_size: int, pla
 
 
 def sum_of_squares(tensor: Tensor) -> Tensor:
-    """Of a float32 tensor of any size, as a float64 scalar: in float32 over short runs only, whose sums are
-    added in float64.
+    """The squares of a float32 tensor of any size, added up to a float64 scalar: in float32 over short runs
+    only, whose sums are added in float64.
 
     One float32 sum over a buffer of millions of elements is off by 1e-4 and more.
     """
@@ -147,25 +151,30 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
 
 
 def clip_gradients(parameters: Mapping[str, nn.Parameter], norm: Tensor, limit: float) -> None:
-    """Scale all gradients so that their global norm is at most `limit` (0: leave them); a norm that is not
-    finite is an error.
+    """Scale the gradients of `parameters` as `clip` does."""
 
-    RuntimeError names the parameters of this rank whose gradients are not finite; the weights have not been
-    touched.
+    def broken() -> list[str]:
+        return [name for name, parameter in parameters.items() if not _is_finite(parameter)]
+
+    clip(local_gradients(parameters.values()), float(norm), limit, broken)
+
+
+def clip(gradients: list[Tensor], norm: float, limit: float, broken: Callable[[], list[str]]) -> None:
+    """Scale `gradients`, whose global norm is `norm`, so that it is at most `limit` (0: leave them).
+
+    A RuntimeError for a norm that is not finite; it names the parameters of this rank that `broken` lists.
+    The weights have not been touched.
     """
-    value = float(norm)
-    if not isfinite(value):
-        broken = [name for name, parameter in parameters.items() if not _is_finite(parameter)]
-        where = (
-            ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
-            if broken
-            else "parameters of other ranks"
-        )
+    if not isfinite(norm):
+        names = broken()
+        where = ", ".join(names[:5]) or "parameters of other ranks"
+        if len(names) > 5:
+            where += f" and {len(names) - 5} more"
         raise RuntimeError(
-            f"grad_norm is {value}: the gradient is not finite in {where}; the weights were not changed"
+            f"grad_norm is {norm}: the gradient is not finite in {where}; the weights were not changed"
         )
-    if limit > 0 and value > limit:
-        torch._foreach_mul_(local_gradients(parameters.values()), limit / (value + 1e-6))
+    if 0 < limit < norm and gradients:
+        torch._foreach_mul_(gradients, limit / (norm + 1e-6))
 
 
 def _is_finite(parameter: nn.Parameter) -> bool:

@@ -30,14 +30,12 @@ from workers.engines.threed.stages import Stages
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a rank holds of a model."""
+    """A rank's part of a model."""
 
     pipeline: Pipeline
     groups: list[FlatGroup]
     logical: dict[str, tuple[int, ...]]
     """Global shape of every parameter of the whole model, by checkpoint name; tied ones once."""
-    architecture: str
-    """transformers' class name."""
 
 
 def build_share(
@@ -77,7 +75,7 @@ def build_share(
         torch.zeros(1, device=device), group=pipe
     )  # NCCL wants a collective of all ranks before the first message
     pipeline = Pipeline(stages, pipe, train.tp, int(shell.config.hidden_size), dtype)
-    return Share(pipeline, groups, logical, type(shell).__name__)
+    return Share(pipeline, groups, logical)
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -92,7 +90,7 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 def _pieces(
     shell: PreTrainedModel, aliases: dict[str, str], tied: bool, tensor_rank: int, tensor_size: int
 ) -> list[FlatSlice]:
-    """What is left of the model on this rank, in the order of its modules."""
+    """The parameters of the model that are left on this rank, in the order of its modules."""
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for module_name, module in shell.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

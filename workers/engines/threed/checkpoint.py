@@ -11,62 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from hybridflow.resharding.boxes import flat_range_boxes
 from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
+from workers.engines.shared.box_tensor import BoxTensor, collect_flat, flat_views
 from workers.engines.shared.checkpoint import load_tensors, save_tensors
 from workers.engines.threed.optimizer import FlatGroup, ZeroOptimizer
 
 KINDS = {"weight": "model", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 """Names of ZeroOptimizer.tensors -> prefixes in the checkpoint."""
-
-
-class BoxTensor(Tensor):
-    """A logical tensor of which this rank holds some boxes: what torch.distributed.checkpoint asks of a
-    sharded tensor, nothing else.
-
-    BoxTensor((8, 4), [(Box((0, 0), (1, 2)), memory)])
-    """
-
-    shards: list[tuple[Box, Tensor]]
-
-    @staticmethod
-    def __new__(cls, shape: tuple[int, ...], shards: list[tuple[Box, Tensor]]) -> BoxTensor:
-        like = shards[0][1]
-        wrapper: BoxTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
-        return wrapper
-
-    def __init__(self, shape: tuple[int, ...], shards: list[tuple[Box, Tensor]]) -> None:
-        self.shards = shards
-
-    @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise AssertionError(f"{function} on a BoxTensor: it only tells checkpoints what is where")
-
-    def __create_write_items__(self, name: str, _object: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(name, torch.Size(box.start)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=_chunk(box), properties=TensorProperties.create_from_tensor(tensor), size=self.shape
-                ),
-            )
-            for box, tensor in self.shards
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [_chunk(box) for box, _ in self.shards]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(tensor for box, tensor in self.shards if torch.Size(box.start) == index.offset)
 
 
 def save_state(
@@ -112,16 +67,15 @@ def master_parameters(groups: list[FlatGroup], logical: dict[str, tuple[int, ...
 
 
 def _boxes(group: FlatGroup, index: int, flat: Tensor) -> Iterator[tuple[Box, Tensor]]:
-    """What the data rank's part `flat` holds of a piece."""
+    """The boxes of a piece that the data rank's part `flat` holds."""
     piece = group.pieces[index]
     begin, end = group.part_of(index)
     if begin >= end:
         return
     first = group.starts[index] - group.part.start + begin
-    for box in flat_range_boxes(piece.box.shape, begin, end):
+    for box, view in flat_views(piece.box.shape, begin, end, flat[first:]):
         start = tuple(inner + outer for inner, outer in zip(box.start, piece.box.start, strict=True))
-        yield Box(start, box.shape), flat[first : first + box.numel].view(box.shape)
-        first += box.numel
+        yield Box(start, box.shape), view
 
 
 def _whole(group: FlatGroup, index: int, flat: Tensor) -> Tensor | None:
@@ -129,25 +83,14 @@ def _whole(group: FlatGroup, index: int, flat: Tensor) -> Tensor | None:
     ranks."""
     box = group.pieces[index].box
     start, size = group.starts[index], group.part_size
-    first, last = start // size, (start + box.numel - 1) // size
-    here = group.data_group.rank()
-    if not first <= here <= last:
+    holders = range(start // size, (start + box.numel - 1) // size + 1)
+    if group.data_group.rank() not in holders:
         return None
+    ranges = {}
+    for holder in holders:
+        ranges[holder] = max(0, holder * size - start), min((holder + 1) * size - start, box.numel)
     begin, end = group.part_of(index)
     offset = start - group.part.start
     own = flat[offset + begin : offset + end]
-    if first == last:
-        return own.view(box.shape)
-    if here != first:
-        dist.send(own, group=group.data_group, group_dst=first)
-        return None
-    whole = torch.empty(box.numel, dtype=flat.dtype, device=flat.device)
-    whole[begin:end] = own
-    for other in range(first + 1, last + 1):
-        low, high = other * size - start, min((other + 1) * size - start, box.numel)
-        dist.recv(whole[low:high], group=group.data_group, group_src=other)
-    return whole.view(box.shape)
-
-
-def _chunk(box: Box) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size(box.start), sizes=torch.Size(box.shape))
+    whole = collect_flat(own, ranges, holders[0], box.numel, group.data_group)
+    return None if whole is None else whole.view(box.shape)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import isfinite
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,8 @@ from torch.distributed import ProcessGroup
 from hybridflow.resharding.shards import Box
 from workers.config import OptimizerConfig
 from workers.engines.shared.optimizer import (
-    check_optimizer_config,
+    MOMENTS,
+    clip,
     learning_rate,
     set_learning_rate,
     sum_of_squares,
@@ -197,7 +197,6 @@ class ZeroOptimizer:
     """optimizer.begin_step(); backward passes; norm, rate = optimizer.step()."""
 
     def __init__(self, groups: list[FlatGroup], config: OptimizerConfig) -> None:
-        check_optimizer_config(config)
         self.groups = groups
         self.config = config
         self.num_steps = 0
@@ -213,14 +212,7 @@ class ZeroOptimizer:
         finite."""
         parts = [group.reduce() for group in self.groups]
         norm = self._norm(parts)
-        if not isfinite(norm):
-            raise RuntimeError(
-                f"grad_norm is {norm}: the gradient is not finite in {self._not_finite()}; the weights were "
-                "not changed"
-            )
-        limit = self.config.clip_grad_norm
-        if 0 < limit < norm:
-            torch._foreach_mul_(parts, limit / (norm + 1e-6))
+        clip(parts, norm, self.config.clip_grad_norm, self._not_finite)
         adam = self.states()
         rate = learning_rate(self.config, self.num_steps)
         set_learning_rate(adam, rate)
@@ -236,19 +228,19 @@ class ZeroOptimizer:
     def states(self) -> torch.optim.AdamW:
         """The AdamW over the data rank's parts, with its states; made when first asked for."""
         if self.adam is None:
-            decay = [0.0 if not group.decays else self.config.weight_decay for group in self.groups]
+            options = [
+                {"params": [group.master], "weight_decay": self.config.weight_decay * group.decays}
+                for group in self.groups
+            ]
             self.adam = torch.optim.AdamW(
-                [
-                    {"params": [group.master], "weight_decay": value}
-                    for group, value in zip(self.groups, decay, strict=True)
-                ],
+                options,
                 lr=self.config.learning_rate,
                 betas=(self.config.beta1, self.config.beta2),
                 eps=self.config.epsilon,
                 fused=True,
             )
             for group in self.groups:
-                zeros = {name: torch.zeros_like(group.master) for name in ("exp_avg", "exp_avg_sq")}
+                zeros = {name: torch.zeros_like(group.master) for name in MOMENTS}
                 self.adam.state[group.master] = {
                     "step": torch.zeros((), dtype=torch.float32, device=group.master.device),
                     **zeros,
@@ -256,14 +248,11 @@ class ZeroOptimizer:
         return self.adam
 
     def tensors(self) -> Iterator[tuple[FlatGroup, dict[str, Tensor]]]:
-        """Of each group, the data rank's part of master weights and states, by name."""
+        """Each group with the data rank's part of its master weights and states, by name."""
         adam = self.states()
         for group in self.groups:
             state = adam.state[group.master]
-            yield (
-                group,
-                {"weight": group.master, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]},
-            )
+            yield group, {"weight": group.master, **{name: state[name] for name in MOMENTS}}
 
     def restored(self, num_steps: int) -> None:
         """After `tensors` were overwritten with those of step `num_steps`."""
@@ -297,19 +286,12 @@ class ZeroOptimizer:
         dist.all_reduce(total)
         return float(total.sqrt())
 
-    def _not_finite(self) -> str:
+    def _not_finite(self) -> list[str]:
         """Names of this rank's parameters whose own gradients are not finite."""
         names = []
         for group in self.groups:
             assert group.gradient is not None
-            views = group.views(group.gradient)
-            names += [
-                piece.name
-                for piece, view in zip(group.pieces, views, strict=True)
-                if not bool(torch.isfinite(view).all())
-            ]
-        return (
-            ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            if names
-            else "parameters of other ranks"
-        )
+            for piece, view in zip(group.pieces, group.views(group.gradient), strict=True):
+                if not bool(torch.isfinite(view).all()):
+                    names.append(piece.name)
+        return names

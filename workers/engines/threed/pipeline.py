@@ -69,7 +69,7 @@ class Pipeline:
 
 
 class _Step:
-    """What is alive during one run."""
+    """The passes and messages that are alive during one run."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class _Step:
         self.inbox: dict[Action, _Message] = {}
         """By the action that it feeds."""
         self.graphs: dict[Action, tuple[Tensor | None, Tensor]] = {}
-        """Of each forward pass whose backward pass is to come: its input and its output."""
+        """Input and output of each forward pass whose backward pass is to come."""
         self.outgoing: list[_Message] = []
 
     def perform(self, action: Action) -> Tensor | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Action:
 
 
 Tick = tuple[Action | None, ...]
-"""What each pipeline rank does; None: it waits."""
+"""The action of each pipeline rank; None: it waits."""
 
 
 @lru_cache(maxsize=64)
@@ -43,7 +44,7 @@ def timetable(num_ranks: int, num_stages: int, num_micro_batches: int, train: bo
     done: set[Action] = set()
     ticks: list[Tick] = []
     while any(queues):
-        tick = tuple(queue[0] if queue and _needs(queue[0], num_stages) <= done else None for queue in queues)
+        tick = tuple(_ready_first(queue, done, num_stages) for queue in queues)
         if not any(tick):
             # The interleaved order of an incomplete last group of micro-batches can wait in a circle: forward
             # passes go first then.
@@ -85,6 +86,13 @@ def _needs(action: Action, num_stages: int) -> set[Action]:
     return {Action(action.stage, action.micro_batch), Action(action.stage + 1, action.micro_batch, True)}
 
 
+def _ready_first(queue: list[Action], done: set[Action], num_stages: int) -> Action | None:
+    """The first action of the queue, if what it needs is done."""
+    if queue and _needs(queue[0], num_stages) <= done:
+        return queue[0]
+    return None
+
+
 def _order(rank: int, num_ranks: int, num_stages: int, num_micro_batches: int, train: bool) -> list[Action]:
     """The actions of one rank, in its order."""
     chunks = range(num_stages // num_ranks)
@@ -92,18 +100,17 @@ def _order(rank: int, num_ranks: int, num_stages: int, num_micro_batches: int, t
         range(start, min(start + num_ranks, num_micro_batches))
         for start in range(0, num_micro_batches, num_ranks)
     ]
-    forwards = [Action(chunk * num_ranks + rank, m) for group in groups for chunk in chunks for m in group]
+    forwards, backwards = [], []
+    for group in groups:
+        for chunk in chunks:
+            forwards += [Action(chunk * num_ranks + rank, m) for m in group]
+        for chunk in reversed(chunks):
+            backwards += [Action(chunk * num_ranks + rank, m, True) for m in group]
     if not train:
         return forwards
-    backwards = [
-        Action(chunk * num_ranks + rank, m, True)
-        for group in groups
-        for chunk in reversed(chunks)
-        for m in group
-    ]
     warm_up = min(len(forwards), _warm_up(rank, num_ranks, len(chunks)))
     steady = len(forwards) - warm_up
-    pairs = [action for pair in zip(forwards[warm_up:], backwards[:steady], strict=True) for action in pair]
+    pairs = list(chain.from_iterable(zip(forwards[warm_up:], backwards[:steady], strict=True)))
     return forwards[:warm_up] + pairs + backwards[steady:]
 
 

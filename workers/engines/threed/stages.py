@@ -11,6 +11,7 @@ only. Between stages an activation is [rows, time / tp, hidden]: every tensor ra
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Stages:
         self._norm = self.base.get_submodule("norm")
         self._placeholder = _Placeholder(int(scored.model.config.hidden_size), dtype, device)
         all_layers = decoder_layers(scored.model)
-        held = {index for stage in local for index in layers[stage]}
+        held = set(chain.from_iterable(layers[stage] for stage in local))
         self._lists = {
             stage: nn.ModuleList(self._slice(all_layers, set(layers[stage]), stage > 0)) for stage in local
         }
@@ -90,8 +91,12 @@ class Stages:
             self._attach(self._whole, self._embedding, self._norm)
 
     def _slice(self, layers: list[nn.Module], keep: set[int], receives: bool) -> list[nn.Module]:
-        kept = [layer if index in keep else _PASS for index, layer in enumerate(layers)]
-        return [self._received, *kept[1:]] if receives else kept
+        result: list[nn.Module] = [_PASS] * len(layers)
+        for index in keep:
+            result[index] = layers[index]
+        if receives:
+            result[0] = self._received
+        return result
 
     def _attach(self, layers: nn.ModuleList, embedding: nn.Module, norm: nn.Module) -> None:
         self.base.layers, self.base.embed_tokens, self.base.norm = layers, embedding, norm

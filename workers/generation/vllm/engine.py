@@ -275,5 +275,11 @@ def prepare_pipeline(llm: LLM) -> None:
 
 def replicas_of(layout: Layout) -> list[list[list[int]]]:
     """replicas[replica][stage][tensor part] = rank."""
-    dp, pp, tp = (range(layout.axis_size(axis)) for axis in ("dp", "pp", "tp"))
-    return [[[layout.rank(dp=i, pp=j, tp=k) for k in tp] for j in pp] for i in dp]
+    replicas = []
+    for replica in range(layout.axis_size("dp")):
+        stages = []
+        for stage in range(layout.axis_size("pp")):
+            parts = range(layout.axis_size("tp"))
+            stages.append([layout.rank(dp=replica, pp=stage, tp=part) for part in parts])
+        replicas.append(stages)
+    return replicas

@@ -29,8 +29,12 @@ def build_vllm_groups(replicas: Sequence[Sequence[Sequence[int]]]) -> None:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
 
-    sizes = {(len(replica), len(stage)) for replica in replicas for stage in replica}
-    order = [rank for replica in replicas for stage in replica for rank in stage]
+    sizes: set[tuple[int, int]] = set()
+    order: list[int] = []
+    for replica in replicas:
+        for stage in replica:
+            sizes.add((len(replica), len(stage)))
+            order += stage
     if len(sizes) != 1 or sorted(order) != list(range(dist.get_world_size())):
         raise ValueError(
             f"generation groups {replicas}: need replicas of equal pp and tp sizes that hold every rank of "
@@ -42,7 +46,8 @@ def build_vllm_groups(replicas: Sequence[Sequence[Sequence[int]]]) -> None:
     def build_permuted(
         group_ranks: list[list[int]], *args: Any, **kwargs: Any
     ) -> parallel_state.GroupCoordinator:
-        return build([[order[place] for place in group] for group in group_ranks], *args, **kwargs)
+        permuted = [[order[place] for place in group] for group in group_ranks]
+        return build(permuted, *args, **kwargs)
 
     # The name of the CPU groups' shared memory: two pools of one machine must not meet in it.
     name = [secrets.token_hex(8)]

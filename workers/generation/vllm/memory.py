@@ -1,4 +1,4 @@
-"""What a vLLM engine keeps in memory: replacing its weights by full tensors, and giving memory back while
+"""The memory of a vLLM engine: replacing its weights by full tensors, and giving memory back while
 training.
 
 Resharding from shards to shards is not here.

@@ -107,7 +107,8 @@ def preserve_process_state(context: RankContext, *, verbose: bool) -> Iterator[N
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_bytes
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    gc.freeze()  # vLLM collects garbage five times while it starts: over everything imported that takes two seconds
+    # vLLM collects garbage five times while it starts: over everything imported that takes two seconds.
+    gc.freeze()
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             if not verbose:

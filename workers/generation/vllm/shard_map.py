@@ -1,4 +1,4 @@
-"""What a vLLM rank holds, found out by running the model's own weight loaders on recording tensors.
+"""The boxes that a vLLM rank holds, discovered by running the model's own loaders on recording tensors.
 
 A second model is built on the meta device (no memory), every checkpoint parameter is given to its
 load_weights as a meta tensor, and a dispatch mode watches what is copied from which part of which parameter

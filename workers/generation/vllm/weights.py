@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from hybridflow.resharding import LocalParameter, LocalShard, ShardMap
+from hybridflow.resharding import Box, LocalParameter, LocalShard, ShardMap
 from hybridflow.resharding.attest import Parts
 from hybridflow.resharding.boxes import Ints
 from workers.generation.vllm.shard_map import (
@@ -76,11 +76,10 @@ class VllmWeights:
         """Make the engine's tensors views of the trainer's memory where one is exactly one of this rank's
         training shards: the same box of one parameter, data type, form and device. Fused projections are not,
         nor on CPU what vLLM repacks."""
-        held = {
-            (parameter.name, shard.box): shard.tensor.detach()
-            for parameter in sources
-            for shard in parameter.shards
-        }
+        held: dict[tuple[str, Box], torch.Tensor] = {}
+        for parameter in sources:
+            for shard in parameter.shards:
+                held[parameter.name, shard.box] = shard.tensor.detach()
         copies = Counter(placement.tensor for placement in self.placements)
         live = dict(self._model.named_parameters())
         for placement in self.placements:

@@ -1,0 +1,123 @@
+"""ShardedEngine: what engines have in common that spread one model over the ranks of a pool."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from hybridflow.context import RankContext
+from hybridflow.resharding.shards import LocalParameter
+from workers.config import ModelConfig, TrainConfig
+from workers.engines.base import Head, TrainingEngine
+from workers.engines.model.loading import ModelSource, model_config
+from workers.engines.shared.export import write_safetensors
+from workers.engines.shared.micro_batches import MicroBatch, empty_micro_batch, make_micro_batches
+from workers.engines.shared.optimizer import check_optimizer_config
+from workers.sequences import Sequences
+
+
+class ShardedEngine(TrainingEngine):
+    """Settings checked, the model loaded, weights exported, optimizer states moved to the host and back.
+
+    A subclass builds its model and optimizer in _build, and says where its master weights are and how its
+    optimizer moves. What is left of TrainingEngine is its own: the passes, the step, the shard map,
+    checkpoints.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ModelConfig,
+        config: TrainConfig,
+        head: Head,
+        context: RankContext,
+        trains: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.check(model_config(model, head), config, head, context.world_size)
+        check_optimizer_config(config.optimizer)
+        self.layout = self.make_layout(config, context.world_size)
+        self.model, self.config, self.head, self.context = model, config, head, context
+        self.device = torch.device(context.device)
+        source = ModelSource(model, head, context, seed)
+        self._hf_config = copy.deepcopy(source.model.config)
+        self._hf_config.architectures = [type(source.model).__name__]
+        self._generation_config = source.generation_config
+        self._state_on_host = False
+        self._build(source, trains=trains)
+        if config.offload_optimizer:
+            self.offload()
+
+    @abstractmethod
+    def _build(self, source: ModelSource, *, trains: bool) -> None:
+        """This rank's part of the model, and the optimizer; collective."""
+
+    @abstractmethod
+    def _master_parameters(self) -> list[LocalParameter]:
+        """This rank's float32 weights, where the model is; called within _state_on_device."""
+
+    @abstractmethod
+    def _drop_gradients(self) -> None:
+        """Free what gradients take."""
+
+    @abstractmethod
+    def _move_state(self, device: torch.device) -> None:
+        """Move the optimizer's states, and master weights that are not the working ones."""
+
+    def save_pretrained(self, directory: Path) -> None:
+        if self.context.rank == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._hf_config.dtype = torch.float32
+            self._hf_config.save_pretrained(directory)
+            if self._generation_config is not None:
+                self._generation_config.save_pretrained(directory)
+        with self._state_on_device():
+            write_safetensors(self._master_parameters(), directory, self.device)
+
+    def offload(self) -> None:
+        self._drop_gradients()
+        self._move_state(torch.device("cpu"))
+        self._state_on_host = True
+
+    def onload(self) -> None:
+        self._move_state(self.device)
+        self._state_on_host = False
+
+    @contextmanager
+    def _state_on_device(self) -> Iterator[None]:
+        """Within, what offload moved is where the model is; afterwards where it was before."""
+        was_on_host = self._state_on_host
+        if was_on_host:
+            self.onload()
+        yield
+        if was_on_host:
+            self.offload()
+
+    def _cut(self, sequences: Sequences, budget_tokens: int) -> list[MicroBatch]:
+        """Micro-batches of at most `budget_tokens` tokens; none if there are no rows."""
+        packing = self.config.packing
+        return make_micro_batches(sequences, self.head, budget_tokens, self.device, packing=packing)
+
+    def _cut_alike(
+        self, sequences: Sequences, group: ProcessGroup | None, *, alike: bool
+    ) -> list[MicroBatch]:
+        """At least one micro-batch; if `alike`, as many on every rank of `group` (None: all), some of them
+        empty, for passes with collectives inside."""
+        micro_batches = self._cut(sequences, self.config.micro_batch_tokens)
+        count = max(1, len(micro_batches))
+        if alike and dist.get_world_size(group) > 1:
+            largest = torch.tensor(count, device=self.device)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+            count = int(largest)
+        while len(micro_batches) < count:
+            micro_batches.append(
+                empty_micro_batch(sequences, self.head, self.device, packing=self.config.packing)
+            )
+        return micro_batches
