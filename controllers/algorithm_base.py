@@ -103,16 +103,21 @@ def mini_batch_column(uid: Tensor, config: AlgorithmConfig) -> Tensor:
     """int64 [rows]: the mini-batch of every row, drawn at random from the prompts' ids and algorithm.seed,
     so that it does not depend on the layout.
 
-    Samples of one prompt may land in different mini-batches.
+    Samples of one prompt share its mini-batch, and so the computation of its tokens; with fewer prompts than
+    mini-batches, or with prompts of different numbers of samples, rows are dealt one by one.
     """
     if config.num_mini_batches == 1:
         return torch.zeros(len(uid), dtype=torch.int64)
+    prompts, unit, counts = torch.unique(uid, return_inverse=True, return_counts=True)
+    if len(prompts) % config.num_mini_batches or (counts != counts[0]).any():
+        unit = torch.arange(len(uid))
+    num_units = int(unit.max()) + 1
     entropy = uid.numpy().astype(np.uint64) ^ np.uint64(spread_seed(config.seed))
-    order = np.random.default_rng(entropy).permutation(len(uid))
-    column = np.empty(len(uid), dtype=np.int64)
-    for number, rows in enumerate(np.array_split(order, config.num_mini_batches)):
-        column[rows] = number
-    return torch.from_numpy(column)
+    order = np.random.default_rng(entropy).permutation(num_units)
+    column = np.empty(num_units, dtype=np.int64)
+    for number, units in enumerate(np.array_split(order, config.num_mini_batches)):
+        column[units] = number
+    return torch.from_numpy(column)[unit]
 
 
 @on_controller(reads=("uid",), writes=("mini_batch",))

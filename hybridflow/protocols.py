@@ -58,7 +58,8 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How rows are split: columns that a method names with @remote(balance=..., within=..., together=...)."""
+    """How rows are split: columns that a method names with @remote(balance=..., within=..., together=...,
+    near=...)."""
 
     balance: str | None = None
     """Column of costs (tokens of a row): parts get about the same sum (Karmarkar-Karp), not the same number
@@ -69,6 +70,14 @@ class Split:
     together: str | None = None
     """Column of labels (pairs): rows with the same label go to the same part. They must have the same label
     of `within`."""
+    near: str | None = None
+    """Column of labels (prompts): rows with the same label go to the same part as far as the parts stay
+    balanced, because they can share work there."""
+
+
+NEAR_COST = 1.1
+"""How much more than an even cut the largest parts may cost, so that rows with one label of `near` stay
+together."""
 
 
 Distribute = Callable[[Layout, Arguments, Split], Distribution]
@@ -153,6 +162,8 @@ def cut_rows(batch: Batch, num_parts: int, split: Split) -> list[np.ndarray]:
     if split.within in batch.columns:
         labels = np.asarray(batch[split.within])
     if split.together not in batch.columns:
+        if split.near in batch.columns:
+            return _cut_near(labels, costs, np.asarray(batch[split.near]), num_parts)
         return _cut_units(labels, costs, num_parts)
     _, first, unit = np.unique(np.asarray(batch[split.together]), return_index=True, return_inverse=True)
     if (labels != labels[first][unit]).any():
@@ -163,6 +174,37 @@ def cut_rows(batch: Batch, num_parts: int, split: Split) -> list[np.ndarray]:
     if costs is not None:
         costs = np.bincount(unit, weights=costs, minlength=len(first)).astype(np.int64)
     return [np.flatnonzero(np.isin(unit, units)) for units in _cut_units(labels[first], costs, num_parts)]
+
+
+def _cut_near(
+    labels: np.ndarray, costs: np.ndarray | None, near: np.ndarray, num_parts: int
+) -> list[np.ndarray]:
+    """Rows of one label of `near` stay together, or halves, quarters, ... of them where whole ones would
+    leave the parts uneven."""
+    costs = np.ones(len(labels), dtype=np.int64) if costs is None else costs
+    even = _cut_units(labels, costs, num_parts)
+    groups = np.unique(np.stack([labels, near]), axis=1, return_inverse=True)[1].reshape(-1)
+    order = np.argsort(groups, kind="stable")
+    first = np.concatenate([[0], np.flatnonzero(np.diff(groups[order])) + 1]) if len(order) else order
+    number = np.empty(len(groups), dtype=np.int64)  # of each row in its group
+    number[order] = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)]))
+    pieces = 1
+    while pieces <= number.max(initial=0):
+        _, leader, unit = np.unique(groups * pieces + number % pieces, return_index=True, return_inverse=True)
+        unit_costs = np.bincount(unit, weights=costs).astype(np.int64)
+        units = _cut_units(labels[leader], unit_costs, num_parts)
+        parts = [np.flatnonzero(np.isin(unit, some)) for some in units]
+        if _slowest(parts, labels, costs) <= NEAR_COST * _slowest(even, labels, costs):
+            return parts
+        pieces *= 2
+    return even
+
+
+def _slowest(parts: list[np.ndarray], labels: np.ndarray, costs: np.ndarray) -> float:
+    """The cost of the largest part of every label, added up: labels are worked on one after the other."""
+    size = int(labels.max(initial=0)) + 1
+    of_parts = [np.bincount(labels[part], weights=costs[part], minlength=size) for part in parts]
+    return float(np.stack(of_parts).max(axis=0).sum())
 
 
 def _cut_units(labels: np.ndarray, costs: np.ndarray | None, num_parts: int) -> list[np.ndarray]:

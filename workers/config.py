@@ -77,6 +77,11 @@ class TrainConfig:
     blocks of rows of similar length, for models with layers that look along the row by other means than
     attention (convolutions, state spaces), and for attention=eager or flex_attention. Changes speed and
     memory, never results."""
+    share_prompts: bool = True
+    """With packing: rows of a micro-batch that begin with the same prompt (the samples of a group, the two
+    answers of a pair) share its tokens, which are computed once; each response goes on after them. Changes
+    speed and memory, never results. Off by itself where the attention can't do it (flash_attention_2) or
+    positions depend on the length of the row (dynamic rotary embeddings)."""
     activation_checkpointing: bool = False
     reshard_after_forward: bool = False
     """fsdp: free gathered weights after the forward pass (ZeRO-3) instead of keeping them to the backward

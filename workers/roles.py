@@ -48,7 +48,9 @@ class TrainedRole(Worker):
 class Policy(TrainedRole):
     """A language model that is trained on given rows: demonstrations, pairs, a teacher's log-probs."""
 
-    @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("log_probs",), balance="num_tokens")
+    @remote(
+        THREE_D, reads=("prompt_ids", "response_ids"), writes=("log_probs",), balance="num_tokens", near="uid"
+    )
     @abstractmethod
     def compute_log_prob(self, batch: Batch) -> Batch:
         """Log-probs of the responses under the training engine, at the sampling temperature."""
@@ -59,6 +61,7 @@ class Policy(TrainedRole):
         optional=("loss_mask", "mini_batch"),
         kind=CallKind.training,
         balance="num_tokens",
+        near="uid",
         within="mini_batch",
     )
     @abstractmethod
@@ -72,6 +75,7 @@ class Policy(TrainedRole):
         optional=("mini_batch",),
         kind=CallKind.training,
         balance="num_tokens",
+        near="uid",
         within="mini_batch",
         together="pair",
     )
@@ -85,6 +89,7 @@ class Policy(TrainedRole):
         optional=("mini_batch",),
         kind=CallKind.training,
         balance="num_tokens",
+        near="uid",
         within="mini_batch",
     )
     @abstractmethod
@@ -109,6 +114,7 @@ class TrainingActor(Policy):
         ),
         kind=CallKind.training,
         balance="num_tokens",
+        near="uid",
         within="mini_batch",
     )
     @abstractmethod
@@ -179,7 +185,9 @@ class SplitGenerator(Generator):
 class Critic(TrainedRole):
     """The value model."""
 
-    @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("values",), balance="num_tokens")
+    @remote(
+        THREE_D, reads=("prompt_ids", "response_ids"), writes=("values",), balance="num_tokens", near="uid"
+    )
     @abstractmethod
     def compute_values(self, batch: Batch) -> Batch:
         """The value of the state before every response token."""
@@ -190,6 +198,7 @@ class Critic(TrainedRole):
         optional=("values", "mini_batch"),
         kind=CallKind.training,
         balance="num_tokens",
+        near="uid",
         within="mini_batch",
     )
     @abstractmethod
@@ -200,7 +209,13 @@ class Critic(TrainedRole):
 class Reference(Worker):
     """The frozen policy that the KL divergence is taken to."""
 
-    @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("ref_log_probs",), balance="num_tokens")
+    @remote(
+        THREE_D,
+        reads=("prompt_ids", "response_ids"),
+        writes=("ref_log_probs",),
+        balance="num_tokens",
+        near="uid",
+    )
     @abstractmethod
     def compute_ref_log_prob(self, batch: Batch) -> Batch:
         """Log-probs of the responses under the reference, at the sampling temperature."""
@@ -209,7 +224,9 @@ class Reference(Worker):
 class PreferenceModel(TrainedRole):
     """A reward or cost model in training."""
 
-    @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("scores",), balance="num_tokens")
+    @remote(
+        THREE_D, reads=("prompt_ids", "response_ids"), writes=("scores",), balance="num_tokens", near="uid"
+    )
     @abstractmethod
     def compute_scores(self, batch: Batch) -> Batch:
         """One score for every response."""
@@ -220,6 +237,7 @@ class PreferenceModel(TrainedRole):
         optional=("mini_batch",),
         kind=CallKind.training,
         balance="num_tokens",
+        near="uid",
         within="mini_batch",
         together="pair",
     )
@@ -234,6 +252,7 @@ class PreferenceModel(TrainedRole):
         optional=("mini_batch",),
         kind=CallKind.training,
         balance="num_tokens",
+        near="uid",
         within="mini_batch",
         together="pair",
     )
@@ -252,6 +271,7 @@ class Reward(Worker):
         optional=("extras",),
         writes=("rewards", "reward_metrics"),
         balance="num_tokens",
+        near="uid",
     )
     @abstractmethod
     def compute_reward(self, batch: Batch) -> Batch:
@@ -268,6 +288,7 @@ class Cost(Worker):
         optional=("extras",),
         writes=("costs", "cost_metrics"),
         balance="num_tokens",
+        near="uid",
     )
     @abstractmethod
     def compute_cost(self, batch: Batch) -> Batch:

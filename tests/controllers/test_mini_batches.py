@@ -30,6 +30,17 @@ def test_only_the_prompts_decide(uid: list[int], number: int, seed: int) -> None
     assert torch.equal(first, mini_batch_column(torch.tensor(uid), AlgorithmConfig(num_mini_batches=number)))
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**31))
+def test_samples_of_a_prompt_share_a_mini_batch(number: int, times: int, samples: int, seed: int) -> None:
+    """Wherever prompts can be dealt evenly; each mini-batch then has the same number of them."""
+    uid = seed + torch.arange(number * times).repeat_interleave(samples)
+    column = mini_batch_column(uid, AlgorithmConfig(num_mini_batches=number))
+    for prompt in uid.unique():
+        assert len(column[uid == prompt].unique()) == 1
+    assert torch.bincount(column, minlength=number).tolist() == [times * samples] * number
+
+
 def test_other_prompts_are_dealt_otherwise() -> None:
     config = AlgorithmConfig(num_mini_batches=4)
     columns = {

@@ -55,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], lis
     save_tiny_model(root / "llama", "llama", layers=2)
     for head in (Head.value, Head.score):
         model = load_plain(root / "llama", head)
-        _initialize_score(score_head(model))
+        _initialize_score(score_head(model), 0)
         model.save_pretrained(root / f"llama-{head.value}")
     mp.spawn(run, (root, selected("case")), nprocs=2)
     return root

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,50 +18,22 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from hybridflow.context import RankContext
 from tests.engines.threed_cases import FAMILIES, save_tiny_model
 from workers.config import LearningRateSchedule, ModelConfig, OptimizerConfig
-from workers.engines.base import Head
-from workers.engines.model import attention, log_probs
-from workers.engines.model.attention import ATTENTION, FUSED_ATTENTION, LONGEST, attend, check_packable
+from workers.engines.base import Head, Outputs
+from workers.engines.model import attention
+from workers.engines.model.attention import (
+    ATTENTION,
+    FUSED_ATTENTION,
+    LONGEST,
+    attend,
+    can_share_prompts,
+    check_packable,
+)
 from workers.engines.model.loading import ModelSource
 from workers.engines.model.packing import packing_of
+from workers.engines.model.scored import ScoredModel
+from workers.engines.shared.micro_batches import Cutting, gather_outputs, make_micro_batches
 from workers.engines.shared.optimizer import build_optimizer, clip_gradients, global_grad_norm, learning_rate
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("entropy", [False, True])
-def test_log_probs_and_gradients_equal_log_softmax(
-    dtype: torch.dtype, temperature: float, entropy: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(log_probs, "CPU_CHUNK_ELEMENTS", 500)
-    logits = (5 * torch.randn(23, 101, generator=torch.Generator().manual_seed(0))).to(dtype)
-    targets = torch.arange(23) % 101
-    weights = torch.linspace(-1, 1, 23)
-    mine, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    found, found_entropy = log_probs.token_log_probs(mine, targets, temperature, entropy)
-    table = torch.log_softmax(plain.float() / temperature, -1)
-    expected, expected_entropy = (
-        table.gather(-1, targets[:, None]).squeeze(-1),
-        -(table.exp() * table).sum(-1),
-    )
-    assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    loss, reference = (weights * found).sum(), (weights * expected).sum()
-    if entropy:
-        assert found_entropy is not None
-        assert_close(found_entropy, expected_entropy, rtol=1e-5, atol=1e-5)
-        loss, reference = loss + found_entropy.square().sum(), reference + expected_entropy.square().sum()
-    else:
-        assert found_entropy is None
-    loss.backward()
-    reference.backward()
-    assert mine.grad is not None and mine.grad.dtype == dtype
-    assert_close(mine.grad, plain.grad, rtol=1e-4 if dtype is torch.float32 else 1e-2, atol=1e-6)
-
-
-def test_no_tokens_have_no_log_probs_but_a_gradient() -> None:
-    logits = torch.zeros(0, 7, requires_grad=True)
-    found, _ = log_probs.token_log_probs(logits, torch.zeros(0, dtype=torch.int64), 1.0, False)
-    found.sum().backward()
-    assert logits.grad is not None and logits.grad.shape == (0, 7)
+from workers.sequences import Sequences
 
 
 def test_schedules_by_hand() -> None:
@@ -142,6 +115,85 @@ def test_packed_attention_equals_one_sequence_at_a_time(
     for one, other in [(found, expected), *((a.grad, b.grad) for a, b in zip(packed, plain, strict=True))]:
         assert one is not None and other is not None
         assert_close(one.double(), other, **tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "padded"])
+def test_responses_that_share_a_prompt_attend_as_if_each_had_its_own(
+    dtype: torch.dtype, softcap: float | None, window: int | None, masked: bool, monkeypatch: Any
+) -> None:
+    """Outputs, and gradients, which are summed over the responses where they meet in the prompt."""
+    monkeypatch.setattr(attention, "LONGEST", 20)
+    monkeypatch.setattr(attention, "LARGEST_MASK", 10**6 if masked else 0)
+    attention._bias.cache_clear()
+    lengths, prefixes = [17, 9, 30, 6, 6, 6, 1, 4], [-1, -1, -1, 0, 0, 1, 1, -1]
+    layer = nn.Module()
+    layer.is_causal, layer.num_key_value_groups = True, 2  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((4, 16), (2, 16), (2, 16))
+    heads = [torch.randn(1, sum(lengths), *shape, generator=generator).to(dtype) for shape in shapes]
+    gradient = torch.randn(1, sum(lengths), 4, 16, generator=generator)
+    packed, plain = (
+        [tensor.detach().to(kind, copy=True).requires_grad_() for tensor in heads]
+        for kind in (dtype, torch.float64)
+    )
+    options = {"scaling": 0.2, "sliding_window": window, "softcap": softcap}
+    packing = packing_of(lengths, torch.device("cpu"), prefixes)
+    parts = (leaf.transpose(1, 2) for leaf in packed)
+    output, _ = attend(layer, *parts, None, fused=False, packing=packing, **options)
+    output.backward(gradient.to(dtype))
+    segments = [leaf[0].split(lengths) for leaf in plain]
+    expected = []
+    for number, (length, prefix) in enumerate(zip(lengths, prefixes, strict=True)):
+        before = [part[prefix] for part in segments] if prefix >= 0 else [part[0][:0] for part in segments]
+        row = [torch.cat([first, part[number]]) for first, part in zip(before, segments, strict=True)]
+        expected.append(naive_attention(*row, **options)[-length:])
+    reference = torch.cat(expected)[None]
+    reference.backward(gradient.double())
+    attention._bias.cache_clear()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.04, "atol": 0.08}
+    assert_close(output.double(), reference, **tolerance)
+    for leaf, other in zip(packed, plain, strict=True):
+        assert leaf.grad is not None and other.grad is not None
+        assert_close(leaf.grad.double(), other.grad, **tolerance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_prompts_change_no_number(tmp_path: Path, family: str) -> None:
+    """Log-probs, entropies and the gradient of a model with shared prompts and without."""
+    path = str(save_tiny_model(tmp_path / family, family, layers=2))
+    random = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 50, (size,), generator=random) for size in (9, 9, 4)]
+    responses = [torch.randint(3, 50, (size,), generator=random) for size in (5, 1, 8, 5, 7, 3, 2)]
+    rows = [torch.cat([prompts[row % 3], response]) for row, response in enumerate(responses)]
+    sequences = Sequences(
+        token_ids=torch.cat(rows),
+        lengths=torch.tensor([len(row) for row in rows]),
+        scored_lengths=torch.tensor([len(response) for response in responses]),
+    )
+    results = []
+    for share in (False, True):
+        model = ModelSource(ModelConfig(path=path), Head.lm, RankContext()).model
+        assert can_share_prompts(model)
+        scored = ScoredModel(model, Head.lm)
+        micro_batches = make_micro_batches(sequences, Head.lm, Cutting(40, True, share), torch.device("cpu"))
+        outputs = []
+        for part in micro_batches:
+            numbers = scored(
+                part.input_ids, part.read_positions, part.targets, packing=part.packing, entropy=True
+            )
+            outputs.append(Outputs(**numbers))
+            (numbers["log_probs"] * part.targets.cos()).sum().backward()
+        everything = gather_outputs(micro_batches, outputs, sequences)
+        gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+        num_tokens = sum(part.input_ids.numel() for part in micro_batches)
+        results.append((everything.log_probs, everything.entropy, gradients, num_tokens))
+    (*plain, all_tokens), (*shared, fewer_tokens) = results
+    for one, other in zip(shared, plain, strict=True):
+        assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert fewer_tokens < all_tokens
 
 
 def naive_attention(

@@ -88,7 +88,7 @@ def results(root: Path, case: Case) -> list[Result]:
 def plain(root: Path, case: Case) -> PlainRun:
     model = load_plain(root / case.model, case.head)
     if case.head is not Head.lm:
-        _initialize_score(score_head(model))
+        _initialize_score(score_head(model), 0)
     return plain_run(model, case.head, batches(case), OPTIMIZER)
 
 

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from workers.engines.base import Head, Outputs
+from workers.engines.model.packing import Packing, Run
 from workers.engines.shared.micro_batches import (
     BLOCKS_PER_BUDGET,
     PAIR,
+    Cutting,
     MicroBatch,
     cut,
     empty_micro_batch,
@@ -28,13 +30,21 @@ CPU = torch.device("cpu")
 
 
 @st.composite
-def some_sequences(draw: st.DrawFn) -> Sequences:
-    """Tokens are numbered, so that each one says where it came from."""
+def some_sequences(draw: st.DrawFn, prompts: int = 0) -> Sequences:
+    """Tokens are numbered, so that each one says where it came from; with `prompts` several rows begin with
+    the same ones."""
     rows = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 7)), max_size=12))
+    if prompts:
+        rows = [(size % prompts, scored) for size, scored in rows]
     lengths = torch.tensor([1 + more + scored for more, scored in rows], dtype=torch.int64)
     scored = torch.tensor([scored for _, scored in rows], dtype=torch.int64)
+    token_ids = torch.arange(100, 100 + int(lengths.sum()))
+    if prompts:  # a prompt's tokens follow from its length alone
+        begins = torch.cumsum(lengths, 0) - lengths
+        for begin, (more, _) in zip(begins.tolist(), rows, strict=True):
+            token_ids[begin : begin + more + 1] = 1000 + 50 * more + torch.arange(more + 1)
     return Sequences(
-        token_ids=torch.arange(100, 100 + int(lengths.sum())),
+        token_ids=token_ids,
         lengths=lengths,
         scored_lengths=scored,
         per_token={"place": torch.arange(int(scored.sum()))},
@@ -42,12 +52,19 @@ def some_sequences(draw: st.DrawFn) -> Sequences:
     )
 
 
-@settings(max_examples=200, deadline=None)
-@given(some_sequences(), st.sampled_from(list(Head)), st.integers(1, 60), st.booleans(), st.integers(1, 4))
+@settings(max_examples=120, deadline=None)
+@given(
+    st.one_of(some_sequences(), some_sequences(prompts=3)),
+    st.sampled_from(list(Head)),
+    st.integers(1, 60),
+    st.sampled_from([(False, False), (True, False), (True, True)]),
+    st.integers(1, 4),
+)
 def test_every_row_once_and_results_return_in_order(
-    sequences: Sequences, head: Head, budget: int, packing: bool, multiple: int
+    sequences: Sequences, head: Head, budget: int, how: tuple[bool, bool], multiple: int
 ) -> None:
-    made = make_micro_batches(sequences, head, budget, CPU, packing=packing)
+    packing = how[0]
+    made = make_micro_batches(sequences, head, Cutting(budget, *how), CPU)
     assert all(micro_batch.input_ids.numel() <= budget or len(micro_batch.rows) == 1 for micro_batch in made)
     micro_batches = [pad_time(micro_batch, multiple) for micro_batch in made]
     rows = torch.cat([micro_batch.rows for micro_batch in micro_batches]) if micro_batches else torch.zeros(0)
@@ -73,8 +90,9 @@ def test_every_row_once_and_results_return_in_order(
             for place in range(end - count, end)
         ]
         assert outputs.values is not None and outputs.log_probs is not None
-        assert outputs.values.tolist() == [100 + place - 1 for place in scored]
-        assert outputs.log_probs.tolist() == [100 + place for place in scored]
+        ids = sequences.token_ids.tolist()
+        assert outputs.values.tolist() == [ids[place - 1] for place in scored]
+        assert outputs.log_probs.tolist() == [ids[place] for place in scored]
 
 
 def reads(micro_batch: MicroBatch, head: Head) -> Outputs:
@@ -122,7 +140,7 @@ def test_an_empty_micro_batch_has_the_columns_and_reads_nothing() -> None:
         per_row={"uid": torch.zeros(1)},
     )
     for packing in (False, True):
-        empty = empty_micro_batch(sequences, Head.lm, CPU, packing=packing)
+        empty = empty_micro_batch(sequences, Head.lm, Cutting(60, packing, packing), CPU)
         assert empty.input_ids.tolist() == [[0]] and not len(empty.read_positions) and not len(empty.targets)
         assert empty.sequences.per_token["weights"].shape == (0,) and empty.sequences.num_rows == 0
 
@@ -136,7 +154,7 @@ def test_a_packed_row_has_no_padding_and_keeps_labels_together(
     there are several."""
     label = torch.arange(sequences.num_rows) % labels
     micro_batches = make_micro_batches(
-        sequences.with_columns(per_row={PAIR: label}), head, budget, CPU, packing=True
+        sequences.with_columns(per_row={PAIR: label}), head, Cutting(budget, True), CPU
     )
     assert len(
         {int(one) for micro_batch in micro_batches for one in set(label[micro_batch.rows].tolist())}
@@ -145,7 +163,9 @@ def test_a_packed_row_has_no_padding_and_keeps_labels_together(
         packing = micro_batch.packing
         assert packing is not None
         widths = (micro_batch.sequences.lengths - int(head is not Head.score)).clamp(min=1).tolist()
-        assert packing.lengths == widths == sorted(widths, reverse=True) and packing.longest == max(widths)
+        assert list(packing.lengths) == widths == sorted(widths, reverse=True) and packing.longest == max(
+            widths
+        )
         assert packing.ends.tolist() == [0, *np.cumsum(widths)] and micro_batch.input_ids.shape == (
             1,
             sum(widths),
@@ -157,6 +177,69 @@ def test_a_packed_row_has_no_padding_and_keeps_labels_together(
             token for row, width in zip(rows, widths, strict=True) for token in row[:width].tolist()
         ]
         assert sum(widths) <= budget or len(set(label[micro_batch.rows].tolist())) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(some_sequences(prompts=4), st.sampled_from(list(Head)), st.integers(1, 60), st.integers(0, 5))
+def test_shared_prompts_are_computed_once_and_seen_by_their_responses(
+    sequences: Sequences, head: Head, budget: int, labels: int
+) -> None:
+    """Token by token: what a row's tokens see through Packing is the row up to them, at its positions."""
+    if labels:
+        label = torch.arange(sequences.num_rows) % labels
+        sequences = sequences.with_columns(per_row={PAIR: label})
+    micro_batches = make_micro_batches(sequences, head, Cutting(budget, True, True), CPU)
+    for micro_batch in micro_batches:
+        part, packing, ids = micro_batch.sequences, micro_batch.packing, micro_batch.input_ids[0].tolist()
+        assert packing is not None
+        prompts = [
+            tuple(row[: len(row) - scored])
+            for row, scored in zip(split_rows(part), part.scored_lengths.tolist(), strict=True)
+        ]
+        repeated = {prompt for prompt in prompts if prompts.count(prompt) > 1}
+        seen = seen_by_token(packing)
+        histories = [tuple(ids[place] for place in seen[token]) for token in range(len(ids))]
+        assert [len(history) - 1 for history in histories] == packing.position_ids[0].tolist()
+        widths = (part.lengths - int(head is not Head.score)).clamp(min=1).tolist()
+        needed = [
+            tuple(row[: width + 1][:place])
+            for row, width in zip(split_rows(part), widths, strict=True)
+            for place in range(1, width + 1)
+        ]
+        assert set(needed) <= set(histories)
+        assert all(histories.count(prompt) == 1 for prompt in repeated)
+
+
+def test_a_large_group_is_cut_and_every_part_has_the_prompt() -> None:
+    """Six responses of 5 tokens to a prompt of 4: 4 + 3 x 4 computed tokens fit into 16, so two parts."""
+    rows = [[1, 2, 3, 4, 10 * row, 6, 7, 8, 9] for row in range(6)]
+    sequences = Sequences(
+        token_ids=torch.tensor(rows).flatten(),
+        lengths=torch.full((6,), 9),
+        scored_lengths=torch.full((6,), 5),
+    )
+    micro_batches = make_micro_batches(sequences, Head.lm, Cutting(16, True, True), CPU)
+    assert [micro_batch.input_ids.shape[1] for micro_batch in micro_batches] == [16, 16]
+    first = micro_batches[0]
+    assert first.packing is not None and first.packing.runs == (Run(1, 4), Run(3, 4, 4))
+    assert first.input_ids.tolist() == [[1, 2, 3, 4, 0, 6, 7, 8, 10, 6, 7, 8, 20, 6, 7, 8]]
+    assert first.read_positions.tolist() == [3, 4, 5, 6, 7, 3, 8, 9, 10, 11, 3, 12, 13, 14, 15]
+
+
+def split_rows(part: Sequences) -> list[list[int]]:
+    return [row.tolist() for row in part.token_ids.split(part.lengths.tolist())]
+
+
+def seen_by_token(packing: Packing) -> list[list[int]]:
+    """For every token of the row, the tokens that it sees: its segment's keys up to itself."""
+    num_tokens = sum(packing.lengths)
+    keys = packing.keys.tolist() if packing.keys is not None else list(range(num_tokens))
+    ends = packing.ends if packing.key_ends is None else packing.key_ends
+    seen = []
+    for segment, length in enumerate(packing.lengths):
+        of_segment = keys[int(ends[segment]) : int(ends[segment + 1])]
+        seen += [of_segment[: len(of_segment) - length + token + 1] for token in range(length)]
+    return seen
 
 
 @settings(max_examples=60, deadline=None)
@@ -179,6 +262,5 @@ def fewest(widths: list[int], budget: int, room: list[int]) -> int:
 
 
 def test_a_budget_of_nothing_is_an_error() -> None:
-    for way in (cut, pack):
-        with pytest.raises(ValueError, match="micro_batch_tokens is 0"):
-            way(np.array([3]), 0)
+    with pytest.raises(ValueError, match="micro_batch_tokens is 0"):
+        Cutting(0, True)

@@ -17,7 +17,7 @@ from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, TrainingEngine
-from workers.engines.model.vocabulary_parallel import parallel_token_log_probs
+from workers.engines.model.log_probs import head_log_probs
 from workers.engines.shared.export import write_safetensors
 from workers.engines.threed.engine import ThreeDEngine
 from workers.sequences import Sequences
@@ -206,7 +206,7 @@ def vocabulary(rank: int, root: Path, precision: Precision) -> None:
     own = logits.to(dtype).chunk(dist.get_world_size(), dim=-1)[rank].clone().requires_grad_()
     group = dist.group.WORLD
     assert group is not None
-    log_probs, entropy = parallel_token_log_probs(own, targets, 0.7, True, group=group)
+    log_probs, entropy = head_log_probs(own, None, None, targets, temperature=0.7, entropy=True, group=group)
     assert entropy is not None
     (log_probs.sin().sum() + entropy.square().sum()).backward()
     torch.save(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +33,8 @@ SPLITS = st.sampled_from(
         Split(balance="test_length"),
         Split(within="test_label"),
         Split(balance="test_length", within="test_label"),
+        Split(balance="test_length", within="test_label", near="test_group"),
+        Split(near="test_label"),
     ]
 )
 
@@ -78,6 +81,19 @@ def test_balance_within_labels(parts: int, rows: int, seed: int) -> None:
     for label in range(3):
         sums = [lengths[part][labels[part] == label].sum() for part in cut]
         assert max(sums) - min(sums) <= 50, "parts of one label differ by more than one longest row"
+
+
+def test_rows_of_one_prompt_stay_near_each_other_as_long_as_parts_are_even() -> None:
+    lengths, prompts = torch.tensor([10, 11, 9, 10] * 4), torch.arange(4).repeat_interleave(4)
+    batch = Batch.of(test_length=lengths, test_group=prompts)
+    near = Split(balance="test_length", near="test_group")
+    halves = cut_rows(batch, 2, near)
+    assert all(len(part) == 8 and len(set(prompts[part].tolist())) == 2 for part in halves)
+    # Three parts of four prompts would be uneven: the prompts are halved or quartered.
+    even = max(int(lengths[part].sum()) for part in cut_rows(batch, 3, Split(balance="test_length")))
+    assert max(int(lengths[part].sum()) for part in cut_rows(batch, 3, near)) <= 1.1 * even
+    alone = Batch.of(test_length=torch.tensor([7, 7]), test_group=torch.zeros(2, dtype=torch.int64))
+    assert [len(part) for part in cut_rows(alone, 2, near)] == [1, 1]
 
 
 def test_who_is_collected() -> None:

@@ -21,6 +21,7 @@ from hybridflow.worker import Worker, remote
 declare("test_ids", "batch time", "int64", "ragged numbers")
 declare("test_length", "batch", "int64", "cost of a row")
 declare("test_label", "batch", "int64", "label of a row")
+declare("test_group", "batch", "int64", "prompt of a row")
 declare("test_text", "batch", "object", "python values")
 declare("test_double", "batch time", "int64", "twice test_ids")
 declare("test_rank", "batch", "int64", "rank that made the row")
@@ -123,5 +124,6 @@ def numbers(rows: int, seed: int = 0, longest: int = 9) -> Batch:
         test_ids=Ragged.of(ids, torch.int64),
         test_length=lengths,
         test_label=generator.integers(0, 3, rows),
+        test_group=generator.integers(0, 5, rows),
         test_text=[str(i) for i in ids],
     )

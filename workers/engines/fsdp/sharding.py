@@ -21,7 +21,6 @@ from workers.engines.model.scored import (
     parameter_bytes,
 )
 from workers.engines.model.tensor_parallel import parallelize
-from workers.engines.model.vocabulary_parallel import vocabulary_parallel
 
 ONE_GROUP_BYTES = 512 * 2**20
 """Float32 bytes up to which the whole model is one FSDP group: one gather and one reduction a step instead of
@@ -48,7 +47,7 @@ def shard_model(
     scored = ScoredModel(model, head)
     if config.tp > 1:
         parallelize(model, mesh["tp"])
-        scored.log_prob_fn = vocabulary_parallel(mesh.get_group("tp"))
+        scored.split_vocabulary(mesh.get_group("tp"))
     if config.activation_checkpointing:
         enable_activation_checkpointing(model)
     bf16 = config.precision is Precision.bf16

@@ -2,19 +2,22 @@
 share one packed row.
 
 Neighbours of equal length are one batched call, so nothing is padded and no mask of tokens x tokens exists.
-Three kernels: two matrix products and a softmax for short bfloat16 sequences on a CPU, where PyTorch's fused
-kernel has a slow backward pass; PyTorch's variable-length kernel for packed half-precision rows on CUDA; its
-fused kernel for all else. Sliding windows and soft-capping are applied here, not by masks of transformers.
-Attention sinks and position biases are left out and refused.
+Responses to one prompt that share its tokens (packing.py) are queries of their own over the prompt's keys and
+theirs. Three kernels: two matrix products and a softmax for short bfloat16 sequences on a CPU, where
+PyTorch's fused kernel has a slow backward pass; PyTorch's variable-length kernel for packed half-precision
+rows on CUDA; its fused kernel for all else. Sliding windows and soft-capping are applied here, not by masks
+of transformers. Attention sinks and position biases are left out and refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -29,9 +32,14 @@ LONGEST = 768
 """
 LARGEST_HEAD = 256
 """Numbers of a head that the variable-length kernel takes."""
+LARGEST_MASK = 2**22
+"""Elements up to which a response that shares its prompt attends under a mask of its own tokens x all that it
+sees; a longer one attends as if the prompt's queries stood before its own, which needs no mask."""
 PACKED_ATTENTIONS = (ATTENTION, FUSED_ATTENTION, "flash_attention_2", "flash_attention_3")
 """Attentions that keep the sequences of a row apart without a mask."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+LENGTH_ROPES = {"dynamic", "longrope"}
+"""Rotary embeddings whose angles depend on the length of the longest row."""
 
 
 def use_sequence_attention(model: PreTrainedModel, *, fused: bool) -> None:
@@ -49,6 +57,19 @@ def check_packable(model: PreTrainedModel) -> None:
         why = f"attention {attention} would need a mask over the whole row; set model.attention=auto or"
     if why is not None:
         raise ValueError(f"train.packing is true, but {why} set packing=false")
+
+
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """Whether responses to one prompt can go on after the same tokens of a packed row: attention is ours,
+    and a token's position means the same whatever follows it."""
+    rope = model.config.get_text_config().to_dict().get("rope_parameters") or {}
+    kinds = {str(rope.get("rope_type")), *(str(part.get("rope_type")) for part in _parts_of(rope))}
+    return model.config._attn_implementation in (ATTENTION, FUSED_ATTENTION) and not kinds & LENGTH_ROPES
+
+
+def _parts_of(rope: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rotary settings that differ by the type of layer."""
+    return [value for value in rope.values() if isinstance(value, dict)]
 
 
 def _why_not(model: PreTrainedModel) -> str | None:
@@ -99,7 +120,9 @@ def attend(
     assert attention_mask is None, "a mask that _no_mask did not make"
     rows, _heads, time, head_dim = query.shape
     scale = head_dim**-0.5 if scaling is None else scaling
-    flat = [heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value)]
+    queries, keys, values = (heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value))
+    if packing is not None and packing.keys is not None:
+        keys, values = _Take.apply(keys, packing.keys), _Take.apply(values, packing.keys)
     variable = (
         query.is_cuda
         and query.dtype is not torch.float32
@@ -107,14 +130,33 @@ def attend(
         and value.shape[3] == head_dim <= LARGEST_HEAD
     )
     if packing is not None and variable:
-        output = _variable_length(flat, packing, scale, sliding_window)
+        output = _variable_length((queries, keys, values), packing, scale, sliding_window)
     else:
-        runs = ((rows, time),) if packing is None else packing.runs
+        runs = (Run(rows, time),) if packing is None else packing.runs
         products = (
             not fused and softcap is None and query.dtype is torch.bfloat16 and query.device.type == "cpu"
         )
-        output = _run_by_run(module, flat, runs, products, scale, sliding_window, softcap)
+        parts = (queries, keys, values)
+        output = _run_by_run(module, parts, runs, products, scale, sliding_window, softcap)
     return output.unflatten(0, (rows, time)), None
+
+
+class _Take(torch.autograd.Function):
+    """Rows of a tensor, each as often as asked for; gradients are summed in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = rows.shape
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        total = gradient.new_zeros(ctx.shape)
+        if gradient.is_cuda:  # index_add_ adds in any order there
+            return total.index_put_((index,), gradient, accumulate=True), None
+        return total.index_add_(0, index, gradient), None
 
 
 def _no_mask(*, attention_mask: Tensor | None = None, use_vmap: bool = False, **_: Any) -> None:
@@ -126,12 +168,26 @@ def _no_mask(*, attention_mask: Tensor | None = None, use_vmap: bool = False, **
         )
 
 
-def _variable_length(flat: list[Tensor], packing: Packing, scale: float, window: int | None) -> Tensor:
-    """One call for the whole row [tokens, heads, head_dim]; CUDA, half precision."""
+def _variable_length(
+    parts: tuple[Tensor, Tensor, Tensor], packing: Packing, scale: float, window: int | None
+) -> Tensor:
+    """One call for the whole row [tokens, heads, head_dim]; CUDA, half precision.
+
+    The kernel's causal mask is aligned at the end of keys and queries, as a response after its prefix needs
+    it.
+    """
     before = -1 if window is None else window - 1
-    (query, key, value), ends, longest = flat, packing.ends, packing.longest
+    key_ends = packing.ends if packing.key_ends is None else packing.key_ends
+    most_keys = max(run.prefix + run.length for run in packing.runs)
     output = varlen_attn(
-        query, key, value, ends, ends, longest, longest, scale=scale, window_size=(before, 0), enable_gqa=True
+        *parts,
+        packing.ends,
+        key_ends,
+        packing.longest,
+        most_keys,
+        scale=scale,
+        window_size=(before, 0),
+        enable_gqa=True,
     )
     assert isinstance(output, Tensor)
     return output
@@ -139,55 +195,82 @@ def _variable_length(flat: list[Tensor], packing: Packing, scale: float, window:
 
 def _run_by_run(
     module: nn.Module,
-    flat: list[Tensor],
+    parts: tuple[Tensor, Tensor, Tensor],
     runs: tuple[Run, ...],
     products: bool,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """[tokens, heads, head_dim] of the query, key and value -> the same of the output."""
+    """Queries [tokens, heads, head_dim], keys and values [keys, key_value_heads, head_dim] -> [tokens, heads,
+    head_dim]."""
     units: list[tuple[Run, ...]] = []
-    for short, group in groupby(runs, lambda run: products and run[1] <= LONGEST):
+    for short, group in groupby(runs, lambda run: products and run.prefix + run.length <= LONGEST):
         together = tuple(group)
         if short:
             units.append(together)
         else:
-            units += [(run,) for run in together]
-    sizes = [sum(rows * time for rows, time in unit) for unit in units]
-    parts = zip(*(tensor.split(sizes) for tensor in flat), strict=True) if len(units) > 1 else [flat]
+            units.extend((run,) for run in together)
     outputs = []
-    for unit, (query, key, value) in zip(units, parts, strict=True):
-        if products and unit[0][1] <= LONGEST:
-            outputs.append(_Products.apply(query, key, value, unit, scale, window))
+    for unit, queries, keys, values in zip(units, *_split(units, *parts), strict=True):
+        run = unit[0]
+        if products and run.prefix + run.length <= LONGEST:
+            outputs.append(_Products.apply(queries, keys, values, unit, scale, window))
             continue
-        heads = [tensor.unflatten(0, unit[0]).transpose(1, 2) for tensor in (query, key, value)]
-        if softcap is None:
-            mask = (
-                None if window is None or window >= unit[0][1] else _visible(unit[0][1], window, query.device)
-            )
-            output, _ = sdpa_attention_forward(module, *heads, mask, scaling=scale)
+        query = queries.unflatten(0, (run.count, run.length)).transpose(1, 2)
+        key, value = (
+            tensor.unflatten(0, (run.count, run.prefix + run.length)).transpose(1, 2)
+            for tensor in (keys, values)
+        )
+        if softcap is not None:
+            output = _capped(query, key, value, scale, window, softcap)
         else:
-            output = _capped(heads, scale, window, softcap)
+            output = _fused_kernel(module, query, key, value, scale, window)
         outputs.append(output.flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _capped(queries_keys_values: list[Tensor], scale: float, window: int | None, softcap: float) -> Tensor:
+def _split(units: Sequence[tuple[Run, ...]], queries: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each unit's queries, and its rows of the other tensors, which have one for each key."""
+    if len(units) == 1:
+        return [(queries,), *((tensor,) for tensor in others)]
+    num_queries = [sum(run.num_queries for run in unit) for unit in units]
+    num_keys = [sum(run.num_keys for run in unit) for unit in units]
+    return [queries.split(num_queries), *(tensor.split(num_keys) for tensor in others)]
+
+
+def _fused_kernel(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """PyTorch's fused kernel: [rows, heads, time, ...] -> [rows, time, heads, ...]."""
+    time, seen = query.shape[2], key.shape[2]
+    prefix = seen - time
+    mask = None
+    if (window is not None and window < seen) or 0 < time * prefix <= LARGEST_MASK:
+        mask = _visible(time, seen, window, query.device)
+    elif prefix:
+        query = F.pad(query, (0, 0, prefix, 0))
+    output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale)
+    return output[:, output.shape[1] - time :]
+
+
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float
+) -> Tensor:
     """Scores within +- softcap (Gemma 2, section 2.2), which no fused kernel does; [rows, heads, time, ...]
     -> [rows, time, heads, ...]."""
-    query, key, value = queries_keys_values
     copies = query.shape[1] // key.shape[1]
     scores = softcap * torch.tanh(query @ repeat_kv(key, copies).transpose(2, 3) * (scale / softcap))
-    hidden = ~_visible(query.shape[2], window, query.device)
+    hidden = ~_visible(query.shape[2], key.shape[2], window, query.device)
     probs = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1, dtype=torch.float32).to(query.dtype)
     return (probs @ repeat_kv(value, copies)).transpose(1, 2)
 
 
-def _visible(time: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [time, time]: which tokens (columns) each token (row) sees, itself and window - 1 before it."""
-    seen = torch.ones(time, time, dtype=torch.bool, device=device).tril_()
-    return seen if window is None else seen.triu_(1 - window)
+def _visible(time: int, seen: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [time, seen]: which tokens (columns) each of the last `time` tokens (rows) sees: itself and
+    window - 1 before it."""
+    mask = torch.ones(time, seen, dtype=torch.bool, device=device).tril_(seen - time)
+    return mask if window is None else mask.triu_(seen - time + 1 - window)
 
 
 class _Products(torch.autograd.Function):
@@ -212,15 +295,17 @@ class _Products(torch.autograd.Function):
         output = query.new_empty(*query.shape[:2], value.shape[2])
         bias = _bias(window)
         trains, saved = any(ctx.needs_input_grad), list[Tensor]()
-        for run, queries, keys, values, out in zip(
-            runs, *_by_run(runs, query, key, value, output), strict=True
-        ):
-            q, k, v = (_grouped(part, run, kv_heads) for part in (queries, keys, values))
-            q = q * scale
+        units = [(run,) for run in runs]
+        by_run = _split(units, query, key, value)
+        by_run += _split(units, output)
+        for run, queries, keys, values, out in zip(runs, *by_run, strict=True):
+            q = _grouped(queries, run.count, kv_heads) * scale
+            k, v = (_grouped(part, run.count, kv_heads) for part in (keys, values))
             scores = torch.bmm(q, k.transpose(1, 2))
-            scores.unflatten(1, (-1, run[1])).add_(bias[: run[1], : run[1]])
+            seen = run.prefix + run.length
+            scores.unflatten(1, (-1, run.length)).add_(bias[run.prefix : seen, :seen])
             probs = torch.softmax(scores, -1)
-            _ungroup(torch.bmm(probs, v), run, out)
+            _ungroup(torch.bmm(probs, v), run.count, out)
             if trains:
                 saved += [q, k, v, probs]
         ctx.save_for_backward(*saved)
@@ -234,38 +319,34 @@ class _Products(torch.autograd.Function):
         runs, saved = ctx.runs, ctx.saved_tensors
         grads = [gradient.new_empty(shape) for shape in ctx.shapes]
         kv_heads = ctx.shapes[1][1]
-        for index, (run, out, *parts) in enumerate(zip(runs, *_by_run(runs, gradient, *grads), strict=True)):
+        units = [(run,) for run in runs]
+        by_run = _split(units, gradient) + _split(units, *grads)
+        for index, (run, out, *parts) in enumerate(zip(runs, *by_run, strict=True)):
             q, k, v, probs = saved[4 * index : 4 * index + 4]
-            grad = _grouped(out, run, kv_heads)
+            grad = _grouped(out, run.count, kv_heads)
             slope = torch.bmm(grad, v.transpose(1, 2))
             slope = torch._softmax_backward_data(slope, probs, -1, probs.dtype)
-            _ungroup(torch.bmm(slope, k).mul_(ctx.scale), run, parts[0])
-            _ungroup(torch.bmm(slope.transpose(1, 2), q), run, parts[1])
-            _ungroup(torch.bmm(probs.transpose(1, 2), grad), run, parts[2])
+            _ungroup(torch.bmm(slope, k).mul_(ctx.scale), run.count, parts[0])
+            _ungroup(torch.bmm(slope.transpose(1, 2), q), run.count, parts[1])
+            _ungroup(torch.bmm(probs.transpose(1, 2), grad), run.count, parts[2])
         return *grads, None, None, None
 
 
-def _by_run(runs: tuple[Run, ...], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Views of each run's tokens, one tuple a tensor."""
-    sizes = [rows * time for rows, time in runs]
-    return [tensor.split(sizes) for tensor in tensors]
-
-
-def _grouped(part: Tensor, run: Run, kv_heads: int) -> Tensor:
-    """[rows * time, heads, head_dim] -> [rows * kv_heads, heads / kv_heads * time, head_dim]."""
+def _grouped(part: Tensor, count: int, kv_heads: int) -> Tensor:
+    """[count * time, heads, head_dim] -> [count * kv_heads, heads / kv_heads * time, head_dim]."""
     return (
-        part.reshape(*run, kv_heads, -1, part.shape[2])
+        part.reshape(count, -1, kv_heads, part.shape[1] // kv_heads, part.shape[2])
         .permute(0, 2, 3, 1, 4)
-        .reshape(run[0] * kv_heads, -1, part.shape[2])
+        .reshape(count * kv_heads, -1, part.shape[2])
     )
 
 
-def _ungroup(grouped: Tensor, run: Run, part: Tensor) -> None:
+def _ungroup(grouped: Tensor, count: int, part: Tensor) -> None:
     """The inverse of _grouped, into `part`."""
-    rows, time = run
-    kv_heads = len(grouped) // rows
-    part.view(rows, time, kv_heads, -1, part.shape[2]).copy_(
-        grouped.view(rows, kv_heads, -1, time, part.shape[2]).permute(0, 3, 1, 2, 4)
+    time = len(part) // count
+    kv_heads = len(grouped) // count
+    part.view(count, time, kv_heads, -1, part.shape[2]).copy_(
+        grouped.view(count, kv_heads, -1, time, part.shape[2]).permute(0, 3, 1, 2, 4)
     )
 
 
@@ -274,7 +355,7 @@ def _bias(window: int | None) -> Tensor:
     """bfloat16 [LONGEST, LONGEST]: 0 where a token may look, -inf where it may not; its corner serves every
     shorter sequence."""
     with torch.inference_mode(False):
-        visible = _visible(LONGEST, window, torch.device("cpu"))
+        visible = _visible(LONGEST, LONGEST, window, torch.device("cpu"))
         return torch.zeros(LONGEST, LONGEST, dtype=torch.bfloat16).masked_fill_(~visible, -torch.inf)
 
 

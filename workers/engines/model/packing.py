@@ -1,14 +1,17 @@
 """Packing: several sequences one after the other in a single row without padding, and which tokens of it
 belong together.
 
-The row [5 6 7 8 | 9 9 | 4 4] holds sequences of 4, 2 and 2 tokens: positions [0 1 2 3 | 0 1 | 0 1], runs ((1,
-4), (2, 2)). It travels through the model's own forward code as keyword arguments, so that every layer, also
-one that is recomputed in the backward pass, attends with the lengths of its own micro-batch. How it attends,
+The row [5 6 7 8 | 9 9 | 4 4] holds segments of 4, 2 and 2 tokens. Each is a sequence of its own, with
+positions [0 1 2 3 | 0 1 | 0 1], or goes on after another one: with prefixes=[-1, 0, 0] the second and the
+third are two responses to the prompt 5 6 7 8, positions [0 1 2 3 | 4 5 | 4 5], each of which sees the prompt
+and itself. It travels through the model's own forward code as keyword arguments, so that every layer, also
+one that is recomputed in the backward pass, attends with the segments of its own micro-batch. How it attends,
 and which models can be packed, is in attention.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -16,35 +19,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Run = tuple[int, int]
-"""How many sequences, neighbours of equal length, and the tokens of each."""
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring segments of one shape: Run(2, 2, 4) are the two responses above."""
+
+    count: int
+    length: int
+    """Tokens of each segment."""
+    prefix: int = 0
+    """Tokens that each sees before its own."""
+
+    @property
+    def num_queries(self) -> int:
+        return self.count * self.length
+
+    @property
+    def num_keys(self) -> int:
+        return self.count * (self.prefix + self.length)
 
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """The sequences of one packed row; packing_of builds it."""
+    """The segments of one packed row; packing_of makes it."""
 
     position_ids: Tensor
-    """int64 [1, tokens], from 0 on in each sequence."""
+    """int64 [1, tokens], from 0 on in each segment, or from the end of its prefix on."""
     ends: Tensor
-    """int32 [sequences + 1], cumulative lengths from 0 on."""
+    """int32 [segments + 1], cumulative lengths from 0 on."""
     longest: int
-    """Tokens of the longest sequence."""
+    """Tokens of the longest segment."""
+    lengths: tuple[int, ...]
+    """Tokens of each segment."""
+    prefixes: tuple[int, ...]
+    """The segment that each one goes on after, or -1."""
     runs: tuple[Run, ...]
     """In the order of the row."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
-        result = []
-        for sequences, length in self.runs:
-            result += [length] * sequences
-        return result
+    keys: Tensor | None = None
+    """int64 [keys]: the tokens that each segment sees, prefix first, segment by segment; None if each sees
+    itself only."""
+    key_ends: Tensor | None = None
+    """int32 [segments + 1], the cumulative numbers of those."""
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the model's forward code: for attention.py, and for transformers' own flash
-        attention."""
+        """Keyword arguments of the model's forward: this for attention.py, and what transformers' own flash
+        attention reads, which knows no prefixes."""
+        if self.keys is not None:
+            return {"position_ids": self.position_ids, "packing": self}
         ends, longest = self.ends, self.longest
         lengths = {
             "cu_seq_lens_q": ends,
@@ -54,15 +76,50 @@ class Packing:
         }
         return {"position_ids": self.position_ids, "packing": self, **lengths}
 
+    def padded(self, num_tokens: int) -> Packing:
+        """The same with one more segment of `num_tokens` tokens at the end."""
+        lengths, prefixes = [*self.lengths, num_tokens], [*self.prefixes, -1]
+        return packing_of(lengths, self.position_ids.device, prefixes)
 
-def packing_of(lengths: list[int], device: torch.device) -> Packing:
-    """The Packing of a row of sequences with these lengths, each at least 1."""
-    sizes = torch.tensor(lengths)
+
+def packing_of(
+    lengths: Sequence[int], device: torch.device, prefixes: Sequence[int] | None = None
+) -> Packing:
+    """The packing of segments with these lengths, each at least 1, in the order of the row.
+
+    prefixes: for each segment the one that it goes on after, which has no prefix of its own, or -1.
+    """
+    before = list(prefixes) if prefixes is not None else [-1] * len(lengths)
+    sizes = torch.tensor(list(lengths))
     ends = torch.cumsum(sizes, 0)
-    positions = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - sizes, sizes)
+    begins = ends - sizes
+    shared = torch.tensor([lengths[prefix] if prefix >= 0 else 0 for prefix in before])
+    positions = torch.arange(int(ends[-1])) - torch.repeat_interleave(begins - shared, sizes)
+    shapes = zip(lengths, shared.tolist(), strict=True)
+    runs = tuple(Run(len(list(run)), *shape) for shape, run in groupby(shapes))
+    keys = key_ends = None
+    if any(prefix >= 0 for prefix in before):
+        keys = _keys(begins, sizes, shared, torch.tensor(before)).to(device)
+        key_ends = _from_zero(torch.cumsum(sizes + shared, 0)).to(device)
     return Packing(
         position_ids=positions[None].to(device),
-        ends=torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(device, torch.int32),
+        ends=_from_zero(ends).to(device),
         longest=max(lengths),
-        runs=tuple((len(list(run)), length) for length, run in groupby(lengths)),
+        lengths=tuple(lengths),
+        prefixes=tuple(before),
+        runs=runs,
+        keys=keys,
+        key_ends=key_ends,
     )
+
+
+def _keys(begins: Tensor, sizes: Tensor, shared: Tensor, prefixes: Tensor) -> Tensor:
+    """Where the tokens that each segment sees are in the row: its prefix's, then its own."""
+    starts = torch.stack([begins[prefixes], begins], 1).reshape(-1)
+    counts = torch.stack([shared, sizes], 1).reshape(-1)
+    ends = torch.cumsum(counts, 0)
+    return torch.arange(int(ends[-1])) + torch.repeat_interleave(starts - (ends - counts), counts)
+
+
+def _from_zero(ends: Tensor) -> Tensor:
+    return torch.cat([torch.zeros(1, dtype=torch.int64), ends]).to(torch.int32)

@@ -1,20 +1,25 @@
 """ScoredModel: a Hugging Face causal model whose forward pass returns numbers for the scored tokens only.
 
-Only the hidden states that are read reach the head, so a prompt's tokens cost no logits. The model family's
-own forward code runs unchanged (logit scaling, soft-capping). Loading is in loading.py; training engines
-shard and run the module made here.
+Only the hidden states that are read reach the head, so a prompt's tokens cost no logits, and the head answers
+with log-probabilities, so that logits never exist whole (log_probs.py). The model family's own forward code
+runs unchanged. Loading is in loading.py; training engines shard and run the module made here.
 """
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from workers.engines.base import Head
-from workers.engines.model.log_probs import LogProbFn, token_log_probs
+from workers.engines.model.log_probs import TokenScorer, head_log_probs, logits_tail
 from workers.engines.model.packing import Packing
+
+LOGGER = logging.getLogger(__name__)
 
 
 class ScoredModel(nn.Module):
@@ -24,18 +29,37 @@ class ScoredModel(nn.Module):
     Always in eval mode: dropout would make a loss depend on the layout.
     """
 
-    def __init__(self, model: PreTrainedModel, head: Head, log_prob_fn: LogProbFn = token_log_probs) -> None:
+    def __init__(self, model: PreTrainedModel, head: Head) -> None:
         """`model` from AutoModelForCausalLM (Head.lm) or AutoModelForSequenceClassification with one label;
-        may be on meta."""
+        may be on meta. Before tensor parallelism wraps its modules."""
         super().__init__()
         self.model = model
         self.head = head
-        self.log_prob_fn = log_prob_fn
-        """Replaced where the logits are sharded over the vocabulary."""
+        self._scorer: TokenScorer | None = None
         self._read_positions: Tensor | None = None
         model.eval()
         if head is Head.lm:
-            model.get_output_embeddings().register_forward_pre_hook(self._keep_read_positions)
+            self._prepare_head()
+
+    def _prepare_head(self) -> None:
+        try:
+            tail = logits_tail(self.model)
+        except ValueError as error:
+            LOGGER.info("%s: the logits of a micro-batch are held whole", error)
+            self.model.get_output_embeddings().register_forward_pre_hook(self._keep_read_positions)
+        else:
+            self._scorer = TokenScorer(self.model.get_output_embeddings(), tail)
+
+    def split_vocabulary(self, group: ProcessGroup) -> None:
+        """The output embedding was split over `group` (model/tensor_parallel.py)."""
+        if self.head is not Head.lm or group.size() == 1:
+            return
+        if self._scorer is None:
+            raise ValueError(
+                f"tp={group.size()}: {self.model.config.model_type} has more than a linear layer between its "
+                "decoder and its logits; use tp=1"
+            )
+        self._scorer.group = group
 
     def forward(
         self,
@@ -50,18 +74,19 @@ class ScoredModel(nn.Module):
         """input_ids int64 [rows, time], read_positions int64 [reads] into the flattened ids; float32 [reads]
         each."""
         where = packing.arguments if packing is not None else {}
-        if self.head is Head.lm:
+        if self.head is Head.lm and self._scorer is None:
             self._read_positions = read_positions
             logits = self.model(input_ids=input_ids, use_cache=False, **where).logits
-            log_probs, entropies = self.log_prob_fn(logits.flatten(0, 1), targets, temperature, entropy)
-            return (
-                {"log_probs": log_probs}
-                if entropies is None
-                else {"log_probs": log_probs, "entropy": entropies}
+            numbers = head_log_probs(
+                logits.flatten(0, 1), None, None, targets, temperature=temperature, entropy=entropy
             )
+            return _named(*numbers)
         hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **where).last_hidden_state
-        numbers = self.apply_score(hidden.flatten(0, 1).index_select(0, read_positions))
-        return {"values" if self.head is Head.value else "scores": numbers}
+        read = hidden.flatten(0, 1).index_select(0, read_positions)
+        if self.head is Head.lm:
+            output_embedding = self.model.get_output_embeddings()
+            return _named(*output_embedding(read, targets, temperature=temperature, entropy=entropy))
+        return {"values" if self.head is Head.value else "scores": self.apply_score(read)}
 
     def apply_score(self, hidden: Tensor) -> Tensor:
         """The score head in float32, whatever the precision of the decoder: [reads, hidden] -> [reads]."""
@@ -75,6 +100,10 @@ class ScoredModel(nn.Module):
         assert self._read_positions is not None, "the language model was called past ScoredModel.forward"
         read, self._read_positions = self._read_positions, None
         return (arguments[0].flatten(0, 1).index_select(0, read).unsqueeze(0),)
+
+
+def _named(log_probs: Tensor, entropies: Tensor | None) -> dict[str, Tensor]:
+    return {"log_probs": log_probs} if entropies is None else {"log_probs": log_probs, "entropy": entropies}
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:

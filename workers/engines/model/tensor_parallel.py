@@ -1,15 +1,11 @@
 """Tensor parallelism, with sequence-parallel norms, for any Hugging Face decoder that brings its own
 tensor-parallel plan.
 
-    # Once, before fully_shard; the parameters become DTensors on that mesh.
-    parallelize(model, mesh["tp"])
-    micro_batch = pad_time(micro_batch, tp)  # time must divide by tp
-    # [rows, time, hidden], the same on every tensor rank
-    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
-    # [tokens, vocab / tp]: this rank's part of the vocabulary; full logits exist nowhere
-    logits = model.lm_head(hidden.flatten(0, 1)[read_positions])
-    log_prob_fn = vocabulary_parallel(mesh.get_group("tp"))  # a LogProbFn, for ScoredModel
-    log_probs, entropy = log_prob_fn(logits, targets, temperature, True)
+    scored = ScoredModel(model, Head.lm)
+    parallelize(model, mesh["tp"])      # once, before fully_shard; parameters become DTensors on that mesh
+    scored.split_vocabulary(mesh.get_group("tp"))       # log-probs from every rank's part of the vocabulary
+    micro_batch = pad_time(micro_batch, tp)             # time must divide by tp
+    scored(micro_batch.input_ids, ...)                  # the same numbers on every tensor rank
 
 Which linears split by rows and which by columns is read from transformers' own `base_model_tp_plan`; there is
 no table of models here. Between attention and MLP the activations are split along time; the inputs of

@@ -2,9 +2,11 @@
 order.
 
 How rows are cut changes speed and memory, never results. Rows with the same per-row column `pair` are in one
-micro-batch, as losses on pairs need it. packing=False makes right-padded blocks of rows of similar length
-(causal attention: no mask, default positions), for models whose layers can't keep the sequences of a row
-apart. Cutting one sequence in two is left out.
+micro-batch, as losses on pairs need it. Rows that begin with the same prompt (the samples of a group, the two
+answers of a pair) share its tokens: they are computed once, and each response goes on after them.
+packing=False makes right-padded blocks of rows of similar length (causal attention: no mask, default
+positions), for models whose layers can't keep the sequences of a row apart. Cutting one sequence in two is
+left out.
 """
 
 from __future__ import annotations
@@ -15,8 +17,11 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from workers.config import TrainConfig
 from workers.engines.base import Head, Outputs
+from workers.engines.model.attention import can_share_prompts
 from workers.engines.model.packing import Packing, packing_of
 from workers.sequences import Sequences, ragged_positions
 
@@ -32,6 +37,9 @@ class MicroBatch:
 
     packed: input_ids [[5, 6, 7, 8, 5]]                read_positions [2, 3, 4]  targets [8, 9, 6]
     a block: input_ids [[5, 6, 7, 8], [5, 0, 0, 0]]    read_positions [2, 3, 4]  targets [8, 9, 6]
+
+    Rows [5, 6, 7 | 8, 9] and [5, 6, 7 | 4, 2], which share their prompt, packed:
+    input_ids [[5, 6, 7, 8, 4]]                        read_positions [2, 3, 2, 4]  targets [8, 9, 4, 2]
     """
 
     sequences: Sequences
@@ -41,7 +49,7 @@ class MicroBatch:
     input_ids: Tensor
     """int64 [1, tokens] if packed, else [rows, time], right-padded with 0; [1, 1] if there are no rows."""
     packing: Packing | None
-    """Where the sequences of a packed row are."""
+    """Where the segments of a packed row are."""
     read_positions: Tensor
     """int64: positions in input_ids.flatten() whose hidden states are read: the one before each scored token,
     or, for Head.score, the last token of each row."""
@@ -49,23 +57,114 @@ class MicroBatch:
     """int64 [scored_tokens], the scored tokens."""
 
 
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """How rows become micro-batches: the settings of an engine."""
+
+    budget_tokens: int
+    packing: bool
+    share_prompts: bool = False
+    """With packing: rows that begin with the same prompt share its tokens."""
+
+    def __post_init__(self) -> None:
+        if self.budget_tokens < 1:
+            raise ValueError(f"micro_batch_tokens is {self.budget_tokens}; it must be at least 1")
+
+
+def cutting_of(config: TrainConfig, model: PreTrainedModel) -> Cutting:
+    """The engine's settings, as far as the model allows."""
+    shares = config.packing and config.share_prompts and can_share_prompts(model)
+    return Cutting(config.micro_batch_tokens, config.packing, shares)
+
+
 def make_micro_batches(
-    sequences: Sequences, head: Head, budget_tokens: int, device: torch.device, *, packing: bool
+    sequences: Sequences, head: Head, cutting: Cutting, device: torch.device
 ) -> list[MicroBatch]:
     """All rows in micro-batches of at most `budget_tokens` tokens, padding included; one longer row (or pair)
     has one to itself."""
     # Nothing is predicted from the last token of a row, so a language model or critic does not compute it.
     widths = (sequences.lengths - int(head is not Head.score)).clamp(min=1)
     pair = sequences.per_row[PAIR].numpy() if PAIR in sequences.per_row else None
-    parts = (pack if packing else cut)(widths.numpy(), budget_tokens, pair)
-    return [_micro_batch(sequences, torch.from_numpy(rows), widths, head, device, packing) for rows in parts]
+    if not cutting.packing:
+        parts = cut(widths.numpy(), cutting.budget_tokens, pair)
+    elif not cutting.share_prompts:
+        parts = pack(widths.numpy(), cutting.budget_tokens, pair)
+    else:
+        parts = pack_prompts(widths.numpy(), prompts_of(sequences), cutting.budget_tokens, pair)
+    return [_micro_batch(sequences, torch.from_numpy(rows), widths, head, cutting, device) for rows in parts]
 
 
-def empty_micro_batch(sequences: Sequences, head: Head, device: torch.device, *, packing: bool) -> MicroBatch:
+def empty_micro_batch(sequences: Sequences, head: Head, cutting: Cutting, device: torch.device) -> MicroBatch:
     """No rows: one padding token that nothing reads, for a rank that must take part in collectives; same
     columns as `sequences`."""
     rows = torch.zeros(0, dtype=torch.int64)
-    return _micro_batch(sequences, rows, sequences.lengths, head, device, packing)
+    return _micro_batch(sequences, rows, sequences.lengths, head, cutting, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Which rows begin with the same prompt."""
+
+    label: np.ndarray
+    """int64 [rows], equal for equal prompts."""
+    num_tokens: np.ndarray
+    """int64 [rows]: tokens before the first scored one."""
+
+
+def prompts_of(sequences: Sequences) -> Prompts:
+    """The prompts of all rows, told apart by their tokens."""
+    num_tokens = (sequences.lengths - sequences.scored_lengths).numpy()
+    begins = (torch.cumsum(sequences.lengths, 0) - sequences.lengths).numpy()
+    ids = sequences.token_ids.cpu().numpy()
+    labels: dict[bytes, int] = {}
+    label = np.empty(len(begins), dtype=np.int64)
+    for row, (begin, size) in enumerate(zip(begins, num_tokens, strict=True)):
+        label[row] = labels.setdefault(ids[begin : begin + size].tobytes(), len(labels))
+    return Prompts(label, num_tokens)
+
+
+def pack_prompts(
+    widths: np.ndarray, prompts: Prompts, budget_tokens: int, together: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Row indices of each micro-batch, where the rows of a prompt that are in one micro-batch share its
+    tokens.
+
+    A prompt's rows (or rows of one label of `together`) stay in one micro-batch as far as the budget goes; a
+    prompt with more of them is in several.
+    """
+    rows_of: dict[int, list[np.ndarray]] = {}
+    for unit in _units(len(widths), together):
+        rows_of.setdefault(int(prompts.label[unit[0]]), []).append(unit)
+    label = np.empty(len(widths), dtype=np.int64)
+    tokens: list[int] = []
+    for units in rows_of.values():
+        filled = budget_tokens + 1
+        for unit in units:
+            alike = bool((prompts.label[unit] == prompts.label[unit[0]]).all())
+            shared = int(min(prompts.num_tokens[unit[0]], widths[unit].min())) if alike else 0
+            more = int((widths[unit] - shared).sum())
+            if not alike or filled + more > budget_tokens:
+                filled = shared
+                tokens.append(0)
+            filled += more
+            tokens[-1] = filled
+            label[unit] = len(tokens) - 1
+            if not alike:
+                filled = budget_tokens + 1  # no other row shares a prompt with both
+    place = first_fit_decreasing(np.array(tokens, dtype=np.int64), budget_tokens)[label]
+    # Rows of one shape are neighbours, so that they attend in one call.
+    order = np.lexsort((prompts.label, prompts.num_tokens, -widths, place))
+    return np.split(order, np.cumsum(np.bincount(place))[:-1]) if len(order) else []
+
+
+def _units(num_rows: int, together: np.ndarray | None) -> list[np.ndarray]:
+    """Rows that must not be cut apart, in the order of their first."""
+    if together is None:
+        return [np.array([row]) for row in range(num_rows)]
+    units: dict[int, list[int]] = {}
+    for row, name in enumerate(together.tolist()):
+        units.setdefault(name, []).append(row)
+    return [np.array(rows) for rows in units.values()]
 
 
 def pack(widths: np.ndarray, budget_tokens: int, together: np.ndarray | None = None) -> list[np.ndarray]:
@@ -74,21 +173,28 @@ def pack(widths: np.ndarray, budget_tokens: int, together: np.ndarray | None = N
 
     together: a label for each row; rows of one label stay in one micro-batch, and are placed by their sum.
     """
-    _check_budget(budget_tokens)
     _, unit = np.unique(np.arange(len(widths)) if together is None else together, return_inverse=True)
     tokens = np.bincount(unit, weights=widths).astype(np.int64)
+    place = first_fit_decreasing(tokens, budget_tokens)[unit]
+    order = np.lexsort((-widths, place))
+    return np.split(order, np.cumsum(np.bincount(place))[:-1]) if len(order) else []
+
+
+def first_fit_decreasing(tokens: np.ndarray, budget_tokens: int) -> np.ndarray:
+    """int64: the bin of each item, the largest placed first, each into the first bin that it fits in."""
     place = np.zeros(len(tokens), dtype=np.int64)
-    room = np.zeros(len(tokens), dtype=np.int64)
+    free = np.zeros(len(tokens), dtype=np.int64)
     num_open = 0
-    for one in np.argsort(-tokens, kind="stable"):
-        fits = np.flatnonzero(room[:num_open] >= tokens[one])
-        place[one] = fits[0] if len(fits) else num_open
-        if not len(fits):
-            room[num_open] = budget_tokens
+    for item in np.argsort(-tokens, kind="stable"):
+        fits = np.flatnonzero(free[:num_open] >= tokens[item])
+        if len(fits):
+            place[item] = fits[0]
+        else:
+            place[item] = num_open
+            free[num_open] = budget_tokens
             num_open += 1
-        room[place[one]] -= tokens[one]
-    order = np.lexsort((-widths, place[unit]))
-    return np.split(order, np.cumsum(np.bincount(place[unit]))[:-1]) if len(order) else []
+        free[place[item]] -= tokens[item]
+    return place
 
 
 def cut(widths: np.ndarray, budget_tokens: int, together: np.ndarray | None = None) -> list[np.ndarray]:
@@ -99,7 +205,6 @@ def cut(widths: np.ndarray, budget_tokens: int, together: np.ndarray | None = No
     sorted by width, so that blocks are contiguous: f(i) = min_j f(j) + rows(j..i) * width(j) + cost, exact in
     O(units * units per block).
     """
-    _check_budget(budget_tokens)
     if together is not None:
         return _cut_labelled(widths, budget_tokens, together)
     order = np.argsort(-widths, kind="stable")
@@ -107,11 +212,6 @@ def cut(widths: np.ndarray, budget_tokens: int, together: np.ndarray | None = No
         order[begin:end]
         for begin, end in _blocks(widths[order], np.ones(len(order), dtype=np.int64), budget_tokens)
     ]
-
-
-def _check_budget(budget_tokens: int) -> None:
-    if budget_tokens < 1:
-        raise ValueError(f"micro_batch_tokens is {budget_tokens}; it must be at least 1")
 
 
 def _cut_labelled(widths: np.ndarray, budget_tokens: int, together: np.ndarray) -> list[np.ndarray]:
@@ -162,12 +262,10 @@ def pad_time(micro_batch: MicroBatch, multiple: int) -> MicroBatch:
     if not missing:
         return micro_batch
     positions, packing = micro_batch.read_positions, micro_batch.packing
-    if packing is not None:
-        packing = packing_of([*packing.lengths, missing], micro_batch.input_ids.device)
     return replace(
         micro_batch,
         input_ids=torch.nn.functional.pad(micro_batch.input_ids, (0, missing)),
-        packing=packing,
+        packing=None if packing is None else packing.padded(missing),
         read_positions=positions + torch.div(positions, time, rounding_mode="floor") * missing,
     )
 
@@ -215,29 +313,103 @@ def _part(output: Outputs, name: str) -> Tensor | None:
 
 
 def _micro_batch(
-    sequences: Sequences, rows: Tensor, widths: Tensor, head: Head, device: torch.device, packing: bool
+    sequences: Sequences, rows: Tensor, widths: Tensor, head: Head, cutting: Cutting, device: torch.device
 ) -> MicroBatch:
     part, width = sequences.rows(rows), widths[rows]
-    starts, input_ids = _packed(part, width) if packing else _block(part, width)
     columns = _scored_columns(part)
     targets = part.token_ids[(torch.cumsum(part.lengths, 0) - part.lengths)[part.row_of_token] + columns]
-    read_positions = (
-        starts + part.lengths - 1 if head is Head.score else starts[part.row_of_token] + columns - 1
-    )
+    if head is Head.score:
+        read_rows, read_columns = torch.arange(part.num_rows), part.lengths - 1
+    else:
+        read_rows, read_columns = part.row_of_token, columns - 1
+    packing = None
+    if not cutting.packing:
+        starts, input_ids = _block(part, width)
+        positions = starts[read_rows] + read_columns
+    else:
+        segments = _segments(part, width, share=cutting.share_prompts)
+        input_ids, packing = segments.row(part, device)
+        positions = segments.positions(read_rows, read_columns)
     return MicroBatch(
         sequences=_to(part, device),
         rows=rows,
         input_ids=input_ids.to(device),
-        packing=packing_of(width.tolist() or [1], device) if packing else None,
-        read_positions=read_positions.to(device),
+        packing=packing,
+        read_positions=positions.to(device),
         targets=targets.to(device),
     )
 
 
-def _packed(part: Sequences, width: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each row begins in the flattened ids, and the ids."""
-    ids = part.token_ids[_first_tokens(part, width)] if len(width) else torch.zeros(1, dtype=torch.int64)
-    return torch.cumsum(width, 0) - width, ids[None]
+@dataclass(frozen=True, slots=True)
+class _Segments:
+    """A packed row: the shared prompts, then what each row has of its own."""
+
+    shared: Tensor
+    """int64 [prompts]: a row that begins with each shared prompt."""
+    shared_lengths: Tensor
+    """int64 [prompts]."""
+    prompt: Tensor
+    """int64 [rows]: which shared prompt each row goes on after, or -1."""
+    cuts: Tensor
+    """int64 [rows]: tokens of each row that are in its shared prompt."""
+    widths: Tensor
+    """int64 [rows]: tokens of each row that are computed, shared ones included."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [prompts + rows]: tokens of each segment; a row that ends with its prompt has an empty
+        one."""
+        return torch.cat([self.shared_lengths, self.widths - self.cuts])
+
+    def row(self, part: Sequences, device: torch.device) -> tuple[Tensor, Packing]:
+        """The ids int64 [1, tokens] and the packing; one padding token if there are no rows."""
+        lengths = self.lengths
+        if not len(lengths):
+            return torch.zeros(1, 1, dtype=torch.int64), packing_of([1], device)
+        begins = torch.cumsum(part.lengths, 0) - part.lengths
+        starts = torch.cat([begins[self.shared], begins + self.cuts])
+        ends = torch.cumsum(lengths, 0)
+        places = torch.arange(int(ends[-1])) + torch.repeat_interleave(starts - (ends - lengths), lengths)
+        prefixes = torch.cat([torch.full_like(self.shared, -1), self.prompt])
+        filled = lengths > 0
+        packing = packing_of(lengths[filled].tolist(), device, prefixes[filled].tolist())
+        return part.token_ids[places][None], packing
+
+    def positions(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Where the tokens at `columns` of `rows` are in the packed row."""
+        ends = torch.cumsum(self.lengths, 0)
+        begins = ends - self.lengths
+        num_shared = len(self.shared)
+        in_prompt = columns < self.cuts[rows]
+        prompt = self.prompt[rows].clamp(min=0)
+        of_prompt = begins[prompt] + columns if num_shared else columns
+        return torch.where(in_prompt, of_prompt, begins[num_shared + rows] + columns - self.cuts[rows])
+
+
+def _segments(part: Sequences, width: Tensor, *, share: bool) -> _Segments:
+    """Prompts that at least two rows begin with are shared, longest first."""
+    none = torch.zeros(0, dtype=torch.int64)
+    num_rows = part.num_rows
+    alone = _Segments(
+        none, none, torch.full((num_rows,), -1), torch.zeros(num_rows, dtype=torch.int64), width
+    )
+    if not share or num_rows < 2:
+        return alone
+    prompts = prompts_of(part)
+    _, first, label, counts = np.unique(
+        prompts.label, return_index=True, return_inverse=True, return_counts=True
+    )
+    sizes = prompts.num_tokens[first]
+    several = np.flatnonzero((counts > 1) & (sizes > 0))
+    if not len(several):
+        return alone
+    several = several[np.argsort(-sizes[several], kind="stable")]
+    number = np.full(len(first), -1, dtype=np.int64)
+    number[several] = np.arange(len(several))
+    prompt = torch.from_numpy(number[label])
+    shared_lengths = torch.from_numpy(sizes[several])
+    cuts = torch.where(prompt >= 0, shared_lengths[prompt.clamp(min=0)], 0).minimum(width)
+    return _Segments(torch.from_numpy(first[several]), shared_lengths, prompt, cuts, width)
 
 
 def _block(part: Sequences, width: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,12 @@ from workers.config import ModelConfig, TrainConfig
 from workers.engines.base import Head, TrainingEngine
 from workers.engines.model.loading import ModelSource, model_config
 from workers.engines.shared.export import write_safetensors
-from workers.engines.shared.micro_batches import MicroBatch, empty_micro_batch, make_micro_batches
+from workers.engines.shared.micro_batches import (
+    MicroBatch,
+    cutting_of,
+    empty_micro_batch,
+    make_micro_batches,
+)
 from workers.engines.shared.optimizer import check_optimizer_config
 from workers.sequences import Sequences
 
@@ -50,6 +56,7 @@ class ShardedEngine(TrainingEngine):
         self._hf_config = copy.deepcopy(source.model.config)
         self._hf_config.architectures = [type(source.model).__name__]
         self._generation_config = source.generation_config
+        self._cutting = cutting_of(config, source.model)
         self._state_on_host = False
         self._build(source, trains=trains)
         if config.offload_optimizer:
@@ -102,8 +109,8 @@ class ShardedEngine(TrainingEngine):
 
     def _cut(self, sequences: Sequences, budget_tokens: int) -> list[MicroBatch]:
         """Micro-batches of at most `budget_tokens` tokens; none if there are no rows."""
-        packing = self.config.packing
-        return make_micro_batches(sequences, self.head, budget_tokens, self.device, packing=packing)
+        cutting = replace(self._cutting, budget_tokens=budget_tokens)
+        return make_micro_batches(sequences, self.head, cutting, self.device)
 
     def _cut_alike(
         self, sequences: Sequences, group: ProcessGroup | None, *, alike: bool
@@ -117,7 +124,5 @@ class ShardedEngine(TrainingEngine):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
             count = int(largest)
         while len(micro_batches) < count:
-            micro_batches.append(
-                empty_micro_batch(sequences, self.head, self.device, packing=self.config.packing)
-            )
+            micro_batches.append(empty_micro_batch(sequences, self.head, self._cutting, self.device))
         return micro_batches

@@ -21,7 +21,6 @@ from workers.engines.model.attention import check_packable
 from workers.engines.model.loading import ModelSource, build_on_meta
 from workers.engines.model.scored import ScoredModel, enable_activation_checkpointing
 from workers.engines.model.tensor_parallel import parallelize
-from workers.engines.model.vocabulary_parallel import vocabulary_parallel
 from workers.engines.threed.layout import stage_layers
 from workers.engines.threed.optimizer import FlatGroup, FlatSlice, group_pieces
 from workers.engines.threed.pipeline import Pipeline
@@ -57,10 +56,11 @@ def build_share(
     logical = {name: tuple(parameter.shape) for name, parameter in source.model.named_parameters()}
     shell = build_on_meta(model, head)
     shell.set_attn_implementation(source.model.config._attn_implementation)
+    scored = ScoredModel(shell, head)
     parallelize(shell, mesh["tp"])
+    scored.split_vocabulary(mesh.get_group("tp"))
     if train.activation_checkpointing:
         enable_activation_checkpointing(shell)
-    scored = ScoredModel(shell, head, vocabulary_parallel(mesh.get_group("tp")))
     num_stages = train.pp * train.virtual_stages
     layers = stage_layers(int(shell.config.num_hidden_layers), num_stages)
     local = list(range(layout.coordinates(rank)["pp"], num_stages, train.pp))
