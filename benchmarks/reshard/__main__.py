@@ -8,7 +8,7 @@ bytes); the golden executor, in which every rank gathers the full model as DeepS
 do; HybridFlow-V's way, a gather inside the training model-parallel group under its grouping. All three work
 in buckets of the same size, cast before they send, and are attested once. Beside them the paper's prediction
 (its table 2) for our received bytes. Then the whole sync in the actor, with its real engines, in one pool and
-across two (reshard_actor.py), and how long the plan of a 70B model on 512 ranks takes to compile. Ratios
+across two (actor.py), and how long the plan of a 70B model on 512 ranks takes to compile. Ratios
 count; seconds depend on the machine.
 """
 
@@ -17,47 +17,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.reshard import actor as reshard_actor
+from benchmarks.reshard import actor, transfers
 from hybridflow.layout import Layout
-from hybridflow.resharding import Attestor, Executor, LocalParameter, LocalShard, ShardMap, compile, verify
-from hybridflow.resharding.analytic import ParameterRule, decoder_rules, fsdp, generation, threed
-from hybridflow.resharding.golden import reshard_golden
-from hybridflow.resharding.grouping import fewest_bytes, vanilla, zero_redundancy
-from hybridflow.resharding.paper import hybridflow
-from hybridflow.resharding.shard_map import DTYPES
-
-NUM_RANKS = 8
-THREED = {"1-8-1": (1, 8, 1), "1-4-2": (1, 4, 2), "2-2-2": (2, 2, 2), "2-4-1": (2, 4, 1)}
-"""Training layouts p-t-d."""
-CASES = [(source, 1, tg) for source in (*THREED, "fsdp-8") for tg in (1, 2, 4, 8)] + [
-    ("2-2-2", 2, 1),
-    ("2-4-1", 2, 2),
-]
-"""(source, pg, tg)"""
-
-
-@dataclass(kw_only=True)
-class Case:
-    """One row: the maps of both groupings, and this rank's memory."""
-
-    source: ShardMap
-    ours: ShardMap
-    vanilla: ShardMap
-    sources: list[LocalParameter]
-    destinations: list[LocalParameter]
-    vanilla_destinations: list[LocalParameter]
+from hybridflow.resharding import compile, verify
+from hybridflow.resharding.analytic import decoder_rules, generation, threed
+from hybridflow.resharding.grouping import zero_redundancy
 
 
 def main() -> None:
@@ -68,21 +40,25 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=5, help="measurements of each number; medians are reported"
     )
+    parser.add_argument("--only", help="a single training layout, such as 1-4-2 or fsdp-8")
     parser.add_argument("--bucket-mb", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", help="of the generation weights")
     parser.add_argument(
         "--source-dtype", help="of the training weights; the cast is then part of the transfer"
     )
     arguments = parser.parse_args()
+    known = sorted({source for source, _, _ in transfers.CASES})
+    if arguments.only not in (None, *known):
+        parser.error(f"--only is {arguments.only!r}; known: {', '.join(known)}")
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(worker, (directory, arguments), nprocs=NUM_RANKS)
+        mp.spawn(transfers.worker, (directory, arguments), nprocs=transfers.NUM_RANKS)
         rows = json.loads((Path(directory) / "rows.json").read_text())
         print(table(rows), flush=True)
-        actor = reshard_actor.run(Path(directory))
+        synchronisations = actor.run(Path(directory))
     compile_s = seconds_to_compile_70b()
     print(
-        reshard_actor.table(actor),
+        actor.table(synchronisations),
         f"70B, 8-8-8 to tg 8: compiled and verified in {compile_s:.1f} processor seconds",
         sep="\n\n",
     )
@@ -90,149 +66,8 @@ def main() -> None:
         print(f"{aim}: {'yes' if not misses else 'no, ' + ', '.join(misses)}")
     if arguments.json:
         arguments.json.write_text(
-            json.dumps({"rows": rows, "actor": actor, "compile_70b_s": compile_s}, indent=1)
+            json.dumps({"rows": rows, "actor": synchronisations, "compile_70b_s": compile_s}, indent=1)
         )
-
-
-def worker(rank: int, directory: str, arguments: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/world", rank=rank, world_size=NUM_RANKS)
-    rules, groups = model(arguments.dtype), training_groups()
-    rows = []
-    for source, pg, tg in CASES:
-        row = measure(rules, source, pg, tg, groups[source], arguments)
-        rows.append(row)
-        if rank == 0:
-            times = " ".join(
-                f"{row[key]:.3f}"
-                for key in ("seconds", "seconds_golden", "seconds_vanilla", "seconds_attest")
-            )
-            print(f"{source} -> {pg}-{tg}: {times} s", flush=True)
-    if rank == 0:
-        (Path(directory) / "rows.json").write_text(json.dumps(rows))
-    dist.destroy_process_group()
-
-
-def model(dtype: str) -> list[ParameterRule]:
-    """About 100 MB, Llama's shape."""
-    half = DTYPES[dtype].itemsize == 2
-    return decoder_rules(
-        num_layers=8 if half else 4,
-        hidden=512,
-        intermediate=2048,
-        num_heads=8,
-        num_kv_heads=8,
-        vocab=16000 if half else 8000,
-        dtype=dtype,
-    )
-
-
-def training_groups() -> dict[str, dist.ProcessGroup | None]:
-    """The model-parallel group (one training replica) of this rank in every source layout."""
-    result: dict[str, dist.ProcessGroup | None] = {"fsdp-8": None}
-    for name, (pp, tp, dp) in THREED.items():
-        for group in Layout.of(pp=pp, tp=tp, dp=dp).groups("pp", "tp"):
-            made = dist.new_group(list(group))
-            if dist.get_rank() in group:
-                result[name] = made
-    return result
-
-
-def measure(
-    rules: list[ParameterRule],
-    name: str,
-    pg: int,
-    tg: int,
-    group: dist.ProcessGroup | None,
-    arguments: argparse.Namespace,
-) -> dict[str, Any]:
-    case, bucket_bytes = make_case(rules, name, pg, tg, arguments.source_dtype), arguments.bucket_mb << 20
-    plan = compile(case.source, case.ours, bucket_bytes=bucket_bytes)
-    certificate = verify(plan)
-    executor = Executor(plan, case.sources, case.destinations)
-    dtypes = {spec.name: spec.dtype for spec in case.ours.parameters}
-    replica = ShardMap.gather(case.sources, group)
-
-    def golden() -> None:
-        reshard_golden(plan.source, dtypes, case.sources, case.destinations, bucket_bytes=bucket_bytes)
-
-    def hybridflow_v() -> None:
-        reshard_golden(
-            replica, dtypes, case.sources, case.vanilla_destinations, group, bucket_bytes=bucket_bytes
-        )
-
-    attestor = Attestor(plan.source, case.sources, case.ours, case.destinations)
-    for move, held_map, held in (
-        (executor.run, case.ours, case.destinations),
-        (golden, case.ours, case.destinations),
-        (hybridflow_v, case.vanilla, case.vanilla_destinations),
-    ):
-        spoil(held)
-        move()
-        Attestor(plan.source, case.sources, held_map, held).run()
-    seconds = in_turns(
-        {"ours": executor.run, "golden": golden, "vanilla": hybridflow_v, "attest": attestor.run},
-        arguments.repeats,
-    )
-    extra = torch.tensor([executor.staging_bytes])
-    dist.all_reduce(extra, op=dist.ReduceOp.MAX)
-    return {
-        "source": name,
-        "target": f"{pg}-{tg}",
-        "received_max": certificate.received_max,
-        "received_total": certificate.received_total,
-        "bound_max": certificate.bound_max,
-        "bound_total": certificate.bound_total,
-        "extra_peak_bytes": int(extra),
-        "bucket_bytes": bucket_bytes,
-        "seconds": seconds["ours"],
-        "seconds_golden": seconds["golden"],
-        "seconds_vanilla": seconds["vanilla"],
-        "paper_received_max": paper_received(name, pg, tg, certificate.model_bytes),
-        "seconds_attest": seconds["attest"],
-        "model_bytes": certificate.model_bytes,
-        "num_rounds": certificate.num_rounds,
-        "received_max_vanilla_grouping": int(
-            compile(case.source, case.vanilla, bucket_bytes=bucket_bytes).bytes_received.max()
-        ),
-    }
-
-
-def make_case(rules: list[ParameterRule], name: str, pg: int, tg: int, source_dtype: str | None) -> Case:
-    source = fsdp(rules, NUM_RANKS)
-    if name in THREED:
-        pp, tp, dp = THREED[name]
-        source = threed(rules, Layout.of(pp=pp, tp=tp, dp=dp))
-    if source_dtype:
-        source = source.with_dtype(source_dtype)
-    by_v = generation(rules, vanilla(NUM_RANKS, tp=tg, pp=pg))
-    ours = generation(rules, fewest_bytes(source, by_v, tp=tg, pp=pg))
-    return Case(
-        source=source,
-        ours=ours,
-        vanilla=by_v,
-        sources=allocate(source, filled=True),
-        destinations=allocate(ours),
-        vanilla_destinations=allocate(by_v),
-    )
-
-
-def allocate(shard_map: ShardMap, filled: bool = False) -> list[LocalParameter]:
-    """This rank's memory; filled with numbers that depend on the place in the parameter, equal on all
-    replicas."""
-    rank, result = dist.get_rank(), []
-    for number, spec in enumerate(shard_map.parameters):
-        shards = []
-        for box in shard_map.boxes(spec.name, rank):
-            tensor = torch.empty(box.shape, dtype=DTYPES[spec.dtype])
-            if filled:
-                tensor.fill_(1 + number)
-                for k, (start, size) in enumerate(zip(box.start, box.shape, strict=True)):
-                    along = torch.arange(start, start + size).mul(k + 0.37).cos()
-                    tensor += along.view([-1 if i == k else 1 for i in range(len(box.shape))])
-            shards.append(LocalShard(box, tensor))
-        result.append(LocalParameter(spec.name, spec.shape, DTYPES[spec.dtype], tuple(shards)))
-    return result
 
 
 def seconds_to_compile_70b() -> float:
@@ -270,36 +105,6 @@ def aims(rows: list[dict[str, Any]], compile_s: float) -> dict[str, list[str]]:
         ),
         "70B in under 20 s": [] if compile_s < 20 else [f"{compile_s:.1f} s"],
     }
-
-
-def spoil(parameters: list[LocalParameter]) -> None:
-    for parameter in parameters:
-        for shard in parameter.shards:
-            shard.tensor.fill_(float("nan"))
-
-
-def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, all ranks from barrier to barrier; the calls alternate, so that a busy
-    machine hits all of them."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            dist.barrier()
-            start = time.perf_counter()
-            call()
-            dist.barrier()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def paper_received(name: str, pg: int, tg: int, model_bytes: int) -> int | None:
-    """The paper's prediction for the zero-redundancy grouping; None where it has none."""
-    if name not in THREED:
-        return None
-    pp, tp, _ = THREED[name]
-    if tp % tg or pp % pg:
-        return None
-    return round(hybridflow(pp=pp, tp=tp, generation_pp=pg, generation_tp=tg).received * model_bytes)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
