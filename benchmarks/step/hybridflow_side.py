@@ -1,7 +1,7 @@
 """One run of recipes.grpo for benchmarks.step: CASE OUTPUT [setting=value ...]
 
-The recipe's session, step by step: reads the clock between the steps and, for sampled lengths, gives every row
-its limit.
+The recipe's session, step by step: reads the clock between the steps and, for sampled lengths, gives every
+row its limit.
 """
 
 from __future__ import annotations
