@@ -1,6 +1,6 @@
 """python -m recipes.rlhf: all three stages of RLHF on a tiny model, by the commands that a user would type.
 
-    recipes.sft            a model with random weights imitates demonstrations, most of them in the wrong order
+    recipes.sft            a model with random weights imitates demonstrations, most in the wrong order
     recipes.reward_model   from the fine-tuned model, on pairs that a known rule compared
     recipes.ppo            against the learned reward; the rule's own score is only measured (gold.function)
 
