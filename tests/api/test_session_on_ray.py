@@ -100,11 +100,12 @@ def test_a_killed_process_ends_the_command_in_one_line(tiny: dict[str, Any], tmp
 
 
 def host_of(driver: int) -> int:
-    """A host process of the embedded cluster that the driver started."""
+    """A host process of the embedded cluster that the driver started; Ray names it by its pool, or by the
+    call that it is working on."""
     import psutil
 
     for child in psutil.Process(driver).children(recursive=True):
-        if child.name().startswith("ray::main/"):
+        if child.name().startswith(("ray::main/", "ray::actor.", "ray::reference.", "ray::reward.")):
             return child.pid
     raise AssertionError([child.name() for child in psutil.Process(driver).children(recursive=True)])
 
