@@ -26,6 +26,7 @@ from workers.preference import PreferenceWorker
 from workers.reference import ReferenceWorker
 from workers.reward import cost_worker, reward_worker
 from workers.reward_function import function_name
+from workers.rewards.combined import combined
 from workers.role_config import RewardConfig
 from workers.split_actor import GenerationWorker
 
@@ -60,10 +61,12 @@ class RoleKind:
 
 
 def scorer_settings(config: RunConfig, scorer: RewardConfig) -> RewardConfig:
-    """With the policy's tokenizer, and without a model where none is named."""
+    """With the policy's tokenizer, its parts as one function, and no model where none is named."""
     has_model = scorer.model is not None and scorer.model.path != NO_MODEL
     return replace(
         scorer,
+        function=combined(scorer.parts) if scorer.parts else scorer.function,
+        parts={},
         tokenizer=config.model.tokenizer or config.model.path,
         model=scorer.model if has_model else None,
     )

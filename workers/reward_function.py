@@ -1,22 +1,31 @@
 """Calling a user's reward function, row by row. Imports nothing heavy: Ray tasks start with this module.
 
-A function is named ("package.module:name") or, from Python, passed as it is: also a lambda, a closure, or a
+It may be a coroutine function (async def), whose rows then run side by side. A function is named
+("package.module:name") or, from Python, passed as it is: also a lambda, a closure, or a
 function of a notebook's cell, which Ray then sends to its tasks by value.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from hybridflow.registry import load_object
+from workers.rewards.combined import CombinedReward
 
 RewardFunction = Callable[..., float | Mapping[str, float]]
 """f(*, prompt: str, response: str, finish_reason: str, **columns) -> reward, or {"reward": ..., further
-numbers}; a cost alike."""
+numbers}; a cost alike. async def: awaited."""
+STATISTICS = frozenset({"mean", "std", "max", "min", "unreadable"})
+"""Names under which the reward's own statistics are logged."""
+LARGEST = float(np.finfo(np.float32).max)
+"""Rewards travel as float32."""
 
 
 def function_name(function: str | RewardFunction) -> str:
@@ -50,6 +59,9 @@ def check_columns(function: str | RewardFunction, names: Iterable[str], role: st
     """Whether the function can be called with a row that has the columns `names` beside prompt, response and
     finish_reason."""
     given = dict.fromkeys(("prompt", "response", "finish_reason", *sorted(names)))
+    if isinstance(function, CombinedReward):
+        function.check_columns(given)
+        return
     try:
         inspect.signature(resolve(function, role)).bind(**given)
     except TypeError as error:
@@ -65,7 +77,16 @@ def score_rows(
 ) -> list[tuple[float, dict[str, float]]]:
     """(reward or cost, further numbers) of every row; `role` names it in a dict and in messages."""
     path, call = function_name(function), resolve(function, role)
-    return [_checked(path, row, _call(path, call, row, role), role) for row in rows]
+    if is_coroutine_function(call):
+        results = _wait_for(_gather(path, call, rows, role))
+    else:
+        results = [_call(path, call, row, role) for row in rows]
+    return [_checked(path, row, result, role) for row, result in zip(rows, results, strict=True)]
+
+
+def is_coroutine_function(function: RewardFunction) -> bool:
+    """Whether its calls have to be awaited: async def, or an object whose __call__ is one."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _call(path: str, function: RewardFunction, row: Mapping[str, Any], role: str) -> Any:
@@ -73,9 +94,34 @@ def _call(path: str, function: RewardFunction, row: Mapping[str, Any], role: str
         return function(**row)
     except Exception as error:
         # The user's code: whatever it raises, the run stops and says on which row.
-        raise RuntimeError(
-            f"{role}.function={path!r} raised {type(error).__name__}: {error} on {_describe(row)}"
-        ) from error
+        raise _failed(path, row, role, error) from error
+
+
+async def _gather(
+    path: str, function: Callable[..., Any], rows: Sequence[Mapping[str, Any]], role: str
+) -> list[Any]:
+    async def call(row: Mapping[str, Any]) -> Any:
+        try:
+            return await function(**row)
+        except Exception as error:
+            raise _failed(path, row, role, error) from error
+
+    return await asyncio.gather(*(call(row) for row in rows))
+
+
+def _wait_for(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """Its result; in a thread of its own where this one has a loop already, as a notebook's does."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
+def _failed(path: str, row: Mapping[str, Any], role: str, error: Exception) -> RuntimeError:
+    where = f"{role}.function={path!r} raised {type(error).__name__}: {error}"
+    return RuntimeError(f"{where} on {_describe(row)}")
 
 
 def _checked(path: str, row: Mapping[str, Any], result: Any, role: str) -> tuple[float, dict[str, float]]:
@@ -85,14 +131,33 @@ def _checked(path: str, row: Mapping[str, Any], result: Any, role: str) -> tuple
             f"{role}.function={path!r} returned a dict without {role!r} ({sorted(numbers)}) on "
             f"{_describe(row)}"
         )
+    taken = sorted(STATISTICS & numbers.keys())
+    if taken:
+        raise ValueError(
+            f"{role}.function={path!r} returned {taken[0]!r}, the name of one of the {role}'s own "
+            f"statistics ({role}/{taken[0]}); give it another name"
+        )
     for name, value in numbers.items():
-        if not isinstance(value, Real) or not math.isfinite(value):
+        if not _is_number(value):
             raise ValueError(
-                f"{role}.function={path!r} returned {name}={value!r} on {_describe(row)}; return finite "
-                "numbers"
+                f"{role}.function={path!r} returned {name}={_short(value)} on {_describe(row)}; "
+                f"return finite numbers, at most {LARGEST:.1e}"
             )
     score = float(numbers.pop(role))
     return score, {name: float(value) for name, value in numbers.items()}
+
+
+def _is_number(value: object) -> bool:
+    """A finite number that float32 can hold: Python's and numpy's, truth values too."""
+    if isinstance(value, np.bool_):
+        return True
+    # Comparing does not convert: an integer of a thousand digits has no float.
+    return isinstance(value, Real) and bool(-LARGEST <= value <= LARGEST)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:40]}... ({len(text)} characters)"
 
 
 def _describe(row: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from workers.config import ModelConfig, TrainConfig
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.losses.config import PolicyLossConfig, ValueLossConfig
+from workers.rewards.combined import RewardPart
 
 
 class Consistency(StrEnum):
@@ -115,6 +116,9 @@ class RewardConfig:
     function: Any = None
     """package.module:name of f(*, prompt, response, finish_reason, **columns) -> float or dict with "reward"
     (a cost: with "cost"); from Python also the function itself."""
+    parts: dict[str, RewardPart] = field(default_factory=dict)
+    """Several functions with weights in place of one: name -> {function, weight, options}. The reward is the
+    weighted sum; each part's own value is logged as reward/<name>."""
     model: ModelConfig | None = None
     """A sequence-classification model with one label; its score of prompt + response is the reward."""
     tokenizer: str = "???"
@@ -129,6 +133,10 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if self.num_tasks < 1:
             raise ValueError(f"reward.num_tasks (or cost.num_tasks) is {self.num_tasks}; use at least 1")
+        if self.parts and self.function is not None:
+            raise ValueError(
+                "reward.function and reward.parts are both set; make the function one of the parts"
+            )
 
 
 class VerdictKind(StrEnum):

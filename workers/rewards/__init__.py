@@ -1,7 +1,7 @@
 """Ready-made rewards: reward.function=workers.rewards:number
 
     number            the last number of the response equals the answer's: 18 = $18.00 = 18.0
-    math              the response's final answer (boxed, or the last expression) equals the answer, by math-verify
+    math              the final answer (boxed, or the last expression) equals the answer, by math-verify
     multiple_choice   the letter that the response chooses is the answer's
     exact_match       the response is the answer, white space and case aside
     matches           the response has the form of a regular expression

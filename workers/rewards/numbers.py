@@ -12,7 +12,8 @@ FINAL = re.compile(r"####\s*(.+)")
 
 NUMBER = re.compile(
     rf"""
-    (?P<sign> (?<![\w)\]%.]) [+{MINUS_SIGNS}] \s? )?     # a sign; after a number or a bracket it is an operator
+    (?P<sign> (?<! [\w)\]%.] ) (?<! [\w)\]%.]\s ) [+{MINUS_SIGNS}] \s?  # a sign; after a number or a bracket
+      | (?<= [\w)\]%.]\s ) [+{MINUS_SIGNS}] (?= [$\u20ac\u00a3\d.] ) )?   # it is an operator: 20-18, 20 - 18
     [$\u20ac\u00a3]? \s?                                 # a currency before the digits
     (?P<digits>
         (?<![\w.]) \d{{1,3}} (?: [,\u202f\u00a0] \d{{3}} )+ (?! \d ) (?: \. \d+ )?      # 1,234,567.8
@@ -47,7 +48,13 @@ def numbers_in(text: str) -> list[Fraction]:
 
 
 def number(
-    prompt: str, response: str, *, finish_reason: str, answer: object, tolerance: float = 0.0, **columns: object
+    prompt: str,
+    response: str,
+    *,
+    finish_reason: str,
+    answer: object,
+    tolerance: float = 0.0,
+    **columns: object,
 ) -> float:
     """1.0 if the last number of the response equals the answer, else 0.0.
 

@@ -6,7 +6,8 @@ import re
 import unicodedata
 
 STATED = re.compile(
-    r"(?:answer|choice|option)\s*(?:is|:|=)?\s*:?\s*\**\(?\[?\\?(?:boxed\{|text\{)*\s*([A-Z])\b", re.IGNORECASE
+    r"(?:answer|choice|option)\s*(?:is|:|=)?\s*:?\s*\**\(?\[?\\?(?:boxed\{|text\{)*\s*([A-Z])\b",
+    re.IGNORECASE,
 )
 """The answer is (B). / Answer: B / option b"""
 BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-Z])\)?\s*\}?\s*\}")
@@ -15,12 +16,19 @@ ALONE = re.compile(r"(?<![\w'])\(?([A-Z])\)?(?=[\s.,:;!?)\]*]|$)")
 
 
 def multiple_choice(
-    prompt: str, response: str, *, finish_reason: str, answer: object, choices: str = "ABCDEFGHIJ", **columns: object
+    prompt: str,
+    response: str,
+    *,
+    finish_reason: str,
+    answer: object,
+    choices: str = "ABCDEFGHIJ",
+    **columns: object,
 ) -> float:
     """1.0 if the letter that the response chooses is the answer's, else 0.0.
 
     answer: a letter, "(B)", or a number that counts the choices from 0. The chosen letter is the last boxed
-    one, else the last one after "answer", "choice" or "option", else the last capital letter that stands alone.
+    one, else the last one after "answer", "choice" or "option", else the last capital letter that stands
+    alone.
     """
     text = str(answer).strip().strip("().").upper()
     if isinstance(answer, int) or text.isdecimal():
@@ -87,8 +95,8 @@ def length_penalty(
     cut_short: float = -1.0,
     **columns: object,
 ) -> float:
-    """0.0 up to free_words words, falling evenly to -1.0 at most_words; `cut_short` for a response that did not
-    end by itself (the soft punishment of DAPO, Yu et al. 2025, section 3.4, in words)."""
+    """0.0 up to free_words words, falling evenly to -1.0 at most_words; `cut_short` for a response that
+    did not end by itself (the soft punishment of DAPO, Yu et al. 2025, section 3.4, in words)."""
     if free_words >= most_words:
         raise ValueError(f"free_words is {free_words}, most_words {most_words}; use a smaller free_words")
     if finish_reason == "length":
