@@ -151,8 +151,8 @@ def _is_number(value: object) -> bool:
     """A finite number that float32 can hold: Python's and numpy's, truth values too."""
     if isinstance(value, np.bool_):
         return True
-    # Comparing does not convert: an integer of a thousand digits has no float.
-    return isinstance(value, Real) and bool(-LARGEST <= value <= LARGEST)
+    # Python compares integers and fractions of any size with a float exactly.
+    return isinstance(value, Real) and bool(abs(value) <= LARGEST)  # type: ignore[operator]
 
 
 def _short(value: object) -> str:
