@@ -19,7 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipes.config import RunConfig, register
-from recipes.overrides import check_names, join_pools, nodes, setting_names, unknown_setting
+from recipes.overrides import check_names, join_tables, nodes, setting_names, unknown_setting
 
 PACKAGED = Path(__file__).parent
 HYDRAS_OWN = ("full_key:", "object_type=", "reference_type=", "See https://hydra.cc")
@@ -73,7 +73,7 @@ def compose(recipe: RecipeFile, arguments: Sequence[str]) -> DictConfig:
     """The recipe's settings with the arguments over them, as Hydra holds them."""
     register()
     check_names(arguments)
-    overrides = join_pools(arguments)
+    overrides = join_tables(arguments)
     if recipe.directory != PACKAGED:
         overrides.append(SEARCH)
     directory = str(recipe.directory)

@@ -15,7 +15,7 @@ from hybridflow.waiting import catch_interrupts
 from recipes.composing import PACKAGED, SEARCH, RecipeFile, compose, to_settings
 from recipes.config import RunConfig, register
 from recipes.errors import plain_errors
-from recipes.overrides import check_names, join_pools
+from recipes.overrides import check_names, join_tables
 from recipes.roles import ROLES, role_names
 from recipes.run import run
 from recipes.settings_page import settings_page
@@ -73,7 +73,7 @@ def run_under_hydra(recipe: RecipeFile, arguments: Sequence[str], run: Run) -> N
         with plain_errors():
             start(to_settings(config), arguments, run)
 
-    sys.argv[1:] = [*join_pools(arguments), *HYDRA_SETTINGS]
+    sys.argv[1:] = [*join_tables(arguments), *HYDRA_SETTINGS]
     if recipe.directory != PACKAGED:
         sys.argv.append(SEARCH)
     hydra_main()

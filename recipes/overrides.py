@@ -1,8 +1,8 @@
-"""The name=value arguments of a recipe: which names there are, what they were called before, and pools."""
+"""The name=value arguments of a recipe: which names there are, what they were called before, and tables whose
+entries the user names."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 
@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 from controllers import usable_algorithms
 from recipes.config import RunConfig
 
-FREE = ("hydra.", "pools.", "data.chat_template_options.")
+TABLES = ("pools", "reward.parts", "gold.parts", "cost.parts")
+"""Settings whose entries the user names."""
+FREE = ("hydra.", "data.chat_template_options.", *(f"{table}." for table in TABLES))
 """Below these the user chooses the names, or Hydra knows them."""
 
 RENAMED = {
@@ -51,25 +53,27 @@ def near_names(name: str, known: Sequence[str]) -> list[str]:
     return get_close_matches(name, same, n=3, cutoff=0.0) or get_close_matches(name, known, n=3)
 
 
-def join_pools(arguments: Sequence[str]) -> list[str]:
-    """pools.NAME.FIELD=VALUE, which Hydra can't set because NAME is new, as one value: +pools={NAME: {FIELD:
-    VALUE}}.
+def join_tables(arguments: Sequence[str]) -> list[str]:
+    """TABLE.NAME.FIELD=VALUE, which Hydra can't set because NAME is new, as one value: +TABLE={NAME: {FIELD:
+    VALUE}}; and TABLE=VALUE as +TABLE=VALUE.
 
-    >>> join_pools(["pools.a.num_devices=2", "pools.a.roles=[actor]", "seed=1"])
+    >>> join_tables(["pools.a.num_devices=2", "pools.a.roles=[actor]", "seed=1"])
     ['seed=1', '+pools={a: {num_devices: 2, roles: [actor]}}']
     """
-    pools: dict[str, list[str]] = {}
+    tables: dict[str, dict[str, list[str]]] = {}
     rest = []
     for argument in arguments:
-        match = re.fullmatch(r"pools\.(\w+)\.(\w+)=(.*)", argument)
-        if match is None:
-            rest.append(argument)
+        name, _, value = argument.partition("=")
+        table, _, entry = name.rpartition(".")[0].rpartition(".")
+        if table in TABLES:
+            fields = tables.setdefault(table, {}).setdefault(entry, [])
+            fields.append(f"{name.rpartition('.')[2]}: {value}")
         else:
-            pools.setdefault(match[1], []).append(f"{match[2]}: {match[3]}")
-    if not pools:
-        return rest
-    text = ", ".join(f"{name}: {{{', '.join(fields)}}}" for name, fields in pools.items())
-    return [*rest, f"+pools={{{text}}}"]
+            rest.append(f"+{argument}" if name in TABLES else argument)
+    for table, entries in tables.items():
+        text = ", ".join(f"{entry}: {{{', '.join(fields)}}}" for entry, fields in entries.items())
+        rest.append(f"+{table}={{{text}}}")
+    return rest
 
 
 def setting_names() -> list[str]:

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 from recipes.config import RunConfig, register
-from recipes.main import join_pools, to_settings
+from recipes.main import join_tables, to_settings
 from tests.tiny import make_data, make_model
 
 register()
@@ -35,7 +35,7 @@ def required(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def composed() -> Iterator[Callable[..., DictConfig]]:
     """composed("ppo", ["seed=1"]): what Hydra makes of a recipe and a command line."""
     with initialize_config_module(version_base="1.3", config_module="recipes"):
-        yield lambda recipe, arguments: compose(config_name=recipe, overrides=join_pools(arguments))
+        yield lambda recipe, arguments: compose(config_name=recipe, overrides=join_tables(arguments))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from controllers import ENTRIES
 from recipes.config import RunConfig
-from recipes.main import check_names, join_pools, to_settings
+from recipes.main import check_names, join_tables, to_settings
 from recipes.placing import place
 from recipes.preparation import check_dataflow
 from recipes.quickstart.settings import SETTINGS
@@ -202,9 +202,9 @@ def test_generation_in_a_pool_of_its_own(settings: Callable[..., RunConfig]) -> 
         )
 
 
-def test_join_pools_leaves_everything_else_alone() -> None:
+def test_join_tables_leaves_everything_else_alone() -> None:
     arguments = ["seed=1", "+pools={a: {roles: [actor]}}", "data.train=pools.parquet"]
-    assert join_pools(arguments) == arguments
+    assert join_tables(arguments) == arguments
 
 
 def test_the_reward_is_a_function_or_a_model(
