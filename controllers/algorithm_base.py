@@ -106,7 +106,7 @@ def mini_batch_column(uid: Tensor, config: AlgorithmConfig) -> Tensor:
     Samples of one prompt share its mini-batch, and so the computation of its tokens; with fewer prompts than
     mini-batches, or with prompts of different numbers of samples, rows are dealt one by one.
     """
-    if config.num_mini_batches == 1:
+    if config.num_mini_batches == 1 or not len(uid):
         return torch.zeros(len(uid), dtype=torch.int64)
     prompts, unit, counts = torch.unique(uid, return_inverse=True, return_counts=True)
     if len(prompts) % config.num_mini_batches or (counts != counts[0]).any():

@@ -41,6 +41,11 @@ def test_samples_of_a_prompt_share_a_mini_batch(number: int, times: int, samples
     assert torch.bincount(column, minlength=number).tolist() == [times * samples] * number
 
 
+def test_no_rows_have_no_mini_batches() -> None:
+    """A step may leave nothing to learn from."""
+    assert not len(mini_batch_column(torch.zeros(0, dtype=torch.int64), AlgorithmConfig(num_mini_batches=2)))
+
+
 def test_other_prompts_are_dealt_otherwise() -> None:
     config = AlgorithmConfig(num_mini_batches=4)
     columns = {

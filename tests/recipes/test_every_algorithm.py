@@ -105,7 +105,7 @@ def test_two_steps(name: str, common: list[str], composed: Callable[..., DictCon
     config = configured(name, common, composed, f"output_dir={tmp_path}")
     outcome = run(config)
     assert outcome is not None and outcome.num_steps == 2
-    assert outcome.largest["actor/log_prob_gap_max"] < 1e-4
+    assert outcome.largest.get("actor/log_prob_gap_max", 0.0) < 1e-4  # only policy gradients log it
     steps = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["split"] == "train"]
     assert all(
         math.isfinite(value) or name == "critic/explained_variance"

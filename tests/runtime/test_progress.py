@@ -18,7 +18,7 @@ import pytest
 
 from hybridflow import progress
 from hybridflow.context import RankContext
-from hybridflow.group import spawn
+from hybridflow.group import spawn, start
 from hybridflow.pool import PoolSpec, RayPool
 from hybridflow.progress import Activity, activities, activity, duration
 from hybridflow.protocols import ONE_TO_ALL
@@ -147,7 +147,7 @@ def test_the_controller_sees_what_a_host_does(ray_cluster: None) -> None:
     with RayPool(PoolSpec(name="slow", num_devices=2, cpus_per_device=1)) as pool:
         worker = spawn(SlowWorker, pool, 1.5, role="thinker")
         assert CALLS.finish() is not None and CALLS.under_way() == ""
-        answers = worker.think()
+        answers = start(worker.think)
         seen = set()
         deadline = time.monotonic() + 10
         while "thinking" not in " ".join(seen) and time.monotonic() < deadline:

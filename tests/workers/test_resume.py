@@ -27,13 +27,17 @@ CONTEXT = RankContext()
 
 @pytest.fixture(scope="module", autouse=True)
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("world") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    """A world of one, or the one that a pool of this process has left."""
+    makes_world = not dist.is_initialized()
+    if makes_world:
+        store = tmp_path_factory.mktemp("world") / "store"
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are tiny
     yield
     torch.set_num_threads(num_threads)
-    dist.destroy_process_group()
+    if makes_world:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
