@@ -134,8 +134,8 @@ def assign_pair_mini_batches(pairs: Batch, config: AlgorithmConfig) -> Batch:
 
 
 def pair_accuracy(pairs: Batch, scores: Tensor) -> dict[str, float]:
-    """Of preference pairs (columns pair, chosen) with a score for every row, [rows]: how many prefer the
-    chosen one (a tie does not), by how much, and the mean of -log sigmoid(difference)."""
+    """The share of preference pairs (columns pair, chosen) whose chosen row has the higher of the scores
+    [rows] (a tie does not count), the mean margin, and the mean of -log sigmoid(margin)."""
     pair, chosen = pairs.tensor("pair"), pairs.tensor("chosen")
     better, worse = (scores[kind][torch.argsort(pair[kind])].double() for kind in (chosen, ~chosen))
     margin = better - worse
@@ -147,7 +147,7 @@ def pair_accuracy(pairs: Batch, scores: Tensor) -> dict[str, float]:
 
 
 def count_tokens(rows: Batch) -> Metrics:
-    """Of rows that nobody generates: their number and their tokens."""
+    """The number of rows that nobody generates, and of their tokens."""
     return Metrics(
         sources=[lambda: {"rows": float(len(rows)), "tokens": float(rows.tensor("num_tokens").sum())}]
     )

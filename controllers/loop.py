@@ -319,7 +319,7 @@ def phase_seconds(records: list[CallRecord]) -> dict[str, float]:
 
 
 def median_seconds(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Of each phase over the steps after the first; of the first where it is the only one."""
+    """Each phase's median over the steps after the first; the first step's where it is the only one."""
     counted = steps[1:] or steps
     return {
         name: median(step[name] for step in counted if name in step)

@@ -1,8 +1,8 @@
 """What can be known of a run before anything starts: names, sizes, and whether the models fit their layouts.
 
 Every problem is a ValueError with field, value and fix. Leaves out what others check: values of single fields
-(the dataclasses), data (controllers/data), whether data, models and functions fit each other (fitting.py),
-columns (hybridflow/tracing.py), the machines (cluster/connect.py).
+(the dataclasses), data (controllers/data), whether data, models and functions fit each other
+(compatibility.py), columns (hybridflow/tracing.py), the machines (cluster/connect.py).
 """
 
 from __future__ import annotations

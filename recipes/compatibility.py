@@ -89,7 +89,7 @@ def check_context_lengths(config: RunConfig, roles: Sequence[Role], longest_prom
 
 
 def check_vocabularies(config: RunConfig, roles: Sequence[Role], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Of every model that reads the policy's tokens."""
+    """Checks the vocabulary of every model that reads the policy's tokens."""
     for role in readers(config, roles):
         check_vocabulary(role.name, role.config.model, config.model, tokenizer)
 

@@ -203,5 +203,5 @@ class SplitActor(Actor):
         self._trainer.save_pretrained(directory)
 
     def peak_memory_bytes(self) -> int:
-        """Of the training rank that held most."""
+        """The most that a training rank held."""
         return max(each(self._trainer.peak_memory_bytes))

@@ -130,7 +130,7 @@ def _find(directory: Path, settings: dict[str, object]) -> Prepared | None:
 
 
 def _digest_of_code() -> str:
-    """Of what decides the result, so that nobody finds what older code made."""
+    """A digest of the code that decides the result, so that nobody finds what older code wrote."""
     source = "".join(inspect.getsource(module) for module in (task_module, model_module, warm_start_module))
     return hashlib.sha256(source.encode()).hexdigest()
 
