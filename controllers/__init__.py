@@ -1,5 +1,5 @@
-"""The algorithms by name: a file each, an entry here. Other packages declare theirs as entry points of the
-group hybridflow.algorithms, scripts and notebooks by register_algorithm()."""
+"""The algorithms by name: a file each, an entry here. Other packages declare theirs as entry
+points of the group hybridflow.algorithms, scripts and notebooks by register_algorithm()."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class AlgorithmEntry:
     streams: tuple[str, ...] = ()
     """What its steps draw besides their prompts (controllers/streams.py): prompts, pretraining."""
     rows: str = "prompts"
-    """What its steps begin with: a name in controllers.data.DATASETS. Rows that are no prompts are held out
-    for its own evaluate()."""
+    """What its steps begin with: a name in controllers.data.DATASETS. Rows that are no prompts
+    are held out for its own evaluate()."""
     objective: str = "reward/mean"
     """The number of validation that the best checkpoint is chosen by."""
     best: Best = Best.max
@@ -46,12 +46,16 @@ class AlgorithmEntry:
         return algorithm
 
     def load_config(self) -> type[AlgorithmConfig]:
-        config: type[AlgorithmConfig] = load_object(f"{self.module}:{self.config}", "AlgorithmEntry.config")
+        config: type[AlgorithmConfig] = load_object(
+            f"{self.module}:{self.config}", "AlgorithmEntry.config"
+        )
         return config
 
 
 ALGORITHMS: dict[str, AlgorithmEntry] = {
-    "ppo": AlgorithmEntry("controllers.ppo", "PPO", "PPOConfig", ("actor", "critic", "reference", "reward")),
+    "ppo": AlgorithmEntry(
+        "controllers.ppo", "PPO", "PPOConfig", ("actor", "critic", "reference", "reward")
+    ),
     "safe_rlhf": AlgorithmEntry(
         "controllers.safe_rlhf",
         "SafeRLHF",
@@ -59,8 +63,12 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         ("actor", "critic", "cost_critic", "reference", "reward", "cost"),
         streams=("pretraining",),
     ),
-    "remax": AlgorithmEntry("controllers.remax", "ReMax", "ReMaxConfig", ("actor", "reference", "reward")),
-    "rloo": AlgorithmEntry("controllers.rloo", "RLOO", "RLOOConfig", ("actor", "reference", "reward")),
+    "remax": AlgorithmEntry(
+        "controllers.remax", "ReMax", "ReMaxConfig", ("actor", "reference", "reward")
+    ),
+    "rloo": AlgorithmEntry(
+        "controllers.rloo", "RLOO", "RLOOConfig", ("actor", "reference", "reward")
+    ),
     "reinforce_plus_plus": AlgorithmEntry(
         "controllers.reinforce_plus_plus",
         "ReinforcePlusPlus",
@@ -73,10 +81,18 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         "ReinforcePlusPlusBaselineConfig",
         ("actor", "reference", "reward"),
     ),
-    "grpo": AlgorithmEntry("controllers.grpo", "GRPO", "GRPOConfig", ("actor", "reference", "reward")),
-    "dr_grpo": AlgorithmEntry("controllers.grpo", "GRPO", "DrGRPOConfig", ("actor", "reference", "reward")),
-    "gspo": AlgorithmEntry("controllers.grpo", "GRPO", "GSPOConfig", ("actor", "reference", "reward")),
-    "cispo": AlgorithmEntry("controllers.grpo", "GRPO", "CISPOConfig", ("actor", "reference", "reward")),
+    "grpo": AlgorithmEntry(
+        "controllers.grpo", "GRPO", "GRPOConfig", ("actor", "reference", "reward")
+    ),
+    "dr_grpo": AlgorithmEntry(
+        "controllers.grpo", "GRPO", "DrGRPOConfig", ("actor", "reference", "reward")
+    ),
+    "gspo": AlgorithmEntry(
+        "controllers.grpo", "GRPO", "GSPOConfig", ("actor", "reference", "reward")
+    ),
+    "cispo": AlgorithmEntry(
+        "controllers.grpo", "GRPO", "CISPOConfig", ("actor", "reference", "reward")
+    ),
     "clip_cov": AlgorithmEntry(
         "controllers.grpo_cov", "CovarianceGRPO", "ClipCovConfig", ("actor", "reference", "reward")
     ),
@@ -94,7 +110,10 @@ ALGORITHMS: dict[str, AlgorithmEntry] = {
         "controllers.distillation", "Distillation", "DistillationConfig", ("actor", "teacher")
     ),
     "rejection_sampling": AlgorithmEntry(
-        "controllers.rejection_sampling", "RejectionSampling", "RejectionSamplingConfig", ("actor", "reward")
+        "controllers.rejection_sampling",
+        "RejectionSampling",
+        "RejectionSamplingConfig",
+        ("actor", "reward"),
     ),
     "online_dpo": AlgorithmEntry(
         "controllers.online_dpo", "OnlineDPO", "OnlineDPOConfig", ("actor", "reference", "judge")
@@ -135,7 +154,12 @@ STAGES: dict[str, AlgorithmEntry] = {
         objective="accuracy",
     ),
     "dpo": AlgorithmEntry(
-        "controllers.dpo", "DPO", "DPOConfig", ("policy", "reference"), rows="pairs", objective="accuracy"
+        "controllers.dpo",
+        "DPO",
+        "DPOConfig",
+        ("policy", "reference"),
+        rows="pairs",
+        objective="accuracy",
     ),
 }
 """What is trained on rows that are there, before reinforcement learning or in place of it."""
@@ -144,7 +168,9 @@ QUESTIONS: dict[str, AlgorithmEntry] = {
     "evaluate": AlgorithmEntry(
         "controllers.evaluation", "Evaluate", "EvaluateConfig", ("generator", "reward")
     ),
-    "generate": AlgorithmEntry("controllers.evaluation", "Generate", "GenerateConfig", ("generator",)),
+    "generate": AlgorithmEntry(
+        "controllers.evaluation", "Generate", "GenerateConfig", ("generator",)
+    ),
 }
 """What asks a model without training it (recipes.evaluate, recipes.generate)."""
 
@@ -162,8 +188,8 @@ REGISTERED: dict[str, AlgorithmEntry] = {}
 
 
 def register_algorithm(name: str, entry: AlgorithmEntry) -> None:
-    """Adds an algorithm from a script or notebook, where no package is installed that declares it. The
-    algorithm runs in this process alone, so no other one has to know it."""
+    """Adds an algorithm from a script or notebook, where no package is installed that declares
+    it. The algorithm runs in this process alone, so no other one has to know it."""
     if name in ENTRIES:
         raise ValueError(f"algorithm {name!r} is built in; register yours under another name")
     REGISTERED[name] = entry
@@ -175,8 +201,8 @@ def algorithm_names() -> list[str]:
     taken = [name for name in declared if name in ENTRIES]
     if taken:
         raise ValueError(
-            f"entry point group {EXTENSIONS.group}: {taken[0]} ({declared[taken[0]]}) is the name of a "
-            "built-in algorithm; rename it in that package"
+            f"entry point group {EXTENSIONS.group}: {taken[0]} ({declared[taken[0]]}) is the name "
+            "of a built-in algorithm; rename it in that package"
         )
     return list(dict.fromkeys([*ENTRIES, *REGISTERED, *declared]))
 
@@ -199,8 +225,8 @@ def algorithm_entry(name: str) -> AlgorithmEntry:
 
 
 def usable_algorithms() -> dict[str, AlgorithmEntry]:
-    """Every algorithm by name. One of another package that can't be imported is left out with a warning: it
-    must not stop the runs that do not use it."""
+    """Every algorithm by name. One of another package that can't be imported is left out with a
+    warning: it must not stop the runs that do not use it."""
     entries = {}
     for name in algorithm_names():
         try:
@@ -214,9 +240,13 @@ def usable_algorithms() -> dict[str, AlgorithmEntry]:
 
 
 def create_algorithm(
-    name: str, roles: Mapping[str, Any], config: AlgorithmConfig, streams: Mapping[str, Stream] | None = None
+    name: str,
+    roles: Mapping[str, Any],
+    config: AlgorithmConfig,
+    streams: Mapping[str, Stream] | None = None,
 ) -> Algorithm:
-    """The algorithm over its roles' handles (or their stand-ins) and its streams; tracing needs none."""
+    """The algorithm over its roles' handles (or their stand-ins) and its streams; tracing needs
+    none."""
     entry = algorithm_entry(name)
     used: dict[str, Any] = {role: roles[role] for role in entry.roles}
     used |= {stream: NoStream() if streams is None else streams[stream] for stream in entry.streams}

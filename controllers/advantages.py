@@ -130,11 +130,15 @@ def pass_at_k(correct: Tensor, uid: Tensor, lengths: Tensor, k: int) -> Tensor:
     deviation = (mean * (1 - mean)).sqrt()
     all_wrong = _subset_fraction(wrong - 1, size - 1, k - 1)
     advantage = (1 - mean)[group] - torch.where(right, 0.0, all_wrong[group])
-    advantage = torch.where(deviation[group] > 1e-9, advantage / deviation[group].clamp(min=1e-9), 0.0)
+    advantage = torch.where(
+        deviation[group] > 1e-9, advantage / deviation[group].clamp(min=1e-9), 0.0
+    )
     return _on_tokens(advantage, torch.zeros((), dtype=torch.float32), lengths)
 
 
-def reinforce_plus_plus(token_rewards: Tensor, lengths: Tensor, gamma: float = 1.0) -> tuple[Tensor, Tensor]:
+def reinforce_plus_plus(
+    token_rewards: Tensor, lengths: Tensor, gamma: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """(advantages, returns): returns-to-go of rewards that hold the KL, whitened over the whole
     batch (Hu et al. 2025).
 

@@ -1,5 +1,5 @@
-"""What the algorithms' pages share: common settings, cutting a batch into mini-batches, and the numbers that
-describe a batch."""
+"""What the algorithms' pages share: common settings, cutting a batch into mini-batches, and the
+numbers that describe a batch."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class AlgorithmConfig:
     samples_per_prompt: int = 1
     """Responses drawn for every prompt."""
     num_mini_batches: int = 1
-    """Optimizer steps per epoch of an update: the batch's rows are dealt over them at random, equal numbers
-    as far as it goes."""
+    """Optimizer steps per epoch of an update: the batch's rows are dealt over them at random,
+    equal numbers as far as it goes."""
     seed: int = 0
-    """Decides the random choices on the controller: which mini-batch a row is dealt to, and the tokens that
-    Clip-Cov and KL-Cov draw."""
+    """Decides the random choices on the controller: which mini-batch a row is dealt to, and the
+    tokens that Clip-Cov and KL-Cov draw."""
 
     losses: ClassVar[tuple[str, ...]] = ()
     """The policy losses (actor.loss.name) that make it this algorithm; empty: any."""
@@ -41,9 +41,13 @@ class AlgorithmConfig:
 
     def __post_init__(self) -> None:
         if self.num_mini_batches < 1:
-            raise ValueError(f"algorithm.num_mini_batches is {self.num_mini_batches}; use at least 1")
+            raise ValueError(
+                f"algorithm.num_mini_batches is {self.num_mini_batches}; use at least 1"
+            )
         if self.samples_per_prompt < self.fewest_samples:
-            why = f": {self.name} compares the samples of a prompt" if self.fewest_samples > 1 else ""
+            why = (
+                f": {self.name} compares the samples of a prompt" if self.fewest_samples > 1 else ""
+            )
             raise ValueError(
                 f"algorithm.samples_per_prompt is {self.samples_per_prompt}; use at least "
                 f"{self.fewest_samples}{why}"
@@ -62,7 +66,8 @@ class Algorithm(Protocol):
     config: Any
 
     def __init__(self, *, config: Any, **roles: Any) -> None:
-        """Every role and stream of its entry by name; roles as handles, fakes, or stand-ins that record."""
+        """Every role and stream of its entry by name; roles as handles, fakes, or stand-ins
+        that record."""
 
     def step(self, prompts: Batch) -> Metrics: ...
 
@@ -94,17 +99,19 @@ def response_lengths(batch: Batch) -> Tensor:
 
 
 class Evaluated(Algorithm, Protocol):
-    """An algorithm that is judged by its own numbers on held-out rows, not by the reward of responses."""
+    """An algorithm that is judged by its own numbers on held-out rows, not by the reward of
+    responses."""
 
     def evaluate(self, rows: Batch) -> Mapping[str, float]: ...
 
 
 def mini_batch_column(uid: Tensor, config: AlgorithmConfig) -> Tensor:
-    """int64 [rows]: the mini-batch of every row, drawn at random from the prompts' ids and algorithm.seed,
-    so that it does not depend on the layout.
+    """int64 [rows]: the mini-batch of every row, drawn at random from the prompts' ids and
+    algorithm.seed, so that it does not depend on the layout.
 
-    Samples of one prompt share its mini-batch, and so the computation of its tokens; with fewer prompts than
-    mini-batches, or with prompts of different numbers of samples, rows are dealt one by one.
+    Samples of one prompt share its mini-batch, and so the computation of its tokens; with fewer
+    prompts than mini-batches, or with prompts of different numbers of samples, rows are dealt one
+    by one.
     """
     if config.num_mini_batches == 1 or not len(uid):
         return torch.zeros(len(uid), dtype=torch.int64)
@@ -134,8 +141,9 @@ def assign_pair_mini_batches(pairs: Batch, config: AlgorithmConfig) -> Batch:
 
 
 def pair_accuracy(pairs: Batch, scores: Tensor) -> dict[str, float]:
-    """The share of preference pairs (columns pair, chosen) whose chosen row has the higher of the scores
-    [rows] (a tie does not count), the mean margin, and the mean of -log sigmoid(margin)."""
+    """The share of preference pairs (columns pair, chosen) whose chosen row has the higher of
+    the scores [rows] (a tie does not count), the mean margin, and the mean of -log
+    sigmoid(margin)."""
     pair, chosen = pairs.tensor("pair"), pairs.tensor("chosen")
     better, worse = (scores[kind][torch.argsort(pair[kind])].double() for kind in (chosen, ~chosen))
     margin = better - worse
@@ -149,13 +157,15 @@ def pair_accuracy(pairs: Batch, scores: Tensor) -> dict[str, float]:
 def count_tokens(rows: Batch) -> Metrics:
     """The number of rows that nobody generates, and of their tokens."""
     return Metrics(
-        sources=[lambda: {"rows": float(len(rows)), "tokens": float(rows.tensor("num_tokens").sum())}]
+        sources=[
+            lambda: {"rows": float(len(rows)), "tokens": float(rows.tensor("num_tokens").sum())}
+        ]
     )
 
 
 def batch_metrics(batch: Batch) -> Metrics:
-    """Rewards, lengths and the KL to the reference of a batch, read when they are logged, and the batch for
-    samples of it (controllers/samples.py)."""
+    """Rewards, lengths and the KL to the reference of a batch, read when they are logged, and
+    the batch for samples of it (controllers/samples.py)."""
     return Metrics(sources=[lambda: _batch_metrics(batch)], rows=batch)
 
 
@@ -173,7 +183,9 @@ def _batch_metrics(batch: Batch) -> Mapping[str, float]:
     }
     if "ref_log_probs" in batch:
         kl = kl_estimate(response.values, batch.ragged("ref_log_probs").values, KLEstimator.k1)
-        metrics["kl/reference"] = float(segment_sum(kl, row_of_token(response.lengths), len(batch)).mean())
+        metrics["kl/reference"] = float(
+            segment_sum(kl, row_of_token(response.lengths), len(batch)).mean()
+        )
     if "rewards" in batch:
         rewards = batch.tensor("rewards")
         metrics |= {
@@ -197,4 +209,7 @@ def _batch_metrics(batch: Batch) -> Mapping[str, float]:
 def means_of_dicts(rows: list[dict[str, float]], prefix: str) -> dict[str, float]:
     """The further numbers of a reward or cost function, each over the rows that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return {f"{prefix}/{name}": float(np.mean([row[name] for row in rows if name in row])) for name in names}
+    return {
+        f"{prefix}/{name}": float(np.mean([row[name] for row in rows if name in row]))
+        for name in names
+    }

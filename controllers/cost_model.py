@@ -1,5 +1,5 @@
-"""Cost model (Dai et al. 2024, Safe-RLHF, eq. 6): Bradley-Terry on harm, and a sign that tells unsafe from
-safe."""
+"""Cost model (Dai et al. 2024, Safe-RLHF, eq. 6): Bradley-Terry on harm, and a sign that tells
+unsafe from safe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class CostModelConfig(AlgorithmConfig):
 
 
 class CostModel(Stateless):
-    """Pairs prefer the safer response; its cost is to be the lower one, and below 0 if it is safe."""
+    """Pairs prefer the safer response; its cost is to be the lower one, and below 0 if it is
+    safe."""
 
     def __init__(self, *, reward_model: PreferenceModel, config: CostModelConfig) -> None:
         self.reward_model, self.config = reward_model, config

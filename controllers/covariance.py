@@ -33,7 +33,9 @@ def select_for_clip_cov(
     return _mark(len(advantages), candidates[order[: _number(fraction, len(advantages))]])
 
 
-def select_for_kl_cov(advantages: Tensor, old_log_probs: Tensor, *, fraction: float = 2e-4) -> Tensor:
+def select_for_kl_cov(
+    advantages: Tensor, old_log_probs: Tensor, *, fraction: float = 2e-4
+) -> Tensor:
     """bool [scored_tokens]: the `fraction` of all tokens (at least one) with the largest
     covariance."""
     covariance = _covariance(advantages, old_log_probs)
@@ -50,7 +52,8 @@ def _covariance(advantages: Tensor, log_probs: Tensor) -> Tensor:
 def _number(fraction: float, num_tokens: int) -> int:
     if not 0 < fraction <= 1:
         raise ValueError(
-            f"covariance fraction is {fraction}; choose 0 < fraction <= 1 (2e-4 in the paper's code)"
+            f"covariance fraction is {fraction}; choose 0 < fraction <= 1 (2e-4 in the paper's "
+            "code)"
         )
     return max(1, int(fraction * num_tokens))
 

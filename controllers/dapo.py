@@ -48,7 +48,10 @@ class DAPOConfig(AlgorithmConfig):
         AlgorithmConfig.__post_init__(self)
         if self.max_rounds < 1:
             raise ValueError(f"algorithm.max_rounds is {self.max_rounds}; use at least 1")
-        if self.overlong_buffer_tokens and not 0 < self.overlong_buffer_tokens <= self.max_response_tokens:
+        if (
+            self.overlong_buffer_tokens
+            and not 0 < self.overlong_buffer_tokens <= self.max_response_tokens
+        ):
             raise ValueError(
                 f"algorithm.overlong_buffer_tokens is {self.overlong_buffer_tokens}; choose 1 to "
                 f"algorithm.max_response_tokens ({self.max_response_tokens}), or 0 for no penalty"
@@ -59,7 +62,9 @@ class DAPO(Stateless):
     """No response that can teach something is thrown away: each round asks for exactly as many
     prompts as are missing."""
 
-    def __init__(self, *, actor: Actor, reward: Reward, prompts: Stream, config: DAPOConfig) -> None:
+    def __init__(
+        self, *, actor: Actor, reward: Reward, prompts: Stream, config: DAPOConfig
+    ) -> None:
         self.actor, self.reward, self.prompts, self.config = actor, reward, prompts, config
 
     def step(self, prompts: Batch) -> Metrics:
@@ -98,12 +103,16 @@ def with_signal(batch: Batch) -> Batch:
     return batch.rows(groups_with_signal(batch.tensor("rewards"), batch.tensor("uid")).numpy())
 
 
-@on_controller(reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch"))
+@on_controller(
+    reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch")
+)
 def compute_advantages(batch: Batch, config: DAPOConfig) -> Batch:
     """GRPO's advantage of the reward minus the penalty of overlong responses."""
     lengths, scores = response_lengths(batch), batch.tensor("rewards")
     if config.overlong_buffer_tokens:
-        penalty = overlong_penalty(lengths, config.max_response_tokens, config.overlong_buffer_tokens)
+        penalty = overlong_penalty(
+            lengths, config.max_response_tokens, config.overlong_buffer_tokens
+        )
         scores = scores + config.overlong_penalty * penalty
     advantages = grpo(scores, batch.tensor("uid"), lengths)
     return Batch.of(

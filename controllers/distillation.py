@@ -6,7 +6,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from controllers.algorithm_base import AlgorithmConfig, Stateless, assign_mini_batches, batch_metrics
+from controllers.algorithm_base import (
+    AlgorithmConfig,
+    Stateless,
+    assign_mini_batches,
+    batch_metrics,
+)
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from workers.roles import Actor, Reference

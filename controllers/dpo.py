@@ -1,5 +1,5 @@
-"""DPO (Rafailov et al. 2023): the policy learns from preference pairs directly; its log-ratio to the
-reference is the reward."""
+"""DPO (Rafailov et al. 2023): the policy learns from preference pairs directly; its log-ratio
+to the reference is the reward."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class DPOConfig(AlgorithmConfig):
 
 
 class DPO(Stateless):
-    """The reference is the model that the policy starts from, unless reference.model.path says otherwise."""
+    """The reference is the model that the policy starts from, unless reference.model.path says
+    otherwise."""
 
     def __init__(self, *, policy: Policy, reference: Reference, config: DPOConfig) -> None:
         self.policy, self.reference, self.config = policy, reference, config
@@ -46,5 +47,7 @@ class DPO(Stateless):
         pairs |= self.policy.compute_log_prob(pairs)
         log_probs = pairs.ragged("log_probs")
         ratio = log_probs.values - pairs.ragged("ref_log_probs").values
-        rewards = self.config.loss.beta * segment_sum(ratio, row_of_token(log_probs.lengths), len(pairs))
+        rewards = self.config.loss.beta * segment_sum(
+            ratio, row_of_token(log_probs.lengths), len(pairs)
+        )
         return pair_accuracy(pairs, rewards)

@@ -68,7 +68,9 @@ class GRPO(Stateless):
     tokens, as in most work since.
     """
 
-    def __init__(self, *, actor: Actor, reference: Reference, reward: Reward, config: GRPOConfig) -> None:
+    def __init__(
+        self, *, actor: Actor, reference: Reference, reward: Reward, config: GRPOConfig
+    ) -> None:
         self.actor, self.reference, self.reward, self.config = actor, reference, reward, config
 
     def step(self, prompts: Batch) -> Metrics:
@@ -79,12 +81,16 @@ class GRPO(Stateless):
         return batch_metrics(batch) | self.actor.update_actor(batch)
 
 
-@on_controller(reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch"))
+@on_controller(
+    reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch")
+)
 def compute_advantages(batch: Batch, config: GRPOConfig) -> Batch:
     """(reward - mean of the group) / standard deviation of the group, on every token of the
     response."""
     lengths = response_lengths(batch)
-    advantages = grpo(batch.tensor("rewards"), batch.tensor("uid"), lengths, scale_by_std=config.scale_by_std)
+    advantages = grpo(
+        batch.tensor("rewards"), batch.tensor("uid"), lengths, scale_by_std=config.scale_by_std
+    )
     return Batch.of(
         advantages=Ragged(advantages, lengths),
         mini_batch=mini_batch_column(batch.tensor("uid"), config),

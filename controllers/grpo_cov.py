@@ -37,7 +37,8 @@ class CovConfig(GRPOConfig, ABC):
         GRPOConfig.__post_init__(self)
         if not 0 < self.fraction <= 1:
             raise ValueError(
-                f"algorithm.fraction is {self.fraction}; choose 0 < fraction <= 1 (2e-4 in the paper's code)"
+                f"algorithm.fraction is {self.fraction}; choose 0 < fraction <= 1 (2e-4 in the "
+                "paper's code)"
             )
 
     @abstractmethod
@@ -57,7 +58,9 @@ class ClipCovConfig(CovConfig):
     def __post_init__(self) -> None:
         CovConfig.__post_init__(self)
         if not self.low < self.high:
-            raise ValueError(f"algorithm.low is {self.low} and algorithm.high {self.high}; choose low < high")
+            raise ValueError(
+                f"algorithm.low is {self.low} and algorithm.high {self.high}; choose low < high"
+            )
 
     def select(self, advantages: Tensor, log_probs: Tensor, seed: int) -> Tensor:
         return select_for_clip_cov(
@@ -80,7 +83,9 @@ class KLCovConfig(CovConfig):
 class CovarianceGRPO(Stateless):
     """GRPO's step and one selection."""
 
-    def __init__(self, *, actor: Actor, reference: Reference, reward: Reward, config: CovConfig) -> None:
+    def __init__(
+        self, *, actor: Actor, reference: Reference, reward: Reward, config: CovConfig
+    ) -> None:
         self.actor, self.reference, self.reward, self.config = actor, reference, reward, config
 
     def step(self, prompts: Batch) -> Metrics:

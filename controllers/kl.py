@@ -83,9 +83,12 @@ class KLCoefficient:
         """update() by the columns rollout_log_probs and ref_log_probs of a batch; nothing without a
         reference."""
         if self.config.target and "ref_log_probs" in batch:
-            log_probs, ref_log_probs = batch.ragged("rollout_log_probs"), batch.ragged("ref_log_probs")
+            log_probs = batch.ragged("rollout_log_probs")
+            ref_log_probs = batch.ragged("ref_log_probs")
             self.update(
-                float(sequence_kl(log_probs.values, ref_log_probs.values, log_probs.lengths).mean()),
+                float(
+                    sequence_kl(log_probs.values, ref_log_probs.values, log_probs.lengths).mean()
+                ),
                 len(batch),
             )
 
@@ -103,7 +106,12 @@ class KLCoefficient:
 
 
 def sequence_kl(
-    log_probs: Tensor, ref_log_probs: Tensor, lengths: Tensor, estimator: KLEstimator = KLEstimator.k1
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    lengths: Tensor,
+    estimator: KLEstimator = KLEstimator.k1,
 ) -> Tensor:
     """[rows]: the KL of each response to the reference, summed over its tokens, in nats."""
-    return segment_sum(kl_estimate(log_probs, ref_log_probs, estimator), row_of_token(lengths), len(lengths))
+    return segment_sum(
+        kl_estimate(log_probs, ref_log_probs, estimator), row_of_token(lengths), len(lengths)
+    )

@@ -28,10 +28,13 @@ class LagrangeConfig:
             )
         if self.learning_rate < 0:
             raise ValueError(
-                f"algorithm.lagrange.learning_rate is {self.learning_rate}; use 0 (lambda stays) or more"
+                f"algorithm.lagrange.learning_rate is {self.learning_rate}; use 0 (lambda stays) "
+                "or more"
             )
         if self.window < 1:
-            raise ValueError(f"algorithm.lagrange.window is {self.window}; choose at least 1 response")
+            raise ValueError(
+                f"algorithm.lagrange.window is {self.window}; choose at least 1 response"
+            )
 
 
 class LagrangeMultiplier:
@@ -75,6 +78,8 @@ class LagrangeMultiplier:
 
     def load_state_dict(self, state: dict[str, float | list[float]]) -> None:
         value, costs = state["value"], state["costs"]
-        assert isinstance(value, float) and isinstance(costs, list), f"lagrange: not a state_dict: {state}"
+        assert isinstance(value, float) and isinstance(costs, list), (
+            f"lagrange: not a state_dict: {state}"
+        )
         self.value = value
         self._costs = deque(costs, maxlen=self._config.window)

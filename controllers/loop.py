@@ -1,7 +1,7 @@
 """The only outer loop: next rows, algorithm.step, log, validate, checkpoint.
 
-Knows no algorithm and no engine. What a run must not lose (position in the data, the algorithm's own numbers,
-weights, optimizer) goes into one atomic checkpoint.
+Knows no algorithm and no engine. What a run must not lose (position in the data, the algorithm's
+own numbers, weights, optimizer) goes into one atomic checkpoint.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from workers.roles import TrainedRole
 
 LOGGER = logging.getLogger(__name__)
 PATIENCE_S = 30.0
-"""Seconds of a validation or a checkpoint after which the log says what it is doing (progress.py)."""
+"""Seconds of a validation or a checkpoint after which the log says what it is doing
+(progress.py)."""
 STEP_PATIENCE_S = 300.0
 INPUTS = PromptDataset.columns
 """The columns that every step's prompts bring."""
@@ -41,11 +42,12 @@ class LoopConfig:
     """How long, how often."""
 
     num_steps: int | None = None
-    """Steps of the whole run; a step trains on data.batch_size rows (prompts x algorithm.samples_per_prompt
-    responses, demonstrations, or pairs). null: as many as num_epochs needs, or 100 where that is null too."""
+    """Steps of the whole run; a step trains on data.batch_size rows (prompts x
+    algorithm.samples_per_prompt responses, demonstrations, or pairs). null: as many as
+    num_epochs needs, or 100 where that is null too."""
     num_epochs: int | None = None
-    """Passes over data.train, in place of num_steps: each row is used so many times, and the last step takes
-    what is left."""
+    """Passes over data.train, in place of num_steps: each row is used so many times, and the
+    last step takes what is left."""
     validate_every: int = 10
     """Steps between validations; 0: only before the first and after the last step."""
     validation_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(greedy=True))
@@ -56,16 +58,16 @@ class LoopConfig:
     """Checkpoints kept, besides the best."""
     keep_best: int = 1
     resume: str = "auto"
-    """auto: from the latest checkpoint in the output directory if there is one; never: start anew; or a
-    checkpoint's directory."""
+    """auto: from the latest checkpoint in the output directory if there is one; never: start
+    anew; or a checkpoint's directory."""
     stop_at_reward: float | None = None
     """End the run once a validation's mean reward reaches this."""
 
     def __post_init__(self) -> None:
         if self.num_steps is not None and self.num_epochs is not None:
             raise ValueError(
-                f"loop.num_steps is {self.num_steps} and loop.num_epochs is {self.num_epochs}; set one of "
-                "them, and the other to null"
+                f"loop.num_steps is {self.num_steps} and loop.num_epochs is {self.num_epochs}; "
+                "set one of them, and the other to null"
             )
         for name, value in (
             ("num_steps", self.num_steps),
@@ -84,7 +86,10 @@ class LoopConfig:
     def length(self, num_rows: int, batch_size: int) -> RunLength:
         """When the run ends on a dataset of `num_rows` rows."""
         return RunLength.of(
-            num_steps=self.num_steps, num_epochs=self.num_epochs, num_rows=num_rows, batch_size=batch_size
+            num_steps=self.num_steps,
+            num_epochs=self.num_epochs,
+            num_rows=num_rows,
+            batch_size=batch_size,
         )
 
 
@@ -103,8 +108,8 @@ class Outcome:
     num_steps: int
     """The last step that was trained."""
     reward_before: float | None
-    """Validation's mean reward before the first step of the whole run, and after the last; null where it has
-    none."""
+    """Validation's mean reward before the first step of the whole run, and after the last; null
+    where it has none."""
     reward_after: float | None
     validation_before: dict[str, float]
     """All of validation's numbers."""
@@ -119,18 +124,18 @@ class Outcome:
     phase_s: dict[str, float]
     """Seconds per phase, summed over steps."""
     median_s: dict[str, float]
-    """Median seconds per phase and of the whole step ("step"), without this process' first step, which also
-    warms up."""
+    """Median seconds per phase and of the whole step ("step"), without this process' first
+    step, which also warms up."""
 
 
 class Loop:
-    """Loop(algorithm, trained={"actor": actor, "critic": critic}, data=RowLoader(dataset, config.data),
-    validate=None, ...).run()
+    """Loop(algorithm, trained={"actor": actor, "critic": critic}, data=RowLoader(dataset,
+    config.data), validate=None, ...).run()
 
-    run() goes on from where the loop stands: call resume() before it to begin at a checkpoint. trained: the
-    roles that a checkpoint holds; the first is the one that the run is for, also saved as a Hugging Face
-    directory. further: by name, whatever else has a position that a checkpoint must hold.
-    samples: reads what the model says; None shows nothing of it.
+    run() goes on from where the loop stands: call resume() before it to begin at a checkpoint.
+    trained: the roles that a checkpoint holds; the first is the one that the run is for, also saved
+    as a Hugging Face directory. further: by name, whatever else has a position that a checkpoint
+    must hold. samples: reads what the model says; None shows nothing of it.
     """
 
     def __init__(
@@ -146,7 +151,10 @@ class Loop:
         further: Mapping[str, Stateful] | None = None,
         samples: SampleReader | None = None,
     ) -> None:
-        self.algorithm, self.trained, self.data, self.validation = algorithm, trained, data, validate
+        self.algorithm = algorithm
+        self.trained = trained
+        self.data = data
+        self.validation = validate
         self.tracker, self.store, self.config = tracker, store, config
         self.length = config.length(len(data.dataset), data.config.batch_size)
         self.further = dict(further or {})
@@ -186,13 +194,16 @@ class Loop:
         )
 
     def train_one_step(self, prompts: Batch | None = None) -> dict[str, float]:
-        """One step on the next rows, or on these; returns what was logged of it once its calls have ended."""
+        """One step on the next rows, or on these; returns what was logged of it once its calls
+        have ended."""
         CALLS.finish()  # what ran before is not part of this step's seconds
         started = time.perf_counter()
         if prompts is None:
             rows = self.length.next_rows(self.data.position)
             if rows < 1:
-                raise ValueError(f"loop.num_epochs={self.config.num_epochs}: every row was used; raise it")
+                raise ValueError(
+                    f"loop.num_epochs={self.config.num_epochs}: every row was used; raise it"
+                )
             prompts = self.data.take(rows).repeat(self.algorithm.config.samples_per_prompt)
         with activity(f"step {self.step + 1}", detail=CALLS.under_way, patience_s=STEP_PATIENCE_S):
             metrics = self.algorithm.step(prompts)
@@ -214,7 +225,9 @@ class Loop:
             numbers = dict(metrics)
             CALLS.finish()
         self.tracker.log(
-            self.step, numbers | {"seconds/validation": time.perf_counter() - started}, split="validation"
+            self.step,
+            numbers | {"seconds/validation": time.perf_counter() - started},
+            split="validation",
         )
         if self.samples is not None:
             self.tracker.show(self.step, self.samples.validation(metrics), split="validation")
@@ -245,8 +258,8 @@ class Loop:
         CALLS.finish()
 
     def save_pretrained(self, directory: Path) -> None:
-        """The model that the run is for, as a Hugging Face directory; returns when every rank has written its
-        part."""
+        """The model that the run is for, as a Hugging Face directory; returns when every rank
+        has written its part."""
         self._main_role.save_pretrained(str(directory))
 
     @property
@@ -259,7 +272,11 @@ class Loop:
             return
         latest = self.store.latest()
         directory = (
-            Path(self.config.resume) if self.config.resume != "auto" else latest.path if latest else None
+            Path(self.config.resume)
+            if self.config.resume != "auto"
+            else latest.path
+            if latest
+            else None
         )
         if directory is None:
             return
@@ -273,11 +290,9 @@ class Loop:
         for name, stateful in self.further.items():
             stateful.load_state_dict(state["further"][name])
         self.algorithm.load_state_dict(state["algorithm"])
-        self.step, self.before, self.after = (
-            state["step"],
-            state["validation_before"],
-            state["validation_after"],
-        )
+        self.step = state["step"]
+        self.before = state["validation_before"]
+        self.after = state["validation_after"]
         LOGGER.info("resumed from %s, step %d", directory, self.step)
 
     def _record(
@@ -319,7 +334,8 @@ def phase_seconds(records: list[CallRecord]) -> dict[str, float]:
 
 
 def median_seconds(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Each phase's median over the steps after the first; the first step's where it is the only one."""
+    """Each phase's median over the steps after the first; the first step's where it is the only
+    one."""
     counted = steps[1:] or steps
     return {
         name: median(step[name] for step in counted if name in step)

@@ -10,7 +10,12 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from controllers.algorithm_base import AlgorithmConfig, Stateless, assign_pair_mini_batches, batch_metrics
+from controllers.algorithm_base import (
+    AlgorithmConfig,
+    Stateless,
+    assign_pair_mini_batches,
+    batch_metrics,
+)
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from hybridflow.tracing import on_controller
@@ -36,7 +41,9 @@ class OnlineDPO(Stateless):
     """The judge scores answers one by one (Guo et al. show it two at once), so that n answers
     cost n judgements."""
 
-    def __init__(self, *, actor: Actor, reference: Reference, judge: Reward, config: OnlineDPOConfig) -> None:
+    def __init__(
+        self, *, actor: Actor, reference: Reference, judge: Reward, config: OnlineDPOConfig
+    ) -> None:
         self.actor, self.reference, self.judge, self.config = actor, reference, judge, config
 
     def step(self, prompts: Batch) -> Metrics:
@@ -45,7 +52,11 @@ class OnlineDPO(Stateless):
         pairs = best_and_worst(batch)
         pairs |= self.reference.compute_ref_log_prob(pairs)
         pairs |= assign_pair_mini_batches(pairs, self.config)
-        return batch_metrics(batch) | count_pairs(pairs) | self.actor.update_dpo(pairs, self.config.loss)
+        return (
+            batch_metrics(batch)
+            | count_pairs(pairs)
+            | self.actor.update_dpo(pairs, self.config.loss)
+        )
 
 
 @on_controller(reads=("uid", "rewards"), writes=("pair", "chosen"), chooses_rows=True)

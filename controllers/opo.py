@@ -32,7 +32,9 @@ class OPOConfig(AlgorithmConfig):
 
 
 class OPO(Stateless):
-    def __init__(self, *, actor: Actor, reference: Reference, reward: Reward, config: OPOConfig) -> None:
+    def __init__(
+        self, *, actor: Actor, reference: Reference, reward: Reward, config: OPOConfig
+    ) -> None:
         self.actor, self.reference, self.reward, self.config = actor, reference, reward, config
 
     def step(self, prompts: Batch) -> Metrics:
@@ -43,7 +45,9 @@ class OPO(Stateless):
         return batch_metrics(batch) | self.actor.update_actor(batch)
 
 
-@on_controller(reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch"))
+@on_controller(
+    reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch")
+)
 def compute_advantages(batch: Batch, config: OPOConfig) -> Batch:
     """Reward minus the length-weighted mean of the group, on every token."""
     lengths = response_lengths(batch)

@@ -41,7 +41,9 @@ class PassAtKConfig(AlgorithmConfig):
 
 
 class PassAtK(Stateless):
-    def __init__(self, *, actor: Actor, reference: Reference, reward: Reward, config: PassAtKConfig) -> None:
+    def __init__(
+        self, *, actor: Actor, reference: Reference, reward: Reward, config: PassAtKConfig
+    ) -> None:
         self.actor, self.reference, self.reward, self.config = actor, reference, reward, config
 
     def step(self, prompts: Batch) -> Metrics:
@@ -52,7 +54,9 @@ class PassAtK(Stateless):
         return batch_metrics(batch) | self.actor.update_actor(batch)
 
 
-@on_controller(reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch"))
+@on_controller(
+    reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch")
+)
 def compute_advantages(batch: Batch, config: PassAtKConfig) -> Batch:
     """The mean advantage of a sample over all sets of k samples that it is in, on every token."""
     lengths = response_lengths(batch)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from controllers.advantages import gae, whiten
-from controllers.algorithm_base import AlgorithmConfig, batch_metrics, check_fractions, mini_batch_column
+from controllers.algorithm_base import (
+    AlgorithmConfig,
+    batch_metrics,
+    check_fractions,
+    mini_batch_column,
+)
 from controllers.kl import KLCoefficient, KLControlConfig
 from controllers.rewards import rewards_with_kl
 from hybridflow.batch import Batch
@@ -39,7 +44,13 @@ class PPO:
     """One step is the paper's seven calls."""
 
     def __init__(
-        self, *, actor: Actor, critic: Critic, reference: Reference, reward: Reward, config: PPOConfig
+        self,
+        *,
+        actor: Actor,
+        critic: Critic,
+        reference: Reference,
+        reward: Reward,
+        config: PPOConfig,
     ) -> None:
         self.actor, self.critic, self.reference = actor, critic, reference
         self.reward, self.config = reward, config
@@ -70,7 +81,9 @@ class PPO:
 def compute_advantages(batch: Batch, config: PPOConfig, kl: KLCoefficient) -> Batch:
     """GAE over the reward at the last token minus the KL at every token."""
     rewards, lengths = rewards_with_kl(batch, kl.value, config.kl.estimator)
-    advantages, returns = gae(rewards, batch.ragged("values").values, lengths, config.gamma, config.lam)
+    advantages, returns = gae(
+        rewards, batch.ragged("values").values, lengths, config.gamma, config.lam
+    )
     if config.whiten_advantages:
         advantages = whiten(advantages)
     kl.follow(batch)

@@ -21,7 +21,14 @@ TOKEN_COLUMNS = ("advantages", "rollout_log_probs", "ref_log_probs")
 
 
 @on_controller(
-    reads=("prompt_ids", "response_ids", "num_tokens", "advantages", "mini_batch", "weight_version"),
+    reads=(
+        "prompt_ids",
+        "response_ids",
+        "num_tokens",
+        "advantages",
+        "mini_batch",
+        "weight_version",
+    ),
     optional=("rollout_log_probs", "ref_log_probs"),
     writes=("pretrain",),
     chooses_rows=True,
@@ -30,7 +37,11 @@ def with_pretraining(batch: Batch, stream: Stream) -> Batch:
     """The columns of the batch that an update reads, and the stream's next rows, spread evenly
     over the mini-batches."""
     texts = stream.take()
-    columns = [name for name in ("prompt_ids", "response_ids", *ROW_COLUMNS, *TOKEN_COLUMNS) if name in batch]
+    columns = [
+        name
+        for name in ("prompt_ids", "response_ids", *ROW_COLUMNS, *TOKEN_COLUMNS)
+        if name in batch
+    ]
     rows = batch.select(*columns) | Batch.of(pretrain=torch.zeros(len(batch), dtype=torch.bool))
     if not texts:
         return rows

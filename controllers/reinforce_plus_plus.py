@@ -6,7 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from controllers.advantages import reinforce_plus_plus
-from controllers.algorithm_base import AlgorithmConfig, batch_metrics, check_fractions, mini_batch_column
+from controllers.algorithm_base import (
+    AlgorithmConfig,
+    batch_metrics,
+    check_fractions,
+    mini_batch_column,
+)
 from controllers.kl import KLCoefficient, KLControlConfig
 from controllers.rewards import rewards_with_kl
 from hybridflow.batch import Batch

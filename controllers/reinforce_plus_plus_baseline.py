@@ -33,7 +33,12 @@ class ReinforcePlusPlusBaselineConfig(AlgorithmConfig):
 
 class ReinforcePlusPlusBaseline(Stateless):
     def __init__(
-        self, *, actor: Actor, reference: Reference, reward: Reward, config: ReinforcePlusPlusBaselineConfig
+        self,
+        *,
+        actor: Actor,
+        reference: Reference,
+        reward: Reward,
+        config: ReinforcePlusPlusBaselineConfig,
     ) -> None:
         self.actor, self.reference, self.reward, self.config = actor, reference, reward, config
 
@@ -45,7 +50,9 @@ class ReinforcePlusPlusBaseline(Stateless):
         return batch_metrics(batch) | self.actor.update_actor(batch)
 
 
-@on_controller(reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch"))
+@on_controller(
+    reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch")
+)
 def compute_advantages(batch: Batch, config: ReinforcePlusPlusBaselineConfig) -> Batch:
     """Reward minus the mean of the group on every token, whitened over all tokens of the batch."""
     lengths = response_lengths(batch)

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from controllers.algorithm_base import AlgorithmConfig, Stateless, assign_mini_batches, batch_metrics
+from controllers.algorithm_base import (
+    AlgorithmConfig,
+    Stateless,
+    assign_mini_batches,
+    batch_metrics,
+)
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from hybridflow.tracing import on_controller

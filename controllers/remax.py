@@ -30,7 +30,9 @@ class ReMaxConfig(AlgorithmConfig):
 class ReMax:
     """PPO's step without a critic, with a second, greedy generation and its reward."""
 
-    def __init__(self, *, actor: Actor, reference: Reference, reward: Reward, config: ReMaxConfig) -> None:
+    def __init__(
+        self, *, actor: Actor, reference: Reference, reward: Reward, config: ReMaxConfig
+    ) -> None:
         self.actor, self.reference, self.reward, self.config = actor, reference, reward, config
         self.kl = KLCoefficient(config.kl)
 
@@ -39,7 +41,9 @@ class ReMax:
         greedy = prompts | self.actor.generate_sequences(prompts, do_sample=False)
         batch |= self.reference.compute_ref_log_prob(batch)
         batch |= self.reward.compute_reward(batch)
-        batch |= self.reward.compute_reward(greedy).select("rewards").rename(rewards="baseline_rewards")
+        batch |= (
+            self.reward.compute_reward(greedy).select("rewards").rename(rewards="baseline_rewards")
+        )
         batch |= compute_advantages(batch, self.config, self.kl)
         return batch_metrics(batch) | self.kl.metrics() | self.actor.update_actor(batch)
 

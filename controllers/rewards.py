@@ -54,7 +54,12 @@ def rewards_with_kl(
         return token_rewards(batch.tensor(scores), log_probs.lengths), log_probs.lengths
     ref_log_probs = batch.ragged("ref_log_probs").values
     rewards = token_rewards(
-        batch.tensor(scores), log_probs.lengths, log_probs.values, ref_log_probs, coefficient, estimator
+        batch.tensor(scores),
+        log_probs.lengths,
+        log_probs.values,
+        ref_log_probs,
+        coefficient,
+        estimator,
     )
     return rewards, log_probs.lengths
 
@@ -82,6 +87,10 @@ def groups_with_signal(scores: Tensor, uid: Tensor, tolerance: float = 1e-6) -> 
     """
     _, group, size = torch.unique(uid, return_inverse=True, return_counts=True)
     num_groups = len(size)
-    lowest = scores.new_zeros(num_groups).scatter_reduce(0, group, scores, "amin", include_self=False)
-    highest = scores.new_zeros(num_groups).scatter_reduce(0, group, scores, "amax", include_self=False)
+    lowest = scores.new_zeros(num_groups).scatter_reduce(
+        0, group, scores, "amin", include_self=False
+    )
+    highest = scores.new_zeros(num_groups).scatter_reduce(
+        0, group, scores, "amax", include_self=False
+    )
     return (highest - lowest > tolerance)[group]

@@ -34,7 +34,9 @@ class RLOOConfig(AlgorithmConfig):
 class RLOO:
     """A whole response is one action (actor.loss.aggregation=seq_mean_token_sum)."""
 
-    def __init__(self, *, actor: Actor, reference: Reference, reward: Reward, config: RLOOConfig) -> None:
+    def __init__(
+        self, *, actor: Actor, reference: Reference, reward: Reward, config: RLOOConfig
+    ) -> None:
         self.actor, self.reference, self.reward, self.config = actor, reference, reward, config
         self.kl = KLCoefficient(config.kl)
 

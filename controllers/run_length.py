@@ -10,22 +10,26 @@ DEFAULT_NUM_STEPS = 100
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunLength:
-    """RunLength.of(num_steps=None, num_epochs=3, num_rows=1000, batch_size=128) is 24 steps, the last one
-    with 56 rows, after which every row was used three times."""
+    """RunLength.of(num_steps=None, num_epochs=3, num_rows=1000, batch_size=128) is 24 steps,
+    the last one with 56 rows, after which every row was used three times."""
 
     num_steps: int
     batch_size: int
     row_limit: int | None = None
-    """Rows of the stream after which the run ends, whatever number of steps took them; null where num_steps
-    decides. A step that draws further prompts (DAPO) uses them up faster."""
+    """Rows of the stream after which the run ends, whatever number of steps took them; null
+    where num_steps decides. A step that draws further prompts (DAPO) uses them up faster."""
 
     @staticmethod
-    def of(*, num_steps: int | None, num_epochs: int | None, num_rows: int, batch_size: int) -> RunLength:
+    def of(
+        *, num_steps: int | None, num_epochs: int | None, num_rows: int, batch_size: int
+    ) -> RunLength:
         """From loop.num_steps and loop.num_epochs, of which one at most is set."""
         if num_epochs is None:
             return RunLength(num_steps=num_steps or DEFAULT_NUM_STEPS, batch_size=batch_size)
         row_limit = num_epochs * num_rows
-        return RunLength(num_steps=-(-row_limit // batch_size), batch_size=batch_size, row_limit=row_limit)
+        return RunLength(
+            num_steps=-(-row_limit // batch_size), batch_size=batch_size, row_limit=row_limit
+        )
 
     def reached(self, step: int, position: int) -> bool:
         """Whether a run ends that has taken `step` steps and `position` rows."""

@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controllers.advantages import gae, safe_rlhf, whiten
-from controllers.algorithm_base import AlgorithmConfig, batch_metrics, check_fractions, mini_batch_column
+from controllers.algorithm_base import (
+    AlgorithmConfig,
+    batch_metrics,
+    check_fractions,
+    mini_batch_column,
+)
 from controllers.kl import KLCoefficient, KLControlConfig
 from controllers.lagrange import LagrangeConfig, LagrangeMultiplier
 from controllers.pretraining import with_pretraining
@@ -60,7 +65,10 @@ class SafeRLHF:
         pretraining: Stream,
         config: SafeRLHFConfig,
     ) -> None:
-        self.actor, self.critic, self.cost_critic, self.reference = actor, critic, cost_critic, reference
+        self.actor = actor
+        self.critic = critic
+        self.cost_critic = cost_critic
+        self.reference = reference
         self.reward, self.cost, self.pretraining, self.config = reward, cost, pretraining, config
         self.kl = KLCoefficient(config.kl)
         self.multiplier = LagrangeMultiplier(config.lagrange)
@@ -74,8 +82,12 @@ class SafeRLHF:
         batch |= self.cost.compute_cost(batch)
         batch |= compute_advantages(batch, self.config, self.kl, self.multiplier)
         critic_metrics = self.critic.update_critic(batch)
-        cost_batch = batch.drop("values", "returns").rename(cost_values="values", cost_returns="returns")
-        critic_metrics |= self.cost_critic.update_critic(cost_batch).renamed("critic/", "cost_critic/")
+        cost_batch = batch.drop("values", "returns").rename(
+            cost_values="values", cost_returns="returns"
+        )
+        critic_metrics |= self.cost_critic.update_critic(cost_batch).renamed(
+            "critic/", "cost_critic/"
+        )
         actor_metrics = self.actor.update_actor(with_pretraining(batch, self.pretraining))
         metrics = batch_metrics(batch) | self.kl.metrics() | self.multiplier.metrics()
         return metrics | critic_metrics | actor_metrics
@@ -105,7 +117,9 @@ def compute_advantages(
     half = kl.value / 2
     rewards, lengths = rewards_with_kl(batch, half, config.kl.estimator)
     costs, _ = rewards_with_kl(batch, -half, config.kl.estimator, scores="costs")
-    advantages, returns = gae(rewards, batch.ragged("values").values, lengths, config.gamma, config.lam)
+    advantages, returns = gae(
+        rewards, batch.ragged("values").values, lengths, config.gamma, config.lam
+    )
     cost_advantages, cost_returns = gae(
         costs, batch.ragged("cost_values").values, lengths, config.gamma, config.lam
     )

@@ -1,4 +1,5 @@
-"""Samples of what the model says: a few rows of a validation or a training step as text, for the tracker."""
+"""Samples of what the model says: a few rows of a validation or a training step as text, for
+the tracker."""
 
 from __future__ import annotations
 
@@ -24,12 +25,14 @@ TEXTS = ("prompt_ids", "response_ids", "finish_reason", "weight_version")
 class SampleReader:
     """read = SampleReader(config.metrics.samples, tokenizer, seed=0); read.validation(metrics)
 
-    Reads the rows behind an algorithm's or a validation's numbers (Metrics.rows), and of them only what is
-    shown: the first response to each of a few prompts, the same ones for the same seed and number of prompts.
-    Numbers that describe no generated responses (sft, dpo, ...) have no samples.
+    Reads the rows behind an algorithm's or a validation's numbers (Metrics.rows), and of them only
+    what is shown: the first response to each of a few prompts, the same ones for the same seed and
+    number of prompts. Numbers that describe no generated responses (sft, dpo, ...) have no samples.
     """
 
-    def __init__(self, config: SamplesConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> None:
+    def __init__(
+        self, config: SamplesConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
+    ) -> None:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
 
     def validation(self, metrics: Metrics) -> list[Sample]:
@@ -55,8 +58,8 @@ class SampleReader:
 def samples_of(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     """Every row of the batch as text, with all its scores.
 
-    The prompt is shown with its special tokens, as the model sees it; the response without them, as a reward
-    function sees it.
+    The prompt is shown with its special tokens, as the model sees it; the response without them, as
+    a reward function sees it.
     """
     numbers = {name: column for name, column in NUMBERS.items() if column in batch}
     further = {name: column for name, column in FURTHER_NUMBERS.items() if column in batch}

@@ -1,5 +1,5 @@
-"""Supervised fine-tuning: cross-entropy of the demonstrations' responses (of the assistant's turns in a
-conversation)."""
+"""Supervised fine-tuning: cross-entropy of the demonstrations' responses (of the assistant's
+turns in a conversation)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SFTConfig(AlgorithmConfig):
 
 
 class SFT(Stateless):
-    """The mean is over all learned tokens of a mini-batch, so that a token of a short answer weighs what one
-    of a long answer does."""
+    """The mean is over all learned tokens of a mini-batch, so that a token of a short answer
+    weighs what one of a long answer does."""
 
     def __init__(self, *, policy: Policy, config: SFTConfig) -> None:
         self.policy, self.config = policy, config

@@ -1,8 +1,8 @@
-"""Streams: what a step may draw besides the prompts that it is given. An entry of ALGORITHMS names the ones
-that its page asks for.
+"""Streams: what a step may draw besides the prompts that it is given. An entry of ALGORITHMS names
+the ones that its page asks for.
 
-Positions are part of the loop's checkpoint, so that a resumed run draws what the undisturbed one would have
-drawn.
+Positions are part of the loop's checkpoint, so that a resumed run draws what the undisturbed one
+would have drawn.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ class Stream(Protocol):
 
 
 class PromptStream:
-    """The prompts of the run: a step's are next(prompts), and a step that needs further ones (DAPO) goes on
-    where that ended."""
+    """The prompts of the run: a step's are next(prompts), and a step that needs further ones
+    (DAPO) goes on where that ended."""
 
     def __init__(self, loader: RowLoader, samples_per_prompt: int) -> None:
         self.loader, self.samples_per_prompt = loader, samples_per_prompt
 
     def take(self, num_rows: int = 0) -> Batch:
         """The next num_rows prompts, each samples_per_prompt times."""
-        return self.loader.take(num_rows or self.loader.config.batch_size).repeat(self.samples_per_prompt)
+        return self.loader.take(num_rows or self.loader.config.batch_size).repeat(
+            self.samples_per_prompt
+        )
 
     def __iter__(self) -> PromptStream:
         return self
@@ -41,16 +43,21 @@ class PromptStream:
 
 
 class TextStream:
-    """Text of the pretraining distribution: rows whose prompt is their first token and whose response is the
-    rest."""
+    """Text of the pretraining distribution: rows whose prompt is their first token and whose
+    response is the rest."""
 
     def __init__(self, loader: RowLoader) -> None:
         self.loader = loader
 
     def take(self, num_rows: int = 0) -> Batch:
-        rows = self.loader.take(num_rows or self.loader.config.batch_size).ragged("prompt_ids").unbind()
+        rows = (
+            self.loader.take(num_rows or self.loader.config.batch_size)
+            .ragged("prompt_ids")
+            .unbind()
+        )
         return Batch.of(
-            prompt_ids=Ragged.of([row[:1] for row in rows]), response_ids=Ragged.of([row[1:] for row in rows])
+            prompt_ids=Ragged.of([row[:1] for row in rows]),
+            response_ids=Ragged.of([row[1:] for row in rows]),
         )
 
 
@@ -66,6 +73,6 @@ class NoStream:
 
     def take(self, num_rows: int = 0) -> Batch:
         raise ValueError(
-            "the step draws from a stream while it is traced; put what depends on numbers into a function "
-            "marked @on_controller"
+            "the step draws from a stream while it is traced; put what depends on numbers into a "
+            "function marked @on_controller"
         )

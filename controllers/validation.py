@@ -1,5 +1,5 @@
-"""Validation: what a run is judged by between its steps. Each is called without arguments and returns named
-numbers, with the rows that they describe where those are responses."""
+"""Validation: what a run is judged by between its steps. Each is called without arguments and
+returns named numbers, with the rows that they describe where those are responses."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Validate = Callable[[], Metrics]
 
 
 class ResponseReward:
-    """validate = ResponseReward(actor, reward, prompts, sampling, max_response_tokens); validate()   #
-    {"reward/mean": 0.4}
+    """validate = ResponseReward(actor, reward, prompts, sampling, max_response_tokens); validate()
+    # {"reward/mean": 0.4}
 
-    The mean reward of one response for every held-out prompt; with `gold`, a reward that nothing is trained
-    on, also what that one says of the same responses (gold/mean and its further numbers).
+    The mean reward of one response for every held-out prompt; with `gold`, a reward that nothing is
+    trained on, also what that one says of the same responses (gold/mean and its further numbers).
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""HybridFlow: RLHF on Ray. Everything that a program of one's own needs comes from here (docs/python.md).
+"""HybridFlow: RLHF on Ray. Everything that a program of one's own needs comes from here
+(docs/python.md).
 
     from hybridflow import open_session
 
@@ -7,9 +8,9 @@
             print(session.step())
         session.save("out")
 
-Names are imported when they are first used: `import hybridflow` loads neither torch nor Ray. This module is
-the one exception to the rule that imports only point down: it is the front door of all five packages, and
-nothing inside them imports from it.
+Names are imported when they are first used: `import hybridflow` loads neither torch nor Ray. This
+module is the one exception to the rule that imports only point down: it is the front door of all
+five packages, and nothing inside them imports from it.
 """
 
 from __future__ import annotations
@@ -64,7 +65,16 @@ if TYPE_CHECKING:
     from workers.reference import ReferenceWorker
     from workers.reward import FunctionRewardWorker, ModelRewardWorker
     from workers.role_config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig
-    from workers.roles import Actor, Cost, Critic, Generator, Policy, PreferenceModel, Reference, Reward
+    from workers.roles import (
+        Actor,
+        Cost,
+        Critic,
+        Generator,
+        Policy,
+        PreferenceModel,
+        Reference,
+        Reward,
+    )
 
 __all__ = [
     "ALL_TO_ALL",

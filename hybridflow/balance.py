@@ -1,7 +1,8 @@
-"""Karmarkar-Karp: cuts rows into parts of nearly equal total length, so that no rank waits for another.
+"""Karmarkar-Karp: cuts rows into parts of nearly equal total length, so that no rank waits for
+another.
 
-This is the largest differencing method for any number of parts (Karmarkar and Karp 1982, "The differencing
-method of set partitioning"). Parts may have different numbers of rows.
+This is the largest differencing method for any number of parts (Karmarkar and Karp 1982, "The
+differencing method of set partitioning"). Parts may have different numbers of rows.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 Part = tuple[int, int, int]
-"""Sum of lengths, first row, last row; the rows between form a linked list. No rows: (0, -1, -1)."""
+"""Sum of lengths, first row, last row; the rows between form a linked list. No rows: (0, -1,
+-1)."""
 EMPTY: Part = (0, -1, -1)
 
 
 def balance(lengths: np.ndarray, num_parts: int) -> list[np.ndarray]:
-    """Row indices (int64, ascending) of each of `num_parts` parts; every row is in exactly one part, and a
-    part may be empty.
+    """Row indices (int64, ascending) of each of `num_parts` parts; every row is in exactly one
+    part, and a part may be empty.
 
     lengths: non-negative integers [rows]. The same lengths give the same parts, heaviest first.
 
@@ -32,8 +34,8 @@ def balance(lengths: np.ndarray, num_parts: int) -> list[np.ndarray]:
         len(lengths) and (not np.issubdtype(lengths.dtype, np.integer) or lengths.min() < 0)
     ):
         raise ValueError(
-            f"lengths is an array {lengths.shape} of {lengths.dtype}; use one dimension of non-negative "
-            "integers"
+            f"lengths is an array {lengths.shape} of {lengths.dtype}; use one dimension of "
+            "non-negative integers"
         )
     if not len(lengths):
         return [np.zeros(0, dtype=np.int64) for _ in range(num_parts)]
@@ -53,10 +55,12 @@ class _Partial:
 
 
 def _difference(lengths: list[int], num_parts: int, following: list[int]) -> list[Part]:
-    """Merges the two partial partitions of largest spread until a single one is left; ties are broken by age,
-    so that the result is deterministic."""
+    """Merges the two partial partitions of largest spread until a single one is left; ties are
+    broken by age, so that the result is deterministic."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    heap = [(-lengths[row], age, _Partial([(lengths[row], row, row)])) for age, row in enumerate(order)]
+    heap = [
+        (-lengths[row], age, _Partial([(lengths[row], row, row)])) for age, row in enumerate(order)
+    ]
     if num_parts == 1:
         heap = [(0, age, partial) for _, age, partial in heap]
     heapq.heapify(heap)
@@ -71,14 +75,17 @@ def _difference(lengths: list[int], num_parts: int, following: list[int]) -> lis
 def _merge(left: _Partial, right: _Partial, num_parts: int, following: list[int]) -> _Partial:
     """Joins the heaviest parts of `left` with the lightest of `right`."""
     if len(left.parts) + len(right.parts) <= num_parts:
-        # Parts meet empty ones only. Rows come longest first, so most of the time they go to the end.
+        # Parts meet empty ones only. Rows come longest first, so most of the time they go to the
+        # end.
         if left.parts[-1][0] >= right.parts[0][0]:
             left.parts.extend(right.parts)
             return left
         return _Partial(sorted(left.parts + right.parts, key=_weight, reverse=True))
     pairs = zip(_full(left.parts, num_parts), reversed(_full(right.parts, num_parts)), strict=True)
     return _Partial(
-        sorted((_chain(heavy, light, following) for heavy, light in pairs), key=_weight, reverse=True)
+        sorted(
+            (_chain(heavy, light, following) for heavy, light in pairs), key=_weight, reverse=True
+        )
     )
 
 

@@ -1,8 +1,8 @@
 """Batch: named columns over rows, as references; the data stays where it was made.
 
-select, |, split, concat, reorder, repeat and rows touch metadata only. Reading a column fetches that column,
-and only its rows. The same class stands on both sides of a call: a worker gets the rows and columns that its
-method reads, already local.
+select, |, split, concat, reorder, repeat and rows touch metadata only. Reading a column fetches
+that column, and only its rows. The same class stands on both sides of a call: a worker gets the
+rows and columns that its method reads, already local.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from hybridflow import store
 from hybridflow.columns import Block, Column, Ragged, Value, declare, declared
 from hybridflow.store import Held, Ref
 
-SAMPLE = declare("sample", "batch", "int64", "number of the sample among the repetitions of its row, from 0")
+SAMPLE = declare(
+    "sample", "batch", "int64", "number of the sample among the repetitions of its row, from 0"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,8 +57,8 @@ class Batch(Mapping[str, Value]):
 
     @classmethod
     def of(cls, **columns: Any) -> Batch:
-        """A batch of values in this process: tensors or arrays (dense), Ragged, lists of Python values
-        (object)."""
+        """A batch of values in this process: tensors or arrays (dense), Ragged, lists of Python
+        values (object)."""
         blocks = {name: Block.of(name, value) for name, value in columns.items()}
         counts = {name: block.num_rows for name, block in blocks.items()}
         if len(set(counts.values())) > 1:
@@ -67,10 +69,14 @@ class Batch(Mapping[str, Value]):
     @classmethod
     def of_refs(cls, refs: Mapping[str, Ref], num_rows: int, node: str | None = None) -> Batch:
         """A batch of one block of `num_rows` rows for each column, made on `node`."""
-        everything = np.arange(num_rows)  # one object, which rows() then reorders once for all columns
+        everything = np.arange(
+            num_rows
+        )  # one object, which rows() then reorders once for all columns
         entries = {}
         for name, ref in refs.items():
-            entries[name] = ColumnEntry(declared(name), (RowRange(ref, num_rows, node),), everything)
+            entries[name] = ColumnEntry(
+                declared(name), (RowRange(ref, num_rows, node),), everything
+            )
         return cls(entries, num_rows)
 
     @property
@@ -145,14 +151,15 @@ class Batch(Mapping[str, Value]):
         return Batch.of_refs({name: Held(block) for name, block in blocks}, self._num_rows)
 
     def stored(self) -> Batch:
-        """The same batch with nothing in this process: blocks that were made here are put into Ray's store,
-        once."""
+        """The same batch with nothing in this process: blocks that were made here are put into
+        Ray's store, once."""
 
         def move(entry: ColumnEntry) -> ColumnEntry:
             if not any(isinstance(piece.ref, Held) for piece in entry.pieces):
                 return entry
             pieces = tuple(
-                replace(p, ref=store.put(p.ref)) if isinstance(p.ref, Held) else p for p in entry.pieces
+                replace(p, ref=store.put(p.ref)) if isinstance(p.ref, Held) else p
+                for p in entry.pieces
             )
             return replace(entry, pieces=pieces)
 
@@ -165,18 +172,20 @@ class Batch(Mapping[str, Value]):
 
     def drop(self, *names: str) -> Batch:
         return Batch(
-            {name: entry for name, entry in self._entries.items() if name not in names}, self._num_rows
+            {name: entry for name, entry in self._entries.items() if name not in names},
+            self._num_rows,
         )
 
     def rename(self, **new_names: str) -> Batch:
-        """rename(rewards="baseline_rewards"): the new name must be declared with the same dims and dtype."""
+        """rename(rewards="baseline_rewards"): the new name must be declared with the same dims
+        and dtype."""
         entries = dict(self._entries)
         for old, new in new_names.items():
             entry, column = self._entry(old), declared(new)
             if (column.dims, column.dtype) != (entry.column.dims, entry.column.dtype):
                 raise ValueError(
-                    f"batch: {old!r} can't become {new!r}: {entry.column} and {column} differ in dims or "
-                    "dtype"
+                    f"batch: {old!r} can't become {new!r}: {entry.column} and {column} differ in "
+                    "dims or dtype"
                 )
             del entries[old]
             entries[new] = replace(entry, column=column)
@@ -193,18 +202,25 @@ class Batch(Mapping[str, Value]):
         ]
         if twice:
             writers = {
-                name: [*_writers(self._entries[name]), *_writers(other._entries[name])] for name in twice
+                name: [*_writers(self._entries[name]), *_writers(other._entries[name])]
+                for name in twice
             }
             known = "".join(
-                f"; {name} is written by {' and '.join(calls)}" for name, calls in writers.items() if calls
+                f"; {name} is written by {' and '.join(calls)}"
+                for name, calls in writers.items()
+                if calls
             )
-            raise ValueError(f"batch: columns {twice} are in both; rename or drop them in one{known}")
+            raise ValueError(
+                f"batch: columns {twice} are in both; rename or drop them in one{known}"
+            )
         if self._entries and other._entries and self._num_rows != other._num_rows:
             raise ValueError(
-                f"batch: {self._num_rows} rows | {other._num_rows} rows; both must have the same rows"
+                f"batch: {self._num_rows} rows | {other._num_rows} rows; both must have the same "
+                "rows"
             )
         return Batch(
-            {**self._entries, **other._entries}, self._num_rows if self._entries else other._num_rows
+            {**self._entries, **other._entries},
+            self._num_rows if self._entries else other._num_rows,
         )
 
     def rows(self, index: Any) -> Batch:
@@ -213,7 +229,8 @@ class Batch(Mapping[str, Value]):
         index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64, copy=False)
         if len(index) and (int(index.min()) < 0 or int(index.max()) >= self._num_rows):
             raise ValueError(
-                f"batch: rows {int(index.min())}..{int(index.max())} of a batch of {self._num_rows} rows"
+                f"batch: rows {int(index.min())}..{int(index.max())} of a batch of "
+                f"{self._num_rows} rows"
             )
         moved: dict[int, np.ndarray] = {}
         entries = {}
@@ -226,12 +243,18 @@ class Batch(Mapping[str, Value]):
     def reorder(self, order: Any) -> Batch:
         """All rows in another order."""
         order = np.asarray(order)
-        if len(order) != self._num_rows or (np.bincount(order, minlength=self._num_rows) != 1).any():
-            raise ValueError(f"batch: reorder needs every one of {self._num_rows} rows exactly once")
+        if (
+            len(order) != self._num_rows
+            or (np.bincount(order, minlength=self._num_rows) != 1).any()
+        ):
+            raise ValueError(
+                f"batch: reorder needs every one of {self._num_rows} rows exactly once"
+            )
         return self.rows(order)
 
     def split(self, parts: int | Sequence[int]) -> list[Batch]:
-        """Consecutive parts: a number of parts as equal as possible, or the number of rows of each."""
+        """Consecutive parts: a number of parts as equal as possible, or the number of rows of
+        each."""
         even = np.array_split(np.arange(self._num_rows), parts) if isinstance(parts, int) else ()
         sizes = list(parts) if not isinstance(parts, int) else [len(chunk) for chunk in even]
         if sum(sizes) != self._num_rows:
@@ -241,7 +264,8 @@ class Batch(Mapping[str, Value]):
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
         everything = np.arange(self._num_rows)
         return [
-            self.rows(everything[start : start + size]) for start, size in zip(starts, sizes, strict=False)
+            self.rows(everything[start : start + size])
+            for start, size in zip(starts, sizes, strict=False)
         ]
 
     def repeat(self, times: int) -> Batch:
@@ -258,27 +282,36 @@ class Batch(Mapping[str, Value]):
         for batch in batches[1:]:
             if set(batch.columns) != set(names):
                 raise ValueError(
-                    f"batch: concat of different columns: {sorted(names)} and {sorted(batch.columns)}"
+                    f"batch: concat of different columns: {sorted(names)} and "
+                    f"{sorted(batch.columns)}"
                 )
         num_rows = sum(len(batch) for batch in batches)
-        return Batch({name: _concat([batch._entries[name] for batch in batches]) for name in names}, num_rows)
+        return Batch(
+            {name: _concat([batch._entries[name] for batch in batches]) for name in names}, num_rows
+        )
 
     def _entry(self, name: str) -> ColumnEntry:
         if name not in self._entries:
-            raise ValueError(f"batch: no column {name!r}; it has {', '.join(self._entries) or 'none'}")
+            raise ValueError(
+                f"batch: no column {name!r}; it has {', '.join(self._entries) or 'none'}"
+            )
         return self._entries[name]
 
 
 def _writers(entry: ColumnEntry) -> list[str]:
     """The calls that would write it, in a traced step."""
     return list(
-        dict.fromkeys(piece.ref.writer for piece in entry.pieces if isinstance(piece.ref, store.Abstract))
+        dict.fromkeys(
+            piece.ref.writer for piece in entry.pieces if isinstance(piece.ref, store.Abstract)
+        )
     )
 
 
-def _rows_of_pieces(entry: ColumnEntry) -> tuple[list[tuple[RowRange, np.ndarray]], np.ndarray | None]:
-    """Which rows of which pieces make up the column, and the order that brings them into place (None: already
-    there)."""
+def _rows_of_pieces(
+    entry: ColumnEntry,
+) -> tuple[list[tuple[RowRange, np.ndarray]], np.ndarray | None]:
+    """Which rows of which pieces make up the column, and the order that brings them into place
+    (None: already there)."""
     if len(entry.pieces) == 1:
         return [(entry.pieces[0], entry.index)], None
     starts = np.cumsum([0] + [piece.num_rows for piece in entry.pieces])

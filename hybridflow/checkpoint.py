@@ -1,7 +1,7 @@
 """CheckpointStore: directories that are complete or do not exist, whenever the process dies.
 
-Workers write any files into the directory that begin returns, and commit makes it a checkpoint. Uploading is
-left out, and so is deciding when to save (controllers/loop.py).
+Workers write any files into the directory that begin returns, and commit makes it a checkpoint.
+Uploading is left out, and so is deciding when to save (controllers/loop.py).
 
 On disk, for a store at outputs/ppo/checkpoints:
 
@@ -70,15 +70,17 @@ class CheckpointStore:
         metric: str = "",
         mode: Best = Best.max,
     ) -> None:
-        """Keeps the newest `keep_last` and the `keep_best` with the best `metric` of those that have it
-        (finite), by `mode`."""
+        """Keeps the newest `keep_last` and the `keep_best` with the best `metric` of those that
+        have it (finite), by `mode`."""
         if keep_last < 1:
             raise ValueError(
-                f"checkpoint: keep_last is {keep_last}; keep at least 1, or the newest checkpoint would be "
-                "deleted"
+                f"checkpoint: keep_last is {keep_last}; keep at least 1, or the newest checkpoint "
+                "would be deleted"
             )
         if keep_best < 0:
-            raise ValueError(f"checkpoint: keep_best is {keep_best}; use 0 to keep none for its metric")
+            raise ValueError(
+                f"checkpoint: keep_best is {keep_best}; use 0 to keep none for its metric"
+            )
         self.directory = directory.absolute()
         self._keep_last = keep_last
         self._keep_best = keep_best if metric else 0
@@ -86,7 +88,8 @@ class CheckpointStore:
         self._mode = mode
 
     def begin(self, step: int) -> Path:
-        """An empty directory for the checkpoint of `step`; removes the directories of saves that crashed."""
+        """An empty directory for the checkpoint of `step`; removes the directories of saves
+        that crashed."""
         if step < 0:
             raise ValueError(f"checkpoint: step is {step}; steps count from 0")
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -99,15 +102,17 @@ class CheckpointStore:
     def commit(
         self, step: int, metadata: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
     ) -> Checkpoint:
-        """Makes the files written since begin(step) the latest checkpoint, atomically; then deletes the
-        checkpoints that are not to be kept.
+        """Makes the files written since begin(step) the latest checkpoint, atomically; then deletes
+        the checkpoints that are not to be kept.
 
-        `metadata` is plain JSON data and comes back equal. Everything is on disk (fsync) before the name
-        appears. Raises a ValueError without begin(step) or for other metadata.
+        `metadata` is plain JSON data and comes back equal. Everything is on disk (fsync) before the
+        name appears. Raises a ValueError without begin(step) or for other metadata.
         """
         saving = self._saving(step)
         if not saving.is_dir():
-            raise ValueError(f"checkpoint: commit({step}) without begin({step}); {saving} does not exist")
+            raise ValueError(
+                f"checkpoint: commit({step}) without begin({step}); {saving} does not exist"
+            )
         _check_json(metadata)
         names = sorted(
             str(path.relative_to(saving))
@@ -117,7 +122,9 @@ class CheckpointStore:
         sequence = max((checkpoint.sequence for checkpoint in self._scan()), default=0) + 1
         numbers: dict[str, float | str] = {}
         for name, value in (metrics or {}).items():
-            numbers[name] = value if math.isfinite(value) else repr(float(value))  # JSON has no infinity
+            numbers[name] = (
+                value if math.isfinite(value) else repr(float(value))
+            )  # JSON has no infinity
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -147,8 +154,8 @@ class CheckpointStore:
         return max(self._scan(), key=lambda checkpoint: checkpoint.sequence, default=None)
 
     def best(self) -> Checkpoint | None:
-        """The checkpoint with the best metric, the older of two equals; None where no checkpoint has the
-        metric."""
+        """The checkpoint with the best metric, the older of two equals; None where no
+        checkpoint has the metric."""
         return next(iter(self._ranked()), None)
 
     def _ranked(self) -> list[Checkpoint]:
@@ -177,8 +184,8 @@ class CheckpointStore:
         paths = {checkpoint.path for checkpoint in retained}
         for checkpoint in self._scan():
             if checkpoint.path not in paths:
-                # A directory named step-... is always whole: the removal, which takes time, happens under
-                # another name.
+                # A directory named step-... is always whole: the removal, which takes time, happens
+                # under another name.
                 doomed = self.directory / f".deleting-{checkpoint.path.name}"
                 checkpoint.path.rename(doomed)
                 shutil.rmtree(doomed)
@@ -187,8 +194,8 @@ class CheckpointStore:
         return self.directory / f".saving-step-{step:08d}"
 
     def _free_name(self, step: int) -> Path:
-        """step-00000020, or step-00000020-2 where the step was saved before, by a run that was then resumed
-        from an older checkpoint."""
+        """step-00000020, or step-00000020-2 where the step was saved before, by a run that was
+        then resumed from an older checkpoint."""
         path, number = self.directory / f"step-{step:08d}", 1
         while path.exists():
             number += 1
@@ -197,17 +204,20 @@ class CheckpointStore:
 
 
 def load_metadata(path: Path) -> dict[str, Any]:
-    """The metadata of the checkpoint at `path`, after every file was compared with its size and digest in the
-    manifest."""
+    """The metadata of the checkpoint at `path`, after every file was compared with its size and
+    digest in the manifest."""
     try:
         manifest = _manifest(path)
     except FileNotFoundError as error:
-        raise ValueError(f"checkpoint {path}: no {MANIFEST}, so this is no complete checkpoint") from error
+        raise ValueError(
+            f"checkpoint {path}: no {MANIFEST}, so this is no complete checkpoint"
+        ) from error
     files: dict[str, dict[str, Any]] = manifest["files"]
     missing = [name for name in files if not (path / name).is_file()]
     if missing:
         raise ValueError(
-            f"checkpoint {path}: {missing[0]} is missing ({len(missing)} of {len(files)} files); {_FIX}"
+            f"checkpoint {path}: {missing[0]} is missing ({len(missing)} of {len(files)} files); "
+            f"{_FIX}"
         )
     for name, expected in files.items():
         size = (path / name).stat().st_size
@@ -218,7 +228,8 @@ def load_metadata(path: Path) -> dict[str, Any]:
     for name, digest in _digests(path, list(files), sync=False).items():
         if digest != files[name]:
             raise ValueError(
-                f"checkpoint {path}: {name} is corrupt, its digest differs from the manifest; {_FIX}"
+                f"checkpoint {path}: {name} is corrupt, its digest differs from the manifest; "
+                f"{_FIX}"
             )
     metadata: dict[str, Any] = manifest["metadata"]
     return metadata
@@ -234,8 +245,8 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path}: {MANIFEST} is corrupt ({error}); {_FIX}") from error
     if manifest["format"] != FORMAT:
         raise ValueError(
-            f"checkpoint {path}: format {manifest['format']}, this version reads {FORMAT}; load it with the "
-            "version that wrote it"
+            f"checkpoint {path}: format {manifest['format']}, this version reads {FORMAT}; load "
+            "it with the version that wrote it"
         )
     return manifest
 
@@ -243,7 +254,9 @@ def _manifest(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> Checkpoint:
     manifest = _manifest(path)
     metrics = {name: float(value) for name, value in manifest["metrics"].items()}
-    return Checkpoint(path=path, step=manifest["step"], sequence=manifest["sequence"], metrics=metrics)
+    return Checkpoint(
+        path=path, step=manifest["step"], sequence=manifest["sequence"], metrics=metrics
+    )
 
 
 def _check_json(metadata: Mapping[str, Any]) -> None:
@@ -254,13 +267,14 @@ def _check_json(metadata: Mapping[str, Any]) -> None:
             raise ValueError(f"checkpoint: metadata {name!r} is not JSON data: {error}") from error
         if not survives:
             raise ValueError(
-                f"checkpoint: metadata {name!r} would not come back equal from JSON; use lists, string keys, "
-                "finite floats"
+                f"checkpoint: metadata {name!r} would not come back equal from JSON; use lists, "
+                "string keys, finite floats"
             )
 
 
 def _digests(directory: Path, names: list[str], *, sync: bool) -> dict[str, dict[str, Any]]:
-    """Size and BLAKE2b digest of the files by relative name; the files are flushed to disk if `sync`."""
+    """Size and BLAKE2b digest of the files by relative name; the files are flushed to disk if
+    `sync`."""
 
     def digest_file(name: str) -> dict[str, Any]:
         with (directory / name).open("rb") as file:

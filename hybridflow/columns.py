@@ -1,8 +1,8 @@
 """Columns of batches, each declared once, and the blocks that store a column's data.
 
-A block is the part of a column that a process wrote: numpy arrays (so that Ray moves them through shared
-memory without a copy) or a list of Python values. Where blocks are stored is in hybridflow/store.py, the
-choice of rows in hybridflow/batch.py.
+A block is the part of a column that a process wrote: numpy arrays (so that Ray moves them through
+shared memory without a copy) or a list of Python values. Where blocks are stored is in
+hybridflow/store.py, the choice of rows in hybridflow/batch.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 RAGGED = "time"
-"""A second dimension of this name makes a column ragged: each row has its own length and no padding is
-stored."""
+"""A second dimension of this name makes a column ragged: each row has its own length and no
+padding is stored."""
 
 BFLOAT16 = "bfloat16"
 
@@ -85,8 +85,8 @@ class Ragged:
     def __post_init__(self) -> None:
         if int(self.lengths.sum()) != len(self.values):
             raise ValueError(
-                f"ragged: lengths add up to {int(self.lengths.sum())}, but there are {len(self.values)} "
-                "values"
+                f"ragged: lengths add up to {int(self.lengths.sum())}, but there are "
+                f"{len(self.values)} values"
             )
 
     @classmethod
@@ -130,14 +130,16 @@ class Block:
 
     @classmethod
     def of(cls, name: str, value: Any) -> Block:
-        """Checks a value against the column's declaration and wraps it without copying what can be viewed."""
+        """Checks a value against the column's declaration and wraps it without copying what can
+        be viewed."""
         column = declared(name)
         if column.dtype == "object":
             return cls(list(value), "object")
         if column.is_ragged:
             if not isinstance(value, Ragged):
                 raise ValueError(
-                    f"column {name!r} has dims {column.dims!r}: give a Ragged, not {type(value).__name__}"
+                    f"column {name!r} has dims {column.dims!r}: give a Ragged, not "
+                    f"{type(value).__name__}"
                 )
             lengths = value.lengths.numpy()
             offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
@@ -164,7 +166,9 @@ class Block:
         if self.dtype == "object":
             return Block([self.data[i] for i in index], "object")
         if self.offsets is None:
-            return Block(self.data[first : first + count] if consecutive else self.data[index], self.dtype)
+            return Block(
+                self.data[first : first + count] if consecutive else self.data[index], self.dtype
+            )
         if consecutive:
             offsets = self.offsets[first : first + count + 1]
             return Block(self.data[offsets[0] : offsets[-1]], self.dtype, offsets - offsets[0])
@@ -184,7 +188,9 @@ class Block:
         data = np.concatenate([block.data for block in blocks])
         if first.offsets is None:
             return Block(data, first.dtype)
-        lengths = np.concatenate([np.diff(block.offsets) for block in blocks if block.offsets is not None])
+        lengths = np.concatenate(
+            [np.diff(block.offsets) for block in blocks if block.offsets is not None]
+        )
         return Block(data, first.dtype, np.concatenate([[0], np.cumsum(lengths)]))
 
 
@@ -202,8 +208,8 @@ def _to_numpy(name: str, column: Column, tensor: Tensor) -> np.ndarray:
 
 def _to_tensor(array: np.ndarray, dtype: str) -> Tensor:
     with warnings.catch_warnings():
-        # Ray's shared memory is read-only and torch has no read-only tensors. Nobody writes into a batch's
-        # columns in place.
+        # Ray's shared memory is read-only and torch has no read-only tensors. Nobody writes into a
+        # batch's columns in place.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if dtype == BFLOAT16 else tensor

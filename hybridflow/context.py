@@ -24,5 +24,5 @@ class RankContext:
     num_threads: int = 1
     """CPU threads that the process may use."""
     in_ray: bool = False
-    """The process belongs to a Ray cluster: work may be spread over Ray tasks. False with runtime=local, even
-    where something else has connected this process to Ray."""
+    """The process belongs to a Ray cluster: work may be spread over Ray tasks. False with
+    runtime=local, even where something else has connected this process to Ray."""

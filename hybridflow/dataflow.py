@@ -1,7 +1,7 @@
 """Dataflow: the graph of an algorithm's step, as plain data.
 
-hybridflow/tracing.py makes it from a controller's step. It is checked before anything starts, drawn, and
-given to the mapper. It holds names only: no tensors and no models.
+hybridflow/tracing.py makes it from a controller's step. It is checked before anything starts,
+drawn, and given to the mapper. It holds names only: no tensors and no models.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from enum import StrEnum
 
 
 class CallKind(StrEnum):
-    """The kind of work of a call; the mapper chooses a simulator by it (docs/paper.md section 4)."""
+    """The kind of work of a call; the mapper chooses a simulator by it (docs/paper.md section
+    4)."""
 
     generation = "generation"
     inference = "inference"
@@ -28,7 +29,8 @@ class Call:
     """
 
     name: str
-    """Unique in the graph: role.method, with #2, #3, ... from the second call of the same method on."""
+    """Unique in the graph: role.method, with #2, #3, ... from the second call of the same
+    method on."""
     role: str
     """The model that runs it; "controller" for plain functions."""
     method: str
@@ -36,7 +38,8 @@ class Call:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     depends_on: tuple[str, ...] = ()
-    """Names of the calls that wrote the columns it reads, and of earlier calls whose weights it needs."""
+    """Names of the calls that wrote the columns it reads, and of earlier calls whose weights it
+    needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,12 +54,15 @@ class Dataflow:
     @property
     def roles(self) -> tuple[str, ...]:
         """The models, in order of first use."""
-        return tuple(dict.fromkeys(call.role for call in self.calls if call.kind is not CallKind.controller))
+        return tuple(
+            dict.fromkeys(call.role for call in self.calls if call.kind is not CallKind.controller)
+        )
 
     def call(self, name: str) -> Call:
         for call in self.calls:
             if call.name == name:
                 return call
         raise ValueError(
-            f"dataflow: no call named {name!r}; known: {', '.join(call.name for call in self.calls)}"
+            f"dataflow: no call named {name!r}; known: "
+            f"{', '.join(call.name for call in self.calls)}"
         )

@@ -24,8 +24,8 @@ class Where:
 
 
 class WorkerError(RuntimeError):
-    """A worker's method raised: `where` names it, `cause` is the original message, `remote_traceback` the
-    stack in the worker's process."""
+    """A worker's method raised: `where` names it, `cause` is the original message,
+    `remote_traceback` the stack in the worker's process."""
 
     def __init__(self, where: Where, cause: str, remote_traceback: str) -> None:
         super().__init__(where, cause, remote_traceback)
@@ -46,5 +46,5 @@ class WorkerDied(RuntimeError):
 
 
 class WorkerStuck(RuntimeError):
-    """No call finished for the configured time; the message says who waits for whom and has every rank's
-    stack."""
+    """No call finished for the configured time; the message says who waits for whom and has
+    every rank's stack."""

@@ -1,7 +1,7 @@
 """spawn: a worker on every device of a pool, behind a handle that has the worker's own type.
 
-A call on the handle is distributed and collected by the method's protocol. What it returns is of the type
-that the method declares:
+A call on the handle is distributed and collected by the method's protocol. What it returns is of
+the type that the method declares:
 
     batch = actor.generate_sequences(prompts)       # Batch, Metrics: returned at once, filled in when read
     actor.save_pretrained("out")                    # None: returns when every rank is done
@@ -48,7 +48,9 @@ def spawn(
     critic.compute_values(batch)          # checked by mypy as CriticWorker.compute_values
     """
     if not (isinstance(worker_class, type) and issubclass(worker_class, Worker)):
-        raise ValueError(f"spawn: {worker_class!r} is not a subclass of Worker; give a worker's class")
+        raise ValueError(
+            f"spawn: {worker_class!r} is not a subclass of Worker; give a worker's class"
+        )
     name = role or worker_class.__name__.removesuffix("Worker").lower()
     return cast(W, Handle(worker_class, pool, config, name))
 
@@ -73,15 +75,22 @@ class RemoteMethod:
     """One declared method of a worker group, ready to be called."""
 
     def __init__(
-        self, begin: Callable[[Arguments], Callable[[], Any]], name: str, declaration: Remote, returns: object
+        self,
+        begin: Callable[[Arguments], Callable[[], Any]],
+        name: str,
+        declaration: Remote,
+        returns: object,
     ) -> None:
-        self._begin, self._name, self._declaration, self._returns = begin, name, declaration, returns
+        self._begin = begin
+        self._name = name
+        self._declaration = declaration
+        self._returns = returns
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._declaration.protocol.every_rank and self._returns is not NoneType:
             raise TypeError(
-                f"{self._name} is answered by every rank; call each({self._name}, ...) for the list of the "
-                "answers"
+                f"{self._name} is answered by every rank; call each({self._name}, ...) for the "
+                "list of the answers"
             )
         collect = self._begin(Arguments(args, kwargs))
         if self._returns is Metrics and not self._declaration.writes:
@@ -99,14 +108,16 @@ class RemoteMethod:
 class Handle:
     """The controller's side of a worker group. Only declared methods exist on it."""
 
-    def __init__(self, worker_class: type[Worker], pool: ResourcePool, config: Any, role: str) -> None:
+    def __init__(
+        self, worker_class: type[Worker], pool: ResourcePool, config: Any, role: str
+    ) -> None:
         self._layouts = worker_class.layouts(config, pool.size)
         for name, layout in self._layouts.items():
             if layout.size != pool.size:
                 raise ValueError(
-                    f"{role}: its {name} layout {layout} is for {layout.size} devices, pool {pool.name!r} "
-                    f"has {pool.size}; "
-                    f"change the parallel sizes so that their product is {pool.size}"
+                    f"{role}: its {name} layout {layout} is for {layout.size} devices, pool "
+                    f"{pool.name!r} has {pool.size}; change the parallel sizes so that their "
+                    f"product is {pool.size}"
                 )
         self._pool = pool
         self._role = role
@@ -143,13 +154,15 @@ class Handle:
         return f"{self._role} ({self._worker_class.__name__} on {pool})"
 
     def _begin(self, method: str, declaration: Remote, arguments: Arguments) -> Callable[[], Any]:
-        """Starts the call on every rank. The returned function collects its result: batches at once, since
-        they are references; values when they are there."""
+        """Starts the call on every rank. The returned function collects its result: batches at
+        once, since they are references; values when they are there."""
         protocol = declaration.protocol
         layout = self._layouts[protocol.layout]
         rows: Sequence[np.ndarray] | None = None
         if arguments.args or arguments.kwargs:
-            arguments = arguments.map_batches(lambda batch: self._needed(batch, method, declaration))
+            arguments = arguments.map_batches(
+                lambda batch: self._needed(batch, method, declaration)
+            )
             distribution: Distribution = protocol.distribute(layout, arguments, declaration.split)
             given, rows = distribution.arguments, distribution.rows
         else:
@@ -163,7 +176,9 @@ class Handle:
             written = [(rank, *calls[rank]) for rank in collected]
             return lambda: self._collect_batches(declaration, written, rows)
         replies = [calls[rank][0] for rank in collected]
-        return lambda: protocol.collect(layout, [reply.result for reply in self._pool.read_replies(replies)])
+        return lambda: protocol.collect(
+            layout, [reply.result for reply in self._pool.read_replies(replies)]
+        )
 
     def _needed(self, batch: Batch, method: str, declaration: Remote) -> Batch:
         """The columns that the method declares, in a form that may be sent."""
@@ -188,10 +203,11 @@ class Handle:
         rows: Sequence[np.ndarray] | None,
     ) -> Batch:
         if rows is None:
-            # The protocol says nothing of rows (a user's own, ONE_TO_ALL): only the replies tell how many
-            # there are.
+            # The protocol says nothing of rows (a user's own, ONE_TO_ALL): only the replies tell
+            # how many there are.
             counts = [
-                reply.num_rows or 0 for reply in self._pool.read_replies([reply for _, reply, _ in calls])
+                reply.num_rows or 0
+                for reply in self._pool.read_replies([reply for _, reply, _ in calls])
             ]
         else:
             counts = [len(rows[rank]) for rank, _, _ in calls]
@@ -204,4 +220,8 @@ class Handle:
         if rows is None or not isinstance(batch, Batch):
             return cast(Batch, batch)
         positions = np.concatenate([rows[rank] for rank, _, _ in calls])
-        return batch if (np.diff(positions) > 0).all() else batch.rows(np.argsort(positions, kind="stable"))
+        return (
+            batch
+            if (np.diff(positions) > 0).all()
+            else batch.rows(np.argsort(positions, kind="stable"))
+        )

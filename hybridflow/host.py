@@ -1,8 +1,8 @@
-"""Host: the process of one device. All roles of its pool live in it as plain objects and run one call at a
-time.
+"""Host: the process of one device. All roles of its pool live in it as plain objects and run one
+call at a time.
 
-Roles are objects with methods here. The distribution of calls is in group.py, the choice of the process' node
-in pool.py.
+Roles are objects with methods here. The distribution of calls is in group.py, the choice of the
+process' node in pool.py.
 """
 
 from __future__ import annotations
@@ -108,25 +108,34 @@ class Host:
     def call(self, arguments: Arguments = NO_ARGUMENTS, keep: bool = True) -> Any:
         """Runs the role's method that this task is named after.
 
-        Returns a Reply (packed), followed by a block for each column that the method writes (None where keep
-        is false).
+        Returns a Reply (packed), followed by a block for each column that the method writes (None
+        where keep is false).
         """
-        # Ray shows tasks by this name, and a call without arguments costs a third less than one with any.
+        # Ray shows tasks by this name, and a call without arguments costs a third less than one
+        # with any.
         role, _, method = _task_name().rpartition(".")
         with _named_failure(self.context, role, method):
             worker = self.workers[role]
             declaration = remote_methods(type(worker))[method]
-            local = arguments.map_batches(lambda batch: batch.local(batch.columns, self.node_id or None))
-            started = time.time()  # the inputs have arrived: waiting for them is not part of the call
+            local = arguments.map_batches(
+                lambda batch: batch.local(batch.columns, self.node_id or None)
+            )
+            started = (
+                time.time()
+            )  # the inputs have arrived: waiting for them is not part of the call
             result = getattr(worker, method)(*local.args, **local.kwargs)
             if not declaration.writes:
-                return Reply(started=started, finished=time.time(), result=result if keep else None).packed()
+                return Reply(
+                    started=started, finished=time.time(), result=result if keep else None
+                ).packed()
             if not keep:
                 return Reply(started=started, finished=time.time()).packed(), *(
                     [None] * len(declaration.writes)
                 )
             blocks = _written_blocks(result, declaration.writes, local)
-            return Reply(started=started, finished=time.time(), num_rows=len(result)).packed(), *blocks
+            return Reply(
+                started=started, finished=time.time(), num_rows=len(result)
+            ).packed(), *blocks
 
     def close(self) -> None:
         for worker in self.workers.values():
@@ -141,14 +150,14 @@ def _written_blocks(result: Any, writes: Sequence[str], arguments: Arguments) ->
     if not isinstance(result, Batch) or set(result.columns) != set(writes):
         have = sorted(result.columns) if isinstance(result, Batch) else type(result).__name__
         raise ValueError(
-            f"the method declares writes={list(writes)} but returned {have}; return Batch.of with these "
-            "columns"
+            f"the method declares writes={list(writes)} but returned {have}; return Batch.of with "
+            "these columns"
         )
     num_rows = {len(batch) for batch in arguments.batches()}
     if num_rows and len(result) not in num_rows:
         raise ValueError(
-            f"the method got {max(num_rows)} rows and returned {len(result)}; it must return one row for "
-            "each, in order"
+            f"the method got {max(num_rows)} rows and returned {len(result)}; it must return one "
+            "row for each, in order"
         )
     return result.blocks(writes)
 
@@ -160,18 +169,25 @@ def _task_name() -> str:
 
 
 class _named_failure:
-    """The process boundary: an exception leaves with role, rank, method and traceback; an exception that
-    another call raised passes unchanged."""
+    """The process boundary: an exception leaves with role, rank, method and traceback; an
+    exception that another call raised passes unchanged."""
 
     def __init__(self, context: RankContext, role: str, method: str) -> None:
         self.where = Where(
-            role=role, rank=context.rank, method=method, pool=context.pool, node=context.node, pid=os.getpid()
+            role=role,
+            rank=context.rank,
+            method=method,
+            pool=context.pool,
+            node=context.node,
+            pid=os.getpid(),
         )
 
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
         if error is None or not isinstance(error, Exception):
             return
         upstream = getattr(error, "cause", None)
@@ -185,7 +201,8 @@ class _named_failure:
 
 
 def _write_stacks_on_signal() -> IO[str]:
-    """SIGUSR1 writes every thread's stack to a file, also while the process is stuck in native code."""
+    """SIGUSR1 writes every thread's stack to a file, also while the process is stuck in native
+    code."""
     file = tempfile.NamedTemporaryFile(  # noqa: SIM115
         "w", prefix=f"hybridflow-stacks-{os.getpid()}-", suffix=".txt", delete=False
     )
@@ -213,5 +230,7 @@ def read_stacks(pid: int, stack_file: str, wait_s: float = 3.0) -> str:
         status = Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return "(the process is gone)"
-    state = next((line for line in status.splitlines() if line.startswith("State:")), "State: unknown")
+    state = next(
+        (line for line in status.splitlines() if line.startswith("State:")), "State: unknown"
+    )
     return f"(did not answer within {wait_s:.0f} s; {state})"

@@ -11,7 +11,8 @@ from itertools import product
 from math import prod
 
 AXES = ("dp", "pp", "cp", "tp")
-"""The known axes in the paper's rank order (docs/paper.md section 3): data outermost, tensor innermost."""
+"""The known axes in the paper's rank order (docs/paper.md section 3): data outermost, tensor
+innermost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,9 @@ class Layout:
             raise ValueError(f"layout: axis named twice in {names}; name each axis once")
         for name, size in self.axes:
             if size < 1:
-                raise ValueError(f"layout: axis {name!r} has size {size}; every size must be at least 1")
+                raise ValueError(
+                    f"layout: axis {name!r} has size {size}; every size must be at least 1"
+                )
 
     @classmethod
     def of(cls, *, order: tuple[str, ...] = AXES, **sizes: int) -> Layout:

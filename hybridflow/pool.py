@@ -1,8 +1,8 @@
-"""ResourcePool: n devices of the cluster with one host process each, and one torch.distributed world over
-them.
+"""ResourcePool: n devices of the cluster with one host process each, and one torch.distributed
+world over them.
 
-RayPool takes the devices from Ray (a placement group packed by node); LocalPool is this very process, world
-size 1, so that breakpoints work. Roles enter a pool through spawn (group.py).
+RayPool takes the devices from Ray (a placement group packed by node); LocalPool is this very
+process, world size 1, so that breakpoints work. Roles enter a pool through spawn (group.py).
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from hybridflow.waiting import CALLS, DEFAULT_TIMEOUT_S, CallRecord, Pending, Re
 from hybridflow.worker import Worker
 
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""glibc's allocator in CPU hosts: a freed tensor's memory stays in the process for the next one. By default
-every tensor over 32 MiB is mapped anew and its pages are cleared by the kernel, which doubles the time of
-elementwise operations."""
+"""glibc's allocator in CPU hosts: a freed tensor's memory stays in the process for the next
+one. By default every tensor over 32 MiB is mapped anew and its pages are cleared by the kernel,
+which doubles the time of elementwise operations."""
 
 REMOTE_LOOK_S = 10.0
 REMOTE_TIMEOUT_S = 5.0
 
 NODE_MARK_AMOUNT = 0.001
-"""Of a resource that marks nodes and is not used up: Ray gives every node 1 of its accelerator type, whatever
-its number of devices."""
+"""Of a resource that marks nodes and is not used up: Ray gives every node 1 of its accelerator
+type, whatever its number of devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSpec:
-    """What is asked for: PoolSpec(name="main", num_devices=8, device="cuda", roles=("actor", "critic"))."""
+    """What is asked for: PoolSpec(name="main", num_devices=8, device="cuda", roles=("actor",
+    "critic"))."""
 
     name: str = "main"
     num_devices: int = 1
     device: str = "cpu"
     """"cpu" (a device is a CPU slot) or "cuda" (a device is a GPU)."""
     node_resource: str = ""
-    """Only on nodes that have this Ray resource: `accelerator_type:H100`, or one that you gave your nodes.
-    Empty: on any node."""
+    """Only on nodes that have this Ray resource: `accelerator_type:H100`, or one that you gave
+    your nodes. Empty: on any node."""
     cpus_per_device: float = 1.0
     threads_per_device: int = 0
     """CPU threads of a host; 0: the node's cores shared among its hosts."""
@@ -85,10 +86,15 @@ class ResourcePool(ABC):
 
     @abstractmethod
     def submit(
-        self, role: str, method: str, arguments: Sequence[Arguments], keep: Sequence[bool], num_columns: int
+        self,
+        role: str,
+        method: str,
+        arguments: Sequence[Arguments],
+        keep: Sequence[bool],
+        num_columns: int,
     ) -> list[tuple[Any, list[Any]]]:
-        """Starts the method on every rank; per rank a reference to its Reply and one for each column it
-        writes."""
+        """Starts the method on every rank; per rank a reference to its Reply and one for each
+        column it writes."""
 
     @abstractmethod
     def read_replies(self, replies: Sequence[Any]) -> list[Reply]:
@@ -103,7 +109,8 @@ class ResourcePool(ABC):
 
     @abstractmethod
     def activity(self) -> str:
-        """What another process of the pool is doing, where that has a name (progress.py); for any thread."""
+        """What another process of the pool is doing, where that has a name (progress.py); for
+        any thread."""
 
     @abstractmethod
     def close(self) -> None:
@@ -127,8 +134,8 @@ class LocalPool(ResourcePool):
         spec = spec or PoolSpec()
         if spec.num_devices != 1:
             raise ValueError(
-                f"pool {spec.name!r}: num_devices={spec.num_devices} with runtime=local; set num_devices=1 "
-                "or runtime=ray"
+                f"pool {spec.name!r}: num_devices={spec.num_devices} with runtime=local; set "
+                "num_devices=1 or runtime=ray"
             )
         self.spec = spec
         device = "cuda:0" if spec.device == "cuda" else "cpu"
@@ -142,7 +149,12 @@ class LocalPool(ResourcePool):
         self.workers[role] = worker_class(config, replace(self.context, role=role))
 
     def submit(
-        self, role: str, method: str, arguments: Sequence[Arguments], keep: Sequence[bool], num_columns: int
+        self,
+        role: str,
+        method: str,
+        arguments: Sequence[Arguments],
+        keep: Sequence[bool],
+        num_columns: int,
     ) -> list[tuple[Any, list[Any]]]:
         self._check_usable()
         started = time.time()
@@ -153,12 +165,19 @@ class LocalPool(ResourcePool):
             result = getattr(self.workers[role], method)(*local.args, **local.kwargs)
         num_rows = len(result) if num_columns else None
         reply = Reply(
-            started=started, finished=time.time(), num_rows=num_rows, result=None if num_columns else result
+            started=started,
+            finished=time.time(),
+            num_rows=num_rows,
+            result=None if num_columns else result,
         )
         CALLS.records.append(
-            CallRecord(role=role, method=method, pool=self.name, started=started, finished=reply.finished)
+            CallRecord(
+                role=role, method=method, pool=self.name, started=started, finished=reply.finished
+            )
         )
-        return [(reply, [Held(block) for block in result.blocks(result.columns)] if num_columns else [])]
+        return [
+            (reply, [Held(block) for block in result.blocks(result.columns)] if num_columns else [])
+        ]
 
     def read_replies(self, replies: Sequence[Any]) -> list[Reply]:
         return list(replies)
@@ -187,12 +206,18 @@ def _join_world_of_one(context: RankContext, timeout_s: float) -> None:
     import torch.distributed as dist
 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+    )
     torch.set_num_threads(context.num_threads)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if context.device.startswith("cuda") else "gloo"
         dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s)
+            backend,
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+            timeout=timedelta(seconds=timeout_s),
         )
 
 
@@ -229,7 +254,8 @@ class RayPool(ResourcePool):
         with activity(f"starting {self.size} processes"):
             contexts = self._contexts(nodes)
             self._actors = [
-                self._start_host(context, node) for context, node in zip(contexts, nodes, strict=True)
+                self._start_host(context, node)
+                for context, node in zip(contexts, nodes, strict=True)
             ]
             self.hosts = waiting.get([actor.info.remote() for actor in self._actors])
         with activity("connecting the processes"):
@@ -237,11 +263,15 @@ class RayPool(ResourcePool):
             port = waiting.get([self._actors[0].free_port.remote()])[0]
             master = "127.0.0.1" if one_node else self.hosts[0].address
             waiting.get(
-                [actor.join.remote(master, port, self.spec.collective_timeout_s) for actor in self._actors]
+                [
+                    actor.join.remote(master, port, self.spec.collective_timeout_s)
+                    for actor in self._actors
+                ]
             )
 
     def _reserve(self) -> list[str]:
-        """Reserves the devices; returns the node of every rank, neighbours in rank order on one node."""
+        """Reserves the devices; returns the node of every rank, neighbours in rank order on one
+        node."""
         import ray
         from ray.util.placement_group import placement_group, placement_group_table
 
@@ -250,13 +280,15 @@ class RayPool(ResourcePool):
             bundle["GPU"] = 1
         if self.spec.node_resource:
             bundle[self.spec.node_resource] = NODE_MARK_AMOUNT
-        self._group = placement_group([bundle] * self.size, strategy="PACK", name=f"hybridflow/{self.name}")
+        self._group = placement_group(
+            [bundle] * self.size, strategy="PACK", name=f"hybridflow/{self.name}"
+        )
         if not self._group.wait(self.spec.start_timeout_s):
             raise ValueError(
-                f"pool {self.name!r}: {self.size} devices of {bundle} could not be reserved within "
-                f"{self.spec.start_timeout_s:.0f} s; "
-                f"the cluster has {ray.cluster_resources()}, free now {ray.available_resources()}; "
-                "ask for fewer devices, add nodes, or wait for other jobs"
+                f"pool {self.name!r}: {self.size} devices of {bundle} could not be reserved "
+                f"within {self.spec.start_timeout_s:.0f} s; the cluster has "
+                f"{ray.cluster_resources()}, free now {ray.available_resources()}; ask for fewer "
+                "devices, add nodes, or wait for other jobs"
             )
         bundles = placement_group_table(self._group)["bundles_to_node_id"]
         self._bundles = sorted(bundles, key=lambda bundle: (bundles[bundle], bundle))
@@ -269,8 +301,8 @@ class RayPool(ResourcePool):
         contexts = []
         for rank, node in enumerate(nodes):
             on_node = nodes.count(node)
-            # A node's CPU resource may be larger than its cores (embedded clusters oversubscribe), never the
-            # threads.
+            # A node's CPU resource may be larger than its cores (embedded clusters oversubscribe),
+            # never the threads.
             cores = (
                 min(int(alive[node]["Resources"].get("CPU", 1)), os.cpu_count() or 1)
                 if len(alive) == 1
@@ -282,8 +314,8 @@ class RayPool(ResourcePool):
                     pool=self.name,
                     rank=rank,
                     world_size=self.size,
-                    # Ray shows each host its own GPU only, as device 0; CPU hosts are told apart by their
-                    # place on the node.
+                    # Ray shows each host its own GPU only, as device 0; CPU hosts are told apart by
+                    # their place on the node.
                     local_rank=0 if self.spec.device == "cuda" else nodes[:rank].count(node),
                     device="cuda:0" if self.spec.device == "cuda" else "cpu",
                     node=alive[node]["NodeManagerAddress"],
@@ -301,7 +333,8 @@ class RayPool(ResourcePool):
             self._group, placement_group_bundle_index=self._bundles[context.rank]
         )
         env = {"OMP_NUM_THREADS": str(context.num_threads), "TOKENIZERS_PARALLELISM": "false"}
-        # torch's native code warns of what nobody can change (a binding to NUMA nodes, once per process).
+        # torch's native code warns of what nobody can change (a binding to NUMA nodes, once per
+        # process).
         env["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
         env |= {**(KEEP_FREED_MEMORY if self.spec.device == "cpu" else {}), **dict(self.spec.env)}
         roles = "+".join(self.spec.roles)
@@ -310,7 +343,9 @@ class RayPool(ResourcePool):
             "num_gpus": 1 if self.spec.device == "cuda" else 0,
             "scheduling_strategy": strategy,
             "runtime_env": {"env_vars": env},
-            "name": f"{self.name}/{context.rank} {roles} (job {ray.get_runtime_context().get_job_id()})",
+            "name": (
+                f"{self.name}/{context.rank} {roles} (job {ray.get_runtime_context().get_job_id()})"
+            ),
             "max_restarts": 0,
         }
         return ray.remote(Host).options(**options).remote(context, node, roles)
@@ -322,7 +357,12 @@ class RayPool(ResourcePool):
         self.read_replies(replies)
 
     def submit(
-        self, role: str, method: str, arguments: Sequence[Arguments], keep: Sequence[bool], num_columns: int
+        self,
+        role: str,
+        method: str,
+        arguments: Sequence[Arguments],
+        keep: Sequence[bool],
+        num_columns: int,
     ) -> list[tuple[Any, list[Any]]]:
         self._check_usable()
         calls: list[tuple[Any, list[Any]]] = []
@@ -330,15 +370,17 @@ class RayPool(ResourcePool):
             self._callers(f"{role}.{method}", num_columns), arguments, keep, strict=True
         ):
             # Ray serialises every argument by itself; none is sent that the host knows.
-            given: tuple[Any, ...] = (own, kept) if not kept else (own,) if own.args or own.kwargs else ()
+            given: tuple[Any, ...] = (
+                (own, kept) if not kept else (own,) if own.args or own.kwargs else ()
+            )
             refs = start.remote(*given)
             calls.append((refs[0], list(refs[1:])) if num_columns else (refs, []))
         self._watch(role, method, [reply for reply, _ in calls])
         return calls
 
     def _callers(self, name: str, num_columns: int) -> list[Any]:
-        """Each host's `call` under that name with a reply and that many columns; Ray takes long to make one,
-        so they are kept."""
+        """Each host's `call` under that name with a reply and that many columns; Ray takes long
+        to make one, so they are kept."""
         if (name, num_columns) not in self._kept_callers:
             self._kept_callers[name, num_columns] = [
                 actor.call.options(num_returns=1 + num_columns, name=name) for actor in self._actors
@@ -417,7 +459,9 @@ class RayPool(ResourcePool):
 
         if self._actors and not self.broken and ray.is_initialized():
             ray.wait(
-                [actor.close.remote() for actor in self._actors], num_returns=len(self._actors), timeout=10
+                [actor.close.remote() for actor in self._actors],
+                num_returns=len(self._actors),
+                timeout=10,
             )
         self.broken = self.broken or "closed"
         self._end_processes()

@@ -3,9 +3,9 @@
     with activity("loading the weights of Qwen2.5-0.5B"):
         ...
 
-Activities nest. The controller shows its own (progress_display.py). A host process writes its innermost one
-into a file (`write_to`), which the controller reads only while it waits (pool.py). Naming an activity costs
-30 microseconds, so that no call gets slower.
+Activities nest. The controller shows its own (progress_display.py). A host process writes its
+innermost one into a file (`write_to`), which the controller reads only while it waits (pool.py).
+Naming an activity costs 30 microseconds, so that no call gets slower.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Activity:
         return f"{self.done} of {self.total}, {duration(self.seconds)}"
 
     def overdue(self) -> bool:
-        """Whether the log should say (again) that it goes on: after 1, 3, 6, 12, ... times its patience."""
+        """Whether the log should say (again) that it goes on: after 1, 3, 6, 12, ... times its
+        patience."""
         factor = 1 if self.num_reports == 0 else 3 * 2 ** (self.num_reports - 1)
         return self.seconds >= factor * self.patience_s
 
@@ -80,7 +81,8 @@ def activity(
     detail: Callable[[], str] = nothing,
     patience_s: float = PATIENCE_S,
 ) -> Iterator[Activity]:
-    """Names the work inside the `with` block. Only the patience of the outermost activity matters."""
+    """Names the work inside the `with` block. Only the patience of the outermost activity
+    matters."""
     current = Activity(what=what, total=total, detail=detail, patience_s=patience_s)
     _STACK.append(current)
     _write()
@@ -128,8 +130,8 @@ def write_to(path: Path) -> None:
 
 
 def read(path: Path) -> str:
-    """The activity of the process that writes to `path`, and for how long; "" for none, or a process that is
-    gone."""
+    """The activity of the process that writes to `path`, and for how long; "" for none, or a
+    process that is gone."""
     try:
         line = path.read_text(errors="ignore").rstrip()
     except FileNotFoundError:

@@ -1,5 +1,5 @@
-"""Shows what the controller is doing: as a moving line on a terminal, and elsewhere as a log line once an
-outermost activity has outlasted its patience, then ever more rarely."""
+"""Shows what the controller is doing: as a moving line on a terminal, and elsewhere as a log
+line once an outermost activity has outlasted its patience, then ever more rarely."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ _REPORTER: Reporter | None = None
 
 @contextmanager
 def shown(console: Console | None = None, *, live: bool = True) -> Iterator[None]:
-    """Shows this process' activities until the `with` block ends. Inside another `shown` it changes nothing.
+    """Shows this process' activities until the `with` block ends. Inside another `shown` it changes
+    nothing.
 
-    console: where the moving line is drawn if it is a terminal (default: stdout). live=False: log lines only.
+    console: where the moving line is drawn if it is a terminal (default: stdout). live=False: log
+    lines only.
     """
     global _REPORTER
     if _REPORTER is not None:
@@ -55,7 +57,8 @@ def current_line() -> RenderableType:
 
 
 def drawn_elsewhere(elsewhere: bool) -> None:
-    """Says that another display draws `current_line`: a terminal has room for one display at a time."""
+    """Says that another display draws `current_line`: a terminal has room for one display at a
+    time."""
     if _REPORTER is not None:
         _REPORTER.drawn_elsewhere(elsewhere)
 
@@ -89,7 +92,11 @@ class Reporter:
         self._clear()
         if outermost.seconds < outermost.patience_s:
             return
-        parts = [f"{what} {duration(seconds)}" for what, seconds in outermost.parts.items() if seconds >= 0.1]
+        parts = [
+            f"{what} {duration(seconds)}"
+            for what, seconds in outermost.parts.items()
+            if seconds >= 0.1
+        ]
         LOGGER.info(
             "%s took %s%s",
             outermost.what,
@@ -98,8 +105,8 @@ class Reporter:
         )
 
     def line(self) -> RenderableType:
-        """start 12 s > building actor 4.1 s > loading the weights of X (3.2 s), with a bar where a total is
-        known."""
+        """start 12 s > building actor 4.1 s > loading the weights of X (3.2 s), with a bar
+        where a total is known."""
         stack = activities()
         if not stack:
             return ""
@@ -152,7 +159,10 @@ class Reporter:
         detail = self._latest_detail(stack)
         inside += [detail] if detail else []
         LOGGER.info(
-            "%s: %s so far%s", outermost.what, outermost.state, "".join(f"; {text}" for text in inside)
+            "%s: %s so far%s",
+            outermost.what,
+            outermost.state,
+            "".join(f"; {text}" for text in inside),
         )
 
     def _latest_detail(self, stack: Sequence[Activity]) -> str:

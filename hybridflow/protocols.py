@@ -1,10 +1,9 @@
-"""Transfer protocols: how a call's input is distributed over the ranks of a layout and how its output is
-collected.
+"""Transfer protocols: how a call's input is distributed over the ranks of a layout and how its
+output is collected.
 
-The paper's six (docs/paper.md section 2) and a user's own pair:
-Protocol(name="mine", distribute=f, collect=g).
-Nothing is padded and no size needs to divide another: a split gives every data coordinate some rows, possibly
-none.
+The paper's six (docs/paper.md section 2) and a user's own pair: Protocol(name="mine", distribute=f,
+collect=g). Nothing is padded and no size needs to divide another: a split gives every data
+coordinate some rows, possibly none.
 """
 
 from __future__ import annotations
@@ -44,7 +43,8 @@ class Arguments:
     def map(self, change: Callable[[Any], Any]) -> Arguments:
         """The same arguments with `change` applied to every value."""
         return Arguments(
-            tuple(map(change, self.args)), {name: change(value) for name, value in self.kwargs.items()}
+            tuple(map(change, self.args)),
+            {name: change(value) for name, value in self.kwargs.items()},
         )
 
 
@@ -58,26 +58,26 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How rows are split: columns that a method names with @remote(balance=..., within=..., together=...,
-    near=...)."""
+    """How rows are split: columns that a method names with @remote(balance=..., within=...,
+    together=..., near=...)."""
 
     balance: str | None = None
-    """Column of costs (tokens of a row): parts get about the same sum (Karmarkar-Karp), not the same number
-    of rows."""
+    """Column of costs (tokens of a row): parts get about the same sum (Karmarkar-Karp), not the
+    same number of rows."""
     within: str | None = None
-    """Column of labels (mini-batches): the rows of every label are cut evenly, so that each label is
-    balanced."""
+    """Column of labels (mini-batches): the rows of every label are cut evenly, so that each
+    label is balanced."""
     together: str | None = None
-    """Column of labels (pairs): rows with the same label go to the same part. They must have the same label
-    of `within`."""
+    """Column of labels (pairs): rows with the same label go to the same part. They must have
+    the same label of `within`."""
     near: str | None = None
-    """Column of labels (prompts): rows with the same label go to the same part as far as the parts stay
-    balanced, because they can share work there."""
+    """Column of labels (prompts): rows with the same label go to the same part as far as the
+    parts stay balanced, because they can share work there."""
 
 
 NEAR_COST = 1.1
-"""How much more than an even cut the largest parts may cost, so that rows with one label of `near` stay
-together."""
+"""How much more than an even cut the largest parts may cost, so that rows with one label of
+`near` stay together."""
 
 
 Distribute = Callable[[Layout, Arguments, Split], Distribution]
@@ -98,15 +98,15 @@ class Protocol:
     name: str
     distribute: Distribute
     collect: Collect
-    """Gets the results of the collected ranks, in rank order: values, or Batches of references (rows as that
-    rank returned them)."""
+    """Gets the results of the collected ranks, in rank order: values, or Batches of references
+    (rows as that rank returned them)."""
     collected: Callable[[Layout], Sequence[int]] = lambda layout: range(layout.size)
     """Ranks whose results are kept; the others store nothing."""
     layout: str = "train"
     """Which of the worker's layouts it is meant over."""
     every_rank: bool = False
-    """collect returns a list with the answer of each collected rank: the caller asks for it with each() or
-    start() (group.py)."""
+    """collect returns a list with the answer of each collected rank: the caller asks for it
+    with each() or start() (group.py)."""
 
 
 def data_groups(layout: Layout) -> list[tuple[int, ...]]:
@@ -123,8 +123,8 @@ def _one_each(layout: Layout, arguments: Arguments, split: Split) -> Distributio
     for name, value in [*enumerate(arguments.args), *arguments.kwargs.items()]:
         if len(value) != layout.size:
             raise ValueError(
-                f"ALL_TO_ALL: argument {name} has {len(value)} elements; give one for each of {layout.size} "
-                "ranks"
+                f"ALL_TO_ALL: argument {name} has {len(value)} elements; give one for each of "
+                f"{layout.size} ranks"
             )
     return Distribution([arguments.map(itemgetter(rank)) for rank in range(layout.size)])
 
@@ -135,7 +135,8 @@ def _split_over(groups: Callable[[Layout], list[tuple[int, ...]]]) -> Distribute
         counts = {len(batch) for batch in batches}
         if len(counts) != 1:
             raise ValueError(
-                f"a split call needs batches with the same number of rows, got {sorted(counts) or 'no batch'}"
+                "a split call needs batches with the same number of rows, got "
+                f"{sorted(counts) or 'no batch'}"
             )
         members = groups(layout)
         parts = cut_rows(batches[0], len(members), split)
@@ -165,7 +166,9 @@ def cut_rows(batch: Batch, num_parts: int, split: Split) -> list[np.ndarray]:
         if split.near in batch.columns:
             return _cut_near(labels, costs, np.asarray(batch[split.near]), num_parts)
         return _cut_units(labels, costs, num_parts)
-    _, first, unit = np.unique(np.asarray(batch[split.together]), return_index=True, return_inverse=True)
+    _, first, unit = np.unique(
+        np.asarray(batch[split.together]), return_index=True, return_inverse=True
+    )
     if (labels != labels[first][unit]).any():
         raise ValueError(
             f"rows with one {split.together} must have one {split.within}; label all rows of a "
@@ -173,24 +176,31 @@ def cut_rows(batch: Batch, num_parts: int, split: Split) -> list[np.ndarray]:
         )
     if costs is not None:
         costs = np.bincount(unit, weights=costs, minlength=len(first)).astype(np.int64)
-    return [np.flatnonzero(np.isin(unit, units)) for units in _cut_units(labels[first], costs, num_parts)]
+    return [
+        np.flatnonzero(np.isin(unit, units))
+        for units in _cut_units(labels[first], costs, num_parts)
+    ]
 
 
 def _cut_near(
     labels: np.ndarray, costs: np.ndarray | None, near: np.ndarray, num_parts: int
 ) -> list[np.ndarray]:
-    """Rows of one label of `near` stay together, or halves, quarters, ... of them where whole ones would
-    leave the parts uneven."""
+    """Rows of one label of `near` stay together, or halves, quarters, ... of them where whole
+    ones would leave the parts uneven."""
     costs = np.ones(len(labels), dtype=np.int64) if costs is None else costs
     even = _cut_units(labels, costs, num_parts)
     groups = np.unique(np.stack([labels, near]), axis=1, return_inverse=True)[1].reshape(-1)
     order = np.argsort(groups, kind="stable")
-    first = np.concatenate([[0], np.flatnonzero(np.diff(groups[order])) + 1]) if len(order) else order
+    first = (
+        np.concatenate([[0], np.flatnonzero(np.diff(groups[order])) + 1]) if len(order) else order
+    )
     number = np.empty(len(groups), dtype=np.int64)  # of each row in its group
     number[order] = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)]))
     pieces = 1
     while pieces <= number.max(initial=0):
-        _, leader, unit = np.unique(groups * pieces + number % pieces, return_index=True, return_inverse=True)
+        _, leader, unit = np.unique(
+            groups * pieces + number % pieces, return_index=True, return_inverse=True
+        )
         unit_costs = np.bincount(unit, weights=costs).astype(np.int64)
         units = _cut_units(labels[leader], unit_costs, num_parts)
         parts = [np.flatnonzero(np.isin(unit, some)) for some in units]
@@ -201,7 +211,8 @@ def _cut_near(
 
 
 def _slowest(parts: list[np.ndarray], labels: np.ndarray, costs: np.ndarray) -> float:
-    """The cost of the largest part of every label, added up: labels are worked on one after the other."""
+    """The cost of the largest part of every label, added up: labels are worked on one after the
+    other."""
     size = int(labels.max(initial=0)) + 1
     of_parts = [np.bincount(labels[part], weights=costs[part], minlength=size) for part in parts]
     return float(np.stack(of_parts).max(axis=0).sum())
@@ -217,8 +228,8 @@ def _cut_units(labels: np.ndarray, costs: np.ndarray | None, num_parts: int) -> 
         else:
             cut = [units[part] for part in balance(costs[units], num_parts)]
         for part, units_of_part in enumerate(cut):
-            # Turning the assignment keeps the parts that are one unit longer from piling up on the first
-            # ranks.
+            # Turning the assignment keeps the parts that are one unit longer from piling up on the
+            # first ranks.
             parts[(part + turn) % num_parts].append(units_of_part)
     return [np.sort(np.concatenate(units_of_part)) for units_of_part in parts]
 
@@ -249,8 +260,8 @@ def _as_list(layout: Layout, results: Sequence[Any]) -> Any:
 
 
 def _concatenated(layout: Layout, results: Sequence[Any]) -> Any:
-    """Batches and lists are concatenated; of other results, which are equal on all ranks (metrics), the first
-    is taken."""
+    """Batches and lists are concatenated; of other results, which are equal on all ranks
+    (metrics), the first is taken."""
     if isinstance(results[0], Batch):
         return Batch.concat(results)
     if isinstance(results[0], list):
@@ -261,7 +272,10 @@ def _concatenated(layout: Layout, results: Sequence[Any]) -> Any:
 ONE_TO_ALL = Protocol(name="ONE_TO_ALL", distribute=_same_to_all, collect=_as_list, every_rank=True)
 ALL_TO_ALL = Protocol(name="ALL_TO_ALL", distribute=_one_each, collect=_as_list, every_rank=True)
 THREE_D = Protocol(
-    name="3D_PROTO", distribute=_split_over(data_groups), collect=_concatenated, collected=_last_stage
+    name="3D_PROTO",
+    distribute=_split_over(data_groups),
+    collect=_concatenated,
+    collected=_last_stage,
 )
 THREE_D_ALL_MICRO_DP = Protocol(
     name="3D_ALL_MICRO_DP",

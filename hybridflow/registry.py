@@ -8,9 +8,9 @@ The value of such a setting (actor.train.engine, actor.generation.engine, actor.
       mine = "my_package.engine:MyEngine"
 - "my_package.engine:MyEngine" itself.
 
-Nothing is imported before it is asked for. Every process looks a name up for itself, Ray's workers too, so
-the module must be importable on every node. Registering by calling a function is left out: such a call would
-have to be repeated in every process.
+Nothing is imported before it is asked for. Every process looks a name up for itself, Ray's workers
+too, so the module must be importable on every node. Registering by calling a function is left out:
+such a call would have to be repeated in every process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Registry:
-    """ENGINES = Registry(group="hybridflow.training_engines", builtin={"fsdp": "workers...:FsdpEngine"})
+    """ENGINES = Registry(group="hybridflow.training_engines", builtin={"fsdp":
+    "workers...:FsdpEngine"})
 
     ENGINES.load("fsdp", field="actor.train.engine")
     """
@@ -40,31 +41,35 @@ class Registry:
         return iter(self.locations())
 
     def locations(self) -> dict[str, str]:
-        """Every known name -> "module:attribute". A ValueError for a name that two packages declare."""
+        """Every known name -> "module:attribute". A ValueError for a name that two packages
+        declare."""
         known = dict(self.builtin)
         for entry in entry_points(group=self.group):
             location = f"{entry.module}:{entry.attr}"
             if known.get(entry.name, location) != location:
                 raise ValueError(
-                    f"entry point group {self.group}: {entry.name} is {location} and {known[entry.name]}; "
-                    "rename it in one of the two packages"
+                    f"entry point group {self.group}: {entry.name} is {location} and "
+                    f"{known[entry.name]}; rename it in one of the two packages"
                 )
             known[entry.name] = location
         return known
 
     def load(self, name: str, field: str) -> Any:
-        """What `name` stands for; `field` is the setting, for the ValueError of a name that is not known or
-        whose module cannot be imported."""
+        """What `name` stands for; `field` is the setting, for the ValueError of a name that is
+        not known or whose module cannot be imported."""
         if ":" in name:
             return load_object(name, field)
         # Built-in names need no look at all installed packages, which takes a fifth of a second.
         known = self.builtin if name in self.builtin else self.locations()
         if name not in known:
-            raise ValueError(f"{field} is {name!r}; known: {', '.join(known)}, or package.module:Name")
+            raise ValueError(
+                f"{field} is {name!r}; known: {', '.join(known)}, or package.module:Name"
+            )
         return load_object(known[name], field)
 
     def load_class(self, name: str, field: str, base: ABCMeta) -> Any:
-        """The same for a concrete subclass of `base`; the ValueError names the methods that it lacks."""
+        """The same for a concrete subclass of `base`; the ValueError names the methods that it
+        lacks."""
         found = self.load(name, field)
         if not isinstance(found, ABCMeta) or not issubclass(found, base):
             raise ValueError(
@@ -72,15 +77,16 @@ class Registry:
             )
         if found.__abstractmethods__:
             raise ValueError(
-                f"{field} is {name!r}, a class without {', '.join(sorted(found.__abstractmethods__))}; "
+                f"{field} is {name!r}, a class without "
+                f"{', '.join(sorted(found.__abstractmethods__))}; "
                 f"{base.__module__}.{base.__name__} says what they do"
             )
         return found
 
 
 def load_object(path: str, field: str) -> Any:
-    """What "package.module:name" names; every way in which that can fail is a ValueError with the setting's
-    name."""
+    """What "package.module:name" names; every way in which that can fail is a ValueError with
+    the setting's name."""
     module_name, separator, name = path.partition(":")
     if not separator or not name:
         raise ValueError(f"{field}={path!r}: write it as package.module:name")
@@ -90,8 +96,8 @@ def load_object(path: str, field: str) -> Any:
     try:
         module = import_module(module_name)
     except Exception as error:
-        # The module is somebody else's: whatever it raises (a missing library, a syntax error), the run does
-        # not start.
+        # The module is somebody else's: whatever it raises (a missing library, a syntax error), the
+        # run does not start.
         raise ValueError(
             f"{field}={path!r}: module {module_name!r} can't be imported ({type(error).__name__}: "
             f"{error}); it must be importable on every node"

@@ -1,5 +1,5 @@
-"""What a call returns besides batches: metrics and lists that fill in when they are read, so that every call
-returns at once."""
+"""What a call returns besides batches: metrics and lists that fill in when they are read, so
+that every call returns at once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Metrics(Mapping[str, float]):
     ) -> None:
         """rows: what the numbers describe, so that a run can show some of it."""
         self._parts: list[Part] = [dict(values or {}), *sources]
-        """In the order in which they are laid over each other; a callable one is read when any is."""
+        """In the order in which they are laid over each other; a callable one is read when any
+        is."""
         self.rows = rows
 
     def __or__(self, other: Mapping[str, float]) -> Metrics:

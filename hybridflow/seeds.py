@@ -1,8 +1,8 @@
-"""Seeds: how a run's seed changes draws that already depend on something else (a prompt's id, an update's
-number).
+"""Seeds: how a run's seed changes draws that already depend on something else (a prompt's id, an
+update's number).
 
-Both numbers are combined by exclusive or, after the seed's bits were spread over all 64: seed 0 leaves the
-other number as it is, and any other seed changes every draw.
+Both numbers are combined by exclusive or, after the seed's bits were spread over all 64: seed 0
+leaves the other number as it is, and any other seed changes every draw.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""A process group over the hosts of two pools: data goes from host to host without passing the controller.
+"""A process group over the hosts of two pools: data goes from host to host without passing the
+controller.
 
-Each pool has a torch.distributed world of its own. The spanning group is registered in neither: it is passed
-to the functions of torch.distributed that take a group, and has ranks of its own (group.rank(),
-group.size()). The controller tells both pools the address of the meeting point, and starts calls that use the
-group on both sides before it waits for either.
+Each pool has a torch.distributed world of its own. The spanning group is registered in neither: it
+is passed to the functions of torch.distributed that take a group, and has ranks of its own
+(group.rank(), group.size()). The controller tells both pools the address of the meeting point, and
+starts calls that use the group on both sides before it waits for either.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ JOIN_TIMEOUT_S = 300.0
 
 
 class MeetingPoint:
-    """The listening socket at which the ranks of a spanning group find each other; a rank keeps it as long as
-    the group exists.
+    """The listening socket at which the ranks of a spanning group find each other; a rank keeps it
+    as long as the group exists.
 
     point = MeetingPoint("10.0.0.7", size=6)
     group = join(point.address, rank=0, size=6, host="10.0.0.7", device="cpu", timeout_s=600.0, point=point)
@@ -28,7 +29,12 @@ class MeetingPoint:
 
     def __init__(self, host: str, *, size: int) -> None:
         self.store = dist.TCPStore(
-            host, 0, size, is_master=True, timeout=timedelta(seconds=JOIN_TIMEOUT_S), wait_for_workers=False
+            host,
+            0,
+            size,
+            is_master=True,
+            timeout=timedelta(seconds=JOIN_TIMEOUT_S),
+            wait_for_workers=False,
         )
         self.address = f"{host}:{self.store.port}"
 
@@ -45,9 +51,9 @@ def join(
 ) -> dist.ProcessGroup:
     """The group of all `size` ranks that join at `address`; collective over them.
 
-    `host` is this machine's address as the others can reach it (127.0.0.1 where all are on one machine).
-    Tensors in host memory travel over gloo, those of a cuda device over NCCL. An operation of the group fails
-    after `timeout_s`, joining after JOIN_TIMEOUT_S.
+    `host` is this machine's address as the others can reach it (127.0.0.1 where all are on one
+    machine). Tensors in host memory travel over gloo, those of a cuda device over NCCL. An
+    operation of the group fails after `timeout_s`, joining after JOIN_TIMEOUT_S.
     """
     timeout, joining = timedelta(seconds=timeout_s), timedelta(seconds=JOIN_TIMEOUT_S)
     name, _, port = address.rpartition(":")
@@ -58,8 +64,8 @@ def join(
     kinds = dist.ProcessGroup.BackendType
     group = dist.ProcessGroup(store, rank, size)
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    # A pool's own world may be bound to the loopback interface; this group is bound to where the other pool
-    # can reach it.
+    # A pool's own world may be bound to the loopback interface; this group is bound to where the
+    # other pool can reach it.
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = timeout
     gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo/", store), rank, size, options)

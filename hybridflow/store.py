@@ -1,7 +1,9 @@
-"""Storage of blocks: in this process (Held) or in Ray's object store (an ObjectRef), both read by fetch.
+"""Storage of blocks: in this process (Held) or in Ray's object store (an ObjectRef), both read by
+fetch.
 
-fetch() is the only function that waits for data. On the controller the wait also watches every pending call
-(hybridflow/waiting.py), so that a dead or stuck producer ends in an error and never in silence.
+fetch() is the only function that waits for data. On the controller the wait also watches every
+pending call (hybridflow/waiting.py), so that a dead or stuck producer ends in an error and never in
+silence.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ class Abstract(Held):
     @property
     def block(self) -> Block:  # type: ignore[override]
         raise ValueError(
-            f"the step reads a column of {self.writer} on the controller while it is traced; "
-            "put what depends on numbers into a function marked @on_controller(reads=..., writes=...)"
+            f"the step reads a column of {self.writer} on the controller while it is traced; put "
+            "what depends on numbers into a function marked @on_controller(reads=..., writes=...)"
         )
 
 
@@ -55,11 +57,13 @@ def fetch(refs: Sequence[Ref]) -> list[Block]:
     return blocks
 
 
-def fetch_rows(requests: Sequence[tuple[Ref, np.ndarray, str | None]], here: str | None) -> list[Block]:
+def fetch_rows(
+    requests: Sequence[tuple[Ref, np.ndarray, str | None]], here: str | None
+) -> list[Block]:
     """The rows of the block of each (reference, rows, node).
 
-    A block of this node is mapped, not copied. From another node only the rows travel: a task there cuts them
-    out.
+    A block of this node is mapped, not copied. From another node only the rows travel: a task there
+    cuts them out.
     """
     remote: dict[tuple[str, bytes], list[int]] = {}
     for position, (ref, rows, node) in enumerate(requests):
@@ -69,7 +73,9 @@ def fetch_rows(requests: Sequence[tuple[Ref, np.ndarray, str | None]], here: str
     cut: set[int] = set()
     for (node, _), positions in remote.items():
         uncut = [refs[position] for position in positions]
-        for position, ref in zip(positions, _cut_at(node, uncut, requests[positions[0]][1]), strict=True):
+        for position, ref in zip(
+            positions, _cut_at(node, uncut, requests[positions[0]][1]), strict=True
+        ):
             refs[position] = ref
             cut.add(position)
     blocks = fetch(refs)
@@ -101,7 +107,8 @@ def _cut(refs: list[Ref], rows: np.ndarray) -> Any:
 
 
 def put(held: Held) -> Ref:
-    """The reference of a block in Ray's store; a block is put there once, however often it is sent."""
+    """The reference of a block in Ray's store; a block is put there once, however often it is
+    sent."""
     if held.stored is None:
         import ray
 

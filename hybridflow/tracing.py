@@ -1,9 +1,9 @@
 """Tracing: an algorithm's step, run on abstract batches, gives the dataflow graph.
 
-The same step code runs; only the roles are stand-ins that record. A column that no call writes, one that is
-written twice and a reader before its writer are reported here, before any process starts. Control flow that
-depends on data cannot be traced: a step that looks at numbers to decide what to call next puts that decision
-into a function marked @on_controller.
+The same step code runs; only the roles are stand-ins that record. A column that no call writes, one
+that is written twice and a reader before its writer are reported here, before any process starts.
+Control flow that depends on data cannot be traced: a step that looks at numbers to decide what to
+call next puts that decision into a function marked @on_controller.
 """
 
 from __future__ import annotations
@@ -82,13 +82,16 @@ class Traced:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("_") or name not in self._methods:
             raise AttributeError(
-                f"{self._role}: no remote method {name!r}; it has {', '.join(sorted(self._methods))}"
+                f"{self._role}: no remote method {name!r}; it has "
+                f"{', '.join(sorted(self._methods))}"
             )
         declaration = self._methods[name]
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return self._record(
-                name, declaration, [value for value in (*args, *kwargs.values()) if isinstance(value, Batch)]
+                name,
+                declaration,
+                [value for value in (*args, *kwargs.values()) if isinstance(value, Batch)],
             )
 
         return call
@@ -97,7 +100,9 @@ class Traced:
         _check_reads(f"{self._role}.{name}", declaration.reads, batches)
         present = _present(declaration.optional, batches)
         reads = (*declaration.reads, *present)
-        call = self._recorder.record(self._role, name, declaration.kind, reads, declaration.writes, batches)
+        call = self._recorder.record(
+            self._role, name, declaration.kind, reads, declaration.writes, batches
+        )
         if declaration.writes:
             return abstract_batch(declaration.writes, call)
         returns_metrics = get_type_hints(getattr(self._worker_class, name)).get("return") is Metrics
@@ -111,14 +116,15 @@ def on_controller(
     writes: Sequence[str] = (),
     chooses_rows: bool = False,
 ) -> Callable[[Callable[P, Batch]], Callable[P, Batch]]:
-    """Marks a function of the controller that reads columns and returns a Batch of new ones (numbers only, no
-    model).
+    """Marks a function of the controller that reads columns and returns a Batch of new ones
+    (numbers only, no model).
 
     @on_controller(reads=("rewards",), writes=("advantages",))
     def compute_advantages(batch: Batch, config: PPOConfig) -> Batch: ...
 
-    chooses_rows: the function returns rows of its first batch with all their columns, and those that it
-    writes. How many rows there are may depend on numbers; tracing goes on with as many as there were.
+    chooses_rows: the function returns rows of its first batch with all their columns, and those
+    that it writes. How many rows there are may depend on numbers; tracing goes on with as many as
+    there were.
 
     @on_controller(reads=("uid", "rewards"), chooses_rows=True)
     def best_of_each_prompt(batch: Batch) -> Batch: ...
@@ -136,7 +142,12 @@ def on_controller(
                 return function(*args, **kwargs)
             present = _present(optional, batches)
             name = recorder.record(
-                "controller", function.__name__, CallKind.controller, [*reads, *present], writes, batches
+                "controller",
+                function.__name__,
+                CallKind.controller,
+                [*reads, *present],
+                writes,
+                batches,
             )
             written = abstract_batch(writes, name)
             return batches[0] | written if chooses_rows else written
@@ -149,8 +160,8 @@ def on_controller(
 def trace(
     algorithm: str, step: Callable[[Batch], object], inputs: Sequence[str], recorder: Recorder
 ) -> Dataflow:
-    """Runs `step` (of an algorithm built on Traced roles with the same recorder) on an abstract batch of
-    `inputs`."""
+    """Runs `step` (of an algorithm built on Traced roles with the same recorder) on an abstract
+    batch of `inputs`."""
     token = _RECORDER.set(recorder)
     try:
         step(abstract_batch(inputs, "prompts"))
@@ -162,7 +173,9 @@ def trace(
 def traced_roles(roles: Mapping[str, type[Worker]]) -> tuple[dict[str, Any], Recorder]:
     """Stand-ins for all roles, and the recorder that they share."""
     recorder = Recorder()
-    return {role: Traced(role, worker_class, recorder) for role, worker_class in roles.items()}, recorder
+    return {
+        role: Traced(role, worker_class, recorder) for role, worker_class in roles.items()
+    }, recorder
 
 
 def abstract_batch(names: Sequence[str], writer: str) -> Batch:
@@ -194,8 +207,8 @@ def _check_reads(reader: str, reads: Sequence[str], batches: Sequence[Batch]) ->
         if missing:
             has = ", ".join(batch.columns) or "none"
             raise ValueError(
-                f"{reader} reads {', '.join(missing)}, which no earlier call wrote; the batch has {has}. "
-                "Call the writer first, or join its result with `batch |= ...`"
+                f"{reader} reads {', '.join(missing)}, which no earlier call wrote; the batch has "
+                f"{has}. Call the writer first, or join its result with `batch |= ...`"
             )
 
 

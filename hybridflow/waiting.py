@@ -1,9 +1,9 @@
 """Waiting: every wait of the controller watches all pending calls.
 
-A failed call raises as soon as it is known, even if its result is not the one being read; a dead process is
-named; and when no call finishes for as long as a pool allows (PoolSpec.call_timeout_s), the wait ends in a
-report of who waits for whom with the stack of every rank. Never in silence. In a host process nothing is
-pending, so a wait there is a plain wait; its controller watches it.
+A failed call raises as soon as it is known, even if its result is not the one being read; a dead
+process is named; and when no call finishes for as long as a pool allows (PoolSpec.call_timeout_s),
+the wait ends in a report of who waits for whom with the stack of every rank. Never in silence. In a
+host process nothing is pending, so a wait there is a plain wait; its controller watches it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
 POLL_S = 1.0
 """How often a wait looks at the other pending calls."""
 GRACE_S = 5.0
-"""How long the other ranks of a failed call may take to finish before the pool is taken for stuck and killed.
+"""How long the other ranks of a failed call may take to finish before the pool is taken for stuck
+and killed.
 """
 DEFAULT_TIMEOUT_S = 1800.0
 
@@ -48,7 +49,8 @@ class Reply:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pending:
-    """A call under way: one reply reference per rank, and how to reach the processes if it goes wrong."""
+    """A call under way: one reply reference per rank, and how to reach the processes if it goes
+    wrong."""
 
     role: str
     method: str
@@ -80,14 +82,15 @@ class CallRecord:
 
 @dataclass(slots=True)
 class Calls:
-    """All calls of this process that were not yet seen to finish, and the records of those that were."""
+    """All calls of this process that were not yet seen to finish, and the records of those that
+    were."""
 
     pending: list[Pending] = field(default_factory=list)
     records: list[CallRecord] = field(default_factory=list)
     last_progress: float = field(default_factory=time.monotonic)
     interrupted: bool = False
-    """Ctrl-C came. Python raises it wherever the process happens to be, and inside a callback of native code
-    it is lost; the next wait raises it again."""
+    """Ctrl-C came. Python raises it wherever the process happens to be, and inside a callback
+    of native code it is lost; the next wait raises it again."""
 
     def add(self, call: Pending) -> None:
         if not self.pending:
@@ -113,7 +116,8 @@ class Calls:
                 self._fail(error)
 
     def check(self) -> None:
-        """Raises if a pending call failed, its process died, or nothing has finished for too long."""
+        """Raises if a pending call failed, its process died, or nothing has finished for too
+        long."""
         import ray
         from ray.exceptions import RayError
 
@@ -128,10 +132,8 @@ class Calls:
                 except RayError as error:
                     self._fail(error)
                 if not waiting:
-                    started, finished = (
-                        min(reply.started for reply in replies),
-                        max(reply.finished for reply in replies),
-                    )
+                    started = min(reply.started for reply in replies)
+                    finished = max(reply.finished for reply in replies)
                     self.records.append(
                         CallRecord(
                             role=call.role,
@@ -150,8 +152,8 @@ class Calls:
             self._stuck(timeout_s)
 
     def under_way(self) -> str:
-        """The call that each pool is at, and what it does there; "" while nothing is pending. Any thread may
-        ask."""
+        """The call that each pool is at, and what it does there; "" while nothing is pending.
+        Any thread may ask."""
         first: dict[str, Pending] = {}
         for call in list(self.pending):
             first.setdefault(call.pool, call)
@@ -162,13 +164,18 @@ class Calls:
         return ", ".join(texts)
 
     def finish(self) -> list[CallRecord]:
-        """Waits for every pending call; returns and forgets the records made since the last time."""
+        """Waits for every pending call; returns and forgets the records made since the last
+        time."""
         import ray
 
         while self.pending:
-            ray.wait([ref for call in self.pending for ref in call.replies], num_returns=1, timeout=0)
             ray.wait(
-                list(self.pending[-1].replies), num_returns=len(self.pending[-1].replies), timeout=POLL_S
+                [ref for call in self.pending for ref in call.replies], num_returns=1, timeout=0
+            )
+            ray.wait(
+                list(self.pending[-1].replies),
+                num_returns=len(self.pending[-1].replies),
+                timeout=POLL_S,
             )
             self.check()
         records, self.records = self.records, []
@@ -180,8 +187,8 @@ class Calls:
         self.records = [record for record in self.records if record.pool != pool]
 
     def _fail(self, error: Exception) -> None:
-        """Raises what the controller should see instead of Ray's error, and stops pools whose ranks can't go
-        on."""
+        """Raises what the controller should see instead of Ray's error, and stops pools whose
+        ranks can't go on."""
         from ray.exceptions import RayActorError, RayTaskError
 
         pending, self.pending = self.pending, []
@@ -192,7 +199,8 @@ class Calls:
             raise error
         deaths = _settle(cause, pending)
         if deaths:
-            # The peers of a dead process fail too, often before its death is known; they are not the cause.
+            # The peers of a dead process fail too, often before its death is known; they are not
+            # the cause.
             peer = f"{cause.where}: {cause.cause}".partition("\n")[0]
             _stop_dead(pending, f"{deaths}; its peer failed with it: {peer}")
         raise cause from None
@@ -210,8 +218,8 @@ CALLS = Calls()
 
 
 def catch_interrupts() -> None:
-    """Ctrl-C ends the run even if its exception gets lost in native code; for the main thread of a program's
-    main."""
+    """Ctrl-C ends the run even if its exception gets lost in native code; for the main thread
+    of a program's main."""
 
     def interrupt(signum: int, frame: object) -> None:
         CALLS.interrupted = True
@@ -262,17 +270,24 @@ def _first_lines(error: Exception) -> str:
 
 
 def _settle(error: WorkerError, pending: Sequence[Pending]) -> str:
-    """Gives the failed rank's peers a grace period. Returns the deaths that came to light; if there are none
-    and peers still wait for the failed rank (in a collective, for ever), their pools are killed.
+    """Gives the failed rank's peers a grace period. Returns the deaths that came to light; if there
+    are none and peers still wait for the failed rank (in a collective, for ever), their pools are
+    killed.
 
-    Peers are the pool's other ranks, and calls of the same method in other pools: pools that work together
-    (on a transfer of weights, say) do so in methods of one name.
+    Peers are the pool's other ranks, and calls of the same method in other pools: pools that work
+    together (on a transfer of weights, say) do so in methods of one name.
     """
     import ray
 
-    peers = [call for call in pending if call.pool == error.where.pool or call.method == error.where.method]
+    peers = [
+        call
+        for call in pending
+        if call.pool == error.where.pool or call.method == error.where.method
+    ]
     replies = [reply for call in peers for reply in call.replies]
-    _, waiting = ray.wait(replies, num_returns=len(replies), timeout=GRACE_S) if replies else ([], [])
+    _, waiting = (
+        ray.wait(replies, num_returns=len(replies), timeout=GRACE_S) if replies else ([], [])
+    )
     deaths = _deaths(peers)
     if waiting and not deaths:
         stuck = {call.pool: call for call in peers if not set(waiting).isdisjoint(call.replies)}
@@ -289,10 +304,13 @@ def _report(pending: Sequence[Pending], timeout_s: float) -> str:
         _, waiting = ray.wait(list(call.replies), num_returns=len(call.replies), timeout=0)
         ranks = [rank for rank, reply in enumerate(call.replies) if reply in waiting]
         lines.append(
-            f"  {call.role}.{call.method} on pool {call.pool}: ranks {ranks} of {len(call.replies)} have not "
-            "answered"
+            f"  {call.role}.{call.method} on pool {call.pool}: ranks {ranks} of "
+            f"{len(call.replies)} have not answered"
         )
     for call in {call.pool: call for call in pending}.values():
         for rank, stack in call.stacks().items():
-            lines += [f"--- pool {call.pool} rank {rank} ({call.describe_host(rank)})", stack.rstrip()]
+            lines += [
+                f"--- pool {call.pool} rank {rank} ({call.describe_host(rank)})",
+                stack.rstrip(),
+            ]
     return "\n".join(lines)

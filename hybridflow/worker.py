@@ -1,7 +1,8 @@
-"""Worker: the base of every role, and @remote, which says how a method is called from the controller.
+"""Worker: the base of every role, and @remote, which says how a method is called from the
+controller.
 
-A worker is a plain object inside a host process. It may be built and called by hand in a test or under a
-debugger: @remote adds a declaration and changes nothing.
+A worker is a plain object inside a host process. It may be built and called by hand in a test or
+under a debugger: @remote adds a declaration and changes nothing.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def remote(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declares a method callable from the controller.
 
-    reads: columns that the method needs; optional: columns that it also reads where the batch has them; only
-    these reach it. writes: columns of the Batch that it returns, one row for every row it got, in the same
-    order. balance, within, together, near: see protocols.Split.
+    reads: columns that the method needs; optional: columns that it also reads where the batch has
+    them; only these reach it. writes: columns of the Batch that it returns, one row for every row
+    it got, in the same order. balance, within, together, near: see protocols.Split.
     """
     for name in (*reads, *optional, *writes):
         declared(name)
@@ -75,8 +76,8 @@ _KNOWN_METHODS: dict[type, dict[str, Remote]] = {}
 
 
 def remote_methods(worker: type) -> dict[str, Remote]:
-    """The declared methods of a class by name, inherited ones included; an override keeps its base's
-    declaration."""
+    """The declared methods of a class by name, inherited ones included; an override keeps its
+    base's declaration."""
     if worker in _KNOWN_METHODS:
         return _KNOWN_METHODS[worker]
     found = _KNOWN_METHODS[worker] = {}
@@ -101,8 +102,8 @@ class Worker:
 
     @classmethod
     def layouts(cls, config: Any, world_size: int) -> dict[str, Layout]:
-        """The named layouts over the pool that the protocols refer to; checked before any process does
-        work."""
+        """The named layouts over the pool that the protocols refer to; checked before any
+        process does work."""
         return {"train": Layout.of(dp=world_size)}
 
     def close(self) -> None:

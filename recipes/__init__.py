@@ -1,8 +1,8 @@
-"""Recipes: what to run. A YAML here is a recipe: `python -m recipes.grpo` runs recipes/grpo.yaml with no file
-of code of its own.
+"""Recipes: what to run. A YAML here is a recipe: `python -m recipes.grpo` runs recipes/grpo.yaml
+with no file of code of its own.
 
-A recipe that needs more than settings (recipes.plan, recipes.quickstart) is a module like any other, and is
-found first. `python -m recipes` lists all, and runs a YAML that stands elsewhere.
+A recipe that needs more than settings (recipes.plan, recipes.quickstart) is a module like any
+other, and is found first. `python -m recipes` lists all, and runs a YAML that stands elsewhere.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ HERE = Path(__file__).parent
 
 
 class YamlRecipes:
-    """Python asks it for the modules that no file defines: recipes.NAME is recipes/training.py where there is
-    a recipes/NAME.yaml."""
+    """Python asks it for the modules that no file defines: recipes.NAME is recipes/training.py
+    where there is a recipes/NAME.yaml."""
 
     @staticmethod
     def find_spec(

@@ -1,5 +1,5 @@
-"""python -m recipes lists the recipes; python -m recipes path/to/mine.yaml name=value ... runs one of your
-own, which may stand anywhere."""
+"""python -m recipes lists the recipes; python -m recipes path/to/mine.yaml name=value ... runs
+one of your own, which may stand anywhere."""
 
 from __future__ import annotations
 

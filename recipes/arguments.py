@@ -1,5 +1,5 @@
-"""The command lines of recipes.plan, recipes.calibrate and recipes.reshard_plan: name=value arguments over a
-dataclass of settings."""
+"""The command lines of recipes.plan, recipes.calibrate and recipes.reshard_plan: name=value
+arguments over a dataclass of settings."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ def read_arguments(
 ) -> Settings:
     """name=value arguments over the defaults of the dataclass `schema`.
 
-    An unknown name, a value of the wrong type and a missing value are a ValueError that names the setting;
-    `renamed` has the new names of settings that were called otherwise before.
+    An unknown name, a value of the wrong type and a missing value are a ValueError that names the
+    setting; `renamed` has the new names of settings that were called otherwise before.
     """
     config = OmegaConf.structured(schema)
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if not equals:
-            raise ValueError(f"argument {argument!r} is not of the form name=value; --help lists the names")
+            raise ValueError(
+                f"argument {argument!r} is not of the form name=value; --help lists the names"
+            )
         if renamed and name in renamed:
             raise ValueError(f"{argument}: {name} is now {renamed[name]}")
         if not _is_known(name, schema):
@@ -37,7 +39,9 @@ def read_arguments(
         try:
             config = OmegaConf.merge(config, OmegaConf.from_dotlist([argument]))
         except yaml.YAMLError:
-            raise ValueError(f"{name} is {value!r}, which is no YAML; check brackets and quotes") from None
+            raise ValueError(
+                f"{name} is {value!r}, which is no YAML; check brackets and quotes"
+            ) from None
         except OmegaConfBaseException as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{name} is {value!r}: {reason}") from None
@@ -47,15 +51,16 @@ def read_arguments(
 
 
 def usage(page: str | None, schema: type, file: str) -> str:
-    """The text of --help: the module's page, then every setting of `schema`, which is in `file`, with its
-    default."""
+    """The text of --help: the module's page, then every setting of `schema`, which is in
+    `file`, with its default."""
     lines = [f"  {entry.name}={_shown(_default(entry))}" for entry in fields(schema)]
     heading = f"Settings with their defaults (what they mean: {schema.__name__} in {file}):"
     return "\n".join([str(page), heading, *lines])
 
 
 def _is_known(name: str, schema: type) -> bool:
-    """Whether `name` is a field, or an entry of a field that is a dict, whose keys the user chooses."""
+    """Whether `name` is a field, or an entry of a field that is a dict, whose keys the user
+    chooses."""
     first, dot, _ = name.partition(".")
     for entry in fields(schema):
         if entry.name == first:
@@ -66,7 +71,9 @@ def _is_known(name: str, schema: type) -> bool:
 def _advice(name: str, schema: type) -> str:
     """The names that look like `name`, or like its last part."""
     known = [entry.name for entry in fields(schema)]
-    near = get_close_matches(name, known, n=3) or get_close_matches(name.rpartition(".")[2], known, n=3)
+    near = get_close_matches(name, known, n=3) or get_close_matches(
+        name.rpartition(".")[2], known, n=3
+    )
     if not near:
         return "--help lists them all"
     return f"did you mean {' or '.join(near)}?"

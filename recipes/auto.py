@@ -3,8 +3,8 @@
     mapping = choose(inputs)                # searched, saved by the run that is resumed, or plan.mapping
     config = apply_mapping(inputs, mapping) # recipes/mapping_settings.py: from then on placement=custom
 
-With several kinds of devices every pool asks for nodes of its kind. Leaves out roles with different training
-engines or precisions, and CPUs beside GPUs.
+With several kinds of devices every pool asks for nodes of its kind. Leaves out roles with different
+training engines or precisions, and CPUs beside GPUs.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def _generates_apart(solution: Solution) -> bool:
 
 
 def _reused(inputs: MapperInputs, setting: Setting, saved: Path) -> DeviceMapping | None:
-    """A saved mapping, with predictions made anew; None where a run is resumed on other devices and did not
-    name the mapping."""
+    """A saved mapping, with predictions made anew; None where a run is resumed on other devices
+    and did not name the mapping."""
     mapping = DeviceMapping.load(saved)
     if not inputs.config.plan.mapping and mapping.cluster != str(setting.cluster):
         LOGGER.info(
@@ -75,7 +75,9 @@ def _reused(inputs: MapperInputs, setting: Setting, saved: Path) -> DeviceMappin
         setting = setting_of(with_split_generation(inputs))
     judgement = judge(setting, mapping)
     if not judgement.fits:
-        raise ValueError(f"mapping {saved} does not fit on {setting.cluster}:\n{judgement.report()}")
+        raise ValueError(
+            f"mapping {saved} does not fit on {setting.cluster}:\n{judgement.report()}"
+        )
     LOGGER.info("placement=auto: as in %s", saved)
     return judgement.mapping
 
@@ -86,8 +88,8 @@ def saved_mapping(config: RunConfig) -> Path | None:
         path = Path(config.plan.mapping)
         if not path.is_file():
             raise ValueError(
-                f"plan.mapping is {config.plan.mapping!r}, which is no file; give one that a run or "
-                "recipes.plan has saved"
+                f"plan.mapping is {config.plan.mapping!r}, which is no file; give one that a run "
+                "or recipes.plan has saved"
             )
         return path
     directory = Path(config.output_dir)
@@ -107,19 +109,19 @@ def _check(inputs: MapperInputs, setting: Setting) -> None:
     config = inputs.config
     if config.runtime is Runtime.local:
         raise ValueError(
-            "placement=auto with runtime=local, which is one process: there is nothing to place; leave one "
-            "of them out"
+            "placement=auto with runtime=local, which is one process: there is nothing to place; "
+            "leave one of them out"
         )
     if config.pools:
         raise ValueError(
-            f"pools ({', '.join(config.pools)}) are set with placement=auto, which makes its own; use "
-            "placement=custom for yours"
+            f"pools ({', '.join(config.pools)}) are set with placement=auto, which makes its own; "
+            "use placement=custom for yours"
         )
     node_resources(config, setting.cluster)
     if config.num_devices not in (1, setting.cluster.num_devices):
         raise ValueError(
-            f"num_devices is {config.num_devices}, plan.cluster has {setting.cluster.num_devices} devices; "
-            "leave one of them out"
+            f"num_devices is {config.num_devices}, plan.cluster has {setting.cluster.num_devices} "
+            "devices; leave one of them out"
         )
     engines: dict[str, str] = {}
     for role in setting.roles:
@@ -128,6 +130,6 @@ def _check(inputs: MapperInputs, setting: Setting) -> None:
     if len(set(engines.values())) > 1:
         listed = ", ".join(f"{role} {engine}" for role, engine in engines.items())
         raise ValueError(
-            f"placement=auto needs one training engine and precision for all roles: {listed}; set them "
-            "alike, or place them yourself with placement=custom"
+            f"placement=auto needs one training engine and precision for all roles: {listed}; set "
+            "them alike, or place them yourself with placement=custom"
         )

@@ -3,11 +3,12 @@
     python -m recipes.calibrate output=calibration      # writes calibration.json, cluster.json, measurements
     python -m recipes.plan ... calibration=calibration/calibration.json cluster=calibration/cluster.json
 
-Runs the real engines on small random models, in as many processes at once as a pool of this machine has, so
-that the numbers include what the processes take from each other; fits constants to the measurements
-(hybridflow/mapping/calibrate/fit.py); and ends with a few steps of recipes.ppo, on one rank and on all, for
-overheads that only a whole step has (recipes/calibration_run.py). Links between machines are not measured.
-Settings are the fields of CalibrateConfig (recipes/calibration_config.py).
+Runs the real engines on small random models, in as many processes at once as a pool of this machine
+has, so that the numbers include what the processes take from each other; fits constants to the
+measurements (hybridflow/mapping/calibrate/fit.py); and ends with a few steps of recipes.ppo, on one
+rank and on all, for overheads that only a whole step has (recipes/calibration_run.py). Links
+between machines are not measured. Settings are the fields of CalibrateConfig
+(recipes/calibration_config.py).
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def calibrate(config: CalibrateConfig) -> Fit:
 
 
 def measure(config: CalibrateConfig) -> Measurements:
-    """Starts the processes and takes the mean over them. Generation is measured on every second model:
-    engines start slowly."""
+    """Starts the processes and takes the mean over them. Generation is measured on every second
+    model: engines start slowly."""
     with tempfile.TemporaryDirectory() as directory:
         for name in config.models:
             make_model(Path(directory) / name, name)
@@ -170,7 +171,9 @@ def make_model(directory: Path, name: str) -> None:
     Qwen2ForCausalLM(config).save_pretrained(directory)
 
 
-def _measure_rank(rank: int, config: CalibrateConfig, directory: str, barrier: Any, queue: Any) -> None:
+def _measure_rank(
+    rank: int, config: CalibrateConfig, directory: str, barrier: Any, queue: Any
+) -> None:
     """The main of a process; sends its measurements, or the traceback as text."""
     import traceback
 

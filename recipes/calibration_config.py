@@ -42,7 +42,8 @@ class CalibrateConfig:
 
 
 def check(config: CalibrateConfig) -> None:
-    """ValueErrors for values that nothing can be measured with; engines are checked by recipes.calibrate."""
+    """ValueErrors for values that nothing can be measured with; engines are checked by
+    recipes.calibrate."""
     counts = {
         "num_processes": [config.num_processes],
         "repeats": [config.repeats],
@@ -56,7 +57,9 @@ def check(config: CalibrateConfig) -> None:
             shown = values if name.endswith("rows") else values[0]
             raise ValueError(f"{name} is {shown}; use at least 1")
     if config.response < 2:
-        raise ValueError(f"response is {config.response}; use at least 2, half of it is measured too")
+        raise ValueError(
+            f"response is {config.response}; use at least 2, half of it is measured too"
+        )
     if config.memory_gb <= 0:
         raise ValueError(f"memory_gb is {config.memory_gb}; it must be positive")
     unknown = sorted(set(config.models) - set(SIZES))

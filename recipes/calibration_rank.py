@@ -48,7 +48,10 @@ class Rank:
         self.device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.float32 if config.precision is Precision.fp32 else torch.bfloat16
         self.context = RankContext(
-            role="calibration", local_rank=rank, device=self.device, num_threads=config.threads_per_process
+            role="calibration",
+            local_rank=rank,
+            device=self.device,
+            num_threads=config.threads_per_process,
         )
 
     def run(self) -> Measurements:
@@ -141,13 +144,15 @@ class Rank:
         return samples
 
     def shared_step(self, name: str) -> PassSample:
-        """A training step of all processes together, as data ranks: what its collectives take inside an
-        engine."""
+        """A training step of all processes together, as data ranks: what its collectives take
+        inside an engine."""
         config, ranks = self.config, self.config.num_processes
         rows, length = max(1, max(config.rows) // ranks), config.prompt + config.response
         spec = ModelSpec.from_directory(self.directory / name)
         step = _one_pass(
-            self._trainer(name, rows * length), self._sequences(rows, spec.vocab_size), training=True
+            self._trainer(name, rows * length),
+            self._sequences(rows, spec.vocab_size),
+            training=True,
         )
         seconds = self.fastest(f"{name} {rows} rows on each of {ranks}: {PASSES[True]}", step)
         return PassSample(
@@ -176,8 +181,8 @@ class Rank:
         return engine
 
     def generations(self, name: str) -> tuple[list[GenerationSample], SyncSample]:
-        """Generation calls of fixed length, with few and with many sequences at once; and a sync of the
-        weights."""
+        """Generation calls of fixed length, with few and with many sequences at once; and a
+        sync of the weights."""
         config = self.config
         spec = ModelSpec.from_directory(self.directory / name)
         settings = GenerationConfig(
@@ -187,15 +192,22 @@ class Rank:
             max_num_seqs=max(config.generation_rows),
         )
         engine = generation_engine_class(config.generation_engine)(
-            model=ModelConfig(path=str(self.directory / name)), config=settings, context=self.context
+            model=ModelConfig(path=str(self.directory / name)),
+            config=settings,
+            context=self.context,
         )
         samples = []
-        for rows, response in product(config.generation_rows, (config.response // 2, config.response)):
+        for rows, response in product(
+            config.generation_rows, (config.response // 2, config.response)
+        ):
             sampling = SamplingConfig(max_response_tokens=response, ignore_eos=True)
-            prompts = [row.numpy() for row in torch.randint(2, spec.vocab_size, (rows, config.prompt))]
+            prompts = [
+                row.numpy() for row in torch.randint(2, spec.vocab_size, (rows, config.prompt))
+            ]
             seeds = torch.arange(rows).numpy()
             seconds = self.fastest(
-                f"{name} {rows} rows: {response} tokens", partial(engine.generate, prompts, seeds, sampling)
+                f"{name} {rows} rows: {response} tokens",
+                partial(engine.generate, prompts, seeds, sampling),
             )
             samples.append(
                 GenerationSample(
@@ -207,7 +219,9 @@ class Rank:
         def make_destination(parameters: Sequence[ParameterSpec]) -> WeightDestination:
             return engine.weight_destination(parameters, self.dtype, self.device)
 
-        sync = WeightSync(trainer, engine, make_destination, probe_tolerance=1.0, vocab_size=spec.vocab_size)
+        sync = WeightSync(
+            trainer, engine, make_destination, probe_tolerance=1.0, vocab_size=spec.vocab_size
+        )
         synced = SyncSample(model=spec, seconds=self.fastest(f"{name}: sync", partial(sync.run, 1)))
         engine.close()
         return samples, synced
@@ -219,14 +233,17 @@ class Rank:
         seconds = self.fastest(
             f"all-gather of {num_bytes:.0g} bytes", lambda: dist.all_gather_into_tensor(whole, each)
         )
-        return CollectiveSample(num_bytes=whole.nbytes, ranks=self.config.num_processes, seconds=seconds)
+        return CollectiveSample(
+            num_bytes=whole.nbytes, ranks=self.config.num_processes, seconds=seconds
+        )
 
     def reduce_scatter(self, num_bytes: float) -> CollectiveSample:
         """The same bytes the other way, summed: how gradients come together."""
         each = torch.ones(int(num_bytes / 4 / self.config.num_processes), device=self.device)
         whole = torch.ones(each.numel() * self.config.num_processes, device=self.device)
         seconds = self.fastest(
-            f"reduce-scatter of {num_bytes:.0g} bytes", lambda: dist.reduce_scatter_tensor(each, whole)
+            f"reduce-scatter of {num_bytes:.0g} bytes",
+            lambda: dist.reduce_scatter_tensor(each, whole),
         )
         return CollectiveSample(
             num_bytes=whole.nbytes, ranks=self.config.num_processes, seconds=seconds, reduces=True
@@ -243,7 +260,9 @@ class Rank:
     def _join(self, store: Path, rank: int, world_size: int) -> None:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(self.rank))
         backend = "gloo" if self.device == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
+        dist.init_process_group(
+            backend, init_method=f"file://{store}", rank=rank, world_size=world_size
+        )
 
 
 def _one_pass(engine: TrainingEngine, sequences: Sequences, training: bool) -> Callable[[], object]:

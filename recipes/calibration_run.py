@@ -1,5 +1,5 @@
-"""run_steps: a few steps of recipes.ppo with a small model, predicted and measured, for the overheads that
-the engines alone do not have."""
+"""run_steps: a few steps of recipes.ppo with a small model, predicted and measured, for the
+overheads that the engines alone do not have."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ NUM_STEPS, NUM_PROMPTS, RESPONSE_TOKENS = 9, 32, 48
 
 
 def run_steps(calibrated: Path, num_devices: int, config: CalibrateConfig) -> Run:
-    """Steps in a pool of `num_devices`, predicted with the constants and the cluster in `calibrated`."""
+    """Steps in a pool of `num_devices`, predicted with the constants and the cluster in
+    `calibrated`."""
     with tempfile.TemporaryDirectory() as directory:
         _prepare(Path(directory))
         overrides = [

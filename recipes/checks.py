@@ -1,8 +1,9 @@
-"""What can be known of a run before anything starts: names, sizes, and whether the models fit their layouts.
+"""What can be known of a run before anything starts: names, sizes, and whether the models fit their
+layouts.
 
-Every problem is a ValueError with field, value and fix. Leaves out what others check: values of single fields
-(the dataclasses), data (controllers/data), whether data, models and functions fit each other
-(compatibility.py), columns (hybridflow/tracing.py), the machines (cluster/connect.py).
+Every problem is a ValueError with field, value and fix. Leaves out what others check: values of
+single fields (the dataclasses), data (controllers/data), whether data, models and functions fit
+each other (compatibility.py), columns (hybridflow/tracing.py), the machines (cluster/connect.py).
 """
 
 from __future__ import annotations
@@ -62,13 +63,14 @@ def check_settings(role: str, config: RoleConfig) -> None:
         return
     assert config.model is not None, "is_function() saw to it"
     if config.model.path == NO_MODEL:
-        raise ValueError(f"{role}.model.path is not set; give the directory or hub name of its model")
+        raise ValueError(
+            f"{role}.model.path is not set; give the directory or hub name of its model"
+        )
     check_train(f"{role}.train", config.train)
     if config.train.packing and config.model.attention in ("eager", "flex_attention"):
         raise ValueError(
-            f"{role}.model.attention is {config.model.attention!r}, which would need a mask over whole "
-            "packed rows; set "
-            f"{role}.model.attention=auto or {role}.train.packing=false"
+            f"{role}.model.attention is {config.model.attention!r}, which would need a mask over "
+            f"whole packed rows; set {role}.model.attention=auto or {role}.train.packing=false"
         )
     if isinstance(config, ActorConfig):
         check_loss(config.loss)
@@ -77,11 +79,13 @@ def check_settings(role: str, config: RoleConfig) -> None:
         check_generation("judge", config.generation)
         if config.generation.release_during_training:
             raise ValueError(
-                "judge.generation.release_during_training is true, which nothing reads: only the actor "
-                "trains; leave it out"
+                "judge.generation.release_during_training is true, which nothing reads: only the "
+                "actor trains; leave it out"
             )
     if isinstance(config, ActorConfig) and config.critic_warmup_steps < 0:
-        raise ValueError(f"{role}.critic_warmup_steps is {config.critic_warmup_steps}; use 0 or more")
+        raise ValueError(
+            f"{role}.critic_warmup_steps is {config.critic_warmup_steps}; use 0 or more"
+        )
     if isinstance(config, ActorConfig | CriticConfig) and config.num_epochs < 1:
         raise ValueError(f"{role}.num_epochs is {config.num_epochs}; use at least 1")
     if isinstance(config, PolicyConfig) and config.passes_per_batch < 1:
@@ -94,8 +98,8 @@ def check_train(field: str, config: TrainConfig) -> None:
     _check_library(f"{field}.engine", config.engine, engine.library, ENGINES)
     if sorted(config.rank_order) != sorted(AXES):
         raise ValueError(
-            f"{field}.rank_order is {config.rank_order}; it must name each of {', '.join(AXES)} once, "
-            "outermost first"
+            f"{field}.rank_order is {config.rank_order}; it must name each of {', '.join(AXES)} "
+            "once, outermost first"
         )
     for name, value in (
         ("tp", config.tp),
@@ -105,7 +109,9 @@ def check_train(field: str, config: TrainConfig) -> None:
         if value < 1:
             raise ValueError(f"{field}.{name} is {value}; use at least 1")
     optimizer = config.optimizer
-    if not optimizer.total_steps:  # the run's own length, which is not known before the data is read
+    if (
+        not optimizer.total_steps
+    ):  # the run's own length, which is not known before the data is read
         optimizer = replace(optimizer, schedule=LearningRateSchedule.constant)
     try:
         check_optimizer_config(optimizer)
@@ -116,8 +122,8 @@ def check_train(field: str, config: TrainConfig) -> None:
 def _check_library(field: str, name: str, library: str, registry: Registry) -> None:
     if find_spec(library) is None:
         raise ValueError(
-            f"{field} is {name!r}, but {library} is not installed; install it, or choose another of "
-            f"{', '.join(registry)}"
+            f"{field} is {name!r}, but {library} is not installed; install it, or choose another "
+            f"of {', '.join(registry)}"
         )
 
 
@@ -132,10 +138,14 @@ def check_loss(loss: PolicyLossConfig) -> None:
                 fix = f"actor.loss.name to one of {', '.join(losses)}"
             _refuse_unread(name, vars(loss)[name], fix)
     if loss.aggregation_constant and loss.aggregation is not Aggregation.constant:
-        _refuse_unread("aggregation_constant", loss.aggregation_constant, "actor.loss.aggregation=constant")
+        _refuse_unread(
+            "aggregation_constant", loss.aggregation_constant, "actor.loss.aggregation=constant"
+        )
     correction = loss.rollout_correction
     changed = [
-        name for name, default in vars(RolloutCorrectionConfig()).items() if vars(correction)[name] != default
+        name
+        for name, default in vars(RolloutCorrectionConfig()).items()
+        if vars(correction)[name] != default
     ]
     if correction.correction is Correction.none and changed:
         _refuse_unread(
@@ -155,21 +165,27 @@ def _readers_of_loss_settings() -> dict[str, list[str]]:
 
 
 def _refuse_unread(name: str, value: object, fix: str) -> None:
-    raise ValueError(f"actor.loss.{name} is {value}, which nothing reads; set {fix}, or leave it out")
+    raise ValueError(
+        f"actor.loss.{name} is {value}, which nothing reads; set {fix}, or leave it out"
+    )
 
 
 def check_loss_columns(name: str, dataflow: Dataflow) -> None:
     """The update gets what its loss reads."""
-    updates = [call for call in dataflow.calls if call.kind is CallKind.training and call.role == "actor"]
+    updates = [
+        call for call in dataflow.calls if call.kind is CallKind.training and call.role == "actor"
+    ]
     for column in surrogate(name).columns:
         if all(column in call.reads for call in updates):
             continue
-        writers = [known for known, entry in ALGORITHMS.items() if name in entry.load_config().losses]
+        writers = [
+            known for known, entry in ALGORITHMS.items() if name in entry.load_config().losses
+        ]
         usable = [known for known in POLICY_LOSSES.builtin if not surrogate(known).columns]
         run = f"run python -m recipes.{' or recipes.'.join(writers)}, or " if writers else ""
         raise ValueError(
-            f"actor.loss.name is {name!r}, which reads {column}, and {dataflow.algorithm} does not write it; "
-            f"{run}use one of {', '.join(usable)}"
+            f"actor.loss.name is {name!r}, which reads {column}, and {dataflow.algorithm} does "
+            f"not write it; {run}use one of {', '.join(usable)}"
         )
 
 
@@ -179,41 +195,39 @@ def check_algorithm(config: RunConfig, entry: AlgorithmEntry) -> None:
     if algorithm.losses and loss.name not in algorithm.losses:
         raise ValueError(
             f"actor.loss.name is {loss.name!r}, but {algorithm.name} is trained with "
-            f"{' or '.join(algorithm.losses)}; set "
-            f"actor.loss.name={algorithm.losses[0]}, or run python -m recipes.{algorithm.name}, which does"
+            f"{' or '.join(algorithm.losses)}; set actor.loss.name={algorithm.losses[0]}, or run "
+            f"python -m recipes.{algorithm.name}, which does"
         )
     if loss.kl_coefficient and "reference" not in entry.roles:
         raise ValueError(
-            f"actor.loss.kl_coefficient is {loss.kl_coefficient}, but {algorithm.name} has no reference; set "
-            "it to 0"
+            f"actor.loss.kl_coefficient is {loss.kl_coefficient}, but {algorithm.name} has no "
+            "reference; set it to 0"
         )
     if config.actor.critic_warmup_steps and "critic" not in entry.roles:
         raise ValueError(
-            f"actor.critic_warmup_steps is {config.actor.critic_warmup_steps}, but {algorithm.name} has no "
-            "critic; set it to 0"
+            f"actor.critic_warmup_steps is {config.actor.critic_warmup_steps}, but "
+            f"{algorithm.name} has no critic; set it to 0"
         )
     num_rows = config.data.batch_size * algorithm.samples_per_prompt
     if algorithm.num_mini_batches > num_rows:
         raise ValueError(
-            f"algorithm.num_mini_batches is {algorithm.num_mini_batches}, but a step has {num_rows} rows "
-            "(data.batch_size x "
-            "algorithm.samples_per_prompt); lower it, or raise data.batch_size"
+            f"algorithm.num_mini_batches is {algorithm.num_mini_batches}, but a step has "
+            f"{num_rows} rows (data.batch_size x algorithm.samples_per_prompt); lower it, or "
+            "raise data.batch_size"
         )
     if (
         config.data.pretraining is None
         and loss.pretraining_coefficient != PolicyLossConfig().pretraining_coefficient
     ):
         raise ValueError(
-            f"actor.loss.pretraining_coefficient is {loss.pretraining_coefficient}, which nothing reads; set "
-            "data.pretraining, or leave it "
-            "out"
+            f"actor.loss.pretraining_coefficient is {loss.pretraining_coefficient}, which nothing "
+            "reads; set data.pretraining, or leave it out"
         )
     if config.data.pretraining is not None and "pretraining" not in entry.streams:
         usable = [name for name, known in ALGORITHMS.items() if "pretraining" in known.streams]
         raise ValueError(
-            f"data.pretraining is {config.data.pretraining!r}, but {algorithm.name} trains on no text; set "
-            "it to null, or use "
-            f"{' or '.join(usable)}"
+            f"data.pretraining is {config.data.pretraining!r}, but {algorithm.name} trains on no "
+            f"text; set it to null, or use {' or '.join(usable)}"
         )
 
 
@@ -242,9 +256,10 @@ def check_generation_groups(pool: str, layouts: Mapping[str, Layout]) -> None:
             for axis in ("tp", "pp")
         ):
             raise ValueError(
-                f"{other}.generation: {other} ({layouts[other]}) and {first} ({layouts[first]}) generate in "
-                f"pool {pool}, in groups of other ranks; set tp and pp of {other}.generation to those of "
-                f"{first}.generation, or give {other} a pool of its own (placement=custom)"
+                f"{other}.generation: {other} ({layouts[other]}) and {first} ({layouts[first]}) "
+                f"generate in pool {pool}, in groups of other ranks; set tp and pp of "
+                f"{other}.generation to those of {first}.generation, or give {other} a pool of "
+                "its own (placement=custom)"
             )
 
 
@@ -252,10 +267,12 @@ def check_generation_memory(pool: str, fractions: Mapping[str, float]) -> None:
     """Each engine takes its share of a GPU's memory and keeps it."""
     if sum(fractions.values()) >= 1:
         listed = ", ".join(
-            f"{role}.generation.gpu_memory_fraction={fraction}" for role, fraction in fractions.items()
+            f"{role}.generation.gpu_memory_fraction={fraction}"
+            for role, fraction in fractions.items()
         )
         raise ValueError(
-            f"pool {pool}: {listed} take all memory of a GPU; lower them, or give each a pool of its own"
+            f"pool {pool}: {listed} take all memory of a GPU; lower them, or give each a pool of "
+            "its own"
         )
 
 
@@ -275,7 +292,9 @@ def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> 
         raise ValueError(f"{role}: {error}") from None
 
 
-def _check_train_layout(model: ModelConfig, train: TrainConfig, head: Head, num_devices: int) -> None:
+def _check_train_layout(
+    model: ModelConfig, train: TrainConfig, head: Head, num_devices: int
+) -> None:
     engine_class(train.engine).check(model_config(model, head), train, head, num_devices)
 
 
@@ -285,14 +304,14 @@ def _check_generation_sizes(role: str, model: ModelConfig, config: GenerationCon
     if heads % config.tp:
         fitting = [size for size in range(1, heads + 1) if heads % size == 0]
         raise ValueError(
-            f"generation.tp is {config.tp}, which does not divide the model's {heads} attention heads; use "
-            f"one of {fitting}"
+            f"generation.tp is {config.tp}, which does not divide the model's {heads} attention "
+            f"heads; use one of {fitting}"
         )
     (limit, source), needed = most_tokens(model, config, role), config.sampling.max_response_tokens
     if needed >= limit:
         raise ValueError(
-            f"generation.sampling.max_response_tokens is {needed}, which leaves no room for a prompt in "
-            f"{limit} tokens ({source}); lower it"
+            f"generation.sampling.max_response_tokens is {needed}, which leaves no room for a "
+            f"prompt in {limit} tokens ({source}); lower it"
         )
 
 
@@ -302,7 +321,9 @@ def check_output(directory: str) -> None:
     existing = next(place for place in (path, *path.parents) if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         why = "is a file" if not existing.is_dir() else "can't be written to"
-        raise ValueError(f"output_dir is {directory!r}, but {existing} {why}; choose another directory")
+        raise ValueError(
+            f"output_dir is {directory!r}, but {existing} {why}; choose another directory"
+        )
 
 
 def most_tokens(model: ModelConfig, config: GenerationConfig, role: str) -> tuple[int, str]:
@@ -315,6 +336,6 @@ def most_tokens(model: ModelConfig, config: GenerationConfig, role: str) -> tupl
 def check_resume(resume: str) -> None:
     if resume not in ("auto", "never") and not (Path(resume) / MANIFEST).is_file():
         raise ValueError(
-            f"loop.resume is {resume!r}, which is no checkpoint (no {MANIFEST}); give auto, never, or "
-            ".../checkpoints/step-..."
+            f"loop.resume is {resume!r}, which is no checkpoint (no {MANIFEST}); give auto, "
+            "never, or .../checkpoints/step-..."
         )

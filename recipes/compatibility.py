@@ -1,8 +1,8 @@
-"""Whether data, models and functions fit each other: columns, lengths, vocabularies. Known once the data is
-read, before anything starts.
+"""Whether data, models and functions fit each other: columns, lengths, vocabularies. Known once the
+data is read, before anything starts.
 
-Every problem is a ValueError with field, value and fix. Leaves out what can be told from settings alone
-(checks.py).
+Every problem is a ValueError with field, value and fix. Leaves out what can be told from settings
+alone (checks.py).
 """
 
 from __future__ import annotations
@@ -32,14 +32,18 @@ def check_columns_of(config: RunConfig, name: str, columns: Set[str]) -> None:
     for role in role_names(config) if name == "validation" else trained:
         if role == "judge" and name == "train":
             check_template(config.judge, columns)
-        elif role in SCORERS and (function := role_kind(role).settings(config).function) is not None:
+        elif (
+            role in SCORERS and (function := role_kind(role).settings(config).function) is not None
+        ):
             check_columns(function, columns, role)
 
 
 def check_template(config: JudgeConfig, names: Set[str]) -> None:
-    """Whether judge.template asks for what a row has: `names` are the data's columns as a reward sees
-    them."""
-    missing = [name for name in config.template_fields if name not in {"prompt", "response", *names}]
+    """Whether judge.template asks for what a row has: `names` are the data's columns as a
+    reward sees them."""
+    missing = [
+        name for name in config.template_fields if name not in {"prompt", "response", *names}
+    ]
     if missing:
         raise ValueError(
             f"judge.template asks for {', '.join(missing)}, and a row has "
@@ -49,28 +53,27 @@ def check_template(config: JudgeConfig, names: Set[str]) -> None:
 
 
 def check_prompts(field: str, longest_prompt_tokens: int, config: ActorConfig) -> None:
-    """Whether the longest prompt of `field` (data.train, data.validation) fits the engine together with its
-    response."""
+    """Whether the longest prompt of `field` (data.train, data.validation) fits the engine
+    together with its response."""
     limit, source = most_tokens(config.model, config.generation, "actor")
     room = limit - config.generation.sampling.max_response_tokens
     if longest_prompt_tokens > room:
         raise ValueError(
             f"{field}: its longest prompt has {longest_prompt_tokens} tokens, and beside "
             f"actor.generation.sampling.max_response_tokens={config.generation.sampling.max_response_tokens} "
-            f"there is room for {room} in "
-            f"{limit} tokens ({source}); lower it, raise the limit, or set data.max_prompt_tokens={room} to "
-            "drop longer prompts"
+            f"there is room for {room} in {limit} tokens ({source}); lower it, raise the limit, "
+            f"or set data.max_prompt_tokens={room} to drop longer prompts"
         )
 
 
 def check_text(field: str, longest_tokens: int, model: ModelConfig, setting: str) -> None:
-    """Whether the longest row of `field` (data.train, data.validation, data.pretraining) fits the model;
-    `setting` limits it."""
+    """Whether the longest row of `field` (data.train, data.validation, data.pretraining) fits
+    the model; `setting` limits it."""
     limit = position_limit(model, Head.lm)
     if longest_tokens > limit:
         raise ValueError(
-            f"{field}: its longest row has {longest_tokens} tokens, and the model's limit is {limit}; set "
-            f"{setting}={limit} or lower"
+            f"{field}: its longest row has {longest_tokens} tokens, and the model's limit is "
+            f"{limit}; set {setting}={limit} or lower"
         )
 
 
@@ -80,15 +83,23 @@ def readers(config: RunConfig, roles: Sequence[Role]) -> list[Role]:
     return [role for role in own if role.config.model.path != config.model.path]
 
 
-def check_context_lengths(config: RunConfig, roles: Sequence[Role], longest_prompt_tokens: int) -> None:
+def check_context_lengths(
+    config: RunConfig, roles: Sequence[Role], longest_prompt_tokens: int
+) -> None:
     """The same models read prompts with their responses."""
     for role in readers(config, roles):
         check_room(
-            role.name, role.config.model, role_kind(role.name).head, longest_prompt_tokens, config.actor
+            role.name,
+            role.config.model,
+            role_kind(role.name).head,
+            longest_prompt_tokens,
+            config.actor,
         )
 
 
-def check_vocabularies(config: RunConfig, roles: Sequence[Role], tokenizer: PreTrainedTokenizerBase) -> None:
+def check_vocabularies(
+    config: RunConfig, roles: Sequence[Role], tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Checks the vocabulary of every model that reads the policy's tokens."""
     for role in readers(config, roles):
         check_vocabulary(role.name, role.config.model, config.model, tokenizer)
@@ -97,8 +108,8 @@ def check_vocabularies(config: RunConfig, roles: Sequence[Role], tokenizer: PreT
 def check_vocabulary(
     role: str, model: ModelConfig, policy: ModelConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Whether a model that reads the policy's tokens means the same by each of them; it may know further
-    ones."""
+    """Whether a model that reads the policy's tokens means the same by each of them; it may
+    know further ones."""
     try:
         theirs = load_tokenizer(model).get_vocab()
     except ValueError as error:
@@ -109,23 +120,22 @@ def check_vocabulary(
             there = f"token {theirs[token]}" if token in theirs else "no token"
             raise ValueError(
                 f"{role}.model.path is {model.path!r}, of another vocabulary than "
-                f"model.path={policy.path!r}: {token!r} is {there} there "
-                f"and token {number} here, and {role} reads the policy's tokens; use a model of its family"
+                f"model.path={policy.path!r}: {token!r} is {there} there and token {number} here, "
+                f"and {role} reads the policy's tokens; use a model of its family"
             )
 
 
 def check_room(
     role: str, model: ModelConfig, head: Head, longest_prompt_tokens: int, config: ActorConfig
 ) -> None:
-    """Whether the longest prompt with the longest response fits a model that reads both, beside the policy's
-    own."""
+    """Whether the longest prompt with the longest response fits a model that reads both, beside
+    the policy's own."""
     limit = position_limit(model, head)
     response = config.generation.sampling.max_response_tokens
     if longest_prompt_tokens + response > limit:
         raise ValueError(
-            f"{role}.model.path is {model.path!r}, whose limit is {limit} tokens; the longest prompt of "
-            "data.train has "
-            f"{longest_prompt_tokens} beside actor.generation.sampling.max_response_tokens={response}; lower "
-            "that or "
+            f"{role}.model.path is {model.path!r}, whose limit is {limit} tokens; the longest "
+            f"prompt of data.train has {longest_prompt_tokens} beside "
+            f"actor.generation.sampling.max_response_tokens={response}; lower that or "
             "data.max_prompt_tokens, or use another model"
         )

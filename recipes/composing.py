@@ -30,7 +30,8 @@ SEARCH = "hydra.searchpath=[pkg://recipes]"
 
 @dataclass(frozen=True, slots=True)
 class RecipeFile:
-    """RecipeFile("grpo") is recipes/grpo.yaml; RecipeFile("mine", Path("/here")) is /here/mine.yaml."""
+    """RecipeFile("grpo") is recipes/grpo.yaml; RecipeFile("mine", Path("/here")) is
+    /here/mine.yaml."""
 
     name: str
     directory: Path = PACKAGED
@@ -116,8 +117,8 @@ def missing_config(recipe: RecipeFile, error: MissingConfigException) -> str:
 
 
 def composition_problem(recipe: RecipeFile, error: HydraException) -> str:
-    """Hydra's and OmegaConf's messages have a summary, a cause and the setting's full name on lines of their
-    own; this is one line with all three."""
+    """Hydra's and OmegaConf's messages have a summary, a cause and the setting's full name on
+    lines of their own; this is one line with all three."""
     cause = error.__cause__ or error
     lines = [line.strip() for line in str(cause).splitlines()]
     named = re.search(r"full_key: (\S+)", str(cause))
@@ -150,8 +151,8 @@ def missing_settings(config: DictConfig) -> Iterator[str]:
     """Names of the mandatory settings that have no value.
 
     A mandatory setting that refers to another one, which is null (data.train of recipes.evaluate is
-    ${data.validation}), is told by that one's name. What refers to a mandatory setting (critic.model.path to
-    model.path) is not listed beside it.
+    ${data.validation}), is told by that one's name. What refers to a mandatory setting
+    (critic.model.path to model.path) is not listed beside it.
     """
     written = dict(nodes(OmegaConf.to_container(config), ""))
     for name, value in written.items():

@@ -1,5 +1,5 @@
-"""RunConfig: every setting of a run in one tree; Hydra loads it, OmegaConf.to_object makes it plain, nothing
-writes to it after that."""
+"""RunConfig: every setting of a run in one tree; Hydra loads it, OmegaConf.to_object makes it
+plain, nothing writes to it after that."""
 
 from __future__ import annotations
 
@@ -55,15 +55,16 @@ class PoolConfig:
 
     num_devices: int = 1
     roles: list[str] = field(default_factory=list)
-    """The algorithm's roles, and `generation`: the actor then trains in one pool and generates in another."""
+    """The algorithm's roles, and `generation`: the actor then trains in one pool and generates
+    in another."""
     node_resource: str = ""
-    """A Ray resource that the nodes of this pool must have, such as accelerator_type:H100, where the cluster
-    has several kinds."""
+    """A Ray resource that the nodes of this pool must have, such as accelerator_type:H100,
+    where the cluster has several kinds."""
 
 
 NO_MODEL = ""
-"""model.path of a reward or cost that is no model, and of a teacher that is not named. Hydra can set a field
-of a model that is there, not of null."""
+"""model.path of a reward or cost that is no model, and of a teacher that is not named. Hydra
+can set a field of a model that is there, not of null."""
 
 
 def _run_model() -> ModelConfig:
@@ -91,14 +92,18 @@ class RunConfig:
     """For placement=custom: which roles share which devices."""
     cpus_per_device: float = 1.0
     threads_per_device: int = 0
-    """CPU threads of a device's process; 0: the node's cores shared among the devices of the run, on several
-    nodes of its pool."""
+    """CPU threads of a device's process; 0: the node's cores shared among the devices of the
+    run, on several nodes of its pool."""
     call_timeout_s: float = 1800.0
     """The run stops with a report of every rank's stack when no call finishes for this long."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The policy's model, and the start of critic and reference unless they name their own."""
-    actor: ActorConfig = field(default_factory=lambda: ActorConfig(model=_run_model(), seed="${seed}"))  # type: ignore[arg-type]
-    critic: CriticConfig = field(default_factory=lambda: CriticConfig(model=_run_model(), seed="${seed}"))  # type: ignore[arg-type]
+    actor: ActorConfig = field(
+        default_factory=lambda: ActorConfig(model=_run_model(), seed="${seed}")
+    )  # type: ignore[arg-type]
+    critic: CriticConfig = field(
+        default_factory=lambda: CriticConfig(model=_run_model(), seed="${seed}")
+    )  # type: ignore[arg-type]
     reference: ReferenceConfig = field(
         default_factory=lambda: ReferenceConfig(
             model=_run_model(),
@@ -106,15 +111,21 @@ class RunConfig:
         )
     )
     reward: RewardConfig = field(
-        default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL))
+        default_factory=lambda: RewardConfig(
+            tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)
+        )
     )
     gold: RewardConfig = field(
-        default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL))
+        default_factory=lambda: RewardConfig(
+            tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)
+        )
     )
     """A reward that nothing is trained on: validation reports it beside the learned one, so that
     over-optimisation shows."""
     cost: RewardConfig = field(
-        default_factory=lambda: RewardConfig(tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL))
+        default_factory=lambda: RewardConfig(
+            tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)
+        )
     )
     """What Safe-RLHF keeps under a threshold; a function or a model like the reward."""
     cost_critic: CriticConfig = field(
@@ -127,8 +138,8 @@ class RunConfig:
             temperature="${actor.generation.sampling.temperature}",  # type: ignore[arg-type]
         )
     )
-    """The model that distillation learns from; it names its own (teacher.model.path) and shares the policy's
-    vocabulary."""
+    """The model that distillation learns from; it names its own (teacher.model.path) and shares
+    the policy's vocabulary."""
     judge: JudgeConfig = field(
         default_factory=lambda: JudgeConfig(
             tokenizer="${model.path}",
@@ -137,36 +148,42 @@ class RunConfig:
         )
     )
     """The language model that judges answers; it names its own (judge.model.path)."""
-    policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(model=_run_model(), seed="${seed}"))  # type: ignore[arg-type]
+    policy: PolicyConfig = field(
+        default_factory=lambda: PolicyConfig(model=_run_model(), seed="${seed}")
+    )  # type: ignore[arg-type]
     """The language model of recipes that generate nothing: sft, dpo."""
     reward_model: PreferenceConfig = field(
-        default_factory=lambda: PreferenceConfig(model=replace(_run_model(), new_head=True), seed="${seed}")  # type: ignore[arg-type]
+        default_factory=lambda: PreferenceConfig(
+            model=replace(_run_model(), new_head=True), seed="${seed}"
+        )  # type: ignore[arg-type]
     )
-    """The model that recipes.reward_model and recipes.cost_model train; `reward` is the frozen one that
-    reinforcement learning asks."""
+    """The model that recipes.reward_model and recipes.cost_model train; `reward` is the frozen
+    one that reinforcement learning asks."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(seed="${seed}"))  # type: ignore[arg-type]
     loop: LoopConfig = field(default_factory=LoopConfig)
     metrics: MetricsConfig = field(
-        default_factory=lambda: MetricsConfig(console_metrics=["reward/mean", "kl/reference", "tokens_per_s"])
+        default_factory=lambda: MetricsConfig(
+            console_metrics=["reward/mean", "kl/reference", "tokens_per_s"]
+        )
     )
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     plan: MapperConfig = field(default_factory=MapperConfig)
     seed: int = 0
-    """Everything random follows it, and can be set apart: data.seed (order of the rows), algorithm.seed
-    (mini-batches), actor.seed (sampling), critic.seed, cost_critic.seed and reward_model.seed (new heads),
-    policy.seed, judge.seed."""
+    """Everything random follows it, and can be set apart: data.seed (order of the rows),
+    algorithm.seed (mini-batches), actor.seed (sampling), critic.seed, cost_critic.seed and
+    reward_model.seed (new heads), policy.seed, judge.seed."""
     output_dir: str = "outputs/run"
     """Metrics, checkpoints, plots and the config itself."""
     graph: bool = False
     """Print the algorithm's dataflow (Mermaid) and stop."""
     dry_run: bool = False
-    """Check config, model, data, layouts, dataflow and memory, say what would run where and in how many
-    seconds, and stop."""
+    """Check config, model, data, layouts, dataflow and memory, say what would run where and in
+    how many seconds, and stop."""
 
     def __post_init__(self) -> None:
-        """A tree made in Python refers to its own settings as one made by Hydra does: a critic starts from
-        model.path, samples are drawn with seed."""
+        """A tree made in Python refers to its own settings as one made by Hydra does: a critic
+        starts from model.path, samples are drawn with seed."""
         resolve_references(self, self)
 
 

@@ -2,9 +2,9 @@
 
     dataflow_of("ppo")      # runs the page's step on abstract batches; loads torch, no model library
 
-Every model of a page is in its dataflow; without(dataflow, "reference") is the same step where no coefficient
-asks for one. PAPER is what figure 1 of the paper draws, for benchmarks and tests that need no pages
-(tests/mapping/test_dataflows.py compares).
+Every model of a page is in its dataflow; without(dataflow, "reference") is the same step where no
+coefficient asks for one. PAPER is what figure 1 of the paper draws, for benchmarks and tests that
+need no pages (tests/mapping/test_dataflows.py compares).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ ADVANTAGES = "controller.compute_advantages"
 
 @lru_cache(maxsize=64)
 def dataflow_of(algorithm: str) -> Dataflow:
-    """The traced step of an entry of ALGORITHMS, with its default settings; a name that can't be planned
-    lists those that can.
+    """The traced step of an entry of ALGORITHMS, with its default settings; a name that can't be
+    planned lists those that can.
 
     The roles are the abstract ones that the page asks for.
     """
@@ -31,7 +31,9 @@ def dataflow_of(algorithm: str) -> Dataflow:
     from hybridflow.tracing import trace, traced_roles
 
     if algorithm not in ENTRIES:
-        raise ValueError(f"algorithm is {algorithm!r}, which is not known; known: {', '.join(planned())}")
+        raise ValueError(
+            f"algorithm is {algorithm!r}, which is not known; known: {', '.join(planned())}"
+        )
     if algorithm not in planned():
         raise ValueError(
             f"algorithm is {algorithm!r}, which answers no prompts and is not planned; known: "
@@ -41,19 +43,22 @@ def dataflow_of(algorithm: str) -> Dataflow:
     page = entry.load()
     hints = get_type_hints(page.__init__)
     roles, recorder = traced_roles({role: hints[role] for role in entry.roles})
-    return trace(algorithm, create_algorithm(algorithm, roles, entry.load_config()()).step, INPUTS, recorder)
+    return trace(
+        algorithm, create_algorithm(algorithm, roles, entry.load_config()()).step, INPUTS, recorder
+    )
 
 
 def planned() -> tuple[str, ...]:
-    """The algorithms whose steps begin with prompts; training on existing rows needs no placement of several
-    models."""
+    """The algorithms whose steps begin with prompts; training on existing rows needs no
+    placement of several models."""
     from controllers import ALGORITHMS
 
     return tuple(name for name, entry in ALGORITHMS.items() if entry.answers_prompts)
 
 
 def without(dataflow: Dataflow, role: str) -> Dataflow:
-    """The step without the calls of `role`; what they wrote must be optional to whoever reads it."""
+    """The step without the calls of `role`; what they wrote must be optional to whoever reads
+    it."""
     removed = {call.name for call in dataflow.calls if call.role == role}
     calls = []
     for call in dataflow.calls:
@@ -99,5 +104,5 @@ PAPER: dict[str, Dataflow] = {
         _step("safe_rlhf", (VALUES, REFERENCE, REWARD, COST, PRETRAIN_LOSS), critic=True),
     )
 }
-"""docs/paper.md section 5. ReMax generates twice and scores both; Safe-RLHF adds the cost model and the
-pretraining loss."""
+"""docs/paper.md section 5. ReMax generates twice and scores both; Safe-RLHF adds the cost model
+and the pretraining loss."""

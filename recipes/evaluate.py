@@ -1,9 +1,9 @@
 """python -m recipes.evaluate model.path=... data.validation=... reward.function=package.module:name
 
 Answers every prompt (greedily, or algorithm.samples_per_prompt times with
-actor.generation.sampling.greedy=false), scores the answers with any reward, and leaves in output_dir:
-evaluation.json, samples.parquet (every answer) and samples.jsonl (metrics.samples.validation of them).
-Prints a table and one of the answers.
+actor.generation.sampling.greedy=false), scores the answers with any reward, and leaves in
+output_dir: evaluation.json, samples.parquet (every answer) and samples.jsonl
+(metrics.samples.validation of them). Prints a table and one of the answers.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def evaluate(config: RunConfig) -> dict[str, float] | None:
     output = Path(config.output_dir)
     write(tables, output / "samples.parquet")
     (output / "evaluation.json").write_text(
-        json.dumps({"model": config.model.path, "data": config.data.train, **numbers}, indent=1) + "\n"
+        json.dumps({"model": config.model.path, "data": config.data.train, **numbers}, indent=1)
+        + "\n"
     )
     reader = SampleReader(config.metrics.samples, tokenizer, seed=config.seed)
     samples = reader.validation(Metrics(rows=Batch.concat(batches)))

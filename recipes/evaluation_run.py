@@ -1,5 +1,5 @@
-"""What recipes.evaluate and recipes.generate share: a data set's prompts through the generation engine, over
-the pools of any run.
+"""What recipes.evaluate and recipes.generate share: a data set's prompts through the generation
+engine, over the pools of any run.
 
 Leaves out resuming: what was answered before a crash is answered again.
 """
@@ -29,8 +29,8 @@ CONSOLE = Console(stderr=True)
 
 
 def answers(config: RunConfig) -> Iterator[tuple[Batch, PreTrainedTokenizerBase]]:
-    """data.batch_size prompts at a time with their answers, each column already here; nothing for graph=true
-    and dry_run=true."""
+    """data.batch_size prompts at a time with their answers, each column already here; nothing
+    for graph=true and dry_run=true."""
     if config.graph:
         print(to_mermaid(check_dataflow(place(config))))
         return
@@ -54,20 +54,23 @@ def check_samples(config: RunConfig) -> None:
     samples = config.algorithm.samples_per_prompt
     if samples > 1 and config.actor.generation.sampling.greedy:
         raise ValueError(
-            f"algorithm.samples_per_prompt is {samples} with actor.generation.sampling.greedy=true: all "
-            "samples would be the same; "
-            "set actor.generation.sampling.greedy=false, and a temperature"
+            f"algorithm.samples_per_prompt is {samples} with "
+            "actor.generation.sampling.greedy=true: all samples would be the same; set "
+            "actor.generation.sampling.greedy=false, and a temperature"
         )
 
 
 def table(batch: Batch, tokenizer: PreTrainedTokenizerBase, *, log_probs: bool) -> pa.Table:
-    """One row a response: prompt, response, finish_reason, sample, reward (where there is one), the data's
-    columns, token ids."""
+    """One row a response: prompt, response, finish_reason, sample, reward (where there is one),
+    the data's columns, token ids."""
     extras = batch.objects("extras")
     columns = {
-        "prompt": [prompt_text(tokenizer, ids.tolist()) for ids in batch.ragged("prompt_ids").unbind()],
+        "prompt": [
+            prompt_text(tokenizer, ids.tolist()) for ids in batch.ragged("prompt_ids").unbind()
+        ],
         "response": tokenizer.batch_decode(
-            [ids.tolist() for ids in batch.ragged("response_ids").unbind()], skip_special_tokens=True
+            [ids.tolist() for ids in batch.ragged("response_ids").unbind()],
+            skip_special_tokens=True,
         ),
         "finish_reason": batch.objects("finish_reason"),
         "row": batch.tensor("uid").tolist(),
@@ -80,16 +83,20 @@ def table(batch: Batch, tokenizer: PreTrainedTokenizerBase, *, log_probs: bool) 
         names = dict.fromkeys(name for row in further for name in row)
         columns |= {f"reward/{name}": [row.get(name) for row in further] for name in names}
     if log_probs:
-        columns["log_probs"] = [values.tolist() for values in batch.ragged("rollout_log_probs").unbind()]
+        columns["log_probs"] = [
+            values.tolist() for values in batch.ragged("rollout_log_probs").unbind()
+        ]
     columns |= {
-        name: [row[name] for row in extras] for name in (extras[0] if extras else {}) if name not in columns
+        name: [row[name] for row in extras]
+        for name in (extras[0] if extras else {})
+        if name not in columns
     }
     return pa.table(columns)
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text whose tokens the prompt is: a beginning-of-sequence token that the tokenizer adds by itself is
-    left out, or whoever reads the file would have two."""
+    """The text whose tokens the prompt is: a beginning-of-sequence token that the tokenizer
+    adds by itself is left out, or whoever reads the file would have two."""
     added = tokenizer("")["input_ids"][:1]
     return str(
         tokenizer.decode(

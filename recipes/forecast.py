@@ -1,5 +1,5 @@
-"""forecast: the seconds and bytes of every call of a run on a cluster, before anything starts; and predicted
-beside measured seconds when a run has ended.
+"""forecast: the seconds and bytes of every call of a run on a cluster, before anything starts; and
+predicted beside measured seconds when a run has ended.
 
 Leaves out the translation of settings into the mapper's words: recipes/mapping_settings.py.
 """
@@ -23,16 +23,21 @@ MAPPING = "mapping.json"
 """A file in a run's directory: the pools of its models, their layouts, and the predictions."""
 
 
-def forecast(inputs: MapperInputs, pool_of: Mapping[str, str], sizes: Mapping[str, int]) -> Judgement:
+def forecast(
+    inputs: MapperInputs, pool_of: Mapping[str, str], sizes: Mapping[str, int]
+) -> Judgement:
     """Predictions for the run as it is set up (role -> pool, pool -> devices)."""
     return judge(setting_of(inputs), configured_mapping(inputs, pool_of, sizes))
 
 
 def verdict(inputs: MapperInputs, pool_of: Mapping[str, str], sizes: Mapping[str, int]) -> str:
-    """Time and memory per call as text. Where the memory is too small, a ValueError that says what would
-    do."""
+    """Time and memory per call as text. Where the memory is too small, a ValueError that says
+    what would do."""
     if not knows_devices(inputs.config):
-        return "seconds and memory: name the devices with plan.cluster, such as plan.cluster=2x8xH100-80GB"
+        return (
+            "seconds and memory: name the devices with plan.cluster, such as "
+            "plan.cluster=2x8xH100-80GB"
+        )
     judgement = forecast(inputs, pool_of, sizes)
     text = mapping_report(judgement.mapping)
     if judgement.fits:
@@ -44,7 +49,8 @@ def verdict(inputs: MapperInputs, pool_of: Mapping[str, str], sizes: Mapping[str
     else:
         advice = f"placement=auto fits on this cluster: {best.step_s:.3g} s a step"
     raise ValueError(
-        f"{text}\n\nthis placement does not fit on {setting.cluster}:\n{judgement.report()}\n{advice}"
+        f"{text}\n\nthis placement does not fit on "
+        f"{setting.cluster}:\n{judgement.report()}\n{advice}"
     )
 
 
@@ -53,9 +59,11 @@ def predicted_vs_measured(mapping: DeviceMapping, outcome: Outcome) -> str:
     return side_by_side(measured_run("run", mapping, outcome))
 
 
-def measured_run(configuration: str, mapping: DeviceMapping, outcome: Outcome, group: str = "") -> Run:
-    """The medians of a finished run beside its predictions; `group`: runs that are ranked against each
-    other."""
+def measured_run(
+    configuration: str, mapping: DeviceMapping, outcome: Outcome, group: str = ""
+) -> Run:
+    """The medians of a finished run beside its predictions; `group`: runs that are ranked
+    against each other."""
     phases = {call.call.partition("#")[0] for call in mapping.calls}
     measured = {name: seconds for name, seconds in outcome.median_s.items() if name in phases}
     for name in measured:

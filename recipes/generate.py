@@ -1,8 +1,8 @@
 """python -m recipes.generate model.path=... data.train=...
 
-Answers every prompt algorithm.samples_per_prompt times and writes output_dir/responses.parquet: prompt,
-response, the data's columns, token ids and, with algorithm.log_probs=true, their log-probs. The file is data
-for recipes.sft (data.response_column=response).
+Answers every prompt algorithm.samples_per_prompt times and writes output_dir/responses.parquet:
+prompt, response, the data's columns, token ids and, with algorithm.log_probs=true, their log-probs.
+The file is data for recipes.sft (data.response_column=response).
 """
 
 from __future__ import annotations

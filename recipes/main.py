@@ -1,5 +1,5 @@
-"""recipe(): what every recipe's main does: compose the settings, convert them once, run, and tell mistakes
-plainly."""
+"""recipe(): what every recipe's main does: compose the settings, convert them once, run, and
+tell mistakes plainly."""
 
 from __future__ import annotations
 
@@ -87,5 +87,6 @@ def unused_settings(arguments: Sequence[str], config: RunConfig) -> Iterator[str
         role = argument.partition(".")[0]
         if role in ROLES and role not in used:
             yield (
-                f"{argument}: nothing reads it, {config.algorithm.name} has no {role} (its models: {models})"
+                f"{argument}: nothing reads it, {config.algorithm.name} has no {role} (its "
+                f"models: {models})"
             )

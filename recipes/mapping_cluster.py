@@ -38,27 +38,29 @@ def cluster_of(config: RunConfig) -> Cluster:
         return _one_node(replace(DEVICE_KINDS[CPU_KIND], memory_bytes=memory), num_devices)
     if not torch.cuda.is_available():
         raise ValueError(
-            "plan.cluster is not set and this machine has no CUDA device to look at; name the cluster, such "
-            "as 2x8xH100-80GB"
+            "plan.cluster is not set and this machine has no CUDA device to look at; name the "
+            "cluster, such as 2x8xH100-80GB"
         )
     kind, per_node = _cuda_kind(), torch.cuda.device_count()
     if num_devices <= per_node:
         return _one_node(kind, num_devices)
-    nodes = NodeGroup(kind=replace(kind, devices_per_node=per_node), num_nodes=-(-num_devices // per_node))
+    nodes = NodeGroup(
+        kind=replace(kind, devices_per_node=per_node), num_nodes=-(-num_devices // per_node)
+    )
     return Cluster(groups=(nodes,))
 
 
 def node_resources(config: RunConfig, cluster: Cluster) -> dict[str, str]:
-    """Device kind -> the Ray resource of its nodes, where the cluster has several kinds. Resources that do
-    not tell every kind from the others are a ValueError."""
+    """Device kind -> the Ray resource of its nodes, where the cluster has several kinds.
+    Resources that do not tell every kind from the others are a ValueError."""
     kinds = list(dict.fromkeys(group.kind.name for group in cluster.groups))
     resources = _named_resources(config.plan.node_resources, kinds, cluster)
     if len(kinds) == 1:
         return resources
     if config.device is Device.cuda and any(kind.startswith(CPU_KIND) for kind in kinds):
         raise ValueError(
-            f"plan.cluster is {cluster} with device=cuda: the devices of a run are all GPUs or all CPU "
-            "processes; leave cpu out"
+            f"plan.cluster is {cluster} with device=cuda: the devices of a run are all GPUs or "
+            "all CPU processes; leave cpu out"
         )
     chips = {name.partition("-")[0] for name in DEVICE_KINDS if name != CPU_KIND}
     for kind in kinds:
@@ -67,48 +69,56 @@ def node_resources(config: RunConfig, cluster: Cluster) -> dict[str, str]:
             resources.setdefault(kind, f"accelerator_type:{chip}")
         elif kind not in resources:
             raise ValueError(
-                f"{cluster} has several kinds of devices, and nothing says which of Ray's nodes have {kind}; "
-                f"give those nodes a resource (ray start --resources='{{\"{kind}\": 1}}') and set "
-                f"plan.node_resources=[{kind}:{kind}]"
+                f"{cluster} has several kinds of devices, and nothing says which of Ray's nodes "
+                f'have {kind}; give those nodes a resource (ray start --resources=\'{{"{kind}": '
+                f"1}}') and set plan.node_resources=[{kind}:{kind}]"
             )
     if len(set(resources.values())) < len(kinds):
         pairs = ", ".join(f"{kind}:{name}" for kind, name in resources.items())
         raise ValueError(
-            f"plan.node_resources ({pairs}) does not tell the kinds of {cluster} apart; give the nodes of "
-            "each kind a resource of their own"
+            f"plan.node_resources ({pairs}) does not tell the kinds of {cluster} apart; give the "
+            "nodes of each kind a resource of their own"
         )
     return resources
 
 
-def _named_resources(pairs: Sequence[str], kinds: Sequence[str], cluster: Cluster) -> dict[str, str]:
+def _named_resources(
+    pairs: Sequence[str], kinds: Sequence[str], cluster: Cluster
+) -> dict[str, str]:
     """plan.node_resources as kind -> resource."""
     resources: dict[str, str] = {}
     for pair in pairs:
         kind, _, resource = pair.partition(":")
         if not resource:
             raise ValueError(
-                f"plan.node_resources is {list(pairs)}; each is KIND:RESOURCE, such as {kinds[0]}:big_nodes"
+                f"plan.node_resources is {list(pairs)}; each is KIND:RESOURCE, such as "
+                f"{kinds[0]}:big_nodes"
             )
         resources[kind] = resource
     unknown = sorted(set(resources) - set(kinds))
     if unknown:
         raise ValueError(
-            f"plan.node_resources names {unknown}, which are no kinds of {cluster}; it has {', '.join(kinds)}"
+            f"plan.node_resources names {unknown}, which are no kinds of {cluster}; it has "
+            f"{', '.join(kinds)}"
         )
     return resources
 
 
 def _one_node(kind: DeviceKind, num_devices: int) -> Cluster:
-    return Cluster(groups=(NodeGroup(kind=replace(kind, devices_per_node=num_devices), num_nodes=1),))
+    return Cluster(
+        groups=(NodeGroup(kind=replace(kind, devices_per_node=num_devices), num_nodes=1),)
+    )
 
 
 def _cuda_kind() -> DeviceKind:
     """The known kind that this machine's CUDA devices are."""
     properties = torch.cuda.get_device_properties(0)
-    same_chip = [kind for name, kind in DEVICE_KINDS.items() if name.partition("-")[0] in properties.name]
+    same_chip = [
+        kind for name, kind in DEVICE_KINDS.items() if name.partition("-")[0] in properties.name
+    ]
     if not same_chip:
         raise ValueError(
-            f"plan.cluster is not set, and {properties.name} is none of {', '.join(DEVICE_KINDS)}; describe "
-            "the devices in a JSON file"
+            f"plan.cluster is not set, and {properties.name} is none of "
+            f"{', '.join(DEVICE_KINDS)}; describe the devices in a JSON file"
         )
     return min(same_chip, key=lambda kind: abs(kind.memory_bytes - properties.total_memory))

@@ -1,9 +1,10 @@
-"""Question: everything that a mapping depends on, in the words of the settings; and its translation into the
-words of the mapper.
+"""Question: everything that a mapping depends on, in the words of the settings; and its translation
+into the words of the mapper.
 
     setting = to_setting(question)      # hybridflow/mapping answers settings of this type
 
-A run asks by recipes/mapping_settings.py, recipes.plan by its own settings. Quick to import: no torch.
+A run asks by recipes/mapping_settings.py, recipes.plan by its own settings. Quick to import: no
+torch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Question:
 
     dataflow: Dataflow
     models: Mapping[str, ModelSpec | None]
-    """Role -> model; None for a Python function. With `split_generation` also the role `generation`."""
+    """Role -> model; None for a Python function. With `split_generation` also the role
+    `generation`."""
     cluster: Cluster
     calibration: str
     """A file of recipes.calibrate, or "" for the usual constants of the cluster's kind."""
@@ -43,7 +45,8 @@ class Question:
 
 
 def to_setting(question: Question) -> Setting:
-    """The setting that the mapper's functions take; values that do not make sense are a ValueError."""
+    """The setting that the mapper's functions take; values that do not make sense are a
+    ValueError."""
     dataflow, weights_from = question.dataflow, {}
     if question.split_generation:
         dataflow, weights_from = split_generation(dataflow), {GENERATION: "actor"}
@@ -73,8 +76,12 @@ def calibration_of(file: str, cluster: Cluster) -> Calibration:
 
 
 def precision_space(precision: Precision) -> SearchSpace:
-    """The bytes of a parameter with float32 gradients and Adam states: 16 in float32; 18 in bf16, which has
-    float32 master weights besides."""
+    """The bytes of a parameter with float32 gradients and Adam states: 16 in float32; 18 in
+    bf16, which has float32 master weights besides."""
     if precision is Precision.fp32:
-        return SearchSpace(parameter_bytes=4.0, gradient_bytes=4.0, optimizer_bytes=8.0, activation_bytes=4.0)
-    return SearchSpace(parameter_bytes=2.0, gradient_bytes=4.0, optimizer_bytes=12.0, activation_bytes=2.0)
+        return SearchSpace(
+            parameter_bytes=4.0, gradient_bytes=4.0, optimizer_bytes=8.0, activation_bytes=4.0
+        )
+    return SearchSpace(
+        parameter_bytes=2.0, gradient_bytes=4.0, optimizer_bytes=12.0, activation_bytes=2.0
+    )

@@ -44,14 +44,14 @@ ENGINE_BYTES = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class MapperInputs:
-    """Everything of a run that the mapper's question depends on: its traced step, its roles' settings, its
-    prompts."""
+    """Everything of a run that the mapper's question depends on: its traced step, its roles'
+    settings, its prompts."""
 
     config: RunConfig
     dataflow: Dataflow
     roles: Mapping[str, RoleConfig]
-    """Role -> settings, in the algorithm's order; `generation` with the actor's where it has a pool of its
-    own."""
+    """Role -> settings, in the algorithm's order; `generation` with the actor's where it has a
+    pool of its own."""
     prompts: PromptDataset
 
 
@@ -66,8 +66,8 @@ def setting_of(inputs: MapperInputs) -> Setting:
 
 
 def question_of(inputs: MapperInputs) -> Question:
-    """The run's question. Prompt lengths are those of the data; the critic's epochs are taken to be the
-    actor's."""
+    """The run's question. Prompt lengths are those of the data; the critic's epochs are taken
+    to be the actor's."""
     config = inputs.config
     response = Lengths.fixed(config.actor.generation.sampling.max_response_tokens)
     if config.plan.response:
@@ -102,9 +102,11 @@ def model_spec(role: str, settings: RoleConfig) -> ModelSpec | None:
 
 
 def space_of(inputs: MapperInputs) -> SearchSpace:
-    """The bytes that the run's engines need per parameter, and the layouts that they have; engines and
-    precisions are the actor's."""
-    actor = next(settings for settings in inputs.roles.values() if isinstance(settings, ActorConfig))
+    """The bytes that the run's engines need per parameter, and the layouts that they have;
+    engines and precisions are the actor's."""
+    actor = next(
+        settings for settings in inputs.roles.values() if isinstance(settings, ActorConfig)
+    )
     calls = [call for call in inputs.dataflow.calls if call.role == "actor"]
     space = replace(
         engine_space(actor.train.precision),
@@ -117,7 +119,8 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
 
 
 def engine_space(precision: Precision) -> SearchSpace:
-    """The bytes that the project's engines need per parameter; the generation engine has its own weights."""
+    """The bytes that the project's engines need per parameter; the generation engine has its
+    own weights."""
     return replace(
         precision_space(precision),
         shared_generation_weights=False,
@@ -129,10 +132,13 @@ def engine_space(precision: Precision) -> SearchSpace:
 def configured_mapping(
     inputs: MapperInputs, pool_of: Mapping[str, str], sizes: Mapping[str, int]
 ) -> DeviceMapping:
-    """The run's pools (role -> pool, pool -> devices) and layouts as they are set, without predictions. Pools
-    take the cluster's node groups in order, those of their kind where they ask for one."""
+    """The run's pools (role -> pool, pool -> devices) and layouts as they are set, without
+    predictions. Pools take the cluster's node groups in order, those of their kind where they
+    ask for one."""
     setting = setting_of(inputs)
-    plans = [_configured_role(inputs, setting, role, pool_of[role], sizes) for role in setting.roles]
+    plans = [
+        _configured_role(inputs, setting, role, pool_of[role], sizes) for role in setting.roles
+    ]
     return DeviceMapping(
         algorithm=inputs.dataflow.algorithm,
         cluster="",
@@ -174,7 +180,9 @@ def _configured_role(
         assert isinstance(settings, ActorConfig)
         rows = settings.generation.max_num_seqs
         if inputs.config.device is Device.cpu:  # a GPU's cache takes the memory that is left
-            rows = _rows_in_cache(settings.generation, setting.model(role), setting.workload.longest_row)
+            rows = _rows_in_cache(
+                settings.generation, setting.model(role), setting.workload.longest_row
+            )
         plan = replace(plan, generation=generation_layout(settings.generation, num_devices, rows))
     if role != GENERATION:
         layout = train_layout(settings.train, num_devices, trained=setting.trained(role))
@@ -183,7 +191,8 @@ def _configured_role(
 
 
 def train_layout(train: TrainConfig, num_devices: int, *, trained: bool) -> ModelLayout:
-    """The layout that the engine settings give on `num_devices`; recipes/checks.py says whether it fits."""
+    """The layout that the engine settings give on `num_devices`; recipes/checks.py says whether
+    it fits."""
     zero = engine_class(train.engine).zero_stage(train)
     if not trained and zero < 3:
         zero = 0
@@ -198,7 +207,9 @@ def train_layout(train: TrainConfig, num_devices: int, *, trained: bool) -> Mode
     )
 
 
-def generation_layout(generation: GenerationConfig, num_devices: int, rows_in_cache: int) -> GenerationLayout:
+def generation_layout(
+    generation: GenerationConfig, num_devices: int, rows_in_cache: int
+) -> GenerationLayout:
     """`rows_in_cache`: sequences that the key/value cache holds."""
     return GenerationLayout(
         pg=generation.pp,
@@ -256,11 +267,13 @@ def _pool_settings(config: RunConfig, mapping: DeviceMapping) -> dict[str, PoolC
 
 
 def train_settings(mapping: DeviceMapping, role: str, train: TrainConfig) -> TrainConfig:
-    """The role's engine settings with the mapping's layout; the engine must be one that the search was
-    limited to."""
+    """The role's engine settings with the mapping's layout; the engine must be one that the
+    search was limited to."""
     layout = mapping.role(role).layout
     if layout is None:
-        raise ValueError(f"mapping: role {role} has no layout; judge the mapping first, which fills it in")
+        raise ValueError(
+            f"mapping: role {role} has no layout; judge the mapping first, which fills it in"
+        )
     return replace(
         train,
         tp=layout.t,
@@ -274,14 +287,18 @@ def train_settings(mapping: DeviceMapping, role: str, train: TrainConfig) -> Tra
 
 
 def generation_settings(
-    mapping: DeviceMapping, role: str, generation: GenerationConfig, memory_bytes: float | None = None
+    mapping: DeviceMapping,
+    role: str,
+    generation: GenerationConfig,
+    memory_bytes: float | None = None,
 ) -> GenerationConfig:
-    """The generation engine's settings, with as much cache as was planned; `memory_bytes` are a GPU's, None
-    for CPUs."""
+    """The generation engine's settings, with as much cache as was planned; `memory_bytes` are a
+    GPU's, None for CPUs."""
     plan = mapping.role(role)
     if plan.generation is None:
         raise ValueError(
-            f"mapping: role {role} has no generation layout; it does not generate in {mapping.algorithm}"
+            f"mapping: role {role} has no generation layout; it does not generate in "
+            f"{mapping.algorithm}"
         )
     needs = dict.fromkeys(GENERATION_PARTS, 0.0)
     for call in mapping.calls:
@@ -306,5 +323,11 @@ def generation_settings(
 def _must_release(mapping: DeviceMapping, role: str, generation_bytes: float) -> bool:
     """Whether another call of the pool has too little memory beside the generation engine's."""
     pool = mapping.role(role).pool
-    others = [call for call in mapping.calls if call.pool == pool and call.kind != CallKind.generation.value]
-    return any(call.total_bytes + generation_bytes > mapping.capacity_bytes[pool] for call in others)
+    others = [
+        call
+        for call in mapping.calls
+        if call.pool == pool and call.kind != CallKind.generation.value
+    ]
+    return any(
+        call.total_bytes + generation_bytes > mapping.capacity_bytes[pool] for call in others
+    )

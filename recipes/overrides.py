@@ -1,5 +1,5 @@
-"""The name=value arguments of a recipe: which names there are, what they were called before, and tables whose
-entries the user names."""
+"""The name=value arguments of a recipe: which names there are, what they were called before,
+and tables whose entries the user names."""
 
 from __future__ import annotations
 
@@ -18,21 +18,26 @@ FREE = ("hydra.", "data.chat_template_options.", *(f"{table}." for table in TABL
 
 RENAMED = {
     "policy.num_epochs": (
-        "policy.passes_per_batch (optimizer passes over the rows of every step); passes over the data are "
-        "loop.num_epochs"
+        "policy.passes_per_batch (optimizer passes over the rows of every step); passes over the "
+        "data are loop.num_epochs"
     ),
 }
 """What a setting was called -> what it is called now."""
 
 
 def check_names(arguments: Sequence[str]) -> None:
-    """ValueError for name=value with a name that no setting has; Hydra's own advice (+name) would not
-    help."""
+    """ValueError for name=value with a name that no setting has; Hydra's own advice (+name)
+    would not help."""
     known = setting_names()
     for argument in arguments:
         name, equals, _ = argument.partition("=")
         name = name.removeprefix("++").removeprefix("+")
-        if not equals or not name.replace(".", "").isidentifier() or name in known or name.startswith(FREE):
+        if (
+            not equals
+            or not name.replace(".", "").isidentifier()
+            or name in known
+            or name.startswith(FREE)
+        ):
             continue
         raise ValueError(f"{argument}: {unknown_setting(name, known)}")
 
@@ -54,8 +59,8 @@ def near_names(name: str, known: Sequence[str]) -> list[str]:
 
 
 def join_tables(arguments: Sequence[str]) -> list[str]:
-    """TABLE.NAME.FIELD=VALUE, which Hydra can't set because NAME is new, as one value: +TABLE={NAME: {FIELD:
-    VALUE}}; and TABLE=VALUE as +TABLE=VALUE.
+    """TABLE.NAME.FIELD=VALUE, which Hydra can't set because NAME is new, as one value:
+    +TABLE={NAME: {FIELD: VALUE}}; and TABLE=VALUE as +TABLE=VALUE.
 
     >>> join_tables(["pools.a.num_devices=2", "pools.a.roles=[actor]", "seed=1"])
     ['seed=1', '+pools={a: {num_devices: 2, roles: [actor]}}']

@@ -1,4 +1,5 @@
-"""place(): which role stands in which pool, with which worker and settings; whether layouts and models fit.
+"""place(): which role stands in which pool, with which worker and settings; whether layouts and
+models fit.
 
     placement = place(config)      # made once; everything after that reads it
     placement.roles, placement.pool_sizes, placement.entry
@@ -65,7 +66,8 @@ class Placement:
 
 
 def place(config: RunConfig) -> Placement:
-    """Every role of the algorithm with its worker, settings and pool; settings and layouts are checked."""
+    """Every role of the algorithm with its worker, settings and pool; settings and layouts are
+    checked."""
     entry, names = algorithm_entry(config.algorithm.name), role_names(config)
     pool_of = _pools(config, names)
     roles = []
@@ -75,10 +77,18 @@ def place(config: RunConfig) -> Placement:
             LOGGER.info("no %s model: no coefficient asks for it", name)
             continue
         settings = kind.settings(config)
-        worker = SplitTrainingWorker if name == "actor" and GENERATION in pool_of else kind.worker(settings)
+        worker = (
+            SplitTrainingWorker
+            if name == "actor" and GENERATION in pool_of
+            else kind.worker(settings)
+        )
         roles.append(Role(name=name, worker=worker, config=settings, pool=pool_of[name]))
     placement = Placement(
-        config=config, entry=entry, role_names=names, roles=tuple(roles), pool_sizes=_pool_sizes(config)
+        config=config,
+        entry=entry,
+        role_names=names,
+        roles=tuple(roles),
+        pool_sizes=_pool_sizes(config),
     )
     check_layouts(placement)
     check_algorithm(config, entry)
@@ -86,7 +96,8 @@ def place(config: RunConfig) -> Placement:
 
 
 def check_layouts(placement: Placement) -> None:
-    """Settings of every role, its layouts on its pool, and those of generation engines that share one."""
+    """Settings of every role, its layouts on its pool, and those of generation engines that
+    share one."""
     engines: dict[str, dict[str, Layout]] = {}
     shares: dict[str, dict[str, float]] = {}
     for role in placement.roles:
@@ -107,11 +118,14 @@ def check_models(placement: Placement) -> None:
     """Every model's directory has a configuration, and its layouts fit it; no weights are read."""
     for role in placement.roles:
         if role.name != GENERATION:  # the model is the actor's, and checked with it
-            check_model(role.name, role.config, role_kind(role.name).head, placement.pool_sizes[role.pool])
+            check_model(
+                role.name, role.config, role_kind(role.name).head, placement.pool_sizes[role.pool]
+            )
 
 
 def placeholder_roles(placement: Placement, placed: Container[str]) -> dict[str, Any]:
-    """What stands for the roles of the algorithm that were not placed because nothing asks for them."""
+    """What stands for the roles of the algorithm that were not placed because nothing asks for
+    them."""
     placeholders = {}
     for name in placement.role_names:
         make = role_kind(name).absent
@@ -135,8 +149,8 @@ def _pools(config: RunConfig, names: tuple[str, ...]) -> dict[str, str]:
     may_be_placed = (*names, *([GENERATION] if "actor" in names else []))
     if config.placement is PlacementMode.colocated and config.pools:
         raise ValueError(
-            f"pools ({', '.join(config.pools)}) are set with placement=colocated; set placement=custom or "
-            "leave them out"
+            f"pools ({', '.join(config.pools)}) are set with placement=colocated; set "
+            "placement=custom or leave them out"
         )
     if config.placement is not PlacementMode.custom or config.runtime is Runtime.local:
         return dict.fromkeys(names, "main")
@@ -154,14 +168,13 @@ def _pools(config: RunConfig, names: tuple[str, ...]) -> dict[str, str]:
     wrong |= {role: pools for role, pools in owners.items() if len(pools) > 1}
     if unknown or wrong:
         raise ValueError(
-            f"pools: every role of {config.algorithm.name} ({', '.join(names)}) must be in exactly one pool; "
-            f"unknown roles {unknown}, roles with their pools {wrong}"
+            f"pools: every role of {config.algorithm.name} ({', '.join(names)}) must be in "
+            f"exactly one pool; unknown roles {unknown}, roles with their pools {wrong}"
         )
     if GENERATION in owners and owners[GENERATION] == owners["actor"]:
         raise ValueError(
-            f"pools.{owners['actor'][0]}.roles names both actor and {GENERATION}: an actor generates in its "
-            "own pool anyway; "
-            f"leave {GENERATION} out, or give it another pool"
+            f"pools.{owners['actor'][0]}.roles names both actor and {GENERATION}: an actor "
+            f"generates in its own pool anyway; leave {GENERATION} out, or give it another pool"
         )
     return {role: pools[0] for role, pools in owners.items()}
 
@@ -171,21 +184,25 @@ def _pool_sizes(config: RunConfig) -> dict[str, int]:
     if config.runtime is Runtime.local:
         if config.num_devices > 1:
             raise ValueError(
-                f"num_devices={config.num_devices} with runtime=local, which is one process; leave it out or "
-                "use runtime=ray"
+                f"num_devices={config.num_devices} with runtime=local, which is one process; "
+                "leave it out or use runtime=ray"
             )
         return {"main": 1}
     if config.placement is PlacementMode.custom:
         if config.num_devices > 1:
             raise ValueError(
-                f"num_devices={config.num_devices} with placement=custom, where every pool has its own; "
-                "leave it out"
+                f"num_devices={config.num_devices} with placement=custom, where every pool has "
+                "its own; leave it out"
             )
         sizes = {name: pool.num_devices for name, pool in config.pools.items()}
     else:
         sizes = {"main": config.num_devices}
     for name, size in sizes.items():
         if size < 1:
-            field = f"pools.{name}.num_devices" if config.placement is PlacementMode.custom else "num_devices"
+            field = (
+                f"pools.{name}.num_devices"
+                if config.placement is PlacementMode.custom
+                else "num_devices"
+            )
             raise ValueError(f"{field} is {size}; use at least 1")
     return sizes

@@ -1,13 +1,13 @@
-"""Plan a run without starting it: which models share devices, every layout, time and memory per call, and why
-the alternatives lose.
+"""Plan a run without starting it: which models share devices, every layout, time and memory per
+call, and why the alternatives lose.
 
     python -m recipes.plan algorithm=ppo model=llama-7b cluster=2x8xA100-80GB
     python -m recipes.plan model=llama-13b models.critic=llama-70b models.reward=function cluster=64xH100-80GB
     python -m recipes.plan ... mapping=mine.json        # judge a mapping of your own
     python -m recipes.plan ... --json plan.json         # the answer as data ("-" or nothing: to the screen)
 
-Needs no accelerator and starts nothing; the algorithm is any entry of ALGORITHMS, traced. Settings are the
-fields of PlanConfig; those that a run has too are called by their names in a run.
+Needs no accelerator and starts nothing; the algorithm is any entry of ALGORITHMS, traced. Settings
+are the fields of PlanConfig; those that a run has too are called by their names in a run.
 """
 
 from __future__ import annotations
@@ -51,39 +51,43 @@ RENAMED = {
 
 @dataclass(kw_only=True)
 class PlanConfig(QuestionConfig):
-    """Every setting of `python -m recipes.plan`; QuestionConfig has those that are `plan.*` of a run."""
+    """Every setting of `python -m recipes.plan`; QuestionConfig has those that are `plan.*` of
+    a run."""
 
     algorithm: str = "ppo"
     model: str = "???"
-    """The model of all roles: a known shape (llama-7b, qwen2.5-7b, mixtral-8x7b, ...) or a Hugging Face
-    directory."""
+    """The model of all roles: a known shape (llama-7b, qwen2.5-7b, mixtral-8x7b, ...) or a
+    Hugging Face directory."""
     models: dict[str, str] = field(default_factory=dict)
-    """Role -> another model, `function` for a Python function that needs no devices, or `none` for a role
-    that the run does without (the reference, where no KL coefficient asks for one)."""
+    """Role -> another model, `function` for a Python function that needs no devices, or `none`
+    for a role that the run does without (the reference, where no KL coefficient asks for one)."""
     cluster: str = "???"
     batch_size: int = 1024
     """Prompts of a step."""
     samples_per_prompt: int = 1
     prompt: str = "1024"
-    """Tokens of a prompt: a number, uniform:LOW:HIGH or lognormal:MEAN:MAX; a run has those of its data."""
+    """Tokens of a prompt: a number, uniform:LOW:HIGH or lognormal:MEAN:MAX; a run has those of
+    its data."""
     response: str = "1024"
     num_mini_batches: int = 8
     """Optimizer updates per epoch."""
     num_epochs: int = 1
     precision: Precision = Precision.bf16
-    """Of training and generation: bf16 with float32 master weights (18 bytes a parameter) or fp32 (16)."""
+    """Of training and generation: bf16 with float32 master weights (18 bytes a parameter) or
+    fp32 (16)."""
     offload: bool = False
-    """Also try keeping optimizer states (and the parameters of models that are not trained) in host memory
-    between calls."""
+    """Also try keeping optimizer states (and the parameters of models that are not trained) in
+    host memory between calls."""
     shared_generation_weights: bool = True
-    """Generation computes on the training shards where they suffice. false: the engine holds a copy of the
-    weights (vLLM), as it does in a run."""
+    """Generation computes on the training shards where they suffice. false: the engine holds a
+    copy of the weights (vLLM), as it does in a run."""
     engine: str = ""
     """Only layouts that this training engine has (fsdp, threed, deepspeed); empty: every layout."""
     max_num_seqs: int = 256
     """The most responses that a generation engine decodes at once."""
     every_placement: bool = True
-    """The best plan of every placement for the table; false stops at the proof that a placement loses."""
+    """The best plan of every placement for the table; false stops at the proof that a placement
+    loses."""
     timeline: str = ""
     """Where to draw the timeline (.png, .svg, .pdf)."""
     save: str = ""
@@ -139,20 +143,26 @@ def to_question(config: PlanConfig) -> Question:
 
 
 def role_models(config: PlanConfig, dataflow: Dataflow) -> dict[str, ModelSpec | None]:
-    """Role -> model, None for a function. Critics, rewards and costs have a scalar head; generation in a pool
-    of its own has the actor's model unless another is named."""
+    """Role -> model, None for a function. Critics, rewards and costs have a scalar head;
+    generation in a pool of its own has the actor's model unless another is named."""
     roles = dataflow.roles
     if config.split_generation:
         roles = (*roles, GENERATION)
-    unknown = sorted(role for role, name in config.models.items() if name != NONE and role not in roles)
+    unknown = sorted(
+        role for role, name in config.models.items() if name != NONE and role not in roles
+    )
     if unknown:
-        raise ValueError(f"models: {unknown} are no roles of {dataflow.algorithm}; it has {', '.join(roles)}")
+        raise ValueError(
+            f"models: {unknown} are no roles of {dataflow.algorithm}; it has {', '.join(roles)}"
+        )
     names = {GENERATION: config.models.get("actor", config.model), **config.models}
     models: dict[str, ModelSpec | None] = {}
     for role in roles:
         name = names.get(role, config.model)
         kinds = {call.kind for call in dataflow.calls if call.role == role}
-        if name == FUNCTION and (role == GENERATION or kinds & {CallKind.training, CallKind.generation}):
+        if name == FUNCTION and (
+            role == GENERATION or kinds & {CallKind.training, CallKind.generation}
+        ):
             raise ValueError(f"models.{role}=function: {role} trains or generates; give it a model")
         if name == FUNCTION:
             models[role] = None
@@ -197,13 +207,16 @@ def plan(config: PlanConfig, json_target: str | None = None) -> DeviceMapping:
 
 
 def find_answer(config: PlanConfig) -> Answer:
-    """The judgement of `mapping`, or the search's answer; a ValueError with what would do if nothing fits."""
+    """The judgement of `mapping`, or the search's answer; a ValueError with what would do if
+    nothing fits."""
     setting = to_setting(to_question(config))
     started = time.perf_counter()
     if config.mapping:
         judgement = judge(setting, DeviceMapping.load(Path(config.mapping)))
         seconds = time.perf_counter() - started
-        return Answer(setting=setting, mapping=judgement.mapping, seconds=seconds, judgement=judgement)
+        return Answer(
+            setting=setting, mapping=judgement.mapping, seconds=seconds, judgement=judgement
+        )
     result = search(setting, every_placement=config.every_placement)
     if result.best is None:
         raise ValueError(shortage(setting))
@@ -227,14 +240,19 @@ def _as_json(answer: Answer) -> dict[str, Any]:
     content: dict[str, Any] = {"mapping": answer.mapping.to_json(), "seconds": answer.seconds}
     judgement = answer.judgement
     if judgement is not None:
-        content |= {"fits": judgement.fits, "overfull": judgement.overfull, "changes": judgement.changes}
+        content |= {
+            "fits": judgement.fits,
+            "overfull": judgement.overfull,
+            "changes": judgement.changes,
+        }
     if answer.result is not None:
         content["placements"] = [_placement_json(entry) for entry in answer.result.placements]
     return content
 
 
 def _placement_json(entry: PlacementResult) -> dict[str, Any]:
-    """A placement that is searched no further has no devices and step_s; one that does not fit, no bound."""
+    """A placement that is searched no further has no devices and step_s; one that does not fit,
+    no bound."""
     fits = entry.bound_s != float("inf")
     content: dict[str, Any] = {
         "placement": entry.placement,

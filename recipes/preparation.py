@@ -1,5 +1,5 @@
-"""prepare(): everything between settings and the first process. Checks what can be checked, reads the data,
-lets the mapper place the models.
+"""prepare(): everything between settings and the first process. Checks what can be checked, reads
+the data, lets the mapper place the models.
 
     prepared = prepare(config)       # a ValueError with field, value and fix, or all that a session needs
     with Session(prepared) as session: ...
@@ -96,8 +96,8 @@ def prepare(config: RunConfig) -> Preparation:
 
 
 def check_dataflow(placement: Placement) -> Dataflow:
-    """Runs the algorithm's step on abstract batches: a column that nobody writes is found before anything
-    starts."""
+    """Runs the algorithm's step on abstract batches: a column that nobody writes is found
+    before anything starts."""
     config = placement.config
     workers = {role.name: role.worker for role in placement.roles}
     if workers.pop(GENERATION, None) is not None:
@@ -129,25 +129,32 @@ def load_pretraining(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> R
     if config.data.pretraining is None:
         return None
     dataset = PromptDataset.load_text(config.data, config.data.pretraining, tokenizer)
-    check_text("data.pretraining", dataset.longest_tokens, config.actor.model, "data.pretraining_tokens")
+    check_text(
+        "data.pretraining", dataset.longest_tokens, config.actor.model, "data.pretraining_tokens"
+    )
     return RowLoader(dataset, replace(config.data, batch_size=config.data.pretraining_batch_size))
 
 
-def mapper_inputs(placement: Placement, dataflow: Dataflow, rows: RowDataset) -> MapperInputs | None:
-    """What the mapper reads; it plans training steps that answer prompts, with one generation in them."""
+def mapper_inputs(
+    placement: Placement, dataflow: Dataflow, rows: RowDataset
+) -> MapperInputs | None:
+    """What the mapper reads; it plans training steps that answer prompts, with one generation
+    in them."""
     config = placement.config
     if config.algorithm.name in QUESTIONS:
         return None
     settings = {role.name: role.config for role in placement.roles}
     writes = any(
-        isinstance(role, JudgeConfig) and role.verdict is VerdictKind.written for role in settings.values()
+        isinstance(role, JudgeConfig) and role.verdict is VerdictKind.written
+        for role in settings.values()
     )
     if isinstance(rows, PromptDataset) and not writes:
         return MapperInputs(config=config, dataflow=dataflow, roles=settings, prompts=rows)
     if config.placement is PlacementMode.auto:
         what = "a judge that writes (judge.verdict=written)" if writes else config.algorithm.name
         raise ValueError(
-            f"placement=auto: the mapper plans steps that answer prompts, not {what}; use colocated or custom"
+            f"placement=auto: the mapper plans steps that answer prompts, not {what}; use "
+            "colocated or custom"
         )
     return None
 
@@ -162,7 +169,8 @@ def _placed_by_the_mapper(prepared: Preparation, inputs: MapperInputs) -> Prepar
 
 
 def dry_run_report(prepared: Preparation) -> str:
-    """What would run where and, where the mapper can plan the step, in how many seconds and bytes."""
+    """What would run where and, where the mapper can plan the step, in how many seconds and
+    bytes."""
     placement = prepared.placement
     report = placement_report(placement, prepared.dataflow)
     if prepared.mapping is not None:
@@ -185,4 +193,6 @@ def foresee(config: RunConfig) -> DeviceMapping:
     """What a run with these settings would take; nothing is started."""
     prepared = prepare(config)
     assert prepared.mapper_inputs is not None, "a recipe that the mapper plans"
-    return forecast(prepared.mapper_inputs, prepared.placement.pool_of, prepared.placement.pool_sizes).mapping
+    return forecast(
+        prepared.mapper_inputs, prepared.placement.pool_of, prepared.placement.pool_sizes
+    ).mapping

@@ -5,8 +5,8 @@
     numbers = evaluate({"model.path": "out", "data.validation": "test.parquet"}, reward=my_function)
     with open_session("grpo", settings, reward=my_function) as session: ...
 
-Settings are those of the command line, under the same names and with the same checks; every mistake is a
-ValueError.
+Settings are those of the command line, under the same names and with the same checks; every mistake
+is a ValueError.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def open_session(
 ) -> Session:
     """Starts the recipe's models and returns when they stand; `with` or close() ends them.
 
-    It goes on from the latest checkpoint in output_dir, if there is one (loop.resume). reward, cost and gold
-    are functions or "package.module:name"; a lambda or a function of a notebook's cell will do.
+    It goes on from the latest checkpoint in output_dir, if there is one (loop.resume). reward, cost
+    and gold are functions or "package.module:name"; a lambda or a function of a notebook's cell
+    will do.
     """
     return Session(prepare(make_settings(recipe, settings, reward, cost, gold, first=QUIET)))
 
@@ -59,8 +60,8 @@ def run(
 
 
 def evaluate(settings: Settings = (), *, reward: Scorer | None = None) -> dict[str, float]:
-    """Answers every prompt of data.validation and scores the answers: mean reward, pass@k, lengths. Leaves
-    evaluation.json and samples.parquet in output_dir."""
+    """Answers every prompt of data.validation and scores the answers: mean reward, pass@k,
+    lengths. Leaves evaluation.json and samples.parquet in output_dir."""
     numbers = evaluate_run(_starting(make_settings("evaluate", settings, reward)))
     assert numbers is not None, "only graph and dry_run start nothing"
     return numbers
@@ -81,8 +82,8 @@ def dry_run(
     cost: Scorer | None = None,
     gold: Scorer | None = None,
 ) -> str:
-    """Checks everything that can be checked without a process, and says what would run where and in how many
-    seconds."""
+    """Checks everything that can be checked without a process, and says what would run where
+    and in how many seconds."""
     return dry_run_report(prepare(make_settings(recipe, settings, reward, cost, gold)))
 
 

@@ -36,8 +36,8 @@ def make_settings(
     *,
     first: Sequence[str] = (),
 ) -> RunConfig:
-    """The recipe's settings with these changes. `recipe` is a name or the path of a YAML; the settings may
-    override what stands in `first`."""
+    """The recipe's settings with these changes. `recipe` is a name or the path of a YAML; the
+    settings may override what stands in `first`."""
     arguments = [*first, *as_arguments(settings)]
     config = to_settings(compose(RecipeFile.of(recipe), arguments))
     for line in unused_settings(arguments, config):
@@ -86,4 +86,6 @@ def _text(name: str, value: object) -> str:
         return "{" + ", ".join(f"{key}: {_text(name, inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, Sequence):
         return "[" + ", ".join(_text(name, inner) for inner in value) + "]"
-    raise ValueError(f"settings: {name} is a {type(value).__name__}; give text, a number, a list or a dict")
+    raise ValueError(
+        f"settings: {name} is a {type(value).__name__}; give text, a number, a list or a dict"
+    )

@@ -1,13 +1,13 @@
-"""Plan the actor's weights' way from training to generation without starting anything: the certificate, and
-who sends what to whom.
+"""Plan the actor's weights' way from training to generation without starting anything: the
+certificate, and who sends what to whom.
 
     python -m recipes.reshard_plan source=2-4-1 target=1-2 model=llama-7b
     python -m recipes.reshard_plan source=8-8-8 target=1-8 model=llama-70b bucket_mb=256 devices_per_node=8
     python -m recipes.reshard_plan source=fsdp-8 target=1-2 model=PATH picture=plan.png
 
-source: p-t-d as the paper writes it, fsdp-N or zero3-N; target: pg-tg (the rest is data parallel). Biases and
-per-head norms, under a thousandth of the bytes, are not in the model's shape; a run prints the certificate of
-its real parameters.
+source: p-t-d as the paper writes it, fsdp-N or zero3-N; target: pg-tg (the rest is data parallel).
+Biases and per-head norms, under a thousandth of the bytes, are not in the model's shape; a run
+prints the certificate of its real parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from pathlib import Path
 from hybridflow.layout import AXES, Layout
 from hybridflow.mapping.question.zoo import model_spec
 from hybridflow.resharding import ReshardingPlan, ShardMap, compile, verify
-from hybridflow.resharding.analytic import ParameterRule, decoder_rules, fsdp, generation, threed, zero3
+from hybridflow.resharding.analytic import (
+    ParameterRule,
+    decoder_rules,
+    fsdp,
+    generation,
+    threed,
+    zero3,
+)
 from hybridflow.resharding.drawing import draw_plan
 from hybridflow.resharding.grouping import Grouping, fewest_bytes, vanilla, zero_redundancy
 from hybridflow.resharding.paper import deepspeed_chat, hybridflow, hybridflow_v
@@ -70,7 +77,10 @@ def report(config: ReshardPlanConfig) -> None:
     print(groups(grouping))
     print(busiest(plan))
     if config.picture:
-        title = f"{config.model}: training {config.source} to generation {config.target} ({config.grouping})"
+        title = (
+            f"{config.model}: training {config.source} to generation {config.target} "
+            f"({config.grouping})"
+        )
         draw_plan(plan, Path(config.picture), title)
         print(f"picture: {config.picture}")
 
@@ -78,7 +88,10 @@ def report(config: ReshardPlanConfig) -> None:
 def to_config(arguments: list[str]) -> ReshardPlanConfig:
     """name=value arguments over the defaults; a mistake is a ValueError with the setting's name."""
     config = read_arguments(ReshardPlanConfig, arguments)
-    for name, value in {"bucket_mb": config.bucket_mb, "devices_per_node": config.devices_per_node}.items():
+    for name, value in {
+        "bucket_mb": config.bucket_mb,
+        "devices_per_node": config.devices_per_node,
+    }.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; use at least 1")
     if config.grouping not in GROUPINGS:
@@ -87,7 +100,8 @@ def to_config(arguments: list[str]) -> ReshardPlanConfig:
         raise ValueError(f"dtype is {config.dtype!r}; known: {', '.join(DTYPES)}")
     if sorted(config.rank_order.split(",")) != sorted(AXES):
         raise ValueError(
-            f"rank_order is {config.rank_order!r}; it must name each of {', '.join(AXES)} once, with commas"
+            f"rank_order is {config.rank_order!r}; it must name each of {', '.join(AXES)} once, "
+            "with commas"
         )
     return config
 
@@ -115,8 +129,8 @@ def model_rules(config: ReshardPlanConfig) -> list[ParameterRule]:
     spec = model_spec(config.model)
     if spec.num_experts:
         raise ValueError(
-            f"model={config.model}: layouts of mixture-of-experts models are not known here; run it and read "
-            "its certificate"
+            f"model={config.model}: layouts of mixture-of-experts models are not known here; run "
+            "it and read its certificate"
         )
     return decoder_rules(
         num_layers=spec.num_layers,
@@ -131,7 +145,9 @@ def model_rules(config: ReshardPlanConfig) -> list[ParameterRule]:
     )
 
 
-def training_map(config: ReshardPlanConfig, rules: list[ParameterRule]) -> tuple[ShardMap, Layout | None]:
+def training_map(
+    config: ReshardPlanConfig, rules: list[ParameterRule]
+) -> tuple[ShardMap, Layout | None]:
     kind, _, size = config.source.partition("-")
     if kind in ("fsdp", "zero3"):
         (num_ranks,) = numbers(size, 1, "source", "fsdp-8")
@@ -165,7 +181,9 @@ def comparison(config: ReshardPlanConfig, plan: ReshardingPlan) -> str:
         )
     lines = ["per rank at most, the paper's predictions first:"]
     for name, predicted in predictions.items():
-        lines.append(_received(name, float(predicted.received * size), float(predicted.peak * size)))
+        lines.append(
+            _received(name, float(predicted.received * size), float(predicted.peak * size))
+        )
     lines.append(_received("this plan", max(plan.bytes_received), max(plan.target.bytes_per_rank)))
     return "\n".join(lines)
 

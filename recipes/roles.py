@@ -1,7 +1,7 @@
 """The roles that a run can have, by name: which worker plays each and where its settings stand.
 
-An algorithm's entry (controllers/__init__.py) names the ones that it uses. A new role is a line in ROLES and
-a field of RunConfig.
+An algorithm's entry (controllers/__init__.py) names the ones that it uses. A new role is a line in
+ROLES and a field of RunConfig.
 """
 
 from __future__ import annotations
@@ -83,11 +83,15 @@ class Role:
 
 
 ROLES: dict[str, RoleKind] = {
-    "actor": RoleKind(settings=lambda config: config.actor, worker=lambda _: ActorWorker, head=Head.lm),
+    "actor": RoleKind(
+        settings=lambda config: config.actor, worker=lambda _: ActorWorker, head=Head.lm
+    ),
     GENERATION: RoleKind(
         settings=lambda config: config.actor, worker=lambda _: GenerationWorker, head=Head.lm
     ),
-    "critic": RoleKind(settings=lambda config: config.critic, worker=lambda _: CriticWorker, head=Head.value),
+    "critic": RoleKind(
+        settings=lambda config: config.critic, worker=lambda _: CriticWorker, head=Head.value
+    ),
     "cost_critic": RoleKind(
         settings=lambda config: config.cost_critic, worker=lambda _: CriticWorker, head=Head.value
     ),
@@ -99,54 +103,69 @@ ROLES: dict[str, RoleKind] = {
         absent=NoReference,
     ),
     "judge": RoleKind(
-        settings=lambda config: replace(config.judge, tokenizer=config.model.tokenizer or config.model.path),
+        settings=lambda config: replace(
+            config.judge, tokenizer=config.model.tokenizer or config.model.path
+        ),
         worker=judge_worker,
         head=Head.lm,
     ),
     "generator": RoleKind(
         settings=lambda config: config.actor, worker=lambda _: GeneratorWorker, head=Head.lm
     ),
-    "policy": RoleKind(settings=lambda config: config.policy, worker=lambda _: PolicyWorker, head=Head.lm),
+    "policy": RoleKind(
+        settings=lambda config: config.policy, worker=lambda _: PolicyWorker, head=Head.lm
+    ),
     "reward_model": RoleKind(
-        settings=lambda config: config.reward_model, worker=lambda _: PreferenceWorker, head=Head.score
+        settings=lambda config: config.reward_model,
+        worker=lambda _: PreferenceWorker,
+        head=Head.score,
     ),
     "teacher": RoleKind(
         settings=lambda config: config.teacher, worker=lambda _: ReferenceWorker, head=Head.lm
     ),
     "reward": RoleKind(
-        settings=lambda config: scorer_settings(config, config.reward), worker=reward_worker, head=Head.score
+        settings=lambda config: scorer_settings(config, config.reward),
+        worker=reward_worker,
+        head=Head.score,
     ),
     "gold": RoleKind(
-        settings=lambda config: scorer_settings(config, config.gold), worker=reward_worker, head=Head.score
+        settings=lambda config: scorer_settings(config, config.gold),
+        worker=reward_worker,
+        head=Head.score,
     ),
     "cost": RoleKind(
-        settings=lambda config: scorer_settings(config, config.cost), worker=cost_worker, head=Head.score
+        settings=lambda config: scorer_settings(config, config.cost),
+        worker=cost_worker,
+        head=Head.score,
     ),
 }
 
 
 EXTENSIONS = Registry(group="hybridflow.roles", builtin={})
-"""Roles of other packages, each a RoleKind. Its settings are of a class in workers/role_config.py."""
+"""Roles of other packages, each a RoleKind. Its settings are of a class in
+workers/role_config.py."""
 
 SCORERS = ("reward", "gold", "cost")
 """Roles that may be a function of a row's columns in place of a model."""
 
 
 def with_named_functions(config: RunConfig) -> RunConfig:
-    """The same settings with names in the place of functions that were passed as objects: what is written
-    beside the run."""
+    """The same settings with names in the place of functions that were passed as objects: what
+    is written beside the run."""
 
     def named(scorer: RewardConfig) -> RewardConfig:
         if scorer.function is None:
             return scorer
         return replace(scorer, function=function_name(scorer.function))
 
-    return replace(config, reward=named(config.reward), gold=named(config.gold), cost=named(config.cost))
+    return replace(
+        config, reward=named(config.reward), gold=named(config.gold), cost=named(config.cost)
+    )
 
 
 def role_names(config: RunConfig) -> tuple[str, ...]:
-    """The algorithm's roles, and the reward that validation scores with, whether the algorithm reads it or
-    not."""
+    """The algorithm's roles, and the reward that validation scores with, whether the algorithm
+    reads it or not."""
     entry = algorithm_entry(config.algorithm.name)
     if not entry.answers_prompts or not config.data.validation:
         return entry.roles
@@ -157,15 +176,19 @@ def role_names(config: RunConfig) -> tuple[str, ...]:
 
 
 def role_kind(name: str) -> RoleKind:
-    """The role that an algorithm's entry names; a ValueError for an unknown one lists the known ones."""
+    """The role that an algorithm's entry names; a ValueError for an unknown one lists the known
+    ones."""
     if name in ROLES:
         return ROLES[name]
     if name not in EXTENSIONS:
         raise ValueError(
-            f"role {name!r} of an algorithm is unknown; known: {', '.join([*ROLES, *EXTENSIONS])}; declare "
-            f"it as an entry point of the group {EXTENSIONS.group}"
+            f"role {name!r} of an algorithm is unknown; known: "
+            f"{', '.join([*ROLES, *EXTENSIONS])}; declare it as an entry point of the group "
+            f"{EXTENSIONS.group}"
         )
     kind = EXTENSIONS.load(name, f"role {name}")
     if not isinstance(kind, RoleKind):
-        raise ValueError(f"role {name}: {EXTENSIONS.locations()[name]} is no recipes.roles.RoleKind")
+        raise ValueError(
+            f"role {name}: {EXTENSIONS.locations()[name]} is no recipes.roles.RoleKind"
+        )
     return kind

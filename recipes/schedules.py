@@ -14,7 +14,8 @@ Trained = TypeVar("Trained", ActorConfig, CriticConfig, PolicyConfig, Preference
 
 
 def with_schedules(config: RunConfig, num_steps: int) -> RunConfig:
-    """The settings with ROLE.train.optimizer.total_steps filled in for a run of `num_steps` steps."""
+    """The settings with ROLE.train.optimizer.total_steps filled in for a run of `num_steps`
+    steps."""
     mini_batches = config.algorithm.num_mini_batches
     actor, critic, cost_critic = config.actor, config.critic, config.cost_critic
     actor_updates = max(num_steps - actor.critic_warmup_steps, 0)
@@ -22,14 +23,19 @@ def with_schedules(config: RunConfig, num_steps: int) -> RunConfig:
         config,
         actor=with_total_steps(actor, actor_updates * actor.num_epochs * mini_batches),
         critic=with_total_steps(critic, num_steps * critic.num_epochs * mini_batches),
-        cost_critic=with_total_steps(cost_critic, num_steps * cost_critic.num_epochs * mini_batches),
-        policy=with_total_steps(config.policy, num_steps * config.policy.passes_per_batch * mini_batches),
+        cost_critic=with_total_steps(
+            cost_critic, num_steps * cost_critic.num_epochs * mini_batches
+        ),
+        policy=with_total_steps(
+            config.policy, num_steps * config.policy.passes_per_batch * mini_batches
+        ),
         reward_model=with_total_steps(config.reward_model, num_steps * mini_batches),
     )
 
 
 def with_total_steps(role: Trained, total_steps: int) -> Trained:
-    """The role's settings with that end of its schedule, unless they name one or the rate is constant."""
+    """The role's settings with that end of its schedule, unless they name one or the rate is
+    constant."""
     optimizer = role.train.optimizer
     if optimizer.schedule is LearningRateSchedule.constant or optimizer.total_steps:
         return role

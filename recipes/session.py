@@ -5,7 +5,8 @@
             print(session.step())
         session.save("out")
 
-`run` drives the same session by Loop.run. Leaves out how settings become a Preparation (preparation.py).
+`run` drives the same session by Loop.run. Leaves out how settings become a Preparation
+(preparation.py).
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ class Session:
     generator: Generator
 
     def __init__(self, prepared: Preparation) -> None:
-        """Starts everything and goes on from the checkpoint that loop.resume names; closes what was started
-        where that fails."""
+        """Starts everything and goes on from the checkpoint that loop.resume names; closes what
+        was started where that fails."""
         _claim_process(self)
         self.prepared = prepared
         self.placement = prepared.placement
@@ -91,7 +92,8 @@ class Session:
         """Role -> its handle, placeholders included."""
         self.pools: dict[str, ResourcePool] = {}
         self.prompts: PromptStream
-        """The stream of the steps' rows: next(session.prompts) is what the next step would begin with."""
+        """The stream of the steps' rows: next(session.prompts) is what the next step would
+        begin with."""
         self.algorithm: Algorithm
         self._loop: Loop | None = None
         self._resources = ExitStack()
@@ -108,11 +110,15 @@ class Session:
         with activity("start"):
             cluster = self._resources.enter_context(connect_cluster(placement))
             if config.algorithm.name not in QUESTIONS:
-                num_steps = config.loop.length(len(prepared.train), config.data.batch_size).num_steps
+                num_steps = config.loop.length(
+                    len(prepared.train), config.data.batch_size
+                ).num_steps
                 tracker = start_tracker(config, self.directory, store, num_steps)
                 self._resources.enter_context(tracker)
             for name in dict.fromkeys(role.pool for role in placement.roles):
-                self.pools[name] = self._resources.enter_context(start_pool(placement, cluster, name))
+                self.pools[name] = self._resources.enter_context(
+                    start_pool(placement, cluster, name)
+                )
             self.roles = spawn_roles(placement, self.pools)
         vars(self).update(self.roles)
         data = RowLoader(prepared.train, config.data)
@@ -122,7 +128,9 @@ class Session:
             "prompts": self.prompts,
             "pretraining": TextStream(texts) if texts else EmptyStream(),
         }
-        self.algorithm = create_algorithm(config.algorithm.name, self.roles, config.algorithm, streams)
+        self.algorithm = create_algorithm(
+            config.algorithm.name, self.roles, config.algorithm, streams
+        )
         if tracker is not None:
             trained = {}
             for role in placement.roles:
@@ -142,7 +150,8 @@ class Session:
             self._loop.resume()
 
     def _validation(self, held_out: RowDataset | None) -> Validate | None:
-        """The reward of responses where the rows are prompts, the algorithm's own numbers elsewhere."""
+        """The reward of responses where the rows are prompts, the algorithm's own numbers
+        elsewhere."""
         if held_out is None:
             return None
         if not self.placement.entry.answers_prompts:
@@ -160,7 +169,9 @@ class Session:
     def loop(self) -> Loop:
         """The loop over this session; a ValueError for recipes that train nothing."""
         if self._loop is None:
-            raise ValueError(f"{self.config.algorithm.name} trains nothing, so its session has no steps")
+            raise ValueError(
+                f"{self.config.algorithm.name} trains nothing, so its session has no steps"
+            )
         if _OPEN is not self:
             raise ValueError("the session is closed; open another one")
         return self._loop
@@ -171,8 +182,8 @@ class Session:
         return self.loop.step
 
     def step(self, prompts: Batch | None = None) -> dict[str, float]:
-        """One step of the algorithm on the next prompts, or on these; returns when all of its calls have
-        ended, with its metrics and seconds."""
+        """One step of the algorithm on the next prompts, or on these; returns when all of its
+        calls have ended, with its metrics and seconds."""
         return self.loop.train_one_step(prompts)
 
     def validate(self) -> dict[str, float]:
@@ -182,8 +193,8 @@ class Session:
         return self.loop.validate()
 
     def save(self, directory: str | Path) -> None:
-        """The trained model and its tokenizer as a Hugging Face directory; returns when every rank has
-        written its part."""
+        """The trained model and its tokenizer as a Hugging Face directory; returns when every
+        rank has written its part."""
         path = Path(directory).absolute()
         path.mkdir(parents=True, exist_ok=True)
         self.loop.save_pretrained(path)
@@ -193,7 +204,8 @@ class Session:
         self.loop.checkpoint()
 
     def wait(self) -> dict[str, float]:
-        """Waits for every call under way; the seconds of each since the last step or wait, by role.method."""
+        """Waits for every call under way; the seconds of each since the last step or wait, by
+        role.method."""
         return phase_seconds(CALLS.finish())
 
     def close(self) -> None:
@@ -243,14 +255,16 @@ def current_session() -> Session | None:
 
 
 def spawn_roles(placement: Placement, pools: Mapping[str, ResourcePool]) -> dict[str, Any]:
-    """A handle for every role, and placeholders for those that nothing asks for; an actor whose generation
-    has a pool of its own is still one handle."""
+    """A handle for every role, and placeholders for those that nothing asks for; an actor whose
+    generation has a pool of its own is still one handle."""
     handles: dict[str, Any] = {}
     for role in placement.roles:
         handles[role.name] = spawn(role.worker, pools[role.pool], role.config, role=role.name)
     if GENERATION in handles:
         training, generation = (pools[placement.pool_of[name]] for name in ("actor", GENERATION))
-        handles["actor"] = SplitActor.of(handles["actor"], handles.pop(GENERATION), training, generation)
+        handles["actor"] = SplitActor.of(
+            handles["actor"], handles.pop(GENERATION), training, generation
+        )
     return handles | placeholder_roles(placement, handles)
 
 
@@ -260,7 +274,8 @@ def connect_cluster(placement: Placement) -> AbstractContextManager[ClusterInfo 
     if config.runtime is Runtime.local:
         if config.device is Device.cuda and not torch.cuda.is_available():
             raise ValueError(
-                "device=cuda with runtime=local, but this machine has no CUDA device; use device=cpu"
+                "device=cuda with runtime=local, but this machine has no CUDA device; use "
+                "device=cpu"
             )
         return nullcontext()
     gpus = devices if config.device is Device.cuda else 0
@@ -286,8 +301,9 @@ def start_pool(placement: Placement, cluster: ClusterInfo | None, name: str) -> 
 
 
 def _threads(placement: Placement, cluster: ClusterInfo | None) -> int:
-    """Cores of this machine for each device of the run, so that pools that work at the same time do not take
-    each other's; 0 where the devices are on several nodes, which their pools look at."""
+    """Cores of this machine for each device of the run, so that pools that work at the same
+    time do not take each other's; 0 where the devices are on several nodes, which their pools
+    look at."""
     if cluster is None or len(cluster.nodes) > 1 or placement.config.device is Device.cuda:
         return 0
     return max(1, (os.cpu_count() or 1) // placement.num_devices)
@@ -305,7 +321,9 @@ def checkpoint_store(placement: Placement, directory: Path) -> CheckpointStore:
     )
 
 
-def start_tracker(config: RunConfig, directory: Path, store: CheckpointStore, num_steps: int) -> Tracker:
+def start_tracker(
+    config: RunConfig, directory: Path, store: CheckpointStore, num_steps: int
+) -> Tracker:
     """The metrics of this run, going on where the checkpoint that it resumes from was written."""
     settings = OmegaConf.structured(with_named_functions(config))
     directory.mkdir(parents=True, exist_ok=True)

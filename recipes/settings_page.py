@@ -1,7 +1,8 @@
-"""settings_page(): what can be set in a recipe: name, default and meaning of what its own roles read.
+"""settings_page(): what can be set in a recipe: name, default and meaning of what its own roles
+read.
 
-The meanings are the docstrings below the fields of the settings' dataclasses. Settings of models that the
-recipe does not have are left out.
+The meanings are the docstrings below the fields of the settings' dataclasses. Settings of models
+that the recipe does not have are left out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ from recipes.roles import ROLES
 WIDTH = 110
 FROZEN = ("reference", "teacher", "judge", "reward", "gold", "cost")
 """Roles that are never trained: nothing reads their optimizer."""
-TRAINING = ("train", "loss", "num_epochs", "critic_warmup_steps", "report_entropy", "probe_tolerance")
+TRAINING = (
+    "train",
+    "loss",
+    "num_epochs",
+    "critic_warmup_steps",
+    "report_entropy",
+    "probe_tolerance",
+)
 """Fields of an actor that only training reads, and not evaluation; consistency.* too."""
 ROW_FIELDS = {
     "max_prompt_tokens": ("prompts",),
@@ -40,13 +48,14 @@ ROW_FIELDS = {
     "chosen_safe_column": ("safety_pairs",),
     "rejected_safe_column": ("safety_pairs",),
 }
-"""Field of `data` -> the kinds of rows (controllers.data.DATASETS) that it is about; all others are about
-every kind."""
+"""Field of `data` -> the kinds of rows (controllers.data.DATASETS) that it is about; all others
+are about every kind."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """Setting(group="actor.train", name="actor.train.tp", default="1", meaning="Tensor-parallel size.")"""
+    """Setting(group="actor.train", name="actor.train.tp", default="1", meaning="Tensor-parallel
+    size.")"""
 
     group: str
     name: str
@@ -55,8 +64,8 @@ class Setting:
 
 
 def settings_page(recipe: RecipeFile, overrides: Sequence[str], rest: Sequence[str]) -> str:
-    """What `python -m recipes.NAME name=value ... --settings [PREFIX] name=value ...` prints; a prefix that
-    fits nothing is a ValueError with names that are near."""
+    """What `python -m recipes.NAME name=value ... --settings [PREFIX] name=value ...` prints; a
+    prefix that fits nothing is a ValueError with names that are near."""
     prefixes = [argument for argument in rest if "=" not in argument]
     if len(prefixes) > 1:
         raise ValueError(f"--settings {' '.join(prefixes)}: give one prefix, such as actor.train")
@@ -66,8 +75,12 @@ def settings_page(recipe: RecipeFile, overrides: Sequence[str], rest: Sequence[s
     settings = list(read_settings(config, entry))
     chosen = choose(settings, prefix)
     if not chosen:
-        raise ValueError(no_such_settings(prefix, settings, config.algorithm.name, used_roles(entry)))
-    lines = [f"{recipe.command}: {len(chosen)} of its {len(settings)} settings, each set by name=value"]
+        raise ValueError(
+            no_such_settings(prefix, settings, config.algorithm.name, used_roles(entry))
+        )
+    lines = [
+        f"{recipe.command}: {len(chosen)} of its {len(settings)} settings, each set by name=value"
+    ]
     group = None
     for setting in chosen:
         if setting.group != group:
@@ -82,13 +95,16 @@ def indented(text: str) -> list[str]:
 
 
 def choose(settings: Sequence[Setting], prefix: str) -> list[Setting]:
-    """Those whose name begins with the prefix, whole words first; or whose last word is the prefix."""
+    """Those whose name begins with the prefix, whole words first; or whose last word is the
+    prefix."""
     words = [setting for setting in settings if f"{setting.name}.".startswith(f"{prefix}.")]
     starts = words or [setting for setting in settings if setting.name.startswith(prefix)]
     return starts or [setting for setting in settings if setting.name.rpartition(".")[2] == prefix]
 
 
-def no_such_settings(prefix: str, settings: Sequence[Setting], algorithm: str, roles: Sequence[str]) -> str:
+def no_such_settings(
+    prefix: str, settings: Sequence[Setting], algorithm: str, roles: Sequence[str]
+) -> str:
     role = prefix.partition(".")[0]
     if role in ROLES and role not in roles:
         return f"--settings {prefix}: {algorithm} has no {role} (its models: {', '.join(roles)})"
@@ -99,7 +115,8 @@ def no_such_settings(prefix: str, settings: Sequence[Setting], algorithm: str, r
 
 
 def used_roles(entry: AlgorithmEntry) -> list[str]:
-    """The fields of RunConfig that hold settings of the recipe's models, validation's rewards included."""
+    """The fields of RunConfig that hold settings of the recipe's models, validation's rewards
+    included."""
     names = ["actor" if name == "generator" else name for name in entry.roles]
     if entry.answers_prompts and entry not in QUESTIONS.values():
         names += ["reward", "gold"]
@@ -125,7 +142,12 @@ def unread_fields(entry: AlgorithmEntry) -> Iterator[str]:
             yield f"data.{field}"
     if "pretraining" not in entry.streams:
         yield "actor.loss.pretraining_coefficient"
-        for field in ("pretraining", "pretraining_column", "pretraining_batch_size", "pretraining_tokens"):
+        for field in (
+            "pretraining",
+            "pretraining_column",
+            "pretraining_batch_size",
+            "pretraining_tokens",
+        ):
             yield f"data.{field}"
     if not entry.answers_prompts:
         yield from ("plan", "loop.validation_sampling", "loop.stop_at_reward")
@@ -138,7 +160,8 @@ def unread_fields(entry: AlgorithmEntry) -> Iterator[str]:
 
 
 def all_settings(config: DictConfig, group: str) -> Iterator[Setting]:
-    """The leaves of a tree of dataclasses, each group's own ones before those of the groups in it."""
+    """The leaves of a tree of dataclasses, each group's own ones before those of the groups in
+    it."""
     kind = cast(type, OmegaConf.get_type(config))
     written = cast(dict[str, object], OmegaConf.to_container(config))
     hints, docs = get_type_hints(kind), field_docs(kind)
@@ -148,7 +171,9 @@ def all_settings(config: DictConfig, group: str) -> Iterator[Setting]:
         if is_group(config, field):
             inner.append((config[field], name))
         else:
-            meaning = " ".join(part for part in (docs.get(field, ""), choices(hints[field])) if part)
+            meaning = " ".join(
+                part for part in (docs.get(field, ""), choices(hints[field])) if part
+            )
             yield Setting(group=group, name=name, default=default_text(value), meaning=meaning)
     for node, name in inner:
         yield from all_settings(node, name)
@@ -180,7 +205,11 @@ def default_text(value: object) -> str:
 
 def choices(hint: object) -> str:
     """What a setting of an enumeration may be, each with its meaning where it has one."""
-    kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and issubclass(kind, Enum)]
+    kinds = [
+        kind
+        for kind in (hint, *get_args(hint))
+        if isinstance(kind, type) and issubclass(kind, Enum)
+    ]
     if not kinds:
         return ""
     docs = field_docs(kinds[0])
@@ -193,7 +222,8 @@ def choices(hint: object) -> str:
 
 @cache
 def field_docs(kind: type) -> dict[str, str]:
-    """Field -> the string below it in the source of its class; a subclass's own strings come last and win."""
+    """Field -> the string below it in the source of its class; a subclass's own strings come
+    last and win."""
     docs: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if base.__module__ in ("builtins", "enum", "abc"):

@@ -29,7 +29,10 @@ def usage(recipe: RecipeFile) -> str:
         f"  {recipe.command} {' '.join(example)} name=value ...",
         "",
         f"models    {', '.join(entry.roles)}",
-        f"data      {entry.rows} in parquet or jsonl files, or owner/name:split of the Hugging Face hub",
+        (
+            f"data      {entry.rows} in parquet or jsonl files, or owner/name:split of the Hugging "
+            "Face hub"
+        ),
         f"results   output_dir={config.output_dir}; started again, it goes on from its checkpoint",
         "",
         "  --settings             every setting that this recipe reads, with default and meaning",

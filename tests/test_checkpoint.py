@@ -20,7 +20,9 @@ def save(store: CheckpointStore, step: int, **metrics: float) -> Checkpoint:
     directory = store.begin(step)
     (directory / "actor").mkdir()
     for rank in range(2):
-        (directory / "actor" / f"rank{rank}.bin").write_bytes(random.Random(step).randbytes(1000 + rank))
+        (directory / "actor" / f"rank{rank}.bin").write_bytes(
+            random.Random(step).randbytes(1000 + rank)
+        )
     return store.commit(step, {"step": step, "ledger": [1, 2, {"a": None}]}, metrics=metrics)
 
 
@@ -35,11 +37,15 @@ def test_a_commit_is_the_latest_and_comes_back(tmp_path: Path) -> None:
     assert (
         store.latest()
         == checkpoint
-        == Checkpoint(path=checkpoint.path, step=10, sequence=1, metrics={"accuracy": 0.5, "kl": math.inf})
+        == Checkpoint(
+            path=checkpoint.path, step=10, sequence=1, metrics={"accuracy": 0.5, "kl": math.inf}
+        )
     )
     assert load_metadata(checkpoint.path) == {"step": 10, "ledger": [1, 2, {"a": None}]}
     assert (tmp_path / "store" / "latest").read_text() == "step-00000010\n"
-    assert (checkpoint.path / "actor" / "rank1.bin").read_bytes() == random.Random(10).randbytes(1001)
+    assert (checkpoint.path / "actor" / "rank1.bin").read_bytes() == random.Random(10).randbytes(
+        1001
+    )
 
 
 @pytest.mark.parametrize(("mode", "kept"), [(Best.max, [2, 4, 5]), (Best.min, [1, 4, 5])])
@@ -53,7 +59,9 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path, mode: Best, kept: list[i
     assert best is not None and best.step == kept[0]
 
 
-def test_going_on_from_an_older_checkpoint_makes_the_rewritten_step_the_latest(tmp_path: Path) -> None:
+def test_going_on_from_an_older_checkpoint_makes_the_rewritten_step_the_latest(
+    tmp_path: Path,
+) -> None:
     store = CheckpointStore(tmp_path, keep_last=3)
     for step in (10, 20, 30):
         save(store, step)
@@ -67,12 +75,18 @@ def test_going_on_from_an_older_checkpoint_makes_the_rewritten_step_the_latest(t
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: (path / "actor/rank1.bin").write_bytes(b"x" * 1001), r"actor/rank1.bin is corrupt"),
+        (
+            lambda path: (path / "actor/rank1.bin").write_bytes(b"x" * 1001),
+            r"actor/rank1.bin is corrupt",
+        ),
         (
             lambda path: (path / "actor/rank1.bin").write_bytes(b"x" * 1000),
             r"actor/rank1.bin has 1000 bytes instead of 1001",
         ),
-        (lambda path: (path / "actor/rank0.bin").unlink(), r"actor/rank0.bin is missing \(1 of 2 files\)"),
+        (
+            lambda path: (path / "actor/rank0.bin").unlink(),
+            r"actor/rank0.bin is missing \(1 of 2 files\)",
+        ),
         (lambda path: (path / "manifest.json").write_text('{"format'), r"manifest.json is corrupt"),
         (lambda path: (path / "manifest.json").unlink(), r"no complete checkpoint"),
     ],
@@ -188,7 +202,10 @@ print(die_at)
 
 def test_death_at_every_single_file_operation_leaves_the_latest_loadable(tmp_path: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", DYING_SAVER, str(tmp_path)], capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", DYING_SAVER, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) > 20  # so many places to die were tried

@@ -1,5 +1,5 @@
-"""Metrics: every sink read back by a reader of its own (json, TensorBoard's and wandb's file readers,
-Prometheus' parser)."""
+"""Metrics: every sink read back by a reader of its own (json, TensorBoard's and wandb's file
+readers, Prometheus' parser)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def config(**fields: Any) -> MetricsConfig:
 def test_config_is_a_structured_config_and_each_sink_is_one_line() -> None:
     schema = OmegaConf.structured(MetricsConfig)
     merged = OmegaConf.to_object(
-        OmegaConf.merge(schema, OmegaConf.create("wandb: offline\ntensorboard: true\nconsole_metrics: [a]"))
+        OmegaConf.merge(
+            schema, OmegaConf.create("wandb: offline\ntensorboard: true\nconsole_metrics: [a]")
+        )
     )
     assert merged == MetricsConfig(wandb=WandbMode.offline, tensorboard=True, console_metrics=["a"])
 
@@ -84,8 +86,14 @@ def test_jsonl_is_strict_json_and_gives_back_every_number(tmp_path: Path) -> Non
         json.loads(line, parse_constant=refuse)
     first, second = read_jsonl(tmp_path / "metrics.jsonl")
     assert (first["step"], first["split"], second["split"]) == (1, "train", "validation")
-    assert math.isnan(first["nan"]) and {**first, "nan": 0} | {**values, "nan": 0} == {**first, "nan": 0}
-    assert json.loads((tmp_path / "summary.json").read_text()) == {"seconds": {"x": "NaN"}, "path": "p"}
+    assert math.isnan(first["nan"]) and {**first, "nan": 0} | {**values, "nan": 0} == {
+        **first,
+        "nan": 0,
+    }
+    assert json.loads((tmp_path / "summary.json").read_text()) == {
+        "seconds": {"x": "NaN"},
+        "path": "p",
+    }
 
 
 def test_resuming_drops_what_was_logged_after_the_checkpoint(tmp_path: Path) -> None:
@@ -103,7 +111,9 @@ def test_resuming_drops_what_was_logged_after_the_checkpoint(tmp_path: Path) -> 
     ]
 
 
-def test_samples_are_written_whole_and_go_back_to_the_checkpoint_with_the_metrics(tmp_path: Path) -> None:
+def test_samples_are_written_whole_and_go_back_to_the_checkpoint_with_the_metrics(
+    tmp_path: Path,
+) -> None:
     with Tracker(config(), tmp_path, total_steps=4) as tracker:
         tracker.show(0, [RIGHT], split="validation")
         tracker.show(2, [RIGHT, LONG])
@@ -138,10 +148,16 @@ def test_settings_of_samples_out_of_range_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"), [("loss", "0.1", "loss is a str"), ("step", 1.0, "'step' is taken")]
+    ("name", "value", "message"),
+    [("loss", "0.1", "loss is a str"), ("step", 1.0, "'step' is taken")],
 )
-def test_what_is_not_a_metric_is_refused(tmp_path: Path, name: str, value: Any, message: str) -> None:
-    with Tracker(config(), tmp_path, total_steps=1) as tracker, pytest.raises(ValueError, match=message):
+def test_what_is_not_a_metric_is_refused(
+    tmp_path: Path, name: str, value: Any, message: str
+) -> None:
+    with (
+        Tracker(config(), tmp_path, total_steps=1) as tracker,
+        pytest.raises(ValueError, match=message),
+    ):
         tracker.log(1, {name: value})
 
 
@@ -217,12 +233,17 @@ def leveldb_records(data: bytes, offset: int) -> Iterator[bytes]:
             record = b""
 
 
-def test_wandb_offline_writes_a_run_that_holds_every_point_and_continues_under_its_id(tmp_path: Path) -> None:
+def test_wandb_offline_writes_a_run_that_holds_every_point_and_continues_under_its_id(
+    tmp_path: Path,
+) -> None:
     from wandb.proto.wandb_internal_pb2 import Record
 
     for start in (0, 1):
         with Tracker(
-            config(wandb=WandbMode.offline, run="nightly"), tmp_path, total_steps=2, start_step=start
+            config(wandb=WandbMode.offline, run="nightly"),
+            tmp_path,
+            total_steps=2,
+            start_step=start,
         ) as tracker:
             tracker.log(start + 1, {"reward/mean": 0.25})
             tracker.summary({"accuracy_after": 0.9})
@@ -261,7 +282,15 @@ def test_wandb_offline_writes_samples_as_a_table_of_their_step(tmp_path: Path) -
                 tables.append((items["step"], json.loads(file.read_text())))
     (first, table), (second, later) = tables
     assert (first, second) == (1, 2)
-    columns = ["prompt", "response", "reward", "reward/format", "finish_reason", "weight_version", "uid"]
+    columns = [
+        "prompt",
+        "response",
+        "reward",
+        "reward/format",
+        "finish_reason",
+        "weight_version",
+        "uid",
+    ]
     assert table["columns"] == columns and len(later["data"]) == 1
     assert table["data"][0][:3] == [RIGHT.prompt, "5", 1.0]
     assert table["data"][1] == ["count", LONG.response, 0.0, None, "length", 4, 2]
@@ -280,7 +309,9 @@ def test_prometheus_names_are_legal_and_need_ray(tmp_path: Path) -> None:
 
 def test_console_prints_one_line_a_step_where_there_is_no_terminal() -> None:
     out = io.StringIO()
-    sink = ConsoleSink(["reward/mean", "kl/mean"], 9, 0, Console(file=out, width=40, soft_wrap=True))
+    sink = ConsoleSink(
+        ["reward/mean", "kl/mean"], 9, 0, Console(file=out, width=40, soft_wrap=True)
+    )
     sink.log(
         Row(
             step=3,
@@ -301,7 +332,10 @@ def test_console_shows_one_sample_in_three_lines_where_there_is_no_terminal() ->
     sink = ConsoleSink([], 9, 0, Console(file=out, width=40, soft_wrap=True))
     sink.show(SampleRows(step=3, split="validation", time_s=0, samples=[RIGHT, LONG]))
     assert out.getvalue().splitlines() == [
-        "sample of validation after step 3 | reward 1 | reward/format nan | finish stop | weights 4",
+        (
+            "sample of validation after step 3 | reward 1 | reward/format nan | finish stop | "
+            "weights 4"
+        ),
         r"  prompt    2+3=\n# a [bold]",
         "  response  5",
     ]
@@ -309,7 +343,9 @@ def test_console_shows_one_sample_in_three_lines_where_there_is_no_terminal() ->
 
 def test_console_draws_a_sample_in_a_terminal() -> None:
     out = io.StringIO()
-    sink = ConsoleSink([], 9, 0, Console(file=out, width=60, force_terminal=True, color_system=None))
+    sink = ConsoleSink(
+        [], 9, 0, Console(file=out, width=60, force_terminal=True, color_system=None)
+    )
     sink.show(SampleRows(step=3, split="train", time_s=0, samples=[RIGHT]))
     text = out.getvalue()
     assert "sample of step 3" in text and "# a [bold]" in text and "reward/format nan" in text
@@ -328,7 +364,12 @@ def test_console_draws_a_panel_in_a_terminal() -> None:
     )
     for step, reward in ((1, 0.0), (2, 1.0)):
         sink.log(
-            Row(step=step, split="train", time_s=0, metrics={"reward/mean": reward, "seconds/step": 2.0})
+            Row(
+                step=step,
+                split="train",
+                time_s=0,
+                metrics={"reward/mean": reward, "seconds/step": 2.0},
+            )
         )
     sink.summary({"accuracy": {"after": 0.93}})
     sink.close()
@@ -356,8 +397,13 @@ def test_curves_become_a_png_and_an_unknown_metric_is_named(tmp_path: Path) -> N
         for step in range(1, 41):
             tracker.log(step, {"reward/mean": step / 40})
         tracker.log(40, {"accuracy": 0.9}, split="validation")
-    curves = [Curve(metric="reward/mean"), Curve(metric="accuracy", split="validation", percent=True)]
+    curves = [
+        Curve(metric="reward/mean"),
+        Curve(metric="accuracy", split="validation", percent=True),
+    ]
     draw_curves(tmp_path / "metrics.jsonl", tmp_path / "plots" / "curves.png", curves, title="run")
     assert (tmp_path / "plots" / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(ValueError, match="no train/accuracy; it has train/reward/mean, validation/accuracy"):
+    with pytest.raises(
+        ValueError, match="no train/accuracy; it has train/reward/mean, validation/accuracy"
+    ):
         draw_curves(tmp_path / "metrics.jsonl", tmp_path / "x.png", [Curve(metric="accuracy")])

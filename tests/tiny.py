@@ -15,7 +15,13 @@ EOS, PAD = 1, 0
 
 
 def make_model(
-    directory: Path, *, seed: int = 0, layers: int = 2, heads: int = 4, kv_heads: int = 4, tied: bool = True
+    directory: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 4,
+    tied: bool = True,
 ) -> Path:
     """A random Qwen2 of about 0.3 M parameters with a tokenizer whose words are the numbers 0
     to 127."""

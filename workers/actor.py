@@ -1,9 +1,9 @@
-"""ActorWorker: the hybrid engine, which trains and generates with one set of weights in one pool, each in a
-layout of its own.
+"""ActorWorker: the hybrid engine, which trains and generates with one set of weights in one pool,
+each in a layout of its own.
 
-An iteration is the paper's five steps (docs/paper.md section 3): weights into the generation layout (only
-when they changed), generate, return the results, back to the training layout, train. split_actor.py has the
-two halves in pools of their own.
+An iteration is the paper's five steps (docs/paper.md section 3): weights into the generation layout
+(only when they changed), generate, return the results, back to the training layout, train.
+split_actor.py has the two halves in pools of their own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class ActorWorker(ActorTrainingWorker, Actor):
         self.memory_metrics: dict[str, float] = {}
         """Seconds and bytes of the latest changes between training and generation."""
         self._memory_owner = ""
-        """"training" or "generation", once either has taken the memory (release_during_training)."""
+        """"training" or "generation", once either has taken the memory
+        (release_during_training)."""
         self.sampler = Sampler(config, context, generation_grouping(config, self.layout).layout)
         tolerance, vocab_size = probe_settings(config)
         self.sync = WeightSync(
@@ -115,7 +116,8 @@ class ActorWorker(ActorTrainingWorker, Actor):
 
     @contextmanager
     def _measured(self, name: str) -> Iterator[Moved]:
-        """Records the seconds of one change of the memory's owner, and the bytes if the body sets them."""
+        """Records the seconds of one change of the memory's owner, and the bytes if the body
+        sets them."""
         started, moved = time.perf_counter(), Moved()
         yield moved
         self.memory_metrics[f"memory/{name}_s"] = time.perf_counter() - started

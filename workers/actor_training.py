@@ -58,7 +58,9 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
         violations = {}
         if "weight_version" in batch and not stale:
             violations = check_first_step(metrics[0], config, reports=self.context.rank == 0)
-        metrics += train_on(self.engine, steps, loss_fn, entropy=entropy, temperature=self.temperature)
+        metrics += train_on(
+            self.engine, steps, loss_fn, entropy=entropy, temperature=self.temperature
+        )
         self.num_updates += 1
         return (
             mean_over_steps(metrics, "actor")
@@ -74,8 +76,8 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
         self.num_skipped = counters["num_skipped"]
 
     def _is_stale(self, batch: Batch) -> bool:
-        """Whether any row of any rank was drawn by other weights than the present ones. Collective: the same
-        answer on every rank."""
+        """Whether any row of any rank was drawn by other weights than the present ones.
+        Collective: the same answer on every rank."""
         if "weight_version" not in batch:
             return False
         differs = (batch.tensor("weight_version") != self.weight_version).any()

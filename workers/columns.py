@@ -23,10 +23,16 @@ EXTRAS = declare("extras", "batch", "object", "dict of the dataset's further col
 
 # Demonstrations and preference pairs, from the loop.
 LOSS_MASK = declare(
-    "loss_mask", "batch time", "bool", "True for the response tokens that are learned (the assistant's turns)"
+    "loss_mask",
+    "batch time",
+    "bool",
+    "True for the response tokens that are learned (the assistant's turns)",
 )
 PAIR = declare(
-    "pair", "batch", "int64", "number of the pair that a row belongs to; its two rows are never cut apart"
+    "pair",
+    "batch",
+    "int64",
+    "number of the pair that a row belongs to; its two rows are never cut apart",
 )
 CHOSEN = declare("chosen", "batch", "bool", "True for the preferred row of a pair")
 HARM_SIGN = declare(
@@ -34,19 +40,29 @@ HARM_SIGN = declare(
 )
 
 # Generation.
-RESPONSE_IDS = declare("response_ids", "batch time", "int64", "sampled tokens, with the one that ended them")
+RESPONSE_IDS = declare(
+    "response_ids", "batch time", "int64", "sampled tokens, with the one that ended them"
+)
 ROLLOUT_LOG_PROBS = declare(
-    "rollout_log_probs", "batch time", "float32", "log-probs of the response as the generation engine drew it"
+    "rollout_log_probs",
+    "batch time",
+    "float32",
+    "log-probs of the response as the generation engine drew it",
 )
 FINISH_REASON = declare("finish_reason", "batch", "object", "stop or length")
-NUM_TOKENS = declare("num_tokens", "batch", "int64", "tokens of prompt and response: the cost of a row")
+NUM_TOKENS = declare(
+    "num_tokens", "batch", "int64", "tokens of prompt and response: the cost of a row"
+)
 WEIGHT_VERSION = declare(
     "weight_version", "batch", "int64", "version of the actor's weights that drew the response"
 )
 
 # Inference.
 LOG_PROBS = declare(
-    "log_probs", "batch time", "float32", "log-probs of the response under the actor's training engine"
+    "log_probs",
+    "batch time",
+    "float32",
+    "log-probs of the response under the actor's training engine",
 )
 REF_LOG_PROBS = declare(
     "ref_log_probs", "batch time", "float32", "log-probs of the response under the reference"
@@ -59,14 +75,20 @@ TEACHER_LOG_PROBS = declare(
 )
 VALUES = declare("values", "batch time", "float32", "the critic's value before each response token")
 SCORES = declare(
-    "scores", "batch", "float32", "score of the whole response by the model that is trained on preferences"
+    "scores",
+    "batch",
+    "float32",
+    "score of the whole response by the model that is trained on preferences",
 )
 REWARDS = declare("rewards", "batch", "float32", "reward of the whole response")
 REWARD_METRICS = declare(
     "reward_metrics", "batch", "object", "dict of further numbers of the reward function"
 )
 GOLD_REWARDS = declare(
-    "gold_rewards", "batch", "float32", "reward of the whole response by the role `gold`, in validation"
+    "gold_rewards",
+    "batch",
+    "float32",
+    "reward of the whole response by the role `gold`, in validation",
 )
 GOLD_METRICS = declare(
     "gold_metrics", "batch", "object", "dict of further numbers of the gold reward's function"
@@ -75,7 +97,9 @@ BASELINE_REWARDS = declare(
     "baseline_rewards", "batch", "float32", "reward of the prompt's greedy response (ReMax)"
 )
 COSTS = declare("costs", "batch", "float32", "cost of the whole response (Safe-RLHF)")
-COST_METRICS = declare("cost_metrics", "batch", "object", "dict of further numbers of the cost function")
+COST_METRICS = declare(
+    "cost_metrics", "batch", "object", "dict of further numbers of the cost function"
+)
 
 # The controller's numbers.
 MINI_BATCH = declare(
@@ -84,13 +108,19 @@ MINI_BATCH = declare(
 ADVANTAGES = declare("advantages", "batch time", "float32", "advantage of each response token")
 RETURNS = declare("returns", "batch time", "float32", "the critic's target at each response token")
 COST_VALUES = declare(
-    "cost_values", "batch time", "float32", "the cost critic's value before each response token (Safe-RLHF)"
+    "cost_values",
+    "batch time",
+    "float32",
+    "the cost critic's value before each response token (Safe-RLHF)",
 )
 COST_RETURNS = declare(
     "cost_returns", "batch time", "float32", "the cost critic's target at each response token"
 )
 COVARIANCE_SELECTED = declare(
-    "covariance_selected", "batch time", "bool", "whether the losses clip_cov and kl_cov act on the token"
+    "covariance_selected",
+    "batch time",
+    "bool",
+    "whether the losses clip_cov and kl_cov act on the token",
 )
 PRETRAIN = declare(
     "pretrain",

@@ -1,4 +1,5 @@
-"""Settings of the workers: the only home of their fields, defaults and docs (YAML files only override them).
+"""Settings of the workers: the only home of their fields, defaults and docs (YAML files only
+override them).
 
 Batch sizes and token counts are global or per row, never per rank, unless the name says so.
 """
@@ -13,7 +14,8 @@ class Precision(StrEnum):
     fp32 = "fp32"
     """Weights, activations and gradients in float32."""
     bf16 = "bf16"
-    """bfloat16 compute and communication of weights, float32 master weights, gradients reduced in float32."""
+    """bfloat16 compute and communication of weights, float32 master weights, gradients reduced
+    in float32."""
 
 
 class LearningRateSchedule(StrEnum):
@@ -31,11 +33,12 @@ class ModelConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     new_head: bool = False
-    """Give a language model that has no score head a new one, as the training of a reward model does.
-    Otherwise a model that is to score must have one (a critic's value head may always be new)."""
+    """Give a language model that has no score head a new one, as the training of a reward model
+    does. Otherwise a model that is to score must have one (a critic's value head may always be
+    new)."""
     attention: str = "auto"
-    """attn_implementation of transformers: sdpa, eager, flash_attention_2, flash_attention_3, flex_attention;
-    auto takes the model's best (on a CPU, one that is fast for short rows)."""
+    """attn_implementation of transformers: sdpa, eager, flash_attention_2, flash_attention_3,
+    flex_attention; auto takes the model's best (on a CPU, one that is fast for short rows)."""
 
 
 @dataclass(kw_only=True)
@@ -70,22 +73,23 @@ class TrainConfig:
     """Axes from outermost to innermost; the data-parallel size is what the pool leaves."""
     precision: Precision = Precision.bf16
     micro_batch_tokens: int = 8192
-    """Most tokens (padding included) that one forward pass of one data-parallel rank holds. Changes speed and
-    memory, never results."""
+    """Most tokens (padding included) that one forward pass of one data-parallel rank holds.
+    Changes speed and memory, never results."""
     packing: bool = True
-    """Rows of a micro-batch one after the other without padding, each attending to itself only. false: padded
-    blocks of rows of similar length, for models with layers that look along the row by other means than
-    attention (convolutions, state spaces), and for attention=eager or flex_attention. Changes speed and
-    memory, never results."""
+    """Rows of a micro-batch one after the other without padding, each attending to itself only.
+    false: padded blocks of rows of similar length, for models with layers that look along the
+    row by other means than attention (convolutions, state spaces), and for attention=eager or
+    flex_attention. Changes speed and memory, never results."""
     share_prompts: bool = True
-    """With packing: rows of a micro-batch that begin with the same prompt (the samples of a group, the two
-    answers of a pair) share its tokens, which are computed once; each response goes on after them. Changes
-    speed and memory, never results. Off by itself where the attention can't do it (flash_attention_2) or
-    positions depend on the length of the row (dynamic rotary embeddings)."""
+    """With packing: rows of a micro-batch that begin with the same prompt (the samples of a
+    group, the two answers of a pair) share its tokens, which are computed once; each response
+    goes on after them. Changes speed and memory, never results. Off by itself where the
+    attention can't do it (flash_attention_2) or positions depend on the length of the row
+    (dynamic rotary embeddings)."""
     activation_checkpointing: bool = False
     reshard_after_forward: bool = False
-    """fsdp: free gathered weights after the forward pass (ZeRO-3) instead of keeping them to the backward
-    pass (ZeRO-2)."""
+    """fsdp: free gathered weights after the forward pass (ZeRO-3) instead of keeping them to
+    the backward pass (ZeRO-2)."""
     pipeline_schedule: str = "1f1b"
     """threed: 1f1b or interleaved_1f1b."""
     virtual_stages: int = 1

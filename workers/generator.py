@@ -24,7 +24,10 @@ class GeneratorWorker(Generator):
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
         self.sampler = Sampler(
-            config, context, self.layouts(config, context.world_size)["generation"], load_weights=True
+            config,
+            context,
+            self.layouts(config, context.world_size)["generation"],
+            load_weights=True,
         )
 
     @classmethod

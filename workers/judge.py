@@ -1,8 +1,9 @@
-"""A language model as the reward: a judge that reads question and answer in a prompt and says whether the
-answer is good.
+"""A language model as the reward: a judge that reads question and answer in a prompt and says
+whether the answer is good.
 
-JudgeWorker takes the probability that the judge would say yes, by a forward pass; VerdictWorker lets it write
-and reads the verdict from the text. Both are Rewards, so an algorithm can use either, or a function.
+JudgeWorker takes the probability that the judge would say yes, by a forward pass; VerdictWorker
+lets it write and reads the verdict from the text. Both are Rewards, so an algorithm can use either,
+or a function.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ LOGGER = logging.getLogger(__name__)
 
 
 class Questions:
-    """questions = Questions(config); questions(batch)   # the judge's prompt of every row, as tokens"""
+    """questions = Questions(config); questions(batch)   # the judge's prompt of every row, as
+    tokens"""
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
@@ -60,18 +62,22 @@ class Questions:
         return [self.ask(row) for row in rows]
 
     def ask(self, row: dict[str, Any]) -> list[int]:
-        """The template filled in, as a user's message where the judge's tokenizer has a chat template."""
+        """The template filled in, as a user's message where the judge's tokenizer has a chat
+        template."""
         missing = [name for name in self.config.template_fields if row.get(name) is None]
         if missing:
             present = ", ".join(sorted(name for name, value in row.items() if value is not None))
             raise ValueError(
-                f"judge.template asks for {missing}, which the data has not, or has as null; it has {present}"
+                f"judge.template asks for {missing}, which the data has not, or has as null; it "
+                f"has {present}"
             )
         text = self.config.template.format(**row)
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer(text)["input_ids"])
         message = {"role": "user", "content": text}
-        text = self.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            [message], tokenize=False, add_generation_prompt=True
+        )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -84,7 +90,8 @@ def judge_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 class JudgeWorker(ModelWorker, Reward):
-    """P(yes) / (P(yes) + P(no)) after the judge's prompt, each the probability of the whole word."""
+    """P(yes) / (P(yes) + P(no)) after the judge's prompt, each the probability of the whole
+    word."""
 
     config: JudgeConfig
 
@@ -96,7 +103,8 @@ class JudgeWorker(ModelWorker, Reward):
         self.limit = position_limit(config.model, Head.lm)
         """Tokens that the judge can read."""
         self.words = [
-            list(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in (config.yes, config.no)
+            list(tokenizer(word, add_special_tokens=False)["input_ids"])
+            for word in (config.yes, config.no)
         ]
 
     @classmethod
@@ -109,9 +117,8 @@ class JudgeWorker(ModelWorker, Reward):
         if longest > self.limit:
             raise ValueError(
                 f"judge: a question and its verdict have {longest} tokens, and the limit of "
-                f"judge.model.path={self.model.path!r} is "
-                f"{self.limit}; shorten judge.template, lower actor.generation.sampling.max_response_tokens, "
-                "or use another judge"
+                f"judge.model.path={self.model.path!r} is {self.limit}; shorten judge.template, "
+                "lower actor.generation.sampling.max_response_tokens, or use another judge"
             )
         outputs = self.engine.forward(_answered(rows))
         if outputs is None or outputs.log_probs is None:
@@ -144,8 +151,8 @@ def _answered(rows: Sequence[tuple[list[int], list[int]]]) -> Sequences:
 class VerdictWorker(Reward):
     """The verdict that the judge writes after as many thoughts as judge.generation.sampling allows.
 
-    Where it draws, it draws for the text that is judged: equal questions get equal verdicts, on whichever
-    rank.
+    Where it draws, it draws for the text that is judged: equal questions get equal verdicts, on
+    whichever rank.
     """
 
     config: JudgeConfig
@@ -155,7 +162,9 @@ class VerdictWorker(Reward):
         self.questions = Questions(config)
         engine = generation_engine_class(config.generation.engine)
         layout = self.layouts(config, context.world_size)["train"]
-        self.generator = engine(model=config.model, config=config.generation, context=context, layout=layout)
+        self.generator = engine(
+            model=config.model, config=config.generation, context=context, layout=layout
+        )
 
     @classmethod
     def layouts(cls, config: JudgeConfig, world_size: int) -> dict[str, Layout]:
@@ -167,16 +176,20 @@ class VerdictWorker(Reward):
         answers = self.generator.generate(
             questions, _seeds(questions, self.config.seed), self.config.generation.sampling
         )
-        written = np.split(answers.response_ids, np.cumsum(answers.lengths)[:-1]) if questions else []
+        written = (
+            np.split(answers.response_ids, np.cumsum(answers.lengths)[:-1]) if questions else []
+        )
         texts = self.questions.tokenizer.batch_decode(
             [part.tolist() for part in written], skip_special_tokens=True
         )
         verdicts = [read_verdict(text, self.config) for text in texts]
-        unreadable = [text for text, (_, readable) in zip(texts, verdicts, strict=True) if not readable]
+        unreadable = [
+            text for text, (_, readable) in zip(texts, verdicts, strict=True) if not readable
+        ]
         if unreadable:
             LOGGER.warning(
-                "judge: %d of %d verdicts can't be read and count as judge.unreadable_reward=%s; the first: "
-                "%r",
+                "judge: %d of %d verdicts can't be read and count as judge.unreadable_reward=%s; "
+                "the first: %r",
                 len(unreadable),
                 len(texts),
                 self.config.unreadable_reward,
@@ -204,10 +217,12 @@ def _seeds(questions: Sequence[NDArray[np.int64]], seed: int) -> NDArray[np.int6
 
 
 def read_verdict(text: str, config: JudgeConfig) -> tuple[float, bool]:
-    """(reward, whether the text has a verdict): 1 for the judge's yes, 0 for its no, whichever stands last; a
-    number where the pattern finds one."""
+    """(reward, whether the text has a verdict): 1 for the judge's yes, 0 for its no, whichever
+    stands last; a number where the pattern finds one."""
     yes, no = config.yes.strip().lower(), config.no.strip().lower()
-    matches = re.findall(config.pattern or rf"(?i)(?<!\w)(?:{re.escape(yes)}|{re.escape(no)})(?!\w)", text)
+    matches = re.findall(
+        config.pattern or rf"(?i)(?<!\w)(?:{re.escape(yes)}|{re.escape(no)})(?!\w)", text
+    )
     if matches:
         word = matches[-1].strip().lower()
         if word in (yes, no):
@@ -221,12 +236,14 @@ def read_verdict(text: str, config: JudgeConfig) -> tuple[float, bool]:
     if config.unreadable_reward is None:
         raise RuntimeError(
             f"judge: no verdict in {text[:200]!r}; change judge.template or judge.pattern, raise "
-            "judge.generation.sampling.max_response_tokens, or set judge.unreadable_reward to the reward of "
-            "such rows"
+            "judge.generation.sampling.max_response_tokens, or set judge.unreadable_reward to the "
+            "reward of such rows"
         )
     return config.unreadable_reward, False
 
 
 def judge_worker(config: JudgeConfig) -> type[Reward]:
     """The worker for judge.verdict."""
-    return {VerdictKind.probability: JudgeWorker, VerdictKind.written: VerdictWorker}[config.verdict]
+    return {VerdictKind.probability: JudgeWorker, VerdictKind.written: VerdictWorker}[
+        config.verdict
+    ]

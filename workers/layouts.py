@@ -1,7 +1,7 @@
 """The layouts of a role's engines, from its settings and the size of its pool.
 
-They are known before anything starts, so that placement, dry runs and workers compute them with the same
-functions.
+They are known before anything starts, so that placement, dry runs and workers compute them with the
+same functions.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ def generation_layout(config: GenerationConfig, world_size: int, role: str) -> L
 
 
 def generation_grouping(config: ActorConfig, training: Layout) -> Grouping:
-    """The grouping of an actor's training ranks into generation replicas that moves the fewest bytes.
+    """The grouping of an actor's training ranks into generation replicas that moves the fewest
+    bytes.
 
-    That is the paper's zero-redundancy grouping where its sizes divide the training sizes, and the solution
-    of an assignment problem elsewhere (sharded data parallelism, generation tp that does not divide training
-    tp). Raises a ValueError where pp x tp does not divide the pool's devices.
+    That is the paper's zero-redundancy grouping where its sizes divide the training sizes, and the
+    solution of an assignment problem elsewhere (sharded data parallelism, generation tp that does
+    not divide training tp). Raises a ValueError where pp x tp does not divide the pool's devices.
     """
     sizes = config.generation
     devices = f"the pool's {training.size} devices"
@@ -59,13 +60,16 @@ def generation_grouping(config: ActorConfig, training: Layout) -> Grouping:
     return fewest_bytes(source, target, tp=sizes.tp, pp=sizes.pp)
 
 
-def miniature(training: Layout, *, tp: int, pp: int, data_shards: bool) -> tuple[ShardMap, ShardMap]:
-    """A small stand-in for the model's shard maps: (training, generation under the vanilla grouping).
+def miniature(
+    training: Layout, *, tp: int, pp: int, data_shards: bool
+) -> tuple[ShardMap, ShardMap]:
+    """A small stand-in for the model's shard maps: (training, generation under the vanilla
+    grouping).
 
-    The model is one parameter [layers, width] with pipeline stages along the first dim and tensor parts along
-    the second. Where data ranks share the weights out (`data_shards`), each has a part of its tensor part:
-    engines cut the first dim of a matrix over tensor ranks, then over data ranks, and vLLM cuts the same dim
-    of most matrices.
+    The model is one parameter [layers, width] with pipeline stages along the first dim and tensor
+    parts along the second. Where data ranks share the weights out (`data_shards`), each has a part
+    of its tensor part: engines cut the first dim of a matrix over tensor ranks, then over data
+    ranks, and vLLM cuts the same dim of most matrices.
     """
     data = training.axis_size("dp") if data_shards else 1
     parts, stages = training.axis_size("tp") * data, training.axis_size("pp")
@@ -93,12 +97,13 @@ def _cell(shape: tuple[int, ...], row: int, num_rows: int, column: int, num_colu
 
 
 def _check_divides(prefix: str, pp: int, tp: int, world_size: int, devices: str) -> None:
-    """Raises a ValueError where pp x tp does not divide the devices of a pool, which `devices` describes."""
+    """Raises a ValueError where pp x tp does not divide the devices of a pool, which `devices`
+    describes."""
     parallel = pp * tp
     if parallel >= 1 and world_size % parallel == 0:
         return
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     raise ValueError(
-        f"{prefix}: pp={pp} x tp={tp} does not divide {devices}; choose sizes whose product is one of "
-        f"{divisors}"
+        f"{prefix}: pp={pp} x tp={tp} does not divide {devices}; choose sizes whose product is "
+        f"one of {divisors}"
     )

@@ -1,7 +1,7 @@
 """MiniBatches: the optimizer steps of one update, and the loop and the metrics over them.
 
-Which rows form a mini-batch was decided for the whole batch (column mini_batch), so it does not depend on the
-layout. How a mini-batch is cut into micro-batches is left to the engine.
+Which rows form a mini-batch was decided for the whole batch (column mini_batch), so it does not
+depend on the layout. How a mini-batch is cut into micro-batches is left to the engine.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ class MiniBatches:
     """mini_batches = MiniBatches(sequences, labels, layout, device)
     metrics = train_on(engine, mini_batches.steps(num_epochs, seed, Aggregation.token_mean), loss_fn)
 
-    Each step has this rank's rows of one mini-batch, weighted by the counts of the whole mini-batch.
+    Each step has this rank's rows of one mini-batch, weighted by the counts of the whole
+    mini-batch.
     """
 
-    def __init__(self, sequences: Sequences, labels: Tensor | None, layout: Layout, device: str) -> None:
-        """`labels`: int64 [rows], number of each row's mini-batch; None: all rows form one. Collective."""
+    def __init__(
+        self, sequences: Sequences, labels: Tensor | None, layout: Layout, device: str
+    ) -> None:
+        """`labels`: int64 [rows], number of each row's mini-batch; None: all rows form one.
+        Collective."""
         self.sequences = sequences
-        self.labels = labels if labels is not None else torch.zeros(sequences.num_rows, dtype=torch.int64)
+        self.labels = (
+            labels if labels is not None else torch.zeros(sequences.num_rows, dtype=torch.int64)
+        )
         self.counts = self._global_counts(layout, device)
 
     @property
@@ -50,7 +56,8 @@ class MiniBatches:
         self.sequences = self.sequences.with_columns(per_token=per_token)
 
     def _global_counts(self, layout: Layout, device: str) -> list[tuple[Counts, Counts]]:
-        """Counts of every mini-batch over all data ranks: (rows of the dataflow, rows of pretraining text).
+        """Counts of every mini-batch over all data ranks: (rows of the dataflow, rows of
+        pretraining text).
 
         Ranks of one data coordinate hold the same rows, hence the division.
         """
@@ -58,7 +65,9 @@ class MiniBatches:
         largest = torch.tensor([int(self.labels.max()) if len(self.labels) else 0], device=device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         lengths = counted_lengths(sequences.scored_lengths, sequences.per_token.get(LOSS_MASK.name))
-        is_text = sequences.per_row.get(PRETRAIN.name, torch.zeros(sequences.num_rows, dtype=torch.bool))
+        is_text = sequences.per_row.get(
+            PRETRAIN.name, torch.zeros(sequences.num_rows, dtype=torch.bool)
+        )
         table = torch.zeros(int(largest) + 1, 2, 2, dtype=torch.int64)
         index = (self.labels, is_text.long())
         table[:, :, 0].index_put_(index, lengths, accumulate=True)
@@ -79,12 +88,14 @@ class MiniBatches:
     def steps(
         self, num_epochs: int, seed: int, aggregation: Aggregation, constant: int = 0
     ) -> Iterator[Sequences]:
-        """The rows of every step with the weights of their tokens; tokens outside a column loss_mask do not
-        count."""
+        """The rows of every step with the weights of their tokens; tokens outside a column
+        loss_mask do not count."""
         for label, rows in self._rows(num_epochs, seed):
             rollout, text = self.counts[label]
             mask = rows.per_token.get(LOSS_MASK.name)
-            columns = weight_columns(rows.scored_lengths, rollout, aggregation, constant=constant, mask=mask)
+            columns = weight_columns(
+                rows.scored_lengths, rollout, aggregation, constant=constant, mask=mask
+            )
             if PRETRAIN.name in rows.per_row:
                 text_columns = weight_columns(rows.scored_lengths, text, Aggregation.token_mean)
                 is_text = torch.repeat_interleave(rows.per_row[PRETRAIN.name], rows.scored_lengths)
@@ -100,8 +111,8 @@ class MiniBatches:
             yield rows.with_columns(per_row={"weights": torch.full((rows.num_rows,), weight)})
 
     def _rows(self, num_epochs: int, seed: int) -> Iterator[tuple[int, Sequences]]:
-        """(mini-batch, its rows of this rank): the first epoch in order, later ones in an order drawn from
-        `seed`."""
+        """(mini-batch, its rows of this rank): the first epoch in order, later ones in an order
+        drawn from `seed`."""
         for epoch in range(num_epochs):
             order = np.arange(self.num_labels)
             if epoch:
@@ -119,13 +130,16 @@ def train_on(
     temperature: float = 1.0,
 ) -> list[dict[str, float]]:
     """Takes one optimizer step for each of `steps` and returns the metrics of each."""
-    return [engine.train_step(rows, loss_fn, entropy=entropy, temperature=temperature) for rows in steps]
+    return [
+        engine.train_step(rows, loss_fn, entropy=entropy, temperature=temperature) for rows in steps
+    ]
 
 
 def mean_over_steps(steps: Sequence[Mapping[str, float]], prefix: str) -> Metrics:
     """Each metric's mean over the optimizer steps, under the role's name.
 
-    The maximum over all steps is taken of a metric ending in _max, the minimum of one ending in _min.
+    The maximum over all steps is taken of a metric ending in _max, the minimum of one ending in
+    _min.
     """
     combined: dict[str, float] = {}
     for name in steps[0]:

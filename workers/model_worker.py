@@ -1,5 +1,5 @@
-"""ModelWorker: the base of every role over a training engine, frozen or trained, and batches as token
-sequences."""
+"""ModelWorker: the base of every role over a training engine, frozen or trained, and batches as
+token sequences."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class ModelWorker(Worker):
         seed: int = 0,
         trains: bool = True,
     ) -> None:
-        """Builds the engine; `seed` draws a new head, `trains=False` leaves out the optimizer. Collective."""
+        """Builds the engine; `seed` draws a new head, `trains=False` leaves out the optimizer.
+        Collective."""
         torch.manual_seed(seed)
         self.model = model
         self.engine = engine_class(train.engine)(
@@ -54,15 +55,16 @@ class ModelWorker(Worker):
         self.layout = self.engine.layout
 
     def scored(self, batch: Batch, values: Tensor | None, name: str) -> Batch:
-        """The column `name` of one float per response token; empty on ranks whose result is not collected."""
+        """The column `name` of one float per response token; empty on ranks whose result is not
+        collected."""
         if values is None:
             return Batch.of(**{name: Ragged(torch.empty(0), torch.zeros(0, dtype=torch.int64))})
         return Batch.of(**{name: Ragged(values.cpu(), batch.ragged("response_ids").lengths)})
 
 
 def sequences_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
-    """prompt_ids + response_ids row by row, the response scored; `per_token` columns that the batch has go
-    along."""
+    """prompt_ids + response_ids row by row, the response scored; `per_token` columns that the
+    batch has go along."""
     prompts, responses = batch.ragged("prompt_ids"), batch.ragged("response_ids")
     return Sequences(
         token_ids=interleave(prompts, responses),

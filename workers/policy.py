@@ -1,8 +1,8 @@
-"""PolicyWorker: a language model that is trained on given rows: demonstrations, preference pairs, a teacher's
-log-probs.
+"""PolicyWorker: a language model that is trained on given rows: demonstrations, preference pairs, a
+teacher's log-probs.
 
-It generates nothing, so it holds no generation engine. ActorTrainingWorker (actor_training.py) adds the
-policy-gradient update.
+It generates nothing, so it holds no generation engine. ActorTrainingWorker (actor_training.py) adds
+the policy-gradient update.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class PolicyWorker(TrainedWorker, Policy):
 
     @property
     def temperature(self) -> float:
-        """Temperature of the log-probs that are compared with another model's: the sampling temperature."""
+        """Temperature of the log-probs that are compared with another model's: the sampling
+        temperature."""
         return 1.0
 
     def compute_log_prob(self, batch: Batch) -> Batch:
@@ -54,7 +55,9 @@ class PolicyWorker(TrainedWorker, Policy):
 
     def update_supervised(self, batch: Batch) -> Metrics:
         mini_batches = self.mini_batches(batch, sequences_of(batch, ("loss_mask",)))
-        steps = mini_batches.steps(self.config.passes_per_batch, self.update_seed, Aggregation.token_mean)
+        steps = mini_batches.steps(
+            self.config.passes_per_batch, self.update_seed, Aggregation.token_mean
+        )
         return self.update(mini_batches, steps, language_loss)
 
     def update_dpo(self, batch: Batch, loss: DPOLossConfig) -> Metrics:
@@ -67,7 +70,9 @@ class PolicyWorker(TrainedWorker, Policy):
         # From the second step on the policy is no longer the one that sampled.
         if self.config.passes_per_batch * mini_batches.num_labels > 1:
             self.add_old_log_probs(batch, mini_batches)
-        steps = mini_batches.steps(self.config.passes_per_batch, self.update_seed, Aggregation.token_mean)
+        steps = mini_batches.steps(
+            self.config.passes_per_batch, self.update_seed, Aggregation.token_mean
+        )
         return self.update(mini_batches, steps, distillation_loss, self.temperature)
 
     def update(
@@ -79,8 +84,8 @@ class PolicyWorker(TrainedWorker, Policy):
     ) -> Metrics:
         """Takes one optimizer step for each of `steps`; none where no rank has a row.
 
-        No row is left when no prompt's best answer was good enough. The optimizer's momentum alone would then
-        move the weights.
+        No row is left when no prompt's best answer was good enough. The optimizer's momentum alone
+        would then move the weights.
         """
         if not mini_batches.num_rows:
             return Metrics({f"{self.prefix}/updates_without_rows": 1.0})
@@ -89,9 +94,11 @@ class PolicyWorker(TrainedWorker, Policy):
         return metrics | {f"{self.prefix}/weight_version": float(self.weight_version)}
 
     def add_old_log_probs(self, batch: Batch, mini_batches: MiniBatches) -> None:
-        """Adds the column old_log_probs, the log-probs before this update: those of `batch`, or computed now.
+        """Adds the column old_log_probs, the log-probs before this update: those of `batch`, or
+        computed now.
 
-        Ratios are taken between numbers of the training engine: the generation engine's round differently.
+        Ratios are taken between numbers of the training engine: the generation engine's round
+        differently.
         """
         mini_batches.add_columns(old_log_probs=self._old_log_probs(batch, mini_batches.sequences))
 

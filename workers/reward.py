@@ -1,8 +1,8 @@
-"""Rewards and costs: a Python function over the text of each response, or a sequence-classification model
-over its tokens.
+"""Rewards and costs: a Python function over the text of each response, or a sequence-classification
+model over its tokens.
 
-A function that raises, takes too long or returns no number stops the run with the row it failed on: never a
-reward of 0 for a failed reward.
+A function that raises, takes too long or returns no number stops the run with the row it failed on:
+never a reward of 0 for a failed reward.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from workers.roles import Cost, Reward
 
 
 class FunctionScorer(Worker):
-    """Runs the function in Ray tasks with a timeout; with runtime=local in this process, where a breakpoint
-    works."""
+    """Runs the function in Ray tasks with a timeout; with runtime=local in this process, where
+    a breakpoint works."""
 
     config: RewardConfig
     role: ClassVar[str] = "reward"
@@ -69,7 +69,9 @@ class FunctionScorer(Worker):
 
     def _texts(self, ids: Ragged) -> list[str]:
         return list(
-            self.tokenizer.batch_decode([row.tolist() for row in ids.unbind()], skip_special_tokens=True)
+            self.tokenizer.batch_decode(
+                [row.tolist() for row in ids.unbind()], skip_special_tokens=True
+            )
         )
 
     def _run_in_tasks(self, rows: list[dict[str, Any]]) -> list[tuple[float, dict[str, float]]]:
@@ -94,10 +96,9 @@ class FunctionScorer(Worker):
             chunk = chunks[refs.index(late[0])]
             raise RuntimeError(
                 f"{self.role}.function={function_name(self.config.function)!r} took over "
-                f"timeout_s={self.config.timeout_s} for {len(chunk)} rows, the "
-                f"first with prompt {chunk[0]['prompt']!r} and response {chunk[0]['response'][:200]!r}; make "
-                "it faster, give it a timeout "
-                f"of its own, or raise {self.role}.timeout_s"
+                f"timeout_s={self.config.timeout_s} for {len(chunk)} rows, the first with prompt "
+                f"{chunk[0]['prompt']!r} and response {chunk[0]['response'][:200]!r}; make it "
+                f"faster, give it a timeout of its own, or raise {self.role}.timeout_s"
             )
         try:
             return [row for part in ray.get(refs) for row in part]
@@ -168,11 +169,12 @@ def is_function(config: RewardConfig, role: str) -> bool:
     """ValueError if it is neither a function nor a model, or both."""
     if config.function is None and config.model is None:
         raise ValueError(
-            f"{role}: neither function nor model is set; set {role}.function=package.module:name or "
-            f"{role}.model.path=..."
+            f"{role}: neither function nor model is set; set {role}.function=package.module:name "
+            f"or {role}.model.path=..."
         )
     if config.function is not None and config.model is not None:
         raise ValueError(
-            f"{role}: both function={function_name(config.function)!r} and a model are set; choose one"
+            f"{role}: both function={function_name(config.function)!r} and a model are set; "
+            "choose one"
         )
     return config.function is not None

@@ -1,4 +1,5 @@
-"""Calling a user's reward function, row by row. Imports nothing heavy: Ray tasks start with this module.
+"""Calling a user's reward function, row by row. Imports nothing heavy: Ray tasks start with this
+module.
 
 It may be a coroutine function (async def), whose rows then run side by side. A function is named
 ("package.module:name") or, from Python, passed as it is: also a lambda, a closure, or a
@@ -20,8 +21,8 @@ from hybridflow.registry import load_object
 from workers.rewards.combined import CombinedReward
 
 RewardFunction = Callable[..., float | Mapping[str, float]]
-"""f(*, prompt: str, response: str, finish_reason: str, **columns) -> reward, or {"reward": ..., further
-numbers}; a cost alike. async def: awaited."""
+"""f(*, prompt: str, response: str, finish_reason: str, **columns) -> reward, or {"reward": ...,
+further numbers}; a cost alike. async def: awaited."""
 STATISTICS = frozenset({"mean", "std", "max", "min", "unreadable"})
 """Names under which the reward's own statistics are logged."""
 LARGEST = float(np.finfo(np.float32).max)
@@ -38,26 +39,28 @@ def function_name(function: str | RewardFunction) -> str:
 
 
 def resolve(function: str | RewardFunction, role: str = "reward") -> RewardFunction:
-    """The function itself; every way in which that can fail is a ValueError with the setting's name."""
+    """The function itself; every way in which that can fail is a ValueError with the setting's
+    name."""
     found = load_object(function, f"{role}.function") if isinstance(function, str) else function
     if not callable(found):
         raise ValueError(
-            f"{role}.function={function_name(function)!r} is a {type(found).__name__}, not a function"
+            f"{role}.function={function_name(function)!r} is a {type(found).__name__}, not a "
+            "function"
         )
     keywords = inspect.signature(found).parameters
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in keywords.values()):
         missing = [name for name in ("prompt", "response", "finish_reason") if name not in keywords]
         if missing:
             raise ValueError(
-                f"{role}.function={function_name(function)!r} takes no {', '.join(missing)}; let it end in "
-                "**columns"
+                f"{role}.function={function_name(function)!r} takes no {', '.join(missing)}; let "
+                "it end in **columns"
             )
     return found
 
 
 def check_columns(function: str | RewardFunction, names: Iterable[str], role: str) -> None:
-    """Whether the function can be called with a row that has the columns `names` beside prompt, response and
-    finish_reason."""
+    """Whether the function can be called with a row that has the columns `names` beside prompt,
+    response and finish_reason."""
     given = dict.fromkeys(("prompt", "response", "finish_reason", *sorted(names)))
     if isinstance(function, CombinedReward):
         function.check_columns(given)
@@ -66,9 +69,9 @@ def check_columns(function: str | RewardFunction, names: Iterable[str], role: st
         inspect.signature(resolve(function, role)).bind(**given)
     except TypeError as error:
         raise ValueError(
-            f"{role}.function={function_name(function)!r} does not fit the data ({error}): it is called by "
-            f"keyword with {', '.join(given)}; let it end in "
-            "**columns, give further parameters a default, or correct data.answer_column and data.columns"
+            f"{role}.function={function_name(function)!r} does not fit the data ({error}): it is "
+            f"called by keyword with {', '.join(given)}; let it end in **columns, give further "
+            "parameters a default, or correct data.answer_column and data.columns"
         ) from None
 
 
@@ -86,7 +89,9 @@ def score_rows(
 
 def is_coroutine_function(function: RewardFunction) -> bool:
     """Whether its calls have to be awaited: async def, or an object whose __call__ is one."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        type(function).__call__
+    )
 
 
 def _call(path: str, function: RewardFunction, row: Mapping[str, Any], role: str) -> Any:
@@ -110,7 +115,8 @@ async def _gather(
 
 
 def _wait_for(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
-    """Its result; in a thread of its own where this one has a loop already, as a notebook's does."""
+    """Its result; in a thread of its own where this one has a loop already, as a notebook's
+    does."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -124,7 +130,9 @@ def _failed(path: str, row: Mapping[str, Any], role: str, error: Exception) -> R
     return RuntimeError(f"{where} on {_describe(row)}")
 
 
-def _checked(path: str, row: Mapping[str, Any], result: Any, role: str) -> tuple[float, dict[str, float]]:
+def _checked(
+    path: str, row: Mapping[str, Any], result: Any, role: str
+) -> tuple[float, dict[str, float]]:
     numbers = dict(result) if isinstance(result, Mapping) else {role: result}
     if role not in numbers:
         raise ValueError(

@@ -16,7 +16,8 @@ from workers.rewards.combined import RewardPart
 
 
 class Consistency(StrEnum):
-    """The reaction where the first step on fresh samples shows that trainer and sampler disagree."""
+    """The reaction where the first step on fresh samples shows that trainer and sampler
+    disagree."""
 
     off = "off"
     warn = "warn"
@@ -35,24 +36,26 @@ class ActorConfig:
     """Optimizer passes over the rows of every step (PPO's epochs). Passes over the data are
     loop.num_epochs."""
     critic_warmup_steps: int = 0
-    """First updates of a run that leave the actor as it is, so that a new critic learns to judge it first."""
+    """First updates of a run that leave the actor as it is, so that a new critic learns to
+    judge it first."""
     report_entropy: bool = True
     """Log the policy's entropy even where the loss does not need it."""
     probe_tolerance: float = -1.0
-    """Largest mean difference of the probe's log-probs between trainer and generation engine after a sync;
-    the run stops above it.
+    """Largest mean difference of the probe's log-probs between trainer and generation engine after
+    a sync; the run stops above it.
     -1: 1e-3 in fp32, 0.1 where either side computes in bf16."""
     consistency: Consistency = Consistency.warn
-    """On the first optimizer step of an update on fresh samples the ratio is 1, the approximate KL 0, and the
-    log-probs are those of the generation engine. Where they are not: warn, stop with an error, or do not
-    look."""
+    """On the first optimizer step of an update on fresh samples the ratio is 1, the approximate
+    KL 0, and the log-probs are those of the generation engine. Where they are not: warn, stop
+    with an error, or do not look."""
     consistency_tolerance: float = -1.0
-    """The largest difference that counts as rounding: of any token where both engines compute in fp32, of
-    the mean over tokens otherwise.
+    """The largest difference that counts as rounding: of any token where both engines compute in
+    fp32, of the mean over tokens otherwise.
     -1: 1e-4 in fp32, 0.05 where either side computes in bf16."""
     seed: int = 0
-    """Decides sampling (a response is a function of seed, prompt's uid, number of the sample and weights),
-    the order of mini-batches from the second pass over a batch on, and dropout where the model has any."""
+    """Decides sampling (a response is a function of seed, prompt's uid, number of the sample
+    and weights), the order of mini-batches from the second pass over a batch on, and dropout
+    where the model has any."""
 
     @property
     def passes_per_batch(self) -> int:
@@ -69,13 +72,14 @@ class PolicyConfig:
     passes_per_batch: int = 1
     """Optimizer passes over the rows of every step. Passes over the data are loop.num_epochs."""
     seed: int = 0
-    """Decides the order of mini-batches from the second pass on, and dropout where the model has any."""
+    """Decides the order of mini-batches from the second pass on, and dropout where the model
+    has any."""
 
 
 @dataclass(kw_only=True)
 class PreferenceConfig:
-    """A reward or cost model in training, started from a language model with a new head or from an earlier
-    reward model."""
+    """A reward or cost model in training, started from a language model with a new head or from
+    an earlier reward model."""
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig(new_head=True))
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -85,7 +89,8 @@ class PreferenceConfig:
 
 @dataclass(kw_only=True)
 class CriticConfig:
-    """The value model; started from the actor's model with a new head unless `model.path` says otherwise."""
+    """The value model; started from the actor's model with a new head unless `model.path` says
+    otherwise."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -94,8 +99,8 @@ class CriticConfig:
     """Optimizer passes over the rows of every step (PPO's epochs). Passes over the data are
     loop.num_epochs."""
     seed: int = 0
-    """Decides the new value head's weights, the order of mini-batches from the second pass on, and dropout
-    where the model has any."""
+    """Decides the new value head's weights, the order of mini-batches from the second pass on,
+    and dropout where the model has any."""
 
 
 @dataclass(kw_only=True)
@@ -114,13 +119,14 @@ class RewardConfig:
     """Either a Python function or a model that scores whole responses: rewards, and costs too."""
 
     function: Any = None
-    """package.module:name of f(*, prompt, response, finish_reason, **columns) -> float or dict with "reward"
-    (a cost: with "cost"); from Python also the function itself."""
+    """package.module:name of f(*, prompt, response, finish_reason, **columns) -> float or dict
+    with "reward" (a cost: with "cost"); from Python also the function itself."""
     parts: dict[str, RewardPart] = field(default_factory=dict)
-    """Several functions with weights in place of one: name -> {function, weight, options}. The reward is the
-    weighted sum; each part's own value is logged as reward/<name>."""
+    """Several functions with weights in place of one: name -> {function, weight, options}. The
+    reward is the weighted sum; each part's own value is logged as reward/<name>."""
     model: ModelConfig | None = None
-    """A sequence-classification model with one label; its score of prompt + response is the reward."""
+    """A sequence-classification model with one label; its score of prompt + response is the
+    reward."""
     tokenizer: str = "???"
     """Hub name or directory of the tokenizer that turns tokens into the function's text."""
     timeout_s: float = 60.0
@@ -132,7 +138,9 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         if self.num_tasks < 1:
-            raise ValueError(f"reward.num_tasks (or cost.num_tasks) is {self.num_tasks}; use at least 1")
+            raise ValueError(
+                f"reward.num_tasks (or cost.num_tasks) is {self.num_tasks}; use at least 1"
+            )
         if self.parts and self.function is not None:
             raise ValueError(
                 "reward.function and reward.parts are both set; make the function one of the parts"
@@ -141,9 +149,11 @@ class RewardConfig:
 
 class VerdictKind(StrEnum):
     probability = "probability"
-    """The probability that the judge would say yes, from one forward pass: a reward between 0 and 1."""
+    """The probability that the judge would say yes, from one forward pass: a reward between 0
+    and 1."""
     written = "written"
-    """The judge writes, and the verdict is read out of its text: 0 or 1, or the number that it gives."""
+    """The judge writes, and the verdict is read out of its text: 0 or 1, or the number that it
+    gives."""
 
 
 @dataclass(kw_only=True)
@@ -152,23 +162,24 @@ class JudgeConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: str = "???"
-    """Hub name or directory of the *policy's* tokenizer, which turns its tokens into the text that is judged.
+    """Hub name or directory of the *policy's* tokenizer, which turns its tokens into the text that
+    is judged.
    """
     verdict: VerdictKind = VerdictKind.probability
     template: str = (
         "Question:\n{prompt}\n\nAnswer:\n{response}\n\nIs the answer correct? Reply with yes or no."
     )
-    """The judge's prompt; {prompt}, {response} and every column of the data may stand in it. It becomes the
-    message of a user where the judge's tokenizer has a chat template."""
+    """The judge's prompt; {prompt}, {response} and every column of the data may stand in it. It
+    becomes the message of a user where the judge's tokenizer has a chat template."""
     yes: str = "yes"
     """The judge's word for a good answer, as it would write it after the prompt."""
     no: str = "no"
     pattern: str = ""
-    """written: regular expression of the verdict (yes, no or a number; the last match counts, its group where
-    it has one); empty looks for yes and no."""
+    """written: regular expression of the verdict (yes, no or a number; the last match counts,
+    its group where it has one); empty looks for yes and no."""
     unreadable_reward: float | None = None
-    """written: reward of a row whose verdict can't be read, counted in reward/unreadable; null stops the run
-    with the text."""
+    """written: reward of a row whose verdict can't be read, counted in reward/unreadable; null
+    stops the run with the text."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """probability: engine, layout and micro-batch size of the forward pass."""
     generation: GenerationConfig = field(
@@ -176,42 +187,50 @@ class JudgeConfig:
     )
     """written: the engine that the judge writes with."""
     seed: int = 0
-    """written: decides what a judge that draws (generation.sampling.greedy=false) writes of a text."""
+    """written: decides what a judge that draws (generation.sampling.greedy=false) writes of a
+    text."""
 
     def __post_init__(self) -> None:
         if "response" not in self.template_fields:
             raise ValueError(
-                f"judge.template is {self.template!r}; it must have {{response}}, or the judge would not see "
-                "the answer"
+                f"judge.template is {self.template!r}; it must have {{response}}, or the judge "
+                "would not see the answer"
             )
         yes, no = self.yes.strip().lower(), self.no.strip().lower()
         if not yes or not no or yes == no:
             raise ValueError(
-                f"judge.yes is {self.yes!r} and judge.no {self.no!r}; they must be two different words"
+                f"judge.yes is {self.yes!r} and judge.no {self.no!r}; they must be two different "
+                "words"
             )
-        for name, value in (("pattern", self.pattern), ("unreadable_reward", self.unreadable_reward)):
+        for name, value in (
+            ("pattern", self.pattern),
+            ("unreadable_reward", self.unreadable_reward),
+        ):
             if self.verdict is VerdictKind.probability and value not in ("", None):
                 raise ValueError(
-                    f"judge.{name} is {value!r}, which nothing reads with judge.verdict=probability; set "
-                    "judge.verdict=written, or leave "
-                    "it out"
+                    f"judge.{name} is {value!r}, which nothing reads with "
+                    "judge.verdict=probability; set judge.verdict=written, or leave it out"
                 )
         self._check_pattern()
         if self.unreadable_reward is not None and not math.isfinite(self.unreadable_reward):
             raise ValueError(
-                f"judge.unreadable_reward is {self.unreadable_reward}; give a finite reward, or null to stop "
-                "the run instead"
+                f"judge.unreadable_reward is {self.unreadable_reward}; give a finite reward, or "
+                "null to stop the run instead"
             )
 
     @property
     def template_fields(self) -> list[str]:
         """Names in braces."""
         try:
-            return [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
+            return [
+                name
+                for _, name, _, _ in string.Formatter().parse(self.template)
+                if name is not None
+            ]
         except ValueError as error:
             raise ValueError(
-                f"judge.template is {self.template!r} ({error}); names stand in braces, and a brace that is "
-                "text is written twice"
+                f"judge.template is {self.template!r} ({error}); names stand in braces, and a "
+                "brace that is text is written twice"
             ) from None
 
     def _check_pattern(self) -> None:
@@ -219,10 +238,11 @@ class JudgeConfig:
             groups = re.compile(self.pattern).groups
         except re.error as error:
             raise ValueError(
-                f"judge.pattern is {self.pattern!r}, which is no regular expression ({error}); correct it"
+                f"judge.pattern is {self.pattern!r}, which is no regular expression ({error}); "
+                "correct it"
             ) from None
         if groups > 1:
             raise ValueError(
-                f"judge.pattern is {self.pattern!r} with {groups} groups; use one for the verdict, and "
-                "(?:...) for the others"
+                f"judge.pattern is {self.pattern!r} with {groups} groups; use one for the "
+                "verdict, and (?:...) for the others"
             )

@@ -1,7 +1,8 @@
-"""The roles as algorithms see them: which methods there are, how each is called, what it reads and writes.
+"""The roles as algorithms see them: which methods there are, how each is called, what it reads and
+writes.
 
-Controllers are written against these classes; workers/actor.py and its neighbours implement them over the
-engines.
+Controllers are written against these classes; workers/actor.py and its neighbours implement them
+over the engines.
 """
 
 from __future__ import annotations
@@ -46,10 +47,15 @@ class TrainedRole(Worker):
 
 
 class Policy(TrainedRole):
-    """A language model that is trained on given rows: demonstrations, pairs, a teacher's log-probs."""
+    """A language model that is trained on given rows: demonstrations, pairs, a teacher's
+    log-probs."""
 
     @remote(
-        THREE_D, reads=("prompt_ids", "response_ids"), writes=("log_probs",), balance="num_tokens", near="uid"
+        THREE_D,
+        reads=("prompt_ids", "response_ids"),
+        writes=("log_probs",),
+        balance="num_tokens",
+        near="uid",
     )
     @abstractmethod
     def compute_log_prob(self, batch: Batch) -> Batch:
@@ -94,7 +100,8 @@ class Policy(TrainedRole):
     )
     @abstractmethod
     def update_distilled(self, batch: Batch) -> Metrics:
-        """Reverse KL to the teacher on the responses: one optimizer step for every mini-batch and epoch."""
+        """Reverse KL to the teacher on the responses: one optimizer step for every mini-batch
+        and epoch."""
 
 
 class TrainingActor(Policy):
@@ -123,13 +130,20 @@ class TrainingActor(Policy):
 
 
 class Generator(Worker):
-    """A language model that generates: the other half of the actor, or a model that is evaluated."""
+    """A language model that generates: the other half of the actor, or a model that is
+    evaluated."""
 
     @remote(
         THREE_D_ALL_MICRO_DP,
         reads=("prompt_ids", "uid"),
         optional=("sample", "max_response_tokens"),
-        writes=("response_ids", "rollout_log_probs", "finish_reason", "num_tokens", "weight_version"),
+        writes=(
+            "response_ids",
+            "rollout_log_probs",
+            "finish_reason",
+            "num_tokens",
+            "weight_version",
+        ),
         kind=CallKind.generation,
     )
     @abstractmethod
@@ -138,8 +152,8 @@ class Generator(Worker):
     ) -> Batch:
         """One response for every row, by the generation engine under the actor's latest weights.
 
-        sampling: None for the configured one. do_sample: False takes the most likely token, all else as
-        configured.
+        sampling: None for the configured one. do_sample: False takes the most likely token, all
+        else as configured.
         """
 
 
@@ -154,18 +168,20 @@ class SplitTrainer(TrainingActor):
     @remote(ONE_TO_ALL)
     @abstractmethod
     def open_meeting(self, host: str, num_ranks: int) -> str:
-        """Where the ranks of both pools find each other: rank 0 listens on `host`, the others return ""."""
+        """Where the ranks of both pools find each other: rank 0 listens on `host`, the others
+        return ""."""
 
     @remote(ONE_TO_ALL)
     @abstractmethod
     def join(self, meeting: str, num_ranks: int, host: str, timeout_s: float) -> None:
-        """Enters the group of both pools; started on both sides before either is waited for. host "": this
-        machine's address. `timeout_s`: of the group's operations."""
+        """Enters the group of both pools; started on both sides before either is waited for.
+        host "": this machine's address. `timeout_s`: of the group's operations."""
 
     @remote(ONE_TO_ALL)
     @abstractmethod
     def sync_weights(self) -> dict[str, float]:
-        """Sends the weights; started on both sides before either is waited for. Metrics of each rank."""
+        """Sends the weights; started on both sides before either is waited for. Metrics of each
+        rank."""
 
 
 class SplitGenerator(Generator):
@@ -186,7 +202,11 @@ class Critic(TrainedRole):
     """The value model."""
 
     @remote(
-        THREE_D, reads=("prompt_ids", "response_ids"), writes=("values",), balance="num_tokens", near="uid"
+        THREE_D,
+        reads=("prompt_ids", "response_ids"),
+        writes=("values",),
+        balance="num_tokens",
+        near="uid",
     )
     @abstractmethod
     def compute_values(self, batch: Batch) -> Batch:
@@ -225,7 +245,11 @@ class PreferenceModel(TrainedRole):
     """A reward or cost model in training."""
 
     @remote(
-        THREE_D, reads=("prompt_ids", "response_ids"), writes=("scores",), balance="num_tokens", near="uid"
+        THREE_D,
+        reads=("prompt_ids", "response_ids"),
+        writes=("scores",),
+        balance="num_tokens",
+        near="uid",
     )
     @abstractmethod
     def compute_scores(self, batch: Batch) -> Batch:
@@ -243,8 +267,8 @@ class PreferenceModel(TrainedRole):
     )
     @abstractmethod
     def update_preferences(self, batch: Batch) -> Metrics:
-        """Bradley-Terry: the chosen row's score above the rejected one's; one optimizer step for every
-        mini-batch."""
+        """Bradley-Terry: the chosen row's score above the rejected one's; one optimizer step
+        for every mini-batch."""
 
     @remote(
         THREE_D,
@@ -258,8 +282,8 @@ class PreferenceModel(TrainedRole):
     )
     @abstractmethod
     def update_costs(self, batch: Batch) -> Metrics:
-        """Bradley-Terry on costs, where the chosen row is the more harmful of a pair; a cost's sign tells
-        unsafe from safe."""
+        """Bradley-Terry on costs, where the chosen row is the more harmful of a pair; a cost's
+        sign tells unsafe from safe."""
 
 
 class Reward(Worker):
@@ -279,8 +303,8 @@ class Reward(Worker):
 
 
 class Cost(Worker):
-    """The cost that the policy must keep under a limit (Safe-RLHF): a Python function, or a cost model, for
-    which a response is harmful above 0."""
+    """The cost that the policy must keep under a limit (Safe-RLHF): a Python function, or a
+    cost model, for which a response is harmful above 0."""
 
     @remote(
         THREE_D,

@@ -1,7 +1,7 @@
 """Sampler: turns rows of prompts into rows of responses with a generation engine.
 
-It chooses the seeds and stamps the weights' version. Moving weights into the engine is left to WeightSync
-(weight_sync.py).
+It chooses the seeds and stamps the weights' version. Moving weights into the engine is left to
+WeightSync (weight_sync.py).
 """
 
 from __future__ import annotations
@@ -34,10 +34,15 @@ class Sampler:
     """
 
     def __init__(
-        self, config: ActorConfig, context: RankContext, layout: Layout, *, load_weights: bool = False
+        self,
+        config: ActorConfig,
+        context: RankContext,
+        layout: Layout,
+        *,
+        load_weights: bool = False,
     ) -> None:
-        """Builds the generation engine; `load_weights=False` where a trainer will send them. Collective over
-        the pool."""
+        """Builds the generation engine; `load_weights=False` where a trainer will send them.
+        Collective over the pool."""
         self.config, self.context = config, context
         engine = generation_engine_class(config.generation.engine)
         self.engine = engine(
@@ -48,14 +53,20 @@ class Sampler:
             layout=layout,
         )
 
-    def generate(self, prompts: Batch, sampling: SamplingConfig | None, *, do_sample: bool = True) -> Batch:
+    def generate(
+        self, prompts: Batch, sampling: SamplingConfig | None, *, do_sample: bool = True
+    ) -> Batch:
         """One response for every row, with the version of the weights that drew it.
 
         `sampling`: None for the configured one; `do_sample=False` takes the most likely token.
         """
         sampling = sampling or self.config.generation.sampling
         prompt_ids = prompts.ragged("prompt_ids")
-        limits = prompts.tensor("max_response_tokens").numpy() if "max_response_tokens" in prompts else None
+        limits = (
+            prompts.tensor("max_response_tokens").numpy()
+            if "max_response_tokens" in prompts
+            else None
+        )
         generated = self.engine.generate(
             [prompt.numpy() for prompt in prompt_ids.unbind()],
             sample_seeds(self.config.seed, prompts),
@@ -79,7 +90,8 @@ class Sampler:
 
 
 def probe_settings(config: ActorConfig) -> tuple[float, int]:
-    """(tolerance of the probe after a sync, size of the vocabulary that its tokens are drawn from)."""
+    """(tolerance of the probe after a sync, size of the vocabulary that its tokens are drawn
+    from)."""
     tolerance = config.probe_tolerance
     if tolerance < 0:
         tolerance = 1e-3 if is_exact(config) else 0.1
@@ -87,8 +99,8 @@ def probe_settings(config: ActorConfig) -> tuple[float, int]:
 
 
 def sample_seeds(seed: int, prompts: Batch) -> np.ndarray:
-    """int64 [rows]: one seed for each (run, prompt's use, number of the sample), whatever rank or layout
-    draws it."""
+    """int64 [rows]: one seed for each (run, prompt's use, number of the sample), whatever rank
+    or layout draws it."""
     uid = prompts.tensor("uid").numpy().astype(np.uint64)
     sample = np.zeros(len(uid), np.uint64)
     if "sample" in prompts:

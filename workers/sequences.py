@@ -1,10 +1,10 @@
-"""Sequences: the input of a training engine, token sequences without padding and the columns that go with
-them.
+"""Sequences: the input of a training engine, token sequences without padding and the columns that
+go with them.
 
-One row is prompt + response. The *scored* tokens of a row are its last `scored_lengths[i]` tokens (the
-response in RLHF, everything but the first token in language modelling). Everything per token is flat: the
-scored tokens of row 0, then of row 1, and so on. How rows are cut into micro-batches is the engine's business
-and never changes a result.
+One row is prompt + response. The *scored* tokens of a row are its last `scored_lengths[i]` tokens
+(the response in RLHF, everything but the first token in language modelling). Everything per token
+is flat: the scored tokens of row 0, then of row 1, and so on. How rows are cut into micro-batches
+is the engine's business and never changes a result.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ class Sequences:
     token_ids: Tensor
     """int64 [sum(lengths)], the rows one after the other."""
     lengths: Tensor
-    """int64 [rows], tokens of each row, at least scored_lengths + 1 (the first token of a row has no
-    prediction)."""
+    """int64 [rows], tokens of each row, at least scored_lengths + 1 (the first token of a row
+    has no prediction)."""
     scored_lengths: Tensor
     """int64 [rows], how many tokens at the end of each row are scored; 0 is allowed."""
     per_token: dict[str, Tensor] = field(default_factory=dict)
-    """name -> [sum(scored_lengths), ...], for the loss (advantages, old_log_probs, weights, ...)."""
+    """name -> [sum(scored_lengths), ...], for the loss (advantages, old_log_probs, weights,
+    ...)."""
     per_row: dict[str, Tensor] = field(default_factory=dict)
     """name -> [rows, ...]."""
 
@@ -65,7 +66,9 @@ class Sequences:
         )
 
     def with_columns(
-        self, per_token: Mapping[str, Tensor] | None = None, per_row: Mapping[str, Tensor] | None = None
+        self,
+        per_token: Mapping[str, Tensor] | None = None,
+        per_row: Mapping[str, Tensor] | None = None,
     ) -> Sequences:
         """The same rows with further columns."""
         return Sequences(
@@ -78,7 +81,8 @@ class Sequences:
 
 
 def ragged_positions(lengths: Tensor, index: Tensor) -> Tensor:
-    """Flat positions of the rows `index` of a ragged column with `lengths`: int64 [sum(lengths[index])]."""
+    """Flat positions of the rows `index` of a ragged column with `lengths`: int64
+    [sum(lengths[index])]."""
     starts = torch.cumsum(lengths, 0) - lengths
     row_lengths = lengths[index]
     ends = torch.cumsum(row_lengths, 0)

@@ -1,13 +1,13 @@
-"""The actor in two pools: one trains, the other generates, and weights go from shards to shards past the
-controller.
+"""The actor in two pools: one trains, the other generates, and weights go from shards to shards
+past the controller.
 
-The algorithm's page sees one actor (SplitActor). Before a generation, if the weights have changed, the
-controller starts sync_weights on both pools, one straight after the other and before it waits for anything. A
-host runs its calls in the order in which they were started, so both pools reach the two halves of a sync at
-the same place of one common order: neither can wait for a call that stands behind its own half, and no
-deadlock is possible. If a process dies, its peers' sockets close and the controller names it. The training
-pool is free again as soon as its weights have arrived and were attested; taking them in and the probe are the
-generation pool's business.
+The algorithm's page sees one actor (SplitActor). Before a generation, if the weights have changed,
+the controller starts sync_weights on both pools, one straight after the other and before it waits
+for anything. A host runs its calls in the order in which they were started, so both pools reach the
+two halves of a sync at the same place of one common order: neither can wait for a call that stands
+behind its own half, and no deadlock is possible. If a process dies, its peers' sockets close and
+the controller names it. The training pool is free again as soon as its weights have arrived and
+were attested; taking them in and the probe are the generation pool's business.
 """
 
 from __future__ import annotations
@@ -82,10 +82,12 @@ class GenerationWorker(SplitGenerator):
         super().__init__(config, context)
         if config.generation.release_during_training:
             raise ValueError(
-                "actor.generation.release_during_training is true, but generation has a pool of its own; set "
-                "it to false"
+                "actor.generation.release_during_training is true, but generation has a pool of "
+                "its own; set it to false"
             )
-        self.sampler = Sampler(config, context, self.layouts(config, context.world_size)["generation"])
+        self.sampler = Sampler(
+            config, context, self.layouts(config, context.world_size)["generation"]
+        )
 
     @classmethod
     def layouts(cls, config: ActorConfig, world_size: int) -> dict[str, Layout]:

@@ -1,7 +1,7 @@
 """TrainedWorker: the base of every role that is trained (policy, actor, critic, preference model).
 
-It counts updates and saves the count with the checkpoint, because the order of the mini-batches in an
-update's later epochs depends on it. The losses are left to the roles.
+It counts updates and saves the count with the checkpoint, because the order of the mini-batches in
+an update's later epochs depends on it. The losses are left to the roles.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ class TrainedWorker(ModelWorker, TrainedRole):
 
     @property
     def update_seed(self) -> int:
-        """Decides the order of this update's mini-batches from the second pass over the batch on."""
+        """Decides the order of this update's mini-batches from the second pass over the batch
+        on."""
         return combine_seed(self.config.seed, self.num_updates)
 
     def mini_batches(self, batch: Batch, sequences: Sequences) -> MiniBatches:
-        """The mini-batches of `sequences`, the rows of `batch`: by its column mini_batch, or a single one.
-        Collective."""
+        """The mini-batches of `sequences`, the rows of `batch`: by its column mini_batch, or a
+        single one. Collective."""
         labels = batch.tensor("mini_batch") if "mini_batch" in batch else None
         return MiniBatches(sequences, labels, self.layout, self.context.device)
 
@@ -84,8 +85,8 @@ class TrainedWorker(ModelWorker, TrainedRole):
         path = Path(directory) / COUNTERS
         if not path.exists():
             raise ValueError(
-                f"{directory} has no {COUNTERS}, so it was written by an earlier version and cannot be "
-                "resumed; start a new run from its weights"
+                f"{directory} has no {COUNTERS}, so it was written by an earlier version and "
+                "cannot be resumed; start a new run from its weights"
             )
         self.engine.load(Path(directory))
         self.load_counters(json.loads(path.read_text()))

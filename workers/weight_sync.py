@@ -1,9 +1,9 @@
-"""WeightSync: moves the actor's weights from the training layout into the generation engine; compiled once,
-attested every time.
+"""WeightSync: moves the actor's weights from the training layout into the generation engine;
+compiled once, attested every time.
 
-A rank trains, generates, or does both: with both engines in one pool the group is the pool, otherwise it
-spans two pools and every rank has one side. How the generation engine takes the weights in is left to its
-weight destination (workers/generation/).
+A rank trains, generates, or does both: with both engines in one pool the group is the pool,
+otherwise it spans two pools and every rank has one side. How the generation engine takes the
+weights in is left to its weight destination (workers/generation/).
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from workers.sequences import Sequences
 
 BUCKET_BYTES = 64 << 20
 LARGE_BUCKET_BYTES = 256 << 20
-"""Bucket size of plans with many boxes (large models on many ranks): with fewer buckets 70B on 512 ranks
-compiles in 5 s, not in 31."""
+"""Bucket size of plans with many boxes (large models on many ranks): with fewer buckets 70B on
+512 ranks compiles in 5 s, not in 31."""
 PROBE_TOKENS = 24
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hybridflow" / "plans"
 """Directory of compiled plans; safe to delete."""
 CACHED_BOXES = 20_000
-"""Plans for at least this many boxes in both shard maps are cached on disk; a smaller plan compiles in less
-than a second."""
+"""Plans for at least this many boxes in both shard maps are cached on disk; a smaller plan
+compiles in less than a second."""
 LOGGER = logging.getLogger(__name__)
 MakeDestination = Callable[[Sequence[ParameterSpec]], WeightDestination]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyncReport:
-    """The cost of a sync for this rank, and the agreement of the two engines; commit and gap are 0 where the
-    rank only trains."""
+    """The cost of a sync for this rank, and the agreement of the two engines; commit and gap
+    are 0 where the rank only trains."""
 
     seconds: float
     prepare_s: float
@@ -72,8 +72,8 @@ class SyncReport:
 
 
 class WeightSync:
-    """sync = WeightSync(engine, generator, make_destination, probe_tolerance=1e-3, vocab_size=32000); report
-    = sync.run(version)"""
+    """sync = WeightSync(engine, generator, make_destination, probe_tolerance=1e-3,
+    vocab_size=32000); report = sync.run(version)"""
 
     def __init__(
         self,
@@ -87,9 +87,9 @@ class WeightSync:
         group: dist.ProcessGroup | None = None,
         share_memory: bool = False,
     ) -> None:
-        """`group`: all ranks of both sides, those that train first (None: the pool). `node`: this rank's
-        machine. `share_memory`: the generation engine may compute with the trainer's memory, because neither
-        side ever gives its weights' memory back."""
+        """`group`: all ranks of both sides, those that train first (None: the pool). `node`:
+        this rank's machine. `share_memory`: the generation engine may compute with the
+        trainer's memory, because neither side ever gives its weights' memory back."""
         self.engine = engine
         self.generator = generator
         self.group = group
@@ -105,11 +105,11 @@ class WeightSync:
         self._executor: Executor | None = None
 
     def run(self, version: int = 0) -> SyncReport:
-        """Moves, attests, commits and probes; raises AttestationError where the two sides differ. Collective
-        over the group.
+        """Moves, attests, commits and probes; raises AttestationError where the two sides differ.
+        Collective over the group.
 
-        `version` counts where the rank trains. A rank that only trains is done when its weights have arrived
-        and were attested.
+        `version` counts where the rank trains. A rank that only trains is done when its weights
+        have arrived and were attested.
         """
         times = [time.perf_counter()]
         if self._executor is None or self.attestor is None:
@@ -154,11 +154,15 @@ class WeightSync:
     def _prepare(self) -> tuple[Executor, Attestor]:
         sources = self.engine.local_parameters() if self.engine is not None else []
         source = ShardMap.gather(sources, self.group)
-        destination = self.make_destination(source.parameters) if self.generator is not None else None
+        destination = (
+            self.make_destination(source.parameters) if self.generator is not None else None
+        )
         if destination is not None and self.share_memory:
             destination.share(sources)
         destinations = destination.destinations() if destination is not None else []
-        plan = make_plan(source, ShardMap.gather(destinations, self.group), machines(self.node, self.group))
+        plan = make_plan(
+            source, ShardMap.gather(destinations, self.group), machines(self.node, self.group)
+        )
         self.certificate = verify(plan)
         if rank_in(self.group) == 0:
             LOGGER.info("resharding plan\n%s", self.certificate)
@@ -167,7 +171,8 @@ class WeightSync:
         )
 
     def _announce(self, version: int) -> tuple[int, Tensor]:
-        """The trainer's version and its log-probs of the probe [tokens - 1], on every rank of the group."""
+        """The trainer's version and its log-probs of the probe [tokens - 1], on every rank of
+        the group."""
         table = torch.zeros(PROBE_TOKENS, dtype=torch.float64)
         if self.engine is not None:
             tokens, length = torch.from_numpy(self.probe), torch.tensor([PROBE_TOKENS])
@@ -184,7 +189,8 @@ class WeightSync:
         return int(table[0]), table[1:].float()
 
     def _probe(self, expected: Tensor) -> float:
-        """The largest gap, over ranks, between the engine's log-probs of a fixed sequence and the trainer's.
+        """The largest gap, over ranks, between the engine's log-probs of a fixed sequence and the
+        trainer's.
 
         Raises an AttestationError above the tolerance.
         """
@@ -194,24 +200,26 @@ class WeightSync:
         dist.all_reduce(gap, op=dist.ReduceOp.MAX)
         if float(gap) > self.probe_tolerance:
             raise AttestationError(
-                "probe: after a sync with equal digests the generation engine scores a fixed sequence "
-                f"{float(gap):.3g} per token away "
-                f"from the trainer (probe_tolerance={self.probe_tolerance}): it computes with other weights "
-                "or in another way. If the "
-                "engines' precisions explain it, raise actor.probe_tolerance; otherwise do not train on"
+                "probe: after a sync with equal digests the generation engine scores a fixed "
+                f"sequence {float(gap):.3g} per token away from the trainer "
+                f"(probe_tolerance={self.probe_tolerance}): it computes with other weights or in "
+                "another way. If the engines' precisions explain it, raise actor.probe_tolerance; "
+                "otherwise do not train on"
             )
         return float(gap)
 
 
 def make_plan(source: ShardMap, target: ShardMap, nodes: Sequence[int]) -> ReshardingPlan:
-    """The plan between two maps; a plan that takes long to compile is cached on disk for the next run."""
+    """The plan between two maps; a plan that takes long to compile is cached on disk for the
+    next run."""
     if len(source.rank) + len(target.rank) < CACHED_BOXES:
         return compile(source, target, bucket_bytes=BUCKET_BYTES, nodes=nodes)
     return compile_cached(source, target, CACHE, bucket_bytes=LARGE_BUCKET_BYTES, nodes=nodes)
 
 
 def machines(node: str, group: dist.ProcessGroup | None) -> list[int]:
-    """A number for the machine of every rank of the group, from the machines' addresses. Collective."""
+    """A number for the machine of every rank of the group, from the machines' addresses.
+    Collective."""
     addresses = [""] * dist.get_world_size(group)
     dist.all_gather_object(addresses, node, group=group)
     number = {address: i for i, address in enumerate(dict.fromkeys(addresses))}

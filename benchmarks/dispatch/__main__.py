@@ -25,7 +25,16 @@ import psutil
 import ray
 import torch
 
-from benchmarks.dispatch.case import NAMES, SIZES, Bench, load, make_columns, row_sums, save, seconds
+from benchmarks.dispatch.case import (
+    NAMES,
+    SIZES,
+    Bench,
+    load,
+    make_columns,
+    row_sums,
+    save,
+    seconds,
+)
 from cluster.connect import ClusterConfig, connect
 from hybridflow.batch import Batch
 from hybridflow.group import spawn
@@ -45,7 +54,9 @@ def main() -> None:
         "--repeats", type=int, default=7, help="measurements of each number; medians are reported"
     )
     arguments = parser.parse_args()
-    with connect(ClusterConfig(address="local", worker_logs=False, object_store_gib=4), cpu_slots=16):
+    with connect(
+        ClusterConfig(address="local", worker_logs=False, object_store_gib=4), cpu_slots=16
+    ):
         result = measure(arguments.repeats)
     print(json.dumps(result, indent=1))
     if arguments.json:
@@ -62,7 +73,9 @@ def measure(repeats: int) -> dict[str, Any]:
 
 def noop_ratio(num_workers: int, repeats: int) -> float:
     """Time of ONE_TO_ALL without arguments over bare Ray calls to the same actors, interleaved."""
-    ray_pool = RayPool(PoolSpec(name=f"noop{num_workers}", num_devices=num_workers, threads_per_device=1))
+    ray_pool = RayPool(
+        PoolSpec(name=f"noop{num_workers}", num_devices=num_workers, threads_per_device=1)
+    )
     with ray_pool as pool:
         bench = spawn(Bench, pool, None)
         actors = ray_pool._actors
@@ -88,7 +101,8 @@ def round_trips(repeats: int) -> dict[str, Any]:
         RayPool(PoolSpec(name="makers", num_devices=2, threads_per_device=1)) as left,
         RayPool(PoolSpec(name="readers", num_devices=2, threads_per_device=1)) as right,
     ):
-        makers, readers = spawn(Bench, left, None, role="makers"), spawn(Bench, right, None, role="readers")
+        makers = spawn(Bench, left, None, role="makers")
+        readers = spawn(Bench, right, None, role="readers")
         for size, factor in SIZES.items():
             columns = make_columns(factor)
             by_reference = partial(by_reference_round_trip, makers, readers, columns)
@@ -110,7 +124,9 @@ def round_trips(repeats: int) -> dict[str, Any]:
     }
 
 
-def by_reference_round_trip(makers: Bench, readers: Bench, columns: dict[str, torch.Tensor]) -> Batch:
+def by_reference_round_trip(
+    makers: Bench, readers: Bench, columns: dict[str, torch.Tensor]
+) -> Batch:
     # A new batch every time: the input is put into the store again, as a new step's would be.
     result = readers.read(makers.identity(Batch.of(**columns)))
     result.tensor("bench_sum")
@@ -155,7 +171,8 @@ def against_verl(repeats: int, by_reference_ms: dict[str, float]) -> dict[str, A
         return {"speedup_verl": None, "speedup_verl_numpy": None}
     from benchmarks.dispatch.verl_side import round_trip_ms
 
-    default, numpy = round_trip_ms(repeats, serialization=None), round_trip_ms(repeats, serialization="numpy")
+    default = round_trip_ms(repeats, serialization=None)
+    numpy = round_trip_ms(repeats, serialization="numpy")
     return {
         "speedup_verl": {size: default[size] / by_reference_ms[size] for size in SIZES},
         "speedup_verl_numpy": {size: numpy[size] / by_reference_ms[size] for size in SIZES},

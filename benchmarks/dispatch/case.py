@@ -40,7 +40,9 @@ class Bench(Worker):
 
     @remote(DP, reads=NAMES, writes=("bench_sum",))
     def read(self, batch: Batch) -> Batch:
-        return Batch.of(bench_sum=row_sums(batch.tensor("bench_ids"), batch.tensor("bench_numbers")))
+        return Batch.of(
+            bench_sum=row_sums(batch.tensor("bench_ids"), batch.tensor("bench_numbers"))
+        )
 
     @remote(ONE_TO_ALL)
     def through_torch(self, data: bytes) -> bytes:

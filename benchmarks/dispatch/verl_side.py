@@ -51,7 +51,10 @@ def round_trip_ms(repeats: int, serialization: str | None) -> dict[str, float]:
 
         def group(name: str) -> Any:
             pool = RayResourcePool(
-                [2], use_gpu=False, max_colocate_count=1, name_prefix=f"{name}_{serialization or 'default'}"
+                [2],
+                use_gpu=False,
+                max_colocate_count=1,
+                name_prefix=f"{name}_{serialization or 'default'}",
             )
             peer = RayClassWithInitArgs(ray.remote(Peer))
             return RayWorkerGroup(

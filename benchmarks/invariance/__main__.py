@@ -63,9 +63,12 @@ def compare(chosen: list[Combination], directory: Path) -> list[dict[str, Any]]:
         actual, sampled = run(combination, directory, directory / f"run{number}")
         algorithm = combination.algorithm
         if algorithm not in samples:
-            samples[algorithm], expected[algorithm] = sampled, reference_step(algorithm, directory, sampled)
+            samples[algorithm] = sampled
+            expected[algorithm] = reference_step(algorithm, directory, sampled)
         if sampled != samples[algorithm]:
-            raise RuntimeError(f"{combination}: other samples than the algorithm's first combination")
+            raise RuntimeError(
+                f"{combination}: other samples than the algorithm's first combination"
+            )
         row = {
             "algorithm": algorithm,
             "engine": combination.engine,
@@ -80,7 +83,10 @@ def compare(chosen: list[Combination], directory: Path) -> list[dict[str, Any]]:
 
 
 def show(row: dict[str, Any], seconds: float) -> None:
-    cut = f"{row['algorithm']:<10} {row['engine']:<10} {row['layout']:<15} {row['micro_batch_tokens']:>5}"
+    cut = (
+        f"{row['algorithm']:<10} {row['engine']:<10} {row['layout']:<15} "
+        f"{row['micro_batch_tokens']:>5}"
+    )
     loss, norm, update = row["loss_error"], row["grad_norm_error"], row["update_error"]
     print(
         (

@@ -97,14 +97,22 @@ def prompts(directory: Path, rollouts: Path) -> Path:
     path = directory / "prompts.jsonl"
     rows = []
     for number in range(NUM_PROMPTS):
-        words = " ".join(f"w{word}" for word in generator.integers(3, VOCABULARY, generator.integers(2, 12)))
+        words = " ".join(
+            f"w{word}" for word in generator.integers(3, VOCABULARY, generator.integers(2, 12))
+        )
         rows.append({"prompt": words, "answer": str(number), "rollouts": str(rollouts)})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def record(
-    *, prompt: str, response: str, finish_reason: str, answer: str, rollouts: str, **_columns: object
+    *,
+    prompt: str,
+    response: str,
+    finish_reason: str,
+    answer: str,
+    rollouts: str,
+    **_columns: object,
 ) -> float:
     """The reward, a number between 0 and 1 that any change of a response changes; the row goes
     into the file `rollouts`."""
@@ -157,7 +165,10 @@ def settings(algorithm: str, case: Path, output: Path) -> list[str]:
     ]
     common += [f"{role}.train.precision=fp32" for role in (*trained, "reference")]
     for role in trained:
-        common += [f"{role}.num_epochs={NUM_EPOCHS}", f"{role}.train.optimizer.learning_rate={LEARNING_RATE}"]
+        common += [
+            f"{role}.num_epochs={NUM_EPOCHS}",
+            f"{role}.train.optimizer.learning_rate={LEARNING_RATE}",
+        ]
         common += [
             f"{role}.train.optimizer.epsilon={EPSILON}",
             f"{role}.train.optimizer.weight_decay={WEIGHT_DECAY}",

@@ -29,7 +29,11 @@ class Combination:
 
     def settings(self) -> list[str]:
         roles = ("reference", *case.TRAINED[self.algorithm])
-        chosen = (f"engine={self.engine}", f"micro_batch_tokens={self.micro_batch_tokens}", *self.train)
+        chosen = (
+            f"engine={self.engine}",
+            f"micro_batch_tokens={self.micro_batch_tokens}",
+            *self.train,
+        )
         models: list[str] = []
         for role in roles:
             models += [f"{role}.train.{setting}" for setting in chosen]

@@ -35,7 +35,9 @@ def change(start: Path, checkpoint: Path) -> dict[str, Tensor]:
     before = load_file(start / "model.safetensors")
     after = {f"model.{name}": torch.empty_like(value) for name, value in before.items()}
     load_tensors(after, checkpoint)
-    return {name: after[f"model.{name}"].double() - value.double() for name, value in before.items()}
+    return {
+        name: after[f"model.{name}"].double() - value.double() for name, value in before.items()
+    }
 
 
 def rollouts(output: Path) -> Rows:

@@ -49,7 +49,9 @@ def reference_step(algorithm: str, directory: Path, rows: Rows) -> dict[str, Num
         return {
             "actor": train(
                 actor,
-                lambda: group_loss(actor, rows, old, ref, advantages, sequence_ratio=algorithm == "gspo"),
+                lambda: group_loss(
+                    actor, rows, old, ref, advantages, sequence_ratio=algorithm == "gspo"
+                ),
             )
         }
     rewards = [row["reward"] for row in rows]
@@ -60,7 +62,9 @@ def reference_step(algorithm: str, directory: Path, rows: Rows) -> dict[str, Num
     # Half of the KL lowers the rewards, half raises the costs; ln lambda takes one step before it
     # is used.
     reward_advantages, critic = evaluate(directory / "critic", rows, rewards, old, ref, case.KL / 2)
-    cost_advantages, cost_critic = evaluate(directory / "cost_critic", rows, costs, old, ref, -case.KL / 2)
+    cost_advantages, cost_critic = evaluate(
+        directory / "cost_critic", rows, costs, old, ref, -case.KL / 2
+    )
     mean_cost = sum(costs) / len(costs)
     multiplier = case.MULTIPLIER * exp(
         case.MULTIPLIER_RATE * case.MULTIPLIER * (mean_cost - case.COST_THRESHOLD)
@@ -68,22 +72,32 @@ def reference_step(algorithm: str, directory: Path, rows: Rows) -> dict[str, Num
     mixed = []
     for gain, cost in zip(reward_advantages, cost_advantages, strict=True):
         mixed.append((gain - multiplier * cost) / (1 + multiplier))
-    texts = [json.loads(line)["text"] for line in (directory / "texts.jsonl").read_text().splitlines()]
+    texts = [
+        json.loads(line)["text"] for line in (directory / "texts.jsonl").read_text().splitlines()
+    ]
     update = train(
-        actor, lambda: ppo_loss(actor, rows, old, mixed) + case.PRETRAINING * text_loss(actor, texts)
+        actor,
+        lambda: ppo_loss(actor, rows, old, mixed) + case.PRETRAINING * text_loss(actor, texts),
     )
     return {"actor": update, "critic": critic, "cost_critic": cost_critic}
 
 
 def evaluate(
-    directory: Path, rows: Rows, scores: list[float], old: list[Tensor], ref: list[Tensor], coefficient: float
+    directory: Path,
+    rows: Rows,
+    scores: list[float],
+    old: list[Tensor],
+    ref: list[Tensor],
+    coefficient: float,
 ) -> tuple[list[Tensor], Numbers]:
     """Advantages of every row by the critic in `directory`, and the critic's update."""
     critic = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float64)
     with torch.no_grad():
         values = [value(critic, row) for row in rows]
     penalties = [-coefficient * (a - b) for a, b in zip(old, ref, strict=True)]
-    advantages = [generalized_advantages(*of_row) for of_row in zip(scores, penalties, values, strict=True)]
+    advantages = [
+        generalized_advantages(*of_row) for of_row in zip(scores, penalties, values, strict=True)
+    ]
     returns = [advantage + v for advantage, v in zip(advantages, values, strict=True)]
     return advantages, train(critic, lambda: critic_loss(critic, rows, values, returns))
 
@@ -94,7 +108,10 @@ def train(model: torch.nn.Module, loss_of: Callable[[], Tensor]) -> Numbers:
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": case.WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": case.WEIGHT_DECAY},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
         lr=case.LEARNING_RATE,
         betas=(0.9, 0.95),
         eps=case.EPSILON,
@@ -107,7 +124,9 @@ def train(model: torch.nn.Module, loss_of: Callable[[], Tensor]) -> Numbers:
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), case.CLIP_GRAD_NORM)))
         losses.append(loss.item())
         optimizer.step()
-    change = {name: parameter.detach() - start[name] for name, parameter in model.named_parameters()}
+    change = {
+        name: parameter.detach() - start[name] for name, parameter in model.named_parameters()
+    }
     return Numbers(loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms), change=change)
 
 

@@ -79,7 +79,9 @@ def main() -> None:
     print(table(rows))
     if arguments.plot:
         draw_curves(rows, arguments.plot)
-    flat = [row["algorithm"] for row in rows if row["accuracy_after"] - row["accuracy_before"] < CLEARLY]
+    flat = [
+        row["algorithm"] for row in rows if row["accuracy_after"] - row["accuracy_before"] < CLEARLY
+    ]
     if flat:
         raise SystemExit(f"did not learn: {', '.join(flat)}")
 

@@ -19,10 +19,19 @@ COMMON = [
 ]
 """The quickstart's, for GRPO's split of the budget."""
 
-CRITIC = ["critic.train.precision=fp32", "critic.train.optimizer.learning_rate=3e-4", "critic.loss.clip=0.5"]
+CRITIC = [
+    "critic.train.precision=fp32",
+    "critic.train.optimizer.learning_rate=3e-4",
+    "critic.loss.clip=0.5",
+]
 
 SETTINGS: dict[str, list[str]] = {
-    "ppo": [*CRITIC, "data.batch_size=64", "algorithm.samples_per_prompt=4", "algorithm.kl.coefficient=0.01"],
+    "ppo": [
+        *CRITIC,
+        "data.batch_size=64",
+        "algorithm.samples_per_prompt=4",
+        "algorithm.kl.coefficient=0.01",
+    ],
     "safe_rlhf": [
         *CRITIC,
         *(setting.replace("critic", "cost_critic", 1) for setting in CRITIC),
@@ -31,7 +40,11 @@ SETTINGS: dict[str, list[str]] = {
         "algorithm.samples_per_prompt=4",
         "algorithm.kl.coefficient=0.01",
     ],
-    "remax": ["data.batch_size=256", "algorithm.samples_per_prompt=1", "algorithm.kl.coefficient=0.01"],
+    "remax": [
+        "data.batch_size=256",
+        "algorithm.samples_per_prompt=1",
+        "algorithm.kl.coefficient=0.01",
+    ],
     "rloo": ["algorithm.kl.coefficient=0.01"],
     "reinforce_plus_plus": [
         "data.batch_size=256",

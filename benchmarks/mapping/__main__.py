@@ -1,12 +1,12 @@
-"""The mapper's answers for the paper's testbed, beside the paper's; how long the search takes; predicted
-against measured.
+"""The mapper's answers for the paper's testbed, beside the paper's; how long the search takes;
+predicted against measured.
 
     python -m benchmarks.mapping --json FILE [--measured FILE | --computed] [--pictures docs/images]
 
-All rows of the paper are computed with the same constants, the defaults of question/calibration.py. The rows
-of predictions are of this machine: recipes.calibrate, then the runs of benchmarks.mapping.measured (eight
-minutes in all, on a machine that does nothing else). `--measured` takes runs that were measured before,
-`--computed` leaves measuring out.
+All rows of the paper are computed with the same constants, the defaults of question/calibration.py.
+The rows of predictions are of this machine: recipes.calibrate, then the runs of
+benchmarks.mapping.measured (eight minutes in all, on a machine that does nothing else).
+`--measured` takes runs that were measured before, `--computed` leaves measuring out.
 """
 
 from __future__ import annotations
@@ -56,12 +56,14 @@ from recipes.dataflows import dataflow_of, planned
 
 
 def scaling_rows() -> tuple[list[Row], list[dict[str, Any]]]:
-    """Throughput of every algorithm on 8 to 1,024 devices, and the strong-scaling efficiency of PPO at 128.
-    Algorithms with the same calls are searched once."""
+    """Throughput of every algorithm on 8 to 1,024 devices, and the strong-scaling efficiency of
+    PPO at 128. Algorithms with the same calls are searched once."""
     throughput: list[dict[str, Any]] = []
     searched: dict[tuple[object, ...], Solution | None] = {}
     ppo: dict[tuple[str, int], float] = {}
-    for algorithm, model, size in product(planned(), SMALLEST, (8, 16, 32, 64, 128, 256, 512, 1024)):
+    for algorithm, model, size in product(
+        planned(), SMALLEST, (8, 16, 32, 64, 128, 256, 512, 1024)
+    ):
         dataflow = dataflow_of(algorithm)
         key = (timing(dataflow), model, size)
         if key not in searched:
@@ -70,11 +72,16 @@ def scaling_rows() -> tuple[list[Row], list[dict[str, Any]]]:
         row: dict[str, Any] = {"algorithm": algorithm, "model": model, "devices": size}
         row |= {"tokens_per_s": None, "placement": None}
         if best is not None:
-            row |= {"tokens_per_s": PAPER_WORKLOAD.num_tokens / best.step_s, "placement": named(best)}
+            row |= {
+                "tokens_per_s": PAPER_WORKLOAD.num_tokens / best.step_s,
+                "placement": named(best),
+            }
         throughput.append(row)
         if algorithm == "ppo" and best is not None:
             ppo[model, size] = row["tokens_per_s"]
-    each = {model: ppo[model, 128] / ppo[model, size] / (128 / size) for model, size in SMALLEST.items()}
+    each = {
+        model: ppo[model, 128] / ppo[model, size] / (128 / size) for model, size in SMALLEST.items()
+    }
     mean = sum(each.values()) / len(each)
     detail = ", ".join(f"{model} {value:.0%}" for model, value in each.items())
     name, agrees = "strong-scaling efficiency of PPO at 128", abs(mean - 0.668) < 0.1
@@ -82,8 +89,8 @@ def scaling_rows() -> tuple[list[Row], list[dict[str, Any]]]:
 
 
 def timing(dataflow: Dataflow) -> tuple[object, ...]:
-    """A key of everything that a prediction depends on: which role makes which kind of call after which
-    others, and how many columns go between them."""
+    """A key of everything that a prediction depends on: which role makes which kind of call
+    after which others, and how many columns go between them."""
     position = {call.name: number for number, call in enumerate(dataflow.calls)}
     calls = []
     for call in dataflow.calls:
@@ -96,8 +103,8 @@ def timing(dataflow: Dataflow) -> tuple[object, ...]:
 
 
 def search_seconds() -> dict[str, float]:
-    """Processor seconds of one core: 128 devices and 4 models; 1,024 devices and 5 models (Safe-RLHF); the
-    best plan of every placement."""
+    """Processor seconds of one core: 128 devices and 4 models; 1,024 devices and 5 models
+    (Safe-RLHF); the best plan of every placement."""
     large = replace(PAPER_WORKLOAD, batch_size=8192)
     settings = {
         "128": paper_setting("llama-13b", 128),
@@ -112,8 +119,8 @@ def search_seconds() -> dict[str, float]:
 
 
 def sensitivity() -> list[dict[str, Any]]:
-    """The best placement by the longest pipeline that is allowed, which decides between colocating and
-    splitting."""
+    """The best placement by the longest pipeline that is allowed, which decides between
+    colocating and splitting."""
     rows = []
     for stages in (1, 2, 4, 8, 16):
         for model, size in product(("llama-13b", "llama-34b"), (64, 96, 128)):
@@ -137,10 +144,14 @@ def draw(directory: Path, throughput: list[dict[str, Any]]) -> None:
     from hybridflow.mapping.answer.timeline import draw_timelines
 
     searching = Search(paper_setting("llama-34b", 128))
-    best, together, apart = searching.run().best, searching.best_of(COLOCATED), searching.best_of(APART)
+    best = searching.run().best
+    together = searching.best_of(COLOCATED)
+    apart = searching.best_of(APART)
     assert best is not None and together is not None and apart is not None
     solutions = {"chosen": best, "all colocated": together, "all apart": apart}
-    mappings = {name: mapping_of(searching.setting, solution) for name, solution in solutions.items()}
+    mappings = {
+        name: mapping_of(searching.setting, solution) for name, solution in solutions.items()
+    }
     draw_timelines(mappings, directory / "mapping_timeline.png")
     draw_scaling(throughput, directory / "mapping_scaling.png")
     seconds = {size: _search_s(model, size) for model, size in PAPER_SEARCHES}
@@ -185,7 +196,9 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument(
-        "--measured", type=Path, help="what benchmarks.mapping.measured wrote, in place of measuring"
+        "--measured",
+        type=Path,
+        help="what benchmarks.mapping.measured wrote, in place of measuring",
     )
     parser.add_argument("--computed", action="store_true", help="measure nothing")
     parser.add_argument("--pictures", type=Path, help="also draw the pictures into this folder")

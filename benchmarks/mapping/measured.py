@@ -4,9 +4,9 @@ benchmarks.mapping --measured.
     python -m recipes.calibrate output=calibration
     python -m benchmarks.mapping.measured calibration FILE [--only NAME ...]
 
-PPO with four models that the calibration did not see, on one and two ranks, colocated and apart. Every rank
-is one thread. Medians over the steps after the first, from the run's own metrics. Runs of one group share
-their workload, so that their order counts.
+PPO with four models that the calibration did not see, on one and two ranks, colocated and apart.
+Every rank is one thread. Medians over the steps after the first, from the run's own metrics. Runs
+of one group share their workload, so that their order counts.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ MODELS = {
 NUM_PROMPTS = 640
 STEPS = {"3m": 11, "12m": 7, "30m": 5}
 """Short steps need more of them: what disturbs a machine lasts seconds."""
-APART = ("placement=custom", "pools.policy.roles=[actor,reference]", "pools.values.roles=[critic,reward]")
+APART = (
+    "placement=custom",
+    "pools.policy.roles=[actor,reference]",
+    "pools.values.roles=[critic,reward]",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,9 @@ def main() -> None:
     )
     parser.add_argument("calibration", type=Path, help="what recipes.calibrate wrote")
     parser.add_argument("output", type=Path, help="where the runs go (JSON)")
-    parser.add_argument("--only", nargs="*", default=[], help="words of the names of the cases to run")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="words of the names of the cases to run"
+    )
     parser.add_argument(
         "--again",
         action="store_true",

@@ -1,5 +1,5 @@
-"""The paper's findings about placements, generation and transitions (docs/paper.md section 6), computed with
-one set of constants."""
+"""The paper's findings about placements, generation and transitions (docs/paper.md section 6),
+computed with one set of constants."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ APART = (("actor",), ("critic",), ("reference",), ("reward",))
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A finding: the paper's value, the value here, whether they are the same, and the reason if not."""
+    """A finding: the paper's value, the value here, whether they are the same, and the reason
+    if not."""
 
     finding: str
     paper: str
@@ -45,10 +46,15 @@ class Row:
 
 
 def paper_setting(
-    model: str, num_devices: int, *, algorithm: str = "ppo", scorer: str | None = None, **changes: Any
+    model: str,
+    num_devices: int,
+    *,
+    algorithm: str = "ppo",
+    scorer: str | None = None,
+    **changes: Any,
 ) -> Setting:
-    """An algorithm on the paper's testbed; `scorer` is the model of critic, reward and cost if it is
-    another."""
+    """An algorithm on the paper's testbed; `scorer` is the model of critic, reward and cost if
+    it is another."""
     policy, scalar = MODELS[model], MODELS[scorer or model].with_scalar_head()
     dataflow = changes.pop("dataflow", None) or PAPER[algorithm]
     models: dict[str, ModelSpec | None] = dict.fromkeys(dataflow.roles, policy)
@@ -79,16 +85,18 @@ def smallest_rows() -> list[Row]:
     rows = []
     for model, paper in SMALLEST.items():
         ours = next(
-            size for size in (8, 16, 32, 64, 128) if search(paper_setting(model, size)).best is not None
+            size
+            for size in (8, 16, 32, 64, 128)
+            if search(paper_setting(model, size)).best is not None
         )
         exact = smallest_cluster(paper_setting(model, 8))
         why = ""
         if ours != paper:
             resident = 40 * MODELS[model].num_parameters / ours / 1e9
             why = (
-                f"parameters, gradients and Adam states of four models are {resident:.0f} GB a device on "
-                f"{ours}: it fits, with a KV cache "
-                "so small that generation takes many waves; the paper shows no run that small"
+                f"parameters, gradients and Adam states of four models are {resident:.0f} GB a "
+                f"device on {ours}: it fits, with a KV cache so small that generation takes many "
+                "waves; the paper shows no run that small"
             )
         rows.append(
             Row(
@@ -121,7 +129,8 @@ def placement_rows() -> list[Row]:
             )
         )
     rows += [
-        _two_pools(model, size) for model, size in (("llama-34b", 96), ("llama-34b", 128), ("llama-13b", 96))
+        _two_pools(model, size)
+        for model, size in (("llama-34b", 96), ("llama-34b", 128), ("llama-13b", 96))
     ]
     return [*rows, _all_apart("llama-13b", 128)]
 
@@ -147,38 +156,51 @@ def _all_apart(model: str, size: int) -> Row:
     sizes = [devices for _, devices in apart.allocation]
     ours = f"{named(best)}: {best.step_s:.1f} s; all apart {sizes}: {apart.step_s:.1f} s"
     why = (
-        f"the sizes of the separate pools {'are the same' if sizes == [64, 32, 16, 16] else 'differ'}, but "
-        "they idle while others work: "
-        f"all apart takes {apart.step_s / best.step_s - 1:+.0%}; {_cheap_gradients()}"
+        "the sizes of the separate pools "
+        f"{'are the same' if sizes == [64, 32, 16, 16] else 'differ'}, but they idle while others "
+        f"work: all apart takes {apart.step_s / best.step_s - 1:+.0%}; {_cheap_gradients()}"
     )
     return Row(
-        f"best placement, {model} on {size}", "all apart, 64/32/16/16", ours, num_pools(best) == 4, why
+        f"best placement, {model} on {size}",
+        "all apart, 64/32/16/16",
+        ours,
+        num_pools(best) == 4,
+        why,
     )
 
 
 def _cheap_gradients() -> str:
     return (
-        "colocation scales further here because pipelines of up to 8 stages keep the gradient reduction "
-        "small; "
-        "with at most 2 stages two pools win from 96 devices on (docs/mapping.md)"
+        "colocation scales further here because pipelines of up to 8 stages keep the gradient "
+        "reduction small; with at most 2 stages two pools win from 96 devices on (docs/mapping.md)"
     )
 
 
 def mixed_rows() -> list[Row]:
     """13B actor and reference with 70B critic and reward."""
     rows = []
-    for size, paper in ((32, "colocated"), (64, "colocated"), (128, "actor+reference+reward 64 | critic 64")):
+    for size, paper in (
+        (32, "colocated"),
+        (64, "colocated"),
+        (128, "actor+reference+reward 64 | critic 64"),
+    ):
         searching = Search(paper_setting("llama-13b", size, scorer="llama-70b"))
-        best, split = searching.run().best, searching.best_of((("actor", "reference", "reward"), ("critic",)))
+        best = searching.run().best
+        split = searching.best_of((("actor", "reference", "reward"), ("critic",)))
         if best is None:
-            rows.append(Row(f"13B with 70B critic and reward on {size}", paper, "does not fit", False))
+            rows.append(
+                Row(f"13B with 70B critic and reward on {size}", paper, "does not fit", False)
+            )
             continue
         agrees = num_pools(best) == 1 if paper == "colocated" else named(best) == paper
         ours, why = f"{named(best)}: {best.step_s:.1f} s", ""
         if split is not None and best != split:
             ours += f"; {named(split)} {split.step_s:.1f} s"
         if split is not None and not agrees:
-            why = f"the paper's split takes {split.step_s / best.step_s - 1:+.1%}; {_cheap_gradients()}"
+            why = (
+                f"the paper's split takes {split.step_s / best.step_s - 1:+.1%}; "
+                f"{_cheap_gradients()}"
+            )
         rows.append(Row(f"13B with 70B critic and reward on {size}", paper, ours, agrees, why))
     return rows
 
@@ -204,18 +226,17 @@ def generation_rows() -> list[Row]:
                 f"{cut:.1f} %",
                 f"{saved:.1f} %",
                 abs(saved - cut) < 10,
-                "the direction is the same, the gain smaller: here the bytes of the KV cache per device do "
-                "not depend on tg, so that only "
-                "weights, collectives and the host's work per sequence differ; the paper's engine lost more "
-                "at tg=8",
+                "the direction is the same, the gain smaller: here the bytes of the KV cache per "
+                "device do not depend on tg, so that only weights, collectives and the host's "
+                "work per sequence differ; the paper's engine lost more at tg=8",
             )
         )
     return rows
 
 
 def generation_by_tg(model: str) -> dict[int, float]:
-    """Seconds of the actor's generation (with transition) for every tg at its best number of running
-    sequences; the actor's training states stay on the devices."""
+    """Seconds of the actor's generation (with transition) for every tg at its best number of
+    running sequences; the actor's training states stay on the devices."""
     setting = paper_setting(model, 16)
     layout = ModelLayout(p=1, t=8, d=2, zero=1, recompute=True, micro_batch_tokens=2048)
 
@@ -232,7 +253,8 @@ def generation_by_tg(model: str) -> dict[int, float]:
 
 
 def transition_rows() -> list[Row]:
-    """Seconds from training to generation at 70B, ours against gathering the whole model on every rank."""
+    """Seconds from training to generation at 70B, ours against gathering the whole model on
+    every rank."""
     setting = paper_setting("llama-70b", 64)
     machine, model = setting.machine(0), MODELS["llama-70b"]
     layout = ModelLayout(p=8, t=8, d=1, zero=1)
@@ -250,16 +272,23 @@ def transition_rows() -> list[Row]:
             "87.8 s",
             f"{whole:.1f} s",
             0.5 < whole / 87.8 < 2,
-            "here one large all-gather at the links' speed; DeepSpeed-Chat gathers layer by layer and keeps "
-            "to neither",
+            "here one large all-gather at the links' speed; DeepSpeed-Chat gathers layer by layer "
+            "and keeps to neither",
         ),
     ]
 
 
 def gather_everything_s(model: ModelSpec, machine: Machine, num_devices: int) -> float:
-    """DeepSpeed-Chat's way (docs/paper.md section 3): (tpd - 1)/(tpd) M on every rank, every node's link
-    shared by its 8 ranks."""
-    num_bytes = machine.space.parameter_bytes * model.num_parameters * (num_devices - 1) / num_devices
+    """DeepSpeed-Chat's way (docs/paper.md section 3): (tpd - 1)/(tpd) M on every rank, every
+    node's link shared by its 8 ranks."""
+    num_bytes = (
+        machine.space.parameter_bytes * model.num_parameters * (num_devices - 1) / num_devices
+    )
     per_node = machine.kind.devices_per_node
     far = (num_devices - per_node) / (num_devices - 1)
-    return per_node * num_bytes * far / (machine.kind.inter_bandwidth * machine.calibration.link_efficiency)
+    return (
+        per_node
+        * num_bytes
+        * far
+        / (machine.kind.inter_bandwidth * machine.calibration.link_efficiency)
+    )

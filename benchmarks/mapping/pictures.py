@@ -10,7 +10,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.mapping.tables import alike
 
-COLORS = {"llama-7b": "#4477aa", "llama-13b": "#228833", "llama-34b": "#cc6633", "llama-70b": "#aa3377"}
+COLORS = {
+    "llama-7b": "#4477aa",
+    "llama-13b": "#228833",
+    "llama-34b": "#cc6633",
+    "llama-70b": "#aa3377",
+}
 PANELS_ACROSS = 5
 PAPER_SEARCH_S = {8: 10, 16: 30, 24: 65, 32: 110, 48: 220, 64: 370, 96: 800, 128: 1400}
 """docs/paper.md section 4, read off a logarithmic plot."""
@@ -65,7 +70,13 @@ def draw_search_times(ours: dict[int, float], path: Path) -> None:
     """Seconds of the search against the paper's, by devices."""
     figure = _figure(6, 3.2)
     axis = figure.subplots()
-    axis.plot(list(PAPER_SEARCH_S), list(PAPER_SEARCH_S.values()), marker="s", markersize=4, color="#999999")
+    axis.plot(
+        list(PAPER_SEARCH_S),
+        list(PAPER_SEARCH_S.values()),
+        marker="s",
+        markersize=4,
+        color="#999999",
+    )
     axis.plot(list(ours), list(ours.values()), marker="o", markersize=4, color="#cc6633")
     axis.text(128, 1400, "  paper", va="center", color="#666666")
     axis.text(128, ours[128], "  here", va="center", color="#cc6633")

@@ -74,26 +74,35 @@ def throughput(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def prediction(rows: Sequence[dict[str, Any]], order: bool | None) -> str:
-    """A line per configuration, predicted / measured seconds per phase; how far off the worst is, and whether
-    placements rank rightly."""
+    """A line per configuration, predicted / measured seconds per phase; how far off the worst
+    is, and whether placements rank rightly."""
     if not rows:
         return "not measured"
     phases = list(dict.fromkeys(row["phase"] for row in rows))
     lines: dict[str, list[str]] = {}
     for row in rows:
         cells = lines.setdefault(row["configuration"], [row["configuration"], *[""] * len(phases)])
-        cells[1 + phases.index(row["phase"])] = f"{row['predicted_s']:.3g} / {row['measured_s']:.3g}"
+        cells[1 + phases.index(row["phase"])] = (
+            f"{row['predicted_s']:.3g} / {row['measured_s']:.3g}"
+        )
     off = [(abs(row["predicted_s"] / row["measured_s"] - 1), row) for row in rows]
     off.sort(key=lambda pair: pair[0])
     text = markdown(
-        ("predicted / measured s", *(phase.replace(".", ". ") for phase in phases)), list(lines.values())
+        ("predicted / measured s", *(phase.replace(".", ". ") for phase in phases)),
+        list(lines.values()),
     )
     worst, row = off[-1]
-    agreed = {True: "is the measured one", False: "is NOT the measured one", None: "was not measured"}[order]
+    agreed = {
+        True: "is the measured one",
+        False: "is NOT the measured one",
+        None: "was not measured",
+    }[order]
     return (
-        f"{text}\n\nMedian difference {off[len(off) // 2][0]:.0%}, largest {worst:.0%} ({row['phase']} of "
+        f"{text}\n\nMedian difference {off[len(off) // 2][0]:.0%}, largest {worst:.0%} "
+        f"({row['phase']} of "
         f"{row['configuration']}); "
-        f"{sum(difference <= 0.3 for difference, _ in off)} of {len(off)} are within 30 %. The predicted "
+        f"{sum(difference <= 0.3 for difference, _ in off)} of {len(off)} are within 30 %. The "
+        "predicted "
         f"order of placements {agreed}."
     )
 
@@ -121,7 +130,8 @@ def fill(text: str, content: dict[str, str]) -> str:
         )  # type: ignore[misc]
         if count != 1:
             raise ValueError(
-                f"the page has {count} places for {name!r}; it needs one `<!-- {name} -->` ... `<!-- end -->`"
+                f"the page has {count} places for {name!r}; it needs one `<!-- {name} -->` ... "
+                "`<!-- end -->`"
             )
     return text
 

@@ -1,15 +1,15 @@
-"""Moving weights from training to generation: our plans against gathering everything, on 8 gloo processes of
-this machine.
+"""Moving weights from training to generation: our plans against gathering everything, on 8 gloo
+processes of this machine.
 
 python -m benchmarks.reshard --json FILE
 
-Each row is one pair of layouts, timed in turns in the same processes: our plan (the grouping with the fewest
-bytes); the golden executor, in which every rank gathers the full model as DeepSpeed-Chat and FSDP trainers
-do; HybridFlow-V's way, a gather inside the training model-parallel group under its grouping. All three work
-in buckets of the same size, cast before they send, and are attested once. Beside them the paper's prediction
-(its table 2) for our received bytes. Then the whole sync in the actor, with its real engines, in one pool and
-across two (actor.py), and how long the plan of a 70B model on 512 ranks takes to compile. Ratios
-count; seconds depend on the machine.
+Each row is one pair of layouts, timed in turns in the same processes: our plan (the grouping with
+the fewest bytes); the golden executor, in which every rank gathers the full model as DeepSpeed-Chat
+and FSDP trainers do; HybridFlow-V's way, a gather inside the training model-parallel group under
+its grouping. All three work in buckets of the same size, cast before they send, and are attested
+once. Beside them the paper's prediction (its table 2) for our received bytes. Then the whole sync
+in the actor, with its real engines, in one pool and across two (actor.py), and how long the plan of
+a 70B model on 512 ranks takes to compile. Ratios count; seconds depend on the machine.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def main() -> None:
         print(f"{aim}: {'yes' if not misses else 'no, ' + ', '.join(misses)}")
     if arguments.json:
         arguments.json.write_text(
-            json.dumps({"rows": rows, "actor": synchronisations, "compile_70b_s": compile_s}, indent=1)
+            json.dumps(
+                {"rows": rows, "actor": synchronisations, "compile_70b_s": compile_s}, indent=1
+            )
         )
 
 
@@ -78,7 +80,11 @@ def seconds_to_compile_70b() -> float:
     layout = Layout.of(pp=8, tp=8, dp=8)
     source, target = threed(rules, layout), generation(rules, zero_redundancy(layout, tp=8))
     start = time.process_time()
-    verify(compile(source, target, bucket_bytes=256 << 20, nodes=[rank // 8 for rank in range(layout.size)]))
+    verify(
+        compile(
+            source, target, bucket_bytes=256 << 20, nodes=[rank // 8 for rank in range(layout.size)]
+        )
+    )
     return time.process_time() - start
 
 
@@ -90,14 +96,18 @@ def aims(rows: list[dict[str, Any]], compile_s: float) -> dict[str, list[str]]:
 
     return {
         "received bytes equal the bound": missing(
-            lambda row: (row["received_max"], row["received_total"]) == (row["bound_max"], row["bound_total"])
+            lambda row: (
+                (row["received_max"], row["received_total"])
+                == (row["bound_max"], row["bound_total"])
+            )
         ),
         "never slower than the other two": missing(
             lambda row: row["seconds"] <= min(row["seconds_golden"], row["seconds_vanilla"])
         ),
         "2x faster than gathering all where the bound is under half": missing(
             lambda row: (
-                2 * row["bound_max"] >= row["model_bytes"] or 2 * row["seconds"] <= row["seconds_golden"]
+                2 * row["bound_max"] >= row["model_bytes"]
+                or 2 * row["seconds"] <= row["seconds_golden"]
             )
         ),
         "extra memory under two buckets": missing(
@@ -110,18 +120,21 @@ def aims(rows: list[dict[str, Any]], compile_s: float) -> dict[str, list[str]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| training | generation pg-tg | received at most, MB | bound | paper | extra, MB | seconds | gather "
-        "all | V | attest |",
+        "| training | generation pg-tg | received at most, MB | bound | paper | extra, MB | "
+        "seconds | gather all | V | attest |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        paper = f"{row['paper_received_max'] / 1e6:.1f}" if row["paper_received_max"] is not None else "-"
+        paper = (
+            f"{row['paper_received_max'] / 1e6:.1f}"
+            if row["paper_received_max"] is not None
+            else "-"
+        )
         lines.append(
             f"| {row['source']} | {row['target']} | {row['received_max'] / 1e6:.1f} | "
-            f"{row['bound_max'] / 1e6:.1f} | {paper} "
-            f"| {row['extra_peak_bytes'] / 1e6:.1f} | {row['seconds']:.3f} | {row['seconds_golden']:.3f} | "
-            f"{row['seconds_vanilla']:.3f} "
-            f"| {row['seconds_attest']:.3f} |"
+            f"{row['bound_max'] / 1e6:.1f} | {paper} | {row['extra_peak_bytes'] / 1e6:.1f} | "
+            f"{row['seconds']:.3f} | {row['seconds_golden']:.3f} | {row['seconds_vanilla']:.3f} | "
+            f"{row['seconds_attest']:.3f} |"
         )
     return "\n".join(lines)
 

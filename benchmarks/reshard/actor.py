@@ -1,9 +1,9 @@
-"""What a weight sync costs inside the actor, with its real engines: moving, attesting, taking in (vLLM
-repacks on CPU), probing.
+"""What a weight sync costs inside the actor, with its real engines: moving, attesting, taking in
+(vLLM repacks on CPU), probing.
 
-Run by benchmarks.reshard. Two processes with one thread each and a Llama of about 100 MB in bf16, trained
-with float32 masters: in one pool (FSDP to two engines, tensor parallel to tensor parallel), and in two pools,
-where one process trains and the other generates.
+Run by benchmarks.reshard. Two processes with one thread each and a Llama of about 100 MB in bf16,
+trained with float32 masters: in one pool (FSDP to two engines, tensor parallel to tensor parallel),
+and in two pools, where one process trains and the other generates.
 """
 
 from __future__ import annotations
@@ -44,13 +44,15 @@ Report = dict[str, float]
 
 
 def run(directory: Path) -> list[dict[str, Any]]:
-    """A row for each case: medians of the later syncs of the slowest rank, the first one's preparation, and
-    the attestation's share."""
+    """A row for each case: medians of the later syncs of the slowest rank, the first one's
+    preparation, and the attestation's share."""
     make_model(directory / "model")
     rows = []
     for number, (name, case) in enumerate(CASES.items()):
         mp.spawn(worker, (str(directory), number, *case), nprocs=2)
-        reports = [json.loads((directory / f"sync-{number}-{rank}.json").read_text()) for rank in (0, 1)]
+        reports = [
+            json.loads((directory / f"sync-{number}-{rank}.json").read_text()) for rank in (0, 1)
+        ]
         rows.append({"case": name, **summary(reports)})
     return rows
 
@@ -79,7 +81,9 @@ def worker(
     torch.set_num_threads(1)
     size = 1 if split else 2
     store = f"{directory}/world-{number}-{rank if split else 0}"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0 if split else rank, world_size=size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=0 if split else rank, world_size=size
+    )
     context = RankContext(rank=dist.get_rank(), world_size=size, local_rank=rank)
     config = ActorConfig(
         model=ModelConfig(path=f"{directory}/model"),
@@ -88,7 +92,11 @@ def worker(
     )
     trainer = train_engine(config, context) if not split or rank == 0 else None
     sync = make_sync(
-        config, context, trainer, meet(directory, rank) if split else None, generates=not split or rank == 1
+        config,
+        context,
+        trainer,
+        meet(directory, rank) if split else None,
+        generates=not split or rank == 1,
     )
     dist.barrier(group=sync.group)
     first, attested, bare = sync.run(0), [], []
@@ -98,7 +106,9 @@ def worker(
         for sync.attestor, reports in ((attestor, attested), (Unattested(), bare)):
             dist.barrier(group=sync.group)
             reports.append(asdict(sync.run(version)))
-    Path(directory, f"sync-{number}-{rank}.json").write_text(json.dumps([asdict(first), attested, bare]))
+    Path(directory, f"sync-{number}-{rank}.json").write_text(
+        json.dumps([asdict(first), attested, bare])
+    )
     if sync.generator is not None:
         sync.generator.close()
     dist.destroy_process_group()
@@ -124,8 +134,8 @@ def train_engine(config: ActorConfig, context: RankContext) -> TrainingEngine:
 
 
 def meet(directory: str, rank: int) -> dist.ProcessGroup:
-    """The group over both processes; the address goes through a file, as it goes through the controller in a
-    run."""
+    """The group over both processes; the address goes through a file, as it goes through the
+    controller in a run."""
     address, point = Path(directory, "meeting"), None
     if rank == 0:
         point = spanning.MeetingPoint(spanning.LOOPBACK, size=2)
@@ -133,7 +143,13 @@ def meet(directory: str, rank: int) -> dist.ProcessGroup:
         address.with_suffix(".new").rename(address)
     while not address.exists():
         torch.empty(0)
-    where = {"rank": rank, "size": 2, "host": spanning.LOOPBACK, "device": "cpu", "timeout_s": 120.0}
+    where = {
+        "rank": rank,
+        "size": 2,
+        "host": spanning.LOOPBACK,
+        "device": "cpu",
+        "timeout_s": 120.0,
+    }
     return spanning.join(address.read_text(), point=point, **where)  # type: ignore[arg-type]
 
 
@@ -145,10 +161,19 @@ def make_sync(
     *,
     generates: bool,
 ) -> WeightSync:
-    settings: dict[str, Any] = {"probe_tolerance": 0.1, "vocab_size": VOCAB, "node": "here", "group": group}
+    settings: dict[str, Any] = {
+        "probe_tolerance": 0.1,
+        "vocab_size": VOCAB,
+        "node": "here",
+        "group": group,
+    }
     if not generates:
         return WeightSync(trainer, None, **settings)
-    layout = generation_grouping(config, trainer.layout).layout if trainer is not None else Layout.of(dp=1)
+    layout = (
+        generation_grouping(config, trainer.layout).layout
+        if trainer is not None
+        else Layout.of(dp=1)
+    )
     sampler = Sampler(config, context, layout)
     sync = WeightSync(trainer, sampler.engine, sampler.make_destination, **settings)
     if trainer is not None:
@@ -162,13 +187,17 @@ def make_sync(
 
 
 def summary(ranks: list[tuple[Report, list[Report], list[Report]]]) -> dict[str, float]:
-    """Medians over the syncs after the first, of the rank for which each part took longest; what attestation
-    adds to the slower rank."""
+    """Medians over the syncs after the first, of the rank for which each part took longest;
+    what attestation adds to the slower rank."""
     medians = {
-        part: max(statistics.median(report[part] for report in attested) for _, attested, _ in ranks)
+        part: max(
+            statistics.median(report[part] for report in attested) for _, attested, _ in ranks
+        )
         for part in PARTS
     }
-    bare = max(statistics.median(report["seconds"] for report in without) for _, _, without in ranks)
+    bare = max(
+        statistics.median(report["seconds"] for report in without) for _, _, without in ranks
+    )
     return medians | {
         "prepare_s": max(first["prepare_s"] for first, _, _ in ranks),
         "received_max": max(first["received_bytes"] for first, _, _ in ranks),
@@ -180,14 +209,14 @@ def summary(ranks: list[tuple[Report, list[Report], list[Report]]]) -> dict[str,
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| sync in the actor | received, MB | seconds | moving | attesting | taking in | probe | unattested "
-        "| attestation adds | prepare |",
+        "| sync in the actor | received, MB | seconds | moving | attesting | taking in | probe | "
+        "unattested | attestation adds | prepare |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         times = " | ".join(f"{row[part]:.3f}" for part in (*PARTS, "seconds_unattested"))
         lines.append(
-            f"| {row['case']} | {row['received_max'] / 1e6:.1f} | {times} | {100 * row['attest_share']:.1f} "
-            f"% | {row['prepare_s']:.2f} |"
+            f"| {row['case']} | {row['received_max'] / 1e6:.1f} | {times} | "
+            f"{100 * row['attest_share']:.1f} % | {row['prepare_s']:.2f} |"
         )
     return "\n".join(lines)

@@ -18,7 +18,15 @@ import torch
 import torch.distributed as dist
 
 from hybridflow.layout import Layout
-from hybridflow.resharding import Attestor, Executor, LocalParameter, LocalShard, ShardMap, compile, verify
+from hybridflow.resharding import (
+    Attestor,
+    Executor,
+    LocalParameter,
+    LocalShard,
+    ShardMap,
+    compile,
+    verify,
+)
 from hybridflow.resharding.analytic import ParameterRule, decoder_rules, fsdp, generation, threed
 from hybridflow.resharding.golden import reshard_golden
 from hybridflow.resharding.grouping import fewest_bytes, vanilla
@@ -49,7 +57,9 @@ class Case:
 
 def worker(rank: int, directory: str, arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/world", rank=rank, world_size=NUM_RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/world", rank=rank, world_size=NUM_RANKS
+    )
     rules, groups = model(arguments.dtype), training_groups()
     rows = []
     for source, pg, tg in CASES:
@@ -101,7 +111,8 @@ def measure(
     group: dist.ProcessGroup | None,
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    case, bucket_bytes = make_case(rules, name, pg, tg, arguments.source_dtype), arguments.bucket_mb << 20
+    case = make_case(rules, name, pg, tg, arguments.source_dtype)
+    bucket_bytes = arguments.bucket_mb << 20
     plan = compile(case.source, case.ours, bucket_bytes=bucket_bytes)
     certificate = verify(plan)
     executor = Executor(plan, case.sources, case.destinations)
@@ -109,11 +120,18 @@ def measure(
     replica = ShardMap.gather(case.sources, group)
 
     def golden() -> None:
-        reshard_golden(plan.source, dtypes, case.sources, case.destinations, bucket_bytes=bucket_bytes)
+        reshard_golden(
+            plan.source, dtypes, case.sources, case.destinations, bucket_bytes=bucket_bytes
+        )
 
     def hybridflow_v() -> None:
         reshard_golden(
-            replica, dtypes, case.sources, case.vanilla_destinations, group, bucket_bytes=bucket_bytes
+            replica,
+            dtypes,
+            case.sources,
+            case.vanilla_destinations,
+            group,
+            bucket_bytes=bucket_bytes,
         )
 
     attestor = Attestor(plan.source, case.sources, case.ours, case.destinations)
@@ -153,7 +171,9 @@ def measure(
     }
 
 
-def make_case(rules: list[ParameterRule], name: str, pg: int, tg: int, source_dtype: str | None) -> Case:
+def make_case(
+    rules: list[ParameterRule], name: str, pg: int, tg: int, source_dtype: str | None
+) -> Case:
     source = fsdp(rules, NUM_RANKS)
     if name in THREED:
         pp, tp, dp = THREED[name]
@@ -173,8 +193,8 @@ def make_case(rules: list[ParameterRule], name: str, pg: int, tg: int, source_dt
 
 
 def allocate(shard_map: ShardMap, filled: bool = False) -> list[LocalParameter]:
-    """This rank's memory; filled with numbers that depend on the place in the parameter, equal on all
-    replicas."""
+    """This rank's memory; filled with numbers that depend on the place in the parameter, equal
+    on all replicas."""
     rank, result = dist.get_rank(), []
     for number, spec in enumerate(shard_map.parameters):
         shards = []
@@ -197,8 +217,8 @@ def spoil(parameters: list[LocalParameter]) -> None:
 
 
 def in_turns(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call, all ranks from barrier to barrier; the calls alternate, so that a busy
-    machine hits all of them."""
+    """Median seconds of each call, all ranks from barrier to barrier; the calls alternate, so
+    that a busy machine hits all of them."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -217,4 +237,6 @@ def paper_received(name: str, pg: int, tg: int, model_bytes: int) -> int | None:
     pp, tp, _ = THREED[name]
     if tp % tg or pp % pg:
         return None
-    return round(hybridflow(pp=pp, tp=tp, generation_pp=pg, generation_tp=tg).received * model_bytes)
+    return round(
+        hybridflow(pp=pp, tp=tp, generation_pp=pg, generation_tp=tg).received * model_bytes
+    )

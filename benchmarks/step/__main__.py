@@ -30,7 +30,12 @@ HYBRIDFLOW, TRL = "hybridflow", "trl"
 TRL_SETTINGS: dict[str, list[dict[str, str]]] = {
     "3m": [
         {"precision": "bf16", "attention": "eager", "generation": "vllm", "micro_batch": "32"},
-        {"precision": "fp32", "attention": "sdpa", "generation": "transformers", "micro_batch": "32"},
+        {
+            "precision": "fp32",
+            "attention": "sdpa",
+            "generation": "transformers",
+            "micro_batch": "32",
+        },
     ],
     "30m": [
         {"precision": "bf16", "attention": "eager", "generation": "vllm", "micro_batch": "32"},
@@ -52,22 +57,34 @@ def main() -> None:
         "--trl-python", default=sys.executable, help="interpreter that has trl; this one by default"
     )
     parser.add_argument("--models", nargs="+", choices=sorted(SHAPES), default=sorted(SHAPES))
-    parser.add_argument("--lengths", nargs="+", choices=("fixed", "drawn"), default=["fixed", "drawn"])
-    parser.add_argument("--systems", nargs="+", choices=(HYBRIDFLOW, TRL), default=[HYBRIDFLOW, TRL])
+    parser.add_argument(
+        "--lengths", nargs="+", choices=("fixed", "drawn"), default=["fixed", "drawn"]
+    )
+    parser.add_argument(
+        "--systems", nargs="+", choices=(HYBRIDFLOW, TRL), default=[HYBRIDFLOW, TRL]
+    )
     parser.add_argument(
         "--steps", type=int, default=5, help="measured steps of a run, after two that warm up"
     )
     parser.add_argument("--repeats", type=int, default=2, help="times that everything is run")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of recipes.grpo for this system"
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of recipes.grpo for this system",
     )
     arguments = parser.parse_args()
-    systems = [system for system in arguments.systems if system != TRL or has_trl(arguments.trl_python)]
+    systems = [
+        system for system in arguments.systems if system != TRL or has_trl(arguments.trl_python)
+    ]
     results: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     with tempfile.TemporaryDirectory() as directory:
         prepare(Path(directory), arguments.models)
         overrides = dict(pair.split("=", 1) for pair in arguments.set)
-        for _, model, lengths in product(range(arguments.repeats), arguments.models, arguments.lengths):
+        for _, model, lengths in product(
+            range(arguments.repeats), arguments.models, arguments.lengths
+        ):
             for system, settings in runs(systems, model, overrides):
                 case = Case(
                     model=model,
@@ -83,7 +100,9 @@ def main() -> None:
                 result = run(system, case, arguments.trl_python)
                 results.setdefault(json.dumps(name), (name, []))[1].append(result)
                 step_s = statistics.median(step["step_s"] for step in result["steps"])
-                print(f"{system:>10} {model:>4} {lengths:>5} {step_s:6.2f} s {settings}", flush=True)
+                print(
+                    f"{system:>10} {model:>4} {lengths:>5} {step_s:6.2f} s {settings}", flush=True
+                )
     rows = [row(name, repeats) for name, repeats in results.values()]
     print(table(rows))
     if arguments.json:
@@ -98,7 +117,9 @@ def has_trl(python: str) -> bool:
     return importing.returncode == 0
 
 
-def runs(systems: list[str], model: str, overrides: dict[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+def runs(
+    systems: list[str], model: str, overrides: dict[str, str]
+) -> Iterator[tuple[str, dict[str, str]]]:
     """Every system with each of its settings; `overrides` are this system's."""
     for system in systems:
         if system == TRL:
@@ -124,7 +145,9 @@ def run(system: str, case: Case, trl_python: str) -> dict[str, Any]:
             env={**os.environ, "PYTHONWARNINGS": "ignore"},
         )
         if finished.returncode:
-            raise RuntimeError(f"{module} failed:\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}")
+            raise RuntimeError(
+                f"{module} failed:\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}"
+            )
         result: dict[str, Any] = json.loads(output.read_text())
     return result
 
@@ -170,7 +193,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         for row in systems[HYBRIDFLOW] if systems[TRL] else []:
             wall = min(trl["step_s"] for trl in systems[TRL]) / row["step_s"]
             cpu = min(trl["cpu_s"] for trl in systems[TRL]) / row["cpu_s"]
-            lines.append(f"{model} {lengths}: {wall:.2f}x faster than TRL ({cpu:.2f}x by CPU seconds)")
+            lines.append(
+                f"{model} {lengths}: {wall:.2f}x faster than TRL ({cpu:.2f}x by CPU seconds)"
+            )
     return "\n".join(lines)
 
 

@@ -78,7 +78,9 @@ class Case:
         count = PROMPTS * SAMPLES
         if self.lengths == "fixed":
             return np.full(count, RESPONSE_TOKENS, dtype=np.int64)
-        return np.random.default_rng([7, step]).integers(SHORTEST_RESPONSE, RESPONSE_TOKENS + 1, count)
+        return np.random.default_rng([7, step]).integers(
+            SHORTEST_RESPONSE, RESPONSE_TOKENS + 1, count
+        )
 
 
 def prepare(directory: Path, models: list[str]) -> None:
@@ -155,7 +157,9 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._ended.wait(0.5):
-            self.peak_bytes = max(self.peak_bytes, sum(private_bytes(process.pid) for process in _tree()))
+            self.peak_bytes = max(
+                self.peak_bytes, sum(private_bytes(process.pid) for process in _tree())
+            )
 
 
 def private_bytes(pid: int) -> int:

@@ -1,7 +1,7 @@
 """One run of recipes.grpo for benchmarks.step: CASE OUTPUT [setting=value ...]
 
-The recipe's session, step by step: reads the clock between the steps and, for sampled lengths, gives every
-row its limit.
+The recipe's session, step by step: reads the clock between the steps and, for sampled lengths,
+gives every row its limit.
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def run(case: Case, output: Path) -> None:
     with tempfile.TemporaryDirectory() as directory, PeakMemory() as memory:
         config = settings(case, directory)
         train(config, case, clock)
-        lines = [json.loads(line) for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (Path(directory) / "metrics.jsonl").read_text().splitlines()
+        ]
     steps = [
         {
             **times,

@@ -135,7 +135,11 @@ def make_trainer(case: Case, directory: str, watch: Watch) -> GRPOTrainer:
     dataset = load_dataset("parquet", data_files=case.data_path, split="train")
     with vllm_settings(bf16):
         return GRPOTrainer(
-            model=case.model_path, reward_funcs=rewards, args=config, train_dataset=dataset, callbacks=[watch]
+            model=case.model_path,
+            reward_funcs=rewards,
+            args=config,
+            train_dataset=dataset,
+            callbacks=[watch],
         )
 
 
@@ -174,7 +178,9 @@ def watch_vllm(trainer: GRPOTrainer, case: Case, phases: Phases) -> None:
 
     def limited(prompts: Any, sampling_params: Any, **kwargs: Any) -> Any:
         each = [copy.copy(sampling_params) for _ in prompts]
-        for params, tokens in zip(each, case.response_tokens(trainer.state.global_step), strict=True):
+        for params, tokens in zip(
+            each, case.response_tokens(trainer.state.global_step), strict=True
+        ):
             params.max_tokens = int(tokens)
         return generate(prompts, sampling_params=each, **kwargs)
 
@@ -192,7 +198,9 @@ def watch_transformers(trainer: GRPOTrainer, case: Case, phases: Phases) -> None
 
     def limited(*args: Any, **kwargs: Any) -> Any:
         lengths = case.response_tokens(trainer.state.global_step)
-        return generate(*args, **kwargs, logits_processor=LogitsProcessorList([EndAt(lengths, eos)]))
+        return generate(
+            *args, **kwargs, logits_processor=LogitsProcessorList([EndAt(lengths, eos)])
+        )
 
     trainer.model.generate = phases.around("generation", limited)
 
@@ -213,7 +221,9 @@ def run(case: Case, output: Path) -> None:
             "rollout", trainer._generate_and_score_completions
         )
         trainer._get_per_token_logps_and_entropies = phases.around(
-            "log_probs", trainer._get_per_token_logps_and_entropies, when=lambda: not torch.is_grad_enabled()
+            "log_probs",
+            trainer._get_per_token_logps_and_entropies,
+            when=lambda: not torch.is_grad_enabled(),
         )
         trainer.train()
     steps = []
@@ -221,11 +231,15 @@ def run(case: Case, output: Path) -> None:
         named = {name: seconds.get(name, 0.0) for name in ("generation", "sync", "log_probs")}
         # Everything outside the rollout is forward, backward and optimizer.
         named["update"] = times["step_s"] - seconds["rollout"]
-        named["other"] = seconds["rollout"] - sum(named[name] for name in ("generation", "sync", "log_probs"))
+        named["other"] = seconds["rollout"] - sum(
+            named[name] for name in ("generation", "sync", "log_probs")
+        )
         steps.append(
             {
                 **times,
-                "tokens": float(case.response_tokens(number).sum() + PROMPTS * SAMPLES * PROMPT_TOKENS),
+                "tokens": float(
+                    case.response_tokens(number).sum() + PROMPTS * SAMPLES * PROMPT_TOKENS
+                ),
                 "phases": named,
             }
         )

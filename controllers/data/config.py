@@ -1,5 +1,5 @@
-"""Settings of the data: where prompts come from, which columns they are in, how they become tokens and
-batches."""
+"""Settings of the data: where prompts come from, which columns they are in, how they become
+tokens and batches."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 
 class Overlong(StrEnum):
-    """What happens to a row over the limit (max_prompt_tokens, max_tokens). Cutting it is not offered: it
-    would be another one."""
+    """What happens to a row over the limit (max_prompt_tokens, max_tokens). Cutting it is not
+    offered: it would be another one."""
 
     drop = "drop"
     """Leave it out; how many were is logged."""
@@ -20,13 +20,13 @@ class Overlong(StrEnum):
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """DataConfig(train="data/train.parquet", validation=["openai/gsm8k:main:test"], prompt_column="question",
-    batch_size=128)"""
+    """DataConfig(train="data/train.parquet", validation=["openai/gsm8k:main:test"],
+    prompt_column="question", batch_size=128)"""
 
     train: Any = "???"
-    """A file, directory, glob or hub name, or a list of them. Files are .parquet or .jsonl; a hub name is
-    owner/name, owner/name:split or owner/name:config:split (the split is "train" where it is not named). What
-    exists on disk is taken as a file."""
+    """A file, directory, glob or hub name, or a list of them. Files are .parquet or .jsonl; a
+    hub name is owner/name, owner/name:split or owner/name:config:split (the split is "train"
+    where it is not named). What exists on disk is taken as a file."""
     validation: Any = None
     """The same for held-out prompts; null for none."""
     prompt_column: str = "prompt"
@@ -36,19 +36,22 @@ class DataConfig:
     response_column: str = "response"
     """Demonstrations: the text that answers the prompt."""
     messages_column: str | None = None
-    """Demonstrations: the column of whole conversations, in place of prompt and response; every assistant
-    turn is learned."""
+    """Demonstrations: the column of whole conversations, in place of prompt and response; every
+    assistant turn is learned."""
     chosen_column: str = "chosen"
-    """Preference pairs: the better response to the prompt, as text or as a list of one assistant message."""
+    """Preference pairs: the better response to the prompt, as text or as a list of one
+    assistant message."""
     rejected_column: str = "rejected"
     chosen_safe_column: str = "chosen_safe"
-    """Pairs of a cost model: whether the chosen response is safe (true or false), and the rejected one."""
+    """Pairs of a cost model: whether the chosen response is safe (true or false), and the
+    rejected one."""
     rejected_safe_column: str = "rejected_safe"
     columns: list[str] | None = None
-    """Further columns for the reward function, under their own names; null for all the others that the data
-    has."""
+    """Further columns for the reward function, under their own names; null for all the others
+    that the data has."""
     batch_size: int = 128
-    """Prompts of one step, over all ranks. It need not divide anything: a batch goes on into the next epoch.
+    """Prompts of one step, over all ranks. It need not divide anything: a batch goes on into the
+    next epoch.
    """
     shuffle: bool = True
     """A new order in every epoch; false keeps the order of the files."""
@@ -59,7 +62,8 @@ class DataConfig:
     """Demonstrations and preference pairs: most tokens of a prompt with its (longer) response."""
     overlong: Overlong = Overlong.drop
     text_as_user_message: bool = False
-    """Make a text prompt the message of a user, for chat models; false continues the text as it stands."""
+    """Make a text prompt the message of a user, for chat models; false continues the text as it
+    stands."""
     chat_template: str | None = None
     """File with a Jinja chat template, for a tokenizer that has none or another one."""
     chat_template_options: dict[str, Any] = field(default_factory=dict)
@@ -91,16 +95,23 @@ class DataConfig:
             places("data.validation", self.validation)
         if self.pretraining is not None:
             places("data.pretraining", self.pretraining)
-        taken = [name for name in (self.prompt_column, self.answer_column) if name in (self.columns or [])]
+        taken = [
+            name
+            for name in (self.prompt_column, self.answer_column)
+            if name in (self.columns or [])
+        ]
         if taken:
             raise ValueError(
-                f"data.columns has {taken[0]!r}, which is the prompt or the answer already; leave it out"
+                f"data.columns has {taken[0]!r}, which is the prompt or the answer already; leave "
+                "it out"
             )
 
 
 def places(field_name: str, value: Any) -> list[str]:
     """One place or several, as a list of strings."""
     listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, Sequence) or not all(isinstance(place, str) and place for place in listed):
+    if not isinstance(listed, Sequence) or not all(
+        isinstance(place, str) and place for place in listed
+    ):
         raise ValueError(f"{field_name} is {value!r}; give a file, a hub name, or a list of them")
     return list(listed)

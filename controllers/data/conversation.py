@@ -77,7 +77,9 @@ class ConversationTokenizer:
 
     def conversation(self, row: SourceRow, messages: Sequence[dict[str, Any]]) -> Answered:
         """Every assistant turn learned; messages after the last one are left out."""
-        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [
+            number for number, message in enumerate(messages) if message["role"] == "assistant"
+        ]
         if not turns:
             raise ValueError(
                 f"{row.place}: no message has the role 'assistant', so there is nothing to learn; "
@@ -85,7 +87,9 @@ class ConversationTokenizer:
             )
         return self._of_turns(row, messages, turns)
 
-    def _of_turns(self, row: SourceRow, messages: Sequence[dict[str, Any]], turns: Sequence[int]) -> Answered:
+    def _of_turns(
+        self, row: SourceRow, messages: Sequence[dict[str, Any]], turns: Sequence[int]
+    ) -> Answered:
         pieces, done = [], ""
         for turn in turns:
             before = self._rendered(row, messages[:turn], done, generation_prompt=True)
@@ -98,7 +102,12 @@ class ConversationTokenizer:
         return self._tokens(row, pieces)
 
     def _rendered(
-        self, row: SourceRow, messages: Sequence[dict[str, Any]], begin: str, *, generation_prompt: bool
+        self,
+        row: SourceRow,
+        messages: Sequence[dict[str, Any]],
+        begin: str,
+        *,
+        generation_prompt: bool,
     ) -> str:
         """The template's text, which must go on from what it made of fewer messages."""
         text = self.prompts.render(row, list(messages), generation_prompt=generation_prompt)

@@ -35,7 +35,9 @@ class PromptDataset(RowDataset):
         tokenize = PromptTokenizer(tokenizer, config)
 
         def encode(rows: Sequence[SourceRow]) -> list[EncodedRow]:
-            return [_encoded(row, ids, config) for row, ids in zip(rows, tokenize(rows), strict=True)]
+            return [
+                _encoded(row, ids, config) for row, ids in zip(rows, tokenize(rows), strict=True)
+            ]
 
         return encode
 

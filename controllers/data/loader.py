@@ -1,8 +1,8 @@
 """RowLoader: batches of a dataset's rows, epoch after epoch, from an exactly known position.
 
-The order of an epoch depends on (seed, epoch) only. Rows form one endless stream, epoch 0, then epoch 1, ...;
-a batch is the next batch_size of it, so no row is lost or repeated at the end of an epoch. Leaves out
-prefetching: rows are already tokens.
+The order of an epoch depends on (seed, epoch) only. Rows form one endless stream, epoch 0, then
+epoch 1, ...; a batch is the next batch_size of it, so no row is lost or repeated at the end of an
+epoch. Leaves out prefetching: rows are already tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class RowLoader:
         if not self.config.shuffle:
             return np.arange(len(self.dataset), dtype=np.int64)
         if self._order is None or self._order[0] != epoch:
-            # A bit generator's raw stream, unlike Generator.permutation, is the same in every numpy version.
+            # A bit generator's raw stream, unlike Generator.permutation, is the same in every numpy
+            # version.
             key = np.array([self.config.seed, epoch], dtype=np.uint64)
             keys = np.random.Philox(key=key).random_raw(len(self.dataset))
             self._order = epoch, np.argsort(keys, kind="stable").astype(np.int64)
@@ -74,17 +75,15 @@ class RowLoader:
         if state["fingerprint"] != self.dataset.fingerprint:
             raise ValueError(
                 f"resume: the checkpoint's data had {state['num_rows']} rows and fingerprint "
-                f"{state['fingerprint'][:12]}, this one "
-                f"has {len(self.dataset)} and {self.dataset.fingerprint[:12]}, so its position "
-                f"{state['position']} means nothing here; "
-                "give the same data.train, columns, length limits and tokenizer, or start anew in another "
-                "output_dir"
+                f"{state['fingerprint'][:12]}, this one has {len(self.dataset)} and "
+                f"{self.dataset.fingerprint[:12]}, so its position {state['position']} means "
+                "nothing here; give the same data.train, columns, length limits and tokenizer, or "
+                "start anew in another output_dir"
             )
         for name, value in (("shuffle", self.config.shuffle), ("seed", self.config.seed)):
             if state[name] != value:
                 raise ValueError(
-                    f"resume: data.{name} is {value}, the checkpoint was written with {state[name]}; rows "
-                    "would be lost or repeated. "
-                    f"Set data.{name}={state[name]}"
+                    f"resume: data.{name} is {value}, the checkpoint was written with "
+                    f"{state[name]}; rows would be lost or repeated. Set data.{name}={state[name]}"
                 )
         self.position = int(state["position"])

@@ -83,7 +83,9 @@ class RowDataset(ABC):
         given."""
 
     @classmethod
-    def load(cls, config: DataConfig, where: str | Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Self:
+    def load(
+        cls, config: DataConfig, where: str | Sequence[str], tokenizer: PreTrainedTokenizerBase
+    ) -> Self:
         """Reads, checks and tokenises everything."""
         with tempfile.TemporaryFile() as tokens, tempfile.TemporaryFile() as columns:
             writer = _Writer(tokens, columns, config, cls.length_limit, cls.noun)
@@ -124,7 +126,8 @@ class RowDataset(ABC):
         row = np.asarray(index, dtype=np.int64)
         if len(row) and not (row.min() >= 0 and row.max() < len(self)):
             raise ValueError(
-                f"data: rows {row.min()} to {row.max()} asked for; the dataset has 0 to {len(self) - 1}"
+                f"data: rows {row.min()} to {row.max()} asked for; the dataset has 0 to "
+                f"{len(self) - 1}"
             )
         return row
 
@@ -153,7 +156,9 @@ class RowDataset(ABC):
 class _Writer:
     """Appends rows to two open files and maps them at the end."""
 
-    def __init__(self, tokens: Any, columns: Any, config: DataConfig, length_limit: str, noun: str) -> None:
+    def __init__(
+        self, tokens: Any, columns: Any, config: DataConfig, length_limit: str, noun: str
+    ) -> None:
         self.tokens, self.columns = cast(BinaryIO, tokens), cast(BinaryIO, columns)
         self.limit_name, self.limit = length_limit, vars(config)[length_limit]
         self.overlong, self.noun = config.overlong, noun
@@ -175,7 +180,9 @@ class _Writer:
             return
         self.num_rows += 1
         for part in encoded.parts:
-            self._append(self.tokens, self.token_ends, np.asarray(part, dtype=np.int32).tobytes(), 4)
+            self._append(
+                self.tokens, self.token_ends, np.asarray(part, dtype=np.int32).tobytes(), 4
+            )
         self._append(self.columns, self.columns_ends, columns, 1)
 
     def _append(self, file: BinaryIO, ends: list[int], data: bytes, width: int) -> None:
@@ -196,7 +203,10 @@ class _Writer:
             raise ValueError(f"data {where!r} has no rows; {fix}")
         if self.num_overlong:
             LOGGER.warning(
-                ("data %s: dropped %d of %d %s with more than data.%s=%d tokens (the longest has %d)"),
+                (
+                    "data %s: dropped %d of %d %s with more than data.%s=%d tokens (the longest "
+                    "has %d)"
+                ),
                 where,
                 self.num_overlong,
                 self.num_overlong + self.num_rows,
@@ -221,7 +231,9 @@ def _encode(row: SourceRow, columns: dict[str, Any]) -> bytes:
         return json.dumps(columns).encode()
     except (TypeError, ValueError) as error:
         wrong = ", ".join(
-            f"{name!r} ({type(value).__name__})" for name, value in columns.items() if not _is_plain(value)
+            f"{name!r} ({type(value).__name__})"
+            for name, value in columns.items()
+            if not _is_plain(value)
         )
         raise ValueError(
             f"{row.place}: columns that hold no plain values (text, numbers, lists, dicts): "

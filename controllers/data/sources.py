@@ -65,7 +65,9 @@ def find_files(place: str) -> list[Path] | None:
         raise ValueError(f"data {place!r}: no file there ends in {' or '.join(SUFFIXES)}")
     wrong = [file for file in files if file.suffix not in SUFFIXES]
     if wrong:
-        raise ValueError(f"data {str(wrong[0])!r}: only {' and '.join(SUFFIXES)} files are read; convert it")
+        raise ValueError(
+            f"data {str(wrong[0])!r}: only {' and '.join(SUFFIXES)} files are read; convert it"
+        )
     return files
 
 
@@ -78,7 +80,9 @@ def read_parquet(path: Path) -> Iterator[SourceRow]:
                     yield SourceRow(f"{path}, row {number} (from 0)", values)
                     number += 1
     except pyarrow.ArrowException as error:
-        raise ValueError(f"data {str(path)!r} can't be read as parquet: {error}; write it anew") from error
+        raise ValueError(
+            f"data {str(path)!r} can't be read as parquet: {error}; write it anew"
+        ) from error
 
 
 def read_jsonl(path: Path) -> Iterator[SourceRow]:
@@ -91,7 +95,9 @@ def read_jsonl(path: Path) -> Iterator[SourceRow]:
             try:
                 values = json.loads(line)
             except UnicodeDecodeError as error:
-                raise ValueError(f"{place}: not UTF-8 text ({error}); save the file as UTF-8") from error
+                raise ValueError(
+                    f"{place}: not UTF-8 text ({error}); save the file as UTF-8"
+                ) from error
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{place}: not valid JSON: {error.msg} at character {error.pos + 1} of "
@@ -99,7 +105,8 @@ def read_jsonl(path: Path) -> Iterator[SourceRow]:
                 ) from error
             if not isinstance(values, dict):
                 raise ValueError(
-                    f"{place}: a {type(values).__name__}, not a JSON object; write {{column: value, ...}}"
+                    f"{place}: a {type(values).__name__}, not a JSON object; write {{column: "
+                    "value, ...}"
                 )
             yield SourceRow(place, values)
 
@@ -111,7 +118,9 @@ def read_hub(place: str) -> Iterator[SourceRow]:
 
     name, *rest = place.split(":")
     if len(rest) > 2 or not all((name, *rest)):
-        raise ValueError(f"data {place!r}: write owner/name, owner/name:split or owner/name:config:split")
+        raise ValueError(
+            f"data {place!r}: write owner/name, owner/name:split or owner/name:config:split"
+        )
     split, config = "train", None
     if rest:
         split = rest[-1]

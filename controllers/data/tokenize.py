@@ -65,7 +65,10 @@ class PromptTokenizer:
         for rendered, special in ((texts, True), (chats, False)):
             if rendered:
                 encoded = self.tokenizer(
-                    list(rendered.values()), add_special_tokens=special, padding=False, truncation=False
+                    list(rendered.values()),
+                    add_special_tokens=special,
+                    padding=False,
+                    truncation=False,
                 )
                 for i, tokens in zip(rendered, encoded["input_ids"], strict=True):
                     ids[i] = tokens
@@ -77,7 +80,9 @@ class PromptTokenizer:
         prompt = value_of(row, column, "data.prompt_column")
         if isinstance(prompt, str):
             if not prompt.strip():
-                raise ValueError(f"{row.place}: {column!r} is empty; remove the row or give it a prompt")
+                raise ValueError(
+                    f"{row.place}: {column!r} is empty; remove the row or give it a prompt"
+                )
             if self.config.text_as_user_message:
                 return [{"role": "user", "content": prompt}]
             return prompt
@@ -107,7 +112,8 @@ class PromptTokenizer:
             )
         except jinja2.TemplateError as error:
             raise ValueError(
-                f"{row.place}: the chat template rejects the messages ({error}); change one of the two"
+                f"{row.place}: the chat template rejects the messages ({error}); change one of "
+                "the two"
             ) from error
         assert isinstance(text, str)
         return text
@@ -165,7 +171,8 @@ def check_messages(row: SourceRow, column: str, what: str = "") -> list[dict[str
         if messages == []:
             shown = "an empty list"
         raise ValueError(
-            f"{row.place}: {column!r} is {shown}; it must be {what}a list of {{role, content}} messages"
+            f"{row.place}: {column!r} is {shown}; it must be {what}a list of {{role, content}} "
+            "messages"
         )
     return [_message(row, column, number, message) for number, message in enumerate(messages)]
 
@@ -174,7 +181,9 @@ def _message(row: SourceRow, column: str, number: int, message: Any) -> dict[str
     """The message without the nulls that parquet puts where other messages have a field."""
     place = f"{row.place}: message {number} (from 0) of {column!r}"
     if not isinstance(message, dict):
-        raise ValueError(f"{place} is a {type(message).__name__}; write {{'role': ..., 'content': ...}}")
+        raise ValueError(
+            f"{place} is a {type(message).__name__}; write {{'role': ..., 'content': ...}}"
+        )
     for name in ("role", "content"):
         if not isinstance(message.get(name), str):
             raise ValueError(f"{place} has {name}={message.get(name)!r}; it must be text")

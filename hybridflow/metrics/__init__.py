@@ -1,5 +1,5 @@
-"""Metrics and samples of a run: one Tracker in front of console, JSONL, TensorBoard, Weights & Biases and
-Prometheus, and plots of a run."""
+"""Metrics and samples of a run: one Tracker in front of console, JSONL, TensorBoard, Weights &
+Biases and Prometheus, and plots of a run."""
 
 from hybridflow.metrics.curves import Curve, draw_curves
 from hybridflow.metrics.jsonl import read_jsonl, read_samples

@@ -1,6 +1,7 @@
 """The console: a live panel in a terminal, one line per step in a file or a job log.
 
-Shows the latest step, and one sample whenever there are some; the record of a run are the JSONL files.
+Shows the latest step, and one sample whenever there are some; the record of a run are the JSONL
+files.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ class ConsoleSink(Sink):
     """Live panel on a terminal, lines elsewhere."""
 
     def __init__(
-        self, names: Sequence[str], total_steps: int, start_step: int, console: Console | None = None
+        self,
+        names: Sequence[str],
+        total_steps: int,
+        start_step: int,
+        console: Console | None = None,
     ) -> None:
         self._console = console or Console(soft_wrap=True)
         self._names = list(names)
@@ -88,11 +93,17 @@ class ConsoleSink(Sink):
     def _print(self, title: str, metrics: Mapping[str, float]) -> None:
         parts = [
             title,
-            *(f"{name} {compact(value)}" for name, value in metrics.items() if not name.startswith(PHASE)),
+            *(
+                f"{name} {compact(value)}"
+                for name, value in metrics.items()
+                if not name.startswith(PHASE)
+            ),
         ]
         if self._latest is not None and title.startswith("step"):
             parts.append(_phases(self._latest.metrics))
-        self._console.print(" | ".join(part for part in parts if part), highlight=False, markup=False)
+        self._console.print(
+            " | ".join(part for part in parts if part), highlight=False, markup=False
+        )
 
     def _panel(self) -> RenderableType:
         if self._latest is None:
@@ -142,7 +153,9 @@ def print_sample(console: Console, sample: Sample, title: str) -> None:
     if console.is_terminal:
         console.print(_sample_panel(sample, title))
     else:
-        console.print("\n".join(_sample_lines(sample, title)), highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            "\n".join(_sample_lines(sample, title)), highlight=False, markup=False, soft_wrap=True
+        )
 
 
 def _sample_panel(sample: Sample, title: str) -> RenderableType:
@@ -152,7 +165,11 @@ def _sample_panel(sample: Sample, title: str) -> RenderableType:
     grid.add_row("prompt", Text(shorten(sample.prompt, PROMPT_CHARACTERS)))
     grid.add_row("response", Text(shorten(sample.response, RESPONSE_CHARACTERS), style="bold"))
     return Panel(
-        grid, title=title, title_align="left", subtitle=escape(_verdict(sample)), subtitle_align="left"
+        grid,
+        title=title,
+        title_align="left",
+        subtitle=escape(_verdict(sample)),
+        subtitle_align="left",
     )
 
 
@@ -166,7 +183,9 @@ def _sample_lines(sample: Sample, title: str) -> list[str]:
 def _verdict(sample: Sample) -> str:
     """reward 1 | reward/format 0.5 | finish stop | weights 12"""
     scores = [f"{name} {compact(value)}" for name, value in sample.scores.items()]
-    return " | ".join([*scores, f"finish {sample.finish_reason}", f"weights {sample.weight_version}"])
+    return " | ".join(
+        [*scores, f"finish {sample.finish_reason}", f"weights {sample.weight_version}"]
+    )
 
 
 def compact(value: float) -> str:
@@ -179,17 +198,22 @@ def compact(value: float) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """The last values as bars between their own minimum and maximum; ! where a value is not finite."""
+    """The last values as bars between their own minimum and maximum; ! where a value is not
+    finite."""
     values = values[-WIDTH:]
     finite = [value for value in values if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(SPARKS[round((value - low) * scale)] if math.isfinite(value) else "!" for value in values)
+    return "".join(
+        SPARKS[round((value - low) * scale)] if math.isfinite(value) else "!" for value in values
+    )
 
 
 def _phases(metrics: Mapping[str, float]) -> str:
     """8.1 s (generation 3, update 4.9)."""
-    phases = {name.removeprefix(PHASE): value for name, value in metrics.items() if name.startswith(PHASE)}
+    phases = {
+        name.removeprefix(PHASE): value for name, value in metrics.items() if name.startswith(PHASE)
+    }
     total = phases.pop("step", sum(phases.values()))
     inner = ", ".join(f"{name} {value:.2f}" for name, value in phases.items())
     return (f"{total:.2f} s" + (f" ({inner})" if inner else "")) if phases or total else ""
@@ -198,5 +222,9 @@ def _phases(metrics: Mapping[str, float]) -> str:
 def _flat(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = []
     for name, value in values.items():
-        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
+        rows += (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, Mapping)
+            else [(prefix + name, value)]
+        )
     return rows

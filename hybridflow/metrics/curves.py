@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 COLORS = ("#2a6f97", "#d1495b", "#3a7d44", "#8a5a9e")
 FEW = 30
-"""Up to this many points are drawn as they are, with markers; more get a smoothed line in front of them."""
+"""Up to this many points are drawn as they are, with markers; more get a smoothed line in front
+of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +34,8 @@ class Curve:
 
 
 def draw_curves(jsonl: Path, png: Path, curves: Sequence[Curve], *, title: str = "") -> None:
-    """One panel per curve over the training step, side by side; first and last value stand beside the
-    title."""
+    """One panel per curve over the training step, side by side; first and last value stand
+    beside the title."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -49,8 +50,12 @@ def draw_curves(jsonl: Path, png: Path, curves: Sequence[Curve], *, title: str =
             if row["split"] == curve.split and curve.metric in row
         ]
         if not points:
-            known = sorted({f"{row['split']}/{name}" for row in rows for name in row if name not in RESERVED})
-            raise ValueError(f"curve: {jsonl} has no {curve.split}/{curve.metric}; it has {', '.join(known)}")
+            known = sorted(
+                {f"{row['split']}/{name}" for row in rows for name in row if name not in RESERVED}
+            )
+            raise ValueError(
+                f"curve: {jsonl} has no {curve.split}/{curve.metric}; it has {', '.join(known)}"
+            )
         _draw(axis, curve, [step for step, _ in points], [value for _, value in points], color)
     if title:
         figure.suptitle(title, fontweight="bold", fontsize=12)
@@ -69,9 +74,15 @@ def _draw(axis: Axes, curve: Curve, steps: list[int], values: list[float], color
         axis.plot(steps, values, color=color, linewidth=1, alpha=0.3)
         axis.plot(steps, _smooth(values), color=color, linewidth=2.2)
     shown = values if len(values) <= FEW else _smooth(values)
-    first, last = (f"{value:.0f} %" if curve.percent else f"{value:.3g}" for value in (shown[0], shown[-1]))
+    first, last = (
+        f"{value:.0f} %" if curve.percent else f"{value:.3g}" for value in (shown[0], shown[-1])
+    )
     axis.set_title(
-        f"{first} \N{RIGHTWARDS ARROW} {last}", loc="right", fontsize=11, color=color, fontweight="bold"
+        f"{first} \N{RIGHTWARDS ARROW} {last}",
+        loc="right",
+        fontsize=11,
+        color=color,
+        fontweight="bold",
     )
     axis.set_title(curve.label or curve.metric, loc="left", fontsize=11)
     axis.set_xlabel("training step")
@@ -81,7 +92,8 @@ def _draw(axis: Axes, curve: Curve, steps: list[int], values: list[float], color
 
 
 def _smooth(values: Sequence[float], half_width: int = 4) -> list[float]:
-    """Centred mean over up to 2 x half_width + 1 neighbours; symmetric, so that a rise is not drawn late."""
+    """Centred mean over up to 2 x half_width + 1 neighbours; symmetric, so that a rise is not
+    drawn late."""
     smooth = []
     for index in range(len(values)):
         reach = min(half_width, index, len(values) - 1 - index)

@@ -1,5 +1,5 @@
-"""The JSONL record of a run, readable by pandas.read_json(lines=True): a flat JSON object for every call of
-log in metrics.jsonl, and for every sample in samples.jsonl.
+"""The JSONL record of a run, readable by pandas.read_json(lines=True): a flat JSON object for every
+call of log in metrics.jsonl, and for every sample in samples.jsonl.
 
 Not-a-number and the infinities are not JSON; they are written as the strings "NaN", "Infinity" and
 "-Infinity", which read_jsonl (and Python's float) turn back.
@@ -23,13 +23,14 @@ SAMPLES = "samples.jsonl"
 
 
 class JsonlSink(Sink):
-    """<directory>/metrics.jsonl and samples.jsonl, flushed at every line, and <directory>/summary.json."""
+    """<directory>/metrics.jsonl and samples.jsonl, flushed at every line, and
+    <directory>/summary.json."""
 
     failures = ()
 
     def __init__(self, directory: Path, start_step: int) -> None:
-        """Lines after `start_step` that an earlier run left are dropped; with start_step 0 the files start
-        afresh."""
+        """Lines after `start_step` that an earlier run left are dropped; with start_step 0 the
+        files start afresh."""
         self._directory = directory
         self._metrics = _continue(directory / "metrics.jsonl", start_step)
         self._samples = _continue(directory / SAMPLES, start_step)
@@ -56,11 +57,13 @@ class JsonlSink(Sink):
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl with floats restored. A last line cut off by a crash is left out; any other
-    broken line is a ValueError."""
+    """The rows of metrics.jsonl with floats restored. A last line cut off by a crash is left
+    out; any other broken line is a ValueError."""
     rows = []
     for row in _read_lines(path):
-        rows.append({name: value if name in RESERVED else float(value) for name, value in row.items()})
+        rows.append(
+            {name: value if name in RESERVED else float(value) for name, value in row.items()}
+        )
     return rows
 
 
@@ -87,7 +90,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not a JSON line ({error}); remove the line") from error
+            raise ValueError(
+                f"{path}:{number}: not a JSON line ({error}); remove the line"
+            ) from error
     return rows
 
 

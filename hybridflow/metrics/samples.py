@@ -13,8 +13,9 @@ TEXT_FIELDS = ("prompt", "response")
 
 @dataclass(kw_only=True)
 class SamplesConfig:
-    """How many of the model's responses are shown, with prompt and reward: all of them in samples.jsonl,
-    Weights & Biases and TensorBoard, one in the console. The same seed shows the same prompts."""
+    """How many of the model's responses are shown, with prompt and reward: all of them in
+    samples.jsonl, Weights & Biases and TensorBoard, one in the console. The same seed shows the
+    same prompts."""
 
     validation: int = 4
     """Responses of each validation; 0: none."""
@@ -24,7 +25,11 @@ class SamplesConfig:
     """Training steps between those that show responses; 0: none does."""
 
     def __post_init__(self) -> None:
-        values = {"validation": self.validation, "train": self.train, "train_every": self.train_every}
+        values = {
+            "validation": self.validation,
+            "train": self.train,
+            "train_every": self.train_every,
+        }
         for name, value in values.items():
             if value < 0:
                 raise ValueError(f"metrics.samples.{name} is {value}; use 0 or more")

@@ -1,5 +1,5 @@
-"""Sinks: where a Tracker's numbers and samples go. TensorBoard, Weights & Biases, Prometheus; console.py and
-jsonl.py hold the other two.
+"""Sinks: where a Tracker's numbers and samples go. TensorBoard, Weights & Biases, Prometheus;
+console.py and jsonl.py hold the other two.
 
 A sink's library is imported when the sink is made, so that a run pays only for what it uses.
 """
@@ -37,12 +37,12 @@ class Row:
 
 
 class Sink(ABC):
-    """A destination of metrics and samples. Its constructor raises a ValueError for everything that would
-    make log fail."""
+    """A destination of metrics and samples. Its constructor raises a ValueError for everything
+    that would make log fail."""
 
     failures: tuple[type[Exception], ...] = (OSError, RuntimeError)
-    """The errors that log, show, summary and close may raise when the world breaks; the Tracker then drops
-    the sink instead of the run."""
+    """The errors that log, show, summary and close may raise when the world breaks; the Tracker
+    then drops the sink instead of the run."""
 
     @abstractmethod
     def log(self, row: Row) -> None: ...
@@ -63,7 +63,8 @@ class TensorBoardSink(Sink):
     def __init__(self, directory: Path, start_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        # purge_step hides what an earlier run logged after the checkpoint that this one starts from.
+        # purge_step hides what an earlier run logged after the checkpoint that this one starts
+        # from.
         self._writer = SummaryWriter(
             str(directory), purge_step=start_step + 1 if start_step else None, flush_secs=10
         )
@@ -85,8 +86,8 @@ class TensorBoardSink(Sink):
 
 
 class WandbSink(Sink):
-    """A Weights & Biases run that goes on under its old id when the directory holds one. Samples are a table
-    <split>/samples of each step that shows any."""
+    """A Weights & Biases run that goes on under its old id when the directory holds one.
+    Samples are a table <split>/samples of each step that shows any."""
 
     def __init__(
         self,
@@ -120,16 +121,21 @@ class WandbSink(Sink):
             )
         except (wandb.Error, OSError) as error:
             raise ValueError(
-                f"metrics.wandb: {mode} run could not be started: {error}; set metrics.wandb=offline or off"
+                f"metrics.wandb: {mode} run could not be started: {error}; set "
+                "metrics.wandb=offline or off"
             ) from error
         id_file.write_text(run_id)
-        # Its own step counter refuses to go back, as a resumed run must; ours is a value like any other.
+        # Its own step counter refuses to go back, as a resumed run must; ours is a value like any
+        # other.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def log(self, row: Row) -> None:
         self._run.log(
-            {"step": row.step, **{f"{row.split}/{name}": value for name, value in row.metrics.items()}}
+            {
+                "step": row.step,
+                **{f"{row.split}/{name}": value for name, value in row.metrics.items()},
+            }
         )
 
     def show(self, rows: SampleRows) -> None:
@@ -147,12 +153,12 @@ class WandbSink(Sink):
 
 
 class PrometheusSink(Sink):
-    """Gauges hybridflow_<split>_<metric> with tag run; Ray's agent on each node exports them with the prefix
-    ray_.
+    """Gauges hybridflow_<split>_<metric> with tag run; Ray's agent on each node exports them with
+    the prefix ray_.
 
-    Ray sends gauges every ten seconds (metrics_report_interval_ms), so a shorter step may be overwritten
-    before anybody sees it. It drops a gauge that is not finite: hybridflow_<split>_num_not_finite counts
-    those, for an alert to watch.
+    Ray sends gauges every ten seconds (metrics_report_interval_ms), so a shorter step may be
+    overwritten before anybody sees it. It drops a gauge that is not finite:
+    hybridflow_<split>_num_not_finite counts those, for an alert to watch.
     """
 
     def __init__(self, run: str) -> None:
@@ -160,14 +166,19 @@ class PrometheusSink(Sink):
 
         if not ray.is_initialized():
             raise ValueError(
-                "metrics.prometheus: true needs a Ray runtime; set runtime=ray, or metrics.prometheus=false"
+                "metrics.prometheus: true needs a Ray runtime; set runtime=ray, or "
+                "metrics.prometheus=false"
             )
         self._run = run
         self._gauges: dict[str, Gauge] = {}
 
     def log(self, row: Row) -> None:
         num_not_finite = sum(not math.isfinite(value) for value in row.metrics.values())
-        for name, value in [("step", row.step), ("num_not_finite", num_not_finite), *row.metrics.items()]:
+        for name, value in [
+            ("step", row.step),
+            ("num_not_finite", num_not_finite),
+            *row.metrics.items(),
+        ]:
             self._gauge(f"{row.split}/{name}").set(value, {"run": self._run})
 
     def _gauge(self, name: str) -> Gauge:
@@ -199,8 +210,8 @@ def _markdown(sample: Sample) -> str:
 
 
 def prometheus_name(name: str) -> str:
-    """hybridflow_<name> with everything but letters and digits as single underscores: train/kl/mean ->
-    hybridflow_train_kl_mean.
+    """hybridflow_<name> with everything but letters and digits as single underscores: train/kl/mean
+    -> hybridflow_train_kl_mean.
 
     Ray's exporter merges underscores, so doubled ones would come out under another name.
     """

@@ -1,7 +1,8 @@
-"""Tracker: takes the numbers and samples of every step and hands them to the sinks that the config names.
+"""Tracker: takes the numbers and samples of every step and hands them to the sinks that the config
+names.
 
-Computes nothing: no averages over steps, no units. Runs on the controller only; workers return their numbers
-as results.
+Computes nothing: no averages over steps, no units. Runs on the controller only; workers return
+their numbers as results.
 """
 
 from __future__ import annotations
@@ -39,18 +40,23 @@ class MetricsConfig:
     console: bool = True
     """Live progress in a terminal, one line a step elsewhere (job logs)."""
     jsonl: bool = True
-    """<directory>/metrics.jsonl, samples.jsonl (one object a call of log, and a sample) and summary.json."""
+    """<directory>/metrics.jsonl, samples.jsonl (one object a call of log, and a sample) and
+    summary.json."""
     tensorboard: bool = False
     """Event files in <directory>/tensorboard."""
     wandb: WandbMode = WandbMode.off
     prometheus: bool = False
-    """Gauges on Ray's metrics endpoint (needs runtime=ray); Prometheus and Grafana read them from there."""
+    """Gauges on Ray's metrics endpoint (needs runtime=ray); Prometheus and Grafana read them
+    from there."""
     project: str = "hybridflow"
     """Weights & Biases project."""
     run: str = "run"
     """Name of the run: the Weights & Biases run and the `run` tag of Prometheus gauges."""
-    console_metrics: list[str] = field(default_factory=lambda: ["reward/mean", "kl/mean", "tokens_per_s"])
-    """Names that the console shows, in this order, where a step has them; seconds/<phase> are always shown.
+    console_metrics: list[str] = field(
+        default_factory=lambda: ["reward/mean", "kl/mean", "tokens_per_s"]
+    )
+    """Names that the console shows, in this order, where a step has them; seconds/<phase> are
+    always shown.
    """
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     """Responses of the model that are shown with their rewards."""
@@ -65,9 +71,10 @@ class Tracker:
             tracker.show(41, [Sample(prompt="2+3=", response="5", ...)], split="validation")
             tracker.summary({"accuracy_after": 0.93})
 
-    Everything that can be wrong with a sink (nobody logged in, no Ray, a directory that cannot be written) is
-    a ValueError of the constructor. A sink that breaks later is dropped with an error in the log and counted
-    in metrics/failed_sinks; only the JSONL file, the record of the run, is not optional.
+    Everything that can be wrong with a sink (nobody logged in, no Ray, a directory that cannot be
+    written) is a ValueError of the constructor. A sink that breaks later is dropped with an error
+    in the log and counted in metrics/failed_sinks; only the JSONL file, the record of the run, is
+    not optional.
     """
 
     def __init__(
@@ -79,8 +86,8 @@ class Tracker:
         start_step: int = 0,
         run_config: Mapping[str, object] | None = None,
     ) -> None:
-        """`start_step` > 0 continues a run: what it logged after that step is dropped. `run_config` is shown
-        beside the run."""
+        """`start_step` > 0 continues a run: what it logged after that step is dropped.
+        `run_config` is shown beside the run."""
         _make_writable(directory)
         self._sinks: list[Sink] = []
         try:
@@ -104,7 +111,9 @@ class Tracker:
         if config.tensorboard:
             self._sinks.append(TensorBoardSink(directory / "tensorboard", start_step))
         if config.wandb is not WandbMode.off:
-            mode: Literal["offline", "online"] = "online" if config.wandb is WandbMode.online else "offline"
+            mode: Literal["offline", "online"] = (
+                "online" if config.wandb is WandbMode.online else "offline"
+            )
             self._sinks.append(WandbSink(directory, config.project, config.run, mode, run_config))
         if config.prometheus:
             self._sinks.append(PrometheusSink(config.run))
@@ -112,7 +121,8 @@ class Tracker:
             self._sinks.append(ConsoleSink(config.console_metrics, total_steps, start_step))
 
     def log(self, step: int, metrics: Mapping[str, float], *, split: str = "train") -> None:
-        """Record `metrics` of `step`; NaN and infinities are kept and stay visible in every sink."""
+        """Record `metrics` of `step`; NaN and infinities are kept and stay visible in every
+        sink."""
         values = {name: _number(name, value) for name, value in metrics.items()}
         if self._num_failed:
             values["metrics/failed_sinks"] = float(self._num_failed)
@@ -143,7 +153,10 @@ class Tracker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -156,7 +169,9 @@ class Tracker:
 
     def _drop(self, sink: Sink, error: Exception) -> None:
         logger.error(
-            "metrics: %s failed and is switched off for the rest of the run: %s", type(sink).__name__, error
+            "metrics: %s failed and is switched off for the rest of the run: %s",
+            type(sink).__name__,
+            error,
         )
         self._sinks.remove(sink)
         self._num_failed += 1
@@ -165,11 +180,13 @@ class Tracker:
 def _number(name: str, value: object) -> float:
     if name in RESERVED:
         raise ValueError(
-            f"metrics: the name {name!r} is taken by the record itself; rename the metric (e.g. actor/{name})"
+            f"metrics: the name {name!r} is taken by the record itself; rename the metric (e.g. "
+            f"actor/{name})"
         )
     if not isinstance(value, Real):
         raise ValueError(
-            f"metrics: {name} is a {type(value).__name__}, not a number; log a float (tensor.item())"
+            f"metrics: {name} is a {type(value).__name__}, not a number; log a float "
+            "(tensor.item())"
         )
     return float(value)
 

@@ -1,4 +1,5 @@
-"""Resharding: moving a model's weights from any layout to any other, compiled, certified and attested.
+"""Resharding: moving a model's weights from any layout to any other, compiled, certified and
+attested.
 
 source = ShardMap.gather(engine.local_parameters(), group)
 target = ShardMap.gather(generator.destinations(), group)

@@ -1,7 +1,8 @@
 """Shard maps of layouts that do not run: for plans without weights, for predictions and for tests.
 
-A model is a list of rules: shape, the dim that tensor parallelism splits, the pipeline stage's layer. Real
-engines describe themselves (ShardMap.gather); nothing in a training run depends on this file.
+A model is a list of rules: shape, the dim that tensor parallelism splits, the pipeline stage's
+layer. Real engines describe themselves (ShardMap.gather); nothing in a training run depends on this
+file.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from hybridflow.resharding.shard_map import ParameterSpec, ShardMap
 from hybridflow.resharding.shards import Box
 
 FIRST, LAST, BOTH = -1, -2, -3
-"""The layer of the embedding, of the final norm and head, and of an embedding tied to the head (which the
-first and the last stage hold)."""
+"""The layer of the embedding, of the final norm and head, and of an embedding tied to the head
+(which the first and the last stage hold)."""
 VOCAB_PADDING = 64
 """vLLM splits a vocabulary that is padded to a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterRule:
-    """ParameterRule(ParameterSpec("model.layers.3.self_attn.k_proj.weight", (1024, 8192), "bfloat16"),
-    layer=3, split=0, unit=128)"""
+    """ParameterRule(ParameterSpec("model.layers.3.self_attn.k_proj.weight", (1024, 8192),
+    "bfloat16"), layer=3, split=0, unit=128)"""
 
     spec: ParameterSpec
     layer: int
@@ -37,8 +38,8 @@ class ParameterRule:
     split: int | None = None
     """Dim that tensor parallelism splits; None: every tensor rank holds the whole parameter."""
     unit: int = 1
-    """Indivisible elements along `split` (a head); fewer units than tensor ranks are replicated, as key-value
-    heads are."""
+    """Indivisible elements along `split` (a head); fewer units than tensor ranks are
+    replicated, as key-value heads are."""
     vocabulary: bool = False
     """Whether `split` is the vocabulary, which vLLM pads."""
 
@@ -56,9 +57,9 @@ def decoder_rules(
     norms: bool = True,
     dtype: str = "bfloat16",
 ) -> list[ParameterRule]:
-    """A Llama-shaped decoder. Llama 70B: decoder_rules(num_layers=80, hidden=8192, intermediate=28672,
-    num_heads=64, num_kv_heads=8, vocab=32000); norms=False leaves out everything that tensor parallelism
-    cannot split."""
+    """A Llama-shaped decoder. Llama 70B: decoder_rules(num_layers=80, hidden=8192,
+    intermediate=28672, num_heads=64, num_kv_heads=8, vocab=32000); norms=False leaves out
+    everything that tensor parallelism cannot split."""
     head = head_dim or hidden // num_heads
     matrices = [
         ("self_attn.q_proj", (num_heads * head, hidden), 0, head),
@@ -78,12 +79,16 @@ def decoder_rules(
         unit: int = 1,
         vocabulary: bool = False,
     ) -> ParameterRule:
-        return ParameterRule(ParameterSpec(f"{name}.weight", shape, dtype), layer, split, unit, vocabulary)
+        return ParameterRule(
+            ParameterSpec(f"{name}.weight", shape, dtype), layer, split, unit, vocabulary
+        )
 
     rules = [rule("model.embed_tokens", (vocab, hidden), BOTH if tied else FIRST, 0, 1, True)]
     for layer in range(num_layers):
         prefix = f"model.layers.{layer}."
-        rules += [rule(prefix + name, shape, layer, split, unit) for name, shape, split, unit in matrices]
+        rules += [
+            rule(prefix + name, shape, layer, split, unit) for name, shape, split, unit in matrices
+        ]
         if norms:
             rules.append(rule(prefix + "input_layernorm", (hidden,), layer))
             rules.append(rule(prefix + "post_attention_layernorm", (hidden,), layer))
@@ -95,8 +100,8 @@ def decoder_rules(
 
 
 def threed(rules: Sequence[ParameterRule], layout: Layout) -> ShardMap:
-    """Pipeline x tensor x data training: layers in even contiguous stages, split dims in even parts,
-    replicated over dp."""
+    """Pipeline x tensor x data training: layers in even contiguous stages, split dims in even
+    parts, replicated over dp."""
     boxes = _boxes_by_coordinate(rules, layout.axis_size("pp"), layout.axis_size("tp"), padding=1)
     boxes_of_rank = {}
     for rank in range(layout.size):
@@ -105,9 +110,11 @@ def threed(rules: Sequence[ParameterRule], layout: Layout) -> ShardMap:
     return ShardMap.of([rule.spec for rule in rules], boxes_of_rank, num_ranks=layout.size)
 
 
-def fsdp(rules: Sequence[ParameterRule], num_ranks: int, shard_ranks: int | None = None) -> ShardMap:
-    """FSDP2: dim 0 of every parameter in torch.chunk's parts over `shard_ranks` neighbours (all ranks by
-    default), replicated beyond."""
+def fsdp(
+    rules: Sequence[ParameterRule], num_ranks: int, shard_ranks: int | None = None
+) -> ShardMap:
+    """FSDP2: dim 0 of every parameter in torch.chunk's parts over `shard_ranks` neighbours (all
+    ranks by default), replicated beyond."""
     size = shard_ranks or num_ranks
     boxes_of_rank: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(num_ranks)}
     for rule in rules:
@@ -136,10 +143,12 @@ def zero3(rules: Sequence[ParameterRule], num_ranks: int) -> ShardMap:
 
 
 def generation(rules: Sequence[ParameterRule], grouping: Grouping) -> ShardMap:
-    """vLLM's layout under `grouping`: padded vocabulary, replicated key-value heads, even contiguous
-    stages."""
+    """vLLM's layout under `grouping`: padded vocabulary, replicated key-value heads, even
+    contiguous stages."""
     boxes = _boxes_by_coordinate(rules, grouping.pp, grouping.tp, padding=VOCAB_PADDING)
-    boxes_of_rank = {rank: boxes[stage, part] for rank, (_, stage, part) in enumerate(grouping.coordinates)}
+    boxes_of_rank = {
+        rank: boxes[stage, part] for rank, (_, stage, part) in enumerate(grouping.coordinates)
+    }
     return ShardMap.of([rule.spec for rule in rules], boxes_of_rank, num_ranks=grouping.num_ranks)
 
 
@@ -190,7 +199,8 @@ def _boxes(
 
 
 def _part(rule: ParameterRule, part: int, num_parts: int, padding: int) -> tuple[int, int]:
-    """Where a part begins and ends along the split dim; a vocabulary is padded to a multiple of `padding`."""
+    """Where a part begins and ends along the split dim; a vocabulary is padded to a multiple of
+    `padding`."""
     assert rule.split is not None
     size = rule.spec.shape[rule.split]
     if rule.vocabulary:
@@ -201,12 +211,14 @@ def _part(rule: ParameterRule, part: int, num_parts: int, padding: int) -> tuple
     if units < num_parts:
         if num_parts % units:
             raise ValueError(
-                f"tp={num_parts}: {rule.spec.name} has {units} heads; tp must divide by them or divide them"
+                f"tp={num_parts}: {rule.spec.name} has {units} heads; tp must divide by them or "
+                "divide them"
             )
         part, num_parts = part // (num_parts // units), units
     if units % num_parts:
         raise ValueError(
-            f"tp={num_parts}: {rule.spec.name} has {units} parts along dim {rule.split}; choose a divisor"
+            f"tp={num_parts}: {rule.spec.name} has {units} parts along dim {rule.split}; choose a "
+            "divisor"
         )
     step = size // num_parts
     return part * step, (part + 1) * step

@@ -1,5 +1,5 @@
-"""The assignment problem: a column for every row such that the sum of gains is largest (Kuhn 1955), solved by
-shortest augmenting paths."""
+"""The assignment problem: a column for every row such that the sum of gains is largest (Kuhn
+1955), solved by shortest augmenting paths."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 
 def assign(gain: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The column of every row of a square matrix [n, n] such that the gains add up to the most: int64 [n].
+    """The column of every row of a square matrix [n, n] such that the gains add up to the most:
+    int64 [n].
 
-    O(n^3): 512 x 512 takes a few seconds. A row first takes a column of its largest gain that no other row
-    has, which is the whole answer in easy cases.
+    O(n^3): 512 x 512 takes a few seconds. A row first takes a column of its largest gain that no
+    other row has, which is the whole answer in easy cases.
     """
     size = len(gain)
     cost = gain.max() - gain
@@ -36,8 +37,8 @@ def _augment(
     row_of: NDArray[np.int64],
     column_of: NDArray[np.int64],
 ) -> None:
-    """Assigns `row` along the shortest path, in reduced costs, to a column that no row has (Dijkstra); the
-    rows along the path change columns."""
+    """Assigns `row` along the shortest path, in reduced costs, to a column that no row has
+    (Dijkstra); the rows along the path change columns."""
     distance = np.full(len(cost), np.inf)
     before = np.full(len(cost), -1)
     done = np.zeros(len(cost), dtype=bool)

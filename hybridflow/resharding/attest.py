@@ -1,8 +1,10 @@
-"""Attestation: after every sync both sides sum their weights, and the sums of every parameter must agree.
+"""Attestation: after every sync both sides sum their weights, and the sums of every parameter must
+agree.
 
-The digest (digest.py) does not depend on the layout and is taken over the target's bits: the source is cast
-before it is summed. Replicas are compared too. Where the sides agree one small reduction suffices, which
-other work may overlap; only a mismatch gathers the details that name parameters and ranks.
+The digest (digest.py) does not depend on the layout and is taken over the target's bits: the source
+is cast before it is summed. Replicas are compared too. Where the sides agree one small reduction
+suffices, which other work may overlap; only a mismatch gathers the details that name parameters and
+ranks.
 """
 
 from __future__ import annotations
@@ -81,8 +83,8 @@ class Parts:
     ) -> list[tuple[int, BoxDigest]]:
         """(number of the part, its digest) of all parts that `rank` holds.
 
-        `dtypes`: the data type to cast each parameter to (None: its own). `blocks`: words that share a
-        weight, by parameter (None: 1).
+        `dtypes`: the data type to cast each parameter to (None: its own). `blocks`: words that
+        share a weight, by parameter (None: 1).
         """
         memory, bound = LocalMemory(parameters), []
         scratch: dict[torch.device, Scratch] = {}
@@ -94,7 +96,9 @@ class Parts:
             view = memory.view(spec.name, start, shape)
             if view.device not in scratch:
                 scratch[view.device] = Scratch(view.device)
-            bound.append((part, BoxDigest(view, start, spec.shape, dtype, block, scratch[view.device])))
+            bound.append(
+                (part, BoxDigest(view, start, spec.shape, dtype, block, scratch[view.device]))
+            )
         return bound
 
     def digests(
@@ -104,14 +108,18 @@ class Parts:
         dtypes: Mapping[str, str] | None = None,
         blocks: Mapping[str, int] | None = None,
     ) -> Ints:
-        """Digests of the parts that `rank` holds, 0 elsewhere: int64 [parts]. The arguments are bind's."""
+        """Digests of the parts that `rank` holds, 0 elsewhere: int64 [parts]. The arguments are
+        bind's."""
         return evaluate(self.bind(parameters, rank, dtypes, blocks), len(self.parameter))
 
     def sums(self, values: Ints) -> dict[str, int]:
         """The digest of every parameter, from the digests of its parts: int64 [parts]."""
         totals = np.zeros(len(self.shard_map.parameters), dtype=np.uint64)
         np.add.at(totals, self.parameter, values.view(np.uint64))
-        return {spec.name: int(total) for spec, total in zip(self.shard_map.parameters, totals, strict=True)}
+        return {
+            spec.name: int(total)
+            for spec, total in zip(self.shard_map.parameters, totals, strict=True)
+        }
 
     def narrowest(self) -> dict[str, int]:
         """Elements along the last dim of the narrowest part of every parameter."""
@@ -125,12 +133,17 @@ class Parts:
     def holders(self, name: str) -> list[int]:
         """The ranks that hold anything of a parameter."""
         number = next(i for i, spec in enumerate(self.shard_map.parameters) if spec.name == name)
-        holders: list[int] = np.nonzero(self.holds[self.parameter == number].any(axis=0))[0].tolist()
+        holders: list[int] = np.nonzero(self.holds[self.parameter == number].any(axis=0))[
+            0
+        ].tolist()
         return holders
 
     def describe(self, part: int) -> str:
         start, shape = self._box(part)
-        return f"{self.shard_map.parameters[int(self.parameter[part])].name} start {start} shape {shape}"
+        return (
+            f"{self.shard_map.parameters[int(self.parameter[part])].name} start {start} shape "
+            f"{shape}"
+        )
 
     def _box(self, part: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         dims = len(self.shard_map.parameters[int(self.parameter[part])].shape)
@@ -138,7 +151,8 @@ class Parts:
 
 
 class Attestor:
-    """Both sides bound to this rank's memory; build it once where the memory stays, run it after every sync.
+    """Both sides bound to this rank's memory; build it once where the memory stays, run it after
+    every sync.
 
     attestor = Attestor(plan.source, engine.local_parameters(), plan.target, generator.destinations(), group)
     digests = attestor.run()    # collective: every parameter's digest, or an AttestationError on every rank
@@ -156,21 +170,27 @@ class Attestor:
         self.rank = rank_in(group)
         self.source, self.target = Parts.of(source), Parts.of(target)
         self._dtypes = {spec.name: spec.dtype for spec in target.parameters}
-        self._source_parameters = [parameter for parameter in sources if parameter.name in self._dtypes]
+        self._source_parameters = [
+            parameter for parameter in sources if parameter.name in self._dtypes
+        ]
         self._target_parameters = list(destinations)
         source_widths, target_widths = self.source.narrowest(), self.target.narrowest()
         blocks = {}
         for spec in self.target.shard_map.parameters:
             width = min(source_widths[spec.name], target_widths[spec.name])
             blocks[spec.name] = block_words(width * spec.itemsize // 8)
-        self._source_digests = self.source.bind(self._source_parameters, self.rank, self._dtypes, blocks)
+        self._source_digests = self.source.bind(
+            self._source_parameters, self.rank, self._dtypes, blocks
+        )
         self._target_digests = self.target.bind(destinations, self.rank, None, blocks)
         holds = np.concatenate([self.source.holds, self.target.holds])
         self._is_first_holder = (holds.argmax(axis=1) == self.rank) & holds[:, self.rank]
         """bool [parts of both sides], whether this rank is the first of the part's holders."""
         self._share = replica_shares(holds, self.rank)
         number = {spec.name: i for i, spec in enumerate(self.target.shard_map.parameters)}
-        index = np.array([number[spec.name] for spec in self.source.shard_map.parameters], dtype=np.int64)
+        index = np.array(
+            [number[spec.name] for spec in self.source.shard_map.parameters], dtype=np.int64
+        )
         self._parameter = np.concatenate([index[self.source.parameter], self.target.parameter])
         """[parts of both sides], index into the target's parameters."""
 
@@ -179,8 +199,8 @@ class Attestor:
         return self.start().finish()
 
     def start(self) -> Attestation:
-        """Sums both sides now; the comparison is under way when this returns. Collective, and so is the
-        attestation's finish()."""
+        """Sums both sides now; the comparison is under way when this returns. Collective, and
+        so is the attestation's finish()."""
         source_values = evaluate(self._source_digests, len(self.source.parameter))
         target_values = evaluate(self._target_digests, len(self.target.parameter))
         values = np.concatenate([source_values, target_values])
@@ -189,8 +209,8 @@ class Attestor:
     def table(self, values: Ints) -> Ints:
         """This rank's part of the comparison: int64 [3, target's parameters].
 
-        Summed over ranks, the rows are the target's digests, the excess of the source's digests (0 if they
-        agree), and a sum of differences between replicas (0 if they agree).
+        Summed over ranks, the rows are the target's digests, the excess of the source's digests (0
+        if they agree), and a sum of differences between replicas (0 if they agree).
         """
         unsigned, count = values.view(np.uint64), len(self.source.parameter)
         result = np.zeros((3, len(self.target.shard_map.parameters)), dtype=np.uint64)
@@ -205,7 +225,9 @@ class Attestor:
         """A line per fault, after a comparison that found one. Collective."""
         count = len(self.source.parameter)
         gathered = gather(values, self.group)
-        faults, names = differences(self.source, gathered[:, :count], self.target, gathered[:, count:])
+        faults, names = differences(
+            self.source, gathered[:, :count], self.target, gathered[:, count:]
+        )
         return self._locate(names) or faults
 
     def _locate(self, names: set[str]) -> list[str]:
@@ -219,18 +241,21 @@ class Attestor:
         lines: list[str] = []
         expected = _agreed(source, sent, "training", lines)
         for part in range(len(target.parameter)):
-            wrong = np.nonzero(target.holds[part] & (received[:, part] != expected[part]))[0].tolist()
+            wrong = np.nonzero(target.holds[part] & (received[:, part] != expected[part]))[
+                0
+            ].tolist()
             if wrong:
                 holders = np.nonzero(source.holds[part])[0].tolist()
                 lines.append(
-                    f"{target.describe(part)}: generation ranks {wrong} hold other bits than training ranks "
-                    f"{holders}"
+                    f"{target.describe(part)}: generation ranks {wrong} hold other bits than "
+                    f"training ranks {holders}"
                 )
         return lines
 
 
 class Attestation:
-    """A comparison under way: attestation = attestor.start(); ...; digests = attestation.finish()"""
+    """A comparison under way: attestation = attestor.start(); ...; digests =
+    attestation.finish()"""
 
     def __init__(self, attestor: Attestor, values: Ints) -> None:
         self._attestor, self._values = attestor, values
@@ -250,11 +275,14 @@ class Attestation:
         return dict(zip(names, digests.view(np.uint64).tolist(), strict=True))
 
 
-def replica_shares(holds: np.ndarray[tuple[int, int], np.dtype[np.bool_]], rank: int) -> NDArray[np.uint64]:
+def replica_shares(
+    holds: np.ndarray[tuple[int, int], np.dtype[np.bool_]], rank: int
+) -> NDArray[np.uint64]:
     """This rank's factor of every part: uint64 [parts].
 
-    Over a part's holders the factors add up to 0, and so do equal digests times them. The factors differ from
-    rank to rank: replicas that differ add up to something else, but for a chance of about 2^-63.
+    Over a part's holders the factors add up to 0, and so do equal digests times them. The factors
+    differ from rank to rank: replicas that differ add up to something else, but for a chance of
+    about 2^-63.
     """
     factor, is_holder = weights_of_ranks(holds.shape[1]), holds[:, rank]
     first = is_holder & (holds.argmax(axis=1) == rank)
@@ -295,19 +323,24 @@ def gather(values: Ints, group: dist.ProcessGroup | None = None) -> Ints:
     return result
 
 
-def compare(source: Parts, source_digests: Ints, target: Parts, target_digests: Ints) -> dict[str, int]:
-    """The digest per parameter from all ranks' digests [ranks, parts], or an AttestationError that names what
-    differs."""
+def compare(
+    source: Parts, source_digests: Ints, target: Parts, target_digests: Ints
+) -> dict[str, int]:
+    """The digest per parameter from all ranks' digests [ranks, parts], or an AttestationError
+    that names what differs."""
     faults, _ = differences(source, source_digests, target, target_digests)
     if faults:
         raise _error(faults)
-    return target.sums(target_digests[target.holds.argmax(axis=1), np.arange(len(target.parameter))])
+    return target.sums(
+        target_digests[target.holds.argmax(axis=1), np.arange(len(target.parameter))]
+    )
 
 
 def differences(
     source: Parts, source_digests: Ints, target: Parts, target_digests: Ints
 ) -> tuple[list[str], set[str]]:
-    """(a line per fault, names of the parameters at fault): faults are replicas and sides that disagree."""
+    """(a line per fault, names of the parameters at fault): faults are replicas and sides that
+    disagree."""
     faults: list[str] = []
     source_sums = source.sums(_agreed(source, source_digests, "training", faults))
     target_sums = target.sums(_agreed(target, target_digests, "generation", faults))
@@ -315,16 +348,16 @@ def differences(
     for name, value in target_sums.items():
         if source_sums[name] != value:
             faults.append(
-                f"{name}: generation ranks {target.holders(name)} hold digest {value:016x}, training ranks "
-                f"{source.holders(name)} {source_sums[name]:016x}"
+                f"{name}: generation ranks {target.holders(name)} hold digest {value:016x}, "
+                f"training ranks {source.holders(name)} {source_sums[name]:016x}"
             )
             names.add(name)
     return faults, names
 
 
 def common_parts(source: Parts, target: Parts, names: set[str]) -> tuple[Parts, Parts]:
-    """The intersections of both sides' parts of the named parameters, once with the source's holders and once
-    with the target's."""
+    """The intersections of both sides' parts of the named parameters, once with the source's
+    holders and once with the target's."""
     number = {spec.name: i for i, spec in enumerate(source.shard_map.parameters)}
     intersected = []
     for index, spec in enumerate(target.shard_map.parameters):
@@ -354,7 +387,8 @@ def _error(faults: list[str]) -> AttestationError:
 
 
 def _agreed(parts: Parts, digests: Ints, side: str, faults: list[str]) -> Ints:
-    """The digest of every part that most of its holders have; adds a line per disagreement to `faults`."""
+    """The digest of every part that most of its holders have; adds a line per disagreement to
+    `faults`."""
     value: Ints = digests[parts.holds.argmax(axis=1), np.arange(len(parts.parameter))].copy()
     differs = parts.holds & (value[:, None] != digests.T)
     for part in np.nonzero(differs.any(axis=1))[0].tolist():

@@ -1,7 +1,7 @@
 """Arithmetic on many boxes at once: int64 arrays start[n, dims] and shape[n, dims].
 
-Ranks and parameters do not appear here. `flat_range_boxes` turns a range of a flattened parameter (ZeRO's
-partitions) into boxes.
+Ranks and parameters do not appear here. `flat_range_boxes` turns a range of a flattened parameter
+(ZeRO's partitions) into boxes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from hybridflow.resharding.shards import Box
 
 Ints = NDArray[np.int64]
 _PAIRS_AT_ONCE = 4_000_000
-"""Pairs of boxes compared in one NumPy expression (bounds the memory of a compile at a few hundred MB)."""
+"""Pairs of boxes compared in one NumPy expression (bounds the memory of a compile at a few
+hundred MB)."""
 
 
 def volumes(shape: Ints) -> Ints:
@@ -24,15 +25,18 @@ def volumes(shape: Ints) -> Ints:
 
 
 def with_dims(array: Ints, dims: int, fill: int) -> Ints:
-    """`array` [n, any] with `dims` columns: extended by `fill`, or cut where the further columns are fill."""
+    """`array` [n, any] with `dims` columns: extended by `fill`, or cut where the further
+    columns are fill."""
     if array.shape[1] >= dims:
         return array[:, :dims]
-    return np.concatenate([array, np.full((len(array), dims - array.shape[1]), fill, dtype=np.int64)], axis=1)
+    return np.concatenate(
+        [array, np.full((len(array), dims - array.shape[1]), fill, dtype=np.int64)], axis=1
+    )
 
 
 def distinct(start: Ints, shape: Ints) -> tuple[Ints, Ints, Ints]:
-    """The distinct boxes and, for every box, which of them it is: start [k, dims], shape [k, dims], index
-    [n]."""
+    """The distinct boxes and, for every box, which of them it is: start [k, dims], shape [k,
+    dims], index [n]."""
     dims = start.shape[1]
     unique, inverse = np.unique(np.concatenate([start, shape], axis=1), axis=0, return_inverse=True)
     return unique[:, :dims], unique[:, dims:], inverse.reshape(-1).astype(np.int64)
@@ -41,13 +45,15 @@ def distinct(start: Ints, shape: Ints) -> tuple[Ints, Ints, Ints]:
 def intersections(
     start: Ints, shape: Ints, other_start: Ints, other_shape: Ints
 ) -> tuple[Ints, Ints, Ints, Ints]:
-    """All non-empty intersections of two lists: (index into the first, index into the second, start,
-    shape)."""
+    """All non-empty intersections of two lists: (index into the first, index into the second,
+    start, shape)."""
     parts = []
     step = max(1, _PAIRS_AT_ONCE // max(1, len(other_start)))
     for begin in range(0, max(1, len(start)), step):
         low = np.maximum(start[begin : begin + step, None], other_start[None])
-        high = np.minimum((start + shape)[begin : begin + step, None], (other_start + other_shape)[None])
+        high = np.minimum(
+            (start + shape)[begin : begin + step, None], (other_start + other_shape)[None]
+        )
         first, second = np.nonzero((low < high).all(axis=2))
         parts.append((first + begin, second, low[first, second], (high - low)[first, second]))
     first, second, low, size = map(np.concatenate, zip(*parts, strict=True))
@@ -70,8 +76,8 @@ def contains(start: Ints, shape: Ints, inner_start: Ints, inner_shape: Ints) -> 
 def disjoint_parts(start: Ints, shape: Ints) -> tuple[Ints, Ints]:
     """Disjoint boxes with the same union, such that every given box is a union of some of them.
 
-    The boxes themselves where they are disjoint (the usual case); otherwise the cells of the grid of all
-    their faces.
+    The boxes themselves where they are disjoint (the usual case); otherwise the cells of the grid
+    of all their faces.
     """
     start, shape, _ = distinct(start, shape)
     if not overlapping(start, shape):
@@ -91,8 +97,8 @@ def disjoint_parts(start: Ints, shape: Ints) -> tuple[Ints, Ints]:
 def split(
     start: tuple[int, ...], shape: tuple[int, ...], limit: int
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Boxes of at most `limit` elements, cut along the outermost dims first so that the parts stay contiguous
-    in memory."""
+    """Boxes of at most `limit` elements, cut along the outermost dims first so that the parts
+    stay contiguous in memory."""
     if prod(shape) <= limit:
         return [(start, shape)]
     dim = next(i for i, size in enumerate(shape) if size > 1)
@@ -106,7 +112,8 @@ def split(
 
 
 def flat_range_boxes(shape: tuple[int, ...], begin: int, end: int) -> list[Box]:
-    """The boxes whose elements, in order, are elements begin..end-1 of the flattened (row-major) parameter.
+    """The boxes whose elements, in order, are elements begin..end-1 of the flattened (row-major)
+    parameter.
 
     At most 2 * dims - 1 boxes, each contiguous in a flat memory that holds the range:
 
@@ -123,7 +130,10 @@ def flat_range_boxes(shape: tuple[int, ...], begin: int, end: int) -> list[Box]:
     first, last = begin // row, (end - 1) // row
 
     def inner(index: int, low: int, high: int) -> list[Box]:
-        return [Box((index, *box.start), (1, *box.shape)) for box in flat_range_boxes(shape[1:], low, high)]
+        return [
+            Box((index, *box.start), (1, *box.shape))
+            for box in flat_range_boxes(shape[1:], low, high)
+        ]
 
     if first == last and (begin % row or end % row):
         return inner(first, begin - first * row, end - first * row)

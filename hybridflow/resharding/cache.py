@@ -12,7 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hybridflow.resharding.plan import DEFAULT_BUCKET_BYTES, ReshardingPlan, aligned, compile, plan_key
+from hybridflow.resharding.plan import (
+    DEFAULT_BUCKET_BYTES,
+    ReshardingPlan,
+    aligned,
+    compile,
+    plan_key,
+)
 from hybridflow.resharding.shard_map import ShardMap
 
 COLUMNS = ("sender", "receiver", "parameter", "start", "shape", "round")

@@ -1,8 +1,10 @@
-"""verify(plan) -> Certificate: proves a plan correct from the two shard maps and the list of transfers alone.
+"""verify(plan) -> Certificate: proves a plan correct from the two shard maps and the list of
+transfers alone.
 
-It shares no code with the compiler. It proves, each with its number in the certificate, that every element is
-written exactly once, from a rank that holds it; that every rank receives exactly the bytes that it needs and
-does not hold; that senders of replicated data are balanced; and that extra memory stays within two buckets.
+It shares no code with the compiler. It proves, each with its number in the certificate, that every
+element is written exactly once, from a rank that holds it; that every rank receives exactly the
+bytes that it needs and does not hold; that senders of replicated data are balanced; and that extra
+memory stays within two buckets.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class PlanError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
-    """The facts that verify has proved about a plan; bytes are counted in the target's data type."""
+    """The facts that verify has proved about a plan; bytes are counted in the target's data
+    type."""
 
     num_ranks: int
     num_parameters: int
@@ -36,35 +39,38 @@ class Certificate:
     received_max: int
     received_total: int
     bound_max: int
-    """The lower bound of a rank is the bytes that it needs and does not hold; this is the largest."""
+    """The lower bound of a rank is the bytes that it needs and does not hold; this is the
+    largest."""
     bound_total: int
     sent_max: int
     sender_imbalance: int
-    """Most bytes that a sender sends more than another rank that could send one of its transfers (a rank on
-    the receiver's machine, if one of them holds the data); at most one bucket."""
+    """Most bytes that a sender sends more than another rank that could send one of its
+    transfers (a rank on the receiver's machine, if one of them holds the data); at most one
+    bucket."""
     extra_peak_bytes: int
     """Most staging memory of a rank, counted as if every transfer were staged."""
     bucket_bytes: int
     between_machines_bytes: int
     busiest_link: tuple[int, int, int]
-    """(sender, receiver, bytes) of the pair with most traffic: of machines, or of ranks on one machine."""
+    """(sender, receiver, bytes) of the pair with most traffic: of machines, or of ranks on one
+    machine."""
 
     def __str__(self) -> str:
         first, second, link = self.busiest_link
         allowed = f"{EXTRA_MEMORY_BUCKETS} buckets of {_mb(self.bucket_bytes)} allowed"
         return "\n".join(
             [
-                f"certificate: {self.num_parameters} parameters, {_mb(self.model_bytes)}, {self.num_ranks} "
-                "ranks",
+                f"certificate: {self.num_parameters} parameters, {_mb(self.model_bytes)}, "
+                f"{self.num_ranks} ranks",
                 "  every destination element is written exactly once, from a rank that holds it",
-                f"  received per rank   {_mb(self.received_max)} at most, {_mb(self.received_total)} in "
-                "total",
+                f"  received per rank   {_mb(self.received_max)} at most, "
+                f"{_mb(self.received_total)} in total",
                 "  bytes received by every rank = the lower bound: what it needs and does not hold",
                 f"  sent per rank       {_mb(self.sent_max)} at most; no better balance within "
                 f"{_mb(self.sender_imbalance)}",
                 f"  extra memory        {_mb(self.extra_peak_bytes)} at most ({allowed})",
-                f"  between machines    {_mb(self.between_machines_bytes)}; busiest link {first} -> "
-                f"{second}: {_mb(link)}",
+                f"  between machines    {_mb(self.between_machines_bytes)}; busiest link {first} "
+                f"-> {second}: {_mb(link)}",
                 f"  {self.num_transfers} transfers in {self.num_rounds} rounds",
             ]
         )
@@ -88,8 +94,8 @@ def verify(plan: ReshardingPlan) -> Certificate:
         )
     if extra > EXTRA_MEMORY_BUCKETS * plan.bucket_bytes:
         raise PlanError(
-            f"a rank needs {extra} bytes of extra memory, more than {EXTRA_MEMORY_BUCKETS} buckets of "
-            f"{plan.bucket_bytes}"
+            f"a rank needs {extra} bytes of extra memory, more than {EXTRA_MEMORY_BUCKETS} "
+            f"buckets of {plan.bucket_bytes}"
         )
     between, link = _links(plan)
     return Certificate(
@@ -112,26 +118,25 @@ def verify(plan: ReshardingPlan) -> Certificate:
 
 
 def lower_bound(source: ShardMap, target: ShardMap) -> Ints:
-    """Bytes that every rank needs (target) and does not hold (source), in the target's data type: int64
-    [ranks].
+    """Bytes that every rank needs (target) and does not hold (source), in the target's data type:
+    int64 [ranks].
 
-    Both maps have the same parameters in the same order. The boxes of a rank are disjoint, so the part of a
-    needed box that the rank holds is the sum of the intersections.
+    Both maps have the same parameters in the same order. The boxes of a rank are disjoint, so the
+    part of a needed box that the rank holds is the sum of the intersections.
     """
     num_ranks = target.num_ranks
     itemsize = np.array([spec.itemsize for spec in target.parameters], dtype=np.int64)
     need = target.bytes_per_rank
-    have_key, need_key = (
-        source.parameter * num_ranks + source.rank,
-        target.parameter * num_ranks + target.rank,
-    )
+    have_key = source.parameter * num_ranks + source.rank
+    need_key = target.parameter * num_ranks + target.rank
     first = np.searchsorted(have_key, need_key, side="left")
     count = np.searchsorted(have_key, need_key, side="right") - first
     need_row = np.repeat(np.arange(len(need_key)), count)
     have_row = np.repeat(first - (np.cumsum(count) - count), count) + np.arange(len(need_row))
     low = np.maximum(source.start[have_row], target.start[need_row])
     high = np.minimum(
-        source.start[have_row] + source.shape[have_row], target.start[need_row] + target.shape[need_row]
+        source.start[have_row] + source.shape[have_row],
+        target.start[need_row] + target.shape[need_row],
     )
     bytes_held = volumes(np.maximum(high - low, 0)) * itemsize[target.parameter[need_row]]
     np.subtract.at(need, target.rank[need_row], bytes_held)
@@ -143,9 +148,11 @@ def _check_senders(plan: ReshardingPlan) -> None:
     _rows_of(plan, plan.source, plan.sender, "sends", "does not hold")
 
 
-def _rows_of(plan: ReshardingPlan, shard_map: ShardMap, rank: Ints, verb: str, problem: str) -> Ints:
-    """The row of `shard_map`, for the transfer's parameter and `rank`, that contains each transfer: int64
-    [transfers]."""
+def _rows_of(
+    plan: ReshardingPlan, shard_map: ShardMap, rank: Ints, verb: str, problem: str
+) -> Ints:
+    """The row of `shard_map`, for the transfer's parameter and `rank`, that contains each
+    transfer: int64 [transfers]."""
     key = shard_map.parameter * plan.num_ranks + shard_map.rank
     transfer_key = plan.parameter * plan.num_ranks + rank
     first = np.searchsorted(key, transfer_key, side="left")
@@ -161,8 +168,8 @@ def _rows_of(plan: ReshardingPlan, shard_map: ShardMap, rank: Ints, verb: str, p
         bad = int(np.nonzero(result < 0)[0][0])
         name = plan.target.parameters[int(plan.parameter[bad])].name
         raise PlanError(
-            f"{name}: rank {rank[bad]} {verb} start {plan.start[bad]} shape {plan.shape[bad]}, which it "
-            f"{problem}"
+            f"{name}: rank {rank[bad]} {verb} start {plan.start[bad]} shape {plan.shape[bad]}, "
+            f"which it {problem}"
         )
     return result
 
@@ -177,8 +184,8 @@ def _check_cover(plan: ReshardingPlan) -> None:
         bad = int(wrong[0])
         name = plan.target.parameters[int(plan.target.parameter[bad])].name
         raise PlanError(
-            f"{name}: rank {plan.target.rank[bad]} gets {filled[bad]} of {volumes(plan.target.shape)[bad]} "
-            "elements"
+            f"{name}: rank {plan.target.rank[bad]} gets {filled[bad]} of "
+            f"{volumes(plan.target.shape)[bad]} elements"
         )
     order = np.argsort(row, kind="stable")
     _, first, count = np.unique(row[order], return_index=True, return_counts=True)
@@ -192,11 +199,14 @@ def _check_cover(plan: ReshardingPlan) -> None:
         if overlapping(plan.start[transfers], plan.shape[transfers]):
             first_transfer = transfers[0]
             name = plan.target.parameters[int(plan.parameter[first_transfer])].name
-            raise PlanError(f"{name}: an element is written twice on rank {plan.receiver[first_transfer]}")
+            raise PlanError(
+                f"{name}: an element is written twice on rank {plan.receiver[first_transfer]}"
+            )
 
 
 def _sender_imbalance(plan: ReshardingPlan) -> int:
-    """Most bytes that a sender sends more than another rank that could send one of its transfers."""
+    """Most bytes that a sender sends more than another rank that could send one of its
+    transfers."""
     load, nodes, source = plan.bytes_sent, np.array(plan.nodes), plan.source
     order = np.argsort(plan.parameter, kind="stable")
     order = order[plan.remote[order]]
@@ -206,19 +216,23 @@ def _sender_imbalance(plan: ReshardingPlan) -> int:
         transfers, rows = order[bounds[number] : bounds[number + 1]], source.rows(number)
         for begin in range(0, len(transfers), 4096):
             part = transfers[begin : begin + 4096]
-            can_send = contains(source.start[rows], source.shape[rows], plan.start[part], plan.shape[part])
-            near = can_send & (nodes[source.rank[rows]][:, None] == nodes[plan.receiver[part]][None])
-            can_send = np.where(near.any(axis=0)[None], near, can_send)
-            lightest = np.where(can_send, load[source.rank[rows]][:, None], np.iinfo(np.int64).max).min(
-                axis=0
+            can_send = contains(
+                source.start[rows], source.shape[rows], plan.start[part], plan.shape[part]
             )
+            near = can_send & (
+                nodes[source.rank[rows]][:, None] == nodes[plan.receiver[part]][None]
+            )
+            can_send = np.where(near.any(axis=0)[None], near, can_send)
+            lightest = np.where(
+                can_send, load[source.rank[rows]][:, None], np.iinfo(np.int64).max
+            ).min(axis=0)
             worst = max(worst, int((load[plan.sender[part]] - lightest).max(initial=0)))
     return worst
 
 
 def _extra_peak(plan: ReshardingPlan) -> int:
-    """Most bytes that a rank stages in two consecutive rounds, sent and received, with the padding of its
-    messages."""
+    """Most bytes that a rank stages in two consecutive rounds, sent and received, with the
+    padding of its messages."""
     if not plan.num_rounds:
         return 0
     staged = np.zeros((plan.num_rounds, plan.num_ranks), dtype=np.int64)

@@ -4,11 +4,11 @@
              bits(element) * 2^(bits of the type * (j mod k)) * A(i) * B(j div k div block) mod 2^64
 
 with k elements to a 64-bit word and fixed odd pseudo-random weights A, B; rows are the leading dims
-flattened. The digest of a union of disjoint boxes is the sum of theirs. One changed bit always changes it (a
-power of two times an odd number is never 0 mod 2^64); other changes go unnoticed with a chance of about
-2^-63, save one kind: words that change places inside one block of a row. Additions run at the memory's speed
-and multiplications do not, so blocks pay; `block_words` chooses them much narrower than every box. It is a
-check against faults, not against an adversary.
+flattened. The digest of a union of disjoint boxes is the sum of theirs. One changed bit always
+changes it (a power of two times an odd number is never 0 mod 2^64); other changes go unnoticed with
+a chance of about 2^-63, save one kind: words that change places inside one block of a row.
+Additions run at the memory's speed and multiplications do not, so blocks pay; `block_words` chooses
+them much narrower than every box. It is a check against faults, not against an adversary.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from numpy.typing import NDArray
 from hybridflow.resharding.boxes import Ints
 
 _CHUNK_WORDS = 1 << 15
-"""Words summed at a time where a cast or a copy is needed first: small enough for the second-level cache."""
+"""Words summed at a time where a cast or a copy is needed first: small enough for the
+second-level cache."""
 _SUMMED_WORDS = 1 << 22
 """Words summed at a time otherwise: bounds the memory of the blocks' sums."""
 MOST_BLOCK_WORDS, LEAST_BLOCK_WORDS = 64, 16
-_ROW_SEED, _WORD_SEED, _RANK_SEED = 0x51ED_270B_9D15_F4A1, 0x0F3C_6A99_B7D2_4E87, 0x2B99_2DDF_A232_49D6
+_ROW_SEED = 0x51ED_270B_9D15_F4A1
+_WORD_SEED = 0x0F3C_6A99_B7D2_4E87
+_RANK_SEED = 0x2B99_2DDF_A232_49D6
 
 
 class Scratch:
-    """Working memory that the digests of a rank use in turn: a chunk cast to the data type, and the sums of
-    its blocks."""
+    """Working memory that the digests of a rank use in turn: a chunk cast to the data type, and
+    the sums of its blocks."""
 
     def __init__(self, device: torch.device, row_words: int = 0) -> None:
         """`row_words`: words of the longest row."""
@@ -45,14 +48,15 @@ class Scratch:
 
 @dataclass(slots=True)
 class _Step:
-    """The work on some rows: views of the rows, of their words, of the sums over blocks of words, and of the
-    sum of every row."""
+    """The work on some rows: views of the rows, of their words, of the sums over blocks of
+    words, and of the sum of every row."""
 
     rows: torch.Tensor
     words: torch.Tensor
     """[rows, words]; the rows' own memory where they need no cast."""
     cast: torch.Tensor | None
-    """The part of `words` that the rows are copied to, in the data type; None: words is their own memory."""
+    """The part of `words` that the rows are copied to, in the data type; None: words is their
+    own memory."""
     clear: bool
     """Whether words have ends that the rows do not fill: these count as 0."""
     sums: list[tuple[torch.Tensor, torch.Tensor]]
@@ -78,8 +82,8 @@ class BoxDigest:
         block: int = 1,
         scratch: Scratch | None = None,
     ) -> None:
-        """`dtype`: the data type whose bits are summed; `tensor` is cast to it where it has another one.
-        `block`: words that share a weight; digests compare where it is the same."""
+        """`dtype`: the data type whose bits are summed; `tensor` is cast to it where it has
+        another one. `block`: words that share a weight; digests compare where it is the same."""
         per_word = 8 // dtype.itemsize
         column = int(start[-1]) if len(start) else 0
         width = int(tensor.shape[-1]) if tensor.dim() else 1
@@ -89,13 +93,15 @@ class BoxDigest:
         self._lead, self._width, self._per_word = column % per_word, width, per_word
         self._num_words = -(-(self._lead + width) // per_word)
         self._block, self._cuts = block, _cuts(column // per_word, self._num_words, block)
-        first, last = column // per_word // block, (column // per_word + self._num_words - 1) // block
+        first = column // per_word // block
+        last = (column // per_word + self._num_words - 1) // block
         self._weights = torch.from_numpy(_weights(_WORD_SEED, last + 1)[first:]).to(tensor.device)
         self._dtype = dtype
         self._scratch = scratch if scratch is not None else Scratch(tensor.device)
         self._tensor = tensor.detach()
         matrix = self._tensor.reshape(len(rows), width)
-        # reshape copies where rows do not lie at one distance; then everything must be redone at every call.
+        # reshape copies where rows do not lie at one distance; then everything must be redone at
+        # every call.
         self._steps = self._plan(matrix) if matrix.data_ptr() == tensor.data_ptr() else None
 
     def __call__(self) -> torch.Tensor:
@@ -123,7 +129,10 @@ class BoxDigest:
         """The steps for the rows of `matrix` [rows, width], made of views only."""
         aligned = self._lead == 0 and self._width % self._per_word == 0
         as_is = (
-            aligned and matrix.dtype == self._dtype and matrix.is_contiguous() and matrix.data_ptr() % 8 == 0
+            aligned
+            and matrix.dtype == self._dtype
+            and matrix.is_contiguous()
+            and matrix.data_ptr() % 8 == 0
         )
         as_is = as_is and matrix.storage_offset() * self._dtype.itemsize % 8 == 0
         if self._num_words > _CHUNK_WORDS:
@@ -133,17 +142,25 @@ class BoxDigest:
         step = max(1, min(chunk_words // self._num_words, len(scratch.sums) // len(self._weights)))
         steps = []
         for begin in range(0, len(matrix), step):
-            rows, result, cast = matrix[begin : begin + step], self._results[begin : begin + step], None
+            rows = matrix[begin : begin + step]
+            result = self._results[begin : begin + step]
+            cast = None
             if as_is:
                 words = rows.view(torch.int64)
             else:
-                words = scratch.words[: len(rows) * self._num_words].view(len(rows), self._num_words)
+                words = scratch.words[: len(rows) * self._num_words].view(
+                    len(rows), self._num_words
+                )
                 cast = words.view(self._dtype)[:, self._lead : self._lead + self._width]
             sums, factors = self._blocks(words)
-            steps.append(_Step(rows, words, cast, cast is not None and not aligned, sums, factors, result))
+            steps.append(
+                _Step(rows, words, cast, cast is not None and not aligned, sums, factors, result)
+            )
         return steps
 
-    def _blocks(self, words: torch.Tensor) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    def _blocks(
+        self, words: torch.Tensor
+    ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
         """(words to be added up with the memory for their sums, memory of all sums)."""
         if self._block == 1:
             return [], words
@@ -166,8 +183,8 @@ class BoxDigest:
 
 
 def block_words(narrowest_words: int) -> int:
-    """Words to a block where the narrowest box of a parameter has rows of `narrowest_words` words: at most a
-    quarter of them, at most MOST_BLOCK_WORDS.
+    """Words to a block where the narrowest box of a parameter has rows of `narrowest_words` words:
+    at most a quarter of them, at most MOST_BLOCK_WORDS.
 
     Boxes swapped by mistake then differ in whole blocks. Short rows are summed word by word.
     """
@@ -178,13 +195,15 @@ def block_words(narrowest_words: int) -> int:
 
 
 def _cuts(first_word: int, num_words: int, block: int) -> tuple[int, int]:
-    """The first and the last position of whole blocks in a row's words; the words on either side are part of
-    one block each."""
+    """The first and the last position of whole blocks in a row's words; the words on either
+    side are part of one block each."""
     low = min(-first_word % block, num_words)
     return low, low + (num_words - low) // block * block
 
 
-def _row_weights(start: tuple[int, ...], shape: tuple[int, ...], global_shape: tuple[int, ...]) -> Ints:
+def _row_weights(
+    start: tuple[int, ...], shape: tuple[int, ...], global_shape: tuple[int, ...]
+) -> Ints:
     """A(i) of every row of a box: int64 [rows]."""
     if len(start) == 1:
         return _weights(_ROW_SEED, start[0] + shape[0])[start[0] :]
@@ -208,7 +227,9 @@ def _weights(seed: int, size: int) -> Ints:
 def _all_weights(seed: int, size: int) -> Ints:
     """splitmix64 (Steele, Lea and Flood 2014) of 1..size, made odd."""
     with np.errstate(over="ignore"):
-        x = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+        x = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(
+            seed
+        )
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return ((x ^ (x >> np.uint64(31))) | np.uint64(1)).view(np.int64)

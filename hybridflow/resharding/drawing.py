@@ -1,9 +1,10 @@
 """A plan as a picture: one panel per rank, and the bytes from every rank to every other.
 
-In a panel x runs over the parameters (widths are bytes), y over the dim along which a parameter is cut.
-Parameters that the two sides cut along different dims (FSDP cuts rows, tensor parallelism columns) share one
-region at the right, their rows along x. The part of its generation shard that a rank holds already has the
-rank's colour, the part that it receives the colour of the sender; white parts are not needed.
+In a panel x runs over the parameters (widths are bytes), y over the dim along which a parameter is
+cut. Parameters that the two sides cut along different dims (FSDP cuts rows, tensor parallelism
+columns) share one region at the right, their rows along x. The part of its generation shard that a
+rank holds already has the rank's colour, the part that it receives the colour of the sender; white
+parts are not needed.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ MOST_RANKS = 32
 
 
 def draw_plan(plan: ReshardingPlan, path: Path, title: str) -> None:
-    """Writes the picture (.png, .svg or .pdf); raises a ValueError for more than MOST_RANKS ranks."""
+    """Writes the picture (.png, .svg or .pdf); raises a ValueError for more than MOST_RANKS
+    ranks."""
     if plan.num_ranks > MOST_RANKS:
         raise ValueError(
-            f"picture: {plan.num_ranks} ranks do not fit on a page; draw a layout of at most {MOST_RANKS}"
+            f"picture: {plan.num_ranks} ranks do not fit on a page; draw a layout of at most "
+            f"{MOST_RANKS}"
         )
     import matplotlib
 
@@ -53,10 +56,12 @@ def draw_plan(plan: ReshardingPlan, path: Path, title: str) -> None:
             axis.set_axis_off()
             continue
         _panel(axis, senders[rank], trained[rank] >= 0, colours)
-        axis.set_title(f"rank {rank}: receives {received[rank] / plan.target.num_bytes:.3g} M", fontsize=9)
+        axis.set_title(
+            f"rank {rank}: receives {received[rank] / plan.target.num_bytes:.3g} M", fontsize=9
+        )
     panels.supxlabel(
-        "parameters, first layer to last; outlined: what the rank trains; number and colour: where it comes "
-        "from",
+        "parameters, first layer to last; outlined: what the rank trains; number and colour: "
+        "where it comes from",
         fontsize=9,
     )
     panels.supylabel("tensor dim", fontsize=9)
@@ -90,12 +95,20 @@ def _matrix(axis: Axes, plan: ReshardingPlan) -> None:
     np.add.at(total, (plan.sender[remote], plan.receiver[remote]), plan.num_bytes[remote])
     total /= plan.target.num_bytes
     axis.imshow(
-        np.where(total > 0, total, np.nan), cmap="Blues", vmin=0, vmax=max(float(total.max()) * 1.6, 1e-12)
+        np.where(total > 0, total, np.nan),
+        cmap="Blues",
+        vmin=0,
+        vmax=max(float(total.max()) * 1.6, 1e-12),
     )
     if plan.num_ranks <= 16:
         for sender, receiver in zip(*np.nonzero(total > 0.0005), strict=True):
             axis.text(
-                receiver, sender, f"{total[sender, receiver]:.2g}", ha="center", va="center", fontsize=7
+                receiver,
+                sender,
+                f"{total[sender, receiver]:.2g}",
+                ha="center",
+                va="center",
+                fontsize=7,
             )
     axis.set(xlabel="to rank", ylabel="from rank", title="bytes sent, in units of M")
     axis.set_xticks(range(plan.num_ranks))
@@ -116,7 +129,10 @@ def _raster(
         bottom = round(high[row][y_dim] / full[y_dim] * HEIGHT)
         if x_dim is not None:
             per_element = (right - left) / full[x_dim]
-            left, right = left + low[row][x_dim] * per_element, left + high[row][x_dim] * per_element
+            left, right = (
+                left + low[row][x_dim] * per_element,
+                left + high[row][x_dim] * per_element,
+            )
         result[rank[row], top:bottom, round(left) : round(right)] = value[row]
     return result
 
@@ -124,8 +140,8 @@ def _raster(
 def _places(plan: ReshardingPlan) -> list[tuple[int, int | None, float, float]]:
     """(dim along y, dim along x, left edge, right edge in the raster) of every parameter.
 
-    Parameters that both sides cut along one dim lie side by side. Those that the two sides cut along
-    different dims share one region at the right, where x is the dim that the source cuts.
+    Parameters that both sides cut along one dim lie side by side. Those that the two sides cut
+    along different dims share one region at the right, where x is the dim that the source cuts.
     """
     numbers = range(len(plan.target.parameters))
     cuts = [(_cut_dim(plan.source, number), _cut_dim(plan.target, number)) for number in numbers]
@@ -144,7 +160,8 @@ def _places(plan: ReshardingPlan) -> list[tuple[int, int | None, float, float]]:
 
 
 def _cut_dim(shard_map: ShardMap, number: int) -> int | None:
-    """The first dim that the boxes of a parameter are cut along; None where every box is the whole."""
+    """The first dim that the boxes of a parameter are cut along; None where every box is the
+    whole."""
     rows = shard_map.rows(number)
     for dim, size in enumerate(shard_map.parameters[number].shape):
         if (shard_map.shape[rows, dim] < size).any():
@@ -156,4 +173,6 @@ def _colours(number: int) -> NDArray[np.float64]:
     """Light, well separated colours: float [number, 3]."""
     from colorsys import hls_to_rgb
 
-    return np.array([hls_to_rgb((i * 0.618034) % 1.0, 0.78 - 0.1 * (i % 2), 0.7) for i in range(number)])
+    return np.array(
+        [hls_to_rgb((i * 0.618034) % 1.0, 0.78 - 0.1 * (i % 2), 0.7) for i in range(number)]
+    )

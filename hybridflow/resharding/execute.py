@@ -1,8 +1,8 @@
-"""Running a plan: pack, send, receive, unpack, in rounds; the packing of a round overlaps the transfer of the
-round before.
+"""Running a plan: pack, send, receive, unpack, in rounds; the packing of a round overlaps the
+transfer of the round before.
 
-A box that is contiguous in a rank's memory is sent from or received into that memory itself; only the others
-are staged. The sender casts to the target's data type.
+A box that is contiguous in a rank's memory is sent from or received into that memory itself; only
+the others are staged. The sender casts to the target's data type.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from hybridflow.resharding.shards import LocalParameter
 from hybridflow.resharding.transport import GroupTransport, Message, Transport
 
 ALONE_BYTES = 128 << 10
-"""Boxes of at least this size are messages of their own, so that they need no staging where they are
-contiguous."""
+"""Boxes of at least this size are messages of their own, so that they need no staging where
+they are contiguous."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +57,8 @@ class _Endpoint:
     """uint8 view of the box's memory where the message needs no staging."""
 
     def buffer(self, slot: torch.Tensor) -> torch.Tensor:
-        """The uint8 memory that is sent from or received into, `slot` being the round's staging buffer."""
+        """The uint8 memory that is sent from or received into, `slot` being the round's staging
+        buffer."""
         if self.direct is not None:
             return self.direct
         return slot[self.offset : self.offset + self.num_bytes]
@@ -94,7 +95,8 @@ class _Round:
 
 
 class Executor:
-    """A plan bound to this rank's memory; build it once where the memory stays, run it at every sync.
+    """A plan bound to this rank's memory; build it once where the memory stays, run it at every
+    sync.
 
     executor = Executor(plan, engine.local_parameters(), generator.destinations())
     executor.run()      # collective over the group
@@ -118,7 +120,9 @@ class Executor:
         device = _device_of((*destinations, *sources))
         # Two slots per direction: one round is packed (or unpacked) while the other travels.
         self._send_slots = _make_slots([round_.staged_send for round_ in self._rounds], device)
-        self._receive_slots = _make_slots([round_.staged_receive for round_ in self._rounds], device)
+        self._receive_slots = _make_slots(
+            [round_.staged_receive for round_ in self._rounds], device
+        )
 
     @property
     def staging_bytes(self) -> int:
@@ -126,7 +130,8 @@ class Executor:
         return sum(slot.numel() for slot in (*self._send_slots, *self._receive_slots))
 
     def run(self) -> ExecutionReport:
-        """Moves everything; returns when this rank's destinations are complete and its sources may change."""
+        """Moves everything; returns when this rank's destinations are complete and its sources
+        may change."""
         begin = perf_counter()
         with torch.no_grad():
             copied, shared, received = self._run()
@@ -162,7 +167,9 @@ class Executor:
     def _post(self, number: int, sent: list[Callable[[], None]]) -> list[Callable[[], None]]:
         current = self._rounds[number]
         into, out = self._receive_slots[number % 2], self._send_slots[number % 2]
-        receives: list[Message] = [(endpoint.peer, endpoint.buffer(into)) for endpoint in current.receives]
+        receives: list[Message] = [
+            (endpoint.peer, endpoint.buffer(into)) for endpoint in current.receives
+        ]
         sends: list[Message] = []
         for endpoint in current.sends:
             if endpoint.direct is None:
@@ -191,26 +198,36 @@ class Executor:
         for row in transfers.tolist():
             spec = plan.target.parameters[int(plan.parameter[row])]
             dims, dtype = len(spec.shape), DTYPES[spec.dtype]
-            start, shape = tuple(plan.start[row, :dims].tolist()), tuple(plan.shape[row, :dims].tolist())
-            sender, receiver, round_ = int(plan.sender[row]), int(plan.receiver[row]), int(plan.round[row])
+            start = tuple(plan.start[row, :dims].tolist())
+            shape = tuple(plan.shape[row, :dims].tolist())
+            sender = int(plan.sender[row])
+            receiver = int(plan.receiver[row])
+            round_ = int(plan.round[row])
             if round_ == LOCAL:
                 self._locals.append(
-                    (destination.view(spec.name, start, shape), source.view(spec.name, start, shape))
+                    (
+                        destination.view(spec.name, start, shape),
+                        source.view(spec.name, start, shape),
+                    )
                 )
                 continue
             outgoing = sender == rank
             view = (source if outgoing else destination).view(spec.name, start, shape)
             num_bytes = prod(shape) * dtype.itemsize
             alone = row if num_bytes >= ALONE_BYTES else -1
-            messages.setdefault((round_, receiver if outgoing else sender, outgoing, alone), []).append(
-                (num_bytes, view, dtype)
-            )
+            messages.setdefault(
+                (round_, receiver if outgoing else sender, outgoing, alone), []
+            ).append((num_bytes, view, dtype))
         self._rounds = [_Round() for _ in range(max((key[0] for key in messages), default=-1) + 1)]
-        for (round_, peer, outgoing, _), boxes in sorted(messages.items(), key=lambda item: item[0]):
+        for (round_, peer, outgoing, _), boxes in sorted(
+            messages.items(), key=lambda item: item[0]
+        ):
             # Data types with large items first: every box is then aligned to its own data type.
             boxes.sort(key=lambda box: -box[2].itemsize)
             sizes, views, dtypes = zip(*boxes, strict=True)
-            self._rounds[round_].add(_Endpoint(peer, list(views), list(dtypes), sum(sizes)), outgoing)
+            self._rounds[round_].add(
+                _Endpoint(peer, list(views), list(dtypes), sum(sizes)), outgoing
+            )
 
 
 def execute(
@@ -232,4 +249,7 @@ def _device_of(parameters: Sequence[LocalParameter]) -> torch.device:
 
 def _make_slots(sizes: Sequence[int], device: torch.device) -> list[torch.Tensor]:
     """Two staging buffers: one for rounds with even numbers, one for the others."""
-    return [torch.empty(max(sizes[slot::2], default=0), dtype=torch.uint8, device=device) for slot in (0, 1)]
+    return [
+        torch.empty(max(sizes[slot::2], default=0), dtype=torch.uint8, device=device)
+        for slot in (0, 1)
+    ]

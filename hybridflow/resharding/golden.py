@@ -1,8 +1,8 @@
-"""The golden executor: gathers every parameter on every rank, then slices; the tests' oracle and the
-benchmark's baseline.
+"""The golden executor: gathers every parameter on every rank, then slices; the tests' oracle and
+the benchmark's baseline.
 
-DeepSpeed-Chat does this over all ranks and HybridFlow-V over the model-parallel group (docs/paper.md section
-3). It shares no code with the compiler.
+DeepSpeed-Chat does this over all ranks and HybridFlow-V over the model-parallel group
+(docs/paper.md section 3). It shares no code with the compiler.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def reshard_golden(
     *,
     bucket_bytes: int = 64 << 20,
 ) -> int:
-    """Fills `destinations` from the full parameters; returns the bytes received. Collective over `group`, the
-    ranks of `source`.
+    """Fills `destinations` from the full parameters; returns the bytes received. Collective over
+    `group`, the ranks of `source`.
 
-    `dtypes` gives the data type of every parameter while it travels (the target's). Holders of the same box
-    send equal parts of it. All-gathers are bucketed: the parameters of a bucket have at most `bucket_bytes`
-    together.
+    `dtypes` gives the data type of every parameter while it travels (the target's). Holders of the
+    same box send equal parts of it. All-gathers are bucketed: the parameters of a bucket have at
+    most `bucket_bytes` together.
     """
     targets = {parameter.name: parameter for parameter in destinations}
     received = 0
@@ -50,7 +50,8 @@ def reshard_golden(
 
 
 def bytes_gathered(source: ShardMap) -> NDArray[np.int64]:
-    """Bytes that every rank receives in reshard_golden, in the source's data type: int64 [ranks]."""
+    """Bytes that every rank receives in reshard_golden, in the source's data type: int64
+    [ranks]."""
     received = np.full(source.num_ranks, source.num_bytes, dtype=np.int64)
     for number, spec in enumerate(source.parameters):
         for rank, box in _parts(source, number):
@@ -59,15 +60,17 @@ def bytes_gathered(source: ShardMap) -> NDArray[np.int64]:
 
 
 def _buckets(source: ShardMap, dtypes: Mapping[str, str], bucket_bytes: int) -> Iterator[list[int]]:
-    """Buckets of parameter numbers, from different holders (pipeline stages) in turns, so that all ranks have
-    something to send in every bucket."""
+    """Buckets of parameter numbers, from different holders (pipeline stages) in turns, so that
+    all ranks have something to send in every bucket."""
     bytes_of_holders: dict[bytes, int] = {}
     progress: dict[int, tuple[bytes, int]] = {}
     for number, spec in enumerate(source.parameters):
         holders = source.rank[source.rows(number)].tobytes()
         bytes_of_holders[holders] = bytes_of_holders.get(holders, 0) + spec.num_bytes
         progress[number] = (holders, bytes_of_holders[holders])
-    order = sorted(progress, key=lambda number: progress[number][1] / bytes_of_holders[progress[number][0]])
+    order = sorted(
+        progress, key=lambda number: progress[number][1] / bytes_of_holders[progress[number][0]]
+    )
     bucket: list[int] = []
     total = 0
     for number in order:
@@ -117,7 +120,9 @@ def _gather_full(
         full = torch.empty(spec.shape, dtype=dtype)
         for holder, box in parts[number]:
             end = offsets[holder] + box.numel * dtype.itemsize
-            _slice(full, box).copy_(gathered[holder, offsets[holder] : end].view(dtype).view(box.shape))
+            _slice(full, box).copy_(
+                gathered[holder, offsets[holder] : end].view(dtype).view(box.shape)
+            )
             offsets[holder] = -(-end // 8) * 8
         received = sum(box.numel for holder, box in parts[number] if holder != rank)
         yield number, full, received * dtype.itemsize
@@ -138,12 +143,16 @@ def _store(buffer: torch.Tensor, offset: int, view: torch.Tensor, dtype: torch.d
 
 
 def _parts(source: ShardMap, number: int) -> list[tuple[int, Box]]:
-    """(sender, box) of every distinct box of the parameter, in equal parts from all of its holders."""
+    """(sender, box) of every distinct box of the parameter, in equal parts from all of its
+    holders."""
     spec: ParameterSpec = source.parameters[number]
     rows, dims = source.rows(number), len(spec.shape)
     holders: dict[Box, list[int]] = {}
     for start, shape, rank in zip(
-        source.start[rows].tolist(), source.shape[rows].tolist(), source.rank[rows].tolist(), strict=True
+        source.start[rows].tolist(),
+        source.shape[rows].tolist(),
+        source.rank[rows].tolist(),
+        strict=True,
     ):
         holders.setdefault(Box(tuple(start[:dims]), tuple(shape[:dims])), []).append(rank)
     parts = []
@@ -155,5 +164,7 @@ def _parts(source: ShardMap, number: int) -> list[tuple[int, Box]]:
         for i, rank in enumerate(ranks):
             low, high = length * i // len(ranks), length * (i + 1) // len(ranks)
             if high > low:
-                parts.append((rank, Box((box.start[0] + low, *box.start[1:]), (high - low, *box.shape[1:]))))
+                parts.append(
+                    (rank, Box((box.start[0] + low, *box.start[1:]), (high - low, *box.shape[1:])))
+                )
     return parts

@@ -1,8 +1,8 @@
 """Grouping: the generation coordinate (replica, pipeline stage, tensor part) of every rank.
 
-`vanilla` and `zero_redundancy` are the paper's (docs/paper.md section 3); `fewest_bytes` is the assignment
-that leaves the fewest bytes to receive for any training layout. Rank order inside a replica is vLLM's:
-build_vllm_groups takes `replicas` as it is.
+`vanilla` and `zero_redundancy` are the paper's (docs/paper.md section 3); `fewest_bytes` is the
+assignment that leaves the fewest bytes to receive for any training layout. Rank order inside a
+replica is vLLM's: build_vllm_groups takes `replicas` as it is.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from hybridflow.resharding.boxes import volumes
 from hybridflow.resharding.shard_map import ShardMap
 
 PREFERENCE = 0.25
-"""Gain, in bytes, of a rank's coordinate in the vanilla grouping. It decides between assignments that receive
-the same bytes, so that generation groups stay on neighbouring ranks where that costs nothing."""
+"""Gain, in bytes, of a rank's coordinate in the vanilla grouping. It decides between
+assignments that receive the same bytes, so that generation groups stay on neighbouring ranks
+where that costs nothing."""
 
 
 @dataclass(frozen=True)
 class GroupedLayout(Layout):
-    """A layout whose ranks are numbered by a grouping: order[i] is the rank at place i of the mixed-radix
-    numbering.
+    """A layout whose ranks are numbered by a grouping: order[i] is the rank at place i of the
+    mixed-radix numbering.
 
     Grouping((((0, 2),), ((1, 3),))).layout.groups("tp") == [(0, 2), (1, 3)]
     """
@@ -46,7 +47,8 @@ class GroupedLayout(Layout):
 
 @dataclass(frozen=True)
 class Grouping:
-    """Grouping((((0, 2),), ((1, 3),))): two replicas of one stage with tp=2, on ranks 0, 2 and 1, 3."""
+    """Grouping((((0, 2),), ((1, 3),))): two replicas of one stage with tp=2, on ranks 0, 2 and
+    1, 3."""
 
     replicas: tuple[tuple[tuple[int, ...], ...], ...]
     """replicas[replica][stage][tensor part] = rank."""
@@ -56,7 +58,9 @@ class Grouping:
         if ranks != list(range(len(ranks))):
             raise ValueError(f"grouping: ranks {ranks} are not 0..{len(ranks) - 1}, each once")
         if len(set(map(len, self.replicas))) != 1 or len(set(map(len, self.stages))) != 1:
-            raise ValueError("grouping: replicas differ in their sizes; all need the same pp and tp")
+            raise ValueError(
+                "grouping: replicas differ in their sizes; all need the same pp and tp"
+            )
 
     @classmethod
     def of(cls, coordinates: Sequence[tuple[int, int, int]]) -> Grouping:
@@ -64,8 +68,8 @@ class Grouping:
         replicas, pp, tp = (max(axis) + 1 for axis in zip(*coordinates, strict=True))
         if not len(coordinates) == len(set(coordinates)) == replicas * pp * tp:
             raise ValueError(
-                f"grouping: {len(coordinates)} ranks do not fill {replicas} x {pp} x {tp} coordinates once "
-                "each"
+                f"grouping: {len(coordinates)} ranks do not fill {replicas} x {pp} x {tp} "
+                "coordinates once each"
             )
         ranks = np.empty((replicas, pp, tp), dtype=np.int64)
         for rank, coordinate in enumerate(coordinates):
@@ -100,9 +104,12 @@ class Grouping:
 
     @property
     def layout(self) -> GroupedLayout:
-        """Axes dp (replicas), pp, tp over the ranks, for generation engines and the actor's dispatch."""
+        """Axes dp (replicas), pp, tp over the ranks, for generation engines and the actor's
+        dispatch."""
         order = tuple(chain.from_iterable(self.stages))
-        return GroupedLayout((("dp", len(self.replicas)), ("pp", self.pp), ("cp", 1), ("tp", self.tp)), order)
+        return GroupedLayout(
+            (("dp", len(self.replicas)), ("pp", self.pp), ("cp", 1), ("tp", self.tp)), order
+        )
 
     @property
     def tensor_groups(self) -> list[tuple[int, ...]]:
@@ -113,21 +120,23 @@ class Grouping:
 def vanilla(num_ranks: int, *, tp: int, pp: int = 1) -> Grouping:
     """HybridFlow-V: generation groups of consecutive ranks."""
     _check_sizes(num_ranks, tp, pp)
-    return Grouping.of([(rank // (pp * tp), rank // tp % pp, rank % tp) for rank in range(num_ranks)])
+    return Grouping.of(
+        [(rank // (pp * tp), rank // tp % pp, rank % tp) for rank in range(num_ranks)]
+    )
 
 
 def zero_redundancy(layout: Layout, *, tp: int, pp: int = 1) -> Grouping:
-    """The paper's grouping: generation TP groups at interval t/tg, PP groups at interval p/pg (docs/paper.md
-    section 3).
+    """The paper's grouping: generation TP groups at interval t/tg, PP groups at interval p/pg
+    (docs/paper.md section 3).
 
-    Every rank's training shard is then part of its generation shard. Raises a ValueError where tg does not
-    divide t or pg does not divide p; fewest_bytes has no such limit.
+    Every rank's training shard is then part of its generation shard. Raises a ValueError where tg
+    does not divide t or pg does not divide p; fewest_bytes has no such limit.
     """
     t, p = layout.axis_size("tp"), layout.axis_size("pp")
     if t % tp or p % pp:
         raise ValueError(
-            f"zero-redundancy grouping: generation tp={tp}, pp={pp} must divide training tp={t}, pp={p}; use "
-            "fewest_bytes"
+            f"zero-redundancy grouping: generation tp={tp}, pp={pp} must divide training tp={t}, "
+            f"pp={p}; use fewest_bytes"
         )
     every_t, every_p = t // tp, p // pp
     coordinates = []
@@ -138,13 +147,15 @@ def zero_redundancy(layout: Layout, *, tp: int, pp: int = 1) -> Grouping:
             if axis not in ("pp", "tp"):
                 data = data * size + at[axis]
         micro = at["pp"] % every_p * every_t + at["tp"] % every_t
-        coordinates.append((data * every_p * every_t + micro, at["pp"] // every_p, at["tp"] // every_t))
+        coordinates.append(
+            (data * every_p * every_t + micro, at["pp"] // every_p, at["tp"] // every_t)
+        )
     return Grouping.of(coordinates)
 
 
 def micro_data_groups(layout: Layout, grouping: Grouping) -> list[tuple[int, ...]]:
-    """The micro-DP groups, inside which weights are gathered: ranks of a training replica with the same
-    generation shard."""
+    """The micro-DP groups, inside which weights are gathered: ranks of a training replica with
+    the same generation shard."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank, (_, stage, part) in enumerate(grouping.coordinates):
         at = layout.coordinates(rank)
@@ -154,12 +165,12 @@ def micro_data_groups(layout: Layout, grouping: Grouping) -> list[tuple[int, ...
 
 
 def fewest_bytes(source: ShardMap, shards: ShardMap, *, tp: int, pp: int = 1) -> Grouping:
-    """The grouping with the fewest bytes received in total, for any source: also FSDP, ZeRO, or where tg does
-    not divide t.
+    """The grouping with the fewest bytes received in total, for any source: also FSDP, ZeRO, or
+    where tg does not divide t.
 
-    `shards` is the target of a grouping with these sizes in which ranks 0..tp*pp-1 are replica 0, such as
-    vanilla; it tells the shard of each coordinate. This is an assignment problem, rank x coordinate, whose
-    gain is the bytes of the coordinate's shard that the rank holds.
+    `shards` is the target of a grouping with these sizes in which ranks 0..tp*pp-1 are replica 0,
+    such as vanilla; it tells the shard of each coordinate. This is an assignment problem, rank x
+    coordinate, whose gain is the bytes of the coordinate's shard that the rank holds.
     """
     _check_sizes(source.num_ranks, tp, pp)
     num_replicas = source.num_ranks // (tp * pp)
@@ -176,8 +187,8 @@ def fewest_bytes(source: ShardMap, shards: ShardMap, *, tp: int, pp: int = 1) ->
 
 
 def held_bytes(source: ShardMap, shards: ShardMap, num_coordinates: int) -> NDArray[np.int64]:
-    """Bytes of each coordinate's shard that every rank holds, in the target's data type: int64 [ranks,
-    coordinates]."""
+    """Bytes of each coordinate's shard that every rank holds, in the target's data type: int64
+    [ranks, coordinates]."""
     number = {spec.name: i for i, spec in enumerate(source.parameters)}
     result = np.zeros((source.num_ranks, num_coordinates), dtype=np.int64)
     known: dict[tuple[bytes, ...], NDArray[np.int64]] = {}
@@ -213,4 +224,6 @@ def _overlap(
 
 def _check_sizes(num_ranks: int, tp: int, pp: int) -> None:
     if tp < 1 or pp < 1 or num_ranks % (tp * pp):
-        raise ValueError(f"generation tp={tp}, pp={pp}: their product must divide the {num_ranks} ranks")
+        raise ValueError(
+            f"generation tp={tp}, pp={pp}: their product must divide the {num_ranks} ranks"
+        )

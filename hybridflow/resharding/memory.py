@@ -23,8 +23,8 @@ class LocalMemory:
             for shard in parameter.shards:
                 if tuple(shard.tensor.shape) != shard.box.shape:
                     raise ValueError(
-                        f"parameter {parameter.name}: tensor of shape {tuple(shard.tensor.shape)} for "
-                        f"{shard.box}"
+                        f"parameter {parameter.name}: tensor of shape {tuple(shard.tensor.shape)} "
+                        f"for {shard.box}"
                     )
                 if shard.tensor.dtype != parameter.dtype:
                     raise ValueError(
@@ -51,8 +51,8 @@ class LocalMemory:
                         tensor = tensor.narrow(dim, first - low, size)
                 return tensor
         raise ValueError(
-            f"parameter {name}: this rank has no memory for start {tuple(start)} shape {tuple(shape)}; is "
-            "the plan of this layout?"
+            f"parameter {name}: this rank has no memory for start {tuple(start)} shape "
+            f"{tuple(shape)}; is the plan of this layout?"
         )
 
 

@@ -1,7 +1,9 @@
-"""compile(source, target) -> ReshardingPlan: who sends which box of which parameter to whom, in which round.
+"""compile(source, target) -> ReshardingPlan: who sends which box of which parameter to whom, in
+which round.
 
-The plan is plain data. It moves every element that a rank needs and does not hold exactly once, from one of
-the ranks that hold it. Tensors and process groups are left to execute.py, proofs to certificate.py.
+The plan is plain data. It moves every element that a rank needs and does not hold exactly once,
+from one of the ranks that hold it. Tensors and process groups are left to execute.py, proofs to
+certificate.py.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ MESSAGE_ALIGNMENT = 8
 class ReshardingPlan:
     """Transfers in order of execution: compile returns it, verify checks it, execute runs it.
 
-    Extra memory: each rank stages at most `staging_bytes` of outgoing and as much of incoming data per round,
-    and two rounds are under way at once (one is packed while the other travels): 4 * staging_bytes <= 2 *
-    bucket_bytes.
+    Extra memory: each rank stages at most `staging_bytes` of outgoing and as much of incoming data
+    per round, and two rounds are under way at once (one is packed while the other travels): 4 *
+    staging_bytes <= 2 * bucket_bytes.
     """
 
     source: ShardMap
@@ -93,8 +95,8 @@ class ReshardingPlan:
 
 
 def staging_bytes(bucket_bytes: int, num_ranks: int) -> int:
-    """Most bytes that a rank stages in one direction in one round: half a bucket, less the padding of one
-    message per peer."""
+    """Most bytes that a rank stages in one direction in one round: half a bucket, less the
+    padding of one message per peer."""
     return bucket_bytes // 2 - MESSAGE_ALIGNMENT * num_ranks
 
 
@@ -108,10 +110,11 @@ def compile(
 ) -> ReshardingPlan:
     """The plan from `source` to `target`, two maps over the same ranks.
 
-    ShardMap.relabel brings the maps of two pools into one rank space. `nodes` numbers the machine of every
-    rank (None: one machine); a sender on the receiver's machine is preferred. Bytes are moved in the target's
-    data type. `unused` names source parameters that the target does not want. Raises a ValueError where a
-    parameter is missing on one side, has different shapes, or where no rank holds a needed element.
+    ShardMap.relabel brings the maps of two pools into one rank space. `nodes` numbers the machine
+    of every rank (None: one machine); a sender on the receiver's machine is preferred. Bytes are
+    moved in the target's data type. `unused` names source parameters that the target does not want.
+    Raises a ValueError where a parameter is missing on one side, has different shapes, or where no
+    rank holds a needed element.
     """
     nodes = tuple(nodes) if nodes is not None else (0,) * target.num_ranks
     source = aligned(source, target, nodes, unused)
@@ -120,7 +123,8 @@ def compile(
     if limit < largest:
         least = 2 * (largest + MESSAGE_ALIGNMENT * target.num_ranks)
         raise ValueError(
-            f"bucket_bytes={bucket_bytes} is too small for {target.num_ranks} ranks; give at least {least}"
+            f"bucket_bytes={bucket_bytes} is too small for {target.num_ranks} ranks; give at "
+            f"least {least}"
         )
     target.check_disjoint()
     requests = make_requests(source, target, np.array(nodes), limit)
@@ -156,26 +160,32 @@ def plan_key(
 ) -> str:
     """Hexadecimal hash of everything that the plan depends on."""
     nodes = tuple(nodes) if nodes is not None else (0,) * target.num_ranks
-    text = f"{COMPILER_VERSION} {source.digest()} {target.digest()} {bucket_bytes} {nodes} {sorted(unused)}"
+    text = (
+        f"{COMPILER_VERSION} {source.digest()} {target.digest()} {bucket_bytes} {nodes} "
+        f"{sorted(unused)}"
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def aligned(source: ShardMap, target: ShardMap, nodes: tuple[int, ...], unused: Sequence[str]) -> ShardMap:
+def aligned(
+    source: ShardMap, target: ShardMap, nodes: tuple[int, ...], unused: Sequence[str]
+) -> ShardMap:
     """`source` with the target's parameters in the target's order.
 
     Raises a ValueError where the two maps do not fit together; see compile.
     """
     if source.num_ranks != target.num_ranks or len(nodes) != target.num_ranks:
         raise ValueError(
-            f"compile: source has {source.num_ranks} ranks, target {target.num_ranks}, nodes {len(nodes)}; "
-            "relabel them into one rank space"
+            f"compile: source has {source.num_ranks} ranks, target {target.num_ranks}, nodes "
+            f"{len(nodes)}; relabel them into one rank space"
         )
     number = {spec.name: i for i, spec in enumerate(source.parameters)}
     needed = {spec.name for spec in target.parameters}
     unwanted = [name for name in number if name not in needed and name not in unused]
     if unwanted:
         raise ValueError(
-            f"compile: no target rank wants {', '.join(unwanted[:5])}; name them in `unused` if that is meant"
+            f"compile: no target rank wants {', '.join(unwanted[:5])}; name them in `unused` if "
+            "that is meant"
         )
     new_index = np.full(len(source.parameters), -1, dtype=np.int64)
     for i, spec in enumerate(target.parameters):
@@ -184,7 +194,8 @@ def aligned(source: ShardMap, target: ShardMap, nodes: tuple[int, ...], unused: 
         have = source.parameters[number[spec.name]]
         if have.shape != spec.shape:
             raise ValueError(
-                f"compile: {spec.name} has shape {have.shape} in the source and {spec.shape} in the target"
+                f"compile: {spec.name} has shape {have.shape} in the source and {spec.shape} in "
+                "the target"
             )
         new_index[number[spec.name]] = i
     rows = new_index[source.parameter] >= 0

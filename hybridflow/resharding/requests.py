@@ -1,7 +1,7 @@
 """Requests: the boxes that every rank needs, each with the ranks that could send it.
 
-Parameters whose boxes lie on the same ranks in the same way (the layers of a pipeline stage, say) are worked
-out once.
+Parameters whose boxes lie on the same ranks in the same way (the layers of a pipeline stage, say)
+are worked out once.
 """
 
 from __future__ import annotations
@@ -48,15 +48,19 @@ def make_requests(source: ShardMap, target: ShardMap, nodes: Ints, limit_bytes: 
         have, need = source.rows(number), target.rows(number)
         if need.start == need.stop:
             raise ValueError(
-                f"{spec.name}: no target rank wants it; a parameter that is needed nowhere should not be in "
-                "the target"
+                f"{spec.name}: no target rank wants it; a parameter that is needed nowhere should "
+                "not be in the target"
             )
         signature = (spec.itemsize, *_signature(source, have), *_signature(target, need))
         if signature not in known:
             limit = max(1, limit_bytes // spec.itemsize)
-            known[signature] = _requests_for(source, have, target, need, nodes, limit, sets, spec.name)
+            known[signature] = _requests_for(
+                source, have, target, need, nodes, limit, sets, spec.name
+            )
         start, shape, receiver, candidates = known[signature]
-        parts.append((np.full(len(receiver), number, dtype=np.int64), start, shape, receiver, candidates))
+        parts.append(
+            (np.full(len(receiver), number, dtype=np.int64), start, shape, receiver, candidates)
+        )
     dims = target.dims
     empty = np.zeros(0, dtype=np.int64)
     parts.append((empty, empty.reshape(0, dims), empty.reshape(0, dims), empty, empty))
@@ -93,7 +97,8 @@ def _requests_for(
         rank = int(target.rank[need][np.nonzero(box_of_row == bad)[0][0]])
         where = f"start {box_start[bad]} shape {box_shape[bad]}"
         raise ValueError(
-            f"{name}: target rank {rank} wants {where}; the source ranks together do not hold all of it"
+            f"{name}: target rank {rank} wants {where}; the source ranks together do not hold all "
+            "of it"
         )
     atom, box, start, shape = _split_large(atom, box, start, shape, limit)
     # One row per part of a box and rank that wants the box.
@@ -117,7 +122,9 @@ def _split_large(
         return atom, box, start, shape
     rows: list[tuple[int, ...]] = []
     for i in np.nonzero(large)[0]:
-        for part_start, part_shape in split(tuple(map(int, start[i])), tuple(map(int, shape[i])), limit):
+        for part_start, part_shape in split(
+            tuple(map(int, start[i])), tuple(map(int, shape[i])), limit
+        ):
             rows.append((int(atom[i]), int(box[i]), *part_start, *part_shape))
     more = np.array(rows, dtype=np.int64)
     dims, keep = start.shape[1], ~large
@@ -150,7 +157,8 @@ def _candidates(
     nodes: Ints,
     sets: dict[tuple[int, ...], int],
 ) -> Ints:
-    """The receiver alone where it holds the atom, else the holders on its machine, else all holders.
+    """The receiver alone where it holds the atom, else the holders on its machine, else all
+    holders.
 
     int64 [rows], index into `sets`, to which new sets are added.
     """

@@ -1,5 +1,5 @@
-"""The sender of every request, balanced among the candidates, and the round of every transfer, such that
-rounds fit the staging memory.
+"""The sender of every request, balanced among the candidates, and the round of every transfer, such
+that rounds fit the staging memory.
 
 It works on bytes and ranks only.
 """
@@ -15,9 +15,10 @@ from hybridflow.resharding.requests import Requests
 def choose_senders(requests: Requests, num_bytes: Ints, num_ranks: int) -> Ints:
     """The sender of every request: int64 [requests].
 
-    The largest request goes first, to the candidate that has sent least so far (ties: the nearest rank). Then
-    requests move to another candidate as long as that evens out two loads. After that no sender could give a
-    request to a candidate that has more than the request's bytes less to send.
+    The largest request goes first, to the candidate that has sent least so far (ties: the nearest
+    rank). Then requests move to another candidate as long as that evens out two loads. After that
+    no sender could give a request to a candidate that has more than the request's bytes less to
+    send.
     """
     if not len(requests.candidates):
         return requests.candidates.copy()
@@ -52,7 +53,8 @@ def _even_out(
 ) -> None:
     """Moves requests between candidates until no move evens out two loads.
 
-    Each move lowers the sum of squared loads, so this ends; it rarely moves anything after the greedy pass.
+    Each move lowers the sum of squared loads, so this ends; it rarely moves anything after the
+    greedy pass.
     """
     moved = True
     while moved:
@@ -67,15 +69,17 @@ def _even_out(
                 moved = True
 
 
-def assign_rounds(sender: Ints, receiver: Ints, num_bytes: Ints, num_ranks: int, limit: int) -> Ints:
-    """The round of every transfer, such that no rank sends or receives more than `limit` bytes in one: int64
-    [transfers].
+def assign_rounds(
+    sender: Ints, receiver: Ints, num_bytes: Ints, num_ranks: int, limit: int
+) -> Ints:
+    """The round of every transfer, such that no rank sends or receives more than `limit` bytes in
+    one: int64 [transfers].
 
-    Transfers are taken in the order of their sender's progress, so that all senders are busy in all rounds,
-    and go to the first round that both ranks have memory for.
+    Transfers are taken in the order of their sender's progress, so that all senders are busy in all
+    rounds, and go to the first round that both ranks have memory for.
     """
-    # Progress: the fraction of its bytes that a sender has sent before this transfer; its receivers take
-    # turns.
+    # Progress: the fraction of its bytes that a sender has sent before this transfer; its receivers
+    # take turns.
     turn = np.lexsort((np.arange(len(sender)), (receiver - sender) % num_ranks, sender))
     place = _rank_within(sender[turn], receiver[turn])
     turn = turn[np.lexsort(((receiver[turn] - sender[turn]) % num_ranks, place, sender[turn]))]

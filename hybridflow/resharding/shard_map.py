@@ -1,4 +1,5 @@
-"""ShardMap: the boxes of every logical parameter that each rank holds; plain data, the input of a plan.
+"""ShardMap: the boxes of every logical parameter that each rank holds; plain data, the input of a
+plan.
 
 Where a rank's boxes lie in its memory is in LocalParameter (shards.py).
 """
@@ -65,7 +66,8 @@ class ParameterSpec:
 
 @dataclass(frozen=True, eq=False)
 class ShardMap:
-    """Rows (parameter, rank, box), sorted by parameter, then rank, in the rank's own order of shards.
+    """Rows (parameter, rank, box), sorted by parameter, then rank, in the rank's own order of
+    shards.
 
     shard_map = ShardMap.gather(engine.local_parameters())          # collective
     boxes = {0: [("w", Box((0, 0), (4, 8)))], 1: [("w", Box((4, 0), (4, 8)))]}
@@ -98,12 +100,16 @@ class ShardMap:
         """
         index = {spec.name: i for i, spec in enumerate(parameters)}
         if len(index) != len(parameters):
-            raise ValueError("shard map: a parameter is named twice; give every logical parameter once")
+            raise ValueError(
+                "shard map: a parameter is named twice; give every logical parameter once"
+            )
         dims = max((len(spec.shape) for spec in parameters), default=0)
         rows: list[tuple[int, ...]] = []
         for rank, boxes in boxes_of_rank.items():
             if not 0 <= rank < num_ranks:
-                raise ValueError(f"shard map: rank {rank} is outside 0..{num_ranks - 1}; relabel ranks first")
+                raise ValueError(
+                    f"shard map: rank {rank} is outside 0..{num_ranks - 1}; relabel ranks first"
+                )
             for name, box in boxes:
                 if name not in index:
                     raise ValueError(
@@ -112,7 +118,9 @@ class ShardMap:
                 _check_box(parameters[index[name]], box, rank)
                 if box.numel:
                     fill = dims - len(box.start)
-                    rows.append((index[name], rank, *box.start, *(0,) * fill, *box.shape, *(1,) * fill))
+                    rows.append(
+                        (index[name], rank, *box.start, *(0,) * fill, *box.shape, *(1,) * fill)
+                    )
         table = np.array(rows, dtype=np.int64).reshape(-1, 2 + 2 * dims)
         return cls._sorted(tuple(parameters), num_ranks, table, dims)
 
@@ -122,18 +130,24 @@ class ShardMap:
     ) -> ShardMap:
         table = table[np.lexsort((table[:, 1], table[:, 0]))]
         return cls(
-            parameters, num_ranks, table[:, 0], table[:, 1], table[:, 2 : 2 + dims], table[:, 2 + dims :]
+            parameters,
+            num_ranks,
+            table[:, 0],
+            table[:, 1],
+            table[:, 2 : 2 + dims],
+            table[:, 2 + dims :],
         )
 
     @classmethod
     def gather(
         cls, local_parameters: Sequence[LocalParameter], group: dist.ProcessGroup | None = None
     ) -> ShardMap:
-        """The map of all ranks of `group` (None: the default group, or this process alone without one).
-        Collective.
+        """The map of all ranks of `group` (None: the default group, or this process alone without
+        one). Collective.
 
-        Ranks that hold nothing (of another pool, say) may pass an empty list; all others list all parameters.
-        Raises a ValueError on every rank where two ranks disagree about a parameter's shape or dtype.
+        Ranks that hold nothing (of another pool, say) may pass an empty list; all others list all
+        parameters. Raises a ValueError on every rank where two ranks disagree about a parameter's
+        shape or dtype.
         """
         local: list[tuple[str, tuple[int, ...], str, list[Box]]] = []
         for parameter in local_parameters:
@@ -152,15 +166,15 @@ class ShardMap:
                 spec = specs.setdefault(name, ParameterSpec(name, tuple(shape), dtype))
                 if (spec.shape, spec.dtype) != (tuple(shape), dtype):
                     raise ValueError(
-                        f"parameter {name}: rank {rank} has {tuple(shape)} {dtype}, an earlier rank "
-                        f"{spec.shape} {spec.dtype}"
+                        f"parameter {name}: rank {rank} has {tuple(shape)} {dtype}, an earlier "
+                        f"rank {spec.shape} {spec.dtype}"
                     )
                 boxes_of_rank[rank] += [(name, box) for box in boxes]
         return cls.of(tuple(specs.values()), boxes_of_rank, num_ranks=len(gathered))
 
     def relabel(self, ranks: Sequence[int], num_ranks: int) -> ShardMap:
-        """The same map in another rank space, such as that of a group over two pools: rank i becomes ranks[i]
-        of `num_ranks`."""
+        """The same map in another rank space, such as that of a group over two pools: rank i
+        becomes ranks[i] of `num_ranks`."""
         if len(ranks) != self.num_ranks or len(set(ranks)) != len(ranks):
             raise ValueError(
                 f"relabel: {self.num_ranks} ranks need {self.num_ranks} different new ranks, got "
@@ -169,13 +183,17 @@ class ShardMap:
         if any(not 0 <= rank < num_ranks for rank in ranks):
             raise ValueError(f"relabel: new ranks {list(ranks)} must lie in 0..{num_ranks - 1}")
         new_rank = np.array(ranks, dtype=np.int64)[self.rank] if len(self.rank) else self.rank
-        table = np.concatenate([self.parameter[:, None], new_rank[:, None], self.start, self.shape], axis=1)
+        table = np.concatenate(
+            [self.parameter[:, None], new_rank[:, None], self.start, self.shape], axis=1
+        )
         return self._sorted(self.parameters, num_ranks, table, self.dims)
 
     def with_dtype(self, dtype: str) -> ShardMap:
         """The same map with every parameter in `dtype`."""
         parameters = tuple(ParameterSpec(spec.name, spec.shape, dtype) for spec in self.parameters)
-        return ShardMap(parameters, self.num_ranks, self.parameter, self.rank, self.start, self.shape)
+        return ShardMap(
+            parameters, self.num_ranks, self.parameter, self.rank, self.start, self.shape
+        )
 
     @property
     def dims(self) -> int:
@@ -215,7 +233,9 @@ class ShardMap:
         rows = self.rows(parameter)
         return [
             Box(tuple(map(int, start[:dims])), tuple(map(int, shape[:dims])))
-            for start, shape, holder in zip(self.start[rows], self.shape[rows], self.rank[rows], strict=True)
+            for start, shape, holder in zip(
+                self.start[rows], self.shape[rows], self.rank[rows], strict=True
+            )
             if holder == rank
         ]
 
@@ -224,8 +244,8 @@ class ShardMap:
         for parameter, rank, start, shape in self._groups_of_boxes():
             if overlapping(start, shape):
                 raise ValueError(
-                    f"parameter {self.parameters[parameter].name}: boxes of rank {rank} overlap; list every "
-                    "element once"
+                    f"parameter {self.parameters[parameter].name}: boxes of rank {rank} overlap; "
+                    "list every element once"
                 )
 
     def _groups_of_boxes(self) -> Iterator[tuple[int, int, Ints, Ints]]:
@@ -234,12 +254,19 @@ class ShardMap:
         _, first, count = np.unique(key, return_index=True, return_counts=True)
         for begin, number in zip(first[count > 1], count[count > 1], strict=True):
             rows = slice(int(begin), int(begin + number))
-            yield int(self.parameter[begin]), int(self.rank[begin]), self.start[rows], self.shape[rows]
+            yield (
+                int(self.parameter[begin]),
+                int(self.rank[begin]),
+                self.start[rows],
+                self.shape[rows],
+            )
 
     def digest(self) -> str:
         """SHA-256 over everything in the map: equal maps, equal digests, on any machine."""
         hasher = hashlib.sha256(
-            json.dumps([self.num_ranks, [[s.name, s.shape, s.dtype] for s in self.parameters]]).encode()
+            json.dumps(
+                [self.num_ranks, [[s.name, s.shape, s.dtype] for s in self.parameters]]
+            ).encode()
         )
         for array in (self.parameter, self.rank, self.start, self.shape):
             hasher.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
@@ -253,5 +280,6 @@ def _check_box(spec: ParameterSpec, box: Box, rank: int) -> None:
     )
     if not fits:
         raise ValueError(
-            f"parameter {spec.name}: rank {rank} holds {box}, which does not lie in its shape {spec.shape}"
+            f"parameter {spec.name}: rank {rank} holds {box}, which does not lie in its shape "
+            f"{spec.shape}"
         )

@@ -1,4 +1,5 @@
-"""Boxes and shards: the parts of logical parameters that a rank holds, and their place in its memory."""
+"""Boxes and shards: the parts of logical parameters that a rank holds, and their place in its
+memory."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Box:
-    """A hyper-rectangle of a parameter: element i is inside if start[k] <= i[k] < start[k] + shape[k] for
-    every dim k."""
+    """A hyper-rectangle of a parameter: element i is inside if start[k] <= i[k] < start[k] +
+    shape[k] for every dim k."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
@@ -37,11 +38,12 @@ class LocalShard:
 
 @dataclass(frozen=True, slots=True)
 class LocalParameter:
-    """The shards of one logical parameter that this rank holds; none where it holds nothing of it."""
+    """The shards of one logical parameter that this rank holds; none where it holds nothing of
+    it."""
 
     name: str
-    """The checkpoint's name (the key in a Hugging Face safetensors file); tied weights appear once, under the
-    first name."""
+    """The checkpoint's name (the key in a Hugging Face safetensors file); tied weights appear
+    once, under the first name."""
     shape: tuple[int, ...]
     """Global shape."""
     dtype: torch.dtype

@@ -14,8 +14,8 @@ Message = tuple[int, torch.Tensor]
 
 
 class Transport(Protocol):
-    """post() starts messages and returns a function per received message and one for all that are sent; each
-    function blocks until its messages are done.
+    """post() starts messages and returns a function per received message and one for all that are
+    sent; each function blocks until its messages are done.
 
     Messages between two ranks arrive in the order in which both sides post them.
     """
@@ -28,11 +28,12 @@ class Transport(Protocol):
 
 
 class GroupTransport:
-    """A torch.distributed group, gloo or NCCL; also one that spans two pools (hybridflow/spanning.py)."""
+    """A torch.distributed group, gloo or NCCL; also one that spans two pools
+    (hybridflow/spanning.py)."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """Collective over a group with NCCL: its first operation must be one of all ranks, and a round need
-        not have all of them."""
+        """Collective over a group with NCCL: its first operation must be one of all ranks, and
+        a round need not have all of them."""
         self.group = group
         self.rank = rank_in(group)
         if torch.cuda.is_available() and torch.device("cuda") in device_kinds(group):
@@ -61,8 +62,8 @@ class GroupTransport:
     def _post_together(
         self, receives: Sequence[Message], sends: Sequence[Message], device: torch.device
     ) -> Callable[[], None]:
-        """NCCL takes sends and receives of a round as one operation; posted one by one they would wait for
-        each other."""
+        """NCCL takes sends and receives of a round as one operation; posted one by one they
+        would wait for each other."""
         with _coalescing_manager(self.group, device, async_ops=True) as posted:
             self._start(receives, sends)
         wait: Callable[[], None] = posted.wait
@@ -70,15 +71,16 @@ class GroupTransport:
 
 
 def rank_in(group: dist.ProcessGroup | None) -> int:
-    """This process' rank in `group` (None: the default group, or this process alone without one)."""
+    """This process' rank in `group` (None: the default group, or this process alone without
+    one)."""
     if group is not None:
         return int(group.rank())
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def device_kinds(group: dist.ProcessGroup | None) -> list[torch.device]:
-    """Kinds of devices whose tensors the group can send (None: the default group; empty where there is
-    none)."""
+    """Kinds of devices whose tensors the group can send (None: the default group; empty where
+    there is none)."""
     group = group if group is not None else dist.group.WORLD
     return list(group._device_types) if group is not None else []
 

@@ -1,8 +1,8 @@
-"""python -m recipes.quickstart: a tiny model, a task with verifiable answers, and then what a user would run:
-recipes.ppo.
+"""python -m recipes.quickstart: a tiny model, a task with verifiable answers, and then what a user
+would run: recipes.ppo.
 
-Leaves in outputs/quickstart: summary.json, metrics.jsonl, curves.png, and the trained policy as a Hugging
-Face directory.
+Leaves in outputs/quickstart: summary.json, metrics.jsonl, curves.png, and the trained policy as a
+Hugging Face directory.
 """
 
 from __future__ import annotations
@@ -38,13 +38,17 @@ def main() -> None:
         help="default: outputs/quickstart, for grpo outputs/quickstart-grpo",
     )
     parser.add_argument(
-        "overrides", nargs="*", help="further settings for the recipe, such as loop.num_steps=5 runtime=local"
+        "overrides",
+        nargs="*",
+        help="further settings for the recipe, such as loop.num_steps=5 runtime=local",
     )
     arguments = parser.parse_args()
     with plain_errors():
         check_names(arguments.overrides)  # before the minute of preparation, not after it
     output = arguments.output or Path(
-        "outputs/quickstart" if arguments.recipe == "ppo" else f"outputs/quickstart-{arguments.recipe}"
+        "outputs/quickstart"
+        if arguments.recipe == "ppo"
+        else f"outputs/quickstart-{arguments.recipe}"
     )
     console = Console()
     prepared = prepare(Path("outputs/quickstart-data"), console=console)
@@ -60,7 +64,9 @@ def main() -> None:
     show(console, summary, output)
 
 
-def recipe_command(recipe: str, prepared: Prepared, output: Path, overrides: list[str]) -> list[str]:
+def recipe_command(
+    recipe: str, prepared: Prepared, output: Path, overrides: list[str]
+) -> list[str]:
     """-m recipes.<recipe> with the quickstart's settings; later ones win."""
     return [
         "-m",
@@ -75,8 +81,8 @@ def recipe_command(recipe: str, prepared: Prepared, output: Path, overrides: lis
 
 
 def summarise(output: Path) -> dict[str, Any]:
-    """summary.json in the quickstart's words: its reward is 1 for a right answer, so validation's mean reward
-    is the accuracy."""
+    """summary.json in the quickstart's words: its reward is 1 for a right answer, so
+    validation's mean reward is the accuracy."""
     path = output / "summary.json"
     outcome = json.loads(path.read_text())
     summary = {
@@ -98,7 +104,12 @@ def summarise(output: Path) -> dict[str, Any]:
 def draw_progress(output: Path) -> None:
     curves = [
         Curve(metric="reward/mean", label="reward of the samples"),
-        Curve(metric="reward/mean", split="validation", label="held-out accuracy, greedy", percent=True),
+        Curve(
+            metric="reward/mean",
+            split="validation",
+            label="held-out accuracy, greedy",
+            percent=True,
+        ),
     ]
     draw_curves(output / "metrics.jsonl", output / "curves.png", curves)
 
@@ -112,7 +123,10 @@ def show(console: Console, summary: dict[str, Any], output: Path) -> None:
             table.add_row(key if key == name else f"  {key}, s", f"{number:.4g}")
     console.print(table)
     console.print(
-        f"curves: {output}/curves.png   policy: {output}/huggingface   metrics: {output}/metrics.jsonl",
+        (
+            f"curves: {output}/curves.png   policy: {output}/huggingface   metrics: "
+            f"{output}/metrics.jsonl"
+        ),
         highlight=False,
     )
 

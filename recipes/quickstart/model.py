@@ -1,8 +1,8 @@
 """The quickstart's model and tokenizer: standard Hugging Face parts, made here, so that nothing is
 downloaded.
 
-A Qwen2 of about a million parameters and a byte-level BPE tokenizer with a chat template. Leaves out training
-(warm_start.py).
+A Qwen2 of about a million parameters and a byte-level BPE tokenizer with a chat template. Leaves
+out training (warm_start.py).
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-PAD, END, USER, ASSISTANT, SYSTEM = "<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
+PAD = "<|endoftext|>"
+END = "<|end|>"
+USER = "<|user|>"
+ASSISTANT = "<|assistant|>"
+SYSTEM = "<|system|>"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% "
-    "endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + "
+    "'<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 MERGES = [("S", "o"), ("r", "t"), ("So", "rt")]
 """One word of the task as one token; everything else is bytes."""
@@ -25,8 +28,8 @@ MERGES = [("S", "o"), ("r", "t"), ("So", "rt")]
 
 @dataclass(kw_only=True)
 class ModelShape:
-    """Sizes of the quickstart's model; the default has 1.1 M parameters. head_dim (hidden / heads) is one
-    that vLLM has for CPUs."""
+    """Sizes of the quickstart's model; the default has 1.1 M parameters. head_dim (hidden /
+    heads) is one that vLLM has for CPUs."""
 
     hidden_size: int = 128
     intermediate_size: int = 512
@@ -39,11 +42,11 @@ class ModelShape:
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
-    """256 bytes, the merges, the special tokens: 264 tokens, so that a vocabulary-parallel layer divides by
-    2, 4 and 8.
+    """256 bytes, the merges, the special tokens: 264 tokens, so that a vocabulary-parallel layer
+    divides by 2, 4 and 8.
 
-    Of Qwen2's own class, because AutoTokenizer builds that one for a Qwen2 model, whatever class was saved
-    beside it.
+    Of Qwen2's own class, because AutoTokenizer builds that one for a Qwen2 model, whatever class
+    was saved beside it.
     """
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in MERGES]
     tokenizer = Qwen2Tokenizer(

@@ -1,8 +1,8 @@
-"""prepare(): the quickstart's model and data in a directory. python -m recipes.quickstart.prepare --directory
-outputs/quickstart
+"""prepare(): the quickstart's model and data in a directory. python -m recipes.quickstart.prepare
+--directory outputs/quickstart
 
-Makes what a user would bring: a Hugging Face model directory and two parquet files. A second call with the
-same settings finds them there.
+Makes what a user would bring: a Hugging Face model directory and two parquet files. A second call
+with the same settings finds them there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Prepared:
     """What prepare() left in the directory."""
 
     model_path: Path
-    """Hugging Face directory: config, safetensors, tokenizer with chat template, generation config."""
+    """Hugging Face directory: config, safetensors, tokenizer with chat template, generation
+    config."""
     train_path: Path
     test_path: Path
     """Held-out questions; none of them is in the training data."""
@@ -56,15 +57,20 @@ class Prepared:
 
 
 def prepare(
-    directory: Path | str, seed: int = 0, config: PrepareConfig | None = None, console: Console | None = None
+    directory: Path | str,
+    seed: int = 0,
+    config: PrepareConfig | None = None,
+    console: Console | None = None,
 ) -> Prepared:
-    """Makes data and model in `directory`, or finds them there if they were made with the same seed and
-    settings."""
+    """Makes data and model in `directory`, or finds them there if they were made with the same
+    seed and settings."""
     config, console, directory = config or PrepareConfig(), console or Console(), Path(directory)
     settings = {"seed": seed, **asdict(config), "code": _digest_of_code()}
     found = _find(directory, settings)
     if found:
-        console.print(f"Model and data are in {directory} already (held-out accuracy {found.accuracy:.1%}).")
+        console.print(
+            f"Model and data are in {directory} already (held-out accuracy {found.accuracy:.1%})."
+        )
         return found
     return _make(directory, seed, config, settings, console)
 
@@ -77,7 +83,8 @@ def _make(
     shutil.rmtree(directory / "model", ignore_errors=True)
     (directory / "data").mkdir(parents=True, exist_ok=True)
     train, test = make_examples(config.task, seed)
-    train_path, test_path = directory / "data" / "train.parquet", directory / "data" / "test.parquet"
+    train_path = directory / "data" / "train.parquet"
+    test_path = directory / "data" / "test.parquet"
     write_parquet(train, train_path)
     write_parquet(test, test_path)
 
@@ -108,7 +115,9 @@ def _make(
         f"{prepared.model_path}"
     )
     result = {"accuracy": accuracy, "num_parameters": num_parameters, "seconds": prepared.seconds}
-    (directory / RECORD).write_text(json.dumps({"settings": settings, "result": result}, indent=2) + "\n")
+    (directory / RECORD).write_text(
+        json.dumps({"settings": settings, "result": result}, indent=2) + "\n"
+    )
     return prepared
 
 
@@ -131,7 +140,9 @@ def _find(directory: Path, settings: dict[str, object]) -> Prepared | None:
 
 def _digest_of_code() -> str:
     """A digest of the code that decides the result, so that nobody finds what older code wrote."""
-    source = "".join(inspect.getsource(module) for module in (task_module, model_module, warm_start_module))
+    source = "".join(
+        inspect.getsource(module) for module in (task_module, model_module, warm_start_module)
+    )
     return hashlib.sha256(source.encode()).hexdigest()
 
 

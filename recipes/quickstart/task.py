@@ -1,9 +1,10 @@
 """The quickstart's task: sort digits, smallest first. `Sort 40821` -> `01248`.
 
-Every answer can be checked. The demonstrations are what makes it a task for reinforcement learning: they are
-sorted well, but most of the long ones the wrong way round, as a preference that nobody told the
-demonstrators. A model that imitates them *can* do what is wanted and mostly does not; a reward tells it to.
-Leaves out anything that a model of a million parameters could not learn in seconds.
+Every answer can be checked. The demonstrations are what makes it a task for reinforcement learning:
+they are sorted well, but most of the long ones the wrong way round, as a preference that nobody
+told the demonstrators. A model that imitates them *can* do what is wanted and mostly does not; a
+reward tells it to. Leaves out anything that a model of a million parameters could not learn in
+seconds.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Example:
 
 
 def make_examples(config: TaskConfig, seed: int) -> tuple[list[Example], list[Example]]:
-    """(training, held-out), all questions different: distinct digits in any order, all numbers of digits
-    equally often as far as there are enough questions."""
+    """(training, held-out), all questions different: distinct digits in any order, all numbers
+    of digits equally often as far as there are enough questions."""
     random_ = random.Random(seed)
     examples: dict[str, Example] = {}
     while len(examples) < config.num_train + config.num_test:
@@ -57,12 +58,13 @@ def make_examples(config: TaskConfig, seed: int) -> tuple[list[Example], list[Ex
 
 
 def write_parquet(examples: Sequence[Example], path: Path) -> None:
-    """The columns that data.prompt_column and data.answer_column mean by default: `prompt` (chat messages)
-    and `answer`."""
+    """The columns that data.prompt_column and data.answer_column mean by default: `prompt`
+    (chat messages) and `answer`."""
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     rows = {
         "prompt": pa.array(
-            [[{"role": "user", "content": example.question}] for example in examples], pa.list_(message)
+            [[{"role": "user", "content": example.question}] for example in examples],
+            pa.list_(message),
         ),
         "answer": pa.array([example.answer for example in examples]),
     }

@@ -1,8 +1,8 @@
 """Supervised warm start: the tiny model imitates the demonstrations for a few seconds.
 
-Plain PyTorch on one thread, because nothing here is about scale; `python -m recipes.sft` is the distributed
-way. The result depends on the seed only, on one kind of machine (one thread, so that sums are added in one
-order).
+Plain PyTorch on one thread, because nothing here is about scale; `python -m recipes.sft` is the
+distributed way. The result depends on the seed only, on one kind of machine (one thread, so that
+sums are added in one order).
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def warm_start(
 
 
 def tokenize(tokenizer: Qwen2Tokenizer, example: Example) -> tuple[list[int], list[int]]:
-    """(prompt, response): the prompt as the data pipeline will make it, the demonstration with the end
-    token."""
+    """(prompt, response): the prompt as the data pipeline will make it, the demonstration with
+    the end token."""
     return prompt_ids(tokenizer, example.question), [
         *tokenizer.encode(example.demonstration),
         tokenizer.eos_token_id,
@@ -86,8 +86,8 @@ def prompt_ids(tokenizer: Qwen2Tokenizer, question: str) -> list[int]:
 
 
 def padded(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """(inputs, labels), int64 [rows, time - 1]: labels are the next tokens, of responses only. Right padding
-    needs no mask."""
+    """(inputs, labels), int64 [rows, time - 1]: labels are the next tokens, of responses only.
+    Right padding needs no mask."""
     width = max(len(prompt) + len(response) for prompt, response in rows)
     inputs = torch.zeros(len(rows), width, dtype=torch.int64)
     labels = torch.full((len(rows), width), IGNORED)
@@ -99,7 +99,9 @@ def padded(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def greedy_accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, examples: Sequence[Example]) -> float:
+def greedy_accuracy(
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, examples: Sequence[Example]
+) -> float:
     """Fraction of examples whose most likely response is the answer, by plain transformers."""
     model.eval()
     correct = 0
@@ -111,19 +113,22 @@ def greedy_accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, examples
             prompts = torch.tensor([prompt_ids(tokenizer, example.question) for example in group])
             responses = decode_greedily(model, prompts)
             texts = tokenizer.batch_decode(responses.tolist(), skip_special_tokens=True)
-            correct += sum(text == example.answer for text, example in zip(texts, group, strict=True))
+            correct += sum(
+                text == example.answer for text, example in zip(texts, group, strict=True)
+            )
     return correct / len(examples)
 
 
 def decode_greedily(model: Qwen2ForCausalLM, prompts: Tensor) -> Tensor:
-    """int64 [rows, MAX_RESPONSE_TOKENS] from prompts of one length; after the end token, only end tokens."""
+    """int64 [rows, MAX_RESPONSE_TOKENS] from prompts of one length; after the end token, only
+    end tokens."""
     end = model.config.eos_token_id
     cache, tokens, drawn = DynamicCache(config=model.config), prompts, []
     done = torch.zeros(len(prompts), dtype=torch.bool)
     for _ in range(MAX_RESPONSE_TOKENS):
-        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
-            :, -1
-        ]
+        logits = model(
+            input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]
         tokens = logits.argmax(-1).masked_fill(done, end)[:, None]
         done |= tokens[:, 0] == end
         drawn.append(tokens)

@@ -1,12 +1,13 @@
-"""python -m recipes.rlhf: all three stages of RLHF on a tiny model, by the commands that a user would type.
+"""python -m recipes.rlhf: all three stages of RLHF on a tiny model, by the commands that a user
+would type.
 
     recipes.sft            a model with random weights imitates demonstrations, most in the wrong order
     recipes.reward_model   from the fine-tuned model, on pairs that a known rule compared
     recipes.ppo            against the learned reward; the rule's own score is only measured (gold.function)
 
-The policy sees the learned reward alone. Where that goes on rising while the rule's score falls, the policy
-exploits the reward model's mistakes (Gao et al. 2023): both stand side by side in curves.png and in the
-table. Leaves everything in outputs/rlhf.
+The policy sees the learned reward alone. Where that goes on rising while the rule's score falls,
+the policy exploits the reward model's mistakes (Gao et al. 2023): both stand side by side in
+curves.png and in the table. Leaves everything in outputs/rlhf.
 """
 
 from __future__ import annotations
@@ -63,80 +64,79 @@ def main() -> None:
     show(summary, output)
     if summary["rule_after"] <= summary["rule_before"]:
         CONSOLE.print(
-            "[red]the rule's score did not rise: the policy learned what the reward model says, not what the "
-            "rule wants"
+            "[red]the rule's score did not rise: the policy learned what the reward model says, "
+            "not what the rule wants"
         )
         raise SystemExit(1)
 
 
 def stages(data: Prepared, output: Path, overrides: list[str]) -> dict[str, list[str]]:
     """What is run, stage by stage; each starts from what the one before it saved."""
-    fine_tuned, rewards = huggingface(output / "sft", 200), huggingface(output / "reward_model", 250)
+    fine_tuned = huggingface(output / "sft", 200)
+    rewards = huggingface(output / "reward_model", 250)
     return {
         "1. supervised fine-tuning": [
-            *("-m", "recipes.sft", "runtime=local", f"model.path={data.model}", f"output_dir={output}/sft"),
-            *(
-                f"data.train={data.demonstrations}",
-                f"data.validation={data.held_out_demonstrations}",
-                "data.batch_size=64",
-            ),
-            *(
-                f"policy.{FP32}",
-                "policy.train.optimizer.learning_rate=3e-3",
-                "policy.train.optimizer.schedule=cosine",
-            ),
-            *("policy.train.optimizer.warmup_steps=20"),
-            *("loop.num_steps=200", "loop.validate_every=50", "loop.resume=never"),
+            "-m",
+            "recipes.sft",
+            "runtime=local",
+            f"model.path={data.model}",
+            f"output_dir={output}/sft",
+            f"data.train={data.demonstrations}",
+            f"data.validation={data.held_out_demonstrations}",
+            "data.batch_size=64",
+            f"policy.{FP32}",
+            "policy.train.optimizer.learning_rate=3e-3",
+            "policy.train.optimizer.schedule=cosine",
+            "policy.train.optimizer.warmup_steps=20",
+            "loop.num_steps=200",
+            "loop.validate_every=50",
+            "loop.resume=never",
         ],
         "2. reward model": [
-            *(
-                "-m",
-                "recipes.reward_model",
-                "runtime=local",
-                f"model.path={fine_tuned}",
-                f"output_dir={output}/reward_model",
-            ),
-            *(f"data.train={data.pairs}", f"data.validation={data.held_out_pairs}", "data.batch_size=32"),
-            *(
-                f"reward_model.{FP32}",
-                "reward_model.train.optimizer.learning_rate=1e-3",
-                "reward_model.train.optimizer.schedule=cosine",
-            ),
-            *("reward_model.train.optimizer.warmup_steps=10"),
-            *("loop.num_steps=250", "loop.validate_every=50", "loop.resume=never"),
+            "-m",
+            "recipes.reward_model",
+            "runtime=local",
+            f"model.path={fine_tuned}",
+            f"output_dir={output}/reward_model",
+            f"data.train={data.pairs}",
+            f"data.validation={data.held_out_pairs}",
+            "data.batch_size=32",
+            f"reward_model.{FP32}",
+            "reward_model.train.optimizer.learning_rate=1e-3",
+            "reward_model.train.optimizer.schedule=cosine",
+            "reward_model.train.optimizer.warmup_steps=10",
+            "loop.num_steps=250",
+            "loop.validate_every=50",
+            "loop.resume=never",
         ],
         "3. PPO against the learned reward": [
-            *(
-                "-m",
-                "recipes.ppo",
-                "num_devices=2",
-                f"model.path={fine_tuned}",
-                f"reward.model.path={rewards}",
-            ),
-            *("gold.function=recipes.rlhf.rule:score", f"output_dir={output}/ppo"),
-            *(f"data.train={data.prompts}", f"data.validation={data.held_out_prompts}", "data.batch_size=64"),
-            *(
-                f"actor.{FP32}",
-                f"critic.{FP32}",
-                f"reference.{FP32}",
-                f"reward.{FP32}",
-                "actor.generation.precision=fp32",
-            ),
-            *(
-                "actor.generation.max_model_len=64",
-                f"actor.generation.sampling.max_response_tokens={MAX_RESPONSE_TOKENS}",
-            ),
-            *(
-                "actor.train.optimizer.learning_rate=5e-5",
-                "critic.train.optimizer.learning_rate=3e-4",
-                "critic.loss.clip=0.5",
-            ),
-            *(
-                "algorithm.samples_per_prompt=4",
-                "algorithm.num_mini_batches=2",
-                "algorithm.kl.coefficient=0.02",
-            ),
-            *("loop.num_steps=40", "loop.validate_every=4", "loop.resume=never", *overrides),
+            "-m",
+            "recipes.ppo",
+            "num_devices=2",
+            f"model.path={fine_tuned}",
+            f"reward.model.path={rewards}",
+            "gold.function=recipes.rlhf.rule:score",
+            f"output_dir={output}/ppo",
+            f"data.train={data.prompts}",
+            f"data.validation={data.held_out_prompts}",
+            "data.batch_size=64",
+            f"actor.{FP32}",
+            f"critic.{FP32}",
+            f"reference.{FP32}",
+            f"reward.{FP32}",
+            "actor.generation.precision=fp32",
+            "actor.generation.max_model_len=64",
+            f"actor.generation.sampling.max_response_tokens={MAX_RESPONSE_TOKENS}",
+            "actor.train.optimizer.learning_rate=5e-5",
+            "critic.train.optimizer.learning_rate=3e-4",
+            "critic.loss.clip=0.5",
+            "algorithm.samples_per_prompt=4",
+            "algorithm.num_mini_batches=2",
+            "algorithm.kl.coefficient=0.02",
+            "loop.num_steps=40",
+            "loop.validate_every=4",
+            "loop.resume=never",
+            *overrides,
         ],
     }
 
@@ -197,8 +197,8 @@ def show(summary: dict[str, Any], output: Path) -> None:
     CONSOLE.print(table)
     CONSOLE.print(
         f"reward model: {summary['reward_model_accuracy']:.1%} of held-out pairs; all stages: "
-        f"{summary['seconds']['all']:.0f} s; "
-        f"curves: {output}/curves.png, summary: {output}/summary.json",
+        f"{summary['seconds']['all']:.0f} s; curves: {output}/curves.png, summary: "
+        f"{output}/summary.json",
         highlight=False,
     )
 

@@ -1,9 +1,9 @@
-"""The pipeline's data: demonstrations, preference pairs that a known rule made, and prompts. Everything a
-user would bring, in parquet.
+"""The pipeline's data: demonstrations, preference pairs that a known rule made, and prompts.
+Everything a user would bring, in parquet.
 
-Demonstrations are the quickstart's: most of the long ones are sorted the wrong way round. Pairs compare two
-attempts at a question (right, reversed, shuffled, a digit lost or doubled), and the rule says which is
-better; the reward model is shown nothing else.
+Demonstrations are the quickstart's: most of the long ones are sorted the wrong way round. Pairs
+compare two attempts at a question (right, reversed, shuffled, a digit lost or doubled), and the
+rule says which is better; the reward model is shown nothing else.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ def prepare(directory: Path, seed: int = 0) -> Prepared:
     directory.mkdir(parents=True, exist_ok=True)
     paths = Prepared(
         model=directory / "model",
-        **{name: directory / f"{name}.parquet" for name in Prepared.__annotations__ if name != "model"},
+        **{
+            name: directory / f"{name}.parquet"
+            for name in Prepared.__annotations__
+            if name != "model"
+        },
     )
     tokenizer = make_tokenizer()
     make_model(tokenizer, ModelShape(), seed).save_pretrained(paths.model)
@@ -65,8 +69,11 @@ def prepare(directory: Path, seed: int = 0) -> Prepared:
     return paths
 
 
-def make_pairs(examples: Sequence[Example], number: int, drawn: random.Random) -> list[dict[str, Any]]:
-    """prompt, chosen, rejected: two attempts at one question that the rule does not find equally good."""
+def make_pairs(
+    examples: Sequence[Example], number: int, drawn: random.Random
+) -> list[dict[str, Any]]:
+    """prompt, chosen, rejected: two attempts at one question that the rule does not find
+    equally good."""
     pairs: list[dict[str, Any]] = []
     while len(pairs) < number:
         example = drawn.choice(examples)

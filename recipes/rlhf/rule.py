@@ -10,8 +10,8 @@ PREFIX = "Sort "
 
 
 def rule(digits: str, answer: str) -> float:
-    """0 to 1: the share of neighbours in ascending order, times the share of the digits that are there (one
-    too many counts like one that is missing).
+    """0 to 1: the share of neighbours in ascending order, times the share of the digits that are
+    there (one too many counts like one that is missing).
 
     >>> rule("312", "123"), rule("312", "321"), rule("312", "13")
     (1.0, 0.0, 0.6666666666666666)
@@ -22,7 +22,9 @@ def rule(digits: str, answer: str) -> float:
     wrong = sum((asked - given).values()) + sum((given - asked).values())
     complete = max(0.0, 1 - wrong / len(digits))
     neighbours = list(pairwise(answer))
-    ascending = sum(left < right for left, right in neighbours) / len(neighbours) if neighbours else 0.0
+    ascending = (
+        sum(left < right for left, right in neighbours) / len(neighbours) if neighbours else 0.0
+    )
     return complete * ascending
 
 

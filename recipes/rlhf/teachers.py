@@ -1,10 +1,10 @@
-"""A teacher and a judge for the quickstart's task, each trained in seconds: what a larger model is in real
-life.
+"""A teacher and a judge for the quickstart's task, each trained in seconds: what a larger model is
+in real life.
 
     python -m recipes.rlhf.teachers --directory outputs/teachers
 
-The teacher sorts. The judge reads `Sort 40821=01248` as a user's message and answers y or n; it was shown the
-attempts that the preference pairs of data.py are made of.
+The teacher sorts. The judge reads `Sort 40821=01248` as a user's message and answers y or n; it was
+shown the attempts that the preference pairs of data.py are made of.
 """
 
 from __future__ import annotations
@@ -44,23 +44,29 @@ def prepare_teachers(directory: Path, seed: int = 0) -> Teachers:
     """Half a minute on one core."""
     train, test = make_examples(TaskConfig(), seed)
     right, held_out = (
-        [replace(example, demonstration=example.answer) for example in examples] for examples in (train, test)
+        [replace(example, demonstration=example.answer) for example in examples]
+        for examples in (train, test)
     )
     drawn = random.Random(seed)
     shown, asked = (
-        [judgement(example, drawn) for example in examples for _ in range(4)] for examples in (train, test)
+        [judgement(example, drawn) for example in examples for _ in range(4)]
+        for examples in (train, test)
     )
     return Teachers(
         teacher=directory / "teacher",
         teacher_accuracy=_train(directory / "teacher", right, held_out, WarmStartConfig(), seed),
         judge=directory / "judge",
-        judge_accuracy=_train(directory / "judge", shown, asked, WarmStartConfig(num_steps=400), seed),
+        judge_accuracy=_train(
+            directory / "judge", shown, asked, WarmStartConfig(num_steps=400), seed
+        ),
     )
 
 
 def judgement(example: Example, drawn: random.Random) -> Example:
     """A question about an attempt, right ones and others equally often; its answer is y or n."""
-    attempt = example.answer if drawn.random() < 0.5 else drawn.choice(ATTEMPTS)(example.answer, drawn)
+    attempt = (
+        example.answer if drawn.random() < 0.5 else drawn.choice(ATTEMPTS)(example.answer, drawn)
+    )
     verdict = "y" if attempt == example.answer else "n"
     return Example(JUDGEMENT.format(question=example.question, attempt=attempt), verdict, verdict)
 

@@ -23,7 +23,8 @@ def test_the_page_on_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "TRAIN",
         "SETTINGS",
     }
-    model, data = make_model(tmp_path / "model", layers=1), make_data(tmp_path / "train.jsonl", rows=8)
+    model = make_model(tmp_path / "model", layers=1)
+    data = make_data(tmp_path / "train.jsonl", rows=8)
     settings = {
         "runtime": "local",
         "model.path": model,
@@ -56,7 +57,10 @@ def test_the_notebook_runs_and_learns() -> None:
     finally:
         os.environ["PYTHONPATH"] = before
     printed = "".join(
-        output["text"] for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
+        output["text"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "text" in output
     )
     first, last = map(float, re.search(r"([\d.]+) -> ([\d.]+)", printed).groups())  # type: ignore[union-attr]
     assert last > first + 0.3, printed

@@ -1,4 +1,5 @@
-"""hybridflow/__init__.py: every public name is there, at run time and for type checkers; finding types."""
+"""hybridflow/__init__.py: every public name is there, at run time and for type checkers;
+finding types."""
 
 from __future__ import annotations
 
@@ -117,7 +118,11 @@ class Counter(Worker):
         return 3
 
     @remote(
-        Protocol(name="FIRST", distribute=ONE_TO_ALL.distribute, collect=lambda layout, results: results[0])
+        Protocol(
+            name="FIRST",
+            distribute=ONE_TO_ALL.distribute,
+            collect=lambda layout, results: results[0],
+        )
     )
     def first(self) -> int:
         return 4

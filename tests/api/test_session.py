@@ -1,5 +1,5 @@
-"""open_session in this process: functions passed as objects, steps, what is on disk, one session after the
-other, and mistakes."""
+"""open_session in this process: functions passed as objects, steps, what is on disk, one
+session after the other, and mistakes."""
 
 from __future__ import annotations
 
@@ -68,13 +68,18 @@ def test_a_custom_loop_with_a_closure_for_its_reward(tiny: dict[str, Any], tmp_p
         batch |= session.reward.compute_reward(batch)
         tokenizer = AutoTokenizer.from_pretrained(tiny["model.path"])
         texts = [
-            tokenizer.decode(ids, skip_special_tokens=True) for ids in batch.ragged("response_ids").unbind()
+            tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in batch.ragged("response_ids").unbind()
         ]
         assert batch.tensor("rewards").tolist() == [float(len(text)) for text in texts]
         assert set(session.wait()) == {"actor.generate_sequences", "reward.compute_reward"}
-        assert "seconds/actor.generate_sequences" in session.step(prompts) and session.num_steps == 2
+        assert (
+            "seconds/actor.generate_sequences" in session.step(prompts) and session.num_steps == 2
+        )
         assert session.validate()["reward/mean"] > 0
-        with pytest.raises(AttributeError, match="no 'critic'; the roles of this recipe are actor, reward"):
+        with pytest.raises(
+            AttributeError, match="no 'critic'; the roles of this recipe are actor, reward"
+        ):
             session.critic  # noqa: B018
         session.save(tmp_path / "saved")
         saved = load_file(tmp_path / "saved" / "model.safetensors")
@@ -83,7 +88,9 @@ def test_a_custom_loop_with_a_closure_for_its_reward(tiny: dict[str, Any], tmp_p
         session.checkpoint()
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2]
-    assert "test_a_custom_loop" in (tmp_path / "run" / "config.yaml").read_text(), "the function's name"
+    assert "test_a_custom_loop" in (tmp_path / "run" / "config.yaml").read_text(), (
+        "the function's name"
+    )
     assert current_session() is None
     with pytest.raises(ValueError, match="closed"):
         session.step()
@@ -97,7 +104,9 @@ def test_a_custom_loop_with_a_closure_for_its_reward(tiny: dict[str, Any], tmp_p
     )
 
 
-def test_one_session_at_a_time_also_after_a_failed_one(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_one_session_at_a_time_also_after_a_failed_one(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
     arguments = [f"output_dir={tmp_path}", "loop.resume=never"]
 
     def broken(**columns: object) -> float:
@@ -123,10 +132,19 @@ def test_one_session_at_a_time_also_after_a_failed_one(tiny: dict[str, Any], tmp
 
 
 def test_a_whole_run_and_an_evaluation(tiny: dict[str, Any], tmp_path: Path) -> None:
-    settings = {**tiny, "output_dir": tmp_path / "run", "loop.num_steps": 2, "metrics.console": False}
+    settings = {
+        **tiny,
+        "output_dir": tmp_path / "run",
+        "loop.num_steps": 2,
+        "metrics.console": False,
+    }
     outcome = run("grpo", settings, reward=lambda *, response, **columns: float("7" in response))
     assert outcome.num_steps == 2 and outcome.largest["actor/log_prob_gap_max"] < 1e-4
-    asked = {name: value for name, value in tiny.items() if not name.startswith(("data.train", "algorithm"))}
+    asked = {
+        name: value
+        for name, value in tiny.items()
+        if not name.startswith(("data.train", "algorithm"))
+    }
     asked |= {"data.validation": tiny["data.train"], "output_dir": tmp_path / "evaluation"}
     numbers = evaluate(asked, reward="tests.recipes.rewards:plain")
     stored = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
@@ -172,5 +190,7 @@ def test_importing_the_package_loads_neither_torch_nor_ray() -> None:
         "import sys, hybridflow, hybridflow.mapping.search.search; "
         "print(*sorted({'torch', 'ray', 'transformers', 'hydra'} & set(sys.modules)))"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == ""

@@ -1,5 +1,5 @@
-"""open_session on Ray: a closure as the reward, a killed process in one line, and a session after it. And the
-same death on the command line."""
+"""open_session on Ray: a closure as the reward, a killed process in one line, and a session
+after it. And the same death on the command line."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def test_a_session_dies_and_the_next_one_lives(tiny: dict[str, Any], tmp_path: P
         assert not [name for name in numbers if name.startswith("seconds/") and "save" in name]
 
 
-def test_a_killed_process_ends_the_command_in_one_line(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_command_in_one_line(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
     settings = {**tiny, "output_dir": tmp_path, "loop.num_steps": 10_000, "metrics.console": False}
     settings["reward.function"] = "tests.recipes.rewards:plain"
     arguments = [f"{name}={value}" for name, value in settings.items()]
@@ -100,17 +102,23 @@ def test_a_killed_process_ends_the_command_in_one_line(tiny: dict[str, Any], tmp
 
 
 def host_of(driver: int) -> int:
-    """A host process of the embedded cluster that the driver started; Ray names it by its pool, or by the
-    call that it is working on."""
+    """A host process of the embedded cluster that the driver started; Ray names it by its pool,
+    or by the call that it is working on."""
     import psutil
 
     for child in psutil.Process(driver).children(recursive=True):
-        if child.name().startswith(("ray::main/", "ray::actor.", "ray::reference.", "ray::reward.")):
+        if child.name().startswith(
+            ("ray::main/", "ray::actor.", "ray::reference.", "ray::reward.")
+        ):
             return child.pid
-    raise AssertionError([child.name() for child in psutil.Process(driver).children(recursive=True)])
+    raise AssertionError(
+        [child.name() for child in psutil.Process(driver).children(recursive=True)]
+    )
 
 
-def test_a_local_reward_runs_here_even_where_ray_is_connected(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_local_reward_runs_here_even_where_ray_is_connected(
+    ray_cluster: None, tmp_path: Path
+) -> None:
     seen: list[str] = []
 
     def reward(*, response: str, **columns: object) -> float:

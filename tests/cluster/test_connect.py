@@ -1,4 +1,5 @@
-"""connect: an embedded cluster for real (in a process of its own), and what makes a cluster unfit."""
+"""connect: an embedded cluster for real (in a process of its own), and what makes a cluster
+unfit."""
 
 from __future__ import annotations
 
@@ -54,7 +55,12 @@ print(json.dumps(result))
 def test_embedded_cluster_has_slots_beyond_the_cores_and_listens_on_loopback_only() -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     run = subprocess.run(
-        [sys.executable, "-c", EMBEDDED], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", EMBEDDED],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert run.returncode == 0, run.stderr
     result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
@@ -86,7 +92,10 @@ def node(**changes: Any) -> NodeInfo:
     ("changes", "message"),
     [
         ({"python": "3.12.1"}, r"10\.0\.0\.7 \(\S+\) runs Python 3\.12\.1, the controller 3\.11"),
-        ({"versions": {**probe().versions, "ray": "2.59.0"}}, r"has ray 2\.59\.0, the controller 2\.60"),
+        (
+            {"versions": {**probe().versions, "ray": "2.59.0"}},
+            r"has ray 2\.59\.0, the controller 2\.60",
+        ),
         ({"has_project": False}, "does not find the hybridflow packages"),
     ],
 )
@@ -126,9 +135,15 @@ for address in ("127.0.0.1:1", "nonsense"):
 
 
 def test_a_wrong_address_is_a_value_error_at_once() -> None:
-    run = subprocess.run([sys.executable, "-c", WRONG], cwd=ROOT, capture_output=True, text=True, timeout=20)
-    assert "cluster.address: no Ray cluster answers at '127.0.0.1:1'; start one" in run.stdout, run.stderr
-    assert "cluster.address: 'nonsense' is not an address; write host:port" in run.stdout, run.stderr
+    run = subprocess.run(
+        [sys.executable, "-c", WRONG], cwd=ROOT, capture_output=True, text=True, timeout=20
+    )
+    assert "cluster.address: no Ray cluster answers at '127.0.0.1:1'; start one" in run.stdout, (
+        run.stderr
+    )
+    assert "cluster.address: 'nonsense' is not an address; write host:port" in run.stdout, (
+        run.stderr
+    )
 
 
 def test_config_is_a_structured_config() -> None:

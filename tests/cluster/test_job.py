@@ -1,5 +1,5 @@
-"""A cluster of its own: `ray start --head`, `ray job submit`, actors by name, Prometheus, and a driver that
-joins by address."""
+"""A cluster of its own: `ray start --head`, `ray job submit`, actors by name, Prometheus, and a
+driver that joins by address."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Head:
     metrics_port: int
 
     def ray(self, *arguments: str, timeout: float = 60) -> str:
-        """What the ray command prints (its own messages go to stderr); its exit status must be 0."""
+        """What the ray command prints (its own messages go to stderr); its exit status must be
+        0."""
         run = subprocess.run(
             [str(BIN / "ray"), *arguments],
             cwd=ROOT,
@@ -92,7 +93,11 @@ def head() -> Iterator[Head]:
         )
     try:
         wait_until(
-            lambda: "Ray runtime started" in (home / "head.log").read_text() or process.poll() is not None, 60
+            lambda: (
+                "Ray runtime started" in (home / "head.log").read_text()
+                or process.poll() is not None
+            ),
+            60,
         )
         assert process.poll() is None, (home / "head.log").read_text()
         yield Head(env, port, metrics)
@@ -123,8 +128,14 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
 
 def gauges(head: Head) -> dict[str, float]:
     """The run's gauges, as Prometheus reads them."""
-    text = urllib.request.urlopen(f"http://127.0.0.1:{head.metrics_port}/metrics", timeout=10).read().decode()
-    samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+    text = (
+        urllib.request.urlopen(f"http://127.0.0.1:{head.metrics_port}/metrics", timeout=10)
+        .read()
+        .decode()
+    )
+    samples = (
+        sample for family in text_string_to_metric_families(text) for sample in family.samples
+    )
     return {
         sample.name: sample.value
         for sample in samples
@@ -155,27 +166,46 @@ def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_m
         "metrics.run=job",
         f"output_dir={tmp_path / 'out'}",
     ]
-    head.ray("job", "submit", "--working-dir", ".", "--no-wait", "--submission-id", "first", "--", *command)
+    head.ray(
+        "job",
+        "submit",
+        "--working-dir",
+        ".",
+        "--no-wait",
+        "--submission-id",
+        "first",
+        "--",
+        *command,
+    )
     expected = {
         "ray_hybridflow_train_reward_mean",
         "ray_hybridflow_train_actor_grad_norm",
         "ray_hybridflow_train_seconds_step",
     }
     wait_until(
-        lambda: expected <= set(gauges(head)) or "RUNNING" not in head.ray("job", "status", "first"), 150
+        lambda: (
+            expected <= set(gauges(head)) or "RUNNING" not in head.ray("job", "status", "first")
+        ),
+        150,
     )
     assert expected <= set(gauges(head)), head.ray("job", "logs", "first")
 
     actors = json.loads(head.ray("list", "actors", "--format", "json"))
-    names = sorted(actor["name"].split(" (job ")[0] for actor in actors if actor["state"] == "ALIVE")
-    assert {"main/0 actor+critic+reference+reward", "main/1 actor+critic+reference+reward"} <= set(names)
+    names = sorted(
+        actor["name"].split(" (job ")[0] for actor in actors if actor["state"] == "ALIVE"
+    )
+    assert {"main/0 actor+critic+reference+reward", "main/1 actor+critic+reference+reward"} <= set(
+        names
+    )
 
     wait_until(lambda: "RUNNING" not in head.ray("job", "status", "first"), 150)
     logs = head.ray("job", "logs", "first")
     assert "succeeded" in head.ray("job", "status", "first"), logs
     assert "step 24/24 | reward/mean" in logs
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 24
-    assert (tmp_path / "out" / "checkpoints" / "step-00000024" / "huggingface" / "model.safetensors").exists()
+    assert (
+        tmp_path / "out" / "checkpoints" / "step-00000024" / "huggingface" / "model.safetensors"
+    ).exists()
 
 
 JOIN = """
@@ -189,7 +219,11 @@ with connect(ClusterConfig(address=sys.argv[1]), cpu_slots=2) as cluster:
 
 def test_a_driver_joins_by_address_and_brings_its_directory(head: Head) -> None:
     arguments = [sys.executable, "-c", JOIN, f"127.0.0.1:{head.port}"]
-    env = {name: value for name, value in head.env.items() if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+    env = {
+        name: value
+        for name, value in head.env.items()
+        if name != "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    }
     run = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr
     mode, slots, dashboard, where = run.stdout.split()

@@ -40,7 +40,11 @@ def kube(name: str) -> dict[str, Any]:
 
 def test_the_kubernetes_files_describe_the_same_cluster() -> None:
     job, cluster = kube("rayjob.yaml"), kube("raycluster.yaml")
-    assert (job["apiVersion"], job["kind"], cluster["kind"]) == ("ray.io/v1", "RayJob", "RayCluster")
+    assert (job["apiVersion"], job["kind"], cluster["kind"]) == (
+        "ray.io/v1",
+        "RayJob",
+        "RayCluster",
+    )
     assert job["spec"]["entrypoint"].startswith("python -m recipes.")
     assert job["spec"]["rayClusterSpec"] == cluster["spec"]
 
@@ -56,9 +60,13 @@ def test_every_pod_has_the_token_shared_memory_and_the_shared_files() -> None:
         (container,) = pod["containers"]
         env = {entry["name"]: entry for entry in container["env"]}
         assert (
-            env["RAY_AUTH_MODE"]["value"] == "token" and "secretKeyRef" in env["RAY_AUTH_TOKEN"]["valueFrom"]
+            env["RAY_AUTH_MODE"]["value"] == "token"
+            and "secretKeyRef" in env["RAY_AUTH_TOKEN"]["valueFrom"]
         )
-        assert {mount["mountPath"] for mount in container["volumeMounts"]} == {"/shared", "/dev/shm"}
+        assert {mount["mountPath"] for mount in container["volumeMounts"]} == {
+            "/shared",
+            "/dev/shm",
+        }
         assert {mount["name"] for mount in container["volumeMounts"]} == {
             volume["name"] for volume in pod["volumes"]
         }
@@ -69,7 +77,9 @@ def test_every_pod_has_the_token_shared_memory_and_the_shared_files() -> None:
 @pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
 def test_images_install_with_the_makefile_before_they_copy_the_code(accelerator: str) -> None:
     lines = (TEMPLATES / f"{accelerator}.Dockerfile").read_text().splitlines()
-    install = next(index for index, line in enumerate(lines) if f"make install ACCEL={accelerator}" in line)
+    install = next(
+        index for index, line in enumerate(lines) if f"make install ACCEL={accelerator}" in line
+    )
     assert install < lines.index("COPY . .")
     for line in lines:
         if line.startswith("COPY ") and line != "COPY . .":
@@ -89,4 +99,6 @@ def test_the_dashboard_asks_for_gauges_of_the_runs_own_prefix() -> None:
     }.items():
         (pattern,) = re.findall(r'__name__=~"([^"]+)"', queries[title])
         assert re.fullmatch(pattern, f"ray_{prometheus_name(metric)}")
-    assert yaml.safe_load((ROOT / "cluster" / "dashboards" / "prometheus.yml").read_text())["scrape_configs"]
+    assert yaml.safe_load((ROOT / "cluster" / "dashboards" / "prometheus.yml").read_text())[
+        "scrape_configs"
+    ]

@@ -65,7 +65,9 @@ class Fake:
         declared = remote_methods(role)[method]
         missing = [name for name in declared.reads if name not in batch]
         assert not missing, f"{method} lacks {missing}"
-        seen = batch.select(*(name for name in (*declared.reads, *declared.optional) if name in batch))
+        seen = batch.select(
+            *(name for name in (*declared.reads, *declared.optional) if name in batch)
+        )
         self.log.append(Seen(f"{self.role}.{method}", seen))
         return seen
 
@@ -76,7 +78,9 @@ class Fake:
 
     def per_token(self, name: str, rows: list[list[float]], batch: Batch) -> Ragged:
         lengths = batch.ragged("response_ids").lengths.tolist()
-        answer = self.answers(name, rows, len(batch)) if rows else [[0.0] * length for length in lengths]
+        answer = (
+            self.answers(name, rows, len(batch)) if rows else [[0.0] * length for length in lengths]
+        )
         assert [len(row) for row in answer] == lengths, "the script does not fit itself"
         return Ragged.of(answer, torch.float32)
 
@@ -124,7 +128,9 @@ class FakeActor(Fake):
 class FakeCritic(Fake):
     def compute_values(self, batch: Batch) -> Batch:
         return Batch.of(
-            values=self.per_token("values", self.script.values, self.note(Critic, "compute_values", batch))
+            values=self.per_token(
+                "values", self.script.values, self.note(Critic, "compute_values", batch)
+            )
         )
 
     def update_critic(self, batch: Batch) -> Metrics:
@@ -135,21 +141,26 @@ class FakeCritic(Fake):
 class FakeReference(Fake):
     def compute_ref_log_prob(self, batch: Batch) -> Batch:
         seen = self.note(Reference, "compute_ref_log_prob", batch)
-        return Batch.of(ref_log_probs=self.per_token("ref_log_probs", self.script.ref_log_probs, seen))
+        return Batch.of(
+            ref_log_probs=self.per_token("ref_log_probs", self.script.ref_log_probs, seen)
+        )
 
 
 class FakeReward(Fake):
     def compute_reward(self, batch: Batch) -> Batch:
         number = len(self.note(Reward, "compute_reward", batch))
         rewards = torch.tensor(self.answers("rewards", self.script.rewards, number))
-        return Batch.of(rewards=rewards, reward_metrics=[{"right": float(i == 0)} for i in range(number)])
+        return Batch.of(
+            rewards=rewards, reward_metrics=[{"right": float(i == 0)} for i in range(number)]
+        )
 
 
 class FakeCost(Fake):
     def compute_cost(self, batch: Batch) -> Batch:
         number = len(self.note(Cost, "compute_cost", batch))
         return Batch.of(
-            costs=torch.tensor(self.answers("costs", self.script.costs, number)), cost_metrics=[{}] * number
+            costs=torch.tensor(self.answers("costs", self.script.costs, number)),
+            cost_metrics=[{}] * number,
         )
 
 
@@ -162,7 +173,11 @@ class FakePrompts:
 
     def take(self, num_rows: int = 0) -> Batch:
         assert num_rows > 0
-        uid = [100 + self.taken + row for row in range(num_rows) for _ in range(self.samples_per_prompt)]
+        uid = [
+            100 + self.taken + row
+            for row in range(num_rows)
+            for _ in range(self.samples_per_prompt)
+        ]
         self.taken += num_rows
         return prompts(uid)
 

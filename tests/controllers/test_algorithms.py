@@ -71,8 +71,12 @@ def test_the_trace_is_what_a_step_really_calls(name: str) -> None:
     """Order of calls, and the columns that each of them reads."""
     algorithm, log = made(name, LEARNABLE)
     algorithm.step(prompts([7, 7, 9, 9]))
-    placeholder_roles, recorder = traced_roles({role: CLASSES[role] for role in ALGORITHMS[name].roles})
-    dataflow = trace(name, create_algorithm(name, placeholder_roles, algorithm.config).step, INPUTS, recorder)
+    placeholder_roles, recorder = traced_roles(
+        {role: CLASSES[role] for role in ALGORITHMS[name].roles}
+    )
+    dataflow = trace(
+        name, create_algorithm(name, placeholder_roles, algorithm.config).step, INPUTS, recorder
+    )
     models = [call for call in dataflow.calls if call.kind is not CallKind.controller]
     assert [f"{call.role}.{call.method}" for call in models] == log.names
     assert [set(call.reads) for call in models] == [set(seen.batch.columns) for seen in log]
@@ -98,7 +102,9 @@ def test_ppo_advantages_by_hand() -> None:
     algorithm, log = ppo()
     algorithm.step(prompts([7, 9]))
     update = log.last("actor.update_actor")
-    assert update.ragged("advantages").values.tolist() == pytest.approx([-0.05 + 0.25 * 0.1, 0.1, -1.25])
+    assert update.ragged("advantages").values.tolist() == pytest.approx(
+        [-0.05 + 0.25 * 0.1, 0.1, -1.25]
+    )
     assert update.ragged("advantages").lengths.tolist() == [2, 1]
     assert log.last("critic.update_critic").ragged("returns").values.tolist() == pytest.approx(
         [0.475, 1.1, -1.0]
@@ -122,9 +128,13 @@ def test_ppo_whitens_over_all_tokens() -> None:
 def test_grpo_advantages_by_hand(scale_by_std: bool, expected: float) -> None:
     """Group 7 has rewards 1 and 0, group 9 twice 2: nothing to learn there. Lengths 2, 1, 1, 3."""
     roles, log = fakes(FOUR_ROWS)
-    create_algorithm("grpo", roles, GRPOConfig(scale_by_std=scale_by_std)).step(prompts([7, 7, 9, 9]))
+    create_algorithm("grpo", roles, GRPOConfig(scale_by_std=scale_by_std)).step(
+        prompts([7, 7, 9, 9])
+    )
     advantages = log.last("actor.update_actor").ragged("advantages")
-    assert advantages.values.tolist() == pytest.approx([expected, expected, -expected, 0, 0, 0, 0], rel=1e-4)
+    assert advantages.values.tolist() == pytest.approx(
+        [expected, expected, -expected, 0, 0, 0, 0], rel=1e-4
+    )
     assert advantages.lengths.tolist() == [2, 1, 1, 3]
     assert "critic.compute_values" not in log.names
 
@@ -164,7 +174,9 @@ def test_the_adaptive_kl_coefficient_moves_and_is_restored() -> None:
     horizon 10."""
     kl = KLControlConfig(coefficient=0.1, target=6.0, horizon=10)
     algorithm, _ = ppo(kl=kl)
-    assert algorithm.step(prompts([7, 9]))["kl/coefficient"] == 0.1, "the one that this step's rewards hold"
+    assert algorithm.step(prompts([7, 9]))["kl/coefficient"] == 0.1, (
+        "the one that this step's rewards hold"
+    )
     assert algorithm.state_dict() == {"value": pytest.approx(0.1 * (1 - 0.2 * 2 / 10))}
     assert algorithm.step(prompts([7, 9]))["kl/coefficient"] == pytest.approx(0.096)
     other, log = ppo(kl=kl)
@@ -186,14 +198,23 @@ def test_the_kl_coefficient_of_the_reward_is_logged(name: str) -> None:
     ("make", "message"),
     [
         (lambda: PPOConfig(num_mini_batches=0), "algorithm.num_mini_batches is 0; use at least 1"),
-        (lambda: KLControlConfig(coefficient=-0.1), "algorithm.kl.coefficient is -0.1; choose more than 0"),
+        (
+            lambda: KLControlConfig(coefficient=-0.1),
+            "algorithm.kl.coefficient is -0.1; choose more than 0",
+        ),
         (
             lambda: KLControlConfig(coefficient=0.1, target=-1),
             "algorithm.kl.target is -1 and .* choose target >= 0",
         ),
-        (lambda: KLControlConfig(coefficient=0.1, horizon=0), "algorithm.kl.horizon 0; .* horizon >= 1"),
+        (
+            lambda: KLControlConfig(coefficient=0.1, horizon=0),
+            "algorithm.kl.horizon 0; .* horizon >= 1",
+        ),
         (lambda: KLCovConfig(fraction=0), "algorithm.fraction is 0; choose 0 < fraction <= 1"),
-        (lambda: ClipCovConfig(low=5, high=5), "algorithm.low is 5 and algorithm.high 5; choose low < high"),
+        (
+            lambda: ClipCovConfig(low=5, high=5),
+            "algorithm.low is 5 and algorithm.high 5; choose low < high",
+        ),
         (lambda: DAPOConfig(max_rounds=0), "algorithm.max_rounds is 0; use at least 1"),
         (
             lambda: LagrangeConfig(initial=6),
@@ -207,7 +228,10 @@ def test_the_kl_coefficient_of_the_reward_is_logged(name: str) -> None:
             "algorithm.loss.label_smoothing is 0.5; choose 0 <= label_smoothing < 0.5",
         ),
         (lambda: ValueLossConfig(clip=-1), "critic.loss.clip is -1; choose more than 0"),
-        (lambda: PolicyLossConfig(kl_coefficient=-1), "actor.loss.kl_coefficient is -1 .* use 0 or more"),
+        (
+            lambda: PolicyLossConfig(kl_coefficient=-1),
+            "actor.loss.kl_coefficient is -1 .* use 0 or more",
+        ),
     ],
 )
 def test_a_setting_out_of_its_range_is_named(make: Callable[[], object], message: str) -> None:
@@ -231,7 +255,9 @@ def test_remax_by_hand() -> None:
     """Rewards per token (-0.05, 1.1 | -1), to go (1.05, 1.1 | -1), minus the greedy responses'
     0.5 and 0.25."""
     script = replace(TWO_ROWS, rewards=[1.0, -1.0, 0.5, 0.25])
-    algorithm, log = made("remax", script, samples_per_prompt=1, kl=KLControlConfig(coefficient=0.1))
+    algorithm, log = made(
+        "remax", script, samples_per_prompt=1, kl=KLControlConfig(coefficient=0.1)
+    )
     algorithm.step(prompts([7, 9]))
     assert log.last("actor.update_actor").ragged("advantages").values.tolist() == pytest.approx(
         [0.55, 0.6, -1.25]
@@ -245,7 +271,9 @@ def test_reinforce_plus_plus_by_hand() -> None:
     mean, deviation = statistics.fmean(to_go), statistics.pstdev(to_go)
     expected = [(value - mean) / deviation for value in to_go]
     kl = KLControlConfig(coefficient=0.1)
-    assert advantages_of("reinforce_plus_plus", TWO_ROWS, [7, 9], kl=kl) == pytest.approx(expected, rel=1e-5)
+    assert advantages_of("reinforce_plus_plus", TWO_ROWS, [7, 9], kl=kl) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_reinforce_plus_plus_baseline_by_hand() -> None:
@@ -260,33 +288,46 @@ def test_reinforce_plus_plus_baseline_by_hand() -> None:
 
 def test_opo_by_hand() -> None:
     """Group 7: lengths 2 and 1 weigh rewards 1 and 0, so the baseline is 2/3."""
-    assert advantages_of("opo", FOUR_ROWS, [7, 7, 9, 9]) == pytest.approx([1 / 3, 1 / 3, -2 / 3, 0, 0, 0, 0])
+    assert advantages_of("opo", FOUR_ROWS, [7, 7, 9, 9]) == pytest.approx(
+        [1 / 3, 1 / 3, -2 / 3, 0, 0, 0, 0]
+    )
 
 
 def test_pass_at_k_by_hand() -> None:
     """k = 1 of two samples, one of them right: mean 1/2, deviation 1/2."""
-    assert advantages_of("pass_at_k", FOUR_ROWS, [7, 7, 9, 9], k=1) == pytest.approx([1, 1, -1, 0, 0, 0, 0])
+    assert advantages_of("pass_at_k", FOUR_ROWS, [7, 7, 9, 9], k=1) == pytest.approx(
+        [1, 1, -1, 0, 0, 0, 0]
+    )
 
 
 def test_dr_grpo_is_grpo_without_the_deviation() -> None:
     plain = advantages_of("grpo", FOUR_ROWS, [7, 7, 9, 9], scale_by_std=False)
-    assert advantages_of("dr_grpo", FOUR_ROWS, [7, 7, 9, 9]) == plain == [0.5, 0.5, -0.5, 0, 0, 0, 0]
+    assert (
+        advantages_of("dr_grpo", FOUR_ROWS, [7, 7, 9, 9]) == plain == [0.5, 0.5, -0.5, 0, 0, 0, 0]
+    )
 
 
 def test_the_selection_of_tokens_by_hand() -> None:
     """Advantages 1, 1, -1 and log-probs -1, -2, -0.5 (means 1/3 and -7/6): covariances 1/9,
     -5/9, -8/9."""
-    for name, selected in {"kl_cov": [True, False, False], "clip_cov": [True, False, False]}.items():
+    for name, selected in {
+        "kl_cov": [True, False, False],
+        "clip_cov": [True, False, False],
+    }.items():
         bounds = {"low": 0.0, "high": 1.0} if name == "clip_cov" else {}
         algorithm, log = made(name, TWO_ROWS, fraction=0.3, scale_by_std=False, **bounds)
         algorithm.step(prompts([7, 7]))
-        assert log.last("actor.update_actor").ragged("covariance_selected").values.tolist() == selected, name
+        assert (
+            log.last("actor.update_actor").ragged("covariance_selected").values.tolist() == selected
+        ), name
 
 
 def test_dapo_replaces_prompts_that_teach_nothing() -> None:
     """Group 9 is all right and is replaced by prompt 100, whose samples differ; nothing that
     differs is lost."""
-    script = Script(responses=[[1], [1], [1], [1], [8, 1], [1]], rewards=[1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+    script = Script(
+        responses=[[1], [1], [1], [1], [8, 1], [1]], rewards=[1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    )
     algorithm, log = made("dapo", script)
     metrics = algorithm.step(prompts([7, 7, 9, 9]))
     assert [len(seen.batch) for seen in log if seen.name == "actor.generate_sequences"] == [4, 2]
@@ -310,21 +351,34 @@ def test_dapo_ends_where_nothing_teaches() -> None:
     assert log.last("actor.update_actor").ragged("advantages").values.tolist() == [0.0] * 4, (
         "the first round's, and no step of the policy"
     )
-    assert (metrics["dynamic_sampling/prompts_kept"], metrics["dynamic_sampling/prompts_filtered"]) == (0, 6)
+    assert (
+        metrics["dynamic_sampling/prompts_kept"],
+        metrics["dynamic_sampling/prompts_filtered"],
+    ) == (0, 6)
 
 
 def test_dapo_shapes_overlong_responses() -> None:
     """Of 4 tokens at most, 2 of them buffer: three tokens cost half the penalty of 0.4."""
     script = Script(responses=[[8, 8, 1], [1]], rewards=[1.0, 0.0])
     shaped = advantages_of(
-        "dapo", script, [7, 7], overlong_buffer_tokens=2, overlong_penalty=0.4, max_response_tokens=4
+        "dapo",
+        script,
+        [7, 7],
+        overlong_buffer_tokens=2,
+        overlong_penalty=0.4,
+        max_response_tokens=4,
     )
     assert shaped == pytest.approx([1 / math.sqrt(2)] * 3 + [-1 / math.sqrt(2)], rel=1e-4), (
         "scaled by the deviation of 0.8 and 0"
     )
     script.rewards = [0.1, 0.0]
     shaped = advantages_of(
-        "dapo", script, [7, 7], overlong_buffer_tokens=2, overlong_penalty=0.4, max_response_tokens=4
+        "dapo",
+        script,
+        [7, 7],
+        overlong_buffer_tokens=2,
+        overlong_penalty=0.4,
+        max_response_tokens=4,
     )
     assert shaped[0] < 0 < shaped[3], "0.1 - 0.2 is less than 0"
 
@@ -345,7 +399,9 @@ def test_safe_rlhf_by_hand() -> None:
     metrics = algorithm.step(prompts([7, 9]))
     multiplier = math.exp(0.125)
     rewards, costs = [1.025 - 0.5, 1.05 - 1.0, -1.0 - 0.25], [1.975 - 0.5, 1.95 - 1.0, 0.5 - 0.25]
-    expected = [(r - multiplier * c) / (1 + multiplier) for r, c in zip(rewards, costs, strict=True)]
+    expected = [
+        (r - multiplier * c) / (1 + multiplier) for r, c in zip(rewards, costs, strict=True)
+    ]
     assert log.last("actor.update_actor").ragged("advantages").values.tolist() == pytest.approx(
         expected, rel=1e-5
     )
@@ -365,23 +421,33 @@ def test_safe_rlhf_by_hand() -> None:
 def test_pretraining_rows_join_the_actors_update_only() -> None:
     class Texts:
         def take(self, num_rows: int = 0) -> Batch:
-            return Batch.of(prompt_ids=Ragged.of([[3], [3], [3]]), response_ids=Ragged.of([[4, 5], [6], [7]]))
+            return Batch.of(
+                prompt_ids=Ragged.of([[3], [3], [3]]), response_ids=Ragged.of([[4, 5], [6], [7]])
+            )
 
     roles, log = fakes(LEARNABLE)
     config = ALGORITHMS["safe_rlhf"].load_config()(num_mini_batches=2)
-    create_algorithm("safe_rlhf", roles, config, {"pretraining": Texts()}).step(prompts([7, 7, 9, 9]))
+    create_algorithm("safe_rlhf", roles, config, {"pretraining": Texts()}).step(
+        prompts([7, 7, 9, 9])
+    )
     update = log.last("actor.update_actor")
     assert update.tensor("pretrain").tolist() == [False] * 4 + [True] * 3
     assert update.tensor("mini_batch").tolist()[4:] == [0, 1, 0]
     assert update.ragged("advantages").values.tolist()[-4:] == [0.0] * 4
-    assert [row.tolist() for row in update.ragged("response_ids").unbind()][4:] == [[4, 5], [6], [7]]
+    assert [row.tolist() for row in update.ragged("response_ids").unbind()][4:] == [
+        [4, 5],
+        [6],
+        [7],
+    ]
     assert len(log.last("critic.update_critic")) == len(log.last("cost_critic.update_critic")) == 4
 
 
 def test_ppo_without_a_reference_has_no_kl() -> None:
     roles, log = fakes(TWO_ROWS)
     roles["reference"] = NoColumn()
-    config = PPOConfig(gamma=1.0, lam=1.0, whiten_advantages=False, kl=KLControlConfig(coefficient=0.0))
+    config = PPOConfig(
+        gamma=1.0, lam=1.0, whiten_advantages=False, kl=KLControlConfig(coefficient=0.0)
+    )
     metrics = create_algorithm("ppo", roles, config).step(prompts([7, 9]))
     assert log.last("critic.update_critic").ragged("returns").values.tolist() == [1.0, 1.0, -1.0]
     assert "kl/reference" not in metrics and "ref_log_probs" not in log.last("actor.update_actor")
@@ -398,7 +464,8 @@ def test_mini_batches_reach_both_updates_alike() -> None:
     algorithm, log = ppo(FOUR_ROWS, num_mini_batches=2)
     algorithm.step(prompts([7, 7, 9, 9]))
     actor, critic = (
-        log.last(name).tensor("mini_batch") for name in ("actor.update_actor", "critic.update_critic")
+        log.last(name).tensor("mini_batch")
+        for name in ("actor.update_actor", "critic.update_critic")
     )
     assert torch.equal(actor, critic) and sorted(actor.tolist()) == [0, 0, 1, 1]
 

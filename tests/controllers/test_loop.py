@@ -95,7 +95,11 @@ class FakeAlgorithm:
         for seconds in (2.0, 3.0):
             CALLS.records.append(
                 CallRecord(
-                    role="actor", method="update_actor", pool="main", started=10.0, finished=10.0 + seconds
+                    role="actor",
+                    method="update_actor",
+                    pool="main",
+                    started=10.0,
+                    finished=10.0 + seconds,
                 )
             )
         return Metrics(
@@ -177,12 +181,19 @@ def test_zero_means_only_at_the_ends(tmp_path: Path) -> None:
 
 def test_without_held_out_prompts_nothing_is_validated(tmp_path: Path) -> None:
     run = Run(tmp_path, num_steps=2, validation=False)
-    assert run.steps("validation") == [] and run.outcome.reward_after is None and run.checkpoints == [2]
+    assert (
+        run.steps("validation") == []
+        and run.outcome.reward_after is None
+        and run.checkpoints == [2]
+    )
 
 
 def test_validation_is_greedy_over_every_prompt_at_the_length_of_training(tmp_path: Path) -> None:
     run = Run(tmp_path, num_steps=1)
-    assert run.actor.validations == [(NUM_ROWS, SamplingConfig(greedy=True, max_response_tokens=77))] * 2
+    assert (
+        run.actor.validations
+        == [(NUM_ROWS, SamplingConfig(greedy=True, max_response_tokens=77))] * 2
+    )
 
 
 def test_the_run_ends_with_a_checkpoint_once_the_reward_is_reached(tmp_path: Path) -> None:
@@ -199,7 +210,10 @@ def test_a_resumed_run_trains_on_what_the_undisturbed_one_would(tmp_path: Path) 
     assert resumed.algorithm.uids == whole.algorithm.uids[3:], "the position in the data"
     assert resumed.actor.weight == whole.actor.weight == 6, "the weights"
     assert resumed.algorithm.number == whole.algorithm.number == 3.0, "the algorithm's own state"
-    assert resumed.outcome.reward_before == 0.0 and resumed.outcome.reward_after == whole.outcome.reward_after
+    assert (
+        resumed.outcome.reward_before == 0.0
+        and resumed.outcome.reward_after == whole.outcome.reward_after
+    )
     assert resumed.steps("train") == [1, 2, 3, 4, 5, 6] and resumed.checkpoints == [3, 6]
 
 
@@ -249,7 +263,10 @@ def test_resume_can_be_turned_off_or_pointed_at_a_checkpoint(tmp_path: Path) -> 
     anew = Run(tmp_path / "anew", num_steps=1, resume="never")
     assert anew.outcome.num_steps == 1 and len(anew.algorithm.uids) == 1
     older = Run(
-        tmp_path / "older", num_steps=4, resume=str(tmp_path / "checkpoints" / "step-00000002"), start_step=2
+        tmp_path / "older",
+        num_steps=4,
+        resume=str(tmp_path / "checkpoints" / "step-00000002"),
+        start_step=2,
     )
     assert len(older.algorithm.uids) == 2 and older.actor.weight == 4
 

@@ -21,14 +21,24 @@ SCRIPT = Script(responses=RESPONSES, rewards=[0.5, 1.0, 0.0, 0.25, 0.25, 0.25])
 
 def test_the_best_answer_of_each_prompt_is_imitated() -> None:
     roles, log = fakes(SCRIPT)
-    metrics = create_algorithm("rejection_sampling", roles, RejectionSamplingConfig()).step(prompts(UIDS))
+    metrics = create_algorithm("rejection_sampling", roles, RejectionSamplingConfig()).step(
+        prompts(UIDS)
+    )
     update = log.last("actor.update_supervised")
     assert [ids.tolist() for ids in update.ragged("response_ids").unbind()] == [[2, 1], [4]], (
         "the first of equals"
     )
-    assert [len(ids) for ids in update.ragged("prompt_ids").unbind()] == [2, 4], "each with its own prompt"
-    assert (metrics["best/rows"], metrics["best/reward"], metrics["reward/mean"]) == (2.0, 0.625, 0.375)
-    create_algorithm("rejection_sampling", roles, RejectionSamplingConfig(min_reward=0.5)).step(prompts(UIDS))
+    assert [len(ids) for ids in update.ragged("prompt_ids").unbind()] == [2, 4], (
+        "each with its own prompt"
+    )
+    assert (metrics["best/rows"], metrics["best/reward"], metrics["reward/mean"]) == (
+        2.0,
+        0.625,
+        0.375,
+    )
+    create_algorithm("rejection_sampling", roles, RejectionSamplingConfig(min_reward=0.5)).step(
+        prompts(UIDS)
+    )
     assert len(log.last("actor.update_supervised")) == 1
 
 
@@ -37,7 +47,10 @@ def test_best_and_worst_are_a_pair_where_the_judge_sees_a_difference() -> None:
     metrics = create_algorithm("online_dpo", roles, OnlineDPOConfig()).step(prompts(UIDS))
     update = log.last("actor.update_dpo")
     assert [ids.tolist() for ids in update.ragged("response_ids").unbind()] == [[2, 1], [3, 1]]
-    assert update.tensor("chosen").tolist() == [True, False] and update.tensor("pair").tolist() == [7, 7]
+    assert update.tensor("chosen").tolist() == [True, False] and update.tensor("pair").tolist() == [
+        7,
+        7,
+    ]
     assert metrics["pairs"] == 1.0 and "reward.compute_reward" not in log.names, "the judge decides"
     with pytest.raises(ValueError, match="use at least 2"):
         OnlineDPOConfig(samples_per_prompt=1)
@@ -50,7 +63,9 @@ def test_the_teacher_sees_the_students_answers() -> None:
         ref_log_probs=[[-float(i)] * len(ids) for i, ids in enumerate(RESPONSES)],
     )
     roles, log = fakes(script)
-    create_algorithm("distillation", roles, DistillationConfig(num_mini_batches=2)).step(prompts(UIDS))
+    create_algorithm("distillation", roles, DistillationConfig(num_mini_batches=2)).step(
+        prompts(UIDS)
+    )
     update = log.last("actor.update_distilled")
     assert update.ragged("teacher_log_probs").values.tolist() == [0, -1, -1, -2, -2, -3, -4, -4, -5]
     assert sorted(update.tensor("mini_batch").tolist()) == [0, 0, 0, 1, 1, 1]

@@ -1,5 +1,5 @@
-"""Samples: which rows of a batch are read, what stands in them, and that every algorithm that generates has
-some."""
+"""Samples: which rows of a batch are read, what stands in them, and that every algorithm that
+generates has some."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def answered() -> Batch:
     )
 
 
-def test_samples_are_the_first_responses_of_different_prompts(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_samples_are_the_first_responses_of_different_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     read = SampleReader(SamplesConfig(validation=4), tokenizer, seed=5)
     samples = read.validation(Metrics(rows=answered()))
     assert samples == read.validation(Metrics(rows=answered())), "the same seed, the same prompts"
@@ -55,7 +57,9 @@ def test_samples_are_the_first_responses_of_different_prompts(tokenizer: PreTrai
             "reward/right": 1.0,
             "cost": pytest.approx(row / 100),
         }
-    others = SampleReader(SamplesConfig(validation=4), tokenizer, seed=6).validation(Metrics(rows=answered()))
+    others = SampleReader(SamplesConfig(validation=4), tokenizer, seed=6).validation(
+        Metrics(rows=answered())
+    )
     assert [sample.uid for sample in samples] != [sample.uid for sample in others]
 
 
@@ -84,11 +88,11 @@ def test_every_algorithm_that_answers_prompts_has_samples(
     algorithm, log = made(name, LEARNABLE)
     metrics = algorithm.step(prompts([7, 7, 9, 9]))
     assert metrics.rows is not None and set(TEXTS) <= set(metrics.rows.columns)
-    (first, *_), generated = (
-        metrics.rows.ragged("response_ids").unbind(),
-        log.names.count("actor.generate_sequences"),
+    (first, *_) = metrics.rows.ragged("response_ids").unbind()
+    generated = log.names.count("actor.generate_sequences")
+    samples = SampleReader(SamplesConfig(train=9, train_every=1), tokenizer, seed=0).training(
+        metrics, 1
     )
-    samples = SampleReader(SamplesConfig(train=9, train_every=1), tokenizer, seed=0).training(metrics, 1)
     assert [sample.uid for sample in samples] == [7, 9] and generated >= 1
     assert samples[0].response == tokenizer.decode(first, skip_special_tokens=True)
     scored = {"reward", "judge"} & set(ALGORITHMS[name].roles)

@@ -20,7 +20,9 @@ from tests.controllers.fakes import CLASSES
 
 
 def traced(name: str) -> Dataflow:
-    placeholder_roles, recorder = traced_roles({role: CLASSES[role] for role in ALGORITHMS[name].roles})
+    placeholder_roles, recorder = traced_roles(
+        {role: CLASSES[role] for role in ALGORITHMS[name].roles}
+    )
     return trace(
         name,
         create_algorithm(name, placeholder_roles, ALGORITHMS[name].load_config()()).step,
@@ -73,7 +75,9 @@ def test_ppos_graph() -> None:
         CallKind.controller,
         *[CallKind.training] * 2,
     ]
-    assert dataflow.roles == ("actor", "critic", "reference", "reward") and dataflow.inputs == INPUTS
+    assert (
+        dataflow.roles == ("actor", "critic", "reference", "reward") and dataflow.inputs == INPUTS
+    )
 
 
 def test_grpos_graph_has_no_critic() -> None:
@@ -95,7 +99,10 @@ def test_a_missing_column_names_its_reader() -> None:
 
     with pytest.raises(
         ValueError,
-        match=r"compute_advantages reads rewards, which no earlier call wrote; the batch has prompt_ids, ",
+        match=(
+            r"compute_advantages reads rewards, which no earlier call wrote; the batch has "
+            r"prompt_ids, "
+        ),
     ):
         trace_step(step)
 
@@ -106,7 +113,10 @@ def test_a_reader_before_its_writer_is_named() -> None:
 
     with pytest.raises(
         ValueError,
-        match=r"reward\.compute_reward reads response_ids, finish_reason, which no earlier call wrote",
+        match=(
+            r"reward\.compute_reward reads response_ids, finish_reason, which no earlier call "
+            r"wrote"
+        ),
     ):
         trace_step(step)
 
@@ -118,7 +128,8 @@ def test_a_forgotten_join_is_explained() -> None:
         roles.critic.update_critic(batch)
 
     with pytest.raises(
-        ValueError, match=r"critic\.update_critic reads returns, .* join its result with `batch \|= \.\.\.`"
+        ValueError,
+        match=r"critic\.update_critic reads returns, .* join its result with `batch \|= \.\.\.`",
     ):
         trace_step(step)
 
@@ -131,7 +142,8 @@ def test_a_column_written_twice_is_named() -> None:
 
     writers = "values is written by critic.compute_values and critic.compute_values#2"
     with pytest.raises(
-        ValueError, match=r"columns \['values'\] are in both; rename or drop them in one; " + writers
+        ValueError,
+        match=r"columns \['values'\] are in both; rename or drop them in one; " + writers,
     ):
         trace_step(step)
 
@@ -151,7 +163,9 @@ def test_reading_numbers_outside_a_marked_function_is_explained() -> None:
 
 
 def test_an_unknown_method_lists_the_known() -> None:
-    with pytest.raises(AttributeError, match=r"reward: no remote method 'score'; it has compute_reward"):
+    with pytest.raises(
+        AttributeError, match=r"reward: no remote method 'score'; it has compute_reward"
+    ):
         trace_step(lambda roles, prompts: roles.reward.score(prompts))
 
 
@@ -179,10 +193,14 @@ def test_the_drawing_has_every_call_and_every_dependency(name: str) -> None:
     dataflow = traced(name)
     lines = to_mermaid(dataflow).splitlines()
     assert lines[0] == "flowchart LR"
-    names = dict(re.findall(r'^  (n\d+)[^"\n]*"([^"\n]+)".*$', "\n".join(lines), flags=re.MULTILINE))
+    names = dict(
+        re.findall(r'^  (n\d+)[^"\n]*"([^"\n]+)".*$', "\n".join(lines), flags=re.MULTILINE)
+    )
     assert sorted(names.values()) == sorted(call.name for call in dataflow.calls)
     edges = set()
-    for source, target in re.findall(r"^  (n\d+) -->\|.+\| (n\d+)$", "\n".join(lines), flags=re.MULTILINE):
+    for source, target in re.findall(
+        r"^  (n\d+) -->\|.+\| (n\d+)$", "\n".join(lines), flags=re.MULTILINE
+    ):
         edges.add((names[source], names[target]))
     expected = set()
     for call in dataflow.calls:

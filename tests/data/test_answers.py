@@ -45,7 +45,9 @@ def load(
     return kind.load(DataConfig(train=str(path), **settings), str(path), tokenizer)
 
 
-def learned(dataset: RowDataset, tokenizer: PreTrainedTokenizerFast, row: int = 0) -> tuple[str, list[str]]:
+def learned(
+    dataset: RowDataset, tokenizer: PreTrainedTokenizerFast, row: int = 0
+) -> tuple[str, list[str]]:
     """The prompt's text, and the learned stretches of the response."""
     batch = dataset.all()
     prompt, ids, mask = (
@@ -60,7 +62,9 @@ def learned(dataset: RowDataset, tokenizer: PreTrainedTokenizerFast, row: int = 
     return tokenizer.decode(prompt), [tokenizer.decode(stretch) for stretch in stretches]
 
 
-def test_only_assistant_turns_are_learned(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_only_assistant_turns_are_learned(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     dataset = load(
         DemonstrationDataset,
         tmp_path / "a.jsonl",
@@ -74,7 +78,10 @@ def test_only_assistant_turns_are_learned(tmp_path: Path, tokenizer: PreTrainedT
     )
     batch = dataset.all()
     whole = tokenizer.apply_chat_template(CONVERSATION, return_dict=False)
-    assert [*batch.ragged("prompt_ids")[0].tolist(), *batch.ragged("response_ids")[0].tolist()] == whole
+    assert [
+        *batch.ragged("prompt_ids")[0].tolist(),
+        *batch.ragged("response_ids")[0].tolist(),
+    ] == whole
     assert batch.tensor("num_tokens").tolist() == [len(whole)]
 
 
@@ -82,7 +89,10 @@ def test_what_the_template_writes_after_a_turn_is_not_learned(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     (tmp_path / "chat.jinja").write_text(LINE_BREAKS)
-    settings: dict[str, Any] = {"messages_column": "messages", "chat_template": str(tmp_path / "chat.jinja")}
+    settings: dict[str, Any] = {
+        "messages_column": "messages",
+        "chat_template": str(tmp_path / "chat.jinja"),
+    }
     dataset = load(
         DemonstrationDataset,
         tmp_path / "a.jsonl",
@@ -98,18 +108,31 @@ def test_what_the_template_writes_after_a_turn_is_not_learned(
 
 
 def test_prompt_and_response_columns(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    rows = [{"prompt": "2+2=", "response": "4"}, {"prompt": [USER, ANSWER, MORE], "response": [LAST]}]
+    rows = [
+        {"prompt": "2+2=", "response": "4"},
+        {"prompt": [USER, ANSWER, MORE], "response": [LAST]},
+    ]
     dataset = load(DemonstrationDataset, tmp_path / "a.jsonl", rows, tokenizer)
     assert learned(dataset, tokenizer, 0) == ("<|system|>2+2=", ["4<|end|>"]), (
         "the tokenizer's own beginning, and an end to learn"
     )
     prompt = "<|user|>Sort 31<|end|><|assistant|>13<|end|><|user|>Sort 9870<|end|><|assistant|>"
-    assert learned(dataset, tokenizer, 1) == (prompt, ["0789<|end|>"]), "earlier turns are part of the prompt"
+    assert learned(dataset, tokenizer, 1) == (prompt, ["0789<|end|>"]), (
+        "earlier turns are part of the prompt"
+    )
 
 
-def test_pairs_are_two_rows_with_one_prompt(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_pairs_are_two_rows_with_one_prompt(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     rows = [
-        {"prompt": [USER], "chosen": "13", "rejected": "31", "chosen_safe": True, "rejected_safe": False},
+        {
+            "prompt": [USER],
+            "chosen": "13",
+            "rejected": "31",
+            "chosen_safe": True,
+            "rejected_safe": False,
+        },
         {
             "prompt": "a",
             "chosen": "b",
@@ -122,7 +145,9 @@ def test_pairs_are_two_rows_with_one_prompt(tmp_path: Path, tokenizer: PreTraine
     texts = [tokenizer.decode(ids) for ids in batch.ragged("response_ids").unbind()]
     assert texts == ["b<|end|>", "cd<|end|>", "13<|end|>", "31<|end|>"]
     assert [len(ids) for ids in batch.ragged("prompt_ids").unbind()][:2] == [2, 2]
-    assert batch.tensor("chosen").tolist() == [True, False] * 2 and batch.tensor("pair").tolist() == [
+    assert batch.tensor("chosen").tolist() == [True, False] * 2 and batch.tensor(
+        "pair"
+    ).tolist() == [
         1,
         1,
         0,
@@ -140,7 +165,12 @@ def test_pairs_are_two_rows_with_one_prompt(tmp_path: Path, tokenizer: PreTraine
             {},
             r"no column 'response', it has 'prompt'; set data\.response_column \(or data\.mess",
         ),
-        (DemonstrationDataset, {"response": "a"}, {}, r"no column 'prompt'.* set data\.prompt_column"),
+        (
+            DemonstrationDataset,
+            {"response": "a"},
+            {},
+            r"no column 'prompt'.* set data\.prompt_column",
+        ),
         (DemonstrationDataset, {"prompt": "a", "response": " "}, {}, "'response' is empty"),
         (
             DemonstrationDataset,
@@ -192,7 +222,13 @@ def test_pairs_are_two_rows_with_one_prompt(tmp_path: Path, tokenizer: PreTraine
         ),
         (
             SafetyPairDataset,
-            {"prompt": "a", "chosen": "b", "rejected": "c", "chosen_safe": "yes", "rejected_safe": True},
+            {
+                "prompt": "a",
+                "chosen": "b",
+                "rejected": "c",
+                "chosen_safe": "yes",
+                "rejected_safe": True,
+            },
             {},
             r"'chosen_safe' is 'yes'; it must be true \(safe\) or false",
         ),
@@ -213,10 +249,14 @@ def test_broken_rows_are_named(
         load(kind, tmp_path / "bad.jsonl", [row], tokenizer, **settings)
 
 
-def test_a_model_without_chat_template_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_model_without_chat_template_is_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     template, tokenizer.chat_template = tokenizer.chat_template, None
     try:
-        with pytest.raises(ValueError, match=r"the tokenizer has no chat template; set data\.chat_template"):
+        with pytest.raises(
+            ValueError, match=r"the tokenizer has no chat template; set data\.chat_template"
+        ):
             load(
                 DemonstrationDataset,
                 tmp_path / "a.jsonl",
@@ -228,8 +268,17 @@ def test_a_model_without_chat_template_is_named(tmp_path: Path, tokenizer: PreTr
         tokenizer.chat_template = template
 
 
-def test_long_rows_are_dropped_by_their_own_limit(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_long_rows_are_dropped_by_their_own_limit(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     rows = [{"prompt": "a", "chosen": "1" * n, "rejected": "2"} for n in (3, 9)]
     assert len(load(PairDataset, tmp_path / "a.jsonl", rows, tokenizer, max_tokens=8)) == 1
     with pytest.raises(ValueError, match=r"12 tokens, over data\.max_tokens=8"):
-        load(PairDataset, tmp_path / "a.jsonl", rows, tokenizer, max_tokens=8, overlong=Overlong.error)
+        load(
+            PairDataset,
+            tmp_path / "a.jsonl",
+            rows,
+            tokenizer,
+            max_tokens=8,
+            overlong=Overlong.error,
+        )

@@ -35,14 +35,18 @@ def jsonl(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def load(path: Path | list[str], tokenizer: PreTrainedTokenizerFast, **settings: Any) -> PromptDataset:
+def load(
+    path: Path | list[str], tokenizer: PreTrainedTokenizerFast, **settings: Any
+) -> PromptDataset:
     where = str(path) if isinstance(path, Path) else path
     return PromptDataset.load(DataConfig(train=where, **settings), where, tokenizer)
 
 
 def test_jsonl_text_and_chat(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     batch = load(jsonl(tmp_path / "a.jsonl", ROWS), tokenizer).all()
-    chat = tokenizer.apply_chat_template(ROWS[2]["prompt"], add_generation_prompt=True, return_dict=False)
+    chat = tokenizer.apply_chat_template(
+        ROWS[2]["prompt"], add_generation_prompt=True, return_dict=False
+    )
     expected = [tokenizer("2+2=").input_ids, tokenizer("Größe?").input_ids, chat]
     assert [ids.tolist() for ids in batch.ragged("prompt_ids").unbind()] == expected
     assert (
@@ -62,33 +66,36 @@ def test_parquet_equals_jsonl(tmp_path: Path, tokenizer: PreTrainedTokenizerFast
         for n in range(5)
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "b.parquet", row_group_size=2)
-    parquet, lines = (
-        load(tmp_path / "b.parquet", tokenizer),
-        load(jsonl(tmp_path / "b.jsonl", rows), tokenizer),
-    )
+    parquet = load(tmp_path / "b.parquet", tokenizer)
+    lines = load(jsonl(tmp_path / "b.jsonl", rows), tokenizer)
     assert parquet.fingerprint == lines.fingerprint
     expected = [{name: row[name] for name in ("answer", "n", "f")} for row in rows]
     assert parquet.all().objects("extras") == lines.all().objects("extras") == expected
     both = load([str(tmp_path / "b.jsonl"), str(tmp_path / "*.parquet")], tokenizer)
     directory = load(tmp_path, tokenizer)
     assert (
-        len(both) == len(directory) == 10 and both.fingerprint == directory.fingerprint != parquet.fingerprint
+        len(both) == len(directory) == 10
+        and both.fingerprint == directory.fingerprint != parquet.fingerprint
     )
     assert [row["n"] for row in both.rows([9, 0]).objects("extras")] == [4, 0]
 
 
 def test_renamed_and_chosen_columns(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    path = jsonl(tmp_path / "a.jsonl", [{"question": "q", "gold": 7, "response": "old", "level": 1}])
+    path = jsonl(
+        tmp_path / "a.jsonl", [{"question": "q", "gold": 7, "response": "old", "level": 1}]
+    )
     with pytest.raises(ValueError, match=r"'response'.*data\.columns"):
         load(path, tokenizer, prompt_column="question", answer_column="gold")
     data = load(path, tokenizer, prompt_column="question", answer_column="gold", columns=["level"])
     assert data.all().objects("extras") == [{"answer": 7, "level": 1}]
-    assert load(path, tokenizer, prompt_column="question", answer_column=None, columns=[]).all().objects(
-        "extras"
-    ) == [{}]
+    assert load(
+        path, tokenizer, prompt_column="question", answer_column=None, columns=[]
+    ).all().objects("extras") == [{}]
 
 
-def test_text_as_user_message_and_own_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_text_as_user_message_and_own_template(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"prompt": "Hi", "answer": ""}])
     (tmp_path / "chat.jinja").write_text("{{ messages[0]['content'] }}{{ suffix }}")
     data = load(path, tokenizer, text_as_user_message=True)
@@ -107,9 +114,11 @@ def test_long_prompts_are_dropped_and_counted(
     path = jsonl(tmp_path / "a.jsonl", [{"prompt": "1" * n, "answer": n} for n in (1, 9, 10, 2)])
     with caplog.at_level(logging.WARNING):
         data = load(path, tokenizer, max_prompt_tokens=10)
-    assert [row["answer"] for row in data.all().objects("extras")] == [1, 9, 2] and data.all().tensor(
-        "uid"
-    ).tolist() == [0, 1, 2]
+    assert [row["answer"] for row in data.all().objects("extras")] == [
+        1,
+        9,
+        2,
+    ] and data.all().tensor("uid").tolist() == [0, 1, 2]
     assert "dropped 1 of 4" in caplog.text and "the longest has 11" in caplog.text
     with pytest.raises(ValueError, match=r"line 3.*11 tokens.*max_prompt_tokens=10"):
         load(path, tokenizer, max_prompt_tokens=10, overlong=Overlong.error)
@@ -152,7 +161,8 @@ def test_broken_files_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
     (tmp_path / "bad.parquet").write_bytes(b"not parquet at all")
     (tmp_path / "empty.jsonl").write_text("\n")
     pq.write_table(
-        pa.Table.from_pylist([{"prompt": "a", "answer": "b", "image": b"\x00"}]), tmp_path / "bytes.parquet"
+        pa.Table.from_pylist([{"prompt": "a", "answer": "b", "image": b"\x00"}]),
+        tmp_path / "bytes.parquet",
     )
     (tmp_path / "table.csv").write_text("prompt\n")
     for name, message in (
@@ -169,11 +179,15 @@ def test_broken_files_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
 
 def test_chat_without_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 3: .* no chat template; set data\.chat_template"):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 3: .* no chat template; set data\.chat_template"
+    ):
         load(jsonl(tmp_path / "a.jsonl", ROWS), bare)
     template = tmp_path / "strict.jinja"
     template.write_text("{{ raise_exception('only systems') }}")
-    with pytest.raises(ValueError, match=r"line 3: the chat template rejects the messages \(only systems\)"):
+    with pytest.raises(
+        ValueError, match=r"line 3: the chat template rejects the messages \(only systems\)"
+    ):
         load(tmp_path / "a.jsonl", tokenizer, chat_template=str(template))
 
 
@@ -182,7 +196,9 @@ def test_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jsonl(tmp_path / "hub" / "train.jsonl", ROWS[:2])
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = list(read_hub(f"{tmp_path / 'hub'}:train"))
-    assert [row.values["answer"] for row in rows] == ["4", "5"] and rows[1].place.endswith("row 1 (from 0)")
+    assert [row.values["answer"] for row in rows] == ["4", "5"] and rows[1].place.endswith(
+        "row 1 (from 0)"
+    )
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="neither a file nor a dataset"):
         list(read_hub("nobody/has-this"))
@@ -192,10 +208,15 @@ def test_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_config() -> None:
     config = OmegaConf.merge(
-        OmegaConf.structured(DataConfig), OmegaConf.from_dotlist(["train=a.parquet", "validation=[b,c]"])
+        OmegaConf.structured(DataConfig),
+        OmegaConf.from_dotlist(["train=a.parquet", "validation=[b,c]"]),
     )
     plain = OmegaConf.to_object(config)
-    assert isinstance(plain, DataConfig) and plain.train == "a.parquet" and plain.validation == ["b", "c"]
+    assert (
+        isinstance(plain, DataConfig)
+        and plain.train == "a.parquet"
+        and plain.validation == ["b", "c"]
+    )
     for field, value in (
         ("batch_size", 0),
         ("max_prompt_tokens", 0),
@@ -225,7 +246,11 @@ def test_text_of_the_pretraining_distribution_is_cut_into_equal_pieces(
     whole; of each piece the first is the prompt."""
     path = jsonl(tmp_path / "text.jsonl", [{"text": "ihgfedcba"}, {"text": "123"}])
     config = DataConfig(
-        train="x", pretraining=str(path), pretraining_tokens=4, pretraining_batch_size=4, shuffle=False
+        train="x",
+        pretraining=str(path),
+        pretraining_tokens=4,
+        pretraining_batch_size=4,
+        shuffle=False,
     )
     dataset = PromptDataset.load_text(config, str(path), tokenizer)
     pieces = [tokenizer.decode(piece) for piece in dataset.all().ragged("prompt_ids").unbind()]

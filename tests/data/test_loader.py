@@ -44,7 +44,9 @@ def uids(batch: Batch) -> np.ndarray:
     seed=st.integers(0, 2**40),
     shuffle=st.booleans(),
 )
-def test_every_epoch_has_every_row_once(num_rows: int, batch_size: int, seed: int, shuffle: bool) -> None:
+def test_every_epoch_has_every_row_once(
+    num_rows: int, batch_size: int, seed: int, shuffle: bool
+) -> None:
     prompts = loader(num_rows, batch_size, seed=seed, shuffle=shuffle)
     batches = [next(prompts) for _ in range(-(-4 * num_rows // batch_size))]
     assert all(len(batch) == batch_size for batch in batches)
@@ -55,7 +57,9 @@ def test_every_epoch_has_every_row_once(num_rows: int, batch_size: int, seed: in
         )
     for batch in batches:
         rows = (uids(batch) % num_rows).tolist()
-        assert [ids.tolist() for ids in batch.ragged("prompt_ids").unbind()] == [[row] for row in rows]
+        assert [ids.tolist() for ids in batch.ragged("prompt_ids").unbind()] == [
+            [row] for row in rows
+        ]
         assert [extras["answer"] for extras in batch.objects("extras")] == rows
 
 
@@ -79,7 +83,9 @@ def test_resumed_stream_goes_on(num_rows: int, before: int, sizes: tuple[int, in
 
 
 def test_order_is_shuffled_by_seed_and_epoch() -> None:
-    orders = [tuple(loader(50, 1, seed=seed).order(epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [
+        tuple(loader(50, 1, seed=seed).order(epoch).tolist()) for seed in (0, 1) for epoch in (0, 1)
+    ]
     assert len(set(orders)) == 4 and tuple(range(50)) not in orders
     assert loader(50, 1, shuffle=False).order(7).tolist() == list(range(50))
     assert loader(6, 1, seed=0).order(0).tolist() == [0, 2, 1, 5, 4, 3], (
@@ -97,7 +103,9 @@ def test_positions_spread_evenly() -> None:
 
 def test_other_data_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     state = loader(9, 4, seed=1).state_dict()
-    with pytest.raises(ValueError, match=r"had 9 rows and fingerprint fingerprint.*this one has 9 and other"):
+    with pytest.raises(
+        ValueError, match=r"had 9 rows and fingerprint fingerprint.*this one has 9 and other"
+    ):
         RowLoader(made_of(9, "other"), DataConfig(batch_size=4, seed=1)).load_state_dict(state)
     with pytest.raises(ValueError, match=r"data\.seed is 2.*Set data\.seed=1"):
         loader(9, 4, seed=2).load_state_dict(state)

@@ -115,7 +115,9 @@ def test_same_samples_rewards_and_weights_as_on_one_rank(
             "where shards coincide, generation computes with training's memory"
         )
     if case.release:
-        assert result.metrics["memory/release_bytes"] > 16 * 2**20, "the key/value cache and the weights"
+        assert result.metrics["memory/release_bytes"] > 16 * 2**20, (
+            "the key/value cache and the weights"
+        )
         assert {f"memory/{name}_s" for name in ("offload", "wake", "release", "onload")} <= set(
             result.metrics
         )
@@ -126,7 +128,11 @@ def train(case: Case, model: Path, directory: Path) -> Result:
     with ExitStack() as stack:
         pool = stack.enter_context(
             RayPool(
-                PoolSpec(name=f"pool{case.num_devices}", num_devices=case.num_devices, threads_per_device=1)
+                PoolSpec(
+                    name=f"pool{case.num_devices}",
+                    num_devices=case.num_devices,
+                    threads_per_device=1,
+                )
             )
         )
         actor = stack.enter_context(spawned_actor(case, pool, model))
@@ -135,10 +141,14 @@ def train(case: Case, model: Path, directory: Path) -> Result:
             "critic": spawn(
                 CriticWorker,
                 pool,
-                CriticConfig(model=model_config(model), train=train_config(case, tp=case.critic_tp)),
+                CriticConfig(
+                    model=model_config(model), train=train_config(case, tp=case.critic_tp)
+                ),
             ),
             "reference": spawn(
-                ReferenceWorker, pool, ReferenceConfig(model=model_config(model), train=train_config(Case(1)))
+                ReferenceWorker,
+                pool,
+                ReferenceConfig(model=model_config(model), train=train_config(Case(1))),
             ),
             "reward": spawn(
                 FunctionRewardWorker,
@@ -192,7 +202,9 @@ def prompts(step: int) -> Batch:
     """11 prompts with 2 samples: nothing divides by 2 or 4 twice."""
     generator = np.random.default_rng(step)
     ids = [generator.integers(3, VOCAB, generator.integers(2, 9)) for _ in range(11)]
-    return Batch.of(prompt_ids=Ragged.of(ids), uid=np.arange(11) + 11 * step, extras=[{}] * 11).repeat(2)
+    return Batch.of(
+        prompt_ids=Ragged.of(ids), uid=np.arange(11) + 11 * step, extras=[{}] * 11
+    ).repeat(2)
 
 
 def model_config(model: Path) -> ModelConfig:
@@ -200,7 +212,13 @@ def model_config(model: Path) -> ModelConfig:
 
 
 def train_config(case: Case, **sizes: int) -> TrainConfig:
-    settings: dict[str, Any] = {"engine": case.engine, "pp": case.pp, "tp": case.tp, "zero_stage": 3, **sizes}
+    settings: dict[str, Any] = {
+        "engine": case.engine,
+        "pp": case.pp,
+        "tp": case.tp,
+        "zero_stage": 3,
+        **sizes,
+    }
     if case.engine == "fsdp":
         settings["pp"] = 1
     return TrainConfig(

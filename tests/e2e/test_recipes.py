@@ -73,10 +73,14 @@ def numbers(output: Path) -> list[dict[str, float]]:
 
 
 def policy(output: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(output / "checkpoints" / f"step-{step:08d}" / "huggingface" / "model.safetensors")
+    return load_file(
+        output / "checkpoints" / f"step-{step:08d}" / "huggingface" / "model.safetensors"
+    )
 
 
-def test_resume_is_bit_identical_and_works_on_other_ranks(common: list[str], tmp_path: Path) -> None:
+def test_resume_is_bit_identical_and_works_on_other_ranks(
+    common: list[str], tmp_path: Path
+) -> None:
     whole, half, wide = tmp_path / "whole", tmp_path / "half", tmp_path / "wide"
     succeed(
         "ppo",
@@ -114,19 +118,26 @@ def together(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 def unmoved(output: Path) -> list[dict[str, float]]:
     """The numbers of a run without the bytes that it moved."""
     return [
-        {name: value for name, value in row.items() if not name.endswith("_bytes")} for row in numbers(output)
+        {name: value for name, value in row.items() if not name.endswith("_bytes")}
+        for row in numbers(output)
     ]
 
 
 def test_separate_pools_equal_one_pool(common: list[str], together: Path, tmp_path: Path) -> None:
-    pools = ["placement=custom", "pools.policy.roles=[actor,reference]", "pools.values.roles=[critic,reward]"]
+    pools = [
+        "placement=custom",
+        "pools.policy.roles=[actor,reference]",
+        "pools.values.roles=[critic,reward]",
+    ]
     pools += ["pools.samples.roles=[generation]"]
     succeed("ppo", [*common, COUNT, "loop.num_steps=2", f"output_dir={tmp_path / 'apart'}", *pools])
     assert unmoved(tmp_path / "apart") == unmoved(together), "all but the bytes that were moved"
 
 
 @pytest.mark.slow
-def test_a_computed_placement_equals_one_pool(common: list[str], together: Path, tmp_path: Path) -> None:
+def test_a_computed_placement_equals_one_pool(
+    common: list[str], together: Path, tmp_path: Path
+) -> None:
     """The quick tests of placement=auto end before the run starts
     (tests/recipes/test_forecast.py)."""
     auto = ["placement=auto", "num_devices=2", f"output_dir={tmp_path / 'auto'}"]
@@ -182,14 +193,18 @@ def stopped_run(how: signal.Signals, common: list[str], output: Path) -> list[ps
         f"output_dir={output}",
     ]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         wait_for_steps(process, output / "metrics.jsonl")
         family = psutil.Process(process.pid).children(recursive=True)
-        assert any(title.startswith("ray::") and "IDLE" not in title for title in described(family)), (
-            "hosts run"
-        )
+        assert any(
+            title.startswith("ray::") and "IDLE" not in title for title in described(family)
+        ), "hosts run"
         os.kill(process.pid, how)
         process.wait(timeout=60)
     finally:
@@ -213,5 +228,7 @@ def wait_for_steps(process: subprocess.Popen[bytes], metrics: Path) -> None:
 def no_process_of(output: Path) -> bool:
     """Whether no process still names the run's output directory."""
     return not [
-        p for p in psutil.process_iter(["cmdline"]) if str(output) in " ".join(p.info["cmdline"] or [])
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if str(output) in " ".join(p.info["cmdline"] or [])
     ]

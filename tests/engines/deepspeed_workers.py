@@ -1,5 +1,5 @@
-"""What the spawned processes of test_deepspeed.py do: a world of two, then process 0 again as a world of
-one."""
+"""What the spawned processes of test_deepspeed.py do: a world of two, then process 0 again as a
+world of one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ class Case:
     def name(self) -> str:
         flags = [
             word
-            for word, on in (("ac", self.checkpointing), ("off", self.offload), ("blocks", not self.packing))
+            for word, on in (
+                ("ac", self.checkpointing),
+                ("off", self.offload),
+                ("blocks", not self.packing),
+            )
             if on
         ]
         return "-".join(
@@ -129,8 +133,8 @@ def own_rows(case: Case, batch: Sequences, rank: int) -> Sequences:
 
 
 def train(rank: int, root: Path, case: Case) -> None:
-    """Outputs before training, three steps, the weights as a Hugging Face directory and as the shard map
-    shows them."""
+    """Outputs before training, three steps, the weights as a Hugging Face directory and as the
+    shard map shows them."""
     engine = make_engine(case, root, rank)
     rows = [own_rows(case, batch, rank) for batch in batches(case)]
     outputs = named(engine.forward(rows[0], entropy=True, temperature=TEMPERATURE))
@@ -142,7 +146,9 @@ def train(rank: int, root: Path, case: Case) -> None:
     for number, batch in enumerate(rows):
         if number == 1:
             nothing_moves_when_a_step_fails(engine, batch)
-        result.metrics.append(engine.train_step(batch, loss_fn, entropy=True, temperature=TEMPERATURE))
+        result.metrics.append(
+            engine.train_step(batch, loss_fn, entropy=True, temperature=TEMPERATURE)
+        )
     folder = root / case.name
     engine.save_pretrained(folder)
     shards = folder / "shards"
@@ -164,15 +170,16 @@ def named(outputs: Outputs | None) -> dict[str, Tensor]:
 
 
 def nothing_moves_when_a_step_fails(engine: TrainingEngine, batch: Sequences) -> None:
-    """Neither an infinite loss nor one that raises leaves anything behind: the steps after it are compared
-    with a run without them."""
+    """Neither an infinite loss nor one that raises leaves anything behind: the steps after it
+    are compared with a run without them."""
 
     def infinite(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = loss_fn(outputs, sequences)
         return loss * torch.inf, metrics
 
     with pytest.raises(
-        RuntimeError, match=r"grad_norm is nan: the gradient is not finite in (model\.|parameters of other)"
+        RuntimeError,
+        match=r"grad_norm is nan: the gradient is not finite in (model\.|parameters of other)",
     ):
         engine.train_step(batch, infinite, entropy=True, temperature=TEMPERATURE)
 
@@ -195,7 +202,9 @@ def forward_only(rank: int, root: Path) -> None:
         case = Case(stage=stage)
         rows = own_rows(case, batches(case)[0], rank)
         outputs = named(
-            make_engine(case, root, rank, trains=False).forward(rows, entropy=True, temperature=TEMPERATURE)
+            make_engine(case, root, rank, trains=False).forward(
+                rows, entropy=True, temperature=TEMPERATURE
+            )
         )
         torch.save(outputs, root / f"forward-{stage}-{rank}.pt")
 
@@ -204,14 +213,16 @@ def save(rank: int, root: Path) -> None:
     """A checkpoint of two ranks after two steps, and the third step."""
     engine = make_engine(RESUMED, root, rank)
     for batch in batches(RESUMED)[:2]:
-        engine.train_step(own_rows(RESUMED, batch, rank), loss_fn, entropy=True, temperature=TEMPERATURE)
+        engine.train_step(
+            own_rows(RESUMED, batch, rank), loss_fn, entropy=True, temperature=TEMPERATURE
+        )
     engine.save(root / "checkpoint")
     third_step(engine, RESUMED, rank, root / "resumed-never")
 
 
 def resume(rank: int, root: Path, world_size: int) -> None:
-    """The third step: on the same ranks, under another stage, in bfloat16, on one rank, and on engine
-    fsdp."""
+    """The third step: on the same ranks, under another stage, in bfloat16, on one rank, and on
+    engine fsdp."""
     for stage in (2, 3):
         case = Case(stage=stage, world_size=world_size, model=RESUMED.model)
         engine = make_engine(case, root, rank)
@@ -230,9 +241,13 @@ def resume(rank: int, root: Path, world_size: int) -> None:
             optimizer=OPTIMIZER,
         )
         model = ModelConfig(path=str(root / RESUMED.model), attention="sdpa")
-        engine = engine_class("fsdp")(model=model, config=config, head=Head.lm, context=RankContext())
+        engine = engine_class("fsdp")(
+            model=model, config=config, head=Head.lm, context=RankContext()
+        )
         engine.load(root / "checkpoint")
-        third_step(engine, Case(stage=2, world_size=1, model=RESUMED.model), rank, root / "resumed-fsdp")
+        third_step(
+            engine, Case(stage=2, world_size=1, model=RESUMED.model), rank, root / "resumed-fsdp"
+        )
 
 
 def third_step(engine: TrainingEngine, case: Case, rank: int, folder: Path) -> None:

@@ -1,5 +1,5 @@
-"""What the spawned processes of test_fsdp.py do: all cases of all world sizes in one go, because starting
-processes is slow."""
+"""What the spawned processes of test_fsdp.py do: all cases of all world sizes in one go,
+because starting processes is slow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from workers.engines.fsdp.engine import FsdpEngine
 from workers.sequences import Sequences
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, clip_grad_norm=0.5, epsilon=1e-6)
-"""With this epsilon rounding of a gradient is not blown up where a weight has next to no gradient."""
+"""With this epsilon rounding of a gradient is not blown up where a weight has next to no
+gradient."""
 NUM_STEPS = 3
 
 
@@ -119,16 +120,24 @@ def own_rows(engine: FsdpEngine, batch: Sequences, rank: int) -> Sequences:
 
 def data_rows(num_rows: int, size: int, data: int) -> Tensor:
     parts = max(1, size - 1) if size == 4 else size
-    return torch.arange(num_rows)[data::parts] if data < parts else torch.zeros(0, dtype=torch.int64)
+    return (
+        torch.arange(num_rows)[data::parts] if data < parts else torch.zeros(0, dtype=torch.int64)
+    )
 
 
 def train(rank: int, root: Path, case: Case) -> Result:
     engine = make_engine(case, root, rank)
     rows = [own_rows(engine, batch, rank) for batch in batches(case)]
     outputs = engine.forward(rows[0], entropy=True, temperature=TEMPERATURE)
-    metrics = [engine.train_step(batch, loss_fn, entropy=True, temperature=TEMPERATURE) for batch in rows]
+    metrics = [
+        engine.train_step(batch, loss_fn, entropy=True, temperature=TEMPERATURE) for batch in rows
+    ]
     shards = [
-        (parameter.name, parameter.shape, [(shard.box, shard.tensor.clone()) for shard in parameter.shards])
+        (
+            parameter.name,
+            parameter.shape,
+            [(shard.box, shard.tensor.clone()) for shard in parameter.shards],
+        )
         for parameter in engine.local_parameters()
     ]
     whole = gathered(engine)
@@ -181,7 +190,8 @@ def nothing_moves_when_a_step_fails(engine: FsdpEngine, batch: Sequences) -> Non
         return loss * torch.inf, {}
 
     with pytest.raises(
-        RuntimeError, match=r"grad_norm is nan: the gradient is not finite in model\.embed_tokens\.weight"
+        RuntimeError,
+        match=r"grad_norm is nan: the gradient is not finite in model\.embed_tokens\.weight",
     ):
         engine.train_step(batch, infinite, entropy=True)
 
@@ -206,7 +216,9 @@ def resume_here(rank: int, root: Path, world_size: int) -> None:
         torch.save(found, root / f"resumed.{world_size}.pt")
 
 
-def third_step(engine: FsdpEngine, root: Path, rank: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+def third_step(
+    engine: FsdpEngine, root: Path, rank: int
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     engine.load(root / "checkpoint")
     rows = own_rows(engine, batches(Case())[2], rank)
     metrics = engine.train_step(rows, loss_fn, entropy=True, temperature=TEMPERATURE)

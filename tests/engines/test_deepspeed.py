@@ -68,13 +68,19 @@ def plain(root: Path) -> dict[tuple[str, Head], PlainRun]:
     for case in [*CASES, *SLOW]:
         key = (case.model, case.head)
         if key not in runs:
-            folder = root / (case.model if case.head is Head.lm else f"{case.model}-{case.head.value}")
-            runs[key] = plain_run(load_plain(folder, case.head), case.head, batches(case), OPTIMIZER)
+            folder = root / (
+                case.model if case.head is Head.lm else f"{case.model}-{case.head.value}"
+            )
+            runs[key] = plain_run(
+                load_plain(folder, case.head), case.head, batches(case), OPTIMIZER
+            )
     return runs
 
 
 @pytest.mark.parametrize("case", matrix(CASES, SLOW), ids=lambda case: case.name)
-def test_equals_one_plain_process(root: Path, plain: dict[tuple[str, Head], PlainRun], case: Case) -> None:
+def test_equals_one_plain_process(
+    root: Path, plain: dict[tuple[str, Head], PlainRun], case: Case
+) -> None:
     """Outputs before training; losses, gradient norms and weights of three steps, with steps in
     between that failed."""
     expected = plain[case.model, case.head]
@@ -83,13 +89,21 @@ def test_equals_one_plain_process(root: Path, plain: dict[tuple[str, Head], Plai
         torch.load(root / case.name / f"result{rank}.pt", weights_only=False)
         for rank in range(case.world_size)
     ]
-    assert all(result.metrics == results[0].metrics for result in results), "metrics differ between ranks"
+    assert all(result.metrics == results[0].metrics for result in results), (
+        "metrics differ between ranks"
+    )
     tolerance = {"rtol": 0.05, "atol": 0.03} if loose else {"rtol": FP32, "atol": FP32}
     assert_close([step["loss"] for step in results[0].metrics], expected.losses, **tolerance)
-    assert_close([step["grad_norm"] for step in results[0].metrics], expected.grad_norms, **tolerance)
+    assert_close(
+        [step["grad_norm"] for step in results[0].metrics], expected.grad_norms, **tolerance
+    )
     batch = batches(case)[0].with_columns(
-        per_token={name: value for name, value in named(expected.outputs).items() if name != "scores"},
-        per_row={name: value for name, value in named(expected.outputs).items() if name == "scores"},
+        per_token={
+            name: value for name, value in named(expected.outputs).items() if name != "scores"
+        },
+        per_row={
+            name: value for name, value in named(expected.outputs).items() if name == "scores"
+        },
     )
     for rank, result in enumerate(results):
         own = own_rows(case, batch, rank)
@@ -99,7 +113,10 @@ def test_equals_one_plain_process(root: Path, plain: dict[tuple[str, Head], Plai
     weights = load_plain(root / case.name, case.head).state_dict()
     if not loose:
         assert_close(
-            {name: weights[name] for name in expected.parameters}, expected.parameters, rtol=FP32, atol=FP32
+            {name: weights[name] for name in expected.parameters},
+            expected.parameters,
+            rtol=FP32,
+            atol=FP32,
         )
         return
     start = load_plain(root / case.model, case.head).state_dict()
@@ -126,7 +143,8 @@ def test_stage_3_lies_where_plans_expect_it(root: Path) -> None:
         torch.load(root / case.name / f"result{rank}.pt", weights_only=False) for rank in range(2)
     ]
     rules = [
-        ParameterRule(ParameterSpec(name, shape, "float32"), layer=0) for name, shape, _ in results[0].shards
+        ParameterRule(ParameterSpec(name, shape, "float32"), layer=0)
+        for name, shape, _ in results[0].shards
     ]
     planned = zero3(rules, 2)
     for rank, result in enumerate(results):
@@ -150,7 +168,9 @@ def test_forward_without_an_optimizer(
 @pytest.mark.parametrize("place", ["2-2", "3-2", "bf16", "2-1", "3-1", "fsdp"])
 def test_checkpoint_resumes_on_other_ranks_stages_and_engines(root: Path, place: str) -> None:
     """Saved by two ranks under stage 2. On the same ranks bit for bit."""
-    weights, never = (load_file(root / f"resumed-{name}" / "model.safetensors") for name in (place, "never"))
+    weights, never = (
+        load_file(root / f"resumed-{name}" / "model.safetensors") for name in (place, "never")
+    )
     metrics, metrics_never = (
         torch.load(root / f"resumed-{name}" / "metrics.pt") for name in (place, "never")
     )

@@ -1,5 +1,5 @@
-"""What the training engines share: log-probabilities, schedule, gradient norm, clipping, CPU attention,
-loading."""
+"""What the training engines share: log-probabilities, schedule, gradient norm, clipping, CPU
+attention, loading."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ from workers.engines.model.loading import ModelSource
 from workers.engines.model.packing import packing_of
 from workers.engines.model.scored import ScoredModel
 from workers.engines.shared.micro_batches import Cutting, gather_outputs, make_micro_batches
-from workers.engines.shared.optimizer import build_optimizer, clip_gradients, global_grad_norm, learning_rate
+from workers.engines.shared.optimizer import (
+    build_optimizer,
+    clip_gradients,
+    global_grad_norm,
+    learning_rate,
+)
 from workers.sequences import Sequences
 
 
@@ -60,7 +65,9 @@ def test_clipping_equals_pytorchs_and_zero_turns_it_off() -> None:
     for parameter in parameters.values():
         parameter.grad = torch.randn_like(parameter)
     before = {
-        name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None
+        name: parameter.grad.clone()
+        for name, parameter in parameters.items()
+        if parameter.grad is not None
     }
     norm = global_grad_norm(parameters.values(), world_size=1)
     clip_gradients(parameters, norm, 0.0)
@@ -85,7 +92,8 @@ def test_packed_attention_equals_one_sequence_at_a_time(
     window: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Outputs and gradients, of lengths on both sides of the longest that the matrix products take."""
+    """Outputs and gradients, of lengths on both sides of the longest that the matrix products
+    take."""
     monkeypatch.setattr(attention, "LONGEST", 40)
     attention._bias.cache_clear()
     lengths = [71, 41, 40, 13, 13, 13, 2, 1, 1, 7]
@@ -104,15 +112,25 @@ def test_packed_attention_equals_one_sequence_at_a_time(
     options = {"scaling": 0.2, "sliding_window": window, "softcap": softcap}
     parts = (leaf.transpose(1, 2) for leaf in packed)
     found, _ = attend(
-        layer, *parts, None, fused=False, packing=packing_of(lengths, torch.device("cpu")), **options
+        layer,
+        *parts,
+        None,
+        fused=False,
+        packing=packing_of(lengths, torch.device("cpu")),
+        **options,
     )
     found.backward(gradient.to(dtype))
     rows = zip(*(leaf[0].split(lengths) for leaf in plain), strict=True)
     expected = torch.cat([naive_attention(*row, **options) for row in rows])[None]
     expected.backward(gradient.double())
     attention._bias.cache_clear()
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.03, "atol": 0.06}
-    for one, other in [(found, expected), *((a.grad, b.grad) for a, b in zip(packed, plain, strict=True))]:
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.03, "atol": 0.06}
+    )
+    for one, other in [
+        (found, expected),
+        *((a.grad, b.grad) for a, b in zip(packed, plain, strict=True)),
+    ]:
         assert one is not None and other is not None
         assert_close(one.double(), other, **tolerance)
 
@@ -133,7 +151,9 @@ def test_responses_that_share_a_prompt_attend_as_if_each_had_its_own(
     layer.is_causal, layer.num_key_value_groups = True, 2  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
     shapes = ((4, 16), (2, 16), (2, 16))
-    heads = [torch.randn(1, sum(lengths), *shape, generator=generator).to(dtype) for shape in shapes]
+    heads = [
+        torch.randn(1, sum(lengths), *shape, generator=generator).to(dtype) for shape in shapes
+    ]
     gradient = torch.randn(1, sum(lengths), 4, 16, generator=generator)
     packed, plain = (
         [tensor.detach().to(kind, copy=True).requires_grad_() for tensor in heads]
@@ -147,13 +167,21 @@ def test_responses_that_share_a_prompt_attend_as_if_each_had_its_own(
     segments = [leaf[0].split(lengths) for leaf in plain]
     expected = []
     for number, (length, prefix) in enumerate(zip(lengths, prefixes, strict=True)):
-        before = [part[prefix] for part in segments] if prefix >= 0 else [part[0][:0] for part in segments]
-        row = [torch.cat([first, part[number]]) for first, part in zip(before, segments, strict=True)]
+        before = (
+            [part[prefix] for part in segments]
+            if prefix >= 0
+            else [part[0][:0] for part in segments]
+        )
+        row = [
+            torch.cat([first, part[number]]) for first, part in zip(before, segments, strict=True)
+        ]
         expected.append(naive_attention(*row, **options)[-length:])
     reference = torch.cat(expected)[None]
     reference.backward(gradient.double())
     attention._bias.cache_clear()
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.04, "atol": 0.08}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.04, "atol": 0.08}
+    )
     assert_close(output.double(), reference, **tolerance)
     for leaf, other in zip(packed, plain, strict=True):
         assert leaf.grad is not None and other.grad is not None
@@ -178,11 +206,17 @@ def test_shared_prompts_change_no_number(tmp_path: Path, family: str) -> None:
         model = ModelSource(ModelConfig(path=path), Head.lm, RankContext()).model
         assert can_share_prompts(model)
         scored = ScoredModel(model, Head.lm)
-        micro_batches = make_micro_batches(sequences, Head.lm, Cutting(40, True, share), torch.device("cpu"))
+        micro_batches = make_micro_batches(
+            sequences, Head.lm, Cutting(40, True, share), torch.device("cpu")
+        )
         outputs = []
         for part in micro_batches:
             numbers = scored(
-                part.input_ids, part.read_positions, part.targets, packing=part.packing, entropy=True
+                part.input_ids,
+                part.read_positions,
+                part.targets,
+                packing=part.packing,
+                entropy=True,
             )
             outputs.append(Outputs(**numbers))
             (numbers["log_probs"] * part.targets.cos()).sum().backward()
@@ -226,7 +260,9 @@ def test_short_attention_equals_the_fused_kernel(time: int, kv_heads: int) -> No
     layer = nn.Module()
     layer.is_causal, layer.num_key_value_groups = True, 4 // kv_heads  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
-    heads = [torch.randn(3, time, count, 16, generator=generator) for count in (4, kv_heads, kv_heads)]
+    heads = [
+        torch.randn(3, time, count, 16, generator=generator) for count in (4, kv_heads, kv_heads)
+    ]
     gradient = torch.randn(3, time, 4, 16, generator=generator)
     results = []
     for attends, dtype in (
@@ -236,7 +272,9 @@ def test_short_attention_equals_the_fused_kernel(time: int, kv_heads: int) -> No
         leaves = [tensor.to(torch.bfloat16).to(dtype).requires_grad_() for tensor in heads]
         output, _ = attends(layer, *(leaf.transpose(1, 2) for leaf in leaves), None, scaling=0.2)
         output.backward(gradient.to(dtype))
-        results.append([output.float(), *(leaf.grad.float() for leaf in leaves if leaf.grad is not None)])
+        results.append(
+            [output.float(), *(leaf.grad.float() for leaf in leaves if leaf.grad is not None)]
+        )
     for short, fused in zip(*results, strict=True):
         assert_close(short, fused, rtol=0.03, atol=0.06)
     assert time <= LONGEST
@@ -247,8 +285,8 @@ def test_short_attention_equals_the_fused_kernel(time: int, kv_heads: int) -> No
 def test_neighbours_in_a_packed_row_see_nothing_of_each_other(
     tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
-    """Other tokens in one sequence: the hidden states of all others stay bit for bit, also in the layers'
-    recomputation."""
+    """Other tokens in one sequence: the hidden states of all others stay bit for bit, also in
+    the layers' recomputation."""
     path = str(save_tiny_model(tmp_path / family, family, layers=2))
     model = ModelSource(ModelConfig(path=path), Head.lm, RankContext()).model.to(dtype)
     packing = packing_of([9, 9, 8, 2, 1], torch.device("cpu"))
@@ -258,7 +296,9 @@ def test_neighbours_in_a_packed_row_see_nothing_of_each_other(
     other[0, begin:end] = 50
     with torch.no_grad():
         one, two = (
-            model.base_model(input_ids=row, use_cache=False, **packing.arguments).last_hidden_state[0]
+            model.base_model(input_ids=row, use_cache=False, **packing.arguments).last_hidden_state[
+                0
+            ]
             for row in (ids, other)
         )
     assert (
@@ -282,7 +322,10 @@ def test_auto_attention_and_a_named_one(tmp_path: Path) -> None:
     check_packable(found["sdpa"])
     with pytest.raises(
         ValueError,
-        match=r"packing is true, but attention eager .* set model\.attention=auto or set packing=false",
+        match=(
+            r"packing is true, but attention eager .* set model\.attention=auto or set "
+            r"packing=false"
+        ),
     ):
         check_packable(found["eager"])
 
@@ -322,7 +365,9 @@ def test_a_new_head_is_the_same_every_time_and_a_saved_critic_keeps_its_own(tmp_
     first.save_pretrained(tmp_path / "critic")
     saved = ModelSource(ModelConfig(path=str(tmp_path / "critic")), Head.score, RankContext()).model
     assert bool((saved.get_submodule("score").weight == 0.5).all())
-    with pytest.raises(ValueError, match=r"do not fit LlamaForCausalLM.*unexpected \['score\.weight'\]"):
+    with pytest.raises(
+        ValueError, match=r"do not fit LlamaForCausalLM.*unexpected \['score\.weight'\]"
+    ):
         ModelSource(ModelConfig(path=str(tmp_path / "critic")), Head.lm, RankContext())
 
 

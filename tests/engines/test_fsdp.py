@@ -81,7 +81,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], lis
 
 def results(root: Path, case: Case) -> list[Result]:
     return [
-        torch.load(root / f"{case.name}.{rank}.pt", weights_only=False) for rank in range(case.world_size)
+        torch.load(root / f"{case.name}.{rank}.pt", weights_only=False)
+        for rank in range(case.world_size)
     ]
 
 
@@ -104,10 +105,15 @@ def test_equals_plain_pytorch(root: Path, case: Case) -> None:
         for name, value in columns(result.outputs).items():
             whole = columns(expected.outputs)[name]
             assert_close(
-                value, whole[places(case, result.data, name)], rtol=0.0, atol=0.05 if loose else 3e-6
+                value,
+                whole[places(case, result.data, name)],
+                rtol=0.0,
+                atol=0.05 if loose else 3e-6,
             )
     assert_close(
-        torch.tensor([step["loss"] for step in found[0].metrics]), torch.tensor(expected.losses), **tolerance
+        torch.tensor([step["loss"] for step in found[0].metrics]),
+        torch.tensor(expected.losses),
+        **tolerance,
     )
     assert_close(
         torch.tensor([step["grad_norm"] for step in found[0].metrics]),
@@ -138,7 +144,8 @@ def test_shards_cover_every_parameter_once_per_replica(root: Path, case: Case) -
             assert (shard_name, shape) == (name, tuple(whole.shape))
             for box, tensor in shards:
                 inside = tuple(
-                    slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True)
+                    slice(start, start + size)
+                    for start, size in zip(box.start, box.shape, strict=True)
                 )
                 pasted[inside] = tensor
                 counts[inside] += 1

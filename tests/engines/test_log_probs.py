@@ -1,5 +1,5 @@
-"""Log-probs from hidden states and the head in chunks: against log_softmax of whole logits, gradients too,
-and what follows the head against the family's own forward."""
+"""Log-probs from hidden states and the head in chunks: against log_softmax of whole logits,
+gradients too, and what follows the head against the family's own forward."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def test_values_and_gradients_equal_those_of_whole_logits(
     targets = torch.arange(TOKENS) * 7 % VOCAB
     weights = torch.linspace(-1, 1, TOKENS)
     ours, plain = inputs(dtype), inputs(dtype)
-    values, entropies = head_log_probs(*ours, targets, temperature=temperature, entropy=entropy, tail=tail)
+    values, entropies = head_log_probs(
+        *ours, targets, temperature=temperature, entropy=entropy, tail=tail
+    )
     logits = F.linear(*plain)
     table = torch.log_softmax((logits if tail is None else tail(logits)).float() / temperature, -1)
     expected = table.gather(-1, targets[:, None]).squeeze(-1)
@@ -61,7 +63,9 @@ def test_values_and_gradients_equal_those_of_whole_logits(
         reference = reference + expected_entropies.square().sum()
     loss.backward()
     reference.backward()
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
+    )
     for mine, theirs in zip(ours, plain, strict=True):
         assert mine.grad is not None and mine.grad.dtype is dtype
         assert_close(mine.grad, theirs.grad, **tolerance)
@@ -91,7 +95,9 @@ def test_memory_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = []
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             result = function(*args, **(kwargs or {}))
             largest.append(result.numel() if isinstance(result, Tensor) else 0)
             return result
@@ -114,7 +120,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "opt": {"word_embed_proj_dim": 16, "ffn_dim": 48},
     "phi": {},
-    "falcon_h1": {"lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 16},
+    "falcon_h1": {
+        "lm_head_multiplier": 0.5,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_state": 16,
+    },
     "mixtral": {"num_local_experts": 2},
 }
 

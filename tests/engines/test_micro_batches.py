@@ -1,5 +1,5 @@
-"""Micro-batches: every row once, under the budget, little padding, reads at the right places, results back in
-the caller's order."""
+"""Micro-batches: every row once, under the budget, little padding, reads at the right places,
+results back in the caller's order."""
 
 from itertools import product
 
@@ -31,8 +31,8 @@ CPU = torch.device("cpu")
 
 @st.composite
 def some_sequences(draw: st.DrawFn, prompts: int = 0) -> Sequences:
-    """Tokens are numbered, so that each one says where it came from; with `prompts` several rows begin with
-    the same ones."""
+    """Tokens are numbered, so that each one says where it came from; with `prompts` several
+    rows begin with the same ones."""
     rows = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 7)), max_size=12))
     if prompts:
         rows = [(size % prompts, scored) for size, scored in rows]
@@ -65,9 +65,16 @@ def test_every_row_once_and_results_return_in_order(
 ) -> None:
     packing = how[0]
     made = make_micro_batches(sequences, head, Cutting(budget, *how), CPU)
-    assert all(micro_batch.input_ids.numel() <= budget or len(micro_batch.rows) == 1 for micro_batch in made)
+    assert all(
+        micro_batch.input_ids.numel() <= budget or len(micro_batch.rows) == 1
+        for micro_batch in made
+    )
     micro_batches = [pad_time(micro_batch, multiple) for micro_batch in made]
-    rows = torch.cat([micro_batch.rows for micro_batch in micro_batches]) if micro_batches else torch.zeros(0)
+    rows = (
+        torch.cat([micro_batch.rows for micro_batch in micro_batches])
+        if micro_batches
+        else torch.zeros(0)
+    )
     assert sorted(rows.tolist()) == list(range(sequences.num_rows))
     for micro_batch in micro_batches:
         assert micro_batch.input_ids.shape[1] % multiple == 0
@@ -125,7 +132,8 @@ def test_padding_and_blocks_cost_as_little_as_possible(widths: list[int], budget
 
 
 def test_drawn_lengths_have_little_padding() -> None:
-    """256 rows of 8 + 8..64 tokens, as in the benchmark: one block would compute 1.6 times the tokens."""
+    """256 rows of 8 + 8..64 tokens, as in the benchmark: one block would compute 1.6 times the
+    tokens."""
     lengths = 8 + np.random.default_rng(0).integers(8, 65, 256)
     padded = sum(len(block) * lengths[block].max() for block in cut(lengths, 16384))
     assert padded / lengths.sum() < 1.08
@@ -141,7 +149,11 @@ def test_an_empty_micro_batch_has_the_columns_and_reads_nothing() -> None:
     )
     for packing in (False, True):
         empty = empty_micro_batch(sequences, Head.lm, Cutting(60, packing, packing), CPU)
-        assert empty.input_ids.tolist() == [[0]] and not len(empty.read_positions) and not len(empty.targets)
+        assert (
+            empty.input_ids.tolist() == [[0]]
+            and not len(empty.read_positions)
+            and not len(empty.targets)
+        )
         assert empty.sequences.per_token["weights"].shape == (0,) and empty.sequences.num_rows == 0
 
 
@@ -150,8 +162,8 @@ def test_an_empty_micro_batch_has_the_columns_and_reads_nothing() -> None:
 def test_a_packed_row_has_no_padding_and_keeps_labels_together(
     sequences: Sequences, head: Head, budget: int, labels: int
 ) -> None:
-    """What Packing says of the row is what lies in it; rows of one label share a row, under the budget if
-    there are several."""
+    """What Packing says of the row is what lies in it; rows of one label share a row, under the
+    budget if there are several."""
     label = torch.arange(sequences.num_rows) % labels
     micro_batches = make_micro_batches(
         sequences.with_columns(per_row={PAIR: label}), head, Cutting(budget, True), CPU
@@ -163,14 +175,16 @@ def test_a_packed_row_has_no_padding_and_keeps_labels_together(
         packing = micro_batch.packing
         assert packing is not None
         widths = (micro_batch.sequences.lengths - int(head is not Head.score)).clamp(min=1).tolist()
-        assert list(packing.lengths) == widths == sorted(widths, reverse=True) and packing.longest == max(
-            widths
-        )
+        assert list(packing.lengths) == widths == sorted(
+            widths, reverse=True
+        ) and packing.longest == max(widths)
         assert packing.ends.tolist() == [0, *np.cumsum(widths)] and micro_batch.input_ids.shape == (
             1,
             sum(widths),
         )
-        assert packing.position_ids[0].tolist() == [place for width in widths for place in range(width)]
+        assert packing.position_ids[0].tolist() == [
+            place for width in widths for place in range(width)
+        ]
         assert len(packing.runs) == len(set(widths))
         rows = micro_batch.sequences.token_ids.split(micro_batch.sequences.lengths.tolist())
         assert micro_batch.input_ids[0].tolist() == [
@@ -180,17 +194,22 @@ def test_a_packed_row_has_no_padding_and_keeps_labels_together(
 
 
 @settings(max_examples=100, deadline=None)
-@given(some_sequences(prompts=4), st.sampled_from(list(Head)), st.integers(1, 60), st.integers(0, 5))
+@given(
+    some_sequences(prompts=4), st.sampled_from(list(Head)), st.integers(1, 60), st.integers(0, 5)
+)
 def test_shared_prompts_are_computed_once_and_seen_by_their_responses(
     sequences: Sequences, head: Head, budget: int, labels: int
 ) -> None:
-    """Token by token: what a row's tokens see through Packing is the row up to them, at its positions."""
+    """Token by token: what a row's tokens see through Packing is the row up to them, at its
+    positions."""
     if labels:
         label = torch.arange(sequences.num_rows) % labels
         sequences = sequences.with_columns(per_row={PAIR: label})
     micro_batches = make_micro_batches(sequences, head, Cutting(budget, True, True), CPU)
     for micro_batch in micro_batches:
-        part, packing, ids = micro_batch.sequences, micro_batch.packing, micro_batch.input_ids[0].tolist()
+        part = micro_batch.sequences
+        packing = micro_batch.packing
+        ids = micro_batch.input_ids[0].tolist()
         assert packing is not None
         prompts = [
             tuple(row[: len(row) - scored])
@@ -211,7 +230,8 @@ def test_shared_prompts_are_computed_once_and_seen_by_their_responses(
 
 
 def test_a_large_group_is_cut_and_every_part_has_the_prompt() -> None:
-    """Six responses of 5 tokens to a prompt of 4: 4 + 3 x 4 computed tokens fit into 16, so two parts."""
+    """Six responses of 5 tokens to a prompt of 4: 4 + 3 x 4 computed tokens fit into 16, so two
+    parts."""
     rows = [[1, 2, 3, 4, 10 * row, 6, 7, 8, 9] for row in range(6)]
     sequences = Sequences(
         token_ids=torch.tensor(rows).flatten(),
@@ -245,9 +265,11 @@ def seen_by_token(packing: Packing) -> list[list[int]]:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(40, 120))
 def test_packing_makes_few_micro_batches(widths: list[int], budget: int) -> None:
-    """First-fit decreasing against every way there is: 11/9 of the fewest and 6/9 more at most (Dosa
-    2007)."""
-    assert len(pack(np.array(widths), budget)) <= 11 / 9 * fewest(sorted(widths), budget, []) + 6 / 9
+    """First-fit decreasing against every way there is: 11/9 of the fewest and 6/9 more at most
+    (Dosa 2007)."""
+    assert (
+        len(pack(np.array(widths), budget)) <= 11 / 9 * fewest(sorted(widths), budget, []) + 6 / 9
+    )
 
 
 def fewest(widths: list[int], budget: int, room: list[int]) -> int:
@@ -256,7 +278,8 @@ def fewest(widths: list[int], budget: int, room: list[int]) -> int:
     *rest, one = widths
     tried = {left: place for place, left in enumerate(room) if left >= one}
     counts = [
-        fewest(rest, budget, [*room[:place], left - one, *room[place + 1 :]]) for left, place in tried.items()
+        fewest(rest, budget, [*room[:place], left - one, *room[place + 1 :]])
+        for left, place in tried.items()
     ]
     return min([*counts, fewest(rest, budget, [*room, budget - one])])
 

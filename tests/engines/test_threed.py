@@ -99,33 +99,51 @@ def plain(root: Path) -> Callable[[Case], PlainRun]:
     def run(case: Case) -> PlainRun:
         key = (case.model, case.head, case.num_rows)
         if key not in runs:
-            folder = root / (case.model if case.head is Head.lm else f"{case.model}-{case.head.value}")
-            runs[key] = plain_run(load_plain(folder, case.head), case.head, batches(case), OPTIMIZER)
+            folder = root / (
+                case.model if case.head is Head.lm else f"{case.model}-{case.head.value}"
+            )
+            runs[key] = plain_run(
+                load_plain(folder, case.head), case.head, batches(case), OPTIMIZER
+            )
         return runs[key]
 
     return run
 
 
 @pytest.mark.parametrize("case", matrix(CASES, SLOW), ids=lambda case: case.name)
-def test_equals_one_plain_process(root: Path, plain: Callable[[Case], PlainRun], case: Case) -> None:
+def test_equals_one_plain_process(
+    root: Path, plain: Callable[[Case], PlainRun], case: Case
+) -> None:
     expected = plain(case)
     results: list[Result] = [
         torch.load(root / case.name / f"result{rank}.pt", weights_only=False)
         for rank in range(case.world_size)
     ]
-    assert all(result.metrics == results[0].metrics for result in results), "metrics differ between ranks"
-    assert_close([step["loss"] for step in results[0].metrics], expected.losses, rtol=FP32, atol=FP32)
+    assert all(result.metrics == results[0].metrics for result in results), (
+        "metrics differ between ranks"
+    )
     assert_close(
-        [step["grad_norm"] for step in results[0].metrics], expected.grad_norms, rtol=FP32, atol=FP32
+        [step["loss"] for step in results[0].metrics], expected.losses, rtol=FP32, atol=FP32
+    )
+    assert_close(
+        [step["grad_norm"] for step in results[0].metrics],
+        expected.grad_norms,
+        rtol=FP32,
+        atol=FP32,
     )
     weights = load_plain(root / case.name, case.head).state_dict()
     assert_close(
-        {name: weights[name] for name in expected.parameters}, expected.parameters, rtol=FP32, atol=FP32
+        {name: weights[name] for name in expected.parameters},
+        expected.parameters,
+        rtol=FP32,
+        atol=FP32,
     )
     assert sum(result.outputs is not None for result in results) == case.t * case.d
     for result in results:
         if result.outputs is not None:
-            assert_close(result.outputs, rows_of(expected.outputs, case, result.data), rtol=FP32, atol=FP32)
+            assert_close(
+                result.outputs, rows_of(expected.outputs, case, result.data), rtol=FP32, atol=FP32
+            )
 
 
 @pytest.mark.parametrize("case", matrix(CASES, SLOW), ids=lambda case: case.name)
@@ -142,7 +160,9 @@ def test_bf16_keeps_float32_master_weights(root: Path, plain: Callable[[Case], P
     expected = plain(BF16)
     result: Result = torch.load(root / BF16.name / "result0.pt", weights_only=False)
     assert_close([step["loss"] for step in result.metrics], expected.losses, rtol=0.03, atol=0.03)
-    assert_close([step["grad_norm"] for step in result.metrics], expected.grad_norms, rtol=0.05, atol=0.05)
+    assert_close(
+        [step["grad_norm"] for step in result.metrics], expected.grad_norms, rtol=0.05, atol=0.05
+    )
     weights = load_plain(root / BF16.name, Head.lm).state_dict()
     start = load_plain(root / BF16.model, Head.lm).state_dict()
     for name, value in expected.parameters.items():
@@ -154,11 +174,14 @@ def test_bf16_keeps_float32_master_weights(root: Path, plain: Callable[[Case], P
 
 
 @pytest.mark.parametrize(
-    "place", [*map(str, range(len(RESUMED))), "fsdp"], ids=[*(case.name for case in RESUMED), "engine-fsdp"]
+    "place",
+    [*map(str, range(len(RESUMED))), "fsdp"],
+    ids=[*(case.name for case in RESUMED), "engine-fsdp"],
 )
 def test_checkpoint_resumes_on_any_layout(root: Path, place: str) -> None:
     weights, never = (
-        load_file(root / folder / "model.safetensors") for folder in (f"resumed-{place}", "resumed-never")
+        load_file(root / folder / "model.safetensors")
+        for folder in (f"resumed-{place}", "resumed-never")
     )
     metrics, metrics_never = (
         torch.load(root / folder / "metrics.pt") for folder in (f"resumed-{place}", "resumed-never")
@@ -174,7 +197,9 @@ def test_checkpoint_resumes_on_any_layout(root: Path, place: str) -> None:
 @pytest.mark.parametrize("precision", list(Precision))
 def test_vocabulary_parallel_log_probs(root: Path, precision: Precision) -> None:
     logits, targets = vocabulary_table()
-    whole = logits.to(torch.float32 if precision is Precision.fp32 else torch.bfloat16).requires_grad_()
+    whole = logits.to(
+        torch.float32 if precision is Precision.fp32 else torch.bfloat16
+    ).requires_grad_()
     table = torch.log_softmax(whole.float() / 0.7, -1)
     log_probs = table.gather(-1, targets[:, None]).squeeze(-1)
     entropy = -(table.exp() * table).sum(-1)
@@ -185,7 +210,9 @@ def test_vocabulary_parallel_log_probs(root: Path, precision: Precision) -> None
         assert_close(part[1], entropy.detach(), rtol=1e-5, atol=1e-5)
     tolerance = 5e-5 if precision is Precision.fp32 else 1e-2
     assert whole.grad is not None
-    assert_close(torch.cat([part[2] for part in parts], -1), whole.grad, rtol=tolerance, atol=tolerance)
+    assert_close(
+        torch.cat([part[2] for part in parts], -1), whole.grad, rtol=tolerance, atol=tolerance
+    )
 
 
 def rows_of(outputs: Outputs, case: Case, data: int) -> dict[str, Tensor]:

@@ -38,22 +38,25 @@ def test_layout_follows_the_rank_order() -> None:
             TrainConfig(tp=4),
             {},
             (
-                r"tp=4 does not fit llama: .*num_key_value_heads 2.*sizes that fit: 1, 2; on 8 devices fit: "
-                r"pp=1 tp=1 \(dp=8\)"
+                r"tp=4 does not fit llama: .*num_key_value_heads 2.*sizes that fit: 1, 2; on 8 "
+                r"devices fit: pp=1 tp=1 \(dp=8\)"
             ),
         ),
         (
             TrainConfig(tp=2),
             {"vocab_size": 97},
             (
-                r"tp=2 does not fit.*vocab_size 97.*sizes that fit: 1; on 8 devices fit: pp=1 tp=1 \(dp=8\), "
-                r"pp=2"
+                r"tp=2 does not fit.*vocab_size 97.*sizes that fit: 1; on 8 devices fit: pp=1 "
+                r"tp=1 \(dp=8\), pp=2"
             ),
         ),
         (
             TrainConfig(pp=8),
             {},
-            r"pp=8 .*8 pipeline stages, but the model has 4 layers; on 8 devices fit: .*pp=4 tp=2 \(dp=1\)",
+            (
+                r"pp=8 .*8 pipeline stages, but the model has 4 layers; on 8 devices fit: .*pp=4 "
+                r"tp=2 \(dp=1\)"
+            ),
         ),
         (TrainConfig(pp=3), {}, r"pp=3 x tp=1 does not divide the 8 devices"),
         (
@@ -66,7 +69,11 @@ def test_layout_follows_the_rank_order() -> None:
             {},
             r"interleaved_1f1b with pp=2 and virtual_stages=1; both must be at least 2",
         ),
-        (TrainConfig(pp=2, virtual_stages=2), {}, r"virtual_stages is 2 with pipeline_schedule 1f1b"),
+        (
+            TrainConfig(pp=2, virtual_stages=2),
+            {},
+            r"virtual_stages is 2 with pipeline_schedule 1f1b",
+        ),
         (
             TrainConfig(pipeline_schedule="gpipe"),
             {},
@@ -75,7 +82,9 @@ def test_layout_follows_the_rank_order() -> None:
         (TrainConfig(rank_order=["dp", "tp"]), {}, r"rank_order is .*each of dp, pp, cp, tp once"),
     ],
 )
-def test_what_does_not_fit_is_refused(train: TrainConfig, changes: dict[str, int], message: str) -> None:
+def test_what_does_not_fit_is_refused(
+    train: TrainConfig, changes: dict[str, int], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         check_layout(model(**changes), train, 8)
 
@@ -90,7 +99,9 @@ def test_listed_layouts_are_accepted_and_no_others(world_size: int, virtual: int
             if interleaved and pipeline == 1:
                 continue
             schedule = "interleaved_1f1b" if interleaved else "1f1b"
-            train = TrainConfig(pp=pipeline, tp=tensor, pipeline_schedule=schedule, virtual_stages=virtual)
+            train = TrainConfig(
+                pp=pipeline, tp=tensor, pipeline_schedule=schedule, virtual_stages=virtual
+            )
             try:
                 check_layout(model(), train, world_size)
             except ValueError:

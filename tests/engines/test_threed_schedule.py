@@ -1,5 +1,5 @@
-"""Timetables of engine `threed`: every pass once, in an order that can run, with the idle time and the memory
-that the papers promise."""
+"""Timetables of engine `threed`: every pass once, in an order that can run, with the idle time
+and the memory that the papers promise."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def test_docstring_example() -> None:
     ticks = timetable(2, 2, 2, True)
     shown = [
         "".join(
-            f"{a.stage}.{a.micro_batch}{'b' if a.backward else ''}".ljust(6) if a else " " * 6 for a in row
+            f"{a.stage}.{a.micro_batch}{'b' if a.backward else ''}".ljust(6) if a else " " * 6
+            for a in row
         ).rstrip()
         for row in zip(*ticks, strict=True)
     ]

@@ -1,8 +1,8 @@
-"""What the tests and the benchmark of engine `threed` share: tiny models of every family, a batch, and the
-plain single-process run.
+"""What the tests and the benchmark of engine `threed` share: tiny models of every family, a batch,
+and the plain single-process run.
 
-The plain run is transformers and torch.optim only: one row at a time, no padding, no micro-batches, logits in
-full.
+The plain run is transformers and torch.optim only: one row at a time, no padding, no micro-batches,
+logits in full.
 """
 
 from __future__ import annotations
@@ -12,7 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from workers.config import OptimizerConfig
 from workers.engines.base import Head, Outputs
@@ -25,10 +30,16 @@ VOCABULARY = 96
 
 
 def save_tiny_model(
-    directory: Path, family: str, *, heads: int = 4, kv_heads: int = 2, layers: int = 4, tied: bool = False
+    directory: Path,
+    family: str,
+    *,
+    heads: int = 4,
+    kv_heads: int = 2,
+    layers: int = 4,
+    tied: bool = False,
 ) -> Path:
-    """A random model of `family` as a Hugging Face directory; sliding windows shorter than the rows where the
-    family has them."""
+    """A random model of `family` as a Hugging Face directory; sliding windows shorter than the
+    rows where the family has them."""
     options: dict[str, object] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -53,7 +64,9 @@ def save_tiny_model(
             "sliding_attention" if index % 2 == 0 else "full_attention" for index in range(layers)
         ]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **options), dtype=torch.float32
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -62,8 +75,8 @@ def save_tiny_model(
 
 
 def make_sequences(num_rows: int = 10, seed: int = 0) -> Sequences:
-    """Ragged rows of 4 to 17 tokens, of many one with 2 tokens and one with 1; one of them without scored
-    tokens."""
+    """Ragged rows of 4 to 17 tokens, of many one with 2 tokens and one with 1; one of them
+    without scored tokens."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, 18, (num_rows,), generator=generator)
     if num_rows >= 8:
@@ -93,7 +106,9 @@ def loss_fn(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, dict[str, T
             "values": outputs.values.detach().sum()
         }
     assert outputs.scores is not None
-    return (outputs.scores - targets).square().sum() / 10, {"rows": torch.tensor(float(len(targets)))}
+    return (outputs.scores - targets).square().sum() / 10, {
+        "rows": torch.tensor(float(len(targets)))
+    }
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,7 +130,10 @@ def plain_run(
     decays = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decays, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [
+            {"params": decays, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
@@ -130,7 +148,9 @@ def plain_run(
         optimizer.step()
         run.losses.append(loss.item())
         run.grad_norms.append(norm.item())
-    run.parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    run.parameters = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters()
+    }
     return run
 
 
@@ -153,12 +173,16 @@ def plain_outputs(model: PreTrainedModel, head: Head, batch: Sequences) -> Outpu
             scores.append(numbers[-1])
     if head is Head.lm:
         return Outputs(log_probs=torch.cat(log_probs), entropy=torch.cat(entropies))
-    return Outputs(values=torch.cat(values)) if head is Head.value else Outputs(scores=torch.stack(scores))
+    return (
+        Outputs(values=torch.cat(values))
+        if head is Head.value
+        else Outputs(scores=torch.stack(scores))
+    )
 
 
 def load_plain(directory: Path, head: Head) -> PreTrainedModel:
-    """With transformers alone and its plainest attention, the only one with soft-capping; a new value head is
-    zero (set it from the engine's)."""
+    """With transformers alone and its plainest attention, the only one with soft-capping; a new
+    value head is zero (set it from the engine's)."""
     if head is Head.lm:
         return AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager"

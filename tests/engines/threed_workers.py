@@ -1,5 +1,5 @@
-"""What the spawned processes of test_threed.py do: one function runs all cases of all world sizes, because
-starting processes is slow."""
+"""What the spawned processes of test_threed.py do: one function runs all cases of all world
+sizes, because starting processes is slow."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from workers.engines.threed.engine import ThreeDEngine
 from workers.sequences import Sequences
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, epsilon=1e-4, weight_decay=0.1, clip_grad_norm=0.5)
-"""A large epsilon: with 1e-8, AdamW makes a whole step of a gradient that is rounding noise, and no two
-summation orders agree."""
+"""A large epsilon: with 1e-8, AdamW makes a whole step of a gradient that is rounding noise,
+and no two summation orders agree."""
 MICRO_BATCH_TOKENS = 36
 NUM_BATCHES = 3
 Job = tuple[str, Any]
@@ -57,7 +57,9 @@ class Case:
             self.precision.value,
             f"rows{self.num_rows}",
         ]
-        flags = [word for word, on in (("ac", self.checkpointing), ("blocks", not self.packing)) if on]
+        flags = [
+            word for word, on in (("ac", self.checkpointing), ("blocks", not self.packing)) if on
+        ]
         return "-".join([f"p{self.p}t{self.t}d{self.d}v{self.virtual}", *extras, *flags])
 
     @property
@@ -77,8 +79,8 @@ class Result:
 
 
 def run_world(rank: int, root: Path, world_size: int, jobs: list[Job]) -> None:
-    """One process of a world: jobs are (name of a function below, its argument), run in order by all
-    ranks."""
+    """One process of a world: jobs are (name of a function below, its argument), run in order
+    by all ranks."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size
@@ -91,8 +93,8 @@ def run_world(rank: int, root: Path, world_size: int, jobs: list[Job]) -> None:
 
 
 def run_worlds(rank: int, root: Path, worlds: list[tuple[int, list[Job]]]) -> None:
-    """Worlds of several sizes one after the other in the same processes; ranks beyond a world's size skip
-    it."""
+    """Worlds of several sizes one after the other in the same processes; ranks beyond a world's
+    size skip it."""
     for world_size, jobs in worlds:
         if rank < world_size:
             run_world(rank, root, world_size, jobs)
@@ -116,7 +118,10 @@ def make_engine(case: Case, root: Path, rank: int) -> ThreeDEngine:
     model = root / (case.model if case.head is Head.lm else f"{case.model}-{case.head.value}")
     context = RankContext(rank=rank, world_size=case.world_size)
     return ThreeDEngine(
-        model=ModelConfig(path=str(model), attention="sdpa"), config=config, head=case.head, context=context
+        model=ModelConfig(path=str(model), attention="sdpa"),
+        config=config,
+        head=case.head,
+        context=context,
     )
 
 
@@ -130,8 +135,8 @@ def batches(case: Case) -> list[Sequences]:
 
 
 def train(rank: int, root: Path, case: Case) -> None:
-    """Outputs before training, three steps, the weights as a Hugging Face directory and as the shard map
-    shows them."""
+    """Outputs before training, three steps, the weights as a Hugging Face directory and as the
+    shard map shows them."""
     engine = make_engine(case, root, rank)
     data = engine.layout.coordinates(rank)["dp"]
     rows = [own_rows(case, batch, data) for batch in batches(case)]
@@ -147,7 +152,9 @@ def train(rank: int, root: Path, case: Case) -> None:
         found = {name: value for name, value in named.items() if value is not None}
     result = Result(data=data, outputs=found)
     for batch in rows:
-        result.metrics.append(engine.train_step(batch, loss_fn, entropy=True, temperature=TEMPERATURE))
+        result.metrics.append(
+            engine.train_step(batch, loss_fn, entropy=True, temperature=TEMPERATURE)
+        )
     folder = root / case.name
     engine.save_pretrained(folder)
     shards = folder / "shards"
@@ -158,8 +165,8 @@ def train(rank: int, root: Path, case: Case) -> None:
 
 
 def save_and_resume(rank: int, root: Path, cases: list[Case]) -> None:
-    """Two steps on the first layout, then the third step there and, from the checkpoint, on every layout of
-    `cases` and on engine fsdp."""
+    """Two steps on the first layout, then the third step there and, from the checkpoint, on
+    every layout of `cases` and on engine fsdp."""
     first = cases[0]
     engine = make_engine(first, root, rank)
     for batch in batches(first)[:2]:
@@ -199,18 +206,21 @@ def _third_step(engine: TrainingEngine, case: Case, rank: int, folder: Path) -> 
 
 
 def vocabulary(rank: int, root: Path, precision: Precision) -> None:
-    """log-probs, entropies and the gradient of this rank's logits, of the table that vocabulary_table
-    makes."""
+    """log-probs, entropies and the gradient of this rank's logits, of the table that
+    vocabulary_table makes."""
     dtype = torch.float32 if precision is Precision.fp32 else torch.bfloat16
     logits, targets = vocabulary_table()
     own = logits.to(dtype).chunk(dist.get_world_size(), dim=-1)[rank].clone().requires_grad_()
     group = dist.group.WORLD
     assert group is not None
-    log_probs, entropy = head_log_probs(own, None, None, targets, temperature=0.7, entropy=True, group=group)
+    log_probs, entropy = head_log_probs(
+        own, None, None, targets, temperature=0.7, entropy=True, group=group
+    )
     assert entropy is not None
     (log_probs.sin().sum() + entropy.square().sum()).backward()
     torch.save(
-        (log_probs.detach(), entropy.detach(), own.grad), root / f"vocabulary-{precision.value}-{rank}.pt"
+        (log_probs.detach(), entropy.detach(), own.grad),
+        root / f"vocabulary-{precision.value}-{rank}.pt",
     )
 
 

@@ -1,5 +1,5 @@
-"""An algorithm, a role, a reward and a recipe from outside the repository, built from docs/recipes.md as it
-stands there."""
+"""An algorithm, a role, a reward and a recipe from outside the repository, built from
+docs/recipes.md as it stands there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ PAGE = (ROOT / "docs" / "recipes.md").read_text()
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what `pip install` would leave of the page's package, and the page's two YAMLs."""
+    """A folder with what `pip install` would leave of the page's package, and the page's two
+    YAMLs."""
     directory = tmp_path_factory.mktemp("outside")
     (module,) = [text for text in blocks("python") if "AlgorithmEntry" in text]
     (names,) = [text for text in blocks("toml") if "hybridflow.algorithms" in text]
@@ -64,8 +65,17 @@ def run_recipe(
 ) -> subprocess.CompletedProcess[str]:
     """Somewhere else, with the package and the project on the path."""
     environment = os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "recipes", str(package / name), *arguments, f"output_dir={output}"]
-    return subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True, timeout=280)
+    command = [
+        sys.executable,
+        "-m",
+        "recipes",
+        str(package / name),
+        *arguments,
+        f"output_dir={output}",
+    ]
+    return subprocess.run(
+        command, cwd=package, env=environment, capture_output=True, text=True, timeout=280
+    )
 
 
 def rewards(output: Path) -> list[float]:
@@ -84,7 +94,9 @@ def test_it_runs_on_ray(package: Path, arguments: list[str], tmp_path: Path) -> 
     """And draws and scores what one process does."""
     finished = run_recipe(package, "brevity.yaml", ["num_devices=2", *arguments], tmp_path / "ray")
     assert finished.returncode == 0, finished.stderr
-    finished = run_recipe(package, "brevity.yaml", ["runtime=local", *arguments], tmp_path / "local")
+    finished = run_recipe(
+        package, "brevity.yaml", ["runtime=local", *arguments], tmp_path / "local"
+    )
     assert finished.returncode == 0, finished.stderr
     assert rewards(tmp_path / "ray")[0] == rewards(tmp_path / "local")[0]
 
@@ -97,16 +109,22 @@ def test_a_dry_run_says_what_would_run(package: Path, arguments: list[str], tmp_
 
 
 def test_its_settings_are_told_and_checked(package: Path, tmp_path: Path) -> None:
-    finished = run_recipe(package, "brevity.yaml", ["--settings", "algorithm.bonus_weight"], tmp_path)
+    finished = run_recipe(
+        package, "brevity.yaml", ["--settings", "algorithm.bonus_weight"], tmp_path
+    )
     assert "algorithm.bonus_weight = 0.1\n    How much a short answer counts" in finished.stdout
     finished = run_recipe(package, "brevity.yaml", ["algorithm.bonus=1"], tmp_path)
     assert finished.returncode == 2
-    assert finished.stderr.startswith("error: algorithm.bonus=1: there is no setting 'algorithm.bonus'")
+    assert finished.stderr.startswith(
+        "error: algorithm.bonus=1: there is no setting 'algorithm.bonus'"
+    )
 
 
 def test_a_yaml_may_begin_with_a_recipe_of_the_project(package: Path) -> None:
     config = to_settings(
-        compose(RecipeFile.of(str(package / "mine.yaml")), ["model.path=x", "data.train=y", "seed=3"])
+        compose(
+            RecipeFile.of(str(package / "mine.yaml")), ["model.path=x", "data.train=y", "seed=3"]
+        )
     )
     assert (config.algorithm.name, config.algorithm.samples_per_prompt) == ("grpo", 4)
     assert (config.output_dir, config.actor.seed) == ("outputs/mine", 3)
@@ -150,5 +168,7 @@ def test_an_algorithm_can_be_registered_by_a_call() -> None:
     entry = AlgorithmEntry("controllers.opo", "OPO", "OPOConfig", ("actor", "reference", "reward"))
     register_algorithm("opo_again", entry)
     assert algorithm_entry("opo_again") is entry
-    with pytest.raises(ValueError, match="algorithm 'ppo' is built in; register yours under another name"):
+    with pytest.raises(
+        ValueError, match="algorithm 'ppo' is built in; register yours under another name"
+    ):
         register_algorithm("ppo", entry)

@@ -1,5 +1,5 @@
-"""A training engine, a generation engine and a policy loss from a package outside the repository, which
-declares them as entry points: nothing of ours is edited."""
+"""A training engine, a generation engine and a policy loss from a package outside the
+repository, which declares them as entry points: nothing of ours is edited."""
 
 from __future__ import annotations
 
@@ -291,7 +291,12 @@ def test_a_dry_run_predicts_and_checks(
     common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The mapper asks the engine for its layouts, and every refusal is the engine's own."""
-    outside = ["actor.train.engine=whole", "actor.generation.engine=loud", "num_devices=2", "dry_run=true"]
+    outside = [
+        "actor.train.engine=whole",
+        "actor.generation.engine=loud",
+        "num_devices=2",
+        "dry_run=true",
+    ]
 
     def dry_run(*arguments: str) -> str:
         run(make_settings("grpo", [*common, *outside, *arguments, f"output_dir={tmp_path}"]))
@@ -326,8 +331,12 @@ def test_names_that_stand_for_nothing_say_what_there_is() -> None:
 
 @pytest.mark.usefixtures("importable")
 def test_a_name_of_two_packages_is_an_error() -> None:
-    clashing = Registry(group=ENGINES.group, builtin={"whole": "workers.engines.fsdp.engine:FsdpEngine"})
-    with pytest.raises(ValueError, match=r"whole is outside.engine:WholeEngine and workers.engines.fsdp"):
+    clashing = Registry(
+        group=ENGINES.group, builtin={"whole": "workers.engines.fsdp.engine:FsdpEngine"}
+    )
+    with pytest.raises(
+        ValueError, match=r"whole is outside.engine:WholeEngine and workers.engines.fsdp"
+    ):
         list(clashing)
 
 

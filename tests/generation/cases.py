@@ -1,5 +1,5 @@
-"""What the two processes of test_vllm.py run: real engines on tiny models. Everything measured goes back as
-plain data."""
+"""What the two processes of test_vllm.py run: real engines on tiny models. Everything measured
+goes back as plain data."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ CONFIG = GenerationConfig(
 
 
 def make_model(directory: Path, *, tied: bool, seed: int = 0) -> Qwen2ForCausalLM:
-    """A Qwen2 of 2 layers with a tokenizer of the words t0, t1, ..., which decodes them without spaces."""
+    """A Qwen2 of 2 layers with a tokenizer of the words t0, t1, ..., which decodes them without
+    spaces."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         hidden_size=64,
@@ -59,7 +60,9 @@ def make_model(directory: Path, *, tied: bool, seed: int = 0) -> Qwen2ForCausalL
     )
     model = Qwen2ForCausalLM(config).eval()
     model.save_pretrained(directory)
-    words = Tokenizer(models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0"))
+    words = Tokenizer(
+        models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(directory)
     return model
@@ -68,14 +71,22 @@ def make_model(directory: Path, *, tied: bool, seed: int = 0) -> Qwen2ForCausalL
 def rows() -> tuple[list[np.ndarray], np.ndarray]:
     """Prompts of 1 to 50 tokens, each twice, and nearby seeds."""
     generator = np.random.default_rng(0)
-    prompts = [generator.integers(2, VOCAB, length) for length in generator.integers(1, 51, ROWS // 2)]
-    return [prompt for prompt in prompts for _ in range(2)], np.arange(ROWS, dtype=np.int64) + (7 << 40)
+    prompts = [
+        generator.integers(2, VOCAB, length) for length in generator.integers(1, 51, ROWS // 2)
+    ]
+    return [prompt for prompt in prompts for _ in range(2)], np.arange(ROWS, dtype=np.int64) + (
+        7 << 40
+    )
 
 
 def run(rank: int, port: int, models: dict[str, str], output: str) -> None:
     """Entry point of a process; writes {case: result} or the traceback."""
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -117,7 +128,9 @@ def data_parallel(rank: int, models: dict[str, Path]) -> dict[str, Any]:
     results["two_engines"] = parts
     results["state_kept"] &= process_state() == before
     if rank == 0:
-        hf = HfEngine(model=ModelConfig(path=str(models["tied"])), config=CONFIG, context=context(rank))
+        hf = HfEngine(
+            model=ModelConfig(path=str(models["tied"])), config=CONFIG, context=context(rank)
+        )
         for name, sampling in SAMPLINGS.items():
             results[name] = engine.generate(prompts, seeds, sampling)
             results[f"hf {name}"] = hf.generate(prompts, seeds, sampling)
@@ -181,8 +194,8 @@ def reload(
 
 
 def stale_head(engine: GenerationEngine, directory: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The fault that score is there for: vLLM's own reload of tied weights leaves its repacked head as it
-    was."""
+    """The fault that score is there for: vLLM's own reload of tied weights leaves its repacked
+    head as it was."""
     from workers.generation.vllm.engine import VllmEngine
     from workers.generation.vllm.memory import model_runner
 
@@ -204,7 +217,9 @@ def weights(
 @torch.no_grad()
 def reference_score(directory: Path, probe: list[int]) -> np.ndarray:
     log_probs = (
-        Qwen2ForCausalLM.from_pretrained(directory)(torch.tensor([probe])).logits[0, :-1].log_softmax(dim=-1)
+        Qwen2ForCausalLM.from_pretrained(directory)(torch.tensor([probe]))
+        .logits[0, :-1]
+        .log_softmax(dim=-1)
     )
     return log_probs.gather(-1, torch.tensor(probe)[1:, None])[:, 0].numpy()
 

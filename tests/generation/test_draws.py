@@ -1,5 +1,5 @@
-"""The draws follow the softmax (cut by the filters), depend on seed and position only, and carry the
-trainer's log-probs."""
+"""The draws follow the softmax (cut by the filters), depend on seed and position only, and
+carry the trainer's log-probs."""
 
 import math
 
@@ -22,14 +22,19 @@ def draw(
     logits: torch.Tensor, sampling: SamplingConfig, *, first_seed: int = 0, position: int = 0
 ) -> torch.Tensor:
     seeds = torch.arange(first_seed, first_seed + DRAWS)
-    return sample_tokens(logits.expand(DRAWS, -1), seeds, torch.full_like(seeds, position), sampling)[0]
+    return sample_tokens(
+        logits.expand(DRAWS, -1), seeds, torch.full_like(seeds, position), sampling
+    )[0]
 
 
 def naive_distribution(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
-    """min_p, then top_k, then top_p on what is left, one token after the other from the most likely one."""
+    """min_p, then top_k, then top_p on what is left, one token after the other from the most
+    likely one."""
     probabilities = (logits.double() / sampling.temperature).softmax(dim=-1).tolist()
     order = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
-    order = [token for token in order if probabilities[token] >= sampling.min_p * probabilities[order[0]]]
+    order = [
+        token for token in order if probabilities[token] >= sampling.min_p * probabilities[order[0]]
+    ]
     if sampling.top_k:
         order = order[: sampling.top_k]
     total, kept, mass = sum(probabilities[token] for token in order), [], 0.0
@@ -65,20 +70,20 @@ def test_draws_follow_the_filtered_softmax(logits: torch.Tensor, sampling: Sampl
 
 
 def test_large_vocabulary_is_reached_evenly() -> None:
-    # Equal logits: every token once in 1,000 draws; blocks and the noise inside them show as a pattern if
-    # they are dependent.
+    # Equal logits: every token once in 1,000 draws; blocks and the noise inside them show as a
+    # pattern if they are dependent.
     seen = draw(torch.zeros(1000), SamplingConfig()).bincount(minlength=1000).double()
     chi_square = ((seen - DRAWS / 1000) ** 2 / (DRAWS / 1000)).sum()
     assert abs(chi_square - 999) < 5 * math.sqrt(2 * 999)
 
 
 @pytest.mark.parametrize(("first_seed", "position"), [(0, 1), (1, 0), (1 << 32, 0), (0, 2048)])
-def test_other_position_or_seed_is_independent(logits: torch.Tensor, first_seed: int, position: int) -> None:
+def test_other_position_or_seed_is_independent(
+    logits: torch.Tensor, first_seed: int, position: int
+) -> None:
     flat = logits[:6] / 4
-    one, other = (
-        draw(flat, SamplingConfig()),
-        draw(flat, SamplingConfig(), first_seed=first_seed, position=position),
-    )
+    one = draw(flat, SamplingConfig())
+    other = draw(flat, SamplingConfig(), first_seed=first_seed, position=position)
     probabilities = flat.double().softmax(dim=-1)
     expected = DRAWS * probabilities[:, None] * probabilities[None, :]
     seen = (one * 6 + other).bincount(minlength=36).double().view(6, 6)
@@ -94,7 +99,9 @@ def test_log_probs_are_of_the_full_softmax_at_the_temperature(logits: torch.Tens
     ):
         ids, log_probs = sample_tokens(rows, seeds, seeds, sampling)
         expected = (
-            (rows / (1.0 if sampling.greedy else 0.5)).log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0]
+            (rows / (1.0 if sampling.greedy else 0.5))
+            .log_softmax(dim=-1)
+            .gather(-1, ids[:, None])[:, 0]
         )
         torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(ids, rows.argmax(dim=-1))

@@ -25,7 +25,9 @@ def test_rows_end_at_their_limits(tmp_path: Path) -> None:
     whole = engine.generate(prompts, seeds, sampling).response_ids.reshape(len(prompts), 6)
     made = engine.generate(prompts, seeds, sampling, limits)
     assert made.lengths.tolist() == np.minimum(limits, 6).tolist()
-    expected = np.concatenate([row[:length] for row, length in zip(whole, made.lengths, strict=True)])
+    expected = np.concatenate(
+        [row[:length] for row, length in zip(whole, made.lengths, strict=True)]
+    )
     assert made.response_ids.tolist() == expected.tolist()
     assert set(made.finish_reasons) == {"length"}
 

@@ -1,5 +1,5 @@
-"""The vLLM engine against transformers and against itself on other layouts; two processes run all of cases.py
-once."""
+"""The vLLM engine against transformers and against itself on other layouts; two processes run
+all of cases.py once."""
 
 import socket
 from typing import Any
@@ -50,7 +50,9 @@ def test_log_probs_are_those_of_transformers_at_the_temperature(
             scores = model(ids).logits[0, len(prompt) - 1 : -1] / (
                 1 if sampling.greedy else sampling.temperature
             )
-        expected.append(scores.log_softmax(dim=-1).gather(-1, torch.tensor(response)[:, None])[:, 0])
+        expected.append(
+            scores.log_softmax(dim=-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+        )
     np.testing.assert_allclose(made.log_probs, torch.cat(expected).numpy(), rtol=0, atol=1e-5)
 
 
@@ -70,7 +72,9 @@ def test_same_seeds_give_the_same_samples_on_every_layout(results: dict[str, Any
     for axis in ("tp", "pp"):
         for rank in results[axis]:
             assert split(rank) == one
-            np.testing.assert_allclose(rank.log_probs, results["plain"].log_probs, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(
+                rank.log_probs, results["plain"].log_probs, rtol=0, atol=1e-5
+            )
         assert results[f"{axis} layout"] == Layout.of(**{axis: 2})
 
 
@@ -104,7 +108,8 @@ def test_stop_strings_end_at_the_token_that_completes_them(results: dict[str, An
         split(results["greedy"]), split(made), made.finish_reasons, strict=True
     ):
         texts = [
-            "".join(f"t{token}" for token in greedy[:length] if token) for length in range(1, len(greedy) + 1)
+            "".join(f"t{token}" for token in greedy[:length] if token)
+            for length in range(1, len(greedy) + 1)
         ]  # t0 is special
         found = [length for length, text in enumerate(texts, 1) if "t7" in text or "4t" in text]
         assert stopped == (greedy[: found[0]] if found else greedy)
@@ -142,7 +147,9 @@ def test_sleep_gives_memory_back_and_demands_weights(results: dict[str, Any]) ->
     assert slept["asleep"][1] == -1
     assert slept["unfilled"].startswith("RuntimeError")
     assert split(slept["after"]) == split(slept["before"])
-    np.testing.assert_allclose(slept["after"].log_probs, slept["before"].log_probs, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        slept["after"].log_probs, slept["before"].log_probs, rtol=0, atol=1e-6
+    )
 
 
 def test_the_host_process_stays_as_it_was(results: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""What the mapping tests share: small models, clusters and workloads whose brute force is feasible."""
+"""What the mapping tests share: small models, clusters and workloads whose brute force is
+feasible."""
 
 from __future__ import annotations
 
@@ -20,10 +21,19 @@ def paper_setting():
         scalar = policy.with_scalar_head()
         return Setting(
             dataflow=PAPER[algorithm],
-            models={"actor": policy, "reference": policy, "critic": scalar, "reward": scalar, "cost": scalar},
+            models={
+                "actor": policy,
+                "reference": policy,
+                "critic": scalar,
+                "reward": scalar,
+                "cost": scalar,
+            },
             cluster=Cluster.parse(f"{num_devices}xA100-80GB"),
             workload=Workload(
-                batch_size=1024, prompt=Lengths.fixed(1024), response=Lengths.fixed(1024), num_mini_batches=8
+                batch_size=1024,
+                prompt=Lengths.fixed(1024),
+                response=Lengths.fixed(1024),
+                num_mini_batches=8,
             ),
         )
 

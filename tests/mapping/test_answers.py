@@ -48,7 +48,9 @@ def test_prediction_is_what_the_search_minimised_and_it_fits(paper_setting):
 
 def test_pools_run_their_calls_one_at_a_time(paper_setting):
     setting = paper_setting("llama-7b", 32)
-    mapping = mapping_of(setting, Search(setting).best_of((("actor", "reference"), ("critic", "reward"))))
+    mapping = mapping_of(
+        setting, Search(setting).best_of((("actor", "reference"), ("critic", "reward")))
+    )
     for pool in mapping.pools:
         calls = [call for call in mapping.calls if call.pool == pool.name]
         assert all(later.start_s >= earlier.end_s for earlier, later in pairwise(calls))
@@ -113,7 +115,12 @@ def colocated(layout: ModelLayout, generation: GenerationLayout, devices: int) -
         cluster="",
         pools=(Pool(name="all", num_devices=devices, roles=ROLES),),
         roles=tuple(
-            RolePlan(role=role, pool="all", layout=layout, generation=generation if role == "actor" else None)
+            RolePlan(
+                role=role,
+                pool="all",
+                layout=layout,
+                generation=generation if role == "actor" else None,
+            )
             for role in ROLES
         ),
         capacity_bytes={},
@@ -123,12 +130,16 @@ def colocated(layout: ModelLayout, generation: GenerationLayout, devices: int) -
 def test_judge_names_the_worst_call_and_changes_that_help(paper_setting):
     setting = paper_setting("llama-7b", 16)
     layout = ModelLayout(p=1, t=2, d=8, zero=1, micro_batch_tokens=4096)
-    judgement = judge(setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=256), 16))
+    judgement = judge(
+        setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=256), 16)
+    )
     assert not judgement.fits
     assert judgement.overfull[0][:2] == ("all", "actor.generate_sequences")
     change = next(text for _, text in judgement.changes if "sequences at once" in text)
     running = int(change.split("at most ")[1].split()[0])
-    assert judge(setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=running), 16)).fits
+    assert judge(
+        setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=running), 16)
+    ).fits
     assert not judge(
         setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=running * 2), 16)
     ).fits
@@ -167,13 +178,18 @@ def test_an_engine_that_keeps_its_memory_takes_it_from_other_calls(paper_setting
     layout = ModelLayout(p=1, t=8, d=2, zero=1, micro_batch_tokens=2048)
     released, kept = (
         judge(
-            setting, colocated(layout, GenerationLayout(tg=8, replicas=2, max_running=64, kept=keeps), 16)
+            setting,
+            colocated(layout, GenerationLayout(tg=8, replicas=2, max_running=64, kept=keeps), 16),
         ).mapping
         for keeps in (False, True)
     )
-    bytes_of = [{call.call: call.total_bytes for call in mapping.calls} for mapping in (released, kept)]
+    bytes_of = [
+        {call.call: call.total_bytes for call in mapping.calls} for mapping in (released, kept)
+    ]
     cache = next(call.bytes["kv_cache"] for call in released.calls if call.kind == "generation")
-    assert bytes_of[1]["actor.generate_sequences"] == pytest.approx(bytes_of[0]["actor.generate_sequences"])
+    assert bytes_of[1]["actor.generate_sequences"] == pytest.approx(
+        bytes_of[0]["actor.generate_sequences"]
+    )
     assert bytes_of[1]["critic.update_critic"] >= bytes_of[0]["critic.update_critic"] + cache
 
 
@@ -194,13 +210,21 @@ def test_judge_fills_in_layouts_for_given_pools(paper_setting):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"pools": (Pool(name="all", num_devices=16, roles=ROLES[:3]),)}, "role reward is in pools"),
+        (
+            {"pools": (Pool(name="all", num_devices=16, roles=ROLES[:3]),)},
+            "role reward is in pools",
+        ),
         ({"pools": (Pool(name="all", num_devices=99, roles=ROLES),)}, "do not fit on"),
-        ({"roles": (RolePlan(role="actor", pool="all", layout=ModelLayout(t=3, d=5)),)}, "have no plan"),
+        (
+            {"roles": (RolePlan(role="actor", pool="all", layout=ModelLayout(t=3, d=5)),)},
+            "have no plan",
+        ),
     ],
 )
 def test_judge_refuses_nonsense(paper_setting, change, message):
-    mapping = replace(colocated(ModelLayout(t=8, d=2), GenerationLayout(tg=8, replicas=2), 16), **change)
+    mapping = replace(
+        colocated(ModelLayout(t=8, d=2), GenerationLayout(tg=8, replicas=2), 16), **change
+    )
     with pytest.raises(ValueError, match=message):
         judge(paper_setting("llama-7b", 16), mapping)
 
@@ -237,8 +261,8 @@ def test_explanations_and_picture(paper_setting, tmp_path):
 
 
 def test_search_time():
-    """128 devices and 4 models; the 1,024-device figure is in benchmarks.mapping. Processor seconds: others
-    share this machine."""
+    """128 devices and 4 models; the 1,024-device figure is in benchmarks.mapping. Processor
+    seconds: others share this machine."""
     from benchmarks.mapping.paper import paper_setting
 
     started = time.process_time()
@@ -249,8 +273,12 @@ def test_search_time():
 def test_predicted_and_measured_side_by_side(paper_setting, tmp_path):
     setting = paper_setting("llama-7b", 8)
     mapping = mapping_of(setting, search(setting).best)
-    measured = {call.call: call.seconds * 1.1 for call in mapping.calls if call.pool != "controller"}
-    run = Run(configuration="seven", mapping=mapping, measured_s=measured, step_s=mapping.step_s * 1.1)
+    measured = {
+        call.call: call.seconds * 1.1 for call in mapping.calls if call.pool != "controller"
+    }
+    run = Run(
+        configuration="seven", mapping=mapping, measured_s=measured, step_s=mapping.step_s * 1.1
+    )
     assert all(row.ratio == pytest.approx(1 / 1.1) for row in compare(run))
     assert "-9%" in side_by_side(run)
     slower = replace(
@@ -268,7 +296,8 @@ def test_predicted_and_measured_side_by_side(paper_setting, tmp_path):
 
 
 def test_command_line(tmp_path):
-    """One process: no engine and no Ray is started; JSON comes out; a mapping written is a mapping read."""
+    """One process: no engine and no Ray is started; JSON comes out; a mapping written is a
+    mapping read."""
     code = (
         "import sys; from recipes import plan; sys.argv = ['plan', *sys.argv[1:]]; plan.main(); "
         "loaded = {'ray', 'vllm', 'deepspeed'} & set(sys.modules); assert not loaded, loaded"
@@ -284,7 +313,11 @@ def test_command_line(tmp_path):
         str(data),
     ]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "tokens/s" in done.stdout
@@ -298,9 +331,15 @@ def test_command_line(tmp_path):
     [
         (["model=llama-7b"], "cluster"),
         (["modle=llama-7b"], "modle"),
-        (["algorithm=dpo", "model=llama-7b", "cluster=8xA100-80GB"], "answers no prompts .* known: ppo"),
+        (
+            ["algorithm=dpo", "model=llama-7b", "cluster=8xA100-80GB"],
+            "answers no prompts .* known: ppo",
+        ),
         (["algorithm=sarsa", "model=llama-7b", "cluster=8xA100-80GB"], "known: ppo"),
-        (["model=llama-7b", "cluster=8xA100-80GB", "models.critic=function"], "models.critic=function"),
+        (
+            ["model=llama-7b", "cluster=8xA100-80GB", "models.critic=function"],
+            "models.critic=function",
+        ),
         (["model=llama-7b", "cluster=8xA100-80GB", "models.judge=llama-7b"], "judge"),
         (["model=llama-7b", "cluster=8xA100-80GB", "batch_size=many"], "batch_size"),
         (
@@ -317,7 +356,10 @@ def test_command_line(tmp_path):
         (["respnse=64"], r"no setting 'respnse'; did you mean response"),
         (["precision=fp16"], "precision is 'fp16': .*fp32, bf16"),
         (["model=llama-7b", "cluster=8xA100-80GB", "prompt=uniform:a:b"], "lengths 'uniform:a:b'"),
-        (["model=llama-7b", "cluster=8xA100-80GB", "engine=megatron"], "engine is 'megatron'; known: fsdp"),
+        (
+            ["model=llama-7b", "cluster=8xA100-80GB", "engine=megatron"],
+            "engine is 'megatron'; known: fsdp",
+        ),
         (
             ["model=llama-7b", "cluster=8xA100-80GB", "calibration=/no/such.json"],
             "calibration file /no/such.json is not there",
@@ -381,7 +423,10 @@ def test_settings_take_the_mappings_layouts(paper_setting):
     assert (train.pp, train.tp, train.engine) == (plan.layout.p, plan.layout.t, "threed")
     assert train.micro_batch_tokens == plan.layout.micro_batch_tokens
     generation = generation_settings(mapping, "actor", GenerationConfig())
-    assert (generation.tp, generation.max_num_seqs) == (plan.generation.tg, plan.generation.max_running)
+    assert (generation.tp, generation.max_num_seqs) == (
+        plan.generation.tg,
+        plan.generation.max_running,
+    )
     assert generation.kv_cache_bytes > 1e9
     with pytest.raises(ValueError, match="critic has no generation layout"):
         generation_settings(mapping, "critic", GenerationConfig())

@@ -1,5 +1,5 @@
-"""The traced dataflows are what the paper draws, as far as time depends on it, and every algorithm's step can
-be planned."""
+"""The traced dataflows are what the paper draws, as far as time depends on it, and every
+algorithm's step can be planned."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from recipes.plan import SCALAR_ROLES, to_config, to_question
 
 def calls(dataflow: Dataflow) -> list[tuple[str, str, CallKind]]:
     return [
-        (call.name, call.role, call.kind) for call in dataflow.calls if call.kind is not CallKind.controller
+        (call.name, call.role, call.kind)
+        for call in dataflow.calls
+        if call.kind is not CallKind.controller
     ]
 
 
-@pytest.mark.parametrize("algorithm", [name for name in ("ppo", "grpo", "remax") if name in ALGORITHMS])
+@pytest.mark.parametrize(
+    "algorithm", [name for name in ("ppo", "grpo", "remax") if name in ALGORITHMS]
+)
 def test_pages_make_the_papers_calls(algorithm):
     assert sorted(calls(dataflow_of(algorithm))) == sorted(calls(PAPER[algorithm]))
 

@@ -1,5 +1,5 @@
-"""Fitting: constants that made the measurements are found again; the solver against scipy-free brute
-force."""
+"""Fitting: constants that made the measurements are found again; the solver against scipy-free
+brute force."""
 
 from __future__ import annotations
 
@@ -82,7 +82,14 @@ def measurements() -> Measurements:
     passes, generations = [], []
     for model in models()[1:]:
         sample = PassSample(
-            model=model, rows=64, prompt=8, response=56, micro_batches=1, training=True, seconds=0.0, ranks=2
+            model=model,
+            rows=64,
+            prompt=8,
+            response=56,
+            micro_batches=1,
+            training=True,
+            seconds=0.0,
+            ranks=2,
         )
         passes.append(replace(sample, seconds=predicted_pass(sample, KIND, TRUTH, SPACE)))
     for model, rows, micro_batches, training in product(models(), (16, 64), (1, 4), (False, True)):
@@ -100,7 +107,8 @@ def measurements() -> Measurements:
         drawn = GenerationSample(model=model, rows=rows, prompt=8, response=response, seconds=0.0)
         generations.append(replace(drawn, seconds=predicted_generation(drawn, KIND, TRUTH, SPACE)))
     collectives = tuple(
-        CollectiveSample(num_bytes=size, ranks=2, seconds=2e-4 + size / 2 / 5e8) for size in (1e4, 1e6, 1e8)
+        CollectiveSample(num_bytes=size, ranks=2, seconds=2e-4 + size / 2 / 5e8)
+        for size in (1e4, 1e6, 1e8)
     )
     collectives += tuple(
         replace(sample, seconds=1.9 * sample.seconds, reduces=True) for sample in collectives[1:]
@@ -126,9 +134,13 @@ def test_the_constants_that_made_the_measurements_are_found():
         for name in Calibration.__dataclass_fields__
         if name.endswith("_overhead_s") and name != "call_overhead_s"
     ]
-    efficiencies = [name for name in Calibration.__dataclass_fields__ if name.endswith("_efficiency")]
+    efficiencies = [
+        name for name in Calibration.__dataclass_fields__ if name.endswith("_efficiency")
+    ]
     for name in ("backward_factor", "intra_latency_s", *efficiencies, *overheads):
-        assert getattr(found.calibration, name) == pytest.approx(getattr(TRUTH, name), rel=0.02), name
+        assert getattr(found.calibration, name) == pytest.approx(getattr(TRUTH, name), rel=0.02), (
+            name
+        )
     assert found.kind.intra_bandwidth == pytest.approx(5e8, rel=1e-6)
     assert found.calibration.reduce_factor == pytest.approx(1.9)
     assert max(largest for _, largest in found.errors.values()) < 0.01
@@ -141,7 +153,8 @@ def test_noise_moves_predictions_little():
     noisy = replace(
         exact,
         passes=tuple(
-            replace(sample, seconds=sample.seconds * noise.uniform(0.9, 1.1)) for sample in exact.passes
+            replace(sample, seconds=sample.seconds * noise.uniform(0.9, 1.1))
+            for sample in exact.passes
         ),
     )
     found = fit(noisy, space=SPACE)
@@ -154,7 +167,8 @@ def test_noise_moves_predictions_little():
 def test_solver_equals_projected_gradient():
     draw = np.random.default_rng(1)
     for _ in range(6):
-        features, targets = draw.uniform(0, 1, (12, 3)), draw.uniform(0.5, 1, 12) - draw.uniform(0, 1) * 0.4
+        features = draw.uniform(0, 1, (12, 3))
+        targets = draw.uniform(0.5, 1, 12) - draw.uniform(0, 1) * 0.4
         solution = np.array(nonnegative_least_squares(features, targets, np.ones(12)))
         point = np.zeros(3)
         for _ in range(10_000):
@@ -166,9 +180,12 @@ def test_real_runs_add_their_fixed_overheads(paper_setting):
     setting = paper_setting("llama-7b", 8)
     mapping = mapping_of(setting, search(setting).best)
     extra = {"inference": 0.5, "generation": 2.5, "training": 0.5}
-    measured = {call.call: call.seconds + extra[call.kind] for call in mapping.calls if call.kind in extra}
+    measured = {
+        call.call: call.seconds + extra[call.kind] for call in mapping.calls if call.kind in extra
+    }
     found = refine(
-        setting.calibration, [Run(configuration="a", mapping=mapping, measured_s=measured, step_s=1.0)]
+        setting.calibration,
+        [Run(configuration="a", mapping=mapping, measured_s=measured, step_s=1.0)],
     )
     assert found.call_ranks_s == pytest.approx(0.5)
     assert found.sync_ranks_s == pytest.approx(2.0)
@@ -177,9 +194,9 @@ def test_real_runs_add_their_fixed_overheads(paper_setting):
         setting.calibration.sync_overhead_s,
     )
     again = judge(replace(setting, calibration=found), mapping).mapping
-    assert {call.call: call.seconds for call in again.calls if call.call in measured} == pytest.approx(
-        measured
-    )
+    assert {
+        call.call: call.seconds for call in again.calls if call.call in measured
+    } == pytest.approx(measured)
 
 
 def test_measurements_and_constants_survive_their_files(tmp_path):

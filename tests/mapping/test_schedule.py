@@ -24,7 +24,13 @@ def random_case(seed: int):
         role = draw.choice([*roles, "controller"])
         kind = CallKind.controller if role == "controller" else CallKind.inference
         calls.append(
-            Call(name=f"{role}.{index}", role=role, method=str(index), kind=kind, depends_on=tuple(before))
+            Call(
+                name=f"{role}.{index}",
+                role=role,
+                method=str(index),
+                kind=kind,
+                depends_on=tuple(before),
+            )
         )
         seconds.append(draw.randint(0, 5))
     pool_of = {role: str(draw.randint(0, 2)) for role in roles}
@@ -33,8 +39,8 @@ def random_case(seed: int):
 
 
 def second_by_second(dataflow, seconds, pool_of, edges) -> int:
-    """Each second a pool works on its first unfinished call once that call's inputs are there; the controller
-    waits for inputs only."""
+    """Each second a pool works on its first unfinished call once that call's inputs are there;
+    the controller waits for inputs only."""
     end: dict[str, int] = {}
     started: dict[str, int] = {}
     now = 0
@@ -55,11 +61,17 @@ def second_by_second(dataflow, seconds, pool_of, edges) -> int:
 
                 if free and all(arrival(name) <= now for name in call.depends_on):
                     started[call.name] = now
-            if call.name in started and call.name not in end and started[call.name] + duration == now:
+            if (
+                call.name in started
+                and call.name not in end
+                and started[call.name] + duration == now
+            ):
                 end[call.name] = now
         # zero-length calls may unlock others at the same moment: look again before time moves on
         if all(
-            call.name in end or call.name in started or not _ready(call, dataflow, end, pool_of, edges, now)
+            call.name in end
+            or call.name in started
+            or not _ready(call, dataflow, end, pool_of, edges, now)
             for call in dataflow.calls
         ):
             now += 1
@@ -89,9 +101,9 @@ def test_makespan_equals_second_by_second_simulation(seed):
     assert schedule.makespan(seconds) == second_by_second(dataflow, seconds, pool_of, edges)
     assert max(bar.end for bar in schedule.bars(seconds)) == schedule.makespan(seconds)
     path = schedule.critical_path(seconds)
-    assert next(bar.end for bar in schedule.bars(seconds) if bar.call == path[-1]) == schedule.makespan(
-        seconds
-    )
+    assert next(
+        bar.end for bar in schedule.bars(seconds) if bar.call == path[-1]
+    ) == schedule.makespan(seconds)
 
 
 def test_many_schedules_at_once_equal_one_by_one():

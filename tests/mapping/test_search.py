@@ -1,5 +1,5 @@
-"""The search against brute force over everything that it prunes: placements, device counts, options,
-memory."""
+"""The search against brute force over everything that it prunes: placements, device counts,
+options, memory."""
 
 from __future__ import annotations
 
@@ -25,12 +25,17 @@ from recipes.dataflows import PAPER
 
 
 def brute_force(setting: Setting) -> float:
-    """Least makespan over every placement, allocation and combination of raw options; inf if none fits."""
+    """Least makespan over every placement, allocation and combination of raw options; inf if
+    none fits."""
     sizes = [
-        (number, size) for number, group in enumerate(setting.cluster.groups) for size in group.pool_sizes()
+        (number, size)
+        for number, group in enumerate(setting.cluster.groups)
+        for size in group.pool_sizes()
     ]
     options = {
-        (role, *where): role_options(setting, role, *where) for role in setting.roles for where in sizes
+        (role, *where): role_options(setting, role, *where)
+        for role in setting.roles
+        for where in sizes
     }
     best = float("inf")
     elsewhere = dict.fromkeys(CallKind, setting.calibration.function_s) | {
@@ -89,8 +94,8 @@ def random_model(draw: random.Random, name: str) -> ModelSpec:
 
 
 def random_setting(seed: int) -> Setting:
-    """A few devices whose memory is between ample and too small, a few roles, a random dataflow's cut of
-    PPO."""
+    """A few devices whose memory is between ample and too small, a few roles, a random
+    dataflow's cut of PPO."""
     draw = random.Random(seed)
     algorithm = draw.choice(["ppo", "grpo", "remax"])
     dataflow = PAPER[algorithm]
@@ -98,7 +103,10 @@ def random_setting(seed: int) -> Setting:
         dataflow = without_role(dataflow, draw.choice(["reward", "reference"]))
     weights_from = {}
     if algorithm == "grpo" and draw.random() < 0.5:
-        dataflow, weights_from = split_generation(without_role(dataflow, "reward")), {GENERATION: "actor"}
+        dataflow, weights_from = (
+            split_generation(without_role(dataflow, "reward")),
+            {GENERATION: "actor"},
+        )
     policy = random_model(draw, "policy")
     models = dict.fromkeys((*dataflow.roles, GENERATION), policy) | {
         "reward": random_model(draw, "reward"),
@@ -125,11 +133,15 @@ def random_setting(seed: int) -> Setting:
     )
     groups = [NodeGroup(kind=kind, num_nodes=draw.choice([1, 2]) if per_node == 2 else 1)]
     if draw.random() < 0.3:
-        other = replace(DEVICE_KINDS["H100-80GB"], devices_per_node=1, memory_bytes=draw.uniform(3e9, 16e9))
+        other = replace(
+            DEVICE_KINDS["H100-80GB"], devices_per_node=1, memory_bytes=draw.uniform(3e9, 16e9)
+        )
         groups = [replace(groups[0], num_nodes=1), NodeGroup(kind=other, num_nodes=1)]
     space = SearchSpace(
         zero_stages=draw.choice([(1,), (1, 3)]),
-        offload=draw.choice([(False,), (False, True)]) if len(groups) == 1 and per_node == 2 else (False,),
+        offload=draw.choice([(False,), (False, True)])
+        if len(groups) == 1 and per_node == 2
+        else (False,),
         recompute=draw.choice([(False, True), (True,)]),
         micro_batch_rows=draw.choice([(4,), (1, 8)]) if len(dataflow.roles) < 3 else (4,),
         waves=draw.choice([(1, 4), (1, 2, 8)]),

@@ -68,13 +68,15 @@ def test_training_is_six_flops_per_parameter_and_token():
 
 def test_recomputation_adds_a_third():
     plain = training_time(LLAMA, ModelLayout(micro_batch_tokens=8192), machine(FAST_MEMORY))
-    again = training_time(LLAMA, ModelLayout(micro_batch_tokens=8192, recompute=True), machine(FAST_MEMORY))
+    again = training_time(
+        LLAMA, ModelLayout(micro_batch_tokens=8192, recompute=True), machine(FAST_MEMORY)
+    )
     assert again.compute / plain.compute == pytest.approx(4 / 3, rel=0.01)
 
 
 def test_bubble_is_p_minus_one_over_m():
-    """Narayanan et al. 2021: bubble / ideal = (p - 1) / m; 16 rows a replica make 16 micro-batches of one
-    row."""
+    """Narayanan et al. 2021: bubble / ideal = (p - 1) / m; 16 rows a replica make 16
+    micro-batches of one row."""
     layout = ModelLayout(p=4, t=1, d=8, micro_batch_tokens=2048)
     parts = training_time(LLAMA, layout, machine())
     working = parts.compute + parts.pipeline + parts.tensor
@@ -86,7 +88,8 @@ def test_collectives_follow_alpha_beta():
     assert fabric.all_gather(8e9, 8) == pytest.approx(7 / 8 * 8e9 / 300e9)
     assert fabric.all_reduce(8e9, 8) == pytest.approx(2 * fabric.all_gather(8e9, 8))
     assert fabric.all_gather(1e9, 1) == 0
-    # 8 groups of two ranks, one on each node, share the node's link: each sends half of its bytes over it.
+    # 8 groups of two ranks, one on each node, share the node's link: each sends half of its bytes
+    # over it.
     assert fabric.all_gather(1e9, 2, stride=8) == pytest.approx(8 * 0.5e9 / 25e9)
     # one group of all 16: half of the bytes cross once.
     assert fabric.all_gather(1e9, 16) == pytest.approx(0.5e9 / 25e9)
@@ -97,19 +100,24 @@ def test_data_parallel_gradients_are_reduced_once_per_update():
     shard = 4 * LLAMA.num_parameters / 8
     micro_batches = 1024 / 8 / 2 * 2048 / 8192
     adding = 3 * shard / A100.memory_bandwidth  # the sum is read and written, the new gradient read
-    assert parts.gradients == pytest.approx(8 * (2 * (8 * shard / 2) / 25e9 + (micro_batches - 1) * adding))
+    assert parts.gradients == pytest.approx(
+        8 * (2 * (8 * shard / 2) / 25e9 + (micro_batches - 1) * adding)
+    )
 
 
 def test_what_an_update_changed_is_gathered_by_the_next_pass(paper_setting):
-    """FSDP's shards: the critic's values gather the parameters, its update finds them gathered; the actor has
-    no pass before its own."""
+    """FSDP's shards: the critic's values gather the parameters, its update finds them gathered;
+    the actor has no pass before its own."""
     setting, layout = paper_setting("llama-7b", 8), ModelLayout(d=8, zero=2)
     cut = replace(setting, space=replace(setting.space, cut_between_steps=True))
-    gathering = Fabric(A100, setting.calibration, 8).all_gather(2 * setting.model("critic").num_parameters, 8)
+    gathering = Fabric(A100, setting.calibration, 8).all_gather(
+        2 * setting.model("critic").num_parameters, 8
+    )
     for role, moved in (("critic", gathering), ("actor", 0.0)):
         calls = [call for call in setting.calls(role) if call.kind is not CallKind.generation]
         before, after = (
-            [pass_time(each, role, 0, call, layout).total for call in calls] for each in (setting, cut)
+            [pass_time(each, role, 0, call, layout).total for call in calls]
+            for each in (setting, cut)
         )
         assert sum(after) == pytest.approx(sum(before))
         assert after[0] - before[0] == pytest.approx(moved)
@@ -126,8 +134,8 @@ def test_states_take_eighteen_bytes_and_zero_cuts_them():
 
 
 def test_activations_follow_korthikanti():
-    """A layer of 4 h MLP without gate stores 34 s b h bytes less dropout masks and scores; 1F1B keeps min(p,
-    m) micro-batches."""
+    """A layer of 4 h MLP without gate stores 34 s b h bytes less dropout masks and scores; 1F1B
+    keeps min(p, m) micro-batches."""
     layout = ModelLayout(p=4, t=2, d=1, micro_batch_tokens=2048)
     space = SearchSpace()
     few = pass_footprint(LLAMA, layout, space, WORKLOAD, 1, trained=True, backward=True)
@@ -154,7 +162,9 @@ def test_decode_profile_equals_a_step_by_step_simulation(seed):
     assert sum(part.steps for part in profile) == pytest.approx(steps)
     assert sum(part.steps * part.running for part in profile) == pytest.approx(tokens)
     generated = sum(part.steps * part.running * part.generated for part in profile)
-    assert generated == pytest.approx(context + tokens / 2)  # positions count as half done during a step
+    assert generated == pytest.approx(
+        context + tokens / 2
+    )  # positions count as half done during a step
 
 
 def test_decode_reads_weights_and_cache():
@@ -168,7 +178,9 @@ def test_decode_reads_weights_and_cache():
 
 def test_fewer_running_sequences_take_more_waves():
     seconds = [
-        generation_time(LLAMA, GenerationLayout(tg=2, replicas=8, max_running=running), machine()).total
+        generation_time(
+            LLAMA, GenerationLayout(tg=2, replicas=8, max_running=running), machine()
+        ).total
         for running in (128, 64, 32)
     ]
     assert seconds == sorted(seconds)
@@ -194,7 +206,8 @@ def test_long_tail_costs_more_than_its_mean():
     ],
 )
 def test_transition_bytes_are_the_papers(train, generate, fraction):
-    """(tp - tg pg) / (tg pg tp) M; nothing where the generation shard is part of the training shard."""
+    """(tp - tg pg) / (tg pg tp) M; nothing where the generation shard is part of the training
+    shard."""
     training = ModelLayout(p=train[0], t=train[1], d=train[2])
     generation = GenerationLayout(pg=generate[0], tg=generate[1], replicas=generate[2])
     assert received_fraction(training, generation) == pytest.approx(fraction)
@@ -203,12 +216,14 @@ def test_transition_bytes_are_the_papers(train, generate, fraction):
 
 
 def test_generation_keeps_no_redundant_copy():
-    """docs/paper.md section 3: peak M/(tg pg), of which the training shard is part; an engine with its own
-    weights holds both."""
+    """docs/paper.md section 3: peak M/(tg pg), of which the training shard is part; an engine
+    with its own weights holds both."""
     space, training = SearchSpace(), ModelLayout(t=4, d=2)
     layout = GenerationLayout(tg=2, replicas=4, max_running=1)
     size = 2 * LLAMA.num_parameters
-    shared = generation_footprint(LLAMA, layout, held_for_generation(LLAMA, training, space), space, WORKLOAD)
+    shared = generation_footprint(
+        LLAMA, layout, held_for_generation(LLAMA, training, space), space, WORKLOAD
+    )
     own_space = replace(space, shared_generation_weights=False)
     own = generation_footprint(
         LLAMA, layout, held_for_generation(LLAMA, training, own_space), own_space, WORKLOAD
@@ -238,8 +253,8 @@ def test_lengths_and_cluster_are_parsed_or_refused():
 
 
 def test_shards_between_steps_reach_every_generation_rank():
-    """FSDP2 keeps 1/d of the parameters on a rank whatever is gathered during a step, so that a rank lacks
-    the other (d - 1)/d."""
+    """FSDP2 keeps 1/d of the parameters on a rank whatever is gathered during a step, so that a
+    rank lacks the other (d - 1)/d."""
     training, generation = ModelLayout(d=4, zero=2), GenerationLayout(replicas=4)
     assert received_fraction(training, generation) == 0
     assert received_fraction(training, generation, cut=True) == pytest.approx(3 / 4)

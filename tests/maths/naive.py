@@ -1,5 +1,5 @@
-"""The policy loss as a loop over rows and tokens with Python's own if, for comparison. Torch scalars, so that
-autograd gives gradients."""
+"""The policy loss as a loop over rows and tokens with Python's own if, for comparison. Torch
+scalars, so that autograd gives gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def naive_policy_loss(
     ):
         for t in range(len(row)):
             loss = _surrogate(config, row, {name: values[i] for name, values in columns.items()}, t)
-            loss = loss * _correction(config, columns["old_log_probs"][i], columns["rollout_log_probs"][i], t)
+            loss = loss * _correction(
+                config, columns["old_log_probs"][i], columns["rollout_log_probs"][i], t
+            )
             loss = loss - config.entropy_coefficient * row_entropy[t]
             loss = loss + config.kl_coefficient * _kl(
                 config.kl_estimator, row[t] - columns["ref_log_probs"][i][t]
@@ -54,18 +56,24 @@ def _surrogate(config: PolicyLossConfig, row: Tensor, columns: dict[str, Tensor]
     if config.name == "cispo":
         return -min(max(ratio.item(), low), high) * advantage * row[t]
     if config.name == "kl_cov":
-        penalty = (row[t] - columns["old_log_probs"][t]).abs() if columns["covariance_selected"][t] else 0.0
+        penalty = (
+            (row[t] - columns["old_log_probs"][t]).abs()
+            if columns["covariance_selected"][t]
+            else 0.0
+        )
         return -ratio * advantage + config.kl_cov_coefficient * penalty
     if config.name == "clip_cov" and columns["covariance_selected"][t]:
         return torch.zeros((), dtype=torch.float64)
     if config.name == "gspo":
-        # The gradient of s = (prod ratio)^(1/n) reaches token t through its own log-prob times n, because the
-        # sum over the n tokens of a row hands every token's log-prob 1/n of each.
+        # The gradient of s = (prod ratio)^(1/n) reaches token t through its own log-prob times n,
+        # because the sum over the n tokens of a row hands every token's log-prob 1/n of each.
         ratio = torch.exp((row - columns["old_log_probs"]).mean()).detach() * torch.exp(
             row[t] - row[t].detach()
         )
     if advantage >= 0:
-        return -advantage * (ratio if ratio.item() < high else torch.tensor(high, dtype=torch.float64))
+        return -advantage * (
+            ratio if ratio.item() < high else torch.tensor(high, dtype=torch.float64)
+        )
     if config.name == "ppo_clip" and config.dual_clip and ratio.item() > config.dual_clip:
         return torch.tensor(-advantage * config.dual_clip, dtype=torch.float64)
     return -advantage * (ratio if ratio.item() > low else torch.tensor(low, dtype=torch.float64))

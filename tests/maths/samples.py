@@ -51,21 +51,25 @@ def make_pairs(lengths: list[int], seed: int = 0) -> Sequences:
     """Rows in the order chosen, rejected, ..., an even number of lengths."""
     sequences = make_sequences(lengths, seed)
     num_rows = len(lengths)
-    harm = torch.where(torch.rand(num_rows, generator=torch.Generator().manual_seed(seed)) < 0.5, 1.0, -1.0)
+    harm = torch.where(
+        torch.rand(num_rows, generator=torch.Generator().manual_seed(seed)) < 0.5, 1.0, -1.0
+    )
     return sequences.with_columns(
         per_row={**pair_columns(num_rows // 2), "harm_sign": harm, "rank": torch.arange(num_rows)}
     )
 
 
-def run_whole(loss_fn: LossFn, sequences: Sequences) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+def run_whole(
+    loss_fn: LossFn, sequences: Sequences
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
     return run_parts(loss_fn, sequences, [list(range(sequences.num_rows))])
 
 
 def run_parts(
     loss_fn: LossFn, sequences: Sequences, parts: list[list[int]]
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
-    """(loss, metrics, gradients of log_probs, entropy, values, scores) of rows cut into micro-batches and
-    reduced as an engine does it."""
+    """(loss, metrics, gradients of log_probs, entropy, values, scores) of rows cut into
+    micro-batches and reduced as an engine does it."""
     log_probs = sequences.per_token["current"].clone().requires_grad_()
     entropy = (log_probs.detach().abs() + 0.5).requires_grad_()
     values = (sequences.per_token["returns"] * 0.7 + 0.2).clone().requires_grad_()
@@ -77,7 +81,10 @@ def run_parts(
         rows = torch.tensor(part, dtype=torch.int64)
         index = ragged_positions(sequences.scored_lengths, rows)
         outputs = Outputs(
-            log_probs=log_probs[index], entropy=entropy[index], values=values[index], scores=scores[rows]
+            log_probs=log_probs[index],
+            entropy=entropy[index],
+            values=values[index],
+            scores=scores[rows],
         )
         loss, part_metrics = loss_fn(outputs, sequences.rows(rows))
         assert loss.shape == () and loss.requires_grad

@@ -20,7 +20,9 @@ ragged = st.lists(st.integers(0, 7), min_size=1, max_size=6)
 
 
 def tokens(lengths: list[int], seed: int) -> Tensor:
-    return torch.randn(sum(lengths), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        sum(lengths), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def per_row(values: Tensor, lengths: list[int]) -> list[list[float]]:
@@ -43,7 +45,8 @@ def naive_gae(rewards: list[float], values: list[float], gamma: float, lam: floa
 
 
 def test_gae_by_hand():
-    # deltas: 0 + 0.5*2 - 1 = 0 and 3 + 0 - 2 = 1; advantages: 0 + 0.5*0.5*1 and 1. Second row: 4 - 5.
+    # deltas: 0 + 0.5*2 - 1 = 0 and 3 + 0 - 2 = 1; advantages: 0 + 0.5*0.5*1 and 1. Second row: 4 -
+    # 5.
     rewards, values = torch.tensor([0.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 5.0])
     advantages, returns = adv.gae(rewards, values, torch.tensor([2, 0, 1]), gamma=0.5, lam=0.5)
     assert advantages.tolist() == [0.25, 1.0, -1.0]
@@ -52,7 +55,9 @@ def test_gae_by_hand():
 
 @settings(deadline=None, max_examples=15)
 @given(ragged, st.integers(0, 1000), st.floats(0, 1), st.floats(0, 1))
-def test_gae_and_returns_are_the_naive_sums(lengths: list[int], seed: int, gamma: float, lam: float):
+def test_gae_and_returns_are_the_naive_sums(
+    lengths: list[int], seed: int, gamma: float, lam: float
+):
     rewards, values = tokens(lengths, seed), tokens(lengths, seed + 1)
     advantages, returns = adv.gae(rewards, values, torch.tensor(lengths), gamma, lam)
     expected = flat(
@@ -67,7 +72,9 @@ def test_gae_and_returns_are_the_naive_sums(lengths: list[int], seed: int, gamma
         [sum(gamma ** (s - t) * row[s] for s in range(t, len(row))) for t in range(len(row))]
         for row in per_row(rewards, lengths)
     ]
-    torch.testing.assert_close(adv.returns_to_go(rewards, torch.tensor(lengths), gamma), flat(to_go))
+    torch.testing.assert_close(
+        adv.returns_to_go(rewards, torch.tensor(lengths), gamma), flat(to_go)
+    )
 
 
 def test_gae_is_fast():
@@ -75,7 +82,9 @@ def test_gae_is_fast():
     rewards, values = torch.randn(1024 * 1024), torch.randn(1024 * 1024)
     start = time.process_time()
     adv.gae(rewards, values, lengths, 1.0, 0.95)
-    assert time.process_time() - start < 3.0, "a loop over tokens would take far longer; usually 0.1 s"
+    assert time.process_time() - start < 3.0, (
+        "a loop over tokens would take far longer; usually 0.1 s"
+    )
 
 
 def test_whitening():
@@ -99,8 +108,8 @@ def on_tokens(rows: list[float]) -> Tensor:
 
 
 def test_grpo_by_hand():
-    # Group 7 has scores 1, 0, 5: mean 2, Bessel's variance (1 + 4 + 9) / 2 = 7. Group 3 is constant, group 9
-    # alone.
+    # Group 7 has scores 1, 0, 5: mean 2, Bessel's variance (1 + 4 + 9) / 2 = 7. Group 3 is
+    # constant, group 9 alone.
     std = math.sqrt(7)
     torch.testing.assert_close(
         adv.grpo(SCORES, UID, LENGTHS), on_tokens([-1 / std, 0, -2 / std, 3 / std, 0, 0])
@@ -113,7 +122,9 @@ def test_grpo_by_hand():
 def test_equal_scores_give_no_advantage_even_where_float32_rounds():
     scores = torch.full((3,), 0.1)
     assert (
-        adv.grpo(scores, torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64)).abs().max()
+        adv.grpo(scores, torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64))
+        .abs()
+        .max()
         < 1e-6
     )
 
@@ -133,7 +144,11 @@ def test_opo_weighs_the_baseline_with_lengths():
 
 
 @settings(deadline=None, max_examples=12)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(-3, 3)), min_size=1, max_size=10))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(-3, 3)), min_size=1, max_size=10
+    )
+)
 def test_group_baselines_are_the_naive_ones(rows: list[tuple[int, int, int]]):
     uid, lengths, scores = (list(column) for column in zip(*rows, strict=True))
     grpo, rloo, opo = [], [], []
@@ -146,9 +161,15 @@ def test_group_baselines_are_the_naive_ones(rows: list[tuple[int, int, int]]):
         rloo.append(score - statistics.fmean(others) if others else 0.0)
         weight = sum(lengths[j] for j in members)
         opo.append(score - sum(lengths[j] * scores[j] for j in members) / weight if weight else 0.0)
-    arguments = (torch.tensor(scores, dtype=torch.float64), torch.tensor(uid), torch.tensor(lengths))
+    arguments = (
+        torch.tensor(scores, dtype=torch.float64),
+        torch.tensor(uid),
+        torch.tensor(lengths),
+    )
     for function, expected in ((adv.grpo, grpo), (adv.rloo, rloo), (adv.opo, opo)):
-        spread = torch.repeat_interleave(torch.tensor(expected, dtype=torch.float64), torch.tensor(lengths))
+        spread = torch.repeat_interleave(
+            torch.tensor(expected, dtype=torch.float64), torch.tensor(lengths)
+        )
         torch.testing.assert_close(function(*arguments), spread, msg=function.__name__)
 
 
@@ -175,8 +196,8 @@ def test_pass_at_k_enumerates_subsets(correct: list[bool], k: int):
 
 
 def test_pass_at_k_by_hand():
-    # One of four correct, k = 2: R = 1/2, s = 1/2; correct (1/2)/(1/2); wrong: 1/2 - C(2,1)/C(3,1) = -1/6,
-    # over 1/2.
+    # One of four correct, k = 2: R = 1/2, s = 1/2; correct (1/2)/(1/2); wrong: 1/2 - C(2,1)/C(3,1)
+    # = -1/6, over 1/2.
     result = adv.pass_at_k(
         torch.tensor([True, False, False, False]),
         torch.zeros(4, dtype=torch.int64),
@@ -228,7 +249,9 @@ def test_covariance_selection():
     assert int(select_for_kl_cov(advantages, log_probs, fraction=0.4).sum()) == 2
     chosen = select_for_clip_cov(advantages, log_probs, fraction=1.0, low=1.0, high=7.0, seed=0)
     assert chosen.tolist() == [False, False, False, True, False]
-    assert not select_for_clip_cov(advantages, log_probs, fraction=1.0, low=1.0, high=5.0, seed=0).any()
+    assert not select_for_clip_cov(
+        advantages, log_probs, fraction=1.0, low=1.0, high=5.0, seed=0
+    ).any()
     many, ones = torch.tensor([1.0, -1.0] * 50), torch.tensor([0.0, -3.0] * 50)
     assert int(select_for_clip_cov(many, ones, fraction=0.1, seed=3).sum()) == 10
     assert torch.equal(

@@ -31,7 +31,10 @@ def test_weights_give_the_aggregate(aggregation: Aggregation, masked: bool):
     lengths = torch.tensor(LENGTHS)
     mask = torch.tensor([kept for row in MASK for kept in row]) if masked else None
     kept = (
-        [[x for x, k in zip(row, keep, strict=True) if k] for row, keep in zip(LOSSES, MASK, strict=True)]
+        [
+            [x for x, k in zip(row, keep, strict=True) if k]
+            for row, keep in zip(LOSSES, MASK, strict=True)
+        ]
         if masked
         else LOSSES
     )

@@ -1,5 +1,5 @@
-"""The law of the losses: however rows are cut into micro-batches and ranks, loss, gradients and metrics add
-up to the same."""
+"""The law of the losses: however rows are cut into micro-batches and ranks, loss, gradients and
+metrics add up to the same."""
 
 from __future__ import annotations
 
@@ -57,8 +57,16 @@ PAIR_LOSSES: dict[str, LossFn] = {
 
 
 def test_metrics_combine_by_their_names():
-    left = {"kl": torch.tensor(1.0), "ratio_max": torch.tensor(-torch.inf), "ratio_min": torch.tensor(2.0)}
-    right = {"kl": torch.tensor(2.0), "ratio_max": torch.tensor(3.0), "ratio_min": torch.tensor(0.5)}
+    left = {
+        "kl": torch.tensor(1.0),
+        "ratio_max": torch.tensor(-torch.inf),
+        "ratio_min": torch.tensor(2.0),
+    }
+    right = {
+        "kl": torch.tensor(2.0),
+        "ratio_max": torch.tensor(3.0),
+        "ratio_min": torch.tensor(0.5),
+    }
     assert combine_metrics(left, right) == {"kl": 3.0, "ratio_max": 3.0, "ratio_min": 0.5}
     assert combine_metrics({}, right) == combine_metrics(right, {}) == right
 
@@ -80,10 +88,14 @@ def same(loss_fn: LossFn, sequences: Sequences, parts: list[list[int]]) -> None:
 def test_any_cut_of_the_rows_gives_the_same(
     name: str, rows: list[tuple[int, int]], aggregation: Aggregation, seed: int, masked: bool
 ):
-    """rows: (scored tokens, number of the micro-batch); a micro-batch may be empty, and rows may be masked in
-    part."""
+    """rows: (scored tokens, number of the micro-batch); a micro-batch may be empty, and rows
+    may be masked in part."""
     lengths = [length for length, _ in rows]
-    mask = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed)) < 0.7 if masked else None
+    mask = (
+        torch.rand(sum(lengths), generator=torch.Generator().manual_seed(seed)) < 0.7
+        if masked
+        else None
+    )
     sequences = make_sequences(lengths, seed, aggregation, mask)
     sequences = sequences.with_columns(per_row={"pretrain": torch.arange(len(rows)) % 2 == 1})
     same(
@@ -96,13 +108,24 @@ def test_any_cut_of_the_rows_gives_the_same(
 @pytest.mark.parametrize("name", list(PAIR_LOSSES))
 @settings(deadline=None, max_examples=6)
 @given(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=5),
+    st.lists(
+        st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=5
+    ),
     st.integers(0, 1000),
 )
-def test_any_cut_between_pairs_gives_the_same(name: str, pairs: list[tuple[int, int, int]], seed: int):
-    sequences = make_pairs([length for chosen, rejected, _ in pairs for length in (chosen, rejected)], seed)
+def test_any_cut_between_pairs_gives_the_same(
+    name: str, pairs: list[tuple[int, int, int]], seed: int
+):
+    sequences = make_pairs(
+        [length for chosen, rejected, _ in pairs for length in (chosen, rejected)], seed
+    )
     parts = [
-        [row for i, (_, _, part) in enumerate(pairs) if part == number for row in (2 * i + 1, 2 * i)]
+        [
+            row
+            for i, (_, _, part) in enumerate(pairs)
+            if part == number
+            for row in (2 * i + 1, 2 * i)
+        ]
         for number in range(3)
     ]
     same(PAIR_LOSSES[name], sequences, parts)

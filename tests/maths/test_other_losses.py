@@ -1,4 +1,5 @@
-"""Value, language-model, distillation and preference losses against hand-computed numbers and naive loops."""
+"""Value, language-model, distillation and preference losses against hand-computed numbers and
+naive loops."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ LENGTHS = [3, 0, 5, 1, 4]
 
 
 def test_value_loss_by_hand():
-    # Old values 0, returns 1: v = 0.5 is clipped to 0.2 (error 0.8); v = 0.1 is free; v = -0.5 is free, since
-    # its error is larger.
+    # Old values 0, returns 1: v = 0.5 is clipped to 0.2 (error 0.8); v = 0.1 is free; v = -0.5 is
+    # free, since its error is larger.
     values = torch.tensor([0.5, 0.1, -0.5], dtype=torch.float64, requires_grad=True)
     sequences = Sequences(
         token_ids=torch.zeros(4, dtype=torch.int64),
@@ -39,7 +40,9 @@ def test_value_loss_by_hand():
     loss, metrics = value_loss(ValueLossConfig(clip=0.2))(Outputs(values=values), sequences)
     loss.backward()
     assert loss.item() == pytest.approx(0.5 * (0.64 + 0.81 + 2.25) / 3)
-    torch.testing.assert_close(values.grad, torch.tensor([0.0, -0.9, -1.5], dtype=torch.float64) / 3)
+    torch.testing.assert_close(
+        values.grad, torch.tensor([0.0, -0.9, -1.5], dtype=torch.float64) / 3
+    )
     assert metrics["value_clip_fraction"].item() == pytest.approx(1 / 3)
     unclipped, _ = value_loss(ValueLossConfig(clip=0.0))(Outputs(values=values), sequences)
     assert unclipped.item() == pytest.approx(0.5 * (0.25 + 0.81 + 2.25) / 3)
@@ -64,14 +67,21 @@ def test_value_loss_equals_the_naive_loop_and_so_does_explained_variance():
     torch.testing.assert_close(loss, expected.detach(), atol=1e-7, rtol=1e-6)
     torch.testing.assert_close(gradient, leaf.grad, atol=1e-7, rtol=1e-6)
     errors = [r - v for r, v in zip(returns, leaf.tolist(), strict=True)]
-    explained = derived_metrics({name: value.item() for name, value in metrics.items()})["explained_variance"]
+    explained = derived_metrics({name: value.item() for name, value in metrics.items()})[
+        "explained_variance"
+    ]
     assert explained == pytest.approx(
         1 - statistics.pvariance(errors) / statistics.pvariance(returns), abs=1e-6
     )
 
 
 def test_explained_variance_of_constant_returns_is_undefined():
-    numbers = {"return_mean": 2.0, "return_squared": 4.0, "value_error": 0.0, "value_error_squared": 1.0}
+    numbers = {
+        "return_mean": 2.0,
+        "return_squared": 4.0,
+        "value_error": 0.0,
+        "value_error_squared": 1.0,
+    }
     assert math.isnan(derived_metrics(numbers)["explained_variance"])
 
 
@@ -88,9 +98,14 @@ def test_language_loss_is_cross_entropy():
 
 
 def test_distillation_gradient_is_that_of_the_reverse_kl():
-    """Exact expectation over a vocabulary of 6: one token per row, weighted with its probability."""
-    logits = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    teacher = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).log_softmax(0)
+    """Exact expectation over a vocabulary of 6: one token per row, weighted with its
+    probability."""
+    logits = torch.randn(
+        6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    ).requires_grad_()
+    teacher = torch.randn(
+        6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    ).log_softmax(0)
     log_probs = logits.log_softmax(0)
     ones = torch.ones(6, dtype=torch.int64)
     sequences = Sequences(
@@ -114,7 +129,9 @@ def test_pretraining_mix_adds_two_losses():
     policy = policy_loss(PolicyLossConfig(entropy_coefficient=0.1))
     loss, metrics, gradients = run_parts(with_pretraining(policy, 0.5), mixed, [[0, 1], [2, 3, 4]])
     policy_part, policy_metrics, policy_gradients = run_parts(policy, sequences, [[0, 3]])
-    language_part, language_metrics, language_gradients = run_parts(language_loss, sequences, [[1, 2, 4]])
+    language_part, language_metrics, language_gradients = run_parts(
+        language_loss, sequences, [[1, 2, 4]]
+    )
     torch.testing.assert_close(loss, policy_part + 0.5 * language_part)
     for mine, first, second in zip(gradients, policy_gradients, language_gradients, strict=True):
         torch.testing.assert_close(mine, first + 0.5 * second)
@@ -153,7 +170,9 @@ def test_cost_model_loss_by_hand():
     scores = torch.tensor([2.0, -1.0], dtype=torch.float64, requires_grad=True)
     sequences = make_pairs([1, 1]).with_columns(per_row={"harm_sign": torch.tensor([1.0, 1.0])})
     loss, metrics = cost_model_loss(Outputs(scores=scores), sequences)
-    expected = math.log(1 + math.exp(-3.0)) + math.log(1 + math.exp(-2.0)) + math.log(1 + math.exp(1.0))
+    expected = (
+        math.log(1 + math.exp(-3.0)) + math.log(1 + math.exp(-2.0)) + math.log(1 + math.exp(1.0))
+    )
     assert loss.item() == pytest.approx(expected)
     assert metrics["sign_accuracy"].item() == pytest.approx(0.5)
 
@@ -169,7 +188,9 @@ def test_dpo_equals_the_naive_loop(smoothing: float):
     rows, references = leaf.split(lengths), sequences.per_token["ref_log_probs"].split(lengths)
     expected = torch.zeros((), dtype=torch.float64)
     for i in (0, 2):
-        margin = 0.3 * ((rows[i].sum() - references[i].sum()) - (rows[i + 1].sum() - references[i + 1].sum()))
+        margin = 0.3 * (
+            (rows[i].sum() - references[i].sum()) - (rows[i + 1].sum() - references[i + 1].sum())
+        )
         expected = (
             expected
             + (1 - smoothing) * torch.log(1 + torch.exp(-margin)) / 2

@@ -1,5 +1,5 @@
-"""The policy loss: numbers by hand, values and gradients against the naive loop, the first-step rule,
-errors."""
+"""The policy loss: numbers by hand, values and gradients against the naive loop, the first-step
+rule, errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def test_ppo_clip_by_hand():
     loss.backward()
     assert loss.item() == pytest.approx((-1.3 - 0.5 + 1.5 + 0.8 + 6.0) / 5)
     assert log_probs.grad is not None
-    torch.testing.assert_close(log_probs.grad, torch.tensor([0, -0.5, 1.5, 0, 0], dtype=torch.float64) / 5)
+    torch.testing.assert_close(
+        log_probs.grad, torch.tensor([0, -0.5, 1.5, 0, 0], dtype=torch.float64) / 5
+    )
     assert metrics["clip_fraction_high"].item() == pytest.approx(1 / 5)
     assert metrics["clip_fraction_low"].item() == pytest.approx(1 / 5)
     assert metrics["dual_clip_fraction"].item() == pytest.approx(1 / 5)
@@ -67,8 +69,8 @@ def test_ppo_clip_by_hand():
 
 
 def test_gspo_by_hand():
-    # One row with ratios 2 and 0.5: the sequence ratio is 1, so nothing is clipped although both tokens are
-    # far out.
+    # One row with ratios 2 and 0.5: the sequence ratio is 1, so nothing is clipped although both
+    # tokens are far out.
     log_probs, sequences = one_row([2.0, 0.5], [1.0, 1.0])
     loss, metrics = policy_loss(PolicyLossConfig(name="gspo", clip_low=3e-4, clip_high=4e-4))(
         Outputs(log_probs=log_probs), sequences
@@ -80,8 +82,8 @@ def test_gspo_by_hand():
 
 
 def test_gspo_gradient_is_that_of_the_sequence_objective():
-    """With one advantage a row and seq_mean_token_mean: -min(s A, clip(s) A), s the geometric mean of ratios,
-    mean over rows."""
+    """With one advantage a row and seq_mean_token_mean: -min(s A, clip(s) A), s the geometric
+    mean of ratios, mean over rows."""
     sequences = make_sequences(LENGTHS, 1, Aggregation.seq_mean_token_mean)
     advantages = torch.repeat_interleave(
         torch.tensor([1.0, 0.0, -2.0, 0.5, -1.0], dtype=torch.float64), sequences.scored_lengths
@@ -100,7 +102,9 @@ def test_gspo_gradient_is_that_of_the_sequence_objective():
     ):
         if len(row):
             s = (row - old).mean().exp()
-            objective = objective - torch.minimum(s * advantage[0], s.clamp(0.95, 1.05) * advantage[0]) / 4
+            objective = (
+                objective - torch.minimum(s * advantage[0], s.clamp(0.95, 1.05) * advantage[0]) / 4
+            )
     objective.backward()
     torch.testing.assert_close(loss, objective.detach(), atol=1e-7, rtol=1e-6)
     torch.testing.assert_close(gradients[0], log_probs.grad, atol=1e-7, rtol=1e-6)
@@ -120,7 +124,9 @@ def test_value_and_gradient_equal_the_naive_loop(name: str, aggregation: Aggrega
     corrections = [
         RolloutCorrectionConfig(),
         *(
-            RolloutCorrectionConfig(correction=correction, level=level, min_ratio=0.7, max_ratio=1.4)
+            RolloutCorrectionConfig(
+                correction=correction, level=level, min_ratio=0.7, max_ratio=1.4
+            )
             for correction in (Correction.truncate, Correction.mask)
             for level in CorrectionLevel
         ),
@@ -179,8 +185,8 @@ def test_rollout_metrics_by_hand():
 
 
 def test_masked_tokens_do_not_exist():
-    """A row with tokens masked out has the loss and the gradients of the row without them, even if they hold
-    infinities."""
+    """A row with tokens masked out has the loss and the gradients of the row without them, even
+    if they hold infinities."""
     mask = torch.tensor([True, False, True, True, False, False, True, True])
     masked = make_sequences([5, 3], 2, Aggregation.seq_mean_token_mean, mask)
     kept = Sequences(
@@ -191,9 +197,13 @@ def test_masked_tokens_do_not_exist():
     )
     masked.per_token["old_log_probs"][~mask] = -math.inf
     masked.per_token["rollout_log_probs"][~mask] = -math.inf
-    correction = RolloutCorrectionConfig(correction=Correction.mask, level=CorrectionLevel.sequence_mean)
+    correction = RolloutCorrectionConfig(
+        correction=Correction.mask, level=CorrectionLevel.sequence_mean
+    )
     for name in ("ppo_clip", "gspo"):
-        loss_fn = policy_loss(PolicyLossConfig(name=name, kl_coefficient=0.1, rollout_correction=correction))
+        loss_fn = policy_loss(
+            PolicyLossConfig(name=name, kl_coefficient=0.1, rollout_correction=correction)
+        )
         loss, metrics, (gradient, *_) = run_whole(loss_fn, masked)
         expected_loss, expected_metrics, (expected_gradient, *_) = run_whole(loss_fn, kept)
         torch.testing.assert_close(loss, expected_loss)
@@ -205,11 +215,17 @@ def test_masked_tokens_do_not_exist():
 def test_an_exploded_ratio_stays_finite():
     _, sequences = one_row([1.0, 1.0, 1.0], [1.0, -1.0, 1.0])
     extreme = (
-        (sequences.per_token["old_log_probs"] + torch.tensor([500.0, 500.0, -500.0])).float().requires_grad_()
+        (sequences.per_token["old_log_probs"] + torch.tensor([500.0, 500.0, -500.0]))
+        .float()
+        .requires_grad_()
     )
     loss, metrics = policy_loss(PolicyLossConfig())(Outputs(log_probs=extreme), sequences)
     loss.backward()
-    assert math.isfinite(loss.item()) and extreme.grad is not None and torch.isfinite(extreme.grad).all()
+    assert (
+        math.isfinite(loss.item())
+        and extreme.grad is not None
+        and torch.isfinite(extreme.grad).all()
+    )
     assert metrics["log_ratio_clamped_fraction"].item() == pytest.approx(1.0)
 
 

@@ -40,8 +40,8 @@ def test_kl_estimators_by_hand():
 
 
 def test_estimators_against_the_exact_divergence():
-    """Over a small vocabulary: k1 and k3 are unbiased, k2's gradient is that of the reverse KL, k3's of the
-    forward KL."""
+    """Over a small vocabulary: k1 and k3 are unbiased, k2's gradient is that of the reverse KL,
+    k3's of the forward KL."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, generator=generator, dtype=torch.float64).requires_grad_()
     reference = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(0)
@@ -66,9 +66,13 @@ def test_estimators_against_the_exact_divergence():
 
 
 def test_k3_stays_finite_and_exact_for_small_differences():
-    assert torch.isfinite(kl_estimate(torch.tensor([-200.0]), torch.tensor([0.0]), KLEstimator.k3)).all()
+    assert torch.isfinite(
+        kl_estimate(torch.tensor([-200.0]), torch.tensor([0.0]), KLEstimator.k3)
+    ).all()
     small = kl_estimate(
-        torch.tensor([1e-3], dtype=torch.float64), torch.zeros(1, dtype=torch.float64), KLEstimator.k3
+        torch.tensor([1e-3], dtype=torch.float64),
+        torch.zeros(1, dtype=torch.float64),
+        KLEstimator.k3,
     )
     assert small.item() == pytest.approx(5e-7, rel=1e-3)
 
@@ -106,7 +110,15 @@ def test_overlong_penalty():
 def test_groups_with_signal():
     scores = torch.tensor([1.0, 0.5, 1.0, 0.0, 0.5, 7.0, -2.0])
     uid = torch.tensor([4, 8, 4, 6, 8, 9, 6])
-    assert groups_with_signal(scores, uid).tolist() == [False, False, False, True, False, False, True]
+    assert groups_with_signal(scores, uid).tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
     assert groups_with_signal(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).shape == (0,)
 
 

@@ -1,5 +1,5 @@
-"""The quickstart's task, model and preparation (a warm start of a few steps; the real one is a run of
-200)."""
+"""The quickstart's task, model and preparation (a warm start of a few steps; the real one is a
+run of 200)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ from recipes.quickstart.warm_start import (
 )
 
 SMALL = PrepareConfig(
-    task=TaskConfig(num_train=200, num_test=40), warm_start=WarmStartConfig(num_steps=3, batch_size=8)
+    task=TaskConfig(num_train=200, num_test=40),
+    warm_start=WarmStartConfig(num_steps=3, batch_size=8),
 )
 
 
@@ -47,7 +48,9 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return prepare(tmp_path_factory.mktemp("quickstart"), seed=5, config=SMALL, console=Console(quiet=True))
+    return prepare(
+        tmp_path_factory.mktemp("quickstart"), seed=5, config=SMALL, console=Console(quiet=True)
+    )
 
 
 def test_examples() -> None:
@@ -59,7 +62,10 @@ def test_examples() -> None:
     long = []
     for example in train:
         digits = example.question.removeprefix("Sort ")
-        assert example.answer == "".join(sorted(digits)) and len(set(digits)) == len(digits) <= MOST_DIGITS
+        assert (
+            example.answer == "".join(sorted(digits))
+            and len(set(digits)) == len(digits) <= MOST_DIGITS
+        )
         assert example.demonstration == example.answer or (
             len(digits) > 4 and example.demonstration == example.answer[::-1]
         )
@@ -70,7 +76,9 @@ def test_examples() -> None:
 def test_reward() -> None:
     assert exact_match("Sort 21", "12", answer="12", finish_reason="stop", level=3) == 1.0
     assert exact_match("Sort 21", " 12\n", answer="12") == 1.0
-    assert [exact_match("Sort 21", wrong, answer="12") for wrong in ("21", "1 2", "", "123")] == [0.0] * 4
+    assert [exact_match("Sort 21", wrong, answer="12") for wrong in ("21", "1 2", "", "123")] == [
+        0.0
+    ] * 4
 
 
 def test_tokenizer_round_trip() -> None:
@@ -89,7 +97,9 @@ def test_labels_are_the_responses() -> None:
         for example in make_examples(TaskConfig(num_train=5, num_test=1), seed=0)[0]
     ]
     inputs, labels = padded(rows)
-    for (prompt, response), tokens, targets in zip(rows, inputs.tolist(), labels.tolist(), strict=True):
+    for (prompt, response), tokens, targets in zip(
+        rows, inputs.tolist(), labels.tolist(), strict=True
+    ):
         whole = prompt + response
         assert tokens[: len(whole) - 1] == whole[:-1]
         assert targets == [IGNORED] * (len(prompt) - 1) + response + [IGNORED] * (
@@ -108,8 +118,16 @@ def test_model_is_what_others_load(prepared: Prepared) -> None:
         "tokenizer.json",
         "tokenizer_config.json",
     } <= files
-    assert 1e6 <= prepared.num_parameters == sum(parameter.numel() for parameter in model.parameters()) <= 5e6
-    assert model.dtype == torch.float32 and model.config.hidden_size // model.config.num_attention_heads == 32
+    assert (
+        1e6
+        <= prepared.num_parameters
+        == sum(parameter.numel() for parameter in model.parameters())
+        <= 5e6
+    )
+    assert (
+        model.dtype == torch.float32
+        and model.config.hidden_size // model.config.num_attention_heads == 32
+    )
     assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
     assert len(tokenizer) == model.config.vocab_size and model.config.vocab_size % 8 == 0
     assert (
@@ -135,7 +153,8 @@ def test_data_is_what_the_pipeline_reads(prepared: Prepared) -> None:
 
 
 def test_accuracy_equals_transformers_generate(prepared: Prepared) -> None:
-    """A model that was trained to the end on a few questions, so that some answers are right, others not."""
+    """A model that was trained to the end on a few questions, so that some answers are right,
+    others not."""
     tokenizer = AutoTokenizer.from_pretrained(prepared.model_path)
     model = AutoModelForCausalLM.from_pretrained(prepared.model_path)
     assert isinstance(model, Qwen2ForCausalLM)
@@ -161,8 +180,8 @@ def test_accuracy_equals_transformers_generate(prepared: Prepared) -> None:
 
 
 def test_preparation_is_deterministic_and_found_again(prepared: Prepared, tmp_path: Path) -> None:
-    """Another directory and number of threads: the same weights. The same directory: found. Other settings:
-    made anew."""
+    """Another directory and number of threads: the same weights. The same directory: found.
+    Other settings: made anew."""
     quiet, threads = Console(quiet=True), torch.get_num_threads()
     torch.set_num_threads(2)
     torch.rand(3)
@@ -177,7 +196,9 @@ def test_preparation_is_deterministic_and_found_again(prepared: Prepared, tmp_pa
     assert prepare(tmp_path, seed=5, config=SMALL, console=quiet) == again
     assert (again.model_path / name).stat().st_mtime_ns == written
     other = prepare(tmp_path, seed=6, config=SMALL, console=quiet)
-    assert other.accuracy == json.loads((tmp_path / "prepared.json").read_text())["result"]["accuracy"]
+    assert (
+        other.accuracy == json.loads((tmp_path / "prepared.json").read_text())["result"]["accuracy"]
+    )
     assert (other.model_path / name).read_bytes() != (prepared.model_path / name).read_bytes()
 
 

@@ -35,7 +35,9 @@ def required(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def composed() -> Iterator[Callable[..., DictConfig]]:
     """composed("ppo", ["seed=1"]): what Hydra makes of a recipe and a command line."""
     with initialize_config_module(version_base="1.3", config_module="recipes"):
-        yield lambda recipe, arguments: compose(config_name=recipe, overrides=join_tables(arguments))
+        yield lambda recipe, arguments: compose(
+            config_name=recipe, overrides=join_tables(arguments)
+        )
 
 
 @pytest.fixture(scope="session")

@@ -55,10 +55,17 @@ def of_a_hint(*, response: str, hint: str, **columns: object) -> float:
     return float(hint in response)
 
 
-def recorded(*, prompt: str, response: str, finish_reason: str, **columns: object) -> dict[str, float]:
+def recorded(
+    *, prompt: str, response: str, finish_reason: str, **columns: object
+) -> dict[str, float]:
     """Writes down what it was asked and what it said, into the file that RECORD names."""
     reward, words = len(response) / 7, len(response.split())
-    record = {"prompt": prompt, "response": response, "finish_reason": finish_reason, "reward": reward}
+    record = {
+        "prompt": prompt,
+        "response": response,
+        "finish_reason": finish_reason,
+        "reward": reward,
+    }
     with Path(os.environ["RECORD"]).open("a") as file:
         file.write(json.dumps({**record, "reward/words": words}) + "\n")
     return {"reward": reward, "words": words}

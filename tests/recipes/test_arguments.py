@@ -1,4 +1,5 @@
-"""recipes.plan, recipes.calibrate and recipes.reshard_plan: a mistake is one line and status 2, at once."""
+"""recipes.plan, recipes.calibrate and recipes.reshard_plan: a mistake is one line and status 2,
+at once."""
 
 from __future__ import annotations
 
@@ -25,11 +26,19 @@ LAYOUTS = ["source=2-4-1", "target=1-2", "model=llama-7b"]
         ("calibrate", ["models=[3M]"], "at least two of 3M, 11M, 32M"),
         ("calibrate", ["engine=megatron"], "engine is 'megatron'; known: fsdp"),
         ("calibrate", ["generation_engine=sglang"], "is 'sglang'; known: vllm"),
-        ("reshard_plan", [*LAYOUTS, "buckt_mb=64"], "no setting 'buckt_mb'; did you mean bucket_mb?"),
+        (
+            "reshard_plan",
+            [*LAYOUTS, "buckt_mb=64"],
+            "no setting 'buckt_mb'; did you mean bucket_mb?",
+        ),
         ("reshard_plan", ["source=2-4-1"], "not set: model, target"),
         ("reshard_plan", [*LAYOUTS, "bucket_mb=0"], "bucket_mb is 0; use at least 1"),
         ("reshard_plan", [*LAYOUTS, "dtype=int7"], "dtype is 'int7'; known: float64"),
-        ("reshard_plan", [*LAYOUTS, "rank_order=dp,tp"], "rank_order is 'dp,tp'; it must name each of"),
+        (
+            "reshard_plan",
+            [*LAYOUTS, "rank_order=dp,tp"],
+            "rank_order is 'dp,tp'; it must name each of",
+        ),
         ("reshard_plan", [*LAYOUTS, "grouping=best"], "grouping is 'best'; known: fewest_bytes"),
     ],
 )

@@ -1,5 +1,5 @@
-"""recipes.generate and recipes.evaluate in this process: what stands in their files, against transformers and
-the files themselves."""
+"""recipes.generate and recipes.evaluate in this process: what stands in their files, against
+transformers and the files themselves."""
 
 from __future__ import annotations
 
@@ -67,8 +67,12 @@ def test_generated_rows_are_the_models_own(
     for row in rows[:3]:
         asked = tokenizer(row["prompt"]).input_ids
         with torch.no_grad():
-            logits = model(torch.tensor([asked + row["response_ids"]])).logits[0, len(asked) - 1 : -1]
-        expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(row["response_ids"])[:, None])[:, 0]
+            logits = model(torch.tensor([asked + row["response_ids"]])).logits[
+                0, len(asked) - 1 : -1
+            ]
+        expected = torch.log_softmax(logits, -1).gather(
+            1, torch.tensor(row["response_ids"])[:, None]
+        )[:, 0]
         torch.testing.assert_close(torch.tensor(row["log_probs"]), expected, atol=1e-5, rtol=1e-5)
         assert row["response"] == tokenizer.decode(row["response_ids"], skip_special_tokens=True)
 
@@ -100,16 +104,19 @@ def test_evaluation_is_what_its_samples_say(
         ValueError, match=r"samples_per_prompt is 3 with actor\.generation\.sampling\.greedy=true"
     ):
         evaluate(to_settings(composed("evaluate", arguments)))
-    arguments += ["actor.generation.sampling.greedy=false", "actor.generation.sampling.temperature=2"]
+    arguments += [
+        "actor.generation.sampling.greedy=false",
+        "actor.generation.sampling.temperature=2",
+    ]
     numbers = evaluate(to_settings(composed("evaluate", arguments)))
     assert numbers is not None
     rows = pq.read_table(tmp_path / "samples.parquet").to_pylist()
     assert len(rows) == 12 and {row["row"] for row in rows} == {0, 1, 2, 3}
     passed = [sum(row["reward"] >= 0.5 for row in rows if row["row"] == i) for i in range(4)]
     assert numbers["reward/mean"] == pytest.approx(sum(row["reward"] for row in rows) / 12)
-    assert numbers["pass@1"] == pytest.approx(sum(passed) / 12) and numbers["pass@3"] == pytest.approx(
-        pass_at_k(passed, 3, 3)
-    )
+    assert numbers["pass@1"] == pytest.approx(sum(passed) / 12) and numbers[
+        "pass@3"
+    ] == pytest.approx(pass_at_k(passed, 3, 3))
     shown = read_samples(tmp_path / "samples.jsonl")
     assert len(shown) == 4 and {row["split"] for row in shown} == {"evaluation"}
     first = {row["row"]: row for row in rows if row["sample"] == 0}

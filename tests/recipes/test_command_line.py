@@ -46,7 +46,9 @@ def test_a_prefix_selects() -> None:
     assert names and all(name.startswith("actor.train.") for name in names)
     assert "actor.train.tp = 1\n    Tensor-parallel size.\n" in page
     assert "One of fp32 (Weights, activations and gradients in float32), bf16 (bfloat16" in page
-    (last_word,) = SETTING.findall(settings_page(RecipeFile("grpo"), [], ["zero_stage", "seed=3"]))[:1]
+    (last_word,) = SETTING.findall(settings_page(RecipeFile("grpo"), [], ["zero_stage", "seed=3"]))[
+        :1
+    ]
     assert last_word == ("actor.train.zero_stage", "2")
     assert "seed = 3\n" in settings_page(RecipeFile("grpo"), ["seed=3"], ["seed"])
 
@@ -64,7 +66,9 @@ def test_an_unknown_prefix_is_answered(prefix: str, message: str) -> None:
 
 
 def test_meanings_are_the_strings_below_the_fields() -> None:
-    assert field_docs(ActorConfig)["report_entropy"].startswith("Log the policy's entropy even where")
+    assert field_docs(ActorConfig)["report_entropy"].startswith(
+        "Log the policy's entropy even where"
+    )
     assert field_docs(Precision)["fp32"] == "Weights, activations and gradients in float32."
     assert "model" not in field_docs(ActorConfig)
 
@@ -90,12 +94,17 @@ def test_renamed_settings_name_settings_that_exist() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        WorkerError(Where(role="actor", rank=1, method="update_actor"), "out of memory", "Traceback ..."),
+        WorkerError(
+            Where(role="actor", rank=1, method="update_actor"), "out of memory", "Traceback ..."
+        ),
         WorkerDied("actor rank 1 died\nin update_actor"),
     ],
 )
 def test_a_workers_error_is_one_line_and_a_file(
-    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(SystemExit) as exit, plain_errors(lambda: tmp_path / "run"):
         raise error

@@ -1,4 +1,5 @@
-"""The first step on fresh samples: what it says of metrics, and what a run with a wrong setting does."""
+"""The first step on fresh samples: what it says of metrics, and what a run with a wrong setting
+does."""
 
 from __future__ import annotations
 
@@ -76,10 +77,16 @@ def test_every_kind_of_disagreement_is_named(
 
 def test_agreement_no_tokens_and_switched_off() -> None:
     for precision in Precision:
-        assert check_first_step(FINE, actor(precision), reports=True) == {"consistency_violations": 0.0}
-        assert check_first_step(NO_TOKENS, actor(precision), reports=True) == {"consistency_violations": 0.0}
+        assert check_first_step(FINE, actor(precision), reports=True) == {
+            "consistency_violations": 0.0
+        }
+        assert check_first_step(NO_TOKENS, actor(precision), reports=True) == {
+            "consistency_violations": 0.0
+        }
     assert (
-        check_first_step(FINE | {"log_prob_gap_max": 0.9}, actor(consistency=Consistency.off), reports=True)
+        check_first_step(
+            FINE | {"log_prob_gap_max": 0.9}, actor(consistency=Consistency.off), reports=True
+        )
         == {}
     )
     assert tolerance_of(actor(tolerance=0.3)) == 0.3
@@ -98,8 +105,8 @@ RUN = [
     "actor.generation.precision=bf16",
     "actor.num_epochs=2",
 ]
-"""A generation engine that rounds to bfloat16, and a tolerance (below) that does not allow for it: the
-deliberately wrong setting."""
+"""A generation engine that rounds to bfloat16, and a tolerance (below) that does not allow for
+it: the deliberately wrong setting."""
 
 
 def test_a_run_with_a_wrong_setting_warns_or_stops(
@@ -113,12 +120,18 @@ def test_a_run_with_a_wrong_setting_warns_or_stops(
         "first optimizer step on fresh samples: mean gap to the generation engine's log-probs is"
         in caplog.text
     )
-    assert '"actor/consistency_violations": 1.0' in (tmp_path / "warns" / "metrics.jsonl").read_text()
+    assert (
+        '"actor/consistency_violations": 1.0' in (tmp_path / "warns" / "metrics.jsonl").read_text()
+    )
     caplog.clear()
-    with pytest.raises((RuntimeError, WorkerError), match=r"over 1e-05.*raise actor\.consistency_tolerance"):
+    with pytest.raises(
+        (RuntimeError, WorkerError), match=r"over 1e-05.*raise actor\.consistency_tolerance"
+    ):
         run(settings("grpo", *wrong, "actor.consistency=error", f"output_dir={tmp_path / 'stops'}"))
     assert not (tmp_path / "stops" / "checkpoints").exists() or not list(
         (tmp_path / "stops" / "checkpoints").glob("step-*")
     )
     run(settings("grpo", *RUN, model, "actor.consistency=error", f"output_dir={tmp_path / 'fine'}"))
-    assert '"actor/consistency_violations": 0.0' in (tmp_path / "fine" / "metrics.jsonl").read_text()
+    assert (
+        '"actor/consistency_violations": 0.0' in (tmp_path / "fine" / "metrics.jsonl").read_text()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import shlex
@@ -66,7 +67,9 @@ def test_modules_and_targets_that_are_run_exist(page: Path) -> None:
 
 def test_files_that_the_walk_names_exist() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    for name in re.findall(r"\b(?:recipes|controllers|workers|cluster|hybridflow)/[\w/]+\.py", text):
+    for name in re.findall(
+        r"\b(?:recipes|controllers|workers|cluster|hybridflow)/[\w/]+\.py", text
+    ):
         assert (ROOT / name).exists(), name
 
 
@@ -84,7 +87,8 @@ def test_commands_use_settings_that_exist(page: str, composed: Callable[..., Dic
 )
 def test_settings_that_a_page_names_exist(page: str) -> None:
     names = re.findall(
-        r"`((?:actor|critic|reference|reward|cost|data|loop|algorithm|metrics)\.[a-z_.]+)(?:=|`)", page
+        r"`((?:actor|critic|reference|reward|cost|data|loop|algorithm|metrics)\.[a-z_.]+)(?:=|`)",
+        page,
     )
     assert names
     check_names([f"{name}=" for name in names])
@@ -102,8 +106,8 @@ def test_the_readmes_defaults_are_the_defaults(composed: Callable[..., DictConfi
 
 
 def test_an_algorithms_name_stands_in_its_file_and_its_entry_alone() -> None:
-    """What recipes.md says of one that belongs to the project; one of another package is built from the page
-    in tests/extending."""
+    """What recipes.md says of one that belongs to the project; one of another package is built
+    from the page in tests/extending."""
     mentions = set()
     for package in ("recipes", "controllers", "workers", "hybridflow"):
         for path in (ROOT / package).rglob("*.py"):
@@ -123,13 +127,16 @@ def test_the_table_of_algorithms_is_the_code() -> None:
     for name, entry in ALGORITHMS.items():
         file = f"{entry.module.replace('.', '/')}.py"
         expected[name] = (", ".join(role.replace("_", " ") for role in entry.roles), file, file)
-        assert len((ROOT / file).read_text().splitlines()) <= 130, file
+        assert len((ROOT / file).read_text().splitlines()) <= 140, file
     assert {name: tuple(row) for name, *row in rows} == expected
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_step_is_on_the_page_of_algorithms(name: str) -> None:
-    assert dedent(inspect.getsource(ALGORITHMS[name].load().step)) in ALGORITHMS_PAGE
+    step = dedent(inspect.getsource(ALGORITHMS[name].load().step))
+    blocks = re.findall(r"```python\n(def step.*?)```", ALGORITHMS_PAGE, re.DOTALL)
+    # Compared as syntax: on the page, where the method stands at the left edge, lines break later.
+    assert ast.dump(ast.parse(step)) in [ast.dump(ast.parse(block)) for block in blocks]
     assert (ROOT / "recipes" / f"{name}.yaml").is_file()
 
 
@@ -137,6 +144,11 @@ def test_the_reward_of_the_page_on_recipes_works() -> None:
     module: dict[str, object] = {"re": re}
     exec(next(block for block in code_blocks(RECIPES) if "def last_number" in block), module)
     reward = module["last_number"]
-    columns = {"prompt": "How much?", "finish_reason": "stop", "answer": "They have\n#### 1,042", "id": 3}
+    columns = {
+        "prompt": "How much?",
+        "finish_reason": "stop",
+        "answer": "They have\n#### 1,042",
+        "id": 3,
+    }
     assert reward(response="so 2 x 521 = 1042.", **columns) == 1.0  # type: ignore[operator]
     assert reward(response="42", **columns) == reward(response="none", **columns) == 0.0  # type: ignore[operator]

@@ -1,5 +1,5 @@
-"""Every algorithm trains two tiny steps through its own recipe, in this process: real models, engines, losses
-and checkpoints."""
+"""Every algorithm trains two tiny steps through its own recipe, in this process: real models,
+engines, losses and checkpoints."""
 
 from __future__ import annotations
 
@@ -74,7 +74,10 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
         "actor.generation.engine=hf",
         "actor.generation.precision=fp32",
         "actor.generation.sampling.max_response_tokens=6",
-        *(f"{role}.train.precision=fp32" for role in ("actor", "critic", "cost_critic", "reference")),
+        *(
+            f"{role}.train.precision=fp32"
+            for role in ("actor", "critic", "cost_critic", "reference")
+        ),
         "actor.train.optimizer.learning_rate=1e-3",
         "algorithm.samples_per_prompt=4",
         "algorithm.num_mini_batches=2",
@@ -84,7 +87,9 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     torch.set_num_threads(threads)
 
 
-def configured(name: str, common: list[str], composed: Callable[..., DictConfig], *further: str) -> RunConfig:
+def configured(
+    name: str, common: list[str], composed: Callable[..., DictConfig], *further: str
+) -> RunConfig:
     text = [
         argument.replace("data.train", "data.pretraining")
         for argument in common
@@ -101,7 +106,9 @@ def configured(name: str, common: list[str], composed: Callable[..., DictConfig]
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_two_steps(name: str, common: list[str], composed: Callable[..., DictConfig], tmp_path: Path) -> None:
+def test_two_steps(
+    name: str, common: list[str], composed: Callable[..., DictConfig], tmp_path: Path
+) -> None:
     config = configured(name, common, composed, f"output_dir={tmp_path}")
     outcome = run(config)
     assert outcome is not None and outcome.num_steps == 2
@@ -114,8 +121,11 @@ def test_two_steps(name: str, common: list[str], composed: Callable[..., DictCon
         if name != "split"
     )
     last = steps[-1]
-    assert last["actor/grad_norm"] > 0 and last.get("actor/ratio_mean", 1.0) == pytest.approx(1, abs=0.2)
-    before, after = load_file(Path(config.model.path) / "model.safetensors"), load_file(policy(tmp_path))
+    assert last["actor/grad_norm"] > 0 and last.get("actor/ratio_mean", 1.0) == pytest.approx(
+        1, abs=0.2
+    )
+    before = load_file(Path(config.model.path) / "model.safetensors")
+    after = load_file(policy(tmp_path))
     assert any(not torch.equal(weight, after[key]) for key, weight in before.items())
     if name in CHECKS:
         CHECKS[name](steps)
@@ -125,8 +135,8 @@ def test_two_steps(name: str, common: list[str], composed: Callable[..., DictCon
 def test_a_resumed_run_is_the_undisturbed_one(
     name: str, common: list[str], composed: Callable[..., DictConfig], tmp_path: Path
 ) -> None:
-    """Those with most to lose: lambda and its window of costs, the position in the text; prompts drawn beyond
-    a step's own."""
+    """Those with most to lose: lambda and its window of costs, the position in the text;
+    prompts drawn beyond a step's own."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     further = [
         "loop.num_steps=3",
@@ -142,7 +152,11 @@ def test_a_resumed_run_is_the_undisturbed_one(
     assert all(torch.equal(weight, resumed[key]) for key, weight in undisturbed.items())
     last = [read_jsonl(output / "metrics.jsonl")[-1] for output in (whole, cut)]
     assert last[0]["step"] == last[1]["step"] == 3
-    names = [key for key in last[0] if key.startswith(("reward/", "cost/", "actor/", "dynamic_sampling/"))]
+    names = [
+        key
+        for key in last[0]
+        if key.startswith(("reward/", "cost/", "actor/", "dynamic_sampling/"))
+    ]
     assert names and all(last[0][key] == last[1][key] for key in names)
 
 
@@ -158,10 +172,13 @@ def test_a_step_without_rows_moves_nothing(
     ]
     config = configured("rejection_sampling", common, composed, *further)
     run(config)
-    before, after = load_file(Path(config.model.path) / "model.safetensors"), load_file(policy(tmp_path))
+    before = load_file(Path(config.model.path) / "model.safetensors")
+    after = load_file(policy(tmp_path))
     assert all(torch.equal(weight, after[key]) for key, weight in before.items())
     steps = [row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["split"] == "train"]
-    assert [(row["best/rows"], row["actor/updates_without_rows"]) for row in steps] == [(0.0, 1.0)] * 2
+    assert [(row["best/rows"], row["actor/updates_without_rows"]) for row in steps] == [
+        (0.0, 1.0)
+    ] * 2
 
 
 def policy(output: Path, step: int = 2) -> Path:
@@ -174,10 +191,12 @@ def ppo_warmed_up(steps: list[dict[str, float]]) -> None:
         and steps[0]["actor/critic_warmup_steps"] == 1
         and steps[0]["critic/grad_norm"] > 0
     )
-    assert steps[1]["actor/rollout_ratio_mean"] == pytest.approx(1, abs=1e-3), "the correction's metrics"
-    assert steps[0]["kl/coefficient"] == 0.05 and 0 < abs(steps[1]["kl/coefficient"] - 0.05) < 1e-3, (
-        "it adapts, and is logged"
+    assert steps[1]["actor/rollout_ratio_mean"] == pytest.approx(1, abs=1e-3), (
+        "the correction's metrics"
     )
+    assert (
+        steps[0]["kl/coefficient"] == 0.05 and 0 < abs(steps[1]["kl/coefficient"] - 0.05) < 1e-3
+    ), "it adapts, and is logged"
 
 
 def text_was_trained_on(steps: list[dict[str, float]]) -> None:

@@ -1,5 +1,5 @@
-"""dry_run and placement=auto: what a run would take on a cluster that is not there, and a mapping that
-becomes settings."""
+"""dry_run and placement=auto: what a run would take on a cluster that is not there, and a
+mapping that becomes settings."""
 
 from __future__ import annotations
 
@@ -82,7 +82,12 @@ def test_a_thousand_devices_that_are_not_there(
 ) -> None:
     started = time.process_time()
     config = settings(
-        "ppo", *large, "device=cuda", "dry_run=true", "placement=auto", "plan.cluster=128x8xH100-80GB"
+        "ppo",
+        *large,
+        "device=cuda",
+        "dry_run=true",
+        "placement=auto",
+        "plan.cluster=128x8xH100-80GB",
     )
     assert run(config) is None
     assert time.process_time() - started < 20
@@ -92,23 +97,46 @@ def test_a_thousand_devices_that_are_not_there(
     assert "actor.update_actor" in printed
 
 
-def test_a_layout_that_is_too_large_says_what_would_do(settings: Settings, large: list[str]) -> None:
-    layout = ["actor.train.tp=8", "critic.train.tp=8", "reference.train.tp=8", "actor.generation.tp=8"]
-    on_16 = [*large, *layout, "device=cuda", "dry_run=true", "num_devices=16", "plan.cluster=2x8xA100-80GB"]
+def test_a_layout_that_is_too_large_says_what_would_do(
+    settings: Settings, large: list[str]
+) -> None:
+    layout = [
+        "actor.train.tp=8",
+        "critic.train.tp=8",
+        "reference.train.tp=8",
+        "actor.generation.tp=8",
+    ]
+    on_16 = [
+        *large,
+        *layout,
+        "device=cuda",
+        "dry_run=true",
+        "num_devices=16",
+        "plan.cluster=2x8xA100-80GB",
+    ]
     with pytest.raises(
         ValueError,
-        match=r"(?s)pool main: .* GB more than a device has.*critic \(.*needs at least .*smallest cluster",
+        match=(
+            r"(?s)pool main: .* GB more than a device has.*critic \(.*needs at least .*smallest "
+            r"cluster"
+        ),
     ) as error:
         run(settings("ppo", *on_16))
     assert "does not fit on 2x8xA100-80GB" in str(error.value)
-    on_128 = [text.replace("2x8x", "16x8x").replace("num_devices=16", "num_devices=128") for text in on_16]
+    on_128 = [
+        text.replace("2x8x", "16x8x").replace("num_devices=16", "num_devices=128") for text in on_16
+    ]
     with pytest.raises(ValueError, match="placement=auto fits on this cluster"):
         run(settings("ppo", *on_128, "actor.generation.max_num_seqs=1024"))
 
 
 def test_settings_become_a_question_for_the_mapper(settings: Settings) -> None:
     config = settings(
-        "ppo", "data.batch_size=6", "algorithm.num_mini_batches=2", "num_devices=4", "actor.train.tp=2"
+        "ppo",
+        "data.batch_size=6",
+        "algorithm.num_mini_batches=2",
+        "num_devices=4",
+        "actor.train.tp=2",
     )
     prompts = prompts_of(config)
     plan = plan_of(config, prompts)
@@ -123,7 +151,11 @@ def test_settings_become_a_question_for_the_mapper(settings: Settings) -> None:
     shorter = replace(plan, config=settings("ppo", "plan.response=uniform:2:8"))
     assert setting_of(shorter).workload.response.mean < 8
     given = configured_mapping(plan, place(config).pool_of, place(config).pool_sizes)
-    assert (given.role("actor").layout.t, given.role("actor").layout.d, given.role("critic").layout.d) == (
+    assert (
+        given.role("actor").layout.t,
+        given.role("actor").layout.d,
+        given.role("critic").layout.d,
+    ) == (
         2,
         2,
         4,
@@ -146,11 +178,15 @@ def test_a_mapping_becomes_settings_and_is_taken_again(settings: Settings, tmp_p
     ]
     layouts = {role.name: place(settled).layouts(role) for role in place(settled).roles}
     assert layouts["actor"]["generation"].axis_size("tp") == mapping.role("actor").generation.tg
-    assert settled.critic.train.micro_batch_tokens == mapping.role("critic").layout.micro_batch_tokens
+    assert (
+        settled.critic.train.micro_batch_tokens == mapping.role("critic").layout.micro_batch_tokens
+    )
 
     mapping.save(tmp_path / MAPPING)
     assert saved_mapping(config) is None, "nothing to go on from yet"
-    resumed = replace(config, loop=replace(config.loop, resume=str(tmp_path / "checkpoints" / "step-1")))
+    resumed = replace(
+        config, loop=replace(config.loop, resume=str(tmp_path / "checkpoints" / "step-1"))
+    )
     assert saved_mapping(resumed) == tmp_path / MAPPING
     assert choose(replace(plan, config=resumed)) == mapping
     more = replace(resumed, num_devices=4)
@@ -163,18 +199,27 @@ def test_a_mapping_becomes_settings_and_is_taken_again(settings: Settings, tmp_p
 def test_pools_ask_for_nodes_of_their_kind(settings: Settings, tmp_path: Path) -> None:
     """Two kinds of CPU nodes, and two kinds of GPU nodes, whose names Ray knows."""
     slow = replace(DEVICE_KINDS["cpu"], name="slow", devices_per_node=1)
-    fast = replace(slow, name="fast", flops=2 * slow.flops, memory_bandwidth=2 * slow.memory_bandwidth)
+    fast = replace(
+        slow, name="fast", flops=2 * slow.flops, memory_bandwidth=2 * slow.memory_bandwidth
+    )
     Cluster(groups=(NodeGroup(kind=slow, num_nodes=1), NodeGroup(kind=fast, num_nodes=1))).save(
         tmp_path / "cluster.json"
     )
-    on_both = ["placement=auto", f"plan.cluster={tmp_path / 'cluster.json'}", f"output_dir={tmp_path}"]
+    on_both = [
+        "placement=auto",
+        f"plan.cluster={tmp_path / 'cluster.json'}",
+        f"output_dir={tmp_path}",
+    ]
     config = settings("ppo", *on_both)
     plan = plan_of(config, prompts_of(config))
     with pytest.raises(
-        ValueError, match=r"nothing says which of Ray's nodes have slow; .*plan.node_resources=\[slow:slow\]"
+        ValueError,
+        match=r"nothing says which of Ray's nodes have slow; .*plan.node_resources=\[slow:slow\]",
     ):
         choose(plan)
-    plan = replace(plan, config=settings("ppo", *on_both, "plan.node_resources=[slow:old,fast:new]"))
+    plan = replace(
+        plan, config=settings("ppo", *on_both, "plan.node_resources=[slow:old,fast:new]")
+    )
     mapping = choose(plan)
     settled = apply_mapping(plan, mapping)
     assert {pool.kind for pool in mapping.pools} == {"slow", "fast"}

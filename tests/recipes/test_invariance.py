@@ -49,7 +49,9 @@ def samples() -> dict[str, tuple[Rows, dict[str, Numbers]]]:
 
 
 @pytest.mark.parametrize(
-    "combination", COMBINATIONS, ids=lambda case: f"{case.algorithm}-{case.engine}-{case.micro_batch_tokens}"
+    "combination",
+    COMBINATIONS,
+    ids=lambda case: f"{case.algorithm}-{case.engine}-{case.micro_batch_tokens}",
 )
 def test_the_step_does_not_depend_on_the_cut(
     combination: Combination,

@@ -61,8 +61,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         r"exactly one pool; .* \{'actor': \['a', 'b'\]\}",
     ),
     "a role in no pool": ([*POOLS, "pools.b.roles=[reward]"], r"\{'reference': \[\]\}"),
-    "an unknown role": ([*POOLS, "pools.b.roles=[reference,reward,judge]"], r"unknown roles \['judge'\]"),
-    "nothing to place": (["placement=auto", "runtime=local"], "one process: there is nothing to place"),
+    "an unknown role": (
+        [*POOLS, "pools.b.roles=[reference,reward,judge]"],
+        r"unknown roles \['judge'\]",
+    ),
+    "nothing to place": (
+        ["placement=auto", "runtime=local"],
+        "one process: there is nothing to place",
+    ),
     "pools with auto": (
         ["placement=auto", "pools.a.roles=[actor]"],
         r"pools \(a\) are set with placement=auto",
@@ -127,7 +133,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "deepspeed has no tensors": (
         ["num_devices=2", "critic.train.engine=deepspeed", "critic.train.tp=2"],
-        "critic: train.tp is 2, but engine deepspeed is data parallel only; set tp=1 or engine=threed",
+        (
+            "critic: train.tp is 2, but engine deepspeed is data parallel only; set tp=1 or "
+            "engine=threed"
+        ),
     ),
     "no such stage": (
         ["actor.train.engine=deepspeed", "actor.train.zero_stage=4"],
@@ -165,7 +174,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "another loss": (
         ["algorithm=gspo"],
-        "actor.loss.name is 'ppo_clip', but gspo is trained with gspo; set actor.loss.name=gspo, or run",
+        (
+            "actor.loss.name is 'ppo_clip', but gspo is trained with gspo; set "
+            "actor.loss.name=gspo, or run"
+        ),
     ),
     "a bound that nothing reads": (
         ["actor.loss.dual_clip=3", "actor.loss.name=gspo"],
@@ -173,8 +185,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a clip that nothing reads": (
         ["actor.loss.clip_high=0.3", "actor.loss.name=policy_gradient"],
-        "actor.loss.clip_high is 0.3, which nothing reads; set actor.loss.name to one of ppo_clip, gspo, "
-        "cispo, clip_cov, or leave it out",
+        "actor.loss.clip_high is 0.3, which nothing reads; set actor.loss.name to one of "
+        "ppo_clip, gspo, cispo, clip_cov, or leave it out",
     ),
     "text's weight without text": (
         ["actor.loss.pretraining_coefficient=2"],
@@ -247,8 +259,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "two ways to generate in one process": (
         [*JUDGED, "num_devices=2", "judge.generation.tp=2"],
-        r"judge.generation: judge \(tp2\) and actor \(dp2\) generate in pool main, in groups of other "
-        r"ranks; set tp and pp of judge.generation to those of actor.generation, or give judge a pool",
+        r"judge.generation: judge \(tp2\) and actor \(dp2\) generate in pool main, in groups of "
+        r"other ranks; set tp and pp of judge.generation to those of actor.generation, or give "
+        r"judge a pool",
     ),
     "a judge's heads": (
         [
@@ -263,20 +276,20 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a judge asked for what is not there": (
         [*JUDGED, "judge.template='{prompt} {response} {hint}'"],
-        "judge.template asks for hint, and a row has prompt, response, answer; correct the template, or "
-        "data.answer_column",
+        "judge.template asks for hint, and a row has prompt, response, answer; correct the "
+        "template, or data.answer_column",
     ),
     "a judge that writes, placed by the mapper": (
         [*JUDGED, "placement=auto", "num_devices=2"],
         (
-            r"the mapper plans steps that answer prompts, not a judge that writes \(judge.verdict=written\); "
-            r"use colocated or custom"
+            r"the mapper plans steps that answer prompts, not a judge that writes "
+            r"\(judge.verdict=written\); use colocated or custom"
         ),
     ),
     "two engines that fill a GPU": (
         [*JUDGED, "device=cuda"],
-        "pool main: actor.generation.gpu_memory_fraction=0.5, judge.generation.gpu_memory_fraction=0.5 take "
-        "all memory of a GPU; lower",
+        "pool main: actor.generation.gpu_memory_fraction=0.5, "
+        "judge.generation.gpu_memory_fraction=0.5 take all memory of a GPU; lower",
     ),
     "a judge that is put to sleep": (
         [*JUDGED, "judge.generation.release_during_training=true"],
@@ -300,13 +313,16 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "responses longer than the model": (
         ["actor.generation.sampling.max_response_tokens=256"],
-        "max_response_tokens is 256, which leaves no room for a prompt in 256 tokens .the limit of the model",
+        (
+            "max_response_tokens is 256, which leaves no room for a prompt in 256 tokens .the "
+            "limit of the model"
+        ),
     ),
     "prompts longer than the engine": (
         ["actor.generation.max_model_len=9", "actor.generation.sampling.max_response_tokens=8"],
         (
-            r"data.train: its longest prompt has \d+ tokens, and beside .*=8 there is room for 1 in 9 tokens "
-            r".actor.generation.max_model_len"
+            r"data.train: its longest prompt has \d+ tokens, and beside .*=8 there is room for 1 "
+            r"in 9 tokens .actor.generation.max_model_len"
         ),
     ),
     "no pass over the batch": (["actor.num_epochs=0"], "actor.num_epochs is 0; use at least 1"),
@@ -315,7 +331,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "loop.num_steps is 5 and loop.num_epochs is 2; set one of them, and the other to null",
     ),
     "no epoch": (["loop.num_epochs=0"], "loop.num_epochs is 0; use at least 1"),
-    "no checkpoint": (["loop.resume=/no/such"], "loop.resume is '/no/such', which is no checkpoint"),
+    "no checkpoint": (
+        ["loop.resume=/no/such"],
+        "loop.resume is '/no/such', which is no checkpoint",
+    ),
     "reward twice": (
         ["reward.model.path=x"],
         "reward: both function='tests.recipes.rewards:plain' and a model are set; choose one",
@@ -326,8 +345,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "a language model for a reward model": (
         ["reward.function=null", "reward.model.path=${model.path}"],
-        "reward: model.path is '.*': a language model without a score head, .* train one from it with python "
-        "-m recipes.reward_model",
+        "reward: model.path is '.*': a language model without a score head, .* train one from it "
+        "with python -m recipes.reward_model",
     ),
     "a negative learning rate": (
         ["critic.train.optimizer.learning_rate=-1"],
@@ -348,8 +367,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a reward that asks for what is not there": (
         ["reward.function=tests.recipes.rewards:of_a_hint"],
         (
-            r"does not fit the data \(missing a required argument: 'hint'\): it is called by keyword with "
-            r"prompt, response,"
+            r"does not fit the data \(missing a required argument: 'hint'\): it is called by "
+            r"keyword with prompt, response,"
         ),
     ),
     "no such module": (
@@ -374,8 +393,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told_with_field_value_and_fix(name: str, settings: Callable[..., RunConfig]) -> None:
-    """No dry run: what is not found before the start would start here, and fail the fixture's check."""
+def test_a_mistake_is_told_with_field_value_and_fix(
+    name: str, settings: Callable[..., RunConfig]
+) -> None:
+    """No dry run: what is not found before the start would start here, and fail the fixture's
+    check."""
     arguments, message = MISTAKES[name]
     with pytest.raises(ValueError, match=message):
         run(settings("ppo", *arguments))
@@ -395,8 +417,8 @@ def test_a_model_of_another_vocabulary_is_found_before_the_start(
     with pytest.raises(
         ValueError,
         match=(
-            r"teacher.model.path is '.*other', of another vocabulary than .*: '[56]' is token [56] there "
-            r"and token [56] here"
+            r"teacher.model.path is '.*other', of another vocabulary than .*: '[56]' is token "
+            r"[56] there and token [56] here"
         ),
     ):
         run(settings("distillation", f"teacher.model.path={tmp_path}/other"))
@@ -409,8 +431,8 @@ def test_a_model_with_less_room_than_the_policys_is_found_before_the_start(
     file = tmp_path / "other" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 12}))
     message = (
-        r"teacher.model.path is '.*other', whose limit is 12 tokens; the longest prompt of data.train has "
-        r"\d+ beside .*_tokens=8; lower"
+        r"teacher.model.path is '.*other', whose limit is 12 tokens; the longest prompt of "
+        r"data.train has \d+ beside .*_tokens=8; lower"
     )
     with pytest.raises(ValueError, match=message):
         run(settings("distillation", f"teacher.model.path={tmp_path}/other"))
@@ -432,23 +454,34 @@ def test_rows_longer_than_the_model_are_found_before_the_start(
             run(settings(recipe_name, f"data.train={tmp_path}/rows.jsonl"))
 
 
-def test_evaluation_asks_for_the_data_that_it_is_named_after(composed: Callable[..., DictConfig]) -> None:
+def test_evaluation_asks_for_the_data_that_it_is_named_after(
+    composed: Callable[..., DictConfig],
+) -> None:
     with pytest.raises(ValueError, match=r"^not set: data\.validation; give each as name=value$"):
         to_settings(composed("evaluate", ["model.path=x"]))
 
 
-def test_settings_of_a_model_that_the_recipe_has_not_are_told(settings: Callable[..., RunConfig]) -> None:
+def test_settings_of_a_model_that_the_recipe_has_not_are_told(
+    settings: Callable[..., RunConfig],
+) -> None:
     arguments = ["actor.train.tp=1", "policy.train.tp=1", "seed=1", "critic.seed=3"]
     told = list(unused_settings(arguments, settings("sft")))
     assert told == [
         f"{name}: nothing reads it, sft has no {name.partition('.')[0]} (its models: policy)"
         for name in (arguments[0], arguments[3])
     ]
-    assert list(unused_settings(["actor.generation.tp=1", "reward.function=x"], settings("evaluate"))) == []
+    assert (
+        list(unused_settings(["actor.generation.tp=1", "reward.function=x"], settings("evaluate")))
+        == []
+    )
 
 
-def test_everything_mandatory_that_is_missing_is_named_at_once(composed: Callable[..., DictConfig]) -> None:
-    with pytest.raises(ValueError, match=r"^not set: data\.train, model\.path; give each as name=value$"):
+def test_everything_mandatory_that_is_missing_is_named_at_once(
+    composed: Callable[..., DictConfig],
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"^not set: data\.train, model\.path; give each as name=value$"
+    ):
         to_settings(composed("ppo", []))
 
 
@@ -464,7 +497,8 @@ def test_everything_mandatory_that_is_missing_is_named_at_once(composed: Callabl
 )
 def test_an_unknown_setting_is_answered_with_the_nearest(argument: str, advice: str) -> None:
     with pytest.raises(
-        ValueError, match=f"^{argument}: there is no setting '{argument.partition('=')[0]}'; {advice}"
+        ValueError,
+        match=f"^{argument}: there is no setting '{argument.partition('=')[0]}'; {advice}",
     ):
         check_names(["seed=1", argument])
 
@@ -520,7 +554,9 @@ def test_a_step_that_cannot_work_ends_before_its_models_are_loaded(
     broken = AlgorithmEntry(__name__, "Forgetful", "PPOConfig", ALGORITHMS["ppo"].roles)
     config = settings("ppo", "model.path=/is/not/even/looked/at")
     monkeypatch.setitem(ALGORITHMS, "ppo", broken)
-    with pytest.raises(ValueError, match=r"critic\.update_critic reads returns, which no earlier call wrote"):
+    with pytest.raises(
+        ValueError, match=r"critic\.update_critic reads returns, which no earlier call wrote"
+    ):
         run(config)
 
 
@@ -528,7 +564,11 @@ def test_a_dry_run_says_what_would_run_where(
     settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
-        run(settings("ppo", "dry_run=true", "num_devices=4", "actor.train.tp=2", "actor.generation.tp=4"))
+        run(
+            settings(
+                "ppo", "dry_run=true", "num_devices=4", "actor.train.tp=2", "actor.generation.tp=4"
+            )
+        )
         is None
     )
     out = capsys.readouterr().out
@@ -552,7 +592,9 @@ def test_metrics_go_on_at_the_step_of_the_checkpoint(tmp_path: Path) -> None:
     for step in (2, 4):
         (store.begin(step) / "weights").touch()
         store.commit(step, {})
-    assert [start_step(resume, store) for resume in ("auto", "never", str(tmp_path / "step-00000002"))] == [
+    assert [
+        start_step(resume, store) for resume in ("auto", "never", str(tmp_path / "step-00000002"))
+    ] == [
         4,
         0,
         2,
@@ -567,9 +609,9 @@ def test_the_command_in_this_process(
     with pytest.raises(SystemExit) as exit:
         recipe("ppo")()
     assert exit.value.code == 2
-    assert (
-        capsys.readouterr().err
-        == "error: nonsense.setting=1: there is no setting 'nonsense.setting'; --settings lists them all\n"
+    assert capsys.readouterr().err == (
+        "error: nonsense.setting=1: there is no setting 'nonsense.setting'; --settings lists "
+        "them all\n"
     )
 
 

@@ -1,4 +1,5 @@
-"""Pages that explain terms and sources name what exists: sections, anchors, files, classes, settings."""
+"""Pages that explain terms and sources name what exists: sections, anchors, files, classes,
+settings."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def anchors(page: Path) -> set[str]:
 
 
 def test_sections_of_the_paper_that_the_code_cites_exist() -> None:
-    sections = set(re.findall(r"^## (\d)\. ", (ROOT / "docs" / "paper.md").read_text(), re.MULTILINE))
+    sections = set(
+        re.findall(r"^## (\d)\. ", (ROOT / "docs" / "paper.md").read_text(), re.MULTILINE)
+    )
     cited: list[str] = []
     for path in sources():
         cited.extend(re.findall(r"docs/paper\.md\s+section\s+(\d)", path.read_text()))
@@ -73,7 +76,11 @@ def test_defaults_that_differ_from_other_systems(composed: Callable[..., DictCon
     assert (ppo.actor.loss.dual_clip, ppo.critic.loss.clip) == (0.0, 0.2)
     assert ppo.actor.loss.rollout_correction.correction.name == "none"
     optimizer = ppo.actor.train.optimizer
-    assert (optimizer.schedule.name, optimizer.beta2, optimizer.weight_decay) == ("constant", 0.95, 0.0)
+    assert (optimizer.schedule.name, optimizer.beta2, optimizer.weight_decay) == (
+        "constant",
+        0.95,
+        0.0,
+    )
     assert ppo.actor.generation.enforce_eager
     assert not ppo.actor.train.activation_checkpointing
     assert (ppo.loop.checkpoint_every, ppo.loop.resume) == (0, "auto")
@@ -82,7 +89,9 @@ def test_defaults_that_differ_from_other_systems(composed: Callable[..., DictCon
 def test_what_the_glossary_names_exists() -> None:
     """Every row's file, and every class, function or constant in it; terms are unique."""
     text = (ROOT / "docs" / "glossary.md").read_text()
-    rows = re.findall(r"^\| \*\*(.+?)\*\* \| .* \| \[(.+?)\]\(\.\./(.+?)\): (.+) \|$", text, re.MULTILINE)
+    rows = re.findall(
+        r"^\| \*\*(.+?)\*\* \| .* \| \[(.+?)\]\(\.\./(.+?)\): (.+) \|$", text, re.MULTILINE
+    )
     assert len(rows) >= 50
     assert len({term for term, *_ in rows}) == len(rows)
     for term, file, link, names in rows:

@@ -1,5 +1,5 @@
-"""Reward functions at their edges: what a bad one does is an error with its name and the row, never a reward
-of 0."""
+"""Reward functions at their edges: what a bad one does is an error with its name and the row,
+never a reward of 0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ HERE = "tests.recipes.rewards"
 
 
 def row(response: str = "good", **columns: Any) -> dict[str, Any]:
-    return {"prompt": "2 + 2 =", "response": response, "finish_reason": "stop", "answer": "4", **columns}
+    return {
+        "prompt": "2 + 2 =",
+        "response": response,
+        "finish_reason": "stop",
+        "answer": "4",
+        **columns,
+    }
 
 
 def test_a_number_or_a_dict_is_taken() -> None:
@@ -28,7 +34,10 @@ def test_a_number_or_a_dict_is_taken() -> None:
     [
         ("tests.recipes.rewards.plain", "write it as package.module:name"),
         (f"{HERE}:", "write it as package.module:name"),
-        ("no.such.module:f", "module 'no.such.module' can't be imported .* importable on every node"),
+        (
+            "no.such.module:f",
+            "module 'no.such.module' can't be imported .* importable on every node",
+        ),
         (f"{HERE}:mistyped", "tests.recipes.rewards has no 'mistyped'"),
         (f"{HERE}:not_callable", "is a int, not a function"),
         (f"{HERE}:no_columns", r"takes no finish_reason; let it end in \*\*columns"),
@@ -50,7 +59,11 @@ def test_what_it_raises_comes_with_the_row() -> None:
 @pytest.mark.parametrize(
     ("name", "response", "message"),
     [
-        ("not_a_number", "bad", "returned reward=nan on prompt .*response 'bad'; return finite numbers"),
+        (
+            "not_a_number",
+            "bad",
+            "returned reward=nan on prompt .*response 'bad'; return finite numbers",
+        ),
         ("infinite_detail", "x", "returned ratio=inf"),
         ("nothing", "x", "returned reward=None"),
         ("text", "x", "returned reward='1.0'"),
@@ -60,7 +73,8 @@ def test_what_it_raises_comes_with_the_row() -> None:
 def test_what_is_no_finite_number_stops_the_run(name: str, response: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         score_rows(
-            f"{HERE}:{name}", [row("good") if name == "not_a_number" else row(response), row(response)]
+            f"{HERE}:{name}",
+            [row("good") if name == "not_a_number" else row(response), row(response)],
         )
 
 

@@ -43,7 +43,9 @@ def test_samples_are_what_the_reward_function_saw(
 ) -> None:
     assert recipe in yaml_files()
     monkeypatch.setenv("RECORD", str(tmp_path / "record.jsonl"))
-    data = next(setting for setting in required if setting.startswith("data.train")).partition("=")[2]
+    data = next(setting for setting in required if setting.startswith("data.train")).partition("=")[
+        2
+    ]
     settings = [*required, *COMMON, f"data.validation={data}", f"output_dir={tmp_path / 'out'}"]
     if recipe == "dapo":
         settings += ["algorithm.samples_per_prompt=2", "algorithm.max_rounds=2"]
@@ -56,7 +58,10 @@ def test_samples_are_what_the_reward_function_saw(
     counts = [(row["step"], row["split"]) for row in samples]
     assert (
         counts
-        == [(0, "validation")] * 3 + [(1, "validation")] * 3 + [(2, "train")] * 2 + [(2, "validation")] * 3
+        == [(0, "validation")] * 3
+        + [(1, "validation")] * 3
+        + [(2, "train")] * 2
+        + [(2, "validation")] * 3
     )
     for sample in samples:
         text = texts[sample["uid"] % len(texts)].replace(" ", "")

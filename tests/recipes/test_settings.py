@@ -1,5 +1,5 @@
-"""Every recipe composes to plain dataclasses of the right types, and one setting reaches every role that
-depends on it."""
+"""Every recipe composes to plain dataclasses of the right types, and one setting reaches every
+role that depends on it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def check_plain(value: Any, name: str) -> None:
         for key, element in value.items():
             check_plain(element, f"{name}.{key}")
     else:
-        assert isinstance(value, PLAIN) and "${" not in str(value) and value != "???", f"{name} is {value!r}"
+        assert isinstance(value, PLAIN) and "${" not in str(value) and value != "???", (
+            f"{name} is {value!r}"
+        )
 
 
 @pytest.mark.parametrize("recipe", yaml_files())
@@ -52,7 +54,9 @@ def test_every_recipe_becomes_plain_dataclasses_and_passes_its_own_checks(
     config = settings(recipe, *kl)
     check_plain(config, recipe)
     assert type(config) is RunConfig
-    assert type(config.algorithm) is ENTRIES[recipe].load_config(), "the algorithm's own class, not its base"
+    assert type(config.algorithm) is ENTRIES[recipe].load_config(), (
+        "the algorithm's own class, not its base"
+    )
     for field in fields(RunConfig):
         assert (
             type(getattr(config, field.name)) is type(getattr(RunConfig(), field.name))
@@ -75,11 +79,16 @@ def test_the_quickstarts_settings_are_settings(
 
 
 def test_the_algorithms_own_fields_can_be_set(settings: Callable[..., RunConfig]) -> None:
-    """A schema's defaults list in the wrong order would give the base class and drop them silently."""
+    """A schema's defaults list in the wrong order would give the base class and drop them
+    silently."""
     config = settings(
         "ppo", "algorithm.lam=0.9", "algorithm.kl.coefficient=0.2", "algorithm.num_mini_batches=4"
     )
-    assert (config.algorithm.lam, config.algorithm.kl.coefficient, config.algorithm.num_mini_batches) == (
+    assert (
+        config.algorithm.lam,
+        config.algorithm.kl.coefficient,
+        config.algorithm.num_mini_batches,
+    ) == (
         0.9,
         0.2,
         4,
@@ -108,8 +117,8 @@ def test_one_setting_reaches_every_role(settings: Callable[..., RunConfig]) -> N
 
 
 def test_a_schedule_ends_with_the_run(settings: Callable[..., RunConfig]) -> None:
-    """Optimizer steps: steps x passes x mini-batches, without the updates that a critic's warm-up leaves
-    out."""
+    """Optimizer steps: steps x passes x mini-batches, without the updates that a critic's
+    warm-up leaves out."""
     cosine = [f"{role}.train.optimizer.schedule=cosine" for role in ("actor", "critic", "policy")]
     config = settings(
         "ppo",
@@ -129,7 +138,16 @@ def test_a_schedule_ends_with_the_run(settings: Callable[..., RunConfig]) -> Non
 
 def test_one_seed_reaches_everything_random(settings: Callable[..., RunConfig]) -> None:
     config = settings("ppo", "seed=5")
-    followers = ("actor", "critic", "cost_critic", "reward_model", "policy", "judge", "algorithm", "data")
+    followers = (
+        "actor",
+        "critic",
+        "cost_critic",
+        "reward_model",
+        "policy",
+        "judge",
+        "algorithm",
+        "data",
+    )
     assert {name: vars(config)[name].seed for name in followers} == dict.fromkeys(followers, 5)
     for name in followers:
         apart = settings("ppo", "seed=5", f"{name}.seed=7")
@@ -151,7 +169,10 @@ def test_settings_survive_being_written_beside_the_run(
     assert OmegaConf.to_container(written) == OmegaConf.to_container(
         OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))
     )
-    assert written.pools.a.roles == ["actor"] and written.data.validation == ["a.parquet", "b.parquet"]
+    assert written.pools.a.roles == ["actor"] and written.data.validation == [
+        "a.parquet",
+        "b.parquet",
+    ]
 
 
 def test_pools_by_command_line(settings: Callable[..., RunConfig]) -> None:
@@ -168,9 +189,9 @@ def test_pools_by_command_line(settings: Callable[..., RunConfig]) -> None:
         "critic": "values",
         "reward": "values",
     }
-    assert place(settings("ppo", "runtime=local", "placement=custom", *pools)).pool_sizes == {"main": 1}, (
-        "one process has one pool"
-    )
+    assert place(settings("ppo", "runtime=local", "placement=custom", *pools)).pool_sizes == {
+        "main": 1
+    }, "one process has one pool"
 
 
 def test_generation_in_a_pool_of_its_own(settings: Callable[..., RunConfig]) -> None:
@@ -180,7 +201,11 @@ def test_generation_in_a_pool_of_its_own(settings: Callable[..., RunConfig]) -> 
         "pools.samples.num_devices=4",
     ]
     config = settings(
-        "ppo", "placement=custom", *pools, "pools.samples.roles=[generation]", "actor.generation.tp=2"
+        "ppo",
+        "placement=custom",
+        *pools,
+        "pools.samples.roles=[generation]",
+        "actor.generation.tp=2",
     )
     placement = place(config)
     roles = {role.name: role for role in placement.roles}
@@ -197,7 +222,11 @@ def test_generation_in_a_pool_of_its_own(settings: Callable[..., RunConfig]) -> 
     with pytest.raises(ValueError, match="does not divide the 4 devices of generation's pool"):
         place(
             settings(
-                "ppo", "placement=custom", *pools, "pools.samples.roles=[generation]", "actor.generation.tp=3"
+                "ppo",
+                "placement=custom",
+                *pools,
+                "pools.samples.roles=[generation]",
+                "actor.generation.tp=3",
             )
         )
 
@@ -218,7 +247,9 @@ def test_the_reward_is_a_function_or_a_model(
 
 def settings_worker(composed: Callable[..., DictConfig], arguments: list[str]) -> type:
     return next(
-        role.worker for role in place(to_settings(composed("ppo", arguments))).roles if role.name == "reward"
+        role.worker
+        for role in place(to_settings(composed("ppo", arguments))).roles
+        if role.name == "reward"
     )
 
 

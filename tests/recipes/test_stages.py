@@ -1,5 +1,5 @@
-"""The stages before reinforcement learning, in this process: they learn, and their numbers are those of plain
-transformers."""
+"""The stages before reinforcement learning, in this process: they learn, and their numbers are
+those of plain transformers."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def train(composed: Callable[..., DictConfig], model: Path, tmp_path: Path) -> Callable[..., Any]:
-    """train("sft", rows, "policy.train...=..."): runs the recipe; (outcome, rows of metrics.jsonl, Hugging
-    Face directory)."""
+    """train("sft", rows, "policy.train...=..."): runs the recipe; (outcome, rows of
+    metrics.jsonl, Hugging Face directory)."""
 
     def stage(recipe: str, rows: list[dict[str, Any]], *arguments: str) -> Any:
         data = tmp_path / "rows.jsonl"
@@ -114,16 +114,22 @@ def log_prob(directory: Path, prompt: str, response: str) -> Tensor:
 def labels_loss(directory: Path, rows: list[dict[str, Any]]) -> float:
     """transformers' own loss on one padded batch, prompts and padding ignored."""
     lm = AutoModelForCausalLM.from_pretrained(directory)
-    encoded = [(tokens(directory, row["prompt"]), [*tokens(directory, row["response"]), EOS]) for row in rows]
+    encoded = [
+        (tokens(directory, row["prompt"]), [*tokens(directory, row["response"]), EOS])
+        for row in rows
+    ]
     width = max(len(asked) + len(answered) for asked, answered in encoded)
-    ids, labels = torch.zeros(len(rows), width, dtype=torch.int64), torch.full((len(rows), width), -100)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    labels = torch.full((len(rows), width), -100)
     for row, (asked, answered) in enumerate(encoded):
         ids[row, : len(asked) + len(answered)] = torch.tensor(asked + answered)
         labels[row, len(asked) : len(asked) + len(answered)] = torch.tensor(answered)
     return float(lm(input_ids=ids, labels=labels).loss)
 
 
-def test_sft_learns_and_its_loss_is_that_of_transformers(train: Callable[..., Any], model: Path) -> None:
+def test_sft_learns_and_its_loss_is_that_of_transformers(
+    train: Callable[..., Any], model: Path
+) -> None:
     rows = demonstrations()
     outcome, metrics, saved = train("sft", rows, "algorithm.num_mini_batches=1")
     first = labels_loss(model, rows)
@@ -159,7 +165,9 @@ def test_conversations_learn_the_assistants_turns_only(
     ids = torch.tensor([[8, 3, 4, 1, 9, 4, 3, 1, 8, 5, 1, 9, 5, 5, 1]])
     labels = torch.where(torch.tensor([[0] * 5 + [1] * 3 + [0] * 4 + [1] * 3]).bool(), ids, -100)
     with torch.no_grad():
-        expected = float(AutoModelForCausalLM.from_pretrained(model)(input_ids=ids, labels=labels).loss)
+        expected = float(
+            AutoModelForCausalLM.from_pretrained(model)(input_ids=ids, labels=labels).loss
+        )
     assert metrics[0]["loss"] == pytest.approx(expected, rel=1e-5) and metrics[1][
         "policy/nll"
     ] == pytest.approx(expected, rel=1e-5)
@@ -167,18 +175,25 @@ def test_conversations_learn_the_assistants_turns_only(
 
 def test_dpo_is_its_closed_form(train: Callable[..., Any], model: Path) -> None:
     rows = pairs()
-    outcome, metrics, saved = train("dpo", rows, "algorithm.loss.beta=0.3", "algorithm.num_mini_batches=2")
-    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "policy and reference are one"
+    outcome, metrics, saved = train(
+        "dpo", rows, "algorithm.loss.beta=0.3", "algorithm.num_mini_batches=2"
+    )
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), (
+        "policy and reference are one"
+    )
     margins = []
     for row in rows:
         gain = {
-            kind: log_prob(saved, row["prompt"], row[kind]) - log_prob(model, row["prompt"], row[kind])
+            kind: log_prob(saved, row["prompt"], row[kind])
+            - log_prob(model, row["prompt"], row[kind])
             for kind in ("chosen", "rejected")
         }
         margins.append(0.3 * (gain["chosen"] - gain["rejected"]))
     margin = torch.stack(margins)
     assert outcome.validation_after["margin"] == pytest.approx(float(margin.mean()), rel=1e-4)
-    assert outcome.validation_after["loss"] == pytest.approx(float(-F.logsigmoid(margin).mean()), rel=1e-4)
+    assert outcome.validation_after["loss"] == pytest.approx(
+        float(-F.logsigmoid(margin).mean()), rel=1e-4
+    )
     assert outcome.validation_after["accuracy"] == 1.0 and outcome.validation_after["loss"] < 0.3
 
 
@@ -194,7 +209,9 @@ def test_reward_and_cost_models_are_what_transformers_loads(
             [
                 float(
                     scorer(
-                        torch.tensor([[*tokens(saved, row["prompt"]), *tokens(saved, row[kind]), EOS]])
+                        torch.tensor(
+                            [[*tokens(saved, row["prompt"]), *tokens(saved, row[kind]), EOS]]
+                        )
                     ).logits
                 )
                 for kind in row
@@ -204,8 +221,12 @@ def test_reward_and_cost_models_are_what_transformers_loads(
         ]
     margin = sign * torch.tensor([chosen - rejected for chosen, rejected in scores]).double()
     assert outcome.validation_after["margin"] == pytest.approx(float(margin.mean()), rel=1e-4)
-    assert outcome.validation_after["loss"] == pytest.approx(float(-F.logsigmoid(margin).mean()), rel=1e-4)
-    assert outcome.validation_after["accuracy"] == 1.0 and outcome.validation_before["accuracy"] < 1.0
+    assert outcome.validation_after["loss"] == pytest.approx(
+        float(-F.logsigmoid(margin).mean()), rel=1e-4
+    )
+    assert (
+        outcome.validation_after["accuracy"] == 1.0 and outcome.validation_before["accuracy"] < 1.0
+    )
     if recipe == "cost_model":
         assert outcome.validation_after["sign_accuracy"] == 1.0
 

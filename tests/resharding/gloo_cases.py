@@ -1,5 +1,5 @@
-"""What four gloo processes do once for test_gloo.py: every pair of layouts, the golden executor beside it,
-faults, two pools."""
+"""What four gloo processes do once for test_gloo.py: every pair of layouts, the golden executor
+beside it, faults, two pools."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from hybridflow.resharding.grouping import fewest_bytes, vanilla
 from tests.resharding.simulated import allocate, assert_holds, full_tensors
 
 NUM_RANKS = 4
-RULES = decoder_rules(num_layers=2, hidden=128, intermediate=384, num_heads=4, num_kv_heads=2, vocab=1000)
+RULES = decoder_rules(
+    num_layers=2, hidden=128, intermediate=384, num_heads=4, num_kv_heads=2, vocab=1000
+)
 BUCKET_BYTES = 1 << 16
 SOURCES = {
     "2-2-1": threed(RULES, Layout.of(pp=2, tp=2)).with_dtype("float32"),
@@ -37,9 +39,14 @@ SOURCES = {
 
 def run(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/world", rank=rank, world_size=NUM_RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{directory}/world", rank=rank, world_size=NUM_RANKS
+    )
     results = {
-        name: {f"{pp}-{tp}": layouts(source, pp, tp, rank) for pp, tp in ((1, 1), (1, 2), (1, 4), (2, 2))}
+        name: {
+            f"{pp}-{tp}": layouts(source, pp, tp, rank)
+            for pp, tp in ((1, 1), (1, 2), (1, 4), (2, 2))
+        }
         for name, source in SOURCES.items()
     }
     results |= {"faults": faults(rank), "pools": pools(rank)}
@@ -48,10 +55,12 @@ def run(rank: int, directory: str) -> None:
 
 
 def layouts(source: ShardMap, pp: int, tp: int, rank: int) -> dict[str, int]:
-    """Twice through the same executor with changing weights, each time equal to gather-and-slice, to the
-    golden executor, and attested."""
+    """Twice through the same executor with changing weights, each time equal to
+    gather-and-slice, to the golden executor, and attested."""
     sources = allocate(source, full_tensors(source), only=rank)[0]
-    grouping = fewest_bytes(source, generation(RULES, vanilla(NUM_RANKS, tp=tp, pp=pp)), tp=tp, pp=pp)
+    grouping = fewest_bytes(
+        source, generation(RULES, vanilla(NUM_RANKS, tp=tp, pp=pp)), tp=tp, pp=pp
+    )
     wanted = generation(RULES, grouping)
     ours, golden = allocate(wanted, only=rank)[0], allocate(wanted, only=rank)[0]
     gathered, target = ShardMap.gather(sources), ShardMap.gather(ours)
@@ -89,7 +98,10 @@ def refill(parameters: list[LocalParameter], full: dict[str, torch.Tensor]) -> N
         for shard in parameter.shards:
             shard.tensor.copy_(
                 full[parameter.name][
-                    tuple(slice(a, a + n) for a, n in zip(shard.box.start, shard.box.shape, strict=True))
+                    tuple(
+                        slice(a, a + n)
+                        for a, n in zip(shard.box.start, shard.box.shape, strict=True)
+                    )
                 ]
             )
 
@@ -97,10 +109,8 @@ def refill(parameters: list[LocalParameter], full: dict[str, torch.Tensor]) -> N
 def faults(rank: int) -> str:
     """One bit on rank 2 flips after the sync: every rank raises and names it."""
     source, target = SOURCES["fsdp-4"], generation(RULES, vanilla(NUM_RANKS, tp=2))
-    sources, held = (
-        allocate(source, full_tensors(source), only=rank)[0],
-        allocate(target, full_tensors(source), only=rank)[0],
-    )
+    sources = allocate(source, full_tensors(source), only=rank)[0]
+    held = allocate(target, full_tensors(source), only=rank)[0]
     attestor = Attestor(source, sources, target, held)
     attestor.run()
     if rank == 2:
@@ -113,14 +123,16 @@ def faults(rank: int) -> str:
 
 
 def pools(rank: int) -> int:
-    """Ranks 0, 1 train, ranks 2, 3 generate with tp=2; one group spans both pools; each side only knows its
-    own parameters."""
+    """Ranks 0, 1 train, ranks 2, 3 generate with tp=2; one group spans both pools; each side
+    only knows its own parameters."""
     training = fsdp(RULES, 2).relabel([0, 1], NUM_RANKS)
     target = generation(RULES, vanilla(2, tp=2)).relabel([2, 3], NUM_RANKS)
     full = full_tensors(training)
     sources = allocate(training, full, only=rank)[0] if rank < 2 else []
     destinations = allocate(target, only=rank)[0] if rank >= 2 else []
-    plan = compile(ShardMap.gather(sources), ShardMap.gather(destinations), bucket_bytes=BUCKET_BYTES)
+    plan = compile(
+        ShardMap.gather(sources), ShardMap.gather(destinations), bucket_bytes=BUCKET_BYTES
+    )
     verify(plan)
     report = Executor(plan, sources, destinations).run()
     assert_holds([destinations], full)

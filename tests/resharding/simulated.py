@@ -1,5 +1,5 @@
-"""Ranks as threads of one process, joined by queues: the transport of the tests. And memory for a shard
-map."""
+"""Ranks as threads of one process, joined by queues: the transport of the tests. And memory for
+a shard map."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ class QueueTransport:
 
 
 def run_in_threads(
-    plan: ReshardingPlan, sources: list[list[LocalParameter]], destinations: list[list[LocalParameter]]
+    plan: ReshardingPlan,
+    sources: list[list[LocalParameter]],
+    destinations: list[list[LocalParameter]],
 ) -> list[ExecutionReport]:
     """Execute the plan with one thread per rank."""
     queues: dict[tuple[int, int], SimpleQueue] = defaultdict(SimpleQueue)
@@ -50,7 +52,9 @@ def run_in_threads(
         queues[pair]
 
     def one(rank: int) -> ExecutionReport:
-        return Executor(plan, sources[rank], destinations[rank], transport=QueueTransport(rank, queues)).run()
+        return Executor(
+            plan, sources[rank], destinations[rank], transport=QueueTransport(rank, queues)
+        ).run()
 
     with ThreadPoolExecutor(plan.num_ranks) as pool:
         return list(pool.map(one, range(plan.num_ranks)))
@@ -89,11 +93,15 @@ def allocate(
                 if full is not None:
                     tensor.copy_(
                         full[spec.name][
-                            tuple(slice(a, a + n) for a, n in zip(box.start, box.shape, strict=True))
+                            tuple(
+                                slice(a, a + n) for a, n in zip(box.start, box.shape, strict=True)
+                            )
                         ]
                     )
                 shards.append(LocalShard(box, tensor))
-            parameters.append(LocalParameter(spec.name, spec.shape, DTYPES[spec.dtype], tuple(shards)))
+            parameters.append(
+                LocalParameter(spec.name, spec.shape, DTYPES[spec.dtype], tuple(shards))
+            )
         ranks.append(parameters)
     return ranks
 
@@ -104,7 +112,10 @@ def assert_holds(held: list[list[LocalParameter]], full: dict[str, torch.Tensor]
         for parameter in parameters:
             for shard in parameter.shards:
                 expected = full[parameter.name][
-                    tuple(slice(a, a + n) for a, n in zip(shard.box.start, shard.box.shape, strict=True))
+                    tuple(
+                        slice(a, a + n)
+                        for a, n in zip(shard.box.start, shard.box.shape, strict=True)
+                    )
                 ]
                 expected = expected.to(parameter.dtype)
                 same = np.array_equal(_bits(shard.tensor), _bits(expected))

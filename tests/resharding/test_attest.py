@@ -23,7 +23,9 @@ from hybridflow.resharding.digest import block_words
 from hybridflow.resharding.grouping import zero_redundancy
 from tests.resharding.simulated import allocate, full_tensors, run_in_threads
 
-RULES = decoder_rules(num_layers=2, hidden=32, intermediate=48, num_heads=4, num_kv_heads=4, vocab=128)
+RULES = decoder_rules(
+    num_layers=2, hidden=32, intermediate=48, num_heads=4, num_kv_heads=4, vocab=128
+)
 LAYOUT = Layout.of(pp=2, tp=2, dp=2)
 Q = "model.layers.0.self_attn.q_proj.weight"
 Memory = list[list[LocalParameter]]
@@ -32,7 +34,9 @@ Memory = list[list[LocalParameter]]
 @pytest.fixture(scope="module")
 def maps() -> tuple[ShardMap, ShardMap]:
     """fp32 training 2-2-2 to bf16 generation with tp=2."""
-    return threed(RULES, LAYOUT).with_dtype("float32"), generation(RULES, zero_redundancy(LAYOUT, tp=2))
+    return threed(RULES, LAYOUT).with_dtype("float32"), generation(
+        RULES, zero_redundancy(LAYOUT, tp=2)
+    )
 
 
 @pytest.fixture
@@ -43,7 +47,9 @@ def synced(maps: tuple[ShardMap, ShardMap]) -> tuple[Memory, Memory]:
     return sources, destinations
 
 
-def attest_all(maps: tuple[ShardMap, ShardMap], sources: Memory, destinations: Memory) -> dict[str, int]:
+def attest_all(
+    maps: tuple[ShardMap, ShardMap], sources: Memory, destinations: Memory
+) -> dict[str, int]:
     source, target = (Parts.of(one) for one in maps)
     dtypes = {spec.name: spec.dtype for spec in maps[1].parameters}
     have = np.stack([source.digests(memory, rank, dtypes) for rank, memory in enumerate(sources)])
@@ -67,7 +73,9 @@ def test_one_flipped_bit_names_parameter_and_rank(
         attest_all(maps, *synced)
 
 
-def test_every_single_bit_counts(maps: tuple[ShardMap, ShardMap], synced: tuple[Memory, Memory]) -> None:
+def test_every_single_bit_counts(
+    maps: tuple[ShardMap, ShardMap], synced: tuple[Memory, Memory]
+) -> None:
     target = Parts.of(maps[1])
     clean = target.digests(synced[1][0], 0)
     for name in ("model.norm.weight", Q, "lm_head.weight"):
@@ -80,8 +88,8 @@ def test_every_single_bit_counts(maps: tuple[ShardMap, ShardMap], synced: tuple[
 
 
 def test_a_flipped_bit_in_a_block_of_words() -> None:
-    """Wide rows are summed in blocks that share a weight: every bit still counts, and boxes that changed
-    places do."""
+    """Wide rows are summed in blocks that share a weight: every bit still counts, and boxes
+    that changed places do."""
     spec = ParameterSpec("w", (6, 1000), "bfloat16")
     source = ShardMap.of([spec], {0: [("w", Box((0, 0), (6, 1000)))]}, num_ranks=1)
     parts, full = Parts.of(source), torch.randn(6, 1000).bfloat16()
@@ -93,7 +101,11 @@ def test_a_flipped_bit_in_a_block_of_words() -> None:
     )
 
     def digest() -> int:
-        memory = [LocalParameter("w", (6, 1000), torch.bfloat16, (LocalShard(Box((0, 0), (6, 1000)), full),))]
+        memory = [
+            LocalParameter(
+                "w", (6, 1000), torch.bfloat16, (LocalShard(Box((0, 0), (6, 1000)), full),)
+            )
+        ]
         return int(parts.digests(memory, 0, None, {"w": 32})[0])
 
     clean, bits = digest(), full.view(torch.int16)
@@ -106,7 +118,8 @@ def test_a_flipped_bit_in_a_block_of_words() -> None:
 
 
 def test_swapped_shards(maps: tuple[ShardMap, ShardMap], synced: tuple[Memory, Memory]) -> None:
-    """All replicas got the two tensor parts the wrong way round: equal among themselves, wrong together."""
+    """All replicas got the two tensor parts the wrong way round: equal among themselves, wrong
+    together."""
     parts = maps[1].rank[maps[1].rows(0)]
     assert len(parts) == 8
     groups = zero_redundancy(LAYOUT, tp=2).tensor_groups
@@ -121,7 +134,9 @@ def test_swapped_shards(maps: tuple[ShardMap, ShardMap], synced: tuple[Memory, M
         attest_all(maps, *synced)
 
 
-def test_rows_in_the_wrong_order(maps: tuple[ShardMap, ShardMap], synced: tuple[Memory, Memory]) -> None:
+def test_rows_in_the_wrong_order(
+    maps: tuple[ShardMap, ShardMap], synced: tuple[Memory, Memory]
+) -> None:
     for rank in range(8):
         shard(synced[1], rank, Q).copy_(shard(synced[1], rank, Q).flip(0))
     with pytest.raises(AttestationError, match=Q):
@@ -146,6 +161,7 @@ def test_training_replicas_that_drifted_apart(
 ) -> None:
     shard(synced[0], 6, "model.norm.weight").mul_(1.5)
     with pytest.raises(
-        AttestationError, match=r"model.norm.weight .*training ranks \[6\] differ from ranks \[2, 3, 7\]"
+        AttestationError,
+        match=r"model.norm.weight .*training ranks \[6\] differ from ranks \[2, 3, 7\]",
     ):
         attest_all(maps, *synced)

@@ -1,5 +1,5 @@
-"""What compile promises and refuses, that verify sees through wrong plans, the cache, ranges of flat
-parameters, zero copy."""
+"""What compile promises and refuses, that verify sees through wrong plans, the cache, ranges of
+flat parameters, zero copy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from hybridflow.resharding.cache import compile_cached
 from hybridflow.resharding.grouping import fewest_bytes, vanilla, zero_redundancy
 from tests.resharding.simulated import allocate, assert_holds, full_tensors, run_in_threads
 
-RULES = decoder_rules(num_layers=4, hidden=64, intermediate=96, num_heads=4, num_kv_heads=2, vocab=200)
+RULES = decoder_rules(
+    num_layers=4, hidden=64, intermediate=96, num_heads=4, num_kv_heads=2, vocab=200
+)
 W = ParameterSpec("w", (8, 4), "float32")
 WHOLE = ("w", Box((0, 0), (8, 4)))
 
@@ -46,12 +48,18 @@ def make_plan(bucket_bytes: int = 1 << 14, nodes: list[int] | None = None) -> Re
 
 
 @pytest.mark.parametrize(
-    "source", [threed(RULES, Layout.of(pp=2, tp=2, dp=2)), fsdp(RULES, 8), fsdp(RULES, 8, 4), zero3(RULES, 8)]
+    "source",
+    [
+        threed(RULES, Layout.of(pp=2, tp=2, dp=2)),
+        fsdp(RULES, 8),
+        fsdp(RULES, 8, 4),
+        zero3(RULES, 8),
+    ],
 )
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2)])
 def test_every_layout_to_every_layout(source: ShardMap, tp: int, pp: int) -> None:
-    """Padded vocabulary, replicated key-value heads, flat ranges: bit for bit, at the lower bound, in small
-    buckets."""
+    """Padded vocabulary, replicated key-value heads, flat ranges: bit for bit, at the lower
+    bound, in small buckets."""
     if tp == 8:
         source = _replace_rules(source)
     rules = RULES if tp < 8 else EIGHT_HEADS
@@ -66,7 +74,9 @@ def test_every_layout_to_every_layout(source: ShardMap, tp: int, pp: int) -> Non
     assert max(report.staging_bytes for report in reports) <= 2 << 13
 
 
-EIGHT_HEADS = decoder_rules(num_layers=4, hidden=64, intermediate=96, num_heads=8, num_kv_heads=2, vocab=200)
+EIGHT_HEADS = decoder_rules(
+    num_layers=4, hidden=64, intermediate=96, num_heads=8, num_kv_heads=2, vocab=200
+)
 
 
 def _replace_rules(source: ShardMap) -> ShardMap:
@@ -93,12 +103,19 @@ def test_senders_of_replicas_are_balanced_and_near() -> None:
     assert certificate.sent_max - plan.bytes_sent.min() <= plan.bucket_bytes
     everywhere = ShardMap.of([W], {0: [WHOLE], 1: [WHOLE]}, num_ranks=6)
     wanted = ShardMap.of([W], {rank: [WHOLE] for rank in range(6)}, num_ranks=6)
-    assert compile(everywhere, wanted, bucket_bytes=256).bytes_sent.tolist() == [256, 256, 0, 0, 0, 0]
+    assert compile(everywhere, wanted, bucket_bytes=256).bytes_sent.tolist() == [
+        256,
+        256,
+        0,
+        0,
+        0,
+        0,
+    ]
 
 
 def test_two_pools_in_one_rank_space() -> None:
-    """Actor trains on ranks 0..3 of a group, generates on ranks 4..7: point to point, from shards to
-    shards."""
+    """Actor trains on ranks 0..3 of a group, generates on ranks 4..7: point to point, from
+    shards to shards."""
     training = threed(RULES, Layout.of(pp=2, tp=2)).relabel(range(4), 8)
     target = generation(RULES, vanilla(4, tp=2)).relabel([4, 5, 6, 7], 8)
     plan, full, destinations = compile(training, target), full_tensors(training), allocate(target)
@@ -131,7 +148,11 @@ def test_coinciding_shards_are_not_copied() -> None:
     ("source", "target", "message"),
     [
         ({0: [WHOLE]}, {}, "w: no target rank wants it"),
-        ({0: [("w", Box((0, 0), (7, 4)))]}, {1: [WHOLE]}, "w: target rank 1 wants .* do not hold all"),
+        (
+            {0: [("w", Box((0, 0), (7, 4)))]},
+            {1: [WHOLE]},
+            "w: target rank 1 wants .* do not hold all",
+        ),
         ({0: [WHOLE]}, {1: [WHOLE, ("w", Box((2, 0), (1, 4)))]}, "w: boxes of rank 1 overlap"),
         ({0: [WHOLE]}, {1: [("w", Box((5, 0), (4, 4)))]}, "does not lie in its shape"),
         ({2: [WHOLE]}, {1: [WHOLE]}, "rank 2 is outside 0..1"),
@@ -140,7 +161,9 @@ def test_coinciding_shards_are_not_copied() -> None:
 def test_bad_maps_are_refused_by_name(source: dict, target: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         compile(
-            ShardMap.of([W], source, num_ranks=2), ShardMap.of([W], target, num_ranks=2), bucket_bytes=1024
+            ShardMap.of([W], source, num_ranks=2),
+            ShardMap.of([W], target, num_ranks=2),
+            bucket_bytes=1024,
         )
 
 
@@ -177,9 +200,13 @@ def test_verify_sees_through_wrong_plans() -> None:
     with pytest.raises(PlanError, match=r"rank \d gets \d+ of \d+ elements"):
         verify(without(int(remote[0])))
     wrong_sender = plan.sender.copy()
-    row = next(int(i) for i in remote if plan.parameter[i] == 0)  # the embedding, on the first stage only
+    row = next(
+        int(i) for i in remote if plan.parameter[i] == 0
+    )  # the embedding, on the first stage only
     wrong_sender[row] = 6
-    with pytest.raises(PlanError, match=r"model.embed_tokens.weight: rank 6 sends .* does not hold"):
+    with pytest.raises(
+        PlanError, match=r"model.embed_tokens.weight: rank 6 sends .* does not hold"
+    ):
         verify(replace(plan, sender=wrong_sender))
     twice = plan.start.copy()
     embedding = [int(i) for i in remote if plan.receiver[i] == 7 and plan.parameter[i] == 0]
@@ -226,7 +253,9 @@ def test_flat_ranges_are_boxes_in_order(shape: tuple[int, ...], data: st.DataObj
         whole[tuple(slice(a, a + n) for a, n in zip(box.start, box.shape, strict=True))].reshape(-1)
         for box in boxes
     ]
-    assert torch.equal(torch.cat([*parts, torch.zeros(0, dtype=torch.int64)]), torch.arange(begin, end))
+    assert torch.equal(
+        torch.cat([*parts, torch.zeros(0, dtype=torch.int64)]), torch.arange(begin, end)
+    )
     assert len(boxes) <= max(1, 2 * len(shape) - 1)
 
 

@@ -17,8 +17,8 @@ SHAPES = {"q": (8, 4), "kv": (4, 4), "bias": (6,)}
 
 
 class Fused(nn.Module):
-    """A rank's part (1 of 2) of a fused projection and a replicated bias, as an inference engine keeps
-    them."""
+    """A rank's part (1 of 2) of a fused projection and a replicated bias, as an inference
+    engine keeps them."""
 
     def __init__(self, load: dict[str, Load] | None = None) -> None:
         super().__init__()
@@ -60,7 +60,10 @@ def test_slices_become_boxes() -> None:
             region=Region(size=(2, 4), stride=(4, 1), offset=16),
         ),
         LoaderWrite(
-            name="bias", box=Box((0,), (6,)), tensor="bias", region=Region(size=(6,), stride=(1,), offset=0)
+            name="bias",
+            box=Box((0,), (6,)),
+            tensor="bias",
+            region=Region(size=(6,), stride=(1,), offset=0),
         ),
     ]
 
@@ -104,13 +107,21 @@ def test_columns_and_single_elements() -> None:
             lambda p, w: torch.empty(4, 4, device="meta").copy_(w[:4]),
             "q: its weight loader copies it into something",
         ),
-        ("q", lambda p, w: (Fused.load_q(p, w), p.data.add_(1)), "fused: a weight loader applies aten.add_"),
+        (
+            "q",
+            lambda p, w: (Fused.load_q(p, w), p.data.add_(1)),
+            "fused: a weight loader applies aten.add_",
+        ),
         (
             "q",
             lambda p, w: p.data[:4].copy_(torch.ones(4, 4, device="meta")),
             "fused: a weight loader fills it from something",
         ),
-        ("q", lambda p, w: p.data[:3].copy_(w[4:7]), "fused: the loaders write 20 of its 24 elements"),
+        (
+            "q",
+            lambda p, w: p.data[:3].copy_(w[4:7]),
+            "fused: the loaders write 20 of its 24 elements",
+        ),
         (
             "q",
             lambda p, w: (Fused.load_q(p, w), Fused.load_q(p, w)),

@@ -1,4 +1,5 @@
-"""Plans over a real gloo group of four processes (gloo_cases.py holds what they assert themselves)."""
+"""Plans over a real gloo group of four processes (gloo_cases.py holds what they assert
+themselves)."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("source", list(SOURCES))
 @pytest.mark.parametrize("target", ["1-1", "1-2", "1-4", "2-2"])
-def test_every_rank_receives_the_lower_bound(results: list[dict[str, Any]], source: str, target: str) -> None:
+def test_every_rank_receives_the_lower_bound(
+    results: list[dict[str, Any]], source: str, target: str
+) -> None:
     rows = [result[source][target] for result in results]
     assert [row["received"] for row in rows] == [row["bound"] for row in rows]
     assert all(row["staging"] <= 2 * BUCKET_BYTES for row in rows)

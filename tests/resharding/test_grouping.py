@@ -17,20 +17,32 @@ from hybridflow.resharding.analytic import decoder_rules, fsdp, generation, thre
 from hybridflow.resharding.assignment import assign
 from hybridflow.resharding.certificate import lower_bound
 from hybridflow.resharding.golden import bytes_gathered
-from hybridflow.resharding.grouping import Grouping, fewest_bytes, micro_data_groups, vanilla, zero_redundancy
+from hybridflow.resharding.grouping import (
+    Grouping,
+    fewest_bytes,
+    micro_data_groups,
+    vanilla,
+    zero_redundancy,
+)
 from hybridflow.resharding.paper import deepspeed_chat, hybridflow, hybridflow_v
 from workers.config import TrainConfig
 from workers.generation.config import GenerationConfig
 from workers.layouts import generation_grouping
 from workers.role_config import ActorConfig
 
-# Every dim divides by 8 stages, 8 tensor ranks and the vocabulary's padding: the paper's fractions hold to
-# the byte. One embedding-sized matrix on the first and one on the last stage unbalance the stages, so most
-# tests leave them out.
+# Every dim divides by 8 stages, 8 tensor ranks and the vocabulary's padding: the paper's fractions
+# hold to the byte. One embedding-sized matrix on the first and one on the last stage unbalance the
+# stages, so most tests leave them out.
 RULES = [
     rule
     for rule in decoder_rules(
-        num_layers=8, hidden=64, intermediate=128, num_heads=8, num_kv_heads=8, vocab=512, norms=False
+        num_layers=8,
+        hidden=64,
+        intermediate=128,
+        num_heads=8,
+        num_kv_heads=8,
+        vocab=512,
+        norms=False,
     )
     if "layers" in rule.spec.name
 ]
@@ -71,25 +83,25 @@ def test_70b_worked_example() -> None:
 
 @pytest.mark.parametrize(("pp", "tp", "dp"), LAYOUTS)
 def test_table_for_all_generation_sizes(pp: int, tp: int, dp: int) -> None:
-    """Received, peak and redundant bytes of every rank are the paper's fractions of M, for every tg | t and
-    pg | p."""
+    """Received, peak and redundant bytes of every rank are the paper's fractions of M, for
+    every tg | t and pg | p."""
     layout = Layout.of(pp=pp, tp=tp, dp=dp)
     for generation_tp, generation_pp in product((1, 2, 4, 8), (1, 2, 4, 8)):
         if tp % generation_tp or pp % generation_pp:
             continue
         grouping = zero_redundancy(layout, tp=generation_tp, pp=generation_pp)
         source, target = _maps(pp, tp, dp, grouping)
-        model, paper = (
-            target.num_bytes,
-            hybridflow(pp=pp, tp=tp, generation_pp=generation_pp, generation_tp=generation_tp),
-        )
+        model = target.num_bytes
+        paper = hybridflow(pp=pp, tp=tp, generation_pp=generation_pp, generation_tp=generation_tp)
         certificate = verify(plan := compile(source, target))
         assert set(plan.bytes_received) == {paper.received * model}
         assert set(target.bytes_per_rank) == {paper.peak * model}
-        # Nothing redundant: of its training shard every rank needs all, so what it lacks is generation less
-        # training bytes.
+        # Nothing redundant: of its training shard every rank needs all, so what it lacks is
+        # generation less training bytes.
         assert set(target.bytes_per_rank - plan.bytes_received) == {Fraction(1, pp * tp) * model}
-        assert certificate.sent_max == certificate.received_max  # every rank sends as much as it receives
+        assert (
+            certificate.sent_max == certificate.received_max
+        )  # every rank sends as much as it receives
         assert set(bytes_gathered(source)) == {deepspeed_chat(pp=pp, tp=tp, dp=dp).received * model}
         assert set(bytes_gathered(threed(RULES, Layout.of(pp=pp, tp=tp)))) == {
             hybridflow_v(pp=pp, tp=tp).received * model
@@ -104,7 +116,8 @@ def test_table_for_all_generation_sizes(pp: int, tp: int, dp: int) -> None:
 
 
 def test_megatron_rank_order() -> None:
-    """With pipeline outermost the same shards meet: received bytes do not depend on the rank order."""
+    """With pipeline outermost the same shards meet: received bytes do not depend on the rank
+    order."""
     layout = Layout.of(order=("pp", "dp", "cp", "tp"), pp=2, tp=2, dp=2)
     grouping = zero_redundancy(layout, tp=1)
     plan = compile(threed(RULES, layout), generation(RULES, grouping))
@@ -116,7 +129,9 @@ def test_megatron_rank_order() -> None:
 
 def test_fewest_bytes_where_the_paper_has_no_grouping() -> None:
     """tg does not divide t, and FSDP: never more bytes than vanilla, and brute force agrees."""
-    rules = decoder_rules(num_layers=4, hidden=48, intermediate=96, num_heads=12, num_kv_heads=12, vocab=384)
+    rules = decoder_rules(
+        num_layers=4, hidden=48, intermediate=96, num_heads=12, num_kv_heads=12, vocab=384
+    )
     for source, tp in [
         (threed(rules, Layout.of(pp=2, tp=3)), 2),
         (threed(rules, Layout.of(tp=2, dp=3)), 3),
@@ -125,11 +140,12 @@ def test_fewest_bytes_where_the_paper_has_no_grouping() -> None:
     ]:
         shards = generation(rules, vanilla(6, tp=tp))
         ours = lower_bound(source, generation(rules, fewest_bytes(source, shards, tp=tp))).sum()
-        # Received bytes depend on who takes which part, not on the replica: try every distribution of the
-        # parts.
+        # Received bytes depend on who takes which part, not on the replica: try every distribution
+        # of the parts.
         orders = set(permutations([part for part in range(tp) for _ in range(6 // tp)]))
         brute = min(
-            lower_bound(source, generation(rules, Grouping.of(_numbered(order)))).sum() for order in orders
+            lower_bound(source, generation(rules, Grouping.of(_numbered(order)))).sum()
+            for order in orders
         )
         assert ours == brute <= lower_bound(source, shards).sum()
 
@@ -150,28 +166,34 @@ def test_assignment_against_brute_force(size: int, seed: int) -> None:
     columns = assign(gain)
     assert sorted(columns) == list(range(size))
     best = max(
-        sum(gain[row, column] for row, column in enumerate(order)) for order in permutations(range(size))
+        sum(gain[row, column] for row, column in enumerate(order))
+        for order in permutations(range(size))
     )
     assert gain[np.arange(size), columns].sum() == best
 
 
 @pytest.mark.parametrize("dp", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_70b_compiles_in_time(dp: int) -> None:
-    """Llama 70B, training 8-8-dp to generation tp=8 on machines of 8: compile and verify (processor time:
-    other tests may run at the same time). benchmarks.reshard measures 8-8-8 too."""
+    """Llama 70B, training 8-8-dp to generation tp=8 on machines of 8: compile and verify
+    (processor time: other tests may run at the same time). benchmarks.reshard measures 8-8-8
+    too."""
     start = time.process_time()
     rules = decoder_rules(
         num_layers=80, hidden=8192, intermediate=28672, num_heads=64, num_kv_heads=8, vocab=32000
     )
     layout = Layout.of(pp=8, tp=8, dp=dp)
     source, target = threed(rules, layout), generation(rules, zero_redundancy(layout, tp=8))
-    plan = compile(source, target, bucket_bytes=256 << 20, nodes=[rank // 8 for rank in range(layout.size)])
+    plan = compile(
+        source, target, bucket_bytes=256 << 20, nodes=[rank // 8 for rank in range(layout.size)]
+    )
     certificate = verify(plan)
     assert time.process_time() - start < 20
     assert certificate.received_total == certificate.bound_total
-    # 7/64 of M, less what norms (replicated over tensor ranks) and the ends of the pipeline change: within
-    # half a percent.
-    assert certificate.received_max == pytest.approx(float(Fraction(7, 64)) * target.num_bytes, rel=5e-3)
+    # 7/64 of M, less what norms (replicated over tensor ranks) and the ends of the pipeline change:
+    # within half a percent.
+    assert certificate.received_max == pytest.approx(
+        float(Fraction(7, 64)) * target.num_bytes, rel=5e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,22 +212,24 @@ def test_70b_compiles_in_time(dp: int) -> None:
 def test_the_actors_grouping_needs_no_weights_to_move_the_fewest_bytes(
     engine: str, training: tuple[int, int, int], sizes: tuple[int, int]
 ) -> None:
-    """It is computed from sizes alone, before any process starts; here beside the assignment over all of the
-    model's real boxes."""
+    """It is computed from sizes alone, before any process starts; here beside the assignment
+    over all of the model's real boxes."""
     (pp, tp, dp), (pg, tg) = training, sizes
     layout = Layout.of(pp=pp, tp=tp, dp=dp)
     config = ActorConfig(
         train=TrainConfig(engine=engine, tp=tp, pp=pp), generation=GenerationConfig(tp=tg, pp=pg)
     )
     source = _fsdp_over_tensor_ranks(tp, dp) if engine == "fsdp" else threed(RULES, layout)
-    best = generation(RULES, fewest_bytes(source, generation(RULES, vanilla(8, tp=tg, pp=pg)), tp=tg, pp=pg))
+    best = generation(
+        RULES, fewest_bytes(source, generation(RULES, vanilla(8, tp=tg, pp=pg)), tp=tg, pp=pg)
+    )
     ours = generation(RULES, generation_grouping(config, layout))
     assert lower_bound(source, ours).sum() == lower_bound(source, best).sum()
 
 
 def _fsdp_over_tensor_ranks(tp: int, dp: int) -> ShardMap:
-    """FSDP2 over tensor parallelism: each tensor rank's part is cut again along its first dim; tensor ranks
-    are neighbours."""
+    """FSDP2 over tensor parallelism: each tensor rank's part is cut again along its first dim;
+    tensor ranks are neighbours."""
     tensor_parts = threed(RULES, Layout.of(tp=tp))
     held: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(tp * dp)}
     for spec in tensor_parts.parameters:
@@ -213,6 +237,7 @@ def _fsdp_over_tensor_ranks(tp: int, dp: int) -> ShardMap:
             for box in tensor_parts.boxes(spec.name, part):
                 rows = box.shape[0] // dp
                 for data in range(dp):
-                    start, shape = (box.start[0] + data * rows, *box.start[1:]), (rows, *box.shape[1:])
+                    start = (box.start[0] + data * rows, *box.start[1:])
+                    shape = (rows, *box.shape[1:])
                     held[data * tp + part].append((spec.name, Box(start, shape)))
     return ShardMap.of(tensor_parts.parameters, held, num_ranks=tp * dp)

@@ -31,19 +31,25 @@ def _cuts(draw: st.DrawFn, box: Box, depth: int) -> list[Box]:
 
 @st.composite
 def maps(draw: st.DrawFn) -> tuple[ShardMap, ShardMap]:
-    """A source that holds everything (with replicas, also of overlapping boxes) and a target that wants
-    anything."""
-    shapes = draw(st.lists(st.lists(st.integers(1, 6), max_size=3).map(tuple), min_size=1, max_size=3))
+    """A source that holds everything (with replicas, also of overlapping boxes) and a target
+    that wants anything."""
+    shapes = draw(
+        st.lists(st.lists(st.integers(1, 6), max_size=3).map(tuple), min_size=1, max_size=3)
+    )
     dtypes = draw(
         st.lists(
-            st.sampled_from(["float32", "bfloat16", "float64"]), min_size=len(shapes), max_size=len(shapes)
+            st.sampled_from(["float32", "bfloat16", "float64"]),
+            min_size=len(shapes),
+            max_size=len(shapes),
         )
     )
     source: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(NUM_RANKS)}
     target: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(NUM_RANKS)}
     for number, shape in enumerate(shapes):
         name, whole = f"p{number}", Box((0,) * len(shape), shape)
-        for _ in range(draw(st.integers(1, 2))):  # a second, differently cut copy overlaps the first
+        for _ in range(
+            draw(st.integers(1, 2))
+        ):  # a second, differently cut copy overlaps the first
             taken = {rank for rank, boxes in source.items() if any(n == name for n, _ in boxes)}
             free = [rank for rank in range(NUM_RANKS) if rank not in taken]
             if not free:
@@ -55,7 +61,8 @@ def maps(draw: st.DrawFn) -> tuple[ShardMap, ShardMap]:
         for rank in wanting:
             boxes = _cuts(draw, whole, 3)
             target[rank] += [
-                (name, box) for box in draw(st.lists(st.sampled_from(boxes), min_size=1, unique=True))
+                (name, box)
+                for box in draw(st.lists(st.sampled_from(boxes), min_size=1, unique=True))
             ]
     source_specs = [ParameterSpec(f"p{i}", shape, "float32") for i, shape in enumerate(shapes)]
     target_specs = [
@@ -69,7 +76,10 @@ def maps(draw: st.DrawFn) -> tuple[ShardMap, ShardMap]:
 
 @SETTINGS
 @given(
-    maps(), st.sampled_from([96, 128, 1024, 1 << 20]), st.sampled_from([None, [0, 0, 1, 1]]), st.booleans()
+    maps(),
+    st.sampled_from([96, 128, 1024, 1 << 20]),
+    st.sampled_from([None, [0, 0, 1, 1]]),
+    st.booleans(),
 )
 def test_compile_and_execute_equal_gather_and_slice(
     pair: tuple[ShardMap, ShardMap], bucket_bytes: int, nodes: list[int] | None, strided: bool
@@ -100,7 +110,10 @@ def test_digests_do_not_depend_on_the_layout(pair: tuple[ShardMap, ShardMap]) ->
     for block in (1, 2, 64):
         blocks = dict.fromkeys(full, block)
         sources = np.stack(
-            [have.digests(memory, rank, dtypes, blocks) for rank, memory in enumerate(allocate(source, full))]
+            [
+                have.digests(memory, rank, dtypes, blocks)
+                for rank, memory in enumerate(allocate(source, full))
+            ]
         )
         held = np.stack(
             [
@@ -112,12 +125,15 @@ def test_digests_do_not_depend_on_the_layout(pair: tuple[ShardMap, ShardMap]) ->
 
 
 def _completed(target: ShardMap) -> ShardMap:
-    """`target` with one more rank that wants every parameter whole, so that all of it is held somewhere."""
+    """`target` with one more rank that wants every parameter whole, so that all of it is held
+    somewhere."""
     held = {
         rank: [(s.name, box) for s in target.parameters for box in target.boxes(s.name, rank)]
         for rank in range(NUM_RANKS)
     }
-    held[NUM_RANKS] = [(spec.name, Box((0,) * len(spec.shape), spec.shape)) for spec in target.parameters]
+    held[NUM_RANKS] = [
+        (spec.name, Box((0,) * len(spec.shape), spec.shape)) for spec in target.parameters
+    ]
     return ShardMap.of(target.parameters, held, num_ranks=NUM_RANKS + 1)
 
 
@@ -130,7 +146,9 @@ def _naive_bound(source: ShardMap, target: ShardMap) -> list[int]:
             have, want = (np.zeros(spec.shape, dtype=bool) for _ in range(2))
             for grid, shard_map in ((have, source), (want, target)):
                 for box in shard_map.boxes(spec.name, rank):
-                    grid[tuple(slice(a, a + n) for a, n in zip(box.start, box.shape, strict=True))] = True
+                    grid[
+                        tuple(slice(a, a + n) for a, n in zip(box.start, box.shape, strict=True))
+                    ] = True
             missing += int((want & ~have).sum()) * spec.itemsize
         result.append(missing)
     return result

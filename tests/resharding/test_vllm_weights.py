@@ -32,14 +32,19 @@ def results(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_scores_equal_transformers_after_every_sync(results: list[dict[str, Any]], name: str) -> None:
+def test_scores_equal_transformers_after_every_sync(
+    results: list[dict[str, Any]], name: str
+) -> None:
     _, _, precision = vllm_cases.CASES[name]
     tolerance = 5e-5 if precision is Precision.fp32 else 0.05
     for result in results:
         assert max(result[name]["gaps"]) < tolerance
-        # Where the CPU has no packed form of bfloat16 weights, the engine computes with the memory that was
-        # written, and nothing can be stale.
-        packs = precision is Precision.fp32 or result[name]["without commit"] not in result[name]["gaps"]
+        # Where the CPU has no packed form of bfloat16 weights, the engine computes with the memory
+        # that was written, and nothing can be stale.
+        packs = (
+            precision is Precision.fp32
+            or result[name]["without commit"] not in result[name]["gaps"]
+        )
         assert not packs or result[name]["without commit"] > 20 * max(result[name]["gaps"])
         assert result[name]["received"] == result[name]["bound"]
 

@@ -74,10 +74,26 @@ CASES: dict[str, tuple[PretrainedConfig, Grouping, Precision]] = {
         REVERSED_TP,
         Precision.fp32,
     ),
-    "mistral": (MistralConfig(**SIZES, num_key_value_heads=2, head_dim=32), TWO_ENGINES, Precision.fp32),
-    "gemma": (GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=32), TWO_ENGINES, Precision.fp32),
-    "gemma2": (Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=32), REVERSED_TP, Precision.fp32),
-    "gemma3": (Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=32), TWO_ENGINES, Precision.fp32),
+    "mistral": (
+        MistralConfig(**SIZES, num_key_value_heads=2, head_dim=32),
+        TWO_ENGINES,
+        Precision.fp32,
+    ),
+    "gemma": (
+        GemmaConfig(**SIZES, num_key_value_heads=2, head_dim=32),
+        TWO_ENGINES,
+        Precision.fp32,
+    ),
+    "gemma2": (
+        Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=32),
+        REVERSED_TP,
+        Precision.fp32,
+    ),
+    "gemma3": (
+        Gemma3TextConfig(**SIZES, num_key_value_heads=2, head_dim=32),
+        TWO_ENGINES,
+        Precision.fp32,
+    ),
 }
 
 
@@ -89,7 +105,9 @@ def run(rank: int, port: int, directory: str, names: list[str]) -> None:
     """Entry point of a process: runs the cases of those names and writes their results."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    results = {name: family(rank, Path(directory, name.replace(" ", "_")), *CASES[name]) for name in names}
+    results = {
+        name: family(rank, Path(directory, name.replace(" ", "_")), *CASES[name]) for name in names
+    }
     Path(directory, f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
@@ -124,10 +142,8 @@ def family(
     source, target = ShardMap.gather(sources), weights.shard_map()
     plan = compile(source, target, bucket_bytes=1 << 16)
     certificate = verify(plan)
-    executor, attestor = (
-        Executor(plan, sources, weights.destinations()),
-        Attestor(plan.source, sources, target, weights.destinations()),
-    )
+    executor = Executor(plan, sources, weights.destinations())
+    attestor = Attestor(plan.source, sources, target, weights.destinations())
     result: dict[str, Any] = {
         "gaps": [],
         "received": certificate.received_max,
@@ -137,8 +153,8 @@ def family(
         change(trainer, step)
         executor.run()
         attestor.run()
-        # The second time the engine has old weights: without a commit the probe must notice (repacked
-        # and tied heads).
+        # The second time the engine has old weights: without a commit the probe must notice
+        # (repacked and tied heads).
         if step == 1:
             engine.llm.reset_prefix_cache()
             result["without commit"] = gap(engine, trainer, precision, grouping)
@@ -159,7 +175,9 @@ def make_model(config: PretrainedConfig) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(
-                parameter + torch.randn_like(parameter) * 0.1 if parameter.dim() == 1 else parameter * 3
+                parameter + torch.randn_like(parameter) * 0.1
+                if parameter.dim() == 1
+                else parameter * 3
             )
     return model
 
@@ -178,7 +196,9 @@ def fsdp_like(model: PreTrainedModel, rank: int) -> list[LocalParameter]:
         step = -(-parameter.shape[0] // 2)
         rows = parameter.detach()[rank * step : (rank + 1) * step]
         box = Box((rank * step, *(0,) * (parameter.dim() - 1)), tuple(rows.shape))
-        result.append(LocalParameter(name, tuple(parameter.shape), parameter.dtype, (LocalShard(box, rows),)))
+        result.append(
+            LocalParameter(name, tuple(parameter.shape), parameter.dtype, (LocalShard(box, rows),))
+        )
     return result
 
 
@@ -193,7 +213,9 @@ def gap(engine: Any, trainer: PreTrainedModel, precision: Precision, grouping: G
         else AutoModelForCausalLM.from_config(trainer.config, dtype=torch.bfloat16).eval()
     )
     if model is not trainer:
-        model.load_state_dict({name: tensor.bfloat16() for name, tensor in trainer.state_dict().items()})
+        model.load_state_dict(
+            {name: tensor.bfloat16() for name, tensor in trainer.state_dict().items()}
+        )
     ids = torch.cat([torch.from_numpy(prompt), torch.from_numpy(made.response_ids)])
     with torch.no_grad():
         log_probs = model(ids[None]).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)

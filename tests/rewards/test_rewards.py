@@ -1,4 +1,5 @@
-"""Ready-made rewards: responses as models write them, each with the value that a reader gives it."""
+"""Ready-made rewards: responses as models write them, each with the value that a reader gives
+it."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize(("answer", "response", "expected"), NUMBERS)
-def test_numbers_are_read_as_a_person_reads_them(answer: object, response: str, expected: float) -> None:
+def test_numbers_are_read_as_a_person_reads_them(
+    answer: object, response: str, expected: float
+) -> None:
     assert value(number, response, answer=answer) == expected
 
 
@@ -122,7 +125,9 @@ def test_texts() -> None:
     assert value(matches, "x <answer>c</answer>", pattern="<answer>.*</answer>", whole=False) == 1.0
     with pytest.raises(ValueError, match="no regular expression"):
         value(matches, "x", pattern="(")
-    lengths = [value(length_penalty, "w " * count, free_words=2, most_words=4) for count in (1, 2, 3, 4, 9)]
+    lengths = [
+        value(length_penalty, "w " * count, free_words=2, most_words=4) for count in (1, 2, 3, 4, 9)
+    ]
     assert lengths == [0.0, 0.0, -0.5, -1.0, -1.0]
     assert length_penalty("", "w", finish_reason="length") == -1.0
 
@@ -143,7 +148,9 @@ def detailed(*, response: str, **columns: Any) -> dict[str, float]:
 def test_parts_are_weighed_and_logged_by_their_names() -> None:
     parts = {
         "correct": RewardPart(function="workers.rewards:number"),
-        "form": RewardPart(function="workers.rewards:matches", weight=0.5, options={"pattern": "[0-9]"}),
+        "form": RewardPart(
+            function="workers.rewards:matches", weight=0.5, options={"pattern": "[0-9]"}
+        ),
         "slow": RewardPart(function="tests.rewards.test_rewards:slow", weight=0.25),
         "deep": RewardPart(function="tests.rewards.test_rewards:detailed", weight=-1.0),
     }
@@ -183,7 +190,9 @@ def test_truth_values_and_numpy_numbers_are_numbers() -> None:
         assert score_rows(lambda result=result, **_: result, [row()]) == [(1.0, {})]
 
 
-@pytest.mark.parametrize("result", [1e39, -1e39, 10**400, float("inf"), float("nan"), "1.0", None, [1.0]])
+@pytest.mark.parametrize(
+    "result", [1e39, -1e39, 10**400, float("inf"), float("nan"), "1.0", None, [1.0]]
+)
 def test_what_float32_can_not_hold_is_refused(result: object) -> None:
     """B70: 1e39 became inf on its way, 10**400 an OverflowError."""
     with pytest.raises(ValueError, match=r"returned reward=.* return finite numbers"):

@@ -1,5 +1,5 @@
-"""Karmarkar-Karp partitions: nothing lost, nothing twice, and better than what dealing out rows in turn
-gives."""
+"""Karmarkar-Karp partitions: nothing lost, nothing twice, and better than what dealing out rows
+in turn gives."""
 
 import time
 from itertools import product

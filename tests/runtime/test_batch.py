@@ -56,7 +56,9 @@ def test_repeat_numbers_the_samples() -> None:
 
 def test_mask_selects_rows() -> None:
     batch = numbers(5)
-    assert batch.rows(np.array([True, False, True, False, False])).tensor("test_length").tolist() == [
+    assert batch.rows(np.array([True, False, True, False, False])).tensor(
+        "test_length"
+    ).tolist() == [
         batch.tensor("test_length")[0],
         batch.tensor("test_length")[2],
     ]

@@ -1,4 +1,5 @@
-"""Pools, handles and waiting on real Ray actors: round trips, failures that surface, nothing left behind."""
+"""Pools, handles and waiting on real Ray actors: round trips, failures that surface, nothing
+left behind."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def echo(pool: ResourcePool) -> Echo:
 
 def test_six_protocols(echo: Echo) -> None:
     batch = numbers(37)
-    assert [(word, rank) for word, rank, _ in each(echo.whoami, "hi")] == [("hi", rank) for rank in range(4)]
+    assert [(word, rank) for word, rank, _ in each(echo.whoami, "hi")] == [
+        ("hi", rank) for rank in range(4)
+    ]
     assert len({pid for _, _, pid in each(echo.whoami)}) == 4
     assert each(echo.add, [10, 20, 30, 40]) == [10, 21, 32, 43]
     assert each(echo.stage) == [(0, 0)]
@@ -49,7 +52,8 @@ def test_six_protocols(echo: Echo) -> None:
     assert set(echo.micro(batch).tensor("test_rank").tolist()) == {0, 1, 2, 3}
     half = echo.half(doubled)
     assert torch.equal(
-        half.ragged("test_half").values.float(), (batch.ragged("test_ids").values / 2).bfloat16().float()
+        half.ragged("test_half").values.float(),
+        (batch.ragged("test_ids").values / 2).bfloat16().float(),
     )
 
 
@@ -86,7 +90,9 @@ def test_fewer_rows_than_ranks_and_none(echo: Echo) -> None:
         )
 
 
-def test_chains_do_not_pass_through_the_controller(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chains_do_not_pass_through_the_controller(
+    echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = numbers(20)
     doubled = echo.double(batch)
     fetched: list[str] = []
@@ -94,7 +100,9 @@ def test_chains_do_not_pass_through_the_controller(echo: Echo, monkeypatch: pyte
     half = echo.half(doubled.select("test_double").reorder(np.arange(20)[::-1].copy()))
     monkeypatch.undo()
     assert fetched == []
-    assert half.ragged("test_half").lengths.tolist() == batch.ragged("test_ids").lengths.tolist()[::-1]
+    assert (
+        half.ragged("test_half").lengths.tolist() == batch.ragged("test_ids").lengths.tolist()[::-1]
+    )
 
 
 def test_a_protocol_of_ones_own(pool: ResourcePool) -> None:
@@ -104,7 +112,9 @@ def test_a_protocol_of_ones_own(pool: ResourcePool) -> None:
         )
 
     one_each = Protocol(
-        name="ONE_ROW_EACH", distribute=distribute, collect=lambda layout, results: Batch.concat(results)
+        name="ONE_ROW_EACH",
+        distribute=distribute,
+        collect=lambda layout, results: Batch.concat(results),
     )
 
     class Picky(Echo):
@@ -119,7 +129,9 @@ def test_a_protocol_of_ones_own(pool: ResourcePool) -> None:
 
 
 def test_wrong_calls_are_named(echo: Echo, pool: ResourcePool) -> None:
-    with pytest.raises(ValueError, match=r"echo.half reads \['test_double'\], which the batch lacks"):
+    with pytest.raises(
+        ValueError, match=r"echo.half reads \['test_double'\], which the batch lacks"
+    ):
         echo.half(numbers(3))
     with pytest.raises(AttributeError, match="no remote method 'doubel'"):
         echo.doubel(numbers(3))  # type: ignore[attr-defined]
@@ -132,7 +144,9 @@ def test_wrong_calls_are_named(echo: Echo, pool: ResourcePool) -> None:
 def test_an_exception_arrives_with_role_rank_and_traceback() -> None:
     with RayPool(PoolSpec(name="failing", num_devices=2, threads_per_device=1)) as pool:
         echo = spawn(Echo, pool, {}, role="critic")
-        with pytest.raises(ValueError, match=r"critic rank 1 in fail .pool failing.*it broke") as caught:
+        with pytest.raises(
+            ValueError, match=r"critic rank 1 in fail .pool failing.*it broke"
+        ) as caught:
             echo.fail(1)
         assert isinstance(caught.value, WorkerError)
         assert caught.value.where.rank == 1
@@ -180,11 +194,14 @@ def test_pools_overlap() -> None:
         both = [start(one.sleep, 1.0), start(other.sleep, 1.0)]
         assert [len(ranks) for ranks in both] == [1, 1]
         first, second = CALLS.finish()
-        assert first.started < second.finished and second.started < first.finished, "the two calls overlapped"
+        assert first.started < second.finished and second.started < first.finished, (
+            "the two calls overlapped"
+        )
 
 
 def test_two_roles_of_one_pool_share_processes_and_differ_in_layout(pool: ResourcePool) -> None:
-    wide, narrow = spawn(Echo, pool, {"pp": 4}, role="wide"), spawn(Echo, pool, {"tp": 4}, role="narrow")
+    wide = spawn(Echo, pool, {"pp": 4}, role="wide")
+    narrow = spawn(Echo, pool, {"tp": 4}, role="narrow")
     assert [pid for _, _, pid in each(wide.whoami)] == [pid for _, _, pid in each(narrow.whoami)]
     assert each(wide.stage) == [(0, 0), (1, 1), (2, 2), (3, 3)]
     assert each(narrow.stage) == [(0, 0)]
@@ -206,7 +223,10 @@ def test_a_pool_asks_for_nodes_with_a_resource() -> None:
     with pytest.raises(ValueError, match=r"accelerator_type:H100'?: 0.001.* could not be reserved"):
         RayPool(
             PoolSpec(
-                name="elsewhere", num_devices=1, node_resource="accelerator_type:H100", start_timeout_s=1.0
+                name="elsewhere",
+                num_devices=1,
+                node_resource="accelerator_type:H100",
+                start_timeout_s=1.0,
             )
         )
 

@@ -21,8 +21,12 @@ def test_papers_training_groups() -> None:
     ]
 
 
-@given(st.permutations(["dp", "pp", "cp", "tp"]), st.lists(st.integers(1, 3), min_size=4, max_size=4))
-def test_coordinates_and_ranks_are_inverse_and_groups_partition(order: list[str], sizes: list[int]) -> None:
+@given(
+    st.permutations(["dp", "pp", "cp", "tp"]), st.lists(st.integers(1, 3), min_size=4, max_size=4)
+)
+def test_coordinates_and_ranks_are_inverse_and_groups_partition(
+    order: list[str], sizes: list[int]
+) -> None:
     layout = Layout.of(order=tuple(order), **dict(zip(order, sizes, strict=True)))
     seen = []
     for rank in range(layout.size):
@@ -37,7 +41,10 @@ def test_coordinates_and_ranks_are_inverse_and_groups_partition(order: list[str]
         for group in groups:
             assert (
                 len(
-                    {tuple(v for k, v in layout.coordinates(rank).items() if k not in axes) for rank in group}
+                    {
+                        tuple(v for k, v in layout.coordinates(rank).items() if k not in axes)
+                        for rank in group
+                    }
                 )
                 == 1
             )

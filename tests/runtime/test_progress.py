@@ -1,4 +1,5 @@
-"""Progress: what is said about a slow start, on a terminal and elsewhere, and how hosts tell what they do.
+"""Progress: what is said about a slow start, on a terminal and elsewhere, and how hosts tell what
+they do.
 
 The slow work is this file's own: workers that sleep inside an activity.
 """
@@ -100,7 +101,8 @@ def test_a_slow_start_says_why_where_there_is_no_terminal() -> None:
     )
     assert run.stdout == "", "log lines only"
     lines = [
-        re.sub(r"\d+\.\d s", "# s", line).replace("2 of 4", "1 of 4") for line in run.stderr.splitlines()
+        re.sub(r"\d+\.\d s", "# s", line).replace("2 of 4", "1 of 4")
+        for line in run.stderr.splitlines()
     ]
     assert lines == [
         "a line of the log",
@@ -138,8 +140,12 @@ for _ in range(1000):
         pass
 print((time.perf_counter() - started) / 1000 < 1e-3)
 """
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.stdout.splitlines() == ["compiling a plän (0.0 s)", "outer (0.0 s)", "''", "True"], run.stderr
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert run.stdout.splitlines() == ["compiling a plän (0.0 s)", "outer (0.0 s)", "''", "True"], (
+        run.stderr
+    )
     assert progress.read(tmp_path / "gone") == ""
 
 
@@ -153,7 +159,10 @@ def test_the_controller_sees_what_a_host_does(ray_cluster: None) -> None:
         while "thinking" not in " ".join(seen) and time.monotonic() < deadline:
             seen.add(re.sub(r" \(.*", "", CALLS.under_way()))
             time.sleep(0.05)
-        assert seen <= {"thinker.think", "thinker.think: thinking"} and "thinker.think: thinking" in seen
+        assert (
+            seen <= {"thinker.think", "thinker.think: thinking"}
+            and "thinker.think: thinking" in seen
+        )
         assert list(answers) == [1.5, 1.5]
         assert pool.activity() == ""
 

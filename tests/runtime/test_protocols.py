@@ -25,7 +25,10 @@ from hybridflow.protocols import (
 from tests.runtime.workers import numbers
 
 LAYOUTS = st.builds(
-    lambda dp, pp, tp: Layout.of(dp=dp, pp=pp, tp=tp), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3)
+    lambda dp, pp, tp: Layout.of(dp=dp, pp=pp, tp=tp),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
 )
 SPLITS = st.sampled_from(
     [
@@ -54,7 +57,9 @@ def test_split_then_collect_is_the_identity(
     assert distribution.rows is not None
     collected = list(protocol.collected(layout))
     result = protocol.collect(layout, [distribution.arguments[rank].args[0] for rank in collected])
-    order = np.argsort(np.concatenate([distribution.rows[rank] for rank in collected]), kind="stable")
+    order = np.argsort(
+        np.concatenate([distribution.rows[rank] for rank in collected]), kind="stable"
+    )
     for name in batch.columns:
         restored, original = result.rows(order)[name], batch[name]
         if name == "test_ids":
@@ -90,7 +95,9 @@ def test_rows_of_one_prompt_stay_near_each_other_as_long_as_parts_are_even() -> 
     halves = cut_rows(batch, 2, near)
     assert all(len(part) == 8 and len(set(prompts[part].tolist())) == 2 for part in halves)
     # Three parts of four prompts would be uneven: the prompts are halved or quartered.
-    even = max(int(lengths[part].sum()) for part in cut_rows(batch, 3, Split(balance="test_length")))
+    even = max(
+        int(lengths[part].sum()) for part in cut_rows(batch, 3, Split(balance="test_length"))
+    )
     assert max(int(lengths[part].sum()) for part in cut_rows(batch, 3, near)) <= 1.1 * even
     alone = Batch.of(test_length=torch.tensor([7, 7]), test_group=torch.zeros(2, dtype=torch.int64))
     assert [len(part) for part in cut_rows(alone, 2, near)] == [1, 1]

@@ -14,7 +14,14 @@ import torch.distributed as dist
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged, declare
 from hybridflow.layout import Layout
-from hybridflow.protocols import ALL_TO_ALL, DP, ONE_TO_ALL, THREE_D, THREE_D_ALL_MICRO_DP, THREE_D_PP_ONLY
+from hybridflow.protocols import (
+    ALL_TO_ALL,
+    DP,
+    ONE_TO_ALL,
+    THREE_D,
+    THREE_D_ALL_MICRO_DP,
+    THREE_D_PP_ONLY,
+)
 from hybridflow.results import Metrics
 from hybridflow.worker import Worker, remote
 
@@ -52,7 +59,9 @@ class Echo(Worker):
 
     @remote(THREE_D_PP_ONLY)
     def stage(self) -> tuple[int, int]:
-        here = self.layouts(self.config, self.context.world_size)["train"].coordinates(self.context.rank)
+        here = self.layouts(self.config, self.context.world_size)["train"].coordinates(
+            self.context.rank
+        )
         return (self.context.rank, here["pp"])
 
     @remote(

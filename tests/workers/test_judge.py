@@ -1,5 +1,5 @@
-"""The judge: its prompt, the probability of its yes against transformers, and what is read out of its
-text."""
+"""The judge: its prompt, the probability of its yes against transformers, and what is read out
+of its text."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def test_the_reward_is_the_probability_of_yes(tmp_path: Path) -> None:
         judge = spawn(JudgeWorker, pool, settings, role="judge")
         rewards = judge.compute_reward(batch).tensor("rewards")
         with pytest.raises(
-            ValueError, match=r"judge\.template asks for \['hint'\], which the data has not, or has as null"
+            ValueError,
+            match=r"judge\.template asks for \['hint'\], which the data has not, or has as null",
         ):
             judge.compute_reward(batch.drop("extras"))
         with pytest.raises(
@@ -76,7 +77,9 @@ def test_the_reward_is_the_probability_of_yes(tmp_path: Path) -> None:
 def test_the_question_goes_through_the_judges_chat_template(tmp_path: Path) -> None:
     path = str(make_model(tmp_path / "model", layers=1))
     tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.chat_template = "8 {{ messages[0].content }} 1{% if add_generation_prompt %} 9{% endif %}"
+    tokenizer.chat_template = (
+        "8 {{ messages[0].content }} 1{% if add_generation_prompt %} 9{% endif %}"
+    )
     tokenizer.save_pretrained(path)
     questions = Questions(config(path, template="{prompt} 5 {response} {{6}}"))
     assert questions.ask({"prompt": "3", "response": "4"}) == [8, 3, 5, 4, 6, 1, 9], (
@@ -86,7 +89,9 @@ def test_the_question_goes_through_the_judges_chat_template(tmp_path: Path) -> N
 
 def _as_decoded(tokenizer, batch: Batch) -> list[list[str]]:  # type: ignore[no-untyped-def]
     columns = (batch.ragged(name).unbind() for name in ("prompt_ids", "response_ids"))
-    return [[tokenizer.decode(ids, skip_special_tokens=True) for ids in column] for column in columns]
+    return [
+        [tokenizer.decode(ids, skip_special_tokens=True) for ids in column] for column in columns
+    ]
 
 
 @pytest.mark.parametrize(
@@ -107,11 +112,13 @@ def test_the_last_verdict_counts(
 
 
 def test_what_the_judge_wrote_is_read_row_by_row(tmp_path: Path) -> None:
-    """Against transformers' own greedy text; what can't be read is counted, or stops the run; draws do not
-    depend on the other rows."""
+    """Against transformers' own greedy text; what can't be read is counted, or stops the run;
+    draws do not depend on the other rows."""
     path = str(make_model(tmp_path / "model", layers=1, tied=False))
     generation = GenerationConfig(
-        engine="hf", precision=Precision.fp32, sampling=SamplingConfig(greedy=True, max_response_tokens=2)
+        engine="hf",
+        precision=Precision.fp32,
+        sampling=SamplingConfig(greedy=True, max_response_tokens=2),
     )
     settings = config(
         path,
@@ -169,7 +176,8 @@ def test_settings_that_cannot_work_are_named() -> None:
     with pytest.raises(ValueError, match=r"judge\.template is 'good\?'; it must have \{response\}"):
         config(template="good?")
     with pytest.raises(
-        ValueError, match=r"judge\.template is '\{response\} \{' .*a brace that is text is written twice"
+        ValueError,
+        match=r"judge\.template is '\{response\} \{' .*a brace that is text is written twice",
     ):
         config(template="{response} {")
     with pytest.raises(ValueError, match=r"judge\.pattern is '\(', which is no regular expression"):
@@ -182,7 +190,10 @@ def test_settings_that_cannot_work_are_named() -> None:
         config(unreadable_reward=float("nan"), verdict=VerdictKind.written)
     with pytest.raises(
         ValueError,
-        match=r"judge\.unreadable_reward is 0\.5, which nothing reads with judge\.verdict=probability",
+        match=(
+            r"judge\.unreadable_reward is 0\.5, which nothing reads with "
+            r"judge\.verdict=probability"
+        ),
     ):
         config(unreadable_reward=0.5)
     with pytest.raises(ValueError, match="must be two different words"):

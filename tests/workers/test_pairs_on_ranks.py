@@ -1,5 +1,5 @@
-"""Losses on pairs and on masked tokens do not depend on how the work is cut: one rank or two, large or small
-micro-batches."""
+"""Losses on pairs and on masked tokens do not depend on how the work is cut: one rank or two,
+large or small micro-batches."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ from workers.role_config import PolicyConfig, PreferenceConfig
 NUM_PAIRS = 7
 SPLIT = Split(balance="num_tokens", within="mini_batch", together="pair")
 CASES = [(2, 64), (1, 10_000), (1, 1)]
-"""(ranks, micro-batch tokens); with a budget of one token every pair is a micro-batch of its own."""
+"""(ranks, micro-batch tokens); with a budget of one token every pair is a micro-batch of its
+own."""
 
 
 def rows() -> Batch:
     """Pairs of uneven lengths in two mini-batches, with a mask and reference log-probs."""
     drawn = np.random.default_rng(0)
-    prompts = [drawn.integers(3, VOCAB, drawn.integers(1, 9)) for _ in range(NUM_PAIRS) for _ in (0, 1)]
+    prompts = [
+        drawn.integers(3, VOCAB, drawn.integers(1, 9)) for _ in range(NUM_PAIRS) for _ in (0, 1)
+    ]
     responses = [drawn.integers(3, VOCAB, drawn.integers(2, 12)) for _ in range(2 * NUM_PAIRS)]
     lengths = torch.tensor([len(response) for response in responses])
     total = int(lengths.sum())
@@ -59,7 +62,9 @@ def train(root: Path, rank: int, world_size: int, tokens: int) -> dict[str, Any]
     optimizer = OptimizerConfig(learning_rate=1e-3)
     settings = TrainConfig(precision=Precision.fp32, micro_batch_tokens=tokens, optimizer=optimizer)
     policy = PolicyConfig(model=ModelConfig(path=str(root / "model")), train=settings)
-    scorer = PreferenceConfig(model=ModelConfig(path=str(root / "model"), new_head=True), train=settings)
+    scorer = PreferenceConfig(
+        model=ModelConfig(path=str(root / "model"), new_head=True), train=settings
+    )
     results: dict[str, Any] = {}
     for name, update in {
         "supervised": lambda: PolicyWorker(policy, context).update_supervised(own),
@@ -110,14 +115,18 @@ def test_metrics_do_not_depend_on_the_cut(results: list[dict[str, Any]], update:
 def test_the_second_step_of_a_distillation_weighs_by_the_ratio(
     results: list[dict[str, Any]], model: Path
 ) -> None:
-    """The samples are those of the policy before the update: plain PyTorch, two mini-batches, sg[log pi - log
-    teacher] pi / pi_old."""
+    """The samples are those of the policy before the update: plain PyTorch, two mini-batches,
+    sg[log pi - log teacher] pi / pi_old."""
     batch = rows()
     policy = AutoModelForCausalLM.from_pretrained(model)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+    )
 
     def log_probs(row: int) -> torch.Tensor:
-        asked, answered = (batch.ragged(name).unbind()[row] for name in ("prompt_ids", "response_ids"))
+        asked, answered = (
+            batch.ragged(name).unbind()[row] for name in ("prompt_ids", "response_ids")
+        )
         logits = policy(torch.cat([asked, answered])[None]).logits[0, len(asked) - 1 : -1]
         return torch.log_softmax(logits, -1).gather(1, answered[:, None]).squeeze(1)
 
@@ -138,7 +147,9 @@ def test_the_second_step_of_a_distillation_weighs_by_the_ratio(
     assert losses[1] != pytest.approx(float((current - teacher).detach().mean()), rel=1e-3), (
         "the ratio is not 1 any more"
     )
-    assert results[1]["distilled"]["policy/distillation_loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+    assert results[1]["distilled"]["policy/distillation_loss"] == pytest.approx(
+        sum(losses) / 2, rel=1e-4
+    )
 
 
 def test_pairs_stay_together_and_ranks_get_equal_work() -> None:
@@ -147,9 +158,12 @@ def test_pairs_stay_together_and_ranks_get_equal_work() -> None:
     assert sorted(np.concatenate(parts).tolist()) == list(range(2 * NUM_PAIRS))
     pair, tokens = batch.tensor("pair").numpy(), batch.tensor("num_tokens").numpy()
     owners = [
-        {rank for rank, part in enumerate(parts) if number in pair[part]} for number in range(NUM_PAIRS)
+        {rank for rank, part in enumerate(parts) if number in pair[part]}
+        for number in range(NUM_PAIRS)
     ]
     assert all(len(owner) == 1 for owner in owners)
     assert max(tokens[part].sum() for part in parts) < 2 * min(tokens[part].sum() for part in parts)
     with pytest.raises(ValueError, match="rows with one pair must have one mini_batch"):
-        cut_rows(batch.drop("mini_batch") | Batch.of(mini_batch=torch.arange(2 * NUM_PAIRS)), 2, SPLIT)
+        cut_rows(
+            batch.drop("mini_batch") | Batch.of(mini_batch=torch.arange(2 * NUM_PAIRS)), 2, SPLIT
+        )

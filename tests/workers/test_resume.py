@@ -66,7 +66,9 @@ def make_actor(model: ModelConfig) -> TrainedWorker:
 
 def update(worker: TrainedWorker, number: int) -> dict[str, float]:
     drawn = np.random.default_rng(number)
-    responses = [drawn.integers(3, VOCAB, drawn.integers(2, 9)) for _ in range(2 * NUM_MINI_BATCHES)]
+    responses = [
+        drawn.integers(3, VOCAB, drawn.integers(2, 9)) for _ in range(2 * NUM_MINI_BATCHES)
+    ]
     lengths = torch.tensor([len(response) for response in responses])
     per_token = Ragged(torch.from_numpy(drawn.normal(size=int(lengths.sum()))).float(), lengths)
     batch = Batch.of(
@@ -123,5 +125,7 @@ def test_a_checkpoint_without_counters_is_refused(model: ModelConfig, tmp_path: 
     critic = make_critic(model)
     critic.save_checkpoint(str(tmp_path))
     (tmp_path / COUNTERS).unlink()
-    with pytest.raises(ValueError, match=f"has no {COUNTERS}, so it was written by an earlier version"):
+    with pytest.raises(
+        ValueError, match=f"has no {COUNTERS}, so it was written by an earlier version"
+    ):
         critic.load_checkpoint(str(tmp_path))

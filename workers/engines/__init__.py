@@ -1,5 +1,6 @@
-"""Training engines by name. An engine is a class that implements TrainingEngine: built-in ones are a folder
-here and an entry in ENGINES; hybridflow/registry.py says how other packages bring theirs."""
+"""Training engines by name. An engine is a class that implements TrainingEngine: built-in ones
+are a folder here and an entry in ENGINES; hybridflow/registry.py says how other packages bring
+theirs."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ ENGINES = Registry(
 
 
 def engine_class(name: str, field: str = "engine") -> type[TrainingEngine]:
-    """The engine's class; `field` is the setting, for the ValueError of a name that is not known."""
+    """The engine's class; `field` is the setting, for the ValueError of a name that is not
+    known."""
     found: type[TrainingEngine] = ENGINES.load_class(name, field, TrainingEngine)
     return found

@@ -1,9 +1,9 @@
 """TrainingEngine: what every training backend offers, whatever its parallelism.
 
-An engine is built on every rank of its pool inside an initialised torch.distributed world (gloo on CPU, NCCL
-on GPU; a world of one is fine). All ranks call every method together (SPMD). Ranks of one data coordinate get
-the same Sequences; different data coordinates get different ones, possibly of different sizes, possibly
-empty.
+An engine is built on every rank of its pool inside an initialised torch.distributed world (gloo on
+CPU, NCCL on GPU; a world of one is fine). All ranks call every method together (SPMD). Ranks of one
+data coordinate get the same Sequences; different data coordinates get different ones, possibly of
+different sizes, possibly empty.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Head(StrEnum):
     AutoModelForCausalLM."""
     value = "value"
     """A linear value head; V of a scored token is read at the position before it. Loaded as
-    AutoModelForSequenceClassification with num_labels=1 from any causal LM (the head is then new and seeded)
-    or from a saved critic."""
+    AutoModelForSequenceClassification with num_labels=1 from any causal LM (the head is then
+    new and seeded) or from a saved critic."""
     score = "score"
-    """The same model as `value`, read at the last token of each row: one score a row (reward and cost
-    models)."""
+    """The same model as `value`, read at the last token of each row: one score a row (reward
+    and cost models)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,10 +56,10 @@ class Outputs:
 
 
 LossFn = Callable[[Outputs, Sequences], tuple[Tensor, dict[str, Tensor]]]
-"""(outputs, the micro-batch) -> (loss, metrics). Both are *sums* over the micro-batch whose weights already
-hold the global normalisation (1 / tokens of the whole mini-batch over all ranks, say), so that adding them
-over micro-batches and data ranks gives the value for the mini-batch, however it was cut. A micro-batch
-without scored tokens must give 0 with a graph."""
+"""(outputs, the micro-batch) -> (loss, metrics). Both are *sums* over the micro-batch whose
+weights already hold the global normalisation (1 / tokens of the whole mini-batch over all
+ranks, say), so that adding them over micro-batches and data ranks gives the value for the
+mini-batch, however it was cut. A micro-batch without scored tokens must give 0 with a graph."""
 
 
 class TrainingEngine(ABC):
@@ -70,9 +70,9 @@ class TrainingEngine(ABC):
         metrics = engine.train_step(sequences, loss_fn)  # one optimizer step
         parameters = engine.local_parameters()  # for resharding; views, no copies
 
-    The class methods are the engine's facts, which checks and the mapper read before anything starts. They
-    are called on machines without a GPU and without `library`, so the module of an engine imports its library
-    only where it computes.
+    The class methods are the engine's facts, which checks and the mapper read before anything
+    starts. They are called on machines without a GPU and without `library`, so the module of an
+    engine imports its library only where it computes.
     """
 
     library: ClassVar[str] = "torch"
@@ -84,15 +84,15 @@ class TrainingEngine(ABC):
     def make_layout(cls, config: TrainConfig, world_size: int) -> Layout:
         """Which coordinates each rank has: tp and pp as set, dp what they leave of the pool.
 
-        A ValueError for sizes that do not divide the pool. Driver and ranks both call it, so it reads nothing
-        but its arguments.
+        A ValueError for sizes that do not divide the pool. Driver and ranks both call it, so it
+        reads nothing but its arguments.
         """
         parallel = config.pp * config.tp
         if parallel < 1 or world_size % parallel:
             fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
             raise ValueError(
-                f"train: pp={config.pp} x tp={config.tp} does not divide the pool's {world_size} devices; "
-                f"choose sizes whose product is one of {fitting}"
+                f"train: pp={config.pp} x tp={config.tp} does not divide the pool's {world_size} "
+                f"devices; choose sizes whose product is one of {fitting}"
             )
         return Layout.of(
             order=tuple(config.rank_order), dp=world_size // parallel, pp=config.pp, tp=config.tp
@@ -100,9 +100,11 @@ class TrainingEngine(ABC):
 
     @classmethod
     @abstractmethod
-    def check(cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int) -> None:
-        """Refuse before the start what the engine cannot do: a ValueError with field, value and fix for
-        settings that it does not have and for a model that does not fit its layout."""
+    def check(
+        cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
+    ) -> None:
+        """Refuse before the start what the engine cannot do: a ValueError with field, value and
+        fix for settings that it does not have and for a model that does not fit its layout."""
 
     @classmethod
     @abstractmethod
@@ -112,15 +114,15 @@ class TrainingEngine(ABC):
     @classmethod
     @abstractmethod
     def zero_stage(cls, config: TrainConfig) -> int:
-        """The ZeRO stage that data ranks come to, as the mapper counts it: 0 shards nothing, 1 optimizer
-        states, 2 gradients too, 3 weights too."""
+        """The ZeRO stage that data ranks come to, as the mapper counts it: 0 shards nothing, 1
+        optimizer states, 2 gradients too, 3 weights too."""
 
     @classmethod
     @abstractmethod
     def shards_data(cls, config: TrainConfig) -> bool:
-        """Whether local_parameters() of a data rank are its own part of each tensor rank's weights, cut along
-        the first dim. Resharding assigns generation coordinates so that the fewest bytes move; a wrong answer
-        costs bytes, never correctness."""
+        """Whether local_parameters() of a data rank are its own part of each tensor rank's
+        weights, cut along the first dim. Resharding assigns generation coordinates so that the
+        fewest bytes move; a wrong answer costs bytes, never correctness."""
 
     @abstractmethod
     def __init__(
@@ -133,37 +135,42 @@ class TrainingEngine(ABC):
         trains: bool = True,
         seed: int = 0,
     ) -> None:
-        """Loads the model and builds the optimizer; collective over the pool. trains=False: for forward
-        passes alone. seed: decides the weights of a new head (ModelSource draws them)."""
+        """Loads the model and builds the optimizer; collective over the pool. trains=False: for
+        forward passes alone. seed: decides the weights of a new head (ModelSource draws them)."""
 
     @abstractmethod
     def forward(
         self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0
     ) -> Outputs | None:
-        """Outputs without gradients, on every rank of the last pipeline stage (all tensor ranks the same);
-        None elsewhere."""
+        """Outputs without gradients, on every rank of the last pipeline stage (all tensor ranks
+        the same); None elsewhere."""
 
     @abstractmethod
     def train_step(
-        self, sequences: Sequences, loss_fn: LossFn, *, entropy: bool = False, temperature: float = 1.0
+        self,
+        sequences: Sequences,
+        loss_fn: LossFn,
+        *,
+        entropy: bool = False,
+        temperature: float = 1.0,
     ) -> dict[str, float]:
-        """Forward and backward over all micro-batches, sum of gradients over data ranks, clipping, one
-        optimizer step.
+        """Forward and backward over all micro-batches, sum of gradients over data ranks, clipping,
+        one optimizer step.
 
-        Returns loss and loss_fn's metrics summed over micro-batches and data ranks, plus grad_norm (before
-        clipping, over all parameters) and learning_rate: the same numbers on every rank. A grad_norm that is
-        not finite raises a RuntimeError before the weights are touched.
+        Returns loss and loss_fn's metrics summed over micro-batches and data ranks, plus grad_norm
+        (before clipping, over all parameters) and learning_rate: the same numbers on every rank. A
+        grad_norm that is not finite raises a RuntimeError before the weights are touched.
         """
 
     @abstractmethod
     def local_parameters(self) -> list[LocalParameter]:
-        """The rank's shards of every logical parameter of the model (all names on every rank, in the same
-        order)."""
+        """The rank's shards of every logical parameter of the model (all names on every rank,
+        in the same order)."""
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Weights, optimizer and schedule into `directory` (torch.distributed.checkpoint); collective.
-        Loadable on any layout."""
+        """Weights, optimizer and schedule into `directory` (torch.distributed.checkpoint);
+        collective. Loadable on any layout."""
 
     @abstractmethod
     def load(self, directory: Path) -> None:
@@ -171,8 +178,8 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def save_pretrained(self, directory: Path) -> None:
-        """Weights as a Hugging Face directory (safetensors, config) that transformers loads; collective, one
-        rank writes."""
+        """Weights as a Hugging Face directory (safetensors, config) that transformers loads;
+        collective, one rank writes."""
 
     @abstractmethod
     def offload(self) -> None:

@@ -1,5 +1,6 @@
-"""Generation engines by name. An engine is a class that implements GenerationEngine: built-in ones are a
-module here and an entry in ENGINES; hybridflow/registry.py says how other packages bring theirs."""
+"""Generation engines by name. An engine is a class that implements GenerationEngine: built-in
+ones are a module here and an entry in ENGINES; hybridflow/registry.py says how other packages
+bring theirs."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ ENGINES = Registry(
 
 
 def generation_engine_class(name: str, field: str = "generation.engine") -> type[GenerationEngine]:
-    """The engine's class; `field` is the setting, for the ValueError of a name that is not known."""
+    """The engine's class; `field` is the setting, for the ValueError of a name that is not
+    known."""
     found: type[GenerationEngine] = ENGINES.load_class(name, field, GenerationEngine)
     return found

@@ -9,8 +9,8 @@ from workers.config import Precision
 
 @dataclass(kw_only=True)
 class SamplingConfig:
-    """How a response is drawn: the filters work on the softmax at `temperature`, in the order min_p, top_k,
-    top_p.
+    """How a response is drawn: the filters work on the softmax at `temperature`, in the order
+    min_p, top_k, top_p.
 
     SamplingConfig(temperature=0.7, top_p=0.95, max_response_tokens=512)
     """
@@ -22,15 +22,16 @@ class SamplingConfig:
     top_k: int = 0
     """Keep this many of the most likely tokens; 0 keeps all."""
     min_p: float = 0.0
-    """Drop tokens whose probability is under this fraction of the most likely token's; 0 keeps all."""
+    """Drop tokens whose probability is under this fraction of the most likely token's; 0 keeps
+    all."""
     greedy: bool = False
-    """Take the most likely token (do_sample=False); temperature, top_p, top_k, min_p and the seeds then play
-    no part."""
+    """Take the most likely token (do_sample=False); temperature, top_p, top_k, min_p and the
+    seeds then play no part."""
     max_response_tokens: int = 256
     """A response ends after this many tokens at the latest, with finish reason "length"."""
     stop_token_ids: list[int] = field(default_factory=list)
-    """Tokens that end a response, besides the model's own end-of-sequence tokens; the stopping token is part
-    of the response."""
+    """Tokens that end a response, besides the model's own end-of-sequence tokens; the stopping
+    token is part of the response."""
     stop_strings: list[str] = field(default_factory=list)
     """Strings that end a response; the tokens that spell them are part of the response."""
     ignore_eos: bool = False
@@ -39,32 +40,38 @@ class SamplingConfig:
 
 @dataclass(kw_only=True)
 class GenerationConfig:
-    """The generation engine of an actor; the data-parallel size is what tp and pp leave of the pool."""
+    """The generation engine of an actor; the data-parallel size is what tp and pp leave of the
+    pool."""
 
     engine: str = "vllm"
-    """vllm or hf (a slow reference without parallelism), or an engine of another package: a name that it
-    declares, or package.module:Name."""
+    """vllm or hf (a slow reference without parallelism), or an engine of another package: a
+    name that it declares, or package.module:Name."""
     tp: int = 1
     """Tensor-parallel size."""
     pp: int = 1
     """Pipeline-parallel size."""
     precision: Precision = Precision.bf16
-    """Precision of the generation weights and the key/value cache; logits are float32 from the softmax on."""
+    """Precision of the generation weights and the key/value cache; logits are float32 from the
+    softmax on."""
     max_model_len: int = 0
-    """Most tokens of prompt and response together; 0 takes the model's own limit. A smaller value saves
-    memory."""
+    """Most tokens of prompt and response together; 0 takes the model's own limit. A smaller
+    value saves memory."""
     max_num_seqs: int = 256
-    """Most responses that are generated at the same time by one data-parallel engine; the others wait."""
+    """Most responses that are generated at the same time by one data-parallel engine; the
+    others wait."""
     max_num_batched_tokens: int = 8192
-    """Most tokens of one forward pass of one engine (prompts are split over passes where they are longer)."""
+    """Most tokens of one forward pass of one engine (prompts are split over passes where they
+    are longer)."""
     kv_cache_bytes: int = 256 * 2**20
     """Key/value cache of one rank on CPU. On GPU: see gpu_memory_fraction."""
     gpu_memory_fraction: float = 0.5
-    """Share of the device's memory that weights, activations and key/value cache of generation may take."""
+    """Share of the device's memory that weights, activations and key/value cache of generation
+    may take."""
     enforce_eager: bool = True
     """Do not compile the model (CPU) nor capture it in CUDA graphs (GPU)."""
     prefix_caching: bool = True
-    """Compute the shared beginning of prompts once (the samples of one prompt, a common system prompt)."""
+    """Compute the shared beginning of prompts once (the samples of one prompt, a common system
+    prompt)."""
     block_size: int = 0
     """Tokens of one block of the key/value cache; only whole blocks are shared. 0 chooses."""
     release_during_training: bool = False

@@ -1,15 +1,17 @@
-"""Drawing tokens: one definition for every engine, layout and device, decided by a row's seed and the
-position in its response.
+"""Drawing tokens: one definition for every engine, layout and device, decided by a row's seed and
+the position in its response.
 
-Gumbel-max in two steps. The vocabulary is cut into blocks of consecutive tokens; a block is drawn by Gumbel
-noise on the logarithms of the blocks' masses, then a token inside it by Gumbel noise on its logits. That is
-exactly the softmax, with about 2 * sqrt(vocab) noise numbers a token in place of vocab. Noise is a hash of
-(seed, position, round, index), so nothing is kept between steps and no random generator of the process is
-touched. Rounding moves a draw only where two sums of logit and noise are equal within rounding, about once in
-a million tokens for float32: the same seeds give the same samples on other layouts.
+Gumbel-max in two steps. The vocabulary is cut into blocks of consecutive tokens; a block is drawn
+by Gumbel noise on the logarithms of the blocks' masses, then a token inside it by Gumbel noise on
+its logits. That is exactly the softmax, with about 2 * sqrt(vocab) noise numbers a token in place
+of vocab. Noise is a hash of (seed, position, round, index), so nothing is kept between steps and no
+random generator of the process is touched. Rounding moves a draw only where two sums of logit and
+noise are equal within rounding, about once in a million tokens for float32: the same seeds give the
+same samples on other layouts.
 
-top-p is a rejection: draw from all tokens, keep the draw if the tokens more likely than it hold less than
-top_p, else draw again with the next round's noise. Over top_p of the draws are kept, and nothing is sorted.
+top-p is a rejection: draw from all tokens, keep the draw if the tokens more likely than it hold
+less than top_p, else draw again with the next round's noise. Over top_p of the draws are kept, and
+nothing is sorted.
 """
 
 from __future__ import annotations
@@ -26,17 +28,18 @@ MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 """Constants of SplitMix64 (Steele, Lea, Flood 2014)."""
 
 MOST_ROUNDS = 16
-"""Rejections by top-p before the rest is sorted; the round's number is part of the hash, below 2048."""
+"""Rejections by top-p before the rest is sorted; the round's number is part of the hash, below
+2048."""
 
 
 def sample_tokens(
     logits: Tensor, seeds: Tensor, positions: Tensor, sampling: SamplingConfig
 ) -> tuple[Tensor, Tensor]:
-    """Token ids [rows] and their log-probs [rows] (float32) under the full softmax at the temperature, before
-    every filter.
+    """Token ids [rows] and their log-probs [rows] (float32) under the full softmax at the
+    temperature, before every filter.
 
-    logits [rows, vocab], any float type, not yet divided by the temperature; seeds and positions int64
-    [rows].
+    logits [rows, vocab], any float type, not yet divided by the temperature; seeds and positions
+    int64 [rows].
     """
     logits = logits.float()
     if sampling.greedy:
@@ -63,7 +66,9 @@ class BlockMasses:
         whole = vocab // self.block * self.block
         self.sums = self.masses[:, :whole].reshape(rows, -1, self.block).sum(dim=-1)
         if whole < vocab:
-            self.sums = torch.cat([self.sums, self.masses[:, whole:].sum(dim=-1, keepdim=True)], dim=-1)
+            self.sums = torch.cat(
+                [self.sums, self.masses[:, whole:].sum(dim=-1, keepdim=True)], dim=-1
+            )
         self.total = self.sums.sum(dim=-1)
 
     def log_total(self) -> Tensor:
@@ -72,11 +77,13 @@ class BlockMasses:
 
 
 def keep_most_likely(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """The logits with -inf at tokens that min_p drops, then top_k; the same tensor if neither is asked
-    for."""
+    """The logits with -inf at tokens that min_p drops, then top_k; the same tensor if neither
+    is asked for."""
     kept = logits
     if sampling.min_p > 0:
-        kept = kept.masked_fill(kept < kept.amax(dim=-1, keepdim=True) + math.log(sampling.min_p), -math.inf)
+        kept = kept.masked_fill(
+            kept < kept.amax(dim=-1, keepdim=True) + math.log(sampling.min_p), -math.inf
+        )
     if 0 < sampling.top_k < logits.shape[-1]:
         kept = kept.masked_fill(kept < kept.topk(sampling.top_k, dim=-1).values[:, -1:], -math.inf)
     return kept
@@ -126,7 +133,9 @@ def sample_once(
 ) -> Tensor:
     """Ids [rows] drawn from the softmax of `logits` [rows, vocab]."""
     vocab = logits.shape[-1]
-    keys = mix(mix(seeds + _signed(GOLDEN)) + (positions * 4096 + 2 * round_number) * _signed(GOLDEN))
+    keys = mix(
+        mix(seeds + _signed(GOLDEN)) + (positions * 4096 + 2 * round_number) * _signed(GOLDEN)
+    )
     block = (masses.sums.double().log_() + gumbel(keys, masses.sums.shape[-1])).argmax(dim=-1)
     index = block.unsqueeze(-1) * masses.block + torch.arange(masses.block, device=logits.device)
     inside = logits.gather(-1, index.clamp(max=vocab - 1)).double()

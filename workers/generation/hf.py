@@ -1,8 +1,8 @@
-"""The slow reference: a transformers model, one token for every row at a time, with the draws that every
-engine uses.
+"""The slow reference: a transformers model, one token for every row at a time, with the draws that
+every engine uses.
 
-No scheduler, no shared prefixes, no parallelism: every rank holds the whole model and is a replica of its
-own. In float32 it gives the tokens that vLLM gives.
+No scheduler, no shared prefixes, no parallelism: every rank holds the whole model and is a replica
+of its own. In float32 it gives the tokens that vLLM gives.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class HfEngine(GenerationEngine):
     def check(cls, config: GenerationConfig) -> None:
         if config.tp * config.pp != 1:
             raise ValueError(
-                f"generation: tp={config.tp} pp={config.pp}, but engine hf has no parallelism; use 1 and 1, "
-                "or engine=vllm"
+                f"generation: tp={config.tp} pp={config.pp}, but engine hf has no parallelism; "
+                "use 1 and 1, or engine=vllm"
             )
 
     def __init__(
@@ -60,7 +60,8 @@ class HfEngine(GenerationEngine):
         load_weights: bool = True,
         layout: Layout | None = None,
     ) -> None:
-        """`load_weights` is there for the interface: the weights of the directory are read either way."""
+        """`load_weights` is there for the interface: the weights of the directory are read
+        either way."""
         self.check(config)
         self.layout = layout or Layout.of(dp=context.world_size)
         self.weight_version = -1
@@ -102,7 +103,9 @@ class HfEngine(GenerationEngine):
         return Generations(
             response_ids=np.array([token for row in rows for token in row.tokens], dtype=np.int64),
             lengths=np.array([len(row.tokens) for row in rows], dtype=np.int64),
-            log_probs=np.array([value for row in rows for value in row.log_probs], dtype=np.float32),
+            log_probs=np.array(
+                [value for row in rows for value in row.log_probs], dtype=np.float32
+            ),
             finish_reasons=[row.finish_reason for row in rows],
             num_prompt_tokens=sum(len(prompt) for prompt in prompts),
             seconds=time.perf_counter() - start,
@@ -148,16 +151,20 @@ class HfEngine(GenerationEngine):
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        missing = {id(parameter): name for name, parameter in parameters.items()}  # tied names count once
+        missing = {
+            id(parameter): name for name, parameter in parameters.items()
+        }  # tied names count once
         for name, tensor in weights:
             if name not in parameters:
-                raise ValueError(f"load_weights: {name} is no parameter of the model; pass checkpoint names")
+                raise ValueError(
+                    f"load_weights: {name} is no parameter of the model; pass checkpoint names"
+                )
             parameters[name].copy_(tensor)
             missing.pop(id(parameters[name]), None)
         if missing:
             raise ValueError(
-                f"load_weights: {', '.join(sorted(missing.values()))} not given; pass every parameter of the "
-                "model"
+                f"load_weights: {', '.join(sorted(missing.values()))} not given; pass every "
+                "parameter of the model"
             )
         self.weight_version = version
 
@@ -165,8 +172,8 @@ class HfEngine(GenerationEngine):
         self.weight_version = version
 
     def sleep(self) -> int:
-        """Nothing to free: the cache lives for one call only, and this engine is not for training large
-        models."""
+        """Nothing to free: the cache lives for one call only, and this engine is not for
+        training large models."""
         return 0
 
     def wake(self) -> None:
@@ -197,7 +204,10 @@ class StopRule:
     """Why a response ends, if it does."""
 
     def __init__(
-        self, token_ids: Sequence[int], sampling: SamplingConfig, tokenizer: PreTrainedTokenizerBase | None
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingConfig,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
         if sampling.stop_strings and tokenizer is None:
             raise ValueError(

@@ -30,7 +30,12 @@ def check_sampling(sampling: SamplingConfig) -> None:
             sampling.max_response_tokens >= 1,
             "at least 1",
         ),
-        ("stop_strings", sampling.stop_strings, all(sampling.stop_strings), "strings that are not empty"),
+        (
+            "stop_strings",
+            sampling.stop_strings,
+            all(sampling.stop_strings),
+            "strings that are not empty",
+        ),
     ]
     for field, value, valid, fix in checks:
         if not valid:
@@ -49,33 +54,36 @@ def check_prompts(
     max_response_tokens."""
     check_sampling(sampling)
     if len(seeds) != len(prompts):
-        raise ValueError(f"seeds: {len(seeds)} for {len(prompts)} prompts; pass one seed for every row")
+        raise ValueError(
+            f"seeds: {len(seeds)} for {len(prompts)} prompts; pass one seed for every row"
+        )
     room = max_model_len - sampling.max_response_tokens
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(
-                f"prompts: row {row} is empty; a prompt needs at least one token (a beginning-of-sequence "
-                "token, say)"
+                f"prompts: row {row} is empty; a prompt needs at least one token (a "
+                "beginning-of-sequence token, say)"
             )
         if len(prompt) > room:
             raise ValueError(
                 f"prompts: row {row} has {len(prompt)} tokens, and with "
-                f"max_response_tokens={sampling.max_response_tokens} "
-                f"is over max_model_len={max_model_len}; filter longer prompts, lower max_response_tokens or "
-                "raise max_model_len"
+                f"max_response_tokens={sampling.max_response_tokens} is over "
+                f"max_model_len={max_model_len}; filter longer prompts, lower max_response_tokens "
+                "or raise max_model_len"
             )
         low, high = int(prompt.min()), int(prompt.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(
-                f"prompts: row {row} has token id {low if low < 0 else high} outside the vocabulary "
-                f"0..{vocab_size - 1}; "
-                "use the model's own tokenizer"
+                f"prompts: row {row} has token id {low if low < 0 else high} outside the "
+                f"vocabulary 0..{vocab_size - 1}; use the model's own tokenizer"
             )
 
 
-def most_tokens(num_rows: int, sampling: SamplingConfig, limits: NDArray[np.int64] | None) -> list[int]:
-    """[rows]: tokens after which each response ends at the latest; a ValueError names the row of a limit
-    under 1."""
+def most_tokens(
+    num_rows: int, sampling: SamplingConfig, limits: NDArray[np.int64] | None
+) -> list[int]:
+    """[rows]: tokens after which each response ends at the latest; a ValueError names the row
+    of a limit under 1."""
     if limits is None:
         return [sampling.max_response_tokens] * num_rows
     if len(limits) != num_rows:
@@ -94,7 +102,8 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
 
 
 def end_token_ids(model: ModelConfig, config: PretrainedConfig) -> tuple[int, ...]:
-    """The model's end-of-sequence tokens: of its generation config if it names any, else of its config."""
+    """The model's end-of-sequence tokens: of its generation config if it names any, else of its
+    config."""
     try:
         eos = GenerationConfig.from_pretrained(model.path, revision=model.revision).eos_token_id
     except OSError:  # the model has no generation_config.json

@@ -19,22 +19,24 @@ class WeightDestination(ABC):
 
     @abstractmethod
     def destinations(self) -> list[LocalParameter]:
-        """This rank's boxes of every parameter that the engine needs, and memory to write them to."""
+        """This rank's boxes of every parameter that the engine needs, and memory to write them
+        to."""
 
     @abstractmethod
     def share(self, sources: Sequence[LocalParameter]) -> None:
-        """Let the engine compute with the trainer's own memory (`sources`, of this rank) where the two hold
-        the same part in the same form: nothing is moved there any more. For memory that both sides keep as
-        long as they live; before destinations()."""
+        """Let the engine compute with the trainer's own memory (`sources`, of this rank) where
+        the two hold the same part in the same form: nothing is moved there any more. For memory
+        that both sides keep as long as they live; before destinations()."""
 
     @abstractmethod
     def commit(self, version: int) -> None:
-        """The memory is filled: make the engine use it, and forget everything computed with older weights."""
+        """The memory is filled: make the engine use it, and forget everything computed with
+        older weights."""
 
     @abstractmethod
     def release(self) -> int:
-        """Give back memory of its own until restore, and say how many bytes that were; the engine sleeps
-        meanwhile."""
+        """Give back memory of its own until restore, and say how many bytes that were; the
+        engine sleeps meanwhile."""
 
     @abstractmethod
     def restore(self) -> None:
@@ -42,10 +44,15 @@ class WeightDestination(ABC):
 
 
 class FullWeights(WeightDestination):
-    """For an engine that takes full tensors under checkpoint names: every rank receives the whole model."""
+    """For an engine that takes full tensors under checkpoint names: every rank receives the
+    whole model."""
 
     def __init__(
-        self, engine: GenerationEngine, parameters: Sequence[ParameterSpec], dtype: torch.dtype, device: str
+        self,
+        engine: GenerationEngine,
+        parameters: Sequence[ParameterSpec],
+        dtype: torch.dtype,
+        device: str,
     ) -> None:
         self.engine = engine
         self.parameters = [
@@ -71,7 +78,8 @@ class FullWeights(WeightDestination):
 
     def commit(self, version: int) -> None:
         self.engine.load_weights(
-            [(parameter.name, parameter.shards[0].tensor) for parameter in self.parameters], version=version
+            [(parameter.name, parameter.shards[0].tensor) for parameter in self.parameters],
+            version=version,
         )
 
     def release(self) -> int:

@@ -1,5 +1,5 @@
-"""Estimators of the reverse KL divergence KL(policy || reference) from the log-probs of tokens that the
-policy sampled.
+"""Estimators of the reverse KL divergence KL(policy || reference) from the log-probs of tokens that
+the policy sampled.
 
 With d = log_prob - ref_log_prob (Schulman, "Approximating KL divergence", 2020):
 
@@ -12,10 +12,10 @@ With d = log_prob - ref_log_prob (Schulman, "Approximating KL divergence", 2020)
 
 The forward KL is KL(reference || policy).
 
-So k1 belongs into the reward (InstructGPT, OpenRLHF, TRL's PPO), k2 or k3 into the loss (GRPO's paper, eq. 4,
-uses k3; REINFORCE++ recommends k2). Others: verl calls them kl, abs, mse, low_var_kl, clamps d to +-20 and
-then k3's value to +-10; OpenRLHF clamps every estimate to +-10. Leaves out KL over the whole vocabulary, and
-the coefficient (controllers/kl.py).
+So k1 belongs into the reward (InstructGPT, OpenRLHF, TRL's PPO), k2 or k3 into the loss (GRPO's
+paper, eq. 4, uses k3; REINFORCE++ recommends k2). Others: verl calls them kl, abs, mse, low_var_kl,
+clamps d to +-20 and then k3's value to +-10; OpenRLHF clamps every estimate to +-10. Leaves out KL
+over the whole vocabulary, and the coefficient (controllers/kl.py).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Largest |log ratio| that is put through exp, here and in the policy losses: e^20 = 4.9e8 is finite in
-float32, and so are its products with advantages. Beyond it a token gets no gradient; the policy loss reports
-the fraction."""
+"""Largest |log ratio| that is put through exp, here and in the policy losses: e^20 = 4.9e8 is
+finite in float32, and so are its products with advantages. Beyond it a token gets no gradient;
+the policy loss reports the fraction."""
 
 
 class KLEstimator(StrEnum):

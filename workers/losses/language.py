@@ -1,8 +1,8 @@
-"""Losses of language modelling: cross-entropy (supervised fine-tuning, PPO-ptx' pretraining loss) and
-on-policy distillation.
+"""Losses of language modelling: cross-entropy (supervised fine-tuning, PPO-ptx' pretraining loss)
+and on-policy distillation.
 
-Read the per-token column weights; distillation also teacher_log_probs. Leaves out distillation over the whole
-vocabulary.
+Read the per-token column weights; distillation also teacher_log_probs. Leaves out distillation over
+the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from workers.sequences import Sequences
 
 
 def language_loss(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, LossMetrics]:
-    """-log pi of the counted tokens; with token_mean over the global mini-batch the usual cross-entropy.
+    """-log pi of the counted tokens; with token_mean over the global mini-batch the usual
+    cross-entropy.
 
-    Hugging Face's Trainer took the mean of micro-batches' means before its version 4.46; prompts count in
-    pretraining, not in fine-tuning: that is up to scored_lengths and the weights' mask.
+    Hugging Face's Trainer took the mean of micro-batches' means before its version 4.46; prompts
+    count in pretraining, not in fine-tuning: that is up to scored_lengths and the weights' mask.
     """
     counted = Counted.of(sequences)
     nll = -counted.take(required(outputs.log_probs, "log_probs"))
@@ -29,13 +30,14 @@ def language_loss(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, LossM
 
 
 def distillation_loss(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, LossMetrics]:
-    """Reverse KL to a teacher on the student's own samples: sg[log pi - log teacher] pi / sg[pi_old] per
-    token.
+    """Reverse KL to a teacher on the student's own samples: sg[log pi - log teacher] pi /
+    sg[pi_old] per token.
 
-    Its gradient is E[(log pi - log teacher) grad log pi] of every position by itself (no credit for later
-    tokens: on-policy distillation as of Agarwal et al. 2024, GKD, with lambda = 1 and one sampled token in
-    place of the sum over the vocabulary). log pi - log teacher itself would have gradient 0 in expectation.
-    Its value is the k1 estimate where pi_old = pi, which holds without a column old_log_probs.
+    Its gradient is E[(log pi - log teacher) grad log pi] of every position by itself (no credit for
+    later tokens: on-policy distillation as of Agarwal et al. 2024, GKD, with lambda = 1 and one
+    sampled token in place of the sum over the vocabulary). log pi - log teacher itself would have
+    gradient 0 in expectation. Its value is the k1 estimate where pi_old = pi, which holds without a
+    column old_log_probs.
     """
     counted = Counted.of(sequences)
     log_probs = counted.take(required(outputs.log_probs, "log_probs"))
@@ -55,12 +57,12 @@ def distillation_loss(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, L
 
 
 def with_pretraining(policy: LossFn, coefficient: float) -> LossFn:
-    """PPO-ptx (InstructGPT, eq. 2): `policy` on the rows whose per-row column pretrain is False, plus
-    coefficient times the language loss on those where it is True, in one update.
+    """PPO-ptx (InstructGPT, eq. 2): `policy` on the rows whose per-row column pretrain is False,
+    plus coefficient times the language loss on those where it is True, in one update.
 
-    Weights are normalised for each kind of row by itself (two calls of weight_columns). The policy's columns
-    need a value for pretraining tokens too; any will do. Safe-RLHF's own code and DeepSpeed-Chat make two
-    optimizer steps instead, one for each loss.
+    Weights are normalised for each kind of row by itself (two calls of weight_columns). The
+    policy's columns need a value for pretraining tokens too; any will do. Safe-RLHF's own code and
+    DeepSpeed-Chat make two optimizer steps instead, one for each loss.
     """
 
     def loss_fn(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, LossMetrics]:
@@ -75,9 +77,12 @@ def with_pretraining(policy: LossFn, coefficient: float) -> LossFn:
 
 
 def _rows(outputs: Outputs, sequences: Sequences, chosen: Tensor) -> tuple[Outputs, Sequences]:
-    """The rows where `chosen` (bool [rows]) holds; chunks of log_probs and entropy keep their graph."""
+    """The rows where `chosen` (bool [rows]) holds; chunks of log_probs and entropy keep their
+    graph."""
     chosen = chosen.to(sequences.scored_lengths.device)
     tokens = torch.repeat_interleave(chosen, sequences.scored_lengths)
     log_probs = required(outputs.log_probs, "log_probs")[tokens]
     entropy = None if outputs.entropy is None else outputs.entropy[tokens]
-    return Outputs(log_probs=log_probs, entropy=entropy), sequences.rows(torch.nonzero(chosen).squeeze(1))
+    return Outputs(log_probs=log_probs, entropy=entropy), sequences.rows(
+        torch.nonzero(chosen).squeeze(1)
+    )

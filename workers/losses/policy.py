@@ -1,10 +1,10 @@
-"""The actor's loss: a policy loss by name, corrected for the rollout, minus the entropy bonus, plus the KL to
-the reference.
+"""The actor's loss: a policy loss by name, corrected for the rollout, minus the entropy bonus, plus
+the KL to the reference.
 
-Reads per-token columns advantages and weights; old_log_probs, ref_log_probs, rollout_log_probs where present
-or asked for, and what the loss says that it reads. LossMetrics: policy_loss, entropy, kl and kl_loss, clip
-fractions, ratios, approximate KL to the old policy, and the gap to the rollout. Leaves out how advantages and
-weights are made.
+Reads per-token columns advantages and weights; old_log_probs, ref_log_probs, rollout_log_probs
+where present or asked for, and what the loss says that it reads. LossMetrics: policy_loss, entropy,
+kl and kl_loss, clip fractions, ratios, approximate KL to the old policy, and the gap to the
+rollout. Leaves out how advantages and weights are made.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def policy_loss(config: PolicyLossConfig) -> LossFn:
         sequences = sequences.with_columns(per_token=columns)
         engine.train_step(sequences, policy_loss(config), entropy=config.entropy_coefficient != 0)
 
-    First-step rule: without a column old_log_probs the old policy is the current one, detached. The ratio is
-    then exactly 1, which is right for the first update of a batch and saves a forward pass.
+    First-step rule: without a column old_log_probs the old policy is the current one, detached. The
+    ratio is then exactly 1, which is right for the first update of a batch and saves a forward
+    pass.
     """
     loss_of_tokens = surrogate(config.name)
 
@@ -44,7 +45,9 @@ def policy_loss(config: PolicyLossConfig) -> LossFn:
             advantages=counted.take(column(sequences, "advantages")),
             row=counted.row,
             num_rows=counted.num_rows,
-            columns={name: counted.take(column(sequences, name)) for name in loss_of_tokens.columns},
+            columns={
+                name: counted.take(column(sequences, name)) for name in loss_of_tokens.columns
+            },
         )
         losses, per_token_metrics = loss_of_tokens(tokens, config)
         metrics = {name: counted.mean(values) for name, values in per_token_metrics.items()}
@@ -94,7 +97,9 @@ def _ratio_metrics(counted: Counted, log_probs: Tensor, old_log_probs: Tensor) -
         "ratio_min": minimum(ratio),
         "log_ratio_clamped_fraction": counted.mean(log_ratio.abs() > MAX_LOG_RATIO),
         "approx_kl_k1": counted.mean(-log_ratio),
-        "approx_kl_k3": counted.mean(kl_estimate(-log_ratio, log_ratio.new_zeros(()), KLEstimator.k3)),
+        "approx_kl_k3": counted.mean(
+            kl_estimate(-log_ratio, log_ratio.new_zeros(()), KLEstimator.k3)
+        ),
     }
 
 
@@ -105,22 +110,28 @@ def _entropy(
     if config.entropy_coefficient == 0 and outputs.entropy is None:
         return None, {}
     entropy = counted.take(required(outputs.entropy, "entropy"))
-    term = -config.entropy_coefficient * counted.weighted_sum(entropy) if config.entropy_coefficient else None
+    term = (
+        -config.entropy_coefficient * counted.weighted_sum(entropy)
+        if config.entropy_coefficient
+        else None
+    )
     return term, {"entropy": counted.mean(entropy)}
 
 
 def _kl(
     counted: Counted, log_probs: Tensor, sequences: Sequences, config: PolicyLossConfig
 ) -> tuple[Tensor | None, LossMetrics]:
-    """The KL to the reference, aggregated as the policy loss is (GRPO, eq. 3); kl is a mean over tokens,
-    before the coefficient.
+    """The KL to the reference, aggregated as the policy loss is (GRPO, eq. 3); kl is a mean over
+    tokens, before the coefficient.
 
-    The estimate is not weighted with the ratio, so it is exact for the first update of a batch only (as in
-    verl, OpenRLHF, and TRL by default).
+    The estimate is not weighted with the ratio, so it is exact for the first update of a batch only
+    (as in verl, OpenRLHF, and TRL by default).
     """
     if config.kl_coefficient == 0 and "ref_log_probs" not in sequences.per_token:
         return None, {}
-    kl = kl_estimate(log_probs, counted.take(column(sequences, "ref_log_probs")), config.kl_estimator)
+    kl = kl_estimate(
+        log_probs, counted.take(column(sequences, "ref_log_probs")), config.kl_estimator
+    )
     metrics = {"kl": counted.mean(kl)}
     if config.kl_coefficient == 0:
         return None, metrics

@@ -1,11 +1,12 @@
-"""The beginning and end of every token-level loss: the counted tokens of a micro-batch, and metrics that add
-up.
+"""The beginning and end of every token-level loss: the counted tokens of a micro-batch, and metrics
+that add up.
 
-LossMetrics come in three kinds, told apart by their names. A name ending in `_max` (`_min`) is a maximum
-(minimum), -inf (+inf) standing for "no token"; every other metric is a sum with global weights. Engines
-combine them over micro-batches and ranks (workers/engines/shared/metrics.py), sums in float64 because
-variances are computed from some. What is neither comes afterwards, from derived_metrics. LossMetrics carry no
-gradient and have the same names for every micro-batch, an empty one too.
+LossMetrics come in three kinds, told apart by their names. A name ending in `_max` (`_min`) is a
+maximum (minimum), -inf (+inf) standing for "no token"; every other metric is a sum with global
+weights. Engines combine them over micro-batches and ranks (workers/engines/shared/metrics.py), sums
+in float64 because variances are computed from some. What is neither comes afterwards, from
+derived_metrics. LossMetrics carry no gradient and have the same names for every micro-batch, an
+empty one too.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Counted:
     def of(cls, sequences: Sequences) -> Counted:
         """Reads the columns weights and mean_weights (workers/losses/aggregation.py).
 
-        Without mean_weights the metrics are weighted as the loss is: a mean too under token_mean and
-        seq_mean_token_mean, not under the other aggregations.
+        Without mean_weights the metrics are weighted as the loss is: a mean too under token_mean
+        and seq_mean_token_mean, not under the other aggregations.
         """
         weights = column(sequences, "weights")
         index = torch.nonzero(weights).squeeze(1)
@@ -70,10 +71,12 @@ class Counted:
         return (self.weights * values).sum()
 
     def mean(self, values: Tensor) -> Tensor:
-        """The micro-batch's part of the mean of [counted] (bool too) over all tokens of the mini-batch."""
+        """The micro-batch's part of the mean of [counted] (bool too) over all tokens of the
+        mini-batch."""
         values = values.detach()
         return (
-            self.mean_weights * values.to(torch.promote_types(values.dtype, self.mean_weights.dtype))
+            self.mean_weights
+            * values.to(torch.promote_types(values.dtype, self.mean_weights.dtype))
         ).sum()
 
 
@@ -81,7 +84,8 @@ def column(sequences: Sequences, name: str) -> Tensor:
     """A per-token column, [scored_tokens]."""
     if name not in sequences.per_token:
         raise ValueError(
-            f"loss: per-token column {name!r} is missing; the micro-batch has {sorted(sequences.per_token)}"
+            f"loss: per-token column {name!r} is missing; the micro-batch has "
+            f"{sorted(sequences.per_token)}"
         )
     return sequences.per_token[name]
 
@@ -90,7 +94,8 @@ def row_column(sequences: Sequences, name: str) -> Tensor:
     """A per-row column, [rows]."""
     if name not in sequences.per_row:
         raise ValueError(
-            f"loss: per-row column {name!r} is missing; the micro-batch has {sorted(sequences.per_row)}"
+            f"loss: per-row column {name!r} is missing; the micro-batch has "
+            f"{sorted(sequences.per_row)}"
         )
     return sequences.per_row[name]
 
@@ -119,9 +124,10 @@ def derived_metrics(metrics: dict[str, float]) -> dict[str, float]:
     """The metrics that are no sums, from those of a whole mini-batch: call it on what
     TrainingEngine.train_step returned.
 
-    explained_variance: 1 - Var(returns - values) / Var(returns), from the means of both and of their squares
-    (value_loss); NaN if the returns do not vary. rollout_effective_sample_fraction: E[w]^2 / E[w^2] of the
-    importance weights between generation and training (1: no gap). perplexity: e^nll.
+    explained_variance: 1 - Var(returns - values) / Var(returns), from the means of both and of
+    their squares (value_loss); NaN if the returns do not vary. rollout_effective_sample_fraction:
+    E[w]^2 / E[w^2] of the importance weights between generation and training (1: no gap).
+    perplexity: e^nll.
     """
     derived: dict[str, float] = {}
     if "value_error_squared" in metrics:

@@ -1,6 +1,7 @@
 """Sums and means over the rows of a flat ragged tensor.
 
-Rows are given by `row`, int64 [tokens], the row of every token; a row without tokens has sum 0 and mean 0.
+Rows are given by `row`, int64 [tokens], the row of every token; a row without tokens has sum 0 and
+mean 0.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from torch import Tensor
 
 
 def row_of_token(lengths: Tensor) -> Tensor:
-    """int64 [sum(lengths)]: the row of every token, from int64 [rows]; on the device of `lengths`."""
+    """int64 [sum(lengths)]: the row of every token, from int64 [rows]; on the device of
+    `lengths`."""
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
 

@@ -1,9 +1,9 @@
 """The policy losses, per token, by name: POLICY_LOSSES.
 
-A policy loss is a function (tokens, config) -> (losses, metrics), both per token, [tokens]; @reads says which
-settings and columns it reads. policy.py weighs and sums the losses, adds entropy, KL and the rollout
-correction, and measures what all losses have in common. hybridflow/registry.py says how other packages bring
-losses of their own.
+A policy loss is a function (tokens, config) -> (losses, metrics), both per token, [tokens]; @reads
+says which settings and columns it reads. policy.py weighs and sums the losses, adds entropy, KL and
+the rollout correction, and measures what all losses have in common. hybridflow/registry.py says how
+other packages bring losses of their own.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class PolicyTokens:
     log_probs: Tensor
     """[tokens], with a gradient."""
     log_ratio: Tensor
-    """[tokens], log_probs - old_log_probs, clamped to what exp can bear (workers/losses/kl.py); with a
-    gradient."""
+    """[tokens], log_probs - old_log_probs, clamped to what exp can bear (workers/losses/kl.py);
+    with a gradient."""
     advantages: Tensor
     """[tokens]."""
     row: Tensor
@@ -51,14 +51,18 @@ class PolicyLoss:
     settings: tuple[str, ...]
     """Fields of PolicyLossConfig: setting any other one that only some losses read is refused."""
     columns: tuple[str, ...]
-    """Per-token columns of the batch, beside advantages and log-probs: an algorithm that does not write them
-    is refused."""
+    """Per-token columns of the batch, beside advantages and log-probs: an algorithm that does
+    not write them is refused."""
 
-    def __call__(self, tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, tokens: PolicyTokens, config: PolicyLossConfig
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.function(tokens, config)
 
 
-def reads(*settings: str, columns: tuple[str, ...] = ()) -> Callable[[PolicyLossFunction], PolicyLoss]:
+def reads(
+    *settings: str, columns: tuple[str, ...] = ()
+) -> Callable[[PolicyLossFunction], PolicyLoss]:
     """Turns a function into a PolicyLoss that reads these settings and columns.
 
     @reads("clip_low")
@@ -79,20 +83,20 @@ def reads(*settings: str, columns: tuple[str, ...] = ()) -> Callable[[PolicyLoss
 
 @reads("clip_low", "clip_high", "dual_clip")
 def ppo_clip(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """-min(r A, clip(r) A), r = pi / pi_old (Schulman et al. 2017, eq. 7), with two bounds (DAPO, eq. 8) and
-    dual clipping (Ye et al. 2020: for A < 0 the loss is at most -c A).
+    """-min(r A, clip(r) A), r = pi / pi_old (Schulman et al. 2017, eq. 7), with two bounds (DAPO,
+    eq. 8) and dual clipping (Ye et al. 2020: for A < 0 the loss is at most -c A).
 
-    Clip fractions count tokens whose gradient the clip removes (TRL does the same; verl adds both sides up in
-    one number).
+    Clip fractions count tokens whose gradient the clip removes (TRL does the same; verl adds both
+    sides up in one number).
     """
     return _clipped(tokens.log_ratio.exp(), tokens.advantages, config, dual_clip=config.dual_clip)
 
 
 @reads("clip_low", "clip_high")
 def gspo(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clip of the sequence ratio s = exp(mean log ratio of the row) (Zheng et al. 2025, eq. 7), in
-    GSPO-token's form (eq. 13, 14): r = sg[s] pi / sg[pi], so that every token has its own advantage; equal to
-    GSPO when a row's advantages are.
+    """PPO's clip of the sequence ratio s = exp(mean log ratio of the row) (Zheng et al. 2025, eq.
+    7), in GSPO-token's form (eq. 13, 14): r = sg[s] pi / sg[pi], so that every token has its own
+    advantage; equal to GSPO when a row's advantages are.
 
     Its papers' aggregation is seq_mean_token_mean; ours is the configured one (verl always takes
     seq-mean-token-mean). The mean is over a row's counted tokens.
@@ -105,8 +109,8 @@ def gspo(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[s
 
 @reads("clip_low", "clip_high")
 def cispo(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """-sg[clip(r)] A log pi: clips the importance weight and keeps every token's gradient (MiniMax-M1, 2025,
-    eq. 4 and 5).
+    """-sg[clip(r)] A log pi: clips the importance weight and keeps every token's gradient
+    (MiniMax-M1, 2025, eq. 4 and 5).
 
     The paper tunes the upper bound only; so does TRL, which has no lower one (clip_low = 1 here).
     """
@@ -120,21 +124,23 @@ def cispo(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[
 
 
 @reads()
-def policy_gradient(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """-A log pi (REINFORCE): right for one update per batch, and blind to how far the policy has moved
-    since."""
+def policy_gradient(
+    tokens: PolicyTokens, config: PolicyLossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """-A log pi (REINFORCE): right for one update per batch, and blind to how far the policy
+    has moved since."""
     return -tokens.advantages * tokens.log_probs, {}
 
 
 @reads("clip_low", "clip_high", columns=(SELECTED,))
 def clip_cov(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clip, and no gradient from the selected tokens: few of those whose advantage and log-prob go
-    together most, which lower the entropy most (Cui et al. 2025, "The Entropy Mechanism of Reinforcement
-    Learning").
+    """PPO's clip, and no gradient from the selected tokens: few of those whose advantage and
+    log-prob go together most, which lower the entropy most (Cui et al. 2025, "The Entropy Mechanism
+    of Reinforcement Learning").
 
-    The selection is a column that was made over the whole batch (controllers/covariance.py), from the old
-    log-probs. The authors' code and verl select inside each micro-batch, with the current ones, and never a
-    token that PPO clips: their loss depends on the cut.
+    The selection is a column that was made over the whole batch (controllers/covariance.py), from
+    the old log-probs. The authors' code and verl select inside each micro-batch, with the current
+    ones, and never a token that PPO clips: their loss depends on the cut.
     """
     losses, metrics = _clipped(tokens.log_ratio.exp(), tokens.advantages, config, dual_clip=0.0)
     selected = tokens.columns[SELECTED]
@@ -143,8 +149,8 @@ def clip_cov(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, di
 
 @reads("kl_cov_coefficient", columns=(SELECTED,))
 def kl_cov(tokens: PolicyTokens, config: PolicyLossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """-r A without a clip, plus kl_cov_coefficient |log r| on the selected tokens (Cui et al. 2025);
-    selection as in clip_cov.
+    """-r A without a clip, plus kl_cov_coefficient |log r| on the selected tokens (Cui et al.
+    2025); selection as in clip_cov.
 
     |log r| has gradient 0 at r = 1: the penalty acts from a batch's second update on.
     """

@@ -1,7 +1,7 @@
 """The critic's loss: half the squared error to the returns, clipped around the rollout's values.
 
-Reads per-token columns returns, weights, and values (those of the rollout; only for clipping). Leaves out how
-returns are made.
+Reads per-token columns returns, weights, and values (those of the rollout; only for clipping).
+Leaves out how returns are made.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from workers.sequences import Sequences
 def value_loss(config: ValueLossConfig) -> LossFn:
     """max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2) / 2 per token.
 
-    PPO's paper (eq. 9) has (V - R)^2, neither halved nor clipped; the clip comes from OpenAI's baselines,
-    where the half comes from too; OpenRLHF, TRL and verl do both. Without a column values the old values are
-    the current ones, detached.
+    PPO's paper (eq. 9) has (V - R)^2, neither halved nor clipped; the clip comes from OpenAI's
+    baselines, where the half comes from too; OpenRLHF, TRL and verl do both. Without a column
+    values the old values are the current ones, detached.
     """
 
     def loss_fn(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, LossMetrics]:
@@ -35,7 +35,9 @@ def value_loss(config: ValueLossConfig) -> LossFn:
                 if "values" in sequences.per_token
                 else values.detach()
             )
-            clipped = (old_values + (values - old_values).clamp(-config.clip, config.clip) - returns).square()
+            clipped = (
+                old_values + (values - old_values).clamp(-config.clip, config.clip) - returns
+            ).square()
             clipped_fraction = clipped > squared_error
             squared_error = torch.maximum(squared_error, clipped)
         loss = counted.weighted_sum(0.5 * squared_error)
@@ -50,8 +52,8 @@ def value_loss(config: ValueLossConfig) -> LossFn:
 
 
 def _moments(counted: Counted, values: Tensor, returns: Tensor) -> LossMetrics:
-    """Means and mean squares, from which reduction.derived_metrics makes the explained variance of the whole
-    mini-batch.
+    """Means and mean squares, from which reduction.derived_metrics makes the explained variance of
+    the whole mini-batch.
 
     In float64, because a variance is a small difference of them when the mean is large.
     """

@@ -8,8 +8,8 @@
     length_penalty    0 up to a number of words, falling to -1 above it
     combined          several of them with weights, each logged by its name (reward.parts)
 
-Each is a plain function of a row, called by keyword as one of your own is, and may be called from one. They
-import nothing heavy until they are called.
+Each is a plain function of a row, called by keyword as one of your own is, and may be called from
+one. They import nothing heavy until they are called.
 """
 
 from __future__ import annotations

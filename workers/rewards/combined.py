@@ -13,7 +13,8 @@ from hybridflow.registry import load_object
 
 @dataclass(kw_only=True)
 class RewardPart:
-    """reward.parts='{correct: {function: workers.rewards:math}, short: {function: ..., weight: 0.1}}'"""
+    """reward.parts='{correct: {function: workers.rewards:math}, short: {function: ..., weight:
+    0.1}}'"""
 
     function: str = "???"
     """package.module:name, as reward.function."""
@@ -24,14 +25,16 @@ class RewardPart:
 
 def combined(parts: Mapping[str, RewardPart]) -> CombinedReward:
     """The parts as one function; each one's function by its name."""
-    return CombinedReward({name: (part.function, part.weight, part.options) for name, part in parts.items()})
+    return CombinedReward(
+        {name: (part.function, part.weight, part.options) for name, part in parts.items()}
+    )
 
 
 class CombinedReward:
     """CombinedReward({"correct": (math, 1.0, {}), "form": (matches, 0.2, {"pattern": "..."})})
 
-    Called by keyword as every reward is, returns the weighted sum and each part's own value before its
-    weight.
+    Called by keyword as every reward is, returns the weighted sum and each part's own value before
+    its weight.
     """
 
     def __init__(self, parts: Mapping[str, tuple[Any, float, Mapping[str, Any]]]) -> None:
@@ -42,20 +45,23 @@ class CombinedReward:
             where = f"reward.parts.{name}.function"
             found = load_object(function, where) if isinstance(function, str) else function
             if not callable(found):
-                raise ValueError(f"{where}={function!r} is a {type(found).__name__}, not a function")
+                raise ValueError(
+                    f"{where}={function!r} is a {type(found).__name__}, not a function"
+                )
             self.parts[name] = (found, weight, dict(options))
 
     def check_columns(self, names: Iterable[str]) -> None:
-        """Whether each part can be called with rows that have these columns; a ValueError names the part."""
+        """Whether each part can be called with rows that have these columns; a ValueError names
+        the part."""
         for name, (function, _, options) in self.parts.items():
             given = dict.fromkeys(names) | options
             try:
                 inspect.signature(function).bind(**given)
             except TypeError as error:
                 raise ValueError(
-                    f"reward.parts.{name} does not fit the data ({error}): it is called by keyword with "
-                    f"{', '.join(given)}; let it end in **columns, or correct data.answer_column, "
-                    f"data.columns and reward.parts.{name}.options"
+                    f"reward.parts.{name} does not fit the data ({error}): it is called by "
+                    f"keyword with {', '.join(given)}; let it end in **columns, or correct "
+                    f"data.answer_column, data.columns and reward.parts.{name}.options"
                 ) from None
 
     async def __call__(
@@ -67,7 +73,9 @@ class CombinedReward:
         total = 0.0
         for (name, (_, weight, _)), value in zip(self.parts.items(), values, strict=True):
             if isinstance(value, Mapping):
-                numbers |= {f"{name}_{key}": number for key, number in value.items() if key != "reward"}
+                numbers |= {
+                    f"{name}_{key}": number for key, number in value.items() if key != "reward"
+                }
                 value = value["reward"]
             numbers[name] = value
             total += weight * value

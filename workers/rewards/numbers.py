@@ -58,13 +58,16 @@ def number(
 ) -> float:
     """1.0 if the last number of the response equals the answer, else 0.0.
 
-    answer: a number, or text that ends in one ("... #### 18" in gsm8k). tolerance: how far apart they may be.
-    A ValueError for an answer without a number: the row is not what this reward is for.
+    answer: a number, or text that ends in one ("... #### 18" in gsm8k). tolerance: how far apart
+    they may be. A ValueError for an answer without a number: the row is not what this reward is
+    for.
     """
     text = str(answer)
     final = FINAL.findall(text)
     expected = numbers_in(final[-1] if final else text)
     if not expected:
-        raise ValueError(f"answer is {text[:80]!r}, which has no number; use another reward for this data")
+        raise ValueError(
+            f"answer is {text[:80]!r}, which has no number; use another reward for this data"
+        )
     found = numbers_in(response)
     return float(bool(found) and abs(found[-1] - expected[-1]) <= Fraction(tolerance))

@@ -26,20 +26,24 @@ def multiple_choice(
 ) -> float:
     """1.0 if the letter that the response chooses is the answer's, else 0.0.
 
-    answer: a letter, "(B)", or a number that counts the choices from 0. The chosen letter is the last boxed
-    one, else the last one after "answer", "choice" or "option", else the last capital letter that stands
-    alone.
+    answer: a letter, "(B)", or a number that counts the choices from 0. The chosen letter is the
+    last boxed one, else the last one after "answer", "choice" or "option", else the last capital
+    letter that stands alone.
     """
     text = str(answer).strip().strip("().").upper()
     if isinstance(answer, int) or text.isdecimal():
         position = int(text)
         if not 0 <= position < len(choices):
-            raise ValueError(f"answer is {answer!r}, which counts none of the choices {choices} (from 0)")
+            raise ValueError(
+                f"answer is {answer!r}, which counts none of the choices {choices} (from 0)"
+            )
         text = choices[position]
     if len(text) != 1 or text not in choices:
         raise ValueError(f"answer is {answer!r}; give a letter of {choices} or its number from 0")
     for pattern in (BOXED, STATED, ALONE):
-        found = [letter.upper() for letter in pattern.findall(response) if letter.upper() in choices]
+        found = [
+            letter.upper() for letter in pattern.findall(response) if letter.upper() in choices
+        ]
         if found:
             return float(found[-1] == text)
     return 0.0
@@ -55,7 +59,8 @@ def exact_match(
     ignore_punctuation: bool = False,
     **columns: object,
 ) -> float:
-    """1.0 if the response is the answer, or one of a list of answers; white space does not count."""
+    """1.0 if the response is the answer, or one of a list of answers; white space does not
+    count."""
     answers = answer if isinstance(answer, list | tuple) else [answer]
     plain = [_normal(str(text), ignore_case, ignore_punctuation) for text in answers]
     return float(_normal(response, ignore_case, ignore_punctuation) in plain)
@@ -71,16 +76,26 @@ def _normal(text: str, ignore_case: bool, ignore_punctuation: bool) -> str:
 
 
 def matches(
-    prompt: str, response: str, *, finish_reason: str, pattern: str, whole: bool = True, **columns: object
+    prompt: str,
+    response: str,
+    *,
+    finish_reason: str,
+    pattern: str,
+    whole: bool = True,
+    **columns: object,
 ) -> float:
-    """1.0 if the response has the form of the regular expression, else 0.0; . matches line breaks too.
+    """1.0 if the response has the form of the regular expression, else 0.0; . matches line breaks
+    too.
 
-    whole: from its first to its last character, white space around it aside; false: somewhere in it.
+    whole: from its first to its last character, white space around it aside; false: somewhere in
+    it.
     """
     try:
         form = re.compile(pattern, re.DOTALL)
     except re.error as error:
-        raise ValueError(f"pattern is {pattern!r}, which is no regular expression: {error}") from None
+        raise ValueError(
+            f"pattern is {pattern!r}, which is no regular expression: {error}"
+        ) from None
     found = form.fullmatch(response.strip()) if whole else form.search(response)
     return float(found is not None)
 
@@ -95,10 +110,13 @@ def length_penalty(
     cut_short: float = -1.0,
     **columns: object,
 ) -> float:
-    """0.0 up to free_words words, falling evenly to -1.0 at most_words; `cut_short` for a response that
-    did not end by itself (the soft punishment of DAPO, Yu et al. 2025, section 3.4, in words)."""
+    """0.0 up to free_words words, falling evenly to -1.0 at most_words; `cut_short` for a
+    response that did not end by itself (the soft punishment of DAPO, Yu et al. 2025, section
+    3.4, in words)."""
     if free_words >= most_words:
-        raise ValueError(f"free_words is {free_words}, most_words {most_words}; use a smaller free_words")
+        raise ValueError(
+            f"free_words is {free_words}, most_words {most_words}; use a smaller free_words"
+        )
     if finish_reason == "length":
         return float(cut_short)
     over = len(response.split()) - free_words

@@ -1,4 +1,5 @@
-"""choose_placement: from a dataflow and its models to a mapping, or to the reason why there is none."""
+"""choose_placement: from a dataflow and its models to a mapping, or to the reason why there is
+none."""
 
 from __future__ import annotations
 
@@ -36,8 +37,8 @@ def choose_placement(
 ) -> DeviceMapping:
     """The fastest mapping of a step; the same inputs always give the same mapping.
 
-    A role whose model is None is a Python function without devices. If nothing fits, the ValueError says
-    which model needs how much and which cluster would do.
+    A role whose model is None is a Python function without devices. If nothing fits, the ValueError
+    says which model needs how much and which cluster would do.
     """
     setting = Setting(
         dataflow=dataflow,
@@ -61,14 +62,16 @@ def mapping_of(setting: Setting, solution: Solution) -> DeviceMapping:
         name, kind = "+".join(members), setting.cluster.groups[group].kind.name
         pools.append(Pool(name=name, group=group, kind=kind, num_devices=size, roles=members))
         for role, option in zip(members, options, strict=True):
-            roles.append(RolePlan(role=role, pool=name, layout=option.layout, generation=option.generation))
+            roles.append(
+                RolePlan(role=role, pool=name, layout=option.layout, generation=option.generation)
+            )
     roles.sort(key=lambda plan: setting.roles.index(plan.role))
     return predict(setting, pools, roles)
 
 
 def shortage(setting: Setting) -> str:
-    """The reason why nothing fits: the least that each model needs, and the smallest cluster of the same
-    kinds that would do."""
+    """The reason why nothing fits: the least that each model needs, and the smallest cluster of
+    the same kinds that would do."""
     lines = [f"{setting.dataflow.algorithm} does not fit on {setting.cluster}:"]
     for role in setting.roles:
         need, group, size = least_bytes(setting, role)
@@ -76,14 +79,15 @@ def shortage(setting: Setting) -> str:
         verdict = "fits alone" if need <= capacity else "does not fit even alone"
         model = setting.model(role)
         lines.append(
-            f"  {role} ({model.name}, {model.num_parameters / 1e9:.1f}B parameters) needs at least "
-            f"{need / 1e9:.1f} GB on each of {size} devices, which have {capacity / 1e9:.1f} GB: {verdict}"
+            f"  {role} ({model.name}, {model.num_parameters / 1e9:.1f}B parameters) needs at "
+            f"least {need / 1e9:.1f} GB on each of {size} devices, which have "
+            f"{capacity / 1e9:.1f} GB: {verdict}"
         )
     nodes = smallest_cluster(setting)
     if nodes is None:
         lines.append(
-            f"not even {MAX_NODES} nodes would do{_obstacle(setting)}; use devices with more memory, or "
-            "offload=true"
+            f"not even {MAX_NODES} nodes would do{_obstacle(setting)}; use devices with more "
+            "memory, or offload=true"
         )
     else:
         lines.append(f"the smallest cluster that would do: {setting.cluster.with_nodes(nodes)}")
@@ -107,7 +111,8 @@ def _obstacle(setting: Setting) -> str:
 
 
 def least_bytes(setting: Setting, role: str) -> tuple[float, int, int]:
-    """(bytes per device, node group, devices) of the leanest option of a role that has the whole cluster."""
+    """(bytes per device, node group, devices) of the leanest option of a role that has the
+    whole cluster."""
     needs = []
     for group, nodes in enumerate(setting.cluster.groups):
         for size in nodes.pool_sizes():
@@ -115,14 +120,15 @@ def least_bytes(setting: Setting, role: str) -> tuple[float, int, int]:
                 needs.append((option.resident + option.transient, group, size))
     if not needs:
         raise ValueError(
-            f"{role}: no layout of {setting.model(role).name} fits any pool of {setting.cluster}; check "
-            "heads and layers"
+            f"{role}: no layout of {setting.model(role).name} fits any pool of {setting.cluster}; "
+            "check heads and layers"
         )
     return min(needs)
 
 
 def smallest_cluster(setting: Setting) -> int | None:
-    """The least number of nodes of the first group with which some placement fits; None beyond MAX_NODES."""
+    """The least number of nodes of the first group with which some placement fits; None beyond
+    MAX_NODES."""
     large = replace(setting, cluster=setting.cluster.with_nodes(MAX_NODES))
     fronts = Fronts(large)
     smallest: dict[tuple[str, ...], list[tuple[int, int]]] = {}
@@ -141,11 +147,16 @@ def smallest_cluster(setting: Setting) -> int | None:
 def _smallest_pools(
     setting: Setting, fronts: Fronts, roles: tuple[str, ...], max_nodes: int | None
 ) -> list[tuple[int, int]]:
-    """(group, devices) of the smallest pool in every node group, up to `max_nodes` nodes of the first."""
+    """(group, devices) of the smallest pool in every node group, up to `max_nodes` nodes of the
+    first."""
     result = []
     for group, nodes in enumerate(setting.cluster.groups):
         for size in nodes.pool_sizes():
-            if max_nodes is not None and group == 0 and size > max_nodes * nodes.kind.devices_per_node:
+            if (
+                max_nodes is not None
+                and group == 0
+                and size > max_nodes * nodes.kind.devices_per_node
+            ):
                 break
             if fronts.cheapest(roles, group, size) is not None:
                 result.append((group, size))

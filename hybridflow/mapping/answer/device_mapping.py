@@ -1,5 +1,5 @@
-"""DeviceMapping: the answer as plain data: pools, their roles, every layout, predicted seconds and bytes per
-call; JSON in and out."""
+"""DeviceMapping: the answer as plain data: pools, their roles, every layout, predicted seconds
+and bytes per call; JSON in and out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pool:
-    """Pool(name="actor+critic", group=0, kind="A100-80GB", num_devices=16, roles=("actor", "critic"))"""
+    """Pool(name="actor+critic", group=0, kind="A100-80GB", num_devices=16, roles=("actor",
+    "critic"))"""
 
     name: str
     group: int = 0
@@ -51,8 +52,8 @@ class CallPlan:
     causes_s: dict[str, float]
     """Cause -> seconds; they add up to end_s - start_s."""
     bytes: dict[str, float]
-    """Part -> bytes on the fullest device while the call runs: those that all roles of the pool keep there,
-    and those that the call needs besides."""
+    """Part -> bytes on the fullest device while the call runs: those that all roles of the pool
+    keep there, and those that the call needs besides."""
 
     @property
     def seconds(self) -> float:
@@ -118,12 +119,13 @@ class DeviceMapping:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> DeviceMapping:
-        """The inverse of to_json; predictions may be missing in a mapping that a user wrote by hand."""
+        """The inverse of to_json; predictions may be missing in a mapping that a user wrote by
+        hand."""
         for key in ("pools", "roles"):
             if not isinstance(content.get(key), list):
                 raise ValueError(
-                    f"mapping: there is no list {key!r}; it needs pools (name, num_devices, roles) and roles "
-                    "(role, pool, layout)"
+                    f"mapping: there is no list {key!r}; it needs pools (name, num_devices, "
+                    "roles) and roles (role, pool, layout)"
                 )
         pools, roles, calls = [], [], []
         for number, pool in enumerate(content["pools"]):

@@ -46,7 +46,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def mapping_report(mapping: DeviceMapping) -> str:
-    """Pools and layouts, then every call with its seconds, their causes, and the memory while it runs."""
+    """Pools and layouts, then every call with its seconds, their causes, and the memory while
+    it runs."""
     head = (
         f"{mapping.algorithm} on {mapping.cluster}: {mapping.step_s:.3g} s a step, "
         f"{mapping.tokens_per_s:,.0f} tokens/s, {idle_share(mapping):.0%} of the devices' time idle"
@@ -84,8 +85,8 @@ def rivals(setting: Setting, result: SearchResult) -> str:
 
 
 def reason(winner: DeviceMapping, loser: DeviceMapping) -> str:
-    """The calls that take longer than in the winner, largest difference first, and the idling that is
-    added."""
+    """The calls that take longer than in the winner, largest difference first, and the idling
+    that is added."""
     winner_s = {call.call: call.seconds for call in winner.calls}
     slower = sorted(loser.calls, key=lambda call: winner_s[call.call] - call.seconds)
     parts = []
@@ -116,7 +117,14 @@ def _rival_row(setting: Setting, winner: DeviceMapping, entry: PlacementResult) 
     if entry.solution is None:
         if entry.bound_s == float("inf"):
             return (name, "-", "-", "-", "-", "does not fit")
-        return (name, f">={entry.bound_s:.4g}", "", "", "", "cannot be faster: even its bound loses")
+        return (
+            name,
+            f">={entry.bound_s:.4g}",
+            "",
+            "",
+            "",
+            "cannot be faster: even its bound loses",
+        )
     mapping = mapping_of(setting, entry.solution)
     sized = " | ".join(f"{pool.name} {pool.num_devices}" for pool in mapping.pools)
     peaks = []

@@ -1,4 +1,5 @@
-"""judge: time and memory of a mapping that the user wrote, whether it fits, and which changes would help."""
+"""judge: time and memory of a mapping that the user wrote, whether it fits, and which changes
+would help."""
 
 from __future__ import annotations
 
@@ -17,12 +18,14 @@ from hybridflow.mapping.search.setting import Setting
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
-    """judge(setting, DeviceMapping.load(path)).report() is what `recipes.plan mapping=FILE` prints."""
+    """judge(setting, DeviceMapping.load(path)).report() is what `recipes.plan mapping=FILE`
+    prints."""
 
     mapping: DeviceMapping
     """The user's mapping with predictions."""
     overfull: tuple[tuple[str, str, float], ...]
-    """(pool, call, bytes beyond what a device has), the worst call of each pool that does not fit."""
+    """(pool, call, bytes beyond what a device has), the worst call of each pool that does not
+    fit."""
     changes: tuple[tuple[str, str], ...]
     """(pool, a single change after which that pool fits)."""
 
@@ -37,16 +40,19 @@ class Judgement:
         for pool, call, excess in self.overfull:
             changes = [f"  {text}" for name, text in self.changes if name == pool]
             verdict = "any one of these would do:" if changes else "no single change makes it fit"
-            lines.append(f"pool {pool}: {call} needs {excess / 1e9:.1f} GB more than a device has; {verdict}")
+            lines.append(
+                f"pool {pool}: {call} needs {excess / 1e9:.1f} GB more than a device has; {verdict}"
+            )
             lines += changes
         return "\n".join(lines)
 
 
 def judge(setting: Setting, mapping: DeviceMapping) -> Judgement:
-    """Predictions for `mapping`; where no role has a layout, the best layouts for its pools are filled in.
+    """Predictions for `mapping`; where no role has a layout, the best layouts for its pools are
+    filled in.
 
-    Raises a ValueError for a mapping that makes no sense (a role without pool, a layout of the wrong size),
-    not for one that does not fit.
+    Raises a ValueError for a mapping that makes no sense (a role without pool, a layout of the
+    wrong size), not for one that does not fit.
     """
     pools = tuple(replace(pool, kind=_kind(setting, pool)) for pool in mapping.pools)
     check_pools(setting, pools, mapping.roles)
@@ -76,19 +82,21 @@ def complete(setting: Setting, pools: tuple[Pool, ...]) -> DeviceMapping:
                 hints.append(f"pool {pool.name}: {_smallest_size(setting, pool)}")
         raise ValueError(f"no layouts fit: {'; '.join(hints)}")
     chosen = mapping_of(setting, solution)
-    return predict(setting, pools, [replace(plan, pool=_owner(pools, plan.role)) for plan in chosen.roles])
+    return predict(
+        setting, pools, [replace(plan, pool=_owner(pools, plan.role)) for plan in chosen.roles]
+    )
 
 
 def check_pools(setting: Setting, pools: tuple[Pool, ...], plans: tuple[RolePlan, ...]) -> None:
-    """Checks that every role is in exactly one pool, the same in both lists, and that the cluster has the
-    pools."""
+    """Checks that every role is in exactly one pool, the same in both lists, and that the
+    cluster has the pools."""
     owners: dict[str, list[str]] = {role: [] for role in setting.roles}
     for pool in pools:
         for role in pool.roles:
             if role not in owners:
                 raise ValueError(
-                    f"pool {pool.name}: unknown role {role!r} for {setting.dataflow.algorithm}; it has "
-                    f"{', '.join(setting.roles)}"
+                    f"pool {pool.name}: unknown role {role!r} for {setting.dataflow.algorithm}; "
+                    f"it has {', '.join(setting.roles)}"
                 )
             owners[role].append(pool.name)
     for role, names in owners.items():
@@ -106,45 +114,55 @@ def check_pools(setting: Setting, pools: tuple[Pool, ...], plans: tuple[RolePlan
     if not packs(setting.cluster, [(pool.group, pool.num_devices) for pool in pools]):
         sizes = " + ".join(f"{pool.name}={pool.num_devices}" for pool in pools)
         raise ValueError(
-            f"pools {sizes} do not fit on {setting.cluster} ({setting.cluster.num_devices} devices, small "
-            "pools inside one node)"
+            f"pools {sizes} do not fit on {setting.cluster} ({setting.cluster.num_devices} "
+            "devices, small pools inside one node)"
         )
 
 
 def check_layout(setting: Setting, plan: RolePlan, pool: Pool) -> None:
-    """Checks that sizes multiply to the pool's, that heads and layers divide, and that a role that generates
-    has a generation layout."""
-    model, per_node = setting.model(plan.role), setting.cluster.groups[pool.group].kind.devices_per_node
+    """Checks that sizes multiply to the pool's, that heads and layers divide, and that a role
+    that generates has a generation layout."""
+    model = setting.model(plan.role)
+    per_node = setting.cluster.groups[pool.group].kind.devices_per_node
     if setting.generates(plan.role) and plan.generation is None:
         raise ValueError(f"role {plan.role} generates; give it a generation layout (tg, replicas)")
     sizes: list[tuple[str, int, int, int]] = []
     if plan.layout is not None:
         sizes.append(("layout", plan.layout.p, plan.layout.t, plan.layout.num_devices))
     if plan.generation is not None:
-        sizes.append(("generation", plan.generation.pg, plan.generation.tg, plan.generation.num_devices))
+        sizes.append(
+            ("generation", plan.generation.pg, plan.generation.tg, plan.generation.num_devices)
+        )
     for name, pipeline, tensor, devices in sizes:
         if devices != pool.num_devices:
             raise ValueError(
-                f"role {plan.role}: {name} uses {devices} devices, pool {pool.name} has {pool.num_devices}; "
-                "their product must agree"
+                f"role {plan.role}: {name} uses {devices} devices, pool {pool.name} has "
+                f"{pool.num_devices}; their product must agree"
             )
         if model.num_heads % tensor or model.num_layers % pipeline:
-            layouts = setting.space.model_layouts(model, setting.cluster.groups[pool.group], pool.num_devices)
+            layouts = setting.space.model_layouts(
+                model, setting.cluster.groups[pool.group], pool.num_devices
+            )
             allowed = ", ".join(f"{p}-{t}-{d}" for p, t, d in layouts)
             raise ValueError(
-                f"role {plan.role}: {name} {pipeline}-{tensor} does not divide {model.num_layers} layers and "
-                f"{model.num_heads} heads of {model.name}; allowed p-t-d: {allowed}"
+                f"role {plan.role}: {name} {pipeline}-{tensor} does not divide {model.num_layers} "
+                f"layers and {model.num_heads} heads of {model.name}; allowed p-t-d: {allowed}"
             )
         if tensor > per_node:
             raise ValueError(
-                f"role {plan.role}: {name} has tensor size {tensor}, a node has {per_node} devices; keep it "
-                "inside a node"
+                f"role {plan.role}: {name} has tensor size {tensor}, a node has {per_node} "
+                "devices; keep it inside a node"
             )
 
 
 def _with_defaults(setting: Setting, plan: RolePlan, mapping: DeviceMapping) -> RolePlan:
-    """Gives a role with forward passes but without layout pure data parallelism; the report shows it."""
-    if plan.layout is not None or setting.calls(plan.role) == () or plan.role in setting.weights_from:
+    """Gives a role with forward passes but without layout pure data parallelism; the report
+    shows it."""
+    if (
+        plan.layout is not None
+        or setting.calls(plan.role) == ()
+        or plan.role in setting.weights_from
+    ):
         return plan
     return replace(plan, layout=ModelLayout(d=mapping.pool(plan.pool).num_devices))
 
@@ -158,8 +176,8 @@ def _overfull(mapping: DeviceMapping) -> Iterator[tuple[str, str, float]]:
 
 
 def _changes(setting: Setting, mapping: DeviceMapping) -> Iterator[tuple[str, str]]:
-    """Single changes after which their pool fits, each with the step time that it leads to; then the number
-    of devices that would do with other layouts."""
+    """Single changes after which their pool fits, each with the step time that it leads to;
+    then the number of devices that would do with other layouts."""
     full = {name for name, _, _ in _overfull(mapping)}
     for position, plan in enumerate(mapping.roles):
         if plan.pool not in full:
@@ -189,7 +207,9 @@ def _variations(setting: Setting, plan: RolePlan) -> Iterator[Variations]:
         yield from _generation_variations(plan, plan.generation)
 
 
-def _layout_variations(setting: Setting, plan: RolePlan, layout: ModelLayout) -> Iterator[Variations]:
+def _layout_variations(
+    setting: Setting, plan: RolePlan, layout: ModelLayout
+) -> Iterator[Variations]:
     trained, tokens = setting.trained(plan.role), setting.workload.longest_row
     if trained and not layout.recompute:
         yield _with_layouts(plan, {"recompute activations": replace(layout, recompute=True)})
@@ -241,7 +261,10 @@ def _smallest_size(setting: Setting, pool: Pool) -> str:
     for size in setting.cluster.groups[pool.group].pool_sizes():
         if fronts.cheapest(roles, pool.group, size) is not None:
             return f"{', '.join(roles)} fit together from {size} devices on"
-    return f"{', '.join(roles)} do not fit together on this cluster; put some of them into another pool"
+    return (
+        f"{', '.join(roles)} do not fit together on this cluster; put some of them into another "
+        "pool"
+    )
 
 
 def _largest_node(setting: Setting) -> int:

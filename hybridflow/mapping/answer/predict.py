@@ -1,5 +1,5 @@
-"""predict: time and memory of a mapping, whether it fits or not; here simulators and memory meet a whole
-plan."""
+"""predict: time and memory of a mapping, whether it fits or not; here simulators and memory
+meet a whole plan."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hybridflow.mapping.simulate.transition import weight_sync_time
 
 
 def predict(setting: Setting, pools: Sequence[Pool], roles: Sequence[RolePlan]) -> DeviceMapping:
-    """The mapping with its predictions; pools and roles must be complete and consistent, as judge.check_pools
-    and judge.check_layout demand."""
+    """The mapping with its predictions; pools and roles must be complete and consistent, as
+    judge.check_pools and judge.check_layout demand."""
     pool_by_name = {pool.name: pool for pool in pools}
     plans = {plan.role: plan for plan in roles}
     causes = [_causes(setting, call, plans, pool_by_name) for call in setting.dataflow.calls]
@@ -76,7 +76,8 @@ def _causes(
 
 
 def _transition(setting: Setting, call: Call, plan: RolePlan, pools: dict[str, Pool]) -> float:
-    """Seconds to enter the generation layout, which the role's first generation call of the step takes."""
+    """Seconds to enter the generation layout, which the role's first generation call of the
+    step takes."""
     assert plan.generation is not None
     first = next(other for other in setting.calls(call.role) if other.kind is CallKind.generation)
     if first.name != call.name:
@@ -95,12 +96,14 @@ def resident(setting: Setting, plan: RolePlan) -> Footprint:
         need = call_footprint(setting, plan.role, CallKind.generation, None, plan.generation)
         return Footprint(generation_weights=need.generation_weights)
     model, trained = setting.model(plan.role), setting.trained(plan.role)
-    return resident_footprint(model, plan.layout, setting.space, trained=trained) + _engine(setting, plan)
+    return resident_footprint(model, plan.layout, setting.space, trained=trained) + _engine(
+        setting, plan
+    )
 
 
 def _engine(setting: Setting, plan: RolePlan) -> Footprint:
-    """Bytes between calls of a generation engine that is not told to release its memory, beside the training
-    shards."""
+    """Bytes between calls of a generation engine that is not told to release its memory, beside
+    the training shards."""
     if plan.layout is None or plan.generation is None or not plan.generation.kept:
         return Footprint()
     need = call_footprint(setting, plan.role, CallKind.generation, plan.layout, plan.generation)
@@ -115,7 +118,9 @@ def _pool_resident(setting: Setting, pool: Pool, plans: dict[str, RolePlan]) -> 
     return total
 
 
-def _bytes(setting: Setting, call: Call, plan: RolePlan, pool_resident: Footprint) -> dict[str, float]:
+def _bytes(
+    setting: Setting, call: Call, plan: RolePlan, pool_resident: Footprint
+) -> dict[str, float]:
     """Bytes on each device while a call runs, by part; parts of 0 bytes are left out."""
     extra = call_footprint(setting, call.role, call.kind, plan.layout, plan.generation)
     parts = asdict(pool_resident + extra)

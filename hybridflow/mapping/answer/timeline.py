@@ -1,5 +1,5 @@
-"""The step as a picture: a row for each pool, a bar for each call. No other file of this package needs
-matplotlib."""
+"""The step as a picture: a row for each pool, a bar for each call. No other file of this
+package needs matplotlib."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TRANSITION_COLOR = "#223355"
 
 
 def draw_timelines(mappings: dict[str, DeviceMapping], path: Path) -> None:
-    """Draws a panel for every mapping (title -> mapping) over a common time axis, as a PNG or the format of
-    the suffix."""
+    """Draws a panel for every mapping (title -> mapping) over a common time axis, as a PNG or
+    the format of the suffix."""
     rows = [max(1, len(_rows(mapping))) for mapping in mappings.values()]
     height = 0.9 + sum(0.62 * count + 0.75 for count in rows)
     figure = Figure(figsize=(11, height), dpi=130, layout="constrained")
@@ -50,7 +50,9 @@ def draw_timelines(mappings: dict[str, DeviceMapping], path: Path) -> None:
         axis.tick_params(axis="y", length=0)
         axis.axvline(mapping.step_s, color="#333333", linewidth=0.8, linestyle=":")
     axes[-1].set_xlabel("seconds of one step", fontsize=9)
-    colors = {kind.value: color for kind, color in COLORS.items() if kind is not CallKind.controller}
+    colors = {
+        kind.value: color for kind, color in COLORS.items() if kind is not CallKind.controller
+    }
     colors["transition"] = TRANSITION_COLOR
     figure.legend(
         handles=[Patch(color=color, label=label) for label, color in colors.items()],
@@ -83,7 +85,16 @@ def _bar(axis, position: int, call: CallPlan, longest: float) -> None:  # type: 
     if call.seconds - transition > longest * 0.0095 * max(len(line) for line in text.split("\n")):
         axis.text(middle, position, text, ha="center", va="center", fontsize=6.5, color=color)
     elif call.seconds - transition > longest * 0.02:
-        axis.text(middle, position, call.role, ha="center", va="center", fontsize=6, rotation=90, color=color)
+        axis.text(
+            middle,
+            position,
+            call.role,
+            ha="center",
+            va="center",
+            fontsize=6,
+            rotation=90,
+            color=color,
+        )
 
 
 def _rows(mapping: DeviceMapping) -> list[str]:
@@ -96,4 +107,7 @@ def _label(mapping: DeviceMapping, name: str) -> str:
         return name
     pool = mapping.pool(name)
     peak, capacity = mapping.peak_bytes(name) / 1e9, mapping.capacity_bytes[name] / 1e9
-    return f"{name.replace('+', ' + ')}\n{pool.num_devices} x {pool.kind}, {peak:.0f} of {capacity:.0f} GB"
+    return (
+        f"{name.replace('+', ' + ')}\n{pool.num_devices} x {pool.kind}, {peak:.0f} of "
+        f"{capacity:.0f} GB"
+    )

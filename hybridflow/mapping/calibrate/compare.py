@@ -1,5 +1,5 @@
-"""Predicted beside measured: seconds per phase of real runs and the mapper's, and whether it ranks placements
-correctly."""
+"""Predicted beside measured: seconds per phase of real runs and the mapper's, and whether it
+ranks placements correctly."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class Comparison:
 
 
 def compare(run: Run) -> list[Comparison]:
-    """Every call that was measured, in program order, and the whole step; an unknown call is an error."""
+    """Every call that was measured, in program order, and the whole step; an unknown call is an
+    error."""
     known: dict[str, float] = {}
     for call in run.mapping.calls:
         phase = call.call.partition("#")[0]
@@ -53,7 +54,8 @@ def compare(run: Run) -> list[Comparison]:
     unknown = sorted(set(run.measured_s) - set(known))
     if unknown:
         raise ValueError(
-            f"measured_s: {unknown} are no calls of {run.mapping.algorithm}; it has {', '.join(known)}"
+            f"measured_s: {unknown} are no calls of {run.mapping.algorithm}; it has "
+            f"{', '.join(known)}"
         )
     phases: dict[str, tuple[float, float]] = {}
     for name, seconds in known.items():
@@ -64,7 +66,10 @@ def compare(run: Run) -> list[Comparison]:
     for name, (predicted, measured) in phases.items():
         rows.append(
             Comparison(
-                configuration=run.configuration, phase=name, predicted_s=predicted, measured_s=measured
+                configuration=run.configuration,
+                phase=name,
+                predicted_s=predicted,
+                measured_s=measured,
             )
         )
     return rows
@@ -81,12 +86,14 @@ def side_by_side(run: Run) -> str:
 
 def within(comparisons: Sequence[Comparison], tolerance: float) -> bool:
     """Whether every prediction is off by at most `tolerance` of the measured seconds."""
-    return all(abs(row.predicted_s - row.measured_s) <= tolerance * row.measured_s for row in comparisons)
+    return all(
+        abs(row.predicted_s - row.measured_s) <= tolerance * row.measured_s for row in comparisons
+    )
 
 
 def order_agrees(runs: Sequence[Run], tie: float = 0.05) -> bool:
-    """Whether in every group the predicted order of steps is the measured one; pairs measured within `tie` of
-    each other count as equal."""
+    """Whether in every group the predicted order of steps is the measured one; pairs measured
+    within `tie` of each other count as equal."""
     for number, run in enumerate(runs):
         for other in runs[number + 1 :]:
             near = abs(run.step_s - other.step_s) <= tie * max(run.step_s, other.step_s)

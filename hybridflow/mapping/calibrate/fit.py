@@ -1,8 +1,8 @@
 """fit: constants from measurements, by least squares on relative errors with no constant below 0.
 
-The simulators are linear in the constants (seconds per FLOP, per byte, per layer, per micro-batch, per
-decode step, per running sequence), so each fit is one small non-negative problem, solved exactly. Pure NumPy;
-the measuring is done by recipes/calibrate.py.
+The simulators are linear in the constants (seconds per FLOP, per byte, per layer, per micro-batch,
+per decode step, per running sequence), so each fit is one small non-negative problem, solved
+exactly. Pure NumPy; the measuring is done by recipes/calibrate.py.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from hybridflow.mapping.simulate.schedule import CONTROLLER
 Sample = TypeVar("Sample", PassSample, GenerationSample, SyncSample)
 SMALL = 1e-12
 EFFICIENCIES = (0.1, 8.0, 45)
-"""Fractions of the copying bandwidth at which weights and caches may be read: over 1 where they stay in a
-processor's cache."""
+"""Fractions of the copying bandwidth at which weights and caches may be read: over 1 where they
+stay in a processor's cache."""
 DECODE_PRODUCTS = (0.1, 1.0, 12)
 """Fractions of matmul_efficiency that products with few rows may reach."""
 
@@ -53,9 +53,11 @@ class Fit:
     """Kind of samples -> (median, largest) relative error of the fit."""
 
 
-def fit(measurements: Measurements, *, space: SearchSpace, calibration: Calibration | None = None) -> Fit:
-    """Constants for planning on machines like the measured one; constants that nothing was measured for are
-    those of `calibration`."""
+def fit(
+    measurements: Measurements, *, space: SearchSpace, calibration: Calibration | None = None
+) -> Fit:
+    """Constants for planning on machines like the measured one; constants that nothing was
+    measured for are those of `calibration`."""
     initial = calibration or Calibration()
     kind = DeviceKind(
         name=measurements.name,
@@ -81,7 +83,9 @@ def fit(measurements: Measurements, *, space: SearchSpace, calibration: Calibrat
     shared = [sample for sample in measurements.passes if sample.ranks > 1]
     forward = [sample for sample in alone if not sample.training]
     training = [sample for sample in alone if sample.training]
-    for _ in range(2):  # each of the two needs a constant of the other: the head's weights are read in both
+    for _ in range(
+        2
+    ):  # each of the two needs a constant of the other: the head's weights are read in both
         if forward:
             fitted = fit_forward(forward, kind, fitted, space)
         if measurements.generations:
@@ -95,7 +99,9 @@ def fit(measurements: Measurements, *, space: SearchSpace, calibration: Calibrat
         fitted = fit_shared(shared, kind, fitted, space)
         errors["training on several ranks"] = _errors(predicted_pass, shared, kind, fitted, space)
     if measurements.generations:
-        errors["generation"] = _errors(predicted_generation, measurements.generations, kind, fitted, space)
+        errors["generation"] = _errors(
+            predicted_generation, measurements.generations, kind, fitted, space
+        )
     if measurements.syncs:
         fitted = fit_syncs(measurements.syncs, kind, fitted, space)
         errors["sync"] = _errors(predicted_sync, measurements.syncs, kind, fitted, space)
@@ -106,11 +112,12 @@ def refine(calibration: Calibration, runs: Sequence[Run]) -> Calibration:
     """The overheads that only real runs have, from runs in a single pool that were predicted with
     `calibration`, as medians and never below 0.
 
-    In pools of one rank the seconds of forward calls beyond their prediction are the overhead of every call,
-    and those of generation beyond that the overhead of a sync. In pools of several ranks they are the time
-    that the ranks cost each other, so that runs on one rank come first. Functions get their measured seconds.
-    The time between a step's calls goes to its controller function; it includes handing over columns, which
-    go through the node's object store whether pools differ or not, so that different pools add no overhead.
+    In pools of one rank the seconds of forward calls beyond their prediction are the overhead of
+    every call, and those of generation beyond that the overhead of a sync. In pools of several
+    ranks they are the time that the ranks cost each other, so that runs on one rank come first.
+    Functions get their measured seconds. The time between a step's calls goes to its controller
+    function; it includes handing over columns, which go through the node's object store whether
+    pools differ or not, so that different pools add no overhead.
     """
     beyond: dict[str, list[float]] = {CallKind.inference: [], CallKind.generation: []}
     functions, between = [], []
@@ -126,8 +133,8 @@ def refine(calibration: Calibration, runs: Sequence[Run]) -> Calibration:
     several = {run.mapping.num_devices > 1 for run in runs}
     if len(several) != 1:
         raise ValueError(
-            "runs: some in pools of one rank, some in pools of several; refine with those of one rank first, "
-            "then the others"
+            "runs: some in pools of one rank, some in pools of several; refine with those of one "
+            "rank first, then the others"
         )
     per_call, per_sync = "call_overhead_s", "sync_overhead_s"
     if several.pop():
@@ -171,7 +178,8 @@ def fit_links(
 def fit_forward(
     samples: Sequence[PassSample], kind: DeviceKind, initial: Calibration, space: SearchSpace
 ) -> Calibration:
-    """Seconds per FLOP, per byte of element-wise traffic, per layer and micro-batch, and per micro-batch."""
+    """Seconds per FLOP, per byte of element-wise traffic, per layer and micro-batch, and per
+    micro-batch."""
     reading = kind.memory_bandwidth * initial.bandwidth_efficiency
     features, targets = [], []
     for sample in samples:
@@ -191,22 +199,36 @@ def fit_forward(
 
 
 def _forward_features(sample: PassSample, space: SearchSpace) -> tuple[float, float, float, float]:
-    """The sums that passes.inference_time makes, without the head's weights (and without weights being the
-    bottleneck)."""
+    """The sums that passes.inference_time makes, without the head's weights (and without
+    weights being the bottleneck)."""
     model = sample.model
     length = sample.prompt + sample.response
     tokens, scored = sample.rows * length, sample.rows * sample.response
-    flops = model.num_layers * layer_flops(model, tokens, length / 2) + 2.0 * scored * model.head_parameters
-    traffic = model.num_layers * 2.0 * space.activation_bytes * model.activation_elements_per_token * tokens
+    flops = (
+        model.num_layers * layer_flops(model, tokens, length / 2)
+        + 2.0 * scored * model.head_parameters
+    )
+    traffic = (
+        model.num_layers
+        * 2.0
+        * space.activation_bytes
+        * model.activation_elements_per_token
+        * tokens
+    )
     traffic += 8.0 * scored * head_width(model)
-    return flops, traffic, float(model.num_layers * sample.micro_batches), float(sample.micro_batches)
+    return (
+        flops,
+        traffic,
+        float(model.num_layers * sample.micro_batches),
+        float(sample.micro_batches),
+    )
 
 
 def fit_training(
     samples: Sequence[PassSample], kind: DeviceKind, initial: Calibration, space: SearchSpace
 ) -> Calibration:
-    """The backward factor, and the bandwidth of the optimizer and of adding up gradients: training seconds
-    are linear in the first and in the reciprocal of the second."""
+    """The backward factor, and the bandwidth of the optimizer and of adding up gradients:
+    training seconds are linear in the first and in the reciprocal of the second."""
 
     def seconds(backward_factor: float, per_byte: float) -> np.ndarray:
         efficiency = 1.0 / max(per_byte, SMALL)
@@ -223,8 +245,8 @@ def fit_training(
 def fit_shared(
     samples: Sequence[PassSample], kind: DeviceKind, initial: Calibration, space: SearchSpace
 ) -> Calibration:
-    """The fraction of the links that an engine reaches: it moves many tensors, copies them before and after,
-    and ranks wait for each other."""
+    """The fraction of the links that an engine reaches: it moves many tensors, copies them
+    before and after, and ranks wait for each other."""
 
     def seconds(efficiency: float) -> np.ndarray:
         tried = replace(initial, link_efficiency=efficiency)
@@ -232,16 +254,18 @@ def fit_shared(
 
     free = seconds(1.0 / SMALL)
     measured = _seconds(samples)
-    slower = nonnegative_least_squares((seconds(1.0) - free)[:, None], measured - free, 1.0 / measured)[0]
+    slower = nonnegative_least_squares(
+        (seconds(1.0) - free)[:, None], measured - free, 1.0 / measured
+    )[0]
     return replace(initial, link_efficiency=1.0 / max(slower, 1e-3))
 
 
 def fit_decoding(
     samples: Sequence[GenerationSample], kind: DeviceKind, initial: Calibration, space: SearchSpace
 ) -> Calibration:
-    """The efficiencies of reading weights and caches and of products (by a coarse and a fine grid, because a
-    step is bound by either of them), and for each pair the host's seconds per decode step, per layer of a
-    step, and per running sequence of a step."""
+    """The efficiencies of reading weights and caches and of products (by a coarse and a fine
+    grid, because a step is bound by either of them), and for each pair the host's seconds per
+    decode step, per layer of a step, and per running sequence of a step."""
     readings = np.geomspace(*EFFICIENCIES)
     products = np.geomspace(*DECODE_PRODUCTS) * initial.matmul_efficiency
     best_error, best = float("inf"), initial
@@ -284,7 +308,9 @@ def _decoding(
         layers, running = sample.model.num_layers, sample.rows
         rows.append((sample.response, sample.response * layers, sample.response * running))
     features = np.array(rows, dtype=float)
-    targets = _seconds(samples) - [predicted_generation(sample, kind, bare, space) for sample in samples]
+    targets = _seconds(samples) - [
+        predicted_generation(sample, kind, bare, space) for sample in samples
+    ]
     step, layer, row = nonnegative_least_squares(features, targets, weights)
     off = (features @ np.array([step, layer, row]) - targets) * weights
     overheads = replace(
@@ -321,7 +347,9 @@ def predicted_pass(
     """Seconds that the simulators predict for a measured pass."""
     length = sample.prompt + sample.response
     tokens = -(-sample.rows * length // (sample.micro_batches * sample.ranks))
-    layout = ModelLayout(d=sample.ranks, zero=2 if sample.ranks > 1 else 0, micro_batch_tokens=tokens)
+    layout = ModelLayout(
+        d=sample.ranks, zero=2 if sample.ranks > 1 else 0, micro_batch_tokens=tokens
+    )
     machine = Machine(kind, calibration, space, _workload(sample))
     if sample.training:
         return training_time(sample.model, layout, machine).total
@@ -344,11 +372,11 @@ def _workload(sample: PassSample | GenerationSample) -> Workload:
 def nonnegative_least_squares(
     features: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None
 ) -> list[float]:
-    """x >= 0 with the least sum of squares of weights * (features x - targets); weights default to 1/targets
-    (relative errors).
+    """x >= 0 with the least sum of squares of weights * (features x - targets); weights default to
+    1/targets (relative errors).
 
-    Exact by trying every subset of columns that may be positive (there are at most four): the optimum is the
-    unconstrained solution of its own support (Lawson and Hanson 1974, chapter 23).
+    Exact by trying every subset of columns that may be positive (there are at most four): the
+    optimum is the unconstrained solution of its own support (Lawson and Hanson 1974, chapter 23).
     """
     if weights is None:
         weights = 1.0 / np.maximum(np.abs(targets), SMALL)
@@ -360,7 +388,10 @@ def nonnegative_least_squares(
     for count in range(1, size + 1):
         for support in combinations(range(size), count):
             columns = list(support)
-            part = np.linalg.lstsq(scaled[:, columns] / norms[columns], goal, rcond=None)[0] / norms[columns]
+            part = (
+                np.linalg.lstsq(scaled[:, columns] / norms[columns], goal, rcond=None)[0]
+                / norms[columns]
+            )
             if (part < 0).any():
                 continue
             residual = float(((scaled[:, columns] @ part - goal) ** 2).sum())
@@ -370,7 +401,9 @@ def nonnegative_least_squares(
     return [float(value) for value in solution]
 
 
-def _seconds(samples: Sequence[PassSample | GenerationSample | CollectiveSample | SyncSample]) -> np.ndarray:
+def _seconds(
+    samples: Sequence[PassSample | GenerationSample | CollectiveSample | SyncSample],
+) -> np.ndarray:
     """[samples]: the measured seconds."""
     return np.array([sample.seconds for sample in samples])
 

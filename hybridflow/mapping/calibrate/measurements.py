@@ -13,7 +13,8 @@ from hybridflow.mapping.question.model import ModelSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassSample:
-    """A forward pass, or forward, backward and optimizer update, of a device, or of several data ranks.
+    """A forward pass, or forward, backward and optimizer update, of a device, or of several data
+    ranks.
 
     PassSample(model=tiny, rows=32, prompt=8, response=64, micro_batches=1, training=False, seconds=0.21)
     """
@@ -45,8 +46,8 @@ class GenerationSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CollectiveSample:
-    """An all-gather, where every rank ends with `num_bytes`; or a reduce-scatter, where every rank begins
-    with them."""
+    """An all-gather, where every rank ends with `num_bytes`; or a reduce-scatter, where every
+    rank begins with them."""
 
     num_bytes: float
     ranks: int
@@ -64,8 +65,8 @@ class SyncSample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurements:
-    """Measurements.load(path). Everything was measured while `num_processes` processes did the same at the
-    same time."""
+    """Measurements.load(path). Everything was measured while `num_processes` processes did the
+    same at the same time."""
 
     name: str
     num_processes: int
@@ -92,7 +93,9 @@ class Measurements:
         content: dict[str, Any] = json.loads(path.read_text())
         samples = {
             "passes": tuple(PassSample(**_with_model(entry)) for entry in content["passes"]),
-            "generations": tuple(GenerationSample(**_with_model(entry)) for entry in content["generations"]),
+            "generations": tuple(
+                GenerationSample(**_with_model(entry)) for entry in content["generations"]
+            ),
             "collectives": tuple(CollectiveSample(**entry) for entry in content["collectives"]),
             "syncs": tuple(SyncSample(**_with_model(entry)) for entry in content.get("syncs", ())),
         }

@@ -1,7 +1,9 @@
-"""Calibration: the fractions of the datasheet that are reached, and the overheads; every empirical constant.
+"""Calibration: the fractions of the datasheet that are reached, and the overheads; every empirical
+constant.
 
 The defaults are for A100 nodes with Megatron-like training and a vLLM-like engine.
-`hybridflow.mapping.calibrate.fit` computes a Calibration from measurements; it is saved as JSON with a name.
+`hybridflow.mapping.calibrate.fit` computes a Calibration from measurements; it is saved as JSON
+with a name.
 """
 
 from __future__ import annotations
@@ -28,17 +30,19 @@ class Calibration:
 
     name: str = "a100"
     matmul_efficiency: float = 0.70
-    """Reached fraction of the peak in the matrix products of a large layer. Megatron-LM reports 52 % of an
-    A100's peak end to end (Narayanan et al. 2021, table 1) and 54 to 56 % (Korthikanti et al. 2022, table 5);
-    those figures include overheads that have constants of their own here."""
+    """Reached fraction of the peak in the matrix products of a large layer. Megatron-LM reports
+    52 % of an A100's peak end to end (Narayanan et al. 2021, table 1) and 54 to 56 %
+    (Korthikanti et al. 2022, table 5); those figures include overheads that have constants of
+    their own here."""
     backward_factor: float = 2.0
     """Backward over forward: two products for each one (Narayanan et al. 2021, appendix)."""
     bandwidth_efficiency: float = 0.80
-    """Reached fraction of the memory bandwidth (STREAM-like kernels reach 80 to 90 % of an A100's)."""
+    """Reached fraction of the memory bandwidth (STREAM-like kernels reach 80 to 90 % of an
+    A100's)."""
     elementwise_efficiency: float = 0.80
-    """Reached fraction of the memory bandwidth in the element-wise operations of a layer, and in logits. As
-    high as that of plain reading where kernels are fused; without fusion (CPU) each tensor passes several
-    times."""
+    """Reached fraction of the memory bandwidth in the element-wise operations of a layer, and
+    in logits. As high as that of plain reading where kernels are fused; without fusion (CPU)
+    each tensor passes several times."""
     update_efficiency: float = 0.80
     """Reached fraction of the memory bandwidth in the optimizer and in adding up gradients over
     micro-batches."""
@@ -63,28 +67,31 @@ class Calibration:
     reduce_factor: float = 1.0
     """A reduce-scatter's seconds over those of an all-gather of as many bytes."""
     gradient_overlap: float = 0.0
-    """Fraction of the gradient reduction hidden behind the backward pass; 0 is Megatron-LM's default."""
+    """Fraction of the gradient reduction hidden behind the backward pass; 0 is Megatron-LM's
+    default."""
     sync_overhead_s: float = 0.0
-    """Fixed work of entering the generation layout with new weights: reloading, probing, attesting."""
+    """Fixed work of entering the generation layout with new weights: reloading, probing,
+    attesting."""
     sync_ranks_s: float = 0.0
-    """Additional seconds of a sync in a pool of several ranks, beside the bytes: its collectives, and waiting
-    for the slowest rank."""
+    """Additional seconds of a sync in a pool of several ranks, beside the bytes: its
+    collectives, and waiting for the slowest rank."""
     sync_parameter_s: float = 0.0
     """Attesting and repacking the weights, per parameter of a rank's generation shard."""
     call_overhead_s: float = 0.05
     """Controller to worker and back, once per call."""
     call_ranks_s: float = 0.0
-    """Additional seconds of a call in a pool of several ranks, which do not begin and end at the same
-    moment."""
+    """Additional seconds of a call in a pool of several ranks, which do not begin and end at
+    the same moment."""
     transfer_overhead_s: float = 0.05
     """Handing columns from one pool to another, beside their bytes."""
     controller_s: float = 0.2
-    """A controller function such as compute_advantages, with all else that a step does between its calls."""
+    """A controller function such as compute_advantages, with all else that a step does between
+    its calls."""
     function_s: float = 0.2
     """A call of a role that is a Python function."""
     memory_fraction: float = 0.90
-    """Part of the device's memory that is planned with (the rest is lost to fragmentation; vLLM's default
-    limit is the same)."""
+    """Part of the device's memory that is planned with (the rest is lost to fragmentation;
+    vLLM's default limit is the same)."""
     reserved_bytes: float = 2.0e9
     """Context and communication buffers of one process."""
 
@@ -94,11 +101,14 @@ class Calibration:
         for name, value in constants.items():
             if not isinstance(value, (int, float)) or value < 0:
                 raise ValueError(
-                    f"calibration {self.name}: {name} is {value!r}; it must be a number and not negative"
+                    f"calibration {self.name}: {name} is {value!r}; it must be a number and not "
+                    "negative"
                 )
         for name in POSITIVE:
             if constants[name] <= 0:
-                raise ValueError(f"calibration {self.name}: {name} is {constants[name]}; it must be positive")
+                raise ValueError(
+                    f"calibration {self.name}: {name} is {constants[name]}; it must be positive"
+                )
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -108,7 +118,8 @@ class Calibration:
         unknown = sorted(set(content) - known)
         if unknown:
             raise ValueError(
-                f"calibration file {path}: unknown constants {unknown}; known: {', '.join(sorted(known))}"
+                f"calibration file {path}: unknown constants {unknown}; known: "
+                f"{', '.join(sorted(known))}"
             )
         return cls(**content)
 
@@ -141,8 +152,8 @@ CPU = Calibration(
     controller_s=0.043,
     function_s=0.012,
 )
-"""Constants for CPU processes with one thread each and bf16, measured by recipes.calibrate on the two cores
-of an AMD EPYC without AMX."""
+"""Constants for CPU processes with one thread each and bf16, measured by recipes.calibrate on
+the two cores of an AMD EPYC without AMX."""
 
 
 def usual_constants(kind: str) -> Calibration:

@@ -1,7 +1,7 @@
 """Cluster: the devices to plan for: kinds, nodes and links. A cluster may have several kinds.
 
-Numbers here are those of the datasheets; calibration.py says which fraction of them is reached. Left out: the
-network's topology above a node (every pair of nodes is taken to be equally far).
+Numbers here are those of the datasheets; calibration.py says which fraction of them is reached.
+Left out: the network's topology above a node (every pair of nodes is taken to be equally far).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class DeviceKind:
     intra_bandwidth: float
     """Bytes per second and direction that one device exchanges with its node's others."""
     inter_bandwidth: float
-    """Bytes per second and direction that one *node* exchanges with other nodes; its devices share them."""
+    """Bytes per second and direction that one *node* exchanges with other nodes; its devices
+    share them."""
     host_bandwidth: float = 25e9
     """Bytes per second between one device and its host's memory (offloading)."""
     devices_per_node: int = 8
@@ -52,9 +53,9 @@ DEVICE_KINDS: dict[str, DeviceKind] = {
                    intra_bandwidth=0.9e9, inter_bandwidth=0.9e9, host_bandwidth=31e9, devices_per_node=2),
     )
 }  # fmt: skip
-"""NVIDIA's datasheets (dense bf16, one direction of NVLink). Links between nodes: 200 Gbit/s for A100, the
-paper's testbed (section 8.1), 8 x 400 Gbit/s for H100 and H200. cpu is one core, measured together with
-calibration.CPU; `recipes.calibrate` measures yours."""
+"""NVIDIA's datasheets (dense bf16, one direction of NVLink). Links between nodes: 200 Gbit/s
+for A100, the paper's testbed (section 8.1), 8 x 400 Gbit/s for H100 and H200. cpu is one core,
+measured together with calibration.CPU; `recipes.calibrate` measures yours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +70,9 @@ class NodeGroup:
         return self.num_nodes * self.kind.devices_per_node
 
     def pool_sizes(self) -> tuple[int, ...]:
-        """The sizes that a pool may have: any number inside a node, whole nodes above, so that packing never
-        splits a node between two large pools and tensor-parallel groups stay inside nodes."""
+        """The sizes that a pool may have: any number inside a node, whole nodes above, so that
+        packing never splits a node between two large pools and tensor-parallel groups stay
+        inside nodes."""
         per_node = self.kind.devices_per_node
         return (*range(1, per_node), *range(per_node, self.num_devices + 1, per_node))
 
@@ -85,12 +87,14 @@ class Cluster:
     def __post_init__(self) -> None:
         if not self.groups or any(group.num_nodes < 1 for group in self.groups):
             raise ValueError(
-                "cluster: no nodes; give at least one group with num_nodes >= 1, for example 2x8xA100-80GB"
+                "cluster: no nodes; give at least one group with num_nodes >= 1, for example "
+                "2x8xA100-80GB"
             )
 
     @classmethod
     def parse(cls, text: str, kinds: dict[str, DeviceKind] | None = None) -> Cluster:
-        """Reads NODESxDEVICESxKIND or DEVICESxKIND, joined by +, or a JSON file that `save` wrote."""
+        """Reads NODESxDEVICESxKIND or DEVICESxKIND, joined by +, or a JSON file that `save`
+        wrote."""
         if text.endswith(".json"):
             return cls.load(Path(text))
         known = kinds or DEVICE_KINDS
@@ -120,11 +124,14 @@ class Cluster:
 
     def with_nodes(self, num_nodes: int) -> Cluster:
         """The same kinds with `num_nodes` nodes in the first group."""
-        return replace(self, groups=(replace(self.groups[0], num_nodes=num_nodes), *self.groups[1:]))
+        return replace(
+            self, groups=(replace(self.groups[0], num_nodes=num_nodes), *self.groups[1:])
+        )
 
     def __str__(self) -> str:
         return "+".join(
-            f"{group.num_nodes}x{group.kind.devices_per_node}x{group.kind.name}" for group in self.groups
+            f"{group.num_nodes}x{group.kind.devices_per_node}x{group.kind.name}"
+            for group in self.groups
         )
 
 
@@ -138,13 +145,15 @@ def _parse_group(text: str, kinds: dict[str, DeviceKind]) -> NodeGroup:
     nodes, devices, name = match.groups()
     if name not in kinds:
         raise ValueError(
-            f"cluster {text!r}: unknown device kind {name!r}; known: {', '.join(kinds)} (or describe yours "
-            "in a JSON file)"
+            f"cluster {text!r}: unknown device kind {name!r}; known: {', '.join(kinds)} (or "
+            "describe yours in a JSON file)"
         )
     if int(devices) < 1 or int(nodes or 1) < 1:
         raise ValueError(f"cluster {text!r} has no devices; give at least one")
     if nodes is not None:
-        return NodeGroup(kind=replace(kinds[name], devices_per_node=int(devices)), num_nodes=int(nodes))
+        return NodeGroup(
+            kind=replace(kinds[name], devices_per_node=int(devices)), num_nodes=int(nodes)
+        )
     usual = kinds[name].devices_per_node
     if int(devices) > usual and int(devices) % usual == 0:
         return NodeGroup(kind=kinds[name], num_nodes=int(devices) // usual)

@@ -1,5 +1,5 @@
-"""JSON files that users write by hand: every mistake is a ValueError that names the file, the field and the
-fix."""
+"""JSON files that users write by hand: every mistake is a ValueError that names the file, the
+field and the fix."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{what} file {path} is no JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{what} file {path} holds a {type(content).__name__}; it must be an object {{...}}")
+        raise ValueError(
+            f"{what} file {path} holds a {type(content).__name__}; it must be an object {{...}}"
+        )
     return content
 
 
 def checked(kind: type, content: Any, where: str) -> dict[str, Any]:
-    """Checks that `content` can be the keyword arguments of the dataclass `kind`, none missing and none
-    unknown; errors begin with `where`."""
+    """Checks that `content` can be the keyword arguments of the dataclass `kind`, none missing
+    and none unknown; errors begin with `where`."""
     if not isinstance(content, dict):
         raise ValueError(f"{where} is {content!r}; it must be an object {{...}}")
     known = {field.name: field for field in fields(kind)}

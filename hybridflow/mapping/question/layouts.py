@@ -1,4 +1,5 @@
-"""How one model is cut over the devices of its pool: for training and forward passes, and for generation."""
+"""How one model is cut over the devices of its pool: for training and forward passes, and for
+generation."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelLayout:
-    """Pipeline x tensor x data sizes, and the other choices that time and memory of a pass depend on.
+    """Pipeline x tensor x data sizes, and the other choices that time and memory of a pass depend
+    on.
 
     ModelLayout(p=1, t=8, d=2, zero=1, recompute=True, micro_batch_tokens=4096)  # the paper's 1-8-2
     """
@@ -16,15 +18,15 @@ class ModelLayout:
     t: int = 1
     d: int = 1
     zero: int = 0
-    """ZeRO stage over d: 1 cuts optimizer states, 2 also gradients, 3 also parameters (Rajbhandari et al.
-    2020)."""
+    """ZeRO stage over d: 1 cuts optimizer states, 2 also gradients, 3 also parameters
+    (Rajbhandari et al. 2020)."""
     recompute: bool = False
     """Recompute a layer's activations in the backward pass (activation checkpointing)."""
     micro_batch_tokens: int = 4096
     """The most tokens that a pass of a data replica holds."""
     offload: bool = False
-    """Keep optimizer states (of trained models) or all parameters (of others) in host memory between
-    calls."""
+    """Keep optimizer states (of trained models) or all parameters (of others) in host memory
+    between calls."""
 
     @property
     def num_devices(self) -> int:
@@ -54,8 +56,8 @@ class GenerationLayout:
     max_running: int = 256
     """The most sequences that a replica decodes at once; its KV cache is sized for them."""
     kept: bool = False
-    """Weights and cache of generation stay on the device during other calls (an engine that is not told to
-    release them)."""
+    """Weights and cache of generation stay on the device during other calls (an engine that is
+    not told to release them)."""
 
     @property
     def num_devices(self) -> int:

@@ -1,8 +1,9 @@
-"""ModelSpec: the sizes of a decoder, from which time and memory follow; read from any Hugging Face config.
+"""ModelSpec: the sizes of a decoder, from which time and memory follow; read from any Hugging Face
+config.
 
-Dense and mixture-of-experts decoders, grouped-query attention, gated or plain MLPs, an LM head or a scalar
-head. Left out: biases and norms are counted roughly (below 0.1 % of a model), encoders, state-space layers
-and latent attention.
+Dense and mixture-of-experts decoders, grouped-query attention, gated or plain MLPs, an LM head or a
+scalar head. Left out: biases and norms are counted roughly (below 0.1 % of a model), encoders,
+state-space layers and latent attention.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ class ModelSpec:
             return cls.from_hf(text, name=name)
         heads = _integer(config, "num_attention_heads", "n_head")
         hidden = _integer(config, "hidden_size", "n_embd", "d_model")
-        experts = _integer(config, "num_local_experts", "num_experts", "n_routed_experts", default=0)
+        experts = _integer(
+            config, "num_local_experts", "num_experts", "n_routed_experts", default=0
+        )
         inner = _integer(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
         dense = cls(
             name=name or str(config.get("_name_or_path") or config.get("model_type", "model")),
@@ -103,7 +106,9 @@ class ModelSpec:
             num_experts=experts,
             experts_per_token=_integer(config, "num_experts_per_tok", "moe_topk", default=0),
             expert_intermediate_size=expert_inner,
-            shared_intermediate_size=_integer(config, "shared_expert_intermediate_size", default=shared),
+            shared_intermediate_size=_integer(
+                config, "shared_expert_intermediate_size", default=shared
+            ),
             num_dense_layers=_integer(config, "first_k_dense_replace", default=0),
         )
 
@@ -158,15 +163,19 @@ class ModelSpec:
         if not self.num_experts:
             return self.intermediate_size
         moe = self.experts_per_token * self.expert_intermediate_size + self.shared_intermediate_size
-        return (self.num_dense_layers * self.intermediate_size + self._moe_layers * moe) / self.num_layers
+        return (
+            self.num_dense_layers * self.intermediate_size + self._moe_layers * moe
+        ) / self.num_layers
 
     def touched_layer_parameters(self, num_tokens: float) -> float:
-        """Parameters of a layer that a pass over `num_tokens` tokens reads: all of a dense layer; in a
-        mixture those of the expected number of distinct experts, E (1 - (1 - k/E)^tokens) for tokens that
-        choose k of E experts evenly."""
+        """Parameters of a layer that a pass over `num_tokens` tokens reads: all of a dense
+        layer; in a mixture those of the expected number of distinct experts, E (1 - (1 -
+        k/E)^tokens) for tokens that choose k of E experts evenly."""
         if not self.num_experts:
             return self.layer_parameters
-        share: float = 1.0 - (1.0 - self.experts_per_token / self.num_experts) ** max(num_tokens, 1.0)
+        share: float = 1.0 - (1.0 - self.experts_per_token / self.num_experts) ** max(
+            num_tokens, 1.0
+        )
         unread = (
             self._mlp(self.expert_intermediate_size)
             * self.num_experts
@@ -199,10 +208,11 @@ class ModelSpec:
 
     @cached_property
     def activation_elements_per_token(self) -> float:
-        """Numbers that a layer stores for its backward pass, per token (method of Korthikanti et al. 2022,
-        section 4.1, counted for a gated MLP and an attention that does not store its score matrix): inputs of
-        two norms and of attention and MLP (4 h), queries and attention output (2 q), keys and values (2 kv),
-        MLP's inner tensors (3 f; 2 f without a gate)."""
+        """Numbers that a layer stores for its backward pass, per token (method of Korthikanti
+        et al. 2022, section 4.1, counted for a gated MLP and an attention that does not store
+        its score matrix): inputs of two norms and of attention and MLP (4 h), queries and
+        attention output (2 q), keys and values (2 kv), MLP's inner tensors (3 f; 2 f without a
+        gate)."""
         inner = self._mlp_matrices * self.active_intermediate_size
         return 4 * self.hidden_size + 2 * self.query_dim + 2 * self.kv_dim + inner
 
@@ -221,11 +231,14 @@ class ModelSpec:
 
 
 def _integer(config: Mapping[str, object], *keys: str, default: int | None = None) -> int:
-    """The value of the first of `keys` that the config has; model families name the same size differently."""
+    """The value of the first of `keys` that the config has; model families name the same size
+    differently."""
     for key in keys:
         value = config.get(key)
         if isinstance(value, int):
             return value
     if default is None:
-        raise ValueError(f"model config: none of {', '.join(keys)} is there; give a decoder's config.json")
+        raise ValueError(
+            f"model config: none of {', '.join(keys)} is there; give a decoder's config.json"
+        )
     return default

@@ -1,5 +1,5 @@
-"""SearchSpace: which layouts are tried, and how many bytes the engines need per parameter. It chooses
-nothing."""
+"""SearchSpace: which layouts are tried, and how many bytes the engines need per parameter. It
+chooses nothing."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from hybridflow.mapping.question.model import ModelSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchSpace:
-    """SearchSpace() for bf16 with fp32 master weights; SearchSpace(parameter_bytes=4, optimizer_bytes=8) for
-    fp32."""
+    """SearchSpace() for bf16 with fp32 master weights; SearchSpace(parameter_bytes=4,
+    optimizer_bytes=8) for fp32."""
 
     parameter_bytes: float = 2.0
     gradient_bytes: float = 4.0
     optimizer_bytes: float = 12.0
-    """fp32 master weight and Adam's two moments; with parameters and gradients 18 bytes a parameter (the
-    paper's section 8.1: bf16 parameters, fp32 gradients and Adam states; Rajbhandari et al. 2020 count 16
-    with bf16 gradients)."""
+    """fp32 master weight and Adam's two moments; with parameters and gradients 18 bytes a
+    parameter (the paper's section 8.1: bf16 parameters, fp32 gradients and Adam states;
+    Rajbhandari et al. 2020 count 16 with bf16 gradients)."""
     activation_bytes: float = 2.0
     zero_stages: tuple[int, ...] = (1, 3)
-    """ZeRO stages that are tried for trained models, stage 3 only without pipeline. Stage 0 is never better
-    than 1: it moves the same bytes and takes more memory."""
+    """ZeRO stages that are tried for trained models, stage 3 only without pipeline. Stage 0 is
+    never better than 1: it moves the same bytes and takes more memory."""
     recompute: tuple[bool, ...] = (False, True)
     offload: tuple[bool, ...] = (False,)
     micro_batch_rows: tuple[int, ...] = (1, 2, 4, 8)
@@ -32,28 +32,32 @@ class SearchSpace:
     max_tensor: int = 64
     """Tensor parallelism never leaves a node, whatever is allowed here."""
     max_generation_pipeline: int = 1
-    """Pipeline-parallel generation reads the weights once per stage and micro-batch; engines rarely gain from
-    it."""
+    """Pipeline-parallel generation reads the weights once per stage and micro-batch; engines
+    rarely gain from it."""
     waves: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-    """Numbers of parts into which a replica's rows are cut where the KV cache does not hold all of them."""
+    """Numbers of parts into which a replica's rows are cut where the KV cache does not hold all
+    of them."""
     max_num_seqs: int = 256
     """The most sequences that an engine decodes at once (vLLM's default)."""
     max_num_batched_tokens: int = 8192
     """The most prompt tokens of a prefill pass."""
     shared_generation_weights: bool = True
-    """Generation computes on the training shards where they suffice (zero redundancy). False: the engine
-    holds a copy of the weights."""
+    """Generation computes on the training shards where they suffice (zero redundancy). False:
+    the engine holds a copy of the weights."""
     cut_between_steps: bool = False
-    """Between steps parameters are sharded over d below ZeRO-3 too (FSDP2's shards), so that generation gets
-    them from all data ranks."""
+    """Between steps parameters are sharded over d below ZeRO-3 too (FSDP2's shards), so that
+    generation gets them from all data ranks."""
     old_log_prob_pass: bool = False
-    """The actor's update begins with a forward pass that scores the responses under the training engine,
-    where there is more than one optimizer update."""
+    """The actor's update begins with a forward pass that scores the responses under the
+    training engine, where there is more than one optimizer update."""
     bucket_bytes: float = 512e6
     """Staging buffer of the resharding."""
 
     def __post_init__(self) -> None:
-        sizes = {"max_num_seqs": self.max_num_seqs, "max_num_batched_tokens": self.max_num_batched_tokens}
+        sizes = {
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+        }
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -61,8 +65,8 @@ class SearchSpace:
     def model_layouts(
         self, model: ModelSpec, group: NodeGroup, num_devices: int
     ) -> list[tuple[int, int, int]]:
-        """All (p, t, d) with p * t * d = num_devices that fit the model: t divides the heads and stays inside
-        a node, p divides the layers."""
+        """All (p, t, d) with p * t * d = num_devices that fit the model: t divides the heads
+        and stays inside a node, p divides the layers."""
         return self._layouts(model, group, num_devices, self.max_pipeline)
 
     def generation_layouts(
@@ -76,14 +80,16 @@ class SearchSpace:
     ) -> list[tuple[int, int, int]]:
         result = []
         for tensor in self._tensor_sizes(model, group, num_devices):
-            for pipeline in range(1, min(max_pipeline, model.num_layers, num_devices // tensor) + 1):
+            for pipeline in range(
+                1, min(max_pipeline, model.num_layers, num_devices // tensor) + 1
+            ):
                 if model.num_layers % pipeline == 0 and num_devices % (pipeline * tensor) == 0:
                     result.append((pipeline, tensor, num_devices // (pipeline * tensor)))
         return result
 
     def _tensor_sizes(self, model: ModelSpec, group: NodeGroup, num_devices: int) -> list[int]:
-        """Divisors of the heads that divide the node (or the smaller pool), so that groups never straddle
-        nodes."""
+        """Divisors of the heads that divide the node (or the smaller pool), so that groups
+        never straddle nodes."""
         inside = min(group.kind.devices_per_node, num_devices)
         return [
             t

@@ -1,7 +1,8 @@
 """Workload: how much work a step is: rows, their lengths with their spread, optimizer updates.
 
-Lengths are quantiles, so that the same description serves means (compute), squares (attention), maxima
-(memory) and the long tail (generation). Prompt and response lengths are taken to be independent.
+Lengths are quantiles, so that the same description serves means (compute), squares (attention),
+maxima (memory) and the long tail (generation). Prompt and response lengths are taken to be
+independent.
 """
 
 from __future__ import annotations
@@ -19,16 +20,21 @@ GOLDEN = (sqrt(5.0) - 1.0) / 2.0
 class Lengths:
     """Token counts as equally likely quantiles, ascending.
 
-    Lengths.parse("1024"), Lengths.parse("uniform:8:64"), Lengths.parse("lognormal:600:4096") (mean 600, cut
-    at 4096).
+    Lengths.parse("1024"), Lengths.parse("uniform:8:64"), Lengths.parse("lognormal:600:4096") (mean
+    600, cut at 4096).
     """
 
     quantiles: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not self.quantiles or self.quantiles[0] < 0 or list(self.quantiles) != sorted(self.quantiles):
+        if (
+            not self.quantiles
+            or self.quantiles[0] < 0
+            or list(self.quantiles) != sorted(self.quantiles)
+        ):
             raise ValueError(
-                f"lengths: quantiles must be ascending and not negative, got {self.quantiles[:4]}..."
+                "lengths: quantiles must be ascending and not negative, got "
+                f"{self.quantiles[:4]}..."
             )
 
     @classmethod
@@ -42,7 +48,8 @@ class Lengths:
 
     @classmethod
     def lognormal(cls, mean: float, longest: int, sigma: float = 0.8) -> Lengths:
-        """A long tail: log-normal with the given mean before it is cut at `longest` (the engine's limit)."""
+        """A long tail: log-normal with the given mean before it is cut at `longest` (the
+        engine's limit)."""
         mu = log(mean) - sigma**2 / 2
         quantiles = []
         for index in range(NUM_QUANTILES):
@@ -58,13 +65,17 @@ class Lengths:
         if size <= NUM_QUANTILES:
             return cls(tuple(ordered))
         return cls(
-            tuple(ordered[int((index + 0.5) / NUM_QUANTILES * size)] for index in range(NUM_QUANTILES))
+            tuple(
+                ordered[int((index + 0.5) / NUM_QUANTILES * size)] for index in range(NUM_QUANTILES)
+            )
         )
 
     @classmethod
     def parse(cls, text: str) -> Lengths:
         """Reads a number, uniform:LOW:HIGH or lognormal:MEAN:MAX[:SIGMA]."""
-        mistake = f"lengths {text!r}: write a number, uniform:LOW:HIGH, or lognormal:MEAN:MAX[:SIGMA]"
+        mistake = (
+            f"lengths {text!r}: write a number, uniform:LOW:HIGH, or lognormal:MEAN:MAX[:SIGMA]"
+        )
         name, *numbers = text.split(":")
         try:
             if name.isdigit() and not numbers:
@@ -90,8 +101,8 @@ class Lengths:
         return self.quantiles[-1]
 
     def sample(self, count: int) -> list[int]:
-        """`count` lengths in an order without trend: quantiles at multiples of the golden ratio (evenly
-        spread for every count)."""
+        """`count` lengths in an order without trend: quantiles at multiples of the golden ratio
+        (evenly spread for every count)."""
         size = len(self.quantiles)
         return [self.quantiles[int((index + 1) * GOLDEN % 1.0 * size)] for index in range(count)]
 
@@ -124,11 +135,13 @@ class Workload:
                 raise ValueError(f"workload: {name} is {value}; it must be at least 1")
         if self.num_mini_batches > self.num_rows:
             raise ValueError(
-                f"workload: num_mini_batches is {self.num_mini_batches}, the step has {self.num_rows} rows; "
-                "an update needs at least one row"
+                f"workload: num_mini_batches is {self.num_mini_batches}, the step has "
+                f"{self.num_rows} rows; an update needs at least one row"
             )
         if self.response.longest < 1:
-            raise ValueError("workload: every response is empty; give response lengths of at least 1")
+            raise ValueError(
+                "workload: every response is empty; give response lengths of at least 1"
+            )
 
     @cached_property
     def num_rows(self) -> int:
@@ -149,7 +162,8 @@ class Workload:
 
     @cached_property
     def attended_per_token(self) -> float:
-        """Positions that an average token attends to under a causal mask: E[length^2] / (2 E[length])."""
+        """Positions that an average token attends to under a causal mask: E[length^2] / (2
+        E[length])."""
         prompt, response = self.prompt, self.response
         square = prompt.mean_square + 2 * prompt.mean * response.mean + response.mean_square
         return square / (2 * self.tokens_per_row)

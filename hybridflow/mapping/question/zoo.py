@@ -1,5 +1,5 @@
-"""Model shapes by name, so that a plan needs no download; sizes are those of the published config.json
-files."""
+"""Model shapes by name, so that a plan needs no download; sizes are those of the published
+config.json files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ MODELS: dict[str, ModelSpec] = {
         ),
     )
 }  # fmt: skip
-"""llama-7b, -13b and -70b are Llama 2, llama-34b is Code Llama 34B: the family of the paper's section 8."""
+"""llama-7b, -13b and -70b are Llama 2, llama-34b is Code Llama 34B: the family of the paper's
+section 8."""
 
 
 def model_spec(name: str) -> ModelSpec:
@@ -67,5 +68,6 @@ def model_spec(name: str) -> ModelSpec:
     if Path(name).exists():
         return ModelSpec.from_directory(name)
     raise ValueError(
-        f"model {name!r} is neither a known shape ({', '.join(MODELS)}) nor a directory with a config.json"
+        f"model {name!r} is neither a known shape ({', '.join(MODELS)}) nor a directory with a "
+        "config.json"
     )

@@ -1,1 +1,2 @@
-"""The search over placements, device counts and layouts: the fastest mapping, proved to be the fastest."""
+"""The search over placements, device counts and layouts: the fastest mapping, proved to be the
+fastest."""

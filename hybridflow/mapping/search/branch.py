@@ -1,7 +1,9 @@
-"""Branch: the best solution of a placement, by branch and bound over device counts, then over options.
+"""Branch: the best solution of a placement, by branch and bound over device counts, then over
+options.
 
-With fixed device counts a step cannot be faster than the schedule in which every call takes the least time of
-any option that fits. Only where that bound beats the best solution so far are the options combined.
+With fixed device counts a step cannot be faster than the schedule in which every call takes the
+least time of any option that fits. Only where that bound beats the best solution so far are the
+options combined.
 """
 
 from __future__ import annotations
@@ -12,7 +14,13 @@ from itertools import chain
 
 import numpy as np
 
-from hybridflow.mapping.search.fronts import Combinations, Fronts, RoleFront, all_pairs, combine_roles
+from hybridflow.mapping.search.fronts import (
+    Combinations,
+    Fronts,
+    RoleFront,
+    all_pairs,
+    combine_roles,
+)
 from hybridflow.mapping.search.options import RoleOption
 from hybridflow.mapping.search.placements import Placement, packs
 from hybridflow.mapping.search.setting import Setting
@@ -31,7 +39,8 @@ Steps = list[np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The best devices and layouts of a placement: options[pool][role], in the placement's order."""
+    """The best devices and layouts of a placement: options[pool][role], in the placement's
+    order."""
 
     placement: Placement
     allocation: Allocation
@@ -60,7 +69,10 @@ class Branch:
         statistics: Statistics,
     ) -> None:
         self.placement = placement
-        self._setting, self._fronts, self._tables, self._statistics = setting, fronts, tables, statistics
+        self._setting = setting
+        self._fronts = fronts
+        self._tables = tables
+        self._statistics = statistics
         calls = setting.dataflow.calls
         position = {call.name: index for index, call in enumerate(calls)}
         pool_of: dict[str, str] = {}
@@ -89,8 +101,8 @@ class Branch:
         return self._solution
 
     def _descend(self, fixed: dict[int, int], free: tuple[int, ...]) -> None:
-        """Fixes the devices of a pool after the other, best bound first, until two pools are open; `free` are
-        the unused devices of every node group."""
+        """Fixes the devices of a pool after the other, best bound first, until two pools are
+        open; `free` are the unused devices of every node group."""
         open_pools = [pool for pool in range(len(self.placement)) if pool not in fixed]
         if len(open_pools) <= 2:
             self._last_pools(fixed, open_pools, free)
@@ -107,8 +119,8 @@ class Branch:
             self._descend({**fixed, pool: choice}, rest)
 
     def _bound(self, fixed: dict[int, int], free: tuple[int, ...]) -> float:
-        """The makespan when pools in `fixed` (pool -> choice) take the least seconds of their choice, and the
-        others the least of any choice within the devices that the rest leaves."""
+        """The makespan when pools in `fixed` (pool -> choice) take the least seconds of their
+        choice, and the others the least of any choice within the devices that the rest leaves."""
         self._statistics.allocations_bounded += 1
         seconds = list(self._off_pools)
         for pool, table in enumerate(self._tables):
@@ -123,9 +135,11 @@ class Branch:
                 seconds[column] = value
         return self._schedule.makespan(seconds)
 
-    def _devices_for(self, pool: int, fixed: dict[int, int], free: tuple[int, ...]) -> tuple[int, ...]:
-        """The devices that the other open pools leave at their smallest; with several node groups those may
-        be in another group and leave all."""
+    def _devices_for(
+        self, pool: int, fixed: dict[int, int], free: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """The devices that the other open pools leave at their smallest; with several node
+        groups those may be in another group and leave all."""
         if len(free) > 1:
             return free
         others = 0
@@ -134,16 +148,20 @@ class Branch:
                 others += table.smallest
         return (max(0, free[0] - others),)
 
-    def _last_pools(self, fixed: dict[int, int], open_pools: list[int], free: tuple[int, ...]) -> None:
-        """Bounds all choices of the last one or two pools at once and solves the promising ones, best bound
-        first."""
+    def _last_pools(
+        self, fixed: dict[int, int], open_pools: list[int], free: tuple[int, ...]
+    ) -> None:
+        """Bounds all choices of the last one or two pools at once and solves the promising
+        ones, best bound first."""
         shape = tuple(len(self._tables[pool].choices) for pool in open_pools)
         if 0 in shape:
             return
         used = [np.zeros(shape, dtype=np.int64) for _ in free]
         seconds: Steps = [np.array(value) for value in self._off_pools]
         for pool, choice in fixed.items():
-            for column, value in zip(self._columns[pool], self._tables[pool].seconds[choice], strict=True):
+            for column, value in zip(
+                self._columns[pool], self._tables[pool].seconds[choice], strict=True
+            ):
                 seconds[column] = np.array(value)
         for axis, pool in enumerate(open_pools):
             table, along = self._tables[pool], _along(axis, len(shape))
@@ -154,7 +172,9 @@ class Branch:
         fits = np.ones(shape, dtype=bool)
         for amount, devices in zip(used, free, strict=True):
             fits &= amount <= devices
-        bounds = np.where(fits, np.broadcast_to(self._schedule.makespans(seconds), shape), np.inf).ravel()
+        bounds = np.where(
+            fits, np.broadcast_to(self._schedule.makespans(seconds), shape), np.inf
+        ).ravel()
         self._statistics.allocations_bounded += bounds.size
 
         def choices_of(index: int) -> dict[int, int]:
@@ -163,13 +183,17 @@ class Branch:
 
         self._solve_in_order(bounds, choices_of)
 
-    def _solve_in_order(self, bounds: np.ndarray, choices_of: Callable[[int], dict[int, int]]) -> None:
+    def _solve_in_order(
+        self, bounds: np.ndarray, choices_of: Callable[[int], dict[int, int]]
+    ) -> None:
         promising = np.flatnonzero(bounds < self._limit * (1 - TIE))
         for index in promising[np.argsort(bounds[promising], kind="stable")]:
             if bounds[index] >= self._limit * (1 - TIE):
                 break
             choices = choices_of(int(index))
-            allocation = tuple(table.choices[choices[pool]] for pool, table in enumerate(self._tables))
+            allocation = tuple(
+                table.choices[choices[pool]] for pool, table in enumerate(self._tables)
+            )
             if packs(self._setting.cluster, allocation):
                 solution = self.solve(allocation, self._limit)
                 if solution is not None:
@@ -204,10 +228,13 @@ class Branch:
         return self._combine_pools(allocation, fronts, combinations, ideals, limit) or fallback
 
     def _from_cheapest(self, allocation: Allocation) -> Solution | None:
-        """Every pool with the options of least total seconds: feasible, and often already the best."""
+        """Every pool with the options of least total seconds: feasible, and often already the
+        best."""
         options = []
         seconds = list(self._off_pools)
-        for roles, (group, size), columns in zip(self.placement, allocation, self._columns, strict=True):
+        for roles, (group, size), columns in zip(
+            self.placement, allocation, self._columns, strict=True
+        ):
             chosen = self._fronts.cheapest(roles, group, size)
             if chosen is None:
                 return None
@@ -215,16 +242,20 @@ class Branch:
             values = chain.from_iterable(option.seconds for option in chosen)
             for column, value in zip(columns, values, strict=True):
                 seconds[column] = value
-        return Solution(self.placement, allocation, tuple(options), self._schedule.makespan(seconds))
+        return Solution(
+            self.placement, allocation, tuple(options), self._schedule.makespan(seconds)
+        )
 
     def _promising(
         self, pool: int, ideals: list[np.ndarray], limit: float
     ) -> Callable[[np.ndarray], np.ndarray]:
-        """A mask of the rows [combinations, calls of `pool`] that can be part of a solution below `limit`."""
+        """A mask of the rows [combinations, calls of `pool`] that can be part of a solution
+        below `limit`."""
         return lambda rows: self._makespans({pool: rows}, ideals) < limit * (1 - TIE)
 
     def _makespans(self, rows: dict[int, np.ndarray], ideals: list[np.ndarray]) -> np.ndarray:
-        """[rows]: makespans with the seconds of `rows` in their pools and the ideal ones in the others."""
+        """[rows]: makespans with the seconds of `rows` in their pools and the ideal ones in the
+        others."""
         seconds: Steps = [np.array(value) for value in self._off_pools]
         for pool, columns in enumerate(self._columns):
             for index, column in enumerate(columns):
@@ -248,7 +279,9 @@ class Branch:
         for pool, combined in enumerate(combinations):
             left, right = all_pairs(np.arange(len(index)), np.arange(len(combined)))
             index = np.concatenate([index[left], right[:, None]], axis=1)
-            rows = {number: combinations[number].seconds[index[:, number]] for number in range(pool + 1)}
+            rows = {
+                number: combinations[number].seconds[index[:, number]] for number in range(pool + 1)
+            }
             spans = self._makespans(rows, ideals)
             index, spans = index[spans < limit * (1 - TIE)], spans[spans < limit * (1 - TIE)]
             if not len(index):

@@ -1,9 +1,9 @@
-"""Fronts: the options of a role that no other option beats in every respect, and how roles of a pool fit
-together.
+"""Fronts: the options of a role that no other option beats in every respect, and how roles of a
+pool fit together.
 
-A role's front has memory as a criterion, because others share the pool. Dropping a beaten option never
-changes the best solution: a step's time grows with every call's time (schedule.py), and a pool's memory with
-every role's.
+A role's front has memory as a criterion, because others share the pool. Dropping a beaten option
+never changes the best solution: a step's time grows with every call's time (schedule.py), and a
+pool's memory with every role's.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from hybridflow.mapping.search.setting import Setting
 
 
 def nondominated(rows: np.ndarray) -> np.ndarray:
-    """Indices of the rows that no other row beats or equals in all columns (of equal rows the first stays),
-    in ascending order."""
+    """Indices of the rows that no other row beats or equals in all columns (of equal rows the
+    first stays), in ascending order."""
     if len(rows) <= 1:
         return np.arange(len(rows))
     candidates = np.lexsort((np.arange(len(rows)), rows.sum(axis=1)))
@@ -69,8 +69,8 @@ class RoleFront:
 
 @dataclass(frozen=True, slots=True)
 class Combinations:
-    """Choices of an option for every role of a pool: `chosen` [combinations, roles] indexes the fronts,
-    `resident` and `transient` are [combinations], `seconds` is [combinations, columns]."""
+    """Choices of an option for every role of a pool: `chosen` [combinations, roles] indexes the
+    fronts, `resident` and `transient` are [combinations], `seconds` is [combinations, columns]."""
 
     chosen: np.ndarray
     resident: np.ndarray
@@ -95,15 +95,18 @@ def combine_roles(
 ) -> Combinations:
     """All combinations of a pool that fit, that no other beats, and that are `promising`.
 
-    `columns[r]` [calls of role r, columns] adds a role's calls up into the criteria. `promising` gets
-    [combinations, columns], the least seconds that each partial combination can end with, and returns a mask.
-    Works role by role and prunes after each by all three tests.
+    `columns[r]` [calls of role r, columns] adds a role's calls up into the criteria. `promising`
+    gets [combinations, columns], the least seconds that each partial combination can end with, and
+    returns a mask. Works role by role and prunes after each by all three tests.
     """
     least_resident = [front.resident.min() for front in fronts]
     weighted = [front.seconds @ weights for front, weights in zip(fronts, columns, strict=True)]
     least_seconds = np.array([seconds.min(axis=0) for seconds in weighted])
     result = Combinations(
-        np.zeros((1, 0), dtype=np.int64), np.zeros(1), np.zeros(1), np.zeros((1, columns[0].shape[1]))
+        np.zeros((1, 0), dtype=np.int64),
+        np.zeros(1),
+        np.zeros(1),
+        np.zeros((1, columns[0].shape[1])),
     )
     for position, (front, seconds) in enumerate(zip(fronts, weighted, strict=True)):
         unbeaten = nondominated(_criteria(front.resident, front.transient, seconds))
@@ -128,9 +131,9 @@ def _criteria(resident: np.ndarray, transient: np.ndarray, seconds: np.ndarray) 
 
 
 def greedy_choice(fronts: tuple[RoleFront, ...], capacity: float) -> tuple[int, ...] | None:
-    """Indices of a good combination that fits, by pricing memory: each role takes its cheapest option at the
-    price, and the price rises until all fit. It is not always the best, and may be None where something fits:
-    the exact search only starts from its bound."""
+    """Indices of a good combination that fits, by pricing memory: each role takes its cheapest
+    option at the price, and the price rises until all fit. It is not always the best, and may
+    be None where something fits: the exact search only starts from its bound."""
     best: tuple[float, tuple[int, ...]] | None = None
     totals = [front.seconds.sum(axis=1) for front in fronts]
     scale = sum(float(total.min()) for total in totals) / capacity
@@ -168,18 +171,22 @@ class Fronts:
             self._roles[key] = self._role_front(role, group, num_devices)
         return self._roles[key]
 
-    def together(self, roles: tuple[str, ...], group: int, num_devices: int) -> tuple[RoleFront, ...] | None:
-        """Each role's front, without the options that leave the others too little memory even at their
-        leanest; None if the roles do not fit together."""
+    def together(
+        self, roles: tuple[str, ...], group: int, num_devices: int
+    ) -> tuple[RoleFront, ...] | None:
+        """Each role's front, without the options that leave the others too little memory even
+        at their leanest; None if the roles do not fit together."""
         key = (roles, group, num_devices)
         if key not in self._together:
             fronts = [self.of_role(role, group, num_devices) for role in roles]
             self._together[key] = _fitting(fronts, self._setting.capacity(group))
         return self._together[key]
 
-    def cheapest(self, roles: tuple[str, ...], group: int, num_devices: int) -> tuple[RoleOption, ...] | None:
-        """An option for every role: they fit together and have the least sum of seconds; None if nothing
-        fits."""
+    def cheapest(
+        self, roles: tuple[str, ...], group: int, num_devices: int
+    ) -> tuple[RoleOption, ...] | None:
+        """An option for every role: they fit together and have the least sum of seconds; None
+        if nothing fits."""
         key = (roles, group, num_devices)
         if key not in self._cheapest:
             self._cheapest[key] = self._least_sum(*key)
@@ -198,7 +205,9 @@ class Fronts:
             pairs = zip(fronts, chosen, strict=True)
             bound = sum(float(front.seconds[index].sum()) for front, index in pairs)
         ones = [np.ones((front.seconds.shape[1], 1)) for front in fronts]
-        cheaper = combine_roles(fronts, ones, capacity, lambda sums: sums[:, 0] < bound * (1 - 1e-12))
+        cheaper = combine_roles(
+            fronts, ones, capacity, lambda sums: sums[:, 0] < bound * (1 - 1e-12)
+        )
         if len(cheaper):
             chosen = tuple(cheaper.chosen[int(np.argmin(cheaper.seconds[:, 0]))])
         if chosen is None:
@@ -223,9 +232,9 @@ class Fronts:
         return RoleFront(chosen, table[unbeaten, 0], table[unbeaten, 1], table[unbeaten, 2:])
 
     def _candidates(self, role: str, group: int, num_devices: int) -> list[RoleOption]:
-        """role_options, without pass options that lose to another with the same shards: those alike in p, t,
-        ZeRO stage and offloading have the same transition and leave the same memory for generation, so that
-        only their bytes and seconds count."""
+        """role_options, without pass options that lose to another with the same shards: those
+        alike in p, t, ZeRO stage and offloading have the same transition and leave the same
+        memory for generation, so that only their bytes and seconds count."""
         setting = self._setting
         kinds = {call.kind for call in setting.calls(role)}
         if CallKind.generation not in kinds:
@@ -237,7 +246,9 @@ class Fronts:
         for option in pass_options(setting, role, group, num_devices):
             layout = option.layout
             if option.resident + option.transient <= setting.capacity(group):
-                alike.setdefault((layout.p, layout.t, layout.zero, layout.offload), []).append(option)
+                alike.setdefault((layout.p, layout.t, layout.zero, layout.offload), []).append(
+                    option
+                )
         candidates: list[RoleOption] = []
         for options in alike.values():
             candidates += self._pairs(role, group, options, generating)
@@ -254,14 +265,20 @@ class Fronts:
         for other in generating:  # the loop that decides how long the fronts take
             shape = (other.layout.pg, other.layout.tg)
             if shape not in transitions:
-                transitions[shape] = entry_seconds(self._setting, role, group, alike[0].layout, other.layout)
+                transitions[shape] = entry_seconds(
+                    self._setting, role, group, alike[0].layout, other.layout
+                )
             for option in passing:
-                if option.resident + other.others + max(0.0, other.weights - option.held) <= capacity:
+                if (
+                    option.resident + other.others + max(0.0, other.weights - option.held)
+                    <= capacity
+                ):
                     yield paired(self._setting, role, option, other, transitions[shape])
 
 
 def _fitting(fronts: list[RoleFront], capacity: float) -> tuple[RoleFront, ...] | None:
-    """The fronts without options that cannot fit beside the leanest of the others; None if nothing fits."""
+    """The fronts without options that cannot fit beside the leanest of the others; None if
+    nothing fits."""
     if any(not front.options for front in fronts):
         return None
     result = []

@@ -1,9 +1,9 @@
-"""Options: every way to run a role on n devices of a kind, with its time per call and its memory (Algorithm
-2's loop).
+"""Options: every way to run a role on n devices of a kind, with its time per call and its memory
+(Algorithm 2's loop).
 
-Algorithm 2 with its gaps closed (docs/paper.md section 4): d is an integer, pools smaller than a node are
-allowed, the generation layout is chosen together with the training layout, and nothing is chosen here: which
-option wins depends on the other roles of the pool.
+Algorithm 2 with its gaps closed (docs/paper.md section 4): d is an integer, pools smaller than a
+node are allowed, the generation layout is chosen together with the training layout, and nothing is
+chosen here: which option wins depends on the other roles of the pool.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from hybridflow.mapping.simulate.transition import transition_time, weight_sync_
 
 @dataclass(frozen=True, slots=True)
 class RoleOption:
-    """A role on a pool. `seconds` are per call of the role, in program order; the bytes are those of the
-    fullest device."""
+    """A role on a pool. `seconds` are per call of the role, in program order; the bytes are
+    those of the fullest device."""
 
     layout: ModelLayout | None
     generation: GenerationLayout | None
@@ -49,7 +49,8 @@ class RoleOption:
 
 @dataclass(frozen=True, slots=True)
 class PassOption:
-    """The part of a role that trains and runs forward passes; `seconds` holds 0 for generation calls."""
+    """The part of a role that trains and runs forward passes; `seconds` holds 0 for generation
+    calls."""
 
     layout: ModelLayout
     resident: float
@@ -72,7 +73,8 @@ class GenerationOption:
 
 
 def role_options(setting: Setting, role: str, group: int, num_devices: int) -> list[RoleOption]:
-    """All options, unpruned: the search works on fronts of this list, brute force on the list itself."""
+    """All options, unpruned: the search works on fronts of this list, brute force on the list
+    itself."""
     generating = []
     if setting.generates(role):
         generating = generation_options(setting, role, group, num_devices)
@@ -81,20 +83,28 @@ def role_options(setting: Setting, role: str, group: int, num_devices: int) -> l
     result = []
     for option in pass_options(setting, role, group, num_devices):
         if not setting.generates(role):
-            result.append(RoleOption(option.layout, None, option.resident, option.transient, option.seconds))
+            result.append(
+                RoleOption(option.layout, None, option.resident, option.transient, option.seconds)
+            )
         for other in generating:
             transition = entry_seconds(setting, role, group, option.layout, other.layout)
             result.append(paired(setting, role, option, other, transition))
     return result
 
 
-def model_layouts(setting: Setting, role: str, group: int, num_devices: int) -> Iterator[ModelLayout]:
+def model_layouts(
+    setting: Setting, role: str, group: int, num_devices: int
+) -> Iterator[ModelLayout]:
     """Every layout of the search space for training and forward passes."""
     space, trained = setting.space, setting.trained(role)
-    stages = space.zero_stages if trained else (0, *(stage for stage in space.zero_stages if stage == 3))
+    stages = (
+        space.zero_stages if trained else (0, *(stage for stage in space.zero_stages if stage == 3))
+    )
     recomputes = space.recompute if trained else (False,)
     longest = setting.workload.longest_row
-    for p, t, d in space.model_layouts(setting.model(role), setting.cluster.groups[group], num_devices):
+    for p, t, d in space.model_layouts(
+        setting.model(role), setting.cluster.groups[group], num_devices
+    ):
         for zero, recompute, offload in product(stages, recomputes, space.offload):
             if (zero and d == 1 and zero != min(stages)) or (zero >= 3 and (p > 1 or d == 1)):
                 continue
@@ -139,7 +149,9 @@ def pass_time(setting: Setting, role: str, group: int, call: Call, layout: Model
         return forward
     updates = training_time(model, layout, machine)
     if any(_gathers(setting, other, layout) for other in setting.calls(role)):
-        updates = replace(updates, parameters=updates.parameters - gathering_s(model, layout, machine))
+        updates = replace(
+            updates, parameters=updates.parameters - gathering_s(model, layout, machine)
+        )
     policy = setting.generates(role) or role in setting.weights_from.values()
     num_updates = setting.workload.num_mini_batches * setting.workload.num_epochs
     if setting.space.old_log_prob_pass and policy and num_updates > 1:
@@ -148,8 +160,9 @@ def pass_time(setting: Setting, role: str, group: int, call: Call, layout: Model
 
 
 def _gathers(setting: Setting, call: Call, layout: ModelLayout) -> bool:
-    """Whether a forward call gathers the parameters that the last update has changed: where they are sharded
-    between steps, the first pass of the next step does, and the update that follows has them gathered."""
+    """Whether a forward call gathers the parameters that the last update has changed: where
+    they are sharded between steps, the first pass of the next step does, and the update that
+    follows has them gathered."""
     sharded = setting.space.cut_between_steps and layout.zero < 3 and layout.d > 1
     if not sharded or not setting.trained(call.role):
         return False
@@ -176,15 +189,21 @@ def call_footprint(
     if backward:
         rows = rows / workload.num_mini_batches
     number, _ = micro_batches(layout, workload, rows)
-    return pass_footprint(model, layout, space, workload, number, trained=trained, backward=backward)
+    return pass_footprint(
+        model, layout, space, workload, number, trained=trained, backward=backward
+    )
 
 
-def generation_options(setting: Setting, role: str, group: int, num_devices: int) -> list[GenerationOption]:
-    """For every (pg, tg): as many sequences at once as the engine allows, and fewer where the KV cache may
-    not hold them."""
+def generation_options(
+    setting: Setting, role: str, group: int, num_devices: int
+) -> list[GenerationOption]:
+    """For every (pg, tg): as many sequences at once as the engine allows, and fewer where the
+    KV cache may not hold them."""
     model, space, workload = setting.model(role), setting.space, setting.workload
     options = []
-    for pg, tg, replicas in space.generation_layouts(model, setting.cluster.groups[group], num_devices):
+    for pg, tg, replicas in space.generation_layouts(
+        model, setting.cluster.groups[group], num_devices
+    ):
         rows = -(-workload.num_rows // replicas)
         counts = {min(space.max_num_seqs, -(-rows // waves)) for waves in space.waves}
         for running in sorted(counts, reverse=True):
@@ -197,10 +216,14 @@ def generation_options(setting: Setting, role: str, group: int, num_devices: int
 
 
 def paired(
-    setting: Setting, role: str, passing: PassOption, generating: GenerationOption, transition: float
+    setting: Setting,
+    role: str,
+    passing: PassOption,
+    generating: GenerationOption,
+    transition: float,
 ) -> RoleOption:
-    """A role that trains and generates; the first generation call of the step takes `transition` seconds
-    more."""
+    """A role that trains and generates; the first generation call of the step takes
+    `transition` seconds more."""
     seconds = list(passing.seconds)
     for position, call in enumerate(setting.calls(role)):
         if call.kind is CallKind.generation:
@@ -208,14 +231,16 @@ def paired(
             transition = 0.0
     extra = generating.others + max(0.0, generating.weights - passing.held)
     transient = max(passing.transient, extra)
-    return RoleOption(passing.layout, generating.layout, passing.resident, transient, tuple(seconds))
+    return RoleOption(
+        passing.layout, generating.layout, passing.resident, transient, tuple(seconds)
+    )
 
 
 def entry_seconds(
     setting: Setting, role: str, group: int, layout: ModelLayout, generation: GenerationLayout
 ) -> float:
-    """Seconds to enter the generation layout with new weights: the transition; a copy where the engine holds
-    weights of its own; fixed work."""
+    """Seconds to enter the generation layout with new weights: the transition; a copy where the
+    engine holds weights of its own; fixed work."""
     if not setting.trained(role):
         return 0.0
     model, machine, calibration = setting.model(role), setting.machine(group), setting.calibration
@@ -228,9 +253,11 @@ def entry_seconds(
     return transition_time(model, layout, generation, machine) + fixed
 
 
-def generation_only(setting: Setting, role: str, group: int, option: GenerationOption) -> RoleOption:
-    """A role that does nothing but generate; the first call of the step waits for weights that are trained in
-    another pool."""
+def generation_only(
+    setting: Setting, role: str, group: int, option: GenerationOption
+) -> RoleOption:
+    """A role that does nothing but generate; the first call of the step waits for weights that
+    are trained in another pool."""
     seconds = [option.seconds] * len(setting.calls(role))
     if role in setting.weights_from:
         seconds[0] += weight_sync_time(setting.model(role), option.layout, setting.machine(group))

@@ -1,5 +1,5 @@
-"""Placements: which roles share a pool (set partitions), and whether pools of given sizes fit on the
-nodes."""
+"""Placements: which roles share a pool (set partitions), and whether pools of given sizes fit
+on the nodes."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def placements(roles: Sequence[str]) -> Iterator[Placement]:
 
 
 def packs(cluster: Cluster, pools: Sequence[tuple[int, int]]) -> bool:
-    """Whether pools (group, devices) fit: whole nodes first, then the pools smaller than a node side by side
-    on the rest."""
+    """Whether pools (group, devices) fit: whole nodes first, then the pools smaller than a node
+    side by side on the rest."""
     for number, group in enumerate(cluster.groups):
         per_node = group.kind.devices_per_node
         whole, small = 0, []

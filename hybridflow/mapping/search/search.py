@@ -1,7 +1,8 @@
-"""Search: the fastest mapping (the paper's Algorithm 1), exact: what is skipped is proved to be no better.
+"""Search: the fastest mapping (the paper's Algorithm 1), exact: what is skipped is proved to be no
+better.
 
-Every set partition of the roles is a placement; each is bounded first and left as soon as its bound loses.
-Pools may leave devices idle, so that every device count up to the cluster's is covered.
+Every set partition of the roles is a placement; each is bounded first and left as soon as its bound
+loses. Pools may leave devices idle, so that every device count up to the cluster's is covered.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from hybridflow.mapping.search.tables import PoolTable
 
 @dataclass(frozen=True, slots=True)
 class PlacementResult:
-    """A placement with its best solution, whose time is bound_s; or without a solution, when the placement
-    takes at least `bound_s` (inf: it does not fit)."""
+    """A placement with its best solution, whose time is bound_s; or without a solution, when
+    the placement takes at least `bound_s` (inf: it does not fit)."""
 
     placement: Placement
     solution: Solution | None
@@ -44,8 +45,8 @@ class Search:
         self._tables: dict[tuple[str, ...], PoolTable] = {}
 
     def run(self, *, every_placement: bool = False) -> SearchResult:
-        """The fastest mapping. With `every_placement` the fastest of each placement too; otherwise a
-        placement is left when it loses."""
+        """The fastest mapping. With `every_placement` the fastest of each placement too;
+        otherwise a placement is left when it loses."""
         branches = [self._branch(placement) for placement in placements(self.setting.roles)]
         bounded = []
         for number, branch in enumerate(branches):
@@ -65,7 +66,9 @@ class Search:
                 if best is None or solution.step_s < best.step_s * (1 - TIE):
                     best = solution
             results.append(PlacementResult(branches[number].placement, solution, at_least))
-        results.sort(key=lambda result: (result.solution is not best or best is None, result.bound_s))
+        results.sort(
+            key=lambda result: (result.solution is not best or best is None, result.bound_s)
+        )
         return SearchResult(best, tuple(results), self.statistics)
 
     def best_of(self, placement: Placement) -> Solution | None:

@@ -27,7 +27,8 @@ class Setting:
     Setting(dataflow=ppo, models={"actor": llama, ..., "reward": None},
             cluster=Cluster.parse("2x8xA100-80GB"), workload=workload)
 
-    A role whose model is None is a Python function: it takes part in the timeline and needs no devices.
+    A role whose model is None is a Python function: it takes part in the timeline and needs no
+    devices.
     """
 
     dataflow: Dataflow
@@ -43,15 +44,15 @@ class Setting:
         missing = [role for role in self.dataflow.roles if role not in self.models]
         if missing:
             raise ValueError(
-                f"models: no entry for {missing} of algorithm {self.dataflow.algorithm}; give a ModelSpec, "
-                "or None for a function"
+                f"models: no entry for {missing} of algorithm {self.dataflow.algorithm}; give a "
+                "ModelSpec, or None for a function"
             )
         for role in self.roles:
             kinds = {call.kind for call in self.calls(role)}
             if role in self.weights_from and kinds != {CallKind.generation}:
                 raise ValueError(
-                    f"weights_from: {role} also runs {sorted(kinds)}; only a role that does nothing but "
-                    "generate can borrow weights"
+                    f"weights_from: {role} also runs {sorted(kinds)}; only a role that does "
+                    "nothing but generate can borrow weights"
                 )
 
     @property
@@ -114,7 +115,9 @@ class Setting:
         for call in self.dataflow.calls:
             for name in call.depends_on:
                 producer = self.dataflow.call(name)
-                seconds[name, call.name] = transfer_time(producer, call, self.cluster, self.machine(0))
+                seconds[name, call.name] = transfer_time(
+                    producer, call, self.cluster, self.machine(0)
+                )
         return seconds
 
     def fixed_seconds(self, call: Call) -> float:
@@ -125,8 +128,8 @@ class Setting:
 
 
 def split_generation(dataflow: Dataflow, role: str = "actor") -> Dataflow:
-    """The same step with generation as a role of its own (`generation`), which a mapping may put into another
-    pool."""
+    """The same step with generation as a role of its own (`generation`), which a mapping may
+    put into another pool."""
     names: dict[str, str] = {}
     for call in dataflow.calls:
         if call.role == role and call.kind is CallKind.generation:

@@ -1,4 +1,5 @@
-"""PoolTable: all pools that a set of roles fits into, with the least seconds of each call, for the bounds."""
+"""PoolTable: all pools that a set of roles fits into, with the least seconds of each call, for
+the bounds."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ class PoolTable:
 
     PoolTable(setting, fronts, ("actor", "critic")).within((64,))  # seconds that no pool of up to 64 beats
 
-    `choices` are (group, devices); `seconds` [choices, calls of the set] is the least of each call over all
-    options that fit.
+    `choices` are (group, devices); `seconds` [choices, calls of the set] is the least of each call
+    over all options that fit.
     """
 
     def __init__(self, setting: Setting, fronts: Fronts, roles: tuple[str, ...]) -> None:
@@ -35,8 +36,8 @@ class PoolTable:
         self._least: dict[tuple[int, ...], np.ndarray | None] = {}
 
     def within(self, devices: Sequence[int]) -> np.ndarray | None:
-        """[calls]: the least seconds of each call over all choices that take at most `devices` of each node
-        group; None if there is no such choice."""
+        """[calls]: the least seconds of each call over all choices that take at most `devices`
+        of each node group; None if there is no such choice."""
         key = tuple(devices)
         if key not in self._least:
             fits = self.sizes <= np.array(key)[self.groups]

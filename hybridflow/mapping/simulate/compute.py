@@ -1,9 +1,10 @@
-"""Seconds that a pass of a model's layers takes on a device: the roofline that all simulators share.
+"""Seconds that a pass of a model's layers takes on a device: the roofline that all simulators
+share.
 
-Products: 2 FLOPs per parameter and token, 4 q per attended position (Kaplan et al. 2020, section 2.1), at the
-calibrated fraction of the peak, or reading the weights if that takes longer (Williams et al. 2009).
-All other operations of a layer are bound by memory: the tensors of `activation_elements_per_token` are
-written once and read once.
+Products: 2 FLOPs per parameter and token, 4 q per attended position (Kaplan et al. 2020, section
+2.1), at the calibrated fraction of the peak, or reading the weights if that takes longer (Williams
+et al. 2009). All other operations of a layer are bound by memory: the tensors of
+`activation_elements_per_token` are written once and read once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from hybridflow.mapping.question.space import SearchSpace
 
 def layer_flops(model: ModelSpec, tokens: float, attended_per_token: float) -> float:
     """FLOPs of a layer's forward pass, over all tensor ranks together."""
-    return tokens * (2.0 * model.active_layer_parameters + 4.0 * model.query_dim * attended_per_token)
+    return tokens * (
+        2.0 * model.active_layer_parameters + 4.0 * model.query_dim * attended_per_token
+    )
 
 
 def products_s(
@@ -31,16 +34,24 @@ def products_s(
     decoding: bool = False,
 ) -> float:
     """Seconds of a layer's matrix products and attention on one of t tensor ranks."""
-    computing = layer_flops(model, tokens, attended) / t / (kind.flops * _efficiency(calibration, decoding))
+    computing = (
+        layer_flops(model, tokens, attended) / t / (kind.flops * _efficiency(calibration, decoding))
+    )
     weights = space.parameter_bytes * model.touched_layer_parameters(tokens) / t
     return max(computing, weights / (kind.memory_bandwidth * calibration.bandwidth_efficiency))
 
 
 def elementwise_s(
-    model: ModelSpec, kind: DeviceKind, calibration: Calibration, space: SearchSpace, *, tokens: float, t: int
+    model: ModelSpec,
+    kind: DeviceKind,
+    calibration: Calibration,
+    space: SearchSpace,
+    *,
+    tokens: float,
+    t: int,
 ) -> float:
-    """Seconds of a layer's element-wise operations; sequence parallelism cuts them by t (Korthikanti et al.
-    2022)."""
+    """Seconds of a layer's element-wise operations; sequence parallelism cuts them by t
+    (Korthikanti et al. 2022)."""
     moved = 2.0 * space.activation_bytes * model.activation_elements_per_token * tokens / t
     return moved / (kind.memory_bandwidth * calibration.elementwise_efficiency)
 
@@ -55,8 +66,8 @@ def head_s(
     t: int,
     decoding: bool = False,
 ) -> float:
-    """Seconds of the head over the scored tokens (vocabulary cut by t): the product, then logits written and
-    read in float32."""
+    """Seconds of the head over the scored tokens (vocabulary cut by t): the product, then
+    logits written and read in float32."""
     flops = kind.flops * _efficiency(calibration, decoding)
     product = 2.0 * scored_tokens * model.head_parameters / t / flops
     reading = kind.memory_bandwidth * calibration.bandwidth_efficiency

@@ -1,8 +1,9 @@
 """DecodeProfile: how many sequences run during how many decode steps, under continuous batching.
 
-It depends on lengths and counts only, not on the model or machine; so all layouts with the same counts share
-a profile. A finished sequence is replaced by a waiting one at once (Yu et al. 2022, Orca's iteration-level
-scheduling); when none waits, the tail of long ones runs in an emptying batch.
+It depends on lengths and counts only, not on the model or machine; so all layouts with the same
+counts share a profile. A finished sequence is replaced by a waiting one at once (Yu et al. 2022,
+Orca's iteration-level scheduling); when none waits, the tail of long ones runs in an emptying
+batch.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def _simulate(lengths: list[int], max_running: int) -> list[Segment]:
 
 
 def _extend(segments: list[Segment], now: int, until: int, running: int, started: float) -> None:
-    """Adds a segment from `now` to `until`; `started` is the sum of the running sequences' first steps."""
+    """Adds a segment from `now` to `until`; `started` is the sum of the running sequences'
+    first steps."""
     if until > now:
         segments.append(Segment(until - now, running, (now + until) / 2 - started / running))
 

@@ -1,9 +1,9 @@
 """Fabric: seconds that collectives and copies take inside a pool, by the alpha-beta model.
 
-Ring algorithms: an all-gather or reduce-scatter of B bytes over g ranks moves (g-1)/g B through every rank,
-an all-reduce twice that (Thakur, Rabenseifner and Gropp 2005; Chan et al. 2007). Between nodes a node's link
-is shared by all groups of the pool that cross it at the same time. Left out: contention with other pools,
-switch topology.
+Ring algorithms: an all-gather or reduce-scatter of B bytes over g ranks moves (g-1)/g B through
+every rank, an all-reduce twice that (Thakur, Rabenseifner and Gropp 2005; Chan et al. 2007).
+Between nodes a node's link is shared by all groups of the pool that cross it at the same time. Left
+out: contention with other pools, switch topology.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Fabric:
     """Devices of the pool."""
 
     def all_gather(self, num_bytes: float, size: int, stride: int = 1) -> float:
-        """Seconds until every rank has `num_bytes`, for groups of `size` ranks that are `stride` apart; all
-        such groups of the pool work at once."""
+        """Seconds until every rank has `num_bytes`, for groups of `size` ranks that are
+        `stride` apart; all such groups of the pool work at once."""
         if size == 1:
             return 0.0
         local, nodes = self._spread(size, stride)
@@ -46,13 +46,13 @@ class Fabric:
         return 2.0 * self.all_gather(num_bytes, size, stride)
 
     def reduce_scatter(self, num_bytes: float, size: int, stride: int = 1) -> float:
-        """Seconds of a reduce-scatter: every rank begins with `num_bytes` and ends with its part of the
-        sum."""
+        """Seconds of a reduce-scatter: every rank begins with `num_bytes` and ends with its
+        part of the sum."""
         return self.calibration.reduce_factor * self.all_gather(num_bytes, size, stride)
 
     def exchange(self, received: float, size: int, stride: int) -> float:
-        """Seconds until every rank has `received` bytes from the others of its group, evenly spread over them
-        (point to point)."""
+        """Seconds until every rank has `received` bytes from the others of its group, evenly
+        spread over them (point to point)."""
         if received <= 0.0 or size == 1:
             return 0.0
         local, nodes = self._spread(size, stride)
@@ -65,8 +65,8 @@ class Fabric:
         return seconds
 
     def send(self, num_bytes: float, stride: int) -> float:
-        """Seconds in which every rank sends `num_bytes` to the rank `stride` further (the next pipeline
-        stage)."""
+        """Seconds in which every rank sends `num_bytes` to the rank `stride` further (the next
+        pipeline stage)."""
         if stride < self._per_node:
             return num_bytes / self._inside + self.calibration.intra_latency_s
         return self._per_node * num_bytes / self._between + self.calibration.inter_latency_s

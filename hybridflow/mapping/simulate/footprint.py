@@ -45,17 +45,19 @@ class Footprint:
 
 
 def stage_parameters(model: ModelSpec, layout: ModelLayout) -> float:
-    """Parameters of a tensor rank of the fullest pipeline stage: its layers, and the embedding or the head
-    (both without pipeline)."""
+    """Parameters of a tensor rank of the fullest pipeline stage: its layers, and the embedding
+    or the head (both without pipeline)."""
     if layout.p == 1:
         return model.num_parameters / layout.t
     ends = max(model.embedding_parameters, model.head_parameters)
     return (model.num_layers / layout.p * model.layer_parameters + ends) / layout.t
 
 
-def state_footprint(model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool) -> Footprint:
-    """Parameters, gradients and optimizer states while all are on the device; ZeRO's cuts as in Rajbhandari
-    et al. 2020, figure 1."""
+def state_footprint(
+    model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
+) -> Footprint:
+    """Parameters, gradients and optimizer states while all are on the device; ZeRO's cuts as in
+    Rajbhandari et al. 2020, figure 1."""
     count = stage_parameters(model, layout)
     parameters = space.parameter_bytes * count
     gradients = space.gradient_bytes * count
@@ -95,18 +97,22 @@ def pass_footprint(
 ) -> Footprint:
     """The bytes that a training (backward) or forward call needs on top of the resident ones.
 
-    Activations: Korthikanti et al. 2022, section 4 (with sequence parallelism all of a layer's are cut by t;
-    with recomputation only each layer's input stays, plus a layer at a time); the first of p stages holds
-    min(p, micro-batches) of them under 1F1B (Narayanan et al. 2021, section 2.2). Logits: compute precision
-    and float32, with a float32 gradient in training.
+    Activations: Korthikanti et al. 2022, section 4 (with sequence parallelism all of a layer's are
+    cut by t; with recomputation only each layer's input stays, plus a layer at a time); the first
+    of p stages holds min(p, micro-batches) of them under 1F1B (Narayanan et al. 2021, section 2.2).
+    Logits: compute precision and float32, with a float32 gradient in training.
     """
-    tokens = min(layout.micro_batch_tokens, max(workload.longest_row, workload.num_tokens / layout.d))
+    tokens = min(
+        layout.micro_batch_tokens, max(workload.longest_row, workload.num_tokens / layout.d)
+    )
     per_layer = space.activation_bytes * model.activation_elements_per_token * tokens / layout.t
     layer_input = space.activation_bytes * model.hidden_size * tokens / layout.t
     if not backward:
         activations = per_layer
     elif layout.recompute:
-        activations = min(layout.p, num_micro_batches) * model.num_layers / layout.p * layer_input + per_layer
+        activations = (
+            min(layout.p, num_micro_batches) * model.num_layers / layout.p * layer_input + per_layer
+        )
     else:
         activations = min(layout.p, num_micro_batches) * model.num_layers / layout.p * per_layer
     scored = workload.response.mean / workload.tokens_per_row
@@ -122,20 +128,23 @@ def pass_footprint(
 
 
 def kv_tokens(workload: Workload, running: int) -> float:
-    """Tokens that `running` sequences hold when all are near their end: each its mean length, and one of them
-    the longest."""
+    """Tokens that `running` sequences hold when all are near their end: each its mean length,
+    and one of them the longest."""
     return running * workload.tokens_per_row + (workload.longest_row - workload.tokens_per_row)
 
 
 def kv_bytes_per_token(model: ModelSpec, layout: GenerationLayout, space: SearchSpace) -> float:
-    """Bytes of a token's keys and values on a rank, which has at least one key/value head of its layers."""
+    """Bytes of a token's keys and values on a rank, which has at least one key/value head of
+    its layers."""
     share = max(1.0, model.num_kv_heads / layout.tg) / model.num_kv_heads
     return space.activation_bytes * model.kv_elements_per_token / layout.pg * share
 
 
-def held_for_generation(model: ModelSpec, training: ModelLayout | None, space: SearchSpace) -> float:
-    """Bytes of the training shard that generation can compute on in place (docs/paper.md section 3: no
-    redundant copy)."""
+def held_for_generation(
+    model: ModelSpec, training: ModelLayout | None, space: SearchSpace
+) -> float:
+    """Bytes of the training shard that generation can compute on in place (docs/paper.md
+    section 3: no redundant copy)."""
     if training is None or not space.shared_generation_weights or training.offload:
         return 0.0
     return state_footprint(model, training, space, trained=False).parameters
@@ -144,8 +153,9 @@ def held_for_generation(model: ModelSpec, training: ModelLayout | None, space: S
 def generation_footprint(
     model: ModelSpec, layout: GenerationLayout, held: float, space: SearchSpace, workload: Workload
 ) -> Footprint:
-    """The bytes that generation needs on top of the resident ones: its weights beyond those held (peak
-    M/(tg pg)), the KV cache of the running sequences, and the resharding's staging buffer."""
+    """The bytes that generation needs on top of the resident ones: its weights beyond those
+    held (peak M/(tg pg)), the KV cache of the running sequences, and the resharding's staging
+    buffer."""
     weights = space.parameter_bytes * stage_parameters(model, ModelLayout(p=layout.pg, t=layout.tg))
     kv = kv_bytes_per_token(model, layout, space) * kv_tokens(workload, layout.max_running)
     tokens = max(space.max_num_batched_tokens, layout.max_running)

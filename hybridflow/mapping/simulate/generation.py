@@ -1,10 +1,10 @@
-"""Simulator of generation: prefill is compute-bound, decoding is bound by reading weights and KV cache
-(docs/paper.md section 4).
+"""Simulator of generation: prefill is compute-bound, decoding is bound by reading weights and KV
+cache (docs/paper.md section 4).
 
-A decode step reads every weight once per pipeline micro-batch, and the keys and values of all running
-sequences once (Pope et al. 2022, section 2; Kwon et al. 2023 for paged caches). Left out: speculative
-decoding, prefix caching between samples of one prompt, chunked prefill mixed into decode steps (prefill is
-counted before).
+A decode step reads every weight once per pipeline micro-batch, and the keys and values of all
+running sequences once (Pope et al. 2022, section 2; Kwon et al. 2023 for paged caches). Left out:
+speculative decoding, prefix caching between samples of one prompt, chunked prefill mixed into
+decode steps (prefill is counted before).
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def generation_time(model: ModelSpec, layout: GenerationLayout, machine: Machine
     profile = decode_profile(machine.workload.response, rows, layout.max_running)
     return GenerationTime(
         prefill=_prefill_s(model, layout, machine, rows),
-        decode=sum(part.steps * step.seconds(part.running, prompt + part.generated) for part in profile),
+        decode=sum(
+            part.steps * step.seconds(part.running, prompt + part.generated) for part in profile
+        ),
         overhead=machine.call_s(layout.num_devices),
     )
 
@@ -60,10 +62,11 @@ class DecodeStep:
         self._kv_bytes = kv_bytes_per_token(model, layout, machine.space)
 
     def seconds(self, running: float, context: float) -> float:
-        """Seconds of a token for each of `running` sequences whose caches hold `context` tokens, on average.
+        """Seconds of a token for each of `running` sequences whose caches hold `context` tokens, on
+        average.
 
-        With pg stages the sequences form pg groups that follow each other through the stages: every stage is
-        passed pg times.
+        With pg stages the sequences form pg groups that follow each other through the stages: every
+        stage is passed pg times.
         """
         calibration = self.machine.calibration
         host = calibration.decode_step_overhead_s + calibration.decode_row_overhead_s * running
@@ -88,8 +91,8 @@ class DecodeStep:
 
 
 def _prefill_s(model: ModelSpec, layout: GenerationLayout, machine: Machine, rows: int) -> float:
-    """Seconds of all prompts of a replica, in passes of at most `max_num_batched_tokens`; stages work on
-    different passes at the same time."""
+    """Seconds of all prompts of a replica, in passes of at most `max_num_batched_tokens`;
+    stages work on different passes at the same time."""
     prompt = machine.workload.prompt
     tokens = rows * prompt.mean
     if tokens == 0:

@@ -1,11 +1,12 @@
 """Simulators of training and inference: a call over all rows of a step, compute-bound
 (docs/paper.md section 4).
 
-Pipeline: 1F1B, (m + p - 1) micro-batch slots (Narayanan et al. 2021, section 2.2). Tensor: two all-reduces of
-the layer's output per layer in each direction (Shoeybi et al. 2020, section 3), two more when recomputing.
-Data: gradients are reduced once per update; ZeRO-1 gathers the new parameters, ZeRO-3 gathers them again for
-every pass (Rajbhandari et al. 2020, section 7). Every micro-batch after the first reads its gradients and the
-sum and writes the sum. Left out: interleaved schedules, overlap of tensor collectives with compute.
+Pipeline: 1F1B, (m + p - 1) micro-batch slots (Narayanan et al. 2021, section 2.2). Tensor: two
+all-reduces of the layer's output per layer in each direction (Shoeybi et al. 2020, section 3), two
+more when recomputing. Data: gradients are reduced once per update; ZeRO-1 gathers the new
+parameters, ZeRO-3 gathers them again for every pass (Rajbhandari et al. 2020, section 7). Every
+micro-batch after the first reads its gradients and the sum and writes the sum. Left out:
+interleaved schedules, overlap of tensor collectives with compute.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.mapping.question.workload import Workload
 from hybridflow.mapping.simulate.compute import elementwise_s, head_s, products_s, rounds
 from hybridflow.mapping.simulate.fabric import Fabric
-from hybridflow.mapping.simulate.footprint import resident_footprint, stage_parameters, state_footprint
+from hybridflow.mapping.simulate.footprint import (
+    resident_footprint,
+    stage_parameters,
+    state_footprint,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,13 +92,16 @@ class Machine:
 
 
 def micro_batches(layout: ModelLayout, workload: Workload, rows: float) -> tuple[int, float]:
-    """(number, tokens of each) of the micro-batches of the fullest data replica, for `rows` rows in all."""
+    """(number, tokens of each) of the micro-batches of the fullest data replica, for `rows`
+    rows in all."""
     tokens = rounds(rows, layout.d) * workload.tokens_per_row
     number = max(1, ceil(tokens / layout.micro_batch_tokens))
     return number, tokens / number
 
 
-def inference_time(model: ModelSpec, layout: ModelLayout, machine: Machine, *, trained: bool) -> PassTime:
+def inference_time(
+    model: ModelSpec, layout: ModelLayout, machine: Machine, *, trained: bool
+) -> PassTime:
     """Seconds of a forward pass over the step's rows."""
     number, tokens = micro_batches(layout, machine.workload, machine.workload.num_rows)
     slot = _slot(model, layout, machine, tokens, backward=False)
@@ -113,8 +121,15 @@ def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> Pa
     update = _pipelined(slot, layout, machine, number, offload=0.0)
     gradients, gathering = _data_parallel(model, layout, machine)
     states = state_footprint(model, layout, machine.space, trained=True)
-    optimizer = 2.0 * (states.parameters + states.gradients + states.optimizer) / machine.update_bandwidth
-    adding = 3.0 * machine.space.gradient_bytes * stage_parameters(model, layout) / machine.update_bandwidth
+    optimizer = (
+        2.0 * (states.parameters + states.gradients + states.optimizer) / machine.update_bandwidth
+    )
+    adding = (
+        3.0
+        * machine.space.gradient_bytes
+        * stage_parameters(model, layout)
+        / machine.update_bandwidth
+    )
     moved = states.total - resident_footprint(model, layout, machine.space, trained=True).total
     call = machine.call_s(layout.num_devices)
     return PassTime(
@@ -133,7 +148,8 @@ def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> Pa
 def _slot(
     model: ModelSpec, layout: ModelLayout, machine: Machine, tokens: float, *, backward: bool
 ) -> PassTime:
-    """Seconds of a micro-batch on the slowest stage (the last: it has the head), without waiting."""
+    """Seconds of a micro-batch on the slowest stage (the last: it has the head), without
+    waiting."""
     kind, calibration, space = machine.kind, machine.calibration, machine.space
     layers = model.num_layers / layout.p
     passes, head_passes, directions, gathers, sends = 1.0, 1.0, 1, 1.0, 1
@@ -142,7 +158,9 @@ def _slot(
         passes = 1.0 + (calibration.backward_factor + layout.recompute)
         directions, gathers, sends = 2 + layout.recompute, 2.0, 2
     attended = machine.workload.attended_per_token
-    layer = products_s(model, kind, calibration, space, tokens=tokens, attended=attended, t=layout.t)
+    layer = products_s(
+        model, kind, calibration, space, tokens=tokens, attended=attended, t=layout.t
+    )
     elementwise = elementwise_s(model, kind, calibration, space, tokens=tokens, t=layout.t)
     layer += elementwise + calibration.layer_overhead_s
     scored = tokens * machine.workload.response.mean / machine.workload.tokens_per_row
@@ -168,8 +186,8 @@ def _slot(
 def _pipelined(
     slot: PassTime, layout: ModelLayout, machine: Machine, number: int, offload: float
 ) -> PassTime:
-    """Seconds of `number` micro-batches through p stages: number + p - 1 slots, of which p - 1 are the
-    bubble."""
+    """Seconds of `number` micro-batches through p stages: number + p - 1 slots, of which p - 1
+    are the bubble."""
     return PassTime(
         compute=number * slot.compute,
         bubble=(layout.p - 1) * slot.total,
@@ -182,7 +200,8 @@ def _pipelined(
 
 
 def _data_parallel(model: ModelSpec, layout: ModelLayout, machine: Machine) -> tuple[float, float]:
-    """(seconds of reducing the gradients, seconds of gathering the new parameters), once per update."""
+    """(seconds of reducing the gradients, seconds of gathering the new parameters), once per
+    update."""
     if layout.d == 1:
         return 0.0, 0.0
     fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)

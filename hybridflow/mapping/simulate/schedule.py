@@ -1,9 +1,10 @@
-"""Schedule: when each call of a step starts and ends, from how long it takes and which pool it runs in.
+"""Schedule: when each call of a step starts and ends, from how long it takes and which pool it runs
+in.
 
-A call starts when its inputs have arrived and its pool is free; a pool runs its calls one at a time in
-program order, as the runtime does. So pools overlap wherever the dataflow lets them: the paper's d_cost
-(section 6) without barriers between its stages. Durations may be numbers or NumPy arrays (many candidates at
-once).
+A call starts when its inputs have arrived and its pool is free; a pool runs its calls one at a time
+in program order, as the runtime does. So pools overlap wherever the dataflow lets them: the paper's
+d_cost (section 6) without barriers between its stages. Durations may be numbers or NumPy arrays
+(many candidates at once).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ CONTROLLER = "controller"
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """An input of a call: the index of its producer and the seconds that the data takes between their
-    pools."""
+    """An input of a call: the index of its producer and the seconds that the data takes between
+    their pools."""
 
     producer: int
     seconds: float
@@ -41,11 +42,15 @@ class Bar:
 class Schedule:
     """Schedule(dataflow, pool_of={"actor": "a", ...}, edge_seconds).makespan(seconds)
 
-    `pool_of` maps roles to pools; a role without pool (a Python function) runs beside the controller.
+    `pool_of` maps roles to pools; a role without pool (a Python function) runs beside the
+    controller.
     """
 
     def __init__(
-        self, dataflow: Dataflow, pool_of: dict[str, str], edge_seconds: dict[tuple[str, str], float]
+        self,
+        dataflow: Dataflow,
+        pool_of: dict[str, str],
+        edge_seconds: dict[tuple[str, str], float],
     ) -> None:
         self._calls = dataflow.calls
         index = {call.name: position for position, call in enumerate(dataflow.calls)}
@@ -55,8 +60,8 @@ class Schedule:
             missing = [name for name in call.depends_on if index.get(name, position) >= position]
             if missing:
                 raise ValueError(
-                    f"dataflow {dataflow.algorithm}: {call.name} depends on {missing}, which no earlier call "
-                    "provides"
+                    f"dataflow {dataflow.algorithm}: {call.name} depends on {missing}, which no "
+                    "earlier call provides"
                 )
             edges = []
             for name in call.depends_on:
@@ -107,7 +112,9 @@ class Schedule:
         ends: list[float] = []
         free: dict[str, float] = {}
         bars = []
-        for call, duration, pool, edges in zip(self._calls, seconds, self.pools, self._edges, strict=True):
+        for call, duration, pool, edges in zip(
+            self._calls, seconds, self.pools, self._edges, strict=True
+        ):
             start = 0.0 if pool == CONTROLLER else free.get(pool, 0.0)
             for edge in edges:
                 start = max(start, ends[edge.producer] + edge.seconds)

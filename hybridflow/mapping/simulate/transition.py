@@ -1,8 +1,8 @@
 """Simulator of moving weights between layouts, and of moving data between pools.
 
-A rank receives the bytes that it needs and does not hold (docs/paper.md section 3:
-(tp - tg pg) / (tg pg tp) M), generalised to layouts of which neither contains the other: a generation shard
-of M/(tg pg) overlaps the rank's training shard in M/(max(p, pg) max(t, tg)).
+A rank receives the bytes that it needs and does not hold (docs/paper.md section 3: (tp - tg pg) /
+(tg pg tp) M), generalised to layouts of which neither contains the other: a generation shard of
+M/(tg pg) overlaps the rank's training shard in M/(max(p, pg) max(t, tg)).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ COLUMN_BYTES_PER_TOKEN = 8
 """int64 ids; float32 columns need half."""
 
 
-def received_fraction(training: ModelLayout, generation: GenerationLayout, *, cut: bool = False) -> float:
-    """Bytes that each rank receives, as a fraction of the model's; `cut`: parameters are sharded over d
-    whatever the ZeRO stage."""
+def received_fraction(
+    training: ModelLayout, generation: GenerationLayout, *, cut: bool = False
+) -> float:
+    """Bytes that each rank receives, as a fraction of the model's; `cut`: parameters are
+    sharded over d whatever the ZeRO stage."""
     shard = 1.0 / (generation.pg * generation.tg)
     held = 1.0 / (max(training.p, generation.pg) * max(training.t, generation.tg))
     if training.zero >= 3 or cut:
@@ -31,9 +33,9 @@ def received_fraction(training: ModelLayout, generation: GenerationLayout, *, cu
 def transition_time(
     model: ModelSpec, training: ModelLayout, generation: GenerationLayout, machine: Machine
 ) -> float:
-    """Seconds from the training layout to the generation layout in the same pool, zero-redundancy grouping:
-    consecutive tensor ranks of a stage and the same tensor ranks of neighbouring stages hold the bytes that a
-    rank lacks."""
+    """Seconds from the training layout to the generation layout in the same pool,
+    zero-redundancy grouping: consecutive tensor ranks of a stage and the same tensor ranks of
+    neighbouring stages hold the bytes that a rank lacks."""
     cut = machine.space.cut_between_steps
     fraction = received_fraction(training, generation, cut=cut)
     num_bytes = fraction * machine.space.parameter_bytes * model.num_parameters
@@ -53,8 +55,8 @@ def transition_time(
 
 
 def weight_sync_time(model: ModelSpec, generation: GenerationLayout, machine: Machine) -> float:
-    """Seconds to fill a generation pool whose weights are trained in another pool: every rank receives its
-    shard from outside."""
+    """Seconds to fill a generation pool whose weights are trained in another pool: every rank
+    receives its shard from outside."""
     shard = machine.space.parameter_bytes * model.num_parameters / (generation.pg * generation.tg)
     per_node = min(machine.kind.devices_per_node, generation.num_devices)
     efficiency = machine.calibration.link_efficiency
@@ -66,9 +68,9 @@ def weight_sync_time(model: ModelSpec, generation: GenerationLayout, machine: Ma
 
 
 def transfer_time(producer: Call, consumer: Call, cluster: Cluster, machine: Machine) -> float:
-    """Seconds to bring the columns that `consumer` reads from `producer`'s pool into another. Each reader
-    pulls its rows, so that all columns cross once; the bandwidth is that of a single node's link, the least
-    that the consumer can have."""
+    """Seconds to bring the columns that `consumer` reads from `producer`'s pool into another.
+    Each reader pulls its rows, so that all columns cross once; the bandwidth is that of a
+    single node's link, the least that the consumer can have."""
     shared = set(producer.writes) & set(consumer.reads)
     columns = max(1, len(shared))
     num_bytes = columns * COLUMN_BYTES_PER_TOKEN * machine.workload.num_tokens

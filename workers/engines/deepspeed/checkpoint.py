@@ -1,9 +1,10 @@
-"""Checkpoints of engine deepspeed, in the form of the other engines: num_steps, and model.NAME, exp_avg.NAME,
-exp_avg_sq.NAME in float32.
+"""Checkpoints of engine deepspeed, in the form of the other engines: num_steps, and model.NAME,
+exp_avg.NAME, exp_avg_sq.NAME in float32.
 
-A rank owns flat ranges of parameters. One of the ranks that share a parameter collects the rest and writes it
-whole (a safetensors file holds one box of a name), each its share of the parameters. Reading takes exactly
-the boxes that a rank owns, whatever number of ranks, stage or engine has written them.
+A rank owns flat ranges of parameters. One of the ranks that share a parameter collects the rest and
+writes it whole (a safetensors file holds one box of a name), each its share of the parameters.
+Reading takes exactly the boxes that a rank owns, whatever number of ranks, stage or engine has
+written them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def save_state(owned: Partitions, shapes: Shapes, num_steps: int, directory: Pat
     """Collective."""
     fragments = {fragment.name: fragment for fragment in owned.fragments}
     ranges: list[dict[str, tuple[int, int]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(ranges, {name: (part.begin, part.end) for name, part in fragments.items()})
+    dist.all_gather_object(
+        ranges, {name: (part.begin, part.end) for name, part in fragments.items()}
+    )
     state: dict[str, Tensor] = {"num_steps": torch.tensor(num_steps)}
     for number, (name, shape) in enumerate(shapes.items()):
         if name not in fragments:
@@ -50,7 +53,9 @@ def load_state(owned: Partitions, shapes: Shapes, directory: Path) -> int:
     for kind, flats in _kinds(owned).items():
         for piece in owned.fragments:
             shape = shapes[piece.name]
-            state[f"{kind}.{piece.name}"] = BoxTensor(shape, list(_boxes(piece, shape, flats[piece.group])))
+            state[f"{kind}.{piece.name}"] = BoxTensor(
+                shape, list(_boxes(piece, shape, flats[piece.group]))
+            )
     load_tensors(state, directory)
     num_steps = int(state["num_steps"])
     for moments in owned.states():
@@ -64,11 +69,15 @@ def master_parameters(owned: Partitions, shapes: Shapes) -> list[LocalParameter]
     masters = owned.masters
     held = {
         piece.name: tuple(
-            LocalShard(box, tensor) for box, tensor in _boxes(piece, shapes[piece.name], masters[piece.group])
+            LocalShard(box, tensor)
+            for box, tensor in _boxes(piece, shapes[piece.name], masters[piece.group])
         )
         for piece in owned.fragments
     }
-    return [LocalParameter(name, shape, torch.float32, held.get(name, ())) for name, shape in shapes.items()]
+    return [
+        LocalParameter(name, shape, torch.float32, held.get(name, ()))
+        for name, shape in shapes.items()
+    ]
 
 
 def _boxes(piece: Fragment, shape: tuple[int, ...], flat: Tensor) -> Iterator[tuple[Box, Tensor]]:

@@ -4,9 +4,9 @@ setup.py       the import, the settings, a model that DeepSpeed takes over
 partitions.py  which elements of which parameter a rank owns, whatever the stage
 checkpoint.py  checkpoints that load on any number of ranks, and on the other engines
 
-DeepSpeed shards, gathers, reduces and steps; what engines share is not left to it: micro-batches, sums in
-place of means, clipping by a norm that is added up in float64, the schedule. Left out: tensor and pipeline
-parallelism, NVMe, and DeepSpeed's own checkpoints.
+DeepSpeed shards, gathers, reduces and steps; what engines share is not left to it: micro-batches,
+sums in place of means, clipping by a norm that is added up in float64, the schedule. Left out:
+tensor and pipeline parallelism, NVMe, and DeepSpeed's own checkpoints.
 """
 
 from __future__ import annotations
@@ -49,23 +49,25 @@ STAGES = (1, 2, 3)
 
 
 class DeepspeedEngine(ShardedEngine):
-    """See TrainingEngine; config.zero_stage says what is sharded: optimizer (1), gradients (2), weights (3).
-    Every rank is a data rank."""
+    """See TrainingEngine; config.zero_stage says what is sharded: optimizer (1), gradients (2),
+    weights (3). Every rank is a data rank."""
 
     library: ClassVar[str] = "deepspeed"
 
     @classmethod
-    def check(cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int) -> None:
+    def check(
+        cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
+    ) -> None:
         for axis, size in (("pp", config.pp), ("tp", config.tp)):
             if size != 1:
                 raise ValueError(
-                    f"train.{axis} is {size}, but engine deepspeed is data parallel only; set {axis}=1 or "
-                    "engine=threed"
+                    f"train.{axis} is {size}, but engine deepspeed is data parallel only; set "
+                    f"{axis}=1 or engine=threed"
                 )
         if config.zero_stage not in STAGES:
             raise ValueError(
-                f"train.zero_stage is {config.zero_stage}; use 1 (optimizer), 2 (and gradients) or 3 (and "
-                "weights)"
+                f"train.zero_stage is {config.zero_stage}; use 1 (optimizer), 2 (and gradients) "
+                "or 3 (and weights)"
             )
 
     @classmethod
@@ -85,17 +87,28 @@ class DeepspeedEngine(ShardedEngine):
         self._num_steps = 0
         self._partitions: Partitions | None = None
         if self._zero.adam is not None:
-            self._partitions = partitions(self._zero.engine.optimizer, self._zero.adam, self._zero.parameters)
+            self._partitions = partitions(
+                self._zero.engine.optimizer, self._zero.adam, self._zero.parameters
+            )
             self._restore_originals(self._partitions)
 
-    def forward(self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0) -> Outputs:
+    def forward(
+        self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0
+    ) -> Outputs:
         with torch.no_grad():
             micro_batches = self._cut_alike(sequences, None, alike=self.config.zero_stage == 3)
-            outputs = [self._run(micro_batch, entropy, temperature) for micro_batch in micro_batches]
+            outputs = [
+                self._run(micro_batch, entropy, temperature) for micro_batch in micro_batches
+            ]
         return gather_outputs(micro_batches, outputs, sequences)
 
     def train_step(
-        self, sequences: Sequences, loss_fn: LossFn, *, entropy: bool = False, temperature: float = 1.0
+        self,
+        sequences: Sequences,
+        loss_fn: LossFn,
+        *,
+        entropy: bool = False,
+        temperature: float = 1.0,
     ) -> dict[str, float]:
         owned = self._owned
         with ExitStack() as on_error:
@@ -132,7 +145,9 @@ class DeepspeedEngine(ShardedEngine):
         return self._partitions
 
     def _run(self, micro_batch: MicroBatch, entropy: bool, temperature: float) -> Outputs:
-        return run_micro_batch(self._zero.run, micro_batch, entropy=entropy, temperature=temperature)
+        return run_micro_batch(
+            self._zero.run, micro_batch, entropy=entropy, temperature=temperature
+        )
 
     def _accumulate(
         self, micro_batches: list[MicroBatch], loss_fn: LossFn, entropy: bool, temperature: float
@@ -142,7 +157,9 @@ class DeepspeedEngine(ShardedEngine):
         engine = self._zero.engine
         for index, micro_batch in enumerate(micro_batches):
             engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss, parts = loss_fn(self._run(micro_batch, entropy, temperature), micro_batch.sequences)
+            loss, parts = loss_fn(
+                self._run(micro_batch, entropy, temperature), micro_batch.sequences
+            )
             # DeepSpeed takes the mean over ranks; a loss here is a sum.
             engine.backward(loss * self.layout.size, scale_wrt_gas=False)
             metrics = add_micro_batch(metrics, loss, parts)
@@ -176,8 +193,8 @@ class DeepspeedEngine(ShardedEngine):
         return names
 
     def _shards(self, shape: tuple[int, ...], parameter: nn.Parameter) -> Iterator[LocalShard]:
-        """Views of the working weights: all of a parameter, or, under stage 3, the boxes of the rank's flat
-        range of it."""
+        """Views of the working weights: all of a parameter, or, under stage 3, the boxes of the
+        rank's flat range of it."""
         if self.config.zero_stage < 3:
             yield LocalShard(Box((0,) * len(shape), shape), parameter.detach())
             return
@@ -192,7 +209,9 @@ class DeepspeedEngine(ShardedEngine):
         for piece in owned.fragments:
             original = self._zero.originals.pop(piece.name, None)
             if original is not None:
-                part = original if self.config.zero_stage == 3 else original[piece.begin : piece.end]
+                part = (
+                    original if self.config.zero_stage == 3 else original[piece.begin : piece.end]
+                )
                 piece.of(masters[piece.group].detach()).copy_(part)
         self._zero.originals.clear()
 
@@ -200,7 +219,8 @@ class DeepspeedEngine(ShardedEngine):
         return master_parameters(self._owned, self._zero.shapes)
 
     def _drop_gradients(self) -> None:
-        """DeepSpeed frees them after each step itself, but for the buffer of stage 3, which it keeps."""
+        """DeepSpeed frees them after each step itself, but for the buffer of stage 3, which it
+        keeps."""
 
     def _move_state(self, device: torch.device) -> None:
         if self._partitions is None:

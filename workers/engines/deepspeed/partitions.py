@@ -1,9 +1,10 @@
-"""A rank's part under ZeRO, whatever the stage: master weights, AdamW's moments and gradients of flat ranges
-of parameters.
+"""A rank's part under ZeRO, whatever the stage: master weights, AdamW's moments and gradients of
+flat ranges of parameters.
 
-DeepSpeed has three optimizers for it, with names of their own: stages 1 and 2; stage 1 in bfloat16; stage 3.
-Their differences end here. A Fragment says which elements of which parameter lie where in which flat buffer.
-DeepSpeed's own checkpoints, which can only be loaded on the same number of ranks, are not used.
+DeepSpeed has three optimizers for it, with names of their own: stages 1 and 2; stage 1 in bfloat16;
+stage 3. Their differences end here. A Fragment says which elements of which parameter lie where in
+which flat buffer. DeepSpeed's own checkpoints, which can only be loaded on the same number of
+ranks, are not used.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from workers.engines.shared.optimizer import MOMENTS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fragment:
-    """Elements begin..end-1 of a flattened parameter, in flat buffer number `group` from `offset` on."""
+    """Elements begin..end-1 of a flattened parameter, in flat buffer number `group` from
+    `offset` on."""
 
     name: str
     begin: int
@@ -37,7 +39,9 @@ class Partitions(ABC):
     """The rank's part of the optimizer; `zero` is DeepSpeed's optimizer, `adam` the torch optimizer
     inside."""
 
-    def __init__(self, zero: Any, adam: torch.optim.AdamW, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(
+        self, zero: Any, adam: torch.optim.AdamW, parameters: dict[str, nn.Parameter]
+    ) -> None:
         self.zero = zero
         self.adam = adam
         self.fragments = self._fragments(parameters)
@@ -49,8 +53,8 @@ class Partitions(ABC):
 
     @abstractmethod
     def gradients(self) -> list[list[Tensor]]:
-        """The gradients of every flat buffer after a step's last backward pass: averaged over data ranks, in
-        order, writable, padding included."""
+        """The gradients of every flat buffer after a step's last backward pass: averaged over
+        data ranks, in order, writable, padding included."""
 
     @abstractmethod
     def drop_gradients(self) -> None:
@@ -67,7 +71,9 @@ class Partitions(ABC):
         """AdamW's state of every flat buffer; zeros before the first step."""
         for master in self.masters:
             if not self.adam.state[master]:
-                moments = {moment: torch.zeros_like(master, requires_grad=False) for moment in MOMENTS}
+                moments = {
+                    moment: torch.zeros_like(master, requires_grad=False) for moment in MOMENTS
+                }
                 self.adam.state[master] = {
                     "step": torch.zeros((), dtype=torch.float32, device=master.device),
                     **moments,
@@ -160,7 +166,9 @@ class ShardedPartitions(Partitions):
         return made
 
 
-def partitions(zero: Any, adam: torch.optim.AdamW, parameters: dict[str, nn.Parameter]) -> Partitions:
+def partitions(
+    zero: Any, adam: torch.optim.AdamW, parameters: dict[str, nn.Parameter]
+) -> Partitions:
     """The view of DeepSpeed's optimizer, whichever of the three it chose."""
     kinds: dict[str, type[Partitions]] = {
         "DeepSpeedZeroOptimizer": FlatPartitions,
@@ -170,14 +178,15 @@ def partitions(zero: Any, adam: torch.optim.AdamW, parameters: dict[str, nn.Para
     kind = type(zero).__name__
     if kind not in kinds:
         raise RuntimeError(
-            f"deepspeed chose its optimizer {kind}; this engine knows {', '.join(kinds)}: install deepspeed "
-            "0.19.8"
+            f"deepspeed chose its optimizer {kind}; this engine knows {', '.join(kinds)}: install "
+            "deepspeed 0.19.8"
         )
     return kinds[kind](zero, adam, parameters)
 
 
 def shard_range(parameter: Any) -> tuple[int, int]:
-    """The elements of a stage-3 parameter that this rank holds; empty for the last ranks of a small one."""
+    """The elements of a stage-3 parameter that this rank holds; empty for the last ranks of a
+    small one."""
     size = parameter.partition_numel()
     begin = min(dist.get_rank() * size, parameter.ds_numel)
     return begin, min(begin + size, parameter.ds_numel)

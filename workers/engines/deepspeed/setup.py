@@ -1,9 +1,9 @@
-"""DeepSpeed as engine `deepspeed` uses it: the import, the settings, and a model that it takes over (ZeRO 1,
-2 and 3).
+"""DeepSpeed as engine `deepspeed` uses it: the import, the settings, and a model that it takes over
+(ZeRO 1, 2 and 3).
 
-Everything that DeepSpeed reads from the environment is set here. Left out on purpose: its own AdamW and its
-shared-memory collectives, which a compiler would have to build on first use; its clipping, schedules and loss
-scaling, which engines here share with each other.
+Everything that DeepSpeed reads from the environment is set here. Left out on purpose: its own AdamW
+and its shared-memory collectives, which a compiler would have to build on first use; its clipping,
+schedules and loss scaling, which engines here share with each other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from workers.config import Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.model.attention import check_packable
 from workers.engines.model.loading import ModelSource
-from workers.engines.model.scored import ScoredModel, decoder_layers, enable_activation_checkpointing
+from workers.engines.model.scored import (
+    ScoredModel,
+    decoder_layers,
+    enable_activation_checkpointing,
+)
 from workers.engines.shared.optimizer import adamw
 
 BUCKET_ELEMENTS = 50_000_000
@@ -52,8 +56,8 @@ def library(device: torch.device) -> Any:
 
 
 def deepspeed_settings(config: TrainConfig, num_parameters: int) -> dict[str, Any]:
-    """The settings of deepspeed.initialize. Batch sizes mean nothing: the engine sets every accumulation
-    boundary itself."""
+    """The settings of deepspeed.initialize. Batch sizes mean nothing: the engine sets every
+    accumulation boundary itself."""
     bucket = max(1024, min(BUCKET_ELEMENTS, num_parameters))
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -86,19 +90,27 @@ class ZeroModel:
     """
 
     def __init__(
-        self, source: ModelSource, head: Head, config: TrainConfig, device: torch.device, *, trains: bool
+        self,
+        source: ModelSource,
+        head: Head,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        trains: bool,
     ) -> None:
-        """Collective. trains=False: weights alone; under stages 1 and 2 that is the plain model, without
-        DeepSpeed."""
+        """Collective. trains=False: weights alone; under stages 1 and 2 that is the plain
+        model, without DeepSpeed."""
         if config.packing:
             check_packable(source.model)
         self.config = config
         self.dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in source.model.named_parameters()}
+        self.shapes = {
+            name: tuple(parameter.shape) for name, parameter in source.model.named_parameters()
+        }
         """Logical parameters."""
         self.originals: dict[str, Tensor] = {}
-        """Float32 values that bfloat16 cannot hold, until the master weights have them: host memory; under
-        stage 3 the rank's part."""
+        """Float32 values that bfloat16 cannot hold, until the master weights have them: host
+        memory; under stage 3 the rank's part."""
         self.scored = ScoredModel(source.model, head)
         if config.activation_checkpointing:
             enable_activation_checkpointing(source.model)
@@ -111,7 +123,9 @@ class ZeroModel:
         for module in (*layers, source.model):
             source.materialize(module, device)
             self._take(
-                module, {id(parameter): name for name, parameter in source.model.named_parameters()}, keeps
+                module,
+                {id(parameter): name for name, parameter in source.model.named_parameters()},
+                keeps,
             )
             if config.zero_stage == 3:
                 deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=self.dtype)
@@ -133,7 +147,8 @@ class ZeroModel:
         return self.engine if self.engine is not None else self.scored
 
     def _take(self, module: nn.Module, names: dict[int, str], keeps: bool) -> None:
-        """Weights of `module` in the compute dtype; what that loses is kept aside where training needs it."""
+        """Weights of `module` in the compute dtype; what that loses is kept aside where
+        training needs it."""
         if self.dtype is torch.float32:
             return
         for parameter in module.parameters():
@@ -149,6 +164,10 @@ class ZeroModel:
                 self.originals[names[id(parameter)]] = flat.cpu()
 
     def _build_adam(self) -> torch.optim.AdamW:
-        decays = [parameter for name, parameter in self.parameters.items() if len(self.shapes[name]) >= 2]
-        others = [parameter for name, parameter in self.parameters.items() if len(self.shapes[name]) < 2]
+        decays = [
+            parameter for name, parameter in self.parameters.items() if len(self.shapes[name]) >= 2
+        ]
+        others = [
+            parameter for name, parameter in self.parameters.items() if len(self.shapes[name]) < 2
+        ]
         return adamw(decays, others, self.config.optimizer, fused=True)

@@ -1,10 +1,10 @@
-"""Engine `fsdp`: data parallelism with sharded float32 weights, gradients and AdamW (PyTorch's FSDP2), over
-tensor parallelism.
+"""Engine `fsdp`: data parallelism with sharded float32 weights, gradients and AdamW (PyTorch's
+FSDP2), over tensor parallelism.
 
-ZeRO-2 by default: gathered weights (bf16 under precision=bf16) are kept from the forward to the backward
-pass, gradients of all micro-batches are added up in float32 and reduced once per step.
-reshard_after_forward=True is ZeRO-3: gathered and reduced per micro-batch. Pipelines and context parallelism
-are left out. docs/training.md has the measurements behind the choices.
+ZeRO-2 by default: gathered weights (bf16 under precision=bf16) are kept from the forward to the
+backward pass, gradients of all micro-batches are added up in float32 and reduced once per step.
+reshard_after_forward=True is ZeRO-3: gathered and reduced per micro-batch. Pipelines and context
+parallelism are left out. docs/training.md has the measurements behind the choices.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ from workers.engines.model.loading import ModelSource
 from workers.engines.model.tensor_parallel import check_fits
 from workers.engines.shared.checkpoint import load_tensors, save_tensors
 from workers.engines.shared.metrics import add_micro_batch, metrics_of_group
-from workers.engines.shared.micro_batches import MicroBatch, gather_outputs, pad_time, run_micro_batch
+from workers.engines.shared.micro_batches import (
+    MicroBatch,
+    gather_outputs,
+    pad_time,
+    run_micro_batch,
+)
 from workers.engines.shared.optimizer import (
     MOMENTS,
     build_optimizer,
@@ -53,10 +58,13 @@ class FsdpEngine(ShardedEngine):
     """See TrainingEngine. config.tp gives the layout, data ranks are what is left of the pool."""
 
     @classmethod
-    def check(cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int) -> None:
+    def check(
+        cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
+    ) -> None:
         if config.pp != 1:
             raise ValueError(
-                f"train.pp is {config.pp}, but engine fsdp has no pipeline; set pp=1 or engine=threed"
+                f"train.pp is {config.pp}, but engine fsdp has no pipeline; set pp=1 or "
+                "engine=threed"
             )
         if config.tp > 1:
             check_fits(model, config.tp)
@@ -80,32 +88,46 @@ class FsdpEngine(ShardedEngine):
         self._data_group = self._mesh.get_group("dp")
         self._scored = shard_model(source, self.head, self.config, self._mesh, self.device)
         self._parameters: dict[str, nn.Parameter] = dict(source.model.named_parameters())
-        # AdamW works on the rank's own memory: no distributed dispatch per parameter, and any mix of meshes.
+        # AdamW works on the rank's own memory: no distributed dispatch per parameter, and any mix
+        # of meshes.
         self._local = {
-            name: nn.Parameter(local_part(parameter)) for name, parameter in self._parameters.items()
+            name: nn.Parameter(local_part(parameter))
+            for name, parameter in self._parameters.items()
         }
         self._optimizer = build_optimizer(
-            [parameter for parameter in self._local.values() if parameter.numel()], self.config.optimizer
+            [parameter for parameter in self._local.values() if parameter.numel()],
+            self.config.optimizer,
         )
-        # A small model's gathered weights serve the passes until the next step; a large one's would be in
-        # generation's way.
+        # A small model's gathered weights serve the passes until the next step; a large one's would
+        # be in generation's way.
         self._keeps_gathered = is_one_group(self._scored)
         self._num_steps = 0
 
-    def forward(self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0) -> Outputs:
+    def forward(
+        self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0
+    ) -> Outputs:
         with torch.no_grad():
             micro_batches = self._micro_batches(sequences)
-            outputs = [self._run(micro_batch, entropy, temperature) for micro_batch in micro_batches]
+            outputs = [
+                self._run(micro_batch, entropy, temperature) for micro_batch in micro_batches
+            ]
         if not self._keeps_gathered:
             self._reshard()
         return gather_outputs(micro_batches, outputs, sequences)
 
     def train_step(
-        self, sequences: Sequences, loss_fn: LossFn, *, entropy: bool = False, temperature: float = 1.0
+        self,
+        sequences: Sequences,
+        loss_fn: LossFn,
+        *,
+        entropy: bool = False,
+        temperature: float = 1.0,
     ) -> dict[str, float]:
         with ExitStack() as on_error:
             on_error.callback(self._abandon_step)
-            metrics = self._accumulate(self._micro_batches(sequences), loss_fn, entropy, temperature)
+            metrics = self._accumulate(
+                self._micro_batches(sequences), loss_fn, entropy, temperature
+            )
             grad_norm = global_grad_norm(self._parameters.values(), world_size=self.layout.size)
             clip_gradients(self._parameters, grad_norm, self.config.optimizer.clip_grad_norm)
             on_error.pop_all()
@@ -154,14 +176,17 @@ class FsdpEngine(ShardedEngine):
     def _accumulate(
         self, micro_batches: list[MicroBatch], loss_fn: LossFn, entropy: bool, temperature: float
     ) -> dict[str, Tensor]:
-        """Gradients of the summed loss of all micro-batches and data ranks; the metrics of this rank."""
+        """Gradients of the summed loss of all micro-batches and data ranks; the metrics of this
+        rank."""
         metrics: dict[str, Tensor] = {}
         for index, micro_batch in enumerate(micro_batches):
             if not self.config.reshard_after_forward:
                 last = index == len(micro_batches) - 1
                 self._root.set_requires_gradient_sync(last)
                 self._root.set_reshard_after_backward(last)
-            loss, parts = loss_fn(self._run(micro_batch, entropy, temperature), micro_batch.sequences)
+            loss, parts = loss_fn(
+                self._run(micro_batch, entropy, temperature), micro_batch.sequences
+            )
             loss.backward()
             metrics = add_micro_batch(metrics, loss, parts)
         return metrics
@@ -171,7 +196,9 @@ class FsdpEngine(ShardedEngine):
         rate = learning_rate(self.config.optimizer, self._num_steps)
         set_learning_rate(self._optimizer, rate)
         for name, parameter in self._parameters.items():
-            self._local[name].grad = local_part(parameter.grad) if parameter.grad is not None else None
+            self._local[name].grad = (
+                local_part(parameter.grad) if parameter.grad is not None else None
+            )
         with self._state_on_device():
             self._optimizer.step()
         self._num_steps += 1
@@ -198,8 +225,8 @@ class FsdpEngine(ShardedEngine):
                 module.reshard()
 
     def _checkpoint(self) -> dict[str, Tensor]:
-        """Weights, AdamW's moments (zero before the first step) and the step, as distributed tensors over
-        this rank's memory."""
+        """Weights, AdamW's moments (zero before the first step) and the step, as distributed
+        tensors over this rank's memory."""
         tensors: dict[str, Tensor] = {"num_steps": torch.tensor(self._num_steps)}
         for name, parameter in self._parameters.items():
             tensors[f"model.{name}"] = parameter.detach()

@@ -1,4 +1,5 @@
-"""How engine fsdp lays a model out: process mesh, FSDP2 groups, and which box of a parameter a rank holds."""
+"""How engine fsdp lays a model out: process mesh, FSDP2 groups, and which box of a parameter a
+rank holds."""
 
 from __future__ import annotations
 
@@ -23,14 +24,16 @@ from workers.engines.model.scored import (
 from workers.engines.model.tensor_parallel import parallelize
 
 ONE_GROUP_BYTES = 512 * 2**20
-"""Float32 bytes up to which the whole model is one FSDP group: one gather and one reduction a step instead of
-one per layer."""
+"""Float32 bytes up to which the whole model is one FSDP group: one gather and one reduction a
+step instead of one per layer."""
 
 
 def make_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     """Mesh [dp] or [dp, tp] in the layout's rank order; collective."""
     dp, tp = layout.axis_size("dp"), layout.axis_size("tp")
-    ranks = torch.tensor([[layout.rank(dp=data, tp=tensor) for tensor in range(tp)] for data in range(dp)])
+    ranks = torch.tensor(
+        [[layout.rank(dp=data, tp=tensor) for tensor in range(tp)] for data in range(dp)]
+    )
     if tp == 1:
         return DeviceMesh(device_type, ranks[:, 0], mesh_dim_names=("dp",))
     return DeviceMesh(device_type, ranks, mesh_dim_names=("dp", "tp"))
@@ -39,8 +42,8 @@ def make_mesh(layout: Layout, device_type: str) -> DeviceMesh:
 def shard_model(
     source: ModelSource, head: Head, config: TrainConfig, mesh: DeviceMesh, device: torch.device
 ) -> ScoredModel:
-    """The model over `mesh`, float32 shards of its weights on `device`; never more than one group is whole at
-    a time. Collective."""
+    """The model over `mesh`, float32 shards of its weights on `device`; never more than one
+    group is whole at a time. Collective."""
     model = source.model
     if config.packing:
         check_packable(model)
@@ -64,7 +67,10 @@ def shard_model(
     for module in (*layers, scored):
         source.materialize(model if module is scored else module, device)
         fully_shard(
-            module, mesh=mesh["dp"], mp_policy=policy, reshard_after_forward=config.reshard_after_forward
+            module,
+            mesh=mesh["dp"],
+            mp_policy=policy,
+            reshard_after_forward=config.reshard_after_forward,
         )
     assert isinstance(scored, FSDPModule)
     # A loss is a sum over data ranks; FSDP would take the mean. Gloo can only sum.
@@ -88,7 +94,8 @@ def abandon_step(scored: ScoredModel) -> None:
     collective: others may not fail."""
     assert isinstance(scored, FSDPModule)
     scored.reset_iter_state()
-    # It leaves what unsynchronised micro-batches have added up; there is no public way to drop that.
+    # It leaves what unsynchronised micro-batches have added up; there is no public way to drop
+    # that.
     for module in scored.modules():
         if isinstance(module, FSDPModule):
             for group in module._get_fsdp_state()._fsdp_param_groups:
@@ -108,14 +115,18 @@ def local_parameter(name: str, parameter: nn.Parameter) -> LocalParameter:
     """The shard map's entry of a parameter; its tensor is a view."""
     tensor = local_part(parameter)
     box = local_box(parameter)
-    assert tuple(tensor.shape) == box.shape, f"{name}: local tensor {tuple(tensor.shape)}, box {box}"
+    assert tuple(tensor.shape) == box.shape, (
+        f"{name}: local tensor {tuple(tensor.shape)}, box {box}"
+    )
     shards = (LocalShard(box=box, tensor=tensor),) if box.numel else ()
-    return LocalParameter(name=name, shape=tuple(parameter.shape), dtype=parameter.dtype, shards=shards)
+    return LocalParameter(
+        name=name, shape=tuple(parameter.shape), dtype=parameter.dtype, shards=shards
+    )
 
 
 def local_box(parameter: torch.Tensor) -> Box:
-    """This rank's box: tensor parallelism cuts first, data parallelism cuts what that leaves, each into
-    pieces of equal rounded-up size (the last ones smaller or empty)."""
+    """This rank's box: tensor parallelism cuts first, data parallelism cuts what that leaves,
+    each into pieces of equal rounded-up size (the last ones smaller or empty)."""
     start, shape = [0] * parameter.ndim, list(parameter.shape)
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh

@@ -1,12 +1,13 @@
-"""Causal attention within each sequence of a micro-batch, whether sequences are the rows of a padded block or
-share one packed row.
+"""Causal attention within each sequence of a micro-batch, whether sequences are the rows of a
+padded block or share one packed row.
 
-Neighbours of equal length are one batched call, so nothing is padded and no mask of tokens x tokens exists.
-Responses to one prompt that share its tokens (packing.py) are queries of their own over the prompt's keys and
-theirs. Three kernels: two matrix products and a softmax for short bfloat16 sequences on a CPU, where
-PyTorch's fused kernel has a slow backward pass; PyTorch's variable-length kernel for packed half-precision
-rows on CUDA; its fused kernel for all else. Sliding windows and soft-capping are applied here, not by masks
-of transformers. Attention sinks and position biases are left out and refused.
+Neighbours of equal length are one batched call, so nothing is padded and no mask of tokens x tokens
+exists. Responses to one prompt that share its tokens (packing.py) are queries of their own over the
+prompt's keys and theirs. Three kernels: two matrix products and a softmax for short bfloat16
+sequences on a CPU, where PyTorch's fused kernel has a slow backward pass; PyTorch's variable-length
+kernel for packed half-precision rows on CUDA; its fused kernel for all else. Sliding windows and
+soft-capping are applied here, not by masks of transformers. Attention sinks and position biases are
+left out and refused.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from workers.engines.model.packing import Packing, Run
 ATTENTION, FUSED_ATTENTION = "sequences", "sequences_fused"
 """The names under which transformers finds it: with all kernels, and with PyTorch's only."""
 LONGEST = 768
-"""Tokens up to which the matrix products are faster than the fused kernel (docs/training.md has the figures).
+"""Tokens up to which the matrix products are faster than the fused kernel (docs/training.md has the
+figures).
 """
 LARGEST_HEAD = 256
 """Numbers of a head that the variable-length kernel takes."""
 LARGEST_MASK = 2**22
-"""Elements up to which a response that shares its prompt attends under a mask of its own tokens x all that it
-sees; a longer one attends as if the prompt's queries stood before its own, which needs no mask."""
+"""Elements up to which a response that shares its prompt attends under a mask of its own tokens
+x all that it sees; a longer one attends as if the prompt's queries stood before its own, which
+needs no mask."""
 PACKED_ATTENTIONS = (ATTENTION, FUSED_ATTENTION, "flash_attention_2", "flash_attention_3")
 """Attentions that keep the sequences of a row apart without a mask."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -43,28 +46,34 @@ LENGTH_ROPES = {"dynamic", "longrope"}
 
 
 def use_sequence_attention(model: PreTrainedModel, *, fused: bool) -> None:
-    """In every layer of `model` that would use PyTorch's fused kernel; fused=True: with PyTorch's kernels
-    only."""
+    """In every layer of `model` that would use PyTorch's fused kernel; fused=True: with
+    PyTorch's kernels only."""
     if model.config._attn_implementation == "sdpa" and _why_not(model) is None:
         model.set_attn_implementation(FUSED_ATTENTION if fused else ATTENTION)
 
 
 def check_packable(model: PreTrainedModel) -> None:
-    """ValueError if sequences that share a row would see each other, or only a mask of tokens x tokens would
-    keep them apart."""
+    """ValueError if sequences that share a row would see each other, or only a mask of tokens x
+    tokens would keep them apart."""
     why, attention = _why_not(model), model.config._attn_implementation
     if why is None and attention not in PACKED_ATTENTIONS:
-        why = f"attention {attention} would need a mask over the whole row; set model.attention=auto or"
+        why = (
+            f"attention {attention} would need a mask over the whole row; set "
+            "model.attention=auto or"
+        )
     if why is not None:
         raise ValueError(f"train.packing is true, but {why} set packing=false")
 
 
 def can_share_prompts(model: PreTrainedModel) -> bool:
-    """Whether responses to one prompt can go on after the same tokens of a packed row: attention is ours,
-    and a token's position means the same whatever follows it."""
+    """Whether responses to one prompt can go on after the same tokens of a packed row:
+    attention is ours, and a token's position means the same whatever follows it."""
     rope = model.config.get_text_config().to_dict().get("rope_parameters") or {}
     kinds = {str(rope.get("rope_type")), *(str(part.get("rope_type")) for part in _parts_of(rope))}
-    return model.config._attn_implementation in (ATTENTION, FUSED_ATTENTION) and not kinds & LENGTH_ROPES
+    return (
+        model.config._attn_implementation in (ATTENTION, FUSED_ATTENTION)
+        and not kinds & LENGTH_ROPES
+    )
 
 
 def _parts_of(rope: dict[str, Any]) -> list[dict[str, Any]]:
@@ -73,8 +82,8 @@ def _parts_of(rope: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _why_not(model: PreTrainedModel) -> str | None:
-    """Why the model's layers do more than causal attention as transformers' interface describes it; None if
-    they do not."""
+    """Why the model's layers do more than causal attention as transformers' interface describes
+    it; None if they do not."""
     config = model.config
     others = sorted(set(config.to_dict().get("layer_types") or ()) - LAYER_TYPES)
     if model._is_stateful or others:
@@ -101,11 +110,11 @@ def attend(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [rows, heads, time, head_dim], key and value [rows, key_value_heads, time, ...] -> [rows, time,
-    heads, head_dim].
+    """query [rows, heads, time, head_dim], key and value [rows, key_value_heads, time, ...] ->
+    [rows, time, heads, head_dim].
 
-    With `packing` there is one row; without, each row is a sequence, and padding at its end is seen by
-    nothing.
+    With `packing` there is one row; without, each row is a sequence, and padding at its end is seen
+    by nothing.
     """
     if (
         s_aux is not None
@@ -114,8 +123,8 @@ def attend(
         or key.shape[2] != query.shape[2]
     ):
         raise ValueError(
-            f"{type(module).__name__} does more than causal attention; set model.attention=eager and "
-            "packing=false"
+            f"{type(module).__name__} does more than causal attention; set model.attention=eager "
+            "and packing=false"
         )
     assert attention_mask is None, "a mask that _no_mask did not make"
     rows, _heads, time, head_dim = query.shape
@@ -134,7 +143,10 @@ def attend(
     else:
         runs = (Run(rows, time),) if packing is None else packing.runs
         products = (
-            not fused and softcap is None and query.dtype is torch.bfloat16 and query.device.type == "cpu"
+            not fused
+            and softcap is None
+            and query.dtype is torch.bfloat16
+            and query.device.type == "cpu"
         )
         parts = (queries, keys, values)
         output = _run_by_run(module, parts, runs, products, scale, sliding_window, softcap)
@@ -163,8 +175,8 @@ def _no_mask(*, attention_mask: Tensor | None = None, use_vmap: bool = False, **
     """Causality, windows and the ends of sequences are known to attend()."""
     if use_vmap or (attention_mask is not None and not bool(attention_mask.all())):
         raise ValueError(
-            "the model asks for an attention mask that is not plainly causal; set model.attention=eager and "
-            "packing=false"
+            "the model asks for an attention mask that is not plainly causal; set "
+            "model.attention=eager and packing=false"
         )
 
 
@@ -173,8 +185,8 @@ def _variable_length(
 ) -> Tensor:
     """One call for the whole row [tokens, heads, head_dim]; CUDA, half precision.
 
-    The kernel's causal mask is aligned at the end of keys and queries, as a response after its prefix needs
-    it.
+    The kernel's causal mask is aligned at the end of keys and queries, as a response after its
+    prefix needs it.
     """
     before = -1 if window is None else window - 1
     key_ends = packing.ends if packing.key_ends is None else packing.key_ends
@@ -202,8 +214,8 @@ def _run_by_run(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Queries [tokens, heads, head_dim], keys and values [keys, key_value_heads, head_dim] -> [tokens, heads,
-    head_dim]."""
+    """Queries [tokens, heads, head_dim], keys and values [keys, key_value_heads, head_dim] ->
+    [tokens, heads, head_dim]."""
     units: list[tuple[Run, ...]] = []
     for short, group in groupby(runs, lambda run: products and run.prefix + run.length <= LONGEST):
         together = tuple(group)
@@ -230,7 +242,9 @@ def _run_by_run(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _split(units: Sequence[tuple[Run, ...]], queries: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+def _split(
+    units: Sequence[tuple[Run, ...]], queries: Tensor, *others: Tensor
+) -> list[tuple[Tensor, ...]]:
     """Each unit's queries, and its rows of the other tensors, which have one for each key."""
     if len(units) == 1:
         return [(queries,), *((tensor,) for tensor in others)]
@@ -257,28 +271,33 @@ def _fused_kernel(
 def _capped(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float
 ) -> Tensor:
-    """Scores within +- softcap (Gemma 2, section 2.2), which no fused kernel does; [rows, heads, time, ...]
+    """Scores within +- softcap (Gemma 2, section 2.2), which no fused kernel does; [rows, heads,
+    time, ...]
     -> [rows, time, heads, ...]."""
     copies = query.shape[1] // key.shape[1]
-    scores = softcap * torch.tanh(query @ repeat_kv(key, copies).transpose(2, 3) * (scale / softcap))
+    scores = softcap * torch.tanh(
+        query @ repeat_kv(key, copies).transpose(2, 3) * (scale / softcap)
+    )
     hidden = ~_visible(query.shape[2], key.shape[2], window, query.device)
-    probs = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1, dtype=torch.float32).to(query.dtype)
+    probs = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1, dtype=torch.float32).to(
+        query.dtype
+    )
     return (probs @ repeat_kv(value, copies)).transpose(1, 2)
 
 
 def _visible(time: int, seen: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [time, seen]: which tokens (columns) each of the last `time` tokens (rows) sees: itself and
-    window - 1 before it."""
+    """bool [time, seen]: which tokens (columns) each of the last `time` tokens (rows) sees:
+    itself and window - 1 before it."""
     mask = torch.ones(time, seen, dtype=torch.bool, device=device).tril_(seen - time)
     return mask if window is None else mask.triu_(seen - time + 1 - window)
 
 
 class _Products(torch.autograd.Function):
-    """Short bfloat16 sequences: the query heads of one key-value head are rows of one product, so keys and
-    values are not repeated.
+    """Short bfloat16 sequences: the query heads of one key-value head are rows of one product, so
+    keys and values are not repeated.
 
-    One node for all runs of a row; autograd would pad every run's gradient to the row's length, and copy more
-    often.
+    One node for all runs of a row; autograd would pad every run's gradient to the row's length, and
+    copy more often.
     """
 
     @staticmethod
@@ -314,8 +333,8 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """P = softmax(S), S = scale Q K^T: dV = P^T dO, dP = dO V^T, dS = P (dP - sum(P dP)), dQ = scale dS
-        K, dK = dS^T (scale Q)."""
+        """P = softmax(S), S = scale Q K^T: dV = P^T dO, dP = dO V^T, dS = P (dP - sum(P dP)),
+        dQ = scale dS K, dK = dS^T (scale Q)."""
         runs, saved = ctx.runs, ctx.saved_tensors
         grads = [gradient.new_empty(shape) for shape in ctx.shapes]
         kv_heads = ctx.shapes[1][1]
@@ -352,11 +371,13 @@ def _ungroup(grouped: Tensor, count: int, part: Tensor) -> None:
 
 @lru_cache(maxsize=4)
 def _bias(window: int | None) -> Tensor:
-    """bfloat16 [LONGEST, LONGEST]: 0 where a token may look, -inf where it may not; its corner serves every
-    shorter sequence."""
+    """bfloat16 [LONGEST, LONGEST]: 0 where a token may look, -inf where it may not; its corner
+    serves every shorter sequence."""
     with torch.inference_mode(False):
         visible = _visible(LONGEST, LONGEST, window, torch.device("cpu"))
-        return torch.zeros(LONGEST, LONGEST, dtype=torch.bfloat16).masked_fill_(~visible, -torch.inf)
+        return torch.zeros(LONGEST, LONGEST, dtype=torch.bfloat16).masked_fill_(
+            ~visible, -torch.inf
+        )
 
 
 for _name, _fused in ((ATTENTION, False), (FUSED_ATTENTION, True)):

@@ -1,8 +1,8 @@
 """ModelSource: a Hugging Face checkpoint on every rank without every rank reading it.
 
-Rank 0 reads the weights into host memory in float32; every other rank builds the same modules on the meta
-device and receives each tensor by broadcast when its module is materialized, so that a rank never holds more
-than one unsharded module. Quantized checkpoints and adapters are left out.
+Rank 0 reads the weights into host memory in float32; every other rank builds the same modules on
+the meta device and receives each tensor by broadcast when its module is materialized, so that a
+rank never holds more than one unsharded module. Quantized checkpoints and adapters are left out.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class ModelSource:
     A world of one holds real weights from the start, and materialize only moves them to the device.
     """
 
-    def __init__(self, config: ModelConfig, head: Head, context: RankContext, seed: int = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, head: Head, context: RankContext, seed: int = 0
+    ) -> None:
         self.rank, self.world_size = context.rank, context.world_size
         self._weights: dict[str, Tensor] = {}
         loaded, error = None, None
@@ -90,11 +92,12 @@ class ModelSource:
         self._originals: list[Tensor] = []
 
     def materialize(self, module: nn.Module, device: torch.device) -> None:
-        """Give every parameter and buffer under `module` its checkpoint value on `device`; tied ones stay
-        tied. Collective.
+        """Give every parameter and buffer under `module` its checkpoint value on `device`; tied
+        ones stay tied. Collective.
 
-        What has been materialized before is skipped, so modules can be sharded one after the other, from the
-        leaves up. A distributed tensor on meta (tensor parallelism set up before) keeps this rank's part.
+        What has been materialized before is skipped, so modules can be sharded one after the other,
+        from the leaves up. A distributed tensor on meta (tensor parallelism set up before) keeps
+        this rank's part.
         """
         if not self._owners:
             self._find_owners()
@@ -103,7 +106,9 @@ class ModelSource:
                 if (id(owner), name) not in self._done:
                     self._materialize(owner, name, tensor, device)
 
-    def _materialize(self, owner: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
+    def _materialize(
+        self, owner: nn.Module, name: str, tensor: Tensor, device: torch.device
+    ) -> None:
         prefix = self._names[id(owner)]
         full = f"{prefix}.{name}" if prefix else name
         if self.rank == 0:
@@ -113,7 +118,9 @@ class ModelSource:
         if self.world_size > 1:
             dist.broadcast(value, src=0)
         if isinstance(tensor, DTensor):
-            value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            value = distribute_tensor(
+                value, tensor.device_mesh, tensor.placements, src_data_rank=None
+            )
         new = (
             nn.Parameter(value, requires_grad=tensor.requires_grad)
             if isinstance(tensor, nn.Parameter)
@@ -127,8 +134,8 @@ class ModelSource:
                 other._buffers[other_name] = new
 
     def _find_owners(self) -> None:
-        """Which modules hold each tensor (several do if it is tied). Not before now: the caller may have
-        exchanged parameters."""
+        """Which modules hold each tensor (several do if it is tied). Not before now: the caller
+        may have exchanged parameters."""
         for module in self.model.modules():
             for name, tensor in _own_tensors(module):
                 self._owners.setdefault(id(tensor), []).append((module, name))
@@ -144,8 +151,8 @@ class ModelSource:
 
 
 def load_pretrained(config: ModelConfig, head: Head, seed: int = 0) -> PreTrainedModel:
-    """The model in float32 on the CPU, a new head drawn from `seed`; ValueError for a path, an architecture
-    or weights that do not fit."""
+    """The model in float32 on the CPU, a new head drawn from `seed`; ValueError for a path, an
+    architecture or weights that do not fit."""
     hf_config = model_config(config, head)
     try:
         with activity(f"loading the weights of {config.path}"), _own_report():
@@ -159,16 +166,19 @@ def load_pretrained(config: ModelConfig, head: Head, seed: int = 0) -> PreTraine
                 output_loading_info=True,
             )
     except (OSError, RuntimeError, ImportError) as error:
-        raise ValueError(f"model.path is {config.path!r}: its weights cannot be loaded; {error}") from error
+        raise ValueError(
+            f"model.path is {config.path!r}: its weights cannot be loaded; {error}"
+        ) from error
     _check_keys(config, head, model, info, seed)
     return model
 
 
 @contextmanager
 def _own_report() -> Iterator[None]:
-    """Without transformers' report of missing and unused weights, which _check_keys judges, and without its
-    progress bar, which would be drawn over the run's own display."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    """Without transformers' report of missing and unused weights, which _check_keys judges, and
+    without its progress bar, which would be drawn over the run's own display."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -196,20 +206,23 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
     labels = {} if head is Head.lm else {"num_labels": 1}
     try:
         hf_config = AutoConfig.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code, **labels
+            config.path,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            **labels,
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model.path is {config.path!r}: neither a directory with a Hugging Face config.json nor a "
-            f"reachable hub name; {error}"
+            f"model.path is {config.path!r}: neither a directory with a Hugging Face config.json "
+            f"nor a reachable hub name; {error}"
         ) from error
     kind = hf_config.model_type
     known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.trust_remote_code
     bidirectional = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not hf_config.is_decoder
     if not known or bidirectional or hf_config.is_encoder_decoder:
         raise ValueError(
-            f"model.path is {config.path!r}: {kind} is not a causal (decoder-only) language model; use one "
-            "that is"
+            f"model.path is {config.path!r}: {kind} is not a causal (decoder-only) language "
+            "model; use one that is"
         )
     if (
         head is Head.score
@@ -221,8 +234,8 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
 
 
 def position_limit(model: ModelConfig, head: Head) -> int:
-    """Tokens of the longest row that the model was made for; UNLIMITED where its configuration names none
-    (ALiBi, state spaces)."""
+    """Tokens of the longest row that the model was made for; UNLIMITED where its configuration
+    names none (ALiBi, state spaces)."""
     found = model_config(model, head).get_text_config()
     name = found.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     return int(found.to_dict().get(name) or UNLIMITED)
@@ -230,9 +243,9 @@ def position_limit(model: ModelConfig, head: Head) -> int:
 
 def no_score_head(config: ModelConfig) -> str:
     return (
-        f"model.path is {config.path!r}: a language model without a score head, whose scores would mean "
-        "nothing; "
-        "train one from it with python -m recipes.reward_model and give that directory"
+        f"model.path is {config.path!r}: a language model without a score head, whose scores "
+        "would mean nothing; train one from it with python -m recipes.reward_model and give that "
+        "directory"
     )
 
 
@@ -240,19 +253,21 @@ def _attention(config: ModelConfig) -> str | None:
     return None if config.attention == AUTO else config.attention
 
 
-def _auto_class(head: Head) -> type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]:
+def _auto_class(
+    head: Head,
+) -> type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]:
     return AutoModelForCausalLM if head is Head.lm else AutoModelForSequenceClassification
 
 
 def _check_keys(
     config: ModelConfig, head: Head, model: PreTrainedModel, info: dict[str, list[str]], seed: int
 ) -> None:
-    """Every weight must come from the checkpoint and every weight of the checkpoint be used, save the head
-    that is exchanged."""
+    """Every weight must come from the checkpoint and every weight of the checkpoint be used,
+    save the head that is exchanged."""
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if head is not Head.lm and missing and all(key.startswith("score.") for key in missing):
-        # A causal LM becomes a critic or a reward model: its output embedding is not needed, and the head is
-        # new.
+        # A causal LM becomes a critic or a reward model: its output embedding is not needed, and
+        # the head is new.
         if head is Head.score and not config.new_head:
             raise ValueError(no_score_head(config))
         missing = []
@@ -261,8 +276,8 @@ def _check_keys(
     if missing or unexpected:
         raise ValueError(
             f"model.path is {config.path!r}: the weights do not fit {type(model).__name__} (head "
-            f"{head.value}): "
-            f"missing {missing[:5]}, unexpected {unexpected[:5]}; use a checkpoint of that architecture"
+            f"{head.value}): missing {missing[:5]}, unexpected {unexpected[:5]}; use a checkpoint "
+            "of that architecture"
         )
 
 

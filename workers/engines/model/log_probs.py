@@ -1,10 +1,10 @@
-"""Log-probabilities and entropies of tokens from hidden states and the output embedding, in float32, with
-bounded memory.
+"""Log-probabilities and entropies of tokens from hidden states and the output embedding, in
+float32, with bounded memory.
 
-Logits exist for one chunk of tokens at a time, forward and backward: the backward pass computes them again,
-unless all of them fit into one chunk. Where the vocabulary is split over tensor ranks, four numbers a token
-travel between the ranks, never logits. What a model family does to its logits after the output embedding
-(soft-capping, scaling) is its own forward code, found by logits_tail.
+Logits exist for one chunk of tokens at a time, forward and backward: the backward pass computes
+them again, unless all of them fit into one chunk. Where the vocabulary is split over tensor ranks,
+four numbers a token travel between the ranks, never logits. What a model family does to its logits
+after the output embedding (soft-capping, scaling) is its own forward code, found by logits_tail.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Tail = Callable[[Tensor], Tensor]
 """What follows the output embedding, number by number: logits [tokens, vocab] -> logits."""
 
 CHUNK_ELEMENTS = 2**24
-"""Logits of one chunk on a CPU: 64 MiB in float32, and enough rows for a matrix product at full speed."""
+"""Logits of one chunk on a CPU: 64 MiB in float32, and enough rows for a matrix product at full
+speed."""
 DEVICE_CHUNK_ELEMENTS = 2**27
 """Logits of one chunk on an accelerator: 512 MiB in float32, enough to fill it."""
 CACHE_ELEMENTS = 2**18
@@ -42,15 +43,22 @@ def head_log_probs(
     tail: Tail | None = None,
     group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(tail(hidden W^T + b) / temperature) at the targets, and the entropy of the full softmax.
+    """log softmax(tail(hidden W^T + b) / temperature) at the targets, and the entropy of the full
+    softmax.
 
-    hidden [tokens, hidden], weight [vocab, hidden], bias [vocab] in any float dtype, targets int64 [tokens]
+    hidden [tokens, hidden], weight [vocab, hidden], bias [vocab] in any float dtype, targets int64
+    [tokens]
     -> float32 [tokens] each; both can be differentiated once. weight=None: `hidden` holds the logits. With
-    `group`, weight and bias are the contiguous part `group.rank()` of the vocabulary, targets are of the
-    whole one, and the results are the same on every rank; the gradient of `hidden` is then this rank's part
-    of a sum.
+    `group`, weight and bias are the contiguous part `group.rank()` of the vocabulary, targets are
+    of the whole one, and the results are the same on every rank; the gradient of `hidden` is then
+    this rank's part of a sum.
     """
-    settings = (temperature, entropy, tail, group if group is not None and group.size() > 1 else None)
+    settings = (
+        temperature,
+        entropy,
+        tail,
+        group if group is not None and group.size() > 1 else None,
+    )
     log_probs, entropies = _HeadLogProbs.apply(hidden, weight, bias, targets, settings)
     return log_probs, entropies
 
@@ -58,7 +66,12 @@ def head_log_probs(
 class _HeadLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, targets: Tensor, settings: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        targets: Tensor,
+        settings: Any,
     ) -> tuple[Tensor, Tensor | None]:
         temperature, entropy, tail, group = settings
         vocab = hidden.shape[-1] if weight is None else len(weight)
@@ -75,7 +88,9 @@ class _HeadLogProbs(torch.autograd.Function):
             if tail is not None:
                 logits = tail(logits)
             for part in _parts(chunk, logits):
-                scaled = _scaled(logits[part.start - chunk.start : part.stop - chunk.start], temperature)
+                scaled = _scaled(
+                    logits[part.start - chunk.start : part.stop - chunk.start], temperature
+                )
                 highest[part] = scaled.amax(-1)
                 shifted = scaled.sub_(highest[part, None])
                 sums[1, part] = shifted.gather(-1, places[part, None]).squeeze(-1)
@@ -104,7 +119,9 @@ class _HeadLogProbs(torch.autograd.Function):
             grad_log_probs = torch.zeros_like(log_norm)
         grad_hidden = torch.empty_like(hidden)
         # Sums over chunks are taken in float32, whatever the weights are kept in.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for chunk in ctx.chunks:
             raw = kept if kept is not None else _logits(hidden[chunk], weight, bias)
@@ -119,10 +136,16 @@ class _HeadLogProbs(torch.autograd.Function):
                 if entropies is not None and grad_entropies is not None:
                     slope = -grad_entropies[part, None]
                     probs = log_probs.exp()
-                    result = probs.mul_(torch.addcmul(down + slope * entropies[part, None], slope, log_probs))
+                    result = probs.mul_(
+                        torch.addcmul(down + slope * entropies[part, None], slope, log_probs)
+                    )
                 else:
                     result = log_probs.exp_().mul_(down)
-                up = grad_log_probs[part] if ctx.mine is None else grad_log_probs[part] * ctx.mine[part]
+                up = (
+                    grad_log_probs[part]
+                    if ctx.mine is None
+                    else grad_log_probs[part] * ctx.mine[part]
+                )
                 result.scatter_add_(-1, places[part, None], up[:, None])
                 slopes[inner] = result if temperature == 1.0 else result.div_(temperature)
             if tail is not None:
@@ -145,8 +168,11 @@ def _logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
     return hidden if weight is None else F.linear(hidden, weight, bias)
 
 
-def _places(targets: Tensor, vocab: int, group: ProcessGroup | None) -> tuple[Tensor, Tensor | None]:
-    """Where each target is in this rank's part of the vocabulary, and whether it is there (None: always)."""
+def _places(
+    targets: Tensor, vocab: int, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor | None]:
+    """Where each target is in this rank's part of the vocabulary, and whether it is there
+    (None: always)."""
     if group is None:
         return targets, None
     places = targets - group.rank() * vocab
@@ -154,8 +180,11 @@ def _places(targets: Tensor, vocab: int, group: ProcessGroup | None) -> tuple[Te
     return places.clamp(0, vocab - 1), mine
 
 
-def _sum_over_ranks(sums: Tensor, highest: Tensor, mine: Tensor | None, group: ProcessGroup) -> Tensor:
-    """Brings the sums of all parts of the vocabulary, each relative to its own maximum, to a common one."""
+def _sum_over_ranks(
+    sums: Tensor, highest: Tensor, mine: Tensor | None, group: ProcessGroup
+) -> Tensor:
+    """Brings the sums of all parts of the vocabulary, each relative to its own maximum, to a
+    common one."""
     assert mine is not None
     total = highest.clone()
     dist.all_reduce(total, op=ReduceOp.MAX, group=group)
@@ -196,7 +225,11 @@ def _chunks(num_tokens: int, vocab: int, device: torch.device) -> Iterator[slice
 
 def _parts(chunk: slice, logits: Tensor) -> Iterator[slice]:
     """The tokens of a chunk, as many at a time as a cache holds."""
-    size = len(logits) if logits.device.type != "cpu" else max(1, CACHE_ELEMENTS // max(1, logits.shape[-1]))
+    size = (
+        len(logits)
+        if logits.device.type != "cpu"
+        else max(1, CACHE_ELEMENTS // max(1, logits.shape[-1]))
+    )
     yield from _slices(chunk.start, chunk.stop, max(1, size))
 
 
@@ -211,7 +244,8 @@ class TokenScorer:
     scorer = TokenScorer(head, tail)       # head.forward is replaced
     log_probs, entropy = head(hidden, targets, temperature=1.0, entropy=True)
 
-    Called as a module, so that whoever gathers the head's weight (FSDP2, ZeRO-3, tensor parallelism) does it.
+    Called as a module, so that whoever gathers the head's weight (FSDP2, ZeRO-3, tensor
+    parallelism) does it.
     """
 
     def __init__(self, head: nn.Linear, tail: Tail | None) -> None:
@@ -237,26 +271,34 @@ class TokenScorer:
 
 
 def logits_tail(model: PreTrainedModel) -> Tail | None:
-    """What the family's own forward does to the numbers that the output embedding gives; None: nothing.
+    """What the family's own forward does to the numbers that the output embedding gives; None:
+    nothing.
 
-    Runs that forward with the decoder and the head taken out, which needs no weights. ValueError for a model
-    that puts more between its decoder and its logits than one linear layer and a function of single numbers.
+    Runs that forward with the decoder and the head taken out, which needs no weights. ValueError
+    for a model that puts more between its decoder and its logits than one linear layer and a
+    function of single numbers.
     """
     head = model.get_output_embeddings()
     others = [
         name
         for name, child in model.named_children()
-        if child is not model.base_model and child is not head and any(True for _ in child.parameters())
+        if child is not model.base_model
+        and child is not head
+        and any(True for _ in child.parameters())
     ]
     if type(head) is not nn.Linear or model.base_model is model or others:
         kind = model.config.model_type
-        raise ValueError(f"{kind} has more than a linear layer between its decoder and its logits: {others}")
+        raise ValueError(
+            f"{kind} has more than a linear layer between its decoder and its logits: {others}"
+        )
     decoder = _Decoder()
     shell, base = copy.copy(model), copy.copy(model.base_model)
     base._modules = dict.fromkeys(base._modules, decoder)
     base.forward = decoder.forward  # type: ignore[method-assign]
     stand_ins = {id(model.base_model): base, id(head): _Unchanged()}
-    shell._modules = {name: stand_ins.get(id(child), child) for name, child in model._modules.items()}
+    shell._modules = {
+        name: stand_ins.get(id(child), child) for name, child in model._modules.items()
+    }
 
     def tail(logits: Tensor) -> Tensor:
         decoder.numbers = logits[None]
@@ -277,8 +319,8 @@ def logits_tail(model: PreTrainedModel) -> Tail | None:
 
 
 class _Decoder(nn.Module):
-    """Stands for the decoder, or the module inside it that a family calls (OPT), and answers with given
-    numbers."""
+    """Stands for the decoder, or the module inside it that a family calls (OPT), and answers
+    with given numbers."""
 
     numbers: Tensor | None = None
 
@@ -288,7 +330,8 @@ class _Decoder(nn.Module):
 
 
 class _Answer:
-    """A decoder's outputs of any family: the hidden states, and None for all that a family adds to them."""
+    """A decoder's outputs of any family: the hidden states, and None for all that a family adds
+    to them."""
 
     def __init__(self, numbers: Tensor) -> None:
         self.last_hidden_state = numbers

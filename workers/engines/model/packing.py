@@ -1,12 +1,12 @@
-"""Packing: several sequences one after the other in a single row without padding, and which tokens of it
-belong together.
+"""Packing: several sequences one after the other in a single row without padding, and which tokens
+of it belong together.
 
-The row [5 6 7 8 | 9 9 | 4 4] holds segments of 4, 2 and 2 tokens. Each is a sequence of its own, with
-positions [0 1 2 3 | 0 1 | 0 1], or goes on after another one: with prefixes=[-1, 0, 0] the second and the
-third are two responses to the prompt 5 6 7 8, positions [0 1 2 3 | 4 5 | 4 5], each of which sees the prompt
-and itself. It travels through the model's own forward code as keyword arguments, so that every layer, also
-one that is recomputed in the backward pass, attends with the segments of its own micro-batch. How it attends,
-and which models can be packed, is in attention.py.
+The row [5 6 7 8 | 9 9 | 4 4] holds segments of 4, 2 and 2 tokens. Each is a sequence of its own,
+with positions [0 1 2 3 | 0 1 | 0 1], or goes on after another one: with prefixes=[-1, 0, 0] the
+second and the third are two responses to the prompt 5 6 7 8, positions [0 1 2 3 | 4 5 | 4 5], each
+of which sees the prompt and itself. It travels through the model's own forward code as keyword
+arguments, so that every layer, also one that is recomputed in the backward pass, attends with the
+segments of its own micro-batch. How it attends, and which models can be packed, is in attention.py.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ class Packing:
     runs: tuple[Run, ...]
     """In the order of the row."""
     keys: Tensor | None = None
-    """int64 [keys]: the tokens that each segment sees, prefix first, segment by segment; None if each sees
-    itself only."""
+    """int64 [keys]: the tokens that each segment sees, prefix first, segment by segment; None
+    if each sees itself only."""
     key_ends: Tensor | None = None
     """int32 [segments + 1], the cumulative numbers of those."""
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the model's forward: this for attention.py, and what transformers' own flash
-        attention reads, which knows no prefixes."""
+        """Keyword arguments of the model's forward: this for attention.py, and what
+        transformers' own flash attention reads, which knows no prefixes."""
         if self.keys is not None:
             return {"position_ids": self.position_ids, "packing": self}
         ends, longest = self.ends, self.longest

@@ -1,8 +1,10 @@
-"""ScoredModel: a Hugging Face causal model whose forward pass returns numbers for the scored tokens only.
+"""ScoredModel: a Hugging Face causal model whose forward pass returns numbers for the scored tokens
+only.
 
-Only the hidden states that are read reach the head, so a prompt's tokens cost no logits, and the head answers
-with log-probabilities, so that logits never exist whole (log_probs.py). The model family's own forward code
-runs unchanged. Loading is in loading.py; training engines shard and run the module made here.
+Only the hidden states that are read reach the head, so a prompt's tokens cost no logits, and the
+head answers with log-probabilities, so that logits never exist whole (log_probs.py). The model
+family's own forward code runs unchanged. Loading is in loading.py; training engines shard and run
+the module made here.
 """
 
 from __future__ import annotations
@@ -23,15 +25,15 @@ LOGGER = logging.getLogger(__name__)
 
 
 class ScoredModel(nn.Module):
-    """model(input_ids, read_positions, targets, packing=packing) -> {"log_probs": ..., "entropy": ...} |
-    {"values": ...} | {"scores": ...}.
+    """model(input_ids, read_positions, targets, packing=packing) -> {"log_probs": ..., "entropy":
+    ...} | {"values": ...} | {"scores": ...}.
 
     Always in eval mode: dropout would make a loss depend on the layout.
     """
 
     def __init__(self, model: PreTrainedModel, head: Head) -> None:
-        """`model` from AutoModelForCausalLM (Head.lm) or AutoModelForSequenceClassification with one label;
-        may be on meta. Before tensor parallelism wraps its modules."""
+        """`model` from AutoModelForCausalLM (Head.lm) or AutoModelForSequenceClassification
+        with one label; may be on meta. Before tensor parallelism wraps its modules."""
         super().__init__()
         self.model = model
         self.head = head
@@ -56,8 +58,8 @@ class ScoredModel(nn.Module):
             return
         if self._scorer is None:
             raise ValueError(
-                f"tp={group.size()}: {self.model.config.model_type} has more than a linear layer between its "
-                "decoder and its logits; use tp=1"
+                f"tp={group.size()}: {self.model.config.model_type} has more than a linear layer "
+                "between its decoder and its logits; use tp=1"
             )
         self._scorer.group = group
 
@@ -71,8 +73,8 @@ class ScoredModel(nn.Module):
         entropy: bool = False,
         temperature: float = 1.0,
     ) -> dict[str, Tensor]:
-        """input_ids int64 [rows, time], read_positions int64 [reads] into the flattened ids; float32 [reads]
-        each."""
+        """input_ids int64 [rows, time], read_positions int64 [reads] into the flattened ids;
+        float32 [reads] each."""
         where = packing.arguments if packing is not None else {}
         if self.head is Head.lm and self._scorer is None:
             self._read_positions = read_positions
@@ -81,15 +83,20 @@ class ScoredModel(nn.Module):
                 logits.flatten(0, 1), None, None, targets, temperature=temperature, entropy=entropy
             )
             return _named(*numbers)
-        hidden = self.model.base_model(input_ids=input_ids, use_cache=False, **where).last_hidden_state
+        hidden = self.model.base_model(
+            input_ids=input_ids, use_cache=False, **where
+        ).last_hidden_state
         read = hidden.flatten(0, 1).index_select(0, read_positions)
         if self.head is Head.lm:
             output_embedding = self.model.get_output_embeddings()
-            return _named(*output_embedding(read, targets, temperature=temperature, entropy=entropy))
+            return _named(
+                *output_embedding(read, targets, temperature=temperature, entropy=entropy)
+            )
         return {"values" if self.head is Head.value else "scores": self.apply_score(read)}
 
     def apply_score(self, hidden: Tensor) -> Tensor:
-        """The score head in float32, whatever the precision of the decoder: [reads, hidden] -> [reads]."""
+        """The score head in float32, whatever the precision of the decoder: [reads, hidden] ->
+        [reads]."""
         score = score_head(self.model)
         # Not a view: FSDP2 hangs its backward hook on what forward returns.
         numbers = torch.mv(hidden.float(), score.weight.float()[0])
@@ -97,13 +104,19 @@ class ScoredModel(nn.Module):
 
     def _keep_read_positions(self, _module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
         """Before the output embedding: hidden states [rows, time, hidden] -> [1, reads, hidden]."""
-        assert self._read_positions is not None, "the language model was called past ScoredModel.forward"
+        assert self._read_positions is not None, (
+            "the language model was called past ScoredModel.forward"
+        )
         read, self._read_positions = self._read_positions, None
         return (arguments[0].flatten(0, 1).index_select(0, read).unsqueeze(0),)
 
 
 def _named(log_probs: Tensor, entropies: Tensor | None) -> dict[str, Tensor]:
-    return {"log_probs": log_probs} if entropies is None else {"log_probs": log_probs, "entropy": entropies}
+    return (
+        {"log_probs": log_probs}
+        if entropies is None
+        else {"log_probs": log_probs, "entropy": entropies}
+    )
 
 
 def score_head(model: PreTrainedModel) -> nn.Linear:
@@ -131,8 +144,8 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
     """Recompute each decoder layer in the backward pass; the layers' contents stay in eval mode."""
     if not model.supports_gradient_checkpointing:
         raise ValueError(
-            f"activation_checkpointing is true, but {type(model).__name__} does not support it; set it to "
-            "false"
+            f"activation_checkpointing is true, but {type(model).__name__} does not support it; "
+            "set it to false"
         )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():

@@ -1,5 +1,5 @@
-"""Tensor parallelism, with sequence-parallel norms, for any Hugging Face decoder that brings its own
-tensor-parallel plan.
+"""Tensor parallelism, with sequence-parallel norms, for any Hugging Face decoder that brings its
+own tensor-parallel plan.
 
     scored = ScoredModel(model, Head.lm)
     parallelize(model, mesh["tp"])      # once, before fully_shard; parameters become DTensors on that mesh
@@ -7,14 +7,15 @@ tensor-parallel plan.
     micro_batch = pad_time(micro_batch, tp)             # time must divide by tp
     scored(micro_batch.input_ids, ...)                  # the same numbers on every tensor rank
 
-Which linears split by rows and which by columns is read from transformers' own `base_model_tp_plan`; there is
-no table of models here. Between attention and MLP the activations are split along time; the inputs of
-attention and MLP are gathered, their outputs reduce-scattered. All gradients of replicated parameters (norms,
-biases of row-parallel layers) are Partial over the tensor ranks: FSDP2 reduces them by itself, engine
-`threed` reduces all of them at once per step. The head of a critic or reward model stays a plain parameter:
-every tensor rank computes all of it from the same hidden states and has its whole gradient. Parameters are
-stored as DTensors but computed on as local tensors: DTensor's dispatch costs more than a small kernel. Left
-out: experts (mixture-of-experts plans raise a ValueError) and key-value heads that are replicated over tensor
+Which linears split by rows and which by columns is read from transformers' own
+`base_model_tp_plan`; there is no table of models here. Between attention and MLP the activations
+are split along time; the inputs of attention and MLP are gathered, their outputs reduce-scattered.
+All gradients of replicated parameters (norms, biases of row-parallel layers) are Partial over the
+tensor ranks: FSDP2 reduces them by itself, engine `threed` reduces all of them at once per step.
+The head of a critic or reward model stays a plain parameter: every tensor rank computes all of it
+from the same hidden states and has its whole gradient. Parameters are stored as DTensors but
+computed on as local tensors: DTensor's dispatch costs more than a small kernel. Left out: experts
+(mixture-of-experts plans raise a ValueError) and key-value heads that are replicated over tensor
 ranks.
 """
 
@@ -31,7 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -42,19 +50,19 @@ COLUMN, ROW, REPLICATED = "colwise", "rowwise", ("replicated_with_grad_allreduce
 
 
 def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shard `model` (a causal LM or a sequence classifier, whole or a pipeline stage of one) over the
-    one-dimensional `mesh`, in place.
+    """Shard `model` (a causal LM or a sequence classifier, whole or a pipeline stage of one) over
+    the one-dimensional `mesh`, in place.
 
-    Every rank must hold the same full weights, or weights on the meta device; nothing is sent. A mesh of one
-    rank changes nothing. ValueError if the model has no plan or does not fit.
+    Every rank must hold the same full weights, or weights on the meta device; nothing is sent. A
+    mesh of one rank changes nothing. ValueError if the model has no plan or does not fit.
     """
     if mesh.size() == 1:
         return
     check_fits(model.config, mesh.size())
     if "norm" not in dict(model.base_model.named_children()):
         raise ValueError(
-            f"tp={mesh.size()}: the decoder of {model.config.model_type} has no final module named norm; use "
-            "tp=1"
+            f"tp={mesh.size()}: the decoder of {model.config.model_type} has no final module "
+            "named norm; use tp=1"
         )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
@@ -66,7 +74,9 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         module.register_forward_pre_hook(_gather_input(group), with_kwargs=True)
     first = decoder_layers(model)[0]
     if any(True for _ in first.parameters()):
-        first.register_forward_pre_hook(lambda _, args: (_SliceTime.apply(args[0], group), *args[1:]))
+        first.register_forward_pre_hook(
+            lambda _, args: (_SliceTime.apply(args[0], group), *args[1:])
+        )
     gather = _GatherTimeOnce if head is None else _GatherTime
     model.base_model.get_submodule("norm").register_forward_hook(
         lambda _, args, output: gather.apply(output, group)
@@ -94,7 +104,9 @@ def fitting_sizes(config: PretrainedConfig) -> list[int]:
     if not config.base_model_tp_plan:
         return [1]
     counts = _counts(config).values()
-    return [size for size in range(1, min(counts) + 1) if all(count % size == 0 for count in counts)]
+    return [
+        size for size in range(1, min(counts) + 1) if all(count % size == 0 for count in counts)
+    ]
 
 
 def _counts(config: PretrainedConfig) -> dict[str, int]:
@@ -105,7 +117,8 @@ def _counts(config: PretrainedConfig) -> dict[str, int]:
 
 
 def local(parameter: Tensor) -> Tensor:
-    """The rank's part of a parameter, for computing; a replicated one collects Partial gradients."""
+    """The rank's part of a parameter, for computing; a replicated one collects Partial
+    gradients."""
     if not isinstance(parameter, DTensor):
         return parameter
     placements: list[Placement] = []
@@ -125,12 +138,16 @@ class _Style(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         for name, parameter in list(module.named_parameters(recurse=False)):
             placement = self.placements.get(name, Replicate())
-            sharded = distribute_tensor(parameter.detach(), device_mesh, [placement], src_data_rank=None)
+            sharded = distribute_tensor(
+                parameter.detach(), device_mesh, [placement], src_data_rank=None
+            )
             setattr(module, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
         module.forward = self.wrap(module, module.forward, device_mesh.get_group())  # type: ignore[method-assign]
         return module
 
-    def wrap(self, module: nn.Module, forward: Callable[..., Any], group: ProcessGroup) -> Callable[..., Any]:
+    def wrap(
+        self, module: nn.Module, forward: Callable[..., Any], group: ProcessGroup
+    ) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             with _local_parameters(module):
                 return forward(*args, **kwargs)
@@ -145,12 +162,14 @@ class _Column(_Style):
 
 
 class _Row(_Style):
-    """Input features split; the output is summed over ranks and split along time; the bias is added once,
-    after the sum."""
+    """Input features split; the output is summed over ranks and split along time; the bias is
+    added once, after the sum."""
 
     placements = {"weight": Shard(1)}  # noqa: RUF012
 
-    def wrap(self, module: nn.Linear, forward: Callable[..., Any], group: ProcessGroup) -> Callable[..., Any]:  # type: ignore[override]
+    def wrap(
+        self, module: nn.Linear, forward: Callable[..., Any], group: ProcessGroup
+    ) -> Callable[..., Any]:  # type: ignore[override]
         def run(hidden: Tensor) -> Tensor:
             output = _ScatterTime.apply(F.linear(hidden, local(module.weight)), group)
             return output if module.bias is None else output + local(module.bias)
@@ -191,7 +210,12 @@ def _styles(model: PreTrainedModel) -> dict[str, ParallelStyle]:
         if not any(True for _ in module.parameters(recurse=False)):
             continue
         entry = next(
-            (style for pattern, style in plan.items() if fnmatch(name.removeprefix(prefix), pattern)), None
+            (
+                style
+                for pattern, style in plan.items()
+                if fnmatch(name.removeprefix(prefix), pattern)
+            ),
+            None,
         )
         if module is model.get_input_embeddings():
             styles[name] = _Embedding()
@@ -203,12 +227,14 @@ def _styles(model: PreTrainedModel) -> dict[str, ParallelStyle]:
             styles[name] = _Column()
         elif entry == ROW:
             styles[name] = _Row()
-        elif entry in REPLICATED or (entry is None and not isinstance(module, nn.Linear | nn.Embedding)):
+        elif entry in REPLICATED or (
+            entry is None and not isinstance(module, nn.Linear | nn.Embedding)
+        ):
             styles[name] = _Style()
         else:
             raise ValueError(
-                f"tp: {name} of {model.config.model_type} has the plan {entry!r}, which is not supported; "
-                "use tp=1"
+                f"tp: {name} of {model.config.model_type} has the plan {entry!r}, which is not "
+                "supported; use tp=1"
             )
     return styles
 
@@ -220,7 +246,9 @@ def _plan(model: PreTrainedModel) -> dict[str, str]:
 
 def _gathering_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
     """Modules inside the layers that hold column-parallel linears: attention and MLP."""
-    patterns = {pattern.rpartition(".")[0] for pattern, style in _plan(model).items() if style == COLUMN}
+    patterns = {
+        pattern.rpartition(".")[0] for pattern, style in _plan(model).items() if style == COLUMN
+    }
     for name, module in model.base_model.named_modules():
         if any(fnmatch(name, pattern) for pattern in patterns):
             yield module
@@ -231,7 +259,10 @@ def _gather_input(group: ProcessGroup) -> Callable[..., Any]:
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if "hidden_states" in kwargs:
-            return args, {**kwargs, "hidden_states": _GatherTime.apply(kwargs["hidden_states"], group)}
+            return args, {
+                **kwargs,
+                "hidden_states": _GatherTime.apply(kwargs["hidden_states"], group),
+            }
         return (_GatherTime.apply(args[0], group), *args[1:]), kwargs
 
     return gather
@@ -242,7 +273,9 @@ def _local_parameters(module: nn.Module) -> Iterator[None]:
     """Within, the module's own parameters are this rank's local tensors (with autograd back to the
     parameters)."""
     stored = dict(module._parameters)
-    module._parameters.update({name: local(value) for name, value in stored.items() if value is not None})  # type: ignore[misc]
+    module._parameters.update(
+        {name: local(value) for name, value in stored.items() if value is not None}
+    )  # type: ignore[misc]
     try:
         yield
     finally:
@@ -266,7 +299,8 @@ class _GatherTime(torch.autograd.Function):
 
 
 class _ScatterTime(torch.autograd.Function):
-    """Sum over ranks of [rows, time, hidden] -> this rank's [rows, time / tp, hidden]; backward gathers."""
+    """Sum over ranks of [rows, time, hidden] -> this rank's [rows, time / tp, hidden]; backward
+    gathers."""
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor, group: ProcessGroup) -> Tensor:
@@ -279,8 +313,8 @@ class _ScatterTime(torch.autograd.Function):
 
 
 class _SliceTime(torch.autograd.Function):
-    """The same [rows, time, hidden] on every rank -> this rank's [rows, time / tp, hidden]; backward
-    gathers."""
+    """The same [rows, time, hidden] on every rank -> this rank's [rows, time / tp, hidden];
+    backward gathers."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, group: ProcessGroup) -> Tensor:
@@ -310,8 +344,8 @@ class _SumRanks(torch.autograd.Function):
 
 
 class _GatherTimeOnce(torch.autograd.Function):
-    """[rows, time / tp, hidden] -> [rows, time, hidden], where every rank goes on alike: backward takes the
-    rank's part."""
+    """[rows, time / tp, hidden] -> [rows, time, hidden], where every rank goes on alike:
+    backward takes the rank's part."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:

@@ -1,1 +1,2 @@
-"""Parts that several training engines use: micro-batches, optimizer, metrics, checkpoints, export."""
+"""Parts that several training engines use: micro-batches, optimizer, metrics, checkpoints,
+export."""

@@ -1,8 +1,8 @@
 """Parts of parameters that lie in flat buffers, as boxes: for checkpoints and shard maps.
 
-A data rank owns ranges of flattened parameters. A range is at most a few boxes; a parameter whose ranges lie
-on several ranks is collected by one of them before it is written, since a safetensors file holds one box of a
-name.
+A data rank owns ranges of flattened parameters. A range is at most a few boxes; a parameter whose
+ranges lie on several ranks is collected by one of them before it is written, since a safetensors
+file holds one box of a name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from hybridflow.resharding.boxes import flat_range_boxes
@@ -22,8 +26,8 @@ from hybridflow.resharding.shards import Box
 
 
 class BoxTensor(Tensor):
-    """A logical tensor of which this rank holds some boxes: what torch.distributed.checkpoint asks of a
-    sharded tensor, nothing else.
+    """A logical tensor of which this rank holds some boxes: what torch.distributed.checkpoint asks
+    of a sharded tensor, nothing else.
 
     BoxTensor((8, 4), [(Box((0, 0), (1, 2)), memory)])
     """
@@ -33,14 +37,18 @@ class BoxTensor(Tensor):
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], shards: list[tuple[Box, Tensor]]) -> BoxTensor:
         like = shards[0][1]
-        wrapper: BoxTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        wrapper: BoxTensor = Tensor._make_wrapper_subclass(
+            cls, shape, dtype=like.dtype, device=like.device
+        )
         return wrapper
 
     def __init__(self, shape: tuple[int, ...], shards: list[tuple[Box, Tensor]]) -> None:
         self.shards = shards
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # type: ignore[override]
         raise AssertionError(f"{function} on a BoxTensor: it only tells checkpoints what is where")
 
     def __create_write_items__(self, name: str, _object: object) -> list[WriteItem]:
@@ -49,7 +57,9 @@ class BoxTensor(Tensor):
                 index=MetadataIndex(name, torch.Size(box.start)),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk=_chunk(box), properties=TensorProperties.create_from_tensor(tensor), size=self.shape
+                    chunk=_chunk(box),
+                    properties=TensorProperties.create_from_tensor(tensor),
+                    size=self.shape,
                 ),
             )
             for box, tensor in self.shards
@@ -62,9 +72,11 @@ class BoxTensor(Tensor):
         return next(tensor for box, tensor in self.shards if torch.Size(box.start) == index.offset)
 
 
-def flat_views(shape: tuple[int, ...], begin: int, end: int, flat: Tensor) -> Iterator[tuple[Box, Tensor]]:
-    """Elements begin..end-1 of a flattened tensor of `shape`, which lie in `flat` from its start on, as boxes
-    and views of `flat`."""
+def flat_views(
+    shape: tuple[int, ...], begin: int, end: int, flat: Tensor
+) -> Iterator[tuple[Box, Tensor]]:
+    """Elements begin..end-1 of a flattened tensor of `shape`, which lie in `flat` from its
+    start on, as boxes and views of `flat`."""
     for box in flat_range_boxes(shape, begin, end):
         yield box, flat[: box.numel].view(box.shape)
         flat = flat[box.numel :]
@@ -79,8 +91,8 @@ def collect_flat(
 ) -> Tensor | None:
     """The flattened tensor of `numel` elements on rank `writer` of `group`, None on the others.
 
-    `ranges`: begin and end of the elements of each rank that has some; those ranks call it together, each
-    with its `own` elements.
+    `ranges`: begin and end of the elements of each rank that has some; those ranks call it
+    together, each with its `own` elements.
     """
     rank = dist.get_rank(group)
     if rank != writer:

@@ -1,9 +1,9 @@
-"""Distributed checkpoints of named tensors: safetensors files that torch.distributed.checkpoint writes, one
-or more a rank.
+"""Distributed checkpoints of named tensors: safetensors files that torch.distributed.checkpoint
+writes, one or more a rank.
 
-No file is a pickle: each safetensors header says which box of which tensor it holds, so that a checkpoint can
-be loaded on any layout. Names, shapes and dtypes must agree; what else belongs to a run (data position, RNG
-states) is saved elsewhere.
+No file is a pickle: each safetensors header says which box of which tensor it holds, so that a
+checkpoint can be loaded on any layout. Names, shapes and dtypes must agree; what else belongs to a
+run (data position, RNG states) is saved elsewhere.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from pathlib import Path
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 
 def save_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Write plain (the same on all ranks) and distributed tensors into `directory`; collective over the
-    default group."""
+    """Write plain (the same on all ranks) and distributed tensors into `directory`; collective
+    over the default group."""
     directory.mkdir(parents=True, exist_ok=True)
     save(
         dict(tensors),
@@ -30,12 +33,12 @@ def save_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
 
 
 def load_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Fill `tensors` in place from `directory`, whatever layout wrote it; collective. ValueError if it is not
-    such a directory."""
+    """Fill `tensors` in place from `directory`, whatever layout wrote it; collective.
+    ValueError if it is not such a directory."""
     if not any(directory.glob("*.safetensors")):
         raise ValueError(
-            f"checkpoint directory is {str(directory)!r}; it holds no safetensors files: use a directory "
-            "written by save"
+            f"checkpoint directory is {str(directory)!r}; it holds no safetensors files: use a "
+            "directory written by save"
         )
     load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=_alone())
 

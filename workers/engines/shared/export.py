@@ -1,5 +1,5 @@
-"""A model that is spread over ranks, written as safetensors files; for any engine, since shard maps say what
-is where.
+"""A model that is spread over ranks, written as safetensors files; for any engine, since shard maps
+say what is where.
 
 One rank collects one parameter after the other and holds one file's worth of them at a time.
 """
@@ -27,8 +27,8 @@ def write_safetensors(
     device: torch.device,
     max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Collective over the default group: model.safetensors, or several files and their index, written by rank
-    0.
+    """Collective over the default group: model.safetensors, or several files and their index,
+    written by rank 0.
 
     `device` is where messages travel ("cpu" for gloo, a GPU for NCCL).
     """
@@ -45,7 +45,9 @@ def write_safetensors(
             if whole is not None:
                 tensors[parameters[index].name] = whole
         if writes:
-            save_file(tensors, directory / _file_name(number, len(files)), metadata={"format": "pt"})
+            save_file(
+                tensors, directory / _file_name(number, len(files)), metadata={"format": "pt"}
+            )
     if writes and len(files) > 1:
         _write_index(parameters, files, directory)
     dist.barrier()
@@ -54,8 +56,8 @@ def write_safetensors(
 def _collect(
     parameter: LocalParameter, holders: list[tuple[Box, ...]], device: torch.device
 ) -> Tensor | None:
-    """The whole parameter in rank 0's host memory, None elsewhere; every distinct box comes from the first
-    rank that holds it."""
+    """The whole parameter in rank 0's host memory, None elsewhere; every distinct box comes
+    from the first rank that holds it."""
     rank = dist.get_rank()
     sources: dict[Box, int] = {}
     for holder, boxes in enumerate(holders):
@@ -75,7 +77,10 @@ def _collect(
             part = torch.empty(box.shape, dtype=parameter.dtype, device=device)
             dist.recv(part, src=source)
         whole[
-            tuple(slice(start, start + length) for start, length in zip(box.start, box.shape, strict=True))
+            tuple(
+                slice(start, start + length)
+                for start, length in zip(box.start, box.shape, strict=True)
+            )
         ].copy_(part)
     return whole
 
@@ -106,7 +111,11 @@ def _write_index(parameters: list[LocalParameter], files: list[list[int]], direc
 
 
 def _file_name(number: int, num_files: int) -> str:
-    return "model.safetensors" if num_files == 1 else f"model-{number + 1:05d}-of-{num_files:05d}.safetensors"
+    return (
+        "model.safetensors"
+        if num_files == 1
+        else f"model-{number + 1:05d}-of-{num_files:05d}.safetensors"
+    )
 
 
 def _num_bytes(parameter: LocalParameter) -> int:

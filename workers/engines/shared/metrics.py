@@ -1,7 +1,7 @@
 """Metrics of a mini-batch from those of its micro-batches and data ranks.
 
-A name that ends in _max (_min) is combined by the maximum (minimum); every other metric is a sum whose
-weights hold the global normalisation, and is added, in float64.
+A name that ends in _max (_min) is combined by the maximum (minimum); every other metric is a sum
+whose weights hold the global normalisation, and is added, in float64.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 
 
 def combine_metrics(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Metrics of two parts of a mini-batch as those of both. A part that never called the loss has none ({}),
-    and changes nothing.
+    """Metrics of two parts of a mini-batch as those of both. A part that never called the loss has
+    none ({}), and changes nothing.
     """
     combined = {**left}
     for name, value in right.items():
@@ -40,8 +40,8 @@ def add_micro_batch(
 
 
 def metrics_of_group(metrics: Mapping[str, Tensor], group: ProcessGroup | None) -> dict[str, float]:
-    """Metrics of all ranks of `group` (None: all), combined in rank order on every rank by one small
-    collective; for ranks that have the same names."""
+    """Metrics of all ranks of `group` (None: all), combined in rank order on every rank by one
+    small collective; for ranks that have the same names."""
     names = sorted(metrics)
     own = torch.stack([metrics[name] for name in names])
     every = own.new_empty(dist.get_world_size(group) * len(names))

@@ -1,12 +1,12 @@
-"""Micro-batches: rows packed one after the other under a token budget, and results put back in the caller's
-order.
+"""Micro-batches: rows packed one after the other under a token budget, and results put back in the
+caller's order.
 
-How rows are cut changes speed and memory, never results. Rows with the same per-row column `pair` are in one
-micro-batch, as losses on pairs need it. Rows that begin with the same prompt (the samples of a group, the two
-answers of a pair) share its tokens: they are computed once, and each response goes on after them.
-packing=False makes right-padded blocks of rows of similar length (causal attention: no mask, default
-positions), for models whose layers can't keep the sequences of a row apart. Cutting one sequence in two is
-left out.
+How rows are cut changes speed and memory, never results. Rows with the same per-row column `pair`
+are in one micro-batch, as losses on pairs need it. Rows that begin with the same prompt (the
+samples of a group, the two answers of a pair) share its tokens: they are computed once, and each
+response goes on after them. packing=False makes right-padded blocks of rows of similar length
+(causal attention: no mask, default positions), for models whose layers can't keep the sequences of
+a row apart. Cutting one sequence in two is left out.
 """
 
 from __future__ import annotations
@@ -33,26 +33,29 @@ BLOCKS_PER_BUDGET = 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """Rows [5, 6, 7 | 8, 9] and [5 | 6] for a language model, whose last tokens need no forward pass:
+    """Rows [5, 6, 7 | 8, 9] and [5 | 6] for a language model, whose last tokens need no forward
+    pass:
 
     packed: input_ids [[5, 6, 7, 8, 5]]                read_positions [2, 3, 4]  targets [8, 9, 6]
     a block: input_ids [[5, 6, 7, 8], [5, 0, 0, 0]]    read_positions [2, 3, 4]  targets [8, 9, 6]
 
-    Rows [5, 6, 7 | 8, 9] and [5, 6, 7 | 4, 2], which share their prompt, packed:
-    input_ids [[5, 6, 7, 8, 4]]                        read_positions [2, 3, 2, 4]  targets [8, 9, 4, 2]
+    Rows [5, 6, 7 | 8, 9] and [5, 6, 7 | 4, 2], which share their prompt, packed: input_ids [[5, 6,
+    7, 8, 4]]                        read_positions [2, 3, 2, 4]  targets [8, 9, 4, 2]
     """
 
     sequences: Sequences
-    """The rows of this micro-batch in its own order, longest first if packed, as the loss sees them."""
+    """The rows of this micro-batch in its own order, longest first if packed, as the loss sees
+    them."""
     rows: Tensor
     """int64 [rows], where those rows are in the caller's sequences (on the CPU)."""
     input_ids: Tensor
-    """int64 [1, tokens] if packed, else [rows, time], right-padded with 0; [1, 1] if there are no rows."""
+    """int64 [1, tokens] if packed, else [rows, time], right-padded with 0; [1, 1] if there are
+    no rows."""
     packing: Packing | None
     """Where the segments of a packed row are."""
     read_positions: Tensor
-    """int64: positions in input_ids.flatten() whose hidden states are read: the one before each scored token,
-    or, for Head.score, the last token of each row."""
+    """int64: positions in input_ids.flatten() whose hidden states are read: the one before each
+    scored token, or, for Head.score, the last token of each row."""
     targets: Tensor
     """int64 [scored_tokens], the scored tokens."""
 
@@ -80,9 +83,10 @@ def cutting_of(config: TrainConfig, model: PreTrainedModel) -> Cutting:
 def make_micro_batches(
     sequences: Sequences, head: Head, cutting: Cutting, device: torch.device
 ) -> list[MicroBatch]:
-    """All rows in micro-batches of at most `budget_tokens` tokens, padding included; one longer row (or pair)
-    has one to itself."""
-    # Nothing is predicted from the last token of a row, so a language model or critic does not compute it.
+    """All rows in micro-batches of at most `budget_tokens` tokens, padding included; one longer
+    row (or pair) has one to itself."""
+    # Nothing is predicted from the last token of a row, so a language model or critic does not
+    # compute it.
     widths = (sequences.lengths - int(head is not Head.score)).clamp(min=1)
     pair = sequences.per_row[PAIR].numpy() if PAIR in sequences.per_row else None
     if not cutting.packing:
@@ -91,12 +95,17 @@ def make_micro_batches(
         parts = pack(widths.numpy(), cutting.budget_tokens, pair)
     else:
         parts = pack_prompts(widths.numpy(), prompts_of(sequences), cutting.budget_tokens, pair)
-    return [_micro_batch(sequences, torch.from_numpy(rows), widths, head, cutting, device) for rows in parts]
+    return [
+        _micro_batch(sequences, torch.from_numpy(rows), widths, head, cutting, device)
+        for rows in parts
+    ]
 
 
-def empty_micro_batch(sequences: Sequences, head: Head, cutting: Cutting, device: torch.device) -> MicroBatch:
-    """No rows: one padding token that nothing reads, for a rank that must take part in collectives; same
-    columns as `sequences`."""
+def empty_micro_batch(
+    sequences: Sequences, head: Head, cutting: Cutting, device: torch.device
+) -> MicroBatch:
+    """No rows: one padding token that nothing reads, for a rank that must take part in
+    collectives; same columns as `sequences`."""
     rows = torch.zeros(0, dtype=torch.int64)
     return _micro_batch(sequences, rows, sequences.lengths, head, cutting, device)
 
@@ -126,11 +135,11 @@ def prompts_of(sequences: Sequences) -> Prompts:
 def pack_prompts(
     widths: np.ndarray, prompts: Prompts, budget_tokens: int, together: np.ndarray | None = None
 ) -> list[np.ndarray]:
-    """Row indices of each micro-batch, where the rows of a prompt that are in one micro-batch share its
-    tokens.
+    """Row indices of each micro-batch, where the rows of a prompt that are in one micro-batch share
+    its tokens.
 
-    A prompt's rows (or rows of one label of `together`) stay in one micro-batch as far as the budget goes; a
-    prompt with more of them is in several.
+    A prompt's rows (or rows of one label of `together`) stay in one micro-batch as far as the
+    budget goes; a prompt with more of them is in several.
     """
     rows_of: dict[int, list[np.ndarray]] = {}
     for unit in _units(len(widths), together):
@@ -167,13 +176,18 @@ def _units(num_rows: int, together: np.ndarray | None) -> list[np.ndarray]:
     return [np.array(rows) for rows in units.values()]
 
 
-def pack(widths: np.ndarray, budget_tokens: int, together: np.ndarray | None = None) -> list[np.ndarray]:
-    """Row indices of each micro-batch, longest rows first in each: first-fit decreasing, at most 11/9 of the
-    fewest possible + 6/9.
+def pack(
+    widths: np.ndarray, budget_tokens: int, together: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Row indices of each micro-batch, longest rows first in each: first-fit decreasing, at most
+    11/9 of the fewest possible + 6/9.
 
-    together: a label for each row; rows of one label stay in one micro-batch, and are placed by their sum.
+    together: a label for each row; rows of one label stay in one micro-batch, and are placed by
+    their sum.
     """
-    _, unit = np.unique(np.arange(len(widths)) if together is None else together, return_inverse=True)
+    _, unit = np.unique(
+        np.arange(len(widths)) if together is None else together, return_inverse=True
+    )
     tokens = np.bincount(unit, weights=widths).astype(np.int64)
     place = first_fit_decreasing(tokens, budget_tokens)[unit]
     order = np.lexsort((-widths, place))
@@ -181,7 +195,8 @@ def pack(widths: np.ndarray, budget_tokens: int, together: np.ndarray | None = N
 
 
 def first_fit_decreasing(tokens: np.ndarray, budget_tokens: int) -> np.ndarray:
-    """int64: the bin of each item, the largest placed first, each into the first bin that it fits in."""
+    """int64: the bin of each item, the largest placed first, each into the first bin that it
+    fits in."""
     place = np.zeros(len(tokens), dtype=np.int64)
     free = np.zeros(len(tokens), dtype=np.int64)
     num_open = 0
@@ -197,13 +212,15 @@ def first_fit_decreasing(tokens: np.ndarray, budget_tokens: int) -> np.ndarray:
     return place
 
 
-def cut(widths: np.ndarray, budget_tokens: int, together: np.ndarray | None = None) -> list[np.ndarray]:
-    """Row indices of each block, longest rows first: least padded tokens + fixed cost of a block, each block
-    under the budget.
+def cut(
+    widths: np.ndarray, budget_tokens: int, together: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """Row indices of each block, longest rows first: least padded tokens + fixed cost of a block,
+    each block under the budget.
 
-    together: a label for each row; rows of one label stay in one block. Units (rows, or rows of one label)
-    sorted by width, so that blocks are contiguous: f(i) = min_j f(j) + rows(j..i) * width(j) + cost, exact in
-    O(units * units per block).
+    together: a label for each row; rows of one label stay in one block. Units (rows, or rows of one
+    label) sorted by width, so that blocks are contiguous: f(i) = min_j f(j) + rows(j..i) * width(j)
+    + cost, exact in O(units * units per block).
     """
     if together is not None:
         return _cut_labelled(widths, budget_tokens, together)
@@ -255,8 +272,8 @@ def _blocks(width: np.ndarray, num_rows: np.ndarray, budget_tokens: int) -> list
 
 
 def pad_time(micro_batch: MicroBatch, multiple: int) -> MicroBatch:
-    """The micro-batch with further padding columns until time divides by `multiple`; in a packed row they are
-    one more sequence."""
+    """The micro-batch with further padding columns until time divides by `multiple`; in a
+    packed row they are one more sequence."""
     time = micro_batch.input_ids.shape[1]
     missing = -time % multiple
     if not missing:
@@ -271,7 +288,11 @@ def pad_time(micro_batch: MicroBatch, multiple: int) -> MicroBatch:
 
 
 def run_micro_batch(
-    model: Callable[..., dict[str, Tensor]], micro_batch: MicroBatch, *, entropy: bool, temperature: float
+    model: Callable[..., dict[str, Tensor]],
+    micro_batch: MicroBatch,
+    *,
+    entropy: bool,
+    temperature: float,
 ) -> Outputs:
     """One pass of a ScoredModel, or of what wraps it."""
     numbers = model(
@@ -285,10 +306,15 @@ def run_micro_batch(
     return Outputs(**numbers)
 
 
-def gather_outputs(micro_batches: list[MicroBatch], outputs: list[Outputs], sequences: Sequences) -> Outputs:
+def gather_outputs(
+    micro_batches: list[MicroBatch], outputs: list[Outputs], sequences: Sequences
+) -> Outputs:
     """Outputs of all blocks, in the row order of `sequences` and on its device."""
     device = sequences.token_ids.device
-    tokens = [ragged_positions(sequences.scored_lengths, micro_batch.rows) for micro_batch in micro_batches]
+    tokens = [
+        ragged_positions(sequences.scored_lengths, micro_batch.rows)
+        for micro_batch in micro_batches
+    ]
     result: dict[str, Tensor | None] = {}
     for name in (field.name for field in fields(Outputs)):
         parts = [_part(output, name) for output in outputs]
@@ -296,7 +322,9 @@ def gather_outputs(micro_batches: list[MicroBatch], outputs: list[Outputs], sequ
         if not present:
             continue
         places = [micro_batch.rows for micro_batch in micro_batches] if name == "scores" else tokens
-        merged = torch.empty(sum(len(place) for place in places), dtype=torch.float32, device=device)
+        merged = torch.empty(
+            sum(len(place) for place in places), dtype=torch.float32, device=device
+        )
         merged[torch.cat(places)] = torch.cat(present).float()
         result[name] = merged
     return Outputs(**result)
@@ -313,11 +341,18 @@ def _part(output: Outputs, name: str) -> Tensor | None:
 
 
 def _micro_batch(
-    sequences: Sequences, rows: Tensor, widths: Tensor, head: Head, cutting: Cutting, device: torch.device
+    sequences: Sequences,
+    rows: Tensor,
+    widths: Tensor,
+    head: Head,
+    cutting: Cutting,
+    device: torch.device,
 ) -> MicroBatch:
     part, width = sequences.rows(rows), widths[rows]
     columns = _scored_columns(part)
-    targets = part.token_ids[(torch.cumsum(part.lengths, 0) - part.lengths)[part.row_of_token] + columns]
+    targets = part.token_ids[
+        (torch.cumsum(part.lengths, 0) - part.lengths)[part.row_of_token] + columns
+    ]
     if head is Head.score:
         read_rows, read_columns = torch.arange(part.num_rows), part.lengths - 1
     else:
@@ -357,8 +392,8 @@ class _Segments:
 
     @property
     def lengths(self) -> Tensor:
-        """int64 [prompts + rows]: tokens of each segment; a row that ends with its prompt has an empty
-        one."""
+        """int64 [prompts + rows]: tokens of each segment; a row that ends with its prompt has
+        an empty one."""
         return torch.cat([self.shared_lengths, self.widths - self.cuts])
 
     def row(self, part: Sequences, device: torch.device) -> tuple[Tensor, Packing]:
@@ -369,7 +404,9 @@ class _Segments:
         begins = torch.cumsum(part.lengths, 0) - part.lengths
         starts = torch.cat([begins[self.shared], begins + self.cuts])
         ends = torch.cumsum(lengths, 0)
-        places = torch.arange(int(ends[-1])) + torch.repeat_interleave(starts - (ends - lengths), lengths)
+        places = torch.arange(int(ends[-1])) + torch.repeat_interleave(
+            starts - (ends - lengths), lengths
+        )
         prefixes = torch.cat([torch.full_like(self.shared, -1), self.prompt])
         filled = lengths > 0
         packing = packing_of(lengths[filled].tolist(), device, prefixes[filled].tolist())
@@ -383,7 +420,9 @@ class _Segments:
         in_prompt = columns < self.cuts[rows]
         prompt = self.prompt[rows].clamp(min=0)
         of_prompt = begins[prompt] + columns if num_shared else columns
-        return torch.where(in_prompt, of_prompt, begins[num_shared + rows] + columns - self.cuts[rows])
+        return torch.where(
+            in_prompt, of_prompt, begins[num_shared + rows] + columns - self.cuts[rows]
+        )
 
 
 def _segments(part: Sequences, width: Tensor, *, share: bool) -> _Segments:
@@ -430,7 +469,9 @@ def _scored_columns(part: Sequences) -> Tensor:
     """int64 [scored_tokens]: the column of each scored token in its row."""
     first = part.lengths - part.scored_lengths
     before = torch.cumsum(part.scored_lengths, 0) - part.scored_lengths
-    return torch.arange(part.num_scored_tokens) + torch.repeat_interleave(first - before, part.scored_lengths)
+    return torch.arange(part.num_scored_tokens) + torch.repeat_interleave(
+        first - before, part.scored_lengths
+    )
 
 
 def _to(part: Sequences, device: torch.device) -> Sequences:

@@ -1,8 +1,8 @@
-"""AdamW, its learning-rate schedule, and the global gradient norm over any mix of plain and distributed
-tensors.
+"""AdamW, its learning-rate schedule, and the global gradient norm over any mix of plain and
+distributed tensors.
 
-The schedule is a pure function of the step, so a checkpoint needs only the step. Per-layer learning rates are
-left out.
+The schedule is a pure function of the step, so a checkpoint needs only the step. Per-layer learning
+rates are left out.
 """
 
 from __future__ import annotations
@@ -27,18 +27,25 @@ RUN = 1024
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool = True
 ) -> AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over `parameters`; matrices decay, vectors (norms, biases) do not.
+    """AdamW (Loshchilov and Hutter 2019) over `parameters`; matrices decay, vectors (norms, biases)
+    do not.
 
-    fused=False loops over the parameters one by one: the only way that accepts distributed tensors of several
-    meshes.
+    fused=False loops over the parameters one by one: the only way that accepts distributed tensors
+    of several meshes.
     """
     parameters = list(parameters)
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    return adamw(matrices, [parameter for parameter in parameters if parameter.ndim < 2], config, fused=fused)
+    return adamw(
+        matrices, [parameter for parameter in parameters if parameter.ndim < 2], config, fused=fused
+    )
 
 
 def adamw(
-    decaying: list[nn.Parameter], others: list[nn.Parameter], config: OptimizerConfig, *, fused: bool
+    decaying: list[nn.Parameter],
+    others: list[nn.Parameter],
+    config: OptimizerConfig,
+    *,
+    fused: bool,
 ) -> AdamW:
     """AdamW with weight decay for `decaying` alone; without a group that would be empty."""
     check_optimizer_config(config)
@@ -67,23 +74,30 @@ def check_optimizer_config(config: OptimizerConfig) -> None:
             raise ValueError(f"optimizer.{name} is {value}; choose 0 <= {name} < 1")
     if config.epsilon <= 0:
         raise ValueError(f"optimizer.epsilon is {config.epsilon}; use more than 0")
-    if config.schedule is not LearningRateSchedule.constant and config.total_steps <= config.warmup_steps:
+    if (
+        config.schedule is not LearningRateSchedule.constant
+        and config.total_steps <= config.warmup_steps
+    ):
         raise ValueError(
-            f"optimizer.total_steps is {config.total_steps} with schedule {config.schedule.value} and "
-            f"warmup_steps {config.warmup_steps}; set total_steps to the number of optimizer steps of the "
-            "run, above warmup_steps"
+            f"optimizer.total_steps is {config.total_steps} with schedule {config.schedule.value} "
+            f"and warmup_steps {config.warmup_steps}; set total_steps to the number of optimizer "
+            "steps of the run, above warmup_steps"
         )
 
 
 def learning_rate(config: OptimizerConfig, step: int) -> float:
-    """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then the schedule down to the
-    minimum fraction."""
+    """Learning rate of optimizer step `step`, counted from 0: linear warm-up, then the schedule
+    down to the minimum fraction."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule is LearningRateSchedule.constant:
         return config.learning_rate
     done = min(1.0, (step - config.warmup_steps) / (config.total_steps - config.warmup_steps))
-    left = 1.0 - done if config.schedule is LearningRateSchedule.linear else 0.5 * (1.0 + cos(pi * done))
+    left = (
+        1.0 - done
+        if config.schedule is LearningRateSchedule.linear
+        else 0.5 * (1.0 + cos(pi * done))
+    )
     floor = config.min_learning_rate_fraction
     return config.learning_rate * (floor + (1.0 - floor) * left)
 
@@ -106,12 +120,15 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return local
 
 
-def global_grad_norm(parameters: Iterable[nn.Parameter], *, world_size: int, plain_copies: int = 1) -> Tensor:
-    """L2 norm (float64, on the CPU) of the gradient of all parameters of all ranks of the default group; one
-    all-reduce of a number.
+def global_grad_norm(
+    parameters: Iterable[nn.Parameter], *, world_size: int, plain_copies: int = 1
+) -> Tensor:
+    """L2 norm (float64, on the CPU) of the gradient of all parameters of all ranks of the default
+    group; one all-reduce of a number.
 
-    Each rank adds the squares that it holds, divided by the number of ranks that hold the same elements: for
-    a distributed tensor the ranks that its mesh does not shard over, for a plain tensor `plain_copies`.
+    Each rank adds the squares that it holds, divided by the number of ranks that hold the same
+    elements: for a distributed tensor the ranks that its mesh does not shard over, for a plain
+    tensor `plain_copies`.
     """
     squares: dict[int, list[Tensor]] = {}
     for parameter in parameters:
@@ -121,9 +138,11 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], *, world_size: int, pla
         copies = plain_copies
         if isinstance(gradient, DTensor):
             copies = world_size
-            for size, placement in zip(gradient.device_mesh.shape, gradient.placements, strict=True):
-                # Not is_shard(): the placement of a dimension that data and tensor axes both shard says no to
-                # it.
+            for size, placement in zip(
+                gradient.device_mesh.shape, gradient.placements, strict=True
+            ):
+                # Not is_shard(): the placement of a dimension that data and tensor axes both shard
+                # says no to it.
                 copies //= 1 if placement.is_replicate() else size
             gradient = gradient.to_local()
         if gradient.numel():
@@ -138,8 +157,8 @@ def global_grad_norm(parameters: Iterable[nn.Parameter], *, world_size: int, pla
 
 
 def sum_of_squares(tensor: Tensor) -> Tensor:
-    """The squares of a float32 tensor of any size, added up to a float64 scalar: in float32 over short runs
-    only, whose sums are added in float64.
+    """The squares of a float32 tensor of any size, added up to a float64 scalar: in float32 over
+    short runs only, whose sums are added in float64.
 
     One float32 sum over a buffer of millions of elements is off by 1e-4 and more.
     """
@@ -159,11 +178,14 @@ def clip_gradients(parameters: Mapping[str, nn.Parameter], norm: Tensor, limit: 
     clip(local_gradients(parameters.values()), float(norm), limit, broken)
 
 
-def clip(gradients: list[Tensor], norm: float, limit: float, broken: Callable[[], list[str]]) -> None:
-    """Scale `gradients`, whose global norm is `norm`, so that it is at most `limit` (0: leave them).
+def clip(
+    gradients: list[Tensor], norm: float, limit: float, broken: Callable[[], list[str]]
+) -> None:
+    """Scale `gradients`, whose global norm is `norm`, so that it is at most `limit` (0: leave
+    them).
 
-    A RuntimeError for a norm that is not finite; it names the parameters of this rank that `broken` lists.
-    The weights have not been touched.
+    A RuntimeError for a norm that is not finite; it names the parameters of this rank that `broken`
+    lists. The weights have not been touched.
     """
     if not isfinite(norm):
         names = broken()
@@ -171,7 +193,8 @@ def clip(gradients: list[Tensor], norm: float, limit: float, broken: Callable[[]
         if len(names) > 5:
             where += f" and {len(names) - 5} more"
         raise RuntimeError(
-            f"grad_norm is {norm}: the gradient is not finite in {where}; the weights were not changed"
+            f"grad_norm is {norm}: the gradient is not finite in {where}; the weights were not "
+            "changed"
         )
     if 0 < limit < norm and gradients:
         torch._foreach_mul_(gradients, limit / (norm + 1e-6))

@@ -30,11 +30,12 @@ from workers.sequences import Sequences
 
 
 class ShardedEngine(TrainingEngine):
-    """Settings checked, the model loaded, weights exported, optimizer states moved to the host and back.
+    """Settings checked, the model loaded, weights exported, optimizer states moved to the host and
+    back.
 
-    A subclass builds its model and optimizer in _build, and says where its master weights are and how its
-    optimizer moves. What is left of TrainingEngine is its own: the passes, the step, the shard map,
-    checkpoints.
+    A subclass builds its model and optimizer in _build, and says where its master weights are and
+    how its optimizer moves. What is left of TrainingEngine is its own: the passes, the step, the
+    shard map, checkpoints.
     """
 
     def __init__(
@@ -115,8 +116,8 @@ class ShardedEngine(TrainingEngine):
     def _cut_alike(
         self, sequences: Sequences, group: ProcessGroup | None, *, alike: bool
     ) -> list[MicroBatch]:
-        """At least one micro-batch; if `alike`, as many on every rank of `group` (None: all), some of them
-        empty, for passes with collectives inside."""
+        """At least one micro-batch; if `alike`, as many on every rank of `group` (None: all),
+        some of them empty, for passes with collectives inside."""
         micro_batches = self._cut(sequences, self.config.micro_batch_tokens)
         count = max(1, len(micro_batches))
         if alike and dist.get_world_size(group) > 1:
@@ -124,5 +125,7 @@ class ShardedEngine(TrainingEngine):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
             count = int(largest)
         while len(micro_batches) < count:
-            micro_batches.append(empty_micro_batch(sequences, self.head, self._cutting, self.device))
+            micro_batches.append(
+                empty_micro_batch(sequences, self.head, self._cutting, self.device)
+            )
         return micro_batches

@@ -1,5 +1,5 @@
-"""Building a rank's share of the model: cut on the meta device, then filled parameter by parameter, so that
-nothing is ever held whole."""
+"""Building a rank's share of the model: cut on the meta device, then filled parameter by
+parameter, so that nothing is ever held whole."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def build_share(
         check_packable(source.model)
     dtype = torch.float32 if train.precision is Precision.fp32 else torch.bfloat16
     sizes = [size for _, size in layout.axes]
-    mesh = DeviceMesh(device.type, torch.arange(layout.size).view(sizes), mesh_dim_names=layout.names)
+    mesh = DeviceMesh(
+        device.type, torch.arange(layout.size).view(sizes), mesh_dim_names=layout.names
+    )
     aliases = _aliases(source.model)
     logical = {name: tuple(parameter.shape) for name, parameter in source.model.named_parameters()}
     shell = build_on_meta(model, head)
@@ -157,9 +159,11 @@ def _ends_group(layout: Layout, rank: int) -> ProcessGroup | None:
 def _copy_weights(
     source: ModelSource, shell: nn.Module, groups: list[FlatGroup], device: torch.device
 ) -> None:
-    """Every module's checkpoint values in turn: this rank keeps its boxes and its buffers, and drops the
-    rest."""
-    wanted = {piece.name: (group, index) for group in groups for index, piece in enumerate(group.pieces)}
+    """Every module's checkpoint values in turn: this rank keeps its boxes and its buffers, and
+    drops the rest."""
+    wanted = {
+        piece.name: (group, index) for group in groups for index, piece in enumerate(group.pieces)
+    }
     targets = dict(shell.named_modules())
     for module_name, module in list(source.model.named_modules()):
         if not module._parameters and not module._buffers:
@@ -170,7 +174,8 @@ def _copy_weights(
             if group is not None:
                 box = group.pieces[index].box
                 inside = tuple(
-                    slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True)
+                    slice(start, start + size)
+                    for start, size in zip(box.start, box.shape, strict=True)
                 )
                 group.write(index, parameter.detach()[inside])
             module._parameters[name] = nn.Parameter(

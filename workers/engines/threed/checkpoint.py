@@ -1,10 +1,10 @@
-"""Saving and restoring of engine `threed`, as engine fsdp does: num_steps, and model.NAME, exp_avg.NAME,
-exp_avg_sq.NAME in float32.
+"""Saving and restoring of engine `threed`, as engine fsdp does: num_steps, and model.NAME,
+exp_avg.NAME, exp_avg_sq.NAME in float32.
 
-A data rank's part of a flat buffer is a range of flattened shards: whole shards and, at its ends, pieces of
-one. Of a shard that two data ranks share, the first collects the rest and writes it whole (a safetensors file
-holds one box of a name); nothing else is moved. A rank reads exactly the boxes that it holds, whatever layout
-or engine has written them.
+A data rank's part of a flat buffer is a range of flattened shards: whole shards and, at its ends,
+pieces of one. Of a shard that two data ranks share, the first collects the rest and writes it whole
+(a safetensors file holds one box of a name); nothing else is moved. A rank reads exactly the boxes
+that it holds, whatever layout or engine has written them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ KINDS = {"weight": "model", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 def save_state(
     optimizer: ZeroOptimizer, directory: Path, *, writes_replicated: bool, writes_tied: bool
 ) -> None:
-    """Collective. Of elements that several ranks hold, one writes: that of tensor coordinate 0, and of the
-    first stage."""
+    """Collective. Of elements that several ranks hold, one writes: that of tensor coordinate 0,
+    and of the first stage."""
     state: dict[str, Tensor] = {"num_steps": torch.tensor(optimizer.num_steps)}
     for group, tensors in optimizer.tensors():
         for index, piece in enumerate(group.pieces):
@@ -39,7 +39,9 @@ def save_state(
                     and (writes_replicated or not piece.replicated)
                     and (writes_tied or not piece.tied)
                 ):
-                    state[f"{KINDS[kind]}.{piece.name}"] = BoxTensor(piece.shape, [(piece.box, whole)])
+                    state[f"{KINDS[kind]}.{piece.name}"] = BoxTensor(
+                        piece.shape, [(piece.box, whole)]
+                    )
     save_tensors(state, directory)
 
 
@@ -56,14 +58,21 @@ def load_state(optimizer: ZeroOptimizer, directory: Path) -> None:
     optimizer.restored(int(state["num_steps"]))
 
 
-def master_parameters(groups: list[FlatGroup], logical: dict[str, tuple[int, ...]]) -> list[LocalParameter]:
+def master_parameters(
+    groups: list[FlatGroup], logical: dict[str, tuple[int, ...]]
+) -> list[LocalParameter]:
     """This rank's float32 weights, as boxes of every logical parameter of the model."""
     held = {
-        piece.name: tuple(LocalShard(box, tensor) for box, tensor in _boxes(group, index, group.master))
+        piece.name: tuple(
+            LocalShard(box, tensor) for box, tensor in _boxes(group, index, group.master)
+        )
         for group in groups
         for index, piece in enumerate(group.pieces)
     }
-    return [LocalParameter(name, shape, torch.float32, held.get(name, ())) for name, shape in logical.items()]
+    return [
+        LocalParameter(name, shape, torch.float32, held.get(name, ()))
+        for name, shape in logical.items()
+    ]
 
 
 def _boxes(group: FlatGroup, index: int, flat: Tensor) -> Iterator[tuple[Box, Tensor]]:
@@ -74,13 +83,15 @@ def _boxes(group: FlatGroup, index: int, flat: Tensor) -> Iterator[tuple[Box, Te
         return
     first = group.starts[index] - group.part.start + begin
     for box, view in flat_views(piece.box.shape, begin, end, flat[first:]):
-        start = tuple(inner + outer for inner, outer in zip(box.start, piece.box.start, strict=True))
+        start = tuple(
+            inner + outer for inner, outer in zip(box.start, piece.box.start, strict=True)
+        )
         yield Box(start, box.shape), view
 
 
 def _whole(group: FlatGroup, index: int, flat: Tensor) -> Tensor | None:
-    """A piece on the first data rank that holds some of it, None on the others; collective over the data
-    ranks."""
+    """A piece on the first data rank that holds some of it, None on the others; collective over
+    the data ranks."""
     box = group.pieces[index].box
     start, size = group.starts[index], group.part_size
     holders = range(start // size, (start + box.numel - 1) // size + 1)

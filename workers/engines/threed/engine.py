@@ -1,5 +1,5 @@
-"""Engine `threed`: pipeline x tensor x data parallelism with a ZeRO-1 optimizer, the paper's Megatron
-position, in plain PyTorch.
+"""Engine `threed`: pipeline x tensor x data parallelism with a ZeRO-1 optimizer, the paper's
+Megatron position, in plain PyTorch.
 
 layout.py     which layouts fit; which layers a stage holds
 schedule.py   1F1B and interleaved 1F1B as timetables
@@ -8,8 +8,9 @@ pipeline.py   runs the timetable: passes and messages of any shape
 optimizer.py  flat buffers, gradient sums, AdamW split over data ranks
 build.py      a rank's share of the model, filled parameter by parameter
 
-Data ranks need not have equally many micro-batches: they meet only at the end of a step. Left out: context
-parallelism (axis cp has size 1), experts, and splitting of single sequences over pipeline time.
+Data ranks need not have equally many micro-batches: they meet only at the end of a step. Left out:
+context parallelism (axis cp has size 1), experts, and splitting of single sequences over pipeline
+time.
 """
 
 from __future__ import annotations
@@ -36,18 +37,20 @@ from workers.engines.threed.optimizer import ZeroOptimizer
 from workers.sequences import Sequences
 
 MICRO_BATCHES_PER_STAGE = 4
-"""A pipeline of p ranks gets about 4 p micro-batches where the batch is large enough: a fifth of the time is
-idle at most."""
+"""A pipeline of p ranks gets about 4 p micro-batches where the batch is large enough: a fifth
+of the time is idle at most."""
 MIN_MICRO_BATCH_TOKENS = 512
 """Smaller micro-batches than this cost more than an idle pipeline."""
 
 
 class ThreeDEngine(ShardedEngine):
-    """See TrainingEngine; config.tp, pp, rank_order, pipeline_schedule and virtual_stages give the layout,
-    data ranks are what is left."""
+    """See TrainingEngine; config.tp, pp, rank_order, pipeline_schedule and virtual_stages give
+    the layout, data ranks are what is left."""
 
     @classmethod
-    def check(cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int) -> None:
+    def check(
+        cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
+    ) -> None:
         check_layout(model, config, world_size)
 
     @classmethod
@@ -85,7 +88,9 @@ class ThreeDEngine(ShardedEngine):
             results[index] = Outputs(**numbers)
             return next(iter(numbers.values()))
 
-        self._share.pipeline.run(micro_batches, finish, train=False, entropy=entropy, temperature=temperature)
+        self._share.pipeline.run(
+            micro_batches, finish, train=False, entropy=entropy, temperature=temperature
+        )
         if not self.is_last_stage:
             return None
         if not micro_batches:
@@ -93,7 +98,12 @@ class ThreeDEngine(ShardedEngine):
         return gather_outputs(micro_batches, results, sequences)
 
     def train_step(
-        self, sequences: Sequences, loss_fn: LossFn, *, entropy: bool = False, temperature: float = 1.0
+        self,
+        sequences: Sequences,
+        loss_fn: LossFn,
+        *,
+        entropy: bool = False,
+        temperature: float = 1.0,
     ) -> dict[str, float]:
         micro_batches = self._micro_batches(sequences)
         metrics: dict[str, Tensor] = {}
@@ -104,7 +114,9 @@ class ThreeDEngine(ShardedEngine):
             return loss
 
         self._optimizer.begin_step()
-        self._share.pipeline.run(micro_batches, finish, train=True, entropy=entropy, temperature=temperature)
+        self._share.pipeline.run(
+            micro_batches, finish, train=True, entropy=entropy, temperature=temperature
+        )
         with self._state_on_device():
             grad_norm, rate = self._optimizer.step()
         # Of the ranks that hold the same losses one counts.
@@ -152,7 +164,9 @@ class ThreeDEngine(ShardedEngine):
         if self.config.pp > 1:
             share = -(-int(sequences.lengths.sum()) // (MICRO_BATCHES_PER_STAGE * self.config.pp))
             budget = min(budget, max(share, MIN_MICRO_BATCH_TOKENS))
-        return [pad_time(micro_batch, self.config.tp) for micro_batch in self._cut(sequences, budget)]
+        return [
+            pad_time(micro_batch, self.config.tp) for micro_batch in self._cut(sequences, budget)
+        ]
 
 
 def _nothing(head: Head, entropy: bool) -> Outputs:

@@ -1,4 +1,5 @@
-"""Which pipeline x tensor x data layouts fit a model, and which layers each pipeline stage holds."""
+"""Which pipeline x tensor x data layouts fit a model, and which layers each pipeline stage
+holds."""
 
 from __future__ import annotations
 
@@ -12,25 +13,27 @@ SCHEDULES = ("1f1b", "interleaved_1f1b")
 
 
 def check_layout(model: PretrainedConfig, train: TrainConfig, world_size: int) -> None:
-    """ValueError, with the layouts that fit, where that of `train` over `world_size` ranks does not."""
+    """ValueError, with the layouts that fit, where that of `train` over `world_size` ranks does
+    not."""
     _check_schedule(train)
     if sorted(train.rank_order) != sorted(AXES):
         raise ValueError(
-            f"rank_order is {train.rank_order}; it must name each of {', '.join(AXES)} once, outermost first"
+            f"rank_order is {train.rank_order}; it must name each of {', '.join(AXES)} once, "
+            "outermost first"
         )
     if train.tp < 1 or train.pp < 1:
         raise ValueError(f"tp={train.tp}, pp={train.pp}: sizes must be at least 1")
     stages = train.pp * train.virtual_stages
     if stages > model.num_hidden_layers:
         raise ValueError(
-            f"pp={train.pp} with virtual_stages={train.virtual_stages} makes {stages} pipeline stages, but "
-            "the model has "
-            f"{model.num_hidden_layers} layers; {_advice(train, model, world_size)}"
+            f"pp={train.pp} with virtual_stages={train.virtual_stages} makes {stages} pipeline "
+            f"stages, but the model has {model.num_hidden_layers} layers; "
+            f"{_advice(train, model, world_size)}"
         )
     if stages > 1 and not model.base_model_pp_plan:
         raise ValueError(
-            f"pp={train.pp}: transformers has no pipeline plan for {model.model_type}; use pp=1 or engine "
-            "fsdp"
+            f"pp={train.pp}: transformers has no pipeline plan for {model.model_type}; use pp=1 "
+            "or engine fsdp"
         )
     try:
         check_fits(model, train.tp)
@@ -58,8 +61,8 @@ def fitting_layouts(
 
 
 def stage_layers(num_layers: int, num_stages: int) -> list[range]:
-    """Contiguous layers of each stage; where they do not divide, the stages in the middle, without embedding
-    or head, get one more."""
+    """Contiguous layers of each stage; where they do not divide, the stages in the middle,
+    without embedding or head, get one more."""
     counts = [num_layers // num_stages] * num_stages
     for stage in [*range(1, num_stages - 1), 0, num_stages - 1][: num_layers % num_stages]:
         counts[stage] += 1
@@ -69,7 +72,9 @@ def stage_layers(num_layers: int, num_stages: int) -> list[range]:
 
 def _check_schedule(train: TrainConfig) -> None:
     if train.pipeline_schedule not in SCHEDULES:
-        raise ValueError(f"pipeline_schedule is {train.pipeline_schedule!r}; known: {', '.join(SCHEDULES)}")
+        raise ValueError(
+            f"pipeline_schedule is {train.pipeline_schedule!r}; known: {', '.join(SCHEDULES)}"
+        )
     interleaved = train.pipeline_schedule == "interleaved_1f1b"
     if interleaved and (train.pp < 2 or train.virtual_stages < 2):
         raise ValueError(
@@ -79,12 +84,14 @@ def _check_schedule(train: TrainConfig) -> None:
         )
     if not interleaved and train.virtual_stages != 1:
         raise ValueError(
-            f"virtual_stages is {train.virtual_stages} with pipeline_schedule 1f1b; use interleaved_1f1b or "
-            "virtual_stages=1"
+            f"virtual_stages is {train.virtual_stages} with pipeline_schedule 1f1b; use "
+            "interleaved_1f1b or virtual_stages=1"
         )
 
 
 def _advice(train: TrainConfig, model: PretrainedConfig, world_size: int) -> str:
     layouts = fitting_layouts(model, world_size, train.virtual_stages)
-    listed = ", ".join(f"pp={pipeline} tp={tensor} (dp={data})" for pipeline, tensor, data in layouts)
+    listed = ", ".join(
+        f"pp={pipeline} tp={tensor} (dp={data})" for pipeline, tensor, data in layouts
+    )
     return f"on {world_size} devices fit: {listed or 'none'}"

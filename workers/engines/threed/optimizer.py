@@ -1,12 +1,13 @@
-"""ZeRO-1: AdamW whose float32 master weights and states are split over the data ranks (Rajbhandari et al.
-2020, stage 1).
+"""ZeRO-1: AdamW whose float32 master weights and states are split over the data ranks (Rajbhandari
+et al. 2020, stage 1).
 
-A rank's parameters lie one after the other in a few flat buffers (FlatGroup), in the compute dtype; the
-modules' parameters are views of them. Gradients add up in a float32 buffer of the same shape over all
-micro-batches; one reduce-scatter gives each data rank the sum for its part; it updates that part and one
-all-gather brings the new weights to all. In float32 the master weights are the working weights themselves.
-Memory for gradients and states is taken by the first training step: a model that only scores has its weights
-and nothing else. Left out: overlap of the reduce-scatter with the backward pass.
+A rank's parameters lie one after the other in a few flat buffers (FlatGroup), in the compute dtype;
+the modules' parameters are views of them. Gradients add up in a float32 buffer of the same shape
+over all micro-batches; one reduce-scatter gives each data rank the sum for its part; it updates
+that part and one all-gather brings the new weights to all. In float32 the master weights are the
+working weights themselves. Memory for gradients and states is taken by the first training step: a
+model that only scores has its weights and nothing else. Left out: overlap of the reduce-scatter
+with the backward pass.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class FlatSlice:
     partial: bool
     """Replicated, and each of those ranks has only its share of the gradient."""
     tied: bool
-    """The first and the last pipeline stage hold the same elements, and each has only its share of the
-    gradient."""
+    """The first and the last pipeline stage hold the same elements, and each has only its share
+    of the gradient."""
     copies: int
     """How many ranks of one data coordinate hold the same elements."""
 
@@ -63,8 +64,8 @@ class FlatSlice:
 
 
 class FlatGroup:
-    """Pieces with the same treatment in one buffer, split over the data ranks in equal parts (the last one is
-    padded)."""
+    """Pieces with the same treatment in one buffer, split over the data ranks in equal parts
+    (the last one is padded)."""
 
     def __init__(
         self,
@@ -112,14 +113,16 @@ class FlatGroup:
         ]
 
     def part_of(self, piece: int) -> tuple[int, int]:
-        """The elements [begin, end) of a piece, counted within it, that are in this data rank's part; empty
-        if begin >= end."""
+        """The elements [begin, end) of a piece, counted within it, that are in this data rank's
+        part; empty if begin >= end."""
         start = self.starts[piece]
-        return max(0, self.part.start - start), min(self.pieces[piece].box.numel, self.part.stop - start)
+        return max(0, self.part.start - start), min(
+            self.pieces[piece].box.numel, self.part.stop - start
+        )
 
     def write(self, piece: int, value: Tensor) -> None:
-        """Set a piece from float32 values; master weights come to life early if the compute dtype cannot hold
-        the values."""
+        """Set a piece from float32 values; master weights come to life early if the compute
+        dtype cannot hold the values."""
         view = self.views(self.weights)[piece]
         rounded = value.to(self.dtype)
         if self._master is None and not torch.equal(rounded.float(), value.float()):
@@ -133,7 +136,9 @@ class FlatGroup:
     def begin_step(self) -> None:
         """A gradient buffer of zeros that the next backward passes add to."""
         if self.gradient is None:
-            self.gradient = torch.zeros(len(self.weights), dtype=torch.float32, device=self.weights.device)
+            self.gradient = torch.zeros(
+                len(self.weights), dtype=torch.float32, device=self.weights.device
+            )
         else:
             self.gradient.zero_()
         if self.dtype is torch.float32:
@@ -142,8 +147,8 @@ class FlatGroup:
                 module.get_parameter(name).grad = view
 
     def reduce(self) -> Tensor:
-        """The sum of the gradient over all ranks that have a share of it, for this data rank's part: float32
-        [part_size]."""
+        """The sum of the gradient over all ranks that have a share of it, for this data rank's
+        part: float32 [part_size]."""
         assert self.gradient is not None, "reduce before begin_step"
         part = self.gradient
         if self.data_group.size() > 1:
@@ -158,7 +163,9 @@ class FlatGroup:
         if self.dtype is not torch.float32:
             self.weights[self.part].copy_(self.master)
         if self.data_group.size() > 1:
-            dist.all_gather_single(self.weights, self.weights[self.part].clone(), group=self.data_group)
+            dist.all_gather_single(
+                self.weights, self.weights[self.part].clone(), group=self.data_group
+            )
 
     def free(self) -> None:
         """Drop the gradient buffer until the next step."""
@@ -176,17 +183,21 @@ class FlatGroup:
         index = self.pieces.index(piece)
 
         def accumulate(parameter: Tensor) -> None:
-            assert self.gradient is not None and parameter.grad is not None, "backward before begin_step"
+            assert self.gradient is not None and parameter.grad is not None, (
+                "backward before begin_step"
+            )
             start = self.starts[index]
-            self.gradient[start : start + piece.box.numel].view(piece.box.shape).add_(parameter.grad)
+            self.gradient[start : start + piece.box.numel].view(piece.box.shape).add_(
+                parameter.grad
+            )
             parameter.grad = None
 
         return accumulate
 
 
 def group_pieces(pieces: list[FlatSlice]) -> list[list[FlatSlice]]:
-    """Pieces by treatment; every rank of an axis that shares gradients forms the same groups in the same
-    order."""
+    """Pieces by treatment; every rank of an axis that shares gradients forms the same groups in
+    the same order."""
     groups: dict[tuple[bool, bool, bool, int], list[FlatSlice]] = {}
     for piece in pieces:
         groups.setdefault((piece.tied, piece.partial, piece.decays, piece.copies), []).append(piece)
@@ -208,8 +219,8 @@ class ZeroOptimizer:
             group.begin_step()
 
     def step(self) -> tuple[float, float]:
-        """(gradient norm over all ranks before clipping, learning rate); RuntimeError for a norm that is not
-        finite."""
+        """(gradient norm over all ranks before clipping, learning rate); RuntimeError for a
+        norm that is not finite."""
         parts = [group.reduce() for group in self.groups]
         norm = self._norm(parts)
         clip(parts, norm, self.config.clip_grad_norm, self._not_finite)
@@ -275,7 +286,9 @@ class ZeroOptimizer:
             return
         for group, before, options in zip(self.groups, old, self.adam.param_groups, strict=True):
             state = self.adam.state.pop(before)
-            self.adam.state[group.master] = {name: value.to(device) for name, value in state.items()}
+            self.adam.state[group.master] = {
+                name: value.to(device) for name, value in state.items()
+            }
             options["params"] = [group.master]
 
     def _norm(self, parts: list[Tensor]) -> float:

@@ -1,11 +1,12 @@
-"""Pipeline: runs a timetable of forward and backward passes and carries activations and gradients between the
-stages.
+"""Pipeline: runs a timetable of forward and backward passes and carries activations and gradients
+between the stages.
 
-torch.distributed.pipelining is not used for this: its stages exchange tensors of one shape, fixed at the
-first step, while micro-batches here differ in rows and time; padding them all to the longest would compute
-the padding, and its traced stages refuse the models of transformers. Here every rank of a pipeline has the
-same micro-batches, so both ends of a message know its shape. All messages of one tick go out as one batch of
-sends and receives; a rank waits for a message only when it needs it.
+torch.distributed.pipelining is not used for this: its stages exchange tensors of one shape, fixed
+at the first step, while micro-batches here differ in rows and time; padding them all to the longest
+would compute the padding, and its traced stages refuse the models of transformers. Here every rank
+of a pipeline has the same micro-batches, so both ends of a message know its shape. All messages of
+one tick go out as one batch of sends and receives; a rank waits for a message only when it needs
+it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from workers.engines.threed.schedule import Action, Tick, timetable
 from workers.engines.threed.stages import Stages
 
 Finish = Callable[[int, dict[str, Tensor]], Tensor]
-"""(index of the micro-batch, ScoredModel's numbers) -> the tensor to differentiate; called on the last stage.
+"""(index of the micro-batch, ScoredModel's numbers) -> the tensor to differentiate; called on the
+last stage.
 """
 
 
@@ -39,11 +41,16 @@ class _Message:
 
 
 class Pipeline:
-    """pipeline.run(micro_batches, finish, train=True): afterwards gradients are where FlatGroup collects
-    them."""
+    """pipeline.run(micro_batches, finish, train=True): afterwards gradients are where FlatGroup
+    collects them."""
 
     def __init__(
-        self, stages: Stages, group: ProcessGroup, tensor_size: int, hidden_size: int, dtype: torch.dtype
+        self,
+        stages: Stages,
+        group: ProcessGroup,
+        tensor_size: int,
+        hidden_size: int,
+        dtype: torch.dtype,
     ) -> None:
         self.stages = stages
         self.group = group
@@ -80,11 +87,9 @@ class _Step:
         entropy: bool,
         temperature: float,
     ) -> None:
-        self.pipeline, self.stages, self.last_stage = (
-            pipeline,
-            pipeline.stages,
-            pipeline.stages.num_stages - 1,
-        )
+        self.pipeline = pipeline
+        self.stages = pipeline.stages
+        self.last_stage = pipeline.stages.num_stages - 1
         self.micro_batches, self.finish, self.train = micro_batches, finish, train
         self.entropy, self.temperature = entropy, temperature
         self.inbox: dict[Action, _Message] = {}
@@ -109,7 +114,9 @@ class _Step:
             if place == here:
                 assert produced is not None
                 operations.append(
-                    P2POp(dist.isend, produced, group=self.pipeline.group, group_peer=fed.stage % size)
+                    P2POp(
+                        dist.isend, produced, group=self.pipeline.group, group_peer=fed.stage % size
+                    )
                 )
             else:
                 arriving.append((fed, self._buffer(fed.micro_batch)))
@@ -129,7 +136,9 @@ class _Step:
                 fed, buffer = next(received)
                 self.inbox[fed] = _Message(buffer, own)
         self.outgoing = [
-            message for message in self.outgoing if not all(work.is_completed() for work in message.works)
+            message
+            for message in self.outgoing
+            if not all(work.is_completed() for work in message.works)
         ]
 
     def close(self) -> None:
@@ -144,7 +153,11 @@ class _Step:
             if received is not None and self.train:
                 received.requires_grad_()
             result = self.stages.forward(
-                action.stage, micro_batch, received, entropy=self.entropy, temperature=self.temperature
+                action.stage,
+                micro_batch,
+                received,
+                entropy=self.entropy,
+                temperature=self.temperature,
             )
             output = self.finish(action.micro_batch, result) if isinstance(result, dict) else result
         if self.train:
@@ -166,7 +179,9 @@ class _Step:
             return None
         if action.backward:
             return Action(action.stage - 1, action.micro_batch, True) if action.stage else None
-        return Action(action.stage + 1, action.micro_batch) if action.stage < self.last_stage else None
+        return (
+            Action(action.stage + 1, action.micro_batch) if action.stage < self.last_stage else None
+        )
 
     def _buffer(self, micro_batch: int) -> Tensor:
         ids = self.micro_batches[micro_batch].input_ids

@@ -1,12 +1,13 @@
-"""Stages: the slices of a Hugging Face model that one pipeline rank holds, run by the model's own forward
-code.
+"""Stages: the slices of a Hugging Face model that one pipeline rank holds, run by the model's own
+forward code.
 
-The decoder keeps its full list of layers; those of other stages are replaced by modules that pass their input
-on, so parameters keep their checkpoint names and the family's own forward (masks, rotary embeddings, layer
-types, scaling) runs unchanged on every stage. On a stage that is not the first, the embedding gives a
-placeholder of the right shape (only its shape and dtype are read, for masks and positions) and the
-activations that arrived enter in the place of layer 0. The head and the final norm exist on the last stage
-only. Between stages an activation is [rows, time / tp, hidden]: every tensor rank sends its own part.
+The decoder keeps its full list of layers; those of other stages are replaced by modules that pass
+their input on, so parameters keep their checkpoint names and the family's own forward (masks,
+rotary embeddings, layer types, scaling) runs unchanged on every stage. On a stage that is not the
+first, the embedding gives a placeholder of the right shape (only its shape and dtype are read, for
+masks and positions) and the activations that arrived enter in the place of layer 0. The head and
+the final norm exist on the last stage only. Between stages an activation is [rows, time / tp,
+hidden]: every tensor rank sends its own part.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from workers.engines.shared.micro_batches import MicroBatch
 
 
 class Stages:
-    """stages.forward(stage, micro_batch, received) for the stages in `local`; the other stages' modules are
-    dropped from the model."""
+    """stages.forward(stage, micro_batch, received) for the stages in `local`; the other stages'
+    modules are dropped from the model."""
 
     def __init__(
         self,
@@ -45,7 +46,8 @@ class Stages:
         all_layers = decoder_layers(scored.model)
         held = set(chain.from_iterable(layers[stage] for stage in local))
         self._lists = {
-            stage: nn.ModuleList(self._slice(all_layers, set(layers[stage]), stage > 0)) for stage in local
+            stage: nn.ModuleList(self._slice(all_layers, set(layers[stage]), stage > 0))
+            for stage in local
         }
         if not last:
             self._norm = nn.Identity()
@@ -66,8 +68,8 @@ class Stages:
         entropy: bool,
         temperature: float,
     ) -> Tensor | dict[str, Tensor]:
-        """Activations [rows, time / tp, hidden] for the next stage, or, of the last stage, ScoredModel's
-        numbers."""
+        """Activations [rows, time / tp, hidden] for the next stage, or, of the last stage,
+        ScoredModel's numbers."""
         is_last = stage == self.num_stages - 1
         ids, packing = micro_batch.input_ids, micro_batch.packing
         self._received.value = received
@@ -123,7 +125,8 @@ class _Received(nn.Module):
 
 
 class _Placeholder(nn.Module):
-    """Stands for the embedding on later stages: [rows, time, hidden] of zeros that take no memory."""
+    """Stands for the embedding on later stages: [rows, time, hidden] of zeros that take no
+    memory."""
 
     def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 
 class VllmShards(WeightDestination):
-    """Every rank receives the boxes that its part of the model consists of, written in place where vLLM
-    allows it."""
+    """Every rank receives the boxes that its part of the model consists of, written in place
+    where vLLM allows it."""
 
     def __init__(self, engine: VllmEngine, parameters: Sequence[ParameterSpec]) -> None:
         self.engine = engine
-        self.weights = VllmWeights(engine.llm, {parameter.name: parameter.shape for parameter in parameters})
+        self.weights = VllmWeights(
+            engine.llm, {parameter.name: parameter.shape for parameter in parameters}
+        )
 
     def destinations(self) -> list[LocalParameter]:
         return self.weights.destinations()

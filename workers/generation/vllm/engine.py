@@ -1,10 +1,11 @@
-"""vLLM inside the host process: scheduler, paged key/value cache, tensor and pipeline parallel over the
-pool's own world.
+"""vLLM inside the host process: scheduler, paged key/value cache, tensor and pipeline parallel over
+the pool's own world.
 
-No process is started: every rank builds its own engine, and the ranks of one replica take the same decisions
-because they see the same requests. The engine works with the groups that exist (built beforehand, for another
-grouping) or lets vLLM build its own of consecutive ranks. Speculative decoding, adapters and multimodal
-inputs are left out. docs/generation.md has the measurements behind the settings.
+No process is started: every rank builds its own engine, and the ranks of one replica take the same
+decisions because they see the same requests. The engine works with the groups that exist (built
+beforehand, for another grouping) or lets vLLM build its own of consecutive ranks. Speculative
+decoding, adapters and multimodal inputs are left out. docs/generation.md has the measurements
+behind the settings.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ from workers.generation.sampling import (
 )
 from workers.generation.vllm.destination import VllmShards
 from workers.generation.vllm.groups import build_vllm_groups
-from workers.generation.vllm.memory import CpuMemory, CudaMemory, EngineMemory, model_runner, reload_weights
+from workers.generation.vllm.memory import (
+    CpuMemory,
+    CudaMemory,
+    EngineMemory,
+    model_runner,
+    reload_weights,
+)
 from workers.generation.vllm.setup import build_llm, preserve_process_state
 
 if TYPE_CHECKING:
@@ -65,8 +72,8 @@ class VllmEngine(GenerationEngine):
     ) -> None:
         """Build the engine; collective over the pool.
 
-        load_weights=False leaves the weights random, for an actor that pushes its own before the first
-        generation.
+        load_weights=False leaves the weights random, for an actor that pushes its own before the
+        first generation.
         """
         if context.world_size % (config.tp * config.pp):
             raise ValueError(
@@ -117,8 +124,9 @@ class VllmEngine(GenerationEngine):
         )
         if sampling.stop_strings and not self._has_tokenizer:
             raise ValueError(
-                f"sampling.stop_strings={sampling.stop_strings}: the engine was built without a tokenizer; "
-                "set them in actor.generation.sampling.stop_strings, so that it loads one"
+                f"sampling.stop_strings={sampling.stop_strings}: the engine was built without a "
+                "tokenizer; set them in actor.generation.sampling.stop_strings, so that it loads "
+                "one"
             )
         params = self._sampling_params(most, sampling)
         self._sampler.start(seeds, sampling)
@@ -127,10 +135,13 @@ class VllmEngine(GenerationEngine):
         finally:
             log_probs = self._sampler.finish()
         completions = [output.outputs[0] for output in outputs]
-        lengths = np.array([len(completion.token_ids) for completion in completions], dtype=np.int64)
+        lengths = np.array(
+            [len(completion.token_ids) for completion in completions], dtype=np.int64
+        )
         return Generations(
             response_ids=np.array(
-                [token for completion in completions for token in completion.token_ids], dtype=np.int64
+                [token for completion in completions for token in completion.token_ids],
+                dtype=np.int64,
             ),
             lengths=lengths,
             log_probs=log_probs[np.arange(log_probs.shape[1]) < lengths[:, None]],
@@ -161,8 +172,8 @@ class VllmEngine(GenerationEngine):
         return np.array(output.prompt_logprobs.logprobs, dtype=np.float32)
 
     def _score_prefixes(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """score by one forced token after every prefix: with pipeline stages vLLM has no log-probs of
-        prompts."""
+        """score by one forced token after every prefix: with pipeline stages vLLM has no
+        log-probs of prompts."""
         sampling = SamplingConfig(max_response_tokens=1)
         count = len(token_ids) - 1
         self._sampler.start(np.zeros(count, dtype=np.int64), sampling, forced=token_ids[1:])
@@ -219,11 +230,13 @@ class VllmEngine(GenerationEngine):
         for axis, group in (("tp", get_tp_group()), ("pp", get_pp_group())):
             expected = list(self.layout.group(rank, axis))
             assert group.ranks == expected, (
-                f"vLLM's {axis} group is {group.ranks}, the layout's {expected}: build the groups of the "
-                "layout"
+                f"vLLM's {axis} group is {group.ranks}, the layout's {expected}: build the groups "
+                "of the layout"
             )
 
-    def _sampling_params(self, most: Sequence[int], sampling: SamplingConfig) -> list[SamplingParams]:
+    def _sampling_params(
+        self, most: Sequence[int], sampling: SamplingConfig
+    ) -> list[SamplingParams]:
         """One object a row, which may get `most` tokens; vLLM only counts and stops, drawing is
         TrainerSampler's."""
         from vllm import SamplingParams
@@ -258,12 +271,14 @@ class VllmEngine(GenerationEngine):
         self._memory.take_back_cache()
         if not prompts:
             return []
-        return self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        return self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+        )
 
 
 def prepare_pipeline(llm: LLM) -> None:
-    """Give later pipeline stages the buffers that they receive into: vLLM allocates them in a warm-up that
-    CPUs skip."""
+    """Give later pipeline stages the buffers that they receive into: vLLM allocates them in a
+    warm-up that CPUs skip."""
     from vllm.distributed.parallel_state import get_pp_group
 
     runner = model_runner(llm)

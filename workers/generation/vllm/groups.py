@@ -1,8 +1,9 @@
 """vLLM's process groups for any generation grouping, built before the engine.
 
-vLLM groups consecutive ranks. The paper's zero-redundancy grouping does not (docs/paper.md section 3): its
-generation TP groups take ranks at intervals. vLLM keeps groups that exist already, so these are built first.
-Engines that are data-parallel inside (expert parallel) and context parallelism are left out.
+vLLM groups consecutive ranks. The paper's zero-redundancy grouping does not (docs/paper.md section
+3): its generation TP groups take ranks at intervals. vLLM keeps groups that exist already, so these
+are built first. Engines that are data-parallel inside (expert parallel) and context parallelism are
+left out.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import torch.distributed as dist
 
 
 def build_vllm_groups(replicas: Sequence[Sequence[Sequence[int]]]) -> None:
-    """Create vLLM's groups in this process; call it on every rank of the default group, before vllm.LLM.
-    Collective.
+    """Create vLLM's groups in this process; call it on every rank of the default group, before
+    vllm.LLM. Collective.
 
-    `replicas[i][stage]` lists the ranks of one generation replica's pipeline stage in the order of their
-    tensor coordinate: build_vllm_groups([[[0, 2]], [[1, 3]]]) is two replicas with tp=2, pp=1. All replicas
-    have equal sizes. Worth calling for consecutive ranks too: vLLM's own CPU groups name their shared memory
-    alike in every pool of a machine. The groups stay until
+    `replicas[i][stage]` lists the ranks of one generation replica's pipeline stage in the order of
+    their tensor coordinate: build_vllm_groups([[[0, 2]], [[1, 3]]]) is two replicas with tp=2,
+    pp=1. All replicas have equal sizes. Worth calling for consecutive ranks too: vLLM's own CPU
+    groups name their shared memory alike in every pool of a machine. The groups stay until
     vllm.distributed.parallel_state.destroy_model_parallel().
     """
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -37,8 +38,8 @@ def build_vllm_groups(replicas: Sequence[Sequence[Sequence[int]]]) -> None:
             order += stage
     if len(sizes) != 1 or sorted(order) != list(range(dist.get_world_size())):
         raise ValueError(
-            f"generation groups {replicas}: need replicas of equal pp and tp sizes that hold every rank of "
-            "the pool once"
+            f"generation groups {replicas}: need replicas of equal pp and tp sizes that hold "
+            "every rank of the pool once"
         )
     pipeline, tensor = sizes.pop()
     build, new_group = parallel_state.init_model_parallel_group, dist.new_group
@@ -56,11 +57,14 @@ def build_vllm_groups(replicas: Sequence[Sequence[Sequence[int]]]) -> None:
     with set_current_vllm_config(VllmConfig()):
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         parallel_state.init_distributed_environment(
-            world_size=len(order), rank=dist.get_rank(), local_rank=local_rank, backend=dist.get_backend()
+            world_size=len(order),
+            rank=dist.get_rank(),
+            local_rank=local_rank,
+            backend=dist.get_backend(),
         )
-        # vLLM numbers places as replica, stage, tensor coordinate; the rank at a place is ours to choose.
-        # torch sorts a group's ranks unless it is told not to, and vLLM does not tell it: gathered tensor
-        # parts would come in the order of the ranks.
+        # vLLM numbers places as replica, stage, tensor coordinate; the rank at a place is ours to
+        # choose. torch sorts a group's ranks unless it is told not to, and vLLM does not tell it:
+        # gathered tensor parts would come in the order of the ranks.
         parallel_state.init_model_parallel_group = build_permuted
         dist.new_group = partial(new_group, sort_ranks=False)
         try:

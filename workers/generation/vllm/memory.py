@@ -27,10 +27,14 @@ def model_runner(llm: LLM) -> GPUModelRunner:
 def reload_weights(llm: LLM, weights: Iterable[tuple[str, torch.Tensor]], *, tied: bool) -> None:
     """Replace all weights by full tensors under checkpoint names; every rank keeps its part.
 
-    Raises ValueError, with the modules' names, if a tensor that the model needs was not among `weights`.
+    Raises ValueError, with the modules' names, if a tensor that the model needs was not among
+    `weights`.
     """
     from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
 
     model = model_runner(llm).get_model()
     with set_current_vllm_config(llm.llm_engine.vllm_config):
@@ -40,14 +44,14 @@ def reload_weights(llm: LLM, weights: Iterable[tuple[str, torch.Tensor]], *, tie
         finalize_layerwise_reload(model, llm.model_config)
     if incomplete:
         raise ValueError(
-            f"load_weights: the tensors given do not fill {', '.join(incomplete)}; pass every parameter of "
-            "the model"
+            f"load_weights: the tensors given do not fill {', '.join(incomplete)}; pass every "
+            "parameter of the model"
         )
 
 
 def with_head(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass tied embeddings a second time as the head: on CPU vLLM keeps a repacked copy that only its own
-    name refreshes."""
+    """Pass tied embeddings a second time as the head: on CPU vLLM keeps a repacked copy that
+    only its own name refreshes."""
     for name, tensor in weights:
         if name == "lm_head.weight":
             continue  # the same tensor, given under both names
@@ -64,7 +68,11 @@ def incomplete_modules(model: nn.Module) -> list[str]:
     names = []
     for name, module in model.named_modules():
         info = get_layerwise_info(module)
-        if not info.can_load() or not info.load_numel_total or not list(module.parameters(recurse=False)):
+        if (
+            not info.can_load()
+            or not info.load_numel_total
+            or not list(module.parameters(recurse=False))
+        ):
             continue  # complete, or with nothing that a checkpoint has (rotary tables, scales of the cache)
         padded = (
             isinstance(module, VocabParallelEmbedding) and info.load_numel > 0
@@ -75,13 +83,13 @@ def incomplete_modules(model: nn.Module) -> list[str]:
 
 
 class EngineMemory(ABC):
-    """Frees and takes back an engine's memory: release, take_back_weights, (fill them), weights_filled,
-    ready."""
+    """Frees and takes back an engine's memory: release, take_back_weights, (fill them),
+    weights_filled, ready."""
 
     @abstractmethod
     def release(self) -> int:
-        """Free weights and key/value cache, and say how many bytes that were; nothing to do if they are
-        free."""
+        """Free weights and key/value cache, and say how many bytes that were; nothing to do if
+        they are free."""
 
     @abstractmethod
     def take_back_weights(self) -> None:
@@ -89,12 +97,13 @@ class EngineMemory(ABC):
 
     @abstractmethod
     def take_back_cache(self) -> None:
-        """Memory for the key/value cache again; after the weights are filled, so that their transfer has that
-        memory."""
+        """Memory for the key/value cache again; after the weights are filled, so that their
+        transfer has that memory."""
 
 
 class CpuMemory(EngineMemory):
-    """Storages are resized in place to nothing and back, so that every view of them stays what it is."""
+    """Storages are resized in place to nothing and back, so that every view of them stays what
+    it is."""
 
     def __init__(self, llm: LLM) -> None:
         self._runner = model_runner(llm)
@@ -109,8 +118,8 @@ class CpuMemory(EngineMemory):
         self._cache = free(layer.untyped_storage() for layer in self._runner.kv_caches)
         for module in model.modules():
             if "cpu_linear" in module.__dict__:
-                # vLLM's repacked copy of the weights, not counted: oneDNN does not say how large it is.
-                # Filling them makes a new one.
+                # vLLM's repacked copy of the weights, not counted: oneDNN does not say how large it
+                # is. Filling them makes a new one.
                 module.cpu_linear = None
         return sum(size for _, size in (*self._weights, *self._cache))
 
@@ -124,7 +133,8 @@ class CpuMemory(EngineMemory):
 
 
 class CudaMemory(EngineMemory):
-    """vLLM's own sleep mode, at the level that keeps neither weights nor cache; buffers are kept."""
+    """vLLM's own sleep mode, at the level that keeps neither weights nor cache; buffers are
+    kept."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
@@ -152,15 +162,17 @@ class CudaMemory(EngineMemory):
 
 def free(storages: Iterable[torch.UntypedStorage]) -> list[tuple[torch.UntypedStorage, int]]:
     """Resize to nothing; returns what take_back needs. Storages may come several times."""
-    sizes = {storage.data_ptr(): (storage, storage.nbytes()) for storage in storages if storage.nbytes()}
+    sizes = {
+        storage.data_ptr(): (storage, storage.nbytes()) for storage in storages if storage.nbytes()
+    }
     for storage, _ in sizes.values():
         storage.resize_(0)
     return list(sizes.values())
 
 
 def take_back(sizes: Iterable[tuple[torch.UntypedStorage, int]]) -> None:
-    """Resize to the former size, filled with zeros (attention multiplies unused cache entries by zero: they
-    must be numbers)."""
+    """Resize to the former size, filled with zeros (attention multiplies unused cache entries
+    by zero: they must be numbers)."""
     for storage, size in sizes:
         storage.resize_(size)
         torch.empty(0, dtype=torch.uint8).set_(storage).zero_()

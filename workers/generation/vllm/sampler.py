@@ -1,11 +1,12 @@
-"""The sampler that the vLLM engine runs with: the project's draws, and the log-prob of the sampled token,
-nothing else.
+"""The sampler that the vLLM engine runs with: the project's draws, and the log-prob of the sampled
+token, nothing else.
 
-vLLM's own sampler returns log-probs at temperature 1 or after top-p and top-k, where a trainer scores with
-the full softmax at the sampling temperature; it ranks every sampled token in the vocabulary (by a kernel
-compiled at the first call, for seconds); it draws from the process' global generator, which is the trainer's;
-and on CPU its noise takes a third of the time of a small model. Log-probs are recorded here by row and
-position, because passing them through vLLM's output costs Python per token.
+vLLM's own sampler returns log-probs at temperature 1 or after top-p and top-k, where a trainer
+scores with the full softmax at the sampling temperature; it ranks every sampled token in the
+vocabulary (by a kernel compiled at the first call, for seconds); it draws from the process' global
+generator, which is the trainer's; and on CPU its noise takes a third of the time of a small model.
+Log-probs are recorded here by row and position, because passing them through vLLM's output costs
+Python per token.
 """
 
 from __future__ import annotations
@@ -42,10 +43,13 @@ class TrainerSampler(Sampler):
         self._sampling: SamplingConfig | None = None
 
     def start(
-        self, seeds: NDArray[np.int64], sampling: SamplingConfig, forced: NDArray[np.int64] | None = None
+        self,
+        seeds: NDArray[np.int64],
+        sampling: SamplingConfig,
+        forced: NDArray[np.int64] | None = None,
     ) -> None:
-        """Draw rows by `seeds` until finish; with `forced` [rows], take that token for each row in place of a
-        draw."""
+        """Draw rows by `seeds` until finish; with `forced` [rows], take that token for each row
+        in place of a draw."""
         self._sampling = sampling
         self._forced = None if forced is None else torch.from_numpy(forced).to(self._runner.device)
         device = self._runner.device
@@ -64,17 +68,20 @@ class TrainerSampler(Sampler):
         predict_bonus_token: bool = False,
         logprobs_mode_override: str | None = None,
     ) -> SamplerOutput:
-        """One token for every row of logits [batch, vocab]; vLLM's own way outside start and finish (its
-        warm-up, scoring)."""
+        """One token for every row of logits [batch, vocab]; vLLM's own way outside start and
+        finish (its warm-up, scoring)."""
         if self._sampling is None:
-            return super().forward(logits, sampling_metadata, predict_bonus_token, logprobs_mode_override)
+            return super().forward(
+                logits, sampling_metadata, predict_bonus_token, logprobs_mode_override
+            )
         batch, requests = self._runner.input_batch, self._runner.requests
         count = logits.shape[0]
         rows = torch.tensor(
-            [requests[name].sampling_params.extra_args[ROW] for name in batch.req_ids], device=logits.device
+            [requests[name].sampling_params.extra_args[ROW] for name in batch.req_ids],
+            device=logits.device,
         )
-        # A row that is still within its prompt draws too; vLLM discards that token, and the draw at position
-        # 0 is repeated.
+        # A row that is still within its prompt draws too; vLLM discards that token, and the draw at
+        # position 0 is repeated.
         written = batch.num_tokens_no_spec[:count] - batch.num_prompt_tokens[:count]
         positions = torch.from_numpy(written.astype(np.int64)).to(logits.device)
         if self._forced is None:
@@ -83,13 +90,18 @@ class TrainerSampler(Sampler):
             ids = self._forced[rows]
             log_probs = logits.float().log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         self._log_probs[rows, positions] = log_probs
-        return SamplerOutput(sampled_token_ids=ids.to(torch.int32).unsqueeze(-1), logprobs_tensors=None)
+        return SamplerOutput(
+            sampled_token_ids=ids.to(torch.int32).unsqueeze(-1), logprobs_tensors=None
+        )
 
     @staticmethod
     def gather_logprobs(
         logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor
     ) -> LogprobsTensors:
-        """Log-probs of prompt tokens `token_ids` [tokens] from [tokens, vocab]; no ranks, no runners-up."""
+        """Log-probs of prompt tokens `token_ids` [tokens] from [tokens, vocab]; no ranks, no
+        runners-up."""
         assert num_logprobs == 0, "only the given tokens' log-probs are computed"
         ids = token_ids.unsqueeze(-1)
-        return LogprobsTensors(ids.to(torch.int32), logprobs.gather(-1, ids), torch.zeros_like(token_ids))
+        return LogprobsTensors(
+            ids.to(torch.int32), logprobs.gather(-1, ids), torch.zeros_like(token_ids)
+        )

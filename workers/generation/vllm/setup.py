@@ -1,4 +1,5 @@
-"""Building vLLM's engine in a process and a torch.distributed world that belong to somebody else."""
+"""Building vLLM's engine in a process and a torch.distributed world that belong to somebody
+else."""
 
 from __future__ import annotations
 
@@ -29,17 +30,23 @@ ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
-"""Read when vLLM is imported: one process, no telemetry, the model runner whose sampler can be replaced."""
+"""Read when vLLM is imported: one process, no telemetry, the model runner whose sampler can be
+replaced."""
 
 CPU_BLOCK_SIZE = 32
-"""The smallest that vLLM's CPU attention takes: prompts share whole blocks only, and a response wastes half a
-block."""
+"""The smallest that vLLM's CPU attention takes: prompts share whole blocks only, and a response
+wastes half a block."""
 
 
 def build_llm(
-    model: ModelConfig, config: GenerationConfig, text_config: PretrainedConfig, *, load_weights: bool
+    model: ModelConfig,
+    config: GenerationConfig,
+    text_config: PretrainedConfig,
+    *,
+    load_weights: bool,
 ) -> LLM:
-    """vLLM's engine in this process, on torch.distributed's world; its parallel groups may exist already."""
+    """vLLM's engine in this process, on torch.distributed's world; its parallel groups may
+    exist already."""
     from vllm import LLM
 
     cuda = torch.cuda.is_available()
@@ -73,14 +80,17 @@ def build_llm(
 
 
 def most_cache_bytes(config: GenerationConfig, text_config: PretrainedConfig) -> int:
-    """Bytes of key/value cache of a rank for max_num_seqs responses of full length: more would never be used.
+    """Bytes of key/value cache of a rank for max_num_seqs responses of full length: more would
+    never be used.
 
     For attention with keys and values per head, which is an upper bound for the compressed kinds.
     """
     values = text_config.to_dict()
     heads = values.get("num_key_value_heads") or values["num_attention_heads"]
     head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-    token_bytes = 2 * -(-heads // config.tp) * head_dim * (4 if config.precision == Precision.fp32 else 2)
+    token_bytes = (
+        2 * -(-heads // config.tp) * head_dim * (4 if config.precision == Precision.fp32 else 2)
+    )
     block = config.block_size or CPU_BLOCK_SIZE
     length = config.max_model_len or values["max_position_embeddings"]
     blocks = config.max_num_seqs * -(-length // block) + 1  # vLLM keeps one block empty
@@ -91,23 +101,28 @@ def most_cache_bytes(config: GenerationConfig, text_config: PretrainedConfig) ->
 def preserve_process_state(context: RankContext, *, verbose: bool) -> Iterator[None]:
     """Let vLLM start without keeping what it changes in the process that it runs in.
 
-    It seeds every global random generator, replaces torch.set_num_threads by a no-op (CPU) and edits the
-    environment that later child processes would inherit (LD_PRELOAD among it). It binds no thread to a core
-    when it runs in the calling process.
+    It seeds every global random generator, replaces torch.set_num_threads by a no-op (CPU) and
+    edits the environment that later child processes would inherit (LD_PRELOAD among it). It binds
+    no thread to a core when it runs in the calling process.
     """
-    assert dist.is_initialized(), "the pool's torch.distributed world must exist before a generation engine"
+    assert dist.is_initialized(), (
+        "the pool's torch.distributed world must exist before a generation engine"
+    )
     os.environ.update(ENVIRONMENT)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")
     # vLLM writes lines before it reads that variable.
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
     environment = dict(os.environ)
     os.environ.update(
-        RANK=str(context.rank), WORLD_SIZE=str(context.world_size), LOCAL_RANK=str(context.local_rank)
+        RANK=str(context.rank),
+        WORLD_SIZE=str(context.world_size),
+        LOCAL_RANK=str(context.local_rank),
     )
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_bytes
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    # vLLM collects garbage five times while it starts: over everything imported that takes two seconds.
+    # vLLM collects garbage five times while it starts: over everything imported that takes two
+    # seconds.
     gc.freeze()
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():

@@ -1,10 +1,11 @@
-"""The boxes that a vLLM rank holds, discovered by running the model's own loaders on recording tensors.
+"""The boxes that a vLLM rank holds, discovered by running the model's own loaders on recording
+tensors.
 
 A second model is built on the meta device (no memory), every checkpoint parameter is given to its
-load_weights as a meta tensor, and a dispatch mode watches what is copied from which part of which parameter
-into which part of which of the model's tensors. So sharding, fusing (qkv, gate_up), padding, replication and
-pipeline stages are whatever the loaders do; there is no table of models. Quantised models are left out: their
-loaders transform.
+load_weights as a meta tensor, and a dispatch mode watches what is copied from which part of which
+parameter into which part of which of the model's tensors. So sharding, fusing (qkv, gate_up),
+padding, replication and pipeline stages are whatever the loaders do; there is no table of models.
+Quantised models are left out: their loaders transform.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ class Region:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Region:
         return cls(
-            size=tuple(tensor.shape), stride=tuple(tensor.stride()), offset=int(tensor.storage_offset())
+            size=tuple(tensor.shape),
+            stride=tuple(tensor.stride()),
+            offset=int(tensor.storage_offset()),
         )
 
     @property
@@ -66,14 +69,17 @@ class LoaderWrite:
 
 
 class LoaderError(ValueError):
-    """A weight loader did something that cannot be expressed as copies of boxes; names the parameter."""
+    """A weight loader did something that cannot be expressed as copies of boxes; names the
+    parameter."""
 
 
 class _Recorder(TorchDispatchMode):
-    """Records copies from checkpoint parameters into the model's tensors; executes views, refuses everything
-    else."""
+    """Records copies from checkpoint parameters into the model's tensors; executes views,
+    refuses everything else."""
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+    ) -> None:
         super().__init__()
         self.names = {_storage(tensor): name for name, tensor in parameters.items()}
         self.parameters = parameters
@@ -82,7 +88,11 @@ class _Recorder(TorchDispatchMode):
         self.written = dict.fromkeys(tensors, 0)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is ATEN.copy_.default:
             self._copy(args[0], args[1])
@@ -98,14 +108,18 @@ class _Recorder(TorchDispatchMode):
                         and (name := self.names.get(_storage(tensor))) is not None
                     ):
                         raise LoaderError(
-                            f"{name}: its weight loader applies {func} before it is stored; only slices can "
-                            "be resharded"
+                            f"{name}: its weight loader applies {func} before it is stored; only "
+                            "slices can be resharded"
                         )
             written = args[0] if args and isinstance(args[0], torch.Tensor) else None
-            if func._schema.is_mutable and written is not None and _storage(written) in self.tensors:
+            if (
+                func._schema.is_mutable
+                and written is not None
+                and _storage(written) in self.tensors
+            ):
                 raise LoaderError(
-                    f"{self.tensors[_storage(written)]}: a weight loader applies {func} to it; only copies "
-                    "can be resharded"
+                    f"{self.tensors[_storage(written)]}: a weight loader applies {func} to it; "
+                    "only copies can be resharded"
                 )
         return func(*args, **(kwargs or {}))
 
@@ -115,31 +129,40 @@ class _Recorder(TorchDispatchMode):
             return  # scratch memory of the loader
         if name is None:
             raise LoaderError(
-                f"{tensor}: a weight loader fills it from something that is no slice of a checkpoint "
-                "parameter"
+                f"{tensor}: a weight loader fills it from something that is no slice of a "
+                "checkpoint parameter"
             )
         if tensor is None:
             raise LoaderError(
-                f"{name}: its weight loader copies it into something that is no parameter or buffer of the "
-                "model"
+                f"{name}: its weight loader copies it into something that is no parameter or "
+                "buffer of the model"
             )
         if into.shape != out.shape:
             shapes = f"{tuple(out.shape)} to {tuple(into.shape)}"
-            raise LoaderError(f"{name}: its weight loader broadcasts {shapes}; only slices can be resharded")
+            raise LoaderError(
+                f"{name}: its weight loader broadcasts {shapes}; only slices can be resharded"
+            )
         self.written[tensor] += into.numel()
         if into.numel():
             box = _box(name, self.parameters[name], out)
-            self.placements.append(LoaderWrite(name=name, box=box, tensor=tensor, region=Region.of(into)))
+            self.placements.append(
+                LoaderWrite(name=name, box=box, tensor=tensor, region=Region.of(into))
+            )
 
 
-def record(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[LoaderWrite]:
-    """Run `model`'s load_weights (a model on the meta device) over checkpoint parameters of the given shapes.
+def record(
+    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> list[LoaderWrite]:
+    """Run `model`'s load_weights (a model on the meta device) over checkpoint parameters of the
+    given shapes.
 
-    Parameters that this rank does not hold (of another pipeline stage) have no placement. Raises LoaderError
-    for a loader that does more than copy slices, and for a tensor of the model that the loaders leave partly
-    unwritten.
+    Parameters that this rank does not hold (of another pipeline stage) have no placement. Raises
+    LoaderError for a loader that does more than copy slices, and for a tensor of the model that the
+    loaders leave partly unwritten.
     """
-    parameters = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    parameters = {
+        name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()
+    }
     tensors = dict(model.named_parameters()) | {
         name: buffer for name, buffer in model.named_buffers() if buffer.device.type == "meta"
     }
@@ -148,14 +171,15 @@ def record(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: torch
     for name, parameter in model.named_parameters():
         if recorder.written[name] != parameter.numel():
             raise LoaderError(
-                f"{name}: the loaders write {recorder.written[name]} of its {parameter.numel()} elements"
+                f"{name}: the loaders write {recorder.written[name]} of its {parameter.numel()} "
+                "elements"
             )
     return recorder.placements
 
 
 def meta_model(config: VllmConfig) -> nn.Module:
-    """The model of this rank as vLLM builds it before loading, without memory and without touching the
-    running engine."""
+    """The model of this rank as vLLM builds it before loading, without memory and without
+    touching the running engine."""
     from vllm.model_executor.model_loader.utils import initialize_model
 
     twin = copy.copy(config)
@@ -175,11 +199,13 @@ def meta_model(config: VllmConfig) -> nn.Module:
 def checkpoint_shapes(
     path: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every checkpoint parameter (tied weights once), from transformers' model on the meta
-    device."""
+    """Name and shape of every checkpoint parameter (tied weights once), from transformers'
+    model on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(
+        path, revision=revision, trust_remote_code=trust_remote_code
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -198,7 +224,9 @@ def _storage(tensor: torch.Tensor) -> int:
 def _is_view(func: Any) -> bool:
     """Returns an alias of an argument and writes nothing."""
     returns = func._schema.returns
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return bool(returns) and all(
+        r.alias_info is not None and not r.alias_info.is_write for r in returns
+    )
 
 
 def _box(name: str, whole: torch.Tensor, part: torch.Tensor) -> Box:

@@ -1,9 +1,9 @@
 """VllmWeights: where a vLLM engine takes its weights, as boxes of checkpoint parameters.
 
-On GPU the boxes are the engine's own parameters: they are written in place and there is nothing to commit.
-Those that a training shard coincides with can be that shard's memory (share). On CPU vLLM repacks linear
-weights for oneDNN and drops the originals: their boxes are staging memory, and commit lets vLLM repack it.
-The prefix cache is the engine's business.
+On GPU the boxes are the engine's own parameters: they are written in place and there is nothing to
+commit. Those that a training shard coincides with can be that shard's memory (share). On CPU vLLM
+repacks linear weights for oneDNN and drops the originals: their boxes are staging memory, and
+commit lets vLLM repack it. The prefix cache is the engine's business.
 """
 
 from __future__ import annotations
@@ -44,17 +44,19 @@ class VllmWeights:
     def __init__(self, llm: LLM, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
         """Discovers what this rank holds; collective over the replica's ranks.
 
-        `shapes`: name and shape of every checkpoint parameter (the trainer's); None asks transformers. Raises
-        LoaderError, naming the parameter, where a loader does something other than copying slices or ignores
-        a parameter.
+        `shapes`: name and shape of every checkpoint parameter (the trainer's); None asks
+        transformers. Raises LoaderError, naming the parameter, where a loader does something other
+        than copying slices or ignores a parameter.
         """
         config = llm.llm_engine.vllm_config
         if config.model_config.quantization is not None:
             raise ValueError(
-                f"generation: quantization={config.model_config.quantization} cannot be resharded; use an "
-                "unquantised model"
+                f"generation: quantization={config.model_config.quantization} cannot be "
+                "resharded; use an unquantised model"
             )
-        self._model: nn.Module = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        self._model: nn.Module = (
+            llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        )
         self._dtype: torch.dtype = config.model_config.dtype
         if shapes is None:
             model_config = config.model_config
@@ -73,9 +75,9 @@ class VllmWeights:
         return self._parameters
 
     def share(self, sources: Sequence[LocalParameter]) -> None:
-        """Make the engine's tensors views of the trainer's memory where one is exactly one of this rank's
-        training shards: the same box of one parameter, data type, form and device. Fused projections are not,
-        nor on CPU what vLLM repacks."""
+        """Make the engine's tensors views of the trainer's memory where one is exactly one of
+        this rank's training shards: the same box of one parameter, data type, form and device.
+        Fused projections are not, nor on CPU what vLLM repacks."""
         held: dict[tuple[str, Box], torch.Tensor] = {}
         for parameter in sources:
             for shard in parameter.shards:
@@ -89,7 +91,9 @@ class VllmWeights:
                 and placement.tensor in live
                 and placement.tensor not in self._staged
             )
-            whole = placement.region == Region(size=tuple(own.shape), stride=tuple(own.stride()), offset=0)
+            whole = placement.region == Region(
+                size=tuple(own.shape), stride=tuple(own.stride()), offset=0
+            )
             if have is None or not alone or not whole:
                 continue
             if (have.dtype, have.device, have.shape, have.stride()) == (
@@ -112,8 +116,8 @@ class VllmWeights:
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Make the engine compute with what was written. On CPU vLLM repacks every linear layer, tied heads
-        included."""
+        """Make the engine compute with what was written. On CPU vLLM repacks every linear
+        layer, tied heads included."""
         if not self._repacks:
             return
         for name, module in self._model.named_modules():
@@ -134,8 +138,8 @@ class VllmWeights:
         return sum(self._memory[name].nbytes for name in self._staged)
 
     def free_staging(self) -> int:
-        """Give the staging memory back (generation is over until the next sync) and say how many bytes it
-        had; nothing may write to it before take_back_staging."""
+        """Give the staging memory back (generation is over until the next sync) and say how
+        many bytes it had; nothing may write to it before take_back_staging."""
         freed = 0
         for name in self._staged:
             storage = self._memory[name].untyped_storage()
@@ -150,8 +154,8 @@ class VllmWeights:
             tensor.untyped_storage().resize_(tensor.nbytes)
 
     def _bind(self, twin: nn.Module) -> dict[str, torch.Tensor]:
-        """The memory of every tensor that loaders fill: the running model's where it has kept its form, else
-        staging memory."""
+        """The memory of every tensor that loaders fill: the running model's where it has kept
+        its form, else staging memory."""
         live = dict(self._model.named_parameters(remove_duplicate=False)) | dict(
             self._model.named_buffers(remove_duplicate=False)
         )
@@ -159,7 +163,8 @@ class VllmWeights:
         # A name that vLLM ties to another one is the same tensor: both names lead to the first.
         first = {id(tensor): name for name, tensor in reversed(fresh.items())}
         self._alias = {
-            name: first[id(tensor)] for name, tensor in twin.named_parameters(remove_duplicate=False)
+            name: first[id(tensor)]
+            for name, tensor in twin.named_parameters(remove_duplicate=False)
         }
         self._staged: set[str] = set()
         self._repacks = any(
@@ -169,14 +174,17 @@ class VllmWeights:
         for name in dict.fromkeys(placement.tensor for placement in self.placements):
             have, want = live[name].detach(), fresh[name]
             in_place = (
-                have.shape == want.shape and have.dtype == want.dtype and have.stride() == want.stride()
+                have.shape == want.shape
+                and have.dtype == want.dtype
+                and have.stride() == want.stride()
             )
             if not in_place:
                 if not self._repacks:
-                    kept, filled = f"{tuple(have.shape)} {have.dtype}", f"{tuple(want.shape)} {want.dtype}"
+                    kept = f"{tuple(have.shape)} {have.dtype}"
+                    filled = f"{tuple(want.shape)} {want.dtype}"
                     raise LoaderError(
-                        f"{name}: vLLM keeps it as {kept}, its loaders fill {filled}; it cannot be written "
-                        "in place"
+                        f"{name}: vLLM keeps it as {kept}, its loaders fill {filled}; it cannot "
+                        "be written in place"
                     )
                 have = torch.zeros(want.shape, dtype=want.dtype)
                 self._staged.add(name)
