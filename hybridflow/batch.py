@@ -69,9 +69,8 @@ class Batch(Mapping[str, Value]):
     @classmethod
     def of_refs(cls, refs: Mapping[str, Ref], num_rows: int, node: str | None = None) -> Batch:
         """A batch of one block of `num_rows` rows for each column, made on `node`."""
-        everything = np.arange(
-            num_rows
-        )  # one object, which rows() then reorders once for all columns
+        # One object, which rows() then reorders once for all columns.
+        everything = np.arange(num_rows)
         entries = {}
         for name, ref in refs.items():
             entries[name] = ColumnEntry(

@@ -122,9 +122,8 @@ class CheckpointStore:
         sequence = max((checkpoint.sequence for checkpoint in self._scan()), default=0) + 1
         numbers: dict[str, float | str] = {}
         for name, value in (metrics or {}).items():
-            numbers[name] = (
-                value if math.isfinite(value) else repr(float(value))
-            )  # JSON has no infinity
+            # JSON has no infinity.
+            numbers[name] = value if math.isfinite(value) else repr(float(value))
         manifest = {
             "format": FORMAT,
             "step": step,

@@ -120,9 +120,8 @@ class Host:
             local = arguments.map_batches(
                 lambda batch: batch.local(batch.columns, self.node_id or None)
             )
-            started = (
-                time.time()
-            )  # the inputs have arrived: waiting for them is not part of the call
+            # The inputs have arrived: waiting for them is not part of the call.
+            started = time.time()
             result = getattr(worker, method)(*local.args, **local.kwargs)
             if not declaration.writes:
                 return Reply(

@@ -109,9 +109,8 @@ def check_train(field: str, config: TrainConfig) -> None:
         if value < 1:
             raise ValueError(f"{field}.{name} is {value}; use at least 1")
     optimizer = config.optimizer
-    if (
-        not optimizer.total_steps
-    ):  # the run's own length, which is not known before the data is read
+    # The run's own length, which is not known before the data is read.
+    if not optimizer.total_steps:
         optimizer = replace(optimizer, schedule=LearningRateSchedule.constant)
     try:
         check_optimizer_config(optimizer)

@@ -28,6 +28,11 @@ from workers.role_config import (
     RewardConfig,
 )
 
+# Settings that take another's value until they are given one. Hydra resolves the text.
+RUN_SEED: Any = "${seed}"
+TRUSTED: Any = "${model.trust_remote_code}"
+SAMPLING_TEMPERATURE: Any = "${actor.generation.sampling.temperature}"
+
 
 class Runtime(StrEnum):
     ray = "ray"
@@ -73,7 +78,7 @@ def _run_model() -> ModelConfig:
         path="${model.path}",
         tokenizer="${model.tokenizer}",
         revision="${model.revision}",
-        trust_remote_code="${model.trust_remote_code}",  # type: ignore[arg-type]
+        trust_remote_code=TRUSTED,
         attention="${model.attention}",
     )
 
@@ -99,15 +104,15 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The policy's model, and the start of critic and reference unless they name their own."""
     actor: ActorConfig = field(
-        default_factory=lambda: ActorConfig(model=_run_model(), seed="${seed}")
-    )  # type: ignore[arg-type]
+        default_factory=lambda: ActorConfig(model=_run_model(), seed=RUN_SEED)
+    )
     critic: CriticConfig = field(
-        default_factory=lambda: CriticConfig(model=_run_model(), seed="${seed}")
-    )  # type: ignore[arg-type]
+        default_factory=lambda: CriticConfig(model=_run_model(), seed=RUN_SEED)
+    )
     reference: ReferenceConfig = field(
         default_factory=lambda: ReferenceConfig(
             model=_run_model(),
-            temperature="${actor.generation.sampling.temperature}",  # type: ignore[arg-type]
+            temperature=SAMPLING_TEMPERATURE,
         )
     )
     reward: RewardConfig = field(
@@ -129,13 +134,13 @@ class RunConfig:
     )
     """What Safe-RLHF keeps under a threshold; a function or a model like the reward."""
     cost_critic: CriticConfig = field(
-        default_factory=lambda: CriticConfig(model=_run_model(), seed="${seed}")  # type: ignore[arg-type]
+        default_factory=lambda: CriticConfig(model=_run_model(), seed=RUN_SEED)
     )
     """Safe-RLHF's second value model, of costs."""
     teacher: ReferenceConfig = field(
         default_factory=lambda: ReferenceConfig(
             model=ModelConfig(path=NO_MODEL),
-            temperature="${actor.generation.sampling.temperature}",  # type: ignore[arg-type]
+            temperature=SAMPLING_TEMPERATURE,
         )
     )
     """The model that distillation learns from; it names its own (teacher.model.path) and shares
@@ -144,23 +149,23 @@ class RunConfig:
         default_factory=lambda: JudgeConfig(
             tokenizer="${model.path}",
             model=ModelConfig(path=NO_MODEL),
-            seed="${seed}",  # type: ignore[arg-type]
+            seed=RUN_SEED,
         )
     )
     """The language model that judges answers; it names its own (judge.model.path)."""
     policy: PolicyConfig = field(
-        default_factory=lambda: PolicyConfig(model=_run_model(), seed="${seed}")
-    )  # type: ignore[arg-type]
+        default_factory=lambda: PolicyConfig(model=_run_model(), seed=RUN_SEED)
+    )
     """The language model of recipes that generate nothing: sft, dpo."""
     reward_model: PreferenceConfig = field(
         default_factory=lambda: PreferenceConfig(
-            model=replace(_run_model(), new_head=True), seed="${seed}"
-        )  # type: ignore[arg-type]
+            model=replace(_run_model(), new_head=True), seed=RUN_SEED
+        )
     )
     """The model that recipes.reward_model and recipes.cost_model train; `reward` is the frozen
     one that reinforcement learning asks."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(seed="${seed}"))  # type: ignore[arg-type]
+    data: DataConfig = field(default_factory=lambda: DataConfig(seed=RUN_SEED))
     loop: LoopConfig = field(default_factory=LoopConfig)
     metrics: MetricsConfig = field(
         default_factory=lambda: MetricsConfig(
@@ -208,5 +213,5 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
     for name, entry in usable_algorithms().items():
-        node = entry.load_config()(seed="${seed}")  # type: ignore[arg-type]
+        node = entry.load_config()(seed=RUN_SEED)
         store.store(group="algorithm", name=name, node=node)

@@ -102,9 +102,8 @@ def node(**changes: Any) -> NodeInfo:
 def test_a_node_that_differs_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_nodes([node(), node(**changes)], probe())
-    check_nodes(
-        [node(), node(python=probe().python.rsplit(".", 1)[0] + ".99")], probe()
-    )  # another patch release is fine
+    # Another patch release is fine.
+    check_nodes([node(), node(python=probe().python.rsplit(".", 1)[0] + ".99")], probe())
 
 
 def test_the_table_shows_devices() -> None:

@@ -45,9 +45,8 @@ def test_idle_time_is_the_papers(ranks: int, chunks: int) -> None:
     micro_batches = 4 * ranks
     ticks = timetable(ranks, ranks * chunks, micro_batches, True)
     work = 2 * chunks * micro_batches
-    assert len(ticks) == work + 2 * (
-        ranks - 1
-    )  # bubble (p - 1) / (s m) of the work: Narayanan et al. 2021, section 2.2
+    # Bubble (p - 1) / (s m) of the work: Narayanan et al. 2021, section 2.2.
+    assert len(ticks) == work + 2 * (ranks - 1)
 
 
 @pytest.mark.parametrize("micro_batches", [4, 32])

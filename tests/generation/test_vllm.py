@@ -80,9 +80,8 @@ def test_same_seeds_give_the_same_samples_on_every_layout(results: dict[str, Any
 
 def test_seeds_decide(results: dict[str, Any]) -> None:
     made, other = split(results["plain"]), split(results["other_seeds"])
-    assert all(
-        made[row] != made[row + 1] for row in range(0, cases.ROWS, 2)
-    )  # equal prompts, different seeds
+    # Equal prompts, different seeds.
+    assert all(made[row] != made[row + 1] for row in range(0, cases.ROWS, 2))
     assert made != other
     assert made[1] == other[0]  # the same prompt and the same seed, in another row
 
@@ -107,10 +106,11 @@ def test_stop_strings_end_at_the_token_that_completes_them(results: dict[str, An
     for greedy, stopped, reason in zip(
         split(results["greedy"]), split(made), made.finish_reasons, strict=True
     ):
+        # Token 0 is special.
         texts = [
             "".join(f"t{token}" for token in greedy[:length] if token)
             for length in range(1, len(greedy) + 1)
-        ]  # t0 is special
+        ]
         found = [length for length, text in enumerate(texts, 1) if "t7" in text or "4t" in text]
         assert stopped == (greedy[: found[0]] if found else greedy)
         assert reason == ("stop" if found or greedy[-1] == cases.END else "length")

@@ -162,9 +162,8 @@ def test_decode_profile_equals_a_step_by_step_simulation(seed):
     assert sum(part.steps for part in profile) == pytest.approx(steps)
     assert sum(part.steps * part.running for part in profile) == pytest.approx(tokens)
     generated = sum(part.steps * part.running * part.generated for part in profile)
-    assert generated == pytest.approx(
-        context + tokens / 2
-    )  # positions count as half done during a step
+    # Positions count as half done during a step.
+    assert generated == pytest.approx(context + tokens / 2)
 
 
 def test_decode_reads_weights_and_cache():

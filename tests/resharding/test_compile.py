@@ -91,9 +91,8 @@ def test_training_masters_are_cast_by_the_sender() -> None:
     plan, full, destinations = compile(source, target), full_tensors(source), allocate(target)
     reports = run_in_threads(plan, allocate(source, full), destinations)
     assert_holds(destinations, full)
-    assert plan.bytes_received.sum() == sum(
-        report.received_bytes for report in reports
-    )  # bytes of bf16, not of fp32
+    # Bytes of bf16, not of fp32.
+    assert plan.bytes_received.sum() == sum(report.received_bytes for report in reports)
 
 
 def test_senders_of_replicas_are_balanced_and_near() -> None:
@@ -200,9 +199,8 @@ def test_verify_sees_through_wrong_plans() -> None:
     with pytest.raises(PlanError, match=r"rank \d gets \d+ of \d+ elements"):
         verify(without(int(remote[0])))
     wrong_sender = plan.sender.copy()
-    row = next(
-        int(i) for i in remote if plan.parameter[i] == 0
-    )  # the embedding, on the first stage only
+    # The embedding, on the first stage only.
+    row = next(int(i) for i in remote if plan.parameter[i] == 0)
     wrong_sender[row] = 6
     with pytest.raises(
         PlanError, match=r"model.embed_tokens.weight: rank 6 sends .* does not hold"

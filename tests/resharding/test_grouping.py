@@ -62,9 +62,8 @@ def test_worked_example_without_pipeline() -> None:
     source, target = _maps(1, 4, 2, grouping)
     model = target.num_bytes
     assert set(bytes_gathered(source)) == {model * 7 // 8}  # DeepSpeed-Chat
-    assert set(bytes_gathered(threed(RULES, Layout.of(tp=4)))) == {
-        model * 3 // 4
-    }  # HybridFlow-V: inside one training replica
+    # HybridFlow-V: inside one training replica.
+    assert set(bytes_gathered(threed(RULES, Layout.of(tp=4)))) == {model * 3 // 4}
     assert set(compile(source, target).bytes_received) == {model // 4}
     assert set(target.bytes_per_rank) == {model // 2}
 
@@ -99,9 +98,8 @@ def test_table_for_all_generation_sizes(pp: int, tp: int, dp: int) -> None:
         # Nothing redundant: of its training shard every rank needs all, so what it lacks is
         # generation less training bytes.
         assert set(target.bytes_per_rank - plan.bytes_received) == {Fraction(1, pp * tp) * model}
-        assert (
-            certificate.sent_max == certificate.received_max
-        )  # every rank sends as much as it receives
+        # Every rank sends as much as it receives.
+        assert certificate.sent_max == certificate.received_max
         assert set(bytes_gathered(source)) == {deepspeed_chat(pp=pp, tp=tp, dp=dp).received * model}
         assert set(bytes_gathered(threed(RULES, Layout.of(pp=pp, tp=tp)))) == {
             hybridflow_v(pp=pp, tp=tp).received * model

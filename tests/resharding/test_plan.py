@@ -47,9 +47,8 @@ def maps(draw: st.DrawFn) -> tuple[ShardMap, ShardMap]:
     target: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(NUM_RANKS)}
     for number, shape in enumerate(shapes):
         name, whole = f"p{number}", Box((0,) * len(shape), shape)
-        for _ in range(
-            draw(st.integers(1, 2))
-        ):  # a second, differently cut copy overlaps the first
+        # A second, differently cut copy overlaps the first.
+        for _ in range(draw(st.integers(1, 2))):
             taken = {rank for rank, boxes in source.items() if any(n == name for n, _ in boxes)}
             free = [rank for rank in range(NUM_RANKS) if rank not in taken]
             if not free:

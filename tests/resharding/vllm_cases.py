@@ -58,11 +58,12 @@ TWO_ENGINES = Grouping((((0,),), ((1,),)))
 REVERSED_TP = Grouping((((1, 0),),))
 REVERSED_PP = Grouping((((1,), (0,)),))
 CASES: dict[str, tuple[PretrainedConfig, Grouping, Precision]] = {
+    # One key-value head: vLLM replicates it.
     "llama": (
         LlamaConfig(**SIZES, num_key_value_heads=1),
         REVERSED_TP,
         Precision.fp32,
-    ),  # one key-value head: replicated by vLLM
+    ),
     "qwen2 tied": (
         Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
         REVERSED_PP,

@@ -75,9 +75,8 @@ def numbers_half(rows: int):  # type: ignore[no-untyped-def]
 
 def test_metrics_are_joined_without_waiting(echo: Echo) -> None:
     batch = numbers(9)
-    total = (
-        int(batch.ragged("test_ids").values.sum()) * 2
-    )  # both tensor ranks of a data coordinate hold the same rows
+    # Both tensor ranks of a data coordinate hold the same rows.
+    total = int(batch.ragged("test_ids").values.sum()) * 2
     assert dict(echo.total(batch)) == {"total": total}
 
 

@@ -110,9 +110,8 @@ def sample_within_top_p(
             seeds[rejected],
             positions[rejected],
         )
-        if (
-            round_number == MOST_ROUNDS
-        ):  # a small top_p; what is left is drawn from the sorted and cut distribution
+        # A small top_p; what is left is drawn from the sorted and cut distribution.
+        if round_number == MOST_ROUNDS:
             logits = cut_top_p(logits, top_p)
         masses = BlockMasses(logits)
         drawn = sample_once(logits, masses, seeds, positions, round_number)

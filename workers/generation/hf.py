@@ -151,9 +151,8 @@ class HfEngine(GenerationEngine):
     @torch.no_grad()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        missing = {
-            id(parameter): name for name, parameter in parameters.items()
-        }  # tied names count once
+        # Tied names count once.
+        missing = {id(parameter): name for name, parameter in parameters.items()}
         for name, tensor in weights:
             if name not in parameters:
                 raise ValueError(

@@ -83,9 +83,8 @@ def fit(
     shared = [sample for sample in measurements.passes if sample.ranks > 1]
     forward = [sample for sample in alone if not sample.training]
     training = [sample for sample in alone if sample.training]
-    for _ in range(
-        2
-    ):  # each of the two needs a constant of the other: the head's weights are read in both
+    # Each of the two needs a constant of the other: the head's weights are read in both.
+    for _ in range(2):
         if forward:
             fitted = fit_forward(forward, kind, fitted, space)
         if measurements.generations:

@@ -168,8 +168,11 @@ class _Row(_Style):
     placements = {"weight": Shard(1)}  # noqa: RUF012
 
     def wrap(
-        self, module: nn.Linear, forward: Callable[..., Any], group: ProcessGroup
-    ) -> Callable[..., Any]:  # type: ignore[override]
+        self,
+        module: nn.Linear,  # type: ignore[override]
+        forward: Callable[..., Any],
+        group: ProcessGroup,
+    ) -> Callable[..., Any]:
         def run(hidden: Tensor) -> Tensor:
             output = _ScatterTime.apply(F.linear(hidden, local(module.weight)), group)
             return output if module.bias is None else output + local(module.bias)
@@ -273,9 +276,9 @@ def _local_parameters(module: nn.Module) -> Iterator[None]:
     """Within, the module's own parameters are this rank's local tensors (with autograd back to the
     parameters)."""
     stored = dict(module._parameters)
-    module._parameters.update(
-        {name: local(value) for name, value in stored.items() if value is not None}
-    )  # type: ignore[misc]
+    for name, value in stored.items():
+        if value is not None:
+            module._parameters[name] = local(value)  # type: ignore[assignment]
     try:
         yield
     finally:

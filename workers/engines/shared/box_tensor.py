@@ -46,9 +46,9 @@ class BoxTensor(Tensor):
         self.shards = shards
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:  # type: ignore[override]
+    ) -> Any:
         raise AssertionError(f"{function} on a BoxTensor: it only tells checkpoints what is where")
 
     def __create_write_items__(self, name: str, _object: object) -> list[WriteItem]:

@@ -73,9 +73,8 @@ def build_share(
     groups = [_flat_group(members, dtype, device, mesh, ends) for members in group_pieces(pieces)]
     _copy_weights(source, shell, groups, device)
     pipe = mesh.get_group("pp")
-    dist.all_reduce(
-        torch.zeros(1, device=device), group=pipe
-    )  # NCCL wants a collective of all ranks before the first message
+    # NCCL wants a collective of all ranks before the first message.
+    dist.all_reduce(torch.zeros(1, device=device), group=pipe)
     pipeline = Pipeline(stages, pipe, train.tp, int(shell.config.hidden_size), dtype)
     return Share(pipeline, groups, logical)
 

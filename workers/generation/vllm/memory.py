@@ -74,9 +74,8 @@ def incomplete_modules(model: nn.Module) -> list[str]:
             or not list(module.parameters(recurse=False))
         ):
             continue  # complete, or with nothing that a checkpoint has (rotary tables, scales of the cache)
-        padded = (
-            isinstance(module, VocabParallelEmbedding) and info.load_numel > 0
-        )  # the vocabulary is padded to a multiple of 64
+        # The vocabulary is padded to a multiple of 64.
+        padded = isinstance(module, VocabParallelEmbedding) and info.load_numel > 0
         if info.load_numel < info.load_numel_total and not padded:
             names.append(name)
     return names

@@ -127,9 +127,8 @@ def preserve_process_state(context: RankContext, *, verbose: bool) -> Iterator[N
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             if not verbose:
-                warnings.filterwarnings(
-                    "ignore", category=FutureWarning, module=r"vllm\."
-                )  # of its own use of torch
+                # Of its own use of torch.
+                warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
             yield
     finally:
         random.setstate(python_state)
