@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -59,11 +60,18 @@ class Batch(Mapping[str, Value]):
     def of(cls, **columns: Any) -> Batch:
         """A batch of values in this process: tensors or arrays (dense), Ragged, lists of Python
         values (object)."""
-        blocks = {name: Block.of(name, value) for name, value in columns.items()}
-        counts = {name: block.num_rows for name, block in blocks.items()}
+        blocks: dict[str, Block] = {}
+        counts: dict[str, int] = {}
+        for name, value in columns.items():
+            blocks[name] = Block.of(name, value)
+            counts[name] = blocks[name].num_rows
         if len(set(counts.values())) > 1:
             raise ValueError(f"batch: columns have different numbers of rows: {counts}")
-        num_rows = next(iter(counts.values()), 0)
+        return cls.of_blocks(blocks, next(iter(counts.values()), 0))
+
+    @classmethod
+    def of_blocks(cls, blocks: Mapping[str, Block], num_rows: int) -> Batch:
+        """A batch of blocks of this process with `num_rows` rows each."""
         return cls.of_refs({name: Held(block) for name, block in blocks.items()}, num_rows)
 
     @classmethod
@@ -135,36 +143,32 @@ class Batch(Mapping[str, Value]):
         for name in names:
             entry = self._entry(name)
             parts, order = _rows_of_pieces(entry)
-            requests += [(piece.ref, rows, piece.node) for piece, rows in parts]
+            for piece, rows in parts:
+                requests.append((piece.ref, rows, piece.node))
             shapes.append((len(parts), order))
         arrived = iter(store.fetch_rows(requests, here))
         result = []
         for count, order in shapes:
-            block = Block.concat([next(arrived) for _ in range(count)])
+            block = Block.concat(list(islice(arrived, count)))
             result.append(block if order is None else block.rows(order))
         return result
 
     def local(self, names: Sequence[str], here: str | None = None) -> Batch:
         """These columns fetched into this process."""
-        blocks = zip(names, self.blocks(names, here), strict=True)
-        return Batch.of_refs({name: Held(block) for name, block in blocks}, self._num_rows)
+        blocks = dict(zip(names, self.blocks(names, here), strict=True))
+        return Batch.of_blocks(blocks, self._num_rows)
 
     def stored(self) -> Batch:
         """The same batch with nothing in this process: blocks that were made here are put into
         Ray's store, once."""
-
-        def move(entry: ColumnEntry) -> ColumnEntry:
-            if not any(isinstance(piece.ref, Held) for piece in entry.pieces):
-                return entry
-            pieces = tuple(
-                replace(p, ref=store.put(p.ref)) if isinstance(p.ref, Held) else p
-                for p in entry.pieces
-            )
-            return replace(entry, pieces=pieces)
-
-        return Batch({name: move(entry) for name, entry in self._entries.items()}, self._num_rows)
+        stored = {name: _stored(entry) for name, entry in self._entries.items()}
+        return Batch(stored, self._num_rows)
 
     # Metadata only, from here on.
+
+    def missing(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that it has no column for."""
+        return [name for name in names if name not in self._entries]
 
     def select(self, *names: str) -> Batch:
         return Batch({name: self._entry(name) for name in names}, self._num_rows)
@@ -194,21 +198,14 @@ class Batch(Mapping[str, Value]):
         """Both batches' columns, row by row."""
         if not isinstance(other, Batch):
             return NotImplemented
-        twice = [
-            name
-            for name in other._entries
-            if name in self._entries and other._entries[name] is not self._entries[name]
-        ]
+        twice, known = [], ""
+        for name, entry in other._entries.items():
+            if name in self._entries and entry is not self._entries[name]:
+                twice.append(name)
+                calls = [*_writers(self._entries[name]), *_writers(entry)]
+                if calls:
+                    known += f"; {name} is written by {' and '.join(calls)}"
         if twice:
-            writers = {
-                name: [*_writers(self._entries[name]), *_writers(other._entries[name])]
-                for name in twice
-            }
-            known = "".join(
-                f"; {name} is written by {' and '.join(calls)}"
-                for name, calls in writers.items()
-                if calls
-            )
             raise ValueError(
                 f"batch: columns {twice} are in both; rename or drop them in one{known}"
             )
@@ -254,18 +251,19 @@ class Batch(Mapping[str, Value]):
     def split(self, parts: int | Sequence[int]) -> list[Batch]:
         """Consecutive parts: a number of parts as equal as possible, or the number of rows of
         each."""
-        even = np.array_split(np.arange(self._num_rows), parts) if isinstance(parts, int) else ()
-        sizes = list(parts) if not isinstance(parts, int) else [len(chunk) for chunk in even]
+        if isinstance(parts, int):
+            sizes = list(map(len, np.array_split(np.arange(self._num_rows), parts)))
+        else:
+            sizes = list(parts)
         if sum(sizes) != self._num_rows:
             raise ValueError(
                 f"batch: split into {sizes} adds up to {sum(sizes)}, not to {self._num_rows} rows"
             )
-        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
-        everything = np.arange(self._num_rows)
-        return [
-            self.rows(everything[start : start + size])
-            for start, size in zip(starts, sizes, strict=False)
-        ]
+        batches, start = [], 0
+        for size in sizes:
+            batches.append(self.rows(np.arange(start, start + size)))
+            start += size
+        return batches
 
     def repeat(self, times: int) -> Batch:
         """Every row `times` times in a row, numbered by the new column `sample`."""
@@ -284,10 +282,10 @@ class Batch(Mapping[str, Value]):
                     f"batch: concat of different columns: {sorted(names)} and "
                     f"{sorted(batch.columns)}"
                 )
-        num_rows = sum(len(batch) for batch in batches)
-        return Batch(
-            {name: _concat([batch._entries[name] for batch in batches]) for name in names}, num_rows
-        )
+        entries = {}
+        for name in names:
+            entries[name] = _concat([batch._entries[name] for batch in batches])
+        return Batch(entries, sum(map(len, batches)))
 
     def _entry(self, name: str) -> ColumnEntry:
         if name not in self._entries:
@@ -299,11 +297,25 @@ class Batch(Mapping[str, Value]):
 
 def _writers(entry: ColumnEntry) -> list[str]:
     """The calls that would write it, in a traced step."""
-    return list(
-        dict.fromkeys(
-            piece.ref.writer for piece in entry.pieces if isinstance(piece.ref, store.Abstract)
-        )
-    )
+    writers: dict[str, None] = {}
+    for piece in entry.pieces:
+        if isinstance(piece.ref, store.Abstract):
+            writers[piece.ref.writer] = None
+    return list(writers)
+
+
+def _stored(entry: ColumnEntry) -> ColumnEntry:
+    """The column with its blocks of this process in Ray's store; the same object if it has none."""
+    pieces, moved = list(entry.pieces), False
+    for number, piece in enumerate(pieces):
+        if isinstance(piece.ref, Held):
+            pieces[number], moved = replace(piece, ref=store.put(piece.ref)), True
+    return replace(entry, pieces=tuple(pieces)) if moved else entry
+
+
+def _starts(entry: ColumnEntry) -> np.ndarray:
+    """[pieces + 1]: the position of each piece's first row in the column as written, and the end."""
+    return np.cumsum([0] + [piece.num_rows for piece in entry.pieces])
 
 
 def _rows_of_pieces(
@@ -313,7 +325,7 @@ def _rows_of_pieces(
     (None: already there)."""
     if len(entry.pieces) == 1:
         return [(entry.pieces[0], entry.index)], None
-    starts = np.cumsum([0] + [piece.num_rows for piece in entry.pieces])
+    starts = _starts(entry)
     owner = np.searchsorted(starts, entry.index, side="right") - 1
     order = np.argsort(owner, kind="stable")
     parts = []
@@ -336,7 +348,7 @@ def _concat(entries: Sequence[ColumnEntry]) -> ColumnEntry:
                 pieces[id(piece)] = (piece, total)
                 total += piece.num_rows
             places.append(pieces[id(piece)][1])
-        starts = np.cumsum([0] + [piece.num_rows for piece in entry.pieces])
+        starts = _starts(entry)
         owner = np.searchsorted(starts, entry.index, side="right") - 1
         shift = np.asarray(places, dtype=np.int64) - starts[:-1]
         indices.append(entry.index + shift[owner])

@@ -114,11 +114,12 @@ class CheckpointStore:
                 f"checkpoint: commit({step}) without begin({step}); {saving} does not exist"
             )
         _check_json(metadata)
-        names = sorted(
-            str(path.relative_to(saving))
-            for path in saving.rglob("*")
-            if path.is_file() and path != saving / MANIFEST
-        )
+        names, directories = [], [saving]
+        for path in saving.rglob("*"):
+            if path.is_dir():
+                directories.append(path)
+            elif path.is_file() and path != saving / MANIFEST:
+                names.append(str(path.relative_to(saving)))
         sequence = max((checkpoint.sequence for checkpoint in self._scan()), default=0) + 1
         numbers: dict[str, float | str] = {}
         for name, value in (metrics or {}).items():
@@ -129,11 +130,11 @@ class CheckpointStore:
             "step": step,
             "sequence": sequence,
             "metrics": numbers,
-            "files": _digests(saving, names, sync=True),
+            "files": _digests(saving, sorted(names), sync=True),
             "metadata": metadata,
         }
         _write_synced(saving / MANIFEST, json.dumps(manifest, indent=1))
-        for directory in (saving, *(path for path in saving.rglob("*") if path.is_dir())):
+        for directory in directories:
             _sync(directory)
         path = self._free_name(step)
         saving.rename(path)

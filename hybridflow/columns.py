@@ -188,10 +188,12 @@ class Block:
         data = np.concatenate([block.data for block in blocks])
         if first.offsets is None:
             return Block(data, first.dtype)
-        lengths = np.concatenate(
-            [np.diff(block.offsets) for block in blocks if block.offsets is not None]
-        )
-        return Block(data, first.dtype, np.concatenate([[0], np.cumsum(lengths)]))
+        lengths = []
+        for block in blocks:
+            if block.offsets is not None:
+                lengths.append(np.diff(block.offsets))
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+        return Block(data, first.dtype, offsets)
 
 
 def _to_numpy(name: str, column: Column, tensor: Tensor) -> np.ndarray:

@@ -54,15 +54,19 @@ class Dataflow:
     @property
     def roles(self) -> tuple[str, ...]:
         """The models, in order of first use."""
-        return tuple(
-            dict.fromkeys(call.role for call in self.calls if call.kind is not CallKind.controller)
-        )
+        roles: dict[str, None] = {}
+        for call in self.calls:
+            if call.kind is not CallKind.controller:
+                roles[call.role] = None
+        return tuple(roles)
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """Name of a call -> its index in `calls`."""
+        return {call.name: position for position, call in enumerate(self.calls)}
 
     def call(self, name: str) -> Call:
-        for call in self.calls:
-            if call.name == name:
-                return call
-        raise ValueError(
-            f"dataflow: no call named {name!r}; known: "
-            f"{', '.join(call.name for call in self.calls)}"
-        )
+        positions = self.positions
+        if name not in positions:
+            raise ValueError(f"dataflow: no call named {name!r}; known: {', '.join(positions)}")
+        return self.calls[positions[name]]

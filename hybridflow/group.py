@@ -182,19 +182,18 @@ class Handle:
 
     def _needed(self, batch: Batch, method: str, declaration: Remote) -> Batch:
         """The columns that the method declares, in a form that may be sent."""
-        missing = [name for name in declaration.reads if name not in batch]
+        missing = batch.missing(declaration.reads)
         if missing:
             raise ValueError(
                 f"{self._role}.{method} reads {missing}, which the batch lacks; it has "
                 f"{', '.join(batch.columns) or 'none'}"
             )
         split = declaration.split
-        used = (
-            *declaration.optional,
-            *(name for name in (split.balance, split.within, split.together) if name),
-        )
-        wanted = dict.fromkeys((*declaration.reads, *(name for name in used if name in batch)))
-        return self._pool.prepare(batch.select(*wanted))
+        names = dict.fromkeys(declaration.reads)
+        for name in (*declaration.optional, split.balance, split.within, split.together):
+            if name is not None and name in batch:
+                names[name] = None
+        return self._pool.prepare(batch.select(*names))
 
     def _collect_batches(
         self,
@@ -205,10 +204,8 @@ class Handle:
         if rows is None:
             # The protocol says nothing of rows (a user's own, ONE_TO_ALL): only the replies tell
             # how many there are.
-            counts = [
-                reply.num_rows or 0
-                for reply in self._pool.read_replies([reply for _, reply, _ in calls])
-            ]
+            replies = self._pool.read_replies([reply for _, reply, _ in calls])
+            counts = [reply.num_rows or 0 for reply in replies]
         else:
             counts = [len(rows[rank]) for rank, _, _ in calls]
         results = []
@@ -220,8 +217,6 @@ class Handle:
         if rows is None or not isinstance(batch, Batch):
             return cast(Batch, batch)
         positions = np.concatenate([rows[rank] for rank, _, _ in calls])
-        return (
-            batch
-            if (np.diff(positions) > 0).all()
-            else batch.rows(np.argsort(positions, kind="stable"))
-        )
+        if (np.diff(positions) > 0).all():
+            return batch
+        return batch.rows(np.argsort(positions, kind="stable"))

@@ -152,7 +152,7 @@ def _written_blocks(result: Any, writes: Sequence[str], arguments: Arguments) ->
             f"the method declares writes={list(writes)} but returned {have}; return Batch.of with "
             "these columns"
         )
-    num_rows = {len(batch) for batch in arguments.batches()}
+    num_rows = set(map(len, arguments.batches()))
     if num_rows and len(result) not in num_rows:
         raise ValueError(
             f"the method got {max(num_rows)} rows and returned {len(result)}; it must return one "
@@ -229,7 +229,8 @@ def read_stacks(pid: int, stack_file: str, wait_s: float = 3.0) -> str:
         status = Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return "(the process is gone)"
-    state = next(
-        (line for line in status.splitlines() if line.startswith("State:")), "State: unknown"
-    )
+    state = "State: unknown"
+    for line in status.splitlines():
+        if line.startswith("State:"):
+            state = line
     return f"(did not answer within {wait_s:.0f} s; {state})"

@@ -5,7 +5,7 @@ A layout has sizes and an order only. Workers build process groups and device me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -31,9 +31,8 @@ class Layout:
     axes: tuple[tuple[str, int], ...]
 
     def __post_init__(self) -> None:
-        names = [name for name, _ in self.axes]
-        if len(set(names)) != len(names):
-            raise ValueError(f"layout: axis named twice in {names}; name each axis once")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError(f"layout: axis named twice in {list(self.names)}; name each axis once")
         for name, size in self.axes:
             if size < 1:
                 raise ValueError(
@@ -67,7 +66,7 @@ class Layout:
         result: dict[str, int] = {}
         for name, size in reversed(self.axes):
             rank, result[name] = divmod(rank, size)
-        return {name: result[name] for name, _ in self.axes}
+        return dict(reversed(result.items()))
 
     def rank(self, **coordinates: int) -> int:
         """The rank at `coordinates`; axes that are not named count as 0."""
@@ -81,24 +80,25 @@ class Layout:
 
     def groups(self, *axes: str) -> list[tuple[int, ...]]:
         """All groups of ranks that differ along `axes` only, in rank order."""
-        others = [(name, size) for name, size in self.axes if name not in axes]
-        inner = [(name, size) for name, size in self.axes if name in axes]
         groups = []
-        for outer in _points(others):
-            groups.append(tuple(self.rank(**outer, **point) for point in _points(inner)))
+        for outer in self._points(set(self.names) - set(axes)):
+            groups.append(tuple(self.rank(**outer, **inner) for inner in self._points(axes)))
         return groups
 
     def group(self, rank: int, *axes: str) -> tuple[int, ...]:
         """The group of `groups(*axes)` that holds `rank`."""
         here = self.coordinates(rank)
-        inner = [(name, size) for name, size in self.axes if name in axes]
-        return tuple(self.rank(**{**here, **point}) for point in _points(inner))
+        return tuple(self.rank(**{**here, **inner}) for inner in self._points(axes))
 
     def __str__(self) -> str:
         return " x ".join(f"{name}{size}" for name, size in self.axes if size > 1) or "1 device"
 
-
-def _points(axes: list[tuple[str, int]]) -> Iterator[dict[str, int]]:
-    names = [name for name, _ in axes]
-    for point in product(*(range(size) for _, size in axes)):
-        yield dict(zip(names, point, strict=True))
+    def _points(self, axes: Collection[str]) -> Iterator[dict[str, int]]:
+        """All coordinates along `axes`, in rank order."""
+        names, ranges = [], []
+        for name, size in self.axes:
+            if name in axes:
+                names.append(name)
+                ranges.append(range(size))
+        for point in product(*ranges):
+            yield dict(zip(names, point, strict=True))

@@ -175,9 +175,10 @@ class LocalPool(ResourcePool):
                 role=role, method=method, pool=self.name, started=started, finished=reply.finished
             )
         )
-        return [
-            (reply, [Held(block) for block in result.blocks(result.columns)] if num_columns else [])
-        ]
+        columns: list[Held] = []
+        if num_columns:
+            columns = list(map(Held, result.blocks(result.columns)))
+        return [(reply, columns)]
 
     def read_replies(self, replies: Sequence[Any]) -> list[Reply]:
         return list(replies)
@@ -253,21 +254,14 @@ class RayPool(ResourcePool):
             nodes = self._reserve()
         with activity(f"starting {self.size} processes"):
             contexts = self._contexts(nodes)
-            self._actors = [
-                self._start_host(context, node)
-                for context, node in zip(contexts, nodes, strict=True)
-            ]
+            self._actors = list(map(self._start_host, contexts, nodes))
             self.hosts = waiting.get([actor.info.remote() for actor in self._actors])
         with activity("connecting the processes"):
             one_node = len({host.node_id for host in self.hosts}) == 1
             port = waiting.get([self._actors[0].free_port.remote()])[0]
             master = "127.0.0.1" if one_node else self.hosts[0].address
-            waiting.get(
-                [
-                    actor.join.remote(master, port, self.spec.collective_timeout_s)
-                    for actor in self._actors
-                ]
-            )
+            timeout_s = self.spec.collective_timeout_s
+            waiting.get([actor.join.remote(master, port, timeout_s) for actor in self._actors])
 
     def _reserve(self) -> list[str]:
         """Reserves the devices; returns the node of every rank, neighbours in rank order on one
@@ -366,14 +360,16 @@ class RayPool(ResourcePool):
     ) -> list[tuple[Any, list[Any]]]:
         self._check_usable()
         calls: list[tuple[Any, list[Any]]] = []
-        for start, own, kept in zip(
+        for start, of_rank, keeps in zip(
             self._callers(f"{role}.{method}", num_columns), arguments, keep, strict=True
         ):
             # Ray serialises every argument by itself; none is sent that the host knows.
-            given: tuple[Any, ...] = (
-                (own, kept) if not kept else (own,) if own.args or own.kwargs else ()
-            )
-            refs = start.remote(*given)
+            sent: tuple[Any, ...] = ()
+            if not keeps:
+                sent = (of_rank, keeps)
+            elif of_rank.args or of_rank.kwargs:
+                sent = (of_rank,)
+            refs = start.remote(*sent)
             calls.append((refs[0], list(refs[1:])) if num_columns else (refs, []))
         self._watch(role, method, [reply for reply, _ in calls])
         return calls
@@ -438,16 +434,17 @@ class RayPool(ResourcePool):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        asked = {}
+        answers = {}
         for host in self.hosts:
             strategy = NodeAffinitySchedulingStrategy(host.node_id, soft=False)
             task = ray.remote(read_stacks).options(num_cpus=0, scheduling_strategy=strategy)
-            asked[host.rank] = task.remote(host.pid, host.stack_file)
-        done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=30)
-        return {
-            rank: ray.get(ref) if ref in done else "(its node did not answer within 30 s)"
-            for rank, ref in asked.items()
-        }
+            answers[host.rank] = task.remote(host.pid, host.stack_file)
+        done, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=30)
+        stacks = dict.fromkeys(answers, "(its node did not answer within 30 s)")
+        for rank, answer in answers.items():
+            if answer in done:
+                stacks[rank] = ray.get(answer)
+        return stacks
 
     def kill(self, reason: str) -> None:
         """Ends all hosts at once; later calls say why."""

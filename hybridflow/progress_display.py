@@ -92,11 +92,10 @@ class Reporter:
         self._clear()
         if outermost.seconds < outermost.patience_s:
             return
-        parts = [
-            f"{what} {duration(seconds)}"
-            for what, seconds in outermost.parts.items()
-            if seconds >= 0.1
-        ]
+        parts = []
+        for what, seconds in outermost.parts.items():
+            if seconds >= 0.1:
+                parts.append(f"{what} {duration(seconds)}")
         LOGGER.info(
             "%s took %s%s",
             outermost.what,
@@ -155,15 +154,13 @@ class Reporter:
         if not outermost.overdue():
             return
         outermost.num_reports += 1
-        inside = [f"{current.what} ({current.state})" for current in stack[1:]]
+        inside = ""
+        for current in stack[1:]:
+            inside += f"; {current.what} ({current.state})"
         detail = self._latest_detail(stack)
-        inside += [detail] if detail else []
-        LOGGER.info(
-            "%s: %s so far%s",
-            outermost.what,
-            outermost.state,
-            "".join(f"; {text}" for text in inside),
-        )
+        if detail:
+            inside += f"; {detail}"
+        LOGGER.info("%s: %s so far%s", outermost.what, outermost.state, inside)
 
     def _latest_detail(self, stack: Sequence[Activity]) -> str:
         """The innermost detail, asked for at most every DETAIL_S seconds."""
@@ -185,11 +182,10 @@ class Display(Live):
     def start(self, refresh: bool = False) -> None:
         before = sys.stderr
         super().start(refresh)
-        self._handlers = [
-            handler
-            for handler in logging.getLogger().handlers
-            if isinstance(handler, logging.StreamHandler) and handler.stream is before
-        ]
+        self._handlers = []
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+                self._handlers.append(handler)
         self._point_handlers()
 
     def stop(self) -> None:

@@ -132,7 +132,7 @@ def _one_each(layout: Layout, arguments: Arguments, split: Split) -> Distributio
 def _split_over(groups: Callable[[Layout], list[tuple[int, ...]]]) -> Distribute:
     def distribute(layout: Layout, arguments: Arguments, split: Split) -> Distribution:
         batches = arguments.batches()
-        counts = {len(batch) for batch in batches}
+        counts = set(map(len, batches))
         if len(counts) != 1:
             raise ValueError(
                 "a split call needs batches with the same number of rows, got "
@@ -140,16 +140,14 @@ def _split_over(groups: Callable[[Layout], list[tuple[int, ...]]]) -> Distribute
             )
         members = groups(layout)
         parts = cut_rows(batches[0], len(members), split)
-        arguments_of_rank: dict[int, Arguments] = {}
-        rows_of_rank: dict[int, np.ndarray] = {}
+        arguments_of_rank = [arguments] * layout.size
+        rows_of_rank = [np.empty(0, dtype=np.int64)] * layout.size
         for ranks, rows in zip(members, parts, strict=True):
             shared = arguments.map_batches(lambda batch, rows=rows: batch.rows(rows))  # type: ignore[misc]
-            arguments_of_rank |= dict.fromkeys(ranks, shared)
-            rows_of_rank |= dict.fromkeys(ranks, rows)
-        order = range(layout.size)
-        return Distribution(
-            [arguments_of_rank[rank] for rank in order], [rows_of_rank[rank] for rank in order]
-        )
+            for rank in ranks:
+                arguments_of_rank[rank] = shared
+                rows_of_rank[rank] = rows
+        return Distribution(arguments_of_rank, rows_of_rank)
 
     return distribute
 
@@ -176,10 +174,12 @@ def cut_rows(batch: Batch, num_parts: int, split: Split) -> list[np.ndarray]:
         )
     if costs is not None:
         costs = np.bincount(unit, weights=costs, minlength=len(first)).astype(np.int64)
-    return [
-        np.flatnonzero(np.isin(unit, units))
-        for units in _cut_units(labels[first], costs, num_parts)
-    ]
+    return _rows_of_units(unit, _cut_units(labels[first], costs, num_parts))
+
+
+def _rows_of_units(unit: np.ndarray, parts: list[np.ndarray]) -> list[np.ndarray]:
+    """The rows of each part of units; `unit` is the unit of each row."""
+    return [np.flatnonzero(np.isin(unit, units)) for units in parts]
 
 
 def _cut_near(
@@ -202,8 +202,7 @@ def _cut_near(
             groups * pieces + number % pieces, return_index=True, return_inverse=True
         )
         unit_costs = np.bincount(unit, weights=costs).astype(np.int64)
-        units = _cut_units(labels[leader], unit_costs, num_parts)
-        parts = [np.flatnonzero(np.isin(unit, some)) for some in units]
+        parts = _rows_of_units(unit, _cut_units(labels[leader], unit_costs, num_parts))
         if _slowest(parts, labels, costs) <= NEAR_COST * _slowest(even, labels, costs):
             return parts
         pieces *= 2
@@ -240,19 +239,24 @@ def _every_rank(layout: Layout) -> list[tuple[int, ...]]:
 
 def _last_stage(layout: Layout) -> list[int]:
     """The rank with p = last, t = 0 of every data coordinate."""
-    last = layout.axis_size("pp") - 1
-    return [rank for rank in range(layout.size) if _matches(layout, rank, pp=last, cp=0, tp=0)]
+    return _ranks_at(layout, pp=layout.axis_size("pp") - 1, cp=0, tp=0)
 
 
 def _first_of_stage(layout: Layout) -> list[int]:
     """The rank with t = 0, d = 0 of every pipeline stage."""
-    zeros = {name: 0 for name in layout.names if name != "pp"}
-    return [rank for rank in range(layout.size) if _matches(layout, rank, **zeros)]
+    zeros = dict.fromkeys(layout.names, 0)
+    zeros.pop("pp", None)
+    return _ranks_at(layout, **zeros)
 
 
-def _matches(layout: Layout, rank: int, **coordinates: int) -> bool:
-    here = layout.coordinates(rank)
-    return all(here.get(axis, 0) == coordinate for axis, coordinate in coordinates.items())
+def _ranks_at(layout: Layout, **coordinates: int) -> list[int]:
+    """The ranks with these coordinates; an axis that the layout does not have counts as 0."""
+    ranks = []
+    for rank in range(layout.size):
+        here = dict.fromkeys(coordinates, 0) | layout.coordinates(rank)
+        if coordinates.items() <= here.items():
+            ranks.append(rank)
+    return ranks
 
 
 def _as_list(layout: Layout, results: Sequence[Any]) -> Any:

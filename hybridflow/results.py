@@ -43,14 +43,16 @@ class Metrics(Mapping[str, float]):
 
     def renamed(self, old: str, new: str) -> Metrics:
         """The same numbers with another prefix, for two roles of one kind; does not wait."""
-        return Metrics(
-            sources=[
-                lambda: {
-                    new + name.removeprefix(old) if name.startswith(old) else name: v
-                    for name, v in self.items()
-                }
-            ]
-        )
+
+        def read() -> dict[str, float]:
+            renamed = {}
+            for name, value in self.items():
+                if name.startswith(old):
+                    name = new + name.removeprefix(old)
+                renamed[name] = value
+            return renamed
+
+        return Metrics(sources=[read])
 
     def _read(self) -> dict[str, float]:
         values: dict[str, float] = {}
@@ -73,6 +75,11 @@ class Metrics(Mapping[str, float]):
     def __repr__(self) -> str:
         under_way = sum(callable(part) for part in self._parts)
         return f"Metrics({under_way} under way)" if under_way else f"Metrics({self._read()})"
+
+
+def prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    """prefixed("actor", {"loss": 0.5}) -> {"actor/loss": 0.5}"""
+    return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
 def _joined(parts: Sequence[Part], rows: Batch | None) -> Metrics:

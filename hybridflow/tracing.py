@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, get_type_hints
 from hybridflow.batch import Batch
 from hybridflow.columns import declared
 from hybridflow.dataflow import Call, CallKind, Dataflow
+from hybridflow.protocols import Arguments
 from hybridflow.results import Metrics
 from hybridflow.store import Abstract
 from hybridflow.worker import Remote, Worker, remote_methods
@@ -88,11 +89,7 @@ class Traced:
         declaration = self._methods[name]
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self._record(
-                name,
-                declaration,
-                [value for value in (*args, *kwargs.values()) if isinstance(value, Batch)],
-            )
+            return self._record(name, declaration, Arguments(args, kwargs).batches())
 
         return call
 
@@ -136,7 +133,7 @@ def on_controller(
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> Batch:
             recorder = _RECORDER.get()
-            batches = [value for value in (*args, *kwargs.values()) if isinstance(value, Batch)]
+            batches = Arguments(args, kwargs).batches()
             _check_reads(function.__name__, reads, batches)
             if recorder is None:
                 return function(*args, **kwargs)
@@ -196,14 +193,13 @@ def _writers(batch: Batch, names: Sequence[str]) -> list[str]:
 
 def _present(names: Sequence[str], batches: Sequence[Batch]) -> list[str]:
     """The columns that some batch has."""
-    columns: set[str] = set()
-    columns.update(*(batch.columns for batch in batches))
+    columns = set[str]().union(*batches)
     return [name for name in names if name in columns]
 
 
 def _check_reads(reader: str, reads: Sequence[str], batches: Sequence[Batch]) -> None:
     for batch in batches:
-        missing = [name for name in reads if name not in batch]
+        missing = batch.missing(reads)
         if missing:
             has = ", ".join(batch.columns) or "none"
             raise ValueError(

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NoReturn
 
 from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
@@ -23,6 +24,8 @@ GRACE_S = 5.0
 and killed.
 """
 DEFAULT_TIMEOUT_S = 1800.0
+BOILERPLATE = ("class_name", "namespace", "actor_id", "The actor died because")
+"""Beginnings of the lines of Ray's messages that say nothing of the cause."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,9 +172,7 @@ class Calls:
         import ray
 
         while self.pending:
-            ray.wait(
-                [ref for call in self.pending for ref in call.replies], num_returns=1, timeout=0
-            )
+            ray.wait(_replies(self.pending), num_returns=1, timeout=0)
             ray.wait(
                 list(self.pending[-1].replies),
                 num_returns=len(self.pending[-1].replies),
@@ -208,7 +209,7 @@ class Calls:
     def _stuck(self, timeout_s: float) -> None:
         pending, self.pending = self.pending, []
         report = _report(pending, timeout_s)
-        for call in {call.pool: call for call in pending}.values():
+        for call in _one_per_pool(pending):
             call.kill("stuck: see the report of who waits for whom")
         raise WorkerStuck(report)
 
@@ -232,8 +233,18 @@ def get(refs: Sequence[Any]) -> list[Any]:
     return CALLS.get(refs)
 
 
+def _one_per_pool(calls: Sequence[Pending]) -> list[Pending]:
+    """A call of each pool."""
+    return list({call.pool: call for call in calls}.values())
+
+
+def _replies(calls: Sequence[Pending]) -> list[Any]:
+    """The replies of all ranks of all calls."""
+    return list(chain.from_iterable(call.replies for call in calls))
+
+
 def _stop_dead(pending: Sequence[Pending], message: str) -> NoReturn:
-    for call in {call.pool: call for call in pending}.values():
+    for call in _one_per_pool(pending):
         call.kill(message)
     raise WorkerDied(message) from None
 
@@ -261,12 +272,11 @@ def _deaths(pending: Sequence[Pending]) -> str:
 
 def _first_lines(error: Exception) -> str:
     """Ray's message without its blank and boilerplate lines."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return "; ".join(
-        line
-        for line in lines
-        if not line.startswith(("class_name", "namespace", "actor_id", "The actor died because"))
-    )[:1000]
+    lines = []
+    for line in map(str.strip, str(error).splitlines()):
+        if line and not line.startswith(BOILERPLATE):
+            lines.append(line)
+    return "; ".join(lines)[:1000]
 
 
 def _settle(error: WorkerError, pending: Sequence[Pending]) -> str:
@@ -279,19 +289,18 @@ def _settle(error: WorkerError, pending: Sequence[Pending]) -> str:
     """
     import ray
 
-    peers = [
-        call
-        for call in pending
-        if call.pool == error.where.pool or call.method == error.where.method
-    ]
-    replies = [reply for call in peers for reply in call.replies]
-    _, waiting = (
-        ray.wait(replies, num_returns=len(replies), timeout=GRACE_S) if replies else ([], [])
-    )
+    peers = []
+    for call in pending:
+        if call.pool == error.where.pool or call.method == error.where.method:
+            peers.append(call)
+    waiting: list[Any] = []
+    if peers:
+        replies = _replies(peers)
+        _, waiting = ray.wait(replies, num_returns=len(replies), timeout=GRACE_S)
     deaths = _deaths(peers)
     if waiting and not deaths:
-        stuck = {call.pool: call for call in peers if not set(waiting).isdisjoint(call.replies)}
-        for call in stuck.values():
+        stuck = [call for call in peers if not set(waiting).isdisjoint(call.replies)]
+        for call in _one_per_pool(stuck):
             call.kill(f"its ranks wait for a rank that failed: {error.where}: {error.cause}")
     return deaths
 
@@ -307,7 +316,7 @@ def _report(pending: Sequence[Pending], timeout_s: float) -> str:
             f"  {call.role}.{call.method} on pool {call.pool}: ranks {ranks} of "
             f"{len(call.replies)} have not answered"
         )
-    for call in {call.pool: call for call in pending}.values():
+    for call in _one_per_pool(pending):
         for rank, stack in call.stacks().items():
             lines += [
                 f"--- pool {call.pool} rank {rank} ({call.describe_host(rank)})",

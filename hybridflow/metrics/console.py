@@ -76,10 +76,8 @@ class ConsoleSink(Sink):
         self._latest = row
         self._progress.update(self._task, completed=row.step)
         if not self._console.is_terminal:
-            self._print(
-                f"step {row.step}/{self._total_steps}",
-                {name: row.metrics[name] for name in self._names if name in row.metrics},
-            )
+            shown = {name: row.metrics[name] for name in self._names if name in row.metrics}
+            self._print(f"step {row.step}/{self._total_steps}", shown)
             return
         if self._display is None:
             # Started with the first step: until then the start has its own line.
@@ -91,19 +89,13 @@ class ConsoleSink(Sink):
         print_sample(self._console, rows.samples[0], f"sample of {_moment(rows.split, rows.step)}")
 
     def _print(self, title: str, metrics: Mapping[str, float]) -> None:
-        parts = [
-            title,
-            *(
-                f"{name} {compact(value)}"
-                for name, value in metrics.items()
-                if not name.startswith(PHASE)
-            ),
-        ]
+        parts = [title]
+        for name, value in metrics.items():
+            if not name.startswith(PHASE):
+                parts.append(f"{name} {compact(value)}")
         if self._latest is not None and title.startswith("step"):
             parts.append(_phases(self._latest.metrics))
-        self._console.print(
-            " | ".join(part for part in parts if part), highlight=False, markup=False
-        )
+        self._console.print(" | ".join(filter(None, parts)), highlight=False, markup=False)
 
     def _panel(self) -> RenderableType:
         if self._latest is None:
@@ -182,10 +174,9 @@ def _sample_lines(sample: Sample, title: str) -> list[str]:
 
 def _verdict(sample: Sample) -> str:
     """reward 1 | reward/format 0.5 | finish stop | weights 12"""
-    scores = [f"{name} {compact(value)}" for name, value in sample.scores.items()]
-    return " | ".join(
-        [*scores, f"finish {sample.finish_reason}", f"weights {sample.weight_version}"]
-    )
+    parts = [f"{name} {compact(value)}" for name, value in sample.scores.items()]
+    parts += [f"finish {sample.finish_reason}", f"weights {sample.weight_version}"]
+    return " | ".join(parts)
 
 
 def compact(value: float) -> str:
@@ -201,19 +192,21 @@ def sparkline(values: Sequence[float]) -> str:
     """The last values as bars between their own minimum and maximum; ! where a value is not
     finite."""
     values = values[-WIDTH:]
-    finite = [value for value in values if math.isfinite(value)]
-    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
+    finite = list(filter(math.isfinite, values))
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(
-        SPARKS[round((value - low) * scale)] if math.isfinite(value) else "!" for value in values
-    )
+    line = ""
+    for value in values:
+        line += SPARKS[round((value - low) * scale)] if math.isfinite(value) else "!"
+    return line
 
 
 def _phases(metrics: Mapping[str, float]) -> str:
     """8.1 s (generation 3, update 4.9)."""
-    phases = {
-        name.removeprefix(PHASE): value for name, value in metrics.items() if name.startswith(PHASE)
-    }
+    phases: dict[str, float] = {}
+    for name, value in metrics.items():
+        if name.startswith(PHASE):
+            phases[name.removeprefix(PHASE)] = value
     total = phases.pop("step", sum(phases.values()))
     inner = ", ".join(f"{name} {value:.2f}" for name, value in phases.items())
     return (f"{total:.2f} s" + (f" ({inner})" if inner else "")) if phases or total else ""

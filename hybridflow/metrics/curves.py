@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybridflow.metrics.jsonl import RESERVED, read_jsonl
 
@@ -44,23 +44,31 @@ def draw_curves(jsonl: Path, png: Path, curves: Sequence[Curve], *, title: str =
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(curves), squeeze=False)[0]
     for axis, curve, color in zip(axes, curves, COLORS * len(curves), strict=False):
-        points = [
-            (row["step"], row[curve.metric])
-            for row in rows
-            if row["split"] == curve.split and curve.metric in row
-        ]
-        if not points:
-            known = sorted(
-                {f"{row['split']}/{name}" for row in rows for name in row if name not in RESERVED}
-            )
+        steps, values = [], []
+        for row in rows:
+            if row["split"] == curve.split and curve.metric in row:
+                steps.append(row["step"])
+                values.append(row[curve.metric])
+        if not steps:
             raise ValueError(
-                f"curve: {jsonl} has no {curve.split}/{curve.metric}; it has {', '.join(known)}"
+                f"curve: {jsonl} has no {curve.split}/{curve.metric}; it has "
+                f"{', '.join(_known(rows))}"
             )
-        _draw(axis, curve, [step for step, _ in points], [value for _, value in points], color)
+        _draw(axis, curve, steps, values, color)
     if title:
         figure.suptitle(title, fontweight="bold", fontsize=12)
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=160)
+
+
+def _known(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every split/metric of the rows."""
+    known = set()
+    for row in rows:
+        for name in row:
+            if name not in RESERVED:
+                known.add(f"{row['split']}/{name}")
+    return sorted(known)
 
 
 def _draw(axis: Axes, curve: Curve, steps: list[int], values: list[float], color: str) -> None:
@@ -74,11 +82,9 @@ def _draw(axis: Axes, curve: Curve, steps: list[int], values: list[float], color
         axis.plot(steps, values, color=color, linewidth=1, alpha=0.3)
         axis.plot(steps, _smooth(values), color=color, linewidth=2.2)
     shown = values if len(values) <= FEW else _smooth(values)
-    first, last = (
-        f"{value:.0f} %" if curve.percent else f"{value:.3g}" for value in (shown[0], shown[-1])
-    )
+    number = "{:.0f} %" if curve.percent else "{:.3g}"
     axis.set_title(
-        f"{first} \N{RIGHTWARDS ARROW} {last}",
+        f"{number} \N{RIGHTWARDS ARROW} {number}".format(shown[0], shown[-1]),
         loc="right",
         fontsize=11,
         color=color,

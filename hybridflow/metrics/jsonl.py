@@ -59,11 +59,11 @@ class JsonlSink(Sink):
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl with floats restored. A last line cut off by a crash is left
     out; any other broken line is a ValueError."""
-    rows = []
-    for row in _read_lines(path):
-        rows.append(
-            {name: value if name in RESERVED else float(value) for name, value in row.items()}
-        )
+    rows = _read_lines(path)
+    for row in rows:
+        for name, value in row.items():
+            if name not in RESERVED:
+                row[name] = float(value)
     return rows
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 TEXT_FIELDS = ("prompt", "response")
 
@@ -74,8 +75,8 @@ class SampleRows:
     def table(self) -> tuple[list[str], list[list[object]]]:
         """Column names and rows; None where a sample lacks a score that another one has."""
         rows = [sample.fields() for sample in self.samples]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        return names, [[row.get(name) for name in names] for row in rows]
+        names = list(dict.fromkeys(chain.from_iterable(rows)))
+        return names, [list(map(row.get, names)) for row in rows]
 
 
 def shorten(text: str, num_characters: int) -> str:

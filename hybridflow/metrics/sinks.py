@@ -74,7 +74,7 @@ class TensorBoardSink(Sink):
             self._writer.add_scalar(f"{row.split}/{name}", value, row.step, walltime=row.time_s)
 
     def show(self, rows: SampleRows) -> None:
-        text = "\n\n---\n\n".join(_markdown(sample) for sample in rows.samples)
+        text = "\n\n---\n\n".join(map(_markdown, rows.samples))
         self._writer.add_text(f"{rows.split}/samples", text, rows.step, walltime=rows.time_s)
 
     def summary(self, values: Mapping[str, object]) -> None:
@@ -131,12 +131,8 @@ class WandbSink(Sink):
         self._run.define_metric("*", step_metric="step")
 
     def log(self, row: Row) -> None:
-        self._run.log(
-            {
-                "step": row.step,
-                **{f"{row.split}/{name}": value for name, value in row.metrics.items()},
-            }
-        )
+        values = {f"{row.split}/{name}": value for name, value in row.metrics.items()}
+        self._run.log({"step": row.step, **values})
 
     def show(self, rows: SampleRows) -> None:
         import wandb

@@ -7,7 +7,8 @@ file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -86,9 +87,8 @@ def decoder_rules(
     rules = [rule("model.embed_tokens", (vocab, hidden), BOTH if tied else FIRST, 0, 1, True)]
     for layer in range(num_layers):
         prefix = f"model.layers.{layer}."
-        rules += [
-            rule(prefix + name, shape, layer, split, unit) for name, shape, split, unit in matrices
-        ]
+        for name, shape, split, unit in matrices:
+            rules.append(rule(prefix + name, shape, layer, split, unit))
         if norms:
             rules.append(rule(prefix + "input_layernorm", (hidden,), layer))
             rules.append(rule(prefix + "post_attention_layernorm", (hidden,), layer))
@@ -107,7 +107,7 @@ def threed(rules: Sequence[ParameterRule], layout: Layout) -> ShardMap:
     for rank in range(layout.size):
         at = layout.coordinates(rank)
         boxes_of_rank[rank] = boxes[at.get("pp", 0), at.get("tp", 0)]
-    return ShardMap.of([rule.spec for rule in rules], boxes_of_rank, num_ranks=layout.size)
+    return _shard_map(rules, boxes_of_rank, layout.size)
 
 
 def fsdp(
@@ -116,7 +116,7 @@ def fsdp(
     """FSDP2: dim 0 of every parameter in torch.chunk's parts over `shard_ranks` neighbours (all
     ranks by default), replicated beyond."""
     size = shard_ranks or num_ranks
-    boxes_of_rank: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(num_ranks)}
+    boxes_of_rank: dict[int, list[tuple[str, Box]]] = defaultdict(list)
     for rule in rules:
         shape = rule.spec.shape
         step = -(-shape[0] // size)
@@ -126,30 +126,38 @@ def fsdp(
             boxes_of_rank[rank].append(
                 (rule.spec.name, Box((low, *(0,) * (len(shape) - 1)), (high - low, *shape[1:])))
             )
-    return ShardMap.of([rule.spec for rule in rules], boxes_of_rank, num_ranks=num_ranks)
+    return _shard_map(rules, boxes_of_rank, num_ranks)
 
 
 def zero3(rules: Sequence[ParameterRule], num_ranks: int) -> ShardMap:
     """DeepSpeed ZeRO-3: every flattened parameter in equal ranges."""
-    boxes_of_rank: dict[int, list[tuple[str, Box]]] = {rank: [] for rank in range(num_ranks)}
+    boxes_of_rank: dict[int, list[tuple[str, Box]]] = defaultdict(list)
     for rule in rules:
         numel = prod(rule.spec.shape)
         step = -(-numel // num_ranks)
         for rank in range(num_ranks):
             low, high = min(rank * step, numel), min((rank + 1) * step, numel)
-            boxes = flat_range_boxes(rule.spec.shape, low, high)
-            boxes_of_rank[rank] += [(rule.spec.name, box) for box in boxes]
-    return ShardMap.of([rule.spec for rule in rules], boxes_of_rank, num_ranks=num_ranks)
+            for box in flat_range_boxes(rule.spec.shape, low, high):
+                boxes_of_rank[rank].append((rule.spec.name, box))
+    return _shard_map(rules, boxes_of_rank, num_ranks)
 
 
 def generation(rules: Sequence[ParameterRule], grouping: Grouping) -> ShardMap:
     """vLLM's layout under `grouping`: padded vocabulary, replicated key-value heads, even
     contiguous stages."""
     boxes = _boxes_by_coordinate(rules, grouping.pp, grouping.tp, padding=VOCAB_PADDING)
-    boxes_of_rank = {
-        rank: boxes[stage, part] for rank, (_, stage, part) in enumerate(grouping.coordinates)
-    }
-    return ShardMap.of([rule.spec for rule in rules], boxes_of_rank, num_ranks=grouping.num_ranks)
+    boxes_of_rank = {}
+    for rank, (_, stage, part) in enumerate(grouping.coordinates):
+        boxes_of_rank[rank] = boxes[stage, part]
+    return _shard_map(rules, boxes_of_rank, grouping.num_ranks)
+
+
+def _shard_map(
+    rules: Sequence[ParameterRule],
+    boxes_of_rank: Mapping[int, list[tuple[str, Box]]],
+    num_ranks: int,
+) -> ShardMap:
+    return ShardMap.of([rule.spec for rule in rules], boxes_of_rank, num_ranks=num_ranks)
 
 
 def _boxes_by_coordinate(
@@ -170,8 +178,9 @@ def _stages(rules: Sequence[ParameterRule], num_stages: int) -> list[int]:
         raise ValueError(
             f"pp={num_stages}: the model has {num_layers} layers; choose at most that many stages"
         )
-    bounds = [num_layers * (stage + 1) // num_stages for stage in range(num_stages)]
-    return [int(np.searchsorted(bounds, layer, side="right")) for layer in range(num_layers)]
+    bounds = num_layers * np.arange(1, num_stages + 1) // num_stages
+    stages: list[int] = np.searchsorted(bounds, np.arange(num_layers), side="right").tolist()
+    return stages
 
 
 def _boxes(

@@ -116,10 +116,7 @@ class Parts:
         """The digest of every parameter, from the digests of its parts: int64 [parts]."""
         totals = np.zeros(len(self.shard_map.parameters), dtype=np.uint64)
         np.add.at(totals, self.parameter, values.view(np.uint64))
-        return {
-            spec.name: int(total)
-            for spec, total in zip(self.shard_map.parameters, totals, strict=True)
-        }
+        return dict(zip(self.shard_map.names, totals.tolist(), strict=True))
 
     def narrowest(self) -> dict[str, int]:
         """Elements along the last dim of the narrowest part of every parameter."""
@@ -132,7 +129,7 @@ class Parts:
 
     def holders(self, name: str) -> list[int]:
         """The ranks that hold anything of a parameter."""
-        number = next(i for i, spec in enumerate(self.shard_map.parameters) if spec.name == name)
+        number = self.shard_map.numbers[name]
         holders: list[int] = np.nonzero(self.holds[self.parameter == number].any(axis=0))[
             0
         ].tolist()
@@ -187,10 +184,8 @@ class Attestor:
         self._is_first_holder = (holds.argmax(axis=1) == self.rank) & holds[:, self.rank]
         """bool [parts of both sides], whether this rank is the first of the part's holders."""
         self._share = replica_shares(holds, self.rank)
-        number = {spec.name: i for i, spec in enumerate(self.target.shard_map.parameters)}
-        index = np.array(
-            [number[spec.name] for spec in self.source.shard_map.parameters], dtype=np.int64
-        )
+        number = target.numbers
+        index = np.array([number[name] for name in source.names], dtype=np.int64)
         self._parameter = np.concatenate([index[self.source.parameter], self.target.parameter])
         """[parts of both sides], index into the target's parameters."""
 
@@ -271,7 +266,7 @@ class Attestation:
         digests, excess, spread = self._table.cpu().numpy()
         if excess.any() or spread.any():
             raise _error(self._attestor.explain(self._values))
-        names = [spec.name for spec in self._attestor.target.shard_map.parameters]
+        names = self._attestor.target.shard_map.names
         return dict(zip(names, digests.view(np.uint64).tolist(), strict=True))
 
 
@@ -358,7 +353,7 @@ def differences(
 def common_parts(source: Parts, target: Parts, names: set[str]) -> tuple[Parts, Parts]:
     """The intersections of both sides' parts of the named parameters, once with the source's
     holders and once with the target's."""
-    number = {spec.name: i for i, spec in enumerate(source.shard_map.parameters)}
+    number = source.shard_map.numbers
     intersected = []
     for index, spec in enumerate(target.shard_map.parameters):
         if spec.name in names:

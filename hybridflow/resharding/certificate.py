@@ -125,7 +125,7 @@ def lower_bound(source: ShardMap, target: ShardMap) -> Ints:
     part of a needed box that the rank holds is the sum of the intersections.
     """
     num_ranks = target.num_ranks
-    itemsize = np.array([spec.itemsize for spec in target.parameters], dtype=np.int64)
+    itemsize = target.itemsize
     need = target.bytes_per_rank
     have_key = source.parameter * num_ranks + source.rank
     need_key = target.parameter * num_ranks + target.rank

@@ -143,9 +143,11 @@ def _places(plan: ReshardingPlan) -> list[tuple[int, int | None, float, float]]:
     Parameters that both sides cut along one dim lie side by side. Those that the two sides cut
     along different dims share one region at the right, where x is the dim that the source cuts.
     """
-    numbers = range(len(plan.target.parameters))
-    cuts = [(_cut_dim(plan.source, number), _cut_dim(plan.target, number)) for number in numbers]
-    both = [have is not None and need is not None and have != need for have, need in cuts]
+    cuts, both = [], []
+    for number in range(len(plan.target.parameters)):
+        have, need = _cut_dim(plan.source, number), _cut_dim(plan.target, number)
+        cuts.append((have, need))
+        both.append(have is not None and need is not None and have != need)
     sizes = np.array([spec.num_bytes for spec in plan.target.parameters], dtype=np.float64)
     along = np.where(both, 0, sizes)
     edges = np.concatenate([[0.0], np.cumsum(along)]) / sizes.sum() * WIDTH
@@ -173,6 +175,7 @@ def _colours(number: int) -> NDArray[np.float64]:
     """Light, well separated colours: float [number, 3]."""
     from colorsys import hls_to_rgb
 
-    return np.array(
-        [hls_to_rgb((i * 0.618034) % 1.0, 0.78 - 0.1 * (i % 2), 0.7) for i in range(number)]
-    )
+    colours = []
+    for index in range(number):
+        colours.append(hls_to_rgb((index * 0.618034) % 1.0, 0.78 - 0.1 * (index % 2), 0.7))
+    return np.array(colours)

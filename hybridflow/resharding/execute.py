@@ -119,10 +119,12 @@ class Executor:
         self._bind(source, destination)
         device = _device_of((*destinations, *sources))
         # Two slots per direction: one round is packed (or unpacked) while the other travels.
-        self._send_slots = _make_slots([round_.staged_send for round_ in self._rounds], device)
-        self._receive_slots = _make_slots(
-            [round_.staged_receive for round_ in self._rounds], device
-        )
+        send_bytes, receive_bytes = [], []
+        for round_ in self._rounds:
+            send_bytes.append(round_.staged_send)
+            receive_bytes.append(round_.staged_receive)
+        self._send_slots = _make_slots(send_bytes, device)
+        self._receive_slots = _make_slots(receive_bytes, device)
 
     @property
     def staging_bytes(self) -> int:
@@ -167,9 +169,9 @@ class Executor:
     def _post(self, number: int, sent: list[Callable[[], None]]) -> list[Callable[[], None]]:
         current = self._rounds[number]
         into, out = self._receive_slots[number % 2], self._send_slots[number % 2]
-        receives: list[Message] = [
-            (endpoint.peer, endpoint.buffer(into)) for endpoint in current.receives
-        ]
+        receives: list[Message] = []
+        for endpoint in current.receives:
+            receives.append((endpoint.peer, endpoint.buffer(into)))
         sends: list[Message] = []
         for endpoint in current.sends:
             if endpoint.direct is None:
@@ -218,7 +220,8 @@ class Executor:
             messages.setdefault(
                 (round_, receiver if outgoing else sender, outgoing, alone), []
             ).append((num_bytes, view, dtype))
-        self._rounds = [_Round() for _ in range(max((key[0] for key in messages), default=-1) + 1)]
+        num_rounds = max((round_ for round_, *_ in messages), default=LOCAL) + 1
+        self._rounds = [_Round() for _ in range(num_rounds)]
         for (round_, peer, outgoing, _), boxes in sorted(
             messages.items(), key=lambda item: item[0]
         ):
@@ -249,7 +252,8 @@ def _device_of(parameters: Sequence[LocalParameter]) -> torch.device:
 
 def _make_slots(sizes: Sequence[int], device: torch.device) -> list[torch.Tensor]:
     """Two staging buffers: one for rounds with even numbers, one for the others."""
-    return [
-        torch.empty(max(sizes[slot::2], default=0), dtype=torch.uint8, device=device)
-        for slot in (0, 1)
-    ]
+    slots = []
+    for slot in (0, 1):
+        num_bytes = max(sizes[slot::2], default=0)
+        slots.append(torch.empty(num_bytes, dtype=torch.uint8, device=device))
+    return slots

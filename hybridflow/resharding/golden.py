@@ -118,13 +118,15 @@ def _gather_full(
         spec = source.parameters[number]
         dtype = DTYPES[dtypes[spec.name]]
         full = torch.empty(spec.shape, dtype=dtype)
+        received = 0
         for holder, box in parts[number]:
+            if holder != rank:
+                received += box.numel
             end = offsets[holder] + box.numel * dtype.itemsize
             _slice(full, box).copy_(
                 gathered[holder, offsets[holder] : end].view(dtype).view(box.shape)
             )
             offsets[holder] = -(-end // 8) * 8
-        received = sum(box.numel for holder, box in parts[number] if holder != rank)
         yield number, full, received * dtype.itemsize
 
 

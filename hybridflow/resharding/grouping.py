@@ -120,9 +120,7 @@ class Grouping:
 def vanilla(num_ranks: int, *, tp: int, pp: int = 1) -> Grouping:
     """HybridFlow-V: generation groups of consecutive ranks."""
     _check_sizes(num_ranks, tp, pp)
-    return Grouping.of(
-        [(rank // (pp * tp), rank // tp % pp, rank % tp) for rank in range(num_ranks)]
-    )
+    return Grouping.of(list(product(range(num_ranks // (pp * tp)), range(pp), range(tp))))
 
 
 def zero_redundancy(layout: Layout, *, tp: int, pp: int = 1) -> Grouping:
@@ -161,7 +159,7 @@ def micro_data_groups(layout: Layout, grouping: Grouping) -> list[tuple[int, ...
         at = layout.coordinates(rank)
         data = tuple(at[axis] for axis in layout.names if axis not in ("pp", "tp"))
         groups.setdefault((*data, stage, part), []).append(rank)
-    return sorted(tuple(group) for group in groups.values())
+    return sorted(map(tuple, groups.values()))
 
 
 def fewest_bytes(source: ShardMap, shards: ShardMap, *, tp: int, pp: int = 1) -> Grouping:
@@ -189,7 +187,7 @@ def fewest_bytes(source: ShardMap, shards: ShardMap, *, tp: int, pp: int = 1) ->
 def held_bytes(source: ShardMap, shards: ShardMap, num_coordinates: int) -> NDArray[np.int64]:
     """Bytes of each coordinate's shard that every rank holds, in the target's data type: int64
     [ranks, coordinates]."""
-    number = {spec.name: i for i, spec in enumerate(source.parameters)}
+    number = source.numbers
     result = np.zeros((source.num_ranks, num_coordinates), dtype=np.int64)
     known: dict[tuple[bytes, ...], NDArray[np.int64]] = {}
     for index, spec in enumerate(shards.parameters):

@@ -65,8 +65,7 @@ class ReshardingPlan:
     @property
     def num_bytes(self) -> Ints:
         """[transfers], bytes in the target's data type."""
-        itemsize = np.array([spec.itemsize for spec in self.target.parameters], dtype=np.int64)
-        return volumes(self.shape) * itemsize[self.parameter]
+        return volumes(self.shape) * self.target.itemsize[self.parameter]
 
     @property
     def remote(self) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
@@ -119,7 +118,8 @@ def compile(
     nodes = tuple(nodes) if nodes is not None else (0,) * target.num_ranks
     source = aligned(source, target, nodes, unused)
     limit = staging_bytes(bucket_bytes, target.num_ranks)
-    largest = max((spec.itemsize for spec in target.parameters), default=1)
+    itemsize = target.itemsize
+    largest = int(itemsize.max(initial=1))
     if limit < largest:
         least = 2 * (largest + MESSAGE_ALIGNMENT * target.num_ranks)
         raise ValueError(
@@ -128,7 +128,6 @@ def compile(
         )
     target.check_disjoint()
     requests = make_requests(source, target, np.array(nodes), limit)
-    itemsize = np.array([spec.itemsize for spec in target.parameters], dtype=np.int64)
     num_bytes = volumes(requests.shape) * itemsize[requests.parameter]
     sender = choose_senders(requests, num_bytes, target.num_ranks)
     remote = sender != requests.receiver
@@ -179,9 +178,9 @@ def aligned(
             f"compile: source has {source.num_ranks} ranks, target {target.num_ranks}, nodes "
             f"{len(nodes)}; relabel them into one rank space"
         )
-    number = {spec.name: i for i, spec in enumerate(source.parameters)}
-    needed = {spec.name for spec in target.parameters}
-    unwanted = [name for name in number if name not in needed and name not in unused]
+    number = source.numbers
+    needed = {*target.names, *unused}
+    unwanted = [name for name in number if name not in needed]
     if unwanted:
         raise ValueError(
             f"compile: no target rank wants {', '.join(unwanted[:5])}; name them in `unused` if "

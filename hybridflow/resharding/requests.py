@@ -64,9 +64,7 @@ def make_requests(source: ShardMap, target: ShardMap, nodes: Ints, limit_bytes: 
     dims = target.dims
     empty = np.zeros(0, dtype=np.int64)
     parts.append((empty, empty.reshape(0, dims), empty.reshape(0, dims), empty, empty))
-    parameter, start, shape, receiver, candidates = (
-        np.concatenate([part[i] for part in parts]) for i in range(5)
-    )
+    parameter, start, shape, receiver, candidates = map(np.concatenate, zip(*parts, strict=True))
     return Requests(parameter, start, shape, receiver, candidates, list(sets))
 
 

@@ -23,7 +23,7 @@ def choose_senders(requests: Requests, num_bytes: Ints, num_ranks: int) -> Ints:
     if not len(requests.candidates):
         return requests.candidates.copy()
     sets, receiver = requests.candidate_sets, requests.receiver.tolist()
-    num_candidates = np.array([len(ranks) for ranks in sets], dtype=np.int64)
+    num_candidates = np.array(list(map(len, sets)), dtype=np.int64)
     first = np.array([ranks[0] for ranks in sets], dtype=np.int64)
     sender = first[requests.candidates]
     has_choice = num_candidates[requests.candidates] > 1

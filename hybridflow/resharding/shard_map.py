@@ -98,7 +98,7 @@ class ShardMap:
 
         Raises a ValueError for an unknown rank or parameter and a box outside of its parameter.
         """
-        index = {spec.name: i for i, spec in enumerate(parameters)}
+        index = _numbers(parameters)
         if len(index) != len(parameters):
             raise ValueError(
                 "shard map: a parameter is named twice; give every logical parameter once"
@@ -169,7 +169,8 @@ class ShardMap:
                         f"parameter {name}: rank {rank} has {tuple(shape)} {dtype}, an earlier "
                         f"rank {spec.shape} {spec.dtype}"
                     )
-                boxes_of_rank[rank] += [(name, box) for box in boxes]
+                for box in boxes:
+                    boxes_of_rank[rank].append((name, box))
         return cls.of(tuple(specs.values()), boxes_of_rank, num_ranks=len(gathered))
 
     def relabel(self, ranks: Sequence[int], num_ranks: int) -> ShardMap:
@@ -180,7 +181,7 @@ class ShardMap:
                 f"relabel: {self.num_ranks} ranks need {self.num_ranks} different new ranks, got "
                 f"{list(ranks)}"
             )
-        if any(not 0 <= rank < num_ranks for rank in ranks):
+        if not set(ranks) <= set(range(num_ranks)):
             raise ValueError(f"relabel: new ranks {list(ranks)} must lie in 0..{num_ranks - 1}")
         new_rank = np.array(ranks, dtype=np.int64)[self.rank] if len(self.rank) else self.rank
         table = np.concatenate(
@@ -200,6 +201,21 @@ class ShardMap:
         return int(self.start.shape[1])
 
     @property
+    def names(self) -> list[str]:
+        """[parameters], their names."""
+        return [spec.name for spec in self.parameters]
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """Name of a parameter -> its index in `parameters`."""
+        return _numbers(self.parameters)
+
+    @property
+    def itemsize(self) -> Ints:
+        """[parameters], bytes of an element."""
+        return np.array([spec.itemsize for spec in self.parameters], dtype=np.int64)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the whole model, every element counted once."""
         return sum(spec.num_bytes for spec in self.parameters)
@@ -207,8 +223,7 @@ class ShardMap:
     @property
     def row_bytes(self) -> Ints:
         """[rows], bytes of every box."""
-        itemsize = np.array([spec.itemsize for spec in self.parameters], dtype=np.int64)
-        return volumes(self.shape) * itemsize[self.parameter]
+        return volumes(self.shape) * self.itemsize[self.parameter]
 
     @property
     def bytes_per_rank(self) -> Ints:
@@ -226,18 +241,16 @@ class ShardMap:
 
     def boxes(self, name: str, rank: int) -> list[Box]:
         """The boxes of parameter `name` that `rank` holds."""
-        parameter = next((i for i, spec in enumerate(self.parameters) if spec.name == name), None)
+        parameter = self.numbers.get(name)
         if parameter is None:
             raise ValueError(f"shard map: no parameter {name!r}")
         dims = len(self.parameters[parameter].shape)
         rows = self.rows(parameter)
-        return [
-            Box(tuple(map(int, start[:dims])), tuple(map(int, shape[:dims])))
-            for start, shape, holder in zip(
-                self.start[rows], self.shape[rows], self.rank[rows], strict=True
-            )
-            if holder == rank
-        ]
+        of_rank = self.rank[rows] == rank
+        boxes = []
+        for start, shape in zip(self.start[rows][of_rank], self.shape[rows][of_rank], strict=True):
+            boxes.append(Box(tuple(start[:dims].tolist()), tuple(shape[:dims].tolist())))
+        return boxes
 
     def check_disjoint(self) -> None:
         """Raises a ValueError where a rank lists the same element of a parameter twice."""
@@ -263,14 +276,15 @@ class ShardMap:
 
     def digest(self) -> str:
         """SHA-256 over everything in the map: equal maps, equal digests, on any machine."""
-        hasher = hashlib.sha256(
-            json.dumps(
-                [self.num_ranks, [[s.name, s.shape, s.dtype] for s in self.parameters]]
-            ).encode()
-        )
+        specs = [[spec.name, spec.shape, spec.dtype] for spec in self.parameters]
+        hasher = hashlib.sha256(json.dumps([self.num_ranks, specs]).encode())
         for array in (self.parameter, self.rank, self.start, self.shape):
             hasher.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
         return hasher.hexdigest()
+
+
+def _numbers(parameters: Sequence[ParameterSpec]) -> dict[str, int]:
+    return {spec.name: number for number, spec in enumerate(parameters)}
 
 
 def _check_box(spec: ParameterSpec, box: Box, rank: int) -> None:

@@ -52,7 +52,7 @@ class GroupTransport:
             for work in works[len(receives) :]:
                 work.wait()
 
-        return [_waiter(work) for work in works[: len(receives)]], wait_sent
+        return list(map(_waiter, works[: len(receives)])), wait_sent
 
     def _start(self, receives: Sequence[Message], sends: Sequence[Message]) -> list[dist.Work]:
         works = [dist.irecv(tensor, group=self.group, group_src=peer) for peer, tensor in receives]

@@ -134,10 +134,12 @@ def smallest_cluster(setting: Setting) -> int | None:
     smallest: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     best: int | None = None
     for placement in placements(large.roles):
+        pools = []
         for roles in placement:
             if roles not in smallest:
                 smallest[roles] = _smallest_pools(large, fronts, roles, best)
-        for allocation in product(*(smallest[roles] for roles in placement)):
+            pools.append(smallest[roles])
+        for allocation in product(*pools):
             nodes = _nodes_needed(setting.cluster, allocation)
             if nodes is not None and (best is None or nodes < best):
                 best = nodes

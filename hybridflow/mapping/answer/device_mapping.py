@@ -24,6 +24,11 @@ class Pool:
     num_devices: int
     roles: tuple[str, ...]
 
+    @property
+    def devices(self) -> tuple[int, int]:
+        """(node group, number of devices), as the search counts them."""
+        return self.group, self.num_devices
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolePlan:
@@ -100,7 +105,11 @@ class DeviceMapping:
 
     def peak_bytes(self, pool: str) -> float:
         """Most bytes on the fullest device of the pool, over all its calls."""
-        return max((call.total_bytes for call in self.calls if call.pool == pool), default=0.0)
+        return max((call.total_bytes for call in self.calls_in(pool)), default=0.0)
+
+    def calls_in(self, pool: str) -> list[CallPlan]:
+        """The calls that run in the pool, in program order."""
+        return [call for call in self.calls if call.pool == pool]
 
     @property
     def fits(self) -> bool:

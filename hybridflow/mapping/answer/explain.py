@@ -34,14 +34,10 @@ RIVAL_HEADERS = ("placement (devices)", "step s", "against best", "GB of GB", "i
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns padded to their widest cell; columns of numbers are aligned to the right."""
     columns = []
-    for number, header in enumerate(headers):
-        cells = [row[number] for row in rows]
-        width = max(len(cell) for cell in (header, *cells))
-        cells = [header, "-" * width, *cells]
-        if all(_is_number(cell) for cell in cells[2:]):
-            columns.append([cell.rjust(width) for cell in cells])
-        else:
-            columns.append([cell.ljust(width) for cell in cells])
+    for header, *cells in zip(headers, *rows, strict=True):
+        width = max(map(len, (header, *cells)))
+        justify = str.rjust if all(map(_is_number, cells)) else str.ljust
+        columns.append([justify(cell, width) for cell in (header, "-" * width, *cells)])
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
@@ -72,9 +68,12 @@ def _call_row(mapping: DeviceMapping, call: CallPlan) -> tuple[str, ...]:
 
 def causes(call: CallPlan, count: int = 3) -> str:
     """The largest causes of a call's seconds, as shares."""
-    ordered = sorted(call.causes_s.items(), key=lambda item: -item[1])[:count]
-    shares = [(name, seconds / call.seconds) for name, seconds in ordered]
-    return ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005)
+    parts = []
+    for name, seconds in _largest(call.causes_s, count):
+        share = seconds / call.seconds
+        if share >= 0.005:
+            parts.append(f"{name} {share:.0%}")
+    return ", ".join(parts)
 
 
 def rivals(setting: Setting, result: SearchResult) -> str:
@@ -107,13 +106,15 @@ def reason(winner: DeviceMapping, loser: DeviceMapping) -> str:
 
 def idle_share(mapping: DeviceMapping) -> float:
     """The share of the planned devices' time in which no call runs."""
-    on_devices = [call for call in mapping.calls if call.bytes]
-    busy = sum(call.seconds * mapping.pool(call.pool).num_devices for call in on_devices)
+    busy = 0.0
+    for call in mapping.calls:
+        if call.bytes:
+            busy += call.seconds * mapping.pool(call.pool).num_devices
     return 1.0 - busy / (mapping.step_s * mapping.num_devices)
 
 
 def _rival_row(setting: Setting, winner: DeviceMapping, entry: PlacementResult) -> tuple[str, ...]:
-    name = " | ".join("+".join(roles) for roles in entry.placement)
+    name = " | ".join(map("+".join, entry.placement))
     if entry.solution is None:
         if entry.bound_s == float("inf"):
             return (name, "-", "-", "-", "-", "does not fit")
@@ -126,14 +127,14 @@ def _rival_row(setting: Setting, winner: DeviceMapping, entry: PlacementResult) 
             "cannot be faster: even its bound loses",
         )
     mapping = mapping_of(setting, entry.solution)
-    sized = " | ".join(f"{pool.name} {pool.num_devices}" for pool in mapping.pools)
-    peaks = []
+    sizes, peaks = [], []
     for pool in mapping.pools:
+        sizes.append(f"{pool.name} {pool.num_devices}")
         peak, capacity = mapping.peak_bytes(pool.name), mapping.capacity_bytes[pool.name]
         peaks.append(f"{peak / GB:.0f}/{capacity / GB:.0f}")
     why = "chosen" if mapping == winner else reason(winner, mapping)
     return (
-        sized,
+        " | ".join(sizes),
         f"{mapping.step_s:.4g}",
         f"{mapping.step_s / winner.step_s - 1:+.1%}",
         " ".join(peaks),
@@ -145,9 +146,14 @@ def _rival_row(setting: Setting, winner: DeviceMapping, entry: PlacementResult) 
 def _memory(mapping: DeviceMapping, call: CallPlan) -> tuple[str, str, str]:
     if not call.bytes:
         return "-", "-", ""
-    largest = sorted(call.bytes.items(), key=lambda item: -item[1])[:3]
-    parts = ", ".join(f"{name} {value / GB:.3g}" for name, value in largest)
-    return f"{call.total_bytes / GB:.3g}", f"{mapping.capacity_bytes[call.pool] / GB:.3g}", parts
+    total, capacity = call.total_bytes / GB, mapping.capacity_bytes[call.pool] / GB
+    parts = [f"{name} {value / GB:.3g}" for name, value in _largest(call.bytes, 3)]
+    return f"{total:.3g}", f"{capacity:.3g}", ", ".join(parts)
+
+
+def _largest(parts: dict[str, float], count: int) -> list[tuple[str, float]]:
+    """The `count` largest entries, largest first."""
+    return sorted(parts.items(), key=lambda part: -part[1])[:count]
 
 
 def _is_number(text: str) -> bool:

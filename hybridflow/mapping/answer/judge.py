@@ -55,12 +55,13 @@ def judge(setting: Setting, mapping: DeviceMapping) -> Judgement:
     wrong size), not for one that does not fit.
     """
     pools = tuple(replace(pool, kind=_kind(setting, pool)) for pool in mapping.pools)
+    mapping = replace(mapping, pools=pools)
     check_pools(setting, pools, mapping.roles)
     if all(plan.layout is None and plan.generation is None for plan in mapping.roles):
         return Judgement(mapping=complete(setting, pools), overfull=(), changes=())
     plans = tuple(_with_defaults(setting, plan, mapping) for plan in mapping.roles)
     for plan in plans:
-        check_layout(setting, plan, next(pool for pool in pools if pool.name == plan.pool))
+        check_layout(setting, plan, mapping.pool(plan.pool))
     predicted = predict(setting, pools, plans)
     overfull = tuple(_overfull(predicted))
     changes: tuple[tuple[str, str], ...] = ()
@@ -72,8 +73,7 @@ def judge(setting: Setting, mapping: DeviceMapping) -> Judgement:
 def complete(setting: Setting, pools: tuple[Pool, ...]) -> DeviceMapping:
     """The best layouts for pools of these sizes; a ValueError if none fit."""
     placement = tuple(_roles_in(setting, pool) for pool in pools)
-    allocation = tuple((pool.group, pool.num_devices) for pool in pools)
-    solution = Search(setting).best_for(placement, allocation)
+    solution = Search(setting).best_for(placement, tuple(pool.devices for pool in pools))
     if solution is None:
         fronts = Fronts(setting)
         hints = []
@@ -81,10 +81,11 @@ def complete(setting: Setting, pools: tuple[Pool, ...]) -> DeviceMapping:
             if fronts.cheapest(roles, pool.group, pool.num_devices) is None:
                 hints.append(f"pool {pool.name}: {_smallest_size(setting, pool)}")
         raise ValueError(f"no layouts fit: {'; '.join(hints)}")
-    chosen = mapping_of(setting, solution)
-    return predict(
-        setting, pools, [replace(plan, pool=_owner(pools, plan.role)) for plan in chosen.roles]
-    )
+    owner: dict[str, str] = {}
+    for pool in pools:
+        owner |= dict.fromkeys(pool.roles, pool.name)
+    plans = mapping_of(setting, solution).roles
+    return predict(setting, pools, [replace(plan, pool=owner[plan.role]) for plan in plans])
 
 
 def check_pools(setting: Setting, pools: tuple[Pool, ...], plans: tuple[RolePlan, ...]) -> None:
@@ -111,7 +112,7 @@ def check_pools(setting: Setting, pools: tuple[Pool, ...], plans: tuple[RolePlan
     missing = sorted(set(owners) - {plan.role for plan in plans})
     if missing and any(plan.layout is not None for plan in plans):
         raise ValueError(f"roles {missing} have no plan; give every role a layout, or none of them")
-    if not packs(setting.cluster, [(pool.group, pool.num_devices) for pool in pools]):
+    if not packs(setting.cluster, [pool.devices for pool in pools]):
         sizes = " + ".join(f"{pool.name}={pool.num_devices}" for pool in pools)
         raise ValueError(
             f"pools {sizes} do not fit on {setting.cluster} ({setting.cluster.num_devices} "
@@ -169,16 +170,21 @@ def _with_defaults(setting: Setting, plan: RolePlan, mapping: DeviceMapping) -> 
 
 def _overfull(mapping: DeviceMapping) -> Iterator[tuple[str, str, float]]:
     for pool in mapping.pools:
-        calls = [call for call in mapping.calls if call.pool == pool.name]
+        capacity = mapping.capacity_bytes[pool.name]
+        calls = mapping.calls_in(pool.name)
         worst = max(calls, key=lambda call: call.total_bytes, default=None)
-        if worst is not None and worst.total_bytes > mapping.capacity_bytes[pool.name] * (1 + 1e-9):
-            yield pool.name, worst.call, worst.total_bytes - mapping.capacity_bytes[pool.name]
+        if worst is not None and worst.total_bytes > capacity * (1 + 1e-9):
+            yield pool.name, worst.call, worst.total_bytes - capacity
+
+
+def _overfull_pools(mapping: DeviceMapping) -> set[str]:
+    return {pool for pool, _, _ in _overfull(mapping)}
 
 
 def _changes(setting: Setting, mapping: DeviceMapping) -> Iterator[tuple[str, str]]:
     """Single changes after which their pool fits, each with the step time that it leads to;
     then the number of devices that would do with other layouts."""
-    full = {name for name, _, _ in _overfull(mapping)}
+    full = _overfull_pools(mapping)
     for position, plan in enumerate(mapping.roles):
         if plan.pool not in full:
             continue
@@ -186,7 +192,7 @@ def _changes(setting: Setting, mapping: DeviceMapping) -> Iterator[tuple[str, st
             for text, changed in steps:
                 roles = [*mapping.roles[:position], changed, *mapping.roles[position + 1 :]]
                 predicted = predict(setting, mapping.pools, roles)
-                if plan.pool not in {name for name, _, _ in _overfull(predicted)}:
+                if plan.pool not in _overfull_pools(predicted):
                     yield plan.pool, f"{plan.role}: {text} (step {predicted.step_s:.1f} s)"
                     break
     for pool in mapping.pools:
@@ -278,7 +284,3 @@ def _kind(setting: Setting, pool: Pool) -> str:
             f"0..{len(setting.cluster.groups) - 1}"
         )
     return setting.cluster.groups[pool.group].kind.name
-
-
-def _owner(pools: tuple[Pool, ...], role: str) -> str:
-    return next(pool.name for pool in pools if role in pool.roles)

@@ -19,12 +19,24 @@ from hybridflow.mapping.simulate.transition import weight_sync_time
 def predict(setting: Setting, pools: Sequence[Pool], roles: Sequence[RolePlan]) -> DeviceMapping:
     """The mapping with its predictions; pools and roles must be complete and consistent, as
     judge.check_pools and judge.check_layout demand."""
-    pool_by_name = {pool.name: pool for pool in pools}
-    plans = {plan.role: plan for plan in roles}
-    causes = [_causes(setting, call, plans, pool_by_name) for call in setting.dataflow.calls]
-    schedule = setting.schedule({plan.role: plan.pool for plan in roles})
-    bars = schedule.bars([sum(parts.values()) for parts in causes])
-    residents = {pool.name: _pool_resident(setting, pool, plans) for pool in pools}
+    plans: dict[str, RolePlan] = {}
+    pool_of: dict[str, str] = {}
+    for plan in roles:
+        plans[plan.role] = plan
+        pool_of[plan.role] = plan.pool
+    pool_by_name: dict[str, Pool] = {}
+    residents: dict[str, Footprint] = {}
+    capacities: dict[str, float] = {}
+    for pool in pools:
+        pool_by_name[pool.name] = pool
+        residents[pool.name] = _pool_resident(setting, pool, plans)
+        capacities[pool.name] = setting.capacity(pool.group)
+    causes, seconds = [], []
+    for call in setting.dataflow.calls:
+        parts = _causes(setting, call, plans, pool_by_name)
+        causes.append(parts)
+        seconds.append(sum(parts.values()))
+    bars = setting.schedule(pool_of).bars(seconds)
     calls = []
     for call, bar, parts in zip(setting.dataflow.calls, bars, causes, strict=True):
         num_bytes: dict[str, float] = {}
@@ -51,7 +63,7 @@ def predict(setting: Setting, pools: Sequence[Pool], roles: Sequence[RolePlan]) 
         calls=tuple(calls),
         step_s=step_s,
         tokens_per_s=setting.workload.num_tokens / step_s,
-        capacity_bytes={pool.name: setting.capacity(pool.group) for pool in pools},
+        capacity_bytes=capacities,
     )
 
 
@@ -72,7 +84,12 @@ def _causes(
     else:
         assert plan.layout is not None
         parts = asdict(pass_time(setting, call.role, pools[plan.pool].group, call, plan.layout))
-    return {name: seconds for name, seconds in parts.items() if seconds > 0.0}
+    return _positive(parts)
+
+
+def _positive(parts: dict[str, float]) -> dict[str, float]:
+    """The parts without those of 0."""
+    return {name: value for name, value in parts.items() if value > 0.0}
 
 
 def _transition(setting: Setting, call: Call, plan: RolePlan, pools: dict[str, Pool]) -> float:
@@ -128,4 +145,4 @@ def _bytes(
         counted = resident(setting, plan) if plan.layout is None else _engine(setting, plan)
         parts["generation_weights"] -= counted.generation_weights
         parts["kv_cache"] -= counted.kv_cache
-    return {name: value for name, value in parts.items() if value > 0.0}
+    return _positive(parts)

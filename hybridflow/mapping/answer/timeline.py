@@ -26,7 +26,7 @@ def draw_timelines(mappings: dict[str, DeviceMapping], path: Path) -> None:
     """Draws a panel for every mapping (title -> mapping) over a common time axis, as a PNG or
     the format of the suffix."""
     rows = [max(1, len(_rows(mapping))) for mapping in mappings.values()]
-    height = 0.9 + sum(0.62 * count + 0.75 for count in rows)
+    height = 0.9 + 0.62 * sum(rows) + 0.75 * len(rows)
     figure = Figure(figsize=(11, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(mappings), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
@@ -50,17 +50,12 @@ def draw_timelines(mappings: dict[str, DeviceMapping], path: Path) -> None:
         axis.tick_params(axis="y", length=0)
         axis.axvline(mapping.step_s, color="#333333", linewidth=0.8, linestyle=":")
     axes[-1].set_xlabel("seconds of one step", fontsize=9)
-    colors = {
-        kind.value: color for kind, color in COLORS.items() if kind is not CallKind.controller
-    }
-    colors["transition"] = TRANSITION_COLOR
-    figure.legend(
-        handles=[Patch(color=color, label=label) for label, color in colors.items()],
-        loc="outside lower right",
-        ncols=4,
-        fontsize=8,
-        frameon=False,
-    )
+    handles = []
+    for kind, color in COLORS.items():
+        if kind is not CallKind.controller:
+            handles.append(Patch(color=color, label=kind.value))
+    handles.append(Patch(color=TRANSITION_COLOR, label="transition"))
+    figure.legend(handles=handles, loc="outside lower right", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path)
 
 
@@ -82,7 +77,7 @@ def _bar(axis, position: int, call: CallPlan, longest: float) -> None:  # type: 
     color = "black" if call.kind == CallKind.inference else "white"
     middle = call.start_s + (call.seconds + transition) / 2
     text = f"{call.role}\n{method}\n{call.seconds:.3g} s"
-    if call.seconds - transition > longest * 0.0095 * max(len(line) for line in text.split("\n")):
+    if call.seconds - transition > longest * 0.0095 * max(map(len, text.split("\n"))):
         axis.text(middle, position, text, ha="center", va="center", fontsize=6.5, color=color)
     elif call.seconds - transition > longest * 0.02:
         axis.text(
@@ -98,8 +93,7 @@ def _bar(axis, position: int, call: CallPlan, longest: float) -> None:  # type: 
 
 
 def _rows(mapping: DeviceMapping) -> list[str]:
-    used = {call.pool for call in mapping.calls}
-    return [pool.name for pool in mapping.pools if pool.name in used]
+    return [pool.name for pool in mapping.pools if mapping.calls_in(pool.name)]
 
 
 def _label(mapping: DeviceMapping, name: str) -> str:

@@ -79,10 +79,14 @@ def fit(
     errors: dict[str, tuple[float, float]] = {}
     if measurements.collectives:
         kind, fitted = fit_links(measurements.collectives, kind, fitted)
-    alone = [sample for sample in measurements.passes if sample.ranks == 1]
-    shared = [sample for sample in measurements.passes if sample.ranks > 1]
-    forward = [sample for sample in alone if not sample.training]
-    training = [sample for sample in alone if sample.training]
+    forward, training, shared = [], [], []
+    for sample in measurements.passes:
+        if sample.ranks > 1:
+            shared.append(sample)
+        elif sample.training:
+            training.append(sample)
+        else:
+            forward.append(sample)
     # Each of the two needs a constant of the other: the head's weights are read in both.
     for _ in range(2):
         if forward:
@@ -160,9 +164,12 @@ def fit_links(
     def features(sample: CollectiveSample) -> tuple[float, float]:
         return float(np.log2(sample.ranks)), sample.num_bytes * (sample.ranks - 1) / sample.ranks
 
-    gathers = [sample for sample in samples if not sample.reduces]
-    rows = np.array([features(sample) for sample in gathers])
-    latency, per_byte = nonnegative_least_squares(rows, _seconds(gathers))
+    gathers, rows = [], []
+    for sample in samples:
+        if not sample.reduces:
+            gathers.append(sample)
+            rows.append(features(sample))
+    latency, per_byte = nonnegative_least_squares(np.array(rows), _seconds(gathers))
     bandwidth = 1.0 / max(per_byte, SMALL)
     slower: list[float] = []
     for sample in samples:
@@ -232,7 +239,7 @@ def fit_training(
     def seconds(backward_factor: float, per_byte: float) -> np.ndarray:
         efficiency = 1.0 / max(per_byte, SMALL)
         tried = replace(initial, backward_factor=backward_factor, update_efficiency=efficiency)
-        return np.array([predicted_pass(sample, kind, tried, space) for sample in samples])
+        return _predictions(predicted_pass, samples, kind, tried, space)
 
     none = seconds(0.0, 0.0)
     features = np.stack([seconds(1.0, 0.0) - none, seconds(0.0, 1.0) - none], axis=1)
@@ -249,7 +256,7 @@ def fit_shared(
 
     def seconds(efficiency: float) -> np.ndarray:
         tried = replace(initial, link_efficiency=efficiency)
-        return np.array([predicted_pass(sample, kind, tried, space) for sample in samples])
+        return _predictions(predicted_pass, samples, kind, tried, space)
 
     free = seconds(1.0 / SMALL)
     measured = _seconds(samples)
@@ -307,9 +314,7 @@ def _decoding(
         layers, running = sample.model.num_layers, sample.rows
         rows.append((sample.response, sample.response * layers, sample.response * running))
     features = np.array(rows, dtype=float)
-    targets = _seconds(samples) - [
-        predicted_generation(sample, kind, bare, space) for sample in samples
-    ]
+    targets = _seconds(samples) - _predictions(predicted_generation, samples, kind, bare, space)
     step, layer, row = nonnegative_least_squares(features, targets, weights)
     off = (features @ np.array([step, layer, row]) - targets) * weights
     overheads = replace(
@@ -323,7 +328,7 @@ def fit_syncs(
 ) -> Calibration:
     """Fixed seconds of a sync and seconds per parameter, beyond the copy."""
     bare = replace(initial, sync_overhead_s=0.0, sync_parameter_s=0.0)
-    targets = _seconds(samples) - [predicted_sync(sample, kind, bare, space) for sample in samples]
+    targets = _seconds(samples) - _predictions(predicted_sync, samples, kind, bare, space)
     features = np.array([(1.0, sample.model.num_parameters) for sample in samples])
     fixed, per_parameter = nonnegative_least_squares(features, targets, 1.0 / _seconds(samples))
     return replace(initial, sync_overhead_s=fixed, sync_parameter_s=per_parameter)
@@ -397,7 +402,7 @@ def nonnegative_least_squares(
             if residual < best * (1 - 1e-9):
                 best, solution = residual, np.zeros(size)
                 solution[columns] = part
-    return [float(value) for value in solution]
+    return solution.tolist()
 
 
 def _seconds(
@@ -405,6 +410,17 @@ def _seconds(
 ) -> np.ndarray:
     """[samples]: the measured seconds."""
     return np.array([sample.seconds for sample in samples])
+
+
+def _predictions(
+    predict: Callable[[Sample, DeviceKind, Calibration, SearchSpace], float],
+    samples: Sequence[Sample],
+    kind: DeviceKind,
+    calibration: Calibration,
+    space: SearchSpace,
+) -> np.ndarray:
+    """[samples]: the seconds that `predict` gives for each."""
+    return np.array([predict(sample, kind, calibration, space) for sample in samples])
 
 
 def _errors(
@@ -415,6 +431,6 @@ def _errors(
     space: SearchSpace,
 ) -> tuple[float, float]:
     """(median, largest) of |predicted / measured - 1|."""
-    ratios = [predict(sample, kind, calibration, space) / sample.seconds for sample in samples]
-    off = sorted(abs(ratio - 1.0) for ratio in ratios)
-    return off[len(off) // 2], off[-1]
+    ratios = _predictions(predict, samples, kind, calibration, space) / _seconds(samples)
+    off = np.sort(np.abs(ratios - 1.0))
+    return float(off[len(off) // 2]), float(off[-1])

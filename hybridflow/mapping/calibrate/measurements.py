@@ -4,6 +4,7 @@ fit.py."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,15 +93,19 @@ class Measurements:
     def load(cls, path: Path) -> Measurements:
         content: dict[str, Any] = json.loads(path.read_text())
         samples = {
-            "passes": tuple(PassSample(**_with_model(entry)) for entry in content["passes"]),
-            "generations": tuple(
-                GenerationSample(**_with_model(entry)) for entry in content["generations"]
-            ),
-            "collectives": tuple(CollectiveSample(**entry) for entry in content["collectives"]),
-            "syncs": tuple(SyncSample(**_with_model(entry)) for entry in content.get("syncs", ())),
+            "passes": _samples(PassSample, content["passes"]),
+            "generations": _samples(GenerationSample, content["generations"]),
+            "collectives": _samples(CollectiveSample, content["collectives"]),
+            "syncs": _samples(SyncSample, content.get("syncs", ())),
         }
         return cls(**{**content, **samples})
 
 
-def _with_model(entry: dict[str, Any]) -> dict[str, Any]:
-    return {**entry, "model": ModelSpec(**entry["model"])}
+def _samples(kind: type, entries: Sequence[dict[str, Any]]) -> tuple[Any, ...]:
+    """The samples of a kind as `asdict` wrote them."""
+    samples = []
+    for entry in entries:
+        if "model" in entry:
+            entry = {**entry, "model": ModelSpec(**entry["model"])}
+        samples.append(kind(**entry))
+    return tuple(samples)

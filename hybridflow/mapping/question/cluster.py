@@ -76,6 +76,9 @@ class NodeGroup:
         per_node = self.kind.devices_per_node
         return (*range(1, per_node), *range(per_node, self.num_devices + 1, per_node))
 
+    def __str__(self) -> str:
+        return f"{self.num_nodes}x{self.kind.devices_per_node}x{self.kind.name}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
@@ -129,10 +132,7 @@ class Cluster:
         )
 
     def __str__(self) -> str:
-        return "+".join(
-            f"{group.num_nodes}x{group.kind.devices_per_node}x{group.kind.name}"
-            for group in self.groups
-        )
+        return "+".join(map(str, self.groups))
 
 
 def _parse_group(text: str, kinds: dict[str, DeviceKind]) -> NodeGroup:

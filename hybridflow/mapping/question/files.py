@@ -31,11 +31,11 @@ def checked(kind: type, content: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where} is {content!r}; it must be an object {{...}}")
     known = {field.name: field for field in fields(kind)}
     unknown = sorted(set(content) - set(known))
-    missing = [
-        name
-        for name, field in known.items()
-        if name not in content and field.default is MISSING and field.default_factory is MISSING
-    ]
+    missing = []
+    for name, field in known.items():
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and name not in content:
+            missing.append(name)
     problems = []
     if unknown:
         problems.append(f"unknown {', '.join(unknown)}")

@@ -91,8 +91,8 @@ class SearchSpace:
         """Divisors of the heads that divide the node (or the smaller pool), so that groups
         never straddle nodes."""
         inside = min(group.kind.devices_per_node, num_devices)
-        return [
-            t
-            for t in range(1, min(inside, self.max_tensor) + 1)
-            if model.num_heads % t == 0 and inside % t == 0
-        ]
+        sizes = []
+        for size in range(1, min(inside, self.max_tensor) + 1):
+            if model.num_heads % size == 0 and inside % size == 0:
+                sizes.append(size)
+        return sizes

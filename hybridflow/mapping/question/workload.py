@@ -64,11 +64,10 @@ class Lengths:
         size = len(ordered)
         if size <= NUM_QUANTILES:
             return cls(tuple(ordered))
-        return cls(
-            tuple(
-                ordered[int((index + 0.5) / NUM_QUANTILES * size)] for index in range(NUM_QUANTILES)
-            )
-        )
+        quantiles = []
+        for index in range(NUM_QUANTILES):
+            quantiles.append(ordered[int((index + 0.5) / NUM_QUANTILES * size)])
+        return cls(tuple(quantiles))
 
     @classmethod
     def parse(cls, text: str) -> Lengths:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
@@ -20,6 +19,8 @@ from hybridflow.mapping.search.fronts import (
     RoleFront,
     all_pairs,
     combine_roles,
+    least_seconds,
+    options_at,
 )
 from hybridflow.mapping.search.options import RoleOption
 from hybridflow.mapping.search.placements import Placement, packs
@@ -73,18 +74,18 @@ class Branch:
         self._fronts = fronts
         self._tables = tables
         self._statistics = statistics
-        calls = setting.dataflow.calls
-        position = {call.name: index for index, call in enumerate(calls)}
+        position = setting.dataflow.positions
         pool_of: dict[str, str] = {}
         self._columns: list[list[int]] = []
         for pool, roles in enumerate(placement):
             columns = []
             for role in roles:
                 pool_of[role] = str(pool)
-                columns += [position[call.name] for call in setting.calls(role)]
+                for call in setting.calls(role):
+                    columns.append(position[call.name])
             self._columns.append(columns)
         self._schedule = setting.schedule(pool_of)
-        self._off_pools = [setting.fixed_seconds(call) for call in calls]
+        self._off_pools = list(map(setting.fixed_seconds, setting.dataflow.calls))
         """Seconds of the calls that run in no pool; those of a pool are filled in over them."""
         self._devices = tuple(group.num_devices for group in setting.cluster.groups)
         self._limit = np.inf
@@ -156,8 +157,8 @@ class Branch:
         shape = tuple(len(self._tables[pool].choices) for pool in open_pools)
         if 0 in shape:
             return
-        used = [np.zeros(shape, dtype=np.int64) for _ in free]
-        seconds: Steps = [np.array(value) for value in self._off_pools]
+        used = np.zeros((len(free), *shape), dtype=np.int64)
+        seconds: Steps = list(map(np.array, self._off_pools))
         for pool, choice in fixed.items():
             for column, value in zip(
                 self._columns[pool], self._tables[pool].seconds[choice], strict=True
@@ -178,7 +179,7 @@ class Branch:
         self._statistics.allocations_bounded += bounds.size
 
         def choices_of(index: int) -> dict[int, int]:
-            positions = [int(position) for position in np.unravel_index(index, shape)]
+            positions = map(int, np.unravel_index(index, shape))
             return {**fixed, **dict(zip(open_pools, positions, strict=True))}
 
         self._solve_in_order(bounds, choices_of)
@@ -213,7 +214,7 @@ class Branch:
             pool_fronts = self._fronts.together(roles, group, size)
             assert pool_fronts is not None, "the cheapest options of the pool fit"
             fronts.append(pool_fronts)
-        ideals = [np.concatenate([front.seconds.min(axis=0) for front in pool]) for pool in fronts]
+        ideals = list(map(least_seconds, fronts))
         combinations: list[Combinations] = []
         for pool, (group, _) in enumerate(allocation):
             combined = combine_roles(
@@ -239,7 +240,9 @@ class Branch:
             if chosen is None:
                 return None
             options.append(chosen)
-            values = chain.from_iterable(option.seconds for option in chosen)
+            values: list[float] = []
+            for option in chosen:
+                values += option.seconds
             for column, value in zip(columns, values, strict=True):
                 seconds[column] = value
         return Solution(
@@ -256,7 +259,7 @@ class Branch:
     def _makespans(self, rows: dict[int, np.ndarray], ideals: list[np.ndarray]) -> np.ndarray:
         """[rows]: makespans with the seconds of `rows` in their pools and the ideal ones in the
         others."""
-        seconds: Steps = [np.array(value) for value in self._off_pools]
+        seconds: Steps = list(map(np.array, self._off_pools))
         for pool, columns in enumerate(self._columns):
             for index, column in enumerate(columns):
                 if pool in rows:
@@ -279,18 +282,16 @@ class Branch:
         for pool, combined in enumerate(combinations):
             left, right = all_pairs(np.arange(len(index)), np.arange(len(combined)))
             index = np.concatenate([index[left], right[:, None]], axis=1)
-            rows = {
-                number: combinations[number].seconds[index[:, number]] for number in range(pool + 1)
-            }
+            rows = {}
+            for number in range(pool + 1):
+                rows[number] = combinations[number].seconds[index[:, number]]
             spans = self._makespans(rows, ideals)
             index, spans = index[spans < limit * (1 - TIE)], spans[spans < limit * (1 - TIE)]
             if not len(index):
                 return None
         options = []
         for pool, combination in enumerate(index[int(np.argmin(spans))]):
-            choices = combinations[pool].chosen[combination]
-            pairs = zip(fronts[pool], choices, strict=True)
-            options.append(tuple(front.options[choice] for front, choice in pairs))
+            options.append(options_at(fronts[pool], combinations[pool].chosen[combination]))
         return Solution(self.placement, allocation, tuple(options), float(spans.min()))
 
 

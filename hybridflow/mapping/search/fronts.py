@@ -8,24 +8,26 @@ pool's memory with every role's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hybridflow.dataflow import CallKind
 from hybridflow.mapping.search.options import (
     GenerationOption,
     PassOption,
     RoleOption,
     entry_seconds,
-    generation_only,
     generation_options,
     paired,
     pass_options,
     role_options,
 )
 from hybridflow.mapping.search.setting import Setting
+
+RESIDENT_PRICES = (0.0, *(4.0 ** np.arange(-6, 4)).tolist())
+"""Prices of a device's whole memory that `greedy_choice` tries, as multiples of the least seconds
+of all roles."""
 
 
 def nondominated(rows: np.ndarray) -> np.ndarray:
@@ -67,6 +69,18 @@ class RoleFront:
         )
 
 
+def options_at(
+    fronts: tuple[RoleFront, ...], chosen: Sequence[int] | np.ndarray
+) -> tuple[RoleOption, ...]:
+    """The option of every front at its index in `chosen`."""
+    return tuple(front.options[index] for front, index in zip(fronts, chosen, strict=True))
+
+
+def least_seconds(fronts: tuple[RoleFront, ...]) -> np.ndarray:
+    """[calls of all fronts]: the least seconds of each call over the options of its role."""
+    return np.concatenate([front.seconds.min(axis=0) for front in fronts])
+
+
 @dataclass(frozen=True, slots=True)
 class Combinations:
     """Choices of an option for every role of a pool: `chosen` [combinations, roles] indexes the
@@ -99,9 +113,13 @@ def combine_roles(
     gets [combinations, columns], the least seconds that each partial combination can end with, and
     returns a mask. Works role by role and prunes after each by all three tests.
     """
-    least_resident = [front.resident.min() for front in fronts]
-    weighted = [front.seconds @ weights for front, weights in zip(fronts, columns, strict=True)]
-    least_seconds = np.array([seconds.min(axis=0) for seconds in weighted])
+    least_resident, weighted, least = [], [], []
+    for front, weights in zip(fronts, columns, strict=True):
+        seconds = front.seconds @ weights
+        least_resident.append(front.resident.min())
+        weighted.append(seconds)
+        least.append(seconds.min(axis=0))
+    least_weighted = np.array(least)
     result = Combinations(
         np.zeros((1, 0), dtype=np.int64),
         np.zeros(1),
@@ -115,7 +133,7 @@ def combine_roles(
         transient = np.maximum(result.transient[left], front.transient[right])
         total = result.seconds[left] + seconds[right]
         fits = resident + transient + sum(least_resident[position + 1 :]) <= capacity
-        fits[fits] = promising(total[fits] + least_seconds[position + 1 :].sum(axis=0))
+        fits[fits] = promising(total[fits] + least_weighted[position + 1 :].sum(axis=0))
         chosen = np.concatenate([result.chosen[left], right[:, None]], axis=1)
         extended = Combinations(chosen, resident, transient, total).take(np.flatnonzero(fits))
         criteria = extended.seconds
@@ -137,7 +155,8 @@ def greedy_choice(fronts: tuple[RoleFront, ...], capacity: float) -> tuple[int, 
     best: tuple[float, tuple[int, ...]] | None = None
     totals = [front.seconds.sum(axis=1) for front in fronts]
     scale = sum(float(total.min()) for total in totals) / capacity
-    for resident_price in (0.0, *(scale * 4.0**power for power in range(-6, 4))):
+    for factor in RESIDENT_PRICES:
+        resident_price = scale * factor
         for transient_price in (0.0, 0.1 * resident_price, resident_price):
             chosen, resident, transient, seconds = [], 0.0, 0.0, 0.0
             for front, total in zip(fronts, totals, strict=True):
@@ -202,8 +221,9 @@ class Fronts:
         chosen = greedy_choice(fronts, capacity)
         bound = float("inf")
         if chosen is not None:
-            pairs = zip(fronts, chosen, strict=True)
-            bound = sum(float(front.seconds[index].sum()) for front, index in pairs)
+            bound = 0.0
+            for front, index in zip(fronts, chosen, strict=True):
+                bound += float(front.seconds[index].sum())
         ones = [np.ones((front.seconds.shape[1], 1)) for front in fronts]
         cheaper = combine_roles(
             fronts, ones, capacity, lambda sums: sums[:, 0] < bound * (1 - 1e-12)
@@ -212,7 +232,7 @@ class Fronts:
             chosen = tuple(cheaper.chosen[int(np.argmin(cheaper.seconds[:, 0]))])
         if chosen is None:
             return None
-        return tuple(front.options[index] for front, index in zip(fronts, chosen, strict=True))
+        return options_at(fronts, chosen)
 
     def _signature(self, role: str) -> tuple[object, ...]:
         setting = self._setting
@@ -236,12 +256,9 @@ class Fronts:
         alike in p, t, ZeRO stage and offloading have the same transition and leave the same
         memory for generation, so that only their bytes and seconds count."""
         setting = self._setting
-        kinds = {call.kind for call in setting.calls(role)}
-        if CallKind.generation not in kinds:
+        if not setting.generates(role) or setting.only_generates(role):
             return role_options(setting, role, group, num_devices)
         generating = generation_options(setting, role, group, num_devices)
-        if kinds == {CallKind.generation}:
-            return [generation_only(setting, role, group, option) for option in generating]
         alike: dict[tuple[object, ...], list[PassOption]] = {}
         for option in pass_options(setting, role, group, num_devices):
             layout = option.layout

@@ -78,7 +78,7 @@ def role_options(setting: Setting, role: str, group: int, num_devices: int) -> l
     generating = []
     if setting.generates(role):
         generating = generation_options(setting, role, group, num_devices)
-    if all(call.kind is CallKind.generation for call in setting.calls(role)):
+    if setting.only_generates(role):
         return [generation_only(setting, role, group, option) for option in generating]
     result = []
     for option in pass_options(setting, role, group, num_devices):
@@ -97,10 +97,9 @@ def model_layouts(
 ) -> Iterator[ModelLayout]:
     """Every layout of the search space for training and forward passes."""
     space, trained = setting.space, setting.trained(role)
-    stages = (
-        space.zero_stages if trained else (0, *(stage for stage in space.zero_stages if stage == 3))
-    )
-    recomputes = space.recompute if trained else (False,)
+    stages, recomputes = space.zero_stages, space.recompute
+    if not trained:
+        stages, recomputes = ((0, 3) if 3 in space.zero_stages else (0,)), (False,)
     longest = setting.workload.longest_row
     for p, t, d in space.model_layouts(
         setting.model(role), setting.cluster.groups[group], num_devices
@@ -131,7 +130,7 @@ def pass_option(setting: Setting, role: str, group: int, layout: ModelLayout) ->
     model, calls = setting.model(role), setting.calls(role)
     resident = resident_footprint(model, layout, setting.space, trained=setting.trained(role)).total
     seconds = tuple(pass_time(setting, role, group, call, layout).total for call in calls)
-    kinds = {call.kind for call in calls} - {CallKind.generation}
+    kinds = setting.kinds(role) - {CallKind.generation}
     transient = max(call_footprint(setting, role, kind, layout, None).total for kind in kinds)
     held = held_for_generation(model, layout, setting.space)
     return PassOption(layout, resident, transient, held, seconds)

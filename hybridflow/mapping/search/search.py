@@ -47,10 +47,12 @@ class Search:
     def run(self, *, every_placement: bool = False) -> SearchResult:
         """The fastest mapping. With `every_placement` the fastest of each placement too;
         otherwise a placement is left when it loses."""
-        branches = [self._branch(placement) for placement in placements(self.setting.roles)]
+        branches: list[Branch] = []
         bounded = []
-        for number, branch in enumerate(branches):
-            bounded.append((branch.root_bound(), len(branch.placement), number))
+        for placement in placements(self.setting.roles):
+            branch = self._branch(placement)
+            bounded.append((branch.root_bound(), len(placement), len(branches)))
+            branches.append(branch)
         self.statistics.placements = len(branches)
         best: Solution | None = None
         results = []
@@ -81,10 +83,11 @@ class Search:
         return branch.solve(allocation, float("inf"))
 
     def _branch(self, placement: Placement) -> Branch:
+        tables = []
         for roles in placement:
             if roles not in self._tables:
                 self._tables[roles] = PoolTable(self.setting, self._fronts, roles)
-        tables = [self._tables[roles] for roles in placement]
+            tables.append(self._tables[roles])
         return Branch(self.setting, self._fronts, placement, tables, self.statistics)
 
 

@@ -48,11 +48,10 @@ class Setting:
                 "ModelSpec, or None for a function"
             )
         for role in self.roles:
-            kinds = {call.kind for call in self.calls(role)}
-            if role in self.weights_from and kinds != {CallKind.generation}:
+            if role in self.weights_from and not self.only_generates(role):
                 raise ValueError(
-                    f"weights_from: {role} also runs {sorted(kinds)}; only a role that does "
-                    "nothing but generate can borrow weights"
+                    f"weights_from: {role} also runs {sorted(self.kinds(role))}; only a role that "
+                    "does nothing but generate can borrow weights"
                 )
 
     @property
@@ -69,19 +68,26 @@ class Setting:
         """The role's calls in program order."""
         return self._calls[role]
 
+    def kinds(self, role: str) -> set[CallKind]:
+        """The kinds of the role's calls."""
+        return self._kinds[role]
+
     def trained(self, role: str) -> bool:
         return CallKind.training in self._kinds[role]
 
     def generates(self, role: str) -> bool:
         return CallKind.generation in self._kinds[role]
 
+    def only_generates(self, role: str) -> bool:
+        return self._kinds[role] == {CallKind.generation}
+
     @cached_property
     def _calls(self) -> dict[str, tuple[Call, ...]]:
-        calls: dict[str, list[Call]] = {role: [] for role in self.dataflow.roles}
+        calls: dict[str, tuple[Call, ...]] = dict.fromkeys(self.dataflow.roles, ())
         for call in self.dataflow.calls:
             if call.kind is not CallKind.controller:
-                calls[call.role].append(call)
-        return {role: tuple(of_role) for role, of_role in calls.items()}
+                calls[call.role] += (call,)
+        return calls
 
     @cached_property
     def _kinds(self) -> dict[str, set[CallKind]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hybridflow.mapping.search.fronts import Fronts
+from hybridflow.mapping.search.fronts import Fronts, least_seconds
 from hybridflow.mapping.search.setting import Setting
 
 
@@ -27,11 +27,10 @@ class PoolTable:
                 options = fronts.together(roles, group, size)
                 if options is not None:
                     choices.append((group, size))
-                    rows.append(np.concatenate([front.seconds.min(axis=0) for front in options]))
+                    rows.append(least_seconds(options))
         width = sum(len(setting.calls(role)) for role in roles)
         self.choices = choices
-        self.groups = np.array([group for group, _ in choices], dtype=np.int64)
-        self.sizes = np.array([size for _, size in choices], dtype=np.int64)
+        self.groups, self.sizes = np.array(choices, dtype=np.int64).reshape(-1, 2).T
         self.seconds = np.array(rows).reshape(len(choices), width)
         self._least: dict[tuple[int, ...], np.ndarray | None] = {}
 

@@ -82,18 +82,22 @@ def _condense(segments: list[Segment]) -> tuple[Segment, ...]:
     total = sum(segment.steps for segment in segments)
     result: list[Segment] = []
     bunch: list[Segment] = []
+    steps = 0.0
     for segment in segments:
         bunch.append(segment)
-        if sum(part.steps for part in bunch) * MAX_SEGMENTS >= total:
+        steps += segment.steps
+        if steps * MAX_SEGMENTS >= total:
             result.append(_merge(bunch))
-            bunch = []
+            bunch, steps = [], 0.0
     if bunch:
         result.append(_merge(bunch))
     return tuple(result)
 
 
 def _merge(bunch: list[Segment]) -> Segment:
-    steps = sum(part.steps for part in bunch)
-    tokens = sum(part.steps * part.running for part in bunch)
-    generated = sum(part.steps * part.running * part.generated for part in bunch)
+    steps = tokens = generated = 0.0
+    for part in bunch:
+        steps += part.steps
+        tokens += part.steps * part.running
+        generated += part.steps * part.running * part.generated
     return Segment(steps, tokens / steps, generated / tokens)

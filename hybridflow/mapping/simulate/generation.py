@@ -43,12 +43,12 @@ def generation_time(model: ModelSpec, layout: GenerationLayout, machine: Machine
     rows = replica_rows(layout, machine)
     step = DecodeStep(model, layout, machine)
     prompt = machine.workload.prompt.mean
-    profile = decode_profile(machine.workload.response, rows, layout.max_running)
+    decode = 0.0
+    for part in decode_profile(machine.workload.response, rows, layout.max_running):
+        decode += part.steps * step.seconds(part.running, prompt + part.generated)
     return GenerationTime(
         prefill=_prefill_s(model, layout, machine, rows),
-        decode=sum(
-            part.steps * step.seconds(part.running, prompt + part.generated) for part in profile
-        ),
+        decode=decode,
         overhead=machine.call_s(layout.num_devices),
     )
 

@@ -53,7 +53,7 @@ class Schedule:
         edge_seconds: dict[tuple[str, str], float],
     ) -> None:
         self._calls = dataflow.calls
-        index = {call.name: position for position, call in enumerate(dataflow.calls)}
+        index = dataflow.positions
         self.pools = [pool_of.get(call.role, CONTROLLER) for call in dataflow.calls]
         self._edges: list[list[Edge]] = []
         for position, call in enumerate(dataflow.calls):
