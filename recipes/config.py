@@ -116,21 +116,15 @@ class RunConfig:
         )
     )
     reward: RewardConfig = field(
-        default_factory=lambda: RewardConfig(
-            tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)
-        )
+        default_factory=lambda: RewardConfig(model=ModelConfig(path=NO_MODEL))
     )
     gold: RewardConfig = field(
-        default_factory=lambda: RewardConfig(
-            tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)
-        )
+        default_factory=lambda: RewardConfig(model=ModelConfig(path=NO_MODEL))
     )
     """A reward that nothing is trained on: validation reports it beside the learned one, so that
     over-optimisation shows."""
     cost: RewardConfig = field(
-        default_factory=lambda: RewardConfig(
-            tokenizer="${model.path}", model=ModelConfig(path=NO_MODEL)
-        )
+        default_factory=lambda: RewardConfig(model=ModelConfig(path=NO_MODEL))
     )
     """What Safe-RLHF keeps under a threshold; a function or a model like the reward."""
     cost_critic: CriticConfig = field(
@@ -147,7 +141,6 @@ class RunConfig:
     the policy's vocabulary."""
     judge: JudgeConfig = field(
         default_factory=lambda: JudgeConfig(
-            tokenizer="${model.path}",
             model=ModelConfig(path=NO_MODEL),
             seed=RUN_SEED,
         )

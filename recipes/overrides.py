@@ -17,6 +17,10 @@ FREE = ("hydra.", "data.chat_template_options.", *(f"{table}." for table in TABL
 """Below these the user chooses the names, or Hydra knows them."""
 
 RENAMED = {
+    **{
+        f"{role}.tokenizer": "model.tokenizer (every reader of the policy's tokens loads it)"
+        for role in ("reward", "gold", "cost", "judge")
+    },
     "policy.num_epochs": (
         "policy.passes_per_batch (optimizer passes over the rows of every step); passes over the "
         "data are loop.num_epochs"

@@ -27,7 +27,7 @@ from workers.reference import ReferenceWorker
 from workers.reward import cost_worker, reward_worker
 from workers.reward_function import function_name
 from workers.rewards.combined import combined
-from workers.role_config import RewardConfig
+from workers.role_config import JudgeRoleConfig, RewardConfig, ScorerConfig
 from workers.split_actor import GenerationWorker
 
 
@@ -60,16 +60,14 @@ class RoleKind:
     """What stands in its place where it is not needed."""
 
 
-def scorer_settings(config: RunConfig, scorer: RewardConfig) -> RewardConfig:
-    """With the policy's tokenizer, its parts as one function, and no model where none is named."""
-    has_model = scorer.model is not None and scorer.model.path != NO_MODEL
-    return replace(
-        scorer,
-        function=combined(scorer.parts) if scorer.parts else scorer.function,
-        parts={},
-        tokenizer=config.model.tokenizer or config.model.path,
-        model=scorer.model if has_model else None,
-    )
+def scorer_settings(config: RunConfig, scorer: RewardConfig) -> ScorerConfig:
+    """With the policy's model, the parts as one function, and no model where none is named."""
+    changes: dict[str, Any] = {"parts": {}, "policy": config.model}
+    if scorer.parts:
+        changes["function"] = combined(scorer.parts)
+    if scorer.model is not None and scorer.model.path == NO_MODEL:
+        changes["model"] = None
+    return ScorerConfig(**(vars(scorer) | changes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +101,7 @@ ROLES: dict[str, RoleKind] = {
         absent=NoReference,
     ),
     "judge": RoleKind(
-        settings=lambda config: replace(
-            config.judge, tokenizer=config.model.tokenizer or config.model.path
-        ),
+        settings=lambda config: JudgeRoleConfig(**vars(config.judge), policy=config.model),
         worker=judge_worker,
         head=Head.lm,
     ),

@@ -19,21 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.seeds import combine_seed
-from workers.config import ModelConfig
 from workers.engines.base import Head
 from workers.engines.model.loading import position_limit
 from workers.generation import generation_engine_class
 from workers.layouts import generation_layout, training_layout
 from workers.model_worker import ModelWorker
-from workers.role_config import JudgeConfig, VerdictKind
+from workers.role_config import JudgeConfig, JudgeRoleConfig, VerdictKind
 from workers.roles import Reward
 from workers.sequences import Sequences
+from workers.tokenizer import load_tokenizer
 
 LOGGER = logging.getLogger(__name__)
 
@@ -42,10 +41,10 @@ class Questions:
     """questions = Questions(config); questions(batch)   # the judge's prompt of every row, as
     tokens"""
 
-    def __init__(self, config: JudgeConfig) -> None:
+    def __init__(self, config: JudgeRoleConfig) -> None:
         self.config = config
-        self.policy_tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-        self.tokenizer = judge_tokenizer(config.model)
+        self.policy_tokenizer = load_tokenizer(config.policy)
+        self.tokenizer = load_tokenizer(config.model)
 
     def __call__(self, batch: Batch) -> list[list[int]]:
         prompts = self.policy_tokenizer.batch_decode(
@@ -81,21 +80,13 @@ class Questions:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def judge_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(
-        model.tokenizer or model.path, trust_remote_code=model.trust_remote_code
-    )
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return tokenizer
-
-
 class JudgeWorker(ModelWorker, Reward):
     """P(yes) / (P(yes) + P(no)) after the judge's prompt, each the probability of the whole
     word."""
 
-    config: JudgeConfig
+    config: JudgeRoleConfig
 
-    def __init__(self, config: JudgeConfig, context: RankContext) -> None:
+    def __init__(self, config: JudgeRoleConfig, context: RankContext) -> None:
         super().__init__(config, context)
         self.build(config.model, config.train, Head.lm, context, trains=False)
         self.questions = Questions(config)
@@ -155,9 +146,9 @@ class VerdictWorker(Reward):
     whichever rank.
     """
 
-    config: JudgeConfig
+    config: JudgeRoleConfig
 
-    def __init__(self, config: JudgeConfig, context: RankContext) -> None:
+    def __init__(self, config: JudgeRoleConfig, context: RankContext) -> None:
         super().__init__(config, context)
         self.questions = Questions(config)
         engine = generation_engine_class(config.generation.engine)

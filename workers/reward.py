@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
@@ -23,22 +22,23 @@ from workers.engines.base import Head
 from workers.layouts import training_layout
 from workers.model_worker import ModelWorker, sequences_of
 from workers.reward_function import function_name, resolve, score_rows
-from workers.role_config import RewardConfig
+from workers.role_config import RewardConfig, ScorerConfig
 from workers.roles import Cost, Reward
+from workers.tokenizer import load_tokenizer
 
 
 class FunctionScorer(Worker):
     """Runs the function in Ray tasks with a timeout; with runtime=local in this process, where
     a breakpoint works."""
 
-    config: RewardConfig
+    config: ScorerConfig
     role: ClassVar[str] = "reward"
 
-    def __init__(self, config: RewardConfig, context: RankContext) -> None:
+    def __init__(self, config: ScorerConfig, context: RankContext) -> None:
         super().__init__(config, context)
         assert config.function is not None
         resolve(config.function, self.role)
-        self.tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+        self.tokenizer = load_tokenizer(config.policy)
 
     @classmethod
     def layouts(cls, config: RewardConfig, world_size: int) -> dict[str, Layout]:

@@ -127,8 +127,6 @@ class RewardConfig:
     model: ModelConfig | None = None
     """A sequence-classification model with one label; its score of prompt + response is the
     reward."""
-    tokenizer: str = "???"
-    """Hub name or directory of the tokenizer that turns tokens into the function's text."""
     timeout_s: float = 60.0
     """Most seconds that the function may take for the rows of one task."""
     num_tasks: int = 1
@@ -147,6 +145,14 @@ class RewardConfig:
             )
 
 
+@dataclass(kw_only=True)
+class ScorerConfig(RewardConfig):
+    """What the worker of a reward or cost gets: its settings, and the model whose tokens it turns
+    into text."""
+
+    policy: ModelConfig
+
+
 class VerdictKind(StrEnum):
     probability = "probability"
     """The probability that the judge would say yes, from one forward pass: a reward between 0
@@ -161,10 +167,6 @@ class JudgeConfig:
     """A language model that judges answers: judge.model.path=Qwen/Qwen2.5-7B-Instruct"""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    tokenizer: str = "???"
-    """Hub name or directory of the *policy's* tokenizer, which turns its tokens into the text that
-    is judged.
-   """
     verdict: VerdictKind = VerdictKind.probability
     template: str = (
         "Question:\n{prompt}\n\nAnswer:\n{response}\n\nIs the answer correct? Reply with yes or no."
@@ -246,3 +248,10 @@ class JudgeConfig:
                 f"judge.pattern is {self.pattern!r} with {groups} groups; use one for the "
                 "verdict, and (?:...) for the others"
             )
+
+
+@dataclass(kw_only=True)
+class JudgeRoleConfig(JudgeConfig):
+    """What the judge's worker gets: its settings, and the model whose tokens it turns into text."""
+
+    policy: ModelConfig

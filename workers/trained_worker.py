@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoTokenizer
 
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
@@ -24,6 +23,7 @@ from workers.mini_batches import MiniBatches, mean_over_steps, train_on
 from workers.model_worker import ModelWorker
 from workers.roles import TrainedRole
 from workers.sequences import Sequences
+from workers.tokenizer import load_tokenizer
 
 COUNTERS = "counters.json"
 
@@ -95,11 +95,7 @@ class TrainedWorker(ModelWorker, TrainedRole):
         """Writes weights and tokenizer as a Hugging Face directory."""
         self.engine.save_pretrained(Path(directory))
         if self.context.rank == 0:
-            model = self.model
-            tokenizer = AutoTokenizer.from_pretrained(
-                model.tokenizer or model.path, trust_remote_code=model.trust_remote_code
-            )
-            tokenizer.save_pretrained(directory)
+            load_tokenizer(self.model).save_pretrained(directory)
 
     def peak_memory_bytes(self) -> int:
         if self.context.device.startswith("cuda"):

@@ -15,7 +15,7 @@ from controllers.data.demonstrations import DemonstrationDataset
 from controllers.data.loader import RowLoader
 from controllers.data.pairs import PairDataset, SafetyPairDataset
 from controllers.data.rows import RowDataset
-from controllers.data.tokenize import load_tokenizer
+from workers.tokenizer import load_tokenizer
 
 __all__ = [
     "DATASETS",

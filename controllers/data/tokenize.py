@@ -12,37 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
 from controllers.data.sources import SourceRow
-from workers.config import ModelConfig
 
 RESERVED = ("prompt", "response", "finish_reason")
 """Parameters of a reward function that do not come from the dataset's columns."""
-
-
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or the one named beside it."""
-    name = model.tokenizer or model.path
-    revision = model.revision if model.tokenizer is None else None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer at {name!r} ({error}); set model.path or model.tokenizer to a "
-            "directory or hub name"
-        ) from error
-    assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    # transformers makes an empty tokenizer from the model's type alone if none was saved.
-    if not tokenizer("0 a")["input_ids"]:
-        raise ValueError(
-            f"no tokenizer at {name!r}: it knows no tokens; set model.tokenizer to a directory or "
-            "hub name that has one"
-        )
-    return tokenizer
 
 
 class PromptTokenizer:

@@ -170,7 +170,7 @@ def test_placing_looks_at_no_directory(tmp_path: Path) -> None:
         model=ModelConfig(path="m"),
         output_dir=str(tmp_path / "file"),
         algorithm=hybridflow_algorithm("grpo"),
-        reward=RewardConfig(function="tests.recipes.rewards:plain", tokenizer="m"),
+        reward=RewardConfig(function="tests.recipes.rewards:plain"),
     )
     assert place(config).pool_of == {"actor": "main", "reward": "main"}
 

@@ -20,7 +20,6 @@ from hybridflow import (
     FunctionRewardWorker,
     Ragged,
     RankContext,
-    RewardConfig,
     WorkerDied,
     current_session,
     each,
@@ -28,6 +27,8 @@ from hybridflow import (
     start,
 )
 from tests.tiny import make_data, make_model
+from workers.config import ModelConfig
+from workers.role_config import ScorerConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,7 +126,8 @@ def test_a_local_reward_runs_here_even_where_ray_is_connected(
         seen.append(response)
         return 1.0
 
-    config = RewardConfig(function=reward, tokenizer=str(make_model(tmp_path, layers=1)))
+    policy = ModelConfig(path=str(make_model(tmp_path, layers=1)))
+    config = ScorerConfig(function=reward, policy=policy)
     worker = FunctionRewardWorker(config, RankContext())
     batch = Batch.of(
         prompt_ids=Ragged.of([[5]]),

@@ -33,7 +33,7 @@ from workers.critic import CriticWorker
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.reference import ReferenceWorker
 from workers.reward import FunctionRewardWorker
-from workers.role_config import ActorConfig, CriticConfig, ReferenceConfig, RewardConfig
+from workers.role_config import ActorConfig, CriticConfig, ReferenceConfig, ScorerConfig
 from workers.roles import Actor
 from workers.split_actor import GenerationWorker, SplitActor, SplitTrainingWorker
 
@@ -153,7 +153,7 @@ def train(case: Case, model: Path, directory: Path) -> Result:
             "reward": spawn(
                 FunctionRewardWorker,
                 pool,
-                RewardConfig(function="tests.runtime.rewards:count", tokenizer=str(model)),
+                ScorerConfig(function="tests.runtime.rewards:count", policy=model_config(model)),
                 role="reward",
             ),
         }

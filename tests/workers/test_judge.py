@@ -19,11 +19,12 @@ from tests.tiny import make_model
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.judge import JudgeWorker, Questions, VerdictWorker, read_verdict
-from workers.role_config import JudgeConfig, VerdictKind
+from workers.role_config import JudgeRoleConfig, VerdictKind
 
 
-def config(path: str = "somewhere", **settings: object) -> JudgeConfig:
-    return JudgeConfig(model=ModelConfig(path=path), tokenizer=path, **settings)  # type: ignore[arg-type]
+def config(path: str = "somewhere", **settings: object) -> JudgeRoleConfig:
+    model = ModelConfig(path=path)
+    return JudgeRoleConfig(model=model, policy=model, **settings)  # type: ignore[arg-type]
 
 
 def test_the_reward_is_the_probability_of_yes(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,6 +34,7 @@ from workers.generation.sampling import (
     most_tokens,
     stop_token_ids,
 )
+from workers.tokenizer import load_tokenizer
 
 
 class HfEngine(GenerationEngine):
@@ -73,7 +73,7 @@ class HfEngine(GenerationEngine):
         self._device = context.device
         self._tokenizer: PreTrainedTokenizerBase | None = None
         if config.sampling.stop_strings:
-            self._tokenizer = AutoTokenizer.from_pretrained(model.tokenizer or model.path)
+            self._tokenizer = load_tokenizer(model)
         self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model.path,
             revision=model.revision,

@@ -55,6 +55,7 @@ def build_llm(
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
         tokenizer=model.tokenizer or model.path,
+        tokenizer_revision=None if model.tokenizer else model.revision,
         skip_tokenizer_init=not config.sampling.stop_strings,
         generation_config="vllm",
         load_format="auto" if load_weights else "dummy",

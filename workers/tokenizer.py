@@ -1,0 +1,37 @@
+"""load_tokenizer(): the tokenizer of a model, loaded in one way for every role that reads or writes
+its tokens."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from workers.config import ModelConfig
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or the one named beside it."""
+    name = model.tokenizer or model.path
+    revision = model.revision if model.tokenizer is None else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise ValueError(
+                f"the tokenizer at {name!r} is code of its own; set model.trust_remote_code=true "
+                "(of the role whose model it is) if you trust it"
+            ) from error
+        raise ValueError(
+            f"no tokenizer at {name!r} ({reason}); set model.path or model.tokenizer to a "
+            "directory or hub name"
+        ) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    # transformers makes an empty tokenizer from the model's type alone if none was saved.
+    if not tokenizer("0 a")["input_ids"]:
+        raise ValueError(
+            f"no tokenizer at {name!r}: it knows no tokens; set model.tokenizer to a directory or "
+            "hub name that has one"
+        )
+    return tokenizer
