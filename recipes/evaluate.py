@@ -2,8 +2,17 @@
 
 Answers every prompt (greedily, or algorithm.samples_per_prompt times with
 actor.generation.sampling.greedy=false), scores the answers with any reward, and leaves in
-output_dir: evaluation.json, samples.parquet (every answer) and samples.jsonl
-(metrics.samples.validation of them). Prints a table and one of the answers.
+output_dir:
+
+    evaluation.json     the numbers
+    samples.parquet     every answer with its reward and the data's columns (response_files.py)
+    pass_rates.jsonl    one line a prompt: {"row": 2, "place": "test.jsonl, line 3", "samples": 8,
+                        "passed": 6, "pass_rate": 0.75, "mean_reward": 0.8}, where `row` counts the
+                        rows that were read from 0 and `place` is where the row stands, as in
+                        messages
+    samples.jsonl       metrics.samples.validation of the answers
+
+Prints a table and one of the answers.
 """
 
 from __future__ import annotations
@@ -26,28 +35,33 @@ from hybridflow.metrics.samples import Sample, SampleRows
 from hybridflow.progress_display import shown
 from hybridflow.results import Metrics
 from recipes.config import RunConfig
-from recipes.evaluation_run import CONSOLE, answers, table, write
+from recipes.evaluation_run import CONSOLE, answers
 from recipes.main import recipe
+from recipes.response_files import Responses, pass_rates, whole_file, write_lines
 
 
 def evaluate(config: RunConfig) -> dict[str, float] | None:
     """The numbers of evaluation.json; None where nothing was asked."""
     settings = cast(EvaluateConfig, config.algorithm)
-    batches, tables = [], []
+    batches = []
+    responses = None
     with shown(CONSOLE, live=config.metrics.console):
-        for batch, tokenizer in answers(config):
+        for batch, prepared in answers(config):
+            if responses is None:
+                responses = Responses(prepared.tokenizer, log_probs=False)
             batches.append(batch)
-            tables.append(table(batch, tokenizer, log_probs=False))
-    if not batches:
+            responses.add(batch)
+    if responses is None:
         return None
     numbers = dict(measure(batches, settings))
     output = Path(config.output_dir)
-    write(tables, output / "samples.parquet")
-    (output / "evaluation.json").write_text(
-        json.dumps({"model": config.model.path, "data": config.data.train, **numbers}, indent=1)
-        + "\n"
-    )
-    reader = SampleReader(config.metrics.samples, tokenizer, seed=config.seed)
+    responses.write(output / "samples.parquet")
+    rates = pass_rates(responses.rows, settings.success_reward, prepared.train.place)
+    write_lines(output / "pass_rates.jsonl", rates)
+    result = {"model": config.model.path, "data": config.data.train, **numbers}
+    with whole_file(output / "evaluation.json") as path:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    reader = SampleReader(config.metrics.samples, prepared.tokenizer, seed=config.seed)
     samples = reader.validation(Metrics(rows=Batch.concat(batches)))
     rows = SampleRows(step=0, split="evaluation", time_s=time.time(), samples=samples)
     replace_samples(output / "samples.jsonl", rows)
@@ -63,7 +77,10 @@ def show(numbers: dict[str, float], samples: Sequence[Sample], output: Path) -> 
     if samples:
         print_sample(console, samples[0], "sample")
     console.print(lines)
-    console.print(f"{output}/evaluation.json, {output}/samples.parquet", highlight=False)
+    files = ", ".join(
+        str(output / name) for name in ("evaluation.json", "samples.parquet", "pass_rates.jsonl")
+    )
+    console.print(files, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

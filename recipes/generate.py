@@ -2,7 +2,8 @@
 
 Answers every prompt algorithm.samples_per_prompt times and writes output_dir/responses.parquet:
 prompt, response, the data's columns, token ids and, with algorithm.log_probs=true, their log-probs.
-The file is data for recipes.sft (data.response_column=response).
+The file is data for recipes.sft (data.response_column=response). Columns that parquet can't hold
+are written as JSON text (response_files.py).
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ from typing import cast
 from controllers.evaluation import GenerateConfig
 from hybridflow.progress_display import shown
 from recipes.config import RunConfig
-from recipes.evaluation_run import CONSOLE, answers, table, write
+from recipes.evaluation_run import CONSOLE, answers
 from recipes.main import recipe
+from recipes.response_files import Responses
 
 
 def generate(config: RunConfig) -> Path | None:
     """The file; None where nothing was asked."""
     settings = cast(GenerateConfig, config.algorithm)
-    tables = []
+    responses = None
     with shown(CONSOLE, live=config.metrics.console):
-        for batch, tokenizer in answers(config):
-            tables.append(table(batch, tokenizer, log_probs=settings.log_probs))
-    if not tables:
+        for batch, prepared in answers(config):
+            if responses is None:
+                responses = Responses(prepared.tokenizer, log_probs=settings.log_probs)
+            responses.add(batch)
+    if responses is None:
         return None
     path = Path(config.output_dir) / "responses.parquet"
-    write(tables, path)
-    CONSOLE.print(f"{sum(len(one) for one in tables)} responses: {path}", highlight=False)
+    responses.write(path)
+    CONSOLE.print(f"{len(responses)} responses: {path}", highlight=False)
     return path
 
 

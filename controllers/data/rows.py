@@ -70,6 +70,7 @@ class RowDataset(ABC):
         self._extras, self._extras_ends = extras, extras_ends
         self.fingerprint = fingerprint
         """Digest of the tokens and columns of all rows, in order."""
+        self._places: Sequence[str] = ()
 
     @classmethod
     @abstractmethod
@@ -94,6 +95,7 @@ class RowDataset(ABC):
                 for row, encoded in zip(rows, encode(rows), strict=True):
                     writer.add(row, encoded)
             dataset = cls(*writer.finish(where))
+            dataset._places = writer.places
         LOGGER.info(
             "data %s: %d %s, %.1f tokens each on average",
             where,
@@ -105,6 +107,11 @@ class RowDataset(ABC):
 
     def __len__(self) -> int:
         return len(self._token_ends) // self.num_parts
+
+    def place(self, row: int) -> str:
+        """Where the row stands, as in messages: "train.jsonl, line 3"; empty for rows that were
+        not read from a file."""
+        return self._places[row] if self._places else ""
 
     @property
     def num_tokens(self) -> int:
@@ -163,6 +170,7 @@ class _Writer:
         self.limit_name, self.limit = length_limit, vars(config)[length_limit]
         self.overlong, self.noun = config.overlong, noun
         self.hash = hashlib.sha256()
+        self.places: list[str] = []
         self.token_ends: list[int] = []
         self.columns_ends: list[int] = []
         self.num_rows, self.num_overlong, self.longest = 0, 0, 0
@@ -179,6 +187,7 @@ class _Writer:
             self.longest = max(self.longest, encoded.num_tokens)
             return
         self.num_rows += 1
+        self.places.append(row.place)
         for part in encoded.parts:
             self._append(
                 self.tokens, self.token_ends, np.asarray(part, dtype=np.int32).tobytes(), 4

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from controllers.evaluation import pass_at_k
 from hybridflow.metrics import read_samples
 from recipes.evaluate import evaluate
-from recipes.evaluation_run import prompt_text
 from recipes.generate import generate
 from recipes.main import to_settings
+from recipes.response_files import prompt_text
 from recipes.run import run
 from tests.tiny import make_data, make_model
 
