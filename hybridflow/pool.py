@@ -113,6 +113,10 @@ class ResourcePool(ABC):
         any thread."""
 
     @abstractmethod
+    def clear(self) -> None:
+        """Closes the roles; the processes stay, for other roles."""
+
+    @abstractmethod
     def close(self) -> None:
         """Ends the hosts; calling it twice is fine."""
 
@@ -192,12 +196,15 @@ class LocalPool(ResourcePool):
     def activity(self) -> str:
         return ""
 
-    def close(self) -> None:
-        CALLS.forget(self.name)
-        self.broken = self.broken or "closed"
+    def clear(self) -> None:
         for worker in self.workers.values():
             worker.close()
         self.workers.clear()
+
+    def close(self) -> None:
+        CALLS.forget(self.name)
+        self.broken = self.broken or "closed"
+        self.clear()
 
 
 def _join_world_of_one(context: RankContext, timeout_s: float) -> None:
@@ -450,6 +457,10 @@ class RayPool(ResourcePool):
         """Ends all hosts at once; later calls say why."""
         self.broken = self.broken or reason
         self._end_processes()
+
+    def clear(self) -> None:
+        self._check_usable()
+        waiting.get([actor.close.remote() for actor in self._actors])
 
     def close(self) -> None:
         import ray

@@ -46,6 +46,7 @@ from recipes.errors import plain_errors
 from recipes.mapping_settings import engine_space
 from workers.engines import engine_class
 from workers.generation import generation_engine_class
+from workers.precision import with_native_precision
 
 Sample = TypeVar("Sample", PassSample, GenerationSample, CollectiveSample, SyncSample)
 HEAD_DIM = 32
@@ -62,6 +63,7 @@ def main() -> None:
 def calibrate(config: CalibrateConfig) -> Fit:
     """Measure, fit, write, print."""
     check(config)
+    config = with_native_precision(config, "cpu")
     engine_class(config.engine)
     generation_engine_class(config.generation_engine)
     output = Path(config.output)

@@ -19,7 +19,7 @@ class CalibrateConfig:
     """Directory for calibration.json, cluster.json and the measurements."""
     num_processes: int = 2
     """Processes that work at the same time: the devices of the pools that will be planned for."""
-    precision: Precision = Precision.bf16
+    precision: Precision = Precision.auto
     engine: str = "fsdp"
     generation_engine: str = "vllm"
     memory_gb: float = 8.0

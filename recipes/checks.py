@@ -24,7 +24,7 @@ from recipes.config import NO_MODEL, RunConfig
 from workers.config import LearningRateSchedule, ModelConfig, TrainConfig
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head
-from workers.engines.model.loading import model_config, position_limit
+from workers.engines.model.loading import model_config, position_limit, standard_sizes
 from workers.engines.shared.optimizer import check_optimizer_config
 from workers.generation import ENGINES as GENERATION_ENGINES
 from workers.generation import generation_engine_class
@@ -298,8 +298,7 @@ def _check_train_layout(
 
 
 def _check_generation_sizes(role: str, model: ModelConfig, config: GenerationConfig) -> None:
-    found = model_config(model, Head.lm).get_text_config()
-    heads = found.num_attention_heads
+    heads = standard_sizes(model_config(model, Head.lm)).get("num_attention_heads", config.tp)
     if heads % config.tp:
         fitting = [size for size in range(1, heads + 1) if heads % size == 0]
         raise ValueError(

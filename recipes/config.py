@@ -31,6 +31,7 @@ from workers.role_config import (
 # Settings that take another's value until they are given one. Hydra resolves the text.
 RUN_SEED: Any = "${seed}"
 TRUSTED: Any = "${model.trust_remote_code}"
+SAVED_DTYPE: Any = "${model.dtype}"
 SAMPLING_TEMPERATURE: Any = "${actor.generation.sampling.temperature}"
 
 
@@ -79,6 +80,7 @@ def _run_model() -> ModelConfig:
         tokenizer="${model.tokenizer}",
         revision="${model.revision}",
         trust_remote_code=TRUSTED,
+        dtype=SAVED_DTYPE,
         attention="${model.attention}",
     )
 

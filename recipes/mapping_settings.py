@@ -31,7 +31,7 @@ from recipes.roles import role_kind, role_names
 from workers.config import Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head
-from workers.engines.model.loading import model_config
+from workers.engines.model.loading import model_config, standard_sizes
 from workers.generation.config import GenerationConfig
 from workers.role_config import ActorConfig, RewardConfig
 from workers.weight_sync import BUCKET_BYTES
@@ -94,7 +94,8 @@ def model_spec(role: str, settings: RoleConfig) -> ModelSpec | None:
         return None
     assert settings.model is not None
     head = role_kind(role).head
-    content = model_config(settings.model, head).to_dict()
+    content = standard_sizes(model_config(settings.model, head))
+    content.setdefault("num_attention_heads", 1)  # state spaces have none
     spec = ModelSpec.from_hf(content, name=Path(settings.model.path).name)
     if head is Head.lm:
         return spec

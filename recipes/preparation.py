@@ -35,6 +35,14 @@ from recipes.mapping_settings import MapperInputs, apply_mapping
 from recipes.placing import Placement, check_models, place, placeholder_roles, placement_report
 from recipes.roles import GENERATION
 from recipes.schedules import with_schedules
+from workers.config import Precision
+from workers.precision import (
+    automatic,
+    explain,
+    precision_of,
+    with_native_precision,
+    with_precision,
+)
 from workers.role_config import JudgeConfig, VerdictKind
 from workers.roles import Actor
 
@@ -56,6 +64,9 @@ class Preparation:
     """The texts of PPO-ptx."""
     mapper_inputs: MapperInputs | None
     """None where the mapper cannot plan the step."""
+    precisions: tuple[str, ...] = ()
+    """Settings that were auto, such as actor.train.precision, and are now what this machine computes
+    natively."""
     mapping: DeviceMapping | None = None
     """What placement=auto chose."""
 
@@ -63,9 +74,27 @@ class Preparation:
     def config(self) -> RunConfig:
         return self.placement.config
 
+    @property
+    def precision_line(self) -> str:
+        """What precision=auto is in this run; empty where no model has it."""
+        for role in self.placement.roles:
+            if role.config.model is not None:
+                for name in self.precisions:
+                    if name.startswith(f"{role.name}."):
+                        precision = precision_of(self.config, name)
+                        return explain(precision, self.config.device.value)
+        return ""
+
+    def with_precision(self, precision: Precision) -> Preparation:
+        """The same run with another precision where it was auto, once the machines are known."""
+        config = with_precision(self.config, list(self.precisions), precision)
+        return replace(self, placement=place(config))
+
 
 def prepare(config: RunConfig) -> Preparation:
     """Every mistake that can be found before a process starts is a ValueError here."""
+    precisions = automatic(config)
+    config = with_native_precision(config, config.device.value)
     placement = place(config)
     check_output(config.output_dir)
     check_resume(config.loop.resume)
@@ -89,6 +118,7 @@ def prepare(config: RunConfig) -> Preparation:
         held_out=held_out,
         pretraining=pretraining,
         mapper_inputs=mapper_inputs(placement, dataflow, train),
+        precisions=tuple(precisions),
     )
     if config.placement is PlacementMode.auto and prepared.mapper_inputs is not None:
         return _placed_by_the_mapper(prepared, prepared.mapper_inputs)
@@ -173,6 +203,8 @@ def dry_run_report(prepared: Preparation) -> str:
     bytes."""
     placement = prepared.placement
     report = placement_report(placement, prepared.dataflow)
+    if prepared.precision_line:
+        report += f"\n  {prepared.precision_line}"
     if prepared.mapping is not None:
         return f"{report}\n\n{mapping_report(prepared.mapping)}"
     if prepared.mapper_inputs is not None:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -31,7 +32,7 @@ from controllers.streams import EmptyStream, PromptStream, Stream, TextStream
 from controllers.validation import HeldOutRows, ResponseReward, Validate
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import MANIFEST, CheckpointStore
-from hybridflow.group import spawn
+from hybridflow.group import each, spawn
 from hybridflow.metrics import Tracker
 from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
 from hybridflow.progress import activity
@@ -41,6 +42,8 @@ from recipes.config import Device, PlacementMode, RunConfig, Runtime
 from recipes.placing import Placement, placeholder_roles
 from recipes.preparation import Preparation
 from recipes.roles import GENERATION, with_named_functions
+from workers.machine import MachineWorker
+from workers.precision import native_precision
 from workers.roles import (
     Actor,
     Cost,
@@ -119,6 +122,11 @@ class Session:
                 self.pools[name] = self._resources.enter_context(
                     start_pool(placement, cluster, name)
                 )
+            prepared = with_precision_of_machines(prepared, self.pools, cluster)
+            placement, config = prepared.placement, prepared.config
+            self.prepared, self.placement, self.config = prepared, placement, config
+            if prepared.precision_line:
+                LOGGER.info("%s", prepared.precision_line)
             self.roles = spawn_roles(placement, self.pools)
         vars(self).update(self.roles)
         data = RowLoader(prepared.train, config.data)
@@ -232,6 +240,7 @@ class Session:
             raise AttributeError(f"session: no {name!r}; the roles of this recipe are {roles}")
 
 
+LOGGER = logging.getLogger(__name__)
 _OPEN: Session | None = None
 """The session of this process; calls and their seconds are counted per process."""
 
@@ -252,6 +261,28 @@ def _release_process(session: Session) -> None:
 def current_session() -> Session | None:
     """The session that is open in this process, for whoever lost hold of it."""
     return _OPEN
+
+
+def with_precision_of_machines(
+    prepared: Preparation, pools: Mapping[str, ResourcePool], cluster: ClusterInfo | None
+) -> Preparation:
+    """precision=auto as the run's own devices have it: bf16 only where all of them compute it.
+
+    They are asked where they may differ from this machine's.
+    """
+    here = prepared.config.device is Device.cpu and (cluster is None or len(cluster.nodes) == 1)
+    if here or not prepared.precision_line:
+        return prepared
+    answers: list[bool] = []
+    for pool in pools.values():
+        answers += each(spawn(MachineWorker, pool, None, role="machine").computes_bf16)
+    if any(answers) and not all(answers):
+        LOGGER.warning(
+            "precision=auto: %d of the run's %d devices lack native bfloat16, so all compute in fp32",
+            len(answers) - sum(answers),
+            len(answers),
+        )
+    return prepared.with_precision(native_precision(all(answers)))
 
 
 def spawn_roles(placement: Placement, pools: Mapping[str, ResourcePool]) -> dict[str, Any]:

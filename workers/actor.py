@@ -35,6 +35,7 @@ from workers.weight_sync import WeightSync
 class ActorWorker(ActorTrainingWorker, Actor):
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
+        config = self.config
         self.memory_metrics: dict[str, float] = {}
         """Seconds and bytes of the latest changes between training and generation."""
         self._memory_owner = ""

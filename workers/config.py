@@ -11,11 +11,22 @@ from enum import StrEnum
 
 
 class Precision(StrEnum):
+    auto = "auto"
+    """bf16 where the run's devices compute it natively (CUDA from compute capability 8.0 on, CPUs
+    with AVX512-BF16 or AMX), fp32 elsewhere; the run says which."""
     fp32 = "fp32"
     """Weights, activations and gradients in float32."""
     bf16 = "bf16"
     """bfloat16 compute and communication of weights, float32 master weights, gradients reduced
     in float32."""
+
+
+class SavedDtype(StrEnum):
+    auto = "auto"
+    """That of the model that the run began with."""
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 class LearningRateSchedule(StrEnum):
@@ -36,6 +47,9 @@ class ModelConfig:
     """Give a language model that has no score head a new one, as the training of a reward model
     does. Otherwise a model that is to score must have one (a critic's value head may always be
     new)."""
+    dtype: SavedDtype = SavedDtype.auto
+    """Data type of the weights that are saved as a Hugging Face directory. Training keeps float32
+    weights whatever it is, and so do the checkpoints that a run is resumed from."""
     attention: str = "auto"
     """attn_implementation of transformers: sdpa, eager, flash_attention_2, flash_attention_3,
     flex_attention; auto takes the model's best (on a CPU, one that is fast for short rows)."""
@@ -71,7 +85,7 @@ class TrainConfig:
     """Pipeline-parallel size (engine threed)."""
     rank_order: list[str] = field(default_factory=lambda: ["dp", "pp", "cp", "tp"])
     """Axes from outermost to innermost; the data-parallel size is what the pool leaves."""
-    precision: Precision = Precision.bf16
+    precision: Precision = Precision.auto
     micro_batch_tokens: int = 8192
     """Most tokens (padding included) that one forward pass of one data-parallel rank holds.
     Changes speed and memory, never results."""

@@ -19,7 +19,7 @@ class CriticWorker(TrainedWorker, Critic):
 
     def __init__(self, config: CriticConfig, context: RankContext) -> None:
         super().__init__(config, context)
-        self.build(config.model, config.train, Head.value, context, seed=config.seed)
+        self.build(self.config.model, self.config.train, Head.value, context, seed=config.seed)
 
     def compute_values(self, batch: Batch) -> Batch:
         outputs = self.engine.forward(sequences_of(batch))

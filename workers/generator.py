@@ -11,6 +11,7 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from workers.generation.config import SamplingConfig
 from workers.layouts import generation_layout
+from workers.precision import with_native_precision
 from workers.role_config import ActorConfig
 from workers.roles import Generator
 from workers.sampler import Sampler
@@ -22,9 +23,9 @@ class GeneratorWorker(Generator):
     config: ActorConfig
 
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
-        super().__init__(config, context)
+        super().__init__(with_native_precision(config, context.device), context)
         self.sampler = Sampler(
-            config,
+            self.config,
             context,
             self.layouts(config, context.world_size)["generation"],
             load_weights=True,

@@ -29,6 +29,7 @@ from workers.engines.model.loading import position_limit
 from workers.generation import generation_engine_class
 from workers.layouts import generation_layout, training_layout
 from workers.model_worker import ModelWorker
+from workers.precision import with_native_precision
 from workers.role_config import JudgeConfig, JudgeRoleConfig, VerdictKind
 from workers.roles import Reward
 from workers.sequences import Sequences
@@ -88,7 +89,7 @@ class JudgeWorker(ModelWorker, Reward):
 
     def __init__(self, config: JudgeRoleConfig, context: RankContext) -> None:
         super().__init__(config, context)
-        self.build(config.model, config.train, Head.lm, context, trains=False)
+        self.build(self.config.model, self.config.train, Head.lm, context, trains=False)
         self.questions = Questions(config)
         tokenizer = self.questions.tokenizer
         self.limit = position_limit(config.model, Head.lm)
@@ -149,12 +150,12 @@ class VerdictWorker(Reward):
     config: JudgeRoleConfig
 
     def __init__(self, config: JudgeRoleConfig, context: RankContext) -> None:
-        super().__init__(config, context)
+        super().__init__(with_native_precision(config, context.device), context)
         self.questions = Questions(config)
         engine = generation_engine_class(config.generation.engine)
         layout = self.layouts(config, context.world_size)["train"]
         self.generator = engine(
-            model=config.model, config=config.generation, context=context, layout=layout
+            model=config.model, config=self.config.generation, context=context, layout=layout
         )
 
     @classmethod

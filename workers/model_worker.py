@@ -18,18 +18,23 @@ from workers.config import ModelConfig, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, TrainingEngine
 from workers.layouts import training_layout
+from workers.precision import with_native_precision
 from workers.sequences import Sequences
 
 
 class ModelWorker(Worker):
     """A role over one training engine, which its __init__ builds:
 
-    self.build(config.model, config.train, Head.lm, context, trains=False)
+    self.build(self.config.model, self.config.train, Head.lm, context, trains=False)
     """
 
     engine: TrainingEngine
     model: ModelConfig
     layout: Layout
+
+    def __init__(self, config: Any, context: RankContext) -> None:
+        """`config`: self.config has it with precisions decided."""
+        super().__init__(with_native_precision(config, context.device), context)
 
     @classmethod
     def layouts(cls, config: Any, world_size: int) -> dict[str, Layout]:

@@ -35,7 +35,7 @@ class PolicyWorker(TrainedWorker, Policy):
 
     def __init__(self, config: PolicyConfig | ActorConfig, context: RankContext) -> None:
         super().__init__(config, context)
-        self.build(config.model, config.train, Head.lm, context, seed=config.seed)
+        self.build(self.config.model, self.config.train, Head.lm, context, seed=config.seed)
 
     @property
     def weight_version(self) -> int:

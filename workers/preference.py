@@ -25,7 +25,7 @@ class PreferenceWorker(TrainedWorker, PreferenceModel):
 
     def __init__(self, config: PreferenceConfig, context: RankContext) -> None:
         super().__init__(config, context)
-        self.build(config.model, config.train, Head.score, context, seed=config.seed)
+        self.build(self.config.model, self.config.train, Head.score, context, seed=config.seed)
 
     def compute_scores(self, batch: Batch) -> Batch:
         outputs = self.engine.forward(sequences_of(batch))

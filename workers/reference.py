@@ -15,7 +15,7 @@ class ReferenceWorker(ModelWorker, Reference):
 
     def __init__(self, config: ReferenceConfig, context: RankContext) -> None:
         super().__init__(config, context)
-        self.build(config.model, config.train, Head.lm, context, trains=False)
+        self.build(self.config.model, self.config.train, Head.lm, context, trains=False)
 
     def compute_ref_log_prob(self, batch: Batch) -> Batch:
         outputs = self.engine.forward(sequences_of(batch), temperature=self.config.temperature)

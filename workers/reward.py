@@ -115,7 +115,7 @@ class ModelScorer(ModelWorker):
     def __init__(self, config: RewardConfig, context: RankContext) -> None:
         super().__init__(config, context)
         assert config.model is not None
-        self.build(config.model, config.train, Head.score, context, trains=False)
+        self.build(config.model, self.config.train, Head.score, context, trains=False)
 
     @classmethod
     def layouts(cls, config: RewardConfig, world_size: int) -> dict[str, Layout]:

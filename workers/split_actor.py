@@ -24,6 +24,7 @@ from workers.actor_training import ActorTrainingWorker
 from workers.generation.config import SamplingConfig
 from workers.layouts import generation_layout, training_layout
 from workers.losses.config import DPOLossConfig
+from workers.precision import with_native_precision
 from workers.role_config import ActorConfig
 from workers.roles import Actor, SplitGenerator, SplitTrainer
 from workers.sampler import Sampler, probe_settings
@@ -79,14 +80,14 @@ class GenerationWorker(SplitGenerator):
     sync: WeightSync
 
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
-        super().__init__(config, context)
+        super().__init__(with_native_precision(config, context.device), context)
         if config.generation.release_during_training:
             raise ValueError(
                 "actor.generation.release_during_training is true, but generation has a pool of "
                 "its own; set it to false"
             )
         self.sampler = Sampler(
-            config, context, self.layouts(config, context.world_size)["generation"]
+            self.config, context, self.layouts(config, context.world_size)["generation"]
         )
 
     @classmethod

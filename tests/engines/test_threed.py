@@ -194,7 +194,7 @@ def test_checkpoint_resumes_on_any_layout(root: Path, place: str) -> None:
         assert_close(weights, never, rtol=FP32, atol=FP32)
 
 
-@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 def test_vocabulary_parallel_log_probs(root: Path, precision: Precision) -> None:
     logits, targets = vocabulary_table()
     whole = logits.to(

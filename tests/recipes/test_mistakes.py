@@ -27,6 +27,7 @@ from workers.engines.model.loading import UNLIMITED, position_limit
 pytestmark = pytest.mark.usefixtures("nothing_starts")
 ROOT = Path(__file__).parents[2]
 
+BF16 = [f"{role}.train.precision=bf16" for role in ("actor", "critic", "reference")]
 POOLS = ["placement=custom", "pools.a.roles=[actor,critic]"]
 JUDGED = [
     "algorithm=generative_reward",
@@ -74,7 +75,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         r"pools \(a\) are set with placement=auto",
     ),
     "engines that differ": (
-        ["placement=auto", "critic.train.engine=threed"],
+        ["placement=auto", "critic.train.engine=threed", *BF16],
         "one training engine and precision for all roles: actor fsdp bf16, critic threed bf16",
     ),
     "no mapping": (

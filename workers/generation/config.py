@@ -50,7 +50,7 @@ class GenerationConfig:
     """Tensor-parallel size."""
     pp: int = 1
     """Pipeline-parallel size."""
-    precision: Precision = Precision.bf16
+    precision: Precision = Precision.auto
     """Precision of the generation weights and the key/value cache; logits are float32 from the
     softmax on."""
     max_model_len: int = 0

@@ -24,6 +24,8 @@ from transformers import (
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from workers.config import ModelConfig, Precision
+from workers.engines.base import Head
+from workers.engines.model.loading import position_limit
 from workers.generation.base import GenerationEngine, Generations
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.generation.draws import sample_tokens
@@ -34,6 +36,7 @@ from workers.generation.sampling import (
     most_tokens,
     stop_token_ids,
 )
+from workers.precision import with_native_precision
 from workers.tokenizer import load_tokenizer
 
 
@@ -65,9 +68,10 @@ class HfEngine(GenerationEngine):
         self.check(config)
         self.layout = layout or Layout.of(dp=context.world_size)
         self.weight_version = -1
+        config = with_native_precision(config, context.device)
         text_config = load_model_config(model)
         self._vocab_size: int = text_config.vocab_size
-        self._max_model_len: int = config.max_model_len or text_config.max_position_embeddings
+        self._max_model_len: int = config.max_model_len or position_limit(model, Head.lm)
         self._max_num_seqs = config.max_num_seqs
         self._end_tokens = end_token_ids(model, text_config)
         self._device = context.device

@@ -79,7 +79,7 @@ class ModelSpec:
         text = config.get("text_config")
         if isinstance(text, Mapping):
             return cls.from_hf(text, name=name)
-        heads = _integer(config, "num_attention_heads", "n_head")
+        heads = _integer(config, "num_attention_heads", "n_head", "n_heads")
         hidden = _integer(config, "hidden_size", "n_embd", "d_model")
         experts = _integer(
             config, "num_local_experts", "num_experts", "n_routed_experts", default=0
@@ -87,10 +87,10 @@ class ModelSpec:
         inner = _integer(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
         dense = cls(
             name=name or str(config.get("_name_or_path") or config.get("model_type", "model")),
-            num_layers=_integer(config, "num_hidden_layers", "n_layer"),
+            num_layers=_integer(config, "num_hidden_layers", "n_layer", "n_layers"),
             hidden_size=hidden,
             num_heads=heads,
-            num_kv_heads=_integer(config, "num_key_value_heads", default=heads),
+            num_kv_heads=_integer(config, "num_key_value_heads", "num_kv_heads", default=heads),
             head_dim=_integer(config, "head_dim", default=hidden // heads),
             intermediate_size=inner,
             vocab_size=_integer(config, "vocab_size"),

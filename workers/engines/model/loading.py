@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -236,9 +237,20 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
 def position_limit(model: ModelConfig, head: Head) -> int:
     """Tokens of the longest row that the model was made for; UNLIMITED where its configuration
     names none (ALiBi, state spaces)."""
-    found = model_config(model, head).get_text_config()
-    name = found.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    return int(found.to_dict().get(name) or UNLIMITED)
+    return int(
+        standard_sizes(model_config(model, head)).get("max_position_embeddings") or UNLIMITED
+    )
+
+
+def standard_sizes(config: PretrainedConfig) -> dict[str, Any]:
+    """The settings of the text model, under transformers' standard names too where its family has
+    other ones (n_head is num_attention_heads). Families leave out what they do not have."""
+    text = config.get_text_config()
+    values = text.to_dict()
+    for standard, name in text.attribute_map.items():
+        if name in values:
+            values.setdefault(standard, values[name])
+    return values
 
 
 def no_score_head(config: ModelConfig) -> str:

@@ -26,6 +26,7 @@ from workers.engines.shared.micro_batches import (
     make_micro_batches,
 )
 from workers.engines.shared.optimizer import check_optimizer_config
+from workers.precision import with_native_precision
 from workers.sequences import Sequences
 
 
@@ -48,6 +49,7 @@ class ShardedEngine(TrainingEngine):
         trains: bool = True,
         seed: int = 0,
     ) -> None:
+        config = with_native_precision(config, context.device)
         self.check(model_config(model, head), config, head, context.world_size)
         check_optimizer_config(config.optimizer)
         self.layout = self.make_layout(config, context.world_size)

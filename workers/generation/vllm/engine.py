@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
@@ -43,7 +44,9 @@ from workers.generation.vllm.memory import (
     model_runner,
     reload_weights,
 )
+from workers.generation.vllm.own_classes import own_classes
 from workers.generation.vllm.setup import build_llm, preserve_process_state
+from workers.precision import with_native_precision
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
@@ -84,6 +87,7 @@ class VllmEngine(GenerationEngine):
             dp=context.world_size // (config.pp * config.tp), pp=config.pp, tp=config.tp
         )
         self.weight_version = -1
+        config = with_native_precision(config, context.device)
         text_config = load_model_config(model)
         self._end_tokens = end_token_ids(model, text_config)
         self._vocab_size: int = text_config.vocab_size
@@ -98,7 +102,10 @@ class VllmEngine(GenerationEngine):
             self._owns_groups = not model_parallel_is_initialized()
             if layout is not None and self._owns_groups:
                 build_vllm_groups(replicas_of(layout))
-            self.llm = build_llm(model, config, text_config, load_weights=load_weights)
+            built: list[nn.Module] = []
+            with own_classes(built):
+                self.llm = build_llm(model, config, text_config, load_weights=load_weights)
+                built.append(model_runner(self.llm).get_model())
             # vLLM's own finalizer would destroy torch.distributed's world, which is the pool's.
             self.llm.llm_engine.engine_core._finalizer.detach()
             self._sampler = TrainerSampler(model_runner(self.llm))

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from hybridflow.context import RankContext
 from workers.config import ModelConfig, Precision
+from workers.engines.model.loading import UNLIMITED, standard_sizes
 from workers.generation.config import GenerationConfig
 
 if TYPE_CHECKING:
@@ -86,14 +87,16 @@ def most_cache_bytes(config: GenerationConfig, text_config: PretrainedConfig) ->
 
     For attention with keys and values per head, which is an upper bound for the compressed kinds.
     """
-    values = text_config.to_dict()
+    values = standard_sizes(text_config)
+    if "num_attention_heads" not in values:  # state spaces
+        return config.kv_cache_bytes
     heads = values.get("num_key_value_heads") or values["num_attention_heads"]
     head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     token_bytes = (
         2 * -(-heads // config.tp) * head_dim * (4 if config.precision == Precision.fp32 else 2)
     )
     block = config.block_size or CPU_BLOCK_SIZE
-    length = config.max_model_len or values["max_position_embeddings"]
+    length = config.max_model_len or values.get("max_position_embeddings") or UNLIMITED
     blocks = config.max_num_seqs * -(-length // block) + 1  # vLLM keeps one block empty
     return -(-values["num_hidden_layers"] // config.pp) * token_bytes * block * blocks
 

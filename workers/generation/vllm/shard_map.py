@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridflow.resharding import Box
+from workers.generation.vllm.own_classes import own_classes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -144,6 +145,7 @@ class _Recorder(TorchDispatchMode):
             )
         self.written[tensor] += into.numel()
         if into.numel():
+            into, out = _untransposed(into, out)
             box = _box(name, self.parameters[name], out)
             self.placements.append(
                 LoaderWrite(name=name, box=box, tensor=tensor, region=Region.of(into))
@@ -189,11 +191,13 @@ def meta_model(config: VllmConfig) -> nn.Module:
     twin.compilation_config.static_all_moe_layers = []
     before = torch.get_default_dtype()
     torch.set_default_dtype(config.model_config.dtype)
+    built: list[nn.Module] = []
     try:
-        with torch.device("meta"):
-            return initialize_model(vllm_config=twin)
+        with torch.device("meta"), own_classes(built):
+            built.append(initialize_model(vllm_config=twin))
     finally:
         torch.set_default_dtype(before)
+    return built[0]
 
 
 def checkpoint_shapes(
@@ -227,6 +231,15 @@ def _is_view(func: Any) -> bool:
     return bool(returns) and all(
         r.alias_info is not None and not r.alias_info.is_write for r in returns
     )
+
+
+def _untransposed(into: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same copy with the dims of `out` in the order of its parameter: GPT-2's checkpoint has
+    its matrices transposed, and vLLM's loader stores them the other way round."""
+    order = sorted(range(out.dim()), key=lambda dim: -int(out.stride()[dim]))
+    if out.is_contiguous() or order == list(range(out.dim())):
+        return into, out
+    return into.permute(order), out.permute(order)
 
 
 def _box(name: str, whole: torch.Tensor, part: torch.Tensor) -> Box:

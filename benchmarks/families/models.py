@@ -1,0 +1,236 @@
+"""The model families of the benchmark, each as a tiny model of odd shape with random weights.
+
+Vocabulary 1003 (1004 where a layout needs an even one), width 192, 6 heads over 2 key-value heads
+of 32, 5 layers, windows of 16 tokens, tied and untied embeddings, rotary embeddings of every kind,
+biases and soft caps. A family is a configuration of transformers and needs no download.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 1003
+BOS, EOS, PAD = 0, 1, 2
+WIDTH, HEADS, KV_HEADS, HEAD_DIM, LAYERS, WINDOW, LENGTH = 192, 6, 2, 32, 5, 16, 128
+NOISE = 0.05
+"""Added to every weight, norms and biases too, so that a weight that is lost shows."""
+
+COMMON: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 320,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "max_position_embeddings": LENGTH,
+}
+WITH_HEAD_DIM = COMMON | {"head_dim": HEAD_DIM}
+FULL_HEADS: dict[str, Any] = {
+    name: value for name, value in COMMON.items() if name != "num_key_value_heads"
+}
+WINDOWS = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
+"""Kinds of the five layers of a family that mixes windows with whole attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Family(name="Qwen 2", model_type="qwen2", settings=COMMON)"""
+
+    name: str
+    model_type: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    vocabulary: int = VOCABULARY
+
+    @property
+    def key(self) -> str:
+        """The name as a folder's."""
+        return self.name.lower().replace(" ", "-").replace(",", "").replace(".", "")
+
+
+FAMILIES = [
+    Family(name="Llama", model_type="llama", settings=COMMON | {"tie_word_embeddings": False}),
+    Family(
+        name="Llama, tied, llama3 rope",
+        model_type="llama",
+        settings=COMMON
+        | {
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    Family(
+        name="Llama, attention and MLP biases",
+        model_type="llama",
+        settings=COMMON | {"attention_bias": True, "mlp_bias": True},
+    ),
+    Family(name="Gemma", model_type="gemma", settings=WITH_HEAD_DIM),
+    Family(
+        name="Gemma 2",
+        model_type="gemma2",
+        settings=WITH_HEAD_DIM | {"sliding_window": WINDOW, "query_pre_attn_scalar": 48},
+    ),
+    Family(
+        name="Gemma 3",
+        model_type="gemma3_text",
+        settings=WITH_HEAD_DIM | {"sliding_window": WINDOW, "query_pre_attn_scalar": 48},
+    ),
+    Family(name="Qwen 2", model_type="qwen2", settings=COMMON),
+    Family(
+        name="Qwen 2, windows",
+        model_type="qwen2",
+        settings=COMMON
+        | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2},
+    ),
+    Family(name="Qwen 3", model_type="qwen3", settings=WITH_HEAD_DIM),
+    Family(name="Mistral", model_type="mistral", settings=COMMON | {"sliding_window": WINDOW}),
+    Family(
+        name="Ministral",
+        model_type="ministral",
+        settings=WITH_HEAD_DIM | {"sliding_window": WINDOW, "layer_types": WINDOWS},
+    ),
+    Family(
+        name="Granite",
+        model_type="granite",
+        settings=COMMON
+        | {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+        },
+    ),
+    Family(name="Phi-3", model_type="phi3", settings=COMMON | {"sliding_window": WINDOW}),
+    Family(
+        name="Phi-3, longrope",
+        model_type="phi3",
+        settings=COMMON
+        | {
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0 + 0.05 * i for i in range(HEAD_DIM // 2)],
+                "long_factor": [1.0 + 0.3 * i for i in range(HEAD_DIM // 2)],
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    Family(name="Phi", model_type="phi", settings=FULL_HEADS | {"partial_rotary_factor": 0.5}),
+    Family(name="GLM-4", model_type="glm4", settings=WITH_HEAD_DIM),
+    Family(name="GLM", model_type="glm", settings=WITH_HEAD_DIM),
+    Family(name="OLMo", model_type="olmo", settings=COMMON | {"clip_qkv": 2.0}),
+    Family(name="OLMo 2", model_type="olmo2", settings=COMMON),
+    Family(
+        name="OLMo 3",
+        model_type="olmo3",
+        settings=COMMON | {"sliding_window": WINDOW, "layer_types": WINDOWS},
+    ),
+    Family(name="SmolLM 3", model_type="smollm3", settings=COMMON | {"no_rope_layer_interval": 2}),
+    Family(
+        name="StarCoder 2", model_type="starcoder2", settings=COMMON | {"sliding_window": WINDOW}
+    ),
+    Family(
+        name="GPT-2",
+        model_type="gpt2",
+        settings={"n_embd": WIDTH, "n_head": HEADS, "n_layer": LAYERS, "n_positions": LENGTH},
+    ),
+    Family(name="GPT-NeoX", model_type="gpt_neox", settings=FULL_HEADS),
+    Family(
+        name="OPT",
+        model_type="opt",
+        settings={
+            "hidden_size": WIDTH,
+            "word_embed_proj_dim": WIDTH,
+            "ffn_dim": 320,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "max_position_embeddings": LENGTH,
+        },
+    ),
+    Family(
+        name="Bloom",
+        model_type="bloom",
+        settings={"hidden_size": WIDTH, "n_head": HEADS, "n_layer": LAYERS},
+    ),
+    Family(name="MPT", model_type="mpt", settings={"d_model": WIDTH, "n_heads": 6, "n_layers": 5}),
+    Family(
+        name="Falcon",
+        model_type="falcon",
+        settings={
+            "hidden_size": WIDTH,
+            "num_attention_heads": HEADS,
+            "num_hidden_layers": LAYERS,
+            "num_kv_heads": KV_HEADS,
+            "new_decoder_architecture": True,
+            "max_position_embeddings": LENGTH,
+        },
+    ),
+    Family(
+        name="StableLM", model_type="stablelm", settings=COMMON | {"partial_rotary_factor": 0.25}
+    ),
+    Family(name="Cohere", model_type="cohere", settings=COMMON | {"logit_scale": 0.25}),
+    Family(
+        name="Cohere 2",
+        model_type="cohere2",
+        settings=WITH_HEAD_DIM | {"sliding_window": WINDOW, "sliding_window_pattern": 2},
+    ),
+    Family(name="Nemotron", model_type="nemotron", settings=WITH_HEAD_DIM),
+    Family(
+        name="EXAONE 4",
+        model_type="exaone4",
+        settings=WITH_HEAD_DIM | {"sliding_window": WINDOW, "sliding_window_pattern": 2},
+    ),
+    Family(name="Seed-OSS", model_type="seed_oss", settings=WITH_HEAD_DIM),
+    Family(name="Ernie 4.5", model_type="ernie4_5", settings=WITH_HEAD_DIM),
+    Family(name="Helium", model_type="helium", settings=WITH_HEAD_DIM),
+    Family(name="Arcee", model_type="arcee", settings=WITH_HEAD_DIM),
+    Family(name="Apertus", model_type="apertus", settings=COMMON),
+    Family(name="HyperCLOVA X", model_type="hyperclovax", settings=WITH_HEAD_DIM),
+    Family(
+        name="Mamba",
+        model_type="mamba",
+        settings={"hidden_size": WIDTH, "num_hidden_layers": LAYERS},
+    ),
+]
+
+
+def make_model(family: Family, directory: Path, *, vocabulary: int = 0) -> Path:
+    """The family's tiny model in `directory`, with a tokenizer whose words are numbers."""
+    size = vocabulary or family.vocabulary
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family.model_type,
+        vocab_size=size,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        **family.settings,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=NOISE)
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_tokenizer(directory: Path, size: int = VOCABULARY) -> Path:
+    """In a folder of its own: beside a model AutoTokenizer would make one of its family of it."""
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(size)}, unk_token="3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token=str(BOS), eos_token=str(EOS), pad_token=str(PAD)
+    ).save_pretrained(directory)
+    return directory
