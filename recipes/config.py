@@ -32,6 +32,7 @@ from workers.role_config import (
 RUN_SEED: Any = "${seed}"
 TRUSTED: Any = "${model.trust_remote_code}"
 SAVED_DTYPE: Any = "${model.dtype}"
+END_TOKEN_IDS: Any = "${model.end_token_ids}"
 SAMPLING_TEMPERATURE: Any = "${actor.generation.sampling.temperature}"
 
 
@@ -81,6 +82,8 @@ def _run_model() -> ModelConfig:
         revision="${model.revision}",
         trust_remote_code=TRUSTED,
         dtype=SAVED_DTYPE,
+        chat_template="${model.chat_template}",
+        end_token_ids=END_TOKEN_IDS,
         attention="${model.attention}",
     )
 

@@ -35,6 +35,7 @@ from recipes.mapping_settings import MapperInputs, apply_mapping
 from recipes.placing import Placement, check_models, place, placeholder_roles, placement_report
 from recipes.roles import GENERATION
 from recipes.schedules import with_schedules
+from recipes.text_settings import log_left_out, smallest_vocabulary, with_text
 from workers.config import Precision
 from workers.precision import (
     automatic,
@@ -101,13 +102,16 @@ def prepare(config: RunConfig) -> Preparation:
     dataflow = check_dataflow(placement)
     check_models(placement)
     tokenizer = load_tokenizer(config.model)
+    config = with_text(config, tokenizer)
+    placement = place(config)
     check_vocabularies(config, placement.roles, tokenizer)
+    log_left_out(placement.roles, config)
     train = load_rows(placement, "train", tokenizer)
     num_steps = config.loop.length(len(train), config.data.batch_size).num_steps
     config = with_schedules(config, num_steps)
     placement = place(config)
     held_out = load_rows(placement, "validation", tokenizer) if config.data.validation else None
-    pretraining = load_pretraining(config, tokenizer)
+    pretraining = load_pretraining(placement, tokenizer)
     if isinstance(train, PromptDataset):
         check_context_lengths(config, placement.roles, train.longest_prompt_tokens)
     prepared = Preparation(
@@ -145,7 +149,13 @@ def load_rows(placement: Placement, name: str, tokenizer: PreTrainedTokenizerBas
     """data.train or data.validation, as the rows that the algorithm's steps begin with."""
     config = placement.config
     where = {"train": config.data.train, "validation": config.data.validation}[name]
-    rows = DATASETS[placement.entry.rows].load(config.data, where, tokenizer)
+    rows = DATASETS[placement.entry.rows].load(
+        config.data,
+        where,
+        tokenizer,
+        field=f"data.{name}",
+        vocabulary=smallest_vocabulary(placement.roles),
+    )
     if isinstance(rows, PromptDataset):
         check_prompts(f"data.{name}", rows.longest_prompt_tokens, config.actor)
         check_columns_of(config, name, rows.column_names)
@@ -154,11 +164,17 @@ def load_rows(placement: Placement, name: str, tokenizer: PreTrainedTokenizerBas
     return rows
 
 
-def load_pretraining(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> RowLoader | None:
+def load_pretraining(placement: Placement, tokenizer: PreTrainedTokenizerBase) -> RowLoader | None:
     """The texts of PPO-ptx, if there are any."""
+    config = placement.config
     if config.data.pretraining is None:
         return None
-    dataset = PromptDataset.load_text(config.data, config.data.pretraining, tokenizer)
+    dataset = PromptDataset.load_text(
+        config.data,
+        config.data.pretraining,
+        tokenizer,
+        vocabulary=smallest_vocabulary(placement.roles),
+    )
     check_text(
         "data.pretraining", dataset.longest_tokens, config.actor.model, "data.pretraining_tokens"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class Precision(StrEnum):
@@ -43,6 +44,13 @@ class ModelConfig:
     """Hub name or directory of the tokenizer; the model's own when null."""
     revision: str | None = None
     trust_remote_code: bool = False
+    chat_template: Any = None
+    """Text of a chat template (or several by name) in place of the tokenizer's, saved with the
+    model; null: the tokenizer's, or what data.chat_template and data.chat_template_options make of
+    it."""
+    end_token_ids: list[int] | None = None
+    """Tokens that end a response, saved in generation_config.json; null: all that the tokenizer,
+    its chat template, generation_config.json and config.json name."""
     new_head: bool = False
     """Give a language model that has no score head a new one, as the training of a reward model
     does. Otherwise a model that is to score must have one (a critic's value head may always be

@@ -13,7 +13,6 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from workers.precision import with_native_precision
 from workers.role_config import JudgeConfig, JudgeRoleConfig, VerdictKind
 from workers.roles import Reward
 from workers.sequences import Sequences
+from workers.text import Beginning, PieceTokenizer, ResponseReader, end_token_ids
 from workers.tokenizer import load_tokenizer
 
 LOGGER = logging.getLogger(__name__)
@@ -45,23 +45,50 @@ class Questions:
     def __init__(self, config: JudgeRoleConfig) -> None:
         self.config = config
         self.policy_tokenizer = load_tokenizer(config.policy)
+        self.read_responses = ResponseReader(
+            self.policy_tokenizer,
+            end_token_ids(config.policy, tokenizer=self.policy_tokenizer),
+            special_tokens=config.special_tokens,
+        )
         self.tokenizer = load_tokenizer(config.model)
+        self.tokens = PieceTokenizer(self.tokenizer)
+        self.beginning = Beginning(self.tokenizer)
 
     def __call__(self, batch: Batch) -> list[list[int]]:
+        return [self.ask(row) for row in self.rows(batch)]
+
+    def answered(self, batch: Batch, words: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """The judge's prompt of every row with each of the words that may follow it."""
+        pieces = []
+        for row in self.rows(batch):
+            text = self.text(row)
+            pieces += [[text, word] for word in words]
+        return [(self.begun(question), word) for question, word in self.tokens(pieces)]
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """The tokens of a question, which the chat template begins where there is one."""
+        return ids if self.tokenizer.chat_template else self.beginning.before(ids)
+
+    def rows(self, batch: Batch) -> list[dict[str, Any]]:
+        """What the template may ask for, of every row."""
         prompts = self.policy_tokenizer.batch_decode(
             batch.ragged("prompt_ids").unbind(), skip_special_tokens=True
         )
-        responses = self.policy_tokenizer.batch_decode(
-            batch.ragged("response_ids").unbind(), skip_special_tokens=True
+        responses = self.read_responses(
+            row.tolist() for row in batch.ragged("response_ids").unbind()
         )
         extras = batch.objects("extras") if "extras" in batch else [{}] * len(batch)
-        rows = [
+        return [
             {**columns, "prompt": p, "response": r}
             for p, r, columns in zip(prompts, responses, extras, strict=True)
         ]
-        return [self.ask(row) for row in rows]
 
     def ask(self, row: dict[str, Any]) -> list[int]:
+        """The tokens of the question about a row."""
+        ((ids,),) = self.tokens([[self.text(row)]])
+        return self.begun(ids)
+
+    def text(self, row: dict[str, Any]) -> str:
         """The template filled in, as a user's message where the judge's tokenizer has a chat
         template."""
         missing = [name for name in self.config.template_fields if row.get(name) is None]
@@ -73,12 +100,13 @@ class Questions:
             )
         text = self.config.template.format(**row)
         if self.tokenizer.chat_template is None:
-            return list(self.tokenizer(text)["input_ids"])
+            return text
         message = {"role": "user", "content": text}
-        text = self.tokenizer.apply_chat_template(
-            [message], tokenize=False, add_generation_prompt=True
+        return str(
+            self.tokenizer.apply_chat_template(
+                [message], tokenize=False, add_generation_prompt=True
+            )
         )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class JudgeWorker(ModelWorker, Reward):
@@ -91,20 +119,15 @@ class JudgeWorker(ModelWorker, Reward):
         super().__init__(config, context)
         self.build(self.config.model, self.config.train, Head.lm, context, trains=False)
         self.questions = Questions(config)
-        tokenizer = self.questions.tokenizer
         self.limit = position_limit(config.model, Head.lm)
         """Tokens that the judge can read."""
-        self.words = [
-            list(tokenizer(word, add_special_tokens=False)["input_ids"])
-            for word in (config.yes, config.no)
-        ]
 
     @classmethod
     def layouts(cls, config: JudgeConfig, world_size: int) -> dict[str, Layout]:
         return {"train": training_layout(config.train, world_size, "judge")}
 
     def compute_reward(self, batch: Batch) -> Batch:
-        rows = list(product(self.questions(batch), self.words))
+        rows = self.questions.answered(batch, (self.config.yes, self.config.no))
         longest = max((len(question) + len(word) for question, word in rows), default=0)
         if longest > self.limit:
             raise ValueError(

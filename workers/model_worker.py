@@ -17,6 +17,7 @@ from hybridflow.worker import Worker
 from workers.config import ModelConfig, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, TrainingEngine
+from workers.engines.model.loading import model_config
 from workers.layouts import training_layout
 from workers.precision import with_native_precision
 from workers.sequences import Sequences
@@ -30,6 +31,7 @@ class ModelWorker(Worker):
 
     engine: TrainingEngine
     model: ModelConfig
+    head: Head
     layout: Layout
 
     def __init__(self, config: Any, context: RankContext) -> None:
@@ -53,11 +55,18 @@ class ModelWorker(Worker):
         """Builds the engine; `seed` draws a new head, `trains=False` leaves out the optimizer.
         Collective."""
         torch.manual_seed(seed)
-        self.model = model
+        self.model, self.head = model, head
         self.engine = engine_class(train.engine)(
             model=model, config=train, head=head, context=context, trains=trains, seed=seed
         )
         self.layout = self.engine.layout
+
+    def to_score(self, sequences: Sequences) -> Sequences:
+        """The rows as a sequence-classification model reads them: up to the last token that is not
+        padding, which is where transformers reads the score. A response that ends in an end token
+        that pads too is scored at the token before."""
+        config = model_config(self.model, self.head).get_text_config()
+        return sequences.without_trailing(config.pad_token_id)
 
     def scored(self, batch: Batch, values: Tensor | None, name: str) -> Batch:
         """The column `name` of one float per response token; empty on ranks whose result is not

@@ -28,17 +28,17 @@ class PreferenceWorker(TrainedWorker, PreferenceModel):
         self.build(self.config.model, self.config.train, Head.score, context, seed=config.seed)
 
     def compute_scores(self, batch: Batch) -> Batch:
-        outputs = self.engine.forward(sequences_of(batch))
+        outputs = self.engine.forward(self.to_score(sequences_of(batch)))
         if outputs is None or outputs.scores is None:
             return Batch.of(scores=torch.empty(0))
         return Batch.of(scores=outputs.scores.cpu())
 
     def update_preferences(self, batch: Batch) -> Metrics:
-        return self._update(batch, pairs_of(batch), bradley_terry_loss)
+        return self._update(batch, self.to_score(pairs_of(batch)), bradley_terry_loss)
 
     def update_costs(self, batch: Batch) -> Metrics:
         sequences = pairs_of(batch).with_columns(per_row={"harm_sign": batch.tensor("harm_sign")})
-        return self._update(batch, sequences, cost_model_loss)
+        return self._update(batch, self.to_score(sequences), cost_model_loss)
 
     def _update(self, batch: Batch, sequences: Sequences, loss_fn: LossFn) -> Metrics:
         mini_batches = self.mini_batches(batch, sequences)

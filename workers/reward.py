@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from hybridflow.batch import Batch
-from hybridflow.columns import Ragged
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.worker import Worker
@@ -24,6 +23,7 @@ from workers.model_worker import ModelWorker, sequences_of
 from workers.reward_function import function_name, resolve, score_rows
 from workers.role_config import RewardConfig, ScorerConfig
 from workers.roles import Cost, Reward
+from workers.text import ResponseReader, end_token_ids
 from workers.tokenizer import load_tokenizer
 
 
@@ -39,6 +39,11 @@ class FunctionScorer(Worker):
         assert config.function is not None
         resolve(config.function, self.role)
         self.tokenizer = load_tokenizer(config.policy)
+        self.read_responses = ResponseReader(
+            self.tokenizer,
+            end_token_ids(config.policy, tokenizer=self.tokenizer),
+            special_tokens=config.special_tokens,
+        )
 
     @classmethod
     def layouts(cls, config: RewardConfig, world_size: int) -> dict[str, Layout]:
@@ -58,21 +63,18 @@ class FunctionScorer(Worker):
         ]
 
     def _rows(self, batch: Batch) -> list[dict[str, Any]]:
-        prompts = self._texts(batch.ragged("prompt_ids"))
-        responses = self._texts(batch.ragged("response_ids"))
+        prompts = self.tokenizer.batch_decode(
+            [row.tolist() for row in batch.ragged("prompt_ids").unbind()], skip_special_tokens=True
+        )
+        responses = self.read_responses(
+            row.tolist() for row in batch.ragged("response_ids").unbind()
+        )
         extras = batch.objects("extras") if "extras" in batch else [{}] * len(batch)
         fixed = zip(prompts, responses, batch.objects("finish_reason"), extras, strict=True)
         return [
             {**extra, "prompt": prompt, "response": response, "finish_reason": reason}
             for prompt, response, reason, extra in fixed
         ]
-
-    def _texts(self, ids: Ragged) -> list[str]:
-        return list(
-            self.tokenizer.batch_decode(
-                [row.tolist() for row in ids.unbind()], skip_special_tokens=True
-            )
-        )
 
     def _run_in_tasks(self, rows: list[dict[str, Any]]) -> list[tuple[float, dict[str, float]]]:
         import ray
@@ -107,7 +109,8 @@ class FunctionScorer(Worker):
 
 
 class ModelScorer(ModelWorker):
-    """The score of a sequence-classification model at the last token of prompt + response."""
+    """The score of a sequence-classification model at the last token of prompt + response that is
+    not padding."""
 
     config: RewardConfig
     role: ClassVar[str] = "reward"
@@ -122,7 +125,7 @@ class ModelScorer(ModelWorker):
         return {"train": training_layout(config.train, world_size, cls.role)}
 
     def score(self, batch: Batch) -> tuple[Tensor, list[dict[str, float]]]:
-        outputs = self.engine.forward(sequences_of(batch))
+        outputs = self.engine.forward(self.to_score(sequences_of(batch)))
         if outputs is None or outputs.scores is None:
             return torch.empty(0), []
         return outputs.scores.cpu(), [{}] * len(batch)

@@ -127,6 +127,9 @@ class RewardConfig:
     model: ModelConfig | None = None
     """A sequence-classification model with one label; its score of prompt + response is the
     reward."""
+    special_tokens: bool = True
+    """Leave special tokens, such as a <think> that is registered as one, in the response's text;
+    those that begin, end or pad it never are. false leaves all of them out."""
     timeout_s: float = 60.0
     """Most seconds that the function may take for the rows of one task."""
     num_tasks: int = 1
@@ -167,6 +170,9 @@ class JudgeConfig:
     """A language model that judges answers: judge.model.path=Qwen/Qwen2.5-7B-Instruct"""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    special_tokens: bool = True
+    """Leave special tokens, such as a <think> that is registered as one, in the response's text;
+    those that begin, end or pad it never are. false leaves all of them out."""
     verdict: VerdictKind = VerdictKind.probability
     template: str = (
         "Question:\n{prompt}\n\nAnswer:\n{response}\n\nIs the answer correct? Reply with yes or no."

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
@@ -22,9 +23,10 @@ from workers.config import Precision
 from workers.consistency import is_exact
 from workers.generation import generation_engine_class
 from workers.generation.config import SamplingConfig
-from workers.generation.sampling import load_model_config
+from workers.generation.sampling import load_model_config, with_special_stops
 from workers.generation.weight_destination import WeightDestination
 from workers.role_config import ActorConfig
+from workers.tokenizer import load_tokenizer
 
 
 class Sampler:
@@ -44,6 +46,7 @@ class Sampler:
         """Builds the generation engine; `load_weights=False` where a trainer will send them.
         Collective over the pool."""
         self.config, self.context = config, context
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         engine = generation_engine_class(config.generation.engine)
         self.engine = engine(
             model=config.model,
@@ -60,7 +63,7 @@ class Sampler:
 
         `sampling`: None for the configured one; `do_sample=False` takes the most likely token.
         """
-        sampling = sampling or self.config.generation.sampling
+        sampling = self._settled(sampling or self.config.generation.sampling)
         prompt_ids = prompts.ragged("prompt_ids")
         limits = (
             prompts.tensor("max_response_tokens").numpy()
@@ -81,6 +84,14 @@ class Sampler:
             num_tokens=prompt_ids.lengths + lengths,
             weight_version=torch.full((len(prompts),), self.engine.weight_version),
         )
+
+    def _settled(self, sampling: SamplingConfig) -> SamplingConfig:
+        """The settings with special tokens among their stop strings as ids."""
+        if not sampling.stop_strings:
+            return sampling
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.config.model)
+        return with_special_stops(sampling, self._tokenizer, "sampling")
 
     def make_destination(self, parameters: Sequence[ParameterSpec]) -> WeightDestination:
         """The engine's memory for the trainer's `parameters`."""

@@ -65,6 +65,27 @@ class Sequences:
             per_row={name: values[index] for name, values in self.per_row.items()},
         )
 
+    def without_trailing(self, token_id: int | None) -> Sequences:
+        """The same rows without the tokens of that id at their ends, their first token aside;
+        columns per token are not supported."""
+        if token_id is None:
+            return self
+        assert not self.per_token, "columns per token would have to be cut too"
+        rows, lengths, scored = [], self.lengths.tolist(), self.scored_lengths.tolist()
+        for row, ids in enumerate(self.token_ids.split(lengths)):
+            others = (ids != token_id).nonzero()
+            end = 1
+            if len(others):
+                end = int(others[-1]) + 1
+            rows.append(ids[:end])
+            scored[row] = max(scored[row] - (len(ids) - end), 0)
+        return Sequences(
+            token_ids=torch.cat([self.token_ids[:0], *rows]),
+            lengths=torch.tensor([len(ids) for ids in rows], dtype=torch.int64),
+            scored_lengths=torch.tensor(scored, dtype=torch.int64),
+            per_row=dict(self.per_row),
+        )
+
     def with_columns(
         self,
         per_token: Mapping[str, Tensor] | None = None,

@@ -34,4 +34,6 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             f"no tokenizer at {name!r}: it knows no tokens; set model.tokenizer to a directory or "
             "hub name that has one"
         )
+    if model.chat_template is not None:
+        tokenizer.chat_template = model.chat_template
     return tokenizer

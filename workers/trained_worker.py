@@ -18,11 +18,12 @@ from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.results import Metrics
 from hybridflow.seeds import combine_seed
-from workers.engines.base import LossFn
+from workers.engines.base import Head, LossFn
 from workers.mini_batches import MiniBatches, mean_over_steps, train_on
 from workers.model_worker import ModelWorker
 from workers.roles import TrainedRole
 from workers.sequences import Sequences
+from workers.text import end_token_ids, save_endings
 from workers.tokenizer import load_tokenizer
 
 COUNTERS = "counters.json"
@@ -92,10 +93,14 @@ class TrainedWorker(ModelWorker, TrainedRole):
         self.load_counters(json.loads(path.read_text()))
 
     def save_pretrained(self, directory: str) -> None:
-        """Writes weights and tokenizer as a Hugging Face directory."""
+        """Writes weights, tokenizer, chat template and the tokens that end a response as a
+        Hugging Face directory."""
         self.engine.save_pretrained(Path(directory))
         if self.context.rank == 0:
-            load_tokenizer(self.model).save_pretrained(directory)
+            tokenizer = load_tokenizer(self.model)
+            tokenizer.save_pretrained(directory)
+            if self.head is Head.lm:
+                save_endings(Path(directory), end_token_ids(self.model, tokenizer=tokenizer))
 
     def peak_memory_bytes(self) -> int:
         if self.context.device.startswith("cuda"):

@@ -65,9 +65,14 @@ class DataConfig:
     """Make a text prompt the message of a user, for chat models; false continues the text as it
     stands."""
     chat_template: str | None = None
-    """File with a Jinja chat template, for a tokenizer that has none or another one."""
+    """File with a Jinja chat template, for a tokenizer that has none or another one; the trained
+    model is saved with it."""
     chat_template_options: dict[str, Any] = field(default_factory=dict)
-    """Variables of the chat template, such as enable_thinking: false."""
+    """Variables of the chat template, such as enable_thinking: false; the trained model is saved
+    with a template that has them as defaults."""
+    tools_column: str | None = "tools"
+    """Tools (JSON schemas, as a list or as JSON text) that the chat template is given, where the
+    data has such a column; null for none."""
 
     pretraining: Any = None
     """Text of the pretraining distribution for PPO-ptx, places as in `train`; null for none."""

@@ -1,16 +1,18 @@
-"""Tokenises a conversation, with the mask of the tokens that are learned: the assistant's turns
-only.
+"""Demonstrations and answers as tokens, with the mask of the tokens that are learned: the
+assistant's turns only.
 
-The conversation is cut where the assistant begins and ends to speak, and the pieces are tokenised
-one by one. A prompt has then the very tokens that generation will see (PromptTokenizer), which one
-pass over the whole text does not promise. A turn is learned up to its end-of-sequence token: what
-the template writes after it (a line break) is never generated. Leaves out templates that rewrite
-earlier turns once later ones follow (some drop the thoughts of old turns): there is then no one
-text to learn, and the row is refused.
+A conversation is cut where the assistant begins and ends to speak. A prompt has then the very
+tokens that generation will see (PromptTokenizer), and the pieces' tokens together decode to the
+template's text (workers/text/continuation.py). A turn is learned up to the token that ends it, the
+first special one that the template writes after the words (workers/text/endings.py): a line break
+behind it is never generated, and what the template writes behind the last turn is no part of the
+response. Leaves out templates that rewrite earlier turns once later ones follow (some drop the
+thoughts of old turns): there is then no one text to learn, and the row is refused.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +20,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
+from controllers.data.messages import check_messages
 from controllers.data.sources import SourceRow
-from controllers.data.tokenize import PromptTokenizer, check_messages
+from controllers.data.tokenize import PromptTokenizer, check_text
+from workers.text import Beginning, PieceTokenizer
+from workers.text.endings import TurnEnding, turn_ending
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +35,19 @@ class Segment:
 
     text: str
     learned: bool
-    special: bool = False
-    """Tokenise with the tokenizer's own special tokens (the beginning of a text without chat
-    template)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Conversation(place, [Segment("2+2=", False), Segment("4", True)], plain=True,
+    ends_open=True): a prompt, and turns by turns what is learned and what is not."""
+
+    place: str
+    segments: list[Segment]
+    plain: bool
+    """Without chat template: the tokenizer's own beginning stands before it."""
+    ends_open: bool
+    """No token ends the last turn yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,38 +61,40 @@ class Answered:
 
 
 class ConversationTokenizer:
-    """answered = ConversationTokenizer(tokenizer, config).answer(row, prompt, "4")"""
+    """tokenize = ConversationTokenizer(tokenizer, config)
+    answered = tokenize([tokenize.answer(row, "response", "4"), tokenize.messages(other_row)])
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.prompts = PromptTokenizer(tokenizer, config)
+        self.pieces = PieceTokenizer(tokenizer)
+        self.beginning = Beginning(tokenizer)
+        self.ending = turn_ending(tokenizer, chat_template=self.prompts.template_for())
+        """What the template writes after an assistant's words."""
+        self.warned = False
+        self.end_text = ""
+        if self.ending is not None and self.ending.token_id is not None:
+            self.end_text = str(tokenizer.convert_ids_to_tokens(self.ending.token_id))
 
-    def answer(self, row: SourceRow, column: str, response: Any) -> Answered:
+    def answer(self, row: SourceRow, column: str, response: Any) -> Conversation:
         """The prompt of the row (data.prompt_column) with the response of `column`: text, or a
         list of one assistant message."""
-        text = _response_text(row, column, response)
+        message = _response_message(row, column, response)
         prompt = self.prompts.prompt(row)
         if not isinstance(prompt, str):
-            messages = [*prompt, {"role": "assistant", "content": text}]
-            return self._of_turns(row, messages, [len(prompt)])
-        pieces = [Segment(prompt, learned=False, special=True), Segment(text, learned=True)]
-        answered = self._tokens(row, pieces)
-        end = self.tokenizer.eos_token_id
-        if end is None:
-            raise ValueError(
-                f"{row.place}: the tokenizer has no end-of-sequence token, so a text response has "
-                "no end to learn; use a tokenizer with one, or a chat template "
-                "(data.text_as_user_message=true)"
-            )
-        return Answered(answered.prompt, [*answered.response, int(end)], [*answered.mask, 1])
+            return self._of_turns(row, [*prompt, message], [len(prompt)])
+        text = _text_of(row, column, message)
+        segments = [Segment(prompt, learned=False), Segment(text, learned=True)]
+        return Conversation(row.place, segments, plain=True, ends_open=True)
 
-    def messages(self, row: SourceRow) -> Answered:
+    def messages(self, row: SourceRow) -> Conversation:
         """The conversation of data.messages_column."""
         column = self.config.messages_column
         assert column is not None
-        return self.conversation(row, check_messages(row, column))
+        return self.conversation(row, check_messages(row, column, "data.messages_column"))
 
-    def conversation(self, row: SourceRow, messages: Sequence[dict[str, Any]]) -> Answered:
+    def conversation(self, row: SourceRow, messages: Sequence[dict[str, Any]]) -> Conversation:
         """Every assistant turn learned; messages after the last one are left out."""
         turns = [
             number for number, message in enumerate(messages) if message["role"] == "assistant"
@@ -87,19 +106,53 @@ class ConversationTokenizer:
             )
         return self._of_turns(row, messages, turns)
 
+    def __call__(self, conversations: Sequence[Conversation]) -> list[Answered]:
+        """The tokens of each, all of them at once."""
+        texts = [[piece.text for piece in one.segments] for one in conversations]
+        answered = []
+        for conversation, ids in zip(conversations, self.pieces(texts), strict=True):
+            answered.append(self._joined(conversation, ids))
+        return answered
+
     def _of_turns(
         self, row: SourceRow, messages: Sequence[dict[str, Any]], turns: Sequence[int]
-    ) -> Answered:
-        pieces, done = [], ""
+    ) -> Conversation:
+        if turns[0] == 0:
+            raise ValueError(
+                f"{row.place}: message 0 (from 0) is the assistant's, and nothing stands before "
+                "it that it answers; put a user's or a system message before it"
+            )
+        segments, done, ends_open = [], "", False
         for turn in turns:
+            answer = self._without_end(messages[turn])
+            shown = [*messages[:turn], answer]
             before = self._rendered(row, messages[:turn], done, generation_prompt=True)
-            after = self._rendered(row, messages[: turn + 1], before, generation_prompt=False)
-            pieces += [
-                Segment(before[len(done) :], learned=False),
-                Segment(after[len(before) :], learned=True),
-            ]
-            done = after
-        return self._tokens(row, pieces)
+            after = self._rendered(row, shown, before, generation_prompt=False)
+            ending = self._ending(row, shown, after)
+            end = len(after) - len(ending.text) + ending.end
+            segments.append(Segment(before[len(done) :], learned=False))
+            segments.append(Segment(after[len(before) : end], learned=True))
+            done, ends_open = after[:end], ending.token_id is None
+        return Conversation(row.place, segments, plain=False, ends_open=ends_open)
+
+    def _without_end(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message whose text already spells the end of its turn, without it: the template
+        writes it."""
+        content = message.get("content")
+        if not self.end_text or not isinstance(content, str):
+            return message
+        while content.rstrip().endswith(self.end_text):
+            content = content.rstrip().removesuffix(self.end_text)
+        return {**message, "content": content} if content != message["content"] else message
+
+    def _ending(self, row: SourceRow, messages: Sequence[dict[str, Any]], text: str) -> TurnEnding:
+        """What ends the last of the messages, whose text is `text`."""
+        if self.ending is not None and self.ending.text and text.endswith(self.ending.text):
+            return self.ending
+        ending = turn_ending(self.tokenizer, messages[:-1], **self.prompts.template_arguments(row))
+        if ending is None or not text.endswith(ending.text):
+            return TurnEnding("", 0, None)
+        return ending
 
     def _rendered(
         self,
@@ -120,54 +173,83 @@ class ConversationTokenizer:
             )
         return text
 
-    def _tokens(self, row: SourceRow, pieces: Sequence[Segment]) -> Answered:
+    def _joined(self, conversation: Conversation, pieces: Sequence[list[int]]) -> Answered:
+        place = conversation.place
         tokens: list[int] = []
         mask: list[int] = []
-        for piece in pieces:
-            ids: list[int] = []
-            if piece.text:
-                ids = self.tokenizer(piece.text, add_special_tokens=piece.special)["input_ids"]
-            num_learned = 0
-            if piece.learned:
-                num_learned = self._until_end(ids)
-            if piece.learned and not num_learned:
+        for segment, ids in zip(conversation.segments, pieces, strict=True):
+            if segment.learned and not ids:
                 raise ValueError(
-                    f"{row.place}: an assistant turn has no tokens; remove the row, give it a "
+                    f"{place}: an assistant turn has no tokens; remove the row, give it a "
                     "text, or use a chat template that writes it"
                 )
             tokens += ids
-            mask += [1] * num_learned + [0] * (len(ids) - num_learned)
-        first = mask.index(1)
-        if not first:
+            mask += [int(segment.learned)] * len(ids)
+        first = len(pieces[0])
+        prompt = tokens[:first]
+        if conversation.plain:
+            prompt = self.beginning.before(prompt)
+        if not prompt:
             raise ValueError(
-                f"{row.place}: nothing stands before the first assistant turn, and nothing "
+                f"{place}: nothing stands before the first assistant turn, and nothing "
                 "predicts its first token; add a prompt"
             )
-        last = len(mask) - mask[::-1].index(1)
-        return Answered(tokens[:first], tokens[first:last], mask[first:last])
+        response, mask = tokens[first:], mask[first:]
+        if conversation.ends_open:
+            end = self._end(place, plain=conversation.plain)
+            while len(response) > 1 and response[-2:] == [end, end]:
+                response.pop()
+                mask.pop()
+            if response[-1] != end:
+                response.append(end)
+                mask.append(1)
+        return Answered(prompt, response, mask)
 
-    def _until_end(self, ids: Sequence[int]) -> int:
-        """The number of tokens up to the last end-of-sequence token; all if there is none."""
-        for end in range(len(ids), 0, -1):
-            if ids[end - 1] == self.tokenizer.eos_token_id:
-                return end
-        return len(ids)
+    def _end(self, place: str, *, plain: bool) -> int:
+        """The token that ends a response that nothing ends yet."""
+        end = self.tokenizer.eos_token_id
+        if end is None and plain:
+            raise ValueError(
+                f"{place}: the tokenizer has no end-of-sequence token, so a text response has "
+                "no end to learn; use a tokenizer with one, or a chat template "
+                "(data.text_as_user_message=true)"
+            )
+        if not plain and not self.warned:
+            self.warned = True
+            LOGGER.warning(
+                "the chat template writes no token that ends an assistant's turn (%s, say); the "
+                "tokenizer's end-of-sequence token is learned after the last one",
+                place,
+            )
+        if end is None:
+            raise ValueError(
+                f"{place}: neither the chat template nor the tokenizer has a token that ends an "
+                "assistant's turn, so it has no end to learn; give data.chat_template a template "
+                "that writes one"
+            )
+        return int(end)
 
 
-def _response_text(row: SourceRow, column: str, response: Any) -> str:
-    if (
-        isinstance(response, list)
-        and len(response) == 1
-        and isinstance(response[0], dict)
-        and response[0].get("role") == "assistant"
-    ):
-        response = response[0].get("content")
+def _response_message(row: SourceRow, column: str, response: Any) -> dict[str, Any]:
+    """The assistant's message that the column holds, as text or as a list of that message."""
+    if isinstance(response, list) and len(response) == 1:
+        message = check_messages(row, column, "data.response_column", value=response)[0]
+        if message["role"] == "assistant":
+            _text_of(row, column, message)
+            return message
     if not isinstance(response, str):
         raise ValueError(
             f"{row.place}: {column!r} is {type(response).__name__} {str(response)[:60]!r}; it "
             "must be the response as text, or a list of one {role: assistant, content} message "
             "(the messages before it belong in data.prompt_column)"
         )
-    if not response.strip():
+    message = {"role": "assistant", "content": response}
+    _text_of(row, column, message)
+    return message
+
+
+def _text_of(row: SourceRow, column: str, message: dict[str, Any]) -> str:
+    text = message.get("content") or ""
+    if not text.strip() and not message.get("tool_calls"):
         raise ValueError(f"{row.place}: {column!r} is empty; remove the row or give it a response")
-    return response
+    return check_text(row, column, text)

@@ -43,7 +43,12 @@ class PromptDataset(RowDataset):
 
     @classmethod
     def load_text(
-        cls, config: DataConfig, where: str | Sequence[str], tokenizer: PreTrainedTokenizerBase
+        cls,
+        config: DataConfig,
+        where: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        vocabulary: tuple[str, int] | None = None,
     ) -> PromptDataset:
         """Plain text without further columns, longer ones cut into pieces (data.pretraining,
         data.pretraining_column, ...)."""
@@ -56,7 +61,8 @@ class PromptDataset(RowDataset):
             max_prompt_tokens=2**31 - 1,
             text_as_user_message=False,
         )
-        return cls.load(text, where, tokenizer).cut(config.pretraining_tokens)
+        rows = cls.load(text, where, tokenizer, field="data.pretraining", vocabulary=vocabulary)
+        return rows.cut(config.pretraining_tokens)
 
     def cut(self, max_tokens: int) -> PromptDataset:
         """Every row in the fewest pieces of at most max_tokens (4 or more) tokens, about equal

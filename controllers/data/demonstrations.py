@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
-from controllers.data.conversation import ConversationTokenizer
+from controllers.data.conversation import Conversation, ConversationTokenizer
+from controllers.data.messages import value_of
 from controllers.data.rows import Encode, EncodedRow, RowDataset
 from controllers.data.sources import SourceRow
-from controllers.data.tokenize import value_of
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from workers.columns import LOSS_MASK, NUM_TOKENS, PROMPT_IDS, RESPONSE_IDS, UID
@@ -32,23 +32,23 @@ class DemonstrationDataset(RowDataset):
     def encoder(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encode:
         tokenize = ConversationTokenizer(tokenizer, config)
 
-        def encode_one(row: SourceRow) -> EncodedRow:
+        def conversation(row: SourceRow) -> Conversation:
             if config.messages_column is not None:
-                answered = tokenize.messages(row)
-            else:
-                response = value_of(
-                    row,
-                    config.response_column,
-                    "data.response_column (or data.messages_column for conversations)",
-                )
-                answered = tokenize.answer(row, config.response_column, response)
-            parts = (answered.prompt, answered.response, answered.mask)
-            return EncodedRow(
-                parts=parts, num_tokens=len(answered.prompt) + len(answered.response), columns={}
+                return tokenize.messages(row)
+            response = value_of(
+                row,
+                config.response_column,
+                "data.response_column (or data.messages_column for conversations)",
             )
+            return tokenize.answer(row, config.response_column, response)
 
         def encode(rows: Sequence[SourceRow]) -> list[EncodedRow]:
-            return [encode_one(row) for row in rows]
+            encoded = []
+            for answered in tokenize([conversation(row) for row in rows]):
+                parts = (answered.prompt, answered.response, answered.mask)
+                num_tokens = len(answered.prompt) + len(answered.response)
+                encoded.append(EncodedRow(parts=parts, num_tokens=num_tokens, columns={}))
+            return encoded
 
         return encode
 

@@ -15,10 +15,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
-from controllers.data.conversation import ConversationTokenizer
+from controllers.data.conversation import Answered, Conversation, ConversationTokenizer
+from controllers.data.messages import value_of
 from controllers.data.rows import Encode, EncodedRow, RowDataset
 from controllers.data.sources import SourceRow
-from controllers.data.tokenize import value_of
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from workers.columns import CHOSEN, HARM_SIGN, NUM_TOKENS, PAIR, PROMPT_IDS, RESPONSE_IDS, UID
@@ -44,11 +44,15 @@ class PairDataset(RowDataset):
     def encoder(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encode:
         tokenize = ConversationTokenizer(tokenizer, config)
 
-        def encode_one(row: SourceRow) -> EncodedRow:
-            chosen_text = value_of(row, config.chosen_column, "data.chosen_column")
-            rejected_text = value_of(row, config.rejected_column, "data.rejected_column")
-            chosen = tokenize.answer(row, config.chosen_column, chosen_text)
-            rejected = tokenize.answer(row, config.rejected_column, rejected_text)
+        def responses(row: SourceRow) -> list[Conversation]:
+            chosen = value_of(row, config.chosen_column, "data.chosen_column")
+            rejected = value_of(row, config.rejected_column, "data.rejected_column")
+            return [
+                tokenize.answer(row, config.chosen_column, chosen),
+                tokenize.answer(row, config.rejected_column, rejected),
+            ]
+
+        def encode_pair(row: SourceRow, chosen: Answered, rejected: Answered) -> EncodedRow:
             if chosen.response == rejected.response:
                 raise ValueError(
                     f"{row.place}: {config.chosen_column!r} and {config.rejected_column!r} are "
@@ -59,7 +63,14 @@ class PairDataset(RowDataset):
             return EncodedRow(parts=parts, num_tokens=longest, columns=cls.labels(row, config))
 
         def encode(rows: Sequence[SourceRow]) -> list[EncodedRow]:
-            return [encode_one(row) for row in rows]
+            conversations: list[Conversation] = []
+            for row in rows:
+                conversations += responses(row)
+            answered = tokenize(conversations)
+            encoded = []
+            for row, chosen, rejected in zip(rows, answered[::2], answered[1::2], strict=True):
+                encoded.append(encode_pair(row, chosen, rejected))
+            return encoded
 
         return encode
 

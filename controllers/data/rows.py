@@ -42,6 +42,28 @@ class EncodedRow:
     columns: dict[str, Any]
 
 
+class VocabularyCheck:
+    """Refuses a row with a token that the model does not know, before anything starts."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, vocabulary: tuple[str, int] | None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.role, self.size = vocabulary or ("", 2**31)
+
+    def __call__(self, row: SourceRow, encoded: EncodedRow) -> None:
+        for part in encoded.parts:
+            highest = max(part, default=0)
+            if highest >= self.size:
+                token = self.tokenizer.convert_ids_to_tokens(highest)
+                raise ValueError(
+                    f"{row.place}: token {highest} ({token!r}) is outside the vocabulary of "
+                    f"{self.role}'s model, which has {self.size} tokens; the tokenizer has "
+                    f"{len(self.tokenizer)}: use the model's own tokenizer, or resize the model's "
+                    "embeddings to it"
+                )
+
+
 Encode = Callable[[Sequence[SourceRow]], list[EncodedRow]]
 
 
@@ -85,14 +107,24 @@ class RowDataset(ABC):
 
     @classmethod
     def load(
-        cls, config: DataConfig, where: str | Sequence[str], tokenizer: PreTrainedTokenizerBase
+        cls,
+        config: DataConfig,
+        where: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        field: str = "data.train",
+        vocabulary: tuple[str, int] | None = None,
     ) -> Self:
-        """Reads, checks and tokenises everything."""
+        """Reads, checks and tokenises everything. `field`: the setting that says where;
+        `vocabulary`: a role and the number of tokens that its model knows, which no row may go
+        over."""
         with tempfile.TemporaryFile() as tokens, tempfile.TemporaryFile() as columns:
             writer = _Writer(tokens, columns, config, cls.length_limit, cls.noun)
+            check = VocabularyCheck(tokenizer, vocabulary)
             encode = cls.encoder(tokenizer, config)
             for rows in _chunks(read(places("data", where))):
                 for row, encoded in zip(rows, encode(rows), strict=True):
+                    check(row, encoded)
                     writer.add(row, encoded)
             dataset = cls(*writer.finish(where))
             dataset._places = writer.places

@@ -1,8 +1,8 @@
 """Tokenises the prompt of a row and checks everything that can be wrong with it.
 
-Text is tokenised with the tokenizer's special tokens (a beginning-of-sequence token where the model
-has one); chat messages go through the chat template, with the generation prompt at the end. Leaves
-out images and tools: content is text.
+Text is tokenised after the tokenizer's own beginning (a beginning-of-sequence token where the model
+has one, once); chat messages go through the chat template, with the generation prompt at the end.
+Leaves out images: content is text.
 """
 
 from __future__ import annotations
@@ -11,14 +11,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
+from controllers.data.messages import (
+    MISSING,
+    check_encodable,
+    check_messages,
+    find_value,
+    is_null,
+    tools_of,
+    value_of,
+)
 from controllers.data.sources import SourceRow
+from workers.text import Beginning, bake_options
+from workers.text.endings import TEMPLATE_ERRORS
 
 RESERVED = ("prompt", "response", "finish_reason")
 """Parameters of a reward function that do not come from the dataset's columns."""
+
+GROUND_TRUTH = "reward_model.ground_truth"
+"""The answer in verl's rows, which is read where the data has no column `answer`."""
 
 
 class PromptTokenizer:
@@ -26,28 +39,21 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self.template = _template(config)
+        self.template = settled_template(tokenizer, config)
+        self.beginning = Beginning(tokenizer)
 
     def __call__(self, rows: Sequence[SourceRow]) -> list[list[int]]:
-        texts: dict[int, str] = {}
-        chats: dict[int, str] = {}
-        for i, row in enumerate(rows):
+        texts, plain = [], []
+        for row in rows:
             prompt = self.prompt(row)
-            if isinstance(prompt, str):
-                texts[i] = prompt
-            else:
-                chats[i] = self.render(row, prompt)
-        ids: list[list[int]] = [[]] * len(rows)
-        for rendered, special in ((texts, True), (chats, False)):
-            if rendered:
-                encoded = self.tokenizer(
-                    list(rendered.values()),
-                    add_special_tokens=special,
-                    padding=False,
-                    truncation=False,
-                )
-                for i, tokens in zip(rendered, encoded["input_ids"], strict=True):
-                    ids[i] = tokens
+            plain.append(isinstance(prompt, str))
+            texts.append(prompt if isinstance(prompt, str) else self.render(row, prompt))
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)
+        ids = []
+        for is_plain, tokens in zip(plain, encoded["input_ids"], strict=True):
+            ids.append(self.beginning.before(tokens) if is_plain else tokens)
         return ids
 
     def prompt(self, row: SourceRow) -> str | list[dict[str, Any]]:
@@ -59,10 +65,11 @@ class PromptTokenizer:
                 raise ValueError(
                     f"{row.place}: {column!r} is empty; remove the row or give it a prompt"
                 )
+            check_text(row, column, prompt)
             if self.config.text_as_user_message:
                 return [{"role": "user", "content": prompt}]
             return prompt
-        messages = check_messages(row, column, what="text or ")
+        messages = check_messages(row, column, "data.prompt_column", what="text or ")
         if messages[-1]["role"] == "assistant":
             raise ValueError(
                 f"{row.place}: message {len(messages) - 1} (from 0) of {column!r} is the last one "
@@ -70,9 +77,23 @@ class PromptTokenizer:
             )
         return messages
 
+    def template_arguments(self, row: SourceRow) -> dict[str, Any]:
+        """The arguments of apply_chat_template besides the messages."""
+        tools = tools_of(row, self.config.tools_column)
+        return {"chat_template": self.template_for(tools), "tools": tools}
+
+    def template_for(self, tools: object = None) -> str | None:
+        """The template; of several by name the one that transformers would take."""
+        template = self.template
+        if isinstance(template, dict):
+            template = template.get("default")
+            if tools and "tool_use" in self.template:
+                template = self.template["tool_use"]
+        return None if template is None else str(template)
+
     def render(self, row: SourceRow, messages: Any, *, generation_prompt: bool = True) -> str:
         """The text that the chat template makes of the messages."""
-        if self.template is None and self.tokenizer.chat_template is None:
+        if self.template_for() is None:
             raise ValueError(
                 f"{row.place}: the prompt is a list of chat messages, but the tokenizer has no "
                 "chat template; set data.chat_template to a file with one, use an "
@@ -81,18 +102,23 @@ class PromptTokenizer:
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
-                chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
-                **self.config.chat_template_options,
+                **self.template_arguments(row),
             )
-        except jinja2.TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             raise ValueError(
-                f"{row.place}: the chat template rejects the messages ({error}); change one of "
-                "the two"
+                f"{row.place}: the chat template rejects the messages ({_line(error)}); change one "
+                "of the two"
             ) from error
         assert isinstance(text, str)
         return text
+
+
+def check_text(row: SourceRow, column: str, text: str) -> str:
+    """The text, which a tokenizer must be able to take."""
+    check_encodable(f"{row.place}: {column!r}", text)
+    return text
 
 
 def extras(row: SourceRow, config: DataConfig) -> dict[str, Any]:
@@ -100,16 +126,19 @@ def extras(row: SourceRow, config: DataConfig) -> dict[str, Any]:
     values = row.values
     selected = {}
     if config.answer_column is not None:
-        if values.get(config.answer_column) is None:
-            has = "is not among"
-            if config.answer_column in values:
-                has = "is null in"
+        answer = find_value(values, config.answer_column)
+        if answer is MISSING and config.answer_column == "answer":
+            answer = find_value(values, GROUND_TRUTH)
+        if answer is MISSING or is_null(answer):
+            has = "is null in"
+            if answer is MISSING:
+                has = "is not among"
             raise ValueError(
                 f"{row.place}: the answer's column {config.answer_column!r} {has} "
                 f"{', '.join(map(repr, values))}; set data.answer_column to the right column, or "
                 "to null if the reward needs no answer"
             )
-        selected["answer"] = values[config.answer_column]
+        selected["answer"] = answer
     names = config.columns
     if names is None:
         used = (config.prompt_column, config.answer_column)
@@ -129,50 +158,25 @@ def extras(row: SourceRow, config: DataConfig) -> dict[str, Any]:
     return selected
 
 
-def value_of(row: SourceRow, column: str, setting: str) -> Any:
-    """The row's value, which must be there; `setting` names the column."""
-    if column not in row.values:
-        raise ValueError(
-            f"{row.place}: no column {column!r}, it has {', '.join(map(repr, row.values))}; set "
-            f"{setting} to the right column"
-        )
-    return row.values[column]
+def settled_template(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Any:
+    """The chat template (or several by name) that data.chat_template and
+    data.chat_template_options come to, with the options inside it; the tokenizer's own where they
+    say nothing, None where it has none."""
+    template = tokenizer.chat_template
+    if config.chat_template is not None:
+        path = Path(config.chat_template).expanduser()
+        if not path.is_file():
+            raise ValueError(
+                f"data.chat_template={config.chat_template!r}: there is no such file; give the "
+                "path of a Jinja template"
+            )
+        template = path.read_text(encoding="utf-8")
+    return bake_options(template, config.chat_template_options)
 
 
-def check_messages(row: SourceRow, column: str, what: str = "") -> list[dict[str, Any]]:
-    """The checked messages of a column that holds a conversation."""
-    messages = value_of(row, column, "data.messages_column")
-    if not isinstance(messages, list) or not messages:
-        shown = f"{type(messages).__name__} {str(messages)[:60]!r}"
-        if messages == []:
-            shown = "an empty list"
-        raise ValueError(
-            f"{row.place}: {column!r} is {shown}; it must be {what}a list of {{role, content}} "
-            "messages"
-        )
-    return [_message(row, column, number, message) for number, message in enumerate(messages)]
-
-
-def _message(row: SourceRow, column: str, number: int, message: Any) -> dict[str, Any]:
-    """The message without the nulls that parquet puts where other messages have a field."""
-    place = f"{row.place}: message {number} (from 0) of {column!r}"
-    if not isinstance(message, dict):
-        raise ValueError(
-            f"{place} is a {type(message).__name__}; write {{'role': ..., 'content': ...}}"
-        )
-    for name in ("role", "content"):
-        if not isinstance(message.get(name), str):
-            raise ValueError(f"{place} has {name}={message.get(name)!r}; it must be text")
-    return {name: value for name, value in message.items() if value is not None}
-
-
-def _template(config: DataConfig) -> str | None:
-    if config.chat_template is None:
-        return None
-    path = Path(config.chat_template).expanduser()
-    if not path.is_file():
-        raise ValueError(
-            f"data.chat_template={config.chat_template!r}: there is no such file; give the path "
-            "of a Jinja template"
-        )
-    return path.read_text(encoding="utf-8")
+def _line(error: Exception) -> str:
+    """The error as one line, with its kind where the message says little."""
+    text = " ".join(str(error).split())
+    return (
+        text if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: {text}"
+    )

@@ -33,7 +33,8 @@ class SamplingConfig:
     """Tokens that end a response, besides the model's own end-of-sequence tokens; the stopping
     token is part of the response."""
     stop_strings: list[str] = field(default_factory=list)
-    """Strings that end a response; the tokens that spell them are part of the response."""
+    """Strings that end a response; the tokens that spell them are part of the response. A special
+    token is taken as its id in stop_token_ids."""
     ignore_eos: bool = False
     """Go on after an end-of-sequence token (for benchmarks of a fixed length)."""
 

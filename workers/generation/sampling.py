@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from workers.config import ModelConfig
 from workers.generation.config import SamplingConfig
+from workers.text import endings
+
+LOGGER = logging.getLogger(__name__)
 
 
 def check_sampling(sampling: SamplingConfig) -> None:
@@ -102,17 +107,39 @@ def load_model_config(model: ModelConfig) -> PretrainedConfig:
 
 
 def end_token_ids(model: ModelConfig, config: PretrainedConfig) -> tuple[int, ...]:
-    """The model's end-of-sequence tokens: of its generation config if it names any, else of its
-    config."""
-    try:
-        eos = GenerationConfig.from_pretrained(model.path, revision=model.revision).eos_token_id
-    except OSError:  # the model has no generation_config.json
-        eos = None
-    if eos is None:
-        eos = config.eos_token_id
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+    """The tokens that end the model's responses (workers/text/endings.py), those that it can
+    draw."""
+    ends = [token for token in endings.end_token_ids(model, config) if token < config.vocab_size]
+    if not ends:
+        LOGGER.warning(
+            "%s: neither tokenizer, chat template, generation_config.json nor config.json names a "
+            "token that ends a response, so every response takes max_response_tokens; set "
+            "model.end_token_ids or generation.sampling.stop_token_ids",
+            model.path,
+        )
+    return tuple(ends)
+
+
+def with_special_stops(
+    sampling: SamplingConfig, tokenizer: PreTrainedTokenizerBase, field: str
+) -> SamplingConfig:
+    """Stop strings that are special tokens as stop_token_ids: they stand in no text. A ValueError
+    for one with a special token inside; `field` is the setting's name."""
+    special = endings.special_tokens(tokenizer)
+    strings, token_ids = [], list(sampling.stop_token_ids)
+    for string in sampling.stop_strings:
+        if string in special:
+            token_ids.append(special[string])
+            continue
+        inside = [token for token in special if token in string]
+        if inside:
+            raise ValueError(
+                f"{field}.stop_strings has {string!r}, and {inside[0]!r} in it is a special "
+                f"token, which no text holds; use {inside[0]!r} alone, or "
+                f"{field}.stop_token_ids=[{special[inside[0]]}]"
+            )
+        strings.append(string)
+    return replace(sampling, stop_strings=strings, stop_token_ids=token_ids)
 
 
 def stop_token_ids(sampling: SamplingConfig, end_tokens: Sequence[int]) -> list[int]:

@@ -1,0 +1,152 @@
+"""Chat messages of a row, checked, and the same whichever kind of file they come from."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from controllers.data.sources import SourceRow
+
+CONTENTLESS = ("tool_calls", "function_call")
+"""Fields of a message that may stand in place of its content."""
+
+
+def value_of(row: SourceRow, column: str, setting: str) -> Any:
+    """The row's value, which must be there; `setting` names the column. "a.b" is the entry b of
+    the dictionary in column a."""
+    value = find_value(row.values, column)
+    if value is MISSING:
+        raise ValueError(
+            f"{row.place}: no column {column!r}, it has {', '.join(map(repr, row.values))}; set "
+            f"{setting} to the right column"
+        )
+    return value
+
+
+class _Missing:
+    """The value of a column that a row does not have."""
+
+
+MISSING = _Missing()
+
+
+def find_value(values: dict[str, Any], column: str) -> Any:
+    """The value of a column, or of an entry of a dictionary in one; MISSING where there is
+    none."""
+    if column in values:
+        return values[column]
+    value: Any = values
+    for name in column.split("."):
+        if not isinstance(value, dict) or name not in value:
+            return MISSING
+        value = value[name]
+    return value
+
+
+def is_null(value: Any) -> bool:
+    """Whether there is no value: null, or the NaN that stands for it in tables."""
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def check_messages(
+    row: SourceRow, column: str, setting: str, what: str = "", value: Any = MISSING
+) -> list[dict[str, Any]]:
+    """The checked messages of a column that holds a conversation, as a list or as JSON text;
+    `value` in place of the column's."""
+    messages = value
+    if value is MISSING:
+        messages = _from_json(value_of(row, column, setting))
+    if not isinstance(messages, list) or not messages:
+        shown = f"{type(messages).__name__} {str(messages)[:60]!r}"
+        if messages == []:
+            shown = "an empty list"
+        raise ValueError(
+            f"{row.place}: {column!r} is {shown}; it must be {what}a list of {{role, content}} "
+            "messages"
+        )
+    return [_message(row, column, number, message) for number, message in enumerate(messages)]
+
+
+def tools_of(row: SourceRow, column: str | None) -> list[Any] | None:
+    """The tools that the chat template is given, from a list or JSON text; None without any."""
+    if column is None:
+        return None
+    tools = find_value(row.values, column)
+    if tools is MISSING or is_null(tools) or tools in ("", []):
+        return None
+    tools = _from_json(tools)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(
+            f"{row.place}: {column!r} is {type(tools).__name__} {str(tools)[:60]!r}; it must be a "
+            "list of tools, each a dictionary (a JSON schema), or set data.tools_column=null"
+        )
+    return list(without_nulls(tools))
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the dictionary entries that are null: parquet puts nulls where other rows
+    have an entry."""
+    if isinstance(value, dict):
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [without_nulls(inner) for inner in value]
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    """A list that is stored as JSON text."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _message(row: SourceRow, column: str, number: int, message: Any) -> dict[str, Any]:
+    """The message without nulls, its content as text."""
+    place = f"{row.place}: message {number} (from 0) of {column!r}"
+    if not isinstance(message, dict):
+        raise ValueError(
+            f"{place} is a {type(message).__name__}; write {{'role': ..., 'content': ...}}"
+        )
+    checked: dict[str, Any] = without_nulls(message)
+    if "role" not in checked and {"from", "value"} <= set(checked):
+        raise ValueError(
+            f"{place} has 'from' and 'value'; rename them to role (user, assistant, system) and "
+            "content"
+        )
+    content = checked.get("content")
+    if isinstance(content, list):
+        checked["content"] = content = _joined(place, content)
+    for name in ("role", "content"):
+        if name == "content" and content is None and any(map(checked.get, CONTENTLESS)):
+            continue
+        if not isinstance(checked.get(name), str):
+            raise ValueError(f"{place} has {name}={checked.get(name)!r}; it must be text")
+    check_encodable(place, content or "")
+    return checked
+
+
+def _joined(place: str, parts: list[Any]) -> str:
+    """The text of a content that comes in parts."""
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise ValueError(f"{place} has a content part {str(part)[:60]!r}; only text is read")
+        texts.append(text)
+    return "".join(texts)
+
+
+def check_encodable(place: str, text: str) -> None:
+    """A ValueError for half of a surrogate pair, which no tokenizer takes."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place} has {text[error.start]!r} at character {error.start}, half of a surrogate "
+            "pair, which is no text; remove it (text.encode(errors='ignore').decode())"
+        ) from None
