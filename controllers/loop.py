@@ -21,7 +21,7 @@ from controllers.samples import SampleReader
 from controllers.validation import REWARD, Validate
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore, load_metadata
-from hybridflow.group import start
+from hybridflow.group import each, start
 from hybridflow.metrics import Tracker
 from hybridflow.progress import activity
 from hybridflow.waiting import CALLS, CallRecord
@@ -232,6 +232,16 @@ class Loop:
         if self.samples is not None:
             self.tracker.show(self.step, self.samples.validation(metrics), split="validation")
         return numbers
+
+    def try_saving(self) -> None:
+        """Saves once, without the weights: what can fail only while saving, after the last step by
+        default, is a ValueError before the first one."""
+        needed = 0
+        with activity("trying to save", patience_s=PATIENCE_S), self.store.trial() as directory:
+            for name, role in self.trained.items():
+                needed += max(each(role.try_saving, str(directory / name)))
+            self.store.check_space(needed)
+        CALLS.finish()
 
     def checkpoint(self) -> None:
         """Writes a checkpoint; returns when it is complete."""

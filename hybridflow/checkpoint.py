@@ -18,8 +18,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -143,6 +144,39 @@ class CheckpointStore:
         (self.directory / ".latest").replace(self.directory / "latest")
         self._prune()
         return _read(path)
+
+    @contextmanager
+    def trial(self) -> Iterator[Path]:
+        """A directory to write into, then renamed and removed as a checkpoint's is. What the disk
+        refuses is a ValueError."""
+        saving, renamed = self.directory / ".saving-trial", self.directory / ".deleting-trial"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for leftover in (saving, renamed):
+                shutil.rmtree(leftover, ignore_errors=True)
+            saving.mkdir()
+            yield saving
+            _write_synced(saving / MANIFEST, "{}")
+            saving.rename(renamed)
+            _sync(self.directory)
+            shutil.rmtree(renamed)
+        except OSError as error:
+            raise ValueError(
+                f"output_dir: no checkpoint can be written to {self.directory} ({error}); choose "
+                "another output_dir"
+            ) from error
+        finally:
+            shutil.rmtree(saving, ignore_errors=True)
+
+    def check_space(self, num_bytes: int) -> None:
+        """ValueError where the disk has not `num_bytes`, those of a checkpoint, to spare."""
+        free = shutil.disk_usage(self.directory).free
+        if num_bytes > free:
+            raise ValueError(
+                f"output_dir: a checkpoint takes {num_bytes / 1e9:.3g} GB (weights, optimizer and "
+                f"export), and {free / 1e9:.3g} GB are free in {self.directory}; free some, or "
+                "choose another output_dir"
+            )
 
     def all(self) -> list[Checkpoint]:
         """The complete checkpoints, oldest first, one per step."""

@@ -155,6 +155,7 @@ class Session:
                 further={"pretraining": texts} if texts else {},
                 samples=SampleReader(config.metrics.samples, self.tokenizer, seed=config.seed),
             )
+            self._loop.try_saving()
             self._loop.resume()
 
     def _validation(self, held_out: RowDataset | None) -> Validate | None:

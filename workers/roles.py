@@ -41,6 +41,13 @@ class TrainedRole(Worker):
         """Writes weights and tokenizer as a Hugging Face directory."""
 
     @remote(ONE_TO_ALL)
+    def try_saving(self, directory: str) -> int:
+        """Does, small, what save_checkpoint and save_pretrained do; returns the bytes that they
+        would write. A role that does not try says 0."""
+        del directory
+        return 0
+
+    @remote(ONE_TO_ALL)
     @abstractmethod
     def peak_memory_bytes(self) -> int:
         """The peak memory of each rank's process so far."""

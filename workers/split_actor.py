@@ -205,6 +205,9 @@ class SplitActor(Actor):
     def save_pretrained(self, directory: str) -> None:
         self._trainer.save_pretrained(directory)
 
+    def try_saving(self, directory: str) -> int:
+        return max(each(self._trainer.try_saving, directory))
+
     def peak_memory_bytes(self) -> int:
         """The most that a training rank held."""
         return max(each(self._trainer.peak_memory_bytes))

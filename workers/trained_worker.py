@@ -96,6 +96,21 @@ class TrainedWorker(ModelWorker, TrainedRole):
         """Writes weights, tokenizer, chat template and the tokens that end a response as a
         Hugging Face directory."""
         self.engine.save_pretrained(Path(directory))
+        self._save_tokenizer(directory)
+
+    def try_saving(self, directory: str) -> int:
+        try:
+            num_bytes = self.engine.try_saving(Path(directory))
+            self._save_tokenizer(directory)
+        except Exception as error:  # of transformers' writers or the model's own code
+            raise ValueError(
+                f"{self.prefix}: a model like {self.model.path!r} can't be saved to {directory}: "
+                f"{type(error).__name__}: {error}; correct that file of the model, or choose another "
+                "output_dir"
+            ) from error
+        return num_bytes
+
+    def _save_tokenizer(self, directory: str) -> None:
         if self.context.rank == 0:
             tokenizer = load_tokenizer(self.model)
             tokenizer.save_pretrained(directory)

@@ -181,6 +181,15 @@ class TrainingEngine(ABC):
         """Weights as a Hugging Face directory (safetensors, config) that transformers loads;
         collective, one rank writes."""
 
+    def try_saving(self, directory: Path) -> int:
+        """Does, small, what save and save_pretrained do: everything that can fail only there, without
+        the weights. Returns the bytes of a checkpoint with its export. Collective.
+
+        An engine that does not try says 0.
+        """
+        del directory
+        return 0
+
     @abstractmethod
     def offload(self) -> None:
         """Move optimizer states (and gradients) to host memory; nothing to do on CPU."""

@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 
 from hybridflow.context import RankContext
 from hybridflow.progress import activity
-from workers.config import ModelConfig
+from workers.config import ModelConfig, SavedDtype
 from workers.engines.base import Head
 from workers.engines.model.attention import use_sequence_attention
 from workers.engines.model.scored import score_head
@@ -43,6 +43,11 @@ attention.py."""
 UNLIMITED = 2**31 - 1
 """position_limit() of a model that has none."""
 NEW_HEAD_STD = 0.02
+DTYPES = {
+    SavedDtype.float32: torch.float32,
+    SavedDtype.bfloat16: torch.bfloat16,
+    SavedDtype.float16: torch.float16,
+}
 
 
 class ModelSource:
@@ -251,6 +256,16 @@ def standard_sizes(config: PretrainedConfig) -> dict[str, Any]:
         if name in values:
             values.setdefault(standard, values[name])
     return values
+
+
+def saved_dtype(model: ModelConfig, config: PretrainedConfig) -> torch.dtype:
+    """The data type of weights that are saved: model.dtype, or that of the published `config`."""
+    if model.dtype is not SavedDtype.auto:
+        return DTYPES[model.dtype]
+    published = config.dtype or config.get_text_config().dtype
+    if published in DTYPES.values():
+        return published
+    return torch.float32  # float64, or a quantized kind
 
 
 def no_score_head(config: ModelConfig) -> str:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from hybridflow.resharding.shards import Box, LocalParameter
 
@@ -26,9 +28,10 @@ def write_safetensors(
     directory: Path,
     device: torch.device,
     max_file_bytes: int = MAX_FILE_BYTES,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Collective over the default group: model.safetensors, or several files and their index,
-    written by rank 0.
+    written by rank 0 in `dtype`.
 
     `device` is where messages travel ("cpu" for gloo, a GPU for NCCL).
     """
@@ -43,7 +46,7 @@ def write_safetensors(
         for index in indices:
             whole = _collect(parameters[index], [boxes[index] for boxes in everywhere], device)
             if whole is not None:
-                tensors[parameters[index].name] = whole
+                tensors[parameters[index].name] = whole.to(dtype)
         if writes:
             save_file(
                 tensors, directory / _file_name(number, len(files)), metadata={"format": "pt"}
@@ -51,6 +54,24 @@ def write_safetensors(
     if writes and len(files) > 1:
         _write_index(parameters, files, directory)
     dist.barrier()
+
+
+def write_configs(
+    config: PretrainedConfig, generation: GenerationConfig | None, directory: Path
+) -> None:
+    """config.json and generation_config.json as they came with the model. transformers loads files
+    of older releases that it would not write (sampling settings beside do_sample=false, or in
+    config.json): those are written without its checks."""
+    try:
+        config.save_pretrained(directory)
+    except ValueError:
+        config.to_json_file(directory / CONFIG_NAME)
+    if generation is None:
+        return
+    try:
+        generation.save_pretrained(directory)
+    except ValueError:
+        generation.to_json_file(directory / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
 
 
 def _collect(

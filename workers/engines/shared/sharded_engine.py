@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +12,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed import ProcessGroup
 
 from hybridflow.context import RankContext
 from hybridflow.resharding.shards import LocalParameter
 from workers.config import ModelConfig, TrainConfig
 from workers.engines.base import Head, TrainingEngine
-from workers.engines.model.loading import ModelSource, model_config
-from workers.engines.shared.export import write_safetensors
+from workers.engines.model.loading import ModelSource, model_config, saved_dtype
+from workers.engines.shared.export import write_configs, write_safetensors
 from workers.engines.shared.micro_batches import (
     MicroBatch,
     cutting_of,
@@ -28,6 +30,9 @@ from workers.engines.shared.micro_batches import (
 from workers.engines.shared.optimizer import check_optimizer_config
 from workers.precision import with_native_precision
 from workers.sequences import Sequences
+
+CHECKPOINT_BYTES = 12
+"""Of a parameter in a checkpoint: float32 weights and AdamW's two moments."""
 
 
 class ShardedEngine(TrainingEngine):
@@ -50,7 +55,8 @@ class ShardedEngine(TrainingEngine):
         seed: int = 0,
     ) -> None:
         config = with_native_precision(config, context.device)
-        self.check(model_config(model, head), config, head, context.world_size)
+        published = model_config(model, head)
+        self.check(published, config, head, context.world_size)
         check_optimizer_config(config.optimizer)
         self.layout = self.make_layout(config, context.world_size)
         self.model, self.config, self.head, self.context = model, config, head, context
@@ -58,6 +64,7 @@ class ShardedEngine(TrainingEngine):
         source = ModelSource(model, head, context, seed)
         self._hf_config = copy.deepcopy(source.model.config)
         self._hf_config.architectures = [type(source.model).__name__]
+        self._hf_config.dtype = self._saved_dtype = saved_dtype(model, published)
         self._generation_config = source.generation_config
         self._cutting = cutting_of(config, source.model)
         self._state_on_host = False
@@ -82,14 +89,24 @@ class ShardedEngine(TrainingEngine):
         """Move the optimizer's states, and master weights that are not the working ones."""
 
     def save_pretrained(self, directory: Path) -> None:
+        self._write_configs(directory)
+        with self._state_on_device():
+            write_safetensors(
+                self._master_parameters(), directory, self.device, dtype=self._saved_dtype
+            )
+
+    def try_saving(self, directory: Path) -> int:
+        self._write_configs(directory)
+        write_safetensors([], directory, self.device, dtype=self._saved_dtype)
+        dcp.save({"rank": torch.tensor(self.context.rank)}, checkpoint_id=directory / "state")
+        numbers = sum(math.prod(parameter.shape) for parameter in self.local_parameters())
+        return numbers * (CHECKPOINT_BYTES + self._saved_dtype.itemsize)
+
+    def _write_configs(self, directory: Path) -> None:
+        """The configuration and that of generation, as they came with the model."""
         if self.context.rank == 0:
             directory.mkdir(parents=True, exist_ok=True)
-            self._hf_config.dtype = torch.float32
-            self._hf_config.save_pretrained(directory)
-            if self._generation_config is not None:
-                self._generation_config.save_pretrained(directory)
-        with self._state_on_device():
-            write_safetensors(self._master_parameters(), directory, self.device)
+            write_configs(self._hf_config, self._generation_config, directory)
 
     def offload(self) -> None:
         self._drop_gradients()
