@@ -13,17 +13,23 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from recipes.path_settings import expand_paths
+
 Settings = TypeVar("Settings")
 HELP = ("-h", "--help")
 
 
 def read_arguments(
-    schema: type[Settings], arguments: Sequence[str], renamed: Mapping[str, str] | None = None
+    schema: type[Settings],
+    arguments: Sequence[str],
+    renamed: Mapping[str, str] | None = None,
+    paths: Sequence[str] = (),
 ) -> Settings:
     """name=value arguments over the defaults of the dataclass `schema`.
 
     An unknown name, a value of the wrong type and a missing value are a ValueError that names the
-    setting; `renamed` has the new names of settings that were called otherwise before.
+    setting; `renamed` has the new names of settings that were called otherwise before, and `paths`
+    are those in which ~ and environment variables are expanded.
     """
     config = OmegaConf.structured(schema)
     for argument in arguments:
@@ -37,7 +43,11 @@ def read_arguments(
         if not _is_known(name, schema):
             raise ValueError(f"{argument}: there is no setting {name!r}; {_advice(name, schema)}")
         try:
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([argument]))
+            change = OmegaConf.from_dotlist([argument])
+            # A text is taken as it stands: YAML would cut it at " #".
+            if any(entry.name == name and entry.type == "str" for entry in fields(schema)):
+                change = OmegaConf.create({name: value})
+            config = OmegaConf.merge(config, change)
         except yaml.YAMLError:
             raise ValueError(
                 f"{name} is {value!r}, which is no YAML; check brackets and quotes"
@@ -47,7 +57,9 @@ def read_arguments(
             raise ValueError(f"{name} is {value!r}: {reason}") from None
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ValueError(f"not set: {', '.join(missing)}; give each as name=value")
-    return cast(Settings, OmegaConf.to_object(config))
+    settings = cast(Settings, OmegaConf.to_object(config))
+    expand_paths(settings, paths)
+    return settings
 
 
 def usage(page: str | None, schema: type, file: str) -> str:

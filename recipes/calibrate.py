@@ -57,7 +57,7 @@ def main() -> None:
         print(usage(__doc__, CalibrateConfig, "recipes/calibration_config.py"))
         return
     with plain_errors():
-        calibrate(read_arguments(CalibrateConfig, sys.argv[1:]))
+        calibrate(read_arguments(CalibrateConfig, sys.argv[1:], paths=["output"]))
 
 
 def calibrate(config: CalibrateConfig) -> Fit:

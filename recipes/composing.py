@@ -14,11 +14,12 @@ import hydra
 import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from recipes.config import RunConfig, register
+from recipes.override_values import quote_values
 from recipes.overrides import check_names, join_tables, nodes, setting_names, unknown_setting
 
 PACKAGED = Path(__file__).parent
@@ -74,7 +75,7 @@ def compose(recipe: RecipeFile, arguments: Sequence[str]) -> DictConfig:
     """The recipe's settings with the arguments over them, as Hydra holds them."""
     register()
     check_names(arguments)
-    overrides = join_tables(arguments)
+    overrides = join_tables(quote_values(arguments))
     if recipe.directory != PACKAGED:
         overrides.append(SEARCH)
     directory = str(recipe.directory)
@@ -85,6 +86,11 @@ def compose(recipe: RecipeFile, arguments: Sequence[str]) -> DictConfig:
             raise ValueError(missing_config(recipe, error)) from error
         except yaml.MarkedYAMLError as error:
             raise ValueError(f"{recipe.path}: {error.problem}{yaml_line(error)}") from error
+        except OverrideParseException as error:
+            raise ValueError(
+                f"{error.override}: the value can't be read ({str(error).splitlines()[0]}); check "
+                "its brackets, braces and quotes, and put texts in it into quotes"
+            ) from error
         except HydraException as error:
             raise ValueError(composition_problem(recipe, error)) from error
 
@@ -143,8 +149,13 @@ def to_settings(config: DictConfig) -> RunConfig:
         raise ValueError(f"not set: {', '.join(missing)}; give each as name=value")
     try:
         return cast(RunConfig, OmegaConf.to_object(config))
+    except InterpolationKeyError as error:
+        raise ValueError(
+            f"{error.full_key}: {str(error).splitlines()[0]}; ${{...}} is the value of another "
+            "setting, and an environment variable is written $NAME"
+        ) from error
     except OmegaConfBaseException as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
 
 
 def missing_settings(config: DictConfig) -> Iterator[str]:

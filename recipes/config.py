@@ -17,6 +17,7 @@ from controllers.data import DataConfig
 from controllers.loop import LoopConfig
 from hybridflow.metrics import MetricsConfig
 from recipes.mapper_config import MapperConfig
+from recipes.path_settings import expand_paths
 from workers.config import ModelConfig
 from workers.role_config import (
     ActorConfig,
@@ -186,8 +187,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """A tree made in Python refers to its own settings as one made by Hydra does: a critic
-        starts from model.path, samples are drawn with seed."""
+        starts from model.path, samples are drawn with seed. Paths are expanded."""
         resolve_references(self, self)
+        expand_paths(self, ["output_dir"])
 
 
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")

@@ -15,6 +15,7 @@ from hybridflow.waiting import catch_interrupts
 from recipes.composing import PACKAGED, SEARCH, RecipeFile, compose, to_settings
 from recipes.config import RunConfig, register
 from recipes.errors import plain_errors
+from recipes.override_values import quote_values
 from recipes.overrides import check_names, join_tables
 from recipes.roles import ROLES, role_names
 from recipes.run import run
@@ -73,6 +74,9 @@ def run_under_hydra(recipe: RecipeFile, arguments: Sequence[str], run: Run) -> N
         with plain_errors():
             start(to_settings(config), arguments, run)
 
+    # With --multirun a comma separates values to try.
+    if not {"--multirun", "-m"} & set(arguments):
+        arguments = quote_values(arguments)
     sys.argv[1:] = [*join_tables(arguments), *HYDRA_SETTINGS]
     if recipe.directory != PACKAGED:
         sys.argv.append(SEARCH)

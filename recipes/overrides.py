@@ -13,7 +13,9 @@ from recipes.config import RunConfig
 
 TABLES = ("pools", "reward.parts", "gold.parts", "cost.parts")
 """Settings whose entries the user names."""
-FREE = ("hydra.", "data.chat_template_options.", *(f"{table}." for table in TABLES))
+OPTIONS = "data.chat_template_options"
+"""A dictionary whose keys the user chooses, which Hydra adds only where it is told to."""
+FREE = ("hydra.", f"{OPTIONS}.", *(f"{table}." for table in TABLES))
 """Below these the user chooses the names, or Hydra knows them."""
 
 RENAMED = {
@@ -78,7 +80,11 @@ def join_tables(arguments: Sequence[str]) -> list[str]:
             fields = tables.setdefault(table, {}).setdefault(entry, [])
             fields.append(f"{name.rpartition('.')[2]}: {value}")
         else:
-            rest.append(f"+{argument}" if name in TABLES else argument)
+            if name in TABLES:
+                argument = f"+{argument}"
+            elif name.startswith(OPTIONS):
+                argument = f"++{argument}"
+            rest.append(argument)
     for table, entries in tables.items():
         text = ", ".join(f"{entry}: {{{', '.join(fields)}}}" for entry, fields in entries.items())
         rest.append(f"+{table}={{{text}}}")

@@ -94,6 +94,10 @@ class PlanConfig(QuestionConfig):
     """Where to write the chosen mapping (JSON), for plan.mapping of a run and for `mapping=`."""
 
 
+PATHS = ("model", "models", "cluster", "calibration", "mapping", "timeline", "save")
+"""Settings that are paths, or may be."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """A mapping, and where it comes from: a search, or the judgement of the user's."""
@@ -117,7 +121,7 @@ def main() -> None:
 
 def to_config(arguments: list[str]) -> PlanConfig:
     """name=value arguments over the defaults; a mistake is a ValueError with the setting's name."""
-    return read_arguments(PlanConfig, arguments, RENAMED)
+    return read_arguments(PlanConfig, arguments, RENAMED, PATHS)
 
 
 def to_question(config: PlanConfig) -> Question:

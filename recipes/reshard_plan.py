@@ -87,7 +87,7 @@ def report(config: ReshardPlanConfig) -> None:
 
 def to_config(arguments: list[str]) -> ReshardPlanConfig:
     """name=value arguments over the defaults; a mistake is a ValueError with the setting's name."""
-    config = read_arguments(ReshardPlanConfig, arguments)
+    config = read_arguments(ReshardPlanConfig, arguments, paths=["model", "picture"])
     for name, value in {
         "bucket_mb": config.bucket_mb,
         "devices_per_node": config.devices_per_node,

@@ -1,0 +1,72 @@
+"""expand_paths(): ~ and environment variables in every setting that is a path, whether it comes
+from the command line, a YAML or Python.
+
+A shell expands them only where they begin a word: not in model.path=~/m, and not in a YAML.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.connect import ClusterConfig
+from controllers.data import DataConfig
+from controllers.loop import LoopConfig
+from recipes.mapper_config import MapperConfig
+from workers.config import ModelConfig
+
+PATHS: Mapping[type, tuple[str, ...]] = {
+    ModelConfig: ("path", "tokenizer"),
+    DataConfig: ("train", "validation", "pretraining", "chat_template"),
+    LoopConfig: ("resume",),
+    ClusterConfig: ("working_dir",),
+    MapperConfig: ("cluster", "calibration", "mapping"),
+}
+"""Settings -> their fields that are paths, or may be."""
+VARIABLE = re.compile(r"(?:^|/)\$(\w+|\{\w+\})(?=/|$)")
+
+
+def expand_paths(settings: Any, paths: Sequence[str] = (), name: str = "") -> None:
+    """Expands the fields `paths` of `settings`, a dataclass, and every path below it; `name` is
+    its own, with a dot behind it."""
+    for field in fields(settings):
+        value = vars(settings)[field.name]
+        setting = f"{name}{field.name}"
+        if field.name in paths:
+            vars(settings)[field.name] = expanded(value, setting)
+        elif is_dataclass(value):
+            expand_paths(value, PATHS.get(type(value), ()), f"{setting}.")
+
+
+def expanded(value: Any, setting: str) -> Any:
+    """A path, or what holds paths: a list, or a dictionary of texts."""
+    if isinstance(value, str):
+        return expanded_path(value, setting)
+    if isinstance(value, Mapping):
+        return {key: expanded(inner, setting) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [expanded(inner, setting) for inner in value]
+    return value
+
+
+def expanded_path(path: str, setting: str) -> str:
+    """The path; a ValueError names a variable that is not set, and a user who does not exist."""
+    text = os.path.expandvars(path)
+    if text.startswith("~"):
+        text = str(Path(text).expanduser()) if has_home(text) else text
+    variable = VARIABLE.search(text)
+    if variable is not None and not Path(text).exists():
+        raise ValueError(
+            f"{setting} is {path!r}, but the environment variable "
+            f"{variable[1].strip('{}')} is not set; set it, or write the path"
+        )
+    return text
+
+
+def has_home(path: str) -> bool:
+    """Whether ~ or ~user at its beginning means a directory."""
+    return os.path.expanduser(path) != path  # noqa: PTH111
