@@ -45,7 +45,7 @@ def read_arguments(
         try:
             change = OmegaConf.from_dotlist([argument])
             # A text is taken as it stands: YAML would cut it at " #".
-            if any(entry.name == name and entry.type == "str" for entry in fields(schema)):
+            if _is_text(name, schema):
                 change = OmegaConf.create({name: value})
             config = OmegaConf.merge(config, change)
         except yaml.YAMLError:
@@ -78,6 +78,10 @@ def _is_known(name: str, schema: type) -> bool:
         if entry.name == first:
             return not dot or isinstance(_default(entry), dict)
     return False
+
+
+def _is_text(name: str, schema: type) -> bool:
+    return any(entry.name == name and entry.type == "str" for entry in fields(schema))
 
 
 def _advice(name: str, schema: type) -> str:
