@@ -153,7 +153,7 @@ def load_rows(placement: Placement, name: str, tokenizer: PreTrainedTokenizerBas
         config.data,
         where,
         tokenizer,
-        field=f"data.{name}",
+        field=_field(config, name),
         vocabulary=smallest_vocabulary(placement.roles),
     )
     if isinstance(rows, PromptDataset):
@@ -162,6 +162,14 @@ def load_rows(placement: Placement, name: str, tokenizer: PreTrainedTokenizerBas
     else:
         check_text(f"data.{name}", rows.longest_tokens, config.model, f"data.{rows.length_limit}")
     return rows
+
+
+def _field(config: RunConfig, name: str) -> str:
+    """The setting that names the rows: recipes that train nothing ask those of data.validation,
+    which stand in data.train too."""
+    if config.algorithm.name in QUESTIONS and config.data.train == config.data.validation:
+        return "data.validation"
+    return f"data.{name}"
 
 
 def load_pretraining(placement: Placement, tokenizer: PreTrainedTokenizerBase) -> RowLoader | None:

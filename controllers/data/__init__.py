@@ -1,4 +1,4 @@
-"""Reads prompts, demonstrations or preference pairs from parquet, jsonl or the hub into batches of
+"""Reads prompts, demonstrations or preference pairs from files or the hub into batches of
 token sequences.
 
     tokenizer = load_tokenizer(config.model)
@@ -9,7 +9,7 @@ token sequences.
 Leaves out responses, rewards and anything distributed: this runs in the controller's process.
 """
 
-from controllers.data.config import DataConfig, Overlong
+from controllers.data.config import DataConfig, EqualPairs, Overlong
 from controllers.data.dataset import PromptDataset
 from controllers.data.demonstrations import DemonstrationDataset
 from controllers.data.loader import RowLoader
@@ -21,6 +21,7 @@ __all__ = [
     "DATASETS",
     "DataConfig",
     "DemonstrationDataset",
+    "EqualPairs",
     "Overlong",
     "PairDataset",
     "PromptDataset",

@@ -3,10 +3,20 @@ tokens and batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from controllers.data.sources import sources
+
+
+class EqualPairs(StrEnum):
+    """What happens to a pair that prefers nothing: two equal responses, or dialogues that part
+    before their last turn."""
+
+    drop = "drop"
+    """Leave it out; how many were is logged."""
+    error = "error"
 
 
 class Overlong(StrEnum):
@@ -24,11 +34,12 @@ class DataConfig:
     prompt_column="question", batch_size=128)"""
 
     train: Any = "???"
-    """A file, directory, glob or hub name, or a list of them. Files are .parquet or .jsonl; a
-    hub name is owner/name, owner/name:split or owner/name:config:split (the split is "train"
-    where it is not named). What exists on disk is taken as a file."""
+    """A file, directory, glob or hub name, or a list of them, each also as {path: ..., weight:
+    ...}. Files are .jsonl, .json, .parquet or .csv, compressed or not; a hub name is owner/name,
+    owner/name:split or owner/name:config:split (the split is "train" where it is not named, and may
+    be cut: train[:10]). What exists on disk is taken as a file. docs/data.md has a row of each."""
     validation: Any = None
-    """The same for held-out prompts; null for none."""
+    """The same for held-out prompts, without weights; null for none."""
     prompt_column: str = "prompt"
     """Text, or chat messages: a list of {role, content}."""
     answer_column: str | None = "answer"
@@ -61,6 +72,14 @@ class DataConfig:
     max_tokens: int = 4096
     """Demonstrations and preference pairs: most tokens of a prompt with its (longer) response."""
     overlong: Overlong = Overlong.drop
+    equal_pairs: EqualPairs = EqualPairs.drop
+    remove_duplicates: bool = False
+    """Leave out a row whose tokens and columns equal an earlier one's; how many were is logged."""
+    pass_rate: list[float] | None = None
+    """Of the prompts of data.train keep those that the policy passes with a rate from the first to
+    the second number, such as [0.1, 0.9], as data.pass_rates says; null keeps all."""
+    pass_rates: str | None = None
+    """The pass_rates.jsonl that recipes.evaluate left of the same data."""
     text_as_user_message: bool = False
     """Make a text prompt the message of a user, for chat models; false continues the text as it
     stands."""
@@ -95,11 +114,10 @@ class DataConfig:
                 raise ValueError(f"data.{name} is {value}; use at least {least[name]}")
         if isinstance(self.seed, int) and self.seed < 0:  # a text refers to the run's seed
             raise ValueError(f"data.seed is {self.seed}, its own or the run's seed; use 0 or more")
-        places("data.train", self.train)
-        if self.validation is not None:
-            places("data.validation", self.validation)
-        if self.pretraining is not None:
-            places("data.pretraining", self.pretraining)
+        for name in ("train", "validation", "pretraining"):
+            if vars(self)[name] is not None or name == "train":
+                sources(f"data.{name}", vars(self)[name])
+        self._check_pass_rate()
         taken = [
             name
             for name in (self.prompt_column, self.answer_column)
@@ -111,12 +129,15 @@ class DataConfig:
                 "it out"
             )
 
-
-def places(field_name: str, value: Any) -> list[str]:
-    """One place or several, as a list of strings."""
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, Sequence) or not all(
-        isinstance(place, str) and place for place in listed
-    ):
-        raise ValueError(f"{field_name} is {value!r}; give a file, a hub name, or a list of them")
-    return list(listed)
+    def _check_pass_rate(self) -> None:
+        bounds = self.pass_rate
+        if (bounds is None) != (self.pass_rates is None):
+            raise ValueError(
+                f"data.pass_rate is {bounds} and data.pass_rates is {self.pass_rates!r}; set both, "
+                "the range and the file of recipes.evaluate, or neither"
+            )
+        if bounds is not None and not (len(bounds) == 2 and 0 <= bounds[0] <= bounds[1] <= 1):
+            raise ValueError(
+                f"data.pass_rate is {bounds}; give the lowest and the highest rate, such as "
+                "[0.1, 0.9]"
+            )

@@ -77,6 +77,11 @@ class ConversationTokenizer:
         if self.ending is not None and self.ending.token_id is not None:
             self.end_text = str(tokenizer.convert_ids_to_tokens(self.ending.token_id))
 
+    @property
+    def has_template(self) -> bool:
+        """Whether messages can be tokenised."""
+        return self.prompts.template_for() is not None
+
     def answer(self, row: SourceRow, column: str, response: Any) -> Conversation:
         """The prompt of the row (data.prompt_column) with the response of `column`: text, or a
         list of one assistant message."""

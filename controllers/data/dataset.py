@@ -12,9 +12,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
-from controllers.data.rows import Encode, EncodedRow, RowDataset
+from controllers.data.rows import Encode, RowDataset
 from controllers.data.sources import SourceRow
 from controllers.data.tokenize import PromptTokenizer, extras
+from controllers.data.writer import EncodedRow
 from hybridflow.batch import SAMPLE, Batch
 from workers.columns import EXTRAS, PROMPT_IDS, UID
 
@@ -28,6 +29,7 @@ class PromptDataset(RowDataset):
     num_parts = 1
     length_limit = "max_prompt_tokens"
     noun = "prompts"
+    answered = True
     columns = (PROMPT_IDS.name, UID.name, EXTRAS.name, SAMPLE.name)
 
     @classmethod
@@ -82,13 +84,22 @@ class PromptDataset(RowDataset):
         long = ends - starts > 1
         starts, ends = starts[long], ends[long]
         tokens = [self._tokens[start:end] for start, end in zip(starts, ends, strict=True)]
-        return PromptDataset(
+        cut = PromptDataset(
             np.concatenate(tokens),
             token_ends=np.cumsum(ends - starts),
             extras=np.frombuffer(b"{}" * len(starts), dtype=np.uint8),
             extras_ends=2 * np.arange(1, len(starts) + 1),
             fingerprint=f"{self.fingerprint} cut at {max_tokens}",
         )
+        # Each source's pieces, by the row that they begin in.
+        row_of_piece = np.searchsorted(row_starts, starts, side="right") - 1
+        first = 0
+        for share in self.shares:
+            last = first + share.num_rows
+            inside = (row_of_piece >= first) & (row_of_piece < last)
+            cut.shares = [*cut.shares, replace(share, num_rows=int(inside.sum()))]
+            first = last
+        return cut
 
     @property
     def longest_prompt_tokens(self) -> int:

@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from controllers.data.config import DataConfig
 from controllers.data.conversation import Conversation, ConversationTokenizer
 from controllers.data.messages import value_of
-from controllers.data.rows import Encode, EncodedRow, RowDataset
+from controllers.data.rows import Encode, RowDataset
 from controllers.data.sources import SourceRow
+from controllers.data.writer import EncodedRow
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from workers.columns import LOSS_MASK, NUM_TOKENS, PROMPT_IDS, RESPONSE_IDS, UID

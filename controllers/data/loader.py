@@ -1,6 +1,7 @@
 """RowLoader: batches of a dataset's rows, epoch after epoch, from an exactly known position.
 
-The order of an epoch depends on (seed, epoch) only. Rows form one endless stream, epoch 0, then
+The order of an epoch depends on (seed, epoch) only; of sources with weights, mixture.py says what
+an epoch is. Rows form one endless stream, epoch 0, then
 epoch 1, ...; a batch is the next batch_size of it, so no row is lost or repeated at the end of an
 epoch. Leaves out prefetching: rows are already tokens.
 """
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from controllers.data.config import DataConfig
+from controllers.data.mixture import Mixture, random_keys
 from controllers.data.rows import RowDataset
 from hybridflow.batch import Batch
 
@@ -23,7 +25,10 @@ class RowLoader:
         self.dataset, self.config = dataset, config
         self.position = 0
         """Rows given out so far, over all epochs."""
-        self._order: tuple[int, np.ndarray] | None = None
+        self._mixture: Mixture | None = None
+        if dataset.shares:
+            self._mixture = Mixture(dataset.shares, shuffle=config.shuffle, seed=config.seed)
+        self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     @property
     def epoch(self) -> float:
@@ -41,24 +46,38 @@ class RowLoader:
         rows, uids, taken = [], [], 0
         while taken < num_rows:
             epoch, start = divmod(self.position + taken, len(self.dataset))
-            part = self.order(epoch)[start : start + num_rows - taken]
-            rows.append(part)
-            uids.append(part + epoch * len(self.dataset))
-            taken += len(part)
+            part = slice(start, start + num_rows - taken)
+            ordered, numbers = self._epoch_of(epoch)
+            rows.append(ordered[part])
+            uids.append(numbers[part])
+            taken += len(rows[-1])
         self.position += taken
         return self.dataset.rows(np.concatenate(rows), np.concatenate(uids))
 
     def order(self, epoch: int) -> np.ndarray:
         """int64 [rows]: the dataset's rows in the order of this epoch."""
-        if not self.config.shuffle:
-            return np.arange(len(self.dataset), dtype=np.int64)
-        if self._order is None or self._order[0] != epoch:
-            # A bit generator's raw stream, unlike Generator.permutation, is the same in every numpy
-            # version.
-            key = np.array([self.config.seed, epoch], dtype=np.uint64)
-            keys = np.random.Philox(key=key).random_raw(len(self.dataset))
-            self._order = epoch, np.argsort(keys, kind="stable").astype(np.int64)
-        return self._order[1]
+        return self._epoch_of(epoch)[0]
+
+    def _epoch_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The rows of an epoch in order, and the numbers of their uses (uid)."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = epoch, *self._make_epoch(epoch)
+        return self._epoch[1], self._epoch[2]
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        num_rows = len(self.dataset)
+        if self._mixture is not None:
+            return self._mixture.epoch(epoch)
+        rows = np.arange(num_rows, dtype=np.int64)
+        if self.config.shuffle:
+            keys = random_keys((self.config.seed, epoch), num_rows)
+            rows = np.argsort(keys, kind="stable").astype(np.int64)
+        return rows, rows + epoch * num_rows
+
+    @property
+    def weights(self) -> list[float | None]:
+        """The sources' weights, which the stream depends on."""
+        return [share.weight for share in self.dataset.shares]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON data: where the stream stands, and what it depends on."""
@@ -68,6 +87,7 @@ class RowLoader:
             "fingerprint": self.dataset.fingerprint,
             "shuffle": self.config.shuffle,
             "seed": self.config.seed,
+            "weights": self.weights,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -86,4 +106,10 @@ class RowLoader:
                     f"resume: data.{name} is {value}, the checkpoint was written with "
                     f"{state[name]}; rows would be lost or repeated. Set data.{name}={state[name]}"
                 )
+        if state.get("weights", []) != self.weights:
+            raise ValueError(
+                f"resume: the sources of data.train have the weights {self.weights}, the "
+                f"checkpoint was written with {state.get('weights', [])}; rows would be lost or "
+                "repeated. Set the same weights"
+            )
         self.position = int(state["position"])

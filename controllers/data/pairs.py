@@ -17,8 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from controllers.data.config import DataConfig
 from controllers.data.conversation import Answered, Conversation, ConversationTokenizer
 from controllers.data.messages import value_of
-from controllers.data.rows import Encode, EncodedRow, RowDataset
+from controllers.data.pair_layouts import Unusable, with_prompt
+from controllers.data.rows import Encode, RowDataset
 from controllers.data.sources import SourceRow
+from controllers.data.writer import EncodedRow
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from workers.columns import CHOSEN, HARM_SIGN, NUM_TOKENS, PAIR, PROMPT_IDS, RESPONSE_IDS, UID
@@ -45,6 +47,7 @@ class PairDataset(RowDataset):
         tokenize = ConversationTokenizer(tokenizer, config)
 
         def responses(row: SourceRow) -> list[Conversation]:
+            row = with_prompt(row, config, chat=tokenize.has_template)
             chosen = value_of(row, config.chosen_column, "data.chosen_column")
             rejected = value_of(row, config.rejected_column, "data.rejected_column")
             return [
@@ -53,23 +56,31 @@ class PairDataset(RowDataset):
             ]
 
         def encode_pair(row: SourceRow, chosen: Answered, rejected: Answered) -> EncodedRow:
+            equal = ""
             if chosen.response == rejected.response:
-                raise ValueError(
-                    f"{row.place}: {config.chosen_column!r} and {config.rejected_column!r} are "
-                    "the same response, which prefers nothing; remove the row"
-                )
+                columns = f"{config.chosen_column!r} and {config.rejected_column!r}"
+                equal = f"the same response in {columns}"
             longest = len(chosen.prompt) + max(len(chosen.response), len(rejected.response))
             parts = (chosen.prompt, chosen.response, rejected.response)
-            return EncodedRow(parts=parts, num_tokens=longest, columns=cls.labels(row, config))
+            labels = cls.labels(row, config)
+            return EncodedRow(parts=parts, num_tokens=longest, columns=labels, unusable=equal)
 
         def encode(rows: Sequence[SourceRow]) -> list[EncodedRow]:
             conversations: list[Conversation] = []
-            for row in rows:
-                conversations += responses(row)
-            answered = tokenize(conversations)
+            unusable: dict[int, str] = {}
+            for number, row in enumerate(rows):
+                try:
+                    conversations += responses(row)
+                except Unusable as problem:
+                    unusable[number] = str(problem)
+            answered = iter(tokenize(conversations))
             encoded = []
-            for row, chosen, rejected in zip(rows, answered[::2], answered[1::2], strict=True):
-                encoded.append(encode_pair(row, chosen, rejected))
+            for number, row in enumerate(rows):
+                if number in unusable:
+                    reason = unusable[number]
+                    encoded.append(EncodedRow(parts=(), num_tokens=0, columns={}, unusable=reason))
+                else:
+                    encoded.append(encode_pair(row, next(answered), next(answered)))
             return encoded
 
         return encode

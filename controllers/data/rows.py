@@ -10,36 +10,25 @@ does a million prompts in about a minute.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, BinaryIO, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from controllers.data.config import DataConfig, Overlong, places
-from controllers.data.sources import READ_ROWS, SourceRow, read
+from controllers.data.config import DataConfig
+from controllers.data.pass_rates import PassRates
+from controllers.data.sources import READ_ROWS, SourceRow, read, sources
+from controllers.data.writer import EncodedRow, RowWriter, Share, Written
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 
 LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EncodedRow:
-    """EncodedRow(parts=([5, 6], [7, 1]), num_tokens=4, columns={"answer": "7"})"""
-
-    parts: Sequence[Sequence[int]]
-    """The row's token sequences (or other integers, such as a mask)."""
-    num_tokens: int
-    """The length that is compared with the limit."""
-    columns: dict[str, Any]
 
 
 class VocabularyCheck:
@@ -77,6 +66,8 @@ class RowDataset(ABC):
     """The setting of DataConfig that limits a row's tokens."""
     noun: ClassVar[str]
     """The word for rows in messages."""
+    answered: ClassVar[bool] = False
+    """Whether a policy answers the rows, so that they have a pass rate."""
     columns: ClassVar[tuple[str, ...]]
     """The columns of its batches, which every step of an algorithm begins with."""
 
@@ -93,6 +84,8 @@ class RowDataset(ABC):
         self.fingerprint = fingerprint
         """Digest of the tokens and columns of all rows, in order."""
         self._places: Sequence[str] = ()
+        self.shares: Sequence[Share] = ()
+        """The sources where they have weights, one after the other."""
 
     @classmethod
     @abstractmethod
@@ -118,24 +111,47 @@ class RowDataset(ABC):
         """Reads, checks and tokenises everything. `field`: the setting that says where;
         `vocabulary`: a role and the number of tokens that its model knows, which no row may go
         over."""
+        rates = cls.pass_rates(config, field)
         with tempfile.TemporaryFile() as tokens, tempfile.TemporaryFile() as columns:
-            writer = _Writer(tokens, columns, config, cls.length_limit, cls.noun)
+            writer = RowWriter(tokens, columns, config, cls.length_limit, cls.noun, rates)
             check = VocabularyCheck(tokenizer, vocabulary)
             encode = cls.encoder(tokenizer, config)
-            for rows in _chunks(read(places("data", where))):
-                for row, encoded in zip(rows, encode(rows), strict=True):
-                    check(row, encoded)
-                    writer.add(row, encoded)
-            dataset = cls(*writer.finish(where))
-            dataset._places = writer.places
-        LOGGER.info(
-            "data %s: %d %s, %.1f tokens each on average",
-            where,
-            len(dataset),
-            cls.noun,
-            dataset.num_tokens / len(dataset),
+            for source in sources(field, where):
+                writer.begin(source)
+                for rows in _chunks(read(source.place, field)):
+                    for row, encoded in zip(rows, encode(rows), strict=True):
+                        check(row, encoded)
+                        writer.add(row, encoded)
+            return cls.of(writer.finish(where))
+
+    @classmethod
+    def of(cls, written: Written) -> Self:
+        """The rows that were written."""
+        dataset = cls(
+            written.tokens,
+            written.token_ends,
+            written.columns,
+            written.columns_ends,
+            written.fingerprint,
         )
+        dataset._places = written.places
+        if any(share.weight is not None for share in written.shares):
+            dataset.shares = written.shares
         return dataset
+
+    @classmethod
+    def pass_rates(cls, config: DataConfig, field: str) -> PassRates | None:
+        """The filter of data.pass_rate, which is for the prompts of data.train."""
+        if config.pass_rate is None or field != "data.train":
+            return None
+        if not cls.answered:
+            raise ValueError(
+                f"data.pass_rate is {config.pass_rate}, and {cls.noun} have no pass rate; leave it "
+                "out"
+            )
+        assert config.pass_rates is not None, "DataConfig saw to it"
+        lowest, highest = config.pass_rate
+        return PassRates(config.pass_rates, (lowest, highest))
 
     def __len__(self) -> int:
         return len(self._token_ends) // self.num_parts
@@ -190,104 +206,6 @@ class RowDataset(ABC):
         for row in range(len(self)):
             names.update(self.column_values(row))
         return names
-
-
-class _Writer:
-    """Appends rows to two open files and maps them at the end."""
-
-    def __init__(
-        self, tokens: Any, columns: Any, config: DataConfig, length_limit: str, noun: str
-    ) -> None:
-        self.tokens, self.columns = cast(BinaryIO, tokens), cast(BinaryIO, columns)
-        self.limit_name, self.limit = length_limit, vars(config)[length_limit]
-        self.overlong, self.noun = config.overlong, noun
-        self.hash = hashlib.sha256()
-        self.places: list[str] = []
-        self.token_ends: list[int] = []
-        self.columns_ends: list[int] = []
-        self.num_rows, self.num_overlong, self.longest = 0, 0, 0
-
-    def add(self, row: SourceRow, encoded: EncodedRow) -> None:
-        columns = _encode(row, encoded.columns)
-        if encoded.num_tokens > self.limit:
-            if self.overlong is Overlong.error:
-                raise ValueError(
-                    f"{row.place}: {encoded.num_tokens} tokens, over "
-                    f"data.{self.limit_name}={self.limit}; raise it, or set data.overlong=drop"
-                )
-            self.num_overlong += 1
-            self.longest = max(self.longest, encoded.num_tokens)
-            return
-        self.num_rows += 1
-        self.places.append(row.place)
-        for part in encoded.parts:
-            self._append(
-                self.tokens, self.token_ends, np.asarray(part, dtype=np.int32).tobytes(), 4
-            )
-        self._append(self.columns, self.columns_ends, columns, 1)
-
-    def _append(self, file: BinaryIO, ends: list[int], data: bytes, width: int) -> None:
-        start = 0
-        if ends:
-            start = ends[-1]
-        file.write(data)
-        ends.append(start + len(data) // width)
-        self.hash.update(len(data).to_bytes(8, "little"))
-        self.hash.update(data)
-
-    def finish(self, where: object) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
-        if not self.num_rows:
-            fix = "give a file that has some"
-            if self.num_overlong:
-                limit = f"data.{self.limit_name}={self.limit}"
-                fix = f"all {self.num_overlong} {self.noun} are over {limit}, raise it"
-            raise ValueError(f"data {where!r} has no rows; {fix}")
-        if self.num_overlong:
-            LOGGER.warning(
-                (
-                    "data %s: dropped %d of %d %s with more than data.%s=%d tokens (the longest "
-                    "has %d)"
-                ),
-                where,
-                self.num_overlong,
-                self.num_overlong + self.num_rows,
-                self.noun,
-                self.limit_name,
-                self.limit,
-                self.longest,
-            )
-        self.tokens.flush()
-        self.columns.flush()
-        return (
-            np.memmap(self.tokens, dtype=np.int32, mode="r"),
-            np.asarray(self.token_ends, dtype=np.int64),
-            np.memmap(self.columns, dtype=np.uint8, mode="r"),
-            np.asarray(self.columns_ends, dtype=np.int64),
-            self.hash.hexdigest(),
-        )
-
-
-def _encode(row: SourceRow, columns: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(columns).encode()
-    except (TypeError, ValueError) as error:
-        wrong = ", ".join(
-            f"{name!r} ({type(value).__name__})"
-            for name, value in columns.items()
-            if not _is_plain(value)
-        )
-        raise ValueError(
-            f"{row.place}: columns that hold no plain values (text, numbers, lists, dicts): "
-            f"{wrong}; store them as text, or list in data.columns the columns to keep"
-        ) from error
-
-
-def _is_plain(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _chunks(rows: Iterator[SourceRow]) -> Iterator[list[SourceRow]]:

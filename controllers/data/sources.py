@@ -1,141 +1,223 @@
-"""Reads rows of parquet files, jsonl files and hub datasets, each with its place for error
-messages.
+"""Where rows come from: files, directories, globs and hub datasets, several of them with weights;
+each row with its place for error messages.
 
-Leaves out what the rows mean: columns are checked in tokenize.py.
+Leaves out how files are read (files.py) and what the rows mean (tokenize.py, messages.py).
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
+from controllers.data.files import FORMATS, SourceRow, format_of, read_file
 
-SUFFIXES = (".parquet", ".jsonl")
+__all__ = ["READ_ROWS", "Source", "SourceRow", "read", "sources"]
+
+LOGGER = logging.getLogger(__name__)
+
 READ_ROWS = 1024
 """Rows that are read and tokenised at a time."""
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:([^:\[\]]|\[[^\]]*\])+){0,2}")
+"""owner/name, owner/name:split or owner/name:config:split."""
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Split -> the words that name it in a file's name, as in train-00000-of-00002.parquet."""
+
 
 @dataclass(frozen=True, slots=True)
-class SourceRow:
-    """SourceRow(place="train.jsonl, line 3", values={"prompt": "2+2=", "answer": "4"})"""
+class Source:
+    """Source("train.jsonl", weight=3.0); no weight: every row as often as every other."""
 
     place: str
-    values: dict[str, Any]
+    weight: float | None = None
 
 
-def read(places: Sequence[str]) -> Iterator[SourceRow]:
-    """All rows of all places, in order."""
-    for place in places:
-        files = find_files(place)
-        if files is None:
-            yield from read_hub(place)
-        for path in files or ():
-            if path.suffix == ".parquet":
-                yield from read_parquet(path)
-            else:
-                yield from read_jsonl(path)
+def sources(field: str, value: Any) -> list[Source]:
+    """One place or several, as texts or as {path, weight}; `field` is the setting's name."""
+    listed = value
+    if isinstance(value, str | dict):
+        listed = [value]
+    if not isinstance(listed, Sequence) or not listed:
+        raise ValueError(_not_places(field, value))
+    return [_source(field, item) for item in listed]
 
 
-def find_files(place: str) -> list[Path] | None:
-    """The files that a place stands for, sorted; None for a hub name."""
+def _source(field: str, item: Any) -> Source:
+    if isinstance(item, Source):
+        return item
+    if isinstance(item, str) and item:
+        return Source(item)
+    if not isinstance(item, dict) or not isinstance(item.get("path"), str) or not item["path"]:
+        raise ValueError(_not_places(field, item))
+    unknown = [name for name in item if name not in ("path", "weight")]
+    if unknown:
+        raise ValueError(f"{field} has {unknown[0]!r} in {item}; write {{path: ..., weight: ...}}")
+    weight = item.get("weight")
+    if weight is None:
+        return Source(item["path"])
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e9:
+        raise ValueError(f"{field} has weight {weight!r} in {item}; use a number over 0")
+    return Source(item["path"], float(weight))
+
+
+def _not_places(field: str, value: Any) -> str:
+    return (
+        f"{field} is {value!r}; give a file, a hub name, or a list of them, each as text or as "
+        "{path: ..., weight: ...}"
+    )
+
+
+def read(place: str, field: str = "data.train") -> Iterator[SourceRow]:
+    """All rows of a place, in order; `field` is the setting that names it."""
     path = Path(place).expanduser()
-    if path.is_dir():
-        files = sorted(child for child in path.iterdir() if child.suffix in SUFFIXES)
-    elif path.is_file():
-        files = [path]
+    if path.exists():
+        if path.is_dir():
+            yield from _read_directory(path, place, field)
+        else:
+            yield from read_file(path)
+        return
+    directory, _, rest = place.partition(":")
+    is_split = bool(rest) and Path(directory).expanduser().is_dir()
+    if is_split or (HUB_NAME.fullmatch(place) and format_of(path) is None):
+        yield from read_hub(place)
     elif set(place) & set("*?["):
-        files = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-    elif (
-        path.suffix in (*SUFFIXES, ".json", ".csv", ".txt")
-        or path.is_absolute()
-        or place.startswith((".", "~"))
-    ):
+        for file in _globbed(path, place):
+            yield from read_file(file)
+    elif _looks_like_a_file(path, place):
         raise ValueError(
             f"data {place!r}: there is no such file (working directory {Path.cwd()}); give an "
             "existing path or a hub name"
         )
     else:
-        return None
+        yield from read_hub(place)
+
+
+def _looks_like_a_file(path: Path, place: str) -> bool:
+    suffixes = ("." + suffix for suffix in (*FORMATS, "txt"))
+    return (
+        format_of(path) is not None
+        or place.lower().endswith(tuple(suffixes))
+        or path.is_absolute()
+        or place.startswith((".", "~"))
+    )
+
+
+def _globbed(path: Path, place: str) -> list[Path]:
+    files = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
     if not files:
-        raise ValueError(f"data {place!r}: no file there ends in {' or '.join(SUFFIXES)}")
-    wrong = [file for file in files if file.suffix not in SUFFIXES]
-    if wrong:
-        raise ValueError(
-            f"data {str(wrong[0])!r}: only {' and '.join(SUFFIXES)} files are read; convert it"
-        )
+        raise ValueError(f"data {place!r}: no file has such a name; correct the pattern")
     return files
 
 
-def read_parquet(path: Path) -> Iterator[SourceRow]:
-    try:
-        with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=READ_ROWS):
-                for values in batch.to_pylist():
-                    yield SourceRow(f"{path}, row {number} (from 0)", values)
-                    number += 1
-    except pyarrow.ArrowException as error:
+def _read_directory(path: Path, place: str, field: str) -> Iterator[SourceRow]:
+    """The directory's files; where their names tell splits, those of one split."""
+    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+        yield from _numbered(place, _saved(path))
+        return
+    if (path / "dataset_dict.json").is_file():
+        names = sorted(child.name for child in path.iterdir() if child.is_dir())
+        yield from _numbered(place, _saved(path / _chosen(names, place, field)))
+        return
+    files = data_files(path)
+    if not files:
+        known = ", ".join(f".{suffix}" for suffix in FORMATS)
         raise ValueError(
-            f"data {str(path)!r} can't be read as parquet: {error}; write it anew"
-        ) from error
+            f"data {place!r}: no file there, nor in a folder data/ of it, ends in {known} "
+            "(compressed or not)"
+        )
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        splits.setdefault(split_of(file.relative_to(path)), []).append(file)
+    chosen = files
+    if len(splits) > 1:
+        chosen = splits[_chosen(sorted(splits), place, field)]
+    for file in chosen:
+        yield from read_file(file)
 
 
-def read_jsonl(path: Path) -> Iterator[SourceRow]:
-    """One JSON object a line; empty lines hold no row."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            place = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{place}: not UTF-8 text ({error}); save the file as UTF-8"
-                ) from error
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{place}: not valid JSON: {error.msg} at character {error.pos + 1} of "
-                    f"{_start(line)}; a line must be one object"
-                ) from error
-            if not isinstance(values, dict):
-                raise ValueError(
-                    f"{place}: a {type(values).__name__}, not a JSON object; write {{column: "
-                    "value, ...}"
-                )
-            yield SourceRow(place, values)
+def data_files(directory: Path) -> list[Path]:
+    """The files of rows in a directory, or else in its folder data/, sorted."""
+    for place in (directory, directory / "data"):
+        if place.is_dir():
+            files = [child for child in place.iterdir() if format_of(child) and child.is_file()]
+            if files:
+                return sorted(files)
+    return []
+
+
+def split_of(file: Path) -> str:
+    """The split that a file's name tells, "" if none: train for train-00000-of-00001.parquet."""
+    words = re.split(r"[^a-z]+", file.name.lower())
+    for split, names in SPLITS.items():
+        if set(words) & set(names):
+            return split
+    return ""
+
+
+def _chosen(splits: Sequence[str], place: str, field: str) -> str:
+    """The split to read of several: train for data.train; elsewhere it must be named."""
+    if field == "data.train" and "train" in splits:
+        others = ", ".join(name or "others" for name in splits if name != "train")
+        LOGGER.info("data.train %s: its split train is read, not %s", place, others)
+        return "train"
+    names = [name or "files without a split's name" for name in splits]
+    fix = f"{place}:{next(name for name in splits if name)}"
+    raise ValueError(
+        f"{field} {place!r}: a directory with the splits {', '.join(names)}; name one, as in "
+        f"{field}={fix}, or give its files"
+    )
 
 
 def read_hub(place: str) -> Iterator[SourceRow]:
-    """owner/name[:config][:split], through `datasets` (its cache, its mirrors, its offline
-    mode)."""
+    """owner/name[:config][:split], through `datasets` (its cache, its mirrors, its offline mode);
+    a split may be cut (train[:10], train[10%:20%]). A directory in place of owner/name too."""
     import datasets
 
-    name, *rest = place.split(":")
-    if len(rest) > 2 or not all((name, *rest)):
-        raise ValueError(
-            f"data {place!r}: write owner/name, owner/name:split or owner/name:config:split"
-        )
-    split, config = "train", None
+    name, *rest = place.split(":", maxsplit=1)
+    config, split = None, "train"
     if rest:
-        split = rest[-1]
-    if len(rest) == 2:
-        config = rest[0]
+        config, split = _config_and_split(place, rest[0])
+    path = Path(name).expanduser()
+    if path.is_dir():
+        name = str(path)
     try:
         dataset = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
             f"data {place!r} is neither a file nor a dataset that the hub gives us "
-            f"({type(error).__name__}: {error}); check the name, config and split, or the network"
+            f"({type(error).__name__}: {reason}); check the name, config and split, or the network"
         ) from error
-    for number, values in enumerate(dataset):
+    yield from _numbered(place, dataset)
+
+
+def _config_and_split(place: str, rest: str) -> tuple[str | None, str]:
+    """("main", "train[:10]") of main:train[:10], (None, "train[:10]") of train[:10]."""
+    parts = re.fullmatch(r"(?:([^:\[\]]+):)?([^:\[\]]+(?:\[[^\]]*\])?(?:\+.+)?)", rest)
+    if parts is None:
+        raise ValueError(
+            f"data {place!r}: write owner/name, owner/name:split or owner/name:config:split; a "
+            "split may be cut, as in train[:10]"
+        )
+    return parts[1], parts[2]
+
+
+def _saved(path: Path) -> Any:
+    """A dataset that save_to_disk wrote."""
+    import datasets
+
+    return datasets.load_from_disk(str(path))
+
+
+def _numbered(place: str, rows: Any) -> Iterator[SourceRow]:
+    for number, values in enumerate(rows):
         yield SourceRow(f"{place}, row {number} (from 0)", values)
-
-
-def _start(line: bytes) -> str:
-    return repr(line[:60].decode("utf-8", errors="replace"))

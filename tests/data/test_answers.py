@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from controllers.data import (
     DataConfig,
     DemonstrationDataset,
+    EqualPairs,
     Overlong,
     PairDataset,
     RowDataset,
@@ -211,8 +212,8 @@ def test_pairs_are_two_rows_with_one_prompt(
         (
             PairDataset,
             {"prompt": "a", "chosen": "b", "rejected": "b"},
-            {},
-            "'chosen' and 'rejected' are the same response",
+            {"equal_pairs": EqualPairs.error},
+            "the same response in 'chosen' and 'rejected', which prefers nothing",
         ),
         (
             SafetyPairDataset,

@@ -164,13 +164,13 @@ def test_broken_files_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
         pa.Table.from_pylist([{"prompt": "a", "answer": "b", "image": b"\x00"}]),
         tmp_path / "bytes.parquet",
     )
-    (tmp_path / "table.csv").write_text("prompt\n")
+    (tmp_path / "table.txt").write_text("prompt\n")
     for name, message in (
         ("latin.jsonl", "line 1: not UTF-8"),
         ("bad.parquet", "can't be read as parquet"),
         ("empty.jsonl", "has no rows"),
         ("bytes.parquet", r"row 0.*'image' \(bytes\).*data\.columns"),
-        ("table.csv", "only .parquet and .jsonl"),
+        ("table.txt", "only .jsonl, .json, .parquet, .csv"),
         ("absent.parquet", "there is no such file"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,0 +1,177 @@
+"""Reads rows of .jsonl, .json, .parquet and .csv files, compressed or not, in any case of the
+suffix."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pyarrow
+import pyarrow.parquet
+
+BATCH_ROWS = 1024
+MOST_CELL_CHARACTERS = 2**27
+"""Of one cell of a .csv file."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """SourceRow(place="train.jsonl, line 3", values={"prompt": "2+2=", "answer": "4"})"""
+
+    place: str
+    values: dict[str, Any]
+
+
+def format_of(path: Path) -> str | None:
+    """The format that the name tells, below a compression's suffix: jsonl for a.JSONL.gz."""
+    suffixes = [suffix.lower().removeprefix(".") for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    if suffixes and suffixes[-1] in FORMATS:
+        return suffixes[-1]
+    return None
+
+
+def read_file(path: Path) -> Iterator[SourceRow]:
+    """The rows of one file, in order."""
+    name = format_of(path)
+    if name is None:
+        known = ", ".join(f".{suffix}" for suffix in FORMATS)
+        compressed = ", ".join(f".{suffix}" for suffix in COMPRESSIONS)
+        raise ValueError(
+            f"data {str(path)!r}: only {known} files are read, also with {compressed} behind; "
+            "convert it"
+        )
+    try:
+        with _opened(path) as file:
+            yield from FORMATS[name](path, file)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(
+            f"data {str(path)!r} can't be read ({type(error).__name__}: {error}); write it anew"
+        ) from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file's bytes, decompressed where its name tells a compression."""
+    opener = COMPRESSIONS.get(path.suffix.lower().removeprefix("."))
+    if opener is None:
+        return path.open("rb")
+    return opener(path)
+
+
+def _open_zstandard(path: Path) -> BinaryIO:
+    stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+    return cast(BinaryIO, io.BufferedReader(stream))
+
+
+COMPRESSIONS: dict[str, Callable[[Path], BinaryIO]] = {
+    "gz": lambda path: cast(BinaryIO, gzip.GzipFile(path)),
+    "bz2": lambda path: cast(BinaryIO, bz2.BZ2File(path)),
+    "xz": lambda path: cast(BinaryIO, lzma.LZMAFile(path)),  # noqa: SIM115
+    "zst": _open_zstandard,
+}
+
+
+def read_parquet(path: Path, file: BinaryIO) -> Iterator[SourceRow]:
+    try:
+        source: Any = path
+        if path.suffix.lower().removeprefix(".") in COMPRESSIONS:
+            source = pyarrow.BufferReader(file.read())
+        with pyarrow.parquet.ParquetFile(source, memory_map=True) as table:
+            number = 0
+            for batch in table.iter_batches(batch_size=BATCH_ROWS):
+                for values in batch.to_pylist(maps_as_pydicts="lossy"):
+                    yield SourceRow(f"{path}, row {number} (from 0)", values)
+                    number += 1
+    except pyarrow.ArrowException as error:
+        raise ValueError(
+            f"data {str(path)!r} can't be read as parquet: {error}; write it anew"
+        ) from error
+
+
+def read_jsonl(path: Path, file: BinaryIO) -> Iterator[SourceRow]:
+    """One JSON object a line; empty lines hold no row."""
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            yield SourceRow(
+                place, _object(place, _parsed(place, line, "a line must be one object"))
+            )
+
+
+def read_json(path: Path, file: BinaryIO) -> Iterator[SourceRow]:
+    """A list of JSON objects; or, where it begins with an object, one object a line."""
+    text = file.read()
+    if not text.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from read_jsonl(path, io.BytesIO(text))
+        return
+    rows = _parsed(str(path), text, "the file must be a list of objects")
+    for number, values in enumerate(rows):
+        place = f"{path}, row {number} (from 0)"
+        yield SourceRow(place, _object(place, values))
+
+
+def read_csv(path: Path, file: BinaryIO) -> Iterator[SourceRow]:
+    """A first line of names, and rows of texts; an empty cell holds null."""
+    csv.field_size_limit(MOST_CELL_CHARACTERS)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    reader = csv.DictReader(text)
+    try:
+        for values in reader:
+            place = f"{path}, line {reader.line_num}"
+            if None in values or None in values.values():
+                num_cells = len([cell for cell in values.values() if cell is not None])
+                num_cells += len(values.get(None) or ()) - (None in values)
+                raise ValueError(
+                    f"{place}: {num_cells} cells, and the first line has "
+                    f"{len(reader.fieldnames or ())}; correct the row (text with commas or quotes "
+                    'stands in quotes, and a quote in it is "")'
+                )
+            yield SourceRow(place, {name: cell or None for name, cell in values.items()})
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}, after line {reader.line_num}: not UTF-8 text ({error}); save the file as "
+            "UTF-8"
+        ) from error
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; correct the row") from error
+
+
+FORMATS: dict[str, Callable[[Path, BinaryIO], Iterator[SourceRow]]] = {
+    "jsonl": read_jsonl,
+    "json": read_json,
+    "parquet": read_parquet,
+    "csv": read_csv,
+}
+"""Suffix -> reader."""
+
+
+def _parsed(place: str, text: bytes, rule: str) -> Any:
+    try:
+        return json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: not UTF-8 text ({error}); save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        start = repr(text[:60].decode("utf-8", errors="replace"))
+        raise ValueError(
+            f"{place}: not valid JSON: {error.msg} at character {error.pos + 1} of {start}; {rule}"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"{place}: JSON that is nested too deeply; flatten it") from error
+
+
+def _object(place: str, values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{place}: a {type(values).__name__}, not a JSON object; write {{column: value, ...}}"
+        )
+    return values

@@ -1,0 +1,528 @@
+"""What people bring as data: every kind of file, directory, hub name and layout gives the same
+rows; what is broken is one line with file, row and fix."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import logging
+import lzma
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from controllers.data import (
+    DataConfig,
+    DemonstrationDataset,
+    EqualPairs,
+    PairDataset,
+    PromptDataset,
+    RowDataset,
+    RowLoader,
+)
+from controllers.data.sources import read
+from controllers.run_length import RunLength
+from tests.data.kinds import make
+
+ROWS = [{"prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(1, 6)]
+
+
+def lines(rows: list[Any]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def zstandard(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard,
+}
+
+
+def encoded(form: str, rows: list[dict[str, Any]]) -> bytes:
+    if form == "json":
+        return json.dumps(rows, indent=1).encode()
+    if form == "csv":
+        cells = ["prompt,answer", *(f'"{row["prompt"]}",{row["answer"]}' for row in rows)]
+        return ("\ufeff" + "\r\n".join(cells) + "\r\n").encode()
+    if form == "parquet":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), sink)
+        return sink.getvalue().to_pybytes()
+    return lines(rows)
+
+
+def load(
+    where: Any, kind: type[RowDataset] = PromptDataset, tokenizer: Any = None, **options: Any
+) -> RowDataset:
+    where = str(where) if isinstance(where, Path) else where
+    field = options.pop("field", "data.train")
+    config = DataConfig(train=where, **options)
+    return kind.load(config, where, tokenizer or make("byte_level", "chatml"), field=field)
+
+
+def answers(dataset: RowDataset) -> list[Any]:
+    return [row["answer"] for row in dataset.all().objects("extras")]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet", "csv"])
+@pytest.mark.parametrize("compression", list(COMPRESS))
+@pytest.mark.parametrize("upper", [False, True])
+def test_b02_every_format(tmp_path: Path, form: str, compression: str, upper: bool) -> None:
+    suffix = f".{form}{compression}"
+    path = tmp_path / f"rows{suffix.upper() if upper else suffix}"
+    path.write_bytes(COMPRESS[compression](encoded(form, ROWS)))
+    dataset = load(path)
+    assert answers(dataset) == [row["answer"] for row in ROWS]
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain/rows.jsonl").write_bytes(lines(ROWS))
+    assert dataset.fingerprint == load(tmp_path / "plain").fingerprint
+    assert (str(path) in dataset.place(2) and "2 (from 0)" in dataset.place(2)) or "line" in (
+        dataset.place(2)
+    )
+
+
+def test_b02_a_json_file_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(lines(ROWS))
+    assert answers(load(tmp_path / "a.json")) == [row["answer"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl.gz", b"no gzip", r"can't be read \(BadGzipFile"),
+        ("a.jsonl.xz", b"no xz", r"can't be read \(LZMAError"),
+        ("a.jsonl.zst", b"no zstandard at all", r"can't be read \(OSError"),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS))[:-20], r"can't be read \(EOFError"),
+        ("a.json", b'[{"prompt": 1}, ', "not valid JSON"),
+        ("a.json", b'[{"prompt": "a", "answer": 1}, 3]', r"row 1 \(from 0\): a int, not a JSON"),
+        ("a.csv", b"prompt,answer\na\n", "line 2: 1 cells, and the first line has 2"),
+        ("a.csv", b"prompt,answer\na,b,c\n", "line 2: 3 cells, and the first line has 2"),
+        ("a.csv", b"prompt,answer\na,\n", r"line 2: the answer's column 'answer' is null"),
+        ("a.csv", b"prompt,answer\n\xff,b\n", "not UTF-8"),
+        ("a.jsonl", b"[" * 100_000 + b"]" * 100_000, "line 1: JSON that is nested too deeply"),
+    ],
+)
+def test_b02_broken_files(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        load(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def row_of(**changes: Any) -> dict[str, Any]:
+    return {"prompt": "a", "answer": "b"} | changes
+
+
+FAILS = "{{ 1 + messages[0].content }}"
+
+
+@pytest.mark.parametrize(
+    ("row", "message", "options"),
+    [
+        ('{"prompt": "bad \\ud83d text", "answer": 1}', "half of a surrogate pair", {}),
+        (
+            '{"prompt": [{"role": "user", "content": "\\udc00"}], "answer": 1}',
+            "message 0 .* half of a surrogate pair",
+            {},
+        ),
+        ('{"prompt": "a", "answer": NaN}', "the answer's column 'answer' is null", {}),
+        ('{"prompt": NaN, "answer": 1}', "'prompt' is float 'nan'", {}),
+        (
+            '{"prompt": "a", "reward_model": {"ground_truth": NaN}}',
+            "'answer' is null in",
+            {},
+        ),
+        (row_of(prompt=[{"role": "user", "content": "x"}]), "TypeError: unsupported", FAILS),
+        (row_of(prompt=[{"role": "user", "content": "x"}]), "undefined", "{{ nothing.at.all }}"),
+        (row_of(prompt=[{"role": "user", "content": "x"}]), "IndexError", "{{ [][3].x or a() }}"),
+        (row_of(prompt=[{"from": "human", "value": "x"}]), "rename them to role", {}),
+        (row_of(prompt=[{"role": "user", "content": [{"image": 1}]}]), "only text is read", {}),
+        (
+            row_of(tools=["search"], prompt=[{"role": "user", "content": "x"}]),
+            "'tools' is list",
+            {},
+        ),
+    ],
+)
+def test_b03_b04_b08_a_rows_mistakes(tmp_path: Path, row: Any, message: str, options: Any) -> None:
+    text = row if isinstance(row, str) else json.dumps(row)
+    (tmp_path / "bad.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + text + "\n")
+    if isinstance(options, str):
+        (tmp_path / "own.jinja").write_text(options)
+        options = {"chat_template": str(tmp_path / "own.jinja")}
+    pattern = rf"bad\.jsonl, line 2: .*({message})"
+    if "undefined" in message or "IndexError" in message:
+        pattern = r"bad\.jsonl, line 2: the chat template rejects the messages"
+    with pytest.raises(ValueError, match=pattern) as error:
+        load(tmp_path / "bad.jsonl", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_b04_nan_in_parquet(tmp_path: Path) -> None:
+    table = pa.table({"prompt": ["a", "b"], "answer": [1.0, float("nan")]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"row 1 \(from 0\): the answer's column .* is null"):
+        load(tmp_path / "a.parquet")
+
+
+def test_b03_b07_demonstrations(tmp_path: Path) -> None:
+    begins = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "a"}]
+    for row, message in (
+        ({"messages": begins}, "message 0 .* is the assistant's, and nothing stands before"),
+        ({"messages": [*begins[1:], {"role": "assistant", "content": "\ud83d"}]}, "surrogate"),
+        ({"messages": [{"role": "user"}, begins[0]]}, "content=None"),
+    ):
+        (tmp_path / "bad.jsonl").write_bytes(lines([row]))
+        with pytest.raises(ValueError, match=rf"bad\.jsonl, line 1: .*{message}"):
+            load(tmp_path / "bad.jsonl", DemonstrationDataset, messages_column="messages")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dataset's directory as the hub has it, offline."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    directory = tmp_path / "openai" / "gsm8k"
+    for config in ("main", "socratic"):
+        (directory / config).mkdir(parents=True)
+        for split, rows in (("train", ROWS), ("test", ROWS[:2])):
+            marked = [row | {"config": config} for row in rows]
+            path = directory / config / f"{split}-00000-of-00001.parquet"
+            pq.write_table(pa.Table.from_pylist(marked), path)
+    (directory / "README.md").write_text(
+        "---\nconfigs:\n"
+        + "".join(
+            f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
+            f"  - split: test\n    path: {name}/test-*\n"
+            for name in ("main", "socratic")
+        )
+        + "---\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("rest", "config", "count"),
+    [
+        ("main:train[:3]", "main", 3),
+        ("main:train[40%:]", "main", 3),
+        ("socratic:test", "socratic", 2),
+        ("socratic:train[:1]+test[1:]", "socratic", 2),
+    ],
+)
+def test_b05_hub_names_with_slices(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, rest: str, config: str, count: int
+) -> None:
+    """openai/gsm8k:main:train[:3] by the code that loads from the hub, on a directory of that
+    name."""
+    monkeypatch.chdir(hub)
+    rows = [row.values for row in read(f"openai/gsm8k:{rest}")]
+    assert len(rows) == count and {row["config"] for row in rows} == {config}
+    absolute = [row.values for row in read(f"{hub}/openai/gsm8k:{rest}")]
+    assert absolute == rows
+
+
+def test_b05_hub_names_are_no_globs(hub: Path) -> None:
+    for place in ("openai/gsm8k:main:train[:10]", "openai/gsm8k", "nobody/has:this[:1%]"):
+        with pytest.raises(ValueError, match="neither a file nor a dataset that the hub") as error:
+            list(read(place))
+        assert "\n" not in str(error.value)
+
+
+def test_b06_a_directory_with_several_splits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in (tmp_path, tmp_path / "repository" / "data"):
+        folder.mkdir(exist_ok=True, parents=True)
+        for split, rows in (("train", ROWS), ("test", ROWS[:1])):
+            table = pa.Table.from_pylist(rows)
+            pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    with caplog.at_level(logging.INFO):
+        assert len(load(tmp_path)) == len(load(tmp_path / "repository")) == len(ROWS)
+    assert "its split train is read, not test" in caplog.text
+    with pytest.raises(ValueError, match=r"splits test, train; name one, as in data\.valid"):
+        load(tmp_path, field="data.validation")
+    (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "dev.parquet")
+    with pytest.raises(ValueError, match="with the splits test, validation"):
+        load(tmp_path)
+
+
+def test_b06_what_save_to_disk_wrote(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list(ROWS)
+    table.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(str(tmp_path / "two"))
+    assert answers(load(tmp_path / "one")) == answers(load(tmp_path / "two"))
+
+
+def test_b09_nested_dictionaries_give_the_same_tokens(tmp_path: Path) -> None:
+    """Tool calls with different arguments, from parquet, which fills nulls in, and from jsonl."""
+    template = tmp_path / "tools.jinja"
+    template.write_text(
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
+        "{{ '<|im_start|>' ~ m.role ~ ' ' ~ (m.content or '') }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}"
+        "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    rows = []
+    for arguments in ({"city": "Rome"}, {"zone": "CET"}):
+        call = {"function": {"name": "look", "arguments": arguments}}
+        properties = {name: {"type": "string"} for name in arguments}
+        tool = {"type": "function", "function": {"name": "look", "parameters": properties}}
+        rows.append(
+            {
+                "messages": [
+                    {"role": "user", "content": "go"},
+                    {"role": "assistant", "tool_calls": [call]},
+                ],
+                "tools": [tool],
+            }
+        )
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    options = {"messages_column": "messages", "chat_template": str(template)}
+    both = []
+    for name in ("a.jsonl", "a.parquet"):
+        both.append(load(tmp_path / name, DemonstrationDataset, **options))
+    assert both[0].fingerprint == both[1].fingerprint
+    tokenizer = make("byte_level", "chatml")
+    batch = both[0].all()
+    for row, values in enumerate(rows):
+        expected = tokenizer.apply_chat_template(
+            values["messages"],
+            tools=values["tools"],
+            chat_template=template.read_text(),
+            tokenize=False,
+        )
+        ids = [*batch.ragged("prompt_ids")[row], *batch.ragged("response_ids")[row]]
+        assert tokenizer.decode(ids) == expected
+    texts = [row | {"tools": json.dumps(row["tools"])} for row in rows]
+    (tmp_path / "text.jsonl").write_bytes(lines(texts))
+    assert (
+        load(tmp_path / "text.jsonl", DemonstrationDataset, **options).fingerprint
+        == both[0].fingerprint
+    )
+
+
+def test_b10_tools_reach_the_template_of_prompts(tmp_path: Path) -> None:
+    template = tmp_path / "tools.jinja"
+    template.write_text("{{ tools[0].name if tools else 'none' }}")
+    messages = [{"role": "user", "content": "x"}]
+    rows = [row_of(prompt=messages, tools=[{"name": "look"}]), row_of(prompt=messages)]
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    tokenizer = make("byte_level", "chatml")
+    for column, expected in (("tools", "look"), (None, "none")):
+        dataset = load(tmp_path / "a.jsonl", chat_template=str(template), tools_column=column)
+        ids = dataset.all().ragged("prompt_ids")
+        assert [tokenizer.decode(ids[0]), tokenizer.decode(ids[1])] == [expected, "none"]
+
+
+def texts_of(dataset: RowDataset, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    batch = dataset.all()
+    texts = []
+    for prompt, response in zip(
+        batch.ragged("prompt_ids").unbind(), batch.ragged("response_ids").unbind(), strict=True
+    ):
+        texts.append(tokenizer.decode(prompt) + "|" + tokenizer.decode(response))
+    return texts
+
+
+HUMAN = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: 2+2?\n\nAssistant:"
+
+
+def test_b12_hh_rlhf(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two dialogues: messages where there is a chat template, else text."""
+    rows = [
+        {"chosen": HUMAN + " 4", "rejected": HUMAN + " 5"},
+        {"chosen": HUMAN + " 4", "rejected": "\n\nHuman: other\n\nAssistant: 5"},
+        {"chosen": HUMAN + " 4", "rejected": HUMAN + " "},
+    ]
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    chat, text = make("byte_level", "chatml"), make("byte_level")
+    shown = texts_of(load(tmp_path / "a.jsonl", PairDataset, chat), chat)
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "2+2?"},
+    ]
+    prompt = chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert shown == [f"{prompt}|4<|im_end|>", f"{prompt}|5<|im_end|>"]
+    assert texts_of(load(tmp_path / "a.jsonl", PairDataset, text), text) == [
+        f"{HUMAN}| 4</s>",
+        f"{HUMAN}| 5</s>",
+    ]
+    assert "1 with conversations that part before their last turn" in caplog.text
+    assert "1 with an empty response" in caplog.text
+    with pytest.raises(ValueError, match=r"line 2: conversations that part .* data\.equal_pairs"):
+        load(tmp_path / "a.jsonl", PairDataset, equal_pairs=EqualPairs.error)
+
+
+def test_b12_ultrafeedback(tmp_path: Path) -> None:
+    question = {"role": "user", "content": "2+2?"}
+    pair = {
+        name: [question, {"role": "assistant", "content": text}]
+        for name, text in (("chosen", "4"), ("rejected", "5"))
+    }
+    plain = {"prompt": [question], "chosen": "4", "rejected": "5"}
+    for name, row in (("a", pair), ("b", {"prompt": "2+2?", **pair}), ("c", plain)):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines([row]))
+    pq.write_table(pa.Table.from_pylist([pair]), tmp_path / "d.parquet")
+    prints = {
+        load(tmp_path / name, PairDataset).fingerprint
+        for name in ("a.jsonl", "b.jsonl", "c.jsonl", "d.parquet")
+    }
+    assert len(prints) == 1
+
+
+def test_b13_equal_pairs_are_counted_and_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": text} for text in "bcb"]
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    assert len(load(tmp_path / "a.jsonl", PairDataset)) == 1
+    assert "1 pairs, " in caplog.text
+    assert "dropped 2 of 3: 2 with the same response in 'chosen' and 'rejected'" in caplog.text
+    with pytest.raises(ValueError, match=r"line 1: the same response .* data\.equal_pairs=drop"):
+        load(tmp_path / "a.jsonl", PairDataset, equal_pairs=EqualPairs.error)
+
+
+def test_verls_rows(tmp_path: Path) -> None:
+    rows = [
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": [{"role": "user", "content": "2+2?"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": "4"},
+            "extra_info": {"split": "train", "index": 0},
+        }
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for options in ({}, {"answer_column": "reward_model.ground_truth"}):
+        (extras,) = load(tmp_path / "a.parquet", **options).all().objects("extras")
+        assert extras == {"answer": "4"} | {k: v for k, v in rows[0].items() if k != "prompt"}
+
+
+def test_exact_duplicates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines([*ROWS, *ROWS[:2], row_of(prompt="1+1=")]))
+    assert len(load(tmp_path / "a.jsonl")) == 8
+    caplog.clear()
+    assert len(load(tmp_path / "a.jsonl", remove_duplicates=True)) == 6
+    assert "dropped 2 of 8: 2 that equal an earlier one" in caplog.text
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> list[dict[str, Any]]:
+    (tmp_path / "a.jsonl").write_bytes(lines([row_of(prompt=f"a{n}") for n in range(10)]))
+    (tmp_path / "b.jsonl").write_bytes(lines([row_of(prompt=f"b{n}") for n in range(30)]))
+    return [{"path": str(tmp_path / "a.jsonl"), "weight": 3}, {"path": str(tmp_path / "b.jsonl")}]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_sources_with_weights(mixed: list[dict[str, Any]], shuffle: bool) -> None:
+    """Of every epoch of 40 rows 30 are a's and 10 b's; each row of a source is used as often as
+    its others; the stream goes on where a checkpoint stood."""
+    tokenizer = make("byte_level")
+    dataset = load(mixed, tokenizer=tokenizer)
+    config = DataConfig(train=mixed, batch_size=7, shuffle=shuffle, seed=5)
+    loader, uses, uids = RowLoader(dataset, config), [], []
+    length = RunLength.of(num_steps=None, num_epochs=3, num_rows=len(dataset), batch_size=7)
+    states = []
+    while not length.reached(0, loader.position):
+        states.append(loader.state_dict())
+        batch = loader.take(length.next_rows(loader.position))
+        uses += [tokenizer.decode(ids) for ids in batch.ragged("prompt_ids").unbind()]
+        uids += batch.tensor("uid").tolist()
+    assert len(uses) == 120 and len(set(uids)) == 120
+    for epoch in range(3):
+        firsts = Counter(use[0] for use in uses[40 * epoch : 40 * epoch + 40])
+        assert firsts == {"a": 30, "b": 10}
+    counts = Counter(uses)
+    assert {counts[f"a{n}"] for n in range(10)} == {9}
+    assert {counts[f"b{n}"] for n in range(30)} == {1}
+    resumed = RowLoader(dataset, config)
+    resumed.load_state_dict(states[9])
+    assert [tokenizer.decode(ids) for ids in next(resumed).ragged("prompt_ids").unbind()] == (
+        uses[63:70]
+    )
+    again = RowLoader(dataset, DataConfig(train=mixed, batch_size=120, shuffle=shuffle, seed=5))
+    assert next(again).tensor("uid").tolist() == uids
+    with pytest.raises(ValueError, match=r"the sources of data\.train have the weights"):
+        resumed.load_state_dict(states[9] | {"weights": [1.0, 1.0]})
+
+
+def test_sources_without_weights_follow_each_other(mixed: list[dict[str, Any]]) -> None:
+    plain = [source["path"] for source in mixed]
+    dataset = load(plain)
+    assert len(dataset) == 40 and not dataset.shares
+    assert RowLoader(dataset, DataConfig(train=plain, shuffle=False)).order(0).tolist() == list(
+        range(40)
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([{"path": "a", "weight": 0}], "weight 0"),
+        ([{"path": "a", "weight": "much"}], "weight 'much'"),
+        ([{"path": "a", "wieght": 1}], "'wieght'"),
+        ([{"weight": 1}], r"data\.train is"),
+        ([], r"data\.train is \[\]"),
+    ],
+)
+def test_mistakes_in_sources(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(train=value)
+
+
+def test_an_empty_source_with_a_weight(tmp_path: Path, mixed: list[dict[str, Any]]) -> None:
+    (tmp_path / "empty.jsonl").write_bytes(b"\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl' has no rows that are used"):
+        load([*mixed, str(tmp_path / "empty.jsonl")])
+
+
+def test_pass_rates_filter_the_prompts_of_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    rates = [0.0, 0.1, 0.5, 0.9, 1.0]
+    places = [f"{tmp_path}/a.jsonl, line {n + 1}" for n in range(5)]
+    measured = [{"place": p, "pass_rate": r} for p, r in zip(places, rates, strict=True)]
+    (tmp_path / "rates.jsonl").write_bytes(lines(measured))
+    options = {"pass_rate": [0.1, 0.9], "pass_rates": str(tmp_path / "rates.jsonl")}
+    assert answers(load(tmp_path / "a.jsonl", **options)) == ["4", "6", "8"]
+    assert "dropped 2 of 5: 2 with a pass rate outside data.pass_rate" in caplog.text
+    assert len(load(tmp_path / "a.jsonl", field="data.validation", **options)) == 5
+    (tmp_path / "b.jsonl").write_bytes(lines(ROWS))
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 1: data\.pass_rates=.* has no pass rate"):
+        load(tmp_path / "b.jsonl", **options)
+    with pytest.raises(ValueError, match="set both"):
+        DataConfig(train="a", pass_rate=[0.1, 0.9])
+    with pytest.raises(ValueError, match="lowest and the highest"):
+        DataConfig(train="a", pass_rate=[0.9, 0.1], pass_rates="x")
+    with pytest.raises(ValueError, match="which does not exist"):
+        load(tmp_path / "a.jsonl", **(options | {"pass_rates": "nowhere"}))
+
+
+def test_random_numbers_of_shuffles_stay_the_same() -> None:
+    """The order of epochs of data without weights, as checkpoints of earlier versions have it."""
+    from controllers.data.mixture import random_keys
+
+    expected = np.random.Philox(key=np.array([7, 2], dtype=np.uint64)).random_raw(5)
+    assert random_keys((7, 2), 5).tolist() == expected.tolist()
