@@ -24,7 +24,7 @@ from recipes.config import NO_MODEL, RunConfig
 from workers.config import LearningRateSchedule, ModelConfig, TrainConfig
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head
-from workers.engines.model.loading import model_config, position_limit, standard_sizes
+from workers.engines.model.loading import check_packing, model_config, position_limit
 from workers.engines.shared.optimizer import check_optimizer_config
 from workers.generation import ENGINES as GENERATION_ENGINES
 from workers.generation import generation_engine_class
@@ -295,16 +295,12 @@ def _check_train_layout(
     model: ModelConfig, train: TrainConfig, head: Head, num_devices: int
 ) -> None:
     engine_class(train.engine).check(model_config(model, head), train, head, num_devices)
+    if train.packing:
+        check_packing(model, head)
 
 
 def _check_generation_sizes(role: str, model: ModelConfig, config: GenerationConfig) -> None:
-    heads = standard_sizes(model_config(model, Head.lm)).get("num_attention_heads", config.tp)
-    if heads % config.tp:
-        fitting = [size for size in range(1, heads + 1) if heads % size == 0]
-        raise ValueError(
-            f"generation.tp is {config.tp}, which does not divide the model's {heads} attention "
-            f"heads; use one of {fitting}"
-        )
+    generation_engine_class(config.engine).check_model(model_config(model, Head.lm), config)
     (limit, source), needed = most_tokens(model, config, role), config.sampling.max_response_tokens
     if needed >= limit:
         raise ValueError(

@@ -32,6 +32,7 @@ from workers.config import Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head
 from workers.engines.model.loading import model_config, standard_sizes
+from workers.generation.cache import DEFAULT_CACHE_BYTES
 from workers.generation.config import GenerationConfig
 from workers.role_config import ActorConfig, RewardConfig
 from workers.weight_sync import BUCKET_BYTES
@@ -225,7 +226,8 @@ def _rows_in_cache(generation: GenerationConfig, model: ModelSpec, longest_row: 
     """Sequences that the key/value cache of a CPU rank holds, at least one."""
     layout = GenerationLayout(pg=generation.pp, tg=generation.tp)
     per_token = kv_bytes_per_token(model, layout, precision_space(generation.precision))
-    return max(1, int(generation.kv_cache_bytes / (per_token * longest_row)))
+    cache = generation.kv_cache_bytes or DEFAULT_CACHE_BYTES
+    return max(1, int(cache / (per_token * longest_row)))
 
 
 def apply_mapping(inputs: MapperInputs, mapping: DeviceMapping) -> RunConfig:

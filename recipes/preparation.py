@@ -31,6 +31,7 @@ from recipes.compatibility import (
 )
 from recipes.config import PlacementMode, RunConfig
 from recipes.forecast import forecast, verdict
+from recipes.generation_lengths import with_generation_lengths
 from recipes.mapping_settings import MapperInputs, apply_mapping
 from recipes.placing import Placement, check_models, place, placeholder_roles, placement_report
 from recipes.roles import GENERATION
@@ -112,6 +113,7 @@ def prepare(config: RunConfig) -> Preparation:
     placement = place(config)
     held_out = load_rows(placement, "validation", tokenizer) if config.data.validation else None
     pretraining = load_pretraining(placement, tokenizer)
+    placement = place(with_generation_lengths(placement, train, held_out))
     if isinstance(train, PromptDataset):
         check_context_lengths(config, placement.roles, train.longest_prompt_tokens)
     prepared = Preparation(

@@ -167,7 +167,9 @@ class Devices:
         if not model.exists():
             make_model(family, model)
         try:
-            row.log_prob_gap = self._run([self._prepare(name, model) for name in ALGORITHMS])
+            row.log_prob_gap = self._run(
+                [self._prepare(name, model, family.packing) for name in ALGORITHMS]
+            )
             row.ok = row.log_prob_gap < GAP
         except Refused as refusal:
             row.log_prob_gap, row.message = None, str(refusal)
@@ -179,8 +181,11 @@ class Devices:
         row.seconds = round(time.perf_counter() - started, 1)
         return row
 
-    def _prepare(self, algorithm: str, model: Path) -> Preparation:
+    def _prepare(self, algorithm: str, model: Path, packing: bool) -> Preparation:
         config = with_path(self._settings[algorithm], MODEL, str(model))
+        if not packing:
+            for role in (config.actor, config.critic, config.reference):
+                role.train.packing = False
         try:
             prepared = prepare(config)
             dry_run_report(prepared)

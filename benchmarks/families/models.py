@@ -45,6 +45,8 @@ class Family:
     model_type: str
     settings: dict[str, Any] = field(default_factory=dict)
     vocabulary: int = VOCABULARY
+    packing: bool = True
+    """False: its attention can't be told where sequences begin (ALiBi), so that rows are padded."""
 
     @property
     def key(self) -> str:
@@ -163,8 +165,14 @@ FAMILIES = [
         name="Bloom",
         model_type="bloom",
         settings={"hidden_size": WIDTH, "n_head": HEADS, "n_layer": LAYERS},
+        packing=False,
     ),
-    Family(name="MPT", model_type="mpt", settings={"d_model": WIDTH, "n_heads": 6, "n_layers": 5}),
+    Family(
+        name="MPT",
+        model_type="mpt",
+        settings={"d_model": WIDTH, "n_heads": 6, "n_layers": 5},
+        packing=False,
+    ),
     Family(
         name="Falcon",
         model_type="falcon",
@@ -176,6 +184,7 @@ FAMILIES = [
             "new_decoder_architecture": True,
             "max_position_embeddings": LENGTH,
         },
+        packing=False,
     ),
     Family(
         name="StableLM", model_type="stablelm", settings=COMMON | {"partial_rotary_factor": 0.25}

@@ -17,6 +17,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PretrainedConfig
 
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
@@ -84,6 +85,12 @@ class GenerationEngine(ABC):
         """Refuse before the start settings that the engine does not have: a ValueError with
         field, value and fix. Nothing by default."""
         del config
+
+    @classmethod
+    def check_model(cls, model: PretrainedConfig, config: GenerationConfig) -> None:
+        """Refuse before the start a model that the engine can't run, or not in this layout: a
+        ValueError with field, value and fix. Nothing by default."""
+        del model, config
 
     @abstractmethod
     def __init__(

@@ -55,16 +55,17 @@ class GenerationConfig:
     """Precision of the generation weights and the key/value cache; logits are float32 from the
     softmax on."""
     max_model_len: int = 0
-    """Most tokens of prompt and response together; 0 takes the model's own limit. A smaller
-    value saves memory."""
+    """Most tokens of prompt and response together. 0: the actor's longest prompt (of training and
+    validation) with max_response_tokens; elsewhere what the cache holds, up to the model's limit."""
     max_num_seqs: int = 256
     """Most responses that are generated at the same time by one data-parallel engine; the
     others wait."""
     max_num_batched_tokens: int = 8192
     """Most tokens of one forward pass of one engine (prompts are split over passes where they
     are longer)."""
-    kv_cache_bytes: int = 256 * 2**20
-    """Key/value cache of one rank on CPU. On GPU: see gpu_memory_fraction."""
+    kv_cache_bytes: int = 0
+    """Key/value cache of one rank on CPU. 0: what the responses of a step need, at most 2 GiB (the
+    others wait); 256 MiB where that is not known. On GPU: see gpu_memory_fraction."""
     gpu_memory_fraction: float = 0.5
     """Share of the device's memory that weights, activations and key/value cache of generation
     may take."""

@@ -74,7 +74,7 @@ def check_prompts(
                 f"prompts: row {row} has {len(prompt)} tokens, and with "
                 f"max_response_tokens={sampling.max_response_tokens} is over "
                 f"max_model_len={max_model_len}; filter longer prompts, lower max_response_tokens "
-                "or raise max_model_len"
+                "or raise generation.max_model_len (and kv_cache_bytes, on a CPU)"
             )
         low, high = int(prompt.min()), int(prompt.max())
         if low < 0 or high >= vocab_size:

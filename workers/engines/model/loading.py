@@ -34,7 +34,7 @@ from hybridflow.context import RankContext
 from hybridflow.progress import activity
 from workers.config import ModelConfig, SavedDtype
 from workers.engines.base import Head
-from workers.engines.model.attention import use_sequence_attention
+from workers.engines.model.attention import check_packable, use_sequence_attention
 from workers.engines.model.scored import score_head
 
 AUTO = "auto"
@@ -205,6 +205,13 @@ def build_on_meta(config: ModelConfig, head: Head) -> PreTrainedModel:
             attn_implementation=_attention(config),
             trust_remote_code=config.trust_remote_code,
         )
+
+
+def check_packing(config: ModelConfig, head: Head) -> None:
+    """ValueError for a model whose attention can't keep the sequences of a packed row apart."""
+    model = build_on_meta(config, head)
+    use_sequence_attention(model, fused=config.attention != AUTO)
+    check_packable(model)
 
 
 def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:

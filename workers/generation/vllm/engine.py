@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PretrainedConfig
 
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
@@ -37,6 +38,7 @@ from workers.generation.sampling import (
 )
 from workers.generation.vllm.destination import VllmShards
 from workers.generation.vllm.groups import build_vllm_groups
+from workers.generation.vllm.limits import check_fits
 from workers.generation.vllm.memory import (
     CpuMemory,
     CudaMemory,
@@ -63,6 +65,10 @@ class VllmEngine(GenerationEngine):
     shares_process: ClassVar[bool] = True
     llm: LLM
     """vLLM's own object, for what replaces the weights by other means."""
+
+    @classmethod
+    def check_model(cls, model: PretrainedConfig, config: GenerationConfig) -> None:
+        check_fits(model, config)
 
     def __init__(
         self,

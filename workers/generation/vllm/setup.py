@@ -19,7 +19,8 @@ from transformers import PretrainedConfig
 
 from hybridflow.context import RankContext
 from workers.config import ModelConfig, Precision
-from workers.engines.model.loading import UNLIMITED, standard_sizes
+from workers.engines.model.loading import standard_sizes
+from workers.generation.cache import CPU_BLOCK_SIZE, cache_bytes
 from workers.generation.config import GenerationConfig
 
 if TYPE_CHECKING:
@@ -33,10 +34,6 @@ ENVIRONMENT = {
 }
 """Read when vLLM is imported: one process, no telemetry, the model runner whose sampler can be
 replaced."""
-
-CPU_BLOCK_SIZE = 32
-"""The smallest that vLLM's CPU attention takes: prompts share whole blocks only, and a response
-wastes half a block."""
 
 
 def build_llm(
@@ -65,13 +62,11 @@ def build_llm(
         tensor_parallel_size=config.tp,
         pipeline_parallel_size=config.pp,
         distributed_executor_backend="external_launcher",
-        max_model_len=config.max_model_len or None,
+        max_model_len=config.max_model_len or -1,  # what the cache holds, up to the model's limit
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         gpu_memory_utilization=config.gpu_memory_fraction,
-        kv_cache_memory_bytes=None
-        if cuda
-        else min(config.kv_cache_bytes, most_cache_bytes(config, text_config)),
+        kv_cache_memory_bytes=None if cuda else cache_bytes(standard_sizes(text_config), config),
         block_size=config.block_size or (None if cuda else CPU_BLOCK_SIZE),
         enable_prefix_caching=config.prefix_caching,
         enforce_eager=config.enforce_eager,
@@ -79,26 +74,6 @@ def build_llm(
         async_scheduling=False,  # TrainerSampler counts the tokens that a row has
         seed=0,
     )
-
-
-def most_cache_bytes(config: GenerationConfig, text_config: PretrainedConfig) -> int:
-    """Bytes of key/value cache of a rank for max_num_seqs responses of full length: more would
-    never be used.
-
-    For attention with keys and values per head, which is an upper bound for the compressed kinds.
-    """
-    values = standard_sizes(text_config)
-    if "num_attention_heads" not in values:  # state spaces
-        return config.kv_cache_bytes
-    heads = values.get("num_key_value_heads") or values["num_attention_heads"]
-    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-    token_bytes = (
-        2 * -(-heads // config.tp) * head_dim * (4 if config.precision == Precision.fp32 else 2)
-    )
-    block = config.block_size or CPU_BLOCK_SIZE
-    length = config.max_model_len or values.get("max_position_embeddings") or UNLIMITED
-    blocks = config.max_num_seqs * -(-length // block) + 1  # vLLM keeps one block empty
-    return -(-values["num_hidden_layers"] // config.pp) * token_bytes * block * blocks
 
 
 @contextmanager

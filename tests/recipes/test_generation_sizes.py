@@ -1,0 +1,185 @@
+"""A2, A5 and A6: sizes of any family are read by transformers' standard names; generation.tp is held
+against vLLM's own rules, and lengths and cache come from the data, before anything starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, PretrainedConfig
+
+from benchmarks.families.models import FAMILIES, Family, make_model, make_tokenizer
+from recipes.preparation import dry_run_report, prepare
+from recipes.python_settings import make_settings
+from workers.config import Precision
+from workers.engines.model.loading import standard_sizes
+from workers.generation.cache import MAX_CACHE_BYTES, cache_bytes, cache_bytes_of_rows
+from workers.generation.config import GenerationConfig
+from workers.generation.vllm.limits import check_fits, why_not
+
+
+def family(name: str) -> Family:
+    return next(entry for entry in FAMILIES if entry.name == name)
+
+
+def config_of(name: str, **changes: object) -> PretrainedConfig:
+    entry = family(name)
+    settings = entry.settings | {"vocab_size": entry.vocabulary} | changes
+    return AutoConfig.for_model(entry.model_type, **settings)
+
+
+@pytest.mark.parametrize("entry", FAMILIES, ids=lambda entry: entry.key)
+def test_a2_sizes_have_standard_names_in_every_family(entry: Family) -> None:
+    sizes = standard_sizes(AutoConfig.for_model(entry.model_type, **entry.settings))
+    assert sizes["hidden_size"] == 192
+    assert sizes["num_hidden_layers"] == 5
+    if entry.model_type != "mamba":
+        assert sizes["num_attention_heads"] == 6
+    assert cache_bytes(sizes, GenerationConfig(max_model_len=64)) > 0
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Bloom", "MPT", "Falcon", "OPT"])
+@pytest.mark.parametrize("engine", ["vllm", "hf"])
+def test_a2_a_dry_run_takes_families_with_names_of_their_own(
+    name: str, engine: str, tmp_path: Path
+) -> None:
+    arguments = run(tmp_path, family(name), [f"actor.generation.engine={engine}"])
+    if not family(name).packing:
+        arguments += [f"{role}.train.packing=false" for role in ("actor", "reference")]
+    prepared = prepare(make_settings("grpo", arguments))
+    assert "actor" in dry_run_report(prepared)
+
+
+def test_a2_attention_that_cannot_be_packed_is_refused_before_anything_starts(
+    tmp_path: Path,
+) -> None:
+    arguments = run(tmp_path, family("Bloom"), [])
+    with pytest.raises(
+        ValueError, match=r"actor: train.packing is true, .* bloom .* packing=false"
+    ):
+        prepare(make_settings("grpo", arguments))
+
+
+@pytest.mark.parametrize(
+    ("changes", "tp", "message"),
+    [
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 6},
+            4,
+            r"6 key-value heads .*\[1, 2, 3, 6, 12\]",
+        ),
+        (
+            {"num_key_value_heads": 6, "intermediate_size": 320},
+            3,
+            r"MLP of 320; use one of \[1, 2\]",
+        ),
+        ({"num_key_value_heads": 6}, 3, r"vocabulary, padded to 1024; use one of \[1, 2\]"),
+        ({}, 4, r"6 attention heads; use one of \[1, 2\]"),
+    ],
+)
+def test_a5_generation_tp_follows_the_rules_of_vllm(
+    changes: dict[str, int], tp: int, message: str
+) -> None:
+    config = config_of("Qwen 2", **{"head_dim": 32, "intermediate_size": 384} | changes)
+    if changes.get("num_attention_heads") == 12:
+        config.vocab_size, config.intermediate_size = 960, 384  # divisible by 3 and 6
+    with pytest.raises(ValueError, match=f"generation.tp is {tp}, which does not fit .*{message}"):
+        check_fits(config, GenerationConfig(tp=tp))
+
+
+def test_a5_key_value_heads_may_be_replicated() -> None:
+    sizes = standard_sizes(
+        config_of("Qwen 2", num_attention_heads=8, num_key_value_heads=2, intermediate_size=384)
+    )
+    assert [tp for tp in range(1, 9) if not why_not(sizes, tp)] == [1, 2, 4, 8]
+    falcon = standard_sizes(config_of("Falcon", multi_query=True, new_decoder_architecture=False))
+    assert not why_not(falcon, 2), "one key-value head, on both ranks"
+
+
+def test_a5_a_dry_run_refuses_it(tmp_path: Path) -> None:
+    """On three devices, where vLLM raised an AssertionError."""
+    arguments = run(tmp_path, family("Qwen 2"), ["runtime=ray", "num_devices=3"])
+    arguments.append("actor.generation.tp=3")
+    with pytest.raises(ValueError, match=r"actor: generation.tp is 3, .* 2 key-value heads"):
+        prepare(make_settings("grpo", arguments))
+
+
+def test_a6_lengths_and_cache_come_from_the_data(tmp_path: Path) -> None:
+    """Limit 131072, longest prompt 41 tokens: the cache is for 41 + 30, not for the limit."""
+    arguments = run(tmp_path, family("Qwen 2"), [], max_position_embeddings=131072)
+    prepared = prepare(make_settings("grpo", [*arguments, *LENGTHS]))
+    generation = prepared.config.actor.generation
+    assert generation.max_model_len == 41 + 30
+    blocks = 4 * 2 * -(-(41 + 30) // 32) + 1 + 1  # of 32 tokens, for 4 prompts x 2 samples
+    assert generation.kv_cache_bytes == 5 * blocks * 32 * 2 * 2 * 32 * 4
+    asked = [*arguments, *LENGTHS, "actor.generation.max_model_len=100"]
+    assert prepare(make_settings("grpo", asked)).config.actor.generation.max_model_len == 100
+
+
+def test_a6_a_cache_that_holds_no_row_is_refused_with_our_names(tmp_path: Path) -> None:
+    arguments = run(tmp_path, family("Qwen 2"), ["actor.generation.kv_cache_bytes=1000"])
+    with pytest.raises(
+        ValueError, match=r"actor.generation.kv_cache_bytes is 1000, .* raise it"
+    ) as caught:
+        prepare(make_settings("grpo", arguments))
+    assert "\n" not in str(caught.value)
+
+
+def test_a6_the_cache_of_qwen_25_05b_for_its_whole_context() -> None:
+    """The 384 MiB in bfloat16 that vLLM asks for, and a block more."""
+    sizes = {
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "hidden_size": 896,
+    }
+    config = GenerationConfig(max_model_len=32768, precision=Precision.bf16)
+    whole = cache_bytes_of_rows(sizes, config, 1)
+    assert 384 * 2**20 < whole < 386 * 2**20
+    assert cache_bytes(sizes, config) == whole
+    assert whole < MAX_CACHE_BYTES
+
+
+def test_longrope_rows_on_both_sides_of_its_change_are_refused_for_vllm() -> None:
+    config = config_of("Phi-3, longrope")
+    check_fits(config, GenerationConfig(max_model_len=32))
+    with pytest.raises(ValueError, match=r"max_model_len is 49, .* longrope changes at 32 tokens"):
+        check_fits(config, GenerationConfig(max_model_len=49))
+
+
+def test_windows_in_some_layers_of_qwen_2_are_refused_for_vllm() -> None:
+    with pytest.raises(ValueError, match=r"qwen2 has no windows in only some .*engine=hf"):
+        check_fits(config_of("Qwen 2, windows"), GenerationConfig())
+
+
+LENGTHS = ["actor.generation.sampling.max_response_tokens=30"]
+
+
+def run(directory: Path, entry: Family, more: list[str], **changes: object) -> list[str]:
+    model = make_model(entry, directory / "model")
+    if changes:
+        config = json.loads((model / "config.json").read_text()) | changes
+        (model / "config.json").write_text(json.dumps(config))
+    make_tokenizer(directory / "tokenizer")
+    rows = []
+    for number, length in enumerate((3, 9, 24, 41)):
+        prompt = " ".join(str(5 + number) for _ in range(length))
+        rows.append(json.dumps({"prompt": prompt, "answer": "1"}) + "\n")
+    (directory / "data.jsonl").write_text("".join(rows))
+    arguments = [
+        f"model.path={model}",
+        f"model.tokenizer={directory / 'tokenizer'}",
+        f"data.train={directory / 'data.jsonl'}",
+        "data.batch_size=4",
+        "algorithm.samples_per_prompt=2",
+        "actor.generation.sampling.max_response_tokens=8",
+        "actor.generation.precision=fp32",
+        "actor.train.precision=fp32",
+        "reward.function=tests.recipes.rewards:plain",
+        "runtime=local",
+        f"output_dir={directory / 'out'}",
+    ]
+    if any(setting.startswith("runtime=") for setting in more):
+        arguments.remove("runtime=local")
+    return [*arguments, *more]
