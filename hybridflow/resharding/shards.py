@@ -3,8 +3,10 @@ memory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import add
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +20,12 @@ class Box:
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Indexes a tensor of the whole parameter's shape."""
+        ends = map(add, self.start, self.shape)
+        return tuple(map(slice, self.start, ends))
 
     @property
     def numel(self) -> int:
@@ -48,3 +56,15 @@ class LocalParameter:
     """Global shape."""
     dtype: torch.dtype
     shards: tuple[LocalShard, ...]
+
+
+def all_parameters(
+    shapes: Mapping[str, tuple[int, ...]],
+    shards: Mapping[str, Sequence[LocalShard]],
+    dtype: torch.dtype,
+) -> list[LocalParameter]:
+    """Every parameter of a model (name -> global shape) with the shards that this rank holds."""
+    parameters = []
+    for name, shape in shapes.items():
+        parameters.append(LocalParameter(name, shape, dtype, tuple(shards.get(name, ()))))
+    return parameters

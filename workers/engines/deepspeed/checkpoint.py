@@ -10,16 +10,17 @@ written them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import starmap
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
+from hybridflow.resharding.shards import Box, LocalParameter, LocalShard, all_parameters
 from workers.engines.deepspeed.partitions import Fragment, Partitions
 from workers.engines.shared.box_tensor import BoxTensor, collect_flat, flat_views
 from workers.engines.shared.checkpoint import load_tensors, save_tensors
+from workers.engines.shared.gather import gather_objects
 from workers.engines.shared.optimizer import MOMENTS
 
 Shapes = dict[str, tuple[int, ...]]
@@ -27,11 +28,12 @@ Shapes = dict[str, tuple[int, ...]]
 
 def save_state(owned: Partitions, shapes: Shapes, num_steps: int, directory: Path) -> None:
     """Collective."""
-    fragments = {fragment.name: fragment for fragment in owned.fragments}
-    ranges: list[dict[str, tuple[int, int]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(
-        ranges, {name: (part.begin, part.end) for name, part in fragments.items()}
-    )
+    fragments: dict[str, Fragment] = {}
+    local: dict[str, tuple[int, int]] = {}
+    for fragment in owned.fragments:
+        fragments[fragment.name] = fragment
+        local[fragment.name] = fragment.begin, fragment.end
+    ranges = gather_objects(local)
     state: dict[str, Tensor] = {"num_steps": torch.tensor(num_steps)}
     for number, (name, shape) in enumerate(shapes.items()):
         if name not in fragments:
@@ -67,17 +69,11 @@ def load_state(owned: Partitions, shapes: Shapes, directory: Path) -> int:
 def master_parameters(owned: Partitions, shapes: Shapes) -> list[LocalParameter]:
     """This rank's float32 weights, as boxes of every logical parameter."""
     masters = owned.masters
-    held = {
-        piece.name: tuple(
-            LocalShard(box, tensor)
-            for box, tensor in _boxes(piece, shapes[piece.name], masters[piece.group])
-        )
-        for piece in owned.fragments
-    }
-    return [
-        LocalParameter(name, shape, torch.float32, held.get(name, ()))
-        for name, shape in shapes.items()
-    ]
+    shards: dict[str, list[LocalShard]] = {}
+    for piece in owned.fragments:
+        boxes = _boxes(piece, shapes[piece.name], masters[piece.group])
+        shards[piece.name] = list(starmap(LocalShard, boxes))
+    return all_parameters(shapes, shards, torch.float32)
 
 
 def _boxes(piece: Fragment, shape: tuple[int, ...], flat: Tensor) -> Iterator[tuple[Box, Tensor]]:
@@ -88,7 +84,7 @@ def _boxes(piece: Fragment, shape: tuple[int, ...], flat: Tensor) -> Iterator[tu
 def _kinds(owned: Partitions) -> dict[str, list[Tensor]]:
     """Prefix in the checkpoint -> flat buffers."""
     states = owned.states()
-    return {
-        "model": [master.detach() for master in owned.masters],
-        **{moment: [state[moment] for state in states] for moment in MOMENTS},
-    }
+    kinds = {"model": [master.detach() for master in owned.masters]}
+    for moment in MOMENTS:
+        kinds[moment] = [state[moment] for state in states]
+    return kinds

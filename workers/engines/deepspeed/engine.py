@@ -97,9 +97,9 @@ class DeepspeedEngine(ShardedEngine):
     ) -> Outputs:
         with torch.no_grad():
             micro_batches = self._cut_alike(sequences, None, alike=self.config.zero_stage == 3)
-            outputs = [
-                self._run(micro_batch, entropy, temperature) for micro_batch in micro_batches
-            ]
+            outputs = []
+            for micro_batch in micro_batches:
+                outputs.append(self._run(micro_batch, entropy, temperature))
         return gather_outputs(micro_batches, outputs, sequences)
 
     def train_step(
@@ -185,7 +185,9 @@ class DeepspeedEngine(ShardedEngine):
         return float(total.sqrt())
 
     def _not_finite(self, gradients: list[list[Tensor]]) -> list[str]:
-        flat = [torch.cat([part.reshape(-1) for part in parts]) for parts in gradients]
+        flat = []
+        for parts in gradients:
+            flat.append(torch.cat([part.reshape(-1) for part in parts]))
         names = []
         for piece in self._owned.fragments:
             if not bool(torch.isfinite(piece.of(flat[piece.group])).all()):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from workers.engines.shared.optimizer import MOMENTS
+from workers.engines.shared.optimizer import no_moments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,13 +71,7 @@ class Partitions(ABC):
         """AdamW's state of every flat buffer; zeros before the first step."""
         for master in self.masters:
             if not self.adam.state[master]:
-                moments = {
-                    moment: torch.zeros_like(master, requires_grad=False) for moment in MOMENTS
-                }
-                self.adam.state[master] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                    **moments,
-                }
+                self.adam.state[master] = no_moments(master)
         return [self.adam.state[master] for master in self.masters]
 
 

@@ -104,10 +104,12 @@ class ZeroModel:
             check_packable(source.model)
         self.config = config
         self.dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
-        self.shapes = {
-            name: tuple(parameter.shape) for name, parameter in source.model.named_parameters()
-        }
+        self.shapes: dict[str, tuple[int, ...]] = {}
         """Logical parameters."""
+        num_elements = 0
+        for name, parameter in source.model.named_parameters():
+            self.shapes[name] = tuple(parameter.shape)
+            num_elements += parameter.shape.numel()
         self.originals: dict[str, Tensor] = {}
         """Float32 values that bfloat16 cannot hold, until the master weights have them: host
         memory; under stage 3 the rank's part."""
@@ -116,17 +118,12 @@ class ZeroModel:
             enable_activation_checkpointing(source.model)
         keeps = trains and self.dtype is not torch.float32
         deepspeed = library(device)
-        settings = deepspeed_settings(
-            config, sum(torch.Size(shape).numel() for shape in self.shapes.values())
-        )
+        settings = deepspeed_settings(config, num_elements)
         layers = decoder_layers(source.model) if config.zero_stage == 3 else []
         for module in (*layers, source.model):
             source.materialize(module, device)
-            self._take(
-                module,
-                {id(parameter): name for name, parameter in source.model.named_parameters()},
-                keeps,
-            )
+            names = {id(parameter): name for name, parameter in source.model.named_parameters()}
+            self._take(module, names, keeps)
             if config.zero_stage == 3:
                 deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=self.dtype)
         self.parameters: dict[str, nn.Parameter] = dict(source.model.named_parameters())
@@ -164,10 +161,10 @@ class ZeroModel:
                 self.originals[names[id(parameter)]] = flat.cpu()
 
     def _build_adam(self) -> torch.optim.AdamW:
-        decays = [
-            parameter for name, parameter in self.parameters.items() if len(self.shapes[name]) >= 2
-        ]
-        others = [
-            parameter for name, parameter in self.parameters.items() if len(self.shapes[name]) < 2
-        ]
+        decays, others = [], []
+        for name, parameter in self.parameters.items():
+            if len(self.shapes[name]) >= 2:
+                decays.append(parameter)
+            else:
+                others.append(parameter)
         return adamw(decays, others, self.config.optimizer, fused=True)

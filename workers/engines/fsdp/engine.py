@@ -48,6 +48,7 @@ from workers.engines.shared.optimizer import (
     clip_gradients,
     global_grad_norm,
     learning_rate,
+    no_moments,
     set_learning_rate,
 )
 from workers.engines.shared.sharded_engine import ShardedEngine
@@ -90,14 +91,14 @@ class FsdpEngine(ShardedEngine):
         self._parameters: dict[str, nn.Parameter] = dict(source.model.named_parameters())
         # AdamW works on the rank's own memory: no distributed dispatch per parameter, and any mix
         # of meshes.
-        self._local = {
-            name: nn.Parameter(local_part(parameter))
-            for name, parameter in self._parameters.items()
-        }
-        self._optimizer = build_optimizer(
-            [parameter for parameter in self._local.values() if parameter.numel()],
-            self.config.optimizer,
-        )
+        self._local: dict[str, nn.Parameter] = {}
+        present = []
+        for name, parameter in self._parameters.items():
+            local = nn.Parameter(local_part(parameter))
+            self._local[name] = local
+            if local.numel():
+                present.append(local)
+        self._optimizer = build_optimizer(present, self.config.optimizer)
         # A small model's gathered weights serve the passes until the next step; a large one's would
         # be in generation's way.
         self._keeps_gathered = is_one_group(self._scored)
@@ -108,9 +109,9 @@ class FsdpEngine(ShardedEngine):
     ) -> Outputs:
         with torch.no_grad():
             micro_batches = self._micro_batches(sequences)
-            outputs = [
-                self._run(micro_batch, entropy, temperature) for micro_batch in micro_batches
-            ]
+            outputs = []
+            for micro_batch in micro_batches:
+                outputs.append(self._run(micro_batch, entropy, temperature))
         if not self._keeps_gathered:
             self._reshard()
         return gather_outputs(micro_batches, outputs, sequences)
@@ -238,10 +239,9 @@ class FsdpEngine(ShardedEngine):
     def _state(self, local: nn.Parameter) -> Mapping[str, Tensor]:
         state = self._optimizer.state
         if not local.numel():
-            return {moment: torch.zeros_like(local) for moment in MOMENTS}
+            return no_moments(local)
         if not state[local]:
-            step = torch.zeros((), dtype=torch.float32, device=local.device)
-            state[local] = {"step": step, **{moment: torch.zeros_like(local) for moment in MOMENTS}}
+            state[local] = no_moments(local)
         moments: dict[str, Tensor] = state[local]
         return moments
 

@@ -3,6 +3,8 @@ rank holds."""
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,9 +33,9 @@ step instead of one per layer."""
 def make_mesh(layout: Layout, device_type: str) -> DeviceMesh:
     """Mesh [dp] or [dp, tp] in the layout's rank order; collective."""
     dp, tp = layout.axis_size("dp"), layout.axis_size("tp")
-    ranks = torch.tensor(
-        [[layout.rank(dp=data, tp=tensor) for tensor in range(tp)] for data in range(dp)]
-    )
+    ranks = torch.empty(dp, tp, dtype=torch.int64)
+    for data, tensor in product(range(dp), range(tp)):
+        ranks[data, tensor] = layout.rank(dp=data, tp=tensor)
     if tp == 1:
         return DeviceMesh(device_type, ranks[:, 0], mesh_dim_names=("dp",))
     return DeviceMesh(device_type, ranks, mesh_dim_names=("dp", "tp"))

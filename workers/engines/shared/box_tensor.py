@@ -52,18 +52,16 @@ class BoxTensor(Tensor):
         raise AssertionError(f"{function} on a BoxTensor: it only tells checkpoints what is where")
 
     def __create_write_items__(self, name: str, _object: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(name, torch.Size(box.start)),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=_chunk(box),
-                    properties=TensorProperties.create_from_tensor(tensor),
-                    size=self.shape,
-                ),
+        items = []
+        for box, tensor in self.shards:
+            data = TensorWriteData(
+                chunk=_chunk(box),
+                properties=TensorProperties.create_from_tensor(tensor),
+                size=self.shape,
             )
-            for box, tensor in self.shards
-        ]
+            index = MetadataIndex(name, torch.Size(box.start))
+            items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+        return items
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [_chunk(box) for box, _ in self.shards]

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from hybridflow.resharding.shards import Box, LocalParameter
+from workers.engines.shared.gather import gather_objects
 
 MAX_FILE_BYTES = 4 * 2**30
 """Most bytes of one file; a larger parameter is a file of its own."""
@@ -35,10 +36,10 @@ def write_safetensors(
 
     `device` is where messages travel ("cpu" for gloo, a GPU for NCCL).
     """
-    everywhere: list[list[tuple[Box, ...]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(
-        everywhere, [tuple(shard.box for shard in parameter.shards) for parameter in parameters]
-    )
+    local: list[list[Box]] = []
+    for parameter in parameters:
+        local.append([shard.box for shard in parameter.shards])
+    everywhere = gather_objects(local)
     files = _split(parameters, max_file_bytes)
     writes = dist.get_rank() == 0
     for number, indices in enumerate(files):
@@ -75,7 +76,7 @@ def write_configs(
 
 
 def _collect(
-    parameter: LocalParameter, holders: list[tuple[Box, ...]], device: torch.device
+    parameter: LocalParameter, holders: list[list[Box]], device: torch.device
 ) -> Tensor | None:
     """The whole parameter in rank 0's host memory, None elsewhere; every distinct box comes
     from the first rank that holds it."""
@@ -84,25 +85,20 @@ def _collect(
     for holder, boxes in enumerate(holders):
         for box in boxes:
             sources.setdefault(box, holder)
-    own = {shard.box: shard.tensor for shard in parameter.shards}
+    local = {shard.box: shard.tensor for shard in parameter.shards}
     if rank != 0:
         for box, source in sorted(sources.items()):
             if source == rank:
-                dist.send(own[box].contiguous(), dst=0)
+                dist.send(local[box].contiguous(), dst=0)
         return None
     whole = torch.empty(parameter.shape, dtype=parameter.dtype)
     for box, source in sorted(sources.items()):
         if source == 0:
-            part = own[box]
+            part = local[box]
         else:
             part = torch.empty(box.shape, dtype=parameter.dtype, device=device)
             dist.recv(part, src=source)
-        whole[
-            tuple(
-                slice(start, start + length)
-                for start, length in zip(box.start, box.shape, strict=True)
-            )
-        ].copy_(part)
+        whole[box.slices].copy_(part)
     return whole
 
 
@@ -125,7 +121,7 @@ def _write_index(parameters: list[LocalParameter], files: list[list[int]], direc
     for number, indices in enumerate(files):
         for index in indices:
             weight_map[parameters[index].name] = _file_name(number, len(files))
-    total = sum(_num_bytes(parameter) for parameter in parameters)
+    total = sum(map(_num_bytes, parameters))
     (directory / INDEX_FILE).write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
     )

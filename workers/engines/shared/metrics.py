@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from workers.engines.shared.gather import gather_objects
+
 
 def combine_metrics(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Metrics of two parts of a mini-batch as those of both. A part that never called the loss has
@@ -35,17 +37,17 @@ def add_micro_batch(
     metrics: Mapping[str, Tensor], loss: Tensor, parts: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """`metrics` and those of one more micro-batch: its loss and what the loss function measured."""
-    own = {name: value.detach().double() for name, value in {"loss": loss, **parts}.items()}
-    return combine_metrics(metrics, own)
+    added = {name: value.detach().double() for name, value in {"loss": loss, **parts}.items()}
+    return combine_metrics(metrics, added)
 
 
 def metrics_of_group(metrics: Mapping[str, Tensor], group: ProcessGroup | None) -> dict[str, float]:
     """Metrics of all ranks of `group` (None: all), combined in rank order on every rank by one
     small collective; for ranks that have the same names."""
     names = sorted(metrics)
-    own = torch.stack([metrics[name] for name in names])
-    every = own.new_empty(dist.get_world_size(group) * len(names))
-    dist.all_gather_single(every, own, group=group)
+    local = torch.stack([metrics[name] for name in names])
+    every = local.new_empty(dist.get_world_size(group) * len(names))
+    dist.all_gather_single(every, local, group=group)
     total: dict[str, Tensor] = {}
     for numbers in every.cpu().view(-1, len(names)):
         total = combine_metrics(total, dict(zip(names, numbers, strict=True)))
@@ -54,10 +56,8 @@ def metrics_of_group(metrics: Mapping[str, Tensor], group: ProcessGroup | None) 
 
 def metrics_of_some(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     """The same over all ranks where only some have metrics, and others do not know their names."""
-    everywhere: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, {name: float(value) for name, value in metrics.items()})
     total: dict[str, Tensor] = {}
-    for numbers in everywhere:
-        part = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-        total = combine_metrics(total, part)
+    for numbers in gather_objects({name: float(value) for name, value in metrics.items()}):
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        total = combine_metrics(total, dict(zip(numbers, values, strict=True)))
     return {name: float(value) for name, value in total.items()}

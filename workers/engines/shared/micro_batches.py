@@ -95,10 +95,11 @@ def make_micro_batches(
         parts = pack(widths.numpy(), cutting.budget_tokens, pair)
     else:
         parts = pack_prompts(widths.numpy(), prompts_of(sequences), cutting.budget_tokens, pair)
-    return [
-        _micro_batch(sequences, torch.from_numpy(rows), widths, head, cutting, device)
-        for rows in parts
-    ]
+    micro_batches = []
+    for part in parts:
+        rows = torch.from_numpy(part)
+        micro_batches.append(_micro_batch(sequences, rows, widths, head, cutting, device))
+    return micro_batches
 
 
 def empty_micro_batch(
@@ -169,11 +170,11 @@ def pack_prompts(
 def _units(num_rows: int, together: np.ndarray | None) -> list[np.ndarray]:
     """Rows that must not be cut apart, in the order of their first."""
     if together is None:
-        return [np.array([row]) for row in range(num_rows)]
+        return list(np.arange(num_rows).reshape(-1, 1))
     units: dict[int, list[int]] = {}
     for row, name in enumerate(together.tolist()):
         units.setdefault(name, []).append(row)
-    return [np.array(rows) for rows in units.values()]
+    return list(map(np.array, units.values()))
 
 
 def pack(
@@ -225,10 +226,8 @@ def cut(
     if together is not None:
         return _cut_labelled(widths, budget_tokens, together)
     order = np.argsort(-widths, kind="stable")
-    return [
-        order[begin:end]
-        for begin, end in _blocks(widths[order], np.ones(len(order), dtype=np.int64), budget_tokens)
-    ]
+    blocks = _blocks(widths[order], np.ones(len(order), dtype=np.int64), budget_tokens)
+    return [order[begin:end] for begin, end in blocks]
 
 
 def _cut_labelled(widths: np.ndarray, budget_tokens: int, together: np.ndarray) -> list[np.ndarray]:
@@ -238,11 +237,9 @@ def _cut_labelled(widths: np.ndarray, budget_tokens: int, together: np.ndarray) 
     order = np.argsort(-width, kind="stable")
     rows_by_unit = np.argsort(unit, kind="stable")
     ends = np.cumsum(num_rows)
-    members = [rows_by_unit[ends[one] - num_rows[one] : ends[one]] for one in order]
-    return [
-        np.concatenate(members[begin:end])
-        for begin, end in _blocks(width[order], num_rows[order], budget_tokens)
-    ]
+    members = [rows_by_unit[ends[label] - num_rows[label] : ends[label]] for label in order]
+    blocks = _blocks(width[order], num_rows[order], budget_tokens)
+    return [np.concatenate(members[begin:end]) for begin, end in blocks]
 
 
 def _blocks(width: np.ndarray, num_rows: np.ndarray, budget_tokens: int) -> list[tuple[int, int]]:
@@ -311,22 +308,23 @@ def gather_outputs(
 ) -> Outputs:
     """Outputs of all blocks, in the row order of `sequences` and on its device."""
     device = sequences.token_ids.device
-    tokens = [
-        ragged_positions(sequences.scored_lengths, micro_batch.rows)
-        for micro_batch in micro_batches
-    ]
+    rows, tokens = [], []
+    for micro_batch in micro_batches:
+        rows.append(micro_batch.rows)
+        tokens.append(ragged_positions(sequences.scored_lengths, micro_batch.rows))
     result: dict[str, Tensor | None] = {}
-    for name in (field.name for field in fields(Outputs)):
-        parts = [_part(output, name) for output in outputs]
-        present = [part.to(device) for part in parts if part is not None]
+    for field in fields(Outputs):
+        present = []
+        for output in outputs:
+            part = _part(output, field.name)
+            if part is not None:
+                present.append(part.to(device))
         if not present:
             continue
-        places = [micro_batch.rows for micro_batch in micro_batches] if name == "scores" else tokens
-        merged = torch.empty(
-            sum(len(place) for place in places), dtype=torch.float32, device=device
-        )
-        merged[torch.cat(places)] = torch.cat(present).float()
-        result[name] = merged
+        places = torch.cat(rows if field.name == "scores" else tokens)
+        merged = torch.empty(len(places), dtype=torch.float32, device=device)
+        merged[places] = torch.cat(present).float()
+        result[field.name] = merged
     return Outputs(**result)
 
 

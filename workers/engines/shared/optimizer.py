@@ -33,11 +33,21 @@ def build_optimizer(
     fused=False loops over the parameters one by one: the only way that accepts distributed tensors
     of several meshes.
     """
-    parameters = list(parameters)
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    return adamw(
-        matrices, [parameter for parameter in parameters if parameter.ndim < 2], config, fused=fused
-    )
+    matrices, vectors = [], []
+    for parameter in parameters:
+        if parameter.ndim >= 2:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
+    return adamw(matrices, vectors, config, fused=fused)
+
+
+def no_moments(weights: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a tensor before its first step."""
+    state = {"step": torch.zeros((), dtype=torch.float32, device=weights.device)}
+    for moment in MOMENTS:
+        state[moment] = torch.zeros_like(weights, requires_grad=False)
+    return state
 
 
 def adamw(

@@ -50,7 +50,7 @@ def build_share(
     if train.packing:
         check_packable(source.model)
     dtype = torch.float32 if train.precision is Precision.fp32 else torch.bfloat16
-    sizes = [size for _, size in layout.axes]
+    sizes = list(map(layout.axis_size, layout.names))
     mesh = DeviceMesh(
         device.type, torch.arange(layout.size).view(sizes), mesh_dim_names=layout.names
     )
@@ -82,28 +82,27 @@ def build_share(
 def _aliases(model: nn.Module) -> dict[str, str]:
     """Every parameter's name -> the first name of the same parameter."""
     first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(parameter), name)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
+    aliases: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases[name] = first.setdefault(id(parameter), name)
+    return aliases
 
 
 def _pieces(
     shell: PreTrainedModel, aliases: dict[str, str], tied: bool, tensor_rank: int, tensor_size: int
 ) -> list[FlatSlice]:
     """The parameters of the model that are left on this rank, in the order of its modules."""
-    places: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    first_name: dict[int, str] = {}
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module_name, module in shell.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            places.setdefault(id(parameter), []).append(
-                (f"{module_name}.{name}".removeprefix("."), module, name)
-            )
+            first_name.setdefault(id(parameter), f"{module_name}.{name}".removeprefix("."))
+            places.setdefault(id(parameter), []).append((module, name))
     shared = {first for name, first in aliases.items() if name != first}
     pieces = []
-    for found in places.values():
-        full_name, module, attribute = found[0]
+    for number, full_name in first_name.items():
         name = aliases[full_name]
-        parameter = module.get_parameter(attribute)
+        parameter = shell.get_parameter(full_name)
         sharded = isinstance(parameter, DTensor) and parameter.placements[0].is_shard()
         twice = tied and name in shared
         pieces.append(
@@ -111,7 +110,7 @@ def _pieces(
                 name=name,
                 shape=tuple(parameter.shape),
                 box=_box(parameter, tensor_rank, tensor_size),
-                places=tuple((module, attribute) for _, module, attribute in found),
+                places=tuple(places[number]),
                 replicated=not sharded and tensor_size > 1,
                 partial=not sharded and isinstance(parameter, DTensor),
                 tied=twice,
@@ -147,12 +146,12 @@ def _flat_group(
 
 def _ends_group(layout: Layout, rank: int) -> ProcessGroup | None:
     """The first and last stage of this rank's pipeline, if it is one of them; collective."""
-    own = None
+    ends = None
     for ranks in layout.groups("pp"):
         group = dist.new_group([ranks[0], ranks[-1]])
         if rank in (ranks[0], ranks[-1]):
-            own = group
-    return own
+            ends = group
+    return ends
 
 
 def _copy_weights(
@@ -160,23 +159,20 @@ def _copy_weights(
 ) -> None:
     """Every module's checkpoint values in turn: this rank keeps its boxes and its buffers, and
     drops the rest."""
-    wanted = {
-        piece.name: (group, index) for group in groups for index, piece in enumerate(group.pieces)
-    }
+    place_of: dict[str, tuple[FlatGroup, int]] = {}
+    for flat_group in groups:
+        for index, piece in enumerate(flat_group.pieces):
+            place_of[piece.name] = flat_group, index
     targets = dict(shell.named_modules())
     for module_name, module in list(source.model.named_modules()):
         if not module._parameters and not module._buffers:
             continue
         source.materialize(module, device)
         for name, parameter in list(module.named_parameters(recurse=False)):
-            group, index = wanted.get(f"{module_name}.{name}", (None, -1))
-            if group is not None:
-                box = group.pieces[index].box
-                inside = tuple(
-                    slice(start, start + size)
-                    for start, size in zip(box.start, box.shape, strict=True)
-                )
-                group.write(index, parameter.detach()[inside])
+            place = place_of.get(f"{module_name}.{name}")
+            if place is not None:
+                group, index = place
+                group.write(index, parameter.detach()[group.pieces[index].box.slices])
             module._parameters[name] = nn.Parameter(
                 torch.empty_like(parameter, device="meta"), requires_grad=False
             )

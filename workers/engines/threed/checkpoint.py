@@ -10,12 +10,14 @@ that it holds, whatever layout or engine has written them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import starmap
+from operator import add
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
+from hybridflow.resharding.shards import Box, LocalParameter, LocalShard, all_parameters
 from workers.engines.shared.box_tensor import BoxTensor, collect_flat, flat_views
 from workers.engines.shared.checkpoint import load_tensors, save_tensors
 from workers.engines.threed.optimizer import FlatGroup, ZeroOptimizer
@@ -62,17 +64,11 @@ def master_parameters(
     groups: list[FlatGroup], logical: dict[str, tuple[int, ...]]
 ) -> list[LocalParameter]:
     """This rank's float32 weights, as boxes of every logical parameter of the model."""
-    held = {
-        piece.name: tuple(
-            LocalShard(box, tensor) for box, tensor in _boxes(group, index, group.master)
-        )
-        for group in groups
-        for index, piece in enumerate(group.pieces)
-    }
-    return [
-        LocalParameter(name, shape, torch.float32, held.get(name, ()))
-        for name, shape in logical.items()
-    ]
+    shards: dict[str, list[LocalShard]] = {}
+    for group in groups:
+        for index, piece in enumerate(group.pieces):
+            shards[piece.name] = list(starmap(LocalShard, _boxes(group, index, group.master)))
+    return all_parameters(logical, shards, torch.float32)
 
 
 def _boxes(group: FlatGroup, index: int, flat: Tensor) -> Iterator[tuple[Box, Tensor]]:
@@ -83,10 +79,7 @@ def _boxes(group: FlatGroup, index: int, flat: Tensor) -> Iterator[tuple[Box, Te
         return
     first = group.starts[index] - group.part.start + begin
     for box, view in flat_views(piece.box.shape, begin, end, flat[first:]):
-        start = tuple(
-            inner + outer for inner, outer in zip(box.start, piece.box.start, strict=True)
-        )
-        yield Box(start, box.shape), view
+        yield Box(tuple(map(add, box.start, piece.box.start)), box.shape), view
 
 
 def _whole(group: FlatGroup, index: int, flat: Tensor) -> Tensor | None:
@@ -102,6 +95,6 @@ def _whole(group: FlatGroup, index: int, flat: Tensor) -> Tensor | None:
         ranges[holder] = max(0, holder * size - start), min((holder + 1) * size - start, box.numel)
     begin, end = group.part_of(index)
     offset = start - group.part.start
-    own = flat[offset + begin : offset + end]
-    whole = collect_flat(own, ranges, holders[0], box.numel, group.data_group)
+    part = flat[offset + begin : offset + end]
+    whole = collect_flat(part, ranges, holders[0], box.numel, group.data_group)
     return None if whole is None else whole.view(box.shape)

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from hybridflow.mapping.question.space import SearchSpace
-from hybridflow.resharding.shards import LocalParameter, LocalShard
+from hybridflow.resharding.shards import LocalParameter, LocalShard, all_parameters
 from workers.config import TrainConfig
 from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.model.loading import ModelSource
@@ -125,16 +125,11 @@ class ThreeDEngine(ShardedEngine):
         return {**combined, "grad_norm": grad_norm, "learning_rate": rate}
 
     def local_parameters(self) -> list[LocalParameter]:
-        held = {
-            piece.name: LocalShard(piece.box, view)
-            for group in self._share.groups
-            for piece, view in zip(group.pieces, group.views(group.weights), strict=True)
-        }
-        dtype = self._share.pipeline.dtype
-        return [
-            LocalParameter(name, shape, dtype, (held[name],) if name in held else ())
-            for name, shape in self._share.logical.items()
-        ]
+        shards: dict[str, list[LocalShard]] = {}
+        for group in self._share.groups:
+            for piece, view in zip(group.pieces, group.views(group.weights), strict=True):
+                shards[piece.name] = [LocalShard(piece.box, view)]
+        return all_parameters(self._share.logical, shards, self._share.pipeline.dtype)
 
     def save(self, directory: Path) -> None:
         with self._state_on_device():
@@ -164,9 +159,8 @@ class ThreeDEngine(ShardedEngine):
         if self.config.pp > 1:
             share = -(-int(sequences.lengths.sum()) // (MICRO_BATCHES_PER_STAGE * self.config.pp))
             budget = min(budget, max(share, MIN_MICRO_BATCH_TOKENS))
-        return [
-            pad_time(micro_batch, self.config.tp) for micro_batch in self._cut(sequences, budget)
-        ]
+        cut = self._cut(sequences, budget)
+        return [pad_time(micro_batch, self.config.tp) for micro_batch in cut]
 
 
 def _nothing(head: Head, entropy: bool) -> Outputs:

@@ -3,6 +3,8 @@ holds."""
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise, product, starmap
+
 from transformers import PretrainedConfig
 
 from hybridflow.layout import AXES
@@ -52,12 +54,11 @@ def fitting_layouts(
     """All (pp, tp, dp) over `world_size` ranks that fit the model, ascending."""
     sizes = fitting_sizes(model)
     deepest = model.num_hidden_layers // virtual_stages if model.base_model_pp_plan else 1
-    return [
-        (pipeline, tensor, world_size // (pipeline * tensor))
-        for pipeline in range(1, min(world_size, deepest) + 1)
-        for tensor in sizes
-        if world_size % (pipeline * tensor) == 0
-    ]
+    layouts = []
+    for pipeline, tensor in product(range(1, min(world_size, deepest) + 1), sizes):
+        if world_size % (pipeline * tensor) == 0:
+            layouts.append((pipeline, tensor, world_size // (pipeline * tensor)))
+    return layouts
 
 
 def stage_layers(num_layers: int, num_stages: int) -> list[range]:
@@ -66,8 +67,8 @@ def stage_layers(num_layers: int, num_stages: int) -> list[range]:
     counts = [num_layers // num_stages] * num_stages
     for stage in [*range(1, num_stages - 1), 0, num_stages - 1][: num_layers % num_stages]:
         counts[stage] += 1
-    starts = [sum(counts[:stage]) for stage in range(num_stages)]
-    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+    bounds = [0, *accumulate(counts)]
+    return list(starmap(range, pairwise(bounds)))
 
 
 def _check_schedule(train: TrainConfig) -> None:
@@ -91,7 +92,5 @@ def _check_schedule(train: TrainConfig) -> None:
 
 def _advice(train: TrainConfig, model: PretrainedConfig, world_size: int) -> str:
     layouts = fitting_layouts(model, world_size, train.virtual_stages)
-    listed = ", ".join(
-        f"pp={pipeline} tp={tensor} (dp={data})" for pipeline, tensor, data in layouts
-    )
+    listed = ", ".join(starmap("pp={} tp={} (dp={})".format, layouts))
     return f"on {world_size} devices fit: {listed or 'none'}"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from workers.engines.shared.optimizer import (
     MOMENTS,
     clip,
     learning_rate,
+    no_moments,
     set_learning_rate,
     sum_of_squares,
 )
@@ -81,9 +83,8 @@ class FlatGroup:
         self.sum_groups = sum_groups
         """Axes besides data whose ranks hold shares of the same gradients."""
         self.copies, self.decays = pieces[0].copies, pieces[0].decays
-        sizes = [piece.box.numel for piece in pieces]
-        self.starts = [sum(sizes[:index]) for index in range(len(sizes))]
-        self.part_size = -(-sum(sizes) // data_group.size())
+        *self.starts, total = accumulate((piece.box.numel for piece in pieces), initial=0)
+        self.part_size = -(-total // data_group.size())
         begin = data_group.rank() * self.part_size
         self.part = slice(begin, begin + self.part_size)
         """The data rank's part of the buffers."""
@@ -106,11 +107,10 @@ class FlatGroup:
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The pieces' local tensors inside a flat buffer."""
-        boxes = [piece.box for piece in self.pieces]
-        return [
-            flat[start : start + box.numel].view(box.shape)
-            for start, box in zip(self.starts, boxes, strict=True)
-        ]
+        views = []
+        for start, piece in zip(self.starts, self.pieces, strict=True):
+            views.append(flat[start : start + piece.box.numel].view(piece.box.shape))
+        return views
 
     def part_of(self, piece: int) -> tuple[int, int]:
         """The elements [begin, end) of a piece, counted within it, that are in this data rank's
@@ -239,10 +239,10 @@ class ZeroOptimizer:
     def states(self) -> torch.optim.AdamW:
         """The AdamW over the data rank's parts, with its states; made when first asked for."""
         if self.adam is None:
-            options = [
-                {"params": [group.master], "weight_decay": self.config.weight_decay * group.decays}
-                for group in self.groups
-            ]
+            options = []
+            for group in self.groups:
+                decay = self.config.weight_decay * group.decays
+                options.append({"params": [group.master], "weight_decay": decay})
             self.adam = torch.optim.AdamW(
                 options,
                 lr=self.config.learning_rate,
@@ -251,11 +251,7 @@ class ZeroOptimizer:
                 fused=True,
             )
             for group in self.groups:
-                zeros = {name: torch.zeros_like(group.master) for name in MOMENTS}
-                self.adam.state[group.master] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=group.master.device),
-                    **zeros,
-                }
+                self.adam.state[group.master] = no_moments(group.master)
         return self.adam
 
     def tensors(self) -> Iterator[tuple[FlatGroup, dict[str, Tensor]]]:
@@ -286,9 +282,9 @@ class ZeroOptimizer:
             return
         for group, before, options in zip(self.groups, old, self.adam.param_groups, strict=True):
             state = self.adam.state.pop(before)
-            self.adam.state[group.master] = {
-                name: value.to(device) for name, value in state.items()
-            }
+            for name, value in state.items():
+                state[name] = value.to(device)
+            self.adam.state[group.master] = state
             options["params"] = [group.master]
 
     def _norm(self, parts: list[Tensor]) -> float:

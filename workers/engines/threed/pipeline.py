@@ -39,6 +39,9 @@ class _Message:
             work.wait()
         return self.tensor
 
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self.works)
+
 
 class Pipeline:
     """pipeline.run(micro_batches, finish, train=True): afterwards gradients are where FlatGroup
@@ -129,17 +132,13 @@ class _Step:
         apart = len(works) == len(operations)  # NCCL gives one handle for the whole batch
         received = iter(arriving)
         for index, operation in enumerate(operations):
-            own = [works[index]] if apart else works
+            pending = [works[index]] if apart else works
             if operation.op is dist.isend:
-                self.outgoing.append(_Message(operation.tensor, own))
+                self.outgoing.append(_Message(operation.tensor, pending))
             else:
                 fed, buffer = next(received)
-                self.inbox[fed] = _Message(buffer, own)
-        self.outgoing = [
-            message
-            for message in self.outgoing
-            if not all(work.is_completed() for work in message.works)
-        ]
+                self.inbox[fed] = _Message(buffer, pending)
+        self.outgoing = [message for message in self.outgoing if not message.is_completed()]
 
     def close(self) -> None:
         for message in self.outgoing:

@@ -42,9 +42,9 @@ def timetable(
         rank 0:  0.0  0.1        0.0b       0.1b
         rank 1:       1.0  1.0b  1.1  1.1b
     """
-    queues = [
-        _order(rank, num_ranks, num_stages, num_micro_batches, train) for rank in range(num_ranks)
-    ]
+    queues = []
+    for rank in range(num_ranks):
+        queues.append(_order(rank, num_ranks, num_stages, num_micro_batches, train))
     done: set[Action] = set()
     ticks: list[Tick] = []
     while any(queues):
@@ -66,10 +66,10 @@ def timetable(
 
 
 def _ready_forward(queue: list[Action], done: set[Action], num_stages: int) -> Action | None:
-    return next(
-        (action for action in queue if not action.backward and _needs(action, num_stages) <= done),
-        None,
-    )
+    for action in queue:
+        if not action.backward and _needs(action, num_stages) <= done:
+            return action
+    return None
 
 
 def peak_in_flight(ticks: tuple[Tick, ...], rank: int) -> int:
@@ -107,12 +107,9 @@ def _order(
 ) -> list[Action]:
     """The actions of one rank, in its order."""
     chunks = range(num_stages // num_ranks)
-    groups = [
-        range(start, min(start + num_ranks, num_micro_batches))
-        for start in range(0, num_micro_batches, num_ranks)
-    ]
     forwards, backwards = [], []
-    for group in groups:
+    for start in range(0, num_micro_batches, num_ranks):
+        group = range(start, min(start + num_ranks, num_micro_batches))
         for chunk in chunks:
             forwards += [Action(chunk * num_ranks + rank, m) for m in group]
         for chunk in reversed(chunks):

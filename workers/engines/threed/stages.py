@@ -12,7 +12,6 @@ hidden]: every tensor rank sends its own part.
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -44,11 +43,12 @@ class Stages:
         self._norm = self.base.get_submodule("norm")
         self._placeholder = _Placeholder(int(scored.model.config.hidden_size), dtype, device)
         all_layers = decoder_layers(scored.model)
-        held = set(chain.from_iterable(layers[stage] for stage in local))
-        self._lists = {
-            stage: nn.ModuleList(self._slice(all_layers, set(layers[stage]), stage > 0))
-            for stage in local
-        }
+        local_layers: set[int] = set()
+        self._lists: dict[int, nn.ModuleList] = {}
+        for stage in local:
+            local_layers.update(layers[stage])
+            stage_list = self._slice(all_layers, set(layers[stage]), stage > 0)
+            self._lists[stage] = nn.ModuleList(stage_list)
         if not last:
             self._norm = nn.Identity()
             for name, child in scored.model.named_children():
@@ -56,7 +56,7 @@ class Stages:
                     setattr(scored.model, name, nn.Identity())
         if not first:
             self._embedding = self._placeholder
-        self._whole = nn.ModuleList(self._slice(all_layers, held, False))
+        self._whole = nn.ModuleList(self._slice(all_layers, local_layers, False))
         self._attach(self._whole, self._embedding, self._norm)
 
     def forward(
