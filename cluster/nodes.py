@@ -91,9 +91,10 @@ def _gpus() -> tuple[tuple[str, int], ...]:
 
 def parse_gpus(text: str) -> tuple[tuple[str, int], ...]:
     """nvidia-smi's lines "NVIDIA H200, 143771" (MiB)."""
-    return tuple(
-        (name.strip(), int(mebibytes) * 2**20) for name, mebibytes in csv.reader(text.splitlines())
-    )
+    gpus = []
+    for name, mebibytes in csv.reader(text.splitlines()):
+        gpus.append((name.strip(), int(mebibytes) * 2**20))
+    return tuple(gpus)
 
 
 def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:
@@ -151,11 +152,11 @@ def check_nodes(nodes: Sequence[NodeInfo], driver: Probe) -> None:
             problems.append(
                 f"{where} runs Python {node.probe.python}, the controller {driver.python}"
             )
-        problems += [
-            f"{where} has {name} {found}, the controller {driver.versions[name]}"
-            for name, found in node.probe.versions.items()
-            if found != driver.versions[name]
-        ]
+        for name, version in node.probe.versions.items():
+            if version != driver.versions[name]:
+                problems.append(
+                    f"{where} has {name} {version}, the controller {driver.versions[name]}"
+                )
         if not node.probe.has_project:
             problems.append(f"{where} does not find the hybridflow packages")
         if node.num_gpus > len(node.probe.gpus) > 0:
@@ -179,11 +180,9 @@ def table(nodes: Sequence[NodeInfo]) -> str:
     """One line per node and the sums."""
     rows = [("node", "address", "cores", "CPU slots", "GPUs", "memory", "object store")]
     for node in nodes:
-        gpus = (
-            ", ".join(f"{name} {memory / GIB:.0f} GiB" for name, memory in node.probe.gpus)
-            if node.num_gpus
-            else ""
-        )
+        gpus = ""
+        if node.num_gpus:
+            gpus = ", ".join(f"{name} {memory / GIB:.0f} GiB" for name, memory in node.probe.gpus)
         rows.append(
             (
                 node.probe.hostname,
@@ -195,9 +194,8 @@ def table(nodes: Sequence[NodeInfo]) -> str:
                 f"{node.object_store_bytes / GIB:.1f} GiB",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines)
+    columns = []
+    for cells in zip(*rows, strict=True):
+        width = max(map(len, cells))
+        columns.append([cell.ljust(width) for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

@@ -19,7 +19,10 @@ def requirements(pyproject: Path, extras: list[str]) -> list[str]:
     unknown = [extra for extra in extras if extra not in optional]
     if unknown:
         raise ValueError(f"extras: unknown {unknown}; known: {', '.join(optional)}")
-    return [*project["dependencies"], *(line for extra in extras for line in optional[extra])]
+    lines: list[str] = list(project["dependencies"])
+    for extra in extras:
+        lines += optional[extra]
+    return lines
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ class AlgorithmEntry:
     config: str
     roles: tuple[str, ...]
     streams: tuple[str, ...] = ()
-    """What its steps draw besides their prompts (controllers/streams.py): prompts, pretraining."""
+    """Rows that its steps draw besides their prompts (controllers/streams.py): prompts, pretraining."""
     rows: str = "prompts"
-    """What its steps begin with: a name in controllers.data.DATASETS. Rows that are no prompts
+    """The rows that its steps begin with: a name in controllers.data.DATASETS. Rows that are no prompts
     are held out for its own evaluate()."""
     objective: str = "reward/mean"
     """The number of validation that the best checkpoint is chosen by."""
@@ -162,7 +162,7 @@ STAGES: dict[str, AlgorithmEntry] = {
         objective="accuracy",
     ),
 }
-"""What is trained on rows that are there, before reinforcement learning or in place of it."""
+"""Training on existing rows, before reinforcement learning or in place of it."""
 
 QUESTIONS: dict[str, AlgorithmEntry] = {
     "evaluate": AlgorithmEntry(
@@ -172,7 +172,7 @@ QUESTIONS: dict[str, AlgorithmEntry] = {
         "controllers.evaluation", "Generate", "GenerateConfig", ("generator",)
     ),
 }
-"""What asks a model without training it (recipes.evaluate, recipes.generate)."""
+"""Algorithms that ask a model without training it (recipes.evaluate, recipes.generate)."""
 
 ENTRIES = ChainMap(QUESTIONS, STAGES, ALGORITHMS)
 """The built-in ones; iterates in the order of this file."""
@@ -198,10 +198,10 @@ def register_algorithm(name: str, entry: AlgorithmEntry) -> None:
 def algorithm_names() -> list[str]:
     """Every name that algorithm_entry() knows, the built-in ones first."""
     declared = EXTENSIONS.locations()
-    taken = [name for name in declared if name in ENTRIES]
-    if taken:
+    clashes = [name for name in declared if name in ENTRIES]
+    if clashes:
         raise ValueError(
-            f"entry point group {EXTENSIONS.group}: {taken[0]} ({declared[taken[0]]}) is the name "
+            f"entry point group {EXTENSIONS.group}: {clashes[0]} ({declared[clashes[0]]}) is the name "
             "of a built-in algorithm; rename it in that package"
         )
     return list(dict.fromkeys([*ENTRIES, *REGISTERED, *declared]))
@@ -249,5 +249,8 @@ def create_algorithm(
     none."""
     entry = algorithm_entry(name)
     used: dict[str, Any] = {role: roles[role] for role in entry.roles}
-    used |= {stream: NoStream() if streams is None else streams[stream] for stream in entry.streams}
+    if streams is None:
+        used |= dict.fromkeys(entry.streams, NoStream())
+    else:
+        used |= {stream: streams[stream] for stream in entry.streams}
     return entry.load()(**used, config=config)

@@ -1,4 +1,4 @@
-"""What the algorithms' pages share: common settings, cutting a batch into mini-batches, and the
+"""The parts that the algorithms' pages share: common settings, cutting a batch into mini-batches, and the
 numbers that describe a batch."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from workers.losses.segments import row_of_token, segment_sum
 
 @dataclass(kw_only=True)
 class AlgorithmConfig:
-    """What every algorithm has; each adds its own in its file."""
+    """The settings that every algorithm has; each adds its own in its file."""
 
     name: str = "???"
     samples_per_prompt: int = 1
@@ -60,7 +60,7 @@ class AlgorithmConfig:
 
 
 class Algorithm(Protocol):
-    """What the loop runs: a class in a file of its own and an entry in ALGORITHMS
+    """An algorithm as the loop runs it: a class in a file of its own and an entry in ALGORITHMS
     (controllers/__init__.py)."""
 
     config: Any
@@ -145,7 +145,8 @@ def pair_accuracy(pairs: Batch, scores: Tensor) -> dict[str, float]:
     the scores [rows] (a tie does not count), the mean margin, and the mean of -log
     sigmoid(margin)."""
     pair, chosen = pairs.tensor("pair"), pairs.tensor("chosen")
-    better, worse = (scores[kind][torch.argsort(pair[kind])].double() for kind in (chosen, ~chosen))
+    better = scores[chosen][torch.argsort(pair[chosen])].double()
+    worse = scores[~chosen][torch.argsort(pair[~chosen])].double()
     margin = better - worse
     return {
         "accuracy": float((margin > 0).double().mean()),
@@ -208,8 +209,8 @@ def _batch_metrics(batch: Batch) -> Mapping[str, float]:
 
 def means_of_dicts(rows: list[dict[str, float]], prefix: str) -> dict[str, float]:
     """The further numbers of a reward or cost function, each over the rows that have it."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {
-        f"{prefix}/{name}": float(np.mean([row[name] for row in rows if name in row]))
-        for name in names
-    }
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            values.setdefault(f"{prefix}/{name}", []).append(value)
+    return {name: float(np.mean(of_rows)) for name, of_rows in values.items()}

@@ -51,7 +51,7 @@ class LoopConfig:
     validate_every: int = 10
     """Steps between validations; 0: only before the first and after the last step."""
     validation_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(greedy=True))
-    """Of validation by responses; max_response_tokens is always that of training."""
+    """How validation samples its responses; max_response_tokens is always that of training."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0: only after the last step."""
     keep_last: int = 2
@@ -103,7 +103,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a run came to."""
+    """The result of a run."""
 
     num_steps: int
     """The last step that was trained."""
@@ -346,11 +346,11 @@ def phase_seconds(records: list[CallRecord]) -> dict[str, float]:
 def median_seconds(steps: list[dict[str, float]]) -> dict[str, float]:
     """Each phase's median over the steps after the first; the first step's where it is the only
     one."""
-    counted = steps[1:] or steps
-    return {
-        name: median(step[name] for step in counted if name in step)
-        for name in dict.fromkeys(name for step in counted for name in step)
-    }
+    seconds: dict[str, list[float]] = {}
+    for step in steps[1:] or steps:
+        for name, value in step.items():
+            seconds.setdefault(name, []).append(value)
+    return {name: median(of_steps) for name, of_steps in seconds.items()}
 
 
 def _due(step: int, every: int) -> bool:

@@ -37,11 +37,8 @@ def with_pretraining(batch: Batch, stream: Stream) -> Batch:
     """The columns of the batch that an update reads, and the stream's next rows, spread evenly
     over the mini-batches."""
     texts = stream.take()
-    columns = [
-        name
-        for name in ("prompt_ids", "response_ids", *ROW_COLUMNS, *TOKEN_COLUMNS)
-        if name in batch
-    ]
+    names = ("prompt_ids", "response_ids", *ROW_COLUMNS, *TOKEN_COLUMNS)
+    columns = [name for name in names if name in batch]
     rows = batch.select(*columns) | Batch.of(pretrain=torch.zeros(len(batch), dtype=torch.bool))
     if not texts:
         return rows

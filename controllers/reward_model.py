@@ -23,7 +23,7 @@ class RewardModelConfig(AlgorithmConfig):
 
 
 class RewardModel(Stateless):
-    """What it saves is a sequence-classification directory that reward.model.path takes."""
+    """Saves a sequence-classification directory that reward.model.path takes."""
 
     def __init__(self, *, reward_model: PreferenceModel, config: RewardModelConfig) -> None:
         self.reward_model, self.config = reward_model, config

@@ -55,10 +55,9 @@ class TextStream:
             .ragged("prompt_ids")
             .unbind()
         )
-        return Batch.of(
-            prompt_ids=Ragged.of([row[:1] for row in rows]),
-            response_ids=Ragged.of([row[1:] for row in rows]),
-        )
+        prompts = [row[:1] for row in rows]
+        responses = [row[1:] for row in rows]
+        return Batch.of(prompt_ids=Ragged.of(prompts), response_ids=Ragged.of(responses))
 
 
 class EmptyStream:

@@ -164,14 +164,14 @@ class Handle:
                 lambda batch: self._needed(batch, method, declaration)
             )
             distribution: Distribution = protocol.distribute(layout, arguments, declaration.split)
-            given, rows = distribution.arguments, distribution.rows
+            sent, rows = distribution.arguments, distribution.rows
         else:
-            given = [arguments] * layout.size
+            sent = [arguments] * layout.size
         collected = list(protocol.collected(layout))
         keep = [False] * layout.size
         for rank in collected:
             keep[rank] = True
-        calls = self._pool.submit(self._role, method, given, keep, len(declaration.writes))
+        calls = self._pool.submit(self._role, method, sent, keep, len(declaration.writes))
         if declaration.writes:
             written = [(rank, *calls[rank]) for rank in collected]
             return lambda: self._collect_batches(declaration, written, rows)

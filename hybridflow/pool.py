@@ -34,13 +34,13 @@ REMOTE_LOOK_S = 10.0
 REMOTE_TIMEOUT_S = 5.0
 
 NODE_MARK_AMOUNT = 0.001
-"""Of a resource that marks nodes and is not used up: Ray gives every node 1 of its accelerator
-type, whatever its number of devices."""
+"""How much a process asks for of a resource that marks nodes and is not used up: Ray gives every
+node 1 of its accelerator type, whatever its number of devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSpec:
-    """What is asked for: PoolSpec(name="main", num_devices=8, device="cuda", roles=("actor",
+    """A request for devices: PoolSpec(name="main", num_devices=8, device="cuda", roles=("actor",
     "critic"))."""
 
     name: str = "main"
@@ -57,7 +57,7 @@ class PoolSpec:
     """Shown in Ray's dashboard; every spawn says its role again."""
     start_timeout_s: float = 300.0
     collective_timeout_s: float = 1800.0
-    """Of an operation of the pool's process group."""
+    """How long an operation of the pool's process group may take."""
     call_timeout_s: float = DEFAULT_TIMEOUT_S
     """A wait ends in a report of every rank's stack when no call finishes for this long."""
     env: tuple[tuple[str, str], ...] = ()
@@ -109,7 +109,7 @@ class ResourcePool(ABC):
 
     @abstractmethod
     def activity(self) -> str:
-        """What another process of the pool is doing, where that has a name (progress.py); for
+        """The activity of another process of the pool, where it has a name (progress.py); for
         any thread."""
 
     @abstractmethod

@@ -55,7 +55,7 @@ class Registry:
         return known
 
     def load(self, name: str, field: str) -> Any:
-        """What `name` stands for; `field` is the setting, for the ValueError of a name that is
+        """The object that `name` stands for; `field` is the setting, for the ValueError of a name that is
         not known or whose module cannot be imported."""
         if ":" in name:
             return load_object(name, field)
@@ -70,22 +70,22 @@ class Registry:
     def load_class(self, name: str, field: str, base: ABCMeta) -> Any:
         """The same for a concrete subclass of `base`; the ValueError names the methods that it
         lacks."""
-        found = self.load(name, field)
-        if not isinstance(found, ABCMeta) or not issubclass(found, base):
+        loaded = self.load(name, field)
+        if not isinstance(loaded, ABCMeta) or not issubclass(loaded, base):
             raise ValueError(
                 f"{field} is {name!r}, which is no subclass of {base.__module__}.{base.__name__}"
             )
-        if found.__abstractmethods__:
+        if loaded.__abstractmethods__:
             raise ValueError(
                 f"{field} is {name!r}, a class without "
-                f"{', '.join(sorted(found.__abstractmethods__))}; "
+                f"{', '.join(sorted(loaded.__abstractmethods__))}; "
                 f"{base.__module__}.{base.__name__} says what they do"
             )
-        return found
+        return loaded
 
 
 def load_object(path: str, field: str) -> Any:
-    """What "package.module:name" names; every way in which that can fail is a ValueError with
+    """The object that "package.module:name" names; every way in which that can fail is a ValueError with
     the setting's name."""
     module_name, separator, name = path.partition(":")
     if not separator or not name:

@@ -1,4 +1,4 @@
-"""What a call returns besides batches: metrics and lists that fill in when they are read, so
+"""The results of a call besides batches: metrics and lists that fill in when they are read, so
 that every call returns at once."""
 
 from __future__ import annotations

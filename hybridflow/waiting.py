@@ -30,7 +30,7 @@ BOILERPLATE = ("class_name", "namespace", "actor_id", "The actor died because")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """What every rank answers to every call, beside the columns that it wrote."""
+    """The answer of a rank to a call, beside the columns that it wrote."""
 
     started: float
     finished: float
@@ -63,7 +63,7 @@ class Pending:
     kill: Callable[[str], None]
     describe_host: Callable[[int], str]
     activity: Callable[[], str]
-    """What its first rank is doing, where that has a name (progress.py)."""
+    """The activity of its first rank, where it has a name (progress.py)."""
     timeout_s: float = DEFAULT_TIMEOUT_S
     """Its pool's: how long no call may finish before the wait for it ends in a report."""
 

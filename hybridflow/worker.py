@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Remote:
-    """What @remote declares of a method."""
+    """The declaration of a method by @remote."""
 
     protocol: Protocol
     reads: tuple[str, ...]
@@ -80,12 +80,12 @@ def remote_methods(worker: type) -> dict[str, Remote]:
     base's declaration."""
     if worker in _KNOWN_METHODS:
         return _KNOWN_METHODS[worker]
-    found = _KNOWN_METHODS[worker] = {}
+    methods = _KNOWN_METHODS[worker] = {}
     for base in reversed(worker.__mro__):
         for name, member in vars(base).items():
             if hasattr(member, DECLARATION):
-                found[name] = getattr(member, DECLARATION)
-    return found
+                methods[name] = getattr(member, DECLARATION)
+    return methods
 
 
 class Worker:

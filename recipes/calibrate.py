@@ -110,15 +110,15 @@ def measure(config: CalibrateConfig) -> Measurements:
             process.join()
     failed = [result for result in results if isinstance(result, str)]
     if failed:
-        first = next((text for text in failed if "BrokenBarrierError" not in text), failed[0])
-        raise RuntimeError(f"calibration failed in a process:\n{first}")
+        failed.sort(key=lambda text: "BrokenBarrierError" in text)  # what follows from the others
+        raise RuntimeError(f"calibration failed in a process:\n{failed[0]}")
     return mean_of(results)
 
 
 @contextmanager
 def environment(variables: dict[str, str]) -> Iterator[None]:
     """Sets environment variables for the processes that are started in the meantime."""
-    before = {name: os.environ.get(name) for name in variables}
+    before = dict(zip(variables, map(os.environ.get, variables), strict=True))
     os.environ.update(variables)
     try:
         yield

@@ -80,10 +80,12 @@ class Rank:
         if self.config.num_processes == 1:
             return measurements
         self._join(self.directory / "together", self.rank, self.config.num_processes)
-        collectives = tuple(self.all_gather(num_bytes) for num_bytes in (1e4, 1e6, 1e7, 1e8))
-        collectives += tuple(self.reduce_scatter(num_bytes) for num_bytes in (1e6, 1e7, 1e8))
+        collectives = (
+            *map(self.all_gather, (1e4, 1e6, 1e7, 1e8)),
+            *map(self.reduce_scatter, (1e6, 1e7, 1e8)),
+        )
         self.context = replace(self.context, rank=self.rank, world_size=self.config.num_processes)
-        passes += [self.shared_step(name) for name in self.config.models[1:]]
+        passes += map(self.shared_step, self.config.models[1:])
         dist.destroy_process_group()
         return replace(measurements, collectives=collectives, passes=tuple(passes))
 
@@ -201,9 +203,7 @@ class Rank:
             config.generation_rows, (config.response // 2, config.response)
         ):
             sampling = SamplingConfig(max_response_tokens=response, ignore_eos=True)
-            prompts = [
-                row.numpy() for row in torch.randint(2, spec.vocab_size, (rows, config.prompt))
-            ]
+            prompts = list(torch.randint(2, spec.vocab_size, (rows, config.prompt)).numpy())
             seeds = torch.arange(rows).numpy()
             seconds = self.fastest(
                 f"{name} {rows} rows: {response} tokens",

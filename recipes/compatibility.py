@@ -41,9 +41,8 @@ def check_columns_of(config: RunConfig, name: str, columns: Set[str]) -> None:
 def check_template(config: JudgeConfig, names: Set[str]) -> None:
     """Whether judge.template asks for what a row has: `names` are the data's columns as a
     reward sees them."""
-    missing = [
-        name for name in config.template_fields if name not in {"prompt", "response", *names}
-    ]
+    present = {"prompt", "response", *names}
+    missing = [name for name in config.template_fields if name not in present]
     if missing:
         raise ValueError(
             f"judge.template asks for {', '.join(missing)}, and a row has "
@@ -56,13 +55,13 @@ def check_prompts(field: str, longest_prompt_tokens: int, config: ActorConfig) -
     """Whether the longest prompt of `field` (data.train, data.validation) fits the engine
     together with its response."""
     limit, source = most_tokens(config.model, config.generation, "actor")
-    room = limit - config.generation.sampling.max_response_tokens
-    if longest_prompt_tokens > room:
+    most = limit - config.generation.sampling.max_response_tokens
+    if longest_prompt_tokens > most:
         raise ValueError(
             f"{field}: its longest prompt has {longest_prompt_tokens} tokens, and beside "
             f"actor.generation.sampling.max_response_tokens={config.generation.sampling.max_response_tokens} "
-            f"there is room for {room} in {limit} tokens ({source}); lower it, raise the limit, "
-            f"or set data.max_prompt_tokens={room} to drop longer prompts"
+            f"there is room for {most} in {limit} tokens ({source}); lower it, raise the limit, "
+            f"or set data.max_prompt_tokens={most} to drop longer prompts"
         )
 
 
@@ -79,8 +78,12 @@ def check_text(field: str, longest_tokens: int, model: ModelConfig, setting: str
 
 def readers(config: RunConfig, roles: Sequence[Role]) -> list[Role]:
     """Models of their own that read the policy's tokens: all but the judge, who reads text."""
-    own = [role for role in roles if role.name != "judge" and role.config.model is not None]
-    return [role for role in own if role.config.model.path != config.model.path]
+    models = []
+    for role in roles:
+        model = role.config.model
+        if role.name != "judge" and model is not None and model.path != config.model.path:
+            models.append(role)
+    return models
 
 
 def check_context_lengths(
@@ -111,13 +114,13 @@ def check_vocabulary(
     """Whether a model that reads the policy's tokens means the same by each of them; it may
     know further ones."""
     try:
-        theirs = load_tokenizer(model).get_vocab()
+        other = load_tokenizer(model).get_vocab()
     except ValueError as error:
         LOGGER.warning("%s: its vocabulary can't be held against the policy's: %s", role, error)
         return
     for token, number in tokenizer.get_vocab().items():
-        if theirs.get(token) != number:
-            there = f"token {theirs[token]}" if token in theirs else "no token"
+        if other.get(token) != number:
+            there = f"token {other[token]}" if token in other else "no token"
             raise ValueError(
                 f"{role}.model.path is {model.path!r}, of another vocabulary than "
                 f"model.path={policy.path!r}: {token!r} is {there} there and token {number} here, "

@@ -96,7 +96,7 @@ class RunConfig:
     runtime: Runtime = Runtime.ray
     placement: PlacementMode = PlacementMode.colocated
     device: Device = Device.cpu
-    """What a device is: a GPU, or a process on CPU."""
+    """Whether a device is a GPU or a process on CPU."""
     num_devices: int = 1
     """Devices of the run with placement colocated or auto."""
     pools: dict[str, PoolConfig] = field(default_factory=dict)
@@ -132,7 +132,7 @@ class RunConfig:
     cost: RewardConfig = field(
         default_factory=lambda: RewardConfig(model=ModelConfig(path=NO_MODEL))
     )
-    """What Safe-RLHF keeps under a threshold; a function or a model like the reward."""
+    """The cost that Safe-RLHF keeps under a threshold; a function or a model like the reward."""
     cost_critic: CriticConfig = field(
         default_factory=lambda: CriticConfig(model=_run_model(), seed=RUN_SEED)
     )

@@ -85,7 +85,9 @@ def run_under_hydra(recipe: RecipeFile, arguments: Sequence[str], run: Run) -> N
 
 def unused_settings(arguments: Sequence[str], config: RunConfig) -> Iterator[str]:
     """In words: settings of a model that the recipe does not have."""
-    used = {"actor" if name == "generator" else name for name in role_names(config)}
+    used = set(role_names(config))
+    if "generator" in used:  # its settings are the actor's
+        used = used - {"generator"} | {"actor"}
     models = ", ".join(sorted(used))
     for argument in arguments:
         role = argument.partition(".")[0]

@@ -113,9 +113,10 @@ def _one_node(kind: DeviceKind, num_devices: int) -> Cluster:
 def _cuda_kind() -> DeviceKind:
     """The known kind that this machine's CUDA devices are."""
     properties = torch.cuda.get_device_properties(0)
-    same_chip = [
-        kind for name, kind in DEVICE_KINDS.items() if name.partition("-")[0] in properties.name
-    ]
+    same_chip = []
+    for name, kind in DEVICE_KINDS.items():
+        if name.partition("-")[0] in properties.name:
+            same_chip.append(kind)
     if not same_chip:
         raise ValueError(
             f"plan.cluster is not set, and {properties.name} is none of "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +107,14 @@ def model_spec(role: str, settings: RoleConfig) -> ModelSpec | None:
 def space_of(inputs: MapperInputs) -> SearchSpace:
     """The bytes that the run's engines need per parameter, and the layouts that they have;
     engines and precisions are the actor's."""
-    actor = next(
-        settings for settings in inputs.roles.values() if isinstance(settings, ActorConfig)
-    )
-    calls = [call for call in inputs.dataflow.calls if call.role == "actor"]
+    actor = next(kind for kind in inputs.roles.values() if isinstance(kind, ActorConfig))
+    recomputes = False
+    for call in inputs.dataflow.calls:
+        if call.role == "actor" and "log_probs" in call.writes:
+            recomputes = True
     space = replace(
         engine_space(actor.train.precision),
-        old_log_prob_pass=not any("log_probs" in call.writes for call in calls),
+        old_log_prob_pass=not recomputes,
         max_num_seqs=actor.generation.max_num_seqs,
         max_num_batched_tokens=actor.generation.max_num_batched_tokens,
         max_generation_pipeline=1,
@@ -138,9 +140,9 @@ def configured_mapping(
     predictions. Pools take the cluster's node groups in order, those of their kind where they
     ask for one."""
     setting = setting_of(inputs)
-    plans = [
-        _configured_role(inputs, setting, role, pool_of[role], sizes) for role in setting.roles
-    ]
+    plans = []
+    for role in setting.roles:
+        plans.append(_configured_role(inputs, setting, role, pool_of[role], sizes))
     return DeviceMapping(
         algorithm=inputs.dataflow.algorithm,
         cluster="",
@@ -255,8 +257,9 @@ def apply_mapping(inputs: MapperInputs, mapping: DeviceMapping) -> RunConfig:
 def _pool_settings(config: RunConfig, mapping: DeviceMapping) -> dict[str, PoolConfig]:
     """The mapping's pools; roles without devices are in the actor's."""
     roles = {pool.name: list(pool.roles) for pool in mapping.pools}
+    placed = set(chain.from_iterable(roles.values()))
     for role in role_names(config):
-        if not any(role in pool.roles for pool in mapping.pools):
+        if role not in placed:
             roles[mapping.role("actor").pool].append(role)
     resources = node_resources(config, cluster_of(config))
     pools: dict[str, PoolConfig] = {}
@@ -326,11 +329,6 @@ def generation_settings(
 def _must_release(mapping: DeviceMapping, role: str, generation_bytes: float) -> bool:
     """Whether another call of the pool has too little memory beside the generation engine's."""
     pool = mapping.role(role).pool
-    others = [
-        call
-        for call in mapping.calls
-        if call.pool == pool and call.kind != CallKind.generation.value
-    ]
-    return any(
-        call.total_bytes + generation_bytes > mapping.capacity_bytes[pool] for call in others
-    )
+    capacity, generates = mapping.capacity_bytes[pool], CallKind.generation.value
+    others = [call for call in mapping.calls_in(pool) if call.kind != generates]
+    return any(call.total_bytes + generation_bytes > capacity for call in others)

@@ -124,7 +124,7 @@ def check_models(placement: Placement) -> None:
 
 
 def placeholder_roles(placement: Placement, placed: Container[str]) -> dict[str, Any]:
-    """What stands for the roles of the algorithm that were not placed because nothing asks for
+    """Stand-ins for the roles of the algorithm that were not placed because nothing asks for
     them."""
     placeholders = {}
     for name in placement.role_names:
@@ -135,7 +135,7 @@ def placeholder_roles(placement: Placement, placed: Container[str]) -> dict[str,
 
 
 def placement_report(placement: Placement, dataflow: Dataflow) -> str:
-    """What would run where."""
+    """A line for every role: its pool, devices and layouts."""
     lines = [f"{placement.config.algorithm.name}: {len(dataflow.calls)} calls a step"]
     for role in placement.roles:
         layouts = ", ".join(f"{name} {layout}" for name, layout in placement.layouts(role).items())
@@ -164,8 +164,11 @@ def _pools(config: RunConfig, names: tuple[str, ...]) -> dict[str, str]:
         for role in settings.roles:
             owners.setdefault(role, []).append(pool)
     unknown = sorted(set(owners) - set(may_be_placed))
-    wrong = {role: owners.get(role, []) for role in names if len(owners.get(role, [])) != 1}
-    wrong |= {role: pools for role, pools in owners.items() if len(pools) > 1}
+    wrong = {}
+    for role in dict.fromkeys((*names, *owners)):
+        pools = owners.get(role, [])
+        if len(pools) > 1 or (not pools and role in names):
+            wrong[role] = pools
     if unknown or wrong:
         raise ValueError(
             f"pools: every role of {config.algorithm.name} ({', '.join(names)}) must be in "

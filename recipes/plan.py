@@ -73,8 +73,8 @@ class PlanConfig(QuestionConfig):
     """Optimizer updates per epoch."""
     num_epochs: int = 1
     precision: Precision = Precision.bf16
-    """Of training and generation: bf16 with float32 master weights (18 bytes a parameter) or
-    fp32 (16)."""
+    """The precision of training and generation: bf16 with float32 master weights (18 bytes a
+    parameter) or fp32 (16)."""
     offload: bool = False
     """Also try keeping optimizer states (and the parameters of models that are not trained) in
     host memory between calls."""
@@ -152,9 +152,10 @@ def role_models(config: PlanConfig, dataflow: Dataflow) -> dict[str, ModelSpec |
     roles = dataflow.roles
     if config.split_generation:
         roles = (*roles, GENERATION)
-    unknown = sorted(
-        role for role, name in config.models.items() if name != NONE and role not in roles
-    )
+    unknown = []
+    for role, name in sorted(config.models.items()):
+        if name != NONE and role not in roles:
+            unknown.append(role)
     if unknown:
         raise ValueError(
             f"models: {unknown} are no roles of {dataflow.algorithm}; it has {', '.join(roles)}"

@@ -54,10 +54,10 @@ class RoleKind:
     worker: Callable[[Any], type[Worker]]
     """Its class, given those settings."""
     head: Head
-    """Of its model, where it has one."""
+    """The head of its model, where it has one."""
     needed: Callable[[RunConfig], bool] = always
     absent: Callable[[], Any] | None = None
-    """What stands in its place where it is not needed."""
+    """Makes what stands in its place where it is not needed."""
 
 
 def scorer_settings(config: RunConfig, scorer: RewardConfig) -> ScorerConfig:

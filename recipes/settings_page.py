@@ -64,13 +64,18 @@ class Setting:
 
 
 def settings_page(recipe: RecipeFile, overrides: Sequence[str], rest: Sequence[str]) -> str:
-    """What `python -m recipes.NAME name=value ... --settings [PREFIX] name=value ...` prints; a
+    """The text that `python -m recipes.NAME name=value ... --settings [PREFIX] name=value ...` prints; a
     prefix that fits nothing is a ValueError with names that are near."""
-    prefixes = [argument for argument in rest if "=" not in argument]
+    prefixes, changes = [], []
+    for argument in rest:
+        if "=" in argument:
+            changes.append(argument)
+        else:
+            prefixes.append(argument)
     if len(prefixes) > 1:
         raise ValueError(f"--settings {' '.join(prefixes)}: give one prefix, such as actor.train")
     prefix = "".join(prefixes).rstrip(".")
-    config = compose(recipe, [*overrides, *(argument for argument in rest if "=" in argument)])
+    config = compose(recipe, [*overrides, *changes])
     entry = algorithm_entry(config.algorithm.name)
     settings = list(read_settings(config, entry))
     chosen = choose(settings, prefix)
@@ -97,9 +102,15 @@ def indented(text: str) -> list[str]:
 def choose(settings: Sequence[Setting], prefix: str) -> list[Setting]:
     """Those whose name begins with the prefix, whole words first; or whose last word is the
     prefix."""
-    words = [setting for setting in settings if f"{setting.name}.".startswith(f"{prefix}.")]
-    starts = words or [setting for setting in settings if setting.name.startswith(prefix)]
-    return starts or [setting for setting in settings if setting.name.rpartition(".")[2] == prefix]
+    words, starts, ends = [], [], []
+    for setting in settings:
+        if f"{setting.name}.".startswith(f"{prefix}."):
+            words.append(setting)
+        if setting.name.startswith(prefix):
+            starts.append(setting)
+        if setting.name.rpartition(".")[2] == prefix:
+            ends.append(setting)
+    return words or starts or ends
 
 
 def no_such_settings(
@@ -117,7 +128,9 @@ def no_such_settings(
 def used_roles(entry: AlgorithmEntry) -> list[str]:
     """The fields of RunConfig that hold settings of the recipe's models, validation's rewards
     included."""
-    names = ["actor" if name == "generator" else name for name in entry.roles]
+    names = []
+    for name in entry.roles:  # a generator has the actor's settings
+        names.append("actor" if name == "generator" else name)
     if entry.answers_prompts and entry not in QUESTIONS.values():
         names += ["reward", "gold"]
     return list(dict.fromkeys(names))
@@ -171,9 +184,7 @@ def all_settings(config: DictConfig, group: str) -> Iterator[Setting]:
         if is_group(config, field):
             inner.append((config[field], name))
         else:
-            meaning = " ".join(
-                part for part in (docs.get(field, ""), choices(hints[field])) if part
-            )
+            meaning = " ".join(filter(None, (docs.get(field, ""), choices(hints[field]))))
             yield Setting(group=group, name=name, default=default_text(value), meaning=meaning)
     for node, name in inner:
         yield from all_settings(node, name)
@@ -197,19 +208,18 @@ def default_text(value: object) -> str:
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, list | ListConfig):
-        return f"[{','.join(default_text(element) for element in value)}]"
+        return f"[{','.join(map(default_text, value))}]"
     if isinstance(value, str) and (not value or value != value.strip() or "\n" in value):
         return repr(value)
     return str(value)
 
 
 def choices(hint: object) -> str:
-    """What a setting of an enumeration may be, each with its meaning where it has one."""
-    kinds = [
-        kind
-        for kind in (hint, *get_args(hint))
-        if isinstance(kind, type) and issubclass(kind, Enum)
-    ]
+    """The values of a setting of an enumeration, each with its meaning where it has one."""
+    kinds = []
+    for kind in (hint, *get_args(hint)):
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            kinds.append(kind)
     if not kinds:
         return ""
     docs = field_docs(kinds[0])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
-from hybridflow.results import Metrics
+from hybridflow.results import Metrics, prefixed
 from workers.consistency import check_first_step
 from workers.losses.language import with_pretraining
 from workers.losses.policy import policy_loss
@@ -65,7 +65,7 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
         return (
             mean_over_steps(metrics, "actor")
             | {"actor/weight_version": float(self.weight_version)}
-            | {f"actor/{name}": value for name, value in violations.items()}
+            | prefixed("actor", violations)
         )
 
     def counters(self) -> dict[str, int]:

@@ -71,10 +71,11 @@ def find_violations(metrics: Mapping[str, float], tolerance: float, *, exact: bo
     measured: dict[str, float] = {}
     kl = abs(metrics.get("approx_kl_k1", 0.0))
     if exact:
-        ratios = [metrics.get("ratio_max", 1.0), metrics.get("ratio_min", 1.0)]
-        measured["largest |ratio - 1|"] = max(
-            (abs(r - 1) for r in ratios if isfinite(r)), default=0.0
-        )
+        largest = 0.0
+        for ratio in (metrics.get("ratio_max", 1.0), metrics.get("ratio_min", 1.0)):
+            if isfinite(ratio):
+                largest = max(largest, abs(ratio - 1))
+        measured["largest |ratio - 1|"] = largest
         measured["|approximate KL|"] = kl
         # The gap's maximum over no tokens is -infinity.
         measured["largest gap to the generation engine's log-probs"] = metrics.get(
@@ -87,8 +88,8 @@ def find_violations(metrics: Mapping[str, float], tolerance: float, *, exact: bo
         measured["mean gap to the generation engine's log-probs"] = metrics.get(
             "log_prob_gap_mean", 0.0
         )
-    return [
-        f"{name} is {value:.3g}, over {tolerance:.3g}"
-        for name, value in measured.items()
-        if not value <= tolerance
-    ]
+    violations = []
+    for name, value in measured.items():
+        if not value <= tolerance:
+            violations.append(f"{name} is {value:.3g}, over {tolerance:.3g}")
+    return violations

@@ -153,13 +153,15 @@ class JudgeWorker(ModelWorker, Reward):
 def _answered(rows: Sequence[tuple[list[int], list[int]]]) -> Sequences:
     """The sequences question + word, the word scored."""
     tokens: list[int] = []
+    lengths, scored_lengths = [], []
     for question, word in rows:
         tokens += question + word
-    lengths = [len(question) + len(word) for question, word in rows]
+        lengths.append(len(question) + len(word))
+        scored_lengths.append(len(word))
     return Sequences(
         token_ids=torch.tensor(tokens, dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int64),
-        scored_lengths=torch.tensor([len(word) for _, word in rows], dtype=torch.int64),
+        scored_lengths=torch.tensor(scored_lengths, dtype=torch.int64),
     )
 
 
@@ -191,16 +193,21 @@ class VerdictWorker(Reward):
         answers = self.generator.generate(
             questions, _seeds(questions, self.config.seed), self.config.generation.sampling
         )
-        written = (
-            np.split(answers.response_ids, np.cumsum(answers.lengths)[:-1]) if questions else []
-        )
+        written: list[np.ndarray] = []
+        if questions:
+            written = np.split(answers.response_ids, np.cumsum(answers.lengths)[:-1])
         texts = self.questions.tokenizer.batch_decode(
             [part.tolist() for part in written], skip_special_tokens=True
         )
-        verdicts = [read_verdict(text, self.config) for text in texts]
-        unreadable = [
-            text for text, (_, readable) in zip(texts, verdicts, strict=True) if not readable
-        ]
+        rewards, metrics, unreadable = [], [], []
+        for text, reason in zip(texts, answers.finish_reasons, strict=True):
+            reward, readable = read_verdict(text, self.config)
+            rewards.append(reward)
+            if not readable:
+                unreadable.append(text)
+            metrics.append(
+                {"unreadable": float(not readable), "cut_short": float(reason == "length")}
+            )
         if unreadable:
             LOGGER.warning(
                 "judge: %d of %d verdicts can't be read and count as judge.unreadable_reward=%s; "
@@ -210,13 +217,7 @@ class VerdictWorker(Reward):
                 self.config.unreadable_reward,
                 unreadable[0][:200],
             )
-        return Batch.of(
-            rewards=torch.tensor([reward for reward, _ in verdicts], dtype=torch.float32),
-            reward_metrics=[
-                {"unreadable": float(not readable), "cut_short": float(reason == "length")}
-                for (_, readable), reason in zip(verdicts, answers.finish_reasons, strict=True)
-            ],
-        )
+        return Batch.of(rewards=torch.tensor(rewards, dtype=torch.float32), reward_metrics=metrics)
 
     def close(self) -> None:
         self.generator.close()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridflow.layout import Layout
-from hybridflow.results import Metrics
+from hybridflow.results import Metrics, prefixed
 from workers.columns import LOSS_MASK, PRETRAIN
 from workers.engines.base import LossFn, TrainingEngine
 from workers.losses.aggregation import Aggregation, Counts, counted_lengths, weight_columns
@@ -151,4 +151,4 @@ def mean_over_steps(steps: Sequence[Mapping[str, float]], prefix: str) -> Metric
         else:
             combined[name] = sum(values) / len(values)
     combined |= derived_metrics(combined)
-    return Metrics({f"{prefix}/{name}": value for name, value in combined.items()})
+    return Metrics(prefixed(prefix, combined))

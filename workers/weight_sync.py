@@ -222,5 +222,5 @@ def machines(node: str, group: dist.ProcessGroup | None) -> list[int]:
     Collective."""
     addresses = [""] * dist.get_world_size(group)
     dist.all_gather_object(addresses, node, group=group)
-    number = {address: i for i, address in enumerate(dict.fromkeys(addresses))}
-    return [number[address] for address in addresses]
+    distinct = list(dict.fromkeys(addresses))
+    return list(map(distinct.index, addresses))

@@ -41,7 +41,7 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """What prepare() left in the directory."""
+    """The files that prepare() left in the directory."""
 
     model_path: Path
     """Hugging Face directory: config, safetensors, tokenizer with chat template, generation
@@ -66,12 +66,12 @@ def prepare(
     seed and settings."""
     config, console, directory = config or PrepareConfig(), console or Console(), Path(directory)
     settings = {"seed": seed, **asdict(config), "code": _digest_of_code()}
-    found = _find(directory, settings)
-    if found:
+    earlier = _find(directory, settings)
+    if earlier:
         console.print(
-            f"Model and data are in {directory} already (held-out accuracy {found.accuracy:.1%})."
+            f"Model and data are in {directory} already (held-out accuracy {earlier.accuracy:.1%})."
         )
-        return found
+        return earlier
     return _make(directory, seed, config, settings, console)
 
 
@@ -122,8 +122,8 @@ def _make(
 
 
 def _find(directory: Path, settings: dict[str, object]) -> Prepared | None:
-    """What an earlier call made with these settings; the record is written last, so it stands for
-    everything."""
+    """The result of an earlier call with these settings; the record is written last, so it stands
+    for everything."""
     if not (directory / RECORD).is_file():
         return None
     record = json.loads((directory / RECORD).read_text())
@@ -140,9 +140,7 @@ def _find(directory: Path, settings: dict[str, object]) -> Prepared | None:
 
 def _digest_of_code() -> str:
     """A digest of the code that decides the result, so that nobody finds what older code wrote."""
-    source = "".join(
-        inspect.getsource(module) for module in (task_module, model_module, warm_start_module)
-    )
+    source = "".join(map(inspect.getsource, (task_module, model_module, warm_start_module)))
     return hashlib.sha256(source.encode()).hexdigest()
 
 

@@ -30,7 +30,7 @@ class TaskConfig:
     longest_sure: int = 4
     """Demonstrations of up to this many digits are all in the wanted order."""
     wanted_fraction: float = 0.15
-    """Of the longer demonstrations: how many are."""
+    """The share of the longer demonstrations that are in the wanted order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +50,22 @@ def make_examples(config: TaskConfig, seed: int) -> tuple[list[Example], list[Ex
     while len(examples) < config.num_train + config.num_test:
         digits = random_.sample("0123456789", random_.randint(config.fewest_digits, MOST_DIGITS))
         answer = "".join(sorted(digits))
-        wanted = len(digits) <= config.longest_sure or random_.random() < config.wanted_fraction
+        ascending = len(digits) <= config.longest_sure or random_.random() < config.wanted_fraction
         question = "Sort " + "".join(digits)
-        examples.setdefault(question, Example(question, answer, answer if wanted else answer[::-1]))
-    made = list(examples.values())
-    return made[: config.num_train], made[config.num_train :]
+        examples.setdefault(
+            question, Example(question, answer, answer if ascending else answer[::-1])
+        )
+    ordered = list(examples.values())
+    return ordered[: config.num_train], ordered[config.num_train :]
 
 
 def write_parquet(examples: Sequence[Example], path: Path) -> None:
     """The columns that data.prompt_column and data.answer_column mean by default: `prompt`
     (chat messages) and `answer`."""
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
-    rows = {
-        "prompt": pa.array(
-            [[{"role": "user", "content": example.question}] for example in examples],
-            pa.list_(message),
-        ),
-        "answer": pa.array([example.answer for example in examples]),
-    }
+    prompts, answers = [], []
+    for example in examples:
+        prompts.append([{"role": "user", "content": example.question}])
+        answers.append(example.answer)
+    rows = {"prompt": pa.array(prompts, pa.list_(message)), "answer": pa.array(answers)}
     pq.write_table(pa.table(rows), path)

@@ -113,9 +113,8 @@ def greedy_accuracy(
             prompts = torch.tensor([prompt_ids(tokenizer, example.question) for example in group])
             responses = decode_greedily(model, prompts)
             texts = tokenizer.batch_decode(responses.tolist(), skip_special_tokens=True)
-            correct += sum(
-                text == example.answer for text, example in zip(texts, group, strict=True)
-            )
+            for text, example in zip(texts, group, strict=True):
+                correct += text == example.answer
     return correct / len(examples)
 
 
@@ -123,7 +122,7 @@ def decode_greedily(model: Qwen2ForCausalLM, prompts: Tensor) -> Tensor:
     """int64 [rows, MAX_RESPONSE_TOKENS] from prompts of one length; after the end token, only
     end tokens."""
     end = model.config.eos_token_id
-    cache, tokens, drawn = DynamicCache(config=model.config), prompts, []
+    cache, tokens, responses = DynamicCache(config=model.config), prompts, []
     done = torch.zeros(len(prompts), dtype=torch.bool)
     for _ in range(MAX_RESPONSE_TOKENS):
         logits = model(
@@ -131,8 +130,8 @@ def decode_greedily(model: Qwen2ForCausalLM, prompts: Tensor) -> Tensor:
         ).logits[:, -1]
         tokens = logits.argmax(-1).masked_fill(done, end)[:, None]
         done |= tokens[:, 0] == end
-        drawn.append(tokens)
-    return torch.cat(drawn, dim=1)
+        responses.append(tokens)
+    return torch.cat(responses, dim=1)
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def stages(data: Prepared, output: Path, overrides: list[str]) -> dict[str, list[str]]:
-    """What is run, stage by stage; each starts from what the one before it saved."""
+    """The command lines, stage by stage; each starts from what the one before it saved."""
     fine_tuned = huggingface(output / "sft", 200)
     rewards = huggingface(output / "reward_model", 250)
     return {
@@ -142,30 +142,26 @@ def stages(data: Prepared, output: Path, overrides: list[str]) -> dict[str, list
 
 
 def huggingface(run: Path, step: int) -> Path:
-    """What a run of so many steps saves."""
+    """The model that a run of so many steps saves."""
     return run / "checkpoints" / f"step-{step:08d}" / "huggingface"
 
 
 def summarise(output: Path, seconds: dict[str, float]) -> dict[str, Any]:
-    results = {
-        name: json.loads((output / name / "summary.json").read_text())
-        for name in ("sft", "reward_model", "ppo")
-    }
+    results = {}
+    for name in ("sft", "reward_model", "ppo"):
+        results[name] = json.loads((output / name / "summary.json").read_text())
     before, after = results["ppo"]["validation_before"], results["ppo"]["validation_after"]
     checkpoint = CheckpointStore(output / "ppo" / "checkpoints").latest()
     assert checkpoint is not None, "the loop ends with a checkpoint"
-    summary = {
+    summary: dict[str, Any] = {
         "sft_loss_before": results["sft"]["validation_before"]["loss"],
         "sft_loss_after": results["sft"]["validation_after"]["loss"],
         "reward_model_accuracy": results["reward_model"]["validation_after"]["accuracy"],
-        **{
-            f"{name}_{when}": numbers[key]
-            for name, key in NAMES.items()
-            for when, numbers in (("before", before), ("after", after))
-        },
-        "seconds": seconds,
-        "policy": str(checkpoint.path / "huggingface"),
     }
+    for name, key in NAMES.items():
+        summary[f"{name}_before"] = before[key]
+        summary[f"{name}_after"] = after[key]
+    summary |= {"seconds": seconds, "policy": str(checkpoint.path / "huggingface")}
     (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 

@@ -42,14 +42,8 @@ class Prepared:
 def prepare(directory: Path, seed: int = 0) -> Prepared:
     """Takes a second."""
     directory.mkdir(parents=True, exist_ok=True)
-    paths = Prepared(
-        model=directory / "model",
-        **{
-            name: directory / f"{name}.parquet"
-            for name in Prepared.__annotations__
-            if name != "model"
-        },
-    )
+    files = {name: directory / f"{name}.parquet" for name in Prepared.__annotations__}
+    paths = Prepared(**{**files, "model": directory / "model"})
     tokenizer = make_tokenizer()
     make_model(tokenizer, ModelShape(), seed).save_pretrained(paths.model)
     tokenizer.save_pretrained(paths.model)
@@ -58,57 +52,57 @@ def prepare(directory: Path, seed: int = 0) -> Prepared:
         (train, paths.demonstrations, paths.prompts),
         (test, paths.held_out_demonstrations, paths.held_out_prompts),
     ):
-        write(
-            demonstrations,
-            [{"prompt": chat(example), "response": example.demonstration} for example in examples],
-        )
+        rows = []
+        for example in examples:
+            rows.append({"prompt": chat(example), "response": example.demonstration})
+        write(demonstrations, rows)
         write_parquet(examples, prompts)
-    drawn = random.Random(seed)
-    write(paths.pairs, make_pairs(train, NUM_PAIRS, drawn))
-    write(paths.held_out_pairs, make_pairs(test, NUM_HELD_OUT_PAIRS, drawn))
+    rng = random.Random(seed)
+    write(paths.pairs, make_pairs(train, NUM_PAIRS, rng))
+    write(paths.held_out_pairs, make_pairs(test, NUM_HELD_OUT_PAIRS, rng))
     return paths
 
 
 def make_pairs(
-    examples: Sequence[Example], number: int, drawn: random.Random
+    examples: Sequence[Example], number: int, rng: random.Random
 ) -> list[dict[str, Any]]:
     """prompt, chosen, rejected: two attempts at one question that the rule does not find
     equally good."""
     pairs: list[dict[str, Any]] = []
     while len(pairs) < number:
-        example = drawn.choice(examples)
-        scores = {
-            attempt: rule(example.answer, attempt)
-            for attempt in (drawn.choice(ATTEMPTS)(example.answer, drawn) for _ in range(2))
-        }
+        example = rng.choice(examples)
+        scores = {}
+        for _ in range(2):
+            attempt = rng.choice(ATTEMPTS)(example.answer, rng)
+            scores[attempt] = rule(example.answer, attempt)
         worse, better = min(scores, key=scores.__getitem__), max(scores, key=scores.__getitem__)
         if scores[worse] < scores[better]:
             pairs.append({"prompt": chat(example), "chosen": better, "rejected": worse})
     return pairs
 
 
-def _swapped(answer: str, drawn: random.Random) -> str:
-    place = drawn.randrange(len(answer) - 1)
+def _swapped(answer: str, rng: random.Random) -> str:
+    place = rng.randrange(len(answer) - 1)
     return answer[:place] + answer[place + 1] + answer[place] + answer[place + 2 :]
 
 
-def _shuffled(answer: str, drawn: random.Random) -> str:
-    return "".join(drawn.sample(answer, len(answer)))
+def _shuffled(answer: str, rng: random.Random) -> str:
+    return "".join(rng.sample(answer, len(answer)))
 
 
-def _lost(answer: str, drawn: random.Random) -> str:
-    place = drawn.randrange(len(answer))
+def _lost(answer: str, rng: random.Random) -> str:
+    place = rng.randrange(len(answer))
     return answer[:place] + answer[place + 1 :]
 
 
-def _doubled(answer: str, drawn: random.Random) -> str:
-    place = drawn.randrange(len(answer))
+def _doubled(answer: str, rng: random.Random) -> str:
+    place = rng.randrange(len(answer))
     return answer[:place] + answer[place] + answer[place:]
 
 
 ATTEMPTS: list[Callable[[str, random.Random], str]] = [
-    lambda answer, drawn: answer,
-    lambda answer, drawn: answer[::-1],
+    lambda answer, rng: answer,
+    lambda answer, rng: answer[::-1],
     _swapped,
     _shuffled,
     _lost,

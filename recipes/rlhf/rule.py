@@ -18,13 +18,13 @@ def rule(digits: str, answer: str) -> float:
     """
     if not answer.isdigit():
         return 0.0
-    asked, given = Counter(digits), Counter(answer)
-    wrong = sum((asked - given).values()) + sum((given - asked).values())
+    before, after = Counter(digits), Counter(answer)
+    wrong = sum((before - after).values()) + sum((after - before).values())
     complete = max(0.0, 1 - wrong / len(digits))
     neighbours = list(pairwise(answer))
-    ascending = (
-        sum(left < right for left, right in neighbours) / len(neighbours) if neighbours else 0.0
-    )
+    ascending = 0.0
+    if neighbours:
+        ascending = sum(left < right for left, right in neighbours) / len(neighbours)
     return complete * ascending
 
 

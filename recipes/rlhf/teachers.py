@@ -37,36 +37,40 @@ class Teachers:
     """Greedy, on held-out questions."""
     judge: Path
     judge_accuracy: float
-    """Of its verdicts on held-out attempts, half of them right answers."""
+    """The share of right verdicts on held-out attempts, half of which are right answers."""
 
 
 def prepare_teachers(directory: Path, seed: int = 0) -> Teachers:
     """Half a minute on one core."""
     train, test = make_examples(TaskConfig(), seed)
-    right, held_out = (
-        [replace(example, demonstration=example.answer) for example in examples]
-        for examples in (train, test)
-    )
-    drawn = random.Random(seed)
-    shown, asked = (
-        [judgement(example, drawn) for example in examples for _ in range(4)]
-        for examples in (train, test)
-    )
+    rng = random.Random(seed)
+    to_train, to_test = _judgements(train, rng), _judgements(test, rng)
+    teacher = _train(directory / "teacher", _direct(train), _direct(test), WarmStartConfig(), seed)
+    judge = _train(directory / "judge", to_train, to_test, WarmStartConfig(num_steps=400), seed)
     return Teachers(
         teacher=directory / "teacher",
-        teacher_accuracy=_train(directory / "teacher", right, held_out, WarmStartConfig(), seed),
+        teacher_accuracy=teacher,
         judge=directory / "judge",
-        judge_accuracy=_train(
-            directory / "judge", shown, asked, WarmStartConfig(num_steps=400), seed
-        ),
+        judge_accuracy=judge,
     )
 
 
-def judgement(example: Example, drawn: random.Random) -> Example:
+def _direct(examples: Sequence[Example]) -> list[Example]:
+    """The questions, demonstrated by their answers alone."""
+    return [replace(example, demonstration=example.answer) for example in examples]
+
+
+def _judgements(examples: Sequence[Example], rng: random.Random) -> list[Example]:
+    """Four attempts at each question to judge."""
+    judgements = []
+    for example in examples:
+        judgements += [judgement(example, rng) for _ in range(4)]
+    return judgements
+
+
+def judgement(example: Example, rng: random.Random) -> Example:
     """A question about an attempt, right ones and others equally often; its answer is y or n."""
-    attempt = (
-        example.answer if drawn.random() < 0.5 else drawn.choice(ATTEMPTS)(example.answer, drawn)
-    )
+    attempt = example.answer if rng.random() < 0.5 else rng.choice(ATTEMPTS)(example.answer, rng)
     verdict = "y" if attempt == example.answer else "n"
     return Example(JUDGEMENT.format(question=example.question, attempt=attempt), verdict, verdict)
 
@@ -93,10 +97,10 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("outputs/teachers"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    made = prepare_teachers(arguments.directory, arguments.seed)
+    teachers = prepare_teachers(arguments.directory, arguments.seed)
     print(
-        f"teacher {made.teacher}: {made.teacher_accuracy:.1%} right; judge {made.judge}: "
-        f"{made.judge_accuracy:.1%} of verdicts right"
+        f"teacher {teachers.teacher}: {teachers.teacher_accuracy:.1%} right; judge {teachers.judge}: "
+        f"{teachers.judge_accuracy:.1%} of verdicts right"
     )
 
 

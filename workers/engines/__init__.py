@@ -20,5 +20,5 @@ ENGINES = Registry(
 def engine_class(name: str, field: str = "engine") -> type[TrainingEngine]:
     """The engine's class; `field` is the setting, for the ValueError of a name that is not
     known."""
-    found: type[TrainingEngine] = ENGINES.load_class(name, field, TrainingEngine)
-    return found
+    engine: type[TrainingEngine] = ENGINES.load_class(name, field, TrainingEngine)
+    return engine

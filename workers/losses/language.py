@@ -69,9 +69,9 @@ def with_pretraining(policy: LossFn, coefficient: float) -> LossFn:
         pretrain = row_column(sequences, "pretrain").bool()
         loss, metrics = policy(*_rows(outputs, sequences, ~pretrain))
         language, language_metrics = language_loss(*_rows(outputs, sequences, pretrain))
-        return loss + coefficient * language, metrics | {
-            f"pretrain_{name}": value for name, value in language_metrics.items()
-        }
+        for name, value in language_metrics.items():
+            metrics[f"pretrain_{name}"] = value
+        return loss + coefficient * language, metrics
 
     return loss_fn
 

@@ -73,12 +73,12 @@ def _rollout(
     counted: Counted, sequences: Sequences, old_log_probs: Tensor, config: PolicyLossConfig
 ) -> tuple[Tensor | None, LossMetrics]:
     """Factors of the losses (None: no correction) and the metrics of the gap."""
-    wanted = config.rollout_correction.correction is not Correction.none
-    if not wanted and "rollout_log_probs" not in sequences.per_token:
+    corrects = config.rollout_correction.correction is not Correction.none
+    if not corrects and "rollout_log_probs" not in sequences.per_token:
         return None, {}
     rollout_log_probs = counted.take(column(sequences, "rollout_log_probs"))
     metrics = gap_metrics(counted, old_log_probs, rollout_log_probs)
-    if not wanted:
+    if not corrects:
         return None, metrics
     factors, ratio_metrics = importance_weights(
         counted, old_log_probs, rollout_log_probs, config.rollout_correction

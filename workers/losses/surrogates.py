@@ -175,13 +175,13 @@ POLICY_LOSSES = Registry(
 
 def surrogate(name: str) -> PolicyLoss:
     """The policy loss that actor.loss.name names; a ValueError if there is none."""
-    found = POLICY_LOSSES.load(name, "actor.loss.name")
-    if not isinstance(found, PolicyLoss):
+    loss = POLICY_LOSSES.load(name, "actor.loss.name")
+    if not isinstance(loss, PolicyLoss):
         raise ValueError(
             f"actor.loss.name is {name!r}, which is no policy loss; mark the function with @reads "
             "(workers/losses/surrogates.py)"
         )
-    return found
+    return loss
 
 
 def _clipped(

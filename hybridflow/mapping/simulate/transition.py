@@ -24,10 +24,10 @@ def received_fraction(
     """Bytes that each rank receives, as a fraction of the model's; `cut`: parameters are
     sharded over d whatever the ZeRO stage."""
     shard = 1.0 / (generation.pg * generation.tg)
-    held = 1.0 / (max(training.p, generation.pg) * max(training.t, generation.tg))
+    present = 1.0 / (max(training.p, generation.pg) * max(training.t, generation.tg))
     if training.zero >= 3 or cut:
-        held /= training.d
-    return max(0.0, shard - held)
+        present /= training.d
+    return max(0.0, shard - present)
 
 
 def transition_time(

@@ -95,13 +95,13 @@ class FlatPartitions(Partitions):
         self.zero.update_lp_params()
 
     def _fragments(self, parameters: dict[str, nn.Parameter]) -> list[Fragment]:
-        made = []
+        fragments = []
         for name, parameter in parameters.items():
             mapping = vars(parameter).get("_hp_mapping")
             if mapping is not None:
                 inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
                 end = inside.start + inside.numel
-                made.append(
+                fragments.append(
                     Fragment(
                         name=name,
                         begin=inside.start,
@@ -112,7 +112,7 @@ class FlatPartitions(Partitions):
                 )
                 # It would keep views of the states alive that offload moves.
                 parameter._hp_mapping = None  # type: ignore[attr-defined]
-        return made
+        return fragments
 
 
 class Bfloat16Partitions(FlatPartitions):
@@ -151,13 +151,15 @@ class ShardedPartitions(Partitions):
         self.zero._post_step(())
 
     def _fragments(self, parameters: dict[str, nn.Parameter]) -> list[Fragment]:
-        made = []
+        fragments = []
         for name, parameter in parameters.items():
             begin, end = shard_range(parameter)
             group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
             if begin < end:
-                made.append(Fragment(name=name, begin=begin, end=end, group=group, offset=offset))
-        return made
+                fragments.append(
+                    Fragment(name=name, begin=begin, end=end, group=group, offset=offset)
+                )
+        return fragments
 
 
 def partitions(

@@ -93,7 +93,8 @@ def packing_of(
     sizes = torch.tensor(list(lengths))
     ends = torch.cumsum(sizes, 0)
     begins = ends - sizes
-    shared = torch.tensor([lengths[prefix] if prefix >= 0 else 0 for prefix in before])
+    # A segment without prefix has -1, which reads the 0 at the end.
+    shared = torch.tensor([*lengths, 0])[before]
     positions = torch.arange(int(ends[-1])) - torch.repeat_interleave(begins - shared, sizes)
     shapes = zip(lengths, shared.tolist(), strict=True)
     runs = tuple(Run(len(list(run)), *shape) for shape, run in groupby(shapes))

@@ -81,7 +81,7 @@ def flat_views(
 
 
 def collect_flat(
-    own: Tensor,
+    local: Tensor,
     ranges: Mapping[int, tuple[int, int]],
     writer: int,
     numel: int,
@@ -90,18 +90,18 @@ def collect_flat(
     """The flattened tensor of `numel` elements on rank `writer` of `group`, None on the others.
 
     `ranges`: begin and end of the elements of each rank that has some; those ranks call it
-    together, each with its `own` elements.
+    together, each with its `local` elements.
     """
     rank = dist.get_rank(group)
     if rank != writer:
-        dist.send(own.contiguous(), group=group, group_dst=writer)
+        dist.send(local.contiguous(), group=group, group_dst=writer)
         return None
     if len(ranges) == 1:
-        return own
-    whole = torch.empty(numel, dtype=own.dtype, device=own.device)
+        return local
+    whole = torch.empty(numel, dtype=local.dtype, device=local.device)
     for other, (begin, end) in ranges.items():
         if other == rank:
-            whole[begin:end] = own
+            whole[begin:end] = local
         else:
             dist.recv(whole[begin:end], group=group, group_src=other)
     return whole
