@@ -70,12 +70,12 @@ def test_conditional_expressions_are_few(house: Figures) -> None:
 
 
 def test_names_are_standard_terms(house: Figures) -> None:
-    assert house.per_thousand("dialect") < 6, listed(house, "dialect")
+    assert house.per_thousand("dialect") < 5, listed(house, "dialect")
 
 
 def test_docstrings_are_sentences(house: Figures) -> None:
     assert house.count("of_docstrings") == 0, listed(house, "of_docstrings")
-    assert house.count("what_docstrings") <= 12, listed(house, "what_docstrings")
+    assert house.count("what_docstrings") <= 25, listed(house, "what_docstrings")
 
 
 def test_a_custom_loop_needs_one_import() -> None:

@@ -70,7 +70,7 @@ class Questions:
         return ids if self.tokenizer.chat_template else self.beginning.before(ids)
 
     def rows(self, batch: Batch) -> list[dict[str, Any]]:
-        """What the template may ask for, of every row."""
+        """The columns that the template may ask for, of every row."""
         prompts = self.policy_tokenizer.batch_decode(
             batch.ragged("prompt_ids").unbind(), skip_special_tokens=True
         )

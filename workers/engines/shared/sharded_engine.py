@@ -32,7 +32,7 @@ from workers.precision import with_native_precision
 from workers.sequences import Sequences
 
 CHECKPOINT_BYTES = 12
-"""Of a parameter in a checkpoint: float32 weights and AdamW's two moments."""
+"""Bytes of a parameter in a checkpoint: float32 weights and AdamW's two moments."""
 
 
 class ShardedEngine(TrainingEngine):
