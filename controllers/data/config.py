@@ -76,8 +76,8 @@ class DataConfig:
     remove_duplicates: bool = False
     """Leave out a row whose tokens and columns equal an earlier one's; how many were is logged."""
     pass_rate: list[float] | None = None
-    """Of the prompts of data.train keep those that the policy passes with a rate from the first to
-    the second number, such as [0.1, 0.9], as data.pass_rates says; null keeps all."""
+    """Keep the prompts of data.train that the policy passes with a rate from the first to the
+    second number, such as [0.1, 0.9], as data.pass_rates says; null keeps all."""
     pass_rates: str | None = None
     """The pass_rates.jsonl that recipes.evaluate left of the same data."""
     text_as_user_message: bool = False

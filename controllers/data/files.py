@@ -20,7 +20,7 @@ import pyarrow.parquet
 
 BATCH_ROWS = 1024
 MOST_CELL_CHARACTERS = 2**27
-"""Of one cell of a .csv file."""
+"""The longest cell of a .csv file that is read."""
 
 
 @dataclass(frozen=True, slots=True)
