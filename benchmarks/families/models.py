@@ -187,7 +187,10 @@ FAMILIES = [
         packing=False,
     ),
     Family(
-        name="StableLM", model_type="stablelm", settings=COMMON | {"partial_rotary_factor": 0.25}
+        name="StableLM",
+        model_type="stablelm",
+        settings=COMMON | {"partial_rotary_factor": 0.25},
+        packing=False,
     ),
     Family(name="Cohere", model_type="cohere", settings=COMMON | {"logit_scale": 0.25}),
     Family(

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,6 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import logging as transformers_logging
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -237,6 +240,8 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
             f"model.path is {config.path!r}: {kind} is not a causal (decoder-only) language "
             "model; use one that is"
         )
+    if head is not Head.lm:
+        add_classifier(hf_config)
     if (
         head is Head.score
         and not config.new_head
@@ -285,6 +290,24 @@ def no_score_head(config: ModelConfig) -> str:
 
 def _attention(config: ModelConfig) -> str | None:
     return None if config.attention == AUTO else config.attention
+
+
+def add_classifier(config: PretrainedConfig) -> None:
+    """Make a sequence classifier known to transformers for a family that has only a language model
+    (Granite, Cohere, OLMo): its decoder with a linear head, as transformers' own are made."""
+    kind = type(config)
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    language_model = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    base = next(cls for cls in language_model.__mro__ if "ForCausalLM" not in cls.__name__)
+    name = language_model.__name__.replace("ForCausalLM", "ForSequenceClassification")
+    attributes = {
+        "__module__": __name__,
+        "base_model_prefix": language_model.base_model_prefix,
+        "config_class": kind,
+    }
+    classifier = type(name, (GenericForSequenceClassification, base), attributes)
+    AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)
 
 
 def _auto_class(

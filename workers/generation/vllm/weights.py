@@ -9,7 +9,7 @@ commit lets vLLM repack it. The prefix cache is the engine's business.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,6 +65,8 @@ class VllmWeights:
             )
         self._shapes = dict(shapes)
         twin = meta_model(config)
+        for model in (self._model, twin):
+            add_head_bias(model, self._shapes)
         self.placements = record(twin, self._shapes, self._dtype)
         _check_no_parameter_is_lost(self.placements, self._shapes)
         self._memory = self._bind(twin)
@@ -205,6 +207,20 @@ class VllmWeights:
             LocalParameter(name, shape, self._dtype, tuple(shards[name]))
             for name, shape in self._shapes.items()
         ]
+
+
+def add_head_bias(model: nn.Module, names: Container[str]) -> None:
+    """Give the head the bias that the checkpoint has for it. vLLM's Transformers backend does so
+    only when it loads that weight, and again each time."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for name, module in model.named_modules():
+        if not isinstance(module, ParallelLMHead) or f"{name}.bias" not in names:
+            continue
+        if module.bias is None:
+            with torch.device(next(model.parameters()).device):
+                module._register_bias()
+        module._register_bias = lambda: None
 
 
 def _view(tensor: torch.Tensor, region: Region) -> torch.Tensor:
