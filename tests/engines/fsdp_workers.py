@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hybridflow.context import RankContext
 from hybridflow.resharding.shards import Box
@@ -153,10 +152,21 @@ def train(rank: int, root: Path, case: Case) -> Result:
 
 
 def gathered(engine: FsdpEngine) -> dict[str, Tensor]:
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
-        for name, value in engine._parameters.items()
-    }
+    """Every parameter, pasted together from the boxes of all ranks."""
+    own = [
+        (parameter.name, parameter.shape, [(shard.box, shard.tensor) for shard in parameter.shards])
+        for parameter in engine.local_parameters()
+    ]
+    everywhere = [own] * dist.get_world_size()
+    dist.all_gather_object(everywhere, own)
+    whole = {name: torch.full(shape, torch.nan) for name, shape, _ in own}
+    for of_rank in everywhere:
+        for name, _, shards in of_rank:
+            for box, tensor in shards:
+                ends = [start + size for start, size in zip(box.start, box.shape, strict=True)]
+                inside = tuple(slice(*ends_of) for ends_of in zip(box.start, ends, strict=True))
+                whole[name][inside] = tensor
+    return whole
 
 
 def save_and_fail(rank: int, root: Path) -> None:

@@ -69,7 +69,8 @@ def test_clipping_equals_pytorchs_and_zero_turns_it_off() -> None:
         for name, parameter in parameters.items()
         if parameter.grad is not None
     }
-    norm = global_grad_norm(parameters.values(), world_size=1)
+    gradients = [(gradient, 1) for gradient in before.values()]
+    norm = global_grad_norm(gradients, world_size=1)
     clip_gradients(parameters, norm, 0.0)
     assert all(torch.equal(parameter.grad, before[name]) for name, parameter in parameters.items())
     copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters.values()]

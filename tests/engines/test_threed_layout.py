@@ -19,8 +19,9 @@ def model(**changes: int) -> PretrainedConfig:
         "num_key_value_heads": 2,
         "intermediate_size": 48,
         "vocab_size": 96,
+        "hidden_size": 32,
     }
-    return AutoConfig.for_model("llama", hidden_size=32, **{**options, **changes})
+    return AutoConfig.for_model("llama", **{**options, **changes})
 
 
 def test_layout_follows_the_rank_order() -> None:
@@ -35,19 +36,19 @@ def test_layout_follows_the_rank_order() -> None:
     ("train", "changes", "message"),
     [
         (
-            TrainConfig(tp=4),
+            TrainConfig(tp=8),
             {},
             (
-                r"tp=4 does not fit llama: .*num_key_value_heads 2.*sizes that fit: 1, 2; on 8 "
+                r"tp=8 does not fit llama: .*num_attention_heads 4; sizes that fit: 1, 2, 4; on 8 "
                 r"devices fit: pp=1 tp=1 \(dp=8\)"
             ),
         ),
         (
             TrainConfig(tp=2),
-            {"vocab_size": 97},
+            {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 24},
             (
-                r"tp=2 does not fit.*vocab_size 97.*sizes that fit: 1; on 8 devices fit: pp=1 "
-                r"tp=1 \(dp=8\), pp=2"
+                r"tp=2 does not fit.*num_attention_heads 3.*sizes that fit: 1, 3; on 8 devices fit: "
+                r"pp=1 tp=1 \(dp=8\), pp=2"
             ),
         ),
         (

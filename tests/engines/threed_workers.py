@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridflow.context import RankContext
+from tests.engines.split_families import split_differences
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, TrainingEngine
 from workers.engines.model.log_probs import head_log_probs
 from workers.engines.shared.export import write_safetensors
-from workers.engines.threed.engine import ThreeDEngine
 from workers.sequences import Sequences
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, epsilon=1e-4, weight_decay=0.1, clip_grad_norm=0.5)
@@ -47,6 +47,7 @@ class Case:
     precision: Precision = Precision.fp32
     offload: bool = False
     packing: bool = True
+    engine: str = "threed"
 
     @property
     def name(self) -> str:
@@ -58,7 +59,13 @@ class Case:
             f"rows{self.num_rows}",
         ]
         flags = [
-            word for word, on in (("ac", self.checkpointing), ("blocks", not self.packing)) if on
+            word
+            for word, on in (
+                ("ac", self.checkpointing),
+                ("blocks", not self.packing),
+                (self.engine, self.engine != "threed"),
+            )
+            if on
         ]
         return "-".join([f"p{self.p}t{self.t}d{self.d}v{self.virtual}", *extras, *flags])
 
@@ -100,9 +107,9 @@ def run_worlds(rank: int, root: Path, worlds: list[tuple[int, list[Job]]]) -> No
             run_world(rank, root, world_size, jobs)
 
 
-def make_engine(case: Case, root: Path, rank: int) -> ThreeDEngine:
+def make_engine(case: Case, root: Path, rank: int) -> TrainingEngine:
     config = TrainConfig(
-        engine="threed",
+        engine=case.engine,
         tp=case.t,
         pp=case.p,
         rank_order=case.order.split(),
@@ -117,7 +124,7 @@ def make_engine(case: Case, root: Path, rank: int) -> ThreeDEngine:
     )
     model = root / (case.model if case.head is Head.lm else f"{case.model}-{case.head.value}")
     context = RankContext(rank=rank, world_size=case.world_size)
-    return ThreeDEngine(
+    return engine_class(case.engine)(
         model=ModelConfig(path=str(model), attention="sdpa"),
         config=config,
         head=case.head,
@@ -182,7 +189,7 @@ def save_and_resume(rank: int, root: Path, cases: list[Case]) -> None:
         engine = make_engine(case, root, rank)
         engine.load(root / "checkpoint")
         _third_step(engine, case, rank, root / f"resumed-{number}")
-    other = Case(t=2, d=2, model=first.model)
+    other = Case(t=2, d=first.world_size // 2, model=first.model)
     config = TrainConfig(
         engine="fsdp",
         tp=2,
@@ -214,7 +221,14 @@ def vocabulary(rank: int, root: Path, precision: Precision) -> None:
     group = dist.group.WORLD
     assert group is not None
     log_probs, entropy = head_log_probs(
-        own, None, None, targets, temperature=0.7, entropy=True, group=group
+        own,
+        None,
+        None,
+        targets,
+        temperature=0.7,
+        entropy=True,
+        group=group,
+        first_token=rank * own.shape[-1],
     )
     assert entropy is not None
     (log_probs.sin().sum() + entropy.square().sum()).backward()
@@ -236,4 +250,5 @@ JOBS: dict[str, Callable[[int, Path, Any], None]] = {
     "train": train,
     "save_and_resume": save_and_resume,
     "vocabulary": vocabulary,
+    "split": split_differences,
 }

@@ -9,15 +9,15 @@ parallelism are left out. docs/training.md has the measurements behind the choic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from hybridflow.mapping.question.space import SearchSpace
@@ -27,13 +27,14 @@ from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.fsdp.sharding import (
     abandon_step,
     is_one_group,
-    local_parameter,
     local_part,
+    logical_parameters,
     make_mesh,
     shard_model,
 )
 from workers.engines.model.loading import ModelSource
-from workers.engines.model.tensor_parallel import check_fits
+from workers.engines.model.split_plan import check_fits
+from workers.engines.shared.box_tensor import box_tensors
 from workers.engines.shared.checkpoint import load_tensors, save_tensors
 from workers.engines.shared.metrics import add_micro_batch, metrics_of_group
 from workers.engines.shared.micro_batches import (
@@ -48,6 +49,7 @@ from workers.engines.shared.optimizer import (
     clip_gradients,
     global_grad_norm,
     learning_rate,
+    local_gradients,
     no_moments,
     set_learning_rate,
 )
@@ -89,6 +91,7 @@ class FsdpEngine(ShardedEngine):
         self._data_group = self._mesh.get_group("dp")
         self._scored = shard_model(source, self.head, self.config, self._mesh, self.device)
         self._parameters: dict[str, nn.Parameter] = dict(source.model.named_parameters())
+        self._parts = source.parts
         # AdamW works on the rank's own memory: no distributed dispatch per parameter, and any mix
         # of meshes.
         self._local: dict[str, nn.Parameter] = {}
@@ -129,7 +132,8 @@ class FsdpEngine(ShardedEngine):
             metrics = self._accumulate(
                 self._micro_batches(sequences), loss_fn, entropy, temperature
             )
-            grad_norm = global_grad_norm(self._parameters.values(), world_size=self.layout.size)
+            self._sum_over_tensor_ranks()
+            grad_norm = global_grad_norm(self._gradients(), world_size=self.layout.size)
             clip_gradients(self._parameters, grad_norm, self.config.optimizer.clip_grad_norm)
             on_error.pop_all()
         rate = self._update()
@@ -142,7 +146,10 @@ class FsdpEngine(ShardedEngine):
     def local_parameters(self) -> list[LocalParameter]:
         # Who writes to the views must not find gathered copies of before.
         self._reshard()
-        return [local_parameter(name, parameter) for name, parameter in self._parameters.items()]
+        return self._logical(self._local)
+
+    def _logical(self, tensors: Mapping[str, Tensor]) -> list[LocalParameter]:
+        return logical_parameters(self._parameters, self._parts, tensors)
 
     def save(self, directory: Path) -> None:
         with self._state_on_device():
@@ -192,6 +199,26 @@ class FsdpEngine(ShardedEngine):
             metrics = add_micro_batch(metrics, loss, parts)
         return metrics
 
+    def _sum_over_tensor_ranks(self) -> None:
+        """The gradients that each tensor rank has a share of: one collective."""
+        shares = []
+        for name, parameter in self._parameters.items():
+            if self._parts[name].partial:
+                shares += local_gradients([parameter])
+        if shares:
+            flat = torch.cat([share.flatten() for share in shares])
+            dist.all_reduce(flat, group=self._mesh.get_group("tp"))
+            sums = flat.split([share.numel() for share in shares])
+            for share, total in zip(shares, sums, strict=True):
+                share.copy_(total.view_as(share))
+
+    def _gradients(self) -> Iterator[tuple[Tensor, int]]:
+        """This rank's parts of the gradient, and how many ranks hold the same elements."""
+        for name, parameter in self._parameters.items():
+            copies = self.config.tp if self._parts[name].replicated else 1
+            for gradient in local_gradients([parameter]):
+                yield gradient, copies
+
     def _update(self) -> float:
         """One AdamW step with the gradients there are; the learning rate used."""
         rate = learning_rate(self.config.optimizer, self._num_steps)
@@ -226,14 +253,14 @@ class FsdpEngine(ShardedEngine):
                 module.reshard()
 
     def _checkpoint(self) -> dict[str, Tensor]:
-        """Weights, AdamW's moments (zero before the first step) and the step, as distributed
-        tensors over this rank's memory."""
+        """Weights, AdamW's moments (zero before the first step) and the step, as boxes over this
+        rank's memory."""
+        states = {name: self._state(local) for name, local in self._local.items()}
         tensors: dict[str, Tensor] = {"num_steps": torch.tensor(self._num_steps)}
-        for name, parameter in self._parameters.items():
-            tensors[f"model.{name}"] = parameter.detach()
-            state = self._state(self._local[name])
-            for moment in MOMENTS:
-                tensors[f"{moment}.{name}"] = _like(state[moment], parameter)
+        tensors |= box_tensors("model", self._logical(self._local))
+        for moment in MOMENTS:
+            moments = {name: state[moment] for name, state in states.items()}
+            tensors |= box_tensors(moment, self._logical(moments))
         return tensors
 
     def _state(self, local: nn.Parameter) -> Mapping[str, Tensor]:
@@ -249,18 +276,3 @@ class FsdpEngine(ShardedEngine):
         for moments in self._optimizer.state.values():
             for name, value in moments.items():
                 moments[name] = value.to(device)
-
-
-def _like(local: Tensor, parameter: nn.Parameter) -> Tensor:
-    """`local` as a distributed tensor laid out like `parameter`."""
-    local = local.detach()
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )

@@ -3,6 +3,7 @@ rank holds."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hybridflow.layout import Layout
-from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
+from hybridflow.resharding.shards import Box, LocalParameter, LocalShard, all_parameters
 from workers.config import Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.model.attention import check_packable
@@ -24,6 +25,7 @@ from workers.engines.model.scored import (
     parameter_bytes,
 )
 from workers.engines.model.tensor_parallel import parallelize
+from workers.engines.model.tensor_parts import Parts, TensorPart, whole_parts
 
 ONE_GROUP_BYTES = 512 * 2**20
 """Float32 bytes up to which the whole model is one FSDP group: one gather and one reduction a
@@ -51,8 +53,10 @@ def shard_model(
         check_packable(model)
     scored = ScoredModel(model, head)
     if config.tp > 1:
-        parallelize(model, mesh["tp"])
+        source.parts = parallelize(model, mesh["tp"])
         scored.split_vocabulary(mesh.get_group("tp"))
+    else:
+        source.parts = whole_parts(model)
     if config.activation_checkpointing:
         enable_activation_checkpointing(model)
     bf16 = config.precision is Precision.bf16
@@ -113,32 +117,31 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
     return local.detach()
 
 
-def local_parameter(name: str, parameter: nn.Parameter) -> LocalParameter:
-    """The shard map's entry of a parameter; its tensor is a view."""
-    tensor = local_part(parameter)
-    box = local_box(parameter)
-    assert tuple(tensor.shape) == box.shape, (
-        f"{name}: local tensor {tuple(tensor.shape)}, box {box}"
-    )
-    shards = (LocalShard(box=box, tensor=tensor),) if box.numel else ()
-    return LocalParameter(
-        name=name, shape=tuple(parameter.shape), dtype=parameter.dtype, shards=shards
-    )
+def local_box(parameter: nn.Parameter, part: TensorPart) -> Box:
+    """This rank's box of the checkpoint's parameter: tensor parallelism cuts first, data
+    parallelism cuts what that leaves along its first dim, into pieces of equal rounded-up size
+    (the last ones smaller or empty)."""
+    assert isinstance(parameter, DTensor)
+    whole, mesh = part.box.shape[0], parameter.device_mesh
+    piece = -(-whole // mesh.size())
+    before = min(piece * mesh.get_local_rank(), whole)
+    start = (part.box.start[0] + before, *part.box.start[1:])
+    return Box(start, (min(piece, whole - before), *part.box.shape[1:]))
 
 
-def local_box(parameter: torch.Tensor) -> Box:
-    """This rank's box: tensor parallelism cuts first, data parallelism cuts what that leaves,
-    each into pieces of equal rounded-up size (the last ones smaller or empty)."""
-    start, shape = [0] * parameter.ndim, list(parameter.shape)
-    if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        for axis in reversed(range(mesh.ndim)):
-            placement = parameter.placements[axis]
-            if placement.is_replicate():
-                continue
-            dim = placement.dim  # type: ignore[attr-defined]
-            piece = -(-shape[dim] // mesh.size(axis))
-            before = min(piece * mesh.get_local_rank(axis), shape[dim])
-            start[dim] += before
-            shape[dim] = min(piece, shape[dim] - before)
-    return Box(tuple(start), tuple(shape))
+def logical_parameters(
+    parameters: Mapping[str, nn.Parameter], parts: Parts, tensors: Mapping[str, torch.Tensor]
+) -> list[LocalParameter]:
+    """Every parameter of the checkpoint with the boxes that this rank holds, where `tensors` are
+    laid out as its parameters are; views."""
+    shards: dict[str, list[LocalShard]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtype = torch.float32
+    for name, parameter in parameters.items():
+        part, tensor = parts[name], tensors[name].detach()
+        box, dtype = local_box(parameter, part), tensor.dtype
+        assert tuple(tensor.shape) == box.shape, f"{name}: {box}"
+        shapes[part.name] = part.shape
+        if box.numel:
+            shards.setdefault(part.name, []).append(LocalShard(box, tensor))
+    return all_parameters(shapes, shards, dtype)

@@ -25,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from workers.engines.model.packing import Packing, Run
+from workers.engines.model.rotary import depends_on_length
 
 ATTENTION, FUSED_ATTENTION = "sequences", "sequences_fused"
 """The names under which transformers finds it: with all kernels, and with PyTorch's only."""
@@ -41,8 +42,6 @@ needs no mask."""
 PACKED_ATTENTIONS = (ATTENTION, FUSED_ATTENTION, "flash_attention_2", "flash_attention_3")
 """Attentions that keep the sequences of a row apart without a mask."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-LENGTH_ROPES = {"dynamic", "longrope"}
-"""Rotary embeddings whose angles depend on the length of the longest row."""
 
 
 def use_sequence_attention(model: PreTrainedModel, *, fused: bool) -> None:
@@ -68,17 +67,8 @@ def check_packable(model: PreTrainedModel) -> None:
 def can_share_prompts(model: PreTrainedModel) -> bool:
     """Whether responses to one prompt can go on after the same tokens of a packed row:
     attention is ours, and a token's position means the same whatever follows it."""
-    rope = model.config.get_text_config().to_dict().get("rope_parameters") or {}
-    kinds = {str(rope.get("rope_type")), *(str(part.get("rope_type")) for part in _parts_of(rope))}
-    return (
-        model.config._attn_implementation in (ATTENTION, FUSED_ATTENTION)
-        and not kinds & LENGTH_ROPES
-    )
-
-
-def _parts_of(rope: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rotary settings that differ by the type of layer."""
-    return [value for value in rope.values() if isinstance(value, dict)]
+    ours = model.config._attn_implementation in (ATTENTION, FUSED_ATTENTION)
+    return ours and not depends_on_length(model.config)
 
 
 def _why_not(model: PreTrainedModel) -> str | None:

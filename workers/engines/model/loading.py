@@ -7,7 +7,7 @@ rank never holds more than one unsharded module. Quantized checkpoints and adapt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -39,6 +38,7 @@ from workers.config import ModelConfig, SavedDtype
 from workers.engines.base import Head
 from workers.engines.model.attention import check_packable, use_sequence_attention
 from workers.engines.model.scored import score_head
+from workers.engines.model.tensor_parts import Parts
 
 AUTO = "auto"
 """ModelConfig.attention: transformers' choice for the model; where that is PyTorch's fused kernel,
@@ -95,6 +95,9 @@ class ModelSource:
             loaded.generation_config if loaded is not None and head is Head.lm else None
         )
         """The checkpoint's, on rank 0."""
+        self.parts: Parts = {}
+        """What the parameters of `model` are of the checkpoint's, by their names in `model`; those
+        that are not here are whole. Set before materialize by who splits the model."""
         self._done: set[tuple[int, str]] = set()
         self._names = {id(module): name for name, module in self.model.named_modules()}
         self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -105,8 +108,7 @@ class ModelSource:
         ones stay tied. Collective.
 
         What has been materialized before is skipped, so modules can be sharded one after the other,
-        from the leaves up. A distributed tensor on meta (tensor parallelism set up before) keeps
-        this rank's part.
+        from the leaves up. Of a parameter that was split (`parts`) this rank gets its part.
         """
         if not self._owners:
             self._find_owners()
@@ -119,28 +121,41 @@ class ModelSource:
         self, owner: nn.Module, name: str, tensor: Tensor, device: torch.device
     ) -> None:
         prefix = self._names[id(owner)]
-        full = f"{prefix}.{name}" if prefix else name
+        part = self.parts.get(_join(prefix, name))
+        if part is None:
+            value = self._receive(_join(prefix, name), tensor.shape, tensor.dtype, device)
+            self._exchange(tensor, value)
+            return
+        value = self._receive(part.name, part.shape, tensor.dtype, device)
+        for attribute, local in list(owner.named_parameters(recurse=False)):
+            other = self.parts[_join(prefix, attribute)]
+            if other.name == part.name:  # all parts of a fused parameter lie in one module
+                whole_is_part = other.box.shape == part.shape
+                mine = other.of(value)
+                self._exchange(local, mine if whole_is_part else mine.clone())
+
+    def _receive(
+        self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """The checkpoint's tensor, the same on all ranks."""
         if self.rank == 0:
-            value = self._weights.pop(full).detach().to(device).contiguous()
+            value = self._weights.pop(name).detach().to(device).contiguous()
         else:
-            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            value = torch.empty(tuple(shape), dtype=dtype, device=device)
         if self.world_size > 1:
             dist.broadcast(value, src=0)
-        if isinstance(tensor, DTensor):
-            value = distribute_tensor(
-                value, tensor.device_mesh, tensor.placements, src_data_rank=None
-            )
-        new = (
-            nn.Parameter(value, requires_grad=tensor.requires_grad)
-            if isinstance(tensor, nn.Parameter)
-            else value
-        )
-        for other, other_name in self._owners[id(tensor)]:
-            self._done.add((id(other), other_name))
+        return value
+
+    def _exchange(self, tensor: Tensor, value: Tensor) -> None:
+        """Put `value` in the place of a tensor, wherever it is used."""
+        is_parameter = isinstance(tensor, nn.Parameter)
+        new = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
+        for owner, name in self._owners[id(tensor)]:
+            self._done.add((id(owner), name))
             if isinstance(new, nn.Parameter):
-                other._parameters[other_name] = new
+                owner._parameters[name] = new
             else:
-                other._buffers[other_name] = new
+                owner._buffers[name] = new
 
     def _find_owners(self) -> None:
         """Which modules hold each tensor (several do if it is tied). Not before now: the caller
@@ -345,6 +360,10 @@ def _initialize_score(score: nn.Linear, seed: int) -> None:
         score.weight.normal_(0.0, NEW_HEAD_STD, generator=generator)
         if score.bias is not None:
             score.bias.zero_()
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -42,6 +42,7 @@ def head_log_probs(
     entropy: bool = False,
     tail: Tail | None = None,
     group: ProcessGroup | None = None,
+    first_token: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(tail(hidden W^T + b) / temperature) at the targets, and the entropy of the full
     softmax.
@@ -49,7 +50,7 @@ def head_log_probs(
     hidden [tokens, hidden], weight [vocab, hidden], bias [vocab] in any float dtype, targets int64
     [tokens]
     -> float32 [tokens] each; both can be differentiated once. weight=None: `hidden` holds the logits. With
-    `group`, weight and bias are the contiguous part `group.rank()` of the vocabulary, targets are
+    `group`, weight and bias are a part of the vocabulary, from `first_token` on, of any size; targets are
     of the whole one, and the results are the same on every rank; the gradient of `hidden` is then
     this rank's part of a sum.
     """
@@ -58,6 +59,7 @@ def head_log_probs(
         entropy,
         tail,
         group if group is not None and group.size() > 1 else None,
+        first_token,
     )
     log_probs, entropies = _HeadLogProbs.apply(hidden, weight, bias, targets, settings)
     return log_probs, entropies
@@ -73,10 +75,10 @@ class _HeadLogProbs(torch.autograd.Function):
         targets: Tensor,
         settings: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        temperature, entropy, tail, group = settings
+        temperature, entropy, tail, group, first_token = settings
         vocab = hidden.shape[-1] if weight is None else len(weight)
         chunks = list(_chunks(len(targets), vocab, hidden.device))
-        places, mine = _places(targets, vocab, group)
+        places, mine = _places(targets, vocab, group, first_token)
         # Per token, of x = logits / temperature - max: sum exp(x), x of the target, sum exp(x) x.
         highest = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         sums = torch.zeros(3, len(targets), dtype=torch.float32, device=hidden.device)
@@ -114,7 +116,7 @@ class _HeadLogProbs(torch.autograd.Function):
         ctx: Any, grad_log_probs: Tensor | None, grad_entropies: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         hidden, weight, bias, places, log_norm, entropies, kept = ctx.saved_tensors
-        temperature, _, tail, _ = ctx.settings
+        temperature, _, tail, _, _ = ctx.settings
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(log_norm)
         grad_hidden = torch.empty_like(hidden)
@@ -169,13 +171,13 @@ def _logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
 
 
 def _places(
-    targets: Tensor, vocab: int, group: ProcessGroup | None
+    targets: Tensor, vocab: int, group: ProcessGroup | None, first_token: int
 ) -> tuple[Tensor, Tensor | None]:
     """Where each target is in this rank's part of the vocabulary, and whether it is there
     (None: always)."""
     if group is None:
         return targets, None
-    places = targets - group.rank() * vocab
+    places = targets - first_token
     mine = (places >= 0) & (places < vocab)
     return places.clamp(0, vocab - 1), mine
 
@@ -252,6 +254,8 @@ class TokenScorer:
         self.head, self.tail = head, tail
         self.group: ProcessGroup | None = None
         """The tensor ranks over which the vocabulary is split."""
+        self.first_token = 0
+        """Where this rank's part of the vocabulary begins."""
         head.forward = self  # type: ignore[method-assign, assignment]
 
     def __call__(
@@ -267,6 +271,7 @@ class TokenScorer:
             entropy=entropy,
             tail=self.tail,
             group=self.group,
+            first_token=self.first_token,
         )
 
 

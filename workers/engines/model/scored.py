@@ -20,6 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from workers.engines.base import Head
 from workers.engines.model.log_probs import TokenScorer, head_log_probs, logits_tail
 from workers.engines.model.packing import Packing
+from workers.engines.model.rotary import follow_row_lengths
+from workers.engines.model.split_plan import bounds
 
 LOGGER = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ class ScoredModel(nn.Module):
         self._scorer: TokenScorer | None = None
         self._read_positions: Tensor | None = None
         model.eval()
+        follow_row_lengths(model)
         if head is Head.lm:
             self._prepare_head()
 
@@ -61,7 +64,9 @@ class ScoredModel(nn.Module):
                 f"tp={group.size()}: {self.model.config.model_type} has more than a linear layer "
                 "between its decoder and its logits; use tp=1"
             )
+        vocabulary = self._scorer.head.out_features
         self._scorer.group = group
+        self._scorer.first_token, _ = bounds(vocabulary, group.rank(), group.size())
 
     def forward(
         self,

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from hybridflow.resharding.boxes import flat_range_boxes
-from hybridflow.resharding.shards import Box
+from hybridflow.resharding.shards import Box, LocalParameter
 
 
 class BoxTensor(Tensor):
@@ -68,6 +68,17 @@ class BoxTensor(Tensor):
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         return next(tensor for box, tensor in self.shards if torch.Size(box.start) == index.offset)
+
+
+def box_tensors(prefix: str, parameters: list[LocalParameter]) -> dict[str, Tensor]:
+    """The parameters as a checkpoint's tensors PREFIX.NAME; those of which this rank holds nothing
+    are left out."""
+    tensors: dict[str, Tensor] = {}
+    for parameter in parameters:
+        if parameter.shards:
+            shards = [(shard.box, shard.tensor.detach()) for shard in parameter.shards]
+            tensors[f"{prefix}.{parameter.name}"] = BoxTensor(parameter.shape, shards)
+    return tensors
 
 
 def flat_views(

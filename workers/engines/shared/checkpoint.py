@@ -8,6 +8,7 @@ run (data position, RNG states) is saved elsewhere.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,8 +18,24 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """A safetensors file holds one box of a name: a rank's second box of a name (of a fused
+    projection, say) goes into its second file, and so on."""
+
+    def _split_by_storage_plan(
+        self, storage_plan: dict[str, int] | None, items: list[WriteItem]
+    ) -> dict[int, list[WriteItem]]:
+        files: dict[int, list[WriteItem]] = {}
+        seen: Counter[str] = Counter()
+        for item in items:
+            seen[item.index.fqn] += 1
+            files.setdefault(seen[item.index.fqn], []).append(item)
+        return files
 
 
 def save_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
@@ -27,7 +44,7 @@ def save_tensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     save(
         dict(tensors),
-        storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True),
+        storage_writer=_Writer(str(directory), save_distributed=True),
         no_dist=_alone(),
     )
 

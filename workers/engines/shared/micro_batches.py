@@ -23,6 +23,7 @@ from workers.config import TrainConfig
 from workers.engines.base import Head, Outputs
 from workers.engines.model.attention import can_share_prompts
 from workers.engines.model.packing import Packing, packing_of
+from workers.engines.model.rotary import depends_on_length
 from workers.sequences import Sequences, ragged_positions
 
 PAIR = "pair"
@@ -68,6 +69,9 @@ class Cutting:
     packing: bool
     share_prompts: bool = False
     """With packing: rows that begin with the same prompt share its tokens."""
+    whole_rows: bool = False
+    """The last token of a row is computed too, since rotary angles depend on the row's length;
+    without packing each row has a micro-batch to itself."""
 
     def __post_init__(self) -> None:
         if self.budget_tokens < 1:
@@ -77,7 +81,8 @@ class Cutting:
 def cutting_of(config: TrainConfig, model: PreTrainedModel) -> Cutting:
     """The engine's settings, as far as the model allows."""
     shares = config.packing and config.share_prompts and can_share_prompts(model)
-    return Cutting(config.micro_batch_tokens, config.packing, shares)
+    whole_rows = depends_on_length(model.config)
+    return Cutting(config.micro_batch_tokens, config.packing, shares, whole_rows)
 
 
 def make_micro_batches(
@@ -87,9 +92,13 @@ def make_micro_batches(
     row (or pair) has one to itself."""
     # Nothing is predicted from the last token of a row, so a language model or critic does not
     # compute it.
-    widths = (sequences.lengths - int(head is not Head.score)).clamp(min=1)
+    whole = head is Head.score or cutting.whole_rows
+    widths = (sequences.lengths - int(not whole)).clamp(min=1)
     pair = sequences.per_row[PAIR].numpy() if PAIR in sequences.per_row else None
-    if not cutting.packing:
+    if cutting.whole_rows and not cutting.packing:
+        parts = _units(sequences.num_rows, pair)
+        cutting = replace(cutting, packing=True)
+    elif not cutting.packing:
         parts = cut(widths.numpy(), cutting.budget_tokens, pair)
     elif not cutting.share_prompts:
         parts = pack(widths.numpy(), cutting.budget_tokens, pair)

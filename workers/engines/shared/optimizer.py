@@ -130,33 +130,16 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return local
 
 
-def global_grad_norm(
-    parameters: Iterable[nn.Parameter], *, world_size: int, plain_copies: int = 1
-) -> Tensor:
+def global_grad_norm(gradients: Iterable[tuple[Tensor, int]], *, world_size: int) -> Tensor:
     """L2 norm (float64, on the CPU) of the gradient of all parameters of all ranks of the default
     group; one all-reduce of a number.
 
-    Each rank adds the squares that it holds, divided by the number of ranks that hold the same
-    elements: for a distributed tensor the ranks that its mesh does not shard over, for a plain
-    tensor `plain_copies`.
+    `gradients`: what this rank holds, each with the number of ranks that hold the same elements;
+    its squares are divided by it.
     """
     squares: dict[int, list[Tensor]] = {}
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        copies = plain_copies
-        if isinstance(gradient, DTensor):
-            copies = world_size
-            for size, placement in zip(
-                gradient.device_mesh.shape, gradient.placements, strict=True
-            ):
-                # Not is_shard(): the placement of a dimension that data and tensor axes both shard
-                # says no to it.
-                copies //= 1 if placement.is_replicate() else size
-            gradient = gradient.to_local()
-        if gradient.numel():
-            squares.setdefault(copies, []).append(gradient)
+    for gradient, copies in gradients:
+        squares.setdefault(copies, []).append(gradient)
     device = next((tensors[0].device for tensors in squares.values()), torch.device("cpu"))
     total = torch.zeros((), dtype=torch.float64, device=device)
     for copies, tensors in squares.items():

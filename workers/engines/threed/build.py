@@ -7,20 +7,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from hybridflow.layout import Layout
-from hybridflow.resharding.shards import Box
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.model.attention import check_packable
 from workers.engines.model.loading import ModelSource, build_on_meta
 from workers.engines.model.scored import ScoredModel, enable_activation_checkpointing
 from workers.engines.model.tensor_parallel import parallelize
+from workers.engines.model.tensor_parts import Parts
 from workers.engines.threed.layout import stage_layers
 from workers.engines.threed.optimizer import FlatGroup, FlatSlice, group_pieces
 from workers.engines.threed.pipeline import Pipeline
@@ -59,7 +58,7 @@ def build_share(
     shell = build_on_meta(model, head)
     shell.set_attn_implementation(source.model.config._attn_implementation)
     scored = ScoredModel(shell, head)
-    parallelize(shell, mesh["tp"])
+    parts = parallelize(shell, mesh["tp"])
     scored.split_vocabulary(mesh.get_group("tp"))
     if train.activation_checkpointing:
         enable_activation_checkpointing(shell)
@@ -68,7 +67,7 @@ def build_share(
     local = list(range(layout.coordinates(rank)["pp"], num_stages, train.pp))
     stages = Stages(scored, layers, local, dtype, device)
     tied = train.pp > 1 and len(set(aliases.values())) < len(aliases)
-    pieces = _pieces(shell, aliases, tied, mesh.get_local_rank("tp"), train.tp)
+    pieces = _pieces(shell, parts, _tied_names(aliases) if tied else set(), train.tp)
     ends = _ends_group(layout, rank) if tied else None
     groups = [_flat_group(members, dtype, device, mesh, ends) for members in group_pieces(pieces)]
     _copy_weights(source, shell, groups, device)
@@ -88,46 +87,38 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
+def _tied_names(aliases: dict[str, str]) -> set[str]:
+    return {first for name, first in aliases.items() if name != first}
+
+
 def _pieces(
-    shell: PreTrainedModel, aliases: dict[str, str], tied: bool, tensor_rank: int, tensor_size: int
+    shell: PreTrainedModel, parts: Parts, twice: set[str], tensor_size: int
 ) -> list[FlatSlice]:
-    """The parameters of the model that are left on this rank, in the order of its modules."""
+    """The parameters of the model that are left on this rank, in the order of its modules; those
+    named in `twice` are on the first and on the last stage."""
     first_name: dict[int, str] = {}
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module_name, module in shell.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             first_name.setdefault(id(parameter), f"{module_name}.{name}".removeprefix("."))
             places.setdefault(id(parameter), []).append((module, name))
-    shared = {first for name, first in aliases.items() if name != first}
     pieces = []
     for number, full_name in first_name.items():
-        name = aliases[full_name]
-        parameter = shell.get_parameter(full_name)
-        sharded = isinstance(parameter, DTensor) and parameter.placements[0].is_shard()
-        twice = tied and name in shared
+        part = parts[full_name]
+        tied = part.name in twice
         pieces.append(
             FlatSlice(
-                name=name,
-                shape=tuple(parameter.shape),
-                box=_box(parameter, tensor_rank, tensor_size),
+                name=part.name,
+                shape=part.shape,
+                box=part.box,
                 places=tuple(places[number]),
-                replicated=not sharded and tensor_size > 1,
-                partial=not sharded and isinstance(parameter, DTensor),
-                tied=twice,
-                copies=(1 if sharded else tensor_size) * (2 if twice else 1),
+                replicated=part.replicated,
+                partial=part.partial,
+                tied=tied,
+                copies=(tensor_size if part.replicated else 1) * (2 if tied else 1),
             )
         )
     return pieces
-
-
-def _box(parameter: Tensor, tensor_rank: int, tensor_size: int) -> Box:
-    shape, start = list(parameter.shape), [0] * parameter.ndim
-    placement = parameter.placements[0] if isinstance(parameter, DTensor) else None
-    if isinstance(placement, Shard):
-        dim = placement.dim
-        shape[dim] //= tensor_size
-        start[dim] = tensor_rank * shape[dim]
-    return Box(tuple(start), tuple(shape))
 
 
 def _flat_group(
@@ -159,19 +150,17 @@ def _copy_weights(
 ) -> None:
     """Every module's checkpoint values in turn: this rank keeps its boxes and its buffers, and
     drops the rest."""
-    place_of: dict[str, tuple[FlatGroup, int]] = {}
+    places: dict[str, list[tuple[FlatGroup, int]]] = {}
     for flat_group in groups:
         for index, piece in enumerate(flat_group.pieces):
-            place_of[piece.name] = flat_group, index
+            places.setdefault(piece.name, []).append((flat_group, index))
     targets = dict(shell.named_modules())
     for module_name, module in list(source.model.named_modules()):
         if not module._parameters and not module._buffers:
             continue
         source.materialize(module, device)
         for name, parameter in list(module.named_parameters(recurse=False)):
-            place = place_of.get(f"{module_name}.{name}")
-            if place is not None:
-                group, index = place
+            for group, index in places.get(f"{module_name}.{name}", ()):
                 group.write(index, parameter.detach()[group.pieces[index].box.slices])
             module._parameters[name] = nn.Parameter(
                 torch.empty_like(parameter, device="meta"), requires_grad=False

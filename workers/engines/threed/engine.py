@@ -128,17 +128,12 @@ class ThreeDEngine(ShardedEngine):
         shards: dict[str, list[LocalShard]] = {}
         for group in self._share.groups:
             for piece, view in zip(group.pieces, group.views(group.weights), strict=True):
-                shards[piece.name] = [LocalShard(piece.box, view)]
+                shards.setdefault(piece.name, []).append(LocalShard(piece.box, view))
         return all_parameters(self._share.logical, shards, self._share.pipeline.dtype)
 
     def save(self, directory: Path) -> None:
         with self._state_on_device():
-            save_state(
-                self._optimizer,
-                directory,
-                writes_replicated=self._place["tp"] == 0,
-                writes_tied=self._place["pp"] == 0,
-            )
+            save_state(self._optimizer, directory)
 
     def load(self, directory: Path) -> None:
         with self._state_on_device():

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from hybridflow.layout import AXES
 from workers.config import TrainConfig
-from workers.engines.model.tensor_parallel import check_fits, fitting_sizes
+from workers.engines.model.split_plan import check_fits, fitting_sizes
 
 SCHEDULES = ("1f1b", "interleaved_1f1b")
 
@@ -32,10 +32,10 @@ def check_layout(model: PretrainedConfig, train: TrainConfig, world_size: int) -
             f"stages, but the model has {model.num_hidden_layers} layers; "
             f"{_advice(train, model, world_size)}"
         )
-    if stages > 1 and not model.base_model_pp_plan:
+    if not model.base_model_pp_plan:
         raise ValueError(
-            f"pp={train.pp}: transformers has no pipeline plan for {model.model_type}; use pp=1 "
-            "or engine fsdp"
+            f"train.engine is threed, but transformers has no pipeline plan for {model.model_type};"
+            " use engine=fsdp"
         )
     try:
         check_fits(model, train.tp)
@@ -53,7 +53,7 @@ def fitting_layouts(
 ) -> list[tuple[int, int, int]]:
     """All (pp, tp, dp) over `world_size` ranks that fit the model, ascending."""
     sizes = fitting_sizes(model)
-    deepest = model.num_hidden_layers // virtual_stages if model.base_model_pp_plan else 1
+    deepest = model.num_hidden_layers // virtual_stages
     layouts = []
     for pipeline, tensor in product(range(1, min(world_size, deepest) + 1), sizes):
         if world_size % (pipeline * tensor) == 0:

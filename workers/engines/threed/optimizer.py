@@ -35,7 +35,7 @@ from workers.engines.shared.optimizer import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatSlice:
-    """This rank's part of one logical parameter.
+    """This rank's part of one logical parameter, or one of its parts of a fused projection.
 
     FlatSlice(name="model.norm.weight", shape=(64,), box=Box((0,), (64,)), places=((norm, "weight"),),
     replicated=True, partial=True,

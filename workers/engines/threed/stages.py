@@ -39,8 +39,10 @@ class Stages:
         self.local = local
         first, last = local[0] == 0, local[-1] == self.num_stages - 1
         self._received = _Received()
-        self._embedding = self.base.get_submodule("embed_tokens")
-        self._norm = self.base.get_submodule("norm")
+        names = list(scored.model.config.base_model_pp_plan)
+        self._first_name, self._last_name = names[0], names[-1]
+        self._embedding = self.base.get_submodule(self._first_name)
+        self._norm = self.base.get_submodule(self._last_name)
         self._placeholder = _Placeholder(int(scored.model.config.hidden_size), dtype, device)
         all_layers = decoder_layers(scored.model)
         local_layers: set[int] = set()
@@ -101,7 +103,9 @@ class Stages:
         return result
 
     def _attach(self, layers: nn.ModuleList, embedding: nn.Module, norm: nn.Module) -> None:
-        self.base.layers, self.base.embed_tokens, self.base.norm = layers, embedding, norm
+        self.base.layers = layers
+        setattr(self.base, self._first_name, embedding)
+        setattr(self.base, self._last_name, norm)
 
 
 class _Pass(nn.Module):
