@@ -153,19 +153,14 @@ def train(rank: int, root: Path, case: Case) -> Result:
 
 def gathered(engine: FsdpEngine) -> dict[str, Tensor]:
     """Every parameter, pasted together from the boxes of all ranks."""
-    own = [
-        (parameter.name, parameter.shape, [(shard.box, shard.tensor) for shard in parameter.shards])
-        for parameter in engine.local_parameters()
-    ]
-    everywhere = [own] * dist.get_world_size()
-    dist.all_gather_object(everywhere, own)
-    whole = {name: torch.full(shape, torch.nan) for name, shape, _ in own}
+    parameters = engine.local_parameters()
+    everywhere = [parameters] * dist.get_world_size()
+    dist.all_gather_object(everywhere, parameters)
+    whole = {parameter.name: torch.full(parameter.shape, torch.nan) for parameter in parameters}
     for of_rank in everywhere:
-        for name, _, shards in of_rank:
-            for box, tensor in shards:
-                ends = [start + size for start, size in zip(box.start, box.shape, strict=True)]
-                inside = tuple(slice(*ends_of) for ends_of in zip(box.start, ends, strict=True))
-                whole[name][inside] = tensor
+        for parameter in of_rank:
+            for shard in parameter.shards:
+                whole[parameter.name][shard.box.slices] = shard.tensor
     return whole
 
 

@@ -78,7 +78,7 @@ class Segment:
 class ModuleSplit:
     kind: Kind
     segments: tuple[Segment, ...] = ()
-    """Of the features that are split; several in a fused projection."""
+    """The features that are split; several segments in a fused projection."""
 
 
 @dataclass(frozen=True, slots=True)
