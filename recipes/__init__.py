@@ -7,12 +7,15 @@ other, and is found first. `python -m recipes` lists all, and runs a YAML that s
 
 from __future__ import annotations
 
+import atexit
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+
+from recipes.errors import leave
 
 HERE = Path(__file__).parent
 
@@ -31,5 +34,7 @@ class YamlRecipes:
         return spec_from_file_location(name, HERE / "training.py")
 
 
+# What is registered first runs last.
+atexit.register(leave)
 if YamlRecipes not in sys.meta_path:
     sys.meta_path.append(YamlRecipes)

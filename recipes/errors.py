@@ -8,7 +8,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
 
@@ -36,13 +38,42 @@ def plain_errors(directory: Callable[[], Path | None] = no_directory) -> Iterato
         if os.environ.get(FULL_ERROR) == "1":
             raise
         if isinstance(error, WorkerError | WorkerDied | WorkerStuck):
-            print(
-                f"error: {first_line(error)}; {where_details_are(error, directory())}",
-                file=sys.stderr,
-            )
-            raise SystemExit(1) from None
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+            end(f"{first_line(error)}; {where_details_are(error, directory())}", 1)
+        end(one_line(error), 2)
+
+
+@dataclass(slots=True)
+class Ending:
+    """How this process ends."""
+
+    status: int = 0
+
+
+ENDING = Ending()
+
+
+def end(message: str, status: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    ENDING.status = status
+    raise SystemExit(status) from None
+
+
+def leave() -> None:
+    """Ends a command that failed at once, after everything else that runs when Python exits.
+
+    Some libraries count what they leak while Python takes itself apart (nanobind, in vLLM's
+    structured output: some thirty lines), below the line that says what is wrong.
+    """
+    spec = sys.modules["__main__"].__spec__
+    if ENDING.status and spec is not None and spec.name.partition(".")[0] == "recipes":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ENDING.status)
+
+
+def one_line(error: BaseException) -> str:
+    """The message; what it quotes of another library may have line breaks."""
+    return " ".join(line.strip() for line in str(error).splitlines())
 
 
 def first_line(error: BaseException) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -123,3 +125,43 @@ def test_a_workers_error_is_one_line_and_a_file(
 def test_a_bug_keeps_its_stack() -> None:
     with pytest.raises(KeyError), plain_errors():
         raise KeyError("ours")
+
+
+COMMAND = """
+import atexit
+import runpy
+import sys
+
+
+class Noisy:
+    def __del__(self) -> None:
+        sys.__stderr__.write("leaked!\\n")
+
+
+import recipes  # as python -m does
+
+sys.noisy = Noisy()
+atexit.register(lambda: print("closed", file=sys.stderr))
+sys.argv = ["recipes.plan", *sys.argv[1:]]
+runpy.run_module("recipes.plan", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_the_line_is_the_last_thing_that_a_failed_command_says() -> None:
+    """Also where something talks while Python takes itself apart, as nanobind does."""
+    ended = subprocess.run(
+        [sys.executable, "-c", COMMAND, "model=nothing", "cluster=8xA100-80GB"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = ended.stderr.splitlines()
+    assert ended.returncode == 2
+    assert lines[-2].startswith("error: model") and lines[-1] == "closed"
+
+
+def test_quoted_line_breaks_are_no_further_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), plain_errors():
+        raise ValueError("model.path is wrong (a\n  b\n); correct it")
+    assert capsys.readouterr().err == "error: model.path is wrong (a b ); correct it\n"
