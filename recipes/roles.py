@@ -60,11 +60,12 @@ class RoleKind:
     """Makes what stands in its place where it is not needed."""
 
 
-def scorer_settings(config: RunConfig, scorer: RewardConfig) -> ScorerConfig:
-    """With the policy's model, the parts as one function, and no model where none is named."""
+def scorer_settings(config: RunConfig, scorer: RewardConfig, name: str = "reward") -> ScorerConfig:
+    """The settings of the role `name` with the policy's model, the parts as one function, and no
+    model where none is named."""
     changes: dict[str, Any] = {"parts": {}, "policy": config.model}
     if scorer.parts:
-        changes["function"] = combined(scorer.parts)
+        changes["function"] = combined(scorer.parts, name)
     if scorer.model is not None and scorer.model.path == NO_MODEL:
         changes["model"] = None
     return ScorerConfig(**(vars(scorer) | changes))
@@ -125,12 +126,12 @@ ROLES: dict[str, RoleKind] = {
         head=Head.score,
     ),
     "gold": RoleKind(
-        settings=lambda config: scorer_settings(config, config.gold),
+        settings=lambda config: scorer_settings(config, config.gold, "gold"),
         worker=reward_worker,
         head=Head.score,
     ),
     "cost": RoleKind(
-        settings=lambda config: scorer_settings(config, config.cost),
+        settings=lambda config: scorer_settings(config, config.cost, "cost"),
         worker=cost_worker,
         head=Head.score,
     ),
@@ -165,7 +166,7 @@ def role_names(config: RunConfig) -> tuple[str, ...]:
     entry = algorithm_entry(config.algorithm.name)
     if not entry.answers_prompts or not config.data.validation:
         return entry.roles
-    gold = scorer_settings(config, config.gold)
+    gold = scorer_settings(config, config.gold, "gold")
     has_gold = gold.function is not None or gold.model is not None
     scorers = ("reward", "gold") if has_gold else ("reward",)
     return (*entry.roles, *(name for name in scorers if name not in entry.roles))

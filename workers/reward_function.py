@@ -12,21 +12,17 @@ import asyncio
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from numbers import Real
 from typing import Any
-
-import numpy as np
 
 from hybridflow.registry import load_object
 from workers.rewards.combined import CombinedReward
+from workers.rewards.values import LARGEST, STATISTICS, as_number, shortened
 
+CONSENT = "allow_unsafe"
+"""The option of workers.rewards:code that only a user may set, not the data."""
 RewardFunction = Callable[..., float | Mapping[str, float]]
 """f(*, prompt: str, response: str, finish_reason: str, **columns) -> reward, or {"reward": ...,
 further numbers}; a cost alike. async def: awaited."""
-STATISTICS = frozenset({"mean", "std", "max", "min", "unreadable"})
-"""Names under which the reward's own statistics are logged."""
-LARGEST = float(np.finfo(np.float32).max)
-"""Rewards travel as float32."""
 
 
 def function_name(function: str | RewardFunction) -> str:
@@ -61,6 +57,11 @@ def resolve(function: str | RewardFunction, role: str = "reward") -> RewardFunct
 def check_columns(function: str | RewardFunction, names: Iterable[str], role: str) -> None:
     """Whether the function can be called with a row that has the columns `names` beside prompt,
     response and finish_reason."""
+    if CONSENT in names:
+        raise ValueError(
+            f"the data has a column {CONSENT!r}, by which it would let a reward run programs; "
+            "list in data.columns the columns to keep"
+        )
     given = dict.fromkeys(("prompt", "response", "finish_reason", *sorted(names)))
     if isinstance(function, CombinedReward):
         function.check_columns(given)
@@ -136,7 +137,7 @@ def _checked(
     numbers = dict(result) if isinstance(result, Mapping) else {role: result}
     if role not in numbers:
         raise ValueError(
-            f"{role}.function={path!r} returned a dict without {role!r} ({sorted(numbers)}) on "
+            f"{role}.function={path!r} returned a dict without {role!r} ({list(numbers)}) on "
             f"{_describe(row)}"
         )
     taken = sorted(STATISTICS & numbers.keys())
@@ -146,26 +147,15 @@ def _checked(
             f"statistics ({role}/{taken[0]}); give it another name"
         )
     for name, value in numbers.items():
-        if not _is_number(value):
+        number = as_number(value)
+        if number is None or not isinstance(name, str):
             raise ValueError(
-                f"{role}.function={path!r} returned {name}={_short(value)} on {_describe(row)}; "
-                f"return finite numbers, at most {LARGEST:.1e}"
+                f"{role}.function={path!r} returned {name}={shortened(value)} on "
+                f"{_describe(row)}; return finite numbers, at most {LARGEST:.1e}, under names that "
+                "are text"
             )
-    score = float(numbers.pop(role))
-    return score, {name: float(value) for name, value in numbers.items()}
-
-
-def _is_number(value: object) -> bool:
-    """A finite number that float32 can hold: Python's and numpy's, truth values too."""
-    if isinstance(value, np.bool_):
-        return True
-    # Python compares integers and fractions of any size with a float exactly.
-    return isinstance(value, Real) and bool(abs(value) <= LARGEST)  # type: ignore[operator]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:40]}... ({len(text)} characters)"
+        numbers[name] = number
+    return numbers.pop(role), numbers
 
 
 def _describe(row: Mapping[str, Any]) -> str:

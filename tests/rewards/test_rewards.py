@@ -154,7 +154,7 @@ def test_parts_are_weighed_and_logged_by_their_names() -> None:
         "slow": RewardPart(function="tests.rewards.test_rewards:slow", weight=0.25),
         "deep": RewardPart(function="tests.rewards.test_rewards:detailed", weight=-1.0),
     }
-    ((total, numbers),) = score_rows(combined(parts), [row(answer=4)])
+    ((total, numbers),) = score_rows(combined(parts, "reward"), [row(answer=4)])
     assert total == 1.0 + 0.5 + 0.25 * 4.0 - 2.0
     assert numbers == {"correct": 1.0, "form": 1.0, "slow": 4.0, "deep": 2.0, "deep_detail": 5.0}
 
@@ -165,7 +165,7 @@ def test_parts_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match=r"reward.parts.correct does not fit the data .*'answer'"):
         check_columns(reward, ["question"], "reward")
     with pytest.raises(ValueError, match=r"reward.parts.x.function=.*mistyped"):
-        combined({"x": RewardPart(function="workers.rewards:mistyped")})
+        combined({"x": RewardPart(function="workers.rewards:mistyped")}, "reward")
 
 
 def test_coroutines_run_side_by_side_and_name_their_row() -> None:

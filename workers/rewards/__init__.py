@@ -6,6 +6,7 @@
     exact_match       the response is the answer, white space and case aside
     matches           the response has the form of a regular expression
     length_penalty    0 up to a number of words, falling to -1 above it
+    code              the program in the response passes its tests; UNSAFE, there is no sandbox
     combined          several of them with weights, each logged by its name (reward.parts)
 
 Each is a plain function of a row, called by keyword as one of your own is, and may be called from
@@ -14,8 +15,9 @@ one. They import nothing heavy until they are called.
 
 from __future__ import annotations
 
+from workers.rewards.code import code
 from workers.rewards.expressions import math
 from workers.rewards.numbers import number
 from workers.rewards.texts import exact_match, length_penalty, matches, multiple_choice
 
-__all__ = ["exact_match", "length_penalty", "matches", "math", "multiple_choice", "number"]
+__all__ = ["code", "exact_match", "length_penalty", "matches", "math", "multiple_choice", "number"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hybridflow.registry import load_object
+from workers.rewards.values import STATISTICS, as_number, shortened
 
 
 @dataclass(kw_only=True)
@@ -23,11 +25,13 @@ class RewardPart:
     """Further keyword arguments of the function, such as {pattern: "<answer>.*</answer>"}."""
 
 
-def combined(parts: Mapping[str, RewardPart]) -> CombinedReward:
-    """The parts as one function; each one's function by its name."""
-    return CombinedReward(
-        {name: (part.function, part.weight, part.options) for name, part in parts.items()}
-    )
+def combined(parts: Mapping[str, RewardPart], role: str) -> CombinedReward:
+    """The parts of a reward, gold reward or cost as one function; each one's function by its
+    name."""
+    settings = {}
+    for name, part in parts.items():
+        settings[name] = (part.function, part.weight, part.options)
+    return CombinedReward(settings, role)
 
 
 class CombinedReward:
@@ -37,12 +41,24 @@ class CombinedReward:
     its weight.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[Any, float, Mapping[str, Any]]]) -> None:
+    def __init__(
+        self, parts: Mapping[str, tuple[Any, float, Mapping[str, Any]]], role: str = "reward"
+    ) -> None:
+        self.role = role
+        self.key = "cost" if role == "cost" else "reward"
+        """The name of the sum in what a call returns."""
         if not parts:
-            raise ValueError("reward.parts is empty; name at least one part, or leave it out")
+            raise ValueError(f"{role}.parts is empty; name at least one part, or leave it out")
         self.parts: dict[str, tuple[Callable[..., Any], float, dict[str, Any]]] = {}
         for name, (function, weight, options) in parts.items():
-            where = f"reward.parts.{name}.function"
+            if name in {self.key, *STATISTICS}:
+                raise ValueError(
+                    f"{role}.parts.{name}: {self.key}/{name} is a number of the {self.key}'s own; "
+                    "give the part another name"
+                )
+            if not math.isfinite(weight):
+                raise ValueError(f"{role}.parts.{name}.weight is {weight}; use a finite number")
+            where = f"{role}.parts.{name}.function"
             found = load_object(function, where) if isinstance(function, str) else function
             if not callable(found):
                 raise ValueError(
@@ -59,9 +75,9 @@ class CombinedReward:
                 inspect.signature(function).bind(**given)
             except TypeError as error:
                 raise ValueError(
-                    f"reward.parts.{name} does not fit the data ({error}): it is called by "
+                    f"{self.role}.parts.{name} does not fit the data ({error}): it is called by "
                     f"keyword with {', '.join(given)}; let it end in **columns, or correct "
-                    f"data.answer_column, data.columns and reward.parts.{name}.options"
+                    f"data.answer_column, data.columns and {self.role}.parts.{name}.options"
                 ) from None
 
     async def __call__(
@@ -73,13 +89,18 @@ class CombinedReward:
         total = 0.0
         for (name, (_, weight, _)), value in zip(self.parts.items(), values, strict=True):
             if isinstance(value, Mapping):
-                numbers |= {
-                    f"{name}_{key}": number for key, number in value.items() if key != "reward"
-                }
-                value = value["reward"]
-            numbers[name] = value
-            total += weight * value
-        return {"reward": total, **numbers}
+                further = dict(value)
+                value = further.pop(self.key, None)
+                for key, number in further.items():
+                    numbers[f"{name}_{key}"] = number
+            score = as_number(value)
+            if score is None:
+                raise ValueError(
+                    f"{self.role}.parts.{name} returned {shortened(value)}; return a finite number"
+                )
+            numbers[name] = score
+            total += weight * score
+        return {self.key: total, **numbers}
 
     async def _value(self, name: str, row: Mapping[str, Any]) -> Any:
         function, _, options = self.parts[name]

@@ -1,0 +1,84 @@
+"""workers.rewards:code: what passes, what does not, and what is no reward of 0."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workers.reward_function import check_columns, score_rows
+from workers.rewards import code
+from workers.rewards.combined import RewardPart, combined
+
+SUM = "a, b = map(int, input().split())\nprint(a + b)"
+PAIRS = [{"input": "2 3", "output": "5"}, {"input": "1 1\n", "output": "2\n\n"}]
+
+
+def score(response: str, answer: object, **options: Any) -> float:
+    numbers = code("", response, finish_reason="stop", answer=answer, allow_unsafe=True, **options)
+    return numbers["reward"]
+
+
+def test_stdin_and_stdout() -> None:
+    assert score(f"Sure:\n```python\n{SUM}\n```\nDone.", PAIRS) == 1.0
+    assert score(SUM, {"inputs": ["2 3"], "outputs": ["5"]}) == 1.0
+    assert score(SUM.replace("+", "-"), PAIRS) == 0.0
+    half = [*PAIRS[:1], {"input": "1 1", "output": "3"}]
+    assert (score(SUM, half), score(SUM, half, partial=True)) == (0.0, 0.5)
+
+
+def test_assertions() -> None:
+    program = "def add(a, b):\n    return a + b"
+    assert score(program, ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]) == 1.0
+    assert score(program, '["assert add(1, 2) == 4"]') == 0.0
+    assert score(program, "for n in range(3):\n    assert add(n, n) == 2 * n") == 1.0
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "this is no Python",
+        "x = [0] * 10**12",
+        "raise SystemExit",
+    ],
+)
+def test_a_program_that_leaves_early_has_not_passed(program: str) -> None:
+    assert score(program, ["assert True"]) == 0.0
+
+
+def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "key")
+    started = time.perf_counter()
+    sleeper = "import subprocess, time\nsubprocess.Popen(['sleep', '60'])\ntime.sleep(60)"
+    assert score(sleeper, ["assert True"], timeout_s=1.0) == 0.0
+    assert time.perf_counter() - started < 20
+    environment = "import os\nassert 'SECRET' not in os.environ and os.listdir() == ['program.py']"
+    assert score(environment, ["assert True"]) == 1.0
+    memory = "try:\n    bytearray(2**30)\nexcept MemoryError:\n    print('limited')"
+    assert score(memory, [{"input": "", "output": "limited"}], memory_mb=256) == 1.0
+
+
+def test_what_is_no_reward_of_0() -> None:
+    with pytest.raises(ValueError, match="allow_unsafe: true"):
+        code("", SUM, finish_reason="stop", answer=PAIRS, allow_unsafe=False)
+    for answer in ([], "", None, 7, [7], "print(1)", {"inputs": [1], "outputs": []}):
+        with pytest.raises(ValueError, match=r"answer|test"):
+            score(SUM, answer)
+
+
+def test_consent_is_an_option_and_no_column() -> None:
+    path = "workers.rewards:code"
+    with pytest.raises(ValueError, match=r"missing a required .*'allow_unsafe'"):
+        check_columns(path, ["answer"], "reward")
+    with pytest.raises(ValueError, match="the data has a column 'allow_unsafe'"):
+        check_columns(path, ["answer", "allow_unsafe"], "reward")
+    part = RewardPart(function=path, options={"allow_unsafe": True})
+    reward = combined({"tests": part}, "reward")
+    check_columns(reward, ["answer"], "reward")
+    row = {"prompt": "", "response": SUM, "finish_reason": "stop", "answer": PAIRS}
+    ((total, numbers),) = score_rows(reward, [row])
+    assert total == 1.0 and numbers == {"tests": 1.0, "tests_passed": 1.0}
