@@ -1,4 +1,4 @@
-"""What recipes.evaluate and recipes.generate write: responses as parquet, whatever the data's columns
+"""The files of recipes.evaluate and recipes.generate: responses as parquet, whatever the data's columns
 hold, and the pass rate of every prompt.
 
 A column that parquet can't hold as it is becomes JSON text, and a column of the data with the name

@@ -150,7 +150,7 @@ class RewardConfig:
 
 @dataclass(kw_only=True)
 class ScorerConfig(RewardConfig):
-    """What the worker of a reward or cost gets: its settings, and the model whose tokens it turns
+    """The settings of a reward or cost, and the model whose tokens its worker turns
     into text."""
 
     policy: ModelConfig
@@ -258,6 +258,6 @@ class JudgeConfig:
 
 @dataclass(kw_only=True)
 class JudgeRoleConfig(JudgeConfig):
-    """What the judge's worker gets: its settings, and the model whose tokens it turns into text."""
+    """The judge's settings, and the model whose tokens its worker turns into text."""
 
     policy: ModelConfig

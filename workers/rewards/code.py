@@ -83,7 +83,7 @@ def program_of(response: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """What the program reads on stdin, and what it is to write on stdout."""
+    """A test over the text that the program reads on stdin and the one that it writes on stdout."""
 
     stdin: str
     stdout: str
