@@ -46,7 +46,8 @@ class Family:
     settings: dict[str, Any] = field(default_factory=dict)
     vocabulary: int = VOCABULARY
     packing: bool = True
-    """False: its attention can't be told where sequences begin (ALiBi), so that rows are padded."""
+    """False: its layers can't be told where the sequences of a row begin, so that rows are padded
+    (train.packing=false)."""
 
     @property
     def key(self) -> str:
@@ -198,7 +199,7 @@ FAMILIES = [
         model_type="cohere2",
         settings=WITH_HEAD_DIM | {"sliding_window": WINDOW, "sliding_window_pattern": 2},
     ),
-    Family(name="Nemotron", model_type="nemotron", settings=WITH_HEAD_DIM),
+    Family(name="Nemotron", model_type="nemotron", settings=WITH_HEAD_DIM, packing=False),
     Family(
         name="EXAONE 4",
         model_type="exaone4",
@@ -214,6 +215,7 @@ FAMILIES = [
         name="Mamba",
         model_type="mamba",
         settings={"hidden_size": WIDTH, "num_hidden_layers": LAYERS},
+        packing=False,
     ),
 ]
 

@@ -24,6 +24,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+from workers.engines.model.attention_probe import hands_packing_on
 from workers.engines.model.packing import Packing, Run
 from workers.engines.model.rotary import depends_on_length
 
@@ -81,6 +82,8 @@ def _why_not(model: PreTrainedModel) -> str | None:
         return f"{config.model_type} has layers that are no plain attention ({kinds});"
     if not (model._supports_attention_backend and model._supports_flash_attn):
         return f"the attention of {config.model_type} can't be told where sequences begin;"
+    if not hands_packing_on(model):
+        return f"the layers of {config.model_type} don't tell attention where sequences begin;"
     return None
 
 

@@ -1,4 +1,5 @@
-"""Critics and reward models of families for which transformers has only a language model."""
+"""Critics and reward models of families for which transformers has only a language model, and
+families whose code does not pack."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from benchmarks.families.models import FAMILIES, make_model
+from benchmarks.families.models import FAMILIES, Family, make_model
 from workers.config import ModelConfig
 from workers.engines.base import Head
-from workers.engines.model.loading import load_pretrained
+from workers.engines.model.loading import check_packing, load_pretrained
 
 
 @pytest.mark.parametrize("name", ["Granite", "Cohere 2", "Apertus", "Ernie 4.5"])
@@ -28,3 +29,16 @@ def test_a_critic_is_the_decoder_with_a_new_head(name: str, tmp_path: Path) -> N
     critic.save_pretrained(tmp_path / "saved")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(again.score.weight, critic.score.weight)
+
+
+@pytest.mark.parametrize("entry", FAMILIES, ids=lambda entry: entry.key)
+def test_families_that_cannot_be_packed_are_refused(entry: Family, tmp_path: Path) -> None:
+    """Nemotron's layers take the segments of a packed row and hand them to nothing: rows saw each
+    other without a word."""
+    path = make_model(entry, tmp_path)
+    for head in (Head.lm, Head.value):
+        if entry.packing:
+            check_packing(ModelConfig(path=str(path)), head)
+            continue
+        with pytest.raises(ValueError, match=r"train.packing is true, but .*set packing=false"):
+            check_packing(ModelConfig(path=str(path)), head)
