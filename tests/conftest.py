@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from omegaconf import DictConfig
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +37,18 @@ def ray_cluster() -> Iterator[None]:
 
     with connect(ClusterConfig(address="local", worker_logs=False), cpu_slots=16):
         yield
+
+
+@pytest.fixture(scope="session")
+def composed() -> Iterator[Callable[..., DictConfig]]:
+    """composed("ppo", ["seed=1"]): what Hydra makes of a recipe and a command line."""
+    from hydra import compose, initialize_config_module
+
+    from recipes.config import register
+    from recipes.main import join_tables
+
+    register()
+    with initialize_config_module(version_base="1.3", config_module="recipes"):
+        yield lambda recipe, arguments: compose(
+            config_name=recipe, overrides=join_tables(arguments)
+        )

@@ -24,33 +24,11 @@ from transformers import PreTrainedTokenizerBase
 from controllers.data.config import DataConfig
 from controllers.data.pass_rates import PassRates
 from controllers.data.sources import READ_ROWS, SourceRow, read, sources
-from controllers.data.writer import EncodedRow, RowWriter, Share, Written
+from controllers.data.writer import EncodedRow, RowWriter, Share, VocabularyCheck, Written
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 
 LOGGER = logging.getLogger(__name__)
-
-
-class VocabularyCheck:
-    """Refuses a row with a token that the model does not know, before anything starts."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, vocabulary: tuple[str, int] | None
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.role, self.size = vocabulary or ("", 2**31)
-
-    def __call__(self, row: SourceRow, encoded: EncodedRow) -> None:
-        for part in encoded.parts:
-            highest = max(part, default=0)
-            if highest >= self.size:
-                token = self.tokenizer.convert_ids_to_tokens(highest)
-                raise ValueError(
-                    f"{row.place}: token {highest} ({token!r}) is outside the vocabulary of "
-                    f"{self.role}'s model, which has {self.size} tokens; the tokenizer has "
-                    f"{len(self.tokenizer)}: use the model's own tokenizer, or resize the model's "
-                    "embeddings to it"
-                )
 
 
 Encode = Callable[[Sequence[SourceRow]], list[EncodedRow]]
@@ -114,13 +92,12 @@ class RowDataset(ABC):
         rates = cls.pass_rates(config, field)
         with tempfile.TemporaryFile() as tokens, tempfile.TemporaryFile() as columns:
             writer = RowWriter(tokens, columns, config, cls.length_limit, cls.noun, rates)
-            check = VocabularyCheck(tokenizer, vocabulary)
+            writer.check = VocabularyCheck(tokenizer, vocabulary)
             encode = cls.encoder(tokenizer, config)
             for source in sources(field, where):
                 writer.begin(source)
                 for rows in _chunks(read(source.place, field)):
                     for row, encoded in zip(rows, encode(rows), strict=True):
-                        check(row, encoded)
                         writer.add(row, encoded)
             return cls.of(writer.finish(where))
 

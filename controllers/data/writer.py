@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig, EqualPairs, Overlong
 from controllers.data.pass_rates import PassRates
@@ -56,6 +57,28 @@ class Written:
     shares: list[Share]
 
 
+class VocabularyCheck:
+    """Refuses a row with a token that the model does not know, before anything starts."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, vocabulary: tuple[str, int] | None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.role, self.size = vocabulary or ("", 2**31)
+
+    def __call__(self, row: SourceRow, parts: Sequence[np.ndarray]) -> None:
+        for part in parts:
+            highest = int(part.max(initial=0))
+            if highest >= self.size:
+                token = self.tokenizer.convert_ids_to_tokens(highest)
+                raise ValueError(
+                    f"{row.place}: token {highest} ({token!r}) is outside the vocabulary of "
+                    f"{self.role}'s model, which has {self.size} tokens; the tokenizer has "
+                    f"{len(self.tokenizer)}: use the model's own tokenizer, or resize the model's "
+                    "embeddings to it"
+                )
+
+
 class RowWriter:
     """writer = RowWriter(tokens, columns, config, "max_tokens", "pairs", None)
     writer.begin(source); writer.add(row, encoded); ...; written = writer.finish(where)
@@ -72,6 +95,7 @@ class RowWriter:
     ) -> None:
         self.tokens, self.columns = cast(BinaryIO, tokens), cast(BinaryIO, columns)
         self.config, self.noun, self.pass_rates = config, noun, pass_rates
+        self.check: VocabularyCheck | None = None
         self.limit_name, self.limit = length_limit, vars(config)[length_limit]
         self.hash = hashlib.sha256()
         self.places: list[str] = []
@@ -79,26 +103,34 @@ class RowWriter:
         self.columns_ends: list[int] = []
         self.shares: list[Share] = []
         self.seen: set[bytes] = set()
-        self.num_rows, self.longest = 0, 0
+        self.source: Source | None = None
+        self.num_rows, self.first, self.longest = 0, 0, 0
         self.dropped: dict[str, int] = {}
         """Reason -> rows, for the log."""
 
     def begin(self, source: Source) -> None:
         """The rows that follow are this source's."""
-        self.shares.append(Share(source.place, 0, source.weight))
+        self._end_share()
+        self.source, self.first = source, self.num_rows
+
+    def _end_share(self) -> None:
+        if self.source is not None:
+            num_rows = self.num_rows - self.first
+            self.shares.append(Share(self.source.place, num_rows, self.source.weight))
+            self.source = None
 
     def add(self, row: SourceRow, encoded: EncodedRow) -> None:
         columns = encode_columns(row, encoded.columns)
-        parts = [np.asarray(part, dtype=np.int32).tobytes() for part in encoded.parts]
+        arrays = [np.asarray(part, dtype=np.int32) for part in encoded.parts]
+        if self.check is not None:
+            self.check(row, arrays)
+        parts = [array.tobytes() for array in arrays]
         reason = self._reason(row, encoded, parts, columns)
         if reason:
             self.dropped[reason] = self.dropped.get(reason, 0) + 1
             return
         self.num_rows += 1
         self.places.append(row.place)
-        if self.shares:
-            last = self.shares[-1]
-            self.shares[-1] = Share(last.place, last.num_rows + 1, last.weight)
         for part in parts:
             self._append(self.tokens, self.token_ends, part, 4)
         self._append(self.columns, self.columns_ends, columns, 1)
@@ -144,6 +176,7 @@ class RowWriter:
         self.hash.update(data)
 
     def finish(self, where: object) -> Written:
+        self._end_share()
         self._check(where)
         self._log(where)
         self.tokens.flush()

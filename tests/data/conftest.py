@@ -8,7 +8,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import Qwen2Tokenizer
 
 from recipes.quickstart.model import make_tokenizer
-from tests.recipes.conftest import composed as composed
 
 
 @pytest.fixture(scope="session")

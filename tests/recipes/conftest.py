@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 from recipes.config import RunConfig, register
-from recipes.main import join_tables, to_settings
+from recipes.main import to_settings
 from tests.tiny import make_data, make_model
 
 register()
@@ -29,15 +28,6 @@ def required(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "actor.generation.sampling.max_response_tokens=8",
         f"output_dir={directory}/run",
     ]
-
-
-@pytest.fixture(scope="session")
-def composed() -> Iterator[Callable[..., DictConfig]]:
-    """composed("ppo", ["seed=1"]): what Hydra makes of a recipe and a command line."""
-    with initialize_config_module(version_base="1.3", config_module="recipes"):
-        yield lambda recipe, arguments: compose(
-            config_name=recipe, overrides=join_tables(arguments)
-        )
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -27,10 +27,9 @@ class Beginning:
                 self.ids = whole[:start]
                 break
 
-    def before(self, ids: Sequence[int]) -> list[int]:
+    def before(self, ids: list[int]) -> list[int]:
         """The tokens of a whole text; where the text itself spells the beginning, it has one."""
-        ids = list(ids)
-        if ids[: len(self.ids)] == self.ids:
+        if not self.ids or ids[: len(self.ids)] == self.ids:
             return ids
         return self.ids + ids
 
