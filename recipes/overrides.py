@@ -11,6 +11,9 @@ from omegaconf import OmegaConf
 from controllers import usable_algorithms
 from recipes.config import RunConfig
 
+Tree = dict[str, "str | Tree"]
+"""Name -> value as it was written, or the names below it."""
+
 TABLES = ("pools", "reward.parts", "gold.parts", "cost.parts")
 """Settings whose entries the user names."""
 OPTIONS = "data.chat_template_options"
@@ -70,25 +73,55 @@ def join_tables(arguments: Sequence[str]) -> list[str]:
 
     >>> join_tables(["pools.a.num_devices=2", "pools.a.roles=[actor]", "seed=1"])
     ['seed=1', '+pools={a: {num_devices: 2, roles: [actor]}}']
+    >>> join_tables(["reward.parts.form.options.pattern=x"])
+    ['+reward.parts={form: {options: {pattern: x}}}']
     """
-    tables: dict[str, dict[str, list[str]]] = {}
+    tables: dict[str, Tree] = {}
     rest = []
     for argument in arguments:
         name, _, value = argument.partition("=")
-        table, _, entry = name.rpartition(".")[0].rpartition(".")
-        if table in TABLES:
-            fields = tables.setdefault(table, {}).setdefault(entry, [])
-            fields.append(f"{name.rpartition('.')[2]}: {value}")
+        table = table_of(name)
+        if table is not None:
+            insert(tables.setdefault(table, {}), name.removeprefix(f"{table}."), value, argument)
         else:
             if name in TABLES:
                 argument = f"+{argument}"
             elif name.startswith(OPTIONS):
                 argument = f"++{argument}"
             rest.append(argument)
-    for table, entries in tables.items():
-        text = ", ".join(f"{entry}: {{{', '.join(fields)}}}" for entry, fields in entries.items())
-        rest.append(f"+{table}={{{text}}}")
+    for table, tree in tables.items():
+        rest.append(f"+{table}={in_braces(tree)}")
     return rest
+
+
+def table_of(name: str) -> str | None:
+    """The table that a setting is in, if it is in one."""
+    for table in TABLES:
+        if name.startswith(f"{table}."):
+            return table
+    return None
+
+
+def insert(tree: Tree, name: str, value: str, argument: str) -> None:
+    """Sets a dotted name of the tree; ValueError where one argument sets a group as a whole and
+    another sets something in it."""
+    *groups, field = name.split(".")
+    for group in groups:
+        inner = tree.setdefault(group, {})
+        if isinstance(inner, str):
+            raise ValueError(f"{argument}: {group}={inner} is set as well; write one of the two")
+        tree = inner
+    if isinstance(tree.get(field), dict):
+        raise ValueError(f"{argument}: {field} is set field by field as well; write one of the two")
+    tree[field] = value
+
+
+def in_braces(tree: Tree) -> str:
+    """The tree as a dictionary of Hydra's command line."""
+    entries = []
+    for name, value in tree.items():
+        entries.append(f"{name}: {value if isinstance(value, str) else in_braces(value)}")
+    return f"{{{', '.join(entries)}}}"
 
 
 def setting_names() -> list[str]:

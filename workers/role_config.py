@@ -54,8 +54,7 @@ class ActorConfig:
     -1: 1e-4 in fp32, 0.05 where either side computes in bf16."""
     seed: int = 0
     """Decides sampling (a response is a function of seed, prompt's uid, number of the sample
-    and weights), the order of mini-batches from the second pass over a batch on, and dropout
-    where the model has any."""
+    and weights), and the order of mini-batches from the second pass over a batch on."""
 
     @property
     def passes_per_batch(self) -> int:
@@ -72,8 +71,7 @@ class PolicyConfig:
     passes_per_batch: int = 1
     """Optimizer passes over the rows of every step. Passes over the data are loop.num_epochs."""
     seed: int = 0
-    """Decides the order of mini-batches from the second pass on, and dropout where the model
-    has any."""
+    """Decides the order of mini-batches from the second pass on."""
 
 
 @dataclass(kw_only=True)
@@ -84,7 +82,7 @@ class PreferenceConfig:
     model: ModelConfig = field(default_factory=lambda: ModelConfig(new_head=True))
     train: TrainConfig = field(default_factory=TrainConfig)
     seed: int = 0
-    """Decides the new head's weights, and dropout where the model has any."""
+    """Decides the new head's weights."""
 
 
 @dataclass(kw_only=True)
@@ -99,8 +97,8 @@ class CriticConfig:
     """Optimizer passes over the rows of every step (PPO's epochs). Passes over the data are
     loop.num_epochs."""
     seed: int = 0
-    """Decides the new value head's weights, the order of mini-batches from the second pass on,
-    and dropout where the model has any."""
+    """Decides the new value head's weights, and the order of mini-batches from the second pass
+    on."""
 
 
 @dataclass(kw_only=True)

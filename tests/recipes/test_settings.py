@@ -231,6 +231,36 @@ def test_generation_in_a_pool_of_its_own(settings: Callable[..., RunConfig]) -> 
         )
 
 
+def test_a_tables_fields_may_be_groups() -> None:
+    arguments = [
+        "reward.parts.form.function=m:g",
+        "reward.parts.form.options.pattern=x",
+        "reward.parts.form.options.whole=true",
+        "reward.parts.right={function: m:f}",
+    ]
+    form = "{function: m:g, options: {pattern: x, whole: true}}"
+    joined = f"+reward.parts={{form: {form}, right: {{function: m:f}}}}"
+    assert join_tables(arguments) == [joined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["reward.parts.a.options={p: x}", "reward.parts.a.options.q=y"],
+            r"reward.parts.a.options.q=y: options=\{p: x\} is set as well; write one of the two",
+        ),
+        (
+            ["reward.parts.a.options.q=y", "reward.parts.a.options={p: x}"],
+            r"options=\{p: x\}: options is set field by field as well; write one of the two",
+        ),
+    ],
+)
+def test_a_group_is_set_whole_or_field_by_field(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        join_tables(arguments)
+
+
 def test_join_tables_leaves_everything_else_alone() -> None:
     arguments = ["seed=1", "+pools={a: {roles: [actor]}}", "data.train=pools.parquet"]
     assert join_tables(arguments) == arguments

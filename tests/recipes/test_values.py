@@ -125,6 +125,9 @@ def test_lists_dictionaries_and_numbers_are_what_they_were() -> None:
         "reward.parts={a: {function: 'm:f', weight: 0.5, options: {pattern: '<a>.*</a>'}}}",
         "reward.parts.b.function=m:g",
         "reward.parts.b.options={pattern: <b>}",
+        "reward.parts.c.function=m:h",
+        "reward.parts.c.options.pattern=<c>",
+        "reward.parts.c.options.whole=true",
     )
     assert config.data.train == ["a.jsonl", "~x/y=1.jsonl"]
     assert config.data.columns == ["level", "a b"]
@@ -133,6 +136,7 @@ def test_lists_dictionaries_and_numbers_are_what_they_were() -> None:
     assert config.actor.train.optimizer.learning_rate == 1e-5 and config.seed == 3
     assert config.loop.stop_at_reward is None and config.model.tokenizer is None
     assert config.reward.parts["b"].options == {"pattern": "<b>"}
+    assert config.reward.parts["c"].options == {"pattern": "<c>", "whole": True}
 
 
 def test_b91_home_and_variables_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
