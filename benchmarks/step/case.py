@@ -144,6 +144,7 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self.peak_bytes = 0
+        self._by_process: dict[tuple[int, str], int] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -155,11 +156,30 @@ class PeakMemory:
         self._ended.set()
         self._thread.join()
 
+    def largest_process_bytes(self, prefix: str) -> int:
+        """The peak of the largest process whose command line begins with prefix."""
+        return max(
+            (size for (_, name), size in self._by_process.items() if name.startswith(prefix)),
+            default=0,
+        )
+
     def _watch(self) -> None:
         while not self._ended.wait(0.5):
-            self.peak_bytes = max(
-                self.peak_bytes, sum(private_bytes(process.pid) for process in _tree())
-            )
+            total = 0
+            for process in _tree():
+                size = private_bytes(process.pid)
+                total += size
+                key = (process.pid, command_line(process.pid))
+                self._by_process[key] = max(size, self._by_process.get(key, 0))
+            self.peak_bytes = max(self.peak_bytes, total)
+
+
+def command_line(pid: int) -> str:
+    """As the process calls itself; empty if it is gone. Ray's workers carry their actor's name."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]
+    except OSError:
+        return ""
 
 
 def private_bytes(pid: int) -> int:

@@ -205,6 +205,25 @@ def watch_transformers(trainer: GRPOTrainer, case: Case, phases: Phases) -> None
     trainer.model.generate = phases.around("generation", limited)
 
 
+def watch_rollout(trainer: GRPOTrainer, phases: Phases) -> None:
+    """Times what comes before the update, and the log-probs in it."""
+    trainer._generate_and_score_completions = phases.around(
+        "rollout", trainer._generate_and_score_completions
+    )
+    trainer._get_per_token_logps_and_entropies = phases.around(
+        "log_probs",
+        trainer._get_per_token_logps_and_entropies,
+        when=lambda: not torch.is_grad_enabled(),
+    )
+
+
+def rollout_phases(step_s: float, seconds: dict[str, float]) -> dict[str, float]:
+    """PHASES of a step: everything outside the rollout is forward, backward and optimizer."""
+    named = {name: seconds.get(name, 0.0) for name in ("generation", "sync", "log_probs")}
+    other = seconds["rollout"] - sum(named.values())
+    return {**named, "update": step_s - seconds["rollout"], "other": other}
+
+
 def run(case: Case, output: Path) -> None:
     phases, clock = Phases(), StepClock()
     watch = Watch(clock, phases)
@@ -217,30 +236,17 @@ def run(case: Case, output: Path) -> None:
         else:
             watch_transformers(trainer, case, phases)
         torch.set_num_threads(threads)
-        trainer._generate_and_score_completions = phases.around(
-            "rollout", trainer._generate_and_score_completions
-        )
-        trainer._get_per_token_logps_and_entropies = phases.around(
-            "log_probs",
-            trainer._get_per_token_logps_and_entropies,
-            when=lambda: not torch.is_grad_enabled(),
-        )
+        watch_rollout(trainer, phases)
         trainer.train()
     steps = []
     for number, (times, seconds) in enumerate(zip(clock.steps(), watch.by_step, strict=True)):
-        named = {name: seconds.get(name, 0.0) for name in ("generation", "sync", "log_probs")}
-        # Everything outside the rollout is forward, backward and optimizer.
-        named["update"] = times["step_s"] - seconds["rollout"]
-        named["other"] = seconds["rollout"] - sum(
-            named[name] for name in ("generation", "sync", "log_probs")
-        )
         steps.append(
             {
                 **times,
                 "tokens": float(
                     case.response_tokens(number).sum() + PROMPTS * SAMPLES * PROMPT_TOKENS
                 ),
-                "phases": named,
+                "phases": rollout_phases(times["step_s"], seconds),
             }
         )
     write_result(output, steps[case.warm_up :], memory.peak_bytes)
