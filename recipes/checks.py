@@ -104,10 +104,14 @@ def check_train(field: str, config: TrainConfig) -> None:
     for name, value in (
         ("tp", config.tp),
         ("pp", config.pp),
-        ("micro_batch_tokens", config.micro_batch_tokens),
     ):
         if value < 1:
             raise ValueError(f"{field}.{name} is {value}; use at least 1")
+    if config.micro_batch_tokens < 0:
+        raise ValueError(
+            f"{field}.micro_batch_tokens is {config.micro_batch_tokens}; use at least 1, or 0, "
+            "which chooses"
+        )
     optimizer = config.optimizer
     # The run's own length, which is not known before the data is read.
     if not optimizer.total_steps:

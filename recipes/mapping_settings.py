@@ -33,6 +33,7 @@ from workers.config import Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head
 from workers.engines.model.loading import model_config, standard_sizes
+from workers.engines.shared.micro_batches import chosen_tokens
 from workers.generation.cache import DEFAULT_CACHE_BYTES
 from workers.generation.config import GenerationConfig
 from workers.role_config import ActorConfig, RewardConfig
@@ -189,7 +190,11 @@ def _configured_role(
             )
         plan = replace(plan, generation=generation_layout(settings.generation, num_devices, rows))
     if role != GENERATION:
-        layout = train_layout(settings.train, num_devices, trained=setting.trained(role))
+        assert settings.model is not None
+        found = model_config(settings.model, role_kind(role).head)
+        tokens = chosen_tokens(settings.train, found, inputs.config.device.value)
+        train = replace(settings.train, micro_batch_tokens=tokens)
+        layout = train_layout(train, num_devices, trained=setting.trained(role))
         plan = replace(plan, layout=layout)
     return plan
 

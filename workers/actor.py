@@ -56,7 +56,7 @@ class ActorWorker(ActorTrainingWorker, Actor):
         for parameter in self.engine.local_parameters():
             dtype = str(parameter.dtype).removeprefix("torch.")
             specs.append(ParameterSpec(parameter.name, parameter.shape, dtype))
-        self.sync.make_destination(specs)
+        self.sync.make_destination(specs).release()
 
     @classmethod
     def layouts(cls, config: ActorConfig, world_size: int) -> dict[str, Layout]:
@@ -100,8 +100,6 @@ class ActorWorker(ActorTrainingWorker, Actor):
                 moved.num_bytes = before - allocated_bytes(self.context.device)
             with self._measured("wake"):
                 self.sampler.engine.wake()
-                assert self.sync.destination is not None
-                self.sync.destination.restore()
         if self.sampler.engine.weight_version != self.weight_version:
             self.sync.run(self.weight_version)
 
@@ -110,8 +108,7 @@ class ActorWorker(ActorTrainingWorker, Actor):
         if self.config.generation.release_during_training and self._memory_owner != "training":
             self._memory_owner = "training"
             with self._measured("release") as freed:
-                assert self.sync.destination is not None
-                freed.num_bytes = self.sampler.engine.sleep() + self.sync.destination.release()
+                freed.num_bytes = self.sampler.engine.sleep()
             with self._measured("onload"):
                 self.engine.onload()
 

@@ -94,9 +94,10 @@ class TrainConfig:
     rank_order: list[str] = field(default_factory=lambda: ["dp", "pp", "cp", "tp"])
     """Axes from outermost to innermost; the data-parallel size is what the pool leaves."""
     precision: Precision = Precision.auto
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: int = 0
     """Most tokens (padding included) that one forward pass of one data-parallel rank holds.
-    Changes speed and memory, never results."""
+    Changes speed and memory, never results. 0 chooses: 8192 on an accelerator; on a CPU as many
+    as keep about 512 MiB for the backward pass, 256 to 8192."""
     packing: bool = True
     """Rows of a micro-batch one after the other without padding, each attending to itself only.
     false: padded blocks of rows of similar length, for models with layers that look along the

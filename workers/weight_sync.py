@@ -112,6 +112,8 @@ class WeightSync:
         have arrived and were attested.
         """
         times = [time.perf_counter()]
+        if self.destination is not None:
+            self.destination.restore()
         if self._executor is None or self.attestor is None:
             with activity("compiling the resharding plan"):
                 self._executor, self.attestor = self._prepare()
@@ -129,6 +131,10 @@ class WeightSync:
         attestation.finish()
         times.append(time.perf_counter())
         gap = self._probe(expected) if self.generator is not None else 0.0
+        if self.destination is not None:
+            # Only needed until the engine has taken the weights in: the next to use this memory is
+            # the trainer's.
+            self.destination.release()
         times.append(time.perf_counter())
         prepare, announce, transfer, sums, commit, compare, score = np.diff(times).tolist()
         self.last = SyncReport(

@@ -1,6 +1,7 @@
 """Micro-batches: every row once, under the budget, little padding, reads at the right places,
 results back in the caller's order."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import Qwen2Config
 
+from workers.config import Precision, TrainConfig
 from workers.engines.base import Head, Outputs
 from workers.engines.model.packing import Packing, Run
 from workers.engines.shared.micro_batches import (
@@ -17,6 +20,7 @@ from workers.engines.shared.micro_batches import (
     PAIR,
     Cutting,
     MicroBatch,
+    chosen_tokens,
     cut,
     empty_micro_batch,
     gather_outputs,
@@ -282,6 +286,27 @@ def fewest(widths: list[int], budget: int, room: list[int]) -> int:
         for left, place in tried.items()
     ]
     return min([*counts, fewest(rest, budget, [*room, budget - one])])
+
+
+def test_a_cpu_takes_as_many_tokens_as_memory_suggests() -> None:
+    """Sizes of a layer counted by hand: two norms, attention and MLP read 4 x 512 numbers, queries
+    and outputs are 2 x 512, keys and values 2 x 256, the MLP's inner tensors 3 x 2048."""
+    sizes = Qwen2Config(
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=512,
+    )
+    stored = 8 * (4 * 512 + 2 * 512 + 2 * 256 + 3 * 2048)
+    fp32 = TrainConfig(precision=Precision.fp32)
+    assert chosen_tokens(fp32, sizes, "cpu") == (512 << 20) // (4 * stored)
+    assert chosen_tokens(replace(fp32, tp=2), sizes, "cpu") == (512 << 20) // (2 * stored)
+    assert chosen_tokens(fp32, sizes, "cuda") == 8192
+    assert chosen_tokens(replace(fp32, micro_batch_tokens=77), sizes, "cpu") == 77
+    sizes.num_hidden_layers = 1
+    assert chosen_tokens(fp32, sizes, "cpu") == 8192
 
 
 def test_a_budget_of_nothing_is_an_error() -> None:

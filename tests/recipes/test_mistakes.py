@@ -301,8 +301,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "cost: neither function nor model is set; set cost.function=package",
     ),
     "no micro-batch": (
-        ["actor.train.micro_batch_tokens=0"],
-        "actor.train.micro_batch_tokens is 0; use at least 1",
+        ["actor.train.micro_batch_tokens=-1"],
+        "actor.train.micro_batch_tokens is -1; use at least 1, or 0, which chooses",
     ),
     "a schedule without end": (
         ["actor.train.optimizer.schedule=cosine", "actor.train.optimizer.warmup_steps=100"],

@@ -36,7 +36,7 @@ class WeightDestination(ABC):
     @abstractmethod
     def release(self) -> int:
         """Give back memory of its own until restore, and say how many bytes that were; the
-        engine sleeps meanwhile."""
+        engine has its weights without it."""
 
     @abstractmethod
     def restore(self) -> None:

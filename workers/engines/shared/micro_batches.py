@@ -17,11 +17,13 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from workers.config import TrainConfig
+from hybridflow.mapping.question.model import ModelSpec
+from workers.config import Precision, TrainConfig
 from workers.engines.base import Head, Outputs
 from workers.engines.model.attention import can_share_prompts
+from workers.engines.model.loading import standard_sizes
 from workers.engines.model.packing import Packing, packing_of
 from workers.engines.model.rotary import depends_on_length
 from workers.sequences import Sequences, ragged_positions
@@ -30,6 +32,10 @@ PAIR = "pair"
 """Per-row column of labels: rows that share one are never cut apart."""
 BLOCKS_PER_BUDGET = 128
 """One more block is worth its fixed cost if it saves budget / 128 tokens of padding."""
+CPU_ACTIVATION_BYTES = 512 << 20
+FEWEST_TOKENS, MOST_TOKENS = 256, 8192
+"""Of a micro-batch whose size the engine chooses: fewer make the fixed cost of a pass felt, more
+make it no faster."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +82,28 @@ class Cutting:
     def __post_init__(self) -> None:
         if self.budget_tokens < 1:
             raise ValueError(f"micro_batch_tokens is {self.budget_tokens}; it must be at least 1")
+
+
+def chosen_tokens(config: TrainConfig, model: PretrainedConfig, device: str) -> int:
+    """config.micro_batch_tokens, or where that is 0 what suits the model and the device.
+
+    On a CPU few tokens keep the matrix products busy, so memory decides: what layers store for the
+    backward pass, as ModelSpec counts it.
+    """
+    if config.micro_batch_tokens:
+        return config.micro_batch_tokens
+    if device != "cpu":
+        return MOST_TOKENS
+    try:
+        spec = ModelSpec.from_hf(standard_sizes(model))
+    except ValueError:  # not a plain decoder
+        return FEWEST_TOKENS
+    stored = spec.num_layers * spec.activation_elements_per_token
+    if config.activation_checkpointing:
+        stored = spec.num_layers * spec.hidden_size + spec.activation_elements_per_token
+    element = 2 if config.precision is Precision.bf16 else 4
+    tokens = CPU_ACTIVATION_BYTES * config.tp * config.pp / (element * stored)
+    return int(min(max(tokens, FEWEST_TOKENS), MOST_TOKENS))
 
 
 def cutting_of(config: TrainConfig, model: PreTrainedModel) -> Cutting:

@@ -23,6 +23,7 @@ from workers.engines.model.loading import ModelSource, model_config, saved_dtype
 from workers.engines.shared.export import write_configs, write_safetensors
 from workers.engines.shared.micro_batches import (
     MicroBatch,
+    chosen_tokens,
     cutting_of,
     empty_micro_batch,
     make_micro_batches,
@@ -59,6 +60,8 @@ class ShardedEngine(TrainingEngine):
         self.check(published, config, head, context.world_size)
         check_optimizer_config(config.optimizer)
         self.layout = self.make_layout(config, context.world_size)
+        tokens = chosen_tokens(config, model_config(model, head), context.device)
+        config = replace(config, micro_batch_tokens=tokens)
         self.model, self.config, self.head, self.context = model, config, head, context
         self.device = torch.device(context.device)
         source = ModelSource(model, head, context, seed)

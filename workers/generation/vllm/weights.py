@@ -140,8 +140,8 @@ class VllmWeights:
         return sum(self._memory[name].nbytes for name in self._staged)
 
     def free_staging(self) -> int:
-        """Give the staging memory back (generation is over until the next sync) and say how
-        many bytes it had; nothing may write to it before take_back_staging."""
+        """Give the staging memory back (the engine has repacked it) and say how many bytes it
+        had; nothing may write to it before take_back_staging."""
         freed = 0
         for name in self._staged:
             storage = self._memory[name].untyped_storage()
