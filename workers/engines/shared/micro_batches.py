@@ -34,8 +34,8 @@ BLOCKS_PER_BUDGET = 128
 """One more block is worth its fixed cost if it saves budget / 128 tokens of padding."""
 CPU_ACTIVATION_BYTES = 512 << 20
 FEWEST_TOKENS, MOST_TOKENS = 256, 8192
-"""Of a micro-batch whose size the engine chooses: fewer make the fixed cost of a pass felt, more
-make it no faster."""
+"""Bounds of a micro-batch whose size the engine chooses: with fewer tokens the fixed cost of a pass
+is felt, with more it is no faster."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
