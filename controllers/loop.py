@@ -135,7 +135,8 @@ class Loop:
     run() goes on from where the loop stands: call resume() before it to begin at a checkpoint.
     trained: the roles that a checkpoint holds; the first is the one that the run is for, also saved
     as a Hugging Face directory. further: by name, whatever else has a position that a checkpoint
-    must hold. samples: reads what the model says; None shows nothing of it.
+    must hold. samples: reads what the model says; None shows nothing of it. settings: those that
+    make the run what it is, written into its checkpoints.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class Loop:
         config: LoopConfig,
         further: Mapping[str, Stateful] | None = None,
         samples: SampleReader | None = None,
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self.algorithm = algorithm
         self.trained = trained
@@ -159,6 +161,7 @@ class Loop:
         self.length = config.length(len(data.dataset), data.config.batch_size)
         self.further = dict(further or {})
         self.samples = samples
+        self.settings = dict(settings or {})
         self.step = 0
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
@@ -173,6 +176,14 @@ class Loop:
         if self.step == 0:
             self.before = self.validate()
         LOGGER.info("%s", self.length)
+        if self._finished() or self._good_enough():
+            LOGGER.info(
+                "nothing to do: the run of %s is finished after %d steps; raise loop.num_steps (or "
+                "num_epochs, stop_at_reward) to go on, or set another output_dir (or "
+                "loop.resume=never) to start anew",
+                self.store.directory.parent,
+                self.step,
+            )
         while not self._finished() and not self._good_enough():
             self.train_one_step()
             last = self._finished()
@@ -258,6 +269,7 @@ class Loop:
             ranks.wait()
         state = {
             "step": self.step,
+            "run": self.settings,
             "data": self.data.state_dict(),
             "further": {name: stateful.state_dict() for name, stateful in self.further.items()},
             "algorithm": self.algorithm.state_dict(),

@@ -35,6 +35,7 @@ from recipes.generation_lengths import with_generation_lengths
 from recipes.mapping_settings import MapperInputs, apply_mapping
 from recipes.placing import Placement, check_models, place, placeholder_roles, placement_report
 from recipes.roles import GENERATION
+from recipes.same_run import check_same_run
 from recipes.schedules import with_schedules
 from recipes.text_settings import log_left_out, smallest_vocabulary, with_text
 from workers.config import Precision
@@ -100,6 +101,8 @@ def prepare(config: RunConfig) -> Preparation:
     placement = place(config)
     check_output(config.output_dir)
     check_resume(config.loop.resume)
+    if config.algorithm.name not in QUESTIONS:
+        check_same_run(placement)
     dataflow = check_dataflow(placement)
     check_models(placement)
     tokenizer = load_tokenizer(config.model)

@@ -42,6 +42,7 @@ from recipes.config import Device, PlacementMode, RunConfig, Runtime
 from recipes.placing import Placement, placeholder_roles
 from recipes.preparation import Preparation
 from recipes.roles import GENERATION, with_named_functions
+from recipes.same_run import checkpoint_store, run_settings
 from workers.machine import MachineWorker
 from workers.precision import native_precision
 from workers.roles import (
@@ -154,6 +155,7 @@ class Session:
                 config=config.loop,
                 further={"pretraining": texts} if texts else {},
                 samples=SampleReader(config.metrics.samples, self.tokenizer, seed=config.seed),
+                settings=run_settings(placement),
             )
             self._loop.try_saving()
             self._loop.resume()
@@ -339,18 +341,6 @@ def _threads(placement: Placement, cluster: ClusterInfo | None) -> int:
     if cluster is None or len(cluster.nodes) > 1 or placement.config.device is Device.cuda:
         return 0
     return max(1, (os.cpu_count() or 1) // placement.num_devices)
-
-
-def checkpoint_store(placement: Placement, directory: Path) -> CheckpointStore:
-    """The run's checkpoints; the best is chosen by the algorithm's objective."""
-    loop = placement.config.loop
-    return CheckpointStore(
-        directory / "checkpoints",
-        keep_last=loop.keep_last,
-        keep_best=loop.keep_best,
-        metric=placement.entry.objective,
-        mode=placement.entry.best,
-    )
 
 
 def start_tracker(

@@ -1,0 +1,131 @@
+"""Whether a run goes on with the run whose checkpoint it finds: the settings that make a run what
+it is are written into every checkpoint, and held against those of the run that resumes from it.
+
+What may change between the two is not among them: steps, logging, placement, layouts, micro-batches,
+how often and how much is saved and validated. Data, shuffling and their seed are compared where the
+data's position is restored (controllers/data/loader.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from hybridflow.checkpoint import MANIFEST, CheckpointStore
+from recipes.placing import Placement
+from recipes.roles import GENERATION, Role
+from workers.config import ModelConfig
+from workers.reward_function import function_name
+from workers.rewards.combined import CombinedReward
+from workers.role_config import JudgeConfig, RewardConfig
+from workers.roles import TrainedRole
+
+RUN = "run"
+"""The name of these settings in a checkpoint's metadata."""
+VERDICT = ("verdict", "template", "yes", "no", "pattern")
+"""Settings of a judge that decide its verdicts."""
+
+
+def checkpoint_store(placement: Placement, directory: Path) -> CheckpointStore:
+    """The run's checkpoints; the best is chosen by the algorithm's objective."""
+    loop = placement.config.loop
+    return CheckpointStore(
+        directory / "checkpoints",
+        keep_last=loop.keep_last,
+        keep_best=loop.keep_best,
+        metric=placement.entry.objective,
+        mode=placement.entry.best,
+    )
+
+
+def run_settings(placement: Placement) -> dict[str, str]:
+    """Name -> value, as text, of every setting that makes the run what it is."""
+    config = placement.config
+    settings = {"algorithm.name": config.algorithm.name, "model.tokenizer": tokenizer(config.model)}
+    for role in placement.roles:
+        if role.name != GENERATION:
+            settings |= dict(role_settings(role))
+    return settings
+
+
+def role_settings(role: Role) -> Iterator[tuple[str, str]]:
+    config, name = role.config, role.name
+    if isinstance(config, RewardConfig) and config.function is not None:
+        yield f"{name}.function", scorer(config)
+        return
+    if config.model is not None:
+        yield f"{name}.model.path", place(config.model.path)
+        yield f"{name}.model.revision", str(config.model.revision)
+        yield f"{name}.model (its config.json)", content(config.model)
+    yield f"{name}.train.precision", str(config.train.precision)
+    if issubclass(role.worker, TrainedRole):
+        yield f"{name}.train.engine", config.train.engine
+    if isinstance(config, JudgeConfig):
+        for setting in VERDICT:
+            yield f"{name}.{setting}", str(vars(config)[setting])
+
+
+def scorer(config: RewardConfig) -> str:
+    """The function, or the parts with their weights and options."""
+    function = config.function
+    if not isinstance(function, CombinedReward):
+        return function_name(function)
+    parts = {}
+    for name, (part, weight, options) in function.parts.items():
+        parts[name] = {"function": function_name(part), "weight": weight, "options": options}
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
+def place(path: str) -> str:
+    """A directory by its whole path, a hub name as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def tokenizer(model: ModelConfig) -> str:
+    return place(model.tokenizer or model.path)
+
+
+def content(model: ModelConfig) -> str:
+    """A digest of the sizes in the model's directory; empty for a hub name."""
+    path = Path(model.path) / "config.json"
+    if not path.is_file():
+        return ""
+    return hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest()
+
+
+def check_same_run(placement: Placement) -> None:
+    """A ValueError where the run would go on from the checkpoint of another one. Nothing is read
+    but the checkpoint's manifest; one of an earlier version has no settings to compare."""
+    config = placement.config
+    if config.loop.resume == "never":
+        return
+    directory = Path(config.loop.resume)
+    if config.loop.resume == "auto":
+        latest = checkpoint_store(placement, Path(config.output_dir).absolute()).latest()
+        if latest is None:
+            return
+        directory = latest.path
+    earlier = json.loads((directory / MANIFEST).read_text())["metadata"].get(RUN)
+    if earlier is None:
+        return
+    differences = list(differing(earlier, run_settings(placement)))
+    if differences:
+        raise ValueError(
+            f"output_dir={config.output_dir}: {directory} is the checkpoint of another run: "
+            f"{'; '.join(differences)}. Set these as they were to go on with it, or another "
+            "output_dir (or loop.resume=never) to start anew"
+        )
+
+
+def differing(earlier: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    """In words: each setting that is not the same. Those of models that only one of the two runs
+    has are told by the algorithm where that differs too."""
+    names = dict.fromkeys([*now, *earlier])
+    if earlier["algorithm.name"] != now["algorithm.name"]:
+        names = {name: None for name in names if name in earlier and name in now}
+    for name in names:
+        there, here = earlier.get(name, "not set"), now.get(name, "not set")
+        if there != here:
+            yield f"{name} is {here!r} now and was {there!r}"
