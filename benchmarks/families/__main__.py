@@ -2,6 +2,7 @@
 a reference and PPO with a critic, in every kind of layout.
 
 python -m benchmarks.families --json FILE [--only NAME ...] [--cases CASE ...] [--page docs/models.md]
+python -m benchmarks.families --json FILE --page docs/models.md --page-only
 
 A row is {family, case, ok, log_prob_gap, message, seconds}: ok where training engine and
 generation engine agree on every sampled token to 1e-5 in float32 over two steps of both
@@ -21,6 +22,7 @@ from typing import Any
 
 from benchmarks.families.case import CASES, Devices
 from benchmarks.families.models import FAMILIES
+from benchmarks.families.page import make_page
 
 
 def main() -> None:
@@ -33,10 +35,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="add the rows to this file")
     parser.add_argument("--only", nargs="+", default=names, choices=names, metavar="NAME")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES, metavar="CASE")
+    parser.add_argument("--page", type=Path, help="write docs/models.md here")
+    parser.add_argument(
+        "--page-only", action="store_true", help="run nothing: the page of the file"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
     rows = read_rows(arguments.json)
-    for case in arguments.cases:
+    for case in () if arguments.page_only else arguments.cases:
         with tempfile.TemporaryDirectory() as folder, Devices(case, Path(folder)) as devices:
             for family in FAMILIES:
                 if family.name not in arguments.only:
@@ -46,6 +52,8 @@ def main() -> None:
                 show(row)
                 if arguments.json is not None:
                     arguments.json.write_text(json.dumps(list(rows.values()), indent=1))
+    if arguments.page is not None:
+        arguments.page.write_text(make_page(rows))
     failed = [row for row in rows.values() if not row["ok"]]
     print(f"{len(rows)} rows, {len(failed)} failed")
     if failed:
