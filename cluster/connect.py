@@ -29,7 +29,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants, services, worker
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 
 from cluster.nodes import NodeInfo, check_nodes, probe, probe_nodes, table
 from hybridflow.progress import activity
@@ -215,8 +215,12 @@ def embedded_slots(cpu_slots: float) -> int:
 
 
 def _connect_to(config: ClusterConfig, mode: Mode) -> None:
-    requested = "auto" if mode is Mode.job else config.address or os.environ["RAY_ADDRESS"]
-    address, loopback = _resolve(requested)
+    requested, setting = config.address, "cluster.address"
+    if mode is Mode.job:
+        requested = "auto"
+    elif not requested:
+        requested, setting = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
+    address, loopback = _resolve(requested, setting)
     options: dict[str, Any] = {}
     if mode is Mode.address and config.working_dir:
         # A submitted job brings its working directory; here the workers get this one.
@@ -231,21 +235,55 @@ def _connect_to(config: ClusterConfig, mode: Mode) -> None:
             )
     except AuthenticationError as error:
         raise ValueError(
-            f"cluster.address: {address} wants a token; copy ~/.ray/auth_token from the head, or "
-            f"set RAY_AUTH_TOKEN, and set RAY_AUTH_MODE=token ({error})"
+            f"{setting}: {address} wants a token; {TOKEN} ({_one_line(error)})"
         ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"cluster.address: cannot join the Ray cluster at {address}: {error}"
-        ) from error
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+        raise ValueError(_refusal(setting, address, config.working_dir, error)) from error
 
 
-def _resolve(requested: str) -> tuple[str, bool]:
-    """host:port to connect to, and whether the head listens on loopback only.
+TOKEN = (
+    "copy ~/.ray/auth_token from the head, or set RAY_AUTH_TOKEN, and set RAY_AUTH_MODE=token here"
+)
+"""How a process is let into a cluster with tokens."""
+
+
+def _refusal(setting: str, address: str, working_dir: str, error: Exception) -> str:
+    """One line with what to do about a cluster that answers and can't be joined."""
+    reason = _one_line(error)
+    if "exceeds the maximum size" in reason:
+        return (
+            f"cluster.working_dir={working_dir!r} is larger than Ray uploads ({reason}); list its "
+            "large folders in .gitignore or .rayignore, start from a smaller directory, or set "
+            "cluster.working_dir='' where all nodes share it"
+        )
+    if "Version mismatch" in reason:
+        return (
+            f"{setting}: the cluster at {address} has another Ray or Python ({reason}); use the "
+            "same versions on all nodes and here"
+        )
+    advice = "see whether that is the port of a Ray head (6379, not the dashboard's 8265)"
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        advice = f"if its head was started with RAY_AUTH_MODE=token, {TOKEN}; else {advice}"
+    return f"{setting}: cannot join the Ray cluster at {address} ({reason}); {advice}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+def _resolve(requested: str, setting: str) -> tuple[str, bool]:
+    """host:port to connect to, and whether the head listens on loopback only; `setting` says
+    who asked for it.
 
     Ray turns 127.0.0.1 into the machine's address, where such a head does not listen, and then
     waits for a minute.
     """
+    if "://" in requested:
+        raise ValueError(
+            f"{setting}: {requested!r} is an address of Ray's client or dashboard, and a run joins "
+            "the cluster itself; write host:port of its head (6379), or submit a job: ray job "
+            "submit --address http://HOST:8265 --working-dir . -- python -m recipes...."
+        )
     try:
         address = (
             services.get_ray_address_from_environment("auto", None)
@@ -257,15 +295,17 @@ def _resolve(requested: str) -> tuple[str, bool]:
         candidates = ()
     except ValueError as error:
         raise ValueError(
-            f"cluster.address: {requested!r} is not an address; write host:port, auto or local "
-            f"({error})"
+            f"{setting}: {requested!r} is not an address; write host:port, auto or local ({error})"
         ) from error
     for candidate in candidates:
         if candidate and _answers(candidate):
             return candidate, candidate.rpartition(":")[0] in LOOPBACK
+    leave = "leave it empty"
+    if setting == "RAY_ADDRESS":
+        leave = "unset RAY_ADDRESS, or set cluster.address=local,"
     raise ValueError(
-        f"cluster.address: no Ray cluster answers at {requested!r}; start one with `ray start "
-        "--head`, or leave it empty"
+        f"{setting}: no Ray cluster answers at {requested!r}; start one with `ray start --head`, "
+        f"correct it, or {leave} to start one here"
     )
 
 

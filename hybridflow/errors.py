@@ -41,6 +41,11 @@ class WorkerValueError(WorkerError, ValueError):
     """A worker's method raised a ValueError, as it does for mistakes of the user."""
 
 
+class UserCodeError(RuntimeError):
+    """Code of the user's, such as a reward function, raised or returned what nobody can use: the
+    message is one line that names it and the row."""
+
+
 class WorkerDied(RuntimeError):
     """A process of the pool is gone (killed, out of memory, crashed, its node lost)."""
 

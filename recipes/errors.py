@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
+from hybridflow.errors import UserCodeError, WorkerDied, WorkerError, WorkerStuck
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable: 1 shows the whole stack in place of one line."""
@@ -34,10 +34,10 @@ def plain_errors(directory: Callable[[], Path | None] = no_directory) -> Iterato
     """
     try:
         yield
-    except (ValueError, WorkerError, WorkerDied, WorkerStuck) as error:
+    except (ValueError, UserCodeError, WorkerError, WorkerDied, WorkerStuck) as error:
         if os.environ.get(FULL_ERROR) == "1":
             raise
-        if isinstance(error, WorkerError | WorkerDied | WorkerStuck):
+        if isinstance(error, UserCodeError | WorkerError | WorkerDied | WorkerStuck):
             end(f"{first_line(error)}; {where_details_are(error, directory())}", 1)
         end(one_line(error), 2)
 

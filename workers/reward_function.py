@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from hybridflow.errors import UserCodeError
 from hybridflow.registry import load_object
 from workers.rewards.combined import CombinedReward
 from workers.rewards.values import LARGEST, STATISTICS, as_number, shortened
@@ -126,9 +127,9 @@ def _wait_for(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
         return thread.submit(asyncio.run, coroutine).result()
 
 
-def _failed(path: str, row: Mapping[str, Any], role: str, error: Exception) -> RuntimeError:
+def _failed(path: str, row: Mapping[str, Any], role: str, error: Exception) -> UserCodeError:
     where = f"{role}.function={path!r} raised {type(error).__name__}: {error}"
-    return RuntimeError(f"{where} on {_describe(row)}")
+    return UserCodeError(" ".join(f"{where} on {_describe(row)}".split()))
 
 
 def _checked(

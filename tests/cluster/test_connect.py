@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from cluster.connect import ClusterConfig, connect, embedded_slots
+from cluster.connect import ClusterConfig, _refusal, _resolve, connect, embedded_slots
 from cluster.nodes import NodeInfo, Probe, check_nodes, parse_gpus, probe, table
 
 ROOT = Path(__file__).parents[2]
@@ -148,3 +149,39 @@ def test_a_wrong_address_is_a_value_error_at_once() -> None:
 def test_config_is_a_structured_config() -> None:
     assert OmegaConf.to_object(OmegaConf.structured(ClusterConfig)) == ClusterConfig()
     assert isinstance(probe(), Probe) and connect.__doc__
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ValueError("Package size (600MiB) exceeds\n the maximum size of 512.00MiB."),
+            r"^cluster.working_dir='.' is larger than Ray uploads .*cluster.working_dir='' where",
+        ),
+        (
+            RuntimeError("Version mismatch: Ray: 2.1\nPython: 3.9"),
+            r"^RAY_ADDRESS: the cluster at 1.2.3.4:6379 has another Ray or Python .*same versions",
+        ),
+        (
+            ConnectionError("Failed to connect"),
+            r"^RAY_ADDRESS: cannot join .*RAY_AUTH_MODE=token, copy ~/.ray/auth_token",
+        ),
+    ],
+)
+def test_b96_b97_a_cluster_that_cannot_be_joined_is_one_line(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    text = _refusal("RAY_ADDRESS", "1.2.3.4:6379", ".", error)
+    assert re.search(message, text) and "\n" not in text
+
+
+def test_b95_a_wrong_address_is_told_by_who_set_it() -> None:
+    with pytest.raises(
+        ValueError, match=r"^RAY_ADDRESS: no Ray cluster answers at .*unset RAY_ADDRESS, or"
+    ):
+        _resolve("127.0.0.1:1", "RAY_ADDRESS")
+    with pytest.raises(ValueError, match=r"^cluster\.address: .*leave it empty to start one here"):
+        _resolve("127.0.0.1:1", "cluster.address")
+    with pytest.raises(ValueError, match=r"^RAY_ADDRESS: 'ray://h:10001' is an address of Ray's"):
+        _resolve("ray://h:10001", "RAY_ADDRESS")
