@@ -3,12 +3,15 @@ the tracker."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
 from hybridflow.metrics import Sample, SamplesConfig
 from hybridflow.results import Metrics
+from workers.text import ResponseReader
 
 NUMBERS = {
     "reward": "rewards",
@@ -31,9 +34,15 @@ class SampleReader:
     """
 
     def __init__(
-        self, config: SamplesConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
+        self,
+        config: SamplesConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        end_token_ids: Sequence[int] = (),
     ) -> None:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
+        self.read_responses = ResponseReader(tokenizer, end_token_ids)
 
     def validation(self, metrics: Metrics) -> list[Sample]:
         return self._read(metrics.rows, self.config.validation)
@@ -45,7 +54,9 @@ class SampleReader:
     def _read(self, batch: Batch | None, number: int) -> list[Sample]:
         if batch is None or number == 0 or not all(name in batch for name in TEXTS):
             return []
-        return samples_of(batch.rows(self.choose(batch, number)), self.tokenizer)
+        return samples_of(
+            batch.rows(self.choose(batch, number)), self.tokenizer, self.read_responses
+        )
 
     def choose(self, batch: Batch, number: int) -> np.ndarray:
         """Positions of the first rows of `number` prompts (of all if there are fewer), in order."""
@@ -55,11 +66,13 @@ class SampleReader:
         return first[np.sort(chosen)]
 
 
-def samples_of(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+def samples_of(
+    batch: Batch, tokenizer: PreTrainedTokenizerBase, read_responses: ResponseReader
+) -> list[Sample]:
     """Every row of the batch as text, with all its scores.
 
-    The prompt is shown with its special tokens, as the model sees it; the response without them, as
-    a reward function sees it.
+    The prompt is shown with its special tokens, as the model sees it; the response without its
+    end, as a reward function sees it.
     """
     numbers = {name: column for name, column in NUMBERS.items() if column in batch}
     further = {name: column for name, column in FURTHER_NUMBERS.items() if column in batch}
@@ -71,8 +84,8 @@ def samples_of(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[Sample]
     for name, column in further.items():
         for row, values in zip(scores, here.objects(column), strict=True):
             row.update({f"{name}/{key}": float(value) for key, value in values.items()})
-    prompts = _decode(tokenizer, here, "prompt_ids", skip_special_tokens=False)
-    responses = _decode(tokenizer, here, "response_ids", skip_special_tokens=True)
+    prompts = tokenizer.batch_decode(_rows(here, "prompt_ids"))
+    responses = read_responses(_rows(here, "response_ids"))
     reasons = here.objects("finish_reason")
     versions = here.tensor("weight_version").tolist()
     uids = here.tensor("uid").tolist()
@@ -91,8 +104,5 @@ def samples_of(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[Sample]
     return samples
 
 
-def _decode(
-    tokenizer: PreTrainedTokenizerBase, batch: Batch, column: str, *, skip_special_tokens: bool
-) -> list[str]:
-    rows = [ids.tolist() for ids in batch.ragged(column).unbind()]
-    return list(tokenizer.batch_decode(rows, skip_special_tokens=skip_special_tokens))
+def _rows(batch: Batch, column: str) -> list[list[int]]:
+    return [ids.tolist() for ids in batch.ragged(column).unbind()]

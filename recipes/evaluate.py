@@ -48,7 +48,11 @@ def evaluate(config: RunConfig) -> dict[str, float] | None:
     with shown(CONSOLE, live=config.metrics.console):
         for batch, prepared in answers(config):
             if responses is None:
-                responses = Responses(prepared.tokenizer, log_probs=False)
+                responses = Responses(
+                    prepared.tokenizer,
+                    log_probs=False,
+                    end_token_ids=prepared.config.model.end_token_ids or (),
+                )
             batches.append(batch)
             responses.add(batch)
     if responses is None:
@@ -61,7 +65,12 @@ def evaluate(config: RunConfig) -> dict[str, float] | None:
     result = {"model": config.model.path, "data": config.data.train, **numbers}
     with whole_file(output / "evaluation.json") as path:
         path.write_text(json.dumps(result, indent=1) + "\n")
-    reader = SampleReader(config.metrics.samples, prepared.tokenizer, seed=config.seed)
+    reader = SampleReader(
+        config.metrics.samples,
+        prepared.tokenizer,
+        seed=config.seed,
+        end_token_ids=prepared.config.model.end_token_ids or (),
+    )
     samples = reader.validation(Metrics(rows=Batch.concat(batches)))
     rows = SampleRows(step=0, split="evaluation", time_s=time.time(), samples=samples)
     replace_samples(output / "samples.jsonl", rows)

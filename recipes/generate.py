@@ -26,7 +26,11 @@ def generate(config: RunConfig) -> Path | None:
     with shown(CONSOLE, live=config.metrics.console):
         for batch, prepared in answers(config):
             if responses is None:
-                responses = Responses(prepared.tokenizer, log_probs=settings.log_probs)
+                responses = Responses(
+                    prepared.tokenizer,
+                    log_probs=settings.log_probs,
+                    end_token_ids=prepared.config.model.end_token_ids or (),
+                )
             responses.add(batch)
     if responses is None:
         return None

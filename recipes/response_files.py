@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
+from workers.text import ResponseReader
 
 LOGGER = logging.getLogger(__name__)
 DATA = "data."
@@ -35,8 +36,15 @@ class Responses:
     with its further numbers, the data's columns, token ids.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, log_probs: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        log_probs: bool,
+        end_token_ids: Sequence[int] = (),
+    ) -> None:
         self.tokenizer, self.log_probs = tokenizer, log_probs
+        self.read_responses = ResponseReader(tokenizer, end_token_ids)
         self.rows: list[dict[str, Any]] = []
         """The columns that generation and reward wrote."""
         self.extras: list[Mapping[str, Any]] = []
@@ -50,7 +58,7 @@ class Responses:
         responses = [ids.tolist() for ids in batch.ragged("response_ids").unbind()]
         columns: dict[str, Sequence[Any]] = {
             "prompt": [prompt_text(self.tokenizer, ids) for ids in prompts],
-            "response": self.tokenizer.batch_decode(responses, skip_special_tokens=True),
+            "response": self.read_responses(responses),
             "finish_reason": batch.objects("finish_reason"),
             "row": batch.tensor("uid").tolist(),
             "sample": batch.tensor("sample").tolist(),

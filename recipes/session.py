@@ -154,7 +154,12 @@ class Session:
                 store=store,
                 config=config.loop,
                 further={"pretraining": texts} if texts else {},
-                samples=SampleReader(config.metrics.samples, self.tokenizer, seed=config.seed),
+                samples=SampleReader(
+                    config.metrics.samples,
+                    self.tokenizer,
+                    seed=config.seed,
+                    end_token_ids=config.model.end_token_ids or (),
+                ),
                 settings=run_settings(placement),
             )
             self._loop.try_saving()

@@ -7,6 +7,7 @@ Leaves out images: content is text.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from controllers.data.sources import SourceRow
 from workers.text import Beginning, bake_options
 from workers.text.endings import TEMPLATE_ERRORS
 
+LOGGER = logging.getLogger(__name__)
+
 RESERVED = ("prompt", "response", "finish_reason")
 """Parameters of a reward function that do not come from the dataset's columns."""
 
@@ -41,6 +44,7 @@ class PromptTokenizer:
         self.tokenizer, self.config = tokenizer, config
         self.template = settled_template(tokenizer, config)
         self.beginning = Beginning(tokenizer)
+        self.tools_checked = False
 
     def __call__(self, rows: Sequence[SourceRow]) -> list[list[int]]:
         texts, plain = [], []
@@ -112,7 +116,30 @@ class PromptTokenizer:
                 "of the two"
             ) from error
         assert isinstance(text, str)
+        if not self.tools_checked:
+            self._check_tools(row, messages, text, generation_prompt)
         return text
+
+    def _check_tools(
+        self, row: SourceRow, messages: Any, text: str, generation_prompt: bool
+    ) -> None:
+        """Says so, once, where the template does not read the tools that it is given."""
+        if not tools_of(row, self.config.tools_column):
+            return
+        self.tools_checked = True
+        without = self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            chat_template=self.template_for(),
+        )
+        if without == text:
+            LOGGER.warning(
+                "%s: the chat template does not read the tools in column %r; set data.chat_template "
+                "to one that does, or data.tools_column=null",
+                row.place,
+                self.config.tools_column,
+            )
 
 
 def check_text(row: SourceRow, column: str, text: str) -> str:

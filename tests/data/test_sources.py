@@ -334,6 +334,16 @@ def test_b10_tools_reach_the_template_of_prompts(tmp_path: Path) -> None:
         assert [tokenizer.decode(ids[0]), tokenizer.decode(ids[1])] == [expected, "none"]
 
 
+def test_b10_a_template_that_reads_no_tools(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    rows = [row_of(prompt=messages, tools=[{"name": "look"}])] * 2
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    load(tmp_path / "a.jsonl")
+    assert caplog.text.count("the chat template does not read the tools in column 'tools'") == 1
+
+
 def texts_of(dataset: RowDataset, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     batch = dataset.all()
     texts = []

@@ -200,6 +200,37 @@ def test_b20_generation_after_sft_stops_where_a_turn_ends(
     assert numbers is not None and numbers["response_tokens/finished"] == 1.0, numbers
 
 
+def test_prompts_are_kept_by_the_pass_rates_that_evaluate_wrote(
+    tmp_path: Path, start: Callable[..., Any]
+) -> None:
+    path = model(tmp_path / "m", template="", generation_eos=ids(EOS)[0])
+    rows = [{"prompt": text, "answer": text} for text in ("ab", "cd", "ef")]
+    data = write(tmp_path / "rows.jsonl", rows)
+    evaluate(
+        start(
+            "evaluate",
+            *GRPO[:-2],
+            "reward.function=tests.data.test_text_of_a_run:passes_the_second",
+            f"model.path={path}",
+            f"data.validation={data}",
+        )
+    )
+    settings = start(
+        "grpo",
+        *GRPO,
+        f"model.path={path}",
+        f"data.train={data}",
+        "data.pass_rate=[0.5,1]",
+        f"data.pass_rates={tmp_path}/out/pass_rates.jsonl",
+    )
+    train = prepare(settings).train
+    assert [row["answer"] for row in train.all().objects("extras")] == ["cd"]
+
+
+def passes_the_second(*, answer: str, **columns: object) -> float:
+    return float(answer == "cd")
+
+
 @pytest.mark.parametrize("name", ["train", "validation"])
 @pytest.mark.parametrize("recipe", ["sft", "dpo", "grpo", "reward_model"])
 def test_b25_tokens_beyond_the_vocabulary(
