@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from transformers import AutoConfig
 
 from controllers import ALGORITHMS, AlgorithmEntry
-from hybridflow.checkpoint import CheckpointStore
 from recipes.config import RunConfig
-from recipes.main import check_names, recipe, to_settings, unused_settings
 from recipes.run import run
-from recipes.session import start_step
-from workers.config import ModelConfig
-from workers.engines.base import Head
-from workers.engines.model.loading import UNLIMITED, position_limit
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
-ROOT = Path(__file__).parents[2]
+
 
 BF16 = [f"{role}.train.precision=bf16" for role in ("actor", "critic", "reference")]
 POOLS = ["placement=custom", "pools.a.roles=[actor,critic]"]
@@ -404,140 +390,6 @@ def test_a_mistake_is_told_with_field_value_and_fix(
         run(settings("ppo", *arguments))
 
 
-def test_a_model_of_another_vocabulary_is_found_before_the_start(
-    settings: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    """Its tokens mean something else by the same numbers: it would score noise."""
-    config = settings("distillation")
-    shutil.copytree(config.model.path, tmp_path / "other")
-    file = tmp_path / "other" / "tokenizer.json"
-    words = json.loads(file.read_text())
-    vocabulary = words["model"]["vocab"]
-    vocabulary["5"], vocabulary["6"] = vocabulary["6"], vocabulary["5"]
-    file.write_text(json.dumps(words))
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"teacher.model.path is '.*other', of another vocabulary than .*: '[56]' is token "
-            r"[56] there and token [56] here"
-        ),
-    ):
-        run(settings("distillation", f"teacher.model.path={tmp_path}/other"))
-
-
-def test_a_model_with_less_room_than_the_policys_is_found_before_the_start(
-    settings: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    shutil.copytree(settings("distillation").model.path, tmp_path / "other")
-    file = tmp_path / "other" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 12}))
-    message = (
-        r"teacher.model.path is '.*other', whose limit is 12 tokens; the longest prompt of "
-        r"data.train has \d+ beside .*_tokens=8; lower"
-    )
-    with pytest.raises(ValueError, match=message):
-        run(settings("distillation", f"teacher.model.path={tmp_path}/other"))
-
-
-def test_rows_longer_than_the_model_are_found_before_the_start(
-    settings: Callable[..., RunConfig], tmp_path: Path
-) -> None:
-    row = {"prompt": "3 " * 200, "response": "4 " * 100, "chosen": "4 " * 100, "rejected": "4"}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    for recipe_name in ("sft", "dpo", "reward_model"):
-        with pytest.raises(
-            ValueError,
-            match=(
-                r"data.train: its longest row has 301 tokens, and the model's limit is 256; set "
-                r"data.max_tokens=256"
-            ),
-        ):
-            run(settings(recipe_name, f"data.train={tmp_path}/rows.jsonl"))
-
-
-def test_evaluation_asks_for_the_data_that_it_is_named_after(
-    composed: Callable[..., DictConfig],
-) -> None:
-    with pytest.raises(ValueError, match=r"^not set: data\.validation; give each as name=value$"):
-        to_settings(composed("evaluate", ["model.path=x"]))
-
-
-def test_settings_of_a_model_that_the_recipe_has_not_are_told(
-    settings: Callable[..., RunConfig],
-) -> None:
-    arguments = ["actor.train.tp=1", "policy.train.tp=1", "seed=1", "critic.seed=3"]
-    told = list(unused_settings(arguments, settings("sft")))
-    assert told == [
-        f"{name}: nothing reads it, sft has no {name.partition('.')[0]} (its models: policy)"
-        for name in (arguments[0], arguments[3])
-    ]
-    assert (
-        list(unused_settings(["actor.generation.tp=1", "reward.function=x"], settings("evaluate")))
-        == []
-    )
-
-
-def test_everything_mandatory_that_is_missing_is_named_at_once(
-    composed: Callable[..., DictConfig],
-) -> None:
-    with pytest.raises(
-        ValueError, match=r"^not set: data\.train, model\.path; give each as name=value$"
-    ):
-        to_settings(composed("ppo", []))
-
-
-@pytest.mark.parametrize(
-    ("argument", "advice"),
-    [
-        ("actor.train.learning_rate=1e-5", "did you mean actor.train.optimizer.learning_rate"),
-        ("num_device=2", "did you mean num_devices"),
-        ("loop.epochs=2", "did you mean loop.num_epochs"),
-        ("algorithm.lambda=0.9", "did you mean algorithm.lam"),
-        ("xyzzy=1", "--settings lists them all"),
-    ],
-)
-def test_an_unknown_setting_is_answered_with_the_nearest(argument: str, advice: str) -> None:
-    with pytest.raises(
-        ValueError,
-        match=f"^{argument}: there is no setting '{argument.partition('=')[0]}'; {advice}",
-    ):
-        check_names(["seed=1", argument])
-
-
-def test_what_is_a_setting_passes() -> None:
-    check_names(
-        [
-            "--cfg",
-            "job",
-            "algorithm=grpo",
-            "hydra.verbose=true",
-            "data.chat_template_options.x=1",
-            "model.path=a=b",
-            "-m",
-        ]
-    )
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("num_devices=two", "Value 'two' of type 'str' could not be converted to Integer"),
-        ("runtime=lokal", "Invalid value 'lokal', expected one of .*ray, local"),
-        ("actor.train.precision=fp16", "Invalid value 'fp16', expected one of .*fp32, bf16"),
-        ("pools.a.size=2", "Key 'size' not in 'PoolConfig'"),
-    ],
-)
-def test_a_value_of_the_wrong_type_is_told(
-    argument: str, message: str, composed: Callable[..., DictConfig]
-) -> None:
-    """Hydra prints the cause below its own line."""
-    with pytest.raises(HydraException) as caught:
-        composed("ppo", [argument])
-    with pytest.raises(Exception, match=message):
-        assert caught.value.__cause__ is not None
-        raise caught.value.__cause__
-
-
 class Forgetful:
     """An algorithm whose step reads a column that nobody writes."""
 
@@ -559,81 +411,3 @@ def test_a_step_that_cannot_work_ends_before_its_models_are_loaded(
         ValueError, match=r"critic\.update_critic reads returns, which no earlier call wrote"
     ):
         run(config)
-
-
-def test_a_dry_run_says_what_would_run_where(
-    settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert (
-        run(
-            settings(
-                "ppo", "dry_run=true", "num_devices=4", "actor.train.tp=2", "actor.generation.tp=4"
-            )
-        )
-        is None
-    )
-    out = capsys.readouterr().out
-    assert "ppo: 7 calls a step" in out
-    assert (
-        "actor      pool main (4 devices): train dp2 x tp2, generation tp4" in out
-        and "critic     pool main (4 devices): train dp4" in out
-    )
-
-
-def test_the_graph_needs_no_model_and_no_data(
-    settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(settings("ppo", "graph=true", "model.path=/no/such", "data.train=/no/such")) is None
-    assert capsys.readouterr().out.startswith("flowchart LR")
-
-
-def test_metrics_go_on_at_the_step_of_the_checkpoint(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep_last=9)
-    assert start_step("auto", store) == 0
-    for step in (2, 4):
-        (store.begin(step) / "weights").touch()
-        store.commit(step, {})
-    assert [
-        start_step(resume, store) for resume in ("auto", "never", str(tmp_path / "step-00000002"))
-    ] == [
-        4,
-        0,
-        2,
-    ]
-
-
-def test_the_command_in_this_process(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["recipes.ppo", "nonsense.setting=1"])
-    with pytest.raises(SystemExit) as exit:
-        recipe("ppo")()
-    assert exit.value.code == 2
-    assert capsys.readouterr().err == (
-        "error: nonsense.setting=1: there is no setting 'nonsense.setting'; --settings lists "
-        "them all\n"
-    )
-
-
-def test_the_command_for_real(required: list[str], tmp_path: Path) -> None:
-    """One message on stderr, no stack, status 2, nothing left behind."""
-    arguments = [*required, "reward.function=no.such:f", f"output_dir={tmp_path}/run"]
-    command = [sys.executable, "-m", "recipes.grpo", *arguments]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-    assert finished.returncode == 2 and "Traceback" not in finished.stderr, finished.stderr
-    assert len(errors) == 1 and errors[0].startswith(
-        "error: reward.function='no.such:f': module 'no.such' can't be imported"
-    )
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("model_type", "limit"), [("gpt2", 77), ("bloom", UNLIMITED)])
-def test_the_longest_row_of_a_model_is_read_under_its_own_name(
-    model_type: str, limit: int, tmp_path: Path
-) -> None:
-    """gpt2 calls it n_positions; bloom, with ALiBi, has none."""
-    sizes = {"n_positions": 77} if model_type == "gpt2" else {}
-    AutoConfig.for_model(model_type, **sizes).save_pretrained(tmp_path)
-    assert position_limit(ModelConfig(path=str(tmp_path)), Head.lm) == limit
