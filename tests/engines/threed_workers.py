@@ -167,7 +167,10 @@ def train(rank: int, root: Path, case: Case) -> None:
     shards = folder / "shards"
     if rank == 0:
         shards.mkdir()
-    write_safetensors(engine.local_parameters(), shards, torch.device("cpu"), max_file_bytes=20_000)
+    parameters = engine.local_parameters()
+    write_safetensors(
+        parameters, shards, torch.device("cpu"), max_file_bytes=20_000, dtype=parameters[0].dtype
+    )
     torch.save(result, folder / f"result{rank}.pt")
 
 
