@@ -10,6 +10,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybridflow.mapping.answer.auto import choose_placement, mapping_of, shortage, smallest_cluster
 from hybridflow.mapping.answer.device_mapping import DeviceMapping, Pool, RolePlan
@@ -26,8 +28,10 @@ from hybridflow.mapping.calibrate.compare import (
 )
 from hybridflow.mapping.question.cluster import DEVICE_KINDS, Cluster, NodeGroup
 from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
+from hybridflow.mapping.question.zoo import MODELS
 from hybridflow.mapping.search.search import Search, search
 from recipes.dataflows import PAPER
+from workers.engines.threed.layout import stage_layers
 
 ROLES = ("actor", "critic", "reference", "reward")
 
@@ -430,3 +434,24 @@ def test_settings_take_the_mappings_layouts(paper_setting):
     assert generation.kv_cache_bytes > 1e9
     with pytest.raises(ValueError, match="critic has no generation layout"):
         generation_settings(mapping, "critic", GenerationConfig())
+
+
+def test_stages_need_not_divide_the_layers(paper_setting):
+    """An engine runs 31 layers on 16 stages; the longest stage counts (REALITY A: odd layers)."""
+    setting = paper_setting("llama-7b", 16)
+    odd = {}
+    for role, model in setting.models.items():
+        odd[role] = replace(model, num_layers=31)
+    mapping = colocated(ModelLayout(p=16, t=1, d=1), GenerationLayout(tg=8, replicas=2), 16)
+    even = judge(setting, mapping).mapping.step_s
+    uneven = judge(replace(setting, models=odd), mapping).mapping.step_s
+    assert 0.9 * even < uneven <= even
+
+
+@settings(deadline=None)
+@given(st.integers(1, 80), st.data())
+def test_the_longest_stage_is_that_of_the_training_engine(num_layers, data):
+    num_stages = data.draw(st.integers(1, num_layers))
+    model = replace(MODELS["llama-7b"], num_layers=num_layers)
+    longest = max(len(stage) for stage in stage_layers(num_layers, num_stages))
+    assert model.longest_stage(num_stages) == longest

@@ -140,13 +140,13 @@ def check_layout(setting: Setting, plan: RolePlan, pool: Pool) -> None:
                 f"role {plan.role}: {name} uses {devices} devices, pool {pool.name} has "
                 f"{pool.num_devices}; their product must agree"
             )
-        if model.num_heads % tensor or model.num_layers % pipeline:
+        if model.num_heads % tensor or model.num_layers < pipeline:
             layouts = setting.space.model_layouts(
                 model, setting.cluster.groups[pool.group], pool.num_devices
             )
             allowed = ", ".join(f"{p}-{t}-{d}" for p, t, d in layouts)
             raise ValueError(
-                f"role {plan.role}: {name} {pipeline}-{tensor} does not divide {model.num_layers} "
+                f"role {plan.role}: {name} {pipeline}-{tensor} does not fit {model.num_layers} "
                 f"layers and {model.num_heads} heads of {model.name}; allowed p-t-d: {allowed}"
             )
         if tensor > per_node:

@@ -128,6 +128,10 @@ class ModelSpec:
         """The same decoder as a critic or reward model."""
         return replace(self, scalar_head=True)
 
+    def longest_stage(self, num_stages: int) -> int:
+        """Layers of the slowest pipeline stage: one more where the stages do not divide them."""
+        return -(-self.num_layers // num_stages)
+
     @cached_property
     def query_dim(self) -> int:
         return self.num_heads * self.head_dim

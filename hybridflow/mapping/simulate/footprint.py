@@ -50,7 +50,7 @@ def stage_parameters(model: ModelSpec, layout: ModelLayout) -> float:
     if layout.p == 1:
         return model.num_parameters / layout.t
     ends = max(model.embedding_parameters, model.head_parameters)
-    return (model.num_layers / layout.p * model.layer_parameters + ends) / layout.t
+    return (model.longest_stage(layout.p) * model.layer_parameters + ends) / layout.t
 
 
 def state_footprint(
@@ -111,10 +111,11 @@ def pass_footprint(
         activations = per_layer
     elif layout.recompute:
         activations = (
-            min(layout.p, num_micro_batches) * model.num_layers / layout.p * layer_input + per_layer
+            min(layout.p, num_micro_batches) * model.longest_stage(layout.p) * layer_input
+            + per_layer
         )
     else:
-        activations = min(layout.p, num_micro_batches) * model.num_layers / layout.p * per_layer
+        activations = min(layout.p, num_micro_batches) * model.longest_stage(layout.p) * per_layer
     scored = workload.response.mean / workload.tokens_per_row
     logit_bytes = space.activation_bytes + (8 if backward else 4)
     logits = tokens * scored * head_width(model) / layout.t * logit_bytes

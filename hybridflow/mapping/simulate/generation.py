@@ -75,7 +75,7 @@ class DecodeStep:
     def _stage(self, rows: float, context: float) -> float:
         model, layout, machine = self.model, self.layout, self.machine
         parts = (machine.kind, machine.calibration, machine.space)
-        layers = model.num_layers / layout.pg
+        layers = model.longest_stage(layout.pg)
         layer = products_s(model, *parts, tokens=rows, attended=context, t=layout.tg, decoding=True)
         layer += elementwise_s(model, *parts, tokens=rows, t=layout.tg)
         message = machine.space.activation_bytes * model.hidden_size * rows
@@ -107,7 +107,7 @@ def _prefill_s(model: ModelSpec, layout: GenerationLayout, machine: Machine, row
     fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
     message = machine.space.activation_bytes * model.hidden_size * each
     layer += machine.calibration.layer_overhead_s + 2 * fabric.all_reduce(message, layout.tg, 1)
-    stage = model.num_layers / layout.pg * layer + head_s(
+    stage = model.longest_stage(layout.pg) * layer + head_s(
         model, *parts, scored_tokens=rows / passes, t=layout.tg
     )
     return (passes + layout.pg - 1) * (stage + machine.calibration.micro_batch_overhead_s)

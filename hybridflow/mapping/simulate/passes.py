@@ -151,7 +151,7 @@ def _slot(
     """Seconds of a micro-batch on the slowest stage (the last: it has the head), without
     waiting."""
     kind, calibration, space = machine.kind, machine.calibration, machine.space
-    layers = model.num_layers / layout.p
+    layers = model.longest_stage(layout.p)
     passes, head_passes, directions, gathers, sends = 1.0, 1.0, 1, 1.0, 1
     if backward:
         head_passes = 1.0 + calibration.backward_factor
