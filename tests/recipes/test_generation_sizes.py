@@ -16,6 +16,7 @@ from workers.config import Precision
 from workers.engines.model.loading import standard_sizes
 from workers.generation.cache import MAX_CACHE_BYTES, cache_bytes, cache_bytes_of_rows
 from workers.generation.config import GenerationConfig
+from workers.generation.hf import HfEngine
 from workers.generation.vllm.limits import check_fits, why_not
 
 
@@ -146,6 +147,13 @@ def test_longrope_rows_on_both_sides_of_its_change_are_refused_for_vllm() -> Non
     check_fits(config, GenerationConfig(max_model_len=32))
     with pytest.raises(ValueError, match=r"max_model_len is 49, .* longrope changes at 32 tokens"):
         check_fits(config, GenerationConfig(max_model_len=49))
+
+
+def test_layers_with_a_state_are_refused_for_engine_hf() -> None:
+    """Mamba read the padding before shorter prompts: log-probs were off by 9.7."""
+    with pytest.raises(ValueError, match=r"'hf', which pads .* mamba carry a state .*engine=vllm"):
+        HfEngine.check_model(config_of("Mamba"), GenerationConfig())
+    HfEngine.check_model(config_of("Phi-3"), GenerationConfig())
 
 
 def test_windows_in_some_layers_of_qwen_2_are_refused_for_vllm() -> None:

@@ -15,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     DynamicCache,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -52,6 +54,17 @@ class HfEngine(GenerationEngine):
             raise ValueError(
                 f"generation: tp={config.tp} pp={config.pp}, but engine hf has no parallelism; "
                 "use 1 and 1, or engine=vllm"
+            )
+
+    @classmethod
+    def check_model(cls, model: PretrainedConfig, config: GenerationConfig) -> None:
+        del config
+        kind = type(model)
+        if kind in MODEL_FOR_CAUSAL_LM_MAPPING and MODEL_FOR_CAUSAL_LM_MAPPING[kind]._is_stateful:
+            raise ValueError(
+                f"generation.engine is 'hf', which pads prompts on the left, and the layers of "
+                f"{model.model_type} carry a state that would read the padding; use "
+                "generation.engine=vllm"
             )
 
     def __init__(

@@ -35,6 +35,11 @@ def hands_packing_on(model: PreTrainedModel) -> bool:
 
 def _ask(kind: type[PreTrainedModel], model: PreTrainedModel) -> bool:
     config = copy.deepcopy(model.config)
+    # Tables that depend on the row's length would read positions, which meta tensors have not.
+    rope = vars(config.get_text_config()).get("rope_parameters") or {}
+    for part in (rope, *rope.values()):
+        if isinstance(part, dict) and "rope_type" in part:
+            part["rope_type"] = "default"
     with torch.device("meta"):
         twin = kind._from_config(config, attn_implementation=PROBE)
         ids = torch.zeros(1, 2, dtype=torch.int64)
