@@ -7,6 +7,7 @@ own numbers, weights, optimizer) goes into one atomic checkpoint.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -76,6 +77,10 @@ class LoopConfig:
         ):
             if value is not None and value < 1:
                 raise ValueError(f"loop.{name} is {value}; use at least 1")
+        if self.stop_at_reward is not None and not math.isfinite(self.stop_at_reward):
+            raise ValueError(
+                f"loop.stop_at_reward is {self.stop_at_reward}; use a finite number, or null"
+            )
         for name, value in (
             ("validate_every", self.validate_every),
             ("checkpoint_every", self.checkpoint_every),

@@ -8,6 +8,7 @@ each other (compatibility.py), columns (hybridflow/tracing.py), the machines (cl
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -113,6 +114,9 @@ def check_train(field: str, config: TrainConfig) -> None:
             "which chooses"
         )
     optimizer = config.optimizer
+    for name, value in vars(optimizer).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field}.optimizer.{name} is {value}; use a finite number")
     # The run's own length, which is not known before the data is read.
     if not optimizer.total_steps:
         optimizer = replace(optimizer, schedule=LearningRateSchedule.constant)
@@ -315,6 +319,8 @@ def _check_generation_sizes(role: str, model: ModelConfig, config: GenerationCon
 
 def check_output(directory: str) -> None:
     """Whether output_dir can be made."""
+    if not directory.strip():
+        raise ValueError("output_dir is empty; name a directory, such as outputs/run")
     path = Path(directory).absolute()
     existing = next(place for place in (path, *path.parents) if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):

@@ -20,7 +20,14 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from recipes.config import RunConfig, register
 from recipes.override_values import quote_values
-from recipes.overrides import check_names, join_tables, nodes, setting_names, unknown_setting
+from recipes.overrides import (
+    check_form,
+    check_names,
+    join_tables,
+    nodes,
+    setting_names,
+    unknown_setting,
+)
 
 PACKAGED = Path(__file__).parent
 HYDRAS_OWN = ("full_key:", "object_type=", "reference_type=", "See https://hydra.cc")
@@ -74,10 +81,12 @@ def packaged_recipes() -> list[str]:
 def compose(recipe: RecipeFile, arguments: Sequence[str]) -> DictConfig:
     """The recipe's settings with the arguments over them, as Hydra holds them."""
     register()
+    check_form(arguments)
     check_names(arguments)
     overrides = join_tables(quote_values(arguments))
     if recipe.directory != PACKAGED:
         overrides.append(SEARCH)
+        check_recipe_file(recipe)
     directory = str(recipe.directory)
     with own_hydra(), initialize_config_dir(version_base="1.3", config_dir=directory):
         try:
@@ -93,6 +102,21 @@ def compose(recipe: RecipeFile, arguments: Sequence[str]) -> DictConfig:
             ) from error
         except HydraException as error:
             raise ValueError(composition_problem(recipe, error)) from error
+
+
+def check_recipe_file(recipe: RecipeFile) -> None:
+    """A user's YAML is readable, and builds on a recipe or on the schema."""
+    try:
+        content = yaml.safe_load(recipe.path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{recipe.path}: not UTF-8 text ({error}); save it as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"{recipe.path}: {error.problem}{yaml_line(error)}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("defaults"), list):
+        raise ValueError(
+            f"{recipe.path}: it has no list `defaults`; begin it with defaults: [grpo, _self_] to "
+            "build on a recipe (docs/recipes.md)"
+        )
 
 
 @contextmanager

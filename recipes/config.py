@@ -188,6 +188,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         """A tree made in Python refers to its own settings as one made by Hydra does: a critic
         starts from model.path, samples are drawn with seed. Paths are expanded."""
+        if not self.call_timeout_s > 0:
+            raise ValueError(f"call_timeout_s is {self.call_timeout_s}; use more than 0")
+        if self.cpus_per_device < 0 or self.threads_per_device < 0:
+            raise ValueError(
+                f"cpus_per_device is {self.cpus_per_device} and threads_per_device "
+                f"{self.threads_per_device}; use 0 or more"
+            )
         resolve_references(self, self)
         expand_paths(self, ["output_dir"])
 

@@ -3,6 +3,7 @@ status 2 or 1."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -16,6 +17,8 @@ from hybridflow.errors import UserCodeError, WorkerDied, WorkerError, WorkerStuc
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable: 1 shows the whole stack in place of one line."""
+WORLDS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Of errors of the system, those that are about the disk and its owner, not about a program."""
 ERROR_FILE = "error.txt"
 
 
@@ -40,6 +43,11 @@ def plain_errors(directory: Callable[[], Path | None] = no_directory) -> Iterato
         if isinstance(error, UserCodeError | WorkerError | WorkerDied | WorkerStuck):
             end(f"{first_line(error)}; {where_details_are(error, directory())}", 1)
         end(one_line(error), 2)
+    except OSError as error:
+        if os.environ.get(FULL_ERROR) == "1" or error.errno not in WORLDS:
+            raise
+        place = error.filename or "a file of output_dir"
+        end(f"{place}: {error.strerror}; make room or give access, or set another output_dir", 1)
 
 
 @dataclass(slots=True)

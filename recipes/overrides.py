@@ -34,19 +34,30 @@ RENAMED = {
 """What a setting was called -> what it is called now."""
 
 
+def check_form(arguments: Sequence[str]) -> None:
+    """ValueError for what is neither name=value nor, as Hydra has it, ~name."""
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if not argument.startswith("~") and (not equals or not name or name != name.strip()):
+            raise ValueError(
+                f"{argument!r} is not of the form name=value (without blanks around the =); "
+                "--help shows an example"
+            )
+
+
 def check_names(arguments: Sequence[str]) -> None:
     """ValueError for name=value with a name that no setting has; Hydra's own advice (+name)
     would not help."""
     known = setting_names()
     for argument in arguments:
-        name, equals, _ = argument.partition("=")
+        name, equals, value = argument.partition("=")
+        dashless = name.lstrip("-").replace("-", "_")
+        if name.startswith("--") and dashless in known:
+            raise ValueError(f"{argument}: settings have no dashes; write {dashless}={value}")
         name = name.removeprefix("++").removeprefix("+")
-        if (
-            not equals
-            or not name.replace(".", "").isidentifier()
-            or name in known
-            or name.startswith(FREE)
-        ):
+        if not equals or not name.replace(".", "").isidentifier():
+            continue
+        if name in known or name.startswith(FREE):
             continue
         raise ValueError(f"{argument}: {unknown_setting(name, known)}")
 

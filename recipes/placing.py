@@ -184,6 +184,8 @@ def _pools(config: RunConfig, names: tuple[str, ...]) -> dict[str, str]:
 
 def _pool_sizes(config: RunConfig) -> dict[str, int]:
     """Devices of every pool."""
+    if config.num_devices < 1:
+        raise ValueError(f"num_devices is {config.num_devices}; use at least 1")
     if config.runtime is Runtime.local:
         if config.num_devices > 1:
             raise ValueError(
@@ -202,10 +204,5 @@ def _pool_sizes(config: RunConfig) -> dict[str, int]:
         sizes = {"main": config.num_devices}
     for name, size in sizes.items():
         if size < 1:
-            field = (
-                f"pools.{name}.num_devices"
-                if config.placement is PlacementMode.custom
-                else "num_devices"
-            )
-            raise ValueError(f"{field} is {size}; use at least 1")
+            raise ValueError(f"pools.{name}.num_devices is {size}; use at least 1")
     return sizes

@@ -44,7 +44,13 @@ def resolve(function: str | RewardFunction, role: str = "reward") -> RewardFunct
             f"{role}.function={function_name(function)!r} is a {type(found).__name__}, not a "
             "function"
         )
-    keywords = inspect.signature(found).parameters
+    try:
+        keywords = inspect.signature(found).parameters
+    except ValueError:
+        raise ValueError(
+            f"{role}.function={function_name(function)!r} does not say what it takes; write a "
+            "function of prompt, response, finish_reason and **columns that calls it"
+        ) from None
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in keywords.values()):
         missing = [name for name in ("prompt", "response", "finish_reason") if name not in keywords]
         if missing:

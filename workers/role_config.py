@@ -140,6 +140,10 @@ class RewardConfig:
             raise ValueError(
                 f"reward.num_tasks (or cost.num_tasks) is {self.num_tasks}; use at least 1"
             )
+        if not self.timeout_s > 0:
+            raise ValueError(
+                f"reward.timeout_s (or cost.timeout_s) is {self.timeout_s}; use more than 0"
+            )
         if self.parts and self.function is not None:
             raise ValueError(
                 "reward.function and reward.parts are both set; make the function one of the parts"
