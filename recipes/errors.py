@@ -18,7 +18,7 @@ from hybridflow.errors import UserCodeError, WorkerDied, WorkerError, WorkerStuc
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable: 1 shows the whole stack in place of one line."""
 WORLDS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""Of errors of the system, those that are about the disk and its owner, not about a program."""
+"""Errors of the system that are about the disk and its owner, not about a program."""
 ERROR_FILE = "error.txt"
 
 
