@@ -142,6 +142,14 @@ def test_a6_the_cache_of_qwen_25_05b_for_its_whole_context() -> None:
     assert whole < MAX_CACHE_BYTES
 
 
+def test_a6_layers_with_windows_have_blocks_of_their_own() -> None:
+    """Three layers with windows and two without are counted as two kinds of three."""
+    config = GenerationConfig(max_model_len=64, precision=Precision.fp32)
+    mixed = standard_sizes(config_of("Ministral"))
+    token_bytes = 2 * 2 * 32 * 4
+    assert cache_bytes_of_rows(mixed, config, 1) == 6 * token_bytes * 32 * (2 + 1 + 2)
+
+
 def test_longrope_rows_on_both_sides_of_its_change_are_refused_for_vllm() -> None:
     config = config_of("Phi-3, longrope")
     check_fits(config, GenerationConfig(max_model_len=32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,10 +32,14 @@ def cache_bytes_of_rows(sizes: Mapping[str, Any], config: GenerationConfig, rows
     number_bytes = 4 if config.precision is Precision.fp32 else 2
     token_bytes = 2 * -(-heads // config.tp) * head_dim * number_bytes
     block = config.block_size or CPU_BLOCK_SIZE
-    # vLLM keeps one block empty, and models with windows give each kind of layer blocks of its own.
-    kinds = max(1, len(set(sizes.get("layer_types") or ())))
-    blocks = min(rows, config.max_num_seqs) * -(-config.max_model_len // block) + 1 + kinds
-    return -(-sizes["num_hidden_layers"] // config.pp) * token_bytes * block * blocks
+    # Models with windows give each kind of layer blocks of its own, padded to the same number of
+    # layers; one block stays empty.
+    kinds = Counter(sizes.get("layer_types") or ["full"])
+    layers = sizes["num_hidden_layers"]
+    if len(kinds) > 1:
+        layers = len(kinds) * max(kinds.values())
+    blocks = min(rows, config.max_num_seqs) * -(-config.max_model_len // block) + 1 + len(kinds)
+    return -(-layers // config.pp) * token_bytes * block * blocks
 
 
 def cache_bytes(sizes: Mapping[str, Any], config: GenerationConfig) -> int:
