@@ -17,6 +17,7 @@ from workers.engines.model.loading import standard_sizes
 from workers.generation.cache import MAX_CACHE_BYTES, cache_bytes, cache_bytes_of_rows
 from workers.generation.config import GenerationConfig
 from workers.generation.hf import HfEngine
+from workers.generation.vllm.engine import VllmEngine
 from workers.generation.vllm.limits import check_fits, why_not
 
 
@@ -40,8 +41,10 @@ def test_a2_sizes_have_standard_names_in_every_family(entry: Family) -> None:
     assert cache_bytes(sizes, GenerationConfig(max_model_len=64)) > 0
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "Bloom", "MPT", "Falcon", "OPT"])
-@pytest.mark.parametrize("engine", ["vllm", "hf"])
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [("GPT-2", "vllm"), ("OPT", "vllm"), ("Bloom", "hf"), ("MPT", "hf"), ("Falcon", "hf")],
+)
 def test_a2_a_dry_run_takes_families_with_names_of_their_own(
     name: str, engine: str, tmp_path: Path
 ) -> None:
@@ -155,6 +158,14 @@ def test_longrope_rows_on_both_sides_of_its_change_are_refused_for_vllm() -> Non
     check_fits(config, GenerationConfig(max_model_len=32))
     with pytest.raises(ValueError, match=r"max_model_len is 49, .* longrope changes at 32 tokens"):
         check_fits(config, GenerationConfig(max_model_len=49))
+
+
+def test_families_that_vllm_cannot_run_or_take_weights_for_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'vllm', which has no model of mpt .*engine=hf"):
+        VllmEngine.check_model(config_of("MPT"), GenerationConfig())
+    with pytest.raises(ValueError, match=r"whose bloom can't be built .*engine=hf"):
+        VllmEngine.check_sync(config_of("Bloom"))
+    VllmEngine.check_model(config_of("Bloom"), GenerationConfig())
 
 
 def test_layers_with_a_state_are_refused_for_engine_hf() -> None:

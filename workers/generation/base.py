@@ -92,6 +92,12 @@ class GenerationEngine(ABC):
         ValueError with field, value and fix. Nothing by default."""
         del model, config
 
+    @classmethod
+    def check_sync(cls, model: PretrainedConfig) -> None:
+        """Refuse before the start a model whose weights an actor can't bring to the engine, as
+        check_model does. Nothing by default."""
+        del model
+
     @abstractmethod
     def __init__(
         self,

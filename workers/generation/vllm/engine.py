@@ -38,7 +38,7 @@ from workers.generation.sampling import (
 )
 from workers.generation.vllm.destination import VllmShards
 from workers.generation.vllm.groups import build_vllm_groups
-from workers.generation.vllm.limits import check_fits
+from workers.generation.vllm.limits import check_fits, check_known, check_meta
 from workers.generation.vllm.memory import (
     CpuMemory,
     CudaMemory,
@@ -68,7 +68,12 @@ class VllmEngine(GenerationEngine):
 
     @classmethod
     def check_model(cls, model: PretrainedConfig, config: GenerationConfig) -> None:
+        check_known(model)
         check_fits(model, config)
+
+    @classmethod
+    def check_sync(cls, model: PretrainedConfig) -> None:
+        check_meta(model)
 
     def __init__(
         self,

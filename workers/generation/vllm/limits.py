@@ -7,9 +7,10 @@ are divided by tp) and of single models of its; tests hold them against vLLM its
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from workers.engines.model.loading import standard_sizes
 from workers.generation.cache import num_kv_heads
@@ -17,6 +18,43 @@ from workers.generation.config import GenerationConfig
 
 VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to it."""
+
+
+UNSYNCED = {
+    "apertus": "can't be built without its memory",
+    "bloom": "can't be built without its memory",
+    "falcon": "reorders its weights while it loads them",
+}
+"""Families whose vLLM model can't say where it keeps which slice of a checkpoint: that is discovered
+on the meta device, by what its loaders copy."""
+
+
+def check_known(model: PretrainedConfig) -> None:
+    """ValueError for a family that vLLM has no model of and whose transformers model its
+    Transformers backend can't use."""
+    kind = type(model)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return  # the model's own code
+    language_model = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    if language_model._supports_attention_backend or find_spec("vllm") is None:
+        return
+    # Imported for such families only: it takes seconds.
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    if language_model.__name__ not in ModelRegistry.get_supported_archs():
+        raise ValueError(
+            f"generation.engine is 'vllm', which has no model of {model.model_type} and can't use "
+            "transformers' (its attention is its own); set generation.engine=hf"
+        )
+
+
+def check_meta(model: PretrainedConfig) -> None:
+    """ValueError for a family whose weights can't be synchronised."""
+    if why := UNSYNCED.get(model.model_type):
+        raise ValueError(
+            f"generation.engine is 'vllm', whose {model.model_type} {why}, so that a trainer's "
+            "weights can't be sent to it; set generation.engine=hf"
+        )
 
 
 def check_fits(model: PretrainedConfig, config: GenerationConfig) -> None:
