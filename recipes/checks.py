@@ -309,9 +309,9 @@ def _check_train_layout(
 
 def _check_generation_sizes(role: str, model: ModelConfig, config: GenerationConfig) -> None:
     engine, published = generation_engine_class(config.engine), model_config(model, Head.lm)
-    engine.check_model(published, config)
     if role == "actor":
         engine.check_sync(published)
+    engine.check_model(published, config)
     (limit, source), needed = most_tokens(model, config, role), config.sampling.max_response_tokens
     if needed >= limit:
         raise ValueError(

@@ -24,6 +24,7 @@ UNSYNCED = {
     "apertus": "can't be built without its memory",
     "bloom": "can't be built without its memory",
     "falcon": "reorders its weights while it loads them",
+    "mamba": "computes on its weights while it loads them",
 }
 """Families whose vLLM model can't say where it keeps which slice of a checkpoint: that is discovered
 on the meta device, by what its loaders copy."""
