@@ -17,7 +17,7 @@ from controllers.data import DataConfig
 from controllers.loop import LoopConfig
 from hybridflow.metrics import MetricsConfig
 from recipes.mapper_config import MapperConfig
-from recipes.path_settings import expand_paths
+from recipes.path_settings import PathFields, expand_paths
 from workers.config import ModelConfig
 from workers.role_config import (
     ActorConfig,
@@ -196,9 +196,16 @@ class RunConfig:
                 f"{self.threads_per_device}; use 0 or more"
             )
         resolve_references(self, self)
-        expand_paths(self, ["output_dir"])
+        expand_paths(self, ["output_dir"], PATHS)
 
 
+PATHS: PathFields = {
+    ModelConfig: ("path", "tokenizer"),
+    DataConfig: ("train", "validation", "pretraining", "chat_template"),
+    LoopConfig: ("resume",),
+    ClusterConfig: ("working_dir",),
+    MapperConfig: ("cluster", "calibration", "mapping"),
+}
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 

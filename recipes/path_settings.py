@@ -11,35 +11,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from cluster.connect import ClusterConfig
-from controllers.data import DataConfig
-from controllers.loop import LoopConfig
-from recipes.mapper_config import MapperConfig
-from workers.config import ModelConfig
-
-PATHS: Mapping[type, tuple[str, ...]] = {
-    ModelConfig: ("path", "tokenizer"),
-    DataConfig: ("train", "validation", "pretraining", "chat_template"),
-    LoopConfig: ("resume",),
-    ClusterConfig: ("working_dir",),
-    MapperConfig: ("cluster", "calibration", "mapping"),
-}
-"""Settings -> their fields that are paths, or may be."""
+PathFields = Mapping[type, tuple[str, ...]]
+"""Class of settings -> its fields that are paths, or may be."""
 VARIABLE = re.compile(r"(?:^|/)\$(\w+|\{\w+\})(?=/|$)")
 
 
-def expand_paths(settings: Any, paths: Sequence[str] = (), name: str = "") -> None:
-    """Expands the fields `paths` of `settings`, a dataclass, and every path below it; `name` is
-    its own, with a dot behind it."""
+def expand_paths(
+    settings: Any, paths: Sequence[str], below: PathFields = MappingProxyType({}), name: str = ""
+) -> None:
+    """Expands the fields `paths` of `settings`, a dataclass, and those that `below` names of the
+    settings inside it; `name` is its own, with a dot behind it."""
     for field in fields(settings):
         value = vars(settings)[field.name]
         setting = f"{name}{field.name}"
         if field.name in paths:
             vars(settings)[field.name] = expanded(value, setting)
         elif is_dataclass(value):
-            expand_paths(value, PATHS.get(type(value), ()), f"{setting}.")
+            expand_paths(value, below.get(type(value), ()), below, f"{setting}.")
 
 
 def expanded(value: Any, setting: str) -> Any:
