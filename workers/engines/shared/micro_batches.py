@@ -183,13 +183,14 @@ def pack_prompts(
     for unit in _units(len(widths), together):
         rows_of.setdefault(int(prompts.label[unit[0]]), []).append(unit)
     label = np.empty(len(widths), dtype=np.int64)
+    computed = _computed_tokens(prompts, widths)
     tokens: list[int] = []
     for units in rows_of.values():
         filled = budget_tokens + 1
         for unit in units:
             alike = bool((prompts.label[unit] == prompts.label[unit[0]]).all())
-            shared = int(min(prompts.num_tokens[unit[0]], widths[unit].min())) if alike else 0
-            more = int((widths[unit] - shared).sum())
+            shared = int(computed[unit[0]]) if alike else 0
+            more = int(np.maximum(widths[unit] - shared, 0).sum())
             if not alike or filled + more > budget_tokens:
                 filled = shared
                 tokens.append(0)
@@ -202,6 +203,14 @@ def pack_prompts(
     # Rows of one shape are neighbours, so that they attend in one call.
     order = np.lexsort((prompts.label, prompts.num_tokens, -widths, place))
     return np.split(order, np.cumsum(np.bincount(place))[:-1]) if len(order) else []
+
+
+def _computed_tokens(prompts: Prompts, widths: np.ndarray) -> np.ndarray:
+    """int64 [rows]: tokens of each row's prompt that any row with it computes. That is all of them,
+    unless nothing is scored in any of these rows."""
+    widest = np.zeros(int(prompts.label.max(initial=-1)) + 1, dtype=np.int64)
+    np.maximum.at(widest, prompts.label, widths)
+    return np.minimum(prompts.num_tokens, widest[prompts.label])
 
 
 def _units(num_rows: int, together: np.ndarray | None) -> list[np.ndarray]:
@@ -473,7 +482,7 @@ def _segments(part: Sequences, width: Tensor, *, share: bool) -> _Segments:
     _, first, label, counts = np.unique(
         prompts.label, return_index=True, return_inverse=True, return_counts=True
     )
-    sizes = prompts.num_tokens[first]
+    sizes = _computed_tokens(prompts, width.numpy())[first]
     several = np.flatnonzero((counts > 1) & (sizes > 0))
     if not len(several):
         return alone
