@@ -29,7 +29,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     # transformers makes an empty tokenizer from the model's type alone if none was saved.
-    if not tokenizer("0 a")["input_ids"]:
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         raise ValueError(
             f"no tokenizer at {name!r}: it knows no tokens; set model.tokenizer to a directory or "
             "hub name that has one"

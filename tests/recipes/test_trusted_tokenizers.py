@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import Qwen2Config
 
 from recipes.python_api import evaluate, run
 from tests.tiny import make_data, make_model
+from workers.config import ModelConfig
+from workers.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CODE = """
@@ -155,3 +158,10 @@ def test_b28_another_revision_is_every_roles(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert list((tmp_path / "out" / "checkpoints").glob("*/huggingface/tokenizer.json"))
+
+
+def test_a_directory_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
+    """transformers makes one that knows no token from the model's type."""
+    Qwen2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="knows no tokens; set model"):
+        load_tokenizer(ModelConfig(path=str(tmp_path)))
