@@ -47,7 +47,9 @@ def test_a_prefix_selects() -> None:
     names = [name for name, _ in SETTING.findall(page)]
     assert names and all(name.startswith("actor.train.") for name in names)
     assert "actor.train.tp = 1\n    Tensor-parallel size.\n" in page
-    assert "One of fp32 (Weights, activations and gradients in float32), bf16 (bfloat16" in page
+    assert (
+        "fp32 elsewhere; the run says which), fp32 (Weights, activations and gradients in" in page
+    )
     (last_word,) = SETTING.findall(settings_page(RecipeFile("grpo"), [], ["zero_stage", "seed=3"]))[
         :1
     ]
