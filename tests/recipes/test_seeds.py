@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,16 @@ def test_a_judges_draw_follows_its_seed_and_the_question_alone() -> None:
 
 
 @pytest.fixture
-def one_process(tmp_path: Path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A world of one, or the one that a pool of this process has left."""
+    makes_world = not torch.distributed.is_initialized()
+    if makes_world:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+        )
     yield
-    torch.distributed.destroy_process_group()
+    if makes_world:
+        torch.distributed.destroy_process_group()
 
 
 def order_of_labels(seed: int, num_epochs: int, num_labels: int = 6) -> list[list[int]]:

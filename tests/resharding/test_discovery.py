@@ -81,6 +81,23 @@ def test_columns_and_single_elements() -> None:
     assert placements[0].region == Region(size=(4, 2), stride=(4, 1), offset=2)
 
 
+def test_a_transposed_matrix_is_written_down_its_columns() -> None:
+    """As GPT-2's checkpoints have theirs: element (i, j) of the parameter is (j, i) of the model's
+    matrix."""
+
+    def transposed(parameter: nn.Parameter, weight: torch.Tensor) -> None:
+        parameter.data[:4].copy_(weight[4:].t())
+
+    placements = record(Fused({"q": transposed}), SHAPES, torch.float32)
+    (placement,) = [placement for placement in placements if placement.name == "q"]
+    assert placement.box == Box((4, 0), (4, 4))
+    assert placement.region == Region(size=(4, 4), stride=(1, 4), offset=0)
+    weight, matrix = torch.arange(32.0).view(8, 4), torch.zeros(6, 4)
+    region = placement.region
+    matrix.as_strided(region.size, region.stride, region.offset).copy_(weight[4:])
+    assert torch.equal(matrix[:4], weight[4:].t())
+
+
 @pytest.mark.parametrize(
     ("name", "load", "message"),
     [
@@ -97,7 +114,7 @@ def test_columns_and_single_elements() -> None:
         ),
         (
             "q",
-            lambda p, w: p.data[:4].copy_(w[:4].t()),
+            lambda p, w: p.data[0].copy_(w[:4].diagonal()),
             "q: its weight loader stores a view of shape .* which is no box",
         ),
         ("q", lambda p, w: p.data[:4].copy_(w[::2]), "q: its weight loader stores a view"),
