@@ -32,11 +32,16 @@ from benchmarks.step.trl_side import Phases, Watch, rollout_phases, watch_rollou
 from workers.rewards import number
 
 
+def score(response: str, answer: str) -> float:
+    """The same reward for both systems."""
+    return float(number(prompt="", response=response, finish_reason="", answer=answer))
+
+
 def rewards(completions: list[Any], answer: list[str], **_columns: Any) -> list[float]:
-    """The same reward for both systems; completions are lists of one turn."""
+    """Completions are lists of one turn."""
     scores = []
     for (turn,), expected in zip(completions, answer, strict=True):
-        scores.append(float(number(response=turn["content"], answer=expected)))
+        scores.append(score(turn["content"], expected))
     return scores
 
 
@@ -84,10 +89,7 @@ def accuracy(model: PreTrainedModel, task: Task) -> float:
     with torch.no_grad():
         made = model.generate(**inputs, max_new_tokens=RESPONSE_TOKENS, do_sample=False)
     answers = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], True)
-    scores = [
-        float(number(response=text, answer=row["answer"]))
-        for text, row in zip(answers, rows, strict=True)
-    ]
+    scores = [score(text, row["answer"]) for text, row in zip(answers, rows, strict=True)]
     return sum(scores) / len(scores)
 
 
