@@ -31,7 +31,7 @@ from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.engines.base import Head, Outputs
 from workers.engines.fsdp.engine import FsdpEngine
-from workers.engines.shared.micro_batches import cut, pack
+from workers.engines.shared.rows_together import cut, pack
 from workers.sequences import Sequences
 
 STEPS = 100

@@ -56,3 +56,25 @@ def make_data(path: Path, rows: int = 24, seed: int = 0) -> Path:
         lines.append(json.dumps({"prompt": " ".join(map(str, tokens)), "answer": str(row)}) + "\n")
     path.write_text("".join(lines))
     return path
+
+
+def tiny_grpo(directory: Path) -> dict[str, object]:
+    """Settings of recipes.grpo in this process, with engine hf, on a tiny model and 8 prompts."""
+    return {
+        "runtime": "local",
+        "model.path": make_model(directory / "model", layers=1),
+        "data.train": make_data(directory / "prompts.jsonl", rows=8),
+        "data.batch_size": 4,
+        "algorithm.samples_per_prompt": 2,
+        "actor.generation.engine": "hf",
+        "actor.generation.precision": "fp32",
+        "actor.generation.sampling.max_response_tokens": 5,
+        "actor.train.precision": "fp32",
+        "actor.train.optimizer.learning_rate": 1e-2,
+        "metrics.tensorboard": False,
+    }
+
+
+def by_length(*, response: str, **columns: object) -> float:
+    """A reward that differs between responses."""
+    return float(len(response) % 5)

@@ -38,7 +38,8 @@ weights with noise on every parameter) and takes two steps of GRPO with a refere
 with a critic on it, learning rate 1e-3, float32, vLLM. The number is the largest difference of
 any sampled token's log-prob between the training engine and the generation engine, over all four
 steps; a row passes under 1e-5. *refused* is one line before anything starts, below the table.
-*not run*: this page was made without that row.
+*not run*: this page was made without that row. Rows of several runs of the script, at several
+states of the code, stand together here.
 """
 
 

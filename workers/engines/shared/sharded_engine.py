@@ -60,7 +60,7 @@ class ShardedEngine(TrainingEngine):
         self.check(published, config, head, context.world_size)
         check_optimizer_config(config.optimizer)
         self.layout = self.make_layout(config, context.world_size)
-        tokens = chosen_tokens(config, model_config(model, head), context.device)
+        tokens = chosen_tokens(config, published, context.device)
         config = replace(config, micro_batch_tokens=tokens)
         self.model, self.config, self.head, self.context = model, config, head, context
         self.device = torch.device(context.device)

@@ -1,7 +1,7 @@
 """What vLLM refuses of a model, by its configuration, before vLLM or a process is started.
 
 The rules are those of vLLM's layers (heads, key-value heads, MLP and the vocabulary, which it pads,
-are divided by tp) and of single models of its; tests hold them against vLLM itself.
+are divided by tp) and of single models of its, read from its source.
 """
 
 from __future__ import annotations
