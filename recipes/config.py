@@ -16,6 +16,7 @@ from controllers.algorithm_base import AlgorithmConfig
 from controllers.data import DataConfig
 from controllers.loop import LoopConfig
 from hybridflow.metrics import MetricsConfig
+from hybridflow.recovery.config import RecoveryConfig
 from recipes.mapper_config import MapperConfig
 from recipes.path_settings import PathFields, expand_paths
 from workers.config import ModelConfig
@@ -166,6 +167,7 @@ class RunConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(seed=RUN_SEED))
     loop: LoopConfig = field(default_factory=LoopConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     metrics: MetricsConfig = field(
         default_factory=lambda: MetricsConfig(
             console_metrics=["reward/mean", "kl/reference", "tokens_per_s"]

@@ -1,0 +1,1 @@
+"""Going on after a failure: settings, the state machine that decides, who may write."""

@@ -1,0 +1,25 @@
+"""RecoveryConfig: what a run keeps for the case that something dies, and what it then does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class RecoveryConfig:
+    """recovery.snapshot_every=1 recovery.max_restarts=3"""
+
+    snapshot_every: int = 1
+    """Steps between snapshots into the nodes' memory (/dev/shm), from which a run goes on after a
+    failure; 0: none, a run goes on from its latest checkpoint on disk."""
+    max_restarts: int = 3
+    """Restarts without a newly committed step between them, after which the run ends with the
+    report of the last failure; 0: the first failure ends it."""
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("snapshot_every", self.snapshot_every),
+            ("max_restarts", self.max_restarts),
+        ):
+            if value < 0:
+                raise ValueError(f"recovery.{name} is {value}; use 0 or more")
