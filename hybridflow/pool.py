@@ -176,7 +176,10 @@ class LocalPool(ResourcePool):
         )
         CALLS.records.append(
             CallRecord(
-                role=role, method=method, pool=self.name, started=started, finished=reply.finished
+                role=role,
+                method=method,
+                pool=self.name,
+                ranks=((started, reply.finished),),
             )
         )
         columns: list[Held] = []

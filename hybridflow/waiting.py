@@ -70,13 +70,26 @@ class Pending:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallRecord:
-    """A finished call: when its first rank began and its last rank ended."""
+    """A finished call.
+
+    CallRecord(role="actor", method="update_actor", pool="main", ranks=((0.0, 1.2), (0.1, 1.1)))
+    """
 
     role: str
     method: str
     pool: str
-    started: float
-    finished: float
+    ranks: tuple[tuple[float, float], ...]
+    """When every rank began and ended, in Unix seconds on its node."""
+
+    @property
+    def started(self) -> float:
+        """When the first rank began."""
+        return min(started for started, _ in self.ranks)
+
+    @property
+    def finished(self) -> float:
+        """When the last rank ended."""
+        return max(finished for _, finished in self.ranks)
 
     @property
     def seconds(self) -> float:
@@ -135,15 +148,12 @@ class Calls:
                 except RayError as error:
                     self._fail(error)
                 if not waiting:
-                    started = min(reply.started for reply in replies)
-                    finished = max(reply.finished for reply in replies)
                     self.records.append(
                         CallRecord(
                             role=call.role,
                             method=call.method,
                             pool=call.pool,
-                            started=started,
-                            finished=finished,
+                            ranks=tuple((reply.started, reply.finished) for reply in replies),
                         )
                     )
                     self.last_progress = time.monotonic()

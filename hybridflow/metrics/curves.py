@@ -80,8 +80,8 @@ def _draw(axis: Axes, curve: Curve, steps: list[int], values: list[float], color
         axis.plot(steps, values, color=color, linewidth=2, marker="o", markersize=4.5)
     else:
         axis.plot(steps, values, color=color, linewidth=1, alpha=0.3)
-        axis.plot(steps, _smooth(values), color=color, linewidth=2.2)
-    shown = values if len(values) <= FEW else _smooth(values)
+        axis.plot(steps, smooth(values), color=color, linewidth=2.2)
+    shown = values if len(values) <= FEW else smooth(values)
     number = "{:.0f} %" if curve.percent else "{:.3g}"
     axis.set_title(
         f"{number} \N{RIGHTWARDS ARROW} {number}".format(shown[0], shown[-1]),
@@ -97,7 +97,7 @@ def _draw(axis: Axes, curve: Curve, steps: list[int], values: list[float], color
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _smooth(values: Sequence[float], half_width: int = 4) -> list[float]:
+def smooth(values: Sequence[float], half_width: int = 4) -> list[float]:
     """Centred mean over up to 2 x half_width + 1 neighbours; symmetric, so that a rise is not
     drawn late."""
     smooth = []

@@ -98,8 +98,7 @@ class FakeAlgorithm:
                     role="actor",
                     method="update_actor",
                     pool="main",
-                    started=10.0,
-                    finished=10.0 + seconds,
+                    ranks=((10.0, 10.0 + seconds),),
                 )
             )
         return Metrics(
@@ -285,7 +284,7 @@ def test_seconds_tokens_and_the_gap_are_summed_up(tmp_path: Path) -> None:
 
 def test_phases_of_one_name_are_added() -> None:
     records = [
-        CallRecord(role=role, method=method, pool="main", started=1.0, finished=end)
+        CallRecord(role=role, method=method, pool="main", ranks=((1.0, 1.0), (1.0, end)))
         for role, method, end in CALLS_OF_A_STEP
     ]
     assert phase_seconds(records) == {"actor.generate_sequences": 3.0, "reward.compute_reward": 0.5}
