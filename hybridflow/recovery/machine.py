@@ -1,0 +1,440 @@
+"""decide(state, event, now) -> (state, actions): recovery's whole policy, as a pure function.
+
+    kill, rebuild, restore, replay: no communicator is repaired, no call is run twice
+
+A step is staged to memory after it ended, recorded, and flushed to disk where that is due, while
+the next one runs. Whatever fails, everything goes back to the newest commit that can be read, and
+the lost steps are replayed. The driver is a loop:
+
+    state = begin(policy)
+    events.put(Started(pools, commits))         # starting is recovering: rebuild, restore, run
+    while state.phase is not Phase.stopped:
+        state, actions = decide(state, events.get(), now())
+        for action in actions:                  # in order; one that fails puts Failed, and ends it
+            carry_out(action)                   # RunStep: loop.train_one_step(), loop.validate()
+
+A wait of the driver (hybridflow/waiting.py) goes on taking events meanwhile: Flushed and FlushFailed
+are answered while a step runs, and Draining or Fenced end it at once. Without failures the actions
+of a step are RunStep, Stage, Record, Prune, and now and then Flush and Commit: today's loop.
+
+Left out: noticing failures and deadlines of calls, retries of a reward, skipped rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from hybridflow.recovery import actions as do
+from hybridflow.recovery import events as on
+from hybridflow.recovery.actions import Action, Exit
+from hybridflow.recovery.budget import Budget
+from hybridflow.recovery.events import Event, Place
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """The settings that decisions depend on (recovery.* and loop.*)."""
+
+    max_restarts: int = 3
+    snapshot_every: int = 1
+    """Steps between snapshots in memory; 0: only those that are flushed."""
+    flush_every: int = 0
+    """Steps between flushes to disk; 0: only after the last step."""
+    flush_seconds: float = 0.0
+    """A flush is due as well when the last one is so long ago; 0: never for that."""
+    export_every: int = 0
+    """Steps between exports; the last step is always exported."""
+    disk_grace_s: float = 600.0
+    """How long the disk may fail, or one flush may take, before the run stops."""
+    deterministic: bool = False
+    """Whether a replayed step with another digest stops the run; it is reported in any case."""
+
+
+class Phase(StrEnum):
+    starting = "starting"
+    stepping = "stepping"
+    staging = "staging"
+    finishing = "finishing"
+    """The last step is staged; its commit on disk is waited for."""
+    quiescing = "quiescing"
+    rebuilding = "rebuilding"
+    restoring = "restoring"
+    leaving = "leaving"
+    """A notice came; the newest snapshot is flushed until the deadline."""
+    stopped = "stopped"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlushUnderWay:
+    step: int
+    number: int
+    since: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """Everything that decide remembers; its fields are never changed in place."""
+
+    policy: Policy
+    budget: Budget
+    phase: Phase = Phase.starting
+    incarnation: int = 0
+    built: Mapping[str, int] = field(default_factory=dict)
+    """The incarnation in which a pool was last rebuilt; 0 where it is missing."""
+    step: int = 0
+    """The step under way, or the last one that ended."""
+    last: bool = False
+    """Whether the run ends with it."""
+    staged: tuple[int, ...] = ()
+    durable: tuple[int, ...] = ()
+    unreadable: frozenset[tuple[int, Place]] = frozenset()
+    """Commits that are not restored again."""
+    restoring: tuple[int, Place] = (-1, Place.start)
+    restore_failures: int = 0
+    """In a row, of the commit that is being restored."""
+    digests: Mapping[int, str] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
+    """Pools to rebuild in the recovery under way, until they are all up."""
+    flush: FlushUnderWay | None = None
+    num_flushes: int = 0
+    flushed_at: float = 0.0
+    """When the last flush was committed, or this attempt began."""
+    disk_failing_since: float | None = None
+    deadline: float = 0.0
+    """When leaving ends."""
+
+
+Decision = tuple[State, tuple[Action, ...]]
+
+
+def begin(policy: Policy) -> State:
+    return State(policy=policy, budget=Budget(max_restarts=policy.max_restarts))
+
+
+def decide(state: State, event: Event, now: float) -> Decision:
+    """The next state and what to do, after `event` at `now` (seconds on any clock that grows)."""
+    if state.phase is Phase.stopped:
+        return state, ()
+    match event:
+        case on.Fenced():
+            return _stop(state, Exit.fenced, "a newer attempt of this run has started")
+        case on.Started():
+            return _started(state, event, now)
+        case on.Draining():
+            return _leave(state, event, now)
+        case on.Tick():
+            return _tick(state, now)
+        case on.Flushed() | on.FlushFailed() | on.Committed():
+            if state.flush is None or event.number != state.flush.number:
+                return state, ()  # of a flush that was given up
+            return _disk(state, event, now)
+        case on.Pruned():
+            return replace(state, durable=event.durable), ()
+        case on.Failed():
+            return _failed(state, event)
+    if event.incarnation != state.incarnation or state.phase is Phase.leaving:
+        return state, ()  # late: the world that it speaks of is gone
+    match event:
+        case on.StepDone():
+            return _step_done(state, event, now)
+        case on.Staged():
+            return _staged(state, event, now)
+        case on.Quiesced():
+            return _rebuild(state, event.silent)
+        case on.Rebuilt():
+            readable = tuple(step for step in state.staged if step in event.staged)
+            return _restore(replace(state, staged=readable, lost=()))
+        case on.TooFewDevices():
+            return _stop(state, Exit.other_layout, "too few devices are left for this layout")
+        case on.RestoreFailed():
+            return _restore_failed(state, event)
+        case on.Restored():
+            return _restored(state, event, now)
+
+
+# A run without failures: step, stage, record, flush while the next step runs.
+
+
+def _started(state: State, event: on.Started, now: float) -> Decision:
+    budget = replace(state.budget, restarts=event.restarts)
+    for step in (*event.staged, *event.durable):
+        budget = replace(budget, furthest=max(step, budget.furthest))
+    state = replace(
+        state,
+        budget=budget,
+        staged=event.staged,
+        durable=event.durable,
+        digests=event.digests,
+        flushed_at=now,
+        lost=event.pools,
+    )
+    rebuild = do.Rebuild(pools=event.pools, incarnation=state.incarnation)
+    return replace(state, phase=Phase.rebuilding), (rebuild,)
+
+
+def _run(state: State, step: int) -> Decision:
+    state = replace(state, phase=Phase.stepping, step=step, last=False)
+    return state, (do.RunStep(step=step, incarnation=state.incarnation),)
+
+
+def _step_done(state: State, event: on.StepDone, now: float) -> Decision:
+    if state.phase is not Phase.stepping or event.step != state.step:
+        return state, ()
+    state = replace(state, last=event.last)
+    every = state.policy.snapshot_every
+    if _flush_is_due(state, now) or (every and event.step % every == 0):
+        state = replace(state, phase=Phase.staging)
+        return state, (do.Stage(step=event.step, incarnation=state.incarnation),)
+    state, actions = _run(state, event.step + 1)
+    return state, (do.Record(step=event.step), *actions)
+
+
+def _staged(state: State, event: on.Staged, now: float) -> Decision:
+    if state.phase is not Phase.staging or event.step != state.step:
+        return state, ()
+    step = event.step
+    earlier = state.digests.get(step, "")
+    actions: list[Action] = []
+    if earlier and event.digest and earlier != event.digest:
+        text = f"step {step} was replayed and its digest differs: {earlier}, now {event.digest}"
+        if state.policy.deterministic:
+            return _stop(state, Exit.gave_up, text)
+        actions.append(do.Report(text=text))
+    state = replace(
+        state,
+        staged=(*state.staged, step),
+        digests={**state.digests, step: event.digest},
+        budget=state.budget.progressed(step),
+    )
+    actions.append(do.Record(step=step))
+    if state.last or (state.policy.export_every and step % state.policy.export_every == 0):
+        actions.append(do.Export(step=step))
+    if _flush_is_due(state, now):
+        state, more = _flush(state, now)
+        actions.extend(more)
+    state, more = _prune_memory(state)
+    actions.extend(more)
+    if state.last:
+        return replace(state, phase=Phase.finishing), tuple(actions)
+    state, more = _run(state, step + 1)
+    return state, (*actions, *more)
+
+
+def _flush_is_due(state: State, now: float) -> bool:
+    every, seconds = state.policy.flush_every, state.policy.flush_seconds
+    late = seconds > 0 and now - state.flushed_at >= seconds
+    behind = state.disk_failing_since is not None
+    return state.last or late or behind or (every > 0 and state.step % every == 0)
+
+
+def _flush(state: State, now: float) -> Decision:
+    """Flushes the newest snapshot. One flush at a time: while one is under way, the next is
+    skipped, not queued; a later snapshot will be due again."""
+    if state.flush is not None:
+        text = f"step {state.staged[-1]} is not flushed: step {state.flush.step} still is"
+        return state, (do.Report(text=text),)
+    number = state.num_flushes + 1
+    flush = FlushUnderWay(step=state.staged[-1], number=number, since=now)
+    state = replace(state, flush=flush, num_flushes=number)
+    return state, (do.Flush(step=flush.step, number=number),)
+
+
+def _prune_memory(state: State) -> Decision:
+    """Memory holds the newest snapshot and the one that is being flushed."""
+    protected = {state.staged[-1]}
+    if state.flush is not None:
+        protected.add(state.flush.step)
+    staged = tuple(step for step in state.staged if step in protected)
+    return replace(state, staged=staged), (do.Prune(place=Place.memory, protected=staged),)
+
+
+def _disk(state: State, event: on.Flushed | on.FlushFailed | on.Committed, now: float) -> Decision:
+    """The answer of the flush under way or of its commit."""
+    match event:
+        case on.Flushed():
+            return state, (do.Commit(step=event.step, number=event.number),)
+        case on.FlushFailed():
+            since = state.disk_failing_since
+            since = now if since is None else since
+            state = replace(state, flush=None, disk_failing_since=since)
+            text = f"step {event.step} could not be written to disk: {event.cause}"
+            return state, (do.Report(text=text),)  # the next Tick or snapshot tries again
+    durable = (*(step for step in state.durable if step != event.step), event.step)
+    state = replace(
+        state,
+        flush=None,
+        durable=durable,
+        flushed_at=now,
+        disk_failing_since=None,
+        budget=state.budget.progressed(event.step),
+    )
+    prune = do.Prune(place=Place.disk, protected=(event.step,))  # after the commit, never before
+    state, actions = _tick(state, now)
+    return state, (prune, *actions)
+
+
+def _tick(state: State, now: float) -> Decision:
+    """Ends the phases that wait for the disk, or for a deadline."""
+    if state.phase is Phase.leaving:
+        if now >= state.deadline or set(state.staged[-1:]) <= set(state.durable):
+            return _stop(state, Exit.preempted, "a notice ended this attempt")
+        return _flush(state, now) if state.flush is None else (state, ())
+    if state.phase is Phase.finishing and state.flush is None:
+        if state.step in state.durable:
+            return _stop(state, Exit.done, "")
+        return _give_up_on_disk(state, now) or _flush(state, now)
+    return _give_up_on_disk(state, now) or (state, ())
+
+
+def _give_up_on_disk(state: State, now: float) -> Decision | None:
+    since = state.disk_failing_since
+    if state.flush is not None:
+        since = state.flush.since if since is None else since
+    if since is None or now - since < state.policy.disk_grace_s:
+        return None
+    return _stop(
+        state,
+        Exit.gave_up,
+        f"nothing could be written to disk for {now - since:.0f} s (recovery.disk_grace_s)",
+    )
+
+
+# A failure: quiesce, rebuild, restore, replay.
+
+
+def _failed(state: State, event: on.Failed) -> Decision:
+    failure = event.failure
+    oldest = state.built.get(failure.pool, 0) if failure.pool else state.incarnation
+    if state.phase is Phase.leaving or event.incarnation < oldest:
+        return state, ()  # nothing is restarted any more; or the notice is late
+    lost = state.lost
+    if failure.pool and failure.pool not in lost:
+        lost = (*lost, failure.pool)
+    report = do.Report(text=f"{failure.kind}: {failure.cause}", failure=failure)
+    if state.phase is Phase.quiescing and failure.kind is not on.Kind.user_error:
+        # A peer of the first one, or a second failure that came as a consequence.
+        return replace(state, lost=lost), (report,)
+    budget, refusal = state.budget.spend(failure)
+    if refusal:
+        code = Exit.user_error if failure.kind is on.Kind.user_error else Exit.gave_up
+        state, actions = _stop(state, code, refusal)
+        return state, (report, *actions)
+    if state.phase is Phase.restoring:
+        state = _count_restore_failure(state)
+    state = replace(
+        state,
+        phase=Phase.quiescing,
+        budget=budget,
+        lost=lost,
+        incarnation=state.incarnation + 1,
+    )
+    return state, (report, do.Quiesce(lost=lost, incarnation=state.incarnation))
+
+
+def _rebuild(state: State, silent: tuple[str, ...]) -> Decision:
+    if state.phase is not Phase.quiescing:
+        return state, ()
+    pools = (*state.lost, *(pool for pool in silent if pool not in state.lost))
+    built = {**state.built, **dict.fromkeys(pools, state.incarnation)}
+    state = replace(state, phase=Phase.rebuilding, built=built, lost=pools)
+    return state, (do.Rebuild(pools=pools, incarnation=state.incarnation),)
+
+
+def _restore(state: State) -> Decision:
+    """Restores the newest commit that can be read, from memory before disk; the start of the run
+    where there is no commit, and none that a person could still repair."""
+    candidates = []
+    for place, steps in ((Place.disk, state.durable), (Place.memory, state.staged)):
+        candidates += [(step, place) for step in steps if (step, place) not in state.unreadable]
+    if not candidates and state.unreadable:
+        return _stop(state, Exit.gave_up, "no commit of this run can be restored")
+    commit = max(
+        candidates,
+        key=lambda candidate: (candidate[0], candidate[1] is Place.memory),
+        default=(-1, Place.start),
+    )
+    failures = state.restore_failures if commit == state.restoring else 0
+    state = replace(state, phase=Phase.restoring, restoring=commit, restore_failures=failures)
+    step, place = commit
+    restore = do.Restore(step=step, place=place, incarnation=state.incarnation)
+    if place is Place.start and state.budget.furthest >= 0:
+        text = "every commit was lost with its node and none is on disk: from the start again"
+        return state, (do.Report(text=text), restore)
+    return state, (restore,)
+
+
+def _count_restore_failure(state: State, *, damaged: bool = False) -> State:
+    """A commit that is damaged, or that failed twice, is not tried again: the one before it is."""
+    failures = state.restore_failures + 1
+    if state.restoring[1] is Place.start or not (damaged or failures >= 2):
+        return replace(state, restore_failures=failures)
+    return replace(state, restore_failures=0, unreadable=state.unreadable | {state.restoring})
+
+
+def _restore_failed(state: State, event: on.RestoreFailed) -> Decision:
+    if state.phase is not Phase.restoring:
+        return state, ()
+    text = f"step {event.step} could not be restored from {event.place}: {event.cause}"
+    state, actions = _restore(_count_restore_failure(state, damaged=event.damaged))
+    return state, (do.Report(text=text), *actions)
+
+
+def _restored(state: State, event: on.Restored, now: float) -> Decision:
+    """Everything after the commit is given up, then the run goes on from it."""
+    if state.phase is not Phase.restoring:
+        return state, ()
+    step = event.step
+    aside = []
+    for later, place in sorted(state.unreadable):
+        aside.append(do.SetAside(step=later, place=place))
+    flush = state.flush
+    if flush is not None and flush.step > step:
+        flush = None  # its files are of a timeline that is replayed
+    readable = {
+        Place.memory: _up_to(state.staged, step, state.unreadable, Place.memory),
+        Place.disk: _up_to(state.durable, step, state.unreadable, Place.disk),
+    }
+    state = replace(
+        state,
+        step=step,
+        last=event.last,
+        staged=readable[Place.memory],
+        durable=readable[Place.disk],
+        unreadable=frozenset(),
+        restore_failures=0,
+        flush=flush,
+    )
+    actions: tuple[Action, ...] = (*aside, do.Reconnect(), do.Rewind(step=step))
+    if not event.last:
+        state, more = _run(state, step + 1)
+        return state, (*actions, *more)
+    if step not in state.durable:  # an export comes before the commit of its step
+        actions = (*actions, do.Export(step=step))
+    state, more = _tick(replace(state, phase=Phase.finishing), now)
+    return state, (*actions, *more)
+
+
+def _up_to(
+    steps: tuple[int, ...], step: int, unreadable: frozenset[tuple[int, Place]], place: Place
+) -> tuple[int, ...]:
+    return tuple(other for other in steps if other <= step and (other, place) not in unreadable)
+
+
+# The end.
+
+
+def _leave(state: State, event: on.Draining, now: float) -> Decision:
+    """Leaves at once, with the last snapshot: no step is waited for. A second notice can only
+    shorten the time."""
+    deadline = event.deadline
+    if state.phase is Phase.leaving:
+        deadline = min(deadline, state.deadline)
+    report = do.Report(text=f"{event.notice}: leaving within {deadline - now:.0f} s")
+    state, actions = _tick(replace(state, phase=Phase.leaving, deadline=deadline), now)
+    return state, (report, *actions)
+
+
+def _stop(state: State, code: Exit, reason: str) -> Decision:
+    return replace(state, phase=Phase.stopped), (do.Stop(code=code, reason=reason),)
