@@ -13,18 +13,17 @@ On disk, for a store at outputs/ppo/checkpoints:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from hybridflow.disk import DISK, Disk
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -70,9 +69,10 @@ class CheckpointStore:
         keep_best: int = 1,
         metric: str = "",
         mode: Best = Best.max,
+        disk: Disk = DISK,
     ) -> None:
         """Keeps the newest `keep_last` and the `keep_best` with the best `metric` of those that
-        have it (finite), by `mode`."""
+        have it (finite), by `mode`. disk: how files are synced and removed."""
         if keep_last < 1:
             raise ValueError(
                 f"checkpoint: keep_last is {keep_last}; keep at least 1, or the newest checkpoint "
@@ -87,6 +87,7 @@ class CheckpointStore:
         self._keep_best = keep_best if metric else 0
         self._metric = metric
         self._mode = mode
+        self._disk = disk
 
     def begin(self, step: int) -> Path:
         """An empty directory for the checkpoint of `step`; removes the directories of saves
@@ -95,7 +96,7 @@ class CheckpointStore:
             raise ValueError(f"checkpoint: step is {step}; steps count from 0")
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in (*self.directory.glob(".saving-*"), *self.directory.glob(".deleting-*")):
-            shutil.rmtree(leftover)
+            self._disk.remove(leftover)
         directory = self._saving(step)
         directory.mkdir()
         return directory
@@ -131,16 +132,16 @@ class CheckpointStore:
             "step": step,
             "sequence": sequence,
             "metrics": numbers,
-            "files": _digests(saving, sorted(names), sync=True),
+            "files": self._disk.digests(saving, sorted(names), sync=True),
             "metadata": metadata,
         }
-        _write_synced(saving / MANIFEST, json.dumps(manifest, indent=1))
+        self._disk.write_synced(saving / MANIFEST, json.dumps(manifest, indent=1))
         for directory in directories:
-            _sync(directory)
+            self._disk.sync(directory)
         path = self._free_name(step)
         saving.rename(path)
-        _sync(self.directory)
-        _write_synced(self.directory / ".latest", path.name + "\n")
+        self._disk.sync(self.directory)
+        self._disk.write_synced(self.directory / ".latest", path.name + "\n")
         (self.directory / ".latest").replace(self.directory / "latest")
         self._prune()
         return _read(path)
@@ -156,9 +157,9 @@ class CheckpointStore:
                 shutil.rmtree(leftover, ignore_errors=True)
             saving.mkdir()
             yield saving
-            _write_synced(saving / MANIFEST, "{}")
+            self._disk.write_synced(saving / MANIFEST, "{}")
             saving.rename(renamed)
-            _sync(self.directory)
+            self._disk.sync(self.directory)
             shutil.rmtree(renamed)
         except OSError as error:
             raise ValueError(
@@ -222,7 +223,7 @@ class CheckpointStore:
                 # under another name.
                 doomed = self.directory / f".deleting-{checkpoint.path.name}"
                 checkpoint.path.rename(doomed)
-                shutil.rmtree(doomed)
+                self._disk.remove(doomed)
 
     def _saving(self, step: int) -> Path:
         return self.directory / f".saving-step-{step:08d}"
@@ -237,7 +238,7 @@ class CheckpointStore:
         return path
 
 
-def load_metadata(path: Path) -> dict[str, Any]:
+def load_metadata(path: Path, disk: Disk = DISK) -> dict[str, Any]:
     """The metadata of the checkpoint at `path`, after every file was compared with its size and
     digest in the manifest."""
     try:
@@ -259,7 +260,7 @@ def load_metadata(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"checkpoint {path}: {name} has {size} bytes instead of {expected['bytes']}; {_FIX}"
             )
-    for name, digest in _digests(path, list(files), sync=False).items():
+    for name, digest in disk.digests(path, list(files), sync=False).items():
         if digest != files[name]:
             raise ValueError(
                 f"checkpoint {path}: {name} is corrupt, its digest differs from the manifest; "
@@ -304,35 +305,3 @@ def _check_json(metadata: Mapping[str, Any]) -> None:
                 f"checkpoint: metadata {name!r} would not come back equal from JSON; use lists, "
                 "string keys, finite floats"
             )
-
-
-def _digests(directory: Path, names: list[str], *, sync: bool) -> dict[str, dict[str, Any]]:
-    """Size and BLAKE2b digest of the files by relative name; the files are flushed to disk if
-    `sync`."""
-
-    def digest_file(name: str) -> dict[str, Any]:
-        with (directory / name).open("rb") as file:
-            if sync:
-                os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "blake2b").hexdigest()[:32]
-            return {"bytes": file.tell(), "blake2b": digest}
-
-    # hashlib releases the interpreter lock, so threads hash at the speed of the disk.
-    with ThreadPoolExecutor(max_workers=8) as threads:
-        return dict(zip(names, threads.map(digest_file, names), strict=True))
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    """Flushes a directory's entries (names) to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
