@@ -212,8 +212,8 @@ class Loop:
     def train_one_step(self, prompts: Batch | None = None) -> dict[str, float]:
         """One step on the next rows, or on these; returns what was logged of it once its calls
         have ended."""
-        CALLS.finish()  # what ran before is not part of this step's seconds
-        started = time.perf_counter()
+        self.tracker.trace(CALLS.finish())  # what ran before is not part of this step's seconds
+        started, clock = time.perf_counter(), time.time()
         if prompts is None:
             rows = self.length.next_rows(self.data.position)
             if rows < 1:
@@ -228,6 +228,7 @@ class Loop:
         seconds = time.perf_counter() - started
         self.step += 1
         row = self._record(numbers, records, seconds)
+        self.tracker.trace(records, f"step {self.step}", clock, row)
         if self.samples is not None:
             self.tracker.show(self.step, self.samples.training(metrics, self.step))
         return row
@@ -235,11 +236,11 @@ class Loop:
     def validate(self) -> dict[str, float]:
         if self.validation is None:
             return {}
-        started = time.perf_counter()
+        started, clock = time.perf_counter(), time.time()
         with activity("validation", detail=CALLS.under_way, patience_s=PATIENCE_S):
             metrics = self.validation()
             numbers = dict(metrics)
-            CALLS.finish()
+            self.tracker.trace(CALLS.finish(), "validation", clock)
         self.tracker.log(
             self.step,
             numbers | {"seconds/validation": time.perf_counter() - started},
@@ -261,8 +262,10 @@ class Loop:
 
     def checkpoint(self) -> None:
         """Writes a checkpoint; returns when it is complete."""
+        clock = time.time()
         with activity("checkpoint", detail=CALLS.under_way, patience_s=PATIENCE_S):
             self._checkpoint()
+            self.tracker.trace(CALLS.finish(), "checkpoint", clock)
 
     def _checkpoint(self) -> None:
         directory = self.store.begin(self.step)
@@ -282,7 +285,6 @@ class Loop:
             "validation_after": self.after,
         }
         self.store.commit(self.step, state, metrics=self.after)
-        CALLS.finish()
 
     def save_pretrained(self, directory: Path) -> None:
         """The model that the run is for, as a Hugging Face directory; returns when every rank

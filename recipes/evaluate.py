@@ -37,7 +37,8 @@ from hybridflow.results import Metrics
 from recipes.config import RunConfig
 from recipes.evaluation_run import CONSOLE, answers
 from recipes.main import recipe
-from recipes.response_files import Responses, pass_rates, whole_file, write_lines
+from recipes.response_files import Responses, pass_rates, write_lines
+from recipes.whole_file import whole_file
 
 
 def evaluate(config: RunConfig) -> dict[str, float] | None:

@@ -11,8 +11,7 @@ import base64
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
+from recipes.whole_file import whole_file
 from workers.text import ResponseReader
 
 LOGGER = logging.getLogger(__name__)
@@ -150,18 +150,6 @@ def plain(value: object) -> str:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     return str(value)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` once everything was written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

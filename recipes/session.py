@@ -39,6 +39,7 @@ from hybridflow.progress import activity
 from hybridflow.progress_display import shown
 from hybridflow.waiting import CALLS
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
+from recipes.environment import environment
 from recipes.placing import Placement, placeholder_roles
 from recipes.preparation import Preparation
 from recipes.roles import GENERATION, with_named_functions
@@ -355,6 +356,7 @@ def start_tracker(
     settings = OmegaConf.structured(with_named_functions(config))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(OmegaConf.to_yaml(settings))
+    (directory / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
     return Tracker(
         config.metrics,
         directory,

@@ -22,8 +22,14 @@ from hybridflow.metrics.jsonl import RESERVED, JsonlSink
 from hybridflow.metrics.samples import Sample, SampleRows, SamplesConfig
 from hybridflow.metrics.sinks import PrometheusSink, Row, Sink, TensorBoardSink, WandbSink
 from hybridflow.progress import activity
+from hybridflow.trace_file import TraceFile
+from hybridflow.waiting import CallRecord
 
 logger = logging.getLogger(__name__)
+COUNTERS = ("tokens_per_s", "memory/peak_bytes")
+"""Metrics that the trace draws over time."""
+RECEIVER = "generation"
+"""The role whose pool weights travel to."""
 
 
 class WandbMode(StrEnum):
@@ -58,6 +64,8 @@ class MetricsConfig:
     """Names that the console shows, in this order, where a step has them; seconds/<phase> are
     always shown.
    """
+    trace: bool = True
+    """<directory>/trace.json: what every rank and the controller did when, for ui.perfetto.dev."""
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     """Responses of the model that are shown with their rewards."""
 
@@ -90,6 +98,7 @@ class Tracker:
         `run_config` is shown beside the run."""
         _make_writable(directory)
         self._sinks: list[Sink] = []
+        self._trace: TraceFile | None = None
         try:
             with activity("opening the metrics"):
                 self._open(config, directory, total_steps, start_step, run_config or {})
@@ -108,6 +117,10 @@ class Tracker:
     ) -> None:
         if config.jsonl:
             self._sinks.append(JsonlSink(directory, start_step))
+        if config.trace:
+            self._trace = TraceFile(
+                directory / "trace.json", receiver=RECEIVER, start_step=start_step
+            )
         if config.tensorboard:
             self._sinks.append(TensorBoardSink(directory / "tensorboard", start_step))
         if config.wandb is not WandbMode.off:
@@ -136,12 +149,31 @@ class Tracker:
         rows = SampleRows(step=step, split=split, time_s=time.time(), samples=samples)
         self._to_all(lambda sink: sink.show(rows))
 
+    def trace(
+        self,
+        records: Sequence[CallRecord],
+        span: str = "",
+        started: float = 0.0,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Record calls that have ended and, where it has a name, what the controller did from
+        `started` (Unix seconds) until now."""
+        if self._trace is None:
+            return
+        self._trace.calls(records)
+        if span:
+            counters = {name: metrics[name] for name in COUNTERS if metrics and name in metrics}
+            self._trace.span(span, started, time.time(), counters)
+
     def summary(self, values: Mapping[str, object]) -> None:
         """Record the outcome of the run: JSON values, nested if need be."""
         self._to_all(lambda sink: sink.summary(values))
 
     def close(self) -> None:
         """Flush and close every sink; called again it does nothing."""
+        if self._trace is not None:
+            self._trace.close()
+            self._trace = None
         while self._sinks:
             sink = self._sinks.pop()
             try:

@@ -17,6 +17,8 @@ from transformers import AutoTokenizer
 
 from hybridflow import LocalPool, PoolSpec, current_session, evaluate, open_session, run
 from hybridflow.metrics import read_jsonl
+from recipes.report.page import page
+from recipes.report.run_record import RunRecord
 from tests.tiny import make_data, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +142,11 @@ def test_a_whole_run_and_an_evaluation(tiny: dict[str, Any], tmp_path: Path) -> 
     }
     outcome = run("grpo", settings, reward=lambda *, response, **columns: float("7" in response))
     assert outcome.num_steps == 2 and outcome.largest["actor/log_prob_gap_max"] < 1e-4
+    record = RunRecord.read(tmp_path / "run")
+    spans = [event["name"] for event in record.slices if event["ph"] == "X"]
+    assert spans.count("actor.update_actor") == 2
+    assert [name for name in spans if "." not in name] == ["step 1", "step 2", "checkpoint"]
+    assert "python" in record.environment and "actor.update_actor" in page(record)
     asked = {
         name: value
         for name, value in tiny.items()

@@ -1,0 +1,209 @@
+"""The report and the trace of a run: what people look at, read back by parsers of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridflow.trace_file import TraceFile
+from hybridflow.waiting import CallRecord
+from recipes.report.__main__ import report
+from recipes.report.charts import Series, line_chart, thinned
+from recipes.report.page import effective_time, page, phases
+from recipes.report.run_record import RunRecord
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Three steps of 2 s between validations of 1 s; steps 2 and 3 were lost once, which took 6 s."""
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "split": "validation", "time_s": 101.0, "reward/mean": 0.25}
+        | {"seconds/validation": 1.0},
+    ]
+    for step, at in ((1, 103.0), (2, 111.0), (3, 113.0)):
+        rows.append(
+            {"step": step, "split": "train", "time_s": at, "reward/mean": step / 10}
+            | {"seconds/step": 2.0, "seconds/actor.update_actor": 1.5, "odd/metric": "NaN"}
+        )
+    rows.append(
+        {"step": 3, "split": "validation", "time_s": 114.0, "reward/mean": 0.75}
+        | {"seconds/validation": 1.0}
+    )
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    lost = [
+        {"step": 2, "split": "train", "time_s": 105.0, "reward/mean": 0.9, "seconds/step": 2.0},
+    ]
+    write_lines(tmp_path / "lost" / "attempt-1.jsonl", lost)
+    sample = {"step": 3, "split": "validation", "prompt": "<b>2+3</b>", "uid": 1, "reward": 1.0}
+    sample |= {"response": "</pre><script>alert(1)</script>", "finish_reason": "stop"}
+    write_lines(tmp_path / "samples.jsonl", [sample])
+    failure = {"kind": "died", "pool": "main", "role": "actor", "rank": 1, "time_s": 106.0}
+    failure |= {"cause": "killed by signal 9", "stacks": {"0": "File actor.py, line 3"}}
+    write_lines(tmp_path / "events.jsonl", [failure])
+    (tmp_path / "config.yaml").write_text("max_response_tokens: 7\nwandb_api_key: abc123\n")
+    (tmp_path / "environment.json").write_text('{"torch": "2.13.0"}')
+    (tmp_path / "summary.json").write_text('{"reward_before": 0.25, "reward_after": 0.75}')
+    return tmp_path
+
+
+class Elements(HTMLParser):
+    """Every tag with its attributes; all of them are closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_by_itself(run: Path) -> None:
+    text = report(run, run / "report.html").read_text()
+    elements = Elements(text)
+    assert not elements.open
+    assert "script" not in {tag for tag, _ in elements.tags}, "no script, not even a sample's"
+    for _, attributes in elements.tags:
+        assert not {"src", "href", "onclick"} & set(attributes), "nothing is fetched"
+    assert not re.search(r"https?://|url\(|@import", text)
+    assert "Finished after 3 steps. Mean reward of the validation: 0.25 before, 0.75 after." in text
+    assert "killed by signal 9" in text and "File actor.py, line 3" in text
+    assert "2.13.0" in text
+    assert "abc123" not in text and "max_response_tokens: 7" in text, "secrets are hidden"
+    assert "&lt;b&gt;2+3&lt;/b&gt;" in text
+    lost = [attributes for tag, attributes in elements.tags if attributes.get("class") == "lost"]
+    assert len(lost) == 5, "the legend, and in two charts a line with its marker"
+
+
+def test_the_share_of_time_that_counts(run: Path) -> None:
+    """3 steps of 2 s and 2 validations of 1 s, from second 100 to 114."""
+    assert effective_time(RunRecord.read(run)) == pytest.approx(8 / 14)
+
+
+def test_phases_beside_what_was_predicted(run: Path) -> None:
+    calls = [{"call": "actor.update_actor", "start_s": 0.5, "end_s": 1.75}]
+    (run / "mapping.json").write_text(json.dumps({"calls": calls, "pools": []}))
+    record = RunRecord.read(run)
+    (phase,) = phases(record)
+    assert (phase.name, phase.seconds, phase.share) == ("actor.update_actor", 1.5, 1.0)
+    assert phase.predicted == 1.25
+    assert "1.25 s" in page(record)
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "tr')
+    assert "Not finished: 0 steps so far" in page(RunRecord.read(tmp_path))
+
+
+def test_a_directory_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no metrics.jsonl, so this is no run's output_dir"):
+        RunRecord.read(tmp_path)
+
+
+def test_charts_are_to_scale() -> None:
+    """Markers lie where their values are: equal steps and values are equal distances apart."""
+    points = [(0.0, -2.0), (1.0, 0.0), (2.0, 2.0), (4.0, float("nan"))]
+    svg = line_chart([Series(label="train", points=points)], description="a & b")
+    circles = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)
+    places = [(float(x), float(y)) for x, y in circles]
+    assert len(places) == 3
+    assert places[1][0] - places[0][0] == pytest.approx(places[2][0] - places[1][0], abs=0.2)
+    assert places[0][1] - places[1][1] == pytest.approx(places[1][1] - places[2][1], abs=0.2)
+    assert "step 4: nan" in svg, "what is not a number is seen"
+    assert not line_chart([Series(label="train", points=points[3:])], description="")
+
+
+def test_long_series_keep_their_mean() -> None:
+    points = [(float(step), step % 7 * 1.0) for step in range(6000)]
+    few = thinned(points, most=600)
+    assert len(few) == 600
+    assert sum(value for _, value in few) / 600 == pytest.approx(
+        sum(value for _, value in points) / 6000
+    )
+
+
+def call(role: str, pool: str, *ranks: tuple[float, float], method: str = "work") -> CallRecord:
+    return CallRecord(role=role, method=method, pool=pool, ranks=ranks)
+
+
+def trace_events(path: Path) -> list[dict[str, Any]]:
+    """As a viewer reads an array that was never closed."""
+    events: list[dict[str, Any]] = json.loads(path.read_text().rstrip().rstrip(",") + "]")
+    return events
+
+
+def test_a_trace_has_a_lane_for_every_rank_and_nests(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with TraceFile(path, receiver="generation") as trace:
+        trace.calls([call("actor", "policy", (1.0, 2.0), (1.1, 2.1))])
+        trace.calls([call("actor", "policy", (2.1, 3.0), (2.2, 3.0))])
+        trace.calls(
+            [
+                call("generation", "samples", (3.0, 3.6), method="sync_weights"),
+                call("actor", "policy", (3.0, 3.5), (3.0, 3.4), method="sync_weights"),
+            ]
+        )
+        trace.span("step 1", 0.5, 3.7, {"tokens_per_s": 12.0})
+    with TraceFile(path, receiver="generation", start_step=1) as trace:
+        trace.span("step 2", 3.7, 4.0)
+        trace.failure("actor died", 3.9, {"rank": 1})
+    events = trace_events(path)
+    lanes = defaultdict(list)
+    for event in events:
+        if event["ph"] == "X":
+            lanes[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
+    assert len(lanes) == 4, "two ranks of the policy, one of the samples, the loop"
+    for slices in lanes.values():
+        for (_, end), (begin, _) in pairwise(slices):
+            assert begin >= end, "slices of a lane do not overlap"
+    names = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert names == {"policy", "samples", "controller", "rank 0", "rank 1", "loop"}
+    (source,) = (event for event in events if event["ph"] == "s")
+    (target,) = (event for event in events if event["ph"] == "f")
+    assert source["id"] == target["id"] and source["ts"] < target["ts"]
+    pools = {event["args"]["name"]: event["pid"] for event in events if event["ph"] == "M"}
+    assert (source["pid"], target["pid"]) == (pools["policy"], pools["samples"])
+    (counter,) = (event for event in events if event["ph"] == "C")
+    assert counter["args"] == {"tokens_per_s": 12.0}
+    assert [event["name"] for event in events if event["ph"] == "i"] == ["actor died"]
+
+
+def test_a_long_trace_keeps_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with TraceFile(path, most_bytes=2000) as trace:
+        for step in range(100):
+            trace.span(f"step {step}", step, step + 1.0)
+    assert path.stat().st_size < 2500 and path.with_name("trace-earlier.json").stat().st_size < 2500
+    assert [event["name"] for event in trace_events(path) if event["ph"] == "X"][-1:] == ["step 99"]
+
+
+def test_the_page_shows_the_last_steps_of_every_rank(run: Path) -> None:
+    with TraceFile(run / "trace.json") as trace:
+        for step in range(6):
+            trace.calls([call("actor", "main", (step + 0.1, step + 0.8), (step + 0.1, step + 0.9))])
+            trace.span(f"step {step}", step, step + 1.0)
+    text = page(RunRecord.read(run))
+    shown = re.findall(r"actor\.work on (main rank \d)", text)
+    assert sorted(shown) == ["main rank 0"] * 3 + ["main rank 1"] * 3
