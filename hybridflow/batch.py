@@ -166,6 +166,15 @@ class Batch(Mapping[str, Value]):
 
     # Metadata only, from here on.
 
+    def refs(self) -> list[Ref]:
+        """References to the blocks of other processes that it is made of."""
+        refs = []
+        for entry in self._entries.values():
+            for piece in entry.pieces:
+                if not isinstance(piece.ref, Held):
+                    refs.append(piece.ref)
+        return refs
+
     def missing(self, names: Sequence[str]) -> list[str]:
         """Those of `names` that it has no column for."""
         return [name for name in names if name not in self._entries]

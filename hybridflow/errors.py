@@ -46,10 +46,23 @@ class UserCodeError(RuntimeError):
     message is one line that names it and the row."""
 
 
+class WorkerUserCodeError(WorkerError, UserCodeError):
+    """A worker's method raised a UserCodeError."""
+
+
 class WorkerDied(RuntimeError):
-    """A process of the pool is gone (killed, out of memory, crashed, its node lost)."""
+    """A process of the pool is gone (killed, out of memory, crashed, its node lost). `places`
+    names each dead rank and the call that it was in, where that is known."""
+
+    def __init__(self, message: str, places: tuple[Where, ...] = ()) -> None:
+        super().__init__(message)
+        self.places = places
 
 
 class WorkerStuck(RuntimeError):
     """No call finished for the configured time; the message says who waits for whom and has
-    every rank's stack."""
+    every rank's stack. `places` names the ranks that did not answer."""
+
+    def __init__(self, message: str, places: tuple[Where, ...] = ()) -> None:
+        super().__init__(message)
+        self.places = places

@@ -10,7 +10,6 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -24,7 +23,13 @@ from hybridflow import progress
 from hybridflow.batch import Batch
 from hybridflow.columns import Block
 from hybridflow.context import RankContext
-from hybridflow.errors import Where, WorkerError, WorkerValueError
+from hybridflow.errors import (
+    UserCodeError,
+    Where,
+    WorkerError,
+    WorkerUserCodeError,
+    WorkerValueError,
+)
 from hybridflow.protocols import Arguments
 from hybridflow.waiting import Reply
 from hybridflow.worker import Worker, remote_methods
@@ -47,7 +52,8 @@ class HostInfo:
 
 
 class Host:
-    """host = Host(context); host.join("127.0.0.1", 29500, 60.0); host.create("actor", ActorWorker, config)
+    """host = Host(context); port = host.open_store("127.0.0.1", 60.0)      # on rank 0
+    host.join("127.0.0.1", port, 60.0); host.create("actor", ActorWorker, config)
     reply, *blocks = host.call(Arguments((batch,)))     # as a Ray task named "actor.compute_log_prob"
     """
 
@@ -57,6 +63,8 @@ class Host:
         self.roles = roles
         self.node_id = node_id
         self.workers: dict[str, Worker] = {}
+        self.store: Any = None
+        """torch.distributed's store of the pool's world; rank 0's listens."""
         self.stack_file = _write_stacks_on_signal()
         self.activity_file = f"{self.stack_file.name}.activity"
         progress.write_to(Path(self.activity_file))
@@ -71,10 +79,20 @@ class Host:
             activity_file=self.activity_file,
         )
 
-    def free_port(self) -> int:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return int(probe.getsockname()[1])
+    def open_store(self, address: str, timeout_s: float) -> int:
+        """On rank 0: opens the store at which the ranks find each other, and returns its port. The
+        socket is bound here and stays open, so that no other process can take the port."""
+        import torch.distributed as dist
+
+        self.store = dist.TCPStore(
+            address,
+            0,
+            self.context.world_size,
+            is_master=True,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+        return int(self.store.port)
 
     def join(self, master_address: str, master_port: int, timeout_s: float) -> None:
         """Enters the pool's torch.distributed world. Collective over the hosts."""
@@ -82,6 +100,7 @@ class Host:
         import torch.distributed as dist
 
         context = self.context
+        timeout = timedelta(seconds=timeout_s)
         os.environ.update(
             RANK=str(context.rank),
             WORLD_SIZE=str(context.world_size),
@@ -96,7 +115,17 @@ class Host:
         if context.device.startswith("cuda"):
             torch.cuda.set_device(context.device)
         backend = "cpu:gloo,cuda:nccl" if context.device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        if self.store is None:
+            self.store = dist.TCPStore(
+                master_address, master_port, context.world_size, is_master=False, timeout=timeout
+            )
+        dist.init_process_group(
+            backend,
+            store=self.store,
+            rank=context.rank,
+            world_size=context.world_size,
+            timeout=timeout,
+        )
 
     def create(self, role: str, worker_class: type[Worker], config: Any) -> Reply:
         """Builds the role's worker. Collective over the hosts."""
@@ -194,9 +223,14 @@ class _named_failure:
             raise upstream
         cause = f"{type(error).__name__}: {error}"
         remote_traceback = "".join(traceback.format_exception(error))
-        raise (WorkerValueError if isinstance(error, ValueError) else WorkerError)(
-            self.where, cause, remote_traceback
-        ) from None
+        raise _error_class(error)(self.where, cause, remote_traceback) from None
+
+
+def _error_class(error: Exception) -> type[WorkerError]:
+    """The class under which an exception leaves the process."""
+    if isinstance(error, ValueError):
+        return WorkerValueError
+    return WorkerUserCodeError if isinstance(error, UserCodeError) else WorkerError
 
 
 def _write_stacks_on_signal() -> IO[str]:

@@ -8,15 +8,18 @@ process, world size 1, so that breakpoints work. Roles enter a pool through spaw
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from hybridflow import progress, waiting
 from hybridflow.batch import Batch
+from hybridflow.burial import TOKEN, end_processes, sample_stacks
 from hybridflow.context import RankContext
 from hybridflow.host import Host, HostInfo, read_stacks
 from hybridflow.progress import activity
@@ -56,10 +59,15 @@ class PoolSpec:
     roles: tuple[str, ...] = ()
     """Shown in Ray's dashboard; every spawn says its role again."""
     start_timeout_s: float = 300.0
-    collective_timeout_s: float = 1800.0
-    """How long an operation of the pool's process group may take."""
+    """How long the devices, then the processes, then their connection may take."""
+    collective_timeout_s: float = 900.0
+    """How long an operation of the pool's process group may take; less than call_timeout_s, so
+    that the ranks that wait for a lost one end by themselves and the report names the lost one."""
     call_timeout_s: float = DEFAULT_TIMEOUT_S
-    """A wait ends in a report of every rank's stack when no call finishes for this long."""
+    """A wait ends in a report of every rank's stack when the pool finishes no call for this
+    long, or for three times what the call usually takes."""
+    bury_s: float = 60.0
+    """How long killed processes may take to disappear and to give their device memory back."""
     env: tuple[tuple[str, str], ...] = ()
     """Environment variables of the hosts."""
 
@@ -111,6 +119,12 @@ class ResourcePool(ABC):
     def activity(self) -> str:
         """The activity of another process of the pool, where it has a name (progress.py); for
         any thread."""
+
+    @abstractmethod
+    def restart(self) -> None:
+        """New processes with the same roles, in place: the pool and its handles stay the objects
+        that they are. Everything that the old processes held is lost; whatever of them is still
+        alive is killed. A RuntimeError where that does not succeed."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -199,6 +213,11 @@ class LocalPool(ResourcePool):
     def activity(self) -> str:
         return ""
 
+    def restart(self) -> None:
+        raise RuntimeError(
+            f"pool {self.name!r} is this very process (runtime=local), which can't be restarted"
+        )
+
     def clear(self) -> None:
         for worker in self.workers.values():
             worker.close()
@@ -246,6 +265,11 @@ class RayPool(ResourcePool):
         self.spec = spec
         self.hosts: list[HostInfo] = []
         self._actors: list[Any] = []
+        self._nodes: list[str] = []
+        self._token = ""
+        """Stands in the environment of this pool's processes and of all that they start."""
+        self._roles: dict[str, tuple[type[Worker], Any]] = {}
+        """Role -> its class and settings, in the order in which they were built."""
         self._kept_callers: dict[tuple[str, int], list[Any]] = {}
         self._group: Any = None
         self._seen_activity, self._seen_at = "", 0.0
@@ -260,18 +284,27 @@ class RayPool(ResourcePool):
         import ray
 
         self._node = ray.get_runtime_context().get_node_id()
+        self._token = secrets.token_hex(8)
         with activity(f"reserving {self.size} devices"):
-            nodes = self._reserve()
+            self._nodes = self._reserve()
         with activity(f"starting {self.size} processes"):
-            contexts = self._contexts(nodes)
-            self._actors = list(map(self._start_host, contexts, nodes))
-            self.hosts = waiting.get([actor.info.remote() for actor in self._actors])
+            contexts = self._contexts(self._nodes)
+            self._actors = list(map(self._start_host, contexts, self._nodes))
+            self.hosts = self._starting("start", [actor.info.remote() for actor in self._actors])
         with activity("connecting the processes"):
-            one_node = len({host.node_id for host in self.hosts}) == 1
-            port = waiting.get([self._actors[0].free_port.remote()])[0]
+            one_node = len(set(self._nodes)) == 1
             master = "127.0.0.1" if one_node else self.hosts[0].address
             timeout_s = self.spec.collective_timeout_s
-            waiting.get([actor.join.remote(master, port, timeout_s) for actor in self._actors])
+            (port,) = self._starting("join", [self._actors[0].open_store.remote(master, timeout_s)])
+            joining = [actor.join.remote(master, port, timeout_s) for actor in self._actors]
+            self._starting("join", joining)
+
+    def _starting(self, method: str, replies: Sequence[Any]) -> list[Any]:
+        """The values of calls that belong to the start, which has a deadline of its own."""
+        self._watch(
+            "host", method, replies, timeout_s=self.spec.start_timeout_s, answers_reply=False
+        )
+        return waiting.get(replies)
 
     def _reserve(self) -> list[str]:
         """Reserves the devices; returns the node of every rank, neighbours in rank order on one
@@ -340,6 +373,7 @@ class RayPool(ResourcePool):
         # torch's native code warns of what nobody can change (a binding to NUMA nodes, once per
         # process).
         env["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
+        env[TOKEN] = self._token
         env |= {**(KEEP_FREED_MEMORY if self.spec.device == "cpu" else {}), **dict(self.spec.env)}
         roles = "+".join(self.spec.roles)
         options: dict[str, Any] = {
@@ -356,6 +390,7 @@ class RayPool(ResourcePool):
 
     def create(self, role: str, worker_class: type[Worker], config: Any) -> None:
         self._check_usable()
+        self._roles[role] = (worker_class, config)
         replies = [actor.create.remote(role, worker_class, config) for actor in self._actors]
         self._watch(role, "__init__", replies)
         self.read_replies(replies)
@@ -381,7 +416,10 @@ class RayPool(ResourcePool):
                 sent = (of_rank,)
             refs = start.remote(*sent)
             calls.append((refs[0], list(refs[1:])) if num_columns else (refs, []))
-        self._watch(role, method, [reply for reply, _ in calls])
+        inputs: list[Any] = []
+        for batch in chain.from_iterable(of_rank.batches() for of_rank in arguments):
+            inputs += batch.refs()
+        self._watch(role, method, [reply for reply, _ in calls], tuple(dict.fromkeys(inputs)))
         return calls
 
     def _callers(self, name: str, num_columns: int) -> list[Any]:
@@ -393,7 +431,16 @@ class RayPool(ResourcePool):
             ]
         return self._kept_callers[name, num_columns]
 
-    def _watch(self, role: str, method: str, replies: Sequence[Any]) -> None:
+    def _watch(
+        self,
+        role: str,
+        method: str,
+        replies: Sequence[Any],
+        inputs: tuple[Any, ...] = (),
+        *,
+        timeout_s: float | None = None,
+        answers_reply: bool = True,
+    ) -> None:
         CALLS.add(
             Pending(
                 role=role,
@@ -404,7 +451,9 @@ class RayPool(ResourcePool):
                 kill=self.kill,
                 describe_host=self.describe_host,
                 activity=self.activity,
-                timeout_s=self.spec.call_timeout_s,
+                timeout_s=timeout_s or self.spec.call_timeout_s,
+                inputs=inputs,
+                answers_reply=answers_reply,
             )
         )
 
@@ -418,6 +467,8 @@ class RayPool(ResourcePool):
         return self.hosts[rank].node_id
 
     def describe_host(self, rank: int) -> str:
+        if rank >= len(self.hosts):
+            return f"starting on node {self._nodes[rank]}"
         return f"pid {self.hosts[rank].pid} on {self.hosts[rank].address}"
 
     def activity(self) -> str:
@@ -445,10 +496,16 @@ class RayPool(ResourcePool):
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         answers = {}
-        for host in self.hosts:
-            strategy = NodeAffinitySchedulingStrategy(host.node_id, soft=False)
-            task = ray.remote(read_stacks).options(num_cpus=0, scheduling_strategy=strategy)
-            answers[host.rank] = task.remote(host.pid, host.stack_file)
+        for rank, node in enumerate(self._nodes):
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+            options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": strategy}
+            if rank < len(self.hosts):
+                host = self.hosts[rank]
+                task = ray.remote(read_stacks).options(**options)
+                answers[rank] = task.remote(host.pid, host.stack_file)
+            else:  # it has not said which process it is
+                sample = ray.remote(sample_stacks).options(**options)
+                answers[rank] = sample.remote(self._token, rank)
         done, _ = ray.wait(list(answers.values()), num_returns=len(answers), timeout=30)
         stacks = dict.fromkeys(answers, "(its node did not answer within 30 s)")
         for rank, answer in answers.items():
@@ -477,6 +534,23 @@ class RayPool(ResourcePool):
         self.broken = self.broken or "closed"
         self._end_processes()
 
+    def restart(self) -> None:
+        self.broken = self.broken or "it is being restarted"
+        self._end_processes()
+        with activity(f"ending the processes of pool {self.name}"):
+            self._bury()
+        self.broken = ""
+        try:
+            with activity(f"pool {self.name}"):
+                self._start()
+            for role, (worker_class, config) in self._roles.items():
+                with activity(f"building {role}", detail=self.activity):
+                    self.create(role, worker_class, config)
+        except BaseException:
+            self.broken = self.broken or "its restart failed"
+            self._end_processes()
+            raise
+
     def _end_processes(self) -> None:
         import ray
 
@@ -493,3 +567,24 @@ class RayPool(ResourcePool):
         for host in self.hosts:
             Path(host.stack_file).unlink(missing_ok=True)
             Path(host.activity_file).unlink(missing_ok=True)
+
+    def _bury(self) -> None:
+        """Ends what the processes leave behind on nodes that are still there: a stopped process
+        ignores Ray's kill, children outlive their parent, and device memory comes back late."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        answers = []
+        for node in sorted(set(self._nodes) & alive):
+            strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+            task = ray.remote(end_processes).options(num_cpus=0, scheduling_strategy=strategy)
+            answers.append(task.remote(self._token, self.spec.device, self.spec.bury_s))
+        done, late = ray.wait(answers, num_returns=len(answers), timeout=2 * self.spec.bury_s)
+        left = list(chain.from_iterable(ray.get(done)))
+        if left or late:
+            raise RuntimeError(
+                f"pool {self.name!r}: its processes could not be ended: "
+                f"{'; '.join(left) or 'a node does not answer'}"
+            )
+        self.hosts = []

@@ -14,9 +14,11 @@ import torch
 
 from hybridflow.batch import Batch
 from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
+from hybridflow.failures import describe, failed_pools
 from hybridflow.group import each, spawn, start
 from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
 from hybridflow.protocols import Arguments, Distribution, Protocol, Split
+from hybridflow.recovery.events import Kind
 from hybridflow.waiting import CALLS
 from hybridflow.worker import remote
 from tests.runtime.workers import Echo, numbers
@@ -179,6 +181,37 @@ def test_a_stuck_collective_ends_in_a_report_with_stacks() -> None:
         assert "in hang" in report, "rank 1's stack shows where it sleeps"
         pids = [host.pid for host in pool.hosts]  # type: ignore[attr-defined]
     assert_gone(pids)
+
+
+def test_a_stopped_rank_is_named_while_another_pool_works_and_both_go_on() -> None:
+    """R5, R6: the other pool finishes calls all the time, and its last one after the failure."""
+    spec = PoolSpec(
+        name="halting",
+        num_devices=2,
+        threads_per_device=1,
+        collective_timeout_s=2.0,
+        call_timeout_s=30.0,
+    )
+    with RayPool(spec) as pool, RayPool(PoolSpec(name="busy", threads_per_device=1)) as other:
+        echo = spawn(Echo, pool, {}, role="actor")
+        busy = spawn(Echo, other, {}, role="critic")
+        for _ in range(12):
+            start(busy.sleep, 1.0)
+        with pytest.raises(WorkerStuck) as caught:
+            echo.stop(1)
+        (place,) = caught.value.places
+        assert (place.pool, place.role, place.rank, place.method) == ("halting", "actor", 1, "stop")
+        failure, evidence = describe(caught.value, step=3)
+        assert (failure.kind, failure.rank) == (Kind.hung, 1) and "rank 1" in evidence
+        assert failed_pools(caught.value) == {"halting"}
+        CALLS.quiesce(60.0)
+        assert pool.broken and not other.broken
+        pids = {host.pid for host in pool.hosts}
+        pool.restart()
+        assert not pids & {host.pid for host in pool.hosts}
+        assert_gone(list(pids), within_s=0.1)
+        assert [rank for _, rank, _ in each(echo.whoami)] == [0, 1]
+        assert len(each(busy.whoami)) == 1
 
 
 def test_pools_overlap() -> None:

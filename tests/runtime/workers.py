@@ -120,6 +120,13 @@ class Echo(Worker):
             time.sleep(0.5)
 
     @remote(ONE_TO_ALL)
+    def stop(self, rank: int) -> None:
+        """Stops the process of one rank as a debugger does; the others wait for it."""
+        if self.context.rank == rank:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        dist.barrier()
+
+    @remote(ONE_TO_ALL)
     def sleep(self, seconds: float) -> float:
         time.sleep(seconds)
         return time.time()
