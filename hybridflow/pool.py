@@ -21,6 +21,7 @@ from hybridflow import progress, waiting
 from hybridflow.batch import Batch
 from hybridflow.burial import TOKEN, end_processes, sample_stacks
 from hybridflow.context import RankContext
+from hybridflow.devices import HIDDEN
 from hybridflow.host import Host, HostInfo, read_stacks
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
@@ -32,6 +33,9 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 <<
 """glibc's allocator in CPU hosts: a freed tensor's memory stays in the process for the next
 one. By default every tensor over 32 MiB is mapped anew and its pages are cleared by the kernel,
 which doubles the time of elementwise operations."""
+
+DEVICE_ENVIRONMENT: dict[str, dict[str, str]] = {"cpu": KEEP_FREED_MEMORY | HIDDEN, "cuda": {}}
+"""Environment of a pool's processes by their kind of device."""
 
 REMOTE_LOOK_S = 10.0
 REMOTE_TIMEOUT_S = 5.0
@@ -351,10 +355,9 @@ class RayPool(ResourcePool):
                     pool=self.name,
                     rank=rank,
                     world_size=self.size,
-                    # Ray shows each host its own GPU only, as device 0; CPU hosts are told apart by
-                    # their place on the node.
-                    local_rank=0 if self.spec.device == "cuda" else nodes[:rank].count(node),
-                    device="cuda:0" if self.spec.device == "cuda" else "cpu",
+                    # Hosts with a GPU replace both by CUDA's index of theirs (devices.py).
+                    local_rank=nodes[:rank].count(node),
+                    device=self.spec.device,
                     node=alive[node]["NodeManagerAddress"],
                     num_threads=self.spec.threads_per_device or max(1, cores // on_node),
                     in_ray=True,
@@ -374,7 +377,7 @@ class RayPool(ResourcePool):
         # process).
         env["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
         env[TOKEN] = self._token
-        env |= {**(KEEP_FREED_MEMORY if self.spec.device == "cpu" else {}), **dict(self.spec.env)}
+        env |= DEVICE_ENVIRONMENT[self.spec.device] | dict(self.spec.env)
         roles = "+".join(self.spec.roles)
         options: dict[str, Any] = {
             "num_cpus": self.spec.cpus_per_device,

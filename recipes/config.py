@@ -20,6 +20,7 @@ from hybridflow.recovery.config import RecoveryConfig
 from recipes.mapper_config import MapperConfig
 from recipes.path_settings import PathFields, expand_paths
 from workers.config import ModelConfig
+from workers.generation.vllm.build import installed_kind
 from workers.role_config import (
     ActorConfig,
     CriticConfig,
@@ -47,6 +48,11 @@ class Runtime(StrEnum):
 class Device(StrEnum):
     cpu = "cpu"
     cuda = "cuda"
+
+
+def default_device() -> Device:
+    """The kind of device that the installed vLLM computes on; cpu without it."""
+    return Device.cuda if installed_kind() == "cuda" else Device.cpu
 
 
 class PlacementMode(StrEnum):
@@ -96,8 +102,9 @@ class RunConfig:
 
     runtime: Runtime = Runtime.ray
     placement: PlacementMode = PlacementMode.colocated
-    device: Device = Device.cpu
-    """Whether a device is a GPU or a process on CPU."""
+    device: Device = field(default_factory=default_device)
+    """Whether a device is a GPU or a process on CPU; cuda is the default where vLLM is installed
+    for GPUs."""
     num_devices: int = 1
     """Devices of the run with placement colocated or auto."""
     pools: dict[str, PoolConfig] = field(default_factory=dict)

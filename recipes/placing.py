@@ -105,7 +105,11 @@ def check_layouts(placement: Placement) -> None:
         layouts = placement.layouts(role)
         if "generation" not in layouts:
             continue
-        if generation_engine_class(role.config.generation.engine).shares_process:
+        engine = generation_engine_class(role.config.generation.engine)
+        if placement.config.device is Device.cpu:
+            # A run on GPUs can be planned on a machine without one: session.py checks those.
+            engine.check_device(Device.cpu.value)
+        if engine.shares_process:
             engines.setdefault(role.pool, {})[role.name] = layouts["generation"]
             shares.setdefault(role.pool, {})[role.name] = role.config.generation.gpu_memory_fraction
     for pool, of_roles in engines.items():

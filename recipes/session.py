@@ -44,6 +44,7 @@ from recipes.placing import Placement, placeholder_roles
 from recipes.preparation import Preparation
 from recipes.roles import GENERATION, with_named_functions
 from recipes.same_run import checkpoint_store, run_settings
+from workers.generation import generation_engine_class
 from workers.machine import MachineWorker
 from workers.precision import native_precision
 from workers.roles import (
@@ -311,6 +312,9 @@ def spawn_roles(placement: Placement, pools: Mapping[str, ResourcePool]) -> dict
 def connect_cluster(placement: Placement) -> AbstractContextManager[ClusterInfo | None]:
     """Ray with enough slots for all pools; nothing with runtime=local."""
     config, devices = placement.config, placement.num_devices
+    for role in placement.roles:
+        if "generation" in placement.layouts(role):
+            generation_engine_class(role.config.generation.engine).check_device(config.device.value)
     if config.runtime is Runtime.local:
         if config.device is Device.cuda and not torch.cuda.is_available():
             raise ValueError(

@@ -23,7 +23,7 @@ from hybridflow.checkpoint import CheckpointStore
 from hybridflow.metrics import Curve, draw_curves
 from recipes.main import check_names, plain_errors
 from recipes.quickstart.prepare import Prepared, prepare
-from recipes.quickstart.settings import SETTINGS
+from recipes.quickstart.settings import SETTINGS, devices
 
 
 def main() -> None:
@@ -75,6 +75,7 @@ def recipe_command(
         f"data.train={prepared.train_path}",
         f"data.validation={prepared.test_path}",
         f"output_dir={output}",
+        devices(),
         *SETTINGS[recipe],
         *overrides,
     ]

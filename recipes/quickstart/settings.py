@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from cluster.nodes import gpus
+from recipes.config import Device, default_device
 from recipes.quickstart.task import MAX_RESPONSE_TOKENS
+
+MOST_DEVICES = 2
+
+
+def devices() -> str:
+    """The setting num_devices: both processes of a machine of two cores; on GPUs (the default where
+    vLLM is installed for them) as many as there are, at most two."""
+    count = MOST_DEVICES
+    if default_device() is Device.cuda:
+        count = max(1, min(count, len(gpus())))
+    return f"num_devices={count}"
+
 
 COMMON = [
     "reward.function=recipes.quickstart.reward:exact_match",
-    "num_devices=2",
     "actor.train.precision=fp32",
     "reference.train.precision=fp32",
     "actor.generation.precision=fp32",

@@ -27,6 +27,7 @@ from rich.table import Table
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.metrics import Curve, draw_curves, read_jsonl
 from recipes.main import check_names, plain_errors
+from recipes.quickstart.settings import devices
 from recipes.quickstart.task import MAX_RESPONSE_TOKENS
 from recipes.rlhf.data import Prepared, prepare
 
@@ -112,7 +113,7 @@ def stages(data: Prepared, output: Path, overrides: list[str]) -> dict[str, list
         "3. PPO against the learned reward": [
             "-m",
             "recipes.ppo",
-            "num_devices=2",
+            devices(),
             f"model.path={fine_tuned}",
             f"reward.model.path={rewards}",
             "gold.function=recipes.rlhf.rule:score",

@@ -87,6 +87,12 @@ class GenerationEngine(ABC):
         del config
 
     @classmethod
+    def check_device(cls, device: str) -> None:
+        """Refuse before the start a kind of device, "cpu" or "cuda", that the installed library
+        can't compute on: a ValueError with field, value and fix. Nothing by default."""
+        del device
+
+    @classmethod
     def check_model(cls, model: PretrainedConfig, config: GenerationConfig) -> None:
         """Refuse before the start a model that the engine can't run, or not in this layout: a
         ValueError with field, value and fix. Nothing by default."""

@@ -27,6 +27,8 @@ class VllmShards(WeightDestination):
         return self.weights.destinations()
 
     def share(self, sources: Sequence[LocalParameter]) -> None:
+        if self.engine.has_graphs:
+            return  # they compute with the memory that the weights had when they were captured
         self.weights.share(sources)
 
     def commit(self, version: int) -> None:

@@ -36,6 +36,7 @@ from workers.generation.sampling import (
     most_tokens,
     stop_token_ids,
 )
+from workers.generation.vllm.build import check_build
 from workers.generation.vllm.destination import VllmShards
 from workers.generation.vllm.groups import build_vllm_groups
 from workers.generation.vllm.limits import check_fits, check_known, check_meta
@@ -47,7 +48,12 @@ from workers.generation.vllm.memory import (
     reload_weights,
 )
 from workers.generation.vllm.own_classes import own_classes
-from workers.generation.vllm.setup import build_llm, preserve_process_state
+from workers.generation.vllm.setup import (
+    build_llm,
+    preserve_process_state,
+    sums_through_peers,
+    vllm_environment,
+)
 from workers.precision import with_native_precision
 
 if TYPE_CHECKING:
@@ -65,6 +71,12 @@ class VllmEngine(GenerationEngine):
     shares_process: ClassVar[bool] = True
     llm: LLM
     """vLLM's own object, for what replaces the weights by other means."""
+    has_graphs: bool
+    """It computes with CUDA graphs, which hold the addresses of the weights."""
+
+    @classmethod
+    def check_device(cls, device: str) -> None:
+        check_build(device)
 
     @classmethod
     def check_model(cls, model: PretrainedConfig, config: GenerationConfig) -> None:
@@ -89,6 +101,7 @@ class VllmEngine(GenerationEngine):
         load_weights=False leaves the weights random, for an actor that pushes its own before the
         first generation.
         """
+        check_build(context.device)
         if context.world_size % (config.tp * config.pp):
             raise ValueError(
                 f"generation.tp={config.tp}, pp={config.pp}: tp * pp must divide the pool's "
@@ -105,17 +118,26 @@ class VllmEngine(GenerationEngine):
         self._tied: bool = text_config.tie_word_embeddings
         self._has_tokenizer = bool(config.sampling.stop_strings)
         self._has_weights = True
-        with activity("building vLLM"), preserve_process_state(context, verbose=config.verbose):
+        fast_sum = sums_through_peers(context, config.tp)
+        environment = vllm_environment(context, config, fast_sum=fast_sum)
+        with activity("building vLLM"), preserve_process_state(context, environment):
             from vllm.distributed.parallel_state import model_parallel_is_initialized
 
             from workers.generation.vllm.sampler import TrainerSampler
 
             self._owns_groups = not model_parallel_is_initialized()
             if layout is not None and self._owns_groups:
-                build_vllm_groups(replicas_of(layout))
+                build_vllm_groups(replicas_of(layout), fast_sum=fast_sum)
             built: list[nn.Module] = []
             with own_classes(built):
-                self.llm = build_llm(model, config, text_config, load_weights=load_weights)
+                self.llm = build_llm(
+                    model,
+                    config,
+                    text_config,
+                    load_weights=load_weights,
+                    cuda=context.device.startswith("cuda"),
+                    fast_sum=fast_sum,
+                )
                 built.append(model_runner(self.llm).get_model())
             # vLLM's own finalizer would destroy torch.distributed's world, which is the pool's.
             self.llm.llm_engine.engine_core._finalizer.detach()
@@ -123,8 +145,9 @@ class VllmEngine(GenerationEngine):
             model_runner(self.llm).sampler = self._sampler
         self._max_model_len: int = self.llm.model_config.max_model_len
         self._memory: EngineMemory = (
-            CudaMemory(self.llm) if torch.cuda.is_available() else CpuMemory(self.llm)
+            CudaMemory(self.llm) if context.device.startswith("cuda") else CpuMemory(self.llm)
         )
+        self.has_graphs = context.device.startswith("cuda") and not config.enforce_eager
         self._check_groups(context.rank)
         prepare_pipeline(self.llm)
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch.distributed as dist
 
 
-def build_vllm_groups(replicas: Sequence[Sequence[Sequence[int]]]) -> None:
+def build_vllm_groups(
+    replicas: Sequence[Sequence[Sequence[int]]], *, fast_sum: bool = False
+) -> None:
     """Create vLLM's groups in this process; call it on every rank of the default group, before
     vllm.LLM. Collective.
 
@@ -25,7 +27,8 @@ def build_vllm_groups(replicas: Sequence[Sequence[Sequence[int]]]) -> None:
     their tensor coordinate: build_vllm_groups([[[0, 2]], [[1, 3]]]) is two replicas with tp=2,
     pp=1. All replicas have equal sizes. Worth calling for consecutive ranks too: vLLM's own CPU
     groups name their shared memory alike in every pool of a machine. The groups stay until
-    vllm.distributed.parallel_state.destroy_model_parallel().
+    vllm.distributed.parallel_state.destroy_model_parallel(). `fast_sum`: whether vLLM may sum tensor
+    parts by reading other GPUs' memory (setup.sums_through_peers).
     """
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -54,6 +57,8 @@ def build_vllm_groups(replicas: Sequence[Sequence[Sequence[int]]]) -> None:
     name = [secrets.token_hex(8)]
     dist.broadcast_object_list(name)
     os.environ["VLLM_DIST_IDENT"] = name[0]
+    # vllm.LLM has an argument for it, which it reads after the groups are there.
+    parallel_state.set_custom_all_reduce(fast_sum)
     with set_current_vllm_config(VllmConfig()):
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         parallel_state.init_distributed_environment(

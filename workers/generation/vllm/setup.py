@@ -42,12 +42,13 @@ def build_llm(
     text_config: PretrainedConfig,
     *,
     load_weights: bool,
+    cuda: bool = False,
+    fast_sum: bool = False,
 ) -> LLM:
     """vLLM's engine in this process, on torch.distributed's world; its parallel groups may
-    exist already."""
+    exist already. `fast_sum`: as in build_vllm_groups."""
     from vllm import LLM
 
-    cuda = torch.cuda.is_available()
     return LLM(
         model.path,
         revision=model.revision,
@@ -71,27 +72,56 @@ def build_llm(
         enable_prefix_caching=config.prefix_caching,
         enforce_eager=config.enforce_eager,
         enable_sleep_mode=cuda and config.release_during_training,
+        disable_custom_all_reduce=not fast_sum,
+        # FlashInfer's kernels, the first choice on Blackwell, reorder the experts' weights after
+        # loading: a sync would write into the wrong order.
+        moe_backend="triton" if cuda else "auto",
         async_scheduling=False,  # TrainerSampler counts the tokens that a row has
         seed=0,
     )
 
 
+def sums_through_peers(context: RankContext, tp: int) -> bool:
+    """Whether vLLM may sum tensor parts by kernels that read other GPUs' memory: it numbers the GPUs
+    of a group from 0, so that this process must see that many (RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_
+    DEVICES=1); by default it sees its own. NCCL sums otherwise."""
+    return context.device.startswith("cuda") and 1 < tp <= torch.cuda.device_count()
+
+
+def vllm_environment(
+    context: RankContext, config: GenerationConfig, *, fast_sum: bool
+) -> dict[str, str]:
+    """The environment that the engine computes under, from before vLLM is imported."""
+    environment = {"VLLM_LOGGING_LEVEL": "INFO" if config.verbose else "ERROR"}
+    environment = {**environment, **dict(os.environ), **ENVIRONMENT}
+    if not context.device.startswith("cuda"):
+        return environment
+    if not fast_sum:
+        # Both number GPUs as the kernels of sums_through_peers do.
+        environment |= {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
+    if config.precision is Precision.fp32:
+        # vLLM's attention in float32 is Triton's, whose products are TF32 by default: three digits.
+        # Kernels are compiled at their first use, with what is set then.
+        environment["TRITON_F32_DEFAULT"] = "ieee"
+    return environment
+
+
 @contextmanager
-def preserve_process_state(context: RankContext, *, verbose: bool) -> Iterator[None]:
+def preserve_process_state(context: RankContext, environment: dict[str, str]) -> Iterator[None]:
     """Let vLLM start without keeping what it changes in the process that it runs in.
 
     It seeds every global random generator, replaces torch.set_num_threads by a no-op (CPU) and
     edits the environment that later child processes would inherit (LD_PRELOAD among it). It binds
-    no thread to a core when it runs in the calling process.
+    no thread to a core when it runs in the calling process. `environment`: what stays in place of
+    the present one (vllm_environment).
     """
     assert dist.is_initialized(), (
         "the pool's torch.distributed world must exist before a generation engine"
     )
-    os.environ.update(ENVIRONMENT)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")
+    verbose = environment["VLLM_LOGGING_LEVEL"].upper() != "ERROR"
+    os.environ.update(environment)
     # vLLM writes lines before it reads that variable.
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())
-    environment = dict(os.environ)
     os.environ.update(
         RANK=str(context.rank),
         WORLD_SIZE=str(context.world_size),
@@ -99,7 +129,10 @@ def preserve_process_state(context: RankContext, *, verbose: bool) -> Iterator[N
     )
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_bytes
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
+    matmul_precision = torch.get_float32_matmul_precision()
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    cuda = context.device.startswith("cuda")
+    stream = torch.cuda.current_stream(context.device) if cuda else None
     # vLLM collects garbage five times while it starts: over everything imported that takes two
     # seconds.
     gc.freeze()
@@ -114,5 +147,11 @@ def preserve_process_state(context: RankContext, *, verbose: bool) -> Iterator[N
         np.random.set_state(numpy_state)
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(num_threads)
+        torch.set_float32_matmul_precision(matmul_precision)
+        if stream is not None:
+            # vLLM makes a stream of its own the current one, for good; DeepSpeed works on the default
+            # stream and would not wait for it. vLLM takes notice of this call.
+            torch.cuda.synchronize(context.device)
+            torch.cuda.set_stream(stream)
         os.environ.clear()
         os.environ.update(environment)

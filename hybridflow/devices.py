@@ -1,0 +1,85 @@
+"""Which GPU and which network interface a host process uses.
+
+By default Ray shows a process its own GPU only, as CUDA's device 0. A cluster whose environment has
+RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES shows every process all GPUs of the node.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import psutil
+
+from hybridflow.context import RankContext
+
+HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
+"""Environment of processes that compute on the CPU: Ray leaves all GPUs visible to an actor or task
+that asks for none."""
+
+
+def with_device(context: RankContext) -> RankContext:
+    """The context of this host process with the index of the GPU that Ray reserved for it; that of
+    a CPU host unchanged."""
+    if not context.device.startswith("cuda") or not context.in_ray:
+        return context
+    import ray
+
+    reserved = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    index = device_index(reserved, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return replace(context, device=f"cuda:{index}", local_rank=index)
+
+
+def device_index(reserved: Sequence[str], visible: str | None) -> int:
+    """CUDA's number of the one reserved GPU among the visible ones: device_index(["3"], "2,3") is 1.
+
+    `visible`: CUDA_VISIBLE_DEVICES, None where it is not set. RuntimeError where the process does
+    not have exactly one GPU, or does not see it.
+    """
+    if len(reserved) != 1:
+        raise RuntimeError(
+            f"Ray reserved GPUs {list(reserved)} for a host, not one; ask for whole GPUs "
+            "(num_gpus=1)"
+        )
+    if visible is None:
+        return int(reserved[0])
+    names = [name.strip() for name in visible.split(",")]
+    if reserved[0] not in names:
+        raise RuntimeError(
+            f"Ray reserved GPU {reserved[0]}, but CUDA_VISIBLE_DEVICES={visible!r} does not show "
+            "it; leave that variable to Ray, or set it before `ray start`"
+        )
+    return names.index(reserved[0])
+
+
+def choose_interfaces(context: RankContext, *, one_machine: bool) -> None:
+    """Have gloo and NCCL connect over the interface that holds the node's address in the cluster,
+    unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME are set.
+
+    Gloo would bind to what the machine's own name resolves to: 127.0.1.1 on Debian and Ubuntu.
+    """
+    interface = interface_of(context.node)
+    if one_machine:
+        # The whole pool is on one machine: nothing listens on another interface.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    elif interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if interface and interface != "lo" and context.device.startswith("cuda"):
+        # "=": exactly this name, not one that begins with it. A group may span other pools'
+        # machines.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+
+
+def interface_of(address: str) -> str:
+    """Name of this machine's network interface with the IP address; "" where none has it."""
+    addresses: dict[str, Any] = psutil.net_if_addrs()
+    for name, entries in addresses.items():
+        for entry in entries:
+            if entry.family in (socket.AF_INET, socket.AF_INET6) and (
+                entry.address.partition("%")[0] == address
+            ):
+                return name
+    return ""
