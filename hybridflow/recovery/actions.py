@@ -54,7 +54,8 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """Logs everything up to this step: ledger, metrics, samples. Checks the fence first."""
+    """Logs what is not logged yet up to this step: ledger, metrics, samples. Checks the fence
+    first."""
 
     step: int
 
@@ -77,8 +78,8 @@ class Flush:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Commit:
-    """Makes a flushed step durable: synced manifest, rename, synced directory. Checks the fence
-    first."""
+    """Makes a flushed step durable: ledger and metrics synced, manifest synced, rename, directory
+    synced. Checks the fence first."""
 
     step: int
     number: int
@@ -147,7 +148,9 @@ class Reconnect:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewind:
     """Sets data, streams, algorithm, ledger, and trackers to the restored commit: what is later is
-    cut, a line of it that is missing is written. -1: to the start. Checks the fence first."""
+    cut, a line of it that is missing is written. -1: to the start. Checks the fence first; puts
+    new files in the place of the old ones, so that an attempt that passed its own check a moment
+    ago writes into files that nobody reads."""
 
     step: int
 

@@ -117,6 +117,8 @@ class FlushFailed:
     step: int
     number: int
     cause: str = ""
+    lost: bool = False
+    """Its files in memory are gone or damaged: the disk is not to blame."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

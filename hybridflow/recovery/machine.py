@@ -143,15 +143,16 @@ def decide(state: State, event: Event, now: float) -> Decision:
             return _staged(state, event, now)
         case on.Quiesced():
             return _rebuild(state, event.silent)
-        case on.Rebuilt():
+        case on.Rebuilt() if state.phase is Phase.rebuilding:
             readable = tuple(step for step in state.staged if step in event.staged)
             return _restore(replace(state, staged=readable, lost=()))
-        case on.TooFewDevices():
+        case on.TooFewDevices() if state.phase is Phase.rebuilding:
             return _stop(state, Exit.other_layout, "too few devices are left for this layout")
         case on.RestoreFailed():
             return _restore_failed(state, event)
         case on.Restored():
             return _restored(state, event, now)
+    return state, ()
 
 
 # A run without failures: step, stage, record, flush while the next step runs.
@@ -183,12 +184,15 @@ def _step_done(state: State, event: on.StepDone, now: float) -> Decision:
     if state.phase is not Phase.stepping or event.step != state.step:
         return state, ()
     state = replace(state, last=event.last)
-    every = state.policy.snapshot_every
-    if _flush_is_due(state, now) or (every and event.step % every == 0):
+    step = event.step
+    actions: tuple[Action, ...] = ()
+    if state.last or _divides(state.policy.export_every, step):
+        actions = (do.Export(step=step),)  # before its commit: a replay exports it again
+    if _flush_is_due(state, now) or _divides(state.policy.snapshot_every, step):
         state = replace(state, phase=Phase.staging)
-        return state, (do.Stage(step=event.step, incarnation=state.incarnation),)
-    state, actions = _run(state, event.step + 1)
-    return state, (do.Record(step=event.step), *actions)
+        return state, (*actions, do.Stage(step=step, incarnation=state.incarnation))
+    state, more = _run(state, step + 1)
+    return state, (*actions, do.Record(step=step), *more)
 
 
 def _staged(state: State, event: on.Staged, now: float) -> Decision:
@@ -208,9 +212,8 @@ def _staged(state: State, event: on.Staged, now: float) -> Decision:
         digests={**state.digests, step: event.digest},
         budget=state.budget.progressed(step),
     )
+    # Nothing that can be answered by Failed stands before Flush: its rest would be dropped.
     actions.append(do.Record(step=step))
-    if state.last or (state.policy.export_every and step % state.policy.export_every == 0):
-        actions.append(do.Export(step=step))
     if _flush_is_due(state, now):
         state, more = _flush(state, now)
         actions.extend(more)
@@ -223,10 +226,14 @@ def _staged(state: State, event: on.Staged, now: float) -> Decision:
 
 
 def _flush_is_due(state: State, now: float) -> bool:
-    every, seconds = state.policy.flush_every, state.policy.flush_seconds
+    seconds = state.policy.flush_seconds
     late = seconds > 0 and now - state.flushed_at >= seconds
     behind = state.disk_failing_since is not None
-    return state.last or late or behind or (every > 0 and state.step % every == 0)
+    return state.last or late or behind or _divides(state.policy.flush_every, state.step)
+
+
+def _divides(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _flush(state: State, now: float) -> Decision:
@@ -256,11 +263,7 @@ def _disk(state: State, event: on.Flushed | on.FlushFailed | on.Committed, now: 
         case on.Flushed():
             return state, (do.Commit(step=event.step, number=event.number),)
         case on.FlushFailed():
-            since = state.disk_failing_since
-            since = now if since is None else since
-            state = replace(state, flush=None, disk_failing_since=since)
-            text = f"step {event.step} could not be written to disk: {event.cause}"
-            return state, (do.Report(text=text),)  # the next Tick or snapshot tries again
+            return _flush_failed(state, event, now)
     durable = (*(step for step in state.durable if step != event.step), event.step)
     state = replace(
         state,
@@ -273,6 +276,22 @@ def _disk(state: State, event: on.Flushed | on.FlushFailed | on.Committed, now: 
     prune = do.Prune(place=Place.disk, protected=(event.step,))  # after the commit, never before
     state, actions = _tick(state, now)
     return state, (prune, *actions)
+
+
+def _flush_failed(state: State, event: on.FlushFailed, now: float) -> Decision:
+    """The next snapshot, or the next Tick while the disk is waited for, tries again."""
+    report = do.Report(text=f"step {event.step} could not be written to disk: {event.cause}")
+    since = state.disk_failing_since
+    if since is None:
+        since = now
+    state = replace(state, flush=None, disk_failing_since=since)
+    if event.lost:
+        staged = tuple(step for step in state.staged if step != event.step)
+        state = replace(state, staged=staged)
+    if state.phase is Phase.finishing and state.step not in state.staged:
+        state = replace(state, phase=Phase.staging)  # the roles still hold it, or are rebuilt
+        return state, (report, do.Stage(step=state.step, incarnation=state.incarnation))
+    return state, (report,)
 
 
 def _tick(state: State, now: float) -> Decision:
@@ -410,8 +429,6 @@ def _restored(state: State, event: on.Restored, now: float) -> Decision:
     if not event.last:
         state, more = _run(state, step + 1)
         return state, (*actions, *more)
-    if step not in state.durable:  # an export comes before the commit of its step
-        actions = (*actions, do.Export(step=step))
     state, more = _tick(replace(state, phase=Phase.finishing), now)
     return state, (*actions, *more)
 

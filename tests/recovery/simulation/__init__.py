@@ -1,0 +1,12 @@
+"""The control plane of recovery, run in virtual time against every kind of fault.
+
+    crash_files.py   files that forget, tear, or flip what was not synced when the power fails
+    cluster.py       nodes, pools, ranks, and the weights, whose every update is a hash of the last
+    controller.py    the driver that carries out the machine's actions, one small wait at a time
+    faults.py        a seed's faults, and the search for the fewest that still break something
+    simulation.py    simulate(seed) -> Outcome, with the rules that no fault may break
+
+Real: hybridflow/recovery (machine, budget) and the commit, pruning and reading of
+hybridflow/checkpoint.py. Modelled: the driver of controllers/recovery.py, the pools, the snapshots
+in memory, and the supervisor.
+"""

@@ -1,0 +1,75 @@
+"""hybridflow.recovery.machine under thousands of faults in virtual time (FAULTS C6, D)."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from tests.recovery.simulation.controller import Bugs
+from tests.recovery.simulation.faults import Fault, What, draw
+from tests.recovery.simulation.simulation import shrunk, simulate
+
+NUM_SEEDS = 1000
+OLD_FAILURES: dict[str, tuple[int, tuple[Fault, ...]]] = {
+    "a rank dies while the last step is exported, before its flush began": (
+        180,
+        (Fault(What.kill_rank, 21.7, 16, 1.0),),
+    ),
+    "the last snapshot is damaged in memory before it is on disk": (
+        187,
+        (Fault(What.flip_in_memory, 34.27, 10, 1.0),),
+    ),
+    "a node takes the last snapshot with it": (55, (Fault(What.lose_node_for_good, 25.97, 39, 1),)),
+    "the power fails after a commit: its ledger lines must be on disk": (
+        41,
+        (Fault(What.power_cut, 29.48, 50, 1.0),),
+    ),
+    "the power fails soon after the first commit": (49, (Fault(What.power_cut, 14.91, 52, 1.0),)),
+}
+"""Faults that broke a rule once."""
+
+
+def test_no_fault_is_no_recovery() -> None:
+    for seed in range(20):
+        outcome = simulate(seed, faults=())
+        assert (outcome.broken, outcome.attempts, len(outcome.restores)) == ((), 1, 1), outcome
+
+
+@pytest.mark.parametrize("what", OLD_FAILURES)
+def test_old_failures(what: str) -> None:
+    seed, faults = OLD_FAILURES[what]
+    outcome = simulate(seed, faults=faults)
+    assert not outcome.broken, outcome
+
+
+def test_a_thousand_seeds() -> None:
+    """Fixed seeds, so that a failure of today is one of tomorrow; benchmarks.simulate takes more
+    and others."""
+    restores = 0
+    for seed in range(NUM_SEEDS):
+        outcome = simulate(seed)
+        if outcome.broken:
+            pytest.fail(str(shrunk(outcome)))
+        restores += len(outcome.restores)
+    assert restores > 1.5 * NUM_SEEDS  # the faults hit something
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Bugs)])
+def test_planted_bugs_are_found(name: str) -> None:
+    """Each mistake breaks a rule within 300 seeds, and with few of the seed's faults."""
+    bugs = Bugs(**{name: True})
+    for seed in range(300):
+        outcome = simulate(seed, bugs=bugs)
+        if outcome.broken:
+            fewest = shrunk(outcome, bugs)
+            assert 0 < len(fewest.faults) <= 3 and fewest.broken, fewest
+            assert not simulate(seed, faults=fewest.faults).broken
+            return
+    pytest.fail(f"{name} was not found")
+
+
+def test_the_same_seed_is_the_same_run() -> None:
+    for seed in range(30):
+        assert simulate(seed) == simulate(seed)
+        assert draw(seed) == draw(seed)
