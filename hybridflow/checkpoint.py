@@ -6,14 +6,17 @@ Uploading is left out, and so is deciding when to save (controllers/loop.py).
 On disk, for a store at outputs/ppo/checkpoints:
 
     step-00000020/                a checkpoint; its manifest.json was written last
-    .saving-step-00000030/        being written, or left by a crash: never read, removed by the next begin
+    .saving-2-step-00000030/      being written by attempt 2, or left by its crash: never read, removed
+                                  by the next begin of this attempt or a later one
     .deleting-step-00000010/      being removed
+    damaged-step-00000040/        a checkpoint that could not be read, set aside
     latest                        name of the newest checkpoint, for people and scripts; not read here
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from hybridflow.disk import DISK, Disk
+from hybridflow.recovery.attempts import Attempt
 
+LOGGER = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-FORMAT = 1
-"""Version of the manifest's fields."""
+FORMAT = 2
+"""Version of the manifest's fields and of the trained roles' files."""
 
 
 class Best(StrEnum):
@@ -70,9 +75,11 @@ class CheckpointStore:
         metric: str = "",
         mode: Best = Best.max,
         disk: Disk = DISK,
+        attempt: Attempt | None = None,
     ) -> None:
         """Keeps the newest `keep_last` and the `keep_best` with the best `metric` of those that
-        have it (finite), by `mode`. disk: how files are synced and removed."""
+        have it (finite), by `mode`. disk: how files are synced and removed. `attempt`: once a newer
+        one exists nothing is written any more (Fenced)."""
         if keep_last < 1:
             raise ValueError(
                 f"checkpoint: keep_last is {keep_last}; keep at least 1, or the newest checkpoint "
@@ -88,28 +95,41 @@ class CheckpointStore:
         self._metric = metric
         self._mode = mode
         self._disk = disk
+        self.attempt = attempt
 
     def begin(self, step: int) -> Path:
-        """An empty directory for the checkpoint of `step`; removes the directories of saves
-        that crashed."""
+        """An empty directory for the checkpoint of `step`; removes what this attempt and earlier
+        ones have left unfinished. One save at a time."""
         if step < 0:
             raise ValueError(f"checkpoint: step is {step}; steps count from 0")
+        self._check_fence()
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in (*self.directory.glob(".saving-*"), *self.directory.glob(".deleting-*")):
-            self._disk.remove(leftover)
+            if _attempt_of(leftover.name) <= self._number:
+                self._disk.remove(leftover)
         directory = self._saving(step)
         directory.mkdir()
         return directory
 
     def commit(
-        self, step: int, metadata: Mapping[str, Any], *, metrics: Mapping[str, float] | None = None
+        self,
+        step: int,
+        metadata: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        sequence: int | None = None,
+        synced: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Checkpoint:
         """Makes the files written since begin(step) the latest checkpoint, atomically; then deletes
         the checkpoints that are not to be kept.
 
-        `metadata` is plain JSON data and comes back equal. Everything is on disk (fsync) before the
-        name appears. Raises a ValueError without begin(step) or for other metadata.
+        `metadata` is plain JSON data and comes back equal. `sequence`: the number of the commit;
+        by default one more than the newest checkpoint's. `synced`: size and digest, as in the
+        manifest, of files that are on disk already; the others are read. Everything is on disk
+        (fsync) before the name appears. Raises a ValueError without begin(step) or for other
+        metadata.
         """
+        self._check_fence()
         saving = self._saving(step)
         if not saving.is_dir():
             raise ValueError(
@@ -122,7 +142,11 @@ class CheckpointStore:
                 directories.append(path)
             elif path.is_file() and path != saving / MANIFEST:
                 names.append(str(path.relative_to(saving)))
-        sequence = max((checkpoint.sequence for checkpoint in self._scan()), default=0) + 1
+        if sequence is None:
+            sequence = max((checkpoint.sequence for checkpoint in self._scan()), default=0) + 1
+        digests = dict(synced or {})
+        names = sorted(set(names) - set(digests))
+        digests |= self._disk.digests(saving, names, sync=True)
         numbers: dict[str, float | str] = {}
         for name, value in (metrics or {}).items():
             # JSON has no infinity.
@@ -132,12 +156,13 @@ class CheckpointStore:
             "step": step,
             "sequence": sequence,
             "metrics": numbers,
-            "files": self._disk.digests(saving, sorted(names), sync=True),
+            "files": dict(sorted(digests.items())),
             "metadata": metadata,
         }
         self._disk.write_synced(saving / MANIFEST, json.dumps(manifest, indent=1))
         for directory in directories:
             self._disk.sync(directory)
+        self._check_fence()
         path = self._free_name(step)
         saving.rename(path)
         self._disk.sync(self.directory)
@@ -205,14 +230,40 @@ class CheckpointStore:
         return [checkpoint for *_, checkpoint in ranked]
 
     def _scan(self) -> list[Checkpoint]:
-        """Every directory with a manifest, oldest first."""
+        """Every directory with a readable manifest, oldest first."""
         checkpoints = []
         for path in self.directory.glob("step-*"):
             try:
                 checkpoints.append(_read(path))
             except FileNotFoundError:
                 continue  # no checkpoint, or the saving process deleted it meanwhile
+            except DamagedManifest as error:
+                LOGGER.warning("%s", error)
         return sorted(checkpoints, key=lambda checkpoint: checkpoint.sequence)
+
+    def set_aside(self, path: Path) -> None:
+        """Renames a checkpoint that could not be read, so that nothing reads it again; people may."""
+        self._check_fence()
+        path.rename(path.with_name(f"damaged-{path.name}"))
+        self._disk.sync(self.directory)
+
+    @property
+    def num_damaged(self) -> int:
+        """Checkpoints that were set aside."""
+        return len(list(self.directory.glob("damaged-*")))
+
+    def unreadable(self) -> list[Path]:
+        """Directories of checkpoints whose manifest is missing or damaged."""
+        readable = {checkpoint.path for checkpoint in self._scan()}
+        return [path for path in self.directory.glob("step-*") if path not in readable]
+
+    def _check_fence(self) -> None:
+        if self.attempt is not None:
+            self.attempt.check()
+
+    @property
+    def _number(self) -> int:
+        return self.attempt.number if self.attempt is not None else 0
 
     def _prune(self) -> None:
         retained = (*self.all()[-self._keep_last :], *self._ranked()[: self._keep_best])
@@ -226,7 +277,7 @@ class CheckpointStore:
                 self._disk.remove(doomed)
 
     def _saving(self, step: int) -> Path:
-        return self.directory / f".saving-step-{step:08d}"
+        return self.directory / f".saving-{self._number}-step-{step:08d}"
 
     def _free_name(self, step: int) -> Path:
         """step-00000020, or step-00000020-2 where the step was saved before, by a run that was
@@ -273,15 +324,28 @@ def load_metadata(path: Path, disk: Disk = DISK) -> dict[str, Any]:
 _FIX = "remove this directory to go on from the checkpoint before it"
 
 
+class DamagedManifest(ValueError):
+    """A manifest that is not what was written."""
+
+
+def _attempt_of(name: str) -> int:
+    """The attempt that a directory .saving-2-step-00000030 belongs to; 0 where it says none."""
+    number = name.removeprefix(".saving-").partition("-")[0]
+    return int(number) if number.isdigit() else 0
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"checkpoint {path}: {MANIFEST} is corrupt ({error}); {_FIX}") from error
-    if manifest["format"] != FORMAT:
+        number = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedManifest(
+            f"checkpoint {path}: {MANIFEST} is corrupt ({error}); {_FIX}"
+        ) from error
+    if number != FORMAT:
         raise ValueError(
-            f"checkpoint {path}: format {manifest['format']}, this version reads {FORMAT}; load "
-            "it with the version that wrote it"
+            f"checkpoint {path}: format {number}, this version reads {FORMAT}; go on with the "
+            "version that wrote it, or start a new run from its huggingface directory"
         )
     return manifest
 

@@ -83,8 +83,8 @@ class ActorWorker(ActorTrainingWorker, Actor):
         metrics = super().update(mini_batches, steps, loss_fn, temperature)
         return metrics | sync_metrics(self.sync) | self.memory_metrics
 
-    def load_checkpoint(self, directory: str) -> None:
-        super().load_checkpoint(directory)
+    def load_checkpoint(self, directory: str, stamp: str | None = None) -> None:
+        super().load_checkpoint(directory, stamp)
         self.sampler.engine.weight_version = -1
 
     def close(self) -> None:

@@ -14,6 +14,8 @@ from hybridflow.batch import Batch
 from hybridflow.dataflow import CallKind
 from hybridflow.protocols import ONE_TO_ALL, THREE_D, THREE_D_ALL_MICRO_DP
 from hybridflow.results import Metrics
+from hybridflow.snapshots.files import Written
+from hybridflow.snapshots.flush import Flushed
 from hybridflow.worker import Worker, remote
 from workers import columns as columns  # declares every column named below
 from workers.generation.config import SamplingConfig
@@ -28,12 +30,44 @@ class TrainedRole(Worker):
     @remote(ONE_TO_ALL)
     @abstractmethod
     def save_checkpoint(self, directory: str) -> None:
-        """Writes everything that training goes on from."""
+        """Writes everything that training goes on from: a file of each rank
+        (hybridflow/snapshots)."""
 
     @remote(ONE_TO_ALL)
     @abstractmethod
-    def load_checkpoint(self, directory: str) -> None:
-        """Reads what save_checkpoint wrote, on this layout or another."""
+    def load_checkpoint(self, directory: str, stamp: str | None = None) -> None:
+        """Reads what save_checkpoint wrote, on this layout or another. The next use of the weights
+        elsewhere (generation) is preceded by a forced sync. `stamp`: of the snapshot that the
+        files must belong to."""
+
+    @remote(ONE_TO_ALL)
+    @abstractmethod
+    def stage_snapshot(self, directory: str, stamp: str, keep: tuple[str, ...]) -> Written:
+        """Writes this rank's file of DIRECTORY/ROLE into the node's memory, over a file of the same
+        rank that is in none of the directories `keep` (hybridflow/snapshots/memory.py). An answer
+        with an error where memory is short."""
+
+    @remote(ONE_TO_ALL)
+    @abstractmethod
+    def flush_snapshot(self, directory: str) -> None:
+        """Begins to copy the file that was staged last to DIRECTORY/ROLE on disk; returns at once.
+        A copy that is under way is given up."""
+
+    @remote(ONE_TO_ALL)
+    @abstractmethod
+    def flush_result(self, wait: bool) -> tuple[Flushed, ...]:
+        """The end of that copy; nothing while it is under way."""
+
+    @remote(ONE_TO_ALL)
+    @abstractmethod
+    def check_snapshot(self, directory: str, stamp: str) -> str:
+        """Why this rank can't load the snapshot; empty where it can. The ranks of a node verify
+        the digests of the node's files together."""
+
+    @remote(ONE_TO_ALL)
+    @abstractmethod
+    def drop_snapshots(self) -> None:
+        """Frees what is staged in memory."""
 
     @remote(ONE_TO_ALL)
     @abstractmethod

@@ -12,6 +12,8 @@ were attested; taking them in and the probe are the generation pool's business.
 
 from __future__ import annotations
 
+from itertools import chain
+
 from hybridflow import spanning
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
@@ -19,6 +21,8 @@ from hybridflow.group import each, start
 from hybridflow.layout import Layout
 from hybridflow.pool import ResourcePool
 from hybridflow.results import Metrics
+from hybridflow.snapshots.files import Written
+from hybridflow.snapshots.flush import Flushed
 from workers.actor import sync_metrics
 from workers.actor_training import ActorTrainingWorker
 from workers.generation.config import SamplingConfig
@@ -198,9 +202,27 @@ class SplitActor(Actor):
     def save_checkpoint(self, directory: str) -> None:
         self._trainer.save_checkpoint(directory)
 
-    def load_checkpoint(self, directory: str) -> None:
+    def load_checkpoint(self, directory: str, stamp: str | None = None) -> None:
         self._changed = True
-        self._trainer.load_checkpoint(directory)
+        self._trainer.load_checkpoint(directory, stamp)
+
+    def stage_snapshot(self, directory: str, stamp: str, keep: tuple[str, ...]) -> Written:
+        """All training ranks' answers in one."""
+        return Written.total(each(self._trainer.stage_snapshot, directory, stamp, keep))
+
+    def flush_snapshot(self, directory: str) -> None:
+        self._trainer.flush_snapshot(directory)
+
+    def flush_result(self, wait: bool) -> tuple[Flushed, ...]:
+        answers = each(self._trainer.flush_result, wait)
+        return tuple(chain.from_iterable(answers)) if all(answers) else ()
+
+    def check_snapshot(self, directory: str, stamp: str) -> str:
+        answers = each(self._trainer.check_snapshot, directory, stamp)
+        return next(filter(None, answers), "")
+
+    def drop_snapshots(self) -> None:
+        self._trainer.drop_snapshots()
 
     def save_pretrained(self, directory: str) -> None:
         self._trainer.save_pretrained(directory)

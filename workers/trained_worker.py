@@ -6,7 +6,6 @@ an update's later epochs depends on it. The losses are left to the roles.
 
 from __future__ import annotations
 
-import json
 import resource
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,10 @@ from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.results import Metrics
 from hybridflow.seeds import combine_seed
+from hybridflow.snapshots.files import Contents, Written, file_name
+from hybridflow.snapshots.flush import Flushed, Flusher
+from hybridflow.snapshots.memory import Stager
+from hybridflow.snapshots.reading import SnapshotFiles
 from workers.engines.base import Head, LossFn
 from workers.mini_batches import MiniBatches, mean_over_steps, train_on
 from workers.model_worker import ModelWorker
@@ -25,8 +28,6 @@ from workers.roles import TrainedRole
 from workers.sequences import Sequences
 from workers.text import end_token_ids, save_endings
 from workers.tokenizer import load_tokenizer
-
-COUNTERS = "counters.json"
 
 
 class TrainedWorker(ModelWorker, TrainedRole):
@@ -44,6 +45,9 @@ class TrainedWorker(ModelWorker, TrainedRole):
         super().__init__(config, context)
         self.num_updates = 0
         """Updates so far, over all runs that the checkpoint comes from."""
+        self._stager, self._flusher = Stager(), Flusher()
+        self._staged: Path | None = None
+        """The file that was staged last."""
 
     @property
     def update_seed(self) -> int:
@@ -77,20 +81,61 @@ class TrainedWorker(ModelWorker, TrainedRole):
         self.num_updates = counters["num_updates"]
 
     def save_checkpoint(self, directory: str) -> None:
-        self.engine.save(Path(directory))
-        if self.context.rank == 0:
-            (Path(directory) / COUNTERS).write_text(json.dumps(self.counters()))
+        self.engine.save(Path(directory), self.counters())
 
-    def load_checkpoint(self, directory: str) -> None:
-        """Raises a ValueError where the checkpoint has no counters."""
-        path = Path(directory) / COUNTERS
-        if not path.exists():
-            raise ValueError(
-                f"{directory} has no {COUNTERS}, so it was written by an earlier version and "
-                "cannot be resumed; start a new run from its weights"
-            )
-        self.engine.load(Path(directory))
-        self.load_counters(json.loads(path.read_text()))
+    def load_checkpoint(self, directory: str, stamp: str | None = None) -> None:
+        self.load_counters(self.engine.load(Path(directory), stamp))
+
+    def stage_snapshot(self, directory: str, stamp: str, keep: tuple[str, ...]) -> Written:
+        engine, rank = self.engine, self.context.rank
+        state = engine.state(moments=engine.num_steps > 0, copies=False)
+        scalars = {"num_steps": engine.num_steps, **self.counters()}
+        contents = Contents(state, scalars, stamp)
+        path = Path(directory) / self._snapshot_name / file_name(rank)
+        kept = list(map(Path, keep))
+        if self._flusher.source is not None and self._flusher.result(wait=False) is None:
+            kept.append(self._flusher.source.parents[1])
+        try:
+            digests = self._stager.stage(path, contents, kept)
+        except OSError as error:
+            return Written.failed(f"{self._snapshot_name} rank {rank}: {error}")
+        self._staged = path
+        names: tuple[str, ...] = ()
+        if rank == 0:
+            names = tuple(parameter.name for parameter in state)
+        return Written(names=names, digests=digests, num_bytes=contents.num_bytes)
+
+    def flush_snapshot(self, directory: str) -> None:
+        assert self._staged is not None, "flush_snapshot before stage_snapshot"
+        target = Path(directory) / self._snapshot_name / self._staged.name
+        self._flusher.start(self._staged, target)
+
+    def flush_result(self, wait: bool) -> tuple[Flushed, ...]:
+        result = self._flusher.result(wait=wait)
+        return () if result is None else (result,)
+
+    def check_snapshot(self, directory: str, stamp: str) -> str:
+        engine, context = self.engine, self.context
+        try:
+            files = SnapshotFiles(Path(directory), stamp)
+            moments = files.scalars["num_steps"] > 0
+            files.check_cover(engine.state(moments=moments, copies=True))
+            for file in files.files:
+                if int(file.path.stem) % context.world_size == context.rank:
+                    file.check()
+        except (OSError, ValueError) as error:
+            return str(error)
+        return ""
+
+    def drop_snapshots(self) -> None:
+        self._flusher.give_up()
+        self._stager.clear()
+        self._staged = None
+
+    @property
+    def _snapshot_name(self) -> str:
+        """The role's name in the run: a pool may hold two roles of one class."""
+        return self.context.role or self.prefix
 
     def save_pretrained(self, directory: str) -> None:
         """Writes weights, tokenizer, chat template and the tokens that end a response as a

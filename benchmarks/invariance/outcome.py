@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.invariance import case
 from benchmarks.invariance.reference import Numbers, Rows
-from workers.engines.shared.checkpoint import load_tensors
+from hybridflow.snapshots.reading import SnapshotFiles
 
 
 def numbers(algorithm: str, directory: Path, output: Path) -> dict[str, Numbers]:
@@ -31,13 +30,13 @@ def numbers(algorithm: str, directory: Path, output: Path) -> dict[str, Numbers]
 
 
 def change(start: Path, checkpoint: Path) -> dict[str, Tensor]:
-    """The change of every parameter, from the files of the run's distributed checkpoint."""
+    """The change of every parameter, from the files of the run's checkpoint."""
     before = load_file(start / "model.safetensors")
-    after = {f"model.{name}": torch.empty_like(value) for name, value in before.items()}
-    load_tensors(after, checkpoint)
-    return {
-        name: after[f"model.{name}"].double() - value.double() for name, value in before.items()
-    }
+    after = SnapshotFiles(checkpoint)
+    changes = {}
+    for name, value in before.items():
+        changes[name] = after.whole(f"model.{name}").double() - value.double()
+    return changes
 
 
 def rollouts(output: Path) -> Rows:

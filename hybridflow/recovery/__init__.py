@@ -4,6 +4,7 @@
     events.py    what happened: a step ended, a rank died, a flush failed, a notice came
     actions.py   what to do: run a step, stage, flush, rebuild, restore, stop
     budget.py    how often a run may start again, inside a controller and under its supervisor
+    attempts.py  who may write: a number for every life of a controller
     machine.py   decide(state, event, now) -> (state, actions): the whole policy on two pages
 
 Carrying actions out is left out (controllers/recovery.py), and so is noticing that something died

@@ -37,7 +37,7 @@ import torch.distributed as dist
 from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
 from workers.engines.base import TrainingEngine
 from workers.engines.model.scored import ScoredModel
-from workers.engines.shared.checkpoint import load_tensors, save_tensors
+from workers.engines.shared.flat_views import named
 from workers.engines.shared.metrics import add_micro_batch, metrics_of_some
 from workers.engines.shared.micro_batches import gather_outputs, run_micro_batch
 from workers.engines.shared.sharded_engine import ShardedEngine
@@ -105,11 +105,18 @@ class WholeEngine(ShardedEngine):
             result.append(LocalParameter(name, box.shape, parameter.dtype, shards))
         return result
 
-    def save(self, directory):
-        save_tensors({name: value.detach() for name, value in self.parameters.items()}, directory)
+    @property
+    def num_steps(self):
+        return 0  # AdamW's moments are left out of snapshots
 
-    def load(self, directory):
-        load_tensors({name: value.detach() for name, value in self.parameters.items()}, directory)
+    def state(self, *, moments, copies):
+        parameters = named("model", self.local_parameters())
+        if copies or self.context.rank == 0:
+            return parameters
+        return [replace(parameter, shards=()) for parameter in parameters]
+
+    def restored(self, num_steps):
+        pass
 
     def _master_parameters(self):
         return self.local_parameters()

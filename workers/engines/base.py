@@ -9,7 +9,7 @@ different sizes, possibly empty.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -167,14 +167,32 @@ class TrainingEngine(ABC):
         """The rank's shards of every logical parameter of the model (all names on every rank,
         in the same order)."""
 
+    @property
     @abstractmethod
-    def save(self, directory: Path) -> None:
-        """Weights, optimizer and schedule into `directory` (torch.distributed.checkpoint);
-        collective. Loadable on any layout."""
+    def num_steps(self) -> int:
+        """Optimizer steps taken: where the learning-rate schedule stands."""
 
     @abstractmethod
-    def load(self, directory: Path) -> None:
-        """The inverse of save; on the same layout training goes on bit for bit."""
+    def state(self, *, moments: bool, copies: bool) -> list[LocalParameter]:
+        """The float32 weights of every logical parameter as model.NAME and, with `moments`, AdamW's
+        as exp_avg.NAME and exp_avg_sq.NAME: all names on every rank, in the same order, with views
+        of this rank's memory. copies=False leaves out the elements that an earlier rank has too, so
+        that the ranks' shards cover everything once. No collective."""
+
+    @abstractmethod
+    def restored(self, num_steps: int) -> None:
+        """Called after what `state` showed was overwritten by that of step `num_steps`; collective."""
+
+    @abstractmethod
+    def save(self, directory: Path, scalars: Mapping[str, int] | None = None) -> None:
+        """Weights, moments, schedule and `scalars` as this rank's file in `directory`
+        (hybridflow/snapshots). No collective."""
+
+    @abstractmethod
+    def load(self, directory: Path, stamp: str | None = None) -> dict[str, int]:
+        """The inverse of save, on this layout or another; returns the scalars, num_steps among
+        them. On the same layout training goes on bit for bit. `stamp`: see SnapshotFiles. A
+        ValueError on every rank where one can't read what it needs. Collective."""
 
     @abstractmethod
     def save_pretrained(self, directory: Path) -> None:

@@ -2,7 +2,6 @@
 
 setup.py       the import, the settings, a model that DeepSpeed takes over
 partitions.py  which elements of which parameter a rank owns, whatever the stage
-checkpoint.py  checkpoints that load on any number of ranks, and on the other engines
 
 DeepSpeed shards, gathers, reduces and steps; what engines share is not left to it: micro-batches,
 sums in place of means, clipping by a norm that is added up in float64, the schedule. Left out:
@@ -14,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain
-from pathlib import Path
+from itertools import chain, starmap
 from typing import ClassVar
 
 import torch
@@ -24,17 +22,17 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from hybridflow.mapping.question.space import SearchSpace
-from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
+from hybridflow.resharding.shards import Box, LocalParameter, LocalShard, all_parameters
 from workers.config import TrainConfig
 from workers.engines.base import Head, LossFn, Outputs
-from workers.engines.deepspeed.checkpoint import load_state, master_parameters, save_state
 from workers.engines.deepspeed.partitions import Partitions, partitions, shard_range
 from workers.engines.deepspeed.setup import ZeroModel
 from workers.engines.model.loading import ModelSource
-from workers.engines.shared.box_tensor import flat_views
+from workers.engines.shared.flat_views import flat_views, named
 from workers.engines.shared.metrics import add_micro_batch, metrics_of_group
 from workers.engines.shared.micro_batches import MicroBatch, gather_outputs, run_micro_batch
 from workers.engines.shared.optimizer import (
+    MODEL,
     MOMENTS,
     clip,
     learning_rate,
@@ -131,13 +129,25 @@ class DeepspeedEngine(ShardedEngine):
             result.append(LocalParameter(name, shape, self._zero.dtype, shards))
         return result
 
-    def save(self, directory: Path) -> None:
-        with self._state_on_device():
-            save_state(self._owned, self._zero.shapes, self._num_steps, directory)
+    @property
+    def num_steps(self) -> int:
+        return self._num_steps
 
-    def load(self, directory: Path) -> None:
-        with self._state_on_device():
-            self._num_steps = load_state(self._owned, self._zero.shapes, directory)
+    def state(self, *, moments: bool, copies: bool) -> list[LocalParameter]:
+        """Every element is one rank's, so there are no copies."""
+        result = named(MODEL, self._master_parameters())
+        if moments:
+            states = self._owned.states()
+            for moment in MOMENTS:
+                flats = [state[moment] for state in states]
+                result += named(moment, self._in_boxes(flats))
+        return result
+
+    def restored(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        for state in self._owned.states():
+            state["step"].fill_(float(num_steps))
+        self._owned.publish()
 
     @property
     def _owned(self) -> Partitions:
@@ -218,7 +228,17 @@ class DeepspeedEngine(ShardedEngine):
         self._zero.originals.clear()
 
     def _master_parameters(self) -> list[LocalParameter]:
-        return master_parameters(self._owned, self._zero.shapes)
+        return self._in_boxes([master.detach() for master in self._owned.masters])
+
+    def _in_boxes(self, flats: list[Tensor]) -> list[LocalParameter]:
+        """This rank's ranges of every parameter in flat buffers, as boxes; the tensors are views."""
+        shapes = self._zero.shapes
+        shards: dict[str, list[LocalShard]] = {}
+        for piece in self._owned.fragments:
+            flat = piece.of(flats[piece.group])
+            boxes = flat_views(shapes[piece.name], piece.begin, piece.end, flat)
+            shards[piece.name] = list(starmap(LocalShard, boxes))
+        return all_parameters(shapes, shards, torch.float32)
 
     def _drop_gradients(self) -> None:
         """DeepSpeed frees them after each step itself, but for the buffer of stage 3, which it

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,8 +33,7 @@ from workers.engines.fsdp.sharding import (
 )
 from workers.engines.model.loading import ModelSource
 from workers.engines.model.split_plan import check_fits
-from workers.engines.shared.box_tensor import box_tensors
-from workers.engines.shared.checkpoint import load_tensors, save_tensors
+from workers.engines.shared.flat_views import named
 from workers.engines.shared.metrics import add_micro_batch, metrics_of_group
 from workers.engines.shared.micro_batches import (
     MicroBatch,
@@ -44,6 +42,7 @@ from workers.engines.shared.micro_batches import (
     run_micro_batch,
 )
 from workers.engines.shared.optimizer import (
+    MODEL,
     MOMENTS,
     build_optimizer,
     clip_gradients,
@@ -146,23 +145,30 @@ class FsdpEngine(ShardedEngine):
     def local_parameters(self) -> list[LocalParameter]:
         # Who writes to the views must not find gathered copies of before.
         self._reshard()
-        return self._logical(self._local)
+        return self._logical(self._local, copies=True)
 
-    def _logical(self, tensors: Mapping[str, Tensor]) -> list[LocalParameter]:
-        return logical_parameters(self._parameters, self._parts, tensors)
+    def _logical(self, tensors: Mapping[str, Tensor], *, copies: bool) -> list[LocalParameter]:
+        all_shards = copies or self.layout.coordinates(self.context.rank)["tp"] == 0
+        return logical_parameters(self._parameters, self._parts, tensors, copies=all_shards)
 
-    def save(self, directory: Path) -> None:
-        with self._state_on_device():
-            save_tensors(self._checkpoint(), directory)
+    @property
+    def num_steps(self) -> int:
+        return self._num_steps
 
-    def load(self, directory: Path) -> None:
+    def state(self, *, moments: bool, copies: bool) -> list[LocalParameter]:
+        result = named(MODEL, self._logical(self._local, copies=copies))
+        if moments:
+            states = {name: self._state(local) for name, local in self._local.items()}
+            for moment in MOMENTS:
+                tensors = {name: state[moment] for name, state in states.items()}
+                result += named(moment, self._logical(tensors, copies=copies))
+        return result
+
+    def restored(self, num_steps: int) -> None:
         self._reshard()
-        with self._state_on_device():
-            state = self._checkpoint()
-            load_tensors(state, directory)
-            self._num_steps = int(state["num_steps"])
-            for moments in self._optimizer.state.values():
-                moments["step"].fill_(self._num_steps)
+        self._num_steps = num_steps
+        for moments in self._optimizer.state.values():
+            moments["step"].fill_(num_steps)
 
     def offload(self) -> None:
         self._reshard()
@@ -252,18 +258,8 @@ class FsdpEngine(ShardedEngine):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def _checkpoint(self) -> dict[str, Tensor]:
-        """Weights, AdamW's moments (zero before the first step) and the step, as boxes over this
-        rank's memory."""
-        states = {name: self._state(local) for name, local in self._local.items()}
-        tensors: dict[str, Tensor] = {"num_steps": torch.tensor(self._num_steps)}
-        tensors |= box_tensors("model", self._logical(self._local))
-        for moment in MOMENTS:
-            moments = {name: state[moment] for name, state in states.items()}
-            tensors |= box_tensors(moment, self._logical(moments))
-        return tensors
-
     def _state(self, local: nn.Parameter) -> Mapping[str, Tensor]:
+        """AdamW's state of a parameter; zeros before the first step."""
         state = self._optimizer.state
         if not local.numel():
             return no_moments(local)

@@ -130,10 +130,15 @@ def local_box(parameter: nn.Parameter, part: TensorPart) -> Box:
 
 
 def logical_parameters(
-    parameters: Mapping[str, nn.Parameter], parts: Parts, tensors: Mapping[str, torch.Tensor]
+    parameters: Mapping[str, nn.Parameter],
+    parts: Parts,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    copies: bool,
 ) -> list[LocalParameter]:
     """Every parameter of the checkpoint with the boxes that this rank holds, where `tensors` are
-    laid out as its parameters are; views."""
+    laid out as its parameters are; views. copies=False leaves out those that every tensor rank
+    has."""
     shards: dict[str, list[LocalShard]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     dtype = torch.float32
@@ -142,6 +147,6 @@ def logical_parameters(
         box, dtype = local_box(parameter, part), tensor.dtype
         assert tuple(tensor.shape) == box.shape, f"{name}: {box}"
         shapes[part.name] = part.shape
-        if box.numel:
+        if box.numel and (copies or not part.replicated):
             shards.setdefault(part.name, []).append(LocalShard(box, tensor))
     return all_parameters(shapes, shards, dtype)

@@ -18,8 +18,10 @@ from torch.optim import AdamW
 
 from workers.config import LearningRateSchedule, OptimizerConfig
 
+MODEL = "model"
+"""Beginning of the names of weights in a snapshot."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter, beside the step."""
+"""AdamW's state of a parameter, beside the step; beginnings of its names in a snapshot."""
 RUN = 1024
 """Elements whose squares are added in float32."""
 

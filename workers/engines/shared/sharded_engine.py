@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed import ProcessGroup
 
 from hybridflow.context import RankContext
 from hybridflow.resharding.shards import LocalParameter
+from hybridflow.snapshots.files import file_name, write_snapshot
+from hybridflow.snapshots.reading import SnapshotFiles
 from workers.config import ModelConfig, TrainConfig
 from workers.engines.base import Head, TrainingEngine
 from workers.engines.model.loading import ModelSource, model_config, saved_dtype
 from workers.engines.shared.export import write_configs, write_safetensors
+from workers.engines.shared.gather import gather_objects
 from workers.engines.shared.micro_batches import (
     MicroBatch,
     chosen_tokens,
@@ -28,7 +30,7 @@ from workers.engines.shared.micro_batches import (
     empty_micro_batch,
     make_micro_batches,
 )
-from workers.engines.shared.optimizer import check_optimizer_config
+from workers.engines.shared.optimizer import MODEL, check_optimizer_config
 from workers.precision import with_native_precision
 from workers.sequences import Sequences
 
@@ -98,10 +100,48 @@ class ShardedEngine(TrainingEngine):
                 self._master_parameters(), directory, self.device, dtype=self._saved_dtype
             )
 
+    def save(self, directory: Path, scalars: Mapping[str, int] | None = None) -> None:
+        state = self.state(moments=self.num_steps > 0, copies=False)
+        write_snapshot(directory / file_name(self.context.rank), state, self.scalars(scalars))
+
+    def scalars(self, further: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Those of a snapshot: the number of steps, and `further` ones."""
+        return {"num_steps": self.num_steps, **(further or {})}
+
+    def load(self, directory: Path, stamp: str | None = None) -> dict[str, int]:
+        scalars: dict[str, int] = {}
+        damage = ""
+        with self._state_on_device():
+            try:
+                scalars = self._fill(SnapshotFiles(directory, stamp))
+            except ValueError as error:
+                damage = str(error)
+            # What follows is collective: all ranks go on, or none.
+            damages = [text for text in gather_objects(damage) if text]
+            if damages:
+                raise ValueError(damage or damages[0])
+            self.restored(scalars["num_steps"])
+        return scalars
+
+    def _fill(self, files: SnapshotFiles) -> dict[str, int]:
+        """Overwrites this rank's part of weights and moments."""
+        # A snapshot of before the first step has no moments: they are zero.
+        saved = files.scalars["num_steps"] > 0
+        stored, zero = [], []
+        for parameter in self.state(moments=saved or self.num_steps > 0, copies=True):
+            if saved or parameter.name.startswith(f"{MODEL}."):
+                stored.append(parameter)
+            else:
+                zero += [shard.tensor for shard in parameter.shards]
+        files.load(stored)
+        for tensor in zero:
+            tensor.detach().zero_()
+        return files.scalars
+
     def try_saving(self, directory: Path) -> int:
         self._write_configs(directory)
         write_safetensors([], directory, self.device, dtype=self._saved_dtype)
-        dcp.save({"rank": torch.tensor(self.context.rank)}, checkpoint_id=directory / "state")
+        write_snapshot(directory / file_name(self.context.rank), [], {})
         numbers = sum(math.prod(parameter.shape) for parameter in self.local_parameters())
         return numbers * (CHECKPOINT_BYTES + self._saved_dtype.itemsize)
 

@@ -16,7 +16,7 @@ time.
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from itertools import starmap
 
 import torch
 from torch import Tensor
@@ -27,13 +27,14 @@ from hybridflow.resharding.shards import LocalParameter, LocalShard, all_paramet
 from workers.config import TrainConfig
 from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.model.loading import ModelSource
+from workers.engines.shared.flat_views import named
 from workers.engines.shared.metrics import add_micro_batch, metrics_of_some
 from workers.engines.shared.micro_batches import MicroBatch, gather_outputs, pad_time
+from workers.engines.shared.optimizer import MODEL, MOMENTS
 from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.engines.threed.build import build_share
-from workers.engines.threed.checkpoint import load_state, master_parameters, save_state
 from workers.engines.threed.layout import check_layout
-from workers.engines.threed.optimizer import ZeroOptimizer
+from workers.engines.threed.optimizer import FlatSlice, ZeroOptimizer
 from workers.sequences import Sequences
 
 MICRO_BATCHES_PER_STAGE = 4
@@ -131,16 +132,40 @@ class ThreeDEngine(ShardedEngine):
                 shards.setdefault(piece.name, []).append(LocalShard(piece.box, view))
         return all_parameters(self._share.logical, shards, self._share.pipeline.dtype)
 
-    def save(self, directory: Path) -> None:
-        with self._state_on_device():
-            save_state(self._optimizer, directory)
+    @property
+    def num_steps(self) -> int:
+        return self._optimizer.num_steps
 
-    def load(self, directory: Path) -> None:
-        with self._state_on_device():
-            load_state(self._optimizer, directory)
+    def state(self, *, moments: bool, copies: bool) -> list[LocalParameter]:
+        parts = [group.master for group in self._share.groups]
+        result = named(MODEL, self._in_boxes(parts, copies=copies))
+        if moments:
+            adam = self._optimizer.states()
+            for moment in MOMENTS:
+                parts = [adam.state[group.master][moment] for group in self._share.groups]
+                result += named(moment, self._in_boxes(parts, copies=copies))
+        return result
+
+    def restored(self, num_steps: int) -> None:
+        self._optimizer.restored(num_steps)
 
     def _master_parameters(self) -> list[LocalParameter]:
-        return master_parameters(self._share.groups, self._share.logical)
+        return self._in_boxes([group.master for group in self._share.groups], copies=True)
+
+    def _in_boxes(self, parts: list[Tensor], *, copies: bool) -> list[LocalParameter]:
+        """The data rank's parts of all groups as boxes of every logical parameter; views."""
+        shards: dict[str, list[LocalShard]] = {}
+        for group, part in zip(self._share.groups, parts, strict=True):
+            for index, piece in enumerate(group.pieces):
+                if copies or self._writes(piece):
+                    boxes = starmap(LocalShard, group.boxes(index, part.detach()))
+                    shards.setdefault(piece.name, []).extend(boxes)
+        return all_parameters(self._share.logical, shards, torch.float32)
+
+    def _writes(self, piece: FlatSlice) -> bool:
+        """Whether no earlier rank has the same elements."""
+        first_tensor_rank = self._place["tp"] == 0 or not piece.replicated
+        return first_tensor_rank and (self._place["pp"] == 0 or not piece.tied)
 
     def _drop_gradients(self) -> None:
         self._optimizer.free_gradients()

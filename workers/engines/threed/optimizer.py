@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import add
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,8 @@ from torch.distributed import ProcessGroup
 
 from hybridflow.resharding.shards import Box
 from workers.config import OptimizerConfig
+from workers.engines.shared.flat_views import flat_views
 from workers.engines.shared.optimizer import (
-    MOMENTS,
     clip,
     learning_rate,
     no_moments,
@@ -119,6 +120,16 @@ class FlatGroup:
         return max(0, self.part.start - start), min(
             self.pieces[piece].box.numel, self.part.stop - start
         )
+
+    def boxes(self, piece: int, part: Tensor) -> Iterator[tuple[Box, Tensor]]:
+        """The boxes of a piece that `part`, this data rank's part of a buffer, holds; views."""
+        around = self.pieces[piece].box
+        begin, end = self.part_of(piece)
+        if begin >= end:
+            return
+        first = self.starts[piece] - self.part.start + begin
+        for box, view in flat_views(around.shape, begin, end, part[first:]):
+            yield Box(tuple(map(add, box.start, around.start)), box.shape), view
 
     def write(self, piece: int, value: Tensor) -> None:
         """Set a piece from float32 values; master weights come to life early if the compute
@@ -254,15 +265,8 @@ class ZeroOptimizer:
                 self.adam.state[group.master] = no_moments(group.master)
         return self.adam
 
-    def tensors(self) -> Iterator[tuple[FlatGroup, dict[str, Tensor]]]:
-        """Each group with the data rank's part of its master weights and states, by name."""
-        adam = self.states()
-        for group in self.groups:
-            state = adam.state[group.master]
-            yield group, {"weight": group.master, **{name: state[name] for name in MOMENTS}}
-
     def restored(self, num_steps: int) -> None:
-        """After `tensors` were overwritten with those of step `num_steps`."""
+        """After weights and states were overwritten with those of step `num_steps`."""
         self.num_steps = num_steps
         for state in self.states().state.values():
             state["step"].fill_(float(num_steps))

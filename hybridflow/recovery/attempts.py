@@ -1,0 +1,72 @@
+"""Attempt: a number for every life of a controller, the token that decides who may write.
+
+A controller that takes a run over, because the one before it died or is thought to have died, makes
+a directory attempts/<n> in the run's output directory. mkdir is atomic, on network file systems
+too, so no two controllers get one number. Whoever finds a higher number than its own has been
+replaced: it writes nothing more.
+"""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+DIRECTORY = "attempts"
+RUN = "run"
+"""File with the run's id, which is another one once the output directory was removed."""
+
+
+class Fenced(RuntimeError):
+    """A newer attempt has taken the run over; this one must end without writing."""
+
+
+class Attempt:
+    """attempt = Attempt.claim(Path("outputs/ppo"))      # from here on the earlier ones are fenced
+    attempt.check()                                   # before every commit, prune and cut of a file
+    """
+
+    def __init__(self, directory: Path, number: int, run: str) -> None:
+        self.directory = directory
+        """attempts/ of the run."""
+        self.number = number
+        self.run = run
+        """Random text that is the same in every attempt of the run."""
+
+    @classmethod
+    def claim(cls, output_dir: Path) -> Attempt:
+        """The newest attempt of the run in `output_dir`."""
+        directory = output_dir.absolute() / DIRECTORY
+        directory.mkdir(parents=True, exist_ok=True)
+        file = directory / RUN
+        if not file.exists():
+            # A name that nobody else uses, then a link: the file is never there in part.
+            draft = directory / f".{RUN}-{secrets.token_hex(8)}"
+            draft.write_text(secrets.token_hex(8))
+            try:
+                file.hardlink_to(draft)
+            except FileExistsError:
+                pass
+            finally:
+                draft.unlink()
+        while True:
+            number = newest(directory) + 1
+            try:
+                (directory / str(number)).mkdir()
+            except FileExistsError:
+                continue
+            return cls(directory, number, file.read_text())
+
+    def check(self) -> None:
+        """Raises Fenced where a higher attempt exists, or the output directory is gone."""
+        last = newest(self.directory)
+        if last != self.number:
+            raise Fenced(
+                f"output_dir={self.directory.parent}: attempt {last} has taken this run over; "
+                f"attempt {self.number} ends without writing anything more"
+            )
+
+
+def newest(directory: Path) -> int:
+    """The highest number in attempts/; 0 where there is none."""
+    numbers = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+    return max(numbers, default=0)

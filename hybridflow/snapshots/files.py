@@ -1,0 +1,305 @@
+"""A rank's file of a snapshot: boxes of named float32 tensors, and a digest of each.
+
+The file is in the safetensors format. Its header says which box of which tensor each entry is, so
+that a file can be read without the others and on any layout:
+
+    {"model.embed_tokens.weight": {"dtype": "F32", "shape": [64, 192], "data_offsets": [0, 49152]},
+     "__metadata__": {"format": "hybridflow-snapshot-1", "stamp": "2.17", "scalars": "{...}",
+                      "boxes": "[[name, start, shape of the whole tensor], ...]",
+                      "digests": "16 hexadecimal digits an entry", "checksum": "of the header"}}
+
+The header is written last: a file whose writer died has none. Writing is no collective, so a dead
+peer cannot hang it. Elements that several ranks hold are written by one of them; which one, the
+caller knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hybridflow.resharding.digest import BoxDigest, Scratch, block_words
+from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
+
+FORMAT = "hybridflow-snapshot-1"
+SUFFIX = ".safetensors"
+DIGEST_DIGITS = 16
+"""Hexadecimal digits of a digest."""
+LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its header."""
+ITEM_BYTES = 4
+NO_CHECKSUM = "0" * 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """A rank's answer to a save."""
+
+    names: tuple[str, ...]
+    """The tensors, in an order that is the same on every rank; empty on ranks after the first,
+    whose answers would repeat it."""
+    digests: NDArray[np.uint64]
+    """[tensors], the digest of what this rank wrote of each; the sum over the ranks modulo 2^64 is
+    the tensor's, whatever the layout."""
+    num_bytes: int
+    error: str = ""
+    """Why nothing was written; empty where all is well."""
+
+    @classmethod
+    def failed(cls, error: str) -> Written:
+        return cls(names=(), digests=np.zeros(0, dtype=np.uint64), num_bytes=0, error=error)
+
+    @classmethod
+    def total(cls, of_ranks: Sequence[Written]) -> Written:
+        """All ranks' answers together; the first error where there is one."""
+        for written in of_ranks:
+            if written.error:
+                return written
+        digests = np.zeros_like(of_ranks[0].digests)
+        for written in of_ranks:
+            digests += written.digests  # modulo 2^64
+        num_bytes = sum(written.num_bytes for written in of_ranks)
+        return cls(names=of_ranks[0].names, digests=digests, num_bytes=num_bytes)
+
+
+def file_name(rank: int) -> str:
+    return f"{rank}{SUFFIX}"
+
+
+class Contents:
+    """A rank's file before it is written.
+
+    contents = Contents(engine.state(moments=True, copies=False), {"num_steps": 7}, stamp="2.17")
+    with path.open("wb") as file:
+        contents.write(file)
+    """
+
+    def __init__(
+        self, tensors: Sequence[LocalParameter], scalars: Mapping[str, int], stamp: str = ""
+    ) -> None:
+        """`tensors`: every tensor on every rank, in the same order, with this rank's shards.
+        `stamp`: the same in all files of one snapshot, another one in every other snapshot."""
+        self.tensors = tensors
+        self._scalars, self._stamp = dict(scalars), stamp
+        self._entries: dict[str, Any] = {}
+        self._boxes: list[Any] = []
+        end = 0
+        for parameter, shard, number in _numbered(tensors):
+            begin, end = end, end + shard.box.numel * ITEM_BYTES
+            name = f"{parameter.name}#{number}" if number else parameter.name
+            self._entries[name] = {
+                "dtype": "F32",
+                "shape": list(shard.box.shape),
+                "data_offsets": [begin, end],
+            }
+            self._boxes.append([parameter.name, list(shard.box.start), list(parameter.shape)])
+        # The digests' places, so that the header's length is known before they are.
+        self._header_bytes = len(self._header([0] * len(self._boxes)))
+        self.num_bytes = self._header_bytes + end
+
+    def digests(self) -> list[int]:
+        """One for each box, in the order of the entries; of what the memory holds now."""
+        scratch: dict[torch.device, Scratch] = {}
+        sums: list[Tensor] = []
+        for parameter, shard, _ in _numbered(self.tensors):
+            sums.append(digest(parameter.shape, shard.box, shard.tensor, scratch))
+        return _as_numbers(sums)
+
+    def write(self, file: BinaryIO) -> NDArray[np.uint64]:
+        """Writes into an empty file, the header last; returns the digests of the tensors
+        (Written.digests)."""
+        digests = self.digests()
+        file.seek(self._header_bytes)
+        for _, shard, _ in _numbered(self.tensors):
+            values = shard.tensor.detach().cpu().contiguous().numpy()
+            file.write(values.reshape(-1).view(np.uint8).data)
+        file.seek(0)
+        file.write(self._header(digests))
+        return self._per_tensor(digests)
+
+    def copy_to(self, buffer: Tensor) -> NDArray[np.uint64]:
+        """As `write`, into memory: uint8 [num_bytes or more]."""
+        buffer[:LENGTH_BYTES].zero_()
+        begin = self._header_bytes
+        for _, shard, _ in _numbered(self.tensors):
+            end = begin + shard.box.numel * ITEM_BYTES
+            place = buffer[begin:end].view(torch.float32)
+            place.view(shard.box.shape).copy_(shard.tensor.detach())
+            begin = end
+        digests = self.digests()
+        header = self._header(digests)
+        rest = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        buffer[LENGTH_BYTES : len(header)].copy_(rest[LENGTH_BYTES:])
+        buffer[:LENGTH_BYTES].copy_(rest[:LENGTH_BYTES])
+        return self._per_tensor(digests)
+
+    def _per_tensor(self, digests: Sequence[int]) -> NDArray[np.uint64]:
+        totals = np.zeros(len(self.tensors), dtype=np.uint64)
+        of_box = iter(digests)
+        for number, parameter in enumerate(self.tensors):
+            for _ in parameter.shards:
+                totals[number] += np.uint64(next(of_box))
+        return totals
+
+    def _header(self, digests: Sequence[int]) -> bytes:
+        """The header with its length, a multiple of 8 bytes, whatever the digests are."""
+        metadata = {
+            "format": FORMAT,
+            "stamp": self._stamp,
+            "scalars": json.dumps(self._scalars),
+            "boxes": json.dumps(self._boxes),
+            "digests": "".join(f"{number:0{DIGEST_DIGITS}x}" for number in digests),
+            "checksum": NO_CHECKSUM,
+        }
+        metadata["checksum"] = _checksum(metadata, self._entries)
+        text = json.dumps({"__metadata__": metadata, **self._entries}).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def write_snapshot(
+    path: Path, tensors: Sequence[LocalParameter], scalars: Mapping[str, int], stamp: str = ""
+) -> NDArray[np.uint64]:
+    """Writes a rank's file; see Contents."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        return Contents(tensors, scalars, stamp).write(file)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredBox:
+    """One entry of a file."""
+
+    name: str
+    """The tensor's."""
+    whole: tuple[int, ...]
+    """The tensor's shape."""
+    box: Box
+    digest: int
+    begin: int
+    """Its first byte in the file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredFile:
+    """A file's header."""
+
+    path: Path
+    stamp: str
+    scalars: dict[str, int]
+    boxes: tuple[StoredBox, ...]
+
+    def tensor(self, stored: StoredBox, memory: Tensor) -> Tensor:
+        """float32 [the box's shape], a view of `memory`, which is `mapped`."""
+        end = stored.begin + stored.box.numel * ITEM_BYTES
+        return memory[stored.begin : end].view(torch.float32).view(stored.box.shape)
+
+    def mapped(self) -> Tensor:
+        """The whole file, read only as its parts are touched: uint8 [bytes]."""
+        return torch.from_file(
+            str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8
+        )
+
+    def check(self) -> None:
+        """A ValueError that names the file and the tensor where contents and digests differ."""
+        memory = self.mapped()
+        scratch: dict[torch.device, Scratch] = {}
+        for stored in self.boxes:
+            found = digest(stored.whole, stored.box, self.tensor(stored, memory), scratch)
+            if _as_numbers([found]) != [stored.digest]:
+                raise ValueError(
+                    f"snapshot {self.path}: {stored.name} is corrupt, its digest differs from "
+                    "the header's"
+                )
+
+
+def read_header(path: Path) -> StoredFile:
+    """A ValueError that names the file where it is incomplete, corrupt, or of another format."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        if not 0 < length <= size - LENGTH_BYTES:
+            raise ValueError(f"snapshot {path}: has no header; its writer did not finish")
+        text = file.read(length)
+    try:
+        entries = json.loads(text)
+        metadata = entries.pop("__metadata__", {})
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"snapshot {path}: its header is corrupt ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"snapshot {path}: not of the format {FORMAT}; it was written by an earlier version "
+            "and cannot be resumed: start a new run from its huggingface directory"
+        )
+    if metadata["checksum"] != _checksum(metadata | {"checksum": NO_CHECKSUM}, entries):
+        raise ValueError(f"snapshot {path}: its header is corrupt, its checksum differs")
+    boxes = []
+    digits = metadata["digests"]
+    described = zip(json.loads(metadata["boxes"]), entries.values(), strict=True)
+    for number, ((name, start, whole), entry) in enumerate(described):
+        begin, end = entry["data_offsets"]
+        if LENGTH_BYTES + length + end > size:
+            raise ValueError(f"snapshot {path}: is cut off in {name}")
+        at = number * DIGEST_DIGITS
+        boxes.append(
+            StoredBox(
+                name=name,
+                whole=tuple(whole),
+                box=Box(tuple(start), tuple(entry["shape"])),
+                digest=int(digits[at : at + DIGEST_DIGITS], 16),
+                begin=LENGTH_BYTES + length + begin,
+            )
+        )
+    return StoredFile(
+        path=path,
+        stamp=metadata["stamp"],
+        scalars=json.loads(metadata["scalars"]),
+        boxes=tuple(boxes),
+    )
+
+
+def digest(
+    whole: tuple[int, ...], box: Box, tensor: Tensor, scratch: dict[torch.device, Scratch]
+) -> Tensor:
+    """int64 [], of a float32 box of a tensor of shape `whole`; that of a union of disjoint boxes
+    is the sum. It depends on the tensor's shape and contents, not on the layout."""
+    if not tensor.numel():
+        return torch.zeros((), dtype=torch.int64)
+    if tensor.device not in scratch:
+        scratch[tensor.device] = Scratch(tensor.device)
+    words = -(-prod(whole[-1:]) * ITEM_BYTES // 8)
+    return BoxDigest(
+        tensor, box.start, whole, torch.float32, block_words(words), scratch[tensor.device]
+    )()
+
+
+def _numbered(
+    tensors: Sequence[LocalParameter],
+) -> Iterator[tuple[LocalParameter, LocalShard, int]]:
+    """Every box with its number among those of its tensor."""
+    for parameter in tensors:
+        for number, shard in enumerate(parameter.shards):
+            yield parameter, shard, number
+
+
+def _as_numbers(sums: Sequence[Tensor]) -> list[int]:
+    """int64 sums as they are modulo 2^64; one transfer for those of an accelerator."""
+    if not sums:
+        return []
+    together = torch.stack([total.to(sums[-1].device) for total in sums]).cpu().numpy()
+    return [int(number) for number in together.view(np.uint64)]
+
+
+def _checksum(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> str:
+    text = json.dumps([metadata, entries]).encode()
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
