@@ -38,7 +38,7 @@ LOGGER = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 RECORD, OWNER = "commit.json", "owner.json"
 FREE_FRACTION = 0.25
-"""Of the memory file system stays free: Ray's object store is in it too."""
+"""This fraction of the memory file system stays free: Ray's object store is in it too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
