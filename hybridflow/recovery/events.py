@@ -75,7 +75,8 @@ class Started:
     durable: tuple[int, ...] = ()
     """Steps of the commits on disk, oldest first."""
     digests: Mapping[int, str] = field(default_factory=dict)
-    """The ledger's digest by step, lost steps included: a replayed step is held against it."""
+    """The ledger's digest by step, lost steps included: a replayed step is held against it. Only
+    of lines whose own checksum is right: a line that was not synced may hold a wrong bit."""
     restarts: int = 0
     """Restarts without progress so far, by this controller's predecessors."""
 
@@ -191,6 +192,8 @@ class RestoreFailed:
     incarnation: int
     damaged: bool = False
     """Its digests say so: it is not tried again."""
+    lost: bool = False
+    """Its files are gone, with their node: there is nothing to try, or to repair."""
     cause: str = ""
 
 

@@ -89,8 +89,10 @@ class State:
     """Whether the run ends with it."""
     staged: tuple[int, ...] = ()
     durable: tuple[int, ...] = ()
-    unreadable: frozenset[tuple[int, Place]] = frozenset()
+    damaged: frozenset[tuple[int, Place]] = frozenset()
     """Commits that are not restored again."""
+    avoided: frozenset[tuple[int, Place]] = frozenset()
+    """Commits whose restore failed twice: restored only where there is no other."""
     restoring: tuple[int, Place] = (-1, Place.start)
     restore_failures: int = 0
     """In a row, of the commit that is being restored."""
@@ -364,10 +366,10 @@ def _rebuild(state: State, silent: tuple[str, ...]) -> Decision:
 def _restore(state: State) -> Decision:
     """Restores the newest commit that can be read, from memory before disk; the start of the run
     where there is no commit, and none that a person could still repair."""
-    candidates = []
-    for place, steps in ((Place.disk, state.durable), (Place.memory, state.staged)):
-        candidates += [(step, place) for step in steps if (step, place) not in state.unreadable]
-    if not candidates and state.unreadable:
+    commits = {(step, Place.disk) for step in state.durable}
+    commits |= {(step, Place.memory) for step in state.staged}
+    candidates = commits - state.damaged - state.avoided or commits - state.damaged
+    if not candidates and state.damaged:
         return _stop(state, Exit.gave_up, "no commit of this run can be restored")
     commit = max(
         candidates,
@@ -389,14 +391,21 @@ def _count_restore_failure(state: State, *, damaged: bool = False) -> State:
     failures = state.restore_failures + 1
     if state.restoring[1] is Place.start or not (damaged or failures >= 2):
         return replace(state, restore_failures=failures)
-    return replace(state, restore_failures=0, unreadable=state.unreadable | {state.restoring})
+    state = replace(state, restore_failures=0)
+    if damaged:
+        return replace(state, damaged=state.damaged | {state.restoring})
+    return replace(state, avoided=state.avoided | {state.restoring})
 
 
 def _restore_failed(state: State, event: on.RestoreFailed) -> Decision:
     if state.phase is not Phase.restoring:
         return state, ()
     text = f"step {event.step} could not be restored from {event.place}: {event.cause}"
-    state, actions = _restore(_count_restore_failure(state, damaged=event.damaged))
+    if event.lost and event.place is Place.memory:
+        state = replace(state, staged=tuple(s for s in state.staged if s != event.step))
+    else:
+        state = _count_restore_failure(state, damaged=event.damaged)
+    state, actions = _restore(state)
     return state, (do.Report(text=text), *actions)
 
 
@@ -406,14 +415,15 @@ def _restored(state: State, event: on.Restored, now: float) -> Decision:
         return state, ()
     step = event.step
     aside = []
-    for later, place in sorted(state.unreadable):
-        aside.append(do.SetAside(step=later, place=place))
+    unreadable = (state.damaged | state.avoided) - {state.restoring}
+    for other, place in sorted(unreadable):
+        aside.append(do.SetAside(step=other, place=place))
     flush = state.flush
     if flush is not None and flush.step > step:
         flush = None  # its files are of a timeline that is replayed
     readable = {
-        Place.memory: _up_to(state.staged, step, state.unreadable, Place.memory),
-        Place.disk: _up_to(state.durable, step, state.unreadable, Place.disk),
+        Place.memory: _up_to(state.staged, step, unreadable, Place.memory),
+        Place.disk: _up_to(state.durable, step, unreadable, Place.disk),
     }
     state = replace(
         state,
@@ -421,7 +431,8 @@ def _restored(state: State, event: on.Restored, now: float) -> Decision:
         last=event.last,
         staged=readable[Place.memory],
         durable=readable[Place.disk],
-        unreadable=frozenset(),
+        damaged=frozenset(),
+        avoided=frozenset(),
         restore_failures=0,
         flush=flush,
     )

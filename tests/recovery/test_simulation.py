@@ -26,6 +26,30 @@ OLD_FAILURES: dict[str, tuple[int, tuple[Fault, ...]]] = {
         (Fault(What.power_cut, 29.48, 50, 1.0),),
     ),
     "the power fails soon after the first commit": (49, (Fault(What.power_cut, 14.91, 52, 1.0),)),
+    "a line of the ledger comes back with a wrong bit": (
+        2006,
+        (Fault(What.power_cut, 24.66, 103, 20.9),),
+    ),
+    "a death between a new directory and the sync of its name": (
+        3821,
+        (Fault(What.kill_at_file_operation, 15.23, 12, 1), Fault(What.power_cut, 16.4, 22, 1)),
+    ),
+    "the only commit is with a node that leaves during its restore": (
+        3936,
+        (
+            Fault(What.kill_controller, 7.16, 30, 1),
+            Fault(What.kill_controller, 17.51, 83, 1),
+            Fault(What.lose_node_for_good, 24.63, 81, 1),
+        ),
+    ),
+    "ranks die twice while the only commit is restored": (
+        5833,
+        (
+            Fault(What.raise_in_rank, 14.08, 40, 1),
+            Fault(What.lose_node, 20.41, 18, 10),
+            Fault(What.kill_at_file_operation, 29.42, 17, 1),
+        ),
+    ),
 }
 """Faults that broke a rule once."""
 

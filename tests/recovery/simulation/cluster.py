@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
+from zlib import crc32
 
 from tests.recovery.simulation.crash_files import CrashFiles
 
@@ -61,7 +62,15 @@ class Truth:
 
 
 def ledger_line(step: int, rows: tuple[int, ...], number: int) -> str:
-    return f"{step} {','.join(map(str, rows))} {number:016x}"
+    """Step, rows, digest, and a checksum: a line that was not synced may come back with a wrong bit
+    that nobody else notices."""
+    line = f"{step} {','.join(map(str, rows))} {number:016x}"
+    return f"{line} {crc32(line.encode()):08x}"
+
+
+def is_whole(line: str) -> bool:
+    text, _, checksum = line.rpartition(" ")
+    return checksum == f"{crc32(text.encode()):08x}"
 
 
 def undisturbed(num_steps: int) -> Truth:

@@ -26,6 +26,7 @@ from tests.recovery.simulation.cluster import (
     Wait,
     Weights,
     digest,
+    is_whole,
     ledger_line,
     mix,
     rows_from,
@@ -82,9 +83,9 @@ class Store(CheckpointStore):
         self.attempt, self.bugs = attempt, bugs
 
     def begin(self, step: int) -> Any:
-        if not self.directory.is_dir():
-            self.directory.mkdir(parents=True)
-            self._disk.sync(self.directory.parent)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # Always: whoever made the directory may have died before this.
+        self._disk.sync(self.directory.parent)
         for attempt in range(self.attempt + 1):
             for leftover in self.directory.glob(f".saving-*.{attempt}"):
                 self._disk.remove(leftover)
@@ -402,7 +403,7 @@ class Controller:
         lines = path.read_text().split("\n")[:-1]
         whole = []
         for number, line in enumerate(lines):
-            if not line.startswith(f"{number} ") or len(line.split(" ")) != 3:
+            if not line.startswith(f"{number} ") or not is_whole(line):
                 break
             whole.append(line)
         return whole
@@ -591,7 +592,8 @@ class Controller:
                     step=action.step,
                     place=action.place,
                     incarnation=action.incarnation,
-                    damaged=True,
+                    damaged=not isinstance(error, FileNotFoundError),
+                    lost=isinstance(error, FileNotFoundError),
                     cause=str(error),
                 )
             )
@@ -611,7 +613,9 @@ class Controller:
         if action.place is Place.start:
             return {role: start_weights(role) for role in TRAINED}
         if action.place is Place.memory:
-            record = self.memory_commits()[action.step]
+            record = self.memory_commits().get(action.step)
+            if record is None:
+                raise FileNotFoundError("it is not in memory any more")
             parts = []
             for node, key in record.files:
                 file = node.memory[key]
