@@ -75,7 +75,7 @@ test: install
 	@status=0; $(MAKE) --no-print-directory lint || status=1; $(BIN)/python -m pytest -m "not slow" $(ARGS) || status=1; exit $$status
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	HYPOTHESIS_PROFILE="new examples each time" $(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

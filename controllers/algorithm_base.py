@@ -94,7 +94,9 @@ class Stateless:
 
 
 def response_lengths(batch: Batch) -> Tensor:
-    """int64 [rows]: tokens of each response."""
+    """int64 [rows]: tokens that the policy sampled for each response."""
+    if "num_sampled" in batch:
+        return batch.tensor("num_sampled")
     return batch.tensor("num_tokens") - batch.ragged("prompt_ids").lengths
 
 

@@ -104,7 +104,9 @@ def with_signal(batch: Batch) -> Batch:
 
 
 @on_controller(
-    reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch")
+    reads=("uid", "rewards", "num_tokens", "prompt_ids"),
+    optional=("num_sampled",),
+    writes=("advantages", "mini_batch"),
 )
 def compute_advantages(batch: Batch, config: DAPOConfig) -> Batch:
     """GRPO's advantage of the reward minus the penalty of overlong responses."""

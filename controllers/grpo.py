@@ -82,7 +82,9 @@ class GRPO(Stateless):
 
 
 @on_controller(
-    reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch")
+    reads=("uid", "rewards", "num_tokens", "prompt_ids"),
+    optional=("num_sampled",),
+    writes=("advantages", "mini_batch"),
 )
 def compute_advantages(batch: Batch, config: GRPOConfig) -> Batch:
     """(reward - mean of the group) / standard deviation of the group, on every token of the

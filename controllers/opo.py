@@ -46,7 +46,9 @@ class OPO(Stateless):
 
 
 @on_controller(
-    reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch")
+    reads=("uid", "rewards", "num_tokens", "prompt_ids"),
+    optional=("num_sampled",),
+    writes=("advantages", "mini_batch"),
 )
 def compute_advantages(batch: Batch, config: OPOConfig) -> Batch:
     """Reward minus the length-weighted mean of the group, on every token."""

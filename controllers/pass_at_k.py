@@ -55,7 +55,9 @@ class PassAtK(Stateless):
 
 
 @on_controller(
-    reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch")
+    reads=("uid", "rewards", "num_tokens", "prompt_ids"),
+    optional=("num_sampled",),
+    writes=("advantages", "mini_batch"),
 )
 def compute_advantages(batch: Batch, config: PassAtKConfig) -> Batch:
     """The mean advantage of a sample over all sets of k samples that it is in, on every token."""

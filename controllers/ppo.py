@@ -75,7 +75,7 @@ class PPO:
 
 @on_controller(
     reads=("uid", "rewards", "values", "rollout_log_probs"),
-    optional=("ref_log_probs",),
+    optional=("ref_log_probs", "turn_lengths", "turn_rewards"),
     writes=("advantages", "returns", "mini_batch"),
 )
 def compute_advantages(batch: Batch, config: PPOConfig, kl: KLCoefficient) -> Batch:

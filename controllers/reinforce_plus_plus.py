@@ -61,7 +61,7 @@ class ReinforcePlusPlus:
 
 @on_controller(
     reads=("uid", "rewards", "rollout_log_probs"),
-    optional=("ref_log_probs",),
+    optional=("ref_log_probs", "turn_lengths", "turn_rewards"),
     writes=("advantages", "mini_batch"),
 )
 def compute_advantages(batch: Batch, config: ReinforcePlusPlusConfig, kl: KLCoefficient) -> Batch:

@@ -51,7 +51,9 @@ class ReinforcePlusPlusBaseline(Stateless):
 
 
 @on_controller(
-    reads=("uid", "rewards", "num_tokens", "prompt_ids"), writes=("advantages", "mini_batch")
+    reads=("uid", "rewards", "num_tokens", "prompt_ids"),
+    optional=("num_sampled",),
+    writes=("advantages", "mini_batch"),
 )
 def compute_advantages(batch: Batch, config: ReinforcePlusPlusBaselineConfig) -> Batch:
     """Reward minus the mean of the group on every token, whitened over all tokens of the batch."""

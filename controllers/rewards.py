@@ -11,6 +11,7 @@ from torch import Tensor
 
 from controllers.kl import KLEstimator, kl_estimate
 from hybridflow.batch import Batch
+from workers.losses.segments import row_of_token, segment_sum
 
 
 def token_rewards(
@@ -48,20 +49,24 @@ def rewards_with_kl(
     batch: Batch, coefficient: float, estimator: KLEstimator, scores: str = "rewards"
 ) -> tuple[Tensor, Tensor]:
     """(token_rewards of the batch [scored_tokens], lengths [rows]), from the column `scores`,
-    rollout_log_probs and, where there is a reference, ref_log_probs."""
+    rollout_log_probs and, where there is a reference, ref_log_probs. What single turns earned of
+    `rewards` (turn_rewards) stands at the last token of each turn, the rest at the row's."""
     log_probs = batch.ragged("rollout_log_probs")
-    if "ref_log_probs" not in batch:
-        return token_rewards(batch.tensor(scores), log_probs.lengths), log_probs.lengths
-    ref_log_probs = batch.ragged("ref_log_probs").values
-    rewards = token_rewards(
-        batch.tensor(scores),
-        log_probs.lengths,
-        log_probs.values,
-        ref_log_probs,
-        coefficient,
-        estimator,
-    )
-    return rewards, log_probs.lengths
+    lengths, of_rows = log_probs.lengths, batch.tensor(scores)
+    if scores == "rewards" and "turn_rewards" in batch:
+        turns = batch.ragged("turn_rewards")
+        of_rows = of_rows - segment_sum(turns.values, row_of_token(turns.lengths), len(batch))
+    if "ref_log_probs" in batch:
+        ref_log_probs = batch.ragged("ref_log_probs").values
+        rewards = token_rewards(
+            of_rows, lengths, log_probs.values, ref_log_probs, coefficient, estimator
+        )
+    else:
+        rewards = token_rewards(of_rows, lengths)
+    if scores == "rewards" and "turn_rewards" in batch:
+        ends = torch.cumsum(batch.ragged("turn_lengths").values, 0) - 1
+        rewards = rewards.index_add(0, ends, turns.values)
+    return rewards, lengths
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:

@@ -56,7 +56,7 @@ class RLOO:
 
 @on_controller(
     reads=("uid", "rewards", "rollout_log_probs"),
-    optional=("ref_log_probs",),
+    optional=("ref_log_probs", "turn_lengths", "turn_rewards"),
     writes=("advantages", "mini_batch"),
 )
 def compute_advantages(batch: Batch, config: RLOOConfig, kl: KLCoefficient) -> Batch:

@@ -102,7 +102,7 @@ class SafeRLHF:
 
 @on_controller(
     reads=("uid", "rewards", "costs", "values", "cost_values", "rollout_log_probs"),
-    optional=("ref_log_probs",),
+    optional=("ref_log_probs", "turn_lengths", "turn_rewards"),
     writes=("advantages", "returns", "cost_returns", "mini_batch"),
 )
 def compute_advantages(

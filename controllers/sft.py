@@ -31,6 +31,6 @@ class SFT(Stateless):
 
     def evaluate(self, rows: Batch) -> Mapping[str, float]:
         rows |= self.policy.compute_log_prob(rows)
-        learned = rows.ragged("log_probs").values[rows.ragged("loss_mask").values]
+        learned = rows.ragged("log_probs").values
         nll = -float(learned.double().mean())
         return {"loss": nll, "perplexity": math.exp(min(nll, 700.0))}

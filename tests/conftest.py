@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from omegaconf import DictConfig
+
+settings.register_profile("the same examples each time", derandomize=True)
+settings.register_profile("new examples each time", print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "the same examples each time"))
+"""A commit is judged by the same examples wherever its tests run; make test-slow draws new ones."""
 
 
 @pytest.fixture(scope="module")

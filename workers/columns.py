@@ -26,7 +26,9 @@ LOSS_MASK = declare(
     "loss_mask",
     "batch time",
     "bool",
-    "True for the response tokens that are learned (the assistant's turns)",
+    "True for the response tokens that are scored: the assistant's turns of a demonstration, what "
+    "the policy sampled where an environment wrote the rest. Columns over response tokens have the "
+    "scored ones only; without this column all are scored",
 )
 PAIR = declare(
     "pair",
@@ -41,7 +43,10 @@ HARM_SIGN = declare(
 
 # Generation.
 RESPONSE_IDS = declare(
-    "response_ids", "batch time", "int64", "sampled tokens, with the one that ended them"
+    "response_ids",
+    "batch time",
+    "int64",
+    "the tokens after the prompt: sampled ones, with the one that ended them, and an environment's",
 )
 ROLLOUT_LOG_PROBS = declare(
     "rollout_log_probs",
@@ -52,6 +57,21 @@ ROLLOUT_LOG_PROBS = declare(
 FINISH_REASON = declare("finish_reason", "batch", "object", "stop or length")
 NUM_TOKENS = declare(
     "num_tokens", "batch", "int64", "tokens of prompt and response: the cost of a row"
+)
+NUM_SAMPLED = declare(
+    "num_sampled",
+    "batch",
+    "int64",
+    "tokens of the response that the policy sampled, where an environment wrote others",
+)
+TURN_LENGTHS = declare(
+    "turn_lengths", "batch time", "int64", "tokens that the policy sampled in each of its turns"
+)
+TURN_REWARDS = declare(
+    "turn_rewards",
+    "batch time",
+    "float32",
+    "the part of the reward that each turn earned; the rest belongs to the end of the response",
 )
 WEIGHT_VERSION = declare(
     "weight_version", "batch", "int64", "version of the actor's weights that drew the response"

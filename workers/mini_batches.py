@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hybridflow.layout import Layout
 from hybridflow.results import Metrics, prefixed
-from workers.columns import LOSS_MASK, PRETRAIN
+from workers.columns import PRETRAIN
 from workers.engines.base import LossFn, TrainingEngine
-from workers.losses.aggregation import Aggregation, Counts, counted_lengths, weight_columns
+from workers.losses.aggregation import Aggregation, Counts, weight_columns
 from workers.losses.reduction import derived_metrics
 from workers.sequences import Sequences
 
@@ -48,7 +48,7 @@ class MiniBatches:
 
     @property
     def num_rows(self) -> int:
-        """Rows with a counted token, of all mini-batches and ranks."""
+        """Rows with a scored token, of all mini-batches and ranks."""
         return sum(rollout.num_rows + text.num_rows for rollout, text in self.counts)
 
     def add_columns(self, **per_token: Tensor) -> None:
@@ -64,7 +64,7 @@ class MiniBatches:
         sequences = self.sequences
         largest = torch.tensor([int(self.labels.max()) if len(self.labels) else 0], device=device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        lengths = counted_lengths(sequences.scored_lengths, sequences.per_token.get(LOSS_MASK.name))
+        lengths = sequences.scored_lengths
         is_text = sequences.per_row.get(
             PRETRAIN.name, torch.zeros(sequences.num_rows, dtype=torch.bool)
         )
@@ -88,14 +88,10 @@ class MiniBatches:
     def steps(
         self, num_epochs: int, seed: int, aggregation: Aggregation, constant: int = 0
     ) -> Iterator[Sequences]:
-        """The rows of every step with the weights of their tokens; tokens outside a column
-        loss_mask do not count."""
+        """The rows of every step with the weights of their tokens."""
         for label, rows in self._rows(num_epochs, seed):
             rollout, text = self.counts[label]
-            mask = rows.per_token.get(LOSS_MASK.name)
-            columns = weight_columns(
-                rows.scored_lengths, rollout, aggregation, constant=constant, mask=mask
-            )
+            columns = weight_columns(rows.scored_lengths, rollout, aggregation, constant=constant)
             if PRETRAIN.name in rows.per_row:
                 text_columns = weight_columns(rows.scored_lengths, text, Aggregation.token_mean)
                 is_text = torch.repeat_interleave(rows.per_row[PRETRAIN.name], rows.scored_lengths)

@@ -14,11 +14,13 @@ from hybridflow.columns import Ragged
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.worker import Worker
+from workers.columns import LOSS_MASK
 from workers.config import ModelConfig, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, TrainingEngine
 from workers.engines.model.loading import model_config
 from workers.layouts import training_layout
+from workers.losses.segments import row_of_token, segment_sum
 from workers.precision import with_native_precision
 from workers.sequences import Sequences
 
@@ -69,23 +71,41 @@ class ModelWorker(Worker):
         return sequences.without_trailing(config.pad_token_id)
 
     def scored(self, batch: Batch, values: Tensor | None, name: str) -> Batch:
-        """The column `name` of one float per response token; empty on ranks whose result is not
+        """The column `name` of one float per scored token; empty on ranks whose result is not
         collected."""
         if values is None:
             return Batch.of(**{name: Ragged(torch.empty(0), torch.zeros(0, dtype=torch.int64))})
-        return Batch.of(**{name: Ragged(values.cpu(), batch.ragged("response_ids").lengths)})
+        return Batch.of(**{name: Ragged(values.cpu(), num_scored(batch))})
 
 
 def sequences_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
-    """prompt_ids + response_ids row by row, the response scored; `per_token` columns that the
-    batch has go along."""
+    """prompt_ids + response_ids row by row, the response scored, or what loss_mask has of it;
+    `per_token` columns that the batch has go along."""
     prompts, responses = batch.ragged("prompt_ids"), batch.ragged("response_ids")
+    scored = None
+    if LOSS_MASK.name in batch:
+        mask = batch.ragged(LOSS_MASK.name)
+        none = Ragged(torch.zeros(len(prompts.values), dtype=torch.bool), prompts.lengths)
+        scored = interleave(none, mask)
+    num_tokens = num_scored(batch)
+    columns = {name: batch.ragged(name).values for name in per_token if name in batch}
+    for name, values in columns.items():
+        assert len(values) == int(num_tokens.sum()), f"{name} is not over the scored tokens"
     return Sequences(
         token_ids=interleave(prompts, responses),
         lengths=prompts.lengths + responses.lengths,
-        scored_lengths=responses.lengths,
-        per_token={name: batch.ragged(name).values for name in per_token if name in batch},
+        scored_lengths=num_tokens,
+        scored=scored,
+        per_token=columns,
     )
+
+
+def num_scored(batch: Batch) -> Tensor:
+    """int64 [rows]: response tokens that are scored."""
+    if LOSS_MASK.name not in batch:
+        return batch.ragged("response_ids").lengths
+    mask = batch.ragged(LOSS_MASK.name)
+    return segment_sum(mask.values.long(), row_of_token(mask.lengths), len(batch))
 
 
 def pairs_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:

@@ -54,7 +54,7 @@ class PolicyWorker(TrainedWorker, Policy):
         return self.scored(batch, outputs.log_probs if outputs else None, "log_probs")
 
     def update_supervised(self, batch: Batch) -> Metrics:
-        mini_batches = self.mini_batches(batch, sequences_of(batch, ("loss_mask",)))
+        mini_batches = self.mini_batches(batch, sequences_of(batch))
         steps = mini_batches.steps(
             self.config.passes_per_batch, self.update_seed, Aggregation.token_mean
         )

@@ -94,6 +94,7 @@ class Policy(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids"),
+        optional=("loss_mask",),
         writes=("log_probs",),
         balance="num_tokens",
         near="uid",
@@ -119,7 +120,10 @@ class Policy(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids", "ref_log_probs", "pair", "chosen"),
-        optional=("mini_batch",),
+        optional=(
+            "loss_mask",
+            "mini_batch",
+        ),
         kind=CallKind.training,
         balance="num_tokens",
         near="uid",
@@ -133,7 +137,10 @@ class Policy(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids", "teacher_log_probs"),
-        optional=("mini_batch",),
+        optional=(
+            "loss_mask",
+            "mini_batch",
+        ),
         kind=CallKind.training,
         balance="num_tokens",
         near="uid",
@@ -152,6 +159,7 @@ class TrainingActor(Policy):
         THREE_D,
         reads=("prompt_ids", "response_ids", "advantages"),
         optional=(
+            "loss_mask",
             "rollout_log_probs",
             "log_probs",
             "ref_log_probs",
@@ -245,6 +253,7 @@ class Critic(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids"),
+        optional=("loss_mask",),
         writes=("values",),
         balance="num_tokens",
         near="uid",
@@ -256,7 +265,7 @@ class Critic(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids", "returns"),
-        optional=("values", "mini_batch"),
+        optional=("loss_mask", "values", "mini_batch"),
         kind=CallKind.training,
         balance="num_tokens",
         near="uid",
@@ -273,6 +282,7 @@ class Reference(Worker):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids"),
+        optional=("loss_mask",),
         writes=("ref_log_probs",),
         balance="num_tokens",
         near="uid",

@@ -1,9 +1,11 @@
 """Sequences: the input of a training engine, token sequences without padding and the columns that
 go with them.
 
-One row is prompt + response. The *scored* tokens of a row are its last `scored_lengths[i]` tokens
-(the response in RLHF, everything but the first token in language modelling). Everything per token
-is flat: the scored tokens of row 0, then of row 1, and so on. How rows are cut into micro-batches
+One row is prompt + response. The *scored* tokens of a row are those that the policy wrote or has to
+learn: its last `scored_lengths[i]` tokens (the response in RLHF, everything but the first token in
+language modelling), or those in `scored`, where an environment wrote some tokens in between.
+Everything per token is flat over scored tokens: those of row 0, then of row 1, and so on. So no
+loss, advantage or metric ever meets a token of an environment. How rows are cut into micro-batches
 is the engine's business and never changes a result.
 """
 
@@ -30,7 +32,10 @@ class Sequences:
     """int64 [rows], tokens of each row, at least scored_lengths + 1 (the first token of a row
     has no prediction)."""
     scored_lengths: Tensor
-    """int64 [rows], how many tokens at the end of each row are scored; 0 is allowed."""
+    """int64 [rows], how many tokens of each row are scored; 0 is allowed."""
+    scored: Tensor | None = None
+    """bool [sum(lengths)], which tokens those are, never the first of a row; None: the last
+    ones."""
     per_token: dict[str, Tensor] = field(default_factory=dict)
     """name -> [sum(scored_lengths), ...], for the loss (advantages, old_log_probs, weights,
     ...)."""
@@ -52,6 +57,37 @@ class Sequences:
             torch.arange(self.num_rows, device=self.lengths.device), self.scored_lengths
         )
 
+    @property
+    def scored_columns(self) -> Tensor:
+        """int64 [sum(scored_lengths)]: the place of every scored token in its row."""
+        if self.scored is not None:
+            starts = torch.cumsum(self.lengths, 0) - self.lengths
+            return torch.nonzero(self.scored).squeeze(1) - starts[self.row_of_token]
+        before = torch.cumsum(self.scored_lengths, 0) - self.scored_lengths
+        first = self.lengths - self.scored_lengths
+        flat = torch.arange(self.num_scored_tokens, device=self.lengths.device)
+        return flat + torch.repeat_interleave(first - before, self.scored_lengths)
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """int64 [rows]: tokens before the first scored one; all of them where none is."""
+        if self.scored is None:
+            return self.lengths - self.scored_lengths
+        return self._of_scored(self.lengths, "amin")
+
+    @property
+    def read_lengths(self) -> Tensor:
+        """int64 [rows]: tokens up to the last scored one, which is included; all of the row where
+        the scored tokens are its last ones."""
+        if self.scored is None:
+            return self.lengths
+        return self._of_scored(torch.zeros_like(self.lengths), "amax", shift=1)
+
+    def _of_scored(self, otherwise: Tensor, reduce: str, shift: int = 0) -> Tensor:
+        """The first or last place (plus `shift`) of each row's scored tokens."""
+        columns = self.scored_columns + shift
+        return otherwise.scatter_reduce(0, self.row_of_token, columns, reduce)
+
     def rows(self, index: Sequence[int] | Tensor) -> Sequences:
         """The given rows in the given order."""
         index = torch.as_tensor(index, dtype=torch.int64)
@@ -61,6 +97,7 @@ class Sequences:
             token_ids=self.token_ids[tokens],
             lengths=self.lengths[index],
             scored_lengths=self.scored_lengths[index],
+            scored=None if self.scored is None else self.scored[tokens],
             per_token={name: values[scored] for name, values in self.per_token.items()},
             per_row={name: values[index] for name, values in self.per_row.items()},
         )
@@ -70,7 +107,7 @@ class Sequences:
         columns per token are not supported."""
         if token_id is None:
             return self
-        assert not self.per_token, "columns per token would have to be cut too"
+        assert not self.per_token and self.scored is None, "they would have to be cut too"
         rows, lengths, scored = [], self.lengths.tolist(), self.scored_lengths.tolist()
         for row, ids in enumerate(self.token_ids.split(lengths)):
             others = (ids != token_id).nonzero()
@@ -96,6 +133,7 @@ class Sequences:
             token_ids=self.token_ids,
             lengths=self.lengths,
             scored_lengths=self.scored_lengths,
+            scored=self.scored,
             per_token={**self.per_token, **(per_token or {})},
             per_row={**self.per_row, **(per_row or {})},
         )

@@ -78,6 +78,8 @@ class Fake:
 
     def per_token(self, name: str, rows: list[list[float]], batch: Batch) -> Ragged:
         lengths = batch.ragged("response_ids").lengths.tolist()
+        if "loss_mask" in batch:
+            lengths = [int(row.sum()) for row in batch.ragged("loss_mask").unbind()]
         answer = (
             self.answers(name, rows, len(batch)) if rows else [[0.0] * length for length in lengths]
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -46,14 +46,25 @@ def plain(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def letters(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    """The tokens as the vocabulary writes them, one after the other."""
+    return "".join(tokenizer.convert_ids_to_tokens(ids))
+
+
 @pytest.mark.parametrize("kind", LOSSLESS)
 @settings(max_examples=60, deadline=None)
+@example(texts=["1", " 1"])
 @given(texts=st.lists(TEXTS, min_size=2, max_size=4))
 def test_b22_pieces_decode_to_the_text(kind: str, texts: list[str]) -> None:
     tokenizer = make(kind)
     (pieces,) = PieceTokenizer(tokenizer)([texts])
     whole = [token for piece in pieces for token in piece]
-    assert decoded(tokenizer, whole) == decoded(tokenizer, plain(tokenizer, "".join(texts)))
+    expected = plain(tokenizer, "".join(texts))
+    if kind.startswith("metaspace"):
+        # The decoder drops every space of the first token, wherever it stands: compare the tokens.
+        assert letters(tokenizer, whole) == letters(tokenizer, expected)
+    else:
+        assert decoded(tokenizer, whole) == decoded(tokenizer, expected)
     assert pieces[0] == plain(tokenizer, texts[0]), "what generation sees"
 
 

@@ -115,6 +115,52 @@ def test_every_row_once_and_results_return_in_order(
         assert outputs.log_probs.tolist() == [ids[place] for place in scored]
 
 
+@settings(max_examples=120, deadline=None)
+@given(
+    st.one_of(some_sequences(), some_sequences(prompts=3)),
+    st.data(),
+    st.sampled_from([Head.lm, Head.value]),
+    st.integers(1, 60),
+    st.sampled_from([(False, False), (True, False), (True, True)]),
+)
+def test_any_tokens_may_be_the_scored_ones(
+    sequences: Sequences, data: st.DataObject, head: Head, budget: int, how: tuple[bool, bool]
+) -> None:
+    """Tokens of an environment between those of the policy: only the policy's are read, and nothing
+    after the last of them is computed."""
+    total, starts = int(sequences.lengths.sum()), set()
+    for begin in (torch.cumsum(sequences.lengths, 0) - sequences.lengths).tolist():
+        starts.add(begin)
+    drawn = data.draw(st.lists(st.booleans(), min_size=total, max_size=total))
+    chosen = [place for place in range(total) if drawn[place] and place not in starts]
+    scored = torch.zeros(total, dtype=torch.bool)
+    scored[chosen] = True
+    counts = [int(row.sum()) for row in scored.split(sequences.lengths.tolist())]
+    masked = replace(
+        sequences,
+        scored_lengths=torch.tensor(counts, dtype=torch.int64),
+        scored=scored,
+        per_token={"place": torch.arange(len(chosen))},
+    )
+    micro_batches = make_micro_batches(masked, head, Cutting(budget, *how), CPU)
+    outputs = gather_outputs(
+        micro_batches, [reads(micro_batch, head) for micro_batch in micro_batches], masked
+    )
+    ids = sequences.token_ids.tolist()
+    if micro_batches:
+        assert outputs.values is not None and outputs.log_probs is not None
+        assert outputs.values.tolist() == [ids[place - 1] for place in chosen]
+        assert outputs.log_probs.tolist() == [ids[place] for place in chosen]
+    if how == (True, False):
+        for micro_batch in micro_batches:
+            rows = micro_batch.sequences.scored
+            assert rows is not None
+            needed = 0
+            for row in rows.split(micro_batch.sequences.lengths.tolist()):
+                needed += max(int(row.nonzero().max()) if row.any() else 0, 1)
+            assert micro_batch.input_ids.numel() == needed
+
+
 def reads(micro_batch: MicroBatch, head: Head) -> Outputs:
     """A model whose hidden state is the token."""
     read = micro_batch.input_ids.flatten()[micro_batch.read_positions].float()

@@ -40,13 +40,15 @@ def rows() -> Batch:
     ]
     responses = [drawn.integers(3, VOCAB, drawn.integers(2, 12)) for _ in range(2 * NUM_PAIRS)]
     lengths = torch.tensor([len(response) for response in responses])
-    total = int(lengths.sum())
+    mask = Ragged(torch.from_numpy(drawn.random(int(lengths.sum())) < 0.6), lengths)
+    counts = torch.tensor([int(row.sum()) for row in mask.unbind()])
+    scored = torch.from_numpy(drawn.normal(-4.8, 0.1, int(counts.sum()))).float()
     return Batch.of(
         prompt_ids=Ragged.of(prompts),
         response_ids=Ragged.of(responses),
         num_tokens=torch.tensor([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]),
-        ref_log_probs=Ragged(torch.from_numpy(drawn.normal(-4.8, 0.1, total)).float(), lengths),
-        loss_mask=Ragged(torch.from_numpy(drawn.random(total) < 0.6), lengths),
+        ref_log_probs=Ragged(scored, counts),
+        loss_mask=mask,
         pair=torch.arange(NUM_PAIRS).repeat_interleave(2),
         chosen=torch.tensor([True, False] * NUM_PAIRS),
         harm_sign=torch.from_numpy(drawn.choice([-1.0, 1.0], 2 * NUM_PAIRS)).float(),
@@ -66,14 +68,15 @@ def train(root: Path, rank: int, world_size: int, tokens: int) -> dict[str, Any]
         model=ModelConfig(path=str(root / "model"), new_head=True), train=settings
     )
     results: dict[str, Any] = {}
+    whole = own.select(*(name for name in own.columns if name != "loss_mask"))
     for name, update in {
         "supervised": lambda: PolicyWorker(policy, context).update_supervised(own),
         "distilled": lambda: PolicyWorker(policy, context).update_distilled(
             own.rename(ref_log_probs="teacher_log_probs")
         ),
         "dpo": lambda: PolicyWorker(policy, context).update_dpo(own, DPOLossConfig(beta=0.5)),
-        "preferences": lambda: PreferenceWorker(scorer, context).update_preferences(own),
-        "costs": lambda: PreferenceWorker(scorer, context).update_costs(own),
+        "preferences": lambda: PreferenceWorker(scorer, context).update_preferences(whole),
+        "costs": lambda: PreferenceWorker(scorer, context).update_costs(whole),
     }.items():
         results[name] = dict(update())
     return results

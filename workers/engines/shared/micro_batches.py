@@ -124,10 +124,10 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """All rows in micro-batches of at most `budget_tokens` tokens, padding included; one longer
     row (or pair) has one to itself."""
-    # Nothing is predicted from the last token of a row, so a language model or critic does not
-    # compute it.
+    # Nothing is predicted from the last token that is scored, so a language model or critic does
+    # not compute it.
     whole = head is Head.score or cutting.whole_rows
-    widths = (sequences.lengths - int(not whole)).clamp(min=1)
+    widths = sequences.lengths if whole else (sequences.read_lengths - 1).clamp(min=1)
     pair = sequences.per_row[PAIR].numpy() if PAIR in sequences.per_row else None
     if cutting.whole_rows and not cutting.packing:
         parts = units(sequences.num_rows, pair)
@@ -233,7 +233,7 @@ def _micro_batch(
     device: torch.device,
 ) -> MicroBatch:
     part, width = sequences.rows(rows), widths[rows]
-    columns = _scored_columns(part)
+    columns = part.scored_columns
     targets = part.token_ids[
         (torch.cumsum(part.lengths, 0) - part.lengths)[part.row_of_token] + columns
     ]
@@ -349,15 +349,6 @@ def _first_tokens(part: Sequences, width: Tensor) -> Tensor:
     return torch.arange(int(width.sum())) + torch.repeat_interleave(shift, width)
 
 
-def _scored_columns(part: Sequences) -> Tensor:
-    """int64 [scored_tokens]: the column of each scored token in its row."""
-    first = part.lengths - part.scored_lengths
-    before = torch.cumsum(part.scored_lengths, 0) - part.scored_lengths
-    return torch.arange(part.num_scored_tokens) + torch.repeat_interleave(
-        first - before, part.scored_lengths
-    )
-
-
 def _to(part: Sequences, device: torch.device) -> Sequences:
     if device.type == "cpu":
         return part
@@ -365,6 +356,7 @@ def _to(part: Sequences, device: torch.device) -> Sequences:
         token_ids=part.token_ids.to(device),
         lengths=part.lengths.to(device),
         scored_lengths=part.scored_lengths.to(device),
+        scored=None if part.scored is None else part.scored.to(device),
         per_token={name: values.to(device) for name, values in part.per_token.items()},
         per_row={name: values.to(device) for name, values in part.per_row.items()},
     )

@@ -29,7 +29,7 @@ class Prompts:
 
 def prompts_of(sequences: Sequences) -> Prompts:
     """The prompts of all rows, told apart by their tokens."""
-    num_tokens = (sequences.lengths - sequences.scored_lengths).numpy()
+    num_tokens = sequences.prompt_lengths.numpy()
     begins = (torch.cumsum(sequences.lengths, 0) - sequences.lengths).numpy()
     ids = sequences.token_ids.cpu().numpy()
     labels: dict[bytes, int] = {}
