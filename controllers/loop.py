@@ -9,22 +9,27 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import add
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
 from controllers.algorithm_base import Algorithm
 from controllers.data import PromptDataset, RowLoader
+from controllers.ledger import LEDGER, Ledger, Line, Rows
 from controllers.run_length import RunLength
 from controllers.samples import SampleReader
+from controllers.saving import Commit, Saving, checkpoint_at
 from controllers.validation import REWARD, Validate
 from hybridflow.batch import Batch
-from hybridflow.checkpoint import CheckpointStore, load_metadata
-from hybridflow.group import each, start
+from hybridflow.checkpoint import CheckpointStore
+from hybridflow.group import each
 from hybridflow.metrics import Tracker
 from hybridflow.progress import activity
+from hybridflow.snapshots.files import Written
+from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.waiting import CALLS, CallRecord
 from workers.generation.config import SamplingConfig
 from workers.roles import TrainedRole
@@ -54,7 +59,11 @@ class LoopConfig:
     validation_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(greedy=True))
     """How validation samples its responses; max_response_tokens is always that of training."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0: only after the last step."""
+    """Steps between checkpoints on disk, which are written in the background; 0: only after the
+    last step."""
+    export_every: int = 0
+    """Steps between checkpoints that also hold the model as a Hugging Face directory, which takes
+    longest to write; 0: only those after the last step and of the best validation so far."""
     keep_last: int = 2
     """Checkpoints kept, besides the best."""
     keep_best: int = 1
@@ -84,6 +93,7 @@ class LoopConfig:
         for name, value in (
             ("validate_every", self.validate_every),
             ("checkpoint_every", self.checkpoint_every),
+            ("export_every", self.export_every),
         ):
             if value < 0:
                 raise ValueError(f"loop.{name} is {value}; use 0 or more")
@@ -133,6 +143,19 @@ class Outcome:
     step, which also warms up."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedStep:
+    """A step that this process trained, as the outcome counts it."""
+
+    step: int
+    seconds: float
+    tokens: float
+    phases: dict[str, float]
+    """Seconds by call."""
+    maxima: dict[str, float]
+    """Its metrics whose name ends in "max"."""
+
+
 class Loop:
     """Loop(algorithm, trained={"actor": actor, "critic": critic}, data=RowLoader(dataset,
     config.data), validate=None, ...).run()
@@ -141,7 +164,12 @@ class Loop:
     trained: the roles that a checkpoint holds; the first is the one that the run is for, also saved
     as a Hugging Face directory. further: by name, whatever else has a position that a checkpoint
     must hold. samples: reads what the model says; None shows nothing of it. settings: those that
-    make the run what it is, written into its checkpoints.
+    make the run what it is, written into its checkpoints. memory: where snapshots go every
+    `snapshot_every` steps; None: checkpoints on disk are all that the run can go back to.
+
+    Going back in place, after a failure: loop.restore() brings every trained role, which may be on
+    new processes, and everything on the controller to the newest commit that can be read, in memory
+    or on disk; run() then goes on.
     """
 
     def __init__(
@@ -157,12 +185,19 @@ class Loop:
         further: Mapping[str, Stateful] | None = None,
         samples: SampleReader | None = None,
         settings: Mapping[str, str] | None = None,
+        memory: MemoryPlace | None = None,
+        snapshot_every: int = 1,
     ) -> None:
         self.algorithm = algorithm
         self.trained = trained
         self.data = data
         self.validation = validate
         self.tracker, self.store, self.config = tracker, store, config
+        self.saving = Saving(trained, store, memory)
+        self.ledger = Ledger(store.directory.parent / LEDGER)
+        self._snapshot_every = snapshot_every
+        self._rows = Rows()
+        """Used since the last commit."""
         self.length = config.length(len(data.dataset), data.config.batch_size)
         self.further = dict(further or {})
         self.samples = samples
@@ -170,15 +205,15 @@ class Loop:
         self.step = 0
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
-        self.train_s, self.tokens = 0.0, 0.0
-        self.largest: dict[str, float] = {}
-        self.phase_s: dict[str, float] = {}
-        self.seconds: list[dict[str, float]] = []
-        """Per phase and step, of every step."""
+        self.trained_steps: list[TrainedStep] = []
+        """The steps of this process, those that a recovery took back left out."""
+        self._start = self._state()
+        self.committed: Callable[[int], None] = ignore
+        """Called with the step of every commit once it is complete."""
 
     def run(self) -> Outcome:
         """Steps, validations and checkpoints to the end of the run; ends with a checkpoint."""
-        if self.step == 0:
+        if self.step == 0 and not self.before:
             self.before = self.validate()
         LOGGER.info("%s", self.length)
         if self._finished() or self._good_enough():
@@ -189,24 +224,33 @@ class Loop:
                 self.store.directory.parent,
                 self.step,
             )
+        if self.step == 0:
+            self.snapshot()
         while not self._finished() and not self._good_enough():
             self.train_one_step()
             last = self._finished()
             if last or _due(self.step, self.config.validate_every):
                 self.after = self.validate()
-            if last or self._good_enough() or _due(self.step, self.config.checkpoint_every):
-                self.checkpoint()
+            last = last or self._good_enough()
+            self.saving.poll()
+            if last or _due(self.step, self._snapshot_every):
+                self.snapshot()
+            if last or _due(self.step, self.config.checkpoint_every):
+                self.checkpoint(wait=last)
+        # The last checkpoint is on disk.
+        self.saving.clear()
+        steps = self.trained_steps
         return Outcome(
             num_steps=self.step,
             reward_before=self.before.get(REWARD),
             reward_after=self.after.get(REWARD),
             validation_before=self.before,
             validation_after=self.after,
-            train_s=self.train_s,
-            tokens=self.tokens,
-            largest=self.largest,
-            phase_s=self.phase_s,
-            median_s=median_seconds(self.seconds),
+            train_s=sum(step.seconds for step in steps),
+            tokens=sum(step.tokens for step in steps),
+            largest=reduce_by_name(max, [step.maxima for step in steps]),
+            phase_s=reduce_by_name(add, [step.phases for step in steps]),
+            median_s=median_seconds([step.phases | {"step": step.seconds} for step in steps]),
         )
 
     def train_one_step(self, prompts: Batch | None = None) -> dict[str, float]:
@@ -221,6 +265,7 @@ class Loop:
                     f"loop.num_epochs={self.config.num_epochs}: every row was used; raise it"
                 )
             prompts = self.data.take(rows).repeat(self.algorithm.config.samples_per_prompt)
+        self._rows.add(prompts)
         with activity(f"step {self.step + 1}", detail=CALLS.under_way, patience_s=STEP_PATIENCE_S):
             metrics = self.algorithm.step(prompts)
             numbers = dict(metrics)
@@ -260,31 +305,48 @@ class Loop:
             self.store.check_space(needed)
         CALLS.finish()
 
-    def checkpoint(self) -> None:
-        """Writes a checkpoint; returns when it is complete."""
+    def snapshot(self) -> None:
+        """Commits the step to memory, where that is in use; from then on a failure goes back to
+        it."""
+        clock = time.time()
+        with activity("snapshot", detail=CALLS.under_way, patience_s=PATIENCE_S):
+            written = self.saving.stage(self.step)
+            if written is not None:
+                line = self._next_line(written)
+                self.saving.commit_staged(self.step, self._state() | {"ledger": line})
+                self._committed(line)
+            self.tracker.trace(CALLS.finish(), "snapshot", clock)
+
+    def checkpoint(self, *, wait: bool = True) -> None:
+        """Writes a checkpoint of the step with the model as a Hugging Face directory; returns when
+        it is complete. wait=False: in the background, with the directory where export_every says
+        so, or where the validation is the best so far."""
         clock = time.time()
         with activity("checkpoint", detail=CALLS.under_way, patience_s=PATIENCE_S):
-            self._checkpoint()
+            line = self.ledger.last
+            if line is None or line["step"] != self.step:
+                line = self._next_line({})
+            exports = wait or _due(self.step, self.config.export_every)
+            exports = exports or self.store.would_be_best(self.after)
+            self.saving.begin_checkpoint(
+                self.step,
+                self._state() | {"ledger": line},
+                self.after,
+                wait=wait,
+                export=self._main_role if exports else None,
+            )
+            if line is not self.ledger.last:
+                self._committed(line)
             self.tracker.trace(CALLS.finish(), "checkpoint", clock)
 
-    def _checkpoint(self) -> None:
-        directory = self.store.begin(self.step)
-        saving = []
-        for name, role in self.trained.items():
-            saving.append(start(role.save_checkpoint, str(directory / name)))
-        saving.append(start(self._main_role.save_pretrained, str(directory / "huggingface")))
-        for ranks in saving:
-            ranks.wait()
-        state = {
-            "step": self.step,
-            "run": self.settings,
-            "data": self.data.state_dict(),
-            "further": {name: stateful.state_dict() for name, stateful in self.further.items()},
-            "algorithm": self.algorithm.state_dict(),
-            "validation_before": self.before,
-            "validation_after": self.after,
-        }
-        self.store.commit(self.step, state, metrics=self.after)
+    def _next_line(self, written: Mapping[str, Written]) -> Line:
+        return self.ledger.next(self.step, self._rows, self.data.state_dict(), written)
+
+    def _committed(self, line: Line) -> None:
+        """The step is committed, in memory or on disk."""
+        self.ledger.append(line)
+        self._rows = Rows()
+        self.committed(self.step)
 
     def save_pretrained(self, directory: Path) -> None:
         """The model that the run is for, as a Hugging Face directory; returns when every rank
@@ -296,33 +358,88 @@ class Loop:
         return next(iter(self.trained.values()))
 
     def resume(self) -> None:
-        """Brings everything back to where the checkpoint was written."""
+        """Brings everything back to where the run stood, as loop.resume says: to the newest commit
+        that can be read, in memory or on disk; or to a checkpoint. A ValueError where there are
+        commits and none can be read, and where the checkpoint that is named can't."""
+        if self.config.resume == "auto":
+            if not self.saving.is_empty:
+                commit = self._go_back()
+                LOGGER.info("resumed from %s, step %d", commit.path, self.step)
+            return
+        self.saving.clear()
+        self.saving.begins_after = self.store.newest_sequence()
         if self.config.resume == "never":
+            self.ledger.rewind(None)
             return
-        latest = self.store.latest()
-        directory = (
-            Path(self.config.resume)
-            if self.config.resume != "auto"
-            else latest.path
-            if latest
-            else None
+        commit = self.saving.verified(checkpoint_at(Path(self.config.resume)))
+        self.saving.origin = commit
+        self._load(commit)
+        LOGGER.info("resumed from %s, step %d", commit.path, self.step)
+
+    def restore(self) -> None:
+        """Back to the newest commit of this run that every trained role can load, or to where it
+        began: roles, data, streams, algorithm, ledger, step. Where that is the pretrained weights
+        (see starts_from_scratch), the roles must have been built anew."""
+        if self.starts_from_scratch:
+            self._load_state(self._start | {"validation_before": self.before})
+            self.ledger.rewind(None)
+        else:
+            commit = self._go_back()
+            LOGGER.info("restored step %d from %s (%s)", self.step, commit.path, commit.place)
+        retained = [trained for trained in self.trained_steps if trained.step <= self.step]
+        self.trained_steps = retained
+
+    @property
+    def starts_from_scratch(self) -> bool:
+        """Whether restore() goes back to the weights that the roles are built with."""
+        return self.saving.is_empty
+
+    def _go_back(self) -> Commit:
+        """Loads the newest commit that can be read; those that can't are said in the log with what
+        is wrong, and set aside."""
+        damaged = []
+        for commit in self.saving.commits():
+            try:
+                commit = self.saving.verified(commit)
+            except ValueError as error:
+                LOGGER.warning("step %d can't be restored: %s", commit.step, error)
+                damaged.append(commit)
+                continue
+            self._load(commit)
+            for other in damaged:
+                self.saving.set_aside(other)
+            return commit
+        raise ValueError(
+            f"loop.resume=auto: no commit of the run in {self.store.directory.parent} can be read "
+            "(see above); use loop.resume=never or another output_dir to start anew"
         )
-        if directory is None:
-            return
-        state = load_metadata(directory)
-        loading = []
-        for name, role in self.trained.items():
-            loading.append(start(role.load_checkpoint, str(directory / name)))
-        for ranks in loading:
-            ranks.wait()
+
+    def _state(self) -> dict[str, Any]:
+        """All that the controller must not lose."""
+        return {
+            "step": self.step,
+            "run": self.settings,
+            "data": self.data.state_dict(),
+            "further": {name: stateful.state_dict() for name, stateful in self.further.items()},
+            "algorithm": self.algorithm.state_dict(),
+            "validation_before": self.before,
+            "validation_after": self.after,
+        }
+
+    def _load(self, commit: Commit) -> None:
+        self.saving.load(commit)
+        self._load_state(commit.state)
+        self.ledger.rewind(commit.state.get("ledger"))
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
         self.data.load_state_dict(state["data"])
         for name, stateful in self.further.items():
             stateful.load_state_dict(state["further"][name])
         self.algorithm.load_state_dict(state["algorithm"])
+        self._rows = Rows()
         self.step = state["step"]
         self.before = state["validation_before"]
         self.after = state["validation_after"]
-        LOGGER.info("resumed from %s, step %d", directory, self.step)
 
     def _record(
         self, metrics: dict[str, float], records: list[CallRecord], seconds: float
@@ -333,16 +450,15 @@ class Loop:
         row = dict(metrics)
         for phase, value in phases.items():
             row[f"seconds/{phase}"] = value
-            self.phase_s[phase] = self.phase_s.get(phase, 0.0) + value
         row["seconds/step"] = seconds
         row["tokens_per_s"] = tokens / seconds
         self.tracker.log(self.step, row)
-        self.seconds.append({**phases, "step": seconds})
-        self.train_s += seconds
-        self.tokens += tokens
-        for name, value in metrics.items():
-            if name.endswith("max"):
-                self.largest[name] = max(value, self.largest.get(name, value))
+        maxima = {name: value for name, value in metrics.items() if name.endswith("max")}
+        self.trained_steps.append(
+            TrainedStep(
+                step=self.step, seconds=seconds, tokens=tokens, phases=phases, maxima=maxima
+            )
+        )
         return row
 
     def _finished(self) -> bool:
@@ -360,6 +476,21 @@ def phase_seconds(records: list[CallRecord]) -> dict[str, float]:
         name = f"{record.role}.{record.method}"
         phases[name] = phases.get(name, 0.0) + record.seconds
     return phases
+
+
+def ignore(step: int) -> None:
+    return None
+
+
+def reduce_by_name(
+    combine: Callable[[float, float], float], rows: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """Each name's values of all rows, combined."""
+    result: dict[str, float] = {}
+    for row in rows:
+        for name, value in row.items():
+            result[name] = combine(result[name], value) if name in result else value
+    return result
 
 
 def median_seconds(steps: list[dict[str, float]]) -> dict[str, float]:

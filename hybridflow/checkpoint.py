@@ -169,7 +169,7 @@ class CheckpointStore:
         self._disk.write_synced(self.directory / ".latest", path.name + "\n")
         (self.directory / ".latest").replace(self.directory / "latest")
         self._prune()
-        return _read(path)
+        return read_checkpoint(path)
 
     @contextmanager
     def trial(self) -> Iterator[Path]:
@@ -213,6 +213,11 @@ class CheckpointStore:
         """The newest complete checkpoint."""
         return max(self._scan(), key=lambda checkpoint: checkpoint.sequence, default=None)
 
+    def newest_sequence(self) -> int:
+        """The number of the newest commit; 0 before the first."""
+        latest = self.latest()
+        return latest.sequence if latest else 0
+
     def best(self) -> Checkpoint | None:
         """The checkpoint with the best metric, the older of two equals; None where no
         checkpoint has the metric."""
@@ -234,7 +239,7 @@ class CheckpointStore:
         checkpoints = []
         for path in self.directory.glob("step-*"):
             try:
-                checkpoints.append(_read(path))
+                checkpoints.append(read_checkpoint(path))
             except FileNotFoundError:
                 continue  # no checkpoint, or the saving process deleted it meanwhile
             except DamagedManifest as error:
@@ -247,15 +252,23 @@ class CheckpointStore:
         path.rename(path.with_name(f"damaged-{path.name}"))
         self._disk.sync(self.directory)
 
-    @property
-    def num_damaged(self) -> int:
-        """Checkpoints that were set aside."""
-        return len(list(self.directory.glob("damaged-*")))
-
-    def unreadable(self) -> list[Path]:
-        """Directories of checkpoints whose manifest is missing or damaged."""
+    def damaged(self) -> list[Path]:
+        """Checkpoints that were set aside, and those whose manifest is missing or damaged."""
         readable = {checkpoint.path for checkpoint in self._scan()}
-        return [path for path in self.directory.glob("step-*") if path not in readable]
+        paths = [*self.directory.glob("step-*"), *self.directory.glob("damaged-*")]
+        return [path for path in paths if path not in readable]
+
+    def would_be_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a checkpoint with these metrics would be the best; the first one with a finite
+        metric is."""
+        value = metrics.get(self._metric, math.nan)
+        if not self._keep_best or not math.isfinite(value):
+            return False
+        best = self.best()
+        if best is None:
+            return True
+        sign = 1 if self._mode is Best.min else -1
+        return sign * value < sign * best.metrics[self._metric]
 
     def _check_fence(self) -> None:
         if self.attempt is not None:
@@ -293,7 +306,7 @@ def load_metadata(path: Path, disk: Disk = DISK) -> dict[str, Any]:
     """The metadata of the checkpoint at `path`, after every file was compared with its size and
     digest in the manifest."""
     try:
-        manifest = _manifest(path)
+        manifest = read_manifest(path)
     except FileNotFoundError as error:
         raise ValueError(
             f"checkpoint {path}: no {MANIFEST}, so this is no complete checkpoint"
@@ -334,7 +347,9 @@ def _attempt_of(name: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. A FileNotFoundError without it, a DamagedManifest for one
+    that is not what was written, a ValueError for that of another version."""
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
         number = manifest["format"]
@@ -350,8 +365,10 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read(path: Path) -> Checkpoint:
-    manifest = _manifest(path)
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint of a directory, by its manifest; its files are not looked at. A
+    FileNotFoundError without a manifest, a DamagedManifest for one that is not what was written."""
+    manifest = read_manifest(path)
     metrics = {name: float(value) for name, value in manifest["metrics"].items()}
     return Checkpoint(
         path=path, step=manifest["step"], sequence=manifest["sequence"], metrics=metrics

@@ -13,7 +13,9 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hybridflow.checkpoint import MANIFEST, CheckpointStore
+from hybridflow.checkpoint import CheckpointStore, read_manifest
+from hybridflow.recovery.attempts import Attempt
+from hybridflow.snapshots.memory import MemoryPlace
 from recipes.placing import Placement
 from recipes.roles import GENERATION, Role
 from workers.config import ModelConfig
@@ -28,8 +30,11 @@ VERDICT = ("verdict", "template", "yes", "no", "pattern")
 """Settings of a judge that decide its verdicts."""
 
 
-def checkpoint_store(placement: Placement, directory: Path) -> CheckpointStore:
-    """The run's checkpoints; the best is chosen by the algorithm's objective."""
+def checkpoint_store(
+    placement: Placement, directory: Path, attempt: Attempt | None = None
+) -> CheckpointStore:
+    """The run's checkpoints; the best is chosen by the algorithm's objective. `attempt`: that of
+    the controller that writes them."""
     loop = placement.config.loop
     return CheckpointStore(
         directory / "checkpoints",
@@ -37,6 +42,7 @@ def checkpoint_store(placement: Placement, directory: Path) -> CheckpointStore:
         keep_best=loop.keep_best,
         metric=placement.entry.objective,
         mode=placement.entry.best,
+        attempt=attempt,
     )
 
 
@@ -97,17 +103,24 @@ def content(model: ModelConfig) -> str:
 
 def check_same_run(placement: Placement) -> None:
     """A ValueError where the run would go on from the checkpoint of another one. Nothing is read
-    but the checkpoint's manifest; one of an earlier version has no settings to compare."""
+    but the checkpoint's manifest, or the record of a snapshot in memory."""
     config = placement.config
     if config.loop.resume == "never":
         return
     directory = Path(config.loop.resume)
     if config.loop.resume == "auto":
-        latest = checkpoint_store(placement, Path(config.output_dir).absolute()).latest()
-        if latest is None:
+        output = Path(config.output_dir).absolute()
+        latest = checkpoint_store(placement, output).latest()
+        number = latest.sequence if latest is not None else 0
+        staged = MemoryPlace.commits_of(output)
+        if staged and staged[0].number > number:
+            directory, earlier = staged[0].path, staged[0].state[RUN]
+        elif latest is not None:
+            directory, earlier = latest.path, read_manifest(latest.path)["metadata"].get(RUN)
+        else:
             return
-        directory = latest.path
-    earlier = json.loads((directory / MANIFEST).read_text())["metadata"].get(RUN)
+    else:
+        earlier = read_manifest(directory)["metadata"].get(RUN)
     if earlier is None:
         return
     differences = list(differing(earlier, run_settings(placement)))

@@ -28,15 +28,18 @@ from controllers.algorithm_base import Algorithm, Evaluated
 from controllers.data import RowDataset, RowLoader
 from controllers.loop import Loop, phase_seconds
 from controllers.samples import SampleReader
+from controllers.saving import Saving, checkpoint_at
 from controllers.streams import EmptyStream, PromptStream, Stream, TextStream
 from controllers.validation import HeldOutRows, ResponseReward, Validate
 from hybridflow.batch import Batch
-from hybridflow.checkpoint import MANIFEST, CheckpointStore
+from hybridflow.checkpoint import CheckpointStore
 from hybridflow.group import each, spawn
 from hybridflow.metrics import Tracker
 from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
 from hybridflow.progress import activity
 from hybridflow.progress_display import shown
+from hybridflow.recovery.attempts import Attempt
+from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.waiting import CALLS
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
 from recipes.environment import environment
@@ -111,15 +114,21 @@ class Session:
 
     def _start(self) -> None:
         prepared, placement, config = self.prepared, self.placement, self.config
-        store, tracker = checkpoint_store(placement, self.directory), None
+        tracker, memory, attempt = None, None, None
+        trains = config.algorithm.name not in QUESTIONS
+        if trains:
+            attempt = Attempt.claim(self.directory)
+            if config.recovery.snapshot_every:
+                memory = MemoryPlace.open(attempt)
+        store = checkpoint_store(placement, self.directory, attempt)
         self._resources.enter_context(shown(live=config.metrics.console))
         with activity("start"):
             cluster = self._resources.enter_context(connect_cluster(placement))
-            if config.algorithm.name not in QUESTIONS:
+            if trains:
                 num_steps = config.loop.length(
                     len(prepared.train), config.data.batch_size
                 ).num_steps
-                tracker = start_tracker(config, self.directory, store, num_steps)
+                tracker = start_tracker(config, self.directory, store, num_steps, memory)
                 self._resources.enter_context(tracker)
             for name in dict.fromkeys(role.pool for role in placement.roles):
                 self.pools[name] = self._resources.enter_context(
@@ -163,6 +172,8 @@ class Session:
                     end_token_ids=config.model.end_token_ids or (),
                 ),
                 settings=run_settings(placement),
+                memory=memory,
+                snapshot_every=config.recovery.snapshot_every,
             )
             self._loop.try_saving()
             self._loop.resume()
@@ -354,7 +365,11 @@ def _threads(placement: Placement, cluster: ClusterInfo | None) -> int:
 
 
 def start_tracker(
-    config: RunConfig, directory: Path, store: CheckpointStore, num_steps: int
+    config: RunConfig,
+    directory: Path,
+    store: CheckpointStore,
+    num_steps: int,
+    memory: MemoryPlace | None = None,
 ) -> Tracker:
     """The metrics of this run, going on where the checkpoint that it resumes from was written."""
     settings = OmegaConf.structured(with_named_functions(config))
@@ -365,16 +380,16 @@ def start_tracker(
         config.metrics,
         directory,
         total_steps=num_steps,
-        start_step=start_step(config.loop.resume, store),
+        start_step=start_step(config.loop.resume, store, memory),
         run_config=cast(dict[str, object], OmegaConf.to_container(settings)),
     )
 
 
-def start_step(resume: str, store: CheckpointStore) -> int:
+def start_step(resume: str, store: CheckpointStore, memory: MemoryPlace | None = None) -> int:
     """The step that the run goes on from; metrics of later ones are dropped."""
     if resume == "never":
         return 0
     if resume == "auto":
-        latest = store.latest()
-        return latest.step if latest else 0
-    return int(json.loads((Path(resume) / MANIFEST).read_text())["step"])
+        commits = Saving({}, store, memory).commits()
+        return commits[0].step if commits else 0
+    return checkpoint_at(Path(resume)).step

@@ -73,9 +73,8 @@ class MemoryPlace:
         """The place of the attempt's run; None, said in the log, where it can't be used. Removes
         the memory of runs whose output directory is gone."""
         output = attempt.directory.parent
-        name = hashlib.blake2b(f"{attempt.run} {output}".encode(), digest_size=8).hexdigest()
-        of_user = root / f"hybridflow-{os.getuid()}"
-        place = cls(of_user / f"{output.name}-{name}", attempt.number)
+        place = cls(memory_directory(output, attempt.run, root), attempt.number)
+        of_user = place.directory.parent
         try:
             make_private(of_user)
             for other in of_user.iterdir():
@@ -91,6 +90,15 @@ class MemoryPlace:
             )
             return None
         return place
+
+    @classmethod
+    def commits_of(cls, output_dir: Path, root: Path = SHARED_MEMORY) -> list[MemoryCommit]:
+        """The commits in memory of the run in `output_dir`, the newest first; for whoever has not
+        claimed an attempt."""
+        file = output_dir.absolute() / DIRECTORY / RUN
+        if not file.is_file():
+            return []
+        return cls(memory_directory(output_dir.absolute(), file.read_text(), root), 0).commits()
 
     def target(self, step: int) -> Path:
         return self.directory / f"{step:08d}.{self._attempt}"
@@ -118,6 +126,10 @@ class MemoryPlace:
         for path in self.directory.glob(f"*/{RECORD}"):
             if path.parent not in keep:
                 path.unlink(missing_ok=True)
+
+    def withdraw_one(self, target: Path) -> None:
+        """Uncommits `target`."""
+        (target / RECORD).unlink(missing_ok=True)
 
     def prune(self, keep: Collection[Path]) -> None:
         """Frees this node's memory of all but `keep`."""
@@ -162,6 +174,12 @@ class Stager:
         for path in self._buffers:
             path.unlink(missing_ok=True)
         self._buffers.clear()
+
+
+def memory_directory(output_dir: Path, run: str, root: Path) -> Path:
+    """Another one for another output directory, and for the same once it was removed."""
+    name = hashlib.blake2b(f"{run} {output_dir}".encode(), digest_size=8).hexdigest()
+    return root / f"hybridflow-{os.getuid()}" / f"{output_dir.name}-{name}"
 
 
 def allocate(path: Path, num_bytes: int) -> Tensor:
