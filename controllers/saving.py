@@ -44,7 +44,7 @@ class Commit:
     """The commit with the higher number is the newer one, whatever their steps."""
     stamp: str | None
     state: dict[str, Any]
-    """What the controller goes on from; for a checkpoint only once it was verified."""
+    """State of data, algorithm and ledger; for a checkpoint only once it was verified."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -348,7 +348,7 @@ def _attempt_of(name: str) -> int:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. A FileNotFoundError without it, a DamagedManifest for one
+    """Everything that a checkpoint says of itself. A FileNotFoundError without it, a DamagedManifest for one
     that is not what was written, a ValueError for that of another version."""
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())

@@ -52,7 +52,7 @@ class MemoryCommit:
     stamp: str
     """Stands in the files of all ranks."""
     state: dict[str, Any]
-    """What the controller goes on from."""
+    """The state of data, algorithm and ledger, for the controller to go on from."""
 
 
 class MemoryPlace:
