@@ -7,6 +7,7 @@ never a reward of 0 for a failed reward.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,11 +21,15 @@ from hybridflow.worker import Worker
 from workers.engines.base import Head
 from workers.layouts import training_layout
 from workers.model_worker import ModelWorker, sequences_of
-from workers.reward_function import function_name, resolve, score_rows
+from workers.reward_function import function_name, resolve, runs_programs, score_rows
+from workers.rewards.sandbox.mode import Sandbox
+from workers.rewards.sandbox.probing import check_once
 from workers.role_config import RewardConfig, ScorerConfig
 from workers.roles import Cost, Reward
 from workers.text import ResponseReader, end_token_ids
 from workers.tokenizer import load_tokenizer
+
+LOGGER = logging.getLogger(__name__)
 
 
 class FunctionScorer(Worker):
@@ -37,7 +42,9 @@ class FunctionScorer(Worker):
     def __init__(self, config: ScorerConfig, context: RankContext) -> None:
         super().__init__(config, context)
         assert config.function is not None
-        resolve(config.function, self.role)
+        function = resolve(config.function, self.role)
+        if config.sandbox is Sandbox.required and runs_programs(function):
+            LOGGER.info("%s: %s", self.role, check_once())
         self.tokenizer = load_tokenizer(config.policy)
         self.read_responses = ResponseReader(
             self.tokenizer,
@@ -56,7 +63,7 @@ class FunctionScorer(Worker):
         scored = (
             self._run_in_tasks(rows)
             if self.context.in_ray
-            else score_rows(self.config.function, rows, self.role)
+            else score_rows(self.config.function, rows, self.role, self.config.sandbox)
         )
         return torch.tensor([score for score, _ in scored], dtype=torch.float32), [
             metrics for _, metrics in scored
@@ -90,7 +97,8 @@ class FunctionScorer(Worker):
             for part in np.array_split(np.arange(len(rows)), self.config.num_tasks)
             if len(part)
         ]
-        refs = [task.remote(self.config.function, chunk, self.role) for chunk in chunks]
+        function, sandbox = self.config.function, self.config.sandbox
+        refs = [task.remote(function, chunk, self.role, sandbox) for chunk in chunks]
         _, late = ray.wait(refs, num_returns=len(refs), timeout=self.config.timeout_s)
         if late:
             for ref in late:

@@ -12,11 +12,15 @@ import asyncio
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 from hybridflow.errors import UserCodeError
 from hybridflow.registry import load_object
+from workers.rewards.code import code
 from workers.rewards.combined import CombinedReward
+from workers.rewards.sandbox import SandboxError
+from workers.rewards.sandbox.mode import Sandbox, use_sandbox
 from workers.rewards.values import LARGEST, STATISTICS, as_number, shortened
 
 CONSENT = "allow_unsafe"
@@ -84,15 +88,27 @@ def check_columns(function: str | RewardFunction, names: Iterable[str], role: st
 
 
 def score_rows(
-    function: str | RewardFunction, rows: Sequence[Mapping[str, Any]], role: str = "reward"
+    function: str | RewardFunction,
+    rows: Sequence[Mapping[str, Any]],
+    role: str = "reward",
+    sandbox: Sandbox = Sandbox.required,
 ) -> list[tuple[float, dict[str, float]]]:
     """(reward or cost, further numbers) of every row; `role` names it in a dict and in messages."""
     path, call = function_name(function), resolve(function, role)
-    if is_coroutine_function(call):
-        results = _wait_for(_gather(path, call, rows, role))
-    else:
-        results = [_call(path, call, row, role) for row in rows]
+    with use_sandbox(sandbox):
+        if is_coroutine_function(call):
+            results = _wait_for(_gather(path, call, rows, role))
+        else:
+            results = [_call(path, call, row, role) for row in rows]
     return [_checked(path, row, result, role) for row, result in zip(rows, results, strict=True)]
+
+
+def runs_programs(function: RewardFunction) -> bool:
+    """Whether it is workers.rewards:code, or has that among its parts."""
+    parts = [function]
+    if isinstance(function, CombinedReward):
+        parts = [part for part, _, _ in function.parts.values()]
+    return code in parts
 
 
 def is_coroutine_function(function: RewardFunction) -> bool:
@@ -105,6 +121,8 @@ def is_coroutine_function(function: RewardFunction) -> bool:
 def _call(path: str, function: RewardFunction, row: Mapping[str, Any], role: str) -> Any:
     try:
         return function(**row)
+    except SandboxError:
+        raise  # the machine's, not the function's
     except Exception as error:
         # The user's code: whatever it raises, the run stops and says on which row.
         raise _failed(path, row, role, error) from error
@@ -116,6 +134,8 @@ async def _gather(
     async def call(row: Mapping[str, Any]) -> Any:
         try:
             return await function(**row)
+        except SandboxError:
+            raise
         except Exception as error:
             raise _failed(path, row, role, error) from error
 
@@ -130,7 +150,7 @@ def _wait_for(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
     except RuntimeError:
         return asyncio.run(coroutine)
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
+        return thread.submit(copy_context().run, asyncio.run, coroutine).result()
 
 
 def _failed(path: str, row: Mapping[str, Any], role: str, error: Exception) -> UserCodeError:

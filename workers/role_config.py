@@ -13,6 +13,7 @@ from workers.config import ModelConfig, TrainConfig
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.losses.config import PolicyLossConfig, ValueLossConfig
 from workers.rewards.combined import RewardPart
+from workers.rewards.sandbox.mode import Sandbox
 
 
 class Consistency(StrEnum):
@@ -130,6 +131,10 @@ class RewardConfig:
     those that begin, end or pad it never are. false leaves all of them out."""
     timeout_s: float = 60.0
     """Most seconds that the function may take for the rows of one task."""
+    sandbox: Sandbox = Sandbox.required
+    """Programs that a reward such as workers.rewards:code runs: required: in the sandbox, which is
+    tried before the first step, or the run stops; off: as the run's user, if the reward's options
+    say allow_unsafe: true as well."""
     num_tasks: int = 1
     """Ray tasks that one rank's rows are spread over."""
     train: TrainConfig = field(default_factory=TrainConfig)

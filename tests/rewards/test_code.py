@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,38 @@ import pytest
 from workers.reward_function import check_columns, score_rows
 from workers.rewards import code
 from workers.rewards.combined import RewardPart, combined
+from workers.rewards.sandbox.mode import Sandbox, use_sandbox
 
 SUM = "a, b = map(int, input().split())\nprint(a + b)"
 PAIRS = [{"input": "2 3", "output": "5"}, {"input": "1 1\n", "output": "2\n\n"}]
 
 
 def score(response: str, answer: object, **options: Any) -> float:
-    numbers = code("", response, finish_reason="stop", answer=answer, allow_unsafe=True, **options)
+    numbers = code("", response, finish_reason="stop", answer=answer, **options)
     return numbers["reward"]
 
 
-def test_stdin_and_stdout() -> None:
-    assert score(f"Sure:\n```python\n{SUM}\n```\nDone.", PAIRS) == 1.0
-    assert score(SUM, {"inputs": ["2 3"], "outputs": ["5"]}) == 1.0
-    assert score(SUM.replace("+", "-"), PAIRS) == 0.0
+@pytest.fixture(params=list(Sandbox))
+def mode(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Both ways to run programs, and the options that each needs."""
+    with use_sandbox(request.param):
+        yield {"allow_unsafe": True} if request.param is Sandbox.off else {}
+
+
+def test_stdin_and_stdout(mode: dict[str, Any]) -> None:
+    assert score(f"Sure:\n```python\n{SUM}\n```\nDone.", PAIRS, **mode) == 1.0
+    assert score(SUM, {"inputs": ["2 3"], "outputs": ["5"]}, **mode) == 1.0
+    assert score(SUM.replace("+", "-"), PAIRS, **mode) == 0.0
     half = [*PAIRS[:1], {"input": "1 1", "output": "3"}]
-    assert (score(SUM, half), score(SUM, half, partial=True)) == (0.0, 0.5)
+    assert (score(SUM, half, **mode), score(SUM, half, partial=True, **mode)) == (0.0, 0.5)
 
 
-def test_assertions() -> None:
+def test_assertions(mode: dict[str, Any]) -> None:
     program = "def add(a, b):\n    return a + b"
-    assert score(program, ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]) == 1.0
-    assert score(program, '["assert add(1, 2) == 4"]') == 0.0
-    assert score(program, "for n in range(3):\n    assert add(n, n) == 2 * n") == 1.0
+    tests = ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]
+    assert score(program, tests, **mode) == 1.0
+    assert score(program, '["assert add(1, 2) == 4"]', **mode) == 0.0
+    assert score(program, "for n in range(3):\n    assert add(n, n) == 2 * n", **mode) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -65,7 +75,7 @@ def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_no_reward_of_0() -> None:
-    with pytest.raises(ValueError, match="allow_unsafe: true"):
+    with use_sandbox(Sandbox.off), pytest.raises(ValueError, match=r"reward\.sandbox is off"):
         code("", SUM, finish_reason="stop", answer=PAIRS, allow_unsafe=False)
     for limits in ({"memory_mb": 0}, {"timeout_s": 0.0}, {"timeout_s": float("nan")}):
         with pytest.raises(ValueError, match="use more than 0 seconds and at least 64 MiB"):
@@ -87,8 +97,7 @@ def test_a_program_that_can_not_be_started_is_no_reward_of_0(
 
 def test_consent_is_an_option_and_no_column() -> None:
     path = "workers.rewards:code"
-    with pytest.raises(ValueError, match=r"missing a required .*'allow_unsafe'"):
-        check_columns(path, ["answer"], "reward")
+    check_columns(path, ["answer"], "reward")
     with pytest.raises(ValueError, match="the data has a column 'allow_unsafe'"):
         check_columns(path, ["answer", "allow_unsafe"], "reward")
     part = RewardPart(function=path, options={"allow_unsafe": True})

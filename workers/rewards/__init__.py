@@ -6,7 +6,7 @@
     exact_match       the response is the answer, white space and case aside
     matches           the response has the form of a regular expression
     length_penalty    0 up to a number of words, falling to -1 above it
-    code              the program in the response passes its tests; UNSAFE, there is no sandbox
+    code              the program in the response passes its tests, in a sandbox
     combined          several of them with weights, each logged by its name (reward.parts)
 
 Each is a plain function of a row, called by keyword as one of your own is, and may be called from

@@ -1,42 +1,25 @@
-"""Python programs that a model writes, run against tests. UNSAFE: there is no sandbox.
+"""Python programs that a model writes, run against tests in a sandbox (sandbox/).
 
-A program runs in a process of its own with limits on time, memory, files and output, in an empty
-directory, without this process' environment and, where the kernel lets it, without a network. It
-runs as the same user: it can read what that user can read, write where that user can write, and
-with the right means get around the limits. Run models whose programs you would run yourself, or the
-whole job in a container or virtual machine that may be lost.
+A program runs in a process of its own that can read Python and the installed packages, write into an
+empty directory, and do nothing else: no network, no other process, no file of this machine. What it
+wrote, or what its functions returned, is judged in another process. docs/rewards.md says what holds.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
+from workers.rewards import unconfined
+from workers.rewards.sandbox import Limits, judge, run
+from workers.rewards.sandbox.mode import Sandbox, sandbox_mode
+
 FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-LAUNCHER = Path(__file__).with_name("code_launcher.py")
-START_S = 1.0
-"""Seconds for starting Python itself."""
 LEAST_MEMORY_MB = 64
-OUTPUT_BYTES = 2**20
-"""The most that is compared of what a program writes."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    timeout_s: float
-    memory_mb: int
 
 
 def code(
@@ -45,7 +28,7 @@ def code(
     *,
     finish_reason: str,
     answer: object,
-    allow_unsafe: bool,
+    allow_unsafe: bool = False,
     timeout_s: float = 5.0,
     memory_mb: int = 1024,
     partial: bool = False,
@@ -59,13 +42,16 @@ def code(
     of them. The program is the last fenced block, or the whole response. timeout_s: seconds of each
     test by the clock, without those that it waits for a busy processor.
 
-    A ValueError without allow_unsafe=true and for an answer without tests, a
-    RuntimeError where a program can't be started: neither is a reward of 0.
+    Programs run in the sandbox; with reward.sandbox=off and allow_unsafe=true as this user, with
+    limits that a program can get around. A ValueError for an answer without tests, a RuntimeError
+    where a program can't be started or the sandbox does not hold: neither is a reward of 0.
     """
-    if allow_unsafe is not True:
+    confined = sandbox_mode() is Sandbox.required
+    if not confined and allow_unsafe is not True:
         raise ValueError(
-            "workers.rewards:code runs what the model writes, without a sandbox; set "
-            "allow_unsafe: true in its options (reward.parts) if that may happen on these machines"
+            "workers.rewards:code runs what the model writes, and reward.sandbox is off; set "
+            "allow_unsafe: true in its options (reward.parts) if that may happen on these "
+            "machines, or reward.sandbox=required"
         )
     if not (timeout_s > 0 and memory_mb >= LEAST_MEMORY_MB):
         raise ValueError(
@@ -74,7 +60,11 @@ def code(
         )
     tests = read_tests(answer)
     program, limits = program_of(response), Limits(timeout_s=timeout_s, memory_mb=memory_mb)
-    passed = sum(test.passes(program, limits) for test in tests)
+    passed = 0
+    for test in tests:
+        passed += (
+            test.passes(program, limits) if confined else test.passes_unconfined(program, limits)
+        )
     share = passed / len(tests)
     reward = share if partial else float(passed == len(tests))
     return {"reward": reward, "passed": share}
@@ -93,21 +83,30 @@ class Dialogue:
     stdout: str
 
     def passes(self, program: str, limits: Limits) -> bool:
-        ended, written = run(program, self.stdin, limits)
+        return self._agrees(*run(program, self.stdin, limits))
+
+    def passes_unconfined(self, program: str, limits: Limits) -> bool:
+        return self._agrees(*unconfined.run(program, self.stdin, limits))
+
+    def _agrees(self, ended: bool, written: str) -> bool:
         return ended and lines_of(written) == lines_of(self.stdout)
 
 
 @dataclass(frozen=True, slots=True)
 class Assertions:
-    """Python that runs after the program, in its name space."""
+    """Python that asserts, with the program's names."""
 
     source: str
 
     def passes(self, program: str, limits: Limits) -> bool:
+        return judge(program, self.source, limits)
+
+    def passes_unconfined(self, program: str, limits: Limits) -> bool:
+        """Runs after the program, in its process: the program can see and change the tests."""
         # A program that leaves before the assertions has not passed them: it can't write this.
-        mark = secrets.token_hex(16)
+        mark = token_hex(16)
         end = f"import sys as _sys\n_sys.stdout.write({mark!r})\n"
-        ended, written = run(f"{program}\n\n{self.source}\n{end}", "", limits)
+        ended, written = unconfined.run(f"{program}\n\n{self.source}\n{end}", "", limits)
         return ended and written.endswith(mark)
 
 
@@ -152,78 +151,3 @@ def text_of(value: object) -> str:
 def lines_of(text: str) -> list[str]:
     """Its lines without blanks at their ends and without empty ones at the end of the text."""
     return [line.rstrip() for line in text.rstrip().splitlines()]
-
-
-def run(program: str, stdin: str, limits: Limits) -> tuple[bool, str]:
-    """Whether the program ended by itself with status 0, and what it wrote on stdout."""
-    with tempfile.TemporaryDirectory(prefix="program-") as directory:
-        source = Path(directory) / "program.py"
-        source.write_text(program, encoding="utf-8", errors="backslashreplace")
-        environment = {"PATH": "/usr/bin:/bin", "HOME": directory, "LANG": "C.UTF-8"}
-        environment["OMP_NUM_THREADS"] = "1"
-        # The launcher tells on a pipe that the limits are set, and closes it: the program can't.
-        ready, tell = os.pipe()
-        with (
-            os.fdopen(ready, "rb") as limited,
-            tempfile.TemporaryFile() as given,
-            tempfile.TemporaryFile() as written,
-        ):
-            given.write(stdin.encode("utf-8", "backslashreplace"))
-            given.seek(0)
-            try:
-                process = subprocess.Popen(
-                    [
-                        *(sys.executable, "-I", str(LAUNCHER), str(source)),
-                        *(str(limits.timeout_s), str(limits.memory_mb), str(tell)),
-                    ],
-                    cwd=directory,
-                    env=environment,
-                    stdin=given,
-                    stdout=written,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                    pass_fds=(tell,),
-                )
-            except OSError as error:
-                raise RuntimeError(f"a program can't be started here: {error}") from error
-            finally:
-                os.close(tell)
-            try:
-                status = wait_for(process, limits.timeout_s + START_S)
-            finally:
-                kill_group(process)
-            if not limited.read():
-                raise RuntimeError(
-                    "a program can't be started here, or its limits can't be set (setrlimit)"
-                )
-            written.seek(0)
-            return status == 0, written.read(OUTPUT_BYTES).decode("utf-8", "replace")
-
-
-def wait_for(process: subprocess.Popen[bytes], timeout_s: float) -> int:
-    """Its exit status; that of a killed process after timeout_s, in which the time that it waited
-    for a busy processor does not count: it is not the program's fault."""
-    started = time.monotonic()
-    left = timeout_s
-    while left > 0:
-        try:
-            return process.wait(timeout=left)
-        except subprocess.TimeoutExpired:
-            left = timeout_s + waited_s(process.pid) - (time.monotonic() - started)
-    return -signal.SIGKILL
-
-
-def waited_s(pid: int) -> float:
-    """Seconds that the process was ready to run and did not; 0 where the system does not say."""
-    try:
-        _, nanoseconds, _ = Path(f"/proc/{pid}/schedstat").read_text().split()
-    except OSError:
-        return 0.0
-    return int(nanoseconds) / 1e9
-
-
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends the program and whatever it started in its session."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
