@@ -104,6 +104,8 @@ class CheckpointStore:
             raise ValueError(f"checkpoint: step is {step}; steps count from 0")
         self._check_fence()
         self.directory.mkdir(parents=True, exist_ok=True)
+        # Whoever made the directory may have died before its name was on disk.
+        self._disk.sync(self.directory.parent)
         for leftover in (*self.directory.glob(".saving-*"), *self.directory.glob(".deleting-*")):
             if _attempt_of(leftover.name) <= self._number:
                 self._disk.remove(leftover)
@@ -249,7 +251,11 @@ class CheckpointStore:
     def set_aside(self, path: Path) -> None:
         """Renames a checkpoint that could not be read, so that nothing reads it again; people may."""
         self._check_fence()
-        path.rename(path.with_name(f"damaged-{path.name}"))
+        target, number = path.with_name(f"damaged-{path.name}"), 1
+        while target.exists():  # another timeline's checkpoint of this step was damaged too
+            number += 1
+            target = path.with_name(f"damaged-{path.name}-{number}")
+        path.rename(target)
         self._disk.sync(self.directory)
 
     def damaged(self) -> list[Path]:

@@ -9,7 +9,10 @@ replaced: it writes nothing more.
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
 from pathlib import Path
+
+from hybridflow.disk import DISK, Disk
 
 DIRECTORY = "attempts"
 RUN = "run"
@@ -33,15 +36,19 @@ class Attempt:
         """Random text that is the same in every attempt of the run."""
 
     @classmethod
-    def claim(cls, output_dir: Path) -> Attempt:
-        """The newest attempt of the run in `output_dir`."""
+    def claim(cls, output_dir: Path, disk: Disk = DISK) -> Attempt:
+        """The newest attempt of the run in `output_dir`; its number is on disk, and so never another
+        attempt's. disk: how names are synced."""
         directory = output_dir.absolute() / DIRECTORY
         directory.mkdir(parents=True, exist_ok=True)
+        disk.sync(directory.parent)
+        with suppress(PermissionError):  # a directory that this user may enter, not read
+            disk.sync(directory.parent.parent)
         file = directory / RUN
         if not file.exists():
             # A name that nobody else uses, then a link: the file is never there in part.
             draft = directory / f".{RUN}-{secrets.token_hex(8)}"
-            draft.write_text(secrets.token_hex(8))
+            disk.write_synced(draft, secrets.token_hex(8))
             try:
                 file.hardlink_to(draft)
             except FileExistsError:
@@ -54,6 +61,7 @@ class Attempt:
                 (directory / str(number)).mkdir()
             except FileExistsError:
                 continue
+            disk.sync(directory)
             return cls(directory, number, file.read_text())
 
     def check(self) -> None:

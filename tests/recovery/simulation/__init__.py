@@ -6,7 +6,7 @@
     faults.py        a seed's faults, and the search for the fewest that still break something
     simulation.py    simulate(seed) -> Outcome, with the rules that no fault may break
 
-Real: hybridflow/recovery (machine, budget) and the commit, pruning and reading of
+Real: hybridflow/recovery (machine, budget, attempts) and the commits, pruning, and reading of
 hybridflow/checkpoint.py. Modelled: the driver of controllers/recovery.py, the pools, the snapshots
 in memory, and the supervisor.
 """

@@ -11,8 +11,10 @@ from typing import Any
 
 from hybridflow.checkpoint import Checkpoint, CheckpointStore, load_metadata
 from hybridflow.recovery import actions as do
+from hybridflow.recovery import attempts
 from hybridflow.recovery import events as on
 from hybridflow.recovery.actions import Action, Exit
+from hybridflow.recovery.attempts import Attempt
 from hybridflow.recovery.events import Event, Failure, Kind, Place
 from hybridflow.recovery.machine import Phase, Policy, State, begin, decide
 from tests.recovery.simulation.cluster import (
@@ -75,31 +77,16 @@ class Bugs:
     """The commit does not sync the ledger first."""
 
 
-class Store(CheckpointStore):
-    """The real one, with directories that attempts do not share."""
-
-    def __init__(self, directory: Any, *, disk: Any, attempt: int, bugs: Bugs) -> None:
-        super().__init__(directory, disk=disk)
-        self.attempt, self.bugs = attempt, bugs
-
+class PruningEarly(CheckpointStore):
     def begin(self, step: int) -> Any:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        # Always: whoever made the directory may have died before this.
-        self._disk.sync(self.directory.parent)
-        for attempt in range(self.attempt + 1):
-            for leftover in self.directory.glob(f".saving-*.{attempt}"):
-                self._disk.remove(leftover)
-        for leftover in self.directory.glob(".deleting-*"):
-            self._disk.remove(leftover)
-        if self.bugs.prune_early:
-            for checkpoint in self.all():
-                self._disk.remove(checkpoint.path)
-        directory = self._saving(step)
-        directory.mkdir()
-        return directory
+        for checkpoint in self.all():
+            self._disk.remove(checkpoint.path)
+        return super().begin(step)
 
-    def _saving(self, step: int) -> Any:
-        return self.directory / f"{super()._saving(step).name}.{self.attempt}"
+
+class Unfenced(Attempt):
+    def check(self) -> None:
+        pass
 
 
 @dataclass(slots=True)
@@ -149,9 +136,8 @@ class Controller:
         self.rows: tuple[int, ...] = ()
         self.restored: Any = None
         self.root = SimulatedPath(cluster.files, RUN)
-        self.store: Any = Store(
-            self.root / "checkpoints", disk=cluster.files, attempt=attempt, bugs=bugs
-        )
+        self.claim: Attempt
+        self.store: Any
         self.ledger: File | None = None
         self.doing: Action | None = None
 
@@ -164,10 +150,12 @@ class Controller:
             self.reason, self.status = str(error), int(Exit.failed)
 
     def drive(self) -> Wait:
-        claim = self.root / f"attempts/{self.attempt}"
-        claim.mkdir(parents=True, exist_ok=True)
-        for path in (self.root, self.root / "attempts"):
-            path.sync_parent()
+        files: Any = self.cluster.files
+        root: Any = self.root
+        kind = Unfenced if self.bugs.no_fence else Attempt
+        self.claim = kind.claim(root, disk=files)
+        store = PruningEarly if self.bugs.prune_early else CheckpointStore
+        self.store = store(root / "checkpoints", disk=files, attempt=self.claim)
         yield 0.1
         staged = tuple(sorted(self.memory_commits()))
         durable = tuple(sorted({checkpoint.step for checkpoint in self.store.all()}))
@@ -252,9 +240,10 @@ class Controller:
                 self.status = int(action.code)
 
     def check_fence(self) -> Wait:
-        attempts = [int(path.name) for path in (self.root / "attempts").glob("*")]
-        if max(attempts) > self.attempt and not self.bugs.no_fence:
-            raise Lost(on.Fenced())
+        try:
+            self.claim.check()
+        except attempts.Fenced:
+            raise Lost(on.Fenced()) from None
         yield 0.01  # an attempt that begins here is not seen any more
 
     # Ranks.
@@ -364,7 +353,7 @@ class Controller:
         for role in TRAINED:
 
             def write(rank: Rank) -> None:
-                key = (self.attempt, action.step, rank.role, rank.index)
+                key = (self.claim.number, action.step, rank.role, rank.index)
                 rank.node.memory[key] = MemoryFile(dict(rank.tensors))
                 files.append((rank.node, key))
 
@@ -378,8 +367,8 @@ class Controller:
             "line": ledger_line(action.step, self.rows, number),
         }
         yield from self.check_fence()
-        self.cluster.records[self.attempt, action.step] = Record(
-            self.attempt, action.step, tuple(files), metadata
+        self.cluster.records[self.claim.number, action.step] = Record(
+            self.claim.number, action.step, tuple(files), metadata
         )
         self.watch.committed(action.step)
         self.put(
@@ -390,7 +379,7 @@ class Controller:
         """By step, that of the newest attempt."""
         commits = {}
         for (attempt, step), record in sorted(self.cluster.records.items()):
-            if attempt <= self.attempt and record.is_whole():
+            if attempt <= self.claim.number and record.is_whole():
                 commits[step] = record
         return commits
 
@@ -472,11 +461,14 @@ class Controller:
         except (OSError, ValueError) as error:
             self.put(on.FlushFailed(step=action.step, number=action.number, cause=str(error)))
             return
+        except attempts.Fenced:
+            self.put(on.Fenced())
+            return
         self.put(on.Flushed(step=action.step, number=action.number))
 
     def commit(self, action: do.Commit) -> Wait:
         yield from self.check_fence()
-        record = self.cluster.records.get((self.attempt, action.step))
+        record = self.cluster.records.get((self.claim.number, action.step))
         if record is None:
             record = self.memory_commits().get(action.step)
         try:
@@ -489,6 +481,8 @@ class Controller:
         except (OSError, ValueError) as error:
             self.put(on.FlushFailed(step=action.step, number=action.number, cause=str(error)))
             return
+        except attempts.Fenced:
+            raise Lost(on.Fenced()) from None
         self.watch.durable = True
         self.watch.committed(action.step)
         self.put(on.Committed(step=action.step, number=action.number))
@@ -500,8 +494,7 @@ class Controller:
             self.put(on.Pruned(durable=tuple(sorted(durable))))
             return
         for attempt, step in list(self.cluster.records):
-            older = attempt < self.attempt and step not in action.protected
-            if older or (attempt == self.attempt and step not in action.protected):
+            if attempt <= self.claim.number and step not in action.protected:
                 record = self.cluster.records.pop((attempt, step))
                 for node, key in record.files:
                     node.memory.pop(key, None)
@@ -515,9 +508,7 @@ class Controller:
             return
         for checkpoint in self.store.all():
             if checkpoint.step == action.step:
-                name = f"set-aside-{checkpoint.path.name}-{self.attempt}"
-                checkpoint.path.rename(self.store.directory / name)
-                self.cluster.files.sync(self.store.directory)
+                self.store.set_aside(checkpoint.path)
 
     # Recovery.
 

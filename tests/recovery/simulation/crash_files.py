@@ -139,7 +139,7 @@ class SimulatedPath:
         if isinstance(parts, str):
             parts = tuple(part for part in parts.split("/") if part)
         self.files, self.parts = files, parts
-        self.name = parts[-1]
+        self.name = parts[-1] if parts else ""
 
     def __truediv__(self, name: str) -> SimulatedPath:
         return SimulatedPath(self.files, (*self.parts, *name.split("/")))
@@ -196,11 +196,6 @@ class SimulatedPath:
         if not isinstance(node, Directory):
             raise FileNotFoundError(errno.ENOENT, "No such directory", str(self))
         return node
-
-    def sync_parent(self) -> None:
-        self.files.change()
-        if self.files.sync_directories:
-            self.holder().sync()
 
     def exists(self) -> bool:
         return self.node() is not None
@@ -259,6 +254,21 @@ class SimulatedPath:
         if isinstance(node, Directory) and node.entries:
             raise OSError(errno.ENOTEMPTY, "Directory not empty", str(target))
         return self.replace(target)
+
+    def with_name(self, name: str) -> SimulatedPath:
+        return SimulatedPath(self.files, (*self.parts[:-1], name))
+
+    def hardlink_to(self, target: SimulatedPath) -> None:
+        if self.exists():
+            raise FileExistsError(errno.EEXIST, "File exists", str(self))
+        self.files.change()
+        self.holder().entries[self.name] = target.file()
+        self.holder().changed()
+
+    def unlink(self) -> None:
+        self.files.change()
+        del self.holder().entries[self.name]
+        self.holder().changed()
 
     def replace(self, target: SimulatedPath) -> SimulatedPath:
         if self.parts[:-1] != target.parts[:-1]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
-from hybridflow.checkpoint import load_metadata
+from hybridflow.checkpoint import CheckpointStore, load_metadata
 from hybridflow.recovery import events as on
 from hybridflow.recovery.actions import Exit
 from hybridflow.recovery.budget import Budget, after_exit
@@ -215,10 +216,10 @@ class Run:
         process.ended()
 
     def flip(self, number: int) -> None:
-        paths = list((SimulatedPath(self.cluster.files, RUN) / "checkpoints").rglob("actor.*"))
+        paths = list((SimulatedPath(self.cluster.files, RUN) / "checkpoints").rglob("*.json"))
         if not paths:
             return
-        file = paths[-1].file()
+        file = paths[number % len(paths)].file()
         data = bytearray(file.data)
         data[number % len(data)] ^= 1
         file.data = file.synced = bytes(data)
@@ -226,14 +227,12 @@ class Run:
     # Rules.
 
     def readable_steps(self) -> list[int]:
+        files: Any = self.cluster.files
+        directory: Any = SimulatedPath(self.cluster.files, RUN) / "checkpoints"
         steps = []
-        try:
-            checkpoints = self.controller.store.all()
-        except ValueError:
-            return []
-        for checkpoint in checkpoints:
+        for checkpoint in CheckpointStore(directory, disk=files).all():
             try:
-                load_metadata(checkpoint.path, disk=self.cluster.files)  # type: ignore[arg-type]
+                load_metadata(checkpoint.path, disk=files)
             except ValueError:
                 continue  # damaged, or still being removed
             steps.append(checkpoint.step)
