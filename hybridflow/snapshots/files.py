@@ -144,12 +144,12 @@ class Contents:
         return self._per_tensor(digests)
 
     def _per_tensor(self, digests: Sequence[int]) -> NDArray[np.uint64]:
-        totals = np.zeros(len(self.tensors), dtype=np.uint64)
         of_box = iter(digests)
-        for number, parameter in enumerate(self.tensors):
-            for _ in parameter.shards:
-                totals[number] += np.uint64(next(of_box))
-        return totals
+        totals = []
+        for parameter in self.tensors:
+            total = sum(next(of_box) for _ in parameter.shards)
+            totals.append(total % 2**64)
+        return np.array(totals, dtype=np.uint64)
 
     def _header(self, digests: Sequence[int]) -> bytes:
         """The header with its length, a multiple of 8 bytes, whatever the digests are."""
