@@ -115,7 +115,7 @@ def test_the_attempts_succeed_outside(tmp_path: Path) -> None:
 )
 def test_a_bomb_is_a_program_that_has_not_passed(program: str) -> None:
     started = time.monotonic()
-    ended, written = run(program, "", Limits(timeout_s=1.0, memory_mb=128))
+    ended, written = run(program, "", Limits(timeout_s=0.5, memory_mb=128))
     assert not ended and len(written) <= 2**20
     assert time.monotonic() - started < 60
 
@@ -149,15 +149,38 @@ CHEATS = {
     "os._exit(0)",
     "raises": "def add(a, b):\n    raise StopIteration",
     "never answers": "def add(a, b):\n    while True:\n        pass",
+    "own module": "import unittest.mock as math\nmath.floor = lambda x: 5\ndef add(a, b): return 1",
     "callback's globals": "def add(a, b, f=None):\n    return 1\n"
     "def apply(f, x):\n    return f.__globals__['expected']",
 }
+TAKE_OVER = """
+import sys, os
+frame = sys._getframe()
+while frame.f_back and "nonce" not in frame.f_locals:
+    frame = frame.f_back
+os.write(frame.f_locals["verdict"], frame.f_locals["nonce"].encode())
+os._exit(0)
+"""
+for _function in ("exec", "eval"):
+    # The protocol spoken by hand: the program asks the judge to run its code.
+    _asks = {"ask": "call", "with": {"list": [{"tuple": [{"builtin": "exec"}, TAKE_OVER]}, {}]}}
+    _asks["with"]["list"][1] = {"dict": []}
+    CHEATS[f"has the judge {_function}"] = (
+        f"import json, os\nASKS = {json.dumps(json.dumps(_asks))}.replace('exec', '{_function}')\n"
+        "def add(a, b):\n    for n in range(3, 64):\n        try:\n"
+        "            os.write(n, ASKS.encode() + b'\\n')\n        except OSError:\n"
+        "            pass\n    return 1"
+    )
 
 
 @pytest.mark.parametrize("name", CHEATS)
 def test_no_cheat_passes(name: str) -> None:
-    limits = Limits(timeout_s=2.0, memory_mb=256)
-    for tests in ("assert add(2, 3) == 5", "x = add(2, 3)\nassert abs(x - 5) < 1e-6"):
+    limits = Limits(timeout_s=1.0, memory_mb=256)
+    for tests in (
+        "assert add(2, 3) == 5",
+        "x = add(2, 3)\nassert abs(x - 5) < 1e-6",
+        "assert math.floor(add(2, 3)) == 5",
+    ):
         assert not judge(CHEATS[name], tests, limits)
     apply = "expected = 4\nassert apply(lambda x: x + 1, 3) == expected"
     assert not judge(CHEATS[name], apply, limits)
@@ -165,6 +188,7 @@ def test_no_cheat_passes(name: str) -> None:
 
 PROGRAM = """
 import math
+import numpy as np
 from collections import Counter
 class Stack:
     def __init__(self): self.items = []
@@ -206,6 +230,7 @@ HONEST = [
     "class Node:\n    def __init__(self, l=None, r=None): self.left, self.right = l, r\n"
     "assert depth(Node(Node(Node()), Node())) == 3",
     "assert counts('aab') == {'a': 2, 'b': 1} and counts('aab').most_common(1) == [('a', 2)]",
+    "assert math.floor(np.sqrt(17)) == 4",
     "assert big(9000) == 7 ** 9000 and abs(math.sqrt(2) ** 2 - 2) < 1e-9",
     "def check(candidate):\n    assert candidate('ab')['a'] == 1\ncheck(counts)",
 ]
