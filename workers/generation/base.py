@@ -140,7 +140,8 @@ class GenerationEngine(ABC):
     @abstractmethod
     def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """Log-probs [tokens - 1] at temperature 1 of token_ids[1:], each given those before it,
-        computed by this engine's weights."""
+        computed by this engine's weights: by the code that reads prompts and, for the second half,
+        by that which generates, where they differ."""
 
     def weight_destination(
         self, parameters: Sequence[ParameterSpec], dtype: torch.dtype, device: str

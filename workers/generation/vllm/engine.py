@@ -194,30 +194,44 @@ class VllmEngine(GenerationEngine):
     def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         from vllm import SamplingParams
 
+        from workers.generation.vllm.sampler import ROW
+
         if not 2 <= len(token_ids) < self._max_model_len:
             raise ValueError(
                 f"score: {len(token_ids)} tokens; pass at least 2 and fewer than "
                 f"max_model_len={self._max_model_len}"
             )
+        tokens = np.array(token_ids, dtype=np.int64)
         if self.layout.axis_size("pp") > 1:
-            return self._score_prefixes(np.array(token_ids, dtype=np.int64))
+            return self._score_prefixes(tokens)
+        # Half of them are generated, by force: decoding runs other code than reading a prompt (other
+        # kernels, CUDA graphs, matrices derived from the weights).
+        prompt, rest = tokens[: -(-len(tokens) // 2)], tokens[-(-len(tokens) // 2) :]
         params = SamplingParams(
-            max_tokens=1,
+            max_tokens=len(rest),
             temperature=0.0,
             prompt_logprobs=0,
             flat_logprobs=True,
             detokenize=False,
             ignore_eos=True,
+            extra_args={ROW: 0},
         )
-        (output,) = self._run([list(token_ids)], [params])
-        return np.array(output.prompt_logprobs.logprobs, dtype=np.float32)
+        sampling = SamplingConfig(max_response_tokens=len(rest))
+        self._sampler.start(np.zeros(1, dtype=np.int64), sampling, forced=rest[None])
+        try:
+            (output,) = self._run([prompt.tolist()], [params])
+        finally:
+            decoded = self._sampler.finish()[0]
+        read = np.array(output.prompt_logprobs.logprobs, dtype=np.float32)
+        return np.concatenate([read, decoded])
 
     def _score_prefixes(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """score by one forced token after every prefix: with pipeline stages vLLM has no
         log-probs of prompts."""
         sampling = SamplingConfig(max_response_tokens=1)
         count = len(token_ids) - 1
-        self._sampler.start(np.zeros(count, dtype=np.int64), sampling, forced=token_ids[1:])
+        forced = token_ids[1:, None]
+        self._sampler.start(np.zeros(count, dtype=np.int64), sampling, forced=forced)
         try:
             self._run(
                 [token_ids[:length].tolist() for length in range(1, count + 1)],

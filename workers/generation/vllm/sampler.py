@@ -48,8 +48,8 @@ class TrainerSampler(Sampler):
         sampling: SamplingConfig,
         forced: NDArray[np.int64] | None = None,
     ) -> None:
-        """Draw rows by `seeds` until finish; with `forced` [rows], take that token for each row
-        in place of a draw."""
+        """Draw rows by `seeds` until finish; with `forced` [rows, max_response_tokens], take those
+        tokens in place of draws."""
         self._sampling = sampling
         self._forced = None if forced is None else torch.from_numpy(forced).to(self._runner.device)
         device = self._runner.device
@@ -87,7 +87,7 @@ class TrainerSampler(Sampler):
         if self._forced is None:
             ids, log_probs = sample_tokens(logits, self._seeds[rows], positions, self._sampling)
         else:
-            ids = self._forced[rows]
+            ids = self._forced[rows, positions]
             log_probs = logits.float().log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         self._log_probs[rows, positions] = log_probs
         return SamplerOutput(

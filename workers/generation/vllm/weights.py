@@ -1,16 +1,16 @@
 """VllmWeights: where a vLLM engine takes its weights, as boxes of checkpoint parameters.
 
-On GPU the boxes are the engine's own parameters: they are written in place and there is nothing to
-commit. Those that a training shard coincides with can be that shard's memory (share). On CPU vLLM
-repacks linear weights for oneDNN and drops the originals: their boxes are staging memory, and
-commit lets vLLM repack it. The prefix cache is the engine's business.
+On GPU the boxes are the engine's own parameters: they are written in place, and commit only makes
+anew what latent attention derives from them. Those that a training shard coincides with can be that
+shard's memory (share). On CPU vLLM repacks linear weights for oneDNN and drops the originals: their
+boxes are staging memory, and commit lets vLLM repack it. The prefix cache is the engine's business.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -119,9 +119,14 @@ class VllmWeights:
     @torch.no_grad()
     def commit(self) -> None:
         """Make the engine compute with what was written. On CPU vLLM repacks every linear
-        layer, tied heads included."""
-        if not self._repacks:
-            return
+        layer, tied heads included. Latent attention multiplies matrices that are made from others
+        after loading: they are made anew, in place."""
+        if self._repacks:
+            self._repack()
+        for module in self._deriving:
+            module.process_weights_after_loading(self._dtype)
+
+    def _repack(self) -> None:
         for name, module in self._model.named_modules():
             staged = {
                 own: self._memory[key]
@@ -191,7 +196,33 @@ class VllmWeights:
                 have = torch.zeros(want.shape, dtype=want.dtype)
                 self._staged.add(name)
             memory[name] = have
+        self._deriving = self._modules_that_derive(memory)
         return memory
+
+    def _modules_that_derive(self, filled: Container[str]) -> list[Any]:
+        """The modules that compute with tensors made from weights after loading. LoaderError for a
+        parameter that neither a loader nor such a module fills: no sync would refresh it."""
+        from vllm.model_executor.layers.attention import (
+            MLAAttention,
+            is_deferred_attention_layer,
+        )
+
+        deriving: dict[str, Any] = {}
+        for name, module in self._model.named_modules():
+            if isinstance(module, MLAAttention):
+                deriving[name] = module
+        for name, parameter in self._model.named_parameters():
+            if self._alias.get(name, name) in filled or not parameter.numel():
+                continue
+            owner = name.rpartition(".")[0]
+            module = self._model.get_submodule(owner)
+            if not is_deferred_attention_layer(module):
+                raise LoaderError(
+                    f"{name}: vLLM computes with it and no loader fills it; a sync would leave it as "
+                    "it was"
+                )
+            deriving[owner] = module
+        return list(deriving.values())
 
     def _tensor_of(self, module: str, parameter: str) -> str:
         name = f"{module}.{parameter}" if module else parameter
