@@ -4,12 +4,9 @@ fit together. Link speeds are measured by the mapper's calibration, not here.
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import os
 import platform
-import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,6 +14,8 @@ from importlib import metadata
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.gpus import gpus
 
 GIB = 2**30
 
@@ -86,24 +85,6 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "missing"
-
-
-def gpus() -> tuple[tuple[str, int], ...]:
-    """Name and memory (bytes) of this machine's GPUs, whatever this process is shown of them; no
-    CUDA context is made."""
-    if shutil.which("nvidia-smi") is None:
-        return ()
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    run = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
-    return parse_gpus(run.stdout) if run.returncode == 0 else ()
-
-
-def parse_gpus(text: str) -> tuple[tuple[str, int], ...]:
-    """nvidia-smi's lines "NVIDIA H200, 143771" (MiB)."""
-    devices = []
-    for name, mebibytes in csv.reader(text.splitlines()):
-        devices.append((name.strip(), int(mebibytes) * 2**20))
-    return tuple(devices)
 
 
 def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
+from cluster.gpus import gpus
 from hybridflow.mapping.question.cluster import DEVICE_KINDS, Cluster, DeviceKind, NodeGroup
 from recipes.config import Device, RunConfig
 
@@ -20,7 +19,7 @@ CPU_KIND = "cpu"
 
 def knows_devices(config: RunConfig) -> bool:
     """Whether the run names a cluster or this machine has devices to look at."""
-    return bool(config.plan.cluster) or config.device is Device.cpu or torch.cuda.is_available()
+    return bool(config.plan.cluster) or config.device is Device.cpu or bool(gpus())
 
 
 def cluster_of(config: RunConfig) -> Cluster:
@@ -36,12 +35,13 @@ def cluster_of(config: RunConfig) -> Cluster:
     if config.device is Device.cpu:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / num_devices
         return _one_node(replace(DEVICE_KINDS[CPU_KIND], memory_bytes=memory), num_devices)
-    if not torch.cuda.is_available():
+    devices = gpus()
+    if not devices:
         raise ValueError(
             "plan.cluster is not set and this machine has no CUDA device to look at; name the "
             "cluster, such as 2x8xH100-80GB"
         )
-    kind, per_node = _cuda_kind(), torch.cuda.device_count()
+    kind, per_node = _cuda_kind(*devices[0]), len(devices)
     if num_devices <= per_node:
         return _one_node(kind, num_devices)
     nodes = NodeGroup(
@@ -110,16 +110,15 @@ def _one_node(kind: DeviceKind, num_devices: int) -> Cluster:
     )
 
 
-def _cuda_kind() -> DeviceKind:
+def _cuda_kind(device_name: str, memory_bytes: int) -> DeviceKind:
     """The known kind that this machine's CUDA devices are."""
-    properties = torch.cuda.get_device_properties(0)
     same_chip = []
     for name, kind in DEVICE_KINDS.items():
-        if name.partition("-")[0] in properties.name:
+        if name.partition("-")[0] in device_name:
             same_chip.append(kind)
     if not same_chip:
         raise ValueError(
-            f"plan.cluster is not set, and {properties.name} is none of "
+            f"plan.cluster is not set, and {device_name} is none of "
             f"{', '.join(DEVICE_KINDS)}; describe the devices in a JSON file"
         )
-    return min(same_chip, key=lambda kind: abs(kind.memory_bytes - properties.total_memory))
+    return min(same_chip, key=lambda kind: abs(kind.memory_bytes - memory_bytes))

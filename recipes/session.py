@@ -349,7 +349,9 @@ def start_pool(placement: Placement, cluster: ClusterInfo | None, name: str) -> 
         cpus_per_device=config.cpus_per_device,
         threads_per_device=config.threads_per_device or _threads(placement, cluster),
         roles=tuple(role.name for role in placement.roles if role.pool == name),
-        collective_timeout_s=config.call_timeout_s / 2,
+        # Gloo names what was waited for; NCCL's watchdog ends the process, before the report of every
+        # rank's stack if it is first.
+        collective_timeout_s=config.call_timeout_s * (2 if config.device is Device.cuda else 0.5),
         call_timeout_s=config.call_timeout_s,
     )
     return LocalPool(spec) if cluster is None else RayPool(spec)

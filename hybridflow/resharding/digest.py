@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from hybridflow.resharding.boxes import Ints
 
-_CHUNK_WORDS = 1 << 15
-"""Words summed at a time where a cast or a copy is needed first: small enough for the
-second-level cache."""
+_CPU_CHUNK_WORDS = 1 << 15
+"""Words summed at a time where a cast or a copy is needed first: small enough for a CPU's
+second-level cache. Elsewhere launches count, and _SUMMED_WORDS are."""
 _SUMMED_WORDS = 1 << 22
 """Words summed at a time otherwise: bounds the memory of the blocks' sums."""
 MOST_BLOCK_WORDS, LEAST_BLOCK_WORDS = 64, 16
@@ -40,7 +40,8 @@ class Scratch:
 
     def __init__(self, device: torch.device, row_words: int = 0) -> None:
         """`row_words`: words of the longest row."""
-        self.words = torch.empty(max(_CHUNK_WORDS, row_words), dtype=torch.int64, device=device)
+        words = max(chunk_words(device), row_words)
+        self.words = torch.empty(words, dtype=torch.int64, device=device)
         self.sums = torch.empty(
             max(_SUMMED_WORDS // LEAST_BLOCK_WORDS, row_words), dtype=torch.int64, device=device
         )
@@ -135,11 +136,11 @@ class BoxDigest:
             and matrix.data_ptr() % 8 == 0
         )
         as_is = as_is and matrix.storage_offset() * self._dtype.itemsize % 8 == 0
-        if self._num_words > _CHUNK_WORDS:
+        if self._num_words > chunk_words(matrix.device):
             self._scratch = Scratch(matrix.device, self._num_words)
         scratch = self._scratch
-        chunk_words = _SUMMED_WORDS if as_is else len(scratch.words)
-        step = max(1, min(chunk_words // self._num_words, len(scratch.sums) // len(self._weights)))
+        at_once = _SUMMED_WORDS if as_is else len(scratch.words)
+        step = max(1, min(at_once // self._num_words, len(scratch.sums) // len(self._weights)))
         steps = []
         for begin in range(0, len(matrix), step):
             rows = matrix[begin : begin + step]
@@ -180,6 +181,11 @@ class BoxDigest:
         if high < self._num_words:
             parts.append((words[:, None, high:], sums[:, at + whole :]))
         return parts, sums
+
+
+def chunk_words(device: torch.device) -> int:
+    """Words that are cast or copied at a time."""
+    return _CPU_CHUNK_WORDS if device.type == "cpu" else _SUMMED_WORDS
 
 
 def block_words(narrowest_words: int) -> int:

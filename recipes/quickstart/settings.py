@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.nodes import gpus
+from cluster.gpus import gpus
 from recipes.config import Device, default_device
 from recipes.quickstart.task import MAX_RESPONSE_TOKENS
 

@@ -16,7 +16,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from cluster.connect import ClusterConfig, _refusal, _resolve, connect, embedded_slots
-from cluster.nodes import NodeInfo, Probe, check_nodes, parse_gpus, probe, table
+from cluster.gpus import parse_gpus
+from cluster.nodes import NodeInfo, Probe, check_nodes, probe, table
 
 ROOT = Path(__file__).parents[2]
 

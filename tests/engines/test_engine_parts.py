@@ -70,7 +70,7 @@ def test_clipping_equals_pytorchs_and_zero_turns_it_off() -> None:
         if parameter.grad is not None
     }
     gradients = [(gradient, 1) for gradient in before.values()]
-    norm = global_grad_norm(gradients, world_size=1)
+    norm = global_grad_norm(gradients, world_size=1, device=torch.device("cpu"))
     clip_gradients(parameters, norm, 0.0)
     assert all(torch.equal(parameter.grad, before[name]) for name, parameter in parameters.items())
     copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters.values()]

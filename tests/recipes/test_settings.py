@@ -17,7 +17,7 @@ from recipes.config import RunConfig
 from recipes.main import check_names, join_tables, to_settings
 from recipes.placing import place
 from recipes.preparation import check_dataflow
-from recipes.quickstart.settings import SETTINGS
+from recipes.quickstart.settings import SETTINGS, devices
 from recipes.schedules import with_schedules
 from tests.recipes.conftest import yaml_files
 from workers.actor import ActorWorker
@@ -73,8 +73,9 @@ def test_every_recipe_becomes_plain_dataclasses_and_passes_its_own_checks(
 def test_the_quickstarts_settings_are_settings(
     recipe: str, composed: Callable[..., DictConfig], required: list[str]
 ) -> None:
-    check_names(SETTINGS[recipe])
-    config = to_settings(composed(recipe, [*required, *SETTINGS[recipe]]))
+    quickstart = [*SETTINGS[recipe], devices()]
+    check_names(quickstart)
+    config = to_settings(composed(recipe, [*required, *quickstart]))
     assert config.num_devices == 2 and config.actor.generation.max_model_len == 64
 
 

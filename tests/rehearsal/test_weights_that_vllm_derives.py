@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.rehearsal import latent_case
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_absorbed_matrices_of_latent_attention_follow_the_weights(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-m", latent_case.__name__, str(tmp_path)],

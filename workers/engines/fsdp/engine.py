@@ -132,7 +132,9 @@ class FsdpEngine(ShardedEngine):
                 self._micro_batches(sequences), loss_fn, entropy, temperature
             )
             self._sum_over_tensor_ranks()
-            grad_norm = global_grad_norm(self._gradients(), world_size=self.layout.size)
+            grad_norm = global_grad_norm(
+                self._gradients(), world_size=self.layout.size, device=self.device
+            )
             clip_gradients(self._parameters, grad_norm, self.config.optimizer.clip_grad_norm)
             on_error.pop_all()
         rate = self._update()

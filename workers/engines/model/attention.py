@@ -34,8 +34,9 @@ LONGEST = 768
 """Tokens up to which the matrix products are faster than the fused kernel (docs/training.md has the
 figures).
 """
-LARGEST_HEAD = 256
-"""Numbers of a head that the variable-length kernel takes."""
+LARGEST_HEAD, HEAD_MULTIPLE = 256, 8
+"""Numbers of a head that the variable-length kernel takes: at most the first, a multiple of the
+second."""
 LARGEST_MASK = 2**22
 """Elements up to which a response that shares its prompt attends under a mask of its own tokens
 x all that it sees; a longer one attends as if the prompt's queries stood before its own, which
@@ -130,6 +131,7 @@ def attend(
         and query.dtype is not torch.float32
         and softcap is None
         and value.shape[3] == head_dim <= LARGEST_HEAD
+        and head_dim % HEAD_MULTIPLE == 0
     )
     if packing is not None and variable:
         output = _variable_length((queries, keys, values), packing, scale, sliding_window)

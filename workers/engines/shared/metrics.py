@@ -57,7 +57,9 @@ def metrics_of_group(metrics: Mapping[str, Tensor], group: ProcessGroup | None) 
 def metrics_of_some(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     """The same over all ranks where only some have metrics, and others do not know their names."""
     total: dict[str, Tensor] = {}
-    for numbers in gather_objects({name: float(value) for name, value in metrics.items()}):
+    # One copy to the host.
+    values_here = torch.stack(list(metrics.values())).cpu().tolist() if metrics else []
+    for numbers in gather_objects(dict(zip(metrics, values_here, strict=True))):
         values = torch.tensor(list(numbers.values()), dtype=torch.float64)
         total = combine_metrics(total, dict(zip(numbers, values, strict=True)))
     return {name: float(value) for name, value in total.items()}

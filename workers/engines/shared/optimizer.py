@@ -132,17 +132,18 @@ def local_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return local
 
 
-def global_grad_norm(gradients: Iterable[tuple[Tensor, int]], *, world_size: int) -> Tensor:
+def global_grad_norm(
+    gradients: Iterable[tuple[Tensor, int]], *, world_size: int, device: torch.device
+) -> Tensor:
     """L2 norm (float64, on the CPU) of the gradient of all parameters of all ranks of the default
     group; one all-reduce of a number.
 
     `gradients`: what this rank holds, each with the number of ranks that hold the same elements;
-    its squares are divided by it.
+    its squares are divided by it. `device`: of all ranks, which may hold no gradient.
     """
     squares: dict[int, list[Tensor]] = {}
     for gradient, copies in gradients:
         squares.setdefault(copies, []).append(gradient)
-    device = next((tensors[0].device for tensors in squares.values()), torch.device("cpu"))
     total = torch.zeros((), dtype=torch.float64, device=device)
     for copies, tensors in squares.items():
         total += torch.stack([sum_of_squares(tensor) for tensor in tensors]).sum() / copies

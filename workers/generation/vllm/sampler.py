@@ -76,14 +76,12 @@ class TrainerSampler(Sampler):
             )
         batch, requests = self._runner.input_batch, self._runner.requests
         count = logits.shape[0]
-        rows = torch.tensor(
-            [requests[name].sampling_params.extra_args[ROW] for name in batch.req_ids],
-            device=logits.device,
-        )
+        table = np.empty((2, count), dtype=np.int64)
+        table[0] = [requests[name].sampling_params.extra_args[ROW] for name in batch.req_ids]
         # A row that is still within its prompt draws too; vLLM discards that token, and the draw at
         # position 0 is repeated.
-        written = batch.num_tokens_no_spec[:count] - batch.num_prompt_tokens[:count]
-        positions = torch.from_numpy(written.astype(np.int64)).to(logits.device)
+        table[1] = batch.num_tokens_no_spec[:count] - batch.num_prompt_tokens[:count]
+        rows, positions = torch.from_numpy(table).to(logits.device)
         if self._forced is None:
             ids, log_probs = sample_tokens(logits, self._seeds[rows], positions, self._sampling)
         else:

@@ -1,0 +1,1 @@
+"""What can be known about a run on GPUs without one (docs/gpu.md)."""

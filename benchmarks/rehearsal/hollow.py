@@ -1,0 +1,269 @@
+"""A CUDA device without CUDA, for a CPU build of torch: tensors on it have shapes and no data.
+
+    from benchmarks.rehearsal import hollow       # before torch is imported
+    hollow.become_gpu()
+    with hollow.Hollow() as counted:
+        ...                                       # cuda tensors; what comes back to the host is ones
+    counted.launches, counted.syncs, counted.copies
+
+Tensors on cuda are FakeTensors, so that operations of a host tensor with a device tensor fail as they
+would on a GPU; host tensors are real. Numbers, times and vLLM's own kernels are left out. For one
+process of its own: torch.cuda is replaced for good.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import hashlib
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).with_name("hollow_cuda.cpp")
+COMPILER = "g++"
+
+
+def build() -> Path:
+    """The compiled device guard, made once for each version of torch (some seconds)."""
+    spec = find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    torch_directory = Path(spec.origin).parent
+    text = SOURCE.read_bytes() + metadata.version("torch").encode()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hybridflow"
+    library = cache / f"hollow_cuda_{hashlib.sha256(text).hexdigest()[:16]}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        command = [COMPILER, "-O0", "-std=c++20", "-shared", "-fPIC", str(SOURCE)]
+        command += [f"-I{torch_directory}/include", f"-L{torch_directory}/lib"]
+        subprocess.run([*command, "-lc10", "-ltorch_cpu", "-o", str(unfinished)], check=True)
+        unfinished.replace(library)
+    # torch looks for CUDA's hooks once, when it is first asked for a device.
+    for name in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so"):
+        ctypes.CDLL(str(torch_directory / "lib" / name), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return library
+
+
+build()
+
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.utils import _pytree as pytree  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+ATEN = torch.ops.aten
+FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+MEMORY_BYTES = 80 << 30
+
+
+def on_cuda(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+class Hollow(TorchDispatchMode):
+    """Counts what a GPU would be asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.syncs: collections.Counter[str] = collections.Counter()
+        """Times that the host waits for the device, by their cause."""
+        self.copies = 0
+        """Copies from the host."""
+        self.launches = 0
+        """Operations on the device, views among them."""
+        self.repeated = 0
+        """Length that repeat_interleave on the device would give: it depends on the data."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        tensors = [x for x in pytree.tree_leaves((args, options)) if isinstance(x, torch.Tensor)]
+        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
+        if not fakes and not on_cuda(options.get("device")):
+            return func(*args, **options)
+        self.launches += 1
+        special = self._special().get(func)
+        if special is not None:
+            result = special(args, options)
+            if result is not NotImplemented:
+                return result
+        for tensor in tensors:
+            if not isinstance(tensor, FakeTensor) and tensor.dim() and tensor.device.type == "cpu":
+                raise RuntimeError(
+                    f"{func}: a host tensor {tuple(tensor.shape)} among device tensors"
+                )
+        args, options = pytree.tree_map_only(torch.Tensor, _fake, (tuple(args), options))
+        with FAKE:
+            return func(*args, **options)
+
+    def _special(self) -> dict[Any, Callable[[Sequence[Any], dict[str, Any]], Any]]:
+        return {
+            ATEN._local_scalar_dense.default: self._item,
+            ATEN.equal.default: self._equal,
+            ATEN.nonzero.default: self._nonzero,
+            ATEN._to_copy.default: self._to_copy,
+            ATEN.copy_.default: self._copy,
+            ATEN.repeat_interleave.Tensor: self._repeat_interleave,
+        }
+
+    def _item(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
+        self.syncs["item"] += 1
+        if args[0].dtype is torch.bool:
+            return True
+        return 1.0 if args[0].dtype.is_floating_point else 1
+
+    def _equal(self, args: Sequence[Any], options: dict[str, Any]) -> bool:
+        self.syncs["equal"] += 1
+        return False
+
+    def _nonzero(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
+        self.syncs["nonzero"] += 1
+        return _empty((args[0].numel(), args[0].dim()), torch.int64, args[0].device)
+
+    def _to_copy(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
+        source, device = args[0], options.get("device")
+        dtype = options.get("dtype") or source.dtype
+        if not isinstance(source, FakeTensor):
+            self.copies += 1
+            return _empty(source.shape, dtype, torch.device(device))
+        if device is not None and torch.device(device).type == "cpu":
+            self.syncs["to_cpu"] += 1
+            return torch.ones(source.shape, dtype=dtype)
+        return NotImplemented
+
+    def _copy(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
+        into, source = args[0], args[1]
+        if not isinstance(into, FakeTensor):
+            self.syncs["copy_to_cpu"] += 1
+            return into.fill_(1)
+        if not isinstance(source, FakeTensor):
+            self.copies += 1
+            return into
+        return NotImplemented
+
+    def _repeat_interleave(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
+        size = options.get("output_size")
+        if size is None:
+            self.syncs["repeat_interleave"] += 1
+            size = self.repeated
+        return _empty((size,), torch.int64, args[0].device)
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if isinstance(tensor, FakeTensor) else FAKE.from_tensor(tensor)
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with FAKE:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+
+class Stream:
+    """Everything is finished at once."""
+
+    cuda_stream = stream_id = device_index = 0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> Event:
+        return Event()
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class Event:
+    def __init__(self, *args: Any, **options: Any) -> None:
+        pass
+
+    def record(self, *args: Any) -> None:
+        pass
+
+    def wait(self, *args: Any) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+class Properties:
+    """torch.cuda.get_device_properties of an H100."""
+
+    name, major, minor = "NVIDIA H100", 9, 0
+    total_memory, multi_processor_count = MEMORY_BYTES, 132
+
+
+def become_gpu() -> None:
+    """torch.cuda of this process stands for one H100."""
+    cuda: Any = torch.cuda
+    stream = Stream()
+
+    def nothing(*args: Any, **options: Any) -> None:
+        return None
+
+    def zero(*args: Any, **options: Any) -> int:
+        return 0
+
+    cuda.Stream, cuda.Event, torch.Event = Stream, Event, Event  # type: ignore[misc]
+    cuda.current_stream = cuda.default_stream = lambda device=None: stream
+    cuda.stream = lambda other: contextlib.nullcontext()
+    cuda.is_available = cuda.is_initialized = lambda: True
+    cuda.device_count = lambda: 1
+    cuda.current_device = zero
+    for name in (
+        "set_device",
+        "synchronize",
+        "empty_cache",
+        "_lazy_init",
+        "reset_peak_memory_stats",
+    ):
+        setattr(cuda, name, nothing)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        setattr(cuda, name, zero)
+    for name in ("max_memory_reserved", "_exchange_device", "_maybe_exchange_device"):
+        setattr(cuda, name, zero)
+    cuda.get_device_capability = lambda device=None: (Properties.major, Properties.minor)
+    cuda.get_device_properties = lambda device=None: Properties
+    cuda.get_device_name = lambda device=None: Properties.name
+    cuda.mem_get_info = lambda device=None: (MEMORY_BYTES - (10 << 30), MEMORY_BYTES)
+    cuda.memory_stats = lambda device=None: {}
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = zero
+    torch.Tensor.record_stream = nothing  # type: ignore[assignment]
+    host_tensor = torch.tensor
+
+    def tensor(data: Any, *args: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        result = host_tensor(data, *args, **options)
+        return result.to(device) if on_cuda(device) else result
+
+    torch.tensor = tensor
