@@ -26,7 +26,14 @@ import torch.distributed._tools.fake_collectives
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hybridflow.context import RankContext
-from hybridflow.resharding import Attestor, Executor, ShardMap, compile
+from hybridflow.resharding import (
+    Attestor,
+    Executor,
+    LocalParameter,
+    LocalShard,
+    ShardMap,
+    compile,
+)
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, LossFn, TrainingEngine
@@ -140,7 +147,13 @@ def sync_rows(hollow: Hollow, engine: TrainingEngine, layout: str, world_size: i
     sources = engine.local_parameters()
     targets = []
     for parameter in sources:
-        targets.append(parameter.to(torch.bfloat16))
+        shards = []
+        for shard in parameter.shards:
+            memory = torch.empty_like(shard.tensor, dtype=torch.bfloat16)
+            shards.append(LocalShard(shard.box, memory))
+        targets.append(
+            LocalParameter(parameter.name, parameter.shape, torch.bfloat16, tuple(shards))
+        )
     source, target = ShardMap.gather(sources), ShardMap.gather(targets)
     plan = compile(source, target, bucket_bytes=1 << 20, nodes=[0])
     executor = Executor(plan, sources, targets)

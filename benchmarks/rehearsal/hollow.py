@@ -229,18 +229,16 @@ def become_gpu() -> None:
     cuda: Any = torch.cuda
     stream = Stream()
 
-    def nothing(*args: Any, **options: Any) -> None:
-        return None
-
-    def zero(*args: Any, **options: Any) -> int:
-        return 0
+    def answer(value: Any) -> Callable[..., Any]:
+        """A function of its own for each name: torch.compile tells them apart."""
+        return lambda *args, **options: value
 
     cuda.Stream, cuda.Event, torch.Event = Stream, Event, Event  # type: ignore[misc]
-    cuda.current_stream = cuda.default_stream = lambda device=None: stream
+    cuda.current_stream, cuda.default_stream = answer(stream), answer(stream)
     cuda.stream = lambda other: contextlib.nullcontext()
-    cuda.is_available = cuda.is_initialized = lambda: True
+    cuda.is_available, cuda.is_initialized = answer(True), answer(True)
     cuda.device_count = lambda: 1
-    cuda.current_device = zero
+    cuda.current_device = answer(0)
     for name in (
         "set_device",
         "synchronize",
@@ -248,18 +246,18 @@ def become_gpu() -> None:
         "_lazy_init",
         "reset_peak_memory_stats",
     ):
-        setattr(cuda, name, nothing)
+        setattr(cuda, name, answer(None))
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
-        setattr(cuda, name, zero)
+        setattr(cuda, name, answer(0))
     for name in ("max_memory_reserved", "_exchange_device", "_maybe_exchange_device"):
-        setattr(cuda, name, zero)
+        setattr(cuda, name, answer(0))
     cuda.get_device_capability = lambda device=None: (Properties.major, Properties.minor)
     cuda.get_device_properties = lambda device=None: Properties
     cuda.get_device_name = lambda device=None: Properties.name
     cuda.mem_get_info = lambda device=None: (MEMORY_BYTES - (10 << 30), MEMORY_BYTES)
     cuda.memory_stats = lambda device=None: {}
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = zero
-    torch.Tensor.record_stream = nothing  # type: ignore[assignment]
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = answer(0), answer(0)
+    torch.Tensor.record_stream = answer(None)  # type: ignore[assignment]
     host_tensor = torch.tensor
 
     def tensor(data: Any, *args: Any, device: Any = None, **options: Any) -> torch.Tensor:

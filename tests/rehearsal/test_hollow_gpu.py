@@ -1,0 +1,44 @@
+"""Stage A of the rehearsal: engines on a GPU that has shapes and no data (docs/gpu.md). A host tensor
+among device tensors is an error there; launches, host synchronisations and copies have budgets."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.rehearsal.__main__ import CASES, run_case
+from tests.matrix import matrix
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="no C++ compiler (g++) on this machine"
+)
+QUICK = [("fsdp", "1")]
+SLOW = [case for case in CASES if case not in QUICK]
+SYNCS = {"forward": 1.0, "train step": 4.0}
+"""Host synchronisations of a micro-batch: its results, and where the losses look for scored rows."""
+COPIES = 13.0
+"""Copies from the host for a micro-batch."""
+LAUNCHES = {"sync, a parameter": 20.0, "attestation, a parameter": 20.0}
+
+
+@pytest.mark.parametrize("case", matrix(QUICK, SLOW), ids=" ".join)
+def test_engines_keep_to_the_device_and_to_their_budgets(
+    case: tuple[str, ...], tmp_path: Path
+) -> None:
+    """G26, G32, G39."""
+    rows = run_case(tmp_path, *case)
+    assert {row["stage"] for row in rows} == {"A"} and len(rows) >= 6
+    for row in rows:
+        check(row)
+
+
+def check(row: dict[str, Any]) -> None:
+    phase = row["case"].partition(": ")[2]
+    if phase in SYNCS:
+        assert row["syncs"] <= SYNCS[phase], row
+        assert row["copies"] <= COPIES, row
+    if phase in LAUNCHES:
+        assert row["launches"] <= LAUNCHES[phase], row
