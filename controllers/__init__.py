@@ -189,9 +189,29 @@ REGISTERED: dict[str, AlgorithmEntry] = {}
 
 def register_algorithm(name: str, entry: AlgorithmEntry) -> None:
     """Adds an algorithm from a script or notebook, where no package is installed that declares
-    it. The algorithm runs in this process alone, so no other one has to know it."""
+    it. The algorithm runs in this process alone, so no other one has to know it. A ValueError for
+    what is no AlgorithmEntry, whose config can't be made, or whose name another one has; a cell
+    that is run again may register its algorithm again."""
+    if not isinstance(entry, AlgorithmEntry):
+        raise ValueError(
+            f"algorithm {name!r} is a {type(entry).__name__} ({str(entry)[:60]!r}); register an "
+            "AlgorithmEntry"
+        )
     if name in ENTRIES:
         raise ValueError(f"algorithm {name!r} is built in; register yours under another name")
+    other = EXTENSIONS.locations().get(name)
+    if other is not None:
+        raise ValueError(
+            f"algorithm {name!r} is {other} of an installed package; register yours under another "
+            "name"
+        )
+    known = REGISTERED.get(name)
+    if known is not None and (known.module, known.algorithm) != (entry.module, entry.algorithm):
+        raise ValueError(
+            f"algorithm {name!r} is registered as {known.module}:{known.algorithm}; register yours "
+            "under another name"
+        )
+    entry.load_config()
     REGISTERED[name] = entry
 
 

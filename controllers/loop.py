@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import add
 from pathlib import Path
@@ -258,18 +259,21 @@ class Loop:
         have ended."""
         self.tracker.trace(CALLS.finish())  # what ran before is not part of this step's seconds
         started, clock = time.perf_counter(), time.time()
-        if prompts is None:
-            rows = self.length.next_rows(self.data.position)
-            if rows < 1:
-                raise ValueError(
-                    f"loop.num_epochs={self.config.num_epochs}: every row was used; raise it"
-                )
-            prompts = self.data.take(rows).repeat(self.algorithm.config.samples_per_prompt)
+        with self._rows_given_back_on_failure():
+            if prompts is None:
+                rows = self.length.next_rows(self.data.position)
+                if rows < 1:
+                    raise ValueError(
+                        f"loop.num_epochs={self.config.num_epochs}: every row was used; raise it"
+                    )
+                prompts = self.data.take(rows).repeat(self.algorithm.config.samples_per_prompt)
+            with activity(
+                f"step {self.step + 1}", detail=CALLS.under_way, patience_s=STEP_PATIENCE_S
+            ):
+                metrics = self.algorithm.step(prompts)
+                numbers = dict(metrics)
+                records = CALLS.finish()
         self._rows.add(prompts)
-        with activity(f"step {self.step + 1}", detail=CALLS.under_way, patience_s=STEP_PATIENCE_S):
-            metrics = self.algorithm.step(prompts)
-            numbers = dict(metrics)
-            records = CALLS.finish()
         seconds = time.perf_counter() - started
         self.step += 1
         row = self._record(numbers, records, seconds)
@@ -277,6 +281,16 @@ class Loop:
         if self.samples is not None:
             self.tracker.show(self.step, self.samples.training(metrics, self.step))
         return row
+
+    @contextmanager
+    def _rows_given_back_on_failure(self) -> Iterator[None]:
+        """A step that was interrupted used no rows: the next one begins with them again."""
+        position = self.data.state_dict()
+        try:
+            yield
+        except BaseException:
+            self.data.load_state_dict(position)
+            raise
 
     def validate(self) -> dict[str, float]:
         if self.validation is None:

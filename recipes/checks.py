@@ -199,6 +199,11 @@ def check_loss_columns(name: str, dataflow: Dataflow) -> None:
 def check_algorithm(config: RunConfig, entry: AlgorithmEntry) -> None:
     """Settings of the actor and the data against what the algorithm is and has."""
     algorithm, loss = config.algorithm, config.actor.loss
+    if type(algorithm) is not entry.load_config():
+        raise ValueError(
+            f"algorithm.name is {algorithm.name!r}, but the settings are those of another recipe's "
+            f"algorithm ({type(algorithm).__name__}); run python -m recipes.{algorithm.name}"
+        )
     if algorithm.losses and loss.name not in algorithm.losses:
         raise ValueError(
             f"actor.loss.name is {loss.name!r}, but {algorithm.name} is trained with "

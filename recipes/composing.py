@@ -158,12 +158,25 @@ def composition_problem(recipe: RecipeFile, error: HydraException) -> str:
         where = str(recipe.path)
     else:
         where = str(error).splitlines()[0].removeprefix("Error merging override ")
+        overridden = re.fullmatch(r"Could not override '([\w.]+)'\.?", where)
+        if overridden is not None:
+            where = overridden[1]
     if setting and re.match(r"Key '.*' (?:not in|is not in struct)", lines[0]):
-        return f"{where}: {unknown_setting(setting, setting_names())}"
+        known = setting_names()
+        if where in known and where.startswith("algorithm."):
+            return f"{where}: recipe {recipe.name} has no such setting{other_place(where)}"
+        return f"{where}: {unknown_setting(setting, known)}"
     if where == str(recipe.path) and setting:
         return f"{where}: {setting}: {lines[0]}"
     problem = " ".join(line for line in lines if not line.startswith(HYDRAS_OWN))
     return problem if cause is error else f"{where}: {problem}"
+
+
+def other_place(setting: str) -> str:
+    """Where a recipe whose algorithm lacks the setting may have it."""
+    if setting.startswith("algorithm.kl."):
+        return "; the coefficient of the KL in its loss is actor.loss.kl_coefficient"
+    return "; --settings algorithm lists those that it has"
 
 
 def to_settings(config: DictConfig) -> RunConfig:

@@ -32,6 +32,30 @@ RENAMED = {
     ),
 }
 """What a setting was called -> what it is called now."""
+ELSEWHERE = {
+    "lr": "learning_rate",
+    "kl_coef": "kl_coefficient",
+    "kl_loss_coef": "kl_coefficient",
+    "max_tokens": "max_response_tokens",
+    "max_new_tokens": "max_response_tokens",
+    "max_completion_length": "max_response_tokens",
+    "response_length": "max_response_tokens",
+    "max_prompt_length": "max_prompt_tokens",
+    "epochs": "num_epochs",
+    "num_train_epochs": "num_epochs",
+    "total_epochs": "num_epochs",
+    "max_steps": "num_steps",
+    "n": "samples_per_prompt",
+    "num_generations": "samples_per_prompt",
+    "rollout_n": "samples_per_prompt",
+    "train_batch_size": "batch_size",
+    "max_grad_norm": "clip_grad_norm",
+    "save_freq": "checkpoint_every",
+    "save_steps": "checkpoint_every",
+    "test_freq": "validate_every",
+    "eval_steps": "validate_every",
+}
+"""What other systems call a setting -> the last part of its name here."""
 
 
 def check_form(arguments: Sequence[str]) -> None:
@@ -74,6 +98,7 @@ def unknown_setting(name: str, known: Sequence[str]) -> str:
 def near_names(name: str, known: Sequence[str]) -> list[str]:
     """Names with the same last part, or else names that are written alike; at most three."""
     last = name.rpartition(".")[2]
+    last = ELSEWHERE.get(last, last)
     same = [other for other in known if other.rpartition(".")[2] == last]
     return get_close_matches(name, same, n=3, cutoff=0.0) or get_close_matches(name, known, n=3)
 

@@ -212,21 +212,30 @@ class Session:
 
     def step(self, prompts: Batch | None = None) -> dict[str, float]:
         """One step of the algorithm on the next prompts, or on these; returns when all of its
-        calls have ended, with its metrics and seconds."""
+        calls have ended, with its metrics and seconds. A step that raises, or that Ctrl-C ends, used
+        no rows: the next one begins with the same."""
+        if prompts is not None and not isinstance(prompts, Batch):
+            raise ValueError(
+                f"session.step takes a Batch of prompts (next(session.prompts) is one), not a "
+                f"{type(prompts).__name__}"
+            )
         return self.loop.train_one_step(prompts)
 
     def validate(self) -> dict[str, float]:
         """The validation's numbers, now; a ValueError without data.validation."""
+        loop = self.loop
         if self.prepared.held_out is None:
             raise ValueError("data.validation is not set; name the held-out rows to validate on")
-        return self.loop.validate()
+        return loop.validate()
 
     def save(self, directory: str | Path) -> None:
         """The trained model and its tokenizer as a Hugging Face directory; returns when every
-        rank has written its part."""
-        path = Path(directory).absolute()
+        rank has written its part. A ValueError where `directory` is a file."""
+        loop, path = self.loop, Path(directory).expanduser().absolute()
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"session.save: {path} is a file; name a directory")
         path.mkdir(parents=True, exist_ok=True)
-        self.loop.save_pretrained(path)
+        loop.save_pretrained(path)
 
     def checkpoint(self) -> None:
         """Writes what a later session with the same output_dir goes on from (loop.resume=auto)."""
@@ -245,6 +254,8 @@ class Session:
             _release_process(self)
 
     def __enter__(self) -> Session:
+        if _OPEN is not self:
+            raise ValueError("the session is closed; open another one")
         return self
 
     def __exit__(self, *error: object) -> None:

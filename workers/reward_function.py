@@ -123,8 +123,9 @@ def _call(path: str, function: RewardFunction, row: Mapping[str, Any], role: str
         return function(**row)
     except SandboxError:
         raise  # the machine's, not the function's
-    except Exception as error:
-        # The user's code: whatever it raises, the run stops and says on which row.
+    except (Exception, SystemExit) as error:
+        # The user's code: whatever it raises, the run stops and says on which row; an exit, too,
+        # which would end the run as if it were finished.
         raise _failed(path, row, role, error) from error
 
 
@@ -136,7 +137,7 @@ async def _gather(
             return await function(**row)
         except SandboxError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _failed(path, row, role, error) from error
 
     return await asyncio.gather(*(call(row) for row in rows))
@@ -153,7 +154,7 @@ def _wait_for(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
         return thread.submit(copy_context().run, asyncio.run, coroutine).result()
 
 
-def _failed(path: str, row: Mapping[str, Any], role: str, error: Exception) -> UserCodeError:
+def _failed(path: str, row: Mapping[str, Any], role: str, error: BaseException) -> UserCodeError:
     where = f"{role}.function={path!r} raised {type(error).__name__}: {error}"
     return UserCodeError(" ".join(f"{where} on {_describe(row)}".split()))
 

@@ -120,10 +120,21 @@ def test_one_session_at_a_time_also_after_a_failed_one(
         ValueError, match=r"Session\(grpo: actor, reward, reference\) is open in this process"
     ):
         open_session("grpo", settings, reward=broken)
+    used = session.loop.data.position
     with pytest.raises(RuntimeError, match="broken' raised KeyError"):
         session.step()
+    assert session.loop.data.position == used, "its rows were given back"
+    with pytest.raises(ValueError, match=r"takes a Batch of prompts .*, not a list"):
+        session.step(["hello"])  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file is a file; name a directory"):
+        session.save(tmp_path / "file")
     session.close()
     session.close()
+    for use in (session.validate, session.__enter__, lambda: session.save(tmp_path / "late")):
+        with pytest.raises(ValueError, match="the session is closed"):
+            use()
+    assert not (tmp_path / "late").exists()
     with open_session("grpo", settings, reward=lambda **columns: 1.0) as other:
         seconds = [name for name in other.step() if name.startswith("seconds/reward")]
         assert seconds == ["seconds/reward.compute_reward"]
@@ -145,7 +156,8 @@ def test_a_whole_run_and_an_evaluation(tiny: dict[str, Any], tmp_path: Path) -> 
     record = RunRecord.read(tmp_path / "run")
     spans = [event["name"] for event in record.slices if event["ph"] == "X"]
     assert spans.count("actor.update_actor") == 2
-    assert [name for name in spans if "." not in name] == ["step 1", "step 2", "checkpoint"]
+    own = [name for name in spans if "." not in name and name != "snapshot"]
+    assert own == ["step 1", "step 2", "checkpoint"]
     assert "python" in record.environment and "actor.update_actor" in page(record)
     asked = {
         name: value

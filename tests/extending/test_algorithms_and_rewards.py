@@ -8,11 +8,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from controllers import AlgorithmEntry, algorithm_entry, register_algorithm
+from controllers import (
+    AlgorithmEntry,
+    algorithm_entry,
+    register_algorithm,
+    usable_algorithms,
+)
 from recipes.composing import RecipeFile, compose, to_settings
 from tests.tiny import make_data, make_model
 
@@ -172,3 +178,13 @@ def test_an_algorithm_can_be_registered_by_a_call() -> None:
         ValueError, match="algorithm 'ppo' is built in; register yours under another name"
     ):
         register_algorithm("ppo", entry)
+    register_algorithm("opo_again", replace(entry))  # a cell that is run again
+    other = AlgorithmEntry("controllers.grpo", "GRPO", "GRPOConfig", entry.roles)
+    with pytest.raises(ValueError, match=r"'opo_again' is registered as controllers\.opo:OPO"):
+        register_algorithm("opo_again", other)
+    with pytest.raises(ValueError, match=r"algorithm 'text' is a str \('controllers.opo:OPO'\)"):
+        register_algorithm("text", "controllers.opo:OPO")  # type: ignore[arg-type]
+    broken = AlgorithmEntry("controllers.nowhere", "OPO", "OPOConfig", entry.roles)
+    with pytest.raises(ValueError, match=r"controllers\.nowhere"):
+        register_algorithm("broken", broken)
+    assert "text" not in usable_algorithms() and "broken" not in usable_algorithms()

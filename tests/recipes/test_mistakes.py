@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from controllers import ALGORITHMS, AlgorithmEntry
+from controllers.ppo import PPOConfig  # noqa: F401  the config of Forgetful, by its name
 from recipes.config import RunConfig
 from recipes.run import run
 
@@ -25,6 +26,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "two processes in one": (
         ["runtime=local", "num_devices=2"],
         "num_devices=2 with runtime=local, .* use runtime=ray",
+    ),
+    "the algorithm of another recipe": (
+        ["algorithm=grpo", "algorithm.name=ppo"],
+        r"algorithm.name is 'ppo', but the settings are those of another recipe's algorithm "
+        r"\(GRPOConfig\); run python -m recipes.ppo",
     ),
     "no devices": (["num_devices=0"], "num_devices is 0; use at least 1"),
     "custom without pools": (

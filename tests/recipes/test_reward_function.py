@@ -3,10 +3,13 @@ never a reward of 0."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from hybridflow.errors import UserCodeError
 from workers.reward_function import resolve, score_rows
 
 HERE = "tests.recipes.rewards"
@@ -54,6 +57,18 @@ def test_what_it_raises_comes_with_the_row() -> None:
     ) as caught:
         score_rows(f"{HERE}:raises", [row()])
     assert isinstance(caught.value.__cause__, TypeError)
+
+
+async def leaves(**columns: object) -> float:
+    sys.exit(0)
+
+
+@pytest.mark.parametrize("function", [lambda **columns: sys.exit(0), leaves])
+def test_a_function_that_exits_ends_no_run_as_if_it_were_done(
+    function: Callable[..., Any],
+) -> None:
+    with pytest.raises(UserCodeError, match=r"raised SystemExit: 0 on prompt '2 \+ 2 ='"):
+        score_rows(function, [row(), row()])
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from recipes.composing import RecipeFile, compose
 from recipes.config import RunConfig
 from recipes.main import check_names, to_settings, unused_settings
 
@@ -52,6 +54,13 @@ def test_everything_mandatory_that_is_missing_is_named_at_once(
         ("num_device=2", "did you mean num_devices"),
         ("loop.epochs=2", "did you mean loop.num_epochs"),
         ("algorithm.lambda=0.9", "did you mean algorithm.lam"),
+        ("actor.train.optimizer.lr=1e-5", "did you mean actor.train.optimizer.learning_rate"),
+        (
+            "actor.generation.sampling.max_tokens=8",
+            "did you mean actor.generation.sampling.max_response_tokens",
+        ),
+        ("actor.loss.kl_coef=0.1", "did you mean actor.loss.kl_coefficient"),
+        ("data.epochs=2", "did you mean .*loop.num_epochs"),
         ("xyzzy=1", "--settings lists them all"),
     ],
 )
@@ -61,6 +70,27 @@ def test_an_unknown_setting_is_answered_with_the_nearest(argument: str, advice: 
         match=f"^{argument}: there is no setting '{argument.partition('=')[0]}'; {advice}",
     ):
         check_names(["seed=1", argument])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "algorithm.kl.coefficient=0.1",
+            "algorithm.kl.coefficient: recipe grpo has no such setting; the coefficient of the KL in "
+            "its loss is actor.loss.kl_coefficient",
+        ),
+        (
+            "algorithm.lam=0.9",
+            "algorithm.lam: recipe grpo has no such setting; --settings algorithm lists those that "
+            "it has",
+        ),
+        ("actor.loss={clip: 0.2}", "actor.loss: there is no setting 'actor.loss.clip'; did you"),
+    ],
+)
+def test_a_setting_of_another_recipe_is_not_its_own_suggestion(argument: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        compose(RecipeFile("grpo"), [argument])
 
 
 def test_what_is_a_setting_passes() -> None:

@@ -26,6 +26,7 @@ def returns(value: Any) -> Any:
         (True, 1.0),
         (np.bool_(False), 0.0),
         (np.float16(0.5), 0.5),
+        (np.float16(2), 2.0),
         (np.int64(3), 3.0),
         (np.array(2.5), 2.5),
         (torch.tensor(1.5), 1.5),
@@ -46,6 +47,7 @@ def test_b73_numbers_of_every_kind(value: Any, expected: float) -> None:
     [
         *(1e39, -1e39, 10**400, float("inf"), float("nan"), Decimal("nan"), Decimal("1e400")),
         *("1.0", None, 1j, [1.0], (1.0,), np.array([1.0]), torch.tensor([1.0]), object()),
+        *(np.float16("inf"), np.float16("-inf"), np.float32("inf")),
         *(np.float64("nan"), torch.tensor(float("inf")), Fraction(10**60), b"1"),
     ],
 )

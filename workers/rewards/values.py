@@ -25,8 +25,8 @@ def as_number(value: object) -> float | None:
         torch is not None and isinstance(value, torch.Tensor) and value.dim() == 0
     ):
         value = value.item()
-    if isinstance(value, np.bool_):
-        value = bool(value)
+    if isinstance(value, np.bool_ | np.floating | np.integer):
+        value = value.item()  # a comparison would be in the number's own precision
     if isinstance(value, Decimal) and not value.is_finite():
         return None
     # Python compares integers, fractions and decimals of any size with a float exactly.
