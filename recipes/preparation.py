@@ -38,6 +38,7 @@ from recipes.roles import GENERATION
 from recipes.same_run import check_same_run
 from recipes.schedules import with_schedules
 from recipes.text_settings import log_left_out, smallest_vocabulary, with_text
+from recipes.trial import try_policy_loss
 from workers.config import Precision
 from workers.precision import (
     automatic,
@@ -147,6 +148,8 @@ def check_dataflow(placement: Placement) -> Dataflow:
     inputs = DATASETS[placement.entry.rows].columns
     dataflow = trace(config.algorithm.name, algorithm.step, inputs, recorder)
     check_loss_columns(config.actor.loss.name, dataflow)
+    if "actor" in placement.role_names:
+        try_policy_loss(config.actor.loss)
     return dataflow
 
 

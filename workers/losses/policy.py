@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from workers.engines.base import LossFn, Outputs
+from workers.losses.checked import call_loss, check_metric_names
 from workers.losses.config import Correction, PolicyLossConfig
 from workers.losses.kl import MAX_LOG_RATIO, KLEstimator, kl_estimate
 from workers.losses.reduction import Counted, LossMetrics, column, maximum, minimum, required
@@ -49,8 +50,8 @@ def policy_loss(config: PolicyLossConfig) -> LossFn:
                 name: counted.take(column(sequences, name)) for name in loss_of_tokens.columns
             },
         )
-        losses, per_token_metrics = loss_of_tokens(tokens, config)
-        metrics = {name: counted.mean(values) for name, values in per_token_metrics.items()}
+        losses, per_token_metrics = call_loss(loss_of_tokens, tokens, config)
+        metrics: LossMetrics = {}
         factors, rollout_metrics = _rollout(counted, sequences, old_log_probs, config)
         loss = counted.weighted_sum(losses if factors is None else factors * losses)
         metrics |= {
@@ -64,6 +65,9 @@ def policy_loss(config: PolicyLossConfig) -> LossFn:
         ):
             loss = loss if term is None else loss + term
             metrics |= term_metrics
+        check_metric_names(per_token_metrics, metrics, config)
+        for name, values in per_token_metrics.items():
+            metrics[name] = counted.mean(values)
         return loss, metrics
 
     return loss_fn
