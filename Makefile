@@ -13,6 +13,10 @@ VENV ?= .venv
 INSTALLED := $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*)))
 ACCEL ?= $(or $(INSTALLED),cpu)
 ARGS ?=
+# Processes that run tests, a file each at a time. Tests wait for processes that start more than they compute; each
+# process may need 6 GB.
+TESTS_AT_ONCE ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
@@ -72,10 +76,10 @@ rlhf: install
 
 # Both always run, so that a lint error does not hide a failing test; pytest's closing line comes last.
 test: install
-	@status=0; $(MAKE) --no-print-directory lint || status=1; $(BIN)/python -m pytest -m "not slow" $(ARGS) || status=1; exit $$status
+	@status=0; $(MAKE) --no-print-directory lint || status=1; $(PYTEST) -m "not slow" $(ARGS) || status=1; exit $$status
 
 test-slow: install
-	HYPOTHESIS_PROFILE="new examples each time" $(BIN)/python -m pytest -m slow $(ARGS)
+	HYPOTHESIS_PROFILE="new examples each time" $(PYTEST) -m slow $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

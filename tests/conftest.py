@@ -15,6 +15,34 @@ settings.register_profile("new examples each time", print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "the same examples each time"))
 """A commit is judged by the same examples wherever its tests run; make test-slow draws new ones."""
 
+LONGEST = (
+    "e2e/test_recipes.py",
+    "e2e/test_layouts_agree.py",
+    "cluster/test_job.py",
+    "engines/test_threed.py",
+    "engines/test_fsdp.py",
+    "resharding/test_vllm_weights.py",
+    "generation/test_vllm.py",
+    "extending/test_engines_and_losses.py",
+    "extending/test_algorithms_and_rewards.py",
+    "recipes/test_every_algorithm.py",
+    "engines/test_tensor_parallel.py",
+    "engines/test_deepspeed.py",
+    "recipes/test_invariance.py",
+    "resharding/test_gloo.py",
+)
+"""Files that take minutes: they come first, so that no process is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        for number, name in enumerate(LONGEST):
+            if item.path.match(name):
+                return number
+        return len(LONGEST)
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="module")
 def selected(request: pytest.FixtureRequest) -> Callable[[str], list[Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.house import PACKAGES, Figures, measure, names_to_import
+from tests.conftest import LONGEST
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,3 +83,8 @@ def test_a_custom_loop_needs_one_import() -> None:
     names = names_to_import(ROOT / "docs/python.md")
     assert names is not None, "docs/python.md shows no custom loop"
     assert names == 1, "the loop of docs/python.md imports more than its session"
+
+
+def test_the_files_that_run_first_exist() -> None:
+    missing = [name for name in LONGEST if not (ROOT / "tests" / name).is_file()]
+    assert not missing, "tests/conftest.py orders files that are gone"
