@@ -1,0 +1,1 @@
+"""The first hour on a GPU: what no rehearsal can know."""

@@ -1,0 +1,39 @@
+"""python -m benchmarks.gpu takes what is installed; a run of it on a CPU goes through the same code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu.__main__ import cases
+from recipes.main import check_names
+from workers.generation.vllm.build import installed_kind
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_are_those_of_the_installed_vllm_and_of_settings_that_exist(device: str) -> None:
+    names = [case.name for case in cases(device)]
+    assert {"fsdp hf bf16", "threed hf fp32"} <= set(names)
+    assert ("fsdp vllm bf16" in names) is (installed_kind() == device)
+    for case in cases(device):
+        check_names(case.settings())
+
+
+@pytest.mark.slow
+def test_a_run_on_a_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--steps", "1"]
+    output = tmp_path / "rows.json"
+    subprocess.run(
+        [*command, "--only", "fsdp hf fp32", "--json", str(output)],
+        cwd=ROOT,
+        check=True,
+        timeout=280,
+    )
+    (row,) = json.loads(output.read_text())["runs"]
+    assert "error" not in row and row["tokens_per_s"] > 0
