@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from hybridflow.batch import Batch
+from hybridflow.disk import DISK
 from hybridflow.snapshots.files import DIGEST_DIGITS, Written
 
 LOGGER = logging.getLogger(__name__)
@@ -81,6 +83,14 @@ class Ledger:
             file.write(json.dumps(line) + "\n")
         self._take(line)
 
+    def sync(self) -> None:
+        """Sees to it that a power cut leaves the lines so far; before every commit on disk, which
+        holds its own line alone."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+            DISK.sync(self.path.parent)
+
     def rewind(self, last: Line | None) -> None:
         """Cuts the file behind the line `last`, and writes that line where it is missing; None:
         removes the file."""
@@ -99,8 +109,9 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".draft")
         lines = [json.dumps(line) + "\n" for line in (*kept, last)]
-        draft.write_text("".join(lines))
+        DISK.write_synced(draft, "".join(lines))
         draft.replace(self.path)
+        DISK.sync(self.path.parent)
         self._names = {}
         for line in (*kept, last):
             self._take(line)
@@ -144,13 +155,22 @@ def first_difference(first: Path, second: Path) -> Difference | None:
 
 
 def read_ledger(path: Path) -> list[Line]:
-    """The lines of a ledger; a last line that was cut off by a crash is left out."""
+    """The lines of a ledger up to the first that a crash or a power cut damaged: that is cut off,
+    or is not the one that its chain says. A ledger that begins in another directory starts with
+    any chain."""
     lines: list[Line] = []
     if not path.exists():
         return lines
-    for text in path.read_text().splitlines(keepends=True):
-        if text.endswith("\n"):
-            lines.append(json.loads(text))
+    for text in path.read_text(errors="replace").splitlines(keepends=True):
+        try:
+            line = json.loads(text)
+            follows = not lines or line["chain"] == _chain(lines[-1]["chain"], line)
+        except (ValueError, KeyError, TypeError):
+            follows = False
+        if not follows or not text.endswith("\n"):
+            LOGGER.warning("%s: line %d and what follows is damaged", path, len(lines) + 1)
+            break
+        lines.append(line)
     return lines
 
 

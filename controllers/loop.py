@@ -196,6 +196,7 @@ class Loop:
         self.tracker, self.store, self.config = tracker, store, config
         self.saving = Saving(trained, store, memory)
         self.ledger = Ledger(store.directory.parent / LEDGER)
+        self.saving.before_commit = self.ledger.sync
         self._snapshot_every = snapshot_every
         self._rows = Rows()
         """Used since the last commit."""

@@ -7,7 +7,7 @@ Both places hold the same files (hybridflow/snapshots). When to save is left out
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -59,6 +59,10 @@ class Flight:
     """Hosts copy it from memory; otherwise they wrote it themselves."""
 
 
+def nothing() -> None:
+    pass
+
+
 class Saving:
     """saving = Saving(trained, store, memory)
     written = saving.stage(7)                            # all ranks write their files into memory
@@ -83,6 +87,8 @@ class Saving:
         self._committed: Path | None = None
         """The newest commit in memory."""
         self._flight: Flight | None = None
+        self.before_commit: Callable[[], None] = nothing
+        """Puts on disk what a checkpoint relies on besides its own files."""
         self._number = 0
         self.begins_after = 0
         """Checkpoints up to this number are of an earlier run in the same directory, which this one
@@ -193,13 +199,17 @@ class Saving:
                         "blake2b": end.blake2b,
                     }
         self._flight = None
-        self.store.commit(
-            flight.step,
-            flight.state,
-            metrics=flight.metrics,
-            sequence=max(flight.number, self.store.newest_sequence() + 1),
-            synced=synced,
-        )
+        try:
+            self.before_commit()
+            self.store.commit(
+                flight.step,
+                flight.state,
+                metrics=flight.metrics,
+                sequence=max(flight.number, self.store.newest_sequence() + 1),
+                synced=synced,
+            )
+        except OSError as error:  # a full or broken disk
+            self._failed(flight, str(error), wait=wait)
 
     def _ends(self, role: TrainedRole, *, wait: bool) -> list[Flushed]:
         """How the copies of all ranks ended; empty while one is under way."""
