@@ -1,11 +1,13 @@
 """Measures what snapshots cost a step, and how long restoring takes from memory and from disk.
 
-python -m benchmarks.checkpoint [--json FILE] [--models 3m 30m] [--steps N]    # some minutes
+python -m benchmarks.checkpoint [--json FILE] [--models 3m 30m] [--every 0 10 1] [--steps N]
 
 GRPO of the models of benchmarks.step in this process (runtime=local, engine hf, one device). The
-same steps are run with no snapshots, with one every 10 steps, and with one after every step. A stall
-is the seconds that the loop stood still for snapshots over the seconds of all steps; the longest are
-not left out. Restoring is Loop.restore(), from the last snapshot in memory and from the checkpoint.
+same steps are run with no snapshots, with one every 10 steps, and with one after every step, on one
+thread. A stall is the CPU seconds of the snapshots, for which the loop stands still, over those of
+steps and snapshots; the first step and the two snapshots that take the memory are left out. CPU
+seconds, because other work on the machine does not change them. Restoring is Loop.restore(), from
+the last snapshot in memory and from the checkpoint.
 
 A row: {"model": "3m", "every": 1, "stall_fraction": 0.004, "restore_s": 0.05, "source": "memory"}
 """
@@ -44,6 +46,7 @@ def session(model: Path, output: Path, num_steps: int, every: int) -> Iterator[S
     settings = {
         "runtime": "local",
         "device": "cpu",
+        "threads_per_device": 1,
         "model.path": model,
         "data.train": data,
         "data.batch_size": 32,
@@ -68,17 +71,18 @@ def length_reward(*, response: str, **columns: object) -> float:
 
 
 def stall_fraction(loop: Loop, num_steps: int, every: int) -> float:
-    """Seconds in snapshots over the seconds of the steps; the first step, which warms up, is not
-    counted."""
-    loop.snapshot()
+    """See above; 0 without snapshots."""
     steps, snapshots = 0.0, 0.0
-    for number in range(num_steps):
-        started = time.perf_counter()
+    for number in range(num_steps + 1):
+        started = time.process_time()
         loop.train_one_step()
-        trained = time.perf_counter()
-        if every and loop.step % every == 0:
+        trained = time.process_time()
+        if number == 0 and every:
+            for _ in range(2):  # the two buffers
+                loop.snapshot()
+        elif every and loop.step % every == 0:
             loop.snapshot()
-        ended = time.perf_counter()
+        ended = time.process_time()
         if number:
             steps += trained - started
             snapshots += ended - trained
@@ -93,13 +97,13 @@ def restore_seconds(loop: Loop, source: str) -> float:
         loop.saving.memory = None
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         loop.restore()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.process_time() - started)
     return sorted(seconds)[1]
 
 
-def measure(model: str, num_steps: int, root: Path) -> list[Row]:
+def measure(model: str, intervals: Sequence[int], num_steps: int, root: Path) -> list[Row]:
     transformers_logging.disable_progress_bar()
     directory = root / model
     tokenizer = make_tokenizer()
@@ -107,11 +111,11 @@ def measure(model: str, num_steps: int, root: Path) -> list[Row]:
     make_model(tokenizer, shape, seed=0).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     rows: list[Row] = []
-    for every in EVERY:
+    for every in intervals:
         output = root / f"{model}-{every}"
         with session(directory, output, num_steps, every) as opened:
             loop = opened.loop
-            fraction = stall_fraction(loop, max(num_steps, every + 1), every)
+            fraction = stall_fraction(loop, max(num_steps, every), every)
             for source in ("memory", "disk") if every else ("disk",):
                 rows.append(
                     {
@@ -132,12 +136,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--every", nargs="+", type=int, default=list(EVERY))
+    parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as root:
         for model in options.models:
-            rows += measure(model, options.steps, Path(root))
+            rows += measure(model, options.every, options.steps, Path(root))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
