@@ -33,7 +33,9 @@ from workers.config import Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head
 from workers.engines.model.loading import model_config, standard_sizes
+from workers.engines.model.log_probs import CHUNK_ELEMENTS
 from workers.engines.shared.micro_batches import chosen_tokens
+from workers.generation import generation_engine_class
 from workers.generation.cache import DEFAULT_CACHE_BYTES
 from workers.generation.config import GenerationConfig
 from workers.role_config import ActorConfig, RewardConfig
@@ -120,6 +122,14 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
         max_num_batched_tokens=actor.generation.max_num_batched_tokens,
         max_generation_pipeline=1,
     )
+    if inputs.config.device is Device.cpu:
+        repacks = generation_engine_class(actor.generation.engine).releases
+        space = replace(
+            space,
+            reduction_copies=True,
+            logits_at_once=float(CHUNK_ELEMENTS),
+            repacked_generation=repacks,
+        )
     return engine_class(actor.train.engine).limit(space)
 
 

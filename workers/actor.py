@@ -25,6 +25,8 @@ from workers.engines.base import LossFn
 from workers.generation.config import SamplingConfig
 from workers.layouts import generation_grouping, training_layout
 from workers.mini_batches import MiniBatches
+from workers.precision import with_native_precision
+from workers.process_memory import begin_peak, give_back, peak_bytes
 from workers.role_config import ActorConfig
 from workers.roles import Actor
 from workers.sampler import Sampler, probe_settings
@@ -34,14 +36,24 @@ from workers.weight_sync import WeightSync
 
 class ActorWorker(ActorTrainingWorker, Actor):
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
-        super().__init__(config, context)
-        config = self.config
+        config = with_native_precision(config, context.device)
         self.memory_metrics: dict[str, float] = {}
         """Seconds and bytes of the latest changes between training and generation."""
-        self._memory_owner = ""
-        """"training" or "generation", once either has taken the memory
-        (release_during_training)."""
-        self.sampler = Sampler(config, context, generation_grouping(config, self.layout).layout)
+        self._releases = bool(config.generation.release_during_training)
+        self._generation_awake = True
+        self._state_offloaded = False
+        """For generation: to_training brings it back."""
+        layout = self.layouts(config, context.world_size)["generation"]
+        if self._releases:
+            # The engine measures and takes its share of the device while nothing else is there, and
+            # sleeps while the trainer is built.
+            self.sampler = Sampler(config, context, layout)
+            self.release_generation()
+        super().__init__(config, context)
+        if self._releases:
+            self.pool_memory.holders.add(self)
+        else:
+            self.sampler = Sampler(config, context, layout)
         tolerance, vocab_size = probe_settings(config)
         self.sync = WeightSync(
             self.engine,
@@ -50,13 +62,17 @@ class ActorWorker(ActorTrainingWorker, Actor):
             probe_tolerance=tolerance,
             vocab_size=vocab_size,
             node=context.node,
-            share_memory=not config.generation.release_during_training,
+            share_memory=not self._releases,
         )
         specs = []
         for parameter in self.engine.local_parameters():
             dtype = str(parameter.dtype).removeprefix("torch.")
             specs.append(ParameterSpec(parameter.name, parameter.shape, dtype))
+        if self._releases:
+            self.sampler.engine.wake()
+            self._generation_awake = True
         self.sync.make_destination(specs).release()
+        self.release_generation()
 
     @classmethod
     def layouts(cls, config: ActorConfig, world_size: int) -> dict[str, Layout]:
@@ -66,8 +82,12 @@ class ActorWorker(ActorTrainingWorker, Actor):
     def generate_sequences(
         self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
     ) -> Batch:
+        device = self.context.device
+        begin_peak(device)
         self._to_generation()
-        return self.sampler.generate(prompts, sampling, do_sample=do_sample)
+        answers = self.sampler.generate(prompts, sampling, do_sample=do_sample)
+        self.memory_metrics["actor/memory/generation_peak_bytes"] = float(peak_bytes(device))
+        return answers
 
     def update_actor(self, batch: Batch) -> Metrics:
         self.to_training()
@@ -88,29 +108,39 @@ class ActorWorker(ActorTrainingWorker, Actor):
         self.sampler.engine.weight_version = -1
 
     def close(self) -> None:
+        self.pool_memory.holders.discard(self)
         self.sampler.engine.close()
 
     def _to_generation(self) -> None:
         """Steps 1 and 2: wakes the generation engine and brings it the latest weights."""
-        if self.config.generation.release_during_training and self._memory_owner != "generation":
-            self._memory_owner = "generation"
+        if not self._generation_awake:
             with self._measured("offload") as moved:
                 before = allocated_bytes(self.context.device)
-                self.engine.offload()
+                self.pool_memory.for_generation()
                 moved.num_bytes = before - allocated_bytes(self.context.device)
+            self._state_offloaded = True
+            give_back(self.context.device)
             with self._measured("wake"):
                 self.sampler.engine.wake()
+            self._generation_awake = True
         if self.sampler.engine.weight_version != self.weight_version:
             self.sync.run(self.weight_version)
 
     def to_training(self) -> None:
         """Step 4: gives the memory to the trainer."""
-        if self.config.generation.release_during_training and self._memory_owner != "training":
-            self._memory_owner = "training"
-            with self._measured("release") as freed:
-                freed.num_bytes = self.sampler.engine.sleep()
+        super().to_training()
+        if self._state_offloaded:
+            self._state_offloaded = False
             with self._measured("onload"):
                 self.engine.onload()
+
+    def release_generation(self) -> None:
+        if not (self._releases and self._generation_awake):
+            return
+        self._generation_awake = False
+        with self._measured("release") as freed:
+            freed.num_bytes = self.sampler.engine.sleep()
+        give_back(self.sampler.context.device)
 
     @contextmanager
     def _measured(self, name: str) -> Iterator[Moved]:

@@ -38,6 +38,7 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
         if self.num_skipped < config.critic_warmup_steps:
             self.num_skipped += 1
             return Metrics({"actor/critic_warmup_steps": float(self.num_skipped)})
+        self.to_training()
         sequences = sequences_of(batch, PER_TOKEN)
         loss_fn = policy_loss(loss)
         if "pretrain" in batch:
@@ -52,20 +53,26 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
         steps = mini_batches.steps(
             config.num_epochs, self.update_seed, loss.aggregation, loss.aggregation_constant
         )
-        metrics = train_on(
-            self.engine, islice(steps, 1), loss_fn, entropy=entropy, temperature=self.temperature
-        )
         violations = {}
-        if "weight_version" in batch and not stale:
-            violations = check_first_step(metrics[0], config, reports=self.context.rank == 0)
-        metrics += train_on(
-            self.engine, steps, loss_fn, entropy=entropy, temperature=self.temperature
-        )
+        with self.measured_memory() as memory:
+            metrics = train_on(
+                self.engine,
+                islice(steps, 1),
+                loss_fn,
+                entropy=entropy,
+                temperature=self.temperature,
+            )
+            if "weight_version" in batch and not stale:
+                violations = check_first_step(metrics[0], config, reports=self.context.rank == 0)
+            metrics += train_on(
+                self.engine, steps, loss_fn, entropy=entropy, temperature=self.temperature
+            )
         self.num_updates += 1
         return (
             mean_over_steps(metrics, "actor")
             | {"actor/weight_version": float(self.weight_version)}
             | prefixed("actor", violations)
+            | memory
         )
 
     def counters(self) -> dict[str, int]:

@@ -22,6 +22,7 @@ class CriticWorker(TrainedWorker, Critic):
         self.build(self.config.model, self.config.train, Head.value, context, seed=config.seed)
 
     def compute_values(self, batch: Batch) -> Batch:
+        self.to_training()
         outputs = self.engine.forward(sequences_of(batch))
         return self.scored(batch, outputs.values if outputs else None, "values")
 

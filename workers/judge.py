@@ -135,6 +135,7 @@ class JudgeWorker(ModelWorker, Reward):
                 f"judge.model.path={self.model.path!r} is {self.limit}; shorten judge.template, "
                 "lower actor.generation.sampling.max_response_tokens, or use another judge"
             )
+        self.to_training()
         outputs = self.engine.forward(_answered(rows))
         if outputs is None or outputs.log_probs is None:
             return Batch.of(rewards=torch.empty(0), reward_metrics=[])

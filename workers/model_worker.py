@@ -21,6 +21,7 @@ from workers.engines.base import Head, TrainingEngine
 from workers.engines.model.loading import model_config
 from workers.layouts import training_layout
 from workers.losses.segments import row_of_token, segment_sum
+from workers.pool_memory import pool_memory
 from workers.precision import with_native_precision
 from workers.sequences import Sequences
 
@@ -39,6 +40,7 @@ class ModelWorker(Worker):
     def __init__(self, config: Any, context: RankContext) -> None:
         """`config`: self.config has it with precisions decided."""
         super().__init__(with_native_precision(config, context.device), context)
+        self.pool_memory = pool_memory(context.pool)
 
     @classmethod
     def layouts(cls, config: Any, world_size: int) -> dict[str, Layout]:
@@ -62,6 +64,12 @@ class ModelWorker(Worker):
             model=model, config=train, head=head, context=context, trains=trains, seed=seed
         )
         self.layout = self.engine.layout
+        self.pool_memory.engines.add(self.engine)
+
+    def to_training(self) -> None:
+        """Called before the training engine is used, for a forward pass too: generation in the
+        same pool gives up its memory, with release_during_training."""
+        self.pool_memory.for_training()
 
     def to_score(self, sequences: Sequences) -> Sequences:
         """The rows as a sequence-classification model reads them: up to the last token that is not

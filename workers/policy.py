@@ -89,7 +89,6 @@ class PolicyWorker(TrainedWorker, Policy):
         """
         if not mini_batches.num_rows:
             return Metrics({f"{self.prefix}/updates_without_rows": 1.0})
-        self.to_training()
         metrics = super().update(mini_batches, steps, loss_fn, temperature)
         return metrics | {f"{self.prefix}/weight_version": float(self.weight_version)}
 
@@ -110,6 +109,3 @@ class PolicyWorker(TrainedWorker, Policy):
         if outputs is None or outputs.log_probs is None:
             return torch.zeros(sequences.num_scored_tokens)
         return outputs.log_probs.cpu()
-
-    def to_training(self) -> None:
-        """Called before the training engine is used."""

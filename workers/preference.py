@@ -28,6 +28,7 @@ class PreferenceWorker(TrainedWorker, PreferenceModel):
         self.build(self.config.model, self.config.train, Head.score, context, seed=config.seed)
 
     def compute_scores(self, batch: Batch) -> Batch:
+        self.to_training()
         outputs = self.engine.forward(self.to_score(sequences_of(batch)))
         if outputs is None or outputs.scores is None:
             return Batch.of(scores=torch.empty(0))

@@ -18,5 +18,6 @@ class ReferenceWorker(ModelWorker, Reference):
         self.build(self.config.model, self.config.train, Head.lm, context, trains=False)
 
     def compute_ref_log_prob(self, batch: Batch) -> Batch:
+        self.to_training()
         outputs = self.engine.forward(sequences_of(batch), temperature=self.config.temperature)
         return self.scored(batch, outputs.log_probs if outputs else None, "ref_log_probs")

@@ -133,6 +133,7 @@ class ModelScorer(ModelWorker):
         return {"train": training_layout(config.train, world_size, cls.role)}
 
     def score(self, batch: Batch) -> tuple[Tensor, list[dict[str, float]]]:
+        self.to_training()
         outputs = self.engine.forward(self.to_score(sequences_of(batch)))
         if outputs is None or outputs.scores is None:
             return torch.empty(0), []

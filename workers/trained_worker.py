@@ -7,7 +7,8 @@ an update's later epochs depends on it. The losses are left to the roles.
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from hybridflow.snapshots.reading import SnapshotFiles
 from workers.engines.base import Head, LossFn
 from workers.mini_batches import MiniBatches, mean_over_steps, train_on
 from workers.model_worker import ModelWorker
+from workers.process_memory import begin_peak, give_back, peak_bytes, retained_bytes
 from workers.roles import TrainedRole
 from workers.sequences import Sequences
 from workers.text import end_token_ids, save_endings
@@ -69,9 +71,22 @@ class TrainedWorker(ModelWorker, TrainedRole):
         temperature: float = 1.0,
     ) -> Metrics:
         """Takes one optimizer step for each of `steps`, which are steps of `mini_batches`."""
-        metrics = train_on(self.engine, steps, loss_fn, temperature=temperature)
+        self.to_training()
+        with self.measured_memory() as memory:
+            metrics = train_on(self.engine, steps, loss_fn, temperature=temperature)
         self.num_updates += 1
-        return mean_over_steps(metrics, self.prefix)
+        return mean_over_steps(metrics, self.prefix) | memory
+
+    @contextmanager
+    def measured_memory(self) -> Iterator[dict[str, float]]:
+        """Yields what becomes, with the end of the body, this rank's peak in it and what its
+        allocator keeps of freed memory."""
+        device, memory = self.context.device, dict[str, float]()
+        begin_peak(device)
+        yield memory
+        memory[f"{self.prefix}/memory/peak_bytes"] = float(peak_bytes(device))
+        memory[f"{self.prefix}/memory/retained_bytes"] = float(retained_bytes(device))
+        give_back(device)
 
     def counters(self) -> dict[str, int]:
         """The numbers that training goes on from, besides the engine's state."""

@@ -113,13 +113,14 @@ class WeightSync:
         have arrived and were attested.
         """
         times = [device_time()]
+        # The trainer's pass may gather weights: before the memory for the transfer is there.
+        version, expected = self._announce(version)
+        times.append(device_time())
         if self.destination is not None:
             self.destination.restore()
         if self._executor is None or self.attestor is None:
             with activity("compiling the resharding plan"):
                 self._executor, self.attestor = self._prepare()
-        times.append(device_time())
-        version, expected = self._announce(version)
         times.append(device_time())
         report = self._executor.run()
         times.append(device_time())
@@ -137,7 +138,7 @@ class WeightSync:
             # the trainer's.
             self.destination.release()
         times.append(device_time())
-        prepare, announce, transfer, sums, commit, compare, score = np.diff(times).tolist()
+        announce, prepare, transfer, sums, commit, compare, score = np.diff(times).tolist()
         self.last = SyncReport(
             seconds=times[-1] - times[0],
             prepare_s=prepare,

@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from hybridflow.context import RankContext
 from hybridflow.resharding.shards import Box
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines.base import Head, Outputs
+from workers.engines.fsdp import sharding
 from workers.engines.fsdp.engine import FsdpEngine
 from workers.sequences import Sequences
 
@@ -39,6 +41,8 @@ class Case:
     micro_batch_tokens: int = 36
     zero3: bool = False
     """reshard_after_forward, with a group per layer."""
+    layered: bool = False
+    """A group per layer, as a large model has, without reshard_after_forward."""
     checkpointing: bool = False
     offload: bool = False
     packing: bool = True
@@ -47,6 +51,7 @@ class Case:
     def name(self) -> str:
         options = (
             ("zero3", self.zero3),
+            ("layered", self.layered),
             ("ac", self.checkpointing),
             ("off", self.offload),
             ("blocks", not self.packing),
@@ -99,12 +104,17 @@ def make_engine(case: Case, root: Path, rank: int) -> FsdpEngine:
         optimizer=OPTIMIZER,
     )
     context = RankContext(rank=rank, world_size=case.world_size)
-    return FsdpEngine(
-        model=ModelConfig(path=str(root / case.model), new_head=True),
-        config=config,
-        head=case.head,
-        context=context,
-    )
+    one_group_bytes = sharding.ONE_GROUP_BYTES
+    try:
+        sharding.ONE_GROUP_BYTES = 0 if case.layered else one_group_bytes
+        return FsdpEngine(
+            model=ModelConfig(path=str(root / case.model), new_head=True),
+            config=config,
+            head=case.head,
+            context=context,
+        )
+    finally:
+        sharding.ONE_GROUP_BYTES = one_group_bytes
 
 
 def batches(case: Case) -> list[Sequences]:
@@ -128,9 +138,17 @@ def train(rank: int, root: Path, case: Case) -> Result:
     engine = make_engine(case, root, rank)
     rows = [own_rows(engine, batch, rank) for batch in batches(case)]
     outputs = engine.forward(rows[0], entropy=True, temperature=TEMPERATURE)
-    metrics = [
-        engine.train_step(batch, loss_fn, entropy=True, temperature=TEMPERATURE) for batch in rows
-    ]
+
+    def loss_of_reduced(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, dict[str, Tensor]]:
+        if case.layered:
+            assert unreduced_elements(engine) == 0, "micro-batches before this one are reduced"
+        return loss_fn(outputs, sequences)
+
+    metrics = []
+    for batch in rows:
+        metrics.append(
+            engine.train_step(batch, loss_of_reduced, entropy=True, temperature=TEMPERATURE)
+        )
     shards = [
         (
             parameter.name,
@@ -149,6 +167,21 @@ def train(rank: int, root: Path, case: Case) -> Result:
         whole=whole,
         metrics=metrics,
     )
+
+
+def unreduced_elements(engine: FsdpEngine) -> int:
+    """Elements of gradients of gathered parameters, which FSDP2 has not reduced."""
+    count = 0
+    for module in engine._scored.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    if parameter.unsharded_accumulated_grad is not None:
+                        count += parameter.unsharded_accumulated_grad.numel()
+                    if "_unsharded_param" in vars(parameter):
+                        gradient = parameter._unsharded_param.grad
+                        count += gradient.numel() if gradient is not None else 0
+    return count
 
 
 def gathered(engine: FsdpEngine) -> dict[str, Tensor]:

@@ -45,9 +45,11 @@ CASES = [
     Case(world_size=2, tp=2, model="llama"),
     Case(world_size=2, head=Head.value),
     Case(world_size=2, num_rows=1),
+    Case(world_size=2, num_rows=9, micro_batch_tokens=20, layered=True),
     Case(world_size=2, precision=BF16, zero3=True),
     Case(world_size=2, tp=2, head=Head.score, packing=False),
     Case(world_size=4, tp=2),
+    Case(world_size=4, tp=2, precision=BF16, layered=True),
     Case(world_size=4, tp=2, zero3=True, head=Head.value, order=("tp", "pp", "cp", "dp")),
 ]
 SLOW = [

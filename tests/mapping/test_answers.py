@@ -133,7 +133,7 @@ def colocated(layout: ModelLayout, generation: GenerationLayout, devices: int) -
 
 def test_judge_names_the_worst_call_and_changes_that_help(paper_setting):
     setting = paper_setting("llama-7b", 16)
-    layout = ModelLayout(p=1, t=2, d=8, zero=1, micro_batch_tokens=4096)
+    layout = ModelLayout(p=1, t=2, d=8, zero=1, micro_batch_tokens=2048)
     judgement = judge(
         setting, colocated(layout, GenerationLayout(tg=2, replicas=8, max_running=256), 16)
     )

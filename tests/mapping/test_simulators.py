@@ -21,6 +21,7 @@ from hybridflow.mapping.simulate.footprint import (
     generation_footprint,
     held_for_generation,
     pass_footprint,
+    resident_footprint,
     state_footprint,
 )
 from hybridflow.mapping.simulate.generation import DecodeStep, generation_time
@@ -109,7 +110,8 @@ def test_what_an_update_changed_is_gathered_by_the_next_pass(paper_setting):
     """FSDP's shards: the critic's values gather the parameters, its update finds them gathered;
     the actor has no pass before its own."""
     setting, layout = paper_setting("llama-7b", 8), ModelLayout(d=8, zero=2)
-    cut = replace(setting, space=replace(setting.space, cut_between_steps=True))
+    space = replace(setting.space, cut_between_steps=True, whole_up_to_bytes=1e12)
+    cut = replace(setting, space=space)
     gathering = Fabric(A100, setting.calibration, 8).all_gather(
         2 * setting.model("critic").num_parameters, 8
     )
@@ -133,15 +135,35 @@ def test_states_take_eighteen_bytes_and_zero_cuts_them():
         assert state.total == pytest.approx(per_parameter * LLAMA.num_parameters)
 
 
+def test_shards_of_a_large_model_are_reduced_layer_by_layer():
+    """Finding 12 of the GPU audit: FSDP2 adds a small model's gradient up whole on every rank; of a
+    large one a rank has its shard, and a layer or the embedding whole."""
+    layout, count = ModelLayout(d=8, zero=2, micro_batch_tokens=2048), LLAMA.num_parameters
+    sizes = []
+    for whole_up_to_bytes in (1e12, 1.0):
+        space = SearchSpace(cut_between_steps=True, whole_up_to_bytes=whole_up_to_bytes)
+        states = resident_footprint(LLAMA, layout, space, trained=True)
+        assert states.optimizer == pytest.approx(count)  # 8 bytes over 8 ranks
+        step = states + pass_footprint(
+            LLAMA, layout, space, WORKLOAD, 4, trained=True, backward=True
+        )
+        assert step.parameters == pytest.approx(4 * count / 8 + 2 * count)  # gathered in bf16
+        sizes.append((step.gradients, step.buffers))
+    (whole, _), (shard, buffers) = sizes
+    assert whole == pytest.approx(4 * count)
+    assert shard == pytest.approx(4 * count / 8)
+    assert buffers == pytest.approx(2 * 4 * 2 * LLAMA.embedding_parameters)  # untied
+
+
 def test_activations_follow_korthikanti():
-    """A layer of 4 h MLP without gate stores 34 s b h bytes less dropout masks and scores; 1F1B
-    keeps min(p, m) micro-batches."""
+    """A layer stores 6 h + 2 q + 2 kv + 4 f numbers a token, and in half precision its norms' input
+    and normalised input in float32; 1F1B keeps min(p, m) micro-batches."""
     layout = ModelLayout(p=4, t=2, d=1, micro_batch_tokens=2048)
     space = SearchSpace()
     few = pass_footprint(LLAMA, layout, space, WORKLOAD, 1, trained=True, backward=True)
     many = pass_footprint(LLAMA, layout, space, WORKLOAD, 64, trained=True, backward=True)
     assert many.activations == pytest.approx(4 * few.activations)
-    per_layer = 2 * (4 * 4096 + 4 * 4096 + 3 * 11008)
+    per_layer = 2 * (6 * 4096 + 4 * 4096 + 4 * 11008) + 4 * 2 * 4096
     assert few.activations == pytest.approx(8 * 2048 * per_layer / 2)
 
 

@@ -130,6 +130,30 @@ def test_a6_a_cache_that_holds_no_row_is_refused_with_our_names(tmp_path: Path) 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "releases"),
+    [
+        ([], False),
+        (["actor.generation.kv_cache_bytes=300000000"], True),
+        (["actor.generation.kv_cache_bytes=300000000", "actor.generation.engine=hf"], False),
+        (
+            [
+                "actor.generation.kv_cache_bytes=300000000",
+                "actor.generation.release_during_training=false",
+            ],
+            False,
+        ),
+        (["actor.generation.release_during_training=true"], True),
+    ],
+)
+def test_a9_a_cpu_releases_a_large_generation_engine_by_itself(
+    tmp_path: Path, settings: list[str], releases: bool
+) -> None:
+    arguments = run(tmp_path, family("Qwen 2"), settings)
+    generation = prepare(make_settings("grpo", arguments)).config.actor.generation
+    assert generation.release_during_training is releases
+
+
 def test_a6_the_cache_of_qwen_25_05b_for_its_whole_context() -> None:
     """The 384 MiB in bfloat16 that vLLM asks for, and a block more."""
     sizes = {

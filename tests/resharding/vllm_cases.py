@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +41,9 @@ from hybridflow.resharding import (
 from hybridflow.resharding.grouping import Grouping
 from workers.config import ModelConfig, Precision
 from workers.generation.config import GenerationConfig, SamplingConfig
+
+if TYPE_CHECKING:
+    from workers.generation.vllm.weights import VllmWeights
 
 VOCAB = 200
 SIZES = {
@@ -152,6 +155,7 @@ def family(
     }
     for step in range(2):
         change(trainer, step)
+        weights.take_back_staging()
         executor.run()
         attestor.run()
         # The second time the engine has old weights: without a commit the probe must notice
@@ -160,12 +164,20 @@ def family(
             engine.llm.reset_prefix_cache()
             result["without commit"] = gap(engine, trainer, precision, grouping)
         weights.commit()
+        assert staging_left(weights) == 0, "a layer's staging memory is free once it is repacked"
         engine.llm.reset_prefix_cache()
         result["gaps"].append(gap(engine, trainer, precision, grouping))
+    weights.take_back_staging()
+    executor.run()
     result["fault"] = flip(weights.destinations(), attestor, rank)
     engine.close()
     destroy_model_parallel()
     return result
+
+
+def staging_left(weights: VllmWeights) -> int:
+    """Bytes of staging memory that are held now."""
+    return sum(weights._memory[name].untyped_storage().nbytes() for name in weights._staged)
 
 
 def make_model(config: PretrainedConfig) -> PreTrainedModel:

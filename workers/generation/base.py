@@ -74,6 +74,8 @@ class GenerationEngine(ABC):
     """All engines of one process share its groups of ranks and its GPU's memory: roles of one
     pool then need equal tp and pp, and shares of memory (gpu_memory_fraction) that fit
     together."""
+    releases: ClassVar[bool] = True
+    """sleep frees memory: weights and a cache that outlive a call."""
     layout: Layout
     """Axes dp, pp, tp over the ranks of the pool."""
     weight_version: int

@@ -76,8 +76,10 @@ class GenerationConfig:
     prompt)."""
     block_size: int = 0
     """Tokens of one block of the key/value cache; only whole blocks are shared. 0 chooses."""
-    release_during_training: bool = False
-    """Free the key/value cache and the generation weights between generations."""
+    release_during_training: bool | None = None
+    """Free the key/value cache and the generation weights while any role of the pool computes.
+    null: on a CPU where they take more than 256 MiB, because a sync writes the weights anew after
+    every update anyway; not on an accelerator."""
     verbose: bool = False
     """Let the engine write its own log lines."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

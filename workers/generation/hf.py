@@ -48,6 +48,8 @@ class HfEngine(GenerationEngine):
     engine = HfEngine(model=ModelConfig(path=...), config=GenerationConfig(), context=context)
     """
 
+    releases = False
+
     @classmethod
     def check(cls, config: GenerationConfig) -> None:
         if config.tp * config.pp != 1:

@@ -212,13 +212,36 @@ class ModelSpec:
 
     @cached_property
     def activation_elements_per_token(self) -> float:
-        """Numbers that a layer stores for its backward pass, per token (method of Korthikanti
-        et al. 2022, section 4.1, counted for a gated MLP and an attention that does not store
+        """Numbers that pass through a layer's element-wise operations, per token (method of
+        Korthikanti et al. 2022, section 4.1, for a gated MLP and an attention that does not store
         its score matrix): inputs of two norms and of attention and MLP (4 h), queries and
         attention output (2 q), keys and values (2 kv), MLP's inner tensors (3 f; 2 f without a
         gate)."""
         inner = self._mlp_matrices * self.active_intermediate_size
         return 4 * self.hidden_size + 2 * self.query_dim + 2 * self.kv_dim + inner
+
+    @cached_property
+    def stored_elements_per_token(self) -> float:
+        """Numbers that a layer stores for its backward pass, per token, in the precision that it
+        computes in: each of two norms its input, the normalised input and the result, which the
+        next product reads (6 h); queries and attention output (2 q), keys and values (2 kv); the
+        MLP's gate before and after its activation, the other factor and their product (4 f; 2 f
+        without a gate)."""
+        inner = 4 if self.gated_mlp else 2
+        return (
+            6 * self.hidden_size
+            + 2 * self.query_dim
+            + 2 * self.kv_dim
+            + inner * self.active_intermediate_size
+        )
+
+    def stored_bytes_per_token(self, number_bytes: float) -> float:
+        """Bytes that a layer stores for its backward pass, per token. Norms compute in float32:
+        under half precision they store their input and its normalised form as such (4 h more)."""
+        stored = number_bytes * self.stored_elements_per_token
+        if number_bytes < 4:
+            stored += 2 * 4 * self.hidden_size
+        return stored
 
     @cached_property
     def _mlp_matrices(self) -> int:

@@ -47,6 +47,16 @@ class SearchSpace:
     cut_between_steps: bool = False
     """Between steps parameters are sharded over d below ZeRO-3 too (FSDP2's shards), so that
     generation gets them from all data ranks."""
+    whole_up_to_bytes: float = 0.0
+    """With cut_between_steps: a model of at most so many float32 bytes is gathered, kept between
+    passes and reduced as a whole, a larger one layer by layer."""
+    reduction_copies: bool = False
+    """Reducing gradients copies them (gloo)."""
+    logits_at_once: float = 2.0**27
+    """Most numbers of logits that a training engine holds at a time."""
+    repacked_generation: bool = False
+    """The generation engine computes with a repacked copy of its weights (vLLM on a CPU): a sync
+    needs the weights twice unless the engine was asleep, and a tied head is a copy."""
     old_log_prob_pass: bool = False
     """The actor's update begins with a forward pass that scores the responses under the
     training engine, where there is more than one optimizer update."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
 from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.mapping.question.workload import Workload
 from hybridflow.mapping.simulate.compute import head_width
+
+FLOAT32_BYTES = 4.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +60,15 @@ def state_footprint(
 ) -> Footprint:
     """Parameters, gradients and optimizer states while all are on the device; ZeRO's cuts as in
     Rajbhandari et al. 2020, figure 1."""
+    if space.cut_between_steps:
+        return _cut_state(model, layout, space, trained=trained)
+    return zero_footprint(model, layout, space, trained=trained)
+
+
+def zero_footprint(
+    model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
+) -> Footprint:
+    """What an update reads and writes: parameters, gradients and optimizer states, cut by ZeRO."""
     count = stage_parameters(model, layout)
     parameters = space.parameter_bytes * count
     gradients = space.gradient_bytes * count
@@ -73,11 +84,43 @@ def state_footprint(
     return Footprint(parameters=parameters, gradients=gradients, optimizer=optimizer)
 
 
+def _cut_state(
+    model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
+) -> Footprint:
+    """FSDP's: float32 shards of weights, and of gradients and moments where trained; the gathered
+    weights of a model that is one group stay too."""
+    count = stage_parameters(model, layout)
+    shard = FLOAT32_BYTES * count / layout.d
+    gathered = 0.0
+    if is_one_group(model, layout, space):
+        gathered = space.parameter_bytes * count
+    if not trained:
+        return Footprint(parameters=shard + gathered)
+    return Footprint(parameters=shard + gathered, gradients=shard, optimizer=2 * shard)
+
+
+def is_one_group(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> bool:
+    """Whether FSDP gathers and reduces the model as a whole, once an update."""
+    return layout.zero < 3 and FLOAT32_BYTES * model.num_parameters <= space.whole_up_to_bytes
+
+
+def fetched_bytes(
+    model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
+) -> float:
+    """What lies in host memory between the model's calls."""
+    if not layout.offload:
+        return 0.0
+    state = state_footprint(model, layout, space, trained=trained)
+    return state.optimizer if trained else state.total
+
+
 def resident_footprint(
     model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
 ) -> Footprint:
     """The bytes that stay on the device between the model's calls."""
     state = state_footprint(model, layout, space, trained=trained)
+    if space.cut_between_steps:
+        state = replace(state, gradients=0.0)
     if not layout.offload:
         return state
     if not trained:
@@ -100,12 +143,13 @@ def pass_footprint(
     Activations: Korthikanti et al. 2022, section 4 (with sequence parallelism all of a layer's are
     cut by t; with recomputation only each layer's input stays, plus a layer at a time); the first
     of p stages holds min(p, micro-batches) of them under 1F1B (Narayanan et al. 2021, section 2.2).
-    Logits: compute precision and float32, with a float32 gradient in training.
+    Logits: those of a chunk of tokens, in compute precision and float32, with a float32 gradient in
+    training.
     """
     tokens = min(
         layout.micro_batch_tokens, max(workload.longest_row, workload.num_tokens / layout.d)
     )
-    per_layer = space.activation_bytes * model.activation_elements_per_token * tokens / layout.t
+    per_layer = model.stored_bytes_per_token(space.activation_bytes) * tokens / layout.t
     layer_input = space.activation_bytes * model.hidden_size * tokens / layout.t
     if not backward:
         activations = per_layer
@@ -118,14 +162,63 @@ def pass_footprint(
         activations = min(layout.p, num_micro_batches) * model.longest_stage(layout.p) * per_layer
     scored = workload.response.mean / workload.tokens_per_row
     logit_bytes = space.activation_bytes + (8 if backward else 4)
-    logits = tokens * scored * head_width(model) / layout.t * logit_bytes
-    fetched, gathered = 0.0, 0.0
-    if layout.offload and (backward or not trained):
-        state = state_footprint(model, layout, space, trained=trained)
-        fetched = state.total - resident_footprint(model, layout, space, trained=trained).total
+    numbers = min(tokens * scored * head_width(model) / layout.t, space.logits_at_once)
+    logits = numbers * logit_bytes
+    fetched = 0.0
+    if backward or not trained:
+        fetched = fetched_bytes(model, layout, space, trained=trained)
+    fixed = Footprint(activations=activations, logits=logits, buffers=fetched)
+    if space.cut_between_steps:
+        return fixed + _cut_pass(model, layout, space, activations + logits, backward=backward)
     if layout.zero >= 3:
-        gathered = 2 * space.parameter_bytes * model.layer_parameters / layout.t
-    return Footprint(activations=activations, logits=logits, buffers=fetched + gathered)
+        layer = model.layer_parameters / layout.t
+        return fixed + Footprint(buffers=2 * space.parameter_bytes * layer)
+    return fixed + _reduction(model, layout, space, activations + logits, backward=backward)
+
+
+def _reduction(
+    model: ModelSpec,
+    layout: ModelLayout,
+    space: SearchSpace,
+    activations: float,
+    *,
+    backward: bool,
+) -> Footprint:
+    """The copy of a whole gradient that reducing it over data ranks makes, when a pass' activations
+    are gone."""
+    if not backward or layout.d == 1 or not space.reduction_copies:
+        return Footprint()
+    copies = space.gradient_bytes * stage_parameters(model, layout)
+    return Footprint(buffers=max(0.0, copies - activations))
+
+
+def _cut_pass(
+    model: ModelSpec,
+    layout: ModelLayout,
+    space: SearchSpace,
+    activations: float,
+    *,
+    backward: bool,
+) -> Footprint:
+    """FSDP's gathered weights and gradients in a pass, beside the resident shards."""
+    count = stage_parameters(model, layout)
+    whole = FLOAT32_BYTES * count
+    ends = model.embedding_parameters
+    if not model.tied_embeddings or model.scalar_head:
+        ends += model.head_parameters
+    gathered = 0.0
+    if layout.zero >= 3:
+        gathered = space.parameter_bytes * (2 * model.layer_parameters + ends) / layout.t
+    elif not is_one_group(model, layout, space):
+        gathered = space.parameter_bytes * count
+    if not backward:
+        return Footprint(parameters=gathered)
+    shard = whole / layout.d
+    if is_one_group(model, layout, space):
+        # Copied for the reduction, when the activations are gone.
+        return Footprint(gradients=whole, buffers=max(shard, whole - activations))
+    largest = max(ends, model.layer_parameters) / layout.t
+    return Footprint(parameters=gathered, gradients=shard, buffers=2 * FLOAT32_BYTES * largest)
 
 
 def kv_tokens(workload: Workload, running: int) -> float:
@@ -158,14 +251,22 @@ def generation_footprint(
     held (peak M/(tg pg)), the KV cache of the running sequences, and the resharding's staging
     buffer."""
     weights = space.parameter_bytes * stage_parameters(model, ModelLayout(p=layout.pg, t=layout.tg))
+    staging = 0.0
+    if space.repacked_generation:
+        if model.tied_embeddings:
+            weights += space.parameter_bytes * model.head_parameters / layout.tg
+        if layout.kept:
+            staging = weights
     kv = kv_bytes_per_token(model, layout, space) * kv_tokens(workload, layout.max_running)
-    tokens = max(space.max_num_batched_tokens, layout.max_running)
+    waiting = layout.max_running * workload.prompt.mean
+    tokens = max(min(space.max_num_batched_tokens, waiting), layout.max_running)
     activations = space.activation_bytes * model.activation_elements_per_token * tokens / layout.tg
     logits = layout.max_running * model.vocab_size / layout.tg * (space.activation_bytes + 4)
+    # A sync is over before the first token is computed.
     return Footprint(
         generation_weights=max(0.0, weights - held),
         kv_cache=kv,
         activations=activations,
         logits=logits,
-        buffers=space.bucket_bytes,
+        buffers=max(0.0, space.bucket_bytes + staging - activations - logits),
     )

@@ -23,9 +23,10 @@ from hybridflow.mapping.question.workload import Workload
 from hybridflow.mapping.simulate.compute import elementwise_s, head_s, products_s, rounds
 from hybridflow.mapping.simulate.fabric import Fabric
 from hybridflow.mapping.simulate.footprint import (
-    resident_footprint,
+    fetched_bytes,
+    is_one_group,
     stage_parameters,
-    state_footprint,
+    zero_footprint,
 )
 
 
@@ -107,7 +108,7 @@ def inference_time(
     slot = _slot(model, layout, machine, tokens, backward=False)
     fetched = 0.0
     if layout.offload and not trained:
-        weights = state_footprint(model, layout, machine.space, trained=False).total
+        weights = fetched_bytes(model, layout, machine.space, trained=False)
         fetched = weights / machine.kind.host_bandwidth
     return _pipelined(slot, layout, machine, number, offload=fetched)
 
@@ -120,7 +121,9 @@ def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> Pa
     slot = _slot(model, layout, machine, tokens, backward=True)
     update = _pipelined(slot, layout, machine, number, offload=0.0)
     gradients, gathering = _data_parallel(model, layout, machine)
-    states = state_footprint(model, layout, machine.space, trained=True)
+    if machine.space.cut_between_steps and not is_one_group(model, layout, machine.space):
+        gradients *= number  # a large model's are reduced in every micro-batch
+    states = zero_footprint(model, layout, machine.space, trained=True)
     optimizer = (
         2.0 * (states.parameters + states.gradients + states.optimizer) / machine.update_bandwidth
     )
@@ -130,7 +133,7 @@ def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> Pa
         * stage_parameters(model, layout)
         / machine.update_bandwidth
     )
-    moved = states.total - resident_footprint(model, layout, machine.space, trained=True).total
+    moved = fetched_bytes(model, layout, machine.space, trained=True)
     call = machine.call_s(layout.num_devices)
     return PassTime(
         compute=updates * update.compute,

@@ -2,9 +2,11 @@
 FSDP2), over tensor parallelism.
 
 ZeRO-2 by default: gathered weights (bf16 under precision=bf16) are kept from the forward to the
-backward pass, gradients of all micro-batches are added up in float32 and reduced once per step.
-reshard_after_forward=True is ZeRO-3: gathered and reduced per micro-batch. Pipelines and context
-parallelism are left out. docs/training.md has the measurements behind the choices.
+backward pass and over the micro-batches of a step. Gradients are reduced in float32: of a small
+model, which is one FSDP group, once per step; of a large one layer by layer in every micro-batch,
+so that a whole gradient exists of one layer only. reshard_after_forward=True is ZeRO-3: gathered
+per micro-batch too. Pipelines and context parallelism are left out. docs/training.md has the
+measurements behind the choices.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from hybridflow.resharding.shards import LocalParameter
 from workers.config import TrainConfig
 from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.fsdp.sharding import (
+    ONE_GROUP_BYTES,
     abandon_step,
     is_one_group,
     local_part,
@@ -74,7 +77,13 @@ class FsdpEngine(ShardedEngine):
     @classmethod
     def limit(cls, space: SearchSpace) -> SearchSpace:
         """Parameters lie cut over data ranks between steps under both stages."""
-        return replace(space, max_pipeline=1, zero_stages=(2, 3), cut_between_steps=True)
+        return replace(
+            space,
+            max_pipeline=1,
+            zero_stages=(2, 3),
+            cut_between_steps=True,
+            whole_up_to_bytes=float(ONE_GROUP_BYTES),
+        )
 
     @classmethod
     def zero_stage(cls, config: TrainConfig) -> int:
@@ -101,20 +110,21 @@ class FsdpEngine(ShardedEngine):
             if local.numel():
                 present.append(local)
         self._optimizer = build_optimizer(present, self.config.optimizer)
-        # A small model's gathered weights serve the passes until the next step; a large one's would
-        # be in generation's way.
-        self._keeps_gathered = is_one_group(self._scored)
+        # A small model's gathered weights serve the passes until the next step, and its gradient is
+        # added up whole; a large one's would be in the way.
+        self._one_group = is_one_group(self._scored)
         self._num_steps = 0
 
     def forward(
         self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0
     ) -> Outputs:
         with torch.no_grad():
-            micro_batches = self._micro_batches(sequences)
+            alike = self.config.reshard_after_forward
+            micro_batches = self._micro_batches(sequences, alike=alike)
             outputs = []
             for micro_batch in micro_batches:
                 outputs.append(self._run(micro_batch, entropy, temperature))
-        if not self._keeps_gathered:
+        if not self._one_group:
             self._reshard()
         return gather_outputs(micro_batches, outputs, sequences)
 
@@ -128,9 +138,9 @@ class FsdpEngine(ShardedEngine):
     ) -> dict[str, float]:
         with ExitStack() as on_error:
             on_error.callback(self._abandon_step)
-            metrics = self._accumulate(
-                self._micro_batches(sequences), loss_fn, entropy, temperature
-            )
+            alike = self.config.reshard_after_forward or not self._one_group
+            micro_batches = self._micro_batches(sequences, alike=alike)
+            metrics = self._accumulate(micro_batches, loss_fn, entropy, temperature)
             self._sum_over_tensor_ranks()
             grad_norm = global_grad_norm(
                 self._gradients(), world_size=self.layout.size, device=self.device
@@ -184,9 +194,9 @@ class FsdpEngine(ShardedEngine):
     def _run(self, micro_batch: MicroBatch, entropy: bool, temperature: float) -> Outputs:
         return run_micro_batch(self._scored, micro_batch, entropy=entropy, temperature=temperature)
 
-    def _micro_batches(self, sequences: Sequences) -> list[MicroBatch]:
-        """As many on every data rank if the weights are gathered for each."""
-        cut = self._cut_alike(sequences, self._data_group, alike=self.config.reshard_after_forward)
+    def _micro_batches(self, sequences: Sequences, *, alike: bool) -> list[MicroBatch]:
+        """`alike`: as many on every data rank, because each has collectives."""
+        cut = self._cut_alike(sequences, self._data_group, alike=alike)
         return [pad_time(micro_batch, self.config.tp) for micro_batch in cut]
 
     def _accumulate(
@@ -198,7 +208,7 @@ class FsdpEngine(ShardedEngine):
         for index, micro_batch in enumerate(micro_batches):
             if not self.config.reshard_after_forward:
                 last = index == len(micro_batches) - 1
-                self._root.set_requires_gradient_sync(last)
+                self._root.set_requires_gradient_sync(last or not self._one_group)
                 self._root.set_reshard_after_backward(last)
             loss, parts = loss_fn(
                 self._run(micro_batch, entropy, temperature), micro_batch.sequences

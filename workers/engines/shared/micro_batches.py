@@ -104,11 +104,12 @@ def chosen_tokens(config: TrainConfig, model: PretrainedConfig, device: str) -> 
         spec = ModelSpec.from_hf(standard_sizes(model))
     except ValueError:  # not a plain decoder
         return FEWEST_TOKENS
-    stored = spec.num_layers * spec.activation_elements_per_token
-    if config.activation_checkpointing:
-        stored = spec.num_layers * spec.hidden_size + spec.activation_elements_per_token
     element = 2 if config.precision is Precision.bf16 else 4
-    tokens = CPU_ACTIVATION_BYTES * config.tp * config.pp / (element * stored)
+    layer = spec.stored_bytes_per_token(element)
+    stored = spec.num_layers * layer
+    if config.activation_checkpointing:
+        stored = spec.num_layers * element * spec.hidden_size + layer
+    tokens = CPU_ACTIVATION_BYTES * config.tp * config.pp / stored
     return int(min(max(tokens, FEWEST_TOKENS), MOST_TOKENS))
 
 

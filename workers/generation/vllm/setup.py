@@ -71,7 +71,7 @@ def build_llm(
         block_size=config.block_size or (None if cuda else CPU_BLOCK_SIZE),
         enable_prefix_caching=config.prefix_caching,
         enforce_eager=config.enforce_eager,
-        enable_sleep_mode=cuda and config.release_during_training,
+        enable_sleep_mode=cuda and bool(config.release_during_training),
         disable_custom_all_reduce=not fast_sum,
         # FlashInfer's kernels, the first choice on Blackwell, reorder the experts' weights after
         # loading: a sync would write into the wrong order.

@@ -127,17 +127,31 @@ class VllmWeights:
             module.process_weights_after_loading(self._dtype)
 
     def _repack(self) -> None:
+        """A layer's staging memory is given back once it is repacked."""
+        readers = self._staging_readers()
         for name, module in self._model.named_modules():
-            staged = {
-                own: self._memory[key]
-                for own in module._parameters
-                if (key := self._tensor_of(name, own)) in self._staged
-            }
-            for own, tensor in staged.items():
-                module._parameters[own] = nn.Parameter(tensor, requires_grad=False)
+            staged = {}
+            for own in module._parameters:
+                key = self._tensor_of(name, own)
+                if key in self._staged:
+                    staged[own] = key
+            for own, key in staged.items():
+                module._parameters[own] = nn.Parameter(self._memory[key], requires_grad=False)
             method = _quant_method(module)
             if method is not None:
                 method.process_weights_after_loading(module)
+            readers.subtract(staged.values())
+            for key in staged.values():
+                if not readers[key] and method is not None:
+                    self._memory[key].untyped_storage().resize_(0)
+
+    def _staging_readers(self) -> Counter[str]:
+        """How many modules take each staged tensor in."""
+        readers: Counter[str] = Counter()
+        for name, module in self._model.named_modules():
+            keys = [self._tensor_of(name, own) for own in module._parameters]
+            readers.update(key for key in keys if key in self._staged)
+        return readers
 
     @property
     def staging_bytes(self) -> int:

@@ -1,0 +1,111 @@
+"""The memory of this process: its peak over a span of work, what the allocator keeps of freed
+memory, and giving that back.
+
+On a CPU the bytes are the process' own (files that it maps are left out); on a GPU they are
+PyTorch's, without what NCCL and CUDA take.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")
+KEPT_BYTES = 256 << 20
+"""Freed memory that stays with a CPU process, whose next call takes it without clearing pages."""
+
+
+def begin_peak(device: str) -> None:
+    """Begin a span whose peak peak_bytes reports."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # a system that does not offer it: the peak is that of the whole run
+        return
+
+
+def peak_bytes(device: str) -> int:
+    """The most memory since begin_peak."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    sizes = _status()
+    if "VmHWM" not in sizes:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return sizes["VmHWM"] - sizes.get("RssFile", 0) - sizes.get("RssShmem", 0)
+
+
+def retained_bytes(device: str) -> int:
+    """Freed memory that the allocator has not given back; 0 where it does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    statistics = _allocator().statistics
+    if statistics is None or "RssAnon" not in _status():
+        return 0
+    numbers = statistics()
+    return max(0, _status()["RssAnon"] - numbers.uordblks - numbers.hblkhd)
+
+
+def give_back(device: str) -> None:
+    """Return freed memory to the system where it is more than what a CPU process may keep."""
+    trim = _allocator().trim
+    if device.startswith("cuda") or trim is None or retained_bytes(device) <= KEPT_BYTES:
+        return
+    trim(0)
+
+
+class _Statistics(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    arena: int
+    uordblks: int
+    hblkhd: int
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+class _Allocator:
+    """Functions of the C library that only glibc has; None elsewhere."""
+
+    def __init__(self) -> None:
+        self.trim: Callable[[int], int] | None = None
+        self.statistics: Callable[[], _Statistics] | None = None
+        library = ctypes.CDLL(None)
+        try:
+            statistics = library.mallinfo2
+            trim = library.malloc_trim
+        except AttributeError:
+            return
+        statistics.restype = _Statistics
+        trim.argtypes = [ctypes.c_size_t]
+        self.statistics, self.trim = statistics, trim
+
+
+@cache
+def _allocator() -> _Allocator:
+    return _Allocator()
+
+
+def _status() -> dict[str, int]:
+    """Sizes of /proc/self/status in bytes, by name; empty where there is none."""
+    sizes = {}
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        if value.endswith(" kB"):
+            sizes[name] = int(value.removesuffix(" kB")) * 1024
+    return sizes
