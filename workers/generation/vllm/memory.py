@@ -114,13 +114,15 @@ class CpuMemory(EngineMemory):
             return 0
         model = self._runner.get_model()
         self._weights = free(parameter.untyped_storage() for parameter in model.parameters())
-        self._cache = free(layer.untyped_storage() for layer in self._runner.kv_caches)
+        # A cache that nothing was generated with since the last release is free already.
+        cache = free(layer.untyped_storage() for layer in self._runner.kv_caches)
+        self._cache += cache
         for module in model.modules():
             if "cpu_linear" in module.__dict__:
                 # vLLM's repacked copy of the weights, not counted: oneDNN does not say how large it
                 # is. Filling them makes a new one.
                 module.cpu_linear = None
-        return sum(size for _, size in (*self._weights, *self._cache))
+        return sum(size for _, size in (*self._weights, *cache))
 
     def take_back_weights(self) -> None:
         take_back(self._weights)
@@ -140,7 +142,7 @@ class CudaMemory(EngineMemory):
         self._free: set[str] = set()
 
     def release(self) -> int:
-        if self._free:
+        if "weights" in self._free:
             return 0
         before, _ = torch.cuda.mem_get_info()
         self._llm.sleep(level=2)

@@ -1,0 +1,87 @@
+"""What a layer stores for its backward pass, tensor by tensor, beside what the mapper counts
+(A9): the difference between models of two layers and of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hybridflow.context import RankContext
+from hybridflow.mapping.question.model import ModelSpec
+from workers.config import ModelConfig, Precision, TrainConfig
+from workers.engines.base import Head
+from workers.engines.fsdp.engine import FsdpEngine
+from workers.engines.model.loading import standard_sizes
+from workers.sequences import Sequences
+
+ROWS, LENGTH = 8, 65
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store = tmp_path_factory.mktemp("world") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def stored_bytes(path: Path, precision: Precision) -> float:
+    """Bytes that a pass stores for every token, each storage once, weights included."""
+    engine = FsdpEngine(
+        model=ModelConfig(path=str(path)),
+        config=TrainConfig(precision=precision, micro_batch_tokens=8192),
+        head=Head.lm,
+        context=RankContext(rank=0, world_size=1),
+    )
+    sequences = Sequences(
+        token_ids=torch.arange(ROWS * LENGTH) % 101,
+        lengths=torch.full((ROWS,), LENGTH),
+        scored_lengths=torch.full((ROWS,), 20),
+    )
+    (micro_batch,) = engine._micro_batches(sequences, alike=False)
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = engine._run(micro_batch, True, 1.0)
+    assert outputs.log_probs is not None
+    return sum(sizes.values()) / micro_batch.input_ids.numel()
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16], ids=lambda p: p.value)
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.usefixtures("world")
+def test_a9_a_layer_stores_what_the_mapper_counts(
+    tmp_path: Path, kind: str, precision: Precision
+) -> None:
+    measured = []
+    for layers in (1, 2):
+        config = AutoConfig.for_model(
+            kind,
+            num_hidden_layers=layers,
+            hidden_size=96,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            intermediate_size=320,
+            vocab_size=101,
+            tie_word_embeddings=False,
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(layers))
+        measured.append(stored_bytes(tmp_path / str(layers), precision))
+    spec = ModelSpec.from_hf(standard_sizes(config))
+    number_bytes = 4 if precision is Precision.fp32 else 2
+    weights = number_bytes * spec.layer_parameters / (ROWS * (LENGTH - 1))
+    layer = measured[1] - measured[0] - weights
+    assert layer == pytest.approx(spec.stored_bytes_per_token(number_bytes), rel=0.05)
