@@ -34,6 +34,7 @@ from workers.engines import engine_class
 from workers.engines.base import Head
 from workers.engines.model.loading import model_config, standard_sizes
 from workers.engines.model.log_probs import CHUNK_ELEMENTS
+from workers.engines.model.split_plan import fitting_sizes, heads_of
 from workers.engines.shared.micro_batches import chosen_tokens
 from workers.generation import generation_engine_class
 from workers.generation.cache import DEFAULT_CACHE_BYTES
@@ -121,6 +122,8 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
         max_num_seqs=actor.generation.max_num_seqs,
         max_num_batched_tokens=actor.generation.max_num_batched_tokens,
         max_generation_pipeline=1,
+        tensor_sizes=_tensor_sizes(inputs),
+        generation_tensor_sizes=_generation_tensor_sizes(actor),
     )
     if inputs.config.device is Device.cpu:
         repacks = generation_engine_class(actor.generation.engine).releases
@@ -131,6 +134,35 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
             repacked_generation=repacks,
         )
     return engine_class(actor.train.engine).limit(space)
+
+
+def _tensor_sizes(inputs: MapperInputs) -> tuple[int, ...]:
+    """Sizes of tensor parallelism that every model of the run can be split into, if any cannot be
+    split at all; empty: all that divide its heads."""
+    for role, settings in inputs.roles.items():
+        if settings.model is not None:
+            found = model_config(settings.model, role_kind(role).head)
+            if fitting_sizes(found) == [1]:
+                return (1,)
+    return ()
+
+
+def _generation_tensor_sizes(actor: ActorConfig) -> tuple[int, ...]:
+    """Those of the generation engine's own rules, among the divisors of the heads."""
+    found = model_config(actor.model, Head.lm)
+    engine = generation_engine_class(actor.generation.engine)
+    heads = heads_of(found).queries
+    sizes = []
+    for size in range(1, heads + 1):
+        if heads % size == 0:
+            try:
+                generation = replace(actor.generation, tp=size)
+                engine.check(generation)
+                engine.check_model(found, generation)
+            except ValueError:
+                continue
+            sizes.append(size)
+    return tuple(sizes) or (1,)
 
 
 def engine_space(precision: Precision) -> SearchSpace:

@@ -10,6 +10,8 @@ import pytest
 from transformers import AutoConfig, PretrainedConfig
 
 from benchmarks.families.models import FAMILIES, Family, make_model, make_tokenizer
+from hybridflow.mapping.question.cluster import Cluster
+from recipes.mapping_settings import setting_of, space_of
 from recipes.preparation import dry_run_report, prepare
 from recipes.python_settings import make_settings
 from workers.config import Precision
@@ -107,6 +109,29 @@ def test_a5_a_dry_run_refuses_it(tmp_path: Path) -> None:
     arguments.append("actor.generation.tp=3")
     with pytest.raises(ValueError, match=r"actor: generation.tp is 3, .* 2 key-value heads"):
         prepare(make_settings("grpo", arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "generation"),
+    [("Qwen 2", (), (1, 2)), ("OPT", (1,), (1, 2))],
+)
+def test_a5_placement_auto_tries_only_sizes_that_a_family_is_split_into(
+    tmp_path: Path, name: str, train: tuple[int, ...], generation: tuple[int, ...]
+) -> None:
+    """OPT has no plan for tensor parallelism in training, but vLLM has; 3 does not divide the MLP and
+    the vocabulary as vLLM wants it."""
+    entry = family(name)
+    arguments = run(tmp_path, entry, [])
+    if not entry.packing:
+        arguments += [f"{role}.train.packing=false" for role in ("actor", "reference")]
+    inputs = prepare(make_settings("grpo", arguments)).mapper_inputs
+    assert inputs is not None
+    space = space_of(inputs)
+    assert space.tensor_sizes == train
+    assert space.generation_tensor_sizes == generation
+    group = Cluster.parse("1x8xA100-80GB").groups[0]
+    layouts = space.model_layouts(setting_of(inputs).model("actor"), group, 2)
+    assert {tensor for _, tensor, _ in layouts} == ({1} if train else {1, 2})
 
 
 def test_a6_lengths_and_cache_come_from_the_data(tmp_path: Path) -> None:

@@ -31,6 +31,11 @@ class SearchSpace:
     max_pipeline: int = 8
     max_tensor: int = 64
     """Tensor parallelism never leaves a node, whatever is allowed here."""
+    tensor_sizes: tuple[int, ...] = ()
+    """Only these sizes of tensor parallelism in training, which the models can be split into;
+    empty: every divisor of the heads."""
+    generation_tensor_sizes: tuple[int, ...] = ()
+    """The same for generation."""
     max_generation_pipeline: int = 1
     """Pipeline-parallel generation reads the weights once per stage and micro-batch; engines
     rarely gain from it."""
@@ -77,19 +82,28 @@ class SearchSpace:
     ) -> list[tuple[int, int, int]]:
         """All (p, t, d) with p * t * d = num_devices that fit the model: t divides the heads
         and stays inside a node, p divides the layers."""
-        return self._layouts(model, group, num_devices, self.max_pipeline)
+        return self._layouts(model, group, num_devices, self.max_pipeline, self.tensor_sizes)
 
     def generation_layouts(
         self, model: ModelSpec, group: NodeGroup, num_devices: int
     ) -> list[tuple[int, int, int]]:
         """All (pg, tg, replicas) on num_devices, by the same rules."""
-        return self._layouts(model, group, num_devices, self.max_generation_pipeline)
+        return self._layouts(
+            model, group, num_devices, self.max_generation_pipeline, self.generation_tensor_sizes
+        )
 
     def _layouts(
-        self, model: ModelSpec, group: NodeGroup, num_devices: int, max_pipeline: int
+        self,
+        model: ModelSpec,
+        group: NodeGroup,
+        num_devices: int,
+        max_pipeline: int,
+        tensor_sizes: tuple[int, ...],
     ) -> list[tuple[int, int, int]]:
         result = []
         for tensor in self._tensor_sizes(model, group, num_devices):
+            if tensor_sizes and tensor not in tensor_sizes:
+                continue
             for pipeline in range(
                 1, min(max_pipeline, model.num_layers, num_devices // tensor) + 1
             ):

@@ -35,6 +35,9 @@ ENVIRONMENT = {
 """Read when vLLM is imported: one process, no telemetry, the model runner whose sampler can be
 replaced."""
 
+WINDOWS_WITH_ONE_MORE = ("cohere2", "cohere2_moe")
+"""Model types whose windows vLLM makes one token longer than transformers."""
+
 
 def build_llm(
     model: ModelConfig,
@@ -78,6 +81,7 @@ def build_llm(
         moe_backend="triton" if cuda else "auto",
         async_scheduling=False,  # TrainerSampler counts the tokens that a row has
         seed=0,
+        hf_overrides=own_window(text_config),
     )
 
 
@@ -104,6 +108,16 @@ def vllm_environment(
         # Kernels are compiled at their first use, with what is set then.
         environment["TRITON_F32_DEFAULT"] = "ieee"
     return environment
+
+
+def own_window(text_config: PretrainedConfig) -> dict[str, int]:
+    """What vLLM is to read in place of the configuration's sliding_window. Its Cohere 2 counts one
+    token more into a window than transformers, where a token attends to itself and to
+    sliding_window - 1 before it."""
+    window = standard_sizes(text_config).get("sliding_window")
+    if text_config.model_type not in WINDOWS_WITH_ONE_MORE or not window:
+        return {}
+    return {"sliding_window": window - 1}
 
 
 @contextmanager
