@@ -68,7 +68,8 @@ def state_footprint(
 def zero_footprint(
     model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
 ) -> Footprint:
-    """What an update reads and writes: parameters, gradients and optimizer states, cut by ZeRO."""
+    """The bytes that an update reads and writes: parameters, gradients, optimizer states, cut by
+    ZeRO."""
     count = stage_parameters(model, layout)
     parameters = space.parameter_bytes * count
     gradients = space.gradient_bytes * count
@@ -107,7 +108,7 @@ def is_one_group(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> b
 def fetched_bytes(
     model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
 ) -> float:
-    """What lies in host memory between the model's calls."""
+    """The bytes that lie in host memory between the model's calls."""
     if not layout.offload:
         return 0.0
     state = state_footprint(model, layout, space, trained=trained)

@@ -111,9 +111,8 @@ def vllm_environment(
 
 
 def own_window(text_config: PretrainedConfig) -> dict[str, int]:
-    """What vLLM is to read in place of the configuration's sliding_window. Its Cohere 2 counts one
-    token more into a window than transformers, where a token attends to itself and to
-    sliding_window - 1 before it."""
+    """Changes to the configuration that vLLM reads: Cohere 2's sliding_window, to which its model adds
+    one. In transformers a token attends to itself and to sliding_window - 1 before it."""
     window = standard_sizes(text_config).get("sliding_window")
     if text_config.model_type not in WINDOWS_WITH_ONE_MORE or not window:
         return {}
