@@ -70,7 +70,7 @@ def run(task: Task, output: Path) -> None:
         accuracy_after=after["reward/mean"],
         peak_bytes=memory.peak_bytes,
         peak_bytes_per_host=memory.largest_process_bytes("ray::"),
-        predicted_bytes=predicted.peak_bytes(predicted.pools[0].name),
+        predicted_bytes=predicted.process_bytes[predicted.pools[0].name],
     )
 
 

@@ -17,6 +17,7 @@ from hybridflow.mapping.answer.auto import choose_placement, mapping_of, shortag
 from hybridflow.mapping.answer.device_mapping import DeviceMapping, Pool, RolePlan
 from hybridflow.mapping.answer.explain import mapping_report, rivals
 from hybridflow.mapping.answer.judge import judge
+from hybridflow.mapping.answer.predict import predict
 from hybridflow.mapping.answer.timeline import draw_timelines
 from hybridflow.mapping.calibrate.compare import (
     Run,
@@ -26,6 +27,7 @@ from hybridflow.mapping.calibrate.compare import (
     save_runs,
     side_by_side,
 )
+from hybridflow.mapping.question.calibration import CPU
 from hybridflow.mapping.question.cluster import DEVICE_KINDS, Cluster, NodeGroup
 from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
 from hybridflow.mapping.question.zoo import MODELS
@@ -455,3 +457,17 @@ def test_the_longest_stage_is_that_of_the_training_engine(num_layers, data):
     model = replace(MODELS["llama-7b"], num_layers=num_layers)
     longest = max(len(stage) for stage in stage_layers(num_layers, num_stages))
     assert model.longest_stage(num_stages) == longest
+
+
+def test_a_cpu_process_is_its_calls_bytes_and_its_own(paper_setting):
+    """A9: what dry_run promises of a host is what the system counts, not tensors alone."""
+    setting = paper_setting("llama-7b", 8)
+    roles = colocated(ModelLayout(d=8), GenerationLayout(tg=1, replicas=8, max_running=8), 8).roles
+    pools = (Pool(name="all", num_devices=8, roles=tuple(plan.role for plan in roles)),)
+    assert predict(setting, pools, roles).process_bytes == {}
+    cpus = replace(setting, calibration=CPU)
+    mapping = predict(cpus, pools, roles)
+    expected = CPU.process_bytes + (1 + CPU.allocator_overhead) * mapping.peak_bytes("all")
+    assert mapping.process_bytes == {"all": pytest.approx(expected)}
+    assert "a process of pool all: " in mapping_report(mapping)
+    assert DeviceMapping.from_json(json.loads(json.dumps(mapping.to_json()))) == mapping

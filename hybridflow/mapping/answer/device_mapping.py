@@ -4,7 +4,7 @@ and bytes per call; JSON in and out."""
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,9 @@ class DeviceMapping:
     """Prompt and response tokens of a step over its seconds: the paper's throughput."""
     capacity_bytes: dict[str, float]
     """Pool -> bytes of a device that can be planned with."""
+    process_bytes: dict[str, float] = field(default_factory=dict)
+    """Pool -> the most memory of one of its processes as the system counts it, where that is the
+    device's (CPUs): peak_bytes, the process itself, and what its allocator can't give out."""
 
     def pool(self, name: str) -> Pool:
         for pool in self.pools:
@@ -152,6 +155,7 @@ class DeviceMapping:
             step_s=content.get("step_s", 0.0),
             tokens_per_s=content.get("tokens_per_s", 0.0),
             capacity_bytes=content.get("capacity_bytes", {}),
+            process_bytes=content.get("process_bytes", {}),
         )
 
     def save(self, path: Path) -> None:

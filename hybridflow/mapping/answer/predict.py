@@ -4,7 +4,7 @@ meet a whole plan."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from hybridflow.dataflow import Call, CallKind
 from hybridflow.mapping.answer.device_mapping import CallPlan, DeviceMapping, Pool, RolePlan
@@ -55,7 +55,7 @@ def predict(setting: Setting, pools: Sequence[Pool], roles: Sequence[RolePlan]) 
             )
         )
     step_s = max(bar.end for bar in bars)
-    return DeviceMapping(
+    mapping = DeviceMapping(
         algorithm=setting.dataflow.algorithm,
         cluster=str(setting.cluster),
         pools=tuple(pools),
@@ -65,6 +65,19 @@ def predict(setting: Setting, pools: Sequence[Pool], roles: Sequence[RolePlan]) 
         tokens_per_s=setting.workload.num_tokens / step_s,
         capacity_bytes=capacities,
     )
+    return replace(mapping, process_bytes=_process_bytes(setting, mapping))
+
+
+def _process_bytes(setting: Setting, mapping: DeviceMapping) -> dict[str, float]:
+    """DeviceMapping.process_bytes; empty where a process' memory is not the device's."""
+    constants = setting.calibration
+    if not constants.process_bytes:
+        return {}
+    sizes = {}
+    for pool in mapping.pools:
+        in_use = (1.0 + constants.allocator_overhead) * mapping.peak_bytes(pool.name)
+        sizes[pool.name] = constants.process_bytes + in_use
+    return sizes
 
 
 def _causes(

@@ -92,6 +92,11 @@ class Calibration:
     memory_fraction: float = 0.90
     """Part of the device's memory that is planned with (the rest is lost to fragmentation;
     vLLM's default limit is the same)."""
+    process_bytes: float = 0.0
+    """A process before it has a model, where its memory is the device's (CPUs)."""
+    allocator_overhead: float = 0.0
+    """Freed memory between pieces in use that the allocator can't give out again, as a share of
+    what is in use."""
     reserved_bytes: float = 2.0e9
     """Context and communication buffers of one process."""
 
@@ -151,6 +156,8 @@ CPU = Calibration(
     transfer_overhead_s=0.0,
     controller_s=0.043,
     function_s=0.012,
+    process_bytes=5.3e8,
+    allocator_overhead=0.2,
 )
 """Constants for CPU processes with one thread each and bf16, measured by recipes.calibrate on
 the two cores of an AMD EPYC without AMX."""
