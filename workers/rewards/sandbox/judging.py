@@ -5,7 +5,7 @@ the tests.
     assert add(1, 2) == 3     -> call add(1, 2) -> runs it
     compares 3 with 3        <-       3        <-
 
-Plain data (numbers, text, lists, dicts, sets, dates' parts in tuples, ...) cross by value, as exactly
+Plain data (numbers, text, lists, dicts, sets, ...) cross by value, as exactly
 these types, so that no object of the program is ever compared with what a test expects. Any other
 object stays where it is, and a Remote stands for it: calls, attributes, and operators go to the
 program. It never equals plain data, and operators with plain data may not turn it into some. What the
