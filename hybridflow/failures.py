@@ -24,7 +24,7 @@ EVENTS = "events.jsonl"
 RECOVERABLE = (WorkerDied, WorkerStuck, WorkerError)
 """Errors of worker processes, which a restart of their pool may get over."""
 PARTICULARS = re.compile(r"\(pid [^)]*\)|\bpid \d+|0x[0-9a-f]+")
-"""What differs between two failures of one kind: process ids, addresses of objects."""
+"""Process ids and addresses of objects, which differ between two failures of one kind."""
 
 
 def describe(error: BaseException, step: int) -> tuple[Failure, str]:

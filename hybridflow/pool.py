@@ -120,6 +120,10 @@ class ResourcePool(ABC):
     def node(self, rank: int) -> str | None: ...
 
     @abstractmethod
+    def pids(self) -> list[int]:
+        """The process of each rank, on its node."""
+
+    @abstractmethod
     def activity(self) -> str:
         """The activity of another process of the pool, where it has a name (progress.py); for
         any thread."""
@@ -213,6 +217,9 @@ class LocalPool(ResourcePool):
 
     def node(self, rank: int) -> str | None:
         return None
+
+    def pids(self) -> list[int]:
+        return [os.getpid()]
 
     def activity(self) -> str:
         return ""
@@ -468,6 +475,9 @@ class RayPool(ResourcePool):
 
     def node(self, rank: int) -> str | None:
         return self.hosts[rank].node_id
+
+    def pids(self) -> list[int]:
+        return [host.pid for host in self.hosts]
 
     def describe_host(self, rank: int) -> str:
         if rank >= len(self.hosts):

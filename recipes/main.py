@@ -6,11 +6,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
+from hybridflow.failures import may_be_retried
+from hybridflow.supervision import SUPERVISION, supervise
 from hybridflow.waiting import catch_interrupts
 from recipes.composing import PACKAGED, SEARCH, RecipeFile, compose, to_settings
 from recipes.config import RunConfig, register
@@ -18,22 +21,24 @@ from recipes.errors import plain_errors
 from recipes.override_values import quote_values
 from recipes.overrides import check_names, join_tables
 from recipes.roles import ROLES, role_names
-from recipes.run import run
+from recipes.run import run as train
 from recipes.settings_page import settings_page
 from recipes.usage import usage
 
 LOGGER = logging.getLogger(__name__)
 HYDRA_SETTINGS = ("hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logging=none")
 """Hydra writes no files of its own and leaves logging alone."""
+SUPERVISOR_FACTOR = 1.5
+"""The controller's deadline for a sign of life, in call_timeout_s: longer than any call's."""
 Run = Callable[[RunConfig], object]
 
 
-def recipe(name: str, run: Run = run) -> Callable[[], None]:
+def recipe(name: str, run: Run = train) -> Callable[[], None]:
     """The main of recipes/<name>.yaml; `run` is what it does with the settings."""
     return lambda: main(lambda: RecipeFile(name), sys.argv[1:], run)
 
 
-def main(find: Callable[[], RecipeFile], arguments: Sequence[str], run: Run = run) -> None:
+def main(find: Callable[[], RecipeFile], arguments: Sequence[str], run: Run = train) -> None:
     """Runs the recipe that `find` returns, or answers --help and --settings."""
     settings: RunConfig | None = None
 
@@ -51,7 +56,34 @@ def main(find: Callable[[], RecipeFile], arguments: Sequence[str], run: Run = ru
             run_under_hydra(recipe, arguments, run)
         else:
             settings = to_settings(compose(recipe, arguments))
-            start(settings, arguments, run)
+            if run is train and is_supervised(settings):
+                supervise(
+                    settings.output_dir,
+                    max_restarts=settings.recovery.max_restarts,
+                    stale_s=SUPERVISOR_FACTOR * settings.call_timeout_s,
+                )
+            with final_errors():
+                start(settings, arguments, run)
+
+
+def is_supervised(settings: RunConfig) -> bool:
+    """Whether this process is the command of a run that is to be started again where it dies."""
+    spec = sys.modules["__main__"].__spec__
+    is_command = spec is not None and spec.name.partition(".")[0] == "recipes"
+    starts = not (settings.graph or settings.dry_run)
+    return is_command and starts and settings.recovery.max_restarts > 0
+
+
+@contextmanager
+def final_errors() -> Iterator[None]:
+    """Errors that a new controller would only repeat end the run, under a supervisor too: all but
+    those of worker processes, and those as well once the run has counted them."""
+    try:
+        yield
+    except BaseException as error:
+        if not may_be_retried(error):
+            SUPERVISION.mark_final()
+        raise
 
 
 def start(settings: RunConfig, arguments: Sequence[str], run: Run) -> None:

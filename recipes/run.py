@@ -38,7 +38,7 @@ def run(config: RunConfig) -> Outcome | None:
     with Session(prepared) as session:
         if mapping is not None:
             mapping.save(session.directory / MAPPING)
-        outcome = session.loop.run()
+        outcome = session.run()
         session.loop.tracker.summary(asdict(outcome))
     if mapping is not None and outcome.median_s:
         LOGGER.info("predicted and measured\n%s", predicted_vs_measured(mapping, outcome))

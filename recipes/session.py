@@ -16,6 +16,7 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -26,13 +27,15 @@ from cluster.connect import ClusterInfo, connect
 from controllers import QUESTIONS, create_algorithm
 from controllers.algorithm_base import Algorithm, Evaluated
 from controllers.data import RowDataset, RowLoader
-from controllers.loop import Loop, phase_seconds
+from controllers.loop import Loop, LoopConfig, Outcome, phase_seconds
+from controllers.recovery import Recovery
 from controllers.samples import SampleReader
 from controllers.saving import Saving, checkpoint_at
 from controllers.streams import EmptyStream, PromptStream, Stream, TextStream
 from controllers.validation import HeldOutRows, ResponseReward, Validate
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
+from hybridflow.failures import EventLog
 from hybridflow.group import each, spawn
 from hybridflow.metrics import Tracker
 from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
@@ -40,6 +43,7 @@ from hybridflow.progress import activity
 from hybridflow.progress_display import shown
 from hybridflow.recovery.attempts import Attempt
 from hybridflow.snapshots.memory import MemoryPlace
+from hybridflow.supervision import SUPERVISION
 from hybridflow.waiting import CALLS
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
 from recipes.environment import environment
@@ -105,6 +109,7 @@ class Session:
         begin with."""
         self.algorithm: Algorithm
         self._loop: Loop | None = None
+        self._recovery: Recovery | None = None
         self._resources = ExitStack()
         try:
             self._start()
@@ -124,11 +129,13 @@ class Session:
         self._resources.enter_context(shown(live=config.metrics.console))
         with activity("start"):
             cluster = self._resources.enter_context(connect_cluster(placement))
+            loop_config = goes_on(config.loop)
             if trains:
                 num_steps = config.loop.length(
                     len(prepared.train), config.data.batch_size
                 ).num_steps
-                tracker = start_tracker(config, self.directory, store, num_steps, memory)
+                first_step = start_step(loop_config.resume, store, memory)
+                tracker = start_tracker(config, self.directory, first_step, num_steps)
                 self._resources.enter_context(tracker)
             for name in dict.fromkeys(role.pool for role in placement.roles):
                 self.pools[name] = self._resources.enter_context(
@@ -163,7 +170,7 @@ class Session:
                 validate=self._validation(prepared.held_out),
                 tracker=tracker,
                 store=store,
-                config=config.loop,
+                config=loop_config,
                 further={"pretraining": texts} if texts else {},
                 samples=SampleReader(
                     config.metrics.samples,
@@ -176,7 +183,26 @@ class Session:
                 snapshot_every=config.recovery.snapshot_every,
             )
             self._loop.try_saving()
+            earlier = SUPERVISION.state
+            self._loop.saving.begins_after = earlier.get("begins_after", 0)
             self._loop.resume()
+            SUPERVISION.note(begins_after=self._loop.saving.begins_after)
+            assert attempt is not None, "a run that trains has an attempt"
+            self._recovery = Recovery(
+                self.pools,
+                self._rejoin,
+                config.recovery,
+                tracker,
+                EventLog(self.directory, attempt.number),
+                restarts=earlier.get("restarts", 0),
+                furthest=earlier.get("furthest", -1),
+            )
+
+    def _rejoin(self, restarted: set[str]) -> None:
+        """Brings the actor's two pools together again after one of them was restarted."""
+        actor = self.roles.get("actor")
+        if isinstance(actor, SplitActor) and restarted & {pool.name for pool in actor.pools}:
+            actor.join()
 
     def _validation(self, held_out: RowDataset | None) -> Validate | None:
         """The reward of responses where the rows are prompts, the algorithm's own numbers
@@ -204,6 +230,12 @@ class Session:
         if _OPEN is not self:
             raise ValueError("the session is closed; open another one")
         return self._loop
+
+    def run(self) -> Outcome:
+        """Every step to the end of the run, recovering from failures as recovery.* says."""
+        loop = self.loop
+        assert self._recovery is not None, "a session with a loop has a recovery"
+        return self._recovery.run(loop)
 
     @property
     def num_steps(self) -> int:
@@ -248,6 +280,7 @@ class Session:
 
     def close(self) -> None:
         """Ends pools, connections and files; called again it does nothing."""
+        SUPERVISION.pause()
         try:
             self._resources.close()
         finally:
@@ -377,14 +410,8 @@ def _threads(placement: Placement, cluster: ClusterInfo | None) -> int:
     return max(1, (os.cpu_count() or 1) // placement.num_devices)
 
 
-def start_tracker(
-    config: RunConfig,
-    directory: Path,
-    store: CheckpointStore,
-    num_steps: int,
-    memory: MemoryPlace | None = None,
-) -> Tracker:
-    """The metrics of this run, going on where the checkpoint that it resumes from was written."""
+def start_tracker(config: RunConfig, directory: Path, first_step: int, num_steps: int) -> Tracker:
+    """The metrics of this run; what an earlier one logged after `first_step` is dropped."""
     settings = OmegaConf.structured(with_named_functions(config))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(OmegaConf.to_yaml(settings))
@@ -393,9 +420,17 @@ def start_tracker(
         config.metrics,
         directory,
         total_steps=num_steps,
-        start_step=start_step(config.loop.resume, store, memory),
+        start_step=first_step,
         run_config=cast(dict[str, object], OmegaConf.to_container(settings)),
     )
+
+
+def goes_on(loop: LoopConfig) -> LoopConfig:
+    """The loop's settings in a controller that takes over from a dead one: once the run has a
+    commit, that is where it goes on, whatever loop.resume says of its beginning."""
+    if SUPERVISION.state.get("furthest", -1) < 0:
+        return loop
+    return replace(loop, resume="auto")
 
 
 def start_step(resume: str, store: CheckpointStore, memory: MemoryPlace | None = None) -> int:

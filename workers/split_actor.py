@@ -12,6 +12,7 @@ were attested; taking them in and the probe are the generation pool's business.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 
 from hybridflow import spanning
@@ -38,7 +39,7 @@ from workers.weight_sync import WeightSync
 class SplitTrainingWorker(ActorTrainingWorker, SplitTrainer):
     """Trains and sends."""
 
-    sync: WeightSync
+    sync: WeightSync | None = None
     _meeting: spanning.MeetingPoint | None = None
 
     @classmethod
@@ -62,6 +63,9 @@ class SplitTrainingWorker(ActorTrainingWorker, SplitTrainer):
             timeout_s=timeout_s,
             point=self._meeting,
         )
+        if self.sync is not None:
+            self.sync.reconnect(group)
+            return
         tolerance, vocab_size = probe_settings(self.config)
         self.sync = WeightSync(
             self.engine,
@@ -73,6 +77,7 @@ class SplitTrainingWorker(ActorTrainingWorker, SplitTrainer):
         )
 
     def sync_weights(self) -> dict[str, float]:
+        assert self.sync is not None, "join comes first"
         self.sync.run(self.weight_version)
         return sync_metrics(self.sync)
 
@@ -81,7 +86,7 @@ class GenerationWorker(SplitGenerator):
     """Receives and generates."""
 
     config: ActorConfig
-    sync: WeightSync
+    sync: WeightSync | None = None
 
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         super().__init__(with_native_precision(config, context.device), context)
@@ -110,6 +115,9 @@ class GenerationWorker(SplitGenerator):
             device=context.device,
             timeout_s=timeout_s,
         )
+        if self.sync is not None:
+            self.sync.reconnect(group)
+            return
         tolerance, vocab_size = probe_settings(self.config)
         self.sync = WeightSync(
             None,
@@ -122,6 +130,7 @@ class GenerationWorker(SplitGenerator):
         )
 
     def sync_weights(self) -> dict[str, float]:
+        assert self.sync is not None, "join comes first"
         self.sync.run()
         return sync_metrics(self.sync)
 
@@ -142,8 +151,12 @@ class SplitActor(Actor):
     actor = SplitActor.of(trainer, generator, training_pool, generation_pool)
     """
 
-    def __init__(self, trainer: SplitTrainer, generator: SplitGenerator) -> None:
+    def __init__(
+        self, trainer: SplitTrainer, generator: SplitGenerator, pools: Sequence[ResourcePool] = ()
+    ) -> None:
+        """`pools`: those of trainer and generator."""
         self._trainer, self._generator = trainer, generator
+        self.pools = tuple(pools)
         self._changed = True
         """Whether the weights changed since the generation pool got them."""
         self._sync = Metrics()
@@ -157,18 +170,29 @@ class SplitActor(Actor):
         generation: ResourcePool,
     ) -> SplitActor:
         """Brings the two pools together; returns when all their ranks are in one group."""
-        nodes = {pool.node(rank) for pool in (training, generation) for rank in range(pool.size)}
+        actor = cls(trainer, generator, (training, generation))
+        actor.join()
+        return actor
+
+    def join(self) -> None:
+        """Brings the pools together, again after one of them was restarted; the next generation
+        then begins with a sync."""
+        training, generation = self.pools
+        nodes = set()
+        for pool in self.pools:
+            nodes |= {pool.node(rank) for rank in range(pool.size)}
         host = spanning.LOOPBACK if len(nodes) == 1 else ""
         num_ranks = training.size + generation.size
-        meeting = each(trainer.open_meeting, host, num_ranks)[0]
+        meeting = each(self._trainer.open_meeting, host, num_ranks)[0]
         timeout_s = training.spec.collective_timeout_s
         joining = [
-            start(trainer.join, meeting, num_ranks, host, timeout_s),
-            start(generator.join, meeting, num_ranks, host, timeout_s),
+            start(self._trainer.join, meeting, num_ranks, host, timeout_s),
+            start(self._generator.join, meeting, num_ranks, host, timeout_s),
         ]
         for ranks in joining:
             ranks.wait()
-        return cls(trainer, generator)
+        self._changed = True
+        self._sync = Metrics()
 
     def generate_sequences(
         self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True

@@ -152,6 +152,12 @@ class WeightSync:
         )
         return self.last
 
+    def reconnect(self, group: dist.ProcessGroup | None) -> None:
+        """Goes on over another group, because ranks of the last one were restarted. The next run
+        compiles its plan anew and is attested and probed like every one."""
+        self.group = group
+        self.attestor, self._executor, self.last = None, None, None
+
     def make_destination(self, parameters: Sequence[ParameterSpec]) -> WeightDestination:
         """The destination for the trainer's parameters, which is created once."""
         if self.destination is None:

@@ -53,6 +53,7 @@ class ConsoleSink(Sink):
         self._total_steps = total_steps
         self._history: dict[str, list[float]] = {}
         self._latest: Row | None = None
+        self._steps = start_step
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -73,7 +74,7 @@ class ConsoleSink(Sink):
         for name in self._names:
             if name in row.metrics:
                 self._history.setdefault(name, []).append(row.metrics[name])
-        self._latest = row
+        self._latest, self._steps = row, row.step
         self._progress.update(self._task, completed=row.step)
         if not self._console.is_terminal:
             shown = {name: row.metrics[name] for name in self._names if name in row.metrics}
@@ -124,6 +125,13 @@ class ConsoleSink(Sink):
         for name, value in _flat(values):
             table.add_row(name, compact(value) if isinstance(value, float) else str(value))
         self._console.print(table)
+
+    def rewind(self, step: int, attempt: int) -> None:
+        lost = self._steps - step
+        for values in self._history.values():
+            del values[max(0, len(values) - lost) :]
+        self._steps = step
+        self._progress.update(self._task, completed=step)
 
     def close(self) -> None:
         self._stop_display()

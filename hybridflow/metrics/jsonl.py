@@ -19,6 +19,7 @@ from hybridflow.metrics.sinks import Row, Sink
 
 RESERVED = ("step", "split", "time_s")
 """Keys of every line of metrics.jsonl beside the metrics."""
+METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 
 
@@ -32,7 +33,7 @@ class JsonlSink(Sink):
         """Lines after `start_step` that an earlier run left are dropped; with start_step 0 the
         files start afresh."""
         self._directory = directory
-        self._metrics = _continue(directory / "metrics.jsonl", start_step)
+        self._metrics = _continue(directory / METRICS, start_step)
         self._samples = _continue(directory / SAMPLES, start_step)
 
     def log(self, row: Row) -> None:
@@ -49,6 +50,20 @@ class JsonlSink(Sink):
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(to_json(values), indent=2, allow_nan=False) + "\n")
         temporary.replace(path)
+
+    def rewind(self, step: int, attempt: int) -> None:
+        """The lost lines of metrics.jsonl go to lost/attempt-<attempt>.jsonl."""
+        lost = [row for row in _read_lines(self._directory / METRICS) if row["step"] > step]
+        if lost:
+            path = self._directory / "lost" / f"attempt-{attempt}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            with path.open("a") as lost_file:
+                for row in lost:
+                    _append(lost_file, row)
+        for file in (self._metrics, self._samples):
+            file.close()
+        self._metrics = _cut(self._directory / METRICS, step)
+        self._samples = _cut(self._directory / SAMPLES, step)
 
     def close(self) -> None:
         for file in (self._metrics, self._samples):
@@ -98,10 +113,14 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _continue(path: Path, start_step: int) -> IO[str]:
     """The file opened for appending, without the lines after start_step."""
-    earlier = []
     if start_step and path.exists():
-        earlier = [row for row in _read_lines(path) if row["step"] <= start_step]
-    return _rewrite(path, earlier)
+        return _cut(path, start_step)
+    return _rewrite(path, [])
+
+
+def _cut(path: Path, step: int) -> IO[str]:
+    """The file without the lines after `step`, opened for appending."""
+    return _rewrite(path, [row for row in _read_lines(path) if row["step"] <= step])
 
 
 def _rewrite(path: Path, rows: Sequence[Mapping[str, object]]) -> IO[str]:

@@ -12,6 +12,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -54,6 +55,11 @@ class Sink(ABC):
     def summary(self, values: Mapping[str, object]) -> None: ...
 
     @abstractmethod
+    def rewind(self, step: int, attempt: int) -> None:
+        """The run goes back to the end of `step`: what was logged of later ones is given up and
+        comes again. `attempt` is the number of the controller that it happened in."""
+
+    @abstractmethod
     def close(self) -> None: ...
 
 
@@ -63,11 +69,12 @@ class TensorBoardSink(Sink):
     def __init__(self, directory: Path, start_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        # purge_step hides what an earlier run logged after the checkpoint that this one starts
-        # from.
-        self._writer = SummaryWriter(
-            str(directory), purge_step=start_step + 1 if start_step else None, flush_secs=10
-        )
+        self._make_writer = partial(SummaryWriter, str(directory), flush_secs=10)
+        self._open(start_step + 1 if start_step else None)
+
+    def _open(self, first_step: int | None) -> None:
+        """purge_step hides what was logged of the steps from `first_step` on."""
+        self._writer = self._make_writer(purge_step=first_step)
 
     def log(self, row: Row) -> None:
         for name, value in row.metrics.items():
@@ -80,6 +87,10 @@ class TensorBoardSink(Sink):
     def summary(self, values: Mapping[str, object]) -> None:
         lines = (f"| {name} | {value} |" for name, value in values.items())
         self._writer.add_text("summary", "\n".join(["| | |", "|---|---|", *lines]))
+
+    def rewind(self, step: int, attempt: int) -> None:
+        self._writer.close()
+        self._open(step + 1)
 
     def close(self) -> None:
         self._writer.close()
@@ -125,6 +136,7 @@ class WandbSink(Sink):
                 "metrics.wandb=offline or off"
             ) from error
         id_file.write_text(run_id)
+        self._num_rewinds = 0
         # Its own step counter refuses to go back, as a resumed run must; ours is a value like any
         # other.
         self._run.define_metric("step")
@@ -132,7 +144,7 @@ class WandbSink(Sink):
 
     def log(self, row: Row) -> None:
         values = {f"{row.split}/{name}": value for name, value in row.metrics.items()}
-        self._run.log({"step": row.step, **values})
+        self._run.log({"step": row.step, "rewinds": self._num_rewinds, **values})
 
     def show(self, rows: SampleRows) -> None:
         import wandb
@@ -143,6 +155,11 @@ class WandbSink(Sink):
 
     def summary(self, values: Mapping[str, object]) -> None:
         self._run.summary.update(dict(values))
+
+    def rewind(self, step: int, attempt: int) -> None:
+        """Nothing can be taken back from the service: on the axis `step` the values of a replayed
+        step stand over those of the lost one, and `rewinds` counts how often that happened."""
+        self._num_rewinds += 1
 
     def close(self) -> None:
         self._run.finish()
@@ -189,6 +206,9 @@ class PrometheusSink(Sink):
 
     def summary(self, values: Mapping[str, object]) -> None:
         """Nothing: a gauge holds the last value already."""
+
+    def rewind(self, step: int, attempt: int) -> None:
+        """Nothing: a gauge holds the last value."""
 
     def close(self) -> None:
         self._gauges.clear()

@@ -169,6 +169,11 @@ class Tracker:
         """Record the outcome of the run: JSON values, nested if need be."""
         self._to_all(lambda sink: sink.summary(values))
 
+    def rewind(self, step: int, attempt: int = 0) -> None:
+        """Give up what was logged of the steps after `step`: a recovery trains them again.
+        `attempt` is the number of the controller, for the file that the lost lines go to."""
+        self._to_all(lambda sink: sink.rewind(step, attempt))
+
     def close(self) -> None:
         """Flush and close every sink; called again it does nothing."""
         if self._trace is not None:

@@ -15,11 +15,15 @@ class RecoveryConfig:
     max_restarts: int = 3
     """Restarts without a newly committed step between them, after which the run ends with the
     report of the last failure; 0: the first failure ends it."""
+    quiesce_s: float = 60.0
+    """How long the calls of the other pools may go on after a failure; a pool that has not ended
+    them by then is restarted too."""
 
     def __post_init__(self) -> None:
         for name, value in (
             ("snapshot_every", self.snapshot_every),
             ("max_restarts", self.max_restarts),
+            ("quiesce_s", self.quiesce_s),
         ):
             if value < 0:
                 raise ValueError(f"recovery.{name} is {value}; use 0 or more")

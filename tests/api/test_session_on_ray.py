@@ -81,6 +81,7 @@ def test_a_killed_process_ends_the_command_in_one_line(
 ) -> None:
     settings = {**tiny, "output_dir": tmp_path, "loop.num_steps": 10_000, "metrics.console": False}
     settings["reward.function"] = "tests.recipes.rewards:plain"
+    settings["recovery.max_restarts"] = 0
     arguments = [f"{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "recipes.grpo", *arguments]
     process = subprocess.Popen(

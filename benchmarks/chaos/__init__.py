@@ -1,0 +1,1 @@
+"""Kills processes of runs and compares what comes of it with the undisturbed run."""

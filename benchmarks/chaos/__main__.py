@@ -1,0 +1,214 @@
+"""Random kills of a PPO run's processes, each compared with the undisturbed run.
+
+    python -m benchmarks.chaos --kills 30 --json chaos.json [--seed 0] [--per-run 5] [--engine hf]
+
+A kill counts as recovered if the run went on, and only with a witness: a failure record of the
+right kind, pool and rank. After each kill the weights and moments of the first step committed are
+held against the undisturbed run's, bit for bit, and at the end of the run all steps, all metrics
+and the rows drawn. Leaves out the death of machines and of Ray's own processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.chaos.kills import Kill, carry_out, draw
+from benchmarks.chaos.runs import RunFiles, make_inputs, same_weights, start_run
+from hybridflow.burial import TOKEN
+
+STEPS_PER_KILL = 2
+RECOVERY_S = 240.0
+STEP_S = 240.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What became of one kill."""
+
+    target: str
+    rank: int
+    signal: str
+    phase: str
+    step: int
+    """The last step committed before it."""
+    witnessed: bool
+    recovered: bool
+    weights_equal: bool
+    """Of every step of its run."""
+    detected_by: str
+    detect_s: float
+    """From the signal to the record of the failure."""
+    total_s: float
+    """From the signal to the next commit."""
+    lost_steps: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--per-run", type=int, default=5, help="kills in one run")
+    parser.add_argument("--engine", default="hf", help="generation engine: hf or vllm")
+    parser.add_argument("--directory", type=Path, help="where the runs are left to be looked at")
+    arguments = parser.parse_args()
+    directory = arguments.directory or Path(tempfile.mkdtemp(prefix="chaos-"))
+    result = disturb(directory, arguments)
+    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    summary = {name: value for name, value in result.items() if name != "rows"}
+    print(json.dumps(summary))
+    if arguments.directory is None:
+        shutil.rmtree(directory)
+    sys.exit(0 if summary["recovered"] == summary["weights_equal"] == summary["kills"] else 1)
+
+
+def disturb(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    started = time.monotonic()
+    model, data = make_inputs(directory)
+    per_run = min(arguments.per_run, arguments.kills)
+    num_steps = STEPS_PER_KILL * per_run + 2
+    before = processes()
+    undisturbed = RunFiles(directory=directory / "undisturbed")
+    process = start_run(undisturbed.directory, model, data, num_steps, arguments.engine)
+    if process.wait():
+        raise RuntimeError(f"the undisturbed run failed: {undisturbed.directory / 'log.txt'}")
+    generator = random.Random(arguments.seed)
+    kills = [draw(generator, number) for number in range(arguments.kills)]
+    rows: list[Row] = []
+    lost = doubled = 0
+    for number, first in enumerate(range(0, len(kills), per_run)):
+        run = RunFiles(directory=directory / f"disturbed-{number}")
+        process = start_run(run.directory, model, data, num_steps, arguments.engine)
+        part, status = disturb_one(run, process, kills[first : first + per_run], undisturbed)
+        equal = status == 0 and equal_steps(run, undisturbed, num_steps)
+        rows += [Row(**(asdict(row) | {"weights_equal": equal})) for row in part]
+        if status == 0:
+            drawn = run.position(num_steps) - undisturbed.position(num_steps)
+            lost, doubled = lost + max(0, drawn), doubled + max(0, -drawn)
+        print(f"run {number}: status {status}, equal {equal}", *part, sep="\n  ", flush=True)
+    return {
+        "kills": arguments.kills,
+        "recovered": sum(row.recovered and row.witnessed for row in rows),
+        "prompts_lost": lost,
+        "prompts_doubled": doubled,
+        "weights_equal": sum(row.weights_equal for row in rows),
+        "processes_left": len(processes() - before),
+        "seed": arguments.seed,
+        "seconds": time.monotonic() - started,
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def disturb_one(
+    run: RunFiles, process: subprocess.Popen[bytes], kills: list[Kill], undisturbed: RunFiles
+) -> tuple[list[Row], int]:
+    """The rows of one run's kills, and its exit status."""
+    rows: list[Row] = []
+    median_s = undisturbed.median_s()
+    try:
+        for number, kill in enumerate(kills):
+            commits = 1 + number * STEPS_PER_KILL
+            if not wait_for(process, lambda commits=commits: last_step(run) >= commits, STEP_S):
+                break
+            rows.append(one_kill(run, process, kill, median_s))
+            if not rows[-1].recovered:
+                break
+        status = process.wait(STEP_S)
+    except subprocess.TimeoutExpired:
+        status = -1
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait(100)
+    return rows, status
+
+
+def one_kill(
+    run: RunFiles, process: subprocess.Popen[bytes], kill: Kill, median_s: dict[str, float]
+) -> Row:
+    num_failures, num_recovered = len(run.events("failure")), num_recoveries(run)
+    killed_at = carry_out(kill, run, median_s)
+    step = last_step(run)
+    recovered = wait_for(
+        process,
+        lambda: num_recoveries(run) > num_recovered and last_step(run) > step,
+        RECOVERY_S,
+    )
+    total_s = time.time() - killed_at
+    failures = [
+        failure for failure in run.events("failure")[num_failures:] if kill.matches(failure)
+    ]
+    lost = [event["lost_steps"] for event in run.events("recovered")[-1:]]
+    return Row(
+        target=kill.target,
+        rank=kill.rank,
+        signal=kill.how.name,
+        phase=kill.phase,
+        step=step,
+        witnessed=len(failures) == 1,
+        recovered=recovered,
+        weights_equal=False,
+        detected_by=kill.kind if failures else "",
+        detect_s=failures[0]["time_s"] - killed_at if failures else float("nan"),
+        total_s=total_s,
+        lost_steps=lost[0] if lost and kill.target != "controller" else 1,
+    )
+
+
+def num_recoveries(run: RunFiles) -> int:
+    """Recoveries in place, and starts of a controller."""
+    return len(run.events("recovered")) + len(run.events("started"))
+
+
+def last_step(run: RunFiles) -> int:
+    steps = [0]
+    for path in (run.directory / "checkpoints").glob("step-*"):
+        steps.append(int(path.name.split("-")[1]))
+    return max(steps)
+
+
+def wait_for(process: subprocess.Popen[bytes], condition: Any, seconds: float) -> bool:
+    """Whether the condition came true while the run lived."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            return bool(condition())
+        time.sleep(0.05)
+    return True
+
+
+def equal_steps(run: RunFiles, undisturbed: RunFiles, num_steps: int) -> bool:
+    for step in range(1, num_steps + 1):
+        if not same_weights(undisturbed, run, step):
+            return False
+    return run.metrics() == undisturbed.metrics()
+
+
+def processes() -> set[int]:
+    """Host processes of any pool on this machine."""
+    mark, pids = f"{TOKEN}=".encode(), set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if mark in environment:
+                pids.add(int(entry.name))
+    return pids
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""One disturbance: which process, with which signal, at which moment; and its witness."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.chaos.runs import RunFiles
+
+PHASES = {
+    "policy": (
+        "actor.update_actor",
+        "actor.sync_weights",
+        "reference.compute_ref_log_prob",
+        "actor.save_checkpoint",
+    ),
+    "values": (
+        "critic.compute_values",
+        "critic.update_critic",
+        "reward.compute_reward",
+        "critic.save_checkpoint",
+    ),
+    "samples": ("generation.generate_sequences", "generation.sync_weights"),
+}
+"""Calls of each pool during which a process is killed, under the names that Ray gives the process
+meanwhile."""
+WATCHED = ("policy", "values", "samples")
+POLL_S = 0.003
+PATIENCE_S = 60.0
+"""How long a phase is waited for; then the process is killed wherever it is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kill:
+    """Kill(target="policy", rank=1, how=signal.SIGKILL, phase="actor.update_actor",
+    fraction=0.3)"""
+
+    target: str
+    """A pool, or "controller"."""
+    rank: int
+    how: signal.Signals
+    phase: str
+    fraction: float
+    """The part of the phase's median duration that passes before the signal."""
+
+    @property
+    def kind(self) -> str:
+        """That of the failure that must be reported."""
+        return "hung" if self.how is signal.SIGSTOP else "died"
+
+    def matches(self, failure: Mapping[str, object]) -> bool:
+        """Whether a record of events.jsonl is of this kill."""
+        if failure["kind"] != self.kind:
+            return False
+        if self.target == "controller":
+            return failure["role"] == "controller"
+        return failure["pool"] == self.target and failure["rank"] == self.rank
+
+
+def draw(generator: random.Random, number: int) -> Kill:
+    """The kill with that number: targets in turn, signals and moments at random."""
+    turns = (
+        ("policy", 0),
+        ("controller", 0),
+        ("samples", 0),
+        ("policy", 1),
+        ("values", 0),
+    )
+    target, rank = turns[number % len(turns)]
+    signals = [signal.SIGKILL] * 4 + [signal.SIGSEGV, signal.SIGABRT]
+    if target != "controller":
+        signals.append(signal.SIGSTOP)
+    pool = target if target in PHASES else generator.choice(WATCHED)
+    return Kill(
+        target=target,
+        rank=rank,
+        how=generator.choice(signals),
+        phase=generator.choice(PHASES[pool]),
+        fraction=generator.random(),
+    )
+
+
+def carry_out(kill: Kill, run: RunFiles, median_s: Mapping[str, float]) -> float:
+    """Waits for the moment and sends the signal; returns when that was (Unix seconds). Raises a
+    RuntimeError where the process is not there."""
+    watched, victim = _processes(kill, run)
+    started = _start_time(victim)
+    deadline = time.monotonic() + PATIENCE_S
+    while _title(watched) != f"ray::{kill.phase}" and time.monotonic() < deadline:
+        if started is None or _start_time(victim) != started:
+            raise RuntimeError(f"{kill}: pid {victim} is not there")
+        time.sleep(POLL_S)
+    time.sleep(kill.fraction * median_s.get(kill.phase, 0.0))
+    if started is None or _start_time(victim) != started:
+        raise RuntimeError(f"{kill}: pid {victim} is not there")
+    os.kill(victim, kill.how)
+    return time.time()
+
+
+def _processes(kill: Kill, run: RunFiles) -> tuple[int, int]:
+    """The process whose title tells the phase, and the one to kill, from the run's own records."""
+    records = [event for event in run.events() if "pids" in event]
+    pids = records[-1]["pids"]
+    controller = [event["pid"] for event in records if event["event"] == "started"][-1]
+    if kill.target != "controller":
+        return pids[kill.target][kill.rank], pids[kill.target][kill.rank]
+    for pool, phases in PHASES.items():
+        if kill.phase in phases:
+            return pids[pool][0], controller
+    raise ValueError(f"phase {kill.phase} is of no pool")
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ").decode()
+    except OSError:
+        return ""
+
+
+def _start_time(pid: int) -> str | None:
+    """Tells a process from a later one with the same number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None

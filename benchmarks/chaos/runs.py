@@ -1,0 +1,146 @@
+"""The runs that are disturbed: PPO on a tiny fp32 model in three pools, through the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from hybridflow.failures import EVENTS
+from tests.tiny import make_data, make_model
+
+CLOCKS = re.compile(r"seconds|tokens_per_s|time_s|sync/.*_s$|memory")
+"""Metrics that a clock or the memory allocator decides."""
+CALL_TIMEOUT_S = 60.0
+POOLS = (
+    "placement=custom",
+    "pools.policy.num_devices=2",
+    "pools.policy.roles=[actor,reference]",
+    "pools.values.roles=[critic,reward]",
+    "pools.samples.roles=[generation]",
+)
+SETTINGS = (
+    "data.batch_size=4",
+    "algorithm.samples_per_prompt=2",
+    "algorithm.num_mini_batches=2",
+    "actor.generation.precision=fp32",
+    "actor.generation.max_model_len=64",
+    "actor.generation.kv_cache_bytes=16777216",
+    "actor.generation.sampling.max_response_tokens=8",
+    "actor.train.precision=fp32",
+    "critic.train.precision=fp32",
+    "reference.train.precision=fp32",
+    "actor.train.optimizer.learning_rate=1e-3",
+    "reward.function=benchmarks.chaos.reward:by_length",
+    "loop.checkpoint_every=1",
+    "loop.keep_last=1000",
+    "metrics.console=false",
+    "cluster.address=local",
+    "cluster.worker_logs=false",
+    f"call_timeout_s={CALL_TIMEOUT_S}",
+    *POOLS,
+)
+MODEL = Path("huggingface") / "model.safetensors"
+
+
+def make_inputs(directory: Path) -> tuple[Path, Path]:
+    """A model and prompts."""
+    return make_model(directory / "model", layers=1), make_data(directory / "prompts.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """What a run left in its output directory."""
+
+    directory: Path
+
+    def events(self, event: str = "") -> list[dict[str, Any]]:
+        lines = self._lines(EVENTS)
+        return [line for line in lines if not event or line["event"] == event]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl without what a clock decides."""
+        rows = []
+        for line in self._lines("metrics.jsonl"):
+            rows.append({name: value for name, value in line.items() if not CLOCKS.search(name)})
+        return rows
+
+    def median_s(self) -> dict[str, float]:
+        """Median seconds of every call."""
+        seconds: dict[str, list[float]] = {}
+        for line in self._lines("metrics.jsonl"):
+            for name, value in line.items():
+                if name.startswith("seconds/"):
+                    seconds.setdefault(name.removeprefix("seconds/"), []).append(float(value))
+        return {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
+
+    def checkpoint(self, step: int) -> Path:
+        """The newest checkpoint of a step."""
+        return sorted((self.directory / "checkpoints").glob(f"step-{step:08d}*"), key=_suffix)[-1]
+
+    def num_commits(self) -> int:
+        return len(list((self.directory / "checkpoints").glob("step-*")))
+
+    def position(self, step: int) -> int:
+        """Rows of the dataset that were drawn up to a step."""
+        manifest = json.loads((self.checkpoint(step) / "manifest.json").read_text())
+        return int(manifest["metadata"]["data"]["position"])
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.directory / name
+        if not path.exists():
+            return []
+        lines = []
+        for text in path.read_text().splitlines():
+            if text.endswith("}"):
+                lines.append(json.loads(text))
+        return lines
+
+
+def _suffix(path: Path) -> int:
+    return int([*path.name.split("-"), "1"][2])
+
+
+def start_run(
+    output: Path, model: Path, data: Path, num_steps: int, engine: str, more: Sequence[str] = ()
+) -> subprocess.Popen[bytes]:
+    command = [
+        sys.executable,
+        "-m",
+        "recipes.ppo",
+        *SETTINGS,
+        f"model.path={model}",
+        f"data.train={data}",
+        f"output_dir={output}",
+        f"loop.num_steps={num_steps}",
+        f"actor.generation.engine={engine}",
+        *more,
+    ]
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "log.txt").open("w") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def same_weights(one: RunFiles, other: RunFiles, step: int) -> bool:
+    """Whether both saved the same bits after a step: every tensor of the trained roles' files."""
+    first, second = one.checkpoint(step), other.checkpoint(step)
+    names = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
+    if names != sorted(path.relative_to(second) for path in second.rglob("*.safetensors")):
+        return False
+    for name in names:
+        expected, weights = load_file(first / name), load_file(second / name)
+        if expected.keys() != weights.keys():
+            return False
+        for key, tensor in expected.items():
+            if not tensor.equal(weights[key]):
+                return False
+    return True

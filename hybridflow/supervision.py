@@ -1,0 +1,130 @@
+"""A controller's side of its supervisor (supervisor.py): becoming its child, signs of life, and what
+it has to know when it starts the controller again.
+
+    supervise("outputs/ppo", max_restarts=3, stale_s=2700.0)     # from here on this is the child
+    SUPERVISION.note(furthest=12)                                # what the next controller builds on
+
+Without a supervisor (the Python API, recovery.max_restarts=0) everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from hybridflow.recovery.actions import Exit
+from hybridflow.supervisor import (
+    CONTROL,
+    FINAL,
+    HEARTBEAT,
+    SIGNALS,
+    STACKS,
+    STATE,
+    become_subreaper,
+    end_descendants,
+    read_state,
+)
+from hybridflow.waiting import CALLS
+
+PR_SET_PDEATHSIG = 1
+BEAT_S = 0.5
+
+
+class Supervision:
+    """The control directory that a controller shares with its supervisor; None without one."""
+
+    def __init__(self) -> None:
+        self.directory: Path | None = None
+        self._state: dict[str, Any] = {}
+        self._beaten = 0.0
+
+    def join(self, directory: Path) -> None:
+        """Makes this process the supervised controller."""
+        self.directory = directory
+        self._state = read_state(directory)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.signal(signal.SIGTERM, leave_at_once)
+        # Where the supervisor is killed, the controller does not outlive it.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        file = (directory / STACKS).open("a")
+        faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+        CALLS.beat = self.beat
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What this controller and those before it noted."""
+        return dict(self._state)
+
+    def note(self, **values: Any) -> None:
+        if self.directory is None:
+            return
+        self._state |= values
+        draft = self.directory / f"{STATE}.new"
+        draft.write_text(json.dumps(self._state))
+        draft.replace(self.directory / STATE)
+
+    def beat(self) -> None:
+        """A sign of life; from the first one on the supervisor expects them."""
+        now = time.monotonic()
+        if self.directory is None or now - self._beaten < BEAT_S:
+            return
+        self._beaten = now
+        (self.directory / HEARTBEAT).touch()
+
+    def pause(self) -> None:
+        """No signs of life are expected until the next beat."""
+        if self.directory is not None:
+            (self.directory / HEARTBEAT).unlink(missing_ok=True)
+
+    def mark_final(self) -> None:
+        """This controller's end is the run's end, whatever its exit status."""
+        if self.directory is not None:
+            (self.directory / FINAL).touch()
+
+
+SUPERVISION = Supervision()
+
+
+def supervise(output_dir: str, *, max_restarts: int, stale_s: float) -> None:
+    """Returns in the supervised controller. In a new run that is a child of this process, which
+    becomes the supervisor: a small Python of its own, with neither torch nor Ray in it."""
+    control = os.environ.pop(CONTROL, "")
+    if control:
+        SUPERVISION.join(Path(control))
+        return
+    directory = Path(tempfile.mkdtemp(prefix="hybridflow-supervisor-"))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    become_subreaper()  # already now: the controller may die before the supervisor stands
+    # A signal that comes before the supervisor looks at signals waits for it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    pid = os.fork()
+    if pid == 0:
+        SUPERVISION.join(directory)
+        return
+    settings = {
+        "control": str(directory),
+        "pid": pid,
+        "max_restarts": max_restarts,
+        "stale_s": stale_s,
+        "output_dir": str(Path(output_dir).absolute()),
+        "command": [sys.executable, *sys.orig_argv[1:]],
+    }
+    module = ["-m", "hybridflow.supervisor", json.dumps(settings)]
+    os.execv(sys.executable, [sys.executable, *module])
+
+
+def leave_at_once(signum: int, frame: object) -> None:
+    """SIGTERM: a notice that this machine or job ends. What is committed is all that counts, so no
+    step is waited for; the processes of an embedded cluster end with the controller."""
+    SUPERVISION.mark_final()
+    end_descendants()
+    os._exit(Exit.preempted)
