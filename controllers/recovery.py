@@ -21,8 +21,10 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 
+from controllers.ledger import Line, read_ledger
 from controllers.loop import Loop, Outcome
 from hybridflow.failures import RECOVERABLE, EventLog, describe, failed_pools
 from hybridflow.metrics import Tracker
@@ -59,16 +61,30 @@ class Recovery:
         self.events = events
         self.budget = Budget(max_restarts=config.max_restarts, restarts=restarts, furthest=furthest)
         self._rejoin = rejoin
+        self._lost_lines: dict[int, Line] = {}
+        """The ledger's lines of committed steps that a recovery took back."""
 
-    def committed(self, step: int) -> None:
+    def committed(self, loop: Loop, step: int) -> None:
         """The step is committed: restarts before it do not count any more."""
         self.budget = self.budget.progressed(step)
         SUPERVISION.note(furthest=step, restarts=self.budget.restarts)
+        lost, line = self._lost_lines.pop(step, None), loop.ledger.last
+        if lost is None or line is None:
+            return
+        differing = [name for name in ("rows", "roles") if lost[name] != line[name]]
+        if differing:
+            self.events.write("replay_differs", step=step, lost=lost, replayed=line)
+            LOGGER.warning(
+                "step %d was trained again and its %s differ from those of the lost timeline; both "
+                "lines of the ledger are in events.jsonl",
+                step,
+                " and ".join(differing),
+            )
 
     def run(self, loop: Loop) -> Outcome:
         """Loop.run() to its end. Raises the last failure where the budget does not allow another
         restart."""
-        loop.committed = self.committed
+        loop.committed = partial(self.committed, loop)
         if self.config.max_restarts:
             self.events.write("started", step=loop.step, pid=os.getpid(), pids=self._pids())
         while True:
@@ -144,7 +160,11 @@ class Recovery:
             if name in lost:
                 pool.restart()
         times.append(time.monotonic())
+        lines = read_ledger(loop.ledger.path)
         loop.restore()
+        for line in lines:
+            if line["step"] > loop.step:
+                self._lost_lines[line["step"]] = line
         self._rejoin(lost)
         times.append(time.monotonic())
         self.tracker.rewind(loop.step, self.events.attempt)

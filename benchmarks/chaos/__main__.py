@@ -20,12 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.kills import Kill, carry_out, draw
-from benchmarks.chaos.runs import RunFiles, make_inputs, same_weights, start_run
+from benchmarks.chaos.runs import RunFiles, equal_runs, make_inputs, rows_of, start_run
 from hybridflow.burial import TOKEN
 
 STEPS_PER_KILL = 2
@@ -92,12 +92,12 @@ def disturb(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         run = RunFiles(directory=directory / f"disturbed-{number}")
         process = start_run(run.directory, model, data, num_steps, arguments.engine)
         part, status = disturb_one(run, process, kills[first : first + per_run], undisturbed)
-        equal = status == 0 and equal_steps(run, undisturbed, num_steps)
-        rows += [Row(**(asdict(row) | {"weights_equal": equal})) for row in part]
+        differences = [f"status {status}"] if status else equal_runs(undisturbed, run)
+        rows += [replace(row, weights_equal=not differences) for row in part]
         if status == 0:
-            drawn = run.position(num_steps) - undisturbed.position(num_steps)
-            lost, doubled = lost + max(0, drawn), doubled + max(0, -drawn)
-        print(f"run {number}: status {status}, equal {equal}", *part, sep="\n  ", flush=True)
+            missing = rows_of(undisturbed, num_steps) - rows_of(run, num_steps)
+            lost, doubled = lost + max(0, missing), doubled + max(0, -missing)
+        print(f"run {number}: {differences or 'equal'}", *part, sep="\n  ", flush=True)
     return {
         "kills": arguments.kills,
         "recovered": sum(row.recovered and row.witnessed for row in rows),
@@ -120,7 +120,7 @@ def disturb_one(
     try:
         for number, kill in enumerate(kills):
             commits = 1 + number * STEPS_PER_KILL
-            if not wait_for(process, lambda commits=commits: last_step(run) >= commits, STEP_S):
+            if not wait_for(process, lambda commits=commits: run.last_step() >= commits, STEP_S):
                 break
             rows.append(one_kill(run, process, kill, median_s))
             if not rows[-1].recovered:
@@ -140,10 +140,10 @@ def one_kill(
 ) -> Row:
     num_failures, num_recovered = len(run.events("failure")), num_recoveries(run)
     killed_at = carry_out(kill, run, median_s)
-    step = last_step(run)
+    step = run.last_step()
     recovered = wait_for(
         process,
-        lambda: num_recoveries(run) > num_recovered and last_step(run) > step,
+        lambda: num_recoveries(run) > num_recovered and run.last_step() > step,
         RECOVERY_S,
     )
     total_s = time.time() - killed_at
@@ -172,13 +172,6 @@ def num_recoveries(run: RunFiles) -> int:
     return len(run.events("recovered")) + len(run.events("started"))
 
 
-def last_step(run: RunFiles) -> int:
-    steps = [0]
-    for path in (run.directory / "checkpoints").glob("step-*"):
-        steps.append(int(path.name.split("-")[1]))
-    return max(steps)
-
-
 def wait_for(process: subprocess.Popen[bytes], condition: Any, seconds: float) -> bool:
     """Whether the condition came true while the run lived."""
     deadline = time.monotonic() + seconds
@@ -187,13 +180,6 @@ def wait_for(process: subprocess.Popen[bytes], condition: Any, seconds: float) -
             return bool(condition())
         time.sleep(0.05)
     return True
-
-
-def equal_steps(run: RunFiles, undisturbed: RunFiles, num_steps: int) -> bool:
-    for step in range(1, num_steps + 1):
-        if not same_weights(undisturbed, run, step):
-            return False
-    return run.metrics() == undisturbed.metrics()
 
 
 def processes() -> set[int]:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
+from controllers.ledger import LEDGER, first_difference
 from hybridflow.failures import EVENTS
 from tests.tiny import make_data, make_model
 
@@ -39,8 +41,7 @@ SETTINGS = (
     "reference.train.precision=fp32",
     "actor.train.optimizer.learning_rate=1e-3",
     "reward.function=benchmarks.chaos.reward:by_length",
-    "loop.checkpoint_every=1",
-    "loop.keep_last=1000",
+    "loop.checkpoint_every=3",
     "metrics.console=false",
     "cluster.address=local",
     "cluster.worker_logs=false",
@@ -81,17 +82,19 @@ class RunFiles:
                     seconds.setdefault(name.removeprefix("seconds/"), []).append(float(value))
         return {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
 
-    def checkpoint(self, step: int) -> Path:
-        """The newest checkpoint of a step."""
-        return sorted((self.directory / "checkpoints").glob(f"step-{step:08d}*"), key=_suffix)[-1]
+    def ledger(self) -> dict[int, dict[str, Any]]:
+        """The ledger's line of every committed step: digests of its rows and of all weights and
+        moments after it."""
+        return {line["step"]: line for line in self._lines(LEDGER)}
 
-    def num_commits(self) -> int:
-        return len(list((self.directory / "checkpoints").glob("step-*")))
+    def last_step(self) -> int:
+        """The newest committed step; -1 before the first."""
+        return max(self.ledger(), default=-1)
 
-    def position(self, step: int) -> int:
-        """Rows of the dataset that were drawn up to a step."""
-        manifest = json.loads((self.checkpoint(step) / "manifest.json").read_text())
-        return int(manifest["metadata"]["data"]["position"])
+    def model(self) -> dict[str, Tensor]:
+        """The weights of the newest checkpoint's Hugging Face directory."""
+        checkpoints = self.directory / "checkpoints"
+        return load_file(checkpoints / (checkpoints / "latest").read_text().strip() / MODEL)
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self.directory / name
@@ -102,10 +105,6 @@ class RunFiles:
             if text.endswith("}"):
                 lines.append(json.loads(text))
         return lines
-
-
-def _suffix(path: Path) -> int:
-    return int([*path.name.split("-"), "1"][2])
 
 
 def start_run(
@@ -130,17 +129,21 @@ def start_run(
         )
 
 
-def same_weights(one: RunFiles, other: RunFiles, step: int) -> bool:
-    """Whether both saved the same bits after a step: every tensor of the trained roles' files."""
-    first, second = one.checkpoint(step), other.checkpoint(step)
-    names = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
-    if names != sorted(path.relative_to(second) for path in second.rglob("*.safetensors")):
-        return False
-    for name in names:
-        expected, weights = load_file(first / name), load_file(second / name)
-        if expected.keys() != weights.keys():
-            return False
-        for key, tensor in expected.items():
-            if not tensor.equal(weights[key]):
-                return False
-    return True
+def rows_of(run: RunFiles, step: int) -> int:
+    """Rows that the run trained on up to a step, by its ledger."""
+    return sum(line["rows"]["count"] for number, line in run.ledger().items() if number <= step)
+
+
+def equal_runs(one: RunFiles, other: RunFiles) -> list[str]:
+    """In words: what differs between two runs; empty where they are equal to the last bit."""
+    differences = []
+    difference = first_difference(one.directory / LEDGER, other.directory / LEDGER)
+    if difference is not None:
+        differences.append(f"ledger: {difference}")
+    if one.metrics() != other.metrics():
+        differences.append("metrics")
+    expected, weights = one.model(), other.model()
+    for name, tensor in expected.items():
+        if name not in weights or not tensor.equal(weights[name]):
+            differences.append(f"weights of {name}")
+    return differences
