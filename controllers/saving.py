@@ -7,6 +7,7 @@ Both places hold the same files (hybridflow/snapshots). When to save is left out
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -210,6 +211,19 @@ class Saving:
             )
         except OSError as error:  # a full or broken disk
             self._failed(flight, str(error), wait=wait)
+
+    def write_newest(self) -> None:
+        """Copies the newest snapshot to disk from this process, for a controller that has to leave
+        at once. The files of all ranks must be on this node. Nothing where the disk has that
+        commit or a newer one."""
+        staged = next(iter(self.memory.commits()), None) if self.memory is not None else None
+        newest = self.store.newest_sequence()
+        if staged is None or staged.step == 0 or newest >= staged.number:
+            return
+        directory = self.store.begin(staged.step)
+        for name in self.trained:
+            shutil.copytree(staged.path / name, directory / name)
+        self.store.commit(staged.step, staged.state, sequence=staged.number)
 
     def _ends(self, role: TrainedRole, *, wait: bool) -> list[Flushed]:
         """How the copies of all ranks ended; empty while one is under way."""

@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from hybridflow.supervisor import (
     end_descendants,
     read_state,
 )
-from hybridflow.waiting import CALLS
+from hybridflow.waiting import CALLS, nothing
 
 PR_SET_PDEATHSIG = 1
 BEAT_S = 0.5
@@ -45,18 +46,25 @@ class Supervision:
         self.directory: Path | None = None
         self._state: dict[str, Any] = {}
         self._beaten = 0.0
+        self.on_leave: Callable[[], None] = nothing
+        """Called before a SIGTERM ends the controller; it has seconds."""
 
     def join(self, directory: Path) -> None:
         """Makes this process the supervised controller."""
         self.directory = directory
         self._state = read_state(directory)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        signal.signal(signal.SIGTERM, leave_at_once)
+        self.handle_signals()
         # Where the supervisor is killed, the controller does not outlive it.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         file = (directory / STACKS).open("a")
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         CALLS.beat = self.beat
+
+    def handle_signals(self) -> None:
+        """Ray's start puts a handler of its own in place; this puts ours back."""
+        if self.directory is not None:
+            signal.signal(signal.SIGTERM, leave_at_once)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -123,8 +131,13 @@ def supervise(output_dir: str, *, max_restarts: int, stale_s: float) -> None:
 
 
 def leave_at_once(signum: int, frame: object) -> None:
-    """SIGTERM: a notice that this machine or job ends. What is committed is all that counts, so no
-    step is waited for; the processes of an embedded cluster end with the controller."""
+    """SIGTERM: a notice that this machine or job ends. No step is waited for: the newest snapshot
+    in memory is written to disk. The processes of an embedded cluster end with the controller."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     SUPERVISION.mark_final()
+    try:
+        SUPERVISION.on_leave()
+    except Exception as error:  # the process ends here
+        print(f"the last snapshot could not be written to disk: {error}", file=sys.stderr)
     end_descendants()
     os._exit(Exit.preempted)

@@ -129,6 +129,7 @@ class Session:
         self._resources.enter_context(shown(live=config.metrics.console))
         with activity("start"):
             cluster = self._resources.enter_context(connect_cluster(placement))
+            SUPERVISION.handle_signals()
             loop_config = goes_on(config.loop)
             if trains:
                 num_steps = config.loop.length(
@@ -187,6 +188,8 @@ class Session:
             self._loop.saving.begins_after = earlier.get("begins_after", 0)
             self._loop.resume()
             SUPERVISION.note(begins_after=self._loop.saving.begins_after)
+            if cluster is None or len(cluster.nodes) == 1:
+                SUPERVISION.on_leave = self._loop.saving.write_newest
             assert attempt is not None, "a run that trains has an attempt"
             self._recovery = Recovery(
                 self.pools,

@@ -31,6 +31,7 @@ from hybridflow.burial import TOKEN
 STEPS_PER_KILL = 2
 RECOVERY_S = 240.0
 STEP_S = 240.0
+RUN_S = 900.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--engine", default="hf", help="generation engine: hf or vllm")
     parser.add_argument("--directory", type=Path, help="where the runs are left to be looked at")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the run under way ends with it
     directory = arguments.directory or Path(tempfile.mkdtemp(prefix="chaos-"))
     result = disturb(directory, arguments)
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -82,7 +84,7 @@ def disturb(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     before = processes()
     undisturbed = RunFiles(directory=directory / "undisturbed")
     process = start_run(undisturbed.directory, model, data, num_steps, arguments.engine)
-    if process.wait():
+    if disturb_one(undisturbed, process, [], undisturbed)[1]:
         raise RuntimeError(f"the undisturbed run failed: {undisturbed.directory / 'log.txt'}")
     generator = random.Random(arguments.seed)
     kills = [draw(generator, number) for number in range(arguments.kills)]
@@ -125,7 +127,7 @@ def disturb_one(
             rows.append(one_kill(run, process, kill, median_s))
             if not rows[-1].recovered:
                 break
-        status = process.wait(STEP_S)
+        status = process.wait(RUN_S)
     except subprocess.TimeoutExpired:
         status = -1
     finally:
