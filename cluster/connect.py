@@ -60,6 +60,11 @@ class Mode(StrEnum):
 
 @dataclass(kw_only=True)
 class ClusterConfig:
+    """How the run gets to Ray: start it here, or connect to a cluster.
+
+    ClusterConfig(address="10.0.0.1:6379")
+    """
+
     address: str = ""
     """host:port of a running cluster, "auto" for the one on this machine, "local" to start one
     in any case; empty: RAY_ADDRESS, or embedded where that is not set."""

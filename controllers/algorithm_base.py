@@ -69,11 +69,18 @@ class Algorithm(Protocol):
         """Every role and stream of its entry by name; roles as handles, fakes, or stand-ins
         that record."""
 
-    def step(self, prompts: Batch) -> Metrics: ...
+    def step(self, prompts: Batch) -> Metrics:
+        """One step on data.batch_size rows: calls the roles, updates what is trained, and returns
+        the metrics by name, each a number of this step."""
+        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The state that a checkpoint must hold of the algorithm's own numbers: plain values for JSON."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what state_dict returned, on an algorithm with the same settings."""
+        ...
 
 
 def check_fractions(**values: float) -> None:
@@ -87,10 +94,11 @@ class Stateless:
     """Base of an algorithm that has no numbers of its own to keep over a restart."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Empty: there is nothing to store."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
+        """Nothing to put back."""
 
 
 def response_lengths(batch: Batch) -> Tensor:

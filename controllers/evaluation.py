@@ -16,6 +16,8 @@ from workers.roles import Generator, Reward
 
 @dataclass(kw_only=True)
 class GenerateConfig(AlgorithmConfig):
+    """Writes a model's responses to a data set's prompts, without scoring them or training it."""
+
     name: str = "generate"
     log_probs: bool = False
     """Also store the log-probs of the response's tokens."""
@@ -23,6 +25,9 @@ class GenerateConfig(AlgorithmConfig):
 
 @dataclass(kw_only=True)
 class EvaluateConfig(AlgorithmConfig):
+    """Evaluates a model without training it: responses to a data set's prompts, scored, and pass@k
+    of several responses to each."""
+
     name: str = "evaluate"
     success_reward: float = 1.0
     """An answer with at least this reward has passed."""

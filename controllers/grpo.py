@@ -23,6 +23,9 @@ from workers.roles import Actor, Reference, Reward
 
 @dataclass(kw_only=True)
 class GRPOConfig(AlgorithmConfig):
+    """GRPO (Shao et al. 2024, DeepSeekMath): rewards normalised inside the group of samples of one
+    prompt stand in for the critic."""
+
     name: str = "grpo"
     samples_per_prompt: int = 8
     scale_by_std: bool = True

@@ -48,7 +48,11 @@ class CovConfig(GRPOConfig, ABC):
 
 @dataclass(kw_only=True)
 class ClipCovConfig(CovConfig):
-    """Some tokens with a covariance between low and high, drawn at random, get no gradient."""
+    """Clip-Cov (Cui et al. 2025, "The entropy mechanism of reinforcement learning"): GRPO in which
+    some tokens whose log-prob and advantage go together, drawn at random, get no gradient.
+
+    They are drawn from those with a covariance between low and high.
+    """
 
     name: str = "clip_cov"
     low: float = 1.0
@@ -70,8 +74,11 @@ class ClipCovConfig(CovConfig):
 
 @dataclass(kw_only=True)
 class KLCovConfig(CovConfig):
-    """The tokens with the largest covariance are held back by a KL
-    (actor.loss.kl_cov_coefficient)."""
+    """KL-Cov (Cui et al. 2025, "The entropy mechanism of reinforcement learning"): GRPO in which a
+    KL holds back the tokens whose log-prob and advantage go together most.
+
+    Its strength is actor.loss.kl_cov_coefficient.
+    """
 
     name: str = "kl_cov"
     losses: ClassVar[tuple[str, ...]] = ("kl_cov",)

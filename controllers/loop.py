@@ -260,6 +260,8 @@ class Loop:
             raise
 
     def validate(self) -> dict[str, float]:
+        """Runs validation now and returns its numbers by name, which the tracker logs under split
+        validation; {} where the run has no validation data."""
         if self.validation is None:
             return {}
         started, clock = time.perf_counter(), time.time()

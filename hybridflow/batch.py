@@ -88,10 +88,12 @@ class Batch(Mapping[str, Value]):
 
     @property
     def num_rows(self) -> int:
+        """The number of rows, which all columns share; len(batch) is the same."""
         return self._num_rows
 
     @property
     def columns(self) -> tuple[str, ...]:
+        """The names of the columns, in the order in which they were added; nothing is fetched."""
         return tuple(self._entries)
 
     def __len__(self) -> int:
@@ -122,16 +124,28 @@ class Batch(Mapping[str, Value]):
         return self.blocks((name,))[0]
 
     def ragged(self, name: str) -> Ragged:
+        """Fetches a ragged column: flat values [sum(lengths), ...] and lengths int64 [rows].
+
+        A ValueError if the batch has no such column, an AssertionError if it is not ragged.
+        """
         value = self[name]
         assert isinstance(value, Ragged), f"column {name} is not ragged"
         return value
 
     def tensor(self, name: str) -> Tensor:
+        """Fetches a dense column, [rows, ...] of the dtype that it is declared with.
+
+        A ValueError if the batch has no such column, an AssertionError if it is not dense.
+        """
         value = self[name]
         assert isinstance(value, Tensor), f"column {name} is not dense"
         return value
 
     def objects(self, name: str) -> list[Any]:
+        """Fetches a column of Python values, one for each row.
+
+        A ValueError if the batch has no such column, an AssertionError if it holds tensors.
+        """
         value = self[name]
         assert isinstance(value, list), f"column {name} does not hold Python values"
         return value
@@ -180,9 +194,13 @@ class Batch(Mapping[str, Value]):
         return [name for name in names if name not in self._entries]
 
     def select(self, *names: str) -> Batch:
+        """The same rows with these columns only; a ValueError names one that is missing. Nothing is
+        fetched."""
         return Batch({name: self._entry(name) for name in names}, self._num_rows)
 
     def drop(self, *names: str) -> Batch:
+        """The same rows without these columns; names that it does not have are ignored. Nothing is
+        fetched."""
         return Batch(
             {name: entry for name, entry in self._entries.items() if name not in names},
             self._num_rows,

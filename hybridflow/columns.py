@@ -91,6 +91,8 @@ class Ragged:
 
     @classmethod
     def of(cls, rows: Sequence[Any], dtype: torch.dtype | None = None) -> Ragged:
+        """From a sequence, array or tensor for each row; without rows the values are int64 unless
+        `dtype` says otherwise."""
         tensors = [torch.as_tensor(row, dtype=dtype) for row in rows]
         values = torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype or torch.int64)
         return cls(values, torch.tensor([len(row) for row in tensors], dtype=torch.int64))
@@ -103,6 +105,7 @@ class Ragged:
         return self.values[start : start + int(self.lengths[row])]
 
     def unbind(self) -> list[Tensor]:
+        """A view for each row, [lengths[row], ...]."""
         return list(self.values.split(self.lengths.tolist()))
 
 

@@ -49,10 +49,12 @@ class Layout:
 
     @property
     def size(self) -> int:
+        """The number of ranks: the product of the axes' sizes."""
         return prod(size for _, size in self.axes)
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the axes, outermost first."""
         return tuple(name for name, _ in self.axes)
 
     def axis_size(self, axis: str) -> int:

@@ -86,10 +86,12 @@ class ResourcePool(ABC):
 
     @property
     def name(self) -> str:
+        """The pool's name, as placements and errors call it."""
         return self.spec.name
 
     @property
     def size(self) -> int:
+        """The number of devices, each with a host process of its own."""
         return self.spec.num_devices
 
     @abstractmethod
@@ -117,7 +119,8 @@ class ResourcePool(ABC):
         """The batch as it may be sent to the hosts."""
 
     @abstractmethod
-    def node(self, rank: int) -> str | None: ...
+    def node(self, rank: int) -> str | None:
+        """The Ray node on which a rank's host runs; None where that is this process."""
 
     @abstractmethod
     def pids(self) -> list[int]:
@@ -480,6 +483,7 @@ class RayPool(ResourcePool):
         return [host.pid for host in self.hosts]
 
     def describe_host(self, rank: int) -> str:
+        """Process and node of a rank's host, for errors."""
         if rank >= len(self.hosts):
             return f"starting on node {self._nodes[rank]}"
         return f"pid {self.hosts[rank].pid} on {self.hosts[rank].address}"

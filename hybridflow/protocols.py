@@ -32,9 +32,12 @@ class Arguments:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def batches(self) -> list[Batch]:
+        """The batches among the arguments, positional ones first."""
         return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Batch)]
 
     def map_batches(self, change: Callable[[Batch], Batch]) -> Arguments:
+        """The same arguments with `change` applied to every batch; other values stay."""
+
         def convert(value: Any) -> Any:
             return change(value) if isinstance(value, Batch) else value
 

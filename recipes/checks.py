@@ -22,6 +22,7 @@ from hybridflow.dataflow import CallKind, Dataflow
 from hybridflow.layout import AXES, Layout
 from hybridflow.registry import Registry
 from recipes.config import NO_MODEL, RunConfig
+from recipes.engine_facts import ask_engine
 from workers.config import LearningRateSchedule, ModelConfig, TrainConfig
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head
@@ -251,7 +252,7 @@ def check_generation(role: str, config: GenerationConfig) -> None:
         if value < 1:
             raise ValueError(f"{role}.generation.{name} is {value}; use at least 1")
     try:
-        engine.check(config)
+        ask_engine(config.engine, "check", engine.check, config)
     except ValueError as error:
         raise ValueError(f"{role}.{error}") from None
     try:
@@ -307,7 +308,8 @@ def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> 
 def _check_train_layout(
     model: ModelConfig, train: TrainConfig, head: Head, num_devices: int
 ) -> None:
-    engine_class(train.engine).check(model_config(model, head), train, head, num_devices)
+    check = engine_class(train.engine).check
+    ask_engine(train.engine, "check", check, model_config(model, head), train, head, num_devices)
     if train.packing:
         check_packing(model, head)
 
@@ -315,8 +317,8 @@ def _check_train_layout(
 def _check_generation_sizes(role: str, model: ModelConfig, config: GenerationConfig) -> None:
     engine, published = generation_engine_class(config.engine), model_config(model, Head.lm)
     if role == "actor":
-        engine.check_sync(published)
-    engine.check_model(published, config)
+        ask_engine(config.engine, "check_sync", engine.check_sync, published)
+    ask_engine(config.engine, "check_model", engine.check_model, published, config)
     (limit, source), needed = most_tokens(model, config, role), config.sampling.max_response_tokens
     if needed >= limit:
         raise ValueError(

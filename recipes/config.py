@@ -205,6 +205,7 @@ class RunConfig:
                 f"{self.threads_per_device}; use 0 or more"
             )
         resolve_references(self, self)
+        check_seeds(self)
         expand_paths(self, ["output_dir"], PATHS)
 
 
@@ -215,6 +216,7 @@ PATHS: PathFields = {
     ClusterConfig: ("working_dir",),
     MapperConfig: ("cluster", "calibration", "mapping"),
 }
+LARGEST_SEED = 2**63 - 1
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -229,6 +231,17 @@ def resolve_references(node: Any, root: RunConfig) -> None:
             for name in reference[1].split("."):
                 setting = vars(setting)[name]
             vars(node)[field_.name] = setting
+
+
+def check_seeds(node: Any, prefix: str = "") -> None:
+    """A ValueError for a setting called seed, of the run or of a part, that libraries can't take:
+    they store it in 63 bits."""
+    for field_ in fields(node):
+        value = vars(node)[field_.name]
+        if is_dataclass(value):
+            check_seeds(value, f"{prefix}{field_.name}.")
+        elif field_.name == "seed" and not 0 <= value <= LARGEST_SEED:
+            raise ValueError(f"{prefix}seed is {value}; choose 0 to {LARGEST_SEED} (2**63 - 1)")
 
 
 def register() -> None:

@@ -26,11 +26,11 @@ from hybridflow.mapping.search.setting import GENERATION, Setting
 from hybridflow.mapping.simulate.footprint import kv_bytes_per_token
 from recipes.checks import RoleConfig
 from recipes.config import Device, PlacementMode, PoolConfig, RunConfig
+from recipes.engine_facts import limited_space, zero_stage_of
 from recipes.mapping_cluster import cluster_of, node_resources
 from recipes.mapping_question import Question, precision_space, to_setting
 from recipes.roles import role_kind, role_names
 from workers.config import Precision, TrainConfig
-from workers.engines import engine_class
 from workers.engines.base import Head
 from workers.engines.model.loading import model_config, standard_sizes
 from workers.engines.model.log_probs import CHUNK_ELEMENTS
@@ -133,7 +133,7 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
             logits_at_once=float(CHUNK_ELEMENTS),
             repacked_generation=repacks,
         )
-    return engine_class(actor.train.engine).limit(space)
+    return limited_space(actor.train.engine, space)
 
 
 def _tensor_sizes(inputs: MapperInputs) -> tuple[int, ...]:
@@ -244,7 +244,7 @@ def _configured_role(
 def train_layout(train: TrainConfig, num_devices: int, *, trained: bool) -> ModelLayout:
     """The layout that the engine settings give on `num_devices`; recipes/checks.py says whether
     it fits."""
-    zero = engine_class(train.engine).zero_stage(train)
+    zero = zero_stage_of(train)
     if not trained and zero < 3:
         zero = 0
     return ModelLayout(

@@ -9,7 +9,6 @@ Reads model configurations; starts nothing.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +27,6 @@ from recipes.config import Device, PlacementMode, RunConfig, Runtime
 from recipes.roles import GENERATION, Role, role_kind, role_names
 from workers.generation import generation_engine_class
 from workers.split_actor import SplitTrainingWorker
-
-LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +71,6 @@ def place(config: RunConfig) -> Placement:
     for name in (*names, *([GENERATION] if GENERATION in pool_of else [])):
         kind = role_kind(name)
         if not kind.needed(config):
-            LOGGER.info("no %s model: no coefficient asks for it", name)
             continue
         settings = kind.settings(config)
         worker = (

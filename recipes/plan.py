@@ -189,9 +189,9 @@ def search_space(config: PlanConfig) -> SearchSpace:
     )
     if not config.engine:
         return space
-    from workers.engines import engine_class  # loads torch, which --help need not wait for
+    from recipes.engine_facts import limited_space  # loads torch, which --help need not wait for
 
-    return engine_class(config.engine).limit(space)
+    return limited_space(config.engine, space)
 
 
 def plan(config: PlanConfig, json_target: str | None = None) -> DeviceMapping:

@@ -34,7 +34,7 @@ from recipes.forecast import forecast, verdict
 from recipes.generation_lengths import with_generation_lengths
 from recipes.mapping_settings import MapperInputs, apply_mapping
 from recipes.placing import Placement, check_models, place, placeholder_roles, placement_report
-from recipes.roles import GENERATION
+from recipes.roles import GENERATION, role_kind
 from recipes.same_run import check_same_run
 from recipes.schedules import with_schedules
 from recipes.text_settings import log_left_out, smallest_vocabulary, with_text
@@ -100,6 +100,9 @@ def prepare(config: RunConfig) -> Preparation:
     precisions = automatic(config)
     config = with_native_precision(config, config.device.value)
     placement = place(config)
+    for name in placement.role_names:
+        if not role_kind(name).needed(config):
+            LOGGER.info("no %s model: no coefficient asks for it", name)
     check_output(config.output_dir)
     check_resume(config.loop.resume)
     if config.algorithm.name not in QUESTIONS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from textwrap import fill
 
-from controllers import AlgorithmEntry, algorithm_entry
+from controllers import ENTRIES, AlgorithmEntry, algorithm_entry
 from recipes.composing import RecipeFile, compose, missing_settings, packaged_recipes
 from recipes.roles import SCORERS
 
@@ -47,9 +47,13 @@ def usage(recipe: RecipeFile) -> str:
 
 
 def summary(entry: AlgorithmEntry) -> str:
-    """The first paragraph of the algorithm's module."""
-    text = import_module(entry.module).__doc__ or entry.algorithm
-    return " ".join(text.partition("\n\n")[0].split())
+    """The first paragraph of the algorithm's module, or of its config class where several recipes
+    share the module."""
+    sharing = [known for known in ENTRIES.values() if known.module == entry.module]
+    text = import_module(entry.module).__doc__
+    if len(sharing) > 1:
+        text = entry.load_config().__doc__
+    return " ".join((text or entry.algorithm).partition("\n\n")[0].split())
 
 
 def recipe_list() -> str:

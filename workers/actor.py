@@ -35,6 +35,12 @@ from workers.weight_sync import WeightSync
 
 
 class ActorWorker(ActorTrainingWorker, Actor):
+    """The policy that generates responses and is trained on them, both in one pool: the weights go
+    to the generation engine before the first generation after an update.
+
+    actor = spawn(ActorWorker, pool, ActorConfig(model=...), role="actor")
+    """
+
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         config = with_native_precision(config, context.device)
         self.memory_metrics: dict[str, float] = {}

@@ -79,6 +79,7 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
         return {**super().counters(), "num_skipped": self.num_skipped}
 
     def load_counters(self, counters: dict[str, int]) -> None:
+        """Puts back what counters() returned."""
         super().load_counters(counters)
         self.num_skipped = counters["num_skipped"]
 

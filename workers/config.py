@@ -12,6 +12,8 @@ from typing import Any
 
 
 class Precision(StrEnum):
+    """The floating-point format of weights and activations."""
+
     auto = "auto"
     """bf16 where the run's devices compute it natively (CUDA from compute capability 8.0 on, CPUs
     with AVX512-BF16 or AMX), fp32 elsewhere; the run says which."""
@@ -38,6 +40,11 @@ class LearningRateSchedule(StrEnum):
 
 @dataclass(kw_only=True)
 class ModelConfig:
+    """A model on disk or on the Hugging Face hub, and the tokenizer and template that go with it.
+
+    ModelConfig(path="Qwen/Qwen2.5-0.5B-Instruct")
+    """
+
     path: str = "???"
     """Hugging Face hub name or local directory of the model."""
     tokenizer: str | None = None
@@ -84,6 +91,12 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
+    """A role's training engine: layout, precision, micro-batches and optimizer, for forward passes
+    alone too.
+
+    TrainConfig(engine="threed", pp=2, tp=2)
+    """
+
     engine: str = "fsdp"
     """fsdp, threed or deepspeed, or an engine of another package: a name that it declares, or
     package.module:Name."""

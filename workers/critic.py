@@ -14,6 +14,11 @@ from workers.trained_worker import TrainedWorker
 
 
 class CriticWorker(TrainedWorker, Critic):
+    """The value model: a value for every response token, trained towards the returns.
+
+    critic = spawn(CriticWorker, pool, CriticConfig(model=...), role="critic")
+    """
+
     config: CriticConfig
     prefix = "critic"
 

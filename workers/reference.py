@@ -11,6 +11,11 @@ from workers.roles import Reference
 
 
 class ReferenceWorker(ModelWorker, Reference):
+    """The frozen policy: log-probs of response tokens, [tokens] for each row, for the KL.
+
+    reference = spawn(ReferenceWorker, pool, ReferenceConfig(model=...), role="reference")
+    """
+
     config: ReferenceConfig
 
     def __init__(self, config: ReferenceConfig, context: RankContext) -> None:

@@ -133,6 +133,7 @@ class ModelScorer(ModelWorker):
         return {"train": training_layout(config.train, world_size, cls.role)}
 
     def score(self, batch: Batch) -> tuple[Tensor, list[dict[str, float]]]:
+        """(float32 [rows], an empty dict for each row)."""
         self.to_training()
         outputs = self.engine.forward(self.to_score(sequences_of(batch)))
         if outputs is None or outputs.scores is None:
@@ -141,12 +142,20 @@ class ModelScorer(ModelWorker):
 
 
 class FunctionRewardWorker(FunctionScorer, Reward):
+    """The reward of a Python function, one number a response: RewardConfig(function=...).
+
+    A call that raises, runs out of time or returns no finite number stops the run and names the row.
+    """
+
     def compute_reward(self, batch: Batch) -> Batch:
         rewards, metrics = self.score(batch)
         return Batch.of(rewards=rewards, reward_metrics=metrics)
 
 
 class ModelRewardWorker(ModelScorer, Reward):
+    """The reward of a sequence-classification model with one label, one number a response:
+    RewardConfig(model=...)."""
+
     def compute_reward(self, batch: Batch) -> Batch:
         rewards, metrics = self.score(batch)
         return Batch.of(rewards=rewards, reward_metrics=metrics)

@@ -22,8 +22,9 @@ from hybridflow.seeds import spread_seed
 from workers.config import Precision
 from workers.consistency import is_exact
 from workers.generation import generation_engine_class
+from workers.generation.checked import check_generations
 from workers.generation.config import SamplingConfig
-from workers.generation.sampling import load_model_config, with_special_stops
+from workers.generation.sampling import load_model_config, most_tokens, with_special_stops
 from workers.generation.weight_destination import WeightDestination
 from workers.role_config import ActorConfig
 from workers.tokenizer import load_tokenizer
@@ -47,6 +48,7 @@ class Sampler:
         Collective over the pool."""
         self.config, self.context = config, context
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._vocab_size = int(load_model_config(config.model).vocab_size)
         engine = generation_engine_class(config.generation.engine)
         self.engine = engine(
             model=config.model,
@@ -75,6 +77,10 @@ class Sampler:
             sample_seeds(self.config.seed, prompts),
             sampling if do_sample else replace(sampling, greedy=True),
             limits,
+        )
+        most = np.array(most_tokens(len(prompts), sampling, limits), dtype=np.int64)
+        check_generations(
+            generated, len(prompts), self._vocab_size, self.config.generation.engine, most
         )
         lengths = torch.from_numpy(generated.lengths)
         return Batch.of(

@@ -93,6 +93,7 @@ class TrainedWorker(ModelWorker, TrainedRole):
         return {"num_updates": self.num_updates}
 
     def load_counters(self, counters: dict[str, int]) -> None:
+        """Puts back what counters() returned."""
         self.num_updates = counters["num_updates"]
 
     def save_checkpoint(self, directory: str) -> None:

@@ -30,8 +30,11 @@ class Overlong(StrEnum):
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """DataConfig(train="data/train.parquet", validation=["openai/gsm8k:main:test"],
-    prompt_column="question", batch_size=128)"""
+    """The data of a run: files or hub names, how a row becomes tokens, and in which order.
+
+    DataConfig(train="data/train.parquet", validation=["openai/gsm8k:main:test"],
+    prompt_column="question", batch_size=128)
+    """
 
     train: Any = "???"
     """A file, directory, glob or hub name, or a list of them, each also as {path: ..., weight:

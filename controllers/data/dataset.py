@@ -103,6 +103,7 @@ class PromptDataset(RowDataset):
 
     @property
     def longest_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt."""
         return int(self.lengths.max())
 
     @property

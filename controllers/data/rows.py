@@ -140,6 +140,7 @@ class RowDataset(ABC):
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the first parts of all rows together."""
         return int(self._token_ends[-1])
 
     @property

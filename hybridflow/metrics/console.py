@@ -123,6 +123,8 @@ class ConsoleSink(Sink):
         self._stop_display()
         table = Table(title="summary", show_header=False, title_style="bold")
         for name, value in _flat(values):
+            if value is None:  # a run without validation has no reward before and after
+                continue
             table.add_row(name, compact(value) if isinstance(value, float) else str(value))
         self._console.print(table)
 

@@ -28,7 +28,9 @@ from recipes.quickstart.settings import SETTINGS, devices
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m recipes.quickstart",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", choices=sorted(SETTINGS), default="ppo")
     parser.add_argument(

@@ -210,22 +210,24 @@ def test_longrope_rows_on_both_sides_of_its_change_are_refused_for_vllm() -> Non
 
 
 def test_families_that_vllm_cannot_run_or_take_weights_for_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'vllm', which has no model of mpt .*engine=hf"):
+    with pytest.raises(ValueError, match=r"'vllm', which has no model of mpt .*engine to hf"):
         VllmEngine.check_model(config_of("MPT"), GenerationConfig())
-    with pytest.raises(ValueError, match=r"whose bloom can't be built .*engine=hf"):
+    with pytest.raises(ValueError, match=r"whose bloom can't be built .*engine to hf"):
         VllmEngine.check_sync(config_of("Bloom"))
     VllmEngine.check_model(config_of("Bloom"), GenerationConfig())
 
 
 def test_layers_with_a_state_are_refused_for_engine_hf() -> None:
     """Mamba read the padding before shorter prompts: log-probs were off by 9.7."""
-    with pytest.raises(ValueError, match=r"'hf', which pads .* mamba carry a state .*engine=vllm"):
+    with pytest.raises(
+        ValueError, match=r"'hf', which pads .* mamba carry a state .* another: vllm"
+    ):
         HfEngine.check_model(config_of("Mamba"), GenerationConfig())
     HfEngine.check_model(config_of("Phi-3"), GenerationConfig())
 
 
 def test_windows_in_some_layers_of_qwen_2_are_refused_for_vllm() -> None:
-    with pytest.raises(ValueError, match=r"qwen2 has no windows in only some .*engine=hf"):
+    with pytest.raises(ValueError, match=r"qwen2 has no windows in only some .*engine to hf"):
         check_fits(config_of("Qwen 2, windows"), GenerationConfig())
 
 

@@ -4,6 +4,7 @@ theirs."""
 
 from __future__ import annotations
 
+from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.registry import Registry
 from workers.engines.base import TrainingEngine
 
@@ -22,3 +23,17 @@ def engine_class(name: str, field: str = "engine") -> type[TrainingEngine]:
     known."""
     engine: type[TrainingEngine] = ENGINES.load_class(name, field, TrainingEngine)
     return engine
+
+
+def pipeline_engines(*, with_pipeline: bool) -> str:
+    """The known engines that have (or lack) pipeline stages, for the advice of an error; one that
+    can't be loaded here is no advice."""
+    names = []
+    for name in ENGINES:
+        try:
+            space = engine_class(name).limit(SearchSpace())
+        except ValueError:
+            continue
+        if (space.max_pipeline > 1) == with_pipeline:
+            names.append(name)
+    return ", ".join(names)

@@ -16,6 +16,11 @@ ENGINES = Registry(
 )
 
 
+def other_engines(name: str) -> str:
+    """The known engines besides `name`, for the advice of an error."""
+    return " or ".join(known for known in ENGINES if known != name)
+
+
 def generation_engine_class(name: str, field: str = "generation.engine") -> type[GenerationEngine]:
     """The engine's class; `field` is the setting, for the ValueError of a name that is not
     known."""

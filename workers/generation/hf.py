@@ -28,6 +28,7 @@ from hybridflow.layout import Layout
 from workers.config import ModelConfig, Precision
 from workers.engines.base import Head
 from workers.engines.model.loading import position_limit
+from workers.generation import other_engines
 from workers.generation.base import GenerationEngine, Generations
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.generation.draws import sample_tokens
@@ -55,7 +56,7 @@ class HfEngine(GenerationEngine):
         if config.tp * config.pp != 1:
             raise ValueError(
                 f"generation: tp={config.tp} pp={config.pp}, but engine hf has no parallelism; "
-                "use 1 and 1, or engine=vllm"
+                f"use 1 and 1, or another engine: {other_engines('hf')}"
             )
 
     @classmethod
@@ -65,8 +66,8 @@ class HfEngine(GenerationEngine):
         if kind in MODEL_FOR_CAUSAL_LM_MAPPING and MODEL_FOR_CAUSAL_LM_MAPPING[kind]._is_stateful:
             raise ValueError(
                 f"generation.engine is 'hf', which pads prompts on the left, and the layers of "
-                f"{model.model_type} carry a state that would read the padding; use "
-                "generation.engine=vllm"
+                f"{model.model_type} carry a state that would read the padding; set "
+                f"generation.engine to another: {other_engines('hf')}"
             )
 
     def __init__(

@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.resharding.shards import Box, LocalParameter, LocalShard, all_parameters
 from workers.config import TrainConfig
+from workers.engines import pipeline_engines
 from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.deepspeed.partitions import Partitions, partitions, shard_range
 from workers.engines.deepspeed.setup import ZeroModel
@@ -60,7 +61,8 @@ class DeepspeedEngine(ShardedEngine):
             if size != 1:
                 raise ValueError(
                     f"train.{axis} is {size}, but engine deepspeed is data parallel only; set "
-                    f"{axis}=1 or engine=threed"
+                    f"{axis}=1, or engine to one with pipeline stages: "
+                    f"{pipeline_engines(with_pipeline=True)}"
                 )
         if config.zero_stage not in STAGES:
             raise ValueError(

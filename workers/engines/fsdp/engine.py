@@ -24,6 +24,7 @@ from transformers import PretrainedConfig
 from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.resharding.shards import LocalParameter
 from workers.config import TrainConfig
+from workers.engines import pipeline_engines
 from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.fsdp.sharding import (
     ONE_GROUP_BYTES,
@@ -68,8 +69,8 @@ class FsdpEngine(ShardedEngine):
     ) -> None:
         if config.pp != 1:
             raise ValueError(
-                f"train.pp is {config.pp}, but engine fsdp has no pipeline; set pp=1 or "
-                "engine=threed"
+                f"train.pp is {config.pp}, but engine fsdp has no pipeline; set pp=1, or engine to "
+                f"one with pipeline stages: {pipeline_engines(with_pipeline=True)}"
             )
         if config.tp > 1:
             check_fits(model, config.tp)

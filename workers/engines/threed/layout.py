@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from hybridflow.layout import AXES
 from workers.config import TrainConfig
+from workers.engines import pipeline_engines
 from workers.engines.model.split_plan import check_fits, fitting_sizes
 
 SCHEDULES = ("1f1b", "interleaved_1f1b")
@@ -35,7 +36,7 @@ def check_layout(model: PretrainedConfig, train: TrainConfig, world_size: int) -
     if not model.base_model_pp_plan:
         raise ValueError(
             f"train.engine is threed, but transformers has no pipeline plan for {model.model_type};"
-            " use engine=fsdp"
+            f" set engine to one without pipeline stages: {pipeline_engines(with_pipeline=False)}"
         )
     try:
         check_fits(model, train.tp)

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from workers.engines.model.loading import standard_sizes
+from workers.generation import other_engines
 from workers.generation.cache import num_kv_heads
 from workers.generation.config import GenerationConfig
 
@@ -45,7 +46,7 @@ def check_known(model: PretrainedConfig) -> None:
     if language_model.__name__ not in ModelRegistry.get_supported_archs():
         raise ValueError(
             f"generation.engine is 'vllm', which has no model of {model.model_type} and can't use "
-            "transformers' (its attention is its own); set generation.engine=hf"
+            f"transformers' (its attention is its own); set generation.engine to {other_engines('vllm')}"
         )
 
 
@@ -54,7 +55,7 @@ def check_meta(model: PretrainedConfig) -> None:
     if why := UNSYNCED.get(model.model_type):
         raise ValueError(
             f"generation.engine is 'vllm', whose {model.model_type} {why}, so that a trainer's "
-            "weights can't be sent to it; set generation.engine=hf"
+            f"weights can't be sent to it; set generation.engine to {other_engines('vllm')}"
         )
 
 
@@ -80,7 +81,7 @@ def check_fits(model: PretrainedConfig, config: GenerationConfig) -> None:
         raise ValueError(
             "generation.engine is 'vllm', whose qwen2 has no windows in only some of its layers "
             f"(max_window_layers={sizes['max_window_layers']} in the model's config.json); set "
-            "generation.engine=hf, or use_sliding_window=false in that file"
+            f"generation.engine to {other_engines('vllm')}, or use_sliding_window=false in that file"
         )
     check_long_rope(sizes, config.max_model_len)
 
@@ -97,7 +98,7 @@ def check_long_rope(sizes: Mapping[str, Any], max_model_len: int) -> None:
             f"generation.max_model_len is {max_model_len}, and the model's longrope changes at "
             f"{first} tokens: vLLM would give all rows the table of the longer ones; set "
             f"generation.max_model_len={first} or lower (with data.max_prompt_tokens and "
-            "max_response_tokens to match), or generation.engine=hf"
+            f"max_response_tokens to match), or generation.engine to {other_engines('vllm')}"
         )
 
 
