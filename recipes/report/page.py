@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import median
 from typing import Any
@@ -37,6 +37,8 @@ HEADLINES = (
 PHASE = "seconds/"
 NO_PHASES = ("seconds/step", "seconds/validation")
 STEPS_IN_TIMELINE = 3
+FAILURE, RECOVERED, REPLAY_DIFFERS = "failure", "recovered", "replay_differs"
+"""Events of events.jsonl that the page shows."""
 SECRET = re.compile(r"^(\s*[\w.-]*(?:^|_|\b)(?:token|api_key|secret|password))\s*:\s*\S.*$", re.M)
 """Settings whose value is no one's business."""
 
@@ -47,6 +49,20 @@ class Chart:
     svg: Markup
     first: str
     last: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Incident:
+    """A failure, and the recovery from it where there was one."""
+
+    title: str
+    at: float
+    cause: str
+    then: str
+    evidence: str
+    recovery: str
+    phases: Sequence[tuple[str, float]]
+    """(phase, seconds) of the recovery."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +102,7 @@ def page(record: RunRecord) -> str:
         phases=phases(record),
         timeline=_timeline(record),
         samples=list(_samples(record)),
+        incidents=incidents(record),
         settings=SECRET.sub(r"\1: (hidden)", record.settings),
         lost_steps=len({(row["step"], row["split"]) for row in record.lost}),
     )
@@ -120,8 +137,9 @@ def tiles(record: RunRecord) -> Iterator[tuple[str, str]]:
     ratio = effective_time(record)
     if ratio is not None:
         yield "time that counts", f"{100 * ratio:.0f} %"
-    if record.events:
-        yield "failures", str(len(record.events))
+    failures = [event for event in record.events if event.get("event") == FAILURE]
+    if failures:
+        yield "failures", str(len(failures))
 
 
 def effective_time(record: RunRecord) -> float | None:
@@ -162,6 +180,49 @@ def phases(record: RunRecord) -> list[Phase]:
             )
         )
     return result
+
+
+def incidents(record: RunRecord) -> list[Incident]:
+    """The failures in order, each with the recovery that follows it before the next one."""
+    result: list[Incident] = []
+    for event in record.events:
+        kind = event.get("event")
+        if kind == FAILURE:
+            result.append(_failure(event))
+        elif kind == RECOVERED and result:
+            result[-1] = replace(
+                result[-1],
+                recovery=(
+                    f"recovered in {number(event['total_s'])} s: pools "
+                    f"{', '.join(event['pools'])} restarted, {event['lost_steps']} steps trained "
+                    f"again from step {event['step']} on"
+                ),
+                phases=[
+                    (name.removesuffix("_s"), event[name])
+                    for name in ("quiesce_s", "rebuild_s", "restore_s")
+                ],
+            )
+        elif kind == REPLAY_DIFFERS and result:
+            text = f"{result[-1].then}; step {event['step']} replayed to other weights"
+            result[-1] = replace(result[-1], then=text.lstrip("; "))
+    return result
+
+
+def _failure(event: Mapping[str, Any]) -> Incident:
+    who = str(event["role"])
+    if event["pool"]:
+        who += f" rank {event['rank']} of pool {event['pool']}"
+    if event["method"]:
+        who += f" in {event['method']}"
+    return Incident(
+        title=f"step {event['step']}: {who} {event['kind'].replace('_', ' ')}",
+        at=event["time_s"],
+        cause=shorten(str(event["cause"]), 400),
+        then=str(event.get("then") or event.get("gives_up") or ""),
+        evidence=str(event["evidence"]),
+        recovery="",
+        phases=[],
+    )
 
 
 def _charts(record: RunRecord, names: Sequence[str]) -> Iterator[Chart]:

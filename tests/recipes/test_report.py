@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from hybridflow.failures import EventLog
+from hybridflow.recovery.events import Failure, Kind
 from hybridflow.trace_file import TraceFile
 from hybridflow.waiting import CallRecord
 from recipes.report.__main__ import report
@@ -49,9 +52,22 @@ def run(tmp_path: Path) -> Path:
     sample = {"step": 3, "split": "validation", "prompt": "<b>2+3</b>", "uid": 1, "reward": 1.0}
     sample |= {"response": "</pre><script>alert(1)</script>", "finish_reason": "stop"}
     write_lines(tmp_path / "samples.jsonl", [sample])
-    failure = {"kind": "died", "pool": "main", "role": "actor", "rank": 1, "time_s": 106.0}
-    failure |= {"cause": "killed by signal 9", "stacks": {"0": "File actor.py, line 3"}}
-    write_lines(tmp_path / "events.jsonl", [failure])
+    events = EventLog(tmp_path, attempt=1)
+    events.write("started", step=0, pid=7, pids={"main": [8, 9]})
+    failure = Failure(
+        kind=Kind.died,
+        pool="main",
+        role="actor",
+        rank=1,
+        method="update_actor",
+        cause="killed by signal 9",
+        step=2,
+    )
+    events.write("failure", **asdict(failure), evidence="File actor.py, line 3", gives_up="")
+    seconds = {"total_s": 6.0, "quiesce_s": 0.5, "rebuild_s": 5.0, "restore_s": 0.5}
+    events.write("recovered", step=1, lost_steps=1, pools=["main"], pids={}, **seconds)
+    controller = replace(failure, pool="", role="controller", rank=None, method="", step=3)
+    events.write("failure", **asdict(controller), evidence="", then="it is started again")
     (tmp_path / "config.yaml").write_text("max_response_tokens: 7\nwandb_api_key: abc123\n")
     (tmp_path / "environment.json").write_text('{"torch": "2.13.0"}')
     (tmp_path / "summary.json").write_text('{"reward_before": 0.25, "reward_after": 0.75}')
@@ -89,7 +105,10 @@ def test_the_page_is_whole_and_by_itself(run: Path) -> None:
         assert not {"src", "href", "onclick"} & set(attributes), "nothing is fetched"
     assert not re.search(r"https?://|url\(|@import", text)
     assert "Finished after 3 steps. Mean reward of the validation: 0.25 before, 0.75 after." in text
+    assert "step 2: actor rank 1 of pool main in update_actor died" in text
     assert "killed by signal 9" in text and "File actor.py, line 3" in text
+    assert "recovered in 6 s: pools main restarted, 1 steps trained again from step 1 on" in text
+    assert "step 3: controller died" in text and "it is started again" in text
     assert "2.13.0" in text
     assert "abc123" not in text and "max_response_tokens: 7" in text, "secrets are hidden"
     assert "&lt;b&gt;2+3&lt;/b&gt;" in text
