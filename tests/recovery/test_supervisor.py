@@ -21,6 +21,8 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 from hybridflow.supervision import SUPERVISION, supervise
 
+# Where the tests run in the background, Ctrl-C is ignored, and so it would be here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 output, behaviour = Path(sys.argv[1]), sys.argv[2]
 supervise(str(output), max_restarts=2, stale_s=float(sys.argv[3]))
 life = SUPERVISION.state.get("life", 0) + 1

@@ -174,7 +174,7 @@ import torch.distributed as dist
 from hybridflow.context import RankContext
 from hybridflow.host import Host
 host = Host(RankContext(node="10.9.8.7", device="cpu"))
-host.join("10.9.8.7", 29511, 20.0)
+host.join("10.9.8.7", host.open_store("10.9.8.7", 20.0), 20.0)
 dist.all_reduce(__import__("torch").ones(1))
 for line in open("/proc/self/net/tcp"):
     fields = line.split()

@@ -112,6 +112,8 @@ def test_metrics_do_not_depend_on_the_cut(results: list[dict[str, Any]], update:
     assert whole[next(name for name in whole if name.endswith("/loss"))] != 0
     for other in (results[0][update], results[2][update]):
         for name, value in whole.items():
+            if "/memory/" in name:  # of the process, not of the update
+                continue
             assert other[name] == pytest.approx(value, rel=2e-5, abs=1e-6), name
 
 
@@ -131,7 +133,8 @@ def test_the_second_step_of_a_distillation_weighs_by_the_ratio(
             batch.ragged(name).unbind()[row] for name in ("prompt_ids", "response_ids")
         )
         logits = policy(torch.cat([asked, answered])[None]).logits[0, len(asked) - 1 : -1]
-        return torch.log_softmax(logits, -1).gather(1, answered[:, None]).squeeze(1)
+        scored = torch.log_softmax(logits, -1).gather(1, answered[:, None]).squeeze(1)
+        return scored[batch.ragged("loss_mask").unbind()[row]]
 
     with torch.no_grad():
         old = [log_probs(row) for row in range(len(batch))]

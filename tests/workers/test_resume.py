@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.context import RankContext
+from hybridflow.results import Metrics
 from tests.tiny import VOCAB, make_model
 from workers.actor_training import ActorTrainingWorker
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
@@ -80,11 +81,16 @@ def update(worker: TrainedWorker, number: int) -> dict[str, float]:
         mini_batch=torch.arange(2 * NUM_MINI_BATCHES) % NUM_MINI_BATCHES,
     )
     if isinstance(worker, CriticWorker):
-        return dict(worker.update_critic(batch))
+        return learned(worker.update_critic(batch))
     if isinstance(worker, ActorTrainingWorker):
-        return dict(worker.update_actor(batch))
+        return learned(worker.update_actor(batch))
     assert isinstance(worker, PolicyWorker)
-    return dict(worker.update_supervised(batch))
+    return learned(worker.update_supervised(batch))
+
+
+def learned(metrics: Metrics) -> dict[str, float]:
+    """The metrics without the memory of the process."""
+    return {name: value for name, value in metrics.items() if "/memory/" not in name}
 
 
 def weights(worker: TrainedWorker) -> list[torch.Tensor]:
