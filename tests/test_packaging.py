@@ -49,7 +49,7 @@ def test_every_module_imports_without_starting_anything() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
 
@@ -76,7 +76,7 @@ def test_the_mapper_imports_neither_torch_nor_ray() -> None:
 
 def test_imports_only_point_down() -> None:
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout
 
 

@@ -53,7 +53,7 @@ def test_the_notebook_runs_and_learns() -> None:
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(DOCS.parent), before]))
     try:
-        NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
+        NotebookClient(notebook, timeout=800, kernel_name="python3").execute()
     finally:
         os.environ["PYTHONPATH"] = before
     printed = "".join(

@@ -89,12 +89,12 @@ def test_a_killed_process_ends_the_command_in_one_line(
     )
     try:
         metrics = tmp_path / "metrics.jsonl"
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 600
         while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
             assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
             time.sleep(0.2)
         os.kill(host_of(process.pid), signal.SIGKILL)
-        errors = process.communicate(timeout=90)[1]
+        errors = process.communicate(timeout=300)[1]
     finally:
         process.kill()
     assert process.returncode == 1 and "Traceback" not in errors, errors

@@ -257,7 +257,7 @@ def test_death_at_every_file_operation_of_a_run(stride: int, tmp_path: Path, shm
         [sys.executable, "-c", DYING, str(tmp_path), str(shm), str(stride)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert int(run.stdout) > 60 / stride

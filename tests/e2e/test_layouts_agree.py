@@ -195,7 +195,7 @@ def the_sync_with_a_dead_trainer_ends_in_its_name(actor: Actor, pool: RayPool) -
     started = time.monotonic()
     with pytest.raises(WorkerDied, match=r"actor rank 1 died in sync_weights \(pid \d+"):
         actor.generate_sequences(prompts(0)).ragged("response_ids")
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 120
 
 
 def prompts(step: int) -> Batch:

@@ -80,7 +80,7 @@ def run_recipe(
         f"output_dir={output}",
     ]
     return subprocess.run(
-        command, cwd=package, env=environment, capture_output=True, text=True, timeout=280
+        command, cwd=package, env=environment, capture_output=True, text=True, timeout=800
     )
 
 

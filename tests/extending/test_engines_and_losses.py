@@ -248,7 +248,7 @@ def grpo(package: Path, arguments: list[str]) -> subprocess.CompletedProcess[str
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=280,
+        timeout=800,
     )
 
 

@@ -61,14 +61,14 @@ def events(output: Path, *names: str) -> list[dict[str, Any]]:
 
 
 def wait_for_step(process: subprocess.Popen[str], output: Path, step: int) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 800
     while not any(line["step"] >= step for line in read_ledger(output / LEDGER)):
         assert process.poll() is None, (output / "log").read_text()[-3000:]
         assert time.monotonic() < deadline, (output / "log").read_text()[-3000:]
         time.sleep(0.02)
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1800)
 def test_a_killed_rank_and_a_killed_controller_cost_no_bit(tmp_path: Path) -> None:
     """FAULTS C3 to C5, R9 to R11: only the policy's pool is restarted, the generation pool joins
     anew; then the supervisor starts the controller again. The undisturbed run is in this

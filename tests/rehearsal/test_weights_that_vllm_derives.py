@@ -22,7 +22,7 @@ def test_absorbed_matrices_of_latent_attention_follow_the_weights(tmp_path: Path
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=800,
     )
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "result.json").read_text())

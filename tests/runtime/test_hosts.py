@@ -163,7 +163,7 @@ def test_a_killed_worker_is_named_while_another_result_is_read() -> None:
         started = time.monotonic()
         with pytest.raises(WorkerDied, match=r"actor rank 1 died in die \(pid \d+") as caught:
             echo.die(1)
-        assert time.monotonic() - started < 20
+        assert time.monotonic() - started < 100
         assert "rank 1" in str(caught.value)
         pids = [host.pid for host in pool.hosts]  # type: ignore[attr-defined]
     assert_gone(pids)
