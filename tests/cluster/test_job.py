@@ -126,6 +126,12 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.3)
 
 
+def ended(head: Head) -> bool:
+    """Whether the job is neither pending nor running any more."""
+    status = head.ray("job", "status", "first").lower()
+    return any(end in status for end in ("succeeded", "failed", "stopped"))
+
+
 def gauges(head: Head) -> dict[str, float]:
     """The run's gauges, as Prometheus reads them."""
     text = (
@@ -183,9 +189,7 @@ def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_m
         "ray_hybridflow_train_seconds_step",
     }
     wait_until(
-        lambda: (
-            expected <= set(gauges(head)) or "RUNNING" not in head.ray("job", "status", "first")
-        ),
+        lambda: expected <= set(gauges(head)) or ended(head),
         400,
     )
     assert expected <= set(gauges(head)), head.ray("job", "logs", "first")
@@ -198,7 +202,7 @@ def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_m
         names
     )
 
-    wait_until(lambda: "RUNNING" not in head.ray("job", "status", "first"), 400)
+    wait_until(lambda: ended(head), 400)
     logs = head.ray("job", "logs", "first")
     assert "succeeded" in head.ray("job", "status", "first"), logs
     assert "step 24/24 | reward/mean" in logs
