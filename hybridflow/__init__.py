@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
     from hybridflow.group import each, spawn, start
     from hybridflow.layout import Layout
+    from hybridflow.local_pool import LocalPool
     from hybridflow.metrics import MetricsConfig, Tracker
-    from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
+    from hybridflow.pool import PoolSpec, RayPool, ResourcePool
     from hybridflow.protocols import (
         ALL_TO_ALL,
         DP,
@@ -208,8 +209,8 @@ _NAMES_OF = {
         "MetricsConfig",
         "Tracker",
     ),
+    "hybridflow.local_pool": ("LocalPool",),
     "hybridflow.pool": (
-        "LocalPool",
         "PoolSpec",
         "RayPool",
         "ResourcePool",

@@ -1,8 +1,8 @@
 """ResourcePool: n devices of the cluster with one host process each, and one torch.distributed
 world over them.
 
-RayPool takes the devices from Ray (a placement group packed by node); LocalPool is this very
-process, world size 1, so that breakpoints work. Roles enter a pool through spawn (group.py).
+RayPool takes the devices from Ray (a placement group packed by node); local_pool.py has the pool
+that is this very process. Roles enter a pool through spawn (group.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ from hybridflow.devices import HIDDEN
 from hybridflow.host import Host, HostInfo, read_stacks
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
-from hybridflow.store import Held
-from hybridflow.waiting import CALLS, DEFAULT_TIMEOUT_S, CallRecord, Pending, Reply
+from hybridflow.waiting import CALLS, DEFAULT_TIMEOUT_S, Pending, Reply
 from hybridflow.worker import Worker
 
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
@@ -154,115 +153,6 @@ class ResourcePool(ABC):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-class LocalPool(ResourcePool):
-    """One device, in this process: `runtime=local`. Calls run at once and raise where they fail."""
-
-    def __init__(self, spec: PoolSpec | None = None) -> None:
-        spec = spec or PoolSpec()
-        if spec.num_devices != 1:
-            raise ValueError(
-                f"pool {spec.name!r}: num_devices={spec.num_devices} with runtime=local; set "
-                "num_devices=1 or runtime=ray"
-            )
-        self.spec = spec
-        device = "cuda:0" if spec.device == "cuda" else "cpu"
-        threads = spec.threads_per_device or (os.cpu_count() or 1)
-        self.context = RankContext(pool=spec.name, device=device, num_threads=threads)
-        self.workers: dict[str, Worker] = {}
-        _join_world_of_one(self.context, spec.collective_timeout_s)
-
-    def create(self, role: str, worker_class: type[Worker], config: Any) -> None:
-        self._check_usable()
-        self.workers[role] = worker_class(config, replace(self.context, role=role))
-
-    def submit(
-        self,
-        role: str,
-        method: str,
-        arguments: Sequence[Arguments],
-        keep: Sequence[bool],
-        num_columns: int,
-    ) -> list[tuple[Any, list[Any]]]:
-        self._check_usable()
-        started = time.time()
-        (own,) = arguments
-        local = own.map_batches(lambda batch: batch.local(batch.columns))
-        with activity(f"{role}.{method}"):
-            # The RPC layer's one lookup by name.
-            result = getattr(self.workers[role], method)(*local.args, **local.kwargs)
-        num_rows = len(result) if num_columns else None
-        reply = Reply(
-            started=started,
-            finished=time.time(),
-            num_rows=num_rows,
-            result=None if num_columns else result,
-        )
-        CALLS.records.append(
-            CallRecord(
-                role=role,
-                method=method,
-                pool=self.name,
-                ranks=((started, reply.finished),),
-            )
-        )
-        columns: list[Held] = []
-        if num_columns:
-            columns = list(map(Held, result.blocks(result.columns)))
-        return [(reply, columns)]
-
-    def read_replies(self, replies: Sequence[Any]) -> list[Reply]:
-        return list(replies)
-
-    def prepare(self, batch: Batch) -> Batch:
-        return batch
-
-    def node(self, rank: int) -> str | None:
-        return None
-
-    def pids(self) -> list[int]:
-        return [os.getpid()]
-
-    def activity(self) -> str:
-        return ""
-
-    def restart(self) -> None:
-        raise RuntimeError(
-            f"pool {self.name!r} is this very process (runtime=local), which can't be restarted"
-        )
-
-    def clear(self) -> None:
-        for worker in self.workers.values():
-            worker.close()
-        self.workers.clear()
-
-    def close(self) -> None:
-        CALLS.forget(self.name)
-        self.broken = self.broken or "closed"
-        self.clear()
-
-
-def _join_world_of_one(context: RankContext, timeout_s: float) -> None:
-    from datetime import timedelta
-
-    import torch
-    import torch.distributed as dist
-
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
-    )
-    torch.set_num_threads(context.num_threads)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if context.device.startswith("cuda") else "gloo"
-        dist.init_process_group(
-            backend,
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-            timeout=timedelta(seconds=timeout_s),
-        )
 
 
 class RayPool(ResourcePool):

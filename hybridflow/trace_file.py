@@ -17,6 +17,7 @@ from typing import Any
 
 from hybridflow.waiting import CallRecord
 
+TRACE = "trace.json"
 CONTROLLER = "controller"
 SYNC = "sync_weights"
 """The call in which one pool's weights travel to another one."""

@@ -37,8 +37,9 @@ from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.failures import EventLog
 from hybridflow.group import each, spawn
+from hybridflow.local_pool import LocalPool
 from hybridflow.metrics import Tracker
-from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
+from hybridflow.pool import PoolSpec, RayPool, ResourcePool
 from hybridflow.progress import activity
 from hybridflow.progress_display import shown
 from hybridflow.recovery.attempts import Attempt
@@ -119,7 +120,7 @@ class Session:
 
     def _start(self) -> None:
         prepared, placement, config = self.prepared, self.placement, self.config
-        tracker, memory, attempt = None, None, None
+        tracker, memory, attempt, first_step = None, None, None, 0
         trains = config.algorithm.name not in QUESTIONS
         if trains:
             attempt = Attempt.claim(self.directory)
@@ -159,47 +160,55 @@ class Session:
         self.algorithm = create_algorithm(
             config.algorithm.name, self.roles, config.algorithm, streams
         )
-        if tracker is not None:
-            trained = {}
-            for role in placement.roles:
-                if issubclass(role.worker, TrainedRole):
-                    trained[role.name] = self.roles[role.name]
-            self._loop = Loop(
-                self.algorithm,
-                trained=trained,
-                data=data,
-                validate=self._validation(prepared.held_out),
-                tracker=tracker,
-                store=store,
-                config=loop_config,
-                further={"pretraining": texts} if texts else {},
-                samples=SampleReader(
-                    config.metrics.samples,
-                    self.tokenizer,
-                    seed=config.seed,
-                    end_token_ids=config.model.end_token_ids or (),
-                ),
-                settings=run_settings(placement),
-                memory=memory,
-                snapshot_every=config.recovery.snapshot_every,
-            )
-            self._loop.try_saving()
-            earlier = SUPERVISION.state
-            self._loop.saving.begins_after = earlier.get("begins_after", 0)
-            self._loop.resume()
-            SUPERVISION.note(begins_after=self._loop.saving.begins_after)
-            if cluster is None or len(cluster.nodes) == 1:
-                SUPERVISION.on_leave = self._loop.saving.write_newest
-            assert attempt is not None, "a run that trains has an attempt"
-            self._recovery = Recovery(
-                self.pools,
-                self._rejoin,
-                config.recovery,
-                tracker,
-                EventLog(self.directory, attempt.number),
-                restarts=earlier.get("restarts", 0),
-                furthest=earlier.get("furthest", -1),
-            )
+        if tracker is None:
+            return
+        assert attempt is not None, "a run that trains has an attempt"
+        trained = {}
+        for role in placement.roles:
+            if issubclass(role.worker, TrainedRole):
+                trained[role.name] = self.roles[role.name]
+        self._loop = Loop(
+            self.algorithm,
+            trained=trained,
+            data=data,
+            validate=self._validation(prepared.held_out),
+            tracker=tracker,
+            store=store,
+            config=loop_config,
+            further={"pretraining": texts} if texts else {},
+            samples=SampleReader(
+                config.metrics.samples,
+                self.tokenizer,
+                seed=config.seed,
+                end_token_ids=config.model.end_token_ids or (),
+            ),
+            settings=run_settings(placement),
+            memory=memory,
+            snapshot_every=config.recovery.snapshot_every,
+        )
+        self._recovery = self._resumed(self._loop, tracker, attempt, first_step)
+        if cluster is None or len(cluster.nodes) == 1:
+            SUPERVISION.on_leave = self._loop.saving.write_newest
+
+    def _resumed(self, loop: Loop, tracker: Tracker, attempt: Attempt, first_step: int) -> Recovery:
+        """Brings the loop to where the run stands, and returns what keeps it alive from there.
+        `first_step`: the step that the tracker goes on behind."""
+        loop.try_saving()
+        earlier = SUPERVISION.state
+        loop.saving.begins_after = earlier.get("begins_after", 0)
+        loop.resume()
+        if loop.step < first_step:  # the newest commit is damaged: its metrics go with it
+            tracker.rewind(loop.step, attempt.number)
+        SUPERVISION.note(begins_after=loop.saving.begins_after)
+        return Recovery(
+            self.pools,
+            self._rejoin,
+            self.config.recovery,
+            tracker,
+            EventLog(self.directory, attempt.number),
+            restarts=earlier.get("restarts", 0),
+            furthest=earlier.get("furthest", -1),
+        )
 
     def _rejoin(self, restarted: set[str]) -> None:
         """Brings the actor's two pools together again after one of them was restarted."""

@@ -19,7 +19,8 @@ from benchmarks.families.models import VOCABULARY, Family, make_model, make_toke
 from cluster.connect import ClusterConfig, connect
 from controllers import create_algorithm
 from controllers.data import RowLoader
-from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
+from hybridflow.local_pool import LocalPool
+from hybridflow.pool import PoolSpec, RayPool, ResourcePool
 from hybridflow.waiting import CALLS
 from recipes.config import RunConfig
 from recipes.preparation import Preparation, dry_run_report, prepare

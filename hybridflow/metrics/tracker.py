@@ -22,7 +22,7 @@ from hybridflow.metrics.jsonl import RESERVED, JsonlSink
 from hybridflow.metrics.samples import Sample, SampleRows, SamplesConfig
 from hybridflow.metrics.sinks import PrometheusSink, Row, Sink, TensorBoardSink, WandbSink
 from hybridflow.progress import activity
-from hybridflow.trace_file import TraceFile
+from hybridflow.trace_file import TRACE, TraceFile
 from hybridflow.waiting import CallRecord
 
 logger = logging.getLogger(__name__)
@@ -118,9 +118,7 @@ class Tracker:
         if config.jsonl:
             self._sinks.append(JsonlSink(directory, start_step))
         if config.trace:
-            self._trace = TraceFile(
-                directory / "trace.json", receiver=RECEIVER, start_step=start_step
-            )
+            self._trace = TraceFile(directory / TRACE, receiver=RECEIVER, start_step=start_step)
         if config.tensorboard:
             self._sinks.append(TensorBoardSink(directory / "tensorboard", start_step))
         if config.wandb is not WandbMode.off:

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hybridflow.failures import EVENTS
 from hybridflow.metrics.jsonl import RESERVED, SAMPLES, read_jsonl, read_samples
+from hybridflow.trace_file import TRACE
 
 LOST = "lost"
 """The directory of metrics that a recovery took back."""
-EVENTS = "events.jsonl"
-TRACE = "trace.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

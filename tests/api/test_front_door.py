@@ -25,7 +25,7 @@ from hybridflow import (
     spawn,
     start,
 )
-from hybridflow.pool import LocalPool
+from hybridflow.local_pool import LocalPool
 from hybridflow.protocols import ONE_TO_ALL
 from recipes.config import RunConfig
 from recipes.placing import place

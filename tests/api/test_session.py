@@ -170,6 +170,28 @@ def test_a_whole_run_and_an_evaluation(tiny: dict[str, Any], tmp_path: Path) -> 
     assert numbers["reward/mean"] == stored["reward/mean"] and numbers["prompts"] == 8
 
 
+def test_a_damaged_newest_checkpoint_takes_its_metrics_with_it(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {
+        **tiny,
+        "output_dir": tmp_path,
+        "loop.num_steps": 2,
+        "loop.checkpoint_every": 1,
+        "recovery.snapshot_every": 0,
+    }
+    run("grpo", settings, reward="tests.recipes.rewards:plain")
+    damaged = tmp_path / "checkpoints" / "step-00000002" / "actor"
+    for path in damaged.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with open_session("grpo", settings, reward="tests.recipes.rewards:plain") as session:
+        assert session.num_steps == 1
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1]
+    lost = [row for path in (tmp_path / "lost").iterdir() for row in read_jsonl(path)]
+    assert [row["step"] for row in lost] == [2]
+
+
 @pytest.mark.parametrize(
     ("recipe", "settings", "message"),
     [

@@ -27,7 +27,8 @@ from transformers import (
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.group import spawn
-from hybridflow.pool import LocalPool, PoolSpec
+from hybridflow.local_pool import LocalPool
+from hybridflow.pool import PoolSpec
 from recipes.evaluate import evaluate
 from recipes.main import to_settings
 from recipes.preparation import prepare

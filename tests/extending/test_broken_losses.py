@@ -55,7 +55,12 @@ def test_so_does_every_call(name: str) -> None:
 
 @pytest.mark.parametrize("name", POLICY_LOSSES.builtin)
 def test_the_built_in_losses_pass(name: str) -> None:
+    """The trial refuses none of them, and neither does the check of every call."""
     try_policy_loss(PolicyLossConfig(name=name))
+    loss, metrics, (gradient, *_) = run_whole(
+        policy_loss(PolicyLossConfig(name=name)), make_sequences([3, 1])
+    )
+    assert loss.isfinite() and gradient.abs().sum() > 0 and "policy_loss" in metrics
 
 
 def test_a_dry_run_refuses_it(tmp_path: Path) -> None:

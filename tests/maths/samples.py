@@ -37,7 +37,7 @@ def make_sequences(
         "values": torch.randn(num_tokens, generator=generator, dtype=torch.float64),
         "covariance_selected": torch.rand(num_tokens, generator=generator) < 0.3,
         "current": near(0.2),
-        **weight_columns(scored, count(scored, mask), aggregation, constant=7, mask=mask),
+        **weights_of(scored, aggregation, mask),
     }
     return Sequences(
         token_ids=torch.zeros(int((scored + 2).sum()), dtype=torch.int64),
@@ -45,6 +45,19 @@ def make_sequences(
         scored_lengths=scored,
         per_token=columns,
     )
+
+
+def weights_of(lengths: Tensor, aggregation: Aggregation, mask: Tensor | None) -> dict[str, Tensor]:
+    """The weights of the tokens in `mask`; the others weigh 0, which is how losses know that they
+    do not count."""
+    if mask is None:
+        return weight_columns(lengths, count(lengths), aggregation, constant=7)
+    kept = torch.tensor([int(row.sum()) for row in mask.split(lengths.tolist())])
+    columns = {}
+    for name, values in weight_columns(kept, count(kept), aggregation, constant=7).items():
+        columns[name] = torch.zeros(len(mask))
+        columns[name][mask] = values
+    return columns
 
 
 def make_pairs(lengths: list[int], seed: int = 0) -> Sequences:

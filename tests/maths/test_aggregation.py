@@ -9,7 +9,6 @@ from workers.losses.aggregation import Aggregation, Counts, count, weight_column
 
 LENGTHS = [2, 0, 1, 3]
 LOSSES = [[1.0, 2.0], [], [4.0], [8.0, 16.0, 32.0]]
-MASK = [[True, False], [], [False], [True, True, False]]
 
 
 def naive(rows: list[list[float]], aggregation: Aggregation, constant: int) -> float:
@@ -26,27 +25,17 @@ def naive(rows: list[list[float]], aggregation: Aggregation, constant: int) -> f
 
 
 @pytest.mark.parametrize("aggregation", list(Aggregation))
-@pytest.mark.parametrize("masked", [False, True])
-def test_weights_give_the_aggregate(aggregation: Aggregation, masked: bool):
+def test_weights_give_the_aggregate(aggregation: Aggregation):
     lengths = torch.tensor(LENGTHS)
-    mask = torch.tensor([kept for row in MASK for kept in row]) if masked else None
-    kept = (
-        [
-            [x for x, k in zip(row, keep, strict=True) if k]
-            for row, keep in zip(LOSSES, MASK, strict=True)
-        ]
-        if masked
-        else LOSSES
-    )
     losses = torch.tensor([x for row in LOSSES for x in row])
-    columns = weight_columns(lengths, count(lengths, mask), aggregation, constant=10, mask=mask)
-    assert (columns["weights"] * losses).sum().item() == pytest.approx(naive(kept, aggregation, 10))
+    columns = weight_columns(lengths, count(lengths), aggregation, constant=10)
+    assert (columns["weights"] * losses).sum().item() == pytest.approx(
+        naive(LOSSES, aggregation, 10)
+    )
     assert (columns["mean_weights"] * losses).sum().item() == pytest.approx(
-        naive(kept, Aggregation.token_mean, 10)
+        naive(LOSSES, Aggregation.token_mean, 10)
     )
     assert columns["weights"].dtype == columns["mean_weights"].dtype == torch.float32
-    if mask is not None:
-        assert not columns["weights"][~mask].any()
 
 
 def test_counts_of_parts_add_up():

@@ -17,8 +17,8 @@ from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.errors import Where, WorkerDied, WorkerError, WorkerValueError
 from hybridflow.failures import EventLog
+from hybridflow.local_pool import LocalPool
 from hybridflow.metrics import MetricsConfig, Tracker, read_jsonl
-from hybridflow.pool import LocalPool
 from hybridflow.recovery.config import RecoveryConfig
 from hybridflow.results import Metrics
 from tests.controllers.test_loop import BATCH, FakeActor, FakeAlgorithm, dataset

@@ -16,7 +16,8 @@ from hybridflow.batch import Batch
 from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
 from hybridflow.failures import describe, failed_pools
 from hybridflow.group import each, spawn, start
-from hybridflow.pool import LocalPool, PoolSpec, RayPool, ResourcePool
+from hybridflow.local_pool import LocalPool
+from hybridflow.pool import PoolSpec, RayPool, ResourcePool
 from hybridflow.protocols import Arguments, Distribution, Protocol, Split
 from hybridflow.recovery.events import Kind
 from hybridflow.waiting import CALLS

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.group import spawn
-from hybridflow.pool import LocalPool, PoolSpec
+from hybridflow.local_pool import LocalPool
+from hybridflow.pool import PoolSpec
 from tests.tiny import make_model
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.generation.config import GenerationConfig, SamplingConfig

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.group import spawn
-from hybridflow.pool import LocalPool
+from hybridflow.local_pool import LocalPool
 from tests.tiny import VOCAB, make_model
 from workers.actor_training import ActorTrainingWorker
 from workers.config import ModelConfig, Precision, TrainConfig

@@ -13,8 +13,6 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from workers.losses.segments import row_of_token, segment_sum
-
 
 class Aggregation(StrEnum):
     """With N counted tokens, R rows that have at least one, and T_i counted tokens in row i, a
@@ -54,10 +52,8 @@ class Counts:
         )
 
 
-def count(lengths: Tensor, mask: Tensor | None = None) -> Counts:
-    """Counts of rows with `lengths` (int64 [rows]) scored tokens, of which those with mask (bool
-    [scored_tokens]) count."""
-    lengths = counted_lengths(lengths, mask)
+def count(lengths: Tensor) -> Counts:
+    """Counts of rows with `lengths` (int64 [rows]) scored tokens."""
     return Counts(num_tokens=int(lengths.sum()), num_rows=int((lengths > 0).sum()))
 
 
@@ -67,14 +63,12 @@ def weight_columns(
     aggregation: Aggregation,
     *,
     constant: int = 0,
-    mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The per-token columns that the losses read, float32 [scored_tokens] each:
     Sequences.with_columns(per_token=...).
 
-    weights: of the loss. A token outside `mask` weighs exactly 0, which is how the losses know that
-    it does not count. mean_weights: 1/N for counted tokens, so that metrics are means over tokens
-    whatever the aggregation.
+    weights: of the loss. mean_weights: 1/N, so that metrics are means over tokens whatever the
+    aggregation.
 
         >>> counts = Counts(num_tokens=4, num_rows=2)
         >>> weight_columns(tensor([1, 3]), counts, Aggregation.seq_mean_token_mean)["weights"]
@@ -88,7 +82,7 @@ def weight_columns(
             f"aggregation_constant is {constant}; aggregation 'constant' needs the longest "
             "response allowed, in tokens"
         )
-    row_lengths = counted_lengths(lengths, mask).double()
+    row_lengths = lengths.double()
     num_tokens, num_rows = max(counts.num_tokens, 1), max(counts.num_rows, 1)
     per_row = {
         Aggregation.token_mean: torch.full_like(row_lengths, 1 / num_tokens),
@@ -98,13 +92,4 @@ def weight_columns(
     }[aggregation]
     weights = torch.repeat_interleave(per_row, lengths).float()
     mean_weights = torch.full_like(weights, 1 / num_tokens)
-    if mask is not None:
-        weights, mean_weights = weights * mask, mean_weights * mask
     return {"weights": weights, "mean_weights": mean_weights}
-
-
-def counted_lengths(lengths: Tensor, mask: Tensor | None) -> Tensor:
-    """int64 [rows]: tokens of each row that count."""
-    return (
-        lengths if mask is None else segment_sum(mask.long(), row_of_token(lengths), len(lengths))
-    )
