@@ -17,13 +17,13 @@ PHASES = {
         "actor.update_actor",
         "actor.sync_weights",
         "reference.compute_ref_log_prob",
-        "actor.save_checkpoint",
+        "actor.stage_snapshot",
     ),
     "values": (
         "critic.compute_values",
         "critic.update_critic",
         "reward.compute_reward",
-        "critic.save_checkpoint",
+        "critic.stage_snapshot",
     ),
     "samples": ("generation.generate_sequences", "generation.sync_weights"),
 }
