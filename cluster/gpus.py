@@ -17,6 +17,16 @@ def gpus() -> tuple[tuple[str, int], ...]:
     return parse_gpus(run.stdout) if run.returncode == 0 else ()
 
 
+def driver() -> str:
+    """Version of this machine's NVIDIA driver; "missing" where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return "missing"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    run = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
+    lines = run.stdout.split()
+    return lines[0] if run.returncode == 0 and lines else "missing"
+
+
 def parse_gpus(text: str) -> tuple[tuple[str, int], ...]:
     """nvidia-smi's lines "NVIDIA H200, 143771" (MiB)."""
     devices = []

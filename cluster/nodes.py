@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.gpus import gpus
+from cluster.gpus import driver, gpus
 
 GIB = 2**30
 
@@ -63,7 +63,9 @@ COMPARED = (
     "deepspeed",
     "nvidia-nccl-cu13",
 )
-"""Distributions that must have one version everywhere; the last is in torch's CUDA build."""
+"""Distributions that must have one version everywhere; the last is in torch's CUDA build, whose
+version names CUDA's."""
+DRIVER = "NVIDIA driver"
 
 
 def probe() -> Probe:
@@ -74,7 +76,7 @@ def probe() -> Probe:
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count() or 1,
         python=platform.python_version(),
-        versions={name: _version(name) for name in COMPARED},
+        versions={name: _version(name) for name in COMPARED} | {DRIVER: driver()},
         has_project=importlib.util.find_spec("hybridflow") is not None,
         gpus=gpus(),
     )
@@ -143,6 +145,8 @@ def check_nodes(nodes: Sequence[NodeInfo], driver: Probe) -> None:
                 f"{where} runs Python {node.probe.python}, the controller {driver.python}"
             )
         for name, version in node.probe.versions.items():
+            if name == DRIVER and "missing" in (version, driver.versions[name]):
+                continue  # a controller, or a node for other tasks, without a GPU
             if version != driver.versions[name]:
                 problems.append(
                     f"{where} has {name} {version}, the controller {driver.versions[name]}"

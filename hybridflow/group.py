@@ -22,6 +22,7 @@ import numpy as np
 
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
+from hybridflow.layout import Layout
 from hybridflow.pool import ResourcePool
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments, Distribution
@@ -119,6 +120,7 @@ class Handle:
                     f"{pool.name!r} has {pool.size}; change the parallel sizes so that their "
                     f"product is {pool.size}"
                 )
+            self._warn_of_torn_groups(role, name, layout, pool)
         self._pool = pool
         self._role = role
         self._worker_class = worker_class
@@ -133,6 +135,24 @@ class Handle:
             pool.size,
             time.perf_counter() - started,
         )
+
+    @staticmethod
+    def _warn_of_torn_groups(role: str, name: str, layout: Layout, pool: ResourcePool) -> None:
+        nodes = [pool.node(rank) or "" for rank in range(pool.size)]
+        group = layout.torn("tp", nodes)
+        if group:
+            parts = ", ".join(f"rank {rank} on {nodes[rank]}" for rank in group)
+            LOGGER.warning(
+                "%s: a tensor-parallel group of its %s layout lies on several nodes (%s), which is "
+                "slow; free whole nodes for pool %s (pools.%s.num_devices=%d), or use fewer "
+                "devices",
+                role,
+                name,
+                parts,
+                pool.name,
+                pool.name,
+                pool.size,
+            )
 
     def __getattr__(self, name: str) -> RemoteMethod:
         if name.startswith("_") or name not in self._methods:

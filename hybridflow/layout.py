@@ -5,7 +5,7 @@ A layout has sizes and an order only. Workers build process groups and device me
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -91,6 +91,20 @@ class Layout:
         """The group of `groups(*axes)` that holds `rank`."""
         here = self.coordinates(rank)
         return tuple(self.rank(**{**here, **inner}) for inner in self._points(axes))
+
+    def torn(self, axis: str, nodes: Sequence[str]) -> tuple[int, ...]:
+        """The first group along `axis` whose ranks are on more nodes than they need: `nodes` is
+        the node of every rank, and a group needs one where some node has that many ranks. Empty
+        where there is none.
+
+            >>> Layout.of(dp=2, tp=4).torn("tp", ["a"] * 5 + ["b"] * 3)
+            (4, 5, 6, 7)
+        """
+        most = max(map(nodes.count, nodes))
+        for group in self.groups(axis):
+            if len(group) <= most and len({nodes[rank] for rank in group}) > 1:
+                return group
+        return ()
 
     def __str__(self) -> str:
         return " x ".join(f"{name}{size}" for name, size in self.axes if size > 1) or "1 device"

@@ -33,8 +33,17 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 <<
 one. By default every tensor over 32 MiB is mapped anew and its pages are cleared by the kernel,
 which doubles the time of elementwise operations."""
 
-DEVICE_ENVIRONMENT: dict[str, dict[str, str]] = {"cpu": KEEP_FREED_MEMORY | HIDDEN, "cuda": {}}
-"""Environment of a pool's processes by their kind of device."""
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+GROWING_SEGMENTS = {ALLOCATOR: "expandable_segments:True"}
+"""PyTorch's allocator in GPU hosts: memory freed by one role serves the next whatever the sizes of
+its tensors. vLLM turns it off by itself inside its own pools."""
+
+DEVICE_ENVIRONMENT: dict[str, dict[str, str]] = {
+    "cpu": KEEP_FREED_MEMORY | HIDDEN,
+    "cuda": GROWING_SEGMENTS,
+}
+"""Environment of a pool's processes by their kind of device; what the controller's environment
+has of PYTORCH_ALLOC_CONF goes before."""
 
 REMOTE_LOOK_S = 10.0
 REMOTE_TIMEOUT_S = 5.0
@@ -277,7 +286,10 @@ class RayPool(ResourcePool):
         # process).
         env["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
         env[TOKEN] = self._token
-        env |= DEVICE_ENVIRONMENT[self.spec.device] | dict(self.spec.env)
+        env |= DEVICE_ENVIRONMENT[self.spec.device]
+        if self.spec.device == "cuda" and ALLOCATOR in os.environ:
+            env[ALLOCATOR] = os.environ[ALLOCATOR]
+        env |= dict(self.spec.env)
         roles = "+".join(self.spec.roles)
         options: dict[str, Any] = {
             "num_cpus": self.spec.cpus_per_device,

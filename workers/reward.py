@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
+from hybridflow.devices import HIDDEN
 from hybridflow.layout import Layout
 from hybridflow.worker import Worker
 from workers.engines.base import Head
@@ -90,7 +91,10 @@ class FunctionScorer(Worker):
         if not rows:
             return []
         task = ray.remote(score_rows).options(
-            num_cpus=0, max_retries=0, name=f"{self.role}: {function_name(self.config.function)}"
+            num_cpus=0,
+            max_retries=0,
+            name=f"{self.role}: {function_name(self.config.function)}",
+            runtime_env={"env_vars": HIDDEN},
         )
         chunks = [
             [rows[i] for i in part]

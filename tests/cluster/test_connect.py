@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from cluster.connect import ClusterConfig, _refusal, _resolve, connect, embedded_slots
 from cluster.gpus import parse_gpus
-from cluster.nodes import NodeInfo, Probe, check_nodes, probe, table
+from cluster.nodes import DRIVER, NodeInfo, Probe, check_nodes, probe, table
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,13 +99,20 @@ def node(**changes: Any) -> NodeInfo:
             r"has ray 2\.59\.0, the controller 2\.60",
         ),
         ({"has_project": False}, "does not find the hybridflow packages"),
+        (
+            {"versions": {**probe().versions, DRIVER: "580.1"}},
+            r"has NVIDIA driver 580\.1, the controller 590\.2",
+        ),
     ],
 )
 def test_a_node_that_differs_is_named(changes: dict[str, Any], message: str) -> None:
+    controller = replace(probe(), versions={**probe().versions, DRIVER: "590.2"})
     with pytest.raises(ValueError, match=message):
-        check_nodes([node(), node(**changes)], probe())
+        check_nodes([node(), node(**changes)], controller)
     # Another patch release is fine.
     check_nodes([node(), node(python=probe().python.rsplit(".", 1)[0] + ".99")], probe())
+    # So is a controller with a GPU beside nodes without one.
+    check_nodes([node(versions={**probe().versions, DRIVER: "missing"})], controller)
 
 
 def test_the_table_shows_devices() -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
 from hybridflow.context import RankContext
@@ -116,6 +117,15 @@ def test_hosts_without_a_gpu_see_none() -> None:
     """G3, G40: Ray 2.60 leaves all GPUs visible to an actor that asks for none."""
     assert DEVICE_ENVIRONMENT["cpu"]["CUDA_VISIBLE_DEVICES"] == ""
     assert "CUDA_VISIBLE_DEVICES" not in DEVICE_ENVIRONMENT["cuda"]
+
+
+def test_hosts_with_a_gpu_let_the_allocators_segments_grow() -> None:
+    """G46: under names that the installed PyTorch has; an unknown one would be ignored."""
+    (name,) = DEVICE_ENVIRONMENT["cuda"]
+    setting, _, value = DEVICE_ENVIRONMENT["cuda"][name].partition(":")
+    library = (Path(torch.__file__).parent / "lib" / "libc10.so").read_bytes()
+    assert name.encode() in library and setting.encode() in library
+    assert value == "True"
 
 
 @pytest.mark.parametrize(

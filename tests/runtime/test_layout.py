@@ -50,6 +50,23 @@ def test_coordinates_and_ranks_are_inverse_and_groups_partition(
             )
 
 
+@given(
+    st.integers(1, 3), st.integers(1, 4), st.lists(st.sampled_from("abc"), min_size=12, max_size=12)
+)
+def test_torn_groups_by_counting(dp: int, tp: int, names: list[str]) -> None:
+    """G35: Ray packs 5 + 3 free GPUs as two nodes, and ranks 4 to 7 lie on both."""
+    assert Layout.of(dp=2, tp=4).torn("tp", ["a"] * 5 + ["b"] * 3) == (4, 5, 6, 7)
+    assert Layout.of(dp=2, tp=4).torn("tp", ["a"] * 4 + ["b"] * 4) == ()
+    assert Layout.of(tp=4).torn("tp", ["a", "a", "b", "b"]) == (), "no node has four"
+    nodes = sorted(names[: dp * tp])
+    torn = []
+    for first in range(0, dp * tp, tp):
+        here = nodes[first : first + tp]
+        if here[0] != here[-1] and any(nodes.count(node) >= tp for node in nodes):
+            torn.append(tuple(range(first, first + tp)))
+    assert Layout.of(dp=dp, tp=tp).torn("tp", nodes) == (torn[0] if torn else ())
+
+
 def test_bad_layouts_are_named() -> None:
     with pytest.raises(ValueError, match="unknown axes \\['ep'\\]"):
         Layout.of(ep=2)
