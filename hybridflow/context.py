@@ -23,6 +23,8 @@ class RankContext:
     node: str = "localhost"
     num_threads: int = 1
     """CPU threads that the process may use."""
+    deterministic: bool = False
+    """The same calls are to give the same bits on a GPU (hybridflow/devices.py)."""
     in_ray: bool = False
     """The process belongs to a Ray cluster: work may be spread over Ray tasks. False with
     runtime=local, even where something else has connected this process to Ray."""

@@ -20,6 +20,26 @@ HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
 """Environment of processes that compute on the CPU: Ray leaves all GPUs visible to an actor or task
 that asks for none."""
 
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "VLLM_BATCH_INVARIANT": "1",
+}
+"""Environment of GPU processes whose results repeat: cuBLAS with workspaces of its own, vLLM's kernels
+whose sums do not depend on the other rows. The rest is repeat_results."""
+
+
+def repeat_results() -> None:
+    """Have PyTorch's operators on GPUs give the same bits every time, in this process and for good: the
+    backward pass of attention sums in a fixed order, and an operator that can't raises a RuntimeError.
+
+    On CPUs results repeat without it.
+    """
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    # Nothing reads memory before it is written: filling it would only take time.
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
+
 
 def with_device(context: RankContext) -> RankContext:
     """The context of this host process with the index of the GPU that Ray reserved for it; that of

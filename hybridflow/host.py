@@ -23,7 +23,7 @@ from hybridflow import progress
 from hybridflow.batch import Batch
 from hybridflow.columns import Block
 from hybridflow.context import RankContext
-from hybridflow.devices import choose_interfaces, with_device
+from hybridflow.devices import choose_interfaces, repeat_results, with_device
 from hybridflow.errors import (
     UserCodeError,
     Where,
@@ -111,6 +111,8 @@ class Host:
         )
         choose_interfaces(context, one_machine=master_address == "127.0.0.1")
         torch.set_num_threads(context.num_threads)
+        if context.deterministic:
+            repeat_results()
         if context.device.startswith("cuda"):
             torch.cuda.set_device(context.device)
         backend = "cpu:gloo,cuda:nccl" if context.device.startswith("cuda") else "gloo"

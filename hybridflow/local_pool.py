@@ -10,6 +10,7 @@ from typing import Any
 
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
+from hybridflow.devices import DETERMINISTIC, repeat_results
 from hybridflow.pool import PoolSpec, ResourcePool
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
@@ -31,7 +32,12 @@ class LocalPool(ResourcePool):
         self.spec = spec
         device = "cuda:0" if spec.device == "cuda" else "cpu"
         threads = spec.threads_per_device or (os.cpu_count() or 1)
-        self.context = RankContext(pool=spec.name, device=device, num_threads=threads)
+        self.context = RankContext(
+            pool=spec.name,
+            device=device,
+            num_threads=threads,
+            deterministic=spec.deterministic and spec.device == "cuda",
+        )
         self.workers: dict[str, Worker] = {}
         _join_world_of_one(self.context, spec.collective_timeout_s)
 
@@ -116,6 +122,9 @@ def _join_world_of_one(context: RankContext, timeout_s: float) -> None:
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
     )
     torch.set_num_threads(context.num_threads)
+    if context.deterministic:
+        os.environ.update(DETERMINISTIC)
+        repeat_results()
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if context.device.startswith("cuda") else "gloo"
         dist.init_process_group(

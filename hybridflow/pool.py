@@ -21,7 +21,7 @@ from hybridflow import progress, waiting
 from hybridflow.batch import Batch
 from hybridflow.burial import TOKEN, end_processes, sample_stacks
 from hybridflow.context import RankContext
-from hybridflow.devices import HIDDEN
+from hybridflow.devices import DETERMINISTIC, HIDDEN
 from hybridflow.host import Host, HostInfo, read_stacks
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
@@ -80,6 +80,8 @@ class PoolSpec:
     long, or for three times what the call usually takes."""
     bury_s: float = 60.0
     """How long killed processes may take to disappear and to give their device memory back."""
+    deterministic: bool = False
+    """On GPUs the same calls give the same bits, at the price of slower kernels."""
     env: tuple[tuple[str, str], ...] = ()
     """Environment variables of the hosts."""
 
@@ -270,6 +272,7 @@ class RayPool(ResourcePool):
                     node=alive[node]["NodeManagerAddress"],
                     num_threads=self.spec.threads_per_device or max(1, cores // on_node),
                     in_ray=True,
+                    deterministic=self.spec.deterministic and self.spec.device == "cuda",
                 )
             )
         return contexts
@@ -289,6 +292,8 @@ class RayPool(ResourcePool):
         env |= DEVICE_ENVIRONMENT[self.spec.device]
         if self.spec.device == "cuda" and ALLOCATOR in os.environ:
             env[ALLOCATOR] = os.environ[ALLOCATOR]
+        if context.deterministic:
+            env |= DETERMINISTIC
         env |= dict(self.spec.env)
         roles = "+".join(self.spec.roles)
         options: dict[str, Any] = {

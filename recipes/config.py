@@ -113,6 +113,10 @@ class RunConfig:
     threads_per_device: int = 0
     """CPU threads of a device's process; 0: the node's cores shared among the devices of the
     run, on several nodes of its pool."""
+    deterministic: bool = False
+    """On GPUs too the same run gives the same bits, on the same kind and number of them: slower
+    kernels in PyTorch, and in vLLM those whose results do not depend on the other rows. On CPUs
+    runs repeat anyway."""
     call_timeout_s: float = 1800.0
     """The run stops with a report of every rank's stack when no call finishes for this long."""
     model: ModelConfig = field(default_factory=ModelConfig)

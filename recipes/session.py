@@ -409,6 +409,7 @@ def start_pool(placement: Placement, cluster: ClusterInfo | None, name: str) -> 
         # rank's stack if it is first.
         collective_timeout_s=config.call_timeout_s * (2 if config.device is Device.cuda else 0.5),
         call_timeout_s=config.call_timeout_s,
+        deterministic=config.deterministic,
     )
     return LocalPool(spec) if cluster is None else RayPool(spec)
 

@@ -81,7 +81,7 @@ def test_defaults_that_differ_from_other_systems(composed: Callable[..., DictCon
         0.95,
         0.0,
     )
-    assert ppo.actor.generation.enforce_eager
+    assert ppo.actor.generation.enforce_eager is None
     assert not ppo.actor.train.activation_checkpointing
     assert (ppo.loop.checkpoint_every, ppo.loop.resume) == (0, "auto")
 

@@ -10,11 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import vllm.envs
 from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
 from hybridflow.context import RankContext
-from hybridflow.devices import choose_interfaces, device_index, interface_of, with_device
-from hybridflow.pool import DEVICE_ENVIRONMENT
+from hybridflow.devices import (
+    DETERMINISTIC,
+    choose_interfaces,
+    device_index,
+    interface_of,
+    repeat_results,
+    with_device,
+)
+from hybridflow.pool import DEVICE_ENVIRONMENT, PoolSpec
 from recipes.config import Device, RunConfig, default_device
 from recipes.placing import place
 from recipes.python_settings import make_settings
@@ -126,6 +134,25 @@ def test_hosts_with_a_gpu_let_the_allocators_segments_grow() -> None:
     library = (Path(torch.__file__).parent / "lib" / "libc10.so").read_bytes()
     assert name.encode() in library and setting.encode() in library
     assert value == "True"
+
+
+def test_deterministic_reaches_the_libraries_under_names_that_they_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """G22."""
+    assert PoolSpec().deterministic is RunConfig().deterministic is False
+    for name, value in DETERMINISTIC.items():
+        monkeypatch.setenv(name, value)
+    assert vllm.envs.environment_variables["VLLM_BATCH_INVARIANT"]() is True
+    assert torch.are_deterministic_algorithms_enabled() is False
+    try:
+        repeat_results()
+        assert torch.are_deterministic_algorithms_enabled()
+        with pytest.raises(RuntimeError, match="deterministic"):  # PyTorch knows it for sure
+            torch.nn.functional.max_unpool1d(torch.ones(1, 1, 2), torch.tensor([[[0, 2]]]), 2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch._C._set_deterministic_fill_uninitialized_memory(True)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,18 @@ def test_the_device_decides_what_vllm_is_told(arguments: dict[str, Any], cuda: b
     assert arguments["disable_custom_all_reduce"] is True
 
 
+@pytest.mark.parametrize("chosen", [None, True, False])
+@pytest.mark.parametrize("cuda", [True, False])
+def test_graphs_are_the_default_on_gpus(
+    arguments: dict[str, Any], cuda: bool, chosen: bool | None
+) -> None:
+    """G31: a decoded token of a small model is hundreds of launches without them."""
+    config = GenerationConfig(enforce_eager=chosen)
+    build_llm(ModelConfig(path="model"), config, Qwen2Config(), load_weights=False, cuda=cuda)
+    expected = {None: not cuda, True: True, False: False}
+    assert arguments["enforce_eager"] is expected[chosen]
+
+
 def test_float32_attention_is_not_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """G4."""
     monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)

@@ -69,8 +69,10 @@ class GenerationConfig:
     gpu_memory_fraction: float = 0.5
     """Share of the device's memory that weights, activations and key/value cache of generation
     may take."""
-    enforce_eager: bool = True
-    """Do not compile the model (CPU) nor capture it in CUDA graphs (GPU)."""
+    enforce_eager: bool | None = None
+    """Do not compile the model (CPU) nor capture it in CUDA graphs (GPU). null: on a CPU, where
+    compiling takes minutes and gains nothing; graphs on a GPU, where a decoded token costs hundreds
+    of launches."""
     prefix_caching: bool = True
     """Compute the shared beginning of prompts once (the samples of one prompt, a common system
     prompt)."""

@@ -27,6 +27,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 """Constants of SplitMix64 (Steele, Lea, Flood 2014)."""
 
+FIXED_POINT = 2**40
 MOST_ROUNDS = 16
 """Rejections by top-p before the rest is sorted; the round's number is part of the hash, below
 2048."""
@@ -122,8 +123,9 @@ def sample_within_top_p(
 def cut_top_p(logits: Tensor, top_p: float) -> Tensor:
     """The logits with -inf at every token that has at least `top_p` of the mass above it."""
     order = logits.argsort(dim=-1, descending=True)
-    sorted_masses = logits.gather(-1, order).softmax(dim=-1)
-    dropped = sorted_masses.cumsum(dim=-1) - sorted_masses >= top_p
+    # Whole numbers: their sums are the same in whatever order a GPU takes them.
+    masses = (logits.gather(-1, order).softmax(dim=-1).double() * FIXED_POINT).long()
+    dropped = masses.cumsum(dim=-1) - masses >= top_p * FIXED_POINT
     return logits.masked_fill(torch.empty_like(dropped).scatter_(-1, order, dropped), -math.inf)
 
 

@@ -50,6 +50,7 @@ from workers.generation.vllm.memory import (
 from workers.generation.vllm.own_classes import own_classes
 from workers.generation.vllm.setup import (
     build_llm,
+    computes_eagerly,
     preserve_process_state,
     sums_through_peers,
     vllm_environment,
@@ -147,7 +148,8 @@ class VllmEngine(GenerationEngine):
         self._memory: EngineMemory = (
             CudaMemory(self.llm) if context.device.startswith("cuda") else CpuMemory(self.llm)
         )
-        self.has_graphs = context.device.startswith("cuda") and not config.enforce_eager
+        cuda = context.device.startswith("cuda")
+        self.has_graphs = cuda and not computes_eagerly(config, cuda=cuda)
         self._check_groups(context.rank)
         prepare_pipeline(self.llm)
 

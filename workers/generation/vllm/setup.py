@@ -73,7 +73,7 @@ def build_llm(
         kv_cache_memory_bytes=None if cuda else cache_bytes(standard_sizes(text_config), config),
         block_size=config.block_size or (None if cuda else CPU_BLOCK_SIZE),
         enable_prefix_caching=config.prefix_caching,
-        enforce_eager=config.enforce_eager,
+        enforce_eager=computes_eagerly(config, cuda=cuda),
         enable_sleep_mode=cuda and bool(config.release_during_training),
         disable_custom_all_reduce=not fast_sum,
         # FlashInfer's kernels, the first choice on Blackwell, reorder the experts' weights after
@@ -83,6 +83,11 @@ def build_llm(
         seed=0,
         hf_overrides=own_window(text_config),
     )
+
+
+def computes_eagerly(config: GenerationConfig, *, cuda: bool) -> bool:
+    """Whether the model runs operator by operator: neither compiled nor captured in CUDA graphs."""
+    return not cuda if config.enforce_eager is None else config.enforce_eager
 
 
 def sums_through_peers(context: RankContext, tp: int) -> bool:
