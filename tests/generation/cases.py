@@ -60,12 +60,16 @@ def make_model(directory: Path, *, tied: bool, seed: int = 0) -> Qwen2ForCausalL
     )
     model = Qwen2ForCausalLM(config).eval()
     model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return model
+
+
+def save_tokenizer(directory: Path) -> None:
     words = Tokenizer(
         models.WordLevel({f"t{token}": token for token in range(VOCAB)}, unk_token="t0")
     )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(directory)
-    return model
 
 
 def rows() -> tuple[list[np.ndarray], np.ndarray]:

@@ -9,8 +9,9 @@ the other rows.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +24,8 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.resharding import ParameterSpec
 from workers.config import ModelConfig
-from workers.generation.config import GenerationConfig, SamplingConfig
+from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
+from workers.generation.rows import FinishedRow
 from workers.generation.weight_destination import FullWeights, WeightDestination
 
 
@@ -63,6 +65,14 @@ class GenerationEngine(ABC):
         assert_close(engine.score(probe), trainer_log_probs)
         generations = engine.generate(prompts, seeds, config.sampling)
         engine.sleep()
+
+    or, in slices between which rows may be added and weights replaced:
+
+        keys = engine.submit(prompts, seeds, config.sampling)
+        engine.run(limit=16)
+        engine.load_weights(named_tensors, version=4)
+        engine.run(limit=16)
+        rows = engine.finished()  # {key: FinishedRow}
 
     `library`, `shares_process`, `check` are read before anything starts, on machines without
     `library` too: the module of an engine imports its library only where it computes.
@@ -123,7 +133,6 @@ class GenerationEngine(ABC):
         given.
         """
 
-    @abstractmethod
     def generate(
         self,
         prompts: Sequence[NDArray[np.int64]],
@@ -131,13 +140,92 @@ class GenerationEngine(ABC):
         sampling: SamplingConfig,
         limits: NDArray[np.int64] | None = None,
     ) -> Generations:
-        """One response for every prompt ([tokens] each); n samples of a prompt are n equal rows
-        with n seeds.
+        """One response for every prompt, as submit, run and finished give it; rows in flight go
+        on meanwhile and stay the caller's."""
+        start = time.perf_counter()
+        keys = self.submit(prompts, seeds, sampling, limits)
+        try:
+            self.run(until=keys)
+            finished = self.finished(keys)
+        finally:
+            self.cancel(keys)  # after an error, those that are left
+        return generations(
+            [finished[key] for key in keys],
+            num_prompt_tokens=sum(len(prompt) for prompt in prompts),
+            seconds=time.perf_counter() - start,
+        )
+
+    @abstractmethod
+    def submit(
+        self,
+        prompts: Sequence[NDArray[np.int64]],
+        seeds: NDArray[np.int64],
+        sampling: SamplingConfig,
+        limits: NDArray[np.int64] | None = None,
+        positions: NDArray[np.int64] | None = None,
+    ) -> list[int]:
+        """Add a row for every prompt ([tokens] each), behind those that wait; returns their keys,
+        which grow and are never used again. n samples of a prompt are n rows with n seeds.
 
         `seeds` [rows] decides the draws of each row. `limits` [rows] ends single responses before
-        max_response_tokens. Raises ValueError with the row for a prompt that is empty, has ids
-        outside the vocabulary, or leaves no room for max_response_tokens, and for a limit under 1.
+        max_response_tokens. `positions` [rows]: tokens that were drawn by the same seed before
+        (earlier turns of an episode), so that no draw is used twice; 0 by default. Rows of any
+        settings can be in flight together.
+
+        Raises ValueError with the row for a prompt that is empty, has ids outside the vocabulary,
+        or leaves no room for max_response_tokens, and for a limit under 1; no row is added then.
         """
+
+    def run(self, limit: int | None = None, *, until: Iterable[int] | None = None) -> int:
+        """Run engine steps until nothing is unfinished, at most `limit`, or until the rows with
+        the keys `until` have finished; returns the steps run.
+
+        A step draws at most one token for every row. The tokens of a row do not depend on how
+        steps are divided over calls.
+        """
+        steps, missing = 0, set(until or ())
+        missing -= self.finished_keys
+        while steps != limit and self.num_unfinished and (until is None or missing):
+            missing.difference_update(self.step())
+            steps += 1
+        return steps
+
+    @property
+    @abstractmethod
+    def num_unfinished(self) -> int:
+        """Rows that were submitted and have not finished."""
+
+    @abstractmethod
+    def step(self) -> list[int]:
+        """One engine step, while a row is unfinished; returns the keys of the rows that it
+        finished."""
+
+    @abstractmethod
+    def finished(self, keys: Collection[int] | None = None) -> dict[int, FinishedRow]:
+        """The rows that have finished (among `keys`; None: all) by their keys, which the engine
+        then forgets. The others stay."""
+
+    @property
+    @abstractmethod
+    def finished_keys(self) -> Set[int]:
+        """Keys of the rows that finished would return."""
+
+    @abstractmethod
+    def cancel(self, keys: Iterable[int]) -> None:
+        """Forget rows, unfinished or finished; keys that the engine does not know are nothing."""
+
+    @abstractmethod
+    def preempt(self) -> None:
+        """Give up the keys and values of all rows. The rows stay, and go on by reading their
+        prompts and the tokens drawn so far again."""
+
+    def check_drained(self) -> None:
+        """A RuntimeError if rows are unfinished."""
+        if self.num_unfinished:
+            raise RuntimeError(
+                f"generation: {self.num_unfinished} rows are in flight at a weight update with "
+                "in_flight=drain; run the engine until none is unfinished, or use recompute"
+            )
 
     @abstractmethod
     def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -146,36 +234,51 @@ class GenerationEngine(ABC):
         by that which generates, where they differ."""
 
     def weight_destination(
-        self, parameters: Sequence[ParameterSpec], dtype: torch.dtype, device: str
+        self,
+        parameters: Sequence[ParameterSpec],
+        dtype: torch.dtype,
+        device: str,
+        in_flight: InFlight = InFlight.recompute,
     ) -> WeightDestination:
-        """Where a weight sync writes the trainer's `parameters`, and how they come into use.
+        """Where a weight sync writes the trainer's `parameters`, and how they come into use;
+        `in_flight` as in weights_written.
 
         By default every rank receives the whole model and load_weights takes it. An engine that can
         name its own boxes of the parameters returns a destination of its own, and receives no other
         bytes.
         """
-        return FullWeights(self, parameters, dtype, device)
+        return FullWeights(self, parameters, dtype, device, in_flight)
 
     @abstractmethod
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
+    def load_weights(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        *,
+        version: int,
+        in_flight: InFlight = InFlight.recompute,
+    ) -> None:
         """Replace all weights by full tensors under their checkpoint names (tied weights once or
-        under both names).
+        under both names), and then weights_written.
 
-        Every rank passes every tensor; the engine keeps its part. Forgets every cached prefix.
-        Raises ValueError if a parameter of the model was not in `weights`.
+        Every rank passes every tensor; the engine keeps its part. Raises ValueError if a parameter
+        of the model was not in `weights`.
         """
 
     @abstractmethod
-    def weights_written(self, version: int) -> None:
-        """The weights were replaced by other means (a resharding plan); forget what was
-        computed with the old ones."""
+    def weights_written(self, version: int, in_flight: InFlight = InFlight.recompute) -> None:
+        """The weights were replaced (load_weights, a resharding plan): no new row uses what was
+        computed with the old ones, and rows in flight go on as `in_flight` says.
+
+        With recompute the next log-prob of a row is that of the new weights over its whole prefix.
+        """
 
     @abstractmethod
     def sleep(self) -> int:
-        """Free the key/value cache and the weights, and say how many bytes that were; generate and
+        """Free the key/value cache and the weights, and say how many bytes that were; a step and
         score need wake and then new weights first.
 
-        An engine that freed its weights has weight_version -1.
+        Rows in flight are preempted, and go on then. An engine that freed its weights has
+        weight_version -1.
         """
 
     @abstractmethod
@@ -187,3 +290,18 @@ class GenerationEngine(ABC):
     def close(self) -> None:
         """Free everything; the engine cannot be used afterwards. The process group of the pool
         stays."""
+
+
+def generations(
+    rows: Sequence[FinishedRow], *, num_prompt_tokens: int, seconds: float
+) -> Generations:
+    """Finished rows one after the other."""
+    no_ids, no_log_probs = np.empty(0, np.int64), np.empty(0, np.float32)
+    return Generations(
+        response_ids=np.concatenate([no_ids, *(row.token_ids for row in rows)]),
+        lengths=np.array([len(row.token_ids) for row in rows], dtype=np.int64),
+        log_probs=np.concatenate([no_log_probs, *(row.log_probs for row in rows)]),
+        finish_reasons=[row.finish_reason for row in rows],
+        num_prompt_tokens=num_prompt_tokens,
+        seconds=seconds,
+    )

@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from workers.config import Precision
+
+
+class InFlight(StrEnum):
+    """What becomes of rows in flight (begun, not finished) when the weights are replaced."""
+
+    recompute = "recompute"
+    """They read their whole prefix again by the new weights before the next token."""
+    keep = "keep"
+    """Rows that run go on with the keys and values of the old weights; rows that have not begun
+    read with the new ones."""
+    drain = "drain"
+    """There are none: the caller ran the engine until all were finished."""
 
 
 @dataclass(kw_only=True)

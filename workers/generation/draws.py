@@ -17,6 +17,7 @@ nothing is sorted.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,6 +55,42 @@ def sample_tokens(
         kept, masses if kept is logits else BlockMasses(kept), seeds, positions, sampling.top_p
     )
     return ids, logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - masses.log_total()
+
+
+DrawGroup = tuple[SamplingConfig, Tensor]
+"""Settings, and the rows (places in a batch, int64) that are drawn with them."""
+
+
+def draw_groups(samplings: Sequence[SamplingConfig], device: torch.device | str) -> list[DrawGroup]:
+    """The rows of a batch by the settings that decide their draws; `samplings` [rows]."""
+    places: dict[tuple[float, ...], list[int]] = {}
+    for place, sampling in enumerate(samplings):
+        places.setdefault(draw_settings(sampling), []).append(place)
+    groups = []
+    for same in places.values():
+        groups.append((samplings[same[0]], torch.tensor(same, device=device)))
+    return groups
+
+
+def draw_settings(sampling: SamplingConfig) -> tuple[float, ...]:
+    """The settings that decide a draw; the others decide when a response ends."""
+    if sampling.greedy:
+        return ()
+    return (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
+
+
+def sample_grouped(
+    logits: Tensor, seeds: Tensor, positions: Tensor, groups: Sequence[DrawGroup]
+) -> tuple[Tensor, Tensor]:
+    """sample_tokens for rows of several settings: `groups` hold every row of the batch once."""
+    if len(groups) == 1:
+        return sample_tokens(logits, seeds, positions, groups[0][0])
+    ids, log_probs = torch.empty_like(seeds), torch.empty(len(seeds), device=logits.device)
+    for sampling, rows in groups:
+        ids[rows], log_probs[rows] = sample_tokens(
+            logits[rows], seeds[rows], positions[rows], sampling
+        )
+    return ids, log_probs
 
 
 class BlockMasses:

@@ -1,14 +1,17 @@
 """The slow reference: a transformers model, one token for every row at a time, with the draws that
 every engine uses.
 
-No scheduler, no shared prefixes, no parallelism: every rank holds the whole model and is a replica
-of its own. In float32 it gives the tokens that vLLM gives.
+Waiting rows start in the order in which they came, as many as max_num_seqs allows, and every row
+that runs has its keys and values in one batch padded on the left. No shared prefixes, no
+parallelism: every rank holds the whole model and is a replica of its own. In float32 it gives the
+tokens that vLLM gives.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Sequence
+import itertools
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence, Set
 
 import numpy as np
 import torch
@@ -17,7 +20,6 @@ from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
-    DynamicCache,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,12 +31,15 @@ from workers.config import ModelConfig, Precision
 from workers.engines.base import Head
 from workers.engines.model.loading import position_limit
 from workers.generation import other_engines
-from workers.generation.base import GenerationEngine, Generations
-from workers.generation.config import GenerationConfig, SamplingConfig
-from workers.generation.draws import sample_tokens
+from workers.generation.base import GenerationEngine
+from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
+from workers.generation.draws import draw_groups, sample_grouped
+from workers.generation.padded_batch import PaddedBatch
+from workers.generation.rows import FinishedRow, GrowingRow, StopRule, pop_rows
 from workers.generation.sampling import (
     check_prompts,
     end_token_ids,
+    first_positions,
     load_model_config,
     most_tokens,
     stop_token_ids,
@@ -91,6 +96,10 @@ class HfEngine(GenerationEngine):
         self._max_num_seqs = config.max_num_seqs
         self._end_tokens = end_token_ids(model, text_config)
         self._device = context.device
+        self._keys = itertools.count()
+        self._waiting: deque[GrowingRow] = deque()
+        self._batches: list[PaddedBatch] = []
+        self._finished: dict[int, FinishedRow] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         if config.sampling.stop_strings:
             self._tokenizer = load_tokenizer(model)
@@ -102,65 +111,105 @@ class HfEngine(GenerationEngine):
         ).to(context.device)
         self._model.eval()
 
-    @torch.no_grad()
-    def generate(
+    def submit(
         self,
         prompts: Sequence[NDArray[np.int64]],
         seeds: NDArray[np.int64],
         sampling: SamplingConfig,
         limits: NDArray[np.int64] | None = None,
-    ) -> Generations:
-        start = time.perf_counter()
-        rows = [Row(most) for most in most_tokens(len(prompts), sampling, limits)]
+        positions: NDArray[np.int64] | None = None,
+    ) -> list[int]:
+        most = most_tokens(len(prompts), sampling, limits)
         check_prompts(
             prompts, seeds, sampling, vocab_size=self._vocab_size, max_model_len=self._max_model_len
         )
+        first = first_positions(len(prompts), positions)
         stop = StopRule(stop_token_ids(sampling, self._end_tokens), sampling, self._tokenizer)
-        for first in range(0, len(prompts), self._max_num_seqs):
-            part = slice(first, first + self._max_num_seqs)
-            own_seeds = torch.from_numpy(np.asarray(seeds[part], dtype=np.int64)).to(self._device)
-            self._generate(rows[part], prompts[part], own_seeds, sampling, stop)
-        return Generations(
-            response_ids=np.array([token for row in rows for token in row.tokens], dtype=np.int64),
-            lengths=np.array([len(row.tokens) for row in rows], dtype=np.int64),
-            log_probs=np.array(
-                [value for row in rows for value in row.log_probs], dtype=np.float32
-            ),
-            finish_reasons=[row.finish_reason for row in rows],
-            num_prompt_tokens=sum(len(prompt) for prompt in prompts),
-            seconds=time.perf_counter() - start,
-        )
+        keys = []
+        for row, prompt in enumerate(prompts):
+            keys.append(next(self._keys))
+            self._waiting.append(
+                GrowingRow(
+                    keys[-1], prompt, int(seeds[row]), int(first[row]), sampling, stop, most[row]
+                )
+            )
+        return keys
 
-    def _generate(
-        self,
-        rows: Sequence[Row],
-        prompts: Sequence[NDArray[np.int64]],
-        seeds: Tensor,
-        sampling: SamplingConfig,
-        stop: StopRule,
-    ) -> None:
-        """Fills the rows."""
-        inputs, mask = left_padded(prompts, self._device)
-        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self._model.config)
-        for step in range(sampling.max_response_tokens):
-            outputs = self._model(
-                input_ids=inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            ids, log_probs = sample_tokens(
-                outputs.logits[:, -1], seeds, torch.full_like(seeds, step), sampling
-            )
-            for row, token, log_prob in zip(rows, ids.tolist(), log_probs.tolist(), strict=True):
-                row.take(token, log_prob, stop)
-            if all(row.finish_reason for row in rows):
-                break
-            inputs, positions = ids.unsqueeze(-1), positions[:, -1:] + 1
-            mask = torch.cat([mask, torch.ones_like(inputs)], dim=-1)
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._waiting) + self._num_running
+
+    @torch.no_grad()
+    def step(self) -> list[int]:
+        self._admit()
+        ended = []
+        for batch in self._batches:
+            for row in self._draw(batch):
+                ended.append(row.key)
+                self._finished[row.key] = row.finished()
+        self._tidy()
+        return ended
+
+    @property
+    def finished_keys(self) -> Set[int]:
+        return self._finished.keys()
+
+    def finished(self, keys: Collection[int] | None = None) -> dict[int, FinishedRow]:
+        return pop_rows(self._finished, keys)
+
+    def preempt(self) -> None:
+        running = []
+        for batch in self._batches:
+            running += [row for row in batch.rows if not row.finish_reason]
+        self._batches = []
+        self._waiting.extendleft(sorted(running, key=lambda row: -row.key))
+
+    def cancel(self, keys: Iterable[int]) -> None:
+        cancelled = set(keys)
+        for key in cancelled:
+            self._finished.pop(key, None)
+        self._waiting = deque(row for row in self._waiting if row.key not in cancelled)
+        for batch in self._batches:
+            for row in batch.rows:
+                if row.key in cancelled:
+                    row.finish_reason = "cancelled"
+        self._tidy()
+
+    @property
+    def _num_running(self) -> int:
+        return sum(not row.finish_reason for batch in self._batches for row in batch.rows)
+
+    def _admit(self) -> None:
+        """Waiting rows become a batch, as many as may run."""
+        places = self._max_num_seqs - self._num_running
+        rows = [self._waiting.popleft() for _ in range(min(places, len(self._waiting)))]
+        if rows:
+            self._batches.append(PaddedBatch(self._model, rows))
+
+    def _draw(self, batch: PaddedBatch) -> list[GrowingRow]:
+        """One token for every row; returns the rows that it ended."""
+        running = [row for row in batch.rows if not row.finish_reason]
+        seeds = torch.tensor([row.seed for row in batch.rows], device=self._device)
+        positions = torch.tensor([row.position for row in batch.rows], device=self._device)
+        groups = draw_groups([row.sampling for row in batch.rows], self._device)
+        ids, log_probs = sample_grouped(batch.read(), seeds, positions, groups)
+        for row, token, log_prob in zip(batch.rows, ids.tolist(), log_probs.tolist(), strict=True):
+            row.take(token, log_prob, self.weight_version)
+        batch.append(ids)
+        return [row for row in running if row.finish_reason]
+
+    def _tidy(self) -> None:
+        """Rows that have ended leave, and what can be read together is one batch."""
+        batches: list[PaddedBatch] = []
+        for batch in self._batches:
+            batch.drop_finished()
+            if all(row.finish_reason for row in batch.rows):
+                continue
+            if batches and batches[-1].joins and batch.joins:
+                batches[-1].join(batch)
+            else:
+                batches.append(batch)
+        self._batches = batches
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -169,7 +218,13 @@ class HfEngine(GenerationEngine):
         return log_probs.gather(-1, ids[0, 1:, None])[:, 0].cpu().numpy()
 
     @torch.no_grad()
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], *, version: int) -> None:
+    def load_weights(
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        *,
+        version: int,
+        in_flight: InFlight = InFlight.recompute,
+    ) -> None:
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         # Tied names count once.
         missing = {id(parameter): name for name, parameter in parameters.items()}
@@ -185,14 +240,19 @@ class HfEngine(GenerationEngine):
                 f"load_weights: {', '.join(sorted(missing.values()))} not given; pass every "
                 "parameter of the model"
             )
-        self.weight_version = version
+        self.weights_written(version, in_flight)
 
-    def weights_written(self, version: int) -> None:
+    def weights_written(self, version: int, in_flight: InFlight = InFlight.recompute) -> None:
+        if in_flight is InFlight.drain:
+            self.check_drained()
+        if in_flight is InFlight.recompute:
+            self.preempt()
         self.weight_version = version
 
     def sleep(self) -> int:
-        """Nothing to free: the cache lives for one call only, and this engine is not for
+        """Rows in flight lose their keys and values. The weights stay: this engine is not for
         training large models."""
+        self.preempt()
         return 0
 
     def wake(self) -> None:
@@ -200,60 +260,3 @@ class HfEngine(GenerationEngine):
 
     def close(self) -> None:
         del self._model
-
-
-class Row:
-    """One response as it grows; tokens after its end are ignored."""
-
-    def __init__(self, most: int) -> None:
-        """`most`: tokens after which it ends at the latest."""
-        self.most = most
-        self.tokens: list[int] = []
-        self.log_probs: list[float] = []
-        self.finish_reason = ""
-
-    def take(self, token: int, log_prob: float, stop: StopRule) -> None:
-        if not self.finish_reason:
-            self.tokens.append(token)
-            self.log_probs.append(log_prob)
-            self.finish_reason = stop.reason(self.tokens, self.most)
-
-
-class StopRule:
-    """Why a response ends, if it does."""
-
-    def __init__(
-        self,
-        token_ids: Sequence[int],
-        sampling: SamplingConfig,
-        tokenizer: PreTrainedTokenizerBase | None,
-    ) -> None:
-        if sampling.stop_strings and tokenizer is None:
-            raise ValueError(
-                f"sampling.stop_strings={sampling.stop_strings} needs a tokenizer; set "
-                "generation.sampling.stop_strings too"
-            )
-        self._token_ids = set(token_ids)
-        self._sampling = sampling
-        self._tokenizer = tokenizer
-
-    def reason(self, tokens: list[int], most: int) -> str:
-        """ "stop", "length", or "" to go on."""
-        if tokens[-1] in self._token_ids:
-            return "stop"
-        if self._sampling.stop_strings and self._tokenizer is not None:
-            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-            if any(string in text for string in self._sampling.stop_strings):
-                return "stop"
-        return "length" if len(tokens) == most else ""
-
-
-def left_padded(prompts: Sequence[NDArray[np.int64]], device: str) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 [rows, longest prompt], prompts at the right end."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = np.zeros((len(prompts), longest), dtype=np.int64)
-    mask = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)

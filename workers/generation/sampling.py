@@ -98,6 +98,20 @@ def most_tokens(
     return [min(int(limit), sampling.max_response_tokens) for limit in limits]
 
 
+def first_positions(num_rows: int, positions: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """[rows]: the position of each response's first token among the draws of its seed; a
+    ValueError names the row of a negative one."""
+    if positions is None:
+        return np.zeros(num_rows, dtype=np.int64)
+    if len(positions) != num_rows:
+        raise ValueError(
+            f"positions: {len(positions)} for {num_rows} prompts; pass one for every row"
+        )
+    for row in np.flatnonzero(positions < 0):
+        raise ValueError(f"positions: {positions[row]} in row {row}; use 0 or more")
+    return np.asarray(positions, dtype=np.int64)
+
+
 def load_model_config(model: ModelConfig) -> PretrainedConfig:
     """The Hugging Face config of the text model."""
     config = AutoConfig.from_pretrained(

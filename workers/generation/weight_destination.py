@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hybridflow.resharding import Box, LocalParameter, LocalShard, ParameterSpec
+from workers.generation.config import InFlight
 
 if TYPE_CHECKING:
     from workers.generation.base import GenerationEngine
@@ -53,8 +54,9 @@ class FullWeights(WeightDestination):
         parameters: Sequence[ParameterSpec],
         dtype: torch.dtype,
         device: str,
+        in_flight: InFlight = InFlight.recompute,
     ) -> None:
-        self.engine = engine
+        self.engine, self.in_flight = engine, in_flight
         self.parameters = [
             LocalParameter(
                 spec.name,
@@ -80,6 +82,7 @@ class FullWeights(WeightDestination):
         self.engine.load_weights(
             [(parameter.name, parameter.shards[0].tensor) for parameter in self.parameters],
             version=version,
+            in_flight=self.in_flight,
         )
 
     def release(self) -> int:

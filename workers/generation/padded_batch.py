@@ -1,0 +1,116 @@
+"""PaddedBatch: rows of the engine hf that are read together, padded on the left, with the keys and
+values of what was read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from workers.generation.rows import GrowingRow
+
+
+class PaddedBatch:
+    """batch = PaddedBatch(model, rows)
+    logits = batch.read()           # of the next token of every row
+    batch.append(ids); batch.drop_finished()
+    batch.join(PaddedBatch(...))    # after append: both have one token to read
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: Sequence[GrowingRow]) -> None:
+        self.rows = list(rows)
+        self._model = model
+        self._inputs, self._mask = left_padded([row.prefix for row in rows], model.device)
+        self._positions = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)
+        self._cache = DynamicCache(config=model.config)
+
+    def read(self) -> Tensor:
+        """Reads the tokens that were not read yet; logits [rows, vocab] of those that follow."""
+        outputs = self._model(
+            input_ids=self._inputs,
+            attention_mask=self._mask,
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: Tensor = outputs.logits[:, -1]
+        return logits
+
+    def append(self, ids: Tensor) -> None:
+        """The next token [rows] of every row, to be read."""
+        self._inputs, self._positions = ids.unsqueeze(-1), self._positions[:, -1:] + 1
+        self._mask = torch.cat([self._mask, torch.ones_like(self._inputs)], dim=-1)
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows can come and go: every layer keeps keys and values of single tokens, and
+        nothing else."""
+        plain = (DynamicLayer, DynamicSlidingWindowLayer)
+        return all(type(layer) in plain for layer in self._cache.layers)
+
+    def join(self, other: PaddedBatch) -> None:
+        """The rows of another batch come behind these."""
+        self._align(max(self._mask.shape[1], other._mask.shape[1]))
+        other._align(self._mask.shape[1])
+        self.rows += other.rows
+        self._inputs = torch.cat([self._inputs, other._inputs])
+        self._positions = torch.cat([self._positions, other._positions])
+        self._mask = torch.cat([self._mask, other._mask])
+        for layer, more in zip(self._cache.layers, other._cache.layers, strict=True):
+            if layer.is_initialized:
+                layer.keys = torch.cat([layer.keys, more.keys])
+                layer.values = torch.cat([layer.values, more.values])
+
+    def drop_finished(self) -> None:
+        """Rows that have ended leave, where rows can, and the padding that only they needed."""
+        places = [place for place, row in enumerate(self.rows) if not row.finish_reason]
+        if len(places) == len(self.rows) or not places or not self.joins:
+            return
+        index = torch.tensor(places, device=self._mask.device)
+        self.rows = [self.rows[place] for place in places]
+        self._inputs, self._positions = self._inputs[index], self._positions[index]
+        self._mask = self._mask[index]
+        self._cache.batch_select_indices(index)
+        longest = int(self._mask.sum(dim=-1).max())
+        self._align(longest)
+
+    def _align(self, length: int) -> None:
+        """Pad or cut at the left, to `length` columns with the one to be read."""
+        self._mask = fit(self._mask.unsqueeze(-1), length).squeeze(-1)
+        for layer in self._cache.layers:
+            if not layer.is_initialized:
+                continue  # it uses another layer's
+            columns = length - 1
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = columns
+                columns = min(columns, layer.sliding_window - 1)
+            layer.keys, layer.values = fit(layer.keys, columns), fit(layer.values, columns)
+
+
+def fit(tensor: Tensor, length: int) -> Tensor:
+    """The last `length` entries of the dimension before the last, with zeros before them where
+    there are fewer."""
+    missing = length - tensor.shape[-2]
+    if missing <= 0:
+        return tensor[..., -missing:, :]
+    return pad(tensor, (0, 0, missing, 0))
+
+
+def left_padded(
+    prefixes: Sequence[NDArray[np.int64]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 [rows, longest prefix], prefixes at the right end."""
+    longest = max(len(prefix) for prefix in prefixes)
+    ids = np.zeros((len(prefixes), longest), dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, prefix in enumerate(prefixes):
+        ids[row, longest - len(prefix) :] = prefix
+        mask[row, longest - len(prefix) :] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
