@@ -143,14 +143,9 @@ class GenerationEngine(ABC):
         """One response for every prompt, as submit, run and finished give it; rows in flight go
         on meanwhile and stay the caller's."""
         start = time.perf_counter()
-        keys = self.submit(prompts, seeds, sampling, limits)
-        try:
-            self.run(until=keys)
-            finished = self.finished(keys)
-        finally:
-            self.cancel(keys)  # after an error, those that are left
+        rows = self._run_to_end(self.submit(prompts, seeds, sampling, limits))
         return generations(
-            [finished[key] for key in keys],
+            rows,
             num_prompt_tokens=sum(len(prompt) for prompt in prompts),
             seconds=time.perf_counter() - start,
         )
@@ -218,6 +213,15 @@ class GenerationEngine(ABC):
     def preempt(self) -> None:
         """Give up the keys and values of all rows. The rows stay, and go on by reading their
         prompts and the tokens drawn so far again."""
+
+    def _run_to_end(self, keys: Sequence[int]) -> list[FinishedRow]:
+        """The rows of `keys`, in that order, when they have finished; others go on meanwhile."""
+        try:
+            self.run(until=keys)
+            finished = self.finished(keys)
+        finally:
+            self.cancel(keys)  # after an error, those that are left
+        return [finished[key] for key in keys]
 
     def check_drained(self) -> None:
         """A RuntimeError if rows are unfinished."""

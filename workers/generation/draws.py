@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -55,6 +56,18 @@ def sample_tokens(
         kept, masses if kept is logits else BlockMasses(kept), seeds, positions, sampling.top_p
     )
     return ids, logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - masses.log_total()
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How the tokens of one row are drawn."""
+
+    seed: int = 0
+    position: int = 0
+    """The position of its first token among the draws of the seed."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    forced: Sequence[int] = ()
+    """Tokens to take in place of draws, with their log-probs at temperature 1."""
 
 
 DrawGroup = tuple[SamplingConfig, Tensor]

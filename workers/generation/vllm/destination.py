@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hybridflow.resharding import LocalParameter, ParameterSpec
+from workers.generation.config import InFlight
 from workers.generation.vllm.weights import VllmWeights
 from workers.generation.weight_destination import WeightDestination
 
@@ -17,8 +18,10 @@ class VllmShards(WeightDestination):
     """Every rank receives the boxes that its part of the model consists of, written in place
     where vLLM allows it."""
 
-    def __init__(self, engine: VllmEngine, parameters: Sequence[ParameterSpec]) -> None:
-        self.engine = engine
+    def __init__(
+        self, engine: VllmEngine, parameters: Sequence[ParameterSpec], in_flight: InFlight
+    ) -> None:
+        self.engine, self.in_flight = engine, in_flight
         self.weights = VllmWeights(
             engine.llm, {parameter.name: parameter.shape for parameter in parameters}
         )
@@ -33,7 +36,7 @@ class VllmShards(WeightDestination):
 
     def commit(self, version: int) -> None:
         self.weights.commit()
-        self.engine.weights_written(version)
+        self.engine.weights_written(version, self.in_flight)
 
     def release(self) -> int:
         return self.weights.free_staging()

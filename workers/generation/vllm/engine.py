@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import time
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Sequence, Set
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -27,11 +27,14 @@ from hybridflow.layout import Layout
 from hybridflow.progress import activity
 from hybridflow.resharding import ParameterSpec
 from workers.config import ModelConfig
-from workers.generation.base import GenerationEngine, Generations
-from workers.generation.config import GenerationConfig, SamplingConfig
+from workers.generation.base import GenerationEngine
+from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
+from workers.generation.draws import Draws
+from workers.generation.rows import FinishedRow, pop_rows
 from workers.generation.sampling import (
     check_prompts,
     end_token_ids,
+    first_positions,
     load_model_config,
     most_tokens,
     stop_token_ids,
@@ -145,6 +148,12 @@ class VllmEngine(GenerationEngine):
             self._sampler = TrainerSampler(model_runner(self.llm))
             model_runner(self.llm).sampler = self._sampler
         self._max_model_len: int = self.llm.model_config.max_model_len
+        self._keys = itertools.count()
+        self._requests: dict[int, str] = {}
+        """vLLM's own names of the rows that are unfinished."""
+        self._finished: dict[int, FinishedRow] = {}
+        self._prompt_log_probs: dict[int, NDArray[np.float32]] = {}
+        self._salt = 0
         self._memory: EngineMemory = (
             CudaMemory(self.llm) if context.device.startswith("cuda") else CpuMemory(self.llm)
         )
@@ -152,15 +161,16 @@ class VllmEngine(GenerationEngine):
         self.has_graphs = cuda and not computes_eagerly(config, cuda=cuda)
         self._check_groups(context.rank)
         prepare_pipeline(self.llm)
+        run_one_batch_at_a_time(self.llm)
 
-    def generate(
+    def submit(
         self,
         prompts: Sequence[NDArray[np.int64]],
         seeds: NDArray[np.int64],
         sampling: SamplingConfig,
         limits: NDArray[np.int64] | None = None,
-    ) -> Generations:
-        start = time.perf_counter()
+        positions: NDArray[np.int64] | None = None,
+    ) -> list[int]:
         most = most_tokens(len(prompts), sampling, limits)
         check_prompts(
             prompts, seeds, sampling, vocab_size=self._vocab_size, max_model_len=self._max_model_len
@@ -171,96 +181,136 @@ class VllmEngine(GenerationEngine):
                 "tokenizer; set them in actor.generation.sampling.stop_strings, so that it loads "
                 "one"
             )
-        params = self._sampling_params(most, sampling)
-        self._sampler.start(seeds, sampling)
-        try:
-            outputs = self._run([prompt.tolist() for prompt in prompts], params)
-        finally:
-            log_probs = self._sampler.finish()
-        completions = [output.outputs[0] for output in outputs]
-        lengths = np.array(
-            [len(completion.token_ids) for completion in completions], dtype=np.int64
-        )
-        return Generations(
-            response_ids=np.array(
-                [token for completion in completions for token in completion.token_ids],
-                dtype=np.int64,
-            ),
-            lengths=lengths,
-            log_probs=log_probs[np.arange(log_probs.shape[1]) < lengths[:, None]],
-            finish_reasons=[str(completion.finish_reason) for completion in completions],
-            num_prompt_tokens=sum(len(prompt) for prompt in prompts),
-            seconds=time.perf_counter() - start,
-        )
+        first = first_positions(len(prompts), positions)
+        common = self._sampling_params(sampling)
+        keys = []
+        for row, prompt in enumerate(prompts):
+            params = copy.copy(common)
+            params.max_tokens = most[row]
+            draws = Draws(int(seeds[row]), int(first[row]), sampling)
+            keys.append(self._add(prompt.tolist(), params, draws))
+        return keys
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._requests)
+
+    def step(self) -> list[int]:
+        if not self._has_weights:
+            raise RuntimeError(
+                "generation: sleep freed the weights; wake the engine and give it weights first"
+            )
+        self._memory.take_back_cache()
+        ended = []
+        for output in self.llm.llm_engine.step():
+            key = int(output.request_id)
+            self._finished[key] = self._take(key, output)
+            ended.append(key)
+        return ended
+
+    @property
+    def finished_keys(self) -> Set[int]:
+        return self._finished.keys()
+
+    def finished(self, keys: Collection[int] | None = None) -> dict[int, FinishedRow]:
+        return pop_rows(self._finished, keys)
+
+    def preempt(self) -> None:
+        if not self.llm.llm_engine.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError(
+                "generation: vLLM did not forget its cached prefixes although nothing runs"
+            )
+
+    def cancel(self, keys: Iterable[int]) -> None:
+        requests = []
+        for key in keys:
+            self._finished.pop(key, None)
+            if key in self._requests:
+                requests.append(self._requests.pop(key))
+        self.llm.llm_engine.abort_request(requests, internal=True)
+        for request in requests:
+            self._sampler.drop(request)
 
     def score(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
         from vllm import SamplingParams
-
-        from workers.generation.vllm.sampler import ROW
+        from vllm.sampling_params import RequestOutputKind
 
         if not 2 <= len(token_ids) < self._max_model_len:
             raise ValueError(
                 f"score: {len(token_ids)} tokens; pass at least 2 and fewer than "
                 f"max_model_len={self._max_model_len}"
             )
-        tokens = np.array(token_ids, dtype=np.int64)
+        ids = list(token_ids)
         if self.layout.axis_size("pp") > 1:
-            return self._score_prefixes(tokens)
+            return self._score_prefixes(ids)
         # Half of them are generated, by force: decoding runs other code than reading a prompt (other
         # kernels, CUDA graphs, matrices derived from the weights).
-        prompt, rest = tokens[: -(-len(tokens) // 2)], tokens[-(-len(tokens) // 2) :]
+        half = -(-len(ids) // 2)
         params = SamplingParams(
-            max_tokens=len(rest),
+            max_tokens=len(ids) - half,
             temperature=0.0,
             prompt_logprobs=0,
             flat_logprobs=True,
             detokenize=False,
             ignore_eos=True,
-            extra_args={ROW: 0},
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        sampling = SamplingConfig(max_response_tokens=len(rest))
-        self._sampler.start(np.zeros(1, dtype=np.int64), sampling, forced=rest[None])
-        try:
-            (output,) = self._run([prompt.tolist()], [params])
-        finally:
-            decoded = self._sampler.finish()[0]
-        read = np.array(output.prompt_logprobs.logprobs, dtype=np.float32)
-        return np.concatenate([read, decoded])
+        key = self._add(ids[:half], params, Draws(forced=ids[half:]))
+        (decoded,) = self._run_to_end([key])
+        return np.concatenate([self._prompt_log_probs.pop(key), decoded.log_probs])
 
-    def _score_prefixes(self, token_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _score_prefixes(self, ids: list[int]) -> NDArray[np.float32]:
         """score by one forced token after every prefix: with pipeline stages vLLM has no
         log-probs of prompts."""
-        sampling = SamplingConfig(max_response_tokens=1)
-        count = len(token_ids) - 1
-        forced = token_ids[1:, None]
-        self._sampler.start(np.zeros(count, dtype=np.int64), sampling, forced=forced)
-        try:
-            self._run(
-                [token_ids[:length].tolist() for length in range(1, count + 1)],
-                self._sampling_params([1] * count, sampling),
-            )
-        finally:
-            log_probs = self._sampler.finish()
-        return log_probs[:, 0]
+        params = self._sampling_params(SamplingConfig(max_response_tokens=1))
+        keys = []
+        for length in range(1, len(ids)):
+            forced = Draws(forced=ids[length : length + 1])
+            keys.append(self._add(ids[:length], copy.copy(params), forced))
+        return np.concatenate([row.log_probs for row in self._run_to_end(keys)])
 
     def weight_destination(
-        self, parameters: Sequence[ParameterSpec], dtype: torch.dtype, device: str
+        self,
+        parameters: Sequence[ParameterSpec],
+        dtype: torch.dtype,
+        device: str,
+        in_flight: InFlight = InFlight.recompute,
     ) -> VllmShards:
         """vLLM's own memory has dtype and device already."""
         del dtype, device
-        return VllmShards(self, parameters)
+        return VllmShards(self, parameters, in_flight)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
+    def load_weights(
+        self,
+        weights: Iterable[tuple[str, torch.Tensor]],
+        *,
+        version: int,
+        in_flight: InFlight = InFlight.recompute,
+    ) -> None:
         reload_weights(self.llm, weights, tied=self._tied)
-        self.weights_written(version)
+        self.weights_written(version, in_flight)
 
-    def weights_written(self, version: int) -> None:
+    def weights_written(self, version: int, in_flight: InFlight = InFlight.recompute) -> None:
+        if in_flight is InFlight.drain:
+            self.check_drained()
+        if in_flight is InFlight.keep:
+            self._part_prefixes()
+        else:
+            self.preempt()
         self._has_weights = True
-        self.llm.reset_prefix_cache()
-        self.weight_version = version
+        self.weight_version = self._sampler.weight_version = version
+
+    def _part_prefixes(self) -> None:
+        """What is read from now on shares no keys and values with what was read before: vLLM looks
+        prefixes up by their tokens and a salt, and cannot forget those that running rows use."""
+        self._salt += 1
+        for request in self.llm.llm_engine.engine_core.engine_core.scheduler.waiting:
+            request.cache_salt = str(self._salt)
+            request.block_hashes.clear()
+            request.update_block_hashes()
 
     def sleep(self) -> int:
-        self.llm.reset_prefix_cache()
+        self.preempt()
         freed = self._memory.release()
         self._has_weights = False
         self.weight_version = -1
@@ -291,17 +341,12 @@ class VllmEngine(GenerationEngine):
                 "of the layout"
             )
 
-    def _sampling_params(
-        self, most: Sequence[int], sampling: SamplingConfig
-    ) -> list[SamplingParams]:
-        """One object a row, which may get `most` tokens; vLLM only counts and stops, drawing is
-        TrainerSampler's."""
+    def _sampling_params(self, sampling: SamplingConfig) -> SamplingParams:
+        """vLLM only counts and stops, drawing is TrainerSampler's."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        from workers.generation.vllm.sampler import ROW
-
-        common = SamplingParams(
+        return SamplingParams(
             temperature=0.0,
             max_tokens=sampling.max_response_tokens,
             stop=sampling.stop_strings,
@@ -311,25 +356,36 @@ class VllmEngine(GenerationEngine):
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
-        result = []
-        for row, max_tokens in enumerate(most):
-            params = copy.copy(common)
-            params.max_tokens = max_tokens
-            params.extra_args = {ROW: row}
-            result.append(params)
-        return result
 
-    def _run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[RequestOutput]:
-        """Outputs in the order of `prompts`."""
-        if not self._has_weights:
-            raise RuntimeError(
-                "generation: sleep freed the weights; wake the engine and give it weights first"
-            )
-        self._memory.take_back_cache()
-        if not prompts:
-            return []
-        return self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+    def _add(self, prompt: list[int], params: SamplingParams, draws: Draws) -> int:
+        """A request of vLLM's; returns its key."""
+        from vllm.inputs.engine import tokens_input
+
+        key = next(self._keys)
+        # The arrival decides nothing with vLLM's first-come queue. The clock would differ between
+        # the ranks of a replica.
+        self._requests[key] = self.llm.llm_engine.add_request(
+            str(key),
+            tokens_input(prompt, cache_salt=str(self._salt)),
+            params,
+            arrival_time=float(key),
+        )
+        self._sampler.add(self._requests[key], draws)
+        return key
+
+    def _take(self, key: int, output: RequestOutput) -> FinishedRow:
+        """The row of a request that has finished, which is forgotten."""
+        (completion,) = output.outputs
+        if output.prompt_logprobs is not None:
+            read = np.array(output.prompt_logprobs.logprobs, dtype=np.float32)
+            self._prompt_log_probs[key] = read
+        ids = np.array(completion.token_ids, dtype=np.int64)
+        log_probs, versions = self._sampler.take(self._requests.pop(key), len(ids))
+        return FinishedRow(
+            token_ids=ids,
+            log_probs=log_probs,
+            finish_reason=str(completion.finish_reason),
+            weight_versions=versions,
         )
 
 
@@ -343,6 +399,14 @@ def prepare_pipeline(llm: LLM) -> None:
         runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
             batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
         )
+
+
+def run_one_batch_at_a_time(llm: LLM) -> None:
+    """Finish every step of an engine before the next: with pipeline stages vLLM queues batches, of
+    which tokens are drawn and not yet taken in when weights are replaced. Stages in processes of
+    their own gain nothing by the queue: each waits for the last one's logits."""
+    core = llm.llm_engine.engine_core.engine_core
+    core.batch_queue, core.step_fn = None, core.step
 
 
 def replicas_of(layout: Layout) -> list[list[list[int]]]:

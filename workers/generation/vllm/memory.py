@@ -145,7 +145,7 @@ class CudaMemory(EngineMemory):
         if "weights" in self._free:
             return 0
         before, _ = torch.cuda.mem_get_info()
-        self._llm.sleep(level=2)
+        self._llm.sleep(level=2, mode="keep")  # "abort" would lose the rows in flight
         self._free = {"weights", "kv_cache"}
         return torch.cuda.mem_get_info()[0] - before
 

@@ -5,61 +5,68 @@ vLLM's own sampler returns log-probs at temperature 1 or after top-p and top-k, 
 scores with the full softmax at the sampling temperature; it ranks every sampled token in the
 vocabulary (by a kernel compiled at the first call, for seconds); it draws from the process' global
 generator, which is the trainer's; and on CPU its noise takes a third of the time of a small model.
-Log-probs are recorded here by row and position, because passing them through vLLM's output costs
-Python per token.
+Log-probs and the weights' versions are recorded here by row and position, because passing them
+through vLLM's output costs Python per token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import pad
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from workers.generation.config import SamplingConfig
-from workers.generation.draws import sample_tokens
+from workers.generation.draws import Draws, draw_groups, sample_grouped
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-ROW = "row"
-"""Key of a request's extra_args: the row of the call that it generates."""
 
 
 class TrainerSampler(Sampler):
     """Put in the place of the model runner's sampler.
 
-    sampler.start(seeds, sampling); ...run requests whose extra_args are {ROW: row}...; log_probs =
-    sampler.finish()
+    sampler.add(request, Draws(seed)); ...vLLM's steps...; sampler.take(request, num_tokens)
+
+    A request has a slot of the tables from its first step on, until take or drop; the tables grow
+    with the slots in use and the longest response.
     """
+
+    weight_version: int = -1
+    """Recorded with every token."""
 
     def __init__(self, runner: GPUModelRunner) -> None:
         super().__init__()
         self._runner = runner
-        self._sampling: SamplingConfig | None = None
+        self._draws: dict[str, Draws] = {}
+        self._slots: dict[str, int] = {}
+        self._free_slots: list[int] = []
+        self._log_probs = torch.zeros(0, 0, device=runner.device)
+        self._versions = torch.zeros(0, 0, dtype=torch.int32, device=runner.device)
+        self._batch = DrawnBatch([], [], [], runner.device)
 
-    def start(
-        self,
-        seeds: NDArray[np.int64],
-        sampling: SamplingConfig,
-        forced: NDArray[np.int64] | None = None,
-    ) -> None:
-        """Draw rows by `seeds` until finish; with `forced` [rows, max_response_tokens], take those
-        tokens in place of draws."""
-        self._sampling = sampling
-        self._forced = None if forced is None else torch.from_numpy(forced).to(self._runner.device)
-        device = self._runner.device
-        self._seeds = torch.from_numpy(np.ascontiguousarray(seeds, dtype=np.int64)).to(device)
-        self._log_probs = torch.zeros(len(seeds), sampling.max_response_tokens, device=device)
+    def add(self, request: str, draws: Draws) -> None:
+        """Draw the tokens of a request of vLLM's (its internal id) from now on."""
+        self._draws[request] = draws
 
-    def finish(self) -> NDArray[np.float32]:
-        """Log-probs [rows, max_response_tokens]; those after a row's end have no meaning."""
-        self._sampling = None
-        return self._log_probs.cpu().numpy()
+    def take(self, request: str, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Log-probs and weight versions of the `count` tokens of a request, which is forgotten."""
+        slot = self._slots[request]
+        log_probs = self._log_probs[slot, :count].cpu().numpy().copy()
+        versions = self._versions[slot, :count].cpu().numpy().astype(np.int64)
+        self.drop(request)
+        return log_probs, versions
+
+    def drop(self, request: str) -> None:
+        """Forget a request."""
+        del self._draws[request]
+        if request in self._slots:
+            self._free_slots.append(self._slots.pop(request))
 
     def forward(
         self,
@@ -68,29 +75,51 @@ class TrainerSampler(Sampler):
         predict_bonus_token: bool = False,
         logprobs_mode_override: str | None = None,
     ) -> SamplerOutput:
-        """One token for every row of logits [batch, vocab]; vLLM's own way outside start and
-        finish (its warm-up, scoring)."""
-        if self._sampling is None:
+        """One token for every row of logits [batch, vocab]; vLLM's own way where there are no
+        requests (its warm-up)."""
+        if not self._draws:
             return super().forward(
                 logits, sampling_metadata, predict_bonus_token, logprobs_mode_override
             )
-        batch, requests = self._runner.input_batch, self._runner.requests
-        count = logits.shape[0]
-        table = np.empty((2, count), dtype=np.int64)
-        table[0] = [requests[name].sampling_params.extra_args[ROW] for name in batch.req_ids]
+        batch, count = self._runner.input_batch, logits.shape[0]
+        if batch.req_ids != self._batch.requests:
+            self._batch = self._compose(list(batch.req_ids))
         # A row that is still within its prompt draws too; vLLM discards that token, and the draw at
-        # position 0 is repeated.
-        table[1] = batch.num_tokens_no_spec[:count] - batch.num_prompt_tokens[:count]
-        rows, positions = torch.from_numpy(table).to(logits.device)
-        if self._forced is None:
-            ids, log_probs = sample_tokens(logits, self._seeds[rows], positions, self._sampling)
-        else:
-            ids = self._forced[rows, positions]
-            log_probs = logits.float().log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-        self._log_probs[rows, positions] = log_probs
+        # its position is repeated.
+        drawn = batch.num_tokens_no_spec[:count] - batch.num_prompt_tokens[:count]
+        self._grow(len(self._log_probs), int(drawn.max()) + 1)
+        places = torch.from_numpy(drawn.astype(np.int64)).to(logits.device)
+        ids, log_probs = self._batch.draw(logits, places)
+        self._log_probs[self._batch.slots, places] = log_probs
+        self._versions[self._batch.slots, places] = self.weight_version
         return SamplerOutput(
             sampled_token_ids=ids.to(torch.int32).unsqueeze(-1), logprobs_tensors=None
         )
+
+    def _compose(self, requests: list[str]) -> DrawnBatch:
+        """The batch of `requests`; those that are new get a slot."""
+        slots = []
+        for request in requests:
+            if request not in self._slots:
+                if not self._free_slots:
+                    self._grow(len(self._log_probs) + 1, self._log_probs.shape[1])
+                self._slots[request] = self._free_slots.pop()
+            slots.append(self._slots[request])
+        draws = [self._draws[request] for request in requests]
+        return DrawnBatch(requests, slots, draws, self._runner.device)
+
+    def _grow(self, slots: int, tokens: int) -> None:
+        """Make the tables at least this large: twice as large as they were, so that it is rare."""
+        old_slots, old_tokens = self._log_probs.shape
+        if slots <= old_slots and tokens <= old_tokens:
+            return
+        if slots > old_slots:
+            slots = max(slots, 2 * old_slots, 16)
+        if tokens > old_tokens:
+            tokens = max(tokens, 2 * old_tokens, 64)
+        more = (0, tokens - old_tokens, 0, slots - old_slots)
+        self._log_probs, self._versions = pad(self._log_probs, more), pad(self._versions, more)
+        self._free_slots += reversed(range(old_slots, slots))
 
     @staticmethod
     def gather_logprobs(
@@ -103,3 +132,32 @@ class TrainerSampler(Sampler):
         return LogprobsTensors(
             ids.to(torch.int32), logprobs.gather(-1, ids), torch.zeros_like(token_ids)
         )
+
+
+class DrawnBatch:
+    """The requests of a step and how their tokens are drawn; the same in the next step as long as
+    no request comes or goes."""
+
+    def __init__(
+        self,
+        requests: list[str],
+        slots: Sequence[int],
+        draws: Sequence[Draws],
+        device: torch.device,
+    ) -> None:
+        self.requests = requests
+        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)
+        self._seeds = torch.tensor([row.seed for row in draws], dtype=torch.int64, device=device)
+        self._first = torch.tensor(
+            [row.position for row in draws], dtype=torch.int64, device=device
+        )
+        self._groups = draw_groups([row.sampling for row in draws], device)
+        self._forced = [(place, row.forced) for place, row in enumerate(draws) if row.forced]
+
+    def draw(self, logits: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids [batch] and log-probs [batch]; `places` [batch]: tokens that each row has."""
+        ids, log_probs = sample_grouped(logits, self._seeds, self._first + places, self._groups)
+        for row, forced in self._forced:
+            ids[row] = forced[int(places[row])]
+            log_probs[row] = logits[row].float().log_softmax(dim=-1)[ids[row]]
+        return ids, log_probs
