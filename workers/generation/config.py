@@ -9,7 +9,7 @@ from workers.config import Precision
 
 
 class InFlight(StrEnum):
-    """What becomes of rows in flight (begun, not finished) when the weights are replaced."""
+    """How rows in flight (submitted, not finished) go on when the weights are replaced."""
 
     recompute = "recompute"
     """They read their whole prefix again by the new weights before the next token."""

@@ -301,7 +301,7 @@ class VllmEngine(GenerationEngine):
         self.weight_version = self._sampler.weight_version = version
 
     def _part_prefixes(self) -> None:
-        """What is read from now on shares no keys and values with what was read before: vLLM looks
+        """Share no keys and values between what was read before and what is read from now on: vLLM looks
         prefixes up by their tokens and a salt, and cannot forget those that running rows use."""
         self._salt += 1
         for request in self.llm.llm_engine.engine_core.engine_core.scheduler.waiting:
