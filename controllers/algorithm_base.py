@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from controllers.episodes import episode_metrics, whole_rows
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from hybridflow.seeds import spread_seed
@@ -191,6 +192,7 @@ def _batch_metrics(batch: Batch) -> Mapping[str, float]:
         "response_tokens/min": float(lengths.min()),
         "response_tokens/finished": sum(finished) / len(finished),
         "tokens": float(num_tokens.sum()),
+        **episode_metrics(batch),
     }
     if "ref_log_probs" in batch:
         kl = kl_estimate(response.values, batch.ragged("ref_log_probs").values, KLEstimator.k1)
@@ -198,7 +200,8 @@ def _batch_metrics(batch: Batch) -> Mapping[str, float]:
             segment_sum(kl, row_of_token(response.lengths), len(batch)).mean()
         )
     if "rewards" in batch:
-        rewards = batch.tensor("rewards")
+        rewards = batch.tensor("rewards")[whole_rows(batch)]
+    if "rewards" in batch and len(rewards):
         metrics |= {
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std(correction=0)),

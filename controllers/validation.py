@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from controllers.algorithm_base import means_of_dicts
 from controllers.data import RowDataset
+from controllers.episodes import episode_metrics, whole_rows
 from hybridflow.batch import Batch
 from hybridflow.results import Metrics
 from workers.generation.config import SamplingConfig
@@ -42,10 +43,12 @@ class ResponseReward:
         batch |= self.actor.generate_sequences(batch, self.sampling)
         scored = self.reward.compute_reward(batch)
         judged = self.gold.compute_reward(batch) if self.gold is not None else None
-        numbers = {REWARD: float(scored.tensor("rewards").mean())}
+        whole = whole_rows(batch)
+        numbers = {REWARD: float(scored.tensor("rewards")[whole].mean())}
+        numbers |= episode_metrics(batch)
         batch |= scored
         if judged is not None:
-            numbers["gold/mean"] = float(judged.tensor("rewards").mean())
+            numbers["gold/mean"] = float(judged.tensor("rewards")[whole].mean())
             numbers |= means_of_dicts(judged.objects("reward_metrics"), "gold")
             batch |= judged.rename(rewards="gold_rewards", reward_metrics="gold_metrics")
         return Metrics(numbers, rows=batch)

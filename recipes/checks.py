@@ -23,6 +23,7 @@ from hybridflow.layout import AXES, Layout
 from hybridflow.registry import Registry
 from recipes.config import NO_MODEL, RunConfig
 from recipes.engine_facts import ask_engine
+from workers.agents.config import EpisodeScorerConfig
 from workers.config import LearningRateSchedule, ModelConfig, TrainConfig
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head
@@ -62,6 +63,8 @@ def check_settings(role: str, config: RoleConfig) -> None:
     """Names and values of one role; reads no file, save the reward function's module."""
     if isinstance(config, RewardConfig) and config.function is not None:
         resolve(config.function, role)
+        return
+    if isinstance(config, EpisodeScorerConfig) and config.model is None:
         return
     assert config.model is not None, "is_function() saw to it"
     if config.model.path == NO_MODEL:
@@ -292,6 +295,8 @@ def check_generation_memory(pool: str, fractions: Mapping[str, float]) -> None:
 def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> None:
     """Loads the model's configuration (not its weights) and holds the layouts against it."""
     if isinstance(config, RewardConfig) and config.function is not None:
+        return
+    if isinstance(config, EpisodeScorerConfig) and config.model is None:
         return
     assert config.model is not None, "is_function() saw to it"
     try:

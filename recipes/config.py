@@ -19,6 +19,7 @@ from hybridflow.metrics import MetricsConfig
 from hybridflow.recovery.config import RecoveryConfig
 from recipes.mapper_config import MapperConfig
 from recipes.path_settings import PathFields, expand_paths
+from workers.agents.config import EpisodeConfig
 from workers.config import ModelConfig
 from workers.generation.vllm.build import installed_kind
 from workers.role_config import (
@@ -175,6 +176,11 @@ class RunConfig:
     )
     """The model that recipes.reward_model and recipes.cost_model train; `reward` is the frozen
     one that reinforcement learning asks."""
+    environment: Any = None
+    """package.module:name of an environment that the policy acts in, in many turns: an async
+    function of (model, task), or a class with reset and step; from Python also the object itself.
+    null: a response answers its prompt."""
+    episode: EpisodeConfig = field(default_factory=EpisodeConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(seed=RUN_SEED))
     loop: LoopConfig = field(default_factory=LoopConfig)

@@ -49,6 +49,8 @@ def with_generation_lengths(
     length = generation.max_model_len
     if not length:
         length = min(limit, max(SHORTEST, longest + generation.sampling.max_response_tokens))
+        if config.environment is not None:
+            length = limit
     generation = replace(generation, max_model_len=length)
     model = model_config(config.actor.model, Head.lm)
     generation_engine_class(generation.engine).check_model(model, generation)

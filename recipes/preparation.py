@@ -30,6 +30,7 @@ from recipes.compatibility import (
     check_vocabularies,
 )
 from recipes.config import PlacementMode, RunConfig
+from recipes.episodes import check_environment, check_template
 from recipes.forecast import forecast, verdict
 from recipes.generation_lengths import with_generation_lengths
 from recipes.mapping_settings import MapperInputs, apply_mapping
@@ -39,6 +40,7 @@ from recipes.same_run import check_same_run
 from recipes.schedules import with_schedules
 from recipes.text_settings import log_left_out, smallest_vocabulary, with_text
 from recipes.trial import try_policy_loss
+from workers.agents.workers import EpisodeActor
 from workers.config import Precision
 from workers.precision import (
     automatic,
@@ -103,6 +105,7 @@ def prepare(config: RunConfig) -> Preparation:
     for name in placement.role_names:
         if not role_kind(name).needed(config):
             LOGGER.info("no %s model: no coefficient asks for it", name)
+    check_environment(placement)
     check_output(config.output_dir)
     check_resume(config.loop.resume)
     if config.algorithm.name not in QUESTIONS:
@@ -111,6 +114,7 @@ def prepare(config: RunConfig) -> Preparation:
     check_models(placement)
     tokenizer = load_tokenizer(config.model)
     config = with_text(config, tokenizer)
+    check_template(config, tokenizer)
     placement = place(config)
     check_vocabularies(config, placement.roles, tokenizer)
     log_left_out(placement.roles, config)
@@ -144,11 +148,11 @@ def check_dataflow(placement: Placement) -> Dataflow:
     config = placement.config
     workers = {role.name: role.worker for role in placement.roles}
     if workers.pop(GENERATION, None) is not None:
-        workers["actor"] = Actor
+        workers["actor"] = Actor if config.environment is None else EpisodeActor
     traced, recorder = traced_roles(workers)
     roles = traced | placeholder_roles(placement, traced)
     algorithm = create_algorithm(config.algorithm.name, roles, config.algorithm)
-    inputs = DATASETS[placement.entry.rows].columns
+    inputs = DATASETS[rows_of(placement)].columns
     dataflow = trace(config.algorithm.name, algorithm.step, inputs, recorder)
     check_loss_columns(config.actor.loss.name, dataflow)
     if "actor" in placement.role_names:
@@ -156,11 +160,19 @@ def check_dataflow(placement: Placement) -> Dataflow:
     return dataflow
 
 
+def rows_of(placement: Placement) -> str:
+    """The kind of rows that the run's steps begin with: tasks in place of prompts where there is an
+    environment."""
+    if placement.config.environment is None:
+        return placement.entry.rows
+    return "tasks"
+
+
 def load_rows(placement: Placement, name: str, tokenizer: PreTrainedTokenizerBase) -> RowDataset:
     """data.train or data.validation, as the rows that the algorithm's steps begin with."""
     config = placement.config
     where = {"train": config.data.train, "validation": config.data.validation}[name]
-    rows = DATASETS[placement.entry.rows].load(
+    rows = DATASETS[rows_of(placement)].load(
         config.data,
         where,
         tokenizer,

@@ -12,6 +12,7 @@ is a ValueError.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from controllers.loop import Outcome
 from hybridflow.tracing import to_mermaid
@@ -35,14 +36,17 @@ def open_session(
     reward: Scorer | None = None,
     cost: Scorer | None = None,
     gold: Scorer | None = None,
+    environment: Any = None,
 ) -> Session:
     """Starts the recipe's models and returns when they stand; `with` or close() ends them.
 
     It goes on from the latest checkpoint in output_dir, if there is one (loop.resume). reward, cost
     and gold are functions or "package.module:name"; a lambda or a function of a notebook's cell
-    will do.
+    will do. So is environment, or a class (docs/agents.md).
     """
-    return Session(prepare(make_settings(recipe, settings, reward, cost, gold, first=QUIET)))
+    return Session(
+        prepare(make_settings(recipe, settings, reward, cost, gold, environment, first=QUIET))
+    )
 
 
 def run(
@@ -52,17 +56,24 @@ def run(
     reward: Scorer | None = None,
     cost: Scorer | None = None,
     gold: Scorer | None = None,
+    environment: Any = None,
 ) -> Outcome:
     """The whole run, as `python -m recipes.<recipe>` does it."""
-    outcome = run_recipe(_starting(make_settings(recipe, settings, reward, cost, gold)))
+    outcome = run_recipe(
+        _starting(make_settings(recipe, settings, reward, cost, gold, environment))
+    )
     assert outcome is not None, "only graph and dry_run start nothing"
     return outcome
 
 
-def evaluate(settings: Settings = (), *, reward: Scorer | None = None) -> dict[str, float]:
+def evaluate(
+    settings: Settings = (), *, reward: Scorer | None = None, environment: Any = None
+) -> dict[str, float]:
     """Answers every prompt of data.validation and scores the answers: mean reward, pass@k,
     lengths. Leaves evaluation.json and samples.parquet in output_dir."""
-    numbers = evaluate_run(_starting(make_settings("evaluate", settings, reward)))
+    numbers = evaluate_run(
+        _starting(make_settings("evaluate", settings, reward, environment=environment))
+    )
     assert numbers is not None, "only graph and dry_run start nothing"
     return numbers
 
@@ -81,10 +92,11 @@ def dry_run(
     reward: Scorer | None = None,
     cost: Scorer | None = None,
     gold: Scorer | None = None,
+    environment: Any = None,
 ) -> str:
     """Checks everything that can be checked without a process, and says what would run where
     and in how many seconds."""
-    return dry_run_report(prepare(make_settings(recipe, settings, reward, cost, gold)))
+    return dry_run_report(prepare(make_settings(recipe, settings, reward, cost, gold, environment)))
 
 
 def graph(recipe: str, settings: Settings = (), *, reward: Scorer | None = None) -> str:

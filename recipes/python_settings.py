@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
@@ -33,6 +34,7 @@ def make_settings(
     reward: Scorer | None = None,
     cost: Scorer | None = None,
     gold: Scorer | None = None,
+    environment: Any = None,
     *,
     first: Sequence[str] = (),
 ) -> RunConfig:
@@ -47,6 +49,7 @@ def make_settings(
         reward=_with_function(config.reward, reward),
         cost=_with_function(config.cost, cost),
         gold=_with_function(config.gold, gold),
+        environment=config.environment if environment is None else environment,
     )
 
 

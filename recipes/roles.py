@@ -17,6 +17,14 @@ from hybridflow.registry import Registry
 from hybridflow.worker import Worker
 from recipes.config import NO_MODEL, RunConfig
 from workers.actor import ActorWorker
+from workers.agents.config import EpisodeActorConfig, EpisodeScorerConfig
+from workers.agents.interfaces import environment_name
+from workers.agents.workers import (
+    EpisodeActorWorker,
+    EpisodeGenerationWorker,
+    EpisodeGeneratorWorker,
+    EpisodeRewardWorker,
+)
 from workers.critic import CriticWorker
 from workers.engines.base import Head
 from workers.generator import GeneratorWorker
@@ -27,7 +35,7 @@ from workers.reference import ReferenceWorker
 from workers.reward import cost_worker, reward_worker
 from workers.reward_function import function_name
 from workers.rewards.combined import combined
-from workers.role_config import JudgeRoleConfig, RewardConfig, ScorerConfig
+from workers.role_config import ActorConfig, JudgeRoleConfig, RewardConfig, ScorerConfig
 from workers.split_actor import GenerationWorker
 
 
@@ -60,6 +68,40 @@ class RoleKind:
     """Makes what stands in its place where it is not needed."""
 
 
+def actor_settings(config: RunConfig) -> ActorConfig:
+    """The actor's settings, with the environment where the run has one."""
+    if config.environment is None:
+        return config.actor
+    return EpisodeActorConfig(
+        **vars(config.actor), environment=config.environment, episode=config.episode
+    )
+
+
+def reward_settings(config: RunConfig) -> ScorerConfig:
+    """The reward's settings; with an environment, which gives rewards itself, it may have neither a
+    function nor a model."""
+    settings = scorer_settings(config, config.reward)
+    if config.environment is None:
+        return settings
+    return EpisodeScorerConfig(**vars(settings))
+
+
+def generating(plain: type[Worker], episodes: type[Worker]) -> Callable[[Any], type[Worker]]:
+    """The class of a worker that generates, given its settings."""
+
+    def worker(config: Any) -> type[Worker]:
+        return episodes if isinstance(config, EpisodeActorConfig) else plain
+
+    return worker
+
+
+def worker_of_reward(config: Any) -> type[Worker]:
+    """The class of the reward's worker, given its settings."""
+    if isinstance(config, EpisodeScorerConfig):
+        return EpisodeRewardWorker
+    return reward_worker(config)
+
+
 def scorer_settings(config: RunConfig, scorer: RewardConfig, name: str = "reward") -> ScorerConfig:
     """The settings of the role `name` with the policy's model, the parts as one function, and no
     model where none is named."""
@@ -83,10 +125,12 @@ class Role:
 
 ROLES: dict[str, RoleKind] = {
     "actor": RoleKind(
-        settings=lambda config: config.actor, worker=lambda _: ActorWorker, head=Head.lm
+        settings=actor_settings, worker=generating(ActorWorker, EpisodeActorWorker), head=Head.lm
     ),
     GENERATION: RoleKind(
-        settings=lambda config: config.actor, worker=lambda _: GenerationWorker, head=Head.lm
+        settings=actor_settings,
+        worker=generating(GenerationWorker, EpisodeGenerationWorker),
+        head=Head.lm,
     ),
     "critic": RoleKind(
         settings=lambda config: config.critic, worker=lambda _: CriticWorker, head=Head.value
@@ -107,7 +151,9 @@ ROLES: dict[str, RoleKind] = {
         head=Head.lm,
     ),
     "generator": RoleKind(
-        settings=lambda config: config.actor, worker=lambda _: GeneratorWorker, head=Head.lm
+        settings=actor_settings,
+        worker=generating(GeneratorWorker, EpisodeGeneratorWorker),
+        head=Head.lm,
     ),
     "policy": RoleKind(
         settings=lambda config: config.policy, worker=lambda _: PolicyWorker, head=Head.lm
@@ -121,8 +167,8 @@ ROLES: dict[str, RoleKind] = {
         settings=lambda config: config.teacher, worker=lambda _: ReferenceWorker, head=Head.lm
     ),
     "reward": RoleKind(
-        settings=lambda config: scorer_settings(config, config.reward),
-        worker=reward_worker,
+        settings=reward_settings,
+        worker=worker_of_reward,
         head=Head.score,
     ),
     "gold": RoleKind(
@@ -155,8 +201,15 @@ def with_named_functions(config: RunConfig) -> RunConfig:
             return scorer
         return replace(scorer, function=function_name(scorer.function))
 
+    environment = config.environment
+    if environment is not None:
+        environment = environment_name(environment)
     return replace(
-        config, reward=named(config.reward), gold=named(config.gold), cost=named(config.cost)
+        config,
+        reward=named(config.reward),
+        gold=named(config.gold),
+        cost=named(config.cost),
+        environment=environment,
     )
 
 

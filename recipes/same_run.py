@@ -18,6 +18,8 @@ from hybridflow.recovery.attempts import Attempt
 from hybridflow.snapshots.memory import MemoryPlace
 from recipes.placing import Placement
 from recipes.roles import GENERATION, Role
+from workers.agents.config import EpisodeActorConfig
+from workers.agents.interfaces import environment_name
 from workers.config import ModelConfig
 from workers.reward_function import function_name
 from workers.rewards.combined import CombinedReward
@@ -61,6 +63,8 @@ def role_settings(role: Role) -> Iterator[tuple[str, str]]:
     if isinstance(config, RewardConfig) and config.function is not None:
         yield f"{name}.function", scorer(config)
         return
+    if isinstance(config, EpisodeActorConfig):
+        yield "environment", environment_name(config.environment)
     if config.model is not None:
         yield f"{name}.model.path", place(config.model.path)
         yield f"{name}.model.revision", str(config.model.revision)

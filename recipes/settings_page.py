@@ -164,6 +164,7 @@ def unread_fields(entry: AlgorithmEntry) -> Iterator[str]:
             yield f"data.{field}"
     if not entry.answers_prompts:
         yield from ("plan", "loop.validation_sampling", "loop.stop_at_reward")
+        yield from ("environment", "episode")
     if "critic" not in entry.roles:
         yield "actor.critic_warmup_steps"
     if entry in QUESTIONS.values():

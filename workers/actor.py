@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch
 
@@ -41,6 +42,8 @@ class ActorWorker(ActorTrainingWorker, Actor):
     actor = spawn(ActorWorker, pool, ActorConfig(model=...), role="actor")
     """
 
+    sampler_class: ClassVar[type[Sampler]] = Sampler
+
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         config = with_native_precision(config, context.device)
         self.memory_metrics: dict[str, float] = {}
@@ -53,13 +56,13 @@ class ActorWorker(ActorTrainingWorker, Actor):
         if self._releases:
             # The engine measures and takes its share of the device while nothing else is there, and
             # sleeps while the trainer is built.
-            self.sampler = Sampler(config, context, layout)
+            self.sampler = self.sampler_class(config, context, layout)
             self.release_generation()
         super().__init__(config, context)
         if self._releases:
             self.pool_memory.holders.add(self)
         else:
-            self.sampler = Sampler(config, context, layout)
+            self.sampler = self.sampler_class(config, context, layout)
         tolerance, vocab_size = probe_settings(config)
         self.sync = WeightSync(
             self.engine,

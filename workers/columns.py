@@ -21,6 +21,14 @@ MAX_RESPONSE_TOKENS = declare(
 )
 EXTRAS = declare("extras", "batch", "object", "dict of the dataset's further columns (answer, ...)")
 
+TASK = declare(
+    "task",
+    "batch",
+    "object",
+    "dict that an episode begins with: the dataset's further columns, and `prompt` where there is "
+    "one",
+)
+
 # Demonstrations and preference pairs, from the loop.
 LOSS_MASK = declare(
     "loss_mask",
@@ -54,7 +62,12 @@ ROLLOUT_LOG_PROBS = declare(
     "float32",
     "log-probs of the response as the generation engine drew it",
 )
-FINISH_REASON = declare("finish_reason", "batch", "object", "stop or length")
+FINISH_REASON = declare(
+    "finish_reason",
+    "batch",
+    "object",
+    "stop or length; of an episode also context, turns, abandoned or failed",
+)
 NUM_TOKENS = declare(
     "num_tokens", "batch", "int64", "tokens of prompt and response: the cost of a row"
 )
@@ -72,6 +85,15 @@ TURN_REWARDS = declare(
     "batch time",
     "float32",
     "the part of the reward that each turn earned; the rest belongs to the end of the response",
+)
+EPISODE_REWARDS = declare(
+    "episode_rewards", "batch", "float32", "reward that the environment gave to the episode"
+)
+EPISODE_METRICS = declare(
+    "episode_metrics",
+    "batch",
+    "object",
+    "dict of an episode's further numbers, seconds and failed attempts",
 )
 WEIGHT_VERSION = declare(
     "weight_version", "batch", "int64", "version of the actor's weights that drew the response"

@@ -6,6 +6,8 @@ The weights are those on disk: there is no trainer, and nothing to synchronise.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
@@ -21,10 +23,11 @@ class GeneratorWorker(Generator):
     """Takes the actor's settings, so that what was trained is asked in the same words."""
 
     config: ActorConfig
+    sampler_class: ClassVar[type[Sampler]] = Sampler
 
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
         super().__init__(with_native_precision(config, context.device), context)
-        self.sampler = Sampler(
+        self.sampler = self.sampler_class(
             self.config,
             context,
             self.layouts(config, context.world_size)["generation"],

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import ClassVar
 
 from hybridflow import spanning
 from hybridflow.batch import Batch
@@ -86,6 +87,7 @@ class GenerationWorker(SplitGenerator):
     """Receives and generates."""
 
     config: ActorConfig
+    sampler_class: ClassVar[type[Sampler]] = Sampler
     sync: WeightSync | None = None
 
     def __init__(self, config: ActorConfig, context: RankContext) -> None:
@@ -95,7 +97,7 @@ class GenerationWorker(SplitGenerator):
                 "actor.generation.release_during_training is true, but generation has a pool of "
                 "its own; set it to false"
             )
-        self.sampler = Sampler(
+        self.sampler = self.sampler_class(
             self.config, context, self.layouts(config, context.world_size)["generation"]
         )
 

@@ -15,6 +15,7 @@ from controllers.data.demonstrations import DemonstrationDataset
 from controllers.data.loader import RowLoader
 from controllers.data.pairs import PairDataset, SafetyPairDataset
 from controllers.data.rows import RowDataset
+from controllers.data.tasks import TaskDataset
 from workers.tokenizer import load_tokenizer
 
 __all__ = [
@@ -28,11 +29,13 @@ __all__ = [
     "RowDataset",
     "RowLoader",
     "SafetyPairDataset",
+    "TaskDataset",
     "load_tokenizer",
 ]
 
 DATASETS: dict[str, type[RowDataset]] = {
     "prompts": PromptDataset,
+    "tasks": TaskDataset,
     "demonstrations": DemonstrationDataset,
     "pairs": PairDataset,
     "safety_pairs": SafetyPairDataset,

@@ -1,0 +1,69 @@
+"""Whether an environment fits the run: its algorithm, its layout, its chat template. Known before
+anything starts.
+
+Every problem is a ValueError with field, value and fix.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import PreTrainedTokenizerBase
+
+from controllers import ALGORITHMS
+from recipes.config import RunConfig
+from recipes.placing import Placement
+from workers.agents.config import EpisodeConfig, History
+from workers.agents.interfaces import as_episode, environment_name
+from workers.agents.outcome import EnvironmentMistake
+from workers.agents.renderer import FURTHER, Renderer
+
+LOGGER = logging.getLogger(__name__)
+
+
+def check_environment(placement: Placement) -> None:
+    """The environment is one, and the run can have it."""
+    config = placement.config
+    if config.environment is None:
+        if config.episode != EpisodeConfig():
+            raise ValueError(
+                "episode.* is set, which nothing reads without an environment; set "
+                "environment=package.module:name, or leave it out"
+            )
+        return
+    name = environment_name(config.environment)
+    as_episode(config.environment)
+    if not placement.entry.answers_prompts:
+        usable = [name for name, entry in ALGORITHMS.items() if entry.answers_prompts]
+        raise ValueError(
+            f"environment={name}: {config.algorithm.name} generates nothing; use one of "
+            f"{', '.join(usable)}"
+        )
+    generation = config.actor.generation
+    if generation.tp * generation.pp > 1:
+        raise ValueError(
+            f"environment={name}: actor.generation.tp={generation.tp} and pp={generation.pp}, and "
+            "episodes run beside engines of one rank; set both to 1"
+        )
+
+
+def check_template(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The chat template keeps earlier turns as they are, whatever follows of a role that the
+    environment sends."""
+    if config.environment is None or config.episode.history is History.as_drawn:
+        return
+    if tokenizer.chat_template is None:
+        return  # an environment may speak in text or tokens: the first message tells
+    interface = as_episode(config.environment)
+    renderer = Renderer(tokenizer, interface.tools)
+    roles = interface.roles or tuple(FURTHER)
+    verdicts = {role: renderer.check(role, thoughts=False) for role in roles}
+    broken = [verdict for verdict in verdicts.values() if verdict]
+    if broken and len(broken) == len(roles):
+        raise EnvironmentMistake(f"environment={interface.name}: {broken[0]}")
+    for role in roles:
+        verdict = verdicts[role] or renderer.check(role, thoughts=True)
+        if verdict:
+            LOGGER.warning(
+                "environment=%s: an episode that does so stops: %s", interface.name, verdict
+            )

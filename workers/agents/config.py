@@ -1,0 +1,68 @@
+"""Settings of episodes, and of the roles that run and reward them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from workers.role_config import ActorConfig, ScorerConfig
+
+
+class History(StrEnum):
+    """The reaction where the chat template would write earlier turns differently once further
+    messages follow (it leaves out thoughts, say)."""
+
+    checked = "checked"
+    """The run stops, and names the template and the place."""
+    as_drawn = "as_drawn"
+    """The turns stay as the policy drew them."""
+
+
+@dataclass(kw_only=True)
+class EpisodeConfig:
+    """The limits of an episode, and what its failures lead to. Most tokens of one reply are
+    actor.generation.sampling.max_response_tokens, most tokens of the whole conversation
+    actor.generation.max_model_len (0: the model's limit)."""
+
+    max_turns: int = 16
+    """Replies of the policy after which an episode ends, with finish reason "turns"."""
+    max_sampled_tokens: int = 0
+    """Tokens that the policy draws in one episode at most, which then ends with finish reason
+    "length"; 0: as many as the context holds."""
+    step_timeout_s: float = 60.0
+    """Most seconds that the environment may take between two replies, and before the first."""
+    retries: int = 2
+    """How often an episode that failed (its code raised, or took too long) starts again, with a
+    fresh environment and the same draws."""
+    max_given_up: float = 0.25
+    """The run stops where more than this share of a step's groups (the episodes of one prompt) had
+    one that failed every time; a group that is given up is not trained on."""
+    history: History = History.checked
+    """Whether the chat template must keep earlier turns as they were drawn."""
+
+    def __post_init__(self) -> None:
+        if self.max_turns < 1:
+            raise ValueError(f"episode.max_turns is {self.max_turns}; use at least 1")
+        for name in ("max_sampled_tokens", "retries"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"episode.{name} is {vars(self)[name]}; use 0 or more")
+        if not self.step_timeout_s > 0:
+            raise ValueError(f"episode.step_timeout_s is {self.step_timeout_s}; use more than 0")
+        if not 0 <= self.max_given_up <= 1:
+            raise ValueError(f"episode.max_given_up is {self.max_given_up}; choose 0 to 1")
+
+
+@dataclass(kw_only=True)
+class EpisodeActorConfig(ActorConfig):
+    """An actor whose responses are episodes."""
+
+    environment: Any = None
+    """See RunConfig.environment."""
+    episode: EpisodeConfig = field(default_factory=EpisodeConfig)
+
+
+@dataclass(kw_only=True)
+class EpisodeScorerConfig(ScorerConfig):
+    """The reward of episodes: the environment's, plus that of a function or a model where one is
+    set."""

@@ -1,0 +1,116 @@
+"""Environment: reset and step, as an episode.
+
+    class Guess:
+        def reset(self, task):
+            self.number = task["answer"]
+            return "Guess a number from 1 to 9."
+
+        def step(self, action):
+            if action.strip() == self.number:
+                return "Right.", True, 1.0
+            return "No.", False, 0.0
+
+    python -m recipes.grpo environment=my_module:Guess ...
+
+A fresh object is made for every episode, and closed whatever happens where it has a method close.
+Methods may be async; others run in threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from workers.agents.model import Model
+from workers.agents.outcome import EnvironmentMistake, LimitReached, Outcome
+from workers.agents.renderer import Message
+from workers.agents.threads import call
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """The methods of an environment; nothing needs to inherit from this class."""
+
+    def reset(self, task: dict[str, Any]) -> Any:
+        """Begins an episode about a row of data (its columns, and `prompt` where it has one).
+
+        Returns the first observation: text, a message or a list of messages, or (observation,
+        info) as Gymnasium does.
+        """
+
+    def step(self, action: str) -> Any:
+        """Takes the policy's reply. Returns (observation, done, reward), Gymnasium's (observation,
+        reward, terminated, truncated, info), or a dict with observation, done and reward."""
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """An environment that holds something."""
+
+    def close(self) -> Any:
+        """Called once at the end of an episode, also of one that failed."""
+
+
+async def play(environment: Environment, model: Model, task: dict[str, Any]) -> Outcome:
+    """The episode: replies and steps in turn until the environment is done or a limit is
+    reached. The reward is the sum of the steps', each of which its reply earned."""
+    rewards: list[float] = []
+    try:
+        observation = messages_of(without_info(await call(environment.reset, task)), task)
+        done = False
+        while not done:
+            try:
+                reply = await model.reply(observation)
+            except LimitReached:
+                break
+            stepped = await call(environment.step, reply.text)
+            following, done, reward = step_of(stepped)
+            rewards.append(float(reward))
+            if not done:
+                observation = messages_of(following, {})
+    finally:
+        if isinstance(environment, Closes):
+            await call(environment.close)
+    return Outcome(reward=sum(rewards), turn_rewards=rewards)
+
+
+def without_info(returned: Any) -> Any:
+    """The observation of Gymnasium's (observation, info)."""
+    match returned:
+        case (observation, dict() as info) if not is_message(info):
+            return observation
+    return returned
+
+
+def step_of(returned: Any) -> tuple[Any, bool, float]:
+    """(observation, done, reward) of what step returned."""
+    match returned:
+        case {"observation": observation, "done": done, "reward": reward}:
+            return observation, bool(done), reward
+        case (observation, bool() as done, reward):
+            return observation, done, reward
+        case (observation, reward, terminated, truncated, dict()):
+            return observation, bool(terminated or truncated), reward
+    raise EnvironmentMistake(
+        f"the environment's step returned {str(returned)[:80]!r}; return (observation, done, "
+        "reward), Gymnasium's five values, or a dict with observation, done and reward"
+    )
+
+
+def messages_of(observation: Any, task: dict[str, Any]) -> list[Message]:
+    """The observation as messages; one that is None at the start is the data's prompt."""
+    if observation is None and "prompt" in task:
+        observation = task["prompt"]
+    if isinstance(observation, str):
+        return [{"role": "user", "content": observation}]
+    if is_message(observation):
+        return [observation]
+    if isinstance(observation, list) and observation and all(map(is_message, observation)):
+        return observation
+    raise EnvironmentMistake(
+        f"the environment's observation is {str(observation)[:80]!r}; return text, a message "
+        "{role, content} or a list of messages"
+    )
+
+
+def is_message(value: Any) -> bool:
+    return isinstance(value, dict) and "role" in value and "content" in value

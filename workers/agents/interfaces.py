@@ -1,0 +1,66 @@
+"""as_episode(): whatever `environment=` names, as an episode."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hybridflow.registry import load_object
+from workers.agents.environment import Environment, play
+from workers.agents.executor import Episode, Task
+from workers.agents.model import Model
+from workers.agents.renderer import Message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interface:
+    """An episode, and what is known of it before the first one runs."""
+
+    name: str
+    episode: Episode
+    roles: tuple[str, ...]
+    """Roles of the messages that follow a reply; empty where the code may send any."""
+    tools: Sequence[Message] = ()
+    """The schemas that the chat template is given."""
+
+
+def environment_name(environment: Any) -> str:
+    """Its name in messages and in the run's written settings: package.module:name."""
+    if isinstance(environment, str):
+        return environment
+    if inspect.isroutine(environment) or inspect.isclass(environment):
+        return f"{environment.__module__}:{environment.__qualname__}"
+    return f"{type(environment).__module__}:{type(environment).__qualname__}"
+
+
+def as_episode(environment: Any) -> Interface:
+    """The interface of an object or of what a name stands for; a ValueError for anything that is
+    none."""
+    name = environment_name(environment)
+    value = environment
+    if isinstance(environment, str):
+        value = load_object(environment, "environment")
+    if is_async(value):
+        return Interface(name=name, episode=value, roles=())
+    if inspect.isclass(value) and issubclass(value, Environment):
+        return Interface(name=name, episode=_of_environments(value), roles=("user",))
+    raise ValueError(
+        f"environment={name!r} is a {type(value).__name__}; name an async function of (model, "
+        "task), or a class with reset and step"
+    )
+
+
+def is_async(value: Any) -> bool:
+    """Whether calling it gives a coroutine: async def, or an object whose __call__ is one."""
+    if inspect.isclass(value) or not callable(value):
+        return False
+    return inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(type(value).__call__)
+
+
+def _of_environments(make: Callable[[], Environment]) -> Episode:
+    async def episode(model: Model, task: Task) -> Any:
+        return await play(make(), model, task)
+
+    return episode

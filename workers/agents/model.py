@@ -1,0 +1,217 @@
+"""Model: the policy as an episode sees it, one conversation with it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from workers.agents.config import EpisodeConfig, History
+from workers.agents.outcome import EnvironmentMistake, LimitReached
+from workers.agents.renderer import END_OF_THOUGHT, Message, Renderer
+from workers.agents.transcript import Transcript
+from workers.text import ResponseReader
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """One turn of the policy.
+
+    Reply(text="4", message={"role": "assistant", "content": "4"}, ids=[19, 2],
+    finish_reason="stop")
+    """
+
+    text: str
+    """Without the token that ended it."""
+    message: Message
+    """The text as the assistant's message."""
+    ids: list[int]
+    """The tokens as they were drawn, the one that ended them included."""
+    finish_reason: str
+    """stop; length: cut at the most tokens of a reply or of the episode; context: cut at the end of
+    the context."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """The generation engine's answer to a request."""
+
+    ids: list[int]
+    log_probs: list[float]
+    stopped: bool
+    weight_version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A reply that is wanted: `limit` tokens at most after `ids`."""
+
+    row: int
+    ids: list[int]
+    limit: int
+    num_drawn: int
+    """Tokens that the policy drew before in this episode."""
+
+
+Draw = Callable[[Request], Awaitable[Drawn]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Most tokens of one reply, of all replies, and of the conversation."""
+
+    reply_tokens: int
+    sampled_tokens: int
+    context_tokens: int
+
+
+@dataclass(kw_only=True)
+class Model:
+    """reply = await model.reply([{"role": "user", "content": "How much is 2 + 2?"}])
+    reply = await model.reply([{"role": "user", "content": "And 3 + 3?"}])     # only what is new
+    """
+
+    row: int
+    draw: Draw
+    renderer: Renderer
+    read: ResponseReader
+    end_token_ids: frozenset[int]
+    config: EpisodeConfig
+    limits: Limits
+    transcript: Transcript = field(default_factory=Transcript)
+    messages: list[Message] = field(default_factory=list)
+    """The conversation so far, the policy's replies included."""
+    finish_reason: str = ""
+    """How the last reply ended, or the limit that the episode reached."""
+    tool_s: float = 0.0
+    """Seconds that tools took."""
+    _closed: bool = True
+    """Whether the last reply ended with a token that ends turns."""
+    _ended: str = ""
+    """The limit behind which there is no further reply."""
+
+    @property
+    def ids(self) -> list[int]:
+        """All tokens so far."""
+        return list(self.transcript.ids)
+
+    async def reply(
+        self,
+        new: Sequence[Message] | Sequence[int] | str,
+        *,
+        max_tokens: int | None = None,
+    ) -> Reply:
+        """The policy's next turn.
+
+        new: what came since its last one: messages; or text or token ids, which are put behind
+        what stands there as they are. A list of messages may also be the whole conversation, which
+        must go on from `model.messages`. max_tokens: of this reply, under
+        actor.generation.sampling.max_response_tokens. Raises LimitReached where the episode has no
+        turn, token or context left.
+        """
+        transcript = self.transcript
+        if not self._ended and len(transcript.turns) == self.config.max_turns:
+            self._ended = "turns"
+        if self._ended:
+            raise self._limit(self._ended)
+        transcript.observe(self._encoded(new))
+        if not transcript.ids:
+            raise EnvironmentMistake(
+                "the episode asked for a reply to nothing; give model.reply a message, text or ids"
+            )
+        space = self.limits.context_tokens - len(transcript)
+        left = self.limits.sampled_tokens - transcript.num_sampled
+        if space < 1:
+            transcript.drop_observation(self.limits.context_tokens)
+            raise self._limit("context")
+        limit = min(space, left, self.limits.reply_tokens)
+        if max_tokens is not None:
+            if max_tokens < 1:
+                raise EnvironmentMistake(f"model.reply: max_tokens={max_tokens}; use at least 1")
+            limit = min(limit, max_tokens)
+        answer = await self.draw(
+            Request(
+                row=self.row,
+                ids=list(transcript.ids),
+                limit=limit,
+                num_drawn=transcript.num_sampled,
+            )
+        )
+        return self._taken(answer, space=space, left=left)
+
+    def _taken(self, answer: Drawn, *, space: int, left: int) -> Reply:
+        """The drawn tokens as a turn, and how it ended."""
+        self.transcript.reply(answer.ids, answer.log_probs, answer.weight_version)
+        if answer.stopped:
+            self.finish_reason = "stop"
+        elif len(answer.ids) == space:
+            self.finish_reason = self._ended = "context"
+        else:
+            self.finish_reason = "length"
+        if not self._ended and len(answer.ids) == left:
+            self._ended = "length"
+        self._closed = answer.ids[-1] in self.end_token_ids
+        (text,) = self.read([answer.ids])
+        message = {"role": "assistant", "content": text}
+        self.messages.append(message)
+        return Reply(
+            text=text,
+            message=dict(message),
+            ids=list(answer.ids),
+            finish_reason=self.finish_reason,
+        )
+
+    def _limit(self, reason: str) -> LimitReached:
+        self.finish_reason = self._ended = reason
+        return LimitReached(reason)
+
+    def _encoded(self, new: Sequence[Message] | Sequence[int] | str) -> list[int]:
+        """The tokens of what is new."""
+        if isinstance(new, str):
+            if not self.transcript.ids:
+                return self.renderer.text(new)
+            before = self.renderer.tokenizer.decode(self.transcript.ids[-1:])
+            return self.renderer.further_text(str(before), new)
+        items: list[Any] = list(new)
+        if all(isinstance(item, dict) for item in items):
+            return self._of_messages(items)
+        if all(isinstance(item, int) for item in items):
+            return items
+        raise EnvironmentMistake(
+            f"model.reply takes messages, token ids or text, not {str(new)[:80]!r}"
+        )
+
+    def _of_messages(self, messages: list[Message]) -> list[int]:
+        history = self.messages
+        if history and messages[: len(history)] == history:
+            messages = messages[len(history) :]
+        if not history:
+            if not messages:
+                return []
+            self.messages = [dict(message) for message in messages]
+            if self.transcript.ids:
+                raise EnvironmentMistake(
+                    "the episode began with text or token ids, and goes on with messages; use one "
+                    "of the two"
+                )
+            return self.renderer.start(messages)
+        if not messages:
+            raise EnvironmentMistake(
+                "the episode asked for a reply with nothing new since the last one; give "
+                "model.reply the messages that followed it"
+            )
+        thoughts = END_OF_THOUGHT in history[-1]["content"]
+        for message in messages:
+            role = str(message.get("role"))
+            if role == "assistant":
+                raise EnvironmentMistake(
+                    "model.reply was given an assistant's message that the policy did not write "
+                    "at that place; what it said before can't be rewritten"
+                )
+            if self.config.history is History.checked and role in ("user", "tool"):
+                verdict = self.renderer.check(role, thoughts=thoughts)
+                if verdict:
+                    raise EnvironmentMistake(verdict)
+        ids = self.renderer.extend(history, messages, closed=self._closed)
+        self.messages = [*history, *(dict(message) for message in messages)]
+        return ids

@@ -1,0 +1,89 @@
+"""How an episode ends: its outcome, a limit, or a failure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+FAILED = "failed"
+"""finish_reason of the rows of a group that was given up: nothing of them is trained on."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """The result of an episode where one number does not say it all.
+
+    Outcome(reward=1.5, turn_rewards=[0.5, 0.0, 1.0], metrics={"searches": 2})
+    """
+
+    reward: float
+    """The whole episode's, the rewards of its turns included."""
+    turn_rewards: Sequence[float] | None = None
+    """The part of the reward that each reply of the policy earned; critics learn from it."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers, logged as reward/<name>."""
+    abandoned: bool = False
+    """Whether the agent gave up, which the finish reason then says."""
+
+
+class LimitReached(Exception):
+    """Raised by Model.reply where the episode has no turn, token or context left.
+
+    An episode that does not catch it ends with reward 0; Environment and Tools end with the rewards
+    so far. `reason`: turns, length or context.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the episode has reached its limit of {reason}")
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt failed: Failure("TimeoutError", "timed out (shop.py, line 9) ...")"""
+
+    kind: str
+    """The error's class, or "timeout" for one that took too long."""
+    text: str
+
+
+class EnvironmentMistake(ValueError):
+    """A mistake that a fresh environment would only repeat: it stops the run."""
+
+
+def checked_outcome(returned: Any, num_turns: int, name: str) -> Outcome:
+    """The outcome, or an EnvironmentMistake that says what is wrong with it."""
+    outcome = returned
+    if not isinstance(returned, Outcome):
+        outcome = Outcome(reward=_number(returned, "a reward", name))
+    reward = _number(outcome.reward, "reward", name)
+    turn_rewards = outcome.turn_rewards
+    if turn_rewards is not None:
+        turn_rewards = [_number(value, "a turn's reward", name) for value in turn_rewards]
+        if len(turn_rewards) != num_turns:
+            raise EnvironmentMistake(
+                f"environment={name}: the outcome has {len(turn_rewards)} turn_rewards, and the "
+                f"policy had {num_turns} turns; give one for each reply"
+            )
+    metrics = {}
+    for key, value in outcome.metrics.items():
+        metrics[str(key)] = _number(value, f"metrics[{key!r}]", name)
+    return Outcome(
+        reward=reward, turn_rewards=turn_rewards, metrics=metrics, abandoned=outcome.abandoned
+    )
+
+
+def _number(value: Any, what: str, name: str) -> float:
+    """The value as a finite float."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise EnvironmentMistake(
+            f"environment={name}: the episode returned {what} of {value!r}; return a finite number "
+            "or an Outcome"
+        )
+    return number

@@ -1,0 +1,180 @@
+"""Renderer: messages as tokens, each message once. What follows a reply of the policy is encoded
+alone; nothing that stands in the transcript is ever tokenised again.
+
+The chat template must be one that only adds: check() extends canned conversations by messages of a
+user and of a tool, with and without thoughts, and says where the template writes what came before
+differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from workers.agents.outcome import EnvironmentMistake
+from workers.text import Beginning, PieceTokenizer
+from workers.text.endings import SENTINEL, TEMPLATE_ERRORS, TurnEnding, ending_of
+
+Message = dict[str, Any]
+"""{"role": "user", "content": "..."}"""
+
+QUESTION: Message = {"role": "user", "content": "How much is 2 + 2?"}
+FURTHER: dict[str, Message] = {
+    "user": {"role": "user", "content": "And 3 + 3?"},
+    "tool": {"role": "tool", "name": "add", "content": "4"},
+}
+"""Role -> a message of it that follows a reply."""
+REPLIES = {
+    "user": "It is 4.",
+    "tool": '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call>',
+}
+THOUGHT = "<think>\nTwo and two.\n</think>\n\n"
+END_OF_THOUGHT = "</think>"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that follows a reply: `text` behind the token that ends the turn, `end` what the
+    template writes of the end where no token does."""
+
+    text: str
+    end: str
+
+
+class Renderer:
+    """renderer = Renderer(tokenizer, tools=schemas)
+    ids = renderer.start(messages)                          # with the generation prompt
+    ids += renderer.extend([*messages, reply], [further])   # what follows the reply
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Message] | None = None
+    ) -> None:
+        self.tokenizer, self.tools = tokenizer, list(tools or ()) or None
+        self._pieces = PieceTokenizer(tokenizer)
+        self._verdicts: dict[tuple[str, bool], str] = {}
+
+    @property
+    def has_template(self) -> bool:
+        return self.tokenizer.chat_template is not None
+
+    def start(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of a conversation that the policy goes on with."""
+        return self._encoded(self.render(messages))
+
+    def text(self, text: str) -> list[int]:
+        """The tokens of plain text at the beginning of a transcript."""
+        return Beginning(self.tokenizer).before(self._encoded(text))
+
+    def further_text(self, before: str, text: str) -> list[int]:
+        """The tokens of plain text that follows `before`."""
+        return self._pieces([[before, text]])[0][1]
+
+    def extend(
+        self, history: Sequence[Message], new: Sequence[Message], *, closed: bool = True
+    ) -> list[int]:
+        """The tokens that follow a reply, which is the last message of `history`. `closed`:
+        whether the reply ends with a token that ends turns; else the template's is added."""
+        ending, piece = self._following(history, new)
+        if ending.token_id is None:
+            text = piece.text
+            if not closed:
+                text = piece.end + text
+            return self._encoded(text)
+        end_text = piece.end
+        ids = self._pieces([[end_text, piece.text]])[0][1]
+        if closed:
+            return ids
+        return [ending.token_id, *ids]
+
+    def check(self, role: str, *, thoughts: bool) -> str:
+        """Why a conversation with thoughts (or without) can't be extended by messages of `role`;
+        empty where it can."""
+        key = (role, thoughts)
+        if key not in self._verdicts:
+            self._verdicts[key] = self._verdict(role, THOUGHT if thoughts else "")
+        return self._verdicts[key]
+
+    def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+        """The template's text; an EnvironmentMistake where it rejects the messages."""
+        if not self.has_template:
+            raise EnvironmentMistake(
+                "the environment speaks in chat messages, but the tokenizer has no chat template; "
+                "set data.chat_template to a file with one, or let the environment speak in text "
+                "or token ids"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=self.tools,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
+        except TEMPLATE_ERRORS as error:
+            reason = " ".join(str(error).split())
+            raise EnvironmentMistake(
+                f"the chat template of {self.tokenizer.name_or_path} rejects the messages with "
+                f"roles {', '.join(str(message.get('role')) for message in messages)} "
+                f"({type(error).__name__}: {reason}); change one of the two"
+            ) from error
+        assert isinstance(text, str)
+        return text
+
+    def _encoded(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _following(
+        self, history: Sequence[Message], new: Sequence[Message]
+    ) -> tuple[TurnEnding, Piece]:
+        """The end of the turn, and the further text, that the template writes behind the words of
+        the last message of `history`."""
+        shown = [*history[:-1], {"role": "assistant", "content": SENTINEL}]
+        _, sentinel, tail = self.render([*shown, *new]).rpartition(SENTINEL)
+        if not sentinel:
+            raise EnvironmentMistake(
+                f"the chat template of {self.tokenizer.name_or_path} leaves out the reply before "
+                f"{new[0]}; give data.chat_template a template that keeps it"
+            )
+        alone = self.render(shown, generation_prompt=False).rpartition(SENTINEL)[2]
+        ending = ending_of(self.tokenizer, alone)
+        if ending.token_id is not None:
+            # The first special token behind the words, whatever follows it.
+            ending = ending_of(self.tokenizer, tail)
+            return ending, Piece(tail[ending.end :], tail[: ending.end])
+        end = alone
+        while end and not tail.startswith(end):
+            end = end[:-1]
+        return TurnEnding(end, len(end), None), Piece(tail[len(end) :], end)
+
+    def _verdict(self, role: str, thought: str) -> str:
+        """Extends a conversation twice, and compares with the template's text of all of it."""
+        reply = thought + REPLIES[role]
+        history = [QUESTION]
+        try:
+            text = self.render(history)
+            for _ in range(2):
+                history.append({"role": "assistant", "content": reply})
+                _, piece = self._following(history, [FURTHER[role]])
+                text += reply + piece.end + piece.text
+                history.append(FURTHER[role])
+                whole = self.render(history)
+                if whole != text:
+                    return self._difference(whole, text, role)
+        except EnvironmentMistake as error:
+            return str(error)
+        return ""
+
+    def _difference(self, whole: str, text: str, role: str) -> str:
+        place = 0
+        while place < min(len(whole), len(text)) and whole[place] == text[place]:
+            place += 1
+        return (
+            f"the chat template of {self.tokenizer.name_or_path} writes earlier turns differently "
+            f"once a message of role {role} follows: at character {place} it has "
+            f"{whole[place : place + 40]!r}, where the policy was shown, or drew, "
+            f"{text[place : place + 40]!r}; give data.chat_template a template that keeps earlier "
+            "turns, or set episode.history=as_drawn to keep them as they were drawn"
+        )

@@ -1,0 +1,48 @@
+"""Calling a user's method, sync or async, from an episode: blocking ones in a thread of their own,
+so that no episode waits for another's."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import Callable
+from contextvars import copy_context
+from typing import Any
+
+
+async def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The function's result. A thread whose episode was given up goes on until its function
+    returns; it keeps no process from ending."""
+    if inspect.iscoroutinefunction(function):
+        return await function(*args, **kwargs)
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def deliver(result: Any, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is None:
+            future.set_result(result)
+        elif isinstance(error, StopIteration):  # no future may hold one
+            future.set_exception(RuntimeError("StopIteration"))
+        else:
+            future.set_exception(error)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = function(*args, **kwargs)
+        except BaseException as raised:  # the user's code, whose errors belong to the episode
+            error = raised
+        try:
+            loop.call_soon_threadsafe(deliver, result, error)
+        except RuntimeError:
+            return  # the loop has ended: nobody waits for it
+
+    context = copy_context()
+    threading.Thread(target=context.run, args=(run,), name="environment", daemon=True).start()
+    result = await future
+    if inspect.isawaitable(result):  # a plain function that returns a coroutine
+        return await result
+    return result

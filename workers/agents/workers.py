@@ -1,0 +1,115 @@
+"""The workers of a run with an environment: the actor's, whose responses are episodes, and the
+reward's, which reads what the episodes returned."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+
+from hybridflow.batch import Batch
+from hybridflow.context import RankContext
+from hybridflow.dataflow import CallKind
+from hybridflow.layout import Layout
+from hybridflow.protocols import THREE_D, THREE_D_ALL_MICRO_DP
+from hybridflow.worker import remote
+from workers.actor import ActorWorker
+from workers.agents.config import EpisodeScorerConfig
+from workers.agents.outcome import FAILED
+from workers.agents.rows import WRITES
+from workers.agents.sampler import EpisodeSampler
+from workers.generation.config import SamplingConfig
+from workers.generator import GeneratorWorker
+from workers.reward import reward_worker
+from workers.role_config import RewardConfig
+from workers.roles import Actor, Generator, Reward
+from workers.split_actor import GenerationWorker
+
+
+class EpisodeGenerator(Generator):
+    """A generator whose responses are episodes: it reads tasks, and writes their prompts too."""
+
+    @remote(
+        THREE_D_ALL_MICRO_DP,
+        reads=("task", "uid"),
+        optional=("sample", "max_response_tokens"),
+        writes=WRITES,
+        kind=CallKind.generation,
+        together="uid",
+    )
+    @abstractmethod
+    def generate_sequences(
+        self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
+    ) -> Batch:
+        """One episode for every row, all of them under the actor's latest weights."""
+
+
+class EpisodeActor(Actor, EpisodeGenerator):
+    """The actor of a run with an environment, as its page is traced."""
+
+
+class EpisodeActorWorker(ActorWorker, EpisodeGenerator):
+    sampler_class = EpisodeSampler
+
+
+class EpisodeGenerationWorker(GenerationWorker, EpisodeGenerator):
+    sampler_class = EpisodeSampler
+
+
+class EpisodeGeneratorWorker(GeneratorWorker, EpisodeGenerator):
+    sampler_class = EpisodeSampler
+
+
+class EpisodeRewardWorker(Reward):
+    """The reward that each episode returned, plus that of a function or a model where one is set;
+    each is logged under its own name then."""
+
+    config: EpisodeScorerConfig
+
+    def __init__(self, config: EpisodeScorerConfig, context: RankContext) -> None:
+        super().__init__(config, context)
+        self.further: Reward | None = None
+        if scores_further(config):
+            self.further = reward_worker(config)(config, context)
+
+    @classmethod
+    def layouts(cls, config: RewardConfig, world_size: int) -> dict[str, Layout]:
+        if scores_further(config):
+            return reward_worker(config).layouts(config, world_size)
+        return {"train": Layout.of(dp=world_size)}
+
+    @remote(
+        THREE_D,
+        reads=(
+            "prompt_ids",
+            "response_ids",
+            "finish_reason",
+            "episode_rewards",
+            "episode_metrics",
+        ),
+        optional=("extras",),
+        writes=("rewards", "reward_metrics"),
+        balance="num_tokens",
+        near="uid",
+    )
+    def compute_reward(self, batch: Batch) -> Batch:
+        rewards = batch.tensor("episode_rewards").clone()
+        failed = torch.tensor([reason == FAILED for reason in batch.objects("finish_reason")])
+        metrics = [dict(of_row.get("numbers", {})) for of_row in batch.objects("episode_metrics")]
+        if self.further is not None:
+            # A failed row has nothing to judge.
+            whole = torch.nonzero(~failed).squeeze(1)
+            scored = self.further.compute_reward(batch.rows(whole.numpy()))
+            further = scored.tensor("rewards")
+            for row, value, numbers in zip(
+                whole.tolist(), further.tolist(), scored.objects("reward_metrics"), strict=True
+            ):
+                parts = {"environment": float(rewards[row]), "further": value}
+                metrics[row] |= parts | numbers
+            rewards[whole] += further
+        return Batch.of(rewards=rewards, reward_metrics=metrics)
+
+
+def scores_further(config: RewardConfig) -> bool:
+    """Whether a function or a model is set beside the environment."""
+    return config.function is not None or config.model is not None
