@@ -24,10 +24,11 @@ from hybridflow.registry import Registry
 from recipes.config import NO_MODEL, RunConfig
 from recipes.engine_facts import ask_engine
 from workers.agents.config import EpisodeScorerConfig
-from workers.config import LearningRateSchedule, ModelConfig, TrainConfig
+from workers.config import LearningRateSchedule, LoraConfig, ModelConfig, TrainConfig
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head
 from workers.engines.model.loading import check_packing, model_config, position_limit
+from workers.engines.model.lora import check_adapter
 from workers.engines.shared.optimizer import check_optimizer_config
 from workers.generation import ENGINES as GENERATION_ENGINES
 from workers.generation import generation_engine_class
@@ -77,6 +78,11 @@ def check_settings(role: str, config: RoleConfig) -> None:
             f"{role}.model.attention is {config.model.attention!r}, which would need a mask over "
             f"whole packed rows; set {role}.model.attention=auto or {role}.train.packing=false"
         )
+    if isinstance(config, ReferenceConfig | RewardConfig | JudgeConfig) and config.train.lora.rank:
+        raise ValueError(
+            f"{role}.train.lora.rank is {config.train.lora.rank}, but {role} is not trained; leave it "
+            f"out, or set {role}.train.lora.adapter to the directory of an adapter"
+        )
     if isinstance(config, ActorConfig):
         check_loss(config.loss)
         check_generation("actor", config.generation)
@@ -117,6 +123,7 @@ def check_train(field: str, config: TrainConfig) -> None:
             f"{field}.micro_batch_tokens is {config.micro_batch_tokens}; use at least 1, or 0, "
             "which chooses"
         )
+    check_lora(f"{field}.lora", config)
     optimizer = config.optimizer
     for name, value in vars(optimizer).items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -128,6 +135,34 @@ def check_train(field: str, config: TrainConfig) -> None:
         check_optimizer_config(optimizer)
     except ValueError as error:
         raise ValueError(f"{field}.{error}") from None
+
+
+def check_lora(field: str, config: TrainConfig) -> None:
+    """The adapter's numbers, and that the engine trains it; its layers are held against the model
+    in check_model."""
+    lora, defaults = config.lora, LoraConfig()
+    if lora.rank < 0:
+        raise ValueError(f"{field}.rank is {lora.rank}; use 1 or more, or 0 for no adapter")
+    if not (lora.alpha > 0 and math.isfinite(lora.alpha)):
+        raise ValueError(f"{field}.alpha is {lora.alpha}; use more than 0")
+    changed = [name for name, value in vars(lora).items() if value != vars(defaults)[name]]
+    if not lora.enabled and changed:
+        raise ValueError(
+            f"{field}.{changed[0]} is {vars(lora)[changed[0]]!r}, which nothing reads without an "
+            f"adapter; set {field}.rank, or leave it out"
+        )
+    if lora.adapter is not None and changed != ["adapter"]:
+        other = next(name for name in changed if name != "adapter")
+        raise ValueError(
+            f"{field}.{other} and {field}.adapter are both set, and the adapter's files decide "
+            f"{other}; leave one out"
+        )
+    if lora.enabled and not engine_class(config.engine).trains_adapters:
+        usable = [name for name in ENGINES.builtin if engine_class(name).trains_adapters]
+        raise ValueError(
+            f"{field} is set, but engine {config.engine!r} trains no adapters; set "
+            f"{field.removesuffix('.lora')}.engine to {' or '.join(usable)}"
+        )
 
 
 def _check_library(field: str, name: str, library: str, registry: Registry) -> None:
@@ -317,6 +352,8 @@ def _check_train_layout(
     ask_engine(train.engine, "check", check, model_config(model, head), train, head, num_devices)
     if train.packing:
         check_packing(model, head)
+    if train.lora.enabled:
+        check_adapter(model, train.lora, head)
 
 
 def _check_generation_sizes(role: str, model: ModelConfig, config: GenerationConfig) -> None:

@@ -20,7 +20,7 @@ from hybridflow.recovery.config import RecoveryConfig
 from recipes.mapper_config import MapperConfig
 from recipes.path_settings import PathFields, expand_paths
 from workers.agents.config import EpisodeConfig
-from workers.config import ModelConfig
+from workers.config import LoraConfig, ModelConfig
 from workers.generation.vllm.build import installed_kind
 from workers.role_config import (
     ActorConfig,
@@ -221,6 +221,7 @@ class RunConfig:
 
 PATHS: PathFields = {
     ModelConfig: ("path", "tokenizer"),
+    LoraConfig: ("adapter",),
     DataConfig: ("train", "validation", "pretraining", "chat_template"),
     LoopConfig: ("resume",),
     ClusterConfig: ("working_dir",),

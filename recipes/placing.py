@@ -88,7 +88,27 @@ def place(config: RunConfig) -> Placement:
     )
     check_layouts(placement)
     check_algorithm(config, entry)
+    check_start(placement)
     return placement
+
+
+def check_start(placement: Placement) -> None:
+    """A policy that begins with an adapter has a reference that begins with it too."""
+    settings = {role.name: role.config for role in placement.roles}
+    reference = settings.get("reference")
+    if reference is None or reference.train.lora.enabled:
+        return
+    for name in ("actor", "policy"):
+        policy = settings.get(name)
+        if policy is None or policy.train.lora.adapter is None:
+            continue
+        if policy.model.path == reference.model.path:
+            directory = policy.train.lora.adapter
+            raise ValueError(
+                f"{name}.train.lora.adapter is {directory!r}, and reference would be its base "
+                f"without it; set reference.train.lora.adapter={directory}, or begin with the merged "
+                "model (python -m recipes.merge)"
+            )
 
 
 def check_layouts(placement: Placement) -> None:

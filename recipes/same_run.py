@@ -72,6 +72,9 @@ def role_settings(role: Role) -> Iterator[tuple[str, str]]:
     yield f"{name}.train.precision", str(config.train.precision)
     if issubclass(role.worker, TrainedRole):
         yield f"{name}.train.engine", config.train.engine
+        lora = config.train.lora
+        if lora.enabled:
+            yield f"{name}.train.lora", json.dumps(vars(lora), sort_keys=True)
     if isinstance(config, JudgeConfig):
         for setting in VERDICT:
             yield f"{name}.{setting}", str(vars(config)[setting])

@@ -90,6 +90,32 @@ class OptimizerConfig:
 
 
 @dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, Hu et al. 2021) on the linear layers of a frozen model: the output
+    of a layer of weight W becomes x W' + scale * x A' B'.
+
+    LoraConfig(rank=16, target_modules=["q_proj", "v_proj"])
+    """
+
+    rank: int = 0
+    """Rows of A and columns of B; 0 trains the whole model."""
+    alpha: float = 32.0
+    """The scale is alpha / rank."""
+    rslora: bool = False
+    """The scale is alpha / sqrt(rank)."""
+    target_modules: Any = "all-linear"
+    """The layers that are adapted: all-linear (every linear layer but the output embedding), a
+    list of the ends of names ([q_proj, v_proj]), or a regular expression that whole names match,
+    such as '.*layers\\.[01]\\..*_proj'."""
+    adapter: str | None = None
+    """A PEFT directory to begin with, which decides rank, alpha, rslora and target_modules."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.rank > 0 or self.adapter is not None
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """A role's training engine: layout, precision, micro-batches and optimizer, for forward passes
     alone too.
@@ -134,4 +160,6 @@ class TrainConfig:
     """deepspeed: 1, 2 or 3."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory while they are not used."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train low-rank adapters in place of the model's weights."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -66,6 +66,16 @@ class ModelWorker(Worker):
         self.layout = self.engine.layout
         self.pool_memory.engines.add(self.engine)
 
+    def share_base(self, model: ModelConfig, train: TrainConfig) -> bool:
+        """Takes the engine of another role of the pool whose adapter is on this model, where there
+        is one: the model is then in memory once. Forward passes belong in its `base_only`."""
+        for engine in self.pool_memory.engines:
+            if engine.has_base(model, train):
+                self.model, self.head, self.engine = model, Head.lm, engine
+                self.layout = engine.layout
+                return True
+        return False
+
     def to_training(self) -> None:
         """Called before the training engine is used, for a forward pass too: generation in the
         same pool gives up its memory, with release_during_training."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from workers.engines.base import Head
@@ -20,9 +22,14 @@ class ReferenceWorker(ModelWorker, Reference):
 
     def __init__(self, config: ReferenceConfig, context: RankContext) -> None:
         super().__init__(config, context)
-        self.build(self.config.model, self.config.train, Head.lm, context, trains=False)
+        self.shares = self.share_base(self.config.model, self.config.train)
+        """The policy's engine with its adapter left out, in place of a second model."""
+        if not self.shares:
+            self.build(self.config.model, self.config.train, Head.lm, context, trains=False)
 
     def compute_ref_log_prob(self, batch: Batch) -> Batch:
         self.to_training()
-        outputs = self.engine.forward(sequences_of(batch), temperature=self.config.temperature)
+        base = self.engine.base_only() if self.shares else nullcontext()
+        with base:
+            outputs = self.engine.forward(sequences_of(batch), temperature=self.config.temperature)
         return self.scored(batch, outputs.log_probs if outputs else None, "ref_log_probs")

@@ -105,8 +105,7 @@ class TrainedWorker(ModelWorker, TrainedRole):
     def stage_snapshot(self, directory: str, stamp: str, keep: tuple[str, ...]) -> Written:
         engine, rank = self.engine, self.context.rank
         state = engine.state(moments=engine.num_steps > 0, copies=False)
-        scalars = {"num_steps": engine.num_steps, **self.counters()}
-        contents = Contents(state, scalars, stamp)
+        contents = Contents(state, engine.scalars(self.counters()), stamp)
         path = Path(directory) / self._snapshot_name / file_name(rank)
         kept = list(map(Path, keep))
         if self._flusher.source is not None and self._flusher.result(wait=False) is None:

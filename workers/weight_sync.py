@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,20 +119,22 @@ class WeightSync:
         times.append(device_time())
         if self.destination is not None:
             self.destination.restore()
-        if self._executor is None or self.attestor is None:
-            with activity("compiling the resharding plan"):
-                self._executor, self.attestor = self._prepare()
-        times.append(device_time())
-        report = self._executor.run()
-        times.append(device_time())
-        attestation = self.attestor.start()
-        times.append(device_time())
-        if self.destination is not None:
-            # The comparison is under way meanwhile; nothing is generated before it has finished.
-            self.destination.commit(version)
-        times.append(device_time())
-        attestation.finish()
-        times.append(device_time())
+        with self._latest_weights():
+            if self._executor is None or self.attestor is None:
+                with activity("compiling the resharding plan"):
+                    self._executor, self.attestor = self._prepare()
+            times.append(device_time())
+            report = self._executor.run()
+            times.append(device_time())
+            attestation = self.attestor.start()
+            times.append(device_time())
+            if self.destination is not None:
+                # The comparison is under way meanwhile; nothing is generated before it has
+                # finished.
+                self.destination.commit(version)
+            times.append(device_time())
+            attestation.finish()
+            times.append(device_time())
         gap = self._probe(expected) if self.generator is not None else 0.0
         if self.destination is not None:
             # Only needed until the engine has taken the weights in: the next to use this memory is
@@ -171,8 +174,9 @@ class WeightSync:
         destination = (
             self.make_destination(source.parameters) if self.generator is not None else None
         )
-        if destination is not None and self.share_memory:
-            destination.share(sources)
+        if destination is not None and self.share_memory and self.engine is not None:
+            merged = self.engine.merged_names
+            destination.share([source for source in sources if source.name not in merged])
         destinations = destination.destinations() if destination is not None else []
         plan = make_plan(
             source, ShardMap.gather(destinations, self.group), machines(self.node, self.group)
@@ -183,6 +187,13 @@ class WeightSync:
         return Executor(plan, sources, destinations, self.group), Attestor(
             plan.source, sources, plan.target, destinations, self.group
         )
+
+    def _latest_weights(self) -> AbstractContextManager[None]:
+        """Within, the trainer's shards hold its weights, those with an adapter merged in too."""
+        if self.engine is None:
+            return nullcontext()
+        self.engine.local_parameters()  # so that there is memory to merge into
+        return self.engine.merged()
 
     def _announce(self, version: int) -> tuple[int, Tensor]:
         """The trainer's version and its log-probs of the probe [tokens - 1], on every rank of

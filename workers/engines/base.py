@@ -9,7 +9,8 @@ different sizes, possibly empty.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -77,6 +78,8 @@ class TrainingEngine(ABC):
 
     library: ClassVar[str] = "torch"
     """Top-level module that must be installed where the engine computes."""
+    trains_adapters: ClassVar[bool] = False
+    """train.lora has an effect."""
     layout: Layout
     """Axes dp, pp, cp, tp over the ranks of the pool."""
 
@@ -165,7 +168,29 @@ class TrainingEngine(ABC):
     @abstractmethod
     def local_parameters(self) -> list[LocalParameter]:
         """The rank's shards of every logical parameter of the model (all names on every rank,
-        in the same order)."""
+        in the same order); no adapters, see merged_names."""
+
+    @property
+    def merged_names(self) -> frozenset[str]:
+        """The parameters whose weights local_parameters shows with an adapter merged into them:
+        their memory is there within `merged` only."""
+        return frozenset()
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within, local_parameters' memory of merged_names holds the latest weights. Collective."""
+        yield
+
+    def has_base(self, model: ModelConfig, config: TrainConfig) -> bool:
+        """Whether forward within `base_only` gives what an engine of its own with these settings
+        would, for a frozen language model: the same weights in the same layout and precision."""
+        del model, config
+        return False
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Within, forward computes with the model as it was loaded, an adapter left out."""
+        yield
 
     @property
     @abstractmethod
@@ -174,7 +199,7 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def state(self, *, moments: bool, copies: bool) -> list[LocalParameter]:
-        """The float32 weights of every logical parameter as model.NAME and, with `moments`, AdamW's
+        """The float32 weights of every trained parameter as model.NAME and, with `moments`, AdamW's
         as exp_avg.NAME and exp_avg_sq.NAME: all names on every rank, in the same order, with views
         of this rank's memory. copies=False leaves out the elements that an earlier rank has too, so
         that the ranks' shards cover everything once. No collective."""
@@ -182,6 +207,10 @@ class TrainingEngine(ABC):
     @abstractmethod
     def restored(self, num_steps: int) -> None:
         """Called after what `state` showed was overwritten by that of step `num_steps`; collective."""
+
+    def scalars(self, further: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Those of a snapshot: the number of steps, and `further` ones."""
+        return {"num_steps": self.num_steps, **(further or {})}
 
     @abstractmethod
     def save(self, directory: Path, scalars: Mapping[str, int] | None = None) -> None:
@@ -196,8 +225,8 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def save_pretrained(self, directory: Path) -> None:
-        """Weights as a Hugging Face directory (safetensors, config) that transformers loads;
-        collective, one rank writes."""
+        """Weights as a Hugging Face directory (safetensors, config) that transformers loads; of
+        an adapter, a PEFT directory. Collective, one rank writes."""
 
     def try_saving(self, directory: Path) -> int:
         """Does, small, what save and save_pretrained do: everything that can fail only there, without

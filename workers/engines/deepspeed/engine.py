@@ -124,7 +124,7 @@ class DeepspeedEngine(ShardedEngine):
         rate = self._update(owned)
         return {**metrics_of_group(metrics, None), "grad_norm": grad_norm, "learning_rate": rate}
 
-    def local_parameters(self) -> list[LocalParameter]:
+    def _held_parameters(self) -> list[LocalParameter]:
         result = []
         for name, shape in self._zero.shapes.items():
             shards = tuple(self._shards(shape, self._zero.parameters[name]))

@@ -63,6 +63,8 @@ from workers.sequences import Sequences
 class FsdpEngine(ShardedEngine):
     """See TrainingEngine. config.tp gives the layout, data ranks are what is left of the pool."""
 
+    trains_adapters = True
+
     @classmethod
     def check(
         cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
@@ -74,6 +76,11 @@ class FsdpEngine(ShardedEngine):
             )
         if config.tp > 1:
             check_fits(model, config.tp)
+            if config.lora.enabled:
+                raise ValueError(
+                    f"train.tp is {config.tp} with train.lora, which engine fsdp trains over data "
+                    "ranks alone; set tp=1"
+                )
 
     @classmethod
     def limit(cls, space: SearchSpace) -> SearchSpace:
@@ -108,8 +115,13 @@ class FsdpEngine(ShardedEngine):
         for name, parameter in self._parameters.items():
             local = nn.Parameter(local_part(parameter))
             self._local[name] = local
-            if local.numel():
+            if local.numel() and parameter.requires_grad:
                 present.append(local)
+        self._trained = {
+            name: parameter
+            for name, parameter in self._parameters.items()
+            if parameter.requires_grad
+        }
         self._optimizer = build_optimizer(present, self.config.optimizer)
         # A small model's gathered weights serve the passes until the next step, and its gradient is
         # added up whole; a large one's would be in the way.
@@ -155,14 +167,15 @@ class FsdpEngine(ShardedEngine):
             "learning_rate": rate,
         }
 
-    def local_parameters(self) -> list[LocalParameter]:
+    def _held_parameters(self) -> list[LocalParameter]:
         # Who writes to the views must not find gathered copies of before.
         self._reshard()
-        return self._logical(self._local, copies=True)
+        return logical_parameters(self._parameters, self._parts, self._local, copies=True)
 
     def _logical(self, tensors: Mapping[str, Tensor], *, copies: bool) -> list[LocalParameter]:
+        """The trained parameters."""
         all_shards = copies or self.layout.coordinates(self.context.rank)["tp"] == 0
-        return logical_parameters(self._parameters, self._parts, tensors, copies=all_shards)
+        return logical_parameters(self._trained, self._parts, tensors, copies=all_shards)
 
     @property
     def num_steps(self) -> int:
@@ -171,7 +184,7 @@ class FsdpEngine(ShardedEngine):
     def state(self, *, moments: bool, copies: bool) -> list[LocalParameter]:
         result = named(MODEL, self._logical(self._local, copies=copies))
         if moments:
-            states = {name: self._state(local) for name, local in self._local.items()}
+            states = {name: self._state(self._local[name]) for name in self._trained}
             for moment in MOMENTS:
                 tensors = {name: state[moment] for name, state in states.items()}
                 result += named(moment, self._logical(tensors, copies=copies))
@@ -259,7 +272,7 @@ class FsdpEngine(ShardedEngine):
         self._drop_gradients()
 
     def _master_parameters(self) -> list[LocalParameter]:
-        return self.local_parameters()
+        return self._held_parameters()
 
     def _drop_gradients(self) -> None:
         for name, parameter in self._parameters.items():

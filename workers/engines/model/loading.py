@@ -2,12 +2,13 @@
 
 Rank 0 reads the weights into host memory in float32; every other rank builds the same modules on
 the meta device and receives each tensor by broadcast when its module is materialized, so that a
-rank never holds more than one unsharded module. Quantized checkpoints and adapters are left out.
+rank never holds more than one unsharded module. Adapters are added to the model by lora.py.
+Quantized checkpoints are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -116,6 +117,24 @@ class ModelSource:
             for name, tensor in _own_tensors(owner):
                 if (id(owner), name) not in self._done:
                     self._materialize(owner, name, tensor, device)
+
+    def add_parameter(
+        self, module: nn.Module, name: str, shape: tuple[int, ...], make: Callable[[], Tensor]
+    ) -> None:
+        """Gives a module of the model a float32 parameter that the checkpoint lacks, before
+        anything is materialized; `make` is called where the weights are, on rank 0."""
+        value = torch.empty(shape, device="meta")
+        if self.rank == 0:
+            weights = self._weights[_join(self._names[id(module)], name)] = make()
+            if self.world_size == 1:
+                value = weights
+        module.register_parameter(name, nn.Parameter(value))
+
+    def replace(self, name: str, value: Tensor) -> None:
+        """Another value for a parameter of the checkpoint, before anything is materialized."""
+        if self.rank == 0:
+            with torch.no_grad():
+                self._weights[name].copy_(value)
 
     def _materialize(
         self, owner: nn.Module, name: str, tensor: Tensor, device: torch.device

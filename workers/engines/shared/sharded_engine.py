@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from hybridflow.context import RankContext
@@ -21,8 +22,11 @@ from hybridflow.snapshots.reading import SnapshotFiles
 from workers.config import ModelConfig, TrainConfig
 from workers.engines.base import Head, TrainingEngine
 from workers.engines.model.loading import ModelSource, model_config, saved_dtype
+from workers.engines.model.lora import Adapter, attach
+from workers.engines.model.peft_files import write_adapter
 from workers.engines.shared.export import write_configs, write_safetensors
 from workers.engines.shared.gather import gather_objects
+from workers.engines.shared.merging import MergedWeights, base_digest, gather_whole
 from workers.engines.shared.micro_batches import (
     MicroBatch,
     chosen_tokens,
@@ -34,6 +38,12 @@ from workers.engines.shared.optimizer import MODEL, check_optimizer_config
 from workers.precision import with_native_precision
 from workers.sequences import Sequences
 
+BASE = "base_digest"
+"""The scalar of an adapter's snapshot that says which weights it belongs to."""
+SAME_WEIGHTS = ("path", "revision", "trust_remote_code", "attention")
+"""Settings of two models that have the same weights and compute alike with them."""
+SAME_NUMBERS = ("engine", "tp", "pp", "rank_order", "precision")
+"""Settings of two engines that compute alike, in the same layout."""
 CHECKPOINT_BYTES = 12
 """Bytes of a parameter in a checkpoint: float32 weights and AdamW's two moments."""
 
@@ -67,6 +77,9 @@ class ShardedEngine(TrainingEngine):
         self.model, self.config, self.head, self.context = model, config, head, context
         self.device = torch.device(context.device)
         source = ModelSource(model, head, context, seed)
+        self.adapter: Adapter | None = None
+        if config.lora.enabled:
+            self.adapter = attach(source, config.lora, head, seed)
         self._hf_config = copy.deepcopy(source.model.config)
         self._hf_config.architectures = [type(source.model).__name__]
         self._hf_config.dtype = self._saved_dtype = saved_dtype(model, published)
@@ -74,12 +87,20 @@ class ShardedEngine(TrainingEngine):
         self._cutting = cutting_of(config, source.model)
         self._state_on_host = False
         self._build(source, trains=trains)
+        self._merging: MergedWeights | None = None
+        self._base_digest = 0
+        if self.adapter is not None:
+            self._base_digest = base_digest(self._held_parameters(), self._trained_names())
         if config.offload_optimizer:
             self.offload()
 
     @abstractmethod
     def _build(self, source: ModelSource, *, trains: bool) -> None:
         """This rank's part of the model, and the optimizer; collective."""
+
+    @abstractmethod
+    def _held_parameters(self) -> list[LocalParameter]:
+        """This rank's shards of everything that the model has, an adapter's matrices among it."""
 
     @abstractmethod
     def _master_parameters(self) -> list[LocalParameter]:
@@ -93,20 +114,90 @@ class ShardedEngine(TrainingEngine):
     def _move_state(self, device: torch.device) -> None:
         """Move the optimizer's states, and master weights that are not the working ones."""
 
+    def local_parameters(self) -> list[LocalParameter]:
+        held = self._held_parameters()
+        if self.adapter is None:
+            return held
+        if self._merging is None:
+            self._merging = MergedWeights(held, self.adapter, self._gathered_trained)
+        return self._merging.parameters
+
+    @property
+    def merged_names(self) -> frozenset[str]:
+        if self.adapter is None:
+            return frozenset()
+        return frozenset(f"{layer}.weight" for layer in self.adapter.layers)
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        if self._merging is None:
+            yield
+            return
+        with self._merging.filled():
+            yield
+
+    def has_base(self, model: ModelConfig, config: TrainConfig) -> bool:
+        if self.adapter is None or self.head is not Head.lm or config.lora.enabled:
+            return False
+        config = with_native_precision(config, self.context.device)
+        same_model = all(vars(model)[name] == vars(self.model)[name] for name in SAME_WEIGHTS)
+        return same_model and all(
+            vars(config)[name] == vars(self.config)[name] for name in SAME_NUMBERS
+        )
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        if self.adapter is None:
+            yield
+            return
+        with torch.no_grad(), self.adapter.switched_off():
+            yield
+
+    def _trained_names(self) -> set[str]:
+        trained = self.state(moments=False, copies=False)
+        return {parameter.name.removeprefix(f"{MODEL}.") for parameter in trained}
+
+    def _gathered_trained(self) -> dict[str, Tensor]:
+        """Every trained parameter, whole on every rank, where there is an adapter: they are
+        small. Collective."""
+        with self._state_on_device():
+            whole = gather_whole(self.state(moments=False, copies=False), self.device)
+        return {name.removeprefix(f"{MODEL}."): tensor for name, tensor in whole.items()}
+
     def save_pretrained(self, directory: Path) -> None:
+        if self.adapter is not None:
+            self._save_adapter(directory)
+            return
         self._write_configs(directory)
         with self._state_on_device():
             write_safetensors(
                 self._master_parameters(), directory, self.device, dtype=self._saved_dtype
             )
 
+    def _save_adapter(self, directory: Path) -> None:
+        assert self.adapter is not None
+        tensors = self._gathered_trained()
+        if self.context.rank == 0:
+            write_adapter(
+                directory,
+                {name: tensor.cpu() for name, tensor in tensors.items()},
+                self.adapter.config,
+                self.adapter.layers,
+                self.model,
+                task="CAUSAL_LM" if self.head is Head.lm else "SEQ_CLS",
+            )
+        if self.context.world_size > 1:
+            dist.barrier()
+
     def save(self, directory: Path, scalars: Mapping[str, int] | None = None) -> None:
         state = self.state(moments=self.num_steps > 0, copies=False)
         write_snapshot(directory / file_name(self.context.rank), state, self.scalars(scalars))
 
     def scalars(self, further: Mapping[str, int] | None = None) -> dict[str, int]:
-        """Those of a snapshot: the number of steps, and `further` ones."""
-        return {"num_steps": self.num_steps, **(further or {})}
+        result = super().scalars(further)
+        if self.adapter is not None:
+            result[BASE] = self._base_digest
+        return result
 
     def load(self, directory: Path, stamp: str | None = None) -> dict[str, int]:
         scalars: dict[str, int] = {}
@@ -125,6 +216,11 @@ class ShardedEngine(TrainingEngine):
 
     def _fill(self, files: SnapshotFiles) -> dict[str, int]:
         """Overwrites this rank's part of weights and moments."""
+        if self.adapter is not None and files.scalars.get(BASE) != self._base_digest:
+            raise ValueError(
+                f"snapshot {files.directory}: its adapter was trained on other weights than those of "
+                f"model.path={self.model.path!r}; use the model that the run began with"
+            )
         # A snapshot of before the first step has no moments: they are zero.
         saved = files.scalars["num_steps"] > 0
         stored, zero = [], []
@@ -139,10 +235,14 @@ class ShardedEngine(TrainingEngine):
         return files.scalars
 
     def try_saving(self, directory: Path) -> int:
-        self._write_configs(directory)
-        write_safetensors([], directory, self.device, dtype=self._saved_dtype)
+        if self.adapter is None:
+            self._write_configs(directory)
+            write_safetensors([], directory, self.device, dtype=self._saved_dtype)
+        else:
+            self._save_adapter(directory)
         write_snapshot(directory / file_name(self.context.rank), [], {})
-        numbers = sum(math.prod(parameter.shape) for parameter in self.local_parameters())
+        trained = self.state(moments=False, copies=False)
+        numbers = sum(math.prod(parameter.shape) for parameter in trained)
         return numbers * (CHECKPOINT_BYTES + self._saved_dtype.itemsize)
 
     def _write_configs(self, directory: Path) -> None:

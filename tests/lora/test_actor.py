@@ -1,0 +1,139 @@
+"""An actor with an adapter, its reference and its generation engine, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
+from hybridflow.group import spawn
+from hybridflow.local_pool import LocalPool
+from hybridflow.pool import PoolSpec
+from tests.matrix import matrix
+from workers.actor import ActorWorker
+from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, TrainConfig
+from workers.generation.config import GenerationConfig, SamplingConfig
+from workers.reference import ReferenceWorker
+from workers.role_config import ActorConfig, ReferenceConfig
+
+MADE: list[ActorWorker | ReferenceWorker] = []
+FAMILIES = matrix(["qwen3"], ["llama", "gemma3_text"])
+VOCABULARY = 96
+
+
+class ObservedActor(ActorWorker):
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        MADE.append(self)
+
+
+class ObservedReference(ReferenceWorker):
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)  # type: ignore[arg-type]
+        MADE.append(self)
+
+
+def save_model(directory: Path, family: str) -> Path:
+    """A random model with heads that are wide enough for vLLM on CPU."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=family == "gemma3_text",
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def pool() -> Iterator[LocalPool]:
+    MADE.clear()
+    with LocalPool(PoolSpec(name="main", num_devices=1)) as pool:
+        yield pool
+
+
+def actor_config(path: Path, engine: str) -> ActorConfig:
+    return ActorConfig(
+        model=ModelConfig(path=str(path)),
+        train=TrainConfig(
+            precision=Precision.fp32,
+            lora=LoraConfig(rank=8, alpha=16),
+            optimizer=OptimizerConfig(learning_rate=2e-2),
+        ),
+        generation=GenerationConfig(
+            engine=engine,
+            precision=Precision.fp32,
+            max_model_len=32,
+            sampling=SamplingConfig(max_response_tokens=6, ignore_eos=True),
+        ),
+    )
+
+
+def prompts() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 5, 1, 4])
+    ids = torch.randint(3, VOCABULARY, (int(lengths.sum()),), generator=generator)
+    return Batch.of(prompt_ids=Ragged(ids, lengths), uid=torch.arange(4))
+
+
+def check_actor(path: Path, engine: str, pool: LocalPool) -> None:
+    """Three generations with an update before the second and the third: the engine scores what it
+    drew as the trainer does, and draws with other weights each time."""
+    actor = spawn(ObservedActor, pool, actor_config(path, engine), role="actor")
+    config = ReferenceConfig(
+        model=ModelConfig(path=str(path)), train=TrainConfig(precision=Precision.fp32)
+    )
+    reference = spawn(ObservedReference, pool, config, role="reference")
+    trainer, frozen = MADE
+    assert isinstance(trainer, ActorWorker)
+    assert frozen.engine is trainer.engine, "the reference is the base with the adapter left out"
+    first, base = None, None
+    for number in range(3):
+        batch = prompts()
+        batch |= actor.generate_sequences(batch)
+        batch |= actor.compute_log_prob(batch)
+        batch |= reference.compute_ref_log_prob(batch)
+        local = batch.local(["rollout_log_probs", "log_probs", "ref_log_probs"])
+        rollout, scored = local.ragged("rollout_log_probs"), local.ragged("log_probs")
+        assert_close(rollout.values, scored.values, rtol=0.0, atol=1e-5)
+        assert trainer.sync.last is not None
+        assert trainer.sync.last.probe_gap < 1e-5
+        referred = local.ragged("ref_log_probs").values
+        if number == 0:
+            first, base = batch, referred
+            assert torch.equal(referred, scored.values)
+        else:
+            assert (referred - scored.values).abs().max() > 1e-2, "the policy has moved"
+            again = reference.compute_ref_log_prob(first).local(["ref_log_probs"])
+            assert torch.equal(again.ragged("ref_log_probs").values, base), "the base has not"
+        assert actor.update_supervised(batch)["actor/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hf_generates_with_the_latest_adapter(pool: LocalPool, tmp_path: Path, family: str) -> None:
+    check_actor(save_model(tmp_path / family, family), "hf", pool)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vllm_generates_with_the_latest_adapter(
+    pool: LocalPool, tmp_path: Path, family: str
+) -> None:
+    """The gap of log-probs stays under 1e-5 after the second and third sync, with changed weights
+    (finding T1)."""
+    check_actor(save_model(tmp_path / family, family), "vllm", pool)

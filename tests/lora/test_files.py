@@ -1,0 +1,222 @@
+"""PEFT directories in and out, merging, and what is refused before a run starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from hybridflow.context import RankContext
+from recipes.checks import check_settings, check_train
+from recipes.composing import RecipeFile, compose, to_settings
+from recipes.merge import merge
+from recipes.placing import place
+from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
+from tests.lora.plain import adapt, matrices_of
+from tests.tiny import make_model
+from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, TrainConfig
+from workers.engines.base import Head
+from workers.engines.fsdp.engine import FsdpEngine
+from workers.engines.model.lora import check_adapter
+from workers.engines.model.peft_files import PeftFiles
+from workers.role_config import ReferenceConfig
+
+REGEX = r".*layers\.[01]\..*\.(q|v)_proj"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter after a step, as a run saves it, with the log-probs of a batch beside it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        engine = make_engine(model, LoraConfig(rank=4, alpha=6, rslora=True, target_modules=REGEX))
+        engine.train_step(make_sequences(), loss_fn, entropy=True, temperature=TEMPERATURE)
+        outputs = engine.forward(make_sequences())
+        assert outputs.log_probs is not None
+        torch.save(outputs.log_probs, folder / "log_probs.pt")
+        engine.save_pretrained(folder / "adapter")
+    finally:
+        dist.destroy_process_group()
+    return folder / "adapter"
+
+
+def make_engine(model: Path, lora: LoraConfig) -> FsdpEngine:
+    config = TrainConfig(
+        precision=Precision.fp32, lora=lora, optimizer=OptimizerConfig(learning_rate=1e-2)
+    )
+    return FsdpEngine(
+        model=ModelConfig(path=str(model)), config=config, head=Head.lm, context=RankContext()
+    )
+
+
+def log_probs(adapter: Path) -> torch.Tensor:
+    return torch.load(adapter.parent / "log_probs.pt")
+
+
+def scored(model: torch.nn.Module) -> torch.Tensor:
+    """Log-probs of the batch's scored tokens at temperature 1, row by row."""
+    batch, result = make_sequences(), []
+    rows = batch.token_ids.split(batch.lengths.tolist())
+    for tokens, count in zip(rows, batch.scored_lengths.tolist(), strict=True):
+        first = len(tokens) - count
+        with torch.no_grad():
+            table = model(input_ids=tokens[None]).logits[0, first - 1 : -1].log_softmax(-1)
+        result.append(table.gather(-1, tokens[first:, None]).squeeze(-1))
+    return torch.cat(result)
+
+
+def test_peft_reads_what_is_saved(model: Path, adapter: Path) -> None:
+    """PEFT's model of our directory gives our log-probs."""
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(base, adapter)
+    assert_close(scored(loaded), log_probs(adapter), rtol=0.0, atol=1e-5)
+
+
+def test_what_peft_saves_is_read(model: Path, tmp_path: Path) -> None:
+    """PEFT's directory, with its own choice of all linear layers, is trained on from where it is."""
+    peft = pytest.importorskip("peft")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False
+    )
+    made = peft.get_peft_model(base, config)
+    made.save_pretrained(tmp_path / "peft")
+    files = PeftFiles.read(str(tmp_path / "peft"))
+    assert (files.config.rank, files.config.alpha) == (3, 5)
+    assert len(files.config.target_modules) == 14
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        engine = make_engine(model, LoraConfig(adapter=str(tmp_path / "peft")))
+        outputs = engine.forward(make_sequences())
+    finally:
+        dist.destroy_process_group()
+    assert outputs.log_probs is not None
+    assert_close(outputs.log_probs, scored(made), rtol=0.0, atol=1e-5)
+
+
+def test_a_saved_adapter_is_read_back_bit_for_bit(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        engine = make_engine(model, LoraConfig(adapter=str(adapter)))
+        outputs = engine.forward(make_sequences())
+        engine.save_pretrained(tmp_path / "again")
+    finally:
+        dist.destroy_process_group()
+    assert outputs.log_probs is not None
+    assert torch.equal(outputs.log_probs, log_probs(adapter))
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (adapter / file).read_bytes()
+
+
+def test_the_merged_directory_is_the_adapted_model(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """Against LoRA in plain PyTorch and the trainer's log-probs."""
+    merge(str(adapter), str(tmp_path / "merged"))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert_close(scored(merged), log_probs(adapter), rtol=0.0, atol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapt(plain, matrices_of(adapter), 6 / 4**0.5)
+    assert_close(scored(plain), log_probs(adapter), rtol=0.0, atol=1e-5)
+    assert (tmp_path / "merged" / "tokenizer_config.json").is_file()
+    with pytest.raises(ValueError, match="which is not empty"):
+        merge(str(adapter), str(tmp_path / "merged"))
+    other = make_model(tmp_path / "other", layers=1)
+    with pytest.raises(ValueError, match=r"layers\.1.* is no linear layer of"):
+        merge(str(adapter), str(tmp_path / "wrong"), str(other))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (
+            ["q_proj", "qkv"],
+            "'qkv', which is no linear layer .* it has down_proj, gate_proj, k_proj",
+        ),
+        ("q_proj", "'q_proj', which is no linear layer"),
+        (["lm_head"], "'lm_head', which is no linear layer"),
+        ("(", "no regular expression"),
+        ([], "use all-linear"),
+    ],
+)
+def test_targets_that_match_nothing_are_refused(model: Path, targets: object, message: str) -> None:
+    """Findings T3, T4, T17: with the names that exist."""
+    with pytest.raises(ValueError, match=message):
+        check_adapter(
+            ModelConfig(path=str(model)), LoraConfig(rank=4, target_modules=targets), Head.lm
+        )
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        (LoraConfig(rank=-1), "rank is -1"),
+        (LoraConfig(rank=4, alpha=0), "alpha is 0"),
+        (LoraConfig(alpha=8), "alpha is 8, which nothing reads without an adapter"),
+        (LoraConfig(rank=8, adapter="x"), "rank and .*adapter are both set"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(lora: LoraConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_train("actor.train", TrainConfig(lora=lora))
+
+
+def test_a_role_that_is_not_trained_has_no_new_adapter() -> None:
+    config = ReferenceConfig(
+        model=ModelConfig(path="x"), train=TrainConfig(lora=LoraConfig(rank=4))
+    )
+    with pytest.raises(
+        ValueError, match=r"reference\.train\.lora\.rank is 4, but reference is not"
+    ):
+        check_settings("reference", config)
+
+
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"modules_to_save": ["embed_tokens"]}])
+def test_kinds_of_adapters_that_are_not_trained_are_refused(
+    adapter: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    settings = json.loads((adapter / "adapter_config.json").read_text()) | change
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=f"whose {next(iter(change))} is"):
+        PeftFiles.read(str(tmp_path))
+
+
+@pytest.mark.parametrize("targets", [REGEX, "[q_proj,v_proj]", "all-linear"])
+def test_targets_pass_the_command_line_as_they_are(targets: str) -> None:
+    """Finding T16: a regular expression is not mangled."""
+    config = compose(RecipeFile.of("grpo"), [f"actor.train.lora.target_modules={targets}"])
+    value = OmegaConf.to_container(config.actor.train.lora)["target_modules"]
+    assert value == (["q_proj", "v_proj"] if targets.startswith("[") else targets)
+
+
+def test_the_reference_of_an_adapted_policy_is_named(model: Path, adapter: Path) -> None:
+    """The reference is the policy that training began with, its adapter too."""
+    settings = {
+        "runtime": "local",
+        "model.path": str(model),
+        "data.train": "unused.jsonl",
+        "reward.function": "tests.tiny:by_length",
+        "actor.loss.kl_coefficient": "0.1",
+        "actor.generation.engine": "hf",
+        "actor.train.lora.adapter": str(adapter),
+    }
+    arguments = [f"{name}={value}" for name, value in settings.items()]
+    with pytest.raises(ValueError, match=r"set reference\.train\.lora\.adapter="):
+        place(to_settings(compose(RecipeFile.of("grpo"), arguments)))
+    arguments.append(f"reference.train.lora.adapter={adapter}")
+    assert place(to_settings(compose(RecipeFile.of("grpo"), arguments))).roles

@@ -1,0 +1,243 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021) on the linear layers of a model whose own weights are
+frozen.
+
+    adapter = attach(source, resolved, Head.lm, seed)   # before the model is split and materialized
+    with adapter.switched_off():
+        ...                                             # forward passes of the model as it was loaded
+
+A layer keeps its name and class: its forward adds scale * (x A') B' to what it returned, and A and
+B are two more parameters of it, NAME.lora_A and NAME.lora_B. B begins at zero, so that the first
+outputs are those of the model bit for bit. Left out: dropout (the samples' log-probs would not be
+those of the trainer), experts' weights, the output embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from workers.config import LoraConfig, ModelConfig
+from workers.engines.base import Head
+from workers.engines.model.loading import ModelSource, build_on_meta
+from workers.engines.model.peft_files import PeftFiles
+
+ALL_LINEAR = "all-linear"
+LORA_A, LORA_B = "lora_A", "lora_B"
+"""Names of an adapted layer's matrices: [rank, inputs] and [outputs, rank]."""
+SCORE = "score"
+"""The head of a critic or reward model, which is trained whole beside the adapters."""
+
+
+@dataclass(kw_only=True)
+class Adapter:
+    """The adapter of a model in this process."""
+
+    config: LoraConfig
+    """With rank, alpha and rslora as the adapter has them."""
+    layers: tuple[str, ...]
+    """Names of the adapted layers, in the model's order."""
+    enabled: bool = field(default=True, init=False)
+
+    @property
+    def scale(self) -> float:
+        return scale(self.config)
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Within, forward passes leave the adapter out. For passes without gradients: what is
+        recomputed in a backward pass must not find it switched."""
+        assert not torch.is_grad_enabled(), "an adapter is switched off without gradients only"
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+
+def scale(config: LoraConfig) -> float:
+    """The factor of B A."""
+    return config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+
+
+def attach(source: ModelSource, config: LoraConfig, head: Head, seed: int) -> Adapter:
+    """Freezes the model of `source` and gives its target layers an adapter: that of config.adapter,
+    or a new one drawn from `seed`. Collective only in that every rank calls it.
+
+    A ValueError for targets that the model does not have, and for files of another model.
+    """
+    files = PeftFiles.read(config.adapter) if config.adapter is not None else None
+    config = files.config if files is not None else config
+    names = target_layers(source.model, config)
+    source.model.requires_grad_(False)
+    if head is not Head.lm:
+        source.model.get_submodule(SCORE).requires_grad_(True)
+    adapter = Adapter(config=config, layers=names)
+    stored = _Stored(files.tensors) if files is not None else None
+    for name in names:
+        layer = source.model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        shapes = {
+            LORA_A: (config.rank, layer.in_features),
+            LORA_B: (layer.out_features, config.rank),
+        }
+        for matrix, shape in shapes.items():
+            if stored is not None:
+                make = stored.maker(f"{name}.{matrix}", shape)
+            elif matrix == LORA_A:
+                make = _drawn(shape, f"{seed}/{name}")
+            else:
+                make = _zeros(shape)
+            source.add_parameter(layer, matrix, shape, make)
+        layer.forward = _adapted(layer, adapter)  # type: ignore[assignment, method-assign]
+    if stored is not None:
+        if head is not Head.lm and f"{SCORE}.weight" in stored.tensors:
+            source.replace(f"{SCORE}.weight", stored.take(f"{SCORE}.weight"))
+        stored.check_used()
+    return adapter
+
+
+def check_adapter(model: ModelConfig, config: LoraConfig, head: Head) -> None:
+    """The ValueErrors of `attach`, from the model's configuration and the adapter's files alone."""
+    if config.adapter is not None:
+        config = PeftFiles.read(config.adapter).config
+    target_layers(build_on_meta(model, head), config)
+
+
+def target_layers(model: PreTrainedModel, config: LoraConfig) -> tuple[str, ...]:
+    """Names of the layers that `config` targets; the model may be on meta.
+
+    A ValueError for a target that matches no linear layer lists those that the model has.
+    """
+    linear = _linear_layers(model)
+    targets = config.target_modules
+    if targets == ALL_LINEAR:
+        if experts := _expert_weights(model):
+            ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+            raise ValueError(
+                f"lora.target_modules is {ALL_LINEAR}, but the weights of this model's experts "
+                f"({experts[0]} and others) can't be adapted; name the layers that are to be: some of "
+                f"{ends}"
+            )
+        return tuple(linear)
+    if isinstance(targets, str):
+        try:
+            pattern = re.compile(targets)
+        except re.error as error:
+            raise ValueError(
+                f"lora.target_modules is {targets!r}, which is no regular expression ({error}); "
+                f"correct it, or use {ALL_LINEAR}"
+            ) from None
+        chosen = {name for name in linear if pattern.fullmatch(name)}
+        _check_matched(targets, chosen, linear)
+        return tuple(name for name in linear if name in chosen)
+    if not isinstance(targets, Sequence) or not targets:
+        raise ValueError(
+            f"lora.target_modules is {targets!r}; use {ALL_LINEAR}, a list of names, or a regular "
+            "expression"
+        )
+    every: set[str] = set()
+    for target in targets:
+        matched = {name for name in linear if name == target or name.endswith(f".{target}")}
+        _check_matched(target, matched, linear)
+        every |= matched
+    return tuple(name for name in linear if name in every)
+
+
+def _check_matched(target: str, matched: set[str], linear: Sequence[str]) -> None:
+    if matched:
+        return
+    ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+    raise ValueError(
+        f"lora.target_modules has {target!r}, which is no linear layer of the model that can be "
+        f"adapted; it has {ends} (such as {linear[0]})"
+    )
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Every linear layer that an adapter can be on: of the decoder, no head."""
+    heads = {id(model.get_output_embeddings())}
+    names = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and id(module) not in heads and name != SCORE:
+            names.append(name)
+    if not names:
+        raise ValueError(
+            f"lora.rank: {type(model).__name__} has no torch.nn.Linear layer to adapt; set it to 0"
+        )
+    return names
+
+
+def _expert_weights(model: nn.Module) -> list[str]:
+    """Parameters that hold the matrices of all experts of a layer."""
+    return [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+
+
+class _Stored:
+    """The matrices of files; each must be used."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
+
+    def take(self, name: str) -> Tensor:
+        return self.tensors.pop(name).float()
+
+    def maker(self, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+        if name not in self.tensors:
+            raise ValueError(f"lora.adapter: its files lack {name}; use the whole directory")
+        value = self.take(name)
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"lora.adapter: {name} has shape {tuple(value.shape)}, and the model needs {shape}; "
+                "use the adapter's own base as model.path"
+            )
+        return lambda: value
+
+    def check_used(self) -> None:
+        if self.tensors:
+            raise ValueError(
+                f"lora.adapter: its files have {', '.join(sorted(self.tensors)[:3])}, for which "
+                "the model has no place; use the adapter's own base as model.path"
+            )
+
+
+def _drawn(shape: tuple[int, ...], key: str) -> Callable[[], Tensor]:
+    """A uniform in +-1 / sqrt(inputs), as PEFT's: the same for a seed and a layer on every
+    layout."""
+
+    def make() -> Tensor:
+        number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+        generator = torch.Generator().manual_seed(number >> 1)
+        bound = 1 / math.sqrt(shape[1])
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+    return make
+
+
+def _zeros(shape: tuple[int, ...]) -> Callable[[], Tensor]:
+    return lambda: torch.zeros(shape)
+
+
+def _adapted(layer: nn.Linear, adapter: Adapter) -> Callable[[Tensor], Tensor]:
+    """The layer's forward with the adapter's part added. The parameters are read at every call:
+    engines exchange them."""
+    forward = layer.forward
+
+    def run(hidden: Tensor) -> Tensor:
+        output = forward(hidden)
+        if not adapter.enabled:
+            return output
+        a, b = layer._parameters[LORA_A], layer._parameters[LORA_B]
+        assert a is not None
+        assert b is not None
+        return output + adapter.scale * F.linear(F.linear(hidden, a), b)
+
+    return run
