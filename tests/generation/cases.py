@@ -109,9 +109,9 @@ def run(rank: int, port: int, models: dict[str, str], output: str) -> None:
 
 
 def vllm_engine(rank: int, path: Path, **config: Any) -> GenerationEngine:
-    from workers.generation.vllm.engine import VllmEngine
+    from tests.generation.labelled import LabelledEngine
 
-    return VllmEngine(
+    return LabelledEngine(
         model=ModelConfig(path=str(path)), config=replace(CONFIG, **config), context=context(rank)
     )
 
@@ -122,6 +122,8 @@ def context(rank: int) -> RankContext:
 
 def data_parallel(rank: int, models: dict[str, Path]) -> dict[str, Any]:
     """Two engines of one process each; then rank 0's alone."""
+    from tests.generation import vllm_streams
+
     before = process_state()
     engine = vllm_engine(rank, models["tied"])
     results: dict[str, Any] = {"state_kept": process_state() == before}
@@ -142,6 +144,7 @@ def data_parallel(rank: int, models: dict[str, Path]) -> dict[str, Any]:
         results["other_seeds"] = engine.generate(prompts, seeds + 1, PLAIN)
         results["errors"] = bad_inputs(engine)
         results["sleep"] = sleep_and_wake(engine, models["tied"])
+        results |= vllm_streams.measure(engine, hf, models)
         results["tied"] = reload(engine, models["other_tied"])
         results["both_names"] = reload(engine, models["tied"], both_names=True)
         results["stale_head"] = stale_head(engine, models["other_tied"])
@@ -174,6 +177,8 @@ def pipeline_parallel(rank: int, models: dict[str, Path]) -> dict[str, Any]:
 
 def replica_of_two(rank: int, models: dict[str, Path], axis: str) -> dict[str, Any]:
     """Both ranks ask for the same rows."""
+    from tests.generation import vllm_streams
+
     engine = vllm_engine(rank, models["tied"], **{axis: 2})
     prompts, seeds = rows()
     parts: list[Generations | None] = [None, None]
@@ -183,6 +188,9 @@ def replica_of_two(rank: int, models: dict[str, Path], axis: str) -> dict[str, A
         f"{axis} layout": engine.layout,
         f"{axis} reload": reload(engine, models["other_tied"]),
     }
+    streamed: list[Any] = [None, None]
+    dist.all_gather_object(streamed, vllm_streams.slices(engine, models))
+    results[f"{axis} stream"] = streamed
     engine.close()
     return results
 

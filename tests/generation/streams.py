@@ -116,3 +116,77 @@ def update(
     engine: GenerationEngine, path: Path, version: int, in_flight: InFlight = InFlight.recompute
 ) -> None:
     engine.load_weights(cases.weights(path), version=version, in_flight=in_flight)
+
+
+def disturbed(engine: GenerationEngine) -> dict[str, Rows]:
+    """The same rows again and again, under every disturbance."""
+    result = {}
+    for limit in (1, 7):
+        submit_mixed(engine)
+        assert len(list(sliced(engine, limit))) > 1
+        result[f"limit {limit}"] = engine.finished()
+    for every in (1, 3):
+        submit_mixed(engine)
+        for _ in sliced(engine, every):
+            engine.preempt()
+        result[f"preempted {every}"] = engine.finished()
+    keys, others = submit_mixed(engine), []
+    for step in sliced(engine, 2):
+        if step < 20:
+            others += submit_mixed(engine, first=100 + step)
+        engine.cancel(others[-3:] + others[:1])
+    result["mates"] = engine.finished(keys)
+    assert 0 < len(engine.finished()) < len(others)
+    prompts, seeds = prompts_and_seeds(4, first=50)
+    keys = submit_mixed(engine)
+    engine.run(4)
+    before = set(engine.finished_keys)
+    engine.generate(prompts, seeds, PLAIN)
+    engine.score(prompts[1].tolist())
+    assert before and before <= set(engine.finished_keys)
+    result["generate and score"] = all_rows(engine)
+    assert sorted(result["generate and score"]) == keys
+    return result
+
+
+def updated(
+    engine: GenerationEngine, paths: Sequence[Path], in_flight: InFlight, count: int = 8
+) -> tuple[list[int], Rows]:
+    """Rows of which as many as may run have five tokens when the weights of paths[0] are replaced
+    by those of paths[1], versions 1 and 2; then rows with the same prompts."""
+    update(engine, paths[0], 1)
+    prompts, seeds = prompts_and_seeds(count)
+    sampling = replace(PLAIN, max_response_tokens=12)
+    keys = engine.submit(prompts, seeds, sampling)
+    engine.run(5)
+    update(engine, paths[1], 2, in_flight)
+    keys += engine.submit(prompts, seeds, sampling)
+    return keys, all_rows(engine)
+
+
+def slept(engine: GenerationEngine, path: Path) -> Rows:
+    """The mixed rows, with a sleep after three steps."""
+    submit_mixed(engine)
+    engine.run(3)
+    engine.sleep()
+    engine.wake()
+    update(engine, path, 1)
+    return all_rows(engine)
+
+
+@torch.no_grad()
+def gaps(paths: Sequence[Path], rows: Sequence[FinishedRow]) -> list[float]:
+    """The largest difference of each row's log-probs from those of the weights that drew its tokens
+    (of version 1 in paths[0], 2 in paths[1]) over the whole prefix, by transformers."""
+    models = [Qwen2ForCausalLM.from_pretrained(path) for path in paths]
+    prompts, _ = prompts_and_seeds(len(rows) // 2)
+    result = []
+    for prompt, row in zip(2 * prompts, rows, strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, row.token_ids]))
+        scores = []
+        for model in models:
+            logits = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
+            scores.append(logits.gather(-1, ids[len(prompt) :, None])[:, 0].numpy())
+        expected = np.where(row.weight_versions == 1, *scores)
+        result.append(float(np.abs(expected - row.log_probs).max()))
+    return result

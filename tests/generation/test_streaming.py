@@ -3,7 +3,6 @@ joined by others, and what weight updates make of them (docs/generation.md, stre
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.generation import cases, streams
-from tests.generation.streams import PLAIN, all_rows, assert_equals, hf_engine, naive, sliced
+from tests.generation.streams import PLAIN, all_rows, assert_equals, hf_engine, naive
 from workers.generation.config import InFlight
 from workers.generation.hf import HfEngine
 
@@ -60,58 +59,24 @@ def test_rows_of_several_settings_are_those_of_transformers(
             assert ids[-1] in sampling.stop_token_ids
 
 
-@pytest.mark.parametrize("limit", [1, 7])
-def test_slices_change_nothing(engine: HfEngine, expected: streams.Rows, limit: int) -> None:
-    """F12 test 9: bit for bit, because the batches are the same."""
-    streams.submit_mixed(engine)
-    assert len(list(sliced(engine, limit))) > 1
-    assert engine.num_unfinished == 0 and engine.run() == 0
-    assert_equals(engine.finished(), expected, tolerance=0)
+def test_no_disturbance_changes_a_row(engine: HfEngine, expected: streams.Rows) -> None:
+    """F12 tests 9 and 13, trap 39: slices of one and seven steps (bit for bit, because the batches
+    are the same), preemption, rows that come, go and are cancelled, generate and score between."""
+    rows = streams.disturbed(engine)
+    for name, got in rows.items():
+        assert_equals(got, expected, tolerance=0 if name.startswith("limit") else 1e-5)
+    assert engine.num_unfinished == 0 and engine.run() == 0 and not engine.finished()
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_preemption_changes_nothing(engine: HfEngine, expected: streams.Rows, every: int) -> None:
-    """F12 test 9."""
-    streams.submit_mixed(engine)
-    for _ in sliced(engine, every):
-        engine.preempt()
-    assert_equals(engine.finished(), expected)
-
-
-def test_batch_mates_change_nothing(engine: HfEngine, expected: streams.Rows) -> None:
-    """F12 test 9: others come and go while the rows run, and some are cancelled half-way."""
-    keys = streams.submit_mixed(engine)
-    others: list[int] = []
-    for step in sliced(engine, 2):
-        if step < 20:
-            others += streams.submit_mixed(engine, first=100 + step)
-        engine.cancel(others[-3:] + others[:1])
-    rows = engine.finished(keys)
-    assert_equals(rows, expected)
-    assert 0 < len(engine.finished()) < len(others)
-    assert not engine.finished()
-
-
-def test_generate_and_score_leave_the_stream_alone(
-    engine: HfEngine, expected: streams.Rows
-) -> None:
-    """F12 test 13, trap 39: validation and the probe of a sync do not drain what streams, nor take
-    its finished rows."""
+def test_generate_between_is_generate_alone(engine: HfEngine) -> None:
+    """F12 test 13: validation's own rows, of other settings than those that stream."""
     prompts, seeds = streams.prompts_and_seeds(4, first=50)
-    alone = engine.generate(prompts, seeds, PLAIN)
-    keys = streams.submit_mixed(engine)
+    alone, scored = engine.generate(prompts, seeds, PLAIN), engine.score(prompts[1].tolist())
+    streams.submit_mixed(engine)
     engine.run(4)
-    waiting = engine.finished_keys
-    before = set(waiting)
-    assert before
-    between = engine.generate(prompts, seeds, replace(PLAIN, max_response_tokens=2))
-    scored = engine.score(prompts[1].tolist())
-    assert before <= set(waiting) and engine.num_unfinished
-    assert between.lengths.tolist() == [2] * 4
-    first_two = [row[:2] for row in np.split(alone.response_ids, np.cumsum(alone.lengths)[:-1])]
-    assert between.response_ids.tolist() == np.concatenate(first_two).tolist()
-    engine.run()
-    assert_equals(engine.finished(keys), expected)
+    between = engine.generate(prompts, seeds, PLAIN)
+    assert between.response_ids.tolist() == alone.response_ids.tolist()
+    np.testing.assert_allclose(between.log_probs, alone.log_probs, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(scored, engine.score(prompts[1].tolist()))
 
 
@@ -144,42 +109,16 @@ def test_a_resubmitted_prefix_goes_on_with_the_same_draws(
 def test_the_next_tokens_after_an_update(
     engine: HfEngine, paths: dict[str, Path], in_flight: str
 ) -> None:
-    """F12 tests 10 and 11: with recompute every token's log-prob is that of its version's weights
-    over the whole prefix; with keep it is not, for rows that ran, and the versions say which."""
-    prompts, seeds = streams.prompts_and_seeds(5)
-    sampling = replace(PLAIN, max_response_tokens=12)
-    keys = engine.submit(prompts[:4], seeds[:4], sampling)
-    engine.run(5)
-    streams.update(engine, paths["new"], 2, InFlight(in_flight))
-    keys += engine.submit(prompts[4:], seeds[4:], sampling)
-    rows = all_rows(engine)
-    old, new = (Qwen2ForCausalLM.from_pretrained(paths[name]) for name in ("old", "new"))
-    gaps = []
+    """F12 tests 10 and 11: every token's log-prob is that of its version's weights over the whole
+    prefix; with keep it is not for the six rows that ran, whose keys and values are the old ones."""
+    both = [paths["old"], paths["new"]]
+    keys, rows = streams.updated(engine, both, InFlight(in_flight))
     for place, key in enumerate(keys):
-        models, versions = [old] * 5 + [new], [1] * 5 + [2] * 7
-        if place == 4:
-            models, versions = [new], [2] * 12
-        got, seed = rows[key], int(seeds[place])
-        assert got.weight_versions.tolist() == versions
-        if in_flight == "recompute":
-            assert got.token_ids.tolist() == naive(models, prompts[place], seed, sampling, 12)[0]
-        scores = score_each(models, prompts[place], got.token_ids)
-        gaps.append(np.abs(got.log_probs - scores).max())
-    assert gaps[4] < 1e-5
-    assert max(gaps) < 1e-5 if in_flight == "recompute" else min(gaps[:4]) > 1e-2
-
-
-@torch.no_grad()
-def score_each(
-    models: list[Qwen2ForCausalLM], prompt: np.ndarray, response: np.ndarray
-) -> list[float]:
-    """The log-prob of each token by its own model over the whole prefix."""
-    ids, scores = torch.tensor([[*prompt, *response]]), []
-    for index, token in enumerate(response):
-        model = models[min(index, len(models) - 1)]
-        logits = model(ids[:, : len(prompt) + index]).logits[0, -1]
-        scores.append(float(logits.log_softmax(dim=-1)[token]))
-    return scores
+        old_tokens = 5 if place < 6 else 0
+        assert rows[key].weight_versions.tolist() == [1] * old_tokens + [2] * (12 - old_tokens)
+    gaps = streams.gaps(both, [rows[key] for key in keys])
+    assert max(gaps[6:]) < 1e-5
+    assert max(gaps) < 1e-5 if in_flight == "recompute" else min(gaps[:6]) > 1e-2
 
 
 def test_drain_refuses_rows_in_flight(engine: HfEngine, paths: dict[str, Path]) -> None:
@@ -193,13 +132,11 @@ def test_drain_refuses_rows_in_flight(engine: HfEngine, paths: dict[str, Path]) 
     assert engine.weight_version == 2
 
 
-def test_sleep_with_rows_in_flight(engine: HfEngine, expected: streams.Rows) -> None:
+def test_sleep_with_rows_in_flight(
+    engine: HfEngine, paths: dict[str, Path], expected: streams.Rows
+) -> None:
     """Trap 48."""
-    streams.submit_mixed(engine)
-    engine.run(3)
-    engine.sleep()
-    engine.wake()
-    assert_equals(all_rows(engine), expected)
+    assert_equals(streams.slept(engine, paths["old"]), expected)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 all of cases.py once."""
 
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.multiprocessing as mp
 from transformers import Qwen2ForCausalLM
 
 from hybridflow.layout import Layout
-from tests.generation import cases
+from tests.generation import cases, streams
 from workers.generation.base import Generations
 
 
@@ -180,3 +181,77 @@ def test_unknown_engine_and_layout_are_value_errors(models: dict[str, str]) -> N
 
     with pytest.raises(ValueError, match="known: vllm, hf"):
         generation_engine_class("sglang")
+
+
+def test_rows_in_flight_are_those_of_the_reference_engine(results: dict[str, Any]) -> None:
+    """F12 test 9: rows of four settings at once."""
+    streams.assert_equals(results["stream"], results["hf stream"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["limit 1", "limit 7", "preempted 1", "preempted 3", "mates", "generate and score", "slept"],
+)
+def test_no_disturbance_changes_a_row(results: dict[str, Any], name: str) -> None:
+    """F12 tests 9 and 13, traps 39, 47 and 48; slices keep the batches, and so every bit."""
+    tolerance = 0 if name.startswith("limit") else 1e-5
+    streams.assert_equals(results["disturbed"][name], results["stream"], tolerance)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "keep"])
+def test_tokens_after_an_update(results: dict[str, Any], mode: str) -> None:
+    """F12 test 10: every token is drawn by its version's weights over the whole prefix, but for the
+    16 rows that ran at an update with keep. Rows that waited, and new rows with the prompts of old
+    ones, read them by the new weights."""
+    gaps = results[mode]
+    assert max(gaps[16:]) < 1e-5
+    assert max(gaps) < 1e-5 if mode == "recompute" else min(gaps[:16]) > 1e-2
+    versions = [[1] * 5 + [2] * 7] * 16 + [[2] * 12] * 20
+    assert results[f"{mode} versions"] == versions
+
+
+def test_without_the_salt_new_rows_use_old_prefixes(results: dict[str, Any]) -> None:
+    """F12 test 10, trap 21: prompts that fill a block of the cache are read by the old weights."""
+    gaps = results["without salt"]
+    assert max(gaps[::2]) < 1e-5 and min(gaps[1::2]) > 1e-2
+
+
+@pytest.mark.parametrize("mode", ["recompute", "keep"])
+def test_versions_are_those_that_vllm_reports(results: dict[str, Any], mode: str) -> None:
+    """F12 test 11."""
+    assert results[f"{mode} versions"] == results[f"{mode} labels"]
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp"])
+def test_ranks_of_a_replica_take_the_same_decisions(results: dict[str, Any], axis: str) -> None:
+    """F12 test 12: every slice finishes the same rows on both ranks, as on a replica of one rank."""
+    one = results["slices"]
+    assert not one["cancelled"] and len(one["finished"]) > 5
+    for rank in results[f"{axis} stream"]:
+        first = min(min(keys) for keys in rank["finished"] if keys)
+        offset = first - min(min(keys) for keys in one["finished"] if keys)
+        for got, expected in zip(rank["finished"], one["finished"], strict=True):
+            assert [key - offset for key in got] == expected
+        assert rank["ids"] == one["ids"] and rank["versions"] == one["versions"]
+        for got, expected in zip(rank["log_probs"], one["log_probs"], strict=True):
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+
+
+def test_a_thousand_rows_leave_nothing(results: dict[str, Any]) -> None:
+    left = results["1000 rows"]
+    assert left.pop("slots") <= 64
+    assert set(left.values()) == {0}
+
+
+def test_a_cache_that_is_not_forgotten_is_an_error() -> None:
+    """Trap 40: vLLM answers no, and old prefixes would survive an update."""
+    from workers.generation.vllm.engine import VllmEngine
+
+    class Refusing:
+        def reset_prefix_cache(self, reset_running_requests: bool) -> bool:
+            return not reset_running_requests
+
+    engine = VllmEngine.__new__(VllmEngine)
+    engine.llm = SimpleNamespace(llm_engine=Refusing())
+    with pytest.raises(RuntimeError, match="did not forget its cached prefixes"):
+        engine.weights_written(2)
