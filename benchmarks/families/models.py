@@ -212,6 +212,60 @@ FAMILIES = [
     Family(name="Apertus", model_type="apertus", settings=COMMON),
     Family(name="HyperCLOVA X", model_type="hyperclovax", settings=WITH_HEAD_DIM),
     Family(
+        name="Qwen 3 MoE",
+        model_type="qwen3_moe",
+        settings=WITH_HEAD_DIM
+        | {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    Family(
+        name="Mixtral",
+        model_type="mixtral",
+        settings=COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    Family(
+        name="OLMoE",
+        model_type="olmoe",
+        settings=COMMON | {"num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    Family(
+        name="DeepSeek-V3",
+        model_type="deepseek_v3",
+        settings=FULL_HEADS
+        | {
+            "num_key_value_heads": HEADS,
+            "q_lora_rank": 48,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 24,
+            "v_head_dim": 24,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 32,
+        },
+    ),
+    Family(
+        name="GPT-OSS",
+        model_type="gpt_oss",
+        settings=WITH_HEAD_DIM
+        | {
+            "intermediate_size": 96,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    Family(
         name="Mamba",
         model_type="mamba",
         settings={"hidden_size": WIDTH, "num_hidden_layers": LAYERS},

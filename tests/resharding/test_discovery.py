@@ -98,6 +98,45 @@ def test_a_transposed_matrix_is_written_down_its_columns() -> None:
     assert torch.equal(matrix[:4], weight[4:].t())
 
 
+def test_one_expert_of_a_stack_is_a_box_without_an_axis() -> None:
+    """Mixtures of experts: [experts, 2 x rows, columns] in transformers, one matrix of each kind and
+    expert in files, gate above up in the engine, the second expert's transposed here."""
+    stack = torch.arange(3.0 * 4 * 5).reshape(3, 4, 5)
+
+    class Model(nn.Module):
+        def __init__(self, device: str) -> None:
+            super().__init__()
+            self.ups = nn.Parameter(torch.zeros(3, 2, 5, device=device))
+            self.gates = nn.Parameter(torch.zeros(3, 5, 2, device=device))
+
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+            for name, tensor in weights:
+                expert, kind = int(name[0]), name[1:]
+                if kind == "up":
+                    self.ups.data[expert].copy_(tensor)
+                else:
+                    self.gates.data[expert].copy_(tensor.t().contiguous())
+
+    def split(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        matrices = {}
+        for expert, matrix in enumerate(parameters["stack"].unbind()):
+            gate, up = (half.contiguous() for half in matrix.chunk(2))
+            matrices |= {f"{expert}gate": gate, f"{expert}up": up}
+        return matrices
+
+    model, loaded = Model("meta"), Model("cpu")
+    placements = record(model, {"stack": (3, 4, 5)}, torch.float32, split)
+    loaded.load_weights(split({"stack": stack}).items())
+    assert len(placements) == 6
+    written = Model("cpu")
+    for placement in placements:
+        assert placement.box.shape == (1, 2, 5)
+        memory, region = written.get_parameter(placement.tensor).data, placement.region
+        place = memory.as_strided(region.size, region.stride, region.offset)
+        place.copy_(stack[placement.box.slices])
+    assert torch.equal(written.ups, loaded.ups) and torch.equal(written.gates, loaded.gates)
+
+
 @pytest.mark.parametrize(
     ("name", "load", "message"),
     [

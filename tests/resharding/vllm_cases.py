@@ -20,10 +20,12 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from hybridflow.context import RankContext
@@ -56,6 +58,12 @@ SIZES = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+EXPERTS = {
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "norm_topk_prob": True,
 }
 TWO_ENGINES = Grouping((((0,),), ((1,),)))
 REVERSED_TP = Grouping((((1, 0),),))
@@ -98,10 +106,29 @@ CASES: dict[str, tuple[PretrainedConfig, Grouping, Precision]] = {
         TWO_ENGINES,
         Precision.fp32,
     ),
+    # 64 rows of an expert on each rank: vLLM's blocks have the shape of the matrix that they hold.
+    "qwen3 experts": (
+        Qwen3MoeConfig(**SIZES, **EXPERTS, num_experts=6, mlp_only_layers=[1], head_dim=32),
+        REVERSED_TP,
+        Precision.fp32,
+    ),
+    # 40 rows: vLLM pads them.
+    "qwen3 experts padded": (
+        Qwen3MoeConfig(
+            **{**SIZES, **EXPERTS, "moe_intermediate_size": 80}, num_experts=5, head_dim=32
+        ),
+        REVERSED_TP,
+        Precision.fp32,
+    ),
+    "mixtral": (
+        MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
+        TWO_ENGINES,
+        Precision.fp32,
+    ),
 }
 
 
-SLOW = ("mistral", "gemma", "gemma2")
+SLOW = ("mistral", "gemma", "gemma2", "qwen3 experts padded", "mixtral")
 """Families whose layers the other cases have too."""
 
 

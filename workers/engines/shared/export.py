@@ -7,6 +7,7 @@ One rank collects one parameter after the other and holds one file's worth of th
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,11 +31,13 @@ def write_safetensors(
     device: torch.device,
     max_file_bytes: int = MAX_FILE_BYTES,
     dtype: torch.dtype = torch.float32,
+    as_stored: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> None:
     """Collective over the default group: model.safetensors, or several files and their index,
     written by rank 0 in `dtype`.
 
-    `device` is where messages travel ("cpu" for gloo, a GPU for NCCL).
+    `device` is where messages travel ("cpu" for gloo, a GPU for NCCL). `as_stored` gives parameters the
+    names and the form of the files (conversion.py).
     """
     local: list[list[Box]] = []
     for parameter in parameters:
@@ -42,6 +45,7 @@ def write_safetensors(
     everywhere = gather_objects(local)
     files = _split(parameters, max_file_bytes)
     writes = dist.get_rank() == 0
+    file_of: dict[str, str] = {}
     for number, indices in enumerate(files):
         tensors: dict[str, Tensor] = {}
         for index in indices:
@@ -49,11 +53,12 @@ def write_safetensors(
             if whole is not None:
                 tensors[parameters[index].name] = whole.to(dtype)
         if writes:
-            save_file(
-                tensors, directory / _file_name(number, len(files)), metadata={"format": "pt"}
-            )
+            file = _file_name(number, len(files))
+            stored = {name: value.contiguous() for name, value in as_stored(tensors).items()}
+            save_file(stored, directory / file, metadata={"format": "pt"})
+            file_of |= dict.fromkeys(stored, file)
     if writes and len(files) > 1:
-        _write_index(parameters, files, directory)
+        _write_index(file_of, sum(map(_num_bytes, parameters)), directory)
     dist.barrier()
 
 
@@ -116,15 +121,9 @@ def _split(parameters: list[LocalParameter], max_file_bytes: int) -> list[list[i
     return files
 
 
-def _write_index(parameters: list[LocalParameter], files: list[list[int]], directory: Path) -> None:
-    weight_map = {}
-    for number, indices in enumerate(files):
-        for index in indices:
-            weight_map[parameters[index].name] = _file_name(number, len(files))
-    total = sum(map(_num_bytes, parameters))
-    (directory / INDEX_FILE).write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-    )
+def _write_index(file_of: dict[str, str], total_size: int, directory: Path) -> None:
+    index = {"metadata": {"total_size": total_size}, "weight_map": file_of}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2))
 
 
 def _file_name(number: int, num_files: int) -> str:

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,13 @@ from hybridflow.snapshots.files import file_name, write_snapshot
 from hybridflow.snapshots.reading import SnapshotFiles
 from workers.config import ModelConfig, TrainConfig
 from workers.engines.base import Head, TrainingEngine
-from workers.engines.model.loading import ModelSource, model_config, saved_dtype
+from workers.engines.model.conversion import as_stored
+from workers.engines.model.loading import (
+    ModelSource,
+    build_on_meta,
+    model_config,
+    saved_dtype,
+)
 from workers.engines.model.lora import Adapter, attach
 from workers.engines.model.peft_files import write_adapter
 from workers.engines.shared.export import write_configs, write_safetensors
@@ -171,7 +178,11 @@ class ShardedEngine(TrainingEngine):
         self._write_configs(directory)
         with self._state_on_device():
             write_safetensors(
-                self._master_parameters(), directory, self.device, dtype=self._saved_dtype
+                self._master_parameters(),
+                directory,
+                self.device,
+                dtype=self._saved_dtype,
+                as_stored=partial(as_stored, build_on_meta(self.model, self.head)),
             )
 
     def _save_adapter(self, directory: Path) -> None:

@@ -11,7 +11,7 @@ Quantised models are left out: their loaders transform.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
@@ -101,6 +101,8 @@ class _Recorder(TorchDispatchMode):
         if func in _CONSTANT_WRITES and _storage(args[0]) in self.tensors:
             self.written[self.tensors[_storage(args[0])]] += args[0].numel()
             return args[0]
+        if func is ATEN.clone.default and _storage(args[0]) in self.names:
+            return args[0]  # a loader's or converter's contiguous(): the same numbers
         if not _is_view(func):
             for value in (*args, *(kwargs or {}).values()):
                 for tensor in value if isinstance(value, (list, tuple)) else (value,):
@@ -145,18 +147,23 @@ class _Recorder(TorchDispatchMode):
             )
         self.written[tensor] += into.numel()
         if into.numel():
-            into, out = _untransposed(into, out)
-            box = _box(name, self.parameters[name], out)
-            self.placements.append(
-                LoaderWrite(name=name, box=box, tensor=tensor, region=Region.of(into))
-            )
+            box, region = _place(name, self.parameters[name], into, out)
+            self.placements.append(LoaderWrite(name=name, box=box, tensor=tensor, region=region))
+
+
+Tensors = dict[str, torch.Tensor]
 
 
 def record(
-    model: nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    named_as_stored: Callable[[Tensors], Tensors] = dict,
 ) -> list[LoaderWrite]:
-    """Run `model`'s load_weights (a model on the meta device) over checkpoint parameters of the
-    given shapes.
+    """Run `model`'s load_weights (a model on the meta device) over parameters of the given shapes.
+
+    `named_as_stored` turns transformers' parameters into those of its files, where they differ:
+    one stack of experts into their matrices (conversion.py). The placements name the former.
 
     Parameters that this rank does not hold (of another pipeline stage) have no placement. Raises
     LoaderError for a loader that does more than copy slices, and for a tensor of the model that the
@@ -169,7 +176,7 @@ def record(
         name: buffer for name, buffer in model.named_buffers() if buffer.device.type == "meta"
     }
     with _Recorder(parameters, tensors) as recorder:
-        cast(Any, model).load_weights(parameters.items())
+        cast(Any, model).load_weights(named_as_stored(parameters).items())
     for name, parameter in model.named_parameters():
         if recorder.written[name] != parameter.numel():
             raise LoaderError(
@@ -233,32 +240,34 @@ def _is_view(func: Any) -> bool:
     )
 
 
-def _untransposed(into: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same copy with the dims of `out` in the order of its parameter: GPT-2's checkpoint has
-    its matrices transposed, and vLLM's loader stores them the other way round."""
-    order = sorted(range(out.dim()), key=lambda dim: -int(out.stride()[dim]))
-    if out.is_contiguous() or order == list(range(out.dim())):
-        return into, out
-    return into.permute(order), out.permute(order)
+def _place(
+    name: str, whole: torch.Tensor, into: torch.Tensor, out: torch.Tensor
+) -> tuple[Box, Region]:
+    """Which box of the parameter `whole` (contiguous) the view `out` shows, and where in the memory of
+    `into`, of the same shape, each axis of that box goes.
 
-
-def _box(name: str, whole: torch.Tensor, part: torch.Tensor) -> Box:
-    """Which box of `whole` (contiguous) the view `part` shows."""
-    offset, start = int(part.storage_offset()), []
+    The view may have lost axes (one expert of a stack), or have them in another order (GPT-2's
+    checkpoint has its matrices transposed, and vLLM's loader stores them the other way round).
+    """
+    offset, start = int(out.storage_offset()), []
     for stride in whole.stride():
         index, offset = divmod(offset, int(stride))
         start.append(index)
-    same_axes = part.dim() == whole.dim() and all(
-        size == 1 or have == stride
-        for size, have, stride in zip(part.shape, part.stride(), whole.stride(), strict=True)
+    axes = {int(out.stride(axis)): axis for axis in range(out.dim()) if out.shape[axis] != 1}
+    size, strides, step = list[int](), list[int](), 1
+    for length, stride in zip(reversed(whole.shape), reversed(whole.stride()), strict=True):
+        axis = axes.pop(int(stride), None) if length != 1 else None
+        size.insert(0, 1 if axis is None else int(out.shape[axis]))
+        strides.insert(0, step if axis is None else int(into.stride(axis)))
+        step = size[0] * strides[0]
+    inside = all(
+        low + have <= full for low, have, full in zip(start, size, whole.shape, strict=True)
     )
-    inside = same_axes and all(
-        low + size <= full for low, size, full in zip(start, part.shape, whole.shape, strict=True)
-    )
-    if not inside:
-        layout = f"shape {tuple(part.shape)} stride {tuple(part.stride())}"
+    if axes or not inside or prod(size) != out.numel():
+        layout = f"shape {tuple(out.shape)} stride {tuple(out.stride())}"
         raise LoaderError(
             f"{name}: its weight loader stores a view of {layout}, which is no box of shape "
             f"{tuple(whole.shape)}"
         )
-    return Box(tuple(start), tuple(part.shape))
+    region = Region(size=tuple(size), stride=tuple(strides), offset=int(into.storage_offset()))
+    return Box(tuple(start), tuple(size)), region

@@ -9,7 +9,8 @@ boxes are staging memory, and commit lets vLLM repack it. The prefix cache is th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,12 @@ from torch import nn
 from hybridflow.resharding import Box, LocalParameter, LocalShard, ShardMap
 from hybridflow.resharding.attest import Parts
 from hybridflow.resharding.boxes import Ints
+from workers.engines.model.conversion import as_stored
 from workers.generation.vllm.shard_map import (
     LoaderError,
     LoaderWrite,
     Region,
+    Tensors,
     checkpoint_shapes,
     meta_model,
     missing,
@@ -31,6 +34,7 @@ from workers.generation.vllm.shard_map import (
 if TYPE_CHECKING:
     import torch.distributed as dist
     from vllm import LLM
+    from vllm.config import VllmConfig
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 
@@ -67,10 +71,21 @@ class VllmWeights:
         twin = meta_model(config)
         for model in (self._model, twin):
             add_head_bias(model, self._shapes)
-        self.placements = record(twin, self._shapes, self._dtype)
+        self.placements = record(twin, self._shapes, self._dtype, self._named_as_stored(config))
         _check_no_parameter_is_lost(self.placements, self._shapes)
         self._memory = self._bind(twin)
         self._parameters = self._local_parameters()
+
+    @staticmethod
+    def _named_as_stored(config: VllmConfig) -> Callable[[Tensors], Tensors]:
+        from transformers import AutoModelForCausalLM
+
+        model_config = config.model_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                model_config.hf_config, trust_remote_code=model_config.trust_remote_code
+            )
+        return partial(as_stored, model)
 
     def destinations(self) -> list[LocalParameter]:
         """This rank's boxes of every parameter and the memory to write them to."""
@@ -139,6 +154,7 @@ class VllmWeights:
                 module._parameters[own] = nn.Parameter(self._memory[key], requires_grad=False)
             method = _quant_method(module)
             if method is not None:
+                _forget_kernel(method)
                 method.process_weights_after_loading(module)
             readers.subtract(staged.values())
             for key in staged.values():
@@ -191,6 +207,7 @@ class VllmWeights:
         self._repacks = any(
             _quant_method(m) is not None for m in self._model.modules()
         ) and not _on_accelerator(self._model)
+        rearranged = self._rearranged()
         memory: dict[str, torch.Tensor] = {}
         for name in dict.fromkeys(placement.tensor for placement in self.placements):
             have, want = live[name].detach(), fresh[name]
@@ -198,6 +215,7 @@ class VllmWeights:
                 have.shape == want.shape
                 and have.dtype == want.dtype
                 and have.stride() == want.stride()
+                and name not in rearranged
             )
             if not in_place:
                 if not self._repacks:
@@ -212,6 +230,17 @@ class VllmWeights:
             memory[name] = have
         self._deriving = self._modules_that_derive(memory)
         return memory
+
+    def _rearranged(self) -> set[str]:
+        """The parameters that vLLM may hold in another order in the same form: on CPU those of
+        experts, whose kernel reads them in blocks."""
+        names = set[str]()
+        if not self._repacks:
+            return names
+        for module_name, module in self._model.named_modules():
+            if _computes_experts(_quant_method(module)):
+                names |= {self._tensor_of(module_name, own) for own in module._parameters}
+        return names
 
     def _modules_that_derive(self, filled: Container[str]) -> list[Any]:
         """The modules that compute with tensors made from weights after loading. LoaderError for a
@@ -277,6 +306,19 @@ def _quant_method(module: nn.Module) -> QuantizeMethodBase | None:
 
     method = module.__dict__.get("quant_method") or module._modules.get("quant_method")
     return method if isinstance(method, QuantizeMethodBase) else None
+
+
+def _computes_experts(method: QuantizeMethodBase | None) -> bool:
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+    return isinstance(method, FusedMoEMethodBase)
+
+
+def _forget_kernel(method: QuantizeMethodBase) -> None:
+    """Experts' kernels take new weights in anew. With a kernel that is there vLLM would copy them
+    beside it, in the order of the files, and compute with them as if they were rearranged."""
+    if _computes_experts(method):
+        vars(method)["moe_kernel"] = None
 
 
 def _on_accelerator(model: nn.Module) -> bool:
