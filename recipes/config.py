@@ -178,8 +178,9 @@ class RunConfig:
     one that reinforcement learning asks."""
     environment: Any = None
     """package.module:name of an environment that the policy acts in, in many turns: an async
-    function of (model, task), or a class with reset and step; from Python also the object itself.
-    null: a response answers its prompt."""
+    function of (model, task), a class with reset and step, or a class whose methods are tools
+    (docs/agents.md); from Python also the function or class itself. null: a response answers its
+    prompt."""
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(seed=RUN_SEED))

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from controllers import ALGORITHMS
 from recipes.config import RunConfig
 from recipes.placing import Placement
+from recipes.roles import reward_settings
 from workers.agents.config import EpisodeConfig, History
 from workers.agents.interfaces import as_episode, environment_name
 from workers.agents.outcome import EnvironmentMistake
-from workers.agents.renderer import FURTHER, Renderer
+from workers.agents.renderer import FURTHER, QUESTION, Renderer
 
 LOGGER = logging.getLogger(__name__)
 
@@ -32,7 +33,13 @@ def check_environment(placement: Placement) -> None:
             )
         return
     name = environment_name(config.environment)
-    as_episode(config.environment)
+    interface = as_episode(config.environment)
+    scored = reward_settings(config)
+    if not interface.rewards and scored.function is None and scored.model is None:
+        raise ValueError(
+            f"environment={name} has no method reward(answer), and nothing else scores the "
+            "episodes; write one, or set reward.function=package.module:name"
+        )
     if not placement.entry.answers_prompts:
         usable = [name for name, entry in ALGORITHMS.items() if entry.answers_prompts]
         raise ValueError(
@@ -61,6 +68,13 @@ def check_template(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Non
     broken = [verdict for verdict in verdicts.values() if verdict]
     if broken and len(broken) == len(roles):
         raise EnvironmentMistake(f"environment={interface.name}: {broken[0]}")
+    question = [QUESTION]
+    if interface.tools and renderer.render(question) == Renderer(tokenizer).render(question):
+        LOGGER.warning(
+            "environment=%s: the chat template does not read the tools that it is given, so the "
+            "policy is not told of them; set data.chat_template to one that does",
+            interface.name,
+        )
     for role in roles:
         verdict = verdicts[role] or renderer.check(role, thoughts=True)
         if verdict:

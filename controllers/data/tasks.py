@@ -20,7 +20,7 @@ from hybridflow.batch import SAMPLE, Batch
 from workers.columns import EXTRAS, TASK, UID
 
 PROMPT = "prompt"
-"""The task's entry that holds the prompt, as text or messages; no column of the data has its name."""
+"""The task's entry with the prompt, as text or messages; no column of the data is called so."""
 
 
 class TaskDataset(PromptDataset):

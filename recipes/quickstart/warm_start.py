@@ -21,6 +21,8 @@ from recipes.quickstart.task import MAX_RESPONSE_TOKENS, Example
 
 IGNORED = -100
 """cross_entropy's label for what is not learned."""
+Row = tuple[list[int], list[bool]]
+"""The tokens of a demonstration, and which of them are learned."""
 
 
 @dataclass(kw_only=True)
@@ -49,7 +51,18 @@ def warm_start(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Trains `model` in place; on_step(steps done, loss) is called after every step."""
-    rows = [tokenize(tokenizer, example) for example in examples]
+    rows = [learned(*tokenize(tokenizer, example)) for example in examples]
+    imitate(model, rows, config, seed, on_step)
+
+
+def imitate(
+    model: Qwen2ForCausalLM,
+    rows: Sequence[Row],
+    config: WarmStartConfig,
+    seed: int,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Trains `model` in place on the learned tokens of the rows."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
@@ -79,22 +92,27 @@ def tokenize(tokenizer: Qwen2Tokenizer, example: Example) -> tuple[list[int], li
     ]
 
 
+def learned(prompt: list[int], response: list[int]) -> Row:
+    """Both as one row, of which the response is learned."""
+    return prompt + response, [False] * len(prompt) + [True] * len(response)
+
+
 def prompt_ids(tokenizer: Qwen2Tokenizer, question: str) -> list[int]:
     message = {"role": "user", "content": question}
     text = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def padded(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """(inputs, labels), int64 [rows, time - 1]: labels are the next tokens, of responses only.
+def padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """(inputs, labels), int64 [rows, time - 1]: labels are the next tokens, of learned ones only.
     Right padding needs no mask."""
-    width = max(len(prompt) + len(response) for prompt, response in rows)
+    width = max(len(ids) for ids, _ in rows)
     inputs = torch.zeros(len(rows), width, dtype=torch.int64)
     labels = torch.full((len(rows), width), IGNORED)
-    for number, (prompt, response) in enumerate(rows):
-        tokens = torch.tensor(prompt + response)
+    for number, (ids, is_learned) in enumerate(rows):
+        tokens, mask = torch.tensor(ids), torch.tensor(is_learned)
         inputs[number, : len(tokens)] = tokens
-        labels[number, len(prompt) : len(tokens)] = tokens[len(prompt) :]
+        labels[number, : len(tokens)] = tokens.masked_fill(~mask, IGNORED)
     return inputs[:, :-1], labels[:, 1:]
 
 

@@ -84,7 +84,7 @@ def conversation(
     template: str = QWEN,
     config: EpisodeConfig | None = None,
     reply_tokens: int = 8,
-    sampled_tokens: int = 1000,
+    sampled_tokens: int = 10_000,
     context_tokens: int = 1000,
     row: int = 0,
 ) -> Model:

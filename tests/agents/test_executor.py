@@ -56,7 +56,7 @@ def test_lockstep_does_not_depend_on_time(sleeps: bool) -> None:
 
     finished, rounds = run(episode, 9)
     assert rounds == [[row for row in range(9) if turns_of(row) > turn] for turn in range(3)]
-    assert [len(one.model.transcript.turns) for one in finished] == [1, 2, 3] * 3
+    assert [len(episode.model.transcript.turns) for episode in finished] == [1, 2, 3] * 3
 
 
 class Flaky:
@@ -152,7 +152,7 @@ def test_blocking_steps_run_side_by_side() -> None:
     finished, rounds = run(episode, 24, EpisodeConfig())
     assert time.perf_counter() - began < 2.4, "24 times 0.2 seconds is 4.8"
     assert len(rounds) == 1
-    assert min(one.environment_s for one in finished) >= 0.2
+    assert min(episode.environment_s for episode in finished) >= 0.2
 
 
 @pytest.mark.parametrize("returned", [None, float("nan"), "much", {"reward": 1}])

@@ -26,6 +26,7 @@ from recipes.quickstart.warm_start import (
     IGNORED,
     WarmStartConfig,
     greedy_accuracy,
+    learned,
     padded,
     prompt_ids,
     tokenize,
@@ -96,7 +97,7 @@ def test_labels_are_the_responses() -> None:
         tokenize(tokenizer, example)
         for example in make_examples(TaskConfig(num_train=5, num_test=1), seed=0)[0]
     ]
-    inputs, labels = padded(rows)
+    inputs, labels = padded([learned(*row) for row in rows])
     for (prompt, response), tokens, targets in zip(
         rows, inputs.tolist(), labels.tolist(), strict=True
     ):
@@ -160,7 +161,7 @@ def test_accuracy_equals_transformers_generate(prepared: Prepared) -> None:
     assert isinstance(model, Qwen2ForCausalLM)
     examples = make_examples(SMALL.task, seed=5)[0][:12]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    inputs, labels = padded([tokenize(tokenizer, example) for example in examples])
+    inputs, labels = padded([learned(*tokenize(tokenizer, example)) for example in examples])
     for _ in range(25):
         logits = model(input_ids=inputs, use_cache=False).logits
         torch.nn.functional.cross_entropy(

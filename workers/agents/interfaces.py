@@ -12,6 +12,7 @@ from workers.agents.environment import Environment, play
 from workers.agents.executor import Episode, Task
 from workers.agents.model import Model
 from workers.agents.renderer import Message
+from workers.agents.tools import Rewards, schemas_of, tool_names, toolbox, use
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +25,8 @@ class Interface:
     """Roles of the messages that follow a reply; empty where the code may send any."""
     tools: Sequence[Message] = ()
     """The schemas that the chat template is given."""
+    rewards: bool = True
+    """Whether the episode itself knows its reward."""
 
 
 def environment_name(environment: Any) -> str:
@@ -46,9 +49,17 @@ def as_episode(environment: Any) -> Interface:
         return Interface(name=name, episode=value, roles=())
     if inspect.isclass(value) and issubclass(value, Environment):
         return Interface(name=name, episode=_of_environments(value), roles=("user",))
+    if inspect.isclass(value) and tool_names(value):
+        return Interface(
+            name=name,
+            episode=_of_tools(value),
+            roles=("tool",),
+            tools=schemas_of(value),
+            rewards=issubclass(value, Rewards),
+        )
     raise ValueError(
         f"environment={name!r} is a {type(value).__name__}; name an async function of (model, "
-        "task), or a class with reset and step"
+        "task), a class with reset and step, or a class whose methods are tools"
     )
 
 
@@ -62,5 +73,12 @@ def is_async(value: Any) -> bool:
 def _of_environments(make: Callable[[], Environment]) -> Episode:
     async def episode(model: Model, task: Task) -> Any:
         return await play(make(), model, task)
+
+    return episode
+
+
+def _of_tools(make: Callable[[], Any]) -> Episode:
+    async def episode(model: Model, task: Task) -> Any:
+        return await use(toolbox(make()), model, task)
 
     return episode

@@ -1,0 +1,185 @@
+'''Tools: an object whose typed public methods are what the policy may call, as an episode.
+
+    class Calculator:
+        def add(self, a: int, b: int) -> int:
+            """Adds two numbers.
+
+            Args:
+                a: The first number.
+                b: The second number.
+            """
+            return a + b
+
+    python -m recipes.grpo environment=my_module:Calculator reward.function=my_module:is_right ...
+
+Further methods that the class may have, none of which is a tool: reset(task), whose result, where
+it has one, stands in the place of the data's prompt; reward(answer), the reward of the policy's
+last words; close(). A fresh object is made for every episode. Methods may be async; others run in
+threads.
+'''
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, Protocol, get_type_hints, runtime_checkable
+
+from transformers.utils import get_json_schema
+from transformers.utils.chat_template_utils import (
+    DocstringParsingException,
+    TypeHintParsingException,
+)
+
+from workers.agents.environment import Closes, messages_of
+from workers.agents.model import Model
+from workers.agents.outcome import LimitReached, Outcome
+from workers.agents.renderer import Message
+from workers.agents.threads import call
+from workers.agents.tool_calls import ToolCall, read_calls
+
+NO_TOOLS = ("reset", "reward", "close")
+TOLD = (ValueError, TypeError, ArithmeticError, LookupError)
+"""Errors of a tool that are the policy's mistakes, and told to it; any other fails the episode."""
+PLAIN: Mapping[type, tuple[type, ...]] = {
+    int: (int,),
+    float: (int, float),
+    str: (str,),
+    bool: (bool,),
+    list: (list,),
+    dict: (dict,),
+}
+"""Annotation -> types of JSON values that a parameter takes; others are not checked."""
+
+
+@runtime_checkable
+class Resets(Protocol):
+    """Tools that begin with the row of data."""
+
+    def reset(self, task: dict[str, Any]) -> Any:
+        """Text, a message or messages in the place of the data's prompt; None leaves it."""
+
+
+@runtime_checkable
+class Rewards(Protocol):
+    """Tools that know what an episode is worth."""
+
+    def reward(self, answer: str) -> Any:
+        """A number or an Outcome; `answer` is the policy's last reply without calls, empty where a
+        limit came before one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Toolbox:
+    """The tools of one episode, wherever they come from."""
+
+    call: Callable[[str, dict[str, Any]], Awaitable[Any]]
+    """name, arguments -> the result; raises one of TOLD for a mistake of the policy's."""
+    owner: Any
+    """The object with the further methods."""
+
+
+def tool_names(kind: type) -> list[str]:
+    """The public methods of a class that are tools, in the order of their definition."""
+    names: dict[str, None] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        for name, member in vars(base).items():
+            if inspect.isfunction(member) and not name.startswith("_") and name not in NO_TOOLS:
+                names[name] = None
+    return list(names)
+
+
+def schemas_of(kind: type) -> list[Message]:
+    """The JSON schema of every tool of a class, for the chat template."""
+    schemas = []
+    for name in tool_names(kind):
+        try:
+            schemas.append(get_json_schema(MethodType(vars_of(kind)[name], object())))
+        except (DocstringParsingException, TypeHintParsingException) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"environment={kind.__module__}:{kind.__qualname__}: its method {name} can't be "
+                f"described to the policy ({reason}); give it type hints and a docstring with "
+                "Args, or a name that begins with _"
+            ) from error
+    return schemas
+
+
+def vars_of(kind: type) -> dict[str, Any]:
+    """Name -> member of a class and its bases."""
+    members: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        members |= vars(base)
+    return members
+
+
+def toolbox(instance: Any) -> Toolbox:
+    """The tools of an object."""
+    kind = type(instance)
+    members, names = vars_of(kind), tool_names(kind)
+
+    async def call_tool(name: str, arguments: dict[str, Any]) -> Any:
+        if name not in names:
+            raise LookupError(f"there is no tool {name!r}; there are {', '.join(names)}")
+        method = members[name]
+        bound = MethodType(method, instance)
+        inspect.signature(bound).bind(**arguments)
+        hints = get_type_hints(method)
+        for parameter, value in arguments.items():
+            expected = PLAIN.get(hints.get(parameter, object))
+            wrong = expected and not isinstance(value, expected)
+            if wrong or (isinstance(value, bool) and hints.get(parameter) in (int, float)):
+                raise TypeError(
+                    f"{name}: {parameter} is {json.dumps(value)}, which is no "
+                    f"{hints[parameter].__name__}"
+                )
+        return await call(bound, **arguments)
+
+    return Toolbox(call=call_tool, owner=instance)
+
+
+async def use(tools: Toolbox, model: Model, task: dict[str, Any]) -> Outcome:
+    """The episode: the policy's calls are answered until a reply has none, or a limit comes."""
+    owner, answer = tools.owner, ""
+    try:
+        opening = await call(owner.reset, task) if isinstance(owner, Resets) else None
+        messages = messages_of(opening, task)
+        try:
+            while True:
+                reply = await model.reply(messages)
+                calls = read_calls(reply.text)
+                if not calls:
+                    answer = reply.text
+                    break
+                messages = [await answered(tools, model, tool_call) for tool_call in calls]
+        except LimitReached:
+            pass
+        earned = await call(owner.reward, answer) if isinstance(owner, Rewards) else 0.0
+    finally:
+        if isinstance(owner, Closes):
+            await call(owner.close)
+    if isinstance(earned, Outcome):
+        return earned
+    return Outcome(reward=earned)
+
+
+async def answered(tools: Toolbox, model: Model, tool_call: ToolCall) -> Message:
+    """The tool's message: its result, or what was wrong with the call."""
+    began = time.perf_counter()
+    try:
+        if tool_call.mistake:
+            raise ValueError(tool_call.mistake)
+        content = text_of(await tools.call(tool_call.name, tool_call.arguments))
+    except TOLD as error:
+        content = f"Error: {error}"
+    model.tool_s += time.perf_counter() - began
+    return {"role": "tool", "name": tool_call.name, "content": content}
+
+
+def text_of(result: Any) -> str:
+    if isinstance(result, str):
+        return result
+    return json.dumps(result, default=str, ensure_ascii=False)
