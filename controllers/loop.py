@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from controllers.algorithm_base import Algorithm
-from controllers.data import PromptDataset, RowLoader
+from controllers.data import PromptDataset
 from controllers.ledger import LEDGER, Ledger, Line, Rows
 from controllers.outcome import (
     Outcome,
@@ -29,6 +29,7 @@ from controllers.outcome import (
 from controllers.run_length import RunLength
 from controllers.samples import SampleReader
 from controllers.saving import Commit, Saving, checkpoint_at
+from controllers.streams import RowSource
 from controllers.validation import REWARD, Validate
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
@@ -144,7 +145,7 @@ class Loop:
         algorithm: Algorithm,
         *,
         trained: Mapping[str, TrainedRole],
-        data: RowLoader,
+        data: RowSource,
         validate: Validate | None,
         tracker: Tracker,
         store: CheckpointStore,
@@ -240,6 +241,7 @@ class Loop:
                 metrics = self.algorithm.step(prompts)
                 numbers = dict(metrics)
                 records = CALLS.finish()
+        self.data.end_step()
         self._rows.add(prompts)
         seconds = time.perf_counter() - started
         self.step += 1
@@ -323,7 +325,9 @@ class Loop:
             self.tracker.trace(CALLS.finish(), "checkpoint", clock)
 
     def _next_line(self, written: Mapping[str, Written]) -> Line:
-        return self.ledger.next(self.step, self._rows, self.data.state_dict(), written)
+        position = self.data.state_dict()
+        position.pop("ahead", None)
+        return self.ledger.next(self.step, self._rows, position, written)
 
     def _committed(self, line: Line) -> None:
         """The step is committed, in memory or on disk."""

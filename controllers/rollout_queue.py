@@ -55,8 +55,8 @@ class Rollouts(Protocol):
     def export(self, numbers: Sequence[int]) -> dict[str, Any]:
         """The responses of these groups, which have ended, as plain JSON data."""
 
-    def restore(self, responses: dict[str, Any]) -> list[int]:
-        """Takes them back; the numbers of their groups."""
+    def restore(self, responses: dict[str, Any], numbers: Sequence[int]) -> list[int]:
+        """Takes them back; the numbers of their groups, which are among `numbers`."""
 
 
 class RolloutQueue:
@@ -116,6 +116,13 @@ class RolloutQueue:
                 self.drain()
             self.rollouts.sync()
 
+    def pause(self) -> None:
+        """Before the generator draws something else: it has the present weights, and in drain mode
+        nothing is in flight."""
+        if self.drains:
+            self.drain()
+        self.update_weights()
+
     def poll(self) -> None:
         """Takes notice of groups that have ended, and goes on with what is due; does not wait."""
         for number, reason in self.rollouts.poll().items():
@@ -167,7 +174,8 @@ class RolloutQueue:
         self.window.load_state_dict(state)
         self._num_further = state["num_further"]
         self.num_given_up = state["num_given_up"]
-        kept = self.rollouts.restore(state["responses"]) if "responses" in state else []
+        waiting = self.window.waiting
+        kept = set(self.rollouts.restore(state.get("responses", {}), waiting))
         for number in kept:
             self.window.finish(number)
-        self._not_submitted = [number for number in self.window.waiting if number not in kept]
+        self._not_submitted = [number for number in waiting if number not in kept]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import NoneType
 from typing import Any, ParamSpec, TypeVar, cast, get_type_hints
@@ -72,12 +73,22 @@ def each(method: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> list[R
     return list(start(method, *args, **kwargs))
 
 
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """A call that was started on every rank."""
+
+    collect: Callable[[], Any]
+    """Its result: batches at once, since they are references; values when they are there."""
+    arrived: Callable[[], bool]
+    """Whether values are there."""
+
+
 class RemoteMethod:
     """One declared method of a worker group, ready to be called."""
 
     def __init__(
         self,
-        begin: Callable[[Arguments], Callable[[], Any]],
+        begin: Callable[[Arguments], UnderWay],
         name: str,
         declaration: Remote,
         returns: object,
@@ -93,7 +104,7 @@ class RemoteMethod:
                 f"{self._name} is answered by every rank; call each({self._name}, ...) for the "
                 "list of the answers"
             )
-        collect = self._begin(Arguments(args, kwargs))
+        collect = self._begin(Arguments(args, kwargs)).collect
         if self._returns is Metrics and not self._declaration.writes:
             return Metrics(sources=[collect])
         result = collect()
@@ -103,7 +114,8 @@ class RemoteMethod:
         """See the function start."""
         if not self._declaration.protocol.every_rank:
             raise TypeError(f"{self._name} has one answer, not one of every rank; call it")
-        return Results(self._begin(Arguments(args, kwargs)))
+        call = self._begin(Arguments(args, kwargs))
+        return Results(call.collect, call.arrived)
 
 
 class Handle:
@@ -173,9 +185,8 @@ class Handle:
         pool = f"pool {self._pool.name!r}, {self._pool.size} devices"
         return f"{self._role} ({self._worker_class.__name__} on {pool})"
 
-    def _begin(self, method: str, declaration: Remote, arguments: Arguments) -> Callable[[], Any]:
-        """Starts the call on every rank. The returned function collects its result: batches at
-        once, since they are references; values when they are there."""
+    def _begin(self, method: str, declaration: Remote, arguments: Arguments) -> UnderWay:
+        """Starts the call on every rank."""
         protocol = declaration.protocol
         layout = self._layouts[protocol.layout]
         rows: Sequence[np.ndarray] | None = None
@@ -194,10 +205,13 @@ class Handle:
         calls = self._pool.submit(self._role, method, sent, keep, len(declaration.writes))
         if declaration.writes:
             written = [(rank, *calls[rank]) for rank in collected]
-            return lambda: self._collect_batches(declaration, written, rows)
+            return UnderWay(lambda: self._collect_batches(declaration, written, rows), lambda: True)
         replies = [calls[rank][0] for rank in collected]
-        return lambda: protocol.collect(
-            layout, [reply.result for reply in self._pool.read_replies(replies)]
+        return UnderWay(
+            lambda: protocol.collect(
+                layout, [reply.result for reply in self._pool.read_replies(replies)]
+            ),
+            lambda: self._pool.arrived(replies),
         )
 
     def _needed(self, batch: Batch, method: str, declaration: Remote) -> Batch:

@@ -125,6 +125,10 @@ class ResourcePool(ABC):
         """Waits for replies."""
 
     @abstractmethod
+    def arrived(self, replies: Sequence[Any]) -> bool:
+        """Whether the replies are there; does not wait."""
+
+    @abstractmethod
     def prepare(self, batch: Batch) -> Batch:
         """The batch as it may be sent to the hosts."""
 
@@ -379,6 +383,12 @@ class RayPool(ResourcePool):
 
     def read_replies(self, replies: Sequence[Any]) -> list[Reply]:
         return [Reply.unpacked(reply) for reply in waiting.get(replies)]
+
+    def arrived(self, replies: Sequence[Any]) -> bool:
+        import ray
+
+        _, late = ray.wait(list(replies), num_returns=len(replies), timeout=0)
+        return not late
 
     def prepare(self, batch: Batch) -> Batch:
         return batch.stored()

@@ -76,6 +76,9 @@ class Split:
     near: str | None = None
     """Column of labels (prompts): rows with the same label go to the same part as far as the
     parts stay balanced, because they can share work there."""
+    part: str | None = None
+    """Column of numbers of parts: each row goes to the part that it names. The others do not
+    count then."""
 
 
 NEAR_COST = 1.1
@@ -159,6 +162,9 @@ def cut_rows(batch: Batch, num_parts: int, split: Split) -> list[np.ndarray]:
     """The rows of each part, ascending; every row is in exactly one part."""
     if num_parts == 1:
         return [np.arange(len(batch))]
+    if split.part is not None:
+        named = np.asarray(batch[split.part])
+        return [np.flatnonzero(named == part) for part in range(num_parts)]
     costs = np.asarray(batch[split.balance]) if split.balance in batch.columns else None
     labels = np.zeros(len(batch), dtype=np.int64)
     if split.within in batch.columns:

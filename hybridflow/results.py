@@ -91,14 +91,22 @@ def _joined(parts: Sequence[Part], rows: Batch | None) -> Metrics:
 class Results(Sequence[T], Generic[T]):
     """The answers of a call that every rank answers, in rank order; reading waits."""
 
-    def __init__(self, read: Callable[[], list[T]]) -> None:
+    def __init__(
+        self, read: Callable[[], list[T]], arrived: Callable[[], bool] = lambda: True
+    ) -> None:
+        """`arrived`: whether reading would not wait."""
         self._source: Callable[[], list[T]] | None = read
+        self._arrived = arrived
         self._list: list[T] = []
 
     def _read(self) -> list[T]:
         if self._source is not None:
             self._list, self._source = self._source(), None
         return self._list
+
+    def arrived(self) -> bool:
+        """Whether every rank has answered; does not wait."""
+        return self._source is None or self._arrived()
 
     def wait(self) -> None:
         """Returns when every rank has answered."""

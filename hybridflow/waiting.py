@@ -147,6 +147,13 @@ class Calls:
     """Calls that were under way in other pools when a call failed; see quiesce."""
     beat: Callable[[], None] = nothing
     """Called by every wait at least once a second: the sign of life for a supervisor."""
+    while_waiting: Callable[[], None] = nothing
+    """Called by every wait, and again whenever a call of `background` ends: it may start calls. A
+    failure takes it away."""
+    background: set[tuple[str, str]] = field(default_factory=set)
+    """(pool, method) of calls that `finish` does not wait for."""
+    attending: bool = False
+    """while_waiting is being called, and may wait itself."""
     interrupted: bool = False
     """Ctrl-C came. Python raises it wherever the process happens to be, and inside a callback
     of native code it is lost; the next wait raises it again."""
@@ -169,7 +176,11 @@ class Calls:
                 raise KeyboardInterrupt
             try:
                 watched = self.pending or self.beat is not nothing
-                return ray.get(refs, timeout=POLL_S if watched else None)
+                timeout_s = POLL_S if watched else None
+                if self._attend():
+                    self._wait_or_attend(refs)
+                    timeout_s = 0
+                return ray.get(refs, timeout=timeout_s)
             except GetTimeoutError:
                 self.check()
             except RayError as error:
@@ -263,20 +274,52 @@ class Calls:
         return ", ".join(texts)
 
     def finish(self) -> list[CallRecord]:
-        """Waits for every pending call; returns and forgets the records made since the last
-        time."""
+        """Waits for every pending call that is not in the background; returns and forgets the
+        records made since the last time."""
         import ray
 
-        while self.pending:
-            ray.wait(_replies(self.pending), num_returns=1, timeout=0)
-            ray.wait(
-                list(self.pending[-1].replies),
-                num_returns=len(self.pending[-1].replies),
-                timeout=POLL_S,
-            )
+        while calls := [call for call in self.pending if not self._in_background(call)]:
+            ray.wait(_replies(calls), num_returns=1, timeout=0)
+            last = list(calls[-1].replies)
+            if self._attend():
+                self._wait_or_attend(last)
+            else:
+                ray.wait(last, num_returns=len(last), timeout=POLL_S)
             self.check()
         records, self.records = self.records, []
         return records
+
+    def detach(self) -> None:
+        """Nothing goes on in the background any more."""
+        self.while_waiting = nothing
+        self.background.clear()
+
+    def _in_background(self, call: Pending) -> bool:
+        return (call.pool, call.method) in self.background
+
+    def _attend(self) -> bool:
+        """Calls while_waiting; whether calls in the background are under way."""
+        if self.attending or self.while_waiting is nothing:
+            return False
+        self.attending = True
+        try:
+            self.while_waiting()
+        finally:
+            self.attending = False
+        return any(map(self._in_background, self.pending))
+
+    def _wait_or_attend(self, refs: Sequence[Any]) -> None:
+        """Returns when one more of `refs`, or of the replies in the background, is there, and
+        after POLL_S."""
+        import ray
+
+        background = [call for call in self.pending if self._in_background(call)]
+        refs = list(dict.fromkeys(refs))
+        _, late = ray.wait(refs, num_returns=len(refs), timeout=0)
+        if late:
+            more = [ref for ref in _replies(background) if ref not in late]
+            _, unanswered = ray.wait(more, num_returns=len(more), timeout=0) if more else ([], [])
+            ray.wait([late[0], *unanswered], num_returns=1, timeout=POLL_S)
 
     def forget(self, pool: str) -> None:
         """The pool is gone; nothing will come from it any more."""
@@ -290,7 +333,7 @@ class Calls:
         from ray.exceptions import RayActorError, RayTaskError
 
         pending, self.pending = self.pending, []
-        self.abandoned = pending
+        self.abandoned, self.while_waiting = pending, nothing
         if isinstance(error, RayActorError):
             deaths = _deaths(pending)
             if not deaths:  # of a process that has no call under way: any pool may depend on it
@@ -320,7 +363,7 @@ class Calls:
     def _stuck(self, late: Sequence[Pending]) -> NoReturn:
         """`late`: the call of each pool that is over its deadline."""
         pending, self.pending = self.pending, []
-        self.abandoned = pending
+        self.abandoned, self.while_waiting = pending, nothing
         seconds = max(map(self.deadline_s, late))
         self._stop_stuck(late, pending, f"no call finished for {seconds:.0f} s")
 

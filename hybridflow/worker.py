@@ -47,12 +47,13 @@ def remote(
     within: str | None = None,
     together: str | None = None,
     near: str | None = None,
+    part: str | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declares a method callable from the controller.
 
     reads: columns that the method needs; optional: columns that it also reads where the batch has
     them; only these reach it. writes: columns of the Batch that it returns, one row for every row
-    it got, in the same order. balance, within, together, near: see protocols.Split.
+    it got, in the same order. balance, within, together, near, part: see protocols.Split.
     """
     for name in (*reads, *optional, *writes):
         declared(name)
@@ -62,7 +63,7 @@ def remote(
         optional=optional,
         writes=writes,
         kind=kind,
-        split=Split(balance=balance, within=within, together=together, near=near),
+        split=Split(balance=balance, within=within, together=together, near=near, part=part),
     )
 
     def mark(method: Callable[P, R]) -> Callable[P, R]:

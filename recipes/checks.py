@@ -35,7 +35,12 @@ from workers.generation import generation_engine_class
 from workers.generation.config import GenerationConfig
 from workers.generation.sampling import check_sampling
 from workers.losses.aggregation import Aggregation
-from workers.losses.config import Correction, PolicyLossConfig, RolloutCorrectionConfig
+from workers.losses.config import (
+    Correction,
+    OldPolicy,
+    PolicyLossConfig,
+    RolloutCorrectionConfig,
+)
 from workers.losses.surrogates import POLICY_LOSSES, surrogate
 from workers.reward_function import resolve
 from workers.role_config import (
@@ -193,6 +198,12 @@ def check_loss(loss: PolicyLossConfig) -> None:
         for name, default in vars(RolloutCorrectionConfig()).items()
         if vars(correction)[name] != default
     ]
+    if loss.old_policy is OldPolicy.rollout and changed:
+        _refuse_unread(
+            f"rollout_correction.{changed[0]}",
+            vars(correction)[changed[0]],
+            "actor.loss.old_policy=recomputed",
+        )
     if correction.correction is Correction.none and changed:
         _refuse_unread(
             f"rollout_correction.{changed[0]}",

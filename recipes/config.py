@@ -17,6 +17,7 @@ from controllers.data import DataConfig
 from controllers.loop import LoopConfig
 from hybridflow.metrics import MetricsConfig
 from hybridflow.recovery.config import RecoveryConfig
+from recipes.asynchrony_config import AsynchronyConfig
 from recipes.mapper_config import MapperConfig
 from recipes.path_settings import PathFields, expand_paths
 from workers.agents.config import EpisodeConfig
@@ -184,6 +185,7 @@ class RunConfig:
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(seed=RUN_SEED))
+    asynchrony: AsynchronyConfig = field(default_factory=AsynchronyConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     metrics: MetricsConfig = field(

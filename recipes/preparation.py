@@ -20,6 +20,7 @@ from hybridflow.dataflow import Dataflow
 from hybridflow.mapping.answer.device_mapping import DeviceMapping
 from hybridflow.mapping.answer.explain import mapping_report
 from hybridflow.tracing import trace, traced_roles
+from recipes.asynchrony import check_asynchrony
 from recipes.auto import choose
 from recipes.checks import check_loss_columns, check_output, check_resume
 from recipes.compatibility import (
@@ -155,6 +156,7 @@ def check_dataflow(placement: Placement) -> Dataflow:
     inputs = DATASETS[rows_of(placement)].columns
     dataflow = trace(config.algorithm.name, algorithm.step, inputs, recorder)
     check_loss_columns(config.actor.loss.name, dataflow)
+    check_asynchrony(config, placement.entry, dataflow)
     if "actor" in placement.role_names:
         try_policy_loss(config.actor.loss)
     return dataflow

@@ -35,7 +35,13 @@ from workers.reference import ReferenceWorker
 from workers.reward import cost_worker, reward_worker
 from workers.reward_function import function_name
 from workers.rewards.combined import combined
-from workers.role_config import ActorConfig, JudgeRoleConfig, RewardConfig, ScorerConfig
+from workers.role_config import (
+    ActorConfig,
+    JudgeRoleConfig,
+    RewardConfig,
+    ScorerConfig,
+    StreamingActorConfig,
+)
 from workers.split_actor import GenerationWorker
 
 
@@ -69,7 +75,10 @@ class RoleKind:
 
 
 def actor_settings(config: RunConfig) -> ActorConfig:
-    """The actor's settings, with the environment where the run has one."""
+    """The actor's settings, with the environment where the run has one, or with what becomes of
+    rows in flight where responses are drawn ahead (recipes/asynchrony.py refuses both)."""
+    if config.asynchrony.staleness:
+        return StreamingActorConfig(**vars(config.actor), in_flight=config.asynchrony.in_flight)
     if config.environment is None:
         return config.actor
     return EpisodeActorConfig(

@@ -31,7 +31,7 @@ from controllers.loop import Loop, LoopConfig, Outcome, phase_seconds
 from controllers.recovery import Recovery
 from controllers.samples import SampleReader
 from controllers.saving import Saving, checkpoint_at
-from controllers.streams import EmptyStream, PromptStream, Stream, TextStream
+from controllers.streams import EmptyStream, PromptStream, RowSource, Stream, TextStream
 from controllers.validation import HeldOutRows, ResponseReward, Validate
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
@@ -46,6 +46,7 @@ from hybridflow.recovery.attempts import Attempt
 from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.supervision import SUPERVISION
 from hybridflow.waiting import CALLS
+from recipes.asynchrony import rows_ahead, streaming_actor
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
 from recipes.environment import environment
 from recipes.placing import Placement, placeholder_roles
@@ -118,6 +119,11 @@ class Session:
             self.close()
             raise
 
+    @property
+    def _draws_ahead(self) -> bool:
+        """Whether responses are drawn ahead of the steps that train on them."""
+        return self.config.asynchrony.staleness > 0
+
     def _start(self) -> None:
         prepared, placement, config = self.prepared, self.placement, self.config
         tracker, memory, attempt, first_step = None, None, None, 0
@@ -148,9 +154,11 @@ class Session:
             self.prepared, self.placement, self.config = prepared, placement, config
             if prepared.precision_line:
                 LOGGER.info("%s", prepared.precision_line)
-            self.roles = spawn_roles(placement, self.pools)
+            self.roles = spawn_roles(placement, self.pools, draws_ahead=self._draws_ahead)
         vars(self).update(self.roles)
-        data = RowLoader(prepared.train, config.data)
+        data: RowSource = RowLoader(prepared.train, config.data)
+        if self._draws_ahead:
+            data = rows_ahead(config, RowLoader(prepared.train, config.data), self.roles["actor"])
         texts = prepared.pretraining
         self.prompts = PromptStream(data, config.algorithm.samples_per_prompt)
         streams: dict[str, Stream] = {
@@ -293,6 +301,7 @@ class Session:
     def close(self) -> None:
         """Ends pools, connections and files; called again it does nothing."""
         SUPERVISION.pause()
+        CALLS.detach()
         try:
             self._resources.close()
         finally:
@@ -362,13 +371,19 @@ def with_precision_of_machines(
     return prepared.with_precision(native_precision(all(answers)))
 
 
-def spawn_roles(placement: Placement, pools: Mapping[str, ResourcePool]) -> dict[str, Any]:
+def spawn_roles(
+    placement: Placement, pools: Mapping[str, ResourcePool], *, draws_ahead: bool = False
+) -> dict[str, Any]:
     """A handle for every role, and placeholders for those that nothing asks for; an actor whose
-    generation has a pool of its own is still one handle."""
+    generation has a pool of its own, or whose responses are drawn ahead, is still one handle."""
     handles: dict[str, Any] = {}
     for role in placement.roles:
         handles[role.name] = spawn(role.worker, pools[role.pool], role.config, role=role.name)
-    if GENERATION in handles:
+    if draws_ahead:
+        actor = streaming_actor(placement, handles, pools)
+        handles.pop(GENERATION, None)
+        handles["actor"] = actor
+    elif GENERATION in handles:
         training, generation = (pools[placement.pool_of[name]] for name in ("actor", GENERATION))
         handles["actor"] = SplitActor.of(
             handles["actor"], handles.pop(GENERATION), training, generation

@@ -29,13 +29,14 @@ from workers.mini_batches import MiniBatches
 from workers.precision import with_native_precision
 from workers.process_memory import begin_peak, give_back, peak_bytes
 from workers.role_config import ActorConfig
-from workers.roles import Actor
+from workers.roles import Actor, Progress, StreamingGenerator
+from workers.row_stream import RowStream
 from workers.sampler import Sampler, probe_settings
 from workers.sequences import Sequences
 from workers.weight_sync import WeightSync
 
 
-class ActorWorker(ActorTrainingWorker, Actor):
+class ActorWorker(ActorTrainingWorker, Actor, StreamingGenerator):
     """The policy that generates responses and is trained on them, both in one pool: the weights go
     to the generation engine before the first generation after an update.
 
@@ -63,6 +64,7 @@ class ActorWorker(ActorTrainingWorker, Actor):
             self.pool_memory.holders.add(self)
         else:
             self.sampler = self.sampler_class(config, context, layout)
+        self.stream = RowStream(self.sampler)
         tolerance, vocab_size = probe_settings(config)
         self.sync = WeightSync(
             self.engine,
@@ -97,6 +99,19 @@ class ActorWorker(ActorTrainingWorker, Actor):
         answers = self.sampler.generate(prompts, sampling, do_sample=do_sample)
         self.memory_metrics["actor/memory/generation_peak_bytes"] = float(peak_bytes(device))
         return answers
+
+    def submit(self, prompts: Batch) -> None:
+        self.stream.submit(prompts)
+
+    def advance(self, limit: int) -> Progress:
+        self._to_generation()
+        return self.stream.advance(limit)
+
+    def collect(self, rows: Batch) -> Batch:
+        return self.stream.collect(rows)
+
+    def discard(self) -> None:
+        self.stream.discard()
 
     def update_actor(self, batch: Batch) -> Metrics:
         self.to_training()

@@ -13,6 +13,7 @@ from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.results import Metrics, prefixed
 from workers.consistency import check_first_step
+from workers.losses.config import OldPolicy
 from workers.losses.language import with_pretraining
 from workers.losses.policy import policy_loss
 from workers.mini_batches import mean_over_steps, train_on
@@ -47,7 +48,10 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
         mini_batches = self.mini_batches(batch, sequences)
         stale = self._is_stale(batch)
         # Every rank decides the same, because computing log-probs is collective.
-        if "log_probs" in batch or config.num_epochs * mini_batches.num_labels > 1 or stale:
+        by_rollout = loss.old_policy is OldPolicy.rollout
+        if by_rollout:
+            mini_batches.add_columns(old_log_probs=batch.ragged("rollout_log_probs").values)
+        elif "log_probs" in batch or config.num_epochs * mini_batches.num_labels > 1 or stale:
             self.add_old_log_probs(batch, mini_batches)
         entropy = config.report_entropy or loss.entropy_coefficient != 0
         steps = mini_batches.steps(
@@ -62,7 +66,7 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
                 entropy=entropy,
                 temperature=self.temperature,
             )
-            if "weight_version" in batch and not stale:
+            if "weight_version" in batch and not (stale or by_rollout):
                 violations = check_first_step(metrics[0], config, reports=self.context.rank == 0)
             metrics += train_on(
                 self.engine, steps, loss_fn, entropy=entropy, temperature=self.temperature
@@ -74,6 +78,9 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
             | prefixed("actor", violations)
             | memory
         )
+
+    def current_version(self) -> int:
+        return self.weight_version
 
     def counters(self) -> dict[str, int]:
         return {**super().counters(), "num_skipped": self.num_skipped}

@@ -98,6 +98,15 @@ EPISODE_METRICS = declare(
 WEIGHT_VERSION = declare(
     "weight_version", "batch", "int64", "version of the actor's weights that drew the response"
 )
+TOKEN_VERSION = declare(
+    "token_version",
+    "batch time",
+    "int64",
+    "version of the actor's weights that drew each token; weight_version is that of the first",
+)
+REPLICA = declare(
+    "replica", "batch", "int64", "data coordinate of the generation layout that draws the row"
+)
 
 # Inference.
 LOG_PROBS = declare(

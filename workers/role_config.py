@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from workers.config import ModelConfig, TrainConfig
-from workers.generation.config import GenerationConfig, SamplingConfig
+from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
 from workers.losses.config import PolicyLossConfig, ValueLossConfig
 from workers.rewards.combined import RewardPart
 from workers.rewards.sandbox.mode import Sandbox
@@ -61,6 +61,14 @@ class ActorConfig:
     def passes_per_batch(self) -> int:
         """num_epochs under the name that PolicyConfig has for it."""
         return self.num_epochs
+
+
+@dataclass(kw_only=True)
+class StreamingActorConfig(ActorConfig):
+    """The actor's settings, and what becomes of rows in flight when new weights come
+    (asynchrony.in_flight)."""
+
+    in_flight: InFlight = InFlight.recompute
 
 
 @dataclass(kw_only=True)

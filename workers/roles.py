@@ -8,7 +8,7 @@ over the engines.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from hybridflow.batch import Batch
 from hybridflow.dataflow import CallKind
@@ -22,6 +22,12 @@ from workers.generation.config import SamplingConfig
 from workers.losses.config import DPOLossConfig
 
 TO_ALL_GENERATORS = replace(ONE_TO_ALL, name="TO_ALL_GENERATORS", layout="generation")
+TO_REPLICAS = replace(
+    THREE_D_ALL_MICRO_DP, name="TO_REPLICAS", collect=ONE_TO_ALL.collect, every_rank=True
+)
+OF_REPLICAS = replace(
+    TO_ALL_GENERATORS, name="OF_REPLICAS", collected=THREE_D_ALL_MICRO_DP.collected
+)
 
 
 class TrainedRole(Worker):
@@ -177,6 +183,11 @@ class TrainingActor(Policy):
     def update_actor(self, batch: Batch) -> Metrics:
         """One optimizer step for every mini-batch and epoch."""
 
+    @remote(ONE_TO_ALL)
+    @abstractmethod
+    def current_version(self) -> int:
+        """The version of the weights: the number of updates that made them."""
+
 
 class Generator(Worker):
     """A language model that generates: the other half of the actor, or a model that is
@@ -206,6 +217,64 @@ class Generator(Worker):
         """
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """The answer of a replica to a slice of generation:
+
+    Progress(finished=((7, 0, 3, 4),), num_steps=16, seconds=0.4)
+    """
+
+    finished: tuple[tuple[int, int, int, int], ...]
+    """(uid, sample, version of the weights that drew the first token, and the last) of the rows
+    that ended since the last slice."""
+    num_steps: int
+    """Engine steps of the slice."""
+    seconds: float
+
+
+class StreamingGenerator(Generator):
+    """A generator whose rows are drawn in slices, between which other calls come: rows in flight
+    stay where they are."""
+
+    @remote(
+        TO_REPLICAS,
+        reads=("prompt_ids", "uid", "sample", "replica"),
+        optional=("max_response_tokens",),
+        part="replica",
+    )
+    @abstractmethod
+    def submit(self, prompts: Batch) -> None:
+        """Adds rows, to be drawn with the configured sampling settings."""
+
+    @remote(OF_REPLICAS, kind=CallKind.generation)
+    @abstractmethod
+    def advance(self, limit: int) -> Progress:
+        """At most `limit` engine steps, under the weights that the engine then has; an answer of
+        each replica."""
+
+    @remote(
+        THREE_D_ALL_MICRO_DP,
+        reads=("uid", "sample", "replica"),
+        writes=(
+            "response_ids",
+            "rollout_log_probs",
+            "finish_reason",
+            "num_tokens",
+            "weight_version",
+            "token_version",
+        ),
+        part="replica",
+    )
+    @abstractmethod
+    def collect(self, rows: Batch) -> Batch:
+        """The responses of rows that ended, which the generator then forgets."""
+
+    @remote(TO_ALL_GENERATORS)
+    @abstractmethod
+    def discard(self) -> None:
+        """Forgets all rows, in flight or ended."""
+
+
 class Actor(TrainingActor, Generator):
     """A policy that also generates. A worker has both halves, or each half has a pool of its own
     (workers/split_actor.py)."""
@@ -233,7 +302,7 @@ class SplitTrainer(TrainingActor):
         rank."""
 
 
-class SplitGenerator(Generator):
+class SplitGenerator(StreamingGenerator):
     """The generation half in a pool of its own."""
 
     @remote(TO_ALL_GENERATORS)

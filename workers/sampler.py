@@ -11,6 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
@@ -22,11 +24,13 @@ from hybridflow.seeds import spread_seed
 from workers.config import Precision
 from workers.consistency import is_exact
 from workers.generation import generation_engine_class
+from workers.generation.base import generations
 from workers.generation.checked import check_generations
-from workers.generation.config import SamplingConfig
+from workers.generation.config import InFlight, SamplingConfig
+from workers.generation.rows import FinishedRow
 from workers.generation.sampling import load_model_config, most_tokens, with_special_stops
 from workers.generation.weight_destination import WeightDestination
-from workers.role_config import ActorConfig
+from workers.role_config import ActorConfig, StreamingActorConfig
 from workers.tokenizer import load_tokenizer
 
 
@@ -67,11 +71,7 @@ class Sampler:
         """
         sampling = self._settled(sampling or self.config.generation.sampling)
         prompt_ids = prompts.ragged("prompt_ids")
-        limits = (
-            prompts.tensor("max_response_tokens").numpy()
-            if "max_response_tokens" in prompts
-            else None
-        )
+        limits = row_limits(prompts)
         generated = self.engine.generate(
             [prompt.numpy() for prompt in prompt_ids.unbind()],
             sample_seeds(self.config.seed, prompts),
@@ -91,6 +91,35 @@ class Sampler:
             weight_version=torch.full((len(prompts),), self.engine.weight_version),
         )
 
+    def submit(self, prompts: Batch) -> list[int]:
+        """Adds a row for every prompt, as generate draws them; returns the engine's keys."""
+        return self.engine.submit(
+            [prompt.numpy() for prompt in prompts.ragged("prompt_ids").unbind()],
+            sample_seeds(self.config.seed, prompts),
+            self._settled(self.config.generation.sampling),
+            row_limits(prompts),
+        )
+
+    def responses(self, rows: Sequence[FinishedRow], prompt_lengths: Tensor) -> Batch:
+        """The columns of rows that were submitted and have finished; `prompt_lengths` int64
+        [rows]."""
+        generated = generations(rows, num_prompt_tokens=int(prompt_lengths.sum()), seconds=0.0)
+        most = np.full(len(rows), self.config.generation.sampling.max_response_tokens)
+        check_generations(
+            generated, len(rows), self._vocab_size, self.config.generation.engine, most
+        )
+        lengths = torch.from_numpy(generated.lengths)
+        versions = np.concatenate([np.empty(0, np.int64), *(row.weight_versions for row in rows)])
+        first = np.array([row.weight_versions[0] for row in rows], dtype=np.int64)
+        return Batch.of(
+            response_ids=Ragged(torch.from_numpy(generated.response_ids), lengths),
+            rollout_log_probs=Ragged(torch.from_numpy(generated.log_probs), lengths),
+            finish_reason=generated.finish_reasons,
+            num_tokens=prompt_lengths + lengths,
+            weight_version=torch.from_numpy(first),
+            token_version=Ragged(torch.from_numpy(versions), lengths),
+        )
+
     def _settled(self, sampling: SamplingConfig) -> SamplingConfig:
         """The settings with special tokens among their stop strings as ids."""
         if not sampling.stop_strings:
@@ -103,7 +132,18 @@ class Sampler:
         """The engine's memory for the trainer's `parameters`."""
         bf16 = self.config.generation.precision is Precision.bf16
         dtype = torch.bfloat16 if bf16 else torch.float32
-        return self.engine.weight_destination(parameters, dtype, self.context.device)
+        in_flight = InFlight.recompute
+        if isinstance(self.config, StreamingActorConfig):
+            in_flight = self.config.in_flight
+        return self.engine.weight_destination(parameters, dtype, self.context.device, in_flight)
+
+
+def row_limits(prompts: Batch) -> NDArray[np.int64] | None:
+    """int64 [rows]: most response tokens of each row, where rows have limits of their own."""
+    if "max_response_tokens" not in prompts:
+        return None
+    limits: NDArray[np.int64] = prompts.tensor("max_response_tokens").numpy()
+    return limits
 
 
 def probe_settings(config: ActorConfig) -> tuple[float, int]:

@@ -32,7 +32,8 @@ from workers.layouts import generation_layout, training_layout
 from workers.losses.config import DPOLossConfig
 from workers.precision import with_native_precision
 from workers.role_config import ActorConfig
-from workers.roles import Actor, SplitGenerator, SplitTrainer
+from workers.roles import Actor, Progress, SplitGenerator, SplitTrainer
+from workers.row_stream import RowStream
 from workers.sampler import Sampler, probe_settings
 from workers.weight_sync import WeightSync
 
@@ -100,6 +101,7 @@ class GenerationWorker(SplitGenerator):
         self.sampler = self.sampler_class(
             self.config, context, self.layouts(config, context.world_size)["generation"]
         )
+        self.stream = RowStream(self.sampler)
 
     @classmethod
     def layouts(cls, config: ActorConfig, world_size: int) -> dict[str, Layout]:
@@ -140,6 +142,18 @@ class GenerationWorker(SplitGenerator):
         self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
     ) -> Batch:
         return self.sampler.generate(prompts, sampling, do_sample=do_sample)
+
+    def submit(self, prompts: Batch) -> None:
+        self.stream.submit(prompts)
+
+    def advance(self, limit: int) -> Progress:
+        return self.stream.advance(limit)
+
+    def collect(self, rows: Batch) -> Batch:
+        return self.stream.collect(rows)
+
+    def discard(self) -> None:
+        self.stream.discard()
 
     def close(self) -> None:
         self.sampler.engine.close()
@@ -200,11 +214,18 @@ class SplitActor(Actor):
         self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
     ) -> Batch:
         if self._changed:
-            start(self._trainer.sync_weights)
-            received = start(self._generator.sync_weights)
-            self._sync = Metrics(sources=[lambda: received[0]])
-            self._changed = False
+            self.sync()
         return self._generator.generate_sequences(prompts, sampling, do_sample=do_sample)
+
+    def sync(self) -> None:
+        """Starts both halves of a sync."""
+        start(self._trainer.sync_weights)
+        received = start(self._generator.sync_weights)
+        self._sync = Metrics(sources=[lambda: received[0]])
+        self._changed = False
+
+    def current_version(self) -> int:
+        return each(self._trainer.current_version)[0]
 
     def compute_log_prob(self, batch: Batch) -> Batch:
         return self._trainer.compute_log_prob(batch)

@@ -8,6 +8,7 @@ epoch. Leaves out prefetching: rows are already tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,16 +44,22 @@ class RowLoader:
 
     def take(self, num_rows: int) -> Batch:
         """The next rows of the stream, as many as asked for."""
-        rows, uids, taken = [], [], 0
-        while taken < num_rows:
-            epoch, start = divmod(self.position + taken, len(self.dataset))
-            part = slice(start, start + num_rows - taken)
+        first, self.position = self.position, self.position + num_rows
+        return self.rows_at(range(first, self.position))
+
+    def rows_at(self, places: Sequence[int]) -> Batch:
+        """The rows at these places of the stream, wherever it stands."""
+        epochs, places_in_epoch = np.divmod(np.asarray(places, np.int64), len(self.dataset))
+        rows, uids = np.empty_like(epochs), np.empty_like(epochs)
+        for epoch in np.unique(epochs).tolist():
+            there = epochs == epoch
             ordered, numbers = self._epoch_of(epoch)
-            rows.append(ordered[part])
-            uids.append(numbers[part])
-            taken += len(rows[-1])
-        self.position += taken
-        return self.dataset.rows(np.concatenate(rows), np.concatenate(uids))
+            rows[there] = ordered[places_in_epoch[there]]
+            uids[there] = numbers[places_in_epoch[there]]
+        return self.dataset.rows(rows, uids)
+
+    def end_step(self) -> None:
+        """The step that took rows has ended; a loader has nothing to do with that."""
 
     def order(self, epoch: int) -> np.ndarray:
         """int64 [rows]: the dataset's rows in the order of this epoch."""
@@ -92,6 +99,13 @@ class RowLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there; batch_size may be another one, everything else must be the same."""
+        ahead = state.get("ahead", {"waiting": [], "next_number": state["position"]})
+        if ahead["waiting"] != list(range(state["position"], ahead["next_number"])):
+            raise ValueError(
+                "resume: the checkpoint was written with asynchrony.staleness > 0, and rows behind "
+                "some that wait were trained on; set asynchrony.staleness as it was, or rows would "
+                "be repeated"
+            )
         if state["fingerprint"] != self.dataset.fingerprint:
             raise ValueError(
                 f"resume: the checkpoint's data had {state['num_rows']} rows and fingerprint "

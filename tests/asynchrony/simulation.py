@@ -167,7 +167,7 @@ class VirtualRollouts:
     def export(self, numbers: Sequence[int]) -> dict[str, Any]:
         return {str(number): self.drawn_by[number] for number in numbers}
 
-    def restore(self, responses: dict[str, Any]) -> list[int]:
+    def restore(self, responses: dict[str, Any], numbers: Sequence[int]) -> list[int]:
         self.drawn_by = {int(number): version for number, version in responses.items()}
         return list(self.drawn_by)
 

@@ -33,6 +33,17 @@ class CorrectionLevel(StrEnum):
     """Its geometric mean: does not grow with the length."""
 
 
+class OldPolicy(StrEnum):
+    """The policy that the ratio of the policy loss is taken to, where it is not the present one."""
+
+    recomputed = "recomputed"
+    """The trainer's weights before the update: another forward pass, where they are not those of
+    the first step."""
+    rollout = "rollout"
+    """The policy that drew the response, by the generation engine's log-probs: no other pass, and
+    the clip bounds how far stale responses can push."""
+
+
 @dataclass(kw_only=True)
 class RolloutCorrectionConfig:
     """Needs the column rollout_log_probs."""
@@ -83,6 +94,8 @@ class PolicyLossConfig:
     pretraining_coefficient: float = 16.0
     """Coefficient of the language loss on rows of data.pretraining (PPO-ptx; Safe-RLHF's 16,
     InstructGPT's 27.8)."""
+    old_policy: OldPolicy = OldPolicy.recomputed
+    """The policy that the ratio is taken to."""
     rollout_correction: RolloutCorrectionConfig = field(default_factory=RolloutCorrectionConfig)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,115 @@
+"""Runs of a tiny model in this process, with and without responses that are drawn ahead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from hybridflow import current_session
+from recipes.preparation import prepare
+from recipes.python_api import make_settings
+from recipes.session import Session
+from tests.tiny import make_data, make_model
+
+TRUNCATE = {"actor.loss.rollout_correction.correction": "truncate"}
+
+
+class StreamingSession(Session):
+    """Draws through the streaming machinery, whatever asynchrony.staleness is."""
+
+    @property
+    def _draws_ahead(self) -> bool:
+        return True
+
+
+def tiny_settings(directory: Path) -> dict[str, Any]:
+    """Two prompts a step, two samples each; about a fifth of the tokens end a response."""
+    return {
+        "runtime": "local",
+        "device": "cpu",
+        "model.path": make_model(directory / "model", layers=1),
+        "data.train": make_data(directory / "prompts.jsonl", rows=16),
+        "data.batch_size": 2,
+        "algorithm.samples_per_prompt": 2,
+        "actor.generation.engine": "hf",
+        "actor.generation.precision": "fp32",
+        "actor.generation.sampling.max_response_tokens": 24,
+        "actor.generation.sampling.stop_token_ids": list(range(3, 25)),
+        "actor.train.precision": "fp32",
+        "actor.train.optimizer.learning_rate": 1e-3,
+        "asynchrony.slice_steps": 3,
+        "loop.num_steps": 6,
+        "metrics.tensorboard": False,
+        "metrics.console": False,
+    }
+
+
+@dataclass
+class Record:
+    """The doings of a run."""
+
+    responses: list[str] = field(default_factory=list)
+    """As the reward function saw them, step after step."""
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)
+    """The row of data.train of each response."""
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    positions: list[int] = field(default_factory=list)
+
+    def reward(self, *, response: str, answer: str, **columns: object) -> float:
+        self.responses.append(response)
+        self.rows.append(answer)
+        return float(len(response) % 7)
+
+    def numbers(self) -> list[dict[str, float]]:
+        """The metrics that are no seconds and say nothing of asynchrony."""
+        timed = ("seconds/", "asynchrony/", "staleness/", "sync/", "tokens_per_s", "memory")
+        steps = []
+        for step in self.metrics:
+            steps.append(
+                {
+                    name: value
+                    for name, value in step.items()
+                    if not any(part in name for part in timed)
+                }
+            )
+        return steps
+
+
+def drive(
+    settings: dict[str, Any],
+    directory: Path,
+    *,
+    recipe: str = "grpo",
+    session_class: type[Session] = Session,
+    num_steps: int = 6,
+    stops: bool = False,
+    record: Record | None = None,
+    reward: Any = None,
+) -> Record:
+    """Runs steps with `settings` and keeps what they did. `stops`: with a checkpoint, from which
+    the next call with the same directory goes on. `reward`: instead of the record's own, which
+    sees the responses of this process only."""
+    record = record or Record()
+    settings = settings | {"output_dir": directory}
+    config = make_settings(recipe, settings, reward or record.reward, None, None)
+    with session_class(prepare(config)) as session:
+        for _ in range(num_steps - session.num_steps):
+            record.metrics.append(session.step())
+            record.positions.append(session.loop.data.position)
+        if stops:
+            session.checkpoint()
+        else:
+            session.save(directory / "model")
+            record.weights = load_file(directory / "model" / "model.safetensors")
+    assert current_session() is None
+    return record
+
+
+def equal_weights(one: Record, other: Record) -> bool:
+    """Bit for bit."""
+    return all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)

@@ -1,0 +1,351 @@
+"""StreamingActor: an actor whose responses are drawn ahead of the steps that ask for them.
+
+Groups of rows (the samples of one prompt) are submitted before an algorithm's page asks for their
+responses; generation goes on in slices, ordinary calls of a bounded number of engine steps, and
+weights, validation and checkpoints come between two of them. So a host runs a call at a time as ever,
+and the deadlock argument of split_actor.py holds. The page's generate_sequences gives the rows that
+were drawn; rows that nobody submitted, and those with settings of their own, are drawn at once.
+
+When groups start and when weights come is decided by controllers/rollout_queue.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
+from hybridflow.group import start
+from hybridflow.pool import ResourcePool
+from hybridflow.results import Metrics, Results
+from hybridflow.waiting import CALLS
+from workers.generation.config import SamplingConfig
+from workers.roles import Progress, SplitGenerator, SplitTrainer
+from workers.row_stream import RowName, row_names
+from workers.split_actor import SplitActor
+
+SLICES_AHEAD = 2
+"""Slices that are queued while rows are in flight: the generator goes on while the controller looks
+at the last one."""
+RESPONSES = ("response_ids", "rollout_log_probs", "token_version")
+"""The columns over the tokens of a response."""
+
+
+def nothing() -> None:
+    return None
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """The rows and seconds of a step, for its metrics."""
+
+    staleness: list[int] = field(default_factory=list)
+    """Updates between the first token's weights and those that train, of each row."""
+    newest: list[int] = field(default_factory=list)
+    """The same of the last token."""
+    waited_s: float = 0.0
+    """For rows, on the controller."""
+    generating_s: float = 0.0
+    """In slices, on the replica that was busiest."""
+    began: float = field(default_factory=time.perf_counter)
+
+
+class StreamingActor(SplitActor):
+    """actor = StreamingActor.of(trainer, generator, training_pool, generation_pool)
+    actor.submit(prompts)                                # rows with the columns uid and sample
+    while not (uids := actor.poll()): actor.wait()       # whose rows have all ended
+    batch = prompts | actor.generate_sequences(prompts)
+    actor.forget(uids)
+    """
+
+    overlaps = True
+    """Generation goes on while the controller waits for other pools."""
+
+    def __init__(
+        self,
+        trainer: SplitTrainer,
+        generator: SplitGenerator,
+        pools: Sequence[ResourcePool] = (),
+        *,
+        num_replicas: int = 1,
+        slice_steps: int = 16,
+        bound: int = 0,
+    ) -> None:
+        """`bound`: most updates between drawing a row's first token and training on it; a row over
+        it stops the run."""
+        super().__init__(trainer, generator, pools)
+        self.slice_steps, self.bound = slice_steps, bound
+        self.before_direct: Callable[[], None] = nothing
+        """Called before rows are drawn at once, without having been submitted."""
+        self._slices: deque[Results[Progress]] = deque()
+        self._load = np.zeros(num_replicas, dtype=np.int64)
+        """Rows in flight on each replica."""
+        self._unfinished: dict[int, int] = {}
+        """uid -> rows in flight."""
+        self._replica: dict[RowName, int] = {}
+        self._versions: dict[RowName, tuple[int, int]] = {}
+        """The versions of the first and last token of every row that ended."""
+        self._ended: list[int] = []
+        """uids whose rows have all ended and that poll has not named yet."""
+        self._collected: dict[RowName, tuple[Batch, int]] = {}
+        """Where a collected row stands."""
+        self._must_discard = False
+        self._version: int | None = None
+        self._updated: Metrics | None = None
+        """The metrics of the last update, which name the version."""
+        self._record = StepRecord()
+        if self.overlaps and pools:
+            CALLS.background.add((pools[-1].name, "advance"))
+
+    # Drawing ahead.
+
+    @property
+    def num_in_flight(self) -> int:
+        """Groups that were submitted and that poll has not named."""
+        return len(self._unfinished) + len(self._ended)
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the weights were trained since the generator got them."""
+        return self._changed
+
+    def submit(self, prompts: Batch) -> None:
+        """Starts drawing a response for every row, behind those in flight."""
+        if self._must_discard:
+            start(self._generator.discard)
+            self._must_discard = False
+        names = row_names(prompts)
+        replicas = self._assigned(len(names))
+        for name, replica in zip(names, replicas.tolist(), strict=True):
+            self._replica[name] = replica
+            self._unfinished[name[0]] = self._unfinished.get(name[0], 0) + 1
+        start(self._generator.submit, prompts | Batch.of(replica=torch.from_numpy(replicas)))
+
+    def _assigned(self, num_rows: int) -> np.ndarray:
+        """The replica of every new row: consecutive rows, as many as even out the rows in flight;
+        with none in flight the same as for generate_sequences."""
+        before = self._load.copy()
+        for _ in range(num_rows):
+            self._load[self._load.argmin()] += 1
+        return np.repeat(np.arange(len(self._load)), self._load - before)
+
+    def poll(self) -> list[int]:
+        """The uids whose last row has ended since the last call. Keeps slices going where
+        generation overlaps with other work; does not wait."""
+        while self._slices and self._slices[0].arrived():
+            self._notice(self._slices.popleft())
+        while self.overlaps and self._unfinished and len(self._slices) < SLICES_AHEAD:
+            self._advance()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def wait(self) -> None:
+        """Returns when poll has something to look at."""
+        began = time.perf_counter()
+        if not self._slices:
+            self._advance()
+        self._slices[0].wait()
+        self._record.waited_s += time.perf_counter() - began
+
+    def _advance(self) -> None:
+        self._slices.append(start(self._generator.advance, self.slice_steps))
+
+    def _notice(self, progress_of_replicas: Results[Progress]) -> None:
+        self._record.generating_s += max(progress.seconds for progress in progress_of_replicas)
+        for progress in progress_of_replicas:
+            for uid, sample, first, last in progress.finished:
+                name = uid, sample
+                self._load[self._replica[name]] -= 1
+                self._versions[name] = first, last
+                self._unfinished[uid] -= 1
+                if not self._unfinished[uid]:
+                    del self._unfinished[uid]
+                    self._ended.append(uid)
+
+    def discard(self) -> None:
+        """Forgets all rows; the generator does before the next ones are submitted."""
+        self._slices.clear()
+        self._load[:] = 0
+        for rows in (self._unfinished, self._replica, self._versions, self._collected):
+            rows.clear()
+        self._ended.clear()
+        self._must_discard, self._version, self._updated = True, None, None
+        self._record = StepRecord()
+
+    def forget(self, uids: Sequence[int]) -> None:
+        """The rows of these groups are not asked for any more."""
+        gone = set(uids)
+        for name in [name for name in self._versions if name[0] in gone]:
+            del self._versions[name], self._replica[name]
+            self._collected.pop(name, None)
+
+    # The actor's methods.
+
+    def generate_sequences(
+        self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
+    ) -> Batch:
+        if sampling is None and do_sample and "sample" in prompts:
+            names = row_names(prompts)
+            if all(name in self._versions for name in names):
+                self._check_versions(names)
+                return self._responses(names)
+        self.before_direct()
+        return super().generate_sequences(prompts, sampling, do_sample=do_sample)
+
+    def update_actor(self, batch: Batch) -> Metrics:
+        metrics = super().update_actor(batch)
+        self._updated = metrics
+        record, self._record = self._record, StepRecord()
+        return metrics | Metrics(sources=[lambda: self._metrics(record)])
+
+    def load_checkpoint(self, directory: str, stamp: str | None = None) -> None:
+        self._version, self._updated = None, None
+        super().load_checkpoint(directory, stamp)
+
+    @property
+    def version(self) -> int:
+        """The version of the trainer's weights."""
+        if self._updated is not None:
+            self._version = int(self._updated.get("actor/weight_version", self._version or 0))
+            self._updated = None
+        if self._version is None:
+            self._version = self.current_version()
+        return self._version
+
+    def _check_versions(self, names: Sequence[RowName]) -> None:
+        version = self.version
+        for name in names:
+            first, last = self._versions[name]
+            self._record.staleness.append(version - first)
+            self._record.newest.append(version - last)
+            if version - first > self.bound:
+                raise RuntimeError(
+                    f"the response {name[1]} to prompt {name[0]} was begun by weights of version "
+                    f"{first} and would train version {version}: staleness {version - first}, and "
+                    f"{self.bound} is the bound; this is a mistake in the scheduling of generation"
+                )
+
+    def _responses(self, names: Sequence[RowName]) -> Batch:
+        """The rows in that order."""
+        self._collect([name for name in names if name not in self._collected])
+        parts: list[Batch] = []
+        first_row: dict[int, int] = {}
+        total = 0
+        index = []
+        for batch, row in map(self._collected.__getitem__, names):
+            if id(batch) not in first_row:
+                first_row[id(batch)] = total
+                parts.append(batch)
+                total += len(batch)
+            index.append(first_row[id(batch)] + row)
+        whole = parts[0] if len(parts) == 1 else Batch.concat(parts)
+        return whole.rows(index)
+
+    def _collect(self, names: Sequence[RowName]) -> None:
+        if not names:
+            return
+        uids, samples = zip(*names, strict=True)
+        batch = self._generator.collect(
+            Batch.of(
+                uid=torch.tensor(uids),
+                sample=torch.tensor(samples),
+                replica=torch.tensor([self._replica[name] for name in names]),
+            )
+        )
+        for row, name in enumerate(names):
+            self._collected[name] = batch, row
+
+    def _metrics(self, record: StepRecord) -> dict[str, float]:
+        """staleness/: in versions, of the first token (mean, max) and the last (newest_mean).
+        asynchrony/: the share of the time between two updates in which the generator drew nothing
+        ahead, and in which the controller waited for rows."""
+        elapsed = max(time.perf_counter() - record.began, 1e-9)
+        metrics = {
+            "asynchrony/generator_idle": max(0.0, 1 - record.generating_s / elapsed),
+            "asynchrony/trainer_waits": min(1.0, record.waited_s / elapsed),
+            "asynchrony/groups_in_flight": float(len(self._unfinished)),
+        }
+        if record.staleness:
+            first, last = np.array(record.staleness), np.array(record.newest)
+            metrics |= {
+                "staleness/mean": float(first.mean()),
+                "staleness/max": float(first.max()),
+                "staleness/newest_mean": float(last.mean()),
+                "staleness/versions_per_row": float((first - last + 1).mean()),
+            }
+        return metrics
+
+    # What a checkpoint holds of rows that ended.
+
+    def export(self, uids: Sequence[int]) -> dict[str, Any]:
+        """The responses of these groups as plain JSON data, bit for bit."""
+        wanted = set(uids)
+        names = sorted(name for name in self._versions if name[0] in wanted)
+        if not names:
+            return {}
+        batch = self._responses(names)
+        tokens = {name: batch.ragged(name) for name in RESPONSES}
+        return {
+            "rows": [list(name) for name in names],
+            "lengths": tokens["response_ids"].lengths.tolist(),
+            "num_tokens": batch.tensor("num_tokens").tolist(),
+            "finish_reason": batch.objects("finish_reason"),
+            **{name: packed(ragged.values.numpy()) for name, ragged in tokens.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> list[int]:
+        """Takes back what export returned; the uids of its groups."""
+        if not state:
+            return []
+        lengths = torch.tensor(state["lengths"], dtype=torch.int64)
+        columns: dict[str, Any] = {}
+        for column, dtype in zip(RESPONSES, (np.int64, np.float32, np.int64), strict=True):
+            columns[column] = Ragged(torch.from_numpy(unpacked(state[column], dtype)), lengths)
+        versions = columns["token_version"].unbind()
+        first = torch.tensor([int(row[0]) for row in versions])
+        batch = Batch.of(
+            **columns,
+            finish_reason=state["finish_reason"],
+            num_tokens=torch.tensor(state["num_tokens"]),
+            weight_version=first,
+        )
+        names = [(uid, sample) for uid, sample in state["rows"]]
+        for row, name in enumerate(names):
+            self._versions[name] = int(first[row]), int(versions[row][-1])
+            self._replica[name] = 0
+            self._collected[name] = batch, row
+        return list(dict.fromkeys(uid for uid, _ in names))
+
+
+class ColocatedStreamingActor(StreamingActor):
+    """The same where one worker trains and generates: slices run while the controller waits for
+    rows, until enough of them are there, and never for the longest response. The worker brings the
+    generation engine the weights before a slice, where they have changed."""
+
+    overlaps = False
+
+    def join(self) -> None:
+        self._changed = True
+
+    def sync(self) -> None:
+        """A slice of no steps, so that rows that are submitted after it are of these weights."""
+        self._slices.append(start(self._generator.advance, 0))
+        self._changed = False
+
+
+def packed(values: np.ndarray) -> str:
+    """The array's bytes as text."""
+    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
+
+
+def unpacked(text: str, dtype: Any) -> np.ndarray:
+    """The array of packed(), writable."""
+    return np.frombuffer(base64.b64decode(text), dtype=dtype).copy()
