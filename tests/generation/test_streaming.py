@@ -91,6 +91,15 @@ def test_an_error_in_generate_leaves_nothing_behind(engine: HfEngine) -> None:
     assert engine.num_unfinished == 0
 
 
+def test_a_long_prompt_is_answered_as_far_as_its_own_limit_goes(engine: HfEngine) -> None:
+    """A later turn of an episode: the model has fewer tokens left than max_response_tokens."""
+    prompt, seeds = np.full(90, 7), np.array([3])
+    with pytest.raises(ValueError, match="row 0 has 90 tokens, and with max_response_tokens=20"):
+        engine.submit([prompt], seeds, PLAIN)
+    (key,) = engine.submit([prompt], seeds, PLAIN, np.array([6]))
+    assert len(all_rows(engine)[key].token_ids) == 6
+
+
 def test_a_resubmitted_prefix_goes_on_with_the_same_draws(
     engine: HfEngine, expected: streams.Rows
 ) -> None:

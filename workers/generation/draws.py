@@ -17,7 +17,7 @@ nothing is sorted.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -74,10 +74,12 @@ DrawGroup = tuple[SamplingConfig, Tensor]
 """Settings, and the rows (places in a batch, int64) that are drawn with them."""
 
 
-def draw_groups(samplings: Sequence[SamplingConfig], device: torch.device | str) -> list[DrawGroup]:
-    """The rows of a batch by the settings that decide their draws; `samplings` [rows]."""
+def draw_groups(
+    samplings: Mapping[int, SamplingConfig], device: torch.device | str
+) -> list[DrawGroup]:
+    """Rows (places in a batch) by the settings that decide their draws."""
     places: dict[tuple[float, ...], list[int]] = {}
-    for place, sampling in enumerate(samplings):
+    for place, sampling in samplings.items():
         places.setdefault(draw_settings(sampling), []).append(place)
     groups = []
     for same in places.values():
@@ -95,8 +97,8 @@ def draw_settings(sampling: SamplingConfig) -> tuple[float, ...]:
 def sample_grouped(
     logits: Tensor, seeds: Tensor, positions: Tensor, groups: Sequence[DrawGroup]
 ) -> tuple[Tensor, Tensor]:
-    """sample_tokens for rows of several settings: `groups` hold every row of the batch once."""
-    if len(groups) == 1:
+    """sample_tokens for rows of several settings; rows in no group have undefined results."""
+    if len(groups) == 1 and len(groups[0][1]) == len(seeds):
         return sample_tokens(logits, seeds, positions, groups[0][0])
     ids, log_probs = torch.empty_like(seeds), torch.empty(len(seeds), device=logits.device)
     for sampling, rows in groups:

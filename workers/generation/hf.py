@@ -38,6 +38,7 @@ from workers.generation.padded_batch import PaddedBatch
 from workers.generation.rows import FinishedRow, GrowingRow, StopRule, pop_rows
 from workers.generation.sampling import (
     check_prompts,
+    check_sampling,
     end_token_ids,
     first_positions,
     load_model_config,
@@ -120,8 +121,9 @@ class HfEngine(GenerationEngine):
         positions: NDArray[np.int64] | None = None,
     ) -> list[int]:
         most = most_tokens(len(prompts), sampling, limits)
+        check_sampling(sampling)
         check_prompts(
-            prompts, seeds, sampling, vocab_size=self._vocab_size, max_model_len=self._max_model_len
+            prompts, seeds, most, vocab_size=self._vocab_size, max_model_len=self._max_model_len
         )
         first = first_positions(len(prompts), positions)
         stop = StopRule(stop_token_ids(sampling, self._end_tokens), sampling, self._tokenizer)
@@ -191,7 +193,8 @@ class HfEngine(GenerationEngine):
         running = [row for row in batch.rows if not row.finish_reason]
         seeds = torch.tensor([row.seed for row in batch.rows], device=self._device)
         positions = torch.tensor([row.position for row in batch.rows], device=self._device)
-        groups = draw_groups([row.sampling for row in batch.rows], self._device)
+        samplings = {place: row.sampling for place, row in enumerate(batch.rows)}
+        groups = draw_groups(samplings, self._device)
         ids, log_probs = sample_grouped(batch.read(), seeds, positions, groups)
         for row, token, log_prob in zip(batch.rows, ids.tolist(), log_probs.tolist(), strict=True):
             row.take(token, log_prob, self.weight_version)

@@ -50,29 +50,27 @@ def check_sampling(sampling: SamplingConfig) -> None:
 def check_prompts(
     prompts: Sequence[NDArray[np.int64]],
     seeds: NDArray[np.int64],
-    sampling: SamplingConfig,
+    most: Sequence[int],
     *,
     vocab_size: int,
     max_model_len: int,
 ) -> None:
-    """Raise a ValueError that names the row for a prompt that the model cannot continue by
-    max_response_tokens."""
-    check_sampling(sampling)
+    """Raise a ValueError that names the row for a prompt that the model cannot continue by its
+    `most` tokens."""
     if len(seeds) != len(prompts):
         raise ValueError(
             f"seeds: {len(seeds)} for {len(prompts)} prompts; pass one seed for every row"
         )
-    room = max_model_len - sampling.max_response_tokens
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(
                 f"prompts: row {row} is empty; a prompt needs at least one token (a "
                 "beginning-of-sequence token, say)"
             )
-        if len(prompt) > room:
+        if len(prompt) + most[row] > max_model_len:
             raise ValueError(
                 f"prompts: row {row} has {len(prompt)} tokens, and with "
-                f"max_response_tokens={sampling.max_response_tokens} is over "
+                f"max_response_tokens={most[row]} is over "
                 f"max_model_len={max_model_len}; filter longer prompts, lower max_response_tokens "
                 "or raise generation.max_model_len (and kv_cache_bytes, on a CPU)"
             )

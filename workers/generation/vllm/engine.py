@@ -33,6 +33,7 @@ from workers.generation.draws import Draws
 from workers.generation.rows import FinishedRow, pop_rows
 from workers.generation.sampling import (
     check_prompts,
+    check_sampling,
     end_token_ids,
     first_positions,
     load_model_config,
@@ -172,8 +173,9 @@ class VllmEngine(GenerationEngine):
         positions: NDArray[np.int64] | None = None,
     ) -> list[int]:
         most = most_tokens(len(prompts), sampling, limits)
+        check_sampling(sampling)
         check_prompts(
-            prompts, seeds, sampling, vocab_size=self._vocab_size, max_model_len=self._max_model_len
+            prompts, seeds, most, vocab_size=self._vocab_size, max_model_len=self._max_model_len
         )
         if sampling.stop_strings and not self._has_tokenizer:
             raise ValueError(
@@ -301,8 +303,8 @@ class VllmEngine(GenerationEngine):
         self.weight_version = self._sampler.weight_version = version
 
     def _part_prefixes(self) -> None:
-        """Share no keys and values between what was read before and what is read from now on: vLLM looks
-        prefixes up by their tokens and a salt, and cannot forget those that running rows use."""
+        """Share no keys and values between prefixes read before and from now on: vLLM looks them up
+        by their tokens and a salt, and cannot forget those that running rows use."""
         self._salt += 1
         for request in self.llm.llm_engine.engine_core.engine_core.scheduler.waiting:
             request.cache_salt = str(self._salt)

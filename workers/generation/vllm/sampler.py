@@ -22,6 +22,7 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from workers.generation.config import SamplingConfig
 from workers.generation.draws import Draws, draw_groups, sample_grouped
 
 if TYPE_CHECKING:
@@ -151,13 +152,19 @@ class DrawnBatch:
         self._first = torch.tensor(
             [row.position for row in draws], dtype=torch.int64, device=device
         )
-        self._groups = draw_groups([row.sampling for row in draws], device)
-        self._forced = [(place, row.forced) for place, row in enumerate(draws) if row.forced]
+        self._forced: dict[int, Sequence[int]] = {}
+        samplings: dict[int, SamplingConfig] = {}
+        for place, row in enumerate(draws):
+            if row.forced:
+                self._forced[place] = row.forced
+            else:
+                samplings[place] = row.sampling
+        self._groups = draw_groups(samplings, device)
 
     def draw(self, logits: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids [batch] and log-probs [batch]; `places` [batch]: tokens that each row has."""
         ids, log_probs = sample_grouped(logits, self._seeds, self._first + places, self._groups)
-        for row, forced in self._forced:
+        for row, forced in self._forced.items():
             ids[row] = forced[int(places[row])]
             log_probs[row] = logits[row].float().log_softmax(dim=-1)[ids[row]]
         return ids, log_probs
