@@ -36,7 +36,7 @@ def test_two_pools_do_what_one_process_does(tmp_path: Path) -> None:
     for here, there in zip(alone.numbers(), apart.numbers(), strict=True):
         assert there == pytest.approx(here, rel=1e-4, abs=1e-5)
     for name, weight in alone.weights.items():
-        torch.testing.assert_close(apart.weights[name], weight, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(apart.weights[name], weight, rtol=0, atol=1e-4)
     assert [step["staleness/mean"] for step in apart.metrics] == [0, 1, 1, 1]
 
     settings |= TWO_POOLS | {"data.validation": settings["data.train"]}
