@@ -49,4 +49,5 @@ def test_two_pools_do_what_one_process_does(tmp_path: Path) -> None:
             session.validate()
         assert session.loop.data.position == 8
     assert max(step["staleness/max"] for step in steps) <= 3
-    assert all(step["seconds/generation.advance"] > 0 for step in steps)
+    # Slices that ran during validation are not part of a step.
+    assert sum(step.get("seconds/generation.advance", 0.0) for step in steps) > 0
