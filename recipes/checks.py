@@ -23,6 +23,7 @@ from hybridflow.layout import AXES, Layout
 from hybridflow.registry import Registry
 from recipes.config import NO_MODEL, RunConfig
 from recipes.engine_facts import ask_engine
+from workers.adapter_sync import sends_adapter
 from workers.agents.config import EpisodeScorerConfig
 from workers.config import LearningRateSchedule, LoraConfig, ModelConfig, TrainConfig
 from workers.engines import ENGINES, engine_class
@@ -45,6 +46,7 @@ from workers.losses.surrogates import POLICY_LOSSES, surrogate
 from workers.reward_function import resolve
 from workers.role_config import (
     ActorConfig,
+    AdapterSync,
     CriticConfig,
     JudgeConfig,
     PolicyConfig,
@@ -98,6 +100,8 @@ def check_settings(role: str, config: RoleConfig) -> None:
                 "judge.generation.release_during_training is true, which nothing reads: only the "
                 "actor trains; leave it out"
             )
+    if isinstance(config, ActorConfig):
+        check_adapter_sync(role, config)
     if isinstance(config, ActorConfig) and config.critic_warmup_steps < 0:
         raise ValueError(
             f"{role}.critic_warmup_steps is {config.critic_warmup_steps}; use 0 or more"
@@ -106,6 +110,15 @@ def check_settings(role: str, config: RoleConfig) -> None:
         raise ValueError(f"{role}.num_epochs is {config.num_epochs}; use at least 1")
     if isinstance(config, PolicyConfig) and config.passes_per_batch < 1:
         raise ValueError(f"{role}.passes_per_batch is {config.passes_per_batch}; use at least 1")
+
+
+def check_adapter_sync(role: str, config: ActorConfig) -> None:
+    """It is set where there is an adapter only."""
+    if not config.train.lora.enabled and config.adapter_sync is not AdapterSync.auto:
+        raise ValueError(
+            f"{role}.adapter_sync is {config.adapter_sync.value}, which nothing reads without an "
+            f"adapter; set {role}.train.lora.rank, or leave it out"
+        )
 
 
 def check_train(field: str, config: TrainConfig) -> None:
@@ -348,6 +361,8 @@ def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> 
     try:
         if not (isinstance(config, JudgeConfig) and config.verdict is VerdictKind.written):
             _check_train_layout(config.model, config.train, head, num_devices)
+        if isinstance(config, ActorConfig):
+            sends_adapter(config)
         if isinstance(config, ActorConfig) or (
             isinstance(config, JudgeConfig) and config.verdict is VerdictKind.written
         ):

@@ -22,6 +22,7 @@ from hybridflow.layout import Layout
 from hybridflow.resharding import ParameterSpec
 from hybridflow.results import Metrics
 from workers.actor_training import ActorTrainingWorker
+from workers.adapter_sync import sends_adapter
 from workers.engines.base import LossFn
 from workers.generation.config import SamplingConfig
 from workers.layouts import generation_grouping, training_layout
@@ -54,16 +55,17 @@ class ActorWorker(ActorTrainingWorker, Actor, StreamingGenerator):
         self._state_offloaded = False
         """For generation: to_training brings it back."""
         layout = self.layouts(config, context.world_size)["generation"]
+        adapter = sends_adapter(config)
         if self._releases:
             # The engine measures and takes its share of the device while nothing else is there, and
             # sleeps while the trainer is built.
-            self.sampler = self.sampler_class(config, context, layout)
+            self.sampler = self.sampler_class(config, context, layout, adapter=adapter)
             self.release_generation()
         super().__init__(config, context)
         if self._releases:
             self.pool_memory.holders.add(self)
         else:
-            self.sampler = self.sampler_class(config, context, layout)
+            self.sampler = self.sampler_class(config, context, layout, adapter=adapter)
         self.stream = RowStream(self.sampler)
         tolerance, vocab_size = probe_settings(config)
         self.sync = WeightSync(
@@ -74,9 +76,10 @@ class ActorWorker(ActorTrainingWorker, Actor, StreamingGenerator):
             vocab_size=vocab_size,
             node=context.node,
             share_memory=not self._releases,
+            adapter=adapter,
         )
         specs = []
-        for parameter in self.engine.local_parameters():
+        for parameter in self.sync.make_source().parameters:
             dtype = str(parameter.dtype).removeprefix("torch.")
             specs.append(ParameterSpec(parameter.name, parameter.shape, dtype))
         if self._releases:

@@ -25,6 +25,17 @@ class Consistency(StrEnum):
     error = "error"
 
 
+class AdapterSync(StrEnum):
+    """The form in which a weight sync sends a policy with an adapter."""
+
+    auto = "auto"
+    """The adapter where the generation engine can take it, the merged weights elsewhere."""
+    adapter = "adapter"
+    """The small matrices alone; the engine computes with base and adapter."""
+    merged = "merged"
+    """The weights with the adapter in them; the engine computes as with any weights."""
+
+
 @dataclass(kw_only=True)
 class ActorConfig:
     """The policy: trained by `train`, sampled by `generation`."""
@@ -41,6 +52,8 @@ class ActorConfig:
     judge it first."""
     report_entropy: bool = True
     """Log the policy's entropy even where the loss does not need it."""
+    adapter_sync: AdapterSync = AdapterSync.auto
+    """With train.lora: what a weight sync sends."""
     probe_tolerance: float = -1.0
     """Largest mean difference of the probe's log-probs between trainer and generation engine after
     a sync; the run stops above it.

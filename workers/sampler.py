@@ -47,9 +47,10 @@ class Sampler:
         layout: Layout,
         *,
         load_weights: bool = False,
+        adapter: bool = False,
     ) -> None:
-        """Builds the generation engine; `load_weights=False` where a trainer will send them.
-        Collective over the pool."""
+        """Builds the generation engine; `load_weights=False` where a trainer will send them,
+        `adapter` where it will send an adapter alone. Collective over the pool."""
         self.config, self.context = config, context
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._vocab_size = int(load_model_config(config.model).vocab_size)
@@ -58,8 +59,9 @@ class Sampler:
             model=config.model,
             config=config.generation,
             context=context,
-            load_weights=load_weights,
+            load_weights=load_weights or adapter,
             layout=layout,
+            **({"lora": config.train.lora} if adapter else {}),
         )
 
     def generate(

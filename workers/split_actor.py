@@ -27,6 +27,7 @@ from hybridflow.snapshots.files import Written
 from hybridflow.snapshots.flush import Flushed
 from workers.actor import sync_metrics
 from workers.actor_training import ActorTrainingWorker
+from workers.adapter_sync import sends_adapter
 from workers.generation.config import SamplingConfig
 from workers.layouts import generation_layout, training_layout
 from workers.losses.config import DPOLossConfig
@@ -76,6 +77,7 @@ class SplitTrainingWorker(ActorTrainingWorker, SplitTrainer):
             vocab_size=vocab_size,
             node=context.node,
             group=group,
+            adapter=sends_adapter(self.config),
         )
 
     def sync_weights(self) -> dict[str, float]:
@@ -99,7 +101,10 @@ class GenerationWorker(SplitGenerator):
                 "its own; set it to false"
             )
         self.sampler = self.sampler_class(
-            self.config, context, self.layouts(config, context.world_size)["generation"]
+            self.config,
+            context,
+            self.layouts(config, context.world_size)["generation"],
+            adapter=sends_adapter(self.config),
         )
         self.stream = RowStream(self.sampler)
 
@@ -131,6 +136,7 @@ class GenerationWorker(SplitGenerator):
             vocab_size=vocab_size,
             node=context.node,
             group=group,
+            adapter=sends_adapter(self.config),
         )
 
     def sync_weights(self) -> dict[str, float]:

@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from hybridflow.resharding import (
     verify,
 )
 from hybridflow.resharding.transport import rank_in
-from workers.engines.base import TrainingEngine
+from workers.engines.base import TrainingEngine, WeightSource
 from workers.generation.base import GenerationEngine
 from workers.generation.weight_destination import WeightDestination
 from workers.sequences import Sequences
@@ -88,10 +87,12 @@ class WeightSync:
         node: str = "",
         group: dist.ProcessGroup | None = None,
         share_memory: bool = False,
+        adapter: bool = False,
     ) -> None:
         """`group`: all ranks of both sides, those that train first (None: the pool). `node`:
         this rank's machine. `share_memory`: the generation engine may compute with the
-        trainer's memory, because neither side ever gives its weights' memory back."""
+        trainer's memory, because neither side ever gives its weights' memory back. `adapter`: the
+        generation engine has the base, and is sent an adapter alone."""
         self.engine = engine
         self.generator = generator
         self.group = group
@@ -103,8 +104,10 @@ class WeightSync:
         self.last: SyncReport | None = None
         self.attestor: Attestor | None = None
         """None before the first sync."""
+        self.adapter = adapter
         self._make_destination = make_destination
         self._executor: Executor | None = None
+        self._source = WeightSource(parameters=[])
 
     def run(self, version: int = 0) -> SyncReport:
         """Moves, attests, commits and probes; raises AttestationError where the two sides differ.
@@ -119,7 +122,9 @@ class WeightSync:
         times.append(device_time())
         if self.destination is not None:
             self.destination.restore()
-        with self._latest_weights():
+        if self._executor is None:
+            self._source = self.make_source()
+        with self._source.latest():
             if self._executor is None or self.attestor is None:
                 with activity("compiling the resharding plan"):
                     self._executor, self.attestor = self._prepare()
@@ -168,15 +173,20 @@ class WeightSync:
             self.destination = self._make_destination(parameters)
         return self.destination
 
+    def make_source(self) -> WeightSource:
+        """This rank's side of a sync: nothing where it does not train."""
+        if self.engine is None:
+            return WeightSource(parameters=[])
+        return self.engine.weight_source(adapter=self.adapter)
+
     def _prepare(self) -> tuple[Executor, Attestor]:
-        sources = self.engine.local_parameters() if self.engine is not None else []
+        sources, transient = self._source.parameters, self._source.transient
         source = ShardMap.gather(sources, self.group)
         destination = (
             self.make_destination(source.parameters) if self.generator is not None else None
         )
-        if destination is not None and self.share_memory and self.engine is not None:
-            merged = self.engine.merged_names
-            destination.share([source for source in sources if source.name not in merged])
+        if destination is not None and self.share_memory:
+            destination.share([source for source in sources if source.name not in transient])
         destinations = destination.destinations() if destination is not None else []
         plan = make_plan(
             source, ShardMap.gather(destinations, self.group), machines(self.node, self.group)
@@ -187,13 +197,6 @@ class WeightSync:
         return Executor(plan, sources, destinations, self.group), Attestor(
             plan.source, sources, plan.target, destinations, self.group
         )
-
-    def _latest_weights(self) -> AbstractContextManager[None]:
-        """Within, the trainer's shards hold its weights, those with an adapter merged in too."""
-        if self.engine is None:
-            return nullcontext()
-        self.engine.local_parameters()  # so that there is memory to merge into
-        return self.engine.merged()
 
     def _announce(self, version: int) -> tuple[int, Tensor]:
         """The trainer's version and its log-probs of the probe [tokens - 1], on every rank of

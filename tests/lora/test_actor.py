@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +20,11 @@ from tests.matrix import matrix
 from workers.actor import ActorWorker
 from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.generation.config import GenerationConfig, SamplingConfig
+from workers.generation.vllm.adapter import VllmAdapter
+from workers.generation.vllm.destination import VllmShards
 from workers.reference import ReferenceWorker
-from workers.role_config import ActorConfig, ReferenceConfig
+from workers.role_config import ActorConfig, AdapterSync, ReferenceConfig
+from workers.weight_sync import WeightSync
 
 MADE: list[ActorWorker | ReferenceWorker] = []
 FAMILIES = matrix(["qwen3"], ["llama", "gemma3_text"])
@@ -68,8 +72,9 @@ def pool() -> Iterator[LocalPool]:
         yield pool
 
 
-def actor_config(path: Path, engine: str) -> ActorConfig:
+def actor_config(path: Path, engine: str, sync: AdapterSync) -> ActorConfig:
     return ActorConfig(
+        adapter_sync=sync,
         model=ModelConfig(path=str(path)),
         train=TrainConfig(
             precision=Precision.fp32,
@@ -92,10 +97,12 @@ def prompts() -> Batch:
     return Batch.of(prompt_ids=Ragged(ids, lengths), uid=torch.arange(4))
 
 
-def check_actor(path: Path, engine: str, pool: LocalPool) -> None:
+def check_actor(
+    path: Path, engine: str, pool: LocalPool, sync: AdapterSync = AdapterSync.auto
+) -> WeightSync:
     """Three generations with an update before the second and the third: the engine scores what it
     drew as the trainer does, and draws with other weights each time."""
-    actor = spawn(ObservedActor, pool, actor_config(path, engine), role="actor")
+    actor = spawn(ObservedActor, pool, actor_config(path, engine, sync), role="actor")
     config = ReferenceConfig(
         model=ModelConfig(path=str(path)), train=TrainConfig(precision=Precision.fp32)
     )
@@ -123,6 +130,7 @@ def check_actor(path: Path, engine: str, pool: LocalPool) -> None:
             again = reference.compute_ref_log_prob(first).local(["ref_log_probs"])
             assert torch.equal(again.ragged("ref_log_probs").values, base), "the base has not"
         assert actor.update_supervised(batch)["actor/grad_norm"] > 0
+    return trainer.sync
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,9 +139,26 @@ def test_hf_generates_with_the_latest_adapter(pool: LocalPool, tmp_path: Path, f
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vllm_generates_with_the_latest_adapter(
-    pool: LocalPool, tmp_path: Path, family: str
-) -> None:
-    """The gap of log-probs stays under 1e-5 after the second and third sync, with changed weights
-    (finding T1)."""
-    check_actor(save_model(tmp_path / family, family), "vllm", pool)
+def test_vllm_takes_the_adapter_alone(pool: LocalPool, tmp_path: Path, family: str) -> None:
+    """The gap of log-probs stays under 1e-5 after the second and third sync, with changed weights.
+    Every matrix of the adapter has its place (finding T1), and nothing else is sent."""
+    sync = check_actor(save_model(tmp_path / family, family), "vllm", pool)
+    assert isinstance(sync.destination, VllmAdapter)
+    written = {}
+    for parameter in sync.destination.destinations():
+        written[parameter.name] = sum(shard.box.numel for shard in parameter.shards)
+        assert written[parameter.name] == math.prod(parameter.shape), parameter.name
+    assert len(written) == 2 * 7 * 2, "A and B of seven layers in each of two blocks"
+    widths = {"q": (64, 128), "k": (64, 64), "v": (64, 64), "o": (128, 64)}
+    inner = [(64, 96), (64, 96), (96, 64)]
+    expected = 2 * sum(8 * (rows + columns) for rows, columns in [*widths.values(), *inner])
+    assert sum(written.values()) == expected
+    assert sync.certificate.received_total == sync.certificate.bound_total
+    assert sync.certificate.model_bytes == 4 * expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vllm_takes_merged_weights(pool: LocalPool, tmp_path: Path, family: str) -> None:
+    """The same with the adapter merged into the weights."""
+    sync = check_actor(save_model(tmp_path / family, family), "vllm", pool, AdapterSync.merged)
+    assert isinstance(sync.destination, VllmShards)

@@ -43,9 +43,12 @@ CASES = [
     Case(world_size=2),
     Case(world_size=2, head=Head.value, layered=True),
     Case(world_size=4, family="qwen3", layered=True, targets=("q_proj", "v_proj")),
+    Case(engine="deepspeed", world_size=2, zero=2),
+    Case(engine="deepspeed", world_size=2, zero=3, family="qwen3"),
 ]
 SLOW = [
     Case(head=Head.score),
+    Case(engine="deepspeed", world_size=2, zero=1, head=Head.value),
     Case(world_size=2, family="gemma3_text"),
     Case(world_size=4),
 ]

@@ -15,7 +15,7 @@ from tests.engines.fsdp_workers import data_rows
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
 from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines import engine_class
-from workers.engines.base import Head, Outputs
+from workers.engines.base import Head, Outputs, WeightSource
 from workers.engines.fsdp import sharding
 from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.sequences import Sequences
@@ -125,7 +125,7 @@ def train(rank: int, root: Path, case: Case) -> Result:
     engine = make_engine(case, root, rank)
     rows = [own_rows(engine, batch, rank) for batch in batches()]
     outputs = engine.forward(rows[0], entropy=True, temperature=TEMPERATURE)
-    base_before = whole(engine, engine._held_parameters())
+    base_before = whole(engine, engine.local_parameters())
     engine.save_pretrained(root / f"{case.name}.first")
     metrics = []
     for number, batch in enumerate(rows):
@@ -136,10 +136,10 @@ def train(rank: int, root: Path, case: Case) -> Result:
     with engine.base_only():
         base_outputs = engine.forward(rows[0], entropy=True, temperature=TEMPERATURE)
     engine.save_pretrained(root / f"{case.name}.last")
-    parameters = engine.local_parameters()
-    with engine.merged():
-        merged = whole(engine, parameters)
-    assert not any(memory_of_merged(engine)), "merged weights take no memory between syncs"
+    source = engine.weight_source()
+    with source.latest():
+        merged = whole(engine, source.parameters)
+    assert not any(memory_of(source)), "merged weights take no memory between syncs"
     trained = engine._gathered_trained()
     check_resumed(rank, root, case, metrics[2], trained)
     return Result(
@@ -147,17 +147,17 @@ def train(rank: int, root: Path, case: Case) -> Result:
         outputs=outputs,
         base_outputs=base_outputs,
         base_before=base_before,
-        base_after=whole(engine, engine._held_parameters()),
+        base_after=whole(engine, engine.local_parameters()),
         trained=trained,
         merged=merged,
         metrics=metrics,
     )
 
 
-def memory_of_merged(engine: ShardedEngine) -> list[int]:
+def memory_of(source: WeightSource) -> list[int]:
     sizes = []
-    for parameter in engine.local_parameters():
-        if parameter.name in engine.merged_names:
+    for parameter in source.parameters:
+        if parameter.name in source.transient:
             sizes += [shard.tensor.untyped_storage().nbytes() for shard in parameter.shards]
     return sizes
 

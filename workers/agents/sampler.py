@@ -47,8 +47,9 @@ class EpisodeSampler(Sampler):
         layout: Layout,
         *,
         load_weights: bool = False,
+        adapter: bool = False,
     ) -> None:
-        super().__init__(config, context, layout, load_weights=load_weights)
+        super().__init__(config, context, layout, load_weights=load_weights, adapter=adapter)
         self.interface = as_episode(config.environment)
         tokenizer = load_tokenizer(config.model)
         self._tokenizer = tokenizer

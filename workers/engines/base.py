@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -61,6 +61,17 @@ LossFn = Callable[[Outputs, Sequences], tuple[Tensor, dict[str, Tensor]]]
 weights already hold the global normalisation (1 / tokens of the whole mini-batch over all
 ranks, say), so that adding them over micro-batches and data ranks gives the value for the
 mini-batch, however it was cut. A micro-batch without scored tokens must give 0 with a graph."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightSource:
+    """This rank's shards of what a weight sync sends."""
+
+    parameters: list[LocalParameter]
+    transient: frozenset[str] = frozenset()
+    """Parameters whose memory is there within `latest` only."""
+    latest: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Within, the memory holds the trainer's present weights. Collective."""
 
 
 class TrainingEngine(ABC):
@@ -168,18 +179,13 @@ class TrainingEngine(ABC):
     @abstractmethod
     def local_parameters(self) -> list[LocalParameter]:
         """The rank's shards of every logical parameter of the model (all names on every rank,
-        in the same order); no adapters, see merged_names."""
+        in the same order), an adapter's matrices among them."""
 
-    @property
-    def merged_names(self) -> frozenset[str]:
-        """The parameters whose weights local_parameters shows with an adapter merged into them:
-        their memory is there within `merged` only."""
-        return frozenset()
-
-    @contextmanager
-    def merged(self) -> Iterator[None]:
-        """Within, local_parameters' memory of merged_names holds the latest weights. Collective."""
-        yield
+    def weight_source(self, *, adapter: bool = False) -> WeightSource:
+        """The shards for a weight sync: the model with an adapter merged into it, or (`adapter`) the
+        adapter alone, as A and scale * B."""
+        assert not adapter, "this engine has no adapter"
+        return WeightSource(parameters=self.local_parameters())
 
     def has_base(self, model: ModelConfig, config: TrainConfig) -> bool:
         """Whether forward within `base_only` gives what an engine of its own with these settings

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.resharding import ParameterSpec
-from workers.config import ModelConfig
+from workers.config import LoraConfig, ModelConfig
 from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
 from workers.generation.rows import FinishedRow
 from workers.generation.weight_destination import FullWeights, WeightDestination
@@ -115,6 +115,15 @@ class GenerationEngine(ABC):
         """Refuse before the start a model whose weights an actor can't bring to the engine, as
         check_model does. Nothing by default."""
         del model
+
+    @classmethod
+    def takes_adapter(
+        cls, model: PretrainedConfig, config: GenerationConfig, lora: LoraConfig
+    ) -> bool:
+        """Whether the engine, built with `lora`, loads the base itself and takes an adapter alone:
+        its weight_destination is then one of the matrices A and scale * B."""
+        del model, config, lora
+        return False
 
     @abstractmethod
     def __init__(

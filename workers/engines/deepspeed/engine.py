@@ -52,6 +52,7 @@ class DeepspeedEngine(ShardedEngine):
     weights (3). Every rank is a data rank."""
 
     library: ClassVar[str] = "deepspeed"
+    trains_adapters = True
 
     @classmethod
     def check(
@@ -88,7 +89,7 @@ class DeepspeedEngine(ShardedEngine):
         self._partitions: Partitions | None = None
         if self._zero.adam is not None:
             self._partitions = partitions(
-                self._zero.engine.optimizer, self._zero.adam, self._zero.parameters
+                self._zero.engine.optimizer, self._zero.adam, self._zero.trained
             )
             self._restore_originals(self._partitions)
 
@@ -124,7 +125,7 @@ class DeepspeedEngine(ShardedEngine):
         rate = self._update(owned)
         return {**metrics_of_group(metrics, None), "grad_norm": grad_norm, "learning_rate": rate}
 
-    def _held_parameters(self) -> list[LocalParameter]:
+    def local_parameters(self) -> list[LocalParameter]:
         result = []
         for name, shape in self._zero.shapes.items():
             shards = tuple(self._shards(shape, self._zero.parameters[name]))
@@ -234,7 +235,7 @@ class DeepspeedEngine(ShardedEngine):
 
     def _in_boxes(self, flats: list[Tensor]) -> list[LocalParameter]:
         """This rank's ranges of every parameter in flat buffers, as boxes; the tensors are views."""
-        shapes = self._zero.shapes
+        shapes = {name: self._zero.shapes[name] for name in self._zero.trained}
         shards: dict[str, list[LocalShard]] = {}
         for piece in self._owned.fragments:
             flat = piece.of(flats[piece.group])

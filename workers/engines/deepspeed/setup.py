@@ -127,6 +127,11 @@ class ZeroModel:
             if config.zero_stage == 3:
                 deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=self.dtype)
         self.parameters: dict[str, nn.Parameter] = dict(source.model.named_parameters())
+        self.trained = {
+            name: parameter
+            for name, parameter in self.parameters.items()
+            if parameter.requires_grad
+        }
         self.adam = self._build_adam() if trains else None
         self.engine: Any = None
         if trains or config.zero_stage == 3:
@@ -153,7 +158,7 @@ class ZeroModel:
                 continue
             full = parameter.data
             parameter.data = full.to(self.dtype)
-            if keeps and not torch.equal(parameter.data.float(), full):
+            if keeps and parameter.requires_grad and not torch.equal(parameter.data.float(), full):
                 flat = full.reshape(-1)
                 if self.config.zero_stage == 3:
                     size = -(-len(flat) // dist.get_world_size())
@@ -162,7 +167,7 @@ class ZeroModel:
 
     def _build_adam(self) -> torch.optim.AdamW:
         decays, others = [], []
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.trained.items():
             if len(self.shapes[name]) >= 2:
                 decays.append(parameter)
             else:

@@ -167,7 +167,7 @@ class FsdpEngine(ShardedEngine):
             "learning_rate": rate,
         }
 
-    def _held_parameters(self) -> list[LocalParameter]:
+    def local_parameters(self) -> list[LocalParameter]:
         # Who writes to the views must not find gathered copies of before.
         self._reshard()
         return logical_parameters(self._parameters, self._parts, self._local, copies=True)
@@ -272,7 +272,7 @@ class FsdpEngine(ShardedEngine):
         self._drop_gradients()
 
     def _master_parameters(self) -> list[LocalParameter]:
-        return self._held_parameters()
+        return self.local_parameters()
 
     def _drop_gradients(self) -> None:
         for name, parameter in self._parameters.items():

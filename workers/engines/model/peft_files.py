@@ -85,6 +85,11 @@ class PeftFiles:
         )
 
 
+def adapter_rank(config: LoraConfig) -> int:
+    """The rank of the adapter that the settings ask for."""
+    return config.rank if config.adapter is None else int(read_settings(config.adapter)["r"])
+
+
 def read_settings(directory: str) -> dict[str, Any]:
     """adapter_config.json, after a look at what it asks for."""
     path = Path(directory) / CONFIG

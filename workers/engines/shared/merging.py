@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,19 +26,64 @@ WEIGHT = ".weight"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _MergedShard:
-    """A box of a weight, and where it goes with the adapter merged in."""
+class _Result:
+    """A box of a frozen or trained parameter, and the memory for what is sent in its place."""
 
     layer: str
-    base: LocalShard
-    result: Tensor
+    source: LocalShard
+    memory: Tensor
 
 
-class MergedWeights:
-    """merging = MergedWeights(held, adapter, gather)
-    with merging.filled():
-        executor.run()      # with merging.parameters as sources
+class TransientWeights(ABC):
+    """source = MergedWeights(held, adapter, matrices)
+    with source.filled():
+        executor.run()      # with source.parameters as sources
     """
+
+    def __init__(self) -> None:
+        self.parameters: list[LocalParameter] = []
+        """The parameters to send; `names` of them in memory that is there within `filled` only."""
+        self._results: list[_Result] = []
+
+    @property
+    def names(self) -> frozenset[str]:
+        memory = {id(result.memory) for result in self._results}
+        names = []
+        for parameter in self.parameters:
+            if any(id(shard.tensor) in memory for shard in parameter.shards):
+                names.append(parameter.name)
+        return frozenset(names)
+
+    @contextmanager
+    def filled(self) -> Iterator[None]:
+        """Within, what is sent is the adapter as it is now. Collective."""
+        try:
+            with torch.no_grad():
+                self._fill()
+            yield
+        finally:
+            for result in self._results:
+                result.memory.untyped_storage().resize_(0)
+
+    @abstractmethod
+    def _fill(self) -> None:
+        """Compute every result into its memory."""
+
+    def _add(self, layer: str, parameter: LocalParameter) -> None:
+        """Sends a parameter from memory of its own."""
+        shards = []
+        for source in parameter.shards:
+            memory = torch.empty(
+                source.box.shape, dtype=parameter.dtype, device=source.tensor.device
+            )
+            memory.untyped_storage().resize_(0)
+            self._results.append(_Result(layer=layer, source=source, memory=memory))
+            shards.append(replace(source, tensor=memory))
+        self.parameters.append(replace(parameter, shards=tuple(shards)))
+
+
+class MergedWeights(TransientWeights):
+    """The model with the adapter merged into it."""
 
     def __init__(
         self,
@@ -47,48 +93,44 @@ class MergedWeights:
     ) -> None:
         """`held`: this rank's shards of the model, the adapter's among them. `matrices`: the
         adapter's, whole, by name; collective."""
+        super().__init__()
         self._scale, self._matrices = adapter.scale, matrices
-        self._merged: list[_MergedShard] = []
-        self.parameters: list[LocalParameter] = []
-        """The model's, without the adapter's; those of adapted layers in memory that is there
-        within `filled` only."""
         layers = set(adapter.layers)
         for parameter in held:
-            if parameter.name.endswith((f".{LORA_A}", f".{LORA_B}")):
-                continue
             layer = parameter.name.removesuffix(WEIGHT)
             if layer in layers and parameter.name.endswith(WEIGHT):
-                parameter = self._with_memory(layer, parameter)
-            self.parameters.append(parameter)
+                self._add(layer, parameter)
+            elif not parameter.name.endswith((f".{LORA_A}", f".{LORA_B}")):
+                self.parameters.append(parameter)
 
-    def _with_memory(self, layer: str, parameter: LocalParameter) -> LocalParameter:
-        shards = []
-        for shard in parameter.shards:
-            result = torch.empty(shard.box.shape, dtype=parameter.dtype, device=shard.tensor.device)
-            result.untyped_storage().resize_(0)
-            self._merged.append(_MergedShard(layer=layer, base=shard, result=result))
-            shards.append(replace(shard, tensor=result))
-        return replace(parameter, shards=tuple(shards))
-
-    @contextmanager
-    def filled(self) -> Iterator[None]:
-        """Within, the merged weights are those of the adapter as it is now. Collective."""
+    def _fill(self) -> None:
         matrices = self._matrices()
-        try:
-            with torch.no_grad():
-                for shard in self._merged:
-                    self._merge(shard, matrices)
-            yield
-        finally:
-            for shard in self._merged:
-                shard.result.untyped_storage().resize_(0)
+        for result in self._results:
+            base, memory = result.source, result.memory
+            memory.untyped_storage().resize_(memory.nbytes)
+            rows, columns = base.box.slices
+            a, b = matrices[f"{result.layer}.{LORA_A}"], matrices[f"{result.layer}.{LORA_B}"]
+            merged = torch.addmm(base.tensor.float(), b[rows], a[:, columns], alpha=self._scale)
+            memory.copy_(merged)
 
-    def _merge(self, shard: _MergedShard, matrices: Mapping[str, Tensor]) -> None:
-        shard.result.untyped_storage().resize_(shard.result.nbytes)
-        rows, columns = shard.base.box.slices
-        a, b = matrices[f"{shard.layer}.{LORA_A}"], matrices[f"{shard.layer}.{LORA_B}"]
-        merged = torch.addmm(shard.base.tensor.float(), b[rows], a[:, columns], alpha=self._scale)
-        shard.result.copy_(merged)
+
+class ScaledMatrices(TransientWeights):
+    """The adapter alone: A as it is, and scale * B, which is rounded once to what the generation
+    engine computes with."""
+
+    def __init__(self, held: Sequence[LocalParameter], adapter: Adapter) -> None:
+        super().__init__()
+        self._scale = adapter.scale
+        for parameter in held:
+            if parameter.name.endswith(f".{LORA_A}"):
+                self.parameters.append(parameter)
+            elif parameter.name.endswith(f".{LORA_B}"):
+                self._add(parameter.name.removesuffix(f".{LORA_B}"), parameter)
+
+    def _fill(self) -> None:
+        for result in self._results:
+            result.memory.untyped_storage().resize_(result.memory.nbytes)
+            torch.mul(result.source.tensor.detach(), self._scale, out=result.memory)
 
 
 def gather_whole(parameters: Sequence[LocalParameter], device: torch.device) -> dict[str, Tensor]:

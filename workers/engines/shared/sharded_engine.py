@@ -21,7 +21,7 @@ from hybridflow.resharding.shards import LocalParameter
 from hybridflow.snapshots.files import file_name, write_snapshot
 from hybridflow.snapshots.reading import SnapshotFiles
 from workers.config import ModelConfig, TrainConfig
-from workers.engines.base import Head, TrainingEngine
+from workers.engines.base import Head, TrainingEngine, WeightSource
 from workers.engines.model.conversion import as_stored
 from workers.engines.model.loading import (
     ModelSource,
@@ -33,7 +33,13 @@ from workers.engines.model.lora import Adapter, attach
 from workers.engines.model.peft_files import write_adapter
 from workers.engines.shared.export import write_configs, write_safetensors
 from workers.engines.shared.gather import gather_objects
-from workers.engines.shared.merging import MergedWeights, base_digest, gather_whole
+from workers.engines.shared.merging import (
+    MergedWeights,
+    ScaledMatrices,
+    TransientWeights,
+    base_digest,
+    gather_whole,
+)
 from workers.engines.shared.micro_batches import (
     MicroBatch,
     chosen_tokens,
@@ -87,6 +93,10 @@ class ShardedEngine(TrainingEngine):
         self.adapter: Adapter | None = None
         if config.lora.enabled:
             self.adapter = attach(source, config.lora, head, seed)
+        trained = set[str]()
+        for name, parameter in source.model.named_parameters():
+            if parameter.requires_grad:
+                trained.add(name)
         self._hf_config = copy.deepcopy(source.model.config)
         self._hf_config.architectures = [type(source.model).__name__]
         self._hf_config.dtype = self._saved_dtype = saved_dtype(model, published)
@@ -94,20 +104,15 @@ class ShardedEngine(TrainingEngine):
         self._cutting = cutting_of(config, source.model)
         self._state_on_host = False
         self._build(source, trains=trains)
-        self._merging: MergedWeights | None = None
         self._base_digest = 0
         if self.adapter is not None:
-            self._base_digest = base_digest(self._held_parameters(), self._trained_names())
+            self._base_digest = base_digest(self.local_parameters(), trained)
         if config.offload_optimizer:
             self.offload()
 
     @abstractmethod
     def _build(self, source: ModelSource, *, trains: bool) -> None:
         """This rank's part of the model, and the optimizer; collective."""
-
-    @abstractmethod
-    def _held_parameters(self) -> list[LocalParameter]:
-        """This rank's shards of everything that the model has, an adapter's matrices among it."""
 
     @abstractmethod
     def _master_parameters(self) -> list[LocalParameter]:
@@ -121,27 +126,18 @@ class ShardedEngine(TrainingEngine):
     def _move_state(self, device: torch.device) -> None:
         """Move the optimizer's states, and master weights that are not the working ones."""
 
-    def local_parameters(self) -> list[LocalParameter]:
-        held = self._held_parameters()
+    def weight_source(self, *, adapter: bool = False) -> WeightSource:
         if self.adapter is None:
-            return held
-        if self._merging is None:
-            self._merging = MergedWeights(held, self.adapter, self._gathered_trained)
-        return self._merging.parameters
-
-    @property
-    def merged_names(self) -> frozenset[str]:
-        if self.adapter is None:
-            return frozenset()
-        return frozenset(f"{layer}.weight" for layer in self.adapter.layers)
-
-    @contextmanager
-    def merged(self) -> Iterator[None]:
-        if self._merging is None:
-            yield
-            return
-        with self._merging.filled():
-            yield
+            return super().weight_source(adapter=adapter)
+        held = self.local_parameters()
+        transient: TransientWeights = MergedWeights(held, self.adapter, self._gathered_trained)
+        if adapter:
+            transient = ScaledMatrices(held, self.adapter)
+        return WeightSource(
+            parameters=transient.parameters,
+            transient=transient.names,
+            latest=transient.filled,
+        )
 
     def has_base(self, model: ModelConfig, config: TrainConfig) -> bool:
         if self.adapter is None or self.head is not Head.lm or config.lora.enabled:
@@ -159,10 +155,6 @@ class ShardedEngine(TrainingEngine):
             return
         with torch.no_grad(), self.adapter.switched_off():
             yield
-
-    def _trained_names(self) -> set[str]:
-        trained = self.state(moments=False, copies=False)
-        return {parameter.name.removeprefix(f"{MODEL}.") for parameter in trained}
 
     def _gathered_trained(self) -> dict[str, Tensor]:
         """Every trained parameter, whole on every rank, where there is an adapter: they are

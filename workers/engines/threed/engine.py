@@ -125,7 +125,7 @@ class ThreeDEngine(ShardedEngine):
         combined = metrics_of_some(metrics if counts else {})
         return {**combined, "grad_norm": grad_norm, "learning_rate": rate}
 
-    def _held_parameters(self) -> list[LocalParameter]:
+    def local_parameters(self) -> list[LocalParameter]:
         shards: dict[str, list[LocalShard]] = {}
         for group in self._share.groups:
             for piece, view in zip(group.pieces, group.views(group.weights), strict=True):

@@ -26,7 +26,7 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.progress import activity
 from hybridflow.resharding import ParameterSpec
-from workers.config import ModelConfig
+from workers.config import LoraConfig, ModelConfig
 from workers.generation.base import GenerationEngine
 from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
 from workers.generation.draws import Draws
@@ -40,6 +40,7 @@ from workers.generation.sampling import (
     most_tokens,
     stop_token_ids,
 )
+from workers.generation.vllm.adapter import VllmAdapter, has_slot, take_slot
 from workers.generation.vllm.build import check_build
 from workers.generation.vllm.destination import VllmShards
 from workers.generation.vllm.groups import build_vllm_groups
@@ -59,6 +60,7 @@ from workers.generation.vllm.setup import (
     sums_through_peers,
     vllm_environment,
 )
+from workers.generation.weight_destination import WeightDestination
 from workers.precision import with_native_precision
 
 if TYPE_CHECKING:
@@ -89,6 +91,12 @@ class VllmEngine(GenerationEngine):
         check_fits(model, config)
 
     @classmethod
+    def takes_adapter(
+        cls, model: PretrainedConfig, config: GenerationConfig, lora: LoraConfig
+    ) -> bool:
+        return config.pp == 1 and has_slot(model, lora)
+
+    @classmethod
     def check_sync(cls, model: PretrainedConfig) -> None:
         check_meta(model)
 
@@ -100,11 +108,12 @@ class VllmEngine(GenerationEngine):
         context: RankContext,
         load_weights: bool = True,
         layout: Layout | None = None,
+        lora: LoraConfig | None = None,
     ) -> None:
         """Build the engine; collective over the pool.
 
         load_weights=False leaves the weights random, for an actor that pushes its own before the
-        first generation.
+        first generation. `lora`: with a slot for such an adapter, which an actor pushes.
         """
         check_build(context.device)
         if context.world_size % (config.tp * config.pp):
@@ -142,6 +151,7 @@ class VllmEngine(GenerationEngine):
                     load_weights=load_weights,
                     cuda=context.device.startswith("cuda"),
                     fast_sum=fast_sum,
+                    lora=lora,
                 )
                 built.append(model_runner(self.llm).get_model())
             # vLLM's own finalizer would destroy torch.distributed's world, which is the pool's.
@@ -155,6 +165,7 @@ class VllmEngine(GenerationEngine):
         self._finished: dict[int, FinishedRow] = {}
         self._prompt_log_probs: dict[int, NDArray[np.float32]] = {}
         self._salt = 0
+        self._slot = take_slot(model_runner(self.llm)) if lora is not None else None
         self._memory: EngineMemory = (
             CudaMemory(self.llm) if context.device.startswith("cuda") else CpuMemory(self.llm)
         )
@@ -277,9 +288,11 @@ class VllmEngine(GenerationEngine):
         dtype: torch.dtype,
         device: str,
         in_flight: InFlight = InFlight.recompute,
-    ) -> VllmShards:
+    ) -> WeightDestination:
         """vLLM's own memory has dtype and device already."""
         del dtype, device
+        if self._slot is not None:
+            return VllmAdapter(self, model_runner(self.llm), parameters, in_flight)
         return VllmShards(self, parameters, in_flight)
 
     def load_weights(
@@ -371,6 +384,7 @@ class VllmEngine(GenerationEngine):
             tokens_input(prompt, cache_salt=str(self._salt)),
             params,
             arrival_time=float(key),
+            lora_request=self._slot,
         )
         self._sampler.add(self._requests[key], draws)
         return key

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from hybridflow.context import RankContext
-from workers.config import ModelConfig, Precision
+from workers.config import LoraConfig, ModelConfig, Precision
 from workers.engines.model.loading import standard_sizes
 from workers.generation.cache import CPU_BLOCK_SIZE, cache_bytes
 from workers.generation.config import GenerationConfig
+from workers.generation.vllm.adapter import engine_options
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -47,6 +48,7 @@ def build_llm(
     load_weights: bool,
     cuda: bool = False,
     fast_sum: bool = False,
+    lora: LoraConfig | None = None,
 ) -> LLM:
     """vLLM's engine in this process, on torch.distributed's world; its parallel groups may
     exist already. `fast_sum`: as in build_vllm_groups."""
@@ -82,6 +84,7 @@ def build_llm(
         async_scheduling=False,  # TrainerSampler counts the tokens that a row has
         seed=0,
         hf_overrides=own_window(text_config),
+        **engine_options(lora),
     )
 
 

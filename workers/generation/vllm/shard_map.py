@@ -11,7 +11,8 @@ Quantised models are left out: their loaders transform.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
@@ -152,6 +153,16 @@ class _Recorder(TorchDispatchMode):
 
 
 Tensors = dict[str, torch.Tensor]
+
+
+@contextmanager
+def record_writes(
+    parameters: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+) -> Iterator[list[LoaderWrite]]:
+    """Records what the body copies from `parameters` into `tensors`, all on the meta device, into
+    the list that it yields."""
+    with _Recorder(parameters, tensors) as recorder:
+        yield recorder.placements
 
 
 def record(
