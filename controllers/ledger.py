@@ -62,7 +62,8 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.last: Line | None = None
-        self._names: dict[str, tuple[str, ...]] = {}
+        self.names: dict[str, tuple[str, ...]] = {}
+        """Each role's tensors."""
 
     def next(
         self, step: int, rows: Rows, position: Mapping[str, Any], roles: Mapping[str, Written]
@@ -72,7 +73,7 @@ class Ledger:
         line: Line = {"step": step, "rows": rows.line(), "position": dict(position)}
         line["roles"] = of_roles
         names = {name: written.names for name, written in roles.items()}
-        if names != self._names:
+        if names != self.names:
             line["tensors"] = {name: list(of_role) for name, of_role in names.items()}
         line["chain"] = _chain(self.last["chain"] if self.last else "", line)
         return line
@@ -96,7 +97,7 @@ class Ledger:
         removes the file."""
         if last is None:
             self.path.unlink(missing_ok=True)
-            self.last, self._names = None, {}
+            self.last, self.names = None, {}
             return
         kept = []
         for line in read_ledger(self.path):
@@ -112,14 +113,14 @@ class Ledger:
         DISK.write_synced(draft, "".join(lines))
         draft.replace(self.path)
         DISK.sync(self.path.parent)
-        self._names = {}
+        self.names = {}
         for line in (*kept, last):
             self._take(line)
 
     def _take(self, line: Line) -> None:
         self.last = line
         if "tensors" in line:
-            self._names = {name: tuple(of_role) for name, of_role in line["tensors"].items()}
+            self.names = {name: tuple(of_role) for name, of_role in line["tensors"].items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,14 +145,33 @@ def first_difference(first: Path, second: Path) -> Difference | None:
             return Difference(step=step, what="steps")
         line, names = ours[step]
         other, _ = theirs[step]
-        for what in ("rows", "position"):
-            if line[what] != other[what]:
-                return Difference(step=step, what=what)
-        for role in sorted(line["roles"].keys() | other["roles"].keys()):
-            a, b = line["roles"].get(role), other["roles"].get(role)
-            if a != b:
-                return Difference(step=step, what=f"{role}: {_tensor(a, b, names.get(role, ()))}")
+        what = line_difference(line, other, names)
+        if what:
+            return Difference(step=step, what=what)
     return None
+
+
+def line_difference(line: Line, other: Line, names: Mapping[str, tuple[str, ...]]) -> str:
+    """Difference.what of two lines of one step, "" where they are equal; `names`: each role's
+    tensors."""
+    for what in ("rows", "position"):
+        if line[what] != other[what]:
+            return what
+    for role in sorted(line["roles"].keys() | other["roles"].keys()):
+        a, b = line["roles"].get(role), other["roles"].get(role)
+        if a != b:
+            return f"{role}: {_tensor(a, b, names.get(role, ()))}"
+    return ""
+
+
+def line_digest(line: Line) -> str:
+    """A digest of the rows that a step used and of all roles after it; empty where the line has
+    none of the roles, because the step was not staged in memory."""
+    if not line["roles"]:
+        return ""
+    digests = {name: of_role["digest"] for name, of_role in line["roles"].items()}
+    text = json.dumps([line["rows"], digests], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def read_ledger(path: Path) -> list[Line]:

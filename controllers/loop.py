@@ -1,7 +1,8 @@
-"""The only outer loop: next rows, algorithm.step, log, validate, checkpoint.
+"""The parts of a run: next rows, algorithm.step, log, validate, snapshot, checkpoint, and back.
 
 Knows no algorithm and no engine. What a run must not lose (position in the data, the algorithm's
-own numbers, weights, optimizer) goes into one atomic checkpoint.
+own numbers, weights, optimizer) goes into one atomic commit. Their order, with failures and without
+them, is decided by hybridflow/recovery/machine.py and carried out by controllers/recovery.py.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import add
@@ -69,6 +70,8 @@ class LoopConfig:
     checkpoint_every: int = 0
     """Steps between checkpoints on disk, which are written in the background; 0: only after the
     last step."""
+    checkpoint_minutes: float = 0.0
+    """A step is checkpointed as well when the last checkpoint is this old; 0: never for that."""
     export_every: int = 0
     """Steps between checkpoints that also hold the model as a Hugging Face directory, which takes
     longest to write; 0: only those after the last step and of the best validation so far."""
@@ -98,13 +101,15 @@ class LoopConfig:
             raise ValueError(
                 f"loop.stop_at_reward is {self.stop_at_reward}; use a finite number, or null"
             )
-        for name, value in (
+        intervals: tuple[tuple[str, float], ...] = (
             ("validate_every", self.validate_every),
             ("checkpoint_every", self.checkpoint_every),
+            ("checkpoint_minutes", self.checkpoint_minutes),
             ("export_every", self.export_every),
-        ):
-            if value < 0:
-                raise ValueError(f"loop.{name} is {value}; use 0 or more")
+        )
+        for name, interval in intervals:
+            if interval < 0:
+                raise ValueError(f"loop.{name} is {interval}; use 0 or more")
 
     def length(self, num_rows: int, batch_size: int) -> RunLength:
         """When the run ends on a dataset of `num_rows` rows."""
@@ -125,19 +130,16 @@ class Stateful(Protocol):
 
 
 class Loop:
-    """Loop(algorithm, trained={"actor": actor, "critic": critic}, data=RowLoader(dataset,
-    config.data), validate=None, ...).run()
+    """loop = Loop(algorithm, trained={"actor": actor, "critic": critic}, data=RowLoader(dataset,
+    config.data), validate=None, ...)
+    loop.resume()                   # where the run stands, as loop.resume says
+    outcome = Driver(loop).run()    # goes on from there (controllers/recovery.py)
 
-    run() goes on from where the loop stands: call resume() before it to begin at a checkpoint.
     trained: the roles that a checkpoint holds; the first is the one that the run is for, also saved
     as a Hugging Face directory. further: by name, whatever else has a position that a checkpoint
     must hold. samples: reads what the model says; None shows nothing of it. settings: those that
     make the run what it is, written into its checkpoints. memory: where snapshots go every
     `snapshot_every` steps; None: checkpoints on disk are all that the run can go back to.
-
-    Going back in place, after a failure: loop.restore() brings every trained role, which may be on
-    new processes, and everything on the controller to the newest commit that can be read, in memory
-    or on disk; run() then goes on.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ class Loop:
         self.saving = Saving(trained, store, memory)
         self.ledger = Ledger(store.directory.parent / LEDGER)
         self.saving.before_commit = self.ledger.sync
-        self._snapshot_every = snapshot_every
+        self.snapshot_every = snapshot_every
         self._rows = Rows()
         """Used since the last commit."""
         self.length = config.length(len(data.dataset), data.config.batch_size)
@@ -177,37 +179,34 @@ class Loop:
         self.trained_steps: list[TrainedStep] = []
         """The steps of this process, those that a recovery took back left out."""
         self._start = self._state()
-        self.committed: Callable[[int], None] = ignore
-        """Called with the step of every commit once it is complete."""
+        self._validated = False
+        """Whether the step that it stands at was."""
+        self._line: Line | None = None
+        """That of the staged step, not recorded yet."""
 
-    def run(self) -> Outcome:
-        """Steps, validations and checkpoints to the end of the run; ends with a checkpoint."""
-        if self.step == 0 and not self.before:
-            self.before = self.validate()
-        LOGGER.info("%s", self.length)
-        if self._finished() or self._good_enough():
-            LOGGER.info(
-                "nothing to do: the run of %s is finished after %d steps; raise loop.num_steps (or "
-                "num_epochs, stop_at_reward) to go on, or set another output_dir (or "
-                "loop.resume=never) to start anew",
-                self.store.directory.parent,
-                self.step,
-            )
-        if self.step == 0:
-            self.snapshot()
-        while not self._finished() and not self._good_enough():
-            self.train_one_step()
-            last = self._finished()
-            if last or _due(self.step, self.config.validate_every):
-                self.after = self.validate()
-            last = last or self._good_enough()
-            self.saving.poll()
-            if last or _due(self.step, self._snapshot_every):
-                self.snapshot()
-            if last or _due(self.step, self.config.checkpoint_every):
-                self.checkpoint(wait=last)
-        # The last checkpoint is on disk.
-        self.saving.clear()
+    def run_step(self, step: int) -> None:
+        """Trains that step, and validates where that is due. Step 0 is the validation before the
+        first step."""
+        if step == 0:
+            self.before = self.before or self.validate()
+            return
+        assert step == self.step + 1, f"step {step} after step {self.step}"
+        self.train_one_step()
+        self._validated = self._finished() or _due(self.step, self.config.validate_every)
+        if self._validated:
+            self.after = self.validate()
+
+    @property
+    def ends(self) -> bool:
+        """Whether the run ends with the step that it stands at."""
+        return self._finished() or self._good_enough()
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the step was validated, and better than all checkpoints."""
+        return self._validated and self.store.would_be_best(self.after)
+
+    def outcome(self) -> Outcome:
         steps = self.trained_steps
         return Outcome(
             num_steps=self.step,
@@ -290,50 +289,67 @@ class Loop:
             self.store.check_space(needed)
         CALLS.finish()
 
-    def snapshot(self) -> None:
-        """Commits the step to memory, where that is in use; from then on a failure goes back to
-        it."""
+    def stage(self) -> Line:
+        """Commits the step to memory, where that is in use, so that a failure goes back to it;
+        returns its line of the ledger."""
         clock = time.time()
         with activity("snapshot", detail=CALLS.under_way, patience_s=PATIENCE_S):
             written = self.saving.stage(self.step)
+            line = self._line = self._current_line(written or {})
             if written is not None:
-                line = self._next_line(written)
                 self.saving.commit_staged(self.step, self._state() | {"ledger": line})
-                self._committed(line)
             self.tracker.trace(CALLS.finish(), "snapshot", clock)
+        return line
 
-    def checkpoint(self, *, wait: bool = True) -> None:
-        """Writes a checkpoint of the step with the model as a Hugging Face directory; returns when
-        it is complete. wait=False: in the background, with the directory where export_every says
-        so, or where the validation is the best so far."""
+    def record(self) -> None:
+        """Writes the line of the staged step to the ledger."""
+        line, self._line = self._line, None
+        if line is not None and line is not self.ledger.last:
+            self.saving.check_fence()
+            self.ledger.append(line)
+            self._rows = Rows()
+
+    def snapshot(self) -> None:
+        """Commits the step to memory and records it, where memory is in use."""
+        if self.saving.memory is None:
+            return
+        before = self.ledger.last
+        self.stage()
+        self.record()
+        steps = {self.step} if before is None else {self.step, int(before["step"])}
+        self.saving.prune_memory(steps)
+
+    def export(self) -> None:
+        """Writes the Hugging Face directory of the step, for its checkpoint."""
+        with activity("export", detail=CALLS.under_way, patience_s=PATIENCE_S):
+            self.saving.export(self.step, self._main_role)
+
+    def begin_flush(self) -> None:
+        """Begins to write the step to disk."""
         clock = time.time()
         with activity("checkpoint", detail=CALLS.under_way, patience_s=PATIENCE_S):
-            line = self.ledger.last
-            if line is None or line["step"] != self.step:
-                line = self._next_line({})
-            exports = wait or _due(self.step, self.config.export_every)
-            exports = exports or self.store.would_be_best(self.after)
-            self.saving.begin_checkpoint(
-                self.step,
-                self._state() | {"ledger": line},
-                self.after,
-                wait=wait,
-                export=self._main_role if exports else None,
-            )
-            if line is not self.ledger.last:
-                self._committed(line)
+            state = self._state() | {"ledger": self._current_line({})}
+            self.saving.begin_flush(self.step, state, self.after)
             self.tracker.trace(CALLS.finish(), "checkpoint", clock)
 
-    def _next_line(self, written: Mapping[str, Written]) -> Line:
+    def checkpoint(self) -> None:
+        """Writes a checkpoint of the step with the model as a Hugging Face directory; returns when
+        it is complete."""
+        self.export()
+        self._line = self._current_line({})
+        self.begin_flush()
+        self.saving.is_flushed(wait=True)
+        self.saving.commit()
+        self.record()
+
+    def _current_line(self, written: Mapping[str, Written]) -> Line:
+        """The step's line of the ledger; the same one when asked again."""
+        for line in (self._line, self.ledger.last):
+            if line is not None and line["step"] == self.step:
+                return line
         position = self.data.state_dict()
         position.pop("ahead", None)
         return self.ledger.next(self.step, self._rows, position, written)
-
-    def _committed(self, line: Line) -> None:
-        """The step is committed, in memory or on disk."""
-        self.ledger.append(line)
-        self._rows = Rows()
-        self.committed(self.step)
 
     def save_pretrained(self, directory: Path) -> None:
         """The model that the run is for, as a Hugging Face directory; returns when every rank
@@ -360,19 +376,35 @@ class Loop:
             return
         commit = self.saving.verified(checkpoint_at(Path(self.config.resume)))
         self.saving.origin = commit
-        self._load(commit)
+        self.go_to(commit)
+        self.rewind(commit)
         LOGGER.info("resumed from %s, step %d", commit.path, self.step)
 
     def restore(self) -> None:
         """Back to the newest commit of this run that every trained role can load, or to where it
-        began: roles, data, streams, algorithm, ledger, step. Where that is the pretrained weights
-        (see starts_from_scratch), the roles must have been built anew."""
+        began. Where that is the pretrained weights (see starts_from_scratch), the roles must have
+        been built anew."""
         if self.starts_from_scratch:
-            self._load_state(self._start | {"validation_before": self.before})
-            self.ledger.rewind(None)
+            self.go_to(None)
+            self.rewind(None)
         else:
             commit = self._go_back()
             LOGGER.info("restored step %d from %s (%s)", self.step, commit.path, commit.place)
+
+    def go_to(self, commit: Commit | None) -> None:
+        """Brings the trained roles, data, streams and algorithm to a verified commit; None: the
+        start, whose weights the roles must hold already."""
+        if commit is None:
+            self._load_state(self._start | {"validation_before": self.before})
+            return
+        self.saving.load(commit)
+        self._load_state(commit.state)
+
+    def rewind(self, commit: Commit | None) -> None:
+        """Takes back what was recorded of the steps after the commit; None: of all steps."""
+        self.saving.check_fence()
+        self.ledger.rewind(None if commit is None else commit.state.get("ledger"))
+        self._line = None
         retained = [trained for trained in self.trained_steps if trained.step <= self.step]
         self.trained_steps = retained
 
@@ -392,7 +424,8 @@ class Loop:
                 LOGGER.warning("step %d can't be restored: %s", commit.step, error)
                 damaged.append(commit)
                 continue
-            self._load(commit)
+            self.go_to(commit)
+            self.rewind(commit)
             for other in damaged:
                 self.saving.set_aside(other)
             return commit
@@ -412,11 +445,6 @@ class Loop:
             "validation_before": self.before,
             "validation_after": self.after,
         }
-
-    def _load(self, commit: Commit) -> None:
-        self.saving.load(commit)
-        self._load_state(commit.state)
-        self.ledger.rewind(commit.state.get("ledger"))
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
         self.data.load_state_dict(state["data"])
@@ -454,10 +482,6 @@ class Loop:
     def _good_enough(self) -> bool:
         target = self.config.stop_at_reward
         return target is not None and REWARD in self.after and self.after[REWARD] >= target
-
-
-def ignore(step: int) -> None:
-    return None
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,14 +1,12 @@
-"""Recovery: what dies is killed whole, rebuilt, restored and replayed, while the loop's objects stay
-the objects that they are.
+"""Driver: the loop of a run. hybridflow/recovery/machine.py decides, the driver carries out.
 
-    recovery = Recovery(pools, rejoin, config.recovery, tracker, EventLog(directory))
-    outcome = recovery.run(loop)        # Loop.run(), started again after each failure
+    outcome = Driver(loop, pools=pools, rejoin=rejoin, config=config.recovery, events=events).run()
 
-After a failure: it is written to events.jsonl; the calls of the other pools end; the failed pools
-are killed, seen to be gone, placed and built anew; every trained role loads the newest commit; pools
-that exchange weights join anew, and the next generation begins with a sync that is attested and
-probed; data, streams, algorithm and metrics go back to the commit; the lost step is replayed. How
-often is decided by the budget (hybridflow/recovery/budget.py).
+A step is RunStep, Stage, Record, Prune and RunStep again. After a failure: it is written to
+events.jsonl; the calls of the other pools end; the failed pools are killed, seen to be gone, placed
+and built anew; every trained role loads the newest commit; pools that exchange weights join anew,
+and the next generation begins with a sync that is attested and probed; data, streams, algorithm and
+metrics go back to the commit; the lost step is replayed.
 
 The death of the controller itself is a supervisor's business (hybridflow/supervisor.py). A run in
 one process (runtime=local) has no pool that could be restarted.
@@ -19,95 +17,333 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import partial
-from itertools import pairwise
 
-from controllers.ledger import Line, read_ledger
+from controllers.ledger import Line, line_difference, line_digest, read_ledger
 from controllers.loop import Loop, Outcome
+from controllers.saving import DISK, MEMORY, Commit
+from hybridflow.errors import TooFewDevices
 from hybridflow.failures import RECOVERABLE, EventLog, describe, failed_pools
-from hybridflow.metrics import Tracker
 from hybridflow.pool import ResourcePool
 from hybridflow.progress import activity
-from hybridflow.recovery.budget import Budget
+from hybridflow.recovery import actions as do
+from hybridflow.recovery import events as on
+from hybridflow.recovery.actions import Action, Exit
+from hybridflow.recovery.attempts import Fenced
 from hybridflow.recovery.config import RecoveryConfig
+from hybridflow.recovery.events import Event, Place
+from hybridflow.recovery.machine import Phase, Policy, begin, decide
 from hybridflow.supervision import SUPERVISION
 from hybridflow.waiting import CALLS
 
 LOGGER = logging.getLogger(__name__)
+TICK_S = 1.0
+COPYING_TICK_S = 0.02
+LEAVE_S = 30.0
+"""How long a controller that has to leave tries to write its newest snapshot to disk."""
+RESTARTS_NOTHING = RecoveryConfig(max_restarts=0)
+PHASES: dict[type, str] = {
+    do.Quiesce: "quiesce_s",
+    do.Rebuild: "rebuild_s",
+    do.Restore: "restore_s",
+}
+"""Names of a recovery's parts in events.jsonl."""
 
 
-class Recovery:
+def alone(restarted: set[str]) -> None:
+    """Pools that exchange no weights."""
+
+
+class Driver:
     """See above. `rejoin` brings pools that exchange weights together again; it is given the names
     of the pools that were restarted."""
 
     def __init__(
         self,
-        pools: Mapping[str, ResourcePool],
-        rejoin: Callable[[set[str]], None],
-        config: RecoveryConfig,
-        tracker: Tracker,
-        events: EventLog,
+        loop: Loop,
         *,
+        pools: Mapping[str, ResourcePool] | None = None,
+        rejoin: Callable[[set[str]], None] = alone,
+        config: RecoveryConfig = RESTARTS_NOTHING,
+        events: EventLog | None = None,
         restarts: int = 0,
         furthest: int = -1,
+        on_one_node: bool = True,
     ) -> None:
         """`restarts`: without progress so far, of this run's earlier controllers; `furthest`: the
-        highest step that they committed."""
-        self.pools = pools
-        self.config = config
-        self.tracker = tracker
-        self.events = events
-        self.budget = Budget(max_restarts=config.max_restarts, restarts=restarts, furthest=furthest)
+        highest step that they committed. `on_one_node`: whether all ranks are on this node, so that
+        this process can read what they hold in memory. Without `events` nothing is written down."""
+        self.loop, self.saving = loop, loop.saving
+        self.pools = pools or {}
+        self.config, self.events = config, events
+        self.on_one_node = on_one_node
+        self._restarts, self._furthest = restarts, furthest
         self._rejoin = rejoin
-        self._lost_lines: dict[int, Line] = {}
-        """The ledger's lines of committed steps that a recovery took back."""
+        self.state = begin(self._policy())
+        self._inbox: deque[Event] = deque()
+        self._stop: do.Stop | None = None
+        self._error: Exception | None = None
+        """The failure that is being recovered from, and its evidence."""
+        self._evidence = ""
+        self._lines: dict[int, Line] = {}
+        """The ledger's lines of all timelines, by step."""
+        self._restored: Commit | None = None
+        self._restarted: set[str] = set()
+        """Pools that were built anew and have not joined the others yet."""
+        self._seconds: dict[str, float] = {}
+        self._interrupted_at = 0
 
-    def committed(self, loop: Loop, step: int) -> None:
-        """The step is committed: restarts before it do not count any more."""
-        self.budget = self.budget.progressed(step)
-        SUPERVISION.note(furthest=step, restarts=self.budget.restarts)
-        lost, line = self._lost_lines.pop(step, None), loop.ledger.last
-        if lost is None or line is None:
-            return
-        differing = [name for name in ("rows", "roles") if lost[name] != line[name]]
-        if differing:
-            self.events.write("replay_differs", step=step, lost=lost, replayed=line)
-            LOGGER.warning(
-                "step %d was trained again and its %s differ from those of the lost timeline; both "
-                "lines of the ledger are in events.jsonl",
-                step,
-                " and ".join(differing),
-            )
+    # The loop.
 
-    def run(self, loop: Loop) -> Outcome:
-        """Loop.run() to its end. Raises the last failure where the budget does not allow another
-        restart."""
-        loop.committed = partial(self.committed, loop)
-        if self.config.max_restarts:
-            self.events.write("started", step=loop.step, pid=os.getpid(), pids=self._pids())
-        while True:
+    def run(self) -> Outcome:
+        """To the end of the run. Raises the last failure where it is not to be recovered from,
+        SystemExit with a status of Exit where this controller has to leave, a RuntimeError where
+        going on would be wrong."""
+        self._put(self._started())
+        SUPERVISION.on_leave = self.leave
+        self._drive()
+        assert self._stop is not None
+        if self._stop.code is Exit.done:
+            self.saving.clear()  # the last step is on disk
+            return self.loop.outcome()
+        SUPERVISION.mark_final()
+        if self._stop.code is Exit.fenced:
+            self.saving.check_fence()
+        if self._error is not None and self._stop.code in (Exit.gave_up, Exit.user_error):
+            raise self._error
+        if self._stop.code is Exit.gave_up:
+            raise RuntimeError(self._stop.reason)
+        LOGGER.error("%s", self._stop.reason)
+        raise SystemExit(int(self._stop.code))
+
+    def leave(self) -> None:
+        """Writes the newest snapshot to disk, at once, whatever this process is doing. The run is
+        over after it. For a signal's handler."""
+        self._inbox.clear()
+        self._put(on.Draining(deadline=time.monotonic() + LEAVE_S, notice="SIGTERM"))
+        self._drive()
+
+    def _drive(self) -> None:
+        while self.state.phase is not Phase.stopped:
+            event = self._inbox.popleft() if self._inbox else self._wait()
             try:
-                return loop.run()
+                for action in self._decide(event):
+                    self._carry_out(action)
             except RECOVERABLE as error:
-                self._admit(loop, error)
-                self._recover(loop, error)
+                self._failed(error)
+            except Fenced:
+                self._put(on.Fenced())
 
-    def _admit(self, loop: Loop, error: Exception) -> None:
-        """Writes the failure down. Raises it where it is not to be retried."""
-        failure, evidence = describe(error, loop.step + 1)
-        if self.config.max_restarts == 0:
-            raise error
-        self.budget, refusal = self.budget.spend(failure)
-        SUPERVISION.note(restarts=self.budget.restarts)
-        self.events.write("failure", **asdict(failure), evidence=evidence, gives_up=refusal)
-        if not refusal and not self._lost_pools(error):
-            refusal = "no pool of processes can be restarted for it"
-        if refusal:
-            LOGGER.warning("no further restart: %s", refusal)
+    def _decide(self, event: Event) -> tuple[Action, ...]:
+        self.state, actions = decide(self.state, event, time.monotonic())
+        self._note()
+        return actions
+
+    def _carry_out(self, action: Action) -> None:
+        started = time.monotonic()
+        match action:
+            case do.RunStep():
+                self._run_step(action)
+            case do.Stage():
+                self._stage(action)
+            case do.Record():
+                self.loop.record()
+            case do.Export():
+                self.loop.export()
+            case do.Flush():
+                self._flush(action)
+            case do.Commit():
+                self._commit(action)
+            case do.Prune():
+                self._prune(action)
+            case do.SetAside():
+                self._set_aside(action)
+            case do.Report():
+                self._report(action)
+            case do.Quiesce():
+                self._quiesce(action)
+            case do.Rebuild():
+                self._rebuild(action)
+            case do.Restore():
+                self._restore(action)
+            case do.Reconnect():
+                self._rejoin(self._restarted)
+            case do.Rewind():
+                self._rewind(action)
+            case do.Stop():
+                self._stop = action
+        name = PHASES.get(type(action))
+        if name is not None:
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
+
+    def _put(self, event: Event) -> None:
+        self._inbox.append(event)
+
+    def _wait(self) -> Event:
+        """The next event where no action has put one: of the flush under way, or a Tick."""
+        self._look_at_flush()
+        if self._inbox:
+            return self._inbox.popleft()
+        time.sleep(TICK_S if self.state.flush is None else COPYING_TICK_S)
+        return on.Tick()
+
+    # A step and its commits.
+
+    def _policy(self) -> Policy:
+        loop, config = self.loop.config, self.config
+        return Policy(
+            max_restarts=config.max_restarts,
+            snapshot_every=0 if self.saving.memory is None else self.loop.snapshot_every,
+            flush_every=loop.checkpoint_every,
+            flush_seconds=60.0 * loop.checkpoint_minutes,
+            export_every=loop.export_every,
+            disk_grace_s=config.disk_grace_s,
+            deterministic=config.deterministic,
+        )
+
+    def _started(self) -> Event:
+        loop, timeline = self.loop, self.saving.timeline()
+        for line in read_ledger(loop.ledger.path):
+            self._lines[line["step"]] = line
+        if self.events is not None:
+            self.events.write("started", step=loop.step, pid=os.getpid(), pids=self._pids())
+        LOGGER.info("%s", loop.length)
+        if loop.ends:
+            LOGGER.info(
+                "nothing to do: the run of %s is finished after %d steps; raise loop.num_steps (or "
+                "num_epochs, stop_at_reward) to go on, or set another output_dir (or "
+                "loop.resume=never) to start anew",
+                loop.store.directory.parent,
+                loop.step,
+            )
+        return on.Started(
+            pools=tuple(self.pools),
+            held=-1 if loop.step == 0 and not timeline else loop.step,
+            last=loop.ends,
+            staged=steps_of(timeline, MEMORY),
+            durable=steps_of(timeline, DISK),
+            digests={step: line_digest(line) for step, line in self._lines.items()},
+            restarts=self._restarts,
+            furthest=self._furthest,
+        )
+
+    def _run_step(self, action: do.RunStep) -> None:
+        while self._inbox:  # what the disk has answered is committed before the long wait
+            for further in self._decide(self._inbox.popleft()):
+                self._carry_out(further)
+        self.loop.run_step(action.step)
+        self._look_at_flush()
+        self._put(on.Tick())
+        self._put(
+            on.StepDone(
+                step=action.step,
+                incarnation=action.incarnation,
+                last=self.loop.ends,
+                best=self.loop.is_best,
+            )
+        )
+
+    def _stage(self, action: do.Stage) -> None:
+        line = self.loop.stage()
+        lost, difference = self._lines.get(action.step), ""
+        if lost is not None:
+            difference = line_difference(lost, line, self.loop.ledger.names)
+        digest = line_digest(line)
+        if difference and lost is not None and digest != line_digest(lost) and self.events:
+            self.events.write("replay_differs", step=action.step, lost=lost, replayed=line)
+        self._lines[action.step] = line
+        self._put(
+            on.Staged(
+                step=action.step,
+                incarnation=action.incarnation,
+                digest=digest,
+                difference=difference,
+            )
+        )
+
+    def _flush(self, action: do.Flush) -> None:
+        try:
+            if self.state.phase is not Phase.leaving:
+                self.loop.begin_flush()
+                self._look_at_flush()
+            elif self.on_one_node and self.saving.memory is not None:
+                self.saving.begin_flush_from_here(action.step)
+            else:
+                self._flush_failed("its files are on other nodes", lost=True)
+        except FileNotFoundError as error:
+            self._flush_failed(str(error), lost=self.state.phase is Phase.leaving)
+        except OSError as error:
+            self._flush_failed(str(error))
+
+    def _look_at_flush(self) -> None:
+        flush = self.state.flush
+        if flush is None:
+            return
+        try:
+            if self.saving.is_flushed():
+                self._put(on.Flushed(step=flush.step, number=flush.number))
+        except OSError as error:
+            self._flush_failed(str(error))
+
+    def _flush_failed(self, cause: str, *, lost: bool = False) -> None:
+        flush = self.state.flush
+        assert flush is not None
+        self.saving.give_up_flush()
+        failed = on.FlushFailed(step=flush.step, number=flush.number, cause=cause, lost=lost)
+        self._put(failed)
+
+    def _commit(self, action: do.Commit) -> None:
+        try:
+            self.saving.commit()
+        except OSError as error:
+            self._flush_failed(str(error))
+        else:
+            # Before what came meanwhile: what is due next depends on whether a flush is under way.
+            self._inbox.appendleft(on.Committed(step=action.step, number=action.number))
+
+    def _prune(self, action: do.Prune) -> None:
+        """The disk is pruned by the commit."""
+        if action.place is Place.memory:
+            self.saving.prune_memory(action.protected)
+        else:
+            self._put(on.Pruned(durable=steps_of(self.saving.timeline(), DISK)))
+
+    def _note(self) -> None:
+        """Tells the supervisor what the next controller builds on."""
+        budget = self.state.budget
+        if (budget.restarts, budget.furthest) != (self._restarts, self._furthest):
+            self._restarts, self._furthest = budget.restarts, budget.furthest
+            SUPERVISION.note(furthest=budget.furthest, restarts=budget.restarts)
+
+    # A failure.
+
+    def _failed(self, error: Exception) -> None:
+        if self._error is None:
+            self._interrupted_at = self.loop.step + 1
+            self._seconds = {"since": time.monotonic()}
+        failure, self._evidence = describe(error, self.loop.step + 1)
+        self._error = error
+        broken = {name for name, pool in self.pools.items() if pool.broken}
+        lost = (failed_pools(error) & set(self.pools)) | broken
+        if not lost:
+            LOGGER.warning("no further restart: no pool of processes can be restarted for it")
             SUPERVISION.mark_final()
             raise error
+        self._put(on.Failed(failure=failure, incarnation=self.state.incarnation))
+
+    def _report(self, action: do.Report) -> None:
+        failure = action.failure
+        if failure is None:
+            LOGGER.warning("%s", action.text)
+            return
+        if self.events is not None:
+            record = asdict(failure) | {"evidence": self._evidence, "gives_up": action.gives_up}
+            self.events.write("failure", **record)
+        if action.gives_up:
+            LOGGER.warning("no further restart: %s", action.gives_up)
+            return
         LOGGER.warning(
             "%s rank %s of pool %s %s in %s, step %d: %s",
             failure.role,
@@ -119,63 +355,101 @@ class Recovery:
             failure.cause,
         )
 
-    def _recover(self, loop: Loop, error: Exception) -> None:
-        """Returns when the loop can go on. A further failure meanwhile starts it over."""
-        lost = self._lost_pools(error)
-        started, interrupted_at = time.monotonic(), loop.step + 1
-        while True:
-            try:
-                with activity("recovery", detail=CALLS.under_way):
-                    seconds = self._rebuild(loop, lost)
-                break
-            except RECOVERABLE as further:
-                self._admit(loop, further)
-                lost |= self._lost_pools(further)
-        CALLS.finish()
-        self.events.write(
-            "recovered",
-            step=loop.step,
-            lost_steps=interrupted_at - loop.step,
-            pools=sorted(lost),
-            pids=self._pids(),
-            total_s=time.monotonic() - started,
-            **seconds,
-        )
-        LOGGER.warning(
-            "recovered in %.1f s: pools %s were restarted, step %d is next",
-            time.monotonic() - started,
-            ", ".join(sorted(lost)),
-            loop.step + 1,
-        )
-
-    def _rebuild(self, loop: Loop, lost: set[str]) -> dict[str, float]:
-        """The seconds of each part. Adds to `lost` the pools that have to be rebuilt as well."""
-        times = [time.monotonic()]
+    def _quiesce(self, action: do.Quiesce) -> None:
         CALLS.quiesce(self.config.quiesce_s)
-        lost |= self._broken_pools()
-        if loop.starts_from_scratch:  # nothing else holds the weights that the run began with
-            lost |= set(self.pools)
-        times.append(time.monotonic())
-        for name, pool in self.pools.items():
-            if name in lost:
-                pool.restart()
-        times.append(time.monotonic())
-        lines = read_ledger(loop.ledger.path)
-        loop.restore()
-        for line in lines:
-            if line["step"] > loop.step:
-                self._lost_lines[line["step"]] = line
-        self._rejoin(lost)
-        times.append(time.monotonic())
-        self.tracker.rewind(loop.step, self.events.attempt)
-        quiesce, rebuild, restore = (end - begin for begin, end in pairwise(times))
-        return {"quiesce_s": quiesce, "rebuild_s": rebuild, "restore_s": restore}
+        silent = {name for name, pool in self.pools.items() if pool.broken}
+        if self._error is not None:
+            silent |= failed_pools(self._error) & set(self.pools)
+        others = tuple(sorted(silent - set(action.lost)))
+        self._put(on.Quiesced(incarnation=action.incarnation, silent=others))
 
-    def _lost_pools(self, error: Exception) -> set[str]:
-        return (failed_pools(error) & set(self.pools)) | self._broken_pools()
+    def _rebuild(self, action: do.Rebuild) -> None:
+        if self.state.flush is not None:  # its copies end with the processes
+            self._flush_failed("the processes that wrote it are started again")
+        with activity("recovery", detail=CALLS.under_way):
+            for name in action.pools:
+                self._restarted.add(name)
+                try:
+                    self.pools[name].restart()
+                except TooFewDevices as error:
+                    LOGGER.error("%s", error)
+                    self._put(on.TooFewDevices(incarnation=action.incarnation))
+                    return
+        staged = steps_of(self.saving.timeline(), MEMORY)
+        self._put(on.Rebuilt(incarnation=action.incarnation, staged=staged))
+
+    def _restore(self, action: do.Restore) -> None:
+        commit = None
+        with activity("recovery", detail=CALLS.under_way):
+            if action.place is not Place.start:
+                commit = self._commit_of(action.step, action.place)
+                try:
+                    if commit is None:
+                        raise FileNotFoundError("its files are gone")
+                    commit = self.saving.verified(commit)
+                except (OSError, ValueError) as error:
+                    lost = commit is None
+                    self._put(
+                        on.RestoreFailed(
+                            step=action.step,
+                            place=action.place,
+                            incarnation=action.incarnation,
+                            damaged=not lost,
+                            lost=lost,
+                            cause=str(error),
+                        )
+                    )
+                    return
+            self.loop.go_to(commit)
+        self._restored = commit
+        self._put(
+            on.Restored(step=action.step, incarnation=action.incarnation, last=self.loop.ends)
+        )
+
+    def _rewind(self, action: do.Rewind) -> None:
+        loop, restored = self.loop, self._restored
+        for line in read_ledger(loop.ledger.path):
+            self._lines[line["step"]] = line
+        loop.rewind(restored)
+        loop.tracker.rewind(loop.step, 0 if self.events is None else self.events.attempt)
+        CALLS.finish()
+        seconds = time.monotonic() - self._seconds.pop("since")
+        pools, self._restarted, self._error = sorted(self._restarted), set(), None
+        place = Place.start if restored is None else restored.place
+        LOGGER.warning(
+            "recovered in %.1f s: pools %s were restarted, everything is as after step %d (%s)",
+            seconds,
+            ", ".join(pools),
+            loop.step,
+            place,
+        )
+        if self.events is not None:
+            self.events.write(
+                "recovered",
+                step=loop.step,
+                source=place,
+                lost_steps=self._interrupted_at - loop.step,
+                pools=pools,
+                pids=self._pids(),
+                total_s=seconds,
+                **self._seconds,
+            )
+
+    def _set_aside(self, action: do.SetAside) -> None:
+        commit = self._commit_of(action.step, action.place)
+        if commit is not None:
+            self.saving.set_aside(commit)
+
+    def _commit_of(self, step: int, place: Place) -> Commit | None:
+        for commit in self.saving.timeline():
+            if (commit.step, commit.place) == (step, place):
+                return commit
+        return None
 
     def _pids(self) -> dict[str, list[int]]:
         return {name: pool.pids() for name, pool in self.pools.items()}
 
-    def _broken_pools(self) -> set[str]:
-        return {name for name, pool in self.pools.items() if pool.broken}
+
+def steps_of(commits: list[Commit], place: str) -> tuple[int, ...]:
+    """The steps that have a commit there, oldest first."""
+    return tuple(sorted(commit.step for commit in commits if commit.place == place))

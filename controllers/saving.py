@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -49,15 +49,17 @@ class Commit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flight:
-    """A checkpoint that is being written."""
+class Flush:
+    """A step that is being written to disk."""
 
     step: int
     number: int
     state: Mapping[str, Any]
     metrics: Mapping[str, float]
-    flushes: bool
-    """Hosts copy it from memory; otherwise they wrote it themselves."""
+    copied: bool
+    """Whether hosts copy it from memory, in the background; otherwise its files are there."""
+    synced: Mapping[str, Mapping[str, Any]] | None = None
+    """Size and digest of the files that are on disk, once all are."""
 
 
 def nothing() -> None:
@@ -68,8 +70,10 @@ class Saving:
     """saving = Saving(trained, store, memory)
     written = saving.stage(7)                            # all ranks write their files into memory
     saving.commit_staged(7, state)                       # atomic: from here on step 7 can be restored
-    saving.begin_checkpoint(7, state, metrics)           # copied to disk in the background
-    saving.poll()                                        # commits it once it is there
+    saving.prune_memory({6, 7})
+    saving.begin_flush(7, state, metrics)                # copied to disk in the background
+    if saving.is_flushed():
+        saving.commit()                                  # atomic
 
     commit = saving.verified(saving.commits()[0])        # the newest
     saving.load(commit)
@@ -87,7 +91,9 @@ class Saving:
         next."""
         self._committed: Path | None = None
         """The newest commit in memory."""
-        self._flight: Flight | None = None
+        self._flush: Flush | None = None
+        self._paths: dict[int, Path] = {}
+        """Where the steps are that this controller committed to memory."""
         self.before_commit: Callable[[], None] = nothing
         """Puts on disk what a checkpoint relies on besides its own files."""
         self._number = 0
@@ -106,7 +112,7 @@ class Saving:
         memory = self.memory
         if memory is None:
             return None
-        self._check_fence()
+        self.check_fence()
         target = memory.target(step)
         stamp = f"{target.name}:{self._next_number()}"
         keep = () if self._committed is None else (str(self._committed),)
@@ -130,37 +136,29 @@ class Saving:
         return totals
 
     def commit_staged(self, step: int, state: Mapping[str, Any]) -> None:
-        """Makes the staged step the commit that a failure goes back to; frees older ones but the
-        one before."""
+        """Makes the staged step the commit that a failure goes back to."""
         assert self.memory is not None and self._staged is not None and self._staged[0] == step
-        self._check_fence()
+        self.check_fence()
         _, target, stamp = self._staged
         self.memory.commit(target, step=step, number=self._number, stamp=stamp, state=state)
-        before, self._committed = self._committed, target
-        self.memory.prune([path for path in (before, target) if path is not None])
+        self._committed = self._paths[step] = target
 
-    def begin_checkpoint(
-        self,
-        step: int,
-        state: Mapping[str, Any],
-        metrics: Mapping[str, float],
-        *,
-        wait: bool,
-        export: TrainedRole | None = None,
+    def prune_memory(self, steps: Collection[int]) -> None:
+        """Frees this node's memory of all commits but those of `steps`."""
+        if self.memory is not None:
+            self._paths = {step: path for step, path in self._paths.items() if step in steps}
+            self.memory.prune(set(self._paths.values()))
+
+    def export(self, step: int, role: TrainedRole) -> None:
+        """The model that the role holds, as a Hugging Face directory in the next commit of `step`."""
+        role.save_pretrained(str(self.store.add(step, HUGGING_FACE)))
+
+    def begin_flush(
+        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> None:
-        """Begins a checkpoint of the state that the roles have. It is copied from memory in the
-        background where that holds the step, and written by the ranks otherwise. One at a time:
-        where the one before is not on disk yet, this one is skipped, unless `wait`, which returns
-        when it is complete. `export`: a role that is also saved as a Hugging Face directory."""
-        self.poll(wait=wait)
-        if self._flight is not None:
-            LOGGER.warning(
-                "step %d gets no checkpoint: that of step %d is still being written; raise "
-                "loop.checkpoint_every",
-                step,
-                self._flight.step,
-            )
-            return
+        """Begins to write the step that the roles hold to disk: copied from memory in the background
+        where that holds it, written by the ranks otherwise. Gives up the one before."""
+        self._flush = None
         directory = self.store.begin(step)
         staged = self._staged is not None and self._staged[0] == step
         writing = []
@@ -169,73 +167,70 @@ class Saving:
                 writing.append(start(role.flush_snapshot, str(directory)))
             else:
                 writing.append(start(role.save_checkpoint, str(directory / name)))
-        if export is not None:
-            writing.append(start(export.save_pretrained, str(directory / HUGGING_FACE)))
         for ranks in writing:
             ranks.wait()
         number = self._number if staged else self._next_number()
-        self._flight = Flight(
-            step=step, number=number, state=state, metrics=dict(metrics), flushes=staged
+        self._flush = Flush(
+            step=step, number=number, state=state, metrics=dict(metrics), copied=staged
         )
-        self.poll(wait=wait or not staged)
 
-    def poll(self, *, wait: bool = False) -> None:
-        """Commits the checkpoint that is being written, if its files are on disk. What the disk
-        refuses is said in the log, and an error with `wait`."""
-        flight = self._flight
-        if flight is None:
-            return
+    def begin_flush_from_here(self, step: int) -> None:
+        """Copies a commit in memory to disk from this process, for a controller that has to leave
+        at once. The files of all ranks must be on this node."""
+        assert self.memory is not None
+        newest = self.memory.commits()[0]
+        if newest.step != step:
+            raise FileNotFoundError(f"step {step} is not in memory any more")
+        directory = self.store.begin(step)
+        for name in self.trained:
+            shutil.copytree(newest.path / name, directory / name)
+        self._flush = Flush(
+            step=step, number=newest.number, state=newest.state, metrics={}, copied=False
+        )
+
+    def is_flushed(self, *, wait: bool = False) -> bool:
+        """Whether all files of the flush under way are on disk; without one, False. An OSError for
+        what the disk refuses, which ends the flush."""
+        flush = self._flush
+        if flush is None or flush.synced is not None:
+            return flush is not None
         synced = {}
-        if flight.flushes:
+        if flush.copied:
             for name, role in self.trained.items():
                 ends = self._ends(role, wait=wait)
                 if not ends:
-                    return
+                    return False
                 for end in ends:
                     if end.error:
-                        self._failed(flight, f"{name}/{end.name}: {end.error}", wait=wait)
-                        return
+                        self._flush = None
+                        raise OSError(f"{name}/{end.name}: {end.error}")
                     synced[f"{name}/{end.name}"] = {
                         "bytes": end.num_bytes,
                         "blake2b": end.blake2b,
                     }
-        self._flight = None
-        try:
-            self.before_commit()
-            self.store.commit(
-                flight.step,
-                flight.state,
-                metrics=flight.metrics,
-                sequence=max(flight.number, self.store.newest_sequence() + 1),
-                synced=synced,
-            )
-        except OSError as error:  # a full or broken disk
-            self._failed(flight, str(error), wait=wait)
+        self._flush = replace(flush, synced=synced)
+        return True
 
-    def write_newest(self) -> None:
-        """Copies the newest snapshot to disk from this process, for a controller that has to leave
-        at once. The files of all ranks must be on this node. Nothing where the disk has that
-        commit or a newer one."""
-        staged = next(iter(self.memory.commits()), None) if self.memory is not None else None
-        newest = self.store.newest_sequence()
-        if staged is None or staged.step == 0 or newest >= staged.number:
-            return
-        directory = self.store.begin(staged.step)
-        for name in self.trained:
-            shutil.copytree(staged.path / name, directory / name)
-        self.store.commit(staged.step, staged.state, sequence=staged.number)
+    def commit(self) -> None:
+        """Makes the step that is on disk a checkpoint. An OSError for what the disk refuses."""
+        flush, self._flush = self._flush, None
+        assert flush is not None and flush.synced is not None
+        self.before_commit()
+        self.store.commit(
+            flush.step,
+            flush.state,
+            metrics=flush.metrics,
+            sequence=max(flush.number, self.store.newest_sequence() + 1),
+            synced=flush.synced,
+        )
+
+    def give_up_flush(self) -> None:
+        self._flush = None
 
     def _ends(self, role: TrainedRole, *, wait: bool) -> list[Flushed]:
         """How the copies of all ranks ended; empty while one is under way."""
         answers = each(role.flush_result, wait)
         return list(chain.from_iterable(answers)) if all(answers) else []
-
-    def _failed(self, flight: Flight, error: str, *, wait: bool) -> None:
-        self._flight = None
-        text = f"the checkpoint of step {flight.step} could not be written: {error}"
-        if wait:
-            raise RuntimeError(text)
-        LOGGER.error("%s; the run goes on", text)
 
     # Going back.
 
@@ -265,6 +260,17 @@ class Saving:
                 found.append(on_disk(checkpoint))
         return sorted(found, key=lambda commit: (commit.number, commit.place), reverse=True)
 
+    def timeline(self) -> list[Commit]:
+        """The newest commit and those that it follows, the newest first. Commits of later steps
+        with lower numbers are of steps that were given up."""
+        timeline: list[Commit] = []
+        for commit in self.commits():
+            same = [other for other in timeline if other.step == commit.step]
+            is_new = all(other.place != commit.place for other in same)
+            if is_new and (not timeline or commit.step <= timeline[-1].step):
+                timeline.append(commit)
+        return timeline
+
     def verified(self, commit: Commit) -> Commit:
         """The commit with its state, after everything that can be wrong with its files was looked
         for. A ValueError that names the file."""
@@ -289,7 +295,9 @@ class Saving:
         for ranks in loading:
             ranks.wait()
         self._number = max(self._number, commit.number, self.store.newest_sequence())
-        self._staged, self._flight = None, None
+        self._staged, self._flush = None, None
+        if commit.place == MEMORY:
+            self._paths[commit.step] = commit.path
         self._committed = commit.path if commit.place == MEMORY else None
 
     def set_aside(self, commit: Commit) -> None:
@@ -307,6 +315,7 @@ class Saving:
             start(role.drop_snapshots).wait()
         self.memory.clear()
         self._staged = self._committed = None
+        self._paths = {}
 
     def _next_number(self) -> int:
         in_memory = self.memory.commits()[:1] if self.memory is not None else []
@@ -315,7 +324,8 @@ class Saving:
         self._number = max(known) + 1
         return self._number
 
-    def _check_fence(self) -> None:
+    def check_fence(self) -> None:
+        """Raises Fenced where a newer attempt has taken the run over."""
         if self.store.attempt is not None:
             self.store.attempt.check()
 

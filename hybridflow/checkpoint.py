@@ -8,6 +8,7 @@ On disk, for a store at outputs/ppo/checkpoints:
     step-00000020/                a checkpoint; its manifest.json was written last
     .saving-2-step-00000030/      being written by attempt 2, or left by its crash: never read, removed
                                   by the next begin of this attempt or a later one
+    .adding-2-step-00000030/      what a later commit of that step adds to it (add)
     .deleting-step-00000010/      being removed
     damaged-step-00000040/        a checkpoint that could not be read, set aside
     latest                        name of the newest checkpoint, for people and scripts; not read here
@@ -106,12 +107,24 @@ class CheckpointStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         # Whoever made the directory may have died before its name was on disk.
         self._disk.sync(self.directory.parent)
-        for leftover in (*self.directory.glob(".saving-*"), *self.directory.glob(".deleting-*")):
-            if _attempt_of(leftover.name) <= self._number:
-                self._disk.remove(leftover)
+        for kind in ("saving", "adding", "deleting"):
+            for leftover in self.directory.glob(f".{kind}-*"):
+                added = leftover == self._adding(step)
+                if _attempt_of(leftover.name) <= self._number and not added:
+                    self._disk.remove(leftover)
         directory = self._saving(step)
         directory.mkdir()
         return directory
+
+    def add(self, step: int, name: str) -> Path:
+        """Where a directory `name` is written that the commit of `step` will hold, before or while
+        another step is being saved."""
+        self._check_fence()
+        directory = self._adding(step)
+        if directory.exists():
+            self._disk.remove(directory)
+        directory.mkdir(parents=True)
+        return directory / name
 
     def commit(
         self,
@@ -138,6 +151,10 @@ class CheckpointStore:
                 f"checkpoint: commit({step}) without begin({step}); {saving} does not exist"
             )
         _check_json(metadata)
+        if self._adding(step).is_dir():
+            for path in self._adding(step).iterdir():
+                path.rename(saving / path.name)
+            self._disk.remove(self._adding(step))
         names, directories = [], [saving]
         for path in saving.rglob("*"):
             if path.is_dir():
@@ -298,6 +315,9 @@ class CheckpointStore:
     def _saving(self, step: int) -> Path:
         return self.directory / f".saving-{self._number}-step-{step:08d}"
 
+    def _adding(self, step: int) -> Path:
+        return self.directory / f".adding-{self._number}-step-{step:08d}"
+
     def _free_name(self, step: int) -> Path:
         """step-00000020, or step-00000020-2 where the step was saved before, by a run that was
         then resumed from an older checkpoint."""
@@ -349,7 +369,7 @@ class DamagedManifest(ValueError):
 
 def _attempt_of(name: str) -> int:
     """The attempt that a directory .saving-2-step-00000030 belongs to; 0 where it says none."""
-    number = name.removeprefix(".saving-").partition("-")[0]
+    _, number, *_ = name.split("-")
     return int(number) if number.isdigit() else 0
 
 

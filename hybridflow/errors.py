@@ -41,6 +41,10 @@ class WorkerValueError(WorkerError, ValueError):
     """A worker's method raised a ValueError, as it does for mistakes of the user."""
 
 
+class TooFewDevices(ValueError):
+    """A pool's devices could not be reserved in time."""
+
+
 class UserCodeError(RuntimeError):
     """Code of the user's, such as a reward function, raised or returned what nobody can use: the
     message is one line that names it and the row."""

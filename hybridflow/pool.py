@@ -22,6 +22,7 @@ from hybridflow.batch import Batch
 from hybridflow.burial import TOKEN, end_processes, sample_stacks
 from hybridflow.context import RankContext
 from hybridflow.devices import DETERMINISTIC, HIDDEN
+from hybridflow.errors import TooFewDevices
 from hybridflow.host import Host, HostInfo, read_stacks
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
@@ -240,7 +241,7 @@ class RayPool(ResourcePool):
             [bundle] * self.size, strategy="PACK", name=f"hybridflow/{self.name}"
         )
         if not self._group.wait(self.spec.start_timeout_s):
-            raise ValueError(
+            raise TooFewDevices(
                 f"pool {self.name!r}: {self.size} devices of {bundle} could not be reserved "
                 f"within {self.spec.start_timeout_s:.0f} s; the cluster has "
                 f"{ray.cluster_resources()}, free now {ray.available_resources()}; ask for fewer "

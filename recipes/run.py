@@ -1,6 +1,6 @@
 """run(): from settings to a trained model.
 
-The main loop is Loop.run (controllers/loop.py); what it runs on is a Session (session.py).
+The main loop is Driver.run (controllers/recovery.py); what it runs on is a Session (session.py).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
             print(session.step())
         session.save("out")
 
-`run` drives the same session by Loop.run. Leaves out how settings become a Preparation
+`run` drives the same session by Driver.run. Leaves out how settings become a Preparation
 (preparation.py).
 """
 
@@ -28,7 +28,7 @@ from controllers import QUESTIONS, create_algorithm
 from controllers.algorithm_base import Algorithm, Evaluated
 from controllers.data import RowDataset, RowLoader
 from controllers.loop import Loop, LoopConfig, Outcome, phase_seconds
-from controllers.recovery import Recovery
+from controllers.recovery import Driver
 from controllers.samples import SampleReader
 from controllers.saving import Saving, checkpoint_at
 from controllers.streams import EmptyStream, PromptStream, RowSource, Stream, TextStream
@@ -111,7 +111,7 @@ class Session:
         begin with."""
         self.algorithm: Algorithm
         self._loop: Loop | None = None
-        self._recovery: Recovery | None = None
+        self._driver: Driver | None = None
         self._resources = ExitStack()
         try:
             self._start()
@@ -194,29 +194,29 @@ class Session:
             memory=memory,
             snapshot_every=config.recovery.snapshot_every,
         )
-        self._recovery = self._resumed(self._loop, tracker, attempt, first_step)
-        if cluster is None or len(cluster.nodes) == 1:
-            SUPERVISION.on_leave = self._loop.saving.write_newest
-
-    def _resumed(self, loop: Loop, tracker: Tracker, attempt: Attempt, first_step: int) -> Recovery:
-        """Brings the loop to where the run stands, and returns what keeps it alive from there.
-        `first_step`: the step that the tracker goes on behind."""
-        loop.try_saving()
+        self._resume(self._loop, tracker, attempt, first_step)
+        recovers = config.recovery.max_restarts > 0
         earlier = SUPERVISION.state
-        loop.saving.begins_after = earlier.get("begins_after", 0)
+        self._driver = Driver(
+            self._loop,
+            pools=self.pools,
+            rejoin=self._rejoin,
+            config=config.recovery,
+            events=EventLog(self.directory, attempt.number) if recovers else None,
+            restarts=earlier.get("restarts", 0),
+            furthest=earlier.get("furthest", -1),
+            on_one_node=cluster is None or len(cluster.nodes) == 1,
+        )
+
+    def _resume(self, loop: Loop, tracker: Tracker, attempt: Attempt, first_step: int) -> None:
+        """Brings the loop to where the run stands. `first_step`: the step that the tracker goes on
+        behind."""
+        loop.try_saving()
+        loop.saving.begins_after = SUPERVISION.state.get("begins_after", 0)
         loop.resume()
         if loop.step < first_step:  # the newest commit is damaged: its metrics go with it
             tracker.rewind(loop.step, attempt.number)
         SUPERVISION.note(begins_after=loop.saving.begins_after)
-        return Recovery(
-            self.pools,
-            self._rejoin,
-            self.config.recovery,
-            tracker,
-            EventLog(self.directory, attempt.number),
-            restarts=earlier.get("restarts", 0),
-            furthest=earlier.get("furthest", -1),
-        )
 
     def _rejoin(self, restarted: set[str]) -> None:
         """Brings the actor's two pools together again after one of them was restarted."""
@@ -253,9 +253,8 @@ class Session:
 
     def run(self) -> Outcome:
         """Every step to the end of the run, recovering from failures as recovery.* says."""
-        loop = self.loop
-        assert self._recovery is not None, "a session with a loop has a recovery"
-        return self._recovery.run(loop)
+        assert self.loop and self._driver is not None, "a session with a loop has a driver"
+        return self._driver.run()
 
     @property
     def num_steps(self) -> int:

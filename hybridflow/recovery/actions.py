@@ -27,7 +27,7 @@ class Exit(IntEnum):
     preempted = 75
     """Put this job back into the queue."""
     other_layout = 76
-    """Start again with a layout for the devices that are left."""
+    """Start this job again with a layout for the devices that are left."""
     fenced = 77
     """A newer attempt runs; not to be started again."""
     gave_up = 78
@@ -62,7 +62,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """Writes the Hugging Face directory of the step that the roles hold."""
+    """Writes the Hugging Face directory of the step that the roles hold, for its commit on disk."""
 
     step: int
 
@@ -109,6 +109,8 @@ class Report:
     text: str
     failure: Failure | None = None
     """The driver adds stacks and the last output."""
+    gives_up: str = ""
+    """Why the failure ends the run; empty where it is recovered from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

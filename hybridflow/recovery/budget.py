@@ -44,8 +44,11 @@ class Budget:
         return replace(self, restarts=self.restarts + 1, last=failure), ""
 
 
-FINAL = frozenset({Exit.done, Exit.user_error, Exit.preempted, Exit.fenced, Exit.gave_up})
-"""Exits after which a supervisor ends with the same status."""
+FINAL = frozenset(
+    {Exit.done, Exit.user_error, Exit.preempted, Exit.other_layout, Exit.fenced, Exit.gave_up}
+)
+"""Exits after which a supervisor ends with the same status. Those that ask for another start ask
+the scheduler above it, or a person: the same command here would end the same way."""
 
 
 def after_exit(budget: Budget, status: int, *, furthest: int) -> tuple[Budget, str]:
@@ -57,6 +60,4 @@ def after_exit(budget: Budget, status: int, *, furthest: int) -> tuple[Budget, s
     budget = budget.progressed(furthest)
     if status in FINAL:
         return budget, f"the controller ended with {Exit(status).name} ({status})"
-    if status == Exit.other_layout:
-        return budget, ""
     return budget.spend(Failure(kind=Kind.died, role="controller", cause=f"exit status {status}"))

@@ -18,12 +18,19 @@ class RecoveryConfig:
     quiesce_s: float = 60.0
     """How long the calls of the other pools may go on after a failure; a pool that has not ended
     them by then is restarted too."""
+    disk_grace_s: float = 600.0
+    """How long checkpoints may fail, or one may take, before the run ends: a full or slow disk. The
+    run goes on in memory meanwhile."""
+    deterministic: bool = False
+    """true: the run ends where a step that is trained again leaves other weights than before, with
+    the first tensor that differs; false: the log says so."""
 
     def __post_init__(self) -> None:
         for name, value in (
             ("snapshot_every", self.snapshot_every),
             ("max_restarts", self.max_restarts),
             ("quiesce_s", self.quiesce_s),
+            ("disk_grace_s", self.disk_grace_s),
         ):
             if value < 0:
                 raise ValueError(f"recovery.{name} is {value}; use 0 or more")

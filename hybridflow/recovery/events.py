@@ -66,10 +66,15 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Started:
-    """The first event of a controller: it holds the newest attempt number, no pool is up."""
+    """The first event of a controller: it holds the newest attempt number."""
 
     pools: tuple[str, ...]
     """All pools; starting them is the same action as rebuilding them."""
+    held: int | None = None
+    """The step whose state the roles hold already, -1: that of the start, where whoever sends this
+    has started the pools and restored them; None: no pool is up."""
+    last: bool = False
+    """Whether the run ends with `held`."""
     staged: tuple[int, ...] = ()
     """Steps of the commits that can be read from memory, oldest first."""
     durable: tuple[int, ...] = ()
@@ -79,6 +84,8 @@ class Started:
     of lines whose own checksum is right: a line that was not synced may hold a wrong bit."""
     restarts: int = 0
     """Restarts without progress so far, by this controller's predecessors."""
+    furthest: int = -1
+    """The highest step that any of them committed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +96,8 @@ class StepDone:
     incarnation: int
     last: bool = False
     """Whether the run ends here: its steps or epochs are done, or its reward is good enough."""
+    best: bool = False
+    """Whether its validation is the best so far."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +109,8 @@ class Staged:
     incarnation: int
     digest: str = ""
     """All trained weights and optimizer states, independent of the layout; empty: unknown."""
+    difference: str = ""
+    """In words: where the step differs from the same step of a lost timeline."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,11 +11,11 @@ the lost steps are replayed. The driver is a loop:
     while state.phase is not Phase.stopped:
         state, actions = decide(state, events.get(), now())
         for action in actions:                  # in order; one that fails puts Failed, and ends it
-            carry_out(action)                   # RunStep: loop.train_one_step(), loop.validate()
+            carry_out(action)                   # RunStep: loop.run_step(7)
 
-A wait of the driver (hybridflow/waiting.py) goes on taking events meanwhile: Flushed and FlushFailed
-are answered while a step runs, and Draining or Fenced end it at once. Without failures the actions
-of a step are RunStep, Stage, Record, Prune, and now and then Flush and Commit: today's loop.
+That of a real run is controllers/recovery.py. Its wait takes Flushed and FlushFailed once a step;
+Draining ends a step at once. Without failures the actions of a step are RunStep, Stage, Record,
+Prune, and now and then Export, Flush and Commit.
 
 Left out: noticing failures and deadlines of calls, retries of a reward, skipped rows.
 """
@@ -45,7 +45,8 @@ class Policy:
     flush_seconds: float = 0.0
     """A flush is due as well when the last one is so long ago; 0: never for that."""
     export_every: int = 0
-    """Steps between exports; the last step is always exported."""
+    """Steps between exports, where they are flushed; the last step is always exported, and a step
+    that is flushed with the best validation so far."""
     disk_grace_s: float = 600.0
     """How long the disk may fail, or one flush may take, before the run stops."""
     deterministic: bool = False
@@ -81,6 +82,8 @@ class State:
     budget: Budget
     phase: Phase = Phase.starting
     incarnation: int = 0
+    pools: tuple[str, ...] = ()
+    """All pools."""
     built: Mapping[str, int] = field(default_factory=dict)
     """The incarnation in which a pool was last rebuilt; 0 where it is missing."""
     step: int = 0
@@ -161,7 +164,7 @@ def decide(state: State, event: Event, now: float) -> Decision:
 
 
 def _started(state: State, event: on.Started, now: float) -> Decision:
-    budget = replace(state.budget, restarts=event.restarts)
+    budget = replace(state.budget, restarts=event.restarts, furthest=event.furthest)
     for step in (*event.staged, *event.durable):
         budget = replace(budget, furthest=max(step, budget.furthest))
     state = replace(
@@ -171,8 +174,11 @@ def _started(state: State, event: on.Started, now: float) -> Decision:
         durable=event.durable,
         digests=event.digests,
         flushed_at=now,
-        lost=event.pools,
+        pools=event.pools,
     )
+    if event.held is not None:
+        return _go_on(state, event.held, last=event.last, now=now)
+    state = replace(state, lost=event.pools)
     rebuild = do.Rebuild(pools=event.pools, incarnation=state.incarnation)
     return replace(state, phase=Phase.rebuilding), (rebuild,)
 
@@ -188,9 +194,11 @@ def _step_done(state: State, event: on.StepDone, now: float) -> Decision:
     state = replace(state, last=event.last)
     step = event.step
     actions: tuple[Action, ...] = ()
-    if state.last or _divides(state.policy.export_every, step):
+    flushed = _flush_is_due(state, now)
+    exported = event.best or _divides(state.policy.export_every, step)
+    if state.last or (flushed and exported and state.flush is None):
         actions = (do.Export(step=step),)  # before its commit: a replay exports it again
-    if _flush_is_due(state, now) or _divides(state.policy.snapshot_every, step):
+    if flushed or _divides(state.policy.snapshot_every, step):
         state = replace(state, phase=Phase.staging)
         return state, (*actions, do.Stage(step=step, incarnation=state.incarnation))
     state, more = _run(state, step + 1)
@@ -205,12 +213,14 @@ def _staged(state: State, event: on.Staged, now: float) -> Decision:
     actions: list[Action] = []
     if earlier and event.digest and earlier != event.digest:
         text = f"step {step} was replayed and its digest differs: {earlier}, now {event.digest}"
+        if event.difference:
+            text += f"; first in {event.difference}"
         if state.policy.deterministic:
             return _stop(state, Exit.gave_up, text)
         actions.append(do.Report(text=text))
     state = replace(
         state,
-        staged=(*state.staged, step),
+        staged=(*(other for other in state.staged if other != step), step),
         digests={**state.digests, step: event.digest},
         budget=state.budget.progressed(step),
     )
@@ -231,7 +241,8 @@ def _flush_is_due(state: State, now: float) -> bool:
     seconds = state.policy.flush_seconds
     late = seconds > 0 and now - state.flushed_at >= seconds
     behind = state.disk_failing_since is not None
-    return state.last or late or behind or _divides(state.policy.flush_every, state.step)
+    due = late or behind or _divides(state.policy.flush_every, state.step)
+    return state.last or (due and state.step > 0)  # before step 1 the start is as good
 
 
 def _divides(every: int, step: int) -> bool:
@@ -251,8 +262,9 @@ def _flush(state: State, now: float) -> Decision:
 
 
 def _prune_memory(state: State) -> Decision:
-    """Memory holds the newest snapshot and the one that is being flushed."""
-    protected = {state.staged[-1]}
+    """Memory holds the newest snapshot, the one before, should that be damaged, and the one that is
+    being flushed."""
+    protected = set(state.staged[-2:])
     if state.flush is not None:
         protected.add(state.flush.step)
     staged = tuple(step for step in state.staged if step in protected)
@@ -333,7 +345,8 @@ def _failed(state: State, event: on.Failed) -> Decision:
     lost = state.lost
     if failure.pool and failure.pool not in lost:
         lost = (*lost, failure.pool)
-    report = do.Report(text=f"{failure.kind}: {failure.cause}", failure=failure)
+    text = f"{failure.kind}: {failure.cause}"
+    report = do.Report(text=text, failure=failure)
     if state.phase is Phase.quiescing and failure.kind is not on.Kind.user_error:
         # A peer of the first one, or a second failure that came as a consequence.
         return replace(state, lost=lost), (report,)
@@ -341,7 +354,7 @@ def _failed(state: State, event: on.Failed) -> Decision:
     if refusal:
         code = Exit.user_error if failure.kind is on.Kind.user_error else Exit.gave_up
         state, actions = _stop(state, code, refusal)
-        return state, (report, *actions)
+        return state, (replace(report, gives_up=refusal), *actions)
     if state.phase is Phase.restoring:
         state = _count_restore_failure(state)
     state = replace(
@@ -357,7 +370,10 @@ def _failed(state: State, event: on.Failed) -> Decision:
 def _rebuild(state: State, silent: tuple[str, ...]) -> Decision:
     if state.phase is not Phase.quiescing:
         return state, ()
-    pools = (*state.lost, *(pool for pool in silent if pool not in state.lost))
+    return _build(state, (*state.lost, *(pool for pool in silent if pool not in state.lost)))
+
+
+def _build(state: State, pools: tuple[str, ...]) -> Decision:
     built = {**state.built, **dict.fromkeys(pools, state.incarnation)}
     state = replace(state, phase=Phase.rebuilding, built=built, lost=pools)
     return state, (do.Rebuild(pools=pools, incarnation=state.incarnation),)
@@ -376,9 +392,12 @@ def _restore(state: State) -> Decision:
         key=lambda candidate: (candidate[0], candidate[1] is Place.memory),
         default=(-1, Place.start),
     )
+    step, place = commit
+    stale = [pool for pool in state.pools if state.built.get(pool, 0) != state.incarnation]
+    if place is Place.start and stale:  # only a pool that is built anew holds those weights
+        return _build(state, tuple(stale))
     failures = state.restore_failures if commit == state.restoring else 0
     state = replace(state, phase=Phase.restoring, restoring=commit, restore_failures=failures)
-    step, place = commit
     restore = do.Restore(step=step, place=place, incarnation=state.incarnation)
     if place is Place.start and state.budget.furthest >= 0:
         text = "every commit was lost with its node and none is on disk: from the start again"
@@ -436,12 +455,18 @@ def _restored(state: State, event: on.Restored, now: float) -> Decision:
         restore_failures=0,
         flush=flush,
     )
-    actions: tuple[Action, ...] = (*aside, do.Reconnect(), do.Rewind(step=step))
-    if not event.last:
-        state, more = _run(state, step + 1)
-        return state, (*actions, *more)
-    state, more = _tick(replace(state, phase=Phase.finishing), now)
-    return state, (*actions, *more)
+    state, more = _go_on(state, step, last=event.last, now=now)
+    return state, (*aside, do.Reconnect(), do.Rewind(step=step), *more)
+
+
+def _go_on(state: State, step: int, *, last: bool, now: float) -> Decision:
+    """From the state after `step`, which the roles hold."""
+    if not last:
+        return _run(state, step + 1)
+    state = replace(state, phase=Phase.finishing, step=step, last=True)
+    if step in state.durable:
+        return _tick(state, now)
+    return state, (do.Export(step=step),)  # the next Tick flushes it
 
 
 def _up_to(
@@ -454,11 +479,13 @@ def _up_to(
 
 
 def _leave(state: State, event: on.Draining, now: float) -> Decision:
-    """Leaves at once, with the last snapshot: no step is waited for. A second notice can only
-    shorten the time."""
+    """Leaves at once, with the last snapshot: no step is waited for, and no flush under way, whose
+    processes may be busy or about to end. A second notice can only shorten the time."""
     deadline = event.deadline
     if state.phase is Phase.leaving:
         deadline = min(deadline, state.deadline)
+    elif state.flush is not None:
+        state = replace(state, flush=None)
     report = do.Report(text=f"{event.notice}: leaving within {deadline - now:.0f} s")
     state, actions = _tick(replace(state, phase=Phase.leaving, deadline=deadline), now)
     return state, (report, *actions)

@@ -62,9 +62,13 @@ def test_a_full_disk_at_a_commit_is_said_and_the_next_checkpoint_is_written(
     saving = Saving({}, store)
     synced: list[int] = []
     saving.before_commit = lambda: synced.append(len(store.all()))
-    with pytest.raises(RuntimeError, match=r"checkpoint of step 1 .* No space left on device"):
-        saving.begin_checkpoint(1, {}, {}, wait=True)
+    saving.begin_flush(1, {}, {})
+    assert saving.is_flushed()
+    with pytest.raises(OSError, match=r"No space left on device"):
+        saving.commit()
     disk.full = False
-    saving.begin_checkpoint(2, {}, {}, wait=True)
+    saving.begin_flush(2, {}, {})
+    assert saving.is_flushed()
+    saving.commit()
     assert [checkpoint.step for checkpoint in store.all()] == [2]
     assert synced == [0, 0], "the ledger is synced before each commit"

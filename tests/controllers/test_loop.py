@@ -16,6 +16,7 @@ import torch
 from controllers.algorithm_base import AlgorithmConfig
 from controllers.data import DataConfig, PromptDataset, RowLoader
 from controllers.loop import Loop, LoopConfig, Outcome, phase_seconds
+from controllers.recovery import Driver
 from controllers.validation import REWARD, ResponseReward
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
@@ -149,7 +150,7 @@ class Run:
                 config=config,
             )
             loop.resume()
-            self.outcome: Outcome = loop.run()
+            self.outcome: Outcome = Driver(loop).run()
         self.rows = read_jsonl(directory / "metrics.jsonl")
 
     def steps(self, split: str) -> list[int]:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from controllers.ledger import LEDGER, first_difference, read_ledger
+from controllers.recovery import Driver
 from tests.controllers.hand_role import HandRole, make_loop, weights
 
 
@@ -28,7 +29,7 @@ def shm() -> Iterator[Path]:
 
 def undisturbed(tmp_path: Path, shm: Path, steps: int = 5) -> torch.Tensor:
     loop = make_loop(tmp_path / "undisturbed", shm, num_steps=steps)
-    loop.run()
+    Driver(loop).run()
     return weights(loop)
 
 
@@ -39,11 +40,11 @@ def train(output: Path, shm: Path | None, steps: int) -> None:
         loop.snapshot()
     for _ in range(steps):
         loop.train_one_step()
-        loop.saving.poll(wait=True)
         loop.snapshot()
         if loop.step % 2 == 0:
-            loop.checkpoint(wait=False)
-    loop.saving.poll(wait=True)
+            loop.begin_flush()
+            assert loop.saving.is_flushed(wait=True)
+            loop.saving.commit()
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -54,7 +55,7 @@ def test_a_run_goes_on_from_memory_before_disk_bit_for_bit(
     train(tmp_path / "cut", shm if in_memory else None, steps=3)
     loop = make_loop(tmp_path / "cut", shm)
     assert loop.step == (3 if in_memory else 2), "disk has every second step"
-    loop.run()
+    Driver(loop).run()
     assert torch.equal(weights(loop), expected)
     if in_memory:
         first, second = (tmp_path / name / LEDGER for name in ("undisturbed", "cut"))
@@ -75,7 +76,7 @@ def test_restore_in_place_goes_back_to_the_newest_commit(tmp_path: Path, shm: Pa
     assert not loop.starts_from_scratch
     loop.restore()
     assert loop.step == 3 and loop.ledger.last is not None and loop.ledger.last["step"] == 3
-    loop.run()
+    Driver(loop).run()
     assert torch.equal(weights(loop), expected)
     assert first_difference(tmp_path / "undisturbed" / LEDGER, tmp_path / "cut" / LEDGER) is None
 
@@ -119,7 +120,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     with caplog.at_level(logging.WARNING):
         loop = make_loop(output, None)
     assert loop.step == 2 and str(newest) in caplog.text
-    loop.run()
+    Driver(loop).run()
     assert torch.equal(weights(loop), expected)
 
 
@@ -152,19 +153,19 @@ def test_a_damaged_snapshot_in_memory_falls_back_to_the_disk(
     with caplog.at_level(logging.WARNING):
         loop = make_loop(tmp_path / "cut", shm)
     assert loop.step == 2 and str(newest) in caplog.text
-    loop.run()
+    Driver(loop).run()
     assert torch.equal(weights(loop), expected)
 
 
 def test_the_export_is_written_at_the_end_and_when_it_is_due(tmp_path: Path, shm: Path) -> None:
     """F13-R8."""
     loop = make_loop(tmp_path / "a", shm, checkpoint_every=1, keep_last=9)
-    loop.run()
+    Driver(loop).run()
     role = loop.trained["actor"]
     assert isinstance(role, HandRole) and role.exports == 1
     assert (tmp_path / "a" / "checkpoints" / "step-00000005" / "huggingface").is_dir()
     often = make_loop(tmp_path / "b", None, checkpoint_every=1, export_every=2)
-    often.run()
+    Driver(often).run()
     role = often.trained["actor"]
     assert isinstance(role, HandRole) and role.exports == 3, "steps 2, 4 and the last"
 
@@ -178,7 +179,7 @@ def test_two_ledgers_are_compared_to_the_first_tensor(tmp_path: Path, shm: Path)
     role = loop.trained["actor"]
     assert isinstance(role, HandRole)
     role.engine.tensor(1)[2, 1] += 1.0
-    loop.run()
+    Driver(loop).run()
     first, second = (tmp_path / name / LEDGER for name in ("undisturbed", "other"))
     difference = first_difference(first, second)
     assert str(difference) == "step 2 differs in actor: model.w"
@@ -195,6 +196,7 @@ import os, sys
 from pathlib import Path
 import torch
 import controllers.loop, hybridflow.disk
+from controllers.recovery import Driver
 from controllers.ledger import LEDGER, first_difference
 from tests.controllers.hand_role import make_loop, weights
 EVENTS = {"open", "shutil.rmtree", "mmap.__new__"}
@@ -215,7 +217,7 @@ def in_child(act):
 
 def undisturbed():
     loop = make_loop(root / "undisturbed", shm, **SETTINGS)
-    loop.run()
+    Driver(loop).run()
     torch.save(weights(loop), root / "expected.pt")
 
 def live(output, die_at):
@@ -228,7 +230,7 @@ def live(output, die_at):
             os._exit(9)
     sys.addaudithook(hook)
     loop = make_loop(output, shm, **SETTINGS)
-    loop.run()
+    Driver(loop).run()
     if not die_at:
         assert torch.equal(weights(loop), torch.load(root / "expected.pt"))
         difference = first_difference(root / "undisturbed" / LEDGER, output / LEDGER)

@@ -12,7 +12,7 @@ import pytest
 
 from controllers.data import DataConfig, RowLoader
 from controllers.loop import Loop, LoopConfig, Outcome
-from controllers.recovery import Recovery
+from controllers.recovery import Driver
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.errors import Where, WorkerDied, WorkerError, WorkerValueError
@@ -92,14 +92,14 @@ def live(tmp_path: Path) -> Callable[..., Life]:
                 store=CheckpointStore(tmp_path / "checkpoints", keep_last=100),
                 config=config,
             )
-            recovery = Recovery(
-                pools,
-                lambda restarted: rejoined.append(set(restarted)),
-                RecoveryConfig(max_restarts=max_restarts),
-                tracker,
-                EventLog(tmp_path, attempt=4),
+            driver = Driver(
+                loop,
+                pools=pools,
+                rejoin=lambda restarted: rejoined.append(set(restarted)),
+                config=RecoveryConfig(max_restarts=max_restarts),
+                events=EventLog(tmp_path, attempt=4) if max_restarts else None,
             )
-            outcome = recovery.run(loop)
+            outcome = driver.run()
         return Life(outcome, pools, rejoined, actor, loop)
 
     return run
@@ -179,4 +179,4 @@ def test_a_failure_during_a_recovery_starts_it_over(
     monkeypatch.setattr(FakeActor, "load_checkpoint", load_checkpoint)
     life = live({4: [died(4)]})
     assert life.actor.weight == 5 and len(calls) == 2
-    assert (life.pools["main"].num_restarts, life.pools["other"].num_restarts) == (2, 1)
+    assert (life.pools["main"].num_restarts, life.pools["other"].num_restarts) == (1, 1)

@@ -78,28 +78,31 @@ def test_a_run_without_failures_is_the_loop() -> None:
     machine.start()
     machine.restored(-1)
     assert kinds(machine.step(1)) == []  # step 0 is under way
-    assert kinds(machine.step(0)) == [do.Record, do.Flush, do.Prune, do.RunStep]
+    assert kinds(machine.step(0)) == [do.Record, do.Prune, do.RunStep], "the start is as good"
     assert kinds(machine.step(1)) == [do.Record, do.Prune, do.RunStep]
-    assert machine(on.Flushed(step=0, number=1)) == (do.Commit(step=0, number=1),)
-    assert machine(on.Committed(step=0, number=1)) == (do.Prune(place=Place.disk, protected=(0,)),)
-    machine.step(2, last=True)
+    assert kinds(machine.step(2)) == [do.Record, do.Flush, do.Prune, do.RunStep]
+    assert machine(on.Flushed(step=2, number=1)) == (do.Commit(step=2, number=1),)
+    assert machine(on.Committed(step=2, number=1)) == (do.Prune(place=Place.disk, protected=(2,)),)
+    machine.step(3, last=True)
     assert machine.state.phase is Phase.finishing
-    machine(on.Flushed(step=2, number=2))
-    actions = machine(on.Committed(step=2, number=2))
+    machine(on.Flushed(step=3, number=2))
+    actions = machine(on.Committed(step=3, number=2))
     assert actions[-1] == do.Stop(code=Exit.done)
     assert machine(on.Tick()) == ()
 
 
 def test_flushes_are_skipped_not_queued_and_pruning_follows_a_commit() -> None:
     machine = running(flush_every=1)
-    for step in (1, 2, 3):
+    machine.step(1)
+    for step in (2, 3, 4):
         actions = machine.step(step)
         assert kinds(actions) == [do.Record, do.Report, do.Prune, do.RunStep]
-        assert actions[2] == do.Prune(place=Place.memory, protected=(0, step))
-    failed = machine(on.FlushFailed(step=0, number=1, cause="No space left on device"))
+        held = tuple(sorted({1, step - 1, step}))
+        assert actions[2] == do.Prune(place=Place.memory, protected=held)
+    failed = machine(on.FlushFailed(step=1, number=1, cause="No space left on device"))
     assert kinds(failed) == [do.Report]
-    assert do.Flush(step=4, number=2) in machine.step(4)
-    assert machine(on.Flushed(step=0, number=1)) == ()  # of the flush that was given up
+    assert do.Flush(step=5, number=2) in machine.step(5)
+    assert machine(on.Flushed(step=1, number=1)) == ()  # of the flush that was given up
     machine.now = 599.0
     assert machine(on.Tick()) == ()
     machine.now = 600.0
@@ -127,12 +130,16 @@ def test_a_death_is_quiesce_rebuild_restore_replay() -> None:
 
 def test_a_lost_node_is_disk_then_the_start() -> None:
     machine = running(flush_every=1)
-    machine(on.Flushed(step=0, number=1), on.Committed(step=0, number=1))
     machine.step(1)
+    machine(on.Flushed(step=1, number=1), on.Committed(step=1, number=1))
+    machine.step(2)
     machine.recover()
-    assert machine.actions == (do.Restore(step=0, place=Place.disk, incarnation=1),)
+    assert machine.actions == (do.Restore(step=1, place=Place.disk, incarnation=1),)
     nothing = running()
     nothing.recover()
+    rest = do.Rebuild(pools=("samples",), incarnation=1)
+    assert nothing.actions == (rest,), "only new processes hold the weights of the start"
+    nothing(on.Rebuilt(incarnation=1))
     assert kinds(nothing.actions) == [do.Report, do.Restore]
     assert nothing.actions[1] == do.Restore(step=-1, place=Place.start, incarnation=1)
 
@@ -204,6 +211,47 @@ def test_a_notice_leaves_at_once_with_the_last_snapshot() -> None:
     assert isinstance(stop, do.Stop) and stop.code is Exit.preempted
 
 
+def test_a_notice_gives_up_the_flush_of_an_older_step() -> None:
+    """Its processes may be in the middle of a step, or be ended by the same notice."""
+    machine = running(flush_every=1)
+    machine.step(1)
+    machine.step(2)
+    actions = machine(on.Draining(deadline=30.0, notice="SIGTERM"))
+    assert actions[1:] == (do.Flush(step=2, number=2),)
+
+
+def test_a_run_whose_last_step_is_in_memory_alone_is_written_to_disk() -> None:
+    machine = Machine()
+    actions = machine(on.Started(pools=(), held=4, last=True, staged=(4,)))
+    assert actions == (do.Export(step=4),)
+    assert machine(on.Tick()) == (do.Flush(step=4, number=1),)
+    machine = Machine()
+    (stop,) = machine(on.Started(pools=(), held=4, last=True, durable=(4,)))
+    assert stop == do.Stop(code=Exit.done)
+
+
+def test_a_start_that_holds_its_state_goes_on_from_there() -> None:
+    machine = Machine()
+    started = on.Started(pools=("policy",), held=3, staged=(3,), restarts=2, furthest=7)
+    assert machine(started) == (do.RunStep(step=4, incarnation=0),)
+    assert (machine.state.budget.restarts, machine.state.budget.furthest) == (2, 7)
+
+
+def test_a_flush_is_due_after_its_seconds_too() -> None:
+    machine = running(flush_seconds=60.0)
+    assert do.Flush not in kinds(machine.step(1))
+    machine.now = 61.0
+    assert do.Flush in kinds(machine.step(2))
+
+
+def test_the_best_step_is_exported_where_it_is_flushed() -> None:
+    machine = running(flush_every=2)
+    for step, flushed in ((1, False), (2, True)):
+        actions = machine(on.StepDone(step=step, incarnation=0, best=True))
+        assert (do.Export in kinds(actions)) == flushed
+        machine(on.Staged(step=step, incarnation=0))
+
+
 def test_a_notice_shorter_than_a_flush_ends_at_its_deadline() -> None:
     machine = running()
     machine(on.Draining(deadline=3.0, notice="SIGTERM"))
@@ -215,9 +263,10 @@ def test_a_notice_shorter_than_a_flush_ends_at_its_deadline() -> None:
 
 def test_the_loser_of_a_fence_writes_nothing() -> None:
     machine = running(flush_every=1)
+    machine.step(1)
     actions = machine(on.Fenced())
     assert kinds(actions) == [do.Stop] and machine.state.phase is Phase.stopped
-    assert machine(on.Flushed(step=0, number=1)) == ()
+    assert machine(on.Flushed(step=1, number=1)) == ()
 
 
 def test_a_replayed_step_with_another_digest_is_said() -> None:
@@ -226,9 +275,14 @@ def test_a_replayed_step_with_another_digest_is_said() -> None:
         machine.step(1, digest="a")
         machine.recover(staged=(0,))
         machine.restored(0)
-        actions = machine.step(1, digest="b")
-        expected = do.Stop if deterministic else do.Report
-        assert isinstance(actions[0], expected)
+        machine(on.StepDone(step=1, incarnation=machine.state.incarnation))
+        staged = on.Staged(
+            step=1, incarnation=machine.state.incarnation, digest="b", difference="actor: model.w"
+        )
+        first, *_ = machine(staged)
+        text = first.reason if isinstance(first, do.Stop) else first.text
+        assert isinstance(first, do.Stop if deterministic else do.Report)
+        assert text.endswith("its digest differs: a, now b; first in actor: model.w")
     same = running(deterministic=True)
     same.step(1, digest="a")
     same.recover(staged=(0,))
@@ -238,10 +292,9 @@ def test_a_replayed_step_with_another_digest_is_said() -> None:
 
 def test_the_supervisor_restarts_crashes_and_nothing_else() -> None:
     budget = Budget(max_restarts=2)
-    for code in (Exit.done, Exit.user_error, Exit.preempted, Exit.fenced, Exit.gave_up):
-        assert after_exit(budget, code, furthest=3)[1]
-    after, refusal = after_exit(budget, Exit.other_layout, furthest=3)
-    assert (after.restarts, refusal) == (0, "")
+    for code in Exit:
+        refusal = after_exit(budget, code, furthest=3)[1]
+        assert bool(refusal) == (code is not Exit.failed)
     for furthest in (3, 3, 4, 4):  # progress in between
         budget, refusal = after_exit(budget, -9, furthest=furthest)
         assert not refusal

@@ -147,8 +147,9 @@ class Run:
             return  # a controller that was thought to be dead
         status = -9 if controller.status is None else controller.status
         self.budget, refusal = after_exit(self.budget, status, furthest=self.watch.furthest)
-        if status == Exit.preempted or not refusal:
-            self.cluster.after(3.0, self.start)  # the scheduler's requeue, or the supervisor
+        requeued = status in (Exit.preempted, Exit.other_layout)
+        if requeued or not refusal:
+            self.cluster.after(3.0, self.start)  # the scheduler, or the supervisor
             return
         self.status = status
         self.reason = f"{controller.reason}; {refusal}"

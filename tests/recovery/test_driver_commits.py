@@ -1,0 +1,227 @@
+"""The driver over real snapshot files and checkpoints, in one process: full disks, notices,
+determinism, the end of a run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+
+from controllers.ledger import LEDGER, first_difference, read_ledger
+from controllers.loop import Loop
+from controllers.recovery import Driver
+from hybridflow.disk import Disk
+from hybridflow.errors import TooFewDevices, Where, WorkerDied
+from hybridflow.failures import EventLog
+from hybridflow.local_pool import LocalPool
+from hybridflow.recovery.actions import Exit
+from hybridflow.recovery.attempts import Attempt, Fenced
+from hybridflow.recovery.config import RecoveryConfig
+from hybridflow.results import Metrics
+from hybridflow.supervision import SUPERVISION
+from tests.controllers.hand_role import HandAlgorithm, HandRole, make_loop, weights
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    with TemporaryDirectory(dir="/dev/shm") as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
+def expected(tmp_path: Path, shm: Path) -> torch.Tensor:
+    """Weights and moments of the undisturbed run."""
+    loop = make_loop(tmp_path / "undisturbed", shm)
+    Driver(loop).run()
+    return weights(loop)
+
+
+class FullDisk(Disk):
+    """Has no room for a manifest until it was asked `times` times."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def write_synced(self, path: Path, text: str) -> None:
+        if path.name == "manifest.json" and self.times:
+            self.times -= 1
+            raise OSError(28, "No space left on device")
+        super().write_synced(path, text)
+
+
+def with_disk(loop: Loop, disk: Disk) -> Loop:
+    loop.store._disk = disk
+    return loop
+
+
+def test_a_full_disk_is_said_and_waited_for(
+    tmp_path: Path, shm: Path, expected: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FAULTS C3, disk full: the run goes on in memory; the next snapshot is written instead, and
+    the last one is tried again until the disk has room."""
+    loop = with_disk(make_loop(tmp_path / "full", shm, checkpoint_every=1), FullDisk(3))
+    with caplog.at_level(logging.WARNING):
+        Driver(loop).run()
+    assert caplog.text.count("could not be written to disk: [Errno 28]") == 3
+    assert torch.equal(weights(loop), expected)
+    assert loop.store.all()[-1].step == 5
+
+
+def test_a_disk_that_stays_full_ends_the_run_after_its_grace(tmp_path: Path, shm: Path) -> None:
+    loop = with_disk(make_loop(tmp_path, shm), FullDisk(10**9))
+    config = RecoveryConfig(max_restarts=0, disk_grace_s=0.5)
+    with pytest.raises(RuntimeError, match=r"nothing could be written to disk .*disk_grace_s"):
+        Driver(loop, config=config).run()
+    again = make_loop(tmp_path, shm)
+    assert again.step > 0, "its steps are in memory"
+    Driver(again).run()
+    assert again.store.all()[-1].step == 5
+
+
+def test_a_last_step_in_memory_alone_reaches_the_disk(
+    tmp_path: Path, shm: Path, expected: torch.Tensor
+) -> None:
+    """A controller that dies between the last snapshot and its checkpoint is followed by one that
+    writes it, with the model."""
+    loop = make_loop(tmp_path / "cut", shm)
+    loop.snapshot()
+    for _ in range(5):
+        loop.train_one_step()
+        loop.snapshot()
+    again = make_loop(tmp_path / "cut", shm)
+    Driver(again).run()
+    assert torch.equal(weights(again), expected)
+    assert (again.store.all()[-1].path / "huggingface").is_dir()
+    assert first_difference(tmp_path / "undisturbed" / LEDGER, again.ledger.path) is None
+
+
+class Noticed(HandAlgorithm):
+    """Step 4 is interrupted by the notice."""
+
+    driver: Driver
+
+    def step(self, prompts: object) -> Metrics:
+        if self.role.engine.num_steps == 3:
+            self.driver.leave()
+            raise KeyboardInterrupt
+        return super().step(prompts)  # type: ignore[arg-type]
+
+
+def test_a_notice_puts_the_newest_snapshot_on_disk(
+    tmp_path: Path, shm: Path, expected: torch.Tensor
+) -> None:
+    """FAULTS trap 38: no step is waited for. Another machine, without this one's memory, goes on
+    from the disk."""
+    loop = make_loop(tmp_path / "cut", shm, checkpoint_every=0)
+    role = loop.trained["actor"]
+    assert isinstance(role, HandRole)
+    loop.algorithm = algorithm = Noticed(role)  # type: ignore[assignment]
+    algorithm.driver = Driver(loop)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        algorithm.driver.run()
+    assert time.monotonic() - started < 5.0
+    assert [checkpoint.step for checkpoint in loop.store.all()] == [3]
+    elsewhere = make_loop(tmp_path / "cut", None)
+    assert elsewhere.step == 3
+    Driver(elsewhere).run()
+    assert torch.equal(weights(elsewhere), expected)
+
+
+class Pool(LocalPool):
+    """Its restart builds nothing, or finds too few devices."""
+
+    def __init__(self, *, too_few: bool = False) -> None:
+        super().__init__()
+        self.too_few = too_few
+
+    def restart(self) -> None:
+        self.broken = ""
+        if self.too_few:
+            raise TooFewDevices("pool 'main': 2 devices could not be reserved")
+
+
+class Dying(HandAlgorithm):
+    """Dies once in the middle of step 4, whose replay leaves `drift` more in the weights."""
+
+    drift = 0.0
+    died = False
+
+    def step(self, prompts: object) -> Metrics:
+        if self.role.engine.num_steps == 4 and not self.died:
+            self.died = True
+            where = Where(role="actor", rank=0, method="update_actor", pool="main")
+            raise WorkerDied("actor rank 0 died", (where,))
+        if self.died and self.role.engine.num_steps == 3:
+            self.role.engine.tensor(1)[2, 1] += self.drift
+        return super().step(prompts)  # type: ignore[arg-type]
+
+
+def dying(output: Path, shm: Path, drift: float) -> Loop:
+    """A run whose snapshot of step 4 is damaged when its step 5 dies: step 4 is replayed."""
+    loop = make_loop(output, shm, checkpoint_every=0)
+    role = loop.trained["actor"]
+    assert isinstance(role, HandRole)
+    loop.algorithm = algorithm = Dying(role)  # type: ignore[assignment]
+    algorithm.drift = drift
+    return loop
+
+
+class Damaging(Pool):
+    """Its processes take the newest snapshot with them."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__()
+        self.loop = loop
+
+    def restart(self) -> None:
+        super().restart()
+        newest = self.loop.saving.commits()[0].path / "actor" / "0.safetensors"
+        with newest.open("r+b") as file:
+            file.seek(-3, 2)
+            file.write(b"\x07")
+
+
+@pytest.mark.parametrize("drift", [0.0, 1.0])
+def test_a_replayed_step_is_held_against_the_lost_one(
+    drift: float, tmp_path: Path, shm: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FAULTS C4.9: recovery.deterministic ends the run with the first tensor that differs."""
+    loop = dying(tmp_path, shm, drift)
+    events = EventLog(tmp_path)
+    config = RecoveryConfig(deterministic=True)
+    driver = Driver(loop, pools={"main": Damaging(loop)}, config=config, events=events)
+    if drift:
+        with pytest.raises(RuntimeError, match=r"step 4 was replayed .* first in actor: model.w"):
+            driver.run()
+    else:
+        driver.run()
+        assert loop.step == 5
+    named = {event["event"]: event for event in events.read()}
+    assert (named["recovered"]["step"], named["recovered"]["source"]) == (3, "memory")
+    assert ("replay_differs" in named) == bool(drift)
+
+
+def test_too_few_devices_end_with_their_own_status(tmp_path: Path, shm: Path) -> None:
+    """The scheduler starts the job again with another layout: it goes on from the commit."""
+    loop = dying(tmp_path, shm, 0.0)
+    driver = Driver(loop, pools={"main": Pool(too_few=True)}, config=RecoveryConfig())
+    with pytest.raises(SystemExit) as ended:
+        driver.run()
+    assert ended.value.code == Exit.other_layout == 76
+    assert make_loop(tmp_path, shm).step == 4
+
+
+def test_a_replaced_controller_writes_nothing_more(tmp_path: Path, shm: Path) -> None:
+    loop = make_loop(tmp_path, shm)
+    loop.snapshot()
+    Attempt.claim(tmp_path)
+    with pytest.raises(Fenced, match="attempt 2 has taken this run over"):
+        Driver(loop).run()
+    assert [line["step"] for line in read_ledger(loop.ledger.path)] == [0]
+    assert not loop.store.all() and SUPERVISION.directory is None
