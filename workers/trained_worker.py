@@ -18,7 +18,7 @@ from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.results import Metrics
 from hybridflow.seeds import combine_seed
-from hybridflow.snapshots.files import Contents, Written, file_name
+from hybridflow.snapshots.files import Written, file_name
 from hybridflow.snapshots.flush import Flushed, Flusher
 from hybridflow.snapshots.memory import Stager
 from hybridflow.snapshots.reading import SnapshotFiles
@@ -105,7 +105,8 @@ class TrainedWorker(ModelWorker, TrainedRole):
     def stage_snapshot(self, directory: str, stamp: str, keep: tuple[str, ...]) -> Written:
         engine, rank = self.engine, self.context.rank
         state = engine.state(moments=engine.num_steps > 0, copies=False)
-        contents = Contents(state, engine.scalars(self.counters()), stamp)
+        scalars = engine.scalars(self.counters())
+        contents = self._stager.contents(state, scalars, stamp)
         path = Path(directory) / self._snapshot_name / file_name(rank)
         kept = list(map(Path, keep))
         if self._flusher.source is not None and self._flusher.result(wait=False) is None:

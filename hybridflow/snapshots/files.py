@@ -39,6 +39,9 @@ LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header."""
 ITEM_BYTES = 4
 NO_CHECKSUM = "0" * 16
+HEADER_STEP = 512
+"""Headers are a multiple of so many bytes, so that a file's size does not change with a number's
+digits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +79,74 @@ def file_name(rank: int) -> str:
     return f"{rank}{SUFFIX}"
 
 
+class Layout:
+    """Where everything is in a rank's file; the same one from step to step, while the boxes are."""
+
+    def __init__(self, tensors: Sequence[LocalParameter]) -> None:
+        self.boxes = boxes_of(tensors)
+        self.spans: list[tuple[int, int]] = []
+        """The first byte of each box behind the header, and the one after its last."""
+        entries: dict[str, Any] = {}
+        described = []
+        end = 0
+        for parameter, shard, number in _numbered(tensors):
+            begin, end = end, end + shard.box.numel * ITEM_BYTES
+            self.spans.append((begin, end))
+            name = f"{parameter.name}#{number}" if number else parameter.name
+            entries[name] = {
+                "dtype": "F32",
+                "shape": list(shard.box.shape),
+                "data_offsets": [begin, end],
+            }
+            described.append([parameter.name, list(shard.box.start), list(parameter.shape)])
+        self.num_bytes = end
+        self._entries = json.dumps(entries)
+        self._described = json.dumps(described)
+
+    def header(self, scalars: str, stamp: str, digests: Sequence[int]) -> bytes:
+        """The header with its length, a multiple of HEADER_STEP bytes, whatever the digests are."""
+        metadata = {
+            "format": FORMAT,
+            "stamp": stamp,
+            "scalars": scalars,
+            "boxes": self._described,
+            "digests": "".join([f"{number:0{DIGEST_DIGITS}x}" for number in digests]),
+            "checksum": NO_CHECKSUM,
+        }
+        metadata["checksum"] = _digest_of(f"[{json.dumps(metadata)}, {self._entries}]")
+        further = self._entries[1:-1]
+        separator = ", " if further else ""
+        text = f'{{"__metadata__": {json.dumps(metadata)}{separator}{further}}}'.encode()
+        text += b" " * (-(LENGTH_BYTES + len(text)) % HEADER_STEP)
+        return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+class Bound:
+    """A file's memory, cut into its boxes: a buffer that is written again and again."""
+
+    def __init__(self, buffer: Tensor, layout: Layout, header_bytes: int) -> None:
+        """`buffer`: uint8 [bytes of the file or more]."""
+        self.layout, self.header_bytes = layout, header_bytes
+        self.places: list[Tensor] = []
+        """float32, one of each box's shape."""
+        self._digests: list[BoxDigest] = []
+        scratch: dict[torch.device, Scratch] = {}
+        for (begin, end), (_, whole, box) in zip(layout.spans, layout.boxes, strict=True):
+            memory = buffer[header_bytes + begin : header_bytes + end].view(torch.float32)
+            place = memory.view(box.shape)
+            self.places.append(place)
+            if box.numel:
+                self._digests.append(box_digest(whole, box, place, scratch))
+
+    def digests(self) -> list[int]:
+        """One for each box, of what the memory holds now."""
+        sums = iter(_as_numbers([digest() for digest in self._digests]))
+        numbers = []
+        for _, _, box in self.layout.boxes:
+            numbers.append(next(sums) if box.numel else 0)
+        return numbers
+
+
 class Contents:
     """A rank's file before it is written.
 
@@ -85,27 +156,21 @@ class Contents:
     """
 
     def __init__(
-        self, tensors: Sequence[LocalParameter], scalars: Mapping[str, int], stamp: str = ""
+        self,
+        tensors: Sequence[LocalParameter],
+        scalars: Mapping[str, int],
+        stamp: str = "",
+        layout: Layout | None = None,
     ) -> None:
         """`tensors`: every tensor on every rank, in the same order, with this rank's shards.
-        `stamp`: the same in all files of one snapshot, another one in every other snapshot."""
+        `stamp`: the same in all files of one snapshot, another one in every other snapshot.
+        `layout`: that of these tensors, where the caller has it."""
         self.tensors = tensors
-        self._scalars, self._stamp = dict(scalars), stamp
-        self._entries: dict[str, Any] = {}
-        self._boxes: list[Any] = []
-        end = 0
-        for parameter, shard, number in _numbered(tensors):
-            begin, end = end, end + shard.box.numel * ITEM_BYTES
-            name = f"{parameter.name}#{number}" if number else parameter.name
-            self._entries[name] = {
-                "dtype": "F32",
-                "shape": list(shard.box.shape),
-                "data_offsets": [begin, end],
-            }
-            self._boxes.append([parameter.name, list(shard.box.start), list(parameter.shape)])
+        self.layout = layout or Layout(tensors)
+        self._scalars, self._stamp = json.dumps(dict(scalars)), stamp
         # The digests' places, so that the header's length is known before they are.
-        self._header_bytes = len(self._header([0] * len(self._boxes)))
-        self.num_bytes = self._header_bytes + end
+        self.header_bytes = len(self._header([0] * len(self.layout.spans)))
+        self.num_bytes = self.header_bytes + self.layout.num_bytes
 
     def digests(self) -> list[int]:
         """One for each box, in the order of the entries; of what the memory holds now."""
@@ -119,7 +184,7 @@ class Contents:
         """Writes into an empty file, the header last; returns the digests of the tensors
         (Written.digests)."""
         digests = self.digests()
-        file.seek(self._header_bytes)
+        file.seek(self.header_bytes)
         for _, shard, _ in _numbered(self.tensors):
             values = shard.tensor.detach().cpu().contiguous().numpy()
             file.write(values.reshape(-1).view(np.uint8).data)
@@ -127,16 +192,17 @@ class Contents:
         file.write(self._header(digests))
         return self._per_tensor(digests)
 
-    def copy_to(self, buffer: Tensor) -> NDArray[np.uint64]:
-        """As `write`, into memory: uint8 [num_bytes or more]."""
+    def copy_to(self, buffer: Tensor, bound: Bound | None = None) -> NDArray[np.uint64]:
+        """As `write`, into memory: uint8 [num_bytes or more]. `bound`: that of the buffer, where the
+        caller has one of this layout and header."""
         buffer[:LENGTH_BYTES].zero_()
-        begin = self._header_bytes
-        for _, shard, _ in _numbered(self.tensors):
-            end = begin + shard.box.numel * ITEM_BYTES
-            place = buffer[begin:end].view(torch.float32)
-            place.view(shard.box.shape).copy_(shard.tensor.detach())
-            begin = end
-        digests = self.digests()
+        bound = bound or Bound(buffer, self.layout, self.header_bytes)
+        sources = [shard.tensor for _, shard, _ in _numbered(self.tensors)]
+        with torch.no_grad():
+            torch._foreach_copy_(bound.places, sources)
+        # An accelerator reads its own memory faster than the host reads the copy.
+        on_cpu = all(source.device.type == "cpu" for source in sources)
+        digests = bound.digests() if on_cpu else self.digests()
         header = self._header(digests)
         rest = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         buffer[LENGTH_BYTES : len(header)].copy_(rest[LENGTH_BYTES:])
@@ -147,24 +213,12 @@ class Contents:
         of_box = iter(digests)
         totals = []
         for parameter in self.tensors:
-            total = sum(next(of_box) for _ in parameter.shards)
+            total = sum([next(of_box) for _ in parameter.shards])
             totals.append(total % 2**64)
         return np.array(totals, dtype=np.uint64)
 
     def _header(self, digests: Sequence[int]) -> bytes:
-        """The header with its length, a multiple of 8 bytes, whatever the digests are."""
-        metadata = {
-            "format": FORMAT,
-            "stamp": self._stamp,
-            "scalars": json.dumps(self._scalars),
-            "boxes": json.dumps(self._boxes),
-            "digests": "".join(f"{number:0{DIGEST_DIGITS}x}" for number in digests),
-            "checksum": NO_CHECKSUM,
-        }
-        metadata["checksum"] = _checksum(metadata, self._entries)
-        text = json.dumps({"__metadata__": metadata, **self._entries}).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(LENGTH_BYTES, "little") + text
+        return self.layout.header(self._scalars, self._stamp, digests)
 
 
 def write_snapshot(
@@ -241,7 +295,8 @@ def read_header(path: Path) -> StoredFile:
             f"snapshot {path}: not of the format {FORMAT}; it was written by an earlier version "
             "and cannot be resumed: start a new run from its huggingface directory"
         )
-    if metadata["checksum"] != _checksum(metadata | {"checksum": NO_CHECKSUM}, entries):
+    without = json.dumps([metadata | {"checksum": NO_CHECKSUM}, entries])
+    if metadata["checksum"] != _digest_of(without):
         raise ValueError(f"snapshot {path}: its header is corrupt, its checksum differs")
     boxes = []
     digits = metadata["digests"]
@@ -275,12 +330,27 @@ def digest(
     is the sum. It depends on the tensor's shape and contents, not on the layout."""
     if not tensor.numel():
         return torch.zeros((), dtype=torch.int64)
+    return box_digest(whole, box, tensor, scratch)()
+
+
+def box_digest(
+    whole: tuple[int, ...], box: Box, tensor: Tensor, scratch: dict[torch.device, Scratch]
+) -> BoxDigest:
+    """`digest` of a box that is not empty, bound to its memory."""
     if tensor.device not in scratch:
         scratch[tensor.device] = Scratch(tensor.device)
     words = -(-prod(whole[-1:]) * ITEM_BYTES // 8)
     return BoxDigest(
         tensor, box.start, whole, torch.float32, block_words(words), scratch[tensor.device]
-    )()
+    )
+
+
+def boxes_of(tensors: Sequence[LocalParameter]) -> list[tuple[str, tuple[int, ...], Box]]:
+    """Name, shape of the whole tensor, and box of everything that this rank holds."""
+    boxes = []
+    for parameter, shard, _ in _numbered(tensors):
+        boxes.append((parameter.name, parameter.shape, shard.box))
+    return boxes
 
 
 def _numbered(
@@ -300,6 +370,5 @@ def _as_numbers(sums: Sequence[Tensor]) -> list[int]:
     return [int(number) for number in together.view(np.uint64)]
 
 
-def _checksum(metadata: Mapping[str, str], entries: Mapping[str, Any]) -> str:
-    text = json.dumps([metadata, entries]).encode()
-    return hashlib.blake2b(text, digest_size=8).hexdigest()
+def _digest_of(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

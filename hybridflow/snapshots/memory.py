@@ -21,7 +21,7 @@ import mmap
 import os
 import shutil
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hybridflow.recovery.attempts import DIRECTORY, RUN, Attempt
-from hybridflow.snapshots.files import LENGTH_BYTES, Contents
+from hybridflow.resharding.shards import LocalParameter
+from hybridflow.snapshots.files import LENGTH_BYTES, Bound, Contents, Layout, boxes_of
 
 LOGGER = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
@@ -148,6 +149,19 @@ class Stager:
     def __init__(self) -> None:
         self._buffers: dict[Path, Tensor] = {}
         """This process' files, mapped: uint8 [bytes]."""
+        self._layout: Layout | None = None
+        self._bound: dict[int, Bound] = {}
+        """By the address of the buffer."""
+
+    def contents(
+        self, tensors: Sequence[LocalParameter], scalars: Mapping[str, int], stamp: str
+    ) -> Contents:
+        """What a rank writes, with the layout of the step before where the boxes are the same."""
+        layout = self._layout
+        if layout is None or layout.boxes != boxes_of(tensors):
+            layout, self._bound = Layout(tensors), {}
+        self._layout = layout
+        return Contents(tensors, scalars, stamp, layout)
 
     def stage(self, path: Path, contents: Contents, keep: Collection[Path]) -> NDArray[np.uint64]:
         """Writes the file; returns Contents' digests. Files in the directories `keep`, and these
@@ -167,13 +181,20 @@ class Stager:
         if buffer is None:
             buffer = allocate(path, contents.num_bytes)
         self._buffers[path] = buffer
-        return contents.copy_to(buffer)
+        bound = self._bound.get(buffer.data_ptr())
+        if bound is None or bound.header_bytes != contents.header_bytes:
+            bound = Bound(buffer, contents.layout, contents.header_bytes)
+        addresses = [other.data_ptr() for other in self._buffers.values()]
+        self._bound = {at: other for at, other in self._bound.items() if at in addresses}
+        self._bound[buffer.data_ptr()] = bound
+        return contents.copy_to(buffer, bound)
 
     def clear(self) -> None:
         """Frees this role's files."""
         for path in self._buffers:
             path.unlink(missing_ok=True)
         self._buffers.clear()
+        self._bound.clear()
 
 
 def memory_directory(output_dir: Path, run: str, root: Path) -> Path:
