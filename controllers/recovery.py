@@ -70,15 +70,17 @@ class Driver:
         events: EventLog | None = None,
         restarts: int = 0,
         furthest: int = -1,
+        deterministic: bool = False,
         on_one_node: bool = True,
     ) -> None:
         """`restarts`: without progress so far, of this run's earlier controllers; `furthest`: the
-        highest step that they committed. `on_one_node`: whether all ranks are on this node, so that
+        highest step that they committed. `deterministic`: whether a step that is trained again must
+        leave the same bits. `on_one_node`: whether all ranks are on this node, so that
         this process can read what they hold in memory. Without `events` nothing is written down."""
         self.loop, self.saving = loop, loop.saving
         self.pools = pools or {}
         self.config, self.events = config, events
-        self.on_one_node = on_one_node
+        self.deterministic, self.on_one_node = deterministic, on_one_node
         self._restarts, self._furthest = restarts, furthest
         self._rejoin = rejoin
         self.state = begin(self._policy())
@@ -200,7 +202,7 @@ class Driver:
             flush_seconds=60.0 * loop.checkpoint_minutes,
             export_every=loop.export_every,
             disk_grace_s=config.disk_grace_s,
-            deterministic=config.deterministic,
+            deterministic=self.deterministic,
         )
 
     def _started(self) -> Event:

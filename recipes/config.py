@@ -118,7 +118,7 @@ class RunConfig:
     deterministic: bool = False
     """On GPUs too the same run gives the same bits, on the same kind and number of them: slower
     kernels in PyTorch, and in vLLM those whose results do not depend on the other rows. On CPUs
-    runs repeat anyway."""
+    runs repeat anyway. A run that recovers and trains a step again with another result ends."""
     call_timeout_s: float = 1800.0
     """The run stops with a report of every rank's stack when no call finishes for this long."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -205,6 +205,7 @@ class Session:
             events=EventLog(self.directory, attempt.number) if recovers else None,
             restarts=earlier.get("restarts", 0),
             furthest=earlier.get("furthest", -1),
+            deterministic=config.deterministic,
             on_one_node=cluster is None or len(cluster.nodes) == 1,
         )
 

@@ -21,9 +21,6 @@ class RecoveryConfig:
     disk_grace_s: float = 600.0
     """How long checkpoints may fail, or one may take, before the run ends: a full or slow disk. The
     run goes on in memory meanwhile."""
-    deterministic: bool = False
-    """true: the run ends where a step that is trained again leaves other weights than before, with
-    the first tensor that differs; false: the log says so."""
 
     def __post_init__(self) -> None:
         for name, value in (

@@ -191,11 +191,11 @@ class Damaging(Pool):
 def test_a_replayed_step_is_held_against_the_lost_one(
     drift: float, tmp_path: Path, shm: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """FAULTS C4.9: recovery.deterministic ends the run with the first tensor that differs."""
+    """FAULTS C4.9: deterministic=true ends the run with the first tensor that differs."""
     loop = dying(tmp_path, shm, drift)
     events = EventLog(tmp_path)
-    config = RecoveryConfig(deterministic=True)
-    driver = Driver(loop, pools={"main": Damaging(loop)}, config=config, events=events)
+    pools = {"main": Damaging(loop)}
+    driver = Driver(loop, pools=pools, config=RecoveryConfig(), events=events, deterministic=True)
     if drift:
         with pytest.raises(RuntimeError, match=r"step 4 was replayed .* first in actor: model.w"):
             driver.run()
