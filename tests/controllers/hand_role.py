@@ -51,6 +51,9 @@ class HandEngine:
             self.tensor(0).add_(self.tensor(1).sin())
         self.num_steps += 1
 
+    def scalars(self, further: Mapping[str, int]) -> dict[str, int]:
+        return {"num_steps": self.num_steps, **further}
+
     def save(self, directory: Path, scalars: Mapping[str, int]) -> None:
         state = self.state(moments=self.num_steps > 0, copies=False)
         scalars = {"num_steps": self.num_steps, **scalars}
