@@ -156,7 +156,8 @@ class Stager:
     def contents(
         self, tensors: Sequence[LocalParameter], scalars: Mapping[str, int], stamp: str
     ) -> Contents:
-        """A rank's file before it is written, with the layout of the step before where the boxes are the same."""
+        """A rank's file before it is written; its layout is that of the step before where the boxes are
+        the same."""
         layout = self._layout
         if layout is None or layout.boxes != boxes_of(tensors):
             layout, self._bound = Layout(tensors), {}
