@@ -119,15 +119,22 @@ class StreamingActor(SplitActor):
 
     def submit(self, prompts: Batch) -> None:
         """Starts drawing a response for every row, behind those in flight."""
-        if self._must_discard:
-            start(self._generator.discard)
-            self._must_discard = False
+        self._discard_on_generator()
         names = row_names(prompts)
         replicas = self._assigned(len(names))
         for name, replica in zip(names, replicas.tolist(), strict=True):
             self._replica[name] = replica
             self._unfinished[name[0]] = self._unfinished.get(name[0], 0) + 1
         start(self._generator.submit, prompts | Batch.of(replica=torch.from_numpy(replicas)))
+
+    def sync(self) -> None:
+        self._discard_on_generator()
+        super().sync()
+
+    def _discard_on_generator(self) -> None:
+        if self._must_discard:
+            start(self._generator.discard)
+            self._must_discard = False
 
     def _assigned(self, num_rows: int) -> np.ndarray:
         """The replica of every new row: consecutive rows, as many as even out the rows in flight;
@@ -171,7 +178,8 @@ class StreamingActor(SplitActor):
                     self._ended.append(uid)
 
     def discard(self) -> None:
-        """Forgets all rows; the generator does before the next ones are submitted."""
+        """Forgets all rows; the generator does before its next weights or rows, when it may have
+        been restarted."""
         self._slices.clear()
         self._load[:] = 0
         for rows in (self._unfinished, self._replica, self._versions, self._collected):
@@ -337,6 +345,7 @@ class ColocatedStreamingActor(StreamingActor):
 
     def sync(self) -> None:
         """A slice of no steps, so that rows that are submitted after it are of these weights."""
+        self._discard_on_generator()
         self._slices.append(start(self._generator.advance, 0))
         self._changed = False
 

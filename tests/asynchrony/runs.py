@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from hybridflow import current_session
+from hybridflow.errors import UserCodeError
 from recipes.preparation import prepare
 from recipes.python_api import make_settings
 from recipes.session import Session
@@ -55,12 +56,17 @@ class Record:
     responses: list[str] = field(default_factory=list)
     """As the reward function saw them, step after step."""
     metrics: list[dict[str, float]] = field(default_factory=list)
+    fails_at: int = -1
+    """The number of the response at which the reward function fails once."""
     rows: list[str] = field(default_factory=list)
     """The row of data.train of each response."""
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     positions: list[int] = field(default_factory=list)
 
     def reward(self, *, response: str, answer: str, **columns: object) -> float:
+        if len(self.responses) == self.fails_at:
+            self.fails_at = -1
+            raise ValueError("the reward fails once")
         self.responses.append(response)
         self.rows.append(answer)
         return float(len(response) % 7)
@@ -90,16 +96,23 @@ def drive(
     stops: bool = False,
     record: Record | None = None,
     reward: Any = None,
+    retries: int = 0,
 ) -> Record:
     """Runs steps with `settings` and keeps what they did. `stops`: with a checkpoint, from which
     the next call with the same directory goes on. `reward`: instead of the record's own, which
-    sees the responses of this process only."""
+    sees the responses of this process only. `retries`: steps that may fail and are taken again."""
     record = record or Record()
     settings = settings | {"output_dir": directory}
     config = make_settings(recipe, settings, reward or record.reward, None, None)
     with session_class(prepare(config)) as session:
-        for _ in range(num_steps - session.num_steps):
-            record.metrics.append(session.step())
+        while session.num_steps < num_steps:
+            try:
+                record.metrics.append(session.step())
+            except UserCodeError:
+                retries -= 1
+                if retries < 0:
+                    raise
+                continue
             record.positions.append(session.loop.data.position)
         if stops:
             session.checkpoint()

@@ -86,6 +86,18 @@ def test_no_row_is_lost_or_doubled(tiny: dict[str, Any], tmp_path: Path, in_flig
     assert max(step["staleness/max"] for step in record.metrics) in (1, 2, 3)
 
 
+def test_a_step_that_fails_is_taken_again(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Whatever was in flight or had ended when the step failed: in drain mode the next one trains
+    on the responses that it would have trained on."""
+    settings = tiny | DRAIN | {"loop.num_steps": 3}
+    calm = drive(settings, tmp_path / "calm", num_steps=3)
+    record = Record(fails_at=6)  # in the second step
+    retried = drive(settings, tmp_path / "retried", num_steps=3, record=record, retries=1)
+    assert retried.numbers() == calm.numbers()
+    assert retried.positions == calm.positions
+    assert equal_weights(retried, calm)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
