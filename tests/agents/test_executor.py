@@ -59,6 +59,25 @@ def test_lockstep_does_not_depend_on_time(sleeps: bool) -> None:
     assert [len(episode.model.transcript.turns) for episode in finished] == [1, 2, 3] * 3
 
 
+def test_without_lockstep_nobody_waits_for_the_slowest() -> None:
+    """The engine goes on with those that wait, and the late one joins them."""
+    late = asyncio.Event()
+
+    async def episode(model: Model, task: dict[str, Any]) -> float:
+        if task["row"] == 3:
+            await late.wait()
+        for turn in range(3):
+            await model.reply([{"role": "user", "content": "Go"}])
+            if turn == 1:
+                late.set()
+        return 1.0
+
+    finished, rounds = run(episode, 4, EpisodeConfig(lockstep=False))
+    assert all(len(episode.model.transcript.turns) == 3 for episode in finished)
+    assert 3 not in rounds[0] and 3 not in rounds[1]
+    assert sum(map(len, rounds)) == 12
+
+
 class Flaky:
     """Fails in one phase, in all of its lives or in the first only; counts its closings."""
 

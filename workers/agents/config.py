@@ -38,6 +38,9 @@ class EpisodeConfig:
     max_given_up: float = 0.25
     """The run stops where more than this share of a step's groups (the episodes of one prompt) had
     one that failed every time; a group that is given up is not trained on."""
+    lockstep: bool = True
+    """Ask the generation engine when every live episode waits for it, so that a run does not depend
+    on how long environments take; false asks as soon as it is free and half of them wait."""
     history: History = History.checked
     """Whether the chat template must keep earlier turns as they were drawn."""
 

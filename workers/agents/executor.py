@@ -1,8 +1,9 @@
 """Executor: runs the episodes of a call side by side, and answers their requests.
 
 The episodes live in an asyncio loop in a thread of its own; the generation engine is called from
-the thread that called run(). The engine is asked when every live episode waits for it, in the order
-of the rows: what it computes does not depend on how long environments take.
+the thread that called run(). In lockstep the engine is asked when every live episode waits for it,
+in the order of the rows: what it computes does not depend on how long environments take. Without,
+it is asked when it is free and half of the live ones wait.
 """
 
 from __future__ import annotations
@@ -92,6 +93,8 @@ class Executor:
         self._rounds: queue.SimpleQueue[list[Request] | None] = queue.SimpleQueue()
         self._waiting: dict[int, tuple[Request, asyncio.Future[Drawn]]] = {}
         self._num_live = 0
+        self._busy = False
+        """Whether the engine has requests without an answer."""
 
     def run(self, tasks: Sequence[Task]) -> list[Finished]:
         """One finished episode for every task, in order; a mistake of the environment's code, or
@@ -137,7 +140,7 @@ class Executor:
             return finished
         finally:
             self._num_live -= 1
-            self._ask_when_all_wait()
+            self._ask()
 
     async def _attempt(
         self, row: int, task: Task, clock: Clock, failures: list[Failure]
@@ -148,7 +151,7 @@ class Executor:
             clock.stop()
             future = asyncio.get_running_loop().create_future()
             self._waiting[row] = (request, future)
-            self._ask_when_all_wait()
+            self._ask()
             answer: Drawn = await future
             clock.start(attempt)
             return answer
@@ -195,19 +198,26 @@ class Executor:
             returned = 0.0
         return checked_outcome(returned, len(model.transcript.turns), self.name)
 
-    def _ask_when_all_wait(self) -> None:
-        """Hands the waiting requests to the engine once every live episode has one."""
-        if self._waiting and len(self._waiting) == self._num_live:
+    def _ask(self) -> None:
+        """Hands the waiting requests to the engine once it is free and enough episodes wait."""
+        least = self._num_live
+        if not self.config.lockstep:
+            least = (self._num_live + 1) // 2
+        if self._waiting and not self._busy and len(self._waiting) >= least:
+            self._busy = True
             self._rounds.put([self._waiting[row][0] for row in sorted(self._waiting)])
 
     def _deliver(self, requests: Sequence[Request], answers: Sequence[Drawn]) -> None:
+        self._busy = False
         for request, answer in zip(requests, answers, strict=True):
-            _, future = self._waiting.pop(request.row)
-            if not future.done():
+            _, future = self._waiting.pop(request.row, (request, None))
+            if future is not None and not future.done():
                 future.set_result(answer)
+        self._ask()
 
 
 async def _settle() -> None:
     """Waits until the cancelled episodes have closed what they had open."""
     others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-    await asyncio.wait(others, timeout=10.0) if others else None
+    if others:
+        await asyncio.wait(others, timeout=10.0)
