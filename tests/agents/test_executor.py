@@ -142,8 +142,12 @@ def test_one_that_hangs_does_not_hold_the_others() -> None:
             return "", True, 1.0
 
     async def episode(model: Model, task: dict[str, Any]) -> Any:
-        if task["row"] == 2:
-            await asyncio.sleep(600)
+        try:
+            if task["row"] == 2:
+                await asyncio.sleep(600)
+        finally:
+            if task["row"] == 2:  # and its end hangs as well
+                await asyncio.sleep(600)
         return await play(Hangs(), model, task)
 
     began = time.perf_counter()

@@ -187,5 +187,8 @@ def _comparable(message: Message) -> Message:
 
 
 def _for_template(message: Message) -> Message:
-    fields = {name: message[name] for name in ("role", "name", "tool_call_id") if name in message}
-    return {**fields, "content": _text(message.get("content"))}
+    shown: Message = {"content": _text(message.get("content"))}
+    for name in ("role", "name", "tool_call_id"):
+        if name in message:
+            shown[name] = message[name]
+    return shown

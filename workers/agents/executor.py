@@ -63,6 +63,8 @@ class Clock:
         def cancel() -> None:
             self.late = True
             task.cancel()
+            # Whatever closes the environment may hang too, and gets as long again.
+            self._timer = asyncio.get_running_loop().call_later(self.limit_s, cancel)
 
         self._timer = asyncio.get_running_loop().call_later(self.limit_s, cancel)
 
