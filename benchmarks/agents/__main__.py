@@ -1,4 +1,4 @@
-"""Tiny models that learn to act, and what environments' delays cost.
+"""Training of tiny models that act, and what environments' delays cost.
 
     python -m benchmarks.agents --json agents.json [--only calculator/tools] [--steps 30] [--engine hf]
 

@@ -1,5 +1,5 @@
-"""Two tasks in which a tiny model learns to act: sums with a calculator, questions over documents.
+"""Two tasks for a tiny model that acts: sums with a calculator, questions over documents.
 
-Both are learned by reinforcement alone: the demonstrations that the model imitates first mostly
-guess where they should look.
+The demonstrations that the model imitates first mostly guess where they should look; that looking
+pays is left to reinforcement.
 """
