@@ -240,10 +240,10 @@ FAMILIES = [
         | {
             "num_key_value_heads": HEADS,
             "q_lora_rank": 48,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 24,
-            "v_head_dim": 24,
+            "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
             "n_routed_experts": 8,
             "n_shared_experts": 1,
             "num_experts_per_tok": 2,
@@ -264,6 +264,7 @@ FAMILIES = [
             "sliding_window": WINDOW,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
+        packing=False,
     ),
     Family(
         name="Mamba",
