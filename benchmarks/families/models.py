@@ -8,6 +8,7 @@ biases and soft caps. A family is a configuration of transformers and needs no d
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from workers.engines.model.loading import stored_buffers
+
 VOCABULARY = 1003
 BOS, EOS, PAD = 0, 1, 2
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, LAYERS, WINDOW, LENGTH = 192, 6, 2, 32, 5, 16, 128
 NOISE = 0.05
-"""Added to every weight, norms and biases too, so that a weight that is lost shows."""
+"""Added to every weight, norms, biases and stored buffers too, so that one that is lost shows."""
 
 COMMON: dict[str, Any] = {
     "hidden_size": WIDTH,
@@ -249,6 +252,7 @@ FAMILIES = [
             "num_experts_per_tok": 2,
             "n_group": 2,
             "topk_group": 1,
+            "topk_method": "noaux_tc",  # published configurations have it, and vLLM reads it
             "first_k_dense_replace": 1,
             "moe_intermediate_size": 32,
         },
@@ -262,7 +266,15 @@ FAMILIES = [
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
             "sliding_window": WINDOW,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
         },
         packing=False,
     ),
@@ -289,8 +301,8 @@ def make_model(family: Family, directory: Path, *, vocabulary: int = 0) -> Path:
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=NOISE)
+        for tensor in chain(model.parameters(), stored_buffers(model).values()):
+            tensor.add_(torch.randn_like(tensor), alpha=NOISE)
     model.save_pretrained(directory)
     return directory
 

@@ -57,6 +57,12 @@ class LocalParameter:
     dtype: torch.dtype
     shards: tuple[LocalShard, ...]
 
+    @classmethod
+    def whole(cls, name: str, tensor: torch.Tensor) -> LocalParameter:
+        """A tensor that every rank has."""
+        shape = tuple(tensor.shape)
+        return cls(name, shape, tensor.dtype, (LocalShard(Box((0,) * len(shape), shape), tensor),))
+
 
 def all_parameters(
     shapes: Mapping[str, tuple[int, ...]],

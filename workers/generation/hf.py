@@ -29,7 +29,7 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from workers.config import ModelConfig, Precision
 from workers.engines.base import Head
-from workers.engines.model.loading import position_limit
+from workers.engines.model.loading import position_limit, stored_buffers
 from workers.generation import other_engines
 from workers.generation.base import GenerationEngine
 from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
@@ -229,6 +229,7 @@ class HfEngine(GenerationEngine):
         in_flight: InFlight = InFlight.recompute,
     ) -> None:
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        parameters |= stored_buffers(self._model)
         # Tied names count once.
         missing = {id(parameter): name for name, parameter in parameters.items()}
         for name, tensor in weights:

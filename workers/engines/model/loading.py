@@ -385,6 +385,17 @@ def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
+def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The numbers of a checkpoint that are no parameters: the bias by which DeepSeek's router chooses,
+    Gemma 4's scale of a layer. Training leaves them alone; other engines need them."""
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                found[_join(prefix, name)] = buffer
+    return found
+
+
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     own = chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
     return list(own)

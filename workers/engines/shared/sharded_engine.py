@@ -28,6 +28,7 @@ from workers.engines.model.loading import (
     build_on_meta,
     model_config,
     saved_dtype,
+    stored_buffers,
 )
 from workers.engines.model.lora import Adapter, attach
 from workers.engines.model.peft_files import write_adapter
@@ -104,6 +105,10 @@ class ShardedEngine(TrainingEngine):
         self._cutting = cutting_of(config, source.model)
         self._state_on_host = False
         self._build(source, trains=trains)
+        self._buffers = [
+            LocalParameter.whole(name, buffer)
+            for name, buffer in stored_buffers(source.model).items()
+        ]
         self._base_digest = 0
         if self.adapter is not None:
             self._base_digest = base_digest(self.local_parameters(), trained)
@@ -128,13 +133,14 @@ class ShardedEngine(TrainingEngine):
 
     def weight_source(self, *, adapter: bool = False) -> WeightSource:
         if self.adapter is None:
-            return super().weight_source(adapter=adapter)
+            return WeightSource(parameters=self.local_parameters() + self._buffers)
         held = self.local_parameters()
         transient: TransientWeights = MergedWeights(held, self.adapter, self._gathered_trained)
+        buffers = self._buffers
         if adapter:
-            transient = ScaledMatrices(held, self.adapter)
+            transient, buffers = ScaledMatrices(held, self.adapter), []
         return WeightSource(
-            parameters=transient.parameters,
+            parameters=transient.parameters + buffers,
             transient=transient.names,
             latest=transient.filled,
         )
@@ -170,7 +176,7 @@ class ShardedEngine(TrainingEngine):
         self._write_configs(directory)
         with self._state_on_device():
             write_safetensors(
-                self._master_parameters(),
+                self._master_parameters() + self._buffers,
                 directory,
                 self.device,
                 dtype=self._saved_dtype,

@@ -16,6 +16,7 @@ from workers.engines.model.loading import standard_sizes
 from workers.generation import other_engines
 from workers.generation.cache import num_kv_heads
 from workers.generation.config import GenerationConfig
+from workers.generation.vllm.build import installed_kind
 
 VOCABULARY_MULTIPLE = 64
 """vLLM pads the vocabulary to it."""
@@ -25,6 +26,7 @@ UNSYNCED = {
     "apertus": "can't be built without its memory",
     "bloom": "can't be built without its memory",
     "falcon": "reorders its weights while it loads them",
+    "gpt_oss": "computes on its weights while it loads them",
     "mamba": "computes on its weights while it loads them",
 }
 """Families whose vLLM model can't say where it keeps which slice of a checkpoint: that is discovered
@@ -82,6 +84,12 @@ def check_fits(model: PretrainedConfig, config: GenerationConfig) -> None:
             "generation.engine is 'vllm', whose qwen2 has no windows in only some of its layers "
             f"(max_window_layers={sizes['max_window_layers']} in the model's config.json); set "
             f"generation.engine to {other_engines('vllm')}, or use_sliding_window=false in that file"
+        )
+    if sizes.get("kv_lora_rank") and installed_kind() == "cpu":
+        raise ValueError(
+            f"generation.engine is 'vllm', whose CPU build computes latent attention "
+            f"({sizes['model_type']}) otherwise than transformers, by 0.06 in log-probs and more; set "
+            f"generation.engine to {other_engines('vllm')}, or generate on GPUs"
         )
     check_long_rope(sizes, config.max_model_len)
 

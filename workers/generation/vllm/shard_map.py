@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridflow.resharding import Box
+from workers.engines.model.loading import stored_buffers
 from workers.generation.vllm.own_classes import own_classes
 
 if TYPE_CHECKING:
@@ -187,7 +188,11 @@ def record(
         name: buffer for name, buffer in model.named_buffers() if buffer.device.type == "meta"
     }
     with _Recorder(parameters, tensors) as recorder:
-        cast(Any, model).load_weights(named_as_stored(parameters).items())
+        stored = named_as_stored(parameters)
+        try:
+            cast(Any, model).load_weights(stored.items())
+        except KeyError as error:
+            raise LoaderError(f"{error.args[0]}: vLLM's model has no such parameter") from error
     for name, parameter in model.named_parameters():
         if recorder.written[name] != parameter.numel():
             raise LoaderError(
@@ -221,8 +226,8 @@ def meta_model(config: VllmConfig) -> nn.Module:
 def checkpoint_shapes(
     path: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every checkpoint parameter (tied weights once), from transformers'
-    model on the meta device."""
+    """Name and shape of every checkpoint parameter (tied weights once) and stored buffer, from
+    transformers' model on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(
@@ -230,7 +235,8 @@ def checkpoint_shapes(
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors = dict(model.named_parameters()) | stored_buffers(model)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def missing(placements: Iterable[LoaderWrite], names: Iterable[str]) -> list[str]:

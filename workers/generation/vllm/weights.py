@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -74,6 +74,7 @@ class VllmWeights:
         self.placements = record(twin, self._shapes, self._dtype, self._named_as_stored(config))
         _check_no_parameter_is_lost(self.placements, self._shapes)
         self._memory = self._bind(twin)
+        self._dtypes = self._dtypes_of_parameters()
         self._parameters = self._local_parameters()
 
     @staticmethod
@@ -271,6 +272,16 @@ class VllmWeights:
         name = f"{module}.{parameter}" if module else parameter
         return self._alias.get(name, name)
 
+    def _dtypes_of_parameters(self) -> dict[str, torch.dtype]:
+        """vLLM holds a router's bias in float32 whatever the precision of the weights. Collective
+        over the pipeline stages."""
+        dtypes = dict.fromkeys(self._shapes, self._dtype)
+        for held in _of_all_stages(
+            {place.name: self._memory[place.tensor].dtype for place in self.placements}
+        ):
+            dtypes |= held
+        return dtypes
+
     def _local_parameters(self) -> list[LocalParameter]:
         shards: dict[str, list[LocalShard]] = {name: [] for name in self._shapes}
         for placement in self.placements:
@@ -278,7 +289,7 @@ class VllmWeights:
                 LocalShard(placement.box, _view(self._memory[placement.tensor], placement.region))
             )
         return [
-            LocalParameter(name, shape, self._dtype, tuple(shards[name]))
+            LocalParameter(name, shape, self._dtypes[name], tuple(shards[name]))
             for name, shape in self._shapes.items()
         ]
 
@@ -330,16 +341,24 @@ def _check_no_parameter_is_lost(
 ) -> None:
     """LoaderError for a parameter that no pipeline stage of this replica takes. Collective over the
     stages."""
-    import torch.distributed as dist
-    from vllm.distributed.parallel_state import get_pp_group
-
-    lost = missing(placements, shapes)
-    stages = get_pp_group()
-    everyone: list[list[str]] = [lost]
-    if stages.world_size > 1:
-        everyone = [[] for _ in range(stages.world_size)]
-        dist.all_gather_object(everyone, lost, group=stages.cpu_group)
-    if nowhere := set.intersection(*map(set, everyone)):
+    lost = _of_all_stages(missing(placements, shapes))
+    if nowhere := set.intersection(*map(set, lost)):
         raise LoaderError(
             f"{', '.join(sorted(nowhere)[:5])}: vLLM's loaders ignore it on every pipeline stage"
         )
+
+
+T = TypeVar("T")
+
+
+def _of_all_stages(value: T) -> list[T]:
+    """The values of this replica's pipeline stages. Collective over them."""
+    import torch.distributed as dist
+    from vllm.distributed.parallel_state import get_pp_group
+
+    stages = get_pp_group()
+    if stages.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * stages.world_size
+    dist.all_gather_object(values, value, group=stages.cpu_group)
+    return values
