@@ -1,10 +1,10 @@
 """Measures what snapshots cost a step, and how long restoring takes from memory and from disk.
 
-python -m benchmarks.checkpoint [--json FILE] [--models 3m 30m] [--every 0 10 1] [--steps N]
+python -m benchmarks.checkpoint [--json FILE] [--models 3m 30m] [--every 1 10 0] [--steps N]
 
 GRPO of the models of benchmarks.step in this process (runtime=local, engine hf, one device). The
-same steps are run with no snapshots, with one every 10 steps, and with one after every step, on one
-thread. A stall is the CPU seconds of the snapshots, for which the loop stands still, over those of
+same steps are run for each interval of --every (default: a snapshot after every step; 0: none), on
+one thread. A stall is the CPU seconds of the snapshots, for which the loop stands still, over those of
 steps and snapshots; the first step and the two snapshots that take the memory are left out. CPU
 seconds, because other work on the machine does not change them. Restoring is Loop.restore(), from
 the last snapshot in memory and from the checkpoint.
@@ -31,7 +31,7 @@ from hybridflow import Session, open_session
 from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
 
 MODELS = ("3m", "30m")
-EVERY = (0, 10, 1)
+EVERY = (1,)
 Row = dict[str, str | int | float]
 
 
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--every", nargs="+", type=int, default=list(EVERY))
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=2)
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as root:
