@@ -102,6 +102,11 @@ def check_settings(role: str, config: RoleConfig) -> None:
             )
     if isinstance(config, ActorConfig):
         check_adapter_sync(role, config)
+    if role == "generator" and config.train.lora.enabled:
+        raise ValueError(
+            "actor.train.lora is set, but a recipe that only generates takes whole models; merge the "
+            "adapter (python -m recipes.merge) and set model.path to the result"
+        )
     if isinstance(config, ActorConfig) and config.critic_warmup_steps < 0:
         raise ValueError(
             f"{role}.critic_warmup_steps is {config.critic_warmup_steps}; use 0 or more"

@@ -25,7 +25,7 @@ from workers.engines.base import Head
 from workers.engines.fsdp.engine import FsdpEngine
 from workers.engines.model.lora import check_adapter
 from workers.engines.model.peft_files import PeftFiles
-from workers.role_config import ReferenceConfig
+from workers.role_config import ActorConfig, ReferenceConfig
 
 REGEX = r".*layers\.[01]\..*\.(q|v)_proj"
 
@@ -184,6 +184,13 @@ def test_a_role_that_is_not_trained_has_no_new_adapter() -> None:
         ValueError, match=r"reference\.train\.lora\.rank is 4, but reference is not"
     ):
         check_settings("reference", config)
+
+
+def test_a_recipe_that_only_generates_takes_no_adapter() -> None:
+    """It would answer with the base."""
+    config = ActorConfig(model=ModelConfig(path="x"), train=TrainConfig(lora=LoraConfig(rank=4)))
+    with pytest.raises(ValueError, match="merge the adapter"):
+        check_settings("generator", config)
 
 
 @pytest.mark.parametrize("change", [{"use_dora": True}, {"modules_to_save": ["embed_tokens"]}])
