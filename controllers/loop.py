@@ -207,6 +207,7 @@ class Loop:
         return self._validated and self.store.would_be_best(self.after)
 
     def outcome(self) -> Outcome:
+        """The result so far."""
         steps = self.trained_steps
         return Outcome(
             num_steps=self.step,
