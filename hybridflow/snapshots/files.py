@@ -198,8 +198,9 @@ class Contents:
         buffer[:LENGTH_BYTES].zero_()
         bound = bound or Bound(buffer, self.layout, self.header_bytes)
         sources = [shard.tensor for _, shard, _ in _numbered(self.tensors)]
-        with torch.no_grad():
-            torch._foreach_copy_(bound.places, sources)
+        if sources:  # a rank whose every element an earlier one writes has none
+            with torch.no_grad():
+                torch._foreach_copy_(bound.places, sources)
         # An accelerator reads its own memory faster than the host reads the copy.
         on_cpu = all(source.device.type == "cpu" for source in sources)
         digests = bound.digests() if on_cpu else self.digests()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from hybridflow.context import RankContext
+from hybridflow.local_pool import LocalPool
 from recipes.checks import check_settings, check_train
 from recipes.composing import RecipeFile, compose, to_settings
 from recipes.merge import merge
@@ -39,16 +39,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter after a step, as a run saves it, with the log-probs of a batch beside it."""
     folder = tmp_path_factory.mktemp("adapter")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-    try:
+    with LocalPool():
         engine = make_engine(model, LoraConfig(rank=4, alpha=6, rslora=True, target_modules=REGEX))
         engine.train_step(make_sequences(), loss_fn, entropy=True, temperature=TEMPERATURE)
         outputs = engine.forward(make_sequences())
         assert outputs.log_probs is not None
         torch.save(outputs.log_probs, folder / "log_probs.pt")
         engine.save_pretrained(folder / "adapter")
-    finally:
-        dist.destroy_process_group()
     return folder / "adapter"
 
 
@@ -97,12 +94,9 @@ def test_what_peft_saves_is_read(model: Path, tmp_path: Path) -> None:
     files = PeftFiles.read(str(tmp_path / "peft"))
     assert (files.config.rank, files.config.alpha) == (3, 5)
     assert len(files.config.target_modules) == 14
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with LocalPool():
         engine = make_engine(model, LoraConfig(adapter=str(tmp_path / "peft")))
         outputs = engine.forward(make_sequences())
-    finally:
-        dist.destroy_process_group()
     assert outputs.log_probs is not None
     assert_close(outputs.log_probs, scored(made), rtol=0.0, atol=1e-5)
 
@@ -110,13 +104,10 @@ def test_what_peft_saves_is_read(model: Path, tmp_path: Path) -> None:
 def test_a_saved_adapter_is_read_back_bit_for_bit(
     model: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with LocalPool():
         engine = make_engine(model, LoraConfig(adapter=str(adapter)))
         outputs = engine.forward(make_sequences())
         engine.save_pretrained(tmp_path / "again")
-    finally:
-        dist.destroy_process_group()
     assert outputs.log_probs is not None
     assert torch.equal(outputs.log_probs, log_probs(adapter))
     for file in ("adapter_model.safetensors", "adapter_config.json"):

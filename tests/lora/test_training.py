@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from hybridflow.local_pool import LocalPool
 from tests.engines.threed_cases import PlainRun, load_plain, save_tiny_model
 from tests.lora.plain import adapt, matrices_of, plain_lora_run
 from tests.lora.workers import (
@@ -141,8 +141,7 @@ def test_a_sync_takes_merged_weights(root: Path, case: Case) -> None:
 
 def test_resumes_on_another_layout(root: Path, tmp_path: Path) -> None:
     """A checkpoint of two or four processes goes on in one; one of another base is refused."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with LocalPool():
         for case in (CASES[3], CASES[5]):
             checkpoint = root / f"{case.name}.checkpoint"
             alone = Case(family=case.family, targets=case.targets)
@@ -153,6 +152,4 @@ def test_resumes_on_another_layout(root: Path, tmp_path: Path) -> None:
                 assert_close(value, expected.trained[name], rtol=0.0, atol=EXACT)
         save_tiny_model(root / "other" / "llama", "llama", layers=2, tied=True)
         refuses_another_base(root / "other", root / f"{CASES[3].name}.checkpoint", Case())
-    finally:
-        dist.destroy_process_group()
     assert NUM_STEPS == 3

@@ -4,6 +4,7 @@ named."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hybridflow.snapshots.files import Written, file_name, read_header, write_snapshot
+from hybridflow.snapshots.files import Contents, Written, file_name, read_header, write_snapshot
 from hybridflow.snapshots.reading import SnapshotFiles
 from tests.snapshots.layouts import CUTS, SHAPES, parts, whole_tensors
 
@@ -144,3 +145,19 @@ def test_layouts_cover_everything_once() -> None:
             for box in CUTS[cut](shape, rank, ranks):
                 seen[box.slices] += 1
         assert bool((seen == 1).all()), (cut, ranks, name)
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_memory_holds_what_a_file_would_also_of_a_rank_that_writes_nothing(
+    empty: bool, tmp_path: Path
+) -> None:
+    """A rank of an engine that holds everything everywhere has no box of its own."""
+    held = parts(whole_tensors(), "rows", 0, 1)
+    if empty:
+        held = [replace(parameter, shards=()) for parameter in held]
+    write_snapshot(tmp_path / "0.safetensors", held, {"num_steps": 5}, "1.7")
+    contents = Contents(held, {"num_steps": 5}, "1.7")
+    buffer = torch.full((contents.num_bytes,), 255, dtype=torch.uint8)
+    totals = contents.copy_to(buffer)
+    assert bytes(buffer.numpy()) == (tmp_path / "0.safetensors").read_bytes()
+    assert len(totals) == len(held) and bool(totals.any()) is not empty
