@@ -1,4 +1,4 @@
-"""Which GPU and which network interface a host process uses.
+"""Each host process gets a GPU, a network interface and an environment for its kind of device.
 
 By default Ray shows a process its own GPU only, as CUDA's device 0. A cluster whose environment has
 RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES shows every process all GPUs of the node.
@@ -26,6 +26,32 @@ DETERMINISTIC = {
 }
 """Environment of GPU processes whose results repeat: cuBLAS with workspaces of its own, vLLM's kernels
 whose sums do not depend on the other rows. The rest is repeat_results."""
+
+
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""glibc's allocator in CPU hosts: a freed tensor's memory stays in the process for the next
+one. By default every tensor over 32 MiB is mapped anew and its pages are cleared by the kernel,
+which doubles the time of elementwise operations."""
+
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
+GROWING_SEGMENTS = {ALLOCATOR: "expandable_segments:True"}
+"""PyTorch's allocator in GPU hosts: memory freed by one role serves the next whatever the sizes of
+its tensors. vLLM turns it off by itself inside its own pools."""
+
+DEVICE_ENVIRONMENT: dict[str, dict[str, str]] = {
+    "cpu": KEEP_FREED_MEMORY | HIDDEN,
+    "cuda": GROWING_SEGMENTS,
+}
+"""Environment of a pool's processes by their kind of device; what the controller's environment
+has of PYTORCH_ALLOC_CONF goes before."""
+
+
+def device_environment(context: RankContext) -> dict[str, str]:
+    """The environment of a host process, by its kind of device."""
+    environment = dict(DEVICE_ENVIRONMENT[context.device])
+    if context.device == "cuda" and ALLOCATOR in os.environ:
+        environment[ALLOCATOR] = os.environ[ALLOCATOR]
+    return environment | DETERMINISTIC if context.deterministic else environment
 
 
 def repeat_results() -> None:

@@ -21,30 +21,13 @@ from hybridflow import progress, waiting
 from hybridflow.batch import Batch
 from hybridflow.burial import TOKEN, end_processes, sample_stacks
 from hybridflow.context import RankContext
-from hybridflow.devices import DETERMINISTIC, HIDDEN
+from hybridflow.devices import device_environment
 from hybridflow.errors import TooFewDevices
 from hybridflow.host import Host, HostInfo, read_stacks
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
 from hybridflow.waiting import CALLS, DEFAULT_TIMEOUT_S, Pending, Reply
 from hybridflow.worker import Worker
-
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""glibc's allocator in CPU hosts: a freed tensor's memory stays in the process for the next
-one. By default every tensor over 32 MiB is mapped anew and its pages are cleared by the kernel,
-which doubles the time of elementwise operations."""
-
-ALLOCATOR = "PYTORCH_ALLOC_CONF"
-GROWING_SEGMENTS = {ALLOCATOR: "expandable_segments:True"}
-"""PyTorch's allocator in GPU hosts: memory freed by one role serves the next whatever the sizes of
-its tensors. vLLM turns it off by itself inside its own pools."""
-
-DEVICE_ENVIRONMENT: dict[str, dict[str, str]] = {
-    "cpu": KEEP_FREED_MEMORY | HIDDEN,
-    "cuda": GROWING_SEGMENTS,
-}
-"""Environment of a pool's processes by their kind of device; what the controller's environment
-has of PYTORCH_ALLOC_CONF goes before."""
 
 REMOTE_LOOK_S = 10.0
 REMOTE_TIMEOUT_S = 5.0
@@ -294,12 +277,7 @@ class RayPool(ResourcePool):
         # process).
         env["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")
         env[TOKEN] = self._token
-        env |= DEVICE_ENVIRONMENT[self.spec.device]
-        if self.spec.device == "cuda" and ALLOCATOR in os.environ:
-            env[ALLOCATOR] = os.environ[ALLOCATOR]
-        if context.deterministic:
-            env |= DETERMINISTIC
-        env |= dict(self.spec.env)
+        env |= device_environment(context) | dict(self.spec.env)
         roles = "+".join(self.spec.roles)
         options: dict[str, Any] = {
             "num_cpus": self.spec.cpus_per_device,

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 import torch.multiprocessing as mp
 
+from hybridflow.devices import KEEP_FREED_MEMORY
 from hybridflow.mapping.answer.explain import table
 from hybridflow.mapping.calibrate.compare import save_runs
 from hybridflow.mapping.calibrate.fit import Fit, fit, refine
@@ -37,7 +38,6 @@ from hybridflow.mapping.calibrate.measurements import (
     SyncSample,
 )
 from hybridflow.mapping.question.cluster import Cluster, NodeGroup
-from hybridflow.pool import KEEP_FREED_MEMORY
 from recipes.arguments import HELP, read_arguments, usage
 from recipes.calibration_config import SIZES, CalibrateConfig, check
 from recipes.calibration_rank import Rank

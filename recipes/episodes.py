@@ -46,6 +46,13 @@ def check_environment(placement: Placement) -> None:
             f"environment={name}: {config.algorithm.name} generates nothing; use one of "
             f"{', '.join(usable)}"
         )
+    if "reward" not in placement.entry.roles:
+        LOGGER.warning(
+            "environment=%s: %s learns from its %s alone; the rewards of the episodes are not read",
+            name,
+            config.algorithm.name,
+            placement.entry.roles[-1],
+        )
     generation = config.actor.generation
     if generation.tp * generation.pp > 1:
         raise ValueError(

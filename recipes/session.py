@@ -139,11 +139,9 @@ class Session:
             SUPERVISION.handle_signals()
             loop_config = goes_on(config.loop)
             if trains:
-                num_steps = config.loop.length(
-                    len(prepared.train), config.data.batch_size
-                ).num_steps
+                length = config.loop.length(len(prepared.train), config.data.batch_size)
                 first_step = start_step(loop_config.resume, store, memory)
-                tracker = start_tracker(config, self.directory, first_step, num_steps)
+                tracker = start_tracker(config, self.directory, first_step, length.num_steps)
                 self._resources.enter_context(tracker)
             for name in dict.fromkeys(role.pool for role in placement.roles):
                 self.pools[name] = self._resources.enter_context(
@@ -171,13 +169,9 @@ class Session:
         if tracker is None:
             return
         assert attempt is not None, "a run that trains has an attempt"
-        trained = {}
-        for role in placement.roles:
-            if issubclass(role.worker, TrainedRole):
-                trained[role.name] = self.roles[role.name]
         self._loop = Loop(
             self.algorithm,
-            trained=trained,
+            trained=self._trained(),
             data=data,
             validate=self._validation(prepared.held_out),
             tracker=tracker,
@@ -208,6 +202,13 @@ class Session:
             deterministic=config.deterministic,
             on_one_node=cluster is None or len(cluster.nodes) == 1,
         )
+
+    def _trained(self) -> dict[str, TrainedRole]:
+        trained = {}
+        for role in self.placement.roles:
+            if issubclass(role.worker, TrainedRole):
+                trained[role.name] = self.roles[role.name]
+        return trained
 
     def _resume(self, loop: Loop, tracker: Tracker, attempt: Attempt, first_step: int) -> None:
         """Brings the loop to where the run stands. `first_step`: the step that the tracker goes on

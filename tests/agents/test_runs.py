@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybridflow import open_session, run
+from hybridflow import dry_run, open_session, run
 from tests.agents.chat import chat_settings
 from workers.agents.model import Model
 from workers.agents.outcome import Outcome
@@ -178,3 +178,18 @@ def test_validation_and_resume(tmp_path: Path) -> None:
         lines[name] = [row["reward/mean"] for row in rows if row.get("split") == "validation"]
     assert len(lines["whole"]) == 3
     assert lines["cut"][-1] == lines["whole"][-1]
+
+
+def test_rewards_that_nothing_reads_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Distillation learns from its teacher: episodes are its conversations, their rewards unused."""
+    settings = chat_settings(tmp_path)
+    teacher = {"teacher.model.path": settings["model.path"], "teacher.train.precision": "fp32"}
+    with caplog.at_level("WARNING"):
+        dry_run("distillation", settings | teacher, environment=Echo)
+    assert "distillation learns from its teacher alone" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        dry_run("grpo", settings, environment=Echo)
+    assert "alone" not in caplog.text

@@ -16,13 +16,14 @@ from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 from hybridflow.context import RankContext
 from hybridflow.devices import (
     DETERMINISTIC,
+    DEVICE_ENVIRONMENT,
     choose_interfaces,
     device_index,
     interface_of,
     repeat_results,
     with_device,
 )
-from hybridflow.pool import DEVICE_ENVIRONMENT, PoolSpec
+from hybridflow.pool import PoolSpec
 from recipes.config import Device, RunConfig, default_device
 from recipes.placing import place
 from recipes.python_settings import make_settings
