@@ -44,6 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+def pytest_make_parametrize_id(val: Any, argname: str) -> str | None:
+    """Names bytes by their parameter: every worker must collect the same names, and compressed
+    bytes hold the time at which they were made."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="module")
 def selected(request: pytest.FixtureRequest) -> Callable[[str], list[Any]]:
     """selected("case"): the values of a parameter in the tests of this module that run.
