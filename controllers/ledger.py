@@ -39,7 +39,8 @@ class Rows:
 
     def __init__(self) -> None:
         self._hasher = hashlib.blake2b(digest_size=8)
-        self.count = 0
+        self._passed_over = hashlib.blake2b(digest_size=8)
+        self.count = self.num_passed_over = 0
 
     def add(self, batch: Batch) -> None:
         """Counts a step's rows; they are told apart by uid and sample, where they have them."""
@@ -48,8 +49,19 @@ class Rows:
             if name in batch:
                 self._hasher.update(batch.tensor(name).numpy().tobytes())
 
+    def pass_over(self, batch: Batch) -> None:
+        """Counts rows that no step trains on, because their gradient was not finite."""
+        self.num_passed_over += len(batch)
+        self._passed_over.update(batch.tensor("uid").numpy().tobytes())
+
     def line(self) -> Line:
-        return {"count": self.count, "digest": self._hasher.hexdigest()}
+        line: Line = {"count": self.count, "digest": self._hasher.hexdigest()}
+        if self.num_passed_over:
+            line["passed_over"] = {
+                "count": self.num_passed_over,
+                "digest": self._passed_over.hexdigest(),
+            }
+        return line
 
 
 class Ledger:

@@ -8,11 +8,9 @@ them, is decided by hybridflow/recovery/machine.py and carried out by controller
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from operator import add
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +18,8 @@ from typing import Any, Protocol
 from controllers.algorithm_base import Algorithm
 from controllers.data import PromptDataset
 from controllers.ledger import LEDGER, Ledger, Line, Rows
+from controllers.loop_config import LoopConfig
+from controllers.not_finite import BadSteps
 from controllers.outcome import (
     Outcome,
     TrainedStep,
@@ -27,7 +27,6 @@ from controllers.outcome import (
     phase_seconds,
     reduce_by_name,
 )
-from controllers.run_length import RunLength
 from controllers.samples import SampleReader
 from controllers.saving import Commit, Saving, checkpoint_at
 from controllers.streams import RowSource
@@ -40,7 +39,6 @@ from hybridflow.progress import activity
 from hybridflow.snapshots.files import Written
 from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.waiting import CALLS, CallRecord
-from workers.generation.config import SamplingConfig
 from workers.roles import TrainedRole
 
 LOGGER = logging.getLogger(__name__)
@@ -50,75 +48,6 @@ PATIENCE_S = 30.0
 STEP_PATIENCE_S = 300.0
 INPUTS = PromptDataset.columns
 """The columns that every step's prompts bring."""
-
-
-@dataclass(kw_only=True)
-class LoopConfig:
-    """How long, how often."""
-
-    num_steps: int | None = None
-    """Steps of the whole run; a step trains on data.batch_size rows (prompts x
-    algorithm.samples_per_prompt responses, demonstrations, or pairs). null: as many as
-    num_epochs needs, or 100 where that is null too."""
-    num_epochs: int | None = None
-    """Passes over data.train, in place of num_steps: each row is used so many times, and the
-    last step takes what is left."""
-    validate_every: int = 10
-    """Steps between validations; 0: only before the first and after the last step."""
-    validation_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(greedy=True))
-    """How validation samples its responses; max_response_tokens is always that of training."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints on disk, which are written in the background; 0: only after the
-    last step."""
-    checkpoint_minutes: float = 0.0
-    """A step is checkpointed as well when the last checkpoint is this old; 0: never for that."""
-    export_every: int = 0
-    """Steps between checkpoints that also hold the model as a Hugging Face directory, which takes
-    longest to write; 0: only those after the last step and of the best validation so far."""
-    keep_last: int = 2
-    """Checkpoints kept, besides the best."""
-    keep_best: int = 1
-    resume: str = "auto"
-    """auto: from the latest checkpoint in the output directory if there is one; never: start
-    anew; or a checkpoint's directory."""
-    stop_at_reward: float | None = None
-    """End the run once a validation's mean reward reaches this."""
-
-    def __post_init__(self) -> None:
-        if self.num_steps is not None and self.num_epochs is not None:
-            raise ValueError(
-                f"loop.num_steps is {self.num_steps} and loop.num_epochs is {self.num_epochs}; "
-                "set one of them, and the other to null"
-            )
-        for name, value in (
-            ("num_steps", self.num_steps),
-            ("num_epochs", self.num_epochs),
-            ("keep_last", self.keep_last),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"loop.{name} is {value}; use at least 1")
-        if self.stop_at_reward is not None and not math.isfinite(self.stop_at_reward):
-            raise ValueError(
-                f"loop.stop_at_reward is {self.stop_at_reward}; use a finite number, or null"
-            )
-        intervals: tuple[tuple[str, float], ...] = (
-            ("validate_every", self.validate_every),
-            ("checkpoint_every", self.checkpoint_every),
-            ("checkpoint_minutes", self.checkpoint_minutes),
-            ("export_every", self.export_every),
-        )
-        for name, interval in intervals:
-            if interval < 0:
-                raise ValueError(f"loop.{name} is {interval}; use 0 or more")
-
-    def length(self, num_rows: int, batch_size: int) -> RunLength:
-        """When the run ends on a dataset of `num_rows` rows."""
-        return RunLength.of(
-            num_steps=self.num_steps,
-            num_epochs=self.num_epochs,
-            num_rows=num_rows,
-            batch_size=batch_size,
-        )
 
 
 class Stateful(Protocol):
@@ -169,6 +98,7 @@ class Loop:
         self.snapshot_every = snapshot_every
         self._rows = Rows()
         """Used since the last commit."""
+        self.bad = BadSteps(store.directory.parent)
         self.length = config.length(len(data.dataset), data.config.batch_size)
         self.further = dict(further or {})
         self.samples = samples
@@ -227,6 +157,7 @@ class Loop:
         have ended."""
         self.tracker.trace(CALLS.finish())  # what ran before is not part of this step's seconds
         started, clock = time.perf_counter(), time.time()
+        position = self.data.position
         with self._rows_given_back_on_failure():
             if prompts is None:
                 rows = self.length.next_rows(self.data.position)
@@ -235,12 +166,16 @@ class Loop:
                         f"loop.num_epochs={self.config.num_epochs}: every row was used; raise it"
                     )
                 prompts = self.data.take(rows).repeat(self.algorithm.config.samples_per_prompt)
-            with activity(
-                f"step {self.step + 1}", detail=CALLS.under_way, patience_s=STEP_PATIENCE_S
+            with (
+                activity(
+                    f"step {self.step + 1}", detail=CALLS.under_way, patience_s=STEP_PATIENCE_S
+                ),
+                self.bad.saving(self.step + 1, prompts),
             ):
                 metrics = self.algorithm.step(prompts)
                 numbers = dict(metrics)
                 records = CALLS.finish()
+            self.bad.look_at(self.step + 1, position, prompts, numbers, metrics.rows)
         self.data.end_step()
         self._rows.add(prompts)
         seconds = time.perf_counter() - started
@@ -249,7 +184,23 @@ class Loop:
         self.tracker.trace(records, f"step {self.step}", clock, row)
         if self.samples is not None:
             self.tracker.show(self.step, self.samples.training(metrics, self.step))
+        self.bad.watch(self.step, row)
+        self._pass_over()
         return row
+
+    def _pass_over(self) -> None:
+        """Leaves out the rows of a step that was given up, where they come next."""
+        number = self.bad.num_next(self.data.position)
+        if number == 0:
+            return
+        before = self.data.state_dict()
+        rows = self.data.take(number)
+        if self.bad.passes_over(rows):
+            self.data.end_step()
+            self._rows.pass_over(rows)
+        else:
+            LOGGER.warning("other rows come next than those of the step that was given up")
+            self.data.load_state_dict(before)
 
     @contextmanager
     def _rows_given_back_on_failure(self) -> Iterator[None]:
@@ -406,6 +357,7 @@ class Loop:
         self.saving.check_fence()
         self.ledger.rewind(None if commit is None else commit.state.get("ledger"))
         self._line = None
+        self._pass_over()
         retained = [trained for trained in self.trained_steps if trained.step <= self.step]
         self.trained_steps = retained
 
@@ -478,7 +430,8 @@ class Loop:
         return row
 
     def _finished(self) -> bool:
-        return self.length.reached(self.step, self.data.position)
+        position = self.data.position
+        return self.length.reached(self.step, position + self.bad.num_next(position))
 
     def _good_enough(self) -> bool:
         target = self.config.stop_at_reward

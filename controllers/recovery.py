@@ -23,6 +23,7 @@ from dataclasses import asdict
 
 from controllers.ledger import Line, line_difference, line_digest, read_ledger
 from controllers.loop import Loop, Outcome
+from controllers.not_finite import StepGivenUp
 from controllers.saving import DISK, MEMORY, Commit
 from hybridflow.errors import TooFewDevices
 from hybridflow.failures import RECOVERABLE, EventLog, describe, failed_pools
@@ -135,6 +136,8 @@ class Driver:
                     self._carry_out(action)
             except RECOVERABLE as error:
                 self._failed(error)
+            except StepGivenUp as error:
+                self._step_given_up(error)
             except Fenced:
                 self._put(on.Fenced())
 
@@ -335,6 +338,13 @@ class Driver:
             raise error
         self._put(on.Failed(failure=failure, incarnation=self.state.incarnation))
 
+    def _step_given_up(self, error: StepGivenUp) -> None:
+        self._interrupted_at = error.step
+        self._seconds = {"since": time.monotonic()}
+        if self.events is not None:
+            self.events.write("not_finite", step=error.step, roles=error.roles, uids=error.uids)
+        self._put(on.NotFinite(step=error.step, incarnation=self.state.incarnation))
+
     def _report(self, action: do.Report) -> None:
         failure = action.failure
         if failure is None:
@@ -367,7 +377,7 @@ class Driver:
 
     def _rebuild(self, action: do.Rebuild) -> None:
         if self.state.flush is not None:  # its copies end with the processes
-            self._flush_failed("the processes that wrote it are started again")
+            self._flush_failed("the run goes back while it is written")
         with activity("recovery", detail=CALLS.under_way):
             for name in action.pools:
                 self._restarted.add(name)
@@ -416,18 +426,20 @@ class Driver:
         loop.tracker.rewind(loop.step, 0 if self.events is None else self.events.attempt)
         CALLS.finish()
         seconds = time.monotonic() - self._seconds.pop("since")
-        pools, self._restarted, self._error = sorted(self._restarted), set(), None
+        pools, self._restarted = sorted(self._restarted), set()
+        failed, self._error = self._error is not None, None
         place = Place.start if restored is None else restored.place
         LOGGER.warning(
-            "recovered in %.1f s: pools %s were restarted, everything is as after step %d (%s)",
+            "%s in %.1f s: pools restarted: %s; everything is as after step %d (%s)",
+            "recovered" if failed else "rewound",
             seconds,
-            ", ".join(pools),
+            ", ".join(pools) or "none",
             loop.step,
             place,
         )
         if self.events is not None:
             self.events.write(
-                "recovered",
+                "recovered" if failed else "rewound",
                 step=loop.step,
                 source=place,
                 lost_steps=self._interrupted_at - loop.step,

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
         batch_metrics,
     )
     from controllers.data import DataConfig, PromptDataset, RowLoader, load_tokenizer
-    from controllers.loop import Loop, LoopConfig, Outcome
+    from controllers.loop import Loop, Outcome
+    from controllers.loop_config import LoopConfig
     from hybridflow.batch import Batch
     from hybridflow.checkpoint import CheckpointStore
     from hybridflow.columns import Ragged, declare
@@ -183,9 +184,9 @@ _NAMES_OF = {
     ),
     "controllers.loop": (
         "Loop",
-        "LoopConfig",
         "Outcome",
     ),
+    "controllers.loop_config": ("LoopConfig",),
     "hybridflow.batch": ("Batch",),
     "hybridflow.checkpoint": ("CheckpointStore",),
     "hybridflow.columns": (

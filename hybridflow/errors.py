@@ -54,6 +54,14 @@ class WorkerUserCodeError(WorkerError, UserCodeError):
     """A worker's method raised a UserCodeError."""
 
 
+class NotFiniteError(RuntimeError):
+    """The norm of a gradient is infinite or NaN. The weights were not changed by its step."""
+
+
+class WorkerNotFinite(WorkerError, NotFiniteError):
+    """A worker's method raised a NotFiniteError."""
+
+
 class WorkerDied(RuntimeError):
     """A process of the pool is gone (killed, out of memory, crashed, its node lost). `places`
     names each dead rank and the call that it was in, where that is known."""

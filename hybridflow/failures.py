@@ -16,7 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hybridflow.errors import UserCodeError, Where, WorkerDied, WorkerError, WorkerStuck
+from hybridflow.errors import (
+    NotFiniteError,
+    UserCodeError,
+    Where,
+    WorkerDied,
+    WorkerError,
+    WorkerStuck,
+)
 from hybridflow.recovery.events import Failure, Kind
 
 EVIDENCE_CHARACTERS = 20_000
@@ -65,8 +72,9 @@ def failed_pools(error: BaseException) -> set[str]:
 
 def may_be_retried(error: BaseException) -> bool:
     """Whether a restart can help: never against a mistake in the settings or in the user's own
-    code."""
-    return isinstance(error, RECOVERABLE) and not isinstance(error, ValueError | UserCodeError)
+    code, or against a gradient that is not finite (optimizer.on_nonfinite=stop)."""
+    final = ValueError | UserCodeError | NotFiniteError
+    return isinstance(error, RECOVERABLE) and not isinstance(error, final)
 
 
 class EventLog:

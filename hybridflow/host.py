@@ -25,9 +25,11 @@ from hybridflow.columns import Block
 from hybridflow.context import RankContext
 from hybridflow.devices import choose_interfaces, repeat_results, with_device
 from hybridflow.errors import (
+    NotFiniteError,
     UserCodeError,
     Where,
     WorkerError,
+    WorkerNotFinite,
     WorkerUserCodeError,
     WorkerValueError,
 )
@@ -231,6 +233,8 @@ def _error_class(error: Exception) -> type[WorkerError]:
     """The class under which an exception leaves the process."""
     if isinstance(error, ValueError):
         return WorkerValueError
+    if isinstance(error, NotFiniteError):
+        return WorkerNotFinite
     return WorkerUserCodeError if isinstance(error, UserCodeError) else WorkerError
 
 

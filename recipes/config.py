@@ -14,7 +14,7 @@ from cluster.connect import ClusterConfig
 from controllers import usable_algorithms
 from controllers.algorithm_base import AlgorithmConfig
 from controllers.data import DataConfig
-from controllers.loop import LoopConfig
+from controllers.loop_config import LoopConfig
 from hybridflow.metrics import MetricsConfig
 from hybridflow.recovery.config import RecoveryConfig
 from recipes.asynchrony_config import AsynchronyConfig

@@ -13,12 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from hybridflow.errors import UserCodeError, WorkerDied, WorkerError, WorkerStuck
+from hybridflow.errors import (
+    NotFiniteError,
+    UserCodeError,
+    WorkerDied,
+    WorkerError,
+    WorkerStuck,
+)
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable: 1 shows the whole stack in place of one line."""
 WORLDS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 """Errors of the system that are about the disk and its owner, not about a program."""
+OF_WORKERS = (UserCodeError, NotFiniteError, WorkerError, WorkerDied, WorkerStuck)
+"""Errors that end a command with status 1."""
 ERROR_FILE = "error.txt"
 
 
@@ -37,10 +45,10 @@ def plain_errors(directory: Callable[[], Path | None] = no_directory) -> Iterato
     """
     try:
         yield
-    except (ValueError, UserCodeError, WorkerError, WorkerDied, WorkerStuck) as error:
+    except (ValueError, *OF_WORKERS) as error:
         if os.environ.get(FULL_ERROR) == "1":
             raise
-        if isinstance(error, UserCodeError | WorkerError | WorkerDied | WorkerStuck):
+        if isinstance(error, OF_WORKERS):
             end(f"{first_line(error)}; {where_details_are(error, directory())}", 1)
         end(one_line(error), 2)
     except OSError as error:

@@ -27,7 +27,8 @@ from cluster.connect import ClusterInfo, connect
 from controllers import QUESTIONS, create_algorithm
 from controllers.algorithm_base import Algorithm, Evaluated
 from controllers.data import RowDataset, RowLoader
-from controllers.loop import Loop, LoopConfig, Outcome, phase_seconds
+from controllers.loop import Loop, Outcome, phase_seconds
+from controllers.loop_config import LoopConfig
 from controllers.recovery import Driver
 from controllers.samples import SampleReader
 from controllers.saving import Saving, checkpoint_at

@@ -5,6 +5,7 @@ It does not touch generation.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from workers.losses.language import with_pretraining
 from workers.losses.policy import policy_loss
 from workers.mini_batches import mean_over_steps, train_on
 from workers.model_worker import sequences_of
+from workers.not_finite import SKIPPED
 from workers.policy import PolicyWorker
 from workers.role_config import ActorConfig
 from workers.roles import TrainingActor
@@ -57,20 +59,23 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
         steps = mini_batches.steps(
             config.num_epochs, self.update_seed, loss.aggregation, loss.aggregation_constant
         )
+        train = partial(
+            train_on,
+            self.engine,
+            mini_batches,
+            loss_fn=loss_fn,
+            not_finite=self.not_finite,
+            entropy=entropy,
+            temperature=self.temperature,
+        )
         violations = {}
+        self.not_finite.begin_update()
         with self.measured_memory() as memory:
-            metrics = train_on(
-                self.engine,
-                islice(steps, 1),
-                loss_fn,
-                entropy=entropy,
-                temperature=self.temperature,
-            )
-            if "weight_version" in batch and not (stale or by_rollout):
+            metrics = train(islice(steps, 1))
+            comparable = "weight_version" in batch and not (stale or by_rollout)
+            if comparable and SKIPPED not in metrics[0]:
                 violations = check_first_step(metrics[0], config, reports=self.context.rank == 0)
-            metrics += train_on(
-                self.engine, steps, loss_fn, entropy=entropy, temperature=self.temperature
-            )
+            metrics += train(steps)
         self.num_updates += 1
         return (
             mean_over_steps(metrics, "actor")

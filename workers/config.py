@@ -70,6 +70,18 @@ class ModelConfig:
     flex_attention; auto takes the model's best (on a CPU, one that is fast for short rows)."""
 
 
+class OnNonfinite(StrEnum):
+    """The treatment of an optimizer step whose gradient norm, over all ranks, is infinite or NaN."""
+
+    stop = "stop"
+    """The run ends with an error."""
+    skip = "skip"
+    """The step is left out: weights, moments and the schedule stay as they are."""
+    rewind = "rewind"
+    """All that is trained goes back to the newest commit, and the run goes on behind the rows of
+    the step that was given up."""
+
+
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """AdamW."""
@@ -87,6 +99,12 @@ class OptimizerConfig:
     total_steps: int = 0
     """Optimizer steps after which the schedule ends; 0: those of the run."""
     min_learning_rate_fraction: float = 0.0
+    on_nonfinite: OnNonfinite = OnNonfinite.stop
+    """stop, skip or rewind, where the gradient norm is infinite or NaN. The rows are saved in any
+    case (docs/reliability.md)."""
+    max_nonfinite: int = 3
+    """Optimizer steps in a row that on_nonfinite=skip or rewind leaves out; one more ends the
+    run."""
 
 
 @dataclass(kw_only=True)

@@ -13,18 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hybridflow.errors import NotFiniteError
 from hybridflow.layout import Layout
 from hybridflow.results import Metrics, prefixed
 from workers.columns import PRETRAIN
 from workers.engines.base import LossFn, TrainingEngine
 from workers.losses.aggregation import Aggregation, Counts, weight_columns
 from workers.losses.reduction import derived_metrics
+from workers.not_finite import NOT_FINITE, NotFinite
 from workers.sequences import Sequences
 
 
 class MiniBatches:
     """mini_batches = MiniBatches(sequences, labels, layout, device)
-    metrics = train_on(engine, mini_batches.steps(num_epochs, seed, Aggregation.token_mean), loss_fn)
+    steps = mini_batches.steps(num_epochs, seed, Aggregation.token_mean)
+    metrics = train_on(engine, mini_batches, steps, loss_fn, not_finite)
 
     Each step has this rank's rows of one mini-batch, weighted by the counts of the whole
     mini-batch.
@@ -40,6 +43,8 @@ class MiniBatches:
             labels if labels is not None else torch.zeros(sequences.num_rows, dtype=torch.int64)
         )
         self.counts = self._global_counts(layout, device)
+        self.current = 0
+        """The mini-batch of the step that was drawn last."""
 
     @property
     def num_labels(self) -> int:
@@ -114,33 +119,53 @@ class MiniBatches:
             if epoch:
                 order = np.random.default_rng([seed, epoch]).permutation(self.num_labels)
             for label in order.tolist():
+                self.current = label
                 yield label, self.sequences.rows(torch.nonzero(self.labels == label).squeeze(1))
 
 
 def train_on(
     engine: TrainingEngine,
+    mini_batches: MiniBatches,
     steps: Iterable[Sequences],
     loss_fn: LossFn,
+    not_finite: NotFinite,
     *,
     entropy: bool = False,
     temperature: float = 1.0,
 ) -> list[dict[str, float]]:
-    """Takes one optimizer step for each of `steps` and returns the metrics of each."""
-    return [
-        engine.train_step(rows, loss_fn, entropy=entropy, temperature=temperature) for rows in steps
-    ]
+    """Takes one optimizer step for each of `steps`, which are steps of `mini_batches`, and returns
+    the metrics of each. Steps whose gradient is not finite are left out, or end the update, as
+    `not_finite` says."""
+    metrics: list[dict[str, float]] = []
+    if not_finite.rewinds:
+        return metrics
+    for rows in steps:
+        try:
+            numbers = engine.train_step(rows, loss_fn, entropy=entropy, temperature=temperature)
+            not_finite.succeeded()
+        except NotFiniteError as error:
+            numbers = not_finite.left_out(error, mini_batches.current)
+        metrics.append(numbers)
+        if not_finite.rewinds:
+            break
+    return metrics
 
 
 def mean_over_steps(steps: Sequence[Mapping[str, float]], prefix: str) -> Metrics:
     """Each metric's mean over the optimizer steps, under the role's name.
 
     The maximum over all steps is taken of a metric ending in _max, the minimum of one ending in
-    _min.
+    _min. Steps that were left out have the metrics `not_finite/...` alone, which are added up.
     """
     combined: dict[str, float] = {}
-    for name in steps[0]:
-        values = [step[name] for step in steps]
-        if name.endswith("_max"):
+    names: dict[str, None] = {}
+    for step in steps:
+        names |= dict.fromkeys(step)
+    for name in names:
+        values = [step[name] for step in steps if name in step]
+        if name.startswith(NOT_FINITE):
+            combined[name] = sum(values)
+        elif name.endswith("_max"):
             combined[name] = max(values)
         elif name.endswith("_min"):
             combined[name] = min(values)

@@ -25,6 +25,7 @@ from hybridflow.snapshots.reading import SnapshotFiles
 from workers.engines.base import Head, LossFn
 from workers.mini_batches import MiniBatches, mean_over_steps, train_on
 from workers.model_worker import ModelWorker
+from workers.not_finite import NotFinite
 from workers.process_memory import begin_peak, give_back, peak_bytes, retained_bytes
 from workers.roles import TrainedRole
 from workers.sequences import Sequences
@@ -45,6 +46,7 @@ class TrainedWorker(ModelWorker, TrainedRole):
 
     def __init__(self, config: Any, context: RankContext) -> None:
         super().__init__(config, context)
+        self.not_finite = NotFinite(self.config.train.optimizer)
         self.num_updates = 0
         """Updates so far, over all runs that the checkpoint comes from."""
         self._stager, self._flusher = Stager(), Flusher()
@@ -72,8 +74,16 @@ class TrainedWorker(ModelWorker, TrainedRole):
     ) -> Metrics:
         """Takes one optimizer step for each of `steps`, which are steps of `mini_batches`."""
         self.to_training()
+        self.not_finite.begin_update()
         with self.measured_memory() as memory:
-            metrics = train_on(self.engine, steps, loss_fn, temperature=temperature)
+            metrics = train_on(
+                self.engine,
+                mini_batches,
+                steps,
+                loss_fn,
+                self.not_finite,
+                temperature=temperature,
+            )
         self.num_updates += 1
         return mean_over_steps(metrics, self.prefix) | memory
 

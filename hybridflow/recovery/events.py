@@ -25,7 +25,8 @@ class Kind(StrEnum):
     node_lost = "node_lost"
     """A machine left, with its processes and what it held in memory."""
     user_error = "user_error"
-    """A ValueError: the same again would fail again. Never retried."""
+    """A ValueError, or a gradient that is not finite: the same again would fail again. Never
+    retried."""
 
 
 class Place(StrEnum):
@@ -98,6 +99,15 @@ class StepDone:
     """Whether the run ends here: its steps or epochs are done, or its reward is good enough."""
     best: bool = False
     """Whether its validation is the best so far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotFinite:
+    """The gradient of a step is not finite, and on_nonfinite=rewind: no process has failed, but
+    everything goes back to the newest commit, and the driver passes over the step's rows."""
+
+    step: int
+    incarnation: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,6 +240,7 @@ class Tick:
 Event = (
     Started
     | StepDone
+    | NotFinite
     | Staged
     | Flushed
     | FlushFailed

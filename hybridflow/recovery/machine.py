@@ -17,7 +17,7 @@ That of a real run is controllers/recovery.py. Its wait takes Flushed and FlushF
 Draining ends a step at once. Without failures the actions of a step are RunStep, Stage, Record,
 Prune, and now and then Export, Flush and Commit.
 
-Left out: noticing failures and deadlines of calls, retries of a reward, skipped rows.
+Left out: noticing failures and deadlines of calls, retries of a reward, which rows are passed over.
 """
 
 from __future__ import annotations
@@ -144,6 +144,8 @@ def decide(state: State, event: Event, now: float) -> Decision:
     match event:
         case on.StepDone():
             return _step_done(state, event, now)
+        case on.NotFinite() if state.phase is Phase.stepping and event.step == state.step:
+            return _quiesce(state, state.lost)
         case on.Staged():
             return _staged(state, event, now)
         case on.Quiesced():
@@ -357,14 +359,14 @@ def _failed(state: State, event: on.Failed) -> Decision:
         return state, (replace(report, gives_up=refusal), *actions)
     if state.phase is Phase.restoring:
         state = _count_restore_failure(state)
-    state = replace(
-        state,
-        phase=Phase.quiescing,
-        budget=budget,
-        lost=lost,
-        incarnation=state.incarnation + 1,
-    )
-    return state, (report, do.Quiesce(lost=lost, incarnation=state.incarnation))
+    state, actions = _quiesce(replace(state, budget=budget), lost)
+    return state, (report, *actions)
+
+
+def _quiesce(state: State, lost: tuple[str, ...]) -> Decision:
+    """The first action of going back, with pools to rebuild or without."""
+    state = replace(state, phase=Phase.quiescing, lost=lost, incarnation=state.incarnation + 1)
+    return state, (do.Quiesce(lost=lost, incarnation=state.incarnation),)
 
 
 def _rebuild(state: State, silent: tuple[str, ...]) -> Decision:

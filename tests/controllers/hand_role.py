@@ -14,7 +14,8 @@ import torch
 
 from controllers.algorithm_base import AlgorithmConfig
 from controllers.data import DataConfig, PromptDataset, RowLoader
-from controllers.loop import Loop, LoopConfig
+from controllers.loop import Loop
+from controllers.loop_config import LoopConfig
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.context import RankContext

@@ -15,7 +15,8 @@ import torch
 
 from controllers.algorithm_base import AlgorithmConfig
 from controllers.data import DataConfig, PromptDataset, RowLoader
-from controllers.loop import Loop, LoopConfig, Outcome, phase_seconds
+from controllers.loop import Loop, Outcome, phase_seconds
+from controllers.loop_config import LoopConfig
 from controllers.recovery import Driver
 from controllers.validation import REWARD, ResponseReward
 from hybridflow.batch import Batch

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from controllers.data import DataConfig, RowLoader
-from controllers.loop import Loop, LoopConfig, Outcome
+from controllers.loop import Loop, Outcome
+from controllers.loop_config import LoopConfig
 from controllers.recovery import Driver
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore

@@ -128,6 +128,22 @@ def test_a_death_is_quiesce_rebuild_restore_replay() -> None:
     )
 
 
+def test_a_gradient_that_is_not_finite_goes_back_without_a_restart() -> None:
+    """FAULTS C10, rewind: nothing is rebuilt and the budget is not spent; answers of the step that
+    was given up are late."""
+    machine = running()
+    machine.step(1)
+    assert machine(on.NotFinite(step=1, incarnation=0)) == (), "of a step that has ended"
+    quiesce = machine(on.NotFinite(step=2, incarnation=0))
+    assert quiesce == (do.Quiesce(lost=(), incarnation=1),)
+    assert machine(on.StepDone(step=2, incarnation=0)) == ()
+    assert machine(on.Quiesced(incarnation=1)) == (do.Rebuild(pools=(), incarnation=1),)
+    restore = machine(on.Rebuilt(incarnation=1, staged=(0, 1)))
+    assert restore == (do.Restore(step=1, place=Place.memory, incarnation=1),)
+    assert machine.restored(1)[-1] == do.RunStep(step=2, incarnation=1)
+    assert machine.state.budget.restarts == 0
+
+
 def test_a_lost_node_is_disk_then_the_start() -> None:
     machine = running(flush_every=1)
     machine.step(1)

@@ -173,7 +173,8 @@ class TrainingEngine(ABC):
 
         Returns loss and loss_fn's metrics summed over micro-batches and data ranks, plus grad_norm
         (before clipping, over all parameters) and learning_rate: the same numbers on every rank. A
-        grad_norm that is not finite raises a RuntimeError before the weights are touched.
+        grad_norm that is not finite raises a NotFiniteError on every rank, before the weights are
+        touched; the step leaves nothing behind.
         """
 
     @abstractmethod

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
+from hybridflow.errors import NotFiniteError
 from workers.config import LearningRateSchedule, OptimizerConfig
 
 MODEL = "model"
@@ -77,7 +78,13 @@ def adamw(
 
 def check_optimizer_config(config: OptimizerConfig) -> None:
     """ValueError for values that mean nothing, and for a schedule that cannot be followed."""
-    for name in ("learning_rate", "weight_decay", "warmup_steps", "clip_grad_norm"):
+    for name in (
+        "learning_rate",
+        "weight_decay",
+        "warmup_steps",
+        "clip_grad_norm",
+        "max_nonfinite",
+    ):
         if vars(config)[name] < 0:
             meaning = " (0: no clipping)" if name == "clip_grad_norm" else ""
             raise ValueError(f"optimizer.{name} is {vars(config)[name]}; use 0 or more{meaning}")
@@ -180,7 +187,7 @@ def clip(
     """Scale `gradients`, whose global norm is `norm`, so that it is at most `limit` (0: leave
     them).
 
-    A RuntimeError for a norm that is not finite; it names the parameters of this rank that `broken`
+    A NotFiniteError for a norm that is not finite; it names the parameters of this rank that `broken`
     lists. The weights have not been touched.
     """
     if not isfinite(norm):
@@ -188,7 +195,7 @@ def clip(
         where = ", ".join(names[:5]) or "parameters of other ranks"
         if len(names) > 5:
             where += f" and {len(names) - 5} more"
-        raise RuntimeError(
+        raise NotFiniteError(
             f"grad_norm is {norm}: the gradient is not finite in {where}; the weights were not "
             "changed"
         )

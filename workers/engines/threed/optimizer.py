@@ -230,7 +230,7 @@ class ZeroOptimizer:
             group.begin_step()
 
     def step(self) -> tuple[float, float]:
-        """(gradient norm over all ranks before clipping, learning rate); RuntimeError for a
+        """(gradient norm over all ranks before clipping, learning rate); NotFiniteError for a
         norm that is not finite."""
         parts = [group.reduce() for group in self.groups]
         norm = self._norm(parts)
