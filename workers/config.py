@@ -38,6 +38,15 @@ class LearningRateSchedule(StrEnum):
     cosine = "cosine"
 
 
+class ContextExchange(StrEnum):
+    auto = "auto"
+    """ulysses where cp x tp divides the query heads, allgather elsewhere."""
+    ulysses = "ulysses"
+    """Heads are exchanged for tokens before and after attention."""
+    allgather = "allgather"
+    """Keys and values of all ranks are gathered."""
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """A model on disk or on the Hugging Face hub, and the tokenizer and template that go with it.
@@ -148,13 +157,19 @@ class TrainConfig:
     """Tensor-parallel size."""
     pp: int = 1
     """Pipeline-parallel size (engine threed)."""
+    cp: int = 1
+    """Context-parallel size: the ranks that share the tokens of each packed row, for
+    rows too long for one device. The data-parallel size is divided by it; results stay the same."""
+    cp_exchange: ContextExchange = ContextExchange.auto
+    """How attention sees the tokens of other context-parallel ranks."""
     rank_order: list[str] = field(default_factory=lambda: ["dp", "pp", "cp", "tp"])
     """Axes from outermost to innermost; the data-parallel size is what the pool leaves."""
     precision: Precision = Precision.auto
     micro_batch_tokens: int = 0
-    """Most tokens (padding included) that one forward pass of one data-parallel rank holds.
-    Changes speed and memory, never results. 0 chooses: 8192 on an accelerator; on a CPU as many
-    as keep about 512 MiB for the backward pass, 256 to 8192."""
+    """Most tokens (padding included) that one forward pass of one data-parallel rank holds; with
+    cp, of each rank that shares the row, which then has cp times as many. Changes speed and
+    memory, never results. 0 chooses: 8192 on an accelerator; on a CPU as many as keep about 512
+    MiB for the backward pass, 256 to 8192."""
     packing: bool = True
     """Rows of a micro-batch one after the other without padding, each attending to itself only.
     false: padded blocks of rows of similar length, for models with layers that look along the

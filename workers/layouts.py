@@ -71,13 +71,14 @@ def miniature(
     of its tensor part: engines cut the first dim of a matrix over tensor ranks, then over data
     ranks, and vLLM cuts the same dim of most matrices.
     """
-    data = training.axis_size("dp") if data_shards else 1
+    cp = training.axis_size("cp")
+    data = training.axis_size("dp") * cp if data_shards else 1
     parts, stages = training.axis_size("tp") * data, training.axis_size("pp")
     spec = ParameterSpec("model", (lcm(stages, pp), lcm(parts, tp)), "int8")
     source: dict[int, list[tuple[str, Box]]] = {}
     for rank in range(training.size):
         at = training.coordinates(rank)
-        part = at["tp"] * data + (at["dp"] if data_shards else 0)
+        part = at["tp"] * data + (at["dp"] * cp + at["cp"] if data_shards else 0)
         source[rank] = [("model", _cell(spec.shape, at["pp"], stages, part, parts))]
     target: dict[int, list[tuple[str, Box]]] = {}
     for replica in vanilla(training.size, tp=tp, pp=pp).replicas:

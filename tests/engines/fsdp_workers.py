@@ -16,7 +16,7 @@ from hybridflow.context import RankContext
 from hybridflow.resharding.shards import Box
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
-from workers.engines.base import Head, Outputs
+from workers.engines.base import Head, Outputs, TrainingEngine
 from workers.engines.fsdp import sharding
 from workers.engines.fsdp.engine import FsdpEngine
 from workers.sequences import Sequences
@@ -184,7 +184,7 @@ def unreduced_elements(engine: FsdpEngine) -> int:
     return count
 
 
-def gathered(engine: FsdpEngine) -> dict[str, Tensor]:
+def gathered(engine: TrainingEngine) -> dict[str, Tensor]:
     """Every parameter, pasted together from the boxes of all ranks."""
     parameters = engine.local_parameters()
     everywhere = [parameters] * dist.get_world_size()

@@ -96,20 +96,25 @@ class TrainingEngine(ABC):
 
     @classmethod
     def make_layout(cls, config: TrainConfig, world_size: int) -> Layout:
-        """Which coordinates each rank has: tp and pp as set, dp what they leave of the pool.
+        """Which coordinates each rank has: tp, cp and pp as set, dp what they leave of the pool.
 
         A ValueError for sizes that do not divide the pool. Driver and ranks both call it, so it
         reads nothing but its arguments.
         """
-        parallel = config.pp * config.tp
+        parallel = config.pp * config.cp * config.tp
         if parallel < 1 or world_size % parallel:
             fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
+            shared = "" if config.cp == 1 else f"cp={config.cp} x "
             raise ValueError(
-                f"train: pp={config.pp} x tp={config.tp} does not divide the pool's {world_size} "
-                f"devices; choose sizes whose product is one of {fitting}"
+                f"train: pp={config.pp} x {shared}tp={config.tp} does not divide the pool's "
+                f"{world_size} devices; choose sizes whose product is one of {fitting}"
             )
         return Layout.of(
-            order=tuple(config.rank_order), dp=world_size // parallel, pp=config.pp, tp=config.tp
+            order=tuple(config.rank_order),
+            dp=world_size // parallel,
+            pp=config.pp,
+            cp=config.cp,
+            tp=config.tp,
         )
 
     @classmethod

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import PretrainedConfig
 
 from hybridflow.mapping.question.space import SearchSpace
@@ -28,6 +29,7 @@ from workers.engines import pipeline_engines
 from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.deepspeed.partitions import Partitions, partitions, shard_range
 from workers.engines.deepspeed.setup import ZeroModel
+from workers.engines.model.context_parallel import check_context_parallel
 from workers.engines.model.loading import ModelSource
 from workers.engines.shared.flat_views import flat_views, named
 from workers.engines.shared.metrics import add_micro_batch, metrics_of_group
@@ -40,6 +42,7 @@ from workers.engines.shared.optimizer import (
     set_learning_rate,
     sum_of_squares,
 )
+from workers.engines.shared.row_groups import axis_group
 from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.sequences import Sequences
 
@@ -49,7 +52,7 @@ STAGES = (1, 2, 3)
 
 class DeepspeedEngine(ShardedEngine):
     """See TrainingEngine; config.zero_stage says what is sharded: optimizer (1), gradients (2),
-    weights (3). Every rank is a data rank."""
+    weights (3). Every rank is a data rank, or shares rows with others (config.cp)."""
 
     library: ClassVar[str] = "deepspeed"
     trains_adapters = True
@@ -65,6 +68,7 @@ class DeepspeedEngine(ShardedEngine):
                     f"{axis}=1, or engine to one with pipeline stages: "
                     f"{pipeline_engines(with_pipeline=True)}"
                 )
+        check_context_parallel(model, config)
         if config.zero_stage not in STAGES:
             raise ValueError(
                 f"train.zero_stage is {config.zero_stage}; use 1 (optimizer), 2 (and gradients) "
@@ -84,6 +88,9 @@ class DeepspeedEngine(ShardedEngine):
         return config.zero_stage == 3
 
     def _build(self, source: ModelSource, *, trains: bool) -> None:
+        self._data_group: ProcessGroup | None = None
+        if self.config.cp > 1:
+            self._data_group = axis_group(self.layout, "dp")
         self._zero = ZeroModel(source, self.head, self.config, self.device, trains=trains)
         self._num_steps = 0
         self._partitions: Partitions | None = None
@@ -97,7 +104,7 @@ class DeepspeedEngine(ShardedEngine):
         self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0
     ) -> Outputs:
         with torch.no_grad():
-            micro_batches = self._cut_alike(sequences, None, alike=self.config.zero_stage == 3)
+            micro_batches = self._micro_batches(sequences, alike=self.config.zero_stage == 3)
             outputs = []
             for micro_batch in micro_batches:
                 outputs.append(self._run(micro_batch, entropy, temperature))
@@ -114,7 +121,7 @@ class DeepspeedEngine(ShardedEngine):
         owned = self._owned
         with ExitStack() as on_error:
             on_error.callback(owned.drop_gradients)
-            micro_batches = self._cut_alike(sequences, None, alike=True)
+            micro_batches = self._micro_batches(sequences, alike=True)
             metrics = self._accumulate(micro_batches, loss_fn, entropy, temperature)
             gradients = owned.gradients()
             grad_norm = self._norm(gradients)
@@ -123,7 +130,8 @@ class DeepspeedEngine(ShardedEngine):
             clip(flat, grad_norm, limit, lambda: self._not_finite(gradients))
             on_error.pop_all()
         rate = self._update(owned)
-        return {**metrics_of_group(metrics, None), "grad_norm": grad_norm, "learning_rate": rate}
+        combined = metrics_of_group(metrics, self._data_group)
+        return {**combined, "grad_norm": grad_norm, "learning_rate": rate}
 
     def local_parameters(self) -> list[LocalParameter]:
         result = []
@@ -156,6 +164,10 @@ class DeepspeedEngine(ShardedEngine):
     def _owned(self) -> Partitions:
         assert self._partitions is not None, "the engine was built with trains=False"
         return self._partitions
+
+    def _micro_batches(self, sequences: Sequences, *, alike: bool) -> list[MicroBatch]:
+        """`alike`: as many on every rank, because each has collectives."""
+        return self._share_rows(self._cut_alike(sequences, None, alike=alike))
 
     def _run(self, micro_batch: MicroBatch, entropy: bool, temperature: float) -> Outputs:
         return run_micro_batch(

@@ -5,7 +5,8 @@ ZeRO-2 by default: gathered weights (bf16 under precision=bf16) are kept from th
 backward pass and over the micro-batches of a step. Gradients are reduced in float32: of a small
 model, which is one FSDP group, once per step; of a large one layer by layer in every micro-batch,
 so that a whole gradient exists of one layer only. reshard_after_forward=True is ZeRO-3: gathered
-per micro-batch too. Pipelines and context parallelism are left out. docs/training.md has the
+per micro-batch too. Context parallelism cuts packed rows over ranks that share the weights out as
+data ranks do. Pipelines are left out. docs/training.md has the
 measurements behind the choices.
 """
 
@@ -35,6 +36,7 @@ from workers.engines.fsdp.sharding import (
     make_mesh,
     shard_model,
 )
+from workers.engines.model.context_parallel import check_context_parallel
 from workers.engines.model.loading import ModelSource
 from workers.engines.model.split_plan import check_fits
 from workers.engines.shared.flat_views import named
@@ -42,7 +44,6 @@ from workers.engines.shared.metrics import add_micro_batch, metrics_of_group
 from workers.engines.shared.micro_batches import (
     MicroBatch,
     gather_outputs,
-    pad_time,
     run_micro_batch,
 )
 from workers.engines.shared.optimizer import (
@@ -56,12 +57,13 @@ from workers.engines.shared.optimizer import (
     no_moments,
     set_learning_rate,
 )
+from workers.engines.shared.row_groups import axis_group
 from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.sequences import Sequences
 
 
 class FsdpEngine(ShardedEngine):
-    """See TrainingEngine. config.tp gives the layout, data ranks are what is left of the pool."""
+    """See TrainingEngine. config.tp and cp give the layout, data ranks are what is left of the pool."""
 
     trains_adapters = True
 
@@ -74,6 +76,7 @@ class FsdpEngine(ShardedEngine):
                 f"train.pp is {config.pp}, but engine fsdp has no pipeline; set pp=1, or engine to "
                 f"one with pipeline stages: {pipeline_engines(with_pipeline=True)}"
             )
+        check_context_parallel(model, config)
         if config.tp > 1:
             check_fits(model, config.tp)
             if config.lora.enabled:
@@ -105,6 +108,8 @@ class FsdpEngine(ShardedEngine):
         del trains  # memory for training is taken by the first step
         self._mesh = make_mesh(self.layout, self.device.type)
         self._data_group = self._mesh.get_group("dp")
+        if self.config.cp > 1:
+            self._data_group = axis_group(self.layout, "dp")
         self._scored = shard_model(source, self.head, self.config, self._mesh, self.device)
         self._parameters: dict[str, nn.Parameter] = dict(source.model.named_parameters())
         self._parts = source.parts
@@ -210,8 +215,7 @@ class FsdpEngine(ShardedEngine):
 
     def _micro_batches(self, sequences: Sequences, *, alike: bool) -> list[MicroBatch]:
         """`alike`: as many on every data rank, because each has collectives."""
-        cut = self._cut_alike(sequences, self._data_group, alike=alike)
-        return [pad_time(micro_batch, self.config.tp) for micro_batch in cut]
+        return self._share_rows(self._cut_alike(sequences, self._data_group, alike=alike))
 
     def _accumulate(
         self, micro_batches: list[MicroBatch], loss_fn: LossFn, entropy: bool, temperature: float

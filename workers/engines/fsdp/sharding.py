@@ -33,14 +33,16 @@ step instead of one per layer."""
 
 
 def make_mesh(layout: Layout, device_type: str) -> DeviceMesh:
-    """Mesh [dp] or [dp, tp] in the layout's rank order; collective."""
-    dp, tp = layout.axis_size("dp"), layout.axis_size("tp")
-    ranks = torch.empty(dp, tp, dtype=torch.int64)
-    for data, tensor in product(range(dp), range(tp)):
-        ranks[data, tensor] = layout.rank(dp=data, tp=tensor)
+    """Mesh [dp] or [dp, tp] in the layout's rank order, where "dp" are all ranks that share the
+    weights out: data ranks, and those of context parallelism. Collective."""
+    dp, cp, tp = (layout.axis_size(axis) for axis in ("dp", "cp", "tp"))
+    ranks = torch.empty(dp, cp, tp, dtype=torch.int64)
+    for data, context, tensor in product(range(dp), range(cp), range(tp)):
+        ranks[data, context, tensor] = layout.rank(dp=data, cp=context, tp=tensor)
+    shards = ranks.flatten(0, 1)
     if tp == 1:
-        return DeviceMesh(device_type, ranks[:, 0], mesh_dim_names=("dp",))
-    return DeviceMesh(device_type, ranks, mesh_dim_names=("dp", "tp"))
+        return DeviceMesh(device_type, shards[:, 0], mesh_dim_names=("dp",))
+    return DeviceMesh(device_type, shards, mesh_dim_names=("dp", "tp"))
 
 
 def shard_model(

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 
 from workers.engines.model.attention_probe import hands_packing_on
+from workers.engines.model.context_parallel import exchange_inputs, exchange_output
 from workers.engines.model.packing import Packing, Run
 from workers.engines.model.rotary import depends_on_length
 
@@ -69,8 +70,21 @@ def check_packable(model: PreTrainedModel) -> None:
 def can_share_prompts(model: PreTrainedModel) -> bool:
     """Whether responses to one prompt can go on after the same tokens of a packed row:
     attention is ours, and a token's position means the same whatever follows it."""
-    ours = model.config._attn_implementation in (ATTENTION, FUSED_ATTENTION)
-    return ours and not depends_on_length(model.config)
+    return _is_ours(model) and not depends_on_length(model.config)
+
+
+def check_shares_rows(model: PreTrainedModel, cp: int) -> None:
+    """ValueError if the ranks of context parallelism can't share the rows of `model`."""
+    check_packable(model)
+    if not _is_ours(model):
+        raise ValueError(
+            f"train.cp is {cp}, but attention {model.config._attn_implementation} works on whole "
+            "rows; set model.attention=auto, or cp=1"
+        )
+
+
+def _is_ours(model: PreTrainedModel) -> bool:
+    return model.config._attn_implementation in (ATTENTION, FUSED_ATTENTION)
 
 
 def _why_not(model: PreTrainedModel) -> str | None:
@@ -107,8 +121,8 @@ def attend(
     """query [rows, heads, time, head_dim], key and value [rows, key_value_heads, time, ...] ->
     [rows, time, heads, head_dim].
 
-    With `packing` there is one row; without, each row is a sequence, and padding at its end is seen
-    by nothing.
+    With `packing` there is one row, or this rank's part of it; without, each row is a sequence, and
+    padding at its end is seen by nothing.
     """
     if (
         s_aux is not None
@@ -124,6 +138,10 @@ def attend(
     rows, _heads, time, head_dim = query.shape
     scale = head_dim**-0.5 if scaling is None else scaling
     queries, keys, values = (heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value))
+    part = None if packing is None else packing.part
+    if part is not None:
+        queries, keys, values = exchange_inputs(queries, keys, values, part)
+        packing = packing if part.seen is None else part.seen
     if packing is not None and packing.keys is not None:
         keys, values = _Take.apply(keys, packing.keys), _Take.apply(values, packing.keys)
     variable = (
@@ -144,7 +162,9 @@ def attend(
             and query.device.type == "cpu"
         )
         parts = (queries, keys, values)
-        output = _run_by_run(module, parts, runs, products, scale, sliding_window, softcap)
+        output = _run_by_run(parts, runs, products, scale, sliding_window, softcap)
+    if part is not None:
+        output = exchange_output(output, part)
     return output.unflatten(0, (rows, time)), None
 
 
@@ -202,7 +222,6 @@ def _variable_length(
 
 
 def _run_by_run(
-    module: nn.Module,
     parts: tuple[Tensor, Tensor, Tensor],
     runs: tuple[Run, ...],
     products: bool,
@@ -233,7 +252,7 @@ def _run_by_run(
         if softcap is not None:
             output = _capped(query, key, value, scale, window, softcap)
         else:
-            output = _fused_kernel(module, query, key, value, scale, window)
+            output = _fused_kernel(query, key, value, scale, window)
         outputs.append(output.flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -250,7 +269,7 @@ def _split(
 
 
 def _fused_kernel(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
 ) -> Tensor:
     """PyTorch's fused kernel: [rows, heads, time, ...] -> [rows, time, heads, ...]."""
     time, seen = query.shape[2], key.shape[2]
@@ -260,8 +279,20 @@ def _fused_kernel(
         mask = _visible(time, seen, window, query.device)
     elif prefix:
         query = F.pad(query, (0, 0, prefix, 0))
-    output, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=scale)
-    return output[:, output.shape[1] - time :]
+    copies = query.shape[1] // key.shape[1]
+    grouped = copies > 1 and use_gqa_in_sdpa(mask, key, value)
+    if copies > 1 and not grouped:
+        key, value = repeat_kv(key, copies), repeat_kv(value, copies)
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        scale=scale,
+        is_causal=mask is None and query.shape[2] > 1,
+        enable_gqa=grouped,
+    )
+    return output.transpose(1, 2)[:, output.shape[2] - time :]
 
 
 def _capped(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +61,15 @@ class Packing:
     if each sees itself only."""
     key_ends: Tensor | None = None
     """int32 [segments + 1], the cumulative numbers of those."""
+    part: RowPart | None = None
+    """What this rank computes of the row, under context parallelism."""
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward: this for attention.py, and what
-        transformers' own flash attention reads, which knows no prefixes."""
+        transformers' own flash attention reads, which knows no prefixes and no parts."""
+        if self.part is not None:
+            return {"position_ids": self.position_ids[:, self.part.tokens], "packing": self}
         if self.keys is not None:
             return {"position_ids": self.position_ids, "packing": self}
         ends, longest = self.ends, self.longest
@@ -80,6 +85,21 @@ class Packing:
         """The same with one more segment of `num_tokens` tokens at the end."""
         lengths, prefixes = [*self.lengths, num_tokens], [*self.prefixes, -1]
         return packing_of(lengths, self.position_ids.device, prefixes)
+
+
+@dataclass(frozen=True, slots=True)
+class RowPart:
+    """The tokens of a packed row that this rank computes, where the ranks of `group` share the row
+    (context_parallel.py)."""
+
+    group: ProcessGroup
+    tokens: Tensor
+    """int64: where the part's tokens are in the row, in the part's order."""
+    sizes: tuple[int, ...]
+    """Tokens of every rank's part."""
+    seen: Packing | None = None
+    """The part as segments whose keys are among the gathered ones of all ranks; None: ranks
+    exchange heads, and each attends over the whole row with some of them."""
 
 
 def packing_of(

@@ -6,7 +6,8 @@ are in one micro-batch, as losses on pairs need it. Rows that begin with the sam
 samples of a group, the two answers of a pair) share its tokens: they are computed once, and each
 response goes on after them. packing=False makes right-padded blocks of rows of similar length
 (causal attention: no mask, default positions), for models whose layers can't keep the sequences of
-a row apart. Cutting one sequence in two is left out.
+a row apart. Under context parallelism the ranks of a group cut each packed row among themselves
+(share_row) and see the numbers of all of it (outputs_of).
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hybridflow.mapping.question.model import ModelSpec
 from workers.config import Precision, TrainConfig
 from workers.engines.base import Head, Outputs
 from workers.engines.model.attention import can_share_prompts
+from workers.engines.model.context_parallel import cut_row, gather_reads, least_tokens
 from workers.engines.model.loading import standard_sizes
 from workers.engines.model.packing import Packing, packing_of
 from workers.engines.model.rotary import depends_on_length
@@ -71,6 +74,20 @@ class MicroBatch:
     scored token, or, for Head.score, the last token of each row."""
     targets: Tensor
     """int64 [scored_tokens], the scored tokens."""
+    part: ReadsOfPart | None = None
+    """Where input_ids, read_positions and targets are this rank's part of a row only."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadsOfPart:
+    """The reads of a shared row that are in this rank's part."""
+
+    group: ProcessGroup
+    """The ranks that share the row."""
+    reads: Tensor
+    """int64: their numbers among all reads of the row."""
+    total: int
+    """All reads of the row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +172,11 @@ def empty_micro_batch(
     return _micro_batch(sequences, rows, sequences.lengths, head, cutting, device)
 
 
-def pad_time(micro_batch: MicroBatch, multiple: int) -> MicroBatch:
-    """The micro-batch with further padding columns until time divides by `multiple`; in a
-    packed row they are one more sequence."""
+def pad_time(micro_batch: MicroBatch, multiple: int, least: int = 1) -> MicroBatch:
+    """The micro-batch with further padding columns until time divides by `multiple` and is at least
+    `least`; in a packed row they are one more sequence."""
     time = micro_batch.input_ids.shape[1]
-    missing = -time % multiple
+    missing = max(time + -time % multiple, least + -least % multiple) - time
     if not missing:
         return micro_batch
     positions, packing = micro_batch.read_positions, micro_batch.packing
@@ -169,6 +186,42 @@ def pad_time(micro_batch: MicroBatch, multiple: int) -> MicroBatch:
         packing=None if packing is None else packing.padded(missing),
         read_positions=positions + torch.div(positions, time, rounding_mode="floor") * missing,
     )
+
+
+def share_row(
+    micro_batch: MicroBatch, group: ProcessGroup, *, heads: bool, multiple: int
+) -> MicroBatch:
+    """This rank's part of a packed micro-batch that the ranks of `group` compute together; parts
+    have multiples of `multiple` tokens. `heads`: see context_parallel.py."""
+    least = least_tokens(group.size(), heads=heads)
+    micro_batch = pad_time(micro_batch, multiple, least * multiple)
+    assert micro_batch.packing is not None, "train.cp was checked against packing"
+    packing = cut_row(micro_batch.packing, group, heads=heads, multiple=multiple)
+    assert packing.part is not None
+    tokens = packing.part.tokens
+    place_of = torch.full_like(micro_batch.input_ids[0], -1)
+    place_of[tokens] = torch.arange(len(tokens), device=tokens.device)
+    places = place_of[micro_batch.read_positions]
+    reads = torch.nonzero(places >= 0).squeeze(1)
+    targets = micro_batch.targets
+    if len(targets) == len(places):  # a score has none
+        targets = targets[reads]
+    return replace(
+        micro_batch,
+        input_ids=micro_batch.input_ids[:, tokens],
+        packing=packing,
+        read_positions=places[reads],
+        targets=targets,
+        part=ReadsOfPart(group, reads, len(places)),
+    )
+
+
+def outputs_of(numbers: dict[str, Tensor], micro_batch: MicroBatch) -> Outputs:
+    """What a ScoredModel answered for the micro-batch; of a shared row, that of all its ranks."""
+    part = micro_batch.part
+    if part is not None:
+        numbers = gather_reads(numbers, part.reads, part.total, part.group)
+    return Outputs(**numbers)
 
 
 def run_micro_batch(
@@ -187,7 +240,7 @@ def run_micro_batch(
         entropy=entropy,
         temperature=temperature,
     )
-    return Outputs(**numbers)
+    return outputs_of(numbers, micro_batch)
 
 
 def gather_outputs(

@@ -22,6 +22,8 @@ from hybridflow.snapshots.files import file_name, write_snapshot
 from hybridflow.snapshots.reading import SnapshotFiles
 from workers.config import ModelConfig, TrainConfig
 from workers.engines.base import Head, TrainingEngine, WeightSource
+from workers.engines.model.attention import check_shares_rows
+from workers.engines.model.context_parallel import exchanges_heads
 from workers.engines.model.conversion import as_stored
 from workers.engines.model.loading import (
     ModelSource,
@@ -47,8 +49,11 @@ from workers.engines.shared.micro_batches import (
     cutting_of,
     empty_micro_batch,
     make_micro_batches,
+    pad_time,
+    share_row,
 )
 from workers.engines.shared.optimizer import MODEL, check_optimizer_config
+from workers.engines.shared.row_groups import axis_group
 from workers.precision import with_native_precision
 from workers.sequences import Sequences
 
@@ -56,7 +61,7 @@ BASE = "base_digest"
 """The scalar of an adapter's snapshot that says which weights it belongs to."""
 SAME_WEIGHTS = ("path", "revision", "trust_remote_code", "attention")
 """Settings of two models that have the same weights and compute alike with them."""
-SAME_NUMBERS = ("engine", "tp", "pp", "rank_order", "precision")
+SAME_NUMBERS = ("engine", "tp", "pp", "cp", "cp_exchange", "rank_order", "precision")
 """Settings of two engines that compute alike, in the same layout."""
 CHECKPOINT_BYTES = 12
 """Bytes of a parameter in a checkpoint: float32 weights and AdamW's two moments."""
@@ -103,6 +108,13 @@ class ShardedEngine(TrainingEngine):
         self._hf_config.dtype = self._saved_dtype = saved_dtype(model, published)
         self._generation_config = source.generation_config
         self._cutting = cutting_of(config, source.model)
+        self._row_group: ProcessGroup | None = None
+        """The ranks that share this rank's rows, under context parallelism."""
+        self._exchanges_heads = False
+        if config.cp > 1:
+            check_shares_rows(source.model, config.cp)
+            self._row_group = axis_group(self.layout, "cp")
+            self._exchanges_heads = exchanges_heads(published, config)
         self._state_on_host = False
         self._build(source, trains=trains)
         self._buffers = [
@@ -280,8 +292,8 @@ class ShardedEngine(TrainingEngine):
             self.offload()
 
     def _cut(self, sequences: Sequences, budget_tokens: int) -> list[MicroBatch]:
-        """Micro-batches of at most `budget_tokens` tokens; none if there are no rows."""
-        cutting = replace(self._cutting, budget_tokens=budget_tokens)
+        """Micro-batches of at most `budget_tokens` tokens a rank; none if there are no rows."""
+        cutting = replace(self._cutting, budget_tokens=budget_tokens * self.config.cp)
         return make_micro_batches(sequences, self.head, cutting, self.device)
 
     def _cut_alike(
@@ -300,3 +312,14 @@ class ShardedEngine(TrainingEngine):
                 empty_micro_batch(sequences, self.head, self._cutting, self.device)
             )
         return micro_batches
+
+    def _share_rows(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """This rank's parts of the micro-batches, with a time that tp divides."""
+        group, tp = self._row_group, self.config.tp
+        if group is None:
+            return [pad_time(micro_batch, tp) for micro_batch in micro_batches]
+        heads = self._exchanges_heads
+        shared = []
+        for micro_batch in micro_batches:
+            shared.append(share_row(micro_batch, group, heads=heads, multiple=tp))
+        return shared

@@ -20,6 +20,7 @@ from workers.engines.model.loading import ModelSource, build_on_meta
 from workers.engines.model.scored import ScoredModel, enable_activation_checkpointing
 from workers.engines.model.tensor_parallel import parallelize
 from workers.engines.model.tensor_parts import Parts
+from workers.engines.shared.row_groups import axis_group
 from workers.engines.threed.layout import stage_layers
 from workers.engines.threed.optimizer import FlatGroup, FlatSlice, group_pieces
 from workers.engines.threed.pipeline import Pipeline
@@ -69,7 +70,11 @@ def build_share(
     tied = train.pp > 1 and len(set(aliases.values())) < len(aliases)
     pieces = _pieces(shell, parts, _tied_names(aliases) if tied else set(), train.tp)
     ends = _ends_group(layout, rank) if tied else None
-    groups = [_flat_group(members, dtype, device, mesh, ends) for members in group_pieces(pieces)]
+    # Ranks that share rows share the optimizer out too, as data ranks do.
+    data = axis_group(layout, "dp", "cp") if train.cp > 1 else mesh.get_group("dp")
+    groups = []
+    for members in group_pieces(pieces):
+        groups.append(_flat_group(members, dtype, device, mesh, data, ends))
     _copy_weights(source, shell, groups, device)
     pipe = mesh.get_group("pp")
     # NCCL wants a collective of all ranks before the first message.
@@ -126,13 +131,14 @@ def _flat_group(
     dtype: torch.dtype,
     device: torch.device,
     mesh: DeviceMesh,
+    data: ProcessGroup,
     ends: ProcessGroup | None,
 ) -> FlatGroup:
     sums = [mesh.get_group("tp")] if pieces[0].partial else []
     if pieces[0].tied:
         assert ends is not None
         sums.append(ends)
-    return FlatGroup(pieces, dtype, device, mesh.get_group("dp"), sums)
+    return FlatGroup(pieces, dtype, device, data, sums)
 
 
 def _ends_group(layout: Layout, rank: int) -> ProcessGroup | None:

@@ -29,7 +29,7 @@ from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.model.loading import ModelSource
 from workers.engines.shared.flat_views import named
 from workers.engines.shared.metrics import add_micro_batch, metrics_of_some
-from workers.engines.shared.micro_batches import MicroBatch, gather_outputs, pad_time
+from workers.engines.shared.micro_batches import MicroBatch, gather_outputs, outputs_of
 from workers.engines.shared.optimizer import MODEL, MOMENTS
 from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.engines.threed.build import build_share
@@ -45,7 +45,7 @@ MIN_MICRO_BATCH_TOKENS = 512
 
 
 class ThreeDEngine(ShardedEngine):
-    """See TrainingEngine; config.tp, pp, rank_order, pipeline_schedule and virtual_stages give
+    """See TrainingEngine; config.tp, cp, pp, rank_order, pipeline_schedule and virtual_stages give
     the layout, data ranks are what is left."""
 
     @classmethod
@@ -86,7 +86,7 @@ class ThreeDEngine(ShardedEngine):
         results: list[Outputs] = [Outputs()] * len(micro_batches)
 
         def finish(index: int, numbers: dict[str, Tensor]) -> Tensor:
-            results[index] = Outputs(**numbers)
+            results[index] = outputs_of(numbers, micro_batches[index])
             return next(iter(numbers.values()))
 
         self._share.pipeline.run(
@@ -110,7 +110,8 @@ class ThreeDEngine(ShardedEngine):
         metrics: dict[str, Tensor] = {}
 
         def finish(index: int, numbers: dict[str, Tensor]) -> Tensor:
-            loss, parts = loss_fn(Outputs(**numbers), micro_batches[index].sequences)
+            micro_batch = micro_batches[index]
+            loss, parts = loss_fn(outputs_of(numbers, micro_batch), micro_batch.sequences)
             metrics.update(add_micro_batch(metrics, loss, parts))
             return loss
 
@@ -121,7 +122,7 @@ class ThreeDEngine(ShardedEngine):
         with self._state_on_device():
             grad_norm, rate = self._optimizer.step()
         # Of the ranks that hold the same losses one counts.
-        counts = self.is_last_stage and self._place["tp"] == 0
+        counts = self.is_last_stage and self._place["tp"] == self._place["cp"] == 0
         combined = metrics_of_some(metrics if counts else {})
         return {**combined, "grad_norm": grad_norm, "learning_rate": rate}
 
@@ -177,10 +178,10 @@ class ThreeDEngine(ShardedEngine):
         """The same on all ranks of this data coordinate; none if there are no rows."""
         budget = self.config.micro_batch_tokens
         if self.config.pp > 1:
-            share = -(-int(sequences.lengths.sum()) // (MICRO_BATCHES_PER_STAGE * self.config.pp))
+            passes = MICRO_BATCHES_PER_STAGE * self.config.pp
+            share = -(-int(sequences.lengths.sum()) // (passes * self.config.cp))
             budget = min(budget, max(share, MIN_MICRO_BATCH_TOKENS))
-        cut = self._cut(sequences, budget)
-        return [pad_time(micro_batch, self.config.tp) for micro_batch in cut]
+        return self._share_rows(self._cut(sequences, budget))
 
 
 def _nothing(head: Head, entropy: bool) -> Outputs:

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from hybridflow.layout import AXES
 from workers.config import TrainConfig
 from workers.engines import pipeline_engines
+from workers.engines.model.context_parallel import check_context_parallel
 from workers.engines.model.split_plan import check_fits, fitting_sizes
 
 SCHEDULES = ("1f1b", "interleaved_1f1b")
@@ -42,9 +43,11 @@ def check_layout(model: PretrainedConfig, train: TrainConfig, world_size: int) -
         check_fits(model, train.tp)
     except ValueError as error:
         raise ValueError(f"{error}; {_advice(train, model, world_size)}") from None
-    if world_size % (train.pp * train.tp):
+    check_context_parallel(model, train)
+    if world_size % (train.pp * train.cp * train.tp):
+        shared = "" if train.cp == 1 else f"cp={train.cp} x "
         raise ValueError(
-            f"pp={train.pp} x tp={train.tp} does not divide the {world_size} devices of the pool; "
+            f"pp={train.pp} x {shared}tp={train.tp} does not divide the {world_size} devices of the pool; "
             f"{_advice(train, model, world_size)}"
         )
 

@@ -1,0 +1,1 @@
+"""What LoRA and context parallelism change against the plain run: errors, bytes and seconds."""

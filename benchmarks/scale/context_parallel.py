@@ -1,0 +1,243 @@
+"""Rows of context parallelism: engine fsdp on 1, 2 and 4 gloo processes against plain PyTorch in
+one, with ragged rows of 1 to 97 tokens."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.scale.row import Row
+from tests.engines.context_workers import (
+    OPTIMIZER,
+    Case,
+    Result,
+    batches,
+    make_engine,
+    rows_of_rank,
+    train,
+)
+from tests.engines.fsdp_workers import data_rows
+from tests.engines.threed_cases import (
+    TEMPERATURE,
+    PlainRun,
+    load_plain,
+    loss_fn,
+    plain_run,
+    save_tiny_model,
+)
+from workers.config import ContextExchange
+from workers.engines.fsdp.engine import FsdpEngine
+from workers.engines.model.context_parallel import exchanges_heads
+from workers.sequences import Sequences, ragged_positions
+
+FAMILIES = {"llama": 4, "qwen3": 6, "mistral": 4, "gemma2": 4, "gemma3_text": 4}
+"""Query heads of each, over 2 key-value heads."""
+LAYERS = 2
+TIMED_STEPS = 5
+FLOAT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one rank saw."""
+
+    result: Result
+    sent_bytes: int
+    bound_bytes: int
+    peak_bytes: int
+    step_s: float
+
+
+def measure(directory: Path) -> Iterator[Row]:
+    """Each family alone, with both exchanges over 2 ranks, and with the one that fits over 4."""
+    for family, heads in FAMILIES.items():
+        save_tiny_model(
+            directory / family,
+            family,
+            heads=heads,
+            layers=LAYERS,
+            tied=family.startswith("gemma"),
+        )
+        cases = [
+            Case(model=family, world_size=1, cp=1),
+            Case(model=family, exchange=ContextExchange.ulysses),
+            Case(model=family, exchange=ContextExchange.allgather),
+        ]
+        cases.append(Case(model=family, world_size=4, cp=4))
+        cases.append(Case(model=family, world_size=4))
+        model = load_plain(directory / family, cases[0].head)
+        start = {name: value.detach().clone() for name, value in model.named_parameters()}
+        expected = plain_run(model, cases[0].head, batches(cases[0]), OPTIMIZER)
+        mp.spawn(_run, args=(directory, cases), nprocs=4)
+        for case in cases:
+            yield _row(directory, case, expected, start)
+
+
+def _run(rank: int, directory: Path, cases: list[Case]) -> None:
+    torch.set_num_threads(1)
+    for case in cases:
+        if rank < case.world_size:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{directory}/{case.name}.store",
+                rank=rank,
+                world_size=case.world_size,
+            )
+            measured = _measure(rank, directory, case)
+            torch.save(measured, directory / f"{case.name}.{rank}.pt")
+            dist.destroy_process_group()
+
+
+def _measure(rank: int, directory: Path, case: Case) -> Measured:
+    result = train(rank, directory, case)
+    engine = make_engine(rank, directory, case)
+    assert isinstance(engine, FsdpEngine)
+    rows = rows_of_rank(engine, rank, batches(case)[0])
+    stored = _Stored()
+    with _SentBytes() as sent, saved_tensors_hooks(stored.keep, lambda tensor: tensor):
+        engine.train_step(rows, loss_fn, entropy=True, temperature=TEMPERATURE)
+    seconds = []
+    for _ in range(TIMED_STEPS):
+        started = time.perf_counter()
+        engine.train_step(rows, loss_fn, entropy=True, temperature=TEMPERATURE)
+        seconds.append(time.perf_counter() - started)
+    bound = _fewest_bytes(engine, rows, case)
+    return Measured(result, sent.bytes, bound, stored.bytes, statistics.median(seconds))
+
+
+def _fewest_bytes(engine: FsdpEngine, rows: Sequences, case: Case) -> int:
+    """Bytes that a rank sends in a step with the exchange of the case, where parts are of equal
+    size and no key head is copied."""
+    if case.cp == 1:
+        return 0
+    model = engine._scored.model.config
+    heads, key_heads = model.num_attention_heads, model.num_key_value_heads
+    head_bytes = FLOAT * model.head_dim
+    tokens = 0
+    for micro_batch in engine._micro_batches(rows, alike=True):
+        assert micro_batch.packing is not None
+        tokens += micro_batch.packing.position_ids.shape[1]
+    # Forward and backward pass.
+    if exchanges_heads(model, engine.config):
+        each = 2 * (heads + key_heads) * (case.cp - 1) / case.cp
+    else:
+        each = 2 * key_heads * (case.cp - 1)
+    return int(2 * model.num_hidden_layers * tokens / case.cp * each * head_bytes)
+
+
+class _Stored:
+    """Counts the storages that the backward pass keeps, weights aside."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._seen: dict[int, Tensor] = {}
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen and not isinstance(tensor, torch.nn.Parameter):
+            self._seen[storage.data_ptr()] = tensor
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+class _SentBytes(TorchDispatchMode):
+    """Counts the bytes that this rank sends to others in exchanges of attention, which are the only
+    collectives on matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = func._schema.name
+        if name in (
+            "c10d::alltoall_base_",
+            "c10d::_allgather_base_",
+            "c10d::_reduce_scatter_base_",
+        ):
+            output, source = args[0], args[1]
+            if source.ndim == 2:
+                self.bytes += self._bytes(name, output, source)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _bytes(name: str, output: Tensor, source: Tensor) -> int:
+        if name == "c10d::_allgather_base_":
+            return (output.numel() - source.numel()) * source.element_size()
+        if name == "c10d::_reduce_scatter_base_":
+            return (source.numel() - output.numel()) * source.element_size()
+        # All but the rank's part of what it sends, which is about equal for all ranks.
+        size = dist.get_world_size()
+        return source.numel() * (size - 1) // size * source.element_size()
+
+
+def _row(directory: Path, case: Case, expected: PlainRun, start: dict[str, Tensor]) -> Row:
+    ranks: list[Measured] = []
+    for rank in range(case.world_size):
+        ranks.append(torch.load(directory / f"{case.name}.{rank}.pt", weights_only=False))
+    first = ranks[0].result
+    losses = [step["loss"] for step in first.metrics]
+    norms = [step["grad_norm"] for step in first.metrics]
+    return Row(
+        feature="cp",
+        family=case.model,
+        layout=_layout(case),
+        loss_error=_relative(losses, expected.losses),
+        grad_norm_error=_relative(norms, expected.grad_norms),
+        update_error=_update_error(first.whole, expected.parameters, start),
+        log_prob_gap=max(_gap(case, measured.result, expected) for measured in ranks),
+        sync_bytes=max(measured.sent_bytes for measured in ranks),
+        bound_bytes=max(measured.bound_bytes for measured in ranks),
+        peak_bytes=max(measured.peak_bytes for measured in ranks),
+        step_s=max(measured.step_s for measured in ranks),
+    )
+
+
+def _layout(case: Case) -> str:
+    if case.cp == 1:
+        return "1 rank"
+    data = case.world_size // case.cp
+    return f"cp{case.cp}" + (f" dp{data}" if data > 1 else "") + f" {case.exchange.value}"
+
+
+def _relative(measured: list[float], expected: list[float]) -> float:
+    errors = []
+    for value, reference in zip(measured, expected, strict=True):
+        errors.append(abs(value - reference) / abs(reference))
+    return max(errors)
+
+
+def _update_error(
+    weights: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]
+) -> float:
+    error = change = 0.0
+    for name, reference in expected.items():
+        error += float((weights[name] - reference).double().square().sum())
+        change += float((reference - start[name]).double().square().sum())
+    return (error / change) ** 0.5
+
+
+def _gap(case: Case, result: Result, expected: PlainRun) -> float:
+    batch = batches(case)[0]
+    rows = data_rows(batch.num_rows, case.world_size // case.cp, result.data)
+    places = ragged_positions(batch.scored_lengths, rows)
+    assert result.outputs is not None and result.outputs.log_probs is not None
+    assert expected.outputs.log_probs is not None
+    return float((result.outputs.log_probs - expected.outputs.log_probs[places]).abs().max())

@@ -1,0 +1,32 @@
+"""Row: one measurement of benchmarks.scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A family in a layout with a feature, against one process with the plain model."""
+
+    feature: str
+    family: str
+    layout: str
+    loss_error: float
+    """The largest relative error of a step's loss."""
+    grad_norm_error: float
+    """The largest relative error of a step's gradient norm."""
+    update_error: float
+    """|change - reference change| / |reference change| over all trained weights, after the last
+    step."""
+    log_prob_gap: float
+    """The largest difference of a token's log-probability."""
+    sync_bytes: int
+    """Bytes that the feature moves: those of a weight sync (lora), or those that a rank sends in one
+    training step (cp)."""
+    bound_bytes: int
+    """The fewest that it has to move."""
+    peak_bytes: int
+    """The most bytes of activations that the backward pass keeps on a rank."""
+    step_s: float
+    """Seconds of a training step, the median of some."""

@@ -1,0 +1,133 @@
+"""Context parallelism on 2 and 4 gloo processes against plain PyTorch in one process: outputs,
+losses, gradient norms, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch.testing import assert_close
+from transformers import AutoConfig
+
+from tests.engines.context_workers import NUM_STEPS, OPTIMIZER, Case, Result, batches, run_worlds
+from tests.engines.fsdp_workers import data_rows
+from tests.engines.test_fsdp import columns
+from tests.engines.threed_cases import load_plain, plain_run, save_tiny_model
+from tests.matrix import matrix
+from workers.config import ContextExchange, TrainConfig
+from workers.engines.base import Head
+from workers.engines.fsdp.engine import FsdpEngine
+from workers.engines.model.loading import _initialize_score
+from workers.engines.model.scored import score_head
+from workers.sequences import ragged_positions
+
+FP32 = 1e-6
+"""Of a loss and a gradient norm (relative), and of a weight after three steps of learning rate
+1e-3."""
+ALLGATHER = ContextExchange.allgather
+CASES = [
+    Case(),
+    Case(exchange=ALLGATHER),
+    Case(model="qwen3", head=Head.value, micro_batch_tokens=30),
+    Case(model="gemma2", checkpointing=True),
+    Case(model="gemma3_text", exchange=ALLGATHER, micro_batch_tokens=30, zero3=True),
+    Case(num_rows=1, head=Head.score),
+    Case(world_size=4, model="mistral", micro_batch_tokens=40),
+    Case(world_size=4, cp=4, model="qwen3"),
+    Case(world_size=4, tp=2, layered=True, micro_batch_tokens=30),
+    Case(world_size=4, pp=2, engine="threed", micro_batch_tokens=30),
+]
+SLOW = [
+    Case(model="mistral", exchange=ALLGATHER),
+    Case(model="gemma2", exchange=ALLGATHER, checkpointing=True),
+    Case(model="gemma3_text"),
+    Case(model="qwen3", num_rows=3, layered=True),
+    Case(world_size=4, cp=4, checkpointing=True),
+    Case(world_size=4, cp=4, exchange=ALLGATHER, micro_batch_tokens=9),
+    Case(world_size=4, tp=2, exchange=ALLGATHER, head=Head.value),
+    Case(world_size=4, pp=2, engine="threed", exchange=ALLGATHER, model="gemma3_text"),
+    Case(world_size=4, tp=2, engine="threed", head=Head.value),
+    Case(world_size=4, engine="threed", micro_batch_tokens=30),
+    Case(engine="deepspeed", micro_batch_tokens=30),
+    Case(world_size=4, zero3=True, engine="deepspeed", exchange=ALLGATHER),
+    Case(world_size=4, zero3=True, checkpointing=True, micro_batch_tokens=20),
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], list[Any]]) -> Path:
+    """Folder with the models and everything that the processes wrote."""
+    root = tmp_path_factory.mktemp("context")
+    save_tiny_model(root / "llama", "llama", layers=2)
+    save_tiny_model(root / "qwen3", "qwen3", heads=6, layers=2)
+    save_tiny_model(root / "mistral", "mistral", layers=2)
+    save_tiny_model(root / "gemma2", "gemma2", layers=2, tied=True)
+    save_tiny_model(root / "gemma3_text", "gemma3_text", layers=2, tied=True)
+    mp.spawn(run_worlds, args=(root, selected("case")), nprocs=4)
+    return root
+
+
+@pytest.mark.parametrize("case", matrix(CASES, SLOW), ids=lambda case: case.name)
+def test_equals_one_process(root: Path, case: Case) -> None:
+    """Rows of 1 to 97 tokens, some with one prompt, one without a response: outputs before
+    training; loss, gradient norm and weights of three steps; every rank reports the same numbers."""
+    if case.engine == "deepspeed":
+        pytest.importorskip("deepspeed")
+    results: list[Result] = []
+    for rank in range(case.world_size):
+        results.append(torch.load(root / f"{case.name}.{rank}.pt", weights_only=False))
+    model = load_plain(root / case.model, case.head)
+    if case.head is not Head.lm:
+        _initialize_score(score_head(model), 0)
+    expected = plain_run(model, case.head, batches(case), OPTIMIZER)
+    for result in results:
+        assert result.metrics == results[0].metrics
+        if result.outputs is None:
+            continue
+        rows = data_rows(
+            case.num_rows, case.world_size // (case.cp * case.tp * case.pp), result.data
+        )
+        scored = ragged_positions(batches(case)[0].scored_lengths, rows)
+        for name, value in columns(result.outputs).items():
+            whole = columns(expected.outputs)[name]
+            places = rows if name == "scores" else scored
+            assert_close(value, whole[places], rtol=0.0, atol=3e-6)
+    for step in range(NUM_STEPS):
+        metrics = results[0].metrics[step]
+        assert metrics["loss"] == pytest.approx(expected.losses[step], rel=FP32)
+        assert metrics["grad_norm"] == pytest.approx(expected.grad_norms[step], rel=FP32)
+    for name, value in expected.parameters.items():
+        assert_close(
+            results[0].whole[name],
+            value,
+            rtol=0.0,
+            atol=FP32,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"packing": False}, "train.cp is 2, which cuts packed rows; set packing=true"),
+        ({"cp": 4, "cp_exchange": "ulysses"}, r"set cp to one of \[1, 2, 3, 6\]"),
+        ({"tp": 2, "cp_exchange": "ulysses"}, r"set cp to one of \[1, 3\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {"cp": 2, **settings}
+    options["cp_exchange"] = ContextExchange(options.get("cp_exchange", "auto"))
+    model = AutoConfig.for_model("qwen3", num_attention_heads=6, num_key_value_heads=2)
+    with pytest.raises(ValueError, match=message):
+        FsdpEngine.check(model, TrainConfig(**options), Head.lm, 8)
+
+
+def test_the_layout_counts_the_ranks_that_share_rows() -> None:
+    layout = FsdpEngine.make_layout(TrainConfig(cp=2, tp=2), 8)
+    assert layout.axes == (("dp", 2), ("pp", 1), ("cp", 2), ("tp", 2))
+    with pytest.raises(ValueError, match="pp=1 x cp=3 x tp=1 does not divide the pool's 8 devices"):
+        FsdpEngine.make_layout(TrainConfig(cp=3), 8)
