@@ -1,1 +1,1 @@
-"""What LoRA and context parallelism change against the plain run: errors, bytes and seconds."""
+"""LoRA and context parallelism against the plain run: errors, bytes and seconds."""

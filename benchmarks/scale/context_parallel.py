@@ -50,7 +50,7 @@ FLOAT = 4
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one rank saw."""
+    """The measurements of one rank."""
 
     result: Result
     sent_bytes: int

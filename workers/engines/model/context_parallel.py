@@ -166,7 +166,7 @@ def exchange_inputs(
 
 
 def exchange_output(output: Tensor, part: RowPart) -> Tensor:
-    """What attention gave, as [tokens of the part, heads, head_dim]."""
+    """The output of attention, as [tokens of the part, heads, head_dim]."""
     if part.seen is not None:
         return output
     cp, num_tokens = part.group.size(), len(part.tokens)

@@ -62,7 +62,7 @@ class Packing:
     key_ends: Tensor | None = None
     """int32 [segments + 1], the cumulative numbers of those."""
     part: RowPart | None = None
-    """What this rank computes of the row, under context parallelism."""
+    """The tokens of the row that this rank computes, under context parallelism."""
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def share_row(
 
 
 def outputs_of(numbers: dict[str, Tensor], micro_batch: MicroBatch) -> Outputs:
-    """What a ScoredModel answered for the micro-batch; of a shared row, that of all its ranks."""
+    """The answer of a ScoredModel for the micro-batch; of a shared row, that of all its ranks."""
     part = micro_batch.part
     if part is not None:
         numbers = gather_reads(numbers, part.reads, part.total, part.group)
