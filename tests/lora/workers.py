@@ -35,6 +35,8 @@ class Case:
     tp: int = 1
     pp: int = 1
     zero: int = 2
+    stages: int = 1
+    """threed: of a pipeline rank."""
     family: str = "llama"
     head: Head = Head.lm
     layered: bool = False
@@ -45,7 +47,7 @@ class Case:
     def name(self) -> str:
         targets = "all" if self.targets == "all-linear" else "some"
         flags = ["layered"] if self.layered else []
-        sizes = f"w{self.world_size}t{self.tp}p{self.pp}z{self.zero}"
+        sizes = f"w{self.world_size}t{self.tp}p{self.pp}z{self.zero}s{self.stages}"
         return "-".join([self.engine, sizes, self.family, self.head.value, targets, *flags])
 
 
@@ -89,6 +91,8 @@ def make_engine(case: Case, root: Path, rank: int, *, trains: bool = True) -> Sh
         tp=case.tp,
         pp=case.pp,
         zero_stage=case.zero,
+        pipeline_schedule="interleaved_1f1b" if case.stages > 1 else "1f1b",
+        virtual_stages=case.stages,
         precision=Precision.fp32,
         micro_batch_tokens=36,
         reshard_after_forward=case.layered,

@@ -79,11 +79,6 @@ class FsdpEngine(ShardedEngine):
         check_context_parallel(model, config)
         if config.tp > 1:
             check_fits(model, config.tp)
-            if config.lora.enabled:
-                raise ValueError(
-                    f"train.tp is {config.tp} with train.lora, which engine fsdp trains over data "
-                    "ranks alone; set tp=1"
-                )
 
     @classmethod
     def limit(cls, space: SearchSpace) -> SearchSpace:
@@ -110,7 +105,9 @@ class FsdpEngine(ShardedEngine):
         self._data_group = self._mesh.get_group("dp")
         if self.config.cp > 1:
             self._data_group = axis_group(self.layout, "dp")
-        self._scored = shard_model(source, self.head, self.config, self._mesh, self.device)
+        self._scored = shard_model(
+            source, self.head, self.config, self._mesh, self.device, self.adapter
+        )
         self._parameters: dict[str, nn.Parameter] = dict(source.model.named_parameters())
         self._parts = source.parts
         # AdamW works on the rank's own memory: no distributed dispatch per parameter, and any mix

@@ -18,6 +18,7 @@ from workers.config import Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.model.attention import check_packable
 from workers.engines.model.loading import ModelSource
+from workers.engines.model.lora import Adapter
 from workers.engines.model.scored import (
     ScoredModel,
     decoder_layers,
@@ -46,7 +47,12 @@ def make_mesh(layout: Layout, device_type: str) -> DeviceMesh:
 
 
 def shard_model(
-    source: ModelSource, head: Head, config: TrainConfig, mesh: DeviceMesh, device: torch.device
+    source: ModelSource,
+    head: Head,
+    config: TrainConfig,
+    mesh: DeviceMesh,
+    device: torch.device,
+    adapter: Adapter | None,
 ) -> ScoredModel:
     """The model over `mesh`, float32 shards of its weights on `device`; never more than one
     group is whole at a time. Collective."""
@@ -55,7 +61,7 @@ def shard_model(
         check_packable(model)
     scored = ScoredModel(model, head)
     if config.tp > 1:
-        source.parts = parallelize(model, mesh["tp"])
+        source.parts = parallelize(model, mesh["tp"], adapter)
         scored.split_vocabulary(mesh.get_group("tp"))
     else:
         source.parts = whole_parts(model)

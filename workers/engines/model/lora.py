@@ -51,6 +51,24 @@ class Adapter:
     def scale(self) -> float:
         return scale(self.config)
 
+    def added(self, hidden: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+        """What an adapted layer adds to its output: scale * (hidden A') B'; of parts of A and B the
+        part of it."""
+        assert a is not None
+        assert b is not None
+        return self.scale * F.linear(F.linear(hidden, a), b)
+
+    def put_on(self, shell: PreTrainedModel, head: Head) -> None:
+        """Freezes another copy of the modules, on meta, and adapts its layers."""
+        freeze(shell, head)
+        for name in self.layers:
+            layer = shell.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            for matrix, shape in matrix_shapes(layer, self.config.rank).items():
+                value = nn.Parameter(torch.empty(shape, device="meta"))
+                layer.register_parameter(matrix, value)
+            layer.forward = _adapted(layer, self)  # type: ignore[assignment, method-assign]
+
     @contextmanager
     def switched_off(self) -> Iterator[None]:
         """Within, forward passes leave the adapter out. For passes without gradients: what is
@@ -68,6 +86,18 @@ def scale(config: LoraConfig) -> float:
     return config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
 
 
+def freeze(model: PreTrainedModel, head: Head) -> None:
+    """Everything but the head of a critic or reward model, before adapters are added."""
+    model.requires_grad_(False)
+    if head is not Head.lm:
+        model.get_submodule(SCORE).requires_grad_(True)
+
+
+def matrix_shapes(layer: nn.Linear, rank: int) -> dict[str, tuple[int, int]]:
+    """Shapes of a layer's A and B by their names."""
+    return {LORA_A: (rank, layer.in_features), LORA_B: (layer.out_features, rank)}
+
+
 def attach(source: ModelSource, config: LoraConfig, head: Head, seed: int) -> Adapter:
     """Freezes the model of `source` and gives its target layers an adapter: that of config.adapter,
     or a new one drawn from `seed`. Collective only in that every rank calls it.
@@ -77,19 +107,13 @@ def attach(source: ModelSource, config: LoraConfig, head: Head, seed: int) -> Ad
     files = PeftFiles.read(config.adapter) if config.adapter is not None else None
     config = files.config if files is not None else config
     names = target_layers(source.model, config)
-    source.model.requires_grad_(False)
-    if head is not Head.lm:
-        source.model.get_submodule(SCORE).requires_grad_(True)
+    freeze(source.model, head)
     adapter = Adapter(config=config, layers=names)
     stored = _Stored(files.tensors) if files is not None else None
     for name in names:
         layer = source.model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
-        shapes = {
-            LORA_A: (config.rank, layer.in_features),
-            LORA_B: (layer.out_features, config.rank),
-        }
-        for matrix, shape in shapes.items():
+        for matrix, shape in matrix_shapes(layer, config.rank).items():
             if stored is not None:
                 make = stored.maker(f"{name}.{matrix}", shape)
             elif matrix == LORA_A:
@@ -235,9 +259,6 @@ def _adapted(layer: nn.Linear, adapter: Adapter) -> Callable[[Tensor], Tensor]:
         output = forward(hidden)
         if not adapter.enabled:
             return output
-        a, b = layer._parameters[LORA_A], layer._parameters[LORA_B]
-        assert a is not None
-        assert b is not None
-        return output + adapter.scale * F.linear(F.linear(hidden, a), b)
+        return output + adapter.added(hidden, layer._parameters[LORA_A], layer._parameters[LORA_B])
 
     return run

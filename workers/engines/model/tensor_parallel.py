@@ -14,8 +14,10 @@ split along time; the inputs of attention and MLP are gathered, their outputs re
 Every rank has equally many query heads. Key-value heads that tp does not divide are on every rank,
 which computes those that its queries use. A fused projection is stored as one parameter for each of
 its parts. Gradients of replicated parameters (norms, biases of row-parallel layers, those key-value
-heads) are sums over the tensor ranks: the engine takes them once a step (TensorPart.partial). The
-head of a critic or reward model is whole: every tensor rank computes all of it from the same hidden
+heads) are sums over the tensor ranks: the engine takes them once a step (TensorPart.partial). Of an
+adapted layer (lora.py) the large side is split as the weight is: B's rows of a column-parallel
+layer, A's columns of a row-parallel one, whose small product joins the sum over ranks. The other
+matrix is on every rank. The head of a critic or reward model is whole: every tensor rank computes all of it from the same hidden
 states and has its whole gradient.
 """
 
@@ -34,6 +36,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from hybridflow.resharding.shards import Box
+from workers.engines.model.lora import LORA_A, LORA_B, Adapter
 from workers.engines.model.scored import decoder_layers
 from workers.engines.model.split_plan import (
     Kind,
@@ -60,18 +63,21 @@ Rows = list[tuple[int, int]]
 """Intervals [begin, end) of rows or columns."""
 
 
-def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> dict[str, TensorPart]:
+def parallelize(
+    model: PreTrainedModel, mesh: DeviceMesh, adapter: Adapter | None = None
+) -> dict[str, TensorPart]:
     """Split `model` (a causal LM or a sequence classifier, whole or a pipeline stage of one) over
     the one-dimensional `mesh`, in place; what each of its parameters is, by its new name.
 
     Every rank must hold the same full weights, or weights on the meta device; nothing is sent. A
-    mesh of one rank changes nothing. ValueError if the model has no plan or does not fit.
+    mesh of one rank changes nothing. ValueError if the model has no plan or does not fit. `adapter`:
+    the one that was put on the model.
     """
     if mesh.size() == 1:
         return whole_parts(model)
     check_fits(model.config, mesh.size())
     plan, group = split_plan(model), mesh.get_group()
-    splitter = _Splitter(model, plan, group)
+    splitter = _Splitter(model, plan, group, adapter)
     splitter.split()
     for name, module in model.named_modules():
         if name in plan.gathering:
@@ -92,8 +98,15 @@ class _Splitter:
     """Exchanges the parameters of all modules for this rank's parts, and wraps the modules whose
     forward pass changes."""
 
-    def __init__(self, model: PreTrainedModel, plan: SplitPlan, group: ProcessGroup) -> None:
-        self.model, self.plan, self.group = model, plan, group
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: SplitPlan,
+        group: ProcessGroup,
+        adapter: Adapter | None,
+    ) -> None:
+        self.model, self.plan, self.group, self.adapter = model, plan, group, adapter
+        self._adapted = frozenset(adapter.layers if adapter is not None else ())
         self.rank, self.tp = group.rank(), group.size()
         self._whole = whole_parts(model)
         self._exchanged: dict[tuple[int, Box], nn.Parameter] = {}
@@ -121,7 +134,10 @@ class _Splitter:
             assert isinstance(module, nn.Linear)
             self._exchange(name, module, "weight", split.segments[0], dim=1)
             self._replicate(name, module, "bias")
-            module.forward = _row(module, self.group)  # type: ignore[method-assign]
+            self._exchange(name, module, LORA_A, split.segments[0], dim=1)
+            self._replicate(name, module, LORA_B)
+            adapter = self._adapter_of(name)
+            module.forward = _row(module, self.group, adapter)  # type: ignore[method-assign]
         elif split.kind is Kind.embedding:
             assert isinstance(module, nn.Embedding)
             self._exchange(name, module, "weight", split.segments[0])
@@ -144,14 +160,22 @@ class _Splitter:
         suffixes = [f"_{index}" for index in range(len(segments))] if fused else [""]
         rows_used: list[Rows | None] = []
         for segment, suffix in zip(segments, suffixes, strict=True):
-            for attribute in ("weight", "bias"):
+            for attribute in ("weight", "bias", LORA_B):
                 self._exchange(name, module, attribute, segment, new=attribute + suffix)
             selects = self._is_shared(segment) and not self._norm_selects(name)
             rows_used.append(self._rows_used(segment) if selects else None)
+        self._replicate(name, module, LORA_A)
+        adapter = self._adapter_of(name)
         if fused:
             module._parameters.update(weight=None, bias=None)
+            if adapter is not None:
+                module._parameters[LORA_B] = None
         if fused or any(rows_used):
-            module.forward = _column(module, suffixes, rows_used)  # type: ignore[method-assign]
+            column = _column(module, suffixes, rows_used, adapter)
+            module.forward = column  # type: ignore[method-assign]
+
+    def _adapter_of(self, name: str) -> Adapter | None:
+        return self.adapter if name in self._adapted else None
 
     def _norm_selects(self, name: str) -> bool:
         """Whether a norm over all heads follows: it needs them all, and selects."""
@@ -231,7 +255,10 @@ class _Splitter:
 
 
 def _column(
-    module: nn.Module, suffixes: list[str], rows_used: list[Rows | None]
+    module: nn.Module,
+    suffixes: list[str],
+    rows_used: list[Rows | None],
+    adapter: Adapter | None,
 ) -> Callable[..., Tensor]:
     """A linear of several segments, or of key-value heads of which the rank uses some."""
 
@@ -243,20 +270,31 @@ def _column(
             assert weight is not None
             chosen = weight if rows is None else _select(weight, rows, 0)
             if bias is not None and rows is not None:
-                outputs.append(F.linear(hidden, chosen, _select(bias, rows, 0)))
-            else:
-                outputs.append(F.linear(hidden, chosen, bias))
+                bias = _select(bias, rows, 0)
+            output = F.linear(hidden, chosen, bias)
+            if adapter is not None and adapter.enabled:
+                b = module._parameters[f"{LORA_B}{suffix}"]
+                if b is not None and rows is not None:
+                    b = _select(b, rows, 0)
+                output = output + adapter.added(hidden, module._parameters[LORA_A], b)
+            outputs.append(output)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
     return run
 
 
-def _row(module: nn.Linear, group: ProcessGroup) -> Callable[..., Tensor]:
+def _row(
+    module: nn.Linear, group: ProcessGroup, adapter: Adapter | None
+) -> Callable[..., Tensor]:
     """The output is summed over ranks and split along time; the bias is added once, after the
     sum."""
 
     def run(hidden: Tensor) -> Tensor:
-        output: Tensor = ScatterTime.apply(F.linear(hidden, module.weight), group)
+        product = F.linear(hidden, module.weight)
+        if adapter is not None and adapter.enabled:
+            matrices = module._parameters[LORA_A], module._parameters[LORA_B]
+            product = product + adapter.added(hidden, *matrices)
+        output: Tensor = ScatterTime.apply(product, group)
         return output if module.bias is None else output + module.bias
 
     return run

@@ -17,6 +17,7 @@ from workers.config import ModelConfig, Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.model.attention import check_packable
 from workers.engines.model.loading import ModelSource, build_on_meta
+from workers.engines.model.lora import Adapter
 from workers.engines.model.scored import ScoredModel, enable_activation_checkpointing
 from workers.engines.model.tensor_parallel import parallelize
 from workers.engines.model.tensor_parts import Parts
@@ -33,8 +34,12 @@ class Share:
 
     pipeline: Pipeline
     groups: list[FlatGroup]
+    trained: list[FlatGroup]
+    """Those with gradients: all of them without an adapter."""
     logical: dict[str, tuple[int, ...]]
     """Global shape of every parameter of the whole model, by checkpoint name; tied ones once."""
+    trained_shapes: dict[str, tuple[int, ...]]
+    """Those that are trained."""
 
 
 def build_share(
@@ -45,6 +50,7 @@ def build_share(
     layout: Layout,
     rank: int,
     device: torch.device,
+    adapter: Adapter | None,
 ) -> Share:
     """Collective over the default group, whose ranks are those of `layout`."""
     if train.packing:
@@ -55,11 +61,17 @@ def build_share(
         device.type, torch.arange(layout.size).view(sizes), mesh_dim_names=layout.names
     )
     aliases = _aliases(source.model)
-    logical = {name: tuple(parameter.shape) for name, parameter in source.model.named_parameters()}
+    logical, trained_shapes = {}, {}
+    for name, parameter in source.model.named_parameters():
+        logical[name] = tuple(parameter.shape)
+        if parameter.requires_grad:
+            trained_shapes[name] = logical[name]
     shell = build_on_meta(model, head)
     shell.set_attn_implementation(source.model.config._attn_implementation)
+    if adapter is not None:
+        adapter.put_on(shell, head)
     scored = ScoredModel(shell, head)
-    parts = parallelize(shell, mesh["tp"])
+    parts = parallelize(shell, mesh["tp"], adapter)
     scored.split_vocabulary(mesh.get_group("tp"))
     if train.activation_checkpointing:
         enable_activation_checkpointing(shell)
@@ -80,7 +92,8 @@ def build_share(
     # NCCL wants a collective of all ranks before the first message.
     dist.all_reduce(torch.zeros(1, device=device), group=pipe)
     pipeline = Pipeline(stages, pipe, train.tp, int(shell.config.hidden_size), dtype)
-    return Share(pipeline, groups, logical)
+    trained = [group for group in groups if group.trained]
+    return Share(pipeline, groups, trained, logical, trained_shapes)
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -103,10 +116,12 @@ def _pieces(
     named in `twice` are on the first and on the last stage."""
     first_name: dict[int, str] = {}
     places: dict[int, list[tuple[nn.Module, str]]] = {}
+    trained: dict[int, bool] = {}
     for module_name, module in shell.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             first_name.setdefault(id(parameter), f"{module_name}.{name}".removeprefix("."))
             places.setdefault(id(parameter), []).append((module, name))
+            trained[id(parameter)] = parameter.requires_grad
     pieces = []
     for number, full_name in first_name.items():
         part = parts[full_name]
@@ -121,6 +136,7 @@ def _pieces(
                 partial=part.partial,
                 tied=tied,
                 copies=(tensor_size if part.replicated else 1) * (2 if tied else 1),
+                trained=trained[number],
             )
         )
     return pieces

@@ -48,6 +48,8 @@ class ThreeDEngine(ShardedEngine):
     """See TrainingEngine; config.tp, cp, pp, rank_order, pipeline_schedule and virtual_stages give
     the layout, data ranks are what is left."""
 
+    trains_adapters = True
+
     @classmethod
     def check(
         cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
@@ -70,9 +72,16 @@ class ThreeDEngine(ShardedEngine):
         del trains  # memory for training is taken by the first step
         self._place = self.layout.coordinates(self.context.rank)
         self._share = build_share(
-            source, self.model, self.config, self.head, self.layout, self.context.rank, self.device
+            source,
+            self.model,
+            self.config,
+            self.head,
+            self.layout,
+            self.context.rank,
+            self.device,
+            self.adapter,
         )
-        self._optimizer = ZeroOptimizer(self._share.groups, self.config.optimizer)
+        self._optimizer = ZeroOptimizer(self._share.trained, self.config.optimizer, self.device)
 
     @property
     def is_last_stage(self) -> bool:
@@ -138,12 +147,12 @@ class ThreeDEngine(ShardedEngine):
         return self._optimizer.num_steps
 
     def state(self, *, moments: bool, copies: bool) -> list[LocalParameter]:
-        parts = [group.master for group in self._share.groups]
+        parts = [group.master for group in self._share.trained]
         result = named(MODEL, self._in_boxes(parts, copies=copies))
         if moments:
             adam = self._optimizer.states()
             for moment in MOMENTS:
-                parts = [adam.state[group.master][moment] for group in self._share.groups]
+                parts = [adam.state[group.master][moment] for group in self._share.trained]
                 result += named(moment, self._in_boxes(parts, copies=copies))
         return result
 
@@ -151,17 +160,18 @@ class ThreeDEngine(ShardedEngine):
         self._optimizer.restored(num_steps)
 
     def _master_parameters(self) -> list[LocalParameter]:
-        return self._in_boxes([group.master for group in self._share.groups], copies=True)
+        return self._in_boxes([group.master for group in self._share.trained], copies=True)
 
     def _in_boxes(self, parts: list[Tensor], *, copies: bool) -> list[LocalParameter]:
-        """The data rank's parts of all groups as boxes of every logical parameter; views."""
+        """The data rank's parts of the trained groups as boxes of every trained parameter;
+        views."""
         shards: dict[str, list[LocalShard]] = {}
-        for group, part in zip(self._share.groups, parts, strict=True):
+        for group, part in zip(self._share.trained, parts, strict=True):
             for index, piece in enumerate(group.pieces):
                 if copies or self._writes(piece):
                     boxes = starmap(LocalShard, group.boxes(index, part.detach()))
                     shards.setdefault(piece.name, []).extend(boxes)
-        return all_parameters(self._share.logical, shards, torch.float32)
+        return all_parameters(self._share.trained_shapes, shards, torch.float32)
 
     def _writes(self, piece: FlatSlice) -> bool:
         """Whether no earlier rank has the same elements."""

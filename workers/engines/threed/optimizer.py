@@ -39,8 +39,7 @@ class FlatSlice:
     """This rank's part of one logical parameter, or one of its parts of a fused projection.
 
     FlatSlice(name="model.norm.weight", shape=(64,), box=Box((0,), (64,)), places=((norm, "weight"),),
-    replicated=True, partial=True,
-          tied=False, copies=2)
+    replicated=True, partial=True, tied=False, copies=2, trained=True)
     """
 
     name: str
@@ -59,6 +58,8 @@ class FlatSlice:
     of the gradient."""
     copies: int
     """How many ranks of one data coordinate hold the same elements."""
+    trained: bool
+    """It has gradients and optimizer states; not in the base of an adapter."""
 
     @property
     def decays(self) -> bool:
@@ -68,7 +69,7 @@ class FlatSlice:
 
 class FlatGroup:
     """Pieces with the same treatment in one buffer, split over the data ranks in equal parts
-    (the last one is padded)."""
+    (the last one is padded). Of a frozen group there are working weights alone."""
 
     def __init__(
         self,
@@ -84,6 +85,7 @@ class FlatGroup:
         self.sum_groups = sum_groups
         """Axes besides data whose ranks hold shares of the same gradients."""
         self.copies, self.decays = pieces[0].copies, pieces[0].decays
+        self.trained = pieces[0].trained
         *self.starts, total = accumulate((piece.box.numel for piece in pieces), initial=0)
         self.part_size = -(-total // data_group.size())
         begin = data_group.rank() * self.part_size
@@ -93,10 +95,10 @@ class FlatGroup:
         self.gradient: Tensor | None = None
         self._master = self.weights[self.part] if dtype is torch.float32 else None
         for piece, view in zip(pieces, self.views(self.weights), strict=True):
-            parameter = nn.Parameter(view)
+            parameter = nn.Parameter(view, requires_grad=self.trained)
             for module, name in piece.places:
                 module._parameters[name] = parameter
-            if dtype is not torch.float32:
+            if dtype is not torch.float32 and self.trained:
                 parameter.register_post_accumulate_grad_hook(self._accumulate(piece))
 
     @property
@@ -133,10 +135,11 @@ class FlatGroup:
 
     def write(self, piece: int, value: Tensor) -> None:
         """Set a piece from float32 values; master weights come to life early if the compute
-        dtype cannot hold the values."""
+        dtype cannot hold the values, save of a frozen group, which never has any."""
         view = self.views(self.weights)[piece]
         rounded = value.to(self.dtype)
-        if self._master is None and not torch.equal(rounded.float(), value.float()):
+        exact = not self.trained or torch.equal(rounded.float(), value.float())
+        if self._master is None and not exact:
             self._master = self.weights[self.part].float()
         view.copy_(rounded)
         begin, end = self.part_of(piece)
@@ -209,18 +212,23 @@ class FlatGroup:
 def group_pieces(pieces: list[FlatSlice]) -> list[list[FlatSlice]]:
     """Pieces by treatment; every rank of an axis that shares gradients forms the same groups in
     the same order."""
-    groups: dict[tuple[bool, bool, bool, int], list[FlatSlice]] = {}
+    groups: dict[tuple[bool, bool, bool, bool, int], list[FlatSlice]] = {}
     for piece in pieces:
-        groups.setdefault((piece.tied, piece.partial, piece.decays, piece.copies), []).append(piece)
+        key = (piece.trained, piece.tied, piece.partial, piece.decays, piece.copies)
+        groups.setdefault(key, []).append(piece)
     return [groups[key] for key in sorted(groups)]
 
 
 class ZeroOptimizer:
     """optimizer.begin_step(); backward passes; norm, rate = optimizer.step()."""
 
-    def __init__(self, groups: list[FlatGroup], config: OptimizerConfig) -> None:
+    def __init__(
+        self, groups: list[FlatGroup], config: OptimizerConfig, device: torch.device
+    ) -> None:
+        """`groups`: the trained ones; a pipeline stage without an adapter has none."""
         self.groups = groups
         self.config = config
+        self.device = device
         self.num_steps = 0
         """Steps taken: where the learning-rate schedule stands."""
         self.adam: torch.optim.AdamW | None = None
@@ -254,6 +262,8 @@ class ZeroOptimizer:
             for group in self.groups:
                 decay = self.config.weight_decay * group.decays
                 options.append({"params": [group.master], "weight_decay": decay})
+            if not options:  # AdamW wants a parameter
+                options.append({"params": [torch.zeros(0, device=self.device)]})
             self.adam = torch.optim.AdamW(
                 options,
                 lr=self.config.learning_rate,
@@ -282,7 +292,7 @@ class ZeroOptimizer:
         old = [group.master for group in self.groups] if self.adam is not None else []
         for group in self.groups:
             group.move_master(device)
-        if self.adam is None:
+        if self.adam is None or not self.groups:
             return
         for group, before, options in zip(self.groups, old, self.adam.param_groups, strict=True):
             state = self.adam.state.pop(before)
@@ -293,7 +303,7 @@ class ZeroOptimizer:
 
     def _norm(self, parts: list[Tensor]) -> float:
         """L2 norm of the whole gradient: each element once, however many ranks hold it."""
-        total = torch.zeros((), dtype=torch.float64, device=self.groups[0].weights.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for group, part in zip(self.groups, parts, strict=True):
             total += sum_of_squares(part) / group.copies
         dist.all_reduce(total)
