@@ -56,12 +56,22 @@ class ModelWorker(Worker):
         seed: int = 0,
         trains: bool = True,
     ) -> None:
-        """Builds the engine; `seed` draws a new head, `trains=False` leaves out the optimizer.
-        Collective."""
+        """Builds the engine; `seed` draws a new head, `trains=False` leaves out the optimizer. The
+        base of an adapter that another role of the pool has too is in memory once. Collective."""
         torch.manual_seed(seed)
         self.model, self.head = model, head
+        lenders: dict[str, TrainingEngine] = {}
+        for engine in self.pool_memory.engines:
+            if engine.lends_base(model, train):
+                lenders = {"lender": engine}
         self.engine = engine_class(train.engine)(
-            model=model, config=train, head=head, context=context, trains=trains, seed=seed
+            model=model,
+            config=train,
+            head=head,
+            context=context,
+            trains=trains,
+            seed=seed,
+            **lenders,
         )
         self.layout = self.engine.layout
         self.pool_memory.engines.add(self.engine)

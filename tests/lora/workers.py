@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridflow.context import RankContext
+from hybridflow.resharding.shards import Box
 from tests.engines.fsdp_workers import data_rows
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
 from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, TrainConfig
@@ -42,6 +43,7 @@ class Case:
     layered: bool = False
     """fsdp: a group per layer, freed after the forward pass."""
     targets: str | tuple[str, ...] = "all-linear"
+    precision: Precision = Precision.fp32
 
     @property
     def name(self) -> str:
@@ -84,36 +86,46 @@ def run_worlds(rank: int, root: Path, cases: list[Case]) -> None:
         dist.destroy_process_group()
 
 
-def make_engine(case: Case, root: Path, rank: int, *, trains: bool = True) -> ShardedEngine:
+def make_engine(
+    case: Case, root: Path, rank: int, *, trains: bool = True, lender: ShardedEngine | None = None
+) -> ShardedEngine:
+    config = train_config(case)
+    model = ModelConfig(path=str(root / case.family), new_head=True)
+    if lender is not None:
+        assert lender.lends_base(model, config)
+    context = RankContext(rank=rank, world_size=case.world_size)
+    one_group_bytes = sharding.ONE_GROUP_BYTES
+    try:
+        sharding.ONE_GROUP_BYTES = 0 if case.layered else one_group_bytes
+        engine = engine_class(case.engine)(
+            model=model,
+            config=config,
+            head=case.head,
+            context=context,
+            trains=trains,
+            lender=lender,
+        )
+    finally:
+        sharding.ONE_GROUP_BYTES = one_group_bytes
+    assert isinstance(engine, ShardedEngine)
+    return engine
+
+
+def train_config(case: Case) -> TrainConfig:
     targets = case.targets if isinstance(case.targets, str) else list(case.targets)
-    config = TrainConfig(
+    return TrainConfig(
         engine=case.engine,
         tp=case.tp,
         pp=case.pp,
         zero_stage=case.zero,
         pipeline_schedule="interleaved_1f1b" if case.stages > 1 else "1f1b",
         virtual_stages=case.stages,
-        precision=Precision.fp32,
+        precision=case.precision,
         micro_batch_tokens=36,
         reshard_after_forward=case.layered,
         lora=LoraConfig(rank=RANK, alpha=ALPHA, target_modules=targets),
         optimizer=OPTIMIZER,
     )
-    context = RankContext(rank=rank, world_size=case.world_size)
-    one_group_bytes = sharding.ONE_GROUP_BYTES
-    try:
-        sharding.ONE_GROUP_BYTES = 0 if case.layered else one_group_bytes
-        engine = engine_class(case.engine)(
-            model=ModelConfig(path=str(root / case.family), new_head=True),
-            config=config,
-            head=case.head,
-            context=context,
-            trains=trains,
-        )
-    finally:
-        sharding.ONE_GROUP_BYTES = one_group_bytes
-    assert isinstance(engine, ShardedEngine)
-    return engine
 
 
 def batches() -> list[Sequences]:
@@ -146,6 +158,8 @@ def train(rank: int, root: Path, case: Case) -> Result:
     assert not any(memory_of(source)), "merged weights take no memory between syncs"
     trained = engine._gathered_trained()
     check_resumed(rank, root, case, metrics[2], trained)
+    if engine.lends and case.head is Head.lm:
+        check_shared(rank, root, case, engine)
     return Result(
         data=engine.layout.coordinates(rank)["dp"],
         outputs=outputs,
@@ -177,6 +191,40 @@ def check_resumed(
     assert metrics == third, (metrics, third)
     again = engine._gathered_trained()
     assert all(torch.equal(again[name], value) for name, value in trained.items())
+
+
+def check_shared(rank: int, root: Path, case: Case, policy: ShardedEngine) -> None:
+    """A critic on the policy's base: the same memory, and outputs and a step as of a critic with a
+    base of its own, bit for bit; the policy is not touched."""
+    critic = replace(case, head=Head.value)
+    rows = own_rows(policy, batches()[0], rank)
+    before = policy.forward(rows, temperature=TEMPERATURE)
+    alone = make_engine(critic, root, rank)
+    sharing = make_engine(critic, root, rank, lender=policy)
+    for engine in (alone, sharing):
+        shared = frozen_memory(engine).items() & frozen_memory(policy).items()
+        assert len(shared) == (len(frozen_memory(engine)) if engine is sharing else 0)
+    expected, values = alone.forward(rows), sharing.forward(rows)
+    if expected is not None:
+        assert values is not None
+        assert torch.equal(expected.values, values.values)
+    metrics = [engine.train_step(rows, loss_fn) for engine in (alone, sharing)]
+    assert metrics[0] == metrics[1]
+    assert frozen_memory(sharing).items() <= frozen_memory(policy).items()
+    after = policy.forward(rows, temperature=TEMPERATURE)
+    if before is not None:
+        assert torch.equal(before.log_probs, after.log_probs)
+
+
+def frozen_memory(engine: ShardedEngine) -> dict[tuple[str, Box], int]:
+    """Where every shard of the base lies."""
+    trained = {p.name.removeprefix("model.") for p in engine.state(moments=False, copies=True)}
+    addresses = {}
+    for parameter in engine.local_parameters():
+        if parameter.name not in trained:
+            for shard in parameter.shards:
+                addresses[parameter.name, shard.box] = shard.tensor.data_ptr()
+    return addresses
 
 
 def whole(engine: ShardedEngine, parameters: list) -> dict[str, Tensor]:

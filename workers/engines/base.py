@@ -91,6 +91,8 @@ class TrainingEngine(ABC):
     """Top-level module that must be installed where the engine computes."""
     trains_adapters: ClassVar[bool] = False
     """train.lora has an effect."""
+    lends: ClassVar[bool] = False
+    """Other engines of the pool can have their adapters on its frozen weights."""
     layout: Layout
     """Axes dp, pp, cp, tp over the ranks of the pool."""
 
@@ -153,9 +155,12 @@ class TrainingEngine(ABC):
         context: RankContext,
         trains: bool = True,
         seed: int = 0,
+        lender: TrainingEngine | None = None,
     ) -> None:
         """Loads the model and builds the optimizer; collective over the pool. trains=False: for
-        forward passes alone. seed: decides the weights of a new head (ModelSource draws them)."""
+        forward passes alone. seed: decides the weights of a new head (ModelSource draws them).
+        lender: an engine whose `lends_base` is true for these settings; not given where there is
+        none."""
 
     @abstractmethod
     def forward(
@@ -196,6 +201,12 @@ class TrainingEngine(ABC):
     def has_base(self, model: ModelConfig, config: TrainConfig) -> bool:
         """Whether forward within `base_only` gives what an engine of its own with these settings
         would, for a frozen language model: the same weights in the same layout and precision."""
+        del model, config
+        return False
+
+    def lends_base(self, model: ModelConfig, config: TrainConfig) -> bool:
+        """Whether an engine with these settings can have its adapter on the frozen weights of this
+        one, in the same memory."""
         del model, config
         return False
 

@@ -56,6 +56,7 @@ class DeepspeedEngine(ShardedEngine):
 
     library: ClassVar[str] = "deepspeed"
     trains_adapters = True
+    lends = False  # ZeRO-3 keeps parameters in partitions of its own
 
     @classmethod
     def check(

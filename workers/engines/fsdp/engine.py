@@ -105,8 +105,12 @@ class FsdpEngine(ShardedEngine):
         self._data_group = self._mesh.get_group("dp")
         if self.config.cp > 1:
             self._data_group = axis_group(self.layout, "dp")
+        lender, lent = self.lender, dict[str, nn.Parameter]()
+        if lender is not None:
+            assert isinstance(lender, FsdpEngine)
+            lent = {n: p for n, p in lender._parameters.items() if not p.requires_grad}
         self._scored = shard_model(
-            source, self.head, self.config, self._mesh, self.device, self.adapter
+            source, self.head, self.config, self._mesh, self.device, self.adapter, lent
         )
         self._parameters: dict[str, nn.Parameter] = dict(source.model.named_parameters())
         self._parts = source.parts

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hybridflow.layout import Layout
-from hybridflow.resharding.shards import Box, LocalParameter, LocalShard, all_parameters
+from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
 from workers.config import Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.model.attention import check_packable
@@ -53,9 +53,12 @@ def shard_model(
     mesh: DeviceMesh,
     device: torch.device,
     adapter: Adapter | None,
+    lent: Mapping[str, nn.Parameter],
 ) -> ScoredModel:
-    """The model over `mesh`, float32 shards of its weights on `device`; never more than one
-    group is whole at a time. Collective."""
+    """The model over `mesh`, shards of its weights on `device`; never more than one group is whole
+    at a time. Trained weights are in float32, the base of an adapter in what it computes in; where
+    there is one data rank it is not gathered, but used where it lies. `lent`: that of another
+    engine, whose memory is used where the values are the same. Collective."""
     model = source.model
     if config.packing:
         check_packable(model)
@@ -73,19 +76,26 @@ def shard_model(
         if bf16
         else MixedPrecisionPolicy()
     )
-    layers = (
-        decoder_layers(model)
-        if parameter_bytes(model) > ONE_GROUP_BYTES or config.reshard_after_forward
-        else []
-    )
+    in_place = adapter is not None and mesh["dp"].size() == 1
+    if adapter is not None and bf16:
+        source.frozen_dtype = torch.bfloat16
+    large = parameter_bytes(model) > ONE_GROUP_BYTES or config.reshard_after_forward
+    layers = decoder_layers(model) if large and not in_place else []
     for module in (*layers, scored):
         source.materialize(model if module is scored else module, device)
+        ignored = set[nn.Parameter]()
+        if in_place:
+            ignored = {
+                parameter for parameter in module.parameters() if not parameter.requires_grad
+            }
         fully_shard(
             module,
             mesh=mesh["dp"],
             mp_policy=policy,
             reshard_after_forward=config.reshard_after_forward,
+            ignored_params=ignored,
         )
+        _use_lent(model, module, lent)
     assert isinstance(scored, FSDPModule)
     # A loss is a sum over data ranks; FSDP would take the mean. Gloo can only sum.
     for module in scored.modules():
@@ -95,6 +105,25 @@ def shard_model(
     # Experts that only other ranks' tokens use.
     scored.set_reduce_scatter_unused_params(True)
     return scored
+
+
+def _use_lent(model: nn.Module, module: nn.Module, lent: Mapping[str, nn.Parameter]) -> None:
+    """Puts lent parameters in the place of equal ones under `module`, whose memory is then free."""
+    inside = {id(parameter) for parameter in module.parameters()}
+    shared: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        other = lent.get(name)
+        if id(parameter) not in inside or parameter.requires_grad or other is None:
+            continue
+        mine, theirs = local_part(parameter), local_part(other)
+        alike = type(other) is type(parameter) and mine.dtype is theirs.dtype
+        if alike and torch.equal(mine, theirs):
+            shared[id(parameter)] = nn.Parameter(other.detach(), requires_grad=False)
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if id(parameter) in shared:
+                # FSDP2 looks for exchanged parameters before its first gather.
+                owner.register_parameter(name, shared[id(parameter)])
 
 
 def is_one_group(scored: ScoredModel) -> bool:
@@ -129,7 +158,8 @@ def local_box(parameter: nn.Parameter, part: TensorPart) -> Box:
     """This rank's box of the checkpoint's parameter: tensor parallelism cuts first, data
     parallelism cuts what that leaves along its first dim, into pieces of equal rounded-up size
     (the last ones smaller or empty)."""
-    assert isinstance(parameter, DTensor)
+    if not isinstance(parameter, DTensor):
+        return part.box
     whole, mesh = part.box.shape[0], parameter.device_mesh
     piece = -(-whole // mesh.size())
     before = min(piece * mesh.get_local_rank(), whole)
@@ -149,12 +179,16 @@ def logical_parameters(
     has."""
     shards: dict[str, list[LocalShard]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
-    dtype = torch.float32
+    dtypes: dict[str, torch.dtype] = {}
     for name, parameter in parameters.items():
         part, tensor = parts[name], tensors[name].detach()
-        box, dtype = local_box(parameter, part), tensor.dtype
+        box = local_box(parameter, part)
         assert tuple(tensor.shape) == box.shape, f"{name}: {box}"
-        shapes[part.name] = part.shape
+        shapes[part.name], dtypes[part.name] = part.shape, tensor.dtype
         if box.numel and (copies or not part.replicated):
             shards.setdefault(part.name, []).append(LocalShard(box, tensor))
-    return all_parameters(shapes, shards, dtype)
+    result = []
+    for name, shape in shapes.items():
+        boxes = tuple(shards.get(name, ()))
+        result.append(LocalParameter(name, shape, dtypes[name], boxes))
+    return result

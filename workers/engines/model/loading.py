@@ -99,6 +99,8 @@ class ModelSource:
         self.parts: Parts = {}
         """What the parameters of `model` are of the checkpoint's, by their names in `model`; those
         that are not here are whole. Set before materialize by who splits the model."""
+        self.frozen_dtype: torch.dtype | None = None
+        """What frozen parameters are kept in, where it is not float32. Set before materialize."""
         self._done: set[tuple[int, str]] = set()
         self._names = {id(module): name for name, module in self.model.named_modules()}
         self._owners: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -168,6 +170,8 @@ class ModelSource:
     def _exchange(self, tensor: Tensor, value: Tensor) -> None:
         """Put `value` in the place of a tensor, wherever it is used."""
         is_parameter = isinstance(tensor, nn.Parameter)
+        if is_parameter and not tensor.requires_grad and self.frozen_dtype is not None:
+            value = value.to(self.frozen_dtype)
         new = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
         for owner, name in self._owners[id(tensor)]:
             self._done.add((id(owner), name))

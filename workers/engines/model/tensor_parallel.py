@@ -16,9 +16,9 @@ which computes those that its queries use. A fused projection is stored as one p
 its parts. Gradients of replicated parameters (norms, biases of row-parallel layers, those key-value
 heads) are sums over the tensor ranks: the engine takes them once a step (TensorPart.partial). Of an
 adapted layer (lora.py) the large side is split as the weight is: B's rows of a column-parallel
-layer, A's columns of a row-parallel one, whose small product joins the sum over ranks. The other
-matrix is on every rank. The head of a critic or reward model is whole: every tensor rank computes all of it from the same hidden
-states and has its whole gradient.
+layer, A's columns of a row-parallel one, whose product joins the sum over ranks; the other matrix
+is on every rank. The head of a critic or reward model is whole: every tensor rank computes all of
+it from the same hidden states and has its whole gradient.
 """
 
 from __future__ import annotations
@@ -283,9 +283,7 @@ def _column(
     return run
 
 
-def _row(
-    module: nn.Linear, group: ProcessGroup, adapter: Adapter | None
-) -> Callable[..., Tensor]:
+def _row(module: nn.Linear, group: ProcessGroup, adapter: Adapter | None) -> Callable[..., Tensor]:
     """The output is summed over ranks and split along time; the bias is added once, after the
     sum."""
 

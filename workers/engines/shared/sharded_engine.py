@@ -76,6 +76,8 @@ class ShardedEngine(TrainingEngine):
     shard map, checkpoints.
     """
 
+    lends = True
+
     def __init__(
         self,
         *,
@@ -85,6 +87,7 @@ class ShardedEngine(TrainingEngine):
         context: RankContext,
         trains: bool = True,
         seed: int = 0,
+        lender: TrainingEngine | None = None,
     ) -> None:
         config = with_native_precision(config, context.device)
         published = model_config(model, head)
@@ -95,6 +98,7 @@ class ShardedEngine(TrainingEngine):
         config = replace(config, micro_batch_tokens=tokens)
         self.model, self.config, self.head, self.context = model, config, head, context
         self.device = torch.device(context.device)
+        self.lender = lender
         source = ModelSource(model, head, context, seed)
         self.adapter: Adapter | None = None
         if config.lora.enabled:
@@ -117,6 +121,7 @@ class ShardedEngine(TrainingEngine):
             self._exchanges_heads = exchanges_heads(published, config)
         self._state_on_host = False
         self._build(source, trains=trains)
+        self.lender = None  # it may go before this engine does
         self._buffers = [
             LocalParameter.whole(name, buffer)
             for name, buffer in stored_buffers(source.model).items()
@@ -129,7 +134,8 @@ class ShardedEngine(TrainingEngine):
 
     @abstractmethod
     def _build(self, source: ModelSource, *, trains: bool) -> None:
-        """This rank's part of the model, and the optimizer; collective."""
+        """This rank's part of the model, and the optimizer; collective. Frozen weights that
+        self.lender has too, with the same values, are its memory."""
 
     @abstractmethod
     def _master_parameters(self) -> list[LocalParameter]:
@@ -160,6 +166,14 @@ class ShardedEngine(TrainingEngine):
     def has_base(self, model: ModelConfig, config: TrainConfig) -> bool:
         if self.adapter is None or self.head is not Head.lm or config.lora.enabled:
             return False
+        return self._has_same_base(model, config)
+
+    def lends_base(self, model: ModelConfig, config: TrainConfig) -> bool:
+        if self.adapter is None or not config.lora.enabled or not self.lends:
+            return False
+        return self._has_same_base(model, config)
+
+    def _has_same_base(self, model: ModelConfig, config: TrainConfig) -> bool:
         config = with_native_precision(config, self.context.device)
         same_model = all(vars(model)[name] == vars(self.model)[name] for name in SAME_WEIGHTS)
         return same_model and all(

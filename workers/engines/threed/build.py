@@ -3,6 +3,7 @@ parameter, so that nothing is ever held whole."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from workers.engines.model.scored import ScoredModel, enable_activation_checkpoi
 from workers.engines.model.tensor_parallel import parallelize
 from workers.engines.model.tensor_parts import Parts
 from workers.engines.shared.row_groups import axis_group
+from workers.engines.threed.frozen import FrozenPart, FrozenParts
 from workers.engines.threed.layout import stage_layers
 from workers.engines.threed.optimizer import FlatGroup, FlatSlice, group_pieces
 from workers.engines.threed.pipeline import Pipeline
@@ -34,12 +36,13 @@ class Share:
 
     pipeline: Pipeline
     groups: list[FlatGroup]
-    trained: list[FlatGroup]
-    """Those with gradients: all of them without an adapter."""
+    """What is trained: with an adapter, its matrices and a head."""
+    frozen: FrozenParts
+    """The base of an adapter."""
     logical: dict[str, tuple[int, ...]]
     """Global shape of every parameter of the whole model, by checkpoint name; tied ones once."""
     trained_shapes: dict[str, tuple[int, ...]]
-    """Those that are trained."""
+    """Those in `groups`."""
 
 
 def build_share(
@@ -51,8 +54,10 @@ def build_share(
     rank: int,
     device: torch.device,
     adapter: Adapter | None,
+    lent: Iterable[FrozenPart],
 ) -> Share:
-    """Collective over the default group, whose ranks are those of `layout`."""
+    """Collective over the default group, whose ranks are those of `layout`. `lent`: the base of
+    another engine, whose memory is used where the values are the same."""
     if train.packing:
         check_packable(source.model)
     dtype = torch.float32 if train.precision is Precision.fp32 else torch.bfloat16
@@ -85,15 +90,17 @@ def build_share(
     # Ranks that share rows share the optimizer out too, as data ranks do.
     data = axis_group(layout, "dp", "cp") if train.cp > 1 else mesh.get_group("dp")
     groups = []
-    for members in group_pieces(pieces):
+    for members in group_pieces([piece for piece in pieces if piece.name in trained_shapes]):
         groups.append(_flat_group(members, dtype, device, mesh, data, ends))
-    _copy_weights(source, shell, groups, device)
+    frozen = FrozenParts(
+        [piece for piece in pieces if piece.name not in trained_shapes], dtype, lent
+    )
+    _copy_weights(source, shell, groups, frozen, device)
     pipe = mesh.get_group("pp")
     # NCCL wants a collective of all ranks before the first message.
     dist.all_reduce(torch.zeros(1, device=device), group=pipe)
     pipeline = Pipeline(stages, pipe, train.tp, int(shell.config.hidden_size), dtype)
-    trained = [group for group in groups if group.trained]
-    return Share(pipeline, groups, trained, logical, trained_shapes)
+    return Share(pipeline, groups, frozen, logical, trained_shapes)
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
@@ -116,12 +123,10 @@ def _pieces(
     named in `twice` are on the first and on the last stage."""
     first_name: dict[int, str] = {}
     places: dict[int, list[tuple[nn.Module, str]]] = {}
-    trained: dict[int, bool] = {}
     for module_name, module in shell.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             first_name.setdefault(id(parameter), f"{module_name}.{name}".removeprefix("."))
             places.setdefault(id(parameter), []).append((module, name))
-            trained[id(parameter)] = parameter.requires_grad
     pieces = []
     for number, full_name in first_name.items():
         part = parts[full_name]
@@ -136,7 +141,6 @@ def _pieces(
                 partial=part.partial,
                 tied=tied,
                 copies=(tensor_size if part.replicated else 1) * (2 if tied else 1),
-                trained=trained[number],
             )
         )
     return pieces
@@ -168,7 +172,11 @@ def _ends_group(layout: Layout, rank: int) -> ProcessGroup | None:
 
 
 def _copy_weights(
-    source: ModelSource, shell: nn.Module, groups: list[FlatGroup], device: torch.device
+    source: ModelSource,
+    shell: nn.Module,
+    groups: list[FlatGroup],
+    frozen: FrozenParts,
+    device: torch.device,
 ) -> None:
     """Every module's checkpoint values in turn: this rank keeps its boxes and its buffers, and
     drops the rest."""
@@ -184,6 +192,7 @@ def _copy_weights(
         for name, parameter in list(module.named_parameters(recurse=False)):
             for group, index in places.get(f"{module_name}.{name}", ()):
                 group.write(index, parameter.detach()[group.pieces[index].box.slices])
+            frozen.fill(f"{module_name}.{name}", parameter.detach())
             module._parameters[name] = nn.Parameter(
                 torch.empty_like(parameter, device="meta"), requires_grad=False
             )

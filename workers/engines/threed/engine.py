@@ -70,6 +70,8 @@ class ThreeDEngine(ShardedEngine):
 
     def _build(self, source: ModelSource, *, trains: bool) -> None:
         del trains  # memory for training is taken by the first step
+        lender = self.lender
+        assert lender is None or isinstance(lender, ThreeDEngine)
         self._place = self.layout.coordinates(self.context.rank)
         self._share = build_share(
             source,
@@ -80,8 +82,9 @@ class ThreeDEngine(ShardedEngine):
             self.context.rank,
             self.device,
             self.adapter,
+            lender._share.frozen.parts if lender is not None else [],
         )
-        self._optimizer = ZeroOptimizer(self._share.trained, self.config.optimizer, self.device)
+        self._optimizer = ZeroOptimizer(self._share.groups, self.config.optimizer, self.device)
 
     @property
     def is_last_stage(self) -> bool:
@@ -140,6 +143,8 @@ class ThreeDEngine(ShardedEngine):
         for group in self._share.groups:
             for piece, view in zip(group.pieces, group.views(group.weights), strict=True):
                 shards.setdefault(piece.name, []).append(LocalShard(piece.box, view))
+        for part in self._share.frozen.parts:
+            shards.setdefault(part.piece.name, []).append(LocalShard(part.piece.box, part.tensor))
         return all_parameters(self._share.logical, shards, self._share.pipeline.dtype)
 
     @property
@@ -147,12 +152,12 @@ class ThreeDEngine(ShardedEngine):
         return self._optimizer.num_steps
 
     def state(self, *, moments: bool, copies: bool) -> list[LocalParameter]:
-        parts = [group.master for group in self._share.trained]
+        parts = [group.master for group in self._share.groups]
         result = named(MODEL, self._in_boxes(parts, copies=copies))
         if moments:
             adam = self._optimizer.states()
             for moment in MOMENTS:
-                parts = [adam.state[group.master][moment] for group in self._share.trained]
+                parts = [adam.state[group.master][moment] for group in self._share.groups]
                 result += named(moment, self._in_boxes(parts, copies=copies))
         return result
 
@@ -160,13 +165,13 @@ class ThreeDEngine(ShardedEngine):
         self._optimizer.restored(num_steps)
 
     def _master_parameters(self) -> list[LocalParameter]:
-        return self._in_boxes([group.master for group in self._share.trained], copies=True)
+        return self._in_boxes([group.master for group in self._share.groups], copies=True)
 
     def _in_boxes(self, parts: list[Tensor], *, copies: bool) -> list[LocalParameter]:
         """The data rank's parts of the trained groups as boxes of every trained parameter;
         views."""
         shards: dict[str, list[LocalShard]] = {}
-        for group, part in zip(self._share.trained, parts, strict=True):
+        for group, part in zip(self._share.groups, parts, strict=True):
             for index, piece in enumerate(group.pieces):
                 if copies or self._writes(piece):
                     boxes = starmap(LocalShard, group.boxes(index, part.detach()))

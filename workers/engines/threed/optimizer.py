@@ -39,7 +39,7 @@ class FlatSlice:
     """This rank's part of one logical parameter, or one of its parts of a fused projection.
 
     FlatSlice(name="model.norm.weight", shape=(64,), box=Box((0,), (64,)), places=((norm, "weight"),),
-    replicated=True, partial=True, tied=False, copies=2, trained=True)
+    replicated=True, partial=True, tied=False, copies=2)
     """
 
     name: str
@@ -58,8 +58,6 @@ class FlatSlice:
     of the gradient."""
     copies: int
     """How many ranks of one data coordinate hold the same elements."""
-    trained: bool
-    """It has gradients and optimizer states; not in the base of an adapter."""
 
     @property
     def decays(self) -> bool:
@@ -69,7 +67,7 @@ class FlatSlice:
 
 class FlatGroup:
     """Pieces with the same treatment in one buffer, split over the data ranks in equal parts
-    (the last one is padded). Of a frozen group there are working weights alone."""
+    (the last one is padded)."""
 
     def __init__(
         self,
@@ -85,7 +83,6 @@ class FlatGroup:
         self.sum_groups = sum_groups
         """Axes besides data whose ranks hold shares of the same gradients."""
         self.copies, self.decays = pieces[0].copies, pieces[0].decays
-        self.trained = pieces[0].trained
         *self.starts, total = accumulate((piece.box.numel for piece in pieces), initial=0)
         self.part_size = -(-total // data_group.size())
         begin = data_group.rank() * self.part_size
@@ -95,10 +92,10 @@ class FlatGroup:
         self.gradient: Tensor | None = None
         self._master = self.weights[self.part] if dtype is torch.float32 else None
         for piece, view in zip(pieces, self.views(self.weights), strict=True):
-            parameter = nn.Parameter(view, requires_grad=self.trained)
+            parameter = nn.Parameter(view)
             for module, name in piece.places:
                 module._parameters[name] = parameter
-            if dtype is not torch.float32 and self.trained:
+            if dtype is not torch.float32:
                 parameter.register_post_accumulate_grad_hook(self._accumulate(piece))
 
     @property
@@ -135,11 +132,10 @@ class FlatGroup:
 
     def write(self, piece: int, value: Tensor) -> None:
         """Set a piece from float32 values; master weights come to life early if the compute
-        dtype cannot hold the values, save of a frozen group, which never has any."""
+        dtype cannot hold the values."""
         view = self.views(self.weights)[piece]
         rounded = value.to(self.dtype)
-        exact = not self.trained or torch.equal(rounded.float(), value.float())
-        if self._master is None and not exact:
+        if self._master is None and not torch.equal(rounded.float(), value.float()):
             self._master = self.weights[self.part].float()
         view.copy_(rounded)
         begin, end = self.part_of(piece)
@@ -212,10 +208,9 @@ class FlatGroup:
 def group_pieces(pieces: list[FlatSlice]) -> list[list[FlatSlice]]:
     """Pieces by treatment; every rank of an axis that shares gradients forms the same groups in
     the same order."""
-    groups: dict[tuple[bool, bool, bool, bool, int], list[FlatSlice]] = {}
+    groups: dict[tuple[bool, bool, bool, int], list[FlatSlice]] = {}
     for piece in pieces:
-        key = (piece.trained, piece.tied, piece.partial, piece.decays, piece.copies)
-        groups.setdefault(key, []).append(piece)
+        groups.setdefault((piece.tied, piece.partial, piece.decays, piece.copies), []).append(piece)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -225,7 +220,7 @@ class ZeroOptimizer:
     def __init__(
         self, groups: list[FlatGroup], config: OptimizerConfig, device: torch.device
     ) -> None:
-        """`groups`: the trained ones; a pipeline stage without an adapter has none."""
+        """`groups`: none on a pipeline stage where nothing is trained."""
         self.groups = groups
         self.config = config
         self.device = device

@@ -166,7 +166,9 @@ class _Step:
     def _backward(self, action: Action) -> Tensor | None:
         received, output = self.graphs.pop(Action(action.stage, action.micro_batch))
         gradient = None if action.stage == self.last_stage else self.inbox.pop(action).wait()
-        if output.requires_grad:  # else nothing up to here is trained: a first stage without adapters
+        if (
+            output.requires_grad
+        ):  # else nothing up to here is trained: a first stage without adapters
             torch.autograd.backward(output, gradient)
         if received is None:
             return None
