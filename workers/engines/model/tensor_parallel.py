@@ -270,13 +270,14 @@ def _column(
             assert weight is not None
             chosen = weight if rows is None else _select(weight, rows, 0)
             if bias is not None and rows is not None:
-                bias = _select(bias, rows, 0)
-            output = F.linear(hidden, chosen, bias)
+                output = F.linear(hidden, chosen, _select(bias, rows, 0))
+            else:
+                output = F.linear(hidden, chosen, bias)
             if adapter is not None and adapter.enabled:
-                b = module._parameters[f"{LORA_B}{suffix}"]
-                if b is not None and rows is not None:
-                    b = _select(b, rows, 0)
-                output = output + adapter.added(hidden, module._parameters[LORA_A], b)
+                a, b = module._parameters[LORA_A], module._parameters[f"{LORA_B}{suffix}"]
+                assert b is not None
+                used = b if rows is None else _select(b, rows, 0)
+                output = output + adapter.added(hidden, a, used)
             outputs.append(output)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 

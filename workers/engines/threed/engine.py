@@ -32,7 +32,8 @@ from workers.engines.shared.metrics import add_micro_batch, metrics_of_some
 from workers.engines.shared.micro_batches import MicroBatch, gather_outputs, outputs_of
 from workers.engines.shared.optimizer import MODEL, MOMENTS
 from workers.engines.shared.sharded_engine import ShardedEngine
-from workers.engines.threed.build import build_share
+from workers.engines.threed.build import Share, build_share
+from workers.engines.threed.frozen import FrozenPart
 from workers.engines.threed.layout import check_layout
 from workers.engines.threed.optimizer import FlatSlice, ZeroOptimizer
 from workers.sequences import Sequences
@@ -73,7 +74,7 @@ class ThreeDEngine(ShardedEngine):
         lender = self.lender
         assert lender is None or isinstance(lender, ThreeDEngine)
         self._place = self.layout.coordinates(self.context.rank)
-        self._share = build_share(
+        self._share: Share = build_share(
             source,
             self.model,
             self.config,
@@ -82,9 +83,14 @@ class ThreeDEngine(ShardedEngine):
             self.context.rank,
             self.device,
             self.adapter,
-            lender._share.frozen.parts if lender is not None else [],
+            lender.frozen_parts if lender is not None else [],
         )
         self._optimizer = ZeroOptimizer(self._share.groups, self.config.optimizer, self.device)
+
+    @property
+    def frozen_parts(self) -> list[FrozenPart]:
+        """This rank's part of the base of its adapter."""
+        return self._share.frozen.parts
 
     @property
     def is_last_stage(self) -> bool:
@@ -143,7 +149,7 @@ class ThreeDEngine(ShardedEngine):
         for group in self._share.groups:
             for piece, view in zip(group.pieces, group.views(group.weights), strict=True):
                 shards.setdefault(piece.name, []).append(LocalShard(piece.box, view))
-        for part in self._share.frozen.parts:
+        for part in self.frozen_parts:
             shards.setdefault(part.piece.name, []).append(LocalShard(part.piece.box, part.tensor))
         return all_parameters(self._share.logical, shards, self._share.pipeline.dtype)
 
