@@ -100,7 +100,8 @@ class ModelSource:
         """What the parameters of `model` are of the checkpoint's, by their names in `model`; those
         that are not here are whole. Set before materialize by who splits the model."""
         self.frozen_dtype: torch.dtype | None = None
-        """What frozen parameters are kept in, where it is not float32. Set before materialize."""
+        """The data type that frozen parameters are kept in, where it is not float32. Set before
+        materialize."""
         self._done: set[tuple[int, str]] = set()
         self._names = {id(module): name for name, module in self.model.named_modules()}
         self._owners: dict[int, list[tuple[nn.Module, str]]] = {}

@@ -52,8 +52,8 @@ class Adapter:
         return scale(self.config)
 
     def added(self, hidden: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
-        """What an adapted layer adds to its output: scale * (hidden A') B'; of parts of A and B the
-        part of it."""
+        """The term that an adapted layer adds to its output: scale * (hidden A') B'; of parts of A
+        and B the part of it."""
         assert a is not None
         assert b is not None
         return self.scale * F.linear(F.linear(hidden, a), b)

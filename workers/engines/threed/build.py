@@ -36,7 +36,7 @@ class Share:
 
     pipeline: Pipeline
     groups: list[FlatGroup]
-    """What is trained: with an adapter, its matrices and a head."""
+    """The trained parameters: with an adapter, its matrices and a head."""
     frozen: FrozenParts
     """The base of an adapter."""
     logical: dict[str, tuple[int, ...]]
