@@ -25,7 +25,13 @@ from recipes.config import NO_MODEL, RunConfig
 from recipes.engine_facts import ask_engine
 from workers.adapter_sync import sends_adapter
 from workers.agents.config import EpisodeScorerConfig
-from workers.config import LearningRateSchedule, LoraConfig, ModelConfig, TrainConfig
+from workers.config import (
+    ContextExchange,
+    LearningRateSchedule,
+    LoraConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head
 from workers.engines.model.loading import check_packing, model_config, position_limit
@@ -135,12 +141,25 @@ def check_train(field: str, config: TrainConfig) -> None:
             f"{field}.rank_order is {config.rank_order}; it must name each of {', '.join(AXES)} "
             "once, outermost first"
         )
-    for name, value in (
-        ("tp", config.tp),
-        ("pp", config.pp),
-    ):
+    for name, value in (("tp", config.tp), ("pp", config.pp), ("cp", config.cp)):
         if value < 1:
             raise ValueError(f"{field}.{name} is {value}; use at least 1")
+    if config.cp > 1 and not engine.shares_rows:
+        usable = [name for name in ENGINES.builtin if engine_class(name).shares_rows]
+        raise ValueError(
+            f"{field}.cp is {config.cp}, but engine {config.engine!r} computes whole rows; set cp=1, "
+            f"or {field}.engine to {' or '.join(usable)}"
+        )
+    unread = {
+        "cp_exchange": config.cp_exchange is not ContextExchange.auto,
+        "cp_by_length": config.cp_by_length,
+    }
+    for name, is_set in unread.items():
+        if is_set and config.cp == 1:
+            raise ValueError(
+                f"{field}.{name} is set, which nothing reads with cp=1; set {field}.cp, or leave it "
+                "out"
+            )
     if config.micro_batch_tokens < 0:
         raise ValueError(
             f"{field}.micro_batch_tokens is {config.micro_batch_tokens}; use at least 1, or 0, "

@@ -4,6 +4,7 @@ package's, and whatever is wrong with it is a ValueError in one line that names 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from hybridflow.mapping.question.space import SearchSpace
@@ -35,6 +36,8 @@ def limited_space(name: str, space: SearchSpace) -> SearchSpace:
             f"engine {name!r}: limit() returns {limited!r}, not a SearchSpace; return the one that "
             "it gets, narrowed by dataclasses.replace"
         )
+    if not engine_class(name).shares_rows:
+        limited = replace(limited, context_sizes=(1,))
     return limited
 
 

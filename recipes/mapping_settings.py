@@ -30,8 +30,9 @@ from recipes.engine_facts import limited_space, zero_stage_of
 from recipes.mapping_cluster import cluster_of, node_resources
 from recipes.mapping_question import Question, precision_space, to_setting
 from recipes.roles import role_kind, role_names
-from workers.config import Precision, TrainConfig
+from workers.config import ContextExchange, Precision, TrainConfig
 from workers.engines.base import Head
+from workers.engines.model.context_parallel import check_context_parallel
 from workers.engines.model.loading import model_config, standard_sizes
 from workers.engines.model.log_probs import CHUNK_ELEMENTS
 from workers.engines.model.split_plan import fitting_sizes, heads_of
@@ -123,6 +124,7 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
         max_num_batched_tokens=actor.generation.max_num_batched_tokens,
         max_generation_pipeline=1,
         tensor_sizes=_tensor_sizes(inputs),
+        context_sizes=_context_sizes(inputs),
         generation_tensor_sizes=_generation_tensor_sizes(actor),
     )
     if inputs.config.device is Device.cpu:
@@ -145,6 +147,18 @@ def _tensor_sizes(inputs: MapperInputs) -> tuple[int, ...]:
             if fitting_sizes(found) == [1]:
                 return (1,)
     return ()
+
+
+def _context_sizes(inputs: MapperInputs) -> tuple[int, ...]:
+    """Sizes of context parallelism that are tried: 1 where a model or its settings rule it out."""
+    for role, settings in inputs.roles.items():
+        if settings.model is not None:
+            train = replace(settings.train, cp=2, tp=1, cp_exchange=ContextExchange.auto)
+            try:
+                check_context_parallel(model_config(settings.model, role_kind(role).head), train)
+            except ValueError:
+                return (1,)
+    return SearchSpace().context_sizes
 
 
 def _generation_tensor_sizes(actor: ActorConfig) -> tuple[int, ...]:
@@ -250,10 +264,11 @@ def train_layout(train: TrainConfig, num_devices: int, *, trained: bool) -> Mode
     return ModelLayout(
         p=train.pp,
         t=train.tp,
-        d=num_devices // (train.pp * train.tp),
+        d=num_devices // (train.pp * train.cp * train.tp),
+        c=train.cp,
         zero=zero,
         recompute=train.activation_checkpointing and trained,
-        micro_batch_tokens=train.micro_batch_tokens,
+        micro_batch_tokens=train.micro_batch_tokens * train.cp,
         offload=train.offload_optimizer and trained,
     )
 
@@ -331,7 +346,8 @@ def train_settings(mapping: DeviceMapping, role: str, train: TrainConfig) -> Tra
         train,
         tp=layout.t,
         pp=layout.p,
-        micro_batch_tokens=layout.micro_batch_tokens,
+        cp=layout.c,
+        micro_batch_tokens=max(1, layout.micro_batch_tokens // layout.c),
         activation_checkpointing=layout.recompute,
         reshard_after_forward=layout.zero == 3,
         zero_stage=max(1, layout.zero),

@@ -22,7 +22,7 @@ from typing import Any
 from hybridflow.dataflow import CallKind, Dataflow
 from hybridflow.mapping.answer.auto import mapping_of, shortage
 from hybridflow.mapping.answer.device_mapping import DeviceMapping
-from hybridflow.mapping.answer.explain import mapping_report, rivals
+from hybridflow.mapping.answer.explain import context_gain, mapping_report, rivals
 from hybridflow.mapping.answer.judge import Judgement, judge
 from hybridflow.mapping.question.cluster import Cluster
 from hybridflow.mapping.question.model import ModelSpec
@@ -237,6 +237,9 @@ def _text(answer: Answer) -> str:
     if answer.result is not None:
         searched = len(answer.result.placements)
         parts.append(rivals(answer.setting, answer.result))
+        gain = context_gain(answer.setting, answer.result)
+        if gain:
+            parts.append(gain)
         parts.append(f"{searched} placements searched in {answer.seconds:.2f} s")
     return "\n\n".join(parts)
 

@@ -21,6 +21,7 @@ LONGEST = (
     "cluster/test_job.py",
     "engines/test_threed.py",
     "engines/test_fsdp.py",
+    "engines/test_context_parallel.py",
     "resharding/test_vllm_weights.py",
     "generation/test_vllm.py",
     "extending/test_engines_and_losses.py",

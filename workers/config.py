@@ -162,6 +162,10 @@ class TrainConfig:
     rows too long for one device. The data-parallel size is divided by it; results stay the same."""
     cp_exchange: ContextExchange = ContextExchange.auto
     """How attention sees the tokens of other context-parallel ranks."""
+    cp_by_length: bool = False
+    """Engine fsdp: each micro-batch is shared by as few of the cp ranks as hold its rows within
+    micro_batch_tokens each, so that short rows cost no exchange. Changes speed and memory, never
+    results."""
     rank_order: list[str] = field(default_factory=lambda: ["dp", "pp", "cp", "tp"])
     """Axes from outermost to innermost; the data-parallel size is what the pool leaves."""
     precision: Precision = Precision.auto

@@ -82,6 +82,8 @@ def combinations(algorithm: str) -> list[Combination]:
             make("fsdp", "dp2", SMALL, ranks=2),
             make("fsdp", "dp2, resharded", LARGE, "reshard_after_forward=true", ranks=2),
             make("fsdp", "tp2", LARGE, "tp=2", ranks=2),
+            make("fsdp", "cp2", LARGE, "cp=2", ranks=2),
+            make("fsdp", "dp2 cp2 by length", SMALL, "cp=2", "cp_by_length=true", ranks=4),
             make("threed", "pp2", SMALL, "pp=2", ranks=2),
             make("threed", "pp2, blocks", SMALL, "pp=2", "packing=false", ranks=2),
             make("threed", "pp2 tp2", LARGE, "pp=2", "tp=2", ranks=4),

@@ -38,7 +38,6 @@ from tests.engines.threed_cases import (
 )
 from workers.config import ContextExchange
 from workers.engines.fsdp.engine import FsdpEngine
-from workers.engines.model.context_parallel import exchanges_heads
 from workers.sequences import Sequences, ragged_positions
 
 FAMILIES = {"llama": 4, "qwen3": 6, "mistral": 4, "gemma2": 4, "gemma3_text": 4}
@@ -60,28 +59,26 @@ class Measured:
 
 
 def measure(directory: Path) -> Iterator[Row]:
-    """Each family alone, with both exchanges over 2 ranks, and with the one that fits over 4."""
+    """Each family alone, with both exchanges over 2 ranks, and over 4 with cp=4 and with dp=2."""
+    cases: list[Case] = []
     for family, heads in FAMILIES.items():
-        save_tiny_model(
-            directory / family,
-            family,
-            heads=heads,
-            layers=LAYERS,
-            tied=family.startswith("gemma"),
-        )
-        cases = [
+        tied = family.startswith("gemma")
+        save_tiny_model(directory / family, family, heads=heads, layers=LAYERS, tied=tied)
+        cases += [
             Case(model=family, world_size=1, cp=1),
             Case(model=family, exchange=ContextExchange.ulysses),
             Case(model=family, exchange=ContextExchange.allgather),
+            Case(model=family, world_size=4, cp=4),
+            Case(model=family, world_size=4, by_length=True, micro_batch_tokens=16),
         ]
-        cases.append(Case(model=family, world_size=4, cp=4))
-        cases.append(Case(model=family, world_size=4))
+    mp.spawn(_run, args=(directory, cases), nprocs=4)
+    for family in FAMILIES:
         model = load_plain(directory / family, cases[0].head)
         start = {name: value.detach().clone() for name, value in model.named_parameters()}
         expected = plain_run(model, cases[0].head, batches(cases[0]), OPTIMIZER)
-        mp.spawn(_run, args=(directory, cases), nprocs=4)
         for case in cases:
-            yield _row(directory, case, expected, start)
+            if case.model == family:
+                yield _row(directory, case, expected, start)
 
 
 def _run(rank: int, directory: Path, cases: list[Case]) -> None:
@@ -123,17 +120,22 @@ def _fewest_bytes(engine: FsdpEngine, rows: Sequences, case: Case) -> int:
         return 0
     model = engine._scored.model.config
     heads, key_heads = model.num_attention_heads, model.num_key_value_heads
-    head_bytes = FLOAT * model.head_dim
-    tokens = 0
+    head_dim = model.hidden_size // heads
+    if model.model_type == "qwen3" or model.model_type.startswith("gemma"):
+        head_dim = model.head_dim
+    total = 0.0
     for micro_batch in engine._micro_batches(rows, alike=True):
         assert micro_batch.packing is not None
-        tokens += micro_batch.packing.position_ids.shape[1]
+        part = micro_batch.packing.part
+        if part is None:
+            continue
+        size = part.group.size()
+        each = 2 * key_heads * (size - 1)
+        if part.seen is None:
+            each = 2 * (heads + key_heads) * (size - 1) / size
+        total += micro_batch.packing.position_ids.shape[1] / size * each
     # Forward and backward pass.
-    if exchanges_heads(model, engine.config):
-        each = 2 * (heads + key_heads) * (case.cp - 1) / case.cp
-    else:
-        each = 2 * key_heads * (case.cp - 1)
-    return int(2 * model.num_hidden_layers * tokens / case.cp * each * head_bytes)
+    return int(2 * model.num_hidden_layers * total * FLOAT * head_dim)
 
 
 class _Stored:
@@ -214,7 +216,11 @@ def _layout(case: Case) -> str:
     if case.cp == 1:
         return "1 rank"
     data = case.world_size // case.cp
-    return f"cp{case.cp}" + (f" dp{data}" if data > 1 else "") + f" {case.exchange.value}"
+    words = [f"cp{case.cp}"]
+    if data > 1:
+        words.append(f"dp{data}")
+    words.append("by length" if case.by_length else case.exchange.value)
+    return " ".join(words)
 
 
 def _relative(measured: list[float], expected: list[float]) -> float:

@@ -54,12 +54,15 @@ class Case:
     tp: int = 1
     generation_tp: int = 1
     critic_tp: int = 1
+    cp: int = 1
     release: bool = False
     generation_devices: int = 0
     """Devices of a separate pool for generation; 0: the actor generates where it trains."""
 
     def __str__(self) -> str:
         name = f"{self.num_devices} ranks {self.engine} {self.pp}-{self.tp} tg{self.generation_tp}"
+        if self.cp > 1:
+            name += f" cp{self.cp}"
         if self.release:
             name += ", memory released during training"
         if self.generation_devices:
@@ -76,6 +79,7 @@ CASES = [
 SLOW = [
     Case(4, "threed", pp=2, tp=2, generation_tp=1),
     Case(4, "threed", pp=2, tp=2, generation_tp=4),
+    Case(2, generation_tp=2, cp=2),
     Case(4, "fsdp", generation_tp=2),  # generation groups 0, 2 and 1, 3
 ]
 
@@ -216,6 +220,7 @@ def train_config(case: Case, **sizes: int) -> TrainConfig:
         "engine": case.engine,
         "pp": case.pp,
         "tp": case.tp,
+        "cp": case.cp,
         "zero_stage": 3,
         **sizes,
     }

@@ -47,6 +47,7 @@ class Case:
     layered: bool = False
     """A group per layer, as a large model has."""
     checkpointing: bool = False
+    by_length: bool = False
 
     @property
     def name(self) -> str:
@@ -55,6 +56,7 @@ class Case:
             ("zero3", self.zero3),
             ("layered", self.layered),
             ("ac", self.checkpointing),
+            ("by-length", self.by_length),
         ):
             if on:
                 flags.append(word)
@@ -119,6 +121,7 @@ def make_engine(rank: int, root: Path, case: Case) -> TrainingEngine:
         tp=case.tp,
         pp=case.pp,
         cp_exchange=case.exchange,
+        cp_by_length=case.by_length,
         precision=Precision.fp32,
         micro_batch_tokens=case.micro_batch_tokens,
         activation_checkpointing=case.checkpointing,

@@ -93,6 +93,8 @@ class TrainingEngine(ABC):
     """train.lora has an effect."""
     lends: ClassVar[bool] = False
     """Other engines of the pool can have their adapters on its frozen weights."""
+    shares_rows: ClassVar[bool] = False
+    """train.cp has an effect: the ranks of context parallelism share the tokens of a row."""
     layout: Layout
     """Axes dp, pp, cp, tp over the ranks of the pool."""
 

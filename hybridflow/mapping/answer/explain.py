@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hybridflow.mapping.answer.auto import mapping_of
 from hybridflow.mapping.answer.device_mapping import CallPlan, DeviceMapping, RolePlan
-from hybridflow.mapping.search.search import PlacementResult, SearchResult
+from hybridflow.mapping.search.search import PlacementResult, SearchResult, search
 from hybridflow.mapping.search.setting import Setting
 
 GB = 1e9
@@ -84,6 +85,28 @@ def rivals(setting: Setting, result: SearchResult) -> str:
     assert result.best is not None
     winner = mapping_of(setting, result.best)
     return table(RIVAL_HEADERS, [_rival_row(setting, winner, entry) for entry in result.placements])
+
+
+def context_gain(setting: Setting, result: SearchResult) -> str:
+    """A line that says what context parallelism saves; empty where no layout of the best mapping
+    has it. Searches once more, without it."""
+    assert result.best is not None
+    winner = mapping_of(setting, result.best)
+    sizes = []
+    for plan in winner.roles:
+        if plan.layout is not None and plan.layout.c > 1:
+            sizes.append(f"{plan.role} cp{plan.layout.c}")
+    if not sizes:
+        return ""
+    space = replace(setting.space, context_sizes=(1,))
+    without = search(replace(setting, space=space)).best
+    if without is None:
+        saved = "without it nothing fits"
+    else:
+        step_s = mapping_of(setting, without).step_s
+        more = step_s / winner.step_s - 1
+        saved = f"the best plan without it takes {step_s:.4g} s a step ({more:+.1%})"
+    return f"context parallelism ({', '.join(sizes)}): {saved}"
 
 
 def reason(winner: DeviceMapping, loser: DeviceMapping) -> str:

@@ -221,7 +221,7 @@ def _layout_variations(
         yield _with_layouts(plan, {"recompute activations": replace(layout, recompute=True)})
     stages: dict[str, ModelLayout] = {}
     for stage in (1, 2, 3) if trained else (3,):
-        if stage > layout.zero and layout.d > 1 and (stage < 3 or layout.p == 1):
+        if stage > layout.zero and layout.shards > 1 and (stage < 3 or layout.p == 1):
             stages[f"ZeRO stage {stage}"] = replace(layout, zero=stage)
     yield _with_layouts(plan, stages)
     if not layout.offload:
@@ -235,6 +235,10 @@ def _layout_variations(
         tensor = layout.t * factor
         if layout.d % factor == 0 and heads % tensor == 0 and tensor <= largest:
             changed = replace(layout, t=tensor, d=layout.d // factor)
+            wider[f"layout {changed}"] = changed
+    for c in setting.space.contexts(tokens, layout.shards):
+        if c > layout.c:
+            changed = replace(layout, c=c, d=layout.shards // c)
             wider[f"layout {changed}"] = changed
     yield _with_layouts(plan, wider)
 

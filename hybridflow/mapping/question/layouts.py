@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelLayout:
-    """Pipeline x tensor x data sizes, and the other choices that time and memory of a pass depend
+    """Pipeline x tensor x data x context sizes, and the other choices that time and memory of a pass depend
     on.
 
     ModelLayout(p=1, t=8, d=2, zero=1, recompute=True, micro_batch_tokens=4096)  # the paper's 1-8-2
@@ -17,8 +17,10 @@ class ModelLayout:
     p: int = 1
     t: int = 1
     d: int = 1
+    c: int = 1
+    """Context parallelism: ranks that share the tokens of each row."""
     zero: int = 0
-    """ZeRO stage over d: 1 cuts optimizer states, 2 also gradients, 3 also parameters
+    """ZeRO stage over d x c: 1 cuts optimizer states, 2 also gradients, 3 also parameters
     (Rajbhandari et al. 2020)."""
     recompute: bool = False
     """Recompute a layer's activations in the backward pass (activation checkpointing)."""
@@ -30,10 +32,17 @@ class ModelLayout:
 
     @property
     def num_devices(self) -> int:
-        return self.p * self.t * self.d
+        return self.p * self.t * self.d * self.c
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which ZeRO cuts, and gradients are added up."""
+        return self.d * self.c
 
     def __str__(self) -> str:
         words = [f"{self.p}-{self.t}-{self.d}"]
+        if self.c > 1:
+            words.append(f"cp{self.c}")
         if self.zero:
             words.append(f"ZeRO-{self.zero}")
         if self.recompute:

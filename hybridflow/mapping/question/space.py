@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from hybridflow.mapping.question.cluster import NodeGroup
 from hybridflow.mapping.question.model import ModelSpec
 
+LEAST_PART = 4096
+"""Tokens of the longest row below which a rank's part is not worth an exchange in every layer."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchSpace:
@@ -34,6 +37,9 @@ class SearchSpace:
     tensor_sizes: tuple[int, ...] = ()
     """Only these sizes of tensor parallelism in training, which the models can be split into;
     empty: every divisor of the heads."""
+    context_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Sizes of context parallelism that are tried where the longest row leaves every rank at least
+    LEAST_PART tokens."""
     generation_tensor_sizes: tuple[int, ...] = ()
     """The same for generation."""
     max_generation_pipeline: int = 1
@@ -83,6 +89,14 @@ class SearchSpace:
         """All (p, t, d) with p * t * d = num_devices that fit the model: t divides the heads
         and stays inside a node, p divides the layers."""
         return self._layouts(model, group, num_devices, self.max_pipeline, self.tensor_sizes)
+
+    def contexts(self, longest_row: int, num_devices: int) -> list[int]:
+        """The sizes of context parallelism to try on `num_devices` data ranks."""
+        sizes = []
+        for size in self.context_sizes:
+            if num_devices % size == 0 and (size == 1 or longest_row >= size * LEAST_PART):
+                sizes.append(size)
+        return sizes
 
     def generation_layouts(
         self, model: ModelSpec, group: NodeGroup, num_devices: int

@@ -45,6 +45,7 @@ MODELS: dict[str, ModelSpec] = {
         _llama("qwen2.5-1.5b", 28, 1536, 12, 2, 8960, 151936, tied=True),
         _llama("qwen2.5-7b", 28, 3584, 28, 4, 18944, 152064),
         _llama("qwen2.5-32b", 64, 5120, 40, 8, 27648, 152064),
+        _llama("qwen2.5-72b", 80, 8192, 64, 8, 29568, 152064),
         ModelSpec(
             name="mixtral-8x7b", num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128,
             intermediate_size=14336, vocab_size=32000, num_experts=8, experts_per_token=2,

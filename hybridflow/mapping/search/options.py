@@ -101,17 +101,20 @@ def model_layouts(
     if not trained:
         stages, recomputes = ((0, 3) if 3 in space.zero_stages else (0,)), (False,)
     longest = setting.workload.longest_row
-    for p, t, d in space.model_layouts(
+    for p, t, shards in space.model_layouts(
         setting.model(role), setting.cluster.groups[group], num_devices
     ):
-        for zero, recompute, offload in product(stages, recomputes, space.offload):
-            if (zero and d == 1 and zero != min(stages)) or (zero >= 3 and (p > 1 or d == 1)):
+        contexts = space.contexts(longest, shards)
+        for zero, recompute, offload, c in product(stages, recomputes, space.offload, contexts):
+            alone = shards == 1
+            if (zero and alone and zero != min(stages)) or (zero >= 3 and (p > 1 or alone)):
                 continue
             for rows in space.micro_batch_rows:
                 yield ModelLayout(
                     p=p,
                     t=t,
-                    d=d,
+                    d=shards // c,
+                    c=c,
                     zero=zero,
                     recompute=recompute,
                     micro_batch_tokens=rows * longest,
@@ -162,7 +165,7 @@ def _gathers(setting: Setting, call: Call, layout: ModelLayout) -> bool:
     """Whether a forward call gathers the parameters that the last update has changed: where
     they are sharded between steps, the first pass of the next step does, and the update that
     follows has them gathered."""
-    sharded = setting.space.cut_between_steps and layout.zero < 3 and layout.d > 1
+    sharded = setting.space.cut_between_steps and layout.zero < 3 and layout.shards > 1
     if not sharded or not setting.trained(call.role):
         return False
     passes = [other for other in setting.calls(call.role) if other.kind is not CallKind.generation]

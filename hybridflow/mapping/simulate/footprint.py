@@ -75,11 +75,11 @@ def zero_footprint(
     gradients = space.gradient_bytes * count
     optimizer = space.optimizer_bytes * count
     if layout.zero >= 1:
-        optimizer /= layout.d
+        optimizer /= layout.shards
     if layout.zero >= 2:
-        gradients /= layout.d
+        gradients /= layout.shards
     if layout.zero >= 3:
-        parameters /= layout.d
+        parameters /= layout.shards
     if not trained:
         return Footprint(parameters=parameters)
     return Footprint(parameters=parameters, gradients=gradients, optimizer=optimizer)
@@ -91,7 +91,7 @@ def _cut_state(
     """FSDP's: float32 shards of weights, and of gradients and moments where trained; the gathered
     weights of a model that is one group stay too."""
     count = stage_parameters(model, layout)
-    shard = FLOAT32_BYTES * count / layout.d
+    shard = FLOAT32_BYTES * count / layout.shards
     gathered = 0.0
     if is_one_group(model, layout, space):
         gathered = space.parameter_bytes * count
@@ -142,14 +142,16 @@ def pass_footprint(
     """The bytes that a training (backward) or forward call needs on top of the resident ones.
 
     Activations: Korthikanti et al. 2022, section 4 (with sequence parallelism all of a layer's are
-    cut by t; with recomputation only each layer's input stays, plus a layer at a time); the first
-    of p stages holds min(p, micro-batches) of them under 1F1B (Narayanan et al. 2021, section 2.2).
+    cut by t, and under context parallelism by c; with recomputation only each layer's input stays,
+    plus a layer at a time); the first of p stages holds min(p, micro-batches) of them under 1F1B
+    (Narayanan et al. 2021, section 2.2).
     Logits: those of a chunk of tokens, in compute precision and float32, with a float32 gradient in
     training.
     """
     tokens = min(
         layout.micro_batch_tokens, max(workload.longest_row, workload.num_tokens / layout.d)
     )
+    tokens /= layout.c
     per_layer = model.stored_bytes_per_token(space.activation_bytes) * tokens / layout.t
     layer_input = space.activation_bytes * model.hidden_size * tokens / layout.t
     if not backward:
@@ -187,7 +189,7 @@ def _reduction(
 ) -> Footprint:
     """The copy of a whole gradient that reducing it over data ranks makes, when a pass' activations
     are gone."""
-    if not backward or layout.d == 1 or not space.reduction_copies:
+    if not backward or layout.shards == 1 or not space.reduction_copies:
         return Footprint()
     copies = space.gradient_bytes * stage_parameters(model, layout)
     return Footprint(buffers=max(0.0, copies - activations))
@@ -214,7 +216,7 @@ def _cut_pass(
         gathered = space.parameter_bytes * count
     if not backward:
         return Footprint(parameters=gathered)
-    shard = whole / layout.d
+    shard = whole / layout.shards
     if is_one_group(model, layout, space):
         # Copied for the reduction, when the activations are gone.
         return Footprint(gradients=whole, buffers=max(shard, whole - activations))

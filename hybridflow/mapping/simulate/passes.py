@@ -4,7 +4,10 @@
 Pipeline: 1F1B, (m + p - 1) micro-batch slots (Narayanan et al. 2021, section 2.2). Tensor: two
 all-reduces of the layer's output per layer in each direction (Shoeybi et al. 2020, section 3), two
 more when recomputing. Data: gradients are reduced once per update; ZeRO-1 gathers the new
-parameters, ZeRO-3 gathers them again for every pass (Rajbhandari et al. 2020, section 7). Every
+parameters, ZeRO-3 gathers them again for every pass (Rajbhandari et al. 2020, section 7). Context:
+the heads of queries, keys, values and outputs change ranks in every layer and direction (Jacobs et
+al. 2023), or keys and values are gathered where the heads do not divide; attention is taken to be
+balanced over ranks. Every
 micro-batch after the first reads its gradients and the sum and writes the sum. Left out:
 interleaved schedules, overlap of tensor collectives with compute.
 """
@@ -38,6 +41,8 @@ class PassTime:
     bubble: float = 0.0
     tensor: float = 0.0
     pipeline: float = 0.0
+    context: float = 0.0
+    """Exchanges of context parallelism around attention."""
     parameters: float = 0.0
     """Gathering the parameters that ZeRO has cut."""
     gradients: float = 0.0
@@ -49,8 +54,8 @@ class PassTime:
     @property
     def total(self) -> float:
         return (
-            self.compute + self.bubble + self.tensor + self.pipeline + self.parameters
-            + self.gradients + self.optimizer + self.offload + self.overhead
+            self.compute + self.bubble + self.tensor + self.pipeline + self.context
+            + self.parameters + self.gradients + self.optimizer + self.offload + self.overhead
         )  # fmt: skip
 
     def __add__(self, other: PassTime) -> PassTime:
@@ -59,6 +64,7 @@ class PassTime:
             bubble=self.bubble + other.bubble,
             tensor=self.tensor + other.tensor,
             pipeline=self.pipeline + other.pipeline,
+            context=self.context + other.context,
             parameters=self.parameters + other.parameters,
             gradients=self.gradients + other.gradients,
             optimizer=self.optimizer + other.optimizer,
@@ -140,6 +146,7 @@ def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> Pa
         bubble=updates * update.bubble,
         tensor=updates * update.tensor,
         pipeline=updates * update.pipeline,
+        context=updates * update.context,
         parameters=updates * (update.parameters + gathering),
         gradients=updates * (gradients + (number - 1) * adding),
         optimizer=updates * optimizer,
@@ -160,6 +167,7 @@ def _slot(
         head_passes = 1.0 + calibration.backward_factor
         passes = 1.0 + (calibration.backward_factor + layout.recompute)
         directions, gathers, sends = 2 + layout.recompute, 2.0, 2
+    tokens /= layout.c
     attended = machine.workload.attended_per_token
     layer = products_s(
         model, kind, calibration, space, tokens=tokens, attended=attended, t=layout.t
@@ -170,20 +178,34 @@ def _slot(
     head = head_s(model, kind, calibration, space, scored_tokens=scored, t=layout.t)
     fabric = Fabric(kind, calibration, layout.num_devices)
     message = space.activation_bytes * model.hidden_size * tokens
-    tensor, pipeline, parameters = 0.0, 0.0, 0.0
+    tensor, pipeline, context, parameters = 0.0, 0.0, 0.0, 0.0
     if layout.t > 1:
         tensor = layers * 2 * directions * fabric.all_reduce(message, layout.t, 1)
     if layout.p > 1:
         pipeline = sends * fabric.send(message / layout.t, layout.t)
+    if layout.c > 1:
+        received = space.activation_bytes * tokens * exchanged_per_token(model, layout)
+        context = layers * directions * fabric.exchange(received, layout.c, layout.t)
     if layout.zero >= 3:
         parameters = gathers * gathering_s(model, layout, machine)
     return PassTime(
         compute=layers * layer * passes + head * head_passes,
         tensor=tensor,
         pipeline=pipeline,
+        context=context,
         parameters=parameters,
         overhead=calibration.micro_batch_overhead_s * head_passes,
     )
+
+
+def exchanged_per_token(model: ModelSpec, layout: ModelLayout) -> float:
+    """Numbers that a rank receives from the others of its context group for every token of its
+    part, in one layer and direction."""
+    width, kv_width = model.query_dim / layout.t, model.kv_dim / layout.t
+    if model.num_heads % (layout.t * layout.c):
+        return 2.0 * kv_width * (layout.c - 1)
+    copies = max(1.0, layout.c * layout.t / model.num_kv_heads)
+    return (2.0 * width + 2.0 * kv_width * copies) * (layout.c - 1) / layout.c
 
 
 def _pipelined(
@@ -196,6 +218,7 @@ def _pipelined(
         bubble=(layout.p - 1) * slot.total,
         tensor=number * slot.tensor,
         pipeline=number * slot.pipeline,
+        context=number * slot.context,
         parameters=number * slot.parameters,
         offload=offload,
         overhead=number * slot.overhead + machine.call_s(layout.num_devices),
@@ -205,7 +228,7 @@ def _pipelined(
 def _data_parallel(model: ModelSpec, layout: ModelLayout, machine: Machine) -> tuple[float, float]:
     """(seconds of reducing the gradients, seconds of gathering the new parameters), once per
     update."""
-    if layout.d == 1:
+    if layout.shards == 1:
         return 0.0, 0.0
     fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
     count = stage_parameters(model, layout)
@@ -213,15 +236,15 @@ def _data_parallel(model: ModelSpec, layout: ModelLayout, machine: Machine) -> t
     gradient_bytes = machine.space.gradient_bytes * count
     visible = 1.0 - machine.calibration.gradient_overlap
     if layout.zero == 0:
-        return visible * fabric.all_reduce(gradient_bytes, layout.d, stride), 0.0
+        return visible * fabric.all_reduce(gradient_bytes, layout.shards, stride), 0.0
     gathering = 0.0
     if layout.zero < 3:
         gathering = gathering_s(model, layout, machine)
-    return visible * fabric.reduce_scatter(gradient_bytes, layout.d, stride), gathering
+    return visible * fabric.reduce_scatter(gradient_bytes, layout.shards, stride), gathering
 
 
 def gathering_s(model: ModelSpec, layout: ModelLayout, machine: Machine) -> float:
     """Seconds until every data rank has all of its stage's parameters."""
     fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
     num_bytes = machine.space.parameter_bytes * stage_parameters(model, layout)
-    return fabric.all_gather(num_bytes, layout.d, layout.p * layout.t)
+    return fabric.all_gather(num_bytes, layout.shards, layout.p * layout.t)

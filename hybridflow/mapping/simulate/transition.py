@@ -22,11 +22,11 @@ def received_fraction(
     training: ModelLayout, generation: GenerationLayout, *, cut: bool = False
 ) -> float:
     """Bytes that each rank receives, as a fraction of the model's; `cut`: parameters are
-    sharded over d whatever the ZeRO stage."""
+    sharded over d x c whatever the ZeRO stage."""
     shard = 1.0 / (generation.pg * generation.tg)
     present = 1.0 / (max(training.p, generation.pg) * max(training.t, generation.tg))
     if training.zero >= 3 or cut:
-        present /= training.d
+        present /= training.shards
     return max(0.0, shard - present)
 
 
@@ -44,7 +44,7 @@ def transition_time(
     fabric = Fabric(machine.kind, machine.calibration, training.num_devices)
     inner, outer = max(1, training.t // generation.tg), max(1, training.p // generation.pg)
     if training.zero >= 3 or cut:
-        outer *= training.d
+        outer *= training.shards
     size = max(2, inner * outer)
     if inner > 1 and outer == 1:
         return fabric.exchange(num_bytes, size, 1)

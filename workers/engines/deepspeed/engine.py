@@ -57,6 +57,7 @@ class DeepspeedEngine(ShardedEngine):
     library: ClassVar[str] = "deepspeed"
     trains_adapters = True
     lends = False  # ZeRO-3 keeps parameters in partitions of its own
+    shares_rows = True
 
     @classmethod
     def check(
@@ -70,6 +71,11 @@ class DeepspeedEngine(ShardedEngine):
                     f"{pipeline_engines(with_pipeline=True)}"
                 )
         check_context_parallel(model, config)
+        if config.cp_by_length:
+            raise ValueError(
+                "train.cp_by_length is true, which engine deepspeed has not; set it to false, or "
+                "engine to fsdp"
+            )
         if config.zero_stage not in STAGES:
             raise ValueError(
                 f"train.zero_stage is {config.zero_stage}; use 1 (optimizer), 2 (and gradients) "

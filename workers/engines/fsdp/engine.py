@@ -39,11 +39,15 @@ from workers.engines.fsdp.sharding import (
 from workers.engines.model.context_parallel import check_context_parallel
 from workers.engines.model.loading import ModelSource
 from workers.engines.model.split_plan import check_fits
+from workers.engines.shared.by_length import ByLength
 from workers.engines.shared.flat_views import named
-from workers.engines.shared.metrics import add_micro_batch, metrics_of_group
+from workers.engines.shared.metrics import add_micro_batch, counted_once, metrics_of_group
 from workers.engines.shared.micro_batches import (
     MicroBatch,
+    counts,
+    gather_group_outputs,
     gather_outputs,
+    pad_time,
     run_micro_batch,
 )
 from workers.engines.shared.optimizer import (
@@ -66,6 +70,7 @@ class FsdpEngine(ShardedEngine):
     """See TrainingEngine. config.tp and cp give the layout, data ranks are what is left of the pool."""
 
     trains_adapters = True
+    shares_rows = True
 
     @classmethod
     def check(
@@ -103,7 +108,11 @@ class FsdpEngine(ShardedEngine):
         del trains  # memory for training is taken by the first step
         self._mesh = make_mesh(self.layout, self.device.type)
         self._data_group = self._mesh.get_group("dp")
-        if self.config.cp > 1:
+        self._by_length: ByLength | None = None
+        if self.config.cp > 1 and self.config.cp_by_length:
+            model = source.model.config
+            self._by_length = ByLength(self.layout, self.context.rank, model, self.config)
+        elif self.config.cp > 1:
             self._data_group = axis_group(self.layout, "dp")
         lender, lent = self.lender, dict[str, nn.Parameter]()
         if lender is not None:
@@ -145,6 +154,9 @@ class FsdpEngine(ShardedEngine):
                 outputs.append(self._run(micro_batch, entropy, temperature))
         if not self._one_group:
             self._reshard()
+        if self._by_length is not None:
+            assert self._row_group is not None
+            return gather_group_outputs(micro_batches, outputs, sequences, self._row_group)
         return gather_outputs(micro_batches, outputs, sequences)
 
     def train_step(
@@ -216,7 +228,15 @@ class FsdpEngine(ShardedEngine):
 
     def _micro_batches(self, sequences: Sequences, *, alike: bool) -> list[MicroBatch]:
         """`alike`: as many on every data rank, because each has collectives."""
-        return self._share_rows(self._cut_alike(sequences, self._data_group, alike=alike))
+        if self._by_length is None:
+            return self._share_rows(self._cut_alike(sequences, self._data_group, alike=alike))
+        cutting = self._cutting
+        cut = self._by_length.micro_batches(sequences, self.head, cutting, self.device)
+        num_with_rows = len(cut)
+        cut = self._fill_up(cut, sequences, self._data_group, alike=alike)
+        return cut[:num_with_rows] + [
+            pad_time(empty, self.config.tp) for empty in cut[num_with_rows:]
+        ]
 
     def _accumulate(
         self, micro_batches: list[MicroBatch], loss_fn: LossFn, entropy: bool, temperature: float
@@ -233,6 +253,8 @@ class FsdpEngine(ShardedEngine):
                 self._run(micro_batch, entropy, temperature), micro_batch.sequences
             )
             loss.backward()
+            if self._by_length is not None:
+                loss, parts = counted_once(loss, parts, counts(micro_batch))
             metrics = add_micro_batch(metrics, loss, parts)
         return metrics
 

@@ -41,6 +41,20 @@ def add_micro_batch(
     return combine_metrics(metrics, added)
 
 
+def counted_once(
+    loss: Tensor, parts: Mapping[str, Tensor], counts: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and metrics of a micro-batch that several ranks computed alike, for the one that
+    `counts`; sums of 0 for the others."""
+    if counts:
+        return loss, dict(parts)
+    shares = {}
+    for name, value in parts.items():
+        is_sum = not name.endswith(("_max", "_min"))
+        shares[name] = torch.zeros_like(value) if is_sum else value
+    return torch.zeros_like(loss), shares
+
+
 def metrics_of_group(metrics: Mapping[str, Tensor], group: ProcessGroup | None) -> dict[str, float]:
     """Metrics of all ranks of `group` (None: all), combined in rank order on every rank by one
     small collective; for ranks that have the same names."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from transformers import PretrainedConfig, PreTrainedModel
@@ -142,25 +143,47 @@ def make_micro_batches(
 ) -> list[MicroBatch]:
     """All rows in micro-batches of at most `budget_tokens` tokens, padding included; one longer
     row (or pair) has one to itself."""
-    # Nothing is predicted from the last token that is scored, so a language model or critic does
-    # not compute it.
-    whole = head is Head.score or cutting.whole_rows
-    widths = sequences.lengths if whole else (sequences.read_lengths - 1).clamp(min=1)
-    pair = sequences.per_row[PAIR].numpy() if PAIR in sequences.per_row else None
     if cutting.whole_rows and not cutting.packing:
-        parts = units(sequences.num_rows, pair)
+        parts = units(sequences.num_rows, pairs_of_rows(sequences))
         cutting = replace(cutting, packing=True)
-    elif not cutting.packing:
-        parts = cut(widths.numpy(), cutting.budget_tokens, pair)
-    elif not cutting.share_prompts:
-        parts = pack(widths.numpy(), cutting.budget_tokens, pair)
     else:
-        parts = pack_prompts(widths.numpy(), prompts_of(sequences), cutting.budget_tokens, pair)
+        parts = cut_rows(sequences, head, cutting)
     micro_batches = []
     for part in parts:
-        rows = torch.from_numpy(part)
-        micro_batches.append(_micro_batch(sequences, rows, widths, head, cutting, device))
+        micro_batches.append(micro_batch_of(sequences, part, head, cutting, device))
     return micro_batches
+
+
+def computed_widths(sequences: Sequences, head: Head, cutting: Cutting) -> Tensor:
+    """int64 [rows]: tokens of each row that are computed. Nothing is predicted from the last token
+    that is scored, so a language model or critic does not compute it."""
+    if head is Head.score or cutting.whole_rows:
+        return sequences.lengths
+    return (sequences.read_lengths - 1).clamp(min=1)
+
+
+def pairs_of_rows(sequences: Sequences) -> np.ndarray | None:
+    """Labels of rows that are never cut apart, if there are any."""
+    return sequences.per_row[PAIR].numpy() if PAIR in sequences.per_row else None
+
+
+def cut_rows(sequences: Sequences, head: Head, cutting: Cutting) -> list[np.ndarray]:
+    """The rows of each micro-batch."""
+    widths = computed_widths(sequences, head, cutting).numpy()
+    pair, budget = pairs_of_rows(sequences), cutting.budget_tokens
+    if not cutting.packing:
+        return cut(widths, budget, pair)
+    if not cutting.share_prompts:
+        return pack(widths, budget, pair)
+    return pack_prompts(widths, prompts_of(sequences), budget, pair)
+
+
+def micro_batch_of(
+    sequences: Sequences, rows: np.ndarray, head: Head, cutting: Cutting, device: torch.device
+) -> MicroBatch:
+    """The micro-batch of some rows."""
+    widths = computed_widths(sequences, head, cutting)
+    return _micro_batch(sequences, torch.from_numpy(rows), widths, head, cutting, device)
 
 
 def empty_micro_batch(
@@ -266,6 +289,43 @@ def gather_outputs(
         merged[places] = torch.cat(present).float()
         result[field.name] = merged
     return Outputs(**result)
+
+
+def gather_group_outputs(
+    micro_batches: list[MicroBatch],
+    outputs: list[Outputs],
+    sequences: Sequences,
+    group: ProcessGroup,
+) -> Outputs:
+    """The same where each rank of `group` ran some of the micro-batches: the first rank of those
+    that shared one tells its outputs. Collective."""
+    mine = []
+    for micro_batch, output in zip(micro_batches, outputs, strict=True):
+        if counts(micro_batch):
+            mine.append((micro_batch, output))
+    result: dict[str, Tensor | None] = {}
+    for field in fields(Outputs):
+        if _part(outputs[0], field.name) is None:
+            continue
+        total = sequences.num_scored_tokens
+        if field.name == "scores":
+            total = sequences.num_rows
+        whole = torch.zeros(total, dtype=torch.float32, device=micro_batches[0].input_ids.device)
+        for micro_batch, output in mine:
+            places = micro_batch.rows
+            if field.name != "scores":
+                places = ragged_positions(sequences.scored_lengths, micro_batch.rows)
+            part = _part(output, field.name)
+            assert part is not None
+            whole[places.to(whole.device)] = part.float()
+        dist.all_reduce(whole, group=group)
+        result[field.name] = whole.to(sequences.token_ids.device)
+    return Outputs(**result)
+
+
+def counts(micro_batch: MicroBatch) -> bool:
+    """Whether this rank is the first of those that share the micro-batch."""
+    return micro_batch.part is None or micro_batch.part.group.rank() == 0
 
 
 def _part(output: Outputs, name: str) -> Tensor | None:

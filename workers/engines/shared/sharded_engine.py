@@ -315,7 +315,18 @@ class ShardedEngine(TrainingEngine):
     ) -> list[MicroBatch]:
         """At least one micro-batch; if `alike`, as many on every rank of `group` (None: all),
         some of them empty, for passes with collectives inside."""
-        micro_batches = self._cut(sequences, self.config.micro_batch_tokens)
+        cut = self._cut(sequences, self.config.micro_batch_tokens)
+        return self._fill_up(cut, sequences, group, alike=alike)
+
+    def _fill_up(
+        self,
+        micro_batches: list[MicroBatch],
+        sequences: Sequences,
+        group: ProcessGroup | None,
+        *,
+        alike: bool,
+    ) -> list[MicroBatch]:
+        """The micro-batches and empty ones, as _cut_alike says."""
         count = max(1, len(micro_batches))
         if alike and dist.get_world_size(group) > 1:
             largest = torch.tensor(count, device=self.device)

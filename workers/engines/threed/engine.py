@@ -50,6 +50,7 @@ class ThreeDEngine(ShardedEngine):
     the layout, data ranks are what is left."""
 
     trains_adapters = True
+    shares_rows = True
 
     @classmethod
     def check(

@@ -44,6 +44,11 @@ def check_layout(model: PretrainedConfig, train: TrainConfig, world_size: int) -
     except ValueError as error:
         raise ValueError(f"{error}; {_advice(train, model, world_size)}") from None
     check_context_parallel(model, train)
+    if train.cp_by_length:
+        raise ValueError(
+            "train.cp_by_length is true, which engine threed has not: its stages agree on groups; set "
+            "it to false, or engine to fsdp"
+        )
     if world_size % (train.pp * train.cp * train.tp):
         shared = "" if train.cp == 1 else f"cp={train.cp} x "
         raise ValueError(

@@ -1,0 +1,121 @@
+"""Groups by length against a fixed group of cp ranks: simulated seconds of a mini-batch.
+
+python -m benchmarks.scale.balance [--json FILE]
+
+The division is the engine's own (workers/engines/shared/group_sizes.py); seconds are the mapper's
+model of an H100 for a 7B decoder: products, attention, the exchange of heads inside a node, and fixed
+costs of a layer. Nothing is measured. `fixed` shares every micro-batch among all ranks of the group,
+`by length` among as few as hold it; `imbalance` is the busiest rank's work over the mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from hybridflow.mapping.question.calibration import Calibration
+from hybridflow.mapping.question.cluster import DEVICE_KINDS
+from hybridflow.mapping.question.layouts import ModelLayout
+from hybridflow.mapping.question.space import SearchSpace
+from hybridflow.mapping.question.zoo import MODELS
+from hybridflow.mapping.simulate.compute import elementwise_s, products_s
+from hybridflow.mapping.simulate.passes import exchanged_per_token
+from workers.engines.shared.group_sizes import Assignment, assign_groups, imbalance
+from workers.engines.shared.rows_together import pack, units
+
+KIND, MODEL, SPACE, CALIBRATION = (
+    DEVICE_KINDS["H100-80GB"],
+    MODELS["qwen2.5-7b"],
+    SearchSpace(),
+    Calibration(),
+)
+RANKS, ROWS, BUDGET = 8, 64, 8192
+"""Ranks of a row group, rows of a mini-batch, tokens of a rank."""
+LONGEST = 32768
+DRAWS = 20
+DISTRIBUTIONS = {
+    "lognormal, median 1000": (1000, 1.0),
+    "lognormal, median 4000": (4000, 0.8),
+    "lognormal, median 12000": (12000, 0.6),
+    "all 32768": (LONGEST, 0.0),
+}
+"""(median, sigma) of the lengths, cut at LONGEST."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    for name, (median, sigma) in DISTRIBUTIONS.items():
+        row = compare(name, median, sigma)
+        rows.append(row)
+        print(
+            " | ".join(
+                f"{value:.3g}" if isinstance(value, float) else value for value in row.values()
+            )
+        )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+def compare(name: str, median: int, sigma: float) -> dict[str, str | float]:
+    """Means over some mini-batches."""
+    generator = np.random.default_rng(0)
+    quadratic = 1 / (12 * MODEL.hidden_size)
+    fixed, by_length, busiest = [], [], []
+    for _ in range(DRAWS):
+        lengths = generator.lognormal(np.log(median), sigma, ROWS)
+        widths = np.clip(lengths, 64, LONGEST).astype(np.int64)
+
+        def cut(
+            rows: np.ndarray, budget_tokens: int, widths: np.ndarray = widths
+        ) -> list[np.ndarray]:
+            return [rows[part] for part in pack(widths[rows], budget_tokens)]
+
+        whole = [Assignment(part, RANKS, 0) for part in cut(np.arange(ROWS), RANKS * BUDGET)]
+        sized = assign_groups(widths, units(ROWS, None), BUDGET, RANKS, cut, quadratic)
+        fixed.append(seconds(whole, widths))
+        by_length.append(seconds(sized, widths))
+        busiest.append(imbalance(sized, widths, quadratic))
+    return {
+        "lengths": name,
+        "fixed_s": float(np.mean(fixed)),
+        "by_length_s": float(np.mean(by_length)),
+        "faster": float(np.mean(fixed) / np.mean(by_length)),
+        "imbalance": float(np.mean(busiest)),
+    }
+
+
+def seconds(assignments: list[Assignment], widths: np.ndarray) -> float:
+    """Forward and backward pass of the busiest rank."""
+    busy = np.zeros(RANKS)
+    for assignment in assignments:
+        first = assignment.place * assignment.size
+        busy[first : first + assignment.size] += pass_seconds(
+            widths[assignment.rows], assignment.size
+        )
+    return float(busy.max())
+
+
+def pass_seconds(widths: np.ndarray, size: int) -> float:
+    """One micro-batch on each of the `size` ranks that share it."""
+    tokens = widths.sum() / size
+    attended = float((widths.astype(float) ** 2).sum() / (2 * widths.sum()))
+    layer = products_s(MODEL, KIND, CALIBRATION, SPACE, tokens=tokens, attended=attended, t=1)
+    layer += elementwise_s(MODEL, KIND, CALIBRATION, SPACE, tokens=tokens, t=1)
+    layer += CALIBRATION.layer_overhead_s
+    exchange = 0.0
+    if size > 1:
+        received = SPACE.activation_bytes * tokens * exchanged_per_token(MODEL, ModelLayout(c=size))
+        bandwidth = KIND.intra_bandwidth * CALIBRATION.link_efficiency
+        exchange = 2 * (received / bandwidth + CALIBRATION.intra_latency_s)
+    directions = 1 + CALIBRATION.backward_factor
+    return MODEL.num_layers * (directions * layer + exchange)
+
+
+if __name__ == "__main__":
+    main()

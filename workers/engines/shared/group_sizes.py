@@ -1,0 +1,88 @@
+"""How many ranks of a row group share each micro-batch, by the lengths of its rows
+(FlexSP, arXiv 2412.01523; ByteScale, arXiv 2502.21231).
+
+A row that fits into one rank's budget needs no exchange; one of 8 times the budget needs 8 ranks.
+The ranks of a row group are divided into aligned groups of each size: of 4 ranks {0 1 2 3}, {0 1}
+{2 3}, {0} {1} {2} {3}. Each rank runs its micro-batches from the largest size down to 1. Whoever
+shares a micro-batch has then shared all before it too, so that all of its ranks meet at the same
+place of their lists: collectives over all ranks (FSDP's, layer by layer in every micro-batch) and
+exchanges within a group come in the same order on every rank, and nothing can wait in a circle.
+
+Only counts tokens, the same on every rank; nothing is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A micro-batch and the ranks that share it."""
+
+    rows: np.ndarray
+    """int64: the rows, by their numbers."""
+    size: int
+    """Ranks that share it."""
+    place: int
+    """Which of the aligned groups of that size has it."""
+
+
+def nested_sizes(num_ranks: int) -> list[int]:
+    """Sizes of groups from `num_ranks` to 1, each dividing the one before: 8, 4, 2, 1."""
+    sizes = [num_ranks]
+    while sizes[-1] > 1:
+        smallest = next(prime for prime in range(2, sizes[-1] + 1) if sizes[-1] % prime == 0)
+        sizes.append(sizes[-1] // smallest)
+    return sizes
+
+
+def assign_groups(
+    widths: np.ndarray,
+    units: list[np.ndarray],
+    budget_tokens: int,
+    num_ranks: int,
+    cut: Callable[[np.ndarray, int], list[np.ndarray]],
+    quadratic: float,
+) -> list[Assignment]:
+    """All rows in micro-batches, from the largest groups to the smallest.
+
+    widths: int64 [rows], tokens of each row. units: rows that must stay together. A unit is shared
+    by the fewest ranks that have it within `budget_tokens` each (all of them where none do).
+    cut(rows, tokens): some of the rows in micro-batches of so many tokens. quadratic: seconds of
+    attention for a pair of tokens over those of a token for everything else; the micro-batches of
+    one size go to the group with the least work, the costliest first.
+    """
+    sizes = nested_sizes(num_ranks)
+    size_of = np.full(len(widths), num_ranks, dtype=np.int64)
+    for unit in units:
+        for size in sizes:
+            if widths[unit].sum() <= size * budget_tokens:
+                size_of[unit] = size
+    cost = widths * (1.0 + quadratic * widths)
+    load = np.zeros(num_ranks)
+    assignments = []
+    for size in sizes:
+        rows = np.flatnonzero(size_of == size)
+        parts = cut(rows, size * budget_tokens)
+        parts.sort(key=lambda part: -float(cost[part].sum()))
+        for part in parts:
+            # Ranks of one group have run the same before, so any of them tells its load.
+            place = int(np.argmin(load[::size]))
+            load[place * size : (place + 1) * size] += cost[part].sum() / size
+            assignments.append(Assignment(part, size, place))
+    return assignments
+
+
+def imbalance(assignments: list[Assignment], widths: np.ndarray, quadratic: float) -> float:
+    """The work of the busiest rank over the mean of all ranks."""
+    num_ranks = max(assignment.size * (assignment.place + 1) for assignment in assignments)
+    cost = widths * (1.0 + quadratic * widths)
+    load = np.zeros(num_ranks)
+    for assignment in assignments:
+        first = assignment.place * assignment.size
+        load[first : first + assignment.size] += cost[assignment.rows].sum() / assignment.size
+    return float(load.max() / load.mean())
