@@ -38,7 +38,7 @@ def choose(inputs: MapperInputs) -> DeviceMapping:
         if mapping is not None:
             return mapping
     best = search(setting).best
-    if inputs.config.plan.split_generation:
+    if inputs.config.plan.split_generation or inputs.config.asynchrony.staleness:
         split = setting_of(with_split_generation(inputs))
         split_best = search(split).best
         if _is_faster(split_best, best) and _generates_apart(split_best):

@@ -18,7 +18,7 @@ from hybridflow.mapping.question.calibration import Calibration, usual_constants
 from hybridflow.mapping.question.cluster import Cluster
 from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.space import SearchSpace
-from hybridflow.mapping.question.workload import Lengths, Workload
+from hybridflow.mapping.question.workload import Asynchrony, Lengths, Workload
 from hybridflow.mapping.search.setting import GENERATION, Setting, split_generation
 from workers.config import Precision
 
@@ -42,6 +42,7 @@ class Question:
     num_epochs: int
     split_generation: bool
     space: SearchSpace
+    asynchrony: Asynchrony | None = None
 
 
 def to_setting(question: Question) -> Setting:
@@ -61,6 +62,7 @@ def to_setting(question: Question) -> Setting:
             response=question.response,
             num_mini_batches=question.num_mini_batches,
             num_epochs=question.num_epochs,
+            asynchrony=question.asynchrony,
         ),
         calibration=calibration_of(question.calibration, question.cluster),
         space=question.space,

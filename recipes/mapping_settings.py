@@ -21,7 +21,7 @@ from hybridflow.mapping.answer.device_mapping import DeviceMapping, Pool, RolePl
 from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
 from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.space import SearchSpace
-from hybridflow.mapping.question.workload import Lengths
+from hybridflow.mapping.question.workload import Asynchrony, Lengths
 from hybridflow.mapping.search.setting import GENERATION, Setting
 from hybridflow.mapping.simulate.footprint import kv_bytes_per_token
 from recipes.checks import RoleConfig
@@ -39,7 +39,7 @@ from workers.engines.model.split_plan import fitting_sizes, heads_of
 from workers.engines.shared.micro_batches import chosen_tokens
 from workers.generation import generation_engine_class
 from workers.generation.cache import DEFAULT_CACHE_BYTES
-from workers.generation.config import GenerationConfig
+from workers.generation.config import GenerationConfig, InFlight
 from workers.role_config import ActorConfig, RewardConfig
 from workers.weight_sync import BUCKET_BYTES
 
@@ -92,6 +92,20 @@ def question_of(inputs: MapperInputs) -> Question:
         num_epochs=config.actor.num_epochs,
         split_generation=GENERATION in inputs.roles,
         space=space_of(inputs),
+        asynchrony=asynchrony_of(config),
+    )
+
+
+def asynchrony_of(config: RunConfig) -> Asynchrony | None:
+    """How far the run's responses are drawn ahead; None where every step draws its own."""
+    settings = config.asynchrony
+    if settings.staleness == 0:
+        return None
+    return Asynchrony(
+        staleness=settings.staleness,
+        look_ahead=settings.look_ahead,
+        drains=settings.drains,
+        rereads=settings.in_flight is InFlight.recompute,
     )
 
 

@@ -27,7 +27,7 @@ from hybridflow.mapping.answer.judge import Judgement, judge
 from hybridflow.mapping.question.cluster import Cluster
 from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.space import SearchSpace
-from hybridflow.mapping.question.workload import Lengths
+from hybridflow.mapping.question.workload import Asynchrony, Lengths
 from hybridflow.mapping.question.zoo import model_spec
 from hybridflow.mapping.search.search import PlacementResult, SearchResult, search
 from hybridflow.mapping.search.setting import GENERATION, Setting
@@ -72,6 +72,11 @@ class PlanConfig(QuestionConfig):
     num_mini_batches: int = 8
     """Optimizer updates per epoch."""
     num_epochs: int = 1
+    staleness: int = 0
+    """Steps that generation is ahead of training, as asynchrony.staleness of a run; with
+    split_generation it then runs beside training."""
+    look_ahead: float = 1.0
+    """As asynchrony.look_ahead of a run."""
     precision: Precision = Precision.bf16
     """The precision of training and generation: bf16 with float32 master weights (18 bytes a
     parameter) or fp32 (16)."""
@@ -130,6 +135,9 @@ def to_question(config: PlanConfig) -> Question:
     for role, name in config.models.items():
         if name == NONE:
             dataflow = without(dataflow, role)
+    asynchrony = None
+    if config.staleness:
+        asynchrony = Asynchrony(staleness=config.staleness, look_ahead=config.look_ahead)
     return Question(
         dataflow=dataflow,
         models=role_models(config, dataflow),
@@ -143,6 +151,7 @@ def to_question(config: PlanConfig) -> Question:
         num_epochs=config.num_epochs,
         split_generation=config.split_generation,
         space=search_space(config),
+        asynchrony=asynchrony,
     )
 
 

@@ -36,7 +36,8 @@ def predict(setting: Setting, pools: Sequence[Pool], roles: Sequence[RolePlan]) 
         parts = _causes(setting, call, plans, pool_by_name)
         causes.append(parts)
         seconds.append(sum(parts.values()))
-    bars = setting.schedule(pool_of).bars(seconds)
+    schedule = setting.schedule(pool_of)
+    bars = schedule.bars(seconds)
     calls = []
     for call, bar, parts in zip(setting.dataflow.calls, bars, causes, strict=True):
         num_bytes: dict[str, float] = {}
@@ -54,7 +55,7 @@ def predict(setting: Setting, pools: Sequence[Pool], roles: Sequence[RolePlan]) 
                 bytes=num_bytes,
             )
         )
-    step_s = max(bar.end for bar in bars)
+    step_s = schedule.makespan(seconds)
     mapping = DeviceMapping(
         algorithm=setting.dataflow.algorithm,
         cluster=str(setting.cluster),
@@ -91,7 +92,9 @@ def _causes(
     if call.kind is CallKind.generation:
         assert plan.generation is not None
         parts = {
-            **asdict(generation_time(model, plan.generation, machine)),
+            **asdict(
+                generation_time(model, plan.generation, machine, ahead=setting.is_ahead(call))
+            ),
             "transition": _transition(setting, call, plan, pools),
         }
     else:

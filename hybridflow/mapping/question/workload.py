@@ -107,6 +107,29 @@ class Lengths:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asynchrony:
+    """Responses that are drawn ahead of the steps that train on them; the fields are a run's
+    asynchrony.* (docs/asynchronous.md).
+
+    Asynchrony(staleness=1)
+    """
+
+    staleness: int
+    look_ahead: float = 1.0
+    drains: bool = False
+    """New weights wait until no response is being drawn: every step's are drawn together."""
+    rereads: bool = True
+    """After new weights, the tokens of the responses that are being drawn are read anew."""
+
+    def __post_init__(self) -> None:
+        if self.staleness < 1:
+            raise ValueError(
+                f"asynchrony: staleness is {self.staleness}; use at least 1, or leave asynchrony "
+                "out for steps that draw their own responses"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """The work of a step; this is the paper's (section 8.1):
 
@@ -121,6 +144,8 @@ class Workload:
     num_mini_batches: int = 1
     """Optimizer updates per epoch over the step's rows."""
     num_epochs: int = 1
+    asynchrony: Asynchrony | None = None
+    """None: every step draws its own responses, and waits for the longest."""
 
     def __post_init__(self) -> None:
         counts = {
@@ -145,6 +170,14 @@ class Workload:
     @cached_property
     def num_rows(self) -> int:
         return self.batch_size * self.samples_per_prompt
+
+    @cached_property
+    def rows_in_flight(self) -> int:
+        """Responses that may be drawn at the same time: those of a step, and of the steps that
+        generation is ahead."""
+        if self.asynchrony is None or self.asynchrony.drains:
+            return self.num_rows
+        return self.num_rows * (self.asynchrony.staleness + 1)
 
     @cached_property
     def tokens_per_row(self) -> float:

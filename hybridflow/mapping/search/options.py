@@ -70,6 +70,14 @@ class GenerationOption:
     others: float
     """Bytes of everything else that generation needs."""
     seconds: float
+    """Of a call whose responses the step waits for."""
+    ahead_seconds: float
+    """Of a call whose responses are drawn ahead; the same where none are."""
+
+    def call_seconds(self, *, ahead: bool) -> float:
+        if ahead:
+            return self.ahead_seconds
+        return self.seconds
 
 
 def role_options(setting: Setting, role: str, group: int, num_devices: int) -> list[RoleOption]:
@@ -206,14 +214,18 @@ def generation_options(
     for pg, tg, replicas in space.generation_layouts(
         model, setting.cluster.groups[group], num_devices
     ):
-        rows = -(-workload.num_rows // replicas)
+        rows = -(-workload.rows_in_flight // replicas)
         counts = {min(space.max_num_seqs, -(-rows // waves)) for waves in space.waves}
         for running in sorted(counts, reverse=True):
             layout = GenerationLayout(pg=pg, tg=tg, replicas=replicas, max_running=running)
             need = generation_footprint(model, layout, 0.0, space, workload)
             weights = need.generation_weights
-            seconds = generation_time(model, layout, setting.machine(group)).total
-            options.append(GenerationOption(layout, weights, need.total - weights, seconds))
+            machine = setting.machine(group)
+            seconds = ahead_seconds = generation_time(model, layout, machine).total
+            if workload.asynchrony is not None:
+                ahead_seconds = generation_time(model, layout, machine, ahead=True).total
+            others = need.total - weights
+            options.append(GenerationOption(layout, weights, others, seconds, ahead_seconds))
     return options
 
 
@@ -229,7 +241,8 @@ def paired(
     seconds = list(passing.seconds)
     for position, call in enumerate(setting.calls(role)):
         if call.kind is CallKind.generation:
-            seconds[position] = generating.seconds + transition
+            drawing = generating.call_seconds(ahead=setting.is_ahead(call))
+            seconds[position] = drawing + transition
             transition = 0.0
     extra = generating.others + max(0.0, generating.weights - passing.held)
     transient = max(passing.transient, extra)
@@ -260,7 +273,9 @@ def generation_only(
 ) -> RoleOption:
     """A role that does nothing but generate; the first call of the step waits for weights that
     are trained in another pool."""
-    seconds = [option.seconds] * len(setting.calls(role))
+    seconds = []
+    for call in setting.calls(role):
+        seconds.append(option.call_seconds(ahead=setting.is_ahead(call)))
     if role in setting.weights_from:
         seconds[0] += weight_sync_time(setting.model(role), option.layout, setting.machine(group))
     return RoleOption(None, option.layout, option.weights, option.others, tuple(seconds))

@@ -111,8 +111,32 @@ class Setting:
         return memory_bytes * self.calibration.memory_fraction - self.calibration.reserved_bytes
 
     def schedule(self, pool_of: dict[str, str]) -> Schedule:
-        """The step's schedule for a placement (role -> pool), with the transfers between pools."""
-        return Schedule(self.dataflow, pool_of, self._transfers)
+        """The step's schedule for a placement (role -> pool), with the transfers between pools.
+
+        Generation overlaps with the rest of a step where responses are drawn ahead in a pool
+        without the actor; in the actor's own pool it takes its turn.
+        """
+        ahead = None
+        generation = self._ahead
+        if generation is not None and generation.role in self.weights_from:
+            trained = pool_of[self.weights_from[generation.role]]
+            if pool_of[generation.role] != trained:
+                ahead = generation.name
+        return Schedule(self.dataflow, pool_of, self._transfers, ahead)
+
+    def is_ahead(self, call: Call) -> bool:
+        """Whether the call's responses are drawn ahead of the step: those of the first generation
+        call, in an asynchronous run."""
+        return call is self._ahead
+
+    @cached_property
+    def _ahead(self) -> Call | None:
+        if self.workload.asynchrony is None:
+            return None
+        for call in self.dataflow.calls:
+            if call.kind is CallKind.generation:
+                return call
+        return None
 
     @cached_property
     def _transfers(self) -> dict[tuple[str, str], float]:

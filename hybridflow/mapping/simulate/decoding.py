@@ -35,7 +35,7 @@ def decode_profile(lengths: Lengths, rows: int, max_running: int) -> tuple[Segme
     """
     if len(lengths.quantiles) == 1:
         return _fixed(lengths.longest, rows, max_running)
-    return _condense(_simulate(lengths.sample(rows), max_running))
+    return condense(_simulate(lengths.sample(rows), max_running))
 
 
 def _fixed(length: int, rows: int, max_running: int) -> tuple[Segment, ...]:
@@ -58,26 +58,26 @@ def _simulate(lengths: list[int], max_running: int) -> list[Segment]:
     now = 0
     for length in lengths[max_running:]:
         finish, start = running[0]
-        _extend(segments, now, finish, len(running), started)
+        extend(segments, now, finish, len(running), started)
         now = finish
         heapreplace(running, (now + length, now))
         started += now - start
     ordered = sorted(running)
     for index, (finish, start) in enumerate(ordered):
-        _extend(segments, now, finish, len(ordered) - index, started)
+        extend(segments, now, finish, len(ordered) - index, started)
         now = finish
         started -= start
     return segments
 
 
-def _extend(segments: list[Segment], now: int, until: int, running: int, started: float) -> None:
+def extend(segments: list[Segment], now: float, until: float, running: int, started: float) -> None:
     """Adds a segment from `now` to `until`; `started` is the sum of the running sequences'
     first steps."""
     if until > now:
         segments.append(Segment(until - now, running, (now + until) / 2 - started / running))
 
 
-def _condense(segments: list[Segment]) -> tuple[Segment, ...]:
+def condense(segments: list[Segment]) -> tuple[Segment, ...]:
     """Merges neighbours by their step-weighted means, down to about MAX_SEGMENTS."""
     total = sum(segment.steps for segment in segments)
     result: list[Segment] = []

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from hybridflow.mapping.question.layouts import GenerationLayout
 from hybridflow.mapping.question.model import ModelSpec
+from hybridflow.mapping.simulate.ahead import continuous_profile
 from hybridflow.mapping.simulate.compute import elementwise_s, head_s, products_s, rounds
-from hybridflow.mapping.simulate.decoding import decode_profile
+from hybridflow.mapping.simulate.decoding import Segment, decode_profile
 from hybridflow.mapping.simulate.fabric import Fabric
 from hybridflow.mapping.simulate.footprint import kv_bytes_per_token
 from hybridflow.mapping.simulate.passes import Machine
@@ -27,10 +28,12 @@ class GenerationTime:
     prefill: float
     decode: float
     overhead: float
+    reread: float = 0.0
+    """Tokens of responses that are being drawn, read anew after new weights."""
 
     @property
     def total(self) -> float:
-        return self.prefill + self.decode + self.overhead
+        return self.prefill + self.decode + self.overhead + self.reread
 
 
 def replica_rows(layout: GenerationLayout, machine: Machine) -> int:
@@ -38,19 +41,50 @@ def replica_rows(layout: GenerationLayout, machine: Machine) -> int:
     return rounds(machine.workload.num_rows, layout.replicas)
 
 
-def generation_time(model: ModelSpec, layout: GenerationLayout, machine: Machine) -> GenerationTime:
-    """Seconds of a response for every row of the step."""
-    rows = replica_rows(layout, machine)
+def generation_time(
+    model: ModelSpec, layout: GenerationLayout, machine: Machine, *, ahead: bool = False
+) -> GenerationTime:
+    """Seconds of a response for every row of the step; `ahead`: of a step's share of a generation
+    that never stops, because responses are drawn ahead of the steps."""
+    workload, rows = machine.workload, replica_rows(layout, machine)
     step = DecodeStep(model, layout, machine)
-    prompt = machine.workload.prompt.mean
+    prompt, reread = workload.prompt.mean, 0.0
+    if ahead and workload.asynchrony is not None and not workload.asynchrony.drains:
+        profile = continuous_profile(workload, layout.replicas, layout.max_running)
+        if workload.asynchrony.rereads:
+            reread = _reread_s(model, layout, machine, profile)
+    else:
+        profile = decode_profile(workload.response, rows, layout.max_running)
     decode = 0.0
-    for part in decode_profile(machine.workload.response, rows, layout.max_running):
+    for part in profile:
         decode += part.steps * step.seconds(part.running, prompt + part.generated)
+    prefill = 0.0
+    if prompt:
+        attended = workload.prompt.mean_square / (2 * prompt)
+        prefill = _prefill_s(model, layout, machine, rows * prompt, attended, rows)
     return GenerationTime(
-        prefill=_prefill_s(model, layout, machine, rows),
+        prefill=prefill,
         decode=decode,
         overhead=machine.call_s(layout.num_devices),
+        reread=reread,
     )
+
+
+def _reread_s(
+    model: ModelSpec,
+    layout: GenerationLayout,
+    machine: Machine,
+    profile: tuple[Segment, ...],
+) -> float:
+    """Seconds to read what is being drawn, once, at a moment of average load."""
+    steps = running = generated = 0.0
+    for part in profile:
+        steps += part.steps
+        running += part.steps * part.running
+        generated += part.steps * part.running * part.generated
+    length = machine.workload.prompt.mean + generated / running
+    rows = running / steps
+    return _prefill_s(model, layout, machine, rows * length, length / 2, rows)
 
 
 class DecodeStep:
@@ -90,17 +124,19 @@ class DecodeStep:
         return layers * layer + cache + head + passing
 
 
-def _prefill_s(model: ModelSpec, layout: GenerationLayout, machine: Machine, rows: int) -> float:
-    """Seconds of all prompts of a replica, in passes of at most `max_num_batched_tokens`;
-    stages work on different passes at the same time."""
-    prompt = machine.workload.prompt
-    tokens = rows * prompt.mean
-    if tokens == 0:
-        return 0.0
+def _prefill_s(
+    model: ModelSpec,
+    layout: GenerationLayout,
+    machine: Machine,
+    tokens: float,
+    attended: float,
+    rows: float,
+) -> float:
+    """Seconds to read `tokens` of a replica's `rows`, each token attending to `attended`, in passes
+    of at most `max_num_batched_tokens`; stages work on different passes at the same time."""
     passes = rounds(tokens, int(machine.space.max_num_batched_tokens))
     each = tokens / passes
     parts = (machine.kind, machine.calibration, machine.space)
-    attended = prompt.mean_square / (2 * prompt.mean)
     layer = products_s(model, *parts, tokens=each, attended=attended, t=layout.tg) + elementwise_s(
         model, *parts, tokens=each, t=layout.tg
     )

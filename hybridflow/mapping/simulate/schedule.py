@@ -5,18 +5,24 @@ A call starts when its inputs have arrived and its pool is free; a pool runs its
 in program order, as the runtime does. So pools overlap wherever the dataflow lets them: the paper's
 d_cost (section 6) without barriers between its stages. Durations may be numbers or NumPy arrays
 (many candidates at once).
+
+A call that is drawn ahead delays nobody: its results for the step are there when the step begins, and
+its pool works on those of a later step. So a step takes as long as the other calls need, or as long
+as its pool is busy, whichever is longer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from hybridflow.dataflow import CallKind, Dataflow
 
 CONTROLLER = "controller"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +57,12 @@ class Schedule:
         dataflow: Dataflow,
         pool_of: dict[str, str],
         edge_seconds: dict[tuple[str, str], float],
+        ahead: str | None = None,
     ) -> None:
+        """`ahead`: the call that is drawn ahead, beside the rest of the step."""
+        self._ahead: int | None = None
+        if ahead is not None:
+            self._ahead = dataflow.positions[ahead]
         self._calls = dataflow.calls
         index = dataflow.positions
         self.pools = [pool_of.get(call.role, CONTROLLER) for call in dataflow.calls]
@@ -73,6 +84,32 @@ class Schedule:
 
     def makespan(self, seconds: Sequence[float]) -> float:
         """The end of the last call; `seconds` are in program order."""
+        if self._ahead is None:
+            return self._last_end(seconds)
+        others = list(seconds)
+        others[self._ahead] = 0.0
+        return max(self._last_end(others), sum(self._beside(seconds)))
+
+    def makespans(self, seconds: Sequence[np.ndarray]) -> np.ndarray:
+        """The same as makespan, for arrays of durations that broadcast against each other."""
+        if self._ahead is None:
+            return self._last_ends(seconds)
+        others = list(seconds)
+        others[self._ahead] = np.zeros(())
+        beside = np.zeros(())
+        for duration in self._beside(seconds):
+            beside = beside + duration
+        return np.maximum(self._last_ends(others), beside)
+
+    def _beside(self, seconds: Sequence[T]) -> list[T]:
+        """The seconds of all calls of the pool that draws ahead."""
+        assert self._ahead is not None
+        pool = self.pools[self._ahead]
+        return [
+            duration for duration, other in zip(seconds, self.pools, strict=True) if other == pool
+        ]
+
+    def _last_end(self, seconds: Sequence[float]) -> float:
         ends: list[float] = []
         free: dict[str, float] = {}
         for duration, pool, edges in zip(seconds, self.pools, self._edges, strict=True):
@@ -86,8 +123,7 @@ class Schedule:
             free[pool] = end
         return max(ends)
 
-    def makespans(self, seconds: Sequence[np.ndarray]) -> np.ndarray:
-        """The same as makespan, for arrays of durations that broadcast against each other."""
+    def _last_ends(self, seconds: Sequence[np.ndarray]) -> np.ndarray:
         ends: list[np.ndarray] = []
         free: dict[str, np.ndarray] = {}
         for duration, pool, edges in zip(seconds, self.pools, self._edges, strict=True):
@@ -108,13 +144,18 @@ class Schedule:
         return result
 
     def bars(self, seconds: Sequence[float]) -> tuple[Bar, ...]:
-        """The timeline, a bar for every call in program order."""
+        """The timeline, a bar for every call in program order; that of a call that is drawn ahead
+        begins with the step, beside the others."""
         ends: list[float] = []
         free: dict[str, float] = {}
         bars = []
-        for call, duration, pool, edges in zip(
-            self._calls, seconds, self.pools, self._edges, strict=True
+        for position, (call, duration, pool, edges) in enumerate(
+            zip(self._calls, seconds, self.pools, self._edges, strict=True)
         ):
+            if position == self._ahead:
+                ends.append(0.0)
+                bars.append(Bar(call.name, pool, call.kind, 0.0, duration))
+                continue
             start = 0.0 if pool == CONTROLLER else free.get(pool, 0.0)
             for edge in edges:
                 start = max(start, ends[edge.producer] + edge.seconds)
