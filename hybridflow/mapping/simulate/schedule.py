@@ -96,10 +96,11 @@ class Schedule:
             return self._last_ends(seconds)
         others = list(seconds)
         others[self._ahead] = np.zeros(())
-        beside = np.zeros(())
+        beside: np.ndarray = np.zeros(())
         for duration in self._beside(seconds):
             beside = beside + duration
-        return np.maximum(self._last_ends(others), beside)
+        longer: np.ndarray = np.maximum(self._last_ends(others), beside)
+        return longer
 
     def _beside(self, seconds: Sequence[T]) -> list[T]:
         """The seconds of all calls of the pool that draws ahead."""
