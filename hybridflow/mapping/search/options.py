@@ -70,9 +70,9 @@ class GenerationOption:
     others: float
     """Bytes of everything else that generation needs."""
     seconds: float
-    """Of a call whose responses the step waits for."""
+    """The step waits for the responses of the call."""
     ahead_seconds: float
-    """Of a call whose responses are drawn ahead; the same where none are."""
+    """The responses of the call are drawn ahead; the same where none are."""
 
     def call_seconds(self, *, ahead: bool) -> float:
         if ahead:
