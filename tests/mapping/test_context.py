@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from hybridflow.mapping.answer.explain import context_gain
 from hybridflow.mapping.question.layouts import ModelLayout
 from hybridflow.mapping.question.space import LEAST_PART, SearchSpace
 from hybridflow.mapping.simulate.footprint import pass_footprint, state_footprint
 from hybridflow.mapping.simulate.passes import exchanged_per_token, training_time
+from recipes.plan import find_answer, to_config
 from tests.mapping.test_simulators import A100, LLAMA, WORKLOAD, machine
 
 
@@ -59,3 +61,14 @@ def test_sizes_are_tried_where_rows_are_long() -> None:
     assert space.contexts(2 * LEAST_PART - 1, 16) == [1]
     assert space.contexts(4 * LEAST_PART, 16) == [1, 2, 4]
     assert space.contexts(100 * LEAST_PART, 12) == [1, 2, 4]
+
+
+@pytest.mark.slow
+def test_a_72b_model_with_long_responses_gets_a_plan_with_its_reason() -> None:
+    """The issue's question: 128 H100, responses of up to 32,768 tokens."""
+    arguments = "algorithm=grpo model=qwen2.5-72b models.reward=function cluster=16x8xH100-80GB"
+    sizes = "batch_size=64 samples_per_prompt=16 num_mini_batches=4 response=lognormal:8000:32768"
+    answer = find_answer(to_config([*arguments.split(), *sizes.split(), "engine=fsdp"]))
+    assert answer.result is not None
+    gain = context_gain(answer.setting, answer.result)
+    assert gain.startswith("context parallelism (actor cp") and "without it takes" in gain
