@@ -3,8 +3,8 @@
 python -m benchmarks.scale.balance [--json FILE]
 
 The division is the engine's own (workers/engines/shared/group_sizes.py); seconds are the mapper's
-model of an H100 for a 7B decoder: products, attention, the exchange of heads inside a node, and fixed
-costs of a layer. Nothing is measured. `fixed` shares every micro-batch among all ranks of the group,
+model of H100 nodes of 8 for a 7B decoder: products, attention, the exchange of heads, and fixed costs
+of a layer. Nothing is measured. `fixed` shares every micro-batch among all ranks of the group,
 `by length` among as few as hold it; `imbalance` is the busiest rank's work over the mean.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from hybridflow.mapping.question.layouts import ModelLayout
 from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.mapping.question.zoo import MODELS
 from hybridflow.mapping.simulate.compute import elementwise_s, products_s
+from hybridflow.mapping.simulate.fabric import Fabric
 from hybridflow.mapping.simulate.passes import exchanged_per_token
 from workers.engines.shared.group_sizes import Assignment, assign_groups, imbalance
 from workers.engines.shared.rows_together import pack, units
@@ -32,8 +34,8 @@ KIND, MODEL, SPACE, CALIBRATION = (
     SearchSpace(),
     Calibration(),
 )
-RANKS, ROWS, BUDGET = 8, 64, 8192
-"""Ranks of a row group, rows of a mini-batch, tokens of a rank."""
+RANKS, ROWS_OF_RANK, BUDGET = (8, 16), 8, 8192
+"""Ranks of a row group (in one node, over two), rows of a mini-batch over ranks, tokens of a rank."""
 LONGEST = 32768
 DRAWS = 20
 DISTRIBUTIONS = {
@@ -50,8 +52,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows = []
-    for name, (median, sigma) in DISTRIBUTIONS.items():
-        row = compare(name, median, sigma)
+    for ranks, name in product(RANKS, DISTRIBUTIONS):
+        row = compare(ranks, name)
         rows.append(row)
         print(
             " | ".join(
@@ -62,13 +64,14 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=1))
 
 
-def compare(name: str, median: int, sigma: float) -> dict[str, str | float]:
+def compare(ranks: int, name: str) -> dict[str, str | float]:
     """Means over some mini-batches."""
-    generator = np.random.default_rng(0)
+    (median, sigma), num_rows = DISTRIBUTIONS[name], ROWS_OF_RANK * ranks
+    generator, near = np.random.default_rng(0), np.arange(num_rows)
     quadratic = 1 / (12 * MODEL.hidden_size)
     fixed, by_length, busiest = [], [], []
     for _ in range(DRAWS):
-        lengths = generator.lognormal(np.log(median), sigma, ROWS)
+        lengths = generator.lognormal(np.log(median), sigma, num_rows)
         widths = np.clip(lengths, 64, LONGEST).astype(np.int64)
 
         def cut(
@@ -76,12 +79,13 @@ def compare(name: str, median: int, sigma: float) -> dict[str, str | float]:
         ) -> list[np.ndarray]:
             return [rows[part] for part in pack(widths[rows], budget_tokens)]
 
-        whole = [Assignment(part, RANKS, 0) for part in cut(np.arange(ROWS), RANKS * BUDGET)]
-        sized = assign_groups(widths, units(ROWS, None), BUDGET, RANKS, cut, quadratic)
-        fixed.append(seconds(whole, widths))
-        by_length.append(seconds(sized, widths))
+        whole = [Assignment(part, ranks, 0) for part in cut(near, ranks * BUDGET)]
+        sized = assign_groups(widths, units(num_rows, None), near, BUDGET, ranks, cut, quadratic)
+        fixed.append(seconds(whole, widths, ranks))
+        by_length.append(seconds(sized, widths, ranks))
         busiest.append(imbalance(sized, widths, quadratic))
     return {
+        "ranks": str(ranks),
         "lengths": name,
         "fixed_s": float(np.mean(fixed)),
         "by_length_s": float(np.mean(by_length)),
@@ -90,9 +94,9 @@ def compare(name: str, median: int, sigma: float) -> dict[str, str | float]:
     }
 
 
-def seconds(assignments: list[Assignment], widths: np.ndarray) -> float:
+def seconds(assignments: list[Assignment], widths: np.ndarray, ranks: int) -> float:
     """Forward and backward pass of the busiest rank."""
-    busy = np.zeros(RANKS)
+    busy = np.zeros(ranks)
     for assignment in assignments:
         first = assignment.place * assignment.size
         busy[first : first + assignment.size] += pass_seconds(
@@ -111,8 +115,8 @@ def pass_seconds(widths: np.ndarray, size: int) -> float:
     exchange = 0.0
     if size > 1:
         received = SPACE.activation_bytes * tokens * exchanged_per_token(MODEL, ModelLayout(c=size))
-        bandwidth = KIND.intra_bandwidth * CALIBRATION.link_efficiency
-        exchange = 2 * (received / bandwidth + CALIBRATION.intra_latency_s)
+        fabric = Fabric(KIND, CALIBRATION, max(size, KIND.devices_per_node))
+        exchange = 2 * fabric.exchange(received, size, 1)
     directions = 1 + CALIBRATION.backward_factor
     return MODEL.num_layers * (directions * layer + exchange)
 

@@ -25,7 +25,7 @@ from workers.engines.shared.micro_batches import (
     pairs_of_rows,
     share_row,
 )
-from workers.engines.shared.rows_together import units
+from workers.engines.shared.rows_together import prompts_of, units
 from workers.sequences import Sequences
 
 
@@ -57,6 +57,9 @@ class ByLength:
         """From the largest groups to the smallest, possibly none; cutting.budget_tokens is for each
         rank."""
         widths = computed_widths(sequences, head, cutting).numpy()
+        near = np.arange(sequences.num_rows)
+        if cutting.share_prompts:
+            near = prompts_of(sequences).label
 
         def cut(rows: np.ndarray, budget_tokens: int) -> list[np.ndarray]:
             budget = replace(cutting, budget_tokens=budget_tokens)
@@ -68,6 +71,7 @@ class ByLength:
         assignments = assign_groups(
             widths,
             units(sequences.num_rows, pairs_of_rows(sequences)),
+            near,
             cutting.budget_tokens,
             self._cp,
             cut,

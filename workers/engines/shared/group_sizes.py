@@ -18,6 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+NEAR_PARTS = 4
+"""Rows with one prompt are assigned one by one where together they are more than this part of a
+group's work."""
+
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
@@ -43,6 +47,7 @@ def nested_sizes(num_ranks: int) -> list[int]:
 def assign_groups(
     widths: np.ndarray,
     units: list[np.ndarray],
+    near: np.ndarray,
     budget_tokens: int,
     num_ranks: int,
     cut: Callable[[np.ndarray, int], list[np.ndarray]],
@@ -51,29 +56,43 @@ def assign_groups(
     """All rows in micro-batches, from the largest groups to the smallest.
 
     widths: int64 [rows], tokens of each row. units: rows that must stay together. A unit is shared
-    by the fewest ranks that have it within `budget_tokens` each (all of them where none do).
-    cut(rows, tokens): some of the rows in micro-batches of so many tokens. quadratic: seconds of
-    attention for a pair of tokens over those of a token for everything else; the micro-batches of
-    one size go to the group with the least work, the costliest first.
+    by the fewest ranks that have it within `budget_tokens` each (all of them where none do). The
+    units of one size go to the group with the least work, the costliest first; those whose first
+    rows have one label of `near` go together unless they are much of a group's work. cut(rows,
+    tokens): a group's rows in micro-batches of so many tokens. quadratic: seconds of attention for a
+    pair of tokens over those of a token for everything else.
     """
     sizes = nested_sizes(num_ranks)
-    size_of = np.full(len(widths), num_ranks, dtype=np.int64)
-    for unit in units:
-        for size in sizes:
-            if widths[unit].sum() <= size * budget_tokens:
-                size_of[unit] = size
     cost = widths * (1.0 + quadratic * widths)
+    by_size: dict[int, dict[int, list[np.ndarray]]] = {size: {} for size in sizes}
+    totals = dict.fromkeys(sizes, 0.0)
+    for unit in units:
+        size = num_ranks
+        for smaller in sizes:
+            if widths[unit].sum() <= smaller * budget_tokens:
+                size = smaller
+        by_size[size].setdefault(int(near[unit[0]]), []).append(unit)
+        totals[size] += float(cost[unit].sum())
     load = np.zeros(num_ranks)
     assignments = []
-    for size in sizes:
-        rows = np.flatnonzero(size_of == size)
-        parts = cut(rows, size * budget_tokens)
-        parts.sort(key=lambda part: -float(cost[part].sum()))
-        for part in parts:
+    for size, by_label in by_size.items():
+        num_groups = num_ranks // size
+        most = totals[size] / (NEAR_PARTS * num_groups)
+        items: list[np.ndarray] = []
+        for alike in by_label.values():
+            together = np.concatenate(alike)
+            items += [together] if cost[together].sum() <= most else alike
+        items.sort(key=lambda rows: -float(cost[rows].sum()))
+        chosen: list[list[np.ndarray]] = [[] for _ in range(num_groups)]
+        for rows in items:
             # Ranks of one group have run the same before, so any of them tells its load.
             place = int(np.argmin(load[::size]))
-            load[place * size : (place + 1) * size] += cost[part].sum() / size
-            assignments.append(Assignment(part, size, place))
+            load[place * size : (place + 1) * size] += cost[rows].sum() / size
+            chosen[place].append(rows)
+        for place, parts in enumerate(chosen):
+            if parts:
+                for rows in cut(np.sort(np.concatenate(parts)), size * budget_tokens):
+                    assignments.append(Assignment(rows, size, place))
     return assignments
 
 
