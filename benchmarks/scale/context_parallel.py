@@ -176,17 +176,17 @@ class _SentBytes(TorchDispatchMode):
         ):
             output, source = args[0], args[1]
             if source.ndim == 2:
-                self.bytes += self._bytes(name, output, source)
+                self.bytes += self._bytes(name, output, source, args)
         return func(*args, **(kwargs or {}))
 
     @staticmethod
-    def _bytes(name: str, output: Tensor, source: Tensor) -> int:
+    def _bytes(name: str, output: Tensor, source: Tensor, args: tuple[Any, ...]) -> int:
         if name == "c10d::_allgather_base_":
             return (output.numel() - source.numel()) * source.element_size()
         if name == "c10d::_reduce_scatter_base_":
             return (source.numel() - output.numel()) * source.element_size()
         # All but the rank's part of what it sends, which is about equal for all ranks.
-        size = dist.get_world_size()
+        size = len(args[4])
         return source.numel() * (size - 1) // size * source.element_size()
 
 
