@@ -28,7 +28,7 @@ from hybridflow.pool import ResourcePool
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments, Distribution
 from hybridflow.results import Metrics, Results
-from hybridflow.worker import Remote, Worker, remote_methods
+from hybridflow.worker import Remote, Worker, declared_methods
 
 LOGGER = logging.getLogger(__name__)
 W = TypeVar("W", bound=Worker)
@@ -136,7 +136,7 @@ class Handle:
         self._pool = pool
         self._role = role
         self._worker_class = worker_class
-        self._methods = remote_methods(worker_class)
+        self._methods = declared_methods(worker_class, config)
         started = time.perf_counter()
         with activity(f"building {role}", detail=pool.activity):
             pool.create(role, worker_class, config)

@@ -35,7 +35,7 @@ from hybridflow.errors import (
 )
 from hybridflow.protocols import Arguments
 from hybridflow.waiting import Reply
-from hybridflow.worker import Worker, remote_methods
+from hybridflow.worker import Worker, declared_methods
 
 NO_ARGUMENTS = Arguments()
 
@@ -148,7 +148,7 @@ class Host:
         role, _, method = _task_name().rpartition(".")
         with _named_failure(self.context, role, method):
             worker = self.workers[role]
-            declaration = remote_methods(type(worker))[method]
+            declaration = declared_methods(type(worker), worker.config)[method]
             local = arguments.map_batches(
                 lambda batch: batch.local(batch.columns, self.node_id or None)
             )

@@ -8,7 +8,7 @@ under a debugger: @remote adds a declaration and changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, TypeVar
 
 from hybridflow.columns import declared
@@ -89,6 +89,16 @@ def remote_methods(worker: type) -> dict[str, Remote]:
     return methods
 
 
+def declared_methods(worker: type[Worker], config: Any) -> dict[str, Remote]:
+    """The declared methods of a worker with these settings, with the columns of further_writes."""
+    methods = dict(remote_methods(worker))
+    for name, columns in worker.further_writes(config).items():
+        for column in columns:
+            declared(column)
+        methods[name] = replace(methods[name], writes=(*methods[name].writes, *columns))
+    return methods
+
+
 class Worker:
     """class ActorWorker(Worker):
         @remote(THREE_D, reads=("prompt_ids", "response_ids"), writes=("log_probs",))
@@ -106,6 +116,12 @@ class Worker:
         """The named layouts over the pool that the protocols refer to; checked before any
         process does work."""
         return {"train": Layout.of(dp=world_size)}
+
+    @classmethod
+    def further_writes(cls, config: Any) -> dict[str, tuple[str, ...]]:
+        """Columns that methods write with these settings, besides those of their declaration, by the
+        method's name."""
+        return {}
 
     def close(self) -> None:
         """Called once when the host goes down in good order."""

@@ -24,7 +24,7 @@ from hybridflow.registry import Registry
 from recipes.config import NO_MODEL, RunConfig
 from recipes.engine_facts import ask_engine
 from workers.adapter_sync import sends_adapter
-from workers.agents.config import EpisodeScorerConfig
+from workers.agents.config import EpisodeActorConfig, EpisodeScorerConfig
 from workers.config import (
     ContextExchange,
     LearningRateSchedule,
@@ -36,6 +36,7 @@ from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head
 from workers.engines.model.loading import check_packing, model_config, position_limit
 from workers.engines.model.lora import check_adapter
+from workers.engines.model.routers import check_declared
 from workers.engines.shared.optimizer import check_optimizer_config
 from workers.generation import ENGINES as GENERATION_ENGINES
 from workers.generation import generation_engine_class
@@ -59,6 +60,7 @@ from workers.role_config import (
     PreferenceConfig,
     ReferenceConfig,
     RewardConfig,
+    RouterReplay,
     VerdictKind,
 )
 
@@ -108,6 +110,7 @@ def check_settings(role: str, config: RoleConfig) -> None:
             )
     if isinstance(config, ActorConfig):
         check_adapter_sync(role, config)
+        check_router_replay(role, config)
     if role == "generator" and config.train.lora.enabled:
         raise ValueError(
             "actor.train.lora is set, but a recipe that only generates takes whole models; merge the "
@@ -129,6 +132,26 @@ def check_adapter_sync(role: str, config: ActorConfig) -> None:
         raise ValueError(
             f"{role}.adapter_sync is {config.adapter_sync.value}, which nothing reads without an "
             f"adapter; set {role}.train.lora.rank, or leave it out"
+        )
+
+
+def check_router_replay(role: str, config: ActorConfig) -> None:
+    """Whether routes can be recorded where router_replay wants them; the model is not read."""
+    if config.router_replay is not RouterReplay.R3:
+        return
+    name = f"{role}.router_replay is R3"
+    if isinstance(config, EpisodeActorConfig):
+        raise ValueError(f"{name}, but episodes with an environment keep no routes; use R2")
+    generation = config.generation
+    if not generation_engine_class(generation.engine).records:
+        raise ValueError(
+            f"{name}, but engine {generation.engine} of {role}.generation does not record routes; use "
+            "R2"
+        )
+    if generation.pp > 1:
+        raise ValueError(
+            f"{name} with {role}.generation.pp={generation.pp}, where each rank sees the routes of its "
+            "own layers; set pp=1, or use R2"
         )
 
 
@@ -387,6 +410,9 @@ def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> 
             _check_train_layout(config.model, config.train, head, num_devices)
         if isinstance(config, ActorConfig):
             sends_adapter(config)
+            if config.router_replay is not RouterReplay.off:
+                published = model_config(config.model, head)
+                check_declared(published, f"router_replay is {config.router_replay.value}")
         if isinstance(config, ActorConfig) or (
             isinstance(config, JudgeConfig) and config.verdict is VerdictKind.written
         ):

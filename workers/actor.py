@@ -32,7 +32,7 @@ from workers.process_memory import begin_peak, give_back, peak_bytes
 from workers.role_config import ActorConfig
 from workers.roles import Actor, Progress, StreamingGenerator
 from workers.row_stream import RowStream
-from workers.sampler import Sampler, probe_settings
+from workers.sampler import Sampler, further_writes, probe_settings
 from workers.sequences import Sequences
 from workers.weight_sync import WeightSync
 
@@ -92,6 +92,10 @@ class ActorWorker(ActorTrainingWorker, Actor, StreamingGenerator):
     def layouts(cls, config: ActorConfig, world_size: int) -> dict[str, Layout]:
         training = training_layout(config.train, world_size, "actor")
         return {"train": training, "generation": generation_grouping(config, training).layout}
+
+    @classmethod
+    def further_writes(cls, config: ActorConfig) -> dict[str, tuple[str, ...]]:
+        return further_writes(config)
 
     def generate_sequences(
         self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True

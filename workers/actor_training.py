@@ -11,17 +11,19 @@ from itertools import islice
 import torch.distributed as dist
 
 from hybridflow.batch import Batch
+from hybridflow.columns import Ragged
 from hybridflow.context import RankContext
 from hybridflow.results import Metrics, prefixed
+from workers.columns import ROUTES
 from workers.consistency import check_first_step
 from workers.losses.config import OldPolicy
 from workers.losses.language import with_pretraining
 from workers.losses.policy import policy_loss
 from workers.mini_batches import mean_over_steps, train_on
-from workers.model_worker import sequences_of
+from workers.model_worker import sequences_of, with_routes
 from workers.not_finite import SKIPPED
 from workers.policy import PolicyWorker
-from workers.role_config import ActorConfig
+from workers.role_config import ActorConfig, RouterReplay
 from workers.roles import TrainingActor
 
 PER_TOKEN = ("advantages", "rollout_log_probs", "ref_log_probs", "covariance_selected")
@@ -47,7 +49,11 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
         if "pretrain" in batch:
             sequences = sequences.with_columns(per_row={"pretrain": batch.tensor("pretrain")})
             loss_fn = with_pretraining(loss_fn, loss.pretraining_coefficient)
+        if config.router_replay is RouterReplay.R3:
+            sequences = with_routes(sequences, self._recorded_routes(batch))
         mini_batches = self.mini_batches(batch, sequences)
+        if config.router_replay is RouterReplay.R2:
+            self.add_routes(mini_batches)
         stale = self._is_stale(batch)
         # Every rank decides the same, because computing log-probs is collective.
         by_rollout = loss.old_policy is OldPolicy.rollout
@@ -94,6 +100,14 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
         """Puts back what counters() returned."""
         super().load_counters(counters)
         self.num_skipped = counters["num_skipped"]
+
+    def _recorded_routes(self, batch: Batch) -> Ragged:
+        if ROUTES.name not in batch:
+            raise ValueError(
+                "actor.router_replay is R3, but the rows that are trained have no routes of the "
+                "generation engine (rows of pretraining text never do); use R2 or off"
+            )
+        return batch.ragged(ROUTES.name)
 
     def _is_stale(self, batch: Batch) -> bool:
         """Whether any row of any rank was drawn by other weights than the present ones.

@@ -104,6 +104,13 @@ TOKEN_VERSION = declare(
     "int64",
     "version of the actor's weights that drew each token; weight_version is that of the first",
 )
+ROUTES = declare(
+    "routes",
+    "batch time layers experts",
+    "int16",
+    "experts of a mixture that each token but the last was sent to, by layer with experts; -1 where "
+    "that is not known",
+)
 REPLICA = declare(
     "replica", "batch", "int64", "data coordinate of the generation layout that draws the row"
 )

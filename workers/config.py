@@ -199,4 +199,9 @@ class TrainConfig:
     """Keep optimizer states in host memory while they are not used."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Train low-rank adapters in place of the model's weights."""
+    router_aux_loss_coefficient: float = 0.0
+    """Factor of the auxiliary loss that spreads tokens evenly over the experts of a mixture:
+    experts * sum_i f_i P_i of every layer, with the share f of the choices and the mean probability P
+    of the whole mini-batch over all ranks. 0 leaves it out; over 0, each step begins with one more
+    forward pass, which counts f."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

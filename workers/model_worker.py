@@ -4,6 +4,7 @@ token sequences."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,6 +127,18 @@ def sequences_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
         scored=scored,
         per_token=columns,
     )
+
+
+def with_routes(sequences: Sequences, routes: Ragged) -> Sequences:
+    """The same rows, whose tokens go to the experts that the column `routes` says: it has none for
+    the last token of a row."""
+    assert torch.equal(routes.lengths, sequences.lengths - 1), "routes of other rows"
+    last = torch.cumsum(sequences.lengths, 0) - 1
+    has_route = torch.ones(len(sequences.token_ids), dtype=torch.bool)
+    has_route[last] = False
+    every = routes.values.new_full((len(has_route), *routes.values.shape[1:]), -1)
+    every[has_route] = routes.values
+    return replace(sequences, routes=every)
 
 
 def num_scored(batch: Batch) -> Tensor:

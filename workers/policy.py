@@ -8,6 +8,7 @@ the policy-gradient update.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -100,6 +101,16 @@ class PolicyWorker(TrainedWorker, Policy):
         differently.
         """
         mini_batches.add_columns(old_log_probs=self._old_log_probs(batch, mini_batches.sequences))
+
+    def add_routes(self, mini_batches: MiniBatches) -> None:
+        """Has every pass of the update send tokens to the experts to which the present weights send
+        them."""
+        self.to_training()
+        outputs = self.engine.forward(
+            mini_batches.sequences, temperature=self.temperature, routes=True
+        )
+        assert outputs is not None, "routes are on every rank"
+        mini_batches.sequences = replace(mini_batches.sequences, routes=outputs.routes)
 
     def _old_log_probs(self, batch: Batch, sequences: Sequences) -> Tensor:
         if "log_probs" in batch:

@@ -36,6 +36,17 @@ class AdapterSync(StrEnum):
     """The weights with the adapter in them; the engine computes as with any weights."""
 
 
+class RouterReplay(StrEnum):
+    """Whose choice of experts a mixture of experts is trained with."""
+
+    off = "off"
+    """The routers choose anew in every pass."""
+    R2 = "R2"
+    """That of the training engine before the update: the pass that gives the old log-probs."""
+    R3 = "R3"
+    """That of the generation engine, as it drew the response."""
+
+
 @dataclass(kw_only=True)
 class ActorConfig:
     """The policy: trained by `train`, sampled by `generation`."""
@@ -54,6 +65,10 @@ class ActorConfig:
     """Log the policy's entropy even where the loss does not need it."""
     adapter_sync: AdapterSync = AdapterSync.auto
     """With train.lora: what a weight sync sends."""
+    router_replay: RouterReplay = RouterReplay.off
+    """With a mixture of experts: routes that are recorded once and replayed in every pass of the
+    update, so that a rounding that turns a route over does not change the policy that is compared.
+    The experts' weights are the router's scores of the moment, through which it is trained."""
     probe_tolerance: float = -1.0
     """Largest mean difference of the probe's log-probs between trainer and generation engine after
     a sync; the run stops above it.

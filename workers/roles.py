@@ -173,6 +173,7 @@ class TrainingActor(Policy):
             "weight_version",
             "covariance_selected",
             "pretrain",
+            "routes",
         ),
         kind=CallKind.training,
         balance="num_tokens",

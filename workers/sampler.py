@@ -21,16 +21,17 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.resharding import ParameterSpec
 from hybridflow.seeds import spread_seed
+from workers.columns import ROUTES
 from workers.config import Precision
 from workers.consistency import is_exact
 from workers.generation import generation_engine_class
-from workers.generation.base import generations
+from workers.generation.base import Generations, generations
 from workers.generation.checked import check_generations
 from workers.generation.config import InFlight, SamplingConfig
 from workers.generation.rows import FinishedRow
 from workers.generation.sampling import load_model_config, most_tokens, with_special_stops
 from workers.generation.weight_destination import WeightDestination
-from workers.role_config import ActorConfig, StreamingActorConfig
+from workers.role_config import ActorConfig, RouterReplay, StreamingActorConfig
 from workers.tokenizer import load_tokenizer
 
 
@@ -63,6 +64,10 @@ class Sampler:
             layout=layout,
             **({"lora": config.train.lora} if adapter else {}),
         )
+        self._routes_shape: tuple[int, int] | None = None
+        """Layers with experts and experts per token, where routes are recorded."""
+        if config.router_replay is RouterReplay.R3 and not load_weights:
+            self._routes_shape = self.engine.record_routes()
 
     def generate(
         self, prompts: Batch, sampling: SamplingConfig | None, *, do_sample: bool = True
@@ -85,13 +90,14 @@ class Sampler:
             generated, len(prompts), self._vocab_size, self.config.generation.engine, most
         )
         lengths = torch.from_numpy(generated.lengths)
-        return Batch.of(
+        batch = Batch.of(
             response_ids=Ragged(torch.from_numpy(generated.response_ids), lengths),
             rollout_log_probs=Ragged(torch.from_numpy(generated.log_probs), lengths),
             finish_reason=generated.finish_reasons,
             num_tokens=prompt_ids.lengths + lengths,
             weight_version=torch.full((len(prompts),), self.engine.weight_version),
         )
+        return self._with_routes(batch, generated, prompt_ids.lengths + lengths)
 
     def submit(self, prompts: Batch) -> list[int]:
         """Adds a row for every prompt, as generate draws them; returns the engine's keys."""
@@ -113,7 +119,7 @@ class Sampler:
         lengths = torch.from_numpy(generated.lengths)
         versions = np.concatenate([np.empty(0, np.int64), *(row.weight_versions for row in rows)])
         first = np.array([row.weight_versions[0] for row in rows], dtype=np.int64)
-        return Batch.of(
+        batch = Batch.of(
             response_ids=Ragged(torch.from_numpy(generated.response_ids), lengths),
             rollout_log_probs=Ragged(torch.from_numpy(generated.log_probs), lengths),
             finish_reason=generated.finish_reasons,
@@ -121,6 +127,17 @@ class Sampler:
             weight_version=torch.from_numpy(first),
             token_version=Ragged(torch.from_numpy(versions), lengths),
         )
+        return self._with_routes(batch, generated, prompt_lengths + lengths)
+
+    def _with_routes(self, batch: Batch, generated: Generations, lengths: Tensor) -> Batch:
+        """The batch with the column of routes, where they are recorded, of rows of `lengths`
+        tokens."""
+        if self._routes_shape is None:
+            return batch
+        routes = torch.zeros(0, *self._routes_shape, dtype=torch.int16)
+        if generated.routes is not None:
+            routes = torch.from_numpy(generated.routes)
+        return batch | Batch.of(routes=Ragged(routes, lengths - 1))
 
     def _settled(self, sampling: SamplingConfig) -> SamplingConfig:
         """The settings with special tokens among their stop strings as ids."""
@@ -138,6 +155,13 @@ class Sampler:
         if isinstance(self.config, StreamingActorConfig):
             in_flight = self.config.in_flight
         return self.engine.weight_destination(parameters, dtype, self.context.device, in_flight)
+
+
+def further_writes(config: ActorConfig) -> dict[str, tuple[str, ...]]:
+    """Columns that an actor's generation writes with these settings (Worker.further_writes)."""
+    if config.router_replay is not RouterReplay.R3:
+        return {}
+    return {"generate_sequences": (ROUTES.name,), "collect": (ROUTES.name,)}
 
 
 def row_limits(prompts: Batch) -> NDArray[np.int64] | None:

@@ -36,6 +36,9 @@ class Sequences:
     scored: Tensor | None = None
     """bool [sum(lengths)], which tokens those are, never the first of a row; None: the last
     ones."""
+    routes: Tensor | None = None
+    """int16 [sum(lengths), layers, experts per token]: the experts of a mixture that each token is
+    sent to, by layer with experts; -1 where the router decides."""
     per_token: dict[str, Tensor] = field(default_factory=dict)
     """name -> [sum(scored_lengths), ...], for the loss (advantages, old_log_probs, weights,
     ...)."""
@@ -98,6 +101,7 @@ class Sequences:
             lengths=self.lengths[index],
             scored_lengths=self.scored_lengths[index],
             scored=None if self.scored is None else self.scored[tokens],
+            routes=None if self.routes is None else self.routes[tokens],
             per_token={name: values[scored] for name, values in self.per_token.items()},
             per_row={name: values[index] for name, values in self.per_row.items()},
         )
@@ -134,6 +138,7 @@ class Sequences:
             lengths=self.lengths,
             scored_lengths=self.scored_lengths,
             scored=self.scored,
+            routes=self.routes,
             per_token={**self.per_token, **(per_token or {})},
             per_row={**self.per_row, **(per_row or {})},
         )

@@ -35,7 +35,7 @@ from workers.precision import with_native_precision
 from workers.role_config import ActorConfig
 from workers.roles import Actor, Progress, SplitGenerator, SplitTrainer
 from workers.row_stream import RowStream
-from workers.sampler import Sampler, probe_settings
+from workers.sampler import Sampler, further_writes, probe_settings
 from workers.weight_sync import WeightSync
 
 
@@ -111,6 +111,10 @@ class GenerationWorker(SplitGenerator):
     @classmethod
     def layouts(cls, config: ActorConfig, world_size: int) -> dict[str, Layout]:
         return {"generation": generation_layout(config.generation, world_size, "actor")}
+
+    @classmethod
+    def further_writes(cls, config: ActorConfig) -> dict[str, tuple[str, ...]]:
+        return further_writes(config)
 
     def join(self, meeting: str, num_ranks: int, host: str, timeout_s: float) -> None:
         context = self.context

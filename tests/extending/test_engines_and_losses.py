@@ -77,7 +77,7 @@ class WholeEngine(ShardedEngine):
         return run_micro_batch(self.scored, micro_batch, entropy=entropy, temperature=temperature)
 
     @torch.no_grad()
-    def forward(self, sequences, *, entropy=False, temperature=1.0):
+    def forward(self, sequences, *, entropy=False, temperature=1.0, routes=False):
         cut = self._cut_alike(sequences, None, alike=False)
         return gather_outputs(cut, [self._run(part, entropy, temperature) for part in cut], sequences)
 

@@ -54,6 +54,9 @@ class Outputs:
     """[scored_tokens]."""
     scores: Tensor | None = None
     """[rows]."""
+    routes: Tensor | None = None
+    """int16 [tokens, layers, experts per token]: the experts that each token of the sequences was
+    sent to, by layer with experts; -1 for tokens that were not computed."""
 
 
 LossFn = Callable[[Outputs, Sequences], tuple[Tensor, dict[str, Tensor]]]
@@ -166,10 +169,15 @@ class TrainingEngine(ABC):
 
     @abstractmethod
     def forward(
-        self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0
+        self,
+        sequences: Sequences,
+        *,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        routes: bool = False,
     ) -> Outputs | None:
         """Outputs without gradients, on every rank of the last pipeline stage (all tensor ranks
-        the same); None elsewhere."""
+        the same); None elsewhere. `routes`: those of a mixture of experts too, on every rank."""
 
     @abstractmethod
     def train_step(

@@ -52,6 +52,9 @@ class Generations:
     """Prompt tokens of all rows, repeated prompts counted every time."""
     seconds: float
     """Wall time of the call on this rank."""
+    routes: NDArray[np.int16] | None = None
+    """[tokens of all prompts and responses but the last of each, layers, experts per token], as
+    FinishedRow.routes."""
 
 
 class GenerationEngine(ABC):
@@ -86,6 +89,8 @@ class GenerationEngine(ABC):
     together."""
     releases: ClassVar[bool] = True
     """sleep frees memory: weights and a cache that outlive a call."""
+    records: ClassVar[bool] = False
+    """record_routes has an effect."""
     layout: Layout
     """Axes dp, pp, tp over the ranks of the pool."""
     weight_version: int
@@ -141,6 +146,14 @@ class GenerationEngine(ABC):
         which rank takes which generation coordinate; consecutive ranks form a replica if it is not
         given.
         """
+
+    def record_routes(self) -> tuple[int, int]:
+        """From now on, before the first row, rows come with the experts that their tokens were sent
+        to; returns the layers with experts, and the experts per token. A ValueError for a model
+        without experts, or settings that hide their choice."""
+        raise ValueError(
+            "actor.router_replay is R3, but the generation engine does not record routes; use R2"
+        )
 
     def generate(
         self,
@@ -310,11 +323,14 @@ def generations(
 ) -> Generations:
     """Finished rows one after the other."""
     no_ids, no_log_probs = np.empty(0, np.int64), np.empty(0, np.float32)
+    routes = [row.routes for row in rows if row.routes is not None]
+    assert not routes or len(routes) == len(rows), "some rows have no routes"
     return Generations(
         response_ids=np.concatenate([no_ids, *(row.token_ids for row in rows)]),
         lengths=np.array([len(row.token_ids) for row in rows], dtype=np.int64),
         log_probs=np.concatenate([no_log_probs, *(row.log_probs for row in rows)]),
         finish_reasons=[row.finish_reason for row in rows],
+        routes=np.concatenate(routes) if routes else None,
         num_prompt_tokens=num_prompt_tokens,
         seconds=seconds,
     )

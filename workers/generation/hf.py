@@ -30,6 +30,14 @@ from hybridflow.layout import Layout
 from workers.config import ModelConfig, Precision
 from workers.engines.base import Head
 from workers.engines.model.loading import position_limit, stored_buffers
+from workers.engines.model.routers import (
+    REPLAYS,
+    Routers,
+    check_declared,
+    experts_per_token,
+    find_routers,
+)
+from workers.engines.model.scored import decoder_layers
 from workers.generation import other_engines
 from workers.generation.base import GenerationEngine
 from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
@@ -56,6 +64,7 @@ class HfEngine(GenerationEngine):
     """
 
     releases = False
+    records = True
 
     @classmethod
     def check(cls, config: GenerationConfig) -> None:
@@ -111,6 +120,12 @@ class HfEngine(GenerationEngine):
             dtype=torch.float32 if config.precision == Precision.fp32 else torch.bfloat16,
         ).to(context.device)
         self._model.eval()
+        self._routers: Routers | None = None
+
+    def record_routes(self) -> tuple[int, int]:
+        check_declared(self._model.config, REPLAYS)
+        self._routers = Routers(find_routers(self._model), decoder_layers(self._model))
+        return len(self._routers), experts_per_token(self._model.config)
 
     def submit(
         self,
@@ -186,7 +201,7 @@ class HfEngine(GenerationEngine):
         places = self._max_num_seqs - self._num_running
         rows = [self._waiting.popleft() for _ in range(min(places, len(self._waiting)))]
         if rows:
-            self._batches.append(PaddedBatch(self._model, rows))
+            self._batches.append(PaddedBatch(self._model, rows, self._routers))
 
     def _draw(self, batch: PaddedBatch) -> list[GrowingRow]:
         """One token for every row; returns the rows that it ended."""

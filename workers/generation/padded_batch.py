@@ -4,6 +4,7 @@ values of what was read."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from workers.engines.model.routers import Routers, experts_per_token
+from workers.engines.model.routing import routing_of
 from workers.generation.rows import GrowingRow
 
 
@@ -23,8 +26,14 @@ class PaddedBatch:
     batch.join(PaddedBatch(...))    # after append: both have one token to read
     """
 
-    def __init__(self, model: PreTrainedModel, rows: Sequence[GrowingRow]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, rows: Sequence[GrowingRow], routers: Routers | None = None
+    ) -> None:
+        """`routers`: those of the model, where rows keep their routes."""
         self.rows = list(rows)
+        self._routers = routers
+        for row in rows:
+            row.routes = []  # those of the whole prefix come with the first read
         self._model = model
         self._inputs, self._mask = left_padded([row.prefix for row in rows], model.device)
         self._positions = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)
@@ -32,6 +41,22 @@ class PaddedBatch:
 
     def read(self) -> Tensor:
         """Reads the tokens that were not read yet; logits [rows, vocab] of those that follow."""
+        if self._routers is None:
+            return self._logits()
+        rows, places = torch.nonzero(self._mask[:, -self._inputs.shape[1] :], as_tuple=True)
+        width = self._inputs.shape[1]
+        routing = routing_of(rows, places, rows * width + places, self._inputs.numel())
+        with self._routers.recording():
+            logits = self._logits(routing=routing)
+        per_token = experts_per_token(self._model.config)
+        recorded = routing.recorded(len(self._routers), per_token).cpu()
+        counts = torch.bincount(rows, minlength=len(self.rows)).tolist()
+        for row, part in zip(self.rows, recorded.split(counts), strict=True):
+            if not row.finish_reason:
+                row.routes.append(part.numpy())
+        return logits
+
+    def _logits(self, **arguments: Any) -> Tensor:
         outputs = self._model(
             input_ids=self._inputs,
             attention_mask=self._mask,
@@ -39,6 +64,7 @@ class PaddedBatch:
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **arguments,
         )
         logits: Tensor = outputs.logits[:, -1]
         return logits

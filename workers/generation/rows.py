@@ -28,6 +28,10 @@ class FinishedRow:
     """ "stop" or "length"."""
     weight_versions: NDArray[np.int64]
     """[tokens]: the version of the weights that drew each token; it never falls."""
+    routes: NDArray[np.int16] | None = None
+    """[tokens of prompt and response - 1, layers, experts per token]: the experts of a mixture that
+    each token was sent to, by layer with experts; None where they are not recorded. The last token
+    was not read."""
 
 
 def pop_rows(
@@ -88,6 +92,8 @@ class GrowingRow:
         self.weight_versions: list[int] = []
         self.finish_reason = ""
         """Empty while it goes on."""
+        self.routes: list[NDArray[np.int16]] = []
+        """Of the tokens that were read, in pieces; none where routes are not recorded."""
         self._prompt, self._position = prompt, position
         self._stop, self._most = stop, most
 
@@ -115,4 +121,5 @@ class GrowingRow:
             log_probs=np.array(self.log_probs, dtype=np.float32),
             finish_reason=self.finish_reason,
             weight_versions=np.array(self.weight_versions, dtype=np.int64),
+            routes=np.concatenate(self.routes) if self.routes else None,
         )

@@ -31,6 +31,7 @@ from workers.engines.deepspeed.partitions import Partitions, partitions, shard_r
 from workers.engines.deepspeed.setup import ZeroModel
 from workers.engines.model.context_parallel import check_context_parallel
 from workers.engines.model.loading import ModelSource
+from workers.engines.model.routers import check_routers
 from workers.engines.shared.flat_views import flat_views, named
 from workers.engines.shared.metrics import add_micro_batch, metrics_of_group
 from workers.engines.shared.micro_batches import MicroBatch, gather_outputs, run_micro_batch
@@ -63,6 +64,7 @@ class DeepspeedEngine(ShardedEngine):
     def check(
         cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
     ) -> None:
+        check_routers(model, config.router_aux_loss_coefficient)
         for axis, size in (("pp", config.pp), ("tp", config.tp)):
             if size != 1:
                 raise ValueError(
@@ -99,6 +101,7 @@ class DeepspeedEngine(ShardedEngine):
         if self.config.cp > 1:
             self._data_group = axis_group(self.layout, "dp")
         self._zero = ZeroModel(source, self.head, self.config, self.device, trains=trains)
+        self._routers = self._zero.scored.routers
         self._num_steps = 0
         self._partitions: Partitions | None = None
         if self._zero.adam is not None:
@@ -108,14 +111,22 @@ class DeepspeedEngine(ShardedEngine):
             self._restore_originals(self._partitions)
 
     def forward(
-        self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0
+        self,
+        sequences: Sequences,
+        *,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        routes: bool = False,
     ) -> Outputs:
-        with torch.no_grad():
+        with torch.no_grad(), self._routers.recording(routes):
             micro_batches = self._micro_batches(sequences, alike=self.config.zero_stage == 3)
             outputs = []
             for micro_batch in micro_batches:
                 outputs.append(self._run(micro_batch, entropy, temperature))
-        return gather_outputs(micro_batches, outputs, sequences)
+        result = gather_outputs(micro_batches, outputs, sequences)
+        if routes:
+            result = replace(result, routes=self._routes(micro_batches, sequences))
+        return result
 
     def train_step(
         self,
@@ -129,7 +140,8 @@ class DeepspeedEngine(ShardedEngine):
         with ExitStack() as on_error:
             on_error.callback(owned.drop_gradients)
             micro_batches = self._micro_batches(sequences, alike=True)
-            metrics = self._accumulate(micro_batches, loss_fn, entropy, temperature)
+            with self._with_routers(sequences, scale=self.layout.size) as router_metrics:
+                metrics = self._accumulate(micro_batches, loss_fn, entropy, temperature)
             gradients = owned.gradients()
             grad_norm = self._norm(gradients)
             flat = list(chain.from_iterable(gradients))
@@ -138,7 +150,7 @@ class DeepspeedEngine(ShardedEngine):
             on_error.pop_all()
         rate = self._update(owned)
         combined = metrics_of_group(metrics, self._data_group)
-        return {**combined, "grad_norm": grad_norm, "learning_rate": rate}
+        return {**combined, **router_metrics, "grad_norm": grad_norm, "learning_rate": rate}
 
     def local_parameters(self) -> list[LocalParameter]:
         result = []

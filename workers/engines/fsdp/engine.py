@@ -38,6 +38,7 @@ from workers.engines.fsdp.sharding import (
 )
 from workers.engines.model.context_parallel import check_context_parallel
 from workers.engines.model.loading import ModelSource
+from workers.engines.model.routers import check_routers
 from workers.engines.model.split_plan import check_fits
 from workers.engines.shared.by_length import ByLength
 from workers.engines.shared.flat_views import named
@@ -76,6 +77,7 @@ class FsdpEngine(ShardedEngine):
     def check(
         cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
     ) -> None:
+        check_routers(model, config.router_aux_loss_coefficient)
         if config.pp != 1:
             raise ValueError(
                 f"train.pp is {config.pp}, but engine fsdp has no pipeline; set pp=1, or engine to "
@@ -121,6 +123,7 @@ class FsdpEngine(ShardedEngine):
         self._scored = shard_model(
             source, self.head, self.config, self._mesh, self.device, self.adapter, lent
         )
+        self._routers = self._scored.routers
         self._parameters: dict[str, nn.Parameter] = dict(source.model.named_parameters())
         self._parts = source.parts
         # AdamW works on the rank's own memory: no distributed dispatch per parameter, and any mix
@@ -144,9 +147,14 @@ class FsdpEngine(ShardedEngine):
         self._num_steps = 0
 
     def forward(
-        self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0
+        self,
+        sequences: Sequences,
+        *,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        routes: bool = False,
     ) -> Outputs:
-        with torch.no_grad():
+        with torch.no_grad(), self._routers.recording(routes):
             alike = self.config.reshard_after_forward
             micro_batches = self._micro_batches(sequences, alike=alike)
             outputs = []
@@ -156,8 +164,12 @@ class FsdpEngine(ShardedEngine):
             self._reshard()
         if self._by_length is not None:
             assert self._row_group is not None
-            return gather_group_outputs(micro_batches, outputs, sequences, self._row_group)
-        return gather_outputs(micro_batches, outputs, sequences)
+            result = gather_group_outputs(micro_batches, outputs, sequences, self._row_group)
+        else:
+            result = gather_outputs(micro_batches, outputs, sequences)
+        if routes:
+            result = replace(result, routes=self._routes(micro_batches, sequences))
+        return result
 
     def train_step(
         self,
@@ -171,7 +183,8 @@ class FsdpEngine(ShardedEngine):
             on_error.callback(self._abandon_step)
             alike = self.config.reshard_after_forward or not self._one_group
             micro_batches = self._micro_batches(sequences, alike=alike)
-            metrics = self._accumulate(micro_batches, loss_fn, entropy, temperature)
+            with self._with_routers(sequences) as router_metrics:
+                metrics = self._accumulate(micro_batches, loss_fn, entropy, temperature)
             self._sum_over_tensor_ranks()
             grad_norm = global_grad_norm(
                 self._gradients(), world_size=self.layout.size, device=self.device
@@ -181,6 +194,7 @@ class FsdpEngine(ShardedEngine):
         rate = self._update()
         return {
             **metrics_of_group(metrics, self._data_group),
+            **router_metrics,
             "grad_norm": float(grad_norm),
             "learning_rate": rate,
         }

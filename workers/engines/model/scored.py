@@ -10,6 +10,7 @@ the module made here.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from workers.engines.base import Head
 from workers.engines.model.log_probs import TokenScorer, head_log_probs, logits_tail
 from workers.engines.model.packing import Packing
 from workers.engines.model.rotary import follow_row_lengths
+from workers.engines.model.routers import Routers, find_routers
+from workers.engines.model.routing import Routing
 from workers.engines.model.split_plan import bounds
 
 LOGGER = logging.getLogger(__name__)
@@ -43,6 +46,8 @@ class ScoredModel(nn.Module):
         self._read_positions: Tensor | None = None
         model.eval()
         follow_row_lengths(model)
+        routers = find_routers(model)
+        self.routers = Routers(routers, decoder_layers(model) if routers else ())
         if head is Head.lm:
             self._prepare_head()
 
@@ -75,12 +80,13 @@ class ScoredModel(nn.Module):
         targets: Tensor,
         *,
         packing: Packing | None = None,
+        routing: Routing | None = None,
         entropy: bool = False,
         temperature: float = 1.0,
     ) -> dict[str, Tensor]:
         """input_ids int64 [rows, time], read_positions int64 [reads] into the flattened ids;
         float32 [reads] each."""
-        where = packing.arguments if packing is not None else {}
+        where = layer_arguments(packing, routing)
         if self.head is Head.lm and self._scorer is None:
             self._read_positions = read_positions
             logits = self.model(input_ids=input_ids, use_cache=False, **where).logits
@@ -114,6 +120,14 @@ class ScoredModel(nn.Module):
         )
         read, self._read_positions = self._read_positions, None
         return (arguments[0].flatten(0, 1).index_select(0, read).unsqueeze(0),)
+
+
+def layer_arguments(packing: Packing | None, routing: Routing | None) -> dict[str, Any]:
+    """Keyword arguments of the model's forward that reach every layer."""
+    arguments = packing.arguments if packing is not None else {}
+    if routing is not None:
+        arguments["routing"] = routing
+    return arguments
 
 
 def _named(log_probs: Tensor, entropies: Tensor | None) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ from workers.engines.model.context_parallel import cut_row, gather_reads, least_
 from workers.engines.model.loading import standard_sizes
 from workers.engines.model.packing import Packing, packing_of
 from workers.engines.model.rotary import depends_on_length
+from workers.engines.model.routers import find_routers
+from workers.engines.model.routing import Routing, routing_of
 from workers.engines.shared.rows_together import (
     computed_tokens,
     cut,
@@ -77,6 +79,8 @@ class MicroBatch:
     """int64 [scored_tokens], the scored tokens."""
     part: ReadsOfPart | None = None
     """Where input_ids, read_positions and targets are this rank's part of a row only."""
+    routing: Routing | None = None
+    """For the routers of a mixture of experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,8 @@ class Cutting:
     whole_rows: bool = False
     """The last token of a row is computed too, since rotary angles depend on the row's length;
     without packing each row has a micro-batch to itself."""
+    has_routers: bool = False
+    """A mixture of experts, whose routers get a Routing."""
 
     def __post_init__(self) -> None:
         if self.budget_tokens < 1:
@@ -135,7 +141,13 @@ def cutting_of(config: TrainConfig, model: PreTrainedModel) -> Cutting:
     """The engine's settings, as far as the model allows."""
     shares = config.packing and config.share_prompts and can_share_prompts(model)
     whole_rows = depends_on_length(model.config)
-    return Cutting(config.micro_batch_tokens, config.packing, shares, whole_rows)
+    return Cutting(
+        budget_tokens=config.micro_batch_tokens,
+        packing=config.packing,
+        share_prompts=shares,
+        whole_rows=whole_rows,
+        has_routers=bool(find_routers(model)),
+    )
 
 
 def make_micro_batches(
@@ -203,11 +215,13 @@ def pad_time(micro_batch: MicroBatch, multiple: int, least: int = 1) -> MicroBat
     if not missing:
         return micro_batch
     positions, packing = micro_batch.read_positions, micro_batch.packing
+    routing = micro_batch.routing
     return replace(
         micro_batch,
         input_ids=torch.nn.functional.pad(micro_batch.input_ids, (0, missing)),
         packing=None if packing is None else packing.padded(missing),
         read_positions=positions + torch.div(positions, time, rounding_mode="floor") * missing,
+        routing=None if routing is None else routing.padded(time, missing),
     )
 
 
@@ -226,6 +240,7 @@ def share_row(
     place_of[tokens] = torch.arange(len(tokens), device=tokens.device)
     places = place_of[micro_batch.read_positions]
     reads = torch.nonzero(places >= 0).squeeze(1)
+    routing = micro_batch.routing
     targets = micro_batch.targets
     if len(targets) == len(places):  # a score has none
         targets = targets[reads]
@@ -235,6 +250,7 @@ def share_row(
         packing=packing,
         read_positions=places[reads],
         targets=targets,
+        routing=None if routing is None else routing.shared(place_of, len(tokens)),
         part=ReadsOfPart(group, reads, len(places)),
     )
 
@@ -260,6 +276,7 @@ def run_micro_batch(
         micro_batch.read_positions,
         micro_batch.targets,
         packing=micro_batch.packing,
+        routing=micro_batch.routing,
         entropy=entropy,
         temperature=temperature,
     )
@@ -334,6 +351,7 @@ def _part(output: Outputs, name: str) -> Tensor | None:
         "entropy": output.entropy,
         "values": output.values,
         "scores": output.scores,
+        "routes": output.routes,
     }
     return by_name[name]
 
@@ -355,14 +373,19 @@ def _micro_batch(
         read_rows, read_columns = torch.arange(part.num_rows), part.lengths - 1
     else:
         read_rows, read_columns = part.row_of_token, columns - 1
-    packing = None
+    packing = routing = None
     if not cutting.packing:
         starts, input_ids = _block(part, width)
-        positions = starts[read_rows] + read_columns
+
+        def place(rows: Tensor, columns: Tensor) -> Tensor:
+            return starts[rows] + columns
     else:
         segments = _segments(part, width, share=cutting.share_prompts)
         input_ids, packing = segments.row(part, device)
-        positions = segments.positions(read_rows, read_columns)
+        place = segments.positions
+    positions = place(read_rows, read_columns)
+    if cutting.has_routers:
+        routing = _routing(part, width, place, input_ids.numel(), device)
     return MicroBatch(
         sequences=_to(part, device),
         rows=rows,
@@ -370,7 +393,28 @@ def _micro_batch(
         packing=packing,
         read_positions=positions.to(device),
         targets=targets.to(device),
+        routing=routing,
     )
+
+
+def _routing(
+    part: Sequences,
+    width: Tensor,
+    place: Callable[[Tensor, Tensor], Tensor],
+    num_tokens: int,
+    device: torch.device,
+) -> Routing:
+    rows, columns = _tokens(width)
+    routes = None
+    if part.routes is not None:
+        routes = part.routes[_first_tokens(part, width)].to(device)
+    return routing_of(rows, columns, place(rows, columns).to(device), num_tokens, routes)
+
+
+def _tokens(width: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column, int64 [sum(width)] each, of every token that is computed."""
+    rows = torch.repeat_interleave(torch.arange(len(width)), width)
+    return rows, torch.arange(int(width.sum())) - (torch.cumsum(width, 0) - width)[rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,14 +28,18 @@ class Prompts:
 
 
 def prompts_of(sequences: Sequences) -> Prompts:
-    """The prompts of all rows, told apart by their tokens."""
+    """The prompts of all rows, told apart by their tokens, and by the experts that these go to."""
     num_tokens = sequences.prompt_lengths.numpy()
     begins = (torch.cumsum(sequences.lengths, 0) - sequences.lengths).numpy()
     ids = sequences.token_ids.cpu().numpy()
     labels: dict[bytes, int] = {}
     label = np.empty(len(begins), dtype=np.int64)
+    routes = None if sequences.routes is None else sequences.routes.numpy()
     for row, (begin, size) in enumerate(zip(begins, num_tokens, strict=True)):
-        label[row] = labels.setdefault(ids[begin : begin + size].tobytes(), len(labels))
+        prompt = ids[begin : begin + size].tobytes()
+        if routes is not None:
+            prompt += routes[begin : begin + size].tobytes()
+        label[row] = labels.setdefault(prompt, len(labels))
     return Prompts(label, num_tokens)
 
 

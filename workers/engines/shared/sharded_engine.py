@@ -6,7 +6,7 @@ import copy
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from workers.engines.model.loading import (
 )
 from workers.engines.model.lora import Adapter, attach
 from workers.engines.model.peft_files import write_adapter
+from workers.engines.model.routers import Load, Routers, experts_per_token
 from workers.engines.shared.export import write_configs, write_safetensors
 from workers.engines.shared.gather import gather_objects
 from workers.engines.shared.merging import (
@@ -77,6 +78,8 @@ class ShardedEngine(TrainingEngine):
     """
 
     lends = True
+    _routers: Routers
+    """Those of the model that computes; set by _build."""
 
     def __init__(
         self,
@@ -187,6 +190,59 @@ class ShardedEngine(TrainingEngine):
             return
         with torch.no_grad(), self.adapter.switched_off():
             yield
+
+    @contextmanager
+    def _with_routers(self, sequences: Sequences, scale: float = 1.0) -> Iterator[dict[str, float]]:
+        """Around the forward and backward passes of a step on `sequences`, which have `scale` times
+        the auxiliary loss. Yields what becomes, with the end of the body, the metrics of the
+        routers; none where the model has no experts. Collective."""
+        metrics: dict[str, float] = {}
+        if not len(self._routers):
+            yield metrics
+            return
+        coefficient = self.config.router_aux_loss_coefficient
+        with ExitStack() as stack:
+            if coefficient:
+                load = self._count_load(sequences)
+                stack.enter_context(self._routers.balanced(load, coefficient, scale))
+            count = stack.enter_context(self._routers.counting(self.device))
+            yield metrics
+        load = count.summed()
+        metrics |= load.metrics()
+        if sequences.routes is not None:
+            metrics |= load.replay_metrics()
+        if coefficient:
+            metrics["router/aux_loss"] = load.loss(coefficient)
+
+    def _routes(
+        self,
+        micro_batches: list[MicroBatch],
+        sequences: Sequences,
+        group: ProcessGroup | None = None,
+    ) -> Tensor:
+        """Outputs.routes of passes that were recorded; `group`: the ranks that ran other layers of
+        the same passes."""
+        per_token = experts_per_token(self._hf_config)
+        shape = (len(sequences.token_ids), len(self._routers), per_token)
+        routes = torch.full(shape, -1, dtype=torch.int16)
+        starts = torch.cumsum(sequences.lengths, 0) - sequences.lengths
+        for micro_batch in micro_batches:
+            routing = micro_batch.routing
+            assert routing is not None, "the model has no routers"
+            places = starts[micro_batch.rows[routing.rows]] + routing.columns
+            routes[places] = routing.recorded(len(self._routers), per_token).cpu()
+        for ranks in (group, self._row_group):
+            if ranks is not None and ranks.size() > 1:
+                merged = routes.to(self.device, torch.int32)
+                dist.all_reduce(merged, op=dist.ReduceOp.MAX, group=ranks)
+                routes = merged.to("cpu", torch.int16)
+        return routes
+
+    def _count_load(self, sequences: Sequences) -> Load:
+        """The load of the experts by the rows of all ranks. Collective."""
+        with self._routers.counting(self.device) as count:
+            self.forward(sequences)
+        return count.summed()
 
     def _gathered_trained(self) -> dict[str, Tensor]:
         """Every trained parameter, whole on every rank, where there is an adapter: they are

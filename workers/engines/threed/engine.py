@@ -27,6 +27,7 @@ from hybridflow.resharding.shards import LocalParameter, LocalShard, all_paramet
 from workers.config import TrainConfig
 from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.model.loading import ModelSource
+from workers.engines.model.routers import check_routers
 from workers.engines.shared.flat_views import named
 from workers.engines.shared.metrics import add_micro_batch, metrics_of_some
 from workers.engines.shared.micro_batches import MicroBatch, gather_outputs, outputs_of
@@ -56,6 +57,7 @@ class ThreeDEngine(ShardedEngine):
     def check(
         cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
     ) -> None:
+        check_routers(model, config.router_aux_loss_coefficient)
         check_layout(model, config, world_size)
 
     @classmethod
@@ -86,6 +88,7 @@ class ThreeDEngine(ShardedEngine):
             self.adapter,
             lender.frozen_parts if lender is not None else [],
         )
+        self._routers = self._share.pipeline.stages.scored.routers
         self._optimizer = ZeroOptimizer(self._share.groups, self.config.optimizer, self.device)
 
     @property
@@ -99,7 +102,12 @@ class ThreeDEngine(ShardedEngine):
         return self._place["pp"] == self.config.pp - 1
 
     def forward(
-        self, sequences: Sequences, *, entropy: bool = False, temperature: float = 1.0
+        self,
+        sequences: Sequences,
+        *,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        routes: bool = False,
     ) -> Outputs | None:
         micro_batches = self._micro_batches(sequences)
         results: list[Outputs] = [Outputs()] * len(micro_batches)
@@ -108,14 +116,18 @@ class ThreeDEngine(ShardedEngine):
             results[index] = outputs_of(numbers, micro_batches[index])
             return next(iter(numbers.values()))
 
-        self._share.pipeline.run(
-            micro_batches, finish, train=False, entropy=entropy, temperature=temperature
-        )
+        pipeline = self._share.pipeline
+        with self._routers.recording(routes):
+            pipeline.run(
+                micro_batches, finish, train=False, entropy=entropy, temperature=temperature
+            )
+        chosen = self._routes(micro_batches, sequences, pipeline.group) if routes else None
         if not self.is_last_stage:
-            return None
-        if not micro_batches:
-            return _nothing(self.head, entropy)
-        return gather_outputs(micro_batches, results, sequences)
+            return Outputs(routes=chosen) if routes else None
+        result = _nothing(self.head, entropy)
+        if micro_batches:
+            result = gather_outputs(micro_batches, results, sequences)
+        return replace(result, routes=chosen)
 
     def train_step(
         self,
@@ -135,15 +147,16 @@ class ThreeDEngine(ShardedEngine):
             return loss
 
         self._optimizer.begin_step()
-        self._share.pipeline.run(
-            micro_batches, finish, train=True, entropy=entropy, temperature=temperature
-        )
+        with self._with_routers(sequences) as router_metrics:
+            self._share.pipeline.run(
+                micro_batches, finish, train=True, entropy=entropy, temperature=temperature
+            )
         with self._state_on_device():
             grad_norm, rate = self._optimizer.step()
         # Of the ranks that hold the same losses one counts.
         counts = self.is_last_stage and self._place["tp"] == self._place["cp"] == 0
         combined = metrics_of_some(metrics if counts else {})
-        return {**combined, "grad_norm": grad_norm, "learning_rate": rate}
+        return {**combined, **router_metrics, "grad_norm": grad_norm, "learning_rate": rate}
 
     def local_parameters(self) -> list[LocalParameter]:
         shards: dict[str, list[LocalShard]] = {}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.engines.model.scored import ScoredModel, decoder_layers
+from workers.engines.model.scored import ScoredModel, decoder_layers, layer_arguments
 from workers.engines.shared.micro_batches import MicroBatch
 
 
@@ -84,10 +84,16 @@ class Stages:
             if is_last:
                 reads, targets = micro_batch.read_positions, micro_batch.targets
                 numbers: dict[str, Tensor] = self.scored(
-                    ids, reads, targets, packing=packing, entropy=entropy, temperature=temperature
+                    ids,
+                    reads,
+                    targets,
+                    packing=packing,
+                    routing=micro_batch.routing,
+                    entropy=entropy,
+                    temperature=temperature,
                 )
                 return numbers
-            where = packing.arguments if packing is not None else {}
+            where = layer_arguments(packing, micro_batch.routing)
             hidden: Tensor = self.base(input_ids=ids, use_cache=False, **where).last_hidden_state
             return hidden
         finally:

@@ -27,6 +27,7 @@ from hybridflow.layout import Layout
 from hybridflow.progress import activity
 from hybridflow.resharding import ParameterSpec
 from workers.config import LoraConfig, ModelConfig
+from workers.engines.model.routers import REPLAYS, check_declared, experts_per_token
 from workers.generation.base import GenerationEngine
 from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
 from workers.generation.draws import Draws
@@ -53,6 +54,7 @@ from workers.generation.vllm.memory import (
     reload_weights,
 )
 from workers.generation.vllm.own_classes import own_classes
+from workers.generation.vllm.routes import RouteTable
 from workers.generation.vllm.setup import (
     build_llm,
     computes_eagerly,
@@ -76,6 +78,7 @@ class VllmEngine(GenerationEngine):
 
     library: ClassVar[str] = "vllm"
     shares_process: ClassVar[bool] = True
+    records: ClassVar[bool] = True
     llm: LLM
     """vLLM's own object, for what replaces the weights by other means."""
     has_graphs: bool
@@ -132,6 +135,8 @@ class VllmEngine(GenerationEngine):
         self._tied: bool = text_config.tie_word_embeddings
         self._has_tokenizer = bool(config.sampling.stop_strings)
         self._has_weights = True
+        self._text_config = text_config
+        self._routes: RouteTable | None = None
         fast_sum = sums_through_peers(context, config.tp)
         environment = vllm_environment(context, config, fast_sum=fast_sum)
         with activity("building vLLM"), preserve_process_state(context, environment):
@@ -174,6 +179,21 @@ class VllmEngine(GenerationEngine):
         self._check_groups(context.rank)
         prepare_pipeline(self.llm)
         run_one_batch_at_a_time(self.llm)
+
+    def record_routes(self) -> tuple[int, int]:
+        check_declared(self._text_config, REPLAYS)
+        if self.layout.axis_size("pp") > 1:
+            raise ValueError(
+                "actor.router_replay is R3 with actor.generation.pp over 1, where each rank sees the "
+                "routes of its own layers; set pp=1, or use R2"
+            )
+        if self.has_graphs:
+            raise ValueError(
+                "actor.router_replay is R3, but CUDA graphs hold what was there when they were "
+                "captured; set actor.generation.enforce_eager=true, or use R2"
+            )
+        self._routes = RouteTable(model_runner(self.llm), experts_per_token(self._text_config))
+        return self._routes.shape
 
     def submit(
         self,
@@ -396,12 +416,16 @@ class VllmEngine(GenerationEngine):
             read = np.array(output.prompt_logprobs.logprobs, dtype=np.float32)
             self._prompt_log_probs[key] = read
         ids = np.array(completion.token_ids, dtype=np.int64)
+        routes = None
+        if self._routes is not None:
+            routes = self._routes.take(self._requests[key], len(ids))
         log_probs, versions = self._sampler.take(self._requests.pop(key), len(ids))
         return FinishedRow(
             token_ids=ids,
             log_probs=log_probs,
             finish_reason=str(completion.finish_reason),
             weight_versions=versions,
+            routes=routes,
         )
 
 

@@ -1,0 +1,110 @@
+"""What the two processes of test_ranks.py do: all cases in one go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hybridflow.context import RankContext
+from tests.engines.fsdp_workers import data_rows
+from tests.engines.threed_cases import TEMPERATURE, loss_fn
+from tests.experts.engines import rows_with_a_shared_prompt
+from tests.experts.plain import OPTIMIZER
+from workers.config import ModelConfig, Precision, TrainConfig
+from workers.engines import engine_class
+from workers.engines.base import Head
+from workers.engines.shared.sharded_engine import ShardedEngine
+
+WORLD = 2
+COEFFICIENT = 0.3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One run; name is unique and a file name."""
+
+    engine: str = "fsdp"
+    family: str = "qwen3_moe"
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        flags = [f"{name}{value}" for name, value in self.settings]
+        return "-".join([self.engine, self.family, *flags])
+
+
+@dataclass(kw_only=True, slots=True)
+class Result:
+    """What one rank saw."""
+
+    metrics: dict[str, float]
+    """Of a step with the auxiliary loss."""
+    replayed: dict[str, float]
+    """Of a step with routes that were recorded before."""
+    routes: Tensor
+    """Of the rank's rows, before the first step."""
+    rows: Tensor
+    parameters: dict[str, Tensor]
+    """After the first step, from the boxes of all ranks."""
+
+
+def run(rank: int, root: Path, cases: list[Case]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=WORLD)
+    for case in cases:
+        torch.save(train(rank, root, case), root / f"{case.name}.{rank}.pt")
+    dist.destroy_process_group()
+
+
+def train(rank: int, root: Path, case: Case) -> Result:
+    config = TrainConfig(
+        engine=case.engine,
+        precision=Precision.fp32,
+        micro_batch_tokens=40,
+        router_aux_loss_coefficient=COEFFICIENT,
+        optimizer=OPTIMIZER,
+        **dict(case.settings),
+    )
+    engine = engine_class(case.engine)(
+        model=ModelConfig(path=str(root / case.family)),
+        config=config,
+        head=Head.lm,
+        context=RankContext(rank=rank, world_size=WORLD),
+    )
+    assert isinstance(engine, ShardedEngine)
+    batch = rows_with_a_shared_prompt()
+    layout = engine.layout
+    rows = data_rows(batch.num_rows, layout.axis_size("dp"), layout.coordinates(rank)["dp"])
+    mine = batch.rows(rows)
+    outputs = engine.forward(mine, temperature=TEMPERATURE, routes=True)
+    assert outputs is not None
+    assert outputs.routes is not None
+    metrics = engine.train_step(mine, loss_fn, entropy=True, temperature=TEMPERATURE)
+    parameters = gathered(engine)
+    known = replace(mine, routes=outputs.routes)
+    replayed = engine.train_step(known, loss_fn, entropy=True, temperature=TEMPERATURE)
+    return Result(
+        metrics=metrics,
+        replayed=replayed,
+        routes=outputs.routes,
+        rows=rows,
+        parameters=parameters,
+    )
+
+
+def gathered(engine: ShardedEngine) -> dict[str, Tensor]:
+    """Every parameter, pasted together from the boxes of all ranks."""
+    parameters = engine.local_parameters()
+    everywhere = [parameters] * dist.get_world_size()
+    dist.all_gather_object(everywhere, parameters)
+    whole = {parameter.name: torch.full(parameter.shape, torch.nan) for parameter in parameters}
+    for of_rank in everywhere:
+        for parameter in of_rank:
+            for shard in parameter.shards:
+                whole[parameter.name][shard.box.slices] = shard.tensor
+    return whole

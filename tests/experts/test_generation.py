@@ -1,0 +1,109 @@
+"""Routes that generation engines record: those that transformers computes for each row alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from hybridflow.context import RankContext
+from tests.engines.threed_cases import VOCABULARY
+from tests.experts.plain import CHOSEN, load_mixture, observed
+from workers.config import ModelConfig, Precision
+from workers.generation import generation_engine_class
+from workers.generation.base import GenerationEngine
+from workers.generation.config import GenerationConfig, SamplingConfig
+from workers.generation.rows import FinishedRow
+
+LAYERS = 2
+SAMPLING = SamplingConfig(max_response_tokens=9, ignore_eos=True)
+
+
+def make_engine(path: Path, name: str, context: RankContext) -> GenerationEngine:
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="3"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="2").save_pretrained(path)
+    config = GenerationConfig(
+        engine=name,
+        precision=Precision.fp32,
+        max_model_len=64,
+        block_size=16,
+        max_num_batched_tokens=64,
+        max_num_seqs=8,
+        kv_cache_bytes=1 << 22,
+    )
+    engine = generation_engine_class(name)(
+        model=ModelConfig(path=str(path)), config=config, context=context
+    )
+    assert engine.record_routes() == (LAYERS, CHOSEN)
+    return engine
+
+
+def prompts() -> list[np.ndarray]:
+    """Two groups of two rows that share a prompt of two blocks and some, and two short rows."""
+    generator = np.random.default_rng(0)
+    first = generator.integers(3, VOCABULARY, 37)
+    other = generator.integers(3, VOCABULARY, 34)
+    return [first, other, first, other, first[:5], first[5:6]]
+
+
+def check(path: Path, rows: list[FinishedRow]) -> None:
+    """Routes as in transformers, all of them (expected in float32), from the ids of each row."""
+    model = load_mixture(path)
+    for prompt, row in zip(prompts(), rows, strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, row.token_ids]))[:-1]
+        with torch.no_grad(), observed(model) as seen:
+            model(input_ids=ids[None])
+        wanted = torch.stack([experts for _, experts in seen], 1).sort(-1).values
+        assert row.routes is not None
+        assert row.routes.dtype == np.int16
+        routes = torch.from_numpy(row.routes).long().sort(-1).values
+        assert routes.shape == wanted.shape
+        assert (routes == wanted).all(), "a token went elsewhere"
+
+
+def drawn(engine: GenerationEngine, *, preempt_after: int = 0) -> list[FinishedRow]:
+    rows = prompts()
+    keys = engine.submit(rows, np.arange(len(rows), dtype=np.int64), SAMPLING)
+    if preempt_after:
+        engine.run(limit=preempt_after)
+        engine.preempt()
+    engine.run()
+    finished = engine.finished(keys)
+    return [finished[key] for key in keys]
+
+
+@pytest.fixture(scope="module")
+def vllm(root: Path, world: None) -> Iterator[GenerationEngine]:
+    engine = make_engine(root / "qwen3_moe", "vllm", RankContext())
+    yield engine
+    engine.close()
+
+
+def test_hf_records_routes(root: Path, world: None) -> None:
+    engine = make_engine(root / "deepseek_v3", "hf", RankContext())
+    rows = drawn(engine)
+    check(root / "deepseek_v3", rows)
+    check(root / "deepseek_v3", drawn(engine, preempt_after=3))
+    generations = engine.generate(prompts(), np.arange(6, dtype=np.int64), SAMPLING)
+    assert generations.routes is not None
+    together = np.concatenate([row.routes for row in rows if row.routes is not None])
+    assert np.array_equal(generations.routes, together)
+
+
+def test_vllm_records_routes_with_a_cached_prefix_and_after_preemption(
+    root: Path, vllm: GenerationEngine
+) -> None:
+    """Finding T36: a prompt that was read for another row, a prompt that is read in pieces, and rows
+    that lose their keys and values have the routes that they would have had."""
+    first = drawn(vllm)
+    check(root / "qwen3_moe", first)
+    cached = drawn(vllm)
+    for row, again in zip(first, cached, strict=True):
+        assert np.array_equal(row.token_ids, again.token_ids)
+    check(root / "qwen3_moe", cached)
+    check(root / "qwen3_moe", drawn(vllm, preempt_after=4))
