@@ -22,7 +22,7 @@ from workers.sequences import Sequences
 
 EXACT = 1e-6
 LAYERS = 2
-"""Of three layers one is dense in Qwen3-MoE and DeepSeek-V3."""
+"""Layers with experts in Qwen3-MoE and DeepSeek-V3, where one of three is dense."""
 ENGINES = ("fsdp", "threed")
 
 

@@ -93,7 +93,7 @@ class GrowingRow:
         self.finish_reason = ""
         """Empty while it goes on."""
         self.routes: list[NDArray[np.int16]] = []
-        """Of the tokens that were read, in pieces; none where routes are not recorded."""
+        """Routes of the tokens that were read, in pieces; none where they are not recorded."""
         self._prompt, self._position = prompt, position
         self._stop, self._most = stop, most
 
