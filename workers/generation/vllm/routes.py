@@ -67,7 +67,7 @@ class RouteTable:
 
 
 def _routers(model: nn.Module) -> list[BaseRouter]:
-    """What decides the experts of each layer that has some, in the order of the layers."""
+    """The router of each layer with experts, in the order of the layers."""
     from vllm.model_executor.layers.fused_moe.layer import MoERunner
     from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
