@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from hybridflow.batch import Batch
-from hybridflow.disk import DISK
+from hybridflow.disk import DISK, LineFile
 from hybridflow.snapshots.files import DIGEST_DIGITS, Written
 
 LOGGER = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = LineFile(path)
         self.last: Line | None = None
         self.names: dict[str, tuple[str, ...]] = {}
         """Each role's tensors."""
@@ -91,14 +92,14 @@ class Ledger:
         return line
 
     def append(self, line: Line) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Adds the line to the file. On a full disk it waits for room; the commit has it too."""
+        self._file.append(json.dumps(line))
         self._take(line)
 
     def sync(self) -> None:
         """Sees to it that a power cut leaves the lines so far; before every commit on disk, which
-        holds its own line alone."""
+        holds its own line alone. An OSError where the disk has no room for them."""
+        self._file.write()
         if self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -107,6 +108,7 @@ class Ledger:
     def rewind(self, last: Line | None) -> None:
         """Cuts the file behind the line `last`, and writes that line where it is missing; None:
         removes the file."""
+        self._file = LineFile(self.path)
         if last is None:
             self.path.unlink(missing_ok=True)
             self.last, self.names = None, {}

@@ -316,6 +316,7 @@ class Loop:
         """Brings everything back to where the run stood, as loop.resume says: to the newest commit
         that can be read, in memory or on disk; or to a checkpoint. A ValueError where there are
         commits and none can be read, and where the checkpoint that is named can't."""
+        self.saving.tidy()
         if self.config.resume == "auto":
             if not self.saving.is_empty:
                 commit = self._go_back()

@@ -156,7 +156,7 @@ class Driver:
             case do.Record():
                 self.loop.record()
             case do.Export():
-                self.loop.export()
+                self._export(action)
             case do.Flush():
                 self._flush(action)
             case do.Commit():
@@ -267,6 +267,12 @@ class Driver:
                 difference=difference,
             )
         )
+
+    def _export(self, action: do.Export) -> None:
+        try:
+            self.loop.export()
+        except OSError as error:
+            self._put(on.ExportFailed(step=action.step, cause=str(error)))
 
     def _flush(self, action: do.Flush) -> None:
         try:

@@ -22,6 +22,7 @@ from hybridflow.checkpoint import (
     read_checkpoint,
 )
 from hybridflow.group import each, start
+from hybridflow.results import Results
 from hybridflow.snapshots.files import Written
 from hybridflow.snapshots.flush import Flushed
 from hybridflow.snapshots.memory import MemoryPlace
@@ -31,6 +32,8 @@ LOGGER = logging.getLogger(__name__)
 HUGGING_FACE = "huggingface"
 """Directory of a checkpoint with the model that the run is for."""
 MEMORY, DISK = "memory", "disk"
+DRAFTS = ("metrics.tmp", "samples.tmp", "summary.tmp", "ledger.draft")
+"""Files of the output directory that are renamed once they are whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,25 +153,32 @@ class Saving:
             self.memory.prune(set(self._paths.values()))
 
     def export(self, step: int, role: TrainedRole) -> None:
-        """The model that the role holds, as a Hugging Face directory in the next commit of `step`."""
-        role.save_pretrained(str(self.store.add(step, HUGGING_FACE)))
+        """The model that the role holds, as a Hugging Face directory in the next commit of `step`.
+        An OSError for what the disk refuses, of which nothing is left."""
+        directory = self.store.add(step, HUGGING_FACE)
+        for refused in each(role.export_model, str(directory)):
+            if refused:
+                self.store.remove_added(step)
+                raise OSError(refused)
 
     def begin_flush(
         self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> None:
         """Begins to write the step that the roles hold to disk: copied from memory in the background
-        where that holds it, written by the ranks otherwise. Gives up the one before."""
+        where that holds it, written by the ranks otherwise. Gives up the one before. An OSError for
+        what the disk refuses."""
         self._flush = None
         directory = self.store.begin(step)
         staged = self._staged is not None and self._staged[0] == step
-        writing = []
+        writing: list[Results[None] | Results[str]] = []
         for name, role in self.trained.items():
             if staged:
                 writing.append(start(role.flush_snapshot, str(directory)))
             else:
                 writing.append(start(role.save_checkpoint, str(directory / name)))
-        for ranks in writing:
-            ranks.wait()
+        for refused in list(chain.from_iterable(writing)):
+            if refused:
+                raise OSError(refused)
         number = self._number if staged else self._next_number()
         self._flush = Flush(
             step=step, number=number, state=state, metrics=dict(metrics), copied=staged
@@ -223,6 +233,12 @@ class Saving:
             sequence=max(flush.number, self.store.newest_sequence() + 1),
             synced=flush.synced,
         )
+
+    def tidy(self) -> None:
+        """Removes the temporary files of writers that were killed."""
+        self.store.tidy()
+        for name in DRAFTS:
+            (self.store.directory.parent / name).unlink(missing_ok=True)
 
     def give_up_flush(self) -> None:
         self._flush = None

@@ -107,11 +107,7 @@ class CheckpointStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         # Whoever made the directory may have died before its name was on disk.
         self._disk.sync(self.directory.parent)
-        for kind in ("saving", "adding", "deleting"):
-            for leftover in self.directory.glob(f".{kind}-*"):
-                added = leftover == self._adding(step)
-                if _attempt_of(leftover.name) <= self._number and not added:
-                    self._disk.remove(leftover)
+        self._remove_leftovers(but=self._adding(step))
         directory = self._saving(step)
         directory.mkdir()
         return directory
@@ -125,6 +121,20 @@ class CheckpointStore:
             self._disk.remove(directory)
         directory.mkdir(parents=True)
         return directory / name
+
+    def remove_added(self, step: int) -> None:
+        """Takes back what add(step) began."""
+        self._disk.remove(self._adding(step))
+
+    def tidy(self) -> None:
+        """Removes what this attempt and earlier ones have left unfinished."""
+        self._remove_leftovers()
+
+    def _remove_leftovers(self, but: Path | None = None) -> None:
+        for kind in ("saving", "adding", "deleting"):
+            for leftover in self.directory.glob(f".{kind}-*"):
+                if _attempt_of(leftover.name) <= self._number and leftover != but:
+                    self._disk.remove(leftover)
 
     def commit(
         self,

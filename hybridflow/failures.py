@@ -10,12 +10,12 @@ Leaves out what is done about it (controllers/recovery.py).
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from pathlib import Path
 from typing import Any
 
+from hybridflow.disk import LineFile
 from hybridflow.errors import (
     NotFiniteError,
     UserCodeError,
@@ -87,15 +87,11 @@ class EventLog:
     def __init__(self, directory: Path, attempt: int = 0) -> None:
         self.path = directory / EVENTS
         self.attempt = attempt
+        self._file = LineFile(self.path, synced=True)
 
     def write(self, event: str, **fields: Any) -> None:
         line = {"event": event, "time_s": time.time(), "attempt": self.attempt, **fields}
-        with self.path.open("a+") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            torn = file.read(1) not in ("", "\n")
-            file.write("\n" * torn + json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._file.append(json.dumps(line))
 
     def read(self) -> list[dict[str, Any]]:
         """Every event so far, oldest first; a line cut off by a crash is left out."""

@@ -35,9 +35,9 @@ class TrainedRole(Worker):
 
     @remote(ONE_TO_ALL)
     @abstractmethod
-    def save_checkpoint(self, directory: str) -> None:
+    def save_checkpoint(self, directory: str) -> str:
         """Writes everything that training goes on from: a file of each rank
-        (hybridflow/snapshots)."""
+        (hybridflow/snapshots). The answer is what the disk refused, empty where it took all."""
 
     @remote(ONE_TO_ALL)
     @abstractmethod
@@ -79,6 +79,12 @@ class TrainedRole(Worker):
     @abstractmethod
     def save_pretrained(self, directory: str) -> None:
         """Writes weights and tokenizer as a Hugging Face directory."""
+
+    @remote(ONE_TO_ALL)
+    @abstractmethod
+    def export_model(self, directory: str) -> str:
+        """save_pretrained for a run that goes on where the disk is full: the answer is what the
+        disk refused, empty where it took all."""
 
     @remote(ONE_TO_ALL)
     def try_saving(self, directory: str) -> int:

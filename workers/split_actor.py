@@ -256,8 +256,8 @@ class SplitActor(Actor):
         self._changed = True
         return self._trainer.update_distilled(batch) | self._sync
 
-    def save_checkpoint(self, directory: str) -> None:
-        self._trainer.save_checkpoint(directory)
+    def save_checkpoint(self, directory: str) -> str:
+        return next(filter(None, each(self._trainer.save_checkpoint, directory)), "")
 
     def load_checkpoint(self, directory: str, stamp: str | None = None) -> None:
         self._changed = True
@@ -283,6 +283,9 @@ class SplitActor(Actor):
 
     def save_pretrained(self, directory: str) -> None:
         self._trainer.save_pretrained(directory)
+
+    def export_model(self, directory: str) -> str:
+        return next(filter(None, each(self._trainer.export_model, directory)), "")
 
     def try_saving(self, directory: str) -> int:
         return max(each(self._trainer.try_saving, directory))

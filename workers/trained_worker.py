@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
@@ -106,8 +107,12 @@ class TrainedWorker(ModelWorker, TrainedRole):
         """Puts back what counters() returned."""
         self.num_updates = counters["num_updates"]
 
-    def save_checkpoint(self, directory: str) -> None:
-        self.engine.save(Path(directory), self.counters())
+    def save_checkpoint(self, directory: str) -> str:
+        try:
+            self.engine.save(Path(directory), self.counters())
+        except OSError as error:
+            return f"{self.prefix} rank {self.context.rank}: {error}"
+        return ""
 
     def load_checkpoint(self, directory: str, stamp: str | None = None) -> None:
         self.load_counters(self.engine.load(Path(directory), stamp))
@@ -168,6 +173,13 @@ class TrainedWorker(ModelWorker, TrainedRole):
         Hugging Face directory."""
         self.engine.save_pretrained(Path(directory))
         self._save_tokenizer(directory)
+
+    def export_model(self, directory: str) -> str:
+        try:
+            self.save_pretrained(directory)
+        except (OSError, SafetensorError) as error:
+            return f"{self.prefix} rank {self.context.rank}: {error}"
+        return ""
 
     def try_saving(self, directory: str) -> int:
         try:

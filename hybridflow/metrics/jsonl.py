@@ -12,8 +12,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from hybridflow.disk import LineFile
 from hybridflow.metrics.samples import SampleRows
 from hybridflow.metrics.sinks import Row, Sink
 
@@ -37,10 +38,8 @@ class JsonlSink(Sink):
         self._samples = _continue(directory / SAMPLES, start_step)
 
     def log(self, row: Row) -> None:
-        _append(
-            self._metrics,
-            {"step": row.step, "split": row.split, "time_s": round(row.time_s, 3), **row.metrics},
-        )
+        fields = {"step": row.step, "split": row.split, "time_s": round(row.time_s, 3)}
+        self._metrics.append(_line({**fields, **row.metrics}))
 
     def show(self, rows: SampleRows) -> None:
         _append_samples(self._samples, rows)
@@ -53,22 +52,23 @@ class JsonlSink(Sink):
 
     def rewind(self, step: int, attempt: int) -> None:
         """The lost lines of metrics.jsonl go to lost/attempt-<attempt>.jsonl."""
+        for file in (self._metrics, self._samples):
+            file.write()
         lost = [row for row in _read_lines(self._directory / METRICS) if row["step"] > step]
         if lost:
             path = self._directory / "lost" / f"attempt-{attempt}.jsonl"
             path.parent.mkdir(exist_ok=True)
             with path.open("a") as lost_file:
                 for row in lost:
-                    _append(lost_file, row)
-        for file in (self._metrics, self._samples):
-            file.close()
+                    lost_file.write(_line(row) + "\n")
         self._metrics = _cut(self._directory / METRICS, step)
         self._samples = _cut(self._directory / SAMPLES, step)
 
     def close(self) -> None:
         for file in (self._metrics, self._samples):
-            os.fsync(file.fileno())
-            file.close()
+            file.write()
+            with file.path.open("rb") as written:
+                os.fsync(written.fileno())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -92,8 +92,7 @@ def replace_samples(path: Path, rows: SampleRows) -> None:
     earlier = []
     if path.exists():
         earlier = [row for row in _read_lines(path) if row["split"] != rows.split]
-    with _rewrite(path, earlier) as file:
-        _append_samples(file, rows)
+    _append_samples(_rewrite(path, earlier), rows)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -111,36 +110,35 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _continue(path: Path, start_step: int) -> IO[str]:
-    """The file opened for appending, without the lines after start_step."""
+def _continue(path: Path, start_step: int) -> LineFile:
+    """The file, without the lines after start_step."""
     if start_step and path.exists():
         return _cut(path, start_step)
     return _rewrite(path, [])
 
 
-def _cut(path: Path, step: int) -> IO[str]:
-    """The file without the lines after `step`, opened for appending."""
+def _cut(path: Path, step: int) -> LineFile:
+    """The file without the lines after `step`."""
     return _rewrite(path, [row for row in _read_lines(path) if row["step"] <= step])
 
 
-def _rewrite(path: Path, rows: Sequence[Mapping[str, object]]) -> IO[str]:
-    """The file with these rows only, opened for appending."""
+def _rewrite(path: Path, rows: Sequence[Mapping[str, object]]) -> LineFile:
+    """The file with these rows only."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w") as file:
         for row in rows:
-            _append(file, row)
+            file.write(_line(row) + "\n")
     temporary.replace(path)
-    return path.open("a")
+    return LineFile(path)
 
 
-def _append_samples(file: IO[str], rows: SampleRows) -> None:
+def _append_samples(file: LineFile, rows: SampleRows) -> None:
     for sample in rows.samples:
-        _append(file, {"step": rows.step, "split": rows.split, **sample.fields()})
+        file.append(_line({"step": rows.step, "split": rows.split, **sample.fields()}))
 
 
-def _append(file: IO[str], row: Mapping[str, object]) -> None:
-    file.write(json.dumps(to_json(row), allow_nan=False) + "\n")
-    file.flush()
+def _line(row: Mapping[str, object]) -> str:
+    return json.dumps(to_json(row), allow_nan=False)
 
 
 def to_json(value: Any) -> Any:

@@ -158,10 +158,15 @@ class Tracker:
         `started` (Unix seconds) until now."""
         if self._trace is None:
             return
-        self._trace.calls(records)
-        if span:
-            counters = {name: metrics[name] for name in COUNTERS if metrics and name in metrics}
-            self._trace.span(span, started, time.time(), counters)
+        try:
+            self._trace.calls(records)
+            if span:
+                counters = {name: metrics[name] for name in COUNTERS if metrics and name in metrics}
+                self._trace.span(span, started, time.time(), counters)
+        except OSError as error:
+            logger.error("metrics: no more trace: %s", error)
+            self._trace = None
+            self._num_failed += 1
 
     def summary(self, values: Mapping[str, object]) -> None:
         """Record the outcome of the run: JSON values, nested if need be."""

@@ -3,6 +3,7 @@
     RunStep -> StepDone     Stage -> Staged         Flush -> Flushed or FlushFailed, later
     Commit -> Committed     Quiesce -> Quiesced     Rebuild -> Rebuilt or TooFewDevices
     Prune of the disk -> Pruned                     Restore -> Restored or RestoreFailed
+    Export -> ExportFailed or nothing
     and the others -> nothing
 
 Any action may be answered by Failed or Fenced instead, and then the rest of its list is dropped.
@@ -62,7 +63,8 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """Writes the Hugging Face directory of the step that the roles hold, for its commit on disk."""
+    """Writes the Hugging Face directory of the step that the roles hold, for its commit on disk.
+    What the disk refuses ends no process, and leaves nothing behind."""
 
     step: int
 

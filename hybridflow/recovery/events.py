@@ -144,6 +144,14 @@ class FlushFailed:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExportFailed:
+    """An export met a full or broken disk; nothing of it is left."""
+
+    step: int
+    cause: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Committed:
     """Commit ended: the step is durable."""
 
@@ -244,6 +252,7 @@ Event = (
     | Staged
     | Flushed
     | FlushFailed
+    | ExportFailed
     | Committed
     | Pruned
     | Failed

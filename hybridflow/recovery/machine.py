@@ -107,6 +107,8 @@ class State:
     flushed_at: float = 0.0
     """When the last flush was committed, or this attempt began."""
     disk_failing_since: float | None = None
+    not_exported: int | None = None
+    """The step whose export failed; the last step's is tried again before its commit."""
     deadline: float = 0.0
     """When leaving ends."""
 
@@ -135,6 +137,8 @@ def decide(state: State, event: Event, now: float) -> Decision:
             if state.flush is None or event.number != state.flush.number:
                 return state, ()  # of a flush that was given up
             return _disk(state, event, now)
+        case on.ExportFailed():
+            return _export_failed(state, event, now)
         case on.Pruned():
             return replace(state, durable=event.durable), ()
         case on.Failed():
@@ -228,7 +232,8 @@ def _staged(state: State, event: on.Staged, now: float) -> Decision:
     )
     # Nothing that can be answered by Failed stands before Flush: its rest would be dropped.
     actions.append(do.Record(step=step))
-    if _flush_is_due(state, now):
+    waits = state.last and state.not_exported == step
+    if _flush_is_due(state, now) and not waits:
         state, more = _flush(state, now)
         actions.extend(more)
     state, more = _prune_memory(state)
@@ -310,6 +315,14 @@ def _flush_failed(state: State, event: on.FlushFailed, now: float) -> Decision:
     return state, (report,)
 
 
+def _export_failed(state: State, event: on.ExportFailed, now: float) -> Decision:
+    """The run goes on; a checkpoint of a step before the last is committed without it."""
+    report = do.Report(text=f"step {event.step} could not be exported: {event.cause}")
+    since = now if state.disk_failing_since is None else state.disk_failing_since
+    state = replace(state, not_exported=event.step, disk_failing_since=since)
+    return state, (report,)
+
+
 def _tick(state: State, now: float) -> Decision:
     """Ends the phases that wait for the disk, or for a deadline."""
     if state.phase is Phase.leaving:
@@ -319,7 +332,12 @@ def _tick(state: State, now: float) -> Decision:
     if state.phase is Phase.finishing and state.flush is None:
         if state.step in state.durable:
             return _stop(state, Exit.done, "")
-        return _give_up_on_disk(state, now) or _flush(state, now)
+        given_up = _give_up_on_disk(state, now)
+        if given_up is not None:
+            return given_up
+        if state.not_exported == state.step:  # the next Tick flushes it, or tries it again
+            return replace(state, not_exported=None), (do.Export(step=state.step),)
+        return _flush(state, now)
     return _give_up_on_disk(state, now) or (state, ())
 
 

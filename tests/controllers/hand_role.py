@@ -112,11 +112,13 @@ def dataset(num_rows: int = 10) -> PromptDataset:
     return PromptDataset(tokens, 2 * np.arange(1, num_rows + 1), text, ends, "made by hand")
 
 
-def make_loop(output: Path, shm: Path | None, **settings: Any) -> Loop:
+def make_loop(
+    output: Path, shm: Path | None, role: HandRole | None = None, **settings: Any
+) -> Loop:
     """A controller's life up to the point where it runs: claims the run and resumes."""
     attempt = Attempt.claim(output)
     memory = None if shm is None else MemoryPlace.open(attempt, root=shm)
-    role = HandRole()
+    role = role or HandRole()
     config = LoopConfig(**({"num_steps": 5, "checkpoint_every": 2} | settings))
     quiet = MetricsConfig(console=False, tensorboard=False, jsonl=False)
     loop = Loop(

@@ -63,9 +63,10 @@ class FakeActor:
     def load_checkpoint(self, directory: str) -> None:
         self.weight = int((Path(directory) / "weight").read_text())
 
-    def save_pretrained(self, directory: str) -> None:
+    def export_model(self, directory: str) -> str:
         Path(directory).mkdir()
         (Path(directory) / "config.json").write_text("{}")
+        return ""
 
 
 @dataclass

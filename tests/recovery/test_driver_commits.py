@@ -4,6 +4,7 @@ determinism, the end of a run."""
 from __future__ import annotations
 
 import logging
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from controllers.ledger import LEDGER, first_difference, read_ledger
 from controllers.loop import Loop
 from controllers.recovery import Driver
-from hybridflow.disk import Disk
+from hybridflow.disk import Disk, LineFile
 from hybridflow.errors import TooFewDevices, Where, WorkerDied
 from hybridflow.failures import EventLog
 from hybridflow.local_pool import LocalPool
@@ -70,6 +71,67 @@ def test_a_full_disk_is_said_and_waited_for(
     assert caplog.text.count("could not be written to disk: [Errno 28]") == 3
     assert torch.equal(weights(loop), expected)
     assert loop.store.all()[-1].step == 5
+
+
+class NoExport(HandRole):
+    """Its disk has no room for the model until it was asked `times` times."""
+
+    times = 3
+
+    def save_pretrained(self, directory: str) -> None:
+        super().save_pretrained(directory)
+        if self.times:
+            self.times -= 1
+            raise OSError(28, "No space left on device")
+
+
+def test_an_export_that_the_disk_refuses_is_tried_again(
+    tmp_path: Path, shm: Path, expected: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FAULTS C3, disk full: no process fails of it. Step 2's checkpoint comes without the model,
+    the last one waits for it."""
+    loop = make_loop(tmp_path / "full", shm, role=NoExport(), export_every=2)
+    pools = {"main": Pool()}
+    with caplog.at_level(logging.WARNING):
+        Driver(loop, pools=pools, config=RecoveryConfig(), events=EventLog(tmp_path)).run()
+    assert caplog.text.count("could not be exported: actor rank 0: [Errno 28]") == 3
+    assert torch.equal(weights(loop), expected)
+    exported = [(each.path / "huggingface").is_dir() for each in loop.store.all()]
+    assert exported[-1] and [event["event"] for event in EventLog(tmp_path).read()] == ["started"]
+    assert not list(loop.store.directory.glob(".*-step-*"))
+
+
+def test_lines_wait_for_a_full_disk(tmp_path: Path) -> None:
+    """Ledger, metrics and events: what does not fit is written later, in order, once."""
+    mounted = tmp_path / "small"
+    mounted.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", mounted]).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        file = LineFile(mounted / "lines")
+        for number in range(400):
+            file.append(f"{number:0256d}")
+        with pytest.raises(OSError, match="No space left"):
+            file.write()
+        subprocess.run(["mount", "-o", "remount,size=1m", mounted], check=True)
+        file.append("end")
+        lines = (mounted / "lines").read_text().splitlines()
+    finally:
+        subprocess.run(["umount", mounted], check=True)
+    assert lines == [*(f"{number:0256d}" for number in range(400)), "end"]
+
+
+def test_what_killed_writers_left_is_removed_at_the_next_start(tmp_path: Path, shm: Path) -> None:
+    make_loop(tmp_path, shm)
+    left = [tmp_path / "checkpoints" / f".{kind}-1-step-00000002" for kind in ("saving", "adding")]
+    left.append(tmp_path / "checkpoints" / ".deleting-step-00000001")
+    for directory in left:
+        directory.mkdir(parents=True)
+    drafts = [tmp_path / "ledger.draft", tmp_path / "metrics.tmp"]
+    for draft in drafts:
+        draft.write_text("half")
+    make_loop(tmp_path, shm)
+    assert not any(path.exists() for path in (*left, *drafts))
 
 
 def test_a_disk_that_stays_full_ends_the_run_after_its_grace(tmp_path: Path, shm: Path) -> None:

@@ -7,11 +7,13 @@ One rank collects one parameter after the other and holds one file's worth of th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig
@@ -25,6 +27,10 @@ MAX_FILE_BYTES = 4 * 2**30
 INDEX_FILE = "model.safetensors.index.json"
 
 
+def nothing() -> None:
+    """Where there is nothing to begin with."""
+
+
 def write_safetensors(
     parameters: list[LocalParameter],
     directory: Path,
@@ -32,9 +38,12 @@ def write_safetensors(
     max_file_bytes: int = MAX_FILE_BYTES,
     dtype: torch.dtype = torch.float32,
     as_stored: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    begin: Callable[[], None] = nothing,
 ) -> None:
     """Collective over the default group: model.safetensors, or several files and their index,
-    written by rank 0 in `dtype`.
+    written by rank 0 in `dtype`, after `begin`.
+
+    An error of the disk is raised on rank 0 once all ranks are through: they would wait for it.
 
     `device` is where messages travel ("cpu" for gloo, a GPU for NCCL). `as_stored` gives parameters the
     names and the form of the files (conversion.py).
@@ -44,7 +53,10 @@ def write_safetensors(
         local.append([shard.box for shard in parameter.shards])
     everywhere = gather_objects(local)
     files = _split(parameters, max_file_bytes)
-    writes = dist.get_rank() == 0
+    disk = Refusals()
+    with disk.collected():
+        begin()
+    writes = dist.get_rank() == 0 and not disk.errors
     file_of: dict[str, str] = {}
     for number, indices in enumerate(files):
         tensors: dict[str, Tensor] = {}
@@ -55,11 +67,30 @@ def write_safetensors(
         if writes:
             file = _file_name(number, len(files))
             stored = {name: value.contiguous() for name, value in as_stored(tensors).items()}
-            save_file(stored, directory / file, metadata={"format": "pt"})
+            with disk.collected():
+                save_file(stored, directory / file, metadata={"format": "pt"})
             file_of |= dict.fromkeys(stored, file)
+            writes = not disk.errors
     if writes and len(files) > 1:
-        _write_index(file_of, sum(map(_num_bytes, parameters)), directory)
+        with disk.collected():
+            _write_index(file_of, sum(map(_num_bytes, parameters)), directory)
     dist.barrier()
+    if disk.errors:
+        raise disk.errors[0]
+
+
+class Refusals:
+    """Errors of the disk, raised later."""
+
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            self.errors.append(error)
 
 
 def write_configs(

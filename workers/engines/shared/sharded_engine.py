@@ -255,7 +255,6 @@ class ShardedEngine(TrainingEngine):
         if self.adapter is not None:
             self._save_adapter(directory)
             return
-        self._write_configs(directory)
         with self._state_on_device():
             write_safetensors(
                 self._master_parameters() + self._buffers,
@@ -263,6 +262,7 @@ class ShardedEngine(TrainingEngine):
                 self.device,
                 dtype=self._saved_dtype,
                 as_stored=partial(as_stored, build_on_meta(self.model, self.head)),
+                begin=partial(self._write_configs, directory),
             )
 
     def _save_adapter(self, directory: Path) -> None:
