@@ -27,6 +27,7 @@ from hybridflow.mapping.simulate.footprint import kv_bytes_per_token
 from recipes.checks import RoleConfig
 from recipes.config import Device, PlacementMode, PoolConfig, RunConfig
 from recipes.engine_facts import limited_space, zero_stage_of
+from recipes.mapping_adapters import with_adapter
 from recipes.mapping_cluster import cluster_of, node_resources
 from recipes.mapping_question import Question, precision_space, to_setting
 from recipes.roles import role_kind, role_names
@@ -118,9 +119,9 @@ def model_spec(role: str, settings: RoleConfig) -> ModelSpec | None:
     content = standard_sizes(model_config(settings.model, head))
     content.setdefault("num_attention_heads", 1)  # state spaces have none
     spec = ModelSpec.from_hf(content, name=Path(settings.model.path).name)
-    if head is Head.lm:
-        return spec
-    return spec.with_scalar_head()
+    if head is not Head.lm:
+        spec = spec.with_scalar_head()
+    return with_adapter(spec, settings, head)
 
 
 def space_of(inputs: MapperInputs) -> SearchSpace:

@@ -86,6 +86,8 @@ class DeviceMapping:
     process_bytes: dict[str, float] = field(default_factory=dict)
     """Pool -> the most memory of one of its processes as the system counts it, where that is the
     device's (CPUs): peak_bytes, the process itself, and what its allocator can't give out."""
+    sharing: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Pool -> its roles whose frozen weights are in memory once."""
 
     def pool(self, name: str) -> Pool:
         for pool in self.pools:
@@ -156,6 +158,7 @@ class DeviceMapping:
             tokens_per_s=content.get("tokens_per_s", 0.0),
             capacity_bytes=content.get("capacity_bytes", {}),
             process_bytes=content.get("process_bytes", {}),
+            sharing={pool: tuple(of) for pool, of in content.get("sharing", {}).items()},
         )
 
     def save(self, path: Path) -> None:

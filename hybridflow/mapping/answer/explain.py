@@ -52,6 +52,8 @@ def mapping_report(mapping: DeviceMapping) -> str:
     roles = [_role_row(mapping, plan) for plan in mapping.roles]
     calls = [_call_row(mapping, call) for call in mapping.calls]
     parts = [head, table(ROLE_HEADERS, roles), table(CALL_HEADERS, calls)]
+    for pool, members in mapping.sharing.items():
+        parts.append(f"pool {pool}: the frozen weights of {', '.join(members)} are in memory once")
     for pool, num_bytes in mapping.process_bytes.items():
         parts.append(f"a process of pool {pool}: {num_bytes / GB:.3g} GB at most")
     return "\n\n".join(parts)

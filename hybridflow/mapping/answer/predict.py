@@ -10,7 +10,11 @@ from hybridflow.dataflow import Call, CallKind
 from hybridflow.mapping.answer.device_mapping import CallPlan, DeviceMapping, Pool, RolePlan
 from hybridflow.mapping.search.options import call_footprint, entry_seconds, pass_time
 from hybridflow.mapping.search.setting import Setting
-from hybridflow.mapping.simulate.footprint import Footprint, resident_footprint
+from hybridflow.mapping.simulate.footprint import (
+    Footprint,
+    resident_footprint,
+    shared_bytes,
+)
 from hybridflow.mapping.simulate.generation import generation_time
 from hybridflow.mapping.simulate.schedule import CONTROLLER
 from hybridflow.mapping.simulate.transition import weight_sync_time
@@ -27,7 +31,10 @@ def predict(setting: Setting, pools: Sequence[Pool], roles: Sequence[RolePlan]) 
     pool_by_name: dict[str, Pool] = {}
     residents: dict[str, Footprint] = {}
     capacities: dict[str, float] = {}
+    sharing: dict[str, tuple[str, ...]] = {}
     for pool in pools:
+        if members := _sharing(setting, pool, plans):
+            sharing[pool.name] = members
         pool_by_name[pool.name] = pool
         residents[pool.name] = _pool_resident(setting, pool, plans)
         capacities[pool.name] = setting.capacity(pool.group)
@@ -65,6 +72,7 @@ def predict(setting: Setting, pools: Sequence[Pool], roles: Sequence[RolePlan]) 
         step_s=step_s,
         tokens_per_s=setting.workload.num_tokens / step_s,
         capacity_bytes=capacities,
+        sharing=sharing,
     )
     return replace(mapping, process_bytes=_process_bytes(setting, mapping))
 
@@ -144,11 +152,27 @@ def _engine(setting: Setting, plan: RolePlan) -> Footprint:
 
 
 def _pool_resident(setting: Setting, pool: Pool, plans: dict[str, RolePlan]) -> Footprint:
-    """Bytes between calls of all roles of a pool."""
+    """Bytes between calls of all roles of a pool; frozen weights that several have, once."""
     total = Footprint()
     for role in pool.roles:
         total = total + resident(setting, plans[role])
+    for role in _sharing(setting, pool, plans)[1:]:
+        layout, trained = plans[role].layout, setting.trained(role)
+        assert layout is not None
+        saved = shared_bytes(setting.model(role), layout, setting.space, trained=trained)
+        total = total + Footprint(parameters=-saved)
     return total
+
+
+def _sharing(setting: Setting, pool: Pool, plans: dict[str, RolePlan]) -> tuple[str, ...]:
+    """The roles whose frozen weights are in memory once: those in the layout of the first."""
+    members = setting.sharing(pool.roles)
+    shapes = []
+    for role in members:
+        layout = plans[role].layout
+        shapes.append(None if layout is None else layout.shape)
+    alike = [role for role, shape in zip(members, shapes, strict=True) if shape == shapes[0]]
+    return tuple(alike) if len(alike) > 1 and shapes[0] is not None else ()
 
 
 def _bytes(

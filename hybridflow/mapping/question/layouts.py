@@ -39,6 +39,11 @@ class ModelLayout:
         """Ranks over which ZeRO cuts, and gradients are added up."""
         return self.d * self.c
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """What decides which part of a frozen weight a rank has."""
+        return self.p, self.t, self.d, self.c
+
     def __str__(self) -> str:
         words = [f"{self.p}-{self.t}-{self.d}"]
         if self.c > 1:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from hybridflow.mapping.question.adapter import AdapterSpec
 from hybridflow.mapping.question.files import read_json
 
 PLAIN_MLP_TYPES = ("gpt2", "opt", "gpt_neox", "bloom", "falcon", "phi", "starcoder2", "gpt_bigcode")
@@ -49,6 +50,11 @@ class ModelSpec:
     """Layers of a mixture-of-experts model that are dense."""
     scalar_head: bool = False
     """One number per token in place of the vocabulary (critic, reward, cost)."""
+    adapter: AdapterSpec | None = None
+    """Trained in place of the weights, which are frozen."""
+    base: str = ""
+    """A name of the frozen weights: roles of a pool with the same one and the same layout have them
+    in memory once."""
 
     def __post_init__(self) -> None:
         sizes = {
@@ -127,6 +133,30 @@ class ModelSpec:
     def with_scalar_head(self) -> ModelSpec:
         """The same decoder as a critic or reward model."""
         return replace(self, scalar_head=True)
+
+    def with_adapter(self, rank: int, *, base: str = "", sent_alone: bool = True) -> ModelSpec:
+        """The same decoder, frozen, with an adapter on every linear layer but the head."""
+        hidden, inner = self.hidden_size, self.active_intermediate_size
+        columns: list[tuple[float, float]] = [(hidden, self.query_dim)]
+        columns += [(hidden, self.kv_dim)] * 2
+        columns += [(hidden, inner)] * (self._mlp_matrices - 1)
+        rows = [(self.query_dim, hidden), (inner, hidden)]
+        adapter = AdapterSpec.of(rank, columns=columns, rows=rows, sent_alone=sent_alone)
+        return replace(self, adapter=adapter, base=base)
+
+    @cached_property
+    def adapter_parameters(self) -> float:
+        """Parameters of the adapter; 0 without one."""
+        if self.adapter is None:
+            return 0.0
+        return self.num_layers * (self.adapter.whole + self.adapter.cut)
+
+    @cached_property
+    def sent_parameters(self) -> float:
+        """Parameters that a weight sync sends."""
+        if self.adapter is not None and self.adapter.sent_alone:
+            return self.adapter_parameters
+        return self.num_parameters
 
     def longest_stage(self, num_stages: int) -> int:
         """Layers of the slowest pipeline stage: one more where the stages do not divide them."""

@@ -24,7 +24,10 @@ from hybridflow.mapping.search.options import (
     role_options,
 )
 from hybridflow.mapping.search.setting import Setting
+from hybridflow.mapping.simulate.footprint import shared_bytes
 
+Shape = tuple[int, int, int, int]
+"""ModelLayout.shape."""
 RESIDENT_PRICES = (0.0, *(4.0 ** np.arange(-6, 4)).tolist())
 """Prices of a device's whole memory that `greedy_choice` tries, as multiples of the least seconds
 of all roles."""
@@ -179,6 +182,7 @@ class Fronts:
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self._roles: dict[tuple[object, ...], RoleFront] = {}
+        self._shapes: dict[tuple[object, ...], dict[Shape, RoleFront]] = {}
         self._together: dict[tuple[tuple[str, ...], int, int], tuple[RoleFront, ...] | None] = {}
         self._cheapest: dict[tuple[tuple[str, ...], int, int], tuple[RoleOption, ...] | None] = {}
         self._signatures = {role: self._signature(role) for role in setting.roles}
@@ -198,8 +202,65 @@ class Fronts:
         key = (roles, group, num_devices)
         if key not in self._together:
             fronts = [self.of_role(role, group, num_devices) for role in roles]
-            self._together[key] = _fitting(fronts, self._setting.capacity(group))
+            apart = _fitting(fronts, self._setting.capacity(group))
+            self._together[key] = self._sharing(*key, fronts, apart)
         return self._together[key]
+
+    def _sharing(
+        self,
+        roles: tuple[str, ...],
+        group: int,
+        num_devices: int,
+        fronts: list[RoleFront],
+        apart: tuple[RoleFront, ...] | None,
+    ) -> tuple[RoleFront, ...] | None:
+        """Where roles of the pool have the same frozen weights: their fronts in the layout that is
+        the best to share them in, or `apart` where that is faster. Which is decided by
+        `greedy_choice`: trying all to the end would take as long as a search each."""
+        members = self._setting.sharing(roles)
+        if not members:
+            return apart
+        capacity = self._setting.capacity(group)
+        best, least = apart, _greedy_seconds(apart, capacity)
+        of_shapes = {}
+        for role in members:
+            lent = role != members[0]
+            of_shapes[role] = self._role_shapes(role, group, num_devices, lent=lent)
+        for shape in of_shapes[members[0]]:
+            if any(shape not in of_shapes[role] for role in members):
+                continue
+            chosen = list(fronts)
+            for role in members:
+                chosen[roles.index(role)] = of_shapes[role][shape]
+            shared = _fitting(chosen, capacity)
+            seconds = _greedy_seconds(shared, capacity)
+            if shared is not None and (best is None or seconds < least):
+                best, least = shared, seconds
+        return best
+
+    def _role_shapes(
+        self, role: str, group: int, num_devices: int, *, lent: bool
+    ) -> dict[Shape, RoleFront]:
+        """A role's front for every layout of its shards; `lent`: without the memory of the frozen
+        weights, which another role has."""
+        key = (self._signatures[role], group, num_devices, lent)
+        if key not in self._shapes:
+            setting = self._setting
+            of_shape: dict[Shape, list[RoleOption]] = {}
+            for option in self._candidates(role, group, num_devices):
+                layout, trained = option.layout, setting.trained(role)
+                assert layout is not None
+                if lent:
+                    saved = shared_bytes(
+                        setting.model(role), layout, setting.space, trained=trained
+                    )
+                    option = replace(option, resident=option.resident - saved)
+                of_shape.setdefault(layout.shape, []).append(option)
+            fronts = {}
+            for shape, options in of_shape.items():
+                fronts[shape] = self._front(role, group, options)
+            self._shapes[key] = fronts
+        return self._shapes[key]
 
     def cheapest(
         self, roles: tuple[str, ...], group: int, num_devices: int
@@ -240,9 +301,13 @@ class Fronts:
         return (replace(setting.model(role), name=""), kinds, role in setting.weights_from)
 
     def _role_front(self, role: str, group: int, num_devices: int) -> RoleFront:
+        return self._front(role, group, self._candidates(role, group, num_devices))
+
+    def _front(self, role: str, group: int, candidates: list[RoleOption]) -> RoleFront:
+        """The candidates that fit and that no other beats."""
         capacity = self._setting.capacity(group)
         options, rows = [], []
-        for option in self._candidates(role, group, num_devices):
+        for option in candidates:
             if option.resident + option.transient <= capacity:
                 options.append(option)
                 rows.append((option.resident, option.transient, *option.seconds))
@@ -291,6 +356,17 @@ class Fronts:
                     <= capacity
                 ):
                     yield paired(self._setting, role, option, other, transitions[shape])
+
+
+def _greedy_seconds(fronts: tuple[RoleFront, ...] | None, capacity: float) -> float:
+    """The sum of seconds of `greedy_choice`; inf where it finds none."""
+    chosen = greedy_choice(fronts, capacity) if fronts is not None else None
+    if fronts is None or chosen is None:
+        return float("inf")
+    seconds = 0.0
+    for front, index in zip(fronts, chosen, strict=True):
+        seconds += float(front.seconds[index].sum())
+    return seconds
 
 
 def _fitting(fronts: list[RoleFront], capacity: float) -> tuple[RoleFront, ...] | None:

@@ -259,7 +259,7 @@ def entry_seconds(
     if not setting.trained(role):
         return 0.0
     model, machine, calibration = setting.model(role), setting.machine(group), setting.calibration
-    shard = model.num_parameters / (generation.pg * generation.tg)
+    shard = model.sent_parameters / (generation.pg * generation.tg)
     fixed = calibration.sync_overhead_s + calibration.sync_parameter_s * shard
     if generation.num_devices > 1:
         fixed += calibration.sync_ranks_s

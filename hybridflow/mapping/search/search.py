@@ -1,5 +1,6 @@
 """Search: the fastest mapping (the paper's Algorithm 1), exact: what is skipped is proved to be no
-better.
+better. Of roles with the same frozen weights in a pool (Setting.sharing) the common layout is a
+greedy choice (Fronts).
 
 Every set partition of the roles is a placement; each is bounded first and left as soon as its bound
 loses. Pools may leave devices idle, so that every device count up to the cluster's is covered.

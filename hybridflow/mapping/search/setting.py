@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -74,6 +74,23 @@ class Setting:
 
     def trained(self, role: str) -> bool:
         return CallKind.training in self._kinds[role]
+
+    def sharing(self, roles: Iterable[str]) -> tuple[str, ...]:
+        """Of the roles of a pool those whose frozen weights are the same ones, where a role has an
+        adapter on them; that role is first. They are in memory once where layouts are equal."""
+        of_base: dict[str, list[str]] = {}
+        for role in roles:
+            if self.model(role).base and not self.only_generates(role):
+                of_base.setdefault(self.model(role).base, []).append(role)
+        for members in of_base.values():
+            adapted = [role for role in members if self.model(role).adapter is not None]
+            policies = [role for role in adapted if not self.model(role).scalar_head]
+            if not policies:  # a reference is the policy with its adapter left out
+                members = adapted
+            if adapted and len(members) > 1:
+                lender = (policies or adapted)[0]
+                return (lender, *(role for role in members if role != lender))
+        return ()
 
     def generates(self, role: str) -> bool:
         return CallKind.generation in self._kinds[role]

@@ -55,6 +55,39 @@ def stage_parameters(model: ModelSpec, layout: ModelLayout) -> float:
     return (model.longest_stage(layout.p) * model.layer_parameters + ends) / layout.t
 
 
+def trained_parameters(model: ModelSpec, layout: ModelLayout) -> float:
+    """Parameters with gradients of a tensor rank of the fullest pipeline stage: all of them, or of a
+    model with an adapter its matrices and a scalar head."""
+    if model.adapter is None:
+        return stage_parameters(model, layout)
+    per_layer = model.adapter.whole + model.adapter.cut / layout.t
+    head = model.head_parameters if model.scalar_head else 0
+    return model.longest_stage(layout.p) * per_layer + head
+
+
+def base_bytes(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
+    """Bytes of the frozen weights below an adapter, which are in the compute precision; 0 without an
+    adapter."""
+    if model.adapter is None:
+        return 0.0
+    num_bytes = space.parameter_bytes * stage_parameters(model, layout)
+    if space.cut_between_steps or layout.zero >= 3:
+        num_bytes /= layout.shards
+    return num_bytes
+
+
+def shared_bytes(
+    model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
+) -> float:
+    """Bytes between calls that a role does not need where another role of its pool has the same base
+    in the same layout: the base; of a role without an adapter, all."""
+    if layout.offload and not trained:
+        return 0.0
+    if model.adapter is not None:
+        return base_bytes(model, layout, space)
+    return resident_footprint(model, layout, space, trained=trained).parameters
+
+
 def state_footprint(
     model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
 ) -> Footprint:
@@ -68,9 +101,17 @@ def state_footprint(
 def zero_footprint(
     model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, trained: bool
 ) -> Footprint:
-    """The bytes that an update reads and writes: parameters, gradients, optimizer states, cut by
-    ZeRO."""
-    count = stage_parameters(model, layout)
+    """Parameters, gradients, optimizer states, cut by ZeRO."""
+    update = update_footprint(model, layout, space)
+    parameters = update.parameters + base_bytes(model, layout, space)
+    if not trained:
+        return Footprint(parameters=parameters)
+    return replace(update, parameters=parameters)
+
+
+def update_footprint(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> Footprint:
+    """The bytes that an update reads and writes: trained parameters, gradients, optimizer states."""
+    count = trained_parameters(model, layout)
     parameters = space.parameter_bytes * count
     gradients = space.gradient_bytes * count
     optimizer = space.optimizer_bytes * count
@@ -80,8 +121,6 @@ def zero_footprint(
         gradients /= layout.shards
     if layout.zero >= 3:
         parameters /= layout.shards
-    if not trained:
-        return Footprint(parameters=parameters)
     return Footprint(parameters=parameters, gradients=gradients, optimizer=optimizer)
 
 
@@ -90,18 +129,28 @@ def _cut_state(
 ) -> Footprint:
     """FSDP's: float32 shards of weights, and of gradients and moments where trained; the gathered
     weights of a model that is one group stay too."""
-    count = stage_parameters(model, layout)
-    shard = FLOAT32_BYTES * count / layout.shards
-    gathered = 0.0
+    shard = FLOAT32_BYTES * trained_parameters(model, layout) / layout.shards
+    parameters = shard + base_bytes(model, layout, space)
     if is_one_group(model, layout, space):
-        gathered = space.parameter_bytes * count
+        parameters += space.parameter_bytes * _gathered_parameters(model, layout)
     if not trained:
-        return Footprint(parameters=shard + gathered)
-    return Footprint(parameters=shard + gathered, gradients=shard, optimizer=2 * shard)
+        return Footprint(parameters=parameters)
+    return Footprint(parameters=parameters, gradients=shard, optimizer=2 * shard)
+
+
+def _gathered_parameters(model: ModelSpec, layout: ModelLayout) -> float:
+    """Parameters of which FSDP has a gathered copy in a pass: on a single data rank an adapter's
+    base is used where it lies."""
+    count = trained_parameters(model, layout)
+    if model.adapter is not None and layout.shards > 1:
+        count += stage_parameters(model, layout)
+    return count
 
 
 def is_one_group(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> bool:
     """Whether FSDP gathers and reduces the model as a whole, once an update."""
+    if model.adapter is not None and layout.shards == 1:
+        return True
     return layout.zero < 3 and FLOAT32_BYTES * model.num_parameters <= space.whole_up_to_bytes
 
 
@@ -191,7 +240,7 @@ def _reduction(
     are gone."""
     if not backward or layout.shards == 1 or not space.reduction_copies:
         return Footprint()
-    copies = space.gradient_bytes * stage_parameters(model, layout)
+    copies = space.gradient_bytes * trained_parameters(model, layout)
     return Footprint(buffers=max(0.0, copies - activations))
 
 
@@ -204,8 +253,8 @@ def _cut_pass(
     backward: bool,
 ) -> Footprint:
     """FSDP's gathered weights and gradients in a pass, beside the resident shards."""
-    count = stage_parameters(model, layout)
-    whole = FLOAT32_BYTES * count
+    count = _gathered_parameters(model, layout)
+    whole = FLOAT32_BYTES * trained_parameters(model, layout)
     ends = model.embedding_parameters
     if not model.tied_embeddings or model.scalar_head:
         ends += model.head_parameters
@@ -221,6 +270,8 @@ def _cut_pass(
         # Copied for the reduction, when the activations are gone.
         return Footprint(gradients=whole, buffers=max(shard, whole - activations))
     largest = max(ends, model.layer_parameters) / layout.t
+    if model.adapter is not None:
+        largest = model.adapter.whole + model.adapter.cut / layout.t
     return Footprint(parameters=gathered, gradients=shard, buffers=2 * FLOAT32_BYTES * largest)
 
 
@@ -241,10 +292,25 @@ def held_for_generation(
     model: ModelSpec, training: ModelLayout | None, space: SearchSpace
 ) -> float:
     """Bytes of the training shard that generation can compute on in place (docs/paper.md
-    section 3: no redundant copy)."""
-    if training is None or not space.shared_generation_weights or training.offload:
+    section 3: no redundant copy); none where the base below an adapter is not what it computes
+    with."""
+    if (
+        model.adapter is not None
+        or training is None
+        or not space.shared_generation_weights
+        or training.offload
+    ):
         return 0.0
     return state_footprint(model, training, space, trained=False).parameters
+
+
+def _merged_bytes(
+    model: ModelSpec, layout: GenerationLayout, space: SearchSpace, weights: float
+) -> float:
+    """Bytes of the merged weights that the training side holds during a sync."""
+    if space.cut_between_steps:
+        return space.parameter_bytes * model.num_parameters / layout.num_devices
+    return weights
 
 
 def generation_footprint(
@@ -260,6 +326,10 @@ def generation_footprint(
             weights += space.parameter_bytes * model.head_parameters / layout.tg
         if layout.kept:
             staging = weights
+    if model.adapter is not None and model.adapter.sent_alone:
+        weights += space.parameter_bytes * model.adapter_parameters / layout.pg
+    elif model.adapter is not None:
+        staging += _merged_bytes(model, layout, space, weights)
     kv = kv_bytes_per_token(model, layout, space) * kv_tokens(workload, layout.max_running)
     waiting = layout.max_running * workload.prompt.mean
     tokens = max(min(space.max_num_batched_tokens, waiting), layout.max_running)

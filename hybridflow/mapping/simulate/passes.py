@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
+from hybridflow.mapping.question.adapter import AdapterSpec
 from hybridflow.mapping.question.calibration import Calibration
 from hybridflow.mapping.question.cluster import DeviceKind
 from hybridflow.mapping.question.layouts import ModelLayout
@@ -29,7 +30,8 @@ from hybridflow.mapping.simulate.footprint import (
     fetched_bytes,
     is_one_group,
     stage_parameters,
-    zero_footprint,
+    trained_parameters,
+    update_footprint,
 )
 
 
@@ -129,14 +131,14 @@ def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> Pa
     gradients, gathering = _data_parallel(model, layout, machine)
     if machine.space.cut_between_steps and not is_one_group(model, layout, machine.space):
         gradients *= number  # a large model's are reduced in every micro-batch
-    states = zero_footprint(model, layout, machine.space, trained=True)
+    states = update_footprint(model, layout, machine.space)
     optimizer = (
         2.0 * (states.parameters + states.gradients + states.optimizer) / machine.update_bandwidth
     )
     adding = (
         3.0
         * machine.space.gradient_bytes
-        * stage_parameters(model, layout)
+        * trained_parameters(model, layout)
         / machine.update_bandwidth
     )
     moved = fetched_bytes(model, layout, machine.space, trained=True)
@@ -176,6 +178,11 @@ def _slot(
     layer += elementwise + calibration.layer_overhead_s
     scored = tokens * machine.workload.response.mean / machine.workload.tokens_per_row
     head = head_s(model, kind, calibration, space, scored_tokens=scored, t=layout.t)
+    saved = 0.0
+    if model.adapter is not None:
+        layer += _adapter_s(model.adapter, machine, tokens, layout.t)
+        if backward:
+            saved = _unneeded_s(model, machine, tokens, scored, layout)
     fabric = Fabric(kind, calibration, layout.num_devices)
     message = space.activation_bytes * model.hidden_size * tokens
     tensor, pipeline, context, parameters = 0.0, 0.0, 0.0, 0.0
@@ -189,7 +196,7 @@ def _slot(
     if layout.zero >= 3:
         parameters = gathers * gathering_s(model, layout, machine)
     return PassTime(
-        compute=layers * layer * passes + head * head_passes,
+        compute=layers * layer * passes + head * head_passes - saved,
         tensor=tensor,
         pipeline=pipeline,
         context=context,
@@ -206,6 +213,26 @@ def exchanged_per_token(model: ModelSpec, layout: ModelLayout) -> float:
         return 2.0 * kv_width * (layout.c - 1)
     copies = max(1.0, layout.c * layout.t / model.num_kv_heads)
     return (2.0 * width + 2.0 * kv_width * copies) * (layout.c - 1) / layout.c
+
+
+def _adapter_s(adapter: AdapterSpec, machine: Machine, tokens: float, t: int) -> float:
+    """Seconds of the products with A and B in a layer's forward pass."""
+    flops = 2.0 * tokens * (adapter.whole + adapter.cut) / t
+    return flops / (machine.kind.flops * machine.calibration.matmul_efficiency)
+
+
+def _unneeded_s(
+    model: ModelSpec, machine: Machine, tokens: float, scored: float, layout: ModelLayout
+) -> float:
+    """Seconds of a stage's backward pass that frozen weights do without: their gradients, half of
+    its products."""
+    kind, calibration, space = machine.kind, machine.calibration, machine.space
+    layer = products_s(model, kind, calibration, space, tokens=tokens, attended=0.0, t=layout.t)
+    head = 0.0
+    if not model.scalar_head:
+        flops = 2.0 * scored * model.head_parameters / layout.t
+        head = flops / (kind.flops * calibration.matmul_efficiency)
+    return calibration.backward_factor / 2 * (model.longest_stage(layout.p) * layer + head)
 
 
 def _pipelined(
@@ -231,9 +258,8 @@ def _data_parallel(model: ModelSpec, layout: ModelLayout, machine: Machine) -> t
     if layout.shards == 1:
         return 0.0, 0.0
     fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
-    count = stage_parameters(model, layout)
     stride = layout.p * layout.t
-    gradient_bytes = machine.space.gradient_bytes * count
+    gradient_bytes = machine.space.gradient_bytes * trained_parameters(model, layout)
     visible = 1.0 - machine.calibration.gradient_overlap
     if layout.zero == 0:
         return visible * fabric.all_reduce(gradient_bytes, layout.shards, stride), 0.0
@@ -244,7 +270,15 @@ def _data_parallel(model: ModelSpec, layout: ModelLayout, machine: Machine) -> t
 
 
 def gathering_s(model: ModelSpec, layout: ModelLayout, machine: Machine) -> float:
-    """Seconds until every data rank has all of its stage's parameters."""
+    """Seconds until every data rank has all of its stage's parameters; a base that is not cut
+    over them is there."""
     fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
     num_bytes = machine.space.parameter_bytes * stage_parameters(model, layout)
+    return fabric.all_gather(num_bytes, layout.shards, layout.p * layout.t)
+
+
+    count = trained_parameters(model, layout)
+    if model.adapter is not None and (machine.space.cut_between_steps or layout.zero >= 3):
+        count += stage_parameters(model, layout)
+    num_bytes = machine.space.parameter_bytes * count
     return fabric.all_gather(num_bytes, layout.shards, layout.p * layout.t)

@@ -38,7 +38,7 @@ def transition_time(
     neighbouring stages hold the bytes that a rank lacks."""
     cut = machine.space.cut_between_steps
     fraction = received_fraction(training, generation, cut=cut)
-    num_bytes = fraction * machine.space.parameter_bytes * model.num_parameters
+    num_bytes = fraction * machine.space.parameter_bytes * model.sent_parameters
     if num_bytes == 0.0:
         return 0.0
     fabric = Fabric(machine.kind, machine.calibration, training.num_devices)
@@ -57,7 +57,7 @@ def transition_time(
 def weight_sync_time(model: ModelSpec, generation: GenerationLayout, machine: Machine) -> float:
     """Seconds to fill a generation pool whose weights are trained in another pool: every rank
     receives its shard from outside."""
-    shard = machine.space.parameter_bytes * model.num_parameters / (generation.pg * generation.tg)
+    shard = machine.space.parameter_bytes * model.sent_parameters / (generation.pg * generation.tg)
     per_node = min(machine.kind.devices_per_node, generation.num_devices)
     efficiency = machine.calibration.link_efficiency
     moving = per_node * shard / (machine.kind.inter_bandwidth * efficiency)
