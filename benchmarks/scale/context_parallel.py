@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.scale.errors import relative_error, update_error
 from benchmarks.scale.row import Row
 from tests.engines.context_workers import (
     OPTIMIZER,
@@ -201,9 +202,9 @@ def _row(directory: Path, case: Case, expected: PlainRun, start: dict[str, Tenso
         feature="cp",
         family=case.model,
         layout=_layout(case),
-        loss_error=_relative(losses, expected.losses),
-        grad_norm_error=_relative(norms, expected.grad_norms),
-        update_error=_update_error(first.whole, expected.parameters, start),
+        loss_error=relative_error(losses, expected.losses),
+        grad_norm_error=relative_error(norms, expected.grad_norms),
+        update_error=update_error(first.whole, expected.parameters, start),
         log_prob_gap=max(_gap(case, measured.result, expected) for measured in ranks),
         sync_bytes=max(measured.sent_bytes for measured in ranks),
         bound_bytes=max(measured.bound_bytes for measured in ranks),
@@ -221,23 +222,6 @@ def _layout(case: Case) -> str:
         words.append(f"dp{data}")
     words.append("by length" if case.by_length else case.exchange.value)
     return " ".join(words)
-
-
-def _relative(measured: list[float], expected: list[float]) -> float:
-    errors = []
-    for value, reference in zip(measured, expected, strict=True):
-        errors.append(abs(value - reference) / abs(reference))
-    return max(errors)
-
-
-def _update_error(
-    weights: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]
-) -> float:
-    error = change = 0.0
-    for name, reference in expected.items():
-        error += float((weights[name] - reference).double().square().sum())
-        change += float((reference - start[name]).double().square().sum())
-    return (error / change) ** 0.5
 
 
 def _gap(case: Case, result: Result, expected: PlainRun) -> float:

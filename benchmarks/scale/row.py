@@ -27,6 +27,7 @@ class Row:
     bound_bytes: int
     """The fewest that it has to move."""
     peak_bytes: int
-    """The most bytes of activations that the backward pass keeps on a rank."""
+    """The most bytes of a rank: of activations that the backward pass keeps (cp), of weights and
+    optimizer states (lora)."""
     step_s: float
     """Seconds of a training step, the median of some."""

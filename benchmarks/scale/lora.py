@@ -1,0 +1,197 @@
+"""Rows of low-rank adapters: every engine on 1, 2 and 4 gloo processes against LoRA in plain PyTorch
+in one, and a sync of the adapter to a copy of the model on every rank."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from benchmarks.scale.errors import relative_error, update_error
+from benchmarks.scale.row import Row
+from hybridflow.resharding import LocalParameter, ShardMap, compile, verify
+from tests.engines.fsdp_workers import data_rows
+from tests.engines.threed_cases import TEMPERATURE, PlainRun, load_plain, loss_fn, save_tiny_model
+from tests.lora.plain import adapt, matrices_of, plain_lora_run
+from tests.lora.workers import (
+    ALPHA,
+    NUM_STEPS,
+    OPTIMIZER,
+    RANK,
+    Case,
+    batches,
+    make_engine,
+    own_rows,
+)
+from workers.engines.base import Outputs
+from workers.engines.shared.sharded_engine import ShardedEngine
+from workers.sequences import ragged_positions
+
+FAMILIES = ("llama", "qwen3", "gemma3_text")
+LAYERS = 2
+TIMED_STEPS = 5
+BUCKET_BYTES = 1 << 20
+FLOAT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The measurements of one rank."""
+
+    data: int
+    outputs: Outputs | None
+    metrics: list[dict[str, float]]
+    trained: dict[str, Tensor]
+    sync_bytes: int
+    bound_bytes: int
+    peak_bytes: int
+    step_s: float
+
+
+def measure(directory: Path) -> Iterator[Row]:
+    """Each family on one rank, with data, tensor and pipeline parallelism, and with both others."""
+    cases: list[Case] = []
+    for family in FAMILIES:
+        save_tiny_model(directory / family, family, layers=LAYERS, tied=family == "gemma3_text")
+        cases += [
+            Case(family=family),
+            Case(family=family, engine="deepspeed", world_size=2),
+            Case(family=family, world_size=2, tp=2),
+            Case(family=family, engine="threed", world_size=2, pp=2),
+            Case(family=family, engine="threed", world_size=4, tp=2),
+        ]
+    mp.spawn(_run, args=(directory, cases), nprocs=4)
+    for case in cases:
+        yield _row(directory, case)
+
+
+def _run(rank: int, directory: Path, cases: list[Case]) -> None:
+    torch.set_num_threads(1)
+    for world_size in (4, 2, 1):
+        if rank >= world_size:
+            continue
+        store = f"file://{directory}/lora{world_size}.store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+        for case in cases:
+            if case.world_size == world_size:
+                measured = _measure(rank, directory, case)
+                torch.save(measured, directory / f"{case.name}.{rank}.pt")
+        dist.destroy_process_group()
+
+
+def _measure(rank: int, directory: Path, case: Case) -> Measured:
+    engine = make_engine(case, directory, rank)
+    engine.save_pretrained(directory / f"{case.name}.first")
+    rows = [own_rows(engine, batch, rank) for batch in batches()]
+    outputs = engine.forward(rows[0], entropy=True, temperature=TEMPERATURE)
+    metrics = []
+    for batch in rows:
+        metrics.append(engine.train_step(batch, loss_fn, entropy=True, temperature=TEMPERATURE))
+    trained = engine._gathered_trained()
+    state_bytes = _state_bytes(engine)
+    sync_bytes, bound_bytes = _synced(engine)
+    seconds = []
+    for _ in range(TIMED_STEPS):
+        started = time.perf_counter()
+        engine.train_step(rows[0], loss_fn, entropy=True, temperature=TEMPERATURE)
+        seconds.append(time.perf_counter() - started)
+    return Measured(
+        data=engine.layout.coordinates(rank)["dp"],
+        outputs=outputs,
+        metrics=metrics,
+        trained=trained,
+        sync_bytes=sync_bytes,
+        bound_bytes=bound_bytes,
+        peak_bytes=state_bytes,
+        step_s=statistics.median(seconds),
+    )
+
+
+def _state_bytes(engine: ShardedEngine) -> int:
+    """Bytes of this rank's weights and optimizer states."""
+    states = engine.local_parameters() + engine.state(moments=True, copies=True)
+    storages = {}
+    for parameter in states:
+        for shard in parameter.shards:
+            memory = shard.tensor.untyped_storage()
+            storages[memory.data_ptr()] = memory.nbytes()
+    return sum(storages.values())
+
+
+def _synced(engine: ShardedEngine) -> tuple[int, int]:
+    """(bytes that all ranks receive in a sync of the adapter alone to a whole copy on every rank,
+    the fewest: what they lack)."""
+    source = engine.weight_source(adapter=True)
+    whole = []
+    for parameter in source.parameters:
+        whole.append(LocalParameter.whole(parameter.name, torch.empty(parameter.shape)))
+    plan = compile(
+        ShardMap.gather(source.parameters), ShardMap.gather(whole), bucket_bytes=BUCKET_BYTES
+    )
+    certificate = verify(plan)
+    lacking = 0
+    for parameter, target in zip(source.parameters, whole, strict=True):
+        held = sum(shard.box.numel for shard in parameter.shards)
+        lacking += FLOAT * (target.shards[0].box.numel - held)
+    total = torch.tensor(lacking)
+    dist.all_reduce(total)
+    return certificate.received_total, int(total)
+
+
+def _plain(directory: Path, case: Case) -> tuple[PlainRun, dict[str, Tensor]]:
+    """The run in plain PyTorch, and its parameters before it."""
+    model = load_plain(directory / case.family, case.head)
+    matrices = matrices_of(directory / f"{case.name}.first")
+    start = {}
+    for name, (a, b) in matrices.items():
+        start[f"{name}.lora_A"], start[f"{name}.lora_B"] = a.clone(), b.clone()
+    adapt(model, matrices, ALPHA / RANK)
+    return plain_lora_run(model, case.head, batches(), OPTIMIZER), start
+
+
+def _row(directory: Path, case: Case) -> Row:
+    ranks: list[Measured] = []
+    for rank in range(case.world_size):
+        ranks.append(torch.load(directory / f"{case.name}.{rank}.pt", weights_only=False))
+    expected, start = _plain(directory, case)
+    metrics = ranks[0].metrics
+    assert len(metrics) == NUM_STEPS
+    return Row(
+        feature="lora",
+        family=case.family,
+        layout=_layout(case),
+        loss_error=relative_error([step["loss"] for step in metrics], expected.losses),
+        grad_norm_error=relative_error(
+            [step["grad_norm"] for step in metrics], expected.grad_norms
+        ),
+        update_error=update_error(ranks[0].trained, expected.parameters, start),
+        log_prob_gap=max(_gap(case, measured, expected) for measured in ranks),
+        sync_bytes=ranks[0].sync_bytes,
+        bound_bytes=ranks[0].bound_bytes,
+        peak_bytes=max(measured.peak_bytes for measured in ranks),
+        step_s=max(measured.step_s for measured in ranks),
+    )
+
+
+def _layout(case: Case) -> str:
+    data = case.world_size // (case.tp * case.pp)
+    sizes = {"pp": case.pp, "tp": case.tp, "dp": data}
+    words = [f"{axis}{size}" for axis, size in sizes.items() if size > 1]
+    return " ".join([case.engine, *words])
+
+
+def _gap(case: Case, measured: Measured, expected: PlainRun) -> float:
+    if measured.outputs is None:
+        return 0.0
+    batch = batches()[0]
+    rows = data_rows(batch.num_rows, case.world_size // (case.tp * case.pp), measured.data)
+    places = ragged_positions(batch.scored_lengths, rows)
+    assert measured.outputs.log_probs is not None and expected.outputs.log_probs is not None
+    return float((measured.outputs.log_probs - expected.outputs.log_probs[places]).abs().max())
