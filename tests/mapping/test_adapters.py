@@ -34,6 +34,7 @@ from tests.engines.threed_cases import loss_fn, make_sequences, save_tiny_model
 from workers.config import LoraConfig, ModelConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head
+from workers.precision import with_native_precision
 
 LLAMA = MODELS["llama-7b"]
 RANK = 16
@@ -124,6 +125,7 @@ def test_an_engines_memory(tmp_path: Path, engine: str, precision: Precision) ->
     config = TrainConfig(engine=engine, precision=precision, lora=lora)
     model = ModelConfig(path=str(path))
     with LocalPool():
+        with_native_precision(config, "cpu")  # which measures once what this CPU has
         before = memory_bytes()
         learner = engine_class(engine)(
             model=model, config=config, head=Head.lm, context=RankContext()
