@@ -34,7 +34,6 @@ from tests.engines.threed_cases import loss_fn, make_sequences, save_tiny_model
 from workers.config import LoraConfig, ModelConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head
-from workers.precision import with_native_precision
 
 LLAMA = MODELS["llama-7b"]
 RANK = 16
@@ -124,14 +123,16 @@ def test_an_engines_memory(tmp_path: Path, engine: str, precision: Precision) ->
     lora = LoraConfig(rank=2)
     config = TrainConfig(engine=engine, precision=precision, lora=lora)
     model = ModelConfig(path=str(path))
+    learner = None
     with LocalPool():
-        with_native_precision(config, "cpu")  # which measures once what this CPU has
-        before = memory_bytes()
-        learner = engine_class(engine)(
-            model=model, config=config, head=Head.lm, context=RankContext()
-        )
-        learner.train_step(make_sequences(), loss_fn, entropy=True)
-        measured = sum(memory_bytes().values()) - sum(before.values())
+        for _ in range(2):  # tables that all models share are there from the first one on
+            del learner
+            before = sum(memory_bytes().values())
+            learner = engine_class(engine)(
+                model=model, config=config, head=Head.lm, context=RankContext()
+            )
+            learner.train_step(make_sequences(), loss_fn, entropy=True)
+            measured = sum(memory_bytes().values()) - before
     spec = replace(
         ModelSpec.from_directory(path), adapter=adapter_spec(model, lora, Head.lm, sent_alone=True)
     )
