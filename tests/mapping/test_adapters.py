@@ -118,7 +118,7 @@ def test_a_frozen_layer_has_no_gradients_of_weights() -> None:
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 @pytest.mark.parametrize("engine", ["fsdp", "threed"])
 def test_an_engines_memory(tmp_path: Path, engine: str, precision: Precision) -> None:
-    """What an engine has between steps, within 15 % (issue 16)."""
+    """The bytes that an engine has between steps, within 15 % (issue 16)."""
     path = save_tiny_model(tmp_path / "model", "qwen3", layers=4)
     lora = LoraConfig(rank=2)
     config = TrainConfig(engine=engine, precision=precision, lora=lora)
@@ -174,7 +174,7 @@ def sharing_setting(cluster: str, base: str) -> Setting:
 
 
 def test_a_shared_base_is_counted_once() -> None:
-    """Of three roles on one base in equal layouts the weights are counted once, by hand; in another
+    """The weights of three roles on one base in equal layouts are counted once, by hand; in another
     layout, or under another name, three times."""
     setting = sharing_setting("1x8xA100-80GB", "llama bf16")
     roles = ("actor", "reference", "critic", "reward")

@@ -76,8 +76,8 @@ class Setting:
         return CallKind.training in self._kinds[role]
 
     def sharing(self, roles: Iterable[str]) -> tuple[str, ...]:
-        """Of the roles of a pool those whose frozen weights are the same ones, where a role has an
-        adapter on them; that role is first. They are in memory once where layouts are equal."""
+        """The roles of a pool whose frozen weights are the same ones, where a role has an adapter on
+        them; that role is first. They are in memory once where layouts are equal."""
         of_base: dict[str, list[str]] = {}
         for role in roles:
             if self.model(role).base and not self.only_generates(role):

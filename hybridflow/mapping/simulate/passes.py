@@ -276,7 +276,6 @@ def gathering_s(model: ModelSpec, layout: ModelLayout, machine: Machine) -> floa
     num_bytes = machine.space.parameter_bytes * stage_parameters(model, layout)
     return fabric.all_gather(num_bytes, layout.shards, layout.p * layout.t)
 
-
     count = trained_parameters(model, layout)
     if model.adapter is not None and (machine.space.cut_between_steps or layout.zero >= 3):
         count += stage_parameters(model, layout)
