@@ -19,6 +19,7 @@ from hybridflow.local_pool import LocalPool
 from hybridflow.pool import PoolSpec
 from tests.engines.threed_cases import VOCABULARY, save_tiny_model
 from tests.lora.workers import frozen_memory
+from tests.matrix import matrix
 from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.critic import CriticWorker
 from workers.engines import engine_class
@@ -91,7 +92,7 @@ def answers(workers: dict[str, ModelWorker]) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "threed"])
+@pytest.mark.parametrize("engine", matrix(["fsdp"], ["threed"]))
 def test_roles_share_their_base(pools: dict[str, LocalPool], tmp_path: Path, engine: str) -> None:
     """Policy, reference, critic and reward model (SCALE.md 5.1): one storage, and a training step
     and outputs that are those of four models, bit for bit."""

@@ -31,6 +31,7 @@ from hybridflow.mapping.simulate.transition import transition_time, weight_sync_
 from recipes.dataflows import PAPER
 from recipes.mapping_adapters import adapter_spec
 from tests.engines.threed_cases import loss_fn, make_sequences, save_tiny_model
+from tests.matrix import matrix
 from workers.config import LoraConfig, ModelConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head
@@ -115,7 +116,7 @@ def test_a_frozen_layer_has_no_gradients_of_weights() -> None:
     assert full - adapted == pytest.approx(saved * 64 * 1024 / kind.flops, rel=1e-6)
 
 
-@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+@pytest.mark.parametrize("precision", matrix([Precision.bf16], [Precision.fp32]))
 @pytest.mark.parametrize("engine", ["fsdp", "threed"])
 def test_an_engines_memory(tmp_path: Path, engine: str, precision: Precision) -> None:
     """The bytes that an engine has between steps, within 15 % (issue 16)."""
