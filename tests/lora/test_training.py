@@ -58,6 +58,7 @@ SLOW = [
     Case(engine="deepspeed", world_size=2, zero=1, head=Head.value),
     Case(world_size=2, family="gemma3_text"),
     Case(world_size=4),
+    Case(world_size=2, layered=True, targets=FIRST_LAYER),
     Case(world_size=4, tp=4),
     Case(world_size=4, tp=2, family="gemma3_text", layered=True),
     Case(engine="threed", world_size=2, tp=2, family="phi3"),
