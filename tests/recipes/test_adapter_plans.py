@@ -14,6 +14,7 @@ from hybridflow.mapping.question.adapter import AdapterSpec
 from recipes.config import RunConfig
 from recipes.mapping_settings import model_spec
 from recipes.run import run
+from tests.matrix import matrix
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
 RANK = 32
@@ -55,17 +56,18 @@ def large(required: list[str], tmp_path_factory: pytest.TempPathFactory) -> list
     ]
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "threed"])
-@pytest.mark.parametrize("adapted", [True, False], ids=["lora", "whole"])
+@pytest.mark.parametrize(
+    ("engine", "rank"), matrix([("threed", 32)], [("threed", 0), ("fsdp", 32), ("fsdp", 0)])
+)
 def test_a_72b_model_with_responses_of_32k_tokens(
     settings: Callable[..., RunConfig],
     large: list[str],
     capsys: pytest.CaptureFixture[str],
-    adapted: bool,
     engine: str,
+    rank: int,
 ) -> None:
     """A plan in seconds, with its reasons (issue 16)."""
-    lora = ["actor.train.lora.rank=32"] if adapted else []
+    lora = [f"actor.train.lora.rank={rank}"] if rank else []
     engines = [f"{role}.train.engine={engine}" for role in ("actor", "reference")]
     started = time.process_time()
     assert run(settings("grpo", *large, *lora, *engines)) is None
@@ -73,7 +75,7 @@ def test_a_72b_model_with_responses_of_32k_tokens(
     printed = capsys.readouterr().out
     assert "grpo on 16x8xH100-80GB: " in printed
     assert "actor.update_actor" in printed
-    assert ("the frozen weights of actor, reference are in memory once" in printed) <= adapted
+    assert ("the frozen weights of actor, reference are in memory once" in printed) <= bool(rank)
 
 
 def test_the_adapters_size_is_the_settings(
