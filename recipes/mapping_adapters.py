@@ -46,7 +46,8 @@ def adapter_spec(
     if lora.adapter is not None:
         lora = PeftFiles.read(lora.adapter).config
     meta = build_on_meta(model, head)
-    columns, rows = [], []
+    columns: list[tuple[float, float]] = []
+    rows: list[tuple[float, float]] = []
     for name in target_layers(meta, lora):
         layer = meta.get_submodule(name)
         assert isinstance(layer, nn.Linear)

@@ -35,8 +35,14 @@ class ModelLayout:
         return self.p * self.t * self.d * self.c
 
     @property
+    def shards(self) -> int:
+        """Ranks over which ZeRO cuts, and gradients are added up."""
+        return self.d * self.c
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """The sizes that decide which part of a frozen weight a rank has."""
+        return self.p, self.t, self.d, self.c
 
     def __str__(self) -> str:
         words = [f"{self.p}-{self.t}-{self.d}"]
