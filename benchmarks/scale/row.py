@@ -13,9 +13,9 @@ class Row:
     family: str
     layout: str
     loss_error: float
-    """The largest relative error of a step's loss."""
+    """The largest error of a step's loss, relative to the largest loss."""
     grad_norm_error: float
-    """The largest relative error of a step's gradient norm."""
+    """The same of the gradient norm."""
     update_error: float
     """|change - reference change| / |reference change| over all trained weights, after the last
     step."""
