@@ -57,16 +57,16 @@ def large(required: list[str], tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 @pytest.mark.parametrize(
-    ("engine", "rank"), matrix([("threed", 32)], [("threed", 0), ("fsdp", 32), ("fsdp", 0)])
+    "case", matrix([("threed", 32)], [("threed", 0), ("fsdp", 32), ("fsdp", 0)]), ids=str
 )
 def test_a_72b_model_with_responses_of_32k_tokens(
     settings: Callable[..., RunConfig],
     large: list[str],
     capsys: pytest.CaptureFixture[str],
-    engine: str,
-    rank: int,
+    case: tuple[str, int],
 ) -> None:
     """A plan in seconds, with its reasons (issue 16)."""
+    engine, rank = case
     lora = [f"actor.train.lora.rank={rank}"] if rank else []
     engines = [f"{role}.train.engine={engine}" for role in ("actor", "reference")]
     started = time.process_time()
