@@ -29,7 +29,7 @@ TOKEN_COLUMNS = ("advantages", "rollout_log_probs", "ref_log_probs")
         "mini_batch",
         "weight_version",
     ),
-    optional=("rollout_log_probs", "ref_log_probs", "loss_mask"),
+    optional=("rollout_log_probs", "ref_log_probs", "loss_mask", "segment_lengths"),
     writes=("pretrain",),
     chooses_rows=True,
 )
@@ -37,7 +37,8 @@ def with_pretraining(batch: Batch, stream: Stream) -> Batch:
     """The columns of the batch that an update reads, and the stream's next rows, spread evenly
     over the mini-batches."""
     texts = stream.take()
-    names = ("prompt_ids", "response_ids", "loss_mask", *ROW_COLUMNS, *TOKEN_COLUMNS)
+    names = ("prompt_ids", "response_ids", "loss_mask", "segment_lengths")
+    names += (*ROW_COLUMNS, *TOKEN_COLUMNS)
     columns = [name for name in names if name in batch]
     rows = batch.select(*columns) | Batch.of(pretrain=torch.zeros(len(batch), dtype=torch.bool))
     if not texts:
@@ -47,6 +48,8 @@ def with_pretraining(batch: Batch, stream: Stream) -> Batch:
     further: dict[str, Tensor | Ragged] = {name: zeros for name in TOKEN_COLUMNS if name in batch}
     if "loss_mask" in batch:
         further["loss_mask"] = Ragged(torch.ones(int(lengths.sum()), dtype=torch.bool), lengths)
+    if "segment_lengths" in batch:
+        further["segment_lengths"] = Ragged(lengths + 1, torch.ones_like(lengths))
     further["num_tokens"] = lengths + 1
     further["mini_batch"] = torch.arange(len(texts)) % (int(batch.tensor("mini_batch").max()) + 1)
     further["weight_version"] = torch.full((len(texts),), int(batch.tensor("weight_version").max()))

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from hybridflow.batch import Batch
 from hybridflow.metrics import Sample, SamplesConfig
 from hybridflow.results import Metrics
+from workers.agents.turns import turns_of
 from workers.text import ResponseReader
 
 NUMBERS = {
@@ -23,6 +24,8 @@ NUMBERS = {
 FURTHER_NUMBERS = {"reward": "reward_metrics", "cost": "cost_metrics", "gold": "gold_metrics"}
 """A sample's score -> the column with the further numbers of the function that gave it."""
 TEXTS = ("prompt_ids", "response_ids", "finish_reason", "weight_version")
+EPISODES = ("loss_mask", "turn_lengths", "turn_rewards", "episode_metrics")
+"""The columns that tell an episode's turns apart."""
 
 
 class SampleReader:
@@ -76,7 +79,8 @@ def samples_of(
     """
     numbers = {name: column for name, column in NUMBERS.items() if column in batch}
     further = {name: column for name, column in FURTHER_NUMBERS.items() if column in batch}
-    here = batch.local((*TEXTS, "uid", *numbers.values(), *further.values()))
+    episodes = [column for column in EPISODES if column in batch]
+    here = batch.local((*TEXTS, "uid", *numbers.values(), *further.values(), *episodes))
     scores: list[dict[str, float]] = [{} for _ in range(len(here))]
     for name, column in numbers.items():
         for row, value in zip(scores, here.tensor(column).tolist(), strict=True):
@@ -89,6 +93,9 @@ def samples_of(
     reasons = here.objects("finish_reason")
     versions = here.tensor("weight_version").tolist()
     uids = here.tensor("uid").tolist()
+    turns: list[list[dict[str, object]]] = [[] for _ in range(len(here))]
+    if len(episodes) == len(EPISODES):
+        turns = turns_of(here, tokenizer, read_responses)
     samples = []
     for index in range(len(here)):
         samples.append(
@@ -99,6 +106,7 @@ def samples_of(
                 weight_version=versions[index],
                 uid=uids[index],
                 scores=scores[index],
+                turns=turns[index],
             )
         )
     return samples

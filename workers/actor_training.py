@@ -47,7 +47,9 @@ class ActorTrainingWorker(PolicyWorker, TrainingActor):
         sequences = sequences_of(batch, PER_TOKEN)
         loss_fn = policy_loss(loss)
         if "pretrain" in batch:
-            sequences = sequences.with_columns(per_row={"pretrain": batch.tensor("pretrain")})
+            sequences = sequences.with_columns(
+                per_row={"pretrain": sequences.of_segments(batch.tensor("pretrain"))}
+            )
             loss_fn = with_pretraining(loss_fn, loss.pretraining_coefficient)
         if config.router_replay is RouterReplay.R3:
             sequences = with_routes(sequences, self._recorded_routes(batch))

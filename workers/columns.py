@@ -38,6 +38,13 @@ LOSS_MASK = declare(
     "the policy sampled where an environment wrote the rest. Columns over response tokens have the "
     "scored ones only; without this column all are scored",
 )
+SEGMENT_LENGTHS = declare(
+    "segment_lengths",
+    "batch time",
+    "int64",
+    "tokens of each of the row's contexts, prompts included, where a history was rewritten: prompt_ids "
+    "and response_ids hold one after the other, and none sees another",
+)
 PAIR = declare(
     "pair",
     "batch",

@@ -36,12 +36,13 @@ class MiniBatches:
     def __init__(
         self, sequences: Sequences, labels: Tensor | None, layout: Layout, device: str
     ) -> None:
-        """`labels`: int64 [rows], number of each row's mini-batch; None: all rows form one.
-        Collective."""
+        """`labels`: int64 [rows of the batch], number of each row's mini-batch; None: all rows form
+        one. Collective."""
         self.sequences = sequences
-        self.labels = (
-            labels if labels is not None else torch.zeros(sequences.num_rows, dtype=torch.int64)
-        )
+        if labels is None:
+            labels = torch.zeros(len(sequences.segment_counts), dtype=torch.int64)
+        self.labels = sequences.of_segments(labels)
+        """Those of each row of `sequences`."""
         self.counts = self._global_counts(layout, device)
         self.current = 0
         """The mini-batch of the step that was drawn last."""
@@ -69,12 +70,13 @@ class MiniBatches:
         sequences = self.sequences
         largest = torch.tensor([int(self.labels.max()) if len(self.labels) else 0], device=device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        lengths = sequences.scored_lengths
+        lengths, counted = sequences.batch_scored_lengths, sequences.segment_counts
+        first = torch.cumsum(counted, 0) - counted
         is_text = sequences.per_row.get(
             PRETRAIN.name, torch.zeros(sequences.num_rows, dtype=torch.bool)
         )
         table = torch.zeros(int(largest) + 1, 2, 2, dtype=torch.int64)
-        index = (self.labels, is_text.long())
+        index = (self.labels[first], is_text[first].long())
         table[:, :, 0].index_put_(index, lengths, accumulate=True)
         table[:, :, 1].index_put_(index, (lengths > 0).long(), accumulate=True)
         table = table.to(device)
@@ -96,9 +98,10 @@ class MiniBatches:
         """The rows of every step with the weights of their tokens."""
         for label, rows in self._rows(num_epochs, seed):
             rollout, text = self.counts[label]
-            columns = weight_columns(rows.scored_lengths, rollout, aggregation, constant=constant)
+            lengths = rows.batch_scored_lengths
+            columns = weight_columns(lengths, rollout, aggregation, constant=constant)
             if PRETRAIN.name in rows.per_row:
-                text_columns = weight_columns(rows.scored_lengths, text, Aggregation.token_mean)
+                text_columns = weight_columns(lengths, text, Aggregation.token_mean)
                 is_text = torch.repeat_interleave(rows.per_row[PRETRAIN.name], rows.scored_lengths)
                 for name, weights in columns.items():
                     columns[name] = torch.where(is_text, text_columns[name], weights)

@@ -15,7 +15,7 @@ from hybridflow.columns import Ragged
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.worker import Worker
-from workers.columns import LOSS_MASK
+from workers.columns import LOSS_MASK, SEGMENT_LENGTHS
 from workers.config import ModelConfig, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, TrainingEngine
@@ -108,8 +108,8 @@ class ModelWorker(Worker):
 
 
 def sequences_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
-    """prompt_ids + response_ids row by row, the response scored, or what loss_mask has of it;
-    `per_token` columns that the batch has go along."""
+    """prompt_ids + response_ids row by row, the response scored, or what loss_mask has of it; each
+    segment of a row is one of its own. `per_token` columns that the batch has go along."""
     prompts, responses = batch.ragged("prompt_ids"), batch.ragged("response_ids")
     scored = None
     if LOSS_MASK.name in batch:
@@ -120,11 +120,19 @@ def sequences_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
     columns = {name: batch.ragged(name).values for name in per_token if name in batch}
     for name, values in columns.items():
         assert len(values) == int(num_tokens.sum()), f"{name} is not over the scored tokens"
+    lengths, batch_row = prompts.lengths + responses.lengths, None
+    if SEGMENT_LENGTHS.name in batch:
+        segments = batch.ragged(SEGMENT_LENGTHS.name)
+        if len(segments.values) > len(batch):
+            assert scored is not None, "rows with segments have a loss_mask"
+            lengths, batch_row = segments.values, row_of_token(segments.lengths)
+            num_tokens = segment_sum(scored.long(), row_of_token(lengths), len(lengths))
     return Sequences(
         token_ids=interleave(prompts, responses),
-        lengths=prompts.lengths + responses.lengths,
+        lengths=lengths,
         scored_lengths=num_tokens,
         scored=scored,
+        batch_row=batch_row,
         per_token=columns,
     )
 

@@ -106,7 +106,7 @@ class Policy(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids"),
-        optional=("loss_mask",),
+        optional=("loss_mask", "segment_lengths"),
         writes=("log_probs",),
         balance="num_tokens",
         near="uid",
@@ -118,7 +118,7 @@ class Policy(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids"),
-        optional=("loss_mask", "mini_batch"),
+        optional=("loss_mask", "segment_lengths", "mini_batch"),
         kind=CallKind.training,
         balance="num_tokens",
         near="uid",
@@ -134,6 +134,7 @@ class Policy(TrainedRole):
         reads=("prompt_ids", "response_ids", "ref_log_probs", "pair", "chosen"),
         optional=(
             "loss_mask",
+            "segment_lengths",
             "mini_batch",
         ),
         kind=CallKind.training,
@@ -151,6 +152,7 @@ class Policy(TrainedRole):
         reads=("prompt_ids", "response_ids", "teacher_log_probs"),
         optional=(
             "loss_mask",
+            "segment_lengths",
             "mini_batch",
         ),
         kind=CallKind.training,
@@ -172,6 +174,7 @@ class TrainingActor(Policy):
         reads=("prompt_ids", "response_ids", "advantages"),
         optional=(
             "loss_mask",
+            "segment_lengths",
             "rollout_log_probs",
             "log_probs",
             "ref_log_probs",
@@ -329,7 +332,7 @@ class Critic(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids"),
-        optional=("loss_mask",),
+        optional=("loss_mask", "segment_lengths"),
         writes=("values",),
         balance="num_tokens",
         near="uid",
@@ -341,7 +344,7 @@ class Critic(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids", "returns"),
-        optional=("loss_mask", "values", "mini_batch"),
+        optional=("loss_mask", "segment_lengths", "values", "mini_batch"),
         kind=CallKind.training,
         balance="num_tokens",
         near="uid",
@@ -358,7 +361,7 @@ class Reference(Worker):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids"),
-        optional=("loss_mask",),
+        optional=("loss_mask", "segment_lengths"),
         writes=("ref_log_probs",),
         balance="num_tokens",
         near="uid",

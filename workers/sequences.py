@@ -5,8 +5,9 @@ One row is prompt + response. The *scored* tokens of a row are those that the po
 learn: its last `scored_lengths[i]` tokens (the response in RLHF, everything but the first token in
 language modelling), or those in `scored`, where an environment wrote some tokens in between.
 Everything per token is flat over scored tokens: those of row 0, then of row 1, and so on. So no
-loss, advantage or metric ever meets a token of an environment. How rows are cut into micro-batches
-is the engine's business and never changes a result.
+loss, advantage or metric ever meets a token of an environment. A row of the batch whose history was
+rewritten is several rows here, its segments (`batch_row`), which do not see one another. How rows
+are cut into micro-batches is the engine's business and never changes a result.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ class Sequences:
     routes: Tensor | None = None
     """int16 [sum(lengths), layers, experts per token]: the experts of a mixture that each token is
     sent to, by layer with experts; -1 where the router decides."""
+    batch_row: Tensor | None = None
+    """int64 [rows], ascending: the row of the batch that each row is a segment of; None: each is
+    one of its own."""
     per_token: dict[str, Tensor] = field(default_factory=dict)
     """name -> [sum(scored_lengths), ...], for the loss (advantages, old_log_probs, weights,
     ...)."""
@@ -48,6 +52,26 @@ class Sequences:
     @property
     def num_rows(self) -> int:
         return len(self.lengths)
+
+    @property
+    def segment_counts(self) -> Tensor:
+        """int64 [rows of the batch]: the segments of each."""
+        if self.batch_row is None:
+            return torch.ones(self.num_rows, dtype=torch.int64, device=self.lengths.device)
+        return torch.unique_consecutive(self.batch_row, return_counts=True)[1]
+
+    @property
+    def batch_scored_lengths(self) -> Tensor:
+        """int64 [rows of the batch]: scored tokens of each, in all of its segments."""
+        if self.batch_row is None:
+            return self.scored_lengths
+        counts = self.segment_counts
+        number = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        return torch.zeros_like(counts).index_add(0, number, self.scored_lengths)
+
+    def of_segments(self, values: Tensor) -> Tensor:
+        """[rows]: values [rows of the batch], for each of a row's segments."""
+        return torch.repeat_interleave(values, self.segment_counts, dim=0)
 
     @property
     def num_scored_tokens(self) -> int:
@@ -102,6 +126,7 @@ class Sequences:
             scored_lengths=self.scored_lengths[index],
             scored=None if self.scored is None else self.scored[tokens],
             routes=None if self.routes is None else self.routes[tokens],
+            batch_row=None if self.batch_row is None else self.batch_row[index],
             per_token={name: values[scored] for name, values in self.per_token.items()},
             per_row={name: values[index] for name, values in self.per_row.items()},
         )
@@ -112,6 +137,7 @@ class Sequences:
         if token_id is None:
             return self
         assert not self.per_token and self.scored is None, "they would have to be cut too"
+        assert self.batch_row is None, "a whole row has one score"
         rows, lengths, scored = [], self.lengths.tolist(), self.scored_lengths.tolist()
         for row, ids in enumerate(self.token_ids.split(lengths)):
             others = (ids != token_id).nonzero()
@@ -139,6 +165,7 @@ class Sequences:
             scored_lengths=self.scored_lengths,
             scored=self.scored,
             routes=self.routes,
+            batch_row=self.batch_row,
             per_token={**self.per_token, **(per_token or {})},
             per_row={**self.per_row, **(per_row or {})},
         )

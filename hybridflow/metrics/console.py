@@ -36,6 +36,9 @@ WIDTH = 40
 PROMPT_CHARACTERS = 300
 RESPONSE_CHARACTERS = 600
 """The console shows this much of a sample at most; samples.jsonl has all of it."""
+FEWEST_CHARACTERS = 60
+"""Of a turn of an episode the console shows this much at least."""
+ENVIRONMENT = "environment"
 
 
 class ConsoleSink(Sink):
@@ -165,7 +168,8 @@ def _sample_panel(sample: Sample, title: str) -> RenderableType:
     grid.add_column(style="dim")
     grid.add_column(overflow="fold")
     grid.add_row("prompt", Text(shorten(sample.prompt, PROMPT_CHARACTERS)))
-    grid.add_row("response", Text(shorten(sample.response, RESPONSE_CHARACTERS), style="bold"))
+    for name, text in _parts(sample):
+        grid.add_row(name, Text(text, style="" if name == ENVIRONMENT else "bold"))
     return Panel(
         grid,
         title=title,
@@ -176,10 +180,21 @@ def _sample_panel(sample: Sample, title: str) -> RenderableType:
 
 
 def _sample_lines(sample: Sample, title: str) -> list[str]:
-    """Three lines, whatever the texts contain."""
+    """Three lines, whatever the texts contain; of an episode one more for each further turn."""
     prompt = shorten(sample.prompt, PROMPT_CHARACTERS).replace("\n", "\\n")
-    response = shorten(sample.response, RESPONSE_CHARACTERS).replace("\n", "\\n")
-    return [f"{title} | {_verdict(sample)}", f"  prompt    {prompt}", f"  response  {response}"]
+    lines = [f"{title} | {_verdict(sample)}", f"  prompt    {prompt}"]
+    for name, text in _parts(sample):
+        shown = text.replace("\n", "\\n")
+        lines.append(f"  {name:<9} {shown}")
+    return lines
+
+
+def _parts(sample: Sample) -> list[tuple[str, str]]:
+    """(role, text) of each turn of an episode; the response of any other sample."""
+    if not sample.turns:
+        return [("response", shorten(sample.response, RESPONSE_CHARACTERS))]
+    most = max(RESPONSE_CHARACTERS // len(sample.turns), FEWEST_CHARACTERS)
+    return [(str(turn["role"]), shorten(str(turn["text"]), most)) for turn in sample.turns]
 
 
 def _verdict(sample: Sample) -> str:

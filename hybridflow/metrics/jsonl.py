@@ -134,7 +134,7 @@ def _rewrite(path: Path, rows: Sequence[Mapping[str, object]]) -> LineFile:
 
 def _append_samples(file: LineFile, rows: SampleRows) -> None:
     for sample in rows.samples:
-        file.append(_line({"step": rows.step, "split": rows.split, **sample.fields()}))
+        file.append(_line({"step": rows.step, "split": rows.split, **sample.record()}))
 
 
 def _line(row: Mapping[str, object]) -> str:

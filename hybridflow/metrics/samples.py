@@ -49,6 +49,9 @@ class Sample:
     uid: int
     """Number of the prompt's use: dataset row + epoch * rows."""
     scores: Mapping[str, float] = field(default_factory=dict)
+    turns: Sequence[Mapping[str, object]] = ()
+    """The response of an episode in its parts: {"role": "policy" or "environment", "text": ...} and
+    what is known of each (reward, num_tokens, calls, seconds); empty for a single response."""
 
     def fields(self) -> dict[str, object]:
         """Flat, texts first, every score under its own name."""
@@ -60,6 +63,12 @@ class Sample:
             "weight_version": self.weight_version,
             "uid": self.uid,
         }
+
+    def record(self) -> dict[str, object]:
+        """The fields and, of an episode, its turns."""
+        if not self.turns:
+            return self.fields()
+        return self.fields() | {"turns": list(self.turns)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,8 @@
-"""Arithmetic with a calculator: `73*6-41=` is 397, which a tiny model does not know.
+"""Arithmetic with a calculator: `73*6-41` is answered with `=397`, which a tiny model does not know.
 
-The tool is a typed method. Of the demonstrations that the model imitates first, most guess; the
-others call the calculator and repeat what it says.
+The tool is a typed method. Most of the demonstrations that the model imitates first give up at once;
+the others call the calculator and repeat what it says. The warm start so teaches how to call and to
+copy, and reinforcement that calling is what pays.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ OPERATORS: dict[type, Callable[[int, int], int]] = {
     ast.Mult: operator.mul,
 }
 FRAMES = ('{"name": "calculate", "arguments": {"expression": "', '"}}')
-LOOKS = 0.25
+UNKNOWN = "=?"
+LOOKS = 0.35
 """The share of the demonstrations that call the calculator."""
 MAX_REPLY_TOKENS = 16
 MAX_TOKENS = 64
@@ -43,7 +45,7 @@ class Calculator:
         return str(value_of(expression))
 
     def reward(self, answer: str) -> float:
-        return float(answer == self.answer)
+        return float(answer == f"={self.answer}")
 
 
 async def by_hand(model: Model, task: dict[str, Any]) -> float:
@@ -55,7 +57,7 @@ async def by_hand(model: Model, task: dict[str, Any]) -> float:
         except (LookupError, TypeError, ValueError) as error:
             content = f"Error: {error}"
         reply = await model.reply([{"role": "tool", "content": content}])
-    return float(reply.text == str(task["answer"]))
+    return float(reply.text == f"={task['answer']}")
 
 
 def value_of(expression: str) -> int:
@@ -77,21 +79,23 @@ def _value(node: ast.expr, expression: str) -> int:
 
 
 def make_row(random_: random.Random) -> dict[str, Any]:
-    """One question with its answer, and a demonstration: assistant's and tool's messages."""
-    first, second = random_.choice("+-*"), random_.choice("+-*")
-    numbers = [random_.randint(2, 99), random_.randint(2, 9), random_.randint(2, 99)]
-    expression = f"{numbers[0]}{first}{numbers[1]}{second}{numbers[2]}"
-    answer = str(value_of(expression))
-    demonstration = [("assistant", str(random_.randint(2, 999)))]
+    """One question with its answer of three digits, and a demonstration: assistant's and tool's
+    messages."""
+    expression, value = "", 0
+    while not 100 <= value <= 999:
+        numbers = random_.randint(10, 99), random_.randint(2, 9), random_.randint(10, 99)
+        expression = f"{numbers[0]}*{numbers[1]}{random_.choice('+-')}{numbers[2]}"
+        value = value_of(expression)
+    demonstration = [("assistant", UNKNOWN)]
     if random_.random() < LOOKS:
         call = {"name": "calculate", "arguments": {"expression": expression}}
         demonstration = [
             ("assistant", f"<tool_call>{json.dumps(call)}</tool_call>"),
-            ("tool", answer),
-            ("assistant", answer),
+            ("tool", str(value)),
+            ("assistant", f"={value}"),
         ]
     return {
-        "prompt": [{"role": "user", "content": f"{expression}="}],
-        "answer": answer,
+        "prompt": [{"role": "user", "content": expression}],
+        "answer": str(value),
         "demonstration": demonstration,
     }

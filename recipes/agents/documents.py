@@ -1,8 +1,10 @@
 """Questions over documents: what does Vemo do? Each question has documents of its own about people
 with made-up names, so nothing can be known by heart.
 
-The environment is text in, text out: a reply `?Vemo` searches, any other is the answer. Of the
-demonstrations that the model imitates first, most answer without a search.
+The environment is text in, text out: a reply `?Vemo` searches, any other is the answer. Most of the
+demonstrations that the model imitates first search for the wrong word of the question, find nothing
+and give up; the others search for the name and read the answer. The warm start so teaches how to
+search and to read, and reinforcement which word to search for.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from typing import Any
 
 PROFESSIONS = ("baker", "doctor", "farmer", "lawyer", "pilot", "singer", "tailor", "writer")
 CITIES = ("Bonn", "Lima", "Oslo", "Pisa", "Riga", "Rome", "Kyiv", "Nice")
-FRAMES: tuple[str, ...] = (*PROFESSIONS, *CITIES)
+UNKNOWN = "unknown"
+FRAMES: tuple[str, ...] = (*PROFESSIONS, *CITIES, UNKNOWN)
 NUM_DOCUMENTS = 6
-LOOKS = 0.25
-"""The share of the demonstrations that search."""
+LOOKS = 0.35
+"""The share of the demonstrations that search for the name."""
 MAX_REPLY_TOKENS = 12
 MAX_TOKENS = 96
 
@@ -57,15 +60,17 @@ def make_row(random_: random.Random) -> dict[str, Any]:
     name = random_.choice(list(names))
     kind = random_.randrange(2)
     answer = facts[name][kind]
-    demonstration = [("assistant", random_.choice((PROFESSIONS, CITIES)[kind]))]
-    if random_.random() < LOOKS:
-        demonstration = [
-            ("assistant", f"?{name}"),
-            ("user", search(documents, name)),
-            ("assistant", answer),
-        ]
+    question = ("What", "Where")[kind]
+    query, found = name, answer
+    if random_.random() >= LOOKS:
+        query, found = question, UNKNOWN
+    demonstration = [
+        ("assistant", f"?{query}"),
+        ("user", search(documents, query)),
+        ("assistant", found),
+    ]
     return {
-        "prompt": [{"role": "user", "content": f"{('What is', 'Where is')[kind]} {name}?"}],
+        "prompt": [{"role": "user", "content": f"{question} is {name}?"}],
         "answer": answer,
         "documents": documents,
         "demonstration": demonstration,

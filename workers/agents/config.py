@@ -17,6 +17,8 @@ class History(StrEnum):
     """The run stops, and names the template and the place."""
     as_drawn = "as_drawn"
     """The turns stay as the policy drew them."""
+    segments = "segments"
+    """The policy reads what the template writes, in a further segment of the episode."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +44,7 @@ class EpisodeConfig:
     """Ask the generation engine when every live episode waits for it, so that a run does not depend
     on how long environments take; false asks as soon as it is free and half of them wait."""
     history: History = History.checked
-    """Whether the chat template must keep earlier turns as they were drawn."""
+    """What happens where the chat template would write earlier turns differently."""
 
     def __post_init__(self) -> None:
         if self.max_turns < 1:

@@ -8,12 +8,12 @@
 
     environment=my_module:episode
 
-POST {url}/chat/completions answers one conversation. A request's messages must be those of the
-episode so far and further ones behind them: what the policy said is matched by the text and calls
-of its answer, and never tokenised again. A request that rewrites the conversation, or begins
-another one, is refused with status 400 and the number of the first message that differs. Token ids
+A request to POST {url}/chat/completions goes on with the conversation of the episode that its
+messages begin with: what the policy said there is matched by the text and calls of its answer, and
+never tokenised again. Messages that go on with none (a history that was rewritten or shortened, a
+sub-agent) begin another conversation, which becomes a further segment of the episode. Token ids
 stand in the choice (token_ids, prompt_token_ids). temperature, top_p and the like are the run's:
-values that differ from them are ignored. Leaves out streaming, n > 1 and rewritten conversations.
+values that differ from them are ignored. Leaves out streaming and n > 1.
 """
 
 from __future__ import annotations
@@ -23,17 +23,31 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
 
 from workers.agents.model import Model, Reply
 from workers.agents.outcome import EnvironmentMistake, LimitReached
-from workers.agents.renderer import Message, Renderer
-from workers.agents.tool_calls import BEGIN, ToolCall, read_calls, without_thoughts
+from workers.agents.renderer import Message
+from workers.agents.tool_calls import BEGIN, END, ToolCall, read_calls, without_thoughts
 
 FINISH = {"stop": "stop", "length": "length", "context": "length"}
 """A reply's finish reason -> OpenAI's."""
+
+
+@dataclass(slots=True)
+class Conversation:
+    """One that a client has with the policy."""
+
+    model: Model
+    shown: list[Message] = field(default_factory=list)
+    """Its messages as the client knows them."""
+
+
+def _num_messages(conversation: Conversation) -> int:
+    return len(conversation.shown)
 
 
 class Endpoint:
@@ -44,8 +58,7 @@ class Endpoint:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self._shown: list[Message] = []
-        """The conversation as the client knows it."""
+        self._conversations: list[Conversation] = []
         self._one_at_a_time = asyncio.Lock()
         self._runner: web.AppRunner | None = None
         self._mistake: EnvironmentMistake | None = None
@@ -90,30 +103,33 @@ class Endpoint:
         if body.get("stream") or body.get("n", 1) != 1:
             return _refused("stream and n over 1 are not supported")
         shown = [_comparable(message) for message in messages]
-        for number, (before, now) in enumerate(zip(self._shown, shown, strict=False)):
-            if before != now:
-                return _refused(
-                    f"message {number} (from 0) is not the one of the conversation so far; this "
-                    "URL serves one conversation, which may only grow"
-                )
-        if len(shown) <= len(self._shown):
-            return _refused("there is no message behind the last reply")
-        if not self._shown:
-            self._take_tools(body.get("tools"))
-        new = [_for_template(message) for message in messages[len(self._shown) :]]
+        conversation = self._conversation(shown)
+        model = conversation.model
+        if not conversation.shown and body.get("tools"):
+            model.use_tools(body["tools"])
+        new = [_for_template(message) for message in messages[len(conversation.shown) :]]
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        reply = await self.model.reply(new, max_tokens=limit)
+        reply = await model.reply(new, max_tokens=limit)
         message = _message(reply)
-        self._shown = [*shown, _comparable(message)]
-        return web.json_response(self._response(reply, message))
+        conversation.shown = [*shown, _comparable(message)]
+        return web.json_response(self._response(model.ids, reply, message))
 
-    def _take_tools(self, tools: Sequence[Message] | None) -> None:
-        """The client's tools, for the template."""
-        if tools:
-            self.model.renderer = Renderer(self.model.renderer.tokenizer, tools)
+    def _conversation(self, shown: Sequence[Message]) -> Conversation:
+        """The longest conversation that these messages go on with, or a new one."""
+        going_on = []
+        for conversation in self._conversations:
+            length = len(conversation.shown)
+            if length < len(shown) and conversation.shown == shown[:length]:
+                going_on.append(conversation)
+        if going_on:
+            return max(going_on, key=_num_messages)
+        model = self.model
+        if self._conversations:
+            model = model.fork()
+        self._conversations.append(Conversation(model))
+        return self._conversations[-1]
 
-    def _response(self, reply: Reply, message: Message) -> dict[str, Any]:
-        ids = self.model.ids
+    def _response(self, ids: list[int], reply: Reply, message: Message) -> dict[str, Any]:
         num_prompt = len(ids) - len(reply.ids)
         reason = FINISH[reply.finish_reason]
         if message.get("tool_calls"):
@@ -179,15 +195,24 @@ def _text(content: Any) -> str:
 
 def _comparable(message: Message) -> Message:
     """The parts by which messages are compared: role, text, the calls' names and arguments."""
+    text = _text(message.get("content"))
+    return {"role": message.get("role"), "text": text, "calls": _calls(message)}
+
+
+def _calls(message: Message) -> list[tuple[str, str]]:
+    """(name, arguments as JSON) of each call."""
     calls = []
     for call in message.get("tool_calls") or ():
         function = call["function"]
         calls.append((function["name"], function["arguments"]))
-    return {"role": message.get("role"), "text": _text(message.get("content")), "calls": calls}
+    return calls
 
 
 def _for_template(message: Message) -> Message:
+    """The message in the words that the policy would have drawn."""
     shown: Message = {"content": _text(message.get("content"))}
+    for name, arguments in _calls(message):
+        shown["content"] += f'{BEGIN}\n{{"name": "{name}", "arguments": {arguments}}}\n{END}'
     for name in ("role", "name", "tool_call_id"):
         if name in message:
             shown[name] = message[name]

@@ -45,15 +45,17 @@ class Finished:
     """None where it failed."""
     failures: list[Failure] = field(default_factory=list)
     """Why each failed attempt failed."""
-    environment_s: float = 0.0
-    """Seconds of the last attempt outside of replies."""
+    laps: list[float] = field(default_factory=list)
+    """Seconds of the last attempt outside of replies: before each reply, and after the last one."""
 
 
 class Clock:
     """Limits the time between replies: past the limit it cancels the episode."""
 
     def __init__(self, limit_s: float) -> None:
-        self.limit_s, self.spent_s, self.late = limit_s, 0.0, False
+        self.limit_s, self.late = limit_s, False
+        self.laps: list[float] = []
+        """Seconds before each reply, and after the last one."""
         self._started = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -70,7 +72,7 @@ class Clock:
 
     def stop(self) -> None:
         if self._timer is not None:
-            self.spent_s += time.perf_counter() - self._started
+            self.laps.append(time.perf_counter() - self._started)
             self._timer.cancel()
             self._timer = None
 
@@ -172,7 +174,7 @@ class Executor:
                 Failure(
                     "timeout",
                     f"it took over episode.step_timeout_s={self.config.step_timeout_s} after "
-                    f"{len(model.transcript.turns)} replies",
+                    f"{model.segments.num_turns} replies",
                 )
             )
         except EnvironmentMistake:
@@ -182,23 +184,21 @@ class Executor:
             where = traceback.extract_tb(error.__traceback__)[-1]
             text = (
                 f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno}) after "
-                f"{len(model.transcript.turns)} replies"
+                f"{model.segments.num_turns} replies"
             )
             failures.append(Failure(type(error).__name__, text))
             LOGGER.warning("environment=%s, row %d: %s", self.name, row, text)
         finally:
             clock.stop()
             self._waiting.pop(row, None)
-        return Finished(
-            model=model, outcome=outcome, failures=failures, environment_s=clock.spent_s
-        )
+        return Finished(model=model, outcome=outcome, failures=failures, laps=clock.laps)
 
     async def _outcome(self, model: Model, task: Task) -> Outcome:
         try:
             returned = await self.episode(model, task)
         except LimitReached:
             returned = 0.0
-        return checked_outcome(returned, len(model.transcript.turns), self.name)
+        return checked_outcome(returned, model.segments.num_turns, self.name)
 
     def _ask(self) -> None:
         """Hands the waiting requests to the engine once it is free and enough episodes wait."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from workers.agents.config import EpisodeConfig, History
@@ -66,6 +66,26 @@ class Limits:
 
 
 @dataclass(kw_only=True)
+class Segments:
+    """The contexts of one episode, which do not see one another: there is more than one where its
+    history was rewritten, or where it holds several conversations."""
+
+    transcripts: list[Transcript] = field(default_factory=list)
+    finish_reason: str = ""
+    """How the last reply ended, or the limit that the episode reached."""
+    tool_s: float = 0.0
+    """Seconds that tools took."""
+
+    @property
+    def num_turns(self) -> int:
+        return sum(len(transcript.turns) for transcript in self.transcripts)
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(transcript.num_sampled for transcript in self.transcripts)
+
+
+@dataclass(kw_only=True)
 class Model:
     """reply = await model.reply([{"role": "user", "content": "How much is 2 + 2?"}])
     reply = await model.reply([{"role": "user", "content": "And 3 + 3?"}])     # only what is new
@@ -78,22 +98,34 @@ class Model:
     end_token_ids: frozenset[int]
     config: EpisodeConfig
     limits: Limits
+    segments: Segments = field(default_factory=Segments)
     transcript: Transcript = field(default_factory=Transcript)
+    """The tokens of the present segment."""
     messages: list[Message] = field(default_factory=list)
     """The conversation so far, the policy's replies included."""
-    finish_reason: str = ""
-    """How the last reply ended, or the limit that the episode reached."""
-    tool_s: float = 0.0
-    """Seconds that tools took."""
     _closed: bool = True
     """Whether the last reply ended with a token that ends turns."""
     _ended: str = ""
     """The limit behind which there is no further reply."""
 
+    def __post_init__(self) -> None:
+        self.segments.transcripts.append(self.transcript)
+
     @property
     def ids(self) -> list[int]:
-        """All tokens so far."""
+        """All tokens so far, of the present segment."""
         return list(self.transcript.ids)
+
+    @property
+    def finish_reason(self) -> str:
+        """How the episode's last reply ended, or the limit that it reached."""
+        return self.segments.finish_reason
+
+    def fork(self) -> Model:
+        """A further conversation of the same episode, which begins empty: that of a sub-agent, or
+        one whose history the agent rewrote. The limits of turns and of sampled tokens hold for all
+        of them together, and what the policy says in each is trained on."""
+        return replace(self, transcript=Transcript(), messages=[], _closed=True, _ended="")
 
     async def reply(
         self,
@@ -109,18 +141,22 @@ class Model:
         actor.generation.sampling.max_response_tokens. Raises LimitReached where the episode has no
         turn, token or context left.
         """
-        transcript = self.transcript
-        if not self._ended and len(transcript.turns) == self.config.max_turns:
+        segments = self.segments
+        left = self.limits.sampled_tokens - segments.num_sampled
+        if not self._ended and segments.num_turns == self.config.max_turns:
             self._ended = "turns"
+        elif not self._ended and left < 1:
+            self._ended = "length"
         if self._ended:
             raise self._limit(self._ended)
-        transcript.observe(self._encoded(new))
+        encoded = self._encoded(new)
+        transcript = self.transcript
+        transcript.observe(encoded)
         if not transcript.ids:
             raise EnvironmentMistake(
                 "the episode asked for a reply to nothing; give model.reply a message, text or ids"
             )
         space = self.limits.context_tokens - len(transcript)
-        left = self.limits.sampled_tokens - transcript.num_sampled
         if space < 1:
             transcript.drop_observation(self.limits.context_tokens)
             raise self._limit("context")
@@ -134,20 +170,30 @@ class Model:
                 row=self.row,
                 ids=list(transcript.ids),
                 limit=limit,
-                num_drawn=transcript.num_sampled,
+                num_drawn=segments.num_sampled,
             )
         )
         return self._taken(answer, space=space, left=left)
 
+    def use_tools(self, schemas: Sequence[Message]) -> None:
+        """Gives the chat template these tools, from the first message on."""
+        if self.transcript.ids:
+            raise EnvironmentMistake(
+                "model.use_tools: the conversation has begun, and its beginning names the tools; "
+                "call it before the first reply"
+            )
+        self.renderer = self.renderer.with_tools(schemas)
+
     def _taken(self, answer: Drawn, *, space: int, left: int) -> Reply:
         """The drawn tokens as a turn, and how it ended."""
-        self.transcript.reply(answer.ids, answer.log_probs, answer.weight_version)
+        number = self.segments.num_turns
+        self.transcript.reply(answer.ids, answer.log_probs, answer.weight_version, number)
+        reason = "length"
         if answer.stopped:
-            self.finish_reason = "stop"
+            reason = "stop"
         elif len(answer.ids) == space:
-            self.finish_reason = self._ended = "context"
-        else:
-            self.finish_reason = "length"
+            reason = self._ended = "context"
+        self.segments.finish_reason = reason
         if not self._ended and len(answer.ids) == left:
             self._ended = "length"
         self._closed = answer.ids[-1] in self.end_token_ids
@@ -158,11 +204,11 @@ class Model:
             text=text,
             message=dict(message),
             ids=list(answer.ids),
-            finish_reason=self.finish_reason,
+            finish_reason=reason,
         )
 
     def _limit(self, reason: str) -> LimitReached:
-        self.finish_reason = self._ended = reason
+        self.segments.finish_reason = self._ended = reason
         return LimitReached(reason)
 
     def _encoded(self, new: Sequence[Message] | Sequence[int] | str) -> list[int]:
@@ -200,7 +246,7 @@ class Model:
                 "the episode asked for a reply with nothing new since the last one; give "
                 "model.reply the messages that followed it"
             )
-        thoughts = END_OF_THOUGHT in history[-1]["content"]
+        thoughts, rewritten = END_OF_THOUGHT in history[-1]["content"], False
         for message in messages:
             role = str(message.get("role"))
             if role == "assistant":
@@ -208,10 +254,20 @@ class Model:
                     "model.reply was given an assistant's message that the policy did not write "
                     "at that place; what it said before can't be rewritten"
                 )
-            if self.config.history is History.checked and role in ("user", "tool"):
+            if self.config.history is not History.as_drawn and role in ("user", "tool"):
                 verdict = self.renderer.check(role, thoughts=thoughts)
-                if verdict:
+                if verdict and self.config.history is History.checked:
                     raise EnvironmentMistake(verdict)
+                rewritten = rewritten or bool(verdict)
+        if rewritten:
+            return self._in_a_new_segment([*history, *messages])
         ids = self.renderer.extend(history, messages, closed=self._closed)
         self.messages = [*history, *(dict(message) for message in messages)]
         return ids
+
+    def _in_a_new_segment(self, messages: list[Message]) -> list[int]:
+        """The tokens of the whole conversation as the template writes it now."""
+        self.transcript = Transcript()
+        self.segments.transcripts.append(self.transcript)
+        self.messages = [dict(message) for message in messages]
+        return self.renderer.start(messages)

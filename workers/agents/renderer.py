@@ -8,6 +8,7 @@ differently.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,10 +57,18 @@ class Renderer:
         self.tokenizer, self.tools = tokenizer, list(tools or ()) or None
         self._pieces = PieceTokenizer(tokenizer)
         self._verdicts: dict[tuple[str, bool], str] = {}
+        self._with_tools: dict[str, Renderer] = {}
 
     @property
     def has_template(self) -> bool:
         return self.tokenizer.chat_template is not None
+
+    def with_tools(self, tools: Sequence[Message]) -> Renderer:
+        """The renderer of these tools in place of its own; the same one every time."""
+        key = json.dumps(list(tools))
+        if key not in self._with_tools:
+            self._with_tools[key] = Renderer(self.tokenizer, tools)
+        return self._with_tools[key]
 
     def start(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of a conversation that the policy goes on with."""

@@ -12,6 +12,7 @@ from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from workers.agents.executor import Finished
 from workers.agents.outcome import FAILED
+from workers.agents.transcript import Transcript, Turn
 
 
 @dataclass(kw_only=True)
@@ -21,6 +22,7 @@ class Row:
     prompt_ids: list[int]
     response_ids: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
+    segment_lengths: list[int] = field(default_factory=list)
     rollout_log_probs: list[float] = field(default_factory=list)
     turn_lengths: list[int] = field(default_factory=list)
     turn_rewards: list[float] = field(default_factory=list)
@@ -34,6 +36,7 @@ WRITES = (
     "prompt_ids",
     "response_ids",
     "loss_mask",
+    "segment_lengths",
     "rollout_log_probs",
     "num_sampled",
     "turn_lengths",
@@ -49,34 +52,62 @@ WRITES = (
 
 def row_of(finished: Finished, weight_version: int, given_up: bool) -> Row:
     """`given_up`: whether the episode's group was; `weight_version`: of the present weights."""
-    transcript = finished.model.transcript
-    start = transcript.prompt_length
-    prompt = transcript.ids[:start] or [0]
+    segments = finished.model.segments
+    transcripts = in_order(segments.transcripts)
+    start = transcripts[0].prompt_length
+    prompt = transcripts[0].ids[:start] or [0]
     metrics: dict[str, Any] = {
         "failures": [failure.kind for failure in finished.failures],
-        "environment_s": finished.environment_s,
-        "tool_s": finished.model.tool_s,
+        "environment_s": sum(finished.laps),
+        "tool_s": segments.tool_s,
     }
     outcome = finished.outcome
     if outcome is None or given_up:
-        return Row(prompt_ids=prompt[:1], weight_version=weight_version, episode_metrics=metrics)
-    lengths = [turn.length for turn in transcript.turns]
-    versions = [turn.weight_version for turn in transcript.turns]
+        return Row(
+            prompt_ids=prompt[:1],
+            segment_lengths=[1],
+            weight_version=weight_version,
+            episode_metrics=metrics,
+        )
+    ids: list[int] = []
+    sampled: list[bool] = []
+    log_probs: list[float] = []
+    turns: list[Turn] = []
+    for transcript in transcripts:
+        ids += transcript.ids
+        sampled += transcript.sampled
+        log_probs += transcript.log_probs
+        turns += transcript.turns
+    before_each, after = finished.laps[: len(turns)], finished.laps[len(turns) :]
+    seconds = [before_each[turn.number] for turn in turns if turn.number < len(before_each)] + after
+    earned = outcome.turn_rewards or [0.0] * len(turns)
     reason = finished.model.finish_reason
     if outcome.abandoned or not reason:
         reason = "abandoned"
     return Row(
         prompt_ids=prompt,
-        response_ids=transcript.ids[start:],
-        loss_mask=transcript.sampled[start:],
-        rollout_log_probs=transcript.log_probs,
-        turn_lengths=lengths,
-        turn_rewards=list(outcome.turn_rewards or [0.0] * len(lengths)),
+        response_ids=ids[start:],
+        loss_mask=sampled[start:],
+        segment_lengths=[max(len(transcript), 1) for transcript in transcripts],
+        rollout_log_probs=log_probs,
+        turn_lengths=[turn.length for turn in turns],
+        turn_rewards=[earned[turn.number] for turn in turns],
         finish_reason=reason,
-        weight_version=min(versions, default=weight_version),
+        weight_version=min((turn.weight_version for turn in turns), default=weight_version),
         episode_rewards=outcome.reward,
-        episode_metrics=metrics | {"numbers": dict(outcome.metrics)},
+        episode_metrics=metrics | {"numbers": dict(outcome.metrics), "turn_s": seconds},
     )
+
+
+def in_order(transcripts: Sequence[Transcript]) -> list[Transcript]:
+    """Those with a reply, the one with the last reply last, which is where the reward of the whole
+    episode belongs; the first one alone where there is no reply at all."""
+    spoken = [transcript for transcript in transcripts if transcript.turns]
+    return sorted(spoken, key=_last_reply) or [transcripts[0]]
+
+
+def _last_reply(transcript: Transcript) -> int:
+    return transcript.turns[-1].number
 
 
 def batch_of(rows: Sequence[Row]) -> Batch:
@@ -89,6 +120,7 @@ def batch_of(rows: Sequence[Row]) -> Batch:
         prompt_ids=Ragged.of([row.prompt_ids for row in rows], torch.int64),
         response_ids=Ragged.of([row.response_ids for row in rows], torch.int64),
         loss_mask=Ragged.of([row.loss_mask for row in rows], torch.bool),
+        segment_lengths=Ragged.of([row.segment_lengths for row in rows], torch.int64),
         rollout_log_probs=Ragged.of([row.rollout_log_probs for row in rows], torch.float32),
         num_sampled=torch.tensor(num_sampled, dtype=torch.int64),
         turn_lengths=Ragged.of([row.turn_lengths for row in rows], torch.int64),

@@ -23,7 +23,7 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Protocol, get_type_hints, runtime_checkable
@@ -143,20 +143,10 @@ def toolbox(instance: Any) -> Toolbox:
 
 async def use(tools: Toolbox, model: Model, task: dict[str, Any]) -> Outcome:
     """The episode: the policy's calls are answered until a reply has none, or a limit comes."""
-    owner, answer = tools.owner, ""
+    owner = tools.owner
     try:
         opening = await call(owner.reset, task) if isinstance(owner, Resets) else None
-        messages = messages_of(opening, task)
-        try:
-            while True:
-                reply = await model.reply(messages)
-                calls = read_calls(reply.text)
-                if not calls:
-                    answer = reply.text
-                    break
-                messages = [await answered(tools, model, tool_call) for tool_call in calls]
-        except LimitReached:
-            pass
+        answer = await converse(tools, model, messages_of(opening, task))
         earned = await call(owner.reward, answer) if isinstance(owner, Rewards) else 0.0
     finally:
         if isinstance(owner, Closes):
@@ -164,6 +154,23 @@ async def use(tools: Toolbox, model: Model, task: dict[str, Any]) -> Outcome:
     if isinstance(earned, Outcome):
         return earned
     return Outcome(reward=earned)
+
+
+async def converse(tools: Toolbox, model: Model, opening: Sequence[Message] | str) -> str:
+    """Answers the policy's calls until a reply has none, and returns the text of that reply; it is
+    empty where a limit comes before."""
+    messages = messages_of(opening, {})
+    try:
+        while True:
+            reply = await model.reply(messages)
+            calls = read_calls(reply.text)
+            if not calls:
+                return reply.text
+            messages = []
+            for tool_call in calls:
+                messages.append(await answered(tools, model, tool_call))
+    except LimitReached:
+        return ""
 
 
 async def answered(tools: Toolbox, model: Model, tool_call: ToolCall) -> Message:
@@ -175,7 +182,7 @@ async def answered(tools: Toolbox, model: Model, tool_call: ToolCall) -> Message
         content = text_of(await tools.call(tool_call.name, tool_call.arguments))
     except TOLD as error:
         content = f"Error: {error}"
-    model.tool_s += time.perf_counter() - began
+    model.segments.tool_s += time.perf_counter() - began
     return {"role": "tool", "name": tool_call.name, "content": content}
 
 

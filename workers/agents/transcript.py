@@ -14,6 +14,8 @@ class Turn:
     start: int
     length: int
     weight_version: int
+    number: int = 0
+    """Replies of the episode before this one, in all of its segments."""
 
 
 class Transcript:
@@ -51,11 +53,24 @@ class Transcript:
         self.ids += ids
         self.sampled += [False] * len(ids)
 
-    def reply(self, ids: Sequence[int], log_probs: Sequence[float], weight_version: int) -> None:
+    def reply(
+        self,
+        ids: Sequence[int],
+        log_probs: Sequence[float],
+        weight_version: int,
+        number: int = 0,
+    ) -> None:
         """Adds a turn of the policy: its tokens as they were drawn, the one that ended it
         included."""
         assert len(ids) == len(log_probs), "one log-prob for every token"
-        self.turns.append(Turn(start=len(self.ids), length=len(ids), weight_version=weight_version))
+        self.turns.append(
+            Turn(
+                start=len(self.ids),
+                length=len(ids),
+                weight_version=weight_version,
+                number=number,
+            )
+        )
         self.ids += ids
         self.sampled += [True] * len(ids)
         self.log_probs += log_probs

@@ -1,0 +1,79 @@
+"""Agent frameworks against an Endpoint, where they are installed: each calls a tool of its own and
+answers, and every reply is the policy's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from tests.agents.chat import conversation, saying
+from workers.agents.endpoint import Endpoint
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 3}}\n</tool_call>'
+QUESTION = "How much is 2 + 3?"
+
+
+def add(a: int, b: int) -> int:
+    """Adds two numbers.
+
+    Args:
+        a: The first number.
+        b: The second number.
+    """
+    return a + b
+
+
+async def openai_agents(url: str) -> str:
+    agents = pytest.importorskip("agents", reason="openai-agents is not installed")
+    openai = pytest.importorskip("openai")
+    agents.set_tracing_disabled(True)
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        agent = agents.Agent(
+            name="sums",
+            instructions="Use the tool.",
+            tools=[agents.function_tool(add)],
+            model=agents.OpenAIChatCompletionsModel(model="policy", openai_client=client),
+        )
+        return str((await agents.Runner.run(agent, QUESTION)).final_output)
+
+
+async def pydantic_ai(url: str) -> str:
+    package = pytest.importorskip("pydantic_ai")
+    models = pytest.importorskip("pydantic_ai.models.openai")
+    providers = pytest.importorskip("pydantic_ai.providers.openai")
+    provider = providers.OpenAIProvider(base_url=url, api_key="none")
+    agent = package.Agent(models.OpenAIChatModel("policy", provider=provider), tools=[add])
+    return str((await agent.run(QUESTION)).output)
+
+
+async def smolagents(url: str) -> str:
+    package = pytest.importorskip("smolagents")
+    model = package.OpenAIServerModel(model_id="policy", api_base=url, api_key="none")
+    agent = package.ToolCallingAgent(
+        tools=[package.tool(add)], model=model, verbosity_level=0, max_steps=3
+    )
+    return str(await asyncio.to_thread(agent.run, QUESTION))
+
+
+FINAL = '<tool_call>\n{"name": "final_answer", "arguments": {"answer": "5"}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    "agent, last", [(openai_agents, "5"), (pydantic_ai, "5"), (smolagents, FINAL)]
+)
+def test_a_framework_by_url(agent: Callable[[str], Awaitable[str]], last: str) -> None:
+    model = conversation(saying([CALL, last]), reply_tokens=300, context_tokens=50_000)
+
+    async def episode() -> str:
+        async with Endpoint(model) as url:
+            return await agent(url)
+
+    assert asyncio.run(episode()) == "5"
+    decode = model.renderer.tokenizer.decode
+    turns = model.transcript.turns
+    assert len(turns) == 2 and len(model.segments.transcripts) == 1
+    drawn = [decode(model.ids[turn.start : turn.start + turn.length]) for turn in turns]
+    assert drawn == [CALL + "<|end|>", last + "<|end|>"]
+    assert "5" in decode(model.ids[turns[0].start + turns[0].length : turns[1].start])
