@@ -46,12 +46,22 @@ def check_environment(placement: Placement) -> None:
             f"environment={name}: {config.algorithm.name} generates nothing; use one of "
             f"{', '.join(usable)}"
         )
+    if "judge" in placement.entry.roles and "reward" not in placement.entry.roles:
+        raise ValueError(
+            f"environment={name} gives its episodes rewards, and {config.algorithm.name} learns "
+            "from its judge alone; use an algorithm that learns from rewards, such as grpo or ppo"
+        )
     if "reward" not in placement.entry.roles:
         LOGGER.warning(
             "environment=%s: %s learns from its %s alone; the rewards of the episodes are not read",
             name,
             config.algorithm.name,
             placement.entry.roles[-1],
+        )
+    if config.episode.history is History.segments and scored.model is not None:
+        raise ValueError(
+            f"episode.history=segments: an episode may have several contexts, and reward.model="
+            f"{scored.model.path} reads one; use reward.function or the environment's own reward"
         )
     generation = config.actor.generation
     if generation.tp * generation.pp > 1:

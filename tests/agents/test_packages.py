@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -236,6 +238,7 @@ def test_reasoning_gym(fresh_puzzles: None) -> None:
 
 SERVER = '''
 from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
 
 server = MCPServer("counter")
 total = 0
@@ -246,7 +249,7 @@ def count(number: int) -> int:
     """Adds to the total."""
     global total
     if number < 0:
-        raise ValueError("no negative numbers")
+        raise ToolError("no negative numbers")
     total += number
     return total
 
@@ -280,7 +283,7 @@ def test_a_server_of_mcp_as_tools(tmp_path: Path) -> None:
         assert said[:2] == ["2", "5"]
         assert "no negative numbers" in said[2]
         assert "there is no tool 'sum'" in said[3]
-        assert said[4].startswith("Error: ") and "many" in said[4]
+        assert said[4].startswith("Error: ") and "number" in said[4]
         shown = model.renderer.tokenizer.decode(model.ids)
         assert '"name": "count"' in shown and "Adds to the total." in shown
 
@@ -357,3 +360,69 @@ def test_verifiers() -> None:
     assert outcome.reward == 1.0 and outcome.metrics["total_tool_calls"] == 1.0
     assert len(model.transcript.turns) == 2
     assert "<tool_response>\n5\n" in model.renderer.tokenizer.decode(model.ids)
+
+
+# OpenEnv
+
+
+class Remote:
+    """An environment of docs/agents.md: OpenEnv's client and nothing else."""
+
+    url = ""
+
+    async def reset(self, task: dict[str, Any]) -> str:
+        core = pytest.importorskip("openenv.core")
+        self.client = core.GenericEnvClient(base_url=self.url)
+        result = await self.client.reset(seed=task["seed"])
+        return str(result.observation["text"])
+
+    async def step(self, action: str) -> tuple[str, bool, float]:
+        result = await self.client.step({"message": action})
+        return str(result.observation["text"]), result.done, result.reward or 0.0
+
+    async def close(self) -> None:
+        await self.client.close()
+
+
+def test_openenv() -> None:
+    """A server of OpenEnv's own, in this process, whose number the policy finds."""
+    core = pytest.importorskip("openenv.core")
+    uvicorn = pytest.importorskip("uvicorn")
+
+    class Says(core.Action):
+        message: str
+
+    class Text(core.Observation):
+        text: str
+
+    class Number(core.Environment):
+        SUPPORTS_CONCURRENT_SESSIONS = True
+
+        def reset(self, seed: int | None = None, **kwargs: Any) -> Any:
+            self.number = str(seed)
+            return Text(text="Guess.")
+
+        def step(self, action: Any, **kwargs: Any) -> Any:
+            right = action.message == self.number
+            return Text(text="Right." if right else "No.", done=right, reward=float(right))
+
+        @property
+        def state(self) -> Any:
+            return core.State()
+
+    application = core.create_fastapi_app(Number, Says, Text)
+    config = uvicorn.Config(application, host="127.0.0.1", port=0, log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    environment = Remote()
+    environment.url = f"http://127.0.0.1:{port}"
+    model = model_saying(["4", "7"])
+    outcome = asyncio.run(play(environment, model, {"seed": 7}))
+    server.should_exit = True
+    thread.join(10)
+    assert outcome.turn_rewards == [0.0, 1.0]
+    assert "No." in model.renderer.tokenizer.decode(model.ids)

@@ -4,14 +4,20 @@ algorithm, failures, resume."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from io import StringIO
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybridflow import dry_run, open_session, run
+from hybridflow.metrics import Sample
+from hybridflow.metrics.console import print_sample
 from tests.agents.chat import chat_settings
 from workers.agents.model import Model
 from workers.agents.outcome import Outcome
@@ -180,6 +186,64 @@ def test_validation_and_resume(tmp_path: Path) -> None:
     assert lines["cut"][-1] == lines["whole"][-1]
 
 
+class Outage(Echo):
+    """Its sandboxes are gone for the eight episodes of the second step, the first time."""
+
+    numbers: Iterator[int] = iter(())
+    fails: range = range(0)
+
+    def reset(self, task: dict[str, Any]) -> None:
+        if next(Outage.numbers) in Outage.fails:
+            raise ConnectionError("the sandboxes are gone")
+        super().reset(task)
+
+
+def test_a_run_recovers_from_an_outage(tmp_path: Path) -> None:
+    """Every group of a step fails, which ends the step; it is taken again, and the run ends as the
+    one without an outage does."""
+    settings = chat_settings(tmp_path) | {"loop.num_steps": 3, "episode.retries": 0}
+    ends = {}
+    for name, fails in (("plain", range(0)), ("outage", range(8, 16))):
+        Outage.numbers, Outage.fails = count(), fails
+        run("grpo", settings | {"output_dir": tmp_path / name}, environment=Outage)
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
+        steps_ = [line for line in lines if line.get("split") == "train"]
+        ends[name] = [(line["step"], line["reward/mean"], line["actor/loss"]) for line in steps_]
+    assert [step for step, _, _ in ends["plain"]] == [1, 2, 3]
+    assert ends["outage"] == ends["plain"]
+    assert next(Outage.numbers) == 32, "eight episodes were drawn again"
+
+
+def test_samples_have_turns(tmp_path: Path) -> None:
+    """What each side said, and what it earned, in samples.jsonl; the console shows it."""
+    settings = chat_settings(tmp_path) | {
+        "loop.num_steps": 1,
+        "metrics.samples.train_every": 1,
+        "output_dir": tmp_path / "out",
+    }
+    run("grpo", settings, environment=Echo)
+    sample = json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])
+    turns = sample["turns"]
+    assert [turn["role"] for turn in turns] == ["policy", "environment"] * 2 + ["policy"]
+    policy, environment = turns[::2], turns[1::2]
+    for said, answer in zip(policy, environment, strict=False):
+        assert f"You said {said['text']!r}." in answer["text"]
+        assert answer["seconds"] >= 0
+    assert sum(turn["reward"] for turn in policy) == pytest.approx(sample["reward"])
+    shown = Sample(
+        prompt="p",
+        response="r",
+        finish_reason="stop",
+        weight_version=0,
+        uid=0,
+        turns=turns,
+    )
+    console = Console(file=StringIO(), width=200)
+    print_sample(console, shown, "sample")
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split()[0] for line in lines[2:]] == [turn["role"] for turn in turns]
+
+
 def test_rewards_that_nothing_reads_are_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -193,3 +257,15 @@ def test_rewards_that_nothing_reads_are_named(
     with caplog.at_level("WARNING"):
         dry_run("grpo", settings, environment=Echo)
     assert "alone" not in caplog.text
+
+
+def test_a_judge_beside_rewards_is_refused(tmp_path: Path) -> None:
+    """Online DPO would drop the environment's reward."""
+    settings = chat_settings(tmp_path)
+    judge = {
+        "judge.model.path": settings["model.path"],
+        "reference.train.precision": "fp32",
+        "judge.generation.engine": "hf",
+    }
+    with pytest.raises(ValueError, match="online_dpo learns from its judge alone"):
+        dry_run("online_dpo", settings | judge, environment=Echo)

@@ -15,7 +15,7 @@ from hybridflow.protocols import THREE_D, THREE_D_ALL_MICRO_DP
 from hybridflow.worker import remote
 from workers.actor import ActorWorker
 from workers.agents.config import EpisodeScorerConfig
-from workers.agents.outcome import FAILED
+from workers.agents.outcome import FAILED, EnvironmentMistake
 from workers.agents.rows import WRITES
 from workers.agents.sampler import EpisodeSampler
 from workers.generation.config import SamplingConfig
@@ -87,7 +87,7 @@ class EpisodeRewardWorker(Reward):
             "episode_rewards",
             "episode_metrics",
         ),
-        optional=("extras",),
+        optional=("extras", "segment_lengths"),
         writes=("rewards", "reward_metrics"),
         balance="num_tokens",
         near="uid",
@@ -96,6 +96,13 @@ class EpisodeRewardWorker(Reward):
         rewards = batch.tensor("episode_rewards").clone()
         failed = torch.tensor([reason == FAILED for reason in batch.objects("finish_reason")])
         metrics = [dict(of_row.get("numbers", {})) for of_row in batch.objects("episode_metrics")]
+        if self.config.model is not None and "segment_lengths" in batch:
+            segments = batch.ragged("segment_lengths")
+            if len(segments.values) > len(batch):
+                raise EnvironmentMistake(
+                    "reward.model reads one context, and an episode has several, since its "
+                    "history was rewritten; use reward.function or the environment's own reward"
+                )
         if self.further is not None:
             # A failed row has nothing to judge.
             whole = torch.nonzero(~failed).squeeze(1)
