@@ -37,8 +37,8 @@ def with_pretraining(batch: Batch, stream: Stream) -> Batch:
     """The columns of the batch that an update reads, and the stream's next rows, spread evenly
     over the mini-batches."""
     texts = stream.take()
-    names = ("prompt_ids", "response_ids", "loss_mask", "segment_lengths")
-    names += (*ROW_COLUMNS, *TOKEN_COLUMNS)
+    names = ["prompt_ids", "response_ids", "loss_mask", "segment_lengths"]
+    names += [*ROW_COLUMNS, *TOKEN_COLUMNS]
     columns = [name for name in names if name in batch]
     rows = batch.select(*columns) | Batch.of(pretrain=torch.zeros(len(batch), dtype=torch.bool))
     if not texts:

@@ -72,8 +72,12 @@ def test_a_framework_by_url(agent: Callable[[str], Awaitable[str]], last: str) -
 
     assert asyncio.run(episode()) == "5"
     decode = model.renderer.tokenizer.decode
-    turns = model.transcript.turns
-    assert len(turns) == 2 and len(model.segments.transcripts) == 1
-    drawn = [decode(model.ids[turn.start : turn.start + turn.length]) for turn in turns]
+    segments = model.segments.transcripts
+    # smolagents writes earlier calls in words of its own: its second request is a segment.
+    assert len(segments) == (2 if agent is smolagents else 1)
+    drawn = []
+    for transcript in segments:
+        for turn in transcript.turns:
+            drawn.append(decode(transcript.ids[turn.start : turn.start + turn.length]))
     assert drawn == [CALL + "<|end|>", last + "<|end|>"]
-    assert "5" in decode(model.ids[turns[0].start + turns[0].length : turns[1].start])
+    assert "5" in decode(segments[-1].ids[: segments[-1].turns[-1].start])

@@ -195,8 +195,14 @@ def _text(content: Any) -> str:
 
 def _comparable(message: Message) -> Message:
     """The parts by which messages are compared: role, text, the calls' names and arguments."""
-    text = _text(message.get("content"))
-    return {"role": message.get("role"), "text": text, "calls": _calls(message)}
+    calls: list[tuple[str, object]] = []
+    for name, arguments in _calls(message):
+        # Clients write the same JSON with other spaces.
+        try:
+            calls.append((name, json.loads(arguments)))
+        except ValueError:
+            calls.append((name, arguments))
+    return {"role": message.get("role"), "text": _text(message.get("content")), "calls": calls}
 
 
 def _calls(message: Message) -> list[tuple[str, str]]:
