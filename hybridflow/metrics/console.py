@@ -37,7 +37,7 @@ PROMPT_CHARACTERS = 300
 RESPONSE_CHARACTERS = 600
 """The console shows this much of a sample at most; samples.jsonl has all of it."""
 FEWEST_CHARACTERS = 60
-"""Of a turn of an episode the console shows this much at least."""
+"""The console shows this much of each turn of an episode at least."""
 ENVIRONMENT = "environment"
 
 

@@ -17,7 +17,7 @@ from workers.agents.renderer import Renderer
 
 NUM_TRAIN, NUM_TEST = 4096, 128
 LEARNING_RATE = 6e-3
-"""Of the warm start, which teaches a small model to copy."""
+"""The learning rate of the warm start, which teaches a small model to copy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -145,9 +145,9 @@ def test_textarena_with_one_player() -> None:
         low, high = 1, 20
 
         def says(self, observation: str) -> str:
-            if "higher" in observation:
+            if "is higher" in observation:
                 self.low = self.guess + 1
-            elif "lower" in observation:
+            elif "is lower" in observation:
                 self.high = self.guess - 1
             self.guess = (self.low + self.high) // 2
             return f"I say [{self.guess}]"
@@ -170,10 +170,8 @@ def test_textarena_with_two_players() -> None:
 
     class TakesOne(TextArena):
         def opponent(self, player: int, observation: str) -> str:
-            piles = [
-                int(line.split(": ")[1]) for line in observation.splitlines() if "pile " in line
-            ]
-            piles = piles[-3:]
+            lines = [line for line in observation.splitlines() if line.startswith("  pile ")]
+            piles = [int(line.rpartition(": ")[2]) for line in lines[-3:]]
             return f"[{piles.index(max(piles))} 1]"
 
     task = {"env_id": "Nim-v0", "seed": 0, "num_players": 2, "player": 1}
