@@ -198,14 +198,22 @@ class Outage(Echo):
         super().reset(task)
 
 
-def test_a_run_recovers_from_an_outage(tmp_path: Path) -> None:
-    """Every group of a step fails, which ends the step; it is taken again, and the run ends as the
-    one without an outage does."""
-    settings = chat_settings(tmp_path) | {"loop.num_steps": 3, "episode.retries": 0}
+def test_a_run_goes_on_after_an_outage(tmp_path: Path) -> None:
+    """Every group of a step fails, which ends the run; started again, it takes the step again and
+    ends as the one without an outage does."""
+    settings = chat_settings(tmp_path) | {
+        "loop.num_steps": 3,
+        "loop.checkpoint_every": 1,
+        "episode.retries": 0,
+    }
     ends = {}
     for name, fails in (("plain", range(0)), ("outage", range(8, 16))):
         Outage.numbers, Outage.fails = count(), fails
-        run("grpo", settings | {"output_dir": tmp_path / name}, environment=Outage)
+        here = settings | {"output_dir": tmp_path / name}
+        if fails:
+            with pytest.raises(RuntimeError, match="4 of 4 groups"):
+                run("grpo", here, environment=Outage)
+        run("grpo", here, environment=Outage)
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
         steps_ = [line for line in lines if line.get("split") == "train"]
         ends[name] = [(line["step"], line["reward/mean"], line["actor/loss"]) for line in steps_]
