@@ -44,7 +44,7 @@ class EpisodeConfig:
     """Ask the generation engine when every live episode waits for it, so that a run does not depend
     on how long environments take; false asks as soon as it is free and half of them wait."""
     history: History = History.checked
-    """What happens where the chat template would write earlier turns differently."""
+    """The reaction where the chat template would write earlier turns differently."""
 
     def __post_init__(self) -> None:
         if self.max_turns < 1:
