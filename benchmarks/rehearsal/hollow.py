@@ -54,13 +54,21 @@ def build() -> Path:
 build()
 
 import torch  # noqa: E402
+import torch._dynamo.config  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
 
 ATEN = torch.ops.aten
+# Its cache gives views of a storage on the wrong device where DeepSpeed flattens a model.
+torch._dynamo.config.fake_tensor_cache_enabled = False
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 MEMORY_BYTES = 80 << 30
+MOST_KNOWN = 1024
+"""Integers of a tensor from the host that are remembered."""
+ACTIVE: list[Hollow] = []
+"""The latest Hollow, which counts torch.cuda.synchronize."""
 
 
 def on_cuda(device: Any) -> bool:
@@ -72,6 +80,9 @@ class Hollow(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self._pinned: set[int] = set()
+        self._small = WeakIdKeyDictionary()
+        """Values of a few numbers that came from the host, which DeepSpeed compares over ranks."""
         self.syncs: collections.Counter[str] = collections.Counter()
         """Times that the host waits for the device, by their cause."""
         self.copies = 0
@@ -80,6 +91,7 @@ class Hollow(TorchDispatchMode):
         """Operations on the device, views among them."""
         self.repeated = 0
         """Length that repeat_interleave on the device would give: it depends on the data."""
+        ACTIVE[:] = [self]
 
     def __torch_dispatch__(
         self,
@@ -89,6 +101,8 @@ class Hollow(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         options = dict(kwargs or {})
+        if options.pop("pin_memory", False):
+            return self._pinned_empty(func, args, options)
         tensors = [x for x in pytree.tree_leaves((args, options)) if isinstance(x, torch.Tensor)]
         fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         if not fakes and not on_cuda(options.get("device")):
@@ -118,6 +132,12 @@ class Hollow(TorchDispatchMode):
             ATEN.repeat_interleave.Tensor: self._repeat_interleave,
         }
 
+    def _pinned_empty(self, func: Any, args: Sequence[Any], options: dict[str, Any]) -> Any:
+        """Page-locked host memory: a copy to it need not wait."""
+        tensor = func(*args, **options)
+        self._pinned.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
     def _item(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
         self.syncs["item"] += 1
         if args[0].dtype is torch.bool:
@@ -137,16 +157,23 @@ class Hollow(TorchDispatchMode):
         dtype = options.get("dtype") or source.dtype
         if not isinstance(source, FakeTensor):
             self.copies += 1
-            return _empty(source.shape, dtype, torch.device(device))
+            result = _empty(source.shape, dtype, torch.device(device))
+            if source.numel() <= MOST_KNOWN and source.dtype is torch.int64:
+                self._small[result] = source.clone()
+            return result
         if device is not None and torch.device(device).type == "cpu":
             self.syncs["to_cpu"] += 1
+            if source in self._small:
+                return self._small[source].to(dtype, copy=True)
             return torch.ones(source.shape, dtype=dtype)
         return NotImplemented
 
     def _copy(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
         into, source = args[0], args[1]
         if not isinstance(into, FakeTensor):
-            self.syncs["copy_to_cpu"] += 1
+            nonblocking = len(args) > 2 and args[2] or options.get("non_blocking", False)
+            if not nonblocking or into.untyped_storage().data_ptr() not in self._pinned:
+                self.syncs["copy_to_cpu"] += 1
             return into.fill_(1)
         if not isinstance(source, FakeTensor):
             self.copies += 1
@@ -217,6 +244,11 @@ class Event:
         pass
 
 
+def _synchronize(device: object = None) -> None:
+    for hollow in ACTIVE:
+        hollow.syncs["synchronize"] += 1
+
+
 class Properties:
     """torch.cuda.get_device_properties of an H100."""
 
@@ -239,9 +271,9 @@ def become_gpu() -> None:
     cuda.is_available, cuda.is_initialized = answer(True), answer(True)
     cuda.device_count = lambda: 1
     cuda.current_device = answer(0)
+    cuda.synchronize = _synchronize
     for name in (
         "set_device",
-        "synchronize",
         "empty_cache",
         "_lazy_init",
         "reset_peak_memory_stats",
@@ -258,6 +290,18 @@ def become_gpu() -> None:
     cuda.memory_stats = lambda device=None: {}
     cuda.nvtx.range_push, cuda.nvtx.range_pop = answer(0), answer(0)
     torch.Tensor.record_stream = answer(None)  # type: ignore[assignment]
+    plain_to = torch.nn.Module.to
+
+    def move_module(module: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:
+        """Module.to, which leaves a module alone that is where it shall be: a FakeTensor with a weak
+        reference can't be put in place of another."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **options)
+        tensors = [*module.parameters(), *module.buffers()]
+        if dtype is None and on_cuda(device) and all(on_cuda(t.device) for t in tensors):
+            return module
+        return plain_to(module, *args, **options)
+
+    torch.nn.Module.to = move_module  # type: ignore[assignment]
     host_tensor = torch.tensor
 
     def tensor(data: Any, *args: Any, device: Any = None, **options: Any) -> torch.Tensor:

@@ -155,7 +155,7 @@ def train(rank: int, root: Path, case: Case) -> None:
     if rank == 0:
         shards.mkdir()
     parameters = engine.local_parameters()
-    write_safetensors(parameters, shards, torch.device("cpu"), dtype=parameters[0].dtype)
+    write_safetensors(parameters, shards, dtype=parameters[0].dtype)
     torch.save(result, folder / f"result{rank}.pt")
 
 

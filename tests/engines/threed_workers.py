@@ -168,9 +168,7 @@ def train(rank: int, root: Path, case: Case) -> None:
     if rank == 0:
         shards.mkdir()
     parameters = engine.local_parameters()
-    write_safetensors(
-        parameters, shards, torch.device("cpu"), max_file_bytes=20_000, dtype=parameters[0].dtype
-    )
+    write_safetensors(parameters, shards, max_file_bytes=20_000, dtype=parameters[0].dtype)
     torch.save(result, folder / f"result{rank}.pt")
 
 

@@ -19,6 +19,8 @@ QUICK = [("fsdp", "1")]
 SLOW = [case for case in CASES if case not in QUICK]
 SYNCS = {"forward": 1.0, "train step": 4.0}
 """Host synchronisations of a micro-batch: its results, and where the losses look for scored rows."""
+OFFLOAD_SYNCS = 1.0
+"""Host synchronisations for all optimizer states together, on their way to the host."""
 COPIES = 13.0
 """Copies from the host for a micro-batch."""
 LAUNCHES = {"sync, a parameter": 20.0, "attestation, a parameter": 20.0}
@@ -28,7 +30,7 @@ LAUNCHES = {"sync, a parameter": 20.0, "attestation, a parameter": 20.0}
 def test_engines_keep_to_the_device_and_to_their_budgets(
     case: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """G26, G32, G39."""
+    """G26, G32, G33, G39."""
     rows = run_case(tmp_path, *case)
     assert {row["stage"] for row in rows} == {"A"} and len(rows) >= 6
     for row in rows:
@@ -40,5 +42,7 @@ def check(row: dict[str, Any]) -> None:
     if phase in SYNCS:
         assert row["syncs"] <= SYNCS[phase], row
         assert row["copies"] <= COPIES, row
+    if phase in ("offload", "onload"):
+        assert row["syncs"] <= OFFLOAD_SYNCS, row
     if phase in LAUNCHES:
         assert row["launches"] <= LAUNCHES[phase], row

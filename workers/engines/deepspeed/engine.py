@@ -281,10 +281,11 @@ class DeepspeedEngine(ShardedEngine):
     def _move_state(self, device: torch.device) -> None:
         if self._partitions is None:
             return
-        for state in self._partitions.adam.state.values():
+        move = self._host_memory.move
+        for index, state in enumerate(self._partitions.adam.state.values()):
             for name in (*MOMENTS, "step"):
-                state[name] = state[name].to(device)
+                state[name] = move((name, index), state[name], device)
         # Stage 3 in float32 has no master weights beside the working ones.
         if self.config.zero_stage < 3 or self._zero.dtype is not torch.float32:
-            for master in self._partitions.masters:
-                master.data = master.data.to(device)
+            for index, master in enumerate(self._partitions.masters):
+                master.data = move(("master", index), master.data, device)

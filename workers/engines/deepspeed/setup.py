@@ -119,7 +119,9 @@ class ZeroModel:
         keeps = trains and self.dtype is not torch.float32
         deepspeed = library(device)
         settings = deepspeed_settings(config, num_elements)
-        layers = decoder_layers(source.model) if config.zero_stage == 3 else []
+        layers: list[nn.Module] = []
+        if config.zero_stage == 3 or self.dtype is not torch.float32:
+            layers = decoder_layers(source.model)  # one at a time in float32
         for module in (*layers, source.model):
             source.materialize(module, device)
             names = {id(parameter): name for name, parameter in source.model.named_parameters()}

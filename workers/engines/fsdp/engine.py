@@ -336,6 +336,6 @@ class FsdpEngine(ShardedEngine):
         return moments
 
     def _move_state(self, device: torch.device) -> None:
-        for moments in self._optimizer.state.values():
+        for index, moments in enumerate(self._optimizer.state.values()):
             for name, value in moments.items():
-                moments[name] = value.to(device)
+                moments[name] = self._host_memory.move((name, index), value, device)

@@ -34,7 +34,6 @@ def nothing() -> None:
 def write_safetensors(
     parameters: list[LocalParameter],
     directory: Path,
-    device: torch.device,
     max_file_bytes: int = MAX_FILE_BYTES,
     dtype: torch.dtype = torch.float32,
     as_stored: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
@@ -45,8 +44,9 @@ def write_safetensors(
 
     An error of the disk is raised on rank 0 once all ranks are through: they would wait for it.
 
-    `device` is where messages travel ("cpu" for gloo, a GPU for NCCL). `as_stored` gives parameters the
-    names and the form of the files (conversion.py).
+    Parameters travel through host memory: NCCL would open a communicator for each pair of ranks that
+    exchange a message, and keep its memory. `as_stored` gives parameters the names and the form of
+    the files (conversion.py).
     """
     local: list[list[Box]] = []
     for parameter in parameters:
@@ -61,7 +61,7 @@ def write_safetensors(
     for number, indices in enumerate(files):
         tensors: dict[str, Tensor] = {}
         for index in indices:
-            whole = _collect(parameters[index], [boxes[index] for boxes in everywhere], device)
+            whole = _collect(parameters[index], [boxes[index] for boxes in everywhere])
             if whole is not None:
                 tensors[parameters[index].name] = whole.to(dtype)
         if writes:
@@ -111,9 +111,7 @@ def write_configs(
         generation.to_json_file(directory / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
 
 
-def _collect(
-    parameter: LocalParameter, holders: list[list[Box]], device: torch.device
-) -> Tensor | None:
+def _collect(parameter: LocalParameter, holders: list[list[Box]]) -> Tensor | None:
     """The whole parameter in rank 0's host memory, None elsewhere; every distinct box comes
     from the first rank that holds it."""
     rank = dist.get_rank()
@@ -125,14 +123,14 @@ def _collect(
     if rank != 0:
         for box, source in sorted(sources.items()):
             if source == rank:
-                dist.send(local[box].contiguous(), dst=0)
+                dist.send(local[box].cpu().contiguous(), dst=0)
         return None
     whole = torch.empty(parameter.shape, dtype=parameter.dtype)
     for box, source in sorted(sources.items()):
         if source == 0:
             part = local[box]
         else:
-            part = torch.empty(box.shape, dtype=parameter.dtype, device=device)
+            part = torch.empty(box.shape, dtype=parameter.dtype)
             dist.recv(part, src=source)
         whole[box.slices].copy_(part)
     return whole

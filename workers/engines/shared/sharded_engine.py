@@ -37,6 +37,7 @@ from workers.engines.model.peft_files import write_adapter
 from workers.engines.model.routers import Load, Routers, experts_per_token
 from workers.engines.shared.export import write_configs, write_safetensors
 from workers.engines.shared.gather import gather_objects
+from workers.engines.shared.host_memory import HostMemory
 from workers.engines.shared.merging import (
     MergedWeights,
     ScaledMatrices,
@@ -123,6 +124,7 @@ class ShardedEngine(TrainingEngine):
             self._row_group = axis_group(self.layout, "cp")
             self._exchanges_heads = exchanges_heads(published, config)
         self._state_on_host = False
+        self._host_memory = HostMemory()
         self._build(source, trains=trains)
         self.lender = None  # it may go before this engine does
         self._buffers = [
@@ -150,7 +152,8 @@ class ShardedEngine(TrainingEngine):
 
     @abstractmethod
     def _move_state(self, device: torch.device) -> None:
-        """Move the optimizer's states, and master weights that are not the working ones."""
+        """Move the optimizer's states, and master weights that are not the working ones, through
+        the engine's host memory."""
 
     def weight_source(self, *, adapter: bool = False) -> WeightSource:
         if self.adapter is None:
@@ -259,7 +262,6 @@ class ShardedEngine(TrainingEngine):
             write_safetensors(
                 self._master_parameters() + self._buffers,
                 directory,
-                self.device,
                 dtype=self._saved_dtype,
                 as_stored=partial(as_stored, build_on_meta(self.model, self.head)),
                 begin=partial(self._write_configs, directory),
@@ -328,7 +330,7 @@ class ShardedEngine(TrainingEngine):
     def try_saving(self, directory: Path) -> int:
         if self.adapter is None:
             self._write_configs(directory)
-            write_safetensors([], directory, self.device, dtype=self._saved_dtype)
+            write_safetensors([], directory, dtype=self._saved_dtype)
         else:
             self._save_adapter(directory)
         write_snapshot(directory / file_name(self.context.rank), [], {})
@@ -345,6 +347,7 @@ class ShardedEngine(TrainingEngine):
     def offload(self) -> None:
         self._drop_gradients()
         self._move_state(torch.device("cpu"))
+        self._host_memory.finish()
         self._state_on_host = True
 
     def onload(self) -> None:

@@ -207,7 +207,7 @@ class ThreeDEngine(ShardedEngine):
         self._optimizer.free_gradients()
 
     def _move_state(self, device: torch.device) -> None:
-        self._optimizer.move(device)
+        self._optimizer.move(device, self._host_memory)
 
     def _micro_batches(self, sequences: Sequences) -> list[MicroBatch]:
         """The same on all ranks of this data coordinate; none if there are no rows."""

@@ -12,7 +12,7 @@ with the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import add
@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 from hybridflow.resharding.shards import Box
 from workers.config import OptimizerConfig
 from workers.engines.shared.flat_views import flat_views
+from workers.engines.shared.host_memory import HostMemory
 from workers.engines.shared.optimizer import (
     clip,
     learning_rate,
@@ -184,10 +185,10 @@ class FlatGroup:
             module, name = piece.places[0]
             module.get_parameter(name).grad = None
 
-    def move_master(self, device: torch.device) -> None:
+    def move_master(self, key: Hashable, device: torch.device, memory: HostMemory) -> None:
         """Move the master weights, if they are not the working weights."""
         if self.dtype is not torch.float32 and self._master is not None:
-            self._master = self._master.to(device)
+            self._master = memory.move(key, self._master, device)
 
     def _accumulate(self, piece: FlatSlice) -> Callable[[Tensor], None]:
         index = self.pieces.index(piece)
@@ -282,17 +283,18 @@ class ZeroOptimizer:
         for group in self.groups:
             group.free()
 
-    def move(self, device: torch.device) -> None:
-        """Master weights and states to `device`."""
+    def move(self, device: torch.device, memory: HostMemory) -> None:
+        """Master weights and states to `device`, through `memory`."""
         old = [group.master for group in self.groups] if self.adam is not None else []
-        for group in self.groups:
-            group.move_master(device)
+        for index, group in enumerate(self.groups):
+            group.move_master(("master", index), device, memory)
         if self.adam is None or not self.groups:
             return
-        for group, before, options in zip(self.groups, old, self.adam.param_groups, strict=True):
+        triples = zip(self.groups, old, self.adam.param_groups, strict=True)
+        for index, (group, before, options) in enumerate(triples):
             state = self.adam.state.pop(before)
             for name, value in state.items():
-                state[name] = value.to(device)
+                state[name] = memory.move((name, index), value, device)
             self.adam.state[group.master] = state
             options["params"] = [group.master]
 
