@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import psutil
-
 from hybridflow.context import RankContext
 
 HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
@@ -121,6 +119,8 @@ def choose_interfaces(context: RankContext, *, one_machine: bool) -> None:
 
 def interface_of(address: str) -> str:
     """Name of this machine's network interface with the IP address; "" where none has it."""
+    import psutil  # which comes with Ray; a run in this process alone needs neither
+
     addresses: dict[str, Any] = psutil.net_if_addrs()
     for name, entries in addresses.items():
         for entry in entries:

@@ -171,7 +171,7 @@ class Hollow(TorchDispatchMode):
     def _copy(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
         into, source = args[0], args[1]
         if not isinstance(into, FakeTensor):
-            nonblocking = len(args) > 2 and args[2] or options.get("non_blocking", False)
+            nonblocking = (len(args) > 2 and args[2]) or options.get("non_blocking", False)
             if not nonblocking or into.untyped_storage().data_ptr() not in self._pinned:
                 self.syncs["copy_to_cpu"] += 1
             return into.fill_(1)
