@@ -37,10 +37,15 @@ from hybridflow.progress import activity
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """0: Ray's nodes take 127.0.0.1 for their address and listen there only. Ray's default on
 laptops' systems, not on Linux."""
-SYSTEM_CONFIG = {"free_objects_period_milliseconds": 0}
-"""Memory of columns that nobody holds is free at once. Ray's default collects them for a
-second, in which every step writes into fresh pages; the kernel's clearing of pages then takes
-longer than the copies themselves (a 24 MB batch: 47 ms instead of 17)."""
+SYSTEM_CONFIG = {"free_objects_period_milliseconds": 0, "prestart_worker_first_driver": False}
+"""Settings of embedded Ray that have no argument.
+
+Memory of columns that nobody holds is free at once. Ray's default collects them for a second, in
+which every step writes into fresh pages; the kernel's clearing of pages then takes longer than the
+copies themselves (a 24 MB batch: 47 ms instead of 17).
+
+No processes are started before they are needed. Ray's default is one per CPU slot at the start of
+the first driver, ahead of the hosts, which can't use them: they have an environment of their own."""
 JOB_MARKER = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the entry point of a submitted job."""
 LOOPBACK = ("127.0.0.1", "localhost")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import LlamaConfig
@@ -20,6 +19,7 @@ from tests.engines.deepspeed_workers import Case, Result, batches, named, own_ro
 from tests.engines.threed_cases import PlainRun, load_plain, plain_run, save_tiny_model
 from tests.engines.threed_workers import OPTIMIZER
 from tests.matrix import matrix
+from tests.ranks import run_ranks
 from workers.config import Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.deepspeed.engine import DeepspeedEngine
@@ -57,7 +57,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], lis
         model = load_plain(root / "llama", head)
         _initialize_score(score_head(model), 0)
         model.save_pretrained(root / f"llama-{head.value}")
-    mp.spawn(run, (root, selected("case")), nprocs=2)
+    run_ranks(run, (root, selected("case")), 2)
     return root
 
 

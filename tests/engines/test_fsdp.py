@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.engines.fsdp_workers import OPTIMIZER, Case, Result, batches, data_rows, run_worlds
 from tests.engines.threed_cases import PlainRun, load_plain, plain_run, save_tiny_model
 from tests.matrix import matrix
+from tests.ranks import run_ranks
 from workers.config import Precision
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head, Outputs
@@ -77,7 +77,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], lis
     weights = load_file(root / "llama" / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, root / "broken" / "model.safetensors", metadata={"format": "pt"})
-    mp.spawn(run_worlds, args=(root, selected("case")), nprocs=4)
+    run_ranks(run_worlds, (root, selected("case")), 4)
     return root
 
 

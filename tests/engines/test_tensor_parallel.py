@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -18,6 +17,7 @@ from tests.engines.split_families import SPLIT, odd_model
 from tests.engines.threed_cases import load_plain, plain_run
 from tests.engines.threed_workers import OPTIMIZER, Case, Job, Result, batches, run_worlds
 from tests.matrix import matrix
+from tests.ranks import run_ranks
 
 TOLERANCE = 1e-5
 Model = tuple[str, int, bool]
@@ -67,7 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], lis
         jobs += [("train", case) for case in cases if case.world_size == size]
         worlds.append((size, jobs))
     worlds[1][1].append(("save_and_resume", RESUMED))
-    mp.spawn(run_worlds, (root, worlds), nprocs=3)
+    run_ranks(run_worlds, (root, worlds), 3)
     return root
 
 

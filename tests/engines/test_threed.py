@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -26,6 +25,7 @@ from tests.engines.threed_workers import (
     vocabulary_table,
 )
 from tests.matrix import matrix
+from tests.ranks import run_ranks
 from workers.config import Precision
 from workers.engines.base import Head, Outputs
 
@@ -87,7 +87,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], lis
         (size, [("train", case) for case in cases if case.world_size == size]) for size in (4, 2, 1)
     ]
     worlds[0][1].extend([("save_and_resume", RESUMED), *vocabulary])
-    mp.spawn(run_worlds, (root, worlds), nprocs=4)
+    run_ranks(run_worlds, (root, worlds), 4)
     return root
 
 

@@ -20,6 +20,9 @@ from controllers import (
     usable_algorithms,
 )
 from recipes.composing import RecipeFile, compose, to_settings
+from recipes.main import main
+from recipes.run import run
+from tests.extending.outside import write_package
 from tests.tiny import make_data, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -67,10 +70,10 @@ def blocks(language: str) -> list[str]:
 
 
 def run_recipe(
-    package: Path, name: str, arguments: list[str], output: Path
+    package: Path, name: str, arguments: list[str], output: Path, *others: Path
 ) -> subprocess.CompletedProcess[str]:
-    """Somewhere else, with the package and the project on the path."""
-    environment = os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{ROOT}"}
+    """Somewhere else, with the package, those of `others` and the project on the path."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (package, *others, ROOT)))}
     command = [
         sys.executable,
         "-m",
@@ -89,39 +92,76 @@ def rewards(output: Path) -> list[float]:
     return [row["reward/mean"] for row in map(json.loads, lines) if row["split"] == "train"]
 
 
-def test_it_runs_in_one_process(package: Path, arguments: list[str], tmp_path: Path) -> None:
-    finished = run_recipe(package, "brevity.yaml", ["runtime=local", *arguments], tmp_path)
-    assert finished.returncode == 0, finished.stderr
-    assert len(rewards(tmp_path)) == 2
-    assert (tmp_path / "checkpoints" / "step-00000002" / "huggingface" / "config.json").is_file()
+@pytest.fixture
+def importable(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(package))
 
 
-def test_it_runs_on_ray(package: Path, arguments: list[str], tmp_path: Path) -> None:
-    """And draws and scores what one process does."""
-    finished = run_recipe(package, "brevity.yaml", ["num_devices=2", *arguments], tmp_path / "ray")
-    assert finished.returncode == 0, finished.stderr
-    finished = run_recipe(
-        package, "brevity.yaml", ["runtime=local", *arguments], tmp_path / "local"
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert rewards(tmp_path / "ray")[0] == rewards(tmp_path / "local")[0]
+@pytest.fixture(scope="module")
+def alone(
+    package: Path, arguments: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """The run in one process, and its output."""
+    output = tmp_path_factory.mktemp("alone")
+    return run_recipe(package, "brevity.yaml", ["runtime=local", *arguments], output), output
 
 
-def test_a_dry_run_says_what_would_run(package: Path, arguments: list[str], tmp_path: Path) -> None:
-    finished = run_recipe(package, "brevity.yaml", ["dry_run=true", *arguments], tmp_path / "out")
+def test_it_runs_in_one_process(alone: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    finished, output = alone
     assert finished.returncode == 0, finished.stderr
-    assert "brevity: 5 calls a step" in finished.stdout and "shortness" in finished.stdout
+    assert len(rewards(output)) == 2
+    assert (output / "checkpoints" / "step-00000002" / "huggingface" / "config.json").is_file()
+
+
+def test_it_runs_on_ray(
+    package: Path,
+    arguments: list[str],
+    alone: tuple[subprocess.CompletedProcess[str], Path],
+    tmp_path: Path,
+) -> None:
+    """And draws and scores what one process does, with engines and a loss of a second package,
+    which Ray's workers find by module and name."""
+    site = write_package(tmp_path / "site")
+    outside = [
+        "actor.train.engine=outside.engine:WholeEngine",
+        "actor.generation.engine=outside.generation:LoudEngine",
+        "actor.generation.prefix_caching=false",
+        "actor.loss.name=outside.losses:one_sided",
+    ]
+    output = tmp_path / "ray"
+    on_ray = ["num_devices=2", *arguments, *outside]
+    finished = run_recipe(package, "brevity.yaml", on_ray, output, site)
+    assert finished.returncode == 0, finished.stderr
+    assert rewards(output)[0] == rewards(alone[1])[0]
+    assert "actor/below_fraction" in (output / "metrics.jsonl").read_text(), "the loss's metric"
+
+
+@pytest.mark.usefixtures("importable")
+def test_a_dry_run_says_what_would_run(
+    package: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = RecipeFile.of(str(package / "brevity.yaml"))
+    output = f"output_dir={tmp_path / 'out'}"
+    run(to_settings(compose(recipe, ["dry_run=true", *arguments, output])))
+    printed = capsys.readouterr().out
+    assert "brevity: 5 calls a step" in printed and "shortness" in printed
     assert not (tmp_path / "out").exists()
 
 
-def test_its_settings_are_told_and_checked(package: Path, tmp_path: Path) -> None:
-    finished = run_recipe(
-        package, "brevity.yaml", ["--settings", "algorithm.bonus_weight"], tmp_path
-    )
-    assert "algorithm.bonus_weight = 0.1\n    How much a short answer counts" in finished.stdout
-    finished = run_recipe(package, "brevity.yaml", ["algorithm.bonus=1"], tmp_path)
-    assert finished.returncode == 2
-    assert finished.stderr.startswith(
+@pytest.mark.usefixtures("importable")
+def test_its_settings_are_told_and_checked(
+    package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def recipe() -> RecipeFile:
+        return RecipeFile.of(str(package / "brevity.yaml"))
+
+    main(recipe, ["--settings", "algorithm.bonus_weight"])
+    expected = "algorithm.bonus_weight = 0.1\n    How much a short answer counts"
+    assert expected in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ending:
+        main(recipe, ["algorithm.bonus=1"])
+    assert ending.value.code == 2
+    assert capsys.readouterr().err.startswith(
         "error: algorithm.bonus=1: there is no setting 'algorithm.bonus'"
     )
 

@@ -15,6 +15,7 @@ import torch
 from hybridflow.registry import Registry
 from recipes.python_settings import make_settings
 from recipes.run import run
+from tests.extending.outside import write_package
 from tests.tiny import make_data, make_model
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Outputs
@@ -25,165 +26,6 @@ from workers.losses.surrogates import surrogate
 from workers.sequences import Sequences
 
 ROOT = Path(__file__).parents[2]
-
-ENGINE = '''
-"""Every rank holds the whole model: data parallelism as in PyTorch's first tutorial."""
-
-from dataclasses import replace
-
-import torch
-import torch.distributed as dist
-
-from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
-from workers.engines.base import TrainingEngine
-from workers.engines.model.scored import ScoredModel
-from workers.engines.shared.flat_views import named
-from workers.engines.shared.metrics import add_micro_batch, metrics_of_some
-from workers.engines.shared.micro_batches import gather_outputs, run_micro_batch
-from workers.engines.shared.sharded_engine import ShardedEngine
-
-
-class WholeEngine(ShardedEngine):
-    @classmethod
-    def check(cls, model, config, head, world_size):
-        if config.tp * config.pp != 1:
-            raise ValueError(f"train.tp is {config.tp}, but engine whole has data ranks only; set tp=1 pp=1")
-
-    @classmethod
-    def limit(cls, space):
-        return replace(space, max_pipeline=1, max_tensor=1, zero_stages=(0,))
-
-    @classmethod
-    def zero_stage(cls, config):
-        return 0
-
-    @classmethod
-    def shards_data(cls, config):
-        return False
-
-    def _build(self, source, *, trains):
-        source.materialize(source.model, self.device)
-        self.scored = ScoredModel(source.model, self.head)
-        self.parameters = dict(source.model.named_parameters())
-        self.adam = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=self.config.optimizer.learning_rate,
-            betas=(self.config.optimizer.beta1, self.config.optimizer.beta2),
-            eps=self.config.optimizer.epsilon,
-            weight_decay=0.0,
-        )
-
-    def _run(self, micro_batch, entropy, temperature):
-        return run_micro_batch(self.scored, micro_batch, entropy=entropy, temperature=temperature)
-
-    @torch.no_grad()
-    def forward(self, sequences, *, entropy=False, temperature=1.0, routes=False):
-        cut = self._cut_alike(sequences, None, alike=False)
-        return gather_outputs(cut, [self._run(part, entropy, temperature) for part in cut], sequences)
-
-    def train_step(self, sequences, loss_fn, *, entropy=False, temperature=1.0):
-        metrics = {}
-        for part in self._cut_alike(sequences, None, alike=False):
-            loss, parts = loss_fn(self._run(part, entropy, temperature), part.sequences)
-            loss.backward()
-            metrics = add_micro_batch(metrics, loss, parts)
-        for parameter in self.parameters.values():
-            dist.all_reduce(parameter.grad)
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.parameters.values(), self.config.optimizer.clip_grad_norm, error_if_nonfinite=True
-        )
-        self.adam.step()
-        self._drop_gradients()
-        rate = self.config.optimizer.learning_rate
-        return {**metrics_of_some(metrics), "grad_norm": float(norm), "learning_rate": rate}
-
-    def local_parameters(self):
-        result = []
-        for name, parameter in self.parameters.items():
-            box = Box((0,) * parameter.ndim, tuple(parameter.shape))
-            shards = (LocalShard(box, parameter.detach()),)
-            result.append(LocalParameter(name, box.shape, parameter.dtype, shards))
-        return result
-
-    @property
-    def num_steps(self):
-        return 0  # AdamW's moments are left out of snapshots
-
-    def state(self, *, moments, copies):
-        parameters = named("model", self.local_parameters())
-        if copies or self.context.rank == 0:
-            return parameters
-        return [replace(parameter, shards=()) for parameter in parameters]
-
-    def restored(self, num_steps):
-        pass
-
-    def _master_parameters(self):
-        return self.local_parameters()
-
-    def _drop_gradients(self):
-        self.adam.zero_grad()
-
-    def _move_state(self, device):
-        pass
-
-
-class Unfinished(TrainingEngine):
-    """A TrainingEngine that lacks nearly everything."""
-
-
-class FromALibrary(WholeEngine):
-    library = "a_library_that_nobody_has"
-'''
-
-GENERATION = """
-from workers.generation.hf import HfEngine
-
-
-class LoudEngine(HfEngine):
-    @classmethod
-    def check(cls, config):
-        super().check(config)
-        if config.prefix_caching:
-            raise ValueError("generation.prefix_caching is true, but engine loud has none; set it to false")
-
-    def generate(self, prompts, seeds, sampling, limits=None):
-        print(f"LOUD {len(prompts)} prompts", flush=True)
-        return super().generate(prompts, seeds, sampling, limits)
-"""
-
-LOSSES = '''
-from workers.losses.surrogates import reads
-
-
-@reads("clip_low")
-def one_sided(tokens, config):
-    """The policy gradient times the ratio, which is bounded from below alone."""
-    ratio = tokens.log_ratio.exp()
-    bound = 1 - config.clip_low
-    return -ratio.clamp(min=bound) * tokens.advantages, {"below_fraction": ratio < bound}
-
-
-@reads(columns=("mood",))
-def moody(tokens, config):
-    return -tokens.advantages * tokens.columns["mood"], {}
-
-
-def unmarked(tokens, config):
-    return -tokens.advantages, {}
-'''
-
-ENTRY_POINTS = """
-[hybridflow.training_engines]
-whole = outside.engine:WholeEngine
-
-[hybridflow.generation_engines]
-loud = outside.generation:LoudEngine
-
-[hybridflow.policy_losses]
-one_sided = outside.losses:one_sided
-"""
-
 
 REFUSALS = {
     "actor.train.tp=2": "actor: train.tp is 2, but engine whole has data ranks only",
@@ -196,21 +38,7 @@ REFUSALS = {
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory as pip leaves it: a package and its metadata."""
-    directory = tmp_path_factory.mktemp("site")
-    files = {
-        "outside/__init__.py": "",
-        "outside/engine.py": ENGINE,
-        "outside/generation.py": GENERATION,
-        "outside/losses.py": LOSSES,
-        "outside-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n",
-        "outside-1.0.dist-info/entry_points.txt": ENTRY_POINTS,
-    }
-    for name, text in files.items():
-        path = directory / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-    return directory
+    return write_package(tmp_path_factory.mktemp("site"))
 
 
 @pytest.fixture
@@ -256,41 +84,25 @@ def metrics(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("importable")
 def test_a_run_takes_all_three_by_their_entry_points(
-    package: Path, common: list[str], tmp_path: Path
+    package: Path, common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The engine computes what fsdp computes, step for step; the loss reads its setting."""
+    """The engine computes what fsdp computes, step for step; the loss reads its setting. In Ray's
+    workers, by module and name: test_algorithms_and_rewards.py."""
+    loss = ["actor.loss.name=one_sided", "actor.loss.clip_low=0.01", "runtime=local"]
     own = ["actor.train.engine=whole", "actor.generation.engine=loud"]
-    loss = ["actor.loss.name=one_sided", "actor.loss.clip_low=0.01"]
+    finished = grpo(package, [*common, *own, *loss, f"output_dir={tmp_path / 'own'}"])
+    assert finished.returncode == 0, finished.stdout[-4000:]
+    assert "LOUD 8 prompts" in finished.stdout
     ours = ["actor.train.engine=fsdp", "actor.generation.engine=hf"]
-    runs = {"own": own, "ours": ours}
-    printed = {}
-    for name, engines in runs.items():
-        arguments = [*common, *engines, *loss, "runtime=local", f"output_dir={tmp_path / name}"]
-        finished = grpo(package, arguments)
-        assert finished.returncode == 0, finished.stdout[-4000:]
-        printed[name] = finished.stdout
-    assert "LOUD 8 prompts" in printed["own"] and "LOUD" not in printed["ours"]
+    run(make_settings("grpo", [*common, *ours, *loss, f"output_dir={tmp_path / 'ours'}"]))
+    assert "LOUD" not in capsys.readouterr().out
     for step, (left, right) in enumerate(
         zip(metrics(tmp_path / "own"), metrics(tmp_path / "ours"), strict=True)
     ):
         for name in ("actor/loss", "actor/grad_norm", "actor/below_fraction", "reward/mean"):
             assert left[name] == pytest.approx(right[name], rel=1e-4, abs=1e-6), (step, name)
-
-
-def test_it_works_in_rays_workers_by_module_and_name(
-    package: Path, common: list[str], tmp_path: Path
-) -> None:
-    arguments = [
-        "num_devices=2",
-        "actor.train.engine=outside.engine:WholeEngine",
-        "actor.generation.engine=outside.generation:LoudEngine",
-        "actor.loss.name=outside.losses:one_sided",
-        f"output_dir={tmp_path}",
-    ]
-    finished = grpo(package, [*common, *arguments])
-    assert finished.returncode == 0, finished.stdout[-4000:]
-    assert len(metrics(tmp_path)) == 2
 
 
 @pytest.mark.usefixtures("importable")

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from transformers import Qwen2ForCausalLM
 
 from hybridflow.layout import Layout
 from tests.generation import cases, streams
+from tests.ranks import run_ranks
 from workers.generation.base import Generations
 
 
@@ -30,7 +30,7 @@ def results(models: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    mp.spawn(cases.run, args=(port, models, str(output)), nprocs=2)
+    run_ranks(cases.run, (port, models, str(output)), 2)
     return torch.load(f"{output}.0", weights_only=False)
 
 

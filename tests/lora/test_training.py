@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -28,6 +27,7 @@ from tests.lora.workers import (
     run_worlds,
 )
 from tests.matrix import matrix
+from tests.ranks import run_ranks
 from workers.engines.base import Head
 from workers.engines.model.loading import _initialize_score
 from workers.engines.model.scored import score_head
@@ -76,7 +76,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], lis
     for family in ("llama", "qwen3", "gemma3_text", "phi3"):
         save_tiny_model(root / family, family, layers=2, tied=family == "gemma3_text")
     save_tiny_model(root / "deep", "llama", layers=4)
-    mp.spawn(run_worlds, args=(root, selected("case")), nprocs=4)
+    run_ranks(run_worlds, (root, selected("case")), 4)
     return root
 
 

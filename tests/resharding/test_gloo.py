@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.multiprocessing as mp
 
+from tests.ranks import run_ranks
 from tests.resharding import gloo_cases
 from tests.resharding.gloo_cases import BUCKET_BYTES, NUM_RANKS, RULES, SOURCES
 
@@ -17,7 +17,7 @@ from tests.resharding.gloo_cases import BUCKET_BYTES, NUM_RANKS, RULES, SOURCES
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("gloo")
-    mp.spawn(gloo_cases.run, args=(str(directory),), nprocs=NUM_RANKS)
+    run_ranks(gloo_cases.run, (str(directory),), NUM_RANKS)
     return [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(NUM_RANKS)]
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.multiprocessing as mp
 
 from tests.matrix import matrix
+from tests.ranks import run_ranks
 from tests.resharding import vllm_cases
 from workers.config import Precision
 
@@ -27,7 +27,7 @@ def results(
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
-    mp.spawn(vllm_cases.run, args=(port, str(directory), selected("name")), nprocs=2)
+    run_ranks(vllm_cases.run, (port, str(directory), selected("name")), 2)
     return [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(2)]
 
 

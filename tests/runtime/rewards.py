@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 
 def count(*, response: str, **columns: object) -> float:
@@ -11,9 +12,14 @@ def count(*, response: str, **columns: object) -> float:
     return sum(number % 2 == 0 for number in numbers) / max(1, len(numbers))
 
 
-def unhurried(*, response: str, **columns: object) -> float:
-    """Long enough for somebody to look at the run."""
-    time.sleep(0.1)
+def gated(*, response: str, gate: str, **columns: object) -> float:
+    """Waits until the file that the prompt's row names exists, so that somebody can look at the
+    run; a row without one waits for nothing."""
+    deadline = time.monotonic() + 300
+    while gate and not Path(gate).exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nobody opened {gate}")
+        time.sleep(0.1)
     return count(response=response)
 
 

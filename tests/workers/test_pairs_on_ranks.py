@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.context import RankContext
 from hybridflow.protocols import Split, cut_rows
+from tests.ranks import run_ranks
 from tests.tiny import VOCAB, make_model
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.losses.config import DPOLossConfig
@@ -102,7 +102,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(model: Path) -> list[dict[str, Any]]:
     root = model.parent
-    mp.spawn(run_worlds, args=(root,), nprocs=2, join=True)
+    run_ranks(run_worlds, (root,), 2)
     return [torch.load(root / f"{number}.0.pt") for number in range(len(CASES))]
 
 
