@@ -25,7 +25,13 @@ from hybridflow.layout import Layout
 from hybridflow.resharding import ParameterSpec
 from workers.config import LoraConfig, ModelConfig
 from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
-from workers.generation.rows import FinishedRow
+from workers.generation.rows import FinishedRow, NewRow, pop_rows
+from workers.generation.sampling import (
+    check_prompts,
+    check_sampling,
+    first_positions,
+    most_tokens,
+)
 from workers.generation.weight_destination import FullWeights, WeightDestination
 
 
@@ -96,6 +102,11 @@ class GenerationEngine(ABC):
     weight_version: int
     """Version of the weights that the engine holds: that of the last load_weights; -1 before
     the first."""
+    _vocab_size: int
+    _max_model_len: int
+    """Most tokens of a prompt and its response together."""
+    _finished: dict[int, FinishedRow]
+    """The rows that have finished and that nobody has taken, by their keys."""
 
     @classmethod
     def check(cls, config: GenerationConfig) -> None:
@@ -172,7 +183,6 @@ class GenerationEngine(ABC):
             seconds=time.perf_counter() - start,
         )
 
-    @abstractmethod
     def submit(
         self,
         prompts: Sequence[NDArray[np.int64]],
@@ -192,6 +202,28 @@ class GenerationEngine(ABC):
         Raises ValueError with the row for a prompt that is empty, has ids outside the vocabulary,
         or leaves no room for max_response_tokens, and for a limit under 1; no row is added then.
         """
+        most = most_tokens(len(prompts), sampling, limits)
+        check_sampling(sampling)
+        check_prompts(
+            prompts, seeds, most, vocab_size=self._vocab_size, max_model_len=self._max_model_len
+        )
+        first = first_positions(len(prompts), positions)
+        rows = []
+        for row, prompt in enumerate(prompts):
+            rows.append(
+                NewRow(
+                    prompt=prompt,
+                    seed=int(seeds[row]),
+                    position=int(first[row]),
+                    most_tokens=most[row],
+                )
+            )
+        return self._add(rows, sampling)
+
+    @abstractmethod
+    def _add(self, rows: Sequence[NewRow], sampling: SamplingConfig) -> list[int]:
+        """submit, of rows that the model can continue; a ValueError for what this engine alone
+        can't do adds none."""
 
     def run(self, limit: int | None = None, *, until: Iterable[int] | None = None) -> int:
         """Run engine steps until nothing is unfinished, at most `limit`, or until the rows with
@@ -217,15 +249,15 @@ class GenerationEngine(ABC):
         """One engine step, while a row is unfinished; returns the keys of the rows that it
         finished."""
 
-    @abstractmethod
     def finished(self, keys: Collection[int] | None = None) -> dict[int, FinishedRow]:
         """The rows that have finished (among `keys`; None: all) by their keys, which the engine
         then forgets. The others stay."""
+        return pop_rows(self._finished, keys)
 
     @property
-    @abstractmethod
     def finished_keys(self) -> Set[int]:
         """Keys of the rows that finished would return."""
+        return self._finished.keys()
 
     @abstractmethod
     def cancel(self, keys: Iterable[int]) -> None:

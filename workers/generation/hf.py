@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -43,14 +43,10 @@ from workers.generation.base import GenerationEngine
 from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
 from workers.generation.draws import draw_groups, sample_grouped
 from workers.generation.padded_batch import PaddedBatch
-from workers.generation.rows import FinishedRow, GrowingRow, StopRule, pop_rows
+from workers.generation.rows import GrowingRow, NewRow, StopRule
 from workers.generation.sampling import (
-    check_prompts,
-    check_sampling,
     end_token_ids,
-    first_positions,
     load_model_config,
-    most_tokens,
     stop_token_ids,
 )
 from workers.precision import with_native_precision
@@ -101,15 +97,15 @@ class HfEngine(GenerationEngine):
         self.weight_version = -1
         config = with_native_precision(config, context.device)
         text_config = load_model_config(model)
-        self._vocab_size: int = text_config.vocab_size
-        self._max_model_len: int = config.max_model_len or position_limit(model, Head.lm)
+        self._vocab_size = text_config.vocab_size
+        self._max_model_len = config.max_model_len or position_limit(model, Head.lm)
         self._max_num_seqs = config.max_num_seqs
         self._end_tokens = end_token_ids(model, text_config)
         self._device = context.device
         self._keys = itertools.count()
         self._waiting: deque[GrowingRow] = deque()
         self._batches: list[PaddedBatch] = []
-        self._finished: dict[int, FinishedRow] = {}
+        self._finished = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         if config.sampling.stop_strings:
             self._tokenizer = load_tokenizer(model)
@@ -127,27 +123,14 @@ class HfEngine(GenerationEngine):
         self._routers = Routers(find_routers(self._model), decoder_layers(self._model))
         return len(self._routers), experts_per_token(self._model.config)
 
-    def submit(
-        self,
-        prompts: Sequence[NDArray[np.int64]],
-        seeds: NDArray[np.int64],
-        sampling: SamplingConfig,
-        limits: NDArray[np.int64] | None = None,
-        positions: NDArray[np.int64] | None = None,
-    ) -> list[int]:
-        most = most_tokens(len(prompts), sampling, limits)
-        check_sampling(sampling)
-        check_prompts(
-            prompts, seeds, most, vocab_size=self._vocab_size, max_model_len=self._max_model_len
-        )
-        first = first_positions(len(prompts), positions)
+    def _add(self, rows: Sequence[NewRow], sampling: SamplingConfig) -> list[int]:
         stop = StopRule(stop_token_ids(sampling, self._end_tokens), sampling, self._tokenizer)
         keys = []
-        for row, prompt in enumerate(prompts):
+        for row in rows:
             keys.append(next(self._keys))
             self._waiting.append(
                 GrowingRow(
-                    keys[-1], prompt, int(seeds[row]), int(first[row]), sampling, stop, most[row]
+                    keys[-1], row.prompt, row.seed, row.position, sampling, stop, row.most_tokens
                 )
             )
         return keys
@@ -166,13 +149,6 @@ class HfEngine(GenerationEngine):
                 self._finished[row.key] = row.finished()
         self._tidy()
         return ended
-
-    @property
-    def finished_keys(self) -> Set[int]:
-        return self._finished.keys()
-
-    def finished(self, keys: Collection[int] | None = None) -> dict[int, FinishedRow]:
-        return pop_rows(self._finished, keys)
 
     def preempt(self) -> None:
         running = []

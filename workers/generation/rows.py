@@ -14,6 +14,19 @@ from workers.generation.config import SamplingConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NewRow:
+    """A prompt with what decides its response, besides the weights and the sampling."""
+
+    prompt: NDArray[np.int64]
+    """[tokens], at least one."""
+    seed: int
+    position: int
+    """Of the response's first token among the draws of the seed."""
+    most_tokens: int
+    """After which the response ends at the latest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedRow:
     """A response of two tokens, of which the second was drawn after a weight update:
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-from collections.abc import Collection, Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -31,14 +31,10 @@ from workers.engines.model.routers import REPLAYS, check_declared, experts_per_t
 from workers.generation.base import GenerationEngine
 from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
 from workers.generation.draws import Draws
-from workers.generation.rows import FinishedRow, pop_rows
+from workers.generation.rows import FinishedRow, NewRow
 from workers.generation.sampling import (
-    check_prompts,
-    check_sampling,
     end_token_ids,
-    first_positions,
     load_model_config,
-    most_tokens,
     stop_token_ids,
 )
 from workers.generation.vllm.adapter import VllmAdapter, has_slot, take_slot
@@ -131,7 +127,7 @@ class VllmEngine(GenerationEngine):
         config = with_native_precision(config, context.device)
         text_config = load_model_config(model)
         self._end_tokens = end_token_ids(model, text_config)
-        self._vocab_size: int = text_config.vocab_size
+        self._vocab_size = text_config.vocab_size
         self._tied: bool = text_config.tie_word_embeddings
         self._has_tokenizer = bool(config.sampling.stop_strings)
         self._has_weights = True
@@ -163,11 +159,11 @@ class VllmEngine(GenerationEngine):
             self.llm.llm_engine.engine_core._finalizer.detach()
             self._sampler = TrainerSampler(model_runner(self.llm))
             model_runner(self.llm).sampler = self._sampler
-        self._max_model_len: int = self.llm.model_config.max_model_len
+        self._max_model_len = self.llm.model_config.max_model_len
         self._keys = itertools.count()
         self._requests: dict[int, str] = {}
         """vLLM's own names of the rows that are unfinished."""
-        self._finished: dict[int, FinishedRow] = {}
+        self._finished = {}
         self._prompt_log_probs: dict[int, NDArray[np.float32]] = {}
         self._salt = 0
         self._slot = take_slot(model_runner(self.llm)) if lora is not None else None
@@ -195,33 +191,20 @@ class VllmEngine(GenerationEngine):
         self._routes = RouteTable(model_runner(self.llm), experts_per_token(self._text_config))
         return self._routes.shape
 
-    def submit(
-        self,
-        prompts: Sequence[NDArray[np.int64]],
-        seeds: NDArray[np.int64],
-        sampling: SamplingConfig,
-        limits: NDArray[np.int64] | None = None,
-        positions: NDArray[np.int64] | None = None,
-    ) -> list[int]:
-        most = most_tokens(len(prompts), sampling, limits)
-        check_sampling(sampling)
-        check_prompts(
-            prompts, seeds, most, vocab_size=self._vocab_size, max_model_len=self._max_model_len
-        )
+    def _add(self, rows: Sequence[NewRow], sampling: SamplingConfig) -> list[int]:
         if sampling.stop_strings and not self._has_tokenizer:
             raise ValueError(
                 f"sampling.stop_strings={sampling.stop_strings}: the engine was built without a "
                 "tokenizer; set them in actor.generation.sampling.stop_strings, so that it loads "
                 "one"
             )
-        first = first_positions(len(prompts), positions)
         common = self._sampling_params(sampling)
         keys = []
-        for row, prompt in enumerate(prompts):
+        for row in rows:
             params = copy.copy(common)
-            params.max_tokens = most[row]
-            draws = Draws(int(seeds[row]), int(first[row]), sampling)
-            keys.append(self._add(prompt.tolist(), params, draws))
+            params.max_tokens = row.most_tokens
+            draws = Draws(row.seed, row.position, sampling)
+            keys.append(self._request(row.prompt.tolist(), params, draws))
         return keys
 
     @property
@@ -240,13 +223,6 @@ class VllmEngine(GenerationEngine):
             self._finished[key] = self._take(key, output)
             ended.append(key)
         return ended
-
-    @property
-    def finished_keys(self) -> Set[int]:
-        return self._finished.keys()
-
-    def finished(self, keys: Collection[int] | None = None) -> dict[int, FinishedRow]:
-        return pop_rows(self._finished, keys)
 
     def preempt(self) -> None:
         if not self.llm.llm_engine.reset_prefix_cache(reset_running_requests=True):
@@ -288,7 +264,7 @@ class VllmEngine(GenerationEngine):
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        key = self._add(ids[:half], params, Draws(forced=ids[half:]))
+        key = self._request(ids[:half], params, Draws(forced=ids[half:]))
         (decoded,) = self._run_to_end([key])
         return np.concatenate([self._prompt_log_probs.pop(key), decoded.log_probs])
 
@@ -299,7 +275,7 @@ class VllmEngine(GenerationEngine):
         keys = []
         for length in range(1, len(ids)):
             forced = Draws(forced=ids[length : length + 1])
-            keys.append(self._add(ids[:length], copy.copy(params), forced))
+            keys.append(self._request(ids[:length], copy.copy(params), forced))
         return np.concatenate([row.log_probs for row in self._run_to_end(keys)])
 
     def weight_destination(
@@ -392,7 +368,7 @@ class VllmEngine(GenerationEngine):
             skip_clone=True,
         )
 
-    def _add(self, prompt: list[int], params: SamplingParams, draws: Draws) -> int:
+    def _request(self, prompt: list[int], params: SamplingParams, draws: Draws) -> int:
         """A request of vLLM's; returns its key."""
         from vllm.inputs.engine import tokens_input
 
