@@ -32,13 +32,14 @@ from controllers.saving import Commit, Saving, checkpoint_at
 from controllers.streams import RowSource
 from controllers.validation import REWARD, Validate
 from hybridflow.batch import Batch
+from hybridflow.calls import CallRecord
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.group import each
 from hybridflow.metrics import Tracker
 from hybridflow.progress import activity
 from hybridflow.snapshots.files import Written
 from hybridflow.snapshots.memory import MemoryPlace
-from hybridflow.waiting import CALLS, CallRecord
+from hybridflow.waiting import CALLS
 from workers.roles import TrainedRole
 
 LOGGER = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from hybridflow.waiting import CallRecord
+from hybridflow.calls import CallRecord
 
 
 @dataclass(frozen=True, kw_only=True)

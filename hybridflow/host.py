@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from hybridflow import progress
 from hybridflow.batch import Batch
+from hybridflow.calls import Reply
 from hybridflow.columns import Block
 from hybridflow.context import RankContext
 from hybridflow.devices import choose_interfaces, repeat_results, with_device
@@ -34,7 +35,6 @@ from hybridflow.errors import (
     WorkerValueError,
 )
 from hybridflow.protocols import Arguments
-from hybridflow.waiting import Reply
 from hybridflow.worker import Worker, declared_methods
 
 NO_ARGUMENTS = Arguments()

@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 from hybridflow.batch import Batch
+from hybridflow.calls import CallRecord, Reply
 from hybridflow.context import RankContext
 from hybridflow.devices import DETERMINISTIC, repeat_results
 from hybridflow.pool import PoolSpec, ResourcePool
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
 from hybridflow.store import Held
-from hybridflow.waiting import CALLS, CallRecord, Reply
+from hybridflow.waiting import CALLS
 from hybridflow.worker import Worker
 
 

@@ -20,13 +20,14 @@ from typing import Any
 from hybridflow import progress, waiting
 from hybridflow.batch import Batch
 from hybridflow.burial import TOKEN, end_processes, sample_stacks
+from hybridflow.calls import DEFAULT_TIMEOUT_S, Pending, Reply
 from hybridflow.context import RankContext
 from hybridflow.devices import device_environment
 from hybridflow.errors import TooFewDevices
 from hybridflow.host import Host, HostInfo, read_stacks
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
-from hybridflow.waiting import CALLS, DEFAULT_TIMEOUT_S, Pending, Reply
+from hybridflow.waiting import CALLS
 from hybridflow.worker import Worker
 
 REMOTE_LOOK_S = 10.0

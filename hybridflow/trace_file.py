@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hybridflow.waiting import CallRecord
+from hybridflow.calls import CallRecord
 
 TRACE = "trace.json"
 CONTROLLER = "controller"

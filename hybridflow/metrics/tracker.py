@@ -17,13 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+from hybridflow.calls import CallRecord
 from hybridflow.metrics.console import ConsoleSink
 from hybridflow.metrics.jsonl import RESERVED, JsonlSink
 from hybridflow.metrics.samples import Sample, SampleRows, SamplesConfig
 from hybridflow.metrics.sinks import PrometheusSink, Row, Sink, TensorBoardSink, WandbSink
 from hybridflow.progress import activity
 from hybridflow.trace_file import TRACE, TraceFile
-from hybridflow.waiting import CallRecord
 
 logger = logging.getLogger(__name__)
 COUNTERS = ("tokens_per_s", "memory/peak_bytes")

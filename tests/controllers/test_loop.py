@@ -20,10 +20,11 @@ from controllers.loop_config import LoopConfig
 from controllers.recovery import Driver
 from controllers.validation import REWARD, ResponseReward
 from hybridflow.batch import Batch
+from hybridflow.calls import CallRecord
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.metrics import MetricsConfig, Tracker, read_jsonl
 from hybridflow.results import Metrics
-from hybridflow.waiting import CALLS, CallRecord
+from hybridflow.waiting import CALLS
 from workers.generation.config import SamplingConfig
 
 NUM_ROWS = 10

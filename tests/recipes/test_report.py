@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from hybridflow.calls import CallRecord
 from hybridflow.failures import EventLog
 from hybridflow.recovery.events import Failure, Kind
 from hybridflow.trace_file import TraceFile
-from hybridflow.waiting import CallRecord
 from recipes.report.__main__ import report
 from recipes.report.charts import Series, line_chart, thinned
 from recipes.report.page import effective_time, page, phases
