@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from hybridflow.layout import Layout
     from hybridflow.local_pool import LocalPool
     from hybridflow.metrics import MetricsConfig, Tracker
-    from hybridflow.pool import PoolSpec, RayPool, ResourcePool
+    from hybridflow.pool import PoolSpec, ResourcePool
     from hybridflow.protocols import (
         ALL_TO_ALL,
         DP,
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         Protocol,
         Split,
     )
+    from hybridflow.ray_pool import RayPool
     from hybridflow.results import Metrics, Results
     from hybridflow.tracing import on_controller
     from hybridflow.worker import Worker, remote
@@ -213,7 +214,6 @@ _NAMES_OF = {
     "hybridflow.local_pool": ("LocalPool",),
     "hybridflow.pool": (
         "PoolSpec",
-        "RayPool",
         "ResourcePool",
     ),
     "hybridflow.protocols": (
@@ -228,6 +228,7 @@ _NAMES_OF = {
         "Protocol",
         "Split",
     ),
+    "hybridflow.ray_pool": ("RayPool",),
     "hybridflow.results": (
         "Metrics",
         "Results",

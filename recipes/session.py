@@ -40,9 +40,10 @@ from hybridflow.failures import EventLog
 from hybridflow.group import each, spawn
 from hybridflow.local_pool import LocalPool
 from hybridflow.metrics import Tracker
-from hybridflow.pool import PoolSpec, RayPool, ResourcePool
+from hybridflow.pool import PoolSpec, ResourcePool
 from hybridflow.progress import activity
 from hybridflow.progress_display import shown
+from hybridflow.ray_pool import RayPool
 from hybridflow.recovery.attempts import Attempt
 from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.supervision import SUPERVISION

@@ -38,8 +38,9 @@ from benchmarks.dispatch.case import (
 from cluster.connect import ClusterConfig, connect
 from hybridflow.batch import Batch
 from hybridflow.group import spawn
-from hybridflow.pool import PoolSpec, RayPool
+from hybridflow.pool import PoolSpec
 from hybridflow.protocols import Arguments
+from hybridflow.ray_pool import RayPool
 from hybridflow.waiting import CALLS
 
 

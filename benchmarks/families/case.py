@@ -20,7 +20,8 @@ from cluster.connect import ClusterConfig, connect
 from controllers import create_algorithm
 from controllers.data import RowLoader
 from hybridflow.local_pool import LocalPool
-from hybridflow.pool import PoolSpec, RayPool, ResourcePool
+from hybridflow.pool import PoolSpec, ResourcePool
+from hybridflow.ray_pool import RayPool
 from hybridflow.waiting import CALLS
 from recipes.config import RunConfig
 from recipes.preparation import Preparation, dry_run_report, prepare

@@ -22,7 +22,8 @@ from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from hybridflow.errors import WorkerDied
 from hybridflow.group import spawn
-from hybridflow.pool import PoolSpec, RayPool
+from hybridflow.pool import PoolSpec
+from hybridflow.ray_pool import RayPool
 from hybridflow.results import Metrics
 from hybridflow.waiting import CALLS
 from tests.matrix import matrix

@@ -17,8 +17,9 @@ from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
 from hybridflow.failures import describe, failed_pools
 from hybridflow.group import each, spawn, start
 from hybridflow.local_pool import LocalPool
-from hybridflow.pool import PoolSpec, RayPool, ResourcePool
+from hybridflow.pool import PoolSpec, ResourcePool
 from hybridflow.protocols import Arguments, Distribution, Protocol, Split
+from hybridflow.ray_pool import RayPool
 from hybridflow.recovery.events import Kind
 from hybridflow.waiting import CALLS
 from hybridflow.worker import remote

@@ -20,9 +20,10 @@ import pytest
 from hybridflow import progress
 from hybridflow.context import RankContext
 from hybridflow.group import spawn, start
-from hybridflow.pool import PoolSpec, RayPool
+from hybridflow.pool import PoolSpec
 from hybridflow.progress import Activity, activities, activity, duration
 from hybridflow.protocols import ONE_TO_ALL
+from hybridflow.ray_pool import RayPool
 from hybridflow.waiting import CALLS
 from hybridflow.worker import Worker, remote
 
