@@ -34,6 +34,7 @@ from hybridflow.supervisor import (
     read_state,
 )
 from hybridflow.waiting import CALLS, nothing
+from hybridflow.whole_file import whole_file
 
 PR_SET_PDEATHSIG = 1
 BEAT_S = 0.5
@@ -75,9 +76,8 @@ class Supervision:
         if self.directory is None:
             return
         self._state |= values
-        draft = self.directory / f"{STATE}.new"
-        draft.write_text(json.dumps(self._state))
-        draft.replace(self.directory / STATE)
+        with whole_file(self.directory / STATE) as path:
+            path.write_text(json.dumps(self._state))
 
     def beat(self) -> None:
         """A sign of life; from the first one on the supervisor expects them."""

@@ -34,11 +34,11 @@ from hybridflow.metrics.jsonl import replace_samples
 from hybridflow.metrics.samples import Sample, SampleRows
 from hybridflow.progress_display import shown
 from hybridflow.results import Metrics
+from hybridflow.whole_file import whole_file
 from recipes.config import RunConfig
 from recipes.evaluation_run import CONSOLE, answers
 from recipes.main import recipe
 from recipes.response_files import Responses, pass_rates, write_lines
-from recipes.whole_file import whole_file
 
 
 def evaluate(config: RunConfig) -> dict[str, float] | None:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from hybridflow.batch import Batch
-from recipes.whole_file import whole_file
+from hybridflow.whole_file import whole_file
 from workers.text import ResponseReader
 
 LOGGER = logging.getLogger(__name__)

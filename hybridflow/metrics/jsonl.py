@@ -17,6 +17,7 @@ from typing import Any
 from hybridflow.disk import LineFile
 from hybridflow.metrics.samples import SampleRows
 from hybridflow.metrics.sinks import Row, Sink
+from hybridflow.whole_file import whole_file
 
 RESERVED = ("step", "split", "time_s")
 """Keys of every line of metrics.jsonl beside the metrics."""
@@ -45,10 +46,8 @@ class JsonlSink(Sink):
         _append_samples(self._samples, rows)
 
     def summary(self, values: Mapping[str, object]) -> None:
-        path = self._directory / "summary.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(to_json(values), indent=2, allow_nan=False) + "\n")
-        temporary.replace(path)
+        with whole_file(self._directory / "summary.json") as path:
+            path.write_text(json.dumps(to_json(values), indent=2, allow_nan=False) + "\n")
 
     def rewind(self, step: int, attempt: int) -> None:
         """The lost lines of metrics.jsonl go to lost/attempt-<attempt>.jsonl."""
@@ -124,11 +123,10 @@ def _cut(path: Path, step: int) -> LineFile:
 
 def _rewrite(path: Path, rows: Sequence[Mapping[str, object]]) -> LineFile:
     """The file with these rows only."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
+    with whole_file(path) as temporary, temporary.open("w") as file:
         for row in rows:
-            file.write(_line(row) + "\n")
-    temporary.replace(path)
+            file.write(_line(row) + "
+")
     return LineFile(path)
 
 

@@ -5,7 +5,6 @@ Files hold arrays only, no pickles.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from hybridflow.resharding.plan import (
     plan_key,
 )
 from hybridflow.resharding.shard_map import ShardMap
+from hybridflow.whole_file import whole_file
 
 COLUMNS = ("sender", "receiver", "parameter", "start", "shape", "round")
 
@@ -46,18 +46,16 @@ def compile_cached(
             source=source, target=target, bucket_bytes=bucket_bytes, nodes=machines, **columns
         )
     plan = compile(source, target, bucket_bytes=bucket_bytes, nodes=nodes, unused=unused)
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial.npz")
-    np.savez(
-        partial,
-        sender=plan.sender,
-        receiver=plan.receiver,
-        parameter=plan.parameter,
-        start=plan.start,
-        shape=plan.shape,
-        round=plan.round,
-    )
-    partial.replace(path)  # several ranks may write the same plan: each file appears whole
+    with whole_file(path) as temporary:  # several ranks may write the same plan
+        np.savez(
+            temporary,
+            sender=plan.sender,
+            receiver=plan.receiver,
+            parameter=plan.parameter,
+            start=plan.start,
+            shape=plan.shape,
+            round=plan.round,
+        )
     return plan
 
 

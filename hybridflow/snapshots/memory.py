@@ -34,6 +34,7 @@ from torch import Tensor
 from hybridflow.recovery.attempts import DIRECTORY, RUN, Attempt
 from hybridflow.resharding.shards import LocalParameter
 from hybridflow.snapshots.files import LENGTH_BYTES, Bound, Contents, Layout, boxes_of
+from hybridflow.whole_file import whole_file
 
 LOGGER = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
@@ -251,6 +252,5 @@ def _has_owner(directory: Path) -> bool:
 
 def _replace(path: Path, value: Mapping[str, Any]) -> None:
     """Writes JSON so that the file is there completely or not at all."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(value))
-    draft.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hybridflow.whole_file import whole_file
 from recipes.errors import plain_errors
 from recipes.report.page import page
 from recipes.report.run_record import RunRecord
-from recipes.whole_file import whole_file
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from hybridflow.whole_file import whole_file
 from recipes.python_api import evaluate, generate
 from recipes.response_files import parquet_column
-from recipes.whole_file import whole_file
 from tests.tiny import make_model
 
 DATE = datetime.date(2026, 1, 2)
