@@ -18,21 +18,28 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "the same examples ea
 LONGEST = (
     "e2e/test_recipes.py",
     "e2e/test_layouts_agree.py",
-    "cluster/test_job.py",
-    "engines/test_threed.py",
-    "engines/test_fsdp.py",
-    "engines/test_context_parallel.py",
+    "runtime/test_hosts.py",
+    "recovery/test_killed_run.py",
     "resharding/test_vllm_weights.py",
     "generation/test_vllm.py",
-    "extending/test_engines_and_losses.py",
+    "asynchrony/test_two_pools.py",
+    "api/test_session_on_ray.py",
     "extending/test_algorithms_and_rewards.py",
-    "recipes/test_every_algorithm.py",
-    "engines/test_tensor_parallel.py",
+    "cluster/test_job.py",
+    "api/test_documents.py",
+    "engines/test_threed.py",
     "engines/test_deepspeed.py",
+    "lora/test_training.py",
+    "lora/test_actor.py",
+    "agents/test_on_ray.py",
+    "asynchrony/test_one_process.py",
+    "extending/test_engines_and_losses.py",
+    "engines/test_fsdp.py",
+    "engines/test_context_parallel.py",
+    "engines/test_tensor_parallel.py",
     "recipes/test_invariance.py",
-    "resharding/test_gloo.py",
 )
-"""Files that take minutes: they come first, so that no process is left alone with one at the end."""
+"""Files that take a third of a minute or more: they come first, so that no process is left alone with one at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -74,7 +81,8 @@ def selected(request: pytest.FixtureRequest) -> Callable[[str], list[Any]]:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One embedded Ray for the whole session: starting it takes seconds."""
+    """One embedded Ray for the whole session: starting it takes seconds. Slots are bookkeeping: no
+    process is started for them."""
     from cluster.connect import ClusterConfig, connect
 
     with connect(ClusterConfig(address="local", worker_logs=False), cpu_slots=16):

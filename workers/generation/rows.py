@@ -21,9 +21,9 @@ class NewRow:
     """[tokens], at least one."""
     seed: int
     position: int
-    """Of the response's first token among the draws of the seed."""
+    """Which of the seed's draws is the response's first token."""
     most_tokens: int
-    """After which the response ends at the latest."""
+    """The response ends with as many, at the latest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
