@@ -99,6 +99,13 @@ def device_index(reserved: Sequence[str], visible: str | None) -> int:
     return names.index(reserved[0])
 
 
+def requested_threads() -> int:
+    """OMP_NUM_THREADS: the threads that a process of this machine shall compute with, as PyTorch
+    takes it; 0 where it is not set or no number."""
+    first, _, _ = os.environ.get("OMP_NUM_THREADS", "").partition(",")
+    return int(first) if first.strip().isdigit() else 0
+
+
 def choose_interfaces(context: RankContext, *, one_machine: bool) -> None:
     """Have gloo and NCCL connect over the interface that holds the node's address in the cluster,
     unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME are set.

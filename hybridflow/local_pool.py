@@ -11,7 +11,7 @@ from typing import Any
 from hybridflow.batch import Batch
 from hybridflow.calls import CallRecord, Reply
 from hybridflow.context import RankContext
-from hybridflow.devices import DETERMINISTIC, repeat_results
+from hybridflow.devices import DETERMINISTIC, repeat_results, requested_threads
 from hybridflow.pool import PoolSpec, ResourcePool
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
@@ -32,7 +32,7 @@ class LocalPool(ResourcePool):
             )
         self.spec = spec
         device = "cuda:0" if spec.device == "cuda" else "cpu"
-        threads = spec.threads_per_device or (os.cpu_count() or 1)
+        threads = spec.threads_per_device or requested_threads() or (os.cpu_count() or 1)
         self.context = RankContext(
             pool=spec.name,
             device=device,

@@ -32,7 +32,8 @@ class PoolSpec:
     your nodes. Empty: on any node."""
     cpus_per_device: float = 1.0
     threads_per_device: int = 0
-    """CPU threads of a host; 0: the node's cores shared among its hosts."""
+    """CPU threads of a host; 0: the node's cores shared among its hosts, in this process
+    OMP_NUM_THREADS or all cores."""
     roles: tuple[str, ...] = ()
     """Shown in Ray's dashboard; every spawn says its role again."""
     start_timeout_s: float = 300.0

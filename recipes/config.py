@@ -113,8 +113,9 @@ class RunConfig:
     """For placement=custom: which roles share which devices."""
     cpus_per_device: float = 1.0
     threads_per_device: int = 0
-    """CPU threads of a device's process; 0: the node's cores shared among the devices of the
-    run, on several nodes of its pool."""
+    """CPU threads of a device's process; 0: OMP_NUM_THREADS where the run starts its own cluster or
+    needs none, else the node's cores shared among the devices of the run, on several nodes of its
+    pool."""
     deterministic: bool = False
     """On GPUs too the same run gives the same bits, on the same kind and number of them: slower
     kernels in PyTorch, and in vLLM those whose results do not depend on the other rows. On CPUs

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 from omegaconf import OmegaConf
 
-from cluster.connect import ClusterInfo, connect
+from cluster.connect import ClusterInfo, Mode, connect
 from controllers import QUESTIONS, create_algorithm
 from controllers.algorithm_base import Algorithm, Evaluated
 from controllers.data import RowDataset, RowLoader
@@ -36,6 +36,7 @@ from controllers.streams import EmptyStream, PromptStream, RowSource, Stream, Te
 from controllers.validation import HeldOutRows, ResponseReward, Validate
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
+from hybridflow.devices import requested_threads
 from hybridflow.failures import EventLog
 from hybridflow.group import each, spawn
 from hybridflow.local_pool import LocalPool
@@ -434,10 +435,13 @@ def start_pool(placement: Placement, cluster: ClusterInfo | None, name: str) -> 
 
 def _threads(placement: Placement, cluster: ClusterInfo | None) -> int:
     """Cores of this machine for each device of the run, so that pools that work at the same
-    time do not take each other's; 0 where the devices are on several nodes, which their pools
-    look at."""
+    time do not take each other's, or OMP_NUM_THREADS; 0 where the devices are on several nodes,
+    which their pools look at."""
     if cluster is None or len(cluster.nodes) > 1 or placement.config.device is Device.cuda:
         return 0
+    # Ray sets the variable for the processes that it starts, a submitted job's driver among them.
+    if cluster.mode is Mode.embedded and requested_threads():
+        return requested_threads()
     return max(1, (os.cpu_count() or 1) // placement.num_devices)
 
 

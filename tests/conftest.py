@@ -39,7 +39,8 @@ LONGEST = (
     "engines/test_tensor_parallel.py",
     "recipes/test_invariance.py",
 )
-"""Files that take a third of a minute or more: they come first, so that no process is left alone with one at the end."""
+"""Files that take a third of a minute or more: they come first, so that no process is left alone
+with one at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
