@@ -8,10 +8,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
 from controllers import (
     AlgorithmEntry,
@@ -93,8 +95,10 @@ def rewards(output: Path) -> list[float]:
 
 
 @pytest.fixture
-def importable(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def importable(package: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(package))
+    yield
+    ConfigStore.instance().repo["algorithm"].pop("brevity.yaml", None)
 
 
 @pytest.fixture(scope="module")
