@@ -125,8 +125,7 @@ def _rewrite(path: Path, rows: Sequence[Mapping[str, object]]) -> LineFile:
     """The file with these rows only."""
     with whole_file(path) as temporary, temporary.open("w") as file:
         for row in rows:
-            file.write(_line(row) + "
-")
+            file.write(_line(row) + "\n")
     return LineFile(path)
 
 

@@ -210,7 +210,7 @@ def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_m
     names = sorted(
         actor["name"].split(" (job ")[0] for actor in actors if actor["state"] == "ALIVE"
     )
-    assert {"main/0 actor+reference+reward", "main/1 actor+reference+reward"} <= set(names)
+    assert {"main/0 actor+reward", "main/1 actor+reward"} <= set(names)
 
     gate.touch()
 
