@@ -165,7 +165,8 @@ def test_textarena_with_one_player() -> None:
 
 
 def test_textarena_with_two_players() -> None:
-    """Nim against an opponent that takes one: the policy, second, empties the piles 3, 4, 5."""
+    """Nim with piles of 3, 4 and 5 against an opponent that takes one of the largest: the policy, which
+    is second, evens out what is left and takes the last."""
     pytest.importorskip("textarena")
 
     class TakesOne(TextArena):
@@ -175,10 +176,10 @@ def test_textarena_with_two_players() -> None:
             return f"[{piles.index(max(piles))} 1]"
 
     task = {"env_id": "Nim-v0", "seed": 0, "num_players": 2, "player": 1}
-    model = model_saying(["[0 3]", "[1 4]", "[2 3]"])
+    model = model_saying(["[0 3]", *["[2 1]"] * 4])
     outcome = asyncio.run(play(TakesOne(), model, task))
-    assert outcome.reward in (1.0, -1.0)
-    assert len(model.transcript.turns) <= 3
+    assert outcome.reward == 1.0
+    assert len(model.transcript.turns) == 5
 
 
 # reasoning-gym
