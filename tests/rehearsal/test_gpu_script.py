@@ -31,29 +31,6 @@ def test_a_run_on_a_cpu(tmp_path: Path) -> None:
     run_script("cpu", tmp_path)
 
 
-MISSING = """
-import sys
-from importlib.machinery import PathFinder
-
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in ("ray", "vllm", "deepspeed", "psutil", "wandb", "tensorboard"):
-            return None
-        return PathFinder.find_spec(name, path, target)
-
-sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
-"""
-
-
-@pytest.mark.slow
-def test_a_run_without_ray_and_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with torch, transformers, hydra-core and pyarrow: other packages can't be found."""
-    (tmp_path / "sitecustomize.py").write_text(MISSING)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    run_script("cpu", tmp_path)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_run_on_a_gpu(tmp_path: Path) -> None:
