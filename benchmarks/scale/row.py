@@ -23,7 +23,7 @@ class Row:
     """The largest difference of a token's log-probability."""
     sync_bytes: int
     """Bytes that the feature moves: those of a weight sync (lora), or those that a rank sends in one
-    training step (cp)."""
+    training step (cp), or those of the routes of its rows (experts)."""
     bound_bytes: int
     """The fewest that it has to move."""
     peak_bytes: int

@@ -63,10 +63,10 @@ start, shared experts, groups and a bias of the choice."""
 OPTIMIZER = OptimizerConfig(learning_rate=5e-3, clip_grad_norm=0.5, epsilon=1e-3)
 
 
-def save_tiny_mixture(directory: Path, family: str, seed: int = 0) -> Path:
+def save_tiny_mixture(directory: Path, family: str, **settings: Any) -> Path:
     """A random model of `family` with routers that are far from even."""
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family]})
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **settings})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):

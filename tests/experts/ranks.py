@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ class Result:
     routes: Tensor
     """Of the rank's rows, before the first step."""
     rows: Tensor
+    replay_gap: float
+    """The largest difference of a token's log-prob between a pass and its replay."""
+    step_s: float
+    """Seconds of the step that replays."""
     parameters: dict[str, Tensor]
     """After the first step, from the boxes of all ranks."""
 
@@ -84,15 +89,23 @@ def train(rank: int, root: Path, case: Case) -> Result:
     outputs = engine.forward(mine, temperature=TEMPERATURE, routes=True)
     assert outputs is not None
     assert outputs.routes is not None
+    known = replace(mine, routes=outputs.routes)
+    again = engine.forward(known, temperature=TEMPERATURE)
+    replay_gap = 0.0
+    if again is not None and again.log_probs is not None:
+        assert outputs.log_probs is not None
+        replay_gap = float((again.log_probs - outputs.log_probs).abs().max())
     metrics = engine.train_step(mine, loss_fn, entropy=True, temperature=TEMPERATURE)
     parameters = gathered(engine)
-    known = replace(mine, routes=outputs.routes)
+    started = time.perf_counter()
     replayed = engine.train_step(known, loss_fn, entropy=True, temperature=TEMPERATURE)
     return Result(
         metrics=metrics,
         replayed=replayed,
         routes=outputs.routes,
         rows=rows,
+        replay_gap=replay_gap,
+        step_s=time.perf_counter() - started,
         parameters=parameters,
     )
 

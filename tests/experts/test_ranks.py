@@ -64,5 +64,6 @@ def test_routes_reach_every_rank(spawned: Path, world: None, root: Path, case: C
     for result in results(spawned, case):
         wanted = torch.cat([parts[row] for row in result.rows.tolist()])
         assert torch.equal(result.routes, wanted)
+        assert result.replay_gap == 0.0
         assert result.replayed["router/replayed"] == 1.0
         assert 0 < result.replayed["router/agreement"] <= 1.0
