@@ -19,6 +19,9 @@ QUICK = [("fsdp", "1")]
 SLOW = [case for case in CASES if case not in QUICK]
 SYNCS = {"forward": 1.0, "train step": 4.0}
 """Host synchronisations of a micro-batch: its results, and where the losses look for scored rows."""
+ZERO_3 = 6.0
+"""Host synchronisations and copies that DeepSpeed's stage 3 adds for a micro-batch: it compares the
+order of modules over ranks while it records it."""
 OFFLOAD_SYNCS = 1.0
 """Host synchronisations for all optimizer states together, on their way to the host."""
 COPIES = 13.0
@@ -34,14 +37,14 @@ def test_engines_keep_to_the_device_and_to_their_budgets(
     rows = run_case(tmp_path, *case)
     assert {row["stage"] for row in rows} == {"A"} and len(rows) >= 6
     for row in rows:
-        check(row)
+        check(row, more=ZERO_3 if "zero_stage=3" in case else 0.0)
 
 
-def check(row: dict[str, Any]) -> None:
+def check(row: dict[str, Any], more: float) -> None:
     phase = row["case"].partition(": ")[2]
     if phase in SYNCS:
-        assert row["syncs"] <= SYNCS[phase], row
-        assert row["copies"] <= COPIES, row
+        assert row["syncs"] <= SYNCS[phase] + more, row
+        assert row["copies"] <= COPIES + more, row
     if phase in ("offload", "onload"):
         assert row["syncs"] <= OFFLOAD_SYNCS, row
     if phase in LAUNCHES:
