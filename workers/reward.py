@@ -92,7 +92,7 @@ class FunctionScorer(Worker):
             return []
         task = ray.remote(score_rows).options(
             num_cpus=0,
-            max_retries=0,
+            max_retries=self.config.retries,  # after a death, not after an exception
             name=f"{self.role}: {function_name(self.config.function)}",
             runtime_env={"env_vars": HIDDEN},
         )
@@ -118,6 +118,13 @@ class FunctionScorer(Worker):
             return [row for part in ray.get(refs) for row in part]
         except ray.exceptions.RayTaskError as error:
             raise error.cause from None
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError):
+            raise RuntimeError(
+                f"{self.role}.function={function_name(self.config.function)!r}: the process that "
+                f"scored rows died {self.config.retries + 1} times (native code that crashed, or "
+                f"memory that ran out); run the function on those rows by hand, or raise "
+                f"{self.role}.retries"
+            ) from None
 
 
 class ModelScorer(ModelWorker):

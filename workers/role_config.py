@@ -167,6 +167,9 @@ class RewardConfig:
     those that begin, end or pad it never are. false leaves all of them out."""
     timeout_s: float = 60.0
     """Most seconds that the function may take for the rows of one task."""
+    retries: int = 2
+    """Times that a task's rows are scored anew after the process that scored them died. A function
+    that raises is not called again."""
     sandbox: Sandbox = Sandbox.required
     """Programs that a reward such as workers.rewards:code runs: required: in the sandbox, which is
     tried before the first step, or the run stops; off: as the run's user, if the reward's options
@@ -184,6 +187,11 @@ class RewardConfig:
         if not self.timeout_s > 0:
             raise ValueError(
                 f"reward.timeout_s (or cost.timeout_s) is {self.timeout_s}; use more than 0"
+            )
+        if self.retries < 0:
+            raise ValueError(
+                f"reward.retries (or cost.retries) is {self.retries}; use 0, or how often rows may "
+                "be scored anew"
             )
         if self.parts and self.function is not None:
             raise ValueError(

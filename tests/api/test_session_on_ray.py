@@ -138,3 +138,33 @@ def test_a_local_reward_runs_here_even_where_ray_is_connected(
         finish_reason=["stop"],
     )
     assert worker.compute_reward(batch).tensor("rewards").tolist() == [1.0] and seen == ["67"]
+
+
+def test_rows_of_a_killed_reward_task_are_scored_again(ray_cluster: None, tmp_path: Path) -> None:
+    """Nothing else is restarted, and no row gets another value. A function that kills
+    its process each time ends in one line that says so."""
+    died = tmp_path / "died"
+
+    def reward(*, response: str, **columns: object) -> float:
+        if response == "67" and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return float(response)
+
+    def crashes(**columns: object) -> float:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 1.0
+
+    policy = ModelConfig(path=str(make_model(tmp_path, layers=1)))
+    batch = Batch.of(
+        prompt_ids=Ragged.of([[5], [5]]),
+        response_ids=Ragged.of([[6, 7], [8, 9]]),
+        finish_reason=["stop", "stop"],
+    )
+    in_ray = RankContext(in_ray=True)
+    worker = FunctionRewardWorker(ScorerConfig(function=reward, policy=policy, num_tasks=2), in_ray)
+    assert worker.compute_reward(batch).tensor("rewards").tolist() == [67.0, 89.0]
+    assert died.exists()
+    config = ScorerConfig(function=crashes, policy=policy, retries=0)
+    with pytest.raises(RuntimeError, match=r"the process that scored rows died 1 times"):
+        FunctionRewardWorker(config, in_ray).compute_reward(batch)

@@ -25,6 +25,7 @@ from recipes.preparation import prepare
         ("--output-dir", "--output-dir: settings have no dashes; write output_dir="),
         ("call_timeout_s=0", "call_timeout_s is 0.0; use more than 0"),
         ("cpus_per_device=-1", "cpus_per_device is -1.0 and threads_per_device 0; use 0 or more"),
+        ("reward.retries=-1", "reward.retries (or cost.retries) is -1; use 0"),
         ("reward.timeout_s=0", "reward.timeout_s (or cost.timeout_s) is 0.0; use more than 0"),
         ("loop.stop_at_reward=nan", "loop.stop_at_reward is nan; use a finite number, or null"),
     ],
