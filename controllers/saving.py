@@ -175,7 +175,7 @@ class Saving:
             if staged:
                 writing.append(start(role.flush_snapshot, str(directory)))
             else:
-                writing.append(start(role.save_checkpoint, str(directory / name)))
+                writing.append(start(role.try_checkpoint, str(directory / name)))
         for refused in list(chain.from_iterable(writing)):
             if refused:
                 raise OSError(refused)

@@ -35,9 +35,15 @@ class TrainedRole(Worker):
 
     @remote(ONE_TO_ALL)
     @abstractmethod
-    def save_checkpoint(self, directory: str) -> str:
+    def save_checkpoint(self, directory: str) -> None:
         """Writes everything that training goes on from: a file of each rank
-        (hybridflow/snapshots). The answer is what the disk refused, empty where it took all."""
+        (hybridflow/snapshots)."""
+
+    @remote(ONE_TO_ALL)
+    @abstractmethod
+    def try_checkpoint(self, directory: str) -> str:
+        """save_checkpoint for a run that goes on where the disk is full: the answer is what the
+        disk refused, empty where it took all."""
 
     @remote(ONE_TO_ALL)
     @abstractmethod

@@ -256,8 +256,11 @@ class SplitActor(Actor):
         self._changed = True
         return self._trainer.update_distilled(batch) | self._sync
 
-    def save_checkpoint(self, directory: str) -> str:
-        return next(filter(None, each(self._trainer.save_checkpoint, directory)), "")
+    def save_checkpoint(self, directory: str) -> None:
+        self._trainer.save_checkpoint(directory)
+
+    def try_checkpoint(self, directory: str) -> str:
+        return next(filter(None, each(self._trainer.try_checkpoint, directory)), "")
 
     def load_checkpoint(self, directory: str, stamp: str | None = None) -> None:
         self._changed = True

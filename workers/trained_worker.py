@@ -107,9 +107,12 @@ class TrainedWorker(ModelWorker, TrainedRole):
         """Puts back what counters() returned."""
         self.num_updates = counters["num_updates"]
 
-    def save_checkpoint(self, directory: str) -> str:
+    def save_checkpoint(self, directory: str) -> None:
+        self.engine.save(Path(directory), self.counters())
+
+    def try_checkpoint(self, directory: str) -> str:
         try:
-            self.engine.save(Path(directory), self.counters())
+            self.save_checkpoint(directory)
         except OSError as error:
             return f"{self.prefix} rank {self.context.rank}: {error}"
         return ""

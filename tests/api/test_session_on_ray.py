@@ -106,14 +106,13 @@ def test_a_killed_process_ends_the_command_in_one_line(
 
 
 def host_of(driver: int) -> int:
-    """A host process of the embedded cluster that the driver started; Ray names it by its pool,
-    or by the call that it is working on."""
+    """A host process of the embedded cluster that the driver started; Ray names it by its class, by
+    its pool, or by the call that it is working on."""
     import psutil
 
+    names = ("ray::Host", "ray::main/", "ray::actor.", "ray::reference.", "ray::reward.")
     for child in psutil.Process(driver).children(recursive=True):
-        if child.name().startswith(
-            ("ray::main/", "ray::actor.", "ray::reference.", "ray::reward.")
-        ):
+        if child.name().startswith(names):
             return child.pid
     raise AssertionError(
         [child.name() for child in psutil.Process(driver).children(recursive=True)]

@@ -57,9 +57,10 @@ class FakeActor:
         self.validations.append((len(prompts), sampling))
         return Batch.of(finish_reason=["stop"] * len(prompts))
 
-    def save_checkpoint(self, directory: str) -> None:
+    def try_checkpoint(self, directory: str) -> str:
         Path(directory).mkdir(parents=True)
         (Path(directory) / "weight").write_text(str(self.weight))
+        return ""
 
     def load_checkpoint(self, directory: str) -> None:
         self.weight = int((Path(directory) / "weight").read_text())

@@ -74,10 +74,11 @@ class Case:
 CASES = [
     Case(2, "deepspeed", generation_tp=2),  # ZeRO 3, actor and critic
     Case(2, generation_tp=2, release=True),
+    Case(2, "threed", tp=2, generation_tp=2, critic_tp=2),
     Case(2, generation_devices=1),  # kills a rank of its pool at the end
-    Case(4, "threed", pp=2, tp=2, generation_tp=2, critic_tp=2),
 ]
 SLOW = [
+    Case(4, "threed", pp=2, tp=2, generation_tp=2, critic_tp=2),
     Case(4, "threed", pp=2, tp=2, generation_tp=1),
     Case(4, "threed", pp=2, tp=2, generation_tp=4),
     Case(2, generation_tp=2, cp=2),
