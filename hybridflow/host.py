@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +39,8 @@ from hybridflow.protocols import Arguments
 from hybridflow.worker import Worker, declared_methods
 
 NO_ARGUMENTS = Arguments()
+STACK_FILES = "hybridflow-stacks-"
+"""How the names of files with stacks begin; then process namespace and process id."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,12 +243,37 @@ def _error_class(error: Exception) -> type[WorkerError]:
 
 def _write_stacks_on_signal() -> IO[str]:
     """SIGUSR1 writes every thread's stack to a file, also while the process is stuck in native
-    code."""
+    code. Files of processes that were killed are removed on this occasion: nobody else knows of
+    those whose controller died with them."""
+    remove_stack_files()
     file = tempfile.NamedTemporaryFile(  # noqa: SIM115
-        "w", prefix=f"hybridflow-stacks-{os.getpid()}-", suffix=".txt", delete=False
+        "w",
+        prefix=f"{STACK_FILES}{_process_namespace()}-{os.getpid()}-",
+        suffix=".txt",
+        delete=False,
     )
     faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
     return file
+
+
+def remove_stack_files() -> None:
+    """Removes what dead processes of this user and process namespace (container) left; nothing on
+    a system without /proc."""
+    if not _process_namespace():
+        return
+    for path in Path(tempfile.gettempdir()).glob(f"{STACK_FILES}*"):
+        namespace, pid = path.name.removeprefix(STACK_FILES).split("-")[:2]
+        if namespace == _process_namespace() and not Path(f"/proc/{pid}").exists():
+            with suppress(PermissionError):
+                path.unlink(missing_ok=True)
+
+
+def _process_namespace() -> str:
+    """The number of the namespace that process ids belong to: containers may share a directory."""
+    try:
+        return Path("/proc/self/ns/pid").readlink().name.removeprefix("pid:").strip("[]")
+    except OSError:
+        return ""
 
 
 def read_stacks(pid: int, stack_file: str, wait_s: float = 3.0) -> str:

@@ -1,11 +1,13 @@
 """Random kills of a PPO run's processes, each compared with the undisturbed run.
 
     python -m benchmarks.chaos --kills 30 --json chaos.json [--seed 0] [--per-run 5] [--engine hf]
+        [--kinds policy controller samples values raise "reward task"]
 
 A kill counts as recovered if the run went on, and only with a witness: a failure record of the
-right kind, pool and rank. After each kill the weights and moments of the first step committed are
-held against the undisturbed run's, bit for bit, and at the end of the run all steps, all metrics
-and the rows drawn. Leaves out the death of machines and of Ray's own processes.
+right kind, pool and rank; for a task that scores rows none, as it is run again. After each kill
+the weights and moments of the first step committed are held against the undisturbed run's, bit for
+bit, and at the end of the run all steps, all metrics and the rows drawn; at the very end nothing
+may be left behind. Leaves out the death of machines and of Ray's own processes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.kills import Kill, carry_out, draw
+from benchmarks.chaos.kills import KINDS, Kill, carry_out, draw
 from benchmarks.chaos.runs import RunFiles, equal_runs, make_inputs, rows_of, start_run
 from hybridflow.burial import TOKEN
 
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per-run", type=int, default=5, help="kills in one run")
     parser.add_argument("--engine", default="hf", help="generation engine: hf or vllm")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--directory", type=Path, help="where the runs are left to be looked at")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the run under way ends with it
@@ -73,7 +76,9 @@ def main() -> None:
     print(json.dumps(summary))
     if arguments.directory is None:
         shutil.rmtree(directory)
-    sys.exit(0 if summary["recovered"] == summary["weights_equal"] == summary["kills"] else 1)
+    whole = summary["recovered"] == summary["weights_equal"] == summary["kills"]
+    left = summary["processes_left"] or summary["files_left"]
+    sys.exit(0 if whole and not left else 1)
 
 
 def disturb(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -81,13 +86,13 @@ def disturb(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     model, data = make_inputs(directory)
     per_run = min(arguments.per_run, arguments.kills)
     num_steps = STEPS_PER_KILL * per_run + 2
-    before = processes()
+    before, files_before = processes(), left_files()
     undisturbed = RunFiles(directory=directory / "undisturbed")
     process = start_run(undisturbed.directory, model, data, num_steps, arguments.engine)
     if disturb_one(undisturbed, process, [], undisturbed)[1]:
         raise RuntimeError(f"the undisturbed run failed: {undisturbed.directory / 'log.txt'}")
     generator = random.Random(arguments.seed)
-    kills = [draw(generator, number) for number in range(arguments.kills)]
+    kills = [draw(generator, number, arguments.kinds) for number in range(arguments.kills)]
     rows: list[Row] = []
     lost = doubled = 0
     for number, first in enumerate(range(0, len(kills), per_run)):
@@ -107,6 +112,7 @@ def disturb(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "prompts_doubled": doubled,
         "weights_equal": sum(row.weights_equal for row in rows),
         "processes_left": len(processes() - before),
+        "files_left": sorted(left_files() - files_before) + drafts(directory),
         "seed": arguments.seed,
         "seconds": time.monotonic() - started,
         "rows": [asdict(row) for row in rows],
@@ -143,6 +149,8 @@ def one_kill(
     num_failures, num_recovered = len(run.events("failure")), num_recoveries(run)
     killed_at = carry_out(kill, run, median_s)
     step = run.last_step()
+    if not kill.kind:  # nothing is restarted
+        num_recovered -= 1
     recovered = wait_for(
         process,
         lambda: num_recoveries(run) > num_recovered and run.last_step() > step,
@@ -152,20 +160,25 @@ def one_kill(
     failures = [
         failure for failure in run.events("failure")[num_failures:] if kill.matches(failure)
     ]
-    lost = [event["lost_steps"] for event in run.events("recovered")[-1:]]
+    lost_steps = 1
+    if not kill.kind:
+        lost_steps = 0
+    elif kill.target != "controller":
+        for event in run.events("recovered")[-1:]:
+            lost_steps = event["lost_steps"]
     return Row(
         target=kill.target,
         rank=kill.rank,
         signal=kill.how.name,
         phase=kill.phase,
         step=step,
-        witnessed=len(failures) == 1,
+        witnessed=len(failures) == 1 if kill.kind else len(run.events("failure")) == num_failures,
         recovered=recovered,
         weights_equal=False,
         detected_by=kill.kind if failures else "",
         detect_s=failures[0]["time_s"] - killed_at if failures else float("nan"),
         total_s=total_s,
-        lost_steps=lost[0] if lost and kill.target != "controller" else 1,
+        lost_steps=lost_steps,
     )
 
 
@@ -196,6 +209,26 @@ def processes() -> set[int]:
             if mark in environment:
                 pids.add(int(entry.name))
     return pids
+
+
+def left_files() -> set[str]:
+    """What hosts, controllers and supervisors keep outside of a run's directory while they live."""
+    files: set[str] = set()
+    for place, name in (
+        (tempfile.gettempdir(), "hybridflow-s*"),
+        ("/dev/shm", "hybridflow-*/*"),
+    ):
+        files.update(map(str, Path(place).glob(name)))
+    return files
+
+
+def drafts(directory: Path) -> list[str]:
+    """Files in the runs' directories that were begun and not finished."""
+    return sorted(
+        str(path.relative_to(directory))
+        for path in directory.rglob(".*")
+        if path.name.startswith((".saving-", ".adding-", ".deleting-"))
+    )
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import os
 import random
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.chaos.marks import MARKS, RAISE, REWARD_TASK
 from benchmarks.chaos.runs import RunFiles
 
 PHASES = {
@@ -41,7 +42,7 @@ class Kill:
     fraction=0.3)"""
 
     target: str
-    """A pool, or "controller"."""
+    """A pool, "controller", "reward task" or "raise": a rank's method that raises."""
     rank: int
     how: signal.Signals
     phase: str
@@ -50,7 +51,12 @@ class Kill:
 
     @property
     def kind(self) -> str:
-        """That of the failure that must be reported."""
+        """That of the failure that must be reported; empty for a task whose death is nobody's
+        failure."""
+        if self.target == "reward task":
+            return ""
+        if self.target == "raise":
+            return "raised"
         return "hung" if self.how is signal.SIGSTOP else "died"
 
     def matches(self, failure: Mapping[str, object]) -> bool:
@@ -59,19 +65,33 @@ class Kill:
             return False
         if self.target == "controller":
             return failure["role"] == "controller"
+        if self.target == "raise":
+            return failure["pool"] == "policy" and failure["rank"] == self.rank
         return failure["pool"] == self.target and failure["rank"] == self.rank
 
 
-def draw(generator: random.Random, number: int) -> Kill:
+TURNS = (
+    ("policy", 0),
+    ("controller", 0),
+    ("samples", 0),
+    ("policy", 1),
+    ("values", 0),
+    ("raise", 1),
+    ("reward task", 0),
+)
+"""(target, rank) of the kills, in turn."""
+KINDS = tuple(dict.fromkeys(target for target, _ in TURNS))
+
+
+def draw(generator: random.Random, number: int, kinds: Collection[str] = KINDS) -> Kill:
     """The kill with that number: targets in turn, signals and moments at random."""
-    turns = (
-        ("policy", 0),
-        ("controller", 0),
-        ("samples", 0),
-        ("policy", 1),
-        ("values", 0),
-    )
+    turns = [turn for turn in TURNS if turn[0] in kinds]
     target, rank = turns[number % len(turns)]
+    if target in ("raise", "reward task"):
+        phases = {"raise": "actor.update_actor", "reward task": "reward.compute_reward"}
+        return Kill(
+            target=target, rank=rank, how=signal.SIGKILL, phase=phases[target], fraction=0.0
+        )
     signals = [signal.SIGKILL] * 4 + [signal.SIGSEGV, signal.SIGABRT]
     if target != "controller":
         signals.append(signal.SIGSTOP)
@@ -88,6 +108,8 @@ def draw(generator: random.Random, number: int) -> Kill:
 def carry_out(kill: Kill, run: RunFiles, median_s: Mapping[str, float]) -> float:
     """Waits for the moment and sends the signal; returns when that was (Unix seconds). Raises a
     RuntimeError where the process is not there."""
+    if kill.target in ("raise", "reward task"):
+        return leave_mark(run.directory, kill)
     watched, victim = _processes(kill, run)
     started = _start_time(victim)
     deadline = time.monotonic() + PATIENCE_S
@@ -99,6 +121,21 @@ def carry_out(kill: Kill, run: RunFiles, median_s: Mapping[str, float]) -> float
     if started is None or _start_time(victim) != started:
         raise RuntimeError(f"{kill}: pid {victim} is not there")
     os.kill(victim, kill.how)
+    return time.time()
+
+
+def leave_mark(directory: Path, kill: Kill) -> float:
+    """Leaves the mark that the run's own code looks for, and waits until it was taken; returns when
+    that was."""
+    name = REWARD_TASK if kill.target == "reward task" else f"{RAISE}{kill.rank}"
+    mark = directory / MARKS / name
+    mark.parent.mkdir(exist_ok=True)
+    mark.touch()
+    deadline = time.monotonic() + PATIENCE_S
+    while mark.exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{kill}: nobody took {mark}")
+        time.sleep(POLL_S)
     return time.time()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.chaos.marks import DIRECTORY
 from controllers.ledger import LEDGER, first_difference
 from hybridflow.failures import EVENTS
 from tests.tiny import make_data, make_model
@@ -37,6 +39,7 @@ SETTINGS = (
     "actor.generation.kv_cache_bytes=16777216",
     "actor.generation.sampling.max_response_tokens=8",
     "actor.train.precision=fp32",
+    "actor.train.engine=benchmarks.chaos.engine:RaisingEngine",
     "critic.train.precision=fp32",
     "reference.train.precision=fp32",
     "actor.train.optimizer.learning_rate=1e-3",
@@ -125,7 +128,11 @@ def start_run(
     output.mkdir(parents=True, exist_ok=True)
     with (output / "log.txt").open("w") as log:
         return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, DIRECTORY: str(output)},
         )
 
 
