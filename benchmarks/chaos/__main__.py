@@ -51,8 +51,8 @@ class Row:
     weights_equal: bool
     """Of every step of its run."""
     detected_by: str
-    detect_s: float
-    """From the signal to the record of the failure."""
+    detect_s: float | None
+    """From the signal to the record of the failure; None without one."""
     total_s: float
     """From the signal to the next commit."""
     lost_steps: int
@@ -176,7 +176,7 @@ def one_kill(
         recovered=recovered,
         weights_equal=False,
         detected_by=kill.kind if failures else "",
-        detect_s=failures[0]["time_s"] - killed_at if failures else float("nan"),
+        detect_s=failures[0]["time_s"] - killed_at if failures else None,
         total_s=total_s,
         lost_steps=lost_steps,
     )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridflow.context import RankContext
-from tests.engines.fsdp_workers import data_rows
+from tests.engines.fsdp_workers import data_rows, gathered
 from tests.engines.threed_cases import TEMPERATURE, loss_fn
 from tests.experts.engines import rows_with_a_shared_prompt
 from tests.experts.plain import OPTIMIZER
@@ -108,16 +108,3 @@ def train(rank: int, root: Path, case: Case) -> Result:
         step_s=time.perf_counter() - started,
         parameters=parameters,
     )
-
-
-def gathered(engine: ShardedEngine) -> dict[str, Tensor]:
-    """Every parameter, pasted together from the boxes of all ranks."""
-    parameters = engine.local_parameters()
-    everywhere = [parameters] * dist.get_world_size()
-    dist.all_gather_object(everywhere, parameters)
-    whole = {parameter.name: torch.full(parameter.shape, torch.nan) for parameter in parameters}
-    for of_rank in everywhere:
-        for parameter in of_rank:
-            for shard in parameter.shards:
-                whole[parameter.name][shard.box.slices] = shard.tensor
-    return whole
