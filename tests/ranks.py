@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
@@ -24,6 +27,26 @@ def run_ranks(function: Callable[..., None], args: Sequence[Any], num_ranks: int
         nprocs=num_ranks,
         start_method="forkserver",
     )
+
+
+def worlds(rank: int, root: Path, sizes: Sequence[int]) -> Iterator[int]:
+    """Gloo worlds of these sizes one after the other in the same processes; one that has no rank
+    `rank` is left out. Each is there until the next size is asked for:
+
+    for world_size in worlds(rank, root, (4, 2)):
+        ...
+    """
+    torch.set_num_threads(1)
+    for world_size in sizes:
+        if rank < world_size:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{root}/store{world_size}",
+                rank=rank,
+                world_size=world_size,
+            )
+            yield world_size
+            dist.destroy_process_group()
 
 
 def _run_rank(

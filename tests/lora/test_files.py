@@ -18,6 +18,7 @@ from recipes.composing import RecipeFile, compose, to_settings
 from recipes.merge import merge
 from recipes.placing import place
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
+from tests.experts.plain import save_tiny_mixture
 from tests.lora.plain import adapt, matrices_of
 from tests.tiny import make_model
 from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, TrainConfig
@@ -151,6 +152,22 @@ def test_targets_that_match_nothing_are_refused(model: Path, targets: object, me
         check_adapter(
             ModelConfig(path=str(model)), LoraConfig(rank=4, target_modules=targets), Head.lm
         )
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_experts_are_refused_with_the_layers_that_exist(tmp_path: Path, family: str) -> None:
+    """Finding T3: an adapter on experts is never accepted and ignored. Attention's layers are
+    adapted, and so is a dense layer's MLP."""
+    model = ModelConfig(path=str(save_tiny_mixture(tmp_path / family, family)))
+    for targets, message in (
+        ("all-linear", r"experts \(.*gate_up_proj and others\) can't be adapted.*some of .*q_proj"),
+        (["experts.gate_up_proj"], "'experts.gate_up_proj', which is no linear layer .*q_proj"),
+        (r".*experts.*", r"which is no linear layer of the model that can be adapted.*q_proj"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_adapter(model, LoraConfig(rank=4, target_modules=targets), Head.lm)
+    targets = ["q_proj", "o_proj"]
+    check_adapter(model, LoraConfig(rank=4, target_modules=targets), Head.lm)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from tests.lora.workers import (
 )
 from tests.matrix import matrix
 from tests.ranks import run_ranks
+from workers.config import ContextExchange
 from workers.engines.base import Head
 from workers.engines.model.loading import _initialize_score
 from workers.engines.model.scored import score_head
@@ -51,6 +52,9 @@ CASES = [
     Case(world_size=2, tp=2, head=Head.value),
     Case(world_size=4, tp=2, family="phi3"),
     Case(engine="threed", world_size=2, pp=2, family="gemma3_text", targets=FIRST_LAYER),
+    Case(world_size=2, cp=2),
+    Case(world_size=4, cp=2, family="gemma3_text", exchange=ContextExchange.ring, layered=True),
+    Case(engine="threed", world_size=4, cp=2, pp=2, head=Head.value),
     FOUR,
 ]
 SLOW = [
@@ -66,6 +70,12 @@ SLOW = [
     Case(engine="threed", world_size=2, pp=2, family="qwen3", targets=LAST_LAYER),
     Case(engine="threed", world_size=4, pp=2, tp=2, family="gemma3_text"),
     Case(engine="threed", world_size=2, pp=2, family="deep", stages=2),
+    Case(engine="threed", world_size=2, cp=2, exchange=ContextExchange.ring),
+    Case(world_size=4, cp=4, family="qwen3"),
+    Case(world_size=4, cp=2, tp=2, exchange=ContextExchange.allgather, head=Head.score),
+    Case(engine="threed", world_size=4, cp=2, tp=2, family="phi3"),
+    Case(engine="threed", world_size=4, cp=4, exchange=ContextExchange.allgather),
+    Case(engine="deepspeed", world_size=2, cp=2, zero=3),
 ]
 
 

@@ -12,12 +12,19 @@ from torch import Tensor
 
 from hybridflow.context import RankContext
 from hybridflow.resharding.shards import Box
-from tests.engines.fsdp_workers import data_rows
+from tests.engines.fsdp_workers import data_rows, groups_per_layer
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
-from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, TrainConfig
+from tests.ranks import worlds
+from workers.config import (
+    ContextExchange,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Precision,
+    TrainConfig,
+)
 from workers.engines import engine_class
 from workers.engines.base import Head, Outputs, WeightSource
-from workers.engines.fsdp import sharding
 from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.sequences import Sequences
 
@@ -35,6 +42,8 @@ class Case:
     world_size: int = 1
     tp: int = 1
     pp: int = 1
+    cp: int = 1
+    exchange: ContextExchange = ContextExchange.auto
     zero: int = 2
     stages: int = 1
     """threed: of a pipeline rank."""
@@ -50,6 +59,8 @@ class Case:
         targets = "all" if self.targets == "all-linear" else "some"
         flags = ["layered"] if self.layered else []
         sizes = f"w{self.world_size}t{self.tp}p{self.pp}z{self.zero}s{self.stages}"
+        if self.cp > 1:
+            sizes += f"c{self.cp}{self.exchange.value}"
         return "-".join([self.engine, sizes, self.family, self.head.value, targets, *flags])
 
 
@@ -73,17 +84,10 @@ class Result:
 
 def run_worlds(rank: int, root: Path, cases: list[Case]) -> None:
     """Worlds of 4, 2 and 1 ranks one after the other in the same processes."""
-    torch.set_num_threads(1)
-    for world_size in (4, 2, 1):
-        if rank >= world_size:
-            continue
-        dist.init_process_group(
-            "gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size
-        )
+    for world_size in worlds(rank, root, (4, 2, 1)):
         for case in cases:
             if case.world_size == world_size:
                 torch.save(train(rank, root, case), root / f"{case.name}.{rank}.pt")
-        dist.destroy_process_group()
 
 
 def make_engine(
@@ -94,9 +98,7 @@ def make_engine(
     if lender is not None:
         assert lender.lends_base(model, config)
     context = RankContext(rank=rank, world_size=case.world_size)
-    one_group_bytes = sharding.ONE_GROUP_BYTES
-    try:
-        sharding.ONE_GROUP_BYTES = 0 if case.layered else one_group_bytes
+    with groups_per_layer(case.layered):
         engine = engine_class(case.engine)(
             model=model,
             config=config,
@@ -105,8 +107,6 @@ def make_engine(
             trains=trains,
             lender=lender,
         )
-    finally:
-        sharding.ONE_GROUP_BYTES = one_group_bytes
     assert isinstance(engine, ShardedEngine)
     return engine
 
@@ -117,6 +117,8 @@ def train_config(case: Case) -> TrainConfig:
         engine=case.engine,
         tp=case.tp,
         pp=case.pp,
+        cp=case.cp,
+        cp_exchange=case.exchange,
         zero_stage=case.zero,
         pipeline_schedule="interleaved_1f1b" if case.stages > 1 else "1f1b",
         virtual_stages=case.stages,

@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hybridflow.mapping.question.model import ModelSpec
-from workers.config import Precision, TrainConfig
+from workers.config import ContextExchange, Precision, TrainConfig
 from workers.engines.base import Head, Outputs
 from workers.engines.model.attention import can_share_prompts
 from workers.engines.model.context_parallel import cut_row, gather_reads, least_tokens
@@ -226,14 +226,14 @@ def pad_time(micro_batch: MicroBatch, multiple: int, least: int = 1) -> MicroBat
 
 
 def share_row(
-    micro_batch: MicroBatch, group: ProcessGroup, *, heads: bool, multiple: int
+    micro_batch: MicroBatch, group: ProcessGroup, exchange: ContextExchange, multiple: int
 ) -> MicroBatch:
     """This rank's part of a packed micro-batch that the ranks of `group` compute together; parts
-    have multiples of `multiple` tokens. `heads`: see context_parallel.py."""
-    least = least_tokens(group.size(), heads=heads)
+    have multiples of `multiple` tokens."""
+    least = least_tokens(group.size(), exchange)
     micro_batch = pad_time(micro_batch, multiple, least * multiple)
     assert micro_batch.packing is not None, "train.cp was checked against packing"
-    packing = cut_row(micro_batch.packing, group, heads=heads, multiple=multiple)
+    packing = cut_row(micro_batch.packing, group, exchange, multiple)
     assert packing.part is not None
     tokens = packing.part.tokens
     place_of = torch.full_like(micro_batch.input_ids[0], -1)

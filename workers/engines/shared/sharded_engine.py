@@ -20,10 +20,10 @@ from hybridflow.context import RankContext
 from hybridflow.resharding.shards import LocalParameter
 from hybridflow.snapshots.files import file_name, write_snapshot
 from hybridflow.snapshots.reading import SnapshotFiles
-from workers.config import ModelConfig, TrainConfig
+from workers.config import ContextExchange, ModelConfig, TrainConfig
 from workers.engines.base import Head, TrainingEngine, WeightSource
 from workers.engines.model.attention import check_shares_rows
-from workers.engines.model.context_parallel import exchanges_heads
+from workers.engines.model.context_parallel import exchange_of
 from workers.engines.model.conversion import as_stored
 from workers.engines.model.loading import (
     ModelSource,
@@ -118,11 +118,11 @@ class ShardedEngine(TrainingEngine):
         self._cutting = cutting_of(config, source.model)
         self._row_group: ProcessGroup | None = None
         """The ranks that share this rank's rows, under context parallelism."""
-        self._exchanges_heads = False
+        self._exchange = ContextExchange.ulysses
         if config.cp > 1:
             check_shares_rows(source.model, config.cp)
             self._row_group = axis_group(self.layout, "cp")
-            self._exchanges_heads = exchanges_heads(published, config)
+            self._exchange = exchange_of(published, config)
         self._state_on_host = False
         self._host_memory = HostMemory()
         self._build(source, trains=trains)
@@ -402,8 +402,7 @@ class ShardedEngine(TrainingEngine):
         group, tp = self._row_group, self.config.tp
         if group is None:
             return [pad_time(micro_batch, tp) for micro_batch in micro_batches]
-        heads = self._exchanges_heads
         shared = []
         for micro_batch in micro_batches:
-            shared.append(share_row(micro_batch, group, heads=heads, multiple=tp))
+            shared.append(share_row(micro_batch, group, self._exchange, tp))
         return shared
