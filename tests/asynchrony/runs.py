@@ -118,7 +118,8 @@ def drive(
             session.checkpoint()
         else:
             session.save(directory / "model")
-            record.weights = load_file(directory / "model" / "model.safetensors")
+            (weights,) = (directory / "model").glob("*model.safetensors")
+            record.weights = load_file(weights)
     assert current_session() is None
     return record
 

@@ -31,12 +31,13 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     has_sinks: bool = False
+    dtype: torch.dtype = torch.float64
     tile_elements: int = ring.TILE_ELEMENTS
 
     @property
     def name(self) -> str:
         words = [self.exchange.value, self.world_size, self.window, self.softcap, self.has_sinks]
-        return "-".join(map(str, [*words, self.tile_elements]))
+        return "-".join(map(str, [*words, self.dtype, self.tile_elements]))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,15 +54,15 @@ class Result:
     """The same by gradients."""
 
 
-def inputs(seed: int = 0) -> list[Tensor]:
-    """Queries, keys, values and weights of the outputs in the loss, float64 [tokens, heads,
-    head_dim], and sinks [heads]."""
+def inputs(dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
+    """Queries, keys, values and weights of the outputs in the loss, [tokens, heads, head_dim], and
+    sinks [heads]."""
     generator = torch.Generator().manual_seed(seed)
     result = []
     for heads in (HEADS, KEY_HEADS, KEY_HEADS, HEADS):
         shape = (TOKENS, heads, HEAD_DIM)
-        result.append(torch.randn(shape, generator=generator, dtype=torch.float64))
-    return [*result, torch.randn(HEADS, generator=generator, dtype=torch.float64)]
+        result.append(torch.randn(shape, generator=generator).to(dtype))
+    return [*result, torch.randn(HEADS, generator=generator).to(dtype)]
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, case: Case) -> Tensor:
@@ -104,7 +105,7 @@ def _attend(case: Case) -> Result:
     packing = cut_row(packing_of(LENGTHS, torch.device("cpu"), PREFIXES), group, case.exchange)
     assert packing.part is not None
     tokens = packing.part.tokens
-    *whole, weights, sinks = inputs()
+    *whole, weights, sinks = inputs(case.dtype)
     module = nn.Module()
     module.is_causal = True  # type: ignore[assignment]
 
@@ -126,10 +127,10 @@ def _attend(case: Case) -> Result:
         return (weights[tokens] * output[0]).sum(), output[0].detach()
 
     local = [part[tokens] for part in whole]
-    directions = [direction[tokens] for direction in inputs(seed=1)[:3]]
+    directions = [direction[tokens] for direction in inputs(case.dtype, seed=1)[:3]]
     if case.has_sinks:
         local.append(sinks)
-        directions.append(inputs(seed=1)[4])
+        directions.append(inputs(case.dtype, seed=1)[4])
     for part in local:
         part.requires_grad_()
     loss, output = loss_of(local)

@@ -61,6 +61,7 @@ CASES = [
     Case(world_size=4, cp=4, by_length=True, layered=True, micro_batch_tokens=16),
     Case(world_size=4, by_length=True, micro_batch_tokens=16),
     Case(exchange=RING),
+    Case(world_size=4, cp=4, num_rows=1),
     Case(model="gemma2", exchange=RING, checkpointing=True),
     Case(world_size=4, cp=4, model="qwen3", exchange=RING, micro_batch_tokens=9),
     Case(world_size=4, tp=2, model="gemma3_text", exchange=RING, micro_batch_tokens=30),
@@ -123,7 +124,10 @@ def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], lis
 @pytest.mark.parametrize("case", matrix(CASES, SLOW), ids=lambda case: case.name)
 def test_equals_one_process(root: Path, case: Case) -> None:
     """Rows of 1 to 97 tokens, some with one prompt, one without a response: outputs before
-    training; loss, gradient norm and weights of three steps; every rank reports the same numbers."""
+    training; loss, gradient norm and weights of three steps; every rank reports the same numbers.
+    Parts of uneven sizes (finding T24), several micro-batches (T20), a temperature (T21), a single
+    row of which some ranks have nothing but prompt (T22), GSPO and DPO, which need whole rows
+    (T23)."""
     if case.engine == "deepspeed":
         pytest.importorskip("deepspeed")
     results: list[Result] = []

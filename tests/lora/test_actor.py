@@ -22,6 +22,7 @@ from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, 
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.generation.vllm.adapter import VllmAdapter
 from workers.generation.vllm.destination import VllmShards
+from workers.generation.vllm.memory import model_runner
 from workers.reference import ReferenceWorker
 from workers.role_config import ActorConfig, AdapterSync, ReferenceConfig
 from workers.weight_sync import WeightSync
@@ -141,9 +142,12 @@ def test_hf_generates_with_the_latest_adapter(pool: LocalPool, tmp_path: Path, f
 @pytest.mark.parametrize("family", FAMILIES)
 def test_vllm_takes_the_adapter_alone(pool: LocalPool, tmp_path: Path, family: str) -> None:
     """The gap of log-probs stays under 1e-5 after the second and third sync, with changed weights.
-    Every matrix of the adapter has its place (finding T1), and nothing else is sent."""
+    Every matrix of the adapter has its place (finding T1), and nothing else is sent. vLLM has one
+    adapter after three syncs as after the first (finding T13)."""
     sync = check_actor(save_model(tmp_path / family, family), "vllm", pool)
     assert isinstance(sync.destination, VllmAdapter)
+    runner = model_runner(sync.destination.engine.llm)
+    assert len(runner.lora_manager.list_adapters()) == 1
     written = {}
     for parameter in sync.destination.destinations():
         written[parameter.name] = sum(shard.box.numel for shard in parameter.shards)

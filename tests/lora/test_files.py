@@ -26,6 +26,7 @@ from workers.engines.base import Head
 from workers.engines.fsdp.engine import FsdpEngine
 from workers.engines.model.lora import check_adapter
 from workers.engines.model.peft_files import PeftFiles
+from workers.generation.vllm.adapter import engine_options
 from workers.role_config import ActorConfig, ReferenceConfig
 
 REGEX = r".*layers\.[01]\..*\.(q|v)_proj"
@@ -209,6 +210,12 @@ def test_kinds_of_adapters_that_are_not_trained_are_refused(
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=f"whose {next(iter(change))} is"):
         PeftFiles.read(str(tmp_path))
+
+
+@pytest.mark.parametrize(("rank", "slot"), [(1, 1), (20, 32), (512, 512)])
+def test_an_adapter_gets_the_next_larger_slot(rank: int, slot: int) -> None:
+    """Finding T11: vLLM has slots of some ranks only, and an adapter takes the next larger one."""
+    assert engine_options(LoraConfig(rank=rank))["max_lora_rank"] == slot
 
 
 @pytest.mark.parametrize("targets", [REGEX, "[q_proj,v_proj]", "all-linear"])

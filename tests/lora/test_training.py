@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from hybridflow.local_pool import LocalPool
 from tests.engines.threed_cases import PlainRun, load_plain, save_tiny_model
+from tests.experts.plain import save_tiny_mixture
 from tests.lora.plain import adapt, matrices_of, plain_lora_run
 from tests.lora.workers import (
     ALPHA,
@@ -28,13 +29,15 @@ from tests.lora.workers import (
 )
 from tests.matrix import matrix
 from tests.ranks import run_ranks
-from workers.config import ContextExchange
+from workers.config import ContextExchange, Precision
 from workers.engines.base import Head
 from workers.engines.model.loading import _initialize_score
 from workers.engines.model.scored import score_head
 
 EXACT = 1e-6
 """Of a loss, a gradient norm, and an element of A and B after three steps."""
+CLOSE = 0.02
+"""The same where the base computes in bfloat16."""
 SCALE = ALPHA / RANK
 REGEX = r".*layers\.0\..*(q|down)_proj"
 FIRST_LAYER = r".*layers\.0\..*_proj"
@@ -55,6 +58,8 @@ CASES = [
     Case(world_size=2, cp=2),
     Case(world_size=4, cp=2, family="gemma3_text", exchange=ContextExchange.ring, layered=True),
     Case(engine="threed", world_size=4, cp=2, pp=2, head=Head.value),
+    Case(family="qwen3_moe", world_size=2, cp=2, targets=("q_proj", "o_proj")),
+    Case(world_size=2, layered=True, precision=Precision.bf16),
     FOUR,
 ]
 SLOW = [
@@ -86,6 +91,7 @@ def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], lis
     for family in ("llama", "qwen3", "gemma3_text", "phi3"):
         save_tiny_model(root / family, family, layers=2, tied=family == "gemma3_text")
     save_tiny_model(root / "deep", "llama", layers=4)
+    save_tiny_mixture(root / "qwen3_moe", "qwen3_moe")
     run_ranks(run_worlds, (root, selected("case")), 4)
     return root
 
@@ -110,19 +116,21 @@ def plain(root: Path, case: Case) -> PlainRun:
 
 @pytest.mark.parametrize("case", matrix(CASES, SLOW), ids=lambda case: case.name)
 def test_equals_plain_lora(root: Path, case: Case) -> None:
-    """Loss, gradient norm, A and B of three steps, on every layout (SCALE.md 5.1)."""
+    """Loss, gradient norm, A and B of three steps, on every layout (SCALE.md 5.1). A float32 adapter
+    on a bfloat16 base trains over ranks too (finding T12)."""
     expected = plain(root, case)
+    tolerance = EXACT if case.precision is Precision.fp32 else CLOSE
     for result in results(root, case):
         for name in ("loss", "grad_norm"):
             wanted = expected.losses if name == "loss" else expected.grad_norms
             reported = [step[name] for step in result.metrics]
             assert_close(
-                torch.tensor(reported), torch.tensor(wanted), rtol=EXACT, atol=EXACT, msg=None
+                torch.tensor(reported), torch.tensor(wanted), rtol=tolerance, atol=tolerance
             )
         assert result.trained.keys() == expected.parameters.keys()
         moved = 0.0
         for name, value in expected.parameters.items():
-            assert_close(result.trained[name], value, rtol=0.0, atol=EXACT)
+            assert_close(result.trained[name], value, rtol=0.0, atol=tolerance)
             if name.endswith("lora_B"):
                 moved = max(moved, float(value.abs().max()))
         assert moved > 1e-4, "B has moved far beyond the tolerance"
@@ -139,7 +147,8 @@ def test_the_base_keeps_its_bits(root: Path, case: Case) -> None:
             if name in trained:
                 continue
             assert torch.equal(result.base_after[name], value), name
-            assert torch.equal(stored[name], value), name
+            if case.family != "qwen3_moe":  # whose file names the matrices of each expert
+                assert torch.equal(stored[name].to(value.dtype), value), name
         if case.head is Head.lm and result.outputs is not None:
             for name in ("log_probs", "entropy"):
                 before = {"log_probs": result.outputs.log_probs, "entropy": result.outputs.entropy}
@@ -160,7 +169,8 @@ def test_a_sync_takes_merged_weights(root: Path, case: Case) -> None:
             if layer in matrices:
                 a, b = matrices[layer]
                 expected = result.base_before[name].double() + SCALE * b.double() @ a.double()
-                assert_close(value.double(), expected, rtol=0.0, atol=3e-7)
+                rounding = 0.0 if case.precision is Precision.fp32 else 2**-8
+                assert_close(value.double(), expected, rtol=rounding, atol=3e-7)
             elif name not in result.trained:
                 assert torch.equal(value, result.base_before[name])
 

@@ -57,7 +57,9 @@ class Case:
     @property
     def name(self) -> str:
         targets = "all" if self.targets == "all-linear" else "some"
-        flags = ["layered"] if self.layered else []
+        flags = [self.precision.value]
+        if self.layered:
+            flags.append("layered")
         sizes = f"w{self.world_size}t{self.tp}p{self.pp}z{self.zero}s{self.stages}"
         if self.cp > 1:
             sizes += f"c{self.cp}{self.exchange.value}"
