@@ -29,7 +29,7 @@ from hybridflow.waiting import CALLS
 from tests.matrix import matrix
 from tests.tiny import VOCAB, make_model
 from workers.actor import ActorWorker
-from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
+from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.critic import CriticWorker
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.reference import ReferenceWorker
@@ -56,6 +56,8 @@ class Case:
     generation_tp: int = 1
     critic_tp: int = 1
     cp: int = 1
+    lora: int = 0
+    """Rank of the actor's and the critic's adapter; 0: all weights are trained."""
     release: bool = False
     generation_devices: int = 0
     """Devices of a separate pool for generation; 0: the actor generates where it trains."""
@@ -64,6 +66,8 @@ class Case:
         name = f"{self.num_devices} ranks {self.engine} {self.pp}-{self.tp} tg{self.generation_tp}"
         if self.cp > 1:
             name += f" cp{self.cp}"
+        if self.lora:
+            name += f" lora{self.lora}"
         if self.release:
             name += ", memory released during training"
         if self.generation_devices:
@@ -153,6 +157,21 @@ def test_same_samples_rewards_and_weights_as_on_one_rank(
         )
 
 
+@pytest.mark.slow
+def test_two_tensor_ranks_get_the_adapter_alone(model: Path, tmp_path: Path, pools: Pools) -> None:
+    """Trained with cp=2, generated with tp=2: samples and adapter of one rank, whose base vLLM
+    loaded by itself."""
+    single = train(Case(1, lora=4), model, tmp_path / "single", pools)
+    result = train(Case(2, generation_tp=2, cp=2, lora=4), model, tmp_path / "two", pools)
+    assert result.samples == single.samples
+    assert result.rewards == single.rewards
+    assert result.weights.keys() == single.weights.keys()
+    for name, weight in single.weights.items():
+        assert "lora_" in name
+        torch.testing.assert_close(result.weights[name], weight, rtol=0.0, atol=WEIGHT_TOLERANCE)
+    assert result.metrics["sync/probe_gap"] < 1e-5
+
+
 def train(case: Case, model: Path, directory: Path, pools: Pools) -> Result:
     """Two PPO steps with two mini-batches each."""
     pool = pools(case.num_devices)
@@ -193,7 +212,8 @@ def train(case: Case, model: Path, directory: Path, pools: Pools) -> Result:
         CALLS.finish()
         if case.generation_devices:
             the_sync_with_a_dead_trainer_ends_in_its_name(actor, pool)
-    return Result(samples, rewards, load_file(directory / "model.safetensors"), metrics)
+    (weights,) = directory.glob("*model.safetensors")
+    return Result(samples, rewards, load_file(weights), metrics)
 
 
 @contextmanager
@@ -248,6 +268,7 @@ def train_config(case: Case, **sizes: int) -> TrainConfig:
         precision=Precision.fp32,
         optimizer=OptimizerConfig(learning_rate=1e-3, epsilon=EPSILON),
         micro_batch_tokens=64,
+        lora=LoraConfig(rank=case.lora),
     )
 
 
