@@ -8,6 +8,7 @@ import random
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +280,8 @@ def bad_inputs(engine: GenerationEngine) -> dict[str, str]:
     }
     errors = {}
     for name, (prompts, sampling) in calls.items():
-        errors[name] = error(lambda: engine.generate(prompts, np.arange(len(prompts)), sampling))  # noqa: B023
+        seeds = np.arange(len(prompts))
+        errors[name] = error(partial(engine.generate, prompts, seeds, sampling))
     errors["seeds"] = error(lambda: engine.generate([good], np.arange(2), PLAIN))
     return errors
 

@@ -152,4 +152,5 @@ def test_the_reward_of_the_page_on_recipes_works() -> None:
         "id": 3,
     }
     assert reward(response="so 2 x 521 = 1042.", **columns) == 1.0  # type: ignore[operator]
-    assert reward(response="42", **columns) == reward(response="none", **columns) == 0.0  # type: ignore[operator]
+    assert reward(response="42", **columns) == 0.0  # type: ignore[operator]
+    assert reward(response="none", **columns) == 0.0  # type: ignore[operator]

@@ -16,7 +16,8 @@ from tests.runtime.workers import numbers
 def rows_of(batch: Batch) -> list[tuple[list[int], int, str]]:
     """The batch as plain rows."""
     ids = [row.tolist() for row in batch.ragged("test_ids").unbind()]
-    return list(zip(ids, batch.tensor("test_length").tolist(), batch["test_text"], strict=True))  # type: ignore[arg-type]
+    lengths, texts = batch.tensor("test_length").tolist(), batch["test_text"]
+    return list(zip(ids, lengths, texts, strict=True))  # type: ignore[arg-type]
 
 
 COLUMNS = ("test_ids", "test_length", "test_text")

@@ -16,6 +16,7 @@ from hybridflow.batch import Batch
 from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
 from hybridflow.failures import describe, failed_pools
 from hybridflow.group import each, spawn, start
+from hybridflow.layout import Layout
 from hybridflow.local_pool import LocalPool
 from hybridflow.pool import PoolSpec, ResourcePool
 from hybridflow.protocols import Arguments, Distribution, Protocol, Split
@@ -109,7 +110,7 @@ def test_chains_do_not_pass_through_the_controller(
 
 
 def test_a_protocol_of_ones_own(pool: ResourcePool) -> None:
-    def distribute(layout, arguments: Arguments, split: Split) -> Distribution:  # type: ignore[no-untyped-def]
+    def distribute(layout: Layout, arguments: Arguments, split: Split) -> Distribution:
         return Distribution(
             [arguments.map_batches(lambda b, r=r: b.rows([r % len(b)])) for r in range(layout.size)]
         )
