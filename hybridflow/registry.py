@@ -15,11 +15,14 @@ such a call would have to be repeated in every process.
 
 from __future__ import annotations
 
+import sys
 from abc import ABCMeta
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
+from pathlib import Path
 from typing import Any
 
 
@@ -44,7 +47,7 @@ class Registry:
         """Every known name -> "module:attribute". A ValueError for a name that two packages
         declare."""
         known = dict(self.builtin)
-        for entry in entry_points(group=self.group):
+        for entry in installed_entry_points().select(group=self.group):
             location = f"{entry.module}:{entry.attr}"
             if known.get(entry.name, location) != location:
                 raise ValueError(
@@ -59,7 +62,7 @@ class Registry:
         not known or whose module cannot be imported."""
         if ":" in name:
             return load_object(name, field)
-        # Built-in names need no look at all installed packages, which takes a fifth of a second.
+        # Built-in names need no look at all installed packages.
         known = self.builtin if name in self.builtin else self.locations()
         if name not in known:
             raise ValueError(
@@ -82,6 +85,22 @@ class Registry:
                 f"{base.__module__}.{base.__name__} says what they do"
             )
         return loaded
+
+
+def installed_entry_points() -> EntryPoints:
+    """Those of all packages on the search path, read again where it or one of its folders changed."""
+    folders = []
+    for name in sys.path:
+        folder = Path(name)
+        modified = folder.stat().st_mtime_ns if folder.exists() else 0
+        folders.append((name, modified))
+    return _entry_points(tuple(folders))
+
+
+@lru_cache(maxsize=1)
+def _entry_points(folders: tuple[tuple[str, int], ...]) -> EntryPoints:
+    """Reading the metadata of all packages takes a fifth of a second."""
+    return entry_points()
 
 
 def load_object(path: str, field: str) -> Any:

@@ -25,6 +25,7 @@ from recipes.overrides import (
     check_names,
     join_tables,
     nodes,
+    schema_values,
     setting_names,
     unknown_setting,
 )
@@ -206,7 +207,7 @@ def missing_settings(config: DictConfig) -> Iterator[str]:
     for name, value in written.items():
         if value == MISSING:
             yield name
-    for name, value in nodes(OmegaConf.to_container(OmegaConf.structured(RunConfig)), ""):
+    for name, value in schema_values(RunConfig).items():
         reference = re.fullmatch(r"\$\{([\w.]+)\}", str(written.get(name)))
         if value == MISSING and reference is not None and OmegaConf.select(config, name) is None:
             yield reference[1]

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from cluster.connect import ClusterConfig
 from controllers import usable_algorithms
@@ -260,9 +261,17 @@ def check_seeds(node: Any, prefix: str = "") -> None:
 
 
 def register() -> None:
-    """Makes the schema and the algorithms, those of other packages too, known to Hydra."""
+    """Makes the schema and the algorithms, those of other packages too, known to Hydra. What it
+    knows already stays: OmegaConf takes long to build a tree of settings."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=RunConfig)
+    if not _is_stored(store.repo, "schema", RunConfig):
+        store.store(name="schema", node=RunConfig)
     for name, entry in usable_algorithms().items():
-        node = entry.load_config()(seed=RUN_SEED)
-        store.store(group="algorithm", name=name, node=node)
+        kind = entry.load_config()
+        if not _is_stored(store.repo.get("algorithm", {}), name, kind):
+            store.store(group="algorithm", name=name, node=kind(seed=RUN_SEED))
+
+
+def _is_stored(repository: dict[str, Any], name: str, kind: type) -> bool:
+    stored = repository.get(f"{name}.yaml")
+    return stored is not None and OmegaConf.get_type(stored.node) is kind

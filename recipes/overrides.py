@@ -3,8 +3,10 @@ and tables whose entries the user names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
+from types import MappingProxyType
 
 from omegaconf import OmegaConf
 
@@ -162,11 +164,17 @@ def in_braces(tree: Tree) -> str:
 
 def setting_names() -> list[str]:
     """Every setting's full name, of all algorithms."""
-    names = dict(nodes(OmegaConf.to_container(OmegaConf.structured(RunConfig)), ""))
+    names = dict.fromkeys(schema_values(RunConfig))
     for entry in usable_algorithms().values():
-        config = OmegaConf.to_container(OmegaConf.structured(entry.load_config()))
-        names |= dict(nodes(config, "algorithm"))
+        names |= dict.fromkeys(schema_values(entry.load_config(), "algorithm"))
     return list(names)
+
+
+@cache
+def schema_values(schema: type, group: str = "") -> Mapping[str, object]:
+    """Full name -> default of every setting and group of settings of a dataclass."""
+    config = OmegaConf.to_container(OmegaConf.structured(schema))
+    return MappingProxyType(dict(nodes(config, group)))
 
 
 def nodes(value: object, name: str) -> Iterator[tuple[str, object]]:
