@@ -47,7 +47,7 @@ class Registry:
         """Every known name -> "module:attribute". A ValueError for a name that two packages
         declare."""
         known = dict(self.builtin)
-        for entry in installed_entry_points().select(group=self.group):
+        for entry in installed_entry_points(self.group):
             location = f"{entry.module}:{entry.attr}"
             if known.get(entry.name, location) != location:
                 raise ValueError(
@@ -87,20 +87,20 @@ class Registry:
         return loaded
 
 
-def installed_entry_points() -> EntryPoints:
+def installed_entry_points(group: str) -> EntryPoints:
     """Those of all packages on the search path, read again where it or one of its folders changed."""
     folders = []
     for name in sys.path:
         folder = Path(name)
         modified = folder.stat().st_mtime_ns if folder.exists() else 0
         folders.append((name, modified))
-    return _entry_points(tuple(folders))
+    return _entry_points(group, tuple(folders))
 
 
-@lru_cache(maxsize=1)
-def _entry_points(folders: tuple[tuple[str, int], ...]) -> EntryPoints:
+@lru_cache(maxsize=16)
+def _entry_points(group: str, folders: tuple[tuple[str, int], ...]) -> EntryPoints:
     """Reading the metadata of all packages takes a fifth of a second."""
-    return entry_points()
+    return entry_points(group=group)
 
 
 def load_object(path: str, field: str) -> Any:

@@ -166,7 +166,8 @@ def setting_names() -> list[str]:
     """Every setting's full name, of all algorithms."""
     names = dict.fromkeys(schema_values(RunConfig))
     for entry in usable_algorithms().values():
-        names |= dict.fromkeys(schema_values(entry.load_config(), "algorithm"))
+        schema: type = entry.load_config()
+        names |= dict.fromkeys(schema_values(schema, "algorithm"))
     return list(names)
 
 
