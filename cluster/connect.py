@@ -31,7 +31,7 @@ import ray
 from ray._private import ray_constants, services, worker
 from ray.exceptions import AuthenticationError, RayError
 
-from cluster.nodes import NodeInfo, check_nodes, probe, probe_nodes, table
+from cluster.nodes import NodeInfo, check_accelerators, check_nodes, probe, probe_nodes, table
 from hybridflow.progress import activity
 
 LOOPBACK_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
@@ -109,7 +109,8 @@ class ClusterInfo:
     @property
     def metrics_endpoints(self) -> tuple[str, ...]:
         """URLs that Prometheus scrapes, one per node."""
-        ports = {node["NodeID"]: node["MetricsExportPort"] for node in ray.nodes()}  # type: ignore[no-untyped-call]
+        nodes = ray.nodes()  # type: ignore[no-untyped-call]
+        ports = {node["NodeID"]: node["MetricsExportPort"] for node in nodes}
         return tuple(f"http://{node.address}:{ports[node.node_id]}/metrics" for node in self.nodes)
 
     def describe(self) -> str:
@@ -137,12 +138,17 @@ class ClusterInfo:
 
 
 def connect(
-    config: ClusterConfig | None = None, *, cpu_slots: float = 0, gpus: float = 0
+    config: ClusterConfig | None = None,
+    *,
+    cpu_slots: float = 0,
+    gpus: float = 0,
+    nodes_chosen: bool = False,
 ) -> ClusterInfo:
     """Connect, check every node, and make sure that the cluster has what the run's pools need
     together.
 
     `cpu_slots` and `gpus` are what all pools take: devices x cpus_per_device, and CUDA devices.
+    `nodes_chosen`: every pool says which type of GPU it takes, so that nodes may have several.
     Called again (or where Ray is connected already) it joins that connection. Raises a ValueError
     for what does not fit (versions, too few devices, a wrong address) and a RuntimeError where
     nodes do not answer.
@@ -159,6 +165,8 @@ def connect(
         with activity("checking the nodes"):
             nodes = probe_nodes(config.check_timeout_s)
             check_nodes(nodes, probe())
+            if gpus and not nodes_chosen:
+                check_accelerators(nodes)
         context = ray.get_runtime_context()
         info = ClusterInfo(
             mode=mode, address=context.gcs_address, dashboard=_dashboard_url(), nodes=nodes

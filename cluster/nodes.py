@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -52,6 +52,8 @@ class NodeInfo:
     """Memory that Ray hands out to tasks and actors."""
     object_store_bytes: int
     probe: Probe
+    accelerators: tuple[str, ...] = ()
+    """Types of its GPUs, as Ray names them: H100."""
 
 
 COMPARED = (
@@ -66,6 +68,10 @@ COMPARED = (
 """Distributions that must have one version everywhere; the last is in torch's CUDA build, whose
 version names CUDA's."""
 DRIVER = "NVIDIA driver"
+ACCELERATOR = "accelerator_type:"
+"""How Ray's resources that name a node's type of GPU begin."""
+MOST_PROBLEMS = 6
+"""An error names so many; the others are counted."""
 
 
 def probe() -> Probe:
@@ -117,6 +123,7 @@ def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:
                 memory_bytes=int(resources.get("memory", 0)),
                 object_store_bytes=int(resources.get("object_store_memory", 0)),
                 probe=answer,
+                accelerators=accelerator_types(resources),
             )
         )
     if silent:
@@ -134,35 +141,76 @@ def _start_probe(node_id: str) -> ray.ObjectRef[Probe]:
     )
 
 
+def accelerator_types(resources: Mapping[str, float]) -> tuple[str, ...]:
+    """The types of GPU that a node's resources name."""
+    types = []
+    for name in sorted(resources):
+        if name.startswith(ACCELERATOR):
+            types.append(name.removeprefix(ACCELERATOR))
+    return tuple(types)
+
+
 def check_nodes(nodes: Sequence[NodeInfo], driver: Probe) -> None:
-    """ValueError that names every node whose Python, libraries or copy of the project differ
-    from the controller's."""
+    """ValueError of one line that names every node whose Python, libraries or copy of the project
+    differ from the controller's, with both versions."""
     problems = []
     for node in nodes:
-        where = f"{node.address} ({node.probe.hostname})"
-        if _minor(node.probe.python) != _minor(driver.python):
-            problems.append(
-                f"{where} runs Python {node.probe.python}, the controller {driver.python}"
-            )
-        for name, version in node.probe.versions.items():
-            if name == DRIVER and "missing" in (version, driver.versions[name]):
-                continue  # a controller, or a node for other tasks, without a GPU
-            if version != driver.versions[name]:
-                problems.append(
-                    f"{where} has {name} {version}, the controller {driver.versions[name]}"
-                )
-        if not node.probe.has_project:
-            problems.append(f"{where} does not find the hybridflow packages")
-        if node.num_gpus > len(node.probe.gpus) > 0:
-            problems.append(f"{where} offers {node.num_gpus:g} GPUs but has {len(node.probe.gpus)}")
+        differences = _differences(node, driver)
+        if differences:
+            problems.append(f"{_where(node)} {', '.join(differences)}")
     if problems:
         raise ValueError(
-            "cluster: the nodes do not fit together:\n  "
-            + "\n  ".join(problems)
-            + "\nInstall the same requirements on all nodes (make install), and submit with "
-            "--working-dir . "
-            "so that all run this copy."
+            f"cluster: the nodes do not fit together: {_few(problems)}; install the same "
+            "requirements on all nodes (make install), and submit with --working-dir . so that all "
+            "run this copy"
         )
+
+
+def _differences(node: NodeInfo, driver: Probe) -> list[str]:
+    """In words, without the node's name."""
+    texts = []
+    if _minor(node.probe.python) != _minor(driver.python):
+        texts.append(f"runs Python {node.probe.python}, the controller {driver.python}")
+    for name, version in node.probe.versions.items():
+        expected = driver.versions[name]
+        if name == DRIVER and "missing" in (version, expected):
+            continue  # a controller, or a node for other tasks, without a GPU
+        if version != expected:
+            texts.append(f"has {name} {version}, the controller {expected}")
+    if not node.probe.has_project:
+        texts.append("does not find the hybridflow packages")
+    if node.num_gpus > len(node.probe.gpus) > 0:
+        texts.append(f"offers {node.num_gpus:g} GPUs but has {len(node.probe.gpus)}")
+    return texts
+
+
+def check_accelerators(nodes: Sequence[NodeInfo]) -> None:
+    """ValueError of one line that names every node with GPUs and their types, where these differ:
+    a pool over both would wait for the slower ones and have the memory of the smaller ones."""
+    types: dict[str, list[str]] = {}
+    for node in nodes:
+        if node.num_gpus:
+            name = "+".join(node.accelerators) or "unknown GPUs"
+            types.setdefault(name, []).append(_where(node))
+    if len(types) > 1:
+        texts = [f"{name} on {_few(places, ', ')}" for name, places in sorted(types.items())]
+        resource = f"{ACCELERATOR}{min(types)}"
+        raise ValueError(
+            f"cluster: the nodes have different GPUs: {'; '.join(texts)}; give every pool the "
+            f"nodes of one type (pools.NAME.node_resource={resource}, or placement=auto), or take "
+            "the others out of the cluster (ray stop)"
+        )
+
+
+def _where(node: NodeInfo) -> str:
+    return f"{node.address} ({node.probe.hostname})"
+
+
+def _few(texts: Sequence[str], separator: str = "; ") -> str:
+    """The first ones, and how many more."""
+    text = separator.join(texts[:MOST_PROBLEMS])
+    more = len(texts) - MOST_PROBLEMS
+    return f"{text}{separator}and {more} more" if more > 0 else text
 
 
 def _minor(python: str) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from controllers.outcome import (
     Outcome,
     TrainedStep,
     median_seconds,
+    peak_memory,
     phase_seconds,
     reduce_by_name,
 )
@@ -422,6 +423,7 @@ class Loop:
             row[f"seconds/{phase}"] = value
         row["seconds/step"] = seconds
         row["tokens_per_s"] = tokens / seconds
+        row |= peak_memory(records)
         self.tracker.log(self.step, row)
         maxima = {name: value for name, value in metrics.items() if name.endswith("max")}
         self.trained_steps.append(

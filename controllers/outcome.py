@@ -58,6 +58,19 @@ def phase_seconds(records: list[CallRecord]) -> dict[str, float]:
     return phases
 
 
+def peak_memory(records: list[CallRecord]) -> dict[str, float]:
+    """The most memory of any process of each pool, as the metrics memory/<pool>/host_peak_bytes and,
+    on GPUs, memory/<pool>/device_peak_bytes."""
+    peaks: dict[str, float] = {}
+    for record in records:
+        for host, device in record.peak_bytes:
+            for kind, size in (("host", host), ("device", device)):
+                name = f"memory/{record.pool}/{kind}_peak_bytes"
+                if size:
+                    peaks[name] = max(peaks.get(name, 0.0), float(size))
+    return peaks
+
+
 def reduce_by_name(
     combine: Callable[[float, float], float], rows: Sequence[Mapping[str, float]]
 ) -> dict[str, float]:

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from typing import Any
 
 from controllers.ledger import Line, line_difference, line_digest, read_ledger
 from controllers.loop import Loop, Outcome
@@ -27,6 +28,7 @@ from controllers.not_finite import StepGivenUp
 from controllers.saving import DISK, MEMORY, Commit
 from hybridflow.errors import TooFewDevices
 from hybridflow.failures import RECOVERABLE, EventLog, describe, failed_pools
+from hybridflow.metrics.vitals import Vitals
 from hybridflow.pool import ResourcePool
 from hybridflow.progress import activity
 from hybridflow.recovery import actions as do
@@ -97,6 +99,11 @@ class Driver:
         """Pools that were built anew and have not joined the others yet."""
         self._seconds: dict[str, float] = {}
         self._interrupted_at = 0
+        self._interrupted_s = 0.0
+        """When, in Unix seconds."""
+        self.vitals = Vitals()
+        for event in () if events is None else events.read():
+            self.vitals.count(event)
 
     # The loop.
 
@@ -212,8 +219,7 @@ class Driver:
         loop, timeline = self.loop, self.saving.timeline()
         for line in read_ledger(loop.ledger.path):
             self._lines[line["step"]] = line
-        if self.events is not None:
-            self.events.write("started", step=loop.step, pid=os.getpid(), pids=self._pids())
+        self._write("started", step=loop.step, pid=os.getpid(), pids=self._pids())
         LOGGER.info("%s", loop.length)
         if loop.ends:
             LOGGER.info(
@@ -256,8 +262,8 @@ class Driver:
         if lost is not None:
             difference = line_difference(lost, line, self.loop.ledger.names)
         digest = line_digest(line)
-        if difference and lost is not None and digest != line_digest(lost) and self.events:
-            self.events.write("replay_differs", step=action.step, lost=lost, replayed=line)
+        if difference and lost is not None and digest != line_digest(lost):
+            self._write("replay_differs", step=action.step, lost=lost, replayed=line)
         self._lines[action.step] = line
         self._put(
             on.Staged(
@@ -321,9 +327,22 @@ class Driver:
         else:
             self._put(on.Pruned(durable=steps_of(self.saving.timeline(), DISK)))
 
+    def _write(self, event: str, **fields: Any) -> None:
+        """Into events.jsonl, and what is counted of it."""
+        if self.events is not None:
+            self.vitals.count(self.events.write(event, **fields))
+
     def _note(self) -> None:
-        """Tells the supervisor what the next controller builds on."""
+        """Tells the supervisor what the next controller builds on, and the trackers where the run
+        stands."""
         budget = self.state.budget
+        self.vitals.values |= {
+            "step": float(self.loop.step),
+            "staged_step": float(max(self.state.staged, default=-1)),
+            "durable_step": float(max(self.state.durable, default=-1)),
+            "restarts_without_progress": float(budget.restarts),
+        }
+        self.loop.tracker.watch(self.vitals.values)
         if (budget.restarts, budget.furthest) != (self._restarts, self._furthest):
             self._restarts, self._furthest = budget.restarts, budget.furthest
             SUPERVISION.note(furthest=budget.furthest, restarts=budget.restarts)
@@ -332,7 +351,7 @@ class Driver:
 
     def _failed(self, error: Exception) -> None:
         if self._error is None:
-            self._interrupted_at = self.loop.step + 1
+            self._interrupted_at, self._interrupted_s = self.loop.step + 1, time.time()
             self._seconds = {"since": time.monotonic()}
         failure, self._evidence = describe(error, self.loop.step + 1)
         self._error = error
@@ -345,10 +364,9 @@ class Driver:
         self._put(on.Failed(failure=failure, incarnation=self.state.incarnation))
 
     def _step_given_up(self, error: StepGivenUp) -> None:
-        self._interrupted_at = error.step
+        self._interrupted_at, self._interrupted_s = error.step, time.time()
         self._seconds = {"since": time.monotonic()}
-        if self.events is not None:
-            self.events.write("not_finite", step=error.step, roles=error.roles, uids=error.uids)
+        self._write("not_finite", step=error.step, roles=error.roles, uids=error.uids)
         self._put(on.NotFinite(step=error.step, incarnation=self.state.incarnation))
 
     def _report(self, action: do.Report) -> None:
@@ -356,9 +374,9 @@ class Driver:
         if failure is None:
             LOGGER.warning("%s", action.text)
             return
-        if self.events is not None:
-            record = asdict(failure) | {"evidence": self._evidence, "gives_up": action.gives_up}
-            self.events.write("failure", **record)
+        record = asdict(failure)
+        self._write("failure", **record, evidence=self._evidence, gives_up=action.gives_up)
+        self.loop.tracker.trace_failure(f"{failure.role} {failure.kind}", record)
         if action.gives_up:
             LOGGER.warning("no further restart: %s", action.gives_up)
             return
@@ -430,7 +448,7 @@ class Driver:
             self._lines[line["step"]] = line
         loop.rewind(restored)
         loop.tracker.rewind(loop.step, 0 if self.events is None else self.events.attempt)
-        CALLS.finish()
+        records = CALLS.finish()
         seconds = time.monotonic() - self._seconds.pop("since")
         pools, self._restarted = sorted(self._restarted), set()
         failed, self._error = self._error is not None, None
@@ -443,17 +461,17 @@ class Driver:
             loop.step,
             place,
         )
-        if self.events is not None:
-            self.events.write(
-                "recovered" if failed else "rewound",
-                step=loop.step,
-                source=place,
-                lost_steps=self._interrupted_at - loop.step,
-                pools=pools,
-                pids=self._pids(),
-                total_s=seconds,
-                **self._seconds,
-            )
+        loop.tracker.trace(records, "recovery" if failed else "rewind", self._interrupted_s)
+        self._write(
+            "recovered" if failed else "rewound",
+            step=loop.step,
+            source=place,
+            lost_steps=self._interrupted_at - loop.step,
+            pools=pools,
+            pids=self._pids(),
+            total_s=seconds,
+            **self._seconds,
+        )
 
     def _set_aside(self, action: do.SetAside) -> None:
         commit = self._commit_of(action.step, action.place)

@@ -20,17 +20,22 @@ class Reply:
     """Unix seconds on the rank's node."""
     num_rows: int | None = None
     result: Any = None
+    peak_bytes: tuple[int, int] = (0, 0)
+    """The most memory that the process held so far: of the host, of its device (devices.py)."""
 
     def packed(self) -> Any:
         """As it travels: plain numbers cost Ray half of what an object does."""
-        return self if self.result is not None else [self.started, self.finished, self.num_rows]
+        if self.result is not None:
+            return self
+        return [self.started, self.finished, self.num_rows, *self.peak_bytes]
 
     @classmethod
     def unpacked(cls, value: Any) -> Reply:
         if isinstance(value, Reply):
             return value
-        started, finished, num_rows = value
-        return cls(started=started, finished=finished, num_rows=num_rows)
+        started, finished, num_rows, *peak = value
+        host, device = peak
+        return cls(started=started, finished=finished, num_rows=num_rows, peak_bytes=(host, device))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +85,8 @@ class CallRecord:
     pool: str
     ranks: tuple[tuple[float, float], ...]
     """When every rank began and ended, in Unix seconds on its node."""
+    peak_bytes: tuple[tuple[int, int], ...] = ()
+    """The most memory that every rank's process held so far: of the host, of its device."""
 
     @property
     def started(self) -> float:

@@ -7,6 +7,7 @@ RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES shows every process all GPUs of the 
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
@@ -75,6 +76,17 @@ def with_device(context: RankContext) -> RankContext:
     reserved = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
     index = device_index(reserved, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return replace(context, device=f"cuda:{index}", local_rank=index)
+
+
+def peak_memory(device: str) -> tuple[int, int]:
+    """The most bytes that this process held so far: resident on the host, and on the GPU (what the
+    allocator gave out; 0 without one)."""
+    on_device = 0
+    if device.startswith("cuda"):
+        import torch
+
+        on_device = torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, on_device
 
 
 def device_index(reserved: Sequence[str], visible: str | None) -> int:

@@ -89,9 +89,11 @@ class EventLog:
         self.attempt = attempt
         self._file = LineFile(self.path, synced=True)
 
-    def write(self, event: str, **fields: Any) -> None:
+    def write(self, event: str, **fields: Any) -> dict[str, Any]:
+        """Returns the line."""
         line = {"event": event, "time_s": time.time(), "attempt": self.attempt, **fields}
         self._file.append(json.dumps(line))
+        return line
 
     def read(self) -> list[dict[str, Any]]:
         """Every event so far, oldest first; a line cut off by a crash is left out."""

@@ -25,7 +25,7 @@ from hybridflow.batch import Batch
 from hybridflow.calls import Reply
 from hybridflow.columns import Block
 from hybridflow.context import RankContext
-from hybridflow.devices import choose_interfaces, repeat_results, with_device
+from hybridflow.devices import choose_interfaces, peak_memory, repeat_results, with_device
 from hybridflow.errors import (
     NotFiniteError,
     UserCodeError,
@@ -158,18 +158,18 @@ class Host:
             # The inputs have arrived: waiting for them is not part of the call.
             started = time.time()
             result = getattr(worker, method)(*local.args, **local.kwargs)
+            reply = Reply(
+                started=started,
+                finished=time.time(),
+                peak_bytes=peak_memory(self.context.device),
+            )
             if not declaration.writes:
-                return Reply(
-                    started=started, finished=time.time(), result=result if keep else None
-                ).packed()
+                return replace(reply, result=result if keep else None).packed()
             if not keep:
-                return Reply(started=started, finished=time.time()).packed(), *(
-                    [None] * len(declaration.writes)
-                )
+                return reply.packed(), *([None] * len(declaration.writes))
             blocks = _written_blocks(result, declaration.writes, local)
-            return Reply(
-                started=started, finished=time.time(), num_rows=len(result)
-            ).packed(), *blocks
+            reply = replace(reply, finished=time.time(), num_rows=len(result))
+            return reply.packed(), *blocks
 
     def close(self) -> None:
         for worker in self.workers.values():

@@ -11,7 +11,12 @@ from typing import Any
 from hybridflow.batch import Batch
 from hybridflow.calls import CallRecord, Reply
 from hybridflow.context import RankContext
-from hybridflow.devices import DETERMINISTIC, repeat_results, requested_threads
+from hybridflow.devices import (
+    DETERMINISTIC,
+    peak_memory,
+    repeat_results,
+    requested_threads,
+)
 from hybridflow.pool import PoolSpec, ResourcePool
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
@@ -74,6 +79,7 @@ class LocalPool(ResourcePool):
                 method=method,
                 pool=self.name,
                 ranks=((started, reply.finished),),
+                peak_bytes=(peak_memory(self.context.device),),
             )
         )
         columns: list[Held] = []

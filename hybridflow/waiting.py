@@ -137,6 +137,7 @@ class Calls:
             method=call.method,
             pool=call.pool,
             ranks=tuple((reply.started, reply.finished) for reply in replies),
+            peak_bytes=tuple(reply.peak_bytes for reply in replies),
         )
         self.records.append(record)
         self.history.setdefault(call.name, deque(maxlen=HISTORY)).append(record.seconds)

@@ -409,7 +409,15 @@ def connect_cluster(placement: Placement) -> AbstractContextManager[ClusterInfo 
             )
         return nullcontext()
     gpus = devices if config.device is Device.cuda else 0
-    return connect(config.cluster, cpu_slots=devices * config.cpus_per_device, gpus=gpus)
+    chosen = config.placement is PlacementMode.custom
+    for name in placement.pool_sizes:
+        chosen = chosen and name in config.pools and bool(config.pools[name].node_resource)
+    return connect(
+        config.cluster,
+        cpu_slots=devices * config.cpus_per_device,
+        gpus=gpus,
+        nodes_chosen=chosen,
+    )
 
 
 def start_pool(placement: Placement, cluster: ClusterInfo | None, name: str) -> ResourcePool:

@@ -9,7 +9,7 @@ import math
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from hybridflow.failures import EventLog
 from hybridflow.metrics import (
     Curve,
     MetricsConfig,
@@ -32,6 +33,7 @@ from hybridflow.metrics import (
 from hybridflow.metrics.console import ConsoleSink, compact, sparkline
 from hybridflow.metrics.samples import SampleRows, shorten
 from hybridflow.metrics.sinks import Row, prometheus_name
+from hybridflow.metrics.vitals import VITALS, Vitals
 
 RIGHT = Sample(
     prompt="2+3=\n# a [bold]",
@@ -407,3 +409,48 @@ def test_curves_become_a_png_and_an_unknown_metric_is_named(tmp_path: Path) -> N
         ValueError, match="no train/accuracy; it has train/reward/mean, validation/accuracy"
     ):
         draw_curves(tmp_path / "metrics.jsonl", tmp_path / "x.png", [Curve(metric="accuracy")])
+
+
+def test_vitals_are_counted_on_over_the_lives_of_controllers(tmp_path: Path) -> None:
+    """A worker's failure (6 s, 2 steps lost), then the controller's, 10 s before the next one
+    trains; another reader of the same file counts the same."""
+    log, vitals = EventLog(tmp_path, attempt=1), Vitals()
+    lines = [
+        {"event": "started", "time_s": 100.0},
+        {"event": "failure", "time_s": 110.0, "role": "actor"},
+        {"event": "recovered", "time_s": 116.0, "total_s": 6.0, "lost_steps": 2},
+        {"event": "rewound", "time_s": 118.0, "total_s": 1.0, "lost_steps": 1},
+        {"event": "failure", "time_s": 120.0, "role": "controller"},
+        {"event": "started", "time_s": 130.0},
+        {"event": "failure", "time_s": 140.0, "role": "critic"},
+    ]
+    log.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for event in log.read():
+        vitals.count(event)
+    assert set(vitals.values) == set(VITALS)
+    expected = {"starts": 2, "failures": 3, "recoveries": 2, "recovery_seconds": 10}
+    expected |= {"recovery_seconds_sum": 16, "lost_steps": 3, "staged_step": -1}
+    assert {name: vitals.values[name] for name in expected} == expected
+
+
+class Watching(ConsoleSink):
+    """Remembers what it was told of the run as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__([], 1, 0, Console(file=io.StringIO()))
+        self.seen: list[dict[str, float]] = []
+
+    def watch(self, values: Mapping[str, float]) -> None:
+        self.seen.append(dict(values))
+
+
+def test_sinks_hear_of_vitals_when_they_change(tmp_path: Path) -> None:
+    with Tracker(config(), tmp_path, total_steps=1) as tracker:
+        sink = Watching()
+        tracker._sinks.append(sink)
+        values = {"failures": 0.0}
+        tracker.watch(values)
+        tracker.watch(values)
+        values["failures"] = 1.0
+        tracker.watch(values)
+    assert sink.seen == [{"failures": 0.0}, {"failures": 1.0}]

@@ -51,6 +51,10 @@ class Sink(ABC):
     @abstractmethod
     def show(self, rows: SampleRows) -> None: ...
 
+    def watch(self, values: Mapping[str, float]) -> None:
+        """Takes where the run as a whole stands (vitals.py)."""
+        del values  # no part of the history of steps, which most sinks hold
+
     @abstractmethod
     def summary(self, values: Mapping[str, object]) -> None: ...
 
@@ -166,8 +170,8 @@ class WandbSink(Sink):
 
 
 class PrometheusSink(Sink):
-    """Gauges hybridflow_<split>_<metric> with tag run; Ray's agent on each node exports them with
-    the prefix ray_.
+    """Gauges hybridflow_<split>_<metric>, and hybridflow_run_<vital>, with tag run; Ray's agent on
+    each node exports them with the prefix ray_.
 
     Ray sends gauges every ten seconds (metrics_report_interval_ms), so a shorter step may be
     overwritten before anybody sees it. It drops a gauge that is not finite:
@@ -192,7 +196,14 @@ class PrometheusSink(Sink):
             ("num_not_finite", num_not_finite),
             *row.metrics.items(),
         ]:
-            self._gauge(f"{row.split}/{name}").set(value, {"run": self._run})
+            self._set(f"{row.split}/{name}", value)
+
+    def watch(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._set(f"run/{name}", value)
+
+    def _set(self, name: str, value: float) -> None:
+        self._gauge(name).set(value, {"run": self._run})
 
     def _gauge(self, name: str) -> Gauge:
         from ray.util.metrics import Gauge

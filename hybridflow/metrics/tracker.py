@@ -15,7 +15,7 @@ from enum import StrEnum
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 from hybridflow.calls import CallRecord
 from hybridflow.metrics.console import ConsoleSink
@@ -26,8 +26,8 @@ from hybridflow.progress import activity
 from hybridflow.trace_file import TRACE, TraceFile
 
 logger = logging.getLogger(__name__)
-COUNTERS = ("tokens_per_s", "memory/peak_bytes")
-"""Metrics that the trace draws over time."""
+SPEED, MEMORY = "tokens_per_s", "memory/"
+"""The metric, and the prefix of metrics, that the trace draws over time."""
 RECEIVER = "generation"
 """The role whose pool weights travel to."""
 
@@ -99,6 +99,7 @@ class Tracker:
         _make_writable(directory)
         self._sinks: list[Sink] = []
         self._trace: TraceFile | None = None
+        self._watched: dict[str, float] = {}
         try:
             with activity("opening the metrics"):
                 self._open(config, directory, total_steps, start_step, run_config or {})
@@ -156,17 +157,37 @@ class Tracker:
     ) -> None:
         """Record calls that have ended and, where it has a name, what the controller did from
         `started` (Unix seconds) until now."""
+        counters = {}
+        for name, value in (metrics or {}).items():
+            if name == SPEED or name.startswith(MEMORY):
+                counters[name] = value
+
+        def write(trace: TraceFile) -> None:
+            trace.calls(records)
+            if span:
+                trace.span(span, started, time.time(), counters)
+
+        self._to_trace(write)
+
+    def _to_trace(self, write: Callable[[TraceFile], None]) -> None:
         if self._trace is None:
             return
         try:
-            self._trace.calls(records)
-            if span:
-                counters = {name: metrics[name] for name in COUNTERS if metrics and name in metrics}
-                self._trace.span(span, started, time.time(), counters)
+            write(self._trace)
         except OSError as error:
             logger.error("metrics: no more trace: %s", error)
             self._trace = None
             self._num_failed += 1
+
+    def watch(self, values: Mapping[str, float]) -> None:
+        """Record where the run as a whole stands (vitals.py), where that has changed."""
+        if values != self._watched:
+            self._watched = dict(values)
+            self._to_all(lambda sink: sink.watch(values))
+
+    def trace_failure(self, name: str, details: Mapping[str, Any]) -> None:
+        """Mark a failure in the trace, now."""
+        self._to_trace(lambda trace: trace.failure(name, time.time(), details))
 
     def summary(self, values: Mapping[str, object]) -> None:
         """Record the outcome of the run: JSON values, nested if need be."""

@@ -96,7 +96,7 @@ def node(**changes: Any) -> NodeInfo:
         ({"python": "3.12.1"}, r"10\.0\.0\.7 \(\S+\) runs Python 3\.12\.1, the controller 3\.11"),
         (
             {"versions": {**probe().versions, "ray": "2.59.0"}},
-            r"has ray 2\.59\.0, the controller 2\.60",
+            r"^cluster: .*has ray 2\.59\.0, the controller 2\.60.*make install",
         ),
         ({"has_project": False}, "does not find the hybridflow packages"),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class Life:
     rejoined: list[set[str]]
     actor: FakeActor
     loop: Loop
+    driver: Driver
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ def live(tmp_path: Path) -> Callable[..., Life]:
                 events=EventLog(tmp_path, attempt=4) if max_restarts else None,
             )
             outcome = driver.run()
-        return Life(outcome, pools, rejoined, actor, loop)
+        return Life(outcome, pools, rejoined, actor, loop, driver)
 
     return run
 
@@ -128,6 +130,29 @@ def test_a_death_goes_back_to_the_newest_commit(live: Callable[..., Life], tmp_p
     (recovered,) = events(tmp_path, "recovered")
     assert (recovered["step"], recovered["lost_steps"]) == (2, 2)
     assert life.outcome.tokens == 5 * 100.0, "the lost step does not count twice"
+
+
+def test_a_recovery_is_counted_and_stands_in_the_trace(
+    live: Callable[..., Life], tmp_path: Path
+) -> None:
+    """FAULTS C11: the numbers that Prometheus gets, and a failure with its recovery on the lane of
+    the controller, between the steps."""
+    life = live({4: [died(4)]})
+    vitals = life.driver.vitals.values
+    assert (vitals["starts"], vitals["failures"], vitals["recoveries"]) == (1, 1, 1)
+    (recovered,) = events(tmp_path, "recovered")
+    assert vitals["recovery_seconds"] == recovered["total_s"]
+    assert (vitals["lost_steps"], vitals["step"], vitals["durable_step"]) == (2, 5, 5)
+    trace = json.loads((tmp_path / "trace.json").read_text().rstrip().rstrip(",") + "]")
+    spans = [event for event in trace if event["ph"] == "X"]
+    loop = [event for event in spans if event["name"].startswith(("step", "recovery"))]
+    loop.sort(key=lambda event: int(event["ts"]))
+    names = [event["name"] for event in loop]
+    assert names == ["step 1", "step 2", "step 3", "recovery", "step 3", "step 4", "step 5"]
+    for earlier, later in pairwise(loop):
+        assert earlier["ts"] + earlier["dur"] <= later["ts"]
+    (failure,) = (event for event in trace if event["ph"] == "i")
+    assert failure["name"] == "actor died" and failure["args"]["rank"] == 1
 
 
 def test_without_a_commit_everything_is_built_anew(live: Callable[..., Life]) -> None:
