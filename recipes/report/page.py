@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from hybridflow.metrics.samples import shorten
-from recipes.report.charts import Series, Slice, line_chart, number, timeline
+from recipes.report.charts import Point, Series, Slice, line_chart, number, timeline
 from recipes.report.run_record import RunRecord
 
 HEADLINES = (
@@ -37,7 +38,9 @@ HEADLINES = (
 PHASE = "seconds/"
 NO_PHASES = ("seconds/step", "seconds/validation")
 STEPS_IN_TIMELINE = 3
+NEXT_STEP = 1
 FAILURE, RECOVERED, REPLAY_DIFFERS = "failure", "recovered", "replay_differs"
+NOT_FINITE, REWOUND = "not_finite", "rewound"
 """Events of events.jsonl that the page shows."""
 SECRET = re.compile(r"^(\s*[\w.-]*(?:^|_|\b)(?:token|api_key|secret|password))\s*:\s*\S.*$", re.M)
 """Settings whose value is no one's business."""
@@ -202,6 +205,11 @@ def incidents(record: RunRecord) -> list[Incident]:
                     for name in ("quiesce_s", "rebuild_s", "restore_s")
                 ],
             )
+        elif kind == NOT_FINITE:
+            result.append(_not_finite(event))
+        elif kind == REWOUND and result:
+            text = f"back to step {event['step']} in {number(event['total_s'])} s"
+            result[-1] = replace(result[-1], recovery=text)
         elif kind == REPLAY_DIFFERS and result:
             text = f"{result[-1].then}; step {event['step']} replayed to other weights"
             result[-1] = replace(result[-1], then=text.lstrip("; "))
@@ -225,13 +233,24 @@ def _failure(event: Mapping[str, Any]) -> Incident:
     )
 
 
+def _not_finite(event: Mapping[str, Any]) -> Incident:
+    return Incident(
+        title=f"step {event['step']}: the gradient of {', '.join(event['roles'])} is not finite",
+        at=event["time_s"],
+        cause=f"{len(set(event['uids']))} rows are passed over (bad/step-{event['step']:08d})",
+        then="",
+        evidence="",
+        recovery="",
+        phases=[],
+    )
+
+
 def _charts(record: RunRecord, names: Sequence[str]) -> Iterator[Chart]:
     for name in names:
         series = []
         for split, style in (("train", "train"), ("validation", "validation")):
-            lost = record.points(split, name, lost=True)
-            if lost:
-                series.append(Series(label=f"lost {split}", points=lost, style="lost"))
+            for stretch in _stretches(record.points(split, name, lost=True)):
+                series.append(Series(label=f"lost {split}", points=stretch, style="lost"))
             points = record.points(split, name)
             if points:
                 series.append(Series(label=split, points=points, style=style))
@@ -239,6 +258,16 @@ def _charts(record: RunRecord, names: Sequence[str]) -> Iterator[Chart]:
         if svg:
             drawn = series[-1].points
             yield Chart(metric=name, svg=svg, first=number(drawn[0][1]), last=number(drawn[-1][1]))
+
+
+def _stretches(points: Sequence[Point]) -> list[list[Point]]:
+    """The points of each failure by themselves: the steps of one that was taken back only grow."""
+    stretches: list[list[Point]] = []
+    for point in points:
+        if not stretches or not 0 < point[0] - stretches[-1][-1][0] <= NEXT_STEP:
+            stretches.append([])
+        stretches[-1].append(point)
+    return stretches
 
 
 def _timeline(record: RunRecord) -> dict[str, Any]:
@@ -280,7 +309,13 @@ def _samples(record: RunRecord) -> Iterator[tuple[str, list[Mapping[str, Any]]]]
     first, last = rows[0]["step"], rows[-1]["step"]
     for step in dict.fromkeys((last, first)):
         of_step = [row for row in rows if row["step"] == step]
-        yield f"{split}, step {step}", sorted(of_step, key=lambda row: -row.get("reward", 0.0))
+        yield f"{split}, step {step}", sorted(of_step, key=_best_first)
+
+
+def _best_first(sample: Mapping[str, Any]) -> float:
+    """Samples without a reward, or with one that is no number, come last."""
+    reward = sample.get("reward", math.nan)
+    return math.inf if math.isnan(reward) else -reward
 
 
 def clock(seconds: float) -> str:

@@ -56,7 +56,7 @@ class RunRecord:
             directory=directory,
             rows=read_jsonl(metrics),
             lost=lost,
-            samples=_lines(directory / SAMPLES),
+            samples=list(map(_with_numbers, _lines(directory / SAMPLES))),
             events=_lines(directory / EVENTS),
             slices=_trace(directory / TRACE),
             summary=_object(directory / "summary.json"),
@@ -87,6 +87,14 @@ class RunRecord:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return read_samples(path) if path.is_file() else []
+
+
+def _with_numbers(sample: dict[str, Any]) -> dict[str, Any]:
+    """The sample with rewards that JSON can't hold (NaN) as numbers again."""
+    for name, value in sample.items():
+        if name.partition("/")[0] == "reward":
+            sample[name] = float(value)
+    return sample
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -116,6 +116,41 @@ def test_the_page_is_whole_and_by_itself(run: Path) -> None:
     assert len(lost) == 5, "the legend, and in two charts a line with its marker"
 
 
+def test_samples_without_a_number_come_last_and_episodes_show_their_turns(run: Path) -> None:
+    """A reward that is NaN is a string in the file."""
+    turns = [
+        {"role": "policy", "text": "call", "num_tokens": 3, "reward": 0.5},
+        {"role": "environment", "text": "an <answer>", "seconds": 0.25},
+    ]
+    samples = []
+    for uid, reward in enumerate(("NaN", 0.5, 2.0)):
+        sample = {"step": 3, "split": "validation", "prompt": f"prompt {uid}", "uid": uid}
+        samples.append(sample | {"reward": reward, "response": "", "finish_reason": "stop"})
+    samples[1]["turns"] = turns
+    write_lines(run / "samples.jsonl", samples)
+    text = page(RunRecord.read(run))
+    places = [text.index(f"prompt {uid}") for uid in (2, 1, 0)]
+    assert places == sorted(places)
+    assert "reward nan" in text and "an &lt;answer&gt;" in text and "0.25 s" in text
+
+
+def test_failures_are_lines_by_themselves_and_bad_gradients_are_shown(run: Path) -> None:
+    """Two failures, twenty steps apart: their lost steps are not joined."""
+    lost = []
+    for step in (2, 3, 22, 23):
+        lost.append({"step": step, "split": "train", "time_s": 1.0 * step, "reward/mean": 0.1})
+    write_lines(run / "lost" / "attempt-1.jsonl", lost)
+    events = EventLog(run, attempt=1)
+    events.write("not_finite", step=3, roles=["actor"], uids=[4, 4, 5])
+    events.write("rewound", step=2, total_s=1.5, lost_steps=1)
+    text = page(RunRecord.read(run))
+    lines = re.findall(r'<polyline class="lost" points="([^"]*)"', text)
+    assert [len(line.split()) for line in lines] == [2, 2]
+    assert "step 3: the gradient of actor is not finite" in text
+    assert "2 rows are passed over (bad/step-00000003)" in text
+    assert "back to step 2 in 1.5 s" in text
+
+
 def test_the_share_of_time_that_counts(run: Path) -> None:
     """3 steps of 2 s and 2 validations of 1 s, from second 100 to 114."""
     assert effective_time(RunRecord.read(run)) == pytest.approx(8 / 14)
