@@ -164,9 +164,15 @@ def check_train(field: str, config: TrainConfig) -> None:
             f"{field}.rank_order is {config.rank_order}; it must name each of {', '.join(AXES)} "
             "once, outermost first"
         )
-    for name, value in (("tp", config.tp), ("pp", config.pp), ("cp", config.cp)):
-        if value < 1:
-            raise ValueError(f"{field}.{name} is {value}; use at least 1")
+    for name in ("tp", "pp", "cp", "ep"):
+        if vars(config)[name] < 1:
+            raise ValueError(f"{field}.{name} is {vars(config)[name]}; use at least 1")
+    if config.ep > 1 and not engine.divides_experts:
+        usable = [name for name in ENGINES.builtin if engine_class(name).divides_experts]
+        raise ValueError(
+            f"{field}.ep is {config.ep}, but engine {config.engine!r} has all experts on every rank; "
+            f"set ep=1, or {field}.engine to {' or '.join(usable)}"
+        )
     if config.cp > 1 and not engine.shares_rows:
         usable = [name for name in ENGINES.builtin if engine_class(name).shares_rows]
         raise ValueError(

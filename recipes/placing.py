@@ -160,6 +160,8 @@ def placement_report(placement: Placement, dataflow: Dataflow) -> str:
     for role in placement.roles:
         layouts = ", ".join(f"{name} {layout}" for name, layout in placement.layouts(role).items())
         size = placement.pool_sizes[role.pool]
+        if role.config.train.ep > 1:
+            layouts += f", experts over {role.config.train.ep} ranks each"
         lines.append(f"  {role.name:<10} pool {role.pool} ({size} devices): {layouts}")
     return "\n".join(lines)
 

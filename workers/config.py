@@ -45,8 +45,6 @@ class ContextExchange(StrEnum):
     """Heads are exchanged for tokens before and after attention."""
     allgather = "allgather"
     """Keys and values of all ranks are gathered."""
-    ring = "ring"
-    """Keys and values go from rank to rank, those of one at a time."""
 
 
 @dataclass(kw_only=True)
@@ -168,6 +166,10 @@ class TrainConfig:
     """Engine fsdp: each micro-batch is shared by as few of the cp ranks as hold its rows within
     micro_batch_tokens each, so that short rows cost no exchange. Changes speed and memory, never
     results."""
+    ep: int = 1
+    """Expert-parallel size: each layer's experts are divided over ep ranks, which tokens travel to.
+    The group is folded over tensor, context and data ranks of a stage, whose numbers stay what they
+    are; it is a multiple of tp. Results stay the same."""
     rank_order: list[str] = field(default_factory=lambda: ["dp", "pp", "cp", "tp"])
     """Axes from outermost to innermost; the data-parallel size is what the pool leaves."""
     precision: Precision = Precision.auto

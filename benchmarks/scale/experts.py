@@ -17,8 +17,10 @@ from tests.experts.ranks import COEFFICIENT, WORLD, Case, Result, run
 LAYOUTS: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = (
     ("fsdp", ()),
     ("fsdp", (("cp", 2),)),
+    ("fsdp", (("ep", 2),)),
     ("deepspeed", (("zero_stage", 2),)),
     ("threed", (("pp", 2),)),
+    ("threed", (("ep", 2),)),
 )
 WITHOUT_PIPELINE = ("olmoe", "deepseek_v3")
 """Families that are not measured on pipeline stages: transformers has no plan for OLMoE."""

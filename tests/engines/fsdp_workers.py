@@ -3,8 +3,6 @@ because starting processes is slow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from torch.distributed.fsdp import FSDPModule
 from hybridflow.context import RankContext
 from hybridflow.resharding.shards import Box
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
-from tests.ranks import worlds
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines.base import Head, Outputs, TrainingEngine
 from workers.engines.fsdp import sharding
@@ -80,23 +77,18 @@ class Result:
 
 def run_worlds(rank: int, root: Path, cases: list[Case]) -> None:
     """Worlds of 4, 2 and 1 ranks one after the other in the same processes."""
-    for world_size in worlds(rank, root, (4, 2, 1)):
+    torch.set_num_threads(1)
+    for world_size in (4, 2, 1):
+        if rank >= world_size:
+            continue
+        dist.init_process_group(
+            "gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size
+        )
         for case in cases:
             if case.world_size == world_size:
                 torch.save(train(rank, root, case), root / f"{case.name}.{rank}.pt")
         EXTRA[world_size](rank, root)
-
-
-@contextmanager
-def groups_per_layer(layered: bool) -> Iterator[None]:
-    """Within, models are built with an FSDP group per layer, as large ones are."""
-    one_group_bytes = sharding.ONE_GROUP_BYTES
-    if layered:
-        sharding.ONE_GROUP_BYTES = 0
-    try:
-        yield
-    finally:
-        sharding.ONE_GROUP_BYTES = one_group_bytes
+        dist.destroy_process_group()
 
 
 def make_engine(case: Case, root: Path, rank: int) -> FsdpEngine:
@@ -112,13 +104,17 @@ def make_engine(case: Case, root: Path, rank: int) -> FsdpEngine:
         optimizer=OPTIMIZER,
     )
     context = RankContext(rank=rank, world_size=case.world_size)
-    with groups_per_layer(case.layered):
+    one_group_bytes = sharding.ONE_GROUP_BYTES
+    try:
+        sharding.ONE_GROUP_BYTES = 0 if case.layered else one_group_bytes
         return FsdpEngine(
             model=ModelConfig(path=str(root / case.model), new_head=True),
             config=config,
             head=case.head,
             context=context,
         )
+    finally:
+        sharding.ONE_GROUP_BYTES = one_group_bytes
 
 
 def batches(case: Case) -> list[Sequences]:

@@ -115,6 +115,27 @@ class PlainStep:
 
 def plain_step(model: PreTrainedModel, batch: Sequences, coefficient: float) -> PlainStep:
     """Loss and auxiliary loss of all rows in one graph; `model` is trained in place."""
+    (step,) = plain_steps(model, [batch], coefficient)
+    return step
+
+
+def plain_steps(
+    model: PreTrainedModel, batches: list[Sequences], coefficient: float
+) -> list[PlainStep]:
+    """One after the other with one optimizer."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=OPTIMIZER.learning_rate,
+        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
+        eps=OPTIMIZER.epsilon,
+        weight_decay=0.0,
+    )
+    return [_step(model, batch, coefficient, optimizer) for batch in batches]
+
+
+def _step(
+    model: PreTrainedModel, batch: Sequences, coefficient: float, optimizer: torch.optim.AdamW
+) -> PlainStep:
     tokens = batch.token_ids.split(batch.lengths.tolist())
     log_probs, entropies = [], []
     logits: list[list[Tensor]] = []
@@ -144,13 +165,7 @@ def plain_step(model: PreTrainedModel, batch: Sequences, coefficient: float) -> 
         for expert in range(EXPERTS):
             share = chosen[layer][expert] / total
             aux_loss = aux_loss + coefficient * EXPERTS * share * probability[expert]
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=OPTIMIZER.learning_rate,
-        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
-        eps=OPTIMIZER.epsilon,
-        weight_decay=0.0,
-    )
+    optimizer.zero_grad()
     (loss + aux_loss).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad_norm)
     optimizer.step()

@@ -98,6 +98,8 @@ class TrainingEngine(ABC):
     """Other engines of the pool can have their adapters on its frozen weights."""
     shares_rows: ClassVar[bool] = False
     """train.cp has an effect: the ranks of context parallelism share the tokens of a row."""
+    divides_experts: ClassVar[bool] = False
+    """train.ep has an effect: the experts of a layer are divided over ranks."""
     layout: Layout
     """Axes dp, pp, cp, tp over the ranks of the pool."""
 

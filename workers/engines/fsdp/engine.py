@@ -37,6 +37,7 @@ from workers.engines.fsdp.sharding import (
     shard_model,
 )
 from workers.engines.model.context_parallel import check_context_parallel
+from workers.engines.model.expert_parallel import check_expert_parallel, expert_mesh
 from workers.engines.model.loading import ModelSource
 from workers.engines.model.routers import check_routers
 from workers.engines.model.split_plan import check_fits
@@ -72,6 +73,7 @@ class FsdpEngine(ShardedEngine):
 
     trains_adapters = True
     shares_rows = True
+    divides_experts = True
 
     @classmethod
     def check(
@@ -84,8 +86,9 @@ class FsdpEngine(ShardedEngine):
                 f"one with pipeline stages: {pipeline_engines(with_pipeline=True)}"
             )
         check_context_parallel(model, config)
+        check_expert_parallel(model, config, world_size)
         if config.tp > 1:
-            check_fits(model, config.tp)
+            check_fits(model, config.tp, divides_experts=config.ep > 1)
 
     @classmethod
     def limit(cls, space: SearchSpace) -> SearchSpace:
@@ -116,12 +119,15 @@ class FsdpEngine(ShardedEngine):
             self._by_length = ByLength(self.layout, self.context.rank, model, self.config)
         elif self.config.cp > 1:
             self._data_group = axis_group(self.layout, "dp")
+        experts = None
+        if self.config.ep > 1:
+            experts = expert_mesh(self.layout, self.config.ep, self.device.type)
         lender, lent = self.lender, dict[str, nn.Parameter]()
         if lender is not None:
             assert isinstance(lender, FsdpEngine)
             lent = {n: p for n, p in lender._parameters.items() if not p.requires_grad}
         self._scored = shard_model(
-            source, self.head, self.config, self._mesh, self.device, self.adapter, lent
+            source, self.head, self.config, self._mesh, experts, self.device, self.adapter, lent
         )
         self._routers = self._scored.routers
         self._parameters: dict[str, nn.Parameter] = dict(source.model.named_parameters())
@@ -155,7 +161,7 @@ class FsdpEngine(ShardedEngine):
         routes: bool = False,
     ) -> Outputs:
         with torch.no_grad(), self._routers.recording(routes):
-            alike = self.config.reshard_after_forward
+            alike = self.config.reshard_after_forward or self.config.ep > 1
             micro_batches = self._micro_batches(sequences, alike=alike)
             outputs = []
             for micro_batch in micro_batches:
@@ -181,7 +187,7 @@ class FsdpEngine(ShardedEngine):
     ) -> dict[str, float]:
         with ExitStack() as on_error:
             on_error.callback(self._abandon_step)
-            alike = self.config.reshard_after_forward or not self._one_group
+            alike = self.config.reshard_after_forward or not self._one_group or self.config.ep > 1
             micro_batches = self._micro_batches(sequences, alike=alike)
             with self._with_routers(sequences) as router_metrics:
                 metrics = self._accumulate(micro_batches, loss_fn, entropy, temperature)

@@ -4,6 +4,7 @@ rank holds."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -17,6 +18,7 @@ from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
 from workers.config import Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.model.attention import check_packable
+from workers.engines.model.expert_parallel import find_experts, split_experts
 from workers.engines.model.loading import ModelSource
 from workers.engines.model.lora import Adapter
 from workers.engines.model.scored import (
@@ -51,6 +53,7 @@ def shard_model(
     head: Head,
     config: TrainConfig,
     mesh: DeviceMesh,
+    experts: DeviceMesh | None,
     device: torch.device,
     adapter: Adapter | None,
     lent: Mapping[str, nn.Parameter],
@@ -58,16 +61,19 @@ def shard_model(
     """The model over `mesh`, shards of its weights on `device`; never more than one group is whole
     at a time. Trained weights are in float32, the base of an adapter in what it computes in; where
     there is one data rank it is not gathered, but used where it lies. `lent`: that of another
-    engine, whose memory is used where the values are the same. Collective."""
+    engine, whose memory is used where the values are the same. `experts`: with expert parallelism
+    its mesh; each layer's experts are then a group of their own over axis edp. Collective."""
     model = source.model
     if config.packing:
         check_packable(model)
     scored = ScoredModel(model, head)
     if config.tp > 1:
-        source.parts = parallelize(model, mesh["tp"], adapter)
+        source.parts = parallelize(model, mesh["tp"], adapter, divides_experts=experts is not None)
         scored.split_vocabulary(mesh.get_group("tp"))
     else:
         source.parts = whole_parts(model)
+    if experts is not None:
+        source.parts = split_experts(model, source.parts, experts.get_group("ep"))
     if config.activation_checkpointing:
         enable_activation_checkpointing(model)
     bf16 = config.precision is Precision.bf16
@@ -79,6 +85,16 @@ def shard_model(
     in_place = adapter is not None and mesh["dp"].size() == 1
     if adapter is not None and bf16:
         source.frozen_dtype = torch.bfloat16
+    if experts is not None:
+        # Routers' weights keep the precision that the family gives them.
+        _shard_experts(
+            source,
+            experts["edp"],
+            replace(policy, cast_forward_inputs=False),
+            config.reshard_after_forward,
+            device,
+            lent,
+        )
     large = parameter_bytes(model) > ONE_GROUP_BYTES or config.reshard_after_forward
     layers = decoder_layers(model) if large and not in_place else []
     for module in (*layers, scored):
@@ -105,6 +121,22 @@ def shard_model(
     # Experts that only other ranks' tokens use.
     scored.set_reduce_scatter_unused_params(True)
     return scored
+
+
+def _shard_experts(
+    source: ModelSource,
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    reshard_after_forward: bool,
+    device: torch.device,
+    lent: Mapping[str, nn.Parameter],
+) -> None:
+    for module in find_experts(source.model).values():
+        source.materialize(module, device)
+        fully_shard(
+            module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+        )
+        _use_lent(source.model, module, lent)
 
 
 def _use_lent(model: nn.Module, module: nn.Module, lent: Mapping[str, nn.Parameter]) -> None:

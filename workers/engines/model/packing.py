@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from workers.engines.model.ring import Row
-
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -100,9 +98,7 @@ class RowPart:
     sizes: tuple[int, ...]
     """Tokens of every rank's part."""
     seen: Packing | None = None
-    """The part as segments whose keys are among the gathered ones of all ranks."""
-    ring: Row | None = None
-    """The part's queries with the keys of each rank's part, which go round. With neither, ranks
+    """The part as segments whose keys are among the gathered ones of all ranks; None: ranks
     exchange heads, and each attends over the whole row with some of them."""
 
 

@@ -9,7 +9,9 @@ Which linears split by columns and which by rows is read from transformers' own
 projection (fused projections, norms over all heads), the outputs stay split here: a fused
 projection is split inside each of its parts, a norm over all heads gathers by itself. Attention is
 split by heads, everything else by single columns; sizes that do not divide give parts that differ
-by one. Left out, and refused: experts, latent attention, layers that carry a state.
+by one. Experts are never split: with expert parallelism (expert_parallel.py) they stay whole, and routers
+see the tokens of their rank alone. Left out, and refused: experts without it, latent attention,
+layers that carry a state.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from functools import lru_cache
 import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+
+from workers.engines.model.expert_parallel import find_experts
+from workers.engines.model.routers import find_routers
 
 COLUMN = ("colwise", "colwise_gather_output")
 ROW = ("rowwise", "rowwise_split_input")
@@ -49,6 +54,8 @@ class Kind(StrEnum):
     """Each tensor rank computes its share of the gradient."""
     whole = auto()
     """Every tensor rank computes all of it, alike: the head of a critic."""
+    experts = auto()
+    """Divided over the expert group, each whole on its rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +122,18 @@ def bounds(count: int, rank: int, tp: int) -> tuple[int, int]:
     return rank * count // tp, (rank + 1) * count // tp
 
 
-def check_fits(config: PretrainedConfig, tp: int) -> None:
+def check_fits(config: PretrainedConfig, tp: int, *, divides_experts: bool = False) -> None:
     """ValueError, with the sizes that fit, for a model that can't be split over `tp` ranks; needs
-    no weights."""
+    no weights. `divides_experts`: with expert parallelism."""
     if tp == 1:
         return
-    why = _why_not(_Frozen(config))
+    why = _why_not(_Frozen(config), divides_experts)
     if why is not None:
-        raise ValueError(f"tp={tp}: {why}; use tp=1")
-    sizes = fitting_sizes(config)
+        usable = "use tp=1"
+        if not divides_experts and _why_not(_Frozen(config), True) is None:
+            usable = "use tp=1, or train.ep, which leaves experts whole"
+        raise ValueError(f"tp={tp}: {why}; {usable}")
+    sizes = fitting_sizes(config, divides_experts=divides_experts)
     if tp not in sizes:
         raise ValueError(
             f"tp={tp} does not fit {config.model_type}: it must divide num_attention_heads "
@@ -131,9 +141,9 @@ def check_fits(config: PretrainedConfig, tp: int) -> None:
         )
 
 
-def fitting_sizes(config: PretrainedConfig) -> list[int]:
+def fitting_sizes(config: PretrainedConfig, *, divides_experts: bool = False) -> list[int]:
     """Tensor-parallel sizes that fit the model, ascending; only 1 for one that can't be split."""
-    if _why_not(_Frozen(config)) is not None:
+    if _why_not(_Frozen(config), divides_experts) is not None:
         return [1]
     queries = heads_of(config).queries
     return [size for size in range(1, queries + 1) if queries % size == 0]
@@ -165,22 +175,26 @@ class _Frozen:
 
 
 @lru_cache(maxsize=16)
-def _why_not(frozen: _Frozen) -> str | None:
+def _why_not(frozen: _Frozen, divides_experts: bool) -> str | None:
     """Why a model of this configuration can't be split, None if it can."""
     config = copy.deepcopy(frozen.config)
     if not config.base_model_tp_plan:
         return f"transformers has no tensor-parallel plan for {config.model_type}"
     try:
         with torch.device("meta"):
-            split_plan(AutoModel.from_config(config))
+            split_plan(AutoModel.from_config(config), divides_experts=divides_experts)
     except ValueError as error:
         return str(error)
     return None
 
 
-def split_plan(model: PreTrainedModel) -> SplitPlan:
+def split_plan(model: PreTrainedModel, *, divides_experts: bool = False) -> SplitPlan:
     """How the modules of `model` (a decoder, with or without a head) are split; ValueError that
     names the first one that can't be."""
+    by_token: dict[str, Kind] = {}
+    if divides_experts:
+        by_token = dict.fromkeys(find_experts(model), Kind.experts)
+        by_token |= dict.fromkeys(find_routers(model), Kind.replicated)
     config, base = model.config, model.base_model
     entries = dict(config.base_model_tp_plan or {})
     if not config.base_model_pp_plan:
@@ -206,6 +220,8 @@ def split_plan(model: PreTrainedModel) -> SplitPlan:
             plan.modules[name] = ModuleSplit(Kind.column, (Segment(0, size, size),))
         elif not f"{name}.".startswith(prefix):
             plan.modules[name] = ModuleSplit(Kind.whole)
+        elif name in by_token:
+            plan.modules[name] = ModuleSplit(by_token[name])
         else:
             split = _module_split(model, name, module, entry, plan.heads)
             plan.modules[name] = split

@@ -64,19 +64,23 @@ Rows = list[tuple[int, int]]
 
 
 def parallelize(
-    model: PreTrainedModel, mesh: DeviceMesh, adapter: Adapter | None = None
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    adapter: Adapter | None = None,
+    *,
+    divides_experts: bool = False,
 ) -> dict[str, TensorPart]:
     """Split `model` (a causal LM or a sequence classifier, whole or a pipeline stage of one) over
     the one-dimensional `mesh`, in place; what each of its parameters is, by its new name.
 
     Every rank must hold the same full weights, or weights on the meta device; nothing is sent. A
     mesh of one rank changes nothing. ValueError if the model has no plan or does not fit. `adapter`:
-    the one that was put on the model.
+    the one that was put on the model. `divides_experts`: experts stay whole, for split_experts.
     """
     if mesh.size() == 1:
         return whole_parts(model)
-    check_fits(model.config, mesh.size())
-    plan, group = split_plan(model), mesh.get_group()
+    check_fits(model.config, mesh.size(), divides_experts=divides_experts)
+    plan, group = split_plan(model, divides_experts=divides_experts), mesh.get_group()
     splitter = _Splitter(model, plan, group, adapter)
     splitter.split()
     for name, module in model.named_modules():
@@ -143,6 +147,9 @@ class _Splitter:
             self._exchange(name, module, "weight", split.segments[0])
             interval = split.segments[0].interval(self.rank, self.tp)
             module.forward = _embedding(module, interval, self.group)  # type: ignore[method-assign]
+        elif split.kind is Kind.experts:
+            for attribute, parameter in list(module.named_parameters(recurse=False)):
+                self._set(module, parameter, attribute, self._whole[f"{name}.{attribute}"])
         else:
             for attribute, _ in list(module.named_parameters(recurse=False)):
                 self._replicate(name, module, attribute, partial=split.kind is not Kind.whole)

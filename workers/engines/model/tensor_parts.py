@@ -33,6 +33,8 @@ class TensorPart:
     """Every tensor rank holds the same box."""
     partial: bool = False
     """Replicated, and the gradient is the sum of what the tensor ranks compute."""
+    divided: bool = False
+    """Experts that are divided over data ranks too (expert_parallel.py)."""
 
     def of(self, whole: Tensor) -> Tensor:
         """A view of this part of the checkpoint's tensor."""

@@ -20,10 +20,10 @@ from hybridflow.context import RankContext
 from hybridflow.resharding.shards import LocalParameter
 from hybridflow.snapshots.files import file_name, write_snapshot
 from hybridflow.snapshots.reading import SnapshotFiles
-from workers.config import ContextExchange, ModelConfig, TrainConfig
+from workers.config import ModelConfig, TrainConfig
 from workers.engines.base import Head, TrainingEngine, WeightSource
 from workers.engines.model.attention import check_shares_rows
-from workers.engines.model.context_parallel import exchange_of
+from workers.engines.model.context_parallel import exchanges_heads
 from workers.engines.model.conversion import as_stored
 from workers.engines.model.loading import (
     ModelSource,
@@ -52,6 +52,7 @@ from workers.engines.shared.micro_batches import (
     empty_micro_batch,
     make_micro_batches,
     pad_time,
+    route_part,
     share_row,
 )
 from workers.engines.shared.optimizer import MODEL, check_optimizer_config
@@ -63,7 +64,7 @@ BASE = "base_digest"
 """The scalar of an adapter's snapshot that says which weights it belongs to."""
 SAME_WEIGHTS = ("path", "revision", "trust_remote_code", "attention")
 """Settings of two models that have the same weights and compute alike with them."""
-SAME_NUMBERS = ("engine", "tp", "pp", "cp", "cp_exchange", "rank_order", "precision")
+SAME_NUMBERS = ("engine", "tp", "pp", "cp", "cp_exchange", "ep", "rank_order", "precision")
 """Settings of two engines that compute alike, in the same layout."""
 CHECKPOINT_BYTES = 12
 """Bytes of a parameter in a checkpoint: float32 weights and AdamW's two moments."""
@@ -118,11 +119,15 @@ class ShardedEngine(TrainingEngine):
         self._cutting = cutting_of(config, source.model)
         self._row_group: ProcessGroup | None = None
         """The ranks that share this rank's rows, under context parallelism."""
-        self._exchange = ContextExchange.ulysses
+        self._exchanges_heads = False
+        self._tensor_group: ProcessGroup | None = None
+        """The tensor ranks, of which each routes its part of the tokens."""
+        if config.tp > 1 and self._cutting.has_routers:
+            self._tensor_group = axis_group(self.layout, "tp")
         if config.cp > 1:
             check_shares_rows(source.model, config.cp)
             self._row_group = axis_group(self.layout, "cp")
-            self._exchange = exchange_of(published, config)
+            self._exchanges_heads = exchanges_heads(published, config)
         self._state_on_host = False
         self._host_memory = HostMemory()
         self._build(source, trains=trains)
@@ -234,7 +239,7 @@ class ShardedEngine(TrainingEngine):
             assert routing is not None, "the model has no routers"
             places = starts[micro_batch.rows[routing.rows]] + routing.columns
             routes[places] = routing.recorded(len(self._routers), per_token).cpu()
-        for ranks in (group, self._row_group):
+        for ranks in (group, self._row_group, self._tensor_group):
             if ranks is not None and ranks.size() > 1:
                 merged = routes.to(self.device, torch.int32)
                 dist.all_reduce(merged, op=dist.ReduceOp.MAX, group=ranks)
@@ -400,9 +405,14 @@ class ShardedEngine(TrainingEngine):
     def _share_rows(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """This rank's parts of the micro-batches, with a time that tp divides."""
         group, tp = self._row_group, self.config.tp
-        if group is None:
-            return [pad_time(micro_batch, tp) for micro_batch in micro_batches]
+        heads = self._exchanges_heads
         shared = []
         for micro_batch in micro_batches:
-            shared.append(share_row(micro_batch, group, self._exchange, tp))
+            if group is None:
+                part = pad_time(micro_batch, tp)
+            else:
+                part = share_row(micro_batch, group, heads=heads, multiple=tp)
+            if self._tensor_group is not None:
+                part = route_part(part, self._tensor_group)
+            shared.append(part)
         return shared

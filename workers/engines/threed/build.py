@@ -17,6 +17,7 @@ from hybridflow.layout import Layout
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.model.attention import check_packable
+from workers.engines.model.expert_parallel import expert_mesh, split_experts
 from workers.engines.model.loading import ModelSource, build_on_meta
 from workers.engines.model.lora import Adapter
 from workers.engines.model.scored import ScoredModel, enable_activation_checkpointing
@@ -76,8 +77,12 @@ def build_share(
     if adapter is not None:
         adapter.put_on(shell, head)
     scored = ScoredModel(shell, head)
-    parts = parallelize(shell, mesh["tp"], adapter)
+    parts = parallelize(shell, mesh["tp"], adapter, divides_experts=train.ep > 1)
     scored.split_vocabulary(mesh.get_group("tp"))
+    experts = None
+    if train.ep > 1:
+        experts = expert_mesh(layout, train.ep, device.type)
+        parts = split_experts(shell, parts, experts.get_group("ep"))
     if train.activation_checkpointing:
         enable_activation_checkpointing(shell)
     num_stages = train.pp * train.virtual_stages
@@ -91,7 +96,11 @@ def build_share(
     data = axis_group(layout, "dp", "cp") if train.cp > 1 else mesh.get_group("dp")
     groups = []
     for members in group_pieces([piece for piece in pieces if piece.name in trained_shapes]):
-        groups.append(_flat_group(members, dtype, device, mesh, data, ends))
+        sharing = data
+        if members[0].divided:
+            assert experts is not None
+            sharing = experts.get_group("edp")
+        groups.append(_flat_group(members, dtype, device, mesh, sharing, ends))
     frozen = FrozenParts(
         [piece for piece in pieces if piece.name not in trained_shapes], dtype, lent
     )
@@ -139,6 +148,7 @@ def _pieces(
                 places=tuple(places[number]),
                 replicated=part.replicated,
                 partial=part.partial,
+                divided=part.divided,
                 tied=tied,
                 copies=(tensor_size if part.replicated else 1) * (2 if tied else 1),
             )

@@ -8,9 +8,8 @@ pipeline.py   runs the timetable: passes and messages of any shape
 optimizer.py  flat buffers, gradient sums, AdamW split over data ranks
 build.py      a rank's share of the model, filled parameter by parameter
 
-Data ranks need not have equally many micro-batches: they meet only at the end of a step. Left out:
-context parallelism (axis cp has size 1), experts, and splitting of single sequences over pipeline
-time.
+Data ranks need not have equally many micro-batches: they meet only at the end of a step, unless
+experts are divided over them. Left out: splitting of single sequences over pipeline time.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from workers.engines.shared.flat_views import named
 from workers.engines.shared.metrics import add_micro_batch, metrics_of_some
 from workers.engines.shared.micro_batches import MicroBatch, gather_outputs, outputs_of
 from workers.engines.shared.optimizer import MODEL, MOMENTS
+from workers.engines.shared.row_groups import axis_group
 from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.engines.threed.build import Share, build_share
 from workers.engines.threed.frozen import FrozenPart
@@ -52,6 +52,7 @@ class ThreeDEngine(ShardedEngine):
 
     trains_adapters = True
     shares_rows = True
+    divides_experts = True
 
     @classmethod
     def check(
@@ -88,6 +89,7 @@ class ThreeDEngine(ShardedEngine):
             self.adapter,
             lender.frozen_parts if lender is not None else [],
         )
+        self._data_group = axis_group(self.layout, "dp") if self.config.ep > 1 else None
         self._routers = self._share.pipeline.stages.scored.routers
         self._optimizer = ZeroOptimizer(self._share.groups, self.config.optimizer, self.device)
 
@@ -210,13 +212,17 @@ class ThreeDEngine(ShardedEngine):
         self._optimizer.move(device, self._host_memory)
 
     def _micro_batches(self, sequences: Sequences) -> list[MicroBatch]:
-        """The same on all ranks of this data coordinate; none if there are no rows."""
+        """The same on all ranks of this data coordinate; none if there are no rows and experts are
+        not divided."""
         budget = self.config.micro_batch_tokens
         if self.config.pp > 1:
             passes = MICRO_BATCHES_PER_STAGE * self.config.pp
             share = -(-int(sequences.lengths.sum()) // (passes * self.config.cp))
             budget = min(budget, max(share, MIN_MICRO_BATCH_TOKENS))
-        return self._share_rows(self._cut(sequences, budget))
+        cut = self._cut(sequences, budget)
+        if self.config.ep > 1:
+            cut = self._fill_up(cut, sequences, self._data_group, alike=True)
+        return self._share_rows(cut)
 
 
 def _nothing(head: Head, entropy: bool) -> Outputs:

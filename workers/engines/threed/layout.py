@@ -11,6 +11,7 @@ from hybridflow.layout import AXES
 from workers.config import TrainConfig
 from workers.engines import pipeline_engines
 from workers.engines.model.context_parallel import check_context_parallel
+from workers.engines.model.expert_parallel import check_expert_parallel
 from workers.engines.model.split_plan import check_fits, fitting_sizes
 
 SCHEDULES = ("1f1b", "interleaved_1f1b")
@@ -40,7 +41,7 @@ def check_layout(model: PretrainedConfig, train: TrainConfig, world_size: int) -
             f" set engine to one without pipeline stages: {pipeline_engines(with_pipeline=False)}"
         )
     try:
-        check_fits(model, train.tp)
+        check_fits(model, train.tp, divides_experts=train.ep > 1)
     except ValueError as error:
         raise ValueError(f"{error}; {_advice(train, model, world_size)}") from None
     check_context_parallel(model, train)
@@ -55,13 +56,18 @@ def check_layout(model: PretrainedConfig, train: TrainConfig, world_size: int) -
             f"pp={train.pp} x {shared}tp={train.tp} does not divide the {world_size} devices of the pool; "
             f"{_advice(train, model, world_size)}"
         )
+    check_expert_parallel(model, train, world_size)
 
 
 def fitting_layouts(
-    model: PretrainedConfig, world_size: int, virtual_stages: int = 1
+    model: PretrainedConfig,
+    world_size: int,
+    virtual_stages: int = 1,
+    *,
+    divides_experts: bool = False,
 ) -> list[tuple[int, int, int]]:
     """All (pp, tp, dp) over `world_size` ranks that fit the model, ascending."""
-    sizes = fitting_sizes(model)
+    sizes = fitting_sizes(model, divides_experts=divides_experts)
     deepest = model.num_hidden_layers // virtual_stages
     layouts = []
     for pipeline, tensor in product(range(1, min(world_size, deepest) + 1), sizes):
@@ -100,6 +106,6 @@ def _check_schedule(train: TrainConfig) -> None:
 
 
 def _advice(train: TrainConfig, model: PretrainedConfig, world_size: int) -> str:
-    layouts = fitting_layouts(model, world_size, train.virtual_stages)
+    layouts = fitting_layouts(model, world_size, train.virtual_stages, divides_experts=train.ep > 1)
     listed = ", ".join(starmap("pp={} tp={} (dp={})".format, layouts))
     return f"on {world_size} devices fit: {listed or 'none'}"

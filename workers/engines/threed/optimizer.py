@@ -59,6 +59,8 @@ class FlatSlice:
     of the gradient."""
     copies: int
     """How many ranks of one data coordinate hold the same elements."""
+    divided: bool = False
+    """Experts, which ranks of different data coordinates hold different ones of."""
 
     @property
     def decays(self) -> bool:
@@ -209,9 +211,10 @@ class FlatGroup:
 def group_pieces(pieces: list[FlatSlice]) -> list[list[FlatSlice]]:
     """Pieces by treatment; every rank of an axis that shares gradients forms the same groups in
     the same order."""
-    groups: dict[tuple[bool, bool, bool, int], list[FlatSlice]] = {}
+    groups: dict[tuple[bool, bool, bool, int, bool], list[FlatSlice]] = {}
     for piece in pieces:
-        groups.setdefault((piece.tied, piece.partial, piece.decays, piece.copies), []).append(piece)
+        key = (piece.tied, piece.partial, piece.decays, piece.copies, piece.divided)
+        groups.setdefault(key, []).append(piece)
     return [groups[key] for key in sorted(groups)]
 
 
