@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.__main__ import cases
+from benchmarks.gpu.installed import check_needed, describe
+from benchmarks.gpu.runs import cases
 from recipes.main import check_names
 from workers.generation.vllm.build import installed_kind
 
@@ -24,6 +25,25 @@ def test_cases_are_those_of_the_installed_vllm_and_of_settings_that_exist(device
     assert ("fsdp vllm bf16" in names) is (installed_kind() == device)
     for case in cases(device):
         check_names(case.settings())
+
+
+def test_the_first_line_says_what_is_missing() -> None:
+    """Stage F on a machine with torch, transformers, hydra-core and pyarrow alone."""
+
+    def bare(module: str) -> object:
+        return None if module in ("ray", "deepspeed", "vllm") else module
+
+    assert describe("cuda", "", bare) == (
+        "missing: deepspeed, ray, vllm; without engine deepspeed, generation by vLLM: "
+        "runs engines fsdp, threed with generation by hf"
+    )
+    assert "missing: vllm for cuda (installed: the build for cpu)" in describe("cuda", "cpu", str)
+    assert describe("cuda", "cuda", str) == (
+        "nothing is missing; runs engines fsdp, threed, deepspeed with generation by hf, vllm"
+    )
+    check_needed(bare)
+    with pytest.raises(SystemExit, match=r"^missing: hydra-core, pyarrow; .* hydra-core pyarrow\)"):
+        check_needed(lambda module: None if module in ("hydra", "pyarrow") else module)
 
 
 @pytest.mark.slow

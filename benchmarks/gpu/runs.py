@@ -1,0 +1,165 @@
+"""The runs of python -m benchmarks.gpu (docs/gpu.md): speeds, memory and log-prob gaps that no
+rehearsal can know. Several GPUs, predicted seconds and other systems are left out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.installed import describe
+from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
+from recipes.quickstart.task import TaskConfig, make_examples, write_parquet
+from workers.generation.vllm.build import installed_kind
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 540
+"""Of one run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run of recipes.grpo."""
+
+    engine: str
+    generator: str
+    precision: str
+    eager: bool = True
+    release: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [self.engine, self.generator, self.precision]
+        words += [] if self.eager else ["graphs"]
+        return " ".join([*words, *(["release"] if self.release else [])])
+
+    def settings(self) -> list[str]:
+        settings = [
+            f"actor.train.engine={self.engine}",
+            f"actor.generation.engine={self.generator}",
+        ]
+        settings += [f"actor.train.precision={self.precision}"]
+        settings += [f"actor.generation.precision={self.precision}"]
+        settings += [f"reference.train.precision={self.precision}"]
+        if self.generator == "vllm":
+            settings.append(f"actor.generation.enforce_eager={str(self.eager).lower()}")
+            settings.append(f"actor.generation.release_during_training={str(self.release).lower()}")
+        return settings
+
+
+def cases(device: str) -> Iterator[Case]:
+    """What is installed for the device."""
+    generators = ["hf"]
+    if installed_kind() == device:
+        generators.append("vllm")
+    engines = ["fsdp", "threed"]
+    if find_spec("deepspeed") is not None and find_spec("ray") is not None:
+        engines.append("deepspeed")
+    for engine in engines:
+        for generator in generators:
+            for precision in ("bf16", "fp32"):
+                yield Case(engine=engine, generator=generator, precision=precision)
+    if device == "cuda" and "vllm" in generators:
+        yield Case(engine="fsdp", generator="vllm", precision="bf16", eager=False)
+        yield Case(engine="fsdp", generator="vllm", precision="bf16", release=True)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Speeds of the device by itself, and its memory that torch does not count."""
+    size = 8192 if device == "cuda" else 512
+    left = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    seconds = fastest(lambda: left @ left, device)
+    buffer = torch.empty(1 << (30 if device == "cuda" else 24), dtype=torch.uint8, device=device)
+    copy_s = fastest(lambda: buffer.clone(), device)
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "matmul_tflops": 2 * size**3 / seconds / 1e12,
+        "copy_gb_per_s": 2 * buffer.nbytes / copy_s / 1e9,
+    }
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        facts["name"] = torch.cuda.get_device_name()
+        facts["memory_gb"] = total / 1e9
+        facts["outside_torch_gb"] = (total - free - torch.cuda.memory_reserved()) / 1e9
+        host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+        host_s = fastest(lambda: host.to("cuda", non_blocking=True), device)
+        facts["from_pinned_host_gb_per_s"] = host.nbytes / host_s / 1e9
+    return facts
+
+
+def fastest(action: Callable[[], object], device: str, repeats: int = 5) -> float:
+    """Seconds of the fastest repetition after a first one."""
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        action()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
+
+
+def prepare(directory: Path) -> list[str]:
+    """A random model and arithmetic questions; the settings that name them."""
+    tokenizer = make_tokenizer()
+    make_model(tokenizer, ModelShape(), 0).save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    train, _ = make_examples(TaskConfig(), 0)
+    write_parquet(train, directory / "train.parquet")
+    return [f"model.path={directory / 'model'}", f"data.train={directory / 'train.parquet'}"]
+
+
+def run(case: Case, device: str, steps: int, common: list[str], output: Path) -> dict[str, Any]:
+    """The summary of one run, or its error."""
+    command = [sys.executable, "-m", "recipes.grpo", *common, *case.settings()]
+    command += ["runtime=local", f"device={device}", f"output_dir={output}"]
+    command += ["reward.function=recipes.quickstart.reward:exact_match"]
+    command += ["data.batch_size=8", "algorithm.samples_per_prompt=4", f"loop.num_steps={steps}"]
+    command += ["actor.generation.sampling.max_response_tokens=16", "loop.checkpoint_every=0"]
+    started = time.perf_counter()
+    try:
+        finished = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        return {"case": case.name, "error": f"not finished within {TIMEOUT_S} s"}
+    row: dict[str, Any] = {"case": case.name, "seconds": time.perf_counter() - started}
+    if finished.returncode:
+        lines = (finished.stderr or finished.stdout).strip().splitlines()
+        return row | {"error": "\n".join(lines[-5:])}
+    summary = json.loads((output / "summary.json").read_text())
+    return row | {
+        "phase_s": summary["phase_s"],
+        "tokens_per_s": summary["tokens"] / summary["train_s"],
+        "log_prob_gap_max": summary["largest"].get("actor/log_prob_gap_max"),
+        "largest": summary["largest"],
+    }
+
+
+def run_all(device: str, steps: int, only: str, json_file: Path | None) -> None:
+    """Prints the machine and a line for each run; `json_file` holds what is known so far."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: run it on one, or with --device cpu")
+    print(describe(device, installed_kind()), flush=True)
+    result: dict[str, Any] = {"machine": machine(device), "runs": []}
+    print(json.dumps(result["machine"]), flush=True)
+    with tempfile.TemporaryDirectory() as directory:
+        common = prepare(Path(directory))
+        for number, case in enumerate(cases(device)):
+            if only not in case.name:
+                continue
+            output = Path(directory, f"run{number}")
+            row = run(case, device, steps, common, output)
+            result["runs"].append(row)
+            print(json.dumps(row), flush=True)
+            if json_file is not None:
+                json_file.write_text(json.dumps(result, indent=1) + "\n")
