@@ -45,6 +45,8 @@ class ContextExchange(StrEnum):
     """Heads are exchanged for tokens before and after attention."""
     allgather = "allgather"
     """Keys and values of all ranks are gathered."""
+    ring = "ring"
+    """Keys and values go from rank to rank, those of one at a time."""
 
 
 @dataclass(kw_only=True)

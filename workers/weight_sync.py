@@ -42,7 +42,8 @@ BUCKET_BYTES = 64 << 20
 LARGE_BUCKET_BYTES = 256 << 20
 """Bucket size of plans with many boxes (large models on many ranks): with fewer buckets 70B on
 512 ranks compiles in 5 s, not in 31."""
-PROBE_TOKENS = 24
+PROBE_TOKENS = 16
+"""Half of them are read as a prompt, half decoded one by one."""
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hybridflow" / "plans"
 """Directory of compiled plans; safe to delete."""
 CACHED_BOXES = 20_000

@@ -4,14 +4,16 @@ python -m benchmarks.scale.balance [--json FILE]
 
 The division is the engine's own (workers/engines/shared/group_sizes.py); seconds are the mapper's
 model of H100 nodes of 8 for a 7B decoder: products, attention, the exchange of heads, and fixed costs
-of a layer. Nothing is measured. `fixed` shares every micro-batch among all ranks of the group,
-`by length` among as few as hold it; `imbalance` is the busiest rank's work over the mean.
+of a layer. Lengths follow published distributions (DISTRIBUTIONS). Nothing is measured. `fixed`
+shares every micro-batch among all ranks of the group, `by length` among as few as hold it;
+`imbalance` is the busiest rank's work over the mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -36,15 +38,47 @@ KIND, MODEL, SPACE, CALIBRATION = (
 )
 RANKS, ROWS_OF_RANK, BUDGET = (8, 16), 8, 8192
 """Ranks of a row group (in one node, over two), rows of a mini-batch over ranks, tokens of a rank."""
-LONGEST = 32768
 DRAWS = 20
-DISTRIBUTIONS = {
-    "lognormal, median 1000": (1000, 1.0),
-    "lognormal, median 4000": (4000, 0.8),
-    "lognormal, median 12000": (12000, 0.6),
-    "all 32768": (LONGEST, 0.0),
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Lognormal lengths that are cut at `longest`, which is their 99.9th percentile.
+
+    The spread is that of the responses to LMSYS-Chat-1M, whose 99.9th percentile is more than ten
+    times the median (RLHFuse, arXiv 2409.13221, section 1).
+    """
+
+    longest: int
+
+    def draw(self, generator: np.random.Generator, num_rows: int) -> np.ndarray:
+        sigma = np.log(TAIL_RATIO) / NORMAL_999
+        lengths = generator.lognormal(np.log(self.longest / TAIL_RATIO), sigma, num_rows)
+        return np.clip(lengths, SHORTEST, self.longest).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Even:
+    """All lengths between two are equally likely."""
+
+    shortest: int
+    longest: int
+
+    def draw(self, generator: np.random.Generator, num_rows: int) -> np.ndarray:
+        return generator.integers(self.shortest, self.longest + 1, num_rows)
+
+
+TAIL_RATIO, NORMAL_999, SHORTEST = 10.0, 3.090, 64
+"""The 99.9th percentile over the median, and that of a normal distribution; tokens of a prompt."""
+DISTRIBUTIONS: dict[str, Tail | Even] = {
+    "tail up to 40960": Tail(40960),
+    "tail up to 65536": Tail(65536),
+    "tail up to 98304": Tail(98304),
+    "even, 8192 to 65536": Even(8192, 65536),
 }
-"""(median, sigma) of the lengths, cut at LONGEST."""
+"""The longest responses are the limits of three production runs (Seer, arXiv 2511.14617: Qwen2-VL-72B,
+Moonlight, Kimi K2); the last are the long instructions of LongAlign (arXiv 2401.18058, 8k to 64k
+tokens)."""
 
 
 def main() -> None:
@@ -66,13 +100,12 @@ def main() -> None:
 
 def compare(ranks: int, name: str) -> dict[str, str | float]:
     """Means over some mini-batches."""
-    (median, sigma), num_rows = DISTRIBUTIONS[name], ROWS_OF_RANK * ranks
+    distribution, num_rows = DISTRIBUTIONS[name], ROWS_OF_RANK * ranks
     generator, near = np.random.default_rng(0), np.arange(num_rows)
     quadratic = 1 / (12 * MODEL.hidden_size)
     fixed, by_length, busiest = [], [], []
     for _ in range(DRAWS):
-        lengths = generator.lognormal(np.log(median), sigma, num_rows)
-        widths = np.clip(lengths, 64, LONGEST).astype(np.int64)
+        widths = distribution.draw(generator, num_rows)
 
         def cut(
             rows: np.ndarray, budget_tokens: int, widths: np.ndarray = widths

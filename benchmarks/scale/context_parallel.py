@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +35,7 @@ from tests.engines.threed_cases import (
     plain_run,
     save_tiny_model,
 )
+from tests.ranks import run_ranks, worlds
 from workers.config import ContextExchange
 from workers.engines.fsdp.engine import FsdpEngine
 from workers.sequences import Sequences, ragged_positions
@@ -60,7 +59,7 @@ class Measured:
 
 
 def measure(directory: Path) -> Iterator[Row]:
-    """Each family alone, with both exchanges over 2 ranks, and over 4 with cp=4 and with dp=2."""
+    """Each family alone, with all exchanges over 2 ranks, and over 4 with cp=4 and with dp=2."""
     cases: list[Case] = []
     for family, heads in FAMILIES.items():
         tied = family.startswith("gemma")
@@ -69,10 +68,13 @@ def measure(directory: Path) -> Iterator[Row]:
             Case(model=family, world_size=1, cp=1),
             Case(model=family, exchange=ContextExchange.ulysses),
             Case(model=family, exchange=ContextExchange.allgather),
+            Case(model=family, exchange=ContextExchange.ring),
             Case(model=family, world_size=4, cp=4),
+            Case(model=family, world_size=4, cp=4, exchange=ContextExchange.ring),
             Case(model=family, world_size=4, by_length=True, micro_batch_tokens=16),
         ]
-    mp.spawn(_run, args=(directory, cases), nprocs=4)
+    (directory / "stores-cp").mkdir()
+    run_ranks(_run, (directory, cases), 4)
     for family in FAMILIES:
         model = load_plain(directory / family, cases[0].head)
         start = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -83,18 +85,11 @@ def measure(directory: Path) -> Iterator[Row]:
 
 
 def _run(rank: int, directory: Path, cases: list[Case]) -> None:
-    torch.set_num_threads(1)
-    for case in cases:
-        if rank < case.world_size:
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{directory}/{case.name}.store",
-                rank=rank,
-                world_size=case.world_size,
-            )
-            measured = _measure(rank, directory, case)
-            torch.save(measured, directory / f"{case.name}.{rank}.pt")
-            dist.destroy_process_group()
+    for world_size in worlds(rank, directory / "stores-cp", (4, 2, 1)):
+        for case in cases:
+            if case.world_size == world_size:
+                measured = _measure(rank, directory, case)
+                torch.save(measured, directory / f"{case.name}.{rank}.pt")
 
 
 def _measure(rank: int, directory: Path, case: Case) -> Measured:
@@ -131,12 +126,15 @@ def _fewest_bytes(engine: FsdpEngine, rows: Sequences, case: Case) -> int:
         if part is None:
             continue
         size = part.group.size()
-        each = 2 * key_heads * (size - 1)
-        if part.seen is None:
-            each = 2 * (heads + key_heads) * (size - 1) / size
+        # Keys and values go to all others, and their gradients come back; round a ring the
+        # backward pass needs them once more. Heads go there and back in both passes.
+        each = 4 * key_heads * (size - 1)
+        if part.ring is not None:
+            each = 6 * key_heads * (size - 1)
+        elif part.seen is None:
+            each = 4 * (heads + key_heads) * (size - 1) / size
         total += micro_batch.packing.position_ids.shape[1] / size * each
-    # Forward and backward pass.
-    return int(2 * model.num_hidden_layers * total * FLOAT * head_dim)
+    return int(model.num_hidden_layers * total * FLOAT * head_dim)
 
 
 class _Stored:
@@ -155,8 +153,8 @@ class _Stored:
 
 
 class _SentBytes(TorchDispatchMode):
-    """Counts the bytes that this rank sends to others in exchanges of attention, which are the only
-    collectives on matrices."""
+    """Counts the bytes that this rank sends to others in exchanges of attention: the only
+    collectives on matrices, and all messages of a ring."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +168,9 @@ class _SentBytes(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = func._schema.name
-        if name in (
+        if name == "c10d::send":
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in args[0])
+        elif name in (
             "c10d::alltoall_base_",
             "c10d::_allgather_base_",
             "c10d::_reduce_scatter_base_",

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from benchmarks.scale.errors import relative_error, update_error
@@ -30,6 +29,8 @@ from tests.lora.workers import (
     make_engine,
     own_rows,
 )
+from tests.ranks import run_ranks, worlds
+from workers.config import ContextExchange
 from workers.engines.base import Outputs
 from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.sequences import ragged_positions
@@ -56,7 +57,7 @@ class Measured:
 
 
 def measure(directory: Path) -> Iterator[Row]:
-    """Each family on one rank, with data, tensor and pipeline parallelism, and with both others."""
+    """Each family on one rank, with one kind of parallelism, and with two."""
     cases: list[Case] = []
     for family in FAMILIES:
         save_tiny_model(directory / family, family, layers=LAYERS, tied=family == "gemma3_text")
@@ -66,24 +67,22 @@ def measure(directory: Path) -> Iterator[Row]:
             Case(family=family, world_size=2, tp=2),
             Case(family=family, engine="threed", world_size=2, pp=2),
             Case(family=family, engine="threed", world_size=4, tp=2),
+            Case(family=family, world_size=2, cp=2),
+            Case(family=family, world_size=4, cp=2, exchange=ContextExchange.ring),
+            Case(family=family, engine="threed", world_size=4, cp=2, pp=2),
         ]
-    mp.spawn(_run, args=(directory, cases), nprocs=4)
+    (directory / "stores-lora").mkdir()
+    run_ranks(_run, (directory, cases), 4)
     for case in cases:
         yield _row(directory, case)
 
 
 def _run(rank: int, directory: Path, cases: list[Case]) -> None:
-    torch.set_num_threads(1)
-    for world_size in (4, 2, 1):
-        if rank >= world_size:
-            continue
-        store = f"file://{directory}/lora{world_size}.store"
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    for world_size in worlds(rank, directory / "stores-lora", (4, 2, 1)):
         for case in cases:
             if case.world_size == world_size:
                 measured = _measure(rank, directory, case)
                 torch.save(measured, directory / f"{case.name}.{rank}.pt")
-        dist.destroy_process_group()
 
 
 def _measure(rank: int, directory: Path, case: Case) -> Measured:
@@ -181,9 +180,11 @@ def _row(directory: Path, case: Case) -> Row:
 
 
 def _layout(case: Case) -> str:
-    data = case.world_size // (case.tp * case.pp)
-    sizes = {"pp": case.pp, "tp": case.tp, "dp": data}
+    data = case.world_size // (case.tp * case.pp * case.cp)
+    sizes = {"pp": case.pp, "cp": case.cp, "tp": case.tp, "dp": data}
     words = [f"{axis}{size}" for axis, size in sizes.items() if size > 1]
+    if case.exchange is not ContextExchange.auto:
+        words.append(case.exchange.value)
     return " ".join([case.engine, *words])
 
 
@@ -191,7 +192,9 @@ def _gap(case: Case, measured: Measured, expected: PlainRun) -> float:
     if measured.outputs is None:
         return 0.0
     batch = batches()[0]
-    rows = data_rows(batch.num_rows, case.world_size // (case.tp * case.pp), measured.data)
+    rows = data_rows(
+        batch.num_rows, case.world_size // (case.tp * case.pp * case.cp), measured.data
+    )
     places = ragged_positions(batch.scored_lengths, rows)
     assert measured.outputs.log_probs is not None and expected.outputs.log_probs is not None
     return float((measured.outputs.log_probs - expected.outputs.log_probs[places]).abs().max())

@@ -11,21 +11,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hybridflow.context import RankContext
-from tests.engines.fsdp_workers import data_rows, gathered
-from tests.engines.threed_cases import TEMPERATURE, VOCABULARY, loss_fn
-from workers.config import ContextExchange, ModelConfig, OptimizerConfig, Precision, TrainConfig
+from tests.engines.context_losses import LENGTHS, NUMBERS, loss_of, make_batch
+from tests.engines.fsdp_workers import data_rows, gathered, groups_per_layer
+from tests.engines.threed_cases import TEMPERATURE
+from tests.ranks import worlds
+from workers.config import (
+    ContextExchange,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Precision,
+    TrainConfig,
+)
 from workers.engines import engine_class
 from workers.engines.base import Head, Outputs, TrainingEngine
-from workers.engines.fsdp import sharding
 from workers.sequences import Sequences
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, weight_decay=0.1, clip_grad_norm=0.5, epsilon=1e-4)
 """With this epsilon rounding of a gradient is not blown up where a weight has next to no
 gradient."""
 NUM_STEPS = 3
-LENGTHS = (97, 31, 12, 9, 9, 9, 5, 3, 2, 1)
-"""The rows of 9 tokens are responses to one prompt."""
-SCORED = (60, 13, 11, 3, 4, 5, 0, 1, 1, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +44,13 @@ class Case:
     engine: str = "fsdp"
     model: str = "llama"
     head: Head = Head.lm
+    loss: str = NUMBERS
     exchange: ContextExchange = ContextExchange.auto
     micro_batch_tokens: int = 1000
     """Of a rank."""
     num_rows: int = len(LENGTHS)
     zero3: bool = False
+    lora: bool = False
     layered: bool = False
     """A group per layer, as a large model has."""
     checkpointing: bool = False
@@ -57,11 +64,12 @@ class Case:
             ("layered", self.layered),
             ("ac", self.checkpointing),
             ("by-length", self.by_length),
+            ("lora", self.lora),
         ):
             if on:
                 flags.append(word)
         sizes = f"w{self.world_size}c{self.cp}t{self.tp}p{self.pp}"
-        parts = [self.engine, sizes, self.model, self.head.value, self.exchange.value]
+        parts = [self.engine, sizes, self.model, self.head.value, self.loss, self.exchange.value]
         return "-".join([*parts, f"m{self.micro_batch_tokens}r{self.num_rows}", *flags])
 
 
@@ -78,40 +86,16 @@ class Result:
 
 
 def batches(case: Case) -> list[Sequences]:
-    """Ragged rows, three of which begin with one prompt; other tokens in every step."""
-    return [_batch(case.num_rows, seed) for seed in range(NUM_STEPS)]
-
-
-def _batch(num_rows: int, seed: int) -> Sequences:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor(LENGTHS[:num_rows])
-    scored = torch.tensor(SCORED[:num_rows])
-    rows = [torch.randint(3, VOCABULARY, (size,), generator=generator) for size in lengths.tolist()]
-    for row in range(4, min(6, num_rows)):
-        rows[row][:4] = rows[3][:4]
-    num_scored = int(scored.sum())
-    return Sequences(
-        token_ids=torch.cat(rows),
-        lengths=lengths,
-        scored_lengths=scored,
-        per_token={"weights": torch.randn(num_scored, generator=generator) / num_scored},
-        per_row={"targets": torch.randn(num_rows, generator=generator)},
-    )
+    """Other tokens in every step."""
+    return [make_batch(case.num_rows, seed, case.loss) for seed in range(NUM_STEPS)]
 
 
 def run_worlds(rank: int, root: Path, cases: list[Case]) -> None:
     """Worlds of 4 and 2 ranks one after the other in the same processes."""
-    torch.set_num_threads(1)
-    for world_size in (4, 2):
-        if rank >= world_size:
-            continue
-        dist.init_process_group(
-            "gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size
-        )
+    for world_size in worlds(rank, root, (4, 2)):
         for case in cases:
             if case.world_size == world_size:
                 torch.save(train(rank, root, case), root / f"{case.name}.{rank}.pt")
-        dist.destroy_process_group()
 
 
 def make_engine(rank: int, root: Path, case: Case) -> TrainingEngine:
@@ -127,19 +111,16 @@ def make_engine(rank: int, root: Path, case: Case) -> TrainingEngine:
         activation_checkpointing=case.checkpointing,
         reshard_after_forward=case.zero3,
         zero_stage=3 if case.zero3 else 2,
+        lora=LoraConfig(rank=4 if case.lora else 0),
         optimizer=OPTIMIZER,
     )
-    one_group_bytes = sharding.ONE_GROUP_BYTES
-    try:
-        sharding.ONE_GROUP_BYTES = 0 if case.layered else one_group_bytes
+    with groups_per_layer(case.layered):
         return engine_class(case.engine)(
             model=ModelConfig(path=str(root / case.model), new_head=True),
             config=config,
             head=case.head,
             context=RankContext(rank=rank, world_size=case.world_size),
         )
-    finally:
-        sharding.ONE_GROUP_BYTES = one_group_bytes
 
 
 def rows_of_rank(engine: TrainingEngine, rank: int, batch: Sequences) -> Sequences:
@@ -152,8 +133,33 @@ def train(rank: int, root: Path, case: Case) -> Result:
     engine = make_engine(rank, root, case)
     mine = [rows_of_rank(engine, rank, batch) for batch in batches(case)]
     outputs = engine.forward(mine[0], entropy=True, temperature=TEMPERATURE)
-    metrics = []
-    for batch in mine:
-        metrics.append(engine.train_step(batch, loss_fn, entropy=True, temperature=TEMPERATURE))
+    metrics = [take_step(engine, case, batch) for batch in mine]
     data = engine.layout.coordinates(rank)["dp"]
     return Result(data=data, outputs=outputs, whole=gathered(engine), metrics=metrics)
+
+
+def take_step(engine: TrainingEngine, case: Case, rows: Sequences) -> dict[str, float]:
+    return engine.train_step(rows, loss_of(case.loss), entropy=True, temperature=TEMPERATURE)
+
+
+def resume_elsewhere(rank: int, root: Path, cases: list[tuple[Case, Case]]) -> None:
+    """Two steps in one layout, and the third one there and in another from the checkpoint."""
+    for _ in worlds(rank, root, (cases[0][0].world_size,)):
+        for number, (first, second) in enumerate(cases):
+            engine = make_engine(rank, root, first)
+            rows = [rows_of_rank(engine, rank, batch) for batch in batches(first)]
+            for batch in rows[:2]:
+                take_step(engine, first, batch)
+            engine.save(root / f"{number}.checkpoint")
+            dist.barrier()
+            results = [_third_step(engine, rank, first)]
+            engine = make_engine(rank, root, second)
+            engine.load(root / f"{number}.checkpoint")
+            results.append(_third_step(engine, rank, second))
+            torch.save(results, root / f"{number}.{rank}.pt")
+
+
+def _third_step(engine: TrainingEngine, rank: int, case: Case) -> Result:
+    metrics = take_step(engine, case, rows_of_rank(engine, rank, batches(case)[2]))
+    data = engine.layout.coordinates(rank)["dp"]
+    return Result(data=data, outputs=None, whole=gathered(engine), metrics=[metrics])

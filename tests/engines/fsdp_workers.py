@@ -3,6 +3,8 @@ because starting processes is slow."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from hybridflow.context import RankContext
 from hybridflow.resharding.shards import Box
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
+from tests.ranks import worlds
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines.base import Head, Outputs, TrainingEngine
 from workers.engines.fsdp import sharding
@@ -77,18 +80,23 @@ class Result:
 
 def run_worlds(rank: int, root: Path, cases: list[Case]) -> None:
     """Worlds of 4, 2 and 1 ranks one after the other in the same processes."""
-    torch.set_num_threads(1)
-    for world_size in (4, 2, 1):
-        if rank >= world_size:
-            continue
-        dist.init_process_group(
-            "gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size
-        )
+    for world_size in worlds(rank, root, (4, 2, 1)):
         for case in cases:
             if case.world_size == world_size:
                 torch.save(train(rank, root, case), root / f"{case.name}.{rank}.pt")
         EXTRA[world_size](rank, root)
-        dist.destroy_process_group()
+
+
+@contextmanager
+def groups_per_layer(layered: bool) -> Iterator[None]:
+    """Within, models are built with an FSDP group per layer, as large ones are."""
+    one_group_bytes = sharding.ONE_GROUP_BYTES
+    if layered:
+        sharding.ONE_GROUP_BYTES = 0
+    try:
+        yield
+    finally:
+        sharding.ONE_GROUP_BYTES = one_group_bytes
 
 
 def make_engine(case: Case, root: Path, rank: int) -> FsdpEngine:
@@ -104,17 +112,13 @@ def make_engine(case: Case, root: Path, rank: int) -> FsdpEngine:
         optimizer=OPTIMIZER,
     )
     context = RankContext(rank=rank, world_size=case.world_size)
-    one_group_bytes = sharding.ONE_GROUP_BYTES
-    try:
-        sharding.ONE_GROUP_BYTES = 0 if case.layered else one_group_bytes
+    with groups_per_layer(case.layered):
         return FsdpEngine(
             model=ModelConfig(path=str(root / case.model), new_head=True),
             config=config,
             head=case.head,
             context=context,
         )
-    finally:
-        sharding.ONE_GROUP_BYTES = one_group_bytes
 
 
 def batches(case: Case) -> list[Sequences]:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from workers.config import OptimizerConfig
-from workers.engines.base import Head, Outputs
+from workers.engines.base import Head, LossFn, Outputs
 from workers.sequences import Sequences
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text")
@@ -55,11 +55,13 @@ def save_tiny_model(
     }
     if family == "qwen3" or family.startswith("gemma"):
         options["head_dim"] = 16
-    if family in ("mistral", "gemma2", "gemma3_text"):
+    if family == "gpt_oss":
+        options |= {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+    if family in ("mistral", "gemma2", "gemma3_text", "gpt_oss"):
         options["sliding_window"] = 5
     if family == "gemma2":
         options["attn_logit_softcapping"] = 1.0  # low enough to be felt by tiny weights
-    if family in ("gemma2", "gemma3_text"):
+    if family in ("gemma2", "gemma3_text", "gpt_oss"):
         options["layer_types"] = [
             "sliding_attention" if index % 2 == 0 else "full_attention" for index in range(layers)
         ]
@@ -124,7 +126,11 @@ class PlainRun:
 
 
 def plain_run(
-    model: PreTrainedModel, head: Head, batches: list[Sequences], config: OptimizerConfig
+    model: PreTrainedModel,
+    head: Head,
+    batches: list[Sequences],
+    config: OptimizerConfig,
+    loss_fn: LossFn = loss_fn,
 ) -> PlainRun:
     """One optimizer step per batch with plain PyTorch; `model` is trained in place."""
     decays = [parameter for parameter in model.parameters() if parameter.ndim >= 2]

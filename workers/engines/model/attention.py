@@ -6,8 +6,8 @@ exists. Responses to one prompt that share its tokens (packing.py) are queries o
 prompt's keys and theirs. Three kernels: two matrix products and a softmax for short bfloat16
 sequences on a CPU, where PyTorch's fused kernel has a slow backward pass; PyTorch's variable-length
 kernel for packed half-precision rows on CUDA; its fused kernel for all else. Sliding windows and
-soft-capping are applied here, not by masks of transformers. Attention sinks and position biases are
-left out and refused.
+soft-capping are applied here, not by masks of transformers. Attention sinks take products of tiles
+(ring.py). Position biases are left out and refused.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 from workers.engines.model.attention_probe import hands_packing_on
 from workers.engines.model.context_parallel import exchange_inputs, exchange_output
 from workers.engines.model.packing import Packing, Run
+from workers.engines.model.ring import Scores, block_attention, ring_attention
 from workers.engines.model.rotary import depends_on_length
 
 ATTENTION, FUSED_ATTENTION = "sequences", "sequences_fused"
@@ -48,10 +49,16 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def use_sequence_attention(model: PreTrainedModel, *, fused: bool) -> None:
-    """In every layer of `model` that would use PyTorch's fused kernel; fused=True: with
-    PyTorch's kernels only."""
-    if model.config._attn_implementation == "sdpa" and _why_not(model) is None:
+    """In every layer of `model` that would use PyTorch's fused kernel, or has attention sinks, which
+    that lacks; fused=True: with PyTorch's kernels only."""
+    chosen = model.config._attn_implementation
+    replaces = chosen == "sdpa" or (chosen == "eager" and not fused and _has_sinks(model))
+    if replaces and _why_not(model) is None:
         model.set_attn_implementation(FUSED_ATTENTION if fused else ATTENTION)
+
+
+def _has_sinks(model: PreTrainedModel) -> bool:
+    return any(name.endswith(".sinks") for name, _ in model.named_parameters())
 
 
 def check_packable(model: PreTrainedModel) -> None:
@@ -124,12 +131,7 @@ def attend(
     With `packing` there is one row, or this rank's part of it; without, each row is a sequence, and
     padding at its end is seen by nothing.
     """
-    if (
-        s_aux is not None
-        or position_bias is not None
-        or not module.is_causal
-        or key.shape[2] != query.shape[2]
-    ):
+    if position_bias is not None or not module.is_causal or key.shape[2] != query.shape[2]:
         raise ValueError(
             f"{type(module).__name__} does more than causal attention; set model.attention=eager "
             "and packing=false"
@@ -139,9 +141,17 @@ def attend(
     scale = head_dim**-0.5 if scaling is None else scaling
     queries, keys, values = (heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value))
     part = None if packing is None else packing.part
+    scores = Scores(scale, sliding_window, softcap)
+    if part is not None and part.ring is not None:
+        output = ring_attention(
+            queries, keys, values, part.ring, part.sizes, part.group, scores, s_aux
+        )
+        return output.unflatten(0, (rows, time)), None
     if part is not None:
         queries, keys, values = exchange_inputs(queries, keys, values, part)
         packing = packing if part.seen is None else part.seen
+        if s_aux is not None and part.seen is None:
+            s_aux = s_aux.chunk(part.group.size())[part.group.rank()]
     if packing is not None and packing.keys is not None:
         keys, values = _Take.apply(keys, packing.keys), _Take.apply(values, packing.keys)
     variable = (
@@ -151,10 +161,13 @@ def attend(
         and value.shape[3] == head_dim <= LARGEST_HEAD
         and head_dim % HEAD_MULTIPLE == 0
     )
-    if packing is not None and variable:
+    runs = (Run(rows, time),) if packing is None else packing.runs
+    if s_aux is not None:
+        shapes = [((run.length, run.prefix),) * run.count for run in runs]
+        output = block_attention(queries, keys, values, sum(shapes, ()), scores, s_aux)
+    elif packing is not None and variable:
         output = _variable_length((queries, keys, values), packing, scale, sliding_window)
     else:
-        runs = (Run(rows, time),) if packing is None else packing.runs
         products = (
             not fused
             and softcap is None

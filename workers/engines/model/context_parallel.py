@@ -1,7 +1,7 @@
 """Context parallelism: the ranks of a group share the tokens of a packed row.
 
 Everything in a decoder but attention works token by token, so each rank computes its part of the
-row, and only attention communicates. There are two exchanges:
+row, and only attention communicates. There are three exchanges:
 
 - Heads (Ulysses, arXiv 2309.14509): the row is cut into contiguous parts of uneven sizes. One
   all-to-all gives each rank all tokens with some of the heads, another one takes the outputs back.
@@ -10,10 +10,12 @@ row, and only attention communicates. There are two exchanges:
   takes two chunks of the row, one from the front and the mirrored one from the back, so that all
   have about as much to attend to. Keys and values of all ranks are gathered, and a rank's queries
   attend to those before them; the gradients of keys and values are summed over ranks in float32.
+- A ring (ring.py): the same chunks, but keys and values pass from rank to rank, so that a rank
+  holds those of one other rank at a time.
 
 The numbers for scored tokens are gathered once at the end (gather_reads), so every rank of the group
 computes the loss of the whole row and differentiates its own part. Gradients of weights are then
-sums over the group, as over data ranks. Passing keys around a ring is left out.
+sums over the group, as over data ranks.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from transformers import PretrainedConfig
 
 from workers.config import ContextExchange, TrainConfig
 from workers.engines.model.packing import Packing, RowPart, Run
+from workers.engines.model.ring import ring_blocks
 from workers.engines.model.rotary import depends_on_length
 from workers.engines.model.split_plan import bounds
 
@@ -54,23 +57,27 @@ def check_context_parallel(model: PretrainedConfig, config: TrainConfig) -> None
         )
 
 
-def exchanges_heads(model: PretrainedConfig, config: TrainConfig) -> bool:
-    """Whether ranks exchange heads; otherwise they gather keys and values."""
-    if config.cp_exchange is ContextExchange.auto:
-        return _query_heads(model) % (config.cp * config.tp) == 0
-    return config.cp_exchange is ContextExchange.ulysses
+def exchange_of(model: PretrainedConfig, config: TrainConfig) -> ContextExchange:
+    """The exchange that config.cp_exchange means for the model; never auto."""
+    if config.cp_exchange is not ContextExchange.auto:
+        return config.cp_exchange
+    if _query_heads(model) % (config.cp * config.tp) == 0:
+        return ContextExchange.ulysses
+    return ContextExchange.allgather
 
 
 def _query_heads(model: PretrainedConfig) -> int:
     return int(model.get_text_config().num_attention_heads)
 
 
-def least_tokens(cp: int, *, heads: bool) -> int:
+def least_tokens(cp: int, exchange: ContextExchange) -> int:
     """The fewest tokens of a row of which each of `cp` ranks gets some."""
-    return cp if heads else 2 * cp
+    return cp if exchange is ContextExchange.ulysses else 2 * cp
 
 
-def cut_row(packing: Packing, group: ProcessGroup, *, heads: bool, multiple: int = 1) -> Packing:
+def cut_row(
+    packing: Packing, group: ProcessGroup, exchange: ContextExchange, multiple: int = 1
+) -> Packing:
     """The packing with this rank's part of the row. Sizes of parts are multiples of `multiple`,
     which must divide the row's tokens."""
     cp, rank = group.size(), group.rank()
@@ -82,14 +89,18 @@ def cut_row(packing: Packing, group: ProcessGroup, *, heads: bool, multiple: int
     parts: list[list[tuple[int, int]]] = []
     for place in range(cp):
         chunks = [bounds(units, place, cp)]
-        if not heads:
+        if exchange is not ContextExchange.ulysses:
             chunks = [bounds(units, chunk, 2 * cp) for chunk in (place, 2 * cp - 1 - place)]
         parts.append([(begin * multiple, end * multiple) for begin, end in chunks])
     device = packing.position_ids.device
     sizes = tuple(sum(end - begin for begin, end in part) for part in parts)
     tokens = torch.cat([torch.arange(*chunk) for chunk in parts[rank]])
-    seen = None if heads else _seen(packing, parts, rank)
-    part = RowPart(group=group, tokens=tokens.to(device), sizes=sizes, seen=seen)
+    part = RowPart(group=group, tokens=tokens.to(device), sizes=sizes)
+    if exchange is ContextExchange.allgather:
+        part = replace(part, seen=_seen(packing, parts, rank))
+    elif exchange is ContextExchange.ring:
+        ring = ring_blocks(packing.lengths, packing.prefixes, parts, rank, device)
+        part = replace(part, ring=ring)
     return replace(packing, part=part)
 
 
@@ -144,7 +155,7 @@ def exchange_inputs(
     if heads % cp:
         raise ValueError(
             f"train.cp={cp} does not divide the {heads} query heads of a layer; set "
-            "cp_exchange=allgather"
+            "cp_exchange to allgather or ring"
         )
     # Where ranks share a key head, each gets a copy; the gradient is the copies' sum.
     copies = 1
@@ -232,7 +243,7 @@ def _gather_tokens(tensors: list[Tensor], part: RowPart) -> list[Tensor]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """[rows, width] -> those of all ranks; backward sums over ranks, in float32."""
+    """[rows, width] -> those of all ranks; backward sums over ranks, in float32 at least."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: ProcessGroup) -> Tensor:
@@ -243,7 +254,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        total = gradient.float().contiguous()
+        total = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).contiguous()
         mine = total.new_empty(len(total) // ctx.group.size(), total.shape[1])
         dist.reduce_scatter_single(mine, total, group=ctx.group)
         return mine.to(gradient.dtype), None

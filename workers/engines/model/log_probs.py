@@ -120,10 +120,13 @@ class _HeadLogProbs(torch.autograd.Function):
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(log_norm)
         grad_hidden = torch.empty_like(hidden)
-        # Sums over chunks are taken in float32, whatever the weights are kept in.
-        grad_weight = (
-            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        )
+        # Sums over chunks are taken in float32, whatever the weights are kept in. That of the weight
+        # is as large as the weight: the first chunk writes it, so that it is not filled before.
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            assert weight is not None
+            make = torch.empty_like if ctx.chunks else torch.zeros_like
+            grad_weight = make(weight, dtype=torch.float32)
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         for chunk in ctx.chunks:
             raw = kept if kept is not None else _logits(hidden[chunk], weight, bias)
@@ -154,7 +157,7 @@ class _HeadLogProbs(torch.autograd.Function):
                 slopes = _through(tail, raw, slopes)
             grad_hidden[chunk] = slopes if weight is None else slopes @ weight
             if grad_weight is not None:
-                _add_product(grad_weight, slopes, hidden[chunk])
+                _add_product(grad_weight, slopes, hidden[chunk], first=chunk.start == 0)
             if grad_bias is not None:
                 grad_bias += slopes.sum(0, dtype=torch.float32)
         return (
@@ -206,9 +209,13 @@ def _through(tail: Tail, raw: Tensor, slopes: Tensor) -> Tensor:
     return gradient
 
 
-def _add_product(total: Tensor, slopes: Tensor, hidden: Tensor) -> None:
-    """total += slopes^T hidden."""
-    if slopes.dtype is total.dtype:
+def _add_product(total: Tensor, slopes: Tensor, hidden: Tensor, *, first: bool) -> None:
+    """total += slopes^T hidden; total = slopes^T hidden where `first`."""
+    if first and slopes.dtype is total.dtype:
+        torch.mm(slopes.t(), hidden, out=total)
+    elif first:
+        total.copy_(slopes.t() @ hidden)
+    elif slopes.dtype is total.dtype:
         total.addmm_(slopes.t(), hidden)
     else:
         total += slopes.t() @ hidden

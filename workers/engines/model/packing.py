@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from workers.engines.model.ring import Row
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -98,7 +100,9 @@ class RowPart:
     sizes: tuple[int, ...]
     """Tokens of every rank's part."""
     seen: Packing | None = None
-    """The part as segments whose keys are among the gathered ones of all ranks; None: ranks
+    """The part as segments whose keys are among the gathered ones of all ranks."""
+    ring: Row | None = None
+    """The part's queries with the keys of each rank's part, which go round. With neither, ranks
     exchange heads, and each attends over the whole row with some of them."""
 
 

@@ -11,9 +11,9 @@ from torch.distributed import ProcessGroup
 from transformers import PretrainedConfig
 
 from hybridflow.layout import Layout
-from workers.config import TrainConfig
+from workers.config import ContextExchange, TrainConfig
 from workers.engines.base import Head
-from workers.engines.model.context_parallel import exchanges_heads
+from workers.engines.model.context_parallel import exchange_of
 from workers.engines.shared.group_sizes import assign_groups, nested_sizes
 from workers.engines.shared.micro_batches import (
     Cutting,
@@ -44,10 +44,10 @@ class ByLength:
         # Of a layer's products, 12 hidden^2 weights a token, against 2 hidden products for each of
         # half the tokens before it.
         self._quadratic = 1 / (12 * int(model.get_text_config().hidden_size))
-        self._heads: dict[int, bool] = {}
+        self._exchanges: dict[int, ContextExchange] = {}
         self._groups: dict[int, ProcessGroup] = {}
         for size in nested_sizes(config.cp):
-            self._heads[size] = exchanges_heads(model, replace(config, cp=size))
+            self._exchanges[size] = exchange_of(model, replace(config, cp=size))
             if size > 1:
                 self._groups[size] = _aligned_group(layout, size)
 
@@ -87,8 +87,7 @@ class ByLength:
     def _share(self, micro_batch: MicroBatch, size: int) -> MicroBatch:
         if size == 1:
             return pad_time(micro_batch, self._tp)
-        group, heads = self._groups[size], self._heads[size]
-        return share_row(micro_batch, group, heads=heads, multiple=self._tp)
+        return share_row(micro_batch, self._groups[size], self._exchanges[size], self._tp)
 
 
 def _aligned_group(layout: Layout, size: int) -> ProcessGroup:

@@ -23,22 +23,21 @@ from torch.distributed import ProcessGroup
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hybridflow.mapping.question.model import ModelSpec
-from workers.config import Precision, TrainConfig
+from workers.config import ContextExchange, Precision, TrainConfig
 from workers.engines.base import Head, Outputs
 from workers.engines.model.attention import can_share_prompts
 from workers.engines.model.context_parallel import cut_row, gather_reads, least_tokens
 from workers.engines.model.loading import standard_sizes
-from workers.engines.model.packing import Packing, packing_of
+from workers.engines.model.packing import Packing
 from workers.engines.model.rotary import depends_on_length
 from workers.engines.model.routers import find_routers
 from workers.engines.model.routing import Routing, routing_of
-from workers.engines.shared.rows_together import (
-    computed_tokens,
-    cut,
-    pack,
-    pack_prompts,
-    prompts_of,
-    units,
+from workers.engines.shared.rows_together import cut, pack, pack_prompts, prompts_of, units
+from workers.engines.shared.token_places import (
+    padded_block,
+    rows_and_columns,
+    segments_of,
+    token_indices,
 )
 from workers.sequences import Sequences, ragged_positions
 
@@ -226,14 +225,14 @@ def pad_time(micro_batch: MicroBatch, multiple: int, least: int = 1) -> MicroBat
 
 
 def share_row(
-    micro_batch: MicroBatch, group: ProcessGroup, *, heads: bool, multiple: int
+    micro_batch: MicroBatch, group: ProcessGroup, exchange: ContextExchange, multiple: int
 ) -> MicroBatch:
     """This rank's part of a packed micro-batch that the ranks of `group` compute together; parts
-    have multiples of `multiple` tokens. `heads`: see context_parallel.py."""
-    least = least_tokens(group.size(), heads=heads)
+    have multiples of `multiple` tokens."""
+    least = least_tokens(group.size(), exchange)
     micro_batch = pad_time(micro_batch, multiple, least * multiple)
     assert micro_batch.packing is not None, "train.cp was checked against packing"
-    packing = cut_row(micro_batch.packing, group, heads=heads, multiple=multiple)
+    packing = cut_row(micro_batch.packing, group, exchange, multiple)
     assert packing.part is not None
     tokens = packing.part.tokens
     place_of = torch.full_like(micro_batch.input_ids[0], -1)
@@ -389,12 +388,12 @@ def _micro_batch(
         read_rows, read_columns = part.row_of_token, columns - 1
     packing = routing = None
     if not cutting.packing:
-        starts, input_ids = _block(part, width)
+        starts, input_ids = padded_block(part, width)
 
         def place(rows: Tensor, columns: Tensor) -> Tensor:
             return starts[rows] + columns
     else:
-        segments = _segments(part, width, share=cutting.share_prompts)
+        segments = segments_of(part, width, share=cutting.share_prompts)
         input_ids, packing = segments.row(part, device)
         place = segments.positions
     positions = place(read_rows, read_columns)
@@ -418,107 +417,11 @@ def _routing(
     num_tokens: int,
     device: torch.device,
 ) -> Routing:
-    rows, columns = _tokens(width)
+    rows, columns = rows_and_columns(width)
     routes = None
     if part.routes is not None:
-        routes = part.routes[_first_tokens(part, width)].to(device)
+        routes = part.routes[token_indices(part, width)].to(device)
     return routing_of(rows, columns, place(rows, columns).to(device), num_tokens, routes)
-
-
-def _tokens(width: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column, int64 [sum(width)] each, of every token that is computed."""
-    rows = torch.repeat_interleave(torch.arange(len(width)), width)
-    return rows, torch.arange(int(width.sum())) - (torch.cumsum(width, 0) - width)[rows]
-
-
-@dataclass(frozen=True, slots=True)
-class _Segments:
-    """A packed row: the shared prompts, then what each row has of its own."""
-
-    shared: Tensor
-    """int64 [prompts]: a row that begins with each shared prompt."""
-    shared_lengths: Tensor
-    """int64 [prompts]."""
-    prompt: Tensor
-    """int64 [rows]: which shared prompt each row goes on after, or -1."""
-    cuts: Tensor
-    """int64 [rows]: tokens of each row that are in its shared prompt."""
-    widths: Tensor
-    """int64 [rows]: tokens of each row that are computed, shared ones included."""
-
-    @property
-    def lengths(self) -> Tensor:
-        """int64 [prompts + rows]: tokens of each segment; a row that ends with its prompt has
-        an empty one."""
-        return torch.cat([self.shared_lengths, self.widths - self.cuts])
-
-    def row(self, part: Sequences, device: torch.device) -> tuple[Tensor, Packing]:
-        """The ids int64 [1, tokens] and the packing; one padding token if there are no rows."""
-        lengths = self.lengths
-        if not len(lengths):
-            return torch.zeros(1, 1, dtype=torch.int64), packing_of([1], device)
-        begins = torch.cumsum(part.lengths, 0) - part.lengths
-        starts = torch.cat([begins[self.shared], begins + self.cuts])
-        ends = torch.cumsum(lengths, 0)
-        places = torch.arange(int(ends[-1])) + torch.repeat_interleave(
-            starts - (ends - lengths), lengths
-        )
-        prefixes = torch.cat([torch.full_like(self.shared, -1), self.prompt])
-        filled = lengths > 0
-        packing = packing_of(lengths[filled].tolist(), device, prefixes[filled].tolist())
-        return part.token_ids[places][None], packing
-
-    def positions(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Where the tokens at `columns` of `rows` are in the packed row."""
-        ends = torch.cumsum(self.lengths, 0)
-        begins = ends - self.lengths
-        num_shared = len(self.shared)
-        in_prompt = columns < self.cuts[rows]
-        prompt = self.prompt[rows].clamp(min=0)
-        of_prompt = begins[prompt] + columns if num_shared else columns
-        return torch.where(
-            in_prompt, of_prompt, begins[num_shared + rows] + columns - self.cuts[rows]
-        )
-
-
-def _segments(part: Sequences, width: Tensor, *, share: bool) -> _Segments:
-    """Prompts that at least two rows begin with are shared, longest first."""
-    none = torch.zeros(0, dtype=torch.int64)
-    num_rows = part.num_rows
-    alone = _Segments(
-        none, none, torch.full((num_rows,), -1), torch.zeros(num_rows, dtype=torch.int64), width
-    )
-    if not share or num_rows < 2:
-        return alone
-    prompts = prompts_of(part)
-    _, first, label, counts = np.unique(
-        prompts.label, return_index=True, return_inverse=True, return_counts=True
-    )
-    sizes = computed_tokens(prompts, width.numpy())[first]
-    several = np.flatnonzero((counts > 1) & (sizes > 0))
-    if not len(several):
-        return alone
-    several = several[np.argsort(-sizes[several], kind="stable")]
-    number = np.full(len(first), -1, dtype=np.int64)
-    number[several] = np.arange(len(several))
-    prompt = torch.from_numpy(number[label])
-    shared_lengths = torch.from_numpy(sizes[several])
-    cuts = torch.where(prompt >= 0, shared_lengths[prompt.clamp(min=0)], 0).minimum(width)
-    return _Segments(torch.from_numpy(first[several]), shared_lengths, prompt, cuts, width)
-
-
-def _block(part: Sequences, width: Tensor) -> tuple[Tensor, Tensor]:
-    time = int(width.max()) if len(width) else 1
-    input_ids = torch.zeros(max(1, len(width)), time, dtype=torch.int64)
-    if len(width):
-        input_ids[torch.arange(time) < width[:, None]] = part.token_ids[_first_tokens(part, width)]
-    return torch.arange(len(width)) * time, input_ids
-
-
-def _first_tokens(part: Sequences, width: Tensor) -> Tensor:
-    """int64 [sum(width)]: where the first tokens of each row are in part.token_ids."""
-    shift = (torch.cumsum(part.lengths, 0) - part.lengths) - (torch.cumsum(width, 0) - width)
-    return torch.arange(int(width.sum())) + torch.repeat_interleave(shift, width)
 
 
 def _to(part: Sequences, device: torch.device) -> Sequences:

@@ -20,10 +20,10 @@ from hybridflow.context import RankContext
 from hybridflow.resharding.shards import LocalParameter
 from hybridflow.snapshots.files import file_name, write_snapshot
 from hybridflow.snapshots.reading import SnapshotFiles
-from workers.config import ModelConfig, TrainConfig
+from workers.config import ContextExchange, ModelConfig, TrainConfig
 from workers.engines.base import Head, TrainingEngine, WeightSource
 from workers.engines.model.attention import check_shares_rows
-from workers.engines.model.context_parallel import exchanges_heads
+from workers.engines.model.context_parallel import exchange_of
 from workers.engines.model.conversion import as_stored
 from workers.engines.model.loading import (
     ModelSource,
@@ -119,7 +119,7 @@ class ShardedEngine(TrainingEngine):
         self._cutting = cutting_of(config, source.model)
         self._row_group: ProcessGroup | None = None
         """The ranks that share this rank's rows, under context parallelism."""
-        self._exchanges_heads = False
+        self._exchange = ContextExchange.ulysses
         self._tensor_group: ProcessGroup | None = None
         """The tensor ranks, of which each routes its part of the tokens."""
         if config.tp > 1 and self._cutting.has_routers:
@@ -127,7 +127,7 @@ class ShardedEngine(TrainingEngine):
         if config.cp > 1:
             check_shares_rows(source.model, config.cp)
             self._row_group = axis_group(self.layout, "cp")
-            self._exchanges_heads = exchanges_heads(published, config)
+            self._exchange = exchange_of(published, config)
         self._state_on_host = False
         self._host_memory = HostMemory()
         self._build(source, trains=trains)
@@ -405,13 +405,12 @@ class ShardedEngine(TrainingEngine):
     def _share_rows(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """This rank's parts of the micro-batches, with a time that tp divides."""
         group, tp = self._row_group, self.config.tp
-        heads = self._exchanges_heads
         shared = []
         for micro_batch in micro_batches:
             if group is None:
                 part = pad_time(micro_batch, tp)
             else:
-                part = share_row(micro_batch, group, heads=heads, multiple=tp)
+                part = share_row(micro_batch, group, self._exchange, tp)
             if self._tensor_group is not None:
                 part = route_part(part, self._tensor_group)
             shared.append(part)
