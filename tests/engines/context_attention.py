@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.ranks import worlds
 from workers.config import ContextExchange
-from workers.engines.model import ring
+from workers.engines.model import blocks
 from workers.engines.model.attention import attend
 from workers.engines.model.context_parallel import cut_row
 from workers.engines.model.packing import packing_of
@@ -32,7 +32,7 @@ class Case:
     softcap: float | None = None
     has_sinks: bool = False
     dtype: torch.dtype = torch.float64
-    tile_elements: int = ring.TILE_ELEMENTS
+    tile_elements: int = blocks.TILE_ELEMENTS
 
     @property
     def name(self) -> str:
@@ -101,7 +101,7 @@ def _attend(case: Case) -> Result:
     """This rank's part of the outputs and gradients, and a derivative by differences."""
     group = dist.group.WORLD
     assert group is not None
-    ring.TILE_ELEMENTS, ring.FEWEST_QUERIES = case.tile_elements, 1
+    blocks.TILE_ELEMENTS, blocks.FEWEST_QUERIES = case.tile_elements, 1
     packing = cut_row(packing_of(LENGTHS, torch.device("cpu"), PREFIXES), group, case.exchange)
     assert packing.part is not None
     tokens = packing.part.tokens

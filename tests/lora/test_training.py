@@ -148,7 +148,10 @@ def test_the_base_keeps_its_bits(root: Path, case: Case) -> None:
                 continue
             assert torch.equal(result.base_after[name], value), name
             if case.family != "qwen3_moe":  # whose file names the matrices of each expert
-                assert torch.equal(stored[name].to(value.dtype), value), name
+                expected = stored[name]
+                if case.precision is Precision.bf16:  # which the base is rounded to, once
+                    expected = expected.bfloat16().float()
+                assert torch.equal(expected, value), name
         if case.head is Head.lm and result.outputs is not None:
             for name in ("log_probs", "entropy"):
                 before = {"log_probs": result.outputs.log_probs, "entropy": result.outputs.entropy}

@@ -25,9 +25,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 
 from workers.engines.model.attention_probe import hands_packing_on
+from workers.engines.model.blocks import Scores
 from workers.engines.model.context_parallel import exchange_inputs, exchange_output
 from workers.engines.model.packing import Packing, Run
-from workers.engines.model.ring import Scores, block_attention, ring_attention
+from workers.engines.model.ring import block_attention, ring_attention
 from workers.engines.model.rotary import depends_on_length
 
 ATTENTION, FUSED_ATTENTION = "sequences", "sequences_fused"

@@ -30,8 +30,8 @@ from torch.distributed import ProcessGroup
 from transformers import PretrainedConfig
 
 from workers.config import ContextExchange, TrainConfig
+from workers.engines.model.blocks import ring_blocks
 from workers.engines.model.packing import Packing, RowPart, Run
-from workers.engines.model.ring import ring_blocks
 from workers.engines.model.rotary import depends_on_length
 from workers.engines.model.split_plan import bounds
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from workers.engines.model.ring import Row
+from workers.engines.model.blocks import Row
 
 
 @dataclass(frozen=True, slots=True)
