@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hybridflow.context import RankContext
 from hybridflow.resharding.shards import Box
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
 from tests.engines.threed_workers import OPTIMIZER
+from tests.ranks import worlds
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, Outputs, TrainingEngine
@@ -79,13 +79,7 @@ class Result:
 
 def run(rank: int, root: Path, cases: list[Case]) -> None:
     """One process."""
-    torch.set_num_threads(1)
-    for world_size in (2, 1):
-        if rank >= world_size:
-            continue
-        dist.init_process_group(
-            "gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size
-        )
+    for world_size in worlds(rank, root, (2, 1)):
         for case in cases:
             if case.world_size == world_size:
                 train(rank, root, case)
@@ -93,7 +87,6 @@ def run(rank: int, root: Path, cases: list[Case]) -> None:
             forward_only(rank, root)
             save(rank, root)
         resume(rank, root, world_size)
-        dist.destroy_process_group()
 
 
 def make_engine(case: Case, root: Path, rank: int, *, trains: bool = True) -> TrainingEngine:

@@ -15,6 +15,7 @@ from torch import Tensor
 from hybridflow.context import RankContext
 from tests.engines.split_families import split_differences
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
+from tests.ranks import worlds
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, TrainingEngine
@@ -85,26 +86,13 @@ class Result:
     metrics: list[dict[str, float]] = field(default_factory=list)
 
 
-def run_world(rank: int, root: Path, world_size: int, jobs: list[Job]) -> None:
-    """One process of a world: jobs are (name of a function below, its argument), run in order
-    by all ranks."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{root}/store{world_size}", rank=rank, world_size=world_size
-    )
-    try:
-        for name, argument in jobs:
+def run_worlds(rank: int, root: Path, jobs: list[tuple[int, list[Job]]]) -> None:
+    """Worlds of several sizes, each with its jobs (the name of a function below and its argument),
+    which all ranks run in order."""
+    by_size = dict(jobs)
+    for world_size in worlds(rank, root, list(by_size)):
+        for name, argument in by_size[world_size]:
             JOBS[name](rank, root, argument)
-    finally:
-        dist.destroy_process_group()
-
-
-def run_worlds(rank: int, root: Path, worlds: list[tuple[int, list[Job]]]) -> None:
-    """Worlds of several sizes one after the other in the same processes; ranks beyond a world's
-    size skip it."""
-    for world_size, jobs in worlds:
-        if rank < world_size:
-            run_world(rank, root, world_size, jobs)
 
 
 def make_engine(case: Case, root: Path, rank: int) -> TrainingEngine:

@@ -24,7 +24,8 @@ from tests.tiny import make_model
 from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.fsdp.engine import FsdpEngine
-from workers.engines.model.lora import check_adapter
+from workers.engines.model.loading import ModelSource
+from workers.engines.model.lora import attach, check_adapter
 from workers.engines.model.peft_files import PeftFiles
 from workers.generation.vllm.adapter import engine_options
 from workers.role_config import ActorConfig, ReferenceConfig
@@ -210,6 +211,15 @@ def test_kinds_of_adapters_that_are_not_trained_are_refused(
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=f"whose {next(iter(change))} is"):
         PeftFiles.read(str(tmp_path))
+
+
+def test_attaching_loads_no_weight(model: Path) -> None:
+    """Finding T15: an adapter is attached while the base is on meta, so that nothing is gathered or
+    held whole, under ZeRO-3 too."""
+    source = ModelSource(ModelConfig(path=str(model)), Head.lm, RankContext(), 0)
+    adapter = attach(source, LoraConfig(rank=4), Head.lm, 0)
+    assert adapter.layers
+    assert all(parameter.is_meta for parameter in source.model.parameters())
 
 
 @pytest.mark.parametrize(("rank", "slot"), [(1, 1), (20, 32), (512, 512)])
