@@ -16,7 +16,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ class Ledger:
         self.path = path
         self._file = LineFile(path)
         self.last: Line | None = None
+        self.unwritten: list[Line] = []
+        """Lines that wait for room on a full disk; a commit in memory holds them too."""
         self.names: dict[str, tuple[str, ...]] = {}
         """Each role's tensors."""
 
@@ -94,39 +96,40 @@ class Ledger:
     def append(self, line: Line) -> None:
         """Adds the line to the file. On a full disk it waits for room; the commit has it too."""
         self._file.append(json.dumps(line))
+        self.unwritten = [*self.unwritten, line] if self._file.is_waiting else []
         self._take(line)
 
     def sync(self) -> None:
         """Sees to it that a power cut leaves the lines so far; before every commit on disk, which
         holds its own line alone. An OSError where the disk has no room for them."""
         self._file.write()
+        self.unwritten = []
         if self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())
             DISK.sync(self.path.parent)
 
-    def rewind(self, last: Line | None) -> None:
+    def rewind(self, last: Line | None, unwritten: Sequence[Line] = ()) -> None:
         """Cuts the file behind the line `last`, and writes that line where it is missing; None:
-        removes the file."""
-        self._file = LineFile(self.path)
+        removes the file. On a full disk the new file waits for room. `unwritten`: the lines before
+        `last` that the disk had no room for when that was committed."""
         if last is None:
             self.path.unlink(missing_ok=True)
-            self.last, self.names = None, {}
+            self._file = LineFile(self.path)
+            self.last, self.unwritten, self.names = None, [], {}
             return
+        first = unwritten[0]["step"] if unwritten else last["step"]
         kept = []
-        for line in read_ledger(self.path):
-            if line["step"] < last["step"]:
+        for line in _lines(self._file.text(), self.path):
+            if line["step"] < first:
                 kept.append(line)
+        kept += unwritten
         # A resumed run may start in another directory, with no ledger yet.
         whole = bool(kept) and _chain(kept[-1]["chain"], last) == last["chain"]
         if not whole and last["chain"] != _chain("", last):
             LOGGER.warning("%s: lines before step %d are missing", self.path, last["step"])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".draft")
-        lines = [json.dumps(line) + "\n" for line in (*kept, last)]
-        DISK.write_synced(draft, "".join(lines))
-        draft.replace(self.path)
-        DISK.sync(self.path.parent)
+        self._file.rewrite(map(json.dumps, (*kept, last)))
+        self.unwritten = [*kept, last] if self._file.is_waiting else []
         self.names = {}
         for line in (*kept, last):
             self._take(line)
@@ -192,10 +195,15 @@ def read_ledger(path: Path) -> list[Line]:
     """The lines of a ledger up to the first that a crash or a power cut damaged: that is cut off,
     or is not the one that its chain says. A ledger that begins in another directory starts with
     any chain."""
-    lines: list[Line] = []
     if not path.exists():
-        return lines
-    for text in path.read_text(errors="replace").splitlines(keepends=True):
+        return []
+    return _lines(path.read_text(errors="replace"), path)
+
+
+def _lines(whole: str, path: Path) -> list[Line]:
+    """`whole`: the text of a ledger; `path`: for the log."""
+    lines: list[Line] = []
+    for text in whole.splitlines(keepends=True):
         try:
             line = json.loads(text)
             follows = not lines or line["chain"] == _chain(lines[-1]["chain"], line)

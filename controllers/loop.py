@@ -159,6 +159,8 @@ class Loop:
         have ended."""
         self.tracker.trace(CALLS.finish())  # what ran before is not part of this step's seconds
         started, clock = time.perf_counter(), time.time()
+        if prompts is None:
+            self._pass_over()
         position = self.data.position
         with self._rows_given_back_on_failure():
             if prompts is None:
@@ -187,17 +189,18 @@ class Loop:
         if self.samples is not None:
             self.tracker.show(self.step, self.samples.training(metrics, self.step))
         self.bad.watch(self.step, row)
-        self._pass_over()
         return row
 
     def _pass_over(self) -> None:
-        """Leaves out the rows of a step that was given up, where they come next."""
-        number = self.bad.num_next(self.data.position)
+        """Leaves out the rows of a step that was given up, where they come next. The ledger says
+        so in the line of the step that comes after them, however the run came here."""
+        position = self.data.position
+        number = self.bad.num_next(position)
         if number == 0:
             return
         before = self.data.state_dict()
         rows = self.data.take(number)
-        if self.bad.passes_over(rows):
+        if self.bad.passes_over(position, rows):
             self.data.end_step()
             self._rows.pass_over(rows)
         else:
@@ -251,7 +254,8 @@ class Loop:
             written = self.saving.stage(self.step)
             line = self._line = self._current_line(written or {})
             if written is not None:
-                self.saving.commit_staged(self.step, self._state() | {"ledger": line})
+                ledger = {"ledger": line, "unwritten": self.ledger.unwritten}
+                self.saving.commit_staged(self.step, self._state() | ledger)
             self.tracker.trace(CALLS.finish(), "snapshot", clock)
         return line
 
@@ -329,11 +333,16 @@ class Loop:
         if self.config.resume == "never":
             self.ledger.rewind(None)
             return
-        commit = self.saving.verified(checkpoint_at(Path(self.config.resume)))
+        self.begin_from(checkpoint_at(Path(self.config.resume)))
+        LOGGER.info("resumed from %s, step %d", self.config.resume, self.step)
+
+    def begin_from(self, commit: Commit) -> None:
+        """Brings everything to a commit of this run or of another one with the same settings. A
+        ValueError where the commit can't be read."""
+        commit = self.saving.verified(commit)
         self.saving.origin = commit
         self.go_to(commit)
         self.rewind(commit)
-        LOGGER.info("resumed from %s, step %d", commit.path, self.step)
 
     def restore(self) -> None:
         """Back to the newest commit of this run that every trained role can load, or to where it
@@ -358,9 +367,11 @@ class Loop:
     def rewind(self, commit: Commit | None) -> None:
         """Takes back what was recorded of the steps after the commit; None: of all steps."""
         self.saving.check_fence()
-        self.ledger.rewind(None if commit is None else commit.state.get("ledger"))
+        if commit is None:
+            self.ledger.rewind(None)
+        else:
+            self.ledger.rewind(commit.state.get("ledger"), commit.state.get("unwritten", ()))
         self._line = None
-        self._pass_over()
         retained = [trained for trained in self.trained_steps if trained.step <= self.step]
         self.trained_steps = retained
 

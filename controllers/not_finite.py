@@ -57,8 +57,8 @@ class BadSteps:
 
     def __init__(self, output_dir: Path) -> None:
         self.directory = output_dir / DIRECTORY
-        self._position = -1
-        self._uids: set[int] = set()
+        self._given_up: dict[int, list[int]] = {}
+        """The rows of the steps that were given up, by the position of the data before them."""
         self._history: dict[str, dict[int, float]] = {}
 
     @contextmanager
@@ -105,17 +105,22 @@ class BadSteps:
             )
         if rewinds:
             uids = tuple(prompts.tensor("uid").tolist())
-            self._position, self._uids = position, set(uids)
+            self._given_up[position] = list(dict.fromkeys(uids))
             raise StepGivenUp(step, tuple(roles), uids)
 
     def num_next(self, position: int) -> int:
-        """Rows of the step that was given up, where they come next."""
-        return len(self._uids) if position == self._position else 0
+        """Rows of steps that were given up, those that come next."""
+        return len(self._uids_next(position))
 
-    def passes_over(self, prompts: Batch) -> bool:
-        """Whether these are the rows that were given up; they are forgotten in any case."""
-        uids, self._uids = self._uids, set()
-        return set(prompts.tensor("uid").tolist()) <= uids
+    def passes_over(self, position: int, prompts: Batch) -> bool:
+        """Whether these are the rows that were given up there."""
+        return prompts.tensor("uid").tolist() == self._uids_next(position)
+
+    def _uids_next(self, position: int) -> list[int]:
+        uids: list[int] = []
+        while position + len(uids) in self._given_up:
+            uids += self._given_up[position + len(uids)]
+        return uids
 
     def watch(self, step: int, metrics: Mapping[str, float]) -> None:
         """Warns where a loss or a gradient norm is far over those of the steps before."""

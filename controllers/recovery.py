@@ -37,7 +37,8 @@ from hybridflow.recovery.actions import Action, Exit
 from hybridflow.recovery.attempts import Fenced
 from hybridflow.recovery.config import RecoveryConfig
 from hybridflow.recovery.events import Event, Place
-from hybridflow.recovery.machine import Phase, Policy, begin, decide
+from hybridflow.recovery.machine import decide
+from hybridflow.recovery.state import Phase, Policy, begin
 from hybridflow.supervision import SUPERVISION
 from hybridflow.waiting import CALLS
 
@@ -150,6 +151,8 @@ class Driver:
 
     def _decide(self, event: Event) -> tuple[Action, ...]:
         self.state, actions = decide(self.state, event, time.monotonic())
+        if self.events is not None:
+            self.events.flush()
         self._note()
         return actions
 

@@ -32,8 +32,8 @@ LOGGER = logging.getLogger(__name__)
 HUGGING_FACE = "huggingface"
 """Directory of a checkpoint with the model that the run is for."""
 MEMORY, DISK = "memory", "disk"
-DRAFTS = ("metrics.tmp", "samples.tmp", "summary.tmp", "ledger.draft")
-"""Files of the output directory that are renamed once they are whole."""
+DRAFTS = tuple(f".{name}.*.writing.*" for name in ("ledger", "metrics", "samples", "summary"))
+"""Files of the output directory that are renamed once they are whole (whole_file.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +225,7 @@ class Saving:
         """Makes the step that is on disk a checkpoint. An OSError for what the disk refuses."""
         flush, self._flush = self._flush, None
         assert flush is not None and flush.synced is not None
+        self.check_fence()
         self.before_commit()
         self.store.commit(
             flush.step,
@@ -237,8 +238,9 @@ class Saving:
     def tidy(self) -> None:
         """Removes the temporary files of writers that were killed."""
         self.store.tidy()
-        for name in DRAFTS:
-            (self.store.directory.parent / name).unlink(missing_ok=True)
+        for pattern in DRAFTS:
+            for draft in self.store.directory.parent.glob(pattern):
+                draft.unlink(missing_ok=True)
 
     def give_up_flush(self) -> None:
         self._flush = None

@@ -161,21 +161,15 @@ class CheckpointStore:
                 f"checkpoint: commit({step}) without begin({step}); {saving} does not exist"
             )
         _check_json(metadata)
-        if self._adding(step).is_dir():
-            for path in self._adding(step).iterdir():
-                path.rename(saving / path.name)
-            self._disk.remove(self._adding(step))
-        names, directories = [], [saving]
-        for path in saving.rglob("*"):
-            if path.is_dir():
-                directories.append(path)
-            elif path.is_file() and path != saving / MANIFEST:
-                names.append(str(path.relative_to(saving)))
         if sequence is None:
             sequence = max((checkpoint.sequence for checkpoint in self._scan()), default=0) + 1
         digests = dict(synced or {})
-        names = sorted(set(names) - set(digests))
+        names = sorted(set(_files(saving)) - {*digests, MANIFEST})
         digests |= self._disk.digests(saving, names, sync=True)
+        # Moved last: where the disk refuses the rest, what was added is there for the next save.
+        adding = self._adding(step)
+        if adding.is_dir():
+            digests |= self._disk.digests(adding, _files(adding), sync=True)
         numbers: dict[str, float | str] = {}
         for name, value in (metrics or {}).items():
             # JSON has no infinity.
@@ -188,14 +182,20 @@ class CheckpointStore:
             "files": dict(sorted(digests.items())),
             "metadata": metadata,
         }
-        self._disk.write_synced(saving / MANIFEST, json.dumps(manifest, indent=1))
-        for directory in directories:
-            self._disk.sync(directory)
-        self._check_fence()
         path = self._free_name(step)
+        self._disk.write_synced(saving / MANIFEST, json.dumps(manifest, indent=1))
+        self._disk.write_synced(self.directory / ".latest", path.name + "\n")
+        self._check_fence()
+        if adding.is_dir():
+            for added in adding.iterdir():
+                added.rename(saving / added.name)
+            self._disk.remove(adding)
+        for directory in (saving, *saving.rglob("*")):
+            if directory.is_dir():
+                self._disk.sync(directory)
+        self._check_fence()
         saving.rename(path)
         self._disk.sync(self.directory)
-        self._disk.write_synced(self.directory / ".latest", path.name + "\n")
         (self.directory / ".latest").replace(self.directory / "latest")
         self._prune()
         return read_checkpoint(path)
@@ -336,6 +336,15 @@ class CheckpointStore:
             number += 1
             path = self.directory / f"step-{step:08d}-{number}"
         return path
+
+
+def _files(directory: Path) -> list[str]:
+    """All files below, by relative name."""
+    names = []
+    for path in directory.rglob("*"):
+        if path.is_file():
+            names.append(str(path.relative_to(directory)))
+    return sorted(names)
 
 
 def load_metadata(path: Path, disk: Disk = DISK) -> dict[str, Any]:

@@ -7,11 +7,17 @@ import hashlib
 import logging
 import os
 import shutil
+import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from hybridflow.whole_file import whole_file
+
 LOGGER = logging.getLogger(__name__)
+ROOM = ".room"
+"""A file that only shows that there is room for it."""
 
 
 class Disk:
@@ -59,6 +65,7 @@ class LineFile:
 
     file = LineFile(path)
     file.append("line")
+    file.rewrite(["another first line"])
     file.write()            # an OSError where lines still wait
     """
 
@@ -66,24 +73,50 @@ class LineFile:
         """`synced`: every line is on disk before append returns."""
         self.path, self._synced = path, synced
         self._waiting = b""
+        self._is_rewritten = False
+        """Whether what waits takes the place of the whole file."""
         self._is_begun = False
         """Whether the end of the file is this process' own."""
 
     def append(self, line: str) -> None:
         """Adds a line; where the disk refuses it, that is said once, in the log."""
-        already = bool(self._waiting)
+        already = self.is_waiting
         self._waiting += line.encode() + b"\n"
+        self.try_writing(quiet=already)
+
+    def rewrite(self, lines: Iterable[str]) -> None:
+        """Puts a file of these lines, synced, in the place of the present one, which stays as it is
+        until the disk has room for them."""
+        self._waiting = "".join([line + "\n" for line in lines]).encode()
+        self._is_rewritten = True
+        self.try_writing()
+
+    def text(self) -> str:
+        """The file's text, with the lines that wait."""
+        written = ""
+        if not self._is_rewritten and self.path.exists():
+            written = self.path.read_text(errors="replace")
+        return written + self._waiting.decode()
+
+    def try_writing(self, *, quiet: bool = False) -> None:
+        """As `write`; what the disk refuses is said in the log unless `quiet`."""
         try:
             self.write()
         except OSError as error:
-            if not already:
+            if not quiet:
                 LOGGER.warning("%s: %s; its lines wait for room in memory", self.path, error)
 
     def write(self) -> None:
         """Writes the lines that wait. A line that was written in part is gone on with."""
-        if not self._waiting:
+        if not self.is_waiting:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._is_rewritten:
+            with whole_file(self.path) as temporary:
+                DISK.write_synced(temporary, self._waiting.decode())
+            DISK.sync(self.path.parent)
+            self._waiting, self._is_rewritten, self._is_begun = b"", False, True
+            return
         with self.path.open("a+b", buffering=0) as file:
             if not self._is_begun and _is_torn(file):
                 self._waiting = b"\n" + self._waiting
@@ -92,6 +125,30 @@ class LineFile:
                 self._waiting = self._waiting[file.write(self._waiting) :]
             if self._synced:
                 os.fsync(file.fileno())
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether lines wait for room."""
+        return bool(self._waiting) or self._is_rewritten
+
+
+def wait_for_room(directory: Path, num_bytes: int, within_s: float) -> None:
+    """Returns once the disk takes a file of so many bytes in `directory`; the last OSError where it
+    did not within that time."""
+    deadline, refused = time.monotonic() + within_s, False
+    while True:
+        try:
+            with whole_file(directory / ROOM) as temporary:
+                DISK.write_synced(temporary, " " * num_bytes)
+            (directory / ROOM).unlink(missing_ok=True)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise
+            if not refused:
+                LOGGER.warning("%s: %s; waiting for the disk", directory, error)
+            refused = True
+            time.sleep(1.0)
 
 
 def _is_torn(file: IO[bytes]) -> bool:

@@ -95,6 +95,10 @@ class EventLog:
         self._file.append(json.dumps(line))
         return line
 
+    def flush(self) -> None:
+        """Writes the events that waited for room on a full disk, where there is some."""
+        self._file.try_writing(quiet=True)
+
     def read(self) -> list[dict[str, Any]]:
         """Every event so far, oldest first; a line cut off by a crash is left out."""
         if not self.path.exists():

@@ -72,6 +72,11 @@ class Supervision:
         """What this controller and those before it noted."""
         return dict(self._state)
 
+    @property
+    def took_over(self) -> bool:
+        """Whether this controller goes on with the work of one that died."""
+        return bool(self._state.get("again"))
+
     def note(self, **values: Any) -> None:
         if self.directory is None:
             return

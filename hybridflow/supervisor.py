@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -115,6 +116,8 @@ class Supervisor:
     interrupted: bool = False
     frozen: str = ""
     """Why the controller was killed from here."""
+    events: EventLog | None = None
+    """Holds what a full disk has refused so far."""
 
     def run(self) -> NoReturn:
         become_subreaper()
@@ -157,6 +160,8 @@ class Supervisor:
             status = reap().get(self.pid)
             if status is not None:
                 return status
+            if self.events is not None:
+                self.events.flush()
             # Time in which this process was stopped itself, by Ctrl-Z, does not count.
             now = time.monotonic()
             silent_s, seen = silent_s + min(now - seen, 2 * POLL_S), now
@@ -197,12 +202,13 @@ class Supervisor:
             cause=cause,
             step=state.get("furthest", -1) + 1,
         )
-        events = EventLog(Path(self.output_dir))
-        if events.path.parent.is_dir():
-            events.write("failure", **asdict(failure), evidence=self.frozen, then=then)
-        if sys.stderr.isatty():
-            sys.stderr.write("\x1b[?25h")  # a killed progress display leaves the cursor hidden
-        print(f"the controller {cause}; {then}", file=sys.stderr)
+        self.events = self.events or EventLog(Path(self.output_dir))
+        if self.events.path.parent.is_dir():
+            self.events.write("failure", **asdict(failure), evidence=self.frozen, then=then)
+        with suppress(OSError):  # the log may be on a full disk
+            if sys.stderr.isatty():
+                sys.stderr.write("\x1b[?25h")  # a killed progress display leaves the cursor hidden
+            print(f"the controller {cause}; {then}", file=sys.stderr)
 
     def restart(self, budget: Budget) -> None:
         for name in (HEARTBEAT, STACKS):

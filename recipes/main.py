@@ -12,6 +12,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from hybridflow.disk import wait_for_room
 from hybridflow.failures import may_be_retried
 from hybridflow.supervision import SUPERVISION, supervise
 from hybridflow.waiting import catch_interrupts
@@ -30,6 +31,8 @@ HYDRA_SETTINGS = ("hydra.output_subdir=null", "hydra.run.dir=.", "hydra/job_logg
 """Hydra writes no files of its own and leaves logging alone."""
 SUPERVISOR_FACTOR = 1.5
 """The controller's deadline for a sign of life, in call_timeout_s: longer than any call's."""
+ROOM_BYTES = 1 << 20
+"""A controller that takes over waits until the disk has room for so much."""
 Run = Callable[[RunConfig], object]
 
 
@@ -63,6 +66,10 @@ def main(find: Callable[[], RecipeFile], arguments: Sequence[str], run: Run = tr
                     stale_s=SUPERVISOR_FACTOR * settings.call_timeout_s,
                 )
             with final_errors():
+                if SUPERVISION.took_over:
+                    wait_for_room(
+                        Path(settings.output_dir), ROOM_BYTES, settings.recovery.disk_grace_s
+                    )
                 start(settings, arguments, run)
 
 

@@ -49,6 +49,7 @@ from hybridflow.recovery.attempts import Attempt
 from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.supervision import SUPERVISION
 from hybridflow.waiting import CALLS
+from hybridflow.whole_file import whole_file
 from recipes.asynchrony import rows_ahead, streaming_actor
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
 from recipes.environment import environment
@@ -216,7 +217,8 @@ class Session:
     def _resume(self, loop: Loop, tracker: Tracker, attempt: Attempt, first_step: int) -> None:
         """Brings the loop to where the run stands. `first_step`: the step that the tracker goes on
         behind."""
-        loop.try_saving()
+        if not SUPERVISION.took_over:  # a full disk does not end a run that was under way
+            loop.try_saving()
         loop.saving.begins_after = SUPERVISION.state.get("begins_after", 0)
         loop.resume()
         if loop.step < first_step:  # the newest commit is damaged: its metrics go with it
@@ -457,8 +459,10 @@ def start_tracker(config: RunConfig, directory: Path, first_step: int, num_steps
     """The metrics of this run; what an earlier one logged after `first_step` is dropped."""
     settings = OmegaConf.structured(with_named_functions(config))
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(OmegaConf.to_yaml(settings))
-    (directory / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    with whole_file(directory / "config.yaml") as path:
+        path.write_text(OmegaConf.to_yaml(settings))
+    with whole_file(directory / "environment.json") as path:
+        path.write_text(json.dumps(environment(), indent=1) + "\n")
     return Tracker(
         config.metrics,
         directory,

@@ -1,13 +1,15 @@
 """Random kills of a PPO run's processes, each compared with the undisturbed run.
 
     python -m benchmarks.chaos --kills 30 --json chaos.json [--seed 0] [--per-run 5] [--engine hf]
-        [--kinds policy controller samples values raise "reward task"]
+        [--kinds policy controller samples values raise "reward task" disk]
 
 A kill counts as recovered if the run went on, and only with a witness: a failure record of the
 right kind, pool and rank; for a task that scores rows none, as it is run again. After each kill
 the weights and moments of the first step committed are held against the undisturbed run's, bit for
 bit, and at the end of the run all steps, all metrics and the rows drawn; at the very end nothing
-may be left behind. Leaves out the death of machines and of Ray's own processes.
+may be left behind. `disk` kills a rank while the run's directory, a small file system of its own, is
+full. A kind that this machine can't run is said. Leaves out the death of machines and of Ray's own
+processes; vLLM's engine is part of the host process, which `samples` kills.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.chaos.full_disk import may_mount, mount, unmount
 from benchmarks.chaos.kills import KINDS, Kill, carry_out, draw
 from benchmarks.chaos.runs import RunFiles, equal_runs, make_inputs, rows_of, start_run
 from hybridflow.burial import TOKEN
@@ -82,7 +87,27 @@ def main() -> None:
 
 
 def disturb(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    with ExitStack() as mounted:
+        return disturb_all(directory, arguments, mounted)
+
+
+def possible(kinds: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The kinds that can be carried out here, and why the others can't."""
+    reasons = {}
+    if "disk" in kinds and not may_mount():
+        reasons["disk"] = "this user may not mount a small file system"
+    return [kind for kind in kinds if kind not in reasons], reasons
+
+
+def disturb_all(
+    directory: Path, arguments: argparse.Namespace, mounted: ExitStack
+) -> dict[str, Any]:
     started = time.monotonic()
+    kinds, reasons = possible(arguments.kinds)
+    for kind, reason in reasons.items():
+        print(f"kind {kind} is not run: {reason}", flush=True)
+    if not kinds:
+        raise ValueError("--kinds: none of them can be carried out on this machine")
     model, data = make_inputs(directory)
     per_run = min(arguments.per_run, arguments.kills)
     num_steps = STEPS_PER_KILL * per_run + 2
@@ -90,13 +115,16 @@ def disturb(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     undisturbed = RunFiles(directory=directory / "undisturbed")
     process = start_run(undisturbed.directory, model, data, num_steps, arguments.engine)
     if disturb_one(undisturbed, process, [], undisturbed)[1]:
-        raise RuntimeError(f"the undisturbed run failed: {undisturbed.directory / 'log.txt'}")
+        raise RuntimeError(f"the undisturbed run failed: {undisturbed.log.read_text()[-2000:]}")
     generator = random.Random(arguments.seed)
-    kills = [draw(generator, number, arguments.kinds) for number in range(arguments.kills)]
+    kills = [draw(generator, number, kinds) for number in range(arguments.kills)]
     rows: list[Row] = []
     lost = doubled = 0
     for number, first in enumerate(range(0, len(kills), per_run)):
         run = RunFiles(directory=directory / f"disturbed-{number}")
+        if "disk" in kinds:
+            mount(run.directory)
+            mounted.callback(unmount, run.directory)
         process = start_run(run.directory, model, data, num_steps, arguments.engine)
         part, status = disturb_one(run, process, kills[first : first + per_run], undisturbed)
         differences = [f"status {status}"] if status else equal_runs(undisturbed, run)
@@ -113,6 +141,7 @@ def disturb(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "weights_equal": sum(row.weights_equal for row in rows),
         "processes_left": len(processes() - before),
         "files_left": sorted(left_files() - files_before) + drafts(directory),
+        "not_run": reasons,
         "seed": arguments.seed,
         "seconds": time.monotonic() - started,
         "rows": [asdict(row) for row in rows],

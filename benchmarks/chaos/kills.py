@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.chaos.full_disk import full
 from benchmarks.chaos.marks import MARKS, RAISE, REWARD_TASK
 from benchmarks.chaos.runs import RunFiles
 
@@ -32,6 +33,8 @@ PHASES = {
 meanwhile."""
 WATCHED = ("policy", "values", "samples")
 POLL_S = 0.003
+FULL_S = 20.0
+"""How long a full disk stays full after the kill: longer than the recovery takes."""
 PATIENCE_S = 60.0
 """How long a phase is waited for; then the process is killed wherever it is."""
 
@@ -42,7 +45,8 @@ class Kill:
     fraction=0.3)"""
 
     target: str
-    """A pool, "controller", "reward task" or "raise": a rank's method that raises."""
+    """A pool, "controller", "reward task", "raise": a rank's method that raises, or "disk": rank
+    of the policy while the run's disk is full."""
     rank: int
     how: signal.Signals
     phase: str
@@ -65,9 +69,12 @@ class Kill:
             return False
         if self.target == "controller":
             return failure["role"] == "controller"
-        if self.target == "raise":
-            return failure["pool"] == "policy" and failure["rank"] == self.rank
-        return failure["pool"] == self.target and failure["rank"] == self.rank
+        return failure["pool"] == self.pool and failure["rank"] == self.rank
+
+    @property
+    def pool(self) -> str:
+        """Where the process is."""
+        return "policy" if self.target in ("raise", "disk") else self.target
 
 
 TURNS = (
@@ -78,6 +85,7 @@ TURNS = (
     ("values", 0),
     ("raise", 1),
     ("reward task", 0),
+    ("disk", 0),
 )
 """(target, rank) of the kills, in turn."""
 KINDS = tuple(dict.fromkeys(target for target, _ in TURNS))
@@ -92,6 +100,9 @@ def draw(generator: random.Random, number: int, kinds: Collection[str] = KINDS) 
         return Kill(
             target=target, rank=rank, how=signal.SIGKILL, phase=phases[target], fraction=0.0
         )
+    if target == "disk":
+        phase = generator.choice(PHASES["policy"])
+        return Kill(target=target, rank=rank, how=signal.SIGKILL, phase=phase, fraction=0.5)
     signals = [signal.SIGKILL] * 4 + [signal.SIGSEGV, signal.SIGABRT]
     if target != "controller":
         signals.append(signal.SIGSTOP)
@@ -110,6 +121,16 @@ def carry_out(kill: Kill, run: RunFiles, median_s: Mapping[str, float]) -> float
     RuntimeError where the process is not there."""
     if kill.target in ("raise", "reward task"):
         return leave_mark(run.directory, kill)
+    if kill.target == "disk":
+        with full(run.directory):
+            killed_at = send_signal(kill, run, median_s)
+            time.sleep(FULL_S)
+        return killed_at
+    return send_signal(kill, run, median_s)
+
+
+def send_signal(kill: Kill, run: RunFiles, median_s: Mapping[str, float]) -> float:
+    """Sends it at its moment; returns when that was."""
     watched, victim = _processes(kill, run)
     started = _start_time(victim)
     deadline = time.monotonic() + PATIENCE_S
@@ -145,7 +166,7 @@ def _processes(kill: Kill, run: RunFiles) -> tuple[int, int]:
     pids = records[-1]["pids"]
     controller = [event["pid"] for event in records if event["event"] == "started"][-1]
     if kill.target != "controller":
-        return pids[kill.target][kill.rank], pids[kill.target][kill.rank]
+        return pids[kill.pool][kill.rank], pids[kill.pool][kill.rank]
     for pool, phases in PHASES.items():
         if kill.phase in phases:
             return pids[pool][0], controller

@@ -65,6 +65,11 @@ class RunFiles:
 
     directory: Path
 
+    @property
+    def log(self) -> Path:
+        """Beside the directory, whose disk may be full."""
+        return self.directory.with_name(f"{self.directory.name}.log")
+
     def events(self, event: str = "") -> list[dict[str, Any]]:
         lines = self._lines(EVENTS)
         return [line for line in lines if not event or line["event"] == event]
@@ -126,7 +131,7 @@ def start_run(
         *more,
     ]
     output.mkdir(parents=True, exist_ok=True)
-    with (output / "log.txt").open("w") as log:
+    with RunFiles(directory=output).log.open("w") as log:
         return subprocess.Popen(
             command,
             stdout=log,

@@ -37,6 +37,8 @@ class JsonlSink(Sink):
         self._directory = directory
         self._metrics = _continue(directory / METRICS, start_step)
         self._samples = _continue(directory / SAMPLES, start_step)
+        self._lost: dict[int, LineFile] = {}
+        """By attempt: the lines that recoveries took back."""
 
     def log(self, row: Row) -> None:
         fields = {"step": row.step, "split": row.split, "time_s": round(row.time_s, 3)}
@@ -51,20 +53,19 @@ class JsonlSink(Sink):
 
     def rewind(self, step: int, attempt: int) -> None:
         """The lost lines of metrics.jsonl go to lost/attempt-<attempt>.jsonl."""
+        lost = [row for row in _rows_of(self._metrics) if row["step"] > step]
+        for row in lost:
+            self._lost_file(attempt).append(_line(row))
         for file in (self._metrics, self._samples):
-            file.write()
-        lost = [row for row in _read_lines(self._directory / METRICS) if row["step"] > step]
-        if lost:
-            path = self._directory / "lost" / f"attempt-{attempt}.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            with path.open("a") as lost_file:
-                for row in lost:
-                    lost_file.write(_line(row) + "\n")
-        self._metrics = _cut(self._directory / METRICS, step)
-        self._samples = _cut(self._directory / SAMPLES, step)
+            file.rewrite([_line(row) for row in _rows_of(file) if row["step"] <= step])
+
+    def _lost_file(self, attempt: int) -> LineFile:
+        if attempt not in self._lost:
+            self._lost[attempt] = LineFile(self._directory / "lost" / f"attempt-{attempt}.jsonl")
+        return self._lost[attempt]
 
     def close(self) -> None:
-        for file in (self._metrics, self._samples):
+        for file in (self._metrics, self._samples, *self._lost.values()):
             file.write()
             with file.path.open("rb") as written:
                 os.fsync(written.fileno())
@@ -95,7 +96,15 @@ def replace_samples(path: Path, rows: SampleRows) -> None:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines(keepends=True)
+    return _parsed(path.read_text(), path)
+
+
+def _rows_of(file: LineFile) -> list[dict[str, Any]]:
+    return _parsed(file.text(), file.path)
+
+
+def _parsed(text: str, path: Path) -> list[dict[str, Any]]:
+    lines = text.splitlines(keepends=True)
     rows = []
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith("\n"):
@@ -111,22 +120,18 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _continue(path: Path, start_step: int) -> LineFile:
     """The file, without the lines after start_step."""
+    rows = []
     if start_step and path.exists():
-        return _cut(path, start_step)
-    return _rewrite(path, [])
-
-
-def _cut(path: Path, step: int) -> LineFile:
-    """The file without the lines after `step`."""
-    return _rewrite(path, [row for row in _read_lines(path) if row["step"] <= step])
+        rows = [row for row in _read_lines(path) if row["step"] <= start_step]
+    return _rewrite(path, rows)
 
 
 def _rewrite(path: Path, rows: Sequence[Mapping[str, object]]) -> LineFile:
-    """The file with these rows only."""
-    with whole_file(path) as temporary, temporary.open("w") as file:
-        for row in rows:
-            file.write(_line(row) + "\n")
-    return LineFile(path)
+    """The file with these rows only. An OSError for what the disk refuses."""
+    file = LineFile(path)
+    file.rewrite(map(_line, rows))
+    file.write()
+    return file
 
 
 def _append_samples(file: LineFile, rows: SampleRows) -> None:

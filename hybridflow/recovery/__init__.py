@@ -5,6 +5,7 @@
     actions.py   what to do: run a step, stage, flush, rebuild, restore, stop
     budget.py    how often a run may start again, inside a controller and under its supervisor
     attempts.py  who may write: a number for every life of a controller
+    state.py     what decisions remember: settings, phase, commits, budget
     machine.py   decide(state, event, now) -> (state, actions): the whole policy on two pages
 
 Carrying actions out is left out (controllers/recovery.py), and so is noticing that something died

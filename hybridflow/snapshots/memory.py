@@ -94,13 +94,20 @@ class MemoryPlace:
         return place
 
     @classmethod
+    def of(cls, output_dir: Path, root: Path = SHARED_MEMORY) -> MemoryPlace | None:
+        """The place of the run in `output_dir`, for whoever reads it and has not claimed an attempt;
+        None where there is no run."""
+        file = output_dir.absolute() / DIRECTORY / RUN
+        if not file.is_file():
+            return None
+        return cls(memory_directory(output_dir.absolute(), file.read_text(), root), 0)
+
+    @classmethod
     def commits_of(cls, output_dir: Path, root: Path = SHARED_MEMORY) -> list[MemoryCommit]:
         """The commits in memory of the run in `output_dir`, the newest first; for whoever has not
         claimed an attempt."""
-        file = output_dir.absolute() / DIRECTORY / RUN
-        if not file.is_file():
-            return []
-        return cls(memory_directory(output_dir.absolute(), file.read_text(), root), 0).commits()
+        place = cls.of(output_dir, root)
+        return [] if place is None else place.commits()
 
     def target(self, step: int) -> Path:
         return self.directory / f"{step:08d}.{self._attempt}"

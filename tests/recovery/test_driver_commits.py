@@ -73,6 +73,15 @@ def test_a_full_disk_is_said_and_waited_for(
     assert loop.store.all()[-1].step == 5
 
 
+def test_a_commit_that_the_disk_refuses_keeps_its_model(tmp_path: Path, shm: Path) -> None:
+    """The last step's export is written once, and is in the commit that comes at last. Found by
+    the simulation."""
+    loop = with_disk(make_loop(tmp_path, shm, checkpoint_every=0), FullDisk(3))
+    Driver(loop).run()
+    (last,) = loop.store.all()
+    assert (last.path / "huggingface").is_dir()
+
+
 class NoExport(HandRole):
     """Its disk has no room for the model until it was asked `times` times."""
 
@@ -127,7 +136,7 @@ def test_what_killed_writers_left_is_removed_at_the_next_start(tmp_path: Path, s
     left.append(tmp_path / "checkpoints" / ".deleting-step-00000001")
     for directory in left:
         directory.mkdir(parents=True)
-    drafts = [tmp_path / "ledger.draft", tmp_path / "metrics.tmp"]
+    drafts = [tmp_path / f".{name}.4711.writing.jsonl" for name in ("ledger", "metrics")]
     for draft in drafts:
         draft.write_text("half")
     make_loop(tmp_path, shm)

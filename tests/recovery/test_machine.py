@@ -10,7 +10,8 @@ from hybridflow.recovery import events as on
 from hybridflow.recovery.actions import Action, Exit
 from hybridflow.recovery.budget import Budget, after_exit
 from hybridflow.recovery.events import Event, Failure, Kind, Place
-from hybridflow.recovery.machine import Phase, Policy, State, begin, decide
+from hybridflow.recovery.machine import decide
+from hybridflow.recovery.state import Phase, Policy, State, begin
 
 DEATH = Failure(kind=Kind.died, pool="policy", role="actor", rank=1, cause="SIGKILL")
 

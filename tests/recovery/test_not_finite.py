@@ -103,6 +103,24 @@ def test_the_weights_are_those_without_the_step(
     assert named == (["started"] if policy == "skip" else ["started", "not_finite", "rewound"])
 
 
+def overflows_late(*, response: str, answer: str, **columns: object) -> float:
+    """Of the last four of eight prompts."""
+    reward = float(crc32(response.encode()) % 7)
+    return reward * 1e37 if int(answer) >= 4 else reward
+
+
+def test_steps_that_follow_each_other_are_all_passed_over(
+    tmp_path: Path, settings: Callable[..., dict[str, object]]
+) -> None:
+    """The run goes back twice to step 2, and ends there: the two steps behind it are left out."""
+    shorter = settings(tmp_path / "shorter") | {"loop.num_epochs": None, "loop.num_steps": 2}
+    run("rloo", shorter, reward=overflows_late)
+    more = {"actor.train.optimizer.on_nonfinite": "rewind"}
+    outcome = run("rloo", settings(tmp_path / "whole", **more), reward=overflows_late)
+    assert outcome.num_steps == 2
+    assert same(final_weights(tmp_path / "whole"), final_weights(tmp_path / "shorter"))
+
+
 def test_stop_ends_the_run_and_saves_the_prompts(
     tmp_path: Path, settings: Callable[..., dict[str, object]]
 ) -> None:

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from tests.recovery.simulation.controller import Bugs
+from tests.recovery.simulation.bugs import Bugs
 from tests.recovery.simulation.faults import Fault, What, draw
 from tests.recovery.simulation.simulation import shrunk, simulate
 
@@ -63,7 +63,7 @@ def test_no_fault_is_no_recovery() -> None:
 @pytest.mark.parametrize("what", OLD_FAILURES)
 def test_old_failures(what: str) -> None:
     seed, faults = OLD_FAILURES[what]
-    outcome = simulate(seed, faults=faults)
+    outcome = simulate(seed, faults=faults, exports=False)
     assert not outcome.broken, outcome
 
 

@@ -2,7 +2,10 @@
 
     crash_files.py   files that forget, tear, or flip what was not synced when the power fails
     cluster.py       nodes, pools, ranks, and the weights, whose every update is a hash of the last
-    controller.py    the driver that carries out the machine's actions, one small wait at a time
+    calls.py         what a controller knows, and its calls, one small wait at a time
+    commits.py       snapshots in memory, the ledger, exports and commits on disk
+    controller.py    the driver that carries out the machine's actions
+    bugs.py          mistakes to plant
     faults.py        a seed's faults, and the search for the fewest that still break something
     simulation.py    simulate(seed) -> Outcome, with the rules that no fault may break
 

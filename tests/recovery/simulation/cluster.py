@@ -44,6 +44,11 @@ def rows_from(position: int) -> tuple[int, ...]:
     return tuple(mix(row, 1) for row in range(position, position + ROWS_PER_STEP))
 
 
+def marked(rows: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows that no step trains on, as the ledger has them."""
+    return tuple(-row for row in rows)
+
+
 def sample(generator: int, rows: tuple[int, ...]) -> int:
     return mix(generator, *rows)
 
@@ -73,11 +78,18 @@ def is_whole(line: str) -> bool:
     return checksum == f"{crc32(text.encode()):08x}"
 
 
-def undisturbed(num_steps: int) -> Truth:
+def undisturbed(num_steps: int, given_up: frozenset[int] = frozenset()) -> Truth:
+    """`given_up`: positions of rows whose gradient is not finite: they are passed over."""
     weights = {role: start_weights(role) for role in TRAINED}
     states, lines = [weights], [ledger_line(0, (), digest(weights))]
+    position = 0
     for step in range(1, num_steps + 1):
-        rows = rows_from((step - 1) * ROWS_PER_STEP)
+        passed_over: tuple[int, ...] = ()
+        while position in given_up:
+            passed_over += marked(rows_from(position))
+            position += ROWS_PER_STEP
+        rows = rows_from(position)
+        position += ROWS_PER_STEP
         drawn = sample(digest({"actor": weights["actor"]}), rows)
         numbers = mix(drawn, digest({"critic": weights["critic"]}))
         later = {}
@@ -88,7 +100,7 @@ def undisturbed(num_steps: int) -> Truth:
             }
         weights = later
         states.append(weights)
-        lines.append(ledger_line(step, rows, digest(weights)))
+        lines.append(ledger_line(step, passed_over + rows, digest(weights)))
     return Truth(weights=tuple(states), ledger=tuple(lines))
 
 

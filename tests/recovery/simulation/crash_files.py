@@ -271,12 +271,16 @@ class SimulatedPath:
         self.holder().changed()
 
     def replace(self, target: SimulatedPath) -> SimulatedPath:
-        if self.parts[:-1] != target.parts[:-1]:
-            raise OSError(errno.EXDEV, "The model renames within a directory", str(target))
+        """Into another directory it is two changes, of which a power cut may leave either."""
         self.files.change()
-        parent = self.holder()
+        parent, receiver = self.holder(), target.holder()
         if self.name not in parent.entries:
             raise FileNotFoundError(errno.ENOENT, "No such file", str(self))
-        parent.entries[target.name] = parent.entries.pop(self.name)
+        receiver.entries[target.name] = parent.entries.pop(self.name)
         parent.changed()
+        if receiver is not parent:
+            receiver.changed()
         return target
+
+    def iterdir(self) -> Iterator[SimulatedPath]:
+        return self.glob("*")

@@ -26,6 +26,7 @@ class What(StrEnum):
     flip_in_memory = "flip_in_memory"
     flip_on_disk = "flip_on_disk"
     double_an_event = "double_an_event"
+    not_finite = "not_finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Fault:
     at: float
     """Seconds of virtual time."""
     number: int
-    """Which rank, node, file operation, or event."""
+    """Which rank, node, file operation, event, or rows."""
     seconds: float
     """How long it lasts, or the notice's time."""
 
@@ -52,6 +53,9 @@ class Setup:
     flush_seconds: float
     snapshot_every: int
     max_restarts: int
+    export_every: int
+    exports: bool
+    """Whether exports are files, which a full disk refuses."""
     faults: tuple[Fault, ...]
 
 
@@ -59,7 +63,7 @@ def draw(seed: int) -> Setup:
     chance = random.Random(seed)
     num_steps = chance.randint(2, 6)
     horizon = 6.0 + 7.0 * num_steps
-    kinds = list(What)
+    kinds = [what for what in What if what is not What.not_finite]
     faults = []
     for _ in range(chance.randint(1, 5)):
         fault = Fault(
@@ -77,6 +81,16 @@ def draw(seed: int) -> Setup:
                 seconds=chance.uniform(1.0, 30.0),
             )
             faults.append(soon)
+    further = random.Random(f"further {seed}")
+    for _ in range(further.choice([0, 0, 1, 2])):
+        fault = Fault(What.not_finite, 0.0, further.randrange(1, 120), 1.0)
+        faults.append(fault)
+    if further.random() < 0.3:  # the last export meets a full disk, and a recovery may too
+        at = horizon - further.uniform(4.0, 15.0)
+        faults.append(Fault(What.disk_full, at, 1, further.uniform(5.0, 60.0)))
+        if further.random() < 0.5:
+            soon = at + further.uniform(0.5, 6.0)
+            faults.append(Fault(What.kill_rank, soon, further.randrange(1, 120), 1.0))
     return Setup(
         num_steps=num_steps,
         colocated=chance.random() < 0.25,
@@ -84,6 +98,8 @@ def draw(seed: int) -> Setup:
         flush_seconds=chance.choice([0.1, 0.1, 1.0, 4.0]),
         snapshot_every=chance.choice([1, 1, 1, 2, 0]),
         max_restarts=chance.choice([12, 12, 12, 12, 1]),
+        export_every=further.choice([0, 0, 1, 2]),
+        exports=True,
         faults=tuple(sorted(faults, key=lambda fault: fault.at)),
     )
 

@@ -20,10 +20,13 @@ from hybridflow.recovery import events as on
 from hybridflow.recovery.actions import Exit
 from hybridflow.recovery.budget import Budget, after_exit
 from hybridflow.recovery.events import Place
-from hybridflow.recovery.machine import Policy
+from hybridflow.recovery.state import Policy
+from tests.recovery.simulation.bugs import Bugs
+from tests.recovery.simulation.calls import RUN, Watch
 from tests.recovery.simulation.cluster import (
     COLOCATED,
     NARROW,
+    ROWS_PER_STEP,
     WIDE,
     Cluster,
     Killed,
@@ -31,9 +34,11 @@ from tests.recovery.simulation.cluster import (
     Process,
     Truth,
     Weights,
+    digest,
     undisturbed,
 )
-from tests.recovery.simulation.controller import RUN, Bugs, Controller, Watch
+from tests.recovery.simulation.commits import EXPORT
+from tests.recovery.simulation.controller import Controller
 from tests.recovery.simulation.crash_files import SimulatedPath
 from tests.recovery.simulation.faults import Fault, Setup, What, draw, shrink
 
@@ -62,8 +67,8 @@ class Outcome:
 
 
 @cache
-def truth(num_steps: int) -> Truth:
-    return undisturbed(num_steps)
+def truth(num_steps: int, given_up: frozenset[int]) -> Truth:
+    return undisturbed(num_steps, given_up)
 
 
 class Run:
@@ -74,11 +79,17 @@ class Run:
             max_restarts=setup.max_restarts,
             snapshot_every=setup.snapshot_every,
             flush_every=setup.flush_every,
+            export_every=setup.export_every if setup.exports else 0,
             disk_grace_s=DISK_GRACE_S,
             deterministic=True,
         )
         self.budget = Budget(max_restarts=setup.max_restarts)
-        self.truth = truth(setup.num_steps)
+        positions = set()
+        for fault in setup.faults:
+            if fault.what is What.not_finite:
+                positions.add(fault.number % setup.num_steps * ROWS_PER_STEP)
+        self.not_finite = frozenset(positions)
+        self.truth = truth(setup.num_steps, self.not_finite)
         self.watch = Watch(restores=[], broken=[])
         self.attempt = 0
         self.controller: Controller
@@ -134,6 +145,8 @@ class Run:
             expected=self.expected,
             flush_seconds=self.flush_seconds,
             doubled=frozenset(doubled),
+            not_finite=self.not_finite,
+            exports=self.setup.exports,
         )
         self.controller = controller
         self.process = self.cluster.spawn(
@@ -257,10 +270,23 @@ class Run:
         last = self.setup.num_steps
         if last not in self.readable_steps() and What.flip_on_disk not in self.happened:
             broken.append("the last step is not on disk")
+        elif self.setup.exports and self.exported(last) != digest_of_actor(
+            self.truth.weights[last]
+        ):
+            broken.append("the last step's commit is without its model")
         lines = (SimulatedPath(self.cluster.files, RUN) / "ledger").read_text().split("\n")[:-1]
         if tuple(lines) != self.truth.ledger:
             steps = [line.split(" ")[0] for line in lines]
             broken.append(f"the ledger differs from the undisturbed run's: steps {steps}")
+
+    def exported(self, step: int) -> str:
+        """The model in the step's commit; empty where it has none."""
+        directories = SimulatedPath(self.cluster.files, RUN) / "checkpoints"
+        for directory in directories.glob(f"step-{step:08d}*"):
+            path = directory / EXPORT / "model"
+            if path.is_file():
+                return path.read_text()
+        return ""
 
     def may_give_up(self) -> bool:
         if "restarts without a new step" in self.reason:
@@ -270,13 +296,27 @@ class Run:
         return "can be restored" in self.reason and bool(flipped)
 
 
-def simulate(seed: int, *, bugs: Bugs = SOUND, faults: tuple[Fault, ...] | None = None) -> Outcome:
-    setup = draw(seed)
+def digest_of_actor(weights: Mapping[str, Weights]) -> str:
+    """What an export of these weights holds."""
+    return f"{digest({'actor': weights['actor']}):016x}"
+
+
+def simulate(
+    seed: int,
+    *,
+    bugs: Bugs = SOUND,
+    faults: tuple[Fault, ...] | None = None,
+    exports: bool = True,
+) -> Outcome:
+    """`faults` in place of the seed's; without `exports` a run has that many file operations less."""
+    setup = replace(draw(seed), exports=exports)
     if faults is not None:
         setup = replace(setup, faults=faults)
     run = Run(seed, setup, bugs)
     run.start()
     for fault in setup.faults:
+        if fault.what is What.not_finite:
+            continue
         if fault.what in (What.kill_at_file_operation, What.power_cut_at_file_operation):
             run.kills[fault.number] = fault.what
             run.happened.add(fault.what)
