@@ -41,9 +41,10 @@ def find_deaths(pending: Sequence[Pending]) -> list[tuple[Pending, int, str]]:
             try:
                 ray.get(done)
             except RayActorError as death:
+                causes = [call.explain_death(rank), first_lines(death)]
                 line = (
                     f"{call.role} rank {rank} died in {call.method} ({call.describe_host(rank)}): "
-                    f"{first_lines(death)}"
+                    f"{'; '.join(filter(None, causes))}"
                 )
                 deaths.append((call, rank, line))
             except RayError:

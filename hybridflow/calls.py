@@ -50,6 +50,8 @@ class Pending:
     stacks: Callable[[], dict[int, str]]
     kill: Callable[[str], None]
     describe_host: Callable[[int], str]
+    explain_death: Callable[[int], str]
+    """In words: what the rank's node says of the end of its process; empty where it says nothing."""
     activity: Callable[[], str]
     """The activity of its first rank, where it has a name (progress.py)."""
     timeout_s: float = DEFAULT_TIMEOUT_S

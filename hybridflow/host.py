@@ -35,6 +35,7 @@ from hybridflow.errors import (
     WorkerUserCodeError,
     WorkerValueError,
 )
+from hybridflow.out_of_memory import read_kills, read_limit, told
 from hybridflow.protocols import Arguments
 from hybridflow.worker import Worker, declared_methods
 
@@ -53,8 +54,15 @@ class HostInfo:
     """Ray's id of the node ("" in local mode)."""
     address: str
     stack_file: str
+    oom_kills: int
+    """Processes of its node that had been killed for want of memory when it started."""
     activity_file: str
     """The host's present activity (progress.read)."""
+
+
+def out_of_memory(kills_before: int) -> str:
+    """On a host's node: what the kernel's out-of-memory killer has done since (told)."""
+    return told(kills_before, read_kills(), read_limit())
 
 
 class Host:
@@ -83,6 +91,7 @@ class Host:
             address=self.context.node,
             stack_file=self.stack_file.name,
             activity_file=self.activity_file,
+            oom_kills=read_kills(),
         )
 
     def open_store(self, address: str, timeout_s: float) -> int:

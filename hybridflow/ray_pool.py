@@ -17,7 +17,7 @@ from hybridflow.calls import Pending, Reply
 from hybridflow.context import RankContext
 from hybridflow.devices import device_environment
 from hybridflow.errors import TooFewDevices
-from hybridflow.host import Host, HostInfo, read_stacks
+from hybridflow.host import Host, HostInfo, out_of_memory, read_stacks
 from hybridflow.pool import PoolSpec, ResourcePool
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
@@ -231,6 +231,7 @@ class RayPool(ResourcePool):
                 stacks=self.stacks,
                 kill=self.kill,
                 describe_host=self.describe_host,
+                explain_death=self.explain_death,
                 activity=self.activity,
                 timeout_s=timeout_s or self.spec.call_timeout_s,
                 inputs=inputs,
@@ -261,6 +262,27 @@ class RayPool(ResourcePool):
         if rank >= len(self.hosts):
             return f"starting on node {self._nodes[rank]}"
         return f"pid {self.hosts[rank].pid} on {self.hosts[rank].address}"
+
+    def explain_death(self, rank: int) -> str:
+        """Whether the kernel's out-of-memory killer was at work on the rank's node."""
+        import ray
+        from ray.exceptions import RayError
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        if rank >= len(self.hosts):
+            return ""
+        host = self.hosts[rank]
+        if host.node_id == self._node:
+            return out_of_memory(host.oom_kills)
+        if all(node["NodeID"] != host.node_id or not node["Alive"] for node in ray.nodes()):
+            return "its node is gone"
+        strategy = NodeAffinitySchedulingStrategy(host.node_id, soft=False)
+        task = ray.remote(out_of_memory).options(num_cpus=0, scheduling_strategy=strategy)
+        answer = task.remote(host.oom_kills)
+        try:
+            return str(ray.get(answer, timeout=REMOTE_TIMEOUT_S))
+        except RayError:  # the node is on its way out, or too slow to say anything
+            return ""
 
     def activity(self) -> str:
         """Rank 0's. On another node a task reads it, at most every REMOTE_LOOK_S."""

@@ -7,12 +7,14 @@ import logging
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 
+from benchmarks.chaos.full_disk import full, may_mount, mount, unmount
 from controllers.ledger import LEDGER, first_difference, read_ledger
 from controllers.loop import Loop
 from controllers.recovery import Driver
@@ -20,6 +22,7 @@ from hybridflow.disk import Disk, LineFile
 from hybridflow.errors import TooFewDevices, Where, WorkerDied
 from hybridflow.failures import EventLog
 from hybridflow.local_pool import LocalPool
+from hybridflow.metrics import MetricsConfig, Tracker, read_jsonl
 from hybridflow.recovery.actions import Exit
 from hybridflow.recovery.attempts import Attempt, Fenced
 from hybridflow.recovery.config import RecoveryConfig
@@ -241,6 +244,68 @@ def dying(output: Path, shm: Path, drift: float) -> Loop:
     loop.algorithm = algorithm = Dying(role)  # type: ignore[assignment]
     algorithm.drift = drift
     return loop
+
+
+class FullAndDying(HandAlgorithm):
+    """Step 4 finds the disk full and dies; in step 5 there is room again, or the controller dies
+    too."""
+
+    directory: Path
+    disk: ExitStack
+    died = controller_dies = False
+
+    def step(self, prompts: object) -> Metrics:
+        if self.role.engine.num_steps == 3 and not self.died:
+            self.died = True
+            self.disk.enter_context(full(self.directory))
+            where = Where(role="actor", rank=0, method="update_actor", pool="main")
+            raise WorkerDied("actor rank 0 died", (where,))
+        if self.role.engine.num_steps == 4:
+            if self.controller_dies:
+                raise KeyboardInterrupt
+            self.disk.close()
+        return super().step(prompts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("controller_dies", [False, True])
+def test_a_run_recovers_while_its_disk_is_full(
+    controller_dies: bool, tmp_path: Path, shm: Path, expected: torch.Tensor
+) -> None:
+    """The recovery's lines and cuts wait in memory. Steps 3 and 4 are known to the ledger after the
+    death of the controller that held their lines: the commit in memory has them."""
+    if not may_mount():
+        pytest.skip("needs the right to mount a file system")
+    output = tmp_path / "small"
+    mount(output)
+    try:
+        loop = make_loop(output, shm, checkpoint_every=0)
+        role = loop.trained["actor"]
+        assert isinstance(role, HandRole)
+        loop.tracker = Tracker(MetricsConfig(console=False), output, total_steps=5)
+        loop.algorithm = algorithm = FullAndDying(role)  # type: ignore[assignment]
+        algorithm.directory, algorithm.controller_dies = output, controller_dies
+        with ExitStack() as algorithm.disk:
+            driver = Driver(
+                loop, pools={"main": Pool()}, config=RecoveryConfig(), events=EventLog(output)
+            )
+            if controller_dies:
+                with pytest.raises(KeyboardInterrupt):
+                    driver.run()
+            else:
+                driver.run()
+                rows = read_jsonl(output / "metrics.jsonl")
+                assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+        if controller_dies:
+            loop = make_loop(output, shm, checkpoint_every=0)
+            assert loop.step == 4
+            Driver(loop).run()
+        assert torch.equal(weights(loop), expected)
+        assert first_difference(tmp_path / "undisturbed" / LEDGER, loop.ledger.path) is None
+        if not controller_dies:
+            named = [event["event"] for event in EventLog(output).read()]
+            assert named == ["started", "failure", "recovered"]
+    finally:
+        unmount(output)
 
 
 class Damaging(Pool):

@@ -157,6 +157,8 @@ class Commits(Calls):
         except OSError as error:
             if not self.bugs.export_not_tried_again:
                 self.put(on.ExportFailed(step=action.step, cause=str(error)))
+        except attempts.Fenced:
+            raise Lost(on.Fenced()) from None
 
     def write_export(self, step: int, directory: Any, model: str) -> None:
         try:
