@@ -121,5 +121,5 @@ def test_what_can_not_be_replayed(trained: Path, tmp_path: Path) -> None:
         replay(trained, 9)
     with pytest.raises(ValueError, match="is no run's output_dir"):
         replay(tmp_path, 1)
-    with pytest.raises(ValueError, match="no setting .actor.train.no_such"):
+    with pytest.raises(ValueError, match=r"no setting .actor.train.no_such"):
         replay(trained, 1, ["actor.train.no_such=1"])
