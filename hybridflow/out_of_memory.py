@@ -67,7 +67,7 @@ def _directories(root: Path) -> Iterator[Path]:
 
 
 def _value(file: Path, name: str) -> int | None:
-    """Of a file with lines `name number`."""
+    """The number in the line `name number` of a file; None where it has none."""
     if not file.is_file():
         return None
     for line in file.read_text().splitlines():
