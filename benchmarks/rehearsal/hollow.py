@@ -4,7 +4,7 @@
     hollow.become_gpu()
     with hollow.Hollow() as counted:
         ...                                       # cuda tensors; what comes back to the host is ones
-    counted.launches, counted.syncs, counted.copies
+    counted.launches, counted.syncs, counted.copies, counted.memory.peak
 
 Tensors on cuda are FakeTensors, so that operations of a host tensor with a device tensor fail as they
 would on a GPU; host tensors are real. Numbers, times and vLLM's own kernels are left out. For one
@@ -19,6 +19,7 @@ import ctypes
 import hashlib
 import os
 import subprocess
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -65,6 +66,8 @@ ATEN = torch.ops.aten
 torch._dynamo.config.fake_tensor_cache_enabled = False
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 MEMORY_BYTES = 80 << 30
+ALLOCATED_BYTES = 512
+"""The smallest block of PyTorch's allocator on CUDA."""
 MOST_KNOWN = 1024
 """Integers of a tensor from the host that are remembered."""
 ACTIVE: list[Hollow] = []
@@ -73,6 +76,43 @@ ACTIVE: list[Hollow] = []
 
 def on_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
+
+
+class Memory:
+    """Bytes of the storages that device tensors have, in steps of the allocator's smallest block;
+    what kernels take inside and the allocator's fragments are left out."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+        self._sizes: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
+
+    def see(self, result: Any) -> None:
+        """Count the storages of an operation's results that are new."""
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
+                self.resized(tensor.untyped_storage())
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        size = -(-storage.nbytes() // ALLOCATED_BYTES) * ALLOCATED_BYTES
+        before = self._sizes.get(key)
+        if before is None or before[1]() is not storage:
+            if before is not None:
+                self._forget(key)
+            reference = weakref.ref(storage, lambda _: self._forget(key))
+        else:
+            reference = before[1]
+            self.live -= before[0]
+        self._sizes[key] = (size, reference)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def known(self, storage: torch.UntypedStorage) -> bool:
+        return storage._cdata in self._sizes
+
+    def _forget(self, key: int) -> None:
+        size, _ = self._sizes.pop(key)
+        self.live -= size
 
 
 class Hollow(TorchDispatchMode):
@@ -91,6 +131,7 @@ class Hollow(TorchDispatchMode):
         """Operations on the device, views among them."""
         self.repeated = 0
         """Length that repeat_interleave on the device would give: it depends on the data."""
+        self.memory = Memory()
         ACTIVE[:] = [self]
 
     def __torch_dispatch__(
@@ -100,6 +141,11 @@ class Hollow(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        result = self._run(func, args, kwargs)
+        self.memory.see(result)
+        return result
+
+    def _run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
         options = dict(kwargs or {})
         if options.pop("pin_memory", False):
             return self._pinned_empty(func, args, options)
@@ -254,6 +300,8 @@ class Properties:
 
     name, major, minor = "NVIDIA H100", 9, 0
     total_memory, multi_processor_count = MEMORY_BYTES, 132
+    shared_memory_per_block_optin, warp_size = 232448, 32
+    is_integrated = False
 
 
 def become_gpu() -> None:
@@ -302,6 +350,17 @@ def become_gpu() -> None:
         return plain_to(module, *args, **options)
 
     torch.nn.Module.to = move_module  # type: ignore[assignment]
+    plain_resize = torch.UntypedStorage.resize_
+
+    def resize(storage: torch.UntypedStorage, size: int) -> Any:
+        """FSDP frees and takes gathered weights so."""
+        result = plain_resize(storage, size)
+        for hollow in ACTIVE:
+            if hollow.memory.known(storage):
+                hollow.memory.resized(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
     host_tensor = torch.tensor
 
     def tensor(data: Any, *args: Any, device: Any = None, **options: Any) -> torch.Tensor:

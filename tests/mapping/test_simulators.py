@@ -137,7 +137,8 @@ def test_states_take_eighteen_bytes_and_zero_cuts_them():
 
 def test_shards_of_a_large_model_are_reduced_layer_by_layer():
     """Finding 12 of the GPU audit: FSDP2 adds a small model's gradient up whole on every rank; of a
-    large one a rank has its shard, and a layer or the embedding whole."""
+    large one a rank has its shard, a layer's in bf16 and in float32, and the head's in bf16 until
+    the embedding's is there."""
     layout, count = ModelLayout(d=8, zero=2, micro_batch_tokens=2048), LLAMA.num_parameters
     sizes = []
     for whole_up_to_bytes in (1e12, 1.0):
@@ -152,7 +153,7 @@ def test_shards_of_a_large_model_are_reduced_layer_by_layer():
     (whole, _), (shard, buffers) = sizes
     assert whole == pytest.approx(4 * count)
     assert shard == pytest.approx(4 * count / 8)
-    assert buffers == pytest.approx(2 * 4 * 2 * LLAMA.embedding_parameters)  # untied
+    assert buffers == pytest.approx(6 * LLAMA.layer_parameters + 2 * LLAMA.head_parameters)
 
 
 def test_activations_follow_korthikanti():

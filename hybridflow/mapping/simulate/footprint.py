@@ -269,10 +269,18 @@ def _cut_pass(
     if is_one_group(model, layout, space):
         # Copied for the reduction, when the activations are gone.
         return Footprint(gradients=whole, buffers=max(shard, whole - activations))
-    largest = max(ends, model.layer_parameters) / layout.t
     if model.adapter is not None:
         largest = model.adapter.whole + model.adapter.cut / layout.t
-    return Footprint(parameters=gathered, gradients=shard, buffers=2 * FLOAT32_BYTES * largest)
+        return Footprint(parameters=gathered, gradients=shard, buffers=2 * FLOAT32_BYTES * largest)
+    # A gradient is there in the compute precision, and in float32 while it is reduced. A layer's is
+    # beside the activations, and the head's waits for the embedding's: they are one group, which is
+    # reduced when the activations are gone.
+    copies = space.parameter_bytes + FLOAT32_BYTES
+    in_layers = copies * model.layer_parameters + space.parameter_bytes * model.head_parameters
+    at_end = copies * ends / layout.t - activations
+    return Footprint(
+        parameters=gathered, gradients=shard, buffers=max(in_layers / layout.t, at_end)
+    )
 
 
 def kv_tokens(workload: Workload, running: int) -> float:
