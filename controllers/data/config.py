@@ -44,7 +44,7 @@ class DataConfig:
     validation: Any = None
     """The same for held-out prompts, without weights; null for none."""
     prompt_column: str = "prompt"
-    """Text, or chat messages: a list of {role, content}."""
+    """Text, or chat messages: a list of {role, content}, or that list as JSON text."""
     answer_column: str | None = "answer"
     """Given to the reward function as `answer`; null if there is none."""
     response_column: str = "response"

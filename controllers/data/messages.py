@@ -93,6 +93,18 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
+def text_or_messages(value: Any) -> Any:
+    """A prompt as it is meant: text that is the JSON of messages, as tables without lists hold
+    it, is those messages; other text stays text."""
+    messages = _from_json(value)
+    if not isinstance(messages, list) or not messages:
+        return value
+    for message in messages:
+        if not isinstance(message, dict) or "role" not in message:
+            return value
+    return messages
+
+
 def _from_json(value: Any) -> Any:
     """A list that is stored as JSON text."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):

@@ -21,6 +21,7 @@ from controllers.data.messages import (
     check_messages,
     find_value,
     is_null,
+    text_or_messages,
     tools_of,
     value_of,
 )
@@ -63,7 +64,7 @@ class PromptTokenizer:
     def prompt(self, row: SourceRow) -> str | list[dict[str, Any]]:
         """The checked prompt: text, or messages."""
         column = self.config.prompt_column
-        prompt = value_of(row, column, "data.prompt_column")
+        prompt = text_or_messages(value_of(row, column, "data.prompt_column"))
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise ValueError(
@@ -73,7 +74,7 @@ class PromptTokenizer:
             if self.config.text_as_user_message:
                 return [{"role": "user", "content": prompt}]
             return prompt
-        messages = check_messages(row, column, "data.prompt_column", what="text or ")
+        messages = check_messages(row, column, "data.prompt_column", what="text or ", value=prompt)
         if messages[-1]["role"] == "assistant":
             raise ValueError(
                 f"{row.place}: message {len(messages) - 1} (from 0) of {column!r} is the last one "

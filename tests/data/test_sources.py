@@ -4,6 +4,7 @@ rows; what is broken is one line with file, row and fix."""
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import json
 import logging
@@ -16,6 +17,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from controllers.data import (
@@ -56,6 +58,21 @@ def encoded(form: str, rows: list[dict[str, Any]]) -> bytes:
         pq.write_table(pa.Table.from_pylist(rows), sink)
         return sink.getvalue().to_pybytes()
     return lines(rows)
+
+
+def test_b02_messages_as_json_text(tmp_path: Path) -> None:
+    """A table without lists: the same tokens as from a list. Other text with brackets is text."""
+    messages = [{"role": "user", "content": "2+2?"}]
+    (tmp_path / "list.jsonl").write_bytes(lines([row_of(prompt=messages)]))
+    with (tmp_path / "text.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["prompt", "answer"], [json.dumps(messages), "b"]])
+    expected = load(tmp_path / "list.jsonl").all().ragged("prompt_ids").values
+    assert torch.equal(load(tmp_path / "text.csv").all().ragged("prompt_ids").values, expected)
+    (tmp_path / "other.jsonl").write_bytes(lines([row_of(prompt='[{"content": "2+2?"}]')]))
+    tokenizer = make("byte_level", "chatml")
+    tokens = load(tmp_path / "other.jsonl", tokenizer=tokenizer).all().ragged("prompt_ids").values
+    assert tokenizer.decode(tokens) == '[{"content": "2+2?"}]'
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", "parquet", "csv"])
