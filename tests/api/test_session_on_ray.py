@@ -51,7 +51,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def test_a_session_dies_and_the_next_one_lives(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_a_session_dies_and_the_next_one_lives(
+    tiny: dict[str, Any], tmp_path: Path, ray_cluster: None
+) -> None:
+    """Both in a cluster that is there already and stays; that sessions start and end one of their
+    own: tests/asynchrony/test_two_pools.py."""
     offset = 2.5
     with open_session(
         "grpo", tiny, reward=lambda *, response, **columns: offset + 0 * len(response)

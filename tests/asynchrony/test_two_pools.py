@@ -26,7 +26,8 @@ TWO_POOLS = {
 def test_two_pools_do_what_one_process_does(tmp_path: Path) -> None:
     """Drain mode, one step ahead: which version draws a response, and with which others, does not
     depend on time, so that two processes at work at the same time lose and learn what one does. In
-    the same cluster recompute mode stays within its bound, and validation finds one version."""
+    a cluster of the next session recompute mode stays within its bound, and validation finds one
+    version."""
     torch.set_num_threads(1)
     settings = tiny_settings(tmp_path) | TRUNCATE | {"asynchrony.staleness": 1}
     settings |= {"loop.num_steps": 4, "loop.num_epochs": None}

@@ -4,9 +4,6 @@ repository, which declares them as entry points: nothing of ours is edited."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,8 +21,6 @@ from workers.losses.config import PolicyLossConfig
 from workers.losses.policy import policy_loss
 from workers.losses.surrogates import surrogate
 from workers.sequences import Sequences
-
-ROOT = Path(__file__).parents[2]
 
 REFUSALS = {
     "actor.train.tp=2": "actor: train.tp is 2, but engine whole has data ranks only",
@@ -66,35 +61,20 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def grpo(package: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """python -m recipes.grpo with the package installed."""
-    path = os.pathsep.join(filter(None, (str(package), os.environ.get("PYTHONPATH"))))
-    return subprocess.run(
-        [sys.executable, "-m", "recipes.grpo", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=800,
-    )
-
-
 def metrics(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.usefixtures("importable")
 def test_a_run_takes_all_three_by_their_entry_points(
-    package: Path, common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The engine computes what fsdp computes, step for step; the loss reads its setting. In Ray's
-    workers, by module and name: test_algorithms_and_rewards.py."""
+    """The engine computes what fsdp computes, step for step; the loss reads its setting. As a
+    command, and in Ray's workers, by module and name: test_algorithms_and_rewards.py."""
     loss = ["actor.loss.name=one_sided", "actor.loss.clip_low=0.01", "runtime=local"]
     own = ["actor.train.engine=whole", "actor.generation.engine=loud"]
-    finished = grpo(package, [*common, *own, *loss, f"output_dir={tmp_path / 'own'}"])
-    assert finished.returncode == 0, finished.stdout[-4000:]
-    assert "LOUD 8 prompts" in finished.stdout
+    run(make_settings("grpo", [*common, *own, *loss, f"output_dir={tmp_path / 'own'}"]))
+    assert "LOUD 8 prompts" in capsys.readouterr().out
     ours = ["actor.train.engine=fsdp", "actor.generation.engine=hf"]
     run(make_settings("grpo", [*common, *ours, *loss, f"output_dir={tmp_path / 'ours'}"]))
     assert "LOUD" not in capsys.readouterr().out
