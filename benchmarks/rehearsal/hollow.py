@@ -176,6 +176,7 @@ class Hollow(TorchDispatchMode):
             ATEN._to_copy.default: self._to_copy,
             ATEN.copy_.default: self._copy,
             ATEN.repeat_interleave.Tensor: self._repeat_interleave,
+            ATEN.bincount.default: self._bincount,
         }
 
     def _pinned_empty(self, func: Any, args: Sequence[Any], options: dict[str, Any]) -> Any:
@@ -225,6 +226,12 @@ class Hollow(TorchDispatchMode):
             self.copies += 1
             return into
         return NotImplemented
+
+    def _bincount(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
+        """Its length is the largest value's: the host waits for it."""
+        self.syncs["bincount"] += 1
+        positional = args[2] if len(args) > 2 else 0
+        return _empty((options.get("minlength", positional),), torch.int64, args[0].device)
 
     def _repeat_interleave(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
         size = options.get("output_size")

@@ -57,6 +57,6 @@ CASES = {
         settings={"reshard_after_forward": True, "activation_checkpointing": True},
     ),
 }
-LAYERS = {"7B on 8": 10, "70B on 64": 16}
+LAYERS = {"7B on 8": 10, "70B on 64": 16, "30B-A3B on 16": 4}
 """The cases that are held to the mapper's footprint, with so many of the model's layers: an operation
 without data takes 0.2 ms."""
