@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import secrets
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from hybridflow.metrics.samples import TEXT_FIELDS, Sample, SampleRows
 
 if TYPE_CHECKING:
     from ray.util.metrics import Gauge
+
+
+REPEAT_S = 1.0
+"""Seconds between two settings of a Prometheus gauge; Ray reports at most once a second."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,9 +178,11 @@ class PrometheusSink(Sink):
     """Gauges hybridflow_<split>_<metric>, and hybridflow_run_<vital>, with tag run; Ray's agent on
     each node exports them with the prefix ray_.
 
-    Ray sends gauges every ten seconds (metrics_report_interval_ms), so a shorter step may be
-    overwritten before anybody sees it. It drops a gauge that is not finite:
-    hybridflow_<split>_num_not_finite counts those, for an alert to watch.
+    Ray sends a gauge once after it was set, at the next of its reports (every ten seconds,
+    metrics_report_interval_ms), and forgets it two reports later. So a thread sets all gauges again
+    and again, or a run's numbers would be gone during a step of more than 20 seconds. A step of
+    less than ten seconds may be overwritten before anybody sees it. Ray drops a gauge that is not
+    finite: hybridflow_<split>_num_not_finite counts those, for an alert to watch.
     """
 
     def __init__(self, run: str) -> None:
@@ -188,6 +195,14 @@ class PrometheusSink(Sink):
             )
         self._run = run
         self._gauges: dict[str, Gauge] = {}
+        self._values: dict[str, float] = {}
+        self._closed = threading.Event()
+        threading.Thread(target=self._repeat, name="prometheus", daemon=True).start()
+
+    def _repeat(self) -> None:
+        while not self._closed.wait(REPEAT_S):
+            for name in tuple(self._values):
+                self._gauge(name).set(self._values[name], {"run": self._run})
 
     def log(self, row: Row) -> None:
         num_not_finite = sum(not math.isfinite(value) for value in row.metrics.values())
@@ -203,7 +218,9 @@ class PrometheusSink(Sink):
             self._set(f"run/{name}", value)
 
     def _set(self, name: str, value: float) -> None:
-        self._gauge(name).set(value, {"run": self._run})
+        gauge = self._gauge(name)
+        self._values[name] = value
+        gauge.set(value, {"run": self._run})
 
     def _gauge(self, name: str) -> Gauge:
         from ray.util.metrics import Gauge
@@ -222,7 +239,7 @@ class PrometheusSink(Sink):
         """Nothing: a gauge holds the last value."""
 
     def close(self) -> None:
-        self._gauges.clear()
+        self._closed.set()
 
 
 def _markdown(sample: Sample) -> str:

@@ -20,7 +20,7 @@ from tests.tiny import make_model
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "cluster" / "templates" / "slurm.sbatch"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "srun")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmstepd", "sbatch", "scontrol", "squeue", "srun")
 MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
 
 SRUN = """#!/usr/bin/env bash
@@ -37,6 +37,7 @@ STAND_INS = {
     "python": PYTHON,
     "hostname": "#!/bin/sh\necho 127.0.0.1\n",
     "ray": "#!/bin/sh\necho ray $@ >> calls\nexec sleep 60\n",
+    "scancel": "#!/bin/sh\necho scancel $@ >> calls\nkill -TERM $(cat run-pid)\n",
     "scontrol": "#!/bin/sh\necho scontrol $@ >> calls\ntest $1 = requeue || echo localhost\n",
 }
 
@@ -80,7 +81,7 @@ def test_only_a_run_that_asks_for_it_is_put_back_into_the_queue(
 def test_a_signal_reaches_the_run_before_ray_ends(checkout: Path) -> None:
     """The run takes a second to leave, and Ray is still there when it does."""
     run = (
-        "trap 'sleep 1; pgrep -f \"sleep 60\" > ray-pids; exit 75' TERM; touch ready; "
+        "trap 'sleep 1; pgrep -f \"sleep 60\" > ray-pids; exit 75' TERM; echo $$ > run-pid; touch ready; "
         "while true; do sleep 0.1; done"
     )
     job = start(checkout, "bash", "-c", run)
@@ -88,7 +89,9 @@ def test_a_signal_reaches_the_run_before_ray_ends(checkout: Path) -> None:
     job.send_signal(signal.SIGTERM)
     output, _ = job.communicate(timeout=60)
     assert job.returncode == 75, output
-    assert "scontrol requeue 7" in (checkout / "calls").read_text()
+    calls = (checkout / "calls").read_text()
+    assert "scancel --signal=TERM 7.2\n" in calls, "steps 0 and 1 are hostname and Ray"
+    assert "scontrol requeue 7" in calls
     assert (checkout / "ray-pids").read_text().strip()
 
 
@@ -192,7 +195,8 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
     env["SLURM_CONF"] = str(configuration)
     daemons = []
     try:
-        for command in (munge, ["slurmctld", "-D"], ["slurmd", "-D"]):
+        steps = shutil.which("slurmstepd") or ""
+        for command in (munge, ["slurmctld", "-D"], ["slurmd", "-D", "-d", steps]):
             log = (tmp_path / f"{command[0]}.out").open("w")
             daemons.append(
                 subprocess.Popen(
@@ -203,7 +207,7 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
         cluster = Slurm(tmp_path, env)
         end = time.monotonic() + 60
         while "idle" not in cluster.run("sinfo", "-h", "-o", "%T"):
-            assert time.monotonic() < end, (tmp_path / "slurmctld.log").read_text()[-3000:]
+            assert time.monotonic() < end, (tmp_path / "slurmd.log").read_text()[-3000:]
             time.sleep(1)
         yield cluster
     finally:
@@ -258,8 +262,11 @@ def test_a_real_slurm_requeues_a_run_that_had_to_leave_and_it_goes_on(
         assert time.monotonic() < end, log.read_text()[-3000:]
         time.sleep(0.5)
     gate.touch()
-    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # not two minutes later
     end = time.monotonic() + 240
+    while slurm.field(job, "JobState") != "PENDING":
+        assert time.monotonic() < end, log.read_text()[-3000:]
+        time.sleep(0.5)
+    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # not two minutes later
     while slurm.field(job, "JobState") != "COMPLETED":
         assert slurm.field(job, "JobState") != "FAILED", log.read_text()[-3000:]
         assert time.monotonic() < end, log.read_text()[-3000:]
