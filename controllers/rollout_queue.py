@@ -81,7 +81,8 @@ class RolloutQueue:
         self._num_groups, self._further_count = num_groups, further_count
         self._num_further = 0
         self._not_submitted: list[int] = []
-        """Groups that have started according to the state that was loaded, and have to be drawn."""
+        """Groups that have started according to the state that was loaded, and have to be drawn;
+        more than may be active where the state was written with a larger staleness."""
 
     @property
     def position(self) -> int:
@@ -92,9 +93,6 @@ class RolloutQueue:
         """The numbers of the step's next groups, in order; returns when all of them are
         finished."""
         self.update_weights()
-        if self._not_submitted:
-            self.rollouts.submit(self._not_submitted)
-            self._not_submitted = []
         while (batch := self.window.take(num_groups)) is None:
             self._start_groups()
             if not self.rollouts.num_in_flight:
@@ -144,10 +142,12 @@ class RolloutQueue:
     def _start_groups(self) -> None:
         if self.drains and self.rollouts.num_in_flight:
             return
+        number = self.window.room(len(self._not_submitted))
+        begun, self._not_submitted = self._not_submitted[:number], self._not_submitted[number:]
         left = max(0, self._num_groups + self._num_further - self.window.next_number)
         number = min(self.window.room(), max(left, self.window.missing()))
-        if number:
-            self.rollouts.submit(self.window.start(number))
+        if begun or number:
+            self.rollouts.submit([*begun, *self.window.start(number)])
 
     def _give_up(self, number: int, reason: str) -> None:
         LOGGER.warning("prompt %d of the run is left out: %s", number, reason)
@@ -166,7 +166,11 @@ class RolloutQueue:
         state = self.window.state_dict()
         if self.drains:
             state["responses"] = self.rollouts.export(self.window.waiting)
-        return state | {"num_further": self._num_further, "num_given_up": self.num_given_up}
+        return state | {
+            "num_further": self._num_further,
+            "num_given_up": self.num_given_up,
+            "staleness": self.window.staleness,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to that step; groups whose responses are not in the state are drawn anew."""
@@ -174,8 +178,10 @@ class RolloutQueue:
         self.window.load_state_dict(state)
         self._num_further = state["num_further"]
         self.num_given_up = state["num_given_up"]
-        waiting = self.window.waiting
-        kept = set(self.rollouts.restore(state.get("responses", {}), waiting))
+        waiting, responses = self.window.waiting, state.get("responses", {})
+        if state.get("staleness", self.window.staleness) > self.window.staleness:
+            responses = {}  # some would be older than this run allows
+        kept = set(self.rollouts.restore(responses, waiting))
         for number in kept:
             self.window.finish(number)
         self._not_submitted = [number for number in waiting if number not in kept]

@@ -125,7 +125,7 @@ class DrawsAhead(Protocol):
 
     def sync(self) -> None: ...
 
-    def submit(self, prompts: Batch) -> None: ...
+    def submit(self, prompts: Batch, *, do_sample: bool = True) -> None: ...
 
     def poll(self) -> list[int]: ...
 
@@ -141,10 +141,14 @@ class DrawsAhead(Protocol):
 
 
 class PromptRollouts:
-    """An actor's rows as the groups of a RolloutQueue: a group is a place of the loader's stream."""
+    """An actor's rows as the groups of a RolloutQueue: a group is a place of the loader's stream,
+    the samples of its prompt and, with `greedy`, as many of its most likely response."""
 
-    def __init__(self, loader: RowLoader, actor: DrawsAhead, samples_per_prompt: int) -> None:
+    def __init__(
+        self, loader: RowLoader, actor: DrawsAhead, samples_per_prompt: int, *, greedy: bool = False
+    ) -> None:
         self.loader, self.actor, self.samples_per_prompt = loader, actor, samples_per_prompt
+        self.greedy = greedy
         self._number: dict[int, int] = {}
         """uid -> its group."""
 
@@ -162,7 +166,10 @@ class PromptRollouts:
     def submit(self, numbers: Sequence[int]) -> None:
         prompts = self.loader.rows_at(numbers)
         self._number |= dict(zip(prompts.tensor("uid").tolist(), numbers, strict=True))
-        self.actor.submit(prompts.repeat(self.samples_per_prompt))
+        rows = prompts.repeat(self.samples_per_prompt)
+        self.actor.submit(rows)
+        if self.greedy:
+            self.actor.submit(rows, do_sample=False)
 
     def poll(self) -> Mapping[int, str]:
         return {self._number[uid]: "" for uid in self.actor.poll()}
@@ -214,10 +221,12 @@ class RowsAhead:
         num_rows: int,
         further_count: bool,
         drains: bool,
+        greedy: bool = False,
     ) -> None:
-        """`num_rows`, `further_count`: see RolloutQueue."""
+        """`num_rows`, `further_count`: see RolloutQueue. `greedy`: steps ask for the most likely
+        response to every row as well."""
         self.loader = loader
-        self.rollouts = PromptRollouts(loader, actor, samples_per_prompt)
+        self.rollouts = PromptRollouts(loader, actor, samples_per_prompt, greedy=greedy)
         self.queue = RolloutQueue(
             window, self.rollouts, num_groups=num_rows, further_count=further_count, drains=drains
         )

@@ -85,11 +85,12 @@ class Window:
         """Groups that the present step has taken."""
         return len(self._taken)
 
-    def room(self) -> int:
+    def room(self, num_idle: int = 0) -> int:
         """How many groups may start now. A step that takes more than groups_per_step starts as
-        many in their place at once, and gives all of them back at its end."""
+        many in their place at once, and gives all of them back at its end. `num_idle`: active
+        groups whose responses are not being drawn yet."""
         further = len(self._taken) + self._wanted - self.groups_per_step
-        return max(0, self.capacity + max(0, further) - self.num_active)
+        return max(0, self.capacity + max(0, further) - self.num_active + num_idle)
 
     def start(self, num_groups: int) -> list[int]:
         """The numbers of the groups that start now; their responses are drawn from here on."""

@@ -40,6 +40,8 @@ class Call:
     depends_on: tuple[str, ...] = ()
     """Names of the calls that wrote the columns it reads, and of earlier calls whose weights it
     needs."""
+    options: tuple[tuple[str, object], ...] = ()
+    """Its arguments by keyword that are no batches: (("do_sample", False),)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

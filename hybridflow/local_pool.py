@@ -17,12 +17,13 @@ from hybridflow.devices import (
     repeat_results,
     requested_threads,
 )
+from hybridflow.host import written_blocks
 from hybridflow.pool import PoolSpec, ResourcePool
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
 from hybridflow.store import Held
 from hybridflow.waiting import CALLS
-from hybridflow.worker import Worker
+from hybridflow.worker import Worker, declared_methods
 
 
 class LocalPool(ResourcePool):
@@ -65,7 +66,8 @@ class LocalPool(ResourcePool):
         local = own.map_batches(lambda batch: batch.local(batch.columns))
         with activity(f"{role}.{method}"):
             # The RPC layer's one lookup by name.
-            result = getattr(self.workers[role], method)(*local.args, **local.kwargs)
+            worker = self.workers[role]
+            result = getattr(worker, method)(*local.args, **local.kwargs)
         num_rows = len(result) if num_columns else None
         reply = Reply(
             started=started,
@@ -84,7 +86,8 @@ class LocalPool(ResourcePool):
         )
         columns: list[Held] = []
         if num_columns:
-            columns = list(map(Held, result.blocks(result.columns)))
+            writes = declared_methods(type(worker), worker.config)[method].writes
+            columns = list(map(Held, written_blocks(result, writes, local)))
         return [(reply, columns)]
 
     def read_replies(self, replies: Sequence[Any]) -> list[Reply]:

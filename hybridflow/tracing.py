@@ -44,6 +44,7 @@ class Recorder:
         reads: Sequence[str],
         writes: Sequence[str],
         batches: Sequence[Batch],
+        options: Sequence[tuple[str, object]] = (),
     ) -> str:
         seen = sum(call.role == role and call.method == method for call in self.calls)
         name = f"{role}.{method}" + (f"#{seen + 1}" if seen else "")
@@ -61,6 +62,7 @@ class Recorder:
                 reads=tuple(reads),
                 writes=tuple(writes),
                 depends_on=tuple(writers),
+                options=tuple(options),
             )
         )
         if kind is CallKind.training:
@@ -89,16 +91,23 @@ class Traced:
         declaration = self._methods[name]
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self._record(name, declaration, Arguments(args, kwargs).batches())
+            options = [pair for pair in kwargs.items() if not isinstance(pair[1], Batch)]
+            return self._record(name, declaration, Arguments(args, kwargs).batches(), options)
 
         return call
 
-    def _record(self, name: str, declaration: Remote, batches: Sequence[Batch]) -> Any:
+    def _record(
+        self,
+        name: str,
+        declaration: Remote,
+        batches: Sequence[Batch],
+        options: Sequence[tuple[str, object]],
+    ) -> Any:
         _check_reads(f"{self._role}.{name}", declaration.reads, batches)
         present = _present(declaration.optional, batches)
         reads = (*declaration.reads, *present)
         call = self._recorder.record(
-            self._role, name, declaration.kind, reads, declaration.writes, batches
+            self._role, name, declaration.kind, reads, declaration.writes, batches, options
         )
         if declaration.writes:
             return abstract_batch(declaration.writes, call)

@@ -29,11 +29,6 @@ def check_asynchrony(config: RunConfig, entry: AlgorithmEntry, dataflow: Dataflo
     where, name = f"asynchrony.staleness is {config.asynchrony.staleness}", config.algorithm.name
     if "actor" not in entry.roles or not entry.answers_prompts:
         raise ValueError(f"{where}, but {name} draws no responses to train on; set it to 0")
-    if config.environment is not None:
-        raise ValueError(
-            f"{where}, but the episodes of an environment are not drawn ahead of their step; set it "
-            "to 0"
-        )
     updates = {call.method for call in dataflow.calls if call.role == "actor"}
     if "update_distilled" in updates:
         raise ValueError(
@@ -74,10 +69,11 @@ def streaming_actor(
     config, roles = placement.config, {role.name: role for role in placement.roles}
     window = config.asynchrony.window(config.data.batch_size)
     generating = roles.get(GENERATION, roles["actor"])
-    settings = {
+    settings: dict[str, Any] = {
         "num_replicas": placement.layouts(generating)["generation"].axis_size("dp"),
         "slice_steps": config.asynchrony.slice_steps,
         "bound": window.bound,
+        "whole_groups": config.environment is not None,
     }
     training, generation = pools[roles["actor"].pool], pools[generating.pool]
     if GENERATION not in roles:
@@ -90,8 +86,11 @@ def streaming_actor(
     return split
 
 
-def rows_ahead(config: RunConfig, loader: RowLoader, actor: StreamingActor) -> RowsAhead:
-    """The run's rows, drawn ahead within its window and not beyond its end."""
+def rows_ahead(
+    config: RunConfig, loader: RowLoader, actor: StreamingActor, dataflow: Dataflow
+) -> RowsAhead:
+    """The run's rows, drawn ahead within its window and not beyond its end: all that the
+    algorithm's page asks of the actor for them."""
     length = config.loop.length(len(loader.dataset), config.data.batch_size)
     return RowsAhead(
         loader,
@@ -101,4 +100,12 @@ def rows_ahead(config: RunConfig, loader: RowLoader, actor: StreamingActor) -> R
         num_rows=length.row_limit or length.num_steps * length.batch_size,
         further_count=length.row_limit is None,
         drains=config.asynchrony.drains,
+        greedy=config.asynchrony.staleness > 0 and asks_for_greedy(dataflow),
+    )
+
+
+def asks_for_greedy(dataflow: Dataflow) -> bool:
+    """Whether a step has the actor draw most likely responses, too (ReMax's baseline)."""
+    return any(
+        call.role == "actor" and ("do_sample", False) in call.options for call in dataflow.calls
     )

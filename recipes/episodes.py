@@ -63,12 +63,6 @@ def check_environment(placement: Placement) -> None:
             f"episode.history=segments: an episode may have several contexts, and reward.model="
             f"{scored.model.path} reads one; use reward.function or the environment's own reward"
         )
-    generation = config.actor.generation
-    if generation.tp * generation.pp > 1:
-        raise ValueError(
-            f"environment={name}: actor.generation.tp={generation.tp} and pp={generation.pp}, and "
-            "episodes run beside engines of one rank; set both to 1"
-        )
 
 
 def check_template(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:

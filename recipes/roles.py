@@ -75,15 +75,18 @@ class RoleKind:
 
 
 def actor_settings(config: RunConfig) -> ActorConfig:
-    """The actor's settings, with the environment where the run has one, or with what becomes of
-    rows in flight where responses are drawn ahead (recipes/asynchrony.py refuses both)."""
+    """The actor's settings, with the environment where the run has one, and with what becomes of
+    rows in flight where responses are drawn ahead."""
+    settings = vars(config.actor)
     if config.asynchrony.staleness:
-        return StreamingActorConfig(**vars(config.actor), in_flight=config.asynchrony.in_flight)
-    if config.environment is None:
-        return config.actor
-    return EpisodeActorConfig(
-        **vars(config.actor), environment=config.environment, episode=config.episode
-    )
+        settings = settings | {"in_flight": config.asynchrony.in_flight}
+    if config.environment is not None:
+        return EpisodeActorConfig(
+            **settings, environment=config.environment, episode=config.episode
+        )
+    if config.asynchrony.staleness:
+        return StreamingActorConfig(**settings)
+    return config.actor
 
 
 def reward_settings(config: RunConfig) -> ScorerConfig:

@@ -160,7 +160,8 @@ class Session:
         vars(self).update(self.roles)
         data: RowSource = RowLoader(prepared.train, config.data)
         if self._draws_ahead:
-            data = rows_ahead(config, RowLoader(prepared.train, config.data), self.roles["actor"])
+            loader = RowLoader(prepared.train, config.data)
+            data = rows_ahead(config, loader, self.roles["actor"], prepared.dataflow)
         texts = prepared.pretraining
         self.prompts = PromptStream(data, config.algorithm.samples_per_prompt)
         streams: dict[str, Stream] = {

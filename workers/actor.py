@@ -31,7 +31,7 @@ from workers.precision import with_native_precision
 from workers.process_memory import begin_peak, give_back, peak_bytes
 from workers.role_config import ActorConfig
 from workers.roles import Actor, Progress, StreamingGenerator
-from workers.row_stream import RowStream
+from workers.row_stream import RowStream, Stream
 from workers.sampler import Sampler, further_writes, probe_settings
 from workers.sequences import Sequences
 from workers.weight_sync import WeightSync
@@ -66,7 +66,7 @@ class ActorWorker(ActorTrainingWorker, Actor, StreamingGenerator):
             self.pool_memory.holders.add(self)
         else:
             self.sampler = self.sampler_class(config, context, layout, adapter=adapter)
-        self.stream = RowStream(self.sampler)
+        self.stream = self.make_stream()
         tolerance, vocab_size = probe_settings(config)
         self.sync = WeightSync(
             self.engine,
@@ -107,15 +107,19 @@ class ActorWorker(ActorTrainingWorker, Actor, StreamingGenerator):
         self.memory_metrics["actor/memory/generation_peak_bytes"] = float(peak_bytes(device))
         return answers
 
-    def submit(self, prompts: Batch) -> None:
-        self.stream.submit(prompts)
+    def make_stream(self) -> Stream:
+        """The rows that are drawn in slices."""
+        return RowStream(self.sampler)
+
+    def submit(self, prompts: Batch, *, do_sample: bool = True) -> None:
+        self.stream.submit(prompts, do_sample=do_sample)
 
     def advance(self, limit: int) -> Progress:
         self._to_generation()
         return self.stream.advance(limit)
 
-    def collect(self, rows: Batch) -> Batch:
-        return self.stream.collect(rows)
+    def collect(self, rows: Batch, *, do_sample: bool = True) -> Batch:
+        return self.stream.collect(rows, do_sample=do_sample)
 
     def discard(self) -> None:
         self.stream.discard()
@@ -139,6 +143,7 @@ class ActorWorker(ActorTrainingWorker, Actor, StreamingGenerator):
         self.sampler.engine.weight_version = -1
 
     def close(self) -> None:
+        self.stream.close()
         self.pool_memory.holders.discard(self)
         self.sampler.engine.close()
 

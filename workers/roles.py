@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from hybridflow.batch import Batch
 from hybridflow.dataflow import CallKind
@@ -233,16 +234,34 @@ class Generator(Worker):
         """
 
 
+class RowName(NamedTuple):
+    """A row of a step: RowName(uid=7, sample=0)"""
+
+    uid: int
+    sample: int
+    greedy: bool = False
+    """It takes the most likely tokens."""
+
+
+class EndedRow(NamedTuple):
+    """EndedRow(RowName(7, 0), first=3, last=4)"""
+
+    name: RowName
+    first: int
+    """The version of the weights that drew the first token."""
+    last: int
+    """The version of those that drew the last one."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """The answer of a replica to a slice of generation:
 
-    Progress(finished=((7, 0, 3, 4),), num_steps=16, seconds=0.4)
+    Progress(finished=(EndedRow(RowName(7, 0), 3, 4),), num_steps=16, seconds=0.4)
     """
 
-    finished: tuple[tuple[int, int, int, int], ...]
-    """(uid, sample, version of the weights that drew the first token, and the last) of the rows
-    that ended since the last slice."""
+    finished: tuple[EndedRow, ...]
+    """The rows that ended since the last slice."""
     num_steps: int
     """Engine steps of the slice."""
     seconds: float
@@ -259,8 +278,9 @@ class StreamingGenerator(Generator):
         part="replica",
     )
     @abstractmethod
-    def submit(self, prompts: Batch) -> None:
-        """Adds rows, to be drawn with the configured sampling settings."""
+    def submit(self, prompts: Batch, *, do_sample: bool = True) -> None:
+        """Adds rows, to be drawn with the configured sampling settings; do_sample as in
+        generate_sequences."""
 
     @remote(OF_REPLICAS, kind=CallKind.generation)
     @abstractmethod
@@ -282,8 +302,9 @@ class StreamingGenerator(Generator):
         part="replica",
     )
     @abstractmethod
-    def collect(self, rows: Batch) -> Batch:
-        """The responses of rows that ended, which the generator then forgets."""
+    def collect(self, rows: Batch, *, do_sample: bool = True) -> Batch:
+        """The responses of rows that were submitted so and ended, which the generator then
+        forgets."""
 
     @remote(TO_ALL_GENERATORS)
     @abstractmethod

@@ -99,12 +99,13 @@ class Sampler:
         )
         return self._with_routes(batch, generated, prompt_ids.lengths + lengths)
 
-    def submit(self, prompts: Batch) -> list[int]:
+    def submit(self, prompts: Batch, *, do_sample: bool = True) -> list[int]:
         """Adds a row for every prompt, as generate draws them; returns the engine's keys."""
+        sampling = self._settled(self.config.generation.sampling)
         return self.engine.submit(
             [prompt.numpy() for prompt in prompts.ragged("prompt_ids").unbind()],
             sample_seeds(self.config.seed, prompts),
-            self._settled(self.config.generation.sampling),
+            sampling if do_sample else replace(sampling, greedy=True),
             row_limits(prompts),
         )
 

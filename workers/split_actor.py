@@ -34,7 +34,7 @@ from workers.losses.config import DPOLossConfig
 from workers.precision import with_native_precision
 from workers.role_config import ActorConfig
 from workers.roles import Actor, Progress, SplitGenerator, SplitTrainer
-from workers.row_stream import RowStream
+from workers.row_stream import RowStream, Stream
 from workers.sampler import Sampler, further_writes, probe_settings
 from workers.weight_sync import WeightSync
 
@@ -106,7 +106,7 @@ class GenerationWorker(SplitGenerator):
             self.layouts(config, context.world_size)["generation"],
             adapter=sends_adapter(self.config),
         )
-        self.stream = RowStream(self.sampler)
+        self.stream = self.make_stream()
 
     @classmethod
     def layouts(cls, config: ActorConfig, world_size: int) -> dict[str, Layout]:
@@ -153,19 +153,24 @@ class GenerationWorker(SplitGenerator):
     ) -> Batch:
         return self.sampler.generate(prompts, sampling, do_sample=do_sample)
 
-    def submit(self, prompts: Batch) -> None:
-        self.stream.submit(prompts)
+    def make_stream(self) -> Stream:
+        """The rows that are drawn in slices."""
+        return RowStream(self.sampler)
+
+    def submit(self, prompts: Batch, *, do_sample: bool = True) -> None:
+        self.stream.submit(prompts, do_sample=do_sample)
 
     def advance(self, limit: int) -> Progress:
         return self.stream.advance(limit)
 
-    def collect(self, rows: Batch) -> Batch:
-        return self.stream.collect(rows)
+    def collect(self, rows: Batch, *, do_sample: bool = True) -> Batch:
+        return self.stream.collect(rows, do_sample=do_sample)
 
     def discard(self) -> None:
         self.stream.discard()
 
     def close(self) -> None:
+        self.stream.close()
         self.sampler.engine.close()
 
 

@@ -11,9 +11,8 @@ When groups start and when weights come is decided by controllers/rollout_queue.
 
 from __future__ import annotations
 
-import base64
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,21 +21,19 @@ import numpy as np
 import torch
 
 from hybridflow.batch import Batch
-from hybridflow.columns import Ragged
 from hybridflow.group import start
 from hybridflow.pool import ResourcePool
 from hybridflow.results import Metrics, Results
 from hybridflow.waiting import CALLS
 from workers.generation.config import SamplingConfig
-from workers.roles import Progress, SplitGenerator, SplitTrainer
-from workers.row_stream import RowName, row_names
+from workers.packed_blocks import packed, unpacked
+from workers.roles import Progress, RowName, SplitGenerator, SplitTrainer
+from workers.row_stream import row_names
 from workers.split_actor import SplitActor
 
 SLICES_AHEAD = 2
 """Slices that are queued while rows are in flight: the generator goes on while the controller looks
 at the last one."""
-RESPONSES = ("response_ids", "rollout_log_probs", "token_version")
-"""The columns over the tokens of a response."""
 
 
 def nothing() -> None:
@@ -78,10 +75,12 @@ class StreamingActor(SplitActor):
         num_replicas: int = 1,
         slice_steps: int = 16,
         bound: int = 0,
+        whole_groups: bool = False,
     ) -> None:
         """`bound`: most updates between drawing a row's first token and training on it; a row over
-        it stops the run."""
+        it stops the run. `whole_groups`: the rows of a uid go to one replica."""
         super().__init__(trainer, generator, pools)
+        self.whole_groups = whole_groups
         self.slice_steps, self.bound = slice_steps, bound
         self.before_direct: Callable[[], None] = nothing
         """Called before rows are drawn at once, without having been submitted."""
@@ -117,15 +116,17 @@ class StreamingActor(SplitActor):
         """Whether the weights were trained since the generator got them."""
         return self._changed
 
-    def submit(self, prompts: Batch) -> None:
-        """Starts drawing a response for every row, behind those in flight."""
+    def submit(self, prompts: Batch, *, do_sample: bool = True) -> None:
+        """Starts drawing a response for every row, behind those in flight. A group is complete when
+        all rows of its uid that were submitted have ended."""
         self._discard_on_generator()
-        names = row_names(prompts)
-        replicas = self._assigned(len(names))
+        names = row_names(prompts, greedy=not do_sample)
+        replicas = self._assigned(names)
         for name, replica in zip(names, replicas.tolist(), strict=True):
             self._replica[name] = replica
-            self._unfinished[name[0]] = self._unfinished.get(name[0], 0) + 1
-        start(self._generator.submit, prompts | Batch.of(replica=torch.from_numpy(replicas)))
+            self._unfinished[name.uid] = self._unfinished.get(name.uid, 0) + 1
+        rows = prompts | Batch.of(replica=torch.from_numpy(replicas))
+        start(self._generator.submit, rows, do_sample=do_sample)
 
     def sync(self) -> None:
         self._discard_on_generator()
@@ -136,13 +137,18 @@ class StreamingActor(SplitActor):
             start(self._generator.discard)
             self._must_discard = False
 
-    def _assigned(self, num_rows: int) -> np.ndarray:
+    def _assigned(self, names: Sequence[RowName]) -> np.ndarray:
         """The replica of every new row: consecutive rows, as many as even out the rows in flight;
         with none in flight the same as for generate_sequences."""
-        before = self._load.copy()
-        for _ in range(num_rows):
-            self._load[self._load.argmin()] += 1
-        return np.repeat(np.arange(len(self._load)), self._load - before)
+        sizes = [1] * len(names)
+        if self.whole_groups:
+            sizes = list(Counter(name.uid for name in names).values())
+        before = np.zeros_like(self._load)
+        for size in sizes:
+            least = self._load.argmin()
+            self._load[least] += size
+            before[least] += 1
+        return np.repeat(np.repeat(np.arange(len(self._load)), before), sizes)
 
     def poll(self) -> list[int]:
         """The uids whose last row has ended since the last call. Keeps slices going where
@@ -168,14 +174,13 @@ class StreamingActor(SplitActor):
     def _notice(self, progress_of_replicas: Results[Progress]) -> None:
         self._record.generating_s += max(progress.seconds for progress in progress_of_replicas)
         for progress in progress_of_replicas:
-            for uid, sample, first, last in progress.finished:
-                name = uid, sample
+            for name, first, last in progress.finished:
                 self._load[self._replica[name]] -= 1
                 self._versions[name] = first, last
-                self._unfinished[uid] -= 1
-                if not self._unfinished[uid]:
-                    del self._unfinished[uid]
-                    self._ended.append(uid)
+                self._unfinished[name.uid] -= 1
+                if not self._unfinished[name.uid]:
+                    del self._unfinished[name.uid]
+                    self._ended.append(name.uid)
 
     def discard(self) -> None:
         """Forgets all rows; the generator does before its next weights or rows, when it may have
@@ -191,7 +196,7 @@ class StreamingActor(SplitActor):
     def forget(self, uids: Sequence[int]) -> None:
         """The rows of these groups are not asked for any more."""
         gone = set(uids)
-        for name in [name for name in self._versions if name[0] in gone]:
+        for name in [name for name in self._versions if name.uid in gone]:
             del self._versions[name], self._replica[name]
             self._collected.pop(name, None)
 
@@ -200,8 +205,8 @@ class StreamingActor(SplitActor):
     def generate_sequences(
         self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
     ) -> Batch:
-        if sampling is None and do_sample and "sample" in prompts:
-            names = row_names(prompts)
+        if sampling is None and "sample" in prompts:
+            names = row_names(prompts, greedy=not do_sample)
             if all(name in self._versions for name in names):
                 self._check_versions(names)
                 return self._responses(names)
@@ -236,7 +241,7 @@ class StreamingActor(SplitActor):
             self._record.newest.append(version - last)
             if version - first > self.bound:
                 raise RuntimeError(
-                    f"the response {name[1]} to prompt {name[0]} was begun by weights of version "
+                    f"the response {name.sample} to prompt {name.uid} was begun by weights of version "
                     f"{first} and would train version {version}: staleness {version - first}, and "
                     f"{self.bound} is the bound; this is a mistake in the scheduling of generation"
                 )
@@ -258,18 +263,18 @@ class StreamingActor(SplitActor):
         return whole.rows(index)
 
     def _collect(self, names: Sequence[RowName]) -> None:
-        if not names:
-            return
-        uids, samples = zip(*names, strict=True)
-        batch = self._generator.collect(
-            Batch.of(
-                uid=torch.tensor(uids),
-                sample=torch.tensor(samples),
-                replica=torch.tensor([self._replica[name] for name in names]),
+        for greedy in (False, True):
+            chosen = [name for name in names if name.greedy == greedy]
+            if not chosen:
+                continue
+            rows = Batch.of(
+                uid=torch.tensor([name.uid for name in chosen]),
+                sample=torch.tensor([name.sample for name in chosen]),
+                replica=torch.tensor([self._replica[name] for name in chosen]),
             )
-        )
-        for row, name in enumerate(names):
-            self._collected[name] = batch, row
+            batch = self._generator.collect(rows, do_sample=not greedy)
+            for row, name in enumerate(chosen):
+                self._collected[name] = batch, row
 
     def _metrics(self, record: StepRecord) -> dict[str, float]:
         """staleness/: in versions, of the first token (mean, max) and the last (newest_mean).
@@ -296,41 +301,32 @@ class StreamingActor(SplitActor):
     def export(self, uids: Sequence[int]) -> dict[str, Any]:
         """The responses of these groups as plain JSON data, bit for bit."""
         wanted = set(uids)
-        names = sorted(name for name in self._versions if name[0] in wanted)
+        names = sorted(name for name in self._versions if name.uid in wanted)
         if not names:
             return {}
         batch = self._responses(names)
-        tokens = {name: batch.ragged(name) for name in RESPONSES}
         return {
             "rows": [list(name) for name in names],
-            "lengths": tokens["response_ids"].lengths.tolist(),
-            "num_tokens": batch.tensor("num_tokens").tolist(),
-            "finish_reason": batch.objects("finish_reason"),
-            **{name: packed(ragged.values.numpy()) for name, ragged in tokens.items()},
+            "versions": [list(self._versions[name]) for name in names],
+            "columns": {column: packed(batch.block(column)) for column in batch.columns},
         }
 
     def restore(self, state: dict[str, Any]) -> list[int]:
         """Takes back what export returned; the uids of its groups."""
         if not state:
             return []
-        lengths = torch.tensor(state["lengths"], dtype=torch.int64)
-        columns: dict[str, Any] = {}
-        for column, dtype in zip(RESPONSES, (np.int64, np.float32, np.int64), strict=True):
-            columns[column] = Ragged(torch.from_numpy(unpacked(state[column], dtype)), lengths)
-        versions = columns["token_version"].unbind()
-        first = torch.tensor([int(row[0]) for row in versions])
-        batch = Batch.of(
-            **columns,
-            finish_reason=state["finish_reason"],
-            num_tokens=torch.tensor(state["num_tokens"]),
-            weight_version=first,
-        )
-        names = [(uid, sample) for uid, sample in state["rows"]]
-        for row, name in enumerate(names):
-            self._versions[name] = int(first[row]), int(versions[row][-1])
-            self._replica[name] = 0
+        blocks = {column: unpacked(block) for column, block in state["columns"].items()}
+        batch = Batch.of_blocks(blocks, len(state["rows"]))
+        uids: dict[int, None] = {}
+        for row, (values, versions) in enumerate(
+            zip(state["rows"], state["versions"], strict=True)
+        ):
+            name = RowName(*values)
+            first, last = versions
+            self._versions[name], self._replica[name] = (first, last), 0
             self._collected[name] = batch, row
-        return list(dict.fromkeys(uid for uid, _ in names))
+            uids[name.uid] = None
+        return list(uids)
 
 
 class ColocatedStreamingActor(StreamingActor):
@@ -348,13 +344,3 @@ class ColocatedStreamingActor(StreamingActor):
         self._discard_on_generator()
         self._slices.append(start(self._generator.advance, 0))
         self._changed = False
-
-
-def packed(values: np.ndarray) -> str:
-    """The array's bytes as text."""
-    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
-
-
-def unpacked(text: str, dtype: Any) -> np.ndarray:
-    """The array of packed(), writable."""
-    return np.frombuffer(base64.b64decode(text), dtype=dtype).copy()

@@ -125,7 +125,7 @@ def episodes_per_s(most_delay_s: float, *, lockstep: bool) -> float:
 
     def answer(requests: Sequence[Request]) -> list[Drawn]:
         time.sleep(ROUND_S * (0.5 + 0.5 * len(requests) / NUM_EPISODES))
-        drawn = Drawn(ids=[5], log_probs=[-1.0], stopped=True, weight_version=0)
+        drawn = Drawn(ids=[5], log_probs=[-1.0], stopped=True, weight_versions=[0])
         return [drawn] * len(requests)
 
     began = time.perf_counter()

@@ -1,8 +1,10 @@
-"""Steps with responses drawn ahead against synchronous ones: seconds, staleness, idle pools.
+"""Steps with responses drawn ahead against synchronous ones: seconds, staleness, idle pools, reward.
 
 python -m benchmarks.asynchronous --json FILE [--only virtual]
 
-In virtual time for 32 + 32 devices (virtual.py), and on two CPU processes with real models (real.py).
+virtual: in virtual time for 32 + 32 devices (virtual.py); real: on two CPU processes with real
+models (real.py); reward: what a tiny task's reward becomes at equal samples, over seeds (learning.py).
+The parts can be run one by one: --only, --models, --cases.
 """
 
 from __future__ import annotations
@@ -13,9 +15,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.asynchronous import real, virtual
+from benchmarks.asynchronous import learning, real, virtual
 
-COLUMNS = ("step_s", "staleness_mean", "staleness_max", "bound", "idle_generator", "idle_trainer")
+COLUMNS = (
+    "step_s",
+    "staleness_mean",
+    "staleness_max",
+    "bound",
+    "idle_generator",
+    "idle_trainer",
+    "reward_before",
+    "reward",
+    "reward_spread",
+)
 CASES = [(0, ""), (1, "recompute"), (1, "keep"), (1, "drain"), (2, "recompute"), (2, "keep")]
 
 
@@ -26,31 +38,46 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--only", choices=("virtual", "real"))
+    parser.add_argument("--only", choices=("virtual", "real", "reward"))
     parser.add_argument("--models", nargs="+", choices=sorted(real.MODELS), default=["tiny", "3m"])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--cases", nargs="+", type=int, default=list(range(len(CASES))))
+    parser.add_argument(
+        "--steps", type=int, default=20, help="of a real run (default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="of reward (default: %(default)s)")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        type=int,
+        default=list(range(len(CASES))),
+        help=f"numbers of (staleness, in_flight): {dict(enumerate(CASES))}",
+    )
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    if arguments.only != "real":
-        rows += virtual.table()
-        for row in rows:
-            show(row)
-    if arguments.only != "virtual":
-        for model in arguments.models:
-            for number in arguments.cases:
-                staleness, mode = CASES[number]
-                with tempfile.TemporaryDirectory() as directory:
-                    rows.append(
-                        real.measure(Path(directory), model, staleness, mode, arguments.steps)
-                    )
-                show(rows[-1])
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        show(row)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+    if arguments.only in (None, "virtual"):
+        for row in virtual.table():
+            add(row)
+    cases = [CASES[number] for number in arguments.cases]
+    with tempfile.TemporaryDirectory() as directory:
+        if arguments.only in (None, "real"):
+            for model in arguments.models:
+                for number, (staleness, mode) in enumerate(cases):
+                    where = Path(directory) / model / str(number)
+                    add(real.measure(where, model, staleness, mode, arguments.steps))
+        if arguments.only in (None, "reward"):
+            for number, (staleness, mode) in enumerate(cases):
+                where = Path(directory) / "reward" / str(number)
+                add(learning.measure(where, staleness, mode, arguments.seeds, learning.NUM_STEPS))
 
 
 def show(row: dict[str, Any]) -> None:
-    numbers = " ".join(f"{name} {row[name]:.3g}" for name in COLUMNS)
+    numbers = " ".join(f"{name} {row[name]:.3g}" for name in COLUMNS if name in row)
     name = f"{row['mode']:<12} staleness {row['staleness']} look-ahead {row['look_ahead']}"
     print(f"{row['where']:<26} {name}: {numbers}", flush=True)
 

@@ -38,12 +38,18 @@ ENDLESS = (
 """A template without a token that ends a turn."""
 
 
-def chat_model(directory: Path, template: str = QWEN, *, max_tokens: int = 256) -> Path:
+def chat_model(
+    directory: Path, template: str = QWEN, *, max_tokens: int = 256, hidden_size: int = 32
+) -> Path:
     """A random Qwen2 of two small layers over bytes."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     shape = ModelShape(
-        hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, max_tokens=max_tokens
+        hidden_size=hidden_size,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=2,
+        max_tokens=max_tokens,
     )
     make_model(tokenizer, shape, seed=0).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -115,7 +121,7 @@ def drawn(text: str, *, limit: int = 1000) -> Drawn:
         ids=cut,
         log_probs=[-0.5] * len(cut),
         stopped=len(cut) == len(ids),
-        weight_version=0,
+        weight_versions=[0] * len(cut),
     )
 
 

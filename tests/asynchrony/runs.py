@@ -17,6 +17,16 @@ from recipes.session import Session
 from tests.tiny import make_data, make_model
 
 TRUNCATE = {"actor.loss.rollout_correction.correction": "truncate"}
+TWO_POOLS = {
+    "runtime": "ray",
+    "placement": "custom",
+    "pools.training.num_devices": 1,
+    "pools.training.roles": ["actor", "reference", "reward"],
+    "pools.generation.num_devices": 1,
+    "pools.generation.roles": ["generation"],
+    "threads_per_device": 1,
+    "cluster.address": "local",
+}
 
 
 class StreamingSession(Session):
@@ -62,6 +72,8 @@ class Record:
     """The row of data.train of each response."""
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     positions: list[int] = field(default_factory=list)
+    modulus: int = 7
+    """The reward is the length of the response modulo this; 2: groups without a signal are common."""
 
     def reward(self, *, response: str, answer: str, **columns: object) -> float:
         if len(self.responses) == self.fails_at:
@@ -69,11 +81,11 @@ class Record:
             raise ValueError("the reward fails once")
         self.responses.append(response)
         self.rows.append(answer)
-        return float(len(response) % 7)
+        return float(len(response) % self.modulus)
 
     def numbers(self) -> list[dict[str, float]]:
         """The metrics that are no seconds and say nothing of asynchrony."""
-        timed = ("seconds/", "asynchrony/", "staleness/", "sync/", "tokens_per_s", "memory")
+        timed = ("seconds", "asynchrony/", "staleness/", "sync/", "tokens_per_s", "memory")
         steps = []
         for step in self.metrics:
             steps.append(
@@ -97,13 +109,18 @@ def drive(
     record: Record | None = None,
     reward: Any = None,
     retries: int = 0,
+    environment: Any = None,
+    validates: bool = False,
 ) -> Record:
     """Runs steps with `settings` and keeps what they did. `stops`: with a checkpoint, from which
     the next call with the same directory goes on. `reward`: instead of the record's own, which
-    sees the responses of this process only. `retries`: steps that may fail and are taken again."""
+    sees the responses of this process only. `retries`: steps that may fail and are taken again.
+    `environment`: in place of a reward. `validates`: after every step."""
     record = record or Record()
     settings = settings | {"output_dir": directory}
-    config = make_settings(recipe, settings, reward or record.reward, None, None)
+    if environment is None:
+        reward = reward or record.reward
+    config = make_settings(recipe, settings, reward, None, None, environment)
     with session_class(prepare(config)) as session:
         while session.num_steps < num_steps:
             try:
@@ -114,6 +131,10 @@ def drive(
                     raise
                 continue
             record.positions.append(session.loop.data.position)
+            if validates:
+                record.metrics[-1] |= {
+                    f"validation/{name}": number for name, number in session.validate().items()
+                }
         if stops:
             session.checkpoint()
         else:

@@ -44,6 +44,8 @@ class Scenario:
     kills: tuple[float, ...] = ()
     """Times at which the whole run dies and goes on from the last commit."""
     commit_every: int = 1
+    resumes_with: tuple[int, float] | None = None
+    """Another staleness and look_ahead, with which the run goes on after its first death."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,8 @@ class Outcome:
     scenario: Scenario
     window: Window
     steps: list[list[Trained]] = field(default_factory=list)
+    bounds: list[int] = field(default_factory=list)
+    """Of staleness, in each step."""
     given_up: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """Rules that a moment of the run broke."""
@@ -165,7 +169,8 @@ class VirtualRollouts:
         self.ends, self.drawn_by = {}, {}
 
     def export(self, numbers: Sequence[int]) -> dict[str, Any]:
-        return {str(number): self.drawn_by[number] for number in numbers}
+        drawn = [number for number in numbers if number in self.drawn_by]
+        return {str(number): self.drawn_by[number] for number in drawn}
 
     def restore(self, responses: dict[str, Any], numbers: Sequence[int]) -> list[int]:
         self.drawn_by = {int(number): version for number, version in responses.items()}
@@ -180,6 +185,7 @@ class Run:
 
     def __init__(self, scenario: Scenario, make_window: MakeWindow) -> None:
         self.scenario, self.make_window = scenario, make_window
+        self.staleness, self.look_ahead = scenario.staleness, scenario.look_ahead
         self.rollouts = VirtualRollouts(scenario)
         self.queue = self.new_queue()
         self.outcome = Outcome(scenario=scenario, window=self.queue.window)
@@ -190,8 +196,8 @@ class Run:
         scenario = self.scenario
         window = self.make_window(
             groups_per_step=scenario.groups_per_step,
-            staleness=scenario.staleness,
-            look_ahead=scenario.look_ahead,
+            staleness=self.staleness,
+            look_ahead=self.look_ahead,
         )
         num_groups = scenario.num_steps * scenario.groups_per_step
         return RolloutQueue(window, self.rollouts, num_groups=num_groups, drains=scenario.drains)
@@ -209,11 +215,13 @@ class Run:
     def go_back(self) -> None:
         """A new process from the last commit."""
         self.outcome.num_kills += 1
+        if self.scenario.resumes_with is not None:
+            self.staleness, self.look_ahead = self.scenario.resumes_with
         self.queue = self.new_queue()
         self.outcome.window = self.queue.window
         self.rollouts.trainer_version, self.rollouts.version = self.commit["version"], -1
         self.queue.load_state_dict(self.commit["queue"])
-        del self.outcome.steps[self.commit["steps"] :]
+        del self.outcome.steps[self.commit["steps"] :], self.outcome.bounds[self.commit["steps"] :]
         self.rollouts.given_up = list(self.commit["given_up"])
 
     def run(self) -> Outcome:
@@ -250,6 +258,7 @@ class Run:
         rollouts.trainer_version += 1
         self.queue.end_step()
         self.outcome.steps.append(step)
+        self.outcome.bounds.append(self.bound())
         self.check_ledger()
 
     def take(self, number: int) -> list[int]:
@@ -259,6 +268,16 @@ class Run:
         if numbers != sorted(numbers):
             self.outcome.problems.append(f"batch {numbers} is not in order")
         return numbers
+
+    def bound(self) -> int:
+        """The most staleness that the settings allow; that of the real window."""
+        if self.scenario.drains:
+            return self.staleness
+        return Window(
+            groups_per_step=self.scenario.groups_per_step,
+            staleness=self.staleness,
+            look_ahead=self.look_ahead,
+        ).bound
 
     def usable(self, numbers: Sequence[int]) -> list[int]:
         share = self.scenario.filtered
@@ -310,15 +329,10 @@ def check(outcome: Outcome) -> list[str]:
     for number, step in enumerate(outcome.steps):
         if len(step) < scenario.groups_per_step:
             problems.append(f"step {number} took {len(step)} groups")
-    bound = Window(
-        groups_per_step=scenario.groups_per_step,
-        staleness=scenario.staleness,
-        look_ahead=scenario.look_ahead,
-    ).bound
-    if scenario.drains:
-        bound = scenario.staleness
-    if max(outcome.staleness) > bound:
-        problems.append(f"staleness {max(outcome.staleness)} is over the bound {bound}")
+    for bound, step in zip(outcome.bounds, outcome.steps, strict=True):
+        most = max(group.trained_at - group.drawn_by for group in step)
+        if most > bound:
+            problems.append(f"staleness {most} is over the bound {bound}")
     problems += check_lengths(outcome)
     return problems
 

@@ -3,6 +3,7 @@ for bit, with staleness 0; bounds, resuming and corrections with more."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from controllers.window import Window
 from recipes.preparation import prepare
 from recipes.python_api import make_settings
 from tests.asynchrony.runs import (
@@ -21,6 +24,7 @@ from tests.asynchrony.runs import (
     equal_weights,
     tiny_settings,
 )
+from tests.tiny import make_data
 
 DRAIN = TRUNCATE | {"asynchrony.staleness": 1, "asynchrony.in_flight": "drain"}
 
@@ -55,14 +59,20 @@ def test_staleness_0_is_the_synchronous_run(
     assert all(step["staleness/max"] == 0 for step in streamed.metrics)
 
 
-def test_drain_mode_resumes_bit_for_bit(tiny: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["grpo", "dapo", "remax"])
+def test_drain_mode_resumes_bit_for_bit(tiny: dict[str, Any], tmp_path: Path, recipe: str) -> None:
     """F12, 8: the responses that waited at the checkpoint are those that the resumed run trains
-    on; every step's are drawn by the version before."""
+    on, DAPO's that a later step takes beyond its batch and ReMax's greedy ones included; every
+    step's are drawn by the version before."""
     settings = tiny | DRAIN | {"loop.num_steps": 4}
-    calm = drive(settings, tmp_path / "calm", num_steps=4)
-    first = drive(settings, tmp_path / "resumed", num_steps=2, stops=True)
-    resumed = drive(settings, tmp_path / "resumed", num_steps=4, record=first)
-    assert [step["staleness/mean"] for step in calm.metrics] == [0, 1, 1, 1]
+    calm, first = Record(modulus=2), Record(modulus=2)
+    drive(settings, tmp_path / "calm", recipe=recipe, num_steps=4, record=calm)
+    drive(settings, tmp_path / "resumed", recipe=recipe, num_steps=2, stops=True, record=first)
+    resumed = drive(settings, tmp_path / "resumed", recipe=recipe, num_steps=4, record=first)
+    if recipe == "dapo":
+        assert max(step["dynamic_sampling/rounds"] for step in calm.metrics) > 1
+    else:
+        assert [step["staleness/mean"] for step in calm.metrics] == [0, 1, 1, 1]
     assert resumed.responses == calm.responses
     assert resumed.numbers() == calm.numbers()
     assert equal_weights(resumed, calm)
@@ -84,6 +94,46 @@ def test_no_row_is_lost_or_doubled(tiny: dict[str, Any], tmp_path: Path, in_flig
     assert record.positions == [2, 4, 6, 8, 10, 12, 14, 16]
     assert Counter(record.rows) == {str(row): 2 for row in range(16)}
     assert max(step["staleness/max"] for step in record.metrics) in (1, 2, 3)
+
+
+def test_greedy_baselines_are_drawn_ahead(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """ReMax one step ahead, in drain mode: no response is drawn when the step asks for it, and the
+    second step's baselines are what transformers' greedy search makes of the weights before the
+    first update."""
+    settings = tiny | DRAIN | {"loop.num_steps": 3}
+    record = drive(settings, tmp_path / "run", recipe="remax", num_steps=3)
+    assert not any("actor.generate_sequences" in name for step in record.metrics for name in step)
+    lines = Path(tiny["data.train"]).read_text().splitlines()
+    model = AutoModelForCausalLM.from_pretrained(tiny["model.path"])
+    tokenizer = AutoTokenizer.from_pretrained(tiny["model.path"])
+    ends = [tokenizer.eos_token_id, *tiny["actor.generation.sampling.stop_token_ids"]]
+    for first in (4, 12):  # each step's four samples come before its four greedy responses
+        for row, response in zip(
+            record.rows[first:][:4], record.responses[first:][:4], strict=True
+        ):
+            inputs = tokenizer(json.loads(lines[int(row)])["prompt"], return_tensors="pt")
+            (ids,) = model.generate(
+                **inputs, do_sample=False, max_new_tokens=24, eos_token_id=ends, pad_token_id=0
+            )
+            expected = tokenizer.decode(ids[inputs["input_ids"].shape[1] :])
+            assert response.split() == expected.split()
+
+
+@pytest.mark.parametrize("in_flight", ["recompute", "keep"])
+def test_further_rounds_ahead(tiny: dict[str, Any], tmp_path: Path, in_flight: str) -> None:
+    """DAPO two steps ahead, with groups that teach nothing: whatever a step takes further comes
+    from the window, every row once, within the bound."""
+    settings = tiny | TRUNCATE | {"asynchrony.staleness": 2, "asynchrony.in_flight": in_flight}
+    settings |= {"loop.num_steps": 5, "data.train": make_data(tmp_path / "rows.jsonl", rows=64)}
+    record = Record(modulus=2)
+    drive(settings, tmp_path / "run", recipe="dapo", num_steps=3, stops=True, record=record)
+    drive(settings, tmp_path / "run", recipe="dapo", num_steps=5, record=record)
+    assert max(step["dynamic_sampling/rounds"] for step in record.metrics) > 1
+    assert not any("actor.generate_sequences" in name for step in record.metrics for name in step)
+    assert set(Counter(record.rows).values()) == {2}
+    assert len(set(record.rows)) == record.positions[-1]
+    bound = Window(groups_per_step=2, staleness=2).bound
+    assert 0 < max(step["staleness/max"] for step in record.metrics) <= bound
 
 
 def test_a_step_that_fails_is_taken_again(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -185,6 +185,30 @@ def test_drain_mode_resumes_as_if_nothing_had_happened() -> None:
                     assert group.drawn_by == max(0, group.trained_at - scenario.staleness)
 
 
+def test_a_run_goes_on_with_another_staleness_and_window() -> None:
+    """A checkpoint holds more groups than a smaller staleness allows: they wait for their places, no
+    group is lost or doubled, and the new bound holds from the first step on."""
+    shrunk = 0
+    for seed in range(400):
+        rng = random.Random(seed)
+        drains = rng.random() < 0.3
+        resumes_with = rng.choice([1, 2]), 0.0 if drains else rng.choice([0.0, 0.3, 1.0])
+        scenario = Scenario(
+            seed=seed,
+            groups_per_step=rng.choice([1, 2, 3]),
+            staleness=rng.choice([1, 3, 20]),
+            look_ahead=0.0 if drains else rng.choice([0.0, 0.5, 1.0]),
+            drains=drains,
+            filtered=rng.choice([0.0, 0.3]),
+            kills=(rng.uniform(1, 8), rng.uniform(8, 15)),
+            resumes_with=resumes_with,
+        )
+        outcome = simulate(scenario)
+        assert check(outcome) == [], scenario
+        shrunk += outcome.num_kills > 0 and scenario.staleness > resumes_with[0]
+    assert shrunk > 100
+
+
 class Discarding(Window):
     """Throws away what finishes long after it started."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from workers.role_config import ActorConfig, ScorerConfig
+from workers.role_config import ScorerConfig, StreamingActorConfig
 
 
 class History(StrEnum):
@@ -59,7 +59,7 @@ class EpisodeConfig:
 
 
 @dataclass(kw_only=True)
-class EpisodeActorConfig(ActorConfig):
+class EpisodeActorConfig(StreamingActorConfig):
     """An actor whose responses are episodes."""
 
     environment: Any = None

@@ -1,20 +1,20 @@
-"""Executor: runs the episodes of a call side by side, and answers their requests.
+"""Episodes: run side by side in an asyncio loop in a thread of its own, and ask for replies.
 
-The episodes live in an asyncio loop in a thread of its own; the generation engine is called from
-the thread that called run(). In lockstep the engine is asked when every live episode waits for it,
-in the order of the rows: what it computes does not depend on how long environments take. Without,
-it is asked when it is free and half of the live ones wait.
+The generation engine is called from the thread that owns the object: Executor answers all requests
+of a call; episode_stream.py answers them between two slices of generation. In lockstep the engine
+is asked when every live episode waits for it, in the order of the rows: what it computes does not
+depend on how long environments take.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import queue
+import math
 import threading
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,11 +77,26 @@ class Clock:
             self._timer = None
 
 
-class Executor:
-    """finished = Executor(episode, name, config, make_model, answer).run(tasks)
+@dataclass(frozen=True, eq=False, slots=True)
+class Asked:
+    """A request, and the episode's wait for its answer."""
 
-    make_model(row, draw) -> Model of a new attempt; answer(requests) -> what the engine drew for
-    each.
+    request: Request
+    answer: asyncio.Future[Drawn]
+
+
+class Episodes:
+    """episodes = Episodes(episode, name, config, make_model)
+    episodes.start({0: task, 1: other})
+    while episodes.num_live:
+        episodes.wait(share=1.0)
+        for asked in episodes.requests():
+            episodes.answer([(asked, drawn)])
+    finished = episodes.finished()          # {0: Finished, 1: Finished}
+    episodes.close()
+
+    make_model(row, draw) -> Model of a new attempt. A mistake of the environment's code is raised
+    by wait.
     """
 
     def __init__(
@@ -90,50 +105,86 @@ class Executor:
         name: str,
         config: EpisodeConfig,
         make_model: Callable[[int, Callable[[Request], Any]], Model],
-        answer: Callable[[Sequence[Request]], Sequence[Drawn]],
     ) -> None:
         self.episode, self.name, self.config = episode, name, config
-        self.make_model, self.answer = make_model, answer
-        self._rounds: queue.SimpleQueue[list[Request] | None] = queue.SimpleQueue()
-        self._waiting: dict[int, tuple[Request, asyncio.Future[Drawn]]] = {}
-        self._num_live = 0
-        self._busy = False
-        """Whether the engine has requests without an answer."""
+        self.make_model = make_model
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
+        self._thread.start()
+        self._changed = threading.Condition()
+        """Guards what follows, which both threads read and write."""
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._live: set[int] = set()
+        self._asked: dict[int, Asked] = {}
+        self._finished: dict[int, Finished] = {}
+        self._error: Exception | None = None
 
-    def run(self, tasks: Sequence[Task]) -> list[Finished]:
-        """One finished episode for every task, in order; a mistake of the environment's code, or
-        of the engine, is raised here."""
-        if not tasks:
-            return []
-        loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=loop.run_forever, name="episodes", daemon=True)
-        thread.start()
-        all_of_them = asyncio.run_coroutine_threadsafe(self._all(tasks), loop)
-        try:
-            while (requests := self._rounds.get()) is not None:
-                answers = self.answer(requests)
-                loop.call_soon_threadsafe(self._deliver, requests, answers)
-            return all_of_them.result()
-        finally:
-            all_of_them.cancel()
-            asyncio.run_coroutine_threadsafe(_settle(), loop).result()
-            loop.call_soon_threadsafe(loop.stop)
-            thread.join()
-            loop.close()
+    def start(self, tasks: Mapping[int, Task]) -> None:
+        """Starts an episode for every row."""
+        with self._changed:
+            self._live |= tasks.keys()
 
-    async def _all(self, tasks: Sequence[Task]) -> list[Finished]:
-        self._num_live = len(tasks)
-        running = []
-        for row, task in enumerate(tasks):
-            running.append(asyncio.create_task(self._with_retries(row, task)))
-        try:
-            return list(await asyncio.gather(*running))
-        finally:
-            for attempt in running:
-                attempt.cancel()
-            self._rounds.put(None)
+        def begin() -> None:
+            for row, task in tasks.items():
+                self._running[row] = self._loop.create_task(self._with_retries(row, task))
 
-    async def _with_retries(self, row: int, task: Task) -> Finished:
+        self._loop.call_soon_threadsafe(begin)
+
+    @property
+    def num_live(self) -> int:
+        """Episodes that have not come to their end."""
+        return len(self._live)
+
+    def wait(self, share: float, timeout_s: float | None = None) -> bool:
+        """Returns True when at least that share of the live episodes wait for a reply that was not
+        asked for yet, at least one of them, or none is live; False after `timeout_s`. Raises a
+        mistake of the environment's code."""
+
+        def is_due() -> bool:
+            least = max(1, math.ceil(share * len(self._live)))
+            return self._error is not None or not self._live or len(self._asked) >= least
+
+        with self._changed:
+            due = self._changed.wait_for(is_due, timeout_s)
+            if self._error is not None:
+                raise self._error
+            return due
+
+    def requests(self) -> list[Asked]:
+        """The requests that nobody has taken, in the order of their rows."""
+        with self._changed:
+            asked, self._asked = self._asked, {}
+            return [asked[row] for row in sorted(asked)]
+
+    def answer(self, answers: Sequence[tuple[Asked, Drawn]]) -> None:
+        """The replies to requests; one that the episode no longer waits for is dropped."""
+
+        def deliver() -> None:
+            for asked, drawn in answers:
+                if not asked.answer.done():
+                    asked.answer.set_result(drawn)
+
+        self._loop.call_soon_threadsafe(deliver)
+
+    def finished(self) -> dict[int, Finished]:
+        """The episodes that came to their end since the last call, by their rows."""
+        with self._changed:
+            finished, self._finished = self._finished, {}
+            return dict(sorted(finished.items()))
+
+    def close(self) -> None:
+        """Cancels what is live, and returns when it has closed what it had open."""
+        asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _cancel(self) -> None:
+        for attempt in list(self._running.values()):
+            attempt.cancel()
+        await _settle()
+
+    async def _with_retries(self, row: int, task: Task) -> None:
         failures: list[Failure] = []
         try:
             for _ in range(1 + self.config.retries):
@@ -141,10 +192,16 @@ class Executor:
                 finished = await self._attempt(row, task, clock, failures)
                 if finished.outcome is not None:
                     break
-            return finished
-        finally:
-            self._num_live -= 1
-            self._ask()
+        except Exception as error:  # for the thread that waits, which raises it
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
+            return
+        with self._changed:
+            del self._running[row]
+            self._live.remove(row)
+            self._finished[row] = finished
+            self._changed.notify_all()
 
     async def _attempt(
         self, row: int, task: Task, clock: Clock, failures: list[Failure]
@@ -153,12 +210,18 @@ class Executor:
 
         async def draw(request: Request) -> Drawn:
             clock.stop()
-            future = asyncio.get_running_loop().create_future()
-            self._waiting[row] = (request, future)
-            self._ask()
-            answer: Drawn = await future
+            asked = Asked(request, self._loop.create_future())
+            with self._changed:
+                self._asked[row] = asked
+                self._changed.notify_all()
+            try:
+                drawn = await asked.answer
+            finally:
+                with self._changed:
+                    if self._asked.get(row) is asked:
+                        del self._asked[row]
             clock.start(attempt)
-            return answer
+            return drawn
 
         model = self.make_model(row, draw)
         attempt = asyncio.create_task(self._outcome(model, task))
@@ -190,7 +253,6 @@ class Executor:
             LOGGER.warning("environment=%s, row %d: %s", self.name, row, text)
         finally:
             clock.stop()
-            self._waiting.pop(row, None)
         return Finished(model=model, outcome=outcome, failures=failures, laps=clock.laps)
 
     async def _outcome(self, model: Model, task: Task) -> Outcome:
@@ -200,22 +262,42 @@ class Executor:
             returned = 0.0
         return checked_outcome(returned, model.segments.num_turns, self.name)
 
-    def _ask(self) -> None:
-        """Hands the waiting requests to the engine once it is free and enough episodes wait."""
-        least = self._num_live
-        if not self.config.lockstep:
-            least = (self._num_live + 1) // 2
-        if self._waiting and not self._busy and len(self._waiting) >= least:
-            self._busy = True
-            self._rounds.put([self._waiting[row][0] for row in sorted(self._waiting)])
 
-    def _deliver(self, requests: Sequence[Request], answers: Sequence[Drawn]) -> None:
-        self._busy = False
-        for request, answer in zip(requests, answers, strict=True):
-            _, future = self._waiting.pop(request.row, (request, None))
-            if future is not None and not future.done():
-                future.set_result(answer)
-        self._ask()
+class Executor:
+    """finished = Executor(episode, name, config, make_model, answer).run(tasks)
+
+    answer(requests) -> what the engine drew for each. In lockstep it is asked when every live
+    episode waits; without, when half of them do.
+    """
+
+    def __init__(
+        self,
+        episode: Episode,
+        name: str,
+        config: EpisodeConfig,
+        make_model: Callable[[int, Callable[[Request], Any]], Model],
+        answer: Callable[[Sequence[Request]], Sequence[Drawn]],
+    ) -> None:
+        self._arguments = episode, name, config, make_model
+        self._share = 1.0 if config.lockstep else 0.5
+        self.answer = answer
+
+    def run(self, tasks: Sequence[Task]) -> list[Finished]:
+        """One finished episode for every task, in order; a mistake of the environment's code, or
+        of the engine, is raised here."""
+        if not tasks:
+            return []
+        episodes = Episodes(*self._arguments)
+        try:
+            episodes.start(dict(enumerate(tasks)))
+            while episodes.num_live:
+                episodes.wait(self._share)
+                if asked := episodes.requests():
+                    answers = self.answer([waiting.request for waiting in asked])
+                    episodes.answer(list(zip(asked, answers, strict=True)))
+            return list(episodes.finished().values())
+        finally:
+            episodes.close()
 
 
 async def _settle() -> None:

@@ -39,7 +39,8 @@ class Drawn:
     ids: list[int]
     log_probs: list[float]
     stopped: bool
-    weight_version: int
+    weight_versions: list[int]
+    """Of the weights that drew each token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,7 +188,7 @@ class Model:
     def _taken(self, answer: Drawn, *, space: int, left: int) -> Reply:
         """The drawn tokens as a turn, and how it ended."""
         number = self.segments.num_turns
-        self.transcript.reply(answer.ids, answer.log_probs, answer.weight_version, number)
+        self.transcript.reply(answer.ids, answer.log_probs, answer.weight_versions, number)
         reason = "length"
         if answer.stopped:
             reason = "stop"

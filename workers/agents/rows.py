@@ -28,6 +28,7 @@ class Row:
     turn_rewards: list[float] = field(default_factory=list)
     finish_reason: str = FAILED
     weight_version: int = -1
+    token_version: list[int] = field(default_factory=list)
     episode_rewards: float = 0.0
     episode_metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -48,6 +49,8 @@ WRITES = (
     "episode_metrics",
 )
 """The columns of an episode."""
+WRITES_AHEAD = (*WRITES, "token_version")
+"""Those of one that was drawn ahead of its step."""
 
 
 def row_of(finished: Finished, weight_version: int, given_up: bool) -> Row:
@@ -72,11 +75,13 @@ def row_of(finished: Finished, weight_version: int, given_up: bool) -> Row:
     ids: list[int] = []
     sampled: list[bool] = []
     log_probs: list[float] = []
+    versions: list[int] = []
     turns: list[Turn] = []
     for transcript in transcripts:
         ids += transcript.ids
         sampled += transcript.sampled
         log_probs += transcript.log_probs
+        versions += transcript.weight_versions
         turns += transcript.turns
     before_each, after = finished.laps[: len(turns)], finished.laps[len(turns) :]
     seconds = [before_each[turn.number] for turn in turns if turn.number < len(before_each)] + after
@@ -93,7 +98,8 @@ def row_of(finished: Finished, weight_version: int, given_up: bool) -> Row:
         turn_lengths=[turn.length for turn in turns],
         turn_rewards=[earned[turn.number] for turn in turns],
         finish_reason=reason,
-        weight_version=min((turn.weight_version for turn in turns), default=weight_version),
+        weight_version=min(versions, default=weight_version),
+        token_version=versions,
         episode_rewards=outcome.reward,
         episode_metrics=metrics | {"numbers": dict(outcome.metrics), "turn_s": seconds},
     )
@@ -111,7 +117,7 @@ def _last_reply(transcript: Transcript) -> int:
 
 
 def batch_of(rows: Sequence[Row]) -> Batch:
-    """The columns WRITES of the rows."""
+    """The columns WRITES_AHEAD of the rows."""
     num_sampled, num_tokens = [], []
     for row in rows:
         num_sampled.append(len(row.rollout_log_probs))
@@ -128,6 +134,7 @@ def batch_of(rows: Sequence[Row]) -> Batch:
         finish_reason=[row.finish_reason for row in rows],
         num_tokens=torch.tensor(num_tokens, dtype=torch.int64),
         weight_version=torch.tensor([row.weight_version for row in rows], dtype=torch.int64),
+        token_version=Ragged.of([row.token_version for row in rows], torch.int64),
         episode_rewards=torch.tensor([row.episode_rewards for row in rows]),
         episode_metrics=[row.episode_metrics for row in rows],
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,31 @@ from workers.agents.executor import Executor, Finished
 from workers.agents.interfaces import as_episode
 from workers.agents.model import Draw, Drawn, Limits, Model, Request
 from workers.agents.renderer import Renderer
-from workers.agents.rows import batch_of, row_of
+from workers.agents.replica import Replica
+from workers.agents.rows import WRITES, batch_of, row_of
 from workers.engines.base import Head
 from workers.engines.model.loading import position_limit
+from workers.generation.base import generations
 from workers.generation.checked import check_generations
 from workers.generation.config import SamplingConfig
 from workers.generation.draws import mix
-from workers.generation.sampling import most_tokens, stop_token_ids
+from workers.generation.rows import FinishedRow
+from workers.generation.sampling import stop_token_ids
 from workers.sampler import Sampler, sample_seeds
 from workers.text import ResponseReader, end_token_ids
 from workers.tokenizer import load_tokenizer
 
 LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How an episode is drawn."""
+
+    seed: int
+    sampling: SamplingConfig
+    most_tokens: int
+    """That the policy may draw in it."""
 
 
 class EpisodeSampler(Sampler):
@@ -50,6 +63,7 @@ class EpisodeSampler(Sampler):
         adapter: bool = False,
     ) -> None:
         super().__init__(config, context, layout, load_weights=load_weights, adapter=adapter)
+        self.replica = Replica(layout, context)
         self.interface = as_episode(config.environment)
         tokenizer = load_tokenizer(config.model)
         self._tokenizer = tokenizer
@@ -66,36 +80,56 @@ class EpisodeSampler(Sampler):
     ) -> Batch:
         """One episode for every row. A group (rows of one uid) of which an episode failed every
         time is given up; a RuntimeError where too many are."""
+        plans = self.plans(prompts, sampling, do_sample=do_sample)
+
+        def compute(requests: Sequence[Request]) -> list[Drawn]:
+            return self._answer(requests, plans)
+
+        if not self.replica.leads:
+            self.replica.follow(compute)
+            return Batch.of()
+
+        executor = Executor(
+            self.interface.episode,
+            self.interface.name,
+            self.config.episode,
+            lambda row, draw: self.make_model(row, draw, plans[row]),
+            lambda requests: self.replica.compute(compute, requests),
+        )
+        try:
+            finished = executor.run(prompts.objects("task"))
+        finally:
+            self.replica.end()
+        return self.rows(finished, prompts.tensor("uid").tolist()).select(*WRITES)
+
+    def plans(
+        self, prompts: Batch, sampling: SamplingConfig | None = None, *, do_sample: bool = True
+    ) -> list[Plan]:
+        """How the episode of each row is drawn."""
         sampling = self._settled(sampling or self.config.generation.sampling)
         if not do_sample:
             sampling = replace(sampling, greedy=True)
-        seeds = sample_seeds(self.config.seed, prompts)
-        closing = frozenset(stop_token_ids(sampling, self.end_token_ids))
-        budgets = self._budgets(prompts)
+        plans = []
+        seeds = sample_seeds(self.config.seed, prompts).tolist()
+        for seed, budget in zip(seeds, self._budgets(prompts), strict=True):
+            plans.append(Plan(seed=seed, sampling=sampling, most_tokens=budget))
+        return plans
 
-        def make_model(row: int, draw: Draw) -> Model:
-            return Model(
-                row=row,
-                draw=draw,
-                renderer=self.renderer,
-                read=self.read,
-                end_token_ids=closing,
-                config=self.config.episode,
-                limits=Limits(
-                    reply_tokens=sampling.max_response_tokens,
-                    sampled_tokens=budgets[row],
-                    context_tokens=self.context_tokens,
-                ),
-            )
-
-        def answer(requests: Sequence[Request]) -> list[Drawn]:
-            return self._answer(requests, seeds, sampling)
-
-        executor = Executor(
-            self.interface.episode, self.interface.name, self.config.episode, make_model, answer
+    def make_model(self, row: int, draw: Draw, plan: Plan) -> Model:
+        """The policy as an attempt of that episode sees it."""
+        return Model(
+            row=row,
+            draw=draw,
+            renderer=self.renderer,
+            read=self.read,
+            end_token_ids=frozenset(stop_token_ids(plan.sampling, self.end_token_ids)),
+            config=self.config.episode,
+            limits=Limits(
+                reply_tokens=plan.sampling.max_response_tokens,
+                sampled_tokens=plan.most_tokens,
+                context_tokens=self.context_tokens,
+            ),
         )
-        finished = executor.run(prompts.objects("task"))
-        return self._rows(finished, prompts)
 
     def _budgets(self, prompts: Batch) -> list[int]:
         """Most tokens that the policy may draw in each row's episode."""
@@ -104,56 +138,48 @@ class EpisodeSampler(Sampler):
             return [most] * len(prompts)
         return prompts.tensor("max_response_tokens").clamp(max=most).tolist()
 
-    def _answer(
-        self, requests: Sequence[Request], seeds: np.ndarray, sampling: SamplingConfig
-    ) -> list[Drawn]:
-        """Answers to the requests, in order. Those near the end of the context have less
-        room than the others, and are asked for apart."""
-        answers: dict[int, Drawn] = {}
-        by_most: dict[int, list[int]] = {}
-        for number, request in enumerate(requests):
-            space = self.context_tokens - len(request.ids)
-            by_most.setdefault(min(space, sampling.max_response_tokens), []).append(number)
-        for most in sorted(by_most, reverse=True):
-            numbers = by_most[most]
-            part = [requests[number] for number in numbers]
-            limited = replace(sampling, max_response_tokens=most)
-            answers |= zip(numbers, self._draw(part, seeds, limited), strict=True)
-        return [answers[number] for number in range(len(requests))]
+    def _answer(self, requests: Sequence[Request], plans: Sequence[Plan]) -> list[Drawn]:
+        """Answers to the requests, in order."""
+        keys = []
+        for request in requests:
+            keys.append(self.ask(request, plans[request.row]))
+        try:
+            self.engine.run(until=keys)
+            rows = self.engine.finished(keys)
+        finally:
+            self.engine.cancel(keys)  # after an error, those that are left
+        return [self.drawn(rows[key], request) for key, request in zip(keys, requests, strict=True)]
 
-    def _draw(
-        self, requests: Sequence[Request], seeds: np.ndarray, sampling: SamplingConfig
-    ) -> list[Drawn]:
-        limits = np.array([request.limit for request in requests], dtype=np.int64)
-        turn_seeds = [turn_seed(int(seeds[request.row]), request.num_drawn) for request in requests]
-        generated = self.engine.generate(
-            [np.array(request.ids, dtype=np.int64) for request in requests],
-            np.array(turn_seeds, dtype=np.int64),
-            sampling,
-            limits,
+    def ask(self, request: Request, plan: Plan) -> int:
+        """Submits the reply that is wanted; the engine's key."""
+        seed = turn_seed(plan.seed, request.num_drawn)
+        (key,) = self.engine.submit(
+            [np.array(request.ids, dtype=np.int64)],
+            np.array([seed], dtype=np.int64),
+            plan.sampling,
+            np.array([request.limit], dtype=np.int64),
         )
-        most = np.array(most_tokens(len(requests), sampling, limits), dtype=np.int64)
+        return key
+
+    def drawn(self, row: FinishedRow, request: Request) -> Drawn:
+        """The engine's answer to the request, checked."""
         check_generations(
-            generated, len(requests), self._vocab_size, self.config.generation.engine, most
+            generations([row], num_prompt_tokens=len(request.ids), seconds=0.0),
+            1,
+            self._vocab_size,
+            self.config.generation.engine,
+            np.array([request.limit], dtype=np.int64),
         )
-        ends = np.cumsum(generated.lengths)
-        answers = []
-        for end, length, reason in zip(
-            ends, generated.lengths, generated.finish_reasons, strict=True
-        ):
-            answers.append(
-                Drawn(
-                    ids=generated.response_ids[end - length : end].tolist(),
-                    log_probs=generated.log_probs[end - length : end].tolist(),
-                    stopped=reason == "stop",
-                    weight_version=self.engine.weight_version,
-                )
-            )
-        return answers
+        return Drawn(
+            ids=row.token_ids.tolist(),
+            log_probs=row.log_probs.tolist(),
+            stopped=row.finish_reason == "stop",
+            weight_versions=row.weight_versions.tolist(),
+        )
 
-    def _rows(self, finished: Sequence[Finished], prompts: Batch) -> Batch:
-        """The rows of the episodes, those of failed groups emptied."""
-        uids = prompts.tensor("uid").tolist()
+    def rows(self, finished: Sequence[Finished], uids: Sequence[int]) -> Batch:
+        """The rows WRITES_AHEAD of the episodes, whose groups are whole; those of failed groups are
+        empty."""
         given_up: dict[int, str] = {}
         for uid, episode in zip(uids, finished, strict=True):
             if episode.outcome is None:

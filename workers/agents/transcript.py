@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """One reply of the policy: Turn(start=12, length=5, weight_version=3) are tokens 12 to 16."""
+    """One reply of the policy: Turn(start=12, length=5) are tokens 12 to 16."""
 
     start: int
     length: int
-    weight_version: int
     number: int = 0
     """Replies of the episode before this one, in all of its segments."""
 
@@ -21,7 +20,7 @@ class Turn:
 class Transcript:
     """transcript = Transcript()
     transcript.observe([5, 6])
-    transcript.reply([7, 2], [-0.1, -0.3], weight_version=0)
+    transcript.reply([7, 2], [-0.1, -0.3], [0, 0])
 
     The prompt is all before the first reply.
     """
@@ -32,6 +31,8 @@ class Transcript:
         """Whether the policy drew the token."""
         self.log_probs: list[float] = []
         """Those of the sampled tokens, in order."""
+        self.weight_versions: list[int] = []
+        """Of the weights that drew each of them."""
         self.turns: list[Turn] = []
 
     def __len__(self) -> int:
@@ -57,7 +58,7 @@ class Transcript:
         self,
         ids: Sequence[int],
         log_probs: Sequence[float],
-        weight_version: int,
+        weight_versions: Sequence[int],
         number: int = 0,
     ) -> None:
         """Adds a turn of the policy: its tokens as they were drawn, the one that ended it
@@ -67,13 +68,13 @@ class Transcript:
             Turn(
                 start=len(self.ids),
                 length=len(ids),
-                weight_version=weight_version,
                 number=number,
             )
         )
         self.ids += ids
         self.sampled += [True] * len(ids)
         self.log_probs += log_probs
+        self.weight_versions += weight_versions
 
     def drop_observation(self, longest: int) -> None:
         """Drops what was observed since the last reply; a prompt is cut to `longest` tokens."""

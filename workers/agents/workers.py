@@ -15,14 +15,16 @@ from hybridflow.protocols import THREE_D, THREE_D_ALL_MICRO_DP
 from hybridflow.worker import remote
 from workers.actor import ActorWorker
 from workers.agents.config import EpisodeScorerConfig
+from workers.agents.episode_stream import EpisodeStream
 from workers.agents.outcome import FAILED, EnvironmentMistake
-from workers.agents.rows import WRITES
+from workers.agents.rows import WRITES, WRITES_AHEAD
 from workers.agents.sampler import EpisodeSampler
 from workers.generation.config import SamplingConfig
 from workers.generator import GeneratorWorker
 from workers.reward import reward_worker
 from workers.role_config import RewardConfig
-from workers.roles import Actor, Generator, Reward
+from workers.roles import TO_REPLICAS, Actor, Generator, Reward, StreamingGenerator
+from workers.row_stream import Stream
 from workers.split_actor import GenerationWorker
 
 
@@ -48,12 +50,44 @@ class EpisodeActor(Actor, EpisodeGenerator):
     """The actor of a run with an environment, as its page is traced."""
 
 
-class EpisodeActorWorker(ActorWorker, EpisodeGenerator):
-    sampler_class = EpisodeSampler
+class EpisodeStreamingGenerator(EpisodeGenerator, StreamingGenerator):
+    """The same in slices of generation, between which environments go on."""
+
+    @remote(
+        TO_REPLICAS,
+        reads=("task", "uid", "sample", "replica"),
+        optional=("max_response_tokens",),
+        part="replica",
+    )
+    @abstractmethod
+    def submit(self, prompts: Batch, *, do_sample: bool = True) -> None:
+        """Begins an episode for every row; the rows of a group go to one replica."""
+
+    @remote(
+        THREE_D_ALL_MICRO_DP,
+        reads=("uid", "sample", "replica"),
+        writes=WRITES_AHEAD,
+        part="replica",
+    )
+    @abstractmethod
+    def collect(self, rows: Batch, *, do_sample: bool = True) -> Batch:
+        """The episodes of whole groups that ended, which the generator then forgets."""
 
 
-class EpisodeGenerationWorker(GenerationWorker, EpisodeGenerator):
+class EpisodeActorWorker(ActorWorker, EpisodeStreamingGenerator):
     sampler_class = EpisodeSampler
+
+    def make_stream(self) -> Stream:
+        assert isinstance(self.sampler, EpisodeSampler), "it is of sampler_class"
+        return EpisodeStream(self.sampler)
+
+
+class EpisodeGenerationWorker(GenerationWorker, EpisodeStreamingGenerator):
+    sampler_class = EpisodeSampler
+
+    def make_stream(self) -> Stream:
+        assert isinstance(self.sampler, EpisodeSampler), "it is of sampler_class"
+        return EpisodeStream(self.sampler)
 
 
 class EpisodeGeneratorWorker(GeneratorWorker, EpisodeGenerator):
