@@ -10,7 +10,7 @@ from typing import Any
 from hybridflow import open_session
 from tests.tiny import VOCAB, make_data, make_model
 
-MEAN_TOKENS = 24
+MEAN_TOKENS = 16
 MODELS = {"tiny": {"layers": 1, "heads": 4}, "3m": {"layers": 4, "heads": 8}}
 WARM_UP = 2
 """Steps that are not counted."""
