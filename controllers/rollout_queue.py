@@ -181,7 +181,7 @@ class RolloutQueue:
         waiting, responses = self.window.waiting, state.get("responses", {})
         if state.get("staleness", self.window.staleness) > self.window.staleness:
             responses = {}  # some would be older than this run allows
-        kept = set(self.rollouts.restore(responses, waiting))
-        for number in kept:
+        restored = set(self.rollouts.restore(responses, waiting))
+        for number in restored:
             self.window.finish(number)
-        self._not_submitted = [number for number in waiting if number not in kept]
+        self._not_submitted = [number for number in waiting if number not in restored]

@@ -190,8 +190,8 @@ class PromptRollouts:
         self.actor.forget(uids)
 
     def export(self, numbers: Sequence[int]) -> dict[str, Any]:
-        wanted = set(numbers)
-        return self.actor.export([uid for uid, number in self._number.items() if number in wanted])
+        chosen = set(numbers)
+        return self.actor.export([uid for uid, number in self._number.items() if number in chosen])
 
     def restore(self, responses: dict[str, Any], numbers: Sequence[int]) -> list[int]:
         uids = self.actor.restore(responses)

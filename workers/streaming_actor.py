@@ -300,8 +300,8 @@ class StreamingActor(SplitActor):
 
     def export(self, uids: Sequence[int]) -> dict[str, Any]:
         """The responses of these groups as plain JSON data, bit for bit."""
-        wanted = set(uids)
-        names = sorted(name for name in self._versions if name.uid in wanted)
+        chosen = set(uids)
+        names = sorted(name for name in self._versions if name.uid in chosen)
         if not names:
             return {}
         batch = self._responses(names)

@@ -34,7 +34,7 @@ class EpisodeStream:
         self._episodes: Episodes | None = None
         self._next_row = 0
         self._names: dict[int, RowName] = {}
-        """Of the episodes that are live, by the number that they run under."""
+        """The episodes that are live, by the number that they run under."""
         self._plans: dict[int, Plan] = {}
         self._drawing: list[int] = []
         """The engine's keys of the requests that it works on."""
@@ -128,11 +128,11 @@ class EpisodeStream:
     def _work(self, episodes: Episodes, limit: int) -> int:
         """Takes in the requests that nobody has taken, and has all ranks run steps; returns their
         number."""
-        asked = [] if self._lockstep and self._drawing else episodes.requests()
-        if not asked and not self._drawing:
+        pending = [] if self._lockstep and self._drawing else episodes.requests()
+        if not pending and not self._drawing:
             return 0
-        work = [(waiting.request, self._plans[waiting.request.row]) for waiting in asked]
-        self._asked += asked
+        work = [(waiting.request, self._plans[waiting.request.row]) for waiting in pending]
+        self._asked += pending
         return self._replica.compute(self._compute, work, limit)
 
     def _compute(self, work: Sequence[tuple[Request, Plan]], limit: int) -> int:
@@ -145,8 +145,8 @@ class EpisodeStream:
             place = self._drawing.index(key)
             del self._drawing[place]
             if self._replica.leads:
-                asked = self._asked.pop(place)
-                self._replies.append((asked, self._sampler.drawn(row, asked.request)))
+                pending = self._asked.pop(place)
+                self._replies.append((pending, self._sampler.reply(row, pending.request)))
         return num_steps
 
     def _answer(self, episodes: Episodes) -> None:

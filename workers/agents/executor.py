@@ -90,8 +90,8 @@ class Episodes:
     episodes.start({0: task, 1: other})
     while episodes.num_live:
         episodes.wait(share=1.0)
-        for asked in episodes.requests():
-            episodes.answer([(asked, drawn)])
+        for pending in episodes.requests():
+            episodes.answer([(pending, reply)])
     finished = episodes.finished()          # {0: Finished, 1: Finished}
     episodes.close()
 
@@ -153,16 +153,16 @@ class Episodes:
     def requests(self) -> list[Asked]:
         """The requests that nobody has taken, in the order of their rows."""
         with self._changed:
-            asked, self._asked = self._asked, {}
-            return [asked[row] for row in sorted(asked)]
+            pending, self._asked = self._asked, {}
+            return [pending[row] for row in sorted(pending)]
 
     def answer(self, answers: Sequence[tuple[Asked, Drawn]]) -> None:
         """The replies to requests; one that the episode no longer waits for is dropped."""
 
         def deliver() -> None:
-            for asked, drawn in answers:
-                if not asked.answer.done():
-                    asked.answer.set_result(drawn)
+            for pending, reply in answers:
+                if not pending.answer.done():
+                    pending.answer.set_result(reply)
 
         self._loop.call_soon_threadsafe(deliver)
 
@@ -210,18 +210,18 @@ class Episodes:
 
         async def draw(request: Request) -> Drawn:
             clock.stop()
-            asked = Asked(request, self._loop.create_future())
+            pending = Asked(request, self._loop.create_future())
             with self._changed:
-                self._asked[row] = asked
+                self._asked[row] = pending
                 self._changed.notify_all()
             try:
-                drawn = await asked.answer
+                reply = await pending.answer
             finally:
                 with self._changed:
-                    if self._asked.get(row) is asked:
+                    if self._asked.get(row) is pending:
                         del self._asked[row]
             clock.start(attempt)
-            return drawn
+            return reply
 
         model = self.make_model(row, draw)
         attempt = asyncio.create_task(self._outcome(model, task))
@@ -292,9 +292,9 @@ class Executor:
             episodes.start(dict(enumerate(tasks)))
             while episodes.num_live:
                 episodes.wait(self._share)
-                if asked := episodes.requests():
-                    answers = self.answer([waiting.request for waiting in asked])
-                    episodes.answer(list(zip(asked, answers, strict=True)))
+                if pending := episodes.requests():
+                    answers = self.answer([waiting.request for waiting in pending])
+                    episodes.answer(list(zip(pending, answers, strict=True)))
             return list(episodes.finished().values())
         finally:
             episodes.close()

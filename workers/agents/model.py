@@ -40,7 +40,7 @@ class Drawn:
     log_probs: list[float]
     stopped: bool
     weight_versions: list[int]
-    """Of the weights that drew each token."""
+    """The version of the weights that drew each token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

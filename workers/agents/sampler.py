@@ -148,7 +148,7 @@ class EpisodeSampler(Sampler):
             rows = self.engine.finished(keys)
         finally:
             self.engine.cancel(keys)  # after an error, those that are left
-        return [self.drawn(rows[key], request) for key, request in zip(keys, requests, strict=True)]
+        return [self.reply(rows[key], request) for key, request in zip(keys, requests, strict=True)]
 
     def ask(self, request: Request, plan: Plan) -> int:
         """Submits the reply that is wanted; the engine's key."""
@@ -161,7 +161,7 @@ class EpisodeSampler(Sampler):
         )
         return key
 
-    def drawn(self, row: FinishedRow, request: Request) -> Drawn:
+    def reply(self, row: FinishedRow, request: Request) -> Drawn:
         """The engine's answer to the request, checked."""
         check_generations(
             generations([row], num_prompt_tokens=len(request.ids), seconds=0.0),

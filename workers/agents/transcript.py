@@ -32,7 +32,7 @@ class Transcript:
         self.log_probs: list[float] = []
         """Those of the sampled tokens, in order."""
         self.weight_versions: list[int] = []
-        """Of the weights that drew each of them."""
+        """The version of the weights that drew each of them."""
         self.turns: list[Turn] = []
 
     def __len__(self) -> int:
