@@ -84,7 +84,43 @@ MATHEMATICS = [
     ("7", r"\boxed{8}", 0.0),
     ("(1,2]", r"\boxed{[1,2]}", 0.0),
     ("3", "", 0.0),
+    # A reference answer is read as a whole.
+    ("1, 2", r"\boxed{1,2}", 1.0),
+    ("1, 2", r"\boxed{2}", 0.0),
+    ("5:30", r"\boxed{5:30}", 1.0),
+    ("5:30", r"\boxed{5}", 0.0),
+    (r"3 \frac{1}{2}", r"\boxed{3\frac12}", 1.0),
+    (r"3 \frac{1}{2}", r"\boxed{1/2}", 0.0),
+    (r"0.\overline{3}", r"\boxed{0}", 0.0),
+    ("1.5e3", r"\boxed{1500}", 1.0),
+    ("1e-05", r"\boxed{1e-5}", 1.0),
+    ("sqrt(2)", r"\boxed{\sqrt2}", 1.0),
+    ("yes", r"\boxed{yes}", 1.0),
+    ("yes", r"\boxed{no}", 0.0),
+    (r"\$12.50", r"\boxed{12.5}", 1.0),
+    ("$12.50", r"\boxed{\$12.50}", 1.0),
+    ("so $x=2$", r"\boxed{2}", 1.0),
+    (r"thus \boxed{2}", r"\boxed{2}", 1.0),
+    (r"50\%", r"\boxed{50\%}", 1.0),
+    ("50%", r"\boxed{50\%}", 1.0),
+    ("50%", r"\boxed{0.5}", 1.0),
+    ("50%", r"\boxed{0.5\%}", 0.0),
+    ("0.5", r"\boxed{50%}", 1.0),
+    ("50%", "50%", 1.0),
 ]
+
+
+def test_an_expression_without_end_is_a_wrong_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither the run nor the next response waits for it."""
+    with caplog.at_level("WARNING"):
+        assert value(math, r"\boxed{9^{9^{9^9}}}", answer="2") == 0.0
+    assert "takes over 3 s of processor time" in caplog.text
+    assert value(math, r"\boxed{2}", answer="2") == 1.0
+
+
+def test_an_answer_without_end_is_an_error() -> None:
+    with pytest.raises(ValueError, match="whose value takes over 3 s of processor time"):
+        value(math, r"\boxed{2}", answer="9^{9^{9^9}}")
 
 
 @pytest.mark.parametrize(("answer", "response", "expected"), MATHEMATICS)

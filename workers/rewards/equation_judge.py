@@ -1,0 +1,152 @@
+"""python equation_judge.py CPU_S: reads {"answer": text, "response": text} as lines of JSON, and
+answers each with two lines: whether the answer can be read, then whether the two are equal. Ends
+with its input.
+
+A process of its own, because an expression such as 9^{9^{9^9}} keeps SymPy busy for ever, and only
+the end of the process stops it: the answer and the response each have CPU_S seconds of processor
+time, after which the system ends this process (SIGXCPU). Imports nothing of the project.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import resource
+import sys
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from math_verify import parse, verify
+
+MEMORY_BYTES = 2 << 30
+"""Memory on top of what the process has at its start."""
+BOX = r"\boxed{"
+PERCENTAGE = re.compile(r"\s*([-+]?[\d.,]+)\s*\\?%\s*")
+DOLLAR = re.compile(r"(?<!\\)\$")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The values that math-verify reads in a text, with their text."""
+
+    values: list[Any]
+    is_percentage: bool = False
+    """The values stand before a percent sign."""
+
+
+def main() -> None:
+    # Its own time limits are off, of which it warns on every call.
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_memory()
+    cpu_s = int(sys.argv[1])
+    for line in sys.stdin:
+        request = json.loads(line)
+        limit_cpu(cpu_s)
+        expected = read_answer(request["answer"])
+        are_equal(expected, read_whole("0"))  # an answer without end is found here
+        print(json.dumps(bool(expected.values)), flush=True)
+        if expected.values:
+            limit_cpu(cpu_s)
+            found = read_response(request["response"])
+            print(json.dumps(are_equal(expected, found)), flush=True)
+
+
+def limit_memory() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    lower(resource.RLIMIT_AS, pages * resource.getpagesize() + MEMORY_BYTES)
+
+
+def limit_cpu(seconds: int) -> None:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    lower(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime) + seconds)
+
+
+def lower(name: int, value: int) -> None:
+    """Sets a soft limit, which may not be over the hard one."""
+    _, hard = resource.getrlimit(name)
+    if hard != resource.RLIM_INFINITY:
+        value = min(value, hard)
+    resource.setrlimit(name, (value, hard))
+
+
+def read_answer(text: str) -> Reading:
+    """The reference answer, which is read as a whole: "1, 2" is a set, "5:30" a ratio, and
+    "1.5e3" the number. Of a worked solution, the last box or the last expression counts.
+    """
+    content = last_boxed(text)
+    if content is None and len(DOLLAR.findall(text)) > 1:
+        return Reading(parse(text, parsing_timeout=None))
+    if content is not None:
+        return read_whole(content)
+    whole = read_whole(DOLLAR.sub("", text))
+    return whole if whole.values else Reading(parse(text, parsing_timeout=None))
+
+
+def read_response(text: str) -> Reading:
+    """The last box, or else the last expression of a response."""
+    content = last_boxed(text)
+    if content is None:
+        return Reading(parse(text, parsing_timeout=None))
+    return read_whole(content)
+
+
+def read_whole(content: str) -> Reading:
+    """The content of a box."""
+    if match := PERCENTAGE.fullmatch(content):
+        return Reading(parse(f"{BOX}{match[1]}}}", parsing_timeout=None), is_percentage=True)
+    content = plain_number(content) or content
+    return Reading(parse(f"{BOX}{content}}}", parsing_timeout=None))
+
+
+def are_equal(expected: Reading, found: Reading) -> bool:
+    if not found.values:
+        return False
+    pairs = [(expected.values, found.values)]
+    # 50% is 0.5, and 50 whose unit is left out; two percentages are compared as such.
+    if expected.is_percentage and not found.is_percentage:
+        pairs.append((hundredths(expected.values), found.values))
+    if found.is_percentage and not expected.is_percentage:
+        pairs.append((expected.values, hundredths(found.values)))
+    try:
+        for one, other in pairs:
+            if verify(one, other, timeout_seconds=None):
+                return True
+    except MemoryError:
+        pass
+    return False
+
+
+def hundredths(values: list[Any]) -> list[Any]:
+    return [value / 100 for value in values if not isinstance(value, str)]
+
+
+def plain_number(text: str) -> str:
+    """1.5e3 as 1500, because LaTeX reads e as a constant; empty for what is no such number."""
+    if "e" not in text.lower():
+        return ""
+    try:
+        return f"{Decimal(text.strip()):f}"
+    except InvalidOperation:
+        return ""
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last complete \boxed{...} of a text."""
+    start = text.rfind(BOX)
+    while start >= 0:
+        depth = 0
+        for place in range(start + len(BOX) - 1, len(text)):
+            depth += (text[place] == "{") - (text[place] == "}")
+            if depth == 0:
+                return text[start + len(BOX) : place]
+        start = text.rfind(BOX, 0, start)
+    return None
+
+
+if __name__ == "__main__":
+    main()
