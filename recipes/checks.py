@@ -23,6 +23,7 @@ from hybridflow.layout import AXES, Layout
 from hybridflow.registry import Registry
 from recipes.config import NO_MODEL, RunConfig
 from recipes.engine_facts import ask_engine
+from recipes.image_layouts import check_image_layout
 from workers.adapter_sync import sends_adapter
 from workers.agents.config import EpisodeActorConfig, EpisodeScorerConfig
 from workers.config import (
@@ -430,6 +431,7 @@ def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> 
 def _check_train_layout(
     model: ModelConfig, train: TrainConfig, head: Head, num_devices: int
 ) -> None:
+    check_image_layout(model_config(model, head), train)
     check = engine_class(train.engine).check
     ask_engine(train.engine, "check", check, model_config(model, head), train, head, num_devices)
     if train.packing:

@@ -31,16 +31,18 @@ from recipes.mapping_adapters import with_adapter
 from recipes.mapping_cluster import cluster_of, node_resources
 from recipes.mapping_question import Question, precision_space, to_setting
 from recipes.roles import role_kind, role_names
-from workers.config import ContextExchange, Precision, TrainConfig
+from workers.config import ContextExchange, Precision, TrainConfig, VisionTraining
 from workers.engines.base import Head
 from workers.engines.model.context_parallel import check_context_parallel
-from workers.engines.model.loading import model_config, standard_sizes
+from workers.engines.model.loading import build_on_meta, model_config, standard_sizes
 from workers.engines.model.log_probs import CHUNK_ELEMENTS
 from workers.engines.model.split_plan import fitting_sizes, heads_of
+from workers.engines.model.vision import tower_parameters
 from workers.engines.shared.micro_batches import chosen_tokens
 from workers.generation import generation_engine_class
 from workers.generation.cache import DEFAULT_CACHE_BYTES
 from workers.generation.config import GenerationConfig, InFlight
+from workers.images import sees_images
 from workers.role_config import ActorConfig, RewardConfig
 from workers.weight_sync import BUCKET_BYTES
 
@@ -119,6 +121,12 @@ def model_spec(role: str, settings: RoleConfig) -> ModelSpec | None:
     content = standard_sizes(model_config(settings.model, head))
     content.setdefault("num_attention_heads", 1)  # state spaces have none
     spec = ModelSpec.from_hf(content, name=Path(settings.model.path).name)
+    if sees_images(settings.model):
+        spec = replace(
+            spec,
+            tower_parameters=tower_parameters(build_on_meta(settings.model, head)),
+            tower_trains=settings.train.vision is VisionTraining.trained,
+        )
     if head is not Head.lm:
         spec = spec.with_scalar_head()
     return with_adapter(spec, settings, head)

@@ -34,6 +34,7 @@ from recipes.config import PlacementMode, RunConfig
 from recipes.episodes import check_environment, check_template
 from recipes.forecast import forecast, verdict
 from recipes.generation_lengths import with_generation_lengths
+from recipes.images import check_images
 from recipes.mapping_settings import MapperInputs, apply_mapping
 from recipes.placing import Placement, check_models, place, placeholder_roles, placement_report
 from recipes.roles import GENERATION, role_kind
@@ -42,7 +43,9 @@ from recipes.schedules import with_schedules
 from recipes.text_settings import log_left_out, smallest_vocabulary, with_text
 from recipes.trial import try_policy_loss
 from workers.agents.workers import EpisodeActor
-from workers.config import Precision
+from workers.columns import IMAGES
+from workers.config import ModelConfig, Precision
+from workers.images import ImageProcessor, sees_images
 from workers.precision import (
     automatic,
     explain,
@@ -124,6 +127,7 @@ def prepare(config: RunConfig) -> Preparation:
     config = with_schedules(config, num_steps)
     placement = place(config)
     held_out = load_rows(placement, "validation", tokenizer) if config.data.validation else None
+    check_images(placement.roles, [train, held_out])
     pretraining = load_pretraining(placement, tokenizer)
     placement = place(with_generation_lengths(placement, train, held_out))
     if isinstance(train, PromptDataset):
@@ -154,6 +158,8 @@ def check_dataflow(placement: Placement) -> Dataflow:
     roles = traced | placeholder_roles(placement, traced)
     algorithm = create_algorithm(config.algorithm.name, roles, config.algorithm)
     inputs = DATASETS[rows_of(placement)].columns
+    if rows_of(placement) != "tasks" and sees_images(config.model):
+        inputs = (*inputs, IMAGES.name)
     dataflow = trace(config.algorithm.name, algorithm.step, inputs, recorder)
     check_loss_columns(config.actor.loss.name, dataflow)
     check_asynchrony(config, placement.entry, dataflow)
@@ -180,6 +186,7 @@ def load_rows(placement: Placement, name: str, tokenizer: PreTrainedTokenizerBas
         tokenizer,
         field=_field(config, name),
         vocabulary=smallest_vocabulary(placement.roles),
+        images=image_processor(config.model),
     )
     if isinstance(rows, PromptDataset):
         check_prompts(f"data.{name}", rows.longest_prompt_tokens, config.actor)
@@ -187,6 +194,11 @@ def load_rows(placement: Placement, name: str, tokenizer: PreTrainedTokenizerBas
     else:
         check_text(f"data.{name}", rows.longest_tokens, config.model, f"data.{rows.length_limit}")
     return rows
+
+
+def image_processor(model: ModelConfig) -> ImageProcessor | None:
+    """That of a model that sees images."""
+    return ImageProcessor(model) if sees_images(model) else None
 
 
 def _field(config: RunConfig, name: str) -> str:

@@ -21,6 +21,14 @@ MAX_RESPONSE_TOKENS = declare(
 )
 EXTRAS = declare("extras", "batch", "object", "dict of the dataset's further columns (answer, ...)")
 
+IMAGES = declare(
+    "images",
+    "batch",
+    "object",
+    "the images of the row as references (workers/images), in the order of their tokens; in runs whose "
+    "model sees images",
+)
+
 TASK = declare(
     "task",
     "batch",

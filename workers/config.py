@@ -49,6 +49,12 @@ class ContextExchange(StrEnum):
     """Keys and values go from rank to rank, those of one at a time."""
 
 
+class VisionTraining(StrEnum):
+    trained = "trained"
+    frozen = "frozen"
+    """The vision tower stays as it was loaded; the decoder and its head are trained."""
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """A model on disk or on the Hugging Face hub, and the tokenizer and template that go with it.
@@ -205,6 +211,8 @@ class TrainConfig:
     """Keep optimizer states in host memory while they are not used."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Train low-rank adapters in place of the model's weights."""
+    vision: VisionTraining = VisionTraining.trained
+    """trained or frozen: the vision tower of a model that sees images."""
     router_aux_loss_coefficient: float = 0.0
     """Factor of the auxiliary loss that spreads tokens evenly over the experts of a mixture:
     experts * sum_i f_i P_i of every layer, with the share f of the choices and the mean probability P

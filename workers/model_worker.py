@@ -15,7 +15,7 @@ from hybridflow.columns import Ragged
 from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.worker import Worker
-from workers.columns import LOSS_MASK, SEGMENT_LENGTHS
+from workers.columns import IMAGES, LOSS_MASK, SEGMENT_LENGTHS
 from workers.config import ModelConfig, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, TrainingEngine
@@ -121,10 +121,14 @@ def sequences_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
     for name, values in columns.items():
         assert len(values) == int(num_tokens.sum()), f"{name} is not over the scored tokens"
     lengths, batch_row = prompts.lengths + responses.lengths, None
+    images = None
+    if IMAGES.name in batch:
+        images = list(map(tuple, batch.objects(IMAGES.name)))
     if SEGMENT_LENGTHS.name in batch:
         segments = batch.ragged(SEGMENT_LENGTHS.name)
         if len(segments.values) > len(batch):
             assert scored is not None, "rows with segments have a loss_mask"
+            assert images is None, "episodes have no images"
             lengths, batch_row = segments.values, row_of_token(segments.lengths)
             num_tokens = segment_sum(scored.long(), row_of_token(lengths), len(lengths))
     return Sequences(
@@ -132,6 +136,7 @@ def sequences_of(batch: Batch, per_token: Sequence[str] = ()) -> Sequences:
         lengths=lengths,
         scored_lengths=num_tokens,
         scored=scored,
+        images=images,
         batch_row=batch_row,
         per_token=columns,
     )

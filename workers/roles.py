@@ -113,7 +113,7 @@ class Policy(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids"),
-        optional=("loss_mask", "segment_lengths"),
+        optional=("loss_mask", "segment_lengths", "images"),
         writes=("log_probs",),
         balance="num_tokens",
         near="uid",
@@ -125,7 +125,7 @@ class Policy(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids"),
-        optional=("loss_mask", "segment_lengths", "mini_batch"),
+        optional=("loss_mask", "segment_lengths", "images", "mini_batch"),
         kind=CallKind.training,
         balance="num_tokens",
         near="uid",
@@ -142,6 +142,7 @@ class Policy(TrainedRole):
         optional=(
             "loss_mask",
             "segment_lengths",
+            "images",
             "mini_batch",
         ),
         kind=CallKind.training,
@@ -160,6 +161,7 @@ class Policy(TrainedRole):
         optional=(
             "loss_mask",
             "segment_lengths",
+            "images",
             "mini_batch",
         ),
         kind=CallKind.training,
@@ -182,6 +184,7 @@ class TrainingActor(Policy):
         optional=(
             "loss_mask",
             "segment_lengths",
+            "images",
             "rollout_log_probs",
             "log_probs",
             "ref_log_probs",
@@ -213,7 +216,7 @@ class Generator(Worker):
     @remote(
         THREE_D_ALL_MICRO_DP,
         reads=("prompt_ids", "uid"),
-        optional=("sample", "max_response_tokens"),
+        optional=("sample", "max_response_tokens", "images"),
         writes=(
             "response_ids",
             "rollout_log_probs",
@@ -274,7 +277,7 @@ class StreamingGenerator(Generator):
     @remote(
         TO_REPLICAS,
         reads=("prompt_ids", "uid", "sample", "replica"),
-        optional=("max_response_tokens",),
+        optional=("max_response_tokens", "images"),
         part="replica",
     )
     @abstractmethod
@@ -359,7 +362,7 @@ class Critic(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids"),
-        optional=("loss_mask", "segment_lengths"),
+        optional=("loss_mask", "segment_lengths", "images"),
         writes=("values",),
         balance="num_tokens",
         near="uid",
@@ -371,7 +374,7 @@ class Critic(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids", "returns"),
-        optional=("loss_mask", "segment_lengths", "values", "mini_batch"),
+        optional=("loss_mask", "segment_lengths", "images", "values", "mini_batch"),
         kind=CallKind.training,
         balance="num_tokens",
         near="uid",
@@ -388,7 +391,7 @@ class Reference(Worker):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids"),
-        optional=("loss_mask", "segment_lengths"),
+        optional=("loss_mask", "segment_lengths", "images"),
         writes=("ref_log_probs",),
         balance="num_tokens",
         near="uid",
@@ -404,6 +407,7 @@ class PreferenceModel(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids"),
+        optional=("images",),
         writes=("scores",),
         balance="num_tokens",
         near="uid",
@@ -415,7 +419,7 @@ class PreferenceModel(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids", "pair", "chosen"),
-        optional=("mini_batch",),
+        optional=("mini_batch", "images"),
         kind=CallKind.training,
         balance="num_tokens",
         near="uid",
@@ -430,7 +434,7 @@ class PreferenceModel(TrainedRole):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids", "pair", "chosen", "harm_sign"),
-        optional=("mini_batch",),
+        optional=("mini_batch", "images"),
         kind=CallKind.training,
         balance="num_tokens",
         near="uid",
@@ -449,7 +453,7 @@ class Reward(Worker):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids", "finish_reason"),
-        optional=("extras",),
+        optional=("extras", "images"),
         writes=("rewards", "reward_metrics"),
         balance="num_tokens",
         near="uid",
@@ -466,7 +470,7 @@ class Cost(Worker):
     @remote(
         THREE_D,
         reads=("prompt_ids", "response_ids", "finish_reason"),
-        optional=("extras",),
+        optional=("extras", "images"),
         writes=("costs", "cost_metrics"),
         balance="num_tokens",
         near="uid",

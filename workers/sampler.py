@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from hybridflow.resharding import ParameterSpec
 from hybridflow.seeds import spread_seed
-from workers.columns import ROUTES
+from workers.columns import IMAGES, ROUTES
 from workers.config import Precision
 from workers.consistency import is_exact
 from workers.generation import generation_engine_class
@@ -84,6 +85,7 @@ class Sampler:
             sample_seeds(self.config.seed, prompts),
             sampling if do_sample else replace(sampling, greedy=True),
             limits,
+            **row_images(prompts),
         )
         most = np.array(most_tokens(len(prompts), sampling, limits), dtype=np.int64)
         check_generations(
@@ -107,6 +109,7 @@ class Sampler:
             sample_seeds(self.config.seed, prompts),
             sampling if do_sample else replace(sampling, greedy=True),
             row_limits(prompts),
+            **row_images(prompts),
         )
 
     def responses(self, rows: Sequence[FinishedRow], prompt_lengths: Tensor) -> Batch:
@@ -171,6 +174,13 @@ def row_limits(prompts: Batch) -> NDArray[np.int64] | None:
         return None
     limits: NDArray[np.int64] = prompts.tensor("max_response_tokens").numpy()
     return limits
+
+
+def row_images(prompts: Batch) -> dict[str, Any]:
+    """The argument `images` of engines that take it, where the model sees images."""
+    if IMAGES.name not in prompts:
+        return {}
+    return {"images": list(map(tuple, prompts.objects(IMAGES.name)))}
 
 
 def probe_settings(config: ActorConfig) -> tuple[float, int]:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from workers.images.reference import ImageReference
+
 
 @dataclass(kw_only=True, slots=True)
 class Sequences:
@@ -40,6 +42,8 @@ class Sequences:
     routes: Tensor | None = None
     """int16 [sum(lengths), layers, experts per token]: the experts of a mixture that each token is
     sent to, by layer with experts; -1 where the router decides."""
+    images: list[tuple[ImageReference, ...]] | None = None
+    """[rows]: the images of each row, in the order of their tokens; None: there are none."""
     batch_row: Tensor | None = None
     """int64 [rows], ascending: the row of the batch that each row is a segment of; None: each is
     one of its own."""
@@ -126,6 +130,7 @@ class Sequences:
             scored_lengths=self.scored_lengths[index],
             scored=None if self.scored is None else self.scored[tokens],
             routes=None if self.routes is None else self.routes[tokens],
+            images=None if self.images is None else [self.images[row] for row in index.tolist()],
             batch_row=None if self.batch_row is None else self.batch_row[index],
             per_token={name: values[scored] for name, values in self.per_token.items()},
             per_row={name: values[index] for name, values in self.per_row.items()},
@@ -150,6 +155,7 @@ class Sequences:
             token_ids=torch.cat([self.token_ids[:0], *rows]),
             lengths=torch.tensor([len(ids) for ids in rows], dtype=torch.int64),
             scored_lengths=torch.tensor(scored, dtype=torch.int64),
+            images=self.images,
             per_row=dict(self.per_row),
         )
 
@@ -165,6 +171,7 @@ class Sequences:
             scored_lengths=self.scored_lengths,
             scored=self.scored,
             routes=self.routes,
+            images=self.images,
             batch_row=self.batch_row,
             per_token={**self.per_token, **(per_token or {})},
             per_row={**self.per_row, **(per_row or {})},

@@ -24,6 +24,7 @@ from hybridflow.snapshots.flush import Flushed, Flusher
 from hybridflow.snapshots.memory import Stager
 from hybridflow.snapshots.reading import SnapshotFiles
 from workers.engines.base import Head, LossFn
+from workers.images import ImageProcessor, sees_images
 from workers.mini_batches import MiniBatches, mean_over_steps, train_on
 from workers.model_worker import ModelWorker
 from workers.not_finite import NotFinite
@@ -200,6 +201,8 @@ class TrainedWorker(ModelWorker, TrainedRole):
         if self.context.rank == 0:
             tokenizer = load_tokenizer(self.model)
             tokenizer.save_pretrained(directory)
+            if sees_images(self.model):
+                ImageProcessor(self.model).save(directory)
             if self.head is Head.lm:
                 save_endings(Path(directory), end_token_ids(self.model, tokenizer=tokenizer))
 

@@ -60,6 +60,9 @@ class DataConfig:
     """Pairs of a cost model: whether the chosen response is safe (true or false), and the
     rejected one."""
     rejected_safe_column: str = "rejected_safe"
+    images_column: str | None = "images"
+    """Images of a row, one or a list, for models that see them: paths, or {bytes, path} as the hub has
+    them. They take the places of {type: image} and <image> in the messages; null for none."""
     columns: list[str] | None = None
     """Further columns for the reward function, under their own names; null for all the others
     that the data has."""

@@ -20,9 +20,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
+from controllers.data.images import images_of
 from controllers.data.messages import check_messages
 from controllers.data.sources import SourceRow
 from controllers.data.tokenize import PromptTokenizer, check_text
+from workers.images import ImageProcessor
 from workers.text import Beginning, PieceTokenizer
 from workers.text.endings import TurnEnding, turn_ending
 
@@ -48,6 +50,8 @@ class Conversation:
     """Without chat template: the tokenizer's own beginning stands before it."""
     ends_open: bool
     """No token ends the last turn yet."""
+    images: Sequence[dict[str, str]] = ()
+    """References to the images of all turns, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Answered:
     prompt: list[int]
     response: list[int]
     mask: list[int]
+    images: Sequence[dict[str, str]] = ()
 
 
 class ConversationTokenizer:
@@ -65,9 +70,14 @@ class ConversationTokenizer:
     answered = tokenize([tokenize.answer(row, "response", "4"), tokenize.messages(other_row)])
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        images: ImageProcessor | None = None,
+    ) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self.prompts = PromptTokenizer(tokenizer, config)
+        self.prompts = PromptTokenizer(tokenizer, config, images)
         self.pieces = PieceTokenizer(tokenizer)
         self.beginning = Beginning(tokenizer)
         self.ending = turn_ending(tokenizer, chat_template=self.prompts.template_for())
@@ -97,7 +107,8 @@ class ConversationTokenizer:
         """The conversation of data.messages_column."""
         column = self.config.messages_column
         assert column is not None
-        return self.conversation(row, check_messages(row, column, "data.messages_column"))
+        messages = check_messages(row, column, "data.messages_column")
+        return self.conversation(row, self.prompts.placed(row, messages))
 
     def conversation(self, row: SourceRow, messages: Sequence[dict[str, Any]]) -> Conversation:
         """Every assistant turn learned; messages after the last one are left out."""
@@ -138,7 +149,8 @@ class ConversationTokenizer:
             segments.append(Segment(before[len(done) :], learned=False))
             segments.append(Segment(after[len(before) : end], learned=True))
             done, ends_open = after[:end], ending.token_id is None
-        return Conversation(row.place, segments, plain=False, ends_open=ends_open)
+        images = images_of(messages[: turns[-1] + 1])
+        return Conversation(row.place, segments, plain=False, ends_open=ends_open, images=images)
 
     def _without_end(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message whose text already spells the end of its turn, without it: the template
@@ -208,7 +220,7 @@ class ConversationTokenizer:
             if response[-1] != end:
                 response.append(end)
                 mask.append(1)
-        return Answered(prompt, response, mask)
+        return Answered(prompt, response, mask, conversation.images)
 
     def _end(self, place: str, *, plain: bool) -> int:
         """The token that ends a response that nothing ends yet."""

@@ -12,12 +12,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
+from controllers.data.images import STORED, images_of
 from controllers.data.rows import Encode, RowDataset
 from controllers.data.sources import SourceRow
 from controllers.data.tokenize import PromptTokenizer, extras
 from controllers.data.writer import EncodedRow
 from hybridflow.batch import SAMPLE, Batch
 from workers.columns import EXTRAS, PROMPT_IDS, UID
+from workers.images import ImageProcessor
 
 LOGGER = logging.getLogger(__name__)
 
@@ -33,13 +35,25 @@ class PromptDataset(RowDataset):
     columns = (PROMPT_IDS.name, UID.name, EXTRAS.name, SAMPLE.name)
 
     @classmethod
-    def encoder(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encode:
-        tokenize = PromptTokenizer(tokenizer, config)
+    def encoder(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        images: ImageProcessor | None = None,
+    ) -> Encode:
+        tokenize = PromptTokenizer(tokenizer, config, images)
 
         def encode(rows: Sequence[SourceRow]) -> list[EncodedRow]:
-            return [
-                _encoded(row, ids, config) for row, ids in zip(rows, tokenize(rows), strict=True)
-            ]
+            prompts = [tokenize.prompt(row) for row in rows]
+            encoded = []
+            for row, prompt, ids in zip(rows, prompts, tokenize.tokens(rows, prompts), strict=True):
+                if not ids:
+                    raise ValueError(f"{row.place}: the prompt has no tokens; remove the row")
+                columns = extras(row, config, sees_images=images is not None)
+                if images is not None:
+                    columns[STORED] = [] if isinstance(prompt, str) else images_of(prompt)
+                encoded.append(EncodedRow(parts=(ids,), num_tokens=len(ids), columns=columns))
+            return encoded
 
         return encode
 
@@ -122,11 +136,8 @@ class PromptDataset(RowDataset):
         if uid is None:
             uid = row.copy()
         return Batch.of(
-            prompt_ids=self.parts(row, 0), uid=uid, extras=[missing | columns for columns in values]
+            prompt_ids=self.parts(row, 0),
+            uid=uid,
+            extras=[missing | columns for columns in values],
+            **self.images(row),
         )
-
-
-def _encoded(row: SourceRow, ids: list[int], config: DataConfig) -> EncodedRow:
-    if not ids:
-        raise ValueError(f"{row.place}: the prompt has no tokens; remove the row")
-    return EncodedRow(parts=(ids,), num_tokens=len(ids), columns=extras(row, config))

@@ -4,13 +4,15 @@ as whole conversations."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
-from controllers.data.conversation import Conversation, ConversationTokenizer
+from controllers.data.conversation import Answered, Conversation, ConversationTokenizer
+from controllers.data.images import STORED
 from controllers.data.messages import value_of
 from controllers.data.rows import Encode, RowDataset
 from controllers.data.sources import SourceRow
@@ -18,6 +20,7 @@ from controllers.data.writer import EncodedRow
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from workers.columns import LOSS_MASK, NUM_TOKENS, PROMPT_IDS, RESPONSE_IDS, UID
+from workers.images import ImageProcessor
 
 
 class DemonstrationDataset(RowDataset):
@@ -30,8 +33,13 @@ class DemonstrationDataset(RowDataset):
     columns = (PROMPT_IDS.name, RESPONSE_IDS.name, LOSS_MASK.name, NUM_TOKENS.name, UID.name)
 
     @classmethod
-    def encoder(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encode:
-        tokenize = ConversationTokenizer(tokenizer, config)
+    def encoder(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        images: ImageProcessor | None = None,
+    ) -> Encode:
+        tokenize = ConversationTokenizer(tokenizer, config, images)
 
         def conversation(row: SourceRow) -> Conversation:
             if config.messages_column is not None:
@@ -48,7 +56,8 @@ class DemonstrationDataset(RowDataset):
             for answered in tokenize([conversation(row) for row in rows]):
                 parts = (answered.prompt, answered.response, answered.mask)
                 num_tokens = len(answered.prompt) + len(answered.response)
-                encoded.append(EncodedRow(parts=parts, num_tokens=num_tokens, columns={}))
+                columns = stored_images(answered, images)
+                encoded.append(EncodedRow(parts=parts, num_tokens=num_tokens, columns=columns))
             return encoded
 
         return encode
@@ -64,4 +73,10 @@ class DemonstrationDataset(RowDataset):
             loss_mask=Ragged(masks.values.to(torch.bool), responses.lengths),
             num_tokens=prompts.lengths + responses.lengths,
             uid=uid,
+            **self.images(row),
         )
+
+
+def stored_images(answered: Answered, images: ImageProcessor | None) -> dict[str, Any]:
+    """The plain value of a row's images, for a model that sees them."""
+    return {} if images is None else {STORED: list(answered.images)}

@@ -11,7 +11,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -29,6 +29,8 @@ class SourceRow:
 
     place: str
     values: dict[str, Any]
+    directory: Path | None = None
+    """Where the file is, which relative paths in it begin from."""
 
 
 def format_of(path: Path) -> str | None:
@@ -53,7 +55,8 @@ def read_file(path: Path) -> Iterator[SourceRow]:
         )
     try:
         with _opened(path) as file:
-            yield from FORMATS[name](path, file)
+            for row in FORMATS[name](path, file):
+                yield replace(row, directory=path.parent)
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(
             f"data {str(path)!r} can't be read ({type(error).__name__}: {error}); write it anew"

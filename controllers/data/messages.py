@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from controllers.data.images import image_part, is_image_part
 from controllers.data.sources import SourceRow
 
 CONTENTLESS = ("tool_calls", "function_call")
@@ -116,7 +117,7 @@ def _from_json(value: Any) -> Any:
 
 
 def _message(row: SourceRow, column: str, number: int, message: Any) -> dict[str, Any]:
-    """The message without nulls, its content as text."""
+    """The message without nulls, its content as text, or as parts where it has images."""
     place = f"{row.place}: message {number} (from 0) of {column!r}"
     if not isinstance(message, dict):
         raise ValueError(
@@ -129,14 +130,32 @@ def _message(row: SourceRow, column: str, number: int, message: Any) -> dict[str
             "content"
         )
     content = checked.get("content")
-    if isinstance(content, list):
+    if isinstance(content, list) and any(map(is_image_part, content)):
+        checked["content"] = content = _parts(place, row, content)
+    elif isinstance(content, list):
         checked["content"] = content = _joined(place, content)
     for name in ("role", "content"):
         if name == "content" and content is None and any(map(checked.get, CONTENTLESS)):
             continue
+        if name == "content" and isinstance(content, list):
+            continue
         if not isinstance(checked.get(name), str):
             raise ValueError(f"{place} has {name}={checked.get(name)!r}; it must be text")
-    check_encodable(place, content or "")
+    if not isinstance(content, list):
+        check_encodable(place, content or "")
+    return checked
+
+
+def _parts(place: str, row: SourceRow, parts: list[Any]) -> list[dict[str, Any]]:
+    """The content as parts, its images as references."""
+    checked = []
+    for part in parts:
+        if is_image_part(part):
+            checked.append(image_part(f"{place}: an image", row, part))
+            continue
+        text = _joined(place, [part])
+        check_encodable(place, text)
+        checked.append({"type": "text", "text": text})
     return checked
 
 
@@ -146,7 +165,9 @@ def _joined(place: str, parts: list[Any]) -> str:
     for part in parts:
         text = part.get("text") if isinstance(part, dict) else part
         if not isinstance(text, str):
-            raise ValueError(f"{place} has a content part {str(part)[:60]!r}; only text is read")
+            raise ValueError(
+                f"{place} has a content part {str(part)[:60]!r}; only text and images are read"
+            )
         texts.append(text)
     return "".join(texts)
 

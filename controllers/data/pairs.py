@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
 from controllers.data.conversation import Answered, Conversation, ConversationTokenizer
+from controllers.data.demonstrations import stored_images
 from controllers.data.messages import value_of
 from controllers.data.pair_layouts import Unusable, with_prompt
 from controllers.data.rows import Encode, RowDataset
@@ -24,6 +25,7 @@ from controllers.data.writer import EncodedRow
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
 from workers.columns import CHOSEN, HARM_SIGN, NUM_TOKENS, PAIR, PROMPT_IDS, RESPONSE_IDS, UID
+from workers.images import ImageProcessor
 
 
 class PairDataset(RowDataset):
@@ -43,8 +45,13 @@ class PairDataset(RowDataset):
     )
 
     @classmethod
-    def encoder(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encode:
-        tokenize = ConversationTokenizer(tokenizer, config)
+    def encoder(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        images: ImageProcessor | None = None,
+    ) -> Encode:
+        tokenize = ConversationTokenizer(tokenizer, config, images)
 
         def responses(row: SourceRow) -> list[Conversation]:
             row = with_prompt(row, config, chat=tokenize.has_template)
@@ -62,7 +69,7 @@ class PairDataset(RowDataset):
                 equal = f"the same response in {columns}"
             longest = len(chosen.prompt) + max(len(chosen.response), len(rejected.response))
             parts = (chosen.prompt, chosen.response, rejected.response)
-            labels = cls.labels(row, config)
+            labels = cls.labels(row, config) | stored_images(chosen, images)
             return EncodedRow(parts=parts, num_tokens=longest, columns=labels, unusable=equal)
 
         def encode(rows: Sequence[SourceRow]) -> list[EncodedRow]:
@@ -107,6 +114,7 @@ class PairDataset(RowDataset):
             chosen=torch.tensor([True, False] * len(row)),
             pair=uid,
             uid=uid.copy(),
+            **self.images(np.repeat(row, 2)),
         )
 
 

@@ -22,11 +22,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
+from controllers.data.images import STORED, reference_of
 from controllers.data.pass_rates import PassRates
 from controllers.data.sources import READ_ROWS, SourceRow, read, sources
 from controllers.data.writer import EncodedRow, RowWriter, Share, VocabularyCheck, Written
 from hybridflow.batch import Batch
 from hybridflow.columns import Ragged
+from workers.columns import IMAGES
+from workers.images import ImageProcessor, ImageReference
 
 LOGGER = logging.getLogger(__name__)
 
@@ -67,9 +70,14 @@ class RowDataset(ABC):
 
     @classmethod
     @abstractmethod
-    def encoder(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encode:
+    def encoder(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        images: ImageProcessor | None = None,
+    ) -> Encode:
         """A function that turns rows of a file into tokens; it raises ValueError with the place
-        of a broken row."""
+        of a broken row. `images`: of a model that sees them."""
 
     @abstractmethod
     def rows(self, index: Sequence[int] | np.ndarray, uid: np.ndarray | None = None) -> Batch:
@@ -85,15 +93,16 @@ class RowDataset(ABC):
         *,
         field: str = "data.train",
         vocabulary: tuple[str, int] | None = None,
+        images: ImageProcessor | None = None,
     ) -> Self:
         """Reads, checks and tokenises everything. `field`: the setting that says where;
         `vocabulary`: a role and the number of tokens that its model knows, which no row may go
-        over."""
+        over; `images`: of a model that sees them."""
         rates = cls.pass_rates(config, field)
         with tempfile.TemporaryFile() as tokens, tempfile.TemporaryFile() as columns:
             writer = RowWriter(tokens, columns, config, cls.length_limit, cls.noun, rates)
             writer.check = VocabularyCheck(tokenizer, vocabulary)
-            encode = cls.encoder(tokenizer, config)
+            encode = cls.encoder(tokenizer, config, images)
             for source in sources(field, where):
                 writer.begin(source)
                 for rows in _chunks(read(source.place, field)):
@@ -173,9 +182,32 @@ class RowDataset(ABC):
         return Ragged.of([self.part(row, number) for row in rows])
 
     def column_values(self, row: int) -> dict[str, Any]:
-        """The row's plain values."""
+        """The row's plain values, its images aside."""
+        values = self._values(row)
+        values.pop(STORED, None)
+        return values
+
+    def _values(self, row: int) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(_cut(self._extras, self._extras_ends, row).tobytes())
         return values
+
+    def images(self, rows: np.ndarray) -> dict[str, list[tuple[ImageReference, ...]]]:
+        """The column `images` of these rows, for a model that sees them; none for another."""
+        found: list[tuple[ImageReference, ...]] = []
+        kept: dict[int, tuple[ImageReference, ...]] = {}
+        for row in rows.tolist():
+            if row not in kept:
+                stored = self._values(row).get(STORED)
+                if stored is None:
+                    return {}
+                kept[row] = tuple(map(reference_of, stored))
+            found.append(kept[row])
+        return {IMAGES.name: found} if found else {}
+
+    @property
+    def num_images(self) -> int:
+        """Images of all rows."""
+        return sum(len(self._values(row).get(STORED, ())) for row in range(len(self)))
 
     @property
     def column_names(self) -> set[str]:

@@ -18,6 +18,7 @@ from controllers.data.tokenize import PromptTokenizer, extras
 from controllers.data.writer import EncodedRow
 from hybridflow.batch import SAMPLE, Batch
 from workers.columns import EXTRAS, TASK, UID
+from workers.images import ImageProcessor
 
 PROMPT = "prompt"
 """The task's entry with the prompt, as text or messages; no column of the data is called so."""
@@ -31,7 +32,13 @@ class TaskDataset(PromptDataset):
     columns = (TASK.name, UID.name, EXTRAS.name, SAMPLE.name)
 
     @classmethod
-    def encoder(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Encode:
+    def encoder(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        images: ImageProcessor | None = None,
+    ) -> Encode:
+        del images  # environments show text alone
         tokenize = PromptTokenizer(tokenizer, config)
 
         def encode(rows: Sequence[SourceRow]) -> list[EncodedRow]:

@@ -2,7 +2,7 @@
 
 Text is tokenised after the tokenizer's own beginning (a beginning-of-sequence token where the model
 has one, once); chat messages go through the chat template, with the generation prompt at the end.
-Leaves out images: content is text.
+Images become as many tokens as they have, where the model sees them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
+from controllers.data.images import images_of, reference_of, with_column_images
 from controllers.data.messages import (
     MISSING,
     check_encodable,
@@ -26,6 +27,8 @@ from controllers.data.messages import (
     value_of,
 )
 from controllers.data.sources import SourceRow
+from workers.images import ImageProcessor
+from workers.images.families import FAMILIES
 from workers.text import Beginning, bake_options
 from workers.text.endings import TEMPLATE_ERRORS
 
@@ -41,16 +44,27 @@ GROUND_TRUTH = "reward_model.ground_truth"
 class PromptTokenizer:
     """ids = PromptTokenizer(tokenizer, config)(rows)   # one list of ints a row"""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
-        self.tokenizer, self.config = tokenizer, config
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        images: ImageProcessor | None = None,
+    ) -> None:
+        """`images`: of a model that sees them."""
+        self.tokenizer, self.config, self.images = tokenizer, config, images
         self.template = settled_template(tokenizer, config)
         self.beginning = Beginning(tokenizer)
         self.tools_checked = False
 
     def __call__(self, rows: Sequence[SourceRow]) -> list[list[int]]:
+        return self.tokens(rows, [self.prompt(row) for row in rows])
+
+    def tokens(
+        self, rows: Sequence[SourceRow], prompts: Sequence[str | list[dict[str, Any]]]
+    ) -> list[list[int]]:
+        """Those of the checked prompts of rows."""
         texts, plain = [], []
-        for row in rows:
-            prompt = self.prompt(row)
+        for row, prompt in zip(rows, prompts, strict=True):
             plain.append(isinstance(prompt, str))
             texts.append(prompt if isinstance(prompt, str) else self.render(row, prompt))
         if not texts:
@@ -72,13 +86,31 @@ class PromptTokenizer:
                 )
             check_text(row, column, prompt)
             if self.config.text_as_user_message:
-                return [{"role": "user", "content": prompt}]
+                return self.placed(row, [{"role": "user", "content": prompt}])
+            if self.images is not None and row.values.get(str(self.config.images_column)):
+                raise ValueError(
+                    f"{row.place}: {column!r} is text, and the row has images in "
+                    f"{self.config.images_column!r}; store prompts as messages, or set "
+                    "data.text_as_user_message=true"
+                )
             return prompt
         messages = check_messages(row, column, "data.prompt_column", what="text or ", value=prompt)
         if messages[-1]["role"] == "assistant":
             raise ValueError(
                 f"{row.place}: message {len(messages) - 1} (from 0) of {column!r} is the last one "
                 "and the assistant's, so there is nothing to answer; remove it"
+            )
+        return self.placed(row, messages)
+
+    def placed(self, row: SourceRow, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with the images of data.images_column. A ValueError for images that the model
+        does not see."""
+        if self.images is not None:
+            return with_column_images(row, messages, self.config.images_column)
+        if images_of(messages):
+            raise ValueError(
+                f"{row.place}: a message has an image, and the model sees none; use one of "
+                f"{', '.join(FAMILIES)}"
             )
         return messages
 
@@ -111,6 +143,8 @@ class PromptTokenizer:
                 add_generation_prompt=generation_prompt,
                 **self.template_arguments(row),
             )
+            if self.images is not None:
+                text = self._with_images(row, messages, str(text))
         except TEMPLATE_ERRORS as error:
             raise ValueError(
                 f"{row.place}: the chat template rejects the messages ({_line(error)}); change one "
@@ -120,6 +154,15 @@ class PromptTokenizer:
         if not self.tools_checked:
             self._check_tools(row, messages, text, generation_prompt)
         return text
+
+    def _with_images(self, row: SourceRow, messages: Any, text: str) -> str:
+        """The template's text with the tokens of the images."""
+        assert self.images is not None
+        references = [reference_of(stored) for stored in images_of(messages)]
+        try:
+            return self.images.expand(text, references)
+        except ValueError as error:
+            raise ValueError(f"{row.place}: {error}") from error
 
     def _check_tools(
         self, row: SourceRow, messages: Any, text: str, generation_prompt: bool
@@ -149,8 +192,9 @@ def check_text(row: SourceRow, column: str, text: str) -> str:
     return text
 
 
-def extras(row: SourceRow, config: DataConfig) -> dict[str, Any]:
-    """The columns for the reward function: `answer` and the further ones."""
+def extras(row: SourceRow, config: DataConfig, *, sees_images: bool = False) -> dict[str, Any]:
+    """The columns for the reward function: `answer` and the further ones, without the images of a
+    model that sees them."""
     values = row.values
     selected = {}
     if config.answer_column is not None:
@@ -169,7 +213,9 @@ def extras(row: SourceRow, config: DataConfig) -> dict[str, Any]:
         selected["answer"] = answer
     names = config.columns
     if names is None:
-        used = (config.prompt_column, config.answer_column)
+        used = [config.prompt_column, config.answer_column]
+        if sees_images:
+            used.append(config.images_column)
         names = [name for name in values if name not in used]
     for name in names:
         if name not in values:

@@ -100,6 +100,8 @@ class TrainingEngine(ABC):
     """train.cp has an effect: the ranks of context parallelism share the tokens of a row."""
     divides_experts: ClassVar[bool] = False
     """train.ep has an effect: the experts of a layer are divided over ranks."""
+    sees_images: ClassVar[bool] = False
+    """Rows may have images, without tensor, context and expert parallelism."""
     layout: Layout
     """Axes dp, pp, cp, tp over the ranks of the pool."""
 

@@ -33,6 +33,7 @@ from workers.generation.sampling import (
     most_tokens,
 )
 from workers.generation.weight_destination import FullWeights, WeightDestination
+from workers.images.reference import ImageReference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +98,8 @@ class GenerationEngine(ABC):
     """sleep frees memory: weights and a cache that outlive a call."""
     records: ClassVar[bool] = False
     """record_routes has an effect."""
+    sees_images: ClassVar[bool] = False
+    """submit takes images."""
     layout: Layout
     """Axes dp, pp, tp over the ranks of the pool."""
     weight_version: int
@@ -172,11 +175,12 @@ class GenerationEngine(ABC):
         seeds: NDArray[np.int64],
         sampling: SamplingConfig,
         limits: NDArray[np.int64] | None = None,
+        images: Sequence[tuple[ImageReference, ...]] | None = None,
     ) -> Generations:
         """One response for every prompt, as submit, run and finished give it; rows in flight go
         on meanwhile and stay the caller's."""
         start = time.perf_counter()
-        rows = self._run_to_end(self.submit(prompts, seeds, sampling, limits))
+        rows = self._run_to_end(self.submit(prompts, seeds, sampling, limits, images=images))
         return generations(
             rows,
             num_prompt_tokens=sum(len(prompt) for prompt in prompts),
@@ -190,14 +194,16 @@ class GenerationEngine(ABC):
         sampling: SamplingConfig,
         limits: NDArray[np.int64] | None = None,
         positions: NDArray[np.int64] | None = None,
+        images: Sequence[tuple[ImageReference, ...]] | None = None,
     ) -> list[int]:
         """Add a row for every prompt ([tokens] each), behind those that wait; returns their keys,
         which grow and are never used again. n samples of a prompt are n rows with n seeds.
 
         `seeds` [rows] decides the draws of each row. `limits` [rows] ends single responses before
         max_response_tokens. `positions` [rows]: tokens that were drawn by the same seed before
-        (earlier turns of an episode), so that no draw is used twice; 0 by default. Rows of any
-        settings can be in flight together.
+        (earlier turns of an episode), so that no draw is used twice; 0 by default. `images` [rows]:
+        those of each prompt, which has all of their tokens. Rows of any settings can be in flight
+        together.
 
         Raises ValueError with the row for a prompt that is empty, has ids outside the vocabulary,
         or leaves no room for max_response_tokens, and for a limit under 1; no row is added then.
@@ -216,6 +222,7 @@ class GenerationEngine(ABC):
                     seed=int(seeds[row]),
                     position=int(first[row]),
                     most_tokens=most[row],
+                    images=() if images is None else images[row],
                 )
             )
         return self._add(rows, sampling)

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,7 +28,7 @@ from hybridflow.context import RankContext
 from hybridflow.layout import Layout
 from workers.config import ModelConfig, Precision
 from workers.engines.base import Head
-from workers.engines.model.loading import position_limit, stored_buffers
+from workers.engines.model.loading import language_model_class, position_limit, stored_buffers
 from workers.engines.model.routers import (
     REPLAYS,
     Routers,
@@ -38,6 +37,7 @@ from workers.engines.model.routers import (
     find_routers,
 )
 from workers.engines.model.scored import decoder_layers
+from workers.engines.model.vision import ImageInputs, place_images
 from workers.generation import other_engines
 from workers.generation.base import GenerationEngine
 from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
@@ -49,6 +49,8 @@ from workers.generation.sampling import (
     load_model_config,
     stop_token_ids,
 )
+from workers.images import family_of
+from workers.images.families import published_config
 from workers.precision import with_native_precision
 from workers.tokenizer import load_tokenizer
 
@@ -61,6 +63,7 @@ class HfEngine(GenerationEngine):
 
     releases = False
     records = True
+    sees_images = True
 
     @classmethod
     def check(cls, config: GenerationConfig) -> None:
@@ -109,13 +112,20 @@ class HfEngine(GenerationEngine):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         if config.sampling.stop_strings:
             self._tokenizer = load_tokenizer(model)
-        self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            model.path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            dtype=torch.float32 if config.precision == Precision.fp32 else torch.bfloat16,
-        ).to(context.device)
+        published = published_config(model)
+        self._images = ImageInputs(model) if family_of(published) is not None else None
+        self._model: PreTrainedModel = (
+            language_model_class(published)
+            .from_pretrained(
+                model.path,
+                revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
+                dtype=torch.float32 if config.precision == Precision.fp32 else torch.bfloat16,
+            )
+            .to(context.device)
+        )
         self._model.eval()
+        place_images(self._model)
         self._routers: Routers | None = None
 
     def record_routes(self) -> tuple[int, int]:
@@ -130,7 +140,14 @@ class HfEngine(GenerationEngine):
             keys.append(next(self._keys))
             self._waiting.append(
                 GrowingRow(
-                    keys[-1], row.prompt, row.seed, row.position, sampling, stop, row.most_tokens
+                    keys[-1],
+                    row.prompt,
+                    row.seed,
+                    row.position,
+                    sampling,
+                    stop,
+                    row.most_tokens,
+                    row.images,
                 )
             )
         return keys
@@ -177,7 +194,7 @@ class HfEngine(GenerationEngine):
         places = self._max_num_seqs - self._num_running
         rows = [self._waiting.popleft() for _ in range(min(places, len(self._waiting)))]
         if rows:
-            self._batches.append(PaddedBatch(self._model, rows, self._routers))
+            self._batches.append(PaddedBatch(self._model, rows, self._routers, self._images))
 
     def _draw(self, batch: PaddedBatch) -> list[GrowingRow]:
         """One token for every row; returns the rows that it ended."""

@@ -16,7 +16,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from workers.engines.model.routers import Routers, experts_per_token
 from workers.engines.model.routing import routing_of
+from workers.engines.model.vision import ImageInputs, SeenImages, image_arguments
 from workers.generation.rows import GrowingRow
+from workers.sequences import Sequences
 
 
 class PaddedBatch:
@@ -27,9 +29,14 @@ class PaddedBatch:
     """
 
     def __init__(
-        self, model: PreTrainedModel, rows: Sequence[GrowingRow], routers: Routers | None = None
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[GrowingRow],
+        routers: Routers | None = None,
+        images: ImageInputs | None = None,
     ) -> None:
-        """`routers`: those of the model, where rows keep their routes."""
+        """`routers`: those of the model, where rows keep their routes. `images`: of a model that sees
+        them."""
         self.rows = list(rows)
         self._routers = routers
         for row in rows:
@@ -38,6 +45,27 @@ class PaddedBatch:
         self._inputs, self._mask = left_padded([row.prefix for row in rows], model.device)
         self._positions = (self._mask.cumsum(dim=-1) - 1).clamp(min=0)
         self._cache = DynamicCache(config=model.config)
+        self._unread: dict[str, Any] = {}
+        """Arguments of the first read besides the ids."""
+        if images is not None:
+            self._unread = image_arguments(self._seen(images), None)
+            self._positions = self._unread.pop("position_ids", self._positions)
+
+    def _seen(self, images: ImageInputs) -> SeenImages:
+        """The images of all rows, and the positions of their tokens."""
+        prefixes = [torch.from_numpy(row.prefix) for row in self.rows]
+        lengths = torch.tensor([len(prefix) for prefix in prefixes])
+        rows = Sequences(
+            token_ids=torch.cat(prefixes),
+            lengths=lengths,
+            scored_lengths=torch.zeros_like(lengths),
+            images=[row.images for row in self.rows],
+        )
+        read = self._mask.cpu().bool().flatten()
+        places = torch.full(read.shape, -1)
+        places[read] = torch.arange(len(rows.token_ids))
+        shape = (self._mask.shape[0], self._mask.shape[1])
+        return images.of(rows, places, shape, self._mask.device)
 
     def read(self) -> Tensor:
         """Reads the tokens that were not read yet; logits [rows, vocab] of those that follow."""
@@ -65,13 +93,15 @@ class PaddedBatch:
             use_cache=True,
             logits_to_keep=1,
             **arguments,
+            **self._unread,
         )
+        self._unread = {}
         logits: Tensor = outputs.logits[:, -1]
         return logits
 
     def append(self, ids: Tensor) -> None:
         """The next token [rows] of every row, to be read."""
-        self._inputs, self._positions = ids.unsqueeze(-1), self._positions[:, -1:] + 1
+        self._inputs, self._positions = ids.unsqueeze(-1), self._positions[..., -1:] + 1
         self._mask = torch.cat([self._mask, torch.ones_like(self._inputs)], dim=-1)
 
     @property
@@ -87,7 +117,7 @@ class PaddedBatch:
         other._align(self._mask.shape[1])
         self.rows += other.rows
         self._inputs = torch.cat([self._inputs, other._inputs])
-        self._positions = torch.cat([self._positions, other._positions])
+        self._positions = torch.cat([self._positions, other._positions], dim=-2)
         self._mask = torch.cat([self._mask, other._mask])
         for layer, more in zip(self._cache.layers, other._cache.layers, strict=True):
             if layer.is_initialized:
@@ -101,7 +131,8 @@ class PaddedBatch:
             return
         index = torch.tensor(places, device=self._mask.device)
         self.rows = [self.rows[place] for place in places]
-        self._inputs, self._positions = self._inputs[index], self._positions[index]
+        self._inputs = self._inputs[index]
+        self._positions = self._positions.index_select(-2, index)
         self._mask = self._mask[index]
         self._cache.batch_select_indices(index)
         longest = int(self._mask.sum(dim=-1).max())

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from workers.generation.config import SamplingConfig
+from workers.images.reference import ImageReference
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +25,8 @@ class NewRow:
     """Which of the seed's draws is the response's first token."""
     most_tokens: int
     """The response ends with as many, at the latest."""
+    images: tuple[ImageReference, ...] = ()
+    """Those of the prompt, in the order of their tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +99,7 @@ class GrowingRow:
         sampling: SamplingConfig,
         stop: StopRule,
         most: int,
+        images: tuple[ImageReference, ...] = (),
     ) -> None:
         """`position`: of its first token among the draws of `seed`. `most`: tokens after which it
         ends at the latest."""
@@ -107,6 +111,7 @@ class GrowingRow:
         """Empty while it goes on."""
         self.routes: list[NDArray[np.int16]] = []
         """Routes of the tokens that were read, in pieces; none where they are not recorded."""
+        self.images = images
         self._prompt, self._position = prompt, position
         self._stop, self._most = stop, most
 

@@ -110,7 +110,11 @@ def _of_the_model(
     special: set[int] = set()
     if tokenizer is not None:
         special = set(special_tokens(tokenizer).values())
-    for token in (*_listed(config.eos_token_id), *_listed(config.get_text_config().eos_token_id)):
+    listed: list[int] = []
+    for part in (config, config.get_text_config()):
+        # Not every configuration of a model with images has one beside its text model's.
+        listed += _listed(part.to_dict().get("eos_token_id"))
+    for token in listed:
         if not ends or token in special:
             ends.add(token)
     return ends

@@ -48,6 +48,10 @@ class ModelSpec:
     """Inner size of the experts that every token passes."""
     num_dense_layers: int = 0
     """Layers of a mixture-of-experts model that are dense."""
+    tower_parameters: int = 0
+    """Parameters of a vision tower, which lies beside the embedding."""
+    tower_trains: bool = True
+    """False: it is frozen."""
     scalar_head: bool = False
     """One number per token in place of the vocabulary (critic, reward, cost)."""
     adapter: AdapterSpec | None = None
@@ -221,7 +225,8 @@ class ModelSpec:
 
     @cached_property
     def embedding_parameters(self) -> int:
-        return self.vocab_size * self.hidden_size
+        """Those before the first layer: the embedding, and a vision tower."""
+        return self.vocab_size * self.hidden_size + self.tower_parameters
 
     @cached_property
     def head_parameters(self) -> int:

@@ -56,10 +56,11 @@ def stage_parameters(model: ModelSpec, layout: ModelLayout) -> float:
 
 
 def trained_parameters(model: ModelSpec, layout: ModelLayout) -> float:
-    """Parameters with gradients of a tensor rank of the fullest pipeline stage: all of them, or of a
-    model with an adapter its matrices and a scalar head."""
+    """Parameters with gradients of a tensor rank of the fullest pipeline stage: all of them but a
+    frozen vision tower, or of a model with an adapter its matrices and a scalar head."""
     if model.adapter is None:
-        return stage_parameters(model, layout)
+        frozen = 0 if model.tower_trains else model.tower_parameters
+        return stage_parameters(model, layout) - frozen / layout.t
     per_layer = model.adapter.whole + model.adapter.cut / layout.t
     head = model.head_parameters if model.scalar_head else 0
     return model.longest_stage(layout.p) * per_layer + head

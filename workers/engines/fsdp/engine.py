@@ -74,6 +74,7 @@ class FsdpEngine(ShardedEngine):
     trains_adapters = True
     shares_rows = True
     divides_experts = True
+    sees_images = True
 
     @classmethod
     def check(

@@ -55,7 +55,9 @@ def use_sequence_attention(model: PreTrainedModel, *, fused: bool) -> None:
     chosen = model.config._attn_implementation
     replaces = chosen == "sdpa" or (chosen == "eager" and not fused and _has_sinks(model))
     if replaces and _why_not(model) is None:
-        model.set_attn_implementation(FUSED_ATTENTION if fused else ATTENTION)
+        name = FUSED_ATTENTION if fused else ATTENTION
+        # A vision tower keeps its own: an image's patches all see each other.
+        model.set_attn_implementation({"": name, "text_config": name})
 
 
 def _has_sinks(model: PreTrainedModel) -> bool:
@@ -99,7 +101,8 @@ def _why_not(model: PreTrainedModel) -> str | None:
     """Why the model's layers do more than causal attention as transformers' interface describes
     it; None if they do not."""
     config = model.config
-    others = sorted(set(config.to_dict().get("layer_types") or ()) - LAYER_TYPES)
+    text = config.get_text_config().to_dict()
+    others = sorted(set(text.get("layer_types") or ()) - LAYER_TYPES)
     if model._is_stateful or others:
         kinds = ", ".join(others) or "they carry a state"
         return f"{config.model_type} has layers that are no plain attention ({kinds});"

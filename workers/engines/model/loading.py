@@ -18,15 +18,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers import logging as transformers_logging
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -40,6 +46,7 @@ from workers.engines.base import Head
 from workers.engines.model.attention import check_packable, use_sequence_attention
 from workers.engines.model.scored import score_head
 from workers.engines.model.tensor_parts import Parts
+from workers.images import family_of
 
 AUTO = "auto"
 """ModelConfig.attention: transformers' choice for the model; where that is PyTorch's fused kernel,
@@ -47,6 +54,8 @@ attention.py."""
 UNLIMITED = 2**31 - 1
 """position_limit() of a model that has none."""
 NEW_HEAD_STD = 0.02
+LANGUAGE_MODELS = ("ForCausalLM", "ForConditionalGeneration")
+"""The ends of the names of classes without a score head."""
 DTYPES = {
     SavedDtype.float32: torch.float32,
     SavedDtype.bfloat16: torch.bfloat16,
@@ -204,7 +213,7 @@ def load_pretrained(config: ModelConfig, head: Head, seed: int = 0) -> PreTraine
     hf_config = model_config(config, head)
     try:
         with activity(f"loading the weights of {config.path}"), _own_report():
-            model, info = _auto_class(head).from_pretrained(
+            model, info = _auto_class(head, hf_config).from_pretrained(
                 config.path,
                 config=hf_config,
                 revision=config.revision,
@@ -241,7 +250,7 @@ def build_on_meta(config: ModelConfig, head: Head) -> PreTrainedModel:
     """The same modules as load_pretrained's, without memory."""
     hf_config = model_config(config, head)
     with torch.device("meta"):
-        return _auto_class(head).from_config(
+        return _auto_class(head, hf_config).from_config(
             hf_config,
             dtype=torch.float32,
             attn_implementation=_attention(config),
@@ -273,6 +282,7 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
         ) from error
     kind = hf_config.model_type
     known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.trust_remote_code
+    known = known or family_of(hf_config) is not None
     bidirectional = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not hf_config.is_decoder
     if not known or bidirectional or hf_config.is_encoder_decoder:
         raise ValueError(
@@ -284,7 +294,7 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
     if (
         head is Head.score
         and not config.new_head
-        and any(name.endswith("ForCausalLM") for name in hf_config.architectures or ())
+        and any(name.endswith(LANGUAGE_MODELS) for name in hf_config.architectures or ())
     ):
         raise ValueError(no_score_head(config))
     return hf_config
@@ -335,11 +345,17 @@ def add_classifier(config: PretrainedConfig) -> None:
     """Make a sequence classifier known to transformers for a family that has only a language model
     (Granite, Cohere, OLMo): its decoder with a linear head, as transformers' own are made."""
     kind = type(config)
-    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if kind in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         return
-    language_model = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
-    base = next(cls for cls in language_model.__mro__ if "ForCausalLM" not in cls.__name__)
-    name = language_model.__name__.replace("ForCausalLM", "ForSequenceClassification")
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING:
+        language_model, ending = MODEL_FOR_CAUSAL_LM_MAPPING[kind], "ForCausalLM"
+    elif kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        language_model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[kind]
+        ending = "ForConditionalGeneration"
+    else:
+        return
+    base = next(cls for cls in language_model.__mro__ if ending not in cls.__name__)
+    name = language_model.__name__.replace(ending, "ForSequenceClassification")
     attributes = {
         "__module__": __name__,
         "base_model_prefix": language_model.base_model_prefix,
@@ -347,12 +363,22 @@ def add_classifier(config: PretrainedConfig) -> None:
     }
     classifier = type(name, (GenericForSequenceClassification, base), attributes)
     AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)
+    names = get_checkpoint_conversion_mapping(language_model.__name__)
+    if names is not None:
+        register_checkpoint_conversion_mapping(name, names, overwrite=True)
 
 
-def _auto_class(
-    head: Head,
-) -> type[AutoModelForCausalLM] | type[AutoModelForSequenceClassification]:
-    return AutoModelForCausalLM if head is Head.lm else AutoModelForSequenceClassification
+def _auto_class(head: Head, config: PretrainedConfig) -> Any:
+    if head is not Head.lm:
+        return AutoModelForSequenceClassification
+    return language_model_class(config)
+
+
+def language_model_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that loads the model: with its vision tower where it has one."""
+    if family_of(config) is not None:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _check_keys(

@@ -25,6 +25,8 @@ from workers.engines.model.rotary import follow_row_lengths
 from workers.engines.model.routers import Routers, find_routers
 from workers.engines.model.routing import Routing
 from workers.engines.model.split_plan import bounds
+from workers.engines.model.vision import SeenImages, image_arguments, place_images
+from workers.images import family_of
 
 LOGGER = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class ScoredModel(nn.Module):
         self._read_positions: Tensor | None = None
         model.eval()
         follow_row_lengths(model)
+        place_images(model)
         routers = find_routers(model)
         self.routers = Routers(routers, decoder_layers(model) if routers else ())
         if head is Head.lm:
@@ -81,12 +84,15 @@ class ScoredModel(nn.Module):
         *,
         packing: Packing | None = None,
         routing: Routing | None = None,
+        images: SeenImages | None = None,
         entropy: bool = False,
         temperature: float = 1.0,
     ) -> dict[str, Tensor]:
         """input_ids int64 [rows, time], read_positions int64 [reads] into the flattened ids;
         float32 [reads] each."""
         where = layer_arguments(packing, routing)
+        if images is not None:
+            where |= image_arguments(images, packing)
         if self.head is Head.lm and self._scorer is None:
             self._read_positions = read_positions
             logits = self.model(input_ids=input_ids, use_cache=False, **where).logits
@@ -147,9 +153,10 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers in order: the entries of the longest ModuleList of the base model."""
-    lists: list[nn.ModuleList] = [
-        module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)
-    ]
+    base = model.base_model
+    if family_of(model.config) is not None:  # its vision tower has layers too
+        base = base.get_submodule("language_model")
+    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(
             f"model.path: {type(model).__name__} has no list of decoder layers; use a decoder-only "

@@ -32,8 +32,10 @@ from workers.engines.model.packing import Packing
 from workers.engines.model.rotary import depends_on_length
 from workers.engines.model.routers import find_routers
 from workers.engines.model.routing import Routing, routing_of
+from workers.engines.model.vision import ImageInputs, SeenImages
 from workers.engines.shared.rows_together import cut, pack, pack_prompts, prompts_of, units
 from workers.engines.shared.token_places import (
+    block_indices,
     padded_block,
     rows_and_columns,
     segments_of,
@@ -80,6 +82,8 @@ class MicroBatch:
     """Where input_ids, read_positions and targets are this rank's part of a row only."""
     routing: Routing | None = None
     """For the routers of a mixture of experts."""
+    images: SeenImages | None = None
+    """For a model that sees images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,8 @@ class Cutting:
     without packing each row has a micro-batch to itself."""
     has_routers: bool = False
     """A mixture of experts, whose routers get a Routing."""
+    images: ImageInputs | None = None
+    """Makes the images of micro-batches, for a model that sees them."""
 
     def __post_init__(self) -> None:
         if self.budget_tokens < 1:
@@ -290,6 +296,7 @@ def run_micro_batch(
         micro_batch.targets,
         packing=micro_batch.packing,
         routing=micro_batch.routing,
+        **({} if micro_batch.images is None else {"images": micro_batch.images}),
         entropy=entropy,
         temperature=temperature,
     )
@@ -389,16 +396,22 @@ def _micro_batch(
     packing = routing = None
     if not cutting.packing:
         starts, input_ids = padded_block(part, width)
+        tokens = block_indices(part, width, input_ids)
 
         def place(rows: Tensor, columns: Tensor) -> Tensor:
             return starts[rows] + columns
     else:
         segments = segments_of(part, width, share=cutting.share_prompts)
+        tokens = segments.indices(part)
         input_ids, packing = segments.row(part, device)
         place = segments.positions
     positions = place(read_rows, read_columns)
     if cutting.has_routers:
         routing = _routing(part, width, place, input_ids.numel(), device)
+    images = None
+    if cutting.images is not None:
+        rows_and_time = (input_ids.shape[0], input_ids.shape[1])
+        images = cutting.images.of(part, tokens, rows_and_time, device)
     return MicroBatch(
         sequences=_to(part, device),
         rows=rows,
@@ -407,6 +420,7 @@ def _micro_batch(
         read_positions=positions.to(device),
         targets=targets.to(device),
         routing=routing,
+        images=images,
     )
 
 
@@ -432,6 +446,7 @@ def _to(part: Sequences, device: torch.device) -> Sequences:
         lengths=part.lengths.to(device),
         scored_lengths=part.scored_lengths.to(device),
         scored=None if part.scored is None else part.scored.to(device),
+        images=part.images,
         per_token={name: values.to(device) for name, values in part.per_token.items()},
         per_row={name: values.to(device) for name, values in part.per_row.items()},
     )

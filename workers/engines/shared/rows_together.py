@@ -28,7 +28,8 @@ class Prompts:
 
 
 def prompts_of(sequences: Sequences) -> Prompts:
-    """The prompts of all rows, told apart by their tokens, and by the experts that these go to."""
+    """The prompts of all rows, told apart by their tokens, their images, and by the experts that
+    tokens go to."""
     num_tokens = sequences.prompt_lengths.numpy()
     begins = (torch.cumsum(sequences.lengths, 0) - sequences.lengths).numpy()
     ids = sequences.token_ids.cpu().numpy()
@@ -39,6 +40,8 @@ def prompts_of(sequences: Sequences) -> Prompts:
         prompt = ids[begin : begin + size].tobytes()
         if routes is not None:
             prompt += routes[begin : begin + size].tobytes()
+        if sequences.images is not None:
+            prompt += "".join(image.key for image in sequences.images[row]).encode()
         label[row] = labels.setdefault(prompt, len(labels))
     return Prompts(label, num_tokens)
 

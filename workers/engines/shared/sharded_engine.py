@@ -20,7 +20,7 @@ from hybridflow.context import RankContext
 from hybridflow.resharding.shards import LocalParameter
 from hybridflow.snapshots.files import file_name, write_snapshot
 from hybridflow.snapshots.reading import SnapshotFiles
-from workers.config import ContextExchange, ModelConfig, TrainConfig
+from workers.config import ContextExchange, ModelConfig, TrainConfig, VisionTraining
 from workers.engines.base import Head, TrainingEngine, WeightSource
 from workers.engines.model.attention import check_shares_rows
 from workers.engines.model.context_parallel import exchange_of
@@ -35,6 +35,7 @@ from workers.engines.model.loading import (
 from workers.engines.model.lora import Adapter, attach
 from workers.engines.model.peft_files import write_adapter
 from workers.engines.model.routers import Load, Routers, experts_per_token
+from workers.engines.model.vision import ImageInputs, freeze_tower
 from workers.engines.shared.export import write_configs, write_safetensors
 from workers.engines.shared.gather import gather_objects
 from workers.engines.shared.host_memory import HostMemory
@@ -57,6 +58,7 @@ from workers.engines.shared.micro_batches import (
 )
 from workers.engines.shared.optimizer import MODEL, check_optimizer_config
 from workers.engines.shared.row_groups import axis_group
+from workers.images import family_of
 from workers.precision import with_native_precision
 from workers.sequences import Sequences
 
@@ -106,6 +108,8 @@ class ShardedEngine(TrainingEngine):
         self.lender = lender
         source = ModelSource(model, head, context, seed)
         self.adapter: Adapter | None = None
+        if config.vision is VisionTraining.frozen:
+            freeze_tower(source.model)
         if config.lora.enabled:
             self.adapter = attach(source, config.lora, head, seed)
         trained = set[str]()
@@ -117,6 +121,8 @@ class ShardedEngine(TrainingEngine):
         self._hf_config.dtype = self._saved_dtype = saved_dtype(model, published)
         self._generation_config = source.generation_config
         self._cutting = cutting_of(config, source.model)
+        if family_of(published) is not None:
+            self._cutting = replace(self._cutting, images=ImageInputs(model))
         self._row_group: ProcessGroup | None = None
         """The ranks that share this rank's rows, under context parallelism."""
         self._exchange = ContextExchange.ulysses

@@ -40,16 +40,24 @@ class Segments:
         lengths = self.lengths
         if not len(lengths):
             return torch.zeros(1, 1, dtype=torch.int64), packing_of([1], device)
-        begins = torch.cumsum(part.lengths, 0) - part.lengths
-        starts = torch.cat([begins[self.shared], begins + self.cuts])
-        ends = torch.cumsum(lengths, 0)
-        places = torch.arange(int(ends[-1])) + torch.repeat_interleave(
-            starts - (ends - lengths), lengths
-        )
+        places = self.indices(part)
         prefixes = torch.cat([torch.full_like(self.shared, -1), self.prompt])
         filled = lengths > 0
         packing = packing_of(lengths[filled].tolist(), device, prefixes[filled].tolist())
         return part.token_ids[places][None], packing
+
+    def indices(self, part: Sequences) -> Tensor:
+        """int64 [tokens]: where the tokens of the row are in part.token_ids; -1 for one that only
+        pads."""
+        lengths = self.lengths
+        if not len(lengths):
+            return torch.full((1,), -1)
+        begins = torch.cumsum(part.lengths, 0) - part.lengths
+        starts = torch.cat([begins[self.shared], begins + self.cuts])
+        ends = torch.cumsum(lengths, 0)
+        return torch.arange(int(ends[-1])) + torch.repeat_interleave(
+            starts - (ends - lengths), lengths
+        )
 
     def positions(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Where the tokens at `columns` of `rows` are in the packed row."""
@@ -98,6 +106,14 @@ def padded_block(part: Sequences, width: Tensor) -> tuple[Tensor, Tensor]:
     if len(width):
         input_ids[torch.arange(time) < width[:, None]] = part.token_ids[token_indices(part, width)]
     return torch.arange(len(width)) * time, input_ids
+
+
+def block_indices(part: Sequences, width: Tensor, input_ids: Tensor) -> Tensor:
+    """int64 [rows * time]: where the tokens of a block are in part.token_ids; -1 for padding."""
+    indices = torch.full(input_ids.shape, -1)
+    if len(width):
+        indices[torch.arange(input_ids.shape[1]) < width[:, None]] = token_indices(part, width)
+    return indices.flatten()
 
 
 def token_indices(part: Sequences, width: Tensor) -> Tensor:

@@ -1,0 +1,46 @@
+"""Whether what reads rows with images can: models and generation engines. Known once the data is read,
+before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from controllers.data import RowDataset
+from recipes.roles import Role
+from workers.generation import ENGINES as GENERATION_ENGINES
+from workers.generation import generation_engine_class
+from workers.images import family_of
+from workers.images.families import FAMILIES, published_config
+from workers.role_config import ActorConfig, JudgeConfig, RewardConfig
+
+
+def check_images(roles: Sequence[Role], datasets: Sequence[RowDataset | None]) -> None:
+    """A ValueError for a role that reads rows with images and can't."""
+    if not any(rows is not None and rows.num_images for rows in datasets):
+        return
+    for role in roles:
+        reads_text = isinstance(role.config, JudgeConfig) or (
+            isinstance(role.config, RewardConfig) and role.config.function is not None
+        )
+        if not reads_text and role.config.model is not None:
+            _check(role)
+
+
+def _check(role: Role) -> None:
+    model = role.config.model
+    assert model is not None
+    if family_of(published_config(model)) is None:
+        raise ValueError(
+            f"{role.name}.model.path is {model.path!r}, which sees no images, and the data has some; "
+            f"use a model of one of {', '.join(FAMILIES)}"
+        )
+    if isinstance(role.config, ActorConfig):
+        engine = role.config.generation.engine
+        usable = [
+            name for name in GENERATION_ENGINES.builtin if generation_engine_class(name).sees_images
+        ]
+        if engine not in usable and not generation_engine_class(engine).sees_images:
+            raise ValueError(
+                f"{role.name}.generation.engine is {engine!r}, which is given no images here, and "
+                f"the data has some; use {' or '.join(usable)}"
+            )

@@ -1,0 +1,147 @@
+"""Rows with images: every way to give one comes to the same prompt, and mistakes are named."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from transformers import AutoImageProcessor
+
+from controllers.data import DataConfig, DemonstrationDataset, PairDataset, PromptDataset
+from controllers.data.images import stored_reference
+from controllers.data.sources import SourceRow
+from tests.images.tiny import make_tokenizer, png, square
+from workers.config import ModelConfig
+from workers.images import ImageProcessor
+
+CAT = square("red", 56, 84)
+TEXT = {"type": "text", "text": "what color"}
+
+
+@pytest.fixture(scope="module")
+def images(model_path: Path) -> ImageProcessor:
+    return ImageProcessor(ModelConfig(path=str(model_path)))
+
+
+def load(path: Path, images: ImageProcessor | None, **settings: Any) -> PromptDataset:
+    config = DataConfig(train=str(path), answer_column=None, **settings)
+    return PromptDataset.load(config, config.train, make_tokenizer(), images=images)
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def asked(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def test_every_way_to_give_an_image(
+    images: ImageProcessor, model_path: Path, tmp_path: Path
+) -> None:
+    """Paths (beside the data's file, absolute), data URLs, OpenAI's parts, a column with {bytes,
+    path} and marks in the text: the same tokens, as many as the processor of transformers makes
+    patches for, and the same pixels."""
+    (tmp_path / "cat.png").write_bytes(png(CAT))
+    url = "data:image/png;base64," + base64.b64encode(png(CAT)).decode()
+    ways = [
+        {"prompt": asked({"type": "image", "image": "cat.png"}, TEXT)},
+        {"prompt": asked({"type": "image", "image": str(tmp_path / "cat.png")}, TEXT)},
+        {"prompt": asked({"type": "image", "image": url}, TEXT)},
+        {"prompt": asked({"type": "image_url", "image_url": {"url": url}}, TEXT)},
+        {"prompt": asked({"type": "image"}, TEXT), "images": ["cat.png"]},
+        {"prompt": asked(TEXT), "images": "cat.png"},
+        {"prompt": [{"role": "user", "content": "<image>what color"}], "images": ["cat.png"]},
+    ]
+    rows = load(write(tmp_path / "rows.jsonl", *ways), images)
+    table = pyarrow.Table.from_pylist(
+        [{"prompt": asked({"type": "image"}, TEXT), "images": [{"bytes": png(CAT), "path": None}]}]
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    hub = load(tmp_path / "rows.parquet", images)
+    grid = AutoImageProcessor.from_pretrained(model_path, backend="pil")(images=[CAT])
+    expected = int(grid["image_grid_thw"][0].prod()) // 4
+    first = rows.part(0, 0).tolist()
+    assert first.count(images.token_id) == expected == 6
+    batch = rows.all()
+    found = [*batch.objects("images"), *hub.all().objects("images")]
+    for row, references in enumerate(found):
+        ids = rows.part(row, 0) if row < len(rows) else hub.part(0, 0)
+        assert ids.tolist() == first, row
+        (reference,) = references
+        assert reference.read().tobytes() == CAT.tobytes()
+    assert "images" not in batch.objects("extras")[4]
+
+
+def test_pictures_of_pil_are_taken() -> None:
+    """Hub data sets and rows made in Python hold images of PIL."""
+    stored = stored_reference("row 0", SourceRow("row 0", {}), CAT)
+    assert base64.b64decode(stored["base64"]) == png(CAT)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": asked({"type": "image", "image": "dog.png"})}, "no file 'dog.png'"),
+        ({"prompt": asked({"type": "image", "image": "https://x/y.png"})}, "download it"),
+        ({"prompt": asked({"type": "image"}, TEXT)}, "image without a value"),
+        ({"prompt": asked({"type": "image"}), "images": ["a.png", "a.png"]}, "has 2 images"),
+        ({"prompt": asked({"type": "image", "image": "a.txt"})}, "can't be read as an image"),
+        ({"prompt": asked({"type": "image", "image": 3})}, "as a path, as bytes"),
+        ({"prompt": asked({**TEXT, "text": "<|image_pad|>"})}, "0 images, and the chat template"),
+        ({"prompt": "what color", "images": ["a.png"]}, "text_as_user_message"),
+        ({"prompt": asked({"type": "video", "video": "a.mp4"})}, "only text and images"),
+    ],
+    ids=str,
+)
+def test_mistakes(
+    images: ImageProcessor, tmp_path: Path, row: dict[str, Any], problem: str
+) -> None:
+    """One line that names the row and the fix, before anything starts."""
+    (tmp_path / "a.png").write_bytes(png(CAT))
+    (tmp_path / "a.txt").write_text("no image")
+    with pytest.raises(ValueError, match=problem) as error:
+        load(write(tmp_path / "rows.jsonl", row), images)
+    assert "rows.jsonl, line 1" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_images(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(CAT))
+    rows = write(tmp_path / "rows.jsonl", {"prompt": asked({"type": "image", "image": "a.png"})})
+    with pytest.raises(ValueError, match="sees none; use one of qwen2_5_vl"):
+        load(rows, None)
+
+
+def test_demonstrations_and_pairs(images: ImageProcessor, tmp_path: Path) -> None:
+    """The images of all turns up to the last that is learned, in order; none of their tokens is
+    learned. Both rows of a pair have the prompt's images."""
+    for number, color in enumerate(("red", "green")):
+        (tmp_path / f"{number}.png").write_bytes(png(square(color, 28 * (1 + number), 28)))
+    turns = []
+    for number in range(2):
+        image = {"type": "image", "image": f"{number}.png"}
+        turns += [
+            {"role": "user", "content": [image, TEXT]},
+            {"role": "assistant", "content": "red"},
+        ]
+    config = DataConfig(train="-", messages_column="messages")
+    path = write(tmp_path / "demonstrations.jsonl", {"messages": turns})
+    rows = DemonstrationDataset.load(config, str(path), make_tokenizer(), images=images).all()
+    assert [reference.size() for reference in rows.objects("images")[0]] == [(28, 28), (56, 28)]
+    learned = rows.ragged("response_ids").values[rows.ragged("loss_mask").values]
+    assert images.token_id not in learned.tolist()
+    assert rows.ragged("prompt_ids").values.tolist().count(images.token_id) == 1
+    assert rows.ragged("response_ids").values.tolist().count(images.token_id) == 2
+    pair = {"prompt": turns[:1], "chosen": "red", "rejected": "blue"}
+    path = write(tmp_path / "pairs.jsonl", pair)
+    pairs = PairDataset.load(
+        DataConfig(train="-"), str(path), make_tokenizer(), images=images
+    ).all()
+    assert [len(references) for references in pairs.objects("images")] == [1, 1]

@@ -1,0 +1,43 @@
+"""Every family of models with images, against its own forward in transformers, and its generator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from hybridflow import open_session
+from tests.images.plain import TEMPERATURE, load, make_rows, whole_log_probs
+from tests.images.rewards import by_length
+from tests.images.runs import settings
+from tests.images.test_engine import make_engine
+from tests.images.tiny import make_model
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_are_those_of_transformers(world: None, tmp_path: Path, family: str) -> None:
+    """Packed and unpacked rows with none, one and two images (SCALE.md 5.4)."""
+    path = make_model(tmp_path / family, family=family)
+    sequences, plain = make_rows(path, sampled=False)
+    model = load(path)
+    with torch.no_grad():
+        expected = torch.cat([whole_log_probs(model, inputs) for inputs in plain])
+    for packing in (True, False):
+        engine = make_engine(path, packing=packing, micro_batch_tokens=60)
+        outputs = engine.forward(sequences, temperature=TEMPERATURE)
+        assert outputs.log_probs is not None
+        assert_close(outputs.log_probs, expected, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_grpo(tmp_path: Path, family: str) -> None:
+    """The generator's log-probs are the trainer's after syncs of changed weights."""
+    given: dict[str, Any] = settings(tmp_path, family) | {"output_dir": tmp_path / "out"}
+    with open_session("grpo", given, reward=by_length) as session:
+        for _ in range(2):
+            assert session.step()["actor/log_prob_gap_max"] < 1e-5

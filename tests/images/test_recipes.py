@@ -1,0 +1,90 @@
+"""Recipes on a tiny model with images: in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoImageProcessor, AutoModelForImageTextToText
+
+from hybridflow import open_session
+from tests.images.rewards import by_length
+from tests.images.runs import settings
+from tests.images.tiny import png, square
+
+EXACT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return settings(tmp_path_factory.mktemp("recipes"))
+
+
+def test_grpo(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Log-probs of the trainer are the generator's after every sync of changed weights, of rows with
+    none to three images; what is saved is a model with its image processor."""
+    with open_session("grpo", tiny | {"output_dir": tmp_path}, reward=by_length) as session:
+        for _ in range(3):
+            metrics = session.step()
+            assert metrics["actor/log_prob_gap_max"] < EXACT
+            assert metrics["actor/grad_norm"] > 0
+        session.save(tmp_path / "saved")
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    AutoImageProcessor.from_pretrained(tmp_path / "saved", backend="pil")
+
+
+def test_ppo_has_a_critic_with_a_head_of_its_own(tiny: dict[str, Any], tmp_path: Path) -> None:
+    changes = {"output_dir": tmp_path, "critic.train.precision": "fp32"}
+    with open_session("ppo", tiny | changes, reward=by_length) as session:
+        for _ in range(2):
+            metrics = session.step()
+            assert metrics["actor/log_prob_gap_max"] < EXACT
+            assert metrics["critic/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("recipe", ["sft", "dpo", "reward_model"])
+def test_recipes_on_given_rows(tiny: dict[str, Any], tmp_path: Path, recipe: str) -> None:
+    """Losses fall on rows with images."""
+    (tmp_path / "cat.png").write_bytes(png(square("red", 56, 84)))
+    lines = []
+    for answer, other in (("red", "green"), ("one", "two")) * 2:
+        content = [{"type": "image"}, {"type": "text", "text": "what color"}]
+        row = {"prompt": [{"role": "user", "content": content}], "images": ["cat.png"]}
+        lines.append(json.dumps({**row, "response": answer, "chosen": answer, "rejected": other}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    role = "reward_model" if recipe == "reward_model" else "policy"
+    given = {
+        "runtime": "local",
+        "model.path": tiny["model.path"],
+        "data.train": tmp_path / "rows.jsonl",
+        "data.batch_size": 4,
+        f"{role}.train.precision": "fp32",
+        f"{role}.train.optimizer.learning_rate": 1e-2,
+        "metrics.tensorboard": False,
+        "output_dir": tmp_path / "out",
+    }
+    with open_session(recipe, given) as session:
+        losses = [session.step()[f"{role}/loss"] for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"actor.train.engine": "threed"}, "train.engine is 'threed'"),
+        (
+            {"actor.train.tp": 2, "num_devices": 2, "cluster.address": "local"},
+            "actor.train.tp is 2",
+        ),
+        ({"actor.generation.engine": "vllm"}, "given no images here"),
+    ],
+    ids=str,
+)
+def test_refusals(
+    tiny: dict[str, Any], tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    """What takes no images says so before anything starts."""
+    with pytest.raises(ValueError, match=problem):
+        open_session("grpo", tiny | changes | {"output_dir": tmp_path}, reward=by_length)

@@ -1,0 +1,155 @@
+"""A tiny Qwen2.5-VL with random weights, its tokenizer and its image processor, and rows with
+coloured squares."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+SPECIAL = ("<pad>", "<|im_end|>", "<unk>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+VIDEO = "<|video_pad|>"
+WORDS = ("user", "assistant", "how", "many", "what", "color", "red", "green", "blue", "one", "two")
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ' ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+)
+COLORS = ("red", "green", "blue")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    names = [*SPECIAL, VIDEO, *WORDS]
+    vocab = {name: number for number, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in (*SPECIAL, VIDEO)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<pad>", unk_token="<unk>"
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+PATCH = {"qwen2_5_vl": 14, "qwen3_vl": 16, "qwen3_vl_moe": 16}
+TEXT: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+    "qwen3_vl": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
+        },
+    },
+}
+TEXT["qwen3_vl_moe"] = {
+    **TEXT["qwen3_vl"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+VISION: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"window_size": 56, "fullatt_block_indexes": [1]},
+    "qwen3_vl": {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+}
+VISION["qwen3_vl_moe"] = VISION["qwen3_vl"]
+
+
+def make_model(
+    directory: Path, *, family: str = "qwen2_5_vl", seed: int = 0, layers: int = 2
+) -> Path:
+    """About 0.1 M parameters: a decoder and a vision tower of two layers each; Qwen2.5-VL's tower has
+    windowed attention in its first one, Qwen3-VL's gives the first one's features to the decoder
+    too."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    ids = tokenizer.get_vocab()
+    config = AutoConfig.for_model(
+        family,
+        text_config={
+            "vocab_size": 64,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<pad>"],
+            "bos_token_id": None,
+            **TEXT[family],
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": PATCH[family],
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            **VISION[family],
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids[VIDEO],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # so that images matter
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    side = 2 * PATCH[family]
+    size = {"shortest_edge": side**2, "longest_edge": side**2 * 16}
+    Qwen2VLImageProcessorPil(size=size, patch_size=PATCH[family]).save_pretrained(directory)
+    return directory
+
+
+def square(color: str, height: int, width: int) -> Image.Image:
+    """A black image of these sizes with a coloured square in its middle."""
+    image = Image.new("RGB", (width, height))
+    image.paste(color, (width // 4, height // 4, width // 2, height // 2))
+    return image
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def make_data(path: Path, rows: int = 8) -> Path:
+    """Chat messages about images of several sizes, and one in four without an image."""
+    lines = []
+    for row in range(rows):
+        content = [{"type": "text", "text": "what color"}]
+        color = COLORS[row % 3]
+        for number in range(row % 4):
+            name = f"{path.stem}-{row}-{number}.png"
+            size = (28 * (1 + (row + number) % 3), 28 * (1 + row % 2))
+            square(color, *size).save(path.parent / name)
+            content.insert(0, {"type": "image", "image": name})
+        lines.append(
+            json.dumps({"prompt": [{"role": "user", "content": content}], "answer": color})
+        )
+    path.write_text("\n".join(lines) + "\n")
+    return path

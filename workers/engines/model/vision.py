@@ -1,0 +1,176 @@
+"""Images in the passes of a training engine: their pixels, where their tokens are, and the positions
+of all tokens.
+
+    sees = ImageInputs(model)                       # once, on each rank
+    images = sees.of(rows, computed, packed=True, device=device)     # of one micro-batch
+    outputs = model(input_ids, ..., **image_arguments(images, packing))
+
+Pixels are made here, from the references that the rows carry, so that no other process holds them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from workers.config import ModelConfig
+from workers.engines.model.packing import Packing
+from workers.images import ImageProcessor, family_of
+from workers.images.families import image_token_id
+from workers.images.processor import Pixels, rotary_positions
+from workers.sequences import Sequences
+
+PLACES = "image_places"
+"""Keyword argument of a model's forward, for place_images."""
+
+
+@dataclass(frozen=True, slots=True)
+class SeenImages:
+    """The images of one pass, in the order of their tokens."""
+
+    pixel_values: Tensor | None
+    """float32, those of all images one after the other; None where there is no image."""
+    grids: Tensor | None
+    """int64 [images, 3]: patches along time, height and width."""
+    positions: Tensor
+    """int64 [3, rows, time]: positions of the input ids in time, height and width."""
+    is_image: Tensor
+    """bool [rows, time]: which input ids are an image's. A token of that kind that was sampled is
+    not."""
+
+
+class ImageInputs:
+    """Makes what a model reads besides the ids."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._images = ImageProcessor(model)
+
+    def of(
+        self, part: Sequences, places: Tensor, shape: tuple[int, int], device: torch.device
+    ) -> SeenImages:
+        """The images of a pass over input ids of `shape`, whose element i is the token places[i] of
+        `part`, or padding where that is -1. A ValueError names a row whose image tokens are not
+        those of its images."""
+        pixels, begins, positions, of_image = self._rows(part)
+        present = torch.nonzero(places >= 0).squeeze(1)
+        place_of = torch.full((len(part.token_ids),), -1, dtype=torch.int64)
+        place_of[places[present]] = present
+        # An image of a prompt that several rows share is computed once.
+        computed = [
+            (int(place_of[begin]), image) for begin, image in zip(begins, pixels, strict=True)
+        ]
+        ordered = sorted(
+            (place, number) for number, (place, _) in enumerate(computed) if place >= 0
+        )
+        chosen = [pixels[number] for _, number in ordered]
+        is_image = torch.zeros(len(places), dtype=torch.bool)
+        is_image[present] = of_image[places[present]]
+        values = grids = None
+        if chosen:
+            values = torch.cat([image.values for image in chosen]).to(device)
+            grids = torch.tensor([image.grid for image in chosen], device=device)
+        rows = torch.zeros(3, len(places), dtype=torch.int64)
+        rows[:, present] = positions[:, places[present]]
+        rows = rows.view(3, *shape).to(device)
+        return SeenImages(values, grids, rows, is_image.view(shape).to(device))
+
+    def _rows(self, part: Sequences) -> tuple[list[Pixels], list[int], Tensor, Tensor]:
+        """The images of all rows, where the tokens of each begin in part.token_ids, the positions [3,
+        tokens] of all tokens, and bool [tokens]: which are an image's."""
+        pixels: list[Pixels] = []
+        begins: list[int] = []
+        positions = [torch.zeros(3, 0, dtype=torch.int64)]
+        of_image = torch.zeros(len(part.token_ids), dtype=torch.bool)
+        first = 0
+        images = part.images or [()] * part.num_rows
+        lengths = part.lengths.tolist()
+        for row, ids in enumerate(part.token_ids.cpu().split(lengths)):
+            seen = [self._images.pixels(reference) for reference in images[row]]
+            places = torch.nonzero(ids == self._images.token_id).squeeze(1)
+            expected = sum(image.num_tokens for image in seen)
+            if len(places) < expected:
+                raise ValueError(
+                    f"a row has {len(places)} image tokens and {len(seen)} images of {expected} "
+                    "tokens; prompts and images must come from the same processor"
+                )
+            of_image[first + places[:expected]] = True  # the others were sampled
+            done = 0
+            for image in seen:
+                begins.append(first + int(places[done]))
+                done += image.num_tokens
+            grids = [image.grid for image in seen]
+            positions.append(
+                rotary_positions(ids, self._images.token_id, grids, self._images.merge)
+            )
+            pixels += seen
+            first += len(ids)
+        return pixels, begins, torch.cat(positions, 1), of_image
+
+
+def image_arguments(images: SeenImages, packing: Packing | None) -> dict[str, Any]:
+    """Keyword arguments of the model's forward.
+
+    The first of four rows of positions counts tokens: it tells transformers where the sequences of a
+    packed row begin.
+    """
+    positions = images.positions
+    if packing is not None:
+        positions = torch.cat([packing.position_ids[None], positions])
+    arguments: dict[str, Any] = {PLACES: images.is_image, "position_ids": positions}
+    if images.pixel_values is not None:
+        arguments |= {"pixel_values": images.pixel_values, "image_grid_thw": images.grids}
+    return arguments
+
+
+def place_images(model: PreTrainedModel) -> None:
+    """Put images where SeenImages.is_image says; nothing for a model that sees none.
+
+    transformers looks for the tokens itself, and would take for an image one that the policy sampled.
+    """
+    family = family_of(model.config)
+    if family is None:
+        return
+    base: Any = model.base_model
+    token = image_token_id(model.config, family)
+    find, forward = base.get_placeholder_mask, base.forward
+    current: list[Tensor] = []
+
+    def placed(input_ids: Tensor, *arguments: Any, **options: Any) -> Any:
+        ids = input_ids
+        if current:
+            ids = torch.where(current[-1], token, torch.where(ids == token, token - 1, ids))
+        return find(ids, *arguments, **options)
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        places = options.pop(PLACES, None)
+        if places is None:
+            return forward(*arguments, **options)
+        current.append(places)
+        try:
+            return forward(*arguments, **options)
+        finally:
+            current.pop()
+
+    base.get_placeholder_mask, base.forward = placed, run
+
+
+def freeze_tower(model: PreTrainedModel) -> None:
+    """Train the decoder alone; nothing for a model without images."""
+    family = family_of(model.config)
+    if family is not None:
+        for name in family.tower:
+            model.base_model.get_submodule(name).requires_grad_(False)
+
+
+def tower_parameters(model: PreTrainedModel) -> int:
+    """Parameters outside the decoder and its head; 0 for a model without images. May be on meta."""
+    family = family_of(model.config)
+    total = 0
+    for name in () if family is None else family.tower:
+        for parameter in model.base_model.get_submodule(name).parameters():
+            total += parameter.numel()
+    return total

@@ -1,0 +1,72 @@
+"""The families of models whose images are known: how a prompt's text holds an image, and which part of
+the model sees it.
+
+A family is an entry here. Its processor's files say sizes; transformers' own code computes. All have
+tokens with three positions (time, height, width), and attention that is causal inside an image too.
+Those in which an image's tokens see each other (Gemma 3) are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from workers.config import ModelConfig
+
+QWEN_IMAGE = "<|image_pad|>"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageFamily:
+    """How a family of models sees images."""
+
+    placeholder: str
+    """The chat template's text for an image."""
+    expanded: Callable[[int], str]
+    """Number of an image's tokens -> the text in the placeholder's place that has them."""
+    token: str
+    """The name of the token's id in the model's configuration."""
+    tower: tuple[str, ...]
+    """The parts of the model that are not its decoder."""
+
+
+def _qwen(num_tokens: int) -> str:
+    return QWEN_IMAGE * num_tokens
+
+
+QWEN = ImageFamily(
+    placeholder=QWEN_IMAGE, expanded=_qwen, token="image_token_id", tower=("visual",)
+)
+FAMILIES: dict[str, ImageFamily] = {
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN,
+    "qwen3_vl_moe": QWEN,
+}
+"""model_type -> family."""
+
+
+def family_of(config: PretrainedConfig) -> ImageFamily | None:
+    """The family of a model with images; None for any other, which is given text alone."""
+    return FAMILIES.get(config.model_type)
+
+
+def sees_images(model: ModelConfig) -> bool:
+    """Whether the model is of a known family."""
+    return family_of(published_config(model)) is not None
+
+
+def published_config(model: ModelConfig) -> PretrainedConfig:
+    """The checkpoint's configuration, that of its vision tower included."""
+    config: Any = AutoConfig.from_pretrained(
+        model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def image_token_id(config: PretrainedConfig, family: ImageFamily) -> int:
+    """The token that an image's tokens are in a prompt."""
+    return int(config.to_dict()[family.token])
