@@ -74,10 +74,7 @@ def test_recipes_on_given_rows(tiny: dict[str, Any], tmp_path: Path, recipe: str
     ("changes", "problem"),
     [
         ({"actor.train.engine": "threed"}, "train.engine is 'threed'"),
-        (
-            {"actor.train.tp": 2, "num_devices": 2, "cluster.address": "local"},
-            "actor.train.tp is 2",
-        ),
+        ({"actor.train.tp": 2, "num_devices": 2, "runtime": "ray"}, "train.tp is 2"),
         ({"actor.generation.engine": "vllm"}, "given no images here"),
     ],
     ids=str,
