@@ -276,7 +276,6 @@ FAMILIES = [
                 "truncate": False,
             },
         },
-        packing=False,
     ),
     Family(
         name="Mamba",

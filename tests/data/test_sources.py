@@ -143,7 +143,11 @@ FAILS = "{{ 1 + messages[0].content }}"
         (row_of(prompt=[{"role": "user", "content": "x"}]), "undefined", "{{ nothing.at.all }}"),
         (row_of(prompt=[{"role": "user", "content": "x"}]), "IndexError", "{{ [][3].x or a() }}"),
         (row_of(prompt=[{"from": "human", "value": "x"}]), "rename them to role", {}),
-        (row_of(prompt=[{"role": "user", "content": [{"image": 1}]}]), "only text is read", {}),
+        (
+            row_of(prompt=[{"role": "user", "content": [{"image": 1}]}]),
+            "only text and images are read",
+            {},
+        ),
         (
             row_of(tools=["search"], prompt=[{"role": "user", "content": "x"}]),
             "'tools' is list",

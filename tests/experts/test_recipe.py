@@ -12,9 +12,9 @@ from tests.experts.plain import save_tiny_mixture
 from tests.tiny import by_length, make_model, tiny_grpo
 
 
-def mixture_settings(directory: Path) -> dict[str, object]:
+def mixture_settings(directory: Path, **sizes: int) -> dict[str, object]:
     settings = tiny_grpo(directory)
-    save_tiny_mixture(directory / "mixture", "qwen3_moe", vocab_size=128)
+    save_tiny_mixture(directory / "mixture", "qwen3_moe", vocab_size=128, **sizes)
     words = make_model(directory / "words", layers=1)
     for file in words.glob("tokenizer*"):
         (directory / "mixture" / file.name).write_bytes(file.read_bytes())
@@ -46,7 +46,7 @@ def test_grpo_replays_routes(tmp_path: Path, replay: str) -> None:
 def test_divided_experts_reach_vllm(tmp_path: Path) -> None:
     """Experts that two data ranks divide, and vLLM's weights after two syncs with changed ones: what
     it draws has the log-probs of the training engine to 1e-5, with the routes that it took (R3)."""
-    settings = mixture_settings(tmp_path)
+    settings = mixture_settings(tmp_path, head_dim=32)  # the least that vLLM's attention takes
     settings |= {
         "runtime": "ray",
         "num_devices": 2,

@@ -214,12 +214,17 @@ def test_kinds_of_adapters_that_are_not_trained_are_refused(
 
 
 def test_attaching_loads_no_weight(model: Path) -> None:
-    """Finding T15: an adapter is attached while the base is on meta, so that nothing is gathered or
-    held whole, under ZeRO-3 too."""
+    """Finding T15: an adapter is attached before the base is divided, and copies nothing of it: the
+    only new memory is the matrices', so that nothing is gathered or held whole, under ZeRO-3 too."""
     source = ModelSource(ModelConfig(path=str(model)), Head.lm, RankContext(), 0)
+    before = {name: value.data_ptr() for name, value in source.model.named_parameters()}
     adapter = attach(source, LoraConfig(rank=4), Head.lm, 0)
     assert adapter.layers
-    assert all(parameter.is_meta for parameter in source.model.parameters())
+    after = dict(source.model.named_parameters())
+    assert {name: after[name].data_ptr() for name in before} == before
+    new = after.keys() - before.keys()
+    assert len(new) == 2 * len(adapter.layers)
+    assert all(4 in after[name].shape for name in new)
 
 
 @pytest.mark.parametrize(("rank", "slot"), [(1, 1), (20, 32), (512, 512)])

@@ -54,8 +54,13 @@ def family_of(config: PretrainedConfig) -> ImageFamily | None:
 
 
 def sees_images(model: ModelConfig) -> bool:
-    """Whether the model is of a known family."""
-    return family_of(published_config(model)) is not None
+    """Whether the model is of a known family. A model that can't be read is none: where it is
+    needed, model_config says so in one line."""
+    try:
+        config = published_config(model)
+    except (OSError, ValueError):
+        return False
+    return family_of(config) is not None
 
 
 def published_config(model: ModelConfig) -> PretrainedConfig:
