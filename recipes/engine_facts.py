@@ -38,6 +38,8 @@ def limited_space(name: str, space: SearchSpace) -> SearchSpace:
         )
     if not engine_class(name).shares_rows:
         limited = replace(limited, context_sizes=(1,))
+    if not engine_class(name).divides_experts:
+        limited = replace(limited, expert_sizes=(1,))
     return limited
 
 

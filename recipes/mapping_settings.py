@@ -167,7 +167,7 @@ def _tensor_sizes(inputs: MapperInputs) -> tuple[int, ...]:
     for role, settings in inputs.roles.items():
         if settings.model is not None:
             found = model_config(settings.model, role_kind(role).head)
-            if fitting_sizes(found) == [1]:
+            if fitting_sizes(found, divides_experts=True) == [1]:
                 return (1,)
     return ()
 
@@ -289,6 +289,7 @@ def train_layout(train: TrainConfig, num_devices: int, *, trained: bool) -> Mode
         t=train.tp,
         d=num_devices // (train.pp * train.cp * train.tp),
         c=train.cp,
+        e=train.ep,
         zero=zero,
         recompute=train.activation_checkpointing and trained,
         micro_batch_tokens=train.micro_batch_tokens * train.cp,
@@ -370,6 +371,7 @@ def train_settings(mapping: DeviceMapping, role: str, train: TrainConfig) -> Tra
         tp=layout.t,
         pp=layout.p,
         cp=layout.c,
+        ep=layout.e,
         micro_batch_tokens=max(1, layout.micro_batch_tokens // layout.c),
         activation_checkpointing=layout.recompute,
         reshard_after_forward=layout.zero == 3,

@@ -36,7 +36,9 @@ from hybridflow.resharding.shard_map import DTYPES
 NUM_RANKS = 8
 THREED = {"1-8-1": (1, 8, 1), "1-4-2": (1, 4, 2), "2-2-2": (2, 2, 2), "2-4-1": (2, 4, 1)}
 """Training layouts p-t-d."""
-CASES = [(source, 1, tg) for source in (*THREED, "fsdp-8") for tg in (1, 2, 4, 8)] + [
+EXPERTS = {"fsdp-8 ep2": 2, "fsdp-8 ep8": 8, "1-2-4 ep4": 4}
+"""Layouts of a mixture of experts, and their expert-parallel sizes."""
+CASES = [(source, 1, tg) for source in (*THREED, "fsdp-8", *EXPERTS) for tg in (1, 2, 4, 8)] + [
     ("2-2-2", 2, 1),
     ("2-4-1", 2, 2),
 ]
@@ -60,12 +62,13 @@ def worker(rank: int, directory: str, arguments: argparse.Namespace) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{directory}/world", rank=rank, world_size=NUM_RANKS
     )
-    rules, groups = model(arguments.dtype), training_groups()
+    groups = training_groups()
     rows = []
     for source, pg, tg in CASES:
         if arguments.only not in (None, source):
             continue
-        row = measure(rules, source, pg, tg, groups[source], arguments)
+        rules = model(arguments.dtype, experts=8 if source in EXPERTS else 0)
+        row = measure(rules, source, pg, tg, groups.get(source), arguments)
         rows.append(row)
         if rank == 0:
             times = " ".join(
@@ -78,13 +81,14 @@ def worker(rank: int, directory: str, arguments: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def model(dtype: str) -> list[ParameterRule]:
-    """About 100 MB, Llama's shape."""
+def model(dtype: str, experts: int = 0) -> list[ParameterRule]:
+    """About 100 MB, Llama's shape, or that of a mixture of experts."""
     half = DTYPES[dtype].itemsize == 2
     return decoder_rules(
         num_layers=8 if half else 4,
         hidden=512,
-        intermediate=2048,
+        intermediate=2048 // max(experts, 1),
+        experts=experts,
         num_heads=8,
         num_kv_heads=8,
         vocab=16000 if half else 8000,
@@ -174,7 +178,9 @@ def measure(
 def make_case(
     rules: list[ParameterRule], name: str, pg: int, tg: int, source_dtype: str | None
 ) -> Case:
-    source = fsdp(rules, NUM_RANKS)
+    source = fsdp(rules, NUM_RANKS, ep=EXPERTS.get(name, 1))
+    if name == "1-2-4 ep4":
+        source = threed(rules, Layout.of(tp=2, dp=4), ep=EXPERTS[name])
     if name in THREED:
         pp, tp, dp = THREED[name]
         source = threed(rules, Layout.of(pp=pp, tp=tp, dp=dp))

@@ -43,6 +43,8 @@ class ParameterRule:
     replicated, as key-value heads are."""
     vocabulary: bool = False
     """Whether `split` is the vocabulary, which vLLM pads."""
+    experts: bool = False
+    """A stack [experts, ...], which expert parallelism divides."""
 
 
 def decoder_rules(
@@ -57,20 +59,26 @@ def decoder_rules(
     tied: bool = False,
     norms: bool = True,
     dtype: str = "bfloat16",
+    experts: int = 0,
 ) -> list[ParameterRule]:
     """A Llama-shaped decoder. Llama 70B: decoder_rules(num_layers=80, hidden=8192,
     intermediate=28672, num_heads=64, num_kv_heads=8, vocab=32000); norms=False leaves out
-    everything that tensor parallelism cannot split."""
+    everything that tensor parallelism cannot split. `experts`: every layer's MLP is that many of
+    them, behind a router."""
     head = head_dim or hidden // num_heads
     matrices = [
         ("self_attn.q_proj", (num_heads * head, hidden), 0, head),
         ("self_attn.k_proj", (num_kv_heads * head, hidden), 0, head),
         ("self_attn.v_proj", (num_kv_heads * head, hidden), 0, head),
         ("self_attn.o_proj", (hidden, num_heads * head), 1, head),
+    ]
+    mlp = [
         ("mlp.gate_proj", (intermediate, hidden), 0, 1),
         ("mlp.up_proj", (intermediate, hidden), 0, 1),
         ("mlp.down_proj", (hidden, intermediate), 1, 1),
     ]
+    if not experts:
+        matrices += mlp
 
     def rule(
         name: str,
@@ -89,6 +97,12 @@ def decoder_rules(
         prefix = f"model.layers.{layer}."
         for name, shape, split, unit in matrices:
             rules.append(rule(prefix + name, shape, layer, split, unit))
+        for name, shape, split, _ in mlp if experts else ():
+            name = f"{prefix}{name.replace('mlp', 'mlp.experts')}"
+            spec = ParameterSpec(name, (experts, *shape), dtype)
+            rules.append(ParameterRule(spec, layer, split + 1, experts=True))
+        if experts:
+            rules.append(rule(prefix + "mlp.gate", (experts, hidden), layer))
         if norms:
             rules.append(rule(prefix + "input_layernorm", (hidden,), layer))
             rules.append(rule(prefix + "post_attention_layernorm", (hidden,), layer))
@@ -99,26 +113,55 @@ def decoder_rules(
     return rules
 
 
-def threed(rules: Sequence[ParameterRule], layout: Layout) -> ShardMap:
+def threed(rules: Sequence[ParameterRule], layout: Layout, ep: int = 1) -> ShardMap:
     """Pipeline x tensor x data training: layers in even contiguous stages, split dims in even
-    parts, replicated over dp."""
-    boxes = _boxes_by_coordinate(rules, layout.axis_size("pp"), layout.axis_size("tp"), padding=1)
+    parts, replicated over dp. ep > 1: experts are whole, divided over the runs of `ep` ranks of a
+    stage (workers/engines/model/expert_parallel.py)."""
+    num_stages = layout.axis_size("pp")
+    split = [rule for rule in rules if ep == 1 or not rule.experts]
+    boxes = _boxes_by_coordinate(split, num_stages, layout.axis_size("tp"), padding=1)
+    stages = _stages(rules, num_stages)
     boxes_of_rank = {}
     for rank in range(layout.size):
         at = layout.coordinates(rank)
-        boxes_of_rank[rank] = boxes[at.get("pp", 0), at.get("tp", 0)]
+        boxes_of_rank[rank] = list(boxes[at.get("pp", 0), at.get("tp", 0)])
+        place = 0
+        for axis in ("dp", "cp", "tp"):
+            place = place * layout.axis_size(axis) + at.get(axis, 0)
+        for rule in rules:
+            if ep > 1 and rule.experts and stages[rule.layer] == at.get("pp", 0):
+                boxes_of_rank[rank].append(_experts(rule, place % ep, ep))
     return _shard_map(rules, boxes_of_rank, layout.size)
 
 
+def _experts(
+    rule: ParameterRule, place: int, ep: int, piece: int = 0, pieces: int = 1
+) -> tuple[str, Box]:
+    """The experts of one of `ep` ranks, or one of the pieces that they are cut into (the last ones
+    smaller or empty)."""
+    experts, *rest = rule.spec.shape
+    count = experts // ep
+    step = -(-count // pieces)
+    low = min(piece * step, count)
+    start = (place * count + low, *[0] * len(rest))
+    return rule.spec.name, Box(start, (min(step, count - low), *rest))
+
+
 def fsdp(
-    rules: Sequence[ParameterRule], num_ranks: int, shard_ranks: int | None = None
+    rules: Sequence[ParameterRule], num_ranks: int, shard_ranks: int | None = None, ep: int = 1
 ) -> ShardMap:
     """FSDP2: dim 0 of every parameter in torch.chunk's parts over `shard_ranks` neighbours (all
-    ranks by default), replicated beyond."""
+    ranks by default), replicated beyond. ep > 1: experts are divided over runs of `ep` ranks, and
+    each part is cut over the ranks that have the same one."""
     size = shard_ranks or num_ranks
     boxes_of_rank: dict[int, list[tuple[str, Box]]] = defaultdict(list)
     for rule in rules:
         shape = rule.spec.shape
+        if ep > 1 and rule.experts:
+            for rank in range(num_ranks):
+                box = _experts(rule, rank % ep, ep, rank // ep, num_ranks // ep)
+                boxes_of_rank[rank].append(box)
+            continue
         step = -(-shape[0] // size)
         for rank in range(num_ranks):
             low = min(rank % size * step, shape[0])

@@ -240,6 +240,11 @@ def _layout_variations(
         if c > layout.c:
             changed = replace(layout, c=c, d=layout.shards // c)
             wider[f"layout {changed}"] = changed
+    ranks = layout.t * layout.shards
+    for e in setting.space.expert_layouts(setting.model(plan.role), layout.t, ranks):
+        if e > layout.e:
+            changed = replace(layout, e=e)
+            wider[f"layout {changed}"] = changed
     yield _with_layouts(plan, wider)
 
 

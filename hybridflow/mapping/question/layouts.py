@@ -19,6 +19,9 @@ class ModelLayout:
     d: int = 1
     c: int = 1
     """Context parallelism: ranks that share the tokens of each row."""
+    e: int = 1
+    """Expert parallelism: ranks of a stage that share out each layer's experts, whole, folded over
+    t, c and d. 1: experts are cut by t like everything else."""
     zero: int = 0
     """ZeRO stage over d x c: 1 cuts optimizer states, 2 also gradients, 3 also parameters
     (Rajbhandari et al. 2020)."""
@@ -40,14 +43,21 @@ class ModelLayout:
         return self.d * self.c
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def expert_ranks(self) -> int:
+        """Ranks that an expert layer's experts are cut over, before ZeRO cuts."""
+        return max(self.e, self.t)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
         """The sizes that decide which part of a frozen weight a rank has."""
-        return self.p, self.t, self.d, self.c
+        return self.p, self.t, self.d, self.c, self.e
 
     def __str__(self) -> str:
         words = [f"{self.p}-{self.t}-{self.d}"]
         if self.c > 1:
             words.append(f"cp{self.c}")
+        if self.e > 1:
+            words.append(f"ep{self.e}")
         if self.zero:
             words.append(f"ZeRO-{self.zero}")
         if self.recompute:

@@ -1,9 +1,9 @@
 """ModelSpec: the sizes of a decoder, from which time and memory follow; read from any Hugging Face
 config.
 
-Dense and mixture-of-experts decoders, grouped-query attention, gated or plain MLPs, an LM head or a
-scalar head. Left out: biases and norms are counted roughly (below 0.1 % of a model), encoders,
-state-space layers and latent attention.
+Dense and mixture-of-experts decoders, grouped-query and latent attention, gated or plain MLPs, an LM
+head or a scalar head. Left out: biases and norms are counted roughly (below 0.1 % of a model),
+encoders and state-space layers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hybridflow.mapping.question.adapter import AdapterSpec
 from hybridflow.mapping.question.files import read_json
+from hybridflow.mapping.question.latent import LatentAttention
 
 PLAIN_MLP_TYPES = ("gpt2", "opt", "gpt_neox", "bloom", "falcon", "phi", "starcoder2", "gpt_bigcode")
 """Model types whose MLP has two matrices; all others are taken to be gated (three)."""
@@ -52,6 +53,8 @@ class ModelSpec:
     """Parameters of a vision tower, which lies beside the embedding."""
     tower_trains: bool = True
     """False: it is frozen."""
+    latent: LatentAttention | None = None
+    """Attention of DeepSeek's kind; head_dim is then that of its queries."""
     scalar_head: bool = False
     """One number per token in place of the vocabulary (critic, reward, cost)."""
     adapter: AdapterSpec | None = None
@@ -95,13 +98,16 @@ class ModelSpec:
             config, "num_local_experts", "num_experts", "n_routed_experts", default=0
         )
         inner = _integer(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+        latent = LatentAttention.from_hf(config)
+        width = hidden // heads if latent is None else latent.head_dim
         dense = cls(
             name=name or str(config.get("_name_or_path") or config.get("model_type", "model")),
             num_layers=_integer(config, "num_hidden_layers", "n_layer", "n_layers"),
             hidden_size=hidden,
             num_heads=heads,
             num_kv_heads=_integer(config, "num_key_value_heads", "num_kv_heads", default=heads),
-            head_dim=_integer(config, "head_dim", default=hidden // heads),
+            head_dim=width if latent else _integer(config, "head_dim", default=width),
+            latent=latent,
             intermediate_size=inner,
             vocab_size=_integer(config, "vocab_size"),
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -119,7 +125,7 @@ class ModelSpec:
             shared_intermediate_size=_integer(
                 config, "shared_expert_intermediate_size", default=shared
             ),
-            num_dense_layers=_integer(config, "first_k_dense_replace", default=0),
+            num_dense_layers=_dense_layers(config, dense.num_layers),
         )
 
     @classmethod
@@ -177,6 +183,8 @@ class ModelSpec:
     @cached_property
     def attention_parameters(self) -> int:
         """Parameters of a layer's query, key, value and output matrices."""
+        if self.latent is not None:
+            return self.latent.parameters(self.hidden_size, self.num_heads)
         return self.hidden_size * (2 * self.query_dim + 2 * self.kv_dim)
 
     @cached_property
@@ -189,6 +197,24 @@ class ModelSpec:
             self.shared_intermediate_size
         )
         return self.attention_parameters + (dense + self._moe_layers * expert) / self.num_layers
+
+    @cached_property
+    def routed_parameters(self) -> float:
+        """Parameters of a layer's experts, shared ones aside, averaged over the layers."""
+        routed = self._mlp(self.expert_intermediate_size) * self.num_experts
+        return routed * self._moe_layers / self.num_layers
+
+    @cached_property
+    def routed_rows(self) -> float:
+        """Rows of hidden states that a layer sends to experts for a token, averaged over the layers."""
+        return self.experts_per_token * self._moe_layers / self.num_layers
+
+    @cached_property
+    def attended_flops(self) -> float:
+        """FLOPs of a layer's attention for a token and a position that it attends to."""
+        if self.latent is not None:
+            return 2.0 * self.num_heads * (self.latent.head_dim + self.latent.value_dim)
+        return 4.0 * self.query_dim
 
     @cached_property
     def active_layer_parameters(self) -> float:
@@ -214,14 +240,7 @@ class ModelSpec:
         share: float = 1.0 - (1.0 - self.experts_per_token / self.num_experts) ** max(
             num_tokens, 1.0
         )
-        unread = (
-            self._mlp(self.expert_intermediate_size)
-            * self.num_experts
-            * self._moe_layers
-            / self.num_layers
-            * (1.0 - share)
-        )
-        return self.layer_parameters - unread
+        return self.layer_parameters - self.routed_parameters * (1.0 - share)
 
     @cached_property
     def embedding_parameters(self) -> int:
@@ -242,7 +261,10 @@ class ModelSpec:
 
     @cached_property
     def kv_elements_per_token(self) -> int:
-        """Numbers that the KV cache of all layers holds for one token (keys and values)."""
+        """Numbers that the KV cache of all layers holds for one token (keys and values, or what they
+        are rebuilt from)."""
+        if self.latent is not None:
+            return self.num_layers * self.latent.cached
         return 2 * self.num_layers * self.kv_dim
 
     @cached_property
@@ -261,13 +283,14 @@ class ModelSpec:
         computes in: each of two norms its input, the normalised input and the result, which the
         next product reads (6 h); queries and attention output (2 q), keys and values (2 kv); the
         MLP's gate before and after its activation, the other factor and their product (4 f; 2 f
-        without a gate)."""
+        without a gate); of k experts what goes in and what comes out (2 k h)."""
         inner = 4 if self.gated_mlp else 2
         return (
             6 * self.hidden_size
             + 2 * self.query_dim
             + 2 * self.kv_dim
             + inner * self.active_intermediate_size
+            + 2 * self.routed_rows * self.hidden_size
         )
 
     def stored_bytes_per_token(self, number_bytes: float) -> float:
@@ -290,6 +313,19 @@ class ModelSpec:
     def _mlp(self, inner: int) -> int:
         """Parameters of an MLP with this inner size."""
         return self._mlp_matrices * self.hidden_size * inner
+
+
+def _dense_layers(config: Mapping[str, object], num_layers: int) -> int:
+    """How many layers of a mixture of experts have none: the first ones (DeepSeek), those that are
+    named, and all but every so-manieth (Qwen)."""
+    first = _integer(config, "first_k_dense_replace", default=0)
+    every = _integer(config, "decoder_sparse_step", default=1)
+    named = config.get("mlp_only_layers")
+    dense = set(range(first))
+    if isinstance(named, list):
+        dense.update(layer for layer in named if layer < num_layers)
+    dense.update(layer for layer in range(num_layers) if (layer + 1) % max(every, 1))
+    return len(dense)
 
 
 def _integer(config: Mapping[str, object], *keys: str, default: int | None = None) -> int:

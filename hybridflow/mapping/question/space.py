@@ -3,11 +3,16 @@ chooses nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from hybridflow.mapping.question.cluster import NodeGroup
 from hybridflow.mapping.question.model import ModelSpec
 
+LARGEST_SHARE = 0.5
+"""Of a node's memory, that weights may take for generation within the node: the training state is
+there too."""
 LEAST_PART = 4096
 """Tokens of the longest row below which a rank's part is not worth an exchange in every layer."""
 
@@ -40,6 +45,13 @@ class SearchSpace:
     context_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Sizes of context parallelism that are tried where the longest row leaves every rank at least
     LEAST_PART tokens."""
+    expert_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Sizes of expert parallelism that are tried for a mixture of experts."""
+    splits_experts: bool = True
+    """Without expert parallelism tensor ranks have a part of every expert. False: it takes experts
+    that are divided to have tensor parallelism in training."""
+    splits_latent: bool = True
+    """Tensor ranks have a part of the heads of latent attention, in training."""
     generation_tensor_sizes: tuple[int, ...] = ()
     """The same for generation."""
     max_generation_pipeline: int = 1
@@ -87,8 +99,21 @@ class SearchSpace:
         self, model: ModelSpec, group: NodeGroup, num_devices: int
     ) -> list[tuple[int, int, int]]:
         """All (p, t, d) with p * t * d = num_devices that fit the model: t divides the heads
-        and stays inside a node, p divides the layers."""
-        return self._layouts(model, group, num_devices, self.max_pipeline, self.tensor_sizes)
+        and stays inside a node, p divides the layers (where none of the sizes does, any)."""
+        sizes = self.tensor_sizes
+        if model.latent is not None and not self.splits_latent:
+            sizes = (1,)
+        return self._layouts(model, group, num_devices, self.max_pipeline, sizes)
+
+    def expert_layouts(self, model: ModelSpec, tensor: int, num_devices: int) -> list[int]:
+        """The sizes of expert parallelism to try on the `num_devices` ranks of a stage: multiples of
+        `tensor` that divide the experts and the ranks."""
+        sizes = [1] if not model.num_experts or tensor == 1 or self.splits_experts else []
+        for size in self.expert_sizes:
+            fits = size % tensor == 0 and num_devices % size == 0
+            if size > 1 and model.num_experts and model.num_experts % size == 0 and fits:
+                sizes.append(size)
+        return sizes
 
     def contexts(self, longest_row: int, num_devices: int) -> list[int]:
         """The sizes of context parallelism to try on `num_devices` data ranks."""
@@ -101,10 +126,14 @@ class SearchSpace:
     def generation_layouts(
         self, model: ModelSpec, group: NodeGroup, num_devices: int
     ) -> list[tuple[int, int, int]]:
-        """All (pg, tg, replicas) on num_devices, by the same rules."""
-        return self._layouts(
-            model, group, num_devices, self.max_generation_pipeline, self.generation_tensor_sizes
-        )
+        """All (pg, tg, replicas) on num_devices, by the same rules; deeper pipelines than are allowed
+        only where the weights do not fit a node."""
+        deepest = self.max_generation_pipeline
+        weights = self.parameter_bytes * model.num_parameters
+        node_bytes = LARGEST_SHARE * group.kind.devices_per_node * group.kind.memory_bytes
+        if weights > node_bytes:
+            deepest = max(deepest, 2 * ceil(weights / node_bytes))
+        return self._layouts(model, group, num_devices, deepest, self.generation_tensor_sizes)
 
     def _layouts(
         self,
@@ -114,14 +143,15 @@ class SearchSpace:
         max_pipeline: int,
         tensor_sizes: tuple[int, ...],
     ) -> list[tuple[int, int, int]]:
+        depths: Sequence[int] = range(1, min(max_pipeline, model.num_layers) + 1)
+        if any(model.num_layers % depth == 0 for depth in depths[1:]):
+            depths = [depth for depth in depths if model.num_layers % depth == 0]
         result = []
         for tensor in self._tensor_sizes(model, group, num_devices):
             if tensor_sizes and tensor not in tensor_sizes:
                 continue
-            for pipeline in range(
-                1, min(max_pipeline, model.num_layers, num_devices // tensor) + 1
-            ):
-                if model.num_layers % pipeline == 0 and num_devices % (pipeline * tensor) == 0:
+            for pipeline in depths:
+                if num_devices % (pipeline * tensor) == 0:
                     result.append((pipeline, tensor, num_devices // (pipeline * tensor)))
         return result
 

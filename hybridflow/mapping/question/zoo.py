@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hybridflow.mapping.question.latent import LatentAttention
 from hybridflow.mapping.question.model import ModelSpec
 
 
@@ -55,6 +56,19 @@ MODELS: dict[str, ModelSpec] = {
             name="qwen3-30b-a3b", num_layers=48, hidden_size=2048, num_heads=32, num_kv_heads=4, head_dim=128,
             intermediate_size=6144, vocab_size=151936, num_experts=128, experts_per_token=8,
             expert_intermediate_size=768,
+        ),
+        ModelSpec(
+            name="qwen3-235b-a22b", num_layers=94, hidden_size=4096, num_heads=64, num_kv_heads=4,
+            head_dim=128,
+            intermediate_size=12288, vocab_size=151936, num_experts=128, experts_per_token=8,
+            expert_intermediate_size=1536,
+        ),
+        ModelSpec(
+            name="deepseek-v3", num_layers=61, hidden_size=7168, num_heads=128, num_kv_heads=128,
+            head_dim=192,
+            intermediate_size=18432, vocab_size=129280, num_experts=256, experts_per_token=8,
+            expert_intermediate_size=2048, shared_intermediate_size=2048, num_dense_layers=3,
+            latent=LatentAttention(query_rank=1536, kv_rank=512, rope_dim=64, nope_dim=128, value_dim=128),
         ),
     )
 }  # fmt: skip

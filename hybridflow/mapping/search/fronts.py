@@ -26,7 +26,7 @@ from hybridflow.mapping.search.options import (
 from hybridflow.mapping.search.setting import Setting
 from hybridflow.mapping.simulate.footprint import shared_bytes
 
-Shape = tuple[int, int, int, int]
+Shape = tuple[int, int, int, int, int]
 """ModelLayout.shape."""
 RESIDENT_PRICES = (0.0, *(4.0 ** np.arange(-6, 4)).tolist())
 """Prices of a device's whole memory that `greedy_choice` tries, as multiples of the least seconds

@@ -113,7 +113,9 @@ def model_layouts(
         setting.model(role), setting.cluster.groups[group], num_devices
     ):
         contexts = space.contexts(longest, shards)
-        for zero, recompute, offload, c in product(stages, recomputes, space.offload, contexts):
+        experts = space.expert_layouts(setting.model(role), t, t * shards)
+        choices = product(stages, recomputes, space.offload, contexts, experts)
+        for zero, recompute, offload, c, e in choices:
             alone = shards == 1
             if (zero and alone and zero != min(stages)) or (zero >= 3 and (p > 1 or alone)):
                 continue
@@ -123,6 +125,7 @@ def model_layouts(
                     t=t,
                     d=shards // c,
                     c=c,
+                    e=e,
                     zero=zero,
                     recompute=recompute,
                     micro_batch_tokens=rows * longest,

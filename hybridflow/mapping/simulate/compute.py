@@ -18,7 +18,7 @@ from hybridflow.mapping.question.space import SearchSpace
 def layer_flops(model: ModelSpec, tokens: float, attended_per_token: float) -> float:
     """FLOPs of a layer's forward pass, over all tensor ranks together."""
     return tokens * (
-        2.0 * model.active_layer_parameters + 4.0 * model.query_dim * attended_per_token
+        2.0 * model.active_layer_parameters + model.attended_flops * attended_per_token
     )
 
 
@@ -31,13 +31,18 @@ def products_s(
     tokens: float,
     attended: float,
     t: int,
+    e: int = 1,
     decoding: bool = False,
 ) -> float:
-    """Seconds of a layer's matrix products and attention on one of t tensor ranks."""
+    """Seconds of a layer's matrix products and attention on one of t tensor ranks; `e`: a rank's
+    experts compute the tokens of all ranks of its expert group."""
     computing = (
         layer_flops(model, tokens, attended) / t / (kind.flops * _efficiency(calibration, decoding))
     )
-    weights = space.parameter_bytes * model.touched_layer_parameters(tokens) / t
+    ranks = max(e, t)
+    touched = model.touched_layer_parameters(tokens * ranks / t)
+    dense = model.layer_parameters - model.routed_parameters
+    weights = space.parameter_bytes * (dense / t + (touched - dense) / ranks)
     return max(computing, weights / (kind.memory_bandwidth * calibration.bandwidth_efficiency))
 
 

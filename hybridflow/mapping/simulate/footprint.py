@@ -49,10 +49,28 @@ class Footprint:
 def stage_parameters(model: ModelSpec, layout: ModelLayout) -> float:
     """Parameters of a tensor rank of the fullest pipeline stage: its layers, and the embedding
     or the head (both without pipeline)."""
-    if layout.p == 1:
-        return model.num_parameters / layout.t
-    ends = max(model.embedding_parameters, model.head_parameters)
-    return (model.longest_stage(layout.p) * model.layer_parameters + ends) / layout.t
+    layers = model.longest_stage(layout.p)
+    total = model.num_parameters
+    if layout.p > 1:
+        ends = max(model.embedding_parameters, model.head_parameters)
+        total = layers * model.layer_parameters + ends
+    routed = layers * model.routed_parameters
+    return (total - routed) / layout.t + routed / layout.expert_ranks
+
+
+def layer_share(model: ModelSpec, layout: ModelLayout) -> float:
+    """Parameters of a layer on a tensor rank."""
+    routed = model.routed_parameters
+    return (model.layer_parameters - routed) / layout.t + routed / layout.expert_ranks
+
+
+def cut_parameters(model: ModelSpec, layout: ModelLayout, count: float) -> float:
+    """What ZeRO's cut leaves a rank of its `count` parameters. Experts are cut over what the expert
+    group leaves of the stage, so that a rank's part is the same for every e."""
+    if layout.e > layout.t:
+        routed = model.longest_stage(layout.p) * model.routed_parameters
+        count += routed / layout.t - routed / layout.e
+    return count / layout.shards
 
 
 def trained_parameters(model: ModelSpec, layout: ModelLayout) -> float:
@@ -71,10 +89,10 @@ def base_bytes(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> flo
     adapter."""
     if model.adapter is None:
         return 0.0
-    num_bytes = space.parameter_bytes * stage_parameters(model, layout)
+    count = stage_parameters(model, layout)
     if space.cut_between_steps or layout.zero >= 3:
-        num_bytes /= layout.shards
-    return num_bytes
+        count = cut_parameters(model, layout, count)
+    return space.parameter_bytes * count
 
 
 def shared_bytes(
@@ -112,17 +130,22 @@ def zero_footprint(
 
 def update_footprint(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> Footprint:
     """The bytes that an update reads and writes: trained parameters, gradients, optimizer states."""
+    whole = trained_parameters(model, layout)
+    cut = cut_trained(model, layout)
+    return Footprint(
+        parameters=space.parameter_bytes * (cut if layout.zero >= 3 else whole),
+        gradients=space.gradient_bytes * (cut if layout.zero >= 2 else whole),
+        optimizer=space.optimizer_bytes * (cut if layout.zero >= 1 else whole),
+    )
+
+
+def cut_trained(model: ModelSpec, layout: ModelLayout) -> float:
+    """What ZeRO's cut leaves a rank of its parameters with gradients; an adapter has none on
+    experts."""
     count = trained_parameters(model, layout)
-    parameters = space.parameter_bytes * count
-    gradients = space.gradient_bytes * count
-    optimizer = space.optimizer_bytes * count
-    if layout.zero >= 1:
-        optimizer /= layout.shards
-    if layout.zero >= 2:
-        gradients /= layout.shards
-    if layout.zero >= 3:
-        parameters /= layout.shards
-    return Footprint(parameters=parameters, gradients=gradients, optimizer=optimizer)
+    if model.adapter is not None:
+        return count / layout.shards
+    return cut_parameters(model, layout, count)
 
 
 def _cut_state(
@@ -130,7 +153,7 @@ def _cut_state(
 ) -> Footprint:
     """FSDP's: float32 shards of weights, and of gradients and moments where trained; the gathered
     weights of a model that is one group stay too."""
-    shard = FLOAT32_BYTES * trained_parameters(model, layout) / layout.shards
+    shard = FLOAT32_BYTES * cut_trained(model, layout)
     parameters = shard + base_bytes(model, layout, space)
     if is_one_group(model, layout, space):
         parameters += space.parameter_bytes * _gathered_parameters(model, layout)
@@ -224,7 +247,7 @@ def pass_footprint(
     if space.cut_between_steps:
         return fixed + _cut_pass(model, layout, space, activations + logits, backward=backward)
     if layout.zero >= 3:
-        layer = model.layer_parameters / layout.t
+        layer = layer_share(model, layout)
         return fixed + Footprint(buffers=2 * space.parameter_bytes * layer)
     return fixed + _reduction(model, layout, space, activations + logits, backward=backward)
 
@@ -261,12 +284,12 @@ def _cut_pass(
         ends += model.head_parameters
     gathered = 0.0
     if layout.zero >= 3:
-        gathered = space.parameter_bytes * (2 * model.layer_parameters + ends) / layout.t
+        gathered = space.parameter_bytes * (2 * layer_share(model, layout) + ends / layout.t)
     elif not is_one_group(model, layout, space):
         gathered = space.parameter_bytes * count
     if not backward:
         return Footprint(parameters=gathered)
-    shard = whole / layout.shards
+    shard = FLOAT32_BYTES * cut_trained(model, layout)
     if is_one_group(model, layout, space):
         # Copied for the reduction, when the activations are gone.
         return Footprint(gradients=whole, buffers=max(shard, whole - activations))
@@ -277,11 +300,10 @@ def _cut_pass(
     # beside the activations, and the head's waits for the embedding's: they are one group, which is
     # reduced when the activations are gone.
     copies = space.parameter_bytes + FLOAT32_BYTES
-    in_layers = copies * model.layer_parameters + space.parameter_bytes * model.head_parameters
+    in_layers = copies * layer_share(model, layout)
+    in_layers += space.parameter_bytes * model.head_parameters / layout.t
     at_end = copies * ends / layout.t - activations
-    return Footprint(
-        parameters=gathered, gradients=shard, buffers=max(in_layers / layout.t, at_end)
-    )
+    return Footprint(parameters=gathered, gradients=shard, buffers=max(in_layers, at_end))
 
 
 def kv_tokens(workload: Workload, running: int) -> float:
@@ -294,6 +316,8 @@ def kv_bytes_per_token(model: ModelSpec, layout: GenerationLayout, space: Search
     """Bytes of a token's keys and values on a rank, which has at least one key/value head of
     its layers."""
     share = max(1.0, model.num_kv_heads / layout.tg) / model.num_kv_heads
+    if model.latent is not None:  # every rank has what its heads are rebuilt from
+        share = 1.0
     return space.activation_bytes * model.kv_elements_per_token / layout.pg * share
 
 

@@ -14,6 +14,7 @@ interleaved schedules, overlap of tensor collectives with compute.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
@@ -45,6 +46,8 @@ class PassTime:
     pipeline: float = 0.0
     context: float = 0.0
     """Exchanges of context parallelism around attention."""
+    experts: float = 0.0
+    """Exchanges of tokens with the ranks that have their experts."""
     parameters: float = 0.0
     """Gathering the parameters that ZeRO has cut."""
     gradients: float = 0.0
@@ -57,7 +60,7 @@ class PassTime:
     def total(self) -> float:
         return (
             self.compute + self.bubble + self.tensor + self.pipeline + self.context
-            + self.parameters + self.gradients + self.optimizer + self.offload + self.overhead
+            + self.experts + self.parameters + self.gradients + self.optimizer + self.offload + self.overhead
         )  # fmt: skip
 
     def __add__(self, other: PassTime) -> PassTime:
@@ -67,6 +70,7 @@ class PassTime:
             tensor=self.tensor + other.tensor,
             pipeline=self.pipeline + other.pipeline,
             context=self.context + other.context,
+            experts=self.experts + other.experts,
             parameters=self.parameters + other.parameters,
             gradients=self.gradients + other.gradients,
             optimizer=self.optimizer + other.optimizer,
@@ -149,6 +153,7 @@ def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> Pa
         tensor=updates * update.tensor,
         pipeline=updates * update.pipeline,
         context=updates * update.context,
+        experts=updates * update.experts,
         parameters=updates * (update.parameters + gathering),
         gradients=updates * (gradients + (number - 1) * adding),
         optimizer=updates * optimizer,
@@ -172,7 +177,14 @@ def _slot(
     tokens /= layout.c
     attended = machine.workload.attended_per_token
     layer = products_s(
-        model, kind, calibration, space, tokens=tokens, attended=attended, t=layout.t
+        model,
+        kind,
+        calibration,
+        space,
+        tokens=tokens,
+        attended=attended,
+        t=layout.t,
+        e=layout.e,
     )
     elementwise = elementwise_s(model, kind, calibration, space, tokens=tokens, t=layout.t)
     layer += elementwise + calibration.layer_overhead_s
@@ -185,7 +197,7 @@ def _slot(
             saved = _unneeded_s(model, machine, tokens, scored, layout)
     fabric = Fabric(kind, calibration, layout.num_devices)
     message = space.activation_bytes * model.hidden_size * tokens
-    tensor, pipeline, context, parameters = 0.0, 0.0, 0.0, 0.0
+    tensor, pipeline, context, experts, parameters = 0.0, 0.0, 0.0, 0.0, 0.0
     if layout.t > 1:
         tensor = layers * 2 * directions * fabric.all_reduce(message, layout.t, 1)
     if layout.p > 1:
@@ -193,6 +205,12 @@ def _slot(
     if layout.c > 1:
         received = space.activation_bytes * tokens * exchanged_per_token(model, layout)
         context = layers * directions * fabric.exchange(received, layout.c, layout.t)
+    if layout.e > 1:
+        # There and back: a row for every expert of a token, of which e - 1 of e are elsewhere.
+        rows = 2.0 * tokens / layout.t * model.routed_rows * (layout.e - 1) / layout.e
+        received = space.activation_bytes * model.hidden_size * rows
+        stride = expert_stride(layout, machine)
+        experts = layers * directions * fabric.exchange(received, layout.e, stride)
     if layout.zero >= 3:
         parameters = gathers * gathering_s(model, layout, machine)
     return PassTime(
@@ -200,9 +218,20 @@ def _slot(
         tensor=tensor,
         pipeline=pipeline,
         context=context,
+        experts=experts,
         parameters=parameters,
         overhead=calibration.micro_batch_overhead_s * head_passes,
     )
+
+
+def expert_stride(layout: ModelLayout, machine: Machine) -> int:
+    """How far apart the ranks of an expert group are: those of a stage's data replica are
+    neighbours, those of the next one are p replicas away where they are on the same node."""
+    inside = layout.t * layout.c
+    if layout.e <= inside:
+        return 1
+    per_node = min(machine.kind.devices_per_node, layout.num_devices)
+    return max(1, min(layout.p, per_node // inside))
 
 
 def exchanged_per_token(model: ModelSpec, layout: ModelLayout) -> float:
@@ -246,6 +275,7 @@ def _pipelined(
         tensor=number * slot.tensor,
         pipeline=number * slot.pipeline,
         context=number * slot.context,
+        experts=number * slot.experts,
         parameters=number * slot.parameters,
         offload=offload,
         overhead=number * slot.overhead + machine.call_s(layout.num_devices),
@@ -257,27 +287,55 @@ def _data_parallel(model: ModelSpec, layout: ModelLayout, machine: Machine) -> t
     update."""
     if layout.shards == 1:
         return 0.0, 0.0
-    fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
-    stride = layout.p * layout.t
-    gradient_bytes = machine.space.gradient_bytes * trained_parameters(model, layout)
     visible = 1.0 - machine.calibration.gradient_overlap
+    fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
+    gradient_bytes = machine.space.gradient_bytes * trained_parameters(model, layout)
     if layout.zero == 0:
+        stride = layout.p * layout.t
         return visible * fabric.all_reduce(gradient_bytes, layout.shards, stride), 0.0
     gathering = 0.0
     if layout.zero < 3:
         gathering = gathering_s(model, layout, machine)
-    return visible * fabric.reduce_scatter(gradient_bytes, layout.shards, stride), gathering
+    routed = 0.0
+    if model.adapter is None:
+        routed = machine.space.gradient_bytes * _routed(model, layout)
+    reduced = _over_shards(fabric.reduce_scatter, gradient_bytes, routed, layout, machine)
+    return visible * reduced, gathering
 
 
 def gathering_s(model: ModelSpec, layout: ModelLayout, machine: Machine) -> float:
     """Seconds until every data rank has all of its stage's parameters; a base that is not cut
     over them is there."""
     fabric = Fabric(machine.kind, machine.calibration, layout.num_devices)
-    num_bytes = machine.space.parameter_bytes * stage_parameters(model, layout)
-    return fabric.all_gather(num_bytes, layout.shards, layout.p * layout.t)
-
-    count = trained_parameters(model, layout)
-    if model.adapter is not None and (machine.space.cut_between_steps or layout.zero >= 3):
+    count, routed = trained_parameters(model, layout), 0.0
+    is_cut = machine.space.cut_between_steps or layout.zero >= 3
+    if model.adapter is not None and is_cut:
         count += stage_parameters(model, layout)
-    num_bytes = machine.space.parameter_bytes * count
-    return fabric.all_gather(num_bytes, layout.shards, layout.p * layout.t)
+    if model.adapter is None or is_cut:
+        routed = _routed(model, layout)
+    num_bytes = machine.space.parameter_bytes
+    return _over_shards(fabric.all_gather, num_bytes * count, num_bytes * routed, layout, machine)
+
+
+def _routed(model: ModelSpec, layout: ModelLayout) -> float:
+    """Parameters of a rank that are cut over what the expert group leaves of the stage; 0 without
+    expert parallelism."""
+    if layout.e == 1:
+        return 0.0
+    return model.longest_stage(layout.p) * model.routed_parameters / layout.e
+
+
+def _over_shards(
+    collective: Callable[[float, int, int], float],
+    num_bytes: float,
+    routed_bytes: float,
+    layout: ModelLayout,
+    machine: Machine,
+) -> float:
+    """Seconds of a collective of `num_bytes` over the ranks that ZeRO cuts over, of which those of
+    experts go over fewer, which are further apart."""
+    seconds = collective(num_bytes - routed_bytes, layout.shards, layout.p * layout.t)
+    if routed_bytes:
+        ranks = layout.t * layout.shards // layout.e
+        seconds += collective(routed_bytes, ranks, layout.e * expert_stride(layout, machine))
+    return seconds

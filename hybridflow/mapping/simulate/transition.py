@@ -19,15 +19,26 @@ COLUMN_BYTES_PER_TOKEN = 8
 
 
 def received_fraction(
-    training: ModelLayout, generation: GenerationLayout, *, cut: bool = False
+    training: ModelLayout,
+    generation: GenerationLayout,
+    *,
+    cut: bool = False,
+    routed: float = 0.0,
 ) -> float:
     """Bytes that each rank receives, as a fraction of the model's; `cut`: parameters are
-    sharded over d x c whatever the ZeRO stage."""
+    sharded over d x c whatever the ZeRO stage. `routed`: the fraction that is experts; divided ones
+    are whole where they are, and cut in generation, so that 1 / tg of what is here is needed."""
     shard = 1.0 / (generation.pg * generation.tg)
     present = 1.0 / (max(training.p, generation.pg) * max(training.t, generation.tg))
     if training.zero >= 3 or cut:
         present /= training.shards
-    return max(0.0, shard - present)
+    received = max(0.0, shard - present)
+    if training.e == 1:
+        return received
+    here = 1.0 / (max(training.p, generation.pg) * training.e * generation.tg)
+    if training.zero >= 3 or cut:
+        here *= training.e / (training.t * training.shards)
+    return (1.0 - routed) * received + routed * max(0.0, shard - here)
 
 
 def transition_time(
@@ -37,7 +48,8 @@ def transition_time(
     zero-redundancy grouping: consecutive tensor ranks of a stage and the same tensor ranks of
     neighbouring stages hold the bytes that a rank lacks."""
     cut = machine.space.cut_between_steps
-    fraction = received_fraction(training, generation, cut=cut)
+    routed = model.num_layers * model.routed_parameters / model.num_parameters
+    fraction = received_fraction(training, generation, cut=cut, routed=routed)
     num_bytes = fraction * machine.space.parameter_bytes * model.sent_parameters
     if num_bytes == 0.0:
         return 0.0

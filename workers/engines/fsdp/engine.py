@@ -97,6 +97,8 @@ class FsdpEngine(ShardedEngine):
         return replace(
             space,
             max_pipeline=1,
+            splits_experts=False,
+            splits_latent=False,
             zero_stages=(2, 3),
             cut_between_steps=True,
             whole_up_to_bytes=float(ONE_GROUP_BYTES),

@@ -63,7 +63,7 @@ class ThreeDEngine(ShardedEngine):
 
     @classmethod
     def limit(cls, space: SearchSpace) -> SearchSpace:
-        return replace(space, zero_stages=(1,))
+        return replace(space, zero_stages=(1,), splits_experts=False, splits_latent=False)
 
     @classmethod
     def zero_stage(cls, config: TrainConfig) -> int:
