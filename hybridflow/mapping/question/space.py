@@ -99,7 +99,7 @@ class SearchSpace:
         self, model: ModelSpec, group: NodeGroup, num_devices: int
     ) -> list[tuple[int, int, int]]:
         """All (p, t, d) with p * t * d = num_devices that fit the model: t divides the heads
-        and stays inside a node, p divides the layers (where none of the sizes does, any)."""
+        and stays inside a node, p divides the layers (of a deep model where none of the sizes does, any)."""
         sizes = self.tensor_sizes
         if model.latent is not None and not self.splits_latent:
             sizes = (1,)
@@ -144,7 +144,8 @@ class SearchSpace:
         tensor_sizes: tuple[int, ...],
     ) -> list[tuple[int, int, int]]:
         depths: Sequence[int] = range(1, min(max_pipeline, model.num_layers) + 1)
-        if any(model.num_layers % depth == 0 for depth in depths[1:]):
+        is_deep = model.num_layers > 4 * max_pipeline  # a layer more on a stage is little then
+        if not is_deep or any(model.num_layers % depth == 0 for depth in depths[1:]):
             depths = [depth for depth in depths if model.num_layers % depth == 0]
         result = []
         for tensor in self._tensor_sizes(model, group, num_devices):
