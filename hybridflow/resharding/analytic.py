@@ -216,7 +216,7 @@ def _boxes_by_coordinate(
 
 def _stages(rules: Sequence[ParameterRule], num_stages: int) -> list[int]:
     """Stage of every layer; the last stages take one layer more where it does not divide."""
-    num_layers = max(rule.layer for rule in rules) + 1
+    num_layers = max((rule.layer for rule in rules), default=-1) + 1
     if num_layers and num_layers < num_stages:
         raise ValueError(
             f"pp={num_stages}: the model has {num_layers} layers; choose at most that many stages"
