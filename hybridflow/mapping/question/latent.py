@@ -24,7 +24,7 @@ class LatentAttention:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, object]) -> LatentAttention | None:
-        """Of a config.json; None for another kind of attention."""
+        """Reads a config.json; None for another kind of attention."""
         sizes = []
         for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
             value = config.get(key)
@@ -51,7 +51,7 @@ class LatentAttention:
         return self.kv_rank + self.rope_dim
 
     def parameters(self, hidden: int, heads: int) -> int:
-        """Of a layer's matrices."""
+        """The parameters of a layer's matrices."""
         queries = hidden * heads * self.head_dim
         if self.query_rank:
             queries = self.query_rank * (hidden + heads * self.head_dim)

@@ -11,7 +11,7 @@ from hybridflow.mapping.question.cluster import NodeGroup
 from hybridflow.mapping.question.model import ModelSpec
 
 LARGEST_SHARE = 0.5
-"""Of a node's memory, that weights may take for generation within the node: the training state is
+"""The share of a node's memory that weights may take for generation within it: training state is
 there too."""
 LEAST_PART = 4096
 """Tokens of the longest row below which a rank's part is not worth an exchange in every layer."""
