@@ -65,7 +65,7 @@ def layer_share(model: ModelSpec, layout: ModelLayout) -> float:
 
 
 def cut_parameters(model: ModelSpec, layout: ModelLayout, count: float) -> float:
-    """What ZeRO's cut leaves a rank of its `count` parameters. Experts are cut over what the expert
+    """A rank's part of `count` parameters under ZeRO's cut. Experts are cut over what the expert
     group leaves of the stage, so that a rank's part is the same for every e."""
     if layout.e > layout.t:
         routed = model.longest_stage(layout.p) * model.routed_parameters
@@ -140,7 +140,7 @@ def update_footprint(model: ModelSpec, layout: ModelLayout, space: SearchSpace) 
 
 
 def cut_trained(model: ModelSpec, layout: ModelLayout) -> float:
-    """What ZeRO's cut leaves a rank of its parameters with gradients; an adapter has none on
+    """A rank's part of the parameters with gradients under ZeRO's cut; an adapter has none on
     experts."""
     count = trained_parameters(model, layout)
     if model.adapter is not None:
