@@ -21,6 +21,8 @@ LONGEST = (
     "recovery/test_killed_run.py",
     "api/test_session_on_ray.py",
     "asynchrony/test_two_pools.py",
+    "experts/test_recipe.py",
+    "cluster/test_several_nodes.py",
     "cluster/test_job.py",
     "extending/test_algorithms_and_rewards.py",
     "runtime/test_hosts.py",
@@ -64,6 +66,17 @@ def pytest_make_parametrize_id(val: Any, argname: str) -> str | None:
     """Names bytes by their parameter: every worker must collect the same names, and compressed
     bytes hold the time at which they were made."""
     return argname if isinstance(val, bytes) else None
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models in this process are faster without threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

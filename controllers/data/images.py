@@ -16,8 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from controllers.data.files import SourceRow
 from workers.images import ImageReference
 
@@ -53,8 +51,8 @@ def stored_reference(place: str, row: SourceRow, value: Any) -> dict[str, str]:
             if inner is None:
                 inner = value.get(name)
         value = inner
-    if isinstance(value, Image.Image):
-        value = _png(value)
+    if not isinstance(value, str | bytes | bytearray):
+        value = _png_of_picture(value)
     if isinstance(value, bytes | bytearray):
         return {"base64": base64.b64encode(value).decode()}
     if not isinstance(value, str) or not value:
@@ -69,9 +67,14 @@ def stored_reference(place: str, row: SourceRow, value: Any) -> dict[str, str]:
     return {"path": str(_found(place, row, value.removeprefix("file://")))}
 
 
-def _png(image: Image.Image) -> bytes:
+def _png_of_picture(value: Any) -> Any:
+    """An image of PIL as the bytes of a file; anything else as it is."""
+    from PIL import Image
+
+    if not isinstance(value, Image.Image):
+        return value
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    value.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -4,24 +4,16 @@ trained on once, within the bound, and the run ends."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from controllers.window import Window
 from tests.asynchrony.runs import TRUNCATE, Record, drive, tiny_settings
 from tests.tiny import VOCAB, make_data
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

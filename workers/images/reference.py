@@ -7,8 +7,10 @@ import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+if TYPE_CHECKING:  # runs without images do not need it
+    from PIL import Image
 
 ORIENTATION = 0x0112
 """The EXIF tag that says how an image is turned."""
@@ -42,6 +44,8 @@ class ImageReference:
 
     def read(self) -> Image.Image:
         """The image in RGB, upright. A ValueError names one that can't be read."""
+        from PIL import ImageOps
+
         with self._opened() as image:
             try:
                 return ImageOps.exif_transpose(image).convert("RGB")
@@ -49,10 +53,12 @@ class ImageReference:
                 raise ValueError(f"{self} can't be read as an image: {error}") from error
 
     def _opened(self) -> Image.Image:
+        from PIL import Image
+
         source = io.BytesIO(self.encoded) if self.encoded is not None else Path(str(self.path))
         try:
             return Image.open(source)
-        except (OSError, UnidentifiedImageError) as error:
+        except OSError as error:
             raise ValueError(f"{self} can't be read as an image: {error}") from error
 
     def __str__(self) -> str:

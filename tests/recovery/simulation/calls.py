@@ -3,6 +3,7 @@ the events that come meanwhile."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Watch:
             self.furthest, self.restarts = step, 0
 
 
-class Calls:
+class Calls(ABC):
     """What a controller knows, and how it calls its ranks."""
 
     def __init__(
@@ -122,9 +123,9 @@ class Calls:
             for action in actions:
                 yield from self.carry_out(action)
 
+    @abstractmethod
     def carry_out(self, action: Action) -> Wait:
         """Carries out one action of the machine."""
-        raise NotImplementedError
 
     def check_fence(self) -> Wait:
         try:
