@@ -21,7 +21,10 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
+from hybridflow.metrics.vitals import VITALS
+from tests.cluster.prometheus import INSTALLED, documented, panels, prometheus, wanted
 from tests.tiny import make_data, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -141,38 +144,55 @@ def ended(head: Head) -> bool:
     return status(head) not in ("PENDING", "RUNNING")
 
 
+def exposition(head: Head) -> list[Sample]:
+    """Everything that the node serves, by Prometheus' parser."""
+    url = f"http://127.0.0.1:{head.metrics_port}/metrics"
+    text = urllib.request.urlopen(url, timeout=10).read().decode()
+    samples: list[Sample] = []
+    for family in text_string_to_metric_families(text):
+        samples += family.samples
+    return samples
+
+
 def gauges(head: Head) -> dict[str, float]:
-    """The run's gauges, as Prometheus reads them."""
-    text = (
-        urllib.request.urlopen(f"http://127.0.0.1:{head.metrics_port}/metrics", timeout=10)
-        .read()
-        .decode()
-    )
-    samples = (
-        sample for family in text_string_to_metric_families(text) for sample in family.samples
-    )
-    return {
-        sample.name: sample.value
-        for sample in samples
-        if sample.labels.get("run") == "job" and not sample.name.endswith("train_step")
-    }
+    """The run's gauges."""
+    result = {}
+    for sample in exposition(head):
+        if sample.labels.get("run") == "job":
+            result[sample.name] = sample.value
+    return result
 
 
-def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_metrics(
-    head: Head, tmp_path: Path
-) -> None:
-    """Its second step waits until the first one's metrics and the actors' names were seen."""
-    model, gate = make_model(tmp_path / "model", layers=1), tmp_path / "gate"
-    data = gated_data(tmp_path / "prompts.jsonl", gate)
+@dataclass(frozen=True)
+class Job:
+    """A submitted recipe whose second step waits for a file."""
+
+    output: Path
+    gate: Path
+
+
+@pytest.fixture(scope="module")
+def job(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Responses are drawn ahead in a pool of their own, so that no number of the dashboard is
+    missing. Answers when its first step's metrics can be read."""
+    directory = tmp_path_factory.mktemp("job")
+    gate, output = directory / "gate", directory / "out"
+    data = gated_data(directory / "prompts.jsonl", gate)
     command = [
         "python",
         "-m",
         "recipes.grpo",
-        f"model.path={model}",
+        f"model.path={make_model(directory / 'model', layers=1)}",
         f"data.train={data}",
+        f"data.validation={gated_data(directory / 'held_out.jsonl', gate, free=8)}",
         "data.batch_size=4",
         "data.shuffle=false",
-        "num_devices=2",
+        "placement=custom",
+        "pools.training.roles=[actor,reference,reward]",
+        "pools.samples.roles=[generation]",
+        "asynchrony.staleness=1",
+        "actor.loss.rollout_correction.correction=truncate",
+        "actor.loss.kl_coefficient=0.01",
         "reward.function=tests.runtime.rewards:gated",
         "actor.train.precision=fp32",
         "actor.generation.engine=hf",
@@ -182,54 +202,132 @@ def test_a_submitted_recipe_runs_to_its_end_under_readable_names_and_shows_its_m
         "loop.num_steps=2",
         "metrics.prometheus=true",
         "metrics.run=job",
-        f"output_dir={tmp_path / 'out'}",
+        f"output_dir={output}",
     ]
-    head.ray(
-        "job",
-        "submit",
-        "--working-dir",
-        ".",
-        "--no-wait",
-        "--submission-id",
-        "first",
-        "--",
-        *command,
-    )
-    expected = {
-        "ray_hybridflow_train_reward_mean",
-        "ray_hybridflow_train_actor_grad_norm",
-        "ray_hybridflow_train_seconds_step",
-    }
-    wait_until(
-        lambda: expected <= set(gauges(head)) or ended(head),
-        400,
-    )
-    assert expected <= set(gauges(head)), head.ray("job", "logs", "first")
+    options = ["--working-dir", ".", "--no-wait", "--submission-id", "first"]
+    head.ray("job", "submit", *options, "--", *command)
+    first = {"ray_hybridflow_train_reward_mean", "ray_hybridflow_run_staged_step"}
+    wait_until(lambda: first <= set(gauges(head)) or ended(head), 400)
+    assert not ended(head), head.ray("job", "logs", "first")
+    return Job(output, gate)
 
+
+def test_actors_have_readable_names(head: Head, job: Job) -> None:
     actors = json.loads(head.ray("list", "actors", "--format", "json"))
-    names = sorted(
-        actor["name"].split(" (job ")[0] for actor in actors if actor["state"] == "ALIVE"
-    )
-    assert {"main/0 actor+reward", "main/1 actor+reward"} <= set(names)
+    names = {actor["name"].partition(" ")[0] for actor in actors if actor["state"] == "ALIVE"}
+    assert {"training/0", "samples/0"} <= names
 
-    gate.touch()
 
+def test_every_metric_of_the_page_and_of_the_dashboard_is_served(head: Head, job: Job) -> None:
+    """Without a Prometheus: what the node serves, against the names in docs/observability.md and the
+    queries of grafana.json."""
+    missing: list[str] = []
+
+    def complete() -> bool:
+        names = {sample.name for sample in exposition(head)}
+        missing[:] = sorted(documented() - names)
+        for title, query in panels().items():
+            if not any(map(wanted(query).fullmatch, names)):
+                missing.append(f"panel {title!r}")
+        return not missing
+
+    assert len(documented()) > len(VITALS)
+    try:
+        wait_until(complete, 30)
+    except AssertionError:
+        raise AssertionError(f"not served: {missing}") from None
+    time.sleep(3)  # Ray forgets a gauge after two reports of a second each
+    assert complete(), f"no longer served: {missing}"
+    values = gauges(head)
+    assert values["ray_hybridflow_train_step"] == values["ray_hybridflow_run_step"] == 1
+    assert values["ray_hybridflow_run_starts"] == 1
+    assert values["ray_hybridflow_run_failures"] == values["ray_hybridflow_run_recoveries"] == 0
+
+
+@pytest.mark.skipif(not INSTALLED, reason="prometheus is not installed")
+def test_a_real_prometheus_answers_every_panel(head: Head, job: Job, tmp_path: Path) -> None:
+    """It finds the node by Ray's own list of endpoints."""
+    endpoints = Path(head.env["HOME"]) / "ray" / "prom_metrics_service_discovery.json"
+    (port,) = free_ports(1)
+    silent: list[str] = []
+    with prometheus(tmp_path, endpoints, port) as server:
+
+        def answered() -> bool:
+            silent[:] = []
+            for title, query in panels().items():
+                if not server.query(query.replace("$run", "job")):
+                    silent.append(title)
+            return not silent
+
+        try:
+            wait_until(answered, 60)
+        except AssertionError:
+            raise AssertionError(f"panels without an answer: {silent}") from None
+        (step,) = server.query('ray_hybridflow_run_step{run="job"}')
+        assert step["value"][1] == "1"
+
+
+def test_a_submitted_recipe_runs_to_its_end(head: Head, job: Job) -> None:
+    job.gate.touch()
     wait_until(lambda: ended(head), 400)
     logs = head.ray("job", "logs", "first")
     assert status(head) == "SUCCEEDED", logs
     assert "step 2/2 | reward/mean" in logs
-    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
-    assert (
-        tmp_path / "out" / "checkpoints" / "step-00000002" / "huggingface" / "model.safetensors"
-    ).exists()
+    steps = []
+    for line in (job.output / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["split"] == "train":
+            steps.append(row["step"])
+    assert steps == [1, 2]
+    export = job.output / "checkpoints" / "step-00000002" / "huggingface"
+    assert (export / "model.safetensors").exists()
+    check_trace(job.output / "trace.json")
 
 
-def gated_data(path: Path, gate: Path) -> Path:
-    """Prompts of two steps; those of the second name the gate."""
+def check_trace(path: Path) -> None:
+    """By the rules of the Trace Event format: a phase's own fields, numbers for ids, slices of a
+    lane that nest, arrows from slice to slice, and names for all lanes."""
+    events = json.loads(path.read_text().rstrip().rstrip(",") + "]")
+    fields = {
+        "X": {"name", "pid", "tid", "ts", "dur"},
+        "M": {"name", "pid", "tid", "args"},
+        "C": {"name", "pid", "ts", "args"},
+        "i": {"name", "pid", "tid", "ts", "s", "args"},
+        "s": {"name", "cat", "id", "pid", "tid", "ts"},
+        "f": {"name", "cat", "id", "pid", "tid", "ts", "bp"},
+    }
+    lanes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    named = set()
+    for event in events:
+        assert set(event) == fields[event["ph"]] | {"ph"}, event
+        numbers = [event[name] for name in ("pid", "tid", "ts", "dur", "id") if name in event]
+        assert all(isinstance(number, int) and number >= 0 for number in numbers), event
+        if event["ph"] == "M" and event["name"] == "thread_name":
+            named.add((event["pid"], event["tid"]))
+        if event["ph"] == "X":
+            lane = lanes.setdefault((event["pid"], event["tid"]), [])
+            lane.append((event["ts"], event["ts"] + event["dur"]))
+    assert named == set(lanes)
+    for slices in lanes.values():
+        open_until: list[int] = []
+        for begin, end in sorted(slices, key=lambda span: (span[0], -span[1])):
+            while open_until and open_until[-1] <= begin:
+                open_until.pop()
+            assert not open_until or end <= open_until[-1], "slices of a lane nest"
+            open_until.append(end)
+    arrows = [event for event in events if event["ph"] in "sf"]
+    assert arrows, "weights travelled between the pools"
+    for arrow in arrows:
+        spans = lanes[arrow["pid"], arrow["tid"]]
+        assert any(begin <= arrow["ts"] <= end for begin, end in spans), arrow
+
+
+def gated_data(path: Path, gate: Path, free: int = 4) -> Path:
+    """Prompts of two steps; those behind the first `free` name the gate."""
     rows = map(json.loads, make_data(path, rows=8).read_text().splitlines())
     lines = []
     for number, row in enumerate(rows):
-        lines.append(json.dumps(row | {"gate": str(gate) if number >= 4 else ""}) + "\n")
+        lines.append(json.dumps(row | {"gate": str(gate) if number >= free else ""}) + "\n")
     path.write_text("".join(lines))
     return path
 
