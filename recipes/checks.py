@@ -36,7 +36,7 @@ from workers.config import (
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head
 from workers.engines.model.loading import check_packing, model_config, position_limit
-from workers.engines.model.lora import check_adapter
+from workers.engines.model.lora import check_adapter, check_scores
 from workers.engines.model.routers import check_declared
 from workers.engines.shared.optimizer import check_optimizer_config
 from workers.generation import ENGINES as GENERATION_ENGINES
@@ -415,6 +415,8 @@ def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> 
     try:
         if not (isinstance(config, JudgeConfig) and config.verdict is VerdictKind.written):
             _check_train_layout(config.model, config.train, head, num_devices)
+        if isinstance(config, RewardConfig) and config.model.new_head:
+            check_scores(config.train.lora)
         if isinstance(config, ActorConfig):
             sends_adapter(config)
             if config.router_replay is not RouterReplay.off:

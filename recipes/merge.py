@@ -24,8 +24,8 @@ from recipes.errors import plain_errors
 from workers.config import ModelConfig
 from workers.engines.base import Head
 from workers.engines.model.loading import load_pretrained, model_config, saved_dtype
-from workers.engines.model.lora import LORA_A, LORA_B, SCORE, scale
-from workers.engines.model.peft_files import PeftFiles
+from workers.engines.model.lora import LORA_A, LORA_B, scale
+from workers.engines.model.peft_files import SCORE_WEIGHT, PeftFiles
 from workers.tokenizer import load_tokenizer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -42,7 +42,7 @@ def merge(adapter: str, output: str, base: str | None = None) -> None:
             f"adapter is {adapter!r}, which does not name its base; add BASE to the command"
         )
     revision = None if base else files.revision
-    has_head = f"{SCORE}.weight" in files.tensors
+    has_head = SCORE_WEIGHT in files.tensors
     head = Head.score if has_head else Head.lm
     config = ModelConfig(path=path, revision=revision, new_head=has_head)
     published = model_config(config, head)
@@ -61,6 +61,7 @@ def merge_into(model: PreTrainedModel, files: PeftFiles) -> None:
     """Adds the adapter to the weights of `model`, in place."""
     factor = scale(files.config)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    embedding = model.get_input_embeddings().weight
     for name in files.config.target_modules:
         a = files.tensors[f"{name}.{LORA_A}"].float()
         b = files.tensors[f"{name}.{LORA_B}"].float()
@@ -70,9 +71,14 @@ def merge_into(model: PreTrainedModel, files: PeftFiles) -> None:
                 f"adapter: {name} of shape {shape} is no linear layer of {model.name_or_path!r}; "
                 "add the adapter's own base to the command"
             )
+        if layers[name].weight is embedding:
+            raise ValueError(
+                f"adapter: {name} of {model.name_or_path!r} has the weight of the input embedding, "
+                "which would change with it; only an adapter without it can be merged"
+            )
         layers[name].weight.addmm_(b, a, alpha=factor)
-    if f"{SCORE}.weight" in files.tensors:
-        model.get_parameter(f"{SCORE}.weight").copy_(files.tensors[f"{SCORE}.weight"])
+    if SCORE_WEIGHT in files.tensors:
+        model.get_parameter(SCORE_WEIGHT).copy_(files.tensors[SCORE_WEIGHT])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

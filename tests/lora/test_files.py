@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -17,7 +19,7 @@ from recipes.checks import check_settings, check_train
 from recipes.composing import RecipeFile, compose, to_settings
 from recipes.merge import merge
 from recipes.placing import place
-from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
+from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences, save_tiny_model
 from tests.experts.plain import save_tiny_mixture
 from tests.lora.plain import adapt, matrices_of
 from tests.tiny import make_model
@@ -25,7 +27,7 @@ from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, 
 from workers.engines.base import Head
 from workers.engines.fsdp.engine import FsdpEngine
 from workers.engines.model.loading import ModelSource
-from workers.engines.model.lora import attach, check_adapter
+from workers.engines.model.lora import attach, check_adapter, check_scores
 from workers.engines.model.peft_files import PeftFiles
 from workers.generation.vllm.adapter import engine_options
 from workers.role_config import ActorConfig, ReferenceConfig
@@ -203,14 +205,126 @@ def test_a_recipe_that_only_generates_takes_no_adapter() -> None:
         check_settings("generator", config)
 
 
-@pytest.mark.parametrize("change", [{"use_dora": True}, {"modules_to_save": ["embed_tokens"]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_dora": True},
+        {"bias": "all"},
+        {"modules_to_save": ["embed_tokens"]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"alora_invocation_tokens": [5, 6]},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"kasa_config": {"beta": 1e-4}},
+        {"a_setting_of_a_later_peft": 1.5},
+    ],
+)
 def test_kinds_of_adapters_that_are_not_trained_are_refused(
     adapter: Path, tmp_path: Path, change: dict[str, object]
 ) -> None:
+    """PiSSA and OLoRA change the base when they begin, so that PEFT 0.21 gives other log-probs with
+    these files, by 0.2; adapters for the tokens after an invocation too."""
     settings = json.loads((adapter / "adapter_config.json").read_text()) | change
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=f"whose {next(iter(change))} is"):
         PeftFiles.read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensors", "message"),
+    [
+        ({"r": None}, {}, "r and lora_alpha must be numbers"),
+        ({"r": 0}, {}, "both must be more than 0"),
+        ({"r": 7}, {}, "both of rank r=7"),
+        ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": (4, 8)}, "no matrix of a"),
+        ({}, {"base_model.model.lm_head.weight": (8, 8)}, "has lm_head.weight, which is no matrix"),
+        ({}, {"base_model.model.lm_head.lora_A.weight": (4, 8)}, "come with lm_head.lora_B"),
+    ],
+)
+def test_files_that_hold_something_else_are_refused(
+    model: Path,
+    adapter: Path,
+    tmp_path: Path,
+    settings: dict[str, object],
+    tensors: dict[str, tuple[int, ...]],
+    message: str,
+) -> None:
+    """A merge left embeddings and their adapters out without a word."""
+    folder = changed(adapter, tmp_path / "changed", settings, tensors)
+    for use in (lambda: check(model, folder), lambda: merge(str(folder), str(tmp_path / "merged"))):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
+def test_an_adapter_of_another_model_is_refused_before_the_run(
+    model: Path, adapter: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By names and shapes, from the configuration alone; a base of another name is told of, because
+    its shapes may be the same."""
+    check(model, adapter)
+    assert not caplog.messages
+    copy = shutil.copytree(model, tmp_path / "copy")
+    check(copy, adapter)
+    assert "must be the same weights" in caplog.messages[0]
+    narrow = save_tiny_model(tmp_path / "narrow", "llama", layers=2)
+    with pytest.raises(ValueError, match=r"has shape .* and the model needs"):
+        check(narrow, adapter)
+    phi = save_tiny_model(tmp_path / "phi3", "phi3", layers=2)
+    with pytest.raises(ValueError, match=r"adapt .*q_proj, which is no linear layer of the model"):
+        check(phi, adapter)
+
+
+def test_heads_go_where_they_are_needed(model: Path, adapter: Path, tmp_path: Path) -> None:
+    """An adapter with a head is a critic's or a reward model's; a reward model that is not trained
+    needs one."""
+    head = {"base_model.model.score.weight": (1, 128)}
+    scored = changed(adapter, tmp_path / "scored", {"modules_to_save": ["score"]}, head)
+    check_adapter(ModelConfig(path=str(model)), LoraConfig(adapter=str(scored)), Head.value)
+    check_scores(LoraConfig(adapter=str(scored)))
+    with pytest.raises(ValueError, match="adapter of a critic or reward model"):
+        check(model, scored)
+    with pytest.raises(ValueError, match="scores would mean nothing"):
+        check_scores(LoraConfig(adapter=str(adapter)))
+    wide = changed(scored, tmp_path / "wide", {}, {"base_model.model.score.weight": (3, 128)})
+    with pytest.raises(ValueError, match="one number a token"):
+        check_adapter(ModelConfig(path=str(model)), LoraConfig(adapter=str(wide)), Head.value)
+
+
+def test_an_adapter_is_no_model(model: Path, adapter: Path) -> None:
+    with pytest.raises(ValueError, match=r"set model\.path to its base and train.lora.adapter="):
+        check_adapter(ModelConfig(path=str(adapter)), LoraConfig(rank=4), Head.lm)
+
+
+def test_a_tied_output_embedding_is_not_merged_into(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """The input embedding would change with it."""
+    sizes = json.loads((model / "config.json").read_text())
+    assert sizes["tie_word_embeddings"]
+    matrices = {"A": (4, sizes["hidden_size"]), "B": (sizes["vocab_size"], 4)}
+    tensors = {}
+    for matrix, shape in matrices.items():
+        tensors[f"base_model.model.lm_head.lora_{matrix}.weight"] = shape
+    folder = changed(adapter, tmp_path / "changed", {}, tensors)
+    with pytest.raises(ValueError, match=r"lm_head .* has the weight of the input embedding"):
+        merge(str(folder), str(tmp_path / "merged"))
+
+
+def check(model: Path, adapter: Path) -> None:
+    check_adapter(ModelConfig(path=str(model)), LoraConfig(adapter=str(adapter)), Head.lm)
+
+
+def changed(
+    adapter: Path, folder: Path, settings: dict[str, object], tensors: dict[str, tuple[int, ...]]
+) -> Path:
+    """A copy of the adapter with other settings and further tensors, of ones."""
+    shutil.copytree(adapter, folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | settings
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    stored = load_file(folder / "adapter_model.safetensors")
+    stored |= {name: torch.ones(shape) for name, shape in tensors.items()}
+    save_file(stored, folder / "adapter_model.safetensors")
+    return folder
 
 
 def test_attaching_loads_no_weight(model: Path) -> None:

@@ -44,6 +44,7 @@ from hybridflow.progress import activity
 from workers.config import ModelConfig, SavedDtype
 from workers.engines.base import Head
 from workers.engines.model.attention import check_packable, use_sequence_attention
+from workers.engines.model.peft_files import is_adapter
 from workers.engines.model.scored import score_head
 from workers.engines.model.tensor_parts import Parts
 from workers.images import family_of
@@ -268,6 +269,11 @@ def check_packing(config: ModelConfig, head: Head) -> None:
 def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
     """The checkpoint's configuration; ValueError if it is not that of a causal language model."""
     labels = {} if head is Head.lm else {"num_labels": 1}
+    if is_adapter(config.path):
+        raise ValueError(
+            f"model.path is {config.path!r}: the directory of an adapter; set model.path to its base "
+            f"and train.lora.adapter={config.path}, or merge the two with python -m recipes.merge"
+        )
     try:
         hf_config = AutoConfig.from_pretrained(
             config.path,

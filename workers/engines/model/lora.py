@@ -14,11 +14,13 @@ those of the trainer), experts' weights, the output embedding.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +30,9 @@ from transformers import PreTrainedModel
 from workers.config import LoraConfig, ModelConfig
 from workers.engines.base import Head
 from workers.engines.model.loading import ModelSource, build_on_meta
-from workers.engines.model.peft_files import PeftFiles
+from workers.engines.model.peft_files import SCORE_WEIGHT, PeftFiles
+
+LOGGER = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 LORA_A, LORA_B = "lora_A", "lora_B"
@@ -106,34 +110,93 @@ def attach(source: ModelSource, config: LoraConfig, head: Head, seed: int) -> Ad
     """
     files = PeftFiles.read(config.adapter) if config.adapter is not None else None
     config = files.config if files is not None else config
-    names = target_layers(source.model, config)
+    if files is not None:
+        names = stored_layers(source.model, files, head)
+    else:
+        names = target_layers(source.model, config)
     freeze(source.model, head)
     adapter = Adapter(config=config, layers=names)
-    stored = _Stored(files.tensors) if files is not None else None
+    stored = files.tensors if files is not None else None
     for name in names:
         layer = source.model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         for matrix, shape in matrix_shapes(layer, config.rank).items():
             if stored is not None:
-                make = stored.maker(f"{name}.{matrix}", shape)
+                make = _stored(stored[f"{name}.{matrix}"])
             elif matrix == LORA_A:
                 make = _drawn(shape, f"{seed}/{name}")
             else:
                 make = _zeros(shape)
             source.add_parameter(layer, matrix, shape, make)
         layer.forward = _adapted(layer, adapter)  # type: ignore[assignment, method-assign]
-    if stored is not None:
-        if head is not Head.lm and f"{SCORE}.weight" in stored.tensors:
-            source.replace(f"{SCORE}.weight", stored.take(f"{SCORE}.weight"))
-        stored.check_used()
+    if stored is not None and SCORE_WEIGHT in stored:
+        source.replace(SCORE_WEIGHT, stored[SCORE_WEIGHT].float())
     return adapter
 
 
 def check_adapter(model: ModelConfig, config: LoraConfig, head: Head) -> None:
     """The ValueErrors of `attach`, from the model's configuration and the adapter's files alone."""
-    if config.adapter is not None:
-        config = PeftFiles.read(config.adapter).config
-    target_layers(build_on_meta(model, head), config)
+    shell = build_on_meta(model, head)
+    if config.adapter is None:
+        target_layers(shell, config)
+        return
+    files = PeftFiles.read(config.adapter)
+    stored_layers(shell, files, head)
+    if files.base and Path(files.base).resolve() != Path(model.path).resolve():
+        LOGGER.warning(
+            "lora.adapter is %r, which names %r as its base, and model.path is %r; they must be the "
+            "same weights",
+            config.adapter,
+            files.base,
+            model.path,
+        )
+
+
+def check_scores(config: LoraConfig) -> None:
+    """ValueError for the adapter of a reward model that is not trained, if it brings no head."""
+    if config.adapter is not None and SCORE_WEIGHT not in PeftFiles.read(config.adapter).tensors:
+        raise ValueError(
+            f"train.lora.adapter is {config.adapter!r}, whose files have no {SCORE_WEIGHT}, so that "
+            "scores would mean nothing; give the adapter that python -m recipes.reward_model saved"
+        )
+
+
+def stored_layers(model: PreTrainedModel, files: PeftFiles, head: Head) -> tuple[str, ...]:
+    """Names of the layers that the files adapt, in the model's order; it may be on meta.
+
+    A ValueError for files of another model.
+    """
+    linear, layers = _linear_layers(model), files.config.target_modules
+    directory = files.config.adapter
+    for name in layers:
+        if name not in linear:
+            raise ValueError(
+                f"lora.adapter is {directory!r}, whose files adapt {name}, which is no linear layer of "
+                f"the model that can be adapted; it has such as {linear[0]}: use the adapter's own "
+                "base as model.path, or merge the adapter with PEFT"
+            )
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        for matrix, shape in matrix_shapes(layer, files.config.rank).items():
+            stored = tuple(files.tensors[f"{name}.{matrix}"].shape)
+            if stored != shape:
+                raise ValueError(
+                    f"lora.adapter is {directory!r}, whose {name}.{matrix} has shape {stored}, and the "
+                    f"model needs {shape}; use the adapter's own base as model.path"
+                )
+    score = files.tensors.get(SCORE_WEIGHT)
+    if score is not None and head is Head.lm:
+        raise ValueError(
+            f"lora.adapter is {directory!r}, the adapter of a critic or reward model: its files have "
+            f"{SCORE_WEIGHT}, for which a language model has no place; give an adapter of a language "
+            "model"
+        )
+    if score is not None and score.shape != model.get_parameter(SCORE_WEIGHT).shape:
+        raise ValueError(
+            f"lora.adapter is {directory!r}, whose {SCORE_WEIGHT} has shape {tuple(score.shape)}; a "
+            "critic or reward model has one number a token"
+        )
+    return tuple(name for name in linear if name in set(layers))
 
 
 def target_layers(model: PreTrainedModel, config: LoraConfig) -> tuple[str, ...]:
@@ -205,32 +268,8 @@ def _expert_weights(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
 
 
-class _Stored:
-    """The matrices of files; each must be used."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = dict(tensors)
-
-    def take(self, name: str) -> Tensor:
-        return self.tensors.pop(name).float()
-
-    def maker(self, name: str, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-        if name not in self.tensors:
-            raise ValueError(f"lora.adapter: its files lack {name}; use the whole directory")
-        value = self.take(name)
-        if tuple(value.shape) != shape:
-            raise ValueError(
-                f"lora.adapter: {name} has shape {tuple(value.shape)}, and the model needs {shape}; "
-                "use the adapter's own base as model.path"
-            )
-        return lambda: value
-
-    def check_used(self) -> None:
-        if self.tensors:
-            raise ValueError(
-                f"lora.adapter: its files have {', '.join(sorted(self.tensors)[:3])}, for which "
-                "the model has no place; use the adapter's own base as model.path"
-            )
+def _stored(value: Tensor) -> Callable[[], Tensor]:
+    return value.float
 
 
 def _drawn(shape: tuple[int, ...], key: str) -> Callable[[], Tensor]:

@@ -1,8 +1,9 @@
 """Adapters as PEFT's directories: adapter_config.json and adapter_model.safetensors, read and
 written without PEFT.
 
-Left out, and refused: DoRA, biases, layers that are saved whole other than a score head, ranks and
-alphas that differ between layers, adapters on parameters.
+Left out, and refused: every other kind of adapter that PEFT has (DoRA, biases, layers that are saved
+whole other than a score head, ranks and alphas that differ between layers, adapters on embeddings
+and parameters, ...), and initializations that leave another base behind.
 """
 
 from __future__ import annotations
@@ -22,20 +23,46 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Beginning of the names in the files."""
 MATRICES = (".lora_A", ".lora_B")
-UNREAD: dict[str, tuple[Any, ...]] = {
+SCORE_WEIGHT = "score.weight"
+"""The head of a critic or reward model, the one layer that may be saved whole."""
+NEUTRAL: tuple[Any, ...] = (None, False, "none", [], {})
+"""Values under which a setting of PEFT changes nothing."""
+KNOWN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "use_dora": (False, None),
-    "use_qalora": (False, None),
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
+    "modules_to_save": (*NEUTRAL, ["score"], ["classifier", "score"]),
+    "init_lora_weights": (True, *NEUTRAL, "gaussian", "eva", "orthogonal"),
 }
-"""Settings of PEFT -> the values under which an adapter is the one that is trained here."""
+"""Settings of PEFT -> the values that mean what is trained here. The other ways to begin (PiSSA,
+OLoRA, CorDA, LoftQ) take something away from the base, which the files do not hold."""
+HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
+"""Settings of PEFT that are read here, or that say how the files came about and nothing about what
+they mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,27 +89,24 @@ class PeftFiles:
                 f"lora.adapter is {directory!r}, whose {WEIGHTS} can't be read; {error}"
             ) from error
         tensors = {own_name(name): tensor for name, tensor in stored.items()}
-        layers = []
-        for name in tensors:
-            if name.endswith(MATRICES[0]):
-                layers.append(name.removesuffix(MATRICES[0]))
-        if not layers:
-            raise ValueError(
-                f"lora.adapter is {directory!r}, whose {WEIGHTS} has no LoRA matrices; give the "
-                "directory of an adapter"
-            )
+        rank = int(settings["r"])
         return cls(
             config=LoraConfig(
-                rank=int(settings["r"]),
+                rank=rank,
                 alpha=float(settings["lora_alpha"]),
                 rslora=bool(settings.get("use_rslora")),
-                target_modules=layers,
+                target_modules=_layers(directory, tensors, rank),
                 adapter=directory,
             ),
             base=str(settings.get("base_model_name_or_path") or ""),
             revision=settings.get("revision"),
             tensors=tensors,
         )
+
+
+def is_adapter(path: str) -> bool:
+    """Whether `path` is the directory of an adapter."""
+    return (Path(path) / CONFIG).is_file()
 
 
 def adapter_rank(config: LoraConfig) -> int:
@@ -97,14 +121,58 @@ def read_settings(directory: str) -> dict[str, Any]:
         raise ValueError(
             f"lora.adapter is {directory!r}, which has no {CONFIG}; give a PEFT directory"
         )
-    settings: dict[str, Any] = json.loads(path.read_text())
-    for name, values in UNREAD.items():
-        if name in settings and settings[name] not in values:
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text())
+        rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"lora.adapter is {directory!r}, whose {CONFIG} is no adapter's: r and lora_alpha must "
+            f"be numbers ({type(error).__name__}: {error}); give a PEFT directory"
+        ) from None
+    if rank < 1 or not alpha > 0:
+        raise ValueError(
+            f"lora.adapter is {directory!r}, whose r is {rank} and lora_alpha {alpha}; both must be "
+            "more than 0"
+        )
+    for name, value in settings.items():
+        values = KNOWN.get(name, NEUTRAL)
+        if name not in HARMLESS and value not in values:
             raise ValueError(
-                f"lora.adapter is {directory!r}, whose {name} is {settings[name]!r}; only "
-                f"{values[0]!r} is known here: merge it with PEFT and use the merged model"
+                f"lora.adapter is {directory!r}, whose {name} is {value!r}, which is not trained here; "
+                "merge it with PEFT and use the merged model"
             )
     return settings
+
+
+def _layers(directory: str, tensors: Mapping[str, Tensor], rank: int) -> list[str]:
+    """Names of the layers whose matrices the files have: two of each, of rank `rank`, and nothing
+    else but a score head."""
+    layers = []
+    for name, tensor in tensors.items():
+        if name == SCORE_WEIGHT:
+            continue
+        layer, _, matrix = name.rpartition(".")
+        if not name.endswith(MATRICES) or tensor.ndim != 2:
+            raise ValueError(
+                f"lora.adapter is {directory!r}, whose {WEIGHTS} has {name}, which is no matrix of a "
+                "linear layer's adapter; merge it with PEFT and use the merged model"
+            )
+        stored = tensor.shape[0 if name.endswith(MATRICES[0]) else 1]
+        other = {"lora_A": "lora_B", "lora_B": "lora_A"}[matrix]
+        if stored != rank or f"{layer}.{other}" not in tensors:
+            raise ValueError(
+                f"lora.adapter is {directory!r}, whose {name} has shape {tuple(tensor.shape)}: it "
+                f"must come with {layer}.{other}, both of rank r={rank}; use the whole directory as "
+                "it was saved"
+            )
+        if name.endswith(MATRICES[0]):
+            layers.append(layer)
+    if not layers:
+        raise ValueError(
+            f"lora.adapter is {directory!r}, whose {WEIGHTS} has no LoRA matrices; give the "
+            "directory of an adapter"
+        )
+    return layers
 
 
 def write_adapter(
