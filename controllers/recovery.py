@@ -133,7 +133,9 @@ class Driver:
         """Writes the newest snapshot to disk, at once, whatever this process is doing. The run is
         over after it. For a signal's handler."""
         self._inbox.clear()
-        self._put(on.Draining(deadline=time.monotonic() + LEAVE_S, notice="SIGTERM"))
+        staged = steps_of(self.saving.timeline(), MEMORY)
+        deadline = time.monotonic() + LEAVE_S
+        self._put(on.Draining(deadline=deadline, notice="SIGTERM", staged=staged))
         self._drive()
 
     def _drive(self) -> None:

@@ -188,9 +188,10 @@ class Saving:
         """Copies a commit in memory to disk from this process, for a controller that has to leave
         at once. The files of all ranks must be on this node."""
         assert self.memory is not None
-        newest = self.memory.commits()[0]
-        if newest.step != step:
+        commits = [commit for commit in self.memory.commits() if commit.step == step]
+        if not commits:
             raise FileNotFoundError(f"step {step} is not in memory any more")
+        newest = commits[0]
         directory = self.store.begin(step)
         for name in self.trained:
             shutil.copytree(newest.path / name, directory / name)

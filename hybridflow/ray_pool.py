@@ -289,9 +289,10 @@ class RayPool(ResourcePool):
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        if not self._actors:
+        hosts = self.hosts  # a thread that shows progress asks while the pool is started again
+        if not self._actors or not hosts:
             return ""
-        host = self.hosts[0]
+        host = hosts[0]
         if host.node_id == self._node:
             return progress.read(Path(host.activity_file))
         if time.monotonic() - self._seen_at > REMOTE_LOOK_S:

@@ -233,6 +233,9 @@ class Draining:
     deadline: float
     """On the clock of `now`."""
     notice: str = ""
+    staged: tuple[int, ...] | None = None
+    """Steps of the commits that can be read from memory, oldest first: a notice in the middle of
+    Stage comes before Staged, but perhaps after the commit. None: those that are known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

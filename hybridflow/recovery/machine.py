@@ -417,8 +417,9 @@ def _leave(state: State, event: on.Draining, now: float) -> Decision:
     deadline = event.deadline
     if state.phase is Phase.leaving:
         deadline = min(deadline, state.deadline)
-    elif state.flush is not None:
-        state = replace(state, flush=None)
+    else:
+        staged = state.staged if event.staged is None else event.staged
+        state = replace(state, flush=None, staged=staged)
     report = do.Report(text=f"{event.notice}: leaving within {deadline - now:.0f} s")
     state, actions = _tick(replace(state, phase=Phase.leaving, deadline=deadline), now)
     return state, (report, *actions)
