@@ -279,6 +279,8 @@ class Batch(Mapping[str, Value]):
         """Consecutive parts: a number of parts as equal as possible, or the number of rows of
         each."""
         if isinstance(parts, int):
+            if parts < 1:
+                raise ValueError(f"batch: split({parts}); give 1 or more parts")
             sizes = list(map(len, np.array_split(np.arange(self._num_rows), parts)))
         else:
             sizes = list(parts)
@@ -294,6 +296,8 @@ class Batch(Mapping[str, Value]):
 
     def repeat(self, times: int) -> Batch:
         """Every row `times` times in a row, numbered by the new column `sample`."""
+        if times < 1:
+            raise ValueError(f"batch: repeat({times}); give 1 or more")
         repeated = self.rows(np.repeat(np.arange(self._num_rows), times))
         return repeated.drop("sample") | Batch.of(sample=np.tile(np.arange(times), self._num_rows))
 
@@ -315,6 +319,11 @@ class Batch(Mapping[str, Value]):
         return Batch(entries, sum(map(len, batches)))
 
     def _entry(self, name: str) -> ColumnEntry:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"batch: {name!r} is no column's name; batch.rows([0, 1]) takes rows, "
+                "batch.split(2) parts"
+            )
         if name not in self._entries:
             raise ValueError(
                 f"batch: no column {name!r}; it has {', '.join(self._entries) or 'none'}"

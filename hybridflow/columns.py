@@ -8,8 +8,9 @@ hybridflow/store.py, the choice of rows in hybridflow/batch.py.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain
 from typing import Any
 
@@ -59,11 +60,17 @@ def declare(name: str, dims: str, dtype: str, doc: str) -> Column:
     return column
 
 
+def _known_columns() -> str:
+    return ", ".join(sorted(COLUMNS))
+
+
 def declared(name: str) -> Column:
+    """Its declaration; a ValueError for a column that nobody declared."""
     if name not in COLUMNS:
+        close = get_close_matches(name, COLUMNS, n=3)
+        known = f"Did you mean {' or '.join(close)}?" if close else f"Known: {_known_columns()}"
         raise ValueError(
-            f"column {name!r} is not declared; declare it with hybridflow.columns.declare. Known: "
-            f"{', '.join(sorted(COLUMNS))}"
+            f"column {name!r} is not declared; declare it with hybridflow.columns.declare. {known}"
         )
     return COLUMNS[name]
 
@@ -94,7 +101,9 @@ class Ragged:
         """From a sequence, array or tensor for each row; without rows the values are int64 unless
         `dtype` says otherwise."""
         tensors = [torch.as_tensor(row, dtype=dtype) for row in rows]
-        values = torch.cat(tensors) if tensors else torch.empty(0, dtype=dtype or torch.int64)
+        # An empty list is a tensor of floats to torch, and would make floats of all rows.
+        filled = [tensor for tensor in tensors if len(tensor)] or tensors
+        values = torch.cat(filled) if filled else torch.empty(0, dtype=dtype or torch.int64)
         return cls(values, torch.tensor([len(row) for row in tensors], dtype=torch.int64))
 
     def __len__(self) -> int:
@@ -137,6 +146,11 @@ class Block:
         be viewed."""
         column = declared(name)
         if column.dtype == "object":
+            if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+                raise ValueError(
+                    f"column {name!r} has a Python value for each row: give a list, not "
+                    f"{type(value).__name__}"
+                )
             return cls(list(value), "object")
         if column.is_ragged:
             if not isinstance(value, Ragged):
@@ -148,7 +162,7 @@ class Block:
             offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
             np.cumsum(lengths, out=offsets[1:])
             return cls(_to_numpy(name, column, value.values), column.dtype, offsets)
-        return cls(_to_numpy(name, column, torch.as_tensor(value)), column.dtype)
+        return cls(_to_numpy(name, column, _dense(name, column, value)), column.dtype)
 
     def value(self) -> Value:
         if self.dtype == "object":
@@ -197,6 +211,22 @@ class Block:
                 lengths.append(np.diff(block.offsets))
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
         return Block(data, first.dtype, offsets)
+
+
+def _dense(name: str, column: Column, value: Any) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"column {name!r} has dims {column.dims!r}: give a tensor, an array or a list of "
+            f"numbers, not {type(value).__name__} ({error})"
+        ) from None
+    if tensor.ndim == 0:
+        raise ValueError(
+            f"column {name!r} has dims {column.dims!r}: {value!r} has no rows; give one value for "
+            "each row"
+        )
+    return tensor
 
 
 def _to_numpy(name: str, column: Column, tensor: Tensor) -> np.ndarray:

@@ -53,8 +53,30 @@ def spawn(
         raise ValueError(
             f"spawn: {worker_class!r} is not a subclass of Worker; give a worker's class"
         )
+    if not isinstance(pool, ResourcePool):
+        raise ValueError(
+            f"spawn: {pool!r} is no pool; give the one of `with LocalPool() as pool:` or "
+            "`with RayPool(...) as pool:`"
+        )
+    _check_config(worker_class, config)
     name = role or worker_class.__name__.removesuffix("Worker").lower()
     return cast(W, Handle(worker_class, pool, config, name))
+
+
+def _check_config(worker_class: type[Worker], config: object) -> None:
+    """A ValueError for settings of another class than the worker's __init__ declares."""
+    try:
+        takes = get_type_hints(worker_class.__init__).get("config")
+    except NameError:  # a name that only a type checker knows
+        return
+    if isinstance(takes, type) and takes is not Any and not isinstance(config, takes):
+        wrong = (
+            f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
+        )
+        raise ValueError(
+            f"spawn: {worker_class.__name__} takes settings of class {takes.__name__}, not {wrong}; "
+            f"give {takes.__name__}(...)"
+        )
 
 
 def start(method: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Results[R]:
@@ -124,6 +146,11 @@ class Handle:
     def __init__(
         self, worker_class: type[Worker], pool: ResourcePool, config: Any, role: str
     ) -> None:
+        if role in pool.role_names:
+            raise ValueError(
+                f"spawn: pool {pool.name!r} has a role {role!r} already; give this one another "
+                "name (role=...)"
+            )
         self._layouts = worker_class.layouts(config, pool.size)
         for name, layout in self._layouts.items():
             if layout.size != pool.size:
@@ -169,6 +196,7 @@ class Handle:
     def __getattr__(self, name: str) -> RemoteMethod:
         if name.startswith("_") or name not in self._methods:
             known = ", ".join(sorted(self.__dict__.get("_methods", ())))
+            known = known or "none; mark its methods with @remote"
             raise AttributeError(
                 f"{self.__dict__.get('_role', 'handle')}: no remote method {name!r}; it has {known}"
             )
@@ -187,6 +215,13 @@ class Handle:
 
     def _begin(self, method: str, declaration: Remote, arguments: Arguments) -> UnderWay:
         """Starts the call on every rank."""
+        if declaration.reads and not arguments.batches():
+            values = (*arguments.args, *arguments.kwargs.values())
+            passed = ", ".join(type(value).__name__ for value in values) or "nothing"
+            raise ValueError(
+                f"{self._role}.{method} takes a Batch with the columns "
+                f"{', '.join(declaration.reads)}; it was called with {passed}"
+            )
         protocol = declaration.protocol
         layout = self._layouts[protocol.layout]
         rows: Sequence[np.ndarray] | None = None

@@ -176,7 +176,7 @@ class Host:
                 return replace(reply, result=result if keep else None).packed()
             if not keep:
                 return reply.packed(), *([None] * len(declaration.writes))
-            blocks = written_blocks(result, declaration.writes, local)
+            blocks = written_blocks(method, result, declaration.writes, local)
             reply = replace(reply, finished=time.time(), num_rows=len(result))
             return reply.packed(), *blocks
 
@@ -189,19 +189,21 @@ class Host:
         return f"{self.context.pool}/{self.context.rank} {self.roles or '+'.join(self.workers)}"
 
 
-def written_blocks(result: Any, writes: Sequence[str], arguments: Arguments) -> list[Block]:
+def written_blocks(
+    method: str, result: Any, writes: Sequence[str], arguments: Arguments
+) -> list[Block]:
     """The columns that a method returned, in the order in which it declares them; a ValueError for
     others, and for another number of rows than it got."""
     if not isinstance(result, Batch) or set(result.columns) != set(writes):
         have = sorted(result.columns) if isinstance(result, Batch) else type(result).__name__
         raise ValueError(
-            f"the method declares writes={list(writes)} but returned {have}; return Batch.of with "
+            f"{method} declares writes={list(writes)} but returned {have}; return Batch.of with "
             "these columns"
         )
     num_rows = set(map(len, arguments.batches()))
     if num_rows and len(result) not in num_rows:
         raise ValueError(
-            f"the method got {max(num_rows)} rows and returned {len(result)}; it must return one "
+            f"{method} got {max(num_rows)} rows and returned {len(result)}; it must return one "
             "row for each, in order"
         )
     return result.blocks(writes)

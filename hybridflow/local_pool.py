@@ -48,6 +48,10 @@ class LocalPool(ResourcePool):
         self.workers: dict[str, Worker] = {}
         _join_world_of_one(self.context, spec.collective_timeout_s)
 
+    @property
+    def role_names(self) -> tuple[str, ...]:
+        return tuple(self.workers)
+
     def create(self, role: str, worker_class: type[Worker], config: Any) -> None:
         self._check_usable()
         self.workers[role] = worker_class(config, replace(self.context, role=role))
@@ -68,11 +72,14 @@ class LocalPool(ResourcePool):
             # The RPC layer's one lookup by name.
             worker = self.workers[role]
             result = getattr(worker, method)(*local.args, **local.kwargs)
-        num_rows = len(result) if num_columns else None
+        columns: list[Held] = []
+        if num_columns:
+            writes = declared_methods(type(worker), worker.config)[method].writes
+            columns = list(map(Held, written_blocks(f"{role}.{method}", result, writes, local)))
         reply = Reply(
             started=started,
             finished=time.time(),
-            num_rows=num_rows,
+            num_rows=len(result) if num_columns else None,
             result=None if num_columns else result,
         )
         CALLS.records.append(
@@ -84,10 +91,6 @@ class LocalPool(ResourcePool):
                 peak_bytes=(peak_memory(self.context.device),),
             )
         )
-        columns: list[Held] = []
-        if num_columns:
-            writes = declared_methods(type(worker), worker.config)[method].writes
-            columns = list(map(Held, written_blocks(result, writes, local)))
         return [(reply, columns)]
 
     def read_replies(self, replies: Sequence[Any]) -> list[Reply]:

@@ -70,6 +70,11 @@ class ResourcePool(ABC):
         """The number of devices, each with a host process of its own."""
         return self.spec.num_devices
 
+    @property
+    @abstractmethod
+    def role_names(self) -> tuple[str, ...]:
+        """The roles that stand on it."""
+
     @abstractmethod
     def create(self, role: str, worker_class: type[Worker], config: Any) -> None:
         """Builds the role's worker on every host."""

@@ -169,12 +169,16 @@ class RayPool(ResourcePool):
         }
         return ray.remote(Host).options(**options).remote(context, node, roles)
 
+    @property
+    def role_names(self) -> tuple[str, ...]:
+        return tuple(self._roles)
+
     def create(self, role: str, worker_class: type[Worker], config: Any) -> None:
         self._check_usable()
-        self._roles[role] = (worker_class, config)
         replies = [actor.create.remote(role, worker_class, config) for actor in self._actors]
         self._watch(role, "__init__", replies)
         self.read_replies(replies)
+        self._roles[role] = (worker_class, config)
 
     def submit(
         self,
@@ -335,6 +339,7 @@ class RayPool(ResourcePool):
     def clear(self) -> None:
         self._check_usable()
         waiting.get([actor.close.remote() for actor in self._actors])
+        self._roles.clear()
 
     def close(self) -> None:
         import ray

@@ -58,6 +58,25 @@ def expanded_path(path: str, setting: str) -> str:
     return text
 
 
+def make_directory(directory: object, setting: str) -> Path:
+    """Makes it and returns its whole path; a ValueError with the setting's name where that can't
+    be done, or it can't be written to."""
+    if not isinstance(directory, str | Path) or not str(directory).strip():
+        raise ValueError(f"{setting}: {directory!r} names no directory; give one")
+    path = Path(directory).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{setting}: {path} is a file; name a directory")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = error.strerror
+    else:
+        if os.access(path, os.W_OK):
+            return path
+        why = "it can't be written to"
+    raise ValueError(f"{setting}: {path} can't be made or used ({why}); name another directory")
+
+
 def has_home(path: str) -> bool:
     """Whether ~ or ~user at its beginning means a directory."""
     return os.path.expanduser(path) != path  # noqa: PTH111

@@ -185,16 +185,19 @@ def _pools(config: RunConfig, names: tuple[str, ...]) -> dict[str, str]:
     for pool, settings in config.pools.items():
         for role in settings.roles:
             owners.setdefault(role, []).append(pool)
-    unknown = sorted(set(owners) - set(may_be_placed))
-    wrong = {}
+    wrong = []
     for role in dict.fromkeys((*names, *owners)):
         pools = owners.get(role, [])
-        if len(pools) > 1 or (not pools and role in names):
-            wrong[role] = pools
-    if unknown or wrong:
+        if role not in may_be_placed:
+            wrong.append(f"{role} is none of them")
+        elif len(pools) > 1:
+            wrong.append(f"{role} is in {' and '.join(pools)}")
+        elif not pools and role in names:
+            wrong.append(f"{role} is in none")
+    if wrong:
         raise ValueError(
             f"pools: every role of {config.algorithm.name} ({', '.join(names)}) must be in "
-            f"exactly one pool; unknown roles {unknown}, roles with their pools {wrong}"
+            f"exactly one pool; {', '.join(wrong)}"
         )
     if GENERATION in owners and owners[GENERATION] == owners["actor"]:
         raise ValueError(

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from recipes.composing import RecipeFile, compose, to_settings
 from recipes.config import RunConfig
 from recipes.main import unused_settings
-from workers.reward_function import RewardFunction
+from recipes.roles import role_names
+from workers.reward_function import RewardFunction, function_name
 from workers.role_config import RewardConfig
 
 LOGGER = logging.getLogger(__name__)
@@ -40,17 +42,37 @@ def make_settings(
 ) -> RunConfig:
     """The recipe's settings with these changes. `recipe` is a name or the path of a YAML; the
     settings may override what stands in `first`."""
+    if not isinstance(recipe, str | Path):
+        raise ValueError(
+            f'recipe is {recipe!r}; give a recipe\'s name, such as "grpo", or the path of a YAML'
+        )
     arguments = [*first, *as_arguments(settings)]
     config = to_settings(compose(RecipeFile.of(recipe), arguments))
     for line in unused_settings(arguments, config):
         LOGGER.warning(line)
-    return replace(
+    config = replace(
         config,
         reward=_with_function(config.reward, reward),
         cost=_with_function(config.cost, cost),
         gold=_with_function(config.gold, gold),
         environment=config.environment if environment is None else environment,
     )
+    _check_that_roles_read(config, {"reward": reward, "cost": cost, "gold": gold})
+    return config
+
+
+def _check_that_roles_read(config: RunConfig, functions: Mapping[str, Scorer | None]) -> None:
+    """A ValueError for a function of a role that the recipe does not have."""
+    for name, function in functions.items():
+        if function is None:
+            continue
+        roles = role_names(config)
+        if name not in roles:
+            hint = "set data.validation, or leave it out" if name == "gold" else "leave it out"
+            raise ValueError(
+                f"{name}={function_name(function)}: nothing reads it, "
+                f"{config.algorithm.name} has no {name} (its models: {', '.join(roles)}); {hint}"
+            )
 
 
 def _with_function(config: RewardConfig, function: Scorer | None) -> RewardConfig:
@@ -66,7 +88,16 @@ def as_arguments(settings: Settings) -> list[str]:
     if isinstance(settings, str):
         raise ValueError(f'settings are {settings!r}; give a list, ["{settings}"], or a dict')
     if isinstance(settings, Mapping):
+        for name in settings:
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"settings: the name {name!r} is a {type(name).__name__}, not text"
+                )
         return [f"{name}={_text(name, value)}" for name, value in settings.items()]
+    if not isinstance(settings, Sequence) or isinstance(settings, bytes):
+        raise ValueError(
+            f'settings are {settings!r}; give {{"name": value}} or ["name=value", ...]'
+        )
     for text in settings:
         if not isinstance(text, str) or "=" not in text:
             raise ValueError(f"settings: {text!r} is not name=value")
@@ -79,15 +110,17 @@ def _text(name: str, value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
+    if isinstance(value, Integral):  # numpy's too, whose repr is no number
+        return repr(int(value))
+    if isinstance(value, Real):
+        return repr(float(value))
     if isinstance(value, Enum):
         return str(value.value)
     if isinstance(value, str | Path):
         return QuotedString(str(value), Quote.single).with_quotes()
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_text(name, inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
         return "[" + ", ".join(_text(name, inner) for inner in value) + "]"
     raise ValueError(
         f"settings: {name} is a {type(value).__name__}; give text, a number, a list or a dict"

@@ -53,6 +53,7 @@ from hybridflow.whole_file import whole_file
 from recipes.asynchrony import rows_ahead, streaming_actor
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
 from recipes.environment import environment
+from recipes.path_settings import make_directory
 from recipes.placing import Placement, placeholder_roles
 from recipes.preparation import Preparation
 from recipes.roles import GENERATION, with_named_functions
@@ -132,6 +133,7 @@ class Session:
         prepared, placement, config = self.prepared, self.placement, self.config
         tracker, memory, attempt, first_step = None, None, None, 0
         trains = config.algorithm.name not in QUESTIONS
+        make_directory(self.directory, "output_dir")
         if trains:
             attempt = Attempt.claim(self.directory)
             if config.recovery.snapshot_every:
@@ -278,6 +280,8 @@ class Session:
                 f"session.step takes a Batch of prompts (next(session.prompts) is one), not a "
                 f"{type(prompts).__name__}"
             )
+        if prompts is not None and not prompts:
+            raise ValueError("session.step: the batch of prompts has no rows")
         return self.loop.train_one_step(prompts)
 
     def validate(self) -> dict[str, float]:
@@ -289,12 +293,8 @@ class Session:
 
     def save(self, directory: str | Path) -> None:
         """The trained model and its tokenizer as a Hugging Face directory; returns when every
-        rank has written its part. A ValueError where `directory` is a file."""
-        loop, path = self.loop, Path(directory).expanduser().absolute()
-        if path.exists() and not path.is_dir():
-            raise ValueError(f"session.save: {path} is a file; name a directory")
-        path.mkdir(parents=True, exist_ok=True)
-        loop.save_pretrained(path)
+        rank has written its part. A ValueError where `directory` can't be made."""
+        self.loop.save_pretrained(make_directory(directory, "session.save"))
 
     def checkpoint(self) -> None:
         """Writes what a later session with the same output_dir goes on from (loop.resume=auto)."""
@@ -341,7 +341,10 @@ _OPEN: Session | None = None
 def _claim_process(session: Session) -> None:
     global _OPEN
     if _OPEN is not None:
-        raise ValueError(f"{_OPEN} is open in this process; close it first (session.close())")
+        raise ValueError(
+            f"{_OPEN} is open in this process; close it first: session.close(), or "
+            "hybridflow.current_session().close()"
+        )
     _OPEN = session
 
 

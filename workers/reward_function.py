@@ -48,6 +48,11 @@ def resolve(function: str | RewardFunction, role: str = "reward") -> RewardFunct
             f"{role}.function={function_name(function)!r} is a {type(found).__name__}, not a "
             "function"
         )
+    if inspect.isclass(found):
+        raise ValueError(
+            f"{role}.function={function_name(function)!r} is a class; give an instance of it, "
+            "which can be called, or a function"
+        )
     try:
         keywords = inspect.signature(found).parameters
     except ValueError:

@@ -3,6 +3,8 @@ its tokens."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from workers.config import ModelConfig
@@ -11,6 +13,8 @@ from workers.config import ModelConfig
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or the one named beside it."""
     name = model.tokenizer or model.path
+    if name == "???":
+        raise ValueError("model.path is not set; give a Hugging Face directory or a hub name")
     revision = model.revision if model.tokenizer is None else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -23,6 +27,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
                 f"the tokenizer at {name!r} is code of its own; set model.trust_remote_code=true "
                 "(of the role whose model it is) if you trust it"
             ) from error
+        if Path(name).is_absolute() and not Path(name).exists():
+            reason = "there is no such directory"
         raise ValueError(
             f"no tokenizer at {name!r} ({reason}); set model.path or model.tokenizer to a "
             "directory or hub name"

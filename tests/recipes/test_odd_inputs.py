@@ -50,7 +50,8 @@ def test_a_wrong_argument_is_one_line(
             "^actor.train.optimizer.learning_rate is nan; use a finite number$",
         ),
         (["output_dir="], "^output_dir is empty; name a directory"),
-        (["reward.function=collections:OrderedDict"], "OrderedDict' does not say what it takes"),
+        (["reward.function=builtins:max"], "max' does not say what it takes"),
+        (["reward.function=collections:OrderedDict"], "OrderedDict' is a class; give an instance"),
     ],
 )
 def test_a_run_that_cannot_start_is_one_line(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -274,6 +275,8 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
             f"model.path is {config.path!r}: the directory of an adapter; set model.path to its base "
             f"and train.lora.adapter={config.path}, or merge the two with python -m recipes.merge"
         )
+    if config.path == "???":
+        raise ValueError("model.path is not set; give a Hugging Face directory or a hub name")
     try:
         hf_config = AutoConfig.from_pretrained(
             config.path,
@@ -282,9 +285,12 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
             **labels,
         )
     except (OSError, ValueError) as error:
+        # The hub's remarks on how names are written help nobody who gave a directory.
+        missing = Path(config.path).is_absolute() and not Path(config.path).exists()
+        why = "there is no such directory" if missing else str(error)
         raise ValueError(
             f"model.path is {config.path!r}: neither a directory with a Hugging Face config.json "
-            f"nor a reachable hub name; {error}"
+            f"nor a reachable hub name; {why}"
         ) from error
     kind = hf_config.model_type
     known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.trust_remote_code
