@@ -140,7 +140,7 @@ def test_wrong_calls_are_named(echo: Echo, pool: ResourcePool) -> None:
     with pytest.raises(AttributeError, match="no remote method 'doubel'"):
         echo.doubel(numbers(3))  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"dp1 x tp3|tp3.*pool 'four' has 4"):
-        spawn(Echo, pool, {"tp": 3})
+        spawn(Echo, pool, {"tp": 3}, role="thirds")
     with pytest.raises(ValueError, match=r"got 2 rows and returned 3|got 1 rows and returned 2"):
         echo.wrong_rows(numbers(5))["test_rank"]
 
