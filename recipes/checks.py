@@ -35,7 +35,12 @@ from workers.config import (
 )
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head
-from workers.engines.model.loading import check_packing, model_config, position_limit
+from workers.engines.model.loading import (
+    check_packing,
+    check_whole_numbers,
+    model_config,
+    position_limit,
+)
 from workers.engines.model.lora import check_adapter, check_scores
 from workers.engines.model.routers import check_declared
 from workers.engines.shared.optimizer import check_optimizer_config
@@ -433,9 +438,11 @@ def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> 
 def _check_train_layout(
     model: ModelConfig, train: TrainConfig, head: Head, num_devices: int
 ) -> None:
-    check_image_layout(model_config(model, head), train)
+    published = model_config(model, head)
+    check_whole_numbers(model, published)
+    check_image_layout(published, train)
     check = engine_class(train.engine).check
-    ask_engine(train.engine, "check", check, model_config(model, head), train, head, num_devices)
+    ask_engine(train.engine, "check", check, published, train, head, num_devices)
     if train.packing:
         check_packing(model, head)
     if train.lora.enabled:

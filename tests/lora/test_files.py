@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hybridflow.context import RankContext
 from hybridflow.local_pool import LocalPool
-from recipes.checks import check_settings, check_train
+from recipes.checks import check_model, check_settings, check_train
 from recipes.composing import RecipeFile, compose, to_settings
 from recipes.merge import merge
 from recipes.placing import place
@@ -30,7 +30,7 @@ from workers.engines.model.loading import ModelSource
 from workers.engines.model.lora import attach, check_adapter, check_scores
 from workers.engines.model.peft_files import PeftFiles
 from workers.generation.vllm.adapter import engine_options
-from workers.role_config import ActorConfig, ReferenceConfig
+from workers.role_config import ActorConfig, PolicyConfig, ReferenceConfig
 
 REGEX = r".*layers\.[01]\..*\.(q|v)_proj"
 
@@ -293,6 +293,23 @@ def test_heads_go_where_they_are_needed(model: Path, adapter: Path, tmp_path: Pa
 def test_an_adapter_is_no_model(model: Path, adapter: Path) -> None:
     with pytest.raises(ValueError, match=r"set model\.path to its base and train.lora.adapter="):
         check_adapter(ModelConfig(path=str(adapter)), LoraConfig(rank=4), Head.lm)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "mxfp4", "fp8"])
+def test_a_quantized_base_is_refused(
+    model: Path, adapter: Path, tmp_path: Path, method: str
+) -> None:
+    """Finding T10: QLoRA's base can't be merged into. Before the run, and by the merge."""
+    folder = shutil.copytree(model, tmp_path / "quantized")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    train = TrainConfig(lora=LoraConfig(rank=4))
+    policy = PolicyConfig(model=ModelConfig(path=str(folder)), train=train)
+    with pytest.raises(ValueError, match=rf"policy: .*weights are quantized \({method}\)"):
+        check_model("policy", policy, Head.lm, 1)
+    with pytest.raises(ValueError, match="weights are quantized"):
+        merge(str(adapter), str(tmp_path / "merged"), str(folder))
 
 
 def test_a_tied_output_embedding_is_not_merged_into(

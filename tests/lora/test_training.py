@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from hybridflow.local_pool import LocalPool
+from recipes.merge import merge_into
 from tests.engines.threed_cases import PlainRun, load_plain, save_tiny_model
 from tests.experts.plain import save_tiny_mixture
 from tests.lora.plain import adapt, matrices_of, plain_lora_run
@@ -29,9 +30,10 @@ from tests.lora.workers import (
 )
 from tests.matrix import matrix
 from tests.ranks import run_ranks
-from workers.config import ContextExchange, Precision
+from workers.config import ContextExchange, ModelConfig, Precision
 from workers.engines.base import Head
-from workers.engines.model.loading import _initialize_score
+from workers.engines.model.loading import _initialize_score, load_pretrained
+from workers.engines.model.peft_files import PeftFiles
 from workers.engines.model.scored import score_head
 
 EXACT = 1e-6
@@ -176,6 +178,20 @@ def test_a_sync_takes_merged_weights(root: Path, case: Case) -> None:
                 assert_close(value.double(), expected, rtol=rounding, atol=3e-7)
             elif name not in result.trained:
                 assert torch.equal(value, result.base_before[name])
+
+
+def test_files_of_ranks_merge_into_what_the_ranks_send(root: Path) -> None:
+    """Finding T10: the adapter that the ranks of a divided base saved, merged in one process by
+    recipes.merge's function, gives the weights that a sync computed on their shards."""
+    for case in (CASES[4], CASES[7], CASES[9], CASES[10]):
+        config = ModelConfig(path=str(root / case.family), new_head=True)
+        model = load_pretrained(config, case.head)
+        merge_into(model, PeftFiles.read(str(root / f"{case.name}.last")))
+        sent = results(root, case)[0].merged
+        weights = dict(model.named_parameters())
+        assert sent.keys() == weights.keys()
+        for name, value in sent.items():
+            assert_close(value, weights[name].detach(), rtol=0.0, atol=3e-7)
 
 
 def test_resumes_on_another_layout(root: Path, tmp_path: Path) -> None:

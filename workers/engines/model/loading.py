@@ -213,6 +213,7 @@ def load_pretrained(config: ModelConfig, head: Head, seed: int = 0) -> PreTraine
     """The model in float32 on the CPU, a new head drawn from `seed`; ValueError for a path, an
     architecture or weights that do not fit."""
     hf_config = model_config(config, head)
+    check_whole_numbers(config, hf_config)
     try:
         with activity(f"loading the weights of {config.path}"), _own_report():
             model, info = _auto_class(head, hf_config).from_pretrained(
@@ -257,6 +258,18 @@ def build_on_meta(config: ModelConfig, head: Head) -> PreTrainedModel:
             dtype=torch.float32,
             attn_implementation=_attention(config),
             trust_remote_code=config.trust_remote_code,
+        )
+
+
+def check_whole_numbers(config: ModelConfig, published: PretrainedConfig) -> None:
+    """ValueError for quantized weights, which can neither be trained nor have an adapter merged into
+    them."""
+    quantization = published.to_dict().get("quantization_config")
+    if quantization:
+        raise ValueError(
+            f"model.path is {config.path!r}: its weights are quantized "
+            f"({quantization.get('quant_method', 'in a way that is not named')}); use the directory or "
+            "hub name of the same model in float32, bfloat16 or float16"
         )
 
 
