@@ -91,8 +91,8 @@ def batches(case: Case) -> list[Sequences]:
 
 
 def run_worlds(rank: int, root: Path, cases: list[Case]) -> None:
-    """Worlds of 4 and 2 ranks one after the other in the same processes."""
-    for world_size in worlds(rank, root, (4, 2)):
+    """Worlds of 4, 3 and 2 ranks one after the other in the same processes."""
+    for world_size in worlds(rank, root, (4, 3, 2)):
         for case in cases:
             if case.world_size == world_size:
                 torch.save(train(rank, root, case), root / f"{case.name}.{rank}.pt")

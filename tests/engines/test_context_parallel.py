@@ -1,4 +1,4 @@
-"""Context parallelism on 2 and 4 gloo processes against plain PyTorch in one process: outputs,
+"""Context parallelism on 2, 3 and 4 gloo processes against plain PyTorch in one process: outputs,
 losses, gradient norms, weights."""
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ CASES = [
     Case(world_size=4, cp=4, model="qwen3", exchange=RING, micro_batch_tokens=9),
     Case(world_size=4, tp=2, model="gemma3_text", exchange=RING, micro_batch_tokens=30),
     Case(model="gpt_oss", exchange=RING, micro_batch_tokens=30),
+    Case(world_size=3, cp=3, micro_batch_tokens=9),
+    Case(world_size=4, cp=4, model="mistral", exchange=RING, micro_batch_tokens=1),
     _loss("gspo", world_size=4, cp=4),
     _loss("dpo", world_size=4, tp=2, exchange=RING),
     _loss("reward_model", exchange=RING),
@@ -98,6 +100,19 @@ SLOW = [
     Case(world_size=4, tp=2, engine="threed", exchange=RING, checkpointing=True),
     Case(engine="deepspeed", exchange=RING, micro_batch_tokens=30),
     Case(world_size=4, cp=4, by_length=True, exchange=RING, micro_batch_tokens=16),
+    Case(world_size=3, cp=3, model="qwen3", micro_batch_tokens=9),
+    Case(world_size=3, cp=3, model="gemma2", exchange=RING),
+    Case(world_size=3, cp=3, by_length=True, micro_batch_tokens=16),
+    Case(world_size=3, cp=3, engine="threed", micro_batch_tokens=9),
+    Case(world_size=3, cp=3, model="gpt_oss", micro_batch_tokens=9),
+    Case(world_size=3, cp=3, num_rows=1, head=Head.value),
+    Case(world_size=4, cp=4, model="gemma2", exchange=ALLGATHER, micro_batch_tokens=1),
+    Case(world_size=4, cp=4, engine="threed", model="gemma2", micro_batch_tokens=1),
+    Case(world_size=4, pp=2, engine="threed", num_rows=1, model="gpt_oss"),
+    Case(world_size=4, tp=2, num_rows=1, model="gemma2", exchange=RING),
+    Case(world_size=4, num_rows=1, model="gemma2"),
+    Case(world_size=4, cp=4, by_length=True, num_rows=1, micro_batch_tokens=1),
+    Case(world_size=4, cp=4, by_length=True, model="gpt_oss", micro_batch_tokens=16),
     *(_loss(name) for name in LOSSES),
     *(_loss(name, exchange=RING, micro_batch_tokens=30) for name in LOSSES),
     *(_loss(name, world_size=4, cp=4, exchange=ALLGATHER) for name in LOSSES),
@@ -127,7 +142,7 @@ def test_equals_one_process(root: Path, case: Case) -> None:
     training; loss, gradient norm and weights of three steps; every rank reports the same numbers.
     Parts of uneven sizes (finding T24), several micro-batches (T20), a temperature (T21), a single
     row of which some ranks have nothing but prompt (T22), GSPO and DPO, which need whole rows
-    (T23)."""
+    (T23), rows of fewer tokens than ranks, data ranks without a row."""
     if case.engine == "deepspeed":
         pytest.importorskip("deepspeed")
     results: list[Result] = []
