@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from workers.engines.base import Head
 from workers.engines.model.loading import model_config
+from workers.engines.model.peft_files import adapter_rank
 from workers.generation import generation_engine_class
 from workers.role_config import ActorConfig, AdapterSync
 
@@ -30,7 +31,8 @@ def why_merged(config: ActorConfig) -> str:
     model = model_config(config.model, Head.lm)
     if not engine.takes_adapter(model, generation, config.train.lora):
         return (
-            f"generation engine {generation.engine!r} can't take an adapter of this {model.model_type} "
-            f"model with pp={generation.pp}"
+            f"generation engine {generation.engine!r} can't take an adapter of rank "
+            f"{adapter_rank(config.train.lora)} of this {model.model_type} model with "
+            f"pp={generation.pp}"
         )
     return ""
