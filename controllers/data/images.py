@@ -4,7 +4,8 @@ A part is {"type": "image", "image": X} or {"type": "image_url", "image_url": {"
 a data URL, bytes, an image of PIL, or {bytes, path} as columns of the hub have it. A part {"type":
 "image"} without one, and each "<image>" in a text, stands for the next of data.images_column; where a
 conversation has neither, the column's images come before the first user message. References are
-plain values of a row: {"path": ...} or {"base64": ...}. Images on the web are left out.
+plain values of a row, {"path": ...} or {"base64": ...}, with their place in the data. Images on the
+web are left out.
 """
 
 from __future__ import annotations
@@ -54,17 +55,17 @@ def stored_reference(place: str, row: SourceRow, value: Any) -> dict[str, str]:
     if not isinstance(value, str | bytes | bytearray):
         value = _png_of_picture(value)
     if isinstance(value, bytes | bytearray):
-        return {"base64": base64.b64encode(value).decode()}
+        return {"base64": base64.b64encode(value).decode(), "place": place}
     if not isinstance(value, str) or not value:
         raise ValueError(
             f"{place} is {type(value).__name__} {str(value)[:60]!r}; give an image as a path, as "
             "bytes, or as {bytes, path}"
         )
     if value.startswith("data:"):
-        return {"base64": _of_data_url(place, value)}
+        return {"base64": _of_data_url(place, value), "place": place}
     if value.startswith(("http://", "https://")):
         raise ValueError(f"{place} is {value[:80]!r}; download it, and give its path")
-    return {"path": str(_found(place, row, value.removeprefix("file://")))}
+    return {"path": str(_found(place, row, value.removeprefix("file://"))), "place": place}
 
 
 def _png_of_picture(value: Any) -> Any:
@@ -193,5 +194,5 @@ def images_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 def reference_of(stored: Mapping[str, str]) -> ImageReference:
     """The image that a plain value refers to."""
     if "path" in stored:
-        return ImageReference(path=stored["path"])
-    return ImageReference(encoded=base64.b64decode(stored["base64"]))
+        return ImageReference(path=stored["path"], place=stored["place"])
+    return ImageReference(encoded=base64.b64decode(stored["base64"]), place=stored["place"])

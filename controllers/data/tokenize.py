@@ -143,14 +143,14 @@ class PromptTokenizer:
                 add_generation_prompt=generation_prompt,
                 **self.template_arguments(row),
             )
-            if self.images is not None:
-                text = self._with_images(row, messages, str(text))
         except TEMPLATE_ERRORS as error:
             raise ValueError(
                 f"{row.place}: the chat template rejects the messages ({_line(error)}); change one "
                 "of the two"
             ) from error
         assert isinstance(text, str)
+        if self.images is not None:
+            text = self._with_images(row, messages, text)
         if not self.tools_checked:
             self._check_tools(row, messages, text, generation_prompt)
         return text
@@ -162,7 +162,10 @@ class PromptTokenizer:
         try:
             return self.images.expand(text, references)
         except ValueError as error:
-            raise ValueError(f"{row.place}: {error}") from error
+            problem = str(error)
+            if not problem.startswith(row.place):  # an image names its place itself
+                problem = f"{row.place}: {problem}"
+            raise ValueError(problem) from error
 
     def _check_tools(
         self, row: SourceRow, messages: Any, text: str, generation_prompt: bool

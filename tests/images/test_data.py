@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +113,49 @@ def test_mistakes(
         load(write(tmp_path / "rows.jsonl", row), images)
     assert "rows.jsonl, line 1" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def damaged(kind: str) -> bytes:
+    """The bytes of an image that can't be used."""
+    if kind == "bomb":  # the head of a PNG with 20,000 x 20,000 pixels
+        size = b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+        return png(CAT)[:12] + size + struct.pack(">I", zlib.crc32(size)) + png(CAT)[33:]
+    buffer = io.BytesIO()
+    CAT.save(buffer, format=kind)
+    return buffer.getvalue()[:-40]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "bomb"])
+@pytest.mark.parametrize("column", ["images", "prompt"])
+def test_damaged_images(images: ImageProcessor, tmp_path: Path, kind: str, column: str) -> None:
+    """A file that is cut short, and one that would fill the memory: one line with the row, the column
+    and the file, before anything starts."""
+    (tmp_path / "a.img").write_bytes(damaged(kind))
+    row: dict[str, Any] = {"prompt": asked({"type": "image", "image": "a.img"})}
+    if column == "images":
+        row = {"prompt": asked({"type": "image"}), "images": ["a.img"]}
+    with pytest.raises(ValueError, match=r"the image .*a\.img' can't be read as an image") as error:
+        load(write(tmp_path / "rows.jsonl", row), images)
+    assert str(error.value).startswith(f"{tmp_path / 'rows.jsonl'}, line 1")
+    assert str(error.value).count("line 1") == 1
+    assert repr(column) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_image_that_is_damaged_during_the_run_is_named(
+    images: ImageProcessor, tmp_path: Path
+) -> None:
+    """On the rank that reads it."""
+    (tmp_path / "a.png").write_bytes(png(CAT))
+    row = {"prompt": asked({"type": "image"}), "images": ["a.png"]}
+    rows = load(write(tmp_path / "rows.jsonl", row), images)
+    ((reference,),) = rows.all().objects("images")
+    (tmp_path / "a.png").write_bytes(damaged("PNG"))
+    with pytest.raises(ValueError, match=r"line 1: 'images': the image .* can't be read as an"):
+        images.pixels(reference)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"line 1: 'images': the image .* can't be read as an"):
+        images.pixels(reference)
 
 
 def test_a_model_without_images(tmp_path: Path) -> None:

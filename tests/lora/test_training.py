@@ -83,6 +83,10 @@ SLOW = [
     Case(engine="threed", world_size=4, cp=2, tp=2, family="phi3"),
     Case(engine="threed", world_size=4, cp=4, exchange=ContextExchange.allgather),
     Case(engine="deepspeed", world_size=2, cp=2, zero=3),
+    Case(world_size=2, family="gpt_oss", targets=("q_proj", "o_proj")),
+    Case(world_size=4, ep=2, family="qwen3_moe", targets=("q_proj", "o_proj"), layered=True),
+    Case(world_size=4, ep=4, tp=2, family="qwen3_moe", targets=("v_proj", "o_proj")),
+    Case(engine="threed", world_size=4, ep=2, pp=2, family="qwen3_moe", targets=("q_proj",)),
 ]
 
 
@@ -90,7 +94,7 @@ SLOW = [
 def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], list[Any]]) -> Path:
     """Folder with the models and everything that the processes wrote."""
     root = tmp_path_factory.mktemp("lora")
-    for family in ("llama", "qwen3", "gemma3_text", "phi3"):
+    for family in ("llama", "qwen3", "gemma3_text", "phi3", "gpt_oss"):
         save_tiny_model(root / family, family, layers=2, tied=family == "gemma3_text")
     save_tiny_model(root / "deep", "llama", layers=4)
     save_tiny_mixture(root / "qwen3_moe", "qwen3_moe")

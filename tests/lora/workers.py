@@ -43,6 +43,7 @@ class Case:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    ep: int = 1
     exchange: ContextExchange = ContextExchange.auto
     zero: int = 2
     stages: int = 1
@@ -63,6 +64,8 @@ class Case:
         sizes = f"w{self.world_size}t{self.tp}p{self.pp}z{self.zero}s{self.stages}"
         if self.cp > 1:
             sizes += f"c{self.cp}{self.exchange.value}"
+        if self.ep > 1:
+            sizes += f"e{self.ep}"
         return "-".join([self.engine, sizes, self.family, self.head.value, targets, *flags])
 
 
@@ -120,6 +123,7 @@ def train_config(case: Case) -> TrainConfig:
         tp=case.tp,
         pp=case.pp,
         cp=case.cp,
+        ep=case.ep,
         cp_exchange=case.exchange,
         zero_stage=case.zero,
         pipeline_schedule="interleaved_1f1b" if case.stages > 1 else "1f1b",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:  # runs without images do not need it
     from PIL import Image
@@ -16,6 +20,12 @@ ORIENTATION = 0x0112
 """The EXIF tag that says how an image is turned."""
 TURNED = (5, 6, 7, 8)
 """Its values for which width and height are exchanged."""
+
+ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")
+"""The last bytes of JPEG and PNG files."""
+LAST_BYTES = 8
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+"""What Pillow raises for files that are cut short or damaged."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,9 @@ class ImageReference:
     encoded: bytes | None = None
     """The contents of an image file."""
 
+    place: str = field(default="", compare=False)
+    """Where it stands in the data, for messages: the row and the column."""
+
     @cached_property
     def key(self) -> str:
         """Tells images apart: the path, or a digest of the bytes."""
@@ -35,7 +48,10 @@ class ImageReference:
         return hashlib.blake2b(self.encoded, digest_size=16).hexdigest()
 
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels; reads the head of the file only."""
+        """Height and width in pixels. Reads the two ends of a JPEG file, and all of another or of one that
+        does not end as it should. A ValueError names an image that can't be read."""
+        if not self._ends_well():
+            self.read()
         with self._opened() as image:
             width, height = image.size
             if image.getexif().get(ORIENTATION) in TURNED:
@@ -47,21 +63,37 @@ class ImageReference:
         from PIL import ImageOps
 
         with self._opened() as image:
-            try:
-                return ImageOps.exif_transpose(image).convert("RGB")
-            except OSError as error:
-                raise ValueError(f"{self} can't be read as an image: {error}") from error
+            return ImageOps.exif_transpose(image).convert("RGB")
 
-    def _opened(self) -> Image.Image:
+    @contextmanager
+    def _opened(self) -> Iterator[Image.Image]:
+        """The image; what can't be read in it is a ValueError in one line."""
         from PIL import Image
 
         source = io.BytesIO(self.encoded) if self.encoded is not None else Path(str(self.path))
         try:
-            return Image.open(source)
+            with Image.open(source) as image:
+                yield image
+        except (*DAMAGE, Image.DecompressionBombError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self} can't be read as an image: {reason}") from error
+
+    def _ends_well(self) -> bool:
+        """Whether the last bytes are the end of a whole JPEG or PNG file."""
+        try:
+            with self._bytes() as file:
+                file.seek(-min(LAST_BYTES, file.seek(0, io.SEEK_END)), io.SEEK_END)
+                return file.read().endswith(ENDS)
         except OSError as error:
-            raise ValueError(f"{self} can't be read as an image: {error}") from error
+            raise ValueError(f"{self} can't be read: {error}") from error
+
+    def _bytes(self) -> BinaryIO:
+        if self.encoded is not None:
+            return io.BytesIO(self.encoded)
+        return Path(str(self.path)).open("rb")
 
     def __str__(self) -> str:
+        before = f"{self.place}: " if self.place else ""
         if self.encoded is None:
-            return f"the image {self.path!r}"
-        return f"an image of {len(self.encoded)} bytes"
+            return f"{before}the image {self.path!r}"
+        return f"{before}an image of {len(self.encoded)} bytes"
