@@ -25,7 +25,7 @@ ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")
 """The last bytes of JPEG and PNG files."""
 LAST_BYTES = 8
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-"""What Pillow raises for files that are cut short or damaged."""
+"""Errors of Pillow for files that are cut short or damaged."""
 
 
 @dataclass(frozen=True)
