@@ -36,14 +36,16 @@ class GroupTransport:
         a round need not have all of them."""
         self.group = group
         self.rank = rank_in(group)
-        if torch.cuda.is_available() and torch.device("cuda") in device_kinds(group):
-            dist.all_reduce(torch.zeros(1, device="cuda"), group=group)
+        for device in device_kinds(group):
+            usable = device.type != "cuda" or torch.cuda.is_available()
+            if usable and sends_rounds_whole(group, device):
+                dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     def post(
         self, receives: Sequence[Message], sends: Sequence[Message]
     ) -> tuple[list[Callable[[], None]], Callable[[], None]]:
         tensors = [tensor for _, tensor in (*receives, *sends)]
-        if tensors and tensors[0].is_cuda:
+        if tensors and sends_rounds_whole(self.group, tensors[0].device):
             wait = self._post_together(receives, sends, tensors[0].device)
             return [wait] * len(receives), wait
         works = self._start(receives, sends)
@@ -76,6 +78,14 @@ def rank_in(group: dist.ProcessGroup | None) -> int:
     if group is not None:
         return int(group.rank())
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def sends_rounds_whole(group: dist.ProcessGroup | None, device: torch.device) -> bool:
+    """Whether the group's backend for `device` takes the messages of a round as one operation, as
+    NCCL does and gloo does not."""
+    group = group if group is not None else dist.group.WORLD
+    assert group is not None
+    return bool(group._get_backend(device).supports_coalescing)
 
 
 def device_kinds(group: dist.ProcessGroup | None) -> list[torch.device]:

@@ -37,10 +37,16 @@ SOURCES = {
 }
 
 
-def run(rank: int, directory: str) -> None:
+def run(
+    rank: int,
+    directory: str,
+    backend: str = "gloo",
+    spanning: dist.ProcessGroup | None = None,
+) -> None:
+    """`spanning`: the group of the case with two pools (None: the world)."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{directory}/world", rank=rank, world_size=NUM_RANKS
+        backend, init_method=f"file://{directory}/world", rank=rank, world_size=NUM_RANKS
     )
     results = {
         name: {
@@ -49,7 +55,7 @@ def run(rank: int, directory: str) -> None:
         }
         for name, source in SOURCES.items()
     }
-    results |= {"faults": faults(rank), "pools": pools(rank)}
+    results |= {"faults": faults(rank), "pools": pools(rank, spanning)}
     Path(directory, f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
@@ -122,19 +128,18 @@ def faults(rank: int) -> str:
     return "not noticed"
 
 
-def pools(rank: int) -> int:
-    """Ranks 0, 1 train, ranks 2, 3 generate with tp=2; one group spans both pools; each side
-    only knows its own parameters."""
+def pools(rank: int, group: dist.ProcessGroup | None = None) -> int:
+    """Ranks 0, 1 train, ranks 2, 3 generate with tp=2; one group (None: the world) spans both
+    pools; each side only knows its own parameters."""
     training = fsdp(RULES, 2).relabel([0, 1], NUM_RANKS)
     target = generation(RULES, vanilla(2, tp=2)).relabel([2, 3], NUM_RANKS)
     full = full_tensors(training)
     sources = allocate(training, full, only=rank)[0] if rank < 2 else []
     destinations = allocate(target, only=rank)[0] if rank >= 2 else []
-    plan = compile(
-        ShardMap.gather(sources), ShardMap.gather(destinations), bucket_bytes=BUCKET_BYTES
-    )
+    source, wanted = ShardMap.gather(sources, group), ShardMap.gather(destinations, group)
+    plan = compile(source, wanted, bucket_bytes=BUCKET_BYTES)
     verify(plan)
-    report = Executor(plan, sources, destinations).run()
+    report = Executor(plan, sources, destinations, group).run()
     assert_holds([destinations], full)
-    Attestor(plan.source, sources, plan.target, destinations).run()
+    Attestor(plan.source, sources, plan.target, destinations, group).run()
     return report.received_bytes

@@ -1,0 +1,81 @@
+"""Stage B of the rehearsal: NCCL's rules, held by groups over gloo (docs/gpu.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.engines.test_threed import CASES, FP32
+from tests.engines.threed_cases import load_plain, plain_run, save_tiny_model
+from tests.engines.threed_workers import OPTIMIZER, Case, Job, Result, batches
+from tests.matrix import matrix
+from tests.ranks import run_ranks
+from tests.rehearsal import nccl_cases
+from tests.resharding.gloo_cases import NUM_RANKS, SOURCES
+from workers.engines.base import Head
+
+PIPELINES = [Case(p=2, d=2, virtual=2, model="llama-tied"), Case(p=2, t=2)]
+SLOW = [case for case in CASES if case.world_size > 1 and case not in PIPELINES]
+
+
+def test_what_nccl_does_not_do_is_refused_in_one_line(tmp_path: Path) -> None:
+    """The two last but one: the transport of resharding with its batches or its first collective
+    taken back. One rank of two notices where they differ."""
+    run_ranks(nccl_cases.breaches, (str(tmp_path),), 2)
+    texts = [json.loads((tmp_path / f"breaches{rank}.json").read_text()) for rank in range(2)]
+    for breach, expected in nccl_cases.BREACHES.items():
+        name = breach.__name__
+        refused = [text[name] for text in texts if name in text]
+        if not expected:
+            assert not refused
+            continue
+        assert refused and all(expected in line and "\n" not in line for line in refused), name
+        alone = name in ("other_sizes", "other_order", "written_early")
+        assert len(refused) == (1 if alone else 2), name
+
+
+def test_resharding_holds_the_rules(tmp_path: Path) -> None:
+    """All pairs of layouts, and two pools over a group of their own (G14's kind of fault)."""
+    run_ranks(nccl_cases.resharding, (str(tmp_path),), NUM_RANKS)
+    for rank in range(NUM_RANKS):
+        result = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert "model.embed_tokens.weight" in result["faults"]
+        for source in SOURCES:
+            for row in result[source].values():
+                assert row["received"] == row["bound"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], list[Any]]) -> Path:
+    root = tmp_path_factory.mktemp("ruled")
+    cases: list[Case] = selected("case")
+    for model in sorted({case.model for case in cases}):
+        family = model.removesuffix("-tied")
+        tied = model.endswith("-tied") or family.startswith("gemma")
+        save_tiny_model(root / model, family, tied=tied)
+    for head in (Head.value, Head.score):
+        if any(case.head is head for case in cases):
+            load_plain(root / "llama", head).save_pretrained(root / f"llama-{head.value}")
+    worlds: list[tuple[int, list[Job]]] = []
+    for size in (4, 2):
+        worlds.append((size, [("train", case) for case in cases if case.world_size == size]))
+    run_ranks(nccl_cases.pipelines, (root, worlds), 4)
+    return root
+
+
+@pytest.mark.parametrize("case", matrix(PIPELINES, SLOW), ids=lambda case: case.name)
+def test_pipelines_hold_the_rules(root: Path, case: Case) -> None:
+    """Messages of a tick in one batch, collectives in one order (G26): the losses of one plain
+    process."""
+    folder = case.model if case.head is Head.lm else f"{case.model}-{case.head.value}"
+    plain = plain_run(load_plain(root / folder, case.head), case.head, batches(case), OPTIMIZER)
+    for rank in range(case.world_size):
+        result: Result = torch.load(root / case.name / f"result{rank}.pt", weights_only=False)
+        losses = [step["loss"] for step in result.metrics]
+        assert_close(losses, plain.losses, rtol=FP32, atol=FP32)
