@@ -35,6 +35,7 @@ ONLY_IN_THE_WHEEL = (
     "vllm._flashmla_C",
     "vllm._flashmla_extension_C",
     "vllm.cumem_allocator",
+    "vllm.third_party.flashmla",
     "vllm.vllm_flash_attn._vllm_fa2_C",
     "vllm.vllm_flash_attn._vllm_fa3_C",
 )
@@ -79,13 +80,22 @@ def stub_nvml(gpu: Gpu) -> None:
     os.environ["VLLM_CUDART_SO_PATH"] = str(library)  # it has the CUDA runtime's names too
 
 
+class AnyMethod(type):
+    """A class of the wheel: it can be made of anything, and has every method."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **options: None
+
+
 class AnyName(ModuleType):
-    """A module in which every name is a class that can be called with anything."""
+    """A module in which every name is a class."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        stand_in = type(name, (), {"__init__": lambda self, *args, **options: None})
+        stand_in = AnyMethod(name, (), {"__init__": lambda self, *args, **options: None})
         setattr(self, name, stand_in)
         return stand_in
 

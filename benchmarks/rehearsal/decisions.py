@@ -68,12 +68,16 @@ LATENT = SIZES | {
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
     "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
 }
 MODELS: dict[str, PretrainedConfig] = {
     "dense": Qwen2Config(**SIZES, architectures=["Qwen2ForCausalLM"]),
     "heads of 80": LlamaConfig(**SIZES, head_dim=80, architectures=["LlamaForCausalLM"]),
     "soft-capped, heads of 256": Gemma2Config(
-        **SIZES, head_dim=256, architectures=["Gemma2ForCausalLM"]
+        **(SIZES | {"tie_word_embeddings": True}),
+        head_dim=256,
+        architectures=["Gemma2ForCausalLM"],
     ),
     "latent": DeepseekV2Config(
         **LATENT, first_k_dense_replace=2, architectures=["DeepseekV2ForCausalLM"]
@@ -108,7 +112,7 @@ class Decision:
     reshaped: list[str] | None = None
     """Parameters whose shape or strides are others after loading."""
     replaced: list[str] | None = None
-    """Parameters that are other tensors after loading."""
+    """Parameters whose memory is another one after loading."""
     parameters: int = 0
     staged: int | None = None
     """Tensors that a sync can't write in place."""
@@ -181,8 +185,12 @@ def after_loading(model: nn.Module, engine: Any, row: Decision) -> None:
         now = after.get(name)
         if now is None or (tuple(now.shape), now.stride()) != (shape, stride):
             row.reshaped.append(name)
-        elif now is not parameter:
+        elif storage_of(now) != storage_of(parameter):
             row.replaced.append(name)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def attention_of(engine: Any, row: Decision) -> None:

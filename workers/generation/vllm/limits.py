@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
+from workers.config import Precision
 from workers.engines.model.loading import standard_sizes
 from workers.generation import other_engines
 from workers.generation.cache import num_kv_heads
@@ -85,13 +86,26 @@ def check_fits(model: PretrainedConfig, config: GenerationConfig) -> None:
             f"(max_window_layers={sizes['max_window_layers']} in the model's config.json); set "
             f"generation.engine to {other_engines('vllm')}, or use_sliding_window=false in that file"
         )
-    if sizes.get("kv_lora_rank") and installed_kind() == "cpu":
+    if sizes.get("kv_lora_rank"):
+        check_latent(sizes, config.precision, installed_kind())
+    check_long_rope(sizes, config.max_model_len)
+
+
+def check_latent(sizes: Mapping[str, Any], precision: Precision, build: str) -> None:
+    """ValueError for latent attention that vLLM's build for "cpu" computes inexactly and the one for
+    "cuda" in half precision only."""
+    if build == "cpu":
         raise ValueError(
             f"generation.engine is 'vllm', whose CPU build computes latent attention "
             f"({sizes['model_type']}) otherwise than transformers, by 0.06 in log-probs and more; set "
             f"generation.engine to {other_engines('vllm')}, or generate on GPUs"
         )
-    check_long_rope(sizes, config.max_model_len)
+    if build == "cuda" and precision is Precision.fp32:
+        raise ValueError(
+            f"generation.precision is fp32, in which vLLM has no latent attention "
+            f"({sizes['model_type']}) on GPUs; set generation.precision=bf16, or generation.engine to "
+            f"{other_engines('vllm')}"
+        )
 
 
 def check_long_rope(sizes: Mapping[str, Any], max_model_len: int) -> None:
