@@ -20,7 +20,7 @@ from workers.generation.cache import MAX_CACHE_BYTES, cache_bytes, cache_bytes_o
 from workers.generation.config import GenerationConfig
 from workers.generation.hf import HfEngine
 from workers.generation.vllm.engine import VllmEngine
-from workers.generation.vllm.limits import check_fits, why_not
+from workers.generation.vllm.limits import check_fits, check_latent, why_not
 
 
 def family(name: str) -> Family:
@@ -261,3 +261,10 @@ def run(directory: Path, entry: Family, more: list[str], **changes: object) -> l
     if any(setting.startswith("runtime=") for setting in more):
         arguments.remove("runtime=local")
     return [*arguments, *more]
+
+
+def test_gpus_compute_latent_attention_in_half_precision_only() -> None:
+    """Every latent backend of vLLM's is float16 or bfloat16: tests/rehearsal/test_vllm_decisions.py."""
+    check_latent({"model_type": "deepseek_v2"}, Precision.bf16, "cuda")
+    with pytest.raises(ValueError, match=r"precision is fp32.*set generation\.precision=bf16"):
+        check_latent({"model_type": "deepseek_v2"}, Precision.fp32, "cuda")
