@@ -29,9 +29,9 @@ def run_ranks(function: Callable[..., None], args: Sequence[Any], num_ranks: int
     )
 
 
-def worlds(rank: int, root: Path, sizes: Sequence[int]) -> Iterator[int]:
-    """Gloo worlds of these sizes one after the other in the same processes; one that has no rank
-    `rank` is left out. Each is there until the next size is asked for:
+def worlds(rank: int, root: Path, sizes: Sequence[int], backend: str = "gloo") -> Iterator[int]:
+    """Worlds of these sizes one after the other in the same processes; one that has no rank `rank`
+    is left out. Each is there until the next size is asked for:
 
     for world_size in worlds(rank, root, (4, 2)):
         ...
@@ -40,7 +40,7 @@ def worlds(rank: int, root: Path, sizes: Sequence[int]) -> Iterator[int]:
     for world_size in sizes:
         if rank < world_size:
             dist.init_process_group(
-                "gloo",
+                backend,
                 init_method=f"file://{root}/store{world_size}",
                 rank=rank,
                 world_size=world_size,

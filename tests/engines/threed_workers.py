@@ -86,11 +86,13 @@ class Result:
     metrics: list[dict[str, float]] = field(default_factory=list)
 
 
-def run_worlds(rank: int, root: Path, jobs: list[tuple[int, list[Job]]]) -> None:
+def run_worlds(
+    rank: int, root: Path, jobs: list[tuple[int, list[Job]]], backend: str = "gloo"
+) -> None:
     """Worlds of several sizes, each with its jobs (the name of a function below and its argument),
     which all ranks run in order."""
     by_size = dict(jobs)
-    for world_size in worlds(rank, root, list(by_size)):
+    for world_size in worlds(rank, root, list(by_size), backend):
         for name, argument in by_size[world_size]:
             JOBS[name](rank, root, argument)
 

@@ -183,6 +183,4 @@ def resharding(rank: int, directory: str) -> None:
 def pipelines(rank: int, root: Path, worlds: list[tuple[int, list[threed_workers.Job]]]) -> None:
     """Saving sends parts through host memory, which a world of GPUs sends over gloo."""
     nccl_rules.register(messages_from_host=True)
-    for world_size, jobs in worlds:
-        if rank < world_size:
-            threed_workers.run_world(rank, root, world_size, jobs, nccl_rules.BACKEND)
+    threed_workers.run_worlds(rank, root, worlds, nccl_rules.BACKEND)
