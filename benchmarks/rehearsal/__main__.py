@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 CASES = (
     ("fsdp", "1"),
     ("fsdp", "8"),
+    ("fsdp", "8", "experts"),
     ("threed", "1"),
     ("threed", "4", "tp=2"),
     ("deepspeed", "1", "zero_stage=2"),

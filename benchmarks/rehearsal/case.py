@@ -2,6 +2,7 @@
 
     python -m benchmarks.rehearsal.case DIRECTORY fsdp 8
     python -m benchmarks.rehearsal.case DIRECTORY threed 4 tp=2
+    python -m benchmarks.rehearsal.case DIRECTORY fsdp 8 experts
 
 Prints a JSON list of rows {stage, case, launches, syncs, copies}: the engine's build, and what a
 forward pass and a training step cost for each micro-batch.
@@ -46,6 +47,8 @@ from workers.sequences import Sequences
 LENGTHS, SCORED = (20, 30, 40, 50, 60), (10, 10, 20, 20, 30)
 MICRO_BATCH_TOKENS, MICRO_BATCHES = 128, 2
 VOCABULARY = 512
+EXPERTS = "experts"
+"""The change that makes the model a mixture of experts."""
 LOSSES: dict[Head, LossFn] = {
     Head.lm: policy_loss(PolicyLossConfig()),
     Head.value: value_loss(ValueLossConfig()),
@@ -93,6 +96,27 @@ def sequences(head: Head) -> Sequences:
     return Sequences(token_ids=ids, lengths=lengths, scored_lengths=scored, per_token=columns)
 
 
+def make_experts(directory: Path) -> None:
+    """A Qwen3-MoE of two layers with four experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(directory)
+
+
 class Counter:
     """with Counter(rows, hollow, "fsdp lm forward", divisor): ..."""
 
@@ -121,6 +145,8 @@ def run_engine(
 ) -> list[Row]:
     rows: list[Row] = []
     layout = f"{name} tp={config.tp} on {world_size}, {head.value}"
+    if directory.name == EXPERTS:
+        layout = f"{layout} with experts"
     context = RankContext(role="actor", rank=0, world_size=world_size, device="cuda:0")
     with Counter(rows, hollow, f"{layout}: build"):
         engine = engine_class(name)(
@@ -172,8 +198,12 @@ def main(directory: Path, name: str, world_size: int, *changes: str) -> list[Row
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     become_gpu()
+    make = make_model
+    if EXPERTS in changes:
+        directory, make = directory / EXPERTS, make_experts
+        changes = tuple(change for change in changes if change != EXPERTS)
     if not (directory / "config.json").exists():
-        make_model(directory)
+        make(directory)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     settings = {key: int(value) for key, _, value in (change.partition("=") for change in changes)}
     config = TrainConfig(

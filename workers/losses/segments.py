@@ -23,7 +23,8 @@ def segment_sum(values: Tensor, row: Tensor, num_rows: int) -> Tensor:
 
 def segment_count(row: Tensor, num_rows: int) -> Tensor:
     """int64 [num_rows]: tokens of each row."""
-    return torch.bincount(row, minlength=num_rows)
+    # Not bincount: its length depends on the values, so that the host would wait for the device.
+    return row.new_zeros(num_rows).index_add_(0, row, torch.ones_like(row))
 
 
 def segment_mean(values: Tensor, row: Tensor, num_rows: int) -> Tensor:

@@ -136,7 +136,8 @@ def _exchanging(compute: Compute, total: int, group: ProcessGroup) -> Compute:
     def run(hidden: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         chosen = experts.reshape(-1)
         order = torch.argsort(chosen, stable=True)
-        leaving = torch.bincount(chosen, minlength=total).view(group.size(), count)
+        leaving = chosen.new_zeros(total).index_add_(0, chosen, torch.ones_like(chosen))
+        leaving = leaving.view(group.size(), count)
         arriving = torch.empty_like(leaving)
         dist.all_to_all_single(arriving, leaving, group=group)
         # Both at once: this is where the host waits for the device.

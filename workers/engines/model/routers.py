@@ -89,11 +89,13 @@ class Load:
     def replay_metrics(self) -> dict[str, float]:
         """The share of tokens whose routes were replayed (the others have none), and the share of
         those that the routers would have sent to the same experts; over all layers."""
-        tokens = self.tokens.sum().clamp(min=1)
-        return {
-            "router/replayed": float(self.replayed.sum() / tokens),
-            "router/agreement": float(self.agreed.sum() / self.replayed.sum().clamp(min=1)),
-        }
+        replayed, tokens = self.replayed.sum(), self.tokens.sum()
+        return as_floats(
+            {
+                "router/replayed": replayed / tokens.clamp(min=1),
+                "router/agreement": self.agreed.sum() / replayed.clamp(min=1),
+            }
+        )
 
     def metrics(self) -> dict[str, float]:
         """Numbers of how even the load is, by layer: their mean, and the worst layer's."""
@@ -101,13 +103,20 @@ class Load:
         experts = fraction.shape[-1]
         imbalance = fraction.max(-1).values * experts
         entropy = torch.special.entr(fraction).sum(-1) / math.log(experts)
-        return {
-            "router/imbalance": float(imbalance.mean()),
-            "router/imbalance_max": float(imbalance.max()),
-            "router/load_entropy": float(entropy.mean()),
-            "router/load_entropy_min": float(entropy.min()),
-            "router/dead_experts": float((self.chosen == 0).double().mean()),
-        }
+        return as_floats(
+            {
+                "router/imbalance": imbalance.mean(),
+                "router/imbalance_max": imbalance.max(),
+                "router/load_entropy": entropy.mean(),
+                "router/load_entropy_min": entropy.min(),
+                "router/dead_experts": (self.chosen == 0).double().mean(),
+            }
+        )
+
+
+def as_floats(numbers: Mapping[str, Tensor]) -> dict[str, float]:
+    """The same numbers on the host, which waits once for all of them."""
+    return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
 
 
 class Routers:
@@ -219,8 +228,8 @@ class Routers:
                 if native is not None and routing.routes is not None:
                     replayed = routing.routes[:, index, 0] >= 0
                     same = (native.sort(-1).values == experts.sort(-1).values).all(-1)
-                    count.replayed[index] += row_counts[replayed].sum()
-                    count.agreed[index] += row_counts[replayed & same].sum()
+                    count.replayed[index] += row_counts @ replayed.double()
+                    count.agreed[index] += row_counts @ (replayed & same).double()
         if self._factors is None:
             return weights
         loss = row_counts.float() @ (probabilities(router, logits) @ self._factors[index])

@@ -76,7 +76,9 @@ def routing_of(
 ) -> Routing:
     """The routing of a pass over `num_tokens` input ids. Rows that share a token have the same
     routes for it."""
-    row_counts = torch.bincount(places, minlength=num_tokens).double()
+    # Not bincount: its length depends on the values, so that the host would wait for the device.
+    one = torch.ones((), dtype=torch.float64, device=places.device)
+    row_counts = one.new_zeros(num_tokens).index_add_(0, places, one.expand(len(places)))
     routes = None
     if row_routes is not None:
         routes = row_routes.new_full((num_tokens, *row_routes.shape[1:]), -1)
