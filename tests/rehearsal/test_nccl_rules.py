@@ -64,7 +64,9 @@ def root(tmp_path_factory: pytest.TempPathFactory, selected: Callable[[str], lis
             load_plain(root / "llama", head).save_pretrained(root / f"llama-{head.value}")
     worlds: list[tuple[int, list[Job]]] = []
     for size in (4, 2):
-        worlds.append((size, [("train", case) for case in cases if case.world_size == size]))
+        jobs: list[Job] = [("train", case) for case in cases if case.world_size == size]
+        if jobs:  # a world that ends at once may end before its last rank has joined
+            worlds.append((size, jobs))
     run_ranks(nccl_cases.pipelines, (root, worlds), 4)
     return root
 

@@ -116,7 +116,7 @@ class Load:
 
 def as_floats(numbers: Mapping[str, Tensor]) -> dict[str, float]:
     """The same numbers on the host, which waits once for all of them."""
-    return dict(zip(numbers, torch.stack(list(numbers.values())).tolist(), strict=True))
+    return dict(zip(numbers, torch.stack(list(numbers.values())).cpu().tolist(), strict=True))
 
 
 class Routers:
