@@ -39,6 +39,7 @@ from hybridflow.recovery.config import RecoveryConfig
 from hybridflow.recovery.events import Event, Place
 from hybridflow.recovery.machine import decide
 from hybridflow.recovery.state import Phase, Policy, begin
+from hybridflow.snapshots.reading import FilesMissing
 from hybridflow.supervision import SUPERVISION
 from hybridflow.waiting import CALLS
 
@@ -429,13 +430,13 @@ class Driver:
                         raise FileNotFoundError("its files are gone")
                     commit = self.saving.verified(commit)
                 except (OSError, ValueError) as error:
-                    lost = commit is None
+                    lost = commit is None or isinstance(error, FilesMissing)
                     self._put(
                         on.RestoreFailed(
                             step=action.step,
                             place=action.place,
                             incarnation=action.incarnation,
-                            damaged=not lost,
+                            damaged=not (lost and action.place is Place.memory),
                             lost=lost,
                             cause=str(error),
                         )

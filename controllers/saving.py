@@ -26,6 +26,7 @@ from hybridflow.results import Results
 from hybridflow.snapshots.files import Written
 from hybridflow.snapshots.flush import Flushed
 from hybridflow.snapshots.memory import MemoryPlace
+from hybridflow.snapshots.reading import FilesMissing
 from workers.roles import TrainedRole
 
 LOGGER = logging.getLogger(__name__)
@@ -292,14 +293,17 @@ class Saving:
 
     def verified(self, commit: Commit) -> Commit:
         """The commit with its state, after everything that can be wrong with its files was looked
-        for. A ValueError that names the file."""
+        for. A ValueError that names the file; FilesMissing where memory does not hold it any more."""
         if commit.place == DISK:
             return replace(commit, state=load_metadata(commit.path))
         for name, role in self.trained.items():
             directory = str(commit.path / name)
-            for problem in each(role.check_snapshot, directory, commit.stamp or ""):
-                if problem:
-                    raise ValueError(problem)
+            checks = list(each(role.check_snapshot, directory, commit.stamp or ""))
+            for check in sorted(checks, key=lambda check: check.is_missing):
+                if check.problem and check.is_missing:
+                    raise FilesMissing(check.problem)
+                if check.problem:
+                    raise ValueError(check.problem)
         return commit
 
     def load(self, commit: Commit) -> None:

@@ -311,6 +311,7 @@ class RayPool(ResourcePool):
     def stacks(self) -> dict[int, str]:
         """Every host's Python stacks, also of hosts that are stuck in native code."""
         import ray
+        from ray.exceptions import RayError
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         answers = {}
@@ -328,7 +329,10 @@ class RayPool(ResourcePool):
         stacks = dict.fromkeys(answers, "(its node did not answer within 30 s)")
         for rank, answer in answers.items():
             if answer in done:
-                stacks[rank] = ray.get(answer)
+                try:
+                    stacks[rank] = ray.get(answer)
+                except RayError as error:  # its node is lost
+                    stacks[rank] = f"({type(error).__name__}: its node did not answer)"
         return stacks
 
     def kill(self, reason: str) -> None:
@@ -391,19 +395,40 @@ class RayPool(ResourcePool):
         """Ends what the processes leave behind on nodes that are still there: a stopped process
         ignores Ray's kill, children outlive their parent, and device memory comes back late."""
         import ray
+        from ray.exceptions import RayError
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        answers = []
-        for node in sorted(set(self._nodes) & alive):
+        answers: dict[Any, str] = {}
+        for node in sorted(set(self._nodes) & alive_nodes()):
             strategy = NodeAffinitySchedulingStrategy(node, soft=False)
             task = ray.remote(end_processes).options(num_cpus=0, scheduling_strategy=strategy)
-            answers.append(task.remote(self._token, self.spec.device, self.spec.bury_s))
-        done, late = ray.wait(answers, num_returns=len(answers), timeout=2 * self.spec.bury_s)
-        left = list(chain.from_iterable(ray.get(done)))
-        if left or late:
+            answer = task.remote(self._token, self.spec.device, self.spec.bury_s)
+            answers[answer] = node
+        left: list[str] = []
+        deadline = time.monotonic() + 2 * self.spec.bury_s
+        while answers and time.monotonic() < deadline:
+            done, _ = ray.wait(list(answers), timeout=waiting.POLL_S)
+            for answer in done:
+                try:
+                    (of_node,) = ray.get([answer])
+                    left += of_node
+                except RayError:
+                    if answers[answer] in alive_nodes():
+                        raise
+                del answers[answer]
+            # A node that is lost takes its processes with it, and Ray may learn of it only now.
+            alive = alive_nodes()
+            answers = {answer: node for answer, node in answers.items() if node in alive}
+        if left or answers:
             raise RuntimeError(
                 f"pool {self.name!r}: its processes could not be ended: "
                 f"{'; '.join(left) or 'a node does not answer'}"
             )
         self.hosts = []
+
+
+def alive_nodes() -> set[str]:
+    """Ids of the cluster's nodes that Ray takes for alive."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

@@ -17,6 +17,7 @@ from hybridflow.protocols import ONE_TO_ALL, THREE_D, THREE_D_ALL_MICRO_DP
 from hybridflow.results import Metrics
 from hybridflow.snapshots.files import Written
 from hybridflow.snapshots.flush import Flushed
+from hybridflow.snapshots.reading import Check
 from hybridflow.worker import Worker, remote
 from workers import columns as columns  # declares every column named below
 from workers.generation.config import SamplingConfig
@@ -73,8 +74,8 @@ class TrainedRole(Worker):
 
     @remote(ONE_TO_ALL)
     @abstractmethod
-    def check_snapshot(self, directory: str, stamp: str) -> str:
-        """Why this rank can't load the snapshot; empty where it can. The ranks of a node verify
+    def check_snapshot(self, directory: str, stamp: str) -> Check:
+        """Whether this rank can load the snapshot, and why not. The ranks of a node verify
         the digests of the node's files together."""
 
     @remote(ONE_TO_ALL)

@@ -25,6 +25,7 @@ from hybridflow.pool import ResourcePool
 from hybridflow.results import Metrics
 from hybridflow.snapshots.files import Written
 from hybridflow.snapshots.flush import Flushed
+from hybridflow.snapshots.reading import Check
 from workers.actor import sync_metrics
 from workers.actor_training import ActorTrainingWorker
 from workers.adapter_sync import sends_adapter
@@ -282,9 +283,11 @@ class SplitActor(Actor):
         answers = each(self._trainer.flush_result, wait)
         return tuple(chain.from_iterable(answers)) if all(answers) else ()
 
-    def check_snapshot(self, directory: str, stamp: str) -> str:
-        answers = each(self._trainer.check_snapshot, directory, stamp)
-        return next(filter(None, answers), "")
+    def check_snapshot(self, directory: str, stamp: str) -> Check:
+        """The first rank's that can't; damage before what is missing."""
+        checks = each(self._trainer.check_snapshot, directory, stamp)
+        failed = [check for check in checks if check.problem]
+        return min(failed, key=lambda check: check.is_missing, default=Check())
 
     def drop_snapshots(self) -> None:
         self._trainer.drop_snapshots()

@@ -22,7 +22,7 @@ from hybridflow.seeds import combine_seed
 from hybridflow.snapshots.files import Written, file_name
 from hybridflow.snapshots.flush import Flushed, Flusher
 from hybridflow.snapshots.memory import Stager
-from hybridflow.snapshots.reading import SnapshotFiles
+from hybridflow.snapshots.reading import Check, FilesMissing, SnapshotFiles
 from workers.engines.base import Head, LossFn
 from workers.images import ImageProcessor, sees_images
 from workers.mini_batches import MiniBatches, mean_over_steps, train_on
@@ -149,7 +149,7 @@ class TrainedWorker(ModelWorker, TrainedRole):
         result = self._flusher.result(wait=wait)
         return () if result is None else (result,)
 
-    def check_snapshot(self, directory: str, stamp: str) -> str:
+    def check_snapshot(self, directory: str, stamp: str) -> Check:
         engine, context = self.engine, self.context
         try:
             files = SnapshotFiles(Path(directory), stamp)
@@ -159,8 +159,9 @@ class TrainedWorker(ModelWorker, TrainedRole):
                 if int(file.path.stem) % context.world_size == context.rank:
                     file.check()
         except (OSError, ValueError) as error:
-            return str(error)
-        return ""
+            missing = isinstance(error, FilesMissing | FileNotFoundError)
+            return Check(problem=str(error), is_missing=missing)
+        return Check()
 
     def drop_snapshots(self) -> None:
         self._flusher.give_up()

@@ -19,6 +19,21 @@ from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
 from hybridflow.snapshots.files import SUFFIX, StoredBox, StoredFile, read_header
 
 
+class FilesMissing(ValueError):
+    """Files of a snapshot are not on this node."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """Whether a rank can load a snapshot."""
+
+    problem: str = ""
+    """Why not; empty where it can."""
+    is_missing: bool = False
+    """Files are not on its node, which may be another node than the one that wrote them; otherwise
+    they are damaged or belong to another snapshot."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copy:
     """A part of a stored box and the memory that it goes to."""
@@ -48,7 +63,7 @@ class SnapshotFiles:
         self.directory = directory
         self.files = [read_header(path) for path in sorted(directory.glob(f"*{SUFFIX}"))]
         if not self.files:
-            raise ValueError(
+            raise FilesMissing(
                 f"snapshot directory is {str(directory)!r}; it holds no {SUFFIX[1:]} files: use a "
                 "directory of a checkpoint"
             )
@@ -98,7 +113,7 @@ class SnapshotFiles:
         """What goes where, for the shards of one tensor."""
         sources = self._boxes.get(parameter.name, [])
         if not sources:
-            raise ValueError(
+            raise FilesMissing(
                 f"snapshot {self.directory}: has no {parameter.name}; it is of another model, or "
                 "files are missing"
             )
@@ -119,7 +134,7 @@ class SnapshotFiles:
         wanted_start, wanted_shape = _arrays([shard.box for shard in parameter.shards])
         wanted, source, low, size = intersections(wanted_start, wanted_shape, start, shape)
         if int(volumes(size).sum()) != int(volumes(wanted_shape).sum()):
-            raise ValueError(
+            raise FilesMissing(
                 f"snapshot {self.directory}: {parameter.name} is not complete; files of some ranks "
                 "are missing here"
             )
