@@ -67,7 +67,7 @@ they mean."""
 
 @dataclass(frozen=True, kw_only=True)
 class PeftFiles:
-    """An adapter's directory: PeftFiles.read("outputs/run/final")."""
+    """An adapter's directory: PeftFiles.read("checkpoints/step-00000100/huggingface")."""
 
     config: LoraConfig
     """Its target_modules are the names of the layers that the files have."""
