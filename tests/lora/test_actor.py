@@ -82,8 +82,9 @@ def pool() -> Iterator[LocalPool]:
         yield pool
 
 
-def actor_config(path: Path, engine: str, sync: AdapterSync) -> ActorConfig:
-    targets = ["q_proj", "o_proj"] if path.name == "qwen3_moe" else "all-linear"
+def actor_config(
+    path: Path, engine: str, sync: AdapterSync, targets: str | list[str]
+) -> ActorConfig:
     return ActorConfig(
         adapter_sync=sync,
         model=ModelConfig(path=str(path)),
@@ -109,11 +110,15 @@ def prompts() -> Batch:
 
 
 def check_actor(
-    path: Path, engine: str, pool: LocalPool, sync: AdapterSync = AdapterSync.auto
+    path: Path,
+    engine: str,
+    pool: LocalPool,
+    sync: AdapterSync = AdapterSync.auto,
+    targets: str | list[str] = "all-linear",
 ) -> WeightSync:
     """Three generations with an update before the second and the third: the engine scores what it
     drew as the trainer does, and draws with other weights each time."""
-    actor = spawn(ObservedActor, pool, actor_config(path, engine, sync), role="actor")
+    actor = spawn(ObservedActor, pool, actor_config(path, engine, sync, targets), role="actor")
     config = ReferenceConfig(
         model=ModelConfig(path=str(path)), train=TrainConfig(precision=Precision.fp32)
     )
@@ -210,8 +215,20 @@ def test_vllm_takes_the_adapter_alone(pool: LocalPool, tmp_path: Path, family: s
     assert sync.certificate.model_bytes == 4 * expected
 
 
+@pytest.mark.slow
+def test_vllm_takes_an_adapter_on_parts_of_fused_layers(pool: LocalPool, tmp_path: Path) -> None:
+    """Values without queries and keys, gates without what they multiply, in one of two blocks."""
+    targets = r".*layers\.1\..*(v|gate|o)_proj"
+    path = save_model(tmp_path / "qwen3", "qwen3")
+    sync = check_actor(path, "vllm", pool, AdapterSync.adapter, targets)
+    assert isinstance(sync.destination, VllmAdapter)
+    assert len(sync.destination.destinations()) == 3 * 2
+
+
 @pytest.mark.parametrize("family", MERGED_FAMILIES)
 def test_vllm_takes_merged_weights(pool: LocalPool, tmp_path: Path, family: str) -> None:
     """The same with the adapter merged into the weights."""
-    sync = check_actor(save_model(tmp_path / family, family), "vllm", pool, AdapterSync.merged)
+    targets = ["q_proj", "o_proj"] if family == "qwen3_moe" else "all-linear"
+    path = save_model(tmp_path / family, family)
+    sync = check_actor(path, "vllm", pool, AdapterSync.merged, targets)
     assert isinstance(sync.destination, VllmShards)
