@@ -118,7 +118,8 @@ class TrainingEngine(ABC):
             shared = "" if config.cp == 1 else f"cp={config.cp} x "
             raise ValueError(
                 f"train: pp={config.pp} x {shared}tp={config.tp} does not divide the pool's "
-                f"{world_size} devices; choose sizes whose product is one of {fitting}"
+                f"{world_size} devices; choose sizes whose product is one of {fitting}, or another "
+                "number of devices (num_devices)"
             )
         return Layout.of(
             order=tuple(config.rank_order),
