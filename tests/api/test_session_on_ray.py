@@ -7,9 +7,7 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,11 @@ from hybridflow import (
     open_session,
     start,
 )
+from recipes.composing import RecipeFile
+from recipes.main import main
 from tests.tiny import make_data, make_model
 from workers.config import ModelConfig
 from workers.role_config import ScorerConfig
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -74,53 +72,49 @@ def test_a_session_dies_and_the_next_one_lives(
             session.step()
         assert "\n" not in str(caught.value)
     assert current_session() is None
-    with open_session("grpo", tiny, reward=lambda **columns: 1.0) as session:
+    again = {**tiny, "num_devices": 1}
+    with open_session("grpo", again, reward=lambda **columns: 1.0) as session:
         numbers = session.step()
         assert numbers["reward/mean"] == 1.0
         assert not [name for name in numbers if name.startswith("seconds/") and "save" in name]
 
 
 def test_a_killed_process_ends_the_command_in_one_line(
-    tiny: dict[str, Any], tmp_path: Path
+    tiny: dict[str, Any], tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The command in this process; with its supervisor: tests/recovery/test_killed_run.py."""
     settings = {**tiny, "output_dir": tmp_path, "loop.num_steps": 10_000, "metrics.console": False}
     settings["reward.function"] = "tests.recipes.rewards:plain"
-    settings["recovery.max_restarts"] = 0
-    arguments = [f"{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "-m", "recipes.grpo", *arguments]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    try:
-        metrics = tmp_path / "metrics.jsonl"
-        deadline = time.monotonic() + 600
+    settings |= {"recovery.max_restarts": 0, "num_devices": 1}
+    metrics = tmp_path / "metrics.jsonl"
+
+    def kill() -> None:
         while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-            assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
-            time.sleep(0.2)
-        os.kill(host_of(process.pid), signal.SIGKILL)
-        errors = process.communicate(timeout=300)[1]
+            if ended.wait(0.05):
+                return
+        session = current_session()
+        assert session is not None
+        (pool,) = session.pools.values()
+        os.kill(pool.pids()[0], signal.SIGKILL)
+
+    ended = threading.Event()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with pytest.raises(SystemExit) as exit:
+            main(
+                lambda: RecipeFile("grpo"), [f"{name}={value}" for name, value in settings.items()]
+            )
     finally:
-        process.kill()
-    assert process.returncode == 1 and "Traceback" not in errors, errors
+        ended.set()
+        killer.join()
+    errors = capsys.readouterr().err
+    assert exit.value.code == 1 and "Traceback" not in errors, errors
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     # The process has all three roles; the call that it was in is one of theirs.
     roles = "actor|reference|reward"
-    assert re.match(rf"error: ({roles}) rank \d died in \w+ \(pid \d+ on ", line), line
+    assert re.match(rf"error: ({roles}) rank 0 died in \w+ \(pid \d+ on ", line), line
     assert json.loads(metrics.read_text().splitlines()[0])["step"] == 1
-
-
-def host_of(driver: int) -> int:
-    """A host process of the embedded cluster that the driver started; Ray names it by its class, by
-    its pool, or by the call that it is working on."""
-    import psutil
-
-    names = ("ray::Host", "ray::main/", "ray::actor.", "ray::reference.", "ray::reward.")
-    for child in psutil.Process(driver).children(recursive=True):
-        if child.name().startswith(names):
-            return child.pid
-    raise AssertionError(
-        [child.name() for child in psutil.Process(driver).children(recursive=True)]
-    )
 
 
 def test_a_local_reward_runs_here_even_where_ray_is_connected(
