@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from textwrap import fill
 
-from controllers import ENTRIES, AlgorithmEntry, algorithm_entry
+from controllers import ENTRIES, QUESTIONS, AlgorithmEntry, algorithm_entry
 from recipes.composing import RecipeFile, compose, missing_settings, packaged_recipes
 from recipes.roles import SCORERS
 
@@ -23,6 +23,8 @@ def usage(recipe: RecipeFile) -> str:
             example.append(f"{role}.function=my_module:my_function")
         if role in ("teacher", "judge"):
             example.append(f"{role}.model.path=...")
+    trains = config.algorithm.name not in QUESTIONS
+    again = "; started again, it goes on from its checkpoint" if trains else ""
     lines = [
         fill(f"{recipe.command}: {summary(entry)}", WIDTH),
         "",
@@ -30,10 +32,10 @@ def usage(recipe: RecipeFile) -> str:
         "",
         f"models    {', '.join(entry.roles)}",
         (
-            f"data      {entry.rows} in parquet or jsonl files, or owner/name:split of the Hugging "
-            "Face hub"
+            f"data      {entry.rows} in parquet, jsonl, json or csv files, or "
+            "owner/name:config:split of the Hugging Face hub"
         ),
-        f"results   output_dir={config.output_dir}; started again, it goes on from its checkpoint",
+        f"results   output_dir={config.output_dir}{again}",
         "",
         "  --settings             every setting that this recipe reads, with default and meaning",
         "  --settings actor.train only those whose name begins so",

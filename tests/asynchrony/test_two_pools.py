@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cluster.connect import ClusterConfig, connect
 from controllers.ledger import LEDGER, read_ledger
 from hybridflow import open_session, run
 from tests.asynchrony.runs import TRUNCATE, TWO_POOLS, drive, tiny_settings
@@ -76,8 +77,9 @@ def recovered(
 def test_two_pools_do_what_one_process_does(tmp_path: Path) -> None:
     """Drain mode, one step ahead: which version draws a response, and with which others, does not
     depend on time, so that two processes at work at the same time lose and learn what one does. In
-    a cluster of the next session recompute mode stays within its bound, and validation finds one
-    version. F12, 8: a rank of each pool that is killed while responses stream costs no bit."""
+    the next cluster, which two runs share, recompute mode stays within its bound, and validation
+    finds one version. F12, 8: a rank of each pool that is killed while responses stream costs no
+    bit."""
     torch.set_num_threads(1)
     settings = tiny_settings(tmp_path) | TRUNCATE | {"asynchrony.staleness": 1}
     settings |= {"loop.num_steps": 4, "loop.num_epochs": None}
@@ -90,19 +92,22 @@ def test_two_pools_do_what_one_process_does(tmp_path: Path) -> None:
         torch.testing.assert_close(apart.weights[name], weight, rtol=0, atol=1e-4)
     assert [step["staleness/mean"] for step in apart.metrics] == [0, 1, 1, 1]
 
-    weights = recovered(drains | TWO_POOLS, tmp_path / "killed", {1: "generation", 2: "training"})
-    for name, weight in apart.weights.items():
-        assert torch.equal(weights[name], weight), name
+    with connect(ClusterConfig(address="local", worker_logs=False), cpu_slots=8):
+        weights = recovered(
+            drains | TWO_POOLS, tmp_path / "killed", {1: "generation", 2: "training"}
+        )
+        for name, weight in apart.weights.items():
+            assert torch.equal(weights[name], weight), name
 
-    settings |= TWO_POOLS | {"data.validation": settings["data.train"]}
-    with open_session(
-        "grpo", settings | {"output_dir": tmp_path / "recompute"}, reward=rewards.plain
-    ) as session:
-        steps = []
-        for _ in range(4):
-            steps.append(session.step())
-            session.validate()
-        assert session.loop.data.position == 8
+        settings |= TWO_POOLS | {"data.validation": settings["data.train"]}
+        with open_session(
+            "grpo", settings | {"output_dir": tmp_path / "recompute"}, reward=rewards.plain
+        ) as session:
+            steps = []
+            for _ in range(4):
+                steps.append(session.step())
+                session.validate()
+            assert session.loop.data.position == 8
     assert max(step["staleness/max"] for step in steps) <= 3
     # Slices that ran during validation are not part of a step.
     assert sum(step.get("seconds/generation.advance", 0.0) for step in steps) > 0

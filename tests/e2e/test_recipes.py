@@ -1,4 +1,5 @@
-"""Recipes through their real command line: resume, placements, failures and Ctrl-C."""
+"""Whole runs: resume and placements in this process and a cluster that stays; SIGKILL and Ctrl-C
+through the real command line."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hybridflow import WorkerError, run
 from tests.tiny import make_data, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -51,25 +53,20 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 HF = "actor.generation.engine=hf"
 """Where the engine does not matter: it starts in a third of vLLM's time."""
-PPO = [COUNT, "critic.num_epochs=2", "loop.checkpoint_every=2", "loop.keep_last=3"]
+PPO = [
+    COUNT,
+    "critic.num_epochs=2",
+    "loop.checkpoint_every=2",
+    "loop.keep_last=3",
+    "metrics.console=false",
+    "metrics.tensorboard=false",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def killed(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[psutil.Process]:
     """The processes of a run whose driver was killed with SIGKILL, before the other tests."""
     return stopped_run(signal.SIGKILL, [*common, HF], tmp_path_factory.mktemp("killed"))
-
-
-def recipe(name: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"recipes.{name}", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=800
-    )
-
-
-def succeed(name: str, arguments: list[str]) -> None:
-    finished = recipe(name, arguments)
-    assert finished.returncode == 0, finished.stdout[-4000:]
 
 
 def numbers(output: Path) -> list[dict[str, float]]:
@@ -84,27 +81,34 @@ def policy(output: Path, step: int) -> dict[str, torch.Tensor]:
     )
 
 
+@pytest.fixture(scope="module", params=["hf", pytest.param("vllm", marks=pytest.mark.slow)])
+def engine(request: pytest.FixtureRequest) -> str:
+    """The generation engine of the runs that are compared. Layouts with vLLM:
+    tests/e2e/test_layouts_agree.py."""
+    return f"actor.generation.engine={request.param}"
+
+
 @pytest.fixture(scope="module")
-def whole(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(common: list[str], engine: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output of an undisturbed run in one process, with checkpoints after steps 2 and 4."""
     output = tmp_path_factory.mktemp("whole")
-    succeed("ppo", [*common, *PPO, "runtime=local", f"output_dir={output}"])
+    run("ppo", [*common, *PPO, engine, "runtime=local", f"output_dir={output}"])
     return output
 
 
 def test_resume_is_bit_identical_and_works_on_other_ranks(
-    common: list[str], whole: Path, tmp_path: Path
+    common: list[str], engine: str, whole: Path, tmp_path: Path, ray_cluster: None
 ) -> None:
     half, wide = tmp_path / "half", tmp_path / "wide"
     for output in (half, wide):
         shutil.copytree(whole, output)
         shutil.rmtree(output / "checkpoints" / "step-00000004")
-    succeed("ppo", [*common, *PPO, "runtime=local", f"output_dir={half}"])
+    run("ppo", [*common, *PPO, engine, "runtime=local", f"output_dir={half}"])
     assert numbers(half) == numbers(whole)
     for name, weight in policy(whole, 4).items():
         assert torch.equal(policy(half, 4)[name], weight), name
 
-    succeed("ppo", [*common, *PPO, "num_devices=2", f"output_dir={wide}"])
+    run("ppo", [*common, *PPO, engine, "num_devices=2", f"output_dir={wide}"])
     for name, weight in policy(whole, 4).items():
         assert (policy(wide, 4)[name] - weight).abs().max() < 2e-5, name
 
@@ -117,25 +121,27 @@ def unmoved(output: Path) -> list[dict[str, float]]:
     ]
 
 
-def test_separate_pools_equal_one_process(common: list[str], whole: Path, tmp_path: Path) -> None:
+def test_separate_pools_equal_one_process(
+    common: list[str], engine: str, whole: Path, tmp_path: Path, ray_cluster: None
+) -> None:
     pools = [
         "placement=custom",
         "pools.policy.roles=[actor,reference]",
         "pools.values.roles=[critic,reward]",
+        "pools.samples.roles=[generation]",
     ]
-    pools += ["pools.samples.roles=[generation]"]
-    succeed("ppo", [*common, *PPO, f"output_dir={tmp_path}", *pools])
+    run("ppo", [*common, *PPO, engine, f"output_dir={tmp_path}", *pools])
     assert unmoved(tmp_path) == unmoved(whole), "all but the bytes that were moved"
 
 
 @pytest.mark.slow
 def test_a_computed_placement_equals_one_process(
-    common: list[str], whole: Path, tmp_path: Path
+    common: list[str], engine: str, whole: Path, tmp_path: Path, ray_cluster: None
 ) -> None:
     """The quick tests of placement=auto end before the run starts
     (tests/recipes/test_forecast.py)."""
     auto = ["placement=auto", "num_devices=2", f"output_dir={tmp_path / 'auto'}"]
-    succeed("ppo", [*common, *PPO, "loop.num_steps=2", *auto])
+    run("ppo", [*common, *PPO, engine, "loop.num_steps=2", *auto])
     mapping = json.loads((tmp_path / "auto" / "mapping.json").read_text())
     assert sorted(role["role"] for role in mapping["roles"]) == ["actor", "critic", "reference"]
     assert {call["call"] for call in mapping["calls"]} >= {
@@ -154,12 +160,15 @@ def test_a_computed_placement_equals_one_process(
         assert {name: row[name] for name in learned} == pytest.approx(learned, rel=1e-3, abs=1e-4)
 
 
-def test_a_reward_that_raises_stops_the_run_with_the_row(common: list[str], tmp_path: Path) -> None:
-    broken = "reward.function=tests.runtime.rewards:broken"
-    finished = recipe("grpo", [*common, HF, broken, f"output_dir={tmp_path}"])
-    assert finished.returncode != 0
-    assert "reward rank 0 in compute_reward" in finished.stdout
-    assert "raised KeyError: 'answer' on prompt" in finished.stdout
+def test_a_reward_that_raises_stops_the_run_with_the_row(
+    common: list[str], tmp_path: Path, ray_cluster: None
+) -> None:
+    settings = [*common, HF, "reward.function=tests.runtime.rewards:broken"]
+    with pytest.raises(
+        WorkerError,
+        match=r"reward rank 0 in compute_reward .*raised KeyError: 'answer' on prompt '",
+    ):
+        run("grpo", [*settings, f"output_dir={tmp_path}"])
     assert no_process_of(tmp_path)
 
 
@@ -183,6 +192,7 @@ def stopped_run(how: signal.Signals, common: list[str], output: Path) -> list[ps
         "recipes.grpo",
         *common,
         COUNT,
+        "cluster.address=local",
         "loop.num_steps=100000",
         f"output_dir={output}",
     ]

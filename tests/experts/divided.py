@@ -11,15 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybridflow.context import RankContext
 from hybridflow.resharding.shards import Box
 from tests.engines.fsdp_workers import data_rows, gathered
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
-from tests.experts.engines import rows_with_a_shared_prompt
-from tests.experts.plain import OPTIMIZER
-from workers.config import ModelConfig, Precision, TrainConfig
-from workers.engines import engine_class
-from workers.engines.base import Head
+from tests.experts.engines import make_engine, routes_and_replay_gap, rows_with_a_shared_prompt
 from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.sequences import Sequences
 
@@ -87,24 +82,17 @@ def run(rank: int, root: Path, out: Path, cases: list[Case]) -> None:
         dist.destroy_process_group()
 
 
-def make_engine(root: Path, case: Case, rank: int) -> ShardedEngine:
-    config = TrainConfig(
+def case_engine(root: Path, case: Case, rank: int) -> ShardedEngine:
+    return make_engine(
+        root / case.family,
+        rank,
+        case.world,
         engine=case.engine,
         ep=case.ep,
-        precision=Precision.fp32,
         micro_batch_tokens=40,
         router_aux_loss_coefficient=COEFFICIENT,
-        optimizer=OPTIMIZER,
         **dict(case.settings),
     )
-    engine = engine_class(case.engine)(
-        model=ModelConfig(path=str(root / case.family)),
-        config=config,
-        head=Head.lm,
-        context=RankContext(rank=rank, world_size=case.world),
-    )
-    assert isinstance(engine, ShardedEngine)
-    return engine
 
 
 def rows_of(engine: ShardedEngine, batch: Sequences, rank: int) -> Tensor:
@@ -118,18 +106,11 @@ def step(engine: ShardedEngine, batch: Sequences, rank: int) -> dict[str, float]
 
 
 def train(rank: int, root: Path, out: Path, case: Case) -> Result:
-    engine = make_engine(root, case, rank)
+    engine = case_engine(root, case, rank)
     first, second, third = batches()
     rows = rows_of(engine, first, rank)
     mine = first.rows(rows)
-    outputs = engine.forward(mine, temperature=TEMPERATURE, routes=True)
-    assert outputs is not None
-    assert outputs.routes is not None
-    again = engine.forward(replace(mine, routes=outputs.routes), temperature=TEMPERATURE)
-    replay_gap = 0.0
-    if again is not None and again.log_probs is not None and len(again.log_probs):
-        assert outputs.log_probs is not None
-        replay_gap = float((again.log_probs - outputs.log_probs).abs().max())
+    routes, replay_gap = routes_and_replay_gap(engine, mine)
     metrics = [step(engine, first, rank)]
     started = time.perf_counter()
     metrics.append(step(engine, second, rank))
@@ -141,7 +122,7 @@ def train(rank: int, root: Path, out: Path, case: Case) -> Result:
         boxes[parameter.name] = [shard.box for shard in parameter.shards]
     result = Result(
         rows=rows,
-        routes=outputs.routes,
+        routes=routes,
         replay_gap=replay_gap,
         boxes=boxes,
         parameters=gathered(engine),
@@ -151,7 +132,7 @@ def train(rank: int, root: Path, out: Path, case: Case) -> Result:
     engine.save_pretrained(out / f"{case.name}.hf")
     if case.resumes_on:
         dist.barrier()
-        other = make_engine(root, replace(case, ep=case.resumes_on), rank)
+        other = case_engine(root, replace(case, ep=case.resumes_on), rank)
         other.load(out / f"{case.name}.snapshot")
         result.resumed = step(other, third, rank)
         result.resumed_parameters = gathered(other)

@@ -11,15 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hybridflow.context import RankContext
 from tests.engines.fsdp_workers import data_rows, gathered
 from tests.engines.threed_cases import TEMPERATURE, loss_fn
-from tests.experts.engines import rows_with_a_shared_prompt
-from tests.experts.plain import OPTIMIZER
-from workers.config import ModelConfig, Precision, TrainConfig
-from workers.engines import engine_class
-from workers.engines.base import Head
-from workers.engines.shared.sharded_engine import ShardedEngine
+from tests.experts.engines import make_engine, routes_and_replay_gap, rows_with_a_shared_prompt
 
 WORLD = 2
 COEFFICIENT = 0.3
@@ -67,34 +61,21 @@ def run(rank: int, root: Path, cases: list[Case]) -> None:
 
 
 def train(rank: int, root: Path, case: Case) -> Result:
-    config = TrainConfig(
+    engine = make_engine(
+        root / case.family,
+        rank,
+        WORLD,
         engine=case.engine,
-        precision=Precision.fp32,
         micro_batch_tokens=40,
         router_aux_loss_coefficient=COEFFICIENT,
-        optimizer=OPTIMIZER,
         **dict(case.settings),
     )
-    engine = engine_class(case.engine)(
-        model=ModelConfig(path=str(root / case.family)),
-        config=config,
-        head=Head.lm,
-        context=RankContext(rank=rank, world_size=WORLD),
-    )
-    assert isinstance(engine, ShardedEngine)
     batch = rows_with_a_shared_prompt()
     layout = engine.layout
     rows = data_rows(batch.num_rows, layout.axis_size("dp"), layout.coordinates(rank)["dp"])
     mine = batch.rows(rows)
-    outputs = engine.forward(mine, temperature=TEMPERATURE, routes=True)
-    assert outputs is not None
-    assert outputs.routes is not None
-    known = replace(mine, routes=outputs.routes)
-    again = engine.forward(known, temperature=TEMPERATURE)
-    replay_gap = 0.0
-    if again is not None and again.log_probs is not None:
-        assert outputs.log_probs is not None
-        replay_gap = float((again.log_probs - outputs.log_probs).abs().max())
+    routes, replay_gap = routes_and_replay_gap(engine, mine)
+    known = replace(mine, routes=routes)
     metrics = engine.train_step(mine, loss_fn, entropy=True, temperature=TEMPERATURE)
     parameters = gathered(engine)
     started = time.perf_counter()
@@ -102,7 +83,7 @@ def train(rank: int, root: Path, case: Case) -> Result:
     return Result(
         metrics=metrics,
         replayed=replayed,
-        routes=outputs.routes,
+        routes=routes,
         rows=rows,
         replay_gap=replay_gap,
         step_s=time.perf_counter() - started,
