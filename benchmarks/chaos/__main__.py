@@ -1,15 +1,17 @@
 """Random kills of a PPO run's processes, each compared with the undisturbed run.
 
     python -m benchmarks.chaos --kills 30 --json chaos.json [--seed 0] [--per-run 5] [--engine hf]
-        [--kinds policy controller samples values raise "reward task" disk]
+        [--kinds policy controller samples values raise "reward task" disk node]
 
 A kill counts as recovered if the run went on, and only with a witness: a failure record of the
 right kind, pool and rank; for a task that scores rows none, as it is run again. After each kill
 the weights and moments of the first step committed are held against the undisturbed run's, bit for
 bit, and at the end of the run all steps, all metrics and the rows drawn; at the very end nothing
 may be left behind. `disk` kills a rank while the run's directory, a small file system of its own, is
-full. A kind that this machine can't run is said. Leaves out the death of machines and of Ray's own
-processes; vLLM's engine is part of the host process, which `samples` kills.
+full. `node` ends a node of a Ray cluster of two with all its processes and its memory, and adds
+another one; the run goes on there, from the newest checkpoint on disk or from its start. A kind
+that this machine can't run is said. Leaves out the death of the head node; vLLM's engine is part of
+the host process, which `samples` kills.
 """
 
 from __future__ import annotations
@@ -25,15 +27,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from benchmarks.chaos.full_disk import may_mount, mount, unmount
 from benchmarks.chaos.kills import KINDS, Kill, carry_out, draw
+from benchmarks.chaos.machines import Machines, machines
+from benchmarks.chaos.marks import DIRECTORY
 from benchmarks.chaos.runs import RunFiles, equal_runs, make_inputs, rows_of, start_run
-from hybridflow.burial import TOKEN
+from benchmarks.chaos.runs import temporary_directory as temporary
+from hybridflow.snapshots.memory import MemoryPlace
 
 STEPS_PER_KILL = 2
 RECOVERY_S = 240.0
@@ -111,7 +117,6 @@ def disturb_all(
     model, data = make_inputs(directory)
     per_run = min(arguments.per_run, arguments.kills)
     num_steps = STEPS_PER_KILL * per_run + 2
-    before, files_before = processes(), left_files()
     undisturbed = RunFiles(directory=directory / "undisturbed")
     process = start_run(undisturbed.directory, model, data, num_steps, arguments.engine)
     if disturb_one(undisturbed, process, [], undisturbed)[1]:
@@ -119,14 +124,22 @@ def disturb_all(
     generator = random.Random(arguments.seed)
     kills = [draw(generator, number, kinds) for number in range(arguments.kills)]
     rows: list[Row] = []
+    runs = [undisturbed]
     lost = doubled = 0
-    for number, first in enumerate(range(0, len(kills), per_run)):
+    for number, of_run in enumerate(grouped(kills, per_run)):
         run = RunFiles(directory=directory / f"disturbed-{number}")
+        runs.append(run)
         if "disk" in kinds:
             mount(run.directory)
-            mounted.callback(unmount, run.directory)
-        process = start_run(run.directory, model, data, num_steps, arguments.engine)
-        part, status = disturb_one(run, process, kills[first : first + per_run], undisturbed)
+            mounted.callback(unmount, run.directory, arguments.directory is not None)
+        with ExitStack() as on_nodes:
+            nodes: Machines | None = None
+            more: tuple[str, ...] = ()
+            if of_run[0].target == "node":
+                nodes = on_nodes.enter_context(machines(run.directory))
+                more = nodes.settings
+            process = start_run(run.directory, model, data, num_steps, arguments.engine, more)
+            part, status = disturb_one(run, process, of_run, undisturbed, nodes)
         differences = [f"status {status}"] if status else equal_runs(undisturbed, run)
         rows += [replace(row, weights_equal=not differences) for row in part]
         if status == 0:
@@ -139,8 +152,8 @@ def disturb_all(
         "prompts_lost": lost,
         "prompts_doubled": doubled,
         "weights_equal": sum(row.weights_equal for row in rows),
-        "processes_left": len(processes() - before),
-        "files_left": sorted(left_files() - files_before) + drafts(directory),
+        "processes_left": len(processes(directory)),
+        "files_left": sorted(chain.from_iterable(map(left_files, runs))) + drafts(directory),
         "not_run": reasons,
         "seed": arguments.seed,
         "seconds": time.monotonic() - started,
@@ -148,8 +161,22 @@ def disturb_all(
     }
 
 
+def grouped(kills: Sequence[Kill], per_run: int) -> list[list[Kill]]:
+    """The kills of each run; those of a node are in runs of their own, on several nodes."""
+    of_nodes = [kill for kill in kills if kill.target == "node"]
+    others = [kill for kill in kills if kill.target != "node"]
+    groups = []
+    for part in (others, of_nodes):
+        groups += [part[first : first + per_run] for first in range(0, len(part), per_run)]
+    return groups
+
+
 def disturb_one(
-    run: RunFiles, process: subprocess.Popen[bytes], kills: list[Kill], undisturbed: RunFiles
+    run: RunFiles,
+    process: subprocess.Popen[bytes],
+    kills: list[Kill],
+    undisturbed: RunFiles,
+    nodes: Machines | None = None,
 ) -> tuple[list[Row], int]:
     """The rows of one run's kills, and its exit status."""
     rows: list[Row] = []
@@ -159,7 +186,7 @@ def disturb_one(
             commits = 1 + number * STEPS_PER_KILL
             if not wait_for(process, lambda commits=commits: run.last_step() >= commits, STEP_S):
                 break
-            rows.append(one_kill(run, process, kill, median_s))
+            rows.append(one_kill(run, process, kill, median_s, nodes))
             if not rows[-1].recovered:
                 break
         status = process.wait(RUN_S)
@@ -173,10 +200,14 @@ def disturb_one(
 
 
 def one_kill(
-    run: RunFiles, process: subprocess.Popen[bytes], kill: Kill, median_s: dict[str, float]
+    run: RunFiles,
+    process: subprocess.Popen[bytes],
+    kill: Kill,
+    median_s: dict[str, float],
+    nodes: Machines | None,
 ) -> Row:
     num_failures, num_recovered = len(run.events("failure")), num_recoveries(run)
-    killed_at = carry_out(kill, run, median_s)
+    killed_at = carry_out(kill, run, median_s, nodes)
     step = run.last_step()
     if not kill.kind:  # nothing is restarted
         num_recovered -= 1
@@ -189,6 +220,12 @@ def one_kill(
     failures = [
         failure for failure in run.events("failure")[num_failures:] if kill.matches(failure)
     ]
+    witnessed = len(failures) == 1
+    if not kill.kind:
+        witnessed = len(run.events("failure")) == num_failures
+    if nodes is not None:  # on the new node
+        (*_, last) = run.events("recovered") or [{"pids": {"policy": [0]}}]
+        witnessed = bool(failures) and nodes.holds(last["pids"]["policy"])
     lost_steps = 1
     if not kill.kind:
         lost_steps = 0
@@ -201,7 +238,7 @@ def one_kill(
         signal=kill.how.name,
         phase=kill.phase,
         step=step,
-        witnessed=len(failures) == 1 if kill.kind else len(run.events("failure")) == num_failures,
+        witnessed=witnessed,
         recovered=recovered,
         weights_equal=False,
         detected_by=kill.kind if failures else "",
@@ -226,29 +263,25 @@ def wait_for(process: subprocess.Popen[bytes], condition: Any, seconds: float) -
     return True
 
 
-def processes() -> set[int]:
-    """Host processes of any pool on this machine."""
-    mark, pids = f"{TOKEN}=".encode(), set()
+def processes(directory: Path) -> set[int]:
+    """Processes of the runs in `directory`, those of Ray included."""
+    mark, pids = f"{DIRECTORY}={directory}".encode(), set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                environment = (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            if mark in environment:
-                pids.add(int(entry.name))
+            with suppress(OSError):  # gone meanwhile
+                if mark in (entry / "environ").read_bytes():
+                    pids.add(int(entry.name))
     return pids
 
 
-def left_files() -> set[str]:
-    """What hosts, controllers and supervisors keep outside of a run's directory while they live."""
-    files: set[str] = set()
-    for place, name in (
-        (tempfile.gettempdir(), "hybridflow-s*"),
-        ("/dev/shm", "hybridflow-*/*"),
-    ):
-        files.update(map(str, Path(place).glob(name)))
-    return files
+def left_files(run: RunFiles) -> list[str]:
+    """What the run's hosts, controllers and supervisors keep outside of its directory while they
+    live."""
+    files = list(temporary(run.directory).glob("hybridflow-s*"))
+    memory = MemoryPlace.of(run.directory)
+    if memory is not None and memory.directory.exists():
+        files.append(memory.directory)
+    return list(map(str, files))
 
 
 def drafts(directory: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -31,8 +32,15 @@ def mount(directory: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def unmount(directory: Path) -> None:
+def unmount(directory: Path, keep: bool = False) -> None:
+    """`keep`: what the file system holds stays in the directory."""
+    copy = directory.with_name(f"{directory.name}.kept")
+    if keep:
+        shutil.copytree(directory, copy)
     subprocess.run(["umount", "--lazy", str(directory)], check=True, capture_output=True)
+    if keep:
+        directory.rmdir()
+        copy.rename(directory)
 
 
 @contextmanager

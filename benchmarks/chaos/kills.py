@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.chaos.full_disk import full
+from benchmarks.chaos.machines import Machines
 from benchmarks.chaos.marks import MARKS, RAISE, REWARD_TASK
 from benchmarks.chaos.runs import RunFiles
 
@@ -33,8 +34,8 @@ PHASES = {
 meanwhile."""
 WATCHED = ("policy", "values", "samples")
 POLL_S = 0.003
-FULL_S = 20.0
-"""How long a full disk stays full after the kill: longer than the recovery takes."""
+FULL_S = 90.0
+"""How long a full disk stays full after the kill where the run does not recover from it."""
 PATIENCE_S = 60.0
 """How long a phase is waited for; then the process is killed wherever it is."""
 
@@ -45,8 +46,8 @@ class Kill:
     fraction=0.3)"""
 
     target: str
-    """A pool, "controller", "reward task", "raise": a rank's method that raises, or "disk": rank
-    of the policy while the run's disk is full."""
+    """A pool, "controller", "reward task", "raise": a rank's method that raises, "disk": rank of the
+    policy while the run's disk is full, or "node": the policy's node, which another one replaces."""
     rank: int
     how: signal.Signals
     phase: str
@@ -69,12 +70,14 @@ class Kill:
             return False
         if self.target == "controller":
             return failure["role"] == "controller"
+        if self.target == "node":  # all ranks of the pool die at once
+            return failure["pool"] == self.pool
         return failure["pool"] == self.pool and failure["rank"] == self.rank
 
     @property
     def pool(self) -> str:
         """Where the process is."""
-        return "policy" if self.target in ("raise", "disk") else self.target
+        return "policy" if self.target in ("raise", "disk", "node") else self.target
 
 
 TURNS = (
@@ -86,6 +89,7 @@ TURNS = (
     ("raise", 1),
     ("reward task", 0),
     ("disk", 0),
+    ("node", 0),
 )
 """(target, rank) of the kills, in turn."""
 KINDS = tuple(dict.fromkeys(target for target, _ in TURNS))
@@ -100,7 +104,7 @@ def draw(generator: random.Random, number: int, kinds: Collection[str] = KINDS) 
         return Kill(
             target=target, rank=rank, how=signal.SIGKILL, phase=phases[target], fraction=0.0
         )
-    if target == "disk":
+    if target in ("disk", "node"):
         phase = generator.choice(PHASES["policy"])
         return Kill(target=target, rank=rank, how=signal.SIGKILL, phase=phase, fraction=0.5)
     signals = [signal.SIGKILL] * 4 + [signal.SIGSEGV, signal.SIGABRT]
@@ -116,21 +120,38 @@ def draw(generator: random.Random, number: int, kinds: Collection[str] = KINDS) 
     )
 
 
-def carry_out(kill: Kill, run: RunFiles, median_s: Mapping[str, float]) -> float:
+def carry_out(
+    kill: Kill, run: RunFiles, median_s: Mapping[str, float], nodes: Machines | None = None
+) -> float:
     """Waits for the moment and sends the signal; returns when that was (Unix seconds). Raises a
-    RuntimeError where the process is not there."""
+    RuntimeError where the process is not there. `nodes`: those of the run, for kills of one."""
     if kill.target in ("raise", "reward task"):
         return leave_mark(run.directory, kill)
     if kill.target == "disk":
         with full(run.directory):
+            num_recovered = run.recoveries_in_log()
             killed_at = send_signal(kill, run, median_s)
-            time.sleep(FULL_S)
+            while run.recoveries_in_log() == num_recovered and time.time() - killed_at < FULL_S:
+                time.sleep(POLL_S)
+        return killed_at
+    if kill.target == "node":
+        assert nodes is not None, "only runs on several nodes can lose one"
+        wait_for_moment(kill, run, median_s)
+        killed_at = time.time()
+        nodes.lose_one()
+        nodes.replace()
         return killed_at
     return send_signal(kill, run, median_s)
 
 
 def send_signal(kill: Kill, run: RunFiles, median_s: Mapping[str, float]) -> float:
     """Sends it at its moment; returns when that was."""
+    os.kill(wait_for_moment(kill, run, median_s), kill.how)
+    return time.time()
+
+
+def wait_for_moment(kill: Kill, run: RunFiles, median_s: Mapping[str, float]) -> int:
+    """Returns at the moment of the kill, with the process that it is about."""
     watched, victim = _processes(kill, run)
     started = _start_time(victim)
     deadline = time.monotonic() + PATIENCE_S
@@ -141,8 +162,7 @@ def send_signal(kill: Kill, run: RunFiles, median_s: Mapping[str, float]) -> flo
     time.sleep(kill.fraction * median_s.get(kill.phase, 0.0))
     if started is None or _start_time(victim) != started:
         raise RuntimeError(f"{kill}: pid {victim} is not there")
-    os.kill(victim, kill.how)
-    return time.time()
+    return victim
 
 
 def leave_mark(directory: Path, kill: Kill) -> float:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ SETTINGS = (
     "cluster.address=local",
     "cluster.worker_logs=false",
     f"call_timeout_s={CALL_TIMEOUT_S}",
+    "threads_per_device=1",
     *POOLS,
 )
 MODEL = Path("huggingface") / "model.safetensors"
@@ -73,6 +75,10 @@ class RunFiles:
     def events(self, event: str = "") -> list[dict[str, Any]]:
         lines = self._lines(EVENTS)
         return [line for line in lines if not event or line["event"] == event]
+
+    def recoveries_in_log(self) -> int:
+        """Also of those whose events wait for room on a full disk."""
+        return self.log.read_text(errors="replace").count("\nrecovered in ")
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl without what a clock decides."""
@@ -118,11 +124,16 @@ class RunFiles:
 def start_run(
     output: Path, model: Path, data: Path, num_steps: int, engine: str, more: Sequence[str] = ()
 ) -> subprocess.Popen[bytes]:
+    """`more` settings take the place of those of SETTINGS with the same name."""
+    names = [setting.partition("=")[0] for setting in more]
+    settings = [setting for setting in SETTINGS if setting.partition("=")[0] not in names]
+    temporary = temporary_directory(output)
+    temporary.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
         "-m",
         "recipes.ppo",
-        *SETTINGS,
+        *settings,
         f"model.path={model}",
         f"data.train={data}",
         f"output_dir={output}",
@@ -137,8 +148,18 @@ def start_run(
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, DIRECTORY: str(output)},
+            env={
+                **os.environ,
+                DIRECTORY: str(output),
+                "TMPDIR": str(temporary),
+                "RAY_TMPDIR": tempfile.gettempdir(),  # sockets' paths must be short
+            },
         )
+
+
+def temporary_directory(output: Path) -> Path:
+    """Where the run's processes put their temporary files; beside the directory, which may be full."""
+    return output.with_name(f"{output.name}.tmp")
 
 
 def rows_of(run: RunFiles, step: int) -> int:

@@ -4,10 +4,12 @@ determinism, the end of a run."""
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,7 +30,7 @@ from hybridflow.recovery.attempts import Attempt, Fenced
 from hybridflow.recovery.config import RecoveryConfig
 from hybridflow.results import Metrics
 from hybridflow.supervision import SUPERVISION
-from tests.controllers.hand_role import HandAlgorithm, HandRole, make_loop, weights
+from tests.controllers.hand_role import HandAlgorithm, HandEngine, HandRole, make_loop, weights
 
 
 @pytest.fixture
@@ -321,6 +323,40 @@ class Damaging(Pool):
         with newest.open("r+b") as file:
             file.seek(-3, 2)
             file.write(b"\x07")
+
+
+class Moving(Pool):
+    """Its new processes are on another node, where nothing is of what the old ones held."""
+
+    def __init__(self, loop: Loop) -> None:
+        super().__init__()
+        self.loop = loop
+
+    def restart(self) -> None:
+        super().restart()
+        for commit in self.loop.saving.commits():
+            if commit.place == "memory":
+                shutil.rmtree(commit.path / "actor")
+        role = self.loop.trained["actor"]
+        assert isinstance(role, HandRole)
+        role.engine, role.num_updates = HandEngine(), 0
+
+
+@pytest.mark.parametrize(("checkpoint_every", "source"), [(2, "disk"), (0, "start")])
+def test_memory_that_went_with_its_node_is_lost_not_damaged(
+    checkpoint_every: int, source: str, tmp_path: Path, shm: Path, expected: torch.Tensor
+) -> None:
+    """FAULTS C3, node lost: the newest checkpoint on disk, or the run begins again; with damage it
+    would end there."""
+    loop = dying(tmp_path / "cut", shm, 0.0)
+    loop.config = replace(loop.config, checkpoint_every=checkpoint_every)
+    events = EventLog(tmp_path)
+    Driver(loop, pools={"main": Moving(loop)}, config=RecoveryConfig(), events=events).run()
+    assert torch.equal(weights(loop), expected)
+    assert first_difference(tmp_path / "undisturbed" / LEDGER, loop.ledger.path) is None
+    (recovered,) = [event for event in events.read() if event["event"] == "recovered"]
+    assert recovered["source"] == source
+    assert not list(loop.store.directory.glob("*damaged*"))
 
 
 @pytest.mark.parametrize("drift", [0.0, 1.0])
