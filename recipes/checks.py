@@ -444,7 +444,7 @@ def _check_train_layout(
     check = engine_class(train.engine).check
     ask_engine(train.engine, "check", check, published, train, head, num_devices)
     if train.packing:
-        check_packing(model, head)
+        check_packing(model, head, train.cp)
     if train.lora.enabled:
         check_adapter(model, train.lora, head)
 

@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     with plain_errors():
         merge(*arguments)
+        print(f"{arguments[1]}: the merged model and its tokenizer")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ losses, gradient norms, weights."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ from tests.engines.test_fsdp import columns
 from tests.engines.threed_cases import load_plain, plain_run, save_tiny_model
 from tests.matrix import matrix
 from tests.ranks import run_ranks
-from workers.config import ContextExchange, TrainConfig
+from workers.config import ContextExchange, ModelConfig, TrainConfig
 from workers.engines.base import Head
 from workers.engines.fsdp.engine import FsdpEngine
-from workers.engines.model.loading import _initialize_score
+from workers.engines.model.loading import _initialize_score, check_packing
 from workers.engines.model.scored import score_head
 from workers.engines.shared.group_sizes import assign_groups, imbalance, nested_sizes
 from workers.engines.shared.rows_together import pack
@@ -209,6 +210,15 @@ def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str) ->
     model = AutoConfig.for_model("qwen3", num_attention_heads=6, num_key_value_heads=2)
     with pytest.raises(ValueError, match=message):
         FsdpEngine.check(model, TrainConfig(**options), Head.lm, 8)
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="it is installed here")
+def test_attention_that_is_not_installed_is_refused(tmp_path: Path) -> None:
+    """In one line, before a rank starts."""
+    path = save_tiny_model(tmp_path / "llama", "llama", layers=1)
+    model = ModelConfig(path=str(path), attention="flash_attention_2")
+    with pytest.raises(ValueError, match=r"not installed .*set model\.attention=auto"):
+        check_packing(model, Head.lm, cp=2)
 
 
 def test_the_layout_counts_the_ranks_that_share_rows() -> None:

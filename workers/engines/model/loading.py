@@ -44,7 +44,11 @@ from hybridflow.context import RankContext
 from hybridflow.progress import activity
 from workers.config import ModelConfig, SavedDtype
 from workers.engines.base import Head
-from workers.engines.model.attention import check_packable, use_sequence_attention
+from workers.engines.model.attention import (
+    check_packable,
+    check_shares_rows,
+    use_sequence_attention,
+)
 from workers.engines.model.peft_files import is_adapter
 from workers.engines.model.scored import score_head
 from workers.engines.model.tensor_parts import Parts
@@ -252,13 +256,20 @@ def _own_report() -> Iterator[None]:
 def build_on_meta(config: ModelConfig, head: Head) -> PreTrainedModel:
     """The same modules as load_pretrained's, without memory."""
     hf_config = model_config(config, head)
-    with torch.device("meta"):
-        return _auto_class(head, hf_config).from_config(
-            hf_config,
-            dtype=torch.float32,
-            attn_implementation=_attention(config),
-            trust_remote_code=config.trust_remote_code,
-        )
+    try:
+        with torch.device("meta"):
+            return _auto_class(head, hf_config).from_config(
+                hf_config,
+                dtype=torch.float32,
+                attn_implementation=_attention(config),
+                trust_remote_code=config.trust_remote_code,
+            )
+    except ImportError as error:
+        raise ValueError(
+            f"model.path is {config.path!r} with model.attention={config.attention}: it needs a package "
+            f"that is not installed ({' '.join(str(error).split())}); install it, or set "
+            "model.attention=auto"
+        ) from error
 
 
 def check_whole_numbers(config: ModelConfig, published: PretrainedConfig) -> None:
@@ -273,11 +284,14 @@ def check_whole_numbers(config: ModelConfig, published: PretrainedConfig) -> Non
         )
 
 
-def check_packing(config: ModelConfig, head: Head) -> None:
-    """ValueError for a model whose attention can't keep the sequences of a packed row apart."""
+def check_packing(config: ModelConfig, head: Head, cp: int = 1) -> None:
+    """ValueError for a model whose attention can't keep the sequences of a packed row apart, or can't
+    work on the parts of a row that `cp` ranks share."""
     model = build_on_meta(config, head)
     use_sequence_attention(model, fused=config.attention != AUTO)
     check_packable(model)
+    if cp > 1:
+        check_shares_rows(model, cp)
 
 
 def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:

@@ -119,7 +119,8 @@ def read_settings(directory: str) -> dict[str, Any]:
     path = Path(directory) / CONFIG
     if not path.is_file():
         raise ValueError(
-            f"lora.adapter is {directory!r}, which has no {CONFIG}; give a PEFT directory"
+            f"lora.adapter is {directory!r}, which has no {CONFIG}; give a PEFT directory, of a run "
+            "OUTPUT_DIR/checkpoints/step-.../huggingface"
         )
     try:
         settings: dict[str, Any] = json.loads(path.read_text())
