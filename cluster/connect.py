@@ -22,7 +22,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,6 +30,7 @@ import ray
 from ray._private import ray_constants, services, worker
 from ray.exceptions import AuthenticationError, RayError
 
+from cluster.config import ClusterConfig, Mode
 from cluster.nodes import NodeInfo, check_accelerators, check_nodes, probe, probe_nodes, table
 from hybridflow.progress import activity
 
@@ -50,41 +50,6 @@ JOB_MARKER = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the entry point of a submitted job."""
 LOOPBACK = ("127.0.0.1", "localhost")
 CONNECT_TIMEOUT_S = 10.0
-
-
-class Mode(StrEnum):
-    embedded = "embedded"
-    """Started by this process, ends with it."""
-    address = "address"
-    """A running cluster, by cluster.address or RAY_ADDRESS."""
-    job = "job"
-    """The cluster that runs this process as the entry point of a submitted job."""
-    joined = "joined"
-    """Ray was connected before connect was called; whoever did that ends it."""
-
-
-@dataclass(kw_only=True)
-class ClusterConfig:
-    """How the run gets to Ray: start it here, or connect to a cluster.
-
-    ClusterConfig(address="10.0.0.1:6379")
-    """
-
-    address: str = ""
-    """host:port of a running cluster, "auto" for the one on this machine, "local" to start one
-    in any case; empty: RAY_ADDRESS, or embedded where that is not set."""
-    dashboard: bool = False
-    """Embedded: serve Ray's dashboard on http://127.0.0.1:<dashboard_port>."""
-    dashboard_port: int = 8265
-    object_store_gib: float = 0.0
-    """Embedded: size of the object store; 0 leaves it to Ray (30 % of the memory)."""
-    working_dir: str = "."
-    """By address: this directory is uploaded for the workers (its .gitignore is obeyed); empty
-    when all nodes share it anyway."""
-    worker_logs: bool = True
-    """Print what the workers print."""
-    check_timeout_s: float = 120.0
-    """How long a node may take to answer the check of versions."""
 
 
 @dataclass(frozen=True, kw_only=True)

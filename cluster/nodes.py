@@ -10,12 +10,12 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-
-import ray
-from ray.exceptions import GetTimeoutError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from typing import TYPE_CHECKING
 
 from cluster.gpus import driver, gpus
+
+if TYPE_CHECKING:
+    import ray
 
 GIB = 2**30
 
@@ -98,6 +98,9 @@ def _version(distribution: str) -> str:
 def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:
     """Every live node of the connected cluster, by address; a RuntimeError names the ones that
     do not answer."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+
     alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     nodes = sorted(alive, key=lambda node: (node["NodeManagerAddress"], node["NodeID"]))
     answers = [_start_probe(node["NodeID"]) for node in nodes]
@@ -135,6 +138,9 @@ def probe_nodes(timeout_s: float) -> tuple[NodeInfo, ...]:
 
 
 def _start_probe(node_id: str) -> ray.ObjectRef[Probe]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return (
         ray.remote(probe).options(num_cpus=0, scheduling_strategy=strategy, max_retries=1).remote()

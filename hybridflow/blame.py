@@ -29,6 +29,14 @@ def all_replies(calls: Sequence[Pending]) -> list[Any]:
     return list(chain.from_iterable(call.replies for call in calls))
 
 
+def unanswered(replies: Sequence[Any], timeout_s: float) -> list[Any]:
+    """Those of these replies that are not there when all are, or after that many seconds."""
+    import ray
+
+    _, waiting = ray.wait(list(replies), num_returns=len(replies), timeout=timeout_s)
+    return list(waiting)
+
+
 def find_deaths(pending: Sequence[Pending]) -> list[tuple[Pending, int, str]]:
     """Every rank of a pending call whose process is gone, with a line about it."""
     import ray

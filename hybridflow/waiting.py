@@ -31,6 +31,7 @@ from hybridflow.blame import (
     one_per_pool,
     silent_ranks,
     standstill_report,
+    unanswered,
     wait_for_peers,
 )
 from hybridflow.calls import CallRecord, Pending, Reply
@@ -108,28 +109,30 @@ class Calls:
     def check(self) -> None:
         """Raises if a pending call failed, its process died, or nothing has finished for too
         long."""
-        import ray
-        from ray.exceptions import RayError
-
         self.beat()
         if self.interrupted:
             raise KeyboardInterrupt
-        still = []
-        for call in self.pending:
-            done, waiting = ray.wait(list(call.replies), num_returns=len(call.replies), timeout=0)
-            if done:
-                try:
-                    values = ray.get(done)
-                except RayError as error:
-                    self._fail(error)
-                if not waiting:
-                    self.progress[call.pool] = time.monotonic()
-                    if call.answers_reply:
-                        self._record(call, list(map(Reply.unpacked, values)))
-                    continue
-            still.append(call)
-        self.pending = still
+        self.pending = [call for call in self.pending if not self._finished(call)]
         self._check_deadlines()
+
+    def _finished(self, call: Pending) -> bool:
+        """Whether every rank has answered, which is recorded; raises if one of them failed."""
+        import ray
+        from ray.exceptions import RayError
+
+        done, waiting = ray.wait(list(call.replies), num_returns=len(call.replies), timeout=0)
+        if not done:
+            return False
+        try:
+            values = ray.get(done)
+        except RayError as error:
+            self._fail(error)
+        if waiting:
+            return False
+        self.progress[call.pool] = time.monotonic()
+        if call.answers_reply:
+            self._record(call, list(map(Reply.unpacked, values)))
+        return True
 
     def _record(self, call: Pending, replies: Sequence[Reply]) -> None:
         record = CallRecord(
@@ -166,8 +169,6 @@ class Calls:
     def quiesce(self, within_s: float) -> None:
         """Waits until the calls that a failure left under way have ended, whatever came of them;
         kills the pools of those that have not within that time. Nothing is recorded of them."""
-        import ray
-
         calls, self.abandoned = [*self.abandoned, *self.pending], []
         self.pending = []
         waiting, deadline = all_replies(calls), time.monotonic() + within_s
@@ -175,7 +176,7 @@ class Calls:
             self.beat()
             if self.interrupted:
                 raise KeyboardInterrupt
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
+            waiting = unanswered(waiting, POLL_S)
         late = [call for call in calls if not set(waiting).isdisjoint(call.replies)]
         for call in one_per_pool(late):
             call.kill(f"{call.name} did not end within {within_s:.0f} s after a failure elsewhere")
@@ -196,15 +197,13 @@ class Calls:
     def finish(self) -> list[CallRecord]:
         """Waits for every pending call that is not in the background; returns and forgets the
         records made since the last time."""
-        import ray
-
         while calls := [call for call in self.pending if not self._in_background(call)]:
-            ray.wait(all_replies(calls), num_returns=1, timeout=0)
+            unanswered(all_replies(calls), 0)
             last = list(calls[-1].replies)
             if self._attend():
                 self._wait_or_attend(last)
             else:
-                ray.wait(last, num_returns=len(last), timeout=POLL_S)
+                unanswered(last, POLL_S)
             self.check()
         records, self.records = self.records, []
         return records
@@ -238,8 +237,8 @@ class Calls:
         _, late = ray.wait(refs, num_returns=len(refs), timeout=0)
         if late:
             more = [ref for ref in all_replies(background) if ref not in late]
-            _, unanswered = ray.wait(more, num_returns=len(more), timeout=0) if more else ([], [])
-            ray.wait([late[0], *unanswered], num_returns=1, timeout=POLL_S)
+            behind = unanswered(more, 0) if more else []
+            ray.wait([late[0], *behind], num_returns=1, timeout=POLL_S)
 
     def forget(self, pool: str) -> None:
         """The pool is gone; nothing will come from it any more."""

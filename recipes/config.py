@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from cluster.connect import ClusterConfig
+from cluster.config import ClusterConfig
 from controllers import usable_algorithms
 from controllers.algorithm_base import AlgorithmConfig
 from controllers.data import DataConfig

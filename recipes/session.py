@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 from omegaconf import OmegaConf
 
-from cluster.connect import ClusterInfo, Mode, connect
+from cluster.config import Mode
 from controllers import QUESTIONS, create_algorithm
 from controllers.algorithm_base import Algorithm, Evaluated
 from controllers.data import RowDataset, RowLoader
@@ -73,6 +73,9 @@ from workers.roles import (
     TrainedRole,
 )
 from workers.split_actor import SplitActor
+
+if TYPE_CHECKING:
+    from cluster.connect import ClusterInfo
 
 
 class Session:
@@ -414,6 +417,8 @@ def connect_cluster(placement: Placement) -> AbstractContextManager[ClusterInfo 
                 "device=cpu"
             )
         return nullcontext()
+    from cluster.connect import connect
+
     gpus = devices if config.device is Device.cuda else 0
     chosen = config.placement is PlacementMode.custom
     for name in placement.pool_sizes:

@@ -113,9 +113,11 @@ def shard_model(
         )
         _use_lent(model, module, lent)
     assert isinstance(scored, FSDPModule)
+    if mesh["dp"].size() == 1:
+        return scored
     # A loss is a sum over data ranks; FSDP would take the mean. Gloo can only sum.
     for module in scored.modules():
-        if isinstance(module, FSDPModule) and mesh["dp"].size() > 1:
+        if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
     # Experts that only other ranks' tokens use.

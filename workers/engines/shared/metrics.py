@@ -60,8 +60,10 @@ def metrics_of_group(metrics: Mapping[str, Tensor], group: ProcessGroup | None) 
     small collective; for ranks that have the same names."""
     names = sorted(metrics)
     local = torch.stack([metrics[name] for name in names])
-    every = local.new_empty(dist.get_world_size(group) * len(names))
-    dist.all_gather_single(every, local, group=group)
+    every = local
+    if dist.get_world_size(group) > 1:
+        every = local.new_empty(dist.get_world_size(group) * len(names))
+        dist.all_gather_single(every, local, group=group)
     total: dict[str, Tensor] = {}
     for numbers in every.cpu().view(-1, len(names)):
         total = combine_metrics(total, dict(zip(names, numbers, strict=True)))
