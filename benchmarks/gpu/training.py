@@ -122,6 +122,7 @@ def measure(directory: Path, name: str, device: str) -> dict[str, Any]:
     )
     row: dict[str, Any] = {"case": name, "built_s": time.perf_counter() - started}
     batch = batch_of(step, spec.vocab_size)
+    row |= gaps(engine, path, batch_of(replace(step, rows=4), spec.vocab_size), device)
     row |= step_times(engine, batch, device)
     between, in_step = predicted(step, spec, config)
     row["predicted_gb"] = (between + in_step).total / 1e9
@@ -139,6 +140,28 @@ def measure(directory: Path, name: str, device: str) -> dict[str, Any]:
     row["model_tflops"] = step_flops(spec, batch) / row["step_s"] / 1e12
     row["forward_tflops"] = step_flops(spec, batch) / 3 / row["forward_s"] / 1e12
     return row
+
+
+def gaps(engine: TrainingEngine, path: Path, batch: Sequences, device: str) -> dict[str, float]:
+    """The engine's log-probs of the scored tokens against those of transformers' model in float32,
+    row by row, with plain attention."""
+    outputs = engine.forward(batch)
+    assert outputs is not None and outputs.log_probs is not None
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    ).to(device)
+    rows = []
+    with torch.no_grad():
+        for ids, scored in zip(
+            batch.token_ids.split(batch.lengths.tolist()), batch.scored_lengths, strict=True
+        ):
+            ids, count = ids.to(device), int(scored)
+            logits = model(ids[None]).logits[0, -count - 1 : -1]
+            rows.append(logits.log_softmax(-1).gather(1, ids[-count:, None])[:, 0])
+    gap = (torch.cat(rows).cpu() - outputs.log_probs.float().cpu()).abs()
+    del model
+    empty_cache()
+    return {"gap_mean": float(gap.mean()), "gap_max": float(gap.max())}
 
 
 def step_flops(spec: ModelSpec, batch: Sequences) -> float:
