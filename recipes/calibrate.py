@@ -39,7 +39,7 @@ from hybridflow.mapping.calibrate.measurements import (
 )
 from hybridflow.mapping.question.cluster import Cluster, NodeGroup
 from recipes.arguments import HELP, read_arguments, usage
-from recipes.calibration_config import SIZES, CalibrateConfig, check
+from recipes.calibration_config import SIZES, CalibrateConfig, check, for_devices
 from recipes.calibration_rank import Rank
 from recipes.calibration_run import run_steps
 from recipes.errors import plain_errors
@@ -62,8 +62,10 @@ def main() -> None:
 
 def calibrate(config: CalibrateConfig) -> Fit:
     """Measure, fit, write, print."""
-    check(config)
-    config = with_native_precision(config, "cpu")
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    config = for_devices(config, num_gpus)
+    check(config, num_gpus)
+    config = with_native_precision(config, "cuda" if num_gpus else "cpu")
     engine_class(config.engine)
     generation_engine_class(config.generation_engine)
     output = Path(config.output)

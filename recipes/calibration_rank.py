@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -25,7 +26,7 @@ from hybridflow.mapping.calibrate.measurements import (
 )
 from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.resharding import ParameterSpec
-from recipes.calibration_config import CalibrateConfig
+from recipes.calibration_config import ON_CPUS, ON_GPUS, CalibrateConfig
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, Outputs, TrainingEngine
@@ -46,6 +47,7 @@ class Rank:
         self.rank, self.config, self.directory, self.barrier = rank, config, directory, barrier
         torch.set_num_threads(config.threads_per_process)
         self.device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+        self.amounts = ON_CPUS if self.device == "cpu" else ON_GPUS
         self.dtype = torch.float32 if config.precision is Precision.fp32 else torch.bfloat16
         self.context = RankContext(
             role="calibration",
@@ -68,7 +70,7 @@ class Rank:
         measurements = Measurements(
             name=f"{kind}-{self.config.precision.value}",
             num_processes=self.config.num_processes,
-            memory_bytes=self.config.memory_gb * 1e9,
+            memory_bytes=self.memory_bytes(),
             compute_bytes=self.dtype.itemsize,
             matmul_flops=self.matmul_flops(),
             memory_bandwidth=self.memory_bandwidth(),
@@ -103,46 +105,57 @@ class Rank:
             print(f"{what}: {min(seconds[1:]):.4g} s", file=sys.stderr, flush=True)
         return min(seconds[1:])
 
+    def memory_bytes(self) -> float:
+        """Bytes of the device to plan with."""
+        if self.config.memory_gb:
+            return self.config.memory_gb * 1e9
+        return float(torch.cuda.mem_get_info(self.device)[1])
+
     def matmul_flops(self) -> float:
-        """FLOPs per second of a 2048 x 1024 x 1024 product in the compute precision."""
-        left = torch.randn(2048, 1024, device=self.device, dtype=self.dtype)
-        right = torch.randn(1024, 1024, device=self.device, dtype=self.dtype)
+        """FLOPs per second of a product of Amounts.product in the compute precision."""
+        rows, inner, columns = self.amounts.product
+        left = torch.randn(rows, inner, device=self.device, dtype=self.dtype)
+        right = torch.randn(inner, columns, device=self.device, dtype=self.dtype)
         seconds = self.fastest("products", lambda: [left @ right for _ in range(10)])
-        return 2 * 2048 * 1024 * 1024 * 10 / seconds
+        return 2 * rows * inner * columns * 10 / seconds
 
     def memory_bandwidth(self) -> float:
-        """Bytes per second read and written by a copy of 128 MB."""
-        source = torch.ones(32 * 1024 * 1024, device=self.device)
+        """Bytes per second read and written by a copy, larger than the device's caches."""
+        source = torch.ones(self.amounts.copied, device=self.device)
         target = torch.empty_like(source)
         return 2 * source.nbytes / self.fastest("copy", lambda: target.copy_(source))
 
     def passes(self, name: str) -> list[PassSample]:
         """Forward passes and training steps of the engine on a model, with one and with four
         micro-batches."""
-        config = self.config
-        spec = ModelSpec.from_directory(self.directory / name)
         samples = []
-        for rows in config.rows:
-            for micro_batches in (1, 4):
-                length = config.prompt + config.response
-                engine = self._trainer(name, rows * length // micro_batches)
-                sequences = self._sequences(rows, spec.vocab_size)
-                for training in (False, True):
-                    seconds = self.fastest(
-                        f"{name} {rows} rows in {micro_batches}: {PASSES[training]}",
-                        _one_pass(engine, sequences, training),
-                    )
-                    samples.append(
-                        PassSample(
-                            model=spec,
-                            rows=rows,
-                            prompt=config.prompt,
-                            response=config.response,
-                            micro_batches=micro_batches,
-                            training=training,
-                            seconds=seconds,
-                        )
-                    )
+        for rows, micro_batches in product(self.config.rows, (1, 4)):
+            self._forget_memory()
+            samples += self._passes_of(name, rows, micro_batches)
+        return samples
+
+    def _passes_of(self, name: str, rows: int, micro_batches: int) -> list[PassSample]:
+        config, spec = self.config, ModelSpec.from_directory(self.directory / name)
+        length = config.prompt + config.response
+        engine = self._trainer(name, rows * length // micro_batches)
+        sequences = self._sequences(rows, spec.vocab_size)
+        samples = []
+        for training in (False, True):
+            seconds = self.fastest(
+                f"{name} {rows} rows in {micro_batches}: {PASSES[training]}",
+                _one_pass(engine, sequences, training),
+            )
+            samples.append(
+                PassSample(
+                    model=spec,
+                    rows=rows,
+                    prompt=config.prompt,
+                    response=config.response,
+                    micro_batches=micro_batches,
+                    training=training,
+                    seconds=seconds,
+                )
+            )
         return samples
 
     def shared_step(self, name: str) -> PassSample:
@@ -224,7 +237,15 @@ class Rank:
         )
         synced = SyncSample(model=spec, seconds=self.fastest(f"{name}: sync", partial(sync.run, 1)))
         engine.close()
+        del trainer, sync
+        self._forget_memory()
         return samples, synced
+
+    def _forget_memory(self) -> None:
+        """Frees what the allocator keeps of the last engine: vLLM takes what is free at its start."""
+        if self.device != "cpu":
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def all_gather(self, num_bytes: float) -> CollectiveSample:
         """An all-gather of float32 between the processes."""
@@ -258,6 +279,8 @@ class Rank:
         )
 
     def _join(self, store: Path, rank: int, world_size: int) -> None:
+        if self.device != "cpu":
+            torch.cuda.set_device(self.device)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(self.rank))
         backend = "gloo" if self.device == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(

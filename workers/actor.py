@@ -28,7 +28,7 @@ from workers.generation.config import SamplingConfig
 from workers.layouts import generation_grouping, training_layout
 from workers.mini_batches import MiniBatches
 from workers.precision import with_native_precision
-from workers.process_memory import begin_peak, give_back, peak_bytes
+from workers.process_memory import begin_peak, device_bytes, give_back, peak_bytes
 from workers.role_config import ActorConfig
 from workers.roles import Actor, Progress, StreamingGenerator
 from workers.row_stream import RowStream, Stream
@@ -105,6 +105,7 @@ class ActorWorker(ActorTrainingWorker, Actor, StreamingGenerator):
         self._to_generation()
         answers = self.sampler.generate(prompts, sampling, do_sample=do_sample)
         self.memory_metrics["actor/memory/generation_peak_bytes"] = float(peak_bytes(device))
+        device_bytes(device)
         return answers
 
     def make_stream(self) -> Stream:

@@ -2,7 +2,7 @@
 memory, and giving that back.
 
 On a CPU the bytes are the process' own (files that it maps are left out); on a GPU they are
-PyTorch's, without what NCCL and CUDA take.
+PyTorch's, without what NCCL and CUDA take, save those of device_bytes and most_bytes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ from pathlib import Path
 
 import torch
 
+Query = Callable[[str], tuple[int, int]]
 STATUS = Path("/proc/self/status")
 KEPT_BYTES = 512 << 20
 """Freed memory that stays with a CPU process, whose next call takes it without clearing pages."""
+
+_MOST: dict[str, int] = {}
+"""Device -> the largest device_bytes."""
 
 
 def begin_peak(device: str) -> None:
@@ -39,6 +43,24 @@ def peak_bytes(device: str) -> int:
     if "VmHWM" not in sizes:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return sizes["VmHWM"] - sizes.get("RssFile", 0) - sizes.get("RssShmem", 0)
+
+
+def device_bytes(device: str, query: Query = torch.cuda.mem_get_info) -> int:
+    """Bytes of a GPU that are in use, whoever has them: NCCL, CUDA contexts and other processes too;
+    0 on a CPU. `query` says of a device how many bytes are free and how many there are. The most of
+    all times that this was called is kept for most_bytes."""
+    if not device.startswith("cuda"):
+        return 0
+    free, total = query(device)
+    _MOST[device] = max(_MOST.get(device, 0), total - free)
+    return total - free
+
+
+def most_bytes(device: str) -> int:
+    """On a GPU the largest device_bytes so far, and on a CPU the most memory that this process had."""
+    if device.startswith("cuda"):
+        return _MOST.get(device, 0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def retained_bytes(device: str) -> int:

@@ -104,7 +104,8 @@ class TrainedRole(Worker):
     @remote(ONE_TO_ALL)
     @abstractmethod
     def peak_memory_bytes(self) -> int:
-        """The peak memory of each rank's process so far."""
+        """The peak memory of each rank's process so far; on a GPU the most that was in use on its
+        device at the end of a call, by whomever."""
 
 
 class Policy(TrainedRole):

@@ -6,13 +6,11 @@ an update's later epochs depends on it. The losses are left to the roles.
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from safetensors import SafetensorError
 
 from hybridflow.batch import Batch
@@ -28,7 +26,14 @@ from workers.images import ImageProcessor, sees_images
 from workers.mini_batches import MiniBatches, mean_over_steps, train_on
 from workers.model_worker import ModelWorker
 from workers.not_finite import NotFinite
-from workers.process_memory import begin_peak, give_back, peak_bytes, retained_bytes
+from workers.process_memory import (
+    begin_peak,
+    device_bytes,
+    give_back,
+    most_bytes,
+    peak_bytes,
+    retained_bytes,
+)
 from workers.roles import TrainedRole
 from workers.sequences import Sequences
 from workers.text import end_token_ids, save_endings
@@ -98,6 +103,8 @@ class TrainedWorker(ModelWorker, TrainedRole):
         yield memory
         memory[f"{self.prefix}/memory/peak_bytes"] = float(peak_bytes(device))
         memory[f"{self.prefix}/memory/retained_bytes"] = float(retained_bytes(device))
+        if device.startswith("cuda"):
+            memory[f"{self.prefix}/memory/device_bytes"] = float(device_bytes(device))
         give_back(device)
 
     def counters(self) -> dict[str, int]:
@@ -208,6 +215,5 @@ class TrainedWorker(ModelWorker, TrainedRole):
                 save_endings(Path(directory), end_token_ids(self.model, tokenizer=tokenizer))
 
     def peak_memory_bytes(self) -> int:
-        if self.context.device.startswith("cuda"):
-            return torch.cuda.max_memory_allocated(self.context.device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        device_bytes(self.context.device)
+        return most_bytes(self.context.device)

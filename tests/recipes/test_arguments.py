@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from recipes import calibrate, plan, reshard_plan
+from recipes.calibration_config import SIZES, CalibrateConfig, check, for_devices
 
 MAINS = {"plan": plan.main, "calibrate": calibrate.main, "reshard_plan": reshard_plan.main}
 LAYOUTS = ["source=2-4-1", "target=1-2", "model=llama-7b"]
@@ -21,7 +22,7 @@ LAYOUTS = ["source=2-4-1", "target=1-2", "model=llama-7b"]
         ("calibrate", ["num_procs=2"], "no setting 'num_procs'; did you mean num_processes?"),
         ("calibrate", ["repeats=many"], "repeats is 'many': Value 'many' of type 'str'"),
         ("calibrate", ["repeats=0"], "repeats is 0; use at least 1"),
-        ("calibrate", ["rows=[]"], "rows is []; use at least 1"),
+        ("calibrate", ["rows=[0]"], "rows is [0]; use at least 1"),
         ("calibrate", ["models=[3M,5M]"], "unknown ['5M']; known: 3M, 11M, 32M"),
         ("calibrate", ["models=[3M]"], "at least two of 3M, 11M, 32M"),
         ("calibrate", ["engine=megatron"], "engine is 'megatron'; known: fsdp"),
@@ -68,3 +69,22 @@ def test_help_lists_the_settings(
     printed = capsys.readouterr().out
     assert f"python -m recipes.{command}" in printed
     assert "\n  model" in printed
+
+
+@pytest.mark.parametrize(("num_gpus", "processes"), [(0, 2), (1, 1), (8, 8)])
+def test_what_calibration_measures_is_by_device(num_gpus: int, processes: int) -> None:
+    """G25: models of 3 to 32 million parameters measure a GPU's launches, and a second process has no
+    GPU where there is one."""
+    settled = for_devices(CalibrateConfig(), num_gpus)
+    check(settled, num_gpus)
+    assert settled.num_processes == processes
+    largest = SIZES[settled.models[-1]]
+    layers, hidden, inner, vocabulary = largest
+    parameters = layers * (4 * hidden**2 + 3 * hidden * inner) + 2 * vocabulary * hidden
+    assert (parameters > 1e9) is (num_gpus > 0)
+    chosen = CalibrateConfig(models=["3M", "1B"], num_processes=1, rows=[2], memory_gb=3.0)
+    kept = for_devices(chosen, num_gpus)
+    assert (kept.models, kept.num_processes, kept.rows) == (["3M", "1B"], 1, [2])
+    assert kept.memory_gb == 3.0
+    with pytest.raises(ValueError, match="num_processes is 9, but there are 8 GPUs"):
+        check(for_devices(CalibrateConfig(num_processes=9), 8), 8)

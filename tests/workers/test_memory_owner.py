@@ -4,7 +4,6 @@ training engine of any role runs while generation has its weights and its cache.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,76 +14,17 @@ from hybridflow.group import spawn
 from hybridflow.local_pool import LocalPool
 from hybridflow.pool import PoolSpec
 from tests.tiny import make_model
+from tests.workers.watched_engines import EVENTS, HERE, Event, holdings, names
 from workers.actor import ActorWorker
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.critic import CriticWorker
-from workers.engines.base import LossFn, Outputs
-from workers.engines.fsdp.engine import FsdpEngine
-from workers.generation.base import Generations
 from workers.generation.config import GenerationConfig, SamplingConfig
-from workers.generation.hf import HfEngine
 from workers.reference import ReferenceWorker
 from workers.role_config import ActorConfig, CriticConfig, ReferenceConfig
-from workers.sequences import Sequences
-
-EVENTS: list[str] = []
-"""What the engines did, in order."""
-
-
-class WatchedGeneration(HfEngine):
-    """Has memory that sleep frees, as vLLM has."""
-
-    awake = True
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        EVENTS.append("generation built")
-
-    def sleep(self) -> int:
-        EVENTS.append("sleep")
-        self.awake = False
-        self.weight_version = -1
-        return 1
-
-    def wake(self) -> None:
-        EVENTS.append("wake")
-        self.awake = True
-
-    def generate(self, *arguments: Any) -> Generations:
-        assert self.awake
-        EVENTS.append("generate")
-        return super().generate(*arguments)
-
-
-class WatchedTraining(FsdpEngine):
-    def _build(self, *arguments: Any, **settings: Any) -> None:
-        EVENTS.append(f"{self.head.value} built")
-        super()._build(*arguments, **settings)
-
-    def forward(self, sequences: Sequences, **settings: Any) -> Outputs:
-        EVENTS.append(f"{self.head.value} forward")
-        return super().forward(sequences, **settings)
-
-    def train_step(
-        self, sequences: Sequences, loss_fn: LossFn, **settings: Any
-    ) -> dict[str, float]:
-        EVENTS.append(f"{self.head.value} step")
-        return super().train_step(sequences, loss_fn, **settings)
-
-    def offload(self) -> None:
-        EVENTS.append(f"{self.head.value} offload")
-        super().offload()
-
-    def onload(self) -> None:
-        EVENTS.append(f"{self.head.value} onload")
-        super().onload()
-
-
-HERE = f"{__name__}:"
 
 
 @pytest.fixture
-def events() -> list[str]:
+def events() -> list[Event]:
     EVENTS.clear()
     return EVENTS
 
@@ -110,7 +50,7 @@ def prompts() -> Batch:
 
 @pytest.mark.parametrize("release", [True, False])
 def test_no_role_computes_beside_an_awake_generation_engine(
-    tmp_path: Path, events: list[str], release: bool
+    tmp_path: Path, events: list[Event], release: bool
 ) -> None:
     path = make_model(tmp_path / "model", layers=1, heads=1, kv_heads=1)
     config = settings(path, release=release)
@@ -136,25 +76,23 @@ def test_no_role_computes_beside_an_awake_generation_engine(
             metrics = critic.update_critic(batch) | actor.update_actor(batch)
             assert metrics["critic/memory/peak_bytes"] > metrics["critic/memory/retained_bytes"]
             assert metrics["actor/memory/generation_peak_bytes"] > 0
+    whats = names(events)
     if not release:
-        assert not {"sleep", "wake", "value offload"} & set(events)
+        assert not {"sleep", "wake", "offload"} & whats
         return
     # The engine takes its share of the device before the trainer is there (finding 13).
-    assert events[:5] == ["generation built", "sleep", "lm built", "wake", "sleep"]
-    awake = False
-    for event in events[5:]:
-        if event in ("sleep", "wake"):
-            awake = event == "wake"
-        # A sync's probe is the trainer's pass that needs both.
-        computes = event in ("value forward", "value step", "lm step")
-        assert not (computes and awake), events
+    begin = [event.what for event in events[:5]]
+    assert begin == ["generation built", "sleep", "built", "wake", "sleep"]
+    for held in holdings(events[5:], ["actor", "critic"]):
+        assert held.generation is (held.event.what == "generate"), held
     for position, event in enumerate(events):
-        if event == "wake" and position > 5:
+        if event.what == "wake" and position > 5:
             before = events[:position]
-            start = max(index for index, name in enumerate(before) if name == "sleep")
-            assert {"value offload", "lm offload"} <= set(before[start:]), events
-    generations = [position for position, event in enumerate(events) if event == "generate"]
+            start = max(index for index, seen in enumerate(before) if seen.what == "sleep")
+            moved = {seen.role for seen in before[start:] if seen.what == "offload"}
+            assert {"actor", "critic"} <= moved, events
+    generations = [index for index, event in enumerate(events) if event.what == "generate"]
     assert len(generations) == 2
     for position in generations:
         after = events[position + 1 : position + 3]
-        assert after == ["sleep", "value forward"], events
+        assert after == [Event("actor", "sleep"), Event("critic", "forward")], events

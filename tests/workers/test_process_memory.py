@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 
-from workers.process_memory import begin_peak, give_back, peak_bytes, retained_bytes
+from workers.process_memory import (
+    begin_peak,
+    device_bytes,
+    give_back,
+    most_bytes,
+    peak_bytes,
+    retained_bytes,
+)
 
 
 def anonymous_bytes() -> int:
@@ -37,3 +44,15 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     # What is more than the process may keep is gone, whatever the allocator does by itself.
     assert kept < 600 << 20 or held - anonymous_bytes() > 300 << 20
     assert float(last[0]) == 1.0
+
+
+def test_bytes_of_a_device_are_those_of_everybody_on_it() -> None:
+    """G24: PyTorch's allocator knows of neither NCCL nor other processes."""
+    free = iter([60, 20, 50])
+
+    def query(device: str) -> tuple[int, int]:
+        return next(free), 80
+
+    assert [device_bytes("cuda:9", query) for _ in range(3)] == [20, 60, 30]
+    assert most_bytes("cuda:9") == 60
+    assert device_bytes("cpu", query) == 0 and most_bytes("cpu") > 0
