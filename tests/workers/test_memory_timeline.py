@@ -30,7 +30,7 @@ ROLES = {
 the judge's recipe validate."""
 TRAINED = ("actor", "critic")
 KINDS = {"generate": "generation", "forward": "inference", "step": "training"}
-QUICK = [("ppo", True), ("distillation", False)]
+QUICK: list[tuple[str, bool]] = [("ppo", True), ("distillation", False)]
 SLOW = [case for case in product(ROLES, (True, False)) if case not in QUICK]
 Key = tuple[str, str]
 """Role and kind of a call."""
@@ -86,10 +86,9 @@ def mapped(recipe: str, settings: Mapping[str, object], *, offload: bool) -> dic
     return {(call.role, call.kind): call for call in mapping.calls}
 
 
-@pytest.mark.parametrize(("recipe", "offload"), matrix(QUICK, SLOW))
-def test_memory_has_one_owner_and_the_mappers_bytes(
-    recipe: str, offload: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("case", matrix(QUICK, SLOW), ids=str)
+def test_memory_has_one_owner_and_the_mappers_bytes(case: tuple[str, bool], tmp_path: Path) -> None:
+    recipe, offload = case
     settings = settings_of(recipe, tmp_path, offload=offload)
     EVENTS.clear()
     with open_session(recipe, settings) as session:
