@@ -1,4 +1,4 @@
-"""Recipes on a tiny model with images: in this process."""
+"""Recipes on a tiny model with images: in this process, and on Ray."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText
 from hybridflow import open_session
 from tests.images.rewards import by_length
 from tests.images.runs import settings
-from tests.images.tiny import png, square
+from tests.images.tiny import make_data, png, square
 
 EXACT = 1e-5
 
@@ -85,3 +85,23 @@ def test_refusals(
     """What takes no images says so before anything starts."""
     with pytest.raises(ValueError, match=problem):
         open_session("grpo", tiny | changes | {"output_dir": tmp_path}, reward=by_length)
+
+
+@pytest.mark.slow
+def test_on_ray(ray_cluster: None, tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Two data ranks, of which one has prompts without images at times: the numbers of one process;
+    images travel as references."""
+    few = make_data(tmp_path / "prompts.jsonl", rows=4)
+    common = tiny | {"data.train": few, "data.batch_size": 4}
+    runs = []
+    for place in (
+        {"runtime": "local"},
+        {"runtime": "ray", "num_devices": 2, "cluster.address": "local"},
+    ):
+        output = tmp_path / str(place["runtime"])
+        with open_session("grpo", common | place | {"output_dir": output}, reward=by_length) as run:
+            runs.append([run.step() for _ in range(2)])
+    for alone, both in zip(*runs, strict=True):
+        for name in ("reward/mean", "actor/loss", "actor/grad_norm"):
+            assert both[name] == pytest.approx(alone[name], abs=1e-5), name
+        assert both["actor/log_prob_gap_max"] < EXACT
