@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
@@ -44,6 +45,8 @@ LARGEST_MASK = 2**22
 """Elements up to which a response that shares its prompt attends under a mask of its own tokens
 x all that it sees; a longer one attends as if the prompt's queries stood before its own, which
 needs no mask."""
+KERNEL_OPTIONS = frozenset(signature(varlen_attn).parameters)
+"""What the variable-length kernel can be told: PyTorch 2.11's takes grouped heads without a word."""
 PACKED_ATTENTIONS = (ATTENTION, FUSED_ATTENTION, "flash_attention_2", "flash_attention_3")
 """Attentions that keep the sequences of a row apart without a mask."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -223,6 +226,10 @@ def _variable_length(
     before = -1 if window is None else window - 1
     key_ends = packing.ends if packing.key_ends is None else packing.key_ends
     most_keys = max(run.prefix + run.length for run in packing.runs)
+    options: dict[str, Any] = {
+        "enable_gqa": True,
+        "num_splits": 1 if torch.are_deterministic_algorithms_enabled() else None,
+    }
     output = varlen_attn(
         *parts,
         packing.ends,
@@ -231,8 +238,7 @@ def _variable_length(
         most_keys,
         scale=scale,
         window_size=(before, 0),
-        enable_gqa=True,
-        num_splits=1 if torch.are_deterministic_algorithms_enabled() else None,
+        **{name: options[name] for name in KERNEL_OPTIONS & options.keys()},
     )
     assert isinstance(output, Tensor)
     return output
