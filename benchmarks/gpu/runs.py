@@ -9,14 +9,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from benchmarks.gpu.installed import describe
+from hybridflow.mapping.question.zoo import MODELS
 from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
 from recipes.quickstart.task import TaskConfig, make_examples, write_parquet
 from workers.generation.vllm.build import installed_kind
@@ -35,12 +37,16 @@ class Case:
     precision: str
     eager: bool = True
     release: bool = False
+    large: bool = False
+    """Qwen2.5-0.5B's shape, 32 prompts x 8 samples of 256 tokens, in place of the quickstart's."""
+    on_ray: bool = False
 
     @property
     def name(self) -> str:
         words = [self.engine, self.generator, self.precision]
-        words += [] if self.eager else ["graphs"]
-        return " ".join([*words, *(["release"] if self.release else [])])
+        more = {"graphs": not self.eager, "release": self.release, "0.5B": self.large}
+        more["ray"] = self.on_ray
+        return " ".join([*words, *(word for word, there in more.items() if there)])
 
     def settings(self) -> list[str]:
         settings = [
@@ -53,6 +59,10 @@ class Case:
         if self.generator == "vllm":
             settings.append(f"actor.generation.enforce_eager={str(self.eager).lower()}")
             settings.append(f"actor.generation.release_during_training={str(self.release).lower()}")
+        settings.append(f"runtime={'ray' if self.on_ray else 'local'}")
+        batch, samples, tokens = (32, 8, 256) if self.large else (8, 4, 16)
+        settings += [f"data.batch_size={batch}", f"algorithm.samples_per_prompt={samples}"]
+        settings.append(f"actor.generation.sampling.max_response_tokens={tokens}")
         return settings
 
 
@@ -71,6 +81,13 @@ def cases(device: str) -> Iterator[Case]:
     if device == "cuda" and "vllm" in generators:
         yield Case(engine="fsdp", generator="vllm", precision="bf16", eager=False)
         yield Case(engine="fsdp", generator="vllm", precision="bf16", release=True)
+        best = Case(engine="fsdp", generator="vllm", precision="bf16", eager=False, large=True)
+        yield replace(best, eager=True)
+        yield best
+        yield replace(best, release=True)
+        yield replace(best, engine="threed")
+        if find_spec("ray") is not None:
+            yield Case(engine="fsdp", generator="vllm", precision="bf16", on_ray=True)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -108,23 +125,47 @@ def fastest(action: Callable[[], object], device: str, repeats: int = 5) -> floa
     return min(seconds[1:])
 
 
-def prepare(directory: Path) -> list[str]:
-    """A random model and arithmetic questions; the settings that name them."""
+def prepare(directory: Path) -> None:
+    """A random model and arithmetic questions."""
     tokenizer = make_tokenizer()
     make_model(tokenizer, ModelShape(), 0).save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
     train, _ = make_examples(TaskConfig(), 0)
     write_parquet(train, directory / "train.parquet")
-    return [f"model.path={directory / 'model'}", f"data.train={directory / 'train.parquet'}"]
 
 
-def run(case: Case, device: str, steps: int, common: list[str], output: Path) -> dict[str, Any]:
+def prepare_large(directory: Path) -> None:
+    """A model of Qwen2.5-0.5B's shape with random weights and the small one's tokenizer."""
+    spec, tokenizer = MODELS["qwen2.5-0.5b"], make_tokenizer()
+    config = Qwen2Config(
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_kv_heads,
+        tie_word_embeddings=spec.tied_embeddings,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(directory / "large")
+    tokenizer.save_pretrained(directory / "large")
+    del model
+    torch.cuda.empty_cache()
+
+
+def run(case: Case, device: str, steps: int, directory: Path, output: Path) -> dict[str, Any]:
     """The summary of one run, or its error."""
-    command = [sys.executable, "-m", "recipes.grpo", *common, *case.settings()]
-    command += ["runtime=local", f"device={device}", f"output_dir={output}"]
-    command += ["reward.function=recipes.quickstart.reward:exact_match"]
-    command += ["data.batch_size=8", "algorithm.samples_per_prompt=4", f"loop.num_steps={steps}"]
-    command += ["actor.generation.sampling.max_response_tokens=16", "loop.checkpoint_every=0"]
+    if case.large and not (directory / "large").exists():
+        prepare_large(directory)
+    command = [sys.executable, "-m", "recipes.grpo", *case.settings()]
+    command += [f"model.path={directory / ('large' if case.large else 'model')}"]
+    command += [f"data.train={directory / 'train.parquet'}"]
+    command += [f"device={device}", f"output_dir={output}", f"loop.num_steps={steps}"]
+    command += ["reward.function=recipes.quickstart.reward:exact_match", "loop.checkpoint_every=0"]
     started = time.perf_counter()
     try:
         finished = subprocess.run(
@@ -153,12 +194,12 @@ def run_all(device: str, steps: int, only: str, json_file: Path | None) -> None:
     result: dict[str, Any] = {"machine": machine(device), "runs": []}
     print(json.dumps(result["machine"]), flush=True)
     with tempfile.TemporaryDirectory() as directory:
-        common = prepare(Path(directory))
+        prepare(Path(directory))
         for number, case in enumerate(cases(device)):
             if only not in case.name:
                 continue
             output = Path(directory, f"run{number}")
-            row = run(case, device, steps, common, output)
+            row = run(case, device, steps, Path(directory), output)
             result["runs"].append(row)
             print(json.dumps(row), flush=True)
             if json_file is not None:
