@@ -183,6 +183,8 @@ def run(case: Case, device: str, steps: int, directory: Path, output: Path) -> d
         "tokens_per_s": summary["tokens"] / summary["train_s"],
         "log_prob_gap_max": summary["largest"].get("actor/log_prob_gap_max"),
         "largest": summary["largest"],
+        # Without what the first step compiles and captures.
+        "last_step": json.loads((output / "metrics.jsonl").read_text().splitlines()[-1]),
     }
 
 
