@@ -46,7 +46,7 @@ LARGEST_MASK = 2**22
 x all that it sees; a longer one attends as if the prompt's queries stood before its own, which
 needs no mask."""
 KERNEL_OPTIONS = frozenset(signature(varlen_attn).parameters)
-"""What the variable-length kernel can be told: PyTorch 2.11's takes grouped heads without a word."""
+"""The names of its arguments: PyTorch 2.11 has none for grouped heads, and takes them."""
 PACKED_ATTENTIONS = (ATTENTION, FUSED_ATTENTION, "flash_attention_2", "flash_attention_3")
 """Attentions that keep the sequences of a row apart without a mask."""
 LAYER_TYPES = {"full_attention", "sliding_attention"}
