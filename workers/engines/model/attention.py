@@ -303,7 +303,7 @@ def _fused_kernel(
     elif prefix:
         query = F.pad(query, (0, 0, prefix, 0))
     copies = query.shape[1] // key.shape[1]
-    grouped = copies > 1 and use_gqa_in_sdpa(mask, key, value)
+    grouped = copies > 1 and takes_groups(mask, key, value)
     if copies > 1 and not grouped:
         key, value = repeat_kv(key, copies), repeat_kv(value, copies)
     output = F.scaled_dot_product_attention(
@@ -316,6 +316,14 @@ def _fused_kernel(
         enable_gqa=grouped,
     )
     return output.transpose(1, 2)[:, output.shape[2] - time :]
+
+
+def takes_groups(mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
+    """Whether a fused kernel takes fewer key-value heads than query heads. On CUDA only the
+    half-precision one does: in float32 PyTorch would compute all scores at once."""
+    if key.is_cuda and key.dtype is torch.float32:
+        return False
+    return bool(use_gqa_in_sdpa(mask, key, value))
 
 
 def _capped(

@@ -133,17 +133,45 @@ class CpuMemory(EngineMemory):
         self._cache = []
 
 
+def plain_tensors(model: nn.Module, cache: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors that modules and their attention kernels have beside parameters, buffers and
+    `cache`, such as the slopes of ALiBi: vLLM's sleep frees them with the weights and keeps buffers
+    alone."""
+    elsewhere = {tensor.untyped_storage().data_ptr() for tensor in cache}
+    for tensor in (*model.parameters(), *model.buffers()):
+        elsewhere.add(tensor.untyped_storage().data_ptr())
+    result = []
+    for module in model.modules():
+        attributes = dict(vars(module))
+        kernel = attributes.get("impl")
+        if kernel is not None:
+            attributes |= {f"impl.{name}": value for name, value in vars(kernel).items()}
+        attributes.pop("kv_cache", None)
+        for value in attributes.values():
+            if isinstance(value, torch.Tensor) and value.numel():
+                storage = value.untyped_storage().data_ptr()
+                if storage not in elsewhere:
+                    elsewhere.add(storage)
+                    result.append(value)
+    return result
+
+
 class CudaMemory(EngineMemory):
-    """vLLM's own sleep mode, at the level that keeps neither weights nor cache; buffers are
-    kept."""
+    """vLLM's own sleep mode, at the level that keeps neither weights nor cache; buffers are kept,
+    and here the plain tensors of modules."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self._free: set[str] = set()
+        self._plain: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Plain tensors, and what they held when the weights were freed."""
 
     def release(self) -> int:
         if "weights" in self._free:
             return 0
+        runner = model_runner(self._llm)
+        tensors = plain_tensors(runner.get_model(), runner.kv_caches)
+        self._plain = [(tensor, tensor.detach().cpu()) for tensor in tensors if tensor.is_cuda]
         before, _ = torch.cuda.mem_get_info()
         self._llm.sleep(level=2, mode="keep")  # "abort" would lose the rows in flight
         self._free = {"weights", "kv_cache"}
@@ -159,6 +187,10 @@ class CudaMemory(EngineMemory):
         if tag in self._free:
             self._llm.wake_up(tags=[tag])
             self._free.remove(tag)
+        if tag == "weights":
+            for tensor, held in self._plain:
+                tensor.detach().copy_(held)
+            self._plain = []
 
 
 def free(storages: Iterable[torch.UntypedStorage]) -> list[tuple[torch.UntypedStorage, int]]:
