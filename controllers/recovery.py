@@ -25,7 +25,7 @@ from typing import Any
 from controllers.ledger import Line, line_difference, line_digest, read_ledger
 from controllers.loop import Loop, Outcome
 from controllers.not_finite import StepGivenUp
-from controllers.saving import DISK, MEMORY, Commit
+from controllers.saving import DISK, MEMORY, Commit, Copy, copy_here
 from hybridflow.errors import TooFewDevices
 from hybridflow.failures import RECOVERABLE, EventLog, describe, failed_pools
 from hybridflow.metrics.vitals import Vitals
@@ -76,16 +76,16 @@ class Driver:
         restarts: int = 0,
         furthest: int = -1,
         deterministic: bool = False,
-        on_one_node: bool = True,
+        copy: Copy = copy_here,
     ) -> None:
         """`restarts`: without progress so far, of this run's earlier controllers; `furthest`: the
         highest step that they committed. `deterministic`: whether a step that is trained again must
-        leave the same bits. `on_one_node`: whether all ranks are on this node, so that
-        this process can read what they hold in memory. Without `events` nothing is written down."""
+        leave the same bits. `copy` brings what the ranks hold in memory to disk for a
+        controller that leaves. Without `events` nothing is written down."""
         self.loop, self.saving = loop, loop.saving
         self.pools = pools or {}
         self.config, self.events = config, events
-        self.deterministic, self.on_one_node = deterministic, on_one_node
+        self.deterministic, self._copy = deterministic, copy
         self._restarts, self._furthest = restarts, furthest
         self._rejoin = rejoin
         self.state = begin(self._policy())
@@ -291,10 +291,8 @@ class Driver:
             if self.state.phase is not Phase.leaving:
                 self.loop.begin_flush()
                 self._look_at_flush()
-            elif self.on_one_node and self.saving.memory is not None:
-                self.saving.begin_flush_from_here(action.step)
             else:
-                self._flush_failed("its files are on other nodes", lost=True)
+                self.saving.begin_flush_from_here(action.step, self._copy)
         except FileNotFoundError as error:
             self._flush_failed(str(error), lost=self.state.phase is Phase.leaving)
         except OSError as error:

@@ -26,7 +26,7 @@ from hybridflow.results import Results
 from hybridflow.snapshots.files import Written
 from hybridflow.snapshots.flush import Flushed
 from hybridflow.snapshots.memory import MemoryPlace
-from hybridflow.snapshots.reading import FilesMissing
+from hybridflow.snapshots.reading import FilesMissing, role_digest
 from workers.roles import TrainedRole
 
 LOGGER = logging.getLogger(__name__)
@@ -64,6 +64,15 @@ class Flush:
     """Whether hosts copy it from memory, in the background; otherwise its files are there."""
     synced: Mapping[str, Mapping[str, Any]] | None = None
     """Size and digest of the files that are on disk, once all are."""
+
+
+Copy = Callable[[Path, Path], None]
+"""Copies a directory in memory, which may be on several nodes, to one that all nodes see."""
+
+
+def copy_here(source: Path, target: Path) -> None:
+    """A Copy of what is on this node."""
+    shutil.copytree(source, target)
 
 
 def nothing() -> None:
@@ -185,17 +194,20 @@ class Saving:
             step=step, number=number, state=state, metrics=dict(metrics), copied=staged
         )
 
-    def begin_flush_from_here(self, step: int) -> None:
-        """Copies a commit in memory to disk from this process, for a controller that has to leave
-        at once. The files of all ranks must be on this node."""
+    def begin_flush_from_here(self, step: int, copy: Copy) -> None:
+        """Copies a commit in memory to disk without the roles' processes, for a controller that has
+        to leave at once. A FileNotFoundError where files of it were not brought."""
         assert self.memory is not None
         commits = [commit for commit in self.memory.commits() if commit.step == step]
         if not commits:
             raise FileNotFoundError(f"step {step} is not in memory any more")
         newest = commits[0]
         directory = self.store.begin(step)
+        digests = newest.state["ledger"]["roles"]
         for name in self.trained:
-            shutil.copytree(newest.path / name, directory / name)
+            copy(newest.path / name, directory / name)
+            if role_digest(directory / name, newest.stamp) != digests[name]["digest"]:
+                raise FileNotFoundError(f"not all files of {name} after step {step} were brought")
         self._flush = Flush(
             step=step, number=newest.number, state=newest.state, metrics={}, copied=False
         )

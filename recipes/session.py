@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -31,7 +32,7 @@ from controllers.loop import Loop, Outcome, phase_seconds
 from controllers.loop_config import LoopConfig
 from controllers.recovery import Driver
 from controllers.samples import SampleReader
-from controllers.saving import Saving, checkpoint_at
+from controllers.saving import Copy, Saving, checkpoint_at, copy_here
 from controllers.streams import EmptyStream, PromptStream, RowSource, Stream, TextStream
 from controllers.validation import HeldOutRows, ResponseReward, Validate
 from hybridflow.batch import Batch
@@ -210,7 +211,7 @@ class Session:
             restarts=earlier.get("restarts", 0),
             furthest=earlier.get("furthest", -1),
             deterministic=config.deterministic,
-            on_one_node=cluster is None or len(cluster.nodes) == 1,
+            copy=copy_of(cluster),
         )
 
     def _trained(self) -> dict[str, TrainedRole]:
@@ -337,6 +338,8 @@ class Session:
 
 
 LOGGER = logging.getLogger(__name__)
+GATHER_S = 20.0
+"""How long the nodes of a run that has to leave may copy a snapshot to disk."""
 _OPEN: Session | None = None
 """The session of this process; calls and their seconds are counted per process."""
 
@@ -382,6 +385,15 @@ def with_precision_of_machines(
             len(answers),
         )
     return prepared.with_precision(native_precision(all(answers)))
+
+
+def copy_of(cluster: ClusterInfo | None) -> Copy:
+    """How a controller that has to leave brings what the nodes hold in memory to disk."""
+    if cluster is None or len(cluster.nodes) == 1:
+        return copy_here
+    from cluster.gather import gather
+
+    return partial(gather, timeout_s=GATHER_S)
 
 
 def spawn_roles(

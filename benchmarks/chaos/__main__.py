@@ -45,6 +45,8 @@ STEPS_PER_KILL = 2
 RECOVERY_S = 240.0
 STEP_S = 240.0
 RUN_S = 900.0
+GONE_S = 30.0
+"""How long the processes of a cluster may take to end after it was shut down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,9 @@ def disturb_all(
             missing = rows_of(undisturbed, num_steps) - rows_of(run, num_steps)
             lost, doubled = lost + max(0, missing), doubled + max(0, -missing)
         print(f"run {number}: {differences or 'equal'}", *part, sep="\n  ", flush=True)
+    deadline = time.monotonic() + GONE_S
+    while processes(directory) and time.monotonic() < deadline:
+        time.sleep(1.0)
     return {
         "kills": arguments.kills,
         "recovered": sum(row.recovered and row.witnessed for row in rows),

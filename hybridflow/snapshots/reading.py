@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hybridflow.resharding.boxes import Ints, intersections, overlapping, volumes
 from hybridflow.resharding.shards import Box, LocalParameter, LocalShard
-from hybridflow.snapshots.files import SUFFIX, StoredBox, StoredFile, read_header
+from hybridflow.snapshots.files import DIGEST_DIGITS, SUFFIX, StoredBox, StoredFile, read_header
 
 
 class FilesMissing(ValueError):
@@ -146,6 +146,17 @@ class SnapshotFiles:
             shard = parameter.shards[of_shard]
             copies.append(Copy(file=file, stored=stored, part=part, shard=shard))
         return copies
+
+
+def role_digest(directory: Path, stamp: str) -> str:
+    """The digest of all tensors of a role, by the headers of its files: that of the ledger's line
+    where all files are there."""
+    total = 0
+    for path in directory.glob(f"*{SUFFIX}"):
+        file = read_header(path)
+        if file.stamp == stamp:
+            total += sum(stored.digest for stored in file.boxes)
+    return f"{total % 2**64:0{DIGEST_DIGITS}x}"
 
 
 def _arrays(boxes: Sequence[Box]) -> tuple[Ints, Ints]:

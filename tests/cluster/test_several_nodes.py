@@ -22,8 +22,10 @@ OTHER_MACHINE = "import platform\nplatform.python_version = lambda: '3.12.4'\n"
 
 SCRIPT = """
 import json, sys
+from pathlib import Path
 from ray.cluster_utils import Cluster
 from cluster.connect import ClusterConfig, connect
+from cluster.gather import gather
 from hybridflow.pool import PoolSpec
 from hybridflow.ray_pool import RayPool
 
@@ -42,12 +44,17 @@ result = {}
 with connect(ClusterConfig(address=cluster.address, working_dir=""), cpu_slots=3, gpus=1) as info:
     with RayPool(PoolSpec(num_devices=3)) as pool:
         result["nodes of the pool"] = len({host.node_id for host in pool.hosts})
+    memory, disk = Path(sys.argv[1], "memory"), Path(sys.argv[1], "disk")
+    memory.mkdir()
+    (memory / "0").write_text("rank 0")
+    gather(memory, disk, timeout_s=60.0)
+    result["gathered"] = {file.name: file.read_text() for file in disk.iterdir()}
 other = cluster.add_node(**SIZE, num_gpus=1, resources={"accelerator_type:H100": 1})
 result["two types"] = attempt(gpus=1)
 result["two types, chosen"] = attempt(gpus=1, nodes_chosen=True)
 result["two types, no GPU"] = attempt(cpu_slots=1)
 cluster.remove_node(other)
-cluster.add_node(**SIZE, env_vars={"PYTHONPATH": sys.argv[1]})
+cluster.add_node(**SIZE, env_vars={"PYTHONPATH": sys.argv[2]})
 result["other versions"] = attempt()
 cluster.shutdown()
 print(json.dumps(result))
@@ -63,7 +70,7 @@ def test_nodes_that_do_not_fit_are_refused_and_a_pool_spans_the_others(tmp_path:
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: ray\nVersion: 2.59.0\n")
     env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, f"{tmp_path}:{ROOT}"],
+        [sys.executable, "-c", SCRIPT, str(tmp_path), f"{tmp_path}:{ROOT}"],
         cwd=ROOT,
         env=env | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -73,6 +80,7 @@ def test_nodes_that_do_not_fit_are_refused_and_a_pool_spans_the_others(tmp_path:
     assert run.returncode == 0, run.stderr
     result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     assert result["nodes of the pool"] == 2
+    assert result["gathered"] == {"0": "rank 0"}
     assert result["two types, chosen"] == result["two types, no GPU"] == 3
     types, versions = result["two types"], result["other versions"]
     host = probe().hostname

@@ -209,6 +209,24 @@ def test_a_notice_puts_the_newest_snapshot_on_disk(
     assert torch.equal(weights(elsewhere), expected)
 
 
+def test_a_notice_on_several_nodes_commits_nothing_that_is_incomplete(
+    tmp_path: Path, shm: Path, expected: torch.Tensor
+) -> None:
+    """FAULTS C3: the node of one of the files does not answer; another machine goes on from the
+    checkpoint before, or from the start."""
+    loop = make_loop(tmp_path / "cut", shm, checkpoint_every=2)
+    role = loop.trained["actor"]
+    assert isinstance(role, HandRole)
+    loop.algorithm = algorithm = Noticed(role)  # type: ignore[assignment]
+    algorithm.driver = Driver(loop, copy=lambda source, target: target.mkdir())
+    with pytest.raises(KeyboardInterrupt):
+        algorithm.driver.run()
+    assert not {checkpoint.step for checkpoint in loop.store.all()} - {2}
+    elsewhere = make_loop(tmp_path / "cut", None)
+    Driver(elsewhere).run()
+    assert torch.equal(weights(elsewhere), expected)
+
+
 class Pool(LocalPool):
     """Its restart builds nothing, or finds too few devices."""
 
