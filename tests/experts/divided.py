@@ -15,6 +15,7 @@ from hybridflow.resharding.shards import Box
 from tests.engines.fsdp_workers import data_rows, gathered
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences
 from tests.experts.engines import make_engine, routes_and_replay_gap, rows_with_a_shared_prompt
+from tests.ranks import worlds
 from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.sequences import Sequences
 
@@ -69,17 +70,10 @@ def batches() -> list[Sequences]:
 
 def run(rank: int, root: Path, out: Path, cases: list[Case]) -> None:
     """Worlds of 4 and 2 ranks one after the other in the same processes; models are in `root`."""
-    torch.set_num_threads(1)
-    for world in WORLDS:
-        if rank >= world:
-            continue
-        dist.init_process_group(
-            "gloo", init_method=f"file://{out}/store{world}", rank=rank, world_size=world
-        )
+    for world in worlds(rank, out, WORLDS):
         for case in cases:
             if case.world == world:
                 torch.save(train(rank, root, out, case), out / f"{case.name}.{rank}.pt")
-        dist.destroy_process_group()
 
 
 def case_engine(root: Path, case: Case, rank: int) -> ShardedEngine:

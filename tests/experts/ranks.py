@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tests.engines.fsdp_workers import data_rows, gathered
 from tests.engines.threed_cases import TEMPERATURE, loss_fn
 from tests.experts.engines import make_engine, routes_and_replay_gap, rows_with_a_shared_prompt
+from tests.ranks import worlds
 
 WORLD = 2
 COEFFICIENT = 0.3
@@ -53,11 +53,9 @@ class Result:
 
 
 def run(rank: int, root: Path, cases: list[Case]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=WORLD)
-    for case in cases:
-        torch.save(train(rank, root, case), root / f"{case.name}.{rank}.pt")
-    dist.destroy_process_group()
+    for _ in worlds(rank, root, (WORLD,)):
+        for case in cases:
+            torch.save(train(rank, root, case), root / f"{case.name}.{rank}.pt")
 
 
 def train(rank: int, root: Path, case: Case) -> Result:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -16,6 +15,7 @@ from tests.experts.divided import COEFFICIENT, Case, Result, batches, run
 from tests.experts.engines import make_engine
 from tests.experts.plain import EXPERTS, PlainStep, load_mixture, plain_steps
 from tests.experts.test_routers import EXACT, compare
+from tests.ranks import run_ranks
 from workers.config import ModelConfig, TrainConfig
 from workers.engines.base import Head
 from workers.engines.fsdp.engine import FsdpEngine
@@ -44,7 +44,7 @@ MATRIX = [
 
 
 def spawn(root: Path, out: Path, cases: list[Case]) -> Path:
-    mp.spawn(run, args=(root, out, cases), nprocs=max(case.world for case in cases))
+    run_ranks(run, (root, out, cases), max(case.world for case in cases))
     return out
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.testing import assert_close
 
 from tests.engines.threed_cases import TEMPERATURE
@@ -14,6 +13,7 @@ from tests.experts.engines import make_engine, rows_with_a_shared_prompt
 from tests.experts.plain import PlainStep, load_mixture, plain_step
 from tests.experts.ranks import COEFFICIENT, WORLD, Case, Result, run
 from tests.experts.test_routers import EXACT, compare
+from tests.ranks import run_ranks
 
 CASES = [
     Case(),
@@ -26,7 +26,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def spawned(root: Path) -> Path:
-    mp.spawn(run, args=(root, CASES), nprocs=WORLD)
+    run_ranks(run, (root, CASES), WORLD)
     return root
 
 
