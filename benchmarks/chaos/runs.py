@@ -21,8 +21,9 @@ from controllers.ledger import LEDGER, first_difference
 from hybridflow.failures import EVENTS
 from tests.tiny import make_data, make_model
 
-CLOCKS = re.compile(r"seconds|tokens_per_s|time_s|sync/.*_s$|memory")
-"""Metrics that a clock or the memory allocator decides."""
+CLOCKS = re.compile(r"seconds|tokens_per_s|time_s|sync/.*_s$|memory|metrics/failed_sinks")
+"""Metrics that a clock or the memory allocator decides; and the count of the sinks that failed, as a
+full disk costs the rest of trace.json."""
 CALL_TIMEOUT_S = 60.0
 POOLS = (
     "placement=custom",
