@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Sequence
@@ -151,3 +152,12 @@ def _join_world_of_one(context: RankContext, timeout_s: float) -> None:
             world_size=1,
             timeout=timedelta(seconds=timeout_s),
         )
+        atexit.register(_leave_world)
+
+
+def _leave_world() -> None:
+    """NCCL's threads end before the process does."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -172,6 +172,11 @@ class Contents:
         self.header_bytes = len(self._header([0] * len(self.layout.spans)))
         self.num_bytes = self.header_bytes + self.layout.num_bytes
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether any of it is in a GPU's memory."""
+        return any(shard.tensor.is_cuda for _, shard, _ in _numbered(self.tensors))
+
     def digests(self) -> list[int]:
         """One for each box, in the order of the entries; of what the memory holds now."""
         scratch: dict[torch.device, Scratch] = {}
@@ -200,10 +205,10 @@ class Contents:
         sources = [shard.tensor for _, shard, _ in _numbered(self.tensors)]
         if sources:  # a rank whose every element an earlier one writes has none
             with torch.no_grad():
-                torch._foreach_copy_(bound.places, sources)
-        # An accelerator reads its own memory faster than the host reads the copy.
-        on_cpu = all(source.device.type == "cpu" for source in sources)
-        digests = bound.digests() if on_cpu else self.digests()
+                torch._foreach_copy_(bound.places, sources, non_blocking=True)
+        # A GPU reads its own memory faster than the host reads the copy. Reading the digests waits
+        # for the copies before them.
+        digests = self.digests() if self.on_gpu else bound.digests()
         header = self._header(digests)
         rest = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         buffer[LENGTH_BYTES : len(header)].copy_(rest[LENGTH_BYTES:])

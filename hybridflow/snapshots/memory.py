@@ -188,7 +188,7 @@ class Stager:
             else:
                 held.unlink(missing_ok=True)
         if buffer is None:
-            buffer = allocate(path, contents.num_bytes)
+            buffer = allocate(path, contents.num_bytes, page_locked=contents.on_gpu)
         self._buffers[path] = buffer
         bound = self._bound.get(buffer.data_ptr())
         if bound is None or bound.header_bytes != contents.header_bytes:
@@ -212,9 +212,35 @@ def memory_directory(output_dir: Path, run: str, root: Path) -> Path:
     return root / f"hybridflow-{os.getuid()}" / f"{output_dir.name}-{name}"
 
 
-def allocate(path: Path, num_bytes: int) -> Tensor:
+class PageLockedFile(mmap.mmap):
+    """A mapped file whose pages a GPU copies into directly, which is several times as fast as by way
+    of the driver's own buffer."""
+
+    address = 0
+    """Of what is page-locked; 0: nothing is."""
+
+    def lock(self, memory: Tensor) -> None:
+        """Page-locks `memory`, which is this file's. Said in the log where the driver refuses; copies
+        are slower then, and right all the same."""
+        error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)
+        if error == torch.cuda.cudart().cudaError.success:
+            self.address = memory.data_ptr()
+        else:
+            LOGGER.warning(
+                "snapshots in memory: %.3g GB could not be page-locked (%s); they take longer",
+                memory.numel() / 1e9,
+                error,
+            )
+
+    def __del__(self) -> None:
+        if self.address:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+
+
+def allocate(path: Path, num_bytes: int, *, page_locked: bool = False) -> Tensor:
     """A new file, all of it reserved and mapped: uint8 [bytes]. An OSError where memory is short;
-    a mapped file that is not reserved would end the process instead."""
+    a mapped file that is not reserved would end the process instead. `page_locked`: for copies from a
+    GPU."""
     size = os.statvfs(path.parent)
     free, total = size.f_bavail * size.f_frsize, size.f_blocks * size.f_frsize
     if free - num_bytes < FREE_FRACTION * total:
@@ -227,7 +253,11 @@ def allocate(path: Path, num_bytes: int) -> Tensor:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, num_bytes)
-        return torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)
+        file = PageLockedFile(descriptor, num_bytes)
+        memory = torch.frombuffer(file, dtype=torch.uint8)
+        if page_locked:
+            file.lock(memory)
+        return memory
     except OSError:
         path.unlink()
         raise

@@ -32,9 +32,10 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 """Read when vLLM is imported: one process, no telemetry, the model runner whose sampler can be
-replaced."""
+replaced, no kernels compiled for the sampler that is replaced."""
 
 WINDOWS_WITH_ONE_MORE = ("cohere2", "cohere2_moe")
 """Model types whose windows vLLM makes one token longer than transformers."""
