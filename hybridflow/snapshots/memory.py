@@ -217,7 +217,7 @@ class PageLockedFile(mmap.mmap):
     of the driver's own buffer."""
 
     address = 0
-    """Of what is page-locked; 0: nothing is."""
+    """Where the page-locked memory begins; 0: none is."""
 
     def lock(self, memory: Tensor) -> None:
         """Page-locks `memory`, which is this file's. Said in the log where the driver refuses; copies
