@@ -158,10 +158,9 @@ def test_what_the_judge_wrote_is_read_row_by_row(tmp_path: Path) -> None:
         unreadable = [row["unreadable"] for row in judged.objects("reward_metrics")]
         assert unreadable == [float(reward == -1.5) for reward in expected]
         with pytest.raises(RuntimeError, match=r"judge: no verdict in "):
-            spawn(
-                VerdictWorker, pool, replace(settings, unreadable_reward=None), role="judge"
-            ).compute_reward(batch)
-        sampler = spawn(VerdictWorker, pool, drawing, role="judge")
+            strict = replace(settings, unreadable_reward=None)
+            spawn(VerdictWorker, pool, strict, role="strict").compute_reward(batch)
+        sampler = spawn(VerdictWorker, pool, drawing, role="sampler")
         drawn, turned = (
             sampler.compute_reward(rows).tensor("rewards")
             for rows in (batch, batch.rows(np.array([4, 3, 2, 1, 0])))
