@@ -21,6 +21,7 @@ import mmap
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,7 +234,7 @@ class PageLockedFile(mmap.mmap):
             )
 
     def __del__(self) -> None:
-        if self.address:
+        if self.address and not sys.is_finalizing():
             torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
