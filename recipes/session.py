@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-import torch
 from omegaconf import OmegaConf
 
-from cluster.config import Mode
 from controllers import QUESTIONS, create_algorithm
 from controllers.algorithm_base import Algorithm, Evaluated
 from controllers.data import RowDataset, RowLoader
@@ -32,34 +28,31 @@ from controllers.loop import Loop, Outcome, phase_seconds
 from controllers.loop_config import LoopConfig
 from controllers.recovery import Driver
 from controllers.samples import SampleReader
-from controllers.saving import Copy, Saving, checkpoint_at, copy_here
+from controllers.saving import Saving, checkpoint_at
 from controllers.streams import EmptyStream, PromptStream, RowSource, Stream, TextStream
 from controllers.validation import HeldOutRows, ResponseReward, Validate
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
-from hybridflow.devices import requested_threads
 from hybridflow.failures import EventLog
 from hybridflow.group import each, spawn
-from hybridflow.local_pool import LocalPool
 from hybridflow.metrics import Tracker
-from hybridflow.pool import PoolSpec, ResourcePool
+from hybridflow.pool import ResourcePool
 from hybridflow.progress import activity
 from hybridflow.progress_display import shown
-from hybridflow.ray_pool import RayPool
 from hybridflow.recovery.attempts import Attempt
 from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.supervision import SUPERVISION
 from hybridflow.waiting import CALLS
 from hybridflow.whole_file import whole_file
 from recipes.asynchrony import rows_ahead, streaming_actor
-from recipes.config import Device, PlacementMode, RunConfig, Runtime
+from recipes.config import Device, RunConfig
 from recipes.environment import environment
+from recipes.machines import connect_cluster, copy_of, start_pool
 from recipes.path_settings import make_directory
 from recipes.placing import Placement, placeholder_roles
 from recipes.preparation import Preparation
 from recipes.roles import GENERATION, with_named_functions
 from recipes.same_run import checkpoint_store, run_settings
-from workers.generation import generation_engine_class
 from workers.machine import MachineWorker
 from workers.precision import native_precision
 from workers.roles import (
@@ -338,8 +331,6 @@ class Session:
 
 
 LOGGER = logging.getLogger(__name__)
-GATHER_S = 20.0
-"""How long the nodes of a run that has to leave may copy a snapshot to disk."""
 _OPEN: Session | None = None
 """The session of this process; calls and their seconds are counted per process."""
 
@@ -387,15 +378,6 @@ def with_precision_of_machines(
     return prepared.with_precision(native_precision(all(answers)))
 
 
-def copy_of(cluster: ClusterInfo | None) -> Copy:
-    """How a controller that has to leave brings what the nodes hold in memory to disk."""
-    if cluster is None or len(cluster.nodes) == 1:
-        return copy_here
-    from cluster.gather import gather
-
-    return partial(gather, timeout_s=GATHER_S)
-
-
 def spawn_roles(
     placement: Placement, pools: Mapping[str, ResourcePool], *, draws_ahead: bool = False
 ) -> dict[str, Any]:
@@ -414,66 +396,6 @@ def spawn_roles(
             handles["actor"], handles.pop(GENERATION), training, generation
         )
     return handles | placeholder_roles(placement, handles)
-
-
-def connect_cluster(placement: Placement) -> AbstractContextManager[ClusterInfo | None]:
-    """Ray with enough slots for all pools; nothing with runtime=local."""
-    config, devices = placement.config, placement.num_devices
-    for role in placement.roles:
-        if "generation" in placement.layouts(role):
-            generation_engine_class(role.config.generation.engine).check_device(config.device.value)
-    if config.runtime is Runtime.local:
-        if config.device is Device.cuda and not torch.cuda.is_available():
-            raise ValueError(
-                "device=cuda with runtime=local, but this machine has no CUDA device; use "
-                "device=cpu"
-            )
-        return nullcontext()
-    from cluster.connect import connect
-
-    gpus = devices if config.device is Device.cuda else 0
-    chosen = config.placement is PlacementMode.custom
-    for name in placement.pool_sizes:
-        chosen = chosen and name in config.pools and bool(config.pools[name].node_resource)
-    return connect(
-        config.cluster,
-        cpu_slots=devices * config.cpus_per_device,
-        gpus=gpus,
-        nodes_chosen=chosen,
-    )
-
-
-def start_pool(placement: Placement, cluster: ClusterInfo | None, name: str) -> ResourcePool:
-    """The pool of that name, in Ray or (without a cluster) in this process."""
-    config = placement.config
-    custom = config.placement is PlacementMode.custom and name in config.pools
-    spec = PoolSpec(
-        name=name,
-        num_devices=placement.pool_sizes[name],
-        device=config.device.value,
-        node_resource=config.pools[name].node_resource if custom else "",
-        cpus_per_device=config.cpus_per_device,
-        threads_per_device=config.threads_per_device or _threads(placement, cluster),
-        roles=tuple(role.name for role in placement.roles if role.pool == name),
-        # Gloo names what was waited for; NCCL's watchdog ends the process, before the report of every
-        # rank's stack if it is first.
-        collective_timeout_s=config.call_timeout_s * (2 if config.device is Device.cuda else 0.5),
-        call_timeout_s=config.call_timeout_s,
-        deterministic=config.deterministic,
-    )
-    return LocalPool(spec) if cluster is None else RayPool(spec)
-
-
-def _threads(placement: Placement, cluster: ClusterInfo | None) -> int:
-    """Cores of this machine for each device of the run, so that pools that work at the same
-    time do not take each other's, or OMP_NUM_THREADS; 0 where the devices are on several nodes,
-    which their pools look at."""
-    if cluster is None or len(cluster.nodes) > 1 or placement.config.device is Device.cuda:
-        return 0
-    # Ray sets the variable for the processes that it starts, a submitted job's driver among them.
-    if cluster.mode is Mode.embedded and requested_threads():
-        return requested_threads()
-    return max(1, (os.cpu_count() or 1) // placement.num_devices)
 
 
 def start_tracker(config: RunConfig, directory: Path, first_step: int, num_steps: int) -> Tracker:

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from benchmarks.gpu.installed import describe
+from benchmarks.rehearsal.training_step import hf_config
 from hybridflow.mapping.question.zoo import MODELS
 from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
 from recipes.quickstart.task import TaskConfig, make_examples, write_parquet
@@ -137,18 +138,9 @@ def prepare(directory: Path) -> None:
 def prepare_large(directory: Path) -> None:
     """A model of Qwen2.5-0.5B's shape with random weights and the small one's tokenizer."""
     spec, tokenizer = MODELS["qwen2.5-0.5b"], make_tokenizer()
-    config = Qwen2Config(
-        vocab_size=spec.vocab_size,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_hidden_layers=spec.num_layers,
-        num_attention_heads=spec.num_heads,
-        num_key_value_heads=spec.num_kv_heads,
-        tie_word_embeddings=spec.tied_embeddings,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = hf_config(Qwen2Config, spec)
+    config.bos_token_id = None
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory / "large")
@@ -165,7 +157,7 @@ def run(case: Case, device: str, steps: int, directory: Path, output: Path) -> d
     command += [f"model.path={directory / ('large' if case.large else 'model')}"]
     command += [f"data.train={directory / 'train.parquet'}"]
     command += [f"device={device}", f"output_dir={output}", f"loop.num_steps={steps}"]
-    command += ["reward.function=recipes.quickstart.reward:exact_match", "loop.checkpoint_every=0"]
+    command += ["reward.function=benchmarks.gpu.reward:varied", "loop.checkpoint_every=0"]
     started = time.perf_counter()
     try:
         finished = subprocess.run(

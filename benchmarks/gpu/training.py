@@ -78,7 +78,7 @@ def make_model(directory: Path, case: Case, step: StepCase, spec: ModelSpec) -> 
     """The files of a model with random weights; those that are there are taken."""
     path = directory / f"{case.model}-{spec.num_layers}"
     if not path.exists():
-        config = hf_config(step, spec)
+        config = hf_config(step.family, spec)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(path)

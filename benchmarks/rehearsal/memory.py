@@ -61,7 +61,7 @@ def measure(directory: Path, name: str, layers: int) -> Row:
     spec = MODELS[case.model]
     if layers:
         spec = replace(spec, num_layers=layers)
-    hf_config(case, spec).save_pretrained(directory)
+    hf_config(case.family, spec).save_pretrained(directory)
     config = TrainConfig(
         engine=case.engine,
         micro_batch_tokens=case.rows_at_once * (case.prompt + case.response),

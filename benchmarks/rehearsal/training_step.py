@@ -19,7 +19,7 @@ from workers.losses.aggregation import Aggregation, Counts, weight_columns
 from workers.sequences import Sequences
 
 
-def hf_config(case: Case, spec: ModelSpec) -> PretrainedConfig:
+def hf_config(family: type[PretrainedConfig], spec: ModelSpec) -> PretrainedConfig:
     """The model that the specification describes."""
     sizes: dict[str, Any] = {
         "vocab_size": spec.vocab_size,
@@ -38,7 +38,7 @@ def hf_config(case: Case, spec: ModelSpec) -> PretrainedConfig:
             "num_experts_per_tok": spec.experts_per_token,
             "moe_intermediate_size": spec.expert_intermediate_size,
         }
-    return case.family(**sizes)
+    return family(**sizes)
 
 
 def batch_of(case: Case, vocabulary: int) -> Sequences:

@@ -69,3 +69,4 @@ def run_script(device: str, tmp_path: Path) -> None:
     )
     (row,) = json.loads(output.read_text())["runs"]
     assert "error" not in row and row["tokens_per_s"] > 0
+    assert row["last_step"]["actor/grad_norm"] > 0, "the next sync brings changed weights"
