@@ -62,6 +62,8 @@ def main() -> None:
     if finished.returncode:
         raise SystemExit(finished.returncode)
     summary = summarise(output)
+    if summary is None:  # the recipe has said that the run was finished before
+        return
     draw_progress(output)
     show(console, summary, output)
 
@@ -83,17 +85,19 @@ def recipe_command(
     ]
 
 
-def summarise(output: Path) -> dict[str, Any]:
+def summarise(output: Path) -> dict[str, Any] | None:
     """summary.json in the quickstart's words: its reward is 1 for a right answer, so
-    validation's mean reward is the accuracy."""
+    validation's mean reward is the accuracy. None where nothing was left to train."""
     path = output / "summary.json"
     outcome = json.loads(path.read_text())
+    if not outcome["train_s"]:
+        return None
     summary = {
         "accuracy_before": outcome["reward_before"],
         "accuracy_after": outcome["reward_after"],
         "train_seconds": outcome["train_s"],
         "num_steps": outcome["num_steps"],
-        "tokens_per_second": outcome["tokens"] / outcome["train_s"] if outcome["train_s"] else 0.0,
+        "tokens_per_second": outcome["tokens"] / outcome["train_s"],
         "max_log_prob_gap": outcome["largest"]["actor/log_prob_gap_max"],
         "seconds_per_phase": outcome["phase_s"],
     }

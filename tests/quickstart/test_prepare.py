@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from controllers.data import DataConfig, PromptDataset
+from recipes.quickstart.__main__ import summarise
 from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
 from recipes.quickstart.prepare import PrepareConfig, Prepared, prepare
 from recipes.quickstart.reward import exact_match
@@ -210,3 +211,12 @@ def test_tied_model() -> None:
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     first, second = (make_model(tokenizer, ModelShape(), seed=3).state_dict() for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    """`make quickstart` a second time: the recipe has nothing to do, says so, and writes a summary
+    without steps."""
+    summary = {"train_s": 0, "tokens": 0, "largest": {}, "phase_s": {}, "num_steps": 40}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert summarise(tmp_path) is None
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
