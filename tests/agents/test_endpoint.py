@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -93,3 +95,179 @@ def test_a_limit_is_an_error_that_agents_know() -> None:
     with pytest.raises(openai.BadRequestError, match="context"):
         asyncio.run(serve())
     assert model.finish_reason == "context"
+
+
+Client = Callable[[Any], Awaitable[Any]]
+
+
+def served(model: Model, use: Client) -> Any:
+    """What use(client) returns, whose URL is the model's."""
+
+    async def serve() -> Any:
+        async with (
+            Endpoint(model) as url,
+            openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client,
+        ):
+            return await use(client)
+
+    return asyncio.run(serve())
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def test_a_streamed_reply_is_the_reply() -> None:
+    """stream=True: text, calls, how it ended, usage; the transcript is the plain request's."""
+
+    async def streams(client: Any) -> list[Any]:
+        completion = await client.chat.completions.create(
+            model="policy",
+            messages=[user("2 + 3?")],
+            tools=TOOLS,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        return [chunk async for chunk in completion]
+
+    model = conversation(saying([f"So: {CALL}"]), reply_tokens=200)
+    first, last, usage = served(model, streams)
+    (call,) = first.choices[0].delta.tool_calls
+    assert (call.index, call.function.name) == (0, "add")
+    assert json.loads(call.function.arguments) == {"a": 2, "b": 3}
+    assert first.choices[0].delta.content == "So:"
+    assert last.choices[0].finish_reason == "tool_calls"
+    assert usage.usage.total_tokens == len(model.ids)
+    same = conversation(saying([f"So: {CALL}"]), reply_tokens=200)
+
+    async def plain(client: Any) -> Any:
+        return await client.chat.completions.create(
+            model="policy", messages=[user("2 + 3?")], tools=TOOLS
+        )
+
+    served(same, plain)
+    assert model.ids == same.ids
+
+
+def test_a_reply_ends_before_a_stop_text() -> None:
+    """What was drawn behind it is not in the row; the conversation goes on from there, and the
+    turn gets its end token, which nobody drew."""
+    model = conversation(saying(["Look it up.\nObservation: 7 or 8", "7"]), reply_tokens=200)
+
+    async def stops(client: Any) -> list[Any]:
+        ask = functools.partial(client.chat.completions.create, model="policy")
+        first = await ask(messages=[user("a")], stop=["Observation:", "never"], logprobs=True)
+        said = {"role": "assistant", "content": first.choices[0].message.content}
+        second = await ask(messages=[user("a"), said, user("Observation: 7")])
+        return [first, second]
+
+    first, second = served(model, stops)
+    choice = first.choices[0]
+    assert (choice.message.content, choice.finish_reason) == ("Look it up.\n", "stop")
+    decode = model.renderer.tokenizer.decode
+    assert decode(choice.token_ids) == "Look it up.\nObservation:"
+    assert [entry.logprob for entry in choice.logprobs.content] == [-0.5] * len(choice.token_ids)
+    assert "".join(entry.token for entry in choice.logprobs.content) == decode(choice.token_ids)
+    assert second.choices[0].message.content == "7"
+    assert len(model.segments.transcripts) == 1, "the shortened reply is known again"
+    assert decode(model.ids).endswith(
+        "Observation:<|end|>\n<|user|>\nObservation: 7<|end|>\n<|assistant|>\n7<|end|>"
+    )
+    turn = model.transcript.turns[0]
+    assert not model.transcript.sampled[turn.start + turn.length]
+    assert len(model.transcript.log_probs) == sum(model.transcript.sampled)
+
+
+@pytest.mark.parametrize(
+    "option, fix",
+    [
+        ({"n": 2}, "n=2: a request has one reply; send it 2 times"),
+        ({"response_format": {"type": "json_object"}}, "response_format: .*leave"),
+        ({"logprobs": True, "top_logprobs": 3}, "top_logprobs=3: .*leave it out"),
+        ({"logit_bias": {"5": 1}}, "logit_bias: .*leave it out"),
+        ({"functions": [{"name": "add"}]}, "functions: an older form; use tools"),
+        ({"tools": [{"type": "web_search"}]}, r"tools\[0\] is no function"),
+        ({"stop": [""]}, "give texts that are not empty"),
+        ({"max_tokens": 0}, "max_tokens=0: give a whole number"),
+        ({"messages": []}, "messages is no list with a message"),
+        ({"messages": ["Hi"]}, r"messages\[0\] is no object with a role"),
+        ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].content is no text"),
+        (
+            {"messages": [user("a"), {"role": "user", "content": [{"type": "image_url"}]}]},
+            r"messages\[1\].content has a part 'image_url'; the policy reads text alone",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a"}}]}]},
+            r"messages\[0\].tool_calls has one without",
+        ),
+    ],
+)
+def test_what_can_not_be_had_is_refused(option: dict[str, Any], fix: str) -> None:
+    async def asks(client: Any) -> Any:
+        request = {"model": "policy", "messages": [user("a")]} | option
+        return await client.chat.completions.create(**request)
+
+    model = conversation(saying(["one"]))
+    with pytest.raises(openai.BadRequestError, match=fix):
+        served(model, asks)
+    assert not model.transcript.turns
+
+
+def test_another_path_is_named() -> None:
+    async def asks(client: Any) -> Any:
+        return await client.responses.create(model="policy", input="a")
+
+    with pytest.raises(openai.NotFoundError, match="let the client use chat completions"):
+        served(conversation(saying(["one"])), asks)
+
+
+def test_options_that_are_the_runs() -> None:
+    """Sampling's options and tool_choice are taken, and change nothing; with tool_choice=none a
+    call is text."""
+
+    async def asks(client: Any) -> list[Any]:
+        ask = functools.partial(client.chat.completions.create, model="policy", tools=TOOLS)
+        options = {"temperature": 0.0, "top_p": 0.5, "seed": 3, "presence_penalty": 1.0}
+        free = await ask(messages=[user("a")], tool_choice="required", **options)
+        text = await ask(messages=[user("b")], tool_choice="none")
+        return [free, text]
+
+    free, text = served(conversation(saying([CALL, CALL]), reply_tokens=200), asks)
+    assert free.choices[0].message.tool_calls
+    assert text.choices[0].message.content == CALL and not text.choices[0].message.tool_calls
+
+
+def test_requests_side_by_side_and_other_tools() -> None:
+    """An agent with sub-agents asks for several replies at once; each conversation has the tools
+    that it was begun with."""
+    replies = ["one", "two", "three", "four"]
+
+    async def asks(client: Any) -> list[Any]:
+        ask = functools.partial(client.chat.completions.create, model="policy")
+        first = await asyncio.gather(*[ask(messages=[user(text)]) for text in "abc"])
+        said = {"role": "assistant", "content": first[0].choices[0].message.content}
+        return [*first, await ask(messages=[user("a"), said, user("d")], tools=TOOLS)]
+
+    model = conversation(saying(replies), reply_tokens=200)
+    completions = served(model, asks)
+    assert sorted(each.choices[0].message.content for each in completions) == sorted(replies)
+    transcripts = model.segments.transcripts
+    assert [len(transcript.turns) for transcript in transcripts] == [1] * 4
+    decode = model.renderer.tokenizer.decode
+    assert [("Adds." in decode(each.ids)) for each in transcripts] == [False] * 3 + [True]
+
+
+def test_a_history_that_is_still_too_long_can_be_shortened_again() -> None:
+    async def asks(client: Any) -> Any:
+        await client.chat.completions.create(model="policy", messages=[user("a")])
+        for length in (500, 300, 5):
+            try:
+                return await client.chat.completions.create(
+                    model="policy", messages=[user("x" * length)]
+                )
+            except openai.BadRequestError as error:
+                assert error.code == "context_length_exceeded"
+        return None
+
+    model = conversation(saying(["one", "two"]), context_tokens=100)
+    assert served(model, asks).choices[0].message.content == "two"

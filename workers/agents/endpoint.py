@@ -12,14 +12,13 @@ A request to POST {url}/chat/completions goes on with the conversation of the ep
 messages begin with: what the policy said there is matched by the text and calls of its answer, and
 never tokenised again. Messages that go on with none (a history that was rewritten or shortened, a
 sub-agent) begin another conversation, which becomes a further segment of the episode. Token ids
-stand in the choice (token_ids, prompt_token_ids). temperature, top_p and the like are the run's:
-values that differ from them are ignored. Leaves out streaming and n > 1.
+stand in the choice (token_ids, prompt_token_ids). What a request may ask for besides is
+endpoint_options.py's. Leaves out every other path of OpenAI's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import Sequence
@@ -28,10 +27,12 @@ from typing import Any
 
 from aiohttp import web
 
+from workers.agents.endpoint_messages import comparable, for_template, message_of, problem_of
+from workers.agents.endpoint_options import Options, options_of
+from workers.agents.endpoint_stream import stream
 from workers.agents.model import Model, Reply
 from workers.agents.outcome import EnvironmentMistake, LimitReached
 from workers.agents.renderer import Message
-from workers.agents.tool_calls import BEGIN, END, ToolCall, read_calls, without_thoughts
 
 FINISH = {"stop": "stop", "length": "length", "context": "length"}
 """A reply's finish reason -> OpenAI's."""
@@ -42,6 +43,7 @@ class Conversation:
     """One that a client has with the policy."""
 
     model: Model
+    tools: Sequence[Message]
     shown: list[Message] = field(default_factory=list)
     """Its messages as the client knows them."""
 
@@ -57,16 +59,17 @@ class Endpoint:
     """
 
     def __init__(self, model: Model) -> None:
-        self.model = model
+        self.model, self._renderer = model, model.renderer
         self._conversations: list[Conversation] = []
         self._one_at_a_time = asyncio.Lock()
         self._runner: web.AppRunner | None = None
         self._mistake: EnvironmentMistake | None = None
 
     async def __aenter__(self) -> str:
-        application = web.Application()
+        application = web.Application(client_max_size=0)  # any size: the context is the limit
         application.router.add_post("/v1/chat/completions", self._completions)
         application.router.add_get("/v1/models", self._models)
+        application.router.add_route("*", "/{path:.*}", self._elsewhere)
         self._runner = web.AppRunner(application, access_log=None)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -82,64 +85,84 @@ class Endpoint:
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "policy", "object": "model"}]})
 
-    async def _completions(self, request: web.Request) -> web.Response:
+    async def _elsewhere(self, request: web.Request) -> web.Response:
+        return _refused(
+            f"{request.method} {request.path} is not served here; let the client use chat "
+            "completions (POST /v1/chat/completions)",
+            status=404,
+        )
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
         try:
             body = await request.json()
         except ValueError:
             return _refused("the body is no JSON")
+        if not isinstance(body, dict):
+            return _refused("the body is no JSON object")
+        if problem := problem_of(body.get("messages")):
+            return _refused(problem)
+        try:
+            options = options_of(body)
+        except ValueError as error:
+            return _refused(str(error))
         async with self._one_at_a_time:
             try:
-                return await self._answer(body)
+                completion = await self._answer(body["messages"], options)
             except LimitReached as limit:
                 return _refused(str(limit), code="context_length_exceeded")
             except EnvironmentMistake as error:
                 self._mistake = error
                 return _refused(str(error))
+        if options.streams:
+            return await stream(request, completion, usage=options.streams_usage)
+        return web.json_response(completion)
 
-    async def _answer(self, body: dict[str, Any]) -> web.Response:
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            return _refused("messages is no list with a message")
-        if body.get("stream") or body.get("n", 1) != 1:
-            return _refused("stream and n over 1 are not supported")
-        shown = [_comparable(message) for message in messages]
-        conversation = self._conversation(shown)
+    async def _answer(self, messages: list[Message], options: Options) -> dict[str, Any]:
+        shown = [comparable(message) for message in messages]
+        conversation = self._conversation(shown, options.tools)
         model = conversation.model
-        if not conversation.shown and body.get("tools"):
-            model.use_tools(body["tools"])
-        new = [_for_template(message) for message in messages[len(conversation.shown) :]]
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        reply = await model.reply(new, max_tokens=limit)
-        message = _message(reply)
-        conversation.shown = [*shown, _comparable(message)]
-        return web.json_response(self._response(model.ids, reply, message))
+        if not conversation.shown and options.tools:
+            model.use_tools(options.tools)
+        new = [for_template(message) for message in messages[len(conversation.shown) :]]
+        reply = await model.reply(new, max_tokens=options.max_tokens, stop=options.stop)
+        message = message_of(reply, read=options.reads_calls)
+        conversation.shown = [*shown, comparable(message)]
+        return self._response(model, reply, message, options)
 
-    def _conversation(self, shown: Sequence[Message]) -> Conversation:
-        """The longest conversation that these messages go on with, or a new one."""
+    def _conversation(self, shown: Sequence[Message], tools: Sequence[Message]) -> Conversation:
+        """The longest conversation that these messages go on with, which has the same tools, or a
+        new one: the template writes tools at the beginning."""
         going_on = []
         for conversation in self._conversations:
             length = len(conversation.shown)
-            if length < len(shown) and conversation.shown == shown[:length]:
+            begins = 0 < length < len(shown) and conversation.shown == shown[:length]
+            if begins and conversation.tools == tools:
                 going_on.append(conversation)
         if going_on:
             return max(going_on, key=_num_messages)
         model = self.model
         if self._conversations:
             model = model.fork()
-        self._conversations.append(Conversation(model))
+            model.renderer = self._renderer  # without the tools of another conversation
+        self._conversations.append(Conversation(model, tools))
         return self._conversations[-1]
 
-    def _response(self, ids: list[int], reply: Reply, message: Message) -> dict[str, Any]:
+    def _response(
+        self, model: Model, reply: Reply, message: Message, options: Options
+    ) -> dict[str, Any]:
+        ids = model.ids
         num_prompt = len(ids) - len(reply.ids)
         reason = FINISH[reply.finish_reason]
         if message.get("tool_calls"):
             reason = "tool_calls"
-        choice = {
+        choice: dict[str, Any] = {
             "index": 0,
             "message": message,
             "finish_reason": reason,
             "token_ids": reply.ids,
         }
+        if options.log_probs:
+            choice["logprobs"] = {"content": _log_probs(model, reply), "refusal": None}
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion",
@@ -155,71 +178,16 @@ class Endpoint:
         }
 
 
-def _refused(message: str, code: str = "invalid_request") -> web.Response:
+def _log_probs(model: Model, reply: Reply) -> list[dict[str, Any]]:
+    """OpenAI's entry for every token that was drawn."""
+    entries = []
+    for token_id, log_prob in zip(reply.ids, reply.log_probs, strict=True):
+        token = str(model.renderer.tokenizer.decode([token_id]))
+        entry = {"token": token, "logprob": log_prob, "bytes": list(token.encode())}
+        entries.append(entry | {"top_logprobs": []})
+    return entries
+
+
+def _refused(message: str, code: str = "invalid_request", status: int = 400) -> web.Response:
     error = {"message": message, "type": "invalid_request_error", "code": code}
-    return web.json_response({"error": error}, status=400)
-
-
-def _message(reply: Reply) -> Message:
-    """The reply as OpenAI's message: its calls apart from its text."""
-    calls = [call for call in read_calls(reply.text) if not call.mistake]
-    if not calls:
-        return {"role": "assistant", "content": reply.text}
-    spoken = without_thoughts(reply.text)
-    content = reply.text.removesuffix(spoken)
-    if BEGIN in spoken:
-        content += spoken.partition(BEGIN)[0]
-    return {
-        "role": "assistant",
-        "content": content.strip() or None,
-        "tool_calls": [_call(call, number) for number, call in enumerate(calls)],
-    }
-
-
-def _call(call: ToolCall, number: int) -> dict[str, Any]:
-    return {
-        "id": f"call_{number}_{uuid.uuid4().hex[:8]}",
-        "type": "function",
-        "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
-    }
-
-
-def _text(content: Any) -> str:
-    """A message's text, from a string, parts of text, or nothing."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content)
-
-
-def _comparable(message: Message) -> Message:
-    """The parts by which messages are compared: role, text, the calls' names and arguments."""
-    calls: list[tuple[str, object]] = []
-    for name, arguments in _calls(message):
-        # Clients write the same JSON with other spaces.
-        try:
-            calls.append((name, json.loads(arguments)))
-        except ValueError:
-            calls.append((name, arguments))
-    return {"role": message.get("role"), "text": _text(message.get("content")), "calls": calls}
-
-
-def _calls(message: Message) -> list[tuple[str, str]]:
-    """(name, arguments as JSON) of each call."""
-    calls = []
-    for call in message.get("tool_calls") or ():
-        function = call["function"]
-        calls.append((function["name"], function["arguments"]))
-    return calls
-
-
-def _for_template(message: Message) -> Message:
-    """The message in the words that the policy would have drawn."""
-    shown: Message = {"content": _text(message.get("content"))}
-    for name, arguments in _calls(message):
-        shown["content"] += f'{BEGIN}\n{{"name": "{name}", "arguments": {arguments}}}\n{END}'
-    for name in ("role", "name", "tool_call_id"):
-        if name in message:
-            shown[name] = message[name]
-    return shown
+    return web.json_response({"error": error}, status=status)

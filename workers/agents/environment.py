@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from workers.agents.model import Model
 from workers.agents.outcome import EnvironmentMistake, LimitReached, Outcome
 from workers.agents.renderer import Message
@@ -64,7 +66,7 @@ async def play(environment: Environment, model: Model, task: dict[str, Any]) -> 
                 break
             stepped = await call(environment.step, reply.text)
             following, done, reward = step_of(stepped)
-            rewards.append(float(reward))
+            rewards.append(number_of(reward))
             if not done:
                 observation = messages_of(following, {})
     finally:
@@ -86,14 +88,25 @@ def step_of(returned: Any) -> tuple[Any, bool, float]:
     match returned:
         case {"observation": observation, "done": done, "reward": reward}:
             return observation, bool(done), reward
-        case (observation, bool() as done, reward):
-            return observation, done, reward
+        case (observation, bool() | np.bool() as done, reward):
+            return observation, bool(done), reward
         case (observation, reward, terminated, truncated, dict()):
             return observation, bool(terminated or truncated), reward
     raise EnvironmentMistake(
         f"the environment's step returned {str(returned)[:80]!r}; return (observation, done, "
         "reward), Gymnasium's five values, or a dict with observation, done and reward"
     )
+
+
+def number_of(reward: Any) -> float:
+    """A step's reward: a number, or an array or tensor of one."""
+    try:
+        return float(reward)
+    except (TypeError, ValueError):
+        raise EnvironmentMistake(
+            f"the environment's step returned a reward of {str(reward)[:80]!r}; return a number, 0 "
+            "where nothing was earned"
+        ) from None
 
 
 def messages_of(observation: Any, task: dict[str, Any]) -> list[Message]:
@@ -104,13 +117,15 @@ def messages_of(observation: Any, task: dict[str, Any]) -> list[Message]:
         return [{"role": "user", "content": observation}]
     if is_message(observation):
         return [observation]
-    if isinstance(observation, list) and observation and all(map(is_message, observation)):
-        return observation
+    if isinstance(observation, list | tuple) and observation and all(map(is_message, observation)):
+        return list(observation)
     raise EnvironmentMistake(
         f"the environment's observation is {str(observation)[:80]!r}; return text, a message "
-        "{role, content} or a list of messages"
+        "{role, content} with text as content, or a list of messages"
     )
 
 
 def is_message(value: Any) -> bool:
-    return isinstance(value, dict) and "role" in value and "content" in value
+    if not isinstance(value, dict) or "role" not in value:
+        return False
+    return isinstance(value.get("content"), str | list)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workers.agents.config import EpisodeConfig
+from workers.agents.heartbeat import Heartbeat
 from workers.agents.model import Drawn, Model, Request
 from workers.agents.outcome import (
     EnvironmentMistake,
@@ -27,9 +28,12 @@ from workers.agents.outcome import (
     Outcome,
     checked_outcome,
 )
+from workers.agents.threads import as_failure
 
 LOGGER = logging.getLogger(__name__)
 
+LEAST_STANDSTILL_S = 10.0
+"""Shorter ones may be a busy machine's, whatever episode.step_timeout_s is."""
 Task = dict[str, Any]
 """The row of data that an episode is about: its columns, and `prompt` where it has one."""
 Episode = Callable[[Model, Task], Coroutine[Any, Any, Any]]
@@ -111,6 +115,8 @@ class Episodes:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._thread.start()
+        limit_s = max(config.step_timeout_s, LEAST_STANDSTILL_S)
+        self._heartbeat = Heartbeat(self._loop, self._thread, name, limit_s)
         self._changed = threading.Condition()
         """Guards what follows, which both threads read and write."""
         self._running: dict[int, asyncio.Task[None]] = {}
@@ -138,17 +144,22 @@ class Episodes:
     def wait(self, share: float, timeout_s: float | None = None) -> bool:
         """Returns True when at least that share of the live episodes wait for a reply that was not
         asked for yet, at least one of them, or none is live; False after `timeout_s`. Raises a
-        mistake of the environment's code."""
+        mistake of the environment's code, such as blocking the loop that all episodes share."""
 
         def is_due() -> bool:
             least = max(1, math.ceil(share * len(self._live)))
             return self._error is not None or not self._live or len(self._asked) >= least
 
-        with self._changed:
-            due = self._changed.wait_for(is_due, timeout_s)
-            if self._error is not None:
-                raise self._error
-            return due
+        until = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            self._heartbeat.check()
+            left = max(0.0, min(until - time.monotonic(), self._heartbeat.interval_s))
+            with self._changed:
+                due = self._changed.wait_for(is_due, left)
+                if self._error is not None:
+                    raise self._error
+                if due or time.monotonic() >= until:
+                    return due
 
     def requests(self) -> list[Asked]:
         """The requests that nobody has taken, in the order of their rows."""
@@ -173,7 +184,10 @@ class Episodes:
             return dict(sorted(finished.items()))
 
     def close(self) -> None:
-        """Cancels what is live, and returns when it has closed what it had open."""
+        """Cancels what is live, and returns when it has closed what it had open. A loop that is
+        blocked is left alone, in a thread that keeps no process from ending."""
+        if self._heartbeat.is_late:
+            return
         asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -230,16 +244,14 @@ class Episodes:
         try:
             outcome = await attempt
         except asyncio.CancelledError:
-            if not clock.late:
+            if _is_cancelled():
                 attempt.cancel()
                 raise
-            failures.append(
-                Failure(
-                    "timeout",
-                    f"it took over episode.step_timeout_s={self.config.step_timeout_s} after "
-                    f"{model.segments.num_turns} replies",
-                )
-            )
+            kind, text = "cancelled", "its code cancelled it"
+            if clock.late:
+                kind = "timeout"
+                text = f"it took over episode.step_timeout_s={self.config.step_timeout_s}"
+            failures.append(Failure(kind, f"{text} after {model.segments.num_turns} replies"))
         except EnvironmentMistake:
             raise
         except Exception as error:
@@ -260,6 +272,10 @@ class Episodes:
             returned = await self.episode(model, task)
         except LimitReached:
             returned = 0.0
+        except (asyncio.CancelledError, Exception):
+            raise
+        except BaseException as error:  # such as sys.exit's, which would end the loop of all
+            raise as_failure(error) from error
         return checked_outcome(returned, model.segments.num_turns, self.name)
 
 
@@ -298,6 +314,12 @@ class Executor:
             return list(episodes.finished().values())
         finally:
             episodes.close()
+
+
+def _is_cancelled() -> bool:
+    """Whether the present task itself is being cancelled, and not only what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _settle() -> None:

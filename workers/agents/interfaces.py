@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from hybridflow.registry import load_object
@@ -47,7 +48,10 @@ def as_episode(environment: Any) -> Interface:
     if isinstance(environment, str):
         value = load_object(environment, "environment")
     if is_async(value):
+        _check_call(name, value, "the function", ("model", "task"))
         return Interface(name=name, episode=value, roles=())
+    if inspect.isclass(value):
+        _check_class(name, value)
     if inspect.isclass(value) and issubclass(value, Environment):
         return Interface(name=name, episode=_of_environments(value), roles=("user",))
     if inspect.isclass(value) and tool_names(value):
@@ -62,6 +66,37 @@ def as_episode(environment: Any) -> Interface:
         f"environment={name!r} is a {type(value).__name__}; name an async function of (model, "
         "task), a class with reset and step, or a class whose methods are tools"
     )
+
+
+METHODS = {"reset": ("task",), "step": ("action",), "reward": ("answer",), "close": ()}
+"""The methods of a class that are called by position, and with what."""
+
+
+def _check_class(name: str, kind: type) -> None:
+    """A ValueError where the class, or a method of it, can't be called as episodes do."""
+    _check_call(name, kind, "the class", ())
+    instance = object()
+    for method, arguments in METHODS.items():
+        member = inspect.getattr_static(kind, method, None)
+        if inspect.isfunction(member) and (method != "step" or issubclass(kind, Environment)):
+            bound = MethodType(member, instance)
+            _check_call(name, bound, f"its method {method}", arguments)
+
+
+def _check_call(
+    name: str, function: Callable[..., Any], what: str, arguments: tuple[str, ...]
+) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # builtins that have none
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"environment={name}: {what} takes {signature}, and is called with "
+            f"({', '.join(arguments)}) ({error}); give it these parameters"
+        ) from None
 
 
 def is_async(value: Any) -> bool:

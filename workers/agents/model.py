@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +20,7 @@ class Reply:
     """One turn of the policy.
 
     Reply(text="4", message={"role": "assistant", "content": "4"}, ids=[19, 2],
-    finish_reason="stop")
+    log_probs=[-0.2, -0.1], finish_reason="stop")
     """
 
     text: str
@@ -27,6 +29,8 @@ class Reply:
     """The text as the assistant's message."""
     ids: list[int]
     """The tokens as they were drawn, the one that ended them included."""
+    log_probs: list[float]
+    """Those with which they were drawn."""
     finish_reason: str
     """stop; length: cut at the most tokens of a reply or of the episode; context: cut at the end of
     the context."""
@@ -76,6 +80,9 @@ class Segments:
     """How the last reply ended, or the limit that the episode reached."""
     tool_s: float = 0.0
     """Seconds that tools took."""
+    one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a reply is drawn: replies that are asked for side by side are drawn one after the
+    other, each with noise of its own."""
 
     @property
     def num_turns(self) -> int:
@@ -133,15 +140,26 @@ class Model:
         new: Sequence[Message] | Sequence[int] | str,
         *,
         max_tokens: int | None = None,
+        stop: Sequence[str] = (),
     ) -> Reply:
         """The policy's next turn.
 
         new: what came since its last one: messages; or text or token ids, which are put behind
         what stands there as they are. A list of messages may also be the whole conversation, which
         must go on from `model.messages`. max_tokens: of this reply, under
-        actor.generation.sampling.max_response_tokens. Raises LimitReached where the episode has no
-        turn, token or context left.
+        actor.generation.sampling.max_response_tokens. stop: texts before which the reply's text
+        ends; of what was drawn, the tokens up to such a text's last one stay. Raises LimitReached
+        where the episode has no turn, token or context left.
         """
+        async with self.segments.one_at_a_time:
+            return await self._reply(new, max_tokens, stop)
+
+    async def _reply(
+        self,
+        new: Sequence[Message] | Sequence[int] | str,
+        max_tokens: int | None,
+        stop: Sequence[str],
+    ) -> Reply:
         segments = self.segments
         left = self.limits.sampled_tokens - segments.num_sampled
         if not self._ended and segments.num_turns == self.config.max_turns:
@@ -174,7 +192,7 @@ class Model:
                 num_drawn=segments.num_sampled,
             )
         )
-        return self._taken(answer, space=space, left=left)
+        return self._taken(answer, space=space, left=left, stop=stop)
 
     def use_tools(self, schemas: Sequence[Message]) -> None:
         """Gives the chat template these tools, from the first message on."""
@@ -185,9 +203,10 @@ class Model:
             )
         self.renderer = self.renderer.with_tools(schemas)
 
-    def _taken(self, answer: Drawn, *, space: int, left: int) -> Reply:
+    def _taken(self, answer: Drawn, *, space: int, left: int, stop: Sequence[str]) -> Reply:
         """The drawn tokens as a turn, and how it ended."""
         number = self.segments.num_turns
+        answer, text = self._until(answer, stop)
         self.transcript.reply(answer.ids, answer.log_probs, answer.weight_versions, number)
         reason = "length"
         if answer.stopped:
@@ -198,15 +217,36 @@ class Model:
         if not self._ended and len(answer.ids) == left:
             self._ended = "length"
         self._closed = answer.ids[-1] in self.end_token_ids
-        (text,) = self.read([answer.ids])
         message = {"role": "assistant", "content": text}
         self.messages.append(message)
         return Reply(
             text=text,
             message=dict(message),
             ids=list(answer.ids),
+            log_probs=list(answer.log_probs),
             finish_reason=reason,
         )
+
+    def _until(self, answer: Drawn, stop: Sequence[str]) -> tuple[Drawn, str]:
+        """The draw up to the first token that completes one of the texts, and the text before it;
+        all of it where none does. Where a draw stops may depend on what was drawn."""
+        (text,) = self.read([answer.ids])
+        found = [text.index(end) for end in stop if end in text]
+        if not found:
+            return answer, text
+
+        def has_end(length: int) -> bool:
+            (part,) = self.read([answer.ids[:length]])
+            return any(end in part for end in stop)
+
+        length = 1 + bisect_left(range(1, len(answer.ids) + 1), True, key=has_end)
+        cut = Drawn(
+            ids=answer.ids[:length],
+            log_probs=answer.log_probs[:length],
+            stopped=True,
+            weight_versions=answer.weight_versions[:length],
+        )
+        return cut, text[: min(found)]
 
     def _limit(self, reason: str) -> LimitReached:
         self.segments.finish_reason = self._ended = reason

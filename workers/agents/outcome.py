@@ -67,6 +67,11 @@ def checked_outcome(returned: Any, num_turns: int, name: str) -> Outcome:
                 f"environment={name}: the outcome has {len(turn_rewards)} turn_rewards, and the "
                 f"policy had {num_turns} turns; give one for each reply"
             )
+    if not isinstance(outcome.metrics, Mapping):
+        raise EnvironmentMistake(
+            f"environment={name}: the outcome has metrics of {outcome.metrics!r}; give a dict of "
+            "numbers"
+        )
     metrics = {}
     for key, value in outcome.metrics.items():
         metrics[str(key)] = _number(value, f"metrics[{key!r}]", name)

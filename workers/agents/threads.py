@@ -11,6 +11,12 @@ from contextvars import copy_context
 from typing import Any
 
 
+def as_failure(error: BaseException) -> RuntimeError:
+    """An error that would end more than the episode whose code raised it, as one that does not."""
+    failure = RuntimeError(f"{type(error).__name__}: {error}".removesuffix(": "))
+    return failure.with_traceback(error.__traceback__)
+
+
 async def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The function's result. A thread whose episode was given up goes on until its function
     returns; it keeps no process from ending."""
@@ -24,8 +30,9 @@ async def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return
         if error is None:
             future.set_result(result)
-        elif isinstance(error, StopIteration):  # no future may hold one
-            future.set_exception(RuntimeError("StopIteration"))
+        elif isinstance(error, StopIteration) or not isinstance(error, Exception):
+            # No future may hold the first; SystemExit and its like would end the loop of all.
+            future.set_exception(as_failure(error))
         else:
             future.set_exception(error)
 

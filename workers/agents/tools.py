@@ -20,23 +20,26 @@ threads.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, Protocol, get_type_hints, runtime_checkable
 
+import numpy as np
+import torch
 from transformers.utils import get_json_schema
 from transformers.utils.chat_template_utils import (
     DocstringParsingException,
     TypeHintParsingException,
 )
 
+from workers.agents.arguments import described, fitted
 from workers.agents.environment import Closes, messages_of
 from workers.agents.model import Model
-from workers.agents.outcome import LimitReached, Outcome
+from workers.agents.outcome import EnvironmentMistake, LimitReached, Outcome
 from workers.agents.renderer import Message
 from workers.agents.threads import call
 from workers.agents.tool_calls import ToolCall, read_calls
@@ -44,15 +47,12 @@ from workers.agents.tool_calls import ToolCall, read_calls
 NO_TOOLS = ("reset", "reward", "close")
 TOLD = (ValueError, TypeError, ArithmeticError, LookupError)
 """Errors of a tool that are the policy's mistakes, and told to it; any other fails the episode."""
-PLAIN: Mapping[type, tuple[type, ...]] = {
-    int: (int,),
-    float: (int, float),
-    str: (str,),
-    bool: (bool,),
-    list: (list,),
-    dict: (dict,),
-}
-"""Annotation -> types of JSON values that a parameter takes; others are not checked."""
+UNNAMED = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.VAR_POSITIONAL,
+    inspect.Parameter.VAR_KEYWORD,
+)
+"""Kinds of parameters that a call by name can't give."""
 
 
 @runtime_checkable
@@ -87,7 +87,8 @@ def tool_names(kind: type) -> list[str]:
     names: dict[str, None] = {}
     for base in reversed(kind.__mro__[:-1]):
         for name, member in vars(base).items():
-            if inspect.isfunction(member) and not name.startswith("_") and name not in NO_TOOLS:
+            is_method = inspect.isfunction(member) or isinstance(member, staticmethod | classmethod)
+            if is_method and not name.startswith("_") and name not in NO_TOOLS:
                 names[name] = None
     return list(names)
 
@@ -96,16 +97,28 @@ def schemas_of(kind: type) -> list[Message]:
     """The JSON schema of every tool of a class, for the chat template."""
     schemas = []
     for name in tool_names(kind):
+        method = vars_of(kind)[name].__get__(object(), kind)
         try:
-            schemas.append(get_json_schema(MethodType(vars_of(kind)[name], object())))
-        except (DocstringParsingException, TypeHintParsingException) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"environment={kind.__module__}:{kind.__qualname__}: its method {name} can't be "
-                f"described to the policy ({reason}); give it type hints and a docstring with "
-                "Args, or a name that begins with _"
-            ) from error
+            schema = get_json_schema(method)
+            hints = get_type_hints(method)
+        except (DocstringParsingException, TypeHintParsingException, NameError) as error:
+            raise _indescribable(kind, name, str(error)) from error
+        for parameter in inspect.signature(method).parameters.values():
+            if parameter.kind in UNNAMED:
+                reason = f"the policy names its arguments, and can't name those of {parameter}"
+                raise _indescribable(kind, name, reason)
+            properties = schema["function"]["parameters"]["properties"]
+            properties[parameter.name] |= described(hints[parameter.name])
+        schemas.append(schema)
     return schemas
+
+
+def _indescribable(kind: type, name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"environment={kind.__module__}:{kind.__qualname__}: its method {name} can't be "
+        f"described to the policy ({' '.join(reason.split())}); give it type hints and a "
+        "docstring with Args, or a name that begins with _"
+    )
 
 
 def vars_of(kind: type) -> dict[str, Any]:
@@ -124,19 +137,13 @@ def toolbox(instance: Any) -> Toolbox:
     async def call_tool(name: str, arguments: dict[str, Any]) -> Any:
         if name not in names:
             raise LookupError(f"there is no tool {name!r}; there are {', '.join(names)}")
-        method = members[name]
-        bound = MethodType(method, instance)
+        bound = members[name].__get__(instance, kind)
         inspect.signature(bound).bind(**arguments)
-        hints = get_type_hints(method)
+        hints = get_type_hints(bound)
+        given = {}
         for parameter, value in arguments.items():
-            expected = PLAIN.get(hints.get(parameter, object))
-            wrong = expected and not isinstance(value, expected)
-            if wrong or (isinstance(value, bool) and hints.get(parameter) in (int, float)):
-                raise TypeError(
-                    f"{name}: {parameter} is {json.dumps(value)}, which is no "
-                    f"{hints[parameter].__name__}"
-                )
-        return await call(bound, **arguments)
+            given[parameter] = fitted(value, hints.get(parameter, Any), f"{name}: {parameter}")
+        return await call(bound, **given)
 
     return Toolbox(call=call_tool, owner=instance)
 
@@ -179,14 +186,36 @@ async def answered(tools: Toolbox, model: Model, tool_call: ToolCall) -> Message
     try:
         if tool_call.mistake:
             raise ValueError(tool_call.mistake)
-        content = text_of(await tools.call(tool_call.name, tool_call.arguments))
+        result = await tools.call(tool_call.name, tool_call.arguments)
     except TOLD as error:
-        content = f"Error: {error}"
+        result = f"Error: {error}"
     model.segments.tool_s += time.perf_counter() - began
-    return {"role": "tool", "name": tool_call.name, "content": content}
+    return {"role": "tool", "name": tool_call.name, "content": text_of(result, tool_call.name)}
 
 
-def text_of(result: Any) -> str:
+def text_of(result: Any, name: str) -> str:
+    """A tool's result as the policy reads it: text as it is, other values as JSON."""
     if isinstance(result, str):
         return result
-    return json.dumps(result, default=str, ensure_ascii=False)
+    try:
+        return json.dumps(result, default=_as_json, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise EnvironmentMistake(
+            f"the tool {name} returned {type(result).__name__} {str(result)[:80]!r}, which the policy "
+            f"can't read ({error}); return text, numbers, lists, dicts or a dataclass"
+        ) from None
+
+
+def _as_json(value: Any) -> Any:
+    """What json.dumps does not know, in types that it does."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, np.generic | np.ndarray | torch.Tensor):
+        return value.tolist()
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if type(value).__repr__ is object.__repr__ and type(value).__str__ is object.__str__:
+        raise TypeError(f"a {type(value).__name__} has no text of its own")
+    return str(value)

@@ -1,0 +1,179 @@
+"""Arguments of tools as their annotations want them, and results as the policy reads them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Literal, Optional
+
+import numpy as np
+import pytest
+import torch
+
+from tests.agents.chat import conversation, saying
+from workers.agents.arguments import fitted
+from workers.agents.interfaces import as_episode
+from workers.agents.outcome import EnvironmentMistake
+from workers.agents.tools import schemas_of, text_of, toolbox, use
+
+
+class Color(Enum):
+    red = "r"
+    blue = "b"
+
+
+@dataclass
+class Point:
+    x: int
+    tags: list[str] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    "value, hint, result",
+    [
+        (3, int, 3),
+        (3, float, 3),
+        (None, Optional[int], None),  # noqa: UP045
+        (None, int | str | None, None),
+        ("a", int | str, "a"),
+        ([1, 2], list[int], [1, 2]),
+        ({"a": [None, 1]}, dict[str, list[int | None]], {"a": [None, 1]}),
+        ("b", Literal["a", "b"], "b"),
+        ("r", Color, Color.red),
+        ({"x": 1}, Point, Point(x=1)),
+        ([{"x": 1, "tags": ["a"]}], list[Point], [Point(x=1, tags=["a"])]),
+        ({"any": "thing"}, Any, {"any": "thing"}),
+        ([1, "a"], list, [1, "a"]),
+    ],
+)
+def test_values_that_fit(value: Any, hint: Any, result: Any) -> None:
+    assert fitted(value, hint, "f: p") == result
+
+
+@pytest.mark.parametrize(
+    "value, hint, message",
+    [
+        ("2", int, 'f: p is "2", which is no int'),
+        (True, float, "f: p is true, which is no float"),
+        (None, str, "f: p is null, which is no str"),
+        ("2", int | None, 'f: p is "2", which is no int'),
+        ([1, "2"], list[int], r'f: p\[1\] is "2", which is no int'),
+        (3, list[int], r"f: p is 3, which is no list\[int\]"),
+        ("c", Literal["a", "b"], "which is no 'a' or 'b'"),
+        ("g", Color, "which is no 'r' or 'b'"),
+        ([], int | str, r"f: p is \[\], which is no int or str"),
+        ({"y": 1}, Point, "f: p has the fields y; a Point has x, tags"),
+        ({"x": "1"}, Point, r'f: p\.x is "1", which is no int'),
+    ],
+)
+def test_values_that_do_not(value: Any, hint: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        fitted(value, hint, "f: p")
+
+
+class Drawing:
+    """Tools with arguments and results of every kind."""
+
+    def draw(
+        self, at: Point, color: Color = Color.red, sizes: list[int] | None = None
+    ) -> dict[str, Any]:
+        """Draws.
+
+        Args:
+            at: Where.
+            color: Of what.
+            sizes: How large.
+        """
+        return {"at": at, "color": color.name, "sizes": set(sizes or [])}
+
+    @staticmethod
+    def area(side: float) -> object:
+        """The area of a square.
+
+        Args:
+            side: Its side.
+        """
+        return np.float32(side * side)
+
+    def reward(self, answer: str) -> float:
+        return 1.0
+
+
+def test_tools_of_dataclasses_and_static_ones() -> None:
+    draw, area = schemas_of(Drawing)
+    properties = draw["function"]["parameters"]["properties"]
+    assert properties["at"]["properties"] == {"x": {"type": "integer"}, "tags": {"type": "array"}}
+    assert properties["at"]["required"] == ["x"] and properties["at"]["description"] == "Where."
+    assert properties["color"]["enum"] == ["r", "b"]
+    assert area["function"]["name"] == "area"
+
+    def call(name: str, **arguments: Any) -> str:
+        return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+    texts = [
+        call("draw", at={"x": 2}, color="b", sizes=[3]),
+        call("area", side=3),
+        call("draw", at={"z": 2}),
+        "done",
+    ]
+    model = conversation(saying(texts), reply_tokens=300, context_tokens=10_000)
+    asyncio.run(use(toolbox(Drawing()), model, {"prompt": "Draw."}))
+    told = [message["content"] for message in model.messages if message["role"] == "tool"]
+    assert json.loads(told[0]) == {"at": {"x": 2, "tags": []}, "color": "blue", "sizes": [3]}
+    assert told[1] == "9.0"
+    assert told[2] == "Error: draw: at has the fields z; a Point has x, tags"
+
+
+class Opaque:
+    """Has no text of its own."""
+
+
+@pytest.mark.parametrize(
+    "result, text",
+    [
+        ("a", "a"),
+        (None, "null"),
+        (np.int64(3), "3"),
+        (np.arange(2), "[0, 1]"),
+        (torch.tensor([1.5]), "[1.5]"),
+        (Point(x=1), '{"x": 1, "tags": []}'),
+        ({"é": (1, 2)}, '{"é": [1, 2]}'),
+    ],
+)
+def test_results_as_text(result: Any, text: str) -> None:
+    assert text_of(result, "look") == text
+
+
+@pytest.mark.parametrize("result", [Opaque(), [Opaque()], {(1, 2): 3}])
+def test_results_that_nobody_can_read(result: Any) -> None:
+    """They are the tool's mistake, never told to the policy as its own."""
+    with pytest.raises(EnvironmentMistake, match=r"the tool look returned .*return text, numbers"):
+        text_of(result, "look")
+
+
+class Forward:
+    def look(self, where: Missing) -> str:  # type: ignore[name-defined]  # noqa: F821
+        """Looks.
+
+        Args:
+            where: A place.
+        """
+        return ""
+
+
+class Any_:
+    def look(self, *places: str) -> str:
+        """Looks.
+
+        Args:
+            places: Some.
+        """
+        return ""
+
+
+@pytest.mark.parametrize("kind", [Forward, Any_])
+def test_parameters_that_no_schema_can_have(kind: type) -> None:
+    with pytest.raises(ValueError, match="its method look can't be described to the policy"):
+        as_episode(kind)

@@ -1,0 +1,245 @@
+"""Environments and agents as people write them: each works, or is refused in one line that names the
+fix; none hangs, and none takes others with it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.agents.chat import conversation, drawn, saying
+from tests.agents.test_executor import ONCE_MORE, run
+from workers.agents.config import EpisodeConfig
+from workers.agents.environment import messages_of, play, step_of
+from workers.agents.executor import Executor
+from workers.agents.heartbeat import Heartbeat
+from workers.agents.interfaces import as_episode
+from workers.agents.model import Drawn, Model, Request
+from workers.agents.outcome import EnvironmentMistake, Outcome
+
+
+class Steps:
+    """Returns what it was made with from its only step."""
+
+    def __init__(self, returned: Any, opening: Any = "Go") -> None:
+        self.returned, self.opening = returned, opening
+
+    def reset(self, task: dict[str, Any]) -> Any:
+        return self.opening
+
+    def step(self, action: str) -> Any:
+        if isinstance(self.returned, BaseException):
+            raise self.returned
+        return self.returned
+
+
+@pytest.mark.parametrize(
+    "returned, reward",
+    [
+        (("", np.True_, np.float32(-2.5)), -2.5),
+        (("", torch.tensor(True).numpy()[()], np.array([3])[0]), 3.0),
+        ((None, True, torch.tensor(1.5)), 1.5),
+        ((None, np.float64(2), np.True_, np.False_, {}), 2.0),
+        ({"observation": None, "done": np.True_, "reward": -1}, -1.0),
+        (["", True, True], 1.0),
+    ],
+)
+def test_numbers_of_numpy_and_torch(returned: Any, reward: float) -> None:
+    outcome = asyncio.run(play(Steps(returned), conversation(saying(["a"])), {}))
+    assert outcome.turn_rewards == [reward]
+
+
+@pytest.mark.parametrize(
+    "returned, fix",
+    [
+        (("", True, None), "a reward of 'None'; return a number, 0 where nothing was earned"),
+        (("", True, "good"), "a reward of 'good'; return a number"),
+        (None, "step returned 'None'; return"),
+        (("", "yes", 1.0), "return .observation, done, reward"),
+        ((3, False, 0.0), "observation is '3'; return text, a message"),
+        (({"role": "user"}, False, 0.0), "with text as content"),
+        ((np.zeros(3), False, 0.0), "observation is .* return text, a message"),
+    ],
+)
+def test_what_step_must_not_return(returned: Any, fix: str) -> None:
+    with pytest.raises(EnvironmentMistake, match=fix):
+        asyncio.run(play(Steps(returned), conversation(saying("ab")), {}))
+
+
+def test_observations() -> None:
+    message = {"role": "user", "content": "a"}
+    assert messages_of((message, message), {}) == [message, message]
+    assert step_of(("a", np.False_, 0)) == ("a", False, 0)
+    with pytest.raises(EnvironmentMistake, match="text"):
+        messages_of(None, {})
+
+
+def test_huge_and_odd_texts() -> None:
+    """Text is text: other scripts, control characters, line ends; what does not fit ends with the
+    limit and the rewards so far."""
+    odd = "日本語 👩‍👩‍👧 \x00 \r\n ﷽"
+    model = conversation(saying(["naïve 👍"] * 16), context_tokens=4000)
+    outcome = asyncio.run(play(Steps((odd, False, 1.0), opening=odd), model, {}))
+    assert odd in model.renderer.tokenizer.decode(model.ids)
+    assert outcome.reward > 1
+    huge = conversation(saying("ab"), context_tokens=100)
+    outcome = asyncio.run(play(Steps(("x" * 200_000, False, 0.5)), huge, {}))
+    assert (outcome.turn_rewards, huge.finish_reason) == ([0.5], "context")
+
+
+class Exits(BaseException):
+    """An error that is no Exception, as of a library that unwinds with one."""
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(2), KeyboardInterrupt(), Exits("bye"), StopIteration(), GeneratorExit()]
+)
+@pytest.mark.parametrize("kind", ["step", "function"])
+def test_no_error_takes_the_others_with_it(error: BaseException, kind: str) -> None:
+    """sys.exit in an environment fails its own episode, and the loop of all goes on."""
+
+    async def episode(model: Model, task: dict[str, Any]) -> Any:
+        if task["row"] != 1:
+            await asyncio.sleep(0.05)
+            return await play(Steps(("", True, 1.0)), model, task)
+        if kind == "function":
+            raise error
+        return await play(Steps(error), model, task)
+
+    finished, _ = run(episode, 3)
+    assert finished[1].outcome is None and len(finished[1].failures) == 2
+    assert finished[0].outcome == finished[2].outcome == Outcome(reward=1.0, turn_rewards=[1.0])
+
+
+def test_an_episode_that_cancels_itself_has_failed() -> None:
+    async def episode(model: Model, task: dict[str, Any]) -> float:
+        if task["row"] == 0:
+            part = asyncio.create_task(asyncio.sleep(60))
+            part.cancel()
+            await part
+        await model.reply("a")
+        return 1.0
+
+    finished, _ = run(episode, 2)
+    assert [failure.kind for failure in finished[0].failures] == ["cancelled"] * 2
+    assert finished[1].outcome is not None
+
+
+def test_replies_that_are_asked_for_side_by_side() -> None:
+    """They are drawn one after the other, with noise of their own, in one conversation and in
+    several."""
+    asked: list[Request] = []
+
+    def answer(requests: Any) -> list[Drawn]:
+        asked.extend(requests)
+        return [drawn(f"{len(request.ids)}") for request in requests]
+
+    async def episode(model: Model, task: dict[str, Any]) -> float:
+        same = [model.reply([{"role": "user", "content": f"{number}"}]) for number in range(2)]
+        others = [model.fork().reply("x") for _ in range(3)]
+        return float(len(await asyncio.gather(*same, *others)))
+
+    config = EpisodeConfig(step_timeout_s=20)
+    finished = Executor(
+        episode, "test", config, lambda row, draw: conversation(draw, row=row), answer
+    ).run([{}, {}])
+    assert [episode.outcome.reward for episode in finished if episode.outcome] == [5.0, 5.0]
+    for row in range(2):
+        drawn_before = [request.num_drawn for request in asked if request.row == row]
+        assert len(set(drawn_before)) == 5, "no two share their noise"
+
+
+def test_a_loop_that_stands_still_is_named() -> None:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    heartbeat = Heartbeat(loop, thread, "my_module:Slow", limit_s=0.3)
+    for _ in range(4):
+        heartbeat.check()
+        time.sleep(0.1)
+    loop.call_soon_threadsafe(time.sleep, 2.0)
+    with pytest.raises(
+        EnvironmentMistake, match=r"my_module:Slow.* stood still .*asyncio.*await there"
+    ):
+        for _ in range(15):
+            heartbeat.check()
+            time.sleep(0.1)
+    assert heartbeat.is_late
+
+
+@pytest.mark.slow
+def test_an_episode_that_blocks_all_ends_the_run() -> None:
+    async def episode(model: Model, task: dict[str, Any]) -> float:
+        await model.reply("a")
+        time.sleep(40)
+        return 1.0
+
+    began = time.perf_counter()
+    with pytest.raises(EnvironmentMistake, match=rf"stood still for 1\d s at {__file__}, line"):
+        run(episode, 2, EpisodeConfig(step_timeout_s=1.0))
+    assert time.perf_counter() - began < 30
+
+
+async def takes_one(model: Model) -> float:
+    return 1.0
+
+
+class Gymnasium:
+    """Its reset has no parameter for the task."""
+
+    def reset(self, *, seed: int | None = None) -> tuple[str, dict[str, Any]]:
+        return "Go", {}
+
+    def step(self, action: str) -> Any:
+        return "", 1.0, True, False, {}
+
+
+@pytest.mark.parametrize(
+    "environment, fix",
+    [
+        (takes_one, r"the function takes \(model.*called with \(model, task\)"),
+        (functools.partial(takes_one), r"called with \(model, task\)"),
+        (Gymnasium, r"its method reset takes .*called with \(task\)"),
+        (Steps, r"the class takes \(returned.*called with \(\)"),
+        (Steps(1), "is a Steps; name an async function"),
+        (len, "name an async function"),
+    ],
+)
+def test_what_can_not_be_called_is_known_before_the_run(environment: Any, fix: str) -> None:
+    with pytest.raises(ValueError, match=fix):
+        as_episode(environment)
+
+
+@pytest.mark.parametrize(
+    "returned, fix",
+    [
+        (Outcome(reward=1.0, metrics=None), "metrics of None; give a dict of numbers"),  # type: ignore[arg-type]
+        (Outcome(reward=1.0, metrics={"a": "b"}), "metrics\\['a'\\] of 'b'"),
+        (Outcome(reward=None), "reward of None"),  # type: ignore[arg-type]
+        (Outcome(reward=1.0, turn_rewards=[1.0, 2.0]), "has 2 turn_rewards"),
+        ((1.0, {}), "a reward of"),
+    ],
+)
+def test_outcomes_that_are_none(returned: Any, fix: str) -> None:
+    async def episode(model: Model, task: dict[str, Any]) -> Any:
+        await model.reply("a")
+        return returned
+
+    with pytest.raises(EnvironmentMistake, match=fix):
+        run(episode, 2, ONCE_MORE)
+
+
+def test_an_episode_without_end_meets_the_limit_of_turns() -> None:
+    async def episode(model: Model, task: dict[str, Any]) -> float:
+        while True:
+            await model.reply("a")
+
+    finished, rounds = run(episode, 2, EpisodeConfig(max_turns=5))
+    assert len(rounds) == 5
+    assert [episode.model.finish_reason for episode in finished] == ["turns", "turns"]
