@@ -78,7 +78,7 @@ def named(hint: Any) -> str:
 
 
 def described(hint: Any) -> dict[str, Any]:
-    """What a schema says of a dataclass or an enum, which transformers knows as an object; empty
+    """The schema of a dataclass or an enum, which transformers takes for any object; empty
     for others."""
     if not inspect.isclass(hint):
         return {}

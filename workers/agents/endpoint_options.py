@@ -1,4 +1,4 @@
-"""What a request to an Endpoint asks for besides its messages.
+"""Options of a request to an Endpoint, besides its messages.
 
 What changes which tokens the policy draws and can't be had is refused, so that no agent takes one
 thing for another. temperature, top_p, seed, penalties and the model's name are the run's.

@@ -207,7 +207,7 @@ def text_of(result: Any, name: str) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """What json.dumps does not know, in types that it does."""
+    """A value that json.dumps does not know, in types that it does."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, np.generic | np.ndarray | torch.Tensor):
