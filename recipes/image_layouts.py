@@ -7,13 +7,22 @@ from transformers import PretrainedConfig
 
 from workers.config import TrainConfig
 from workers.engines import ENGINES, engine_class
+from workers.engines.model.loading import AUTO
+from workers.engines.model.vision import MASKED_ATTENTIONS
 from workers.images import family_of
 
 
-def check_image_layout(model: PretrainedConfig, train: TrainConfig) -> None:
-    """A ValueError for what splits a vision tower; nothing for a model without one."""
-    if family_of(model) is None:
+def check_image_layout(model: PretrainedConfig, train: TrainConfig, attention: str) -> None:
+    """A ValueError for what splits a vision tower, and for a kernel (model.attention) that can't let an
+    image's tokens see each other where they do; nothing for a model without images."""
+    family = family_of(model)
+    if family is None:
         return
+    if family.sees_itself and attention not in (AUTO, *MASKED_ATTENTIONS):
+        raise ValueError(
+            f"model.attention is {attention!r}, in which the tokens of an image can't see each other, as "
+            f"those of {model.model_type} do; set model.attention=auto"
+        )
     if not engine_class(train.engine).sees_images:
         usable = [name for name in ENGINES.builtin if engine_class(name).sees_images]
         raise ValueError(

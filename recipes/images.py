@@ -29,18 +29,19 @@ def check_images(roles: Sequence[Role], datasets: Sequence[RowDataset | None]) -
 def _check(role: Role) -> None:
     model = role.config.model
     assert model is not None
-    if family_of(published_config(model)) is None:
+    family = family_of(published_config(model))
+    if family is None:
         raise ValueError(
             f"{role.name}.model.path is {model.path!r}, which sees no images, and the data has some; "
             f"use a model of one of {', '.join(FAMILIES)}"
         )
     if isinstance(role.config, ActorConfig):
         engine = role.config.generation.engine
-        usable = [
-            name for name in GENERATION_ENGINES.builtin if generation_engine_class(name).sees_images
-        ]
-        if engine not in usable and not generation_engine_class(engine).sees_images:
+        builtin = engine in GENERATION_ENGINES.builtin
+        if builtin and engine in family.generators:
+            return
+        if builtin or not generation_engine_class(engine).sees_images:
             raise ValueError(
-                f"{role.name}.generation.engine is {engine!r}, which is given no images here, and "
-                f"the data has some; use {' or '.join(usable)}"
+                f"{role.name}.generation.engine is {engine!r}, which is given no images of a model like "
+                f"{model.path!r}, and the data has some; use {' or '.join(family.generators)}"
             )

@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from tests.images.tiny import make_tokenizer, png, square
 from workers.images import ImageReference
@@ -29,9 +34,11 @@ def load(path: Path) -> PreTrainedModel:
 def make_rows(path: Path, *, sampled: bool = True) -> tuple[Sequences, list[dict[str, Any]]]:
     """The rows as an engine reads them, and transformers' inputs of each. `sampled`: the third row's
     answer has a sampled image token."""
-    tokenizer = make_tokenizer()
+    family = AutoConfig.from_pretrained(path).model_type
+    tokenizer = make_tokenizer(family)
     processor = AutoImageProcessor.from_pretrained(path, backend="pil")
-    image_id = tokenizer.get_vocab()["<|image_pad|>"]
+    image = "<image_soft_token>" if family == "gemma3" else "<|image_pad|>"
+    image_id = tokenizer.get_vocab()[image]
     ids, images, plain, scored = [], [], [], []
     for row, sizes in enumerate(SIZES):
         color = COLORS[row % 3] if row < 3 else "red"
@@ -40,9 +47,13 @@ def make_rows(path: Path, *, sampled: bool = True) -> tuple[Sequences, list[dict
         inputs: dict[str, Any] = {}
         if pictures:
             features = processor(images=pictures, return_tensors="pt")
-            inputs = {name: features[name] for name in ("pixel_values", "image_grid_thw")}
-            for grid in features["image_grid_thw"]:
-                text += f"<|vision_start|>{'<|image_pad|>' * int(grid.prod() // 4)}<|vision_end|>"
+            if family == "gemma3":
+                inputs = {"pixel_values": features["pixel_values"]}
+                text += f"<start_of_image>{image * 16}<end_of_image>" * len(pictures)
+            else:
+                inputs = {name: features[name] for name in ("pixel_values", "image_grid_thw")}
+                for grid in features["image_grid_thw"]:
+                    text += f"<|vision_start|>{image * int(grid.prod() // 4)}<|vision_end|>"
         prompt = tokenizer(text + "what color<|im_end|>assistant ")["input_ids"]
         answer = tokenizer(ANSWERS[row])["input_ids"]
         if sampled and row == 2:
@@ -94,7 +105,8 @@ def whole_log_probs(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     """[scored tokens] by the model's own forward alone, of a row without a sampled image token."""
     arguments = {name: inputs[name] for name in inputs if name not in ("types", "ids", "scored")}
     if arguments:
-        arguments["mm_token_type_ids"] = inputs["types"]
+        gemma = model.config.model_type == "gemma3"
+        arguments["token_type_ids" if gemma else "mm_token_type_ids"] = inputs["types"]
     logits = model(input_ids=inputs["ids"], use_cache=False, **arguments).logits[0, :-1]
     log_probs = (logits / TEMPERATURE).log_softmax(-1)
     return log_probs.gather(1, inputs["ids"][0, 1:, None])[-inputs["scored"] :, 0]

@@ -16,7 +16,7 @@ from tests.images.runs import settings
 from tests.images.test_engine import make_engine
 from tests.images.tiny import make_model
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -27,8 +27,8 @@ def test_log_probs_are_those_of_transformers(world: None, tmp_path: Path, family
     model = load(path)
     with torch.no_grad():
         expected = torch.cat([whole_log_probs(model, inputs) for inputs in plain])
-    for packing in (True, False):
-        engine = make_engine(path, packing=packing, micro_batch_tokens=60)
+    for cut in ({}, {"share_prompts": False}, {"packing": False}):
+        engine = make_engine(path, micro_batch_tokens=60, **cut)
         outputs = engine.forward(sequences, temperature=TEMPERATURE)
         assert outputs.log_probs is not None
         assert_close(outputs.log_probs, expected, rtol=0.0, atol=1e-6)

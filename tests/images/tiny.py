@@ -16,10 +16,12 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedTokenizerFast,
 )
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 SPECIAL = ("<pad>", "<|im_end|>", "<unk>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 VIDEO = "<|video_pad|>"
+GEMMA = ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
 WORDS = ("user", "assistant", "how", "many", "what", "color", "red", "green", "blue", "one", "two")
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ' ' }}"
@@ -32,28 +34,33 @@ TEMPLATE = (
 COLORS = ("red", "green", "blue")
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    names = [*SPECIAL, VIDEO, *WORDS]
+def make_tokenizer(family: str = "qwen2_5_vl") -> PreTrainedTokenizerFast:
+    special = (*SPECIAL, VIDEO) if family != "gemma3" else (*SPECIAL, VIDEO, *GEMMA)
+    names = [*special, *WORDS]
     vocab = {name: number for number, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in (*SPECIAL, VIDEO)])
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<pad>", unk_token="<unk>"
     )
     fast.chat_template = TEMPLATE
+    if family == "gemma3":
+        fast.chat_template = TEMPLATE.replace(
+            "<|vision_start|><|image_pad|><|vision_end|>", GEMMA[0]
+        )
     return fast
 
 
 PATCH = {"qwen2_5_vl": 14, "qwen3_vl": 16, "qwen3_vl_moe": 16}
 TEXT: dict[str, dict[str, Any]] = {
-    "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+    "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}},
     "qwen3_vl": {
-        "head_dim": 16,
+        "head_dim": 32,
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
-            "mrope_section": [4, 2, 2],
+            "mrope_section": [8, 4, 4],
             "mrope_interleaved": True,
         },
     },
@@ -63,6 +70,7 @@ TEXT["qwen3_vl_moe"] = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
+    "norm_topk_prob": True,  # published ones say so, and vLLM reads it
 }
 VISION: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"window_size": 56, "fullatt_block_indexes": [1]},
@@ -76,7 +84,9 @@ def make_model(
 ) -> Path:
     """About 0.1 M parameters: a decoder and a vision tower of two layers each; Qwen2.5-VL's tower has
     windowed attention in its first one, Qwen3-VL's gives the first one's features to the decoder
-    too."""
+    too. Heads of 32 numbers are the smallest that vLLM has on CPUs."""
+    if family == "gemma3":
+        return make_gemma(directory, seed, layers)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     ids = tokenizer.get_vocab()
@@ -87,8 +97,8 @@ def make_model(
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
             "max_position_embeddings": 256,
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<pad>"],
@@ -112,16 +122,64 @@ def make_model(
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    with torch.no_grad():  # so that images matter
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    model.save_pretrained(directory)
+    save(config, directory)
     tokenizer.save_pretrained(directory)
     side = 2 * PATCH[family]
     size = {"shortest_edge": side**2, "longest_edge": side**2 * 16}
     Qwen2VLImageProcessorPil(size=size, patch_size=PATCH[family]).save_pretrained(directory)
     return directory
+
+
+def make_gemma(directory: Path, seed: int, layers: int) -> Path:
+    """A Gemma 3: images of 56 x 56 pixels, 16 tokens each, whose tokens see each other; a window of 12
+    tokens in the first layer, none in the last."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer("gemma3")
+    ids = tokenizer.get_vocab()
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={
+            "vocab_size": 64,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention"] * (layers - 1) + ["full_attention"],
+            "query_pre_attn_scalar": 32,
+            "max_position_embeddings": 256,
+            "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<pad>"],
+            "bos_token_id": None,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 7,
+        },
+        mm_tokens_per_image=16,
+        boi_token_index=ids["<start_of_image>"],
+        eoi_token_index=ids["<end_of_image>"],
+        image_token_index=ids["<image_soft_token>"],
+        eos_token_id=ids["<|im_end|>"],
+    )
+    save(config, directory)
+    tokenizer.save_pretrained(directory)
+    Gemma3ImageProcessorPil(size={"height": 56, "width": 56}).save_pretrained(directory)
+    return directory
+
+
+def save(config: Any, directory: Path) -> None:
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    with torch.no_grad():  # so that images matter
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    model.save_pretrained(directory)
 
 
 def square(color: str, height: int, width: int) -> Image.Image:

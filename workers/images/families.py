@@ -1,9 +1,7 @@
 """The families of models whose images are known: how a prompt's text holds an image, and which part of
 the model sees it.
 
-A family is an entry here. Its processor's files say sizes; transformers' own code computes. All have
-tokens with three positions (time, height, width), and attention that is causal inside an image too.
-Those in which an image's tokens see each other (Gemma 3) are left out.
+A family is an entry here. Its processor's files say sizes; transformers' own code computes.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from workers.config import ModelConfig
 
 QWEN_IMAGE = "<|image_pad|>"
+GEMMA_BEGIN = "<start_of_image>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,16 +30,42 @@ class ImageFamily:
     """The name of the token's id in the model's configuration."""
     tower: tuple[str, ...]
     """The parts of the model that are not its decoder."""
+    token_count: str = ""
+    """The name of the number of tokens of every image in the model's configuration; empty where it
+    depends on the image's size, and tokens have three positions: time, height and width."""
+    sees_itself: bool = False
+    """The tokens of an image see each other; otherwise each sees those before it, as text does."""
+    generators: tuple[str, ...] = ("hf", "vllm")
+    """The generation engines that take its images."""
+
+    @property
+    def is_rotary(self) -> bool:
+        """Whether tokens have three positions."""
+        return not self.token_count
 
 
 def _qwen(num_tokens: int) -> str:
     return QWEN_IMAGE * num_tokens
 
 
+def _gemma(num_tokens: int) -> str:
+    return f"\n\n{GEMMA_BEGIN}{'<image_soft_token>' * num_tokens}<end_of_image>\n\n"
+
+
 QWEN = ImageFamily(
     placeholder=QWEN_IMAGE, expanded=_qwen, token="image_token_id", tower=("visual",)
 )
+GEMMA = ImageFamily(
+    placeholder=GEMMA_BEGIN,
+    expanded=_gemma,
+    token="image_token_index",
+    tower=("vision_tower", "multi_modal_projector"),
+    token_count="mm_tokens_per_image",
+    sees_itself=True,
+    generators=("hf",),
+)
 FAMILIES: dict[str, ImageFamily] = {
+    "gemma3": GEMMA,
     "qwen2_5_vl": QWEN,
     "qwen3_vl": QWEN,
     "qwen3_vl_moe": QWEN,

@@ -29,9 +29,10 @@ class Pixels:
     """An image as the vision tower reads it."""
 
     values: Tensor
-    """float32 [patches, numbers of a patch]."""
-    grid: tuple[int, int, int]
-    """Patches along time, height and width."""
+    """float32 [patches, numbers of a patch], or [1, colors, height, width] where all images have the
+    same size."""
+    grid: tuple[int, int, int] | None
+    """Patches along time, height and width; None where all images have the same size."""
     num_tokens: int
 
 
@@ -50,7 +51,12 @@ class ImageProcessor:
         self.family: ImageFamily = family
         self.token_id = image_token_id(config, family)
         self._model = model
-        self._merge = int(config.to_dict()["vision_config"]["spatial_merge_size"])
+        sizes = config.to_dict()
+        self._merge, self._token_count = 1, 0
+        if family.is_rotary:
+            self._merge = int(sizes["vision_config"]["spatial_merge_size"])
+        else:
+            self._token_count = int(sizes[family.token_count])
         self._pixels: OrderedDict[str, Pixels] = OrderedDict()
         self._num_bytes = 0
         self._num_tokens: dict[str, int] = {}
@@ -59,7 +65,7 @@ class ImageProcessor:
     def _processor(self) -> Any:
         model = self._model
         try:
-            return AutoImageProcessor.from_pretrained(
+            processor = AutoImageProcessor.from_pretrained(
                 model.path,
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
@@ -71,6 +77,12 @@ class ImageProcessor:
                 f"model.path is {model.path!r}, a model with images and without an image processor "
                 f"({reason}); add its preprocessor_config.json"
             ) from error
+        if processor.to_dict().get("do_pan_and_scan"):
+            raise ValueError(
+                f"model.path is {model.path!r}, whose preprocessor_config.json has do_pan_and_scan, which "
+                "makes several images of one; set it to false"
+            )
+        return processor
 
     @property
     def merge(self) -> int:
@@ -79,6 +91,9 @@ class ImageProcessor:
 
     def num_tokens(self, reference: ImageReference) -> int:
         """Tokens of an image in a prompt; reads its size only."""
+        if self._token_count:
+            reference.size()  # a damaged one ends the run here
+            return self._token_count
         if reference.key not in self._num_tokens:
             patches = self._processor.get_number_of_image_patches(*reference.size())
             self._num_tokens[reference.key] = int(patches) // self._merge**2
@@ -116,6 +131,8 @@ class ImageProcessor:
     def _processed(self, reference: ImageReference) -> Pixels:
         features = self._processor(images=[reference.read()], return_tensors="pt")
         values = features["pixel_values"].float()
+        if self._token_count:
+            return Pixels(values, None, self._token_count)
         time, height, width = features["image_grid_thw"][0].tolist()
         num_tokens = time * height * width // self._merge**2
         return Pixels(values, (time, height, width), num_tokens)

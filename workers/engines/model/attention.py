@@ -34,6 +34,9 @@ from workers.engines.model.rotary import depends_on_length
 
 ATTENTION, FUSED_ATTENTION = "sequences", "sequences_fused"
 """The names under which transformers finds it: with all kernels, and with PyTorch's only."""
+BLOCKS = "image_blocks"
+"""Keyword argument of a model's forward: int64 [rows, time], the number of the image that a token
+belongs to, whose tokens see each other; -1 for text."""
 LONGEST = 768
 """Tokens up to which the matrix products are faster than the fused kernel (docs/training.md has the
 figures).
@@ -130,6 +133,7 @@ def attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    image_blocks: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query [rows, heads, time, head_dim], key and value [rows, key_value_heads, time, ...] ->
@@ -144,6 +148,8 @@ def attend(
             "and packing=false"
         )
     assert attention_mask is None, "a mask that _no_mask did not make"
+    plain = softcap is None and s_aux is None and (packing is None or packing.part is None)
+    assert image_blocks is None or plain, "image_layouts.py saw to it"
     rows, _heads, time, head_dim = query.shape
     scale = head_dim**-0.5 if scaling is None else scaling
     queries, keys, values = (heads.transpose(1, 2).flatten(0, 1) for heads in (query, key, value))
@@ -172,6 +178,9 @@ def attend(
     if s_aux is not None:
         shapes = [((run.length, run.prefix),) * run.count for run in runs]
         output = block_attention(queries, keys, values, sum(shapes, ()), scores, s_aux)
+    elif image_blocks is not None:
+        blocks = image_blocks.flatten()
+        output = _among_images((queries, keys, values), runs, blocks, scale, sliding_window)
     elif packing is not None and variable:
         output = _variable_length((queries, keys, values), packing, scale, sliding_window)
     else:
@@ -280,6 +289,36 @@ def _run_by_run(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def _among_images(
+    parts: tuple[Tensor, Tensor, Tensor],
+    runs: tuple[Run, ...],
+    blocks: Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """As _run_by_run, where tokens with the same number in `blocks` (int64 [tokens], -1: none) see each
+    other too, within the window: Gemma 3's images. What goes on after a prompt that it shares has
+    none."""
+    outputs = []
+    units = [(run,) for run in runs]
+    by_run = zip(runs, *_split(units, *parts), *_split(units, blocks), strict=True)
+    for run, queries, keys, values, own in by_run:
+        query = queries.unflatten(0, (run.count, run.length)).transpose(1, 2)
+        key, value = (
+            tensor.unflatten(0, (run.count, run.prefix + run.length)).transpose(1, 2)
+            for tensor in (keys, values)
+        )
+        mask = None
+        if not run.prefix:
+            numbers = own.unflatten(0, (run.count, 1, run.length))
+            same = (numbers[..., None] == numbers[..., None, :]) & (numbers >= 0)[..., None]
+            mask = same | _visible(run.length, run.length, None, own.device)
+            if window is not None:
+                mask = mask.triu(1 - window)
+        outputs.append(_fused_kernel(query, key, value, scale, window, mask).flatten(0, 1))
+    return torch.cat(outputs)
+
+
 def _split(
     units: Sequence[tuple[Run, ...]], queries: Tensor, *others: Tensor
 ) -> list[tuple[Tensor, ...]]:
@@ -292,13 +331,20 @@ def _split(
 
 
 def _fused_kernel(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """PyTorch's fused kernel: [rows, heads, time, ...] -> [rows, time, heads, ...]."""
+    """PyTorch's fused kernel: [rows, heads, time, ...] -> [rows, time, heads, ...]. `mask`: bool [rows,
+    1, time, keys], what each token sees, where that is more than what is before it."""
     time, seen = query.shape[2], key.shape[2]
     prefix = seen - time
-    mask = None
-    if (window is not None and window < seen) or 0 < time * prefix <= LARGEST_MASK:
+    if mask is not None:
+        pass
+    elif (window is not None and window < seen) or 0 < time * prefix <= LARGEST_MASK:
         mask = _visible(time, seen, window, query.device)
     elif prefix:
         query = F.pad(query, (0, 0, prefix, 0))

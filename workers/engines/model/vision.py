@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from workers.config import ModelConfig
+from workers.engines.model.attention import BLOCKS
 from workers.engines.model.packing import Packing
 from workers.images import ImageProcessor, family_of
 from workers.images.families import image_token_id
@@ -26,6 +27,8 @@ from workers.sequences import Sequences
 
 PLACES = "image_places"
 """Keyword argument of a model's forward, for place_images."""
+MASKED_ATTENTIONS = ("eager", "sdpa")
+"""Attentions of transformers' that take a mask in which an image's tokens see each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +38,17 @@ class SeenImages:
     pixel_values: Tensor | None
     """float32, those of all images one after the other; None where there is no image."""
     grids: Tensor | None
-    """int64 [images, 3]: patches along time, height and width."""
-    positions: Tensor
-    """int64 [3, rows, time]: positions of the input ids in time, height and width."""
+    """int64 [images, 3]: patches along time, height and width; None where all images have the same
+    size."""
+    positions: Tensor | None
+    """int64 [3, rows, time]: positions of the input ids in time, height and width; None where a token
+    has one position only."""
     is_image: Tensor
     """bool [rows, time]: which input ids are an image's. A token of that kind that was sampled is
     not."""
+    blocks: Tensor | None
+    """int64 [rows, time]: the number of the image that an input id belongs to, -1 for text; None where
+    no image's tokens see each other."""
 
 
 class ImageInputs:
@@ -55,6 +63,7 @@ class ImageInputs:
         """The images of a pass over input ids of `shape`, whose element i is the token places[i] of
         `part`, or padding where that is -1. A ValueError names a row whose image tokens are not
         those of its images."""
+        family = self._images.family
         pixels, begins, positions, of_image = self._rows(part)
         present = torch.nonzero(places >= 0).squeeze(1)
         place_of = torch.full((len(part.token_ids),), -1, dtype=torch.int64)
@@ -67,24 +76,30 @@ class ImageInputs:
             (place, number) for number, (place, _) in enumerate(computed) if place >= 0
         )
         chosen = [pixels[number] for _, number in ordered]
-        is_image = torch.zeros(len(places), dtype=torch.bool)
-        is_image[present] = of_image[places[present]]
-        values = grids = None
+        blocks_of = torch.full((len(places),), -1, dtype=torch.int64)
+        blocks_of[present] = of_image[places[present]]
+        values = grids = rows = blocks = None
         if chosen:
             values = torch.cat([image.values for image in chosen]).to(device)
-            grids = torch.tensor([image.grid for image in chosen], device=device)
-        rows = torch.zeros(3, len(places), dtype=torch.int64)
-        rows[:, present] = positions[:, places[present]]
-        rows = rows.view(3, *shape).to(device)
-        return SeenImages(values, grids, rows, is_image.view(shape).to(device))
+            if family.is_rotary:
+                grids = torch.tensor([image.grid for image in chosen], device=device)
+            if family.sees_itself:
+                blocks = blocks_of.view(shape).to(device)
+        if family.is_rotary:
+            rows = torch.zeros(3, len(places), dtype=torch.int64)
+            rows[:, present] = positions[:, places[present]]
+            rows = rows.view(3, *shape).to(device)
+        is_image = (blocks_of >= 0).view(shape).to(device)
+        return SeenImages(values, grids, rows, is_image, blocks)
 
     def _rows(self, part: Sequences) -> tuple[list[Pixels], list[int], Tensor, Tensor]:
         """The images of all rows, where the tokens of each begin in part.token_ids, the positions [3,
-        tokens] of all tokens, and bool [tokens]: which are an image's."""
+        tokens] of all tokens (none where they have one only), and int64 [tokens]: the number of the
+        image that a token belongs to, -1 for text."""
         pixels: list[Pixels] = []
         begins: list[int] = []
         positions = [torch.zeros(3, 0, dtype=torch.int64)]
-        of_image = torch.zeros(len(part.token_ids), dtype=torch.bool)
+        of_image = torch.full((len(part.token_ids),), -1, dtype=torch.int64)
         first = 0
         images = part.images or [()] * part.num_rows
         lengths = part.lengths.tolist()
@@ -97,15 +112,16 @@ class ImageInputs:
                     f"a row has {len(places)} image tokens and {len(seen)} images of {expected} "
                     "tokens; prompts and images must come from the same processor"
                 )
-            of_image[first + places[:expected]] = True  # the others were sampled
-            done = 0
-            for image in seen:
+            done = 0  # tokens behind those of the images were sampled
+            for number, image in enumerate(seen, len(pixels)):
                 begins.append(first + int(places[done]))
+                of_image[first + places[done : done + image.num_tokens]] = number
                 done += image.num_tokens
-            grids = [image.grid for image in seen]
-            positions.append(
-                rotary_positions(ids, self._images.token_id, grids, self._images.merge)
-            )
+            if self._images.family.is_rotary:
+                grids = [image.grid for image in seen if image.grid is not None]
+                positions.append(
+                    rotary_positions(ids, self._images.token_id, grids, self._images.merge)
+                )
             pixels += seen
             first += len(ids)
         return pixels, begins, torch.cat(positions, 1), of_image
@@ -117,12 +133,19 @@ def image_arguments(images: SeenImages, packing: Packing | None) -> dict[str, An
     The first of four rows of positions counts tokens: it tells transformers where the sequences of a
     packed row begin.
     """
+    arguments: dict[str, Any] = {PLACES: images.is_image}
     positions = images.positions
-    if packing is not None:
+    if positions is not None and packing is not None:
         positions = torch.cat([packing.position_ids[None], positions])
-    arguments: dict[str, Any] = {PLACES: images.is_image, "position_ids": positions}
-    if images.pixel_values is not None:
-        arguments |= {"pixel_values": images.pixel_values, "image_grid_thw": images.grids}
+    optional = {
+        "position_ids": positions,
+        "pixel_values": images.pixel_values,
+        "image_grid_thw": images.grids,
+        BLOCKS: images.blocks,
+    }
+    for name, value in optional.items():
+        if value is not None:
+            arguments[name] = value
     return arguments
 
 
@@ -149,6 +172,9 @@ def place_images(model: PreTrainedModel) -> None:
         places = options.pop(PLACES, None)
         if places is None:
             return forward(*arguments, **options)
+        attention = base.config.get_text_config()._attn_implementation
+        if BLOCKS in options and attention in MASKED_ATTENTIONS:
+            options["token_type_ids"] = (options.pop(BLOCKS) >= 0).long()
         current.append(places)
         try:
             return forward(*arguments, **options)

@@ -4,7 +4,7 @@ the pool's own world.
 No process is started: every rank builds its own engine, and the ranks of one replica take the same
 decisions because they see the same requests. The engine works with the groups that exist (built
 beforehand, for another grouping) or lets vLLM build its own of consecutive ranks. Speculative
-decoding, adapters and multimodal inputs are left out. docs/generation.md has the measurements
+decoding is left out. docs/generation.md has the measurements
 behind the settings.
 """
 
@@ -27,6 +27,7 @@ from hybridflow.layout import Layout
 from hybridflow.progress import activity
 from hybridflow.resharding import ParameterSpec
 from workers.config import LoraConfig, ModelConfig
+from workers.engines.model.loading import standard_sizes
 from workers.engines.model.routers import REPLAYS, check_declared, experts_per_token
 from workers.generation.base import GenerationEngine
 from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
@@ -41,6 +42,7 @@ from workers.generation.vllm.adapter import VllmAdapter, has_slot, take_slot
 from workers.generation.vllm.build import check_build
 from workers.generation.vllm.destination import VllmShards
 from workers.generation.vllm.groups import build_vllm_groups
+from workers.generation.vllm.images import VllmImages, check_library
 from workers.generation.vllm.limits import check_fits, check_known, check_meta
 from workers.generation.vllm.memory import (
     CpuMemory,
@@ -59,10 +61,13 @@ from workers.generation.vllm.setup import (
     vllm_environment,
 )
 from workers.generation.weight_destination import WeightDestination
+from workers.images import family_of
+from workers.images.families import published_config
 from workers.precision import with_native_precision
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput, SamplingParams
+    from vllm.inputs.engine import EngineInput
 
 
 class VllmEngine(GenerationEngine):
@@ -75,6 +80,7 @@ class VllmEngine(GenerationEngine):
     library: ClassVar[str] = "vllm"
     shares_process: ClassVar[bool] = True
     records: ClassVar[bool] = True
+    sees_images: ClassVar[bool] = True
     llm: LLM
     """vLLM's own object, for what replaces the weights by other means."""
     has_graphs: bool
@@ -88,6 +94,8 @@ class VllmEngine(GenerationEngine):
     def check_model(cls, model: PretrainedConfig, config: GenerationConfig) -> None:
         check_known(model)
         check_fits(model, config)
+        if family_of(model) is not None:
+            check_library(model.model_type)
 
     @classmethod
     def takes_adapter(
@@ -128,7 +136,12 @@ class VllmEngine(GenerationEngine):
         text_config = load_model_config(model)
         self._end_tokens = end_token_ids(model, text_config)
         self._vocab_size = text_config.vocab_size
-        self._tied: bool = text_config.tie_word_embeddings
+        published = published_config(model)
+        sees_images = family_of(published) is not None
+        # With images the head is the whole model's, not the decoder's.
+        whole = published.to_dict() if sees_images else standard_sizes(text_config)
+        self._tied = bool(whole.get("tie_word_embeddings"))
+        self._images = VllmImages(model) if sees_images else None
         self._has_tokenizer = bool(config.sampling.stop_strings)
         self._has_weights = True
         self._text_config = text_config
@@ -153,6 +166,7 @@ class VllmEngine(GenerationEngine):
                     cuda=context.device.startswith("cuda"),
                     fast_sum=fast_sum,
                     lora=lora,
+                    sees_images=sees_images,
                 )
                 built.append(model_runner(self.llm).get_model())
             # vLLM's own finalizer would destroy torch.distributed's world, which is the pool's.
@@ -204,7 +218,7 @@ class VllmEngine(GenerationEngine):
             params = copy.copy(common)
             params.max_tokens = row.most_tokens
             draws = Draws(row.seed, row.position, sampling)
-            keys.append(self._request(row.prompt.tolist(), params, draws))
+            keys.append(self._request(self._input(row), params, draws))
         return keys
 
     @property
@@ -264,7 +278,7 @@ class VllmEngine(GenerationEngine):
             ignore_eos=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        key = self._request(ids[:half], params, Draws(forced=ids[half:]))
+        key = self._request(self._tokens(ids[:half]), params, Draws(forced=ids[half:]))
         (decoded,) = self._run_to_end([key])
         return np.concatenate([self._prompt_log_probs.pop(key), decoded.log_probs])
 
@@ -275,7 +289,7 @@ class VllmEngine(GenerationEngine):
         keys = []
         for length in range(1, len(ids)):
             forced = Draws(forced=ids[length : length + 1])
-            keys.append(self._request(ids[:length], copy.copy(params), forced))
+            keys.append(self._request(self._tokens(ids[:length]), copy.copy(params), forced))
         return np.concatenate([row.log_probs for row in self._run_to_end(keys)])
 
     def weight_destination(
@@ -308,6 +322,8 @@ class VllmEngine(GenerationEngine):
             self._part_prefixes()
         else:
             self.preempt()
+        if self._images is not None:
+            self.llm.llm_engine.reset_encoder_cache()  # images that the old tower saw
         self._has_weights = True
         self.weight_version = self._sampler.weight_version = version
 
@@ -368,16 +384,30 @@ class VllmEngine(GenerationEngine):
             skip_clone=True,
         )
 
-    def _request(self, prompt: list[int], params: SamplingParams, draws: Draws) -> int:
-        """A request of vLLM's; returns its key."""
+    def _tokens(self, prompt: list[int]) -> EngineInput:
+        """A prompt of text."""
         from vllm.inputs.engine import tokens_input
 
+        return tokens_input(prompt, cache_salt=str(self._salt))
+
+    def _input(self, row: NewRow) -> EngineInput:
+        if not row.images:
+            return self._tokens(row.prompt.tolist())
+        if self._images is None:
+            raise ValueError(
+                f"generation: a prompt has {len(row.images)} images, and {self._text_config.model_type} "
+                "sees none"
+            )
+        return self._images.input(row, str(self._salt))
+
+    def _request(self, prompt: EngineInput, params: SamplingParams, draws: Draws) -> int:
+        """A request of vLLM's; returns its key."""
         key = next(self._keys)
         # The arrival decides nothing with vLLM's first-come queue. The clock would differ between
         # the ranks of a replica.
         self._requests[key] = self.llm.llm_engine.add_request(
             str(key),
-            tokens_input(prompt, cache_salt=str(self._salt)),
+            prompt,
             params,
             arrival_time=float(key),
             lora_request=self._slot,

@@ -22,6 +22,7 @@ from workers.config import LoraConfig, ModelConfig, Precision
 from workers.engines.model.loading import standard_sizes
 from workers.generation.cache import CPU_BLOCK_SIZE, cache_bytes
 from workers.generation.config import GenerationConfig
+from workers.generation.vllm import images
 from workers.generation.vllm.adapter import engine_options
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def build_llm(
     cuda: bool = False,
     fast_sum: bool = False,
     lora: LoraConfig | None = None,
+    sees_images: bool = False,
 ) -> LLM:
     """vLLM's engine in this process, on torch.distributed's world; its parallel groups may
     exist already. `fast_sum`: as in build_vllm_groups."""
@@ -61,7 +63,7 @@ def build_llm(
         trust_remote_code=model.trust_remote_code,
         tokenizer=model.tokenizer or model.path,
         tokenizer_revision=None if model.tokenizer else model.revision,
-        skip_tokenizer_init=not config.sampling.stop_strings,
+        skip_tokenizer_init=not (config.sampling.stop_strings or sees_images),
         generation_config="vllm",
         load_format="auto" if load_weights else "dummy",
         use_tqdm_on_load=False,
@@ -86,6 +88,7 @@ def build_llm(
         seed=0,
         hf_overrides=own_window(text_config),
         **engine_options(lora),
+        **images.engine_options(sees_images),
     )
 
 

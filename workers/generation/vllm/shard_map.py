@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridflow.resharding import Box
-from workers.engines.model.loading import stored_buffers
+from workers.engines.model.loading import language_model_class, stored_buffers
 from workers.generation.vllm.own_classes import own_classes
 
 if TYPE_CHECKING:
@@ -228,13 +228,15 @@ def checkpoint_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Name and shape of every checkpoint parameter (tied weights once) and stored buffer, from
     transformers' model on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(
         path, revision=revision, trust_remote_code=trust_remote_code
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = language_model_class(config).from_config(
+            config, trust_remote_code=trust_remote_code
+        )
     tensors = dict(model.named_parameters()) | stored_buffers(model)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 

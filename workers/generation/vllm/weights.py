@@ -20,6 +20,7 @@ from hybridflow.resharding import Box, LocalParameter, LocalShard, ShardMap
 from hybridflow.resharding.attest import Parts
 from hybridflow.resharding.boxes import Ints
 from workers.engines.model.conversion import as_stored
+from workers.engines.model.loading import language_model_class
 from workers.generation.vllm.shard_map import (
     LoaderError,
     LoaderWrite,
@@ -79,11 +80,9 @@ class VllmWeights:
 
     @staticmethod
     def _named_as_stored(config: VllmConfig) -> Callable[[Tensors], Tensors]:
-        from transformers import AutoModelForCausalLM
-
         model_config = config.model_config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = language_model_class(model_config.hf_config).from_config(
                 model_config.hf_config, trust_remote_code=model_config.trust_remote_code
             )
         return partial(as_stored, model)
