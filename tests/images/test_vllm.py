@@ -14,8 +14,6 @@ from tests.images.rewards import by_length
 from tests.images.runs import settings
 from workers.generation.vllm.images import image_begins
 
-pytest.importorskip("torchvision")
-
 CASES: list[Any] = [("qwen2_5_vl", "trained")]
 for _family in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
     for _vision in ("trained", "frozen"):

@@ -69,7 +69,7 @@ TEXT["qwen3_vl_moe"] = {
     **TEXT["qwen3_vl"],
     "num_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
+    "moe_intermediate_size": 96,  # its files have matrices transposed, told by their shapes alone
     "norm_topk_prob": True,  # published ones say so, and vLLM reads it
 }
 VISION: dict[str, dict[str, Any]] = {
