@@ -119,5 +119,5 @@ def test_on_ray(ray_cluster: None, tiny: dict[str, Any], tmp_path: Path) -> None
             runs.append([run.step() for _ in range(2)])
     for alone, both in zip(*runs, strict=True):
         for name in ("reward/mean", "actor/loss", "actor/grad_norm"):
-            assert both[name] == pytest.approx(alone[name], abs=1e-5), name
+            assert both[name] == pytest.approx(alone[name], abs=1e-5, rel=2e-5), name
         assert both["actor/log_prob_gap_max"] < EXACT

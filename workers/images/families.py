@@ -65,10 +65,10 @@ GEMMA = ImageFamily(
     generators=("hf",),
 )
 FAMILIES: dict[str, ImageFamily] = {
-    "gemma3": GEMMA,
     "qwen2_5_vl": QWEN,
     "qwen3_vl": QWEN,
     "qwen3_vl_moe": QWEN,
+    "gemma3": GEMMA,
 }
 """model_type -> family."""
 
