@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.connect import ClusterConfig, connect
 from controllers.ledger import LEDGER, read_ledger
 from hybridflow import open_session, run
 from tests.asynchrony.runs import TRUNCATE, TWO_POOLS, drive, tiny_settings
@@ -74,16 +73,18 @@ def recovered(
     return load_file(last / "huggingface" / "model.safetensors")
 
 
-def test_two_pools_do_what_one_process_does(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def drains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Drain mode, one step ahead: which version draws a response, and with which others, does not
-    depend on time, so that two processes at work at the same time lose and learn what one does. In
-    the next cluster, which two runs share, recompute mode stays within its bound, and validation
-    finds one version. F12, 8: a rank of each pool that is killed while responses stream costs no
-    bit."""
+    depend on time."""
     torch.set_num_threads(1)
-    settings = tiny_settings(tmp_path) | TRUNCATE | {"asynchrony.staleness": 1}
+    settings = tiny_settings(tmp_path_factory.mktemp("model")) | TRUNCATE
     settings |= {"loop.num_steps": 4, "loop.num_epochs": None}
-    drains = settings | {"asynchrony.in_flight": "drain"}
+    return settings | {"asynchrony.staleness": 1, "asynchrony.in_flight": "drain"}
+
+
+def test_two_pools_do_what_one_process_does(drains: dict[str, Any], tmp_path: Path) -> None:
+    """Two processes at work at the same time lose and learn what one does."""
     alone = drive(drains, tmp_path / "alone", num_steps=4, reward=rewards.plain)
     apart = drive(drains | TWO_POOLS, tmp_path / "apart", num_steps=4, reward=rewards.plain)
     for here, there in zip(alone.numbers(), apart.numbers(), strict=True):
@@ -92,22 +93,31 @@ def test_two_pools_do_what_one_process_does(tmp_path: Path) -> None:
         torch.testing.assert_close(apart.weights[name], weight, rtol=0, atol=1e-4)
     assert [step["staleness/mean"] for step in apart.metrics] == [0, 1, 1, 1]
 
-    with connect(ClusterConfig(address="local", worker_logs=False), cpu_slots=8):
-        weights = recovered(
-            drains | TWO_POOLS, tmp_path / "killed", {1: "generation", 2: "training"}
-        )
-        for name, weight in apart.weights.items():
-            assert torch.equal(weights[name], weight), name
 
-        settings |= TWO_POOLS | {"data.validation": settings["data.train"]}
-        with open_session(
-            "grpo", settings | {"output_dir": tmp_path / "recompute"}, reward=rewards.plain
-        ) as session:
-            steps = []
-            for _ in range(4):
-                steps.append(session.step())
-                session.validate()
-            assert session.loop.data.position == 8
+@pytest.mark.slow
+def test_a_rank_of_each_pool_that_is_killed_costs_no_bit(
+    drains: dict[str, Any], tmp_path: Path
+) -> None:
+    """F12, 8: the kills come while responses stream."""
+    settings = drains | TWO_POOLS
+    apart = drive(settings, tmp_path / "apart", num_steps=4, reward=rewards.plain)
+    weights = recovered(settings, tmp_path / "killed", {1: "generation", 2: "training"})
+    for name, weight in apart.weights.items():
+        assert torch.equal(weights[name], weight), name
+
+
+@pytest.mark.slow
+def test_recompute_stays_within_its_bound_and_validation_finds_one_version(
+    drains: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = drains | TWO_POOLS | {"asynchrony.in_flight": "recompute"}
+    settings |= {"data.validation": drains["data.train"], "output_dir": tmp_path / "recompute"}
+    with open_session("grpo", settings, reward=rewards.plain) as session:
+        steps = []
+        for _ in range(4):
+            steps.append(session.step())
+            session.validate()
+        assert session.loop.data.position == 8
     assert max(step["staleness/max"] for step in steps) <= 3
     # Slices that ran during validation are not part of a step.
     assert sum(step.get("seconds/generation.advance", 0.0) for step in steps) > 0

@@ -217,6 +217,7 @@ def slurm(tmp_path: Path) -> Iterator[Slurm]:
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+@pytest.mark.slow
 def test_a_real_slurm_requeues_a_run_that_had_to_leave_and_it_goes_on(
     slurm: Slurm, tmp_path: Path
 ) -> None:

@@ -173,7 +173,7 @@ def test_a_reward_that_raises_stops_the_run_with_the_row(
 
 
 def test_nothing_is_left_behind_after_ctrl_c(common: list[str], tmp_path: Path) -> None:
-    _, alive = psutil.wait_procs(stopped_run(signal.SIGINT, common, tmp_path), timeout=240)
+    _, alive = psutil.wait_procs(stopped_run(signal.SIGINT, [*common, HF], tmp_path), timeout=240)
     assert not alive, described(alive)
 
 

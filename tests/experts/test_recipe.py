@@ -43,6 +43,7 @@ def test_grpo_replays_routes(tmp_path: Path, replay: str) -> None:
     assert metrics["actor/log_prob_gap_max"] < 1e-4
 
 
+@pytest.mark.slow
 def test_divided_experts_reach_vllm(tmp_path: Path) -> None:
     """Experts that two data ranks divide, and vLLM's weights after two syncs with changed ones: what
     it draws has the log-probs of the training engine to 1e-5, with the routes that it took (R3)."""

@@ -117,6 +117,7 @@ def test_it_runs_in_one_process(alone: tuple[subprocess.CompletedProcess[str], P
     assert (output / "checkpoints" / "step-00000002" / "huggingface" / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_it_runs_on_ray(
     package: Path,
     arguments: list[str],

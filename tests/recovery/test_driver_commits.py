@@ -245,8 +245,12 @@ class Dying(HandAlgorithm):
 
     drift = 0.0
     died = False
+    after_flush = False
+    """Step 4 begins when the files of the last checkpoint are on the disk."""
 
     def step(self, prompts: object) -> Metrics:
+        if self.after_flush and self.role.engine.num_steps == 3:
+            self.role._flusher.result(wait=True)
         if self.role.engine.num_steps == 4 and not self.died:
             self.died = True
             where = Where(role="actor", rank=0, method="update_actor", pool="main")
@@ -368,6 +372,8 @@ def test_memory_that_went_with_its_node_is_lost_not_damaged(
     would end there."""
     loop = dying(tmp_path / "cut", shm, 0.0)
     loop.config = replace(loop.config, checkpoint_every=checkpoint_every)
+    assert isinstance(loop.algorithm, Dying)
+    loop.algorithm.after_flush = checkpoint_every > 0
     events = EventLog(tmp_path)
     Driver(loop, pools={"main": Moving(loop)}, config=RecoveryConfig(), events=events).run()
     assert torch.equal(weights(loop), expected)
