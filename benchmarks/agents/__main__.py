@@ -43,14 +43,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="task/interface, or throughput")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--engine", default="hf")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a row for each")
     parser.add_argument("--directory", type=Path, default=None)
     arguments = parser.parse_args()
     directory = arguments.directory or Path(tempfile.mkdtemp())
     rows: list[dict[str, Any]] = []
     for name, task in TASKS.items():
         for interface in task.environments:
-            if arguments.only in ("", f"{name}/{interface}"):
-                row = learn(name, interface, directory, arguments.steps, arguments.engine)
+            if arguments.only not in ("", f"{name}/{interface}"):
+                continue
+            for seed in arguments.seeds:
+                where = directory / str(seed)
+                row = learn(name, interface, where, arguments.steps, arguments.engine, seed)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     if arguments.only in ("", "throughput"):
@@ -59,12 +63,15 @@ def main() -> None:
     arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def learn(name: str, interface: str, directory: Path, steps: int, engine: str) -> dict[str, Any]:
-    """Trains on the task through the interface."""
-    paths = prepare(name, directory / name)
+def learn(
+    name: str, interface: str, directory: Path, steps: int, engine: str, seed: int
+) -> dict[str, Any]:
+    """Trains on the task through the interface; `seed`: of model, data, warm start and draws."""
+    paths = prepare(name, directory / name, seed=seed)
     output = directory / f"{name}-{interface}"
     chosen = settings(name, interface) | {
         "runtime": "local",
+        "seed": seed,
         "actor.generation.engine": engine,
         "loop.num_steps": steps,
         "loop.resume": "never",
@@ -77,6 +84,7 @@ def learn(name: str, interface: str, directory: Path, steps: int, engine: str) -
     return {
         "task": name,
         "interface": interface,
+        "seed": seed,
         "success_before": outcome.reward_before,
         "success_after": outcome.reward_after,
         "episodes_per_s": num_episodes / outcome.train_s,

@@ -19,6 +19,7 @@ from benchmarks.asynchronous import learning, real, virtual
 
 COLUMNS = (
     "step_s",
+    "speed",
     "staleness_mean",
     "staleness_max",
     "bound",
@@ -43,6 +44,12 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=20, help="of a real run (default: %(default)s)"
     )
+    parser.add_argument(
+        "--mean-tokens",
+        type=int,
+        default=0,
+        help="of a real run's responses (default: the model's)",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="of reward (default: %(default)s)")
     parser.add_argument(
         "--cases",
@@ -53,8 +60,14 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    synchronous: dict[str, float] = {}
 
     def add(row: dict[str, Any]) -> None:
+        if "step_s" in row:
+            if not row["staleness"]:
+                synchronous[row["where"]] = row["step_s"]
+            if row["where"] in synchronous:
+                row["speed"] = synchronous[row["where"]] / row["step_s"]
         rows.append(row)
         show(row)
         if arguments.json:
@@ -69,7 +82,8 @@ def main() -> None:
             for model in arguments.models:
                 for number, (staleness, mode) in enumerate(cases):
                     where = Path(directory) / model / str(number)
-                    add(real.measure(where, model, staleness, mode, arguments.steps))
+                    steps, mean_tokens = arguments.steps, arguments.mean_tokens
+                    add(real.measure(where, model, staleness, mode, steps, mean_tokens))
         if arguments.only in (None, "reward"):
             for number, (staleness, mode) in enumerate(cases):
                 where = Path(directory) / "reward" / str(number)

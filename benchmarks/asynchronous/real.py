@@ -1,5 +1,9 @@
 """Two pools of one CPU process each: GRPO on a random model whose responses have geometric lengths,
-at most 6 times their mean."""
+at most 6 times their mean.
+
+A pool is idle where it does none of a step's work: the generator draws nothing; the trainer runs none
+of its calls, or waits in one for the generator to take part in a sync.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,19 @@ from typing import Any
 from hybridflow import open_session
 from tests.tiny import VOCAB, make_data, make_model
 
-MEAN_TOKENS = 16
 MODELS = {"tiny": {"layers": 1, "heads": 4}, "3m": {"layers": 4, "heads": 8}}
-WARM_UP = 2
+MEAN_TOKENS = {"tiny": 32, "3m": 24}
+"""Of a response: with these the two pools have about as much to do."""
+SLICE_STEPS = 4
+"""Weights wait for two slices, and steps of these models take a second."""
+WARM_UP = 3
 """Steps that are not counted."""
+TRAINERS_CALLS = (
+    "seconds/actor.compute_log_prob",
+    "seconds/actor.update_actor",
+    "seconds/reference.compute_ref_log_prob",
+    "seconds/reward.compute_reward",
+)
 
 
 def score(*, response: str, **columns: object) -> float:
@@ -22,9 +35,9 @@ def score(*, response: str, **columns: object) -> float:
     return sum(int(word) % 2 == 0 for word in words) / max(1, len(words))
 
 
-def settings(directory: Path, model: str) -> dict[str, Any]:
+def settings(directory: Path, model: str, mean_tokens: int) -> dict[str, Any]:
     """The run's, without asynchrony."""
-    stops = round(VOCAB / MEAN_TOKENS)
+    stops = round(VOCAB / mean_tokens)
     return {
         "model.path": make_model(directory / "model", **MODELS[model]),
         "data.train": make_data(directory / "prompts.jsonl", rows=512),
@@ -32,7 +45,7 @@ def settings(directory: Path, model: str) -> dict[str, Any]:
         "algorithm.samples_per_prompt": 4,
         "actor.generation.engine": "hf",
         "actor.generation.precision": "fp32",
-        "actor.generation.sampling.max_response_tokens": 6 * MEAN_TOKENS,
+        "actor.generation.sampling.max_response_tokens": 6 * mean_tokens,
         "actor.generation.sampling.stop_token_ids": list(range(3, 3 + stops)),
         "actor.train.precision": "fp32",
         "actor.train.optimizer.learning_rate": 3e-4,
@@ -51,16 +64,18 @@ def settings(directory: Path, model: str) -> dict[str, Any]:
 
 
 def measure(
-    directory: Path, model: str, staleness: int, mode: str, num_steps: int
+    directory: Path, model: str, staleness: int, mode: str, num_steps: int, mean_tokens: int
 ) -> dict[str, Any]:
-    """A row of the table: medians over the steps after the warm-up."""
-    run = settings(directory, model) | {
+    """A row of the table, over the steps after the warm-up; `mean_tokens`: 0 for the model's."""
+    mean_tokens = mean_tokens or MEAN_TOKENS[model]
+    run = settings(directory, model, mean_tokens) | {
         "loop.num_steps": num_steps,
         "output_dir": directory / "run",
     }
     if staleness:
         run |= {
             "asynchrony.staleness": staleness,
+            "asynchrony.slice_steps": SLICE_STEPS,
             "asynchrony.in_flight": mode,
             "actor.loss.rollout_correction.correction": "truncate",
         }
@@ -71,29 +86,26 @@ def measure(
     def of(name: str) -> float:
         return mean(step.get(name, 0.0) for step in counted)
 
-    step_s = median(step["seconds/step"] for step in counted)
+    step_s = of("seconds/step")
+    training = sum(map(of, TRAINERS_CALLS))
     row: dict[str, Any] = {
         "where": f"two CPU processes, {model}",
         "mode": mode if staleness else "synchronous",
         "staleness": staleness,
-        "look_ahead": 1.0,
+        "look_ahead": 0.0 if mode == "drain" else 1.0,
+        "mean_tokens": mean_tokens,
         "step_s": step_s,
+        "step_s_median": median(step["seconds/step"] for step in counted),
+        "idle_trainer": 1 - training / step_s,
+        "trainer_s": training,
+        "sync_s": of("seconds/actor.sync_weights"),
         "reward": mean(step["reward/mean"] for step in steps[-5:]),
+        "staleness_mean": of("staleness/mean"),
+        "staleness_max": max(step.get("staleness/max", 0.0) for step in counted),
+        "bound": session.config.asynchrony.window(8).bound,
     }
     if not staleness:
         generating = of("seconds/generation.generate_sequences")
-        return row | {
-            "staleness_mean": 0.0,
-            "staleness_max": 0.0,
-            "bound": 0,
-            "idle_generator": 1 - generating / of("seconds/step"),
-            "idle_trainer": generating / of("seconds/step"),
-        }
-    bound = session.config.asynchrony.window(8).bound
-    return row | {
-        "staleness_mean": of("staleness/mean"),
-        "staleness_max": max(step["staleness/max"] for step in counted),
-        "bound": bound,
-        "idle_generator": of("asynchrony/generator_idle"),
-        "idle_trainer": of("asynchrony/trainer_waits"),
-    }
+        return row | {"idle_generator": 1 - generating / step_s, "generator_s": generating}
+    idle = of("asynchrony/generator_idle")
+    return row | {"idle_generator": idle, "generator_s": step_s * (1 - idle)}

@@ -3,8 +3,9 @@ with made-up names, so nothing can be known by heart.
 
 The environment is text in, text out: a reply `?Vemo` searches, any other is the answer. Most of the
 demonstrations that the model imitates first search for the wrong word of the question, find nothing
-and give up; the others search for the name and read the answer. The warm start so teaches how to
-search and to read, and reinforcement which word to search for.
+and give up; the others search for the name and read the answer. For every question the model also
+imitates how the answer is read, behind a search that it is shown and does not imitate. The warm start
+so teaches how to search and to read, and reinforcement which word to search for.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def search(documents: list[str], query: str) -> str:
 
 
 def make_row(random_: random.Random) -> dict[str, Any]:
-    """One question with its documents and its answer, and a demonstration: messages of the
-    assistant and the user."""
+    """One question with its documents and its answer, and what is imitated: messages of the
+    assistant and the user, and of the assistant's that are only shown."""
     names: dict[str, None] = {}
     while len(names) < NUM_DOCUMENTS:
         letters = [random_.choice("BDFGKLMNPRSTVZ"), random_.choice("aeiou")]
@@ -74,4 +75,9 @@ def make_row(random_: random.Random) -> dict[str, Any]:
         "answer": answer,
         "documents": documents,
         "demonstration": demonstration,
+        "reading": [
+            ("shown", f"?{name}"),
+            ("user", search(documents, name)),
+            ("assistant", answer),
+        ],
     }

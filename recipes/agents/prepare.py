@@ -13,9 +13,11 @@ from recipes.agents import calculator, documents
 from recipes.agents.model import make_agent_tokenizer
 from recipes.quickstart.model import ModelShape, make_model
 from recipes.quickstart.warm_start import Row, WarmStartConfig, imitate
-from workers.agents.renderer import Renderer
+from workers.agents.renderer import Message, Renderer
 
 NUM_TRAIN, NUM_TEST = 4096, 128
+IMITATED = ("demonstration", "reading")
+"""What the warm start imitates of a row; it is no column of the data."""
 LEARNING_RATE = 6e-3
 """The learning rate of the warm start, which teaches a small model to copy."""
 
@@ -52,7 +54,7 @@ TASKS = {
         frames=documents.FRAMES,
         max_reply_tokens=documents.MAX_REPLY_TOKENS,
         max_tokens=documents.MAX_TOKENS,
-        warm_start_steps=800,
+        warm_start_steps=1200,
     ),
 }
 
@@ -78,7 +80,11 @@ def prepare(name: str, directory: Path, *, seed: int = 0) -> dict[str, str]:
     renderer = Renderer(tokenizer)
     model = make_model(tokenizer, shape_of(task), seed)
     train, test = list(rows.values())[:NUM_TRAIN], list(rows.values())[NUM_TRAIN:]
-    demonstrations = [demonstration_row(renderer, row) for row in train]
+    demonstrations = []
+    for row in train:
+        for imitated in IMITATED:
+            if imitated in row:
+                demonstrations.append(demonstration_row(renderer, row["prompt"], row[imitated]))
     config = WarmStartConfig(num_steps=task.warm_start_steps, learning_rate=LEARNING_RATE)
     imitate(model, demonstrations, config, seed)
     model.save_pretrained(directory / "model")
@@ -86,7 +92,7 @@ def prepare(name: str, directory: Path, *, seed: int = 0) -> dict[str, str]:
     for path, part in ((paths["data.train"], train), (paths["data.validation"], test)):
         lines = []
         for row in part:
-            columns = {key: value for key, value in row.items() if key != "demonstration"}
+            columns = {key: value for key, value in row.items() if key not in IMITATED}
             lines.append(json.dumps(columns) + "\n")
         Path(path).write_text("".join(lines))
     done.write_text(json.dumps({"task": name, "seed": seed}) + "\n")
@@ -104,14 +110,17 @@ def shape_of(task: AgentTask) -> ModelShape:
     )
 
 
-def demonstration_row(renderer: Renderer, row: dict[str, Any]) -> Row:
-    """The demonstration's tokens, of which the assistant's are learned."""
-    history = list(row["prompt"])
+def demonstration_row(
+    renderer: Renderer, prompt: Sequence[Message], demonstration: Sequence[tuple[str, str]]
+) -> Row:
+    """The demonstration's tokens, of which the assistant's are learned; `shown` is the role of
+    words of the assistant's that are not."""
+    history = list(prompt)
     ids = renderer.start(history)
     learned = [False] * len(ids)
     new: list[dict[str, Any]] = []
-    for role, content in row["demonstration"]:
-        if role != "assistant":
+    for role, content in demonstration:
+        if role not in ("assistant", "shown"):
             new.append({"role": role, "content": content})
             continue
         if new:
@@ -121,7 +130,7 @@ def demonstration_row(renderer: Renderer, row: dict[str, Any]) -> Row:
             new = []
         said = renderer.tokenizer.encode(content, add_special_tokens=False)
         said.append(renderer.tokenizer.eos_token_id)
-        ids, learned = ids + said, learned + [True] * len(said)
+        ids, learned = ids + said, learned + [role == "assistant"] * len(said)
         history.append({"role": "assistant", "content": content})
     return ids, learned
 
