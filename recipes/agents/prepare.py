@@ -17,7 +17,7 @@ from workers.agents.renderer import Message, Renderer
 
 NUM_TRAIN, NUM_TEST = 4096, 128
 IMITATED = ("demonstration", "reading")
-"""What the warm start imitates of a row; it is no column of the data."""
+"""The parts of a row that the warm start imitates; they are no columns of the data."""
 LEARNING_RATE = 6e-3
 """The learning rate of the warm start, which teaches a small model to copy."""
 
