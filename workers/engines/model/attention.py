@@ -15,13 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from inspect import signature
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 
@@ -48,6 +49,8 @@ LARGEST_MASK = 2**22
 """Elements up to which a response that shares its prompt attends under a mask of its own tokens
 x all that it sees; a longer one attends as if the prompt's queries stood before its own, which
 needs no mask."""
+MOST_SCORES, FEWEST_QUERIES = 2**25, 128
+"""Soft-capped scores that are in memory at once, over all heads, with at least so many queries."""
 KERNEL_OPTIONS = frozenset(signature(varlen_attn).parameters)
 """The names of its arguments: PyTorch 2.11 has none for grouped heads, and takes them."""
 PACKED_ATTENTIONS = (ATTENTION, FUSED_ATTENTION, "flash_attention_2", "flash_attention_3")
@@ -376,8 +379,35 @@ def _capped(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float
 ) -> Tensor:
     """Scores within +- softcap (Gemma 2, section 2.2), which no fused kernel does; [rows, heads,
-    time, ...]
-    -> [rows, time, heads, ...]."""
+    time, ...] -> [rows, time, heads, ...]. Of long rows the scores of some queries at a time, which
+    the backward pass computes again, with no more keys than those see.
+    """
+    rows, heads, time, _ = query.shape
+    seen = key.shape[2]
+    if rows * heads * time * seen <= MOST_SCORES:
+        return _capped_whole(query, key, value, scale, window, softcap)
+    step = max(FEWEST_QUERIES, MOST_SCORES // (heads * seen))
+    outputs = []
+    for row, begin in product(range(rows), range(0, time, step)):
+        part = query[row, None, :, begin : begin + step]
+        last = seen - time + begin + part.shape[2]
+        first = 0 if window is None else max(0, last - part.shape[2] - window + 1)
+        keys, values = (heads[row, None, :, first:last] for heads in (key, value))
+        outputs.append(
+            checkpoint(
+                _capped_whole,
+                *(part, keys, values, scale, window, softcap),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        )
+    return torch.cat(outputs, 1).unflatten(1, (rows, time)).squeeze(0)
+
+
+def _capped_whole(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float
+) -> Tensor:
+    """The same with all scores at once."""
     copies = query.shape[1] // key.shape[1]
     scores = softcap * torch.tanh(
         query @ repeat_kv(key, copies).transpose(2, 3) * (scale / softcap)
