@@ -142,6 +142,9 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
             recomputes = True
     space = replace(
         engine_space(actor.train.precision),
+        compiled=actor.train.compile,
+        selective=actor.train.selective_checkpointing,
+        offload_activations=actor.train.offload_activations,
         old_log_prob_pass=not recomputes,
         max_num_seqs=actor.generation.max_num_seqs,
         max_num_batched_tokens=actor.generation.max_num_batched_tokens,
@@ -292,6 +295,9 @@ def train_layout(train: TrainConfig, num_devices: int, *, trained: bool) -> Mode
         e=train.ep,
         zero=zero,
         recompute=train.activation_checkpointing and trained,
+        selective=train.selective_checkpointing and trained,
+        offload_activations=train.offload_activations and trained,
+        compiled=train.compile,
         micro_batch_tokens=train.micro_batch_tokens * train.cp,
         offload=train.offload_optimizer and trained,
     )
@@ -374,6 +380,7 @@ def train_settings(mapping: DeviceMapping, role: str, train: TrainConfig) -> Tra
         ep=layout.e,
         micro_batch_tokens=max(1, layout.micro_batch_tokens // layout.c),
         activation_checkpointing=layout.recompute,
+        selective_checkpointing=layout.selective,
         reshard_after_forward=layout.zero == 3,
         zero_stage=max(1, layout.zero),
         offload_optimizer=layout.offload,

@@ -198,6 +198,16 @@ class TrainConfig:
     attention can't do it (flash_attention_2) or positions depend on the length of the row
     (dynamic rotary embeddings)."""
     activation_checkpointing: bool = False
+    """Compute each decoder layer again in the backward pass, and keep its input only."""
+    selective_checkpointing: bool = False
+    """With activation_checkpointing: keep the outputs of matrix products and of attention too, so
+    that only the cheap rest is computed again."""
+    offload_activations: bool = False
+    """Move what the backward pass needs of the decoder layers to page-locked host memory and back,
+    while the next layers compute. On a CPU it only copies."""
+    compile: bool = False
+    """Run each decoder layer through torch.compile. The first passes compile, for seconds on a GPU
+    and minutes on a CPU; results stay the same to rounding."""
     reshard_after_forward: bool = False
     """fsdp: free gathered weights after the forward pass (ZeRO-3) instead of keeping them to
     the backward pass (ZeRO-2)."""

@@ -35,6 +35,24 @@ CASES = {
         rows_at_once=2,
         rows=4,
     ),
+    "7B on 8, selective": Case(
+        model="qwen2.5-7b",
+        family=Qwen2Config,
+        devices=8,
+        engine="fsdp",
+        settings={"activation_checkpointing": True, "selective_checkpointing": True},
+        rows_at_once=4,
+        rows=4,
+    ),
+    "7B on 8, activations on host": Case(
+        model="qwen2.5-7b",
+        family=Qwen2Config,
+        devices=8,
+        engine="fsdp",
+        settings={"offload_activations": True},
+        rows_at_once=4,
+        rows=4,
+    ),
     "70B on 64": Case(
         model="llama3-70b",
         family=LlamaConfig,
@@ -57,6 +75,12 @@ CASES = {
         settings={"reshard_after_forward": True, "activation_checkpointing": True},
     ),
 }
-LAYERS = {"7B on 8": 10, "70B on 64": 16, "30B-A3B on 16": 4}
+LAYERS = {
+    "7B on 8": 10,
+    "7B on 8, selective": 10,
+    "7B on 8, activations on host": 10,
+    "70B on 64": 16,
+    "30B-A3B on 16": 4,
+}
 """The cases that are held to the mapper's footprint, with so many of the model's layers: an operation
 without data takes 0.2 ms."""

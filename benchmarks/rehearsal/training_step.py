@@ -64,6 +64,8 @@ def predicted(case: Case, spec: ModelSpec, config: TrainConfig) -> tuple[Footpri
         d=data,
         zero=engine.zero_stage(config),
         recompute=config.activation_checkpointing,
+        selective=config.selective_checkpointing,
+        offload_activations=config.offload_activations,
         micro_batch_tokens=config.micro_batch_tokens,
     )
     workload = Workload(

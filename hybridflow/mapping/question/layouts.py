@@ -27,6 +27,12 @@ class ModelLayout:
     (Rajbhandari et al. 2020)."""
     recompute: bool = False
     """Recompute a layer's activations in the backward pass (activation checkpointing)."""
+    selective: bool = False
+    """With recompute: outputs of matrix products and of attention are kept."""
+    offload_activations: bool = False
+    """What the backward pass needs lies in host memory until then."""
+    compiled: bool = False
+    """Layers run through torch.compile."""
     micro_batch_tokens: int = 4096
     """The most tokens that a pass of a data replica holds."""
     offload: bool = False
@@ -61,7 +67,11 @@ class ModelLayout:
         if self.zero:
             words.append(f"ZeRO-{self.zero}")
         if self.recompute:
-            words.append("recompute")
+            words.append("selective recompute" if self.selective else "recompute")
+        if self.offload_activations:
+            words.append("activations on host")
+        if self.compiled:
+            words.append("compiled")
         if self.offload:
             words.append("offload")
         return " ".join(words)

@@ -293,13 +293,34 @@ class ModelSpec:
             + 2 * self.routed_rows * self.hidden_size
         )
 
-    def stored_bytes_per_token(self, number_bytes: float) -> float:
+    def stored_bytes_per_token(self, number_bytes: float, *, compiled: bool = False) -> float:
         """Bytes that a layer stores for its backward pass, per token. Norms compute in float32:
-        under half precision they store their input and its normalised form as such (4 h more)."""
-        stored = number_bytes * self.stored_elements_per_token
+        under half precision they store their input and its normalised form as such (4 h more).
+
+        A compiled layer computes again what takes no product: the normalised inputs of two norms (2
+        h, and half of the float32 ones) and the MLP's gate after its activation (f).
+        """
+        elements, float32 = self.stored_elements_per_token, 2.0
+        if compiled:
+            elements -= 2 * self.hidden_size
+            elements -= self.active_intermediate_size if self.gated_mlp else 0
+            float32 = 1.0
+        stored = number_bytes * elements
         if number_bytes < 4:
-            stored += 2 * 4 * self.hidden_size
+            stored += float32 * 4 * self.hidden_size
         return stored
+
+    def products_bytes_per_token(self, number_bytes: float) -> float:
+        """Bytes that selective recomputation keeps of a layer, per token: its input, the outputs of
+        its matrix products (queries, keys, values, two of hidden size, the MLP's inner ones) and of
+        attention."""
+        inner = 2 if self.gated_mlp else 1
+        return number_bytes * (
+            3 * self.hidden_size
+            + 2 * self.query_dim
+            + 2 * self.kv_dim
+            + inner * self.active_intermediate_size
+        )
 
     @cached_property
     def _mlp_matrices(self) -> int:

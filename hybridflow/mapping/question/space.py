@@ -33,6 +33,12 @@ class SearchSpace:
     """ZeRO stages that are tried for trained models, stage 3 only without pipeline. Stage 0 is
     never better than 1: it moves the same bytes and takes more memory."""
     recompute: tuple[bool, ...] = (False, True)
+    compiled: bool = False
+    """Layers run through torch.compile (train.compile)."""
+    selective: bool = False
+    """Recomputation keeps the outputs of products and of attention (train.selective_checkpointing)."""
+    offload_activations: bool = False
+    """Activations lie in host memory until the backward pass (train.offload_activations)."""
     offload: tuple[bool, ...] = (False,)
     micro_batch_rows: tuple[int, ...] = (1, 2, 4, 8)
     """Micro-batches of this many longest rows."""

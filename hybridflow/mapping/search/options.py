@@ -128,6 +128,9 @@ def model_layouts(
                     e=e,
                     zero=zero,
                     recompute=recompute,
+                    selective=recompute and space.selective,
+                    offload_activations=trained and space.offload_activations,
+                    compiled=space.compiled,
                     micro_batch_tokens=rows * longest,
                     offload=offload,
                 )

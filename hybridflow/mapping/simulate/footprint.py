@@ -215,9 +215,10 @@ def pass_footprint(
     """The bytes that a training (backward) or forward call needs on top of the resident ones.
 
     Activations: Korthikanti et al. 2022, section 4 (with sequence parallelism all of a layer's are
-    cut by t, and under context parallelism by c; with recomputation only each layer's input stays,
-    plus a layer at a time); the first of p stages holds min(p, micro-batches) of them under 1F1B
-    (Narayanan et al. 2021, section 2.2).
+    cut by t, and under context parallelism by c; with recomputation each layer's input stays, or
+    what selective recomputation keeps, plus a layer at a time; offloaded, one layer's are there); the
+    first of p stages holds min(p, micro-batches) of them under 1F1B (Narayanan et al. 2021, section
+    2.2).
     Logits: those of a chunk of tokens, in compute precision and float32, with a float32 gradient in
     training.
     """
@@ -225,17 +226,15 @@ def pass_footprint(
         layout.micro_batch_tokens, max(workload.longest_row, workload.num_tokens / layout.d)
     )
     tokens /= layout.c
-    per_layer = model.stored_bytes_per_token(space.activation_bytes) * tokens / layout.t
-    layer_input = space.activation_bytes * model.hidden_size * tokens / layout.t
+    per_layer = stored_per_token(model, layout, space) * tokens / layout.t
     if not backward:
         activations = per_layer
-    elif layout.recompute:
-        activations = (
-            min(layout.p, num_micro_batches) * model.longest_stage(layout.p) * layer_input
-            + per_layer
-        )
     else:
-        activations = min(layout.p, num_micro_batches) * model.longest_stage(layout.p) * per_layer
+        kept = kept_per_token(model, layout, space) * tokens / layout.t
+        kept *= min(layout.p, num_micro_batches) * model.longest_stage(layout.p)
+        if layout.offload_activations:  # copied while the next layer computes
+            kept = 0.0
+        activations = kept + per_layer if layout.recompute else max(kept, per_layer)
     scored = workload.response.mean / workload.tokens_per_row
     logit_bytes = space.activation_bytes + (8 if backward else 4)
     numbers = min(tokens * scored * head_width(model) / layout.t, space.logits_at_once)
@@ -250,6 +249,20 @@ def pass_footprint(
         layer = layer_share(model, layout)
         return fixed + Footprint(buffers=2 * space.parameter_bytes * layer)
     return fixed + _reduction(model, layout, space, activations + logits, backward=backward)
+
+
+def stored_per_token(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
+    """Bytes that a layer's backward pass reads, per token."""
+    return model.stored_bytes_per_token(space.activation_bytes, compiled=layout.compiled)
+
+
+def kept_per_token(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
+    """Bytes of a layer that are kept from the forward to the backward pass, per token."""
+    if not layout.recompute:
+        return stored_per_token(model, layout, space)
+    if layout.selective:
+        return model.products_bytes_per_token(space.activation_bytes)
+    return space.activation_bytes * model.hidden_size
 
 
 def _reduction(

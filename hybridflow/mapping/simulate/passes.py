@@ -30,6 +30,7 @@ from hybridflow.mapping.simulate.fabric import Fabric
 from hybridflow.mapping.simulate.footprint import (
     fetched_bytes,
     is_one_group,
+    kept_per_token,
     stage_parameters,
     trained_parameters,
     update_footprint,
@@ -157,7 +158,7 @@ def training_time(model: ModelSpec, layout: ModelLayout, machine: Machine) -> Pa
         parameters=updates * (update.parameters + gathering),
         gradients=updates * (gradients + (number - 1) * adding),
         optimizer=updates * optimizer,
-        offload=2.0 * moved / machine.kind.host_bandwidth,
+        offload=2.0 * moved / machine.kind.host_bandwidth + updates * update.offload,
         overhead=updates * (update.overhead - call) + call,
     )
 
@@ -172,7 +173,8 @@ def _slot(
     passes, head_passes, directions, gathers, sends = 1.0, 1.0, 1, 1.0, 1
     if backward:
         head_passes = 1.0 + calibration.backward_factor
-        passes = 1.0 + (calibration.backward_factor + layout.recompute)
+        whole_again = layout.recompute and not layout.selective
+        passes = 1.0 + (calibration.backward_factor + whole_again)
         directions, gathers, sends = 2 + layout.recompute, 2.0, 2
     tokens /= layout.c
     attended = machine.workload.attended_per_token
@@ -186,15 +188,18 @@ def _slot(
         t=layout.t,
         e=layout.e,
     )
-    elementwise = elementwise_s(model, kind, calibration, space, tokens=tokens, t=layout.t)
-    layer += elementwise + calibration.layer_overhead_s
+    cheap = elementwise_s(model, kind, calibration, space, tokens=tokens, t=layout.t)
+    cheap += calibration.layer_overhead_s
+    layer += cheap
     scored = tokens * machine.workload.response.mean / machine.workload.tokens_per_row
     head = head_s(model, kind, calibration, space, scored_tokens=scored, t=layout.t)
     saved = 0.0
+    if backward and layout.selective:  # what takes no product is computed again
+        saved = -layers * cheap
     if model.adapter is not None:
         layer += _adapter_s(model.adapter, machine, tokens, layout.t)
         if backward:
-            saved = _unneeded_s(model, machine, tokens, scored, layout)
+            saved += _unneeded_s(model, machine, tokens, scored, layout)
     fabric = Fabric(kind, calibration, layout.num_devices)
     message = space.activation_bytes * model.hidden_size * tokens
     tensor, pipeline, context, experts, parameters = 0.0, 0.0, 0.0, 0.0, 0.0
@@ -220,8 +225,33 @@ def _slot(
         context=context,
         experts=experts,
         parameters=parameters,
+        offload=_activations_s(model, layout, machine, tokens) if backward else 0.0,
         overhead=calibration.micro_batch_overhead_s * head_passes,
     )
+
+
+def _activations_s(model: ModelSpec, layout: ModelLayout, machine: Machine, tokens: float) -> float:
+    """Seconds of moving a micro-batch's activations to host memory and back beyond those in which
+    the layers compute, as far as that is known: none where products take longer than copies."""
+    if not layout.offload_activations:
+        return 0.0
+    kind, calibration = machine.kind, machine.calibration
+    layers = model.longest_stage(layout.p)
+    moved = layers * kept_per_token(model, layout, machine.space) * tokens / layout.t
+    attended = machine.workload.attended_per_token
+    forward = layers * products_s(
+        model,
+        kind,
+        calibration,
+        machine.space,
+        tokens=tokens,
+        attended=attended,
+        t=layout.t,
+        e=layout.e,
+    )
+    there = moved / kind.host_bandwidth - forward
+    back = moved / kind.host_bandwidth - calibration.backward_factor * forward
+    return max(0.0, there) + max(0.0, back)
 
 
 def expert_stride(layout: ModelLayout, machine: Machine) -> int:
@@ -277,7 +307,7 @@ def _pipelined(
         context=number * slot.context,
         experts=number * slot.experts,
         parameters=number * slot.parameters,
-        offload=offload,
+        offload=offload + number * slot.offload,
         overhead=number * slot.overhead + machine.call_s(layout.num_devices),
     )
 

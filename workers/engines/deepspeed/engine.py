@@ -30,6 +30,7 @@ from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.deepspeed.partitions import Partitions, partitions, shard_range
 from workers.engines.deepspeed.setup import ZeroModel
 from workers.engines.model.context_parallel import check_context_parallel
+from workers.engines.model.layers import check_layers
 from workers.engines.model.loading import ModelSource
 from workers.engines.model.routers import check_routers
 from workers.engines.shared.flat_views import flat_views, named
@@ -64,6 +65,12 @@ class DeepspeedEngine(ShardedEngine):
     def check(
         cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
     ) -> None:
+        check_layers(model, config)
+        if config.compile and config.zero_stage == 3:
+            raise ValueError(
+                "train.compile is true, but engine deepspeed gathers the weights of each module by "
+                "itself under zero_stage=3; set compile=false, or zero_stage to 1 or 2"
+            )
         check_routers(model, config.router_aux_loss_coefficient)
         for axis, size in (("pp", config.pp), ("tp", config.tp)):
             if size != 1:

@@ -22,12 +22,10 @@ from torch import Tensor, nn
 from workers.config import Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.model.attention import check_packable
+from workers.engines.model.checkpointing import enable_activation_checkpointing
+from workers.engines.model.layers import prepare_layers
 from workers.engines.model.loading import ModelSource
-from workers.engines.model.scored import (
-    ScoredModel,
-    decoder_layers,
-    enable_activation_checkpointing,
-)
+from workers.engines.model.scored import ScoredModel, decoder_layers
 from workers.engines.shared.optimizer import adamw
 
 BUCKET_ELEMENTS = 50_000_000
@@ -114,8 +112,7 @@ class ZeroModel:
         """Float32 values that bfloat16 cannot hold, until the master weights have them: host
         memory; under stage 3 the rank's part."""
         self.scored = ScoredModel(source.model, head)
-        if config.activation_checkpointing:
-            enable_activation_checkpointing(source.model)
+        prepare_layers(source.model, config)
         keeps = trains and self.dtype is not torch.float32
         deepspeed = library(device)
         settings = deepspeed_settings(config, num_elements)
@@ -143,8 +140,8 @@ class ZeroModel:
                     model=self.scored, optimizer=self.adam, config=settings
                 )
         self.scored.eval()
-        if config.activation_checkpointing:
-            enable_activation_checkpointing(source.model)
+        if config.activation_checkpointing:  # eval() switched it off
+            enable_activation_checkpointing(source.model, selective=config.selective_checkpointing)
 
     @property
     def run(self) -> Callable[..., dict[str, Tensor]]:

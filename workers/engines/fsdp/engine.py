@@ -38,6 +38,7 @@ from workers.engines.fsdp.sharding import (
 )
 from workers.engines.model.context_parallel import check_context_parallel
 from workers.engines.model.expert_parallel import check_expert_parallel, expert_mesh
+from workers.engines.model.layers import check_layers
 from workers.engines.model.loading import ModelSource
 from workers.engines.model.routers import check_routers
 from workers.engines.model.split_plan import check_fits
@@ -80,6 +81,7 @@ class FsdpEngine(ShardedEngine):
     def check(
         cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
     ) -> None:
+        check_layers(model, config)
         check_routers(model, config.router_aux_loss_coefficient)
         if config.pp != 1:
             raise ValueError(

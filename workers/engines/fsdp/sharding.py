@@ -19,12 +19,12 @@ from workers.config import Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.model.attention import check_packable
 from workers.engines.model.expert_parallel import find_experts, split_experts
+from workers.engines.model.layers import prepare_layers
 from workers.engines.model.loading import ModelSource
 from workers.engines.model.lora import Adapter
 from workers.engines.model.scored import (
     ScoredModel,
     decoder_layers,
-    enable_activation_checkpointing,
     parameter_bytes,
 )
 from workers.engines.model.tensor_parallel import parallelize
@@ -74,8 +74,7 @@ def shard_model(
         source.parts = whole_parts(model)
     if experts is not None:
         source.parts = split_experts(model, source.parts, experts.get_group("ep"))
-    if config.activation_checkpointing:
-        enable_activation_checkpointing(model)
+    prepare_layers(model, config)
     bf16 = config.precision is Precision.bf16
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

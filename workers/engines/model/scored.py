@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from workers.engines.base import Head
 from workers.engines.model.log_probs import TokenScorer, head_log_probs, logits_tail
@@ -164,19 +163,6 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
         )
     longest = max(lists, key=len)
     return list(longest)
-
-
-def enable_activation_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each decoder layer in the backward pass; the layers' contents stay in eval mode."""
-    if not model.supports_gradient_checkpointing:
-        raise ValueError(
-            f"activation_checkpointing is true, but {type(model).__name__} does not support it; "
-            "set it to false"
-        )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
 
 
 def parameter_bytes(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:

@@ -134,9 +134,11 @@ def chosen_tokens(config: TrainConfig, model: PretrainedConfig, device: str) -> 
     except ValueError:  # not a plain decoder
         return FEWEST_TOKENS
     element = 2 if config.precision is Precision.bf16 else 4
-    layer = spec.stored_bytes_per_token(element)
+    layer = spec.stored_bytes_per_token(element, compiled=config.compile)
     stored = spec.num_layers * layer
-    if config.activation_checkpointing:
+    if config.selective_checkpointing:
+        stored = spec.num_layers * spec.products_bytes_per_token(element) + layer
+    elif config.activation_checkpointing:
         stored = spec.num_layers * element * spec.hidden_size + layer
     tokens = CPU_ACTIVATION_BYTES * config.tp * config.pp / stored
     return int(min(max(tokens, FEWEST_TOKENS), MOST_TOKENS))

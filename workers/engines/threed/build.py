@@ -18,9 +18,10 @@ from workers.config import ModelConfig, Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.model.attention import check_packable
 from workers.engines.model.expert_parallel import expert_mesh, split_experts
+from workers.engines.model.layers import prepare_layers
 from workers.engines.model.loading import ModelSource, build_on_meta
 from workers.engines.model.lora import Adapter
-from workers.engines.model.scored import ScoredModel, enable_activation_checkpointing
+from workers.engines.model.scored import ScoredModel
 from workers.engines.model.tensor_parallel import parallelize
 from workers.engines.model.tensor_parts import Parts
 from workers.engines.shared.row_groups import axis_group
@@ -83,8 +84,7 @@ def build_share(
     if train.ep > 1:
         experts = expert_mesh(layout, train.ep, device.type)
         parts = split_experts(shell, parts, experts.get_group("ep"))
-    if train.activation_checkpointing:
-        enable_activation_checkpointing(shell)
+    prepare_layers(shell, train)
     num_stages = train.pp * train.virtual_stages
     layers = stage_layers(int(shell.config.num_hidden_layers), num_stages)
     local = list(range(layout.coordinates(rank)["pp"], num_stages, train.pp))

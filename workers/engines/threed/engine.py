@@ -25,6 +25,7 @@ from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.resharding.shards import LocalParameter, LocalShard, all_parameters
 from workers.config import TrainConfig
 from workers.engines.base import Head, LossFn, Outputs
+from workers.engines.model.layers import check_layers
 from workers.engines.model.loading import ModelSource
 from workers.engines.model.routers import check_routers
 from workers.engines.shared.flat_views import named
@@ -58,6 +59,7 @@ class ThreeDEngine(ShardedEngine):
     def check(
         cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
     ) -> None:
+        check_layers(model, config)
         check_routers(model, config.router_aux_loss_coefficient)
         check_layout(model, config, world_size)
 
