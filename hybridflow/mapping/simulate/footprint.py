@@ -230,11 +230,11 @@ def pass_footprint(
     if not backward:
         activations = per_layer
     else:
-        kept = kept_per_token(model, layout, space) * tokens / layout.t
-        kept *= min(layout.p, num_micro_batches) * model.longest_stage(layout.p)
+        held = kept_per_token(model, layout, space) * tokens / layout.t
+        held *= min(layout.p, num_micro_batches) * model.longest_stage(layout.p)
         if layout.offload_activations:  # copied while the next layer computes
-            kept = 0.0
-        activations = kept + per_layer if layout.recompute else max(kept, per_layer)
+            held = 0.0
+        activations = held + per_layer if layout.recompute else max(held, per_layer)
     scored = workload.response.mean / workload.tokens_per_row
     logit_bytes = space.activation_bytes + (8 if backward else 4)
     numbers = min(tokens * scored * head_width(model) / layout.t, space.logits_at_once)

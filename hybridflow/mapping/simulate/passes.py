@@ -249,9 +249,9 @@ def _activations_s(model: ModelSpec, layout: ModelLayout, machine: Machine, toke
         t=layout.t,
         e=layout.e,
     )
-    there = moved / kind.host_bandwidth - forward
-    back = moved / kind.host_bandwidth - calibration.backward_factor * forward
-    return max(0.0, there) + max(0.0, back)
+    leaving = moved / kind.host_bandwidth - forward
+    returning = moved / kind.host_bandwidth - calibration.backward_factor * forward
+    return max(0.0, leaving) + max(0.0, returning)
 
 
 def expert_stride(layout: ModelLayout, machine: Machine) -> int:

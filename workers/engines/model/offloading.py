@@ -32,8 +32,8 @@ def offload_activations(model: PreTrainedModel) -> None:
     mover = Mover()
 
     def begin(_module: nn.Module, _arguments: Any) -> None:
-        one = Pass(mover)
-        passes.append(saved_tensors_hooks(one.pack, one.unpack))
+        hooks = Pass(mover)
+        passes.append(saved_tensors_hooks(hooks.pack, hooks.unpack))
         passes[-1].__enter__()
 
     def end(_module: nn.Module, _arguments: Any, _output: Any) -> None:
@@ -111,13 +111,13 @@ class Pass:
         memory = StorageWeakRef(tensor.untyped_storage())
         layout = (flat.storage_offset(), flat.shape, flat.stride(), flat.dtype)
         key = (memory.cdata, tensor._version, *layout)
-        found = self.known.get(key)
-        if found is None or found[0].expired():
-            found = memory, Stored(self.mover.out(flat), tensor.device, len(self.stored))
-            self.known[key] = found
-            self.stored.append(found[1])
-        found[1].uses += 1
-        return found[1], shape
+        entry = self.known.get(key)
+        if entry is None or entry[0].expired():
+            entry = memory, Stored(self.mover.out(flat), tensor.device, len(self.stored))
+            self.known[key] = entry
+            self.stored.append(entry[1])
+        entry[1].uses += 1
+        return entry[1], shape
 
     def unpack(self, packed: Tensor | tuple[Stored, torch.Size]) -> Tensor:
         if isinstance(packed, Tensor):
