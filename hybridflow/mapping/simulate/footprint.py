@@ -230,11 +230,13 @@ def pass_footprint(
     if not backward:
         activations = per_layer
     else:
-        held = kept_per_token(model, layout, space) * tokens / layout.t
-        held *= min(layout.p, num_micro_batches) * model.longest_stage(layout.p)
+        from_layers = kept_per_token(model, layout, space) * tokens / layout.t
+        from_layers *= min(layout.p, num_micro_batches) * model.longest_stage(layout.p)
         if layout.offload_activations:  # copied while the next layer computes
-            held = 0.0
-        activations = held + per_layer if layout.recompute else max(held, per_layer)
+            from_layers = 0.0
+        activations = max(from_layers, per_layer)
+        if layout.recompute:
+            activations = from_layers + per_layer
     scored = workload.response.mean / workload.tokens_per_row
     logit_bytes = space.activation_bytes + (8 if backward else 4)
     numbers = min(tokens * scored * head_width(model) / layout.t, space.logits_at_once)

@@ -237,7 +237,7 @@ def _activations_s(model: ModelSpec, layout: ModelLayout, machine: Machine, toke
         return 0.0
     kind, calibration = machine.kind, machine.calibration
     layers = model.longest_stage(layout.p)
-    moved = layers * kept_per_token(model, layout, machine.space) * tokens / layout.t
+    stored_bytes = layers * kept_per_token(model, layout, machine.space) * tokens / layout.t
     attended = machine.workload.attended_per_token
     forward = layers * products_s(
         model,
@@ -249,8 +249,8 @@ def _activations_s(model: ModelSpec, layout: ModelLayout, machine: Machine, toke
         t=layout.t,
         e=layout.e,
     )
-    leaving = moved / kind.host_bandwidth - forward
-    returning = moved / kind.host_bandwidth - calibration.backward_factor * forward
+    leaving = stored_bytes / kind.host_bandwidth - forward
+    returning = stored_bytes / kind.host_bandwidth - calibration.backward_factor * forward
     return max(0.0, leaving) + max(0.0, returning)
 
 

@@ -390,9 +390,9 @@ def _capped(
     outputs = []
     for row, begin in product(range(rows), range(0, time, step)):
         part = query[row, None, :, begin : begin + step]
-        last = seen - time + begin + part.shape[2]
-        first = 0 if window is None else max(0, last - part.shape[2] - window + 1)
-        keys, values = (heads[row, None, :, first:last] for heads in (key, value))
+        end = seen - time + begin + part.shape[2]
+        start = 0 if window is None else max(0, end - part.shape[2] - window + 1)
+        keys, values = (heads[row, None, :, start:end] for heads in (key, value))
         outputs.append(
             checkpoint(
                 _capped_whole,
