@@ -283,7 +283,7 @@ class TokenScorer:
 
 
 def logits_tail(model: PreTrainedModel) -> Tail | None:
-    """What the family's own forward does to the numbers that the output embedding gives; None:
+    """The things that the family's own forward does to the numbers that the output embedding gives; None:
     nothing.
 
     Runs that forward with the decoder and the head taken out, which needs no weights. ValueError

@@ -43,7 +43,7 @@ WIDE_NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}
 
 
 class Kind(StrEnum):
-    """What happens to a module's parameters."""
+    """The treatment of a module's parameters."""
 
     column = auto()
     row = auto()
