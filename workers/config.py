@@ -141,7 +141,7 @@ class LoraConfig:
     target_modules: Any = "all-linear"
     """The layers that are adapted: all-linear (every linear layer but the output embedding), a
     list of the ends of names ([q_proj, v_proj]), or a regular expression that whole names match,
-    such as '.*layers\\.[01]\\..*_proj'."""
+    such as '.*layers\\.[01]\\..*_proj'. Of a vision tower those that an expression matches."""
     adapter: str | None = None
     """A PEFT directory to begin with, which decides rank, alpha, rslora and target_modules."""
 

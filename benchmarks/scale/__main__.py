@@ -1,6 +1,6 @@
-"""LoRA, long context and mixtures of experts against the plain run.
+"""LoRA, long context, mixtures of experts and images against the plain run.
 
-python -m benchmarks.scale --features lora cp experts [--json FILE]
+python -m benchmarks.scale --features lora cp experts images [--json FILE]
 
 Each feature gives rows of one form (benchmarks/scale/row.py): errors against a run of one process,
 the bytes that move beside the fewest possible, memory and seconds. The command fails where an error
@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.scale import context_parallel, experts, lora
+from benchmarks.scale import context_parallel, experts, images, lora
 from benchmarks.scale.row import Row
 
 FEATURES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "lora": lora.measure,
     "cp": context_parallel.measure,
     "experts": experts.measure,
+    "images": images.measure,
 }
 """name -> rows, measured with files in a temporary directory."""
 TOLERANCE = 1e-5

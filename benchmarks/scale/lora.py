@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.scale.errors import relative_error, update_error
 from benchmarks.scale.row import Row
-from hybridflow.resharding import LocalParameter, ShardMap, compile, verify
+from benchmarks.scale.weights import state_bytes, synced
 from tests.engines.fsdp_workers import data_rows
 from tests.engines.threed_cases import TEMPERATURE, PlainRun, load_plain, loss_fn, save_tiny_model
 from tests.lora.plain import adapt, matrices_of, plain_lora_run
@@ -32,14 +31,11 @@ from tests.lora.workers import (
 from tests.ranks import run_ranks, worlds
 from workers.config import ContextExchange
 from workers.engines.base import Outputs
-from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.sequences import ragged_positions
 
 FAMILIES = ("llama", "qwen3", "gemma3_text")
 LAYERS = 2
 TIMED_STEPS = 5
-BUCKET_BYTES = 1 << 20
-FLOAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +90,8 @@ def _measure(rank: int, directory: Path, case: Case) -> Measured:
     for batch in rows:
         metrics.append(engine.train_step(batch, loss_fn, entropy=True, temperature=TEMPERATURE))
     trained = engine._gathered_trained()
-    state_bytes = _state_bytes(engine)
-    sync_bytes, bound_bytes = _synced(engine)
+    peak_bytes = state_bytes(engine)
+    sync_bytes, bound_bytes = synced(engine, adapter=True)
     seconds = []
     for _ in range(TIMED_STEPS):
         started = time.perf_counter()
@@ -108,40 +104,9 @@ def _measure(rank: int, directory: Path, case: Case) -> Measured:
         trained=trained,
         sync_bytes=sync_bytes,
         bound_bytes=bound_bytes,
-        peak_bytes=state_bytes,
+        peak_bytes=peak_bytes,
         step_s=statistics.median(seconds),
     )
-
-
-def _state_bytes(engine: ShardedEngine) -> int:
-    """Bytes of this rank's weights and optimizer states."""
-    states = engine.local_parameters() + engine.state(moments=True, copies=True)
-    storages = {}
-    for parameter in states:
-        for shard in parameter.shards:
-            memory = shard.tensor.untyped_storage()
-            storages[memory.data_ptr()] = memory.nbytes()
-    return sum(storages.values())
-
-
-def _synced(engine: ShardedEngine) -> tuple[int, int]:
-    """(bytes that all ranks receive in a sync of the adapter alone to a whole copy on every rank,
-    the fewest: what they lack)."""
-    source = engine.weight_source(adapter=True)
-    whole = []
-    for parameter in source.parameters:
-        whole.append(LocalParameter.whole(parameter.name, torch.empty(parameter.shape)))
-    plan = compile(
-        ShardMap.gather(source.parameters), ShardMap.gather(whole), bucket_bytes=BUCKET_BYTES
-    )
-    certificate = verify(plan)
-    lacking = 0
-    for parameter, target in zip(source.parameters, whole, strict=True):
-        held = sum(shard.box.numel for shard in parameter.shards)
-        lacking += FLOAT * (target.shards[0].box.numel - held)
-    total = torch.tensor(lacking)
-    dist.all_reduce(total)
-    return certificate.received_total, int(total)
 
 
 def _plain(directory: Path, case: Case) -> tuple[PlainRun, dict[str, Tensor]]:

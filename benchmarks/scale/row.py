@@ -22,12 +22,12 @@ class Row:
     log_prob_gap: float
     """The largest difference of a token's log-probability."""
     sync_bytes: int
-    """Bytes that the feature moves: those of a weight sync (lora), or those that a rank sends in one
-    training step (cp), or those of the routes of its rows (experts)."""
+    """Bytes that the feature moves: those of a weight sync (lora, images), or those that a rank sends in
+    one training step (cp), or those of the routes of its rows (experts)."""
     bound_bytes: int
     """The fewest that it has to move."""
     peak_bytes: int
     """The most bytes of a rank: of activations that the backward pass keeps (cp), of weights and
-    optimizer states (lora)."""
+    optimizer states (lora, images)."""
     step_s: float
     """Seconds of a training step, the median of some."""

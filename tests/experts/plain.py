@@ -57,9 +57,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "moe_intermediate_size": 32,
     },
+    "gpt_oss": {
+        "num_local_experts": EXPERTS,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
 }
 """Settings beyond the common ones; Qwen3-MoE has a dense layer in the middle, DeepSeek-V3 one at the
-start, shared experts, groups and a bias of the choice."""
+start, shared experts, groups and a bias of the choice; GPT-OSS has experts with biases, and attention
+sinks."""
+ROUTERS = (".mlp.gate", ".mlp.router")
+"""Ends of the names of routers."""
 OPTIMIZER = OptimizerConfig(learning_rate=5e-3, clip_grad_norm=0.5, epsilon=1e-3)
 
 
@@ -71,7 +80,8 @@ def save_tiny_mixture(directory: Path, family: str, **settings: Any) -> Path:
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if "inv_freq" not in name:
-                size = 0.5 if "gate.weight" in name or "e_score" in name else 0.05
+                router = name.endswith(tuple(f"{end}.weight" for end in ROUTERS))
+                size = 0.5 if router or "e_score" in name else 0.05
                 tensor.add_(torch.randn_like(tensor), alpha=size)
     model.save_pretrained(directory)
     return directory
@@ -89,7 +99,7 @@ def observed(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, Tensor]]]:
     seen: list[tuple[Tensor, Tensor]] = []
     handles = []
     for name, module in model.named_modules():
-        if name.endswith(".mlp.gate"):
+        if name.endswith(ROUTERS):
             handles.append(
                 module.register_forward_hook(lambda _, args, out: seen.append((out[0], out[2])))
             )

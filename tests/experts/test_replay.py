@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from tests.engines.threed_cases import TEMPERATURE, loss_fn
 from tests.experts.engines import make_engine, rows_with_a_shared_prompt
-from tests.experts.plain import CHOSEN, EXPERTS, FAMILIES, load_mixture, observed
+from tests.experts.plain import CHOSEN, EXPERTS, FAMILIES, ROUTERS, load_mixture, observed
 from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.sequences import Sequences
 
@@ -108,7 +108,7 @@ def by_hand(model: PreTrainedModel, routes: Tensor) -> Iterator[list[Tensor]]:
     native: list[Tensor] = []
     handles = []
     for name, module in model.named_modules():
-        if name.endswith(".mlp.gate"):
+        if name.endswith(ROUTERS):
             handles.append(module.register_forward_hook(_forced(routes, native)))
     try:
         yield native

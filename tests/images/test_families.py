@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import AutoImageProcessor
 
 from hybridflow import open_session
 from tests.images.plain import TEMPERATURE, load, make_rows, whole_log_probs
 from tests.images.rewards import by_length
 from tests.images.runs import settings
 from tests.images.test_engine import make_engine
-from tests.images.tiny import make_model
+from tests.images.tiny import make_model, make_tokenizer, png, square
+from workers.images import ImageReference
+from workers.sequences import Sequences
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3")
 
@@ -29,6 +32,42 @@ def test_log_probs_are_those_of_transformers(world: None, tmp_path: Path, family
         expected = torch.cat([whole_log_probs(model, inputs) for inputs in plain])
     for cut in ({}, {"share_prompts": False}, {"packing": False}):
         engine = make_engine(path, micro_batch_tokens=60, **cut)
+        outputs = engine.forward(sequences, temperature=TEMPERATURE)
+        assert outputs.log_probs is not None
+        assert_close(outputs.log_probs, expected, rtol=0.0, atol=1e-6)
+
+
+def test_images_behind_a_shared_prompt(world: None, tmp_path: Path) -> None:
+    """Two rows that begin alike and go on with an image, whose tokens see each other and the prompt."""
+    path = make_model(tmp_path / "gemma3", family="gemma3")
+    tokenizer, processor = (
+        make_tokenizer("gemma3"),
+        AutoImageProcessor.from_pretrained(path, backend="pil"),
+    )
+    image_id = tokenizer.get_vocab()["<image_soft_token>"]
+    prompt = tokenizer("user how many what<|im_end|>")["input_ids"]
+    rows, plain = [], []
+    for color, end in (("red", "color one"), ("red", "two")):
+        text = f"<start_of_image>{'<image_soft_token>' * 16}<end_of_image>{end}"
+        rest = tokenizer(text)["input_ids"]
+        pixels = processor(images=[square(color, 56, 56)], return_tensors="pt")["pixel_values"]
+        ids = torch.tensor([*prompt, *rest])
+        types = (ids == image_id).long()[None]
+        rows.append((ids, len(rest), ImageReference(encoded=png(square(color, 56, 56)))))
+        plain.append(
+            {"pixel_values": pixels, "types": types, "ids": ids[None], "scored": len(rest)}
+        )
+    sequences = Sequences(
+        token_ids=torch.cat([ids for ids, _, _ in rows]),
+        lengths=torch.tensor([len(ids) for ids, _, _ in rows]),
+        scored_lengths=torch.tensor([scored for _, scored, _ in rows]),
+        images=[(image,) for _, _, image in rows],
+    )
+    model = load(path)
+    with torch.no_grad():
+        expected = torch.cat([whole_log_probs(model, inputs) for inputs in plain])
+    for shares in (True, False):
+        engine = make_engine(path, share_prompts=shares, micro_batch_tokens=100)
         outputs = engine.forward(sequences, temperature=TEMPERATURE)
         assert outputs.log_probs is not None
         assert_close(outputs.log_probs, expected, rtol=0.0, atol=1e-6)

@@ -300,8 +300,7 @@ def _among_images(
     window: int | None,
 ) -> Tensor:
     """As _run_by_run, where tokens with the same number in `blocks` (int64 [tokens], -1: none) see each
-    other too, within the window: Gemma 3's images. What goes on after a prompt that it shares has
-    none."""
+    other too, within the window: Gemma 3's images."""
     outputs = []
     units = [(run,) for run in runs]
     by_run = zip(runs, *_split(units, *parts), *_split(units, blocks), strict=True)
@@ -311,13 +310,12 @@ def _among_images(
             tensor.unflatten(0, (run.count, run.prefix + run.length)).transpose(1, 2)
             for tensor in (keys, values)
         )
-        mask = None
-        if not run.prefix:
-            numbers = own.unflatten(0, (run.count, 1, run.length))
-            same = (numbers[..., None] == numbers[..., None, :]) & (numbers >= 0)[..., None]
-            mask = same | _visible(run.length, run.length, None, own.device)
-            if window is not None:
-                mask = mask.triu(1 - window)
+        numbers = own.unflatten(0, (run.count, 1, run.length))
+        same = (numbers[..., None] == numbers[..., None, :]) & (numbers >= 0)[..., None]
+        mask = _visible(run.length, run.prefix + run.length, None, own.device)
+        mask = mask | F.pad(same, (run.prefix, 0))
+        if window is not None:
+            mask = mask.triu(run.prefix + 1 - window)
         outputs.append(_fused_kernel(query, key, value, scale, window, mask).flatten(0, 1))
     return torch.cat(outputs)
 

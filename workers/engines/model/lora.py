@@ -31,6 +31,7 @@ from workers.config import LoraConfig, ModelConfig
 from workers.engines.base import Head
 from workers.engines.model.loading import ModelSource, build_on_meta
 from workers.engines.model.peft_files import SCORE_WEIGHT, PeftFiles
+from workers.engines.model.vision import in_tower
 
 LOGGER = logging.getLogger(__name__)
 
@@ -200,12 +201,15 @@ def stored_layers(model: PreTrainedModel, files: PeftFiles, head: Head) -> tuple
 
 
 def target_layers(model: PreTrainedModel, config: LoraConfig) -> tuple[str, ...]:
-    """Names of the layers that `config` targets; the model may be on meta.
+    """Names of the layers that `config` targets; the model may be on meta. Those of a vision tower only
+    where a regular expression matches them: their names end as the decoder's do.
 
     A ValueError for a target that matches no linear layer lists those that the model has.
     """
-    linear = _linear_layers(model)
-    targets = config.target_modules
+    linear, targets = _linear_layers(model), config.target_modules
+    by_pattern = isinstance(targets, str) and targets != ALL_LINEAR
+    if not by_pattern:
+        linear = [name for name in linear if not in_tower(model, name)]
     if targets == ALL_LINEAR:
         if experts := _expert_weights(model):
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))

@@ -192,6 +192,13 @@ def freeze_tower(model: PreTrainedModel) -> None:
             model.base_model.get_submodule(name).requires_grad_(False)
 
 
+def in_tower(model: PreTrainedModel, name: str) -> bool:
+    """Whether a module or parameter of the model, by its name, is outside the decoder and its head."""
+    family = family_of(model.config)
+    towers = () if family is None else family.tower
+    return any(name.startswith(f"{model.base_model_prefix}.{tower}.") for tower in towers)
+
+
 def tower_parameters(model: PreTrainedModel) -> int:
     """Parameters outside the decoder and its head; 0 for a model without images. May be on meta."""
     family = family_of(model.config)
