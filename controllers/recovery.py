@@ -28,8 +28,9 @@ from controllers.not_finite import StepGivenUp
 from controllers.saving import DISK, MEMORY, Commit, Copy, copy_here
 from hybridflow.errors import TooFewDevices
 from hybridflow.failures import RECOVERABLE, EventLog, describe, failed_pools
+from hybridflow.host_watch import HostWatch
 from hybridflow.metrics.vitals import Vitals
-from hybridflow.pool import ResourcePool
+from hybridflow.pool import ResourcePool, take_turns
 from hybridflow.progress import activity
 from hybridflow.recovery import actions as do
 from hybridflow.recovery import events as on
@@ -104,6 +105,7 @@ class Driver:
         self._interrupted_s = 0.0
         """When, in Unix seconds."""
         self.vitals = Vitals()
+        self.hosts = HostWatch(self.pools, None if events is None else events.path.parent)
         for event in () if events is None else events.read():
             self.vitals.count(event)
 
@@ -251,6 +253,7 @@ class Driver:
             for further in self._decide(self._inbox.popleft()):
                 self._carry_out(further)
         self.loop.run_step(action.step)
+        self.hosts.look(action.step)
         self._look_at_flush()
         self._put(on.Tick())
         self._put(
@@ -346,7 +349,7 @@ class Driver:
             "durable_step": float(max(self.state.durable, default=-1)),
             "restarts_without_progress": float(budget.restarts),
         }
-        self.loop.tracker.watch(self.vitals.values)
+        self.loop.tracker.watch(self.vitals.values | self.hosts.values)
         if (budget.restarts, budget.furthest) != (self._restarts, self._furthest):
             self._restarts, self._furthest = budget.restarts, budget.furthest
             SUPERVISION.note(furthest=budget.furthest, restarts=budget.restarts)
@@ -407,14 +410,13 @@ class Driver:
         if self.state.flush is not None:  # its copies end with the processes
             self._flush_failed("the run goes back while it is written")
         with activity("recovery", detail=CALLS.under_way):
-            for name in action.pools:
-                self._restarted.add(name)
-                try:
-                    self.pools[name].restart()
-                except TooFewDevices as error:
-                    LOGGER.error("%s", error)
-                    self._put(on.TooFewDevices(incarnation=action.incarnation))
-                    return
+            self._restarted.update(action.pools)
+            try:
+                take_turns([self.pools[name].restarting() for name in action.pools])
+            except TooFewDevices as error:
+                LOGGER.error("%s", error)
+                self._put(on.TooFewDevices(incarnation=action.incarnation))
+                return
         staged = steps_of(self.saving.timeline(), MEMORY)
         self._put(on.Rebuilt(incarnation=action.incarnation, staged=staged))
 

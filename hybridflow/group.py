@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import NoneType
@@ -60,7 +60,22 @@ def spawn(
         )
     _check_config(worker_class, config)
     name = role or worker_class.__name__.removesuffix("Worker").lower()
-    return cast(W, Handle(worker_class, pool, config, name))
+    handle = Handle(worker_class, pool, config, name)
+    handle.wait_until_built()
+    return cast(W, handle)
+
+
+def spawn_all(
+    roles: Mapping[str, tuple[type[Worker], ResourcePool, Any]],
+) -> dict[str, Any]:
+    """Builds roles by name, given their worker, pool and settings; pools work at the same time.
+    Returns when all stand."""
+    handles = {}
+    for name, (worker_class, pool, config) in roles.items():
+        handles[name] = Handle(worker_class, pool, config, name)
+    for handle in handles.values():
+        handle.wait_until_built()
+    return dict(handles)
 
 
 def _check_config(worker_class: type[Worker], config: object) -> None:
@@ -164,15 +179,20 @@ class Handle:
         self._role = role
         self._worker_class = worker_class
         self._methods = declared_methods(worker_class, config)
-        started = time.perf_counter()
-        with activity(f"building {role}", detail=pool.activity):
-            pool.create(role, worker_class, config)
+        self._begun = time.perf_counter()
+        self._wait = pool.begin_creating(role, worker_class, config)
+
+    def wait_until_built(self) -> None:
+        """Returns when the worker stands on every host."""
+        pool = self._pool
+        with activity(f"building {self._role}", detail=pool.activity):
+            self._wait()
         LOGGER.info(
             "%s: built on pool %s (%d devices) in %.1f s",
-            role,
+            self._role,
             pool.name,
             pool.size,
-            time.perf_counter() - started,
+            time.perf_counter() - self._begun,
         )
 
     @staticmethod

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from hybridflow import progress
 from hybridflow.batch import Batch
@@ -35,9 +35,13 @@ from hybridflow.errors import (
     WorkerUserCodeError,
     WorkerValueError,
 )
+from hybridflow.host_state import HostState
 from hybridflow.out_of_memory import read_kills, read_limit, told
 from hybridflow.protocols import Arguments
 from hybridflow.worker import Worker, declared_methods
+
+if TYPE_CHECKING:
+    from hybridflow.probe import Probe
 
 NO_ARGUMENTS = Arguments()
 STACK_FILES = "hybridflow-stacks-"
@@ -79,6 +83,7 @@ class Host:
         self.workers: dict[str, Worker] = {}
         self.store: Any = None
         """torch.distributed's store of the pool's world; rank 0's listens."""
+        self.probe: Probe | None = None
         self.stack_file = _write_stacks_on_signal()
         self.activity_file = f"{self.stack_file.name}.activity"
         progress.write_to(Path(self.activity_file))
@@ -179,6 +184,14 @@ class Host:
             blocks = written_blocks(method, result, declaration.writes, local)
             reply = replace(reply, finished=time.time(), num_rows=len(result))
             return reply.packed(), *blocks
+
+    def look(self) -> HostState:
+        """How the host is, between two steps. No collective."""
+        if self.probe is None:
+            from hybridflow.probe import Probe
+
+            self.probe = Probe(self.context.device)
+        return HostState.of(self.context, self.probe)
 
     def close(self) -> None:
         for worker in self.workers.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +19,11 @@ from hybridflow.devices import (
     requested_threads,
 )
 from hybridflow.host import written_blocks
-from hybridflow.pool import PoolSpec, ResourcePool
+from hybridflow.pool import Parts, PoolSpec, ResourcePool
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
 from hybridflow.store import Held
-from hybridflow.waiting import CALLS
+from hybridflow.waiting import CALLS, nothing
 from hybridflow.worker import Worker, declared_methods
 
 
@@ -53,9 +53,12 @@ class LocalPool(ResourcePool):
     def role_names(self) -> tuple[str, ...]:
         return tuple(self.workers)
 
-    def create(self, role: str, worker_class: type[Worker], config: Any) -> None:
+    def begin_creating(
+        self, role: str, worker_class: type[Worker], config: Any
+    ) -> Callable[[], None]:
         self._check_usable()
         self.workers[role] = worker_class(config, replace(self.context, role=role))
+        return nothing
 
     def submit(
         self,
@@ -113,7 +116,7 @@ class LocalPool(ResourcePool):
     def activity(self) -> str:
         return ""
 
-    def restart(self) -> None:
+    def restarting(self) -> Parts:
         raise RuntimeError(
             f"pool {self.name!r} is this very process (runtime=local), which can't be restarted"
         )

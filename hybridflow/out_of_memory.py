@@ -1,5 +1,5 @@
-"""The kernel's out-of-memory killer: how often it has ended a process of this container, and the limit
-that it guards.
+"""The kernel's out-of-memory killer: how often it has ended a process of this container, the limit that
+it guards, and what of it is in use.
 
     before = read_kills()
     ...
@@ -40,6 +40,24 @@ def read_limit(root: Path = ROOT) -> int:
     return 0
 
 
+def read_used(root: Path = ROOT) -> int:
+    """Bytes that the container has in use, without pages of files that nobody used lately, which the
+    kernel takes back first; those of the machine where no container has a limit."""
+    if read_limit(root):
+        for directory in _directories(root):
+            for name in ("memory.current", "memory.usage_in_bytes"):
+                file = directory / name
+                if file.is_file():
+                    statistics = directory / "memory.stat"
+                    idle = _value(statistics, "total_inactive_file")
+                    if idle is None:
+                        idle = _value(statistics, "inactive_file") or 0
+                    return max(0, int(file.read_text()) - idle)
+    sizes = root / "proc" / "meminfo"
+    total, free = (_value(sizes, f"{name}:") for name in ("MemTotal", "MemAvailable"))
+    return 1024 * ((total or 0) - (free or 0))
+
+
 def told(before: int, now: int, limit_bytes: int) -> str:
     """In words: what it did between two readings; empty where it did nothing."""
     if now <= before:
@@ -71,7 +89,7 @@ def _value(file: Path, name: str) -> int | None:
     if not file.is_file():
         return None
     for line in file.read_text().splitlines():
-        key, _, value = line.partition(" ")
+        key, value, *_ = [*line.split(), "", ""]
         if key == name:
             return int(value)
     return None

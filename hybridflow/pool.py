@@ -8,14 +8,19 @@ enter a pool through spawn (group.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hybridflow.batch import Batch
 from hybridflow.calls import DEFAULT_TIMEOUT_S, Reply
+from hybridflow.host_state import HostState
 from hybridflow.protocols import Arguments
 from hybridflow.worker import Worker
+
+Parts = Generator[None, None, None]
+"""A start or restart that can be left between its parts, while processes work."""
+ENDED = object()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +80,16 @@ class ResourcePool(ABC):
     def role_names(self) -> tuple[str, ...]:
         """The roles that stand on it."""
 
-    @abstractmethod
     def create(self, role: str, worker_class: type[Worker], config: Any) -> None:
         """Builds the role's worker on every host."""
+        self.begin_creating(role, worker_class, config)()
+
+    @abstractmethod
+    def begin_creating(
+        self, role: str, worker_class: type[Worker], config: Any
+    ) -> Callable[[], None]:
+        """Begins to build the role's worker on every host, behind those that were begun before;
+        what it returns waits until it stands."""
 
     @abstractmethod
     def submit(
@@ -111,16 +123,30 @@ class ResourcePool(ABC):
     def pids(self) -> list[int]:
         """The process of each rank, on its node."""
 
+    def look(self) -> Sequence[Any]:
+        """Asks every host how it is, behind its calls; references to the answers. None by default:
+        this process needs no witness of itself."""
+        return ()
+
+    def looked(self, answers: Sequence[Any]) -> list[HostState] | None:
+        """The answers, without those of hosts that have died meanwhile; None while one is missing."""
+        del answers
+        return []
+
     @abstractmethod
     def activity(self) -> str:
         """The activity of another process of the pool, where it has a name (progress.py); for
         any thread."""
 
-    @abstractmethod
     def restart(self) -> None:
         """New processes with the same roles, in place: the pool and its handles stay the objects
         that they are. Everything that the old processes held is lost; whatever of them is still
         alive is killed. A RuntimeError where that does not succeed."""
+        take_turns([self.restarting()])
+
+    @abstractmethod
+    def restarting(self) -> Parts:
+        """The restart in parts, for several pools that take turns (take_turns)."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -139,3 +165,15 @@ class ResourcePool(ABC):
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def take_turns(works: Sequence[Parts]) -> None:
+    """Does a part of each in turn until all have ended, so that the processes of one pool work while
+    the controller waits for another's. An error in one of them ends all."""
+    under_way = list(works)
+    try:
+        while under_way:
+            under_way = [work for work in under_way if next(work, ENDED) is not ENDED]
+    finally:
+        for work in works:
+            work.close()

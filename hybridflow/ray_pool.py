@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from hybridflow.context import RankContext
 from hybridflow.devices import device_environment
 from hybridflow.errors import TooFewDevices
 from hybridflow.host import Host, HostInfo, out_of_memory, read_stacks
-from hybridflow.pool import PoolSpec, ResourcePool
+from hybridflow.host_state import HostState
+from hybridflow.pool import Parts, PoolSpec, ResourcePool, take_turns
 from hybridflow.progress import activity
 from hybridflow.protocols import Arguments
 from hybridflow.waiting import CALLS
@@ -35,7 +37,8 @@ node 1 of its accelerator type, whatever its number of devices."""
 class RayPool(ResourcePool):
     """Hosts as Ray actors, one per device of a packed placement group."""
 
-    def __init__(self, spec: PoolSpec | None = None) -> None:
+    def __init__(self, spec: PoolSpec | None = None, *, started: bool = True) -> None:
+        """`started`: false for a pool that start_pools brings up together with others."""
         import ray
 
         if not ray.is_initialized():
@@ -54,38 +57,52 @@ class RayPool(ResourcePool):
         self._kept_callers: dict[tuple[str, int], list[Any]] = {}
         self._group: Any = None
         self._seen_activity, self._seen_at = "", 0.0
-        try:
-            with activity(f"pool {spec.name}"):
-                self._start()
-        except BaseException:
-            self.close()
-            raise
+        if started:
+            try:
+                take_turns([self._start()])
+            except BaseException:
+                self.close()
+                raise
 
-    def _start(self) -> None:
+    def _start(self) -> Parts:
+        """The start in parts; what one has begun goes on in other processes behind it."""
         import ray
 
         self._node = ray.get_runtime_context().get_node_id()
         self._token = secrets.token_hex(8)
-        with activity(f"reserving {self.size} devices"):
+        with self._part(f"reserving {self.size} devices"):
             self._nodes = self._reserve()
-        with activity(f"starting {self.size} processes"):
-            contexts = self._contexts(self._nodes)
-            self._actors = list(map(self._start_host, contexts, self._nodes))
-            self.hosts = self._starting("start", [actor.info.remote() for actor in self._actors])
-        with activity("connecting the processes"):
-            one_node = len(set(self._nodes)) == 1
-            master = "127.0.0.1" if one_node else self.hosts[0].address
-            timeout_s = self.spec.collective_timeout_s
-            (port,) = self._starting("join", [self._actors[0].open_store.remote(master, timeout_s)])
-            joining = [actor.join.remote(master, port, timeout_s) for actor in self._actors]
-            self._starting("join", joining)
+        contexts = self._contexts(self._nodes)
+        self._actors = list(map(self._start_host, contexts, self._nodes))
+        hosts = self._starting("start", [actor.info.remote() for actor in self._actors])
+        yield
+        with self._part(f"starting {self.size} processes"):
+            self.hosts = waiting.get(hosts)
+        one_node = len(set(self._nodes)) == 1
+        master = "127.0.0.1" if one_node else self.hosts[0].address
+        timeout_s = self.spec.collective_timeout_s
+        opening = self._starting("join", [self._actors[0].open_store.remote(master, timeout_s)])
+        yield
+        with self._part("connecting the processes"):
+            (port,) = waiting.get(opening)
+        joining = [actor.join.remote(master, port, timeout_s) for actor in self._actors]
+        self._starting("join", joining)
+        yield
+        with self._part("connecting the processes"):
+            waiting.get(joining)
 
-    def _starting(self, method: str, replies: Sequence[Any]) -> list[Any]:
-        """The values of calls that belong to the start, which has a deadline of its own."""
+    @contextmanager
+    def _part(self, what: str) -> Iterator[None]:
+        """Names a part of the start."""
+        with activity(f"pool {self.name}"), activity(what):
+            yield
+
+    def _starting(self, method: str, replies: Sequence[Any]) -> Sequence[Any]:
+        """The calls belong to the start, which has a deadline of its own."""
         self._watch(
             "host", method, replies, timeout_s=self.spec.start_timeout_s, answers_reply=False
         )
-        return waiting.get(replies)
+        return replies
 
     def _reserve(self) -> list[str]:
         """Reserves the devices; returns the node of every rank, neighbours in rank order on one
@@ -173,12 +190,18 @@ class RayPool(ResourcePool):
     def role_names(self) -> tuple[str, ...]:
         return tuple(self._roles)
 
-    def create(self, role: str, worker_class: type[Worker], config: Any) -> None:
+    def begin_creating(
+        self, role: str, worker_class: type[Worker], config: Any
+    ) -> Callable[[], None]:
         self._check_usable()
         replies = [actor.create.remote(role, worker_class, config) for actor in self._actors]
         self._watch(role, "__init__", replies)
-        self.read_replies(replies)
-        self._roles[role] = (worker_class, config)
+
+        def wait() -> None:
+            self.read_replies(replies)
+            self._roles[role] = (worker_class, config)
+
+        return wait
 
     def submit(
         self,
@@ -308,6 +331,22 @@ class RayPool(ResourcePool):
             self._seen_activity = ray.get(answer) if done else ""
         return self._seen_activity
 
+    def look(self) -> Sequence[Any]:
+        return [actor.look.remote() for actor in self._actors]
+
+    def looked(self, answers: Sequence[Any]) -> list[HostState] | None:
+        import ray
+        from ray.exceptions import RayError
+
+        done, late = ray.wait(list(answers), num_returns=len(answers), timeout=0)
+        if late:
+            return None
+        states = []
+        for answer in done:
+            with suppress(RayError):  # its call says who has died
+                states.append(ray.get(answer))
+        return states
+
     def stacks(self) -> dict[int, str]:
         """Every host's Python stacks, also of hosts that are stuck in native code."""
         import ray
@@ -357,18 +396,22 @@ class RayPool(ResourcePool):
         self.broken = self.broken or "closed"
         self._end_processes()
 
-    def restart(self) -> None:
+    def restarting(self) -> Parts:
         self.broken = self.broken or "it is being restarted"
         self._end_processes()
         with activity(f"ending the processes of pool {self.name}"):
             self._bury()
+        yield
         self.broken = ""
         try:
-            with activity(f"pool {self.name}"):
-                self._start()
+            yield from self._start()
+            building = []
             for role, (worker_class, config) in self._roles.items():
+                building.append((role, self.begin_creating(role, worker_class, config)))
+            yield
+            for role, wait in building:
                 with activity(f"building {role}", detail=self.activity):
-                    self.create(role, worker_class, config)
+                    wait()
         except BaseException:
             self.broken = self.broken or "its restart failed"
             self._end_processes()
@@ -425,6 +468,18 @@ class RayPool(ResourcePool):
                 f"{'; '.join(left) or 'a node does not answer'}"
             )
         self.hosts = []
+
+
+def start_pools(specs: Sequence[PoolSpec]) -> list[RayPool]:
+    """Pools whose processes start at the same time; where one does not, none is left."""
+    pools = [RayPool(spec, started=False) for spec in specs]
+    try:
+        take_turns([pool._start() for pool in pools])
+    except BaseException:
+        for pool in pools:
+            pool.close()
+        raise
+    return pools
 
 
 def alive_nodes() -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from controllers.saving import Copy, copy_here
 from hybridflow.devices import requested_threads
 from hybridflow.local_pool import LocalPool
 from hybridflow.pool import PoolSpec, ResourcePool
-from hybridflow.ray_pool import RayPool
+from hybridflow.ray_pool import start_pools
 from recipes.config import Device, PlacementMode, Runtime
 from recipes.placing import Placement
 from workers.generation import generation_engine_class
@@ -53,11 +54,20 @@ def connect_cluster(placement: Placement) -> AbstractContextManager[ClusterInfo 
     )
 
 
-def start_pool(placement: Placement, cluster: ClusterInfo | None, name: str) -> ResourcePool:
-    """The pool of that name, in Ray or (without a cluster) in this process."""
+def start_all_pools(
+    placement: Placement, cluster: ClusterInfo | None
+) -> Mapping[str, ResourcePool]:
+    """Every pool by its name, in Ray or (without a cluster) in this process."""
+    names = list(dict.fromkeys(role.pool for role in placement.roles))
+    specs = [_spec(placement, cluster, name) for name in names]
+    pools = list(map(LocalPool, specs)) if cluster is None else start_pools(specs)
+    return dict(zip(names, pools, strict=True))
+
+
+def _spec(placement: Placement, cluster: ClusterInfo | None, name: str) -> PoolSpec:
     config = placement.config
     custom = config.placement is PlacementMode.custom and name in config.pools
-    spec = PoolSpec(
+    return PoolSpec(
         name=name,
         num_devices=placement.pool_sizes[name],
         device=config.device.value,
@@ -71,7 +81,6 @@ def start_pool(placement: Placement, cluster: ClusterInfo | None, name: str) -> 
         call_timeout_s=config.call_timeout_s,
         deterministic=config.deterministic,
     )
-    return LocalPool(spec) if cluster is None else RayPool(spec)
 
 
 def _threads(placement: Placement, cluster: ClusterInfo | None) -> int:

@@ -34,7 +34,7 @@ from controllers.validation import HeldOutRows, ResponseReward, Validate
 from hybridflow.batch import Batch
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.failures import EventLog
-from hybridflow.group import each, spawn
+from hybridflow.group import each, spawn, spawn_all
 from hybridflow.metrics import Tracker
 from hybridflow.pool import ResourcePool
 from hybridflow.progress import activity
@@ -47,7 +47,7 @@ from hybridflow.whole_file import whole_file
 from recipes.asynchrony import rows_ahead, streaming_actor
 from recipes.config import Device, RunConfig
 from recipes.environment import environment
-from recipes.machines import connect_cluster, copy_of, start_pool
+from recipes.machines import connect_cluster, copy_of, start_all_pools
 from recipes.path_settings import make_directory
 from recipes.placing import Placement, placeholder_roles
 from recipes.preparation import Preparation
@@ -146,10 +146,8 @@ class Session:
                 first_step = start_step(loop_config.resume, store, memory)
                 tracker = start_tracker(config, self.directory, first_step, length.num_steps)
                 self._resources.enter_context(tracker)
-            for name in dict.fromkeys(role.pool for role in placement.roles):
-                self.pools[name] = self._resources.enter_context(
-                    start_pool(placement, cluster, name)
-                )
+            for name, pool in start_all_pools(placement, cluster).items():
+                self.pools[name] = self._resources.enter_context(pool)
             prepared = with_precision_of_machines(prepared, self.pools, cluster)
             placement, config = prepared.placement, prepared.config
             self.prepared, self.placement, self.config = prepared, placement, config
@@ -383,9 +381,9 @@ def spawn_roles(
 ) -> dict[str, Any]:
     """A handle for every role, and placeholders for those that nothing asks for; an actor whose
     generation has a pool of its own, or whose responses are drawn ahead, is still one handle."""
-    handles: dict[str, Any] = {}
-    for role in placement.roles:
-        handles[role.name] = spawn(role.worker, pools[role.pool], role.config, role=role.name)
+    handles = spawn_all(
+        {role.name: (role.worker, pools[role.pool], role.config) for role in placement.roles}
+    )
     if draws_ahead:
         actor = streaming_actor(placement, handles, pools)
         handles.pop(GENERATION, None)

@@ -196,13 +196,14 @@ class PrometheusSink(Sink):
         self._run = run
         self._gauges: dict[str, Gauge] = {}
         self._values: dict[str, float] = {}
+        """By names that may have labels in them; see _labelled."""
         self._closed = threading.Event()
         threading.Thread(target=self._repeat, name="prometheus", daemon=True).start()
 
     def _repeat(self) -> None:
         while not self._closed.wait(REPEAT_S):
             for name in tuple(self._values):
-                self._gauge(name).set(self._values[name], {"run": self._run})
+                self._set(name, self._values[name])
 
     def log(self, row: Row) -> None:
         num_not_finite = sum(not math.isfinite(value) for value in row.metrics.values())
@@ -215,18 +216,19 @@ class PrometheusSink(Sink):
 
     def watch(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._set(f"run/{name}", value)
+            self._set(name if _labelled(name)[1] else f"run/{name}", value)
 
     def _set(self, name: str, value: float) -> None:
-        gauge = self._gauge(name)
+        metric, labels = _labelled(name)
+        gauge = self._gauge(metric, ("run", *labels))
         self._values[name] = value
-        gauge.set(value, {"run": self._run})
+        gauge.set(value, {"run": self._run, **labels})
 
-    def _gauge(self, name: str) -> Gauge:
+    def _gauge(self, name: str, labels: tuple[str, ...]) -> Gauge:
         from ray.util.metrics import Gauge
 
         if name not in self._gauges:
-            self._gauges[name] = Gauge(prometheus_name(name), description=name, tag_keys=("run",))
+            self._gauges[name] = Gauge(prometheus_name(name), description=name, tag_keys=labels)
         return self._gauges[name]
 
     def show(self, rows: SampleRows) -> None:
@@ -251,6 +253,17 @@ def _markdown(sample: Sample) -> str:
         else:
             lines.append(f"- {name}: {value}")
     return "\n".join(lines)
+
+
+def _labelled(name: str) -> tuple[str, dict[str, str]]:
+    """The metric, and whose it is: host/policy/1/resident_bytes -> host/resident_bytes of
+    {pool: policy, rank: 1}, node/10.0.0.7/oom_kills -> node/oom_kills of {node: 10.0.0.7}; of the whole
+    run otherwise."""
+    kind, *whose, metric = name.split("/")
+    keys = {"host": ("pool", "rank"), "node": ("node",)}.get(kind, ())
+    if not keys or len(keys) != len(whose):
+        return name, {}
+    return f"{kind}/{metric}", dict(zip(keys, whose, strict=True))
 
 
 def prometheus_name(name: str) -> str:

@@ -21,6 +21,7 @@ from hybridflow.errors import Where, WorkerDied, WorkerError, WorkerValueError
 from hybridflow.failures import EventLog
 from hybridflow.local_pool import LocalPool
 from hybridflow.metrics import MetricsConfig, Tracker, read_jsonl
+from hybridflow.pool import Parts
 from hybridflow.recovery.config import RecoveryConfig
 from hybridflow.results import Metrics
 from tests.controllers.test_loop import BATCH, FakeActor, FakeAlgorithm, dataset
@@ -34,10 +35,11 @@ class CountedPool(LocalPool):
         self.actor = actor
         self.num_restarts = 0
 
-    def restart(self) -> None:
+    def restarting(self) -> Parts:
         self.num_restarts += 1
         self.broken = ""
         self.actor.weight = 0
+        yield
 
 
 @dataclass

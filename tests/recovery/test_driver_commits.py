@@ -25,6 +25,7 @@ from hybridflow.errors import TooFewDevices, Where, WorkerDied
 from hybridflow.failures import EventLog
 from hybridflow.local_pool import LocalPool
 from hybridflow.metrics import MetricsConfig, Tracker, read_jsonl
+from hybridflow.pool import Parts
 from hybridflow.recovery.actions import Exit
 from hybridflow.recovery.attempts import Attempt, Fenced
 from hybridflow.recovery.config import RecoveryConfig
@@ -234,10 +235,11 @@ class Pool(LocalPool):
         super().__init__()
         self.too_few = too_few
 
-    def restart(self) -> None:
+    def restarting(self) -> Parts:
         self.broken = ""
         if self.too_few:
             raise TooFewDevices("pool 'main': 2 devices could not be reserved")
+        yield
 
 
 class Dying(HandAlgorithm):
@@ -339,8 +341,8 @@ class Damaging(Pool):
         super().__init__()
         self.loop = loop
 
-    def restart(self) -> None:
-        super().restart()
+    def restarting(self) -> Parts:
+        yield from super().restarting()
         newest = self.loop.saving.commits()[0].path / "actor" / "0.safetensors"
         with newest.open("r+b") as file:
             file.seek(-3, 2)
@@ -354,8 +356,8 @@ class Moving(Pool):
         super().__init__()
         self.loop = loop
 
-    def restart(self) -> None:
-        super().restart()
+    def restarting(self) -> Parts:
+        yield from super().restarting()
         for commit in self.loop.saving.commits():
             if commit.place == "memory":
                 shutil.rmtree(commit.path / "actor")

@@ -7,20 +7,22 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from hybridflow.batch import Batch
-from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
+from hybridflow.context import RankContext
+from hybridflow.errors import TooFewDevices, WorkerDied, WorkerError, WorkerStuck
 from hybridflow.failures import describe, failed_pools
-from hybridflow.group import each, spawn, start
+from hybridflow.group import each, spawn, spawn_all, start
 from hybridflow.layout import Layout
 from hybridflow.local_pool import LocalPool
-from hybridflow.pool import PoolSpec, ResourcePool
-from hybridflow.protocols import Arguments, Distribution, Protocol, Split
-from hybridflow.ray_pool import RayPool
+from hybridflow.pool import PoolSpec, ResourcePool, take_turns
+from hybridflow.protocols import ONE_TO_ALL, Arguments, Distribution, Protocol, Split
+from hybridflow.ray_pool import RayPool, start_pools
 from hybridflow.recovery.events import Kind
 from hybridflow.waiting import CALLS
 from hybridflow.worker import remote
@@ -215,6 +217,40 @@ def test_a_stopped_rank_is_named_while_another_pool_works_and_both_go_on() -> No
         assert_gone(list(pids), within_s=0.1)
         assert [rank for _, rank, _ in each(echo.whoami)] == [0, 1]
         assert len(each(busy.whoami)) == 1
+
+
+class Slow(Echo):
+    """Takes a second to build."""
+
+    def __init__(self, config: dict[str, Any], context: RankContext) -> None:
+        super().__init__(config, context)
+        self.begun = time.time()
+        time.sleep(1.0)
+        self.built = time.time()
+
+    @remote(ONE_TO_ALL)
+    def times(self) -> tuple[float, float]:
+        return self.begun, self.built
+
+
+def test_pools_are_built_and_restarted_at_the_same_time() -> None:
+    """Each is being built while the other is; one that does not come up leaves none."""
+    specs = [PoolSpec(name=name, threads_per_device=1) for name in ("left", "right")]
+    left, right = start_pools(specs)
+    with left, right:
+        roles = spawn_all({"one": (Slow, left, {}), "other": (Slow, right, {})})
+        pids = left.pids() + right.pids()
+        for _ in range(2):
+            times = [each(role.times)[0] for role in roles.values()]
+            assert max(begun for begun, _ in times) < min(built for _, built in times)
+            take_turns([pool.restarting() for pool in (left, right)])
+        assert not set(pids) & {*left.pids(), *right.pids()}
+        assert_gone(pids, within_s=0.1)
+    wrong = PoolSpec(name="wrong", num_devices=999, start_timeout_s=1.0)
+    with pytest.raises(TooFewDevices):
+        start_pools([specs[0], wrong])
+    with RayPool(specs[0]) as pool:
+        assert pool.pids()
 
 
 def test_pools_overlap() -> None:
