@@ -25,7 +25,7 @@ from typing import Any
 from controllers.ledger import Line, line_difference, line_digest, read_ledger
 from controllers.loop import Loop, Outcome
 from controllers.not_finite import StepGivenUp
-from controllers.saving import DISK, MEMORY, Commit, Copy, copy_here
+from controllers.saving import DISK, MEMORY, ONE_NODE, Commit, Nodes
 from hybridflow.errors import TooFewDevices
 from hybridflow.failures import RECOVERABLE, EventLog, describe, failed_pools
 from hybridflow.host_watch import HostWatch
@@ -77,16 +77,17 @@ class Driver:
         restarts: int = 0,
         furthest: int = -1,
         deterministic: bool = False,
-        copy: Copy = copy_here,
+        nodes: Nodes = ONE_NODE,
     ) -> None:
         """`restarts`: without progress so far, of this run's earlier controllers; `furthest`: the
         highest step that they committed. `deterministic`: whether a step that is trained again must
-        leave the same bits. `copy` brings what the ranks hold in memory to disk for a
-        controller that leaves. Without `events` nothing is written down."""
+        leave the same bits. `nodes`: those that hold the snapshots. Without `events` nothing is
+        written down."""
         self.loop, self.saving = loop, loop.saving
         self.pools = pools or {}
         self.config, self.events = config, events
-        self.deterministic, self._copy = deterministic, copy
+        self.deterministic = deterministic
+        self.saving.nodes = nodes
         self._restarts, self._furthest = restarts, furthest
         self._rejoin = rejoin
         self.state = begin(self._policy())
@@ -117,6 +118,7 @@ class Driver:
         going on would be wrong."""
         self._put(self._started())
         SUPERVISION.on_leave = self.leave
+        CALLS.leaving = self.saving.nodes.leaving
         self._drive()
         assert self._stop is not None
         if self._stop.code is Exit.done:
@@ -295,7 +297,7 @@ class Driver:
                 self.loop.begin_flush()
                 self._look_at_flush()
             else:
-                self.saving.begin_flush_from_here(action.step, self._copy)
+                self.saving.begin_flush_from_here(action.step)
         except FileNotFoundError as error:
             self._flush_failed(str(error), lost=self.state.phase is Phase.leaving)
         except OSError as error:
@@ -453,6 +455,7 @@ class Driver:
         for line in read_ledger(loop.ledger.path):
             self._lines[line["step"]] = line
         loop.rewind(restored)
+        self.saving.free_later(loop.step)
         loop.tracker.rewind(loop.step, 0 if self.events is None else self.events.attempt)
         records = CALLS.finish()
         seconds = time.monotonic() - self._seconds.pop("since")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hybridflow.checkpoint import (
     MANIFEST,
@@ -66,13 +66,47 @@ class Flush:
     """Size and digest of the files that are on disk, once all are."""
 
 
-Copy = Callable[[Path, Path], None]
-"""Copies a directory in memory, which may be on several nodes, to one that all nodes see."""
+class Nodes(Protocol):
+    """The machines of a run, as far as their memory is concerned."""
+
+    def copy(self, directory: Path, keep: Collection[Path]) -> None:
+        """Begins to copy what each node holds of a snapshot to another node, which frees what it has of
+        others than `keep`."""
+
+    def fetch(self, directory: Path, role: str, ranks: Collection[int]) -> None:
+        """Brings to the nodes of these ranks what other nodes hold of a snapshot."""
+
+    def bring(self, source: Path, target: Path) -> None:
+        """Copies a directory in memory, which may be on several nodes, to one that all nodes see."""
+
+    def free(self, directory: Path, keep: Collection[Path]) -> None:
+        """Frees all nodes' memory of the snapshots below `directory`, `keep` excepted; of all of it where
+        that is empty."""
+
+    def leaving(self) -> dict[str, str]:
+        """As Calls.leaving."""
 
 
-def copy_here(source: Path, target: Path) -> None:
-    """A Copy of what is on this node."""
-    shutil.copytree(source, target)
+class OneNode:
+    """Nodes where there is one: this machine."""
+
+    def copy(self, directory: Path, keep: Collection[Path]) -> None:
+        """Nothing: there is no other node."""
+
+    def fetch(self, directory: Path, role: str, ranks: Collection[int]) -> None:
+        """Nothing: there is no other node."""
+
+    def bring(self, source: Path, target: Path) -> None:
+        shutil.copytree(source, target)
+
+    def free(self, directory: Path, keep: Collection[Path]) -> None:
+        """Nothing: there are no copies."""
+
+    def leaving(self) -> dict[str, str]:
+        return {}
+
+
+ONE_NODE = OneNode()
 
 
 def nothing() -> None:
@@ -99,6 +133,7 @@ class Saving:
         memory: MemoryPlace | None = None,
     ) -> None:
         self.trained, self.store, self.memory = trained, store, memory
+        self.nodes: Nodes = ONE_NODE
         self._staged: tuple[int, Path, str] | None = None
         """Step, directory and stamp of the files that memory holds for the newest commit or the
         next."""
@@ -155,6 +190,7 @@ class Saving:
         _, target, stamp = self._staged
         self.memory.commit(target, step=step, number=self._number, stamp=stamp, state=state)
         self._committed = self._paths[step] = target
+        self.nodes.copy(target, list(self._paths.values()))
 
     def prune_memory(self, steps: Collection[int]) -> None:
         """Frees this node's memory of all commits but those of `steps`."""
@@ -194,7 +230,7 @@ class Saving:
             step=step, number=number, state=state, metrics=dict(metrics), copied=staged
         )
 
-    def begin_flush_from_here(self, step: int, copy: Copy) -> None:
+    def begin_flush_from_here(self, step: int) -> None:
         """Copies a commit in memory to disk without the roles' processes, for a controller that has
         to leave at once. A FileNotFoundError where files of it were not brought."""
         assert self.memory is not None
@@ -205,7 +241,7 @@ class Saving:
         directory = self.store.begin(step)
         digests = newest.state["ledger"]["roles"]
         for name in self.trained:
-            copy(newest.path / name, directory / name)
+            self.nodes.bring(newest.path / name, directory / name)
             if role_digest(directory / name, newest.stamp) != digests[name]["digest"]:
                 raise FileNotFoundError(f"not all files of {name} after step {step} were brought")
         self._flush = Flush(
@@ -311,6 +347,10 @@ class Saving:
         for name, role in self.trained.items():
             directory = str(commit.path / name)
             checks = list(each(role.check_snapshot, directory, commit.stamp or ""))
+            missing = [rank for rank, check in enumerate(checks) if check.is_missing]
+            if missing:
+                self.nodes.fetch(commit.path, name, missing)
+                checks = list(each(role.check_snapshot, directory, commit.stamp or ""))
             for check in sorted(checks, key=lambda check: check.is_missing):
                 if check.problem and check.is_missing:
                     raise FilesMissing(check.problem)
@@ -335,6 +375,14 @@ class Saving:
             self._paths[commit.step] = commit.path
         self._committed = commit.path if commit.place == MEMORY else None
 
+    def free_later(self, step: int) -> None:
+        """Frees all nodes' memory of the steps after `step`, from which the run has gone back: they are
+        written again, under the same names."""
+        if self.memory is not None:
+            kept = [commit.path for commit in self.timeline() if commit.place == MEMORY]
+            kept = [path for path in kept if int(path.name.partition(".")[0]) <= step]
+            self.nodes.free(self.memory.directory, kept or [self.memory.target(0)])
+
     def set_aside(self, commit: Commit) -> None:
         """Sees to it that nothing reads a damaged commit again; people may."""
         if commit.place == DISK:
@@ -349,6 +397,7 @@ class Saving:
         for role in self.trained.values():
             start(role.drop_snapshots).wait()
         self.memory.clear()
+        self.nodes.free(self.memory.directory, ())
         self._staged = self._committed = None
         self._paths = {}
 

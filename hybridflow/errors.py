@@ -71,6 +71,11 @@ class WorkerDied(RuntimeError):
         self.places = places
 
 
+class NodeLeaves(WorkerDied):
+    """A node with processes of the pool was told to leave its cluster: they were ended, and what its
+    memory holds can still be had for a while."""
+
+
 class WorkerStuck(RuntimeError):
     """No call finished for the configured time; the message says who waits for whom and has
     every rank's stack. `places` names the ranks that did not answer."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from hybridflow.disk import LineFile
 from hybridflow.errors import (
+    NodeLeaves,
     NotFiniteError,
     UserCodeError,
     Where,
@@ -41,7 +42,8 @@ def describe(error: BaseException, step: int) -> tuple[Failure, str]:
     if isinstance(error, WorkerError):
         kind, places, cause = Kind.raised, (error.where,), error.cause
     elif isinstance(error, WorkerDied):
-        kind, places, cause = Kind.died, error.places, str(error)
+        kind = Kind.node_lost if isinstance(error, NodeLeaves) else Kind.died
+        places, cause = error.places, str(error)
     elif isinstance(error, WorkerStuck):
         kind, places, cause = Kind.hung, error.places, str(error)
     else:

@@ -119,6 +119,10 @@ class ResourcePool(ABC):
     def node(self, rank: int) -> str | None:
         """The Ray node on which a rank's host runs; None where that is this process."""
 
+    def nodes(self) -> set[str]:
+        """The Ray nodes of its hosts that are known; none where they are this process."""
+        return set()
+
     @abstractmethod
     def pids(self) -> list[int]:
         """The process of each rank, on its node."""

@@ -281,6 +281,9 @@ class RayPool(ResourcePool):
     def node(self, rank: int) -> str | None:
         return self.hosts[rank].node_id
 
+    def nodes(self) -> set[str]:
+        return {host.node_id for host in self.hosts}
+
     def pids(self) -> list[int]:
         return [host.pid for host in self.hosts]
 
@@ -483,7 +486,10 @@ def start_pools(specs: Sequence[PoolSpec]) -> list[RayPool]:
 
 
 def alive_nodes() -> set[str]:
-    """Ids of the cluster's nodes that Ray takes for alive."""
+    """Ids of the cluster's nodes that Ray takes for alive and starts tasks on, which it does not on
+    those that leave."""
     import ray
+    from ray._private.state import state
 
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return alive - set(state.get_draining_nodes())

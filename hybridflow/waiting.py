@@ -17,7 +17,7 @@ import re
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NoReturn
@@ -35,7 +35,7 @@ from hybridflow.blame import (
     wait_for_peers,
 )
 from hybridflow.calls import CallRecord, Pending, Reply
-from hybridflow.errors import WorkerDied, WorkerError, WorkerStuck
+from hybridflow.errors import NodeLeaves, Where, WorkerDied, WorkerError, WorkerStuck
 
 POLL_S = 1.0
 """How often a wait looks at the other pending calls."""
@@ -50,6 +50,10 @@ not the cause."""
 
 def nothing() -> None:
     return None
+
+
+def nobody() -> dict[str, str]:
+    return {}
 
 
 @dataclass(slots=True)
@@ -72,6 +76,9 @@ class Calls:
     failure takes it away."""
     background: set[tuple[str, str]] = field(default_factory=set)
     """(pool, method) of calls that `finish` does not wait for."""
+    leaving: Callable[[], dict[str, str]] = nobody
+    """Pool -> in words, which of its nodes was told to leave the cluster. Asked by every wait, at
+    least once a second; the pools are ended then, and the wait raises."""
     attending: bool = False
     """while_waiting is being called, and may wait itself."""
     interrupted: bool = False
@@ -107,9 +114,12 @@ class Calls:
                 self._fail(error)
 
     def check(self) -> None:
-        """Raises if a pending call failed, its process died, or nothing has finished for too
-        long."""
+        """Raises if a pending call failed, its process died, its node leaves, or nothing has finished
+        for too long."""
         self.beat()
+        going = self.leaving()
+        if going:
+            self._leave(going)
         if self.interrupted:
             raise KeyboardInterrupt
         self.pending = [call for call in self.pending if not self._finished(call)]
@@ -211,6 +221,7 @@ class Calls:
     def detach(self) -> None:
         """Nothing goes on in the background any more."""
         self.while_waiting = nothing
+        self.leaving = nobody
         self.background.clear()
 
     def _in_background(self, call: Pending) -> bool:
@@ -278,6 +289,19 @@ class Calls:
         for call in one_per_pool(stuck):
             call.kill(f"its ranks wait for a rank that failed: {cause.where}: {cause.cause}")
         raise cause from None
+
+    def _leave(self, going: Mapping[str, str]) -> NoReturn:
+        """Ends the pools on nodes that leave: no call is waited for."""
+        pending, self.pending = self.pending, []
+        self.abandoned, self.while_waiting = pending, nothing
+        of_pools = one_per_pool([call for call in pending if call.pool in going])
+        for call in of_pools:
+            call.kill(going[call.pool])
+        places = [call.place(0) for call in of_pools]
+        for pool in going:
+            if all(place.pool != pool for place in places):  # it was at nothing
+                places.append(Where(role="", rank=-1, method="", pool=pool))
+        raise NodeLeaves("; ".join(dict.fromkeys(going.values())), tuple(places))
 
     def _stuck(self, late: Sequence[Pending]) -> NoReturn:
         """`late`: the call of each pool that is over its deadline."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+import signal
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from cluster.config import Mode
-from controllers.saving import Copy, copy_here
+from controllers.saving import ONE_NODE, Nodes
 from hybridflow.devices import requested_threads
 from hybridflow.local_pool import LocalPool
 from hybridflow.pool import PoolSpec, ResourcePool
@@ -22,6 +23,7 @@ from workers.generation import generation_engine_class
 
 if TYPE_CHECKING:
     from cluster.connect import ClusterInfo
+    from cluster.keepers import Keepers
 
 GATHER_S = 20.0
 """How long the nodes of a run that has to leave may copy a snapshot to disk."""
@@ -95,10 +97,53 @@ def _threads(placement: Placement, cluster: ClusterInfo | None) -> int:
     return max(1, (os.cpu_count() or 1) // placement.num_devices)
 
 
-def copy_of(cluster: ClusterInfo | None) -> Copy:
-    """How a controller that has to leave brings what the nodes hold in memory to disk."""
-    if cluster is None or len(cluster.nodes) == 1:
-        return copy_here
-    from cluster.gather import gather
+class SeveralNodes:
+    """Nodes of a cluster, by their keepers (cluster/keepers.py)."""
 
-    return partial(gather, timeout_s=GATHER_S)
+    def __init__(self, keepers: Keepers, pools: Mapping[str, ResourcePool], copies: int) -> None:
+        self._keepers, self._pools, self._copies = keepers, pools, copies
+
+    def copy(self, directory: Path, keep: Collection[Path]) -> None:
+        if self._copies > 1:
+            self._keepers.copy(directory, keep)
+
+    def fetch(self, directory: Path, role: str, ranks: Collection[int]) -> None:
+        (pool,) = [pool for pool in self._pools.values() if role in pool.role_names]
+        nodes = {pool.node(rank) for rank in ranks} - {None}
+        self._keepers.fetch(directory, {node for node in nodes if node is not None})
+
+    def bring(self, source: Path, target: Path) -> None:
+        self._keepers.bring(source, target, GATHER_S)
+
+    def free(self, directory: Path, keep: Collection[Path]) -> None:
+        self._keepers.free(directory, keep)
+
+    def leaving(self) -> dict[str, str]:
+        nodes = self._keepers.leaving()
+        if not nodes:
+            return {}
+        if self._keepers.here in nodes:
+            os.kill(os.getpid(), signal.SIGTERM)  # as if this machine's own scheduler said it
+            return {}
+        going = {}
+        for name, pool in self._pools.items():
+            if not pool.broken and pool.nodes() & nodes:
+                going[name] = f"a node of pool {name} was told to leave the cluster"
+        return going
+
+
+@contextmanager
+def nodes_of(
+    cluster: ClusterInfo | None, pools: Mapping[str, ResourcePool], copies: int
+) -> Iterator[Nodes]:
+    """The nodes of a run."""
+    if cluster is None or len(cluster.nodes) == 1:
+        yield ONE_NODE
+        return
+    from cluster.keepers import Keepers
+
+    keepers = Keepers()
+    try:
+        yield SeveralNodes(keepers, pools, copies)
+    finally:
+        keepers.close()

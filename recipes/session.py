@@ -47,7 +47,7 @@ from hybridflow.whole_file import whole_file
 from recipes.asynchrony import rows_ahead, streaming_actor
 from recipes.config import Device, RunConfig
 from recipes.environment import environment
-from recipes.machines import connect_cluster, copy_of, start_all_pools
+from recipes.machines import connect_cluster, nodes_of, start_all_pools
 from recipes.path_settings import make_directory
 from recipes.placing import Placement, placeholder_roles
 from recipes.preparation import Preparation
@@ -190,6 +190,8 @@ class Session:
             memory=memory,
             snapshot_every=config.recovery.snapshot_every,
         )
+        nodes = self._resources.enter_context(nodes_of(cluster, self.pools, config.recovery.copies))
+        self._loop.saving.nodes = nodes
         self._resume(self._loop, tracker, attempt, first_step)
         recovers = config.recovery.max_restarts > 0
         earlier = SUPERVISION.state
@@ -202,7 +204,7 @@ class Session:
             restarts=earlier.get("restarts", 0),
             furthest=earlier.get("furthest", -1),
             deterministic=config.deterministic,
-            copy=copy_of(cluster),
+            nodes=nodes,
         )
 
     def _trained(self) -> dict[str, TrainedRole]:

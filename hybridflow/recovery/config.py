@@ -12,6 +12,9 @@ class RecoveryConfig:
     snapshot_every: int = 1
     """Steps between snapshots into the nodes' memory (/dev/shm), from which a run goes on after a
     failure; 0: none, a run goes on from its latest checkpoint on disk."""
+    copies: int = 2
+    """Nodes that hold a snapshot in memory where there are several: 2 has every node's part copied to
+    another one as well, from which a run goes on after the loss of a node; 1: only the own one."""
     max_restarts: int = 3
     """Restarts without a newly committed step between them, after which the run ends with the
     report of the last failure; 0: the first failure ends it."""
@@ -23,6 +26,8 @@ class RecoveryConfig:
     run goes on in memory meanwhile."""
 
     def __post_init__(self) -> None:
+        if self.copies not in (1, 2):
+            raise ValueError(f"recovery.copies is {self.copies}; use 1 or 2")
         for name, value in (
             ("snapshot_every", self.snapshot_every),
             ("max_restarts", self.max_restarts),

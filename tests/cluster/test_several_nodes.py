@@ -25,7 +25,7 @@ import json, sys
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from cluster.connect import ClusterConfig, connect
-from cluster.gather import gather
+from cluster.keepers import Keepers
 from hybridflow.pool import PoolSpec
 from hybridflow.ray_pool import RayPool
 
@@ -47,7 +47,7 @@ with connect(ClusterConfig(address=cluster.address, working_dir=""), cpu_slots=3
     memory, disk = Path(sys.argv[1], "memory"), Path(sys.argv[1], "disk")
     memory.mkdir()
     (memory / "0").write_text("rank 0")
-    gather(memory, disk, timeout_s=60.0)
+    Keepers().bring(memory, disk, timeout_s=60.0)
     result["gathered"] = {file.name: file.read_text() for file in disk.iterdir()}
 other = cluster.add_node(**SIZE, num_gpus=1, resources={"accelerator_type:H100": 1})
 result["two types"] = attempt(gpus=1)

@@ -20,6 +20,7 @@ from benchmarks.chaos.full_disk import full, may_mount, mount, unmount
 from controllers.ledger import LEDGER, first_difference, read_ledger
 from controllers.loop import Loop
 from controllers.recovery import Driver
+from controllers.saving import OneNode
 from hybridflow.disk import Disk, LineFile
 from hybridflow.errors import TooFewDevices, Where, WorkerDied
 from hybridflow.failures import EventLog
@@ -219,13 +220,20 @@ def test_a_notice_on_several_nodes_commits_nothing_that_is_incomplete(
     role = loop.trained["actor"]
     assert isinstance(role, HandRole)
     loop.algorithm = algorithm = Noticed(role)  # type: ignore[assignment]
-    algorithm.driver = Driver(loop, copy=lambda source, target: target.mkdir())
+    algorithm.driver = Driver(loop, nodes=Silent())
     with pytest.raises(KeyboardInterrupt):
         algorithm.driver.run()
     assert not {checkpoint.step for checkpoint in loop.store.all()} - {2}
     elsewhere = make_loop(tmp_path / "cut", None)
     Driver(elsewhere).run()
     assert torch.equal(weights(elsewhere), expected)
+
+
+class Silent(OneNode):
+    """Nodes that bring nothing."""
+
+    def bring(self, source: Path, target: Path) -> None:
+        target.mkdir()
 
 
 class Pool(LocalPool):
