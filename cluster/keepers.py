@@ -29,7 +29,7 @@ from ray._private.state import state
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hybridflow.snapshots.memory import FREE_FRACTION, make_private
+from hybridflow.snapshots.memory import make_private, shortage
 
 LOGGER = logging.getLogger(__name__)
 PIECE_BYTES = 32 << 20
@@ -83,10 +83,9 @@ class Keeper:
     def _pull_file(self, source: Any, target: Path, name: str, size: int) -> str:
         path = target / name
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        room = os.statvfs(path.parent)
-        free, total = room.f_bavail * room.f_frsize, room.f_blocks * room.f_frsize
-        if free - size < FREE_FRACTION * total:
-            return f"{size / 1e9:.3g} GB for {path} leave less than a quarter of its memory free"
+        problem = shortage(path.parent, size)
+        if problem:
+            return problem
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             with draft.open("wb") as file:
@@ -149,11 +148,11 @@ class Keepers:
             return
         going = self.leaving()
         staying = [keeper for node, keeper in self._keepers().items() if node not in going]
-        kept = [str(path) for path in keep]
+        retained = [str(path) for path in keep]
         for position, keeper in enumerate(staying):
             source = staying[position - 1]
             if source is not keeper:
-                self._copying.append(keeper.pull.remote(source, str(directory), kept, False))
+                self._copying.append(keeper.pull.remote(source, str(directory), retained, False))
 
     def _is_copying(self) -> bool:
         if not self._copying:
@@ -165,7 +164,7 @@ class Keepers:
                 problem = ray.get(answer)
             except RayError as error:
                 problem = f"a node left: {str(error).splitlines()[0]}"
-            if "quarter" in problem:
+            if "GB are needed" in problem:
                 LOGGER.warning("no more snapshots in the memory of other nodes: %s", problem)
                 self._gave_up = True
         return bool(late)
@@ -201,9 +200,11 @@ class Keepers:
     def free(self, directory: Path, keep: Iterable[Path]) -> None:
         """Frees all nodes' memory of the snapshots below `directory`, `keep` excepted; a copy that is
         under way is waited for."""
-        kept = [str(path) for path in keep]
+        retained = [str(path) for path in keep]
         answers = [*self._copying]
-        answers += [keeper.free.remote(str(directory), kept) for keeper in self._keepers().values()]
+        answers += [
+            keeper.free.remote(str(directory), retained) for keeper in self._keepers().values()
+        ]
         ray.wait(answers, num_returns=len(answers), timeout=FREE_S)
 
     def close(self) -> None:

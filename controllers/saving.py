@@ -379,9 +379,9 @@ class Saving:
         """Frees all nodes' memory of the steps after `step`, from which the run has gone back: they are
         written again, under the same names."""
         if self.memory is not None:
-            kept = [commit.path for commit in self.timeline() if commit.place == MEMORY]
-            kept = [path for path in kept if int(path.name.partition(".")[0]) <= step]
-            self.nodes.free(self.memory.directory, kept or [self.memory.target(0)])
+            paths = [commit.path for commit in self.timeline() if commit.place == MEMORY]
+            paths = [path for path in paths if int(path.name.partition(".")[0]) <= step]
+            self.nodes.free(self.memory.directory, paths or [self.memory.target(0)])
 
     def set_aside(self, commit: Commit) -> None:
         """Sees to it that nothing reads a damaged commit again; people may."""

@@ -132,6 +132,15 @@ class LineFile:
         return bool(self._waiting) or self._is_rewritten
 
 
+def remove_torn_end(path: Path) -> None:
+    """Removes a last line that was cut off, by the death of whoever wrote it."""
+    with path.open("r+b") as file:
+        if not _is_torn(file):
+            return
+        length = path.read_bytes().rfind(b"\n") + 1
+        file.truncate(length)
+
+
 def wait_for_room(directory: Path, num_bytes: int, within_s: float) -> None:
     """Returns once the disk takes a file of so many bytes in `directory`; the last OSError where it
     did not within that time."""

@@ -33,7 +33,7 @@ class HostState:
     """Its address in the cluster."""
     pid: int
     probe_s: float
-    """Of the fixed work of probe.py; NaN where it could not be done."""
+    """Seconds of the fixed work of probe.py; NaN where it could not be done."""
     cost_s: float
     """How long the look kept the host from its next call."""
     resident_bytes: int
@@ -44,7 +44,7 @@ class HostState:
     """Memory that its container has in use, without what the kernel can take back of files; of the
     machine where no container has a limit."""
     limit_bytes: int
-    """What the container, or the machine, may use."""
+    """The most that the container, or the machine, may use."""
     oom_kills: int
     """Processes of the container that the kernel has ended for want of memory so far."""
 

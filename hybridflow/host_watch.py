@@ -32,7 +32,7 @@ HOSTS = "hosts.jsonl"
 COST_FRACTION = 0.004
 """The part of a run's time that hosts may spend on answers."""
 FIRST_COST_S = 0.05
-"""What an answer is taken to cost before the first one came."""
+"""The cost of an answer before the first one came."""
 NEAR = 0.9
 """A container that uses this part of its limit is near it."""
 

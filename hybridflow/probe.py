@@ -78,17 +78,17 @@ def turn(within_s: float) -> Iterator[bool]:
     """Whether this process is the only one of its user and node inside, which it waits for so long.
     The turn is a name that the kernel takes back when its process ends."""
     name, deadline = f"\0hybridflow-probe-{os.getuid()}", time.monotonic() + within_s
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as held:
-        is_ours = _is_bound(held, name)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as claim:
+        is_ours = _is_bound(claim, name)
         while not is_ours and time.monotonic() < deadline:
             time.sleep(POLL_S)
-            is_ours = _is_bound(held, name)
+            is_ours = _is_bound(claim, name)
         yield is_ours
 
 
-def _is_bound(held: socket.socket, name: str) -> bool:
+def _is_bound(claim: socket.socket, name: str) -> bool:
     try:
-        held.bind(name)
+        claim.bind(name)
     except OSError:
         return False
     return True

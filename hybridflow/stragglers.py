@@ -87,21 +87,21 @@ class Scores:
 
     def relative(self, pool: str, rank: int) -> float:
         """The median time of the other hosts by its own, at most 1; 1 without others."""
-        own = self._hosts.get((pool, rank))
-        if own is None or not own.latest:
+        history = self._hosts.get((pool, rank))
+        if history is None or not history.latest:
             return 1.0
-        return min(1.0, self._others((pool, rank)) / own.seconds)
+        return min(1.0, self._others((pool, rank)) / history.seconds)
 
     def individual(self, pool: str, rank: int) -> float:
         """Its best time by its present one, at most 1."""
-        own = self._hosts.get((pool, rank))
-        if own is None or len(own.latest) < WINDOW:
+        history = self._hosts.get((pool, rank))
+        if history is None or len(history.latest) < WINDOW:
             return 1.0
-        return min(1.0, own.best / own.seconds)
+        return min(1.0, history.best / history.seconds)
 
     def score(self, pool: str, rank: int) -> float:
-        """What decides whether it is named: the relative one, the individual one without others. If
-        all hosts are slower than they were, none of them is the cause."""
+        """The one that decides: the relative one, the individual one without others. If all hosts are
+        slower than they were, none of them is the cause."""
         if self._others((pool, rank)) < math.inf:
             return self.relative(pool, rank)
         return self.individual(pool, rank)

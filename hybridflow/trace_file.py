@@ -2,7 +2,8 @@
 Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
 The file is an array that is never closed, which the format allows: whatever kills the run, what was
-written can be read. Once it is MOST_BYTES long, it becomes trace-earlier.json and a new one begins,
+written can be read; the next controller removes an event that was cut off. Events wait in memory while
+the disk is full. Once the file is MOST_BYTES long, it becomes trace-earlier.json and a new one begins,
 so that a long run keeps its last steps. Times are microseconds of the nodes' clocks; nothing is
 corrected for clocks that differ.
 """
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from hybridflow.calls import CallRecord
+from hybridflow.disk import LineFile, remove_torn_end
 
 TRACE = "trace.json"
 CONTROLLER = "controller"
 SYNC = "sync_weights"
 """The call in which one pool's weights travel to another one."""
 MOST_BYTES = 128 * 2**20
+BEGINNING = "["
+"""The first line; an event is one of those behind it."""
 
 
 class TraceFile:
@@ -37,10 +41,14 @@ class TraceFile:
     ) -> None:
         """`receiver`: the role to which weights travel from the other pool. Goes on behind what an
         earlier run left where `start_step` > 0; anew otherwise."""
-        if start_step == 0 or not path.exists():
-            path.write_text("[\n")
         self._path, self._receiver, self._most_bytes = path, receiver, most_bytes
-        self._file = path.open("a")
+        self._file = LineFile(path)
+        self._events: list[str] = []
+        """Those that are not in the file yet."""
+        if start_step == 0 or not path.exists():
+            self._file.rewrite([BEGINNING])
+        else:
+            remove_torn_end(path)
         self._lanes: set[tuple[str, str]] = set()
         self._num_arrows = 0
 
@@ -99,7 +107,7 @@ class TraceFile:
         self._flush()
 
     def close(self) -> None:
-        self._file.close()
+        self._flush()
 
     def __enter__(self) -> TraceFile:
         return self
@@ -138,15 +146,15 @@ class TraceFile:
         self._append(event)
 
     def _append(self, event: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(event) + ",\n")
+        self._events.append(json.dumps(event) + ",")
 
     def _flush(self) -> None:
-        self._file.flush()
-        if self._file.tell() > self._most_bytes:
-            self._file.close()
+        if self._events:
+            self._file.append("\n".join(self._events))
+            self._events.clear()
+        if not self._file.is_waiting and self._path.stat().st_size > self._most_bytes:
             self._path.replace(self._path.with_name("trace-earlier.json"))
-            self._path.write_text("[\n")
-            self._file = self._path.open("a")
+            self._file.rewrite([BEGINNING])
             self._lanes.clear()
 
 

@@ -1,6 +1,6 @@
 """Random kills of a PPO run's processes, each compared with the undisturbed run.
 
-    python -m benchmarks.chaos --kills 30 --json chaos.json [--seed 0] [--per-run 5] [--engine hf]
+    python -m benchmarks.chaos --kills 30 --json chaos.json [--seed 0] [--per-run 9] [--engine hf]
         [--kinds policy controller samples values raise "reward task" disk node]
 
 A kill counts as recovered if the run went on, and only with a witness: a failure record of the
@@ -68,6 +68,12 @@ class Row:
     """From the signal to the record of the failure; None without one."""
     total_s: float
     """From the signal to the next commit."""
+    quiesce_s: float | None
+    """Parts of total_s, where pools were restarted: until the other pools' calls had ended, ..."""
+    rebuild_s: float | None
+    """... until the pool stood again, ..."""
+    restore_s: float | None
+    """... until its roles held the commit. The rest is detection and the step that is replayed."""
     lost_steps: int
 
 
@@ -76,7 +82,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--per-run", type=int, default=5, help="kills in one run")
+    parser.add_argument("--per-run", type=int, default=9, help="kills in one run")
     parser.add_argument("--engine", default="hf", help="generation engine: hf or vllm")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--directory", type=Path, help="where the runs are left to be looked at")
@@ -231,12 +237,12 @@ def one_kill(
     if nodes is not None:  # on the new node
         (*_, last) = run.events("recovered") or [{"pids": {"policy": [0]}}]
         witnessed = bool(failures) and nodes.holds(last["pids"]["policy"])
-    lost_steps = 1
+    lost_steps, parts = 1, dict[str, float]()
     if not kill.kind:
         lost_steps = 0
     elif kill.target != "controller":
         for event in run.events("recovered")[-1:]:
-            lost_steps = event["lost_steps"]
+            lost_steps, parts = event["lost_steps"], event
     return Row(
         target=kill.target,
         rank=kill.rank,
@@ -249,6 +255,9 @@ def one_kill(
         detected_by=kill.kind if failures else "",
         detect_s=failures[0]["time_s"] - killed_at if failures else None,
         total_s=total_s,
+        quiesce_s=parts.get("quiesce_s"),
+        rebuild_s=parts.get("rebuild_s"),
+        restore_s=parts.get("restore_s"),
         lost_steps=lost_steps,
     )
 

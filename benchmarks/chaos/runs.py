@@ -21,10 +21,10 @@ from controllers.ledger import LEDGER, first_difference
 from hybridflow.failures import EVENTS
 from tests.tiny import make_data, make_model
 
-CLOCKS = re.compile(r"seconds|tokens_per_s|time_s|sync/.*_s$|memory|metrics/failed_sinks")
-"""Metrics that a clock or the memory allocator decides; and the count of the sinks that failed, as a
-full disk costs the rest of trace.json."""
-CALL_TIMEOUT_S = 60.0
+CLOCKS = re.compile(r"seconds|tokens_per_s|time_s|sync/.*_s$|memory")
+"""Metrics that a clock or the memory allocator decides."""
+CALL_TIMEOUT_S = 30.0
+"""After which a stopped process is noticed; the longest call, building a role, takes a third of it."""
 POOLS = (
     "placement=custom",
     "pools.policy.num_devices=2",

@@ -242,14 +242,9 @@ def allocate(path: Path, num_bytes: int, *, page_locked: bool = False) -> Tensor
     """A new file, all of it reserved and mapped: uint8 [bytes]. An OSError where memory is short;
     a mapped file that is not reserved would end the process instead. `page_locked`: for copies from a
     GPU."""
-    size = os.statvfs(path.parent)
-    free, total = size.f_bavail * size.f_frsize, size.f_blocks * size.f_frsize
-    if free - num_bytes < FREE_FRACTION * total:
-        raise OSError(
-            f"{num_bytes / 1e9:.3g} GB are needed in {path.parent}, {free / 1e9:.3g} of "
-            f"{total / 1e9:.3g} GB are free, and a quarter must stay free; give /dev/shm more "
-            "(docker run --shm-size=...)"
-        )
+    problem = shortage(path.parent, num_bytes)
+    if problem:
+        raise OSError(problem)
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -264,6 +259,19 @@ def allocate(path: Path, num_bytes: int, *, page_locked: bool = False) -> Tensor
         raise
     finally:
         os.close(descriptor)
+
+
+def shortage(directory: Path, num_bytes: int) -> str:
+    """In words: that so many more bytes do not fit into the memory file system; empty where they do."""
+    size = os.statvfs(directory)
+    free, total = size.f_bavail * size.f_frsize, size.f_blocks * size.f_frsize
+    if free - num_bytes >= FREE_FRACTION * total:
+        return ""
+    return (
+        f"{num_bytes / 1e9:.3g} GB are needed in {directory}, {free / 1e9:.3g} of "
+        f"{total / 1e9:.3g} GB are free, and a quarter must stay free; give /dev/shm more "
+        "(docker run --shm-size=...)"
+    )
 
 
 def make_private(directory: Path) -> None:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from hybridflow.metrics.samples import shorten
 from recipes.report.charts import Point, Series, Slice, line_chart, number, timeline
+from recipes.report.hosts import hosts
 from recipes.report.run_record import RunRecord
 
 HEADLINES = (
@@ -106,6 +107,7 @@ def page(record: RunRecord) -> str:
         timeline=_timeline(record),
         samples=list(_samples(record)),
         incidents=incidents(record),
+        hosts=hosts(record.hosts),
         settings=SECRET.sub(r"\1: (hidden)", record.settings),
         lost_steps=len({(row["step"], row["split"]) for row in record.lost}),
     )

@@ -16,6 +16,7 @@ from hybridflow.failures import EVENTS
 from hybridflow.metrics.jsonl import RESERVED, SAMPLES, read_jsonl, read_samples
 from hybridflow.trace_file import TRACE
 
+HOSTS = "hosts.jsonl"
 LOST = "lost"
 """The directory of metrics that a recovery took back."""
 
@@ -31,6 +32,8 @@ class RunRecord:
     """Rows of steps that were trained, lost with a failure, and trained again."""
     samples: Sequence[Mapping[str, Any]] = ()
     events: Sequence[Mapping[str, Any]] = ()
+    hosts: Sequence[Mapping[str, Any]] = ()
+    """hosts.jsonl: looks at all hosts between steps."""
     slices: Sequence[Mapping[str, Any]] = ()
     """trace.json: calls of hosts and the controller, in microseconds."""
     summary: Mapping[str, Any] = field(default_factory=dict)
@@ -58,6 +61,7 @@ class RunRecord:
             lost=lost,
             samples=list(map(_with_numbers, _lines(directory / SAMPLES))),
             events=_lines(directory / EVENTS),
+            hosts=_lines(directory / HOSTS),
             slices=_trace(directory / TRACE),
             summary=_object(directory / "summary.json"),
             mapping=_object(directory / "mapping.json"),

@@ -244,6 +244,20 @@ def test_a_trace_has_a_lane_for_every_rank_and_nests(tmp_path: Path) -> None:
     assert [event["name"] for event in events if event["ph"] == "i"] == ["actor died"]
 
 
+def test_an_event_that_was_cut_off_is_removed_by_the_next_controller(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    with TraceFile(path) as trace:
+        trace.span("step 1", 0.0, 1.0)
+        trace.span("step 2", 1.0, 2.0)
+    whole = path.read_bytes()
+    for length in range(2, len(whole) + 1):
+        path.write_bytes(whole[:length])
+        with TraceFile(path, start_step=1) as trace:
+            trace.span("step 3", 2.0, 3.0)
+        spans = [event["name"] for event in trace_events(path) if event["ph"] == "X"]
+        assert spans[-1] == "step 3" and spans[:-1] == ["step 1", "step 2"][: len(spans) - 1]
+
+
 def test_a_long_trace_keeps_its_end(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     with TraceFile(path, most_bytes=2000) as trace:
@@ -261,3 +275,19 @@ def test_the_page_shows_the_last_steps_of_every_rank(run: Path) -> None:
     text = page(RunRecord.read(run))
     shown = re.findall(r"actor\.work on (main rank \d)", text)
     assert sorted(shown) == ["main rank 0"] * 3 + ["main rank 1"] * 3
+
+
+def test_the_page_has_every_host_and_says_which_is_slow(run: Path) -> None:
+    """Two looks: rank 1 falls to half the others' speed, and the kernel ends a process on its node."""
+    usual = {"pool": "main", "node": "10.0.0.7", "individual": 1.0, "resident_bytes": 10**9}
+    usual |= {"peak_bytes": 2 * 10**9, "used_bytes": 7 * 10**9, "limit_bytes": 8 * 10**9}
+    looks = []
+    for step, relative, kills in ((1, 0.9, 4), (2, 0.5, 5)):
+        first = usual | {"rank": 0, "relative": 1.0, "oom_kills": kills}
+        second = usual | {"rank": 1, "relative": relative, "oom_kills": kills}
+        looks.append(json.dumps({"step": step, "time_s": 1.0 * step, "hosts": [first, second]}))
+    (run / "hosts.jsonl").write_text("\n".join(looks) + "\n")
+    text = page(RunRecord.read(run))
+    rows = re.findall(r"<tr><td>main rank \d.*?</tr>", text)
+    assert [("slow" in row, ">1</td>" in row) for row in rows] == [(False, True), (True, True)]
+    assert "50 %, slow" in rows[1] and "7 GB" in rows[1]

@@ -3,6 +3,7 @@ determinism, the end of a run."""
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import subprocess
@@ -328,6 +329,10 @@ def test_a_run_recovers_while_its_disk_is_full(
             else:
                 driver.run()
                 rows = read_jsonl(output / "metrics.jsonl")
+                trace = (output / "trace.json").read_text().rstrip().rstrip(",")
+                spans = [span["name"] for span in json.loads(trace + "]") if span["ph"] == "X"]
+                steps = [name for name in spans if name.startswith("step ")]
+                assert steps == ["step 1", "step 2", "step 3", "step 4", "step 5"]
                 assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
         if controller_dies:
             loop = make_loop(output, shm, checkpoint_every=0)
