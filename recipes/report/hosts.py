@@ -12,7 +12,7 @@ from hybridflow.stragglers import THRESHOLD
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
-    """Of the last look, and over all looks of the run."""
+    """Numbers of the last look at it, and some over all looks."""
 
     name: str
     node: str
