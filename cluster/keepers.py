@@ -66,13 +66,14 @@ class Keeper:
                 is_same = False
         return piece if is_same else None
 
-    def pull(self, source: Any, directory: str, keep: Collection[str], copies: bool) -> str:
+    def pull(self, source: Any, directory: str, keep: Collection[str] | None, copies: bool) -> str:
         """Takes the files that the other keeper's node has and this one lacks, whole or not at all, and
-        frees copies of directories not in `keep`. `copies`: its copies too. In words: why not; empty
+        frees copies of directories not in `keep` (None: of none). `copies`: its copies too. In words: why not; empty
         where all came."""
         target = Path(directory)
         make_private(target.parents[1])
-        free_copies(target.parent, [*keep, directory])
+        if keep is not None:
+            free_copies(target.parent, [*keep, directory])
         for name, size in ray.get(source.files.remote(directory, copies)).items():
             if not (target / name).exists():
                 problem = self._pull_file(source, target, name, size)
@@ -178,7 +179,7 @@ class Keepers:
             for source_node, source in keepers.items():
                 if node == source_node or node not in keepers:
                     continue
-                answer = keepers[node].pull.remote(source, str(directory), [str(directory)], True)
+                answer = keepers[node].pull.remote(source, str(directory), None, True)
                 try:
                     ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
                 except (RayError, GetTimeoutError) as error:

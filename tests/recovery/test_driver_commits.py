@@ -8,7 +8,7 @@ import logging
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from controllers.loop import Loop
 from controllers.recovery import Driver
 from controllers.saving import OneNode
 from hybridflow.disk import Disk, LineFile
-from hybridflow.errors import TooFewDevices, Where, WorkerDied
+from hybridflow.errors import NodeLeaves, TooFewDevices, Where, WorkerDied
 from hybridflow.failures import EventLog
 from hybridflow.local_pool import LocalPool
 from hybridflow.metrics import MetricsConfig, Tracker, read_jsonl
@@ -256,6 +256,7 @@ class Dying(HandAlgorithm):
 
     drift = 0.0
     died = False
+    error = WorkerDied
     after_flush = False
     """Step 4 begins when the files of the last checkpoint are on the disk."""
 
@@ -265,7 +266,7 @@ class Dying(HandAlgorithm):
         if self.role.engine.num_steps == 4 and not self.died:
             self.died = True
             where = Where(role="actor", rank=0, method="update_actor", pool="main")
-            raise WorkerDied("actor rank 0 died", (where,))
+            raise self.error("actor rank 0 died", (where,))
         if self.died and self.role.engine.num_steps == 3:
             self.role.engine.tensor(1)[2, 1] += self.drift
         return super().step(prompts)  # type: ignore[arg-type]
@@ -377,6 +378,47 @@ class Moving(Pool):
         role = self.loop.trained["actor"]
         assert isinstance(role, HandRole)
         role.engine, role.num_updates = HandEngine(), 0
+
+
+class Peer(OneNode):
+    """Another node, whose memory is a directory here."""
+
+    def __init__(self, memory: Path) -> None:
+        self.memory = memory
+
+    def copy(self, directory: Path, keep: Collection[Path]) -> None:
+        shutil.rmtree(self.memory, ignore_errors=True)
+        shutil.copytree(directory, self.memory / directory.name)
+
+    def fetch(self, directory: Path, role: str, ranks: Collection[int]) -> None:
+        assert (role, list(ranks)) == ("actor", [0])
+        copy = self.memory / directory.name / role
+        if copy.exists():
+            shutil.copytree(copy, directory / role, dirs_exist_ok=True)
+
+
+class Leaving(Dying):
+    """Its node leaves where Dying dies."""
+
+    error = NodeLeaves
+
+
+@pytest.mark.parametrize("kind", [Dying, Leaving])
+def test_memory_that_went_with_its_node_comes_from_another(
+    kind: type[Dying], tmp_path: Path, shm: Path, expected: torch.Tensor
+) -> None:
+    loop = dying(tmp_path / "cut", shm, 0.0)
+    role = loop.trained["actor"]
+    assert isinstance(role, HandRole)
+    loop.algorithm = kind(role)  # type: ignore[assignment]
+    events = EventLog(tmp_path)
+    pools, peer = {"main": Moving(loop)}, Peer(tmp_path / "peer")
+    Driver(loop, pools=pools, config=RecoveryConfig(), events=events, nodes=peer).run()
+    assert torch.equal(weights(loop), expected)
+    assert first_difference(tmp_path / "undisturbed" / LEDGER, loop.ledger.path) is None
+    _, failure, recovered = events.read()
+    assert failure["kind"] == ("node_lost" if kind is Leaving else "died")
+    assert (recovered["source"], recovered["lost_steps"]) == ("memory", 1)
 
 
 @pytest.mark.parametrize(("checkpoint_every", "source"), [(2, "disk"), (0, "start")])
