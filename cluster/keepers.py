@@ -68,8 +68,8 @@ class Keeper:
 
     def pull(self, source: Any, directory: str, keep: Collection[str] | None, copies: bool) -> str:
         """Takes the files that the other keeper's node has and this one lacks, whole or not at all, and
-        frees copies of directories not in `keep` (None: of none). `copies`: its copies too. In words: why not; empty
-        where all came."""
+        frees copies of directories not in `keep` (None: frees nothing). `copies`: its copies too. In
+        words: why not; empty where all came."""
         target = Path(directory)
         make_private(target.parents[1])
         if keep is not None:
