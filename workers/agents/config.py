@@ -42,7 +42,8 @@ class EpisodeConfig:
     one that failed every time; a group that is given up is not trained on."""
     lockstep: bool = True
     """Ask the generation engine when every live episode waits for it, so that a run does not depend
-    on how long environments take; false asks as soon as it is free and half of them wait."""
+    on how long environments take; false asks when half of them wait and no others have joined
+    them for a tenth of the last round's time."""
     history: History = History.checked
     """The reaction where the chat template would write earlier turns differently."""
 

@@ -34,6 +34,12 @@ LOGGER = logging.getLogger(__name__)
 
 LEAST_STANDSTILL_S = 10.0
 """Shorter ones may be a busy machine's, whatever episode.step_timeout_s is."""
+JOIN_SHARE, QUIET_SHARE = 0.5, 0.1
+"""Without lockstep the engine waits for those that are about to ask, since two half batches take
+longer than a whole one: at most that share of the last round's time, and no longer than nobody has
+joined for the second share of it."""
+FIRST_ROUND_S = 1.0
+"""Stands for the last round's time before the first one."""
 Task = dict[str, Any]
 """The row of data that an episode is about: its columns, and `prompt` where it has one."""
 Episode = Callable[[Model, Task], Coroutine[Any, Any, Any]]
@@ -140,6 +146,11 @@ class Episodes:
     def num_live(self) -> int:
         """Episodes that have not come to their end."""
         return len(self._live)
+
+    @property
+    def num_asked(self) -> int:
+        """Requests that nobody has taken."""
+        return len(self._asked)
 
     def wait(self, share: float, timeout_s: float | None = None) -> bool:
         """Returns True when at least that share of the live episodes wait for a reply that was not
@@ -283,7 +294,7 @@ class Executor:
     """finished = Executor(episode, name, config, make_model, answer).run(tasks)
 
     answer(requests) -> what the engine drew for each. In lockstep it is asked when every live
-    episode waits; without, when half of them do.
+    episode waits; without, when half of them do, and the others have had a while to join them.
     """
 
     def __init__(
@@ -306,14 +317,28 @@ class Executor:
         episodes = Episodes(*self._arguments)
         try:
             episodes.start(dict(enumerate(tasks)))
+            round_s = FIRST_ROUND_S
             while episodes.num_live:
                 episodes.wait(self._share)
+                if self._share < 1:
+                    _let_join(episodes, round_s)
                 if pending := episodes.requests():
+                    began = time.perf_counter()
                     answers = self.answer([waiting.request for waiting in pending])
+                    round_s = time.perf_counter() - began
                     episodes.answer(list(zip(pending, answers, strict=True)))
             return list(episodes.finished().values())
         finally:
             episodes.close()
+
+
+def _let_join(episodes: Episodes, round_s: float) -> None:
+    """Waits for further requests, see JOIN_SHARE."""
+    until, before = time.monotonic() + JOIN_SHARE * round_s, -1
+    while before < episodes.num_asked and time.monotonic() < until:
+        before = episodes.num_asked
+        if episodes.wait(1.0, QUIET_SHARE * round_s):
+            return
 
 
 def _is_cancelled() -> bool:
