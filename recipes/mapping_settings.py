@@ -142,6 +142,7 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
             recomputes = True
     space = replace(
         engine_space(actor.train.precision),
+        replicas=actor.train.fsdp_replicas,
         compiled=actor.train.compile,
         selective=actor.train.selective_checkpointing,
         offload_activations=actor.train.offload_activations,
@@ -294,6 +295,7 @@ def train_layout(train: TrainConfig, num_devices: int, *, trained: bool) -> Mode
         c=train.cp,
         e=train.ep,
         zero=zero,
+        replicas=train.fsdp_replicas,
         recompute=train.activation_checkpointing and trained,
         selective=train.selective_checkpointing and trained,
         offload_activations=train.offload_activations and trained,

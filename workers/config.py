@@ -211,6 +211,10 @@ class TrainConfig:
     reshard_after_forward: bool = False
     """fsdp: free gathered weights after the forward pass (ZeRO-3) instead of keeping them to
     the backward pass (ZeRO-2)."""
+    fsdp_replicas: int = 1
+    """fsdp: weights are cut over the ranks that each of so many replicas has (HSDP), neighbours by
+    rank, so that a replica can be a node: gathers and reductions stay within it, and only the sums of
+    gradient shards cross. Every rank then holds as many times more of weights and optimizer."""
     pipeline_schedule: str = "1f1b"
     """threed: 1f1b or interleaved_1f1b."""
     virtual_stages: int = 1

@@ -21,6 +21,8 @@ from workers.engines import engine_class
 from workers.engines.base import Head, TrainingEngine
 from workers.engines.model import compiling
 from workers.engines.shared.sharded_engine import ShardedEngine
+from workers.engines.threed import optimizer
+from workers.engines.threed.engine import ThreeDEngine
 from workers.sequences import Sequences
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, epsilon=1e-4, weight_decay=0.1, clip_grad_norm=0.5)
@@ -41,6 +43,8 @@ class Case:
     head: Head = Head.lm
     layered: bool = False
     """Engine fsdp: a group per layer, as a large model has."""
+    buckets: int = 25_000_000
+    """Engine threed: elements of a group that is reduced by itself."""
     backend: str = "eager"
     """Of torch.compile: graphs are made, and run as they are."""
 
@@ -58,6 +62,10 @@ class Result:
     """Graphs that were compiled."""
     breaks: dict[str, int] = field(default_factory=dict)
     """Reasons why a graph ended, and how often."""
+    groups: int = 0
+    """Engine threed: groups that are reduced by themselves."""
+    early: int = 0
+    """Those whose reduction began before the backward passes of the last step ended."""
 
 
 def run_worlds(rank: int, root: Path, cases: Iterable[Case]) -> None:
@@ -87,10 +95,10 @@ def make_engine(rank: int, root: Path, case: Case) -> TrainingEngine:
 
 
 def batches() -> list[Sequences]:
-    return [groups(seed) for seed in range(NUM_STEPS)]
+    return [grouped_rows(seed) for seed in range(NUM_STEPS)]
 
 
-def groups(seed: int) -> Sequences:
+def grouped_rows(seed: int) -> Sequences:
     """Four prompts of 3 to 8 tokens with three responses of 1 to 9 tokens each."""
     generator = torch.Generator().manual_seed(seed)
     rows, scored = [], []
@@ -121,7 +129,7 @@ def own_rows(engine: TrainingEngine, batch: Sequences, rank: int) -> Sequences:
 def train(rank: int, root: Path, case: Case) -> Result:
     torch._dynamo.reset()
     counters.clear()
-    compiling.BACKEND = case.backend
+    compiling.BACKEND, optimizer.BUCKET_ELEMENTS = case.backend, case.buckets
     engine = make_engine(rank, root, case)
     assert isinstance(engine, ShardedEngine)
     rows = [own_rows(engine, batch, rank) for batch in batches()]
@@ -132,7 +140,12 @@ def train(rank: int, root: Path, case: Case) -> Result:
     log_probs = torch.empty(0)
     if outputs is not None and outputs.log_probs is not None:
         log_probs = outputs.log_probs
+    groups, early = 0, 0
+    if isinstance(engine, ThreeDEngine):
+        groups, early = len(engine._share.groups), engine._optimizer.num_early
     return Result(
+        groups=groups,
+        early=early,
         log_probs=log_probs,
         metrics=metrics,
         weights=gathered(engine),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.engines.switch_workers import Case, Result, groups, make_engine, run_worlds, train
+from tests.engines.switch_workers import Case, Result, grouped_rows, make_engine, run_worlds, train
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, save_tiny_model
 from tests.matrix import matrix
 from tests.ranks import run_ranks
@@ -93,7 +93,7 @@ def test_selective_checkpointing_computes_no_product_again(root: Path) -> None:
     for settings in ({}, SELECTIVE, WHOLE):
         engine = make_engine(0, root, Case(name="flops", train=settings))
         with FlopCounterMode(display=False) as counter:
-            engine.train_step(groups(0), loss_fn, entropy=True, temperature=TEMPERATURE)
+            engine.train_step(grouped_rows(0), loss_fn, entropy=True, temperature=TEMPERATURE)
         counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
         products.append(counts["aten.mm"])
     none, selective, whole = products
@@ -113,9 +113,9 @@ def test_what_layers_store_is_in_host_memory(root: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(Mover, "out", out)
     engine = make_engine(0, root, Case(name="moved", train=OFFLOAD))
     assert isinstance(engine, FsdpEngine)
-    engine.forward(groups(0))
+    engine.forward(grouped_rows(0))
     assert not moved, "a pass without gradients stores nothing"
-    (micro_batch, *_) = engine._micro_batches(groups(0), alike=False)
+    (micro_batch, *_) = engine._micro_batches(grouped_rows(0), alike=False)
     engine._run(micro_batch, True, 1.0)
     tokens = micro_batch.input_ids.numel()
     places = {(tensor.untyped_storage().data_ptr(), tensor.storage_offset()) for tensor in moved}

@@ -233,16 +233,16 @@ def _layout_variations(
     wider: dict[str, ModelLayout] = {}
     for factor in (2, 4, 8):
         tensor = layout.t * factor
-        if layout.d % factor == 0 and heads % tensor == 0 and tensor <= largest:
+        if layout.d % (factor * layout.replicas) == 0 and heads % tensor == 0 and tensor <= largest:
             changed = replace(layout, t=tensor, d=layout.d // factor)
             wider[f"layout {changed}"] = changed
     for c in setting.space.contexts(tokens, layout.shards):
-        if c > layout.c:
-            changed = replace(layout, c=c, d=layout.shards // c)
+        if c > layout.c and layout.d * layout.c // c % layout.replicas == 0:
+            changed = replace(layout, c=c, d=layout.d * layout.c // c)
             wider[f"layout {changed}"] = changed
     ranks = layout.t * layout.shards
     for e in setting.space.expert_layouts(setting.model(plan.role), layout.t, ranks):
-        if e > layout.e:
+        if e > layout.e and layout.replicas == 1:
             changed = replace(layout, e=e)
             wider[f"layout {changed}"] = changed
     yield _with_layouts(plan, wider)

@@ -25,6 +25,8 @@ class ModelLayout:
     zero: int = 0
     """ZeRO stage over d x c: 1 cuts optimizer states, 2 also gradients, 3 also parameters
     (Rajbhandari et al. 2020)."""
+    replicas: int = 1
+    """Replicas of d x c over each of which ZeRO cuts by itself (HSDP)."""
     recompute: bool = False
     """Recompute a layer's activations in the backward pass (activation checkpointing)."""
     selective: bool = False
@@ -45,8 +47,8 @@ class ModelLayout:
 
     @property
     def shards(self) -> int:
-        """Ranks over which ZeRO cuts, and gradients are added up."""
-        return self.d * self.c
+        """Ranks over which ZeRO cuts, and gradients are added up; they are so over replicas too."""
+        return self.d * self.c // self.replicas
 
     @property
     def expert_ranks(self) -> int:
@@ -66,6 +68,8 @@ class ModelLayout:
             words.append(f"ep{self.e}")
         if self.zero:
             words.append(f"ZeRO-{self.zero}")
+        if self.replicas > 1:
+            words.append(f"{self.replicas} replicas")
         if self.recompute:
             words.append("selective recompute" if self.selective else "recompute")
         if self.offload_activations:

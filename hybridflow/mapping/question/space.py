@@ -33,6 +33,8 @@ class SearchSpace:
     """ZeRO stages that are tried for trained models, stage 3 only without pipeline. Stage 0 is
     never better than 1: it moves the same bytes and takes more memory."""
     recompute: tuple[bool, ...] = (False, True)
+    replicas: int = 1
+    """Replicas of the data ranks over each of which ZeRO cuts by itself (train.fsdp_replicas)."""
     compiled: bool = False
     """Layers run through torch.compile (train.compile)."""
     selective: bool = False

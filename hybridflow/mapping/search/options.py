@@ -115,7 +115,11 @@ def model_layouts(
         contexts = space.contexts(longest, shards)
         experts = space.expert_layouts(setting.model(role), t, t * shards)
         choices = product(stages, recomputes, space.offload, contexts, experts)
+        if shards % space.replicas or (space.replicas > 1 and shards == space.replicas):
+            continue
         for zero, recompute, offload, c, e in choices:
+            if shards // c % space.replicas or (space.replicas > 1 and e > 1):
+                continue
             alone = shards == 1
             if (zero and alone and zero != min(stages)) or (zero >= 3 and (p > 1 or alone)):
                 continue
@@ -127,6 +131,7 @@ def model_layouts(
                     c=c,
                     e=e,
                     zero=zero,
+                    replicas=space.replicas,
                     recompute=recompute,
                     selective=recompute and space.selective,
                     offload_activations=trained and space.offload_activations,

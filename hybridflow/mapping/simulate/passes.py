@@ -330,6 +330,9 @@ def _data_parallel(model: ModelSpec, layout: ModelLayout, machine: Machine) -> t
     if model.adapter is None:
         routed = machine.space.gradient_bytes * _routed(model, layout)
     reduced = _over_shards(fabric.reduce_scatter, gradient_bytes, routed, layout, machine)
+    if layout.replicas > 1:  # every replica has the sum over its own ranks
+        apart = layout.p * layout.t * layout.shards
+        reduced += fabric.all_reduce(gradient_bytes / layout.shards, layout.replicas, apart)
     return visible * reduced, gathering
 
 

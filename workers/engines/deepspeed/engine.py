@@ -66,6 +66,11 @@ class DeepspeedEngine(ShardedEngine):
         cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
     ) -> None:
         check_layers(model, config)
+        if config.fsdp_replicas != 1:
+            raise ValueError(
+                f"train.fsdp_replicas is {config.fsdp_replicas}, which engine deepspeed has not; set it to "
+                "1, or engine to fsdp"
+            )
         if config.compile and config.zero_stage == 3:
             raise ValueError(
                 "train.compile is true, but engine deepspeed gathers the weights of each module by "

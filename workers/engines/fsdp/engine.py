@@ -30,6 +30,7 @@ from workers.engines.base import Head, LossFn, Outputs
 from workers.engines.fsdp.sharding import (
     ONE_GROUP_BYTES,
     abandon_step,
+    check_replicas,
     is_one_group,
     local_part,
     logical_parameters,
@@ -90,6 +91,7 @@ class FsdpEngine(ShardedEngine):
             )
         check_context_parallel(model, config)
         check_expert_parallel(model, config, world_size)
+        check_replicas(config, world_size)
         if config.tp > 1:
             check_fits(model, config.tp, divides_experts=config.ep > 1)
 
@@ -116,8 +118,14 @@ class FsdpEngine(ShardedEngine):
 
     def _build(self, source: ModelSource, *, trains: bool) -> None:
         del trains  # memory for training is taken by the first step
-        self._mesh = make_mesh(self.layout, self.device.type)
+        replicas = self.config.fsdp_replicas
+        self._mesh = make_mesh(self.layout, self.device.type, replicas)
         self._data_group = self._mesh.get_group("dp")
+        self._is_copy = False
+        """An earlier replica has this rank's shards too."""
+        if replicas > 1:
+            self._data_group = axis_group(self.layout, "dp", "cp")
+            self._is_copy = self._mesh.get_local_rank("replica") > 0
         self._by_length: ByLength | None = None
         if self.config.cp > 1 and self.config.cp_by_length:
             model = source.model.config
@@ -218,7 +226,10 @@ class FsdpEngine(ShardedEngine):
     def _logical(self, tensors: Mapping[str, Tensor], *, copies: bool) -> list[LocalParameter]:
         """The trained parameters."""
         all_shards = copies or self.layout.coordinates(self.context.rank)["tp"] == 0
-        return logical_parameters(self._trained, self._parts, tensors, copies=all_shards)
+        parameters = logical_parameters(self._trained, self._parts, tensors, copies=all_shards)
+        if self._is_copy and not copies:
+            return [replace(parameter, shards=()) for parameter in parameters]
+        return parameters
 
     @property
     def num_steps(self) -> int:
@@ -300,6 +311,7 @@ class FsdpEngine(ShardedEngine):
         """This rank's parts of the gradient, and how many ranks hold the same elements."""
         for name, parameter in self._parameters.items():
             copies = self.config.tp if self._parts[name].replicated else 1
+            copies *= self.config.fsdp_replicas
             for gradient in local_gradients([parameter]):
                 yield gradient, copies
 

@@ -35,17 +35,38 @@ ONE_GROUP_BYTES = 512 * 2**20
 step instead of one per layer."""
 
 
-def make_mesh(layout: Layout, device_type: str) -> DeviceMesh:
+def check_replicas(config: TrainConfig, world_size: int) -> None:
+    """ValueError for replicas that the data ranks can't be divided into."""
+    count, data = config.fsdp_replicas, world_size // (config.tp * config.cp)
+    if count < 1 or data % count or (count > 1 and world_size // (config.tp * count) < 2):
+        sizes = [size for size in range(1, data + 1) if data % size == 0]
+        if config.cp == 1:
+            sizes = sizes[:-1] or [1]
+        raise ValueError(
+            f"train.fsdp_replicas is {count} with {data} data ranks; use one of {sizes}, which leave "
+            "each replica at least two ranks to cut weights over"
+        )
+    if count > 1 and config.ep > 1:
+        raise ValueError(
+            f"train.fsdp_replicas is {count} with ep={config.ep}: experts are cut over all data ranks; "
+            "set fsdp_replicas=1"
+        )
+
+
+def make_mesh(layout: Layout, device_type: str, replicas: int = 1) -> DeviceMesh:
     """Mesh [dp] or [dp, tp] in the layout's rank order, where "dp" are all ranks that share the
-    weights out: data ranks, and those of context parallelism. Collective."""
+    weights out: data ranks, and those of context parallelism; with several replicas an axis
+    "replica" before it. Collective."""
     dp, cp, tp = (layout.axis_size(axis) for axis in ("dp", "cp", "tp"))
     ranks = torch.empty(dp, cp, tp, dtype=torch.int64)
     for data, context, tensor in product(range(dp), range(cp), range(tp)):
         ranks[data, context, tensor] = layout.rank(dp=data, cp=context, tp=tensor)
-    shards = ranks.flatten(0, 1)
+    names, mesh = ["dp"], ranks.flatten(0, 1)
+    if replicas > 1:
+        names, mesh = ["replica", "dp"], mesh.unflatten(0, (replicas, -1))
     if tp == 1:
-        return DeviceMesh(device_type, shards[:, 0], mesh_dim_names=("dp",))
-    return DeviceMesh(device_type, shards, mesh_dim_names=("dp", "tp"))
+        return DeviceMesh(device_type, mesh[..., 0], mesh_dim_names=tuple(names))
+    return DeviceMesh(device_type, mesh, mesh_dim_names=(*names, "tp"))
 
 
 def shard_model(
@@ -105,7 +126,7 @@ def shard_model(
             }
         fully_shard(
             module,
-            mesh=mesh["dp"],
+            mesh=mesh["replica", "dp"] if config.fsdp_replicas > 1 else mesh["dp"],
             mp_policy=policy,
             reshard_after_forward=config.reshard_after_forward,
             ignored_params=ignored,
@@ -194,8 +215,9 @@ def local_box(parameter: nn.Parameter, part: TensorPart) -> Box:
     if not isinstance(parameter, DTensor):
         return part.box
     whole, mesh = part.box.shape[0], parameter.device_mesh
-    piece = -(-whole // mesh.size())
-    before = min(piece * mesh.get_local_rank(), whole)
+    cut = mesh.ndim - 1  # an axis before it has replicas
+    piece = -(-whole // mesh.size(cut))
+    before = min(piece * mesh.get_local_rank(cut), whole)
     start = (part.box.start[0] + before, *part.box.start[1:])
     return Box(start, (min(piece, whole - before), *part.box.shape[1:]))
 

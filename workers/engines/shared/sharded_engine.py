@@ -66,7 +66,17 @@ BASE = "base_digest"
 """The scalar of an adapter's snapshot that says which weights it belongs to."""
 SAME_WEIGHTS = ("path", "revision", "trust_remote_code", "attention")
 """Settings of two models that have the same weights and compute alike with them."""
-SAME_NUMBERS = ("engine", "tp", "pp", "cp", "cp_exchange", "ep", "rank_order", "precision")
+SAME_NUMBERS = (
+    "engine",
+    "tp",
+    "pp",
+    "cp",
+    "cp_exchange",
+    "ep",
+    "fsdp_replicas",
+    "rank_order",
+    "precision",
+)
 """Settings of two engines that compute alike, in the same layout."""
 CHECKPOINT_BYTES = 12
 """Bytes of a parameter in a checkpoint: float32 weights and AdamW's two moments."""

@@ -136,7 +136,7 @@ def _pieces(
         for name, parameter in module.named_parameters(recurse=False):
             first_name.setdefault(id(parameter), f"{module_name}.{name}".removeprefix("."))
             places.setdefault(id(parameter), []).append((module, name))
-    pieces = []
+    pieces = list[FlatSlice]()
     for number, full_name in first_name.items():
         part = parts[full_name]
         tied = part.name in twice
@@ -150,6 +150,7 @@ def _pieces(
                 partial=part.partial,
                 divided=part.divided,
                 tied=tied,
+                index=len(pieces),
                 copies=(tensor_size if part.replicated else 1) * (2 if tied else 1),
             )
         )

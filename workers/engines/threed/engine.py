@@ -60,6 +60,11 @@ class ThreeDEngine(ShardedEngine):
         cls, model: PretrainedConfig, config: TrainConfig, head: Head, world_size: int
     ) -> None:
         check_layers(model, config)
+        if config.fsdp_replicas != 1:
+            raise ValueError(
+                f"train.fsdp_replicas is {config.fsdp_replicas}, which engine threed has not; set it to "
+                "1, or engine to fsdp"
+            )
         check_routers(model, config.router_aux_loss_coefficient)
         check_layout(model, config, world_size)
 
@@ -150,7 +155,7 @@ class ThreeDEngine(ShardedEngine):
             metrics.update(add_micro_batch(metrics, loss, parts))
             return loss
 
-        self._optimizer.begin_step()
+        self._optimizer.begin_step(len(micro_batches))
         with self._with_routers(sequences) as router_metrics:
             self._share.pipeline.run(
                 micro_batches, finish, train=True, entropy=entropy, temperature=temperature

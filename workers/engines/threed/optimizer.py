@@ -3,11 +3,12 @@ et al. 2020, stage 1).
 
 A rank's parameters lie one after the other in a few flat buffers (FlatGroup), in the compute dtype;
 the modules' parameters are views of them. Gradients add up in a float32 buffer of the same shape
-over all micro-batches; one reduce-scatter gives each data rank the sum for its part; it updates
-that part and one all-gather brings the new weights to all. In float32 the master weights are the
-working weights themselves. Memory for gradients and states is taken by the first training step: a
-model that only scores has its weights and nothing else. Left out: overlap of the reduce-scatter
-with the backward pass.
+over all micro-batches; a reduce-scatter of each buffer gives each data rank the sum for its part; it
+updates that part and an all-gather brings the new weights to all. A buffer's reduce-scatter begins
+when its gradients are final, while the backward pass of the last micro-batch goes on with the layers
+before; data ranks begin them in the same order, the last layers' first, whatever their passes are.
+In float32 the master weights are the working weights themselves. Memory for gradients and states is
+taken by the first training step: a model that only scores has its weights and nothing else.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ from workers.engines.shared.optimizer import (
     set_learning_rate,
     sum_of_squares,
 )
+
+BUCKET_ELEMENTS = 25_000_000
+"""Elements from which on a group has its own reduction: enough to use a link fully, and few beside
+the gradients that are still to come."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +66,8 @@ class FlatSlice:
     """How many ranks of one data coordinate hold the same elements."""
     divided: bool = False
     """Experts, which ranks of different data coordinates hold different ones of."""
+    index: int = 0
+    """Its place among the rank's parameters, in the order of modules."""
 
     @property
     def decays(self) -> bool:
@@ -93,13 +100,18 @@ class FlatGroup:
         """The data rank's part of the buffers."""
         self.weights = torch.zeros(self.part_size * data_group.size(), dtype=dtype, device=device)
         self.gradient: Tensor | None = None
+        self.missing = 0
+        """Gradients of pieces and micro-batches that are still to come in this step."""
+        self.final: Callable[[], None] = _nothing
+        """Called when none is missing."""
+        self._part: Tensor | None = None
+        self._reduction: dist.Work | None = None
         self._master = self.weights[self.part] if dtype is torch.float32 else None
         for piece, view in zip(pieces, self.views(self.weights), strict=True):
             parameter = nn.Parameter(view)
             for module, name in piece.places:
                 module._parameters[name] = parameter
-            if dtype is not torch.float32:
-                parameter.register_post_accumulate_grad_hook(self._accumulate(piece))
+            parameter.register_post_accumulate_grad_hook(self._accumulate(piece))
 
     @property
     def master(self) -> Tensor:
@@ -146,8 +158,10 @@ class FlatGroup:
             offset = self.starts[piece] - self.part.start
             self._master[offset + begin : offset + end] = value.reshape(-1)[begin:end]
 
-    def begin_step(self) -> None:
-        """A gradient buffer of zeros that the next backward passes add to."""
+    def begin_step(self, num_passes: int) -> None:
+        """A gradient buffer of zeros that the next `num_passes` backward passes add to."""
+        self.missing = num_passes * len(self.pieces)
+        self._settle()
         if self.gradient is None:
             self.gradient = torch.zeros(
                 len(self.weights), dtype=torch.float32, device=self.weights.device
@@ -162,14 +176,33 @@ class FlatGroup:
     def reduce(self) -> Tensor:
         """The sum of the gradient over all ranks that have a share of it, for this data rank's
         part: float32 [part_size]."""
-        assert self.gradient is not None, "reduce before begin_step"
-        part = self.gradient
-        if self.data_group.size() > 1:
-            part = torch.empty(self.part_size, dtype=torch.float32, device=self.weights.device)
-            dist.reduce_scatter_single(part, self.gradient, group=self.data_group)
+        self.begin_reduction()
+        assert self._part is not None
+        part = self._part
+        self._settle()
         for group in self.sum_groups:
             dist.all_reduce(part, group=group)
         return part
+
+    def begin_reduction(self) -> None:
+        """Over data ranks, beside what this rank goes on with; once a step. Collective."""
+        assert self.gradient is not None, "reduce before begin_step"
+        if self._part is not None:
+            return
+        self._part = self.gradient
+        if self.data_group.size() > 1:
+            self._part = torch.empty(
+                self.part_size, dtype=torch.float32, device=self.weights.device
+            )
+            self._reduction = dist.reduce_scatter_single(
+                self._part, self.gradient, group=self.data_group, async_op=True
+            )
+
+    def _settle(self) -> None:
+        """Waits for a reduction that is under way."""
+        if self._reduction is not None:
+            self._reduction.wait()
+        self._reduction = self._part = None
 
     def publish(self) -> None:
         """Bring the master weights of all data ranks into everybody's working weights."""
@@ -182,6 +215,7 @@ class FlatGroup:
 
     def free(self) -> None:
         """Drop the gradient buffer until the next step."""
+        self._settle()
         self.gradient = None
         for piece in self.pieces:
             module, name = piece.places[0]
@@ -199,27 +233,47 @@ class FlatGroup:
             assert self.gradient is not None and parameter.grad is not None, (
                 "backward before begin_step"
             )
-            start = self.starts[index]
-            self.gradient[start : start + piece.box.numel].view(piece.box.shape).add_(
-                parameter.grad
-            )
-            parameter.grad = None
+            if self.dtype is not torch.float32:
+                start = self.starts[index]
+                self.gradient[start : start + piece.box.numel].view(piece.box.shape).add_(
+                    parameter.grad
+                )
+                parameter.grad = None
+            self.missing -= 1
+            assert self.missing >= 0, f"{piece.name}: a gradient came after all were there"
+            if not self.missing:
+                self.final()
 
         return accumulate
 
 
+def _nothing() -> None:
+    pass
+
+
 def group_pieces(pieces: list[FlatSlice]) -> list[list[FlatSlice]]:
-    """Pieces by treatment; every rank of an axis that shares gradients forms the same groups in
-    the same order."""
+    """Pieces by treatment, cut into groups of about BUCKET_ELEMENTS; every rank of an axis that
+    shares gradients forms the same groups in the same order."""
     groups: dict[tuple[bool, bool, bool, int, bool], list[FlatSlice]] = {}
     for piece in pieces:
         key = (piece.tied, piece.partial, piece.decays, piece.copies, piece.divided)
         groups.setdefault(key, []).append(piece)
-    return [groups[key] for key in sorted(groups)]
+    result = []
+    for key in sorted(groups):
+        bucket, elements = list[FlatSlice](), 0
+        for piece in groups[key]:
+            bucket.append(piece)
+            elements += piece.box.numel
+            if elements >= BUCKET_ELEMENTS:
+                result.append(bucket)
+                bucket, elements = [], 0
+        if bucket:
+            result.append(bucket)
+    return result
 
 
 class ZeroOptimizer:
-    """optimizer.begin_step(); backward passes; norm, rate = optimizer.step()."""
+    """optimizer.begin_step(num_passes); backward passes; norm, rate = optimizer.step()."""
 
     def __init__(
         self, groups: list[FlatGroup], config: OptimizerConfig, device: torch.device
@@ -231,14 +285,31 @@ class ZeroOptimizer:
         self.num_steps = 0
         """Steps taken: where the learning-rate schedule stands."""
         self.adam: torch.optim.AdamW | None = None
+        self.num_early = 0
+        """Groups whose reduction began before the backward passes of the latest step ended."""
+        self._unreduced = list[FlatGroup]()
+        for group in groups:
+            group.final = self._reduce_final
 
-    def begin_step(self) -> None:
+    def begin_step(self, num_passes: int) -> None:
+        """`num_passes`: backward passes of every stage, one for each micro-batch."""
+        self.num_early = 0
+        self._unreduced = sorted(self.groups, key=lambda group: group.pieces[0].index)
         for group in self.groups:
-            group.begin_step()
+            group.begin_step(num_passes)
+
+    def _reduce_final(self) -> None:
+        """Begins the reductions whose turn it is, the last layers' first: data ranks have the same
+        order, though some of them may have no micro-batch."""
+        while self._unreduced and not self._unreduced[-1].missing:
+            self._unreduced.pop().begin_reduction()
+            self.num_early += 1
 
     def step(self) -> tuple[float, float]:
         """(gradient norm over all ranks before clipping, learning rate); NotFiniteError for a
         norm that is not finite."""
+        while self._unreduced:
+            self._unreduced.pop().begin_reduction()
         parts = [group.reduce() for group in self.groups]
         norm = self._norm(parts)
         clip(parts, norm, self.config.clip_grad_norm, self._not_finite)
