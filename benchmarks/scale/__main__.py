@@ -26,6 +26,8 @@ FEATURES: dict[str, Callable[[Path], Iterator[Row]]] = {
     "images": images.measure,
 }
 """name -> rows, measured with files in a temporary directory."""
+LARGEST_RATIO = 1.2
+"""Of the seconds with a feature that is to cost next to nothing to those without."""
 TOLERANCE = 1e-5
 """The largest error that rounding makes, in all four columns of errors."""
 COLUMNS = (
@@ -40,6 +42,7 @@ COLUMNS = (
     "bound_bytes",
     "peak_bytes",
     "step_s",
+    "time_ratio",
 )
 
 
@@ -57,6 +60,9 @@ def main() -> None:
                 print(_line(row), flush=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    slowest = max(row.time_ratio or 0.0 for row in rows)
+    if slowest > LARGEST_RATIO:
+        raise SystemExit(f"a feature takes {slowest:.2f} times the seconds, above {LARGEST_RATIO}")
     worst = max(map(_error, rows))
     if worst > TOLERANCE:
         raise SystemExit(f"the largest error is {worst:.1e}, above the tolerance {TOLERANCE:.0e}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
+from benchmarks.scale.routes import overhead
 from benchmarks.scale.row import Row
 from tests.experts.engines import rows_with_a_shared_prompt
 from tests.experts.plain import FAMILIES, PlainStep, load_mixture, plain_step, save_tiny_mixture
@@ -28,7 +29,8 @@ WITHOUT_PIPELINE = ("olmoe", "deepseek_v3")
 
 def measure(directory: Path) -> Iterator[Row]:
     """Each family in each layout: errors of the first step, bytes of the routes of a rank's rows
-    (two for every expert of a token and layer), and the seconds of the step that replays them."""
+    (two for every expert of a token and layer), and the seconds of the step that replays them. At
+    last generation with and without routes."""
     cases = []
     for family in FAMILIES:
         save_tiny_mixture(directory / family, family)
@@ -43,6 +45,21 @@ def measure(directory: Path) -> Iterator[Row]:
         for case in cases:
             if case.family == family:
                 yield _row(directory, case, expected, start)
+    ratio, sent, fewest = overhead(directory)
+    yield Row(
+        feature="experts",
+        family="qwen3_moe",
+        layout="vllm, routes recorded",
+        loss_error=0.0,
+        grad_norm_error=0.0,
+        update_error=0.0,
+        log_prob_gap=0.0,
+        sync_bytes=sent,
+        bound_bytes=fewest,
+        peak_bytes=0,
+        step_s=0.0,
+        time_ratio=ratio,
+    )
 
 
 def _row(directory: Path, case: Case, expected: PlainStep, start: dict[str, torch.Tensor]) -> Row:

@@ -31,3 +31,5 @@ class Row:
     optimizer states (lora, images)."""
     step_s: float
     """Seconds of a training step, the median of some."""
+    time_ratio: float | None = None
+    """Seconds with the feature over seconds without it, in the same run, where that is measured."""
