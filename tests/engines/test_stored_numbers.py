@@ -18,6 +18,7 @@ from hybridflow.mapping.question.model import ModelSpec
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.fsdp.engine import FsdpEngine
+from workers.engines.model import compiling
 from workers.engines.model.loading import standard_sizes
 from workers.sequences import Sequences
 
@@ -36,11 +37,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def stored_bytes(path: Path, precision: Precision) -> float:
+def stored_bytes(path: Path, precision: Precision, *, compiled: bool = False) -> float:
     """Bytes that a pass stores for every token, each storage once, weights included."""
     engine = FsdpEngine(
         model=ModelConfig(path=str(path)),
-        config=TrainConfig(precision=precision, micro_batch_tokens=8192),
+        config=TrainConfig(precision=precision, micro_batch_tokens=8192, compile=compiled),
         head=Head.lm,
         context=RankContext(rank=0, world_size=1),
     )
@@ -69,6 +70,21 @@ def stored_bytes(path: Path, precision: Precision) -> float:
 def test_a9_a_layer_stores_what_the_mapper_counts(
     tmp_path: Path, kind: str, precision: Precision
 ) -> None:
+    check_stored(tmp_path, kind, precision, compiled=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16], ids=lambda p: p.value)
+@pytest.mark.usefixtures("world")
+def test_a_compiled_layer_stores_what_the_mapper_counts(
+    tmp_path: Path, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With inductor's division into forward and backward graphs, and no kernels of its own."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager_decomp_partition")
+    check_stored(tmp_path, "llama", precision, compiled=True)
+
+
+def check_stored(tmp_path: Path, kind: str, precision: Precision, *, compiled: bool) -> None:
     measured = []
     for layers in (1, 2):
         config = AutoConfig.for_model(
@@ -83,9 +99,10 @@ def test_a9_a_layer_stores_what_the_mapper_counts(
             tie_word_embeddings=False,
         )
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(layers))
-        measured.append(stored_bytes(tmp_path / str(layers), precision))
+        measured.append(stored_bytes(tmp_path / str(layers), precision, compiled=compiled))
     spec = ModelSpec.from_hf(standard_sizes(config))
     number_bytes = 4 if precision is Precision.fp32 else 2
     weights = number_bytes * spec.layer_parameters / (ROWS * (LENGTH - 1))
     layer = measured[1] - measured[0] - weights
-    assert layer == pytest.approx(spec.stored_bytes_per_token(number_bytes), rel=0.05)
+    predicted = spec.stored_bytes_per_token(number_bytes, compiled=compiled)
+    assert layer == pytest.approx(predicted, rel=0.05)
