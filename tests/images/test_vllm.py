@@ -44,3 +44,22 @@ def test_places_of_images() -> None:
         image_begins(prompt, 9, [2, 3])
     with pytest.raises(ValueError, match="do not follow each other"):
         image_begins(prompt, 9, [3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_tower_in_tensor_parts(ray_cluster: None, tmp_path: Path, family: str) -> None:
+    """Two training ranks send decoder and tower to a vLLM that is split over both."""
+    changes = {
+        "output_dir": tmp_path / "out",
+        "runtime": "ray",
+        "cluster.address": "local",
+        "num_devices": 2,
+        "actor.generation.engine": "vllm",
+        "actor.generation.tp": 2,
+    }
+    with open_session("grpo", settings(tmp_path, family) | changes, reward=by_length) as session:
+        for _ in range(3):
+            metrics = session.step()
+            assert metrics["actor/log_prob_gap_max"] < 1e-5
+            assert metrics["actor/grad_norm"] > 0
