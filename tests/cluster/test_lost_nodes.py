@@ -20,10 +20,12 @@ from controllers.ledger import LEDGER, first_difference
 from hybridflow import run
 from hybridflow.snapshots.memory import MemoryPlace
 from tests.cluster.own_memory import Node, head, may_unshare, node_ids
-from tests.recovery.test_killed_run import NUM_STEPS, ROOT, events, numbers, settings, wait_for_step
+from tests.recovery.test_killed_run import ROOT, events, numbers, settings, wait_for_step
 
 pytestmark = pytest.mark.skipif(not may_unshare(), reason="needs mounts of its own")
 OTHER = "other"
+NUM_STEPS = 24
+"""So many that the drain's command comes before the end."""
 
 
 def write(directory: str, name: str, size: int) -> None:
@@ -105,10 +107,10 @@ def test_a_drained_and_a_lost_node_cost_no_bit(tmp_path: Path) -> None:
     """FAULTS C3, drain notice and node lost: the policy's pool goes to another node, and its snapshot is
     taken from the drained node, then from a peer's memory; nothing is on disk yet."""
     whole, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    tiny = settings(tmp_path) | {"loop.num_steps": NUM_STEPS + 2}
+    tiny = settings(tmp_path) | {"loop.num_steps": NUM_STEPS}
     disturbed.mkdir()
     with head() as address:
-        drained = Node(address, OTHER, tmp_path / "drained.log")
+        nodes = [Node(address, OTHER, tmp_path / name) for name in ("one", "another")]
         pools = {
             "placement": "custom",
             "pools.policy.roles": "[actor,reference,reward]",
@@ -127,8 +129,8 @@ def test_a_drained_and_a_lost_node_cost_no_bit(tmp_path: Path) -> None:
         try:
             wait_for_step(process, disturbed, 1)
             (started,) = events(disturbed, "started")
-            assert drained.holds(started["pids"]["policy"])
-            lost = Node(address, OTHER, tmp_path / "lost.log")
+            nodes.sort(key=lambda node: node.holds(started["pids"]["policy"]))
+            lost, drained = nodes
             drained.drain(address, 60)
             step = len((disturbed / LEDGER).read_text().splitlines())
             wait_for_step(process, disturbed, step + 1)
@@ -136,10 +138,10 @@ def test_a_drained_and_a_lost_node_cost_no_bit(tmp_path: Path) -> None:
             assert recovered["source"] == "memory" and recovered["lost_steps"] == 1
             assert lost.holds(recovered["pids"]["policy"])
             assert recovered["pids"]["samples"] == started["pids"]["samples"]
-            drained.lose()
             place = MemoryPlace.of(disturbed)
             assert place is not None and list(place.directory.glob(f"*/{COPIES}"))
             lost.lose()
+            drained.lose()
             replacement = Node(address, OTHER, tmp_path / "replacement.log")
             status = process.wait(400)
             last = events(disturbed, "recovered")[-1]
