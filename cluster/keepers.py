@@ -139,7 +139,7 @@ class Keepers:
             self._looked_at = time.monotonic()
             try:
                 self._leaving = state.get_draining_nodes()
-            except RayError as error:  # the cluster itself is going
+            except (RayError, RuntimeError) as error:  # the cluster itself is going
                 LOGGER.warning("drain notices can't be read: %s", error)
         return set(self._leaving)
 
