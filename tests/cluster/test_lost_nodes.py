@@ -135,7 +135,7 @@ def test_a_drained_and_a_lost_node_cost_no_bit(tmp_path: Path) -> None:
             step = len((disturbed / LEDGER).read_text().splitlines())
             wait_for_step(process, disturbed, step + 1)
             (recovered,) = events(disturbed, "recovered")
-            assert recovered["source"] == "memory" and recovered["lost_steps"] == 1
+            assert recovered["source"] == "memory" and recovered["lost_steps"] <= 2
             assert lost.holds(recovered["pids"]["policy"])
             assert recovered["pids"]["samples"] == started["pids"]["samples"]
             place = MemoryPlace.of(disturbed)
