@@ -177,6 +177,12 @@ def test_a_piece_with_too_many_versions_is_said_to_run_uncompiled(root: Path) ->
 RANKS = [
     Case(name="zero3", world_size=2, train=COMPILED | WHOLE | {"reshard_after_forward": True}),
     Case(name="layered", world_size=2, train=SELECTIVE | OFFLOAD, layered=True),
+    Case(
+        name="fsdp3",
+        world_size=2,
+        train=SELECTIVE | OFFLOAD | {"reshard_after_forward": True},
+        layered=True,
+    ),
     Case(name="pp", world_size=2, train=COMPILED | WHOLE | {"engine": "threed", "pp": 2}),
     Case(name="pp-kept", world_size=2, train=SELECTIVE | OFFLOAD | {"engine": "threed", "pp": 2}),
     Case(name="tp", world_size=2, train=SELECTIVE | OFFLOAD | {"tp": 2}),
@@ -185,7 +191,7 @@ RANKS = [
     Case(
         name="zero3-kept",
         world_size=2,
-        train=SELECTIVE | OFFLOAD | {"engine": "deepspeed", "zero_stage": 3},
+        train=WHOLE | OFFLOAD | {"engine": "deepspeed", "zero_stage": 3},
     ),
 ]
 
@@ -221,6 +227,7 @@ def test_on_two_ranks(ranks: Path, case: Case) -> None:
     ("settings", "message"),
     [
         ({"selective_checkpointing": True}, "activation_checkpointing is false"),
+        (SELECTIVE | {"engine": "deepspeed", "zero_stage": 3}, "gathers weights within"),
         (SELECTIVE | COMPILED, "compiled layers choose by themselves"),
         (COMPILED | {"engine": "deepspeed", "zero_stage": 3}, "zero_stage to 1 or 2"),
     ],

@@ -71,6 +71,12 @@ class DeepspeedEngine(ShardedEngine):
                 f"train.fsdp_replicas is {config.fsdp_replicas}, which engine deepspeed has not; set it to "
                 "1, or engine to fsdp"
             )
+        if config.selective_checkpointing and config.zero_stage == 3:
+            raise ValueError(
+                "train.selective_checkpointing is true, but engine deepspeed gathers weights within the "
+                "layers under zero_stage=3, in other operations when they are computed again; set it to "
+                "false, or zero_stage to 1 or 2"
+            )
         if config.compile and config.zero_stage == 3:
             raise ValueError(
                 "train.compile is true, but engine deepspeed gathers the weights of each module by "
