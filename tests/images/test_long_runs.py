@@ -67,6 +67,8 @@ def test_on_another_number_of_ranks(
 ) -> None:
     """A checkpoint of one process is read by two ranks, and the third step is the same."""
     given = tiny | PIECES | {"data.train": make_data(tmp_path / "few.jsonl", rows=4)}
+    # The bias of keys has no gradient but rounding, which a small epsilon would make steps of.
+    given |= {"actor.train.optimizer.epsilon": 1e-3}
     whole = run(given, tmp_path / "whole")
     two = {"runtime": "ray", "num_devices": 2, "cluster.address": "local"}
     resumed = run(given | two, cut(tmp_path / "whole", tmp_path / "cut"))
