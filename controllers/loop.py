@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from operator import add
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +22,8 @@ from controllers.not_finite import BadSteps
 from controllers.outcome import (
     Outcome,
     TrainedStep,
-    median_seconds,
     peak_memory,
     phase_seconds,
-    reduce_by_name,
 )
 from controllers.samples import SampleReader
 from controllers.saving import Commit, Saving, checkpoint_at
@@ -109,7 +106,8 @@ class Loop:
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.trained_steps: list[TrainedStep] = []
-        """The steps of this process, those that a recovery took back left out."""
+        """Those of the run, as far as they are known; the ones that a recovery took back are left
+        out."""
         self._start = self._state()
         self._validated = False
         """Whether the step that it stands at was."""
@@ -140,19 +138,7 @@ class Loop:
 
     def outcome(self) -> Outcome:
         """The result so far."""
-        steps = self.trained_steps
-        return Outcome(
-            num_steps=self.step,
-            reward_before=self.before.get(REWARD),
-            reward_after=self.after.get(REWARD),
-            validation_before=self.before,
-            validation_after=self.after,
-            train_s=sum(step.seconds for step in steps),
-            tokens=sum(step.tokens for step in steps),
-            largest=reduce_by_name(max, [step.maxima for step in steps]),
-            phase_s=reduce_by_name(add, [step.phases for step in steps]),
-            median_s=median_seconds([step.phases | {"step": step.seconds} for step in steps]),
-        )
+        return Outcome.of(self.step, self.trained_steps, self.before, self.after, REWARD)
 
     def train_one_step(self, prompts: Batch | None = None) -> dict[str, float]:
         """One step on the next rows, or on these; returns what was logged of it once its calls

@@ -34,6 +34,11 @@ WATCHED = re.compile(r".+/(loss|grad_norm)$")
 """Metrics that are watched for spikes."""
 HISTORY, FEWEST, DEVIATIONS = 50, 20, 10.0
 """A spike is more than so many median absolute deviations over the median of the last steps."""
+RARE, BEYOND = 0.9, 4.0
+"""And more than BEYOND times as far from it as the share RARE of them."""
+ROUNDING = 1e-6
+"""A loss or a norm up to this is of a step without a signal, such as groups whose rewards are all
+equal; it says nothing about the size of the others."""
 
 
 class StepGivenUp(RuntimeError):
@@ -125,7 +130,7 @@ class BadSteps:
     def watch(self, step: int, metrics: Mapping[str, float]) -> None:
         """Warns where a loss or a gradient norm is far over those of the steps before."""
         for name, value in metrics.items():
-            if not WATCHED.match(name) or not math.isfinite(value):
+            if not WATCHED.match(name) or not math.isfinite(value) or abs(value) <= ROUNDING:
                 continue
             history = self._history.setdefault(name, {})
             for other in [other for other in history if other >= step]:
@@ -181,9 +186,13 @@ def contents(batch: Batch) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
 
 
 def is_spike(history: list[float], value: float) -> bool:
-    """Whether a value is more than DEVIATIONS median absolute deviations over the median."""
+    """Whether a value is more than DEVIATIONS median absolute deviations over the median, and far
+    beyond what the steps before reached more than now and then: a GRPO loss is about 0 at most steps
+    by its nature, and noise at the others."""
     if len(history) < FEWEST:
         return False
     middle = median(history)
-    deviation = median(abs(other - middle) for other in history)
-    return value - middle > DEVIATIONS * max(deviation, 1e-3 * abs(middle))
+    distances = sorted(abs(other - middle) for other in history)
+    usual = distances[int(RARE * (len(distances) - 1))]
+    over = value - middle
+    return over > DEVIATIONS * max(median(distances), 1e-3 * abs(middle)) and over > BEYOND * usual

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
+from pathlib import Path
 from statistics import median
 
 from hybridflow.calls import CallRecord
+from hybridflow.metrics.jsonl import METRICS, read_jsonl
+
+SECONDS = "seconds/"
+"""Metrics under this prefix are a step's seconds by call; seconds/step is all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +29,8 @@ class Outcome:
     """All of validation's numbers."""
     validation_after: dict[str, float]
     train_s: float
-    """Seconds in the steps of this process, validation and checkpoints not counted."""
+    """Seconds in the steps of the whole run, those before a resume as metrics.jsonl has them;
+    validation and checkpoints are not counted."""
     tokens: float
     """Tokens of prompts and responses that these steps trained on."""
     largest: dict[str, float]
@@ -32,13 +39,36 @@ class Outcome:
     phase_s: dict[str, float]
     """Seconds per phase, summed over steps."""
     median_s: dict[str, float]
-    """Median seconds per phase and of the whole step ("step"), without this process' first
-    step, which also warms up."""
+    """Median seconds per phase and of the whole step ("step"), without the first step, which
+    also warms up."""
+
+    @staticmethod
+    def of(
+        num_steps: int,
+        steps: Sequence[TrainedStep],
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        reward: str,
+    ) -> Outcome:
+        """That of these steps, oldest first; `before` and `after`: validation's numbers, of which
+        `reward` is the mean reward's name."""
+        return Outcome(
+            num_steps=num_steps,
+            reward_before=before.get(reward),
+            reward_after=after.get(reward),
+            validation_before=dict(before),
+            validation_after=dict(after),
+            train_s=sum(step.seconds for step in steps),
+            tokens=sum(step.tokens for step in steps),
+            largest=reduce_by_name(max, [step.maxima for step in steps]),
+            phase_s=reduce_by_name(add, [step.phases for step in steps]),
+            median_s=median_seconds([step.phases | {"step": step.seconds} for step in steps]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedStep:
-    """A step that this process trained, as the outcome counts it."""
+    """A step of the run, as the outcome counts it."""
 
     step: int
     seconds: float
@@ -47,6 +77,41 @@ class TrainedStep:
     """Seconds by call."""
     maxima: dict[str, float]
     """Its metrics whose name ends in "max"."""
+
+
+def logged_steps(output_dir: Path) -> list[TrainedStep]:
+    """The steps that metrics.jsonl has, oldest first; none where the run writes no such file."""
+    path = output_dir / METRICS
+    if not path.is_file():
+        return []
+    steps = {}
+    for row in read_jsonl(path):
+        if row["split"] != "train" or f"{SECONDS}step" not in row:
+            continue
+        phases, maxima = {}, {}
+        for name, value in row.items():
+            if name.startswith(SECONDS):
+                phases[name.removeprefix(SECONDS)] = value
+            elif name.endswith("max"):
+                maxima[name] = value
+        seconds = phases.pop("step")
+        steps[row["step"]] = TrainedStep(
+            step=row["step"],
+            seconds=seconds,
+            tokens=round(row["tokens_per_s"] * seconds, 3),
+            phases=phases,
+            maxima=maxima,
+        )
+    return [steps[number] for number in sorted(steps)]
+
+
+def nothing_to_do(output_dir: Path, step: int) -> str:
+    """In words: the run is finished."""
+    return (
+        f"nothing to do: the run of {output_dir} is finished after {step} steps; raise loop.num_steps "
+        "(or num_epochs, stop_at_reward) to go on, or set another output_dir (or loop.resume=never) "
+        "to start anew"
+    )
 
 
 def phase_seconds(records: list[CallRecord]) -> dict[str, float]:

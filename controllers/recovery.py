@@ -25,6 +25,7 @@ from typing import Any
 from controllers.ledger import Line, line_difference, line_digest, read_ledger
 from controllers.loop import Loop, Outcome
 from controllers.not_finite import StepGivenUp
+from controllers.outcome import nothing_to_do
 from controllers.saving import DISK, MEMORY, ONE_NODE, Commit, Nodes
 from hybridflow.errors import TooFewDevices
 from hybridflow.failures import RECOVERABLE, EventLog, describe, failed_pools
@@ -232,13 +233,7 @@ class Driver:
         self._write("started", step=loop.step, pid=os.getpid(), pids=self._pids())
         LOGGER.info("%s", loop.length)
         if loop.ends:
-            LOGGER.info(
-                "nothing to do: the run of %s is finished after %d steps; raise loop.num_steps (or "
-                "num_epochs, stop_at_reward) to go on, or set another output_dir (or "
-                "loop.resume=never) to start anew",
-                loop.store.directory.parent,
-                loop.step,
-            )
+            LOGGER.info("%s", nothing_to_do(loop.store.directory.parent, loop.step))
         return on.Started(
             pools=tuple(self.pools),
             held=-1 if loop.step == 0 and not timeline else loop.step,

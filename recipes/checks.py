@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -473,6 +474,15 @@ def check_output(directory: str) -> None:
         raise ValueError(
             f"output_dir is {directory!r}, but {existing} {why}; choose another directory"
         )
+    if existing == path:
+        return
+    try:  # what root may write to is not always a place for directories (/proc)
+        Path(tempfile.mkdtemp(prefix=".hybridflow-", dir=existing)).rmdir()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir is {directory!r}, but no directory can be made in {existing} "
+            f"({error.strerror}); choose another directory"
+        ) from error
 
 
 def most_tokens(model: ModelConfig, config: GenerationConfig, role: str) -> tuple[int, str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hybridflow.errors import (
     NotFiniteError,
@@ -20,6 +20,7 @@ from hybridflow.errors import (
     WorkerError,
     WorkerStuck,
 )
+from hybridflow.recovery.attempts import Fenced
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 """Environment variable: 1 shows the whole stack in place of one line."""
@@ -34,17 +35,35 @@ def no_directory() -> Path | None:
     return None
 
 
+def nothing_kept() -> str:
+    return "interrupted"
+
+
 @contextmanager
-def plain_errors(directory: Callable[[], Path | None] = no_directory) -> Iterator[None]:
+def plain_errors(
+    directory: Callable[[], Path | None] = no_directory,
+    interrupted: Callable[[], str] = nothing_kept,
+) -> Iterator[None]:
     """Turns errors that are no bug of ours into one line and an exit status.
 
     A ValueError is the user's mistake: its message is what they need (status 2). A worker's error,
     death or standstill is told by its first line; the rest, with the remote traceback, goes into
-    error.txt in `directory()` (status 1). Anything else keeps its stack, as does everything with
+    error.txt in `directory()` (status 1). Ctrl-C ends the process as it ends any program (130 in a
+    shell), with the line `interrupted()`. Anything else keeps its stack, as does everything with
     HYDRA_FULL_ERROR=1.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        if os.environ.get(FULL_ERROR) != "1":
+            # In front of what torch.distributed put there, which marks every line with a rank.
+            sys.excepthook = without_stack
+            print(interrupted(), file=sys.stderr)
+        raise
+    except Fenced as error:
+        if os.environ.get(FULL_ERROR) == "1":
+            raise
+        end(one_line(error), 1)
     except (ValueError, *OF_WORKERS) as error:
         if os.environ.get(FULL_ERROR) == "1":
             raise
@@ -56,6 +75,12 @@ def plain_errors(directory: Callable[[], Path | None] = no_directory) -> Iterato
             raise
         place = error.filename or "a file of output_dir"
         end(f"{place}: {error.strerror}; make room or give access, or set another output_dir", 1)
+
+
+def without_stack(kind: type[BaseException], error: BaseException, stack: Any) -> None:
+    """In the place of sys.excepthook: Ctrl-C was said in a line."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, stack)
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from controllers import QUESTIONS
 from hybridflow.disk import wait_for_room
 from hybridflow.failures import may_be_retried
 from hybridflow.supervision import SUPERVISION, supervise
@@ -19,6 +20,7 @@ from hybridflow.waiting import catch_interrupts
 from recipes.composing import PACKAGED, SEARCH, RecipeFile, compose, to_settings
 from recipes.config import RunConfig, register
 from recipes.errors import plain_errors
+from recipes.interruption import what_is_kept
 from recipes.override_values import quote_values
 from recipes.overrides import check_names, join_tables
 from recipes.roles import ROLES, role_names
@@ -48,7 +50,11 @@ def main(find: Callable[[], RecipeFile], arguments: Sequence[str], run: Run = tr
     def directory() -> Path | None:
         return None if settings is None else Path(settings.output_dir)
 
-    with plain_errors(directory):
+    def interrupted() -> str:
+        trains = settings is not None and settings.algorithm.name not in QUESTIONS
+        return what_is_kept(settings) if trains and settings is not None else "interrupted"
+
+    with plain_errors(directory, interrupted):
         recipe = find()
         if {"--help", "-h"} & set(arguments):
             print(usage(recipe))

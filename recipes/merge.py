@@ -26,6 +26,7 @@ from workers.engines.base import Head
 from workers.engines.model.loading import load_pretrained, model_config, saved_dtype
 from workers.engines.model.lora import LORA_A, LORA_B, scale
 from workers.engines.model.peft_files import SCORE_WEIGHT, PeftFiles
+from workers.quiet import quiet
 from workers.tokenizer import load_tokenizer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -48,7 +49,8 @@ def merge(adapter: str, output: str, base: str | None = None) -> None:
     published = model_config(config, head)
     model = load_pretrained(config, head)
     merge_into(model, files)
-    model.to(saved_dtype(config, published)).save_pretrained(target)
+    with quiet():
+        model.to(saved_dtype(config, published)).save_pretrained(target)
     own_tokenizer = (Path(adapter) / TOKENIZER_CONFIG).is_file()
     tokenizer = replace(config, tokenizer=adapter if own_tokenizer else None)
     load_tokenizer(tokenizer).save_pretrained(target)

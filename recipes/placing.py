@@ -25,6 +25,7 @@ from recipes.checks import (
 )
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
 from recipes.roles import GENERATION, Role, role_kind, role_names
+from workers.engines.model.weight_files import check_weight_files
 from workers.generation import generation_engine_class
 from workers.split_actor import SplitTrainingWorker
 
@@ -135,8 +136,15 @@ def check_layouts(placement: Placement) -> None:
 
 
 def check_models(placement: Placement) -> None:
-    """Every model's directory has a configuration, and its layouts fit it; no weights are read."""
+    """Every model's directory has a configuration and whole files, and its layouts fit it; no weights
+    are read."""
     for role in placement.roles:
+        if role.config.model is not None:
+            path, adapter = role.config.model.path, role.config.train.lora.adapter
+            is_policy = path == placement.config.model.path
+            check_weight_files(path, "model.path" if is_policy else f"{role.name}.model.path")
+            if adapter:
+                check_weight_files(adapter, f"{role.name}.train.lora.adapter")
         if role.name != GENERATION:  # the model is the actor's, and checked with it
             check_model(
                 role.name, role.config, role_kind(role.name).head, placement.pool_sizes[role.pool]

@@ -48,8 +48,8 @@ from recipes.errors import plain_errors
 from recipes.overrides import check_form, check_names
 from recipes.preparation import prepare
 from recipes.session import Session
+from recipes.settings_history import CONFIG, settings_of_step
 
-CONFIG = "config.yaml"
 CLOCKS = re.compile(r"seconds|tokens_per_s|time_s|sync/.*_(s|bytes)$|memory")
 """Metrics that a clock or the machine decides."""
 MOST_METRICS = 8
@@ -123,7 +123,7 @@ def replay(
     that can't be done. `directory`: a new directory for the replay's own metrics and ledger, which
     hosts on other nodes must see too; by default one in `run`, which is removed."""
     recorded = recorded_lines(run, step)
-    config = settings_of_run(run, changes)
+    config, first = settings_of_run(run, changes, step)
     with scratch(run, directory) as output:
         metrics = MetricsConfig(console=False, tensorboard=False)
         every = max(1, config.recovery.snapshot_every)
@@ -141,7 +141,7 @@ def replay(
         with Session(prepared) as session:
             loop = session.loop
             try:
-                source = begin(loop, run, config, recorded, step, output)
+                source = begin(loop, run, config, recorded, step, output, first)
                 return compared(loop, run, recorded, step, source)
             finally:
                 loop.saving.clear()
@@ -168,9 +168,10 @@ def recorded_lines(run: Path, step: int) -> dict[int, Line]:
     return lines
 
 
-def settings_of_run(run: Path, changes: Sequence[str]) -> RunConfig:
-    """The settings that the run wrote down, with these changes."""
-    path = run / CONFIG
+def settings_of_run(run: Path, changes: Sequence[str], step: int) -> tuple[RunConfig, int]:
+    """The settings that the step was trained with, with these changes; and the step after which they
+    hold, because a resume changed them there."""
+    path, first = settings_of_step(run, step)
     if not path.is_file():
         raise ValueError(f"{run}: has no {CONFIG}, so its settings are not known")
     check_form(changes)
@@ -185,7 +186,7 @@ def settings_of_run(run: Path, changes: Sequence[str]) -> RunConfig:
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: {error.full_key}: {reason}") from error
-    return to_settings(cast(DictConfig, merged))
+    return to_settings(cast(DictConfig, merged)), first
 
 
 @contextmanager
@@ -207,11 +208,19 @@ def scratch(run: Path, directory: Path | None) -> Iterator[Path]:
 
 
 def begin(
-    loop: Loop, run: Path, config: RunConfig, recorded: Mapping[int, Line], step: int, output: Path
+    loop: Loop,
+    run: Path,
+    config: RunConfig,
+    recorded: Mapping[int, Line],
+    step: int,
+    output: Path,
+    first: int,
 ) -> str:
-    """Brings the roles, data and algorithm to the newest state before `step` that can be read;
-    returns it in words."""
+    """Brings the roles, data and algorithm to the newest state before `step` that can be read, and
+    not before step `first`, until which the run had other settings; returns it in words."""
     for commit in commits_before(run, config.loop.resume, recorded, step):
+        if commit.step < first:
+            continue
         words = f"step {commit.step} ({commit.path}, {commit.place})"
         if commit.place == MEMORY:  # a run that is under way writes over it
             copy = output / "memory" / commit.path.name
@@ -228,6 +237,12 @@ def begin(
             LOGGER.warning("step %d can't be restored: %s", commit.step, error)
             continue
         return words
+    if first:
+        raise ValueError(
+            f"--step is {step}; the run was resumed with other settings after step {first}, and no "
+            f"commit from step {first} to {step - 1} is left to replay it from; choose a later step, "
+            "or keep more checkpoints (loop.keep_last)"
+        )
     loop.ledger.rewind(None)
     return "the weights that the run began with"
 

@@ -19,13 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-from omegaconf import OmegaConf
-
 from controllers import QUESTIONS, create_algorithm
 from controllers.algorithm_base import Algorithm, Evaluated
 from controllers.data import RowDataset, RowLoader
 from controllers.loop import Loop, Outcome, phase_seconds
 from controllers.loop_config import LoopConfig
+from controllers.outcome import logged_steps
 from controllers.recovery import Driver
 from controllers.samples import SampleReader
 from controllers.saving import Saving, checkpoint_at
@@ -40,6 +39,7 @@ from hybridflow.pool import ResourcePool
 from hybridflow.progress import activity
 from hybridflow.progress_display import shown
 from hybridflow.recovery.attempts import Attempt
+from hybridflow.recovery.holders import check_nobody_holds, hold, release
 from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.supervision import SUPERVISION
 from hybridflow.waiting import CALLS
@@ -51,8 +51,9 @@ from recipes.machines import connect_cluster, nodes_of, start_all_pools
 from recipes.path_settings import make_directory
 from recipes.placing import Placement, placeholder_roles
 from recipes.preparation import Preparation
-from recipes.roles import GENERATION, with_named_functions
+from recipes.roles import GENERATION
 from recipes.same_run import checkpoint_store, run_settings
+from recipes.settings_history import settings_tree, write_settings
 from workers.machine import MachineWorker
 from workers.precision import native_precision
 from workers.roles import (
@@ -132,7 +133,11 @@ class Session:
         trains = config.algorithm.name not in QUESTIONS
         make_directory(self.directory, "output_dir")
         if trains:
+            if not SUPERVISION.took_over:
+                check_nobody_holds(self.directory)
             attempt = Attempt.claim(self.directory)
+            hold(attempt)
+            self._resources.callback(release, attempt)
             if config.recovery.snapshot_every:
                 memory = MemoryPlace.open(attempt)
         store = checkpoint_store(placement, self.directory, attempt)
@@ -220,9 +225,12 @@ class Session:
         if not SUPERVISION.took_over:  # a full disk does not end a run that was under way
             loop.try_saving()
         loop.saving.begins_after = SUPERVISION.state.get("begins_after", 0)
+        steps = logged_steps(self.directory)
+        loop.trained_steps = [trained for trained in steps if trained.step <= first_step]
         loop.resume()
         if loop.step < first_step:  # the newest commit is damaged: its metrics go with it
             tracker.rewind(loop.step, attempt.number)
+            write_settings(self.directory, settings_tree(self.config), loop.step)
         SUPERVISION.note(begins_after=loop.saving.begins_after)
 
     def _rejoin(self, restarted: set[str]) -> None:
@@ -400,10 +408,9 @@ def spawn_roles(
 
 def start_tracker(config: RunConfig, directory: Path, first_step: int, num_steps: int) -> Tracker:
     """The metrics of this run; what an earlier one logged after `first_step` is dropped."""
-    settings = OmegaConf.structured(with_named_functions(config))
+    settings = settings_tree(config)
     directory.mkdir(parents=True, exist_ok=True)
-    with whole_file(directory / "config.yaml") as path:
-        path.write_text(OmegaConf.to_yaml(settings))
+    write_settings(directory, settings, first_step)
     with whole_file(directory / "environment.json") as path:
         path.write_text(json.dumps(environment(), indent=1) + "\n")
     return Tracker(
@@ -411,7 +418,7 @@ def start_tracker(config: RunConfig, directory: Path, first_step: int, num_steps
         directory,
         total_steps=num_steps,
         start_step=first_step,
-        run_config=cast(dict[str, object], OmegaConf.to_container(settings)),
+        run_config=settings,
     )
 
 

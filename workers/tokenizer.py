@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from workers.config import ModelConfig
+from workers.hub import check_reachable
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -17,6 +18,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         raise ValueError("model.path is not set; give a Hugging Face directory or a hub name")
     revision = model.revision if model.tokenizer is None else None
     try:
+        check_reachable(name, revision)
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=model.trust_remote_code
         )

@@ -200,7 +200,9 @@ def _parts(sample: Sample) -> list[tuple[str, str]]:
 def _verdict(sample: Sample) -> str:
     """reward 1 | reward/format 0.5 | finish stop | weights 12"""
     parts = [f"{name} {compact(value)}" for name, value in sample.scores.items()]
-    parts += [f"finish {sample.finish_reason}", f"weights {sample.weight_version}"]
+    parts.append(f"finish {sample.finish_reason}")
+    if sample.weight_version >= 0:  # a run that trains nothing has one version only
+        parts.append(f"weights {sample.weight_version}")
     return " | ".join(parts)
 
 

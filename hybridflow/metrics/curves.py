@@ -72,6 +72,8 @@ def _known(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _draw(axis: Axes, curve: Curve, steps: list[int], values: list[float], color: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     if curve.percent:
         values = [100 * value for value in values]
         axis.set_ylim(0, 104)
@@ -92,6 +94,7 @@ def _draw(axis: Axes, curve: Curve, steps: list[int], values: list[float], color
     )
     axis.set_title(curve.label or curve.metric, loc="left", fontsize=11)
     axis.set_xlabel("training step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(axis="y", color="#dddddd", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

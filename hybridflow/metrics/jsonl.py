@@ -23,6 +23,7 @@ RESERVED = ("step", "split", "time_s")
 """Keys of every line of metrics.jsonl beside the metrics."""
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+SUMMARY = "summary.json"
 
 
 class JsonlSink(Sink):
@@ -48,8 +49,7 @@ class JsonlSink(Sink):
         _append_samples(self._samples, rows)
 
     def summary(self, values: Mapping[str, object]) -> None:
-        with whole_file(self._directory / "summary.json") as path:
-            path.write_text(json.dumps(to_json(values), indent=2, allow_nan=False) + "\n")
+        write_summary(self._directory, values)
 
     def rewind(self, step: int, attempt: int) -> None:
         """The lost lines of metrics.jsonl go to lost/attempt-<attempt>.jsonl."""
@@ -69,6 +69,12 @@ class JsonlSink(Sink):
             file.write()
             with file.path.open("rb") as written:
                 os.fsync(written.fileno())
+
+
+def write_summary(directory: Path, values: Mapping[str, object]) -> None:
+    """The outcome of a run, as <directory>/summary.json."""
+    with whole_file(directory / SUMMARY) as path:
+        path.write_text(json.dumps(to_json(values), indent=2, allow_nan=False) + "\n")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from recipes.agents.model import make_agent_tokenizer
 from recipes.quickstart.model import ModelShape, make_model
 from recipes.quickstart.warm_start import Row, WarmStartConfig, imitate
 from workers.agents.renderer import Message, Renderer
+from workers.quiet import quiet
 
 NUM_TRAIN, NUM_TEST = 4096, 128
 IMITATED = ("demonstration", "reading")
@@ -87,7 +88,8 @@ def prepare(name: str, directory: Path, *, seed: int = 0) -> dict[str, str]:
                 demonstrations.append(demonstration_row(renderer, row["prompt"], row[imitated]))
     config = WarmStartConfig(num_steps=task.warm_start_steps, learning_rate=LEARNING_RATE)
     imitate(model, demonstrations, config, seed)
-    model.save_pretrained(directory / "model")
+    with quiet():
+        model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
     for path, part in ((paths["data.train"], train), (paths["data.validation"], test)):
         lines = []

@@ -11,8 +11,6 @@ import argparse
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from rich.table import Table
 
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.metrics import Curve, draw_curves
+from recipes.child_command import run_command
 from recipes.main import check_names, plain_errors
 from recipes.quickstart.prepare import Prepared, prepare
 from recipes.quickstart.settings import SETTINGS, devices
@@ -58,12 +57,8 @@ def main() -> None:
     console.rule("What a user would run")
     console.print(shlex.join(["python", *command]), soft_wrap=True, highlight=False)
     console.rule()
-    finished = subprocess.run([sys.executable, *command], check=False)
-    if finished.returncode:
-        raise SystemExit(finished.returncode)
+    run_command(command)
     summary = summarise(output)
-    if summary is None:  # the recipe has said that the run was finished before
-        return
     draw_progress(output)
     show(console, summary, output)
 
@@ -85,13 +80,13 @@ def recipe_command(
     ]
 
 
-def summarise(output: Path) -> dict[str, Any] | None:
+def summarise(output: Path) -> dict[str, Any]:
     """summary.json in the quickstart's words: its reward is 1 for a right answer, so
-    validation's mean reward is the accuracy. None where nothing was left to train."""
+    validation's mean reward is the accuracy. Of a run that was finished before, it is there."""
     path = output / "summary.json"
-    outcome = json.loads(path.read_text())
-    if not outcome["train_s"]:
-        return None
+    outcome: dict[str, Any] = json.loads(path.read_text())
+    if "accuracy_after" in outcome:
+        return outcome
     summary = {
         "accuracy_before": outcome["reward_before"],
         "accuracy_after": outcome["reward_after"],

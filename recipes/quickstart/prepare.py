@@ -28,6 +28,7 @@ from recipes.quickstart import warm_start as warm_start_module
 from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
 from recipes.quickstart.task import TaskConfig, make_examples, write_parquet
 from recipes.quickstart.warm_start import WarmStartConfig, greedy_accuracy, warm_start
+from workers.quiet import quiet
 
 RECORD = "prepared.json"
 
@@ -99,7 +100,8 @@ def _make(
     with _progress(console, config.warm_start.num_steps) as on_step:
         warm_start(model, tokenizer, train, config.warm_start, seed, on_step)
     accuracy = greedy_accuracy(model, tokenizer, test)
-    model.save_pretrained(directory / "model")
+    with quiet():
+        model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
 
     prepared = Prepared(

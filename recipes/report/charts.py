@@ -16,6 +16,8 @@ from hybridflow.metrics.curves import FEW, smooth
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22
 """Margins of the plot inside a chart."""
+COLORS = 16
+"""As many as a timeline tells apart; the style sheet names them c0, c1, ..."""
 MOST_POINTS = 600
 """Longer series are thinned to the mean of equal stretches."""
 Point = tuple[float, float]
@@ -70,13 +72,14 @@ def line_chart(series: Sequence[Series], *, description: str) -> Markup:
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(description)}">'
     ]
-    for tick in up.ticks(4):
+    ticks = up.ticks(4)
+    for tick, label in zip(ticks, labels(ticks), strict=True):
         y = up.place(tick)
         parts.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         )
         parts.append(
-            f'<text class="tick" x="{LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{number(tick)}</text>'
+            f'<text class="tick" x="{LEFT - 5}" y="{y + 3:.1f}" text-anchor="end">{label}</text>'
         )
     for tick in across.ticks(5):
         if tick == round(tick):
@@ -168,7 +171,7 @@ def timeline(slices: Sequence[Slice], styles: Sequence[str], *, description: str
         parts.append(f'<text class="lane" x="0" y="{index * row + 15}">{escape(lane)}</text>')
     for part in slices:
         x, end = span.place(part.start_s - begin), span.place(part.end_s - begin)
-        style = f"c{styles.index(part.name) % 8}" if part.name in styles else "other"
+        style = f"c{styles.index(part.name) % COLORS}" if part.name in styles else "other"
         parts.append(
             f'<rect class="{style}" x="{x:.1f}" y="{lanes.index(part.lane) * row + 3}" '
             f'width="{max(end - x, 0.8):.1f}" height="{row - 6}"><title>{escape(part.name)} on '
@@ -184,6 +187,16 @@ def number(value: float) -> str:
         return f"{value:.2g}" if math.isfinite(value) else str(value)
     text = f"{value:.3g}"
     return f"{value:.0f}" if "e" in text else text
+
+
+def labels(ticks: Sequence[float]) -> list[str]:
+    """The ticks with as many digits as tell them apart."""
+    texts = list(map(number, ticks))
+    for digits in range(4, 13):
+        if len(set(texts)) == len(texts):
+            break
+        texts = [f"{tick:.{digits}g}" for tick in ticks]
+    return texts
 
 
 def _range(low: float, high: float, *, margin: float) -> tuple[float, float]:

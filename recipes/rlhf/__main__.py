@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from rich.table import Table
 
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.metrics import Curve, draw_curves, read_jsonl
+from recipes.child_command import run_command
 from recipes.main import check_names, plain_errors
 from recipes.quickstart.settings import devices
 from recipes.quickstart.task import MAX_RESPONSE_TOKENS
@@ -58,9 +57,7 @@ def main() -> None:
         CONSOLE.rule(name)
         CONSOLE.print(shlex.join(["python", *command]), soft_wrap=True, highlight=False)
         before = time.perf_counter()
-        finished = subprocess.run([sys.executable, *command], check=False)
-        if finished.returncode:
-            raise SystemExit(finished.returncode)
+        run_command(command)
         seconds[name] = time.perf_counter() - before
     summary = summarise(output, seconds | {"all": time.perf_counter() - started})
     draw_progress(output)

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
 from recipes.quickstart.task import Example, TaskConfig, make_examples, write_parquet
 from recipes.rlhf.rule import rule
+from workers.quiet import quiet
 
 NUM_PAIRS = 8192
 NUM_HELD_OUT_PAIRS = 256
@@ -45,7 +46,8 @@ def prepare(directory: Path, seed: int = 0) -> Prepared:
     files = {name: directory / f"{name}.parquet" for name in Prepared.__annotations__}
     paths = Prepared(**{**files, "model": directory / "model"})
     tokenizer = make_tokenizer()
-    make_model(tokenizer, ModelShape(), seed).save_pretrained(paths.model)
+    with quiet():
+        make_model(tokenizer, ModelShape(), seed).save_pretrained(paths.model)
     tokenizer.save_pretrained(paths.model)
     train, test = make_examples(TaskConfig(), seed)
     for examples, demonstrations, prompts in (

@@ -19,6 +19,7 @@ from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
 from recipes.quickstart.task import Example, TaskConfig, make_examples
 from recipes.quickstart.warm_start import WarmStartConfig, greedy_accuracy, warm_start
 from recipes.rlhf.data import ATTEMPTS
+from workers.quiet import quiet
 
 JUDGEMENT = "{question}={attempt}"
 JUDGE_SETTINGS = [
@@ -85,7 +86,8 @@ def _train(
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, ModelShape(), seed)
     warm_start(model, tokenizer, examples, config, seed)
-    model.save_pretrained(directory)
+    with quiet():
+        model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return greedy_accuracy(model, tokenizer, held_out)
 

@@ -13,6 +13,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from workers.quiet import quiet
+
 PAD, END, UNKNOWN = "<pad>", "<|im_end|>", "<unk>"
 BEGIN_IMAGE, END_IMAGE, IMAGE, VIDEO = (
     "<|vision_start|>",
@@ -84,7 +86,8 @@ def make_model(directory: Path, words: tuple[str, ...], *, seed: int = 0) -> Non
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
-    model.save_pretrained(directory)
+    with quiet():
+        model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     size = {"shortest_edge": (2 * PATCH) ** 2, "longest_edge": (4 * PATCH) ** 2}
     Qwen2VLImageProcessorPil(size=size).save_pretrained(directory)

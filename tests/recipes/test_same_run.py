@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from hybridflow.metrics import read_jsonl
 from recipes.python_api import run
+from recipes.settings_history import settings_of_step, write_settings
 from tests.tiny import make_data, make_model
 
 
@@ -43,6 +47,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return settings
 
 
+def contents(directory: Path) -> dict[Path, tuple[int, bytes]]:
+    """Every file with its time and bytes."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
 def other(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return settings | {name.replace("__", "."): value for name, value in changes.items()}
 
@@ -50,9 +60,18 @@ def other(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def test_b81_the_same_run_is_finished(
     settings: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
+    before = contents(settings["output_dir"])
     with caplog.at_level(logging.INFO):
-        outcome = run("grpo", settings)
-    assert outcome.num_steps == 1 and outcome.train_s == 0
+        outcome = run("grpo", other(settings, actor__train__optimizer__learning_rate=3e-5))
+    assert contents(settings["output_dir"]) == before, "nothing to do changes nothing"
+    saved = json.loads((settings["output_dir"] / "summary.json").read_text())
+    assert outcome.num_steps == 1 and outcome.train_s == saved["train_s"] > 0
+    assert outcome.tokens == pytest.approx(saved["tokens"]) and outcome.phase_s == saved["phase_s"]
+    assert outcome.largest == saved["largest"] and "actor/log_prob_gap_max" in outcome.largest
+    (other_settings,) = [text for text in caplog.messages if "other settings" in text]
+    assert other_settings.endswith(
+        ": actor.train.optimizer.learning_rate is 3e-05 now and was 1e-06"
+    )
     (line,) = [text for text in caplog.messages if text.startswith("nothing to do")]
     assert "is finished after 1 steps; raise loop.num_steps" in line
 
@@ -69,7 +88,17 @@ def test_b81_what_may_change_goes_on(settings: dict[str, Any], tmp_path: Path) -
         actor__train__optimizer__learning_rate=1e-5,
         data__batch_size=3,
     )
-    assert run("grpo", changed).num_steps == 2
+    outcome = run("grpo", changed)
+    assert outcome.num_steps == 2
+    rows = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert outcome.train_s == pytest.approx(sum(row["seconds/step"] for row in rows))
+    assert outcome.phase_s["actor.update_actor"] == pytest.approx(
+        sum(row["seconds/actor.update_actor"] for row in rows)
+    )
+    first, begin = settings_of_step(tmp_path / "out", 1)
+    assert begin == 0 and "learning_rate: 1.0e-06" in first.read_text()
+    second, begin = settings_of_step(tmp_path / "out", 2)
+    assert begin == 1 and "learning_rate: 1.0e-05" in second.read_text()
 
 
 @pytest.mark.parametrize(
@@ -116,3 +145,21 @@ def test_b81_never_starts_anew(settings: dict[str, Any], tmp_path: Path) -> None
     anew = other(settings, output_dir=tmp_path / "out", loop__resume="never")
     anew["model.path"] = settings["model.path"].parent / "other"
     assert run("grpo", anew).train_s > 0
+
+
+def test_settings_of_the_steps_before_a_resume_are_kept(tmp_path: Path) -> None:
+    """Resumed after step 3 with another learning rate, after step 5 with another log, and then back at
+    step 2, whose later steps are trained again."""
+
+    def rate_of(step: int) -> tuple[float, int]:
+        path, begin = settings_of_step(tmp_path, step)
+        return OmegaConf.load(path).rate, begin
+
+    write_settings(tmp_path, {"rate": 1.0, "metrics": {"jsonl": True}}, 0)
+    write_settings(tmp_path, {"rate": 2.0, "metrics": {"jsonl": True}}, 3)
+    write_settings(tmp_path, {"rate": 2.0, "metrics": {"jsonl": False}}, 5)
+    assert [rate_of(step) for step in (3, 4, 6)] == [(1.0, 0), (2.0, 3), (2.0, 3)]
+    write_settings(tmp_path, {"rate": 3.0, "metrics": {"jsonl": True}}, 2)
+    assert [rate_of(step) for step in (2, 3, 4)] == [(1.0, 0), (3.0, 2), (3.0, 2)]
+    write_settings(tmp_path, {"rate": 4.0}, 0)
+    assert rate_of(9) == (4.0, 0)

@@ -153,6 +153,23 @@ def test_steps_in_a_row_are_counted() -> None:
         not_finite.left_out(error, 0)
 
 
+def test_a_loss_that_is_zero_by_nature_does_not_jump(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GRPO with one mini-batch: 0 where the rewards of every group are equal, else rounding or noise
+    around 0. Its norm is 0 at the same steps."""
+    generator = torch.Generator().manual_seed(0)
+    noise = (0.01 * torch.randn(200, generator=generator)).tolist()
+    bad = BadSteps(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        for step, value in enumerate(noise, 1):
+            loss = (0.0, 3e-8, value, 0.0, value / 5)[step % 5]
+            bad.watch(step, {"actor/loss": loss, "actor/grad_norm": 50 * abs(loss)})
+        assert not caplog.records
+        bad.watch(201, {"actor/loss": 1.0})
+    assert len(caplog.records) == 1
+
+
 def test_a_loss_that_jumps_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Twenty steps are needed; a replayed step replaces the lost one's value."""
     generator = torch.Generator().manual_seed(0)

@@ -52,6 +52,7 @@ from workers.generation.sampling import (
 from workers.images import family_of
 from workers.images.families import published_config
 from workers.precision import with_native_precision
+from workers.quiet import quiet
 from workers.tokenizer import load_tokenizer
 
 
@@ -114,16 +115,14 @@ class HfEngine(GenerationEngine):
             self._tokenizer = load_tokenizer(model)
         published = published_config(model)
         self._images = ImageInputs(model) if family_of(published) is not None else None
-        self._model: PreTrainedModel = (
-            language_model_class(published)
-            .from_pretrained(
+        with quiet():
+            loaded = language_model_class(published).from_pretrained(
                 model.path,
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
                 dtype=torch.float32 if config.precision == Precision.fp32 else torch.bfloat16,
             )
-            .to(context.device)
-        )
+        self._model: PreTrainedModel = loaded.to(context.device)
         self._model.eval()
         place_images(self._model)
         self._routers: Routers | None = None

@@ -8,8 +8,7 @@ Quantized checkpoints are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers import logging as transformers_logging
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -52,7 +50,10 @@ from workers.engines.model.attention import (
 from workers.engines.model.peft_files import is_adapter
 from workers.engines.model.scored import score_head
 from workers.engines.model.tensor_parts import Parts
+from workers.engines.model.weight_files import check_weight_files
+from workers.hub import check_reachable
 from workers.images import family_of
+from workers.quiet import quiet
 
 AUTO = "auto"
 """ModelConfig.attention: transformers' choice for the model; where that is PyTorch's fused kernel,
@@ -218,8 +219,10 @@ def load_pretrained(config: ModelConfig, head: Head, seed: int = 0) -> PreTraine
     architecture or weights that do not fit."""
     hf_config = model_config(config, head)
     check_whole_numbers(config, hf_config)
+    check_weight_files(config.path, "model.path")
     try:
-        with activity(f"loading the weights of {config.path}"), _own_report():
+        # What is missing and unused is judged by _check_keys.
+        with activity(f"loading the weights of {config.path}"), quiet():
             model, info = _auto_class(head, hf_config).from_pretrained(
                 config.path,
                 config=hf_config,
@@ -235,22 +238,6 @@ def load_pretrained(config: ModelConfig, head: Head, seed: int = 0) -> PreTraine
         ) from error
     _check_keys(config, head, model, info, seed)
     return model
-
-
-@contextmanager
-def _own_report() -> Iterator[None]:
-    """Without transformers' report of missing and unused weights, which _check_keys judges, and
-    without its progress bar, which would be drawn over the run's own display."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def build_on_meta(config: ModelConfig, head: Head) -> PreTrainedModel:
@@ -305,6 +292,7 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
     if config.path == "???":
         raise ValueError("model.path is not set; give a Hugging Face directory or a hub name")
     try:
+        check_reachable(config.path, config.revision)
         hf_config = AutoConfig.from_pretrained(
             config.path,
             revision=config.revision,

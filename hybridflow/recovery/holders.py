@@ -1,0 +1,78 @@
+"""Who holds a run: the process that an attempt was claimed by, for whoever starts the run again.
+
+    attempts/<n>/holder.json     {"host": "node-1", "boot": "...", "pid": 4711, "began": "83120"}
+
+Only a process that is certainly alive on this machine counts. Of one on another machine nothing is
+known here: a controller that lost contact is fenced by the next attempt (attempts.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from hybridflow.recovery.attempts import DIRECTORY, Attempt, newest
+from hybridflow.whole_file import whole_file
+
+FILE = "holder.json"
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+STOPPED = "TtZX"
+"""States of /proc/<pid>/stat in which a process trains nothing: suspended, dead."""
+
+
+def hold(attempt: Attempt) -> None:
+    """Notes this process as the attempt's."""
+    with whole_file(_path(attempt)) as path:
+        path.write_text(json.dumps(_identity(os.getpid())))
+
+
+def release(attempt: Attempt) -> None:
+    """The process goes on without the run."""
+    with suppress(OSError):
+        _path(attempt).unlink(missing_ok=True)
+
+
+def check_nobody_holds(output_dir: Path) -> None:
+    """A ValueError where another process of this machine is training the run in `output_dir`."""
+    attempts = output_dir.absolute() / DIRECTORY
+    try:
+        holder = json.loads((attempts / str(newest(attempts)) / FILE).read_text())
+        pid = int(holder["pid"])
+        alive = pid != os.getpid() and holder == _identity(pid)
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # nobody, or not known
+    if alive:
+        raise ValueError(
+            f"output_dir={output_dir}: another run is alive there (process {pid} on "
+            f"{holder['host']}); wait for it or end it (kill -INT {pid}), or set another output_dir"
+        )
+
+
+def _path(attempt: Attempt) -> Path:
+    return attempt.directory / str(attempt.number) / FILE
+
+
+def _identity(pid: int) -> dict[str, object]:
+    """Tells a process that runs here from every other one, by the time that it began at from a later
+    one of its number too; an OSError where there is none."""
+    if _state(pid) in STOPPED:
+        raise ProcessLookupError(f"process {pid} does not run")
+    return {
+        "host": socket.gethostname(),
+        "boot": BOOT.read_text().strip(),
+        "namespace": str(Path("/proc/self/ns/pid").readlink()),
+        "pid": pid,
+        "began": _fields(pid)[19],
+    }
+
+
+def _state(pid: int) -> str:
+    return _fields(pid)[0]
+
+
+def _fields(pid: int) -> list[str]:
+    """Those of /proc/<pid>/stat behind the name, from the process' state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,0 +1,43 @@
+"""A run that another process of this machine is training is left to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from hybridflow.recovery import holders
+from hybridflow.recovery.attempts import Attempt
+
+
+def test_a_run_of_a_process_that_is_alive_is_refused(tmp_path: Path) -> None:
+    """Not one's own, not one that was suspended, killed or is another machine's."""
+    holders.check_nobody_holds(tmp_path)
+    attempt = Attempt.claim(tmp_path)
+    holders.hold(attempt)
+    holders.check_nobody_holds(tmp_path)
+    file = tmp_path / "attempts" / "1" / holders.FILE
+    with subprocess.Popen(["sleep", "60"]) as process:
+        other = holders._identity(process.pid)
+        file.write_text(json.dumps(other))
+        with pytest.raises(
+            ValueError, match=rf"alive there \(process {process.pid} on .*kill -INT"
+        ):
+            holders.check_nobody_holds(tmp_path)
+        for changed in ({"boot": "another"}, {"host": "another"}, {"began": "1"}):
+            file.write_text(json.dumps(other | changed))
+            holders.check_nobody_holds(tmp_path)
+        file.write_text(json.dumps(other))
+        os.kill(process.pid, signal.SIGSTOP)
+        while holders._state(process.pid) != "T":
+            time.sleep(0.01)
+        holders.check_nobody_holds(tmp_path)
+        process.kill()
+    holders.check_nobody_holds(tmp_path)
+    holders.release(attempt)
+    assert not file.exists()
