@@ -1,6 +1,6 @@
 """Who holds a run: the process that an attempt was claimed by, for whoever starts the run again.
 
-    attempts/<n>/holder.json     {"host": "node-1", "boot": "...", "pid": 4711, "began": "83120"}
+    attempts/<n>/holder.json     {"host": "node-1", "boot": "...", "pid": 4711, "began": "83120", ...}
 
 Only a process that is certainly alive on this machine counts. Of one on another machine nothing is
 known here: a controller that lost contact is fenced by the next attempt (attempts.py).
@@ -9,16 +9,22 @@ known here: a controller that lost contact is fenced by the next attempt (attemp
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from hybridflow.recovery.attempts import DIRECTORY, Attempt, newest
 from hybridflow.whole_file import whole_file
 
 FILE = "holder.json"
 BOOT = Path("/proc/sys/kernel/random/boot_id")
+LOGGER = logging.getLogger(__name__)
+ORPHAN_S, POLL_S = 60.0, 0.2
+"""How long a process may take to end whose supervisor has."""
 STOPPED = "TtZX"
 """States of /proc/<pid>/stat in which a process trains nothing: suspended, dead."""
 
@@ -26,7 +32,8 @@ STOPPED = "TtZX"
 def hold(attempt: Attempt) -> None:
     """Notes this process as the attempt's."""
     with whole_file(_path(attempt)) as path:
-        path.write_text(json.dumps(_identity(os.getpid())))
+        parent = _parent(os.getpid())
+        path.write_text(json.dumps(_identity(os.getpid()) | {"parent": parent}))
 
 
 def release(attempt: Attempt) -> None:
@@ -36,19 +43,32 @@ def release(attempt: Attempt) -> None:
 
 
 def check_nobody_holds(output_dir: Path) -> None:
-    """A ValueError where another process of this machine is training the run in `output_dir`."""
+    """A ValueError where another process of this machine is training the run in `output_dir`. Waits
+    for one that lost its parent: a controller whose supervisor was killed is about to end."""
+    deadline = 0.0
+    while (holder := _alive(output_dir)) is not None:
+        pid = holder["pid"]
+        if holder["parent"] == _parent(pid) or (deadline and time.monotonic() > deadline):
+            raise ValueError(
+                f"output_dir={output_dir}: another run is alive there (process {pid} on "
+                f"{holder['host']}); wait for it or end it (kill -INT {pid}), or set another output_dir"
+            )
+        if not deadline:
+            LOGGER.warning("waiting for process %s, which still holds %s, to end", pid, output_dir)
+            deadline = time.monotonic() + ORPHAN_S
+        time.sleep(POLL_S)
+
+
+def _alive(output_dir: Path) -> dict[str, Any] | None:
+    """The other process that holds the newest attempt; None where there is none, or it is not known."""
     attempts = output_dir.absolute() / DIRECTORY
     try:
-        holder = json.loads((attempts / str(newest(attempts)) / FILE).read_text())
+        holder: dict[str, Any] = json.loads((attempts / str(newest(attempts)) / FILE).read_text())
+        others = {name: value for name, value in holder.items() if name != "parent"}
         pid = int(holder["pid"])
-        alive = pid != os.getpid() and holder == _identity(pid)
+        return holder if pid != os.getpid() and others == _identity(pid) else None
     except (OSError, ValueError, KeyError, TypeError):
-        return  # nobody, or not known
-    if alive:
-        raise ValueError(
-            f"output_dir={output_dir}: another run is alive there (process {pid} on "
-            f"{holder['host']}); wait for it or end it (kill -INT {pid}), or set another output_dir"
-        )
+        return None
 
 
 def _path(attempt: Attempt) -> Path:
@@ -76,3 +96,11 @@ def _state(pid: int) -> str:
 def _fields(pid: int) -> list[str]:
     """Those of /proc/<pid>/stat behind the name, from the process' state on."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _parent(pid: int) -> str:
+    """Its process id; empty where the process has ended."""
+    try:
+        return _fields(pid)[1]
+    except OSError:
+        return ""

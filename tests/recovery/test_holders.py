@@ -23,7 +23,7 @@ def test_a_run_of_a_process_that_is_alive_is_refused(tmp_path: Path) -> None:
     holders.check_nobody_holds(tmp_path)
     file = tmp_path / "attempts" / "1" / holders.FILE
     with subprocess.Popen(["sleep", "60"]) as process:
-        other = holders._identity(process.pid)
+        other = holders._identity(process.pid) | {"parent": str(os.getpid())}
         file.write_text(json.dumps(other))
         with pytest.raises(
             ValueError, match=rf"alive there \(process {process.pid} on .*kill -INT"
@@ -41,3 +41,13 @@ def test_a_run_of_a_process_that_is_alive_is_refused(tmp_path: Path) -> None:
     holders.check_nobody_holds(tmp_path)
     holders.release(attempt)
     assert not file.exists()
+
+
+def test_a_process_without_its_supervisor_is_waited_for(tmp_path: Path) -> None:
+    attempt = Attempt.claim(tmp_path)
+    with subprocess.Popen(["sleep", "0.5"]) as process:
+        holder = holders._identity(process.pid) | {"parent": "1"}
+        (attempt.directory / "1" / holders.FILE).write_text(json.dumps(holder))
+        started = time.monotonic()
+        holders.check_nobody_holds(tmp_path)
+        assert 0.2 < time.monotonic() - started < 30
