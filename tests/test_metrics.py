@@ -32,7 +32,7 @@ from hybridflow.metrics import (
 )
 from hybridflow.metrics.console import ConsoleSink, compact, sparkline
 from hybridflow.metrics.samples import SampleRows, shorten
-from hybridflow.metrics.sinks import Row, prometheus_name
+from hybridflow.metrics.sinks import Row, labelled, prometheus_name
 from hybridflow.metrics.vitals import VITALS, Vitals
 
 RIGHT = Sample(
@@ -296,6 +296,14 @@ def test_wandb_offline_writes_samples_as_a_table_of_their_step(tmp_path: Path) -
     assert table["columns"] == columns and len(later["data"]) == 1
     assert table["data"][0][:3] == [RIGHT.prompt, "5", 1.0]
     assert table["data"][1] == ["count", LONG.response, 0.0, None, "length", 4, 2]
+
+
+def test_whose_number_it_is_becomes_labels() -> None:
+    resident = ("host/resident_bytes", {"pool": "policy", "rank": "1"})
+    assert labelled("host/policy/1/resident_bytes") == resident
+    assert labelled("node/10.0.0.7/oom_kills") == ("node/oom_kills", {"node": "10.0.0.7"})
+    for name in ("loss", "host/loss", "seconds/step", "actor/router/load", "node/a/b/c"):
+        assert labelled(name) == (name, {})
 
 
 def test_prometheus_names_are_legal_and_need_ray(tmp_path: Path) -> None:

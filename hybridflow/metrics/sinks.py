@@ -196,7 +196,7 @@ class PrometheusSink(Sink):
         self._run = run
         self._gauges: dict[str, Gauge] = {}
         self._values: dict[str, float] = {}
-        """By names that may have labels in them; see _labelled."""
+        """By names that may have labels in them; see labelled."""
         self._closed = threading.Event()
         threading.Thread(target=self._repeat, name="prometheus", daemon=True).start()
 
@@ -216,10 +216,10 @@ class PrometheusSink(Sink):
 
     def watch(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._set(name if _labelled(name)[1] else f"run/{name}", value)
+            self._set(name if labelled(name)[1] else f"run/{name}", value)
 
     def _set(self, name: str, value: float) -> None:
-        metric, labels = _labelled(name)
+        metric, labels = labelled(name)
         gauge = self._gauge(metric, ("run", *labels))
         self._values[name] = value
         gauge.set(value, {"run": self._run, **labels})
@@ -255,15 +255,15 @@ def _markdown(sample: Sample) -> str:
     return "\n".join(lines)
 
 
-def _labelled(name: str) -> tuple[str, dict[str, str]]:
+def labelled(name: str) -> tuple[str, dict[str, str]]:
     """The metric, and whose it is: host/policy/1/resident_bytes -> host/resident_bytes of
     {pool: policy, rank: 1}, node/10.0.0.7/oom_kills -> node/oom_kills of {node: 10.0.0.7}; of the whole
     run otherwise."""
-    kind, *whose, metric = name.split("/")
-    keys = {"host": ("pool", "rank"), "node": ("node",)}.get(kind, ())
-    if not keys or len(keys) != len(whose):
+    parts = name.split("/")
+    keys = {"host": ("pool", "rank"), "node": ("node",)}.get(parts[0], ())
+    if not keys or len(parts) != len(keys) + 2:
         return name, {}
-    return f"{kind}/{metric}", dict(zip(keys, whose, strict=True))
+    return f"{parts[0]}/{parts[-1]}", dict(zip(keys, parts[1:-1], strict=True))
 
 
 def prometheus_name(name: str) -> str:

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +21,11 @@ from hybridflow.group import each, spawn, spawn_all, start
 from hybridflow.layout import Layout
 from hybridflow.local_pool import LocalPool
 from hybridflow.pool import PoolSpec, ResourcePool, take_turns
-from hybridflow.protocols import ONE_TO_ALL, Arguments, Distribution, Protocol, Split
+from hybridflow.protocols import Arguments, Distribution, Protocol, Split
 from hybridflow.ray_pool import RayPool, start_pools
 from hybridflow.recovery.events import Kind
 from hybridflow.waiting import CALLS
-from hybridflow.worker import remote
+from hybridflow.worker import Worker, remote
 from tests.runtime.workers import Echo, numbers
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -220,40 +219,39 @@ def test_a_stopped_rank_is_named_while_another_pool_works_and_both_go_on() -> No
         assert len(each(busy.whoami)) == 1
 
 
-class Slow(Echo):
-    """Takes a second to build."""
+class Meeting(Worker):
+    """Is built once another process of the other pool is being built too: as often as this one."""
 
-    def __init__(self, config: dict[str, Any], context: RankContext) -> None:
+    def __init__(self, config: tuple[str, str, str], context: RankContext) -> None:
         super().__init__(config, context)
-        self.begun = time.time()
-        time.sleep(1.0)
-        self.built = time.time()
+        directory, here, there = Path(config[0]), config[1], config[2]
+        (directory / f"{here}.{os.getpid()}").touch()
+        times, end = len(list(directory.glob(f"{here}.*"))), time.monotonic() + 60
+        while len(list(directory.glob(f"{there}.*"))) < times:
+            assert time.monotonic() < end, f"{there} is not being built"
+            time.sleep(0.05)
 
-    @remote(ONE_TO_ALL)
-    def times(self) -> tuple[float, float]:
-        return self.begun, self.built
 
-
-def test_pools_are_built_and_restarted_at_the_same_time() -> None:
+def test_pools_are_built_and_restarted_at_the_same_time(tmp_path: Path) -> None:
     """Each is being built while the other is; one that does not come up leaves none."""
     specs = [PoolSpec(name=name, threads_per_device=1) for name in ("left", "right")]
     left, right = start_pools(specs)
     with left, right:
-        roles = spawn_all({"one": (Slow, left, {}), "other": (Slow, right, {})})
+        spawn_all(
+            {
+                "one": (Meeting, left, (str(tmp_path), "left", "right")),
+                "other": (Meeting, right, (str(tmp_path), "right", "left")),
+            }
+        )
         pids = left.pids() + right.pids()
-        assert_overlap([each(role.times)[0] for role in roles.values()])
         take_turns([pool.restarting() for pool in (left, right)])
-        assert_overlap([each(role.times)[0] for role in roles.values()])
+        assert len(list(tmp_path.iterdir())) == 4
         assert not set(pids) & {*left.pids(), *right.pids()}
         assert_gone(pids, within_s=0.1)
     wrong = PoolSpec(name="wrong", num_devices=999, start_timeout_s=1.0)
     with pytest.raises(TooFewDevices):
         start_pools([specs[0], wrong])
     assert not ray.util.list_named_actors()
-
-
-def assert_overlap(times: list[tuple[float, float]]) -> None:
-    assert max(begun for begun, _ in times) < min(built for _, built in times)
 
 
 def test_pools_overlap() -> None:
