@@ -25,9 +25,9 @@ from recipes.checks import (
 )
 from recipes.config import Device, PlacementMode, RunConfig, Runtime
 from recipes.roles import GENERATION, Role, role_kind, role_names
-from workers.engines.model.weight_files import check_weight_files
 from workers.generation import generation_engine_class
 from workers.split_actor import SplitTrainingWorker
+from workers.weight_files import check_weight_files
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,7 +126,11 @@ def prepare(config: RunConfig) -> Preparation:
     num_steps = config.loop.length(len(train), config.data.batch_size).num_steps
     config = with_schedules(config, num_steps)
     placement = place(config)
-    held_out = load_rows(placement, "validation", tokenizer) if config.data.validation else None
+    held_out = None
+    if asks_only(config):
+        held_out = train
+    elif config.data.validation:
+        held_out = load_rows(placement, "validation", tokenizer)
     check_images(placement.roles, [train, held_out])
     pretraining = load_pretraining(placement, tokenizer)
     placement = place(with_generation_lengths(placement, train, held_out))
@@ -204,9 +208,12 @@ def image_processor(model: ModelConfig) -> ImageProcessor | None:
 def _field(config: RunConfig, name: str) -> str:
     """The setting that names the rows: recipes that train nothing ask those of data.validation,
     which stand in data.train too."""
-    if config.algorithm.name in QUESTIONS and config.data.train == config.data.validation:
-        return "data.validation"
-    return f"data.{name}"
+    return "data.validation" if asks_only(config) else f"data.{name}"
+
+
+def asks_only(config: RunConfig) -> bool:
+    """Whether the rows of data.validation are all that there is: nothing is trained."""
+    return config.algorithm.name in QUESTIONS and config.data.train == config.data.validation
 
 
 def load_pretraining(placement: Placement, tokenizer: PreTrainedTokenizerBase) -> RowLoader | None:

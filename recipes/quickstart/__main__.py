@@ -59,7 +59,8 @@ def main() -> None:
     console.rule()
     run_command(command)
     summary = summarise(output)
-    draw_progress(output)
+    if not is_drawn(output):
+        draw_progress(output)
     show(console, summary, output)
 
 
@@ -103,6 +104,12 @@ def summarise(output: Path) -> dict[str, Any]:
     return summary
 
 
+def is_drawn(output: Path) -> bool:
+    """Whether curves.png has all that was logged."""
+    picture, metrics = output / "curves.png", output / "metrics.jsonl"
+    return picture.is_file() and picture.stat().st_mtime >= metrics.stat().st_mtime
+
+
 def draw_progress(output: Path) -> None:
     curves = [
         Curve(metric="reward/mean", label="reward of the samples"),
@@ -130,6 +137,7 @@ def show(console: Console, summary: dict[str, Any], output: Path) -> None:
             f"{output}/metrics.jsonl"
         ),
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from workers.engines.model.weight_files import check_weight_files
+from workers.weight_files import check_weight_files
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1000\n"
 

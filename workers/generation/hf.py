@@ -54,6 +54,7 @@ from workers.images.families import published_config
 from workers.precision import with_native_precision
 from workers.quiet import quiet
 from workers.tokenizer import load_tokenizer
+from workers.weight_files import check_weight_files
 
 
 class HfEngine(GenerationEngine):
@@ -115,6 +116,7 @@ class HfEngine(GenerationEngine):
             self._tokenizer = load_tokenizer(model)
         published = published_config(model)
         self._images = ImageInputs(model) if family_of(published) is not None else None
+        check_weight_files(model.path, "model.path")
         with quiet():
             loaded = language_model_class(published).from_pretrained(
                 model.path,

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from workers.config import ModelConfig
+from workers.hub import check_reachable
 
 QWEN_IMAGE = "<|image_pad|>"
 GEMMA_BEGIN = "<start_of_image>"
@@ -90,6 +91,7 @@ def sees_images(model: ModelConfig) -> bool:
 
 def published_config(model: ModelConfig) -> PretrainedConfig:
     """The checkpoint's configuration, that of its vision tower included."""
+    check_reachable(model.path, model.revision)
     config: Any = AutoConfig.from_pretrained(
         model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -50,10 +51,10 @@ from workers.engines.model.attention import (
 from workers.engines.model.peft_files import is_adapter
 from workers.engines.model.scored import score_head
 from workers.engines.model.tensor_parts import Parts
-from workers.engines.model.weight_files import check_weight_files
 from workers.hub import check_reachable
 from workers.images import family_of
 from workers.quiet import quiet
+from workers.weight_files import check_weight_files
 
 AUTO = "auto"
 """ModelConfig.attention: transformers' choice for the model; where that is PyTorch's fused kernel,
@@ -232,7 +233,7 @@ def load_pretrained(config: ModelConfig, head: Head, seed: int = 0) -> PreTraine
                 attn_implementation=_attention(config),
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError, ImportError) as error:
+    except (OSError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(
             f"model.path is {config.path!r}: its weights cannot be loaded; {error}"
         ) from error
