@@ -6,6 +6,8 @@ minute and with a screen of warnings. One quick question comes before it here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,6 +26,21 @@ def check_reachable(name: str, revision: str | None = None) -> None:
         if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             return
     _ask(constants.ENDPOINT)
+
+
+@contextmanager
+def offline_without_the_hub(name: str) -> Iterator[None]:
+    """The hub's client looks into its cache only, at once, where the hub does not answer."""
+    before = constants.HF_HUB_OFFLINE
+    if not Path(name).exists() and is_hub_name(name) and not before:
+        try:
+            _ask(constants.ENDPOINT)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def is_hub_name(name: str) -> bool:

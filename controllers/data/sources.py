@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from controllers.data.files import FORMATS, SourceRow, format_of, read_file
+from workers.hub import offline_without_the_hub
 
 __all__ = ["READ_ROWS", "Source", "SourceRow", "read", "sources"]
 
@@ -190,7 +191,8 @@ def read_hub(place: str) -> Iterator[SourceRow]:
     if path.is_dir():
         name = str(path)
     try:
-        dataset = datasets.load_dataset(name, config, split=split)
+        with offline_without_the_hub(name):
+            dataset = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -81,6 +81,9 @@ def test_the_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(OSError, match=r"no such directory here, and http://127.0.0.1:9 does not"):
         hub.check_reachable("nobody/nothing")
+    with hub.offline_without_the_hub("nobody/nothing"):
+        assert hub.constants.HF_HUB_OFFLINE
+    assert not hub.constants.HF_HUB_OFFLINE
     hub.check_reachable(str(tmp_path))
     hub.check_reachable("/nowhere/else")
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
