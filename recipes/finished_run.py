@@ -74,12 +74,15 @@ def finished(prepared: Preparation) -> Outcome | None:
 
 
 def complete_summary(directory: Path, outcome: Outcome) -> None:
-    """Writes summary.json where the run ended between its last checkpoint and that file."""
+    """Writes summary.json where the run ended between its last checkpoint and that file, or the
+    file has no seconds of any step."""
     path = directory / SUMMARY
     if not (directory / METRICS).is_file():
         return
-    if path.is_file() and json.loads(path.read_text()).get("num_steps") == outcome.num_steps:
-        return
+    if path.is_file():
+        saved = json.loads(path.read_text())
+        if saved.get("num_steps") == outcome.num_steps and saved.get("train_s") != 0:
+            return
     write_summary(directory, asdict(outcome))
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hybridflow.checkpoint import CheckpointStore
+from hybridflow.metrics.console import _verdict
 from hybridflow.metrics.curves import Curve, _draw
+from hybridflow.metrics.samples import Sample
 from hybridflow.recovery.attempts import Attempt, Fenced
 from recipes.config import RunConfig
 from recipes.errors import plain_errors
@@ -64,6 +67,19 @@ def test_what_is_kept_is_said(tmp_path: Path) -> None:
 def test_labels_of_an_axis_differ() -> None:
     assert labels([5.55, 5.5505, 5.551]) == ["5.55", "5.5505", "5.551"]
     assert labels([0.0, 1.0, 2.0]) == ["0", "1", "2"]
+
+
+def test_weights_without_a_version_are_not_shown() -> None:
+    sample = Sample(
+        prompt="2+3=",
+        response="5",
+        scores={"reward": 1.0},
+        finish_reason="stop",
+        weight_version=-1,
+        uid=0,
+    )
+    assert _verdict(sample) == "reward 1 | finish stop"
+    assert _verdict(replace(sample, weight_version=0)) == "reward 1 | finish stop | weights 0"
 
 
 def test_few_steps_are_whole_numbers() -> None:

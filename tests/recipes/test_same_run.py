@@ -68,12 +68,25 @@ def test_b81_the_same_run_is_finished(
     assert outcome.num_steps == 1 and outcome.train_s == saved["train_s"] > 0
     assert outcome.tokens == pytest.approx(saved["tokens"]) and outcome.phase_s == saved["phase_s"]
     assert outcome.largest == saved["largest"] and "actor/log_prob_gap_max" in outcome.largest
+    model = settings["output_dir"] / "checkpoints" / "step-00000001" / "huggingface"
+    assert caplog.messages[-1] == f"model: {model}" and (model / "model.safetensors").is_file()
     (other_settings,) = [text for text in caplog.messages if "other settings" in text]
     assert other_settings.endswith(
         ": actor.train.optimizer.learning_rate is 3e-05 now and was 1e-06"
     )
     (line,) = [text for text in caplog.messages if text.startswith("nothing to do")]
     assert "is finished after 1 steps; raise loop.num_steps" in line
+
+
+def test_a_summary_that_is_missing_is_written(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The process was killed after its last checkpoint."""
+    shutil.copytree(settings["output_dir"], tmp_path / "out")
+    summary = tmp_path / "out" / "summary.json"
+    whole = summary.read_text()
+    summary.unlink()
+    run("grpo", other(settings, output_dir=tmp_path / "out"))
+    written, before = json.loads(summary.read_text()), json.loads(whole)
+    assert written.pop("tokens") == pytest.approx(before.pop("tokens")) and written == before
 
 
 def test_b81_what_may_change_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
