@@ -26,7 +26,7 @@ from controllers.ledger import Line, line_difference, line_digest, read_ledger
 from controllers.loop import Loop, Outcome
 from controllers.not_finite import StepGivenUp
 from controllers.outcome import nothing_to_do
-from controllers.saving import DISK, MEMORY, ONE_NODE, Commit, Nodes
+from controllers.saving import DISK, MEMORY, ONE_NODE, Commit, Nodes, SnapshotLost
 from hybridflow.errors import TooFewDevices
 from hybridflow.failures import RECOVERABLE, EventLog, describe, failed_pools
 from hybridflow.host_watch import HostWatch
@@ -139,9 +139,15 @@ class Driver:
         """Writes the newest snapshot to disk, at once, whatever this process is doing. The run is
         over after it. For a signal's handler."""
         self._inbox.clear()
-        staged = steps_of(self.saving.timeline(), MEMORY)
-        deadline = time.monotonic() + LEAVE_S
-        self._put(on.Draining(deadline=deadline, notice="SIGTERM", staged=staged))
+        self.saving.store.settle()  # the notice may have come in the middle of a commit
+        timeline = self.saving.timeline()
+        notice = on.Draining(
+            deadline=time.monotonic() + LEAVE_S,
+            notice="SIGTERM",
+            staged=steps_of(timeline, MEMORY),
+            durable=steps_of(timeline, DISK),
+        )
+        self._put(notice)
         self._drive()
 
     def _drive(self) -> None:
@@ -232,7 +238,9 @@ class Driver:
             self._lines[line["step"]] = line
         self._write("started", step=loop.step, pid=os.getpid(), pids=self._pids())
         LOGGER.info("%s", loop.length)
-        if loop.ends:
+        lacking = [commit for commit in timeline if not commit.has_model]
+        without_model = steps_of(lacking, DISK)
+        if loop.ends and loop.step not in without_model:
             LOGGER.info("%s", nothing_to_do(loop.store.directory.parent, loop.step))
         return on.Started(
             pools=tuple(self.pools),
@@ -240,6 +248,7 @@ class Driver:
             last=loop.ends,
             staged=steps_of(timeline, MEMORY),
             durable=steps_of(timeline, DISK),
+            without_model=without_model,
             digests={step: line_digest(line) for step, line in self._lines.items()},
             restarts=self._restarts,
             furthest=self._furthest,
@@ -293,8 +302,8 @@ class Driver:
                 self._look_at_flush()
             else:
                 self.saving.begin_flush_from_here(action.step)
-        except FileNotFoundError as error:
-            self._flush_failed(str(error), lost=self.state.phase is Phase.leaving)
+        except SnapshotLost as error:
+            self._flush_failed(str(error), lost=True)
         except OSError as error:
             self._flush_failed(str(error))
 
@@ -305,6 +314,8 @@ class Driver:
         try:
             if self.saving.is_flushed():
                 self._put(on.Flushed(step=flush.step, number=flush.number))
+        except SnapshotLost as error:
+            self._flush_failed(str(error), lost=True)
         except OSError as error:
             self._flush_failed(str(error))
 
@@ -317,12 +328,15 @@ class Driver:
 
     def _commit(self, action: do.Commit) -> None:
         try:
-            self.saving.commit()
+            commit = self.saving.commit()
         except OSError as error:
             self._flush_failed(str(error))
         else:
+            committed = on.Committed(
+                step=action.step, number=action.number, without_model=not commit.has_model
+            )
             # Before what came meanwhile: what is due next depends on whether a flush is under way.
-            self._inbox.appendleft(on.Committed(step=action.step, number=action.number))
+            self._inbox.appendleft(committed)
 
     def _prune(self, action: do.Prune) -> None:
         """The disk is pruned by the commit."""

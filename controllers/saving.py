@@ -37,6 +37,10 @@ DRAFTS = tuple(f".{name}.*.writing.*" for name in ("ledger", "metrics", "samples
 """Files of the output directory that are renamed once they are whole (whole_file.py)."""
 
 
+class SnapshotLost(RuntimeError):
+    """What memory held of a step is gone or damaged; the disk is not to blame."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Commit:
     """A place that the run can go on from."""
@@ -50,6 +54,11 @@ class Commit:
     stamp: str | None
     state: dict[str, Any]
     """State of data, algorithm and ledger; for a checkpoint only once it was verified."""
+
+    @property
+    def has_model(self) -> bool:
+        """Whether it holds the model that the run is for, as a Hugging Face directory."""
+        return (self.path / HUGGING_FACE).is_dir()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +172,11 @@ class Saving:
         self.check_fence()
         target = memory.target(step)
         stamp = f"{target.name}:{self._next_number()}"
-        keep = () if self._committed is None else (str(self._committed),)
+        committed = self._committed
+        if committed == target:  # the step is staged again: the one before it is what there is
+            before = [other for other in self._paths if self._paths[other] != target]
+            committed = self._paths[max(before)] if before else None
+        keep = () if committed is None else (str(committed),)
         memory.withdraw([Path(path) for path in keep])
         self._staged = None
         answers = {}
@@ -206,6 +219,7 @@ class Saving:
             if refused:
                 self.store.remove_added(step)
                 raise OSError(refused)
+        self.store.end_add(step, HUGGING_FACE)
 
     def begin_flush(
         self, step: int, state: Mapping[str, Any], metrics: Mapping[str, float]
@@ -232,25 +246,29 @@ class Saving:
 
     def begin_flush_from_here(self, step: int) -> None:
         """Copies a commit in memory to disk without the roles' processes, for a controller that has
-        to leave at once. A FileNotFoundError where files of it were not brought."""
+        to leave at once. A SnapshotLost where files of it were not brought, or are damaged."""
         assert self.memory is not None
         commits = [commit for commit in self.memory.commits() if commit.step == step]
         if not commits:
-            raise FileNotFoundError(f"step {step} is not in memory any more")
+            raise SnapshotLost(f"step {step} is not in memory any more")
         newest = commits[0]
         directory = self.store.begin(step)
         digests = newest.state["ledger"]["roles"]
         for name in self.trained:
-            self.nodes.bring(newest.path / name, directory / name)
-            if role_digest(directory / name, newest.stamp) != digests[name]["digest"]:
-                raise FileNotFoundError(f"not all files of {name} after step {step} were brought")
+            try:
+                self.nodes.bring(newest.path / name, directory / name)
+                brought = role_digest(directory / name, newest.stamp)
+            except (FileNotFoundError, ValueError) as error:
+                raise SnapshotLost(str(error)) from error
+            if brought != digests[name]["digest"]:
+                raise SnapshotLost(f"not all files of {name} after step {step} were brought")
         self._flush = Flush(
             step=step, number=newest.number, state=newest.state, metrics={}, copied=False
         )
 
     def is_flushed(self, *, wait: bool = False) -> bool:
-        """Whether all files of the flush under way are on disk; without one, False. An OSError for
-        what the disk refuses, which ends the flush."""
+        """Whether all files of the flush under way are on disk; without one, False. What ends the
+        flush is an OSError for what the disk refuses, a SnapshotLost for what memory holds no more."""
         flush = self._flush
         if flush is None or flush.synced is not None:
             return flush is not None
@@ -263,7 +281,8 @@ class Saving:
                 for end in ends:
                     if end.error:
                         self._flush = None
-                        raise OSError(f"{name}/{end.name}: {end.error}")
+                        refused = SnapshotLost if end.damaged else OSError
+                        raise refused(f"{name}/{end.name}: {end.error}")
                     synced[f"{name}/{end.name}"] = {
                         "bytes": end.num_bytes,
                         "blake2b": end.blake2b,
@@ -271,19 +290,20 @@ class Saving:
         self._flush = replace(flush, synced=synced)
         return True
 
-    def commit(self) -> None:
+    def commit(self) -> Commit:
         """Makes the step that is on disk a checkpoint. An OSError for what the disk refuses."""
         flush, self._flush = self._flush, None
         assert flush is not None and flush.synced is not None
         self.check_fence()
         self.before_commit()
-        self.store.commit(
+        checkpoint = self.store.commit(
             flush.step,
             flush.state,
             metrics=flush.metrics,
             sequence=max(flush.number, self.store.newest_sequence() + 1),
             synced=flush.synced,
         )
+        return on_disk(checkpoint)
 
     def tidy(self) -> None:
         """Removes the temporary files of writers that were killed."""

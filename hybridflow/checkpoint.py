@@ -32,6 +32,8 @@ from hybridflow.recovery.attempts import Attempt
 
 LOGGER = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+DRAFT = ".draft-"
+"""How the name of a directory begins that is being added."""
 FORMAT = 2
 """Version of the manifest's fields and of the trained roles' files."""
 
@@ -113,14 +115,19 @@ class CheckpointStore:
         return directory
 
     def add(self, step: int, name: str) -> Path:
-        """Where a directory `name` is written that the commit of `step` will hold, before or while
-        another step is being saved."""
+        """Where a directory `name` is written that the commit of `step` will hold once end_add was
+        called, before or while another step is being saved."""
         self._check_fence()
         directory = self._adding(step)
         if directory.exists():
             self._disk.remove(directory)
         directory.mkdir(parents=True)
-        return directory / name
+        return directory / f"{DRAFT}{name}"
+
+    def end_add(self, step: int, name: str) -> None:
+        """Everything of `name` is written."""
+        directory = self._adding(step)
+        (directory / f"{DRAFT}{name}").rename(directory / name)
 
     def remove_added(self, step: int) -> None:
         """Takes back what add(step) began."""
@@ -169,7 +176,8 @@ class CheckpointStore:
         # Moved last: where the disk refuses the rest, what was added is there for the next save.
         adding = self._adding(step)
         if adding.is_dir():
-            digests |= self._disk.digests(adding, _files(adding), sync=True)
+            names = [name for name in _files(adding) if not name.startswith(DRAFT)]
+            digests |= self._disk.digests(adding, names, sync=True)
         numbers: dict[str, float | str] = {}
         for name, value in (metrics or {}).items():
             # JSON has no infinity.
@@ -187,9 +195,14 @@ class CheckpointStore:
         self._disk.write_synced(self.directory / ".latest", path.name + "\n")
         self._check_fence()
         if adding.is_dir():
-            for added in adding.iterdir():
-                added.rename(saving / added.name)
-            self._disk.remove(adding)
+            drafts = 0
+            for added in list(adding.iterdir()):
+                if added.name.startswith(DRAFT):
+                    drafts += 1
+                else:
+                    added.rename(saving / added.name)
+            if not drafts:  # their writers may still be at work
+                self._disk.remove(adding)
         for directory in (saving, *saving.rglob("*")):
             if directory.is_dir():
                 self._disk.sync(directory)
@@ -199,6 +212,15 @@ class CheckpointStore:
         (self.directory / ".latest").replace(self.directory / "latest")
         self._prune()
         return read_checkpoint(path)
+
+    def settle(self) -> None:
+        """Finishes a commit that was interrupted after its rename; pruning is left to the next."""
+        draft, latest = self.directory / ".latest", self.latest()
+        if latest is None:
+            return
+        self._disk.sync(self.directory)
+        if draft.exists() and draft.read_text() == latest.path.name + "\n":
+            draft.replace(self.directory / "latest")
 
     @contextmanager
     def trial(self) -> Iterator[Path]:

@@ -1,7 +1,7 @@
 """A run that is finished before it starts: the same command a second time.
 
 Nothing is started and none of its files is changed. Leaves out runs whose newest commit is not a
-checkpoint that can be read; those go on as any other.
+checkpoint that can be read, with its model; those go on as any other.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from controllers.data import RowLoader
 from controllers.outcome import Outcome, logged_steps, nothing_to_do
+from controllers.saving import on_disk
 from controllers.validation import REWARD
 from hybridflow.checkpoint import CheckpointStore, load_metadata
 from hybridflow.metrics.jsonl import METRICS, SUMMARY, write_summary
@@ -43,6 +44,8 @@ def finished(prepared: Preparation) -> Outcome | None:
     staged = MemoryPlace.commits_of(directory)
     if latest is None or (staged and staged[0].number > latest.sequence):
         return None
+    if not on_disk(latest).has_model:
+        return None  # the run exports it
     try:
         state = load_metadata(latest.path)
     except ValueError:

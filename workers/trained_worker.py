@@ -17,7 +17,7 @@ from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.results import Metrics
 from hybridflow.seeds import combine_seed
-from hybridflow.snapshots.files import Written, file_name
+from hybridflow.snapshots.files import Written, check_file, file_name
 from hybridflow.snapshots.flush import Flushed, Flusher
 from hybridflow.snapshots.memory import Stager
 from hybridflow.snapshots.reading import Check, FilesMissing, SnapshotFiles
@@ -56,7 +56,7 @@ class TrainedWorker(ModelWorker, TrainedRole):
         self.not_finite = NotFinite(self.config.train.optimizer)
         self.num_updates = 0
         """Updates so far, over all runs that the checkpoint comes from."""
-        self._stager, self._flusher = Stager(), Flusher()
+        self._stager, self._flusher = Stager(), Flusher(check_file)
         self._staged: Path | None = None
         """The file that was staged last."""
 

@@ -80,6 +80,8 @@ class Started:
     """Steps of the commits that can be read from memory, oldest first."""
     durable: tuple[int, ...] = ()
     """Steps of the commits on disk, oldest first."""
+    without_model: tuple[int, ...] = ()
+    """Those of them that hold no Hugging Face directory."""
     digests: Mapping[int, str] = field(default_factory=dict)
     """The ledger's digest by step, lost steps included: a replayed step is held against it. Only
     of lines whose own checksum is right: a line that was not synced may hold a wrong bit."""
@@ -157,6 +159,8 @@ class Committed:
 
     step: int
     number: int
+    without_model: bool = False
+    """Whether it holds no Hugging Face directory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,6 +240,9 @@ class Draining:
     staged: tuple[int, ...] | None = None
     """Steps of the commits that can be read from memory, oldest first: a notice in the middle of
     Stage comes before Staged, but perhaps after the commit. None: those that are known."""
+    durable: tuple[int, ...] | None = None
+    """Steps of the commits on disk: a notice may come between a commit and its Committed. As
+    `staged`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -91,6 +91,7 @@ def _started(state: State, event: on.Started, now: float) -> Decision:
         budget=budget,
         staged=event.staged,
         durable=event.durable,
+        without_model=frozenset(event.without_model),
         digests=event.digests,
         flushed_at=now,
         pools=event.pools,
@@ -199,10 +200,17 @@ def _disk(state: State, event: on.Flushed | on.FlushFailed | on.Committed, now: 
         case on.FlushFailed():
             return _flush_failed(state, event, now)
     durable = (*(step for step in state.durable if step != event.step), event.step)
+    without_model, not_exported = state.without_model - {event.step}, state.not_exported
+    if event.without_model:
+        without_model |= {event.step}
+        if state.phase is Phase.finishing and event.step == state.step:
+            not_exported = event.step
     state = replace(
         state,
         flush=None,
         durable=durable,
+        without_model=without_model,
+        not_exported=not_exported,
         flushed_at=now,
         disk_failing_since=None,
         budget=state.budget.progressed(event.step),
@@ -243,7 +251,7 @@ def _tick(state: State, now: float) -> Decision:
             return _stop(state, Exit.preempted, "a notice ended this attempt")
         return _flush(state, now) if state.flush is None else (state, ())
     if state.phase is Phase.finishing and state.flush is None:
-        if state.step in state.durable:
+        if _is_complete(state, state.step):
             return _stop(state, Exit.done, "")
         given_up = _give_up_on_disk(state, now)
         if given_up is not None:
@@ -252,6 +260,11 @@ def _tick(state: State, now: float) -> Decision:
             return replace(state, not_exported=None), (do.Export(step=state.step),)
         return _flush(state, now)
     return _give_up_on_disk(state, now) or (state, ())
+
+
+def _is_complete(state: State, step: int) -> bool:
+    """Whether the step is on disk with its model."""
+    return step in state.durable and step not in state.without_model
 
 
 def _give_up_on_disk(state: State, now: float) -> Decision | None:
@@ -397,9 +410,16 @@ def _go_on(state: State, step: int, *, last: bool, now: float) -> Decision:
     if not last:
         return _run(state, step + 1)
     state = replace(state, phase=Phase.finishing, step=step, last=True)
-    if step in state.durable:
+    if _is_complete(state, step):
         return _tick(state, now)
-    return state, (do.Export(step=step),)  # the next Tick flushes it
+    actions: tuple[Action, ...] = (do.Export(step=step),)
+    if step in state.durable:
+        text = f"step {step} is on disk without its model: it is exported and committed again"
+        actions = (do.Report(text=text), *actions)
+    if step in state.staged:
+        return state, actions  # the next Tick flushes it
+    stage = do.Stage(step=step, incarnation=state.incarnation)
+    return replace(state, phase=Phase.staging), (*actions, stage)
 
 
 def _up_to(
@@ -419,7 +439,8 @@ def _leave(state: State, event: on.Draining, now: float) -> Decision:
         deadline = min(deadline, state.deadline)
     else:
         staged = state.staged if event.staged is None else event.staged
-        state = replace(state, flush=None, staged=staged)
+        durable = state.durable if event.durable is None else event.durable
+        state = replace(state, flush=None, staged=staged, durable=durable)
     report = do.Report(text=f"{event.notice}: leaving within {deadline - now:.0f} s")
     state, actions = _tick(replace(state, phase=Phase.leaving, deadline=deadline), now)
     return state, (report, *actions)

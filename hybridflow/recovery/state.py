@@ -75,6 +75,8 @@ class State:
     """Whether the run ends with it."""
     staged: tuple[int, ...] = ()
     durable: tuple[int, ...] = ()
+    without_model: frozenset[int] = frozenset()
+    """Steps whose commit on disk holds no Hugging Face directory."""
     damaged: frozenset[tuple[int, Place]] = frozenset()
     """Commits that are not restored again."""
     avoided: frozenset[tuple[int, Place]] = frozenset()

@@ -329,6 +329,11 @@ def read_header(path: Path) -> StoredFile:
     )
 
 
+def check_file(path: Path) -> None:
+    """A ValueError that says what is wrong with the file."""
+    read_header(path).check()
+
+
 def digest(
     whole: tuple[int, ...], box: Box, tensor: Tensor, scratch: dict[torch.device, Scratch]
 ) -> Tensor:

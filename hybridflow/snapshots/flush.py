@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +23,20 @@ class Flushed:
     """As in a checkpoint's manifest."""
     error: str = ""
     """Why it failed; empty where the file is on disk."""
+    damaged: bool = False
+    """Whether what was read is not what was once written there: the disk is not to blame."""
+
+
+def anything(target: Path) -> None:
+    """Any contents are right."""
 
 
 class Flusher:
     """flusher.start(source, target); flusher.result(wait=False)"""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[Path], None] = anything) -> None:
+        """`check`: a ValueError where a copy's contents are damaged."""
+        self._check = check
         self.source: Path | None = None
         """The file that is being read, which must not be written over."""
         self._thread: threading.Thread | None = None
@@ -69,6 +78,8 @@ class Flusher:
                 self._result = self._copy(source.fileno(), target)
         except OSError as error:
             self._result = Flushed(name=target.name, error=str(error))
+        except ValueError as error:
+            self._result = Flushed(name=target.name, error=str(error), damaged=True)
 
     def _copy(self, source: int, target: Path) -> Flushed:
         """read, BLAKE2b, write and fsync all release the interpreter's lock."""
@@ -83,4 +94,5 @@ class Flusher:
                 size += len(chunk)
             file.flush()
             os.fsync(file.fileno())
+        self._check(target)
         return Flushed(name=target.name, num_bytes=size, blake2b=hasher.hexdigest()[:32])

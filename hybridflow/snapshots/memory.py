@@ -179,6 +179,7 @@ class Stager:
         make_private(path.parents[3])
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         spare = [held for held in self._buffers if held == path or held.parents[1] not in keep]
+        spare.sort(key=lambda held: held != path)  # its own first: none is removed under its name
         buffer = None
         for held in spare:
             candidate = self._buffers.pop(held)

@@ -149,12 +149,13 @@ class SnapshotFiles:
 
 
 def role_digest(directory: Path, stamp: str) -> str:
-    """The digest of all tensors of a role, by the headers of its files: that of the ledger's line
-    where all files are there."""
+    """The digest of all tensors of a role: that of the ledger's line where all its files are there. A
+    ValueError where one is damaged."""
     total = 0
     for path in directory.glob(f"*{SUFFIX}"):
         file = read_header(path)
         if file.stamp == stamp:
+            file.check()
             total += sum(stored.digest for stored in file.boxes)
     return f"{total % 2**64:0{DIGEST_DIGITS}x}"
 

@@ -23,7 +23,7 @@ from hybridflow.metrics import MetricsConfig, Tracker
 from hybridflow.recovery.attempts import Attempt
 from hybridflow.resharding.shards import LocalParameter
 from hybridflow.results import Metrics
-from hybridflow.snapshots.files import file_name, write_snapshot
+from hybridflow.snapshots.files import check_file, file_name, write_snapshot
 from hybridflow.snapshots.flush import Flusher
 from hybridflow.snapshots.memory import MemoryPlace, Stager
 from hybridflow.snapshots.reading import SnapshotFiles
@@ -76,7 +76,7 @@ class HandRole(TrainedWorker):
         self.engine: Any = HandEngine()
         self.context = RankContext(role="actor")
         self.num_updates = 0
-        self._stager, self._flusher, self._staged = Stager(), Flusher(), None
+        self._stager, self._flusher, self._staged = Stager(), Flusher(check_file), None
         self.exports = 0
 
     def save_pretrained(self, directory: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from hybridflow.recovery import actions as do
 from hybridflow.recovery import events as on
 from hybridflow.recovery.actions import Action, Exit
@@ -245,6 +247,43 @@ def test_a_run_whose_last_step_is_in_memory_alone_is_written_to_disk() -> None:
     machine = Machine()
     (stop,) = machine(on.Started(pools=(), held=4, last=True, durable=(4,)))
     assert stop == do.Stop(code=Exit.done)
+
+
+@pytest.mark.parametrize("staged", [(), (3, 4)])
+def test_a_finished_run_without_its_model_is_exported_and_committed_again(
+    staged: tuple[int, ...],
+) -> None:
+    machine = Machine()
+    machine.start(staged=staged, durable=(3, 4), without_model=(3, 4))
+    actions = machine(on.Restored(step=4, incarnation=0, last=True))
+    export, *stage = [action for action in actions[2:] if not isinstance(action, do.Report)]
+    assert export == do.Export(step=4)
+    if staged:
+        assert not stage and machine(on.Tick()) == (do.Flush(step=4, number=1),)
+    else:
+        assert stage == [do.Stage(step=4, incarnation=0)]
+        assert do.Flush(step=4, number=1) in machine(on.Staged(step=4, incarnation=0))
+    machine(on.Flushed(step=4, number=1))
+    assert machine(on.Committed(step=4, number=1))[-1] == do.Stop(code=Exit.done)
+
+
+def test_a_last_commit_without_its_model_is_not_the_end() -> None:
+    machine = running()
+    machine.step(1, last=True)
+    machine(on.Flushed(step=1, number=1))
+    actions = machine(on.Committed(step=1, number=1, without_model=True))
+    assert kinds(actions) == [do.Prune, do.Export]
+    assert machine(on.Tick()) == (do.Flush(step=1, number=2),)
+    assert machine(on.Committed(step=1, number=2))[-1] == do.Stop(code=Exit.done)
+
+
+def test_a_notice_after_a_commit_writes_no_second_one() -> None:
+    """It would be without what was exported for the first, which it would replace."""
+    machine = running()
+    machine.step(1, last=True)
+    machine(on.Flushed(step=1, number=1))
+    actions = machine(on.Draining(deadline=30.0, staged=(0, 1), durable=(1,)))
+    assert kinds(actions) == [do.Report, do.Stop] and machine.state.phase is Phase.stopped
 
 
 def test_a_start_that_holds_its_state_goes_on_from_there() -> None:

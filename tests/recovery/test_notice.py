@@ -1,5 +1,5 @@
 """A SIGTERM in the middle of every file operation of a save: the newest snapshot is on disk when the
-controller leaves, and another machine goes on from it."""
+controller leaves, and another machine goes on from it, to the last step with its model."""
 
 from __future__ import annotations
 
@@ -72,6 +72,10 @@ def elsewhere(output, at_least):
     assert torch.equal(weights(loop), torch.load(root / "expected.pt"))
     difference = first_difference(root / "undisturbed" / LEDGER, output / LEDGER)
     assert difference is None, difference
+    last = loop.store.all()[-1]
+    model = [path.name for path in (last.path / "huggingface").iterdir()]
+    assert (last.step, model) == (3, ["config.json"])
+    assert (output / "checkpoints" / "latest").read_text().strip() == last.path.name
     return 0
 
 assert in_child(undisturbed) == 0

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 
+from hybridflow.recovery.actions import Exit
 from tests.recovery.simulation.bugs import Bugs
 from tests.recovery.simulation.faults import Fault, What, draw
 from tests.recovery.simulation.simulation import shrunk, simulate
@@ -51,7 +52,39 @@ OLD_FAILURES: dict[str, tuple[int, tuple[Fault, ...]]] = {
         ),
     ),
 }
-"""Faults that broke a rule once."""
+"""Faults that broke a rule once, in runs without exports."""
+OLD_FAILURES_OF_EXPORTS: dict[str, tuple[int, tuple[Fault, ...]]] = {
+    "a notice between the last commit and its answer: a second one would be without the model": (
+        7583,
+        (Fault(What.drain, 38.57, 32, 16.4),),
+    ),
+    "the same, on other pools": (2583, (Fault(What.drain, 27.86, 62, 18.5),)),
+    "a notice while a full disk refuses the last export: the next controller writes it": (
+        1952,
+        (Fault(What.disk_full, 15.97, 91, 19.7), Fault(What.drain, 29.74, 17, 17.8)),
+    ),
+    "a notice while the last export is written again: half of it is no model": (
+        3816,
+        (Fault(What.disk_full, 16.37, 1, 9.1), Fault(What.drain, 26.2, 103, 24.8)),
+    ),
+    "the restored last step is damaged in memory: it is staged again, with its rows": (
+        3042,
+        (
+            Fault(What.disk_full, 28.76, 1, 57.3),
+            Fault(What.kill_rank, 32.21, 53, 1),
+            Fault(What.flip_in_memory, 39.36, 81, 15.6),
+        ),
+    ),
+    "the same, with two steps": (
+        6386,
+        (
+            Fault(What.disk_full, 19.14, 1, 38.7),
+            Fault(What.kill_rank, 24.03, 72, 1),
+            Fault(What.flip_in_memory, 33.87, 27, 3.3),
+        ),
+    ),
+}
+"""Faults that broke a rule once, in runs with exports."""
 
 
 def test_no_fault_is_no_recovery() -> None:
@@ -65,6 +98,14 @@ def test_old_failures(what: str) -> None:
     seed, faults = OLD_FAILURES[what]
     outcome = simulate(seed, faults=faults, exports=False)
     assert not outcome.broken, outcome
+
+
+@pytest.mark.parametrize("what", OLD_FAILURES_OF_EXPORTS)
+def test_old_failures_of_exports(what: str) -> None:
+    """Each run ends with its last step on disk, with the model, and in the ledger."""
+    seed, faults = OLD_FAILURES_OF_EXPORTS[what]
+    outcome = simulate(seed, faults=faults)
+    assert not outcome.broken and outcome.status == Exit.done, outcome
 
 
 def test_a_thousand_seeds() -> None:

@@ -27,7 +27,7 @@ class Bugs:
     forgets_given_up: bool = False
     """After going back the rows of a step that was given up are trained again."""
     export_not_tried_again: bool = False
-    """Nobody hears of an export that the disk refused."""
+    """Nobody hears of an export that the disk refused, nor of a commit without it."""
 
 
 class PruningEarly(CheckpointStore):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from hybridflow.checkpoint import Checkpoint, load_metadata
 from hybridflow.recovery import actions as do
 from hybridflow.recovery import attempts
 from hybridflow.recovery import events as on
-from hybridflow.recovery.events import Place
+from hybridflow.recovery.actions import Action
+from hybridflow.recovery.events import Event, Place
 from tests.recovery.simulation.calls import Calls, Lost
 from tests.recovery.simulation.cluster import (
     ROWS_PER_STEP,
@@ -32,6 +34,14 @@ EXPORT = "huggingface"
 class Commits(Calls):
     """The actions that write and read files."""
 
+    def decide(self, event: Event) -> tuple[Action, ...]:
+        """A notice comes with what is there when it comes, as the driver's does."""
+        if isinstance(event, on.Draining):
+            durable = tuple(sorted({checkpoint.step for checkpoint in self.store.all()}))
+            staged = tuple(sorted(self.memory_commits()))
+            event = replace(event, staged=staged, durable=durable)
+        return super().decide(event)
+
     # Snapshots in memory.
 
     def stage(self, action: do.Stage) -> Wait:
@@ -50,6 +60,7 @@ class Commits(Calls):
             "step": action.step,
             "position": self.position + (ROWS_PER_STEP if self.bugs.cursor_ahead else 0),
             "version": self.version,
+            "rows": list(self.rows),
             "line": ledger_line(action.step, self.rows, number),
             "unwritten": self.ledger_lines()[: action.step] if self.ledger_waits else [],
         }
@@ -117,6 +128,7 @@ class Commits(Calls):
         if action.step >= 0:
             self.position = self.restored["position"]
             self.version = self.restored["version"]
+            self.rows = tuple(self.restored["rows"])  # its line may be written once more
             if len(lines) == action.step:
                 lines.append(self.restored["line"])
         self.ledger = File("".join(f"{line}\n" for line in lines).encode())
@@ -146,14 +158,18 @@ class Commits(Calls):
     # The disk.
 
     def export(self, action: do.Export) -> Wait:
-        yield from self.call("actor", 0.5, "save_pretrained")
         if not self.exports:
+            yield from self.call("actor", 0.5, "save_pretrained")
             return
         yield from self.check_fence()
         number = digest({"actor": self.weights("actor")})
         try:
             directory = self.store.add(action.step, EXPORT)
+            self.write_export(action.step, directory, "half")
+            yield from self.call("actor", 0.5, "save_pretrained")
+            yield from self.check_fence()
             self.write_export(action.step, directory, f"{number:016x}")
+            self.store.end_add(action.step, EXPORT)
         except OSError as error:
             if not self.bugs.export_not_tried_again:
                 self.put(on.ExportFailed(step=action.step, cause=str(error)))
@@ -162,7 +178,7 @@ class Commits(Calls):
 
     def write_export(self, step: int, directory: Any, model: str) -> None:
         try:
-            directory.mkdir()
+            directory.mkdir(exist_ok=True)
             (directory / "model").write_bytes(model.encode())
         except OSError:
             self.store.remove_added(step)
@@ -225,7 +241,21 @@ class Commits(Calls):
             raise Lost(on.Fenced()) from None
         self.watch.durable = True
         self.watch.committed(action.step)
-        self.put(on.Committed(step=action.step, number=action.number))
+        without_model = action.step in self.without_model()
+        committed = on.Committed(
+            step=action.step, number=action.number, without_model=without_model
+        )
+        self.put(committed)
+
+    def without_model(self) -> tuple[int, ...]:
+        """Steps of the commits on disk that hold no model."""
+        steps: list[int] = []
+        if not self.exports or self.bugs.export_not_tried_again:
+            return ()
+        for checkpoint in self.store.all():
+            if not (checkpoint.path / EXPORT).is_dir():
+                steps.append(checkpoint.step)
+        return tuple(steps)
 
     def prune(self, action: do.Prune) -> Wait:
         yield from self.check_fence()

@@ -57,6 +57,7 @@ class Controller(Commits):
             pools=tuple(self.layout),
             staged=staged,
             durable=durable,
+            without_model=self.without_model(),
             digests=self.ledger_digests(),
             restarts=0,
         )
