@@ -176,3 +176,23 @@ def test_settings_of_the_steps_before_a_resume_are_kept(tmp_path: Path) -> None:
     assert [rate_of(step) for step in (2, 3, 4)] == [(1.0, 0), (3.0, 2), (3.0, 2)]
     write_settings(tmp_path, {"rate": 4.0}, 0)
     assert rate_of(9) == (4.0, 0)
+
+
+def test_a_finished_run_without_its_model_exports_it(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(settings["output_dir"], output)
+    (saved,) = (output / "checkpoints").glob("step-*")
+    shutil.rmtree(saved / "huggingface")
+    manifest = json.loads((saved / "manifest.json").read_text())
+    kept = {name: at for name, at in manifest["files"].items() if "huggingface" not in name}
+    (saved / "manifest.json").write_text(json.dumps(manifest | {"files": kept}))
+    assert run("grpo", other(settings, output_dir=output)).num_steps == 1
+    (model,) = (output / "checkpoints").glob("step-*/huggingface")
+    (before,) = settings["output_dir"].glob("checkpoints/step-*/huggingface")
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == {
+        path.name: path.read_bytes() for path in before.iterdir()
+    }
+    lines = (output / "ledger.jsonl").read_text()
+    assert lines == (settings["output_dir"] / "ledger.jsonl").read_text()

@@ -67,6 +67,15 @@ OLD_FAILURES_OF_EXPORTS: dict[str, tuple[int, tuple[Fault, ...]]] = {
         3816,
         (Fault(What.disk_full, 16.37, 1, 9.1), Fault(What.drain, 26.2, 103, 24.8)),
     ),
+    "a notice before the ledger is rewound: its lines must be on disk with the commit": (
+        17465,
+        (
+            Fault(What.power_cut, 13.04, 103, 11.6),
+            Fault(What.second_controller, 37.03, 30, 6.9),
+            Fault(What.drain, 41.54, 97, 18.7),
+            Fault(What.power_cut, 47.97, 25, 13.3),
+        ),
+    ),
     "the restored last step is damaged in memory: it is staged again, with its rows": (
         3042,
         (

@@ -230,9 +230,12 @@ class Commits(Calls):
                 raise OSError("its record is gone")
             if self.ledger_waits:
                 self.write_ledger()
-            if self.ledger is not None and not self.bugs.ledger_not_synced:
+            ledger, path = self.ledger, self.root / "ledger"
+            if ledger is None and path.is_file():
+                ledger = path.file()  # a notice came before Rewind
+            if ledger is not None and not self.bugs.ledger_not_synced:
                 self.cluster.files.change()
-                self.ledger.synced = self.ledger.data
+                ledger.synced = ledger.data
             self.store.commit(action.step, dict(record.metadata))
         except (OSError, ValueError) as error:
             self.put(on.FlushFailed(step=action.step, number=action.number, cause=str(error)))

@@ -53,6 +53,8 @@ class Controller(Commits):
         yield 0.1
         staged = tuple(sorted(self.memory_commits()))
         durable = tuple(sorted({checkpoint.step for checkpoint in self.store.all()}))
+        # A step that is committed again is no progress.
+        self.watch.furthest = max((self.watch.furthest, *staged, *durable))
         started = on.Started(
             pools=tuple(self.layout),
             staged=staged,
