@@ -30,6 +30,7 @@ class ClusterConfig:
     dashboard: bool = False
     """Embedded: serve Ray's dashboard on http://127.0.0.1:<dashboard_port>."""
     dashboard_port: int = 8265
+    """Embedded: the dashboard's port."""
     object_store_gib: float = 0.0
     """Embedded: size of the object store; 0 leaves it to Ray (30 % of the memory)."""
     working_dir: str = "."

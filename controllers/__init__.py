@@ -13,6 +13,7 @@ from controllers.algorithm_base import Algorithm, AlgorithmConfig
 from controllers.streams import NoStream, Stream
 from hybridflow.checkpoint import Best
 from hybridflow.registry import Registry, load_object
+from hybridflow.wording import kind_of
 
 LOGGER = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ def register_algorithm(name: str, entry: AlgorithmEntry) -> None:
     that is run again may register its algorithm again."""
     if not isinstance(entry, AlgorithmEntry):
         raise ValueError(
-            f"algorithm {name!r} is a {type(entry).__name__} ({str(entry)[:60]!r}); register an "
+            f"algorithm {name!r} is {kind_of(entry)} ({str(entry)[:60]!r}); register an "
             "AlgorithmEntry"
         )
     if name in ENTRIES:

@@ -26,6 +26,7 @@ class AlgorithmConfig:
     """The settings that every algorithm has; each adds its own in its file."""
 
     name: str = "???"
+    """The algorithm; the recipe chooses it, and with it the settings below."""
     samples_per_prompt: int = 1
     """Responses drawn for every prompt."""
     num_mini_batches: int = 1

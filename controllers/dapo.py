@@ -39,6 +39,7 @@ class DAPOConfig(AlgorithmConfig):
     """Tokens before the length limit over which the penalty grows from 0 to overlong_penalty; 0
     turns it off."""
     overlong_penalty: float = 1.0
+    """A response of max_response_tokens loses this much of its reward."""
     max_response_tokens: int = 0
     """The length limit that the penalty refers to:
     actor.generation.sampling.max_response_tokens."""

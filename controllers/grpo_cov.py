@@ -56,7 +56,9 @@ class ClipCovConfig(CovConfig):
 
     name: str = "clip_cov"
     low: float = 1.0
+    """Least covariance of a token that may be clipped."""
     high: float = 5.0
+    """Largest covariance of a token that may be clipped."""
     losses: ClassVar[tuple[str, ...]] = ("clip_cov",)
 
     def __post_init__(self) -> None:

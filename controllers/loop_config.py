@@ -35,6 +35,7 @@ class LoopConfig:
     keep_last: int = 2
     """Checkpoints kept, besides the best."""
     keep_best: int = 1
+    """Checkpoints kept for their validation, the best ones."""
     resume: str = "auto"
     """auto: from the latest checkpoint in the output directory if there is one; never: start
     anew; or a checkpoint's directory."""

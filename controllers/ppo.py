@@ -28,6 +28,7 @@ class PPOConfig(AlgorithmConfig):
     lam: float = 1.0
     """lambda of GAE: 1 is low bias, smaller values trade it for less variance."""
     whiten_advantages: bool = True
+    """Shift and scale the advantages to mean 0 and variance 1 over all tokens of the batch."""
     kl: KLControlConfig = field(default_factory=lambda: KLControlConfig(coefficient=0.05))
     """The KL to the reference in the reward."""
 

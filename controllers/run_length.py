@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hybridflow.wording import counted
+
 DEFAULT_NUM_STEPS = 100
 """Steps of a run that names neither steps nor epochs."""
 
@@ -44,7 +46,12 @@ class RunLength:
         return min(self.batch_size, self.row_limit - position)
 
     def __str__(self) -> str:
+        text = f"{counted(self.num_steps, 'steps')} of {counted(self.batch_size, 'rows')}"
         if self.row_limit is None:
-            return f"{self.num_steps} steps of {self.batch_size} rows"
+            return text
         last = self.row_limit - (self.num_steps - 1) * self.batch_size
-        return f"{self.num_steps} steps of {self.batch_size} rows, the last of {last}"
+        if last == self.batch_size:
+            return text
+        if self.num_steps == 1:
+            return f"1 step of {counted(last, 'rows')}"
+        return f"{text}, the last of {last}"

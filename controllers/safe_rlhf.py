@@ -34,7 +34,9 @@ from workers.roles import Actor, Cost, Critic, Reference, Reward
 class SafeRLHFConfig(AlgorithmConfig):
     name: str = "safe_rlhf"
     gamma: float = 1.0
+    """Discount per token."""
     lam: float = 0.95
+    """lambda of GAE: 1 is low bias, smaller values trade it for less variance."""
     kl: KLControlConfig = field(default_factory=lambda: KLControlConfig(coefficient=0.02))
     """The KL per token: one half lowers the rewards, the other raises the costs."""
     lagrange: LagrangeConfig = field(default_factory=LagrangeConfig)

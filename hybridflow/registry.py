@@ -19,6 +19,7 @@ import sys
 from abc import ABCMeta
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import EntryPoints, entry_points
@@ -122,5 +123,9 @@ def load_object(path: str, field: str) -> Any:
             f"{error}); it must be importable on every node"
         ) from error
     if name not in vars(module):
-        raise ValueError(f"{field}={path!r}: {module_name} has no {name!r}")
+        near = get_close_matches(name, [other for other in vars(module) if other[0] != "_"], n=1)
+        fix = "name what the module defines"
+        if near:
+            fix = f"did you mean {module_name}:{near[0]}?"
+        raise ValueError(f"{field}={path!r}: {module_name} has no {name!r}; {fix}")
     return vars(module)[name]

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipes.path_settings import expand_paths
+from recipes.value_words import in_plain_words
 
 Settings = TypeVar("Settings")
 HELP = ("-h", "--help")
@@ -53,8 +54,7 @@ def read_arguments(
                 f"{name} is {value!r}, which is no YAML; check brackets and quotes"
             ) from None
         except OmegaConfBaseException as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{name} is {value!r}: {reason}") from None
+            raise ValueError(f"{argument}: {in_plain_words(str(error))}") from None
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ValueError(f"not set: {', '.join(missing)}; give each as name=value")
     settings = cast(Settings, OmegaConf.to_object(config))

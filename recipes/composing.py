@@ -18,6 +18,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
+from controllers import algorithm_entry
 from recipes.config import RunConfig, register
 from recipes.override_values import quote_values
 from recipes.overrides import (
@@ -29,6 +30,7 @@ from recipes.overrides import (
     setting_names,
     unknown_setting,
 )
+from recipes.value_words import in_plain_words
 
 PACKAGED = Path(__file__).parent
 HYDRAS_OWN = ("full_key:", "object_type=", "reference_type=", "See https://hydra.cc")
@@ -83,7 +85,7 @@ def compose(recipe: RecipeFile, arguments: Sequence[str]) -> DictConfig:
     """The recipe's settings with the arguments over them, as Hydra holds them."""
     register()
     check_form(arguments)
-    check_names(arguments)
+    check_names(arguments, lambda: own_settings(recipe))
     overrides = join_tables(quote_values(arguments))
     if recipe.directory != PACKAGED:
         overrides.append(SEARCH)
@@ -102,7 +104,22 @@ def compose(recipe: RecipeFile, arguments: Sequence[str]) -> DictConfig:
                 "its brackets, braces and quotes, and put texts in it into quotes"
             ) from error
         except HydraException as error:
-            raise ValueError(composition_problem(recipe, error)) from error
+            offered = setting_names()
+            if arguments:
+                offered = own_settings(recipe)
+            raise ValueError(composition_problem(recipe, error, offered)) from error
+
+
+def own_settings(recipe: RecipeFile) -> list[str]:
+    """Names of the settings that the recipe reads; every setting's where it can't be composed."""
+    from recipes.settings_page import read_settings  # which composes recipes
+
+    try:
+        config = compose(recipe, [])
+        entry = algorithm_entry(config.algorithm.name)
+    except ValueError:
+        return setting_names()
+    return [setting.name for setting in read_settings(config, entry)]
 
 
 def check_recipe_file(recipe: RecipeFile) -> None:
@@ -147,7 +164,7 @@ def missing_config(recipe: RecipeFile, error: MissingConfigException) -> str:
     )
 
 
-def composition_problem(recipe: RecipeFile, error: HydraException) -> str:
+def composition_problem(recipe: RecipeFile, error: HydraException, offered: Sequence[str]) -> str:
     """Hydra's and OmegaConf's messages have a summary, a cause and the setting's full name on
     lines of their own; this is one line with all three."""
     cause = error.__cause__ or error
@@ -166,11 +183,11 @@ def composition_problem(recipe: RecipeFile, error: HydraException) -> str:
         known = setting_names()
         if where in known and where.startswith("algorithm."):
             return f"{where}: recipe {recipe.name} has no such setting{other_place(where)}"
-        return f"{where}: {unknown_setting(setting, known)}"
+        return f"{where}: {unknown_setting(setting, offered)}"
     if where == str(recipe.path) and setting:
-        return f"{where}: {setting}: {lines[0]}"
-    problem = " ".join(line for line in lines if not line.startswith(HYDRAS_OWN))
-    return problem if cause is error else f"{where}: {problem}"
+        return f"{where}: {setting}: {in_plain_words(lines[0])}"
+    problem = in_plain_words(" ".join(line for line in lines if not line.startswith(HYDRAS_OWN)))
+    return problem if cause is error else f"{where.lstrip('+')}: {problem}"
 
 
 def other_place(setting: str) -> str:
@@ -193,7 +210,7 @@ def to_settings(config: DictConfig) -> RunConfig:
             "setting, and an environment variable is written $NAME"
         ) from error
     except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{error.full_key}: {in_plain_words(str(error))}") from error
 
 
 def missing_settings(config: DictConfig) -> Iterator[str]:

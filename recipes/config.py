@@ -113,10 +113,11 @@ class RunConfig:
     pools: dict[str, PoolConfig] = field(default_factory=dict)
     """For placement=custom: which roles share which devices."""
     cpus_per_device: float = 1.0
+    """CPUs that Ray reserves for each device's process."""
     threads_per_device: int = 0
-    """CPU threads of a device's process; 0: OMP_NUM_THREADS where the run starts its own cluster or
-    needs none, else the node's cores shared among the devices of the run, on several nodes of its
-    pool."""
+    """CPU threads of each device's process. 0: the environment variable OMP_NUM_THREADS where it is
+    set and the run starts its own cluster or needs none; otherwise an equal share of its node's
+    cores."""
     deterministic: bool = False
     """On GPUs too the same run gives the same bits, on the same kind and number of them: slower
     kernels in PyTorch, and in vLLM those whose results do not depend on the other rows. On CPUs

@@ -17,8 +17,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from controllers import algorithm_entry, algorithm_names
 from controllers.ledger import LEDGER, first_difference, read_ledger
 from recipes.errors import plain_errors
+from recipes.settings_page import unread_names
 
 CONFIG, ENVIRONMENT = "config.yaml", "environment.json"
 ITS_PLACE = ("output_dir",)
@@ -52,11 +54,23 @@ def compare(arguments: Sequence[str]) -> int:
 def different_settings(first: Path, second: Path) -> list[tuple[str, object, object]]:
     """(name, value in the first run, in the second) of every setting and version that differs."""
     ours, theirs = settings_of(first), settings_of(second)
+    unread = unread_by(ours) & unread_by(theirs)
     different = []
     for name in sorted(ours.keys() | theirs.keys()):
+        if any(f"{name}.".startswith(f"{group}.") for group in unread):
+            continue
         if ours.get(name) != theirs.get(name) and name not in ITS_PLACE:
             different.append((name, ours.get(name), theirs.get(name)))
     return different
+
+
+def unread_by(settings: Mapping[str, object]) -> set[str]:
+    """Settings and groups of settings, of other algorithms' models for example, that the run did
+    not read; none where its algorithm is not known here."""
+    name = settings.get("algorithm.name")
+    if name not in algorithm_names():
+        return set()
+    return set(unread_names(algorithm_entry(str(name))))
 
 
 def settings_of(run: Path) -> dict[str, object]:

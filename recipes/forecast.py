@@ -6,6 +6,7 @@ Leaves out the translation of settings into the mapper's words: recipes/mapping_
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from controllers.loop import Outcome
@@ -19,6 +20,7 @@ from hybridflow.mapping.search.setting import GENERATION
 from recipes.mapping_cluster import knows_devices
 from recipes.mapping_settings import MapperInputs, configured_mapping, setting_of
 
+LOGGER = logging.getLogger(__name__)
 MAPPING = "mapping.json"
 """A file in a run's directory: the pools of its models, their layouts, and the predictions."""
 
@@ -48,9 +50,10 @@ def verdict(inputs: MapperInputs, pool_of: Mapping[str, str], sizes: Mapping[str
         advice = shortage(setting)
     else:
         advice = f"placement=auto fits on this cluster: {best.step_s:.3g} s a step"
+    LOGGER.info("%s", text)
+    reasons = "; ".join(line.strip() for line in judgement.report().splitlines())
     raise ValueError(
-        f"{text}\n\nthis placement does not fit on "
-        f"{setting.cluster}:\n{judgement.report()}\n{advice}"
+        f"this placement does not fit on {setting.cluster}: {reasons.replace(':; ', ': ')}; {advice}"
     )
 
 

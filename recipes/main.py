@@ -17,12 +17,13 @@ from hybridflow.disk import wait_for_room
 from hybridflow.failures import may_be_retried
 from hybridflow.supervision import SUPERVISION, supervise
 from hybridflow.waiting import catch_interrupts
-from recipes.composing import PACKAGED, SEARCH, RecipeFile, compose, to_settings
-from recipes.config import RunConfig, register
+from recipes.composing import PACKAGED, SEARCH, RecipeFile, compose, own_settings, to_settings
+from recipes.config import RunConfig
 from recipes.errors import plain_errors
+from recipes.flags import split_flags
 from recipes.interruption import what_is_kept
 from recipes.override_values import quote_values
-from recipes.overrides import check_names, join_tables
+from recipes.overrides import join_tables, nearest_name
 from recipes.roles import ROLES, role_names
 from recipes.run import run as train
 from recipes.settings_page import settings_page
@@ -62,7 +63,7 @@ def main(find: Callable[[], RecipeFile], arguments: Sequence[str], run: Run = tr
             at = list(arguments).index("--settings")
             print(settings_page(recipe, arguments[:at], arguments[at + 1 :]))
         elif any(argument.startswith("-") for argument in arguments):
-            run_under_hydra(recipe, arguments, run)
+            show_under_hydra(recipe, arguments)
         else:
             settings = to_settings(compose(recipe, arguments))
             if run is train and is_supervised(settings):
@@ -108,21 +109,18 @@ def start(settings: RunConfig, arguments: Sequence[str], run: Run) -> None:
     run(settings)
 
 
-def run_under_hydra(recipe: RecipeFile, arguments: Sequence[str], run: Run) -> None:
-    """Hydra's own options: --cfg job, --multirun, --info."""
-    register()
-    check_names(arguments)
+def show_under_hydra(recipe: RecipeFile, arguments: Sequence[str]) -> None:
+    """Hydra's own flags, which show the settings: --cfg job, --info."""
+    flags, settings = split_flags(arguments, lambda name: nearest_name(name, own_settings(recipe)))
+    compose(recipe, settings)  # its mistakes in one line
     directory = "pkg://recipes" if recipe.directory == PACKAGED else str(recipe.directory)
 
     @hydra.main(version_base="1.3", config_path=directory, config_name=recipe.name)
     def hydra_main(config: DictConfig) -> None:
-        with plain_errors():
-            start(to_settings(config), arguments, run)
+        raise AssertionError("Hydra shows the settings and calls nothing")
 
-    # With --multirun a comma separates values to try.
-    if not {"--multirun", "-m"} & set(arguments):
-        arguments = quote_values(arguments)
-    sys.argv[1:] = [*join_tables(arguments), *HYDRA_SETTINGS]
+    # Hydra's parser takes settings in one piece only.
+    sys.argv[1:] = [*flags, *join_tables(quote_values(settings)), *HYDRA_SETTINGS]
     if recipe.directory != PACKAGED:
         sys.argv.append(SEARCH)
     hydra_main()

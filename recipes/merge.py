@@ -34,7 +34,11 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 def merge(adapter: str, output: str, base: str | None = None) -> None:
     """A ValueError for an adapter that does not fit the base, and for an output that exists."""
-    files, target = PeftFiles.read(adapter), Path(output)
+    try:
+        files = PeftFiles.read(adapter)
+    except ValueError as error:  # of a run, where it is a setting
+        raise ValueError(str(error).removeprefix("lora.")) from None
+    target = Path(output)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"output is {output!r}, which is not empty; name a new directory")
     path = base or files.base

@@ -3,7 +3,7 @@ and tables whose entries the user names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from types import MappingProxyType
@@ -51,6 +51,13 @@ ELSEWHERE = {
     "num_generations": "samples_per_prompt",
     "rollout_n": "samples_per_prompt",
     "train_batch_size": "batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "model_name_or_path": "path",
+    "model_path": "path",
+    "dataset_name": "train",
+    "beta": "kl_coefficient",
+    "epsilon_high": "clip_high",
+    "gradient_checkpointing": "activation_checkpointing",
     "max_grad_norm": "clip_grad_norm",
     "save_freq": "checkpoint_every",
     "save_steps": "checkpoint_every",
@@ -61,30 +68,34 @@ ELSEWHERE = {
 
 
 def check_form(arguments: Sequence[str]) -> None:
-    """ValueError for what is neither name=value nor, as Hydra has it, ~name."""
+    """ValueError for what is not name=value, and for Hydra's ~name."""
     for argument in arguments:
         name, equals, _ = argument.partition("=")
-        if not argument.startswith("~") and (not equals or not name or name != name.strip()):
+        if argument.startswith("~"):
+            raise ValueError(
+                f"{argument}: a setting can't be taken out; leave it out for its default, or set it "
+                "to another value"
+            )
+        if not equals or not name or name != name.strip():
             raise ValueError(
                 f"{argument!r} is not of the form name=value (without blanks around the =); "
                 "--help shows an example"
             )
 
 
-def check_names(arguments: Sequence[str]) -> None:
+def check_names(arguments: Sequence[str], offer: Callable[[], Sequence[str]] | None = None) -> None:
     """ValueError for name=value with a name that no setting has; Hydra's own advice (+name)
-    would not help."""
+    would not help. `offer` gives the settings that the recipe reads, which are suggested."""
     known = setting_names()
     for argument in arguments:
-        name, equals, value = argument.partition("=")
-        dashless = name.lstrip("-").replace("-", "_")
-        if name.startswith("--") and dashless in known:
-            raise ValueError(f"{argument}: settings have no dashes; write {dashless}={value}")
+        name, equals, _ = argument.partition("=")
         name = name.removeprefix("++").removeprefix("+")
         if not equals or not name.replace(".", "").isidentifier():
             continue
         if name in known or name.startswith(FREE):
             continue
+        if offer is not None:
+            known = list(offer())
         raise ValueError(f"{argument}: {unknown_setting(name, known)}")
 
 
@@ -95,6 +106,13 @@ def unknown_setting(name: str, known: Sequence[str]) -> str:
     near = near_names(name, known)
     advice = f"did you mean {' or '.join(near)}?" if near else "--settings lists them all"
     return f"there is no setting {name!r}; {advice}"
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """The setting that was most likely meant, or nothing."""
+    if name in known:
+        return name
+    return next(iter(near_names(name, known)), "")
 
 
 def near_names(name: str, known: Sequence[str]) -> list[str]:

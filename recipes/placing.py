@@ -16,6 +16,7 @@ from typing import Any
 from controllers import AlgorithmEntry, algorithm_entry
 from hybridflow.dataflow import Dataflow
 from hybridflow.layout import Layout
+from hybridflow.wording import counted
 from recipes.checks import (
     check_algorithm,
     check_generation_groups,
@@ -170,7 +171,7 @@ def placement_report(placement: Placement, dataflow: Dataflow) -> str:
         size = placement.pool_sizes[role.pool]
         if role.config.train.ep > 1:
             layouts += f", experts over {role.config.train.ep} ranks each"
-        lines.append(f"  {role.name:<10} pool {role.pool} ({size} devices): {layouts}")
+        lines.append(f"  {role.name:<10} pool {role.pool} ({counted(size, 'devices')}): {layouts}")
     return "\n".join(lines)
 
 
@@ -182,13 +183,13 @@ def _pools(config: RunConfig, names: tuple[str, ...]) -> dict[str, str]:
             f"pools ({', '.join(config.pools)}) are set with placement=colocated; set "
             "placement=custom or leave them out"
         )
-    if config.placement is not PlacementMode.custom or config.runtime is Runtime.local:
-        return dict.fromkeys(names, "main")
-    if not config.pools:
+    if config.placement is PlacementMode.custom and not config.pools:
         raise ValueError(
             "placement=custom needs pools, for example pools.policy.num_devices=2 "
             "'pools.policy.roles=[actor,reference]'"
         )
+    if config.placement is not PlacementMode.custom or config.runtime is Runtime.local:
+        return dict.fromkeys(names, "main")
     owners: dict[str, list[str]] = {}
     for pool, settings in config.pools.items():
         for role in settings.roles:

@@ -262,7 +262,8 @@ def _placed_by_the_mapper(prepared: Preparation, inputs: MapperInputs) -> Prepar
     mapping = choose(inputs)
     placement = place(apply_mapping(inputs, mapping))
     check_models(placement)
-    LOGGER.info("placement=auto\n%s", mapping_report(mapping))
+    if not prepared.config.dry_run:  # whose report has it
+        LOGGER.info("placement=auto\n%s", mapping_report(mapping))
     return replace(prepared, placement=placement, mapping=mapping)
 
 
@@ -277,7 +278,13 @@ def dry_run_report(prepared: Preparation) -> str:
         return f"{report}\n\n{mapping_report(prepared.mapping)}"
     if prepared.mapper_inputs is not None:
         return f"{report}\n\n{verdict(prepared.mapper_inputs, placement.pool_of, placement.pool_sizes)}"
-    return report
+    what = placement.config.algorithm.name
+    if placement.config.algorithm.name not in QUESTIONS and placement.entry.answers_prompts:
+        what = "a judge that writes"
+    return (
+        f"{report}\n\nseconds and memory: not predicted; the mapper plans training steps that answer "
+        f"prompts, not {what}"
+    )
 
 
 def predicted_mapping(prepared: Preparation) -> DeviceMapping | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 
+from hybridflow.wording import kind_of
 from recipes.composing import RecipeFile, compose, to_settings
 from recipes.config import RunConfig
 from recipes.main import unused_settings
@@ -90,9 +91,7 @@ def as_arguments(settings: Settings) -> list[str]:
     if isinstance(settings, Mapping):
         for name in settings:
             if not isinstance(name, str):
-                raise ValueError(
-                    f"settings: the name {name!r} is a {type(name).__name__}, not text"
-                )
+                raise ValueError(f"settings: the name {name!r} is {kind_of(name)}, not text")
         return [f"{name}={_text(name, value)}" for name, value in settings.items()]
     if not isinstance(settings, Sequence) or isinstance(settings, bytes):
         raise ValueError(
@@ -122,6 +121,4 @@ def _text(name: str, value: object) -> str:
         return "{" + ", ".join(f"{key}: {_text(name, inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return "[" + ", ".join(_text(name, inner) for inner in value) + "]"
-    raise ValueError(
-        f"settings: {name} is a {type(value).__name__}; give text, a number, a list or a dict"
-    )
+    raise ValueError(f"settings: {name} is {kind_of(value)}; give text, a number, a list or a dict")

@@ -14,6 +14,7 @@ from controllers import algorithm_entry
 from hybridflow.batch import Batch
 from hybridflow.mapping.search.setting import GENERATION
 from hybridflow.registry import Registry
+from hybridflow.wording import kind_of
 from hybridflow.worker import Worker
 from recipes.config import NO_MODEL, RunConfig
 from workers.actor import ActorWorker
@@ -60,6 +61,14 @@ def uses_reference(config: RunConfig) -> bool:
     return config.algorithm.needs_reference or config.actor.loss.kl_coefficient != 0
 
 
+def kl_settings(config: RunConfig) -> str:
+    """The coefficients of a KL to the reference."""
+    in_loss = "actor.loss.kl_coefficient above 0"
+    if "kl" in vars(config.algorithm):
+        return f"algorithm.kl.coefficient or {in_loss}"
+    return in_loss
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoleKind:
     """How a role comes into being."""
@@ -72,6 +81,8 @@ class RoleKind:
     needed: Callable[[RunConfig], bool] = always
     absent: Callable[[], Any] | None = None
     """Makes what stands in its place where it is not needed."""
+    asked_by: Callable[[RunConfig], str] = str
+    """The settings that would need it, in words, where it is not needed."""
 
 
 def actor_settings(config: RunConfig) -> ActorConfig:
@@ -156,6 +167,7 @@ ROLES: dict[str, RoleKind] = {
         head=Head.lm,
         needed=uses_reference,
         absent=NoReference,
+        asked_by=kl_settings,
     ),
     "judge": RoleKind(
         settings=lambda config: JudgeRoleConfig(**vars(config.judge), policy=config.model),
@@ -199,6 +211,8 @@ ROLES: dict[str, RoleKind] = {
 EXTENSIONS = Registry(group="hybridflow.roles", builtin={})
 """Roles of other packages, each a RoleKind. Its settings are of a class in
 workers/role_config.py."""
+REGISTERED: dict[str, RoleKind] = {}
+"""Roles of this process: register_role()."""
 
 SCORERS = ("reward", "gold", "cost")
 """Roles that may be a function of a row's columns in place of a model."""
@@ -237,16 +251,47 @@ def role_names(config: RunConfig) -> tuple[str, ...]:
     return (*entry.roles, *(name for name in scorers if name not in entry.roles))
 
 
+def register_role(name: str, kind: RoleKind) -> None:
+    """Adds a role from a script or notebook, as register_algorithm() adds the algorithm that names
+    it. A ValueError for what is no RoleKind, or whose name another role has; a cell that is run
+    again may register its role again."""
+    if not isinstance(kind, RoleKind):
+        raise ValueError(
+            f"role {name!r} is {kind_of(kind)} ({str(kind)[:60]!r}); register a RoleKind"
+        )
+    if name in ROLES:
+        raise ValueError(f"role {name!r} is built in; register yours under another name")
+    other = EXTENSIONS.locations().get(name)
+    if other is not None:
+        raise ValueError(
+            f"role {name!r} is {other} of an installed package; register yours under another name"
+        )
+    known = REGISTERED.get(name)
+    if known is not None and places_of(known) != places_of(kind):
+        raise ValueError(
+            f"role {name!r} is registered with the worker {known.worker.__module__}:"
+            f"{known.worker.__qualname__}; register yours under another name"
+        )
+    REGISTERED[name] = kind
+
+
+def places_of(kind: RoleKind) -> list[tuple[str, str]]:
+    """Where its functions are defined: the same for a cell that is run again."""
+    return [(call.__module__, call.__qualname__) for call in (kind.settings, kind.worker)]
+
+
 def role_kind(name: str) -> RoleKind:
     """The role that an algorithm's entry names; a ValueError for an unknown one lists the known
     ones."""
     if name in ROLES:
         return ROLES[name]
+    if name in REGISTERED:
+        return REGISTERED[name]
     if name not in EXTENSIONS:
         raise ValueError(
             f"role {name!r} of an algorithm is unknown; known: "
-            f"{', '.join([*ROLES, *EXTENSIONS])}; declare it as an entry point of the group "
-            f"{EXTENSIONS.group}"
+            f"{', '.join([*ROLES, *REGISTERED, *EXTENSIONS])}; declare it as an entry point of the "
+            f"group {EXTENSIONS.group}, or register it (recipes.roles.register_role)"
         )
     kind = EXTENSIONS.load(name, f"role {name}")
     if not isinstance(kind, RoleKind):

@@ -44,6 +44,7 @@ from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.supervision import SUPERVISION
 from hybridflow.waiting import CALLS
 from hybridflow.whole_file import whole_file
+from hybridflow.wording import kind_of
 from recipes.asynchrony import rows_ahead, streaming_actor
 from recipes.config import Device, RunConfig
 from recipes.environment import environment
@@ -51,7 +52,7 @@ from recipes.machines import connect_cluster, nodes_of, start_all_pools
 from recipes.path_settings import make_directory
 from recipes.placing import Placement, placeholder_roles
 from recipes.preparation import Preparation
-from recipes.roles import GENERATION
+from recipes.roles import GENERATION, role_kind
 from recipes.same_run import checkpoint_store, run_settings
 from recipes.settings_history import settings_tree, write_settings
 from workers.machine import MachineWorker
@@ -127,6 +128,12 @@ class Session:
         """Whether responses are drawn ahead of the steps that train on them."""
         return self.config.asynchrony.staleness > 0
 
+    @property
+    def _placed(self) -> list[str]:
+        """The roles of this run: those that stand somewhere, and no placeholders."""
+        placed = {role.name for role in self.placement.roles}
+        return [name for name in self.roles if name in placed]
+
     def _start(self) -> None:
         prepared, placement, config = self.prepared, self.placement, self.config
         tracker, memory, attempt, first_step = None, None, None, 0
@@ -159,7 +166,7 @@ class Session:
             if prepared.precision_line:
                 LOGGER.info("%s", prepared.precision_line)
             self.roles = spawn_roles(placement, self.pools, draws_ahead=self._draws_ahead)
-        vars(self).update(self.roles)
+        vars(self).update({name: self.roles[name] for name in self._placed})
         data: RowSource = RowLoader(prepared.train, config.data)
         if self._draws_ahead:
             loader = RowLoader(prepared.train, config.data)
@@ -282,8 +289,8 @@ class Session:
         no rows: the next one begins with the same."""
         if prompts is not None and not isinstance(prompts, Batch):
             raise ValueError(
-                f"session.step takes a Batch of prompts (next(session.prompts) is one), not a "
-                f"{type(prompts).__name__}"
+                f"session.step takes a Batch of prompts (next(session.prompts) is one), not "
+                f"{kind_of(prompts)}"
             )
         if prompts is not None and not prompts:
             raise ValueError("session.step: the batch of prompts has no rows")
@@ -329,12 +336,19 @@ class Session:
 
     def __repr__(self) -> str:
         state = "" if _OPEN is self else ", closed"
-        return f"Session({self.config.algorithm.name}: {', '.join(self.roles)}{state})"
+        return f"Session({self.config.algorithm.name}: {', '.join(self._placed)}{state})"
 
     if not TYPE_CHECKING:  # for a type checker an unknown name is a mistake
 
         def __getattr__(self, name: str) -> NoReturn:
-            roles = ", ".join(vars(self).get("roles", ())) or "none yet"
+            if name in vars(self).get("roles", ()):
+                raise AttributeError(
+                    f"session: this run has no {name}, which nothing asks for; set "
+                    f"{role_kind(name).asked_by(self.config)}"
+                )
+            roles = "none yet"
+            if "roles" in vars(self):
+                roles = ", ".join(self._placed) or roles
             raise AttributeError(f"session: no {name!r}; the roles of this recipe are {roles}")
 
 

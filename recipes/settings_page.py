@@ -138,11 +138,16 @@ def used_roles(entry: AlgorithmEntry) -> list[str]:
 
 def read_settings(config: DictConfig, entry: AlgorithmEntry) -> Iterator[Setting]:
     """The settings that this algorithm's run reads."""
-    roles = used_roles(entry)
-    unread = [*(role for role in ROLES if role not in roles), *unread_fields(entry)]
+    unread = unread_names(entry)
     for setting in all_settings(config, ""):
         if not any(f"{setting.name}.".startswith(f"{name}.") for name in unread):
             yield setting
+
+
+def unread_names(entry: AlgorithmEntry) -> list[str]:
+    """Settings and groups of settings that this algorithm's run does not read."""
+    roles = used_roles(entry)
+    return [*(role for role in ROLES if role not in roles), *unread_fields(entry)]
 
 
 def unread_fields(entry: AlgorithmEntry) -> Iterator[str]:

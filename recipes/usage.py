@@ -24,13 +24,17 @@ def usage(recipe: RecipeFile) -> str:
         if role in ("teacher", "judge"):
             example.append(f"{role}.model.path=...")
     trains = config.algorithm.name not in QUESTIONS
+    models, group = ", ".join(entry.roles), f"{entry.roles[0]}.train"
+    if not trains:
+        models = models.replace("generator", "generator (its settings: actor.*)")
+        group = "actor.generation"
     again = "; started again, it goes on from its checkpoint" if trains else ""
     lines = [
         fill(f"{recipe.command}: {summary(entry)}", WIDTH),
         "",
         f"  {recipe.command} {' '.join(example)} name=value ...",
         "",
-        f"models    {', '.join(entry.roles)}",
+        f"models    {models}",
         (
             f"data      {entry.rows} in parquet, jsonl, json or csv files, or "
             "owner/name:config:split of the Hugging Face hub"
@@ -38,7 +42,7 @@ def usage(recipe: RecipeFile) -> str:
         f"results   output_dir={config.output_dir}{again}",
         "",
         "  --settings             every setting that this recipe reads, with default and meaning",
-        "  --settings actor.train only those whose name begins so",
+        f"  {f'--settings {group}':<22} only those whose name begins so",
         "  dry_run=true           check everything, say what would run where, and stop",
         "  runtime=local          all in this process, without Ray: breakpoints work",
         "  --cfg job              the settings as YAML",

@@ -67,7 +67,10 @@ class ModelConfig:
     tokenizer: str | None = None
     """Hub name or directory of the tokenizer; the model's own when null."""
     revision: str | None = None
+    """Branch, tag or commit of the hub's model and tokenizer; null for the newest."""
     trust_remote_code: bool = False
+    """Run the code that comes with the model or its tokenizer, where transformers has none for
+    it."""
     chat_template: Any = None
     """Text of a chat template (or several by name) in place of the tokenizer's, saved with the
     model; null: the tokenizer's, or what data.chat_template and data.chat_template_options make of
@@ -104,10 +107,15 @@ class OptimizerConfig:
     """AdamW."""
 
     learning_rate: float = 1e-6
+    """Learning rate behind the warm-up; `schedule` lowers it from there."""
     beta1: float = 0.9
+    """Decay of the mean of the gradients, each step."""
     beta2: float = 0.95
+    """Decay of the mean of the squared gradients, each step."""
     epsilon: float = 1e-8
+    """Added to the root of the mean squared gradient before it divides."""
     weight_decay: float = 0.0
+    """Share of every weight, times the learning rate, that a step takes away (decoupled)."""
     clip_grad_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 turns clipping off."""
     schedule: LearningRateSchedule = LearningRateSchedule.constant
@@ -116,6 +124,7 @@ class OptimizerConfig:
     total_steps: int = 0
     """Optimizer steps after which the schedule ends; 0: those of the run."""
     min_learning_rate_fraction: float = 0.0
+    """Where linear and cosine end: this share of learning_rate."""
     on_nonfinite: OnNonfinite = OnNonfinite.stop
     """stop, skip or rewind, where the gradient norm is infinite or NaN. The rows are saved in any
     case (docs/reliability.md)."""

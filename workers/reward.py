@@ -8,6 +8,7 @@ never a reward of 0 for a failed reward.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from hybridflow.batch import Batch
 from hybridflow.context import RankContext
 from hybridflow.devices import HIDDEN
+from hybridflow.errors import UserCodeError
 from hybridflow.layout import Layout
 from hybridflow.worker import Worker
 from workers.engines.base import Head
@@ -28,13 +30,17 @@ from workers.rewards.sandbox.probing import check_once
 from workers.role_config import RewardConfig, ScorerConfig
 from workers.roles import Cost, Reward
 from workers.text import ResponseReader, end_token_ids
+from workers.time_limit import OutOfTime, limited
 from workers.tokenizer import load_tokenizer
 
 LOGGER = logging.getLogger(__name__)
+Row = dict[str, Any]
+"""Prompt, response, finish_reason and the data's columns, as the function gets them."""
+Score = tuple[float, dict[str, float]]
 
 
 class FunctionScorer(Worker):
-    """Runs the function in Ray tasks with a timeout; with runtime=local in this process, where
+    """Runs the function with a timeout: in Ray tasks, or with runtime=local in this process, where
     a breakpoint works."""
 
     config: ScorerConfig
@@ -59,18 +65,13 @@ class FunctionScorer(Worker):
 
     def score(self, batch: Batch) -> tuple[Tensor, list[dict[str, float]]]:
         """(float32 [rows], further numbers of each row)."""
-        assert self.config.function is not None
         rows = self._rows(batch)
-        scored = (
-            self._run_in_tasks(rows)
-            if self.context.in_ray
-            else score_rows(self.config.function, rows, self.role, self.config.sandbox)
-        )
+        scored = self._run_in_tasks(rows) if self.context.in_ray else self._run_here(rows)
         return torch.tensor([score for score, _ in scored], dtype=torch.float32), [
             metrics for _, metrics in scored
         ]
 
-    def _rows(self, batch: Batch) -> list[dict[str, Any]]:
+    def _rows(self, batch: Batch) -> list[Row]:
         prompts = self.tokenizer.batch_decode(
             [row.tolist() for row in batch.ragged("prompt_ids").unbind()], skip_special_tokens=True
         )
@@ -84,7 +85,32 @@ class FunctionScorer(Worker):
             for prompt, response, reason, extra in fixed
         ]
 
-    def _run_in_tasks(self, rows: list[dict[str, Any]]) -> list[tuple[float, dict[str, float]]]:
+    def _chunks(self, rows: list[Row]) -> list[list[Row]]:
+        """The rows of each task."""
+        parts = np.array_split(np.arange(len(rows)), self.config.num_tasks)
+        return [[rows[i] for i in part] for part in parts if len(part)]
+
+    def _too_slow(self, chunk: list[Row]) -> str:
+        assert self.config.function is not None
+        return (
+            f"{self.role}.function={function_name(self.config.function)!r} took over "
+            f"timeout_s={self.config.timeout_s} for {len(chunk)} rows, the first with prompt "
+            f"{chunk[0]['prompt']!r} and response {chunk[0]['response'][:200]!r}; make it "
+            f"faster, give it a timeout of its own, or raise {self.role}.timeout_s"
+        )
+
+    def _run_here(self, rows: list[Row]) -> list[Score]:
+        assert self.config.function is not None
+        scored = []
+        for chunk in self._chunks(rows):
+            score = partial(score_rows, self.config.function, chunk, self.role, self.config.sandbox)
+            try:
+                scored += limited(score, self.config.timeout_s)
+            except OutOfTime:
+                raise UserCodeError(self._too_slow(chunk)) from None
+        return scored
+
+    def _run_in_tasks(self, rows: list[Row]) -> list[Score]:
         import ray
 
         assert self.config.function is not None
@@ -96,24 +122,14 @@ class FunctionScorer(Worker):
             name=f"{self.role}: {function_name(self.config.function)}",
             runtime_env={"env_vars": HIDDEN},
         )
-        chunks = [
-            [rows[i] for i in part]
-            for part in np.array_split(np.arange(len(rows)), self.config.num_tasks)
-            if len(part)
-        ]
+        chunks = self._chunks(rows)
         function, sandbox = self.config.function, self.config.sandbox
         refs = [task.remote(function, chunk, self.role, sandbox) for chunk in chunks]
         _, late = ray.wait(refs, num_returns=len(refs), timeout=self.config.timeout_s)
         if late:
             for ref in late:
                 ray.cancel(ref, force=True)
-            chunk = chunks[refs.index(late[0])]
-            raise RuntimeError(
-                f"{self.role}.function={function_name(self.config.function)!r} took over "
-                f"timeout_s={self.config.timeout_s} for {len(chunk)} rows, the first with prompt "
-                f"{chunk[0]['prompt']!r} and response {chunk[0]['response'][:200]!r}; make it "
-                f"faster, give it a timeout of its own, or raise {self.role}.timeout_s"
-            )
+            raise RuntimeError(self._too_slow(chunks[refs.index(late[0])]))
         try:
             return [row for part in ray.get(refs) for row in part]
         except ray.exceptions.RayTaskError as error:

@@ -11,17 +11,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from typing import Any
 
 from hybridflow.errors import UserCodeError
 from hybridflow.registry import load_object
+from hybridflow.wording import kind_of
 from workers.rewards.code import code
 from workers.rewards.combined import CombinedReward
 from workers.rewards.sandbox import SandboxError
 from workers.rewards.sandbox.mode import Sandbox, use_sandbox
 from workers.rewards.values import LARGEST, STATISTICS, as_number, shortened
+from workers.time_limit import in_thread
 
 CONSENT = "allow_unsafe"
 """The option of workers.rewards:code that only a user may set, not the data."""
@@ -44,9 +44,10 @@ def resolve(function: str | RewardFunction, role: str = "reward") -> RewardFunct
     name."""
     found = load_object(function, f"{role}.function") if isinstance(function, str) else function
     if not callable(found):
+        named = repr(function)[:60]
         raise ValueError(
-            f"{role}.function={function_name(function)!r} is a {type(found).__name__}, not a "
-            "function"
+            f"{role}.function={named} is {kind_of(found)}, not a function; give one, or its "
+            "package.module:name"
         )
     if inspect.isclass(found):
         raise ValueError(
@@ -155,8 +156,7 @@ def _wait_for(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(copy_context().run, asyncio.run, coroutine).result()
+    return in_thread(lambda: asyncio.run(coroutine))
 
 
 def _failed(path: str, row: Mapping[str, Any], role: str, error: BaseException) -> UserCodeError:

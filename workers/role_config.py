@@ -233,6 +233,7 @@ class JudgeConfig:
     yes: str = "yes"
     """The judge's word for a good answer, as it would write it after the prompt."""
     no: str = "no"
+    """Its word for a bad answer."""
     pattern: str = ""
     """written: regular expression of the verdict (yes, no or a number; the last match counts,
     its group where it has one); empty looks for yes and no."""

@@ -56,10 +56,11 @@ class DataConfig:
     """Preference pairs: the better response to the prompt, as text or as a list of one
     assistant message."""
     rejected_column: str = "rejected"
+    """Preference pairs: the worse response, in the same form."""
     chosen_safe_column: str = "chosen_safe"
-    """Pairs of a cost model: whether the chosen response is safe (true or false), and the
-    rejected one."""
+    """Pairs of a cost model: whether the chosen response is safe (true or false)."""
     rejected_safe_column: str = "rejected_safe"
+    """Pairs of a cost model: whether the rejected response is safe (true or false)."""
     images_column: str | None = "images"
     """Images of a row, one or a list, for models that see them: paths, or {bytes, path} as the hub has
     them. They take the places of {type: image} and <image> in the messages; null for none."""
@@ -75,6 +76,7 @@ class DataConfig:
     seed: int = 0
     """Decides the order of the rows, which depends on (seed, epoch) only."""
     max_prompt_tokens: int = 1024
+    """Most tokens of a prompt; `overlong` says what becomes of longer ones."""
     max_tokens: int = 4096
     """Demonstrations and preference pairs: most tokens of a prompt with its (longer) response."""
     overlong: Overlong = Overlong.drop
@@ -102,6 +104,7 @@ class DataConfig:
     pretraining: Any = None
     """Text of the pretraining distribution for PPO-ptx, places as in `train`; null for none."""
     pretraining_column: str = "text"
+    """The column of `pretraining` that holds its text."""
     pretraining_batch_size: int = 64
     """Pieces of text in every step's update."""
     pretraining_tokens: int = 512

@@ -57,7 +57,14 @@ class DemonstrationDataset(RowDataset):
                 parts = (answered.prompt, answered.response, answered.mask)
                 num_tokens = len(answered.prompt) + len(answered.response)
                 columns = stored_images(answered, images)
-                encoded.append(EncodedRow(parts=parts, num_tokens=num_tokens, columns=columns))
+                encoded.append(
+                    EncodedRow(
+                        parts=parts,
+                        num_tokens=num_tokens,
+                        mask_length=len(answered.mask),
+                        columns=columns,
+                    )
+                )
             return encoded
 
         return encode

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, cast
 import pyarrow
 import pyarrow.parquet
 
+from hybridflow.wording import kind_of
+
 BATCH_ROWS = 1024
 MOST_CELL_CHARACTERS = 2**27
 """The longest cell of a .csv file that is read."""
@@ -97,7 +99,7 @@ def read_parquet(path: Path, file: BinaryIO) -> Iterator[SourceRow]:
                     number += 1
     except pyarrow.ArrowException as error:
         raise ValueError(
-            f"data {str(path)!r} can't be read as parquet: {error}; write it anew"
+            f"data {str(path)!r} can't be read as parquet: {str(error).rstrip(' .')}; write it anew"
         ) from error
 
 
@@ -175,6 +177,6 @@ def _parsed(place: str, text: bytes, rule: str) -> Any:
 def _object(place: str, values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(
-            f"{place}: a {type(values).__name__}, not a JSON object; write {{column: value, ...}}"
+            f"{place}: {kind_of(values)}, not a JSON object; write {{column: value, ...}}"
         )
     return values

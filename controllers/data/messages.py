@@ -7,6 +7,7 @@ from typing import Any
 
 from controllers.data.images import image_part, is_image_part
 from controllers.data.sources import SourceRow
+from hybridflow.wording import kind_of
 
 CONTENTLESS = ("tool_calls", "function_call")
 """Fields of a message that may stand in place of its content."""
@@ -120,9 +121,7 @@ def _message(row: SourceRow, column: str, number: int, message: Any) -> dict[str
     """The message without nulls, its content as text, or as parts where it has images."""
     place = f"{row.place}: message {number} (from 0) of {column!r}"
     if not isinstance(message, dict):
-        raise ValueError(
-            f"{place} is a {type(message).__name__}; write {{'role': ..., 'content': ...}}"
-        )
+        raise ValueError(f"{place} is {kind_of(message)}; write {{'role': ..., 'content': ...}}")
     checked: dict[str, Any] = without_nulls(message)
     if "role" not in checked and {"from", "value"} <= set(checked):
         raise ValueError(

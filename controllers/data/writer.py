@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from controllers.data.config import DataConfig, EqualPairs, Overlong
 from controllers.data.pass_rates import PassRates
 from controllers.data.sources import Source, SourceRow
+from hybridflow.wording import counted
 
 LOGGER = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ class EncodedRow:
     """The row's token sequences (or other integers, such as a mask)."""
     num_tokens: int
     """The length that is compared with the limit."""
+    mask_length: int = 0
+    """Numbers in `parts` that are no tokens but a mask of them."""
     columns: dict[str, Any]
     unusable: str = ""
     """Why a pair says nothing, such as "equal responses"; data.equal_pairs says what happens to
@@ -105,6 +108,8 @@ class RowWriter:
         self.seen: set[bytes] = set()
         self.source: Source | None = None
         self.num_rows, self.first, self.longest = 0, 0, 0
+        self.num_tokens = 0
+        """Tokens of the rows that are used; a pair has its prompt once and both responses."""
         self.dropped: dict[str, int] = {}
         """Reason -> rows, for the log."""
 
@@ -130,6 +135,7 @@ class RowWriter:
             self.dropped[reason] = self.dropped.get(reason, 0) + 1
             return
         self.num_rows += 1
+        self.num_tokens += sum(map(len, arrays)) - encoded.mask_length
         self.places.append(row.place)
         for part in parts:
             self._append(self.tokens, self.token_ends, part, 4)
@@ -195,11 +201,14 @@ class RowWriter:
         num_dropped = sum(self.dropped.values())
         if not self.num_rows:
             fix = "give a file that has some"
+            every = f"all {num_dropped} {self.noun} are"
+            if num_dropped == 1:
+                every = f"its only {self.noun.removesuffix('s')} is"
             if self.longest and len(self.dropped) == 1:
                 limit = f"data.{self.limit_name}={self.limit}"
-                fix = f"all {num_dropped} {self.noun} are over {limit}, raise it"
+                fix = f"{every} over {limit}, raise it"
             elif self.dropped:
-                fix = f"all {num_dropped} {self.noun} were left out: {self._reasons()}"
+                fix = f"{every} left out: {self._reasons()}"
             raise ValueError(f"data {where!r} has no rows; {fix}")
         weighted = any(share.weight is not None for share in self.shares)
         for share in self.shares:
@@ -228,11 +237,10 @@ class RowWriter:
             level = logging.WARNING
         LOGGER.log(
             level,
-            "data %s: %d %s, %.1f tokens each on average%s",
+            "data %s: %s, %.1f tokens each on average%s",
             where,
-            self.num_rows,
-            self.noun,
-            self.token_ends[-1] / self.num_rows,
+            counted(self.num_rows, self.noun),
+            self.num_tokens / self.num_rows,
             tail,
         )
 

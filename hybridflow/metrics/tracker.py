@@ -24,6 +24,7 @@ from hybridflow.metrics.samples import Sample, SampleRows, SamplesConfig
 from hybridflow.metrics.sinks import PrometheusSink, Row, Sink, TensorBoardSink, WandbSink
 from hybridflow.progress import activity
 from hybridflow.trace_file import TRACE, TraceFile
+from hybridflow.wording import kind_of
 
 logger = logging.getLogger(__name__)
 SPEED, MEMORY = "tokens_per_s", "memory/"
@@ -246,8 +247,7 @@ def _number(name: str, value: object) -> float:
         )
     if not isinstance(value, Real):
         raise ValueError(
-            f"metrics: {name} is a {type(value).__name__}, not a number; log a float "
-            "(tensor.item())"
+            f"metrics: {name} is {kind_of(value)}, not a number; log a float (tensor.item())"
         )
     return float(value)
 

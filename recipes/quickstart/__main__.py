@@ -2,7 +2,8 @@
 would run: recipes.ppo.
 
 Leaves in outputs/quickstart: summary.json, metrics.jsonl, curves.png, and the trained policy as a
-Hugging Face directory.
+Hugging Face directory; in outputs/quickstart-data, for the next call too, the model and data that it
+begins with.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from rich.table import Table
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.metrics import Curve, draw_curves
 from recipes.child_command import run_command
-from recipes.main import check_names, plain_errors
+from recipes.errors import plain_errors
+from recipes.overrides import check_names
 from recipes.quickstart.prepare import Prepared, prepare
 from recipes.quickstart.settings import SETTINGS, devices
 
@@ -68,9 +70,7 @@ def recipe_command(
     recipe: str, prepared: Prepared, output: Path, overrides: list[str]
 ) -> list[str]:
     """-m recipes.<recipe> with the quickstart's settings; later ones win."""
-    return [
-        "-m",
-        f"recipes.{recipe}",
+    settings = [
         f"model.path={prepared.model_path}",
         f"data.train={prepared.train_path}",
         f"data.validation={prepared.test_path}",
@@ -79,6 +79,8 @@ def recipe_command(
         *SETTINGS[recipe],
         *overrides,
     ]
+    last = {setting.partition("=")[0]: setting for setting in settings}
+    return ["-m", f"recipes.{recipe}", *last.values()]
 
 
 def summarise(output: Path) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def draw_progress(output: Path) -> None:
 
 
 def show(console: Console, summary: dict[str, Any], output: Path) -> None:
-    table = Table(title="quickstart")
+    table = Table(title="quickstart", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     for name, value in summary.items():

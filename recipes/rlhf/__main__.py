@@ -25,7 +25,8 @@ from rich.table import Table
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.metrics import Curve, draw_curves, read_jsonl
 from recipes.child_command import run_command
-from recipes.main import check_names, plain_errors
+from recipes.errors import plain_errors
+from recipes.overrides import check_names
 from recipes.quickstart.settings import devices
 from recipes.quickstart.task import MAX_RESPONSE_TOKENS
 from recipes.rlhf.data import Prepared, prepare

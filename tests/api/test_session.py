@@ -75,9 +75,15 @@ def test_a_custom_loop_with_a_closure_for_its_reward(tiny: dict[str, Any], tmp_p
         )
         assert session.validate()["reward/mean"] > 0
         with pytest.raises(
-            AttributeError, match="no 'critic'; the roles of this recipe are actor, reward"
+            AttributeError, match=r"no 'critic'; the roles of this recipe are actor, reward$"
         ):
             session.critic  # noqa: B018
+        with pytest.raises(
+            AttributeError,
+            match=r"^session: this run has no reference, which nothing asks for; set "
+            r"actor\.loss\.kl_coefficient above 0$",
+        ):
+            session.reference  # noqa: B018
         session.save(tmp_path / "saved")
         saved = load_file(tmp_path / "saved" / "model.safetensors")
         started = load_file(tiny["model.path"] / "model.safetensors")
@@ -111,9 +117,7 @@ def test_one_session_at_a_time_also_after_a_failed_one(
 
     settings = {**tiny, "output_dir": tmp_path}
     session = open_session("grpo", settings, reward=broken)
-    with pytest.raises(
-        ValueError, match=r"Session\(grpo: actor, reward, reference\) is open in this process"
-    ):
+    with pytest.raises(ValueError, match=r"Session\(grpo: actor, reward\) is open in this process"):
         open_session("grpo", settings, reward=broken)
     used = session.loop.data.position
     with pytest.raises(RuntimeError, match="broken' raised KeyError"):
@@ -195,7 +199,7 @@ def test_a_damaged_newest_checkpoint_takes_its_metrics_with_it(
         ("grpo", ["seed"], "'seed' is not name=value"),
         ("grpo", "seed=1", r"give a list, \[\"seed=1\"\]"),
         ("grpo", {"seed": "one"}, "seed"),
-        ("grpo", {"seed": object()}, "seed is a object; give text, a number"),
+        ("grpo", {"seed": object()}, "seed is an object; give text, a number"),
         ("grpo", {"dry_run": True}, r"call hybridflow\.dry_run"),
     ],
 )

@@ -63,11 +63,14 @@ def generator(**columns: object) -> Iterator[float]:
 BEFORE_A_MODEL: dict[str, tuple[dict[str, Any], str]] = {
     "no recipe": ({"recipe": None}, r'^recipe is None; give a recipe\'s name, such as "grpo"'),
     "no settings": ({"settings": None}, r'^settings are None; give \{"name": value\}'),
-    "a number for a name": ({"settings": {1: 2}}, "^settings: the name 1 is a int, not text"),
+    "a number for a name": ({"settings": {1: 2}}, "^settings: the name 1 is an int, not text"),
     "a pair": ({"settings": [("seed", 1)]}, r"\('seed', 1\) is not name=value"),
     "bytes": ({"settings": {"model.path": b"/m"}}, "model.path is a bytes; give text"),
     "a set": ({"settings": {"data.train": {"a"}}}, "data.train is a set; give text"),
-    "a number for a reward": ({"reward": 3}, "'builtins:int' is a int, not a function"),
+    "a number for a reward": (
+        {"reward": 3},
+        "^reward.function=3 is an int, not a function; give one",
+    ),
     "a class for a reward": ({"reward": Scorer}, ":Scorer' is a class; give an instance of it"),
     "a reward of lists": (
         {"reward": lambda prompts, responses: [0.0]},
@@ -86,7 +89,7 @@ BEFORE_A_MODEL: dict[str, tuple[dict[str, Any], str]] = {
         {"recipe": "sft", "settings": {"model.path": "m", "data.train": "d.jsonl"}},
         r"^reward=tests.tiny:by_length: nothing reads it, sft has no reward \(its models: policy\)",
     ),
-    "an environment that is none": ({"environment": 3}, "is a int; name an async function of"),
+    "an environment that is none": ({"environment": 3}, "is an int; name an async function of"),
     "no path": ({"settings": {"model.path": "/no/such/model"}}, "; there is no such directory$"),
 }
 

@@ -252,6 +252,9 @@ def test_a_run_of_epochs_goes_on_in_the_middle_of_one(tmp_path: Path) -> None:
 def test_the_length_of_a_run_is_told() -> None:
     assert str(LoopConfig().length(1000, 128)) == "100 steps of 128 rows"
     assert str(LoopConfig(num_steps=7).length(1000, 128)) == "7 steps of 128 rows"
+    assert str(LoopConfig(num_steps=1).length(1000, 1)) == "1 step of 1 row"
+    assert str(LoopConfig(num_epochs=1).length(20, 4)) == "5 steps of 4 rows"
+    assert str(LoopConfig(num_epochs=1).length(3, 4)) == "1 step of 3 rows"
     assert str(LoopConfig(num_epochs=3).length(1000, 128)) == "24 steps of 128 rows, the last of 56"
 
 

@@ -4,6 +4,7 @@ broken is named."""
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +284,28 @@ def test_long_rows_are_dropped_by_their_own_limit(
             max_tokens=8,
             overlong=Overlong.error,
         )
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_the_log_counts_tokens_without_their_mask(
+    num_rows: int,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of a pair the prompt once and both responses."""
+    caplog.set_level(logging.INFO)
+    row = {"prompt": "Sort 31", "response": "13", "chosen": "13", "rejected": "0789"}
+    for kind, noun, names in (
+        (DemonstrationDataset, "demonstration", ("prompt", "response")),
+        (PairDataset, "pair", ("prompt", "chosen", "rejected")),
+    ):
+        caplog.clear()
+        load(kind, tmp_path / "rows.jsonl", [row] * num_rows, tokenizer)
+        texts = [tokenizer(row["prompt"]).input_ids]
+        for name in names[1:]:
+            ids = tokenizer(row[name], add_special_tokens=False).input_ids
+            texts.append([*ids, tokenizer.eos_token_id])
+        plural = "" if num_rows == 1 else "s"
+        expected = f"{num_rows} {noun}{plural}, {sum(map(len, texts)):.1f} tokens each on average"
+        assert caplog.messages[-1].endswith(expected)

@@ -186,7 +186,6 @@ RANKS = [
     Case(name="pp", world_size=2, train=COMPILED | WHOLE | {"engine": "threed", "pp": 2}),
     Case(name="pp-kept", world_size=2, train=SELECTIVE | OFFLOAD | {"engine": "threed", "pp": 2}),
     Case(name="tp", world_size=2, train=SELECTIVE | OFFLOAD | {"tp": 2}),
-    Case(name="tp-compiled", world_size=2, train=COMPILED | {"tp": 2}, backend="aot_eager"),
     Case(name="zero2", world_size=2, train=COMPILED | {"engine": "deepspeed"}),
     Case(
         name="zero3-kept",
@@ -229,6 +228,11 @@ def test_on_two_ranks(ranks: Path, case: Case) -> None:
         ({"selective_checkpointing": True}, "activation_checkpointing is false"),
         (SELECTIVE | {"engine": "deepspeed", "zero_stage": 3}, "gathers weights within"),
         (SELECTIVE | COMPILED, "compiled layers choose by themselves"),
+        (
+            COMPILED | {"tp": 2},
+            r"^train\.compile is true with tp=2: .*; set compile=false, or tp=1$",
+        ),
+        (COMPILED | {"engine": "threed", "tp": 2}, r"^train\.compile is true with tp=2"),
         (COMPILED | {"engine": "deepspeed", "zero_stage": 3}, "zero_stage to 1 or 2"),
     ],
 )

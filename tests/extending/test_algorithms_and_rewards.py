@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,12 +16,15 @@ from pathlib import Path
 import pytest
 from hydra.core.config_store import ConfigStore
 
+import controllers
 from controllers import (
     AlgorithmEntry,
     algorithm_entry,
     register_algorithm,
     usable_algorithms,
 )
+from hybridflow import dry_run
+from recipes import roles
 from recipes.composing import RecipeFile, compose, to_settings
 from recipes.main import main
 from recipes.run import run
@@ -193,7 +197,7 @@ def test_mistakes_in_a_yaml_are_told_in_one_line(tmp_path: Path) -> None:
         ),
         (
             "defaults: [grpo, _self_]\nseed: two",
-            "seed: Value 'two' of type 'str' could not be converted to Integer",
+            "seed: 'two' is not a whole number; write one",
         ),
         ("defaults: [gpro, _self_]", "defaults: there is no recipe 'gpro'"),
         (
@@ -233,3 +237,42 @@ def test_an_algorithm_can_be_registered_by_a_call() -> None:
     with pytest.raises(ValueError, match=r"controllers\.nowhere"):
         register_algorithm("broken", broken)
     assert "text" not in usable_algorithms() and "broken" not in usable_algorithms()
+
+
+def test_a_script_registers_algorithm_and_role(
+    package: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page's module and YAML without a package, registered as the page does it."""
+    shutil.copytree(package / "brevity", tmp_path / "brevity")
+    shutil.copy(package / "brevity.yaml", tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (script,) = [text for text in blocks("python") if "register_role(" in text]
+    try:
+        exec(script)  # as a notebook's cell
+        exec(script)  # and again
+        report = dry_run(
+            str(tmp_path / "brevity.yaml"),
+            ["runtime=local", f"output_dir={tmp_path / 'out'}", *arguments],
+        )
+    finally:
+        ConfigStore.instance().repo["algorithm"].pop("brevity.yaml", None)
+        controllers.REGISTERED.pop("brevity", None)
+        shortness = roles.REGISTERED.pop("shortness", None)
+    assert "brevity: 5 calls a step" in report
+    assert "shortness  pool main (1 device)" in report
+    assert shortness is not None
+
+
+def test_mistakes_in_a_registered_role(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roles, "REGISTERED", {})
+    kind = roles.ROLES["teacher"]
+    with pytest.raises(ValueError, match="role 'critic' is built in; register yours under another"):
+        roles.register_role("critic", kind)
+    with pytest.raises(ValueError, match=r"role 'third' is an int \('3'\); register a RoleKind"):
+        roles.register_role("third", 3)  # type: ignore[arg-type]
+    roles.register_role("third", kind)
+    with pytest.raises(ValueError, match=r"role 'third' is registered with .*; register yours"):
+        roles.register_role("third", roles.ROLES["judge"])
+    assert roles.role_kind("third") is kind
+    with pytest.raises(ValueError, match=r"role 'fourth' .*third; .*recipes\.roles\.register_role"):
+        roles.role_kind("fourth")

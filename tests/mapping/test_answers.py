@@ -107,6 +107,8 @@ def test_impossible_requests_say_what_would_do(paper_setting):
     text = shortage(setting)
     assert "critic (llama-70b" in text
     assert "does not fit even alone" in text
+    first, *roles, _ = text.splitlines()
+    assert first.endswith(":") and all(line.endswith(";") for line in roles), "one line, too"
     nodes = smallest_cluster(setting)
     assert f"{nodes}x8xA100-80GB" in text
     assert search(replace(setting, cluster=setting.cluster.with_nodes(nodes))).best is not None
@@ -360,7 +362,7 @@ def test_command_line(tmp_path):
         (["max_running=0"], "max_running is now max_num_seqs"),
         (["plan.cluster=8xA100-80GB"], r"no setting 'plan.cluster'; did you mean cluster\?"),
         (["respnse=64"], r"no setting 'respnse'; did you mean response"),
-        (["precision=fp16"], "precision is 'fp16': .*fp32, bf16"),
+        (["precision=fp16"], "precision=fp16: 'fp16' is none of its values; .*fp32, bf16"),
         (["model=llama-7b", "cluster=8xA100-80GB", "prompt=uniform:a:b"], "lengths 'uniform:a:b'"),
         (
             ["model=llama-7b", "cluster=8xA100-80GB", "engine=megatron"],

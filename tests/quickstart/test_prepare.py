@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from controllers.data import DataConfig, PromptDataset
-from recipes.quickstart.__main__ import summarise
+from recipes.quickstart.__main__ import recipe_command, summarise
 from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
 from recipes.quickstart.prepare import PrepareConfig, Prepared, prepare
 from recipes.quickstart.reward import exact_match
@@ -211,6 +211,14 @@ def test_tied_model() -> None:
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     first, second = (make_model(tokenizer, ModelShape(), seed=3).state_dict() for _ in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_the_command_names_every_setting_once(prepared: Prepared, tmp_path: Path) -> None:
+    overrides = ["data.batch_size=8", "num_devices=1", "loop.num_steps=2"]
+    command = recipe_command("ppo", prepared, tmp_path, overrides)
+    names = [setting.partition("=")[0] for setting in command[2:]]
+    assert len(names) == len(set(names))
+    assert set(overrides) <= set(command)
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:

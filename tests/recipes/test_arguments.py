@@ -20,7 +20,7 @@ LAYOUTS = ["source=2-4-1", "target=1-2", "model=llama-7b"]
         ("plan", ["clustr=8xA100-80GB"], "no setting 'clustr'; did you mean cluster?"),
         ("plan", ["updates=4"], "updates is now num_mini_batches"),
         ("calibrate", ["num_procs=2"], "no setting 'num_procs'; did you mean num_processes?"),
-        ("calibrate", ["repeats=many"], "repeats is 'many': Value 'many' of type 'str'"),
+        ("calibrate", ["repeats=many"], "repeats=many: 'many' is not a whole number"),
         ("calibrate", ["repeats=0"], "repeats is 0; use at least 1"),
         ("calibrate", ["rows=[0]"], "rows is [0]; use at least 1"),
         ("calibrate", ["models=[3M,5M]"], "unknown ['5M']; known: 3M, 11M, 32M"),

@@ -39,6 +39,16 @@ def test_a_dry_run_says_what_would_run_where(
     )
 
 
+def test_a_dry_run_of_what_the_mapper_does_not_plan_says_so(
+    settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(settings("sft", "dry_run=true", "data.response_column=answer"))
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "seconds and memory: not predicted; the mapper plans training steps that answer prompts, "
+        "not sft"
+    )
+
+
 def test_the_graph_needs_no_model_and_no_data(
     settings: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:

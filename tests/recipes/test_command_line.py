@@ -39,6 +39,8 @@ def test_settings_are_those_of_the_recipes_models_with_their_defaults(
     for name, default in listed.items():
         if re.fullmatch(r"-?\d+", default):
             assert OmegaConf.select(config, name) == int(default), name
+    without = re.findall(r"^([\w.]+) = .*\n(?! {4}\S)", f"{page}\n", re.MULTILINE)
+    assert not without, "settings without a meaning"
     assert all(len(line) <= WIDTH for line in page.splitlines() if " = " not in line)
 
 
@@ -84,6 +86,8 @@ def test_help_is_a_few_lines(recipe: str) -> None:
     needed = "data.validation=..." if recipe == "evaluate" else "data.train=..."
     assert f"python -m recipes.{recipe} {needed} model.path=..." in text
     assert f"recipes.{recipe} " in recipe_list()
+    (prefix,) = re.findall(r"--settings (\S+) +only those", text)
+    assert f"[{prefix}]" in settings_page(RecipeFile(recipe), [], [prefix])
 
 
 def test_renamed_settings_name_settings_that_exist() -> None:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from controllers import ALGORITHMS
 from controllers.ppo import PPO
-from recipes.main import check_names
+from recipes.overrides import check_names
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

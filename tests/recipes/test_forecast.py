@@ -78,8 +78,12 @@ def prompts_of(config: RunConfig) -> object:
 
 
 def test_a_thousand_devices_that_are_not_there(
-    settings: Settings, large: list[str], capsys: pytest.CaptureFixture[str]
+    settings: Settings,
+    large: list[str],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO")
     started = time.process_time()
     config = settings(
         "ppo",
@@ -95,6 +99,7 @@ def test_a_thousand_devices_that_are_not_there(
     assert "ppo: 7 calls a step" in printed
     assert "ppo on 128x8xH100-80GB: " in printed
     assert "actor.update_actor" in printed
+    assert "actor.update_actor" not in caplog.text, "once is enough"
 
 
 def test_a_layout_that_is_too_large_says_what_would_do(
@@ -123,6 +128,7 @@ def test_a_layout_that_is_too_large_says_what_would_do(
     ) as error:
         run(settings("ppo", *on_16))
     assert "does not fit on 2x8xA100-80GB" in str(error.value)
+    assert "\n" not in str(error.value).partition("ppo does not fit")[0]
     on_128 = [
         text.replace("2x8x", "16x8x").replace("num_devices=16", "num_devices=128") for text in on_16
     ]

@@ -37,6 +37,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["placement=custom"],
         "placement=custom needs pools, for example pools.policy.num_devices=2",
     ),
+    "custom without pools in one process": (
+        ["placement=custom", "runtime=local"],
+        "placement=custom needs pools, for example pools.policy.num_devices=2",
+    ),
     "pools without custom": (
         ["pools.a.roles=[actor]"],
         r"pools \(a\) are set with placement=colocated; set placement=custom",

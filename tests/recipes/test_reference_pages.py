@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from recipes.main import check_names
+from recipes.overrides import check_names
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("hybridflow", "workers", "cluster", "controllers", "recipes", "benchmarks", "tests")

@@ -41,8 +41,9 @@ def test_a_number_or_a_dict_is_taken() -> None:
             "no.such.module:f",
             "module 'no.such.module' can't be imported .* importable on every node",
         ),
-        (f"{HERE}:mistyped", "tests.recipes.rewards has no 'mistyped'"),
-        (f"{HERE}:not_callable", "is a int, not a function"),
+        (f"{HERE}:mistyped", "tests.recipes.rewards has no 'mistyped'; name what the"),
+        (f"{HERE}:plian", "has no 'plian'; did you mean tests.recipes.rewards:plain?"),
+        (f"{HERE}:not_callable", "is an int, not a function; give one"),
         (f"{HERE}:no_columns", r"takes no finish_reason; let it end in \*\*columns"),
     ],
 )

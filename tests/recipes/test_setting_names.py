@@ -9,9 +9,10 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from recipes.composing import RecipeFile, compose
+from recipes.composing import RecipeFile, compose, own_settings, to_settings
 from recipes.config import RunConfig
-from recipes.main import check_names, to_settings, unused_settings
+from recipes.main import main, unused_settings
+from recipes.overrides import check_names
 
 pytestmark = pytest.mark.usefixtures("nothing_starts")
 
@@ -125,3 +126,94 @@ def test_a_value_of_the_wrong_type_is_told(
     with pytest.raises(Exception, match=message):
         assert caught.value.__cause__ is not None
         raise caught.value.__cause__
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "message"),
+    [
+        ("grpo", ["--batch_size=4"], "--batch_size=4: settings are name=value; did you mean data"),
+        (
+            "grpo",
+            ["seed=1", "--learning_rate", "1e-5"],
+            "--learning_rate 1e-5: settings are name=value; did you mean "
+            "actor.train.optimizer.learning_rate=1e-5",
+        ),
+        (
+            "sft",
+            ["--learning-rate=1e-5"],
+            "--learning-rate=1e-5: settings are name=value; did you mean "
+            "policy.train.optimizer.learning_rate=1e-5",
+        ),
+        (
+            "dpo",
+            ["--model_name_or_path", "gpt2"],
+            "--model_name_or_path gpt2: settings are name=value; did you mean model.path=gpt2",
+        ),
+        ("ppo", ["--data.train=a"], "--data.train=a: settings have no dashes; write data.train=a"),
+        ("ppo", ["--bf16"], "--bf16: settings are name=value; --settings lists them all"),
+        ("grpo", ["--multirun"], "--multirun: recipes do not take it; one command is one run"),
+        ("evaluate", ["seed=1,2", "-m"], "-m: recipes do not take it; one command is one run"),
+        ("grpo", ["--cfg"], "--cfg: say what to show, one of job, hydra, all"),
+        ("grpo", ["--resolve"], "--resolve: shows nothing by itself; add --cfg job"),
+        ("grpo", ["--cfg", "job", "sead=1"], "sead=1: there is no setting 'sead'; did you mean se"),
+    ],
+)
+def test_flags_are_answered_in_one_line(
+    recipe: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ending:
+        main(lambda: RecipeFile(recipe), arguments)
+    assert ending.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_hydras_flags_may_stand_between_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["recipes.grpo"])
+    main(lambda: RecipeFile("grpo"), ["model.path=~/m (1)", "--cfg", "job", "data.batch_size=3"])
+    shown = capsys.readouterr().out
+    assert "batch_size: 3\n" in shown and "path: ~/m (1)\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("num_devices=many", "num_devices=many: 'many' is not a whole number; write one"),
+        ("seed=1.5", "seed=1.5: '1.5' is not a whole number; write one"),
+        ("actor.loss.clip_low=low", "actor.loss.clip_low=low: 'low' is not a number; write one"),
+        ("dry_run=perhaps", "dry_run=perhaps: 'perhaps' is neither true nor false; write one"),
+        ("runtime=lokal", "runtime=lokal: 'lokal' is none of its values; choose one of ray, local"),
+        ("seed=null", "seed=null: it can't be null; leave it out for its default"),
+        ("data.pass_rate=3", "data.pass_rate=3: it takes a list; write it in brackets, as [a, b]"),
+        ("actor.train=3", "actor.train=3: '3' stands for a group of settings; set them one by one"),
+        ("pools.a.num_devices=x", "pools={a: {num_devices: x}}: 'x' is not a whole number"),
+        ("~data.train", "~data.train: a setting can't be taken out; leave it out for its default"),
+        (
+            "generator.generation.engine=hf",
+            "generator.generation.engine=hf: there is no setting 'generator.generation.engine'; did "
+            "you mean actor.generation.engine",
+        ),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_to_write(argument: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
+        compose(RecipeFile("grpo"), [argument])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "argument"),
+    [
+        ("grpo", "x.engine=hf"),
+        ("evaluate", "generator.generation.engine=hf"),
+        ("sft", "actor.learning_rate=1"),
+    ],
+)
+def test_only_the_recipes_own_settings_are_suggested(recipe: str, argument: str) -> None:
+    with pytest.raises(ValueError, match="did you mean") as caught:
+        compose(RecipeFile(recipe), [argument])
+    suggested = str(caught.value).partition("did you mean ")[2].rstrip("?").split(" or ")
+    own = own_settings(RecipeFile(recipe))
+    assert suggested and set(suggested) <= set(own)

@@ -13,8 +13,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from controllers import ENTRIES
+from recipes.composing import to_settings
 from recipes.config import RunConfig
-from recipes.main import check_names, join_tables, to_settings
+from recipes.overrides import check_names, join_tables
 from recipes.placing import place
 from recipes.preparation import check_dataflow
 from recipes.quickstart.settings import SETTINGS, devices

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu.installed import check_needed, describe
 from benchmarks.gpu.runs import cases
-from recipes.main import check_names
+from recipes.overrides import check_names
 from workers.generation.vllm.build import installed_kind
 
 ROOT = Path(__file__).parents[2]

@@ -9,6 +9,7 @@ from types import MethodType
 from typing import Any
 
 from hybridflow.registry import load_object
+from hybridflow.wording import kind_of
 from workers.agents.environment import Environment, play
 from workers.agents.executor import Episode, Task
 from workers.agents.model import Model
@@ -63,7 +64,7 @@ def as_episode(environment: Any) -> Interface:
             rewards=issubclass(value, Rewards),
         )
     raise ValueError(
-        f"environment={name!r} is a {type(value).__name__}; name an async function of (model, "
+        f"environment={name!r} is {kind_of(value)}; name an async function of (model, "
         "task), a class with reset and step, or a class whose methods are tools"
     )
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
+from hybridflow.wording import kind_of
 from workers.losses.config import PolicyLossConfig
 from workers.losses.surrogates import PolicyLoss, PolicyTokens
 
@@ -83,4 +84,4 @@ def _kind(value: object) -> str:
         return f"a tensor of shape {list(value.shape)}"
     if isinstance(value, tuple):
         return f"a tuple of {len(value)}"
-    return f"a {type(value).__name__}"
+    return kind_of(value)

@@ -136,6 +136,7 @@ class ValueLossConfig:
    """
     aggregation: Aggregation = Aggregation.token_mean
     aggregation_constant: int = 0
+    """aggregation constant: the longest response allowed, in tokens."""
 
     def __post_init__(self) -> None:
         if self.clip < 0:

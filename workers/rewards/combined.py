@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybridflow.registry import load_object
+from hybridflow.wording import kind_of
 from workers.rewards.values import STATISTICS, as_number, shortened
 
 
@@ -61,9 +62,7 @@ class CombinedReward:
             where = f"{role}.parts.{name}.function"
             found = load_object(function, where) if isinstance(function, str) else function
             if not callable(found):
-                raise ValueError(
-                    f"{where}={function!r} is a {type(found).__name__}, not a function"
-                )
+                raise ValueError(f"{where}={function!r} is {kind_of(found)}, not a function")
             self.parts[name] = (found, weight, dict(options))
 
     def check_columns(self, names: Iterable[str]) -> None:

@@ -81,7 +81,7 @@ def shortage(setting: Setting) -> str:
         lines.append(
             f"  {role} ({model.name}, {model.num_parameters / 1e9:.1f}B parameters) needs at "
             f"least {need / 1e9:.1f} GB on each of {size} devices, which have "
-            f"{capacity / 1e9:.1f} GB: {verdict}"
+            f"{capacity / 1e9:.1f} GB: {verdict};"
         )
     nodes = smallest_cluster(setting)
     if nodes is None:

@@ -8,6 +8,8 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from hybridflow.wording import kind_of
+
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Reads the object in a file; `what` names its kind in errors, for example "mapping"."""
@@ -19,7 +21,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise ValueError(f"{what} file {path} is no JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(
-            f"{what} file {path} holds a {type(content).__name__}; it must be an object {{...}}"
+            f"{what} file {path} holds {kind_of(content)}; it must be an object {{...}}"
         )
     return content
 

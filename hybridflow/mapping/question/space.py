@@ -36,7 +36,7 @@ class SearchSpace:
     replicas: int = 1
     """Replicas of the data ranks over each of which ZeRO cuts by itself (train.fsdp_replicas)."""
     compiled: bool = False
-    """Layers run through torch.compile (train.compile)."""
+    """Layers run through torch.compile (train.compile), and without tensor parallelism."""
     selective: bool = False
     """Recomputation keeps the outputs of products and of attention (train.selective_checkpointing)."""
     offload_activations: bool = False

@@ -112,6 +112,8 @@ def model_layouts(
     for p, t, shards in space.model_layouts(
         setting.model(role), setting.cluster.groups[group], num_devices
     ):
+        if space.compiled and t > 1:  # no engine takes it
+            continue
         contexts = space.contexts(longest, shards)
         experts = space.expert_layouts(setting.model(role), t, t * shards)
         choices = product(stages, recomputes, space.offload, contexts, experts)

@@ -18,6 +18,11 @@ def check_layers(model: PretrainedConfig, config: TrainConfig) -> None:
             f"train.compile is true, but {model.model_type} is a mixture of experts, whose tokens go "
             "where the data says; set compile=false"
         )
+    if config.compile and config.tp > 1:
+        raise ValueError(
+            f"train.compile is true with tp={config.tp}: compiled layers were never compared with "
+            "uncompiled ones under tensor parallelism; set compile=false, or tp=1"
+        )
     if config.selective_checkpointing and not config.activation_checkpointing:
         raise ValueError(
             "train.selective_checkpointing is true, but activation_checkpointing is false; set it to "
