@@ -69,7 +69,7 @@ def split_flags(
 
 
 def no_flag(argument: str, rest: Sequence[str], nearest: Callable[[str], str]) -> str:
-    """What to write in place of a flag, and of the value behind it."""
+    """One line for a flag, and the value behind it, that names the setting to write instead."""
     flag, equals, value = argument.partition("=")
     if not equals and rest and "=" not in rest[0] and not rest[0].startswith("--"):
         argument, value = f"{argument} {rest[0]}", rest[0]

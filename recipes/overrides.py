@@ -33,7 +33,7 @@ RENAMED = {
         "data are loop.num_epochs"
     ),
 }
-"""What a setting was called -> what it is called now."""
+"""Old name of a setting -> its new one."""
 ELSEWHERE = {
     "lr": "learning_rate",
     "kl_coef": "kl_coefficient",
@@ -64,7 +64,7 @@ ELSEWHERE = {
     "test_freq": "validate_every",
     "eval_steps": "validate_every",
 }
-"""What other systems call a setting -> the last part of its name here."""
+"""Name of a setting in other systems -> the last part of its name here."""
 
 
 def check_form(arguments: Sequence[str]) -> None:
@@ -100,7 +100,7 @@ def check_names(arguments: Sequence[str], offer: Callable[[], Sequence[str]] | N
 
 
 def unknown_setting(name: str, known: Sequence[str]) -> str:
-    """What to say of a setting that does not exist: its new name, or those that look like it."""
+    """The answer to a setting that does not exist: its new name, or those that look like it."""
     if name in RENAMED:
         return f"{name} is now {RENAMED[name]}"
     near = near_names(name, known)
