@@ -17,7 +17,15 @@ from hybridflow.disk import wait_for_room
 from hybridflow.failures import may_be_retried
 from hybridflow.supervision import SUPERVISION, supervise
 from hybridflow.waiting import catch_interrupts
-from recipes.composing import PACKAGED, SEARCH, RecipeFile, compose, own_settings, to_settings
+from recipes.composing import (
+    PACKAGED,
+    SEARCH,
+    RecipeFile,
+    compose,
+    own_hydra,
+    own_settings,
+    to_settings,
+)
 from recipes.config import RunConfig
 from recipes.errors import plain_errors
 from recipes.flags import split_flags
@@ -123,7 +131,8 @@ def show_under_hydra(recipe: RecipeFile, arguments: Sequence[str]) -> None:
     sys.argv[1:] = [*flags, *join_tables(quote_values(settings)), *HYDRA_SETTINGS]
     if recipe.directory != PACKAGED:
         sys.argv.append(SEARCH)
-    hydra_main()
+    with own_hydra():
+        hydra_main()
 
 
 def unused_settings(arguments: Sequence[str], config: RunConfig) -> Iterator[str]:
