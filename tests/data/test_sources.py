@@ -105,7 +105,7 @@ def test_b02_a_json_file_of_lines(tmp_path: Path) -> None:
         ("a.jsonl.zst", b"no zstandard at all", r"can't be read \(OSError"),
         ("a.jsonl.gz", gzip.compress(lines(ROWS))[:-20], r"can't be read \(EOFError"),
         ("a.json", b'[{"prompt": 1}, ', "not valid JSON"),
-        ("a.json", b'[{"prompt": "a", "answer": 1}, 3]', r"row 1 \(from 0\): a int, not a JSON"),
+        ("a.json", b'[{"prompt": "a", "answer": 1}, 3]', r"row 1 \(from 0\): an int, not a JSON"),
         ("a.csv", b"prompt,answer\na\n", "line 2: 1 cells, and the first line has 2"),
         ("a.csv", b"prompt,answer\na,b,c\n", "line 2: 3 cells, and the first line has 2"),
         ("a.csv", b"prompt,answer\na,\n", r"line 2: the answer's column 'answer' is null"),
@@ -400,7 +400,7 @@ def test_b13_equal_pairs_are_counted_and_dropped(
     rows = [{"prompt": "a", "chosen": "b", "rejected": text} for text in "bcb"]
     (tmp_path / "a.jsonl").write_bytes(lines(rows))
     assert len(load(tmp_path / "a.jsonl", PairDataset)) == 1
-    assert "1 pairs, " in caplog.text
+    assert "1 pair, " in caplog.text
     assert "dropped 2 of 3: 2 with the same response in 'chosen' and 'rejected'" in caplog.text
     with pytest.raises(ValueError, match=r"line 1: the same response .* data\.equal_pairs=drop"):
         load(tmp_path / "a.jsonl", PairDataset, equal_pairs=EqualPairs.error)
