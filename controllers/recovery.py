@@ -26,7 +26,7 @@ from controllers.ledger import Line, line_difference, line_digest, read_ledger
 from controllers.loop import Loop, Outcome
 from controllers.not_finite import StepGivenUp
 from controllers.outcome import nothing_to_do
-from controllers.saving import DISK, MEMORY, ONE_NODE, Commit, Nodes, SnapshotLost
+from controllers.saving import DISK, MEMORY, ONE_NODE, Commit, Nodes, SnapshotLost, steps_of
 from hybridflow.errors import TooFewDevices
 from hybridflow.failures import RECOVERABLE, EventLog, describe, failed_pools
 from hybridflow.host_watch import HostWatch
@@ -435,7 +435,7 @@ class Driver:
         commit = None
         with activity("recovery", detail=CALLS.under_way):
             if action.place is not Place.start:
-                commit = self._commit_of(action.step, action.place)
+                commit = self.saving.commit_of(action.step, action.place)
                 try:
                     if commit is None:
                         raise FileNotFoundError("its files are gone")
@@ -492,20 +492,9 @@ class Driver:
         )
 
     def _set_aside(self, action: do.SetAside) -> None:
-        commit = self._commit_of(action.step, action.place)
+        commit = self.saving.commit_of(action.step, action.place)
         if commit is not None:
             self.saving.set_aside(commit)
 
-    def _commit_of(self, step: int, place: Place) -> Commit | None:
-        for commit in self.saving.timeline():
-            if (commit.step, commit.place) == (step, place):
-                return commit
-        return None
-
     def _pids(self) -> dict[str, list[int]]:
         return {name: pool.pids() for name, pool in self.pools.items()}
-
-
-def steps_of(commits: list[Commit], place: str) -> tuple[int, ...]:
-    """The steps that have a commit there, oldest first."""
-    return tuple(sorted(commit.step for commit in commits if commit.place == place))

@@ -359,6 +359,13 @@ class Saving:
                 timeline.append(commit)
         return timeline
 
+    def commit_of(self, step: int, place: str) -> Commit | None:
+        """The step's commit there."""
+        for commit in self.timeline():
+            if (commit.step, commit.place) == (step, place):
+                return commit
+        return None
+
     def verified(self, commit: Commit) -> Commit:
         """The commit with its state, after everything that can be wrong with its files was looked
         for. A ValueError that names the file; FilesMissing where memory does not hold it any more."""
@@ -454,3 +461,8 @@ def on_disk(checkpoint: Checkpoint) -> Commit:
         stamp=None,
         state={},
     )
+
+
+def steps_of(commits: list[Commit], place: str) -> tuple[int, ...]:
+    """The steps that have a commit there, oldest first."""
+    return tuple(sorted(commit.step for commit in commits if commit.place == place))

@@ -219,7 +219,7 @@ def test_what_can_not_be_called_is_known_before_the_run(environment: Any, fix: s
 @pytest.mark.parametrize(
     "returned, fix",
     [
-        (Outcome(reward=1.0, metrics=None), "metrics of None; give a dict of numbers"),  # type: ignore[arg-type]
+        (Outcome(reward=1.0, metrics=None), "metrics of None; give a dict"),  # type: ignore[arg-type]
         (Outcome(reward=1.0, metrics={"a": "b"}), "metrics\\['a'\\] of 'b'"),
         (Outcome(reward=None), "reward of None"),  # type: ignore[arg-type]
         (Outcome(reward=1.0, turn_rewards=[1.0, 2.0]), "has 2 turn_rewards"),

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from workers.engines.model import attention
+from workers.engines.model import capped_attention
 
 SHAPES = ((2, 4, 60, 16), (2, 2, 75, 16), (2, 2, 75, 24))
 """Queries, keys and values: rows, heads, time, head_dim; 15 tokens of a prompt stand before each row."""
@@ -39,7 +39,7 @@ def run(dtype: torch.dtype, window: int | None) -> tuple[list[Tensor], int]:
         torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in SHAPES
     ]
     with Largest() as largest:
-        output = attention._capped(*leaves, 0.3, window, 1.5)
+        output = capped_attention.capped(*leaves, 0.3, window, 1.5)
         output.float().square().sum().backward()
     found = [output.detach()]
     for leaf in leaves:
@@ -55,8 +55,8 @@ def test_parts_equal_the_whole(
 ) -> None:
     """Finding 16: outputs and gradients, and no tensor of a row's tokens x tokens in either pass."""
     whole, of_whole = run(dtype, window)
-    monkeypatch.setattr(attention, "MOST_SCORES", 4 * 75 * 13)
-    monkeypatch.setattr(attention, "FEWEST_QUERIES", 8)
+    monkeypatch.setattr(capped_attention, "MOST_SCORES", 4 * 75 * 13)
+    monkeypatch.setattr(capped_attention, "FEWEST_QUERIES", 8)
     parts, of_parts = run(dtype, window)
     tolerance = 1e-6 if dtype is torch.float32 else 0.02
     for one, other in zip(parts, whole, strict=True):

@@ -8,11 +8,10 @@ import logging
 import shutil
 import subprocess
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -34,20 +33,6 @@ from hybridflow.recovery.config import RecoveryConfig
 from hybridflow.results import Metrics
 from hybridflow.supervision import SUPERVISION
 from tests.controllers.hand_role import HandAlgorithm, HandEngine, HandRole, make_loop, weights
-
-
-@pytest.fixture
-def shm() -> Iterator[Path]:
-    with TemporaryDirectory(dir="/dev/shm") as directory:
-        yield Path(directory)
-
-
-@pytest.fixture
-def expected(tmp_path: Path, shm: Path) -> torch.Tensor:
-    """Weights and moments of the undisturbed run."""
-    loop = make_loop(tmp_path / "undisturbed", shm)
-    Driver(loop).run()
-    return weights(loop)
 
 
 class FullDisk(Disk):

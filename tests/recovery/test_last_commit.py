@@ -4,9 +4,7 @@ whenever a notice comes."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -16,20 +14,6 @@ from controllers.recovery import Driver
 from hybridflow.disk import Disk
 from hybridflow.results import Metrics
 from tests.controllers.hand_role import HandAlgorithm, HandRole, make_loop, weights
-
-
-@pytest.fixture
-def shm() -> Iterator[Path]:
-    with TemporaryDirectory(dir="/dev/shm") as directory:
-        yield Path(directory)
-
-
-@pytest.fixture
-def expected(tmp_path: Path, shm: Path) -> torch.Tensor:
-    """Weights and moments of the undisturbed run."""
-    loop = make_loop(tmp_path / "undisturbed", shm)
-    Driver(loop).run()
-    return weights(loop)
 
 
 class NoticeAfterCommit(Disk):

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -92,13 +90,6 @@ while code == Exit.preempted:
     notice_at += stride
 print(tried)
 """
-
-
-@pytest.fixture
-def shm() -> Iterator[Path]:
-    """A directory of its own in the memory file system."""
-    with TemporaryDirectory(dir="/dev/shm") as directory:
-        yield Path(directory)
 
 
 @pytest.mark.parametrize("stride", [31, pytest.param(1, marks=pytest.mark.slow)])

@@ -15,19 +15,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from inspect import signature
-from itertools import groupby, product
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, use_gqa_in_sdpa
 
 from workers.engines.model.attention_probe import hands_packing_on
 from workers.engines.model.blocks import Scores
+from workers.engines.model.capped_attention import capped, visible
 from workers.engines.model.context_parallel import exchange_inputs, exchange_output
 from workers.engines.model.packing import Packing, Run
 from workers.engines.model.ring import block_attention, ring_attention
@@ -49,8 +49,6 @@ LARGEST_MASK = 2**22
 """Elements up to which a response that shares its prompt attends under a mask of its own tokens
 x all that it sees; a longer one attends as if the prompt's queries stood before its own, which
 needs no mask."""
-MOST_SCORES, FEWEST_QUERIES = 2**25, 128
-"""Soft-capped scores that are in memory at once, over all heads, with at least so many queries."""
 KERNEL_OPTIONS = frozenset(signature(varlen_attn).parameters)
 """The names of its arguments: PyTorch 2.11 has none for grouped heads, and takes them."""
 PACKED_ATTENTIONS = (ATTENTION, FUSED_ATTENTION, "flash_attention_2", "flash_attention_3")
@@ -285,7 +283,7 @@ def _run_by_run(
             for tensor in (keys, values)
         )
         if softcap is not None:
-            output = _capped(query, key, value, scale, window, softcap)
+            output = capped(query, key, value, scale, window, softcap)
         else:
             output = _fused_kernel(query, key, value, scale, window)
         outputs.append(output.flatten(0, 1))
@@ -312,7 +310,7 @@ def _among_images(
         )
         numbers = own.unflatten(0, (run.count, 1, run.length))
         same = (numbers[..., None] == numbers[..., None, :]) & (numbers >= 0)[..., None]
-        mask = _visible(run.length, run.prefix + run.length, None, own.device)
+        mask = visible(run.length, run.prefix + run.length, None, own.device)
         mask = mask | F.pad(same, (run.prefix, 0))
         if window is not None:
             mask = mask.triu(run.prefix + 1 - window)
@@ -346,7 +344,7 @@ def _fused_kernel(
     if mask is not None:
         pass
     elif (window is not None and window < seen) or 0 < time * prefix <= LARGEST_MASK:
-        mask = _visible(time, seen, window, query.device)
+        mask = visible(time, seen, window, query.device)
     elif prefix:
         query = F.pad(query, (0, 0, prefix, 0))
     copies = query.shape[1] // key.shape[1]
@@ -371,57 +369,6 @@ def takes_groups(mask: Tensor | None, key: Tensor, value: Tensor) -> bool:
     if key.is_cuda and key.dtype is torch.float32:
         return False
     return bool(use_gqa_in_sdpa(mask, key, value))
-
-
-def _capped(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float
-) -> Tensor:
-    """Scores within +- softcap (Gemma 2, section 2.2), which no fused kernel does; [rows, heads,
-    time, ...] -> [rows, time, heads, ...]. Of long rows the scores of some queries at a time, which
-    the backward pass computes again, with no more keys than those see.
-    """
-    rows, heads, time, _ = query.shape
-    seen = key.shape[2]
-    if rows * heads * time * seen <= MOST_SCORES:
-        return _capped_whole(query, key, value, scale, window, softcap)
-    step = max(FEWEST_QUERIES, MOST_SCORES // (heads * seen))
-    outputs = []
-    for row, begin in product(range(rows), range(0, time, step)):
-        part = query[row, None, :, begin : begin + step]
-        end = seen - time + begin + part.shape[2]
-        start = 0 if window is None else max(0, end - part.shape[2] - window + 1)
-        keys, values = (heads[row, None, :, start:end] for heads in (key, value))
-        outputs.append(
-            checkpoint(
-                _capped_whole,
-                *(part, keys, values, scale, window, softcap),
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        )
-    return torch.cat(outputs, 1).unflatten(1, (rows, time)).squeeze(0)
-
-
-def _capped_whole(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, softcap: float
-) -> Tensor:
-    """The same with all scores at once."""
-    copies = query.shape[1] // key.shape[1]
-    scores = softcap * torch.tanh(
-        query @ repeat_kv(key, copies).transpose(2, 3) * (scale / softcap)
-    )
-    hidden = ~_visible(query.shape[2], key.shape[2], window, query.device)
-    probs = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1, dtype=torch.float32).to(
-        query.dtype
-    )
-    return (probs @ repeat_kv(value, copies)).transpose(1, 2)
-
-
-def _visible(time: int, seen: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [time, seen]: which tokens (columns) each of the last `time` tokens (rows) sees:
-    itself and window - 1 before it."""
-    mask = torch.ones(time, seen, dtype=torch.bool, device=device).tril_(seen - time)
-    return mask if window is None else mask.triu_(seen - time + 1 - window)
 
 
 class _Products(torch.autograd.Function):
@@ -506,10 +453,8 @@ def _bias(window: int | None) -> Tensor:
     """bfloat16 [LONGEST, LONGEST]: 0 where a token may look, -inf where it may not; its corner
     serves every shorter sequence."""
     with torch.inference_mode(False):
-        visible = _visible(LONGEST, LONGEST, window, torch.device("cpu"))
-        return torch.zeros(LONGEST, LONGEST, dtype=torch.bfloat16).masked_fill_(
-            ~visible, -torch.inf
-        )
+        seen = visible(LONGEST, LONGEST, window, torch.device("cpu"))
+        return torch.zeros(LONGEST, LONGEST, dtype=torch.bfloat16).masked_fill_(~seen, -torch.inf)
 
 
 for _name, _fused in ((ATTENTION, False), (FUSED_ATTENTION, True)):
