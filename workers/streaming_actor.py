@@ -208,6 +208,9 @@ class StreamingActor(SplitActor):
         if sampling is None and "sample" in prompts:
             names = row_names(prompts, greedy=not do_sample)
             if all(name in self._versions for name in names):
+                # Before the version is asked for: a wait starts slices, and the rows, with which
+                # training begins, would come after them.
+                self._collect(names)
                 self._check_versions(names)
                 return self._responses(names)
         self.before_direct()
@@ -217,7 +220,8 @@ class StreamingActor(SplitActor):
         metrics = super().update_actor(batch)
         self._updated = metrics
         record, self._record = self._record, StepRecord()
-        return metrics | Metrics(sources=[lambda: self._metrics(record)])
+        elapsed_s = time.perf_counter() - record.began  # the metrics are read later
+        return metrics | Metrics(sources=[lambda: self._metrics(record, elapsed_s)])
 
     def load_checkpoint(self, directory: str, stamp: str | None = None) -> None:
         self._version, self._updated = None, None
@@ -248,7 +252,7 @@ class StreamingActor(SplitActor):
 
     def _responses(self, names: Sequence[RowName]) -> Batch:
         """The rows in that order."""
-        self._collect([name for name in names if name not in self._collected])
+        self._collect(names)
         parts: list[Batch] = []
         first_row: dict[int, int] = {}
         total = 0
@@ -263,6 +267,8 @@ class StreamingActor(SplitActor):
         return whole.rows(index)
 
     def _collect(self, names: Sequence[RowName]) -> None:
+        """Asks the generator for those of the rows that are not here yet."""
+        names = [name for name in names if name not in self._collected]
         for greedy in (False, True):
             chosen = [name for name in names if name.greedy == greedy]
             if not chosen:
@@ -276,14 +282,14 @@ class StreamingActor(SplitActor):
             for row, name in enumerate(chosen):
                 self._collected[name] = batch, row
 
-    def _metrics(self, record: StepRecord) -> dict[str, float]:
+    def _metrics(self, record: StepRecord, elapsed_s: float) -> dict[str, float]:
         """staleness/: in versions, of the first token (mean, max) and the last (newest_mean).
         asynchrony/: the share of the time between two updates in which the generator drew nothing
         ahead, and in which the controller waited for rows."""
-        elapsed = max(time.perf_counter() - record.began, 1e-9)
+        elapsed_s = max(elapsed_s, 1e-9)
         metrics = {
-            "asynchrony/generator_idle": max(0.0, 1 - record.generating_s / elapsed),
-            "asynchrony/trainer_waits": min(1.0, record.waited_s / elapsed),
+            "asynchrony/generator_idle": max(0.0, 1 - record.generating_s / elapsed_s),
+            "asynchrony/trainer_waits": min(1.0, record.waited_s / elapsed_s),
             "asynchrony/groups_in_flight": float(len(self._unfinished)),
         }
         if record.staleness:

@@ -50,6 +50,12 @@ def main() -> None:
         default=0,
         help="of a real run's responses (default: the model's)",
     )
+    parser.add_argument(
+        "--correction",
+        choices=sorted(real.CORRECTIONS),
+        default="rollout",
+        help="of a real run with staleness (default: %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, default=5, help="of reward (default: %(default)s)")
     parser.add_argument(
         "--cases",
@@ -83,7 +89,8 @@ def main() -> None:
                 for number, (staleness, mode) in enumerate(cases):
                     where = Path(directory) / model / str(number)
                     steps, mean_tokens = arguments.steps, arguments.mean_tokens
-                    add(real.measure(where, model, staleness, mode, steps, mean_tokens))
+                    correction = arguments.correction
+                    add(real.measure(where, model, staleness, mode, steps, mean_tokens, correction))
         if arguments.only in (None, "reward"):
             for number, (staleness, mode) in enumerate(cases):
                 where = Path(directory) / "reward" / str(number)

@@ -1,5 +1,5 @@
-"""Two pools of one CPU process each: GRPO on a random model whose responses have geometric lengths,
-at most 6 times their mean.
+"""Two pools of one CPU process each: GRPO on a random model; the responses to a prompt are as long as
+a log-normal number says, sigma 1, at most 6 times the mean.
 
 A pool is idle where it does none of a step's work: the generator draws nothing; the trainer runs none
 of its calls, or waits in one for the generator to take part in a sync.
@@ -11,16 +11,30 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from hybridflow import open_session
-from tests.tiny import VOCAB, make_data, make_model
+import numpy as np
+import torch
+
+from controllers.data import RowDataset
+from hybridflow.batch import Batch
+from recipes.preparation import prepare
+from recipes.python_settings import make_settings
+from recipes.session import Session
+from tests.tiny import make_data, make_model
 
 MODELS = {"tiny": {"layers": 1, "heads": 4}, "3m": {"layers": 4, "heads": 8}}
 MEAN_TOKENS = {"tiny": 32, "3m": 24}
 """Of a response: with these the two pools have about as much to do."""
 SLICE_STEPS = 4
 """Weights wait for two slices, and steps of these models take a second."""
-WARM_UP = 3
-"""Steps that are not counted."""
+WARM_UP, LAST = 3, 3
+"""Steps that are not counted: in the last ones nothing more is drawn ahead."""
+NUM_PROMPTS, SAMPLES, NUM_ROWS = 64, 2, 2048
+CORRECTIONS = {
+    "rollout": {"actor.loss.old_policy": "rollout"},
+    "truncate": {"actor.loss.rollout_correction.correction": "truncate"},
+}
+"""The loss' ratio is taken to the policy that drew the token; or to the trainer's before the update,
+which is another forward pass, with a truncated weight."""
 TRAINERS_CALLS = (
     "seconds/actor.compute_log_prob",
     "seconds/actor.update_actor",
@@ -37,16 +51,15 @@ def score(*, response: str, **columns: object) -> float:
 
 def settings(directory: Path, model: str, mean_tokens: int) -> dict[str, Any]:
     """The run's, without asynchrony."""
-    stops = round(VOCAB / mean_tokens)
     return {
         "model.path": make_model(directory / "model", **MODELS[model]),
-        "data.train": make_data(directory / "prompts.jsonl", rows=512),
-        "data.batch_size": 8,
-        "algorithm.samples_per_prompt": 4,
+        "data.train": make_data(directory / "prompts.jsonl", rows=NUM_ROWS),
+        "data.batch_size": NUM_PROMPTS,
+        "algorithm.samples_per_prompt": SAMPLES,
         "actor.generation.engine": "hf",
         "actor.generation.precision": "fp32",
         "actor.generation.sampling.max_response_tokens": 6 * mean_tokens,
-        "actor.generation.sampling.stop_token_ids": list(range(3, 3 + stops)),
+        "actor.generation.sampling.ignore_eos": True,
         "actor.train.precision": "fp32",
         "actor.train.optimizer.learning_rate": 3e-4,
         "placement": "custom",
@@ -63,8 +76,26 @@ def settings(directory: Path, model: str, mean_tokens: int) -> dict[str, Any]:
     }
 
 
+def limit_responses(dataset: RowDataset, mean_tokens: int) -> None:
+    """Every prompt gets a length of its own, the same in every run."""
+    shares = np.random.default_rng(0).lognormal(-0.5, 1, len(dataset)).clip(max=6)
+    lengths = torch.from_numpy((shares * mean_tokens).round().clip(min=1).astype(np.int64))
+    make_rows = dataset.rows
+
+    def rows(places: np.ndarray, uids: np.ndarray) -> Batch:
+        return make_rows(places, uids) | Batch.of(max_response_tokens=lengths[places])
+
+    dataset.rows = rows  # type: ignore[method-assign]
+
+
 def measure(
-    directory: Path, model: str, staleness: int, mode: str, num_steps: int, mean_tokens: int
+    directory: Path,
+    model: str,
+    staleness: int,
+    mode: str,
+    num_steps: int,
+    mean_tokens: int,
+    correction: str,
 ) -> dict[str, Any]:
     """A row of the table, over the steps after the warm-up; `mean_tokens`: 0 for the model's."""
     mean_tokens = mean_tokens or MEAN_TOKENS[model]
@@ -77,11 +108,12 @@ def measure(
             "asynchrony.staleness": staleness,
             "asynchrony.slice_steps": SLICE_STEPS,
             "asynchrony.in_flight": mode,
-            "actor.loss.rollout_correction.correction": "truncate",
-        }
-    with open_session("grpo", run, reward=score) as session:
+        } | CORRECTIONS[correction]
+    prepared = prepare(make_settings("grpo", run, score))
+    limit_responses(prepared.train, mean_tokens)
+    with Session(prepared) as session:
         steps = [session.step() for _ in range(num_steps)]
-    counted = steps[WARM_UP:]
+    counted = steps[WARM_UP:-LAST]
 
     def of(name: str) -> float:
         return mean(step.get(name, 0.0) for step in counted)
@@ -94,6 +126,7 @@ def measure(
         "staleness": staleness,
         "look_ahead": 0.0 if mode == "drain" else 1.0,
         "mean_tokens": mean_tokens,
+        "correction": correction if staleness else "",
         "step_s": step_s,
         "step_s_median": median(step["seconds/step"] for step in counted),
         "idle_trainer": 1 - training / step_s,
@@ -102,7 +135,7 @@ def measure(
         "reward": mean(step["reward/mean"] for step in steps[-5:]),
         "staleness_mean": of("staleness/mean"),
         "staleness_max": max(step.get("staleness/max", 0.0) for step in counted),
-        "bound": session.config.asynchrony.window(8).bound,
+        "bound": session.config.asynchrony.window(NUM_PROMPTS).bound,
     }
     if not staleness:
         generating = of("seconds/generation.generate_sequences")

@@ -18,7 +18,7 @@ from workers.generation.base import GenerationEngine
 from workers.generation.config import InFlight, SamplingConfig
 from workers.generation.draws import sample_tokens
 from workers.generation.hf import HfEngine
-from workers.generation.rows import FinishedRow
+from workers.generation.rows import FinishedRow, GrowingRow, StopRule
 
 PLAIN = replace(cases.PLAIN, max_response_tokens=20, ignore_eos=True)
 CONFIG = replace(cases.CONFIG, max_num_seqs=6)
@@ -190,3 +190,14 @@ def gaps(paths: Sequence[Path], rows: Sequence[FinishedRow]) -> list[float]:
         expected = np.where(row.weight_versions == 1, *scores)
         result.append(float(np.abs(expected - row.log_probs).max()))
     return result
+
+
+def growing_row(key: int, prompt_length: int) -> GrowingRow:
+    """A row of the engine hf that has not begun."""
+    prompt, stop = np.zeros(prompt_length, dtype=np.int64), StopRule([], PLAIN, None)
+    return GrowingRow(key, prompt, key, 0, PLAIN, stop, PLAIN.max_response_tokens)
+
+
+def submit(engine: GenerationEngine, prompt_length: int) -> None:
+    """One row of this length."""
+    engine.submit([np.full(prompt_length, 5)], np.array([7]), PLAIN)

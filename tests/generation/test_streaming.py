@@ -14,6 +14,7 @@ from tests.generation import cases, streams
 from tests.generation.streams import PLAIN, all_rows, assert_equals, hf_engine, naive
 from workers.generation.config import InFlight
 from workers.generation.hf import HfEngine
+from workers.generation.padded_batch import FREE_PADDING, of_like_length
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +202,32 @@ def test_a_finished_row_leaves_nothing_in_the_engine(engine: HfEngine) -> None:
     assert batch._cache.get_seq_length() == len(prompts[1]) + 4
     engine.run()
     assert not engine._batches and not engine._waiting
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_read_together_are_of_like_length(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    lengths = generator.lognormal(3, 1.5, 40).astype(int) + 1
+    rows = [streams.growing_row(key, length) for key, length in enumerate(lengths.tolist())]
+    cut = of_like_length(rows)
+    assert sorted(row.key for batch in cut for row in batch) == list(range(40))
+    for batch in cut:
+        inside = [len(row.prefix) for row in batch]
+        assert max(inside) <= 1.5 * min(inside) + FREE_PADDING
+    padded = sum(len(batch) * max(len(row.prefix) for row in batch) for batch in cut)
+    assert padded <= 1.5 * lengths.sum() + FREE_PADDING * 40
+
+
+def test_a_preempted_row_and_new_ones_are_not_padded_to_each_other(engine: HfEngine) -> None:
+    streams.submit(engine, prompt_length=60)
+    engine.run(1)
+    engine.preempt()
+    for _ in range(3):
+        streams.submit(engine, prompt_length=3)
+    read: list[tuple[int, ...]] = []
+    engine._model.register_forward_pre_hook(
+        lambda _module, _args, arguments: read.append(tuple(arguments["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    engine.run(2)
+    assert read == [(3, 3), (1, 61), (4, 1)]

@@ -42,7 +42,7 @@ from workers.generation import other_engines
 from workers.generation.base import GenerationEngine
 from workers.generation.config import GenerationConfig, InFlight, SamplingConfig
 from workers.generation.draws import draw_groups, sample_grouped
-from workers.generation.padded_batch import PaddedBatch
+from workers.generation.padded_batch import PaddedBatch, joins, of_like_length
 from workers.generation.rows import GrowingRow, NewRow, StopRule
 from workers.generation.sampling import (
     end_token_ids,
@@ -191,11 +191,13 @@ class HfEngine(GenerationEngine):
         return sum(not row.finish_reason for batch in self._batches for row in batch.rows)
 
     def _admit(self) -> None:
-        """Waiting rows become a batch, as many as may run."""
+        """Waiting rows become batches, as many rows as may run."""
         places = self._max_num_seqs - self._num_running
         rows = [self._waiting.popleft() for _ in range(min(places, len(self._waiting)))]
-        if rows:
-            self._batches.append(PaddedBatch(self._model, rows, self._routers, self._images))
+        for together in of_like_length(rows) if joins(self._model.config) else [rows]:
+            if together:
+                batch = PaddedBatch(self._model, together, self._routers, self._images)
+                self._batches.append(batch)
 
     def _draw(self, batch: PaddedBatch) -> list[GrowingRow]:
         """One token for every row; returns the rows that it ended."""

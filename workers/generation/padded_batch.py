@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from workers.engines.model.routers import Routers, experts_per_token
@@ -19,6 +19,9 @@ from workers.engines.model.routing import routing_of
 from workers.engines.model.vision import ImageInputs, SeenImages, image_arguments
 from workers.generation.rows import GrowingRow
 from workers.sequences import Sequences
+
+FREE_PADDING = 16
+"""Tokens by which a row may be padded whatever its length: a pass more costs more than they."""
 
 
 class PaddedBatch:
@@ -106,10 +109,8 @@ class PaddedBatch:
 
     @property
     def joins(self) -> bool:
-        """Whether rows can come and go: every layer keeps keys and values of single tokens, and
-        nothing else."""
-        plain = (DynamicLayer, DynamicSlidingWindowLayer)
-        return all(type(layer) in plain for layer in self._cache.layers)
+        """Whether rows can come and go."""
+        return keeps_single_tokens(self._cache)
 
     def join(self, other: PaddedBatch) -> None:
         """The rows of another batch come behind these."""
@@ -149,6 +150,31 @@ class PaddedBatch:
                 layer.cumulative_length = columns
                 columns = min(columns, layer.sliding_window - 1)
             layer.keys, layer.values = fit(layer.keys, columns), fit(layer.values, columns)
+
+
+def keeps_single_tokens(cache: DynamicCache) -> bool:
+    """Whether every layer keeps keys and values of single tokens, and nothing else."""
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return all(type(layer) in plain for layer in cache.layers)
+
+
+def joins(model: PretrainedConfig) -> bool:
+    """Whether batches of this model can become one."""
+    return keeps_single_tokens(DynamicCache(config=model))
+
+
+def of_like_length(rows: Sequence[GrowingRow]) -> list[list[GrowingRow]]:
+    """The rows, shortest first, cut so that reading them computes little padding: a row that was
+    preempted late has a prefix many times as long as a new prompt."""
+    result: list[list[GrowingRow]] = []
+    most = 0
+    for row in sorted(rows, key=lambda row: len(row.prefix)):
+        length = len(row.prefix)
+        if length > most:
+            result.append([])
+            most = length + length // 2 + FREE_PADDING
+        result[-1].append(row)
+    return result
 
 
 def fit(tensor: Tensor, length: int) -> Tensor:
