@@ -165,6 +165,7 @@ class Loop:
                 metrics = self.algorithm.step(prompts)
                 numbers = dict(metrics)
                 records = CALLS.finish()
+            self.saving.check_fence()
             self.bad.look_at(self.step + 1, position, prompts, numbers, metrics.rows)
         self.data.end_step()
         self._rows.add(prompts)

@@ -165,9 +165,10 @@ class Driver:
 
     def _decide(self, event: Event) -> tuple[Action, ...]:
         self.state, actions = decide(self.state, event, time.monotonic())
-        if self.events is not None:
-            self.events.flush()
-        self._note()
+        if not isinstance(event, on.Fenced):  # after it nothing is written
+            if self.events is not None:
+                self.events.flush()
+            self._note()
         return actions
 
     def _carry_out(self, action: Action) -> None:
@@ -346,8 +347,10 @@ class Driver:
             self._put(on.Pruned(durable=steps_of(self.saving.timeline(), DISK)))
 
     def _write(self, event: str, **fields: Any) -> None:
-        """Into events.jsonl, and what is counted of it."""
+        """Into events.jsonl, and what is counted of it. Raises Fenced where the run is another
+        controller's by now."""
         if self.events is not None:
+            self.saving.check_fence()
             self.vitals.count(self.events.write(event, **fields))
 
     def _note(self) -> None:

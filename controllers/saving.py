@@ -253,18 +253,28 @@ class Saving:
             raise SnapshotLost(f"step {step} is not in memory any more")
         newest = commits[0]
         directory = self.store.begin(step)
-        digests = newest.state["ledger"]["roles"]
-        for name in self.trained:
+        for name, of_role in newest.state["ledger"]["roles"].items():
             try:
                 self.nodes.bring(newest.path / name, directory / name)
                 brought = role_digest(directory / name, newest.stamp)
             except (FileNotFoundError, ValueError) as error:
                 raise SnapshotLost(str(error)) from error
-            if brought != digests[name]["digest"]:
+            if brought != of_role["digest"]:
                 raise SnapshotLost(f"not all files of {name} after step {step} were brought")
         self._flush = Flush(
             step=step, number=newest.number, state=newest.state, metrics={}, copied=False
         )
+
+    def write_newest(self) -> None:
+        """Writes the newest commit to disk where memory alone holds it, without the roles: for a
+        controller that has to leave before its roles stand. As begin_flush_from_here."""
+        self.store.settle()
+        timeline = self.timeline()
+        if not timeline or timeline[0].step in steps_of(timeline, DISK):
+            return
+        self.begin_flush_from_here(timeline[0].step)
+        self.is_flushed()
+        self.commit()
 
     def is_flushed(self, *, wait: bool = False) -> bool:
         """Whether all files of the flush under way are on disk; without one, False. What ends the

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class EventLog:
         if not self.path.exists():
             return []
         events = []
-        for line in self.path.read_text().splitlines():
-            if line.startswith("{") and line.endswith("}"):
+        for line in self.path.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
                 events.append(json.loads(line))
         return events

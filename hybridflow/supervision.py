@@ -13,6 +13,7 @@ import ctypes
 import faulthandler
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -24,17 +25,16 @@ from typing import Any
 from hybridflow.recovery.actions import Exit
 from hybridflow.supervisor import (
     CONTROL,
-    FINAL,
     HEARTBEAT,
     SIGNALS,
     STACKS,
-    STATE,
+    SUPERVISOR,
     become_subreaper,
     end_descendants,
     read_state,
+    write_state,
 )
 from hybridflow.waiting import CALLS, nothing
-from hybridflow.whole_file import whole_file
 
 PR_SET_PDEATHSIG = 1
 BEAT_S = 0.5
@@ -45,19 +45,23 @@ class Supervision:
 
     def __init__(self) -> None:
         self.directory: Path | None = None
+        self._supervisor = 0
         self._state: dict[str, Any] = {}
         self._beaten = 0.0
         self.on_leave: Callable[[], None] = nothing
         """Called before a SIGTERM ends the controller; it has seconds."""
 
-    def join(self, directory: Path) -> None:
-        """Makes this process the supervised controller."""
-        self.directory = directory
+    def join(self, directory: Path, supervisor: int) -> None:
+        """Makes this process the supervised controller of that process."""
+        self.directory, self._supervisor = directory, supervisor
         self._state = read_state(directory)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        self.handle_signals()
         # Where the supervisor is killed, the controller does not outlive it.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        self.handle_signals()
+        if self.is_orphan:  # it was killed while this process was loading
+            os.kill(os.getpid(), signal.SIGTERM)
+        # What came meanwhile is handled now.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         file = (directory / STACKS).open("a")
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         CALLS.beat = self.beat
@@ -66,6 +70,11 @@ class Supervision:
         """Ray's start puts a handler of its own in place; this puts ours back."""
         if self.directory is not None:
             signal.signal(signal.SIGTERM, leave_at_once)
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the supervisor has ended."""
+        return self.directory is not None and os.getppid() != self._supervisor
 
     @property
     def state(self) -> dict[str, Any]:
@@ -81,8 +90,7 @@ class Supervision:
         if self.directory is None:
             return
         self._state |= values
-        with whole_file(self.directory / STATE) as path:
-            path.write_text(json.dumps(self._state))
+        write_state(self.directory, self._state)
 
     def beat(self) -> None:
         """A sign of life; from the first one on the supervisor expects them."""
@@ -99,8 +107,7 @@ class Supervision:
 
     def mark_final(self) -> None:
         """This controller's end is the run's end, whatever its exit status."""
-        if self.directory is not None:
-            (self.directory / FINAL).touch()
+        self.note(final=True)
 
 
 SUPERVISION = Supervision()
@@ -111,17 +118,18 @@ def supervise(output_dir: str, *, max_restarts: int, stale_s: float) -> None:
     becomes the supervisor: a small Python of its own, with neither torch nor Ray in it."""
     control = os.environ.pop(CONTROL, "")
     if control:
-        SUPERVISION.join(Path(control))
+        SUPERVISION.join(Path(control), int(os.environ.pop(SUPERVISOR)))
         return
     directory = Path(tempfile.mkdtemp(prefix="hybridflow-supervisor-"))
+    write_state(directory, {})
     sys.stdout.flush()
     sys.stderr.flush()
     become_subreaper()  # already now: the controller may die before the supervisor stands
     # A signal that comes before the supervisor looks at signals waits for it.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    pid = os.fork()
+    supervisor, pid = os.getpid(), os.fork()
     if pid == 0:
-        SUPERVISION.join(directory)
+        SUPERVISION.join(directory, supervisor)
         return
     settings = {
         "control": str(directory),
@@ -145,4 +153,6 @@ def leave_at_once(signum: int, frame: object) -> None:
     except Exception as error:  # the process ends here
         print(f"the last snapshot could not be written to disk: {error}", file=sys.stderr)
     end_descendants()
+    if SUPERVISION.is_orphan and SUPERVISION.directory is not None:
+        shutil.rmtree(SUPERVISION.directory, ignore_errors=True)
     os._exit(Exit.preempted)

@@ -9,8 +9,7 @@ after them.
 The control directory, which both sides share:
 
     heartbeat    touched by every wait of the controller; stale: it is frozen
-    state.json   what the controller noted for its successor
-    final        exists where the controller's end is the run's end
+    state.json   what the controller noted for its successor, and whether its end is the run's end
     stacks       the controller's stacks, by faulthandler
 """
 
@@ -24,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,8 +34,12 @@ from hybridflow.recovery.budget import Budget, after_exit
 from hybridflow.recovery.events import Failure, Kind
 
 CONTROL = "HYBRIDFLOW_CONTROL"
-"""Environment variable of a restarted controller: the control directory."""
-HEARTBEAT, STATE, FINAL, STACKS = "heartbeat", "state.json", "final", "stacks"
+SUPERVISOR = "HYBRIDFLOW_SUPERVISOR"
+"""Environment variables of a restarted controller: the control directory, the supervisor's process."""
+HEARTBEAT, STATE, STACKS = "heartbeat", "state.json", "stacks"
+STATE_BYTES = 4096
+"""The size of state.json, which is written over in place: that takes no room on a full disk, and a
+write of one page is not cut off by a signal."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 1.0
@@ -54,6 +58,16 @@ def read_state(directory: Path) -> dict[str, Any]:
     path = directory / STATE
     state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return state
+
+
+def write_state(directory: Path, state: Mapping[str, Any]) -> None:
+    text = json.dumps(dict(state)).encode().ljust(STATE_BYTES)
+    assert len(text) == STATE_BYTES, "state.json holds a few numbers"
+    descriptor = os.open(directory / STATE, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.pwrite(descriptor, text, 0)
+    finally:
+        os.close(descriptor)
 
 
 def descendants(pid: int) -> list[int]:
@@ -131,7 +145,7 @@ class Supervisor:
             # The controller counts its own restarts on, from those that it was started with.
             budget = replace(budget, restarts=state.get("restarts", budget.restarts))
             budget, refusal = after_exit(budget, status, furthest=furthest)
-            is_final = (directory / FINAL).exists() or bool(self.leaving_since)
+            is_final = state.get("final", False) or bool(self.leaving_since)
             if is_final or refusal:
                 break
             end_descendants()
@@ -214,8 +228,8 @@ class Supervisor:
         for name in (HEARTBEAT, STACKS):
             (Path(self.control) / name).unlink(missing_ok=True)
         state = read_state(Path(self.control)) | {"restarts": budget.restarts, "again": True}
-        (Path(self.control) / STATE).write_text(json.dumps(state))
-        environment = os.environ | {CONTROL: self.control}
+        write_state(Path(self.control), state)
+        environment = os.environ | {CONTROL: self.control, SUPERVISOR: str(os.getpid())}
         process = subprocess.Popen(self.command, env=environment)
         self.pid = process.pid
         process.returncode = 0  # it is waited for here, not by subprocess

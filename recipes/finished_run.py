@@ -20,6 +20,7 @@ from controllers.saving import on_disk
 from controllers.validation import REWARD
 from hybridflow.checkpoint import CheckpointStore, load_metadata
 from hybridflow.metrics.jsonl import METRICS, SUMMARY, write_summary
+from hybridflow.recovery.holders import is_held
 from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.supervision import SUPERVISION
 from recipes.diff import flat
@@ -73,6 +74,9 @@ def finished(prepared: Preparation) -> Outcome | None:
             f"; and {more} more" if more > 0 else "",
         )
     complete_summary(directory, outcome)
+    memory = MemoryPlace.of(directory)
+    if memory is not None and not is_held(directory):
+        memory.clear()  # of a controller that was killed after the last commit
     return outcome
 
 

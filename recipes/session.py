@@ -54,7 +54,7 @@ from recipes.placing import Placement, placeholder_roles
 from recipes.preparation import Preparation
 from recipes.roles import GENERATION, role_kind
 from recipes.same_run import checkpoint_store, run_settings
-from recipes.settings_history import settings_tree, write_settings
+from recipes.settings_history import CONFIG, settings_tree, write_settings
 from workers.machine import MachineWorker
 from workers.precision import native_precision
 from workers.roles import (
@@ -116,6 +116,8 @@ class Session:
         self.algorithm: Algorithm
         self._loop: Loop | None = None
         self._driver: Driver | None = None
+        self._is_described = False
+        """Whether config.yaml is that of this session."""
         self._resources = ExitStack()
         try:
             self._start()
@@ -142,21 +144,30 @@ class Session:
         if trains:
             if not SUPERVISION.took_over:
                 check_nobody_holds(self.directory)
-            attempt = Attempt.claim(self.directory)
+            attempt = Attempt.claim(self.directory, after=SUPERVISION.state.get("attempt"))
+            SUPERVISION.note(attempt=attempt.number)
             hold(attempt)
             self._resources.callback(release, attempt)
             if config.recovery.snapshot_every:
                 memory = MemoryPlace.open(attempt)
         store = checkpoint_store(placement, self.directory, attempt)
+        loop_config = goes_on(config.loop)
+        if memory is not None and loop_config.resume == "auto":
+            SUPERVISION.on_leave = Saving({}, store, memory).write_newest
         self._resources.enter_context(shown(live=config.metrics.console))
         with activity("start"):
             cluster = self._resources.enter_context(connect_cluster(placement))
             SUPERVISION.handle_signals()
-            loop_config = goes_on(config.loop)
             if trains:
+                assert attempt is not None, "a run that trains has an attempt"
                 length = config.loop.length(len(prepared.train), config.data.batch_size)
                 first_step = start_step(loop_config.resume, store, memory)
-                tracker = start_tracker(config, self.directory, first_step, length.num_steps)
+                if not first_step:
+                    attempt.check()
+                    self._describe(0)
+                tracker = start_tracker(
+                    config, self.directory, first_step, length.num_steps, attempt
+                )
                 self._resources.enter_context(tracker)
             for name, pool in start_all_pools(placement, cluster).items():
                 self.pools[name] = self._resources.enter_context(pool)
@@ -180,9 +191,8 @@ class Session:
         self.algorithm = create_algorithm(
             config.algorithm.name, self.roles, config.algorithm, streams
         )
-        if tracker is None:
+        if tracker is None or attempt is None:
             return
-        assert attempt is not None, "a run that trains has an attempt"
         self._loop = Loop(
             self.algorithm,
             trained=self._trained(),
@@ -237,8 +247,18 @@ class Session:
         loop.resume()
         if loop.step < first_step:  # the newest commit is damaged: its metrics go with it
             tracker.rewind(loop.step, attempt.number)
-            write_settings(self.directory, settings_tree(self.config), loop.step)
+        is_new = not (self.directory / CONFIG).exists()
+        if not self._is_described and (is_new or not loop.ends):
+            self._describe(loop.step)
         SUPERVISION.note(begins_after=loop.saving.begins_after)
+
+    def _describe(self, first_step: int) -> None:
+        """Writes the settings and the machine of the steps after `first_step`. The files of a run that
+        is finished stay as they are until it trains a step more."""
+        self._is_described = True
+        write_settings(self.directory, settings_tree(self.config), first_step)
+        with whole_file(self.directory / "environment.json") as path:
+            path.write_text(json.dumps(environment(), indent=1) + "\n")
 
     def _rejoin(self, restarted: set[str]) -> None:
         """Brings the actor's two pools together again after one of them was restarted."""
@@ -294,6 +314,8 @@ class Session:
             )
         if prompts is not None and not prompts:
             raise ValueError("session.step: the batch of prompts has no rows")
+        if not self._is_described:
+            self._describe(self.loop.step)
         return self.loop.train_one_step(prompts)
 
     def validate(self) -> dict[str, float]:
@@ -420,19 +442,18 @@ def spawn_roles(
     return handles | placeholder_roles(placement, handles)
 
 
-def start_tracker(config: RunConfig, directory: Path, first_step: int, num_steps: int) -> Tracker:
-    """The metrics of this run; what an earlier one logged after `first_step` is dropped."""
-    settings = settings_tree(config)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_settings(directory, settings, first_step)
-    with whole_file(directory / "environment.json") as path:
-        path.write_text(json.dumps(environment(), indent=1) + "\n")
+def start_tracker(
+    config: RunConfig, directory: Path, first_step: int, num_steps: int, attempt: Attempt
+) -> Tracker:
+    """The metrics of this run; what an earlier one logged after `first_step` is dropped. It raises
+    Fenced once another attempt has taken the run over."""
     return Tracker(
         config.metrics,
         directory,
         total_steps=num_steps,
         start_step=first_step,
-        run_config=settings,
+        run_config=settings_tree(config),
+        before_writing=attempt.check,
     )
 
 

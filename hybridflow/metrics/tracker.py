@@ -33,6 +33,10 @@ RECEIVER = "generation"
 """The role whose pool weights travel to."""
 
 
+def nothing() -> None:
+    pass
+
+
 class WandbMode(StrEnum):
     off = "off"
     offline = "offline"
@@ -94,9 +98,13 @@ class Tracker:
         total_steps: int,
         start_step: int = 0,
         run_config: Mapping[str, object] | None = None,
+        before_writing: Callable[[], None] = nothing,
     ) -> None:
         """`start_step` > 0 continues a run: what it logged after that step is dropped.
-        `run_config` is shown beside the run."""
+        `run_config` is shown beside the run. `before_writing` may raise, where nothing is to be written
+        any more."""
+        before_writing()
+        self._before_writing = before_writing
         _make_writable(directory)
         self._sinks: list[Sink] = []
         self._trace: TraceFile | None = None
@@ -173,6 +181,7 @@ class Tracker:
     def _to_trace(self, write: Callable[[TraceFile], None]) -> None:
         if self._trace is None:
             return
+        self._before_writing()
         try:
             write(self._trace)
         except OSError as error:
@@ -223,6 +232,7 @@ class Tracker:
         self.close()
 
     def _to_all(self, act: Callable[[Sink], None]) -> None:
+        self._before_writing()
         for sink in list(self._sinks):
             try:
                 act(sink)

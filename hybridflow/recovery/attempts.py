@@ -36,10 +36,13 @@ class Attempt:
         """Random text that is the same in every attempt of the run."""
 
     @classmethod
-    def claim(cls, output_dir: Path, disk: Disk = DISK) -> Attempt:
+    def claim(cls, output_dir: Path, disk: Disk = DISK, *, after: int | None = None) -> Attempt:
         """The newest attempt of the run in `output_dir`; its number is on disk, and so never another
-        attempt's. disk: how names are synced."""
+        attempt's. disk: how names are synced. after: the attempt that this one goes on with; Fenced
+        where another one has done so already."""
         directory = output_dir.absolute() / DIRECTORY
+        if after is not None:
+            cls(directory, after, "").check()
         directory.mkdir(parents=True, exist_ok=True)
         disk.sync(directory.parent)
         with suppress(PermissionError):  # a directory that this user may enter, not read
@@ -67,7 +70,12 @@ class Attempt:
     def check(self) -> None:
         """Raises Fenced where a higher attempt exists, or the output directory is gone."""
         last = newest(self.directory)
-        if last != self.number:
+        if last < self.number:
+            raise Fenced(
+                f"output_dir={self.directory.parent}: the run was removed; attempt {self.number} ends "
+                "without writing anything more"
+            )
+        if last > self.number:
             raise Fenced(
                 f"output_dir={self.directory.parent}: attempt {last} has taken this run over; "
                 f"attempt {self.number} ends without writing anything more"

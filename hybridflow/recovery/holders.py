@@ -2,8 +2,9 @@
 
     attempts/<n>/holder.json     {"host": "node-1", "boot": "...", "pid": 4711, "began": "83120", ...}
 
-Only a process that is certainly alive on this machine counts. Of one on another machine nothing is
-known here: a controller that lost contact is fenced by the next attempt (attempts.py).
+Only a process that is certainly alive on this machine counts, one that is suspended (Ctrl-Z) too: it
+holds its devices and its memory, and goes on when it is brought back. Of one on another machine
+nothing is known here: a controller that lost contact is fenced by the next attempt (attempts.py).
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 LOGGER = logging.getLogger(__name__)
 ORPHAN_S, POLL_S = 60.0, 0.2
 """How long a process may take to end whose supervisor has."""
-STOPPED = "TtZX"
-"""States of /proc/<pid>/stat in which a process trains nothing: suspended, dead."""
+DEAD, SUSPENDED = ("Z", "X"), "T"
+"""States of /proc/<pid>/stat."""
 
 
 def hold(attempt: Attempt) -> None:
@@ -48,6 +49,13 @@ def check_nobody_holds(output_dir: Path) -> None:
     deadline = 0.0
     while (holder := _alive(output_dir)) is not None:
         pid = holder["pid"]
+        group = _suspended_group(pid)
+        if group:
+            raise ValueError(
+                f"output_dir={output_dir}: a suspended run is there (process {pid} on "
+                f"{holder['host']}); bring it back (fg, or kill -CONT -- -{group}), to go on or to end "
+                "it with Ctrl-C, or set another output_dir"
+            )
         if holder["parent"] == _parent(pid) or (deadline and time.monotonic() > deadline):
             raise ValueError(
                 f"output_dir={output_dir}: another run is alive there (process {pid} on "
@@ -57,6 +65,11 @@ def check_nobody_holds(output_dir: Path) -> None:
             LOGGER.warning("waiting for process %s, which still holds %s, to end", pid, output_dir)
             deadline = time.monotonic() + ORPHAN_S
         time.sleep(POLL_S)
+
+
+def is_held(output_dir: Path) -> bool:
+    """Whether another process of this machine has the run in `output_dir`."""
+    return _alive(output_dir) is not None
 
 
 def _alive(output_dir: Path) -> dict[str, Any] | None:
@@ -78,7 +91,7 @@ def _path(attempt: Attempt) -> Path:
 def _identity(pid: int) -> dict[str, object]:
     """Tells a process that runs here from every other one, by the time that it began at from a later
     one of its number too; an OSError where there is none."""
-    if _state(pid) in STOPPED:
+    if _state(pid) in DEAD:
         raise ProcessLookupError(f"process {pid} does not run")
     return {
         "host": socket.gethostname(),
@@ -91,6 +104,16 @@ def _identity(pid: int) -> dict[str, object]:
 
 def _state(pid: int) -> str:
     return _fields(pid)[0]
+
+
+def _suspended_group(pid: int) -> str:
+    """The process group of a process that is suspended, as Ctrl-Z does with a whole group; empty for
+    one that runs or has ended."""
+    try:
+        state, _, group, *_ = _fields(pid)
+    except OSError:
+        return ""
+    return group if state == SUSPENDED else ""
 
 
 def _fields(pid: int) -> list[str]:

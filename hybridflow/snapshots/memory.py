@@ -22,6 +22,7 @@ import os
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ from hybridflow.whole_file import whole_file
 LOGGER = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")
 RECORD, OWNER = "commit.json", "owner.json"
+BEGUN_S = 60.0
+"""How long a directory may be without its owner's name."""
 FREE_FRACTION = 0.25
 """This fraction of the memory file system stays free: Ray's object store is in it too."""
 
@@ -84,7 +87,7 @@ class MemoryPlace:
                 if other != place.directory and not _has_owner(other):
                     shutil.rmtree(other, ignore_errors=True)
             place.directory.mkdir(mode=0o700, exist_ok=True)
-            owner = {"output_dir": str(output), "run": attempt.run}
+            owner = {"output_dir": str(output), "run": attempt.run, "files": _file_systems()}
             _replace(place.directory / OWNER, owner)
         except OSError as error:
             LOGGER.warning(
@@ -285,10 +288,19 @@ def make_private(directory: Path) -> None:
         )
 
 
+def _file_systems() -> str:
+    """The file systems that this process sees: containers that share /dev/shm have others."""
+    return str(Path("/proc/self/ns/mnt").readlink())
+
+
 def _has_owner(directory: Path) -> bool:
     """Whether the run whose memory it is still has its output directory."""
     try:
+        if not (directory / OWNER).exists():  # of a run that begins, perhaps
+            return time.time() - directory.stat().st_mtime < BEGUN_S
         owner = json.loads((directory / OWNER).read_text())
+        if owner.get("files", _file_systems()) != _file_systems():
+            return True  # nobody can tell from here
         run = (Path(owner["output_dir"]) / DIRECTORY / RUN).read_text()
         return run == str(owner["run"])
     except FileNotFoundError:

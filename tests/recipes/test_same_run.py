@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from hybridflow.metrics import read_jsonl
-from recipes.python_api import run
+from recipes.python_api import open_session, run
 from recipes.settings_history import settings_of_step, write_settings
 from tests.tiny import make_data, make_model
 
@@ -76,6 +76,25 @@ def test_b81_the_same_run_is_finished(
     )
     (line,) = [text for text in caplog.messages if text.startswith("nothing to do")]
     assert "is finished after 1 steps; raise loop.num_steps" in line
+
+
+def test_a_session_on_a_finished_run_keeps_its_files(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Until it trains a step more, with its own settings."""
+    output = tmp_path / "out"
+    shutil.copytree(settings["output_dir"], output)
+    before = {path: text for path, (_, text) in contents(output).items()}
+    changed = other(settings, output_dir=output, actor__train__optimizer__learning_rate=3e-5)
+    with open_session("grpo", changed) as session:
+        assert session.num_steps == 1
+    after = {path: text for path, (_, text) in contents(output).items() if path in before}
+    assert after == before
+    with open_session("grpo", changed) as session:
+        session.step()
+    path, begin = settings_of_step(output, 2)
+    assert begin == 1 and "learning_rate: 3.0e-05" in path.read_text()
+    assert "learning_rate: 1.0e-06" in settings_of_step(output, 1)[0].read_text()
 
 
 def test_a_summary_that_is_missing_is_written(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from benchmarks.chaos.full_disk import full, may_mount, mount, unmount
 from controllers.ledger import LEDGER, first_difference, read_ledger
 from controllers.loop import Loop
 from controllers.recovery import Driver
-from controllers.saving import OneNode
+from controllers.saving import OneNode, Saving
 from hybridflow.disk import Disk, LineFile
 from hybridflow.errors import NodeLeaves, TooFewDevices, Where, WorkerDied
 from hybridflow.failures import EventLog
@@ -463,3 +463,68 @@ def test_a_replaced_controller_writes_nothing_more(tmp_path: Path, shm: Path) ->
         Driver(loop).run()
     assert [line["step"] for line in read_ledger(loop.ledger.path)] == [0]
     assert not loop.store.all() and SUPERVISION.directory is None
+
+
+class Suspended(HandAlgorithm):
+    """During its third step another controller takes the run over."""
+
+    output = Path()
+    dies = False
+    files: dict[str, bytes]
+    """Those of the run at that moment."""
+
+    def step(self, prompts: object) -> Metrics:
+        if self.role.engine.num_steps == 2:
+            Attempt.claim(self.output)
+            self.files = contents(self.output)
+            if self.dies:
+                where = Where(role="actor", rank=0, method="update_actor", pool="main")
+                raise WorkerDied("actor rank 0 died", (where,))
+        return super().step(prompts)  # type: ignore[arg-type]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    paths = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["its step ends", "a rank of it has died"])
+def test_a_run_that_was_suspended_and_replaced_writes_nothing(
+    tmp_path: Path, shm: Path, dies: bool
+) -> None:
+    """Ctrl-Z, the same command on another machine, fg: neither metrics nor the failure of a process
+    that died meanwhile, and no second start of the ledger, memory or checkpoints."""
+    output = tmp_path / "out"
+    loop = make_loop(output, shm)
+    attempt, role = loop.store.attempt, loop.trained["actor"]
+    assert attempt is not None and isinstance(role, HandRole)
+    quiet = MetricsConfig(console=False, tensorboard=True)
+    loop.tracker = Tracker(quiet, output, total_steps=5, before_writing=attempt.check)
+    loop.algorithm = algorithm = Suspended(role)  # type: ignore[assignment]
+    algorithm.output, algorithm.dies = output, dies
+    events = EventLog(output, attempt.number)
+    driver = Driver(loop, pools={"main": Pool()}, config=RecoveryConfig(), events=events)
+    with pytest.raises(Fenced, match="attempt 2 has taken this run over"), loop.tracker:
+        driver.run()
+    after = contents(output)
+    assert {"metrics.jsonl", "events.jsonl", "trace.json", LEDGER} <= after.keys()
+    assert after == algorithm.files
+    assert [commit.step for commit in loop.saving.commits()][:1] == [2]
+
+
+def test_a_notice_before_the_run_stands_puts_memory_on_disk(
+    tmp_path: Path, shm: Path, expected: torch.Tensor
+) -> None:
+    """The controller died, and its successor is told to leave while it still builds the roles; twice,
+    the second time with nothing left to do."""
+    loop = make_loop(tmp_path / "cut", shm)
+    for _ in range(3):
+        loop.train_one_step()
+        loop.snapshot()
+    for _ in range(2):
+        Saving({}, loop.store, loop.saving.memory).write_newest()
+    assert [checkpoint.step for checkpoint in loop.store.all()] == [3]
+    elsewhere = make_loop(tmp_path / "cut", None)
+    assert elsewhere.step == 3
+    Driver(elsewhere).run()
+    assert torch.equal(weights(elsewhere), expected)

@@ -16,7 +16,7 @@ from hybridflow.recovery.attempts import Attempt
 
 
 def test_a_run_of_a_process_that_is_alive_is_refused(tmp_path: Path) -> None:
-    """Not one's own, not one that was suspended, killed or is another machine's."""
+    """One that is suspended, too; not one's own, not one that was killed or is another machine's."""
     holders.check_nobody_holds(tmp_path)
     attempt = Attempt.claim(tmp_path)
     holders.hold(attempt)
@@ -36,9 +36,13 @@ def test_a_run_of_a_process_that_is_alive_is_refused(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGSTOP)
         while holders._state(process.pid) != "T":
             time.sleep(0.01)
-        holders.check_nobody_holds(tmp_path)
+        group = os.getpgid(process.pid)
+        with pytest.raises(ValueError, match=rf"suspended run .*kill -CONT -- -{group}\)"):
+            holders.check_nobody_holds(tmp_path)
+        assert holders.is_held(tmp_path)
         process.kill()
     holders.check_nobody_holds(tmp_path)
+    assert not holders.is_held(tmp_path)
     holders.release(attempt)
     assert not file.exists()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridflow.supervisor import descendants
+from hybridflow.supervisor import descendants, read_state, write_state
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -21,6 +21,9 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 from hybridflow.supervision import SUPERVISION, supervise
 
+if sys.argv[2] == "loads slowly" and "HYBRIDFLOW_CONTROL" in os.environ:
+    Path(sys.argv[1], "loading").touch()
+    time.sleep(2)
 # Where the tests run in the background, Ctrl-C is ignored, and so it would be here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 output, behaviour = Path(sys.argv[1]), sys.argv[2]
@@ -47,6 +50,7 @@ BEHAVIOURS = {
     "fails": "sys.exit(1)",
     "freezes": "os.kill(os.getpid(), signal.SIGSTOP) if life < 2 else sys.exit(0)",
     "hangs": "time.sleep(600) if life < 2 else sys.exit(0)",
+    "loads slowly": "os.kill(os.getpid(), signal.SIGKILL)",
     "goes on": "while True: time.sleep(0.1); SUPERVISION.beat()",
 }
 
@@ -58,7 +62,7 @@ def begin(tmp_path: Path) -> Callable[[str], subprocess.Popen[str]]:
         program.write_text(PROGRAM % BEHAVIOURS[behaviour].replace("\\n", "\n"))
         stale_s = "2" if behaviour in ("freezes", "hangs") else "100"
         command = [sys.executable, str(program), str(tmp_path), behaviour, stale_s]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
         return subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -166,6 +170,39 @@ def test_a_killed_supervisor_takes_its_controller_along(
     while [pid for pid in family if Path(f"/proc/{pid}/cmdline").exists() and _alive(pid)]:
         assert time.monotonic() < deadline, (controller, family)
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_supervisor_that_ends_while_the_next_controller_loads(
+    begin: Callable[[str], subprocess.Popen[str]], tmp_path: Path, how: signal.Signals
+) -> None:
+    """A notice is a notice at that time too; and a controller whose supervisor died before it could
+    ask the kernel for that news does not begin."""
+    process = begin("loads slowly")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "loading").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    family = descendants(process.pid)
+    (control,) = tmp_path.glob("hybridflow-supervisor-*")
+    os.kill(process.pid, how)
+    process.communicate(timeout=60)
+    assert process.returncode == (75 if how is signal.SIGTERM else -how)
+    while control.exists() or any(map(_alive, family)):
+        assert time.monotonic() < deadline, (control, family)
+        time.sleep(0.05)
+    assert len(lives(tmp_path)) == 1
+
+
+def test_what_a_controller_notes_takes_no_room(tmp_path: Path) -> None:
+    """Nor does what the supervisor adds: a full disk for temporary files ends no run."""
+    write_state(tmp_path, {})
+    (before,) = [path.stat() for path in tmp_path.iterdir()]
+    for number in (7, 12345678):
+        write_state(tmp_path, {"furthest": number, "again": True})
+        (after,) = [path.stat() for path in tmp_path.iterdir()]
+        assert (after.st_ino, after.st_size) == (before.st_ino, before.st_size)
+        assert read_state(tmp_path) == {"furthest": number, "again": True}
 
 
 def _alive(pid: int) -> bool:

@@ -4,6 +4,7 @@ is short."""
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -76,6 +77,22 @@ def test_an_output_directory_that_is_gone_leaves_no_memory_behind(
     anew = open_place(tmp_path, shm)
     assert anew.directory != place.directory and anew.commits() == []
     assert not place.directory.exists()
+
+
+def test_memory_that_may_be_a_live_runs_stays(tmp_path: Path, shm: Path) -> None:
+    """That of a run that has not written its name yet, and that of another container, whose output
+    directories this one does not see."""
+    place = open_place(tmp_path, shm)
+    begun, elsewhere = (place.directory.with_name(name) for name in ("begun", "elsewhere"))
+    begun.mkdir()
+    elsewhere.mkdir()
+    owner = {"output_dir": str(tmp_path / "unseen"), "run": "1", "files": "mnt:[1]"}
+    (elsewhere / "owner.json").write_text(json.dumps(owner))
+    open_place(tmp_path, shm)
+    assert begun.exists() and elsewhere.exists()
+    os.utime(begun, (0, 0))
+    open_place(tmp_path, shm)
+    assert not begun.exists() and elsewhere.exists()
 
 
 def test_memory_that_is_someone_elses_is_not_used(
