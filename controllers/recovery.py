@@ -22,11 +22,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from controllers.flushes import Flushes
 from controllers.ledger import Line, line_difference, line_digest, read_ledger
 from controllers.loop import Loop, Outcome
 from controllers.not_finite import StepGivenUp
 from controllers.outcome import nothing_to_do
-from controllers.saving import DISK, MEMORY, ONE_NODE, Commit, Nodes, SnapshotLost, steps_of
+from controllers.saving import DISK, MEMORY, ONE_NODE, Commit, Nodes, steps_of
 from hybridflow.errors import TooFewDevices
 from hybridflow.failures import RECOVERABLE, EventLog, describe, failed_pools
 from hybridflow.host_watch import HostWatch
@@ -93,6 +94,7 @@ class Driver:
         self._rejoin = rejoin
         self.state = begin(self._policy())
         self._inbox: deque[Event] = deque()
+        self._flushes = Flushes(loop, self._inbox)
         self._stop: do.Stop | None = None
         self._error: Exception | None = None
         """The failure that is being recovered from, and its evidence."""
@@ -165,6 +167,7 @@ class Driver:
 
     def _decide(self, event: Event) -> tuple[Action, ...]:
         self.state, actions = decide(self.state, event, time.monotonic())
+        self._flushes.under_way = self.state.flush
         if not isinstance(event, on.Fenced):  # after it nothing is written
             if self.events is not None:
                 self.events.flush()
@@ -181,11 +184,12 @@ class Driver:
             case do.Record():
                 self.loop.record()
             case do.Export():
-                self._export(action)
+                self._flushes.export(action.step)
             case do.Flush():
-                self._flush(action)
+                leaving = self.state.phase is Phase.leaving
+                self._flushes.begin(action.step, without_roles=leaving)
             case do.Commit():
-                self._commit(action)
+                self._flushes.commit(action.step, action.number)
             case do.Prune():
                 self._prune(action)
             case do.SetAside():
@@ -213,7 +217,7 @@ class Driver:
 
     def _wait(self) -> Event:
         """The next event where no action has put one: of the flush under way, or a Tick."""
-        self._look_at_flush()
+        self._flushes.look()
         if self._inbox:
             return self._inbox.popleft()
         time.sleep(TICK_S if self.state.flush is None else COPYING_TICK_S)
@@ -261,7 +265,7 @@ class Driver:
                 self._carry_out(further)
         self.loop.run_step(action.step)
         self.hosts.look(action.step)
-        self._look_at_flush()
+        self._flushes.look()
         self._put(on.Tick())
         self._put(
             on.StepDone(
@@ -289,55 +293,6 @@ class Driver:
                 difference=difference,
             )
         )
-
-    def _export(self, action: do.Export) -> None:
-        try:
-            self.loop.export()
-        except OSError as error:
-            self._put(on.ExportFailed(step=action.step, cause=str(error)))
-
-    def _flush(self, action: do.Flush) -> None:
-        try:
-            if self.state.phase is not Phase.leaving:
-                self.loop.begin_flush()
-                self._look_at_flush()
-            else:
-                self.saving.begin_flush_from_here(action.step)
-        except SnapshotLost as error:
-            self._flush_failed(str(error), lost=True)
-        except OSError as error:
-            self._flush_failed(str(error))
-
-    def _look_at_flush(self) -> None:
-        flush = self.state.flush
-        if flush is None:
-            return
-        try:
-            if self.saving.is_flushed():
-                self._put(on.Flushed(step=flush.step, number=flush.number))
-        except SnapshotLost as error:
-            self._flush_failed(str(error), lost=True)
-        except OSError as error:
-            self._flush_failed(str(error))
-
-    def _flush_failed(self, cause: str, *, lost: bool = False) -> None:
-        flush = self.state.flush
-        assert flush is not None
-        self.saving.give_up_flush()
-        failed = on.FlushFailed(step=flush.step, number=flush.number, cause=cause, lost=lost)
-        self._put(failed)
-
-    def _commit(self, action: do.Commit) -> None:
-        try:
-            commit = self.saving.commit()
-        except OSError as error:
-            self._flush_failed(str(error))
-        else:
-            committed = on.Committed(
-                step=action.step, number=action.number, without_model=not commit.has_model
-            )
-            # Before what came meanwhile: what is due next depends on whether a flush is under way.
-            self._inbox.appendleft(committed)
 
     def _prune(self, action: do.Prune) -> None:
         """The disk is pruned by the commit."""
@@ -422,7 +377,7 @@ class Driver:
 
     def _rebuild(self, action: do.Rebuild) -> None:
         if self.state.flush is not None:  # its copies end with the processes
-            self._flush_failed("the run goes back while it is written")
+            self._flushes.fail("the run goes back while it is written")
         with activity("recovery", detail=CALLS.under_way):
             self._restarted.update(action.pools)
             try:
