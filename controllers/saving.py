@@ -265,16 +265,28 @@ class Saving:
             step=step, number=newest.number, state=newest.state, metrics={}, copied=False
         )
 
-    def write_newest(self) -> None:
-        """Writes the newest commit to disk where memory alone holds it, without the roles: for a
-        controller that has to leave before its roles stand. As begin_flush_from_here."""
-        self.store.settle()
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether the newest commit, where there is one, is a checkpoint too."""
         timeline = self.timeline()
-        if not timeline or timeline[0].step in steps_of(timeline, DISK):
+        return not timeline or timeline[0].step in steps_of(timeline, DISK)
+
+    def write_newest(self) -> None:
+        """Makes the newest commit that is whole a checkpoint, where it is none, without the roles: for
+        a controller that has to leave before they stand."""
+        timeline = self.timeline()
+        on_disk = steps_of(timeline, DISK)
+        for commit in timeline:
+            if commit.step in on_disk:
+                return
+            try:
+                self.begin_flush_from_here(commit.step)
+            except SnapshotLost as error:
+                LOGGER.warning("step %d could not be written to disk: %s", commit.step, error)
+                continue
+            self.is_flushed()
+            self.commit()
             return
-        self.begin_flush_from_here(timeline[0].step)
-        self.is_flushed()
-        self.commit()
 
     def is_flushed(self, *, wait: bool = False) -> bool:
         """Whether all files of the flush under way are on disk; without one, False. What ends the

@@ -152,8 +152,6 @@ class Session:
                 memory = MemoryPlace.open(attempt)
         store = checkpoint_store(placement, self.directory, attempt)
         loop_config = goes_on(config.loop)
-        if memory is not None and loop_config.resume == "auto":
-            SUPERVISION.on_leave = Saving({}, store, memory).write_newest
         self._resources.enter_context(shown(live=config.metrics.console))
         with activity("start"):
             cluster = self._resources.enter_context(connect_cluster(placement))

@@ -36,6 +36,9 @@ import workers.generation.hf
 import workers.weight_sync  # noqa: F401
 from benchmarks.chaos.recipes import CASES, Case, case
 from benchmarks.chaos.runs import CLOCKS, RunFiles, equal_runs
+from controllers.saving import DISK, MEMORY, Saving, steps_of
+from hybridflow.checkpoint import CheckpointStore
+from hybridflow.recovery.actions import Exit
 from hybridflow.recovery.attempts import newest
 from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.supervision import SUPERVISION
@@ -72,27 +75,35 @@ class Life:
         self.control = output.with_name(f"{output.name}.control")
         self.counted = output.with_name(f"{output.name}.operations")
         self.log = output.with_name(f"{output.name}.log")
-        self._was_supervised = False
+        self.has_successor = False
+        """Whether the supervisor of the last life starts the next one."""
 
-    def run(self, *, kill_at: int = 0, kill_after_s: float = 0.0, supervised: bool = False) -> End:
+    def run(
+        self,
+        *,
+        kill_at: int = 0,
+        kill_after_s: float = 0.0,
+        supervised: bool = False,
+        how: signal.Signals = signal.SIGKILL,
+    ) -> End:
         """`kill_at`, `kill_after_s`: 0 for none."""
         started = time.monotonic()
         if supervised:
             self.control.mkdir(exist_ok=True)
-            known = read_state(self.control) if self._was_supervised else {}
+            known = read_state(self.control) if self.has_successor else {}
             write_state(self.control, known | {"again": True})
-        self._was_supervised = supervised
+        self.has_successor = supervised
         parent, pid = os.getpid(), os.fork()
         if pid == 0:
-            self._live(kill_at, parent if supervised else 0)
+            self._live(kill_at, how, parent if supervised else 0)
         deadline = started + (kill_after_s or LIFE_S)
         while True:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 break
             if time.monotonic() > deadline:
-                os.killpg(pid, signal.SIGKILL)
-                deadline = float("inf")
+                os.kill(pid, how if kill_after_s else signal.SIGABRT)
+                deadline = time.monotonic() + LIFE_S
             time.sleep(0.003)
         operations = int(self.counted.read_text() or 0) if self.counted.exists() else 0
         return End(
@@ -101,7 +112,7 @@ class Life:
             operations=operations,
         )
 
-    def _live(self, kill_at: int, supervisor: int) -> None:
+    def _live(self, kill_at: int, how: signal.Signals, supervisor: int) -> None:
         """In the child: never returns."""
         os.setsid()
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -113,7 +124,7 @@ class Life:
             if supervisor:
                 SUPERVISION.join(self.control, supervisor)
             logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-            self._count(kill_at)
+            self._count(kill_at, how)
             settings = self.case.settings | {"runtime": "local", "output_dir": self.output}
             hybridflow.run(self.case.recipe, settings)
             status = 0
@@ -126,8 +137,9 @@ class Life:
             sys.stderr.flush()
             os._exit(status)
 
-    def _count(self, kill_at: int) -> None:
-        """Counts this process' operations on the run's files, and ends it before number `kill_at`."""
+    def _count(self, kill_at: int, how: signal.Signals) -> None:
+        """Counts this process' operations on the run's files; sends it the signal before number
+        `kill_at`."""
         places = (str(self.output), f"/dev/shm/hybridflow-{os.getuid()}/{self.output.name}-")
         number = 0
         counted = os.open(self.counted, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -145,7 +157,7 @@ class Life:
             os.pwrite(counted, str(number).encode(), 0)
             if number == kill_at:
                 os.write(2, f"KILLED before {number}: {event} {arguments[:2]}\n".encode())
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), how)
 
         sys.addaudithook(look)
 
@@ -163,19 +175,40 @@ def disturb(
                 kill_at = generator.randint(1, calm.operations)
             else:
                 after_s = generator.uniform(0.01, calm.seconds)
-        supervised = generator.random() < 0.5
-        end = life.run(kill_at=kill_at, kill_after_s=after_s, supervised=supervised)
+        supervised, how = generator.random() < 0.6, signal.SIGKILL
+        if supervised and generator.random() < 0.4:
+            how = signal.SIGTERM
+        end = life.run(kill_at=kill_at, kill_after_s=after_s, supervised=supervised, how=how)
         told.append(
-            f"{'supervised' if supervised else 'again'} kill at {kill_at or f'{after_s:.2f} s'}: "
+            f"{'supervised' if supervised else 'again'} {how.name} at {kill_at or f'{after_s:.2f} s'}: "
             f"status {end.status} after {end.operations} operations, {end.seconds:.1f} s"
         )
-        if end.status != -signal.SIGKILL:
+        if end.status == Exit.preempted:
+            kills += 1
+            told += leave_machine(output, was_damaged=any("safetensors" in line for line in told))
+            life.has_successor = False  # another job begins
+            continue
+        if end.status not in (-signal.SIGKILL, -signal.SIGTERM):
             if end.status:
                 told.append(f"FAILED: {life.log.read_text()[-1500:]}")
             return kills, told
         kills += 1
         if damages and generator.random() < 0.4:
             told.append(damage(output, generator))
+
+
+def leave_machine(output: Path, *, was_damaged: bool) -> list[str]:
+    """What memory held is lost after a notice; in words, where no checkpoint has it and nobody damaged
+    it."""
+    memory = MemoryPlace.of(output)
+    if memory is None:
+        return []
+    commits = Saving({}, CheckpointStore(output / "checkpoints"), memory).timeline()
+    on_disk = steps_of(commits, DISK)
+    lost = [f"FAILED: step {step} is lost" for step in steps_of(commits, MEMORY)[-1:]]
+    shutil.rmtree(memory.directory, ignore_errors=True)
+    is_whole = was_damaged or set(steps_of(commits, MEMORY)[-1:]) <= set(on_disk)
+    return ["memory is lost"] if is_whole else lost
 
 
 def damage(output: Path, generator: random.Random) -> str:
@@ -258,7 +291,7 @@ def main() -> None:
             generator = random.Random(f"{arguments.seed} {name} {number}")
             disturbed = at / f"disturbed-{number}"
             count, told = disturb(of, disturbed, calm, generator, not arguments.no_damage)
-            failed = [line for line in told if line.startswith("FAILED")]
+            failed = [line for line in told if "FAILED" in line]
             found = failed or differences(undisturbed, disturbed, of) + left(undisturbed, disturbed)
             kills, runs, equal = kills + count, runs + 1, equal + (not found)
             attempts = newest(disturbed / "attempts")

@@ -515,14 +515,15 @@ def test_a_run_that_was_suspended_and_replaced_writes_nothing(
 def test_a_notice_before_the_run_stands_puts_memory_on_disk(
     tmp_path: Path, shm: Path, expected: torch.Tensor
 ) -> None:
-    """The controller died, and its successor is told to leave while it still builds the roles; twice,
-    the second time with nothing left to do."""
+    """The controller died, and its successor is told to leave while it still builds the roles."""
     loop = make_loop(tmp_path / "cut", shm)
     for _ in range(3):
         loop.train_one_step()
         loop.snapshot()
-    for _ in range(2):
-        Saving({}, loop.store, loop.saving.memory).write_newest()
+    saving = Saving({}, loop.store, loop.saving.memory)
+    assert not saving.is_on_disk
+    saving.write_newest()
+    assert saving.is_on_disk
     assert [checkpoint.step for checkpoint in loop.store.all()] == [3]
     elsewhere = make_loop(tmp_path / "cut", None)
     assert elsewhere.step == 3
