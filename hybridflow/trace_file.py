@@ -37,15 +37,15 @@ class TraceFile:
     """
 
     def __init__(
-        self, path: Path, *, receiver: str = "", start_step: int = 0, most_bytes: int = MOST_BYTES
+        self, path: Path, *, receiver: str = "", start_step: int = -1, most_bytes: int = MOST_BYTES
     ) -> None:
         """`receiver`: the role to which weights travel from the other pool. Goes on behind what an
-        earlier run left where `start_step` > 0; anew otherwise."""
+        earlier controller left where `start_step` is one of its steps; -1: anew."""
         self._path, self._receiver, self._most_bytes = path, receiver, most_bytes
         self._file = LineFile(path)
         self._events: list[str] = []
         """Those that are not in the file yet."""
-        if start_step == 0 or not path.exists():
+        if start_step < 0 or not path.exists():
             self._file.rewrite([BEGINNING])
         else:
             remove_torn_end(path)

@@ -138,7 +138,7 @@ class Session:
 
     def _start(self) -> None:
         prepared, placement, config = self.prepared, self.placement, self.config
-        tracker, memory, attempt, first_step = None, None, None, 0
+        tracker, memory, attempt, first_step = None, None, None, -1
         trains = config.algorithm.name not in QUESTIONS
         make_directory(self.directory, "output_dir")
         if trains:
@@ -160,7 +160,7 @@ class Session:
                 assert attempt is not None, "a run that trains has an attempt"
                 length = config.loop.length(len(prepared.train), config.data.batch_size)
                 first_step = start_step(loop_config.resume, store, memory)
-                if not first_step:
+                if first_step < 0:
                     attempt.check()
                     self._describe(0)
                 tracker = start_tracker(
@@ -464,10 +464,10 @@ def goes_on(loop: LoopConfig) -> LoopConfig:
 
 
 def start_step(resume: str, store: CheckpointStore, memory: MemoryPlace | None = None) -> int:
-    """The step that the run goes on from; metrics of later ones are dropped."""
+    """The step that the run goes on from, 0 included; metrics of later ones are dropped. -1: none."""
     if resume == "never":
-        return 0
+        return -1
     if resume == "auto":
         commits = Saving({}, store, memory).commits()
-        return commits[0].step if commits else 0
+        return commits[0].step if commits else -1
     return checkpoint_at(Path(resume)).step

@@ -113,6 +113,23 @@ def test_resuming_drops_what_was_logged_after_the_checkpoint(tmp_path: Path) -> 
     ]
 
 
+def test_a_run_that_goes_on_before_its_first_step_keeps_the_validation_before_it(
+    tmp_path: Path,
+) -> None:
+    """A controller that died in its first step: the one that follows validates no second time."""
+    with Tracker(config(tensorboard=True), tmp_path, total_steps=4) as tracker:
+        tracker.log(0, {"x": 0.5}, split="validation")
+        tracker.show(0, [RIGHT], split="validation")
+        tracker.log(1, {"x": 1.0})
+    with Tracker(config(tensorboard=True), tmp_path, total_steps=4, start_step=0) as tracker:
+        tracker.log(1, {"x": 2.0})
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["x"]) for row in rows] == [(0, 0.5), (1, 2.0)]
+    assert [row["step"] for row in read_samples(tmp_path / "samples.jsonl")] == [0]
+    with Tracker(config(), tmp_path, total_steps=4):
+        assert not read_jsonl(tmp_path / "metrics.jsonl"), "a new run"
+
+
 def test_samples_are_written_whole_and_go_back_to_the_checkpoint_with_the_metrics(
     tmp_path: Path,
 ) -> None:

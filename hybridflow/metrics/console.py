@@ -56,7 +56,7 @@ class ConsoleSink(Sink):
         self._total_steps = total_steps
         self._history: dict[str, list[float]] = {}
         self._latest: Row | None = None
-        self._steps = start_step
+        self._steps = max(0, start_step)
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -67,7 +67,7 @@ class ConsoleSink(Sink):
             console=self._console,
             expand=True,
         )
-        self._task = self._progress.add_task("steps", total=total_steps, completed=start_step)
+        self._task = self._progress.add_task("steps", total=total_steps, completed=self._steps)
         self._display: Display | None = None
 
     def log(self, row: Row) -> None:

@@ -33,8 +33,7 @@ class JsonlSink(Sink):
     failures = ()
 
     def __init__(self, directory: Path, start_step: int) -> None:
-        """Lines after `start_step` that an earlier run left are dropped; with start_step 0 the
-        files start afresh."""
+        """Lines after `start_step` that an earlier controller left are dropped; -1: all of them."""
         self._directory = directory
         self._metrics = _continue(directory / METRICS, start_step)
         self._samples = _continue(directory / SAMPLES, start_step)
@@ -127,7 +126,7 @@ def _parsed(text: str, path: Path) -> list[dict[str, Any]]:
 def _continue(path: Path, start_step: int) -> LineFile:
     """The file, without the lines after start_step."""
     rows = []
-    if start_step and path.exists():
+    if path.exists() and start_step >= 0:
         rows = [row for row in _read_lines(path) if row["step"] <= start_step]
     return _rewrite(path, rows)
 

@@ -79,7 +79,7 @@ class TensorBoardSink(Sink):
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._make_writer = partial(SummaryWriter, str(directory), flush_secs=10)
-        self._open(start_step + 1 if start_step else None)
+        self._open(start_step + 1 if start_step >= 0 else None)
 
     def _open(self, first_step: int | None) -> None:
         """purge_step hides what was logged of the steps from `first_step` on."""

@@ -96,11 +96,12 @@ class Tracker:
         directory: Path,
         *,
         total_steps: int,
-        start_step: int = 0,
+        start_step: int = -1,
         run_config: Mapping[str, object] | None = None,
         before_writing: Callable[[], None] = nothing,
     ) -> None:
-        """`start_step` > 0 continues a run: what it logged after that step is dropped.
+        """`start_step`: the step behind which the run goes on, 0 for the validation before the first
+        one; what it logged after that is dropped. -1: a new run.
         `run_config` is shown beside the run. `before_writing` may raise, where nothing is to be written
         any more."""
         before_writing()

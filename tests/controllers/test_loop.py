@@ -126,7 +126,7 @@ class Run:
         *,
         validation: bool = True,
         fail_at: int = 0,
-        start_step: int = 0,
+        start_step: int = -1,
         **settings: Any,
     ) -> None:
         self.actor = FakeActor()

@@ -58,7 +58,7 @@ def test_the_graph_needs_no_model_and_no_data(
 
 def test_metrics_go_on_at_the_step_of_the_checkpoint(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path, keep_last=9)
-    assert start_step("auto", store) == 0
+    assert start_step("auto", store) == -1
     for step in (2, 4):
         (store.begin(step) / "weights").touch()
         store.commit(step, {})
@@ -66,7 +66,7 @@ def test_metrics_go_on_at_the_step_of_the_checkpoint(tmp_path: Path) -> None:
         start_step(resume, store) for resume in ("auto", "never", str(tmp_path / "step-00000002"))
     ] == [
         4,
-        0,
+        -1,
         2,
     ]
 
