@@ -34,6 +34,7 @@ from hybridflow.calls import CallRecord
 from hybridflow.checkpoint import CheckpointStore
 from hybridflow.group import each
 from hybridflow.metrics import Tracker
+from hybridflow.metrics.jsonl import to_json
 from hybridflow.progress import activity
 from hybridflow.snapshots.files import Written
 from hybridflow.snapshots.memory import MemoryPlace
@@ -396,8 +397,9 @@ class Loop:
             "data": self.data.state_dict(),
             "further": {name: stateful.state_dict() for name, stateful in self.further.items()},
             "algorithm": self.algorithm.state_dict(),
-            "validation_before": self.before,
-            "validation_after": self.after,
+            # JSON has no infinity, and what is not a number is not equal to itself.
+            "validation_before": to_json(self.before),
+            "validation_after": to_json(self.after),
         }
 
     def _load_state(self, state: Mapping[str, Any]) -> None:
@@ -407,8 +409,8 @@ class Loop:
         self.algorithm.load_state_dict(state["algorithm"])
         self._rows = Rows()
         self.step = state["step"]
-        self.before = state["validation_before"]
-        self.after = state["validation_after"]
+        self.before = numbers_of(state["validation_before"])
+        self.after = numbers_of(state["validation_after"])
 
     def _record(
         self, metrics: dict[str, float], records: list[CallRecord], seconds: float
@@ -438,6 +440,11 @@ class Loop:
     def _good_enough(self) -> bool:
         target = self.config.stop_at_reward
         return target is not None and REWARD in self.after and self.after[REWARD] >= target
+
+
+def numbers_of(saved: Mapping[str, float | str]) -> dict[str, float]:
+    """What to_json made texts of is numbers again."""
+    return {name: float(value) for name, value in saved.items()}
 
 
 def _due(step: int, every: int) -> bool:

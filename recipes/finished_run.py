@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from controllers.data import RowLoader
+from controllers.loop import numbers_of
 from controllers.outcome import Outcome, logged_steps, nothing_to_do
 from controllers.saving import on_disk
 from controllers.validation import REWARD
@@ -51,7 +52,7 @@ def finished(prepared: Preparation) -> Outcome | None:
         state = load_metadata(latest.path)
     except ValueError:
         return None  # resuming says what is wrong, and goes back to the checkpoint before it
-    position, after = int(state["data"]["position"]), state["validation_after"]
+    position, after = int(state["data"]["position"]), numbers_of(state["validation_after"])
     length = config.loop.length(len(prepared.train), config.data.batch_size)
     target = config.loop.stop_at_reward
     good_enough = target is not None and after.get(REWARD, float("-inf")) >= target
@@ -62,7 +63,8 @@ def finished(prepared: Preparation) -> Outcome | None:
         of_data.pop("ahead", None)
     RowLoader(prepared.train, config.data).load_state_dict(of_data)
     steps = [step for step in logged_steps(directory) if step.step <= latest.step]
-    outcome = Outcome.of(latest.step, steps, state["validation_before"], after, REWARD)
+    before = numbers_of(state["validation_before"])
+    outcome = Outcome.of(latest.step, steps, before, after, REWARD)
     LOGGER.warning("%s", nothing_to_do(directory, latest.step))
     differences = different_settings(prepared, directory)
     if differences:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -79,6 +80,25 @@ def test_restore_in_place_goes_back_to_the_newest_commit(tmp_path: Path, shm: Pa
     Driver(loop).run()
     assert torch.equal(weights(loop), expected)
     assert first_difference(tmp_path / "undisturbed" / LEDGER, tmp_path / "cut" / LEDGER) is None
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_validation_that_is_not_finite_stops_no_commit(
+    in_memory: bool, tmp_path: Path, shm: Path
+) -> None:
+    """And comes back as it was."""
+    diverged = {"loss": float("nan"), "perplexity": float("inf"), "reward/mean": -0.5}
+    place = shm if in_memory else None
+    loop = make_loop(tmp_path, place)
+    loop.before = loop.after = diverged
+    if in_memory:
+        loop.snapshot()
+    else:
+        loop.checkpoint()
+    resumed = make_loop(tmp_path, place)
+    for numbers in (resumed.before, resumed.after):
+        assert math.isnan(numbers["loss"])
+        assert numbers | {"loss": 0.0} == diverged | {"loss": 0.0}
 
 
 def flip(path: Path) -> None:
