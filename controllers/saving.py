@@ -21,20 +21,20 @@ from hybridflow.checkpoint import (
     load_metadata,
     read_checkpoint,
 )
+from hybridflow.disk import ROOM
 from hybridflow.group import each, start
 from hybridflow.results import Results
 from hybridflow.snapshots.files import Written
 from hybridflow.snapshots.flush import Flushed
 from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.snapshots.reading import FilesMissing, role_digest
+from hybridflow.whole_file import remove_drafts
 from workers.roles import TrainedRole
 
 LOGGER = logging.getLogger(__name__)
 HUGGING_FACE = "huggingface"
 """Directory of a checkpoint with the model that the run is for."""
 MEMORY, DISK = "memory", "disk"
-DRAFTS = tuple(f".{name}.*.writing.*" for name in ("ledger", "metrics", "samples", "summary"))
-"""Files of the output directory that are renamed once they are whole (whole_file.py)."""
 
 
 class SnapshotLost(RuntimeError):
@@ -330,9 +330,10 @@ class Saving:
     def tidy(self) -> None:
         """Removes the temporary files of writers that were killed."""
         self.store.tidy()
-        for pattern in DRAFTS:
-            for draft in self.store.directory.parent.glob(pattern):
-                draft.unlink(missing_ok=True)
+        output = self.store.directory.parent
+        (output / ROOM).unlink(missing_ok=True)
+        for directory in (output, *output.glob("*/"), *output.glob("attempts/*/")):
+            remove_drafts(directory)
 
     def give_up_flush(self) -> None:
         self._flush = None

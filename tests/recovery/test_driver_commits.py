@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import time
@@ -129,11 +130,18 @@ def test_what_killed_writers_left_is_removed_at_the_next_start(tmp_path: Path, s
     left.append(tmp_path / "checkpoints" / ".deleting-step-00000001")
     for directory in left:
         directory.mkdir(parents=True)
-    drafts = [tmp_path / f".{name}.4711.writing.jsonl" for name in ("ledger", "metrics")]
-    for draft in drafts:
+    names = (
+        ".ledger.{}.writing.jsonl",
+        ".config.{}.writing.yaml",
+        "attempts/1/.holder.{}.writing.json",
+    )
+    writers = (999999999, os.getpid(), os.getppid())  # dead, of an earlier machine, and alive
+    drafts = [tmp_path / name.format(pid) for name, pid in zip(names, writers, strict=True)]
+    for draft in (*drafts, tmp_path / ".room"):
         draft.write_text("half")
     make_loop(tmp_path, shm)
-    assert not any(path.exists() for path in (*left, *drafts))
+    assert not any(path.exists() for path in (*left, *drafts[:2], tmp_path / ".room"))
+    assert drafts[2].exists()
 
 
 def test_a_disk_that_stays_full_ends_the_run_after_its_grace(tmp_path: Path, shm: Path) -> None:
