@@ -1,6 +1,7 @@
 """A run that is finished before it starts: the same command a second time.
 
-Nothing is started and none of its files is changed. Leaves out runs whose newest commit is not a
+Nothing is started and none of its files is changed; what a killed controller left unfinished is
+removed. Leaves out runs whose newest commit is not a
 checkpoint that can be read, with its model; those go on as any other.
 """
 
@@ -17,10 +18,12 @@ from omegaconf import OmegaConf
 from controllers.data import RowLoader
 from controllers.loop import numbers_of
 from controllers.outcome import Outcome, logged_steps, nothing_to_do
-from controllers.saving import on_disk
+from controllers.saving import Saving, on_disk
 from controllers.validation import REWARD
 from hybridflow.checkpoint import CheckpointStore, load_metadata
 from hybridflow.metrics.jsonl import METRICS, SUMMARY, write_summary
+from hybridflow.recovery.attempts import DIRECTORY as ATTEMPTS
+from hybridflow.recovery.attempts import Attempt, newest
 from hybridflow.recovery.holders import is_held
 from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.supervision import SUPERVISION
@@ -76,10 +79,19 @@ def finished(prepared: Preparation) -> Outcome | None:
             f"; and {more} more" if more > 0 else "",
         )
     complete_summary(directory, outcome)
-    memory = MemoryPlace.of(directory)
-    if memory is not None and not is_held(directory):
-        memory.clear()  # of a controller that was killed after the last commit
+    remove_leftovers(directory)
     return outcome
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Frees the memory and removes the unfinished files of a controller that was killed behind the last
+    commit."""
+    memory, attempts = MemoryPlace.of(directory), directory / ATTEMPTS
+    if memory is None or is_held(directory):
+        return
+    memory.clear()
+    last = Attempt(attempts, newest(attempts), run="")
+    Saving({}, CheckpointStore(directory / "checkpoints", attempt=last)).tidy()
 
 
 def complete_summary(directory: Path, outcome: Outcome) -> None:

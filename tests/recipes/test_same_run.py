@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from hybridflow.metrics import read_jsonl
+from hybridflow.snapshots.memory import MemoryPlace
 from recipes.python_api import open_session, run
 from recipes.settings_history import settings_of_step, write_settings
 from tests.tiny import make_data, make_model
@@ -98,14 +99,20 @@ def test_a_session_on_a_finished_run_keeps_its_files(
 
 
 def test_a_summary_that_is_missing_is_written(settings: dict[str, Any], tmp_path: Path) -> None:
-    """The process was killed after its last checkpoint."""
+    """The process was killed after its last checkpoint; the memory and the files that it left go."""
     shutil.copytree(settings["output_dir"], tmp_path / "out")
+    memory = MemoryPlace.of(tmp_path / "out")
+    assert memory is not None
+    memory.target(1).mkdir(parents=True)
+    left = tmp_path / "out" / "checkpoints" / ".saving-1-step-00000001"
+    left.mkdir()
     summary = tmp_path / "out" / "summary.json"
     whole = summary.read_text()
     summary.unlink()
     run("grpo", other(settings, output_dir=tmp_path / "out"))
     written, before = json.loads(summary.read_text()), json.loads(whole)
     assert written.pop("tokens") == pytest.approx(before.pop("tokens")) and written == before
+    assert not memory.directory.exists() and not left.exists()
 
 
 def test_b81_what_may_change_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
