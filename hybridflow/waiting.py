@@ -7,7 +7,8 @@ do meanwhile. Never in silence. In a host process nothing is pending, so a wait 
 wait; its controller watches it.
 
 A call's deadline is PoolSpec.call_timeout_s, or DEADLINE_FACTOR times the median of its earlier
-runs where that is longer. A pool's clock stands still while the inputs of its call are not there.
+runs where that is longer. A pool's clock stands still while the inputs of its call are not there, and
+while nobody looks: this process may have been suspended, its machine or container with it.
 After a failure the other pools' calls go on; `quiesce` waits for them.
 """
 
@@ -39,6 +40,8 @@ from hybridflow.errors import NodeLeaves, Where, WorkerDied, WorkerError, Worker
 
 POLL_S = 1.0
 """How often a wait looks at the other pending calls."""
+AWAY_S = 10.0
+"""Time between two looks that counts for a deadline."""
 DEADLINE_FACTOR = 3.0
 """How many times its median duration a call may take where that is more than its pool's timeout."""
 HISTORY = 20
@@ -65,6 +68,8 @@ class Calls:
     records: list[CallRecord] = field(default_factory=list)
     progress: dict[str, float] = field(default_factory=dict)
     """Pool -> when its first pending call got to the front (time.monotonic)."""
+    looked_at: float = 0.0
+    """When `check` was last called."""
     history: dict[str, deque[float]] = field(default_factory=dict)
     """Call -> seconds of its latest runs."""
     abandoned: list[Pending] = field(default_factory=list)
@@ -162,6 +167,10 @@ class Calls:
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
+        away_s, self.looked_at = now - self.looked_at - AWAY_S, now
+        if away_s > 0:
+            for pool, since in self.progress.items():
+                self.progress[pool] = min(now, since + away_s)
         first: dict[str, Pending] = {}
         for call in self.pending:
             first.setdefault(call.pool, call)

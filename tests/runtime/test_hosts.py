@@ -14,6 +14,7 @@ import ray
 import torch
 
 from hybridflow.batch import Batch
+from hybridflow.calls import Pending
 from hybridflow.context import RankContext
 from hybridflow.errors import TooFewDevices, WorkerDied, WorkerError, WorkerStuck
 from hybridflow.failures import describe, failed_pools
@@ -24,7 +25,7 @@ from hybridflow.pool import PoolSpec, ResourcePool, take_turns
 from hybridflow.protocols import Arguments, Distribution, Protocol, Split
 from hybridflow.ray_pool import RayPool, start_pools
 from hybridflow.recovery.events import Kind
-from hybridflow.waiting import CALLS
+from hybridflow.waiting import CALLS, Calls
 from hybridflow.worker import Worker, remote
 from tests.runtime.workers import Echo, numbers
 
@@ -186,6 +187,35 @@ def test_a_stuck_collective_ends_in_a_report_with_stacks() -> None:
         assert "in hang" in report, "rank 1's stack shows where it sleeps"
         pids = [host.pid for host in pool.hosts]  # type: ignore[attr-defined]
     assert_gone(pids)
+
+
+def test_time_in_which_this_process_was_suspended_is_no_standstill() -> None:
+    """Ctrl-Z and fg, or a container that is paused with all its processes; the same time without a
+    pause is one."""
+    calls, killed = Calls(), list[str]()
+    sleeping = ray.remote(time.sleep).options(num_cpus=0).remote(60)
+    call = Pending(
+        role="actor",
+        method="update_actor",
+        pool="main",
+        replies=(sleeping,),
+        stacks=lambda: {0: "stack"},
+        kill=killed.append,
+        describe_host=str,
+        explain_death=str,
+        activity=str,
+        timeout_s=20.0,
+    )
+    calls.add(call)
+    for _ in range(2):
+        calls.progress["main"] -= 100.0
+        calls.looked_at = time.monotonic() - 100.0
+        calls.check()
+    calls.progress["main"] -= 100.0
+    with pytest.raises(WorkerStuck, match="no call finished for 20 s"):
+        calls.check()
+    assert killed
+    ray.cancel(sleeping, force=True)
 
 
 def test_a_stopped_rank_is_named_while_another_pool_works_and_both_go_on() -> None:
