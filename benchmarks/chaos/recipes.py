@@ -126,6 +126,8 @@ PPO = {
     "critic.train.precision": "fp32",
     "reference.train.precision": "fp32",
     "algorithm.num_mini_batches": 2,
+    "actor.critic_warmup_steps": 1,
+    "algorithm.kl.target": 6,
 }
 GROUPS = {"algorithm.samples_per_prompt": 4}
 CASES: dict[str, Callable[[Path], Case]] = {
@@ -148,6 +150,20 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "drain episodes": lambda at: acting(at, AHEAD | {"asynchrony.in_flight": "drain"}),
     "recompute": lambda at: Case(recipe="grpo", settings=common(at) | RL | AHEAD, is_exact=False),
     "images": with_images,
+    "every third step": lambda at: answers(
+        at, "grpo", {"recovery.snapshot_every": 3, "loop.num_steps": 7, "loop.checkpoint_every": 4}
+    ),
+    "disk alone": lambda at: answers(at, "grpo", {"recovery.snapshot_every": 0}),
+    "an epoch": lambda at: answers(
+        at,
+        "grpo",
+        {
+            "loop.num_steps": None,
+            "loop.num_epochs": 1,
+            "loop.validate_every": 1,
+            "loop.keep_last": 1,
+        },
+    ),
 }
 """Name -> the case, whose inputs are written to a directory."""
 
