@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -30,6 +31,7 @@ from recipes.config import RunConfig
 from recipes.errors import plain_errors
 from recipes.flags import split_flags
 from recipes.interruption import what_is_kept
+from recipes.notice import keep_what_memory_holds
 from recipes.override_values import quote_values
 from recipes.overrides import join_tables, nearest_name
 from recipes.roles import ROLES, role_names
@@ -75,6 +77,7 @@ def main(find: Callable[[], RecipeFile], arguments: Sequence[str], run: Run = tr
         else:
             settings = to_settings(compose(recipe, arguments))
             if run is train and is_supervised(settings):
+                SUPERVISION.on_leave = partial(keep_what_memory_holds, settings)
                 supervise(
                     settings.output_dir,
                     max_restarts=settings.recovery.max_restarts,

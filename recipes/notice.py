@@ -1,4 +1,5 @@
-"""keep_what_memory_holds(): a notice (SIGTERM) that comes while a run starts."""
+"""keep_what_memory_holds(): a notice (SIGTERM) that comes before a run stands and its driver takes
+notices (controllers/recovery.py)."""
 
 from __future__ import annotations
 

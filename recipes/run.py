@@ -12,12 +12,10 @@ from pathlib import Path
 from controllers import QUESTIONS
 from controllers.loop import Outcome
 from hybridflow.checkpoint import CheckpointStore
-from hybridflow.supervision import SUPERVISION
 from hybridflow.tracing import to_mermaid
 from recipes.config import RunConfig
 from recipes.finished_run import finished, newest_model
 from recipes.forecast import MAPPING, predicted_vs_measured
-from recipes.notice import keep_what_memory_holds
 from recipes.placing import place
 from recipes.preparation import check_dataflow, dry_run_report, predicted_mapping, prepare
 from recipes.session import Session
@@ -35,7 +33,6 @@ def run(config: RunConfig) -> Outcome | None:
     if config.graph:
         print(to_mermaid(check_dataflow(place(config))))
         return None
-    SUPERVISION.on_leave = lambda: keep_what_memory_holds(config)  # until the driver has its own
     prepared = prepare(config)
     if config.dry_run:
         print(dry_run_report(prepared))

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ from hybridflow.recovery.attempts import newest
 from hybridflow.snapshots.memory import MemoryPlace
 from hybridflow.supervision import SUPERVISION
 from hybridflow.supervisor import read_state, write_state
+from recipes.notice import keep_what_memory_holds
+from recipes.python_settings import make_settings
 
 OPERATIONS = frozenset(
     ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.truncate")
@@ -75,6 +78,7 @@ class Life:
         self.control = output.with_name(f"{output.name}.control")
         self.counted = output.with_name(f"{output.name}.operations")
         self.log = output.with_name(f"{output.name}.log")
+        self._settings = of.settings | {"runtime": "local", "output_dir": output}
         self.has_successor = False
         """Whether the supervisor of the last life starts the next one."""
 
@@ -122,11 +126,12 @@ class Life:
         try:
             torch.set_num_threads(1)
             if supervisor:
+                settings = make_settings(self.case.recipe, self._settings)
+                SUPERVISION.on_leave = partial(keep_what_memory_holds, settings)
                 SUPERVISION.join(self.control, supervisor)
             logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
             self._count(kill_at, how)
-            settings = self.case.settings | {"runtime": "local", "output_dir": self.output}
-            hybridflow.run(self.case.recipe, settings)
+            hybridflow.run(self.case.recipe, self._settings)
             status = 0
         except SystemExit as error:
             status = int(error.code or 0)
