@@ -56,6 +56,8 @@ MOST_KILLS = 4
 LIFE_S = 300.0
 OF_EARLIER = re.compile(r"lost/|attempts/|events\.jsonl|trace.*\.json|log$|damaged-|error\.txt")
 """Files that tell of what happened to a run."""
+CHECKPOINT = "checkpoints/step-"
+"""Those before the last one depend on the notices that a run got."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +267,9 @@ def left(undisturbed: Path, disturbed: Path) -> list[str]:
     names = []
     for run in (undisturbed, disturbed):
         found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-        names.append({name for name in found if not OF_EARLIER.search(name)})
+        last = f"checkpoints/{(run / 'checkpoints' / 'latest').read_text().strip()}/"
+        kept = [name for name in found if not OF_EARLIER.search(name)]
+        names.append({name for name in kept if not name.startswith(CHECKPOINT) or last in name})
     words = [f"also has {name}" for name in sorted(names[1] - names[0])]
     words += [f"lacks {name}" for name in sorted(names[0] - names[1])]
     place = MemoryPlace.of(disturbed)
