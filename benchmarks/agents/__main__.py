@@ -3,9 +3,10 @@
     python -m benchmarks.agents --json agents.json [--only calculator/tools] [--steps 30] [--engine hf]
 
 A row for each task and interface: success (mean reward of held-out tasks, greedy) before and after
-training with recipes.grpo, episodes per second, turns, groups given up. The last row is the
-throughput of 256 episodes at a time whose environments take random time, with and without lockstep,
-over that without delays.
+training with recipes.grpo, episodes per second, turns, groups given up, and the seconds of the whole
+row: `warm_start_s` of them (0 where another row of the task and seed has made model and data),
+`training_s`, and validation. The last row is the throughput of 256 episodes at a time whose
+environments take random time, with and without lockstep, over that without delays.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def learn(
     name: str, interface: str, directory: Path, steps: int, engine: str, seed: int
 ) -> dict[str, Any]:
     """Trains on the task through the interface; `seed`: of model, data, warm start and draws."""
+    began = time.perf_counter()
     paths = prepare(name, directory / name, seed=seed)
+    prepared = time.perf_counter()
     output = directory / f"{name}-{interface}"
     chosen = settings(name, interface) | {
         "runtime": "local",
@@ -91,7 +94,9 @@ def learn(
         "episodes_per_s": num_episodes / outcome.train_s,
         "turns_mean": float(np.mean([line["episode/turns"] for line in training])),
         "given_up": sum(line["episode/given_up"] for line in training),
-        "seconds": outcome.train_s,
+        "warm_start_s": prepared - began,
+        "training_s": outcome.train_s,
+        "seconds": time.perf_counter() - began,
     }
 
 

@@ -42,6 +42,7 @@ TASKS = {
         environments={
             "tools": "recipes.agents.calculator:Calculator",
             "function": "recipes.agents.calculator:by_hand",
+            "endpoint": "recipes.agents.by_url:episode",
         },
         make_row=calculator.make_row,
         frames=calculator.FRAMES,

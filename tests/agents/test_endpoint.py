@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from tests.agents.chat import conversation, saying
+from tests.agents.test_executor import run
+from workers.agents.config import EpisodeConfig
 from workers.agents.endpoint import Endpoint
 from workers.agents.model import Model
+from workers.agents.outcome import Outcome
 
 openai = pytest.importorskip("openai")
 
@@ -271,3 +274,68 @@ def test_a_history_that_is_still_too_long_can_be_shortened_again() -> None:
 
     model = conversation(saying(["one", "two"]), context_tokens=100)
     assert served(model, asks).choices[0].message.content == "two"
+
+
+def test_a_tool_s_result_can_be_shortened() -> None:
+    """The conversation goes on with the shorter one, without a trace of the other."""
+
+    async def asks(client: Any) -> None:
+        ask = functools.partial(client.chat.completions.create, model="policy")
+        first = await ask(messages=[user("a")])
+        history = [user("a"), first.choices[0].message.model_dump(exclude_none=True)]
+        with pytest.raises(openai.BadRequestError, match="context"):
+            await ask(messages=[*history, user("x" * 500)])
+        await ask(messages=[*history, user("short")])
+
+    model = conversation(saying(["one", "two"]), context_tokens=100)
+    served(model, asks)
+    assert len(model.segments.transcripts) == 1
+    assert model.renderer.tokenizer.decode(model.ids) == (
+        "<|user|>\na<|end|>\n<|assistant|>\none<|end|>"
+        "\n<|user|>\nshort<|end|>\n<|assistant|>\ntwo<|end|>"
+    )
+
+
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_an_agent_that_meets_a_limit_has_not_failed(in_a_thread: bool) -> None:
+    """Trap 14 from the other side: its client's error ends the episode with reward 0."""
+
+    def by_hand(url: str) -> None:
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+            while True:
+                client.chat.completions.create(model="policy", messages=[user("a")])
+
+    async def episode(model: Model, task: dict[str, Any]) -> float:
+        async with Endpoint(model) as url:
+            await asyncio.to_thread(by_hand, url)
+        return 1.0
+
+    async def with_a_loop(model: Model, task: dict[str, Any]) -> float:
+        async with (
+            Endpoint(model) as url,
+            openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client,
+        ):
+            while True:
+                await client.chat.completions.create(model="policy", messages=[user("a")])
+
+    config = EpisodeConfig(max_turns=3, retries=0)
+    finished, _ = run(episode if in_a_thread else with_a_loop, 1, config)
+    assert finished[0].outcome == Outcome(reward=0.0) and not finished[0].failures
+    assert finished[0].model.finish_reason == "turns"
+
+
+def test_an_agent_that_fails_behind_a_limit_has_failed() -> None:
+    async def episode(model: Model, task: dict[str, Any]) -> float:
+        async with (
+            Endpoint(model) as url,
+            openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client,
+        ):
+            ask = functools.partial(client.chat.completions.create, model="policy")
+            with pytest.raises(openai.BadRequestError):
+                await ask(messages=[user("x" * 2000)])
+            await ask(messages=[user("a")])
+            raise ConnectionError("no sandbox")
+
+    finished, _ = run(episode, 1, EpisodeConfig(retries=0))
+    assert finished[0].outcome is None
+    assert finished[0].failures[0].kind == "ConnectionError"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 
-from tests.agents.chat import STRIPS, conversation, saying
+from tests.agents.chat import STRIPS, conversation, drawn, saying
 from workers.agents.config import EpisodeConfig, History
-from workers.agents.model import Model
+from workers.agents.model import Drawn, Model, Request
 from workers.agents.outcome import EnvironmentMistake, LimitReached
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -97,6 +98,44 @@ def test_an_observation_that_does_not_fit_ends_the_episode() -> None:
     first = conversation(saying(["a"]), context_tokens=8)
     assert ask(first, HELLO) == ["limit context"]
     assert len(first.ids) == 8 and not first.transcript.turns
+
+
+@pytest.mark.parametrize("opening", [[], [HELLO]])
+def test_a_conversation_goes_on_behind_what_did_not_fit(opening: list[object]) -> None:
+    """With less, as if nothing else had been said; also where the first message did not fit."""
+    refused = conversation(saying("ab"), context_tokens=90)
+    plain = conversation(saying("ab"), context_tokens=90)
+    reasons = ask(refused, *opening, [{"role": "user", "content": "x" * 500}], HELLO)
+    assert reasons == [*["stop"] * len(opening), "limit context", "stop"]
+    ask(plain, *opening, HELLO)
+    assert refused.ids == plain.ids
+    assert refused.transcript.sampled == plain.transcript.sampled
+    assert refused.messages == plain.messages
+    assert refused.finish_reason == "stop"
+
+
+def test_a_reply_that_was_cancelled_is_asked_for_again() -> None:
+    """An agent with a time-out of its own: what it had said is not there twice."""
+    told: list[int] = []
+
+    async def draw(request: Request) -> Drawn:
+        told.append(len(request.ids))
+        if len(told) == 2:
+            await asyncio.sleep(60)
+        return drawn("a")
+
+    async def talk(model: Model, limit_s: float) -> None:
+        await model.reply(HELLO)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(model.reply(HELLO), limit_s)
+        if limit_s < 1:
+            await model.reply(HELLO)
+
+    late, plain = conversation(draw), conversation(saying("aa"))
+    asyncio.run(talk(late, 0.02))
+    asyncio.run(talk(plain, 60.0))
+    assert len(told) == 3 and told[1] == told[2]
+    assert late.ids == plain.ids and late.messages == plain.messages
 
 
 def test_thoughts_that_the_template_drops() -> None:

@@ -155,6 +155,17 @@ def test_replies_that_are_asked_for_side_by_side() -> None:
         assert len(set(drawn_before)) == 5, "no two share their noise"
 
 
+def test_a_loop_of_its_own_is_named() -> None:
+    """A thread that runs model.reply in a loop of its own would wait for ever, or in vain."""
+
+    async def episode(model: Model, task: dict[str, Any]) -> float:
+        await asyncio.to_thread(lambda: asyncio.run(model.reply("a")))
+        return 1.0
+
+    with pytest.raises(EnvironmentMistake, match=r"a loop of its own .*the URL of an Endpoint"):
+        run(episode, 2)
+
+
 def test_a_loop_that_stands_still_is_named() -> None:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -224,6 +235,9 @@ def test_what_can_not_be_called_is_known_before_the_run(environment: Any, fix: s
         (Outcome(reward=None), "reward of None"),  # type: ignore[arg-type]
         (Outcome(reward=1.0, turn_rewards=[1.0, 2.0]), "has 2 turn_rewards"),
         ((1.0, {}), "a reward of"),
+        (1e300, "a reward of 1e.300; return a finite number"),
+        (10**400, "a reward of 1000"),
+        (np.float32("nan"), "a reward of .*nan"),
     ],
 )
 def test_outcomes_that_are_none(returned: Any, fix: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from recipes.agents import calculator, documents
 from recipes.agents.documents import Library
-from recipes.agents.model import make_agent_tokenizer
+from recipes.agents.model import CHAT_TEMPLATE, make_agent_tokenizer
 from recipes.agents.prepare import TASKS, demonstration_row
 from tests.agents.chat import conversation, saying
 from workers.agents.environment import play
@@ -52,14 +52,22 @@ def test_what_is_imitated(name: str) -> None:
         assert tokenizer.decode(ids).startswith(shown)
 
 
-def test_sums_through_each_interface() -> None:
+@pytest.mark.parametrize("interface", TASKS["calculator"].environments)
+def test_sums_through_each_interface(interface: str) -> None:
+    """Each gives the same transcript."""
+    if interface == "endpoint":
+        pytest.importorskip("openai")
+    episode = as_episode(TASKS["calculator"].environments[interface]).episode
     for row in rows(calculator.make_row, 5):
         expression = row["prompt"][0]["content"]
         assert calculator.value_of(expression) == int(row["answer"])
         call = f'<tool_call>{{"name": "calculate", "arguments": {{"expression": "{expression}"}}}}'
-        for environment in TASKS["calculator"].environments.values():
-            model = conversation(
-                saying([f"{call}</tool_call>", f"={row['answer']}"]), reply_tokens=200
-            )
-            outcome = asyncio.run(as_episode(environment).episode(model, row))
-            assert outcome == 1.0 or outcome == Outcome(reward=1.0)
+        words = [f"{call}</tool_call>", f"={row['answer']}"]
+        model = conversation(saying(words), reply_tokens=200, template=CHAT_TEMPLATE)
+        outcome = asyncio.run(episode(model, row))
+        assert outcome == 1.0 or outcome == Outcome(reward=1.0)
+        assert model.renderer.tokenizer.decode(model.ids) == (
+            f"<|user|>{expression}<|end|><|assistant|>{words[0]}<|end|>"
+            f"<|user|><tool_response>{row['answer']}</tool_response><|end|>"
+            f"<|assistant|>{words[1]}<|end|>"
+        )

@@ -64,6 +64,8 @@ class Endpoint:
         self._one_at_a_time = asyncio.Lock()
         self._runner: web.AppRunner | None = None
         self._mistake: EnvironmentMistake | None = None
+        self._limit: LimitReached | None = None
+        """What the last request was told, where it was that."""
 
     async def __aenter__(self) -> str:
         application = web.Application(client_max_size=0)  # any size: the context is the limit
@@ -76,11 +78,13 @@ class Endpoint:
         port = self._runner.addresses[0][1]
         return f"http://127.0.0.1:{port}/v1"
 
-    async def __aexit__(self, *error: object) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, place: object) -> None:
         assert self._runner is not None, "it was entered"
         await self._runner.cleanup()
         if self._mistake is not None:
             raise self._mistake
+        if self._limit is not None and isinstance(error, Exception):
+            raise self._limit from error  # the agent's way to end there, and no failure
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "policy", "object": "model"}]})
@@ -106,9 +110,11 @@ class Endpoint:
         except ValueError as error:
             return _refused(str(error))
         async with self._one_at_a_time:
+            self._limit = None
             try:
                 completion = await self._answer(body["messages"], options)
             except LimitReached as limit:
+                self._limit = limit
                 return _refused(str(limit), code="context_length_exceeded")
             except EnvironmentMistake as error:
                 self._mistake = error

@@ -234,19 +234,23 @@ class Episodes:
         """One run of the episode in a task of its own, which can be cancelled alone."""
 
         async def draw(request: Request) -> Drawn:
+            if asyncio.get_running_loop() is not self._loop:
+                raise EnvironmentMistake(
+                    f"environment={self.name} calls model.reply in a loop of its own (asyncio.run in a "
+                    "thread); await it in the episode, or give the thread the URL of an Endpoint"
+                )
             clock.stop()
             pending = Asked(request, self._loop.create_future())
             with self._changed:
                 self._asked[row] = pending
                 self._changed.notify_all()
             try:
-                reply = await pending.answer
+                return await pending.answer
             finally:
                 with self._changed:
                     if self._asked.get(row) is pending:
                         del self._asked[row]
-            clock.start(attempt)
-            return reply
+                clock.start(attempt)
 
         model = self.make_model(row, draw)
         attempt = asyncio.create_task(self._outcome(model, task))

@@ -115,6 +115,8 @@ class Model:
     """Whether the last reply ended with a token that ends turns."""
     _ended: str = ""
     """The limit behind which there is no further reply."""
+    _is_cut: bool = False
+    """Whether the transcript has nothing but the beginning of a prompt that was too long."""
 
     def __post_init__(self) -> None:
         self.segments.transcripts.append(self.transcript)
@@ -133,7 +135,9 @@ class Model:
         """A further conversation of the same episode, which begins empty: that of a sub-agent, or
         one whose history the agent rewrote. The limits of turns and of sampled tokens hold for all
         of them together, and what the policy says in each is trained on."""
-        return replace(self, transcript=Transcript(), messages=[], _closed=True, _ended="")
+        return replace(
+            self, transcript=Transcript(), messages=[], _closed=True, _ended="", _is_cut=False
+        )
 
     async def reply(
         self,
@@ -149,10 +153,21 @@ class Model:
         must go on from `model.messages`. max_tokens: of this reply, under
         actor.generation.sampling.max_response_tokens. stop: texts before which the reply's text
         ends; of what was drawn, the tokens up to such a text's last one stay. Raises LimitReached
-        where the episode has no turn, token or context left.
+        where the episode has no turn, token or context left. Whatever it raises, the conversation is
+        then as it was before: one that is too long may be gone on with by less.
         """
         async with self.segments.one_at_a_time:
-            return await self._reply(new, max_tokens, stop)
+            if self._is_cut:
+                self.transcript.drop_observation(0)
+                self._is_cut = False
+            transcript, length, messages = self.transcript, len(self.transcript), self.messages
+            try:
+                return await self._reply(new, max_tokens, stop)
+            except BaseException:
+                self.transcript, self.messages = transcript, messages
+                if not self._is_cut:
+                    transcript.drop_observation(length)
+                raise
 
     async def _reply(
         self,
@@ -178,7 +193,9 @@ class Model:
         space = self.limits.context_tokens - len(transcript)
         if space < 1:
             transcript.drop_observation(self.limits.context_tokens)
-            raise self._limit("context")
+            self._is_cut = not transcript.turns
+            self.segments.finish_reason = "context"
+            raise LimitReached("context")
         limit = min(space, left, self.limits.reply_tokens)
         if max_tokens is not None:
             if max_tokens < 1:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+LARGEST = float(np.finfo(np.float32).max)
 FAILED = "failed"
 """finish_reason of the rows of a group that was given up: nothing of them is trained on."""
 
@@ -81,14 +84,14 @@ def checked_outcome(returned: Any, num_turns: int, name: str) -> Outcome:
 
 
 def _number(value: Any, what: str, name: str) -> float:
-    """The value as a finite float."""
+    """The value as a float that is finite in single precision, which columns have."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         raise EnvironmentMistake(
-            f"environment={name}: the episode returned {what} of {value!r}; return a finite number "
-            "or an Outcome"
+            f"environment={name}: the episode returned {what} of {repr(value)[:80]}; return a finite "
+            "number or an Outcome"
         )
     return number

@@ -1,5 +1,6 @@
 """Renderer: messages as tokens, each message once. What follows a reply of the policy is encoded
-alone; nothing that stands in the transcript is ever tokenised again.
+alone; nothing that stands in the transcript is ever tokenised again. Special tokens are the
+template's alone, whatever a message spells (contents.py).
 
 The chat template must be one that only adds: check() extends canned conversations by messages of a
 user and of a tool, with and without thoughts, and says where the template writes what came before
@@ -15,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from workers.agents.contents import Contents
 from workers.agents.outcome import EnvironmentMistake
 from workers.text import Beginning, PieceTokenizer
 from workers.text.endings import SENTINEL, TEMPLATE_ERRORS, TurnEnding, ending_of
@@ -55,7 +57,7 @@ class Renderer:
         self, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Message] | None = None
     ) -> None:
         self.tokenizer, self.tools = tokenizer, list(tools or ()) or None
-        self._pieces = PieceTokenizer(tokenizer)
+        self._pieces, self._contents = PieceTokenizer(tokenizer), Contents(tokenizer)
         self._verdicts: dict[tuple[str, bool], str] = {}
         self._with_tools: dict[str, Renderer] = {}
 
@@ -72,11 +74,12 @@ class Renderer:
 
     def start(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of a conversation that the policy goes on with."""
-        return self._encoded(self.render(messages))
+        return self._contents.encode(self._rendered(messages))
 
     def text(self, text: str) -> list[int]:
         """The tokens of plain text at the beginning of a transcript."""
-        return Beginning(self.tokenizer).before(self._encoded(text))
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return Beginning(self.tokenizer).before(ids)
 
     def further_text(self, before: str, text: str) -> list[int]:
         """The tokens of plain text that follows `before`."""
@@ -92,9 +95,11 @@ class Renderer:
             text = piece.text
             if not closed:
                 text = piece.end + text
-            return self._encoded(text)
-        end_text = piece.end
-        ids = self._pieces([[end_text, piece.text]])[0][1]
+            return self._contents.encode(text)
+        if self._contents.is_marked(piece.text):
+            ids = self._contents.encode_after(piece.end, piece.text)
+        else:
+            ids = self._pieces([[piece.end, piece.text]])[0][1]
         if closed:
             return ids
         return [ending.token_id, *ids]
@@ -107,8 +112,12 @@ class Renderer:
             self._verdicts[key] = self._verdict(role, THOUGHT if thoughts else "")
         return self._verdicts[key]
 
-    def render(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+    def render(self, messages: Sequence[Message]) -> str:
         """The template's text; an EnvironmentMistake where it rejects the messages."""
+        return self._contents.shown(self._rendered(messages))
+
+    def _rendered(self, messages: Sequence[Message], *, generation_prompt: bool = True) -> str:
+        """The same, with marks where messages spell special tokens."""
         if not self.has_template:
             raise EnvironmentMistake(
                 "the environment speaks in chat messages, but the tokenizer has no chat template; "
@@ -117,8 +126,8 @@ class Renderer:
             )
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=self.tools,
+                [self._contents.hidden(message) for message in messages],
+                tools=self.tools and [self._contents.hidden(tool) for tool in self.tools],
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
             )
@@ -132,22 +141,22 @@ class Renderer:
         assert isinstance(text, str)
         return text
 
-    def _encoded(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def _following(
         self, history: Sequence[Message], new: Sequence[Message]
     ) -> tuple[TurnEnding, Piece]:
         """The end of the turn, and the further text, that the template writes behind the words of
         the last message of `history`."""
-        shown = [*history[:-1], {"role": "assistant", "content": SENTINEL}]
-        _, sentinel, tail = self.render([*shown, *new]).rpartition(SENTINEL)
-        if not sentinel:
+        words = SENTINEL
+        while words in str(new):
+            words += "q"
+        shown = [*history[:-1], {"role": "assistant", "content": words}]
+        _, found, tail = self._rendered([*shown, *new]).rpartition(words)
+        if not found:
             raise EnvironmentMistake(
                 f"the chat template of {self.tokenizer.name_or_path} leaves out the reply before "
                 f"{new[0]}; give data.chat_template a template that keeps it"
             )
-        alone = self.render(shown, generation_prompt=False).rpartition(SENTINEL)[2]
+        alone = self._rendered(shown, generation_prompt=False).rpartition(words)[2]
         ending = ending_of(self.tokenizer, alone)
         if ending.token_id is not None:
             # The first special token behind the words, whatever follows it.
