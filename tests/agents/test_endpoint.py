@@ -240,6 +240,24 @@ def test_options_that_are_the_runs() -> None:
     assert text.choices[0].message.content == CALL and not text.choices[0].message.tool_calls
 
 
+@pytest.mark.parametrize("text", [CALL, '{"name": "Ada", "arguments": {"age": 36}}'])
+def test_without_tools_a_reply_is_text(text: str) -> None:
+    """An agent that describes its tools in a prompt reads calls out of the text itself, and one
+    that asks for JSON gets what was said."""
+
+    async def asks(client: Any) -> list[Any]:
+        ask = functools.partial(client.chat.completions.create, model="policy")
+        first = await ask(messages=[user("a")])
+        said = first.choices[0].message.model_dump(exclude_none=True)
+        return [first, await ask(messages=[user("a"), said, user("b")])]
+
+    model = conversation(saying([text, "5"]), reply_tokens=200)
+    first, second = served(model, asks)
+    assert first.choices[0].message.content == text and not first.choices[0].message.tool_calls
+    assert first.choices[0].finish_reason == "stop"
+    assert second.choices[0].message.content == "5" and len(model.segments.transcripts) == 1
+
+
 def test_requests_side_by_side_and_other_tools() -> None:
     """An agent with sub-agents asks for several replies at once; each conversation has the tools
     that it was begun with."""

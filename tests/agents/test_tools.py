@@ -147,6 +147,7 @@ def test_calls_in_thoughts_are_none() -> None:
     bare = '{"name": "add", "parameters": {"a": 2}}'
     assert read_calls(bare) == [ToolCall(name="add", arguments={"a": 2})]
     assert read_calls('{"result": 5}') == []
+    assert read_calls('{"name": "Ada", "age": 36}') == [], "an answer may have a name"
 
 
 def test_a_limit_ends_with_the_reward_so_far() -> None:

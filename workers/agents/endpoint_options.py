@@ -24,7 +24,8 @@ class Options:
     stop: Sequence[str] = ()
     tools: Sequence[Message] = ()
     reads_calls: bool = True
-    """Whether calls in the reply become tool_calls; not with tool_choice="none"."""
+    """Whether calls in the reply become tool_calls: not without tools, where an agent may look for
+    calls in the text itself, and not with tool_choice="none"."""
     log_probs: bool = False
     streams: bool = False
     streams_usage: bool = False
@@ -68,7 +69,7 @@ def options_of(body: Mapping[str, Any]) -> Options:
         max_tokens=min(given, default=None),
         stop=tuple(stop),
         tools=tuple(tools),
-        reads_calls=body.get("tool_choice") != "none",
+        reads_calls=bool(tools) and body.get("tool_choice") != "none",
         log_probs=bool(body.get("logprobs")),
         streams=bool(body.get("stream")),
         streams_usage=bool((body.get("stream_options") or {}).get("include_usage")),

@@ -9,6 +9,7 @@ forms.
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from workers.agents.renderer import END_OF_THOUGHT
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 THOUGHT = "<think>"
+ARGUMENTS = re.compile(r'"(arguments|parameters)"\s*:')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,10 +36,10 @@ def read_calls(text: str) -> list[ToolCall]:
     spoken = without_thoughts(text)
     if BEGIN not in spoken:
         bare = spoken.strip()
-        if bare.startswith("{") and bare.endswith("}"):
-            call = _call(bare)
-            return [] if call.mistake else [call]
-        return []
+        if not bare.startswith("{") or not ARGUMENTS.search(bare):
+            return []  # an answer, which may be an object with a name
+        call = _call(bare)
+        return [] if call.mistake else [call]
     calls = []
     for part in spoken.split(BEGIN)[1:]:
         body, end, _ = part.partition(END)
