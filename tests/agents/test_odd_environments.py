@@ -117,6 +117,20 @@ def test_no_error_takes_the_others_with_it(error: BaseException, kind: str) -> N
     assert finished[0].outcome == finished[2].outcome == Outcome(reward=1.0, turn_rewards=[1.0])
 
 
+def test_many_failures_are_few_lines(caplog: pytest.LogCaptureFixture) -> None:
+    """The first ones of a place are named, in a line each, whatever the error's text is."""
+
+    async def episode(model: Model, task: dict[str, Any]) -> float:
+        raise ConnectionError("refused\n  by " + "a" * 2000)
+
+    finished, _ = run(episode, 20, ONCE_MORE)
+    assert all(len(episode.failures) == 2 for episode in finished)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 4 and "further failures there are not named" in lines[3]
+    assert all("\n" not in line and len(line) < 700 for line in lines)
+    assert "ConnectionError: refused by aaa" in lines[0] and __file__ in lines[0]
+
+
 def test_an_episode_that_cancels_itself_has_failed() -> None:
     async def episode(model: Model, task: dict[str, Any]) -> float:
         if task["row"] == 0:

@@ -14,6 +14,7 @@ import math
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,10 @@ JOIN_SHARE, QUIET_SHARE = 0.5, 0.1
 """Without lockstep the engine waits for those that are about to ask, since two half batches take
 longer than a whole one: at most that share of the last round's time, and no longer than nobody has
 joined for the second share of it."""
+TOLD = 3
+"""Failures at one place that are logged one by one."""
+MOST_SAID = 500
+"""Characters of an error's own text in the log."""
 FIRST_ROUND_S = 1.0
 """Stands for the last round's time before the first one."""
 Task = dict[str, Any]
@@ -130,6 +135,7 @@ class Episodes:
         self._asked: dict[int, Asked] = {}
         self._finished: dict[int, Finished] = {}
         self._error: Exception | None = None
+        self._told: Counter[str] = Counter()
 
     def start(self, tasks: Mapping[int, Task]) -> None:
         """Starts an episode for every row."""
@@ -272,15 +278,24 @@ class Episodes:
         except Exception as error:
             # The environment's code and whatever it depends on: never a reward.
             where = traceback.extract_tb(error.__traceback__)[-1]
+            said = " ".join(str(error).split())[:MOST_SAID]
             text = (
-                f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno}) after "
+                f"{type(error).__name__}: {said} ({where.filename}, line {where.lineno}) after "
                 f"{model.segments.num_turns} replies"
             )
             failures.append(Failure(type(error).__name__, text))
-            LOGGER.warning("environment=%s, row %d: %s", self.name, row, text)
+            self._tell(row, text, f"{type(error).__name__} {where.filename} {where.lineno}")
         finally:
             clock.stop()
         return Finished(model=model, outcome=outcome, failures=failures, laps=clock.laps)
+
+    def _tell(self, row: int, text: str, place: str) -> None:
+        """Logs a failure, the first few of those at one place; the metrics count all."""
+        self._told[place] += 1
+        if self._told[place] <= TOLD:
+            LOGGER.warning("environment=%s, row %d: %s", self.name, row, text)
+        if self._told[place] == TOLD:
+            LOGGER.warning("environment=%s: further failures there are not named", self.name)
 
     async def _outcome(self, model: Model, task: Task) -> Outcome:
         try:

@@ -185,13 +185,6 @@ class EpisodeSampler(Sampler):
             if episode.outcome is None:
                 given_up.setdefault(uid, episode.failures[-1].text)
         num_groups = len(set(uids))
-        for uid, reason in given_up.items():
-            LOGGER.warning(
-                "environment=%s: the group of prompt %d is given up: %s",
-                self.interface.name,
-                uid,
-                reason,
-            )
         if len(given_up) > self.config.episode.max_given_up * num_groups:
             reason = next(iter(given_up.values()))
             raise RuntimeError(
@@ -199,6 +192,13 @@ class EpisodeSampler(Sampler):
                 f"episode that failed {1 + self.config.episode.retries} times, more than "
                 f"episode.max_given_up={self.config.episode.max_given_up}; the first because "
                 f"{reason}"
+            )
+        for uid, reason in given_up.items():
+            LOGGER.warning(
+                "environment=%s: the group of prompt %d is given up: %s",
+                self.interface.name,
+                uid,
+                reason,
             )
         version = self.engine.weight_version
         return batch_of(
