@@ -85,18 +85,11 @@ def test_an_agent_with_its_own_client() -> None:
 def test_a_limit_is_an_error_that_agents_know() -> None:
     model = conversation(saying(["one"]), context_tokens=10)
 
-    async def serve() -> None:
-        async with Endpoint(model) as url:
-            client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
-            try:
-                await client.chat.completions.create(
-                    model="policy", messages=[{"role": "user", "content": "x" * 50}]
-                )
-            finally:
-                await client.close()
+    async def asks(client: Any) -> None:
+        with pytest.raises(openai.BadRequestError, match="context"):
+            await client.chat.completions.create(model="policy", messages=[user("x" * 50)])
 
-    with pytest.raises(openai.BadRequestError, match="context"):
-        asyncio.run(serve())
+    served(model, asks)
     assert model.finish_reason == "context"
 
 
