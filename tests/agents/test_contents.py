@@ -116,6 +116,23 @@ def test_the_last_reply_is_repeated_as_text() -> None:
     assert prompt.count(tokenizer.eos_token_id) == 3, "one for each turn"
 
 
+@pytest.mark.parametrize("words", ["word and more ", "xx", f"a {kinds.END} b\n", "日本 "])
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace_first", "prepend", "unigram"])
+def test_of_a_long_text_the_first_tokens_are_enough(kind: str, words: str) -> None:
+    """Those that are asked for are the whole text's, and one that fits is whole."""
+    renderer = Renderer(kinds.make(kind, "chatml"))
+    first, said, second = messages(words * 300)
+    whole = renderer.start([first])
+    further = renderer.extend([first, said], [second])
+    for most in (1, 40, len(whole) - 1, len(whole), len(whole) + 1):
+        some = renderer.start([first], most)
+        assert some[: most + 1] == whole[: most + 1]
+        assert (len(some) > most) == (len(whole) > most)
+        ids = renderer.extend([first, said], [second], most=most)
+        assert ids[: most + 1] == further[: most + 1]
+    assert len(renderer.start([first], 1)) < len(whole) / 4
+
+
 def test_frames_and_calls_stay_tokens() -> None:
     """Added tokens that are not special, such as <tool_call>, are words as others are."""
     tokenizer = make_agent_tokenizer(FRAMES)

@@ -89,7 +89,7 @@ def test_huge_and_odd_texts() -> None:
     assert odd in model.renderer.tokenizer.decode(model.ids)
     assert outcome.reward > 1
     huge = conversation(saying("ab"), context_tokens=100)
-    outcome = asyncio.run(play(Steps(("x" * 200_000, False, 0.5)), huge, {}))
+    outcome = asyncio.run(play(Steps(("x" * 2_000_000, False, 0.5)), huge, {}))
     assert (outcome.turn_rewards, huge.finish_reason) == ([0.5], "context")
 
 

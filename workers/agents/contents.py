@@ -20,6 +20,9 @@ from workers.agents.outcome import EnvironmentMistake
 from workers.text import turn_ending
 from workers.text.endings import special_tokens
 
+CHARACTERS = 8
+"""Of a text for every token that there is space for, of which the first look takes as many."""
+
 
 class Contents:
     """contents = Contents(tokenizer)
@@ -66,22 +69,34 @@ class Contents:
             text = text.replace(mark, token)
         return text
 
-    def encode(self, text: str) -> list[int]:
-        """The tokens of the template's text, in which a mark is the text that it stands for."""
+    def encode(self, text: str, most: int | None = None) -> list[int]:
+        """The tokens of the template's text, in which a mark is the text that it stands for. Of a
+        text that surely has over `most` tokens only the first ones, which are over `most`."""
+        if most is None:
+            return self._encode(text)
+        length = CHARACTERS * (most + 1)
+        while length < len(text):
+            # Twice as many: how a text is cut changes the tokens at the cut alone.
+            ids = self._encode(text[:length])
+            if len(ids) > 2 * most:
+                return ids
+            length *= 4
+        return self._encode(text)
+
+    def encode_after(self, before: str, text: str, most: int | None = None) -> list[int]:
+        """The tokens of `text` behind those of `before`, which ends with a special token."""
+        head = self.encode(before)
+        if most is not None:
+            most += len(head)
+        return self.encode(before + text, most)[len(head) :]
+
+    def _encode(self, text: str) -> list[int]:
         if self._key not in text:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if self._tokenizer_by_name is None:
             self._tokenizer_by_name = self._renamed()
         named = self.shown(self._replaced(text, self._names))
         return list(self._tokenizer_by_name.encode(named, add_special_tokens=False).ids)
-
-    def encode_after(self, before: str, text: str) -> list[int]:
-        """The tokens of `text` behind those of `before`, which ends with a special token."""
-        return self.encode(before + text)[len(self.encode(before)) :]
-
-    def is_marked(self, text: str) -> bool:
-        """Whether some message spelled a special token."""
-        return self._key in text
 
     def _word(self, kind: str, number: int) -> str:
         return f"\U00100000{self._key}{kind}{number:06d}\U00100001"

@@ -298,7 +298,7 @@ class Model:
                     "the episode began with text or token ids, and goes on with messages; use one "
                     "of the two"
                 )
-            return self.renderer.start(messages)
+            return self.renderer.start(messages, self.limits.context_tokens)
         if not messages:
             raise EnvironmentMistake(
                 "the episode asked for a reply with nothing new since the last one; give "
@@ -319,7 +319,8 @@ class Model:
                 rewritten = rewritten or bool(verdict)
         if rewritten:
             return self._in_a_new_segment([*history, *messages])
-        ids = self.renderer.extend(history, messages, closed=self._closed)
+        space = max(0, self.limits.context_tokens - len(self.transcript))
+        ids = self.renderer.extend(history, messages, closed=self._closed, most=space)
         self.messages = [*history, *(dict(message) for message in messages)]
         return ids
 
@@ -328,4 +329,4 @@ class Model:
         self.transcript = Transcript()
         self.segments.transcripts.append(self.transcript)
         self.messages = [dict(message) for message in messages]
-        return self.renderer.start(messages)
+        return self.renderer.start(messages, self.limits.context_tokens)

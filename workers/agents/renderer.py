@@ -72,9 +72,11 @@ class Renderer:
             self._with_tools[key] = Renderer(self.tokenizer, tools)
         return self._with_tools[key]
 
-    def start(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of a conversation that the policy goes on with."""
-        return self._contents.encode(self._rendered(messages))
+    def start(self, messages: Sequence[Message], most: int | None = None) -> list[int]:
+        """The tokens of a conversation that the policy goes on with. Of one that surely has over
+        `most` tokens only the first ones, which are over `most`: a page of megabytes takes seconds
+        to encode, in which no other episode goes on."""
+        return self._contents.encode(self._rendered(messages), most)
 
     def text(self, text: str) -> list[int]:
         """The tokens of plain text at the beginning of a transcript."""
@@ -86,20 +88,23 @@ class Renderer:
         return self._pieces([[before, text]])[0][1]
 
     def extend(
-        self, history: Sequence[Message], new: Sequence[Message], *, closed: bool = True
+        self,
+        history: Sequence[Message],
+        new: Sequence[Message],
+        *,
+        closed: bool = True,
+        most: int | None = None,
     ) -> list[int]:
         """The tokens that follow a reply, which is the last message of `history`. `closed`:
-        whether the reply ends with a token that ends turns; else the template's is added."""
+        whether the reply ends with a token that ends turns; else the template's is added. `most`:
+        see start."""
         ending, piece = self._following(history, new)
         if ending.token_id is None:
             text = piece.text
             if not closed:
                 text = piece.end + text
-            return self._contents.encode(text)
-        if self._contents.is_marked(piece.text):
-            ids = self._contents.encode_after(piece.end, piece.text)
-        else:
-            ids = self._pieces([[piece.end, piece.text]])[0][1]
+            return self._contents.encode(text, most)
+        ids = self._contents.encode_after(piece.end, piece.text, most)
         if closed:
             return ids
         return [ending.token_id, *ids]
