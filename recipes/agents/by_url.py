@@ -13,6 +13,8 @@ from workers.agents.model import Model
 from workers.agents.renderer import Message
 from workers.agents.tools import schemas_of
 
+TOOLS = schemas_of(Calculator)
+
 
 async def episode(model: Model, task: dict[str, Any]) -> float:
     """environment=recipes.agents.by_url:episode"""
@@ -27,11 +29,9 @@ async def agent(url: str, prompt: Sequence[Message]) -> str:
 
     # Without certificates, which take longer to load than an episode takes.
     client = openai.DefaultAsyncHttpxClient(verify=False)
-    async with openai.AsyncOpenAI(
-        base_url=url, api_key="none", max_retries=0, http_client=client
-    ) as policy:
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", http_client=client) as policy:
         messages: list[Any] = list(prompt)
-        tools: Any = schemas_of(Calculator)
+        tools: Any = TOOLS
         while True:
             completion = await policy.chat.completions.create(
                 model="policy", messages=messages, tools=tools
