@@ -7,6 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import openai
+
 from recipes.agents.calculator import Calculator, value_of
 from workers.agents.endpoint import Endpoint
 from workers.agents.model import Model
@@ -25,8 +27,6 @@ async def episode(model: Model, task: dict[str, Any]) -> float:
 
 async def agent(url: str, prompt: Sequence[Message]) -> str:
     """The last words of the policy at `url`, whose calls are answered before."""
-    import openai
-
     # Without certificates, which take longer to load than an episode takes.
     client = openai.DefaultAsyncHttpxClient(verify=False)
     async with openai.AsyncOpenAI(base_url=url, api_key="none", http_client=client) as policy:

@@ -21,7 +21,7 @@ from workers.text import turn_ending
 from workers.text.endings import special_tokens
 
 CHARACTERS = 8
-"""Of a text for every token that there is space for, of which the first look takes as many."""
+"""The first look at a text takes so many characters of it for every token that there is space for."""
 
 
 class Contents:
@@ -46,7 +46,7 @@ class Contents:
         numbered = dict(zip(self._tokens, range(len(self._tokens)), strict=True))
         self._marks = {text: self._word("m", number) for text, number in numbered.items()}
         self._names = {text: self._word("n", number) for text, number in numbered.items()}
-        """Of the special tokens in the renamed tokenizer."""
+        """Special token -> its name in the renamed tokenizer."""
         self._of_replies = {text: mark for text, mark in self._marks.items() if text in ends}
         """A reply's text has no token that ends it, so one that it spells was not drawn as that
         token; its other special tokens were."""

@@ -65,7 +65,7 @@ class Endpoint:
         self._runner: web.AppRunner | None = None
         self._mistake: EnvironmentMistake | None = None
         self._limit: LimitReached | None = None
-        """What the last request was told, where it was that."""
+        """The limit that the last request met."""
 
     async def __aenter__(self) -> str:
         application = web.Application(client_max_size=0)  # any size: the context is the limit
