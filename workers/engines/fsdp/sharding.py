@@ -29,6 +29,7 @@ from workers.engines.model.scored import (
 )
 from workers.engines.model.tensor_parallel import parallelize
 from workers.engines.model.tensor_parts import Parts, TensorPart, whole_parts
+from workers.engines.shared.gloo_sums import GlooReduceScatter
 
 ONE_GROUP_BYTES = 512 * 2**20
 """Float32 bytes up to which the whole model is one FSDP group: one gather and one reduction a
@@ -140,6 +141,9 @@ def shard_model(
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+            if device.type == "cpu":
+                # Its type is private to PyTorch.
+                module.set_custom_reduce_scatter(GlooReduceScatter())  # type: ignore[arg-type]
     # Experts that only other ranks' tokens use.
     scored.set_reduce_scatter_unused_params(True)
     return scored
