@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import product
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -141,7 +142,7 @@ def shard_model(
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-            if device.type == "cpu":
+            if dist.get_backend(mesh["dp"].get_group()) == "gloo":
                 # Its type is private to PyTorch.
                 module.set_custom_reduce_scatter(GlooReduceScatter())  # type: ignore[arg-type]
     # Experts that only other ranks' tokens use.
