@@ -28,6 +28,9 @@ def check(rank: int, root: Path, sizes: tuple[int, ...]) -> None:
             gloo_sums.reduce_scatter(own, parts.flatten(), dist.group.WORLD)
             torch.testing.assert_close(own, expected[rank], rtol=0, atol=0)
             torch.testing.assert_close(parts, make_parts(rank, size, numel), rtol=0, atol=0)
+            own = torch.empty(numel)
+            gloo_sums.PartsUnderWay.begin(own, parts, dist.group.WORLD).wait()
+            torch.testing.assert_close(own, expected[rank], rtol=0, atol=0)
         if size == 3:  # a group whose ranks are not those of the world
             members = dist.new_group([1, 2])
             if rank:

@@ -40,21 +40,44 @@ class GlooReduceScatter:
 def reduce_scatter(own: Tensor, parts: Tensor, group: ProcessGroup) -> None:
     """`own` [numel] becomes the sum over ranks of their `parts` [ranks, numel] (or flat) at this
     rank, added in the order of the ranks. Collective."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    own, table = own.view(-1), parts.view(size, -1)
-    received = own.new_empty(size, min(PIECE, len(own)))
+    own, table = own.view(-1), parts.view(group.size(), -1)
+    arrived = own.new_empty(len(table), min(PIECE, len(own)))
     for begin in range(0, len(own), PIECE):
         end = min(begin + PIECE, len(own))
-        arrived = received[:, : end - begin]
-        under_way: list[dist.Work | None] = []
+        piece = own[begin:end], table[:, begin:end], arrived[:, : end - begin]
+        PartsUnderWay(*piece, group=group).wait()
+
+
+class PartsUnderWay:
+    """The same of whole parts, which move meanwhile.
+
+    sum_under_way = PartsUnderWay.begin(own, parts, group)
+    ...
+    sum_under_way.wait()            # own has the sum
+    """
+
+    def __init__(self, own: Tensor, table: Tensor, arrived: Tensor, *, group: ProcessGroup) -> None:
+        """own [numel]; table, arrived [ranks, numel]: what goes to each rank, room for what comes."""
+        self._own, self._table, self._arrived = own, table, arrived
+        self._rank, size = dist.get_rank(group), len(table)
+        self._moving: list[dist.Work | None] = []
         for step in range(1, size):
-            target, source = (rank + step) % size, (rank - step) % size
-            under_way.append(dist.irecv(arrived[source], group=group, group_src=source))
-            under_way.append(dist.isend(table[target, begin:end], group=group, group_dst=target))
-        for work in under_way:
+            target, source = (self._rank + step) % size, (self._rank - step) % size
+            self._moving.append(dist.irecv(arrived[source], group=group, group_src=source))
+            self._moving.append(dist.isend(table[target], group=group, group_dst=target))
+
+    @classmethod
+    def begin(cls, own: Tensor, parts: Tensor, group: ProcessGroup) -> PartsUnderWay:
+        table = parts.view(group.size(), -1)
+        return cls(own, table, torch.empty_like(table), group=group)
+
+    def wait(self) -> None:
+        for work in self._moving:
             assert work is not None, "every rank is in the group"
             work.wait()
-        total = own[begin:end]
-        total.copy_(table[rank, begin:end] if rank == 0 else arrived[0])
-        for source in range(1, size):
-            total += table[rank, begin:end] if source == rank else arrived[source]
+        for source in range(len(self._table)):
+            part = (self._table if source == self._rank else self._arrived)[source]
+            if source == 0:
+                self._own.copy_(part)
+            else:
+                self._own += part

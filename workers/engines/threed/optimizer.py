@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 from hybridflow.resharding.shards import Box
 from workers.config import OptimizerConfig
 from workers.engines.shared.flat_views import flat_views
+from workers.engines.shared.gloo_sums import PartsUnderWay
 from workers.engines.shared.host_memory import HostMemory
 from workers.engines.shared.optimizer import (
     clip,
@@ -105,7 +106,7 @@ class FlatGroup:
         self.final: Callable[[], None] = _nothing
         """Called when none is missing."""
         self._part: Tensor | None = None
-        self._reduction: dist.Work | None = None
+        self._reduction: dist.Work | PartsUnderWay | None = None
         self._master = self.weights[self.part] if dtype is torch.float32 else None
         for piece, view in zip(pieces, self.views(self.weights), strict=True):
             parameter = nn.Parameter(view)
@@ -194,9 +195,12 @@ class FlatGroup:
             self._part = torch.empty(
                 self.part_size, dtype=torch.float32, device=self.weights.device
             )
-            self._reduction = dist.reduce_scatter_single(
-                self._part, self.gradient, group=self.data_group, async_op=True
-            )
+            if dist.get_backend(self.data_group) == "gloo":
+                self._reduction = PartsUnderWay.begin(self._part, self.gradient, self.data_group)
+            else:
+                self._reduction = dist.reduce_scatter_single(
+                    self._part, self.gradient, group=self.data_group, async_op=True
+                )
 
     def _settle(self) -> None:
         """Waits for a reduction that is under way."""
