@@ -126,15 +126,17 @@ def test_a_streamed_reply_is_the_reply() -> None:
         )
         return [chunk async for chunk in completion]
 
-    model = conversation(saying([f"So: {CALL}"]), reply_tokens=200)
-    first, last, usage = served(model, streams)
-    (call,) = first.choices[0].delta.tool_calls
-    assert (call.index, call.function.name) == (0, "add")
-    assert json.loads(call.function.arguments) == {"a": 2, "b": 3}
-    assert first.choices[0].delta.content == "So:"
+    words = f"So: {CALL}{CALL.replace('2', '7')}"
+    model = conversation(saying([words]), reply_tokens=300)
+    first, *calls, last, usage = served(model, streams)
+    for number, chunk in enumerate(calls):
+        (call,) = chunk.choices[0].delta.tool_calls
+        assert (call.index, call.function.name) == (number, "add")
+        assert json.loads(call.function.arguments) == {"a": (2, 7)[number], "b": 3}
+    assert len(calls) == 2 and first.choices[0].delta.content == "So:"
     assert last.choices[0].finish_reason == "tool_calls"
     assert usage.usage.total_tokens == len(model.ids)
-    same = conversation(saying([f"So: {CALL}"]), reply_tokens=200)
+    same = conversation(saying([words]), reply_tokens=300)
 
     async def plain(client: Any) -> Any:
         return await client.chat.completions.create(

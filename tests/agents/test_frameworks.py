@@ -57,11 +57,40 @@ async def smolagents(url: str) -> str:
     return str(await asyncio.to_thread(agent.run, QUESTION))
 
 
+async def langgraph(url: str) -> str:
+    models = pytest.importorskip("langchain_openai")
+    prebuilt = pytest.importorskip("langgraph.prebuilt")
+    model = models.ChatOpenAI(model="policy", base_url=url, api_key="none", streaming=True)
+    agent = prebuilt.create_react_agent(model, [add])
+    state = await agent.ainvoke({"messages": [("user", QUESTION)]})
+    return str(state["messages"][-1].content)
+
+
+async def llama_index(url: str) -> str:
+    llms = pytest.importorskip("llama_index.llms.openai_like")
+    workflow = pytest.importorskip("llama_index.core.agent.workflow")
+    model = llms.OpenAILike(
+        model="policy",
+        api_base=url,
+        api_key="none",
+        is_chat_model=True,
+        is_function_calling_model=True,
+    )
+    return str(await workflow.FunctionAgent(tools=[add], llm=model).run(QUESTION))
+
+
 FINAL = '<tool_call>\n{"name": "final_answer", "arguments": {"answer": "5"}}\n</tool_call>'
 
 
 @pytest.mark.parametrize(
-    "agent, last", [(openai_agents, "5"), (pydantic_ai, "5"), (smolagents, FINAL)]
+    "agent, last",
+    [
+        (openai_agents, "5"),
+        (pydantic_ai, "5"),
+        (smolagents, FINAL),
+        (langgraph, "5"),
+        (llama_index, "5"),
+    ],
 )
 def test_a_framework_by_url(agent: Callable[[str], Awaitable[str]], last: str) -> None:
     model = conversation(saying([CALL, last]), reply_tokens=300, context_tokens=50_000)

@@ -1,7 +1,7 @@
 """A finished completion in the form of OpenAI's stream: server-sent events.
 
-The whole reply comes in one piece, since replies of many episodes are drawn together; clients that
-ask for a stream work as they are.
+The whole reply comes at once, its text and each of its calls in an event of its own, since replies of
+many episodes are drawn together; clients that ask for a stream work as they are.
 """
 
 from __future__ import annotations
@@ -32,10 +32,7 @@ def chunks(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, Any]
     """The events' objects."""
     (choice,) = completion["choices"]
     message = dict(choice["message"])
-    if "tool_calls" in message:
-        message["tool_calls"] = [
-            {"index": number} | call for number, call in enumerate(message["tool_calls"])
-        ]
+    calls = message.pop("tool_calls", [])
     same = {name: completion[name] for name in ("id", "created", "model")}
     same["object"] = "chat.completion.chunk"
     first = {name: choice[name] for name in choice if name not in ("message", "finish_reason")}
@@ -44,8 +41,12 @@ def chunks(completion: Mapping[str, Any], *, usage: bool) -> list[dict[str, Any]
         same
         | {"prompt_token_ids": completion["prompt_token_ids"]}
         | {"choices": [first | {"delta": message, "finish_reason": None}]},
-        same | {"choices": [last]},
     ]
+    # A call for each event, as OpenAI has them: some clients read no second one of an event.
+    for number, call in enumerate(calls):
+        delta = {"tool_calls": [{"index": number} | call]}
+        sent.append(same | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+    sent.append(same | {"choices": [last]})
     if usage:
         sent.append(same | {"choices": [], "usage": completion["usage"]})
     return sent
