@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -207,3 +208,24 @@ def test_an_engine_that_fails_ends_the_episodes() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         executor.run([{"row": 0}, {"row": 1}])
     assert sorted(closed) == [0, 1]
+
+
+def test_agents_in_threads_do_not_wait_for_one_another() -> None:
+    """More than asyncio has threads for: in lockstep those that hold one would wait for all others."""
+
+    async def episode(model: Model, task: dict[str, Any]) -> float:
+        loop = asyncio.get_running_loop()
+
+        def agent() -> float:
+            for _ in range(2):
+                asyncio.run_coroutine_threadsafe(model.reply("a"), loop).result()
+            return 1.0
+
+        if task["row"] == 7:
+            await asyncio.to_thread(sys.exit, 3)
+        return await asyncio.to_thread(agent)
+
+    finished, rounds = run(episode, 80, EpisodeConfig(step_timeout_s=20, retries=0))
+    assert [len(rows) for rows in rounds] == [79, 79]
+    assert sum(episode.outcome is not None for episode in finished) == 79
+    assert "SystemExit: 3" in finished[7].failures[0].text

@@ -29,7 +29,7 @@ from workers.agents.outcome import (
     Outcome,
     checked_outcome,
 )
-from workers.agents.threads import as_failure
+from workers.agents.threads import ThreadEach, as_failure
 
 LOGGER = logging.getLogger(__name__)
 
@@ -124,6 +124,7 @@ class Episodes:
         self.episode, self.name, self.config = episode, name, config
         self.make_model = make_model
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadEach())
         self._thread = threading.Thread(target=self._loop.run_forever, name="episodes", daemon=True)
         self._thread.start()
         limit_s = max(config.step_timeout_s, LEAST_STANDSTILL_S)

@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from typing import Any
 
@@ -15,6 +16,32 @@ def as_failure(error: BaseException) -> RuntimeError:
     """An error that would end more than the episode whose code raised it, as one that does not."""
     failure = RuntimeError(f"{type(error).__name__}: {error}".removesuffix(": "))
     return failure.with_traceback(error.__traceback__)
+
+
+class ThreadEach(ThreadPoolExecutor):
+    """loop.set_default_executor(ThreadEach()): asyncio.to_thread has a thread for each call.
+
+    asyncio's own has a few for all: in lockstep, agents that hold them would wait for others that
+    wait for one. The threads keep no process from ending.
+    """
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See Executor.submit."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as error:  # the user's code, whose errors belong to the episode
+                is_plain = isinstance(error, Exception) and not isinstance(error, StopIteration)
+                future.set_exception(error if is_plain else as_failure(error))
+            else:
+                future.set_result(result)
+
+        threading.Thread(target=run, name="agent", daemon=True).start()
+        return future
 
 
 async def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
