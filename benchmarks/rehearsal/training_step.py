@@ -11,7 +11,8 @@ from benchmarks.rehearsal.memory_cases import Case
 from hybridflow.mapping.question.layouts import ModelLayout
 from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.workload import Lengths, Workload
-from hybridflow.mapping.simulate.footprint import Footprint, pass_footprint, resident_footprint
+from hybridflow.mapping.simulate.footprint import Footprint, resident_footprint
+from hybridflow.mapping.simulate.moments import pass_footprint
 from recipes.mapping_question import precision_space
 from workers.config import TrainConfig
 from workers.engines import engine_class

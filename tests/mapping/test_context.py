@@ -9,7 +9,8 @@ import pytest
 from hybridflow.mapping.answer.explain import context_gain
 from hybridflow.mapping.question.layouts import ModelLayout
 from hybridflow.mapping.question.space import LEAST_PART, SearchSpace
-from hybridflow.mapping.simulate.footprint import pass_footprint, state_footprint
+from hybridflow.mapping.simulate.footprint import state_footprint
+from hybridflow.mapping.simulate.moments import training_moments
 from hybridflow.mapping.simulate.passes import exchanged_per_token, training_time
 from recipes.plan import find_answer, to_config
 from tests.mapping.test_simulators import A100, LLAMA, WORKLOAD, machine
@@ -48,8 +49,8 @@ def test_activations_are_divided_and_states_are_cut_as_over_data_ranks(recompute
     activations = []
     for c in (1, 8):
         layout = ModelLayout(c=c, recompute=recompute, micro_batch_tokens=8192)
-        needs = pass_footprint(LLAMA, layout, space, WORKLOAD, 1, trained=True, backward=True)
-        activations.append(needs.activations)
+        moments = training_moments(LLAMA, layout, space, WORKLOAD, 1)
+        activations.append(moments["first"].activations)
     assert activations[0] == pytest.approx(8 * activations[1])
     context = state_footprint(LLAMA, ModelLayout(c=4, d=2, zero=3), space, trained=True)
     data = state_footprint(LLAMA, ModelLayout(d=8, zero=3), space, trained=True)

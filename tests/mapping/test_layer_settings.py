@@ -8,7 +8,8 @@ import pytest
 
 from hybridflow.mapping.question.layouts import ModelLayout
 from hybridflow.mapping.question.space import SearchSpace
-from hybridflow.mapping.simulate.footprint import pass_footprint, state_footprint
+from hybridflow.mapping.simulate.footprint import state_footprint
+from hybridflow.mapping.simulate.moments import training_moments
 from hybridflow.mapping.simulate.passes import training_time
 from recipes.mapping_settings import train_layout
 from tests.mapping.test_simulators import A100, LLAMA, WORKLOAD, machine
@@ -21,10 +22,9 @@ SELECTIVE = replace(WHOLE, selective=True)
 
 
 def activations(layout: ModelLayout) -> float:
-    """Bytes for each token of the micro-batch."""
-    space = SearchSpace()
-    needs = pass_footprint(LLAMA, layout, space, WORKLOAD, 1, trained=True, backward=True)
-    return needs.activations / TOKENS
+    """Bytes for each token of the micro-batch, when the layers' backward pass begins."""
+    moments = training_moments(LLAMA, layout, SearchSpace(), WORKLOAD, 1)
+    return moments["first"].activations / TOKENS
 
 
 def test_what_is_kept_from_pass_to_pass() -> None:

@@ -20,11 +20,11 @@ from hybridflow.mapping.simulate.fabric import Fabric
 from hybridflow.mapping.simulate.footprint import (
     generation_footprint,
     held_for_generation,
-    pass_footprint,
     resident_footprint,
     state_footprint,
 )
 from hybridflow.mapping.simulate.generation import DecodeStep, generation_time
+from hybridflow.mapping.simulate.moments import training_moments
 from hybridflow.mapping.simulate.passes import Machine, inference_time, training_time
 from hybridflow.mapping.simulate.transition import received_fraction, transition_time
 
@@ -145,9 +145,7 @@ def test_shards_of_a_large_model_are_reduced_layer_by_layer():
         space = SearchSpace(cut_between_steps=True, whole_up_to_bytes=whole_up_to_bytes)
         states = resident_footprint(LLAMA, layout, space, trained=True)
         assert states.optimizer == pytest.approx(count)  # 8 bytes over 8 ranks
-        step = states + pass_footprint(
-            LLAMA, layout, space, WORKLOAD, 4, trained=True, backward=True
-        )
+        step = states + training_moments(LLAMA, layout, space, WORKLOAD, 4)["first"]
         assert step.parameters == pytest.approx(4 * count / 8 + 2 * count)  # gathered in bf16
         sizes.append((step.gradients, step.buffers))
     (whole, _), (shard, buffers) = sizes
@@ -161,8 +159,9 @@ def test_activations_follow_korthikanti():
     and normalised input in float32; 1F1B keeps min(p, m) micro-batches."""
     layout = ModelLayout(p=4, t=2, d=1, micro_batch_tokens=2048)
     space = SearchSpace()
-    few = pass_footprint(LLAMA, layout, space, WORKLOAD, 1, trained=True, backward=True)
-    many = pass_footprint(LLAMA, layout, space, WORKLOAD, 64, trained=True, backward=True)
+    few, many = (
+        training_moments(LLAMA, layout, space, WORKLOAD, number)["first"] for number in (1, 64)
+    )
     assert many.activations == pytest.approx(4 * few.activations)
     per_layer = 2 * (6 * 4096 + 4 * 4096 + 4 * 11008) + 4 * 2 * 4096
     assert few.activations == pytest.approx(8 * 2048 * per_layer / 2)

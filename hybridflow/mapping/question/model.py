@@ -310,6 +310,12 @@ class ModelSpec:
             stored += float32 * 4 * self.hidden_size
         return stored
 
+    def norm_bytes_per_token(self, number_bytes: float) -> float:
+        """Bytes that one norm stores, per token: its input, the normalised input and the result, the
+        first two in float32."""
+        float32 = 2 * (4 - number_bytes) if number_bytes < 4 else 0.0
+        return self.hidden_size * (3 * number_bytes + float32)
+
     def products_bytes_per_token(self, number_bytes: float) -> float:
         """Bytes that selective recomputation keeps of a layer, per token: its input, the outputs of
         its matrix products (queries, keys, values, two of hidden size, the MLP's inner ones) and of

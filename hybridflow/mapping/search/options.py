@@ -19,10 +19,10 @@ from hybridflow.mapping.simulate.footprint import (
     Footprint,
     generation_footprint,
     held_for_generation,
-    pass_footprint,
     resident_footprint,
 )
 from hybridflow.mapping.simulate.generation import generation_time
+from hybridflow.mapping.simulate.moments import pass_footprint
 from hybridflow.mapping.simulate.passes import (
     PassTime,
     gathering_s,

@@ -8,7 +8,6 @@ from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
 from hybridflow.mapping.question.model import ModelSpec
 from hybridflow.mapping.question.space import SearchSpace
 from hybridflow.mapping.question.workload import Workload
-from hybridflow.mapping.simulate.compute import head_width
 
 FLOAT32_BYTES = 4.0
 
@@ -156,13 +155,13 @@ def _cut_state(
     shard = FLOAT32_BYTES * cut_trained(model, layout)
     parameters = shard + base_bytes(model, layout, space)
     if is_one_group(model, layout, space):
-        parameters += space.parameter_bytes * _gathered_parameters(model, layout)
+        parameters += space.parameter_bytes * gathered_parameters(model, layout)
     if not trained:
         return Footprint(parameters=parameters)
     return Footprint(parameters=parameters, gradients=shard, optimizer=2 * shard)
 
 
-def _gathered_parameters(model: ModelSpec, layout: ModelLayout) -> float:
+def gathered_parameters(model: ModelSpec, layout: ModelLayout) -> float:
     """Parameters of which FSDP has a gathered copy in a pass: on a single data rank an adapter's
     base is used where it lies."""
     count = trained_parameters(model, layout)
@@ -200,125 +199,6 @@ def resident_footprint(
     if not trained:
         return Footprint()
     return Footprint(parameters=state.parameters, gradients=state.gradients)
-
-
-def pass_footprint(
-    model: ModelSpec,
-    layout: ModelLayout,
-    space: SearchSpace,
-    workload: Workload,
-    num_micro_batches: int,
-    *,
-    trained: bool,
-    backward: bool,
-) -> Footprint:
-    """The bytes that a training (backward) or forward call needs on top of the resident ones.
-
-    Activations: Korthikanti et al. 2022, section 4 (with sequence parallelism all of a layer's are
-    cut by t, and under context parallelism by c; with recomputation each layer's input stays, or
-    what selective recomputation keeps, plus a layer at a time; offloaded, one layer's are there); the
-    first of p stages holds min(p, micro-batches) of them under 1F1B (Narayanan et al. 2021, section
-    2.2).
-    Logits: those of a chunk of tokens, in compute precision and float32, with a float32 gradient in
-    training.
-    """
-    tokens = min(
-        layout.micro_batch_tokens, max(workload.longest_row, workload.num_tokens / layout.d)
-    )
-    tokens /= layout.c
-    per_layer = stored_per_token(model, layout, space) * tokens / layout.t
-    if not backward:
-        activations = per_layer
-    else:
-        from_layers = kept_per_token(model, layout, space) * tokens / layout.t
-        from_layers *= min(layout.p, num_micro_batches) * model.longest_stage(layout.p)
-        if layout.offload_activations:  # copied while the next layer computes
-            from_layers = 0.0
-        activations = max(from_layers, per_layer)
-        if layout.recompute:
-            activations = from_layers + per_layer
-    scored = workload.response.mean / workload.tokens_per_row
-    logit_bytes = space.activation_bytes + (8 if backward else 4)
-    numbers = min(tokens * scored * head_width(model) / layout.t, space.logits_at_once)
-    logits = numbers * logit_bytes
-    fetched = 0.0
-    if backward or not trained:
-        fetched = fetched_bytes(model, layout, space, trained=trained)
-    fixed = Footprint(activations=activations, logits=logits, buffers=fetched)
-    if space.cut_between_steps:
-        return fixed + _cut_pass(model, layout, space, activations + logits, backward=backward)
-    if layout.zero >= 3:
-        layer = layer_share(model, layout)
-        return fixed + Footprint(buffers=2 * space.parameter_bytes * layer)
-    return fixed + _reduction(model, layout, space, activations + logits, backward=backward)
-
-
-def stored_per_token(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
-    """Bytes that a layer's backward pass reads, per token."""
-    return model.stored_bytes_per_token(space.activation_bytes, compiled=layout.compiled)
-
-
-def kept_per_token(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
-    """Bytes of a layer that are kept from the forward to the backward pass, per token."""
-    if not layout.recompute:
-        return stored_per_token(model, layout, space)
-    if layout.selective:
-        return model.products_bytes_per_token(space.activation_bytes)
-    return space.activation_bytes * model.hidden_size
-
-
-def _reduction(
-    model: ModelSpec,
-    layout: ModelLayout,
-    space: SearchSpace,
-    activations: float,
-    *,
-    backward: bool,
-) -> Footprint:
-    """The copy of a whole gradient that reducing it over data ranks makes, when a pass' activations
-    are gone."""
-    if not backward or layout.shards == 1 or not space.reduction_copies:
-        return Footprint()
-    copies = space.gradient_bytes * trained_parameters(model, layout)
-    return Footprint(buffers=max(0.0, copies - activations))
-
-
-def _cut_pass(
-    model: ModelSpec,
-    layout: ModelLayout,
-    space: SearchSpace,
-    activations: float,
-    *,
-    backward: bool,
-) -> Footprint:
-    """FSDP's gathered weights and gradients in a pass, beside the resident shards."""
-    count = _gathered_parameters(model, layout)
-    whole = FLOAT32_BYTES * trained_parameters(model, layout)
-    ends = model.embedding_parameters
-    if not model.tied_embeddings or model.scalar_head:
-        ends += model.head_parameters
-    gathered = 0.0
-    if layout.zero >= 3:
-        gathered = space.parameter_bytes * (2 * layer_share(model, layout) + ends / layout.t)
-    elif not is_one_group(model, layout, space):
-        gathered = space.parameter_bytes * count
-    if not backward:
-        return Footprint(parameters=gathered)
-    shard = FLOAT32_BYTES * cut_trained(model, layout)
-    if is_one_group(model, layout, space):
-        # Copied for the reduction, when the activations are gone.
-        return Footprint(gradients=whole, buffers=max(shard, whole - activations))
-    if model.adapter is not None:
-        largest = model.adapter.whole + model.adapter.cut / layout.t
-        return Footprint(parameters=gathered, gradients=shard, buffers=2 * FLOAT32_BYTES * largest)
-    # A gradient is there in the compute precision, and in float32 while it is reduced. A layer's is
-    # beside the activations, and the head's waits for the embedding's: they are one group, which is
-    # reduced when the activations are gone.
-    copies = space.parameter_bytes + FLOAT32_BYTES
-    in_layers = copies * layer_share(model, layout)
-    in_layers += space.parameter_bytes * model.head_parameters / layout.t
-    at_end = copies * ends / layout.t - activations
-    return Footprint(parameters=gathered, gradients=shard, buffers=max(in_layers, at_end))
 
 
 def kv_tokens(workload: Workload, running: int) -> float:

@@ -30,11 +30,11 @@ from hybridflow.mapping.simulate.fabric import Fabric
 from hybridflow.mapping.simulate.footprint import (
     fetched_bytes,
     is_one_group,
-    kept_per_token,
     stage_parameters,
     trained_parameters,
     update_footprint,
 )
+from hybridflow.mapping.simulate.moments import kept_per_token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,267 @@
+"""The bytes of a training or forward call beside the resident ones, as they are at its moments.
+
+A training step is fullest at one of these, and the footprint of the call is the fullest:
+
+head     the head's backward pass: everything that was stored waits, logits and the head's gradient
+         are there
+first    the backward pass of the layer that comes first, the last one: everything but the head's
+last     that of the first layer of a step's last micro-batch: gradients of all others are there
+end      the ends of the model, embedding and head, are reduced: a micro-batch's activations are gone
+step     gradients are reduced, and the optimizer steps
+
+Left out: kernels' own scratch memory, fragments, communicators' buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hybridflow.mapping.question.layouts import ModelLayout
+from hybridflow.mapping.question.model import ModelSpec
+from hybridflow.mapping.question.space import SearchSpace
+from hybridflow.mapping.question.workload import Workload
+from hybridflow.mapping.simulate.compute import head_width
+from hybridflow.mapping.simulate.footprint import (
+    FLOAT32_BYTES,
+    Footprint,
+    cut_trained,
+    fetched_bytes,
+    gathered_parameters,
+    is_one_group,
+    layer_share,
+    trained_parameters,
+)
+
+MOMENTS = ("head", "first", "last", "end", "step")
+
+
+def pass_footprint(
+    model: ModelSpec,
+    layout: ModelLayout,
+    space: SearchSpace,
+    workload: Workload,
+    num_micro_batches: int,
+    *,
+    trained: bool,
+    backward: bool,
+) -> Footprint:
+    """The bytes that a training (backward) or forward call needs on top of the resident ones, at its
+    fullest moment."""
+    stored = Stored.of(model, layout, space, workload)
+    fetched = 0.0
+    if backward or not trained:
+        fetched = fetched_bytes(model, layout, space, trained=trained)
+    if backward:
+        moments = training_moments(model, layout, space, workload, num_micro_batches)
+        fullest = max(moments.values(), key=lambda moment: moment.total)
+        return fullest + Footprint(buffers=fetched)
+    needed = Footprint(activations=stored.layer, logits=stored.logits, buffers=fetched)
+    if space.cut_between_steps:
+        return needed + Footprint(parameters=_gathered(model, layout, space))
+    if layout.zero >= 3:
+        return needed + Footprint(buffers=_two_layers(model, layout, space))
+    return needed
+
+
+def training_moments(
+    model: ModelSpec,
+    layout: ModelLayout,
+    space: SearchSpace,
+    workload: Workload,
+    num_micro_batches: int,
+) -> dict[str, Footprint]:
+    """The bytes on top of the resident ones at the moments of a training step."""
+    stored = Stored.of(model, layout, space, workload, backward=True)
+    in_flight = min(layout.p, num_micro_batches)
+    head = Footprint(
+        activations=stored.kept + stored.norm,
+        logits=stored.logits,
+        buffers=_head_gradient(model, layout, space),
+    )
+    first = Footprint(activations=stored.with_layer(in_flight * stored.kept, layout))
+    last = Footprint(activations=stored.with_layer(stored.of_a_layer, layout))
+    if layout.offload_activations:
+        last = first
+    end = Footprint(activations=(in_flight - 1) * stored.kept)
+    several = num_micro_batches > 1
+    if space.cut_between_steps:
+        states = _cut_states(model, layout, space, several=several)
+    else:
+        states = _whole_states(model, layout, space)
+    found = {"head": head, "first": first, "last": last, "end": end, "step": Footprint()}
+    return {name: found[name] + states[name] for name in MOMENTS}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """Bytes of a micro-batch.
+
+    Korthikanti et al. 2022, section 4: with sequence parallelism all of a layer's are cut by t, and
+    under context parallelism by c; with recomputation each layer's input stays, or what selective
+    recomputation keeps, plus a layer at a time; offloaded, one layer's are there. The first of p
+    stages holds min(p, micro-batches) of them under 1F1B (Narayanan et al. 2021, section 2.2).
+    """
+
+    layer: float
+    """What the backward pass of a layer reads."""
+    of_a_layer: float
+    """What is kept of a layer until then."""
+    kept: float
+    """That of all layers of the longest stage; 0 where it lies in host memory."""
+    norm: float
+    """Input, normalised input and result of the norm before the head."""
+    logits: float
+    """Logits of a chunk of tokens, in compute precision and float32, with a float32 gradient in
+    training."""
+
+    @classmethod
+    def of(
+        cls,
+        model: ModelSpec,
+        layout: ModelLayout,
+        space: SearchSpace,
+        workload: Workload,
+        *,
+        backward: bool = False,
+    ) -> Stored:
+        tokens = min(
+            layout.micro_batch_tokens, max(workload.longest_row, workload.num_tokens / layout.d)
+        )
+        tokens /= layout.c
+        of_a_layer = kept_per_token(model, layout, space) * tokens / layout.t
+        kept = of_a_layer * model.longest_stage(layout.p)
+        scored = workload.response.mean / workload.tokens_per_row
+        numbers = min(tokens * scored * head_width(model) / layout.t, space.logits_at_once)
+        return cls(
+            layer=stored_per_token(model, layout, space) * tokens / layout.t,
+            of_a_layer=of_a_layer,
+            kept=0.0 if layout.offload_activations else kept,
+            norm=model.norm_bytes_per_token(space.activation_bytes) * tokens / layout.t,
+            logits=numbers * (space.activation_bytes + (8 if backward else 4)),
+        )
+
+    def with_layer(self, kept: float, layout: ModelLayout) -> float:
+        """Beside what is kept, a layer's as the backward pass reads it."""
+        return kept + self.layer if layout.recompute else max(kept, self.layer)
+
+
+def stored_per_token(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
+    """Bytes that a layer's backward pass reads, per token."""
+    return model.stored_bytes_per_token(space.activation_bytes, compiled=layout.compiled)
+
+
+def kept_per_token(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
+    """Bytes of a layer that are kept from the forward to the backward pass, per token."""
+    if not layout.recompute:
+        return stored_per_token(model, layout, space)
+    if layout.selective:
+        return model.products_bytes_per_token(space.activation_bytes)
+    return space.activation_bytes * model.hidden_size
+
+
+def _head_gradient(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
+    """It adds up in float32; under half precision each chunk's product lies beside it."""
+    if model.adapter is not None:
+        return 0.0
+    beside = space.parameter_bytes if space.parameter_bytes < FLOAT32_BYTES else 0.0
+    return (FLOAT32_BYTES + beside) * model.head_parameters / layout.t
+
+
+def _whole_states(
+    model: ModelSpec, layout: ModelLayout, space: SearchSpace
+) -> dict[str, Footprint]:
+    """Where gradients have a buffer of their own, which is resident."""
+    gathered = 0.0
+    if layout.zero >= 3:
+        gathered = _two_layers(model, layout, space)
+    waiting = in_end = reduced = 0.0
+    if model.adapter is None:
+        in_end = space.parameter_bytes * model.embedding_parameters / layout.t
+        if model.tied_embeddings and layout.p == 1:  # the head's part waits for the embedding's
+            waiting = space.parameter_bytes * model.head_parameters / layout.t
+    if layout.shards > 1:
+        reduced = FLOAT32_BYTES * cut_trained(model, layout)
+        if space.reduction_copies:
+            reduced = space.gradient_bytes * trained_parameters(model, layout)
+    in_layers = Footprint(buffers=gathered + waiting)
+    return {
+        "head": Footprint(buffers=gathered),
+        "first": in_layers,
+        "last": in_layers,
+        "end": Footprint(buffers=waiting + in_end),
+        "step": Footprint(buffers=reduced),
+    }
+
+
+def _cut_states(
+    model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, several: bool
+) -> dict[str, Footprint]:
+    """FSDP's gathered weights and gradients, beside the resident shards; of a step of `several`
+    micro-batches, or of one, whose layers are freed one by one."""
+    shard = FLOAT32_BYTES * cut_trained(model, layout)
+    if is_one_group(model, layout, space):
+        return _one_group_states(model, layout, space, several=several)
+    gathered = _gathered(model, layout, space)
+    if model.adapter is not None:
+        largest = model.adapter.whole + model.adapter.cut / layout.t
+        state = Footprint(parameters=gathered, gradients=shard, buffers=2 * FLOAT32_BYTES * largest)
+        return dict.fromkeys(MOMENTS, state)
+    # A gradient is there in the compute precision, and in float32 while it is reduced. A layer's is
+    # beside the activations, and the head's waits for the embedding's: they are one group.
+    copies = space.parameter_bytes + FLOAT32_BYTES
+    layer, ends = layer_share(model, layout), _ends(model, layout)
+    in_layers = copies * layer + space.parameter_bytes * model.head_parameters / layout.t
+    before = shard if several else 0.0
+    one_by_one = space.parameter_bytes * (ends + layer)
+    in_last, at_end = (gathered, gathered) if several else (one_by_one, 0.0)
+    if layout.zero >= 3:
+        in_last, at_end = gathered, 0.0
+    return {
+        "head": Footprint(parameters=gathered, gradients=before),
+        "first": Footprint(parameters=gathered, gradients=before, buffers=in_layers),
+        "last": Footprint(parameters=in_last, gradients=shard, buffers=in_layers),
+        "end": Footprint(parameters=at_end, gradients=shard, buffers=copies * ends),
+        "step": Footprint(gradients=shard),
+    }
+
+
+def _one_group_states(
+    model: ModelSpec, layout: ModelLayout, space: SearchSpace, *, several: bool
+) -> dict[str, Footprint]:
+    """A gradient that is added up whole, in float32 from the second micro-batch on, and copied to be
+    reduced."""
+    count = trained_parameters(model, layout)
+    whole, latest = FLOAT32_BYTES * count, space.parameter_bytes * count
+    before = whole if several else 0.0
+    in_last = before + latest if space.parameter_bytes < FLOAT32_BYTES else whole
+    shard = FLOAT32_BYTES * cut_trained(model, layout)
+    return {
+        "head": Footprint(gradients=before),
+        "first": Footprint(gradients=before),
+        "last": Footprint(gradients=in_last),
+        "end": Footprint(gradients=max(before, latest), buffers=whole + shard),
+        "step": Footprint(gradients=shard),
+    }
+
+
+def _ends(model: ModelSpec, layout: ModelLayout) -> float:
+    """Parameters of a tensor rank outside of the layers: one group under FSDP."""
+    ends = model.embedding_parameters
+    if not model.tied_embeddings or model.scalar_head:
+        ends += model.head_parameters
+    return ends / layout.t
+
+
+def _gathered(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
+    """Bytes of FSDP's gathered weights in the layers' passes, but for a model that is one group,
+    which has them all the time: a layer's and the next one's, or all."""
+    if layout.zero >= 3:
+        return space.parameter_bytes * (2 * layer_share(model, layout) + _ends(model, layout))
+    if is_one_group(model, layout, space):
+        return 0.0
+    return space.parameter_bytes * gathered_parameters(model, layout)
+
+
+def _two_layers(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
+    """Bytes of the layer that computes and of the next one, gathered."""
+    return 2 * space.parameter_bytes * layer_share(model, layout)
