@@ -12,7 +12,7 @@ are cut into micro-batches is the engine's business and never changes a result.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +52,11 @@ class Sequences:
     ...)."""
     per_row: dict[str, Tensor] = field(default_factory=dict)
     """name -> [rows, ...]."""
+    counted: Tensor | None = None
+    """int64: the scored tokens whose column `weights` is not 0; None: not looked for yet. On a GPU
+    the host would wait for the pass before, to know how many there are."""
+    token_rows: Tensor | None = None
+    """row_of_token, where it is known already."""
 
     @property
     def num_rows(self) -> int:
@@ -84,6 +89,8 @@ class Sequences:
     @property
     def row_of_token(self) -> Tensor:
         """int64 [sum(scored_lengths)]: the row that every scored token belongs to."""
+        if self.token_rows is not None:
+            return self.token_rows
         return torch.repeat_interleave(
             torch.arange(self.num_rows, device=self.lengths.device), self.scored_lengths
         )
@@ -134,6 +141,22 @@ class Sequences:
             batch_row=None if self.batch_row is None else self.batch_row[index],
             per_token={name: values[scored] for name, values in self.per_token.items()},
             per_row={name: values[index] for name, values in self.per_row.items()},
+        )
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Sequences:
+        """The rows as a loss sees them, on another device: routes and images have been used."""
+        weights = self.per_token.get("weights")
+        return Sequences(
+            token_ids=move(self.token_ids),
+            lengths=move(self.lengths),
+            scored_lengths=move(self.scored_lengths),
+            scored=None if self.scored is None else move(self.scored),
+            batch_row=None if self.batch_row is None else move(self.batch_row),
+            images=self.images,
+            per_token={name: move(values) for name, values in self.per_token.items()},
+            per_row={name: move(values) for name, values in self.per_row.items()},
+            counted=None if weights is None else move(torch.nonzero(weights).squeeze(1)),
+            token_rows=move(self.row_of_token),
         )
 
     def without_trailing(self, token_id: int | None) -> Sequences:

@@ -68,7 +68,7 @@ class PaddedBatch:
         places = torch.full(read.shape, -1)
         places[read] = torch.arange(len(rows.token_ids))
         shape = (self._mask.shape[0], self._mask.shape[1])
-        return images.of(rows, places, shape, self._mask.device)
+        return images.of(rows, places, shape).moved(lambda tensor: tensor.to(self._mask.device))
 
     def read(self) -> Tensor:
         """Reads the tokens that were not read yet; logits [rows, vocab] of those that follow."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from workers.engines.base import LossFn, Outputs
 from workers.losses.config import DPOLossConfig
 from workers.losses.reduction import LossMetrics, column, required, row_column
-from workers.losses.segments import row_of_token, segment_sum
+from workers.losses.segments import segment_sum
 from workers.sequences import Sequences
 
 
@@ -74,7 +74,7 @@ def dpo_loss(config: DPOLossConfig) -> LossFn:
 
     def loss_fn(outputs: Outputs, sequences: Sequences) -> tuple[Tensor, LossMetrics]:
         log_probs = required(outputs.log_probs, "log_probs")
-        row = row_of_token(sequences.scored_lengths).to(log_probs.device)
+        row = sequences.row_of_token.to(log_probs.device)
         rewards = config.beta * segment_sum(
             log_probs - column(sequences, "ref_log_probs"), row, sequences.num_rows
         )

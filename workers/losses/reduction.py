@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.losses.segments import row_of_token
 from workers.sequences import Sequences
 
 LossMetrics = dict[str, Tensor]
@@ -51,8 +50,10 @@ class Counted:
         and seq_mean_token_mean, not under the other aggregations.
         """
         weights = column(sequences, "weights")
-        index = torch.nonzero(weights).squeeze(1)
-        row = row_of_token(sequences.scored_lengths).to(weights.device)
+        index = sequences.counted
+        if index is None:
+            index = torch.nonzero(weights).squeeze(1)
+        row = sequences.row_of_token.to(weights.device)
         mean_weights = sequences.per_token.get("mean_weights", weights)
         return cls(
             index=index,

@@ -11,8 +11,8 @@ segments of its own micro-batch. How it attends, and which models can be packed,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -82,6 +82,17 @@ class Packing:
             "max_length_k": longest,
         }
         return {"position_ids": self.position_ids, "packing": self, **lengths}
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Packing:
+        """The same on another device; a whole row's."""
+        assert self.part is None, "rows are cut where they are computed"
+        return replace(
+            self,
+            position_ids=move(self.position_ids),
+            ends=move(self.ends),
+            keys=None if self.keys is None else move(self.keys),
+            key_ends=None if self.key_ends is None else move(self.key_ends),
+        )
 
     def padded(self, num_tokens: int) -> Packing:
         """The same with one more segment of `num_tokens` tokens at the end."""

@@ -7,7 +7,8 @@ routers use it is in routers.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +39,16 @@ class Routing:
     """Layers that have counted this pass: one that is recomputed does not count twice."""
     chosen: dict[int, Tensor] = field(default_factory=dict)
     """By layer: int16 [tokens of the pass, experts per token], where routes are recorded."""
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Routing:
+        """The same on another device, before a pass."""
+        return replace(
+            self,
+            places=move(self.places),
+            row_counts=move(self.row_counts),
+            row_routes=None if self.row_routes is None else move(self.row_routes),
+            routes=None if self.routes is None else move(self.routes),
+        )
 
     def padded(self, time: int, missing: int) -> Routing:
         """The same when `missing` columns of padding follow each row of `time` input ids."""

@@ -2,7 +2,7 @@
 of all tokens.
 
     sees = ImageInputs(model)                       # once, on each rank
-    images = sees.of(rows, computed, packed=True, device=device)     # of one micro-batch
+    images = sees.of(rows, places, (1, tokens))     # of one micro-batch
     outputs = model(input_ids, ..., **image_arguments(images, packing))
 
 Pixels are made here, from the references that the rows carry, so that no other process holds them.
@@ -10,6 +10,7 @@ Pixels are made here, from the references that the rows carry, so that no other 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,14 @@ class SeenImages:
     """int64 [rows, time]: the number of the image that an input id belongs to, -1 for text; None where
     no image's tokens see each other."""
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> SeenImages:
+        """The same on another device."""
+        pixels, grids, positions, blocks = (
+            None if tensor is None else move(tensor)
+            for tensor in (self.pixel_values, self.grids, self.positions, self.blocks)
+        )
+        return SeenImages(pixels, grids, positions, move(self.is_image), blocks)
+
 
 class ImageInputs:
     """Makes what a model reads besides the ids."""
@@ -57,9 +66,7 @@ class ImageInputs:
     def __init__(self, model: ModelConfig) -> None:
         self._images = ImageProcessor(model)
 
-    def of(
-        self, part: Sequences, places: Tensor, shape: tuple[int, int], device: torch.device
-    ) -> SeenImages:
+    def of(self, part: Sequences, places: Tensor, shape: tuple[int, int]) -> SeenImages:
         """The images of a pass over input ids of `shape`, whose element i is the token places[i] of
         `part`, or padding where that is -1. A ValueError names a row whose image tokens are not
         those of its images."""
@@ -80,16 +87,16 @@ class ImageInputs:
         blocks_of[present] = of_image[places[present]]
         values = grids = rows = blocks = None
         if chosen:
-            values = torch.cat([image.values for image in chosen]).to(device)
+            values = torch.cat([image.values for image in chosen])
             if family.is_rotary:
-                grids = torch.tensor([image.grid for image in chosen], device=device)
+                grids = torch.tensor([image.grid for image in chosen])
             if family.sees_itself:
-                blocks = blocks_of.view(shape).to(device)
+                blocks = blocks_of.view(shape)
         if family.is_rotary:
             rows = torch.zeros(3, len(places), dtype=torch.int64)
             rows[:, present] = positions[:, places[present]]
-            rows = rows.view(3, *shape).to(device)
-        is_image = (blocks_of >= 0).view(shape).to(device)
+            rows = rows.view(3, *shape)
+        is_image = (blocks_of >= 0).view(shape)
         return SeenImages(values, grids, rows, is_image, blocks)
 
     def _rows(self, part: Sequences) -> tuple[list[Pixels], list[int], Tensor, Tensor]:

@@ -34,6 +34,7 @@ from workers.engines.model.routers import find_routers
 from workers.engines.model.routing import Routing, routing_of
 from workers.engines.model.vision import ImageInputs, SeenImages
 from workers.engines.shared.rows_together import cut, pack, pack_prompts, prompts_of, units
+from workers.engines.shared.together import Move, moved_together
 from workers.engines.shared.token_places import (
     block_indices,
     padded_block,
@@ -405,24 +406,40 @@ def _micro_batch(
     else:
         segments = segments_of(part, width, share=cutting.share_prompts)
         tokens = segments.indices(part)
-        input_ids, packing = segments.row(part, device)
+        input_ids, packing = segments.row(part)
         place = segments.positions
     positions = place(read_rows, read_columns)
     if cutting.has_routers:
-        routing = _routing(part, width, place, input_ids.numel(), device)
+        routing = _routing(part, width, place, input_ids.numel())
     images = None
     if cutting.images is not None:
         rows_and_time = (input_ids.shape[0], input_ids.shape[1])
-        images = cutting.images.of(part, tokens, rows_and_time, device)
-    return MicroBatch(
-        sequences=_to(part, device),
+        images = cutting.images.of(part, tokens, rows_and_time)
+    micro_batch = MicroBatch(
+        sequences=part,
         rows=rows,
-        input_ids=input_ids.to(device),
+        input_ids=input_ids,
         packing=packing,
-        read_positions=positions.to(device),
-        targets=targets.to(device),
+        read_positions=positions,
+        targets=targets,
         routing=routing,
         images=images,
+    )
+    return moved_together(micro_batch, _moved, device)
+
+
+def _moved(micro_batch: MicroBatch, move: Move) -> MicroBatch:
+    """Its rows' numbers stay on the CPU."""
+    packing, routing, images = micro_batch.packing, micro_batch.routing, micro_batch.images
+    return replace(
+        micro_batch,
+        sequences=micro_batch.sequences.moved(move),
+        input_ids=move(micro_batch.input_ids),
+        packing=None if packing is None else packing.moved(move),
+        read_positions=move(micro_batch.read_positions),
+        targets=move(micro_batch.targets),
+        routing=None if routing is None else routing.moved(move),
+        images=None if images is None else images.moved(move),
     )
 
 
@@ -431,24 +448,9 @@ def _routing(
     width: Tensor,
     place: Callable[[Tensor, Tensor], Tensor],
     num_tokens: int,
-    device: torch.device,
 ) -> Routing:
     rows, columns = rows_and_columns(width)
     routes = None
     if part.routes is not None:
-        routes = part.routes[token_indices(part, width)].to(device)
-    return routing_of(rows, columns, place(rows, columns).to(device), num_tokens, routes)
-
-
-def _to(part: Sequences, device: torch.device) -> Sequences:
-    if device.type == "cpu":
-        return part
-    return Sequences(
-        token_ids=part.token_ids.to(device),
-        lengths=part.lengths.to(device),
-        scored_lengths=part.scored_lengths.to(device),
-        scored=None if part.scored is None else part.scored.to(device),
-        images=part.images,
-        per_token={name: values.to(device) for name, values in part.per_token.items()},
-        per_row={name: values.to(device) for name, values in part.per_row.items()},
-    )
+        routes = part.routes[token_indices(part, width)]
+    return routing_of(rows, columns, place(rows, columns), num_tokens, routes)

@@ -35,15 +35,17 @@ class Segments:
         an empty one."""
         return torch.cat([self.shared_lengths, self.widths - self.cuts])
 
-    def row(self, part: Sequences, device: torch.device) -> tuple[Tensor, Packing]:
+    def row(self, part: Sequences) -> tuple[Tensor, Packing]:
         """The ids int64 [1, tokens] and the packing; one padding token if there are no rows."""
         lengths = self.lengths
         if not len(lengths):
-            return torch.zeros(1, 1, dtype=torch.int64), packing_of([1], device)
+            return torch.zeros(1, 1, dtype=torch.int64), packing_of([1], part.lengths.device)
         places = self.indices(part)
         prefixes = torch.cat([torch.full_like(self.shared, -1), self.prompt])
         filled = lengths > 0
-        packing = packing_of(lengths[filled].tolist(), device, prefixes[filled].tolist())
+        packing = packing_of(
+            lengths[filled].tolist(), part.lengths.device, prefixes[filled].tolist()
+        )
         return part.token_ids[places][None], packing
 
     def indices(self, part: Sequences) -> Tensor:
