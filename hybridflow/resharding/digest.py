@@ -88,19 +88,20 @@ class BoxDigest:
         per_word = 8 // dtype.itemsize
         column = int(start[-1]) if len(start) else 0
         width = int(tensor.shape[-1]) if tensor.dim() else 1
-        rows = _row_weights(tuple(start[:-1]), tuple(tensor.shape[:-1]), tuple(global_shape[:-1]))
-        self._rows = torch.from_numpy(rows).to(tensor.device)
+        self._rows = _rows_on(
+            tensor.device, tuple(start[:-1]), tuple(tensor.shape[:-1]), tuple(global_shape[:-1])
+        )
         self._results = torch.empty_like(self._rows)
         self._lead, self._width, self._per_word = column % per_word, width, per_word
         self._num_words = -(-(self._lead + width) // per_word)
         self._block, self._cuts = block, _cuts(column // per_word, self._num_words, block)
         first = column // per_word // block
         last = (column // per_word + self._num_words - 1) // block
-        self._weights = torch.from_numpy(_weights(_WORD_SEED, last + 1)[first:]).to(tensor.device)
+        self._weights = _words_on(tensor.device, first, last + 1)
         self._dtype = dtype
         self._scratch = scratch if scratch is not None else Scratch(tensor.device)
         self._tensor = tensor.detach()
-        matrix = self._tensor.reshape(len(rows), width)
+        matrix = self._tensor.reshape(len(self._rows), width)
         # reshape copies where rows do not lie at one distance; then everything must be redone at
         # every call.
         self._steps = self._plan(matrix) if matrix.data_ptr() == tensor.data_ptr() else None
@@ -205,6 +206,24 @@ def _cuts(first_word: int, num_words: int, block: int) -> tuple[int, int]:
     side are part of one block each."""
     low = min(-first_word % block, num_words)
     return low, low + (num_words - low) // block * block
+
+
+@lru_cache(maxsize=1024)
+def _rows_on(
+    device: torch.device,
+    start: tuple[int, ...],
+    shape: tuple[int, ...],
+    global_shape: tuple[int, ...],
+) -> torch.Tensor:
+    """A(i) of every row of a box. Layers have boxes of the same shape, and the same ones at every
+    step: a GPU has them already."""
+    return torch.from_numpy(_row_weights(start, shape, global_shape)).to(device)
+
+
+@lru_cache(maxsize=1024)
+def _words_on(device: torch.device, first: int, last: int) -> torch.Tensor:
+    """B of the blocks of words [first, last)."""
+    return torch.from_numpy(_weights(_WORD_SEED, last)[first:]).to(device)
 
 
 def _row_weights(
