@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from benchmarks.gpu.installed import describe
+from benchmarks.gpu.training import CASES
 from benchmarks.rehearsal.training_step import hf_config
 from hybridflow.mapping.question.zoo import MODELS
 from recipes.quickstart.model import ModelShape, make_model, make_tokenizer
@@ -25,8 +27,10 @@ from recipes.quickstart.task import TaskConfig, make_examples, write_parquet
 from workers.generation.vllm.build import installed_kind
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 540
-"""Of one run."""
+TIMEOUT_S = 540.0
+"""Of one case."""
+LEAST_S = 60.0
+"""With less time no case starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +153,9 @@ def prepare_large(directory: Path) -> None:
     torch.cuda.empty_cache()
 
 
-def run(case: Case, device: str, steps: int, directory: Path, output: Path) -> dict[str, Any]:
+def run(
+    case: Case, device: str, steps: int, directory: Path, output: Path, timeout_s: float
+) -> dict[str, Any]:
     """The summary of one run, or its error."""
     if case.large and not (directory / "large").exists():
         prepare_large(directory)
@@ -158,17 +164,9 @@ def run(case: Case, device: str, steps: int, directory: Path, output: Path) -> d
     command += [f"data.train={directory / 'train.parquet'}"]
     command += [f"device={device}", f"output_dir={output}", f"loop.num_steps={steps}"]
     command += ["reward.function=benchmarks.gpu.reward:varied", "loop.checkpoint_every=0"]
-    started = time.perf_counter()
-    try:
-        finished = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
-        )
-    except subprocess.TimeoutExpired:
-        return {"case": case.name, "error": f"not finished within {TIMEOUT_S} s"}
-    row: dict[str, Any] = {"case": case.name, "seconds": time.perf_counter() - started}
-    if finished.returncode:
-        lines = (finished.stderr or finished.stdout).strip().splitlines()
-        return row | {"error": "\n".join(lines[-5:])}
+    row, _ = finished(case.name, command, timeout_s)
+    if "error" in row:
+        return row
     summary = json.loads((output / "summary.json").read_text())
     return row | {
         "phase_s": summary["phase_s"],
@@ -180,21 +178,69 @@ def run(case: Case, device: str, steps: int, directory: Path, output: Path) -> d
     }
 
 
-def run_all(device: str, steps: int, only: str, json_file: Path | None) -> None:
-    """Prints the machine and a line for each run; `json_file` holds what is known so far."""
+def train(name: str, device: str, directory: Path, timeout_s: float) -> dict[str, Any]:
+    """The row of a case of training.py, or its error."""
+    command = [sys.executable, "-m", "benchmarks.gpu.training", str(directory / "training"), name]
+    row, text = finished(f"training {name}", [*command, "--device", device], timeout_s)
+    if "error" not in row:
+        row |= {key: value for key, value in json.loads(text).items() if key != "case"}
+    return row
+
+
+def finished(name: str, command: list[str], timeout_s: float) -> tuple[dict[str, Any], str]:
+    """A row of the command's seconds, and of its error where it has one; its last line."""
+    started = time.perf_counter()
+    try:
+        process = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired:
+        return {"case": name, "error": f"not finished within {timeout_s:.0f} s"}, ""
+    row: dict[str, Any] = {"case": name, "seconds": time.perf_counter() - started}
+    if process.returncode:
+        lines = (process.stderr or process.stdout).strip().splitlines()
+        return row | {"error": "\n".join(lines[-5:])}, ""
+    return row, process.stdout.strip().splitlines()[-1]
+
+
+def training_cases(device: str) -> Iterator[str]:
+    """Names of training.py's cases, what is known best first."""
+    for name, case in CASES.items():
+        is_installed = case.engine != "deepspeed" or find_spec("deepspeed") is not None
+        if is_installed and case.tiny == (device == "cpu"):
+            yield name
+
+
+def run_all(device: str, steps: int, only: str, json_file: Path | None, seconds: float) -> None:
+    """Prints the machine and a line for each case; `json_file` holds what is known so far, and what it
+    held before is not measured again."""
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: run it on one, or with --device cpu")
+    end = time.monotonic() + seconds
     print(describe(device, installed_kind()), flush=True)
     result: dict[str, Any] = {"machine": machine(device), "runs": []}
     print(json.dumps(result["machine"]), flush=True)
-    with tempfile.TemporaryDirectory() as directory:
-        prepare(Path(directory))
+    if json_file is not None and json_file.exists():
+        before = json.loads(json_file.read_text())["runs"]
+        result["runs"] = [row for row in before if "error" not in row]
+    known = {row["case"] for row in result["runs"]}
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        prepare(directory)
+        measures: dict[str, Callable[[float], dict[str, Any]]] = {}
+        for name in training_cases(device):
+            measures[f"training {name}"] = partial(train, name, device, directory)
         for number, case in enumerate(cases(device)):
-            if only not in case.name:
-                continue
-            output = Path(directory, f"run{number}")
-            row = run(case, device, steps, Path(directory), output)
+            measures[case.name] = partial(
+                run, case, device, steps, directory, directory / f"run{number}"
+            )
+        left = [name for name in measures if only in name and name not in known]
+        while left and end - time.monotonic() > LEAST_S:
+            name = left.pop(0)
+            row = measures[name](min(TIMEOUT_S, end - time.monotonic()))
             result["runs"].append(row)
             print(json.dumps(row), flush=True)
             if json_file is not None:
                 json_file.write_text(json.dumps(result, indent=1) + "\n")
+    if left:
+        print(f"left for the next call: {', '.join(left)}", flush=True)

@@ -35,6 +35,16 @@ from workers.losses.policy import policy_loss
 from workers.sequences import Sequences
 
 PROMPT, RESPONSE = 256, 768
+TINY_PROMPT, TINY_RESPONSE = 16, 48
+TINY: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 512,
+}
 STEPS = 4
 
 
@@ -49,6 +59,8 @@ class Case:
     rows: int = 32
     rows_at_once: int = 8
     settings: dict[str, Any] = field(default_factory=dict)
+    tiny: bool = False
+    """For a CPU: a narrow model of two layers, and few tokens."""
 
 
 CASES = {
@@ -69,6 +81,17 @@ CASES = {
         model="qwen2.5-1.5b", settings={"activation_checkpointing": True}
     ),
     "7B fsdp bf16, 8 layers": Case(model="qwen2.5-7b", rows_at_once=4),
+    "tiny fsdp fp32": Case(
+        model="qwen2.5-0.5b", precision=Precision.fp32, rows=4, rows_at_once=2, tiny=True
+    ),
+    "tiny threed fp32": Case(
+        model="qwen2.5-0.5b",
+        engine="threed",
+        precision=Precision.fp32,
+        rows=4,
+        rows_at_once=2,
+        tiny=True,
+    ),
 }
 LAYERS = {"7B fsdp bf16, 8 layers": 8}
 """Fewer than the model has, so that optimizer states fit one device."""
@@ -76,7 +99,7 @@ LAYERS = {"7B fsdp bf16, 8 layers": 8}
 
 def make_model(directory: Path, case: Case, step: StepCase, spec: ModelSpec) -> Path:
     """The files of a model with random weights; those that are there are taken."""
-    path = directory / f"{case.model}-{spec.num_layers}"
+    path = directory / f"{case.model}-{spec.num_layers}-{spec.hidden_size}"
     if not path.exists():
         config = hf_config(step.family, spec)
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -92,21 +115,24 @@ def measure(directory: Path, name: str, device: str) -> dict[str, Any]:
     spec = MODELS[case.model]
     if name in LAYERS:
         spec = replace(spec, num_layers=LAYERS[name])
+    prompt, response = PROMPT, RESPONSE
+    if case.tiny:
+        spec, prompt, response = replace(spec, **TINY), TINY_PROMPT, TINY_RESPONSE
     step = StepCase(
         model=case.model,
         family=Qwen2Config,
         devices=1,
         engine=case.engine,
         settings=case.settings,
-        prompt=PROMPT,
-        response=RESPONSE,
+        prompt=prompt,
+        response=response,
         rows=case.rows,
         rows_at_once=case.rows_at_once,
     )
     path = make_model(directory, case, step, spec)
     config = TrainConfig(
         engine=case.engine,
-        micro_batch_tokens=case.rows_at_once * (PROMPT + RESPONSE),
+        micro_batch_tokens=case.rows_at_once * (prompt + response),
         precision=case.precision,
         optimizer=OptimizerConfig(learning_rate=1e-6),
         **case.settings,
@@ -260,6 +286,8 @@ def main() -> None:
     parser.add_argument("case", choices=list(CASES))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit('no CUDA device: run it on one, or "tiny fsdp fp32" with --device cpu')
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     row = measure(arguments.directory, arguments.case, arguments.device)
