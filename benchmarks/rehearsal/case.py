@@ -2,10 +2,12 @@
 
     python -m benchmarks.rehearsal.case DIRECTORY fsdp 8
     python -m benchmarks.rehearsal.case DIRECTORY threed 4 tp=2
-    python -m benchmarks.rehearsal.case DIRECTORY fsdp 8 experts
+    python -m benchmarks.rehearsal.case DIRECTORY fsdp 8 experts ep=4
 
-Prints a JSON list of rows {stage, case, launches, syncs, copies}: the engine's build, and what a
-forward pass and a training step cost for each micro-batch.
+A name of models.py (experts, images) takes that model, `episodes` rows with turns of an environment;
+lora=8 and every other integer are settings of TrainConfig. Prints a JSON list of rows {stage, case,
+launches, syncs, copies}: the engine's build, what a forward pass and a training step cost for each
+micro-batch, and what a snapshot in memory costs.
 """
 
 from __future__ import annotations
@@ -18,14 +20,18 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.rehearsal.models import MAKERS
+from benchmarks.rehearsal.rows import sequences
 from hybridflow.context import RankContext
 from hybridflow.resharding import (
     Attestor,
@@ -35,20 +41,19 @@ from hybridflow.resharding import (
     ShardMap,
     compile,
 )
-from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
+from hybridflow.resharding.transport import Message
+from hybridflow.snapshots.memory import Stager
+from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, TrainConfig
 from workers.engines import engine_class
 from workers.engines.base import Head, LossFn, TrainingEngine
-from workers.losses.aggregation import Aggregation, Counts, weight_columns
 from workers.losses.config import PolicyLossConfig, ValueLossConfig
 from workers.losses.policy import policy_loss
 from workers.losses.value import value_loss
-from workers.sequences import Sequences
 
-LENGTHS, SCORED = (20, 30, 40, 50, 60), (10, 10, 20, 20, 30)
 MICRO_BATCH_TOKENS, MICRO_BATCHES = 128, 2
-VOCABULARY = 512
-EXPERTS = "experts"
-"""The change that makes the model a mixture of experts."""
+EPISODES = "episodes"
+"""Rows with turns of an environment, on the dense model."""
+DENSE = "dense"
 LOSSES: dict[Head, LossFn] = {
     Head.lm: policy_loss(PolicyLossConfig()),
     Head.value: value_loss(ValueLossConfig()),
@@ -64,57 +69,6 @@ class Row:
     launches: float
     syncs: float
     copies: float
-
-
-def make_model(directory: Path) -> None:
-    """A Qwen2 of two layers, with heads that the variable-length kernel takes."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(directory)
-
-
-def sequences(head: Head) -> Sequences:
-    lengths, scored = torch.tensor(LENGTHS), torch.tensor(SCORED)
-    tokens = int(scored.sum())
-    counts = Counts(num_tokens=tokens, num_rows=len(LENGTHS))
-    columns = weight_columns(scored, counts, Aggregation.token_mean)
-    if head is Head.lm:
-        columns |= {"advantages": torch.randn(tokens), "rollout_log_probs": -torch.rand(tokens)}
-    else:
-        columns |= {"returns": torch.randn(tokens), "old_values": torch.randn(tokens)}
-    ids = torch.randint(2, VOCABULARY, (int(lengths.sum()),))
-    return Sequences(token_ids=ids, lengths=lengths, scored_lengths=scored, per_token=columns)
-
-
-def make_experts(directory: Path) -> None:
-    """A Qwen3-MoE of two layers with four experts."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(directory)
 
 
 class Counter:
@@ -141,35 +95,64 @@ class Counter:
 
 
 def run_engine(
-    hollow: Hollow, directory: Path, name: str, world_size: int, config: TrainConfig, head: Head
+    hollow: Hollow, directory: Path, kind: str, config: TrainConfig, world_size: int, head: Head
 ) -> list[Row]:
     rows: list[Row] = []
-    layout = f"{name} tp={config.tp} on {world_size}, {head.value}"
-    if directory.name == EXPERTS:
-        layout = f"{layout} with experts"
+    name = config.engine
+    layout = f"{name} {describe(config)} on {world_size}, {head.value}"
+    if kind != DENSE:
+        layout = f"{layout} with {kind}"
     context = RankContext(role="actor", rank=0, world_size=world_size, device="cuda:0")
     with Counter(rows, hollow, f"{layout}: build"):
         engine = engine_class(name)(
             model=ModelConfig(path=str(directory)), config=config, head=head, context=context
         )
-    batch = sequences(head)
+    batch = sequences(head, kind)
     with Counter(rows, hollow, f"{layout}: forward", MICRO_BATCHES):
         engine.forward(batch)
     with Counter(rows, hollow, f"{layout}: train step", MICRO_BATCHES):
         engine.train_step(batch, LOSSES[head])
+    if head is Head.lm:
+        rows += snapshot_rows(hollow, engine, layout, directory)
     if name != "deepspeed":  # its master weights get other data, which a FakeTensor can't take
         with Counter(rows, hollow, f"{layout}: offload"):
             engine.offload()
         with Counter(rows, hollow, f"{layout}: onload"):
             engine.onload()
-    if head is Head.lm:
+    if head is Head.lm and kind == DENSE and not config.lora.enabled:
         rows += sync_rows(hollow, engine, layout, world_size)
+    return rows
+
+
+def describe(config: TrainConfig) -> str:
+    sizes = {"tp": config.tp, "cp": config.cp, "pp": config.pp, "ep": config.ep}
+    words = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    if config.engine == "deepspeed":
+        words.append(f"ZeRO-{config.zero_stage}")
+    if config.lora.enabled:
+        words.append("LoRA")
+    return " ".join(words) or "tp=1"
+
+
+def snapshot_rows(
+    hollow: Hollow, engine: TrainingEngine, layout: str, directory: Path
+) -> list[Row]:
+    """The third snapshot of a step in the node's memory: the first two take the memory."""
+    rows: list[Row] = []
+    stager, place = Stager(), directory / "memory" / "1" / "0"
+    for step in range(3):
+        target, used = place / f"step{step}" / "actor" / "rank0.safetensors", list[Row]()
+        with Counter(used, hollow, f"{layout}: snapshot"):
+            state = engine.state(moments=True, copies=False)
+            contents = stager.contents(state, engine.scalars(), stamp=str(step))
+            stager.stage(target, contents, keep=[place / f"step{step - 1}"])
+        rows = used
     return rows
 
 
 def sync_rows(hollow: Hollow, engine: TrainingEngine, layout: str, world_size: int) -> list[Row]:
     """What moving and attesting the weights costs for each parameter: rank 0's shards to memory of
-    the same boxes in bfloat16."""
+    the same boxes in bfloat16, and to another pool."""
     if world_size > 1:
         return []  # a plan needs every rank's boxes
     rows: list[Row] = []
@@ -191,21 +174,40 @@ def sync_rows(hollow: Hollow, engine: TrainingEngine, layout: str, world_size: i
         executor.run()
     with Counter(rows, hollow, f"{layout}: attestation, a parameter", len(sources)):
         attestor.start()
+    apart = compile(
+        source.relabel([0], 2), target.relabel([1], 2), bucket_bytes=1 << 20, nodes=[0, 1]
+    )
+    sender = Executor(apart, sources, [], transport=Sent())
+    with Counter(rows, hollow, f"{layout}: sync to another pool, a parameter", len(sources)):
+        sender.run()
     return rows
+
+
+class Sent:
+    """A transport whose messages are on their way at once; this process is rank 0."""
+
+    rank = 0
+
+    def post(
+        self, receives: Sequence[Message], sends: Sequence[Message]
+    ) -> tuple[list[Callable[[], None]], Callable[[], None]]:
+        return [], lambda: None
 
 
 def main(directory: Path, name: str, world_size: int, *changes: str) -> list[Row]:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     become_gpu()
-    make = make_model
-    if EXPERTS in changes:
-        directory, make = directory / EXPERTS, make_experts
-        changes = tuple(change for change in changes if change != EXPERTS)
-    if not (directory / "config.json").exists():
-        make(directory)
+    kinds = [change for change in changes if "=" not in change] or [DENSE]
+    (kind,) = kinds
+    model = directory / (DENSE if kind == EPISODES else kind)
+    if not (model / "config.json").exists():
+        MAKERS[model.name](model)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    settings = {key: int(value) for key, _, value in (change.partition("=") for change in changes)}
+    pairs = (change.split("=") for change in changes if "=" in change)
+    settings: dict[str, Any] = {key: int(value) for key, value in pairs}
+    if "lora" in settings:
+        settings["lora"] = LoraConfig(rank=settings["lora"])
     config = TrainConfig(
         engine=name,
         micro_batch_tokens=MICRO_BATCH_TOKENS,
@@ -215,9 +217,8 @@ def main(directory: Path, name: str, world_size: int, *changes: str) -> list[Row
     )
     rows: list[Row] = []
     with Hollow() as hollow:
-        hollow.repeated = sum(SCORED)
         for head in LOSSES:
-            rows += run_engine(hollow, directory, name, world_size, config, head)
+            rows += run_engine(hollow, model, kind, config, world_size, head)
     return rows
 
 

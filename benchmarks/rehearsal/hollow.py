@@ -19,8 +19,8 @@ import ctypes
 import hashlib
 import os
 import subprocess
-import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,17 +59,15 @@ import torch._dynamo.config  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
+
+from benchmarks.rehearsal.device_memory import Memory  # noqa: E402
+from benchmarks.rehearsal.known_values import Known  # noqa: E402
 
 ATEN = torch.ops.aten
 # Its cache gives views of a storage on the wrong device where DeepSpeed flattens a model.
 torch._dynamo.config.fake_tensor_cache_enabled = False
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 MEMORY_BYTES = 80 << 30
-ALLOCATED_BYTES = 512
-"""The smallest block of PyTorch's allocator on CUDA."""
-MOST_KNOWN = 1024
-"""Integers of a tensor from the host that are remembered."""
 ACTIVE: list[Hollow] = []
 """The latest Hollow, which counts torch.cuda.synchronize."""
 
@@ -78,59 +76,20 @@ def on_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
 
-class Memory:
-    """Bytes of the storages that device tensors have, in steps of the allocator's smallest block;
-    what kernels take inside and the allocator's fragments are left out."""
-
-    def __init__(self) -> None:
-        self.live = self.peak = 0
-        self._sizes: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}
-
-    def see(self, result: Any) -> None:
-        """Count the storages of an operation's results that are new."""
-        for tensor in pytree.tree_leaves(result):
-            if isinstance(tensor, FakeTensor) and tensor.device.type == "cuda":
-                self.resized(tensor.untyped_storage())
-
-    def resized(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        size = -(-storage.nbytes() // ALLOCATED_BYTES) * ALLOCATED_BYTES
-        before = self._sizes.get(key)
-        if before is None or before[1]() is not storage:
-            if before is not None:
-                self._forget(key)
-            reference = weakref.ref(storage, lambda _: self._forget(key))
-        else:
-            reference = before[1]
-            self.live -= before[0]
-        self._sizes[key] = (size, reference)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def known(self, storage: torch.UntypedStorage) -> bool:
-        return storage._cdata in self._sizes
-
-    def _forget(self, key: int) -> None:
-        size, _ = self._sizes.pop(key)
-        self.live -= size
-
-
 class Hollow(TorchDispatchMode):
     """Counts what a GPU would be asked to do."""
 
     def __init__(self) -> None:
         super().__init__()
         self._pinned: set[int] = set()
-        self._small = WeakIdKeyDictionary()
-        """Values of a few numbers that came from the host, which DeepSpeed compares over ranks."""
+        self.known = Known()
+        """Integers on the device that follow from the host's."""
         self.syncs: collections.Counter[str] = collections.Counter()
         """Times that the host waits for the device, by their cause."""
         self.copies = 0
         """Copies from the host."""
         self.launches = 0
         """Operations on the device, views among them."""
-        self.repeated = 0
-        """Length that repeat_interleave on the device would give: it depends on the data."""
         self.memory = Memory()
         ACTIVE[:] = [self]
 
@@ -141,63 +100,93 @@ class Hollow(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        result = self._run(func, args, kwargs)
-        self.memory.see(result)
-        return result
-
-    def _run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Any:
         options = dict(kwargs or {})
         if options.pop("pin_memory", False):
             return self._pinned_empty(func, args, options)
         tensors = [x for x in pytree.tree_leaves((args, options)) if isinstance(x, torch.Tensor)]
-        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
-        if not fakes and not on_cuda(options.get("device")):
+        on_device = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if not on_device and not on_cuda(options.get("device")):
             return func(*args, **options)
         self.launches += 1
         special = self._special().get(func)
-        if special is not None:
-            result = special(args, options)
-            if result is not NotImplemented:
-                return result
+        result = NotImplemented if special is None else special(args, options)
+        if result is NotImplemented:
+            result = self._run(func, args, options, tensors)
+        self.memory.see(result, func)
+        return result
+
+    def _run(
+        self, func: Any, args: Sequence[Any], options: dict[str, Any], tensors: list[torch.Tensor]
+    ) -> Any:
         for tensor in tensors:
             if not isinstance(tensor, FakeTensor) and tensor.dim() and tensor.device.type == "cpu":
                 raise RuntimeError(
                     f"{func}: a host tensor {tuple(tensor.shape)} among device tensors"
                 )
-        args, options = pytree.tree_map_only(torch.Tensor, _fake, (tuple(args), options))
+        if _asks_for_values(func, args, options):
+            return self._sized_by_values(func, args, options)
+        fake_args, fake_options = pytree.tree_map_only(torch.Tensor, _fake, (tuple(args), options))
         with FAKE:
-            return func(*args, **options)
+            result = func(*fake_args, **fake_options)
+        self.known.follow(func, args, options, result)
+        return result
+
+    def _sized_by_values(self, func: Any, args: Sequence[Any], options: dict[str, Any]) -> Any:
+        """The host waits for the size of the result."""
+        name = func.overloadpacket.__name__
+        self.syncs[name] += 1
+        values = self.known.compute(func, args, options)
+        if values is None and func is ATEN.nonzero.default:  # as if all were
+            return _empty((args[0].numel(), args[0].dim()), torch.int64, args[0].device)
+        if values is None and func is ATEN.bincount.default:
+            positional = args[2] if len(args) > 2 else 0
+            return _empty((options.get("minlength", positional),), torch.int64, args[0].device)
+        if values is None:
+            raise RuntimeError(f"{func}: the size of its result depends on what is not known")
+        device = next(x for x in pytree.tree_leaves(args) if isinstance(x, FakeTensor)).device
+        return pytree.tree_map_only(
+            torch.Tensor, lambda value: self._with_values(value, device), values
+        )
+
+    def _with_values(self, value: torch.Tensor, device: torch.device) -> torch.Tensor:
+        result = _empty(value.shape, value.dtype, device)
+        self.known.put(result, value)
+        return result
 
     def _special(self) -> dict[Any, Callable[[Sequence[Any], dict[str, Any]], Any]]:
         return {
             ATEN._local_scalar_dense.default: self._item,
             ATEN.equal.default: self._equal,
-            ATEN.nonzero.default: self._nonzero,
             ATEN._to_copy.default: self._to_copy,
             ATEN.copy_.default: self._copy,
-            ATEN.repeat_interleave.Tensor: self._repeat_interleave,
-            ATEN.bincount.default: self._bincount,
+            ATEN._foreach_copy_.default: self._foreach_copy,
+            ATEN.index.Tensor: partial(self._index, ATEN.index.Tensor),
+            ATEN.index_put.default: partial(self._index, ATEN.index_put.default),
+            ATEN.index_put_.default: partial(self._index, ATEN.index_put_.default),
         }
 
     def _pinned_empty(self, func: Any, args: Sequence[Any], options: dict[str, Any]) -> Any:
         """Page-locked host memory: a copy to it need not wait."""
         tensor = func(*args, **options)
-        self._pinned.add(tensor.untyped_storage().data_ptr())
+        self.page_lock(tensor.untyped_storage().data_ptr())
         return tensor
+
+    def page_lock(self, address: int) -> None:
+        """Copies to and from the host memory that begins there need not wait."""
+        self._pinned.add(address)
 
     def _item(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
         self.syncs["item"] += 1
+        value = self.known.get(args[0])
+        if value is not None:
+            return value.item()
         if args[0].dtype is torch.bool:
             return True
         return 1.0 if args[0].dtype.is_floating_point else 1
 
     def _equal(self, args: Sequence[Any], options: dict[str, Any]) -> bool:
         self.syncs["equal"] += 1
-        return False
-
-    def _nonzero(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
-        self.syncs["nonzero"] += 1
-        return _empty((args[0].numel(), args[0].dim()), torch.int64, args[0].device)
+        return bool(self.known.compute(ATEN.equal.default, args, options))
 
     def _to_copy(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
         source, device = args[0], options.get("device")
@@ -205,13 +194,13 @@ class Hollow(TorchDispatchMode):
         if not isinstance(source, FakeTensor):
             self.copies += 1
             result = _empty(source.shape, dtype, torch.device(device))
-            if source.numel() <= MOST_KNOWN and source.dtype is torch.int64:
-                self._small[result] = source.clone()
+            self.known.put(result, source.to(dtype, copy=True))
             return result
         if device is not None and torch.device(device).type == "cpu":
             self.syncs["to_cpu"] += 1
-            if source in self._small:
-                return self._small[source].to(dtype, copy=True)
+            value = self.known.get(source)
+            if value is not None:
+                return value.to(dtype, copy=True)
             return torch.ones(source.shape, dtype=dtype)
         return NotImplemented
 
@@ -221,24 +210,39 @@ class Hollow(TorchDispatchMode):
             nonblocking = (len(args) > 2 and args[2]) or options.get("non_blocking", False)
             if not nonblocking or into.untyped_storage().data_ptr() not in self._pinned:
                 self.syncs["copy_to_cpu"] += 1
-            return into.fill_(1)
+            value = self.known.get(source)
+            return into.fill_(1) if value is None else into.copy_(value)
         if not isinstance(source, FakeTensor):
             self.copies += 1
+            self.known.written(into, source)
             return into
         return NotImplemented
 
-    def _bincount(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
-        """Its length is the largest value's: the host waits for it."""
-        self.syncs["bincount"] += 1
-        positional = args[2] if len(args) > 2 else 0
-        return _empty((options.get("minlength", positional),), torch.int64, args[0].device)
+    def _index(self, func: Any, args: Sequence[Any], options: dict[str, Any]) -> Any:
+        """Indices may be on the host: they are copied."""
+        indexed, indices, further = args[0], list(args[1]), args[2:]
+        if not isinstance(indexed, FakeTensor):
+            return NotImplemented
+        for place, index in enumerate(indices):
+            if index is not None and not isinstance(index, FakeTensor):
+                indices[place] = self._to_copy([index], {"device": indexed.device})
+        moved = (indexed, indices, *further)
+        tensors = [x for x in pytree.tree_leaves(moved) if isinstance(x, torch.Tensor)]
+        return self._run(func, moved, options, tensors)
 
-    def _repeat_interleave(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
-        size = options.get("output_size")
-        if size is None:
-            self.syncs["repeat_interleave"] += 1
-            size = self.repeated
-        return _empty((size,), torch.int64, args[0].device)
+    def _foreach_copy(self, args: Sequence[Any], options: dict[str, Any]) -> Any:
+        """Between devices they are copied one by one."""
+        for into, source in zip(args[0], args[1], strict=True):
+            into.copy_(source, *args[2:], **options)
+
+
+def _asks_for_values(func: Any, args: Sequence[Any], options: dict[str, Any]) -> bool:
+    """Whether the size of the result depends on the values."""
+    if func is ATEN.index.Tensor:
+        return any(index is not None and index.dtype is torch.bool for index in args[1])
+    if func is ATEN.repeat_interleave.Tensor:
+        return options.get("output_size") is None
+    return torch.Tag.dynamic_output_shape in func.tags
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:
@@ -302,6 +306,23 @@ def _synchronize(device: object = None) -> None:
         hollow.syncs["synchronize"] += 1
 
 
+class Runtime:
+    """torch.cuda.cudart(), as far as memory is page-locked with it."""
+
+    class cudaError:
+        success = 0
+
+    @staticmethod
+    def cudaHostRegister(address: int, size: int, flags: int) -> int:
+        for hollow in ACTIVE:
+            hollow.page_lock(address)
+        return 0
+
+    @staticmethod
+    def cudaHostUnregister(address: int) -> int:
+        return 0
+
+
 class Properties:
     """torch.cuda.get_device_properties of an H100."""
 
@@ -326,6 +347,7 @@ def become_gpu() -> None:
     cuda.is_available, cuda.is_initialized = answer(True), answer(True)
     cuda.device_count = lambda: 1
     cuda.current_device = answer(0)
+    cuda.cudart = lambda: Runtime
     cuda.synchronize = _synchronize
     for name in (
         "set_device",

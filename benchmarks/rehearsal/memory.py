@@ -1,12 +1,13 @@
 """Peak bytes of a training step on a hollow GPU beside the mapper's footprint; one process for each
 case.
 
-    python -m benchmarks.rehearsal.memory DIRECTORY "7B on 8" [--layers 4]
+    python -m benchmarks.rehearsal.memory DIRECTORY "7B on 8" [--layers 4] [--largest 20]
 
 The process plays rank 1 of the world, which reads no checkpoint, with a model of full width. Prints
 a JSON list of one row: bytes between steps and at the peak of the second step (the first one takes
 the optimizer's states), and what the mapper predicts of both. Kernels' own scratch memory, NCCL and
-the CUDA context are left out of both.
+the CUDA context are left out of both. --largest: on the error stream so many of the largest amounts
+that are alive at the peak, by the operation and the line that made them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from benchmarks.rehearsal.hollow import Hollow, become_gpu
 import argparse
 import json
 import logging
+import sys
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,7 +58,7 @@ class Row:
     """The prediction's."""
 
 
-def measure(directory: Path, name: str, layers: int) -> Row:
+def measure(directory: Path, name: str, layers: int, largest: int) -> Row:
     case = CASES[name]
     spec = MODELS[case.model]
     if layers:
@@ -73,14 +75,16 @@ def measure(directory: Path, name: str, layers: int) -> Row:
     batch = batch_of(case, spec.vocab_size)
     loss = policy_loss(PolicyLossConfig())
     with Hollow() as hollow:
-        hollow.repeated = case.rows_at_once * case.response
         engine = engine_class(case.engine)(
             model=ModelConfig(path=str(directory)), config=config, head=Head.lm, context=context
         )
+        hollow.memory.watched = largest > 0
         engine.train_step(batch, loss)
         resident, hollow.memory.peak = hollow.memory.live, hollow.memory.live
         engine.train_step(batch, loss)
         peak = hollow.memory.peak
+    for origin, size in hollow.memory.at_peak.most_common(largest):
+        print(f"{size / 1e9:8.3f} GB  {origin}", file=sys.stderr)
     between, step = predicted(case, spec, config)
     parts = {part: round(value) for part, value in asdict(between + step).items()}
     return Row(
@@ -107,6 +111,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("case", choices=list(CASES))
     parser.add_argument("--layers", type=int, default=0, help="layers of the model (0: all)")
+    parser.add_argument("--largest", type=int, default=0)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -114,7 +119,7 @@ def main() -> None:
     play_along()
     case = CASES[arguments.case]
     dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=case.devices)
-    row = measure(arguments.directory, arguments.case, arguments.layers)
+    row = measure(arguments.directory, arguments.case, arguments.layers, arguments.largest)
     print(json.dumps([asdict(row)]))
 
 

@@ -1,0 +1,217 @@
+"""The fixes of docs/gpu.md taken back one by one: the test that names each must fail.
+
+    python -m benchmarks.rehearsal.reverts [NUMBER ...]        # a quarter of an hour on two cores
+
+Works on a copy of the checkout. A fix is an exact piece of text; where it is not found any more, the
+row says so, and the list below needs the new text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SLOWEST_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revert:
+    """A fix, the text that it replaced, and the test that shows it."""
+
+    finding: str
+    file: str
+    fix: str
+    before: str
+    test: str
+
+
+REHEARSAL = "tests/rehearsal/"
+HOLLOW = f"{REHEARSAL}test_hollow_gpu.py -m '' -k"
+REVERTS = (
+    Revert(
+        finding="1 vLLM's groups use custom all-reduce",
+        file="workers/generation/vllm/groups.py",
+        fix="    parallel_state.set_custom_all_reduce(fast_sum)\n",
+        before="",
+        test=f"{REHEARSAL}test_vllm_settings.py -k without_custom_all_reduce",
+    ),
+    Revert(
+        finding="2 make takes the CPU for granted",
+        file="Makefile",
+        fix="ACCEL ?= $(or $(INSTALLED),cpu)",
+        before="ACCEL ?= cpu",
+        test=f"{REHEARSAL}test_environment.py -k leaves_a_cuda_environment",
+    ),
+    Revert(
+        finding="3 CPU processes see GPUs",
+        file="hybridflow/devices.py",
+        fix='    "cpu": KEEP_FREED_MEMORY | HIDDEN,',
+        before='    "cpu": KEEP_FREED_MEMORY,',
+        test=f"{REHEARSAL}test_environment.py -k without_a_gpu_see_none",
+    ),
+    Revert(
+        finding="4 float32 attention in TF32",
+        file="workers/generation/vllm/setup.py",
+        fix='        environment["TRITON_F32_DEFAULT"] = "ieee"\n',
+        before="        pass\n",
+        test=f"{REHEARSAL}test_vllm_settings.py -k is_not_tf32",
+    ),
+    Revert(
+        finding="8 experts' kernels are vLLM's choice",
+        file="workers/generation/vllm/setup.py",
+        fix='        moe_backend="triton" if cuda else "auto",\n',
+        before="",
+        test=f"{REHEARSAL}test_vllm_settings.py -k what_vllm_is_told",
+    ),
+    Revert(
+        finding="9 gloo binds where the hostname leads",
+        file="hybridflow/devices.py",
+        fix='        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)\n',
+        before="        pass\n",
+        test=f"{REHEARSAL}test_environment.py -k interface_of_their_nodes_address",
+    ),
+    Revert(
+        finding="10 every process takes GPU 0",
+        file="hybridflow/devices.py",
+        fix="    return names.index(reserved[0])\n",
+        before="    return 0\n",
+        test=f"{REHEARSAL}test_environment.py -k takes_the_gpu_that_ray_reserved",
+    ),
+    Revert(
+        finding="12 a large model's gradient is added up whole",
+        file="workers/engines/fsdp/engine.py",
+        fix="set_requires_gradient_sync(last or not self._one_group)",
+        before="set_requires_gradient_sync(last)",
+        test=f"{REHEARSAL}test_peak_bytes.py -m '' -k '8-10'",
+    ),
+    Revert(
+        finding="15 DeepSpeed has the whole float32 model at once",
+        file="workers/engines/deepspeed/setup.py",
+        fix="if config.zero_stage == 3 or self.dtype is not torch.float32:",
+        before="if config.zero_stage == 3:",
+        test=f"{REHEARSAL}test_host_memory.py -k casts_layer_by_layer",
+    ),
+    Revert(
+        finding="31 no graphs by default",
+        file="workers/generation/vllm/setup.py",
+        fix="return not cuda if config.enforce_eager is None",
+        before="return True if config.enforce_eager is None",
+        test=f"{REHEARSAL}test_vllm_settings.py -k graphs_are_the_default",
+    ),
+    Revert(
+        finding="32 digests in steps for a CPU's cache",
+        file="hybridflow/resharding/digest.py",
+        fix='return _CPU_CHUNK_WORDS if device.type == "cpu" else _SUMMED_WORDS',
+        before="return _CPU_CHUNK_WORDS",
+        test=f"{REHEARSAL}test_digest_launches.py",
+    ),
+    Revert(
+        finding="33 states leave through ordinary memory",
+        file="workers/engines/shared/host_memory.py",
+        fix="            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)\n",
+        before="            buffer = torch.empty(tensor.shape, dtype=tensor.dtype)\n",
+        test=f"{HOLLOW} 'fsdp-1'",
+    ),
+    Revert(
+        finding="39 a copy for each tensor of a micro-batch",
+        file="workers/engines/shared/together.py",
+        fix="    found: list[Tensor] = []\n",
+        before="    return moved(part, lambda tensor: tensor.to(device))\n    found: list[Tensor] = []\n",
+        test=f"{HOLLOW} 'fsdp-1'",
+    ),
+    Revert(
+        finding="39 a wait for each metric of threed",
+        file="workers/engines/shared/metrics.py",
+        fix="torch.stack(list(metrics.values())).cpu().tolist() if metrics else []",
+        before="[float(value) for value in metrics.values()]",
+        test=f"{HOLLOW} 'threed-1'",
+    ),
+    Revert(
+        finding="46 the allocator's segments can't grow",
+        file="hybridflow/devices.py",
+        fix='    "cuda": GROWING_SEGMENTS,\n',
+        before='    "cuda": {},\n',
+        test=f"{REHEARSAL}test_environment.py -k segments_grow",
+    ),
+    Revert(
+        finding="a digest's weights are copied for every box of a snapshot",
+        file="hybridflow/resharding/digest.py",
+        fix="@lru_cache(maxsize=1024)\ndef _rows_on(",
+        before="def _rows_on(",
+        test=f"{HOLLOW} 'fsdp-1'",
+    ),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("numbers", nargs="*", help="findings, by the first word of their names")
+    arguments = parser.parse_args()
+    chosen = [
+        revert
+        for revert in REVERTS
+        if not arguments.numbers or revert.finding.split()[0] in arguments.numbers
+    ]
+    silent = []
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copied(Path(folder))
+        for revert in chosen:
+            outcome = taken_back(copy, revert)
+            print(f"{revert.finding:<62} {outcome}", flush=True)
+            if outcome != "fails":
+                silent.append(revert.finding)
+    if silent:
+        raise SystemExit(f"not shown: {', '.join(silent)}")
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the files that git knows, with this environment."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    copy = folder / "checkout"
+    for name in listed.stdout.splitlines():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+def taken_back(copy: Path, revert: Revert) -> str:
+    """ "fails" where the test does without the fix, and passes with it."""
+    file = copy / revert.file
+    text = file.read_text()
+    if text.count(revert.fix) != 1:
+        return f"the fix is not found in {revert.file}"
+    file.write_text(text.replace(revert.fix, revert.before))
+    without = exit_status(copy, revert.test)
+    file.write_text(text)
+    if without != 1:
+        return f"does not fail without it (pytest: {without})"
+    with_it = exit_status(copy, revert.test)
+    return "fails" if with_it == 0 else f"fails with it too (pytest: {with_it})"
+
+
+def exit_status(copy: Path, selection: str) -> int:
+    """pytest's exit status: 0 all pass, 1 some fail."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [*command, *shlex.split(selection)],
+        cwd=copy,
+        capture_output=True,
+        check=False,
+        timeout=SLOWEST_S,
+    )
+    return run.returncode
+
+
+if __name__ == "__main__":
+    main()
