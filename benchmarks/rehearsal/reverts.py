@@ -122,8 +122,8 @@ REVERTS = (
     Revert(
         finding="39 a copy for each tensor of a micro-batch",
         file="workers/engines/shared/together.py",
-        fix="    found: list[Tensor] = []\n",
-        before="    return moved(part, lambda tensor: tensor.to(device))\n    found: list[Tensor] = []\n",
+        fix="    tensors: list[Tensor] = []\n",
+        before="    return moved(part, lambda tensor: tensor.to(device))\n    tensors: list[Tensor] = []\n",
         test=f"{HOLLOW} 'fsdp-1'",
     ),
     Revert(

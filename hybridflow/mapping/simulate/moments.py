@@ -74,22 +74,22 @@ def training_moments(
     stored = Stored.of(model, layout, space, workload, backward=True)
     in_flight = min(layout.p, num_micro_batches)
     head = Footprint(
-        activations=stored.kept + stored.norm,
+        activations=stored.layers + stored.norm,
         logits=stored.logits,
         buffers=_head_gradient(model, layout, space),
     )
-    first = Footprint(activations=stored.with_layer(in_flight * stored.kept, layout))
+    first = Footprint(activations=stored.with_layer(in_flight * stored.layers, layout))
     last = Footprint(activations=stored.with_layer(stored.of_a_layer, layout))
     if layout.offload_activations:
         last = first
-    end = Footprint(activations=(in_flight - 1) * stored.kept)
+    end = Footprint(activations=(in_flight - 1) * stored.layers)
     several = num_micro_batches > 1
     if space.cut_between_steps:
         states = _cut_states(model, layout, space, several=several)
     else:
         states = _whole_states(model, layout, space)
-    found = {"head": head, "first": first, "last": last, "end": end, "step": Footprint()}
-    return {name: found[name] + states[name] for name in MOMENTS}
+    moments = {"head": head, "first": first, "last": last, "end": end, "step": Footprint()}
+    return {name: moments[name] + states[name] for name in MOMENTS}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,10 +103,10 @@ class Stored:
     """
 
     layer: float
-    """What the backward pass of a layer reads."""
+    """For the backward pass of a layer."""
     of_a_layer: float
-    """What is kept of a layer until then."""
-    kept: float
+    """Those of a layer that are kept until then."""
+    layers: float
     """That of all layers of the longest stage; 0 where it lies in host memory."""
     norm: float
     """Input, normalised input and result of the norm before the head."""
@@ -129,20 +129,20 @@ class Stored:
         )
         tokens /= layout.c
         of_a_layer = kept_per_token(model, layout, space) * tokens / layout.t
-        kept = of_a_layer * model.longest_stage(layout.p)
+        layers = of_a_layer * model.longest_stage(layout.p)
         scored = workload.response.mean / workload.tokens_per_row
         numbers = min(tokens * scored * head_width(model) / layout.t, space.logits_at_once)
         return cls(
             layer=stored_per_token(model, layout, space) * tokens / layout.t,
             of_a_layer=of_a_layer,
-            kept=0.0 if layout.offload_activations else kept,
+            layers=0.0 if layout.offload_activations else layers,
             norm=model.norm_bytes_per_token(space.activation_bytes) * tokens / layout.t,
             logits=numbers * (space.activation_bytes + (8 if backward else 4)),
         )
 
-    def with_layer(self, kept: float, layout: ModelLayout) -> float:
+    def with_layer(self, layers: float, layout: ModelLayout) -> float:
         """Beside what is kept, a layer's as the backward pass reads it."""
-        return kept + self.layer if layout.recompute else max(kept, self.layer)
+        return layers + self.layer if layout.recompute else max(layers, self.layer)
 
 
 def stored_per_token(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
@@ -163,8 +163,8 @@ def _head_gradient(model: ModelSpec, layout: ModelLayout, space: SearchSpace) ->
     """It adds up in float32; under half precision each chunk's product lies beside it."""
     if model.adapter is not None:
         return 0.0
-    beside = space.parameter_bytes if space.parameter_bytes < FLOAT32_BYTES else 0.0
-    return (FLOAT32_BYTES + beside) * model.head_parameters / layout.t
+    product = space.parameter_bytes if space.parameter_bytes < FLOAT32_BYTES else 0.0
+    return (FLOAT32_BYTES + product) * model.head_parameters / layout.t
 
 
 def _whole_states(

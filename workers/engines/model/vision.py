@@ -53,10 +53,12 @@ class SeenImages:
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> SeenImages:
         """The same on another device."""
-        pixels, grids, positions, blocks = (
-            None if tensor is None else move(tensor)
-            for tensor in (self.pixel_values, self.grids, self.positions, self.blocks)
-        )
+        tensors: list[Tensor | None] = []
+        for tensor in (self.pixel_values, self.grids, self.positions, self.blocks):
+            if tensor is not None:
+                tensor = move(tensor)
+            tensors.append(tensor)
+        pixels, grids, positions, blocks = tensors
         return SeenImages(pixels, grids, positions, move(self.is_image), blocks)
 
 

@@ -25,14 +25,14 @@ def moved_together(part: Part, moved: Callable[[Part, Move], Part], device: torc
     same order every time, in the hands of `move`."""
     if device.type == "cpu":
         return part
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def find(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     moved(part, find)
-    arrived = iter(together(found, device))
+    arrived = iter(together(tensors, device))
     return moved(part, lambda _tensor: next(arrived))
 
 
