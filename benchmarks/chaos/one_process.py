@@ -255,11 +255,17 @@ def differences(undisturbed: Path, disturbed: Path, of: Case) -> list[str]:
     return found
 
 
-def without_clocks(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    rows = map(json.loads, path.read_text().splitlines())
-    return [{name: row[name] for name in row if not CLOCKS.search(name)} for row in rows]
+def without_clocks(path: Path) -> list[Any]:
+    """The lines of a file without what a clock decides, in turns of an episode too."""
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            kept = {name: part for name, part in value.items() if not CLOCKS.search(name)}
+            return {name: timeless(part) for name, part in kept.items()}
+        return [timeless(part) for part in value] if isinstance(value, list) else value
+
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [timeless(json.loads(line)) for line in lines]
 
 
 def left(undisturbed: Path, disturbed: Path) -> list[str]:

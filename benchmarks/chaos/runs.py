@@ -21,7 +21,9 @@ from controllers.ledger import LEDGER, first_difference
 from hybridflow.failures import EVENTS
 from tests.tiny import make_data, make_model
 
-CLOCKS = re.compile(r"seconds|tokens_per_s|time_s|sync/.*_s$|memory")
+CLOCKS = re.compile(
+    r"seconds|tokens_per_s|time_s|sync/.*_s$|memory|asynchrony/(generator_idle|trainer_waits)"
+)
 """Metrics that a clock or the memory allocator decides."""
 CALL_TIMEOUT_S = 30.0
 """After which a stopped process is noticed; the longest call, building a role, takes a third of it."""
