@@ -56,7 +56,8 @@ SETTINGS = (
     "threads_per_device=1",
     *POOLS,
 )
-MODEL = Path("huggingface") / "model.safetensors"
+MODEL = "huggingface/*model.safetensors"
+"""An adapter's too."""
 
 
 def make_inputs(directory: Path) -> tuple[Path, Path]:
@@ -111,7 +112,9 @@ class RunFiles:
     def model(self) -> dict[str, Tensor]:
         """The weights of the newest checkpoint's Hugging Face directory."""
         checkpoints = self.directory / "checkpoints"
-        return load_file(checkpoints / (checkpoints / "latest").read_text().strip() / MODEL)
+        newest = checkpoints / (checkpoints / "latest").read_text().strip()
+        (path,) = newest.glob(MODEL)
+        return load_file(path)
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self.directory / name
