@@ -193,7 +193,7 @@ def test_time_in_which_this_process_was_suspended_is_no_standstill() -> None:
     """Ctrl-Z and fg, or a container that is paused with all its processes; the same time without a
     pause is one."""
     calls, killed = Calls(), list[str]()
-    sleeping = ray.remote(time.sleep).options(num_cpus=0).remote(60)
+    sleeping = ray.remote(lambda: time.sleep(60)).options(num_cpus=0).remote()
     call = Pending(
         role="actor",
         method="update_actor",
@@ -208,10 +208,9 @@ def test_time_in_which_this_process_was_suspended_is_no_standstill() -> None:
     )
     calls.add(call)
     for _ in range(2):
-        calls.progress["main"] -= 100.0
-        calls.looked_at = time.monotonic() - 100.0
+        calls.progress["main"] = calls.looked_at = time.monotonic() - 100.0
         calls.check()
-    calls.progress["main"] -= 100.0
+    calls.progress["main"] = time.monotonic() - 100.0
     with pytest.raises(WorkerStuck, match="no call finished for 20 s"):
         calls.check()
     assert killed
