@@ -13,8 +13,8 @@ from workers.images import family_of
 
 
 def check_image_layout(model: PretrainedConfig, train: TrainConfig, attention: str) -> None:
-    """A ValueError for what splits a vision tower, and for a kernel (model.attention) that can't let an
-    image's tokens see each other where they do; nothing for a model without images."""
+    """A ValueError for what takes no images, and for a kernel (model.attention) that can't let an image's
+    tokens see each other where they do; nothing for a model without images."""
     family = family_of(model)
     if family is None:
         return
@@ -29,9 +29,8 @@ def check_image_layout(model: PretrainedConfig, train: TrainConfig, attention: s
             f"train.engine is {train.engine!r}, which takes no model that sees images "
             f"({model.model_type}); use {' or '.join(usable)}"
         )
-    for name, size in (("tp", train.tp), ("cp", train.cp), ("ep", train.ep)):
-        if size > 1:
-            raise ValueError(
-                f"train.{name} is {size}, which splits no model that sees images "
-                f"({model.model_type}) yet; set {name}=1"
-            )
+    if family.sees_itself and train.cp > 1:
+        raise ValueError(
+            f"train.cp is {train.cp}, but the tokens of an image of {model.model_type} see each other, and "
+            "ranks that share a row see what is before their own tokens; set cp=1"
+        )

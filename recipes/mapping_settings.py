@@ -37,7 +37,7 @@ from workers.engines.model.context_parallel import check_context_parallel
 from workers.engines.model.loading import build_on_meta, model_config, standard_sizes
 from workers.engines.model.log_probs import CHUNK_ELEMENTS
 from workers.engines.model.split_plan import fitting_sizes, heads_of
-from workers.engines.model.vision import tower_parameters
+from workers.engines.model.tower import tower_parameters
 from workers.engines.shared.micro_batches import chosen_tokens
 from workers.generation import generation_engine_class
 from workers.generation.cache import DEFAULT_CACHE_BYTES

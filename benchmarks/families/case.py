@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from benchmarks.families.models import VOCABULARY, Family, make_model, make_tokenizer
+from benchmarks.families.family import Family
+from benchmarks.families.models import make_model
+from benchmarks.families.tokens import FIRST_WORD, VOCABULARY, make_tokenizer
 from cluster.connect import ClusterConfig, connect
 from controllers import create_algorithm
 from controllers.data import RowLoader
@@ -83,12 +86,23 @@ def reward(*, response: str, **_columns: object) -> float:
     return sum((place + 1) * token for place, token in enumerate(tokens)) % 17 / 16
 
 
-def make_prompts(path: Path) -> Path:
+def make_prompts(path: Path, *, images: bool = False) -> Path:
+    """Prompts of several lengths; with `images` the first has none, the others one or two each."""
     generator = np.random.default_rng(0)
     lines = []
     for number, length in enumerate(PROMPT_TOKENS):
-        words = " ".join(map(str, generator.integers(4, VOCABULARY, length)))
-        lines.append(json.dumps({"prompt": words, "answer": str(number)}) + "\n")
+        words = " ".join(map(str, generator.integers(FIRST_WORD, VOCABULARY, length)))
+        prompt: Any = words
+        if images:
+            parts: list[dict[str, str]] = [{"type": "text", "text": words}]
+            for place in range((number + 1) // 2):
+                height, width = 40 + 30 * place, 40 + 20 * number
+                pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                name = f"{number}-{place}.png"
+                Image.fromarray(pixels).save(path.parent / name)
+                parts.insert(0, {"type": "image", "image": name})
+            prompt = [{"role": "user", "content": parts}]
+        lines.append(json.dumps({"prompt": prompt, "answer": str(number)}) + "\n")
     path.write_text("".join(lines))
     return path
 
@@ -144,6 +158,7 @@ class Devices:
         self.case, self.directory = case, directory
         self.tokenizer = make_tokenizer(directory / "tokenizer")
         self.prompts = make_prompts(directory / "prompts.jsonl")
+        self.with_images = make_prompts(directory / "images.jsonl", images=True)
         self._settings: dict[str, RunConfig] = {}
         for name in ALGORITHMS:
             arguments = settings(name, case, self.tokenizer, self.prompts)
@@ -170,7 +185,7 @@ class Devices:
             make_model(family, model)
         try:
             row.log_prob_gap = self._run(
-                [self._prepare(name, model, family.packing) for name in ALGORITHMS]
+                [self._prepare(name, model, family) for name in ALGORITHMS]
             )
             row.ok = row.log_prob_gap < GAP
         except Refused as refusal:
@@ -183,9 +198,15 @@ class Devices:
         row.seconds = round(time.perf_counter() - started, 1)
         return row
 
-    def _prepare(self, algorithm: str, model: Path, packing: bool) -> Preparation:
+    def _prepare(self, algorithm: str, model: Path, family: Family) -> Preparation:
         config = with_path(self._settings[algorithm], MODEL, str(model))
-        if not packing:
+        if family.sees_images:
+            tokenizer = self.directory / f"{family.key}-tokenizer"
+            make_tokenizer(tokenizer, image=family.image_text)
+            config = with_path(config, str(self.tokenizer), str(tokenizer))
+            config = with_path(config, str(self.prompts), str(self.with_images))
+        config.actor.generation.engine = family.generator
+        if not family.packing:
             for role in (config.actor, config.critic, config.reference):
                 role.train.packing = False
         try:

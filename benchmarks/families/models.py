@@ -1,62 +1,35 @@
-"""The model families of the benchmark, each as a tiny model of odd shape with random weights.
-
-Vocabulary 1003 (1004 where a layout needs an even one), width 192, 6 heads over 2 key-value heads
-of 32, 5 layers, windows of 16 tokens, tied and untied embeddings, rotary embeddings of every kind,
-biases and soft caps. A family is a configuration of transformers and needs no download.
-"""
+"""The model families of the benchmark, each as a tiny model of odd shape with random weights that needs
+no download."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from workers.engines.model.loading import stored_buffers
+from benchmarks.families.experts import MIXTURES
+from benchmarks.families.family import (
+    COMMON,
+    FULL_HEADS,
+    GEMMA_3,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    LENGTH,
+    WIDTH,
+    WINDOW,
+    WITH_HEAD_DIM,
+    Family,
+)
+from benchmarks.families.images import WITH_IMAGES, save_processor
+from workers.engines.model.loading import language_model_class, stored_buffers
 
-VOCABULARY = 1003
-BOS, EOS, PAD = 0, 1, 2
-WIDTH, HEADS, KV_HEADS, HEAD_DIM, LAYERS, WINDOW, LENGTH = 192, 6, 2, 32, 5, 16, 128
 NOISE = 0.05
 """Added to every weight, norms, biases and stored buffers too, so that one that is lost shows."""
-
-COMMON: dict[str, Any] = {
-    "hidden_size": WIDTH,
-    "intermediate_size": 320,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "max_position_embeddings": LENGTH,
-}
-WITH_HEAD_DIM = COMMON | {"head_dim": HEAD_DIM}
-FULL_HEADS: dict[str, Any] = {
-    name: value for name, value in COMMON.items() if name != "num_key_value_heads"
-}
 WINDOWS = ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
 """Kinds of the five layers of a family that mixes windows with whole attention."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Family(name="Qwen 2", model_type="qwen2", settings=COMMON)"""
-
-    name: str
-    model_type: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    vocabulary: int = VOCABULARY
-    packing: bool = True
-    """False: its layers can't be told where the sequences of a row begin, so that rows are padded
-    (train.packing=false)."""
-
-    @property
-    def key(self) -> str:
-        """The name as a folder's."""
-        return self.name.lower().replace(" ", "-").replace(",", "").replace(".", "")
-
 
 FAMILIES = [
     Family(name="Llama", model_type="llama", settings=COMMON | {"tie_word_embeddings": False}),
@@ -90,7 +63,7 @@ FAMILIES = [
     Family(
         name="Gemma 3",
         model_type="gemma3_text",
-        settings=WITH_HEAD_DIM | {"sliding_window": WINDOW, "query_pre_attn_scalar": 48},
+        settings=GEMMA_3,
     ),
     Family(name="Qwen 2", model_type="qwen2", settings=COMMON),
     Family(
@@ -214,69 +187,8 @@ FAMILIES = [
     Family(name="Arcee", model_type="arcee", settings=WITH_HEAD_DIM),
     Family(name="Apertus", model_type="apertus", settings=COMMON),
     Family(name="HyperCLOVA X", model_type="hyperclovax", settings=WITH_HEAD_DIM),
-    Family(
-        name="Qwen 3 MoE",
-        model_type="qwen3_moe",
-        settings=WITH_HEAD_DIM
-        | {
-            "num_experts": 6,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 40,
-            "norm_topk_prob": True,
-            "mlp_only_layers": [1],
-        },
-    ),
-    Family(
-        name="Mixtral",
-        model_type="mixtral",
-        settings=COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
-    Family(
-        name="OLMoE",
-        model_type="olmoe",
-        settings=COMMON | {"num_experts": 4, "num_experts_per_tok": 2},
-    ),
-    Family(
-        name="DeepSeek-V3",
-        model_type="deepseek_v3",
-        settings=FULL_HEADS
-        | {
-            "num_key_value_heads": HEADS,
-            "q_lora_rank": 48,
-            "kv_lora_rank": 512,
-            "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 32,
-            "v_head_dim": 32,
-            "n_routed_experts": 8,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "n_group": 2,
-            "topk_group": 1,
-            "topk_method": "noaux_tc",  # published configurations have it, and vLLM reads it
-            "first_k_dense_replace": 1,
-            "moe_intermediate_size": 32,
-        },
-    ),
-    Family(
-        name="GPT-OSS",
-        model_type="gpt_oss",
-        settings=WITH_HEAD_DIM
-        | {
-            "intermediate_size": 96,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "sliding_window": WINDOW,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 32,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "truncate": False,
-            },
-        },
-    ),
+    *MIXTURES,
+    *WITH_IMAGES,
     Family(
         name="Mamba",
         model_type="mamba",
@@ -287,30 +199,14 @@ FAMILIES = [
 
 
 def make_model(family: Family, directory: Path, *, vocabulary: int = 0) -> Path:
-    """The family's tiny model in `directory`, with a tokenizer whose words are numbers."""
-    size = vocabulary or family.vocabulary
+    """The family's tiny model in `directory`; one that sees images has its image processor."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        family.model_type,
-        vocab_size=size,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        **family.settings,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    config = family.config(**({"vocab_size": vocabulary} if vocabulary else {}))
+    model = language_model_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for tensor in chain(model.parameters(), stored_buffers(model).values()):
             tensor.add_(torch.randn_like(tensor), alpha=NOISE)
     model.save_pretrained(directory)
-    return directory
-
-
-def make_tokenizer(directory: Path, size: int = VOCABULARY) -> Path:
-    """In a folder of its own: beside a model AutoTokenizer would make one of its family of it."""
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(size)}, unk_token="3"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token=str(BOS), eos_token=str(EOS), pad_token=str(PAD)
-    ).save_pretrained(directory)
+    if family.sees_images:
+        save_processor(family, directory)
     return directory

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.families.case import CASES
-from benchmarks.families.models import FAMILIES, Family
+from benchmarks.families.family import Family
+from benchmarks.families.models import FAMILIES
 
 Rows = Mapping[tuple[str, str], Mapping[str, Any]]
 """(family, case) -> row."""
@@ -28,6 +29,7 @@ fits its settings: everything that is refused is refused there, in one line.
   its decoder with a linear head, under the class name that transformers would give it.
 - **Lengths.** `actor.generation.max_model_len` is the longest prompt with `max_response_tokens`,
   and the key/value cache of a CPU what the rows of a step need, unless you set them.
+- **Images.** Prompts of families marked *images* have up to two ([images.md](images.md)).
 - **generation.tp** divides the attention heads, the width of the MLP and the vocabulary (padded
   to 64), and divides the key-value heads or is a multiple of them.
 
@@ -37,7 +39,8 @@ family (vocabulary 1003, 6 heads over 2 key-value heads of 32, 5 layers, windows
 weights with noise on every parameter) and takes two steps of GRPO with a reference and two of PPO
 with a critic on it, learning rate 1e-3, float32, vLLM. The number is the largest difference of
 any sampled token's log-prob between the training engine and the generation engine, over all four
-steps; a row passes under 1e-5. *refused* is one line before anything starts, below the table.
+steps; a row passes under 1e-5. Families marked with another engine have that one generate.
+*refused* is one line before anything starts, below the table.
 *not run*: this page was made without that row. Rows of several runs of the script, at several
 states of the code, stand together here.
 """
@@ -67,7 +70,14 @@ def make_page(rows: Rows) -> str:
 
 
 def label(family: Family) -> str:
-    return family.name if family.packing else f"{family.name} (padded)"
+    marks = []
+    if not family.packing:
+        marks.append("padded")
+    if family.sees_images:
+        marks.append("images")
+    if family.generator != "vllm":
+        marks.append(f"engine {family.generator}")
+    return f"{family.name} ({', '.join(marks)})" if marks else family.name
 
 
 def cell(row: Mapping[str, Any] | None) -> str:

@@ -1,12 +1,13 @@
-"""Rows of models with images: engine fsdp on one and two gloo processes, of which one has no image, against
-plain transformers in one; and GRPO with vLLM against the same run with engine hf."""
+"""Rows of models with images: every engine on one and two gloo processes, of which one has no image where
+they are data ranks, against plain transformers in one; and GRPO with vLLM against the same run with
+engine hf."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,49 @@ from hybridflow import open_session
 from hybridflow.context import RankContext
 from tests.engines.fsdp_workers import gathered
 from tests.images.plain import TEMPERATURE, load, make_rows, whole_log_probs
-from tests.images.ranks import ROWS, loss_fn
+from tests.images.ranks import loss_fn, make_engine, own_rows
 from tests.images.rewards import by_length
 from tests.images.runs import settings
 from tests.images.tiny import make_model
 from tests.ranks import run_ranks, worlds
-from workers.config import (
-    ModelConfig,
-    OptimizerConfig,
-    Precision,
-    TrainConfig,
-    VisionTraining,
-)
-from workers.engines.base import Head
-from workers.engines.fsdp.engine import FsdpEngine
+from workers.config import OptimizerConfig, Precision, VisionTraining
 from workers.images import family_of
 from workers.images.families import FAMILIES
 
 STEPS, TIMED_STEPS, GRPO_STEPS = 2, 3, 3
 OPTIMIZER = OptimizerConfig(learning_rate=5e-3, clip_grad_norm=0.0, epsilon=1e-3)
-LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
-    ("fsdp", 1, {}),
-    ("fsdp dp2", 2, {}),
-    ("fsdp dp2 zero3", 2, {"reshard_after_forward": True}),
-    ("fsdp dp2 frozen tower", 2, {"vision": VisionTraining.frozen}),
-    ("fsdp dp2 unpacked", 2, {"packing": False}),
+MIXTURES = ("qwen3_vl_moe",)
+"""Families with experts, which transformers' own tensor parallelism would split."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Layout(name="threed pp2", engine="threed", changes={"pp": 2})"""
+
+    name: str
+    engine: str = "fsdp"
+    world: int = 2
+    changes: dict[str, Any] = field(default_factory=dict)
+    families: tuple[str, ...] = tuple(FAMILIES)
+
+
+OTHERS = tuple(family for family in FAMILIES if family not in MIXTURES)
+CAUSAL = tuple(family for family, seen in FAMILIES.items() if not seen.sees_itself)
+LAYOUTS = (
+    Layout(name="fsdp", world=1),
+    Layout(name="fsdp dp2"),
+    Layout(name="fsdp dp2 zero3", changes={"reshard_after_forward": True}),
+    Layout(name="fsdp dp2 frozen tower", changes={"vision": VisionTraining.frozen}),
+    Layout(name="fsdp dp2 unpacked", changes={"packing": False}),
+    Layout(name="fsdp tp2", changes={"tp": 2}, families=OTHERS),
+    Layout(name="fsdp cp2", changes={"cp": 2}, families=CAUSAL),
+    Layout(name="fsdp ep2", changes={"ep": 2}, families=MIXTURES),
+    Layout(name="fsdp tp2 ep2", changes={"tp": 2, "ep": 2}, families=MIXTURES),
+    Layout(name="deepspeed zero2", engine="deepspeed", changes={"zero_stage": 2}),
+    Layout(name="deepspeed zero3", engine="deepspeed", changes={"zero_stage": 3}),
+    Layout(name="threed pp2", engine="threed", changes={"pp": 2}),
+    Layout(name="threed tp2", engine="threed", changes={"tp": 2}, families=OTHERS),
+    Layout(name="threed ep2", engine="threed", changes={"ep": 2}, families=MIXTURES),
 )
 
 
@@ -52,8 +71,9 @@ LAYOUTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
 class Measured:
     """The measurements of one rank."""
 
-    log_probs: Tensor
-    """Of this rank's rows, before the first step."""
+    rows: list[int]
+    log_probs: Tensor | None
+    """Of these rows, before the first step; None on a pipeline stage that is not the last."""
     losses: list[float]
     grad_norms: list[float]
     weights: dict[str, Tensor]
@@ -70,8 +90,9 @@ def measure(directory: Path) -> Iterator[Row]:
     (directory / "stores-images").mkdir()
     run_ranks(_run, (directory,), 2)
     for family in FAMILIES:
-        for layout, world, changes in LAYOUTS:
-            yield _row(directory, family, layout, world, changes)
+        for layout in LAYOUTS:
+            if family in layout.families:
+                yield _row(directory, family, layout)
     for family in FAMILIES:
         if "vllm" in FAMILIES[family].generators:
             for vision in VisionTraining:
@@ -81,27 +102,24 @@ def measure(directory: Path) -> Iterator[Row]:
 def _run(rank: int, directory: Path) -> None:
     for world in worlds(rank, directory / "stores-images", (2, 1)):
         for family in FAMILIES:
-            for layout, size, changes in LAYOUTS:
-                if size == world:
-                    measured = _measure(directory / family, rank, world, changes)
-                    torch.save(measured, directory / f"{family}.{layout}.{rank}.pt")
+            for layout in LAYOUTS:
+                if layout.world == world and family in layout.families:
+                    measured = _measure(directory / family, rank, layout)
+                    torch.save(measured, directory / f"{family}.{layout.name}.{rank}.pt")
 
 
-def _numbers(rank: int, world: int) -> list[int]:
-    """The rows of a rank."""
-    return ROWS[rank] if world == 2 else [*ROWS[0], *ROWS[1]]
-
-
-def _measure(path: Path, rank: int, world: int, changes: dict[str, Any]) -> Measured:
-    engine = FsdpEngine(
-        model=ModelConfig(path=str(path)),
-        config=TrainConfig(precision=Precision.fp32, optimizer=OPTIMIZER, **changes),
-        head=Head.lm,
-        context=RankContext(rank=rank, world_size=world),
+def _measure(path: Path, rank: int, layout: Layout) -> Measured:
+    engine = make_engine(
+        path,
+        RankContext(rank=rank, world_size=layout.world),
+        engine=layout.engine,
+        precision=Precision.fp32,
+        optimizer=OPTIMIZER,
+        **layout.changes,
     )
-    rows = make_rows(path, sampled=False)[0].rows(_numbers(rank, world))
-    log_probs = engine.forward(rows, temperature=TEMPERATURE).log_probs
-    assert log_probs is not None
+    numbers = own_rows(engine, rank)
+    rows = make_rows(path, sampled=False)[0].rows(numbers)
+    outputs = engine.forward(rows, temperature=TEMPERATURE)
     steps = [engine.train_step(rows, loss_fn, temperature=TEMPERATURE) for _ in range(STEPS)]
     weights = gathered(engine)
     sync_bytes, bound_bytes = synced(engine, adapter=False)
@@ -112,7 +130,8 @@ def _measure(path: Path, rank: int, world: int, changes: dict[str, Any]) -> Meas
         engine.train_step(rows, loss_fn, temperature=TEMPERATURE)
         seconds.append(time.perf_counter() - started)
     return Measured(
-        log_probs=log_probs,
+        rows=numbers,
+        log_probs=None if outputs is None else outputs.log_probs,
         losses=[step["loss"] for step in steps],
         grad_norms=[step["grad_norm"] for step in steps],
         weights=weights,
@@ -123,13 +142,14 @@ def _measure(path: Path, rank: int, world: int, changes: dict[str, Any]) -> Meas
     )
 
 
-def _row(directory: Path, family: str, layout: str, world: int, changes: dict[str, Any]) -> Row:
+def _row(directory: Path, family: str, layout: Layout) -> Row:
     ranks: list[Measured] = []
-    for rank in range(world):
-        ranks.append(torch.load(directory / f"{family}.{layout}.{rank}.pt", weights_only=False))
+    for rank in range(layout.world):
+        path = directory / f"{family}.{layout.name}.{rank}.pt"
+        ranks.append(torch.load(path, weights_only=False))
     model = load(directory / family)
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
-    if changes.get("vision") is VisionTraining.frozen:
+    if layout.changes.get("vision") is VisionTraining.frozen:
         seen = family_of(model.config)
         assert seen is not None
         for name in seen.tower:
@@ -157,13 +177,14 @@ def _row(directory: Path, family: str, layout: str, world: int, changes: dict[st
         optimizer.step()
     assert first is not None
     gap = 0.0
-    for rank, measured in enumerate(ranks):
-        expected = torch.cat([first[number] for number in _numbers(rank, world)])
-        gap = max(gap, float((measured.log_probs - expected).abs().max()))
+    for measured in ranks:
+        expected = torch.cat([first[number] for number in measured.rows])
+        if measured.log_probs is not None:
+            gap = max(gap, float((measured.log_probs - expected).abs().max()))
     return Row(
         feature="images",
         family=family,
-        layout=layout,
+        layout=layout.name,
         loss_error=relative_error(ranks[0].losses, losses),
         grad_norm_error=relative_error(ranks[0].grad_norms, norms),
         update_error=update_error(ranks[0].weights, trained, start),

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from benchmarks.families.models import FAMILIES, make_model, make_tokenizer
+from benchmarks.families.models import FAMILIES, make_model
+from benchmarks.families.tokens import make_tokenizer
 from recipes.python_api import open_session
 from tests.tiny import VOCAB, by_length, tiny_grpo
 from workers.engines.model.conversion import as_stored, converts

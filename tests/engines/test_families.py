@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from benchmarks.families.models import FAMILIES, Family, make_model
+from benchmarks.families.family import Family
+from benchmarks.families.models import FAMILIES, make_model
 from workers.config import ModelConfig
 from workers.engines.base import Head
 from workers.engines.model.loading import check_packing, load_pretrained

@@ -1,7 +1,9 @@
-"""What the two processes of test_ranks.py do."""
+"""What the two processes of test_ranks.py do, and rows of benchmarks.scale: an engine on its rows of the
+example."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,23 @@ import torch.distributed as dist
 from hybridflow.context import RankContext
 from tests.images.plain import TEMPERATURE, make_rows
 from workers.config import ModelConfig, OptimizerConfig, Precision, TrainConfig
+from workers.engines import engine_class
 from workers.engines.base import Head, Outputs
-from workers.engines.fsdp.engine import FsdpEngine
+from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.sequences import Sequences
 
 WORLD = 2
 ROWS = ([1, 2, 3, 4], [0, 5])
-"""Those of each rank; the second one's have no image."""
+"""Those of each data rank of two; the second one's have no image."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """Case(engine="threed", settings={"pp": 2})"""
+
+    engine: str = "fsdp"
+    family: str = "qwen2_5_vl"
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def loss_fn(outputs: Outputs, rows: Sequences) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -25,21 +37,44 @@ def loss_fn(outputs: Outputs, rows: Sequences) -> tuple[torch.Tensor, dict[str, 
     return (outputs.log_probs * rows.per_token["weights"]).sum(), {}
 
 
-def two_steps(path: Path, context: RankContext, rows: list[int], **settings: Any) -> list[Any]:
-    """Metrics of two steps on these rows of the example."""
-    optimizer = OptimizerConfig(learning_rate=5e-3, epsilon=1e-3)
-    config = TrainConfig(precision=Precision.fp32, optimizer=optimizer, **settings)
-    engine = FsdpEngine(
-        model=ModelConfig(path=str(path)), config=config, head=Head.lm, context=context
+def make_engine(
+    path: Path, context: RankContext, *, engine: str = "fsdp", **settings: Any
+) -> ShardedEngine:
+    made = engine_class(engine)(
+        model=ModelConfig(path=str(path)),
+        config=TrainConfig(engine=engine, **settings),
+        head=Head.lm,
+        context=context,
     )
-    mine = make_rows(path)[0].rows(rows)
+    assert isinstance(made, ShardedEngine)
+    return made
+
+
+def own_rows(engine: ShardedEngine, rank: int) -> list[int]:
+    """The rows of a rank: all where there is one data rank."""
+    if engine.layout.axis_size("dp") == 1:
+        return [*ROWS[0], *ROWS[1]]
+    return ROWS[engine.layout.coordinates(rank)["dp"]]
+
+
+def two_steps(path: Path, context: RankContext, case: Case) -> list[Any]:
+    """Metrics of two steps on the rank's rows of the example."""
+    engine = make_engine(
+        path / case.family,
+        context,
+        engine=case.engine,
+        precision=Precision.fp32,
+        optimizer=OptimizerConfig(learning_rate=5e-3, epsilon=1e-3),
+        **case.settings,
+    )
+    mine = make_rows(path / case.family)[0].rows(own_rows(engine, context.rank))
     return [engine.train_step(mine, loss_fn, temperature=TEMPERATURE) for _ in range(2)]
 
 
-def run(rank: int, root: Path, path: Path, cases: list[dict[str, Any]]) -> None:
+def run(rank: int, root: Path, path: Path, cases: list[Case]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=WORLD)
     context = RankContext(rank=rank, world_size=WORLD)
-    results = [two_steps(path, context, ROWS[rank], **settings) for settings in cases]
+    results = [two_steps(path, context, case) for case in cases]
     torch.save(results, root / f"{rank}.pt")
     dist.destroy_process_group()

@@ -70,24 +70,9 @@ def test_recipes_on_given_rows(tiny: dict[str, Any], tmp_path: Path, recipe: str
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"actor.train.engine": "threed"}, "train.engine is 'threed'"),
-        ({"actor.train.tp": 2, "num_devices": 2, "runtime": "ray"}, "train.tp is 2"),
-    ],
-    ids=str,
-)
-def test_refusals(
-    tiny: dict[str, Any], tmp_path: Path, changes: dict[str, Any], problem: str
-) -> None:
-    """What takes no images says so before anything starts."""
-    with pytest.raises(ValueError, match=problem):
-        open_session("grpo", tiny | changes | {"output_dir": tmp_path}, reward=by_length)
-
-
 def test_refusals_of_gemma(tmp_path: Path) -> None:
-    """vLLM is given no images of Gemma 3, and kernels without masks can't show an image to itself."""
+    """vLLM is given no images of Gemma 3, and kernels without masks and ranks that share a row can't show
+    an image to itself."""
     given = settings(tmp_path, "gemma3") | {"output_dir": tmp_path / "out"}
     for changes, problem in (
         (
@@ -97,6 +82,10 @@ def test_refusals_of_gemma(tmp_path: Path) -> None:
         (
             {"model.attention": "flash_attention_2", "actor.train.packing": False},
             "the tokens of an image can't see each other",
+        ),
+        (
+            {"actor.train.cp": 2, "num_devices": 2, "runtime": "ray"},
+            "train.cp is 2, but the tokens of an image of gemma3 see each other",
         ),
     ):
         with pytest.raises(ValueError, match=problem):

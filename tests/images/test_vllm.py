@@ -15,7 +15,7 @@ from tests.images.runs import settings
 from workers.generation.vllm.images import image_begins
 
 CASES: list[Any] = [("qwen2_5_vl", "trained")]
-for _family in ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
+for _family in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"):
     for _vision in ("trained", "frozen"):
         if (_family, _vision) not in CASES:
             CASES.append(pytest.param(_family, _vision, marks=pytest.mark.slow))

@@ -52,7 +52,7 @@ def make_tokenizer(family: str = "qwen2_5_vl") -> PreTrainedTokenizerFast:
     return fast
 
 
-PATCH = {"qwen2_5_vl": 14, "qwen3_vl": 16, "qwen3_vl_moe": 16}
+PATCH = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16, "qwen3_vl_moe": 16}
 TEXT: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}},
     "qwen3_vl": {
@@ -65,6 +65,7 @@ TEXT: dict[str, dict[str, Any]] = {
         },
     },
 }
+TEXT["qwen2_vl"] = TEXT["qwen2_5_vl"]
 TEXT["qwen3_vl_moe"] = {
     **TEXT["qwen3_vl"],
     "num_experts": 4,
@@ -73,18 +74,24 @@ TEXT["qwen3_vl_moe"] = {
     "norm_topk_prob": True,  # published ones say so, and vLLM reads it
 }
 VISION: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
     "qwen2_5_vl": {"window_size": 56, "fullatt_block_indexes": [1]},
-    "qwen3_vl": {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+    "qwen3_vl": {"num_position_embeddings": 64},
 }
 VISION["qwen3_vl_moe"] = VISION["qwen3_vl"]
 
 
 def make_model(
-    directory: Path, *, family: str = "qwen2_5_vl", seed: int = 0, layers: int = 2
+    directory: Path,
+    *,
+    family: str = "qwen2_5_vl",
+    seed: int = 0,
+    layers: int = 2,
+    fed_layers: int = 1,
 ) -> Path:
     """About 0.1 M parameters: a decoder and a vision tower of two layers each; Qwen2.5-VL's tower has
-    windowed attention in its first one, Qwen3-VL's gives the first one's features to the decoder
-    too. Heads of 32 numbers are the smallest that vLLM has on CPUs."""
+    windowed attention in its first one, Qwen3-VL's gives the first ones' features to as many layers of
+    the decoder (`fed_layers`). Heads of 32 numbers are the smallest that vLLM has on CPUs."""
     if family == "gemma3":
         return make_gemma(directory, seed, layers)
     torch.manual_seed(seed)
@@ -115,6 +122,7 @@ def make_model(
             "spatial_merge_size": 2,
             "temporal_patch_size": 2,
             **VISION[family],
+            **({"deepstack_visual_indexes": list(range(fed_layers))} if "qwen3" in family else {}),
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids[VIDEO],

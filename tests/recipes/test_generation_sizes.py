@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, PretrainedConfig
 
-from benchmarks.families.models import FAMILIES, Family, make_model, make_tokenizer
+from benchmarks.families.family import Family
+from benchmarks.families.models import FAMILIES, make_model
+from benchmarks.families.tokens import make_tokenizer
 from hybridflow.mapping.question.cluster import Cluster
 from recipes.mapping_settings import setting_of, space_of
 from recipes.preparation import dry_run_report, prepare
@@ -35,7 +37,7 @@ def config_of(name: str, **changes: object) -> PretrainedConfig:
 
 @pytest.mark.parametrize("entry", FAMILIES, ids=lambda entry: entry.key)
 def test_a2_sizes_have_standard_names_in_every_family(entry: Family) -> None:
-    sizes = standard_sizes(AutoConfig.for_model(entry.model_type, **entry.settings))
+    sizes = standard_sizes(entry.config())
     assert sizes["hidden_size"] == 192
     assert sizes["num_hidden_layers"] == 5
     if entry.model_type != "mamba":

@@ -7,7 +7,7 @@ A family is an entry here. Its processor's files say sizes; transformers' own co
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -16,7 +16,7 @@ from workers.config import ModelConfig
 from workers.hub import check_reachable
 
 QWEN_IMAGE = "<|image_pad|>"
-GEMMA_BEGIN = "<start_of_image>"
+GEMMA_BEGIN, GEMMA_IMAGE, GEMMA_END = "<start_of_image>", "<image_soft_token>", "<end_of_image>"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +29,8 @@ class ImageFamily:
     """Number of an image's tokens -> the text in the placeholder's place that has them."""
     token: str
     """The name of the token's id in the model's configuration."""
+    token_text: str
+    """The token's text."""
     tower: tuple[str, ...]
     """The parts of the model that are not its decoder."""
     token_count: str = ""
@@ -38,6 +40,9 @@ class ImageFamily:
     """The tokens of an image see each other; otherwise each sees those before it, as text does."""
     generators: tuple[str, ...] = ("hf", "vllm")
     """The generation engines that take its images."""
+    decoder: str = ""
+    """The family of text models whose layers the decoder has, where transformers says how those are
+    split over ranks and not how the decoder's are."""
 
     @property
     def is_rotary(self) -> bool:
@@ -50,24 +55,30 @@ def _qwen(num_tokens: int) -> str:
 
 
 def _gemma(num_tokens: int) -> str:
-    return f"\n\n{GEMMA_BEGIN}{'<image_soft_token>' * num_tokens}<end_of_image>\n\n"
+    return f"\n\n{GEMMA_BEGIN}{GEMMA_IMAGE * num_tokens}{GEMMA_END}\n\n"
 
 
 QWEN = ImageFamily(
-    placeholder=QWEN_IMAGE, expanded=_qwen, token="image_token_id", tower=("visual",)
+    placeholder=QWEN_IMAGE,
+    expanded=_qwen,
+    token="image_token_id",
+    token_text=QWEN_IMAGE,
+    tower=("visual",),
 )
 GEMMA = ImageFamily(
     placeholder=GEMMA_BEGIN,
     expanded=_gemma,
     token="image_token_index",
+    token_text=GEMMA_IMAGE,
     tower=("vision_tower", "multi_modal_projector"),
     token_count="mm_tokens_per_image",
     sees_itself=True,
     generators=("hf",),
 )
 FAMILIES: dict[str, ImageFamily] = {
+    "qwen2_vl": QWEN,
     "qwen2_5_vl": QWEN,
-    "qwen3_vl": QWEN,
+    "qwen3_vl": replace(QWEN, decoder="qwen3"),
     "qwen3_vl_moe": QWEN,
     "gemma3": GEMMA,
 }

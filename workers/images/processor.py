@@ -95,19 +95,31 @@ class ImageProcessor:
             reference.size()  # a damaged one ends the run here
             return self._token_count
         if reference.key not in self._num_tokens:
-            patches = self._processor.get_number_of_image_patches(*reference.size())
+            height, width = reference.size()
+            try:
+                patches = self._processor.get_number_of_image_patches(height, width)
+            except ValueError as error:  # too long and thin
+                raise ValueError(
+                    f"{reference} is {width} x {height} pixels, which the model's image processor does not "
+                    f"take: {error}; cut it, or remove the row"
+                ) from error
             self._num_tokens[reference.key] = int(patches) // self._merge**2
         return self._num_tokens[reference.key]
 
     def expand(self, text: str, references: Sequence[ImageReference]) -> str:
         """The text with each image's tokens in the place of its placeholder. A ValueError where there
-        are more or fewer placeholders than images."""
+        are more or fewer placeholders than images, or a text spells the tokens."""
         pieces = text.split(self.family.placeholder)
         if len(pieces) - 1 != len(references):
             raise ValueError(
                 f"{len(references)} images, and the chat template wrote {len(pieces) - 1} "
                 f"placeholders {self.family.placeholder!r}; use the model's own template, and leave "
                 "the placeholder out of texts"
+            )
+        if any(self.family.token_text in piece for piece in pieces):
+            raise ValueError(
+                f"a text has {self.family.token_text!r}, which are the tokens of an image; leave it out "
+                "of texts"
             )
         result = pieces[0]
         for reference, piece in zip(references, pieces[1:], strict=True):

@@ -9,9 +9,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+
+import numpy as np
 
 if TYPE_CHECKING:  # runs without images do not need it
     from PIL import Image
@@ -21,6 +23,8 @@ ORIENTATION = 0x0112
 TURNED = (5, 6, 7, 8)
 """Its values for which width and height are exchanged."""
 
+DEEP = "I;16"
+"""Pillow's mode of 16 bits a pixel."""
 ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")
 """The last bytes of JPEG and PNG files."""
 LAST_BYTES = 8
@@ -59,11 +63,18 @@ class ImageReference:
             return height, width
 
     def read(self) -> Image.Image:
-        """The image in RGB, upright. A ValueError names one that can't be read."""
-        from PIL import ImageOps
+        """The image in RGB, upright, on white where it is transparent (as vLLM's server has it), with the
+        upper 8 of 16 bits. A ValueError names one that can't be read."""
+        from PIL import Image, ImageOps
 
-        with self._opened() as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with self._opened() as file:
+            image: Image.Image = ImageOps.exif_transpose(file)
+            if image.mode.startswith(DEEP):  # Pillow cuts values above 255 off
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                ground = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(ground, image.convert("RGBA"))
+            return image.convert("RGB")
 
     @contextmanager
     def _opened(self) -> Iterator[Image.Image]:
@@ -97,3 +108,13 @@ class ImageReference:
         if self.encoded is None:
             return f"{before}the image {self.path!r}"
         return f"{before}an image of {len(self.encoded)} bytes"
+
+
+@cache
+def blank_image() -> ImageReference:
+    """An image of one black pixel."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, format="PNG")
+    return ImageReference(encoded=file.getvalue())

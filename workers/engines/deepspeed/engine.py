@@ -35,7 +35,12 @@ from workers.engines.model.loading import ModelSource
 from workers.engines.model.routers import check_routers
 from workers.engines.shared.flat_views import flat_views, named
 from workers.engines.shared.metrics import add_micro_batch, metrics_of_group
-from workers.engines.shared.micro_batches import MicroBatch, gather_outputs, run_micro_batch
+from workers.engines.shared.micro_batches import (
+    MicroBatch,
+    gather_outputs,
+    run_micro_batch,
+    with_blank_image,
+)
 from workers.engines.shared.optimizer import (
     MODEL,
     MOMENTS,
@@ -60,6 +65,7 @@ class DeepspeedEngine(ShardedEngine):
     trains_adapters = True
     lends = False  # ZeRO-3 keeps parameters in partitions of its own
     shares_rows = True
+    sees_images = True
 
     @classmethod
     def check(
@@ -203,8 +209,13 @@ class DeepspeedEngine(ShardedEngine):
         return self._partitions
 
     def _micro_batches(self, sequences: Sequences, *, alike: bool) -> list[MicroBatch]:
-        """`alike`: as many on every rank, because each has collectives."""
-        return self._share_rows(self._cut_alike(sequences, None, alike=alike))
+        """`alike`: as many on every rank, because each has collectives, those of a vision tower among
+        them."""
+        micro_batches = self._cut_alike(sequences, None, alike=alike)
+        images = self._cutting.images
+        if alike and images is not None:
+            micro_batches = [with_blank_image(each, images) for each in micro_batches]
+        return self._share_rows(micro_batches)
 
     def _run(self, micro_batch: MicroBatch, entropy: bool, temperature: float) -> Outputs:
         return run_micro_batch(

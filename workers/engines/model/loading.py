@@ -36,6 +36,7 @@ from transformers.conversion_mapping import (
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
@@ -53,6 +54,7 @@ from workers.engines.model.scored import score_head
 from workers.engines.model.tensor_parts import Parts
 from workers.hub import check_reachable
 from workers.images import family_of
+from workers.images.families import FAMILIES
 from workers.quiet import quiet
 from workers.weight_files import check_weight_files
 
@@ -311,6 +313,11 @@ def model_config(config: ModelConfig, head: Head) -> PretrainedConfig:
     kind = hf_config.model_type
     known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.trust_remote_code
     known = known or family_of(hf_config) is not None
+    if not known and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ValueError(
+            f"model.path is {config.path!r}: {kind} sees images in a way that is not known; use a language "
+            f"model, or one that sees images of {', '.join(FAMILIES)}"
+        )
     bidirectional = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not hf_config.is_decoder
     if not known or bidirectional or hf_config.is_encoder_decoder:
         raise ValueError(

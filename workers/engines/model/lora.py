@@ -31,7 +31,7 @@ from workers.config import LoraConfig, ModelConfig
 from workers.engines.base import Head
 from workers.engines.model.loading import ModelSource, build_on_meta
 from workers.engines.model.peft_files import SCORE_WEIGHT, PeftFiles
-from workers.engines.model.vision import in_tower
+from workers.engines.model.tower import in_tower
 
 LOGGER = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from workers.engines.model.rotary import follow_row_lengths
 from workers.engines.model.routers import Routers, find_routers
 from workers.engines.model.routing import Routing
 from workers.engines.model.split_plan import bounds
+from workers.engines.model.tower import decoder_of
 from workers.engines.model.vision import SeenImages, image_arguments, place_images
-from workers.images import family_of
 
 LOGGER = logging.getLogger(__name__)
 
@@ -151,11 +151,9 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers in order: the entries of the longest ModuleList of the base model."""
-    base = model.base_model
-    if family_of(model.config) is not None:  # its vision tower has layers too
-        base = base.get_submodule("language_model")
-    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
+    """The decoder layers in order: the entries of the longest ModuleList of the decoder."""
+    decoder = decoder_of(model)
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ValueError(
             f"model.path: {type(model).__name__} has no list of decoder layers; use a decoder-only "

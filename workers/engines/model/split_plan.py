@@ -21,13 +21,16 @@ from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from fnmatch import fnmatch
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig, PreTrainedModel
 
 from workers.engines.model.expert_parallel import find_experts
 from workers.engines.model.routers import find_routers
+from workers.engines.model.tower import decoder_of
+from workers.images import family_of
 
 COLUMN = ("colwise", "colwise_gather_output")
 ROW = ("rowwise", "rowwise_split_input")
@@ -53,7 +56,7 @@ class Kind(StrEnum):
     replicated = auto()
     """Each tensor rank computes its share of the gradient."""
     whole = auto()
-    """Every tensor rank computes all of it, alike: the head of a critic."""
+    """Every tensor rank computes all of it, alike: the head of a critic, a vision tower."""
     experts = auto()
     """Divided over the expert group, each whole on its rank."""
 
@@ -156,7 +159,8 @@ def heads_of(config: PretrainedConfig) -> Heads:
 
 
 def _setting(config: PretrainedConfig, name: str) -> int | None:
-    value = config.to_dict().get(config.attribute_map.get(name, name))
+    text = config.get_text_config()
+    value = text.to_dict().get(text.attribute_map.get(name, name))
     return value if isinstance(value, int) else None
 
 
@@ -178,7 +182,7 @@ class _Frozen:
 def _why_not(frozen: _Frozen, divides_experts: bool) -> str | None:
     """Why a model of this configuration can't be split, None if it can."""
     config = copy.deepcopy(frozen.config)
-    if not config.base_model_tp_plan:
+    if not tensor_plan(config):
         return f"transformers has no tensor-parallel plan for {config.model_type}"
     try:
         with torch.device("meta"):
@@ -188,6 +192,27 @@ def _why_not(frozen: _Frozen, divides_experts: bool) -> str | None:
     return None
 
 
+def tensor_plan(config: PretrainedConfig) -> dict[str, str]:
+    """transformers' tensor-parallel plan of the decoder; empty if it has none."""
+    return dict(_with_plans(config).base_model_tp_plan or {})
+
+
+def pipeline_plan(config: PretrainedConfig) -> dict[str, Any]:
+    """transformers' pipeline plan of the decoder: its modules in order; empty if it has none."""
+    return dict(_with_plans(config).base_model_pp_plan or {})
+
+
+def _with_plans(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration that has the decoder's plans."""
+    family = family_of(config)
+    if family is None:
+        return config
+    if not family.decoder:
+        return config.get_text_config()
+    kind: PretrainedConfig = CONFIG_MAPPING[family.decoder]()
+    return kind
+
+
 def split_plan(model: PreTrainedModel, *, divides_experts: bool = False) -> SplitPlan:
     """How the modules of `model` (a decoder, with or without a head) are split; ValueError that
     names the first one that can't be."""
@@ -195,12 +220,13 @@ def split_plan(model: PreTrainedModel, *, divides_experts: bool = False) -> Spli
     if divides_experts:
         by_token = dict.fromkeys(find_experts(model), Kind.experts)
         by_token |= dict.fromkeys(find_routers(model), Kind.replicated)
-    config, base = model.config, model.base_model
-    entries = dict(config.base_model_tp_plan or {})
-    if not config.base_model_pp_plan:
+    config, base, decoder = model.config, model.base_model, decoder_of(model)
+    entries, stages = tensor_plan(config), pipeline_plan(config)
+    if not stages:
         raise ValueError(f"transformers does not say which module of {config.model_type} is last")
-    plan = SplitPlan(heads=heads_of(config), final=list(config.base_model_pp_plan)[-1])
-    prefix = "" if base is model else f"{model.base_model_prefix}."
+    plan = SplitPlan(heads=heads_of(config), final=list(stages)[-1])
+    prefix = next(f"{name}." for name, module in model.named_modules() if module is decoder)
+    prefix = prefix.removeprefix(".")
     for name, module in model.named_modules():
         if not any(True for _ in module.parameters(recurse=False)):
             continue

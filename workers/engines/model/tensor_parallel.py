@@ -18,7 +18,7 @@ heads) are sums over the tensor ranks: the engine takes them once a step (Tensor
 adapted layer (lora.py) the large side is split as the weight is: B's rows of a column-parallel
 layer, A's columns of a row-parallel one, whose product joins the sum over ranks; the other matrix
 is on every rank. The head of a critic or reward model is whole: every tensor rank computes all of
-it from the same hidden states and has its whole gradient.
+it from the same hidden states and has its whole gradient. So is a vision tower.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from workers.engines.model.tensor_collectives import (
     SumRanks,
 )
 from workers.engines.model.tensor_parts import TensorPart, whole_parts
+from workers.engines.model.tower import decoder_of, split_features
 
 QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
 KEY_COUNTS = ("num_key_value_heads", "num_kv_heads")
@@ -86,13 +87,14 @@ def parallelize(
     for name, module in model.named_modules():
         if name in plan.gathering:
             module.register_forward_pre_hook(_gather_input(group), with_kwargs=True)
+    split_features(model, group)
     first = decoder_layers(model)[0]
     if any(True for _ in first.parameters()):
         first.register_forward_pre_hook(
             lambda _, args: (SliceTime.apply(args[0], group), *args[1:])
         )
     gather = GatherTimeOnce if model.get_output_embeddings() is None else GatherTime
-    model.base_model.get_submodule(plan.final).register_forward_hook(
+    decoder_of(model).get_submodule(plan.final).register_forward_hook(
         lambda _, args, output: gather.apply(output, group)
     )
     return splitter.parts()

@@ -11,11 +11,12 @@ Pixels are made here, from the references that the rows carry, so that no other 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from workers.config import ModelConfig
@@ -24,10 +25,13 @@ from workers.engines.model.packing import Packing
 from workers.images import ImageProcessor, family_of
 from workers.images.families import image_token_id
 from workers.images.processor import Pixels, rotary_positions
+from workers.images.reference import blank_image
 from workers.sequences import Sequences
 
-PLACES = "image_places"
-"""Keyword argument of a model's forward, for place_images."""
+PLACES, TAKEN = "image_places", "image_taken"
+"""Keyword arguments of a model's forward, for place_images."""
+DEEPER = "deepstack_features"
+"""transformers' name of the features that a tower (Qwen3-VL's) gives to layers of the decoder."""
 MASKED_ATTENTIONS = ("eager", "sdpa")
 """Attentions of transformers' that take a mask in which an image's tokens see each other."""
 
@@ -50,6 +54,36 @@ class SeenImages:
     blocks: Tensor | None
     """int64 [rows, time]: the number of the image that an input id belongs to, -1 for text; None where
     no image's tokens see each other."""
+    taken: Tensor | None = None
+    """int64: which of the images' tokens are among the input ids, where those are a part of a row; None
+    for all."""
+
+    def padded(self, missing: int) -> SeenImages:
+        """The same with further columns of text at the end."""
+        positions, blocks = self.positions, self.blocks
+        return replace(
+            self,
+            positions=None if positions is None else pad(positions, (0, missing)),
+            is_image=pad(self.is_image, (0, missing)),
+            blocks=None if blocks is None else pad(blocks, (0, missing), value=-1),
+        )
+
+    def shared(self, tokens: Tensor) -> SeenImages:
+        """For a part of a packed row, these tokens of it: all images are seen, and the features of some of
+        their tokens are used."""
+        assert self.blocks is None, "image_layouts.py saw to it"
+        is_image, positions = self.is_image[:, tokens], self.positions
+        numbers = (torch.cumsum(self.is_image[0], 0) - 1)[tokens]
+        return replace(
+            self,
+            positions=None if positions is None else positions[:, :, tokens],
+            is_image=is_image,
+            taken=numbers[is_image[0]],
+        )
+
+    def without_pixels(self) -> SeenImages:
+        """For a pipeline stage that gets the embedded images from the one before."""
+        return replace(self, pixel_values=None, grids=None, taken=None)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> SeenImages:
         """The same on another device."""
@@ -101,6 +135,31 @@ class ImageInputs:
         is_image = (blocks_of >= 0).view(shape)
         return SeenImages(values, grids, rows, is_image, blocks)
 
+    def with_blank(self, seen: SeenImages) -> SeenImages:
+        """The same with a blank image in the last columns of the first row, num_blank_tokens of them,
+        which must be padding."""
+        family, blank = self._images.family, self._images.pixels(blank_image())
+        count = blank.num_tokens
+        is_image = seen.is_image.clone()
+        is_image[0, -count:] = True
+        grids = positions = blocks = None
+        if blank.grid is not None:
+            assert seen.positions is not None
+            ids = torch.full((count,), self._images.token_id)
+            own = rotary_positions(ids, self._images.token_id, [blank.grid], self._images.merge)
+            positions = seen.positions.clone()
+            positions[:, 0, -count:] = own.to(positions.device)
+            grids = torch.tensor([blank.grid], device=is_image.device)
+        if family.sees_itself:
+            blocks = torch.where(is_image, 0, -1)
+        values = blank.values.to(is_image.device)
+        return SeenImages(values, grids, positions, is_image, blocks)
+
+    @property
+    def num_blank_tokens(self) -> int:
+        """Tokens of a blank image."""
+        return self._images.pixels(blank_image()).num_tokens
+
     def _rows(self, part: Sequences) -> tuple[list[Pixels], list[int], Tensor, Tensor]:
         """The images of all rows, where the tokens of each begin in part.token_ids, the positions [3,
         tokens] of all tokens (none where they have one only), and int64 [tokens]: the number of the
@@ -145,12 +204,13 @@ def image_arguments(images: SeenImages, packing: Packing | None) -> dict[str, An
     arguments: dict[str, Any] = {PLACES: images.is_image}
     positions = images.positions
     if positions is not None and packing is not None:
-        positions = torch.cat([packing.position_ids[None], positions])
+        positions = torch.cat([packing.arguments["position_ids"][None], positions])
     optional = {
         "position_ids": positions,
         "pixel_values": images.pixel_values,
         "image_grid_thw": images.grids,
         BLOCKS: images.blocks,
+        TAKEN: images.taken,
     }
     for name, value in optional.items():
         if value is not None:
@@ -168,51 +228,36 @@ def place_images(model: PreTrainedModel) -> None:
         return
     base: Any = model.base_model
     token = image_token_id(model.config, family)
-    find, forward = base.get_placeholder_mask, base.forward
-    current: list[Tensor] = []
+    find, see, forward = base.get_placeholder_mask, base.get_image_features, base.forward
+    current: list[tuple[Tensor, Tensor | None]] = []
 
     def placed(input_ids: Tensor, *arguments: Any, **options: Any) -> Any:
         ids = input_ids
         if current:
-            ids = torch.where(current[-1], token, torch.where(ids == token, token - 1, ids))
+            is_image, _ = current[-1]
+            ids = torch.where(is_image, token, torch.where(ids == token, token - 1, ids))
         return find(ids, *arguments, **options)
 
+    def seen(*arguments: Any, **options: Any) -> Any:
+        features = see(*arguments, **options)
+        taken = current[-1][1] if current else None
+        if taken is not None:
+            features.pooler_output = [torch.cat(tuple(features.pooler_output))[taken]]
+            if DEEPER in features:
+                features[DEEPER] = [[torch.cat(tuple(each))[taken]] for each in features[DEEPER]]
+        return features
+
     def run(*arguments: Any, **options: Any) -> Any:
-        places = options.pop(PLACES, None)
+        places, taken = options.pop(PLACES, None), options.pop(TAKEN, None)
         if places is None:
             return forward(*arguments, **options)
         attention = base.config.get_text_config()._attn_implementation
         if BLOCKS in options and attention in MASKED_ATTENTIONS:
             options["token_type_ids"] = (options.pop(BLOCKS) >= 0).long()
-        current.append(places)
+        current.append((places, taken))
         try:
             return forward(*arguments, **options)
         finally:
             current.pop()
 
-    base.get_placeholder_mask, base.forward = placed, run
-
-
-def freeze_tower(model: PreTrainedModel) -> None:
-    """Train the decoder alone; nothing for a model without images."""
-    family = family_of(model.config)
-    if family is not None:
-        for name in family.tower:
-            model.base_model.get_submodule(name).requires_grad_(False)
-
-
-def in_tower(model: PreTrainedModel, name: str) -> bool:
-    """Whether a module or parameter of the model, by its name, is outside the decoder and its head."""
-    family = family_of(model.config)
-    towers = () if family is None else family.tower
-    return any(name.startswith(f"{model.base_model_prefix}.{tower}.") for tower in towers)
-
-
-def tower_parameters(model: PreTrainedModel) -> int:
-    """Parameters outside the decoder and its head; 0 for a model without images. May be on meta."""
-    family = family_of(model.config)
-    total = 0
-    for name in () if family is None else family.tower:
-        for parameter in model.base_model.get_submodule(name).parameters():
-            total += parameter.numel()
-    return total
+    base.get_placeholder_mask, base.get_image_features, base.forward = placed, seen, run

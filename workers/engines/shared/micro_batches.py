@@ -223,14 +223,28 @@ def pad_time(micro_batch: MicroBatch, multiple: int, least: int = 1) -> MicroBat
     if not missing:
         return micro_batch
     positions, packing = micro_batch.read_positions, micro_batch.packing
-    routing = micro_batch.routing
+    routing, images = micro_batch.routing, micro_batch.images
     return replace(
         micro_batch,
         input_ids=torch.nn.functional.pad(micro_batch.input_ids, (0, missing)),
         packing=None if packing is None else packing.padded(missing),
         read_positions=positions + torch.div(positions, time, rounding_mode="floor") * missing,
         routing=None if routing is None else routing.padded(time, missing),
+        images=None if images is None else images.padded(missing),
     )
+
+
+def with_blank_image(micro_batch: MicroBatch, inputs: ImageInputs) -> MicroBatch:
+    """The micro-batch with a blank image in padding that nothing reads, where it has no image: for
+    ranks that must take part in the collectives of a vision tower."""
+    seen = micro_batch.images
+    assert seen is not None, "the model sees no images"
+    if seen.pixel_values is not None:
+        return micro_batch
+    time = micro_batch.input_ids.shape[1]
+    padded = pad_time(micro_batch, 1, time + inputs.num_blank_tokens)
+    assert padded.images is not None
+    return replace(padded, images=inputs.with_blank(padded.images))
 
 
 def share_row(
@@ -248,7 +262,7 @@ def share_row(
     place_of[tokens] = torch.arange(len(tokens), device=tokens.device)
     places = place_of[micro_batch.read_positions]
     reads = torch.nonzero(places >= 0).squeeze(1)
-    routing = micro_batch.routing
+    routing, images = micro_batch.routing, micro_batch.images
     targets = micro_batch.targets
     if len(targets) == len(places):  # a score has none
         targets = targets[reads]
@@ -259,6 +273,7 @@ def share_row(
         read_positions=places[reads],
         targets=targets,
         routing=None if routing is None else routing.shared(place_of, len(tokens)),
+        images=None if images is None else images.shared(tokens),
         part=ReadsOfPart(group, reads, len(places)),
     )
 

@@ -35,7 +35,8 @@ from workers.engines.model.loading import (
 from workers.engines.model.lora import Adapter, attach
 from workers.engines.model.peft_files import write_adapter
 from workers.engines.model.routers import Load, Routers, experts_per_token
-from workers.engines.model.vision import ImageInputs, freeze_tower
+from workers.engines.model.tower import freeze_tower
+from workers.engines.model.vision import ImageInputs
 from workers.engines.shared.export import write_configs, write_safetensors
 from workers.engines.shared.gather import gather_objects
 from workers.engines.shared.host_memory import HostMemory

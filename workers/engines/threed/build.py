@@ -86,7 +86,8 @@ def build_share(
         parts = split_experts(shell, parts, experts.get_group("ep"))
     prepare_layers(shell, train)
     num_stages = train.pp * train.virtual_stages
-    layers = stage_layers(int(shell.config.num_hidden_layers), num_stages)
+    text = shell.config.get_text_config()
+    layers = stage_layers(int(text.num_hidden_layers), num_stages)
     local = list(range(layout.coordinates(rank)["pp"], num_stages, train.pp))
     stages = Stages(scored, layers, local, dtype, device)
     tied = train.pp > 1 and len(set(aliases.values())) < len(aliases)
@@ -108,7 +109,7 @@ def build_share(
     pipe = mesh.get_group("pp")
     # NCCL wants a collective of all ranks before the first message.
     dist.all_reduce(torch.zeros(1, device=device), group=pipe)
-    pipeline = Pipeline(stages, pipe, train.tp, int(shell.config.hidden_size), dtype)
+    pipeline = Pipeline(stages, pipe, train.tp, int(text.hidden_size), dtype)
     return Share(pipeline, groups, frozen, logical, trained_shapes)
 
 

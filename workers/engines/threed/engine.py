@@ -54,6 +54,7 @@ class ThreeDEngine(ShardedEngine):
     trains_adapters = True
     shares_rows = True
     divides_experts = True
+    sees_images = True
 
     @classmethod
     def check(

@@ -12,7 +12,8 @@ from workers.config import TrainConfig
 from workers.engines import pipeline_engines
 from workers.engines.model.context_parallel import check_context_parallel
 from workers.engines.model.expert_parallel import check_expert_parallel
-from workers.engines.model.split_plan import check_fits, fitting_sizes
+from workers.engines.model.split_plan import check_fits, fitting_sizes, pipeline_plan
+from workers.engines.model.tower import num_fed_layers
 
 SCHEDULES = ("1f1b", "interleaved_1f1b")
 
@@ -28,14 +29,21 @@ def check_layout(model: PretrainedConfig, train: TrainConfig, world_size: int) -
         )
     if train.tp < 1 or train.pp < 1:
         raise ValueError(f"tp={train.tp}, pp={train.pp}: sizes must be at least 1")
-    stages = train.pp * train.virtual_stages
-    if stages > model.num_hidden_layers:
+    stages, num_layers = train.pp * train.virtual_stages, _num_layers(model)
+    if stages > num_layers:
         raise ValueError(
             f"pp={train.pp} with virtual_stages={train.virtual_stages} makes {stages} pipeline "
-            f"stages, but the model has {model.num_hidden_layers} layers; "
+            f"stages, but the model has {num_layers} layers; "
             f"{_advice(train, model, world_size)}"
         )
-    if not model.base_model_pp_plan:
+    first, fed = len(stage_layers(num_layers, stages)[0]), num_fed_layers(model)
+    if first < fed:
+        raise ValueError(
+            f"pp={train.pp} with virtual_stages={train.virtual_stages} leaves {first} layers in the first "
+            f"stage, but the first {fed} layers of {model.model_type} add features of its vision tower; "
+            f"use at most {num_layers // fed} stages"
+        )
+    if not pipeline_plan(model):
         raise ValueError(
             f"train.engine is threed, but transformers has no pipeline plan for {model.model_type};"
             f" set engine to one without pipeline stages: {pipeline_engines(with_pipeline=False)}"
@@ -68,7 +76,7 @@ def fitting_layouts(
 ) -> list[tuple[int, int, int]]:
     """All (pp, tp, dp) over `world_size` ranks that fit the model, ascending."""
     sizes = fitting_sizes(model, divides_experts=divides_experts)
-    deepest = model.num_hidden_layers // virtual_stages
+    deepest = _num_layers(model) // virtual_stages
     layouts = []
     for pipeline, tensor in product(range(1, min(world_size, deepest) + 1), sizes):
         if world_size % (pipeline * tensor) == 0:
@@ -84,6 +92,10 @@ def stage_layers(num_layers: int, num_stages: int) -> list[range]:
         counts[stage] += 1
     bounds = [0, *accumulate(counts)]
     return list(starmap(range, pairwise(bounds)))
+
+
+def _num_layers(model: PretrainedConfig) -> int:
+    return int(model.get_text_config().num_hidden_layers)
 
 
 def _check_schedule(train: TrainConfig) -> None:

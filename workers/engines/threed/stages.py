@@ -6,8 +6,8 @@ their input on, so parameters keep their checkpoint names and the family's own f
 rotary embeddings, layer types, scaling) runs unchanged on every stage. On a stage that is not the
 first, the embedding gives a placeholder of the right shape (only its shape and dtype are read, for
 masks and positions) and the activations that arrived enter in the place of layer 0. The head and
-the final norm exist on the last stage only. Between stages an activation is [rows, time / tp,
-hidden]: every tensor rank sends its own part.
+the final norm exist on the last stage only, a vision tower on the first. Between stages an
+activation is [rows, time / tp, hidden]: every tensor rank sends its own part.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from workers.engines.model.scored import ScoredModel, decoder_layers, layer_arguments
+from workers.engines.model.split_plan import pipeline_plan
+from workers.engines.model.tower import decoder_of, drop_tower
+from workers.engines.model.vision import image_arguments
 from workers.engines.shared.micro_batches import MicroBatch
 
 
@@ -35,15 +38,18 @@ class Stages:
     ) -> None:
         self.scored = scored
         self.base = scored.model.base_model
+        self.decoder: Any = decoder_of(scored.model)
         self.num_stages = len(layers)
         self.local = local
         first, last = local[0] == 0, local[-1] == self.num_stages - 1
         self._received = _Received()
-        names = list(scored.model.config.base_model_pp_plan)
+        config = scored.model.config
+        names = list(pipeline_plan(config))
         self._first_name, self._last_name = names[0], names[-1]
-        self._embedding = self.base.get_submodule(self._first_name)
-        self._norm = self.base.get_submodule(self._last_name)
-        self._placeholder = _Placeholder(int(scored.model.config.hidden_size), dtype, device)
+        self._embedding = self.decoder.get_submodule(self._first_name)
+        self._norm = self.decoder.get_submodule(self._last_name)
+        hidden_size = int(config.get_text_config().hidden_size)
+        self._placeholder = _Placeholder(hidden_size, dtype, device)
         all_layers = decoder_layers(scored.model)
         local_layers: set[int] = set()
         self._lists: dict[int, nn.ModuleList] = {}
@@ -58,6 +64,7 @@ class Stages:
                     setattr(scored.model, name, nn.Identity())
         if not first:
             self._embedding = self._placeholder
+            drop_tower(scored.model)
         self._whole = nn.ModuleList(self._slice(all_layers, local_layers, False))
         self._attach(self._whole, self._embedding, self._norm)
 
@@ -73,7 +80,9 @@ class Stages:
         """Activations [rows, time / tp, hidden] for the next stage, or, of the last stage,
         ScoredModel's numbers."""
         is_last = stage == self.num_stages - 1
-        ids, packing = micro_batch.input_ids, micro_batch.packing
+        ids, packing, images = micro_batch.input_ids, micro_batch.packing, micro_batch.images
+        if images is not None and stage:
+            images = images.without_pixels()
         self._received.value = received
         self._attach(
             self._lists[stage],
@@ -89,11 +98,14 @@ class Stages:
                     targets,
                     packing=packing,
                     routing=micro_batch.routing,
+                    images=images,
                     entropy=entropy,
                     temperature=temperature,
                 )
                 return numbers
             where = layer_arguments(packing, micro_batch.routing)
+            if images is not None:
+                where |= image_arguments(images, packing)
             hidden: Tensor = self.base(input_ids=ids, use_cache=False, **where).last_hidden_state
             return hidden
         finally:
@@ -109,9 +121,9 @@ class Stages:
         return result
 
     def _attach(self, layers: nn.ModuleList, embedding: nn.Module, norm: nn.Module) -> None:
-        self.base.layers = layers
-        setattr(self.base, self._first_name, embedding)
-        setattr(self.base, self._last_name, norm)
+        self.decoder.layers = layers
+        setattr(self.decoder, self._first_name, embedding)
+        setattr(self.decoder, self._last_name, norm)
 
 
 class _Pass(nn.Module):
