@@ -43,7 +43,7 @@ from workers.engines.model.loading import (
     position_limit,
 )
 from workers.engines.model.lora import check_adapter, check_scores
-from workers.engines.model.routers import check_declared
+from workers.engines.model.routers import check_replays
 from workers.engines.shared.optimizer import check_optimizer_config
 from workers.generation import ENGINES as GENERATION_ENGINES
 from workers.generation import generation_engine_class
@@ -427,7 +427,7 @@ def check_model(role: str, config: RoleConfig, head: Head, num_devices: int) -> 
             sends_adapter(config)
             if config.router_replay is not RouterReplay.off:
                 published = model_config(config.model, head)
-                check_declared(published, f"router_replay is {config.router_replay.value}")
+                check_replays(published, f"router_replay is {config.router_replay.value}")
         if isinstance(config, ActorConfig) or (
             isinstance(config, JudgeConfig) and config.verdict is VerdictKind.written
         ):

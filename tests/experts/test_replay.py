@@ -12,11 +12,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from tests.engines.threed_cases import TEMPERATURE, loss_fn
 from tests.experts.engines import make_engine, rows_with_a_shared_prompt
-from tests.experts.plain import CHOSEN, EXPERTS, FAMILIES, ROUTERS, load_mixture, observed
+from tests.experts.plain import (
+    CHOSEN,
+    COMMON,
+    EXPERTS,
+    FAMILIES,
+    ROUTERS,
+    load_mixture,
+    observed,
+)
+from workers.engines.model.routers import check_replays
 from workers.engines.shared.sharded_engine import ShardedEngine
 from workers.sequences import Sequences
 
@@ -206,3 +215,15 @@ def share_agreeing(model: PreTrainedModel, batch: Sequences, forced: Tensor) -> 
                     total += 1
                     same += set(wanted[token].tolist()) == set(experts[token].tolist())
     return same / total
+
+
+def test_routers_that_cant_be_given_routes() -> None:
+    """Phi-MoE's choose by two maxima: said before anything starts. The other families' can."""
+    for family, settings in FAMILIES.items():
+        check_replays(AutoConfig.for_model(family, **{**COMMON, **settings}), "router_replay is R3")
+    phi = AutoConfig.for_model("phimoe", **{**COMMON, "num_local_experts": EXPERTS})
+    with pytest.raises(ValueError, match="does not choose its experts by topk over all 8 of them"):
+        check_replays(phi, "router_replay is R3")
+    dense = AutoConfig.for_model("llama", hidden_size=32, num_attention_heads=4)
+    with pytest.raises(ValueError, match="router_replay is R3, but llama has no routers"):
+        check_replays(dense, "router_replay is R3")

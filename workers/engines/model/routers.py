@@ -320,6 +320,21 @@ def check_declared(config: PretrainedConfig, setting: str) -> None:
         )
 
 
+def check_replays(config: PretrainedConfig, setting: str) -> None:
+    """ValueError, which begins with `setting`, for a model whose routers can't be given routes; needs no
+    weights."""
+    check_declared(config, setting)
+    with torch.device("meta"), torch.no_grad():
+        model = AutoModel.from_config(copy.deepcopy(config)).eval()
+        for name, router in find_routers(model).items():
+            routes = torch.zeros(1, experts_per_token(config), dtype=torch.int64)
+            weight = router.get_parameter(WEIGHT)
+            replay = Replay(routes, num_experts(router))
+            with replay:
+                router(torch.zeros(1, weight.shape[1], dtype=weight.dtype))
+            replay.checked(name)
+
+
 def experts_per_token(config: PretrainedConfig) -> int:
     """How many experts a token goes to in each layer that has them."""
     return int(config.get_text_config().num_experts_per_tok)
