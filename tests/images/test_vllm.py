@@ -47,9 +47,13 @@ def test_places_of_images() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_a_tower_in_tensor_parts(ray_cluster: None, tmp_path: Path, family: str) -> None:
-    """Two training ranks send decoder and tower to a vLLM that is split over both."""
+def test_a_tower_in_tensor_parts(
+    ray_cluster: None, tmp_path: Path, family: str, engine: str
+) -> None:
+    """Two training ranks send decoder and tower to a vLLM that is split over both; DeepSpeed's have a
+    part of every weight (ZeRO-3)."""
     changes = {
         "output_dir": tmp_path / "out",
         "runtime": "ray",
@@ -57,6 +61,8 @@ def test_a_tower_in_tensor_parts(ray_cluster: None, tmp_path: Path, family: str)
         "num_devices": 2,
         "actor.generation.engine": "vllm",
         "actor.generation.tp": 2,
+        "actor.train.engine": engine,
+        "actor.train.zero_stage": 3,
     }
     with open_session("grpo", settings(tmp_path, family) | changes, reward=by_length) as session:
         for _ in range(3):
