@@ -12,9 +12,11 @@ BOS, EOS, PAD = 0, 1, 2
 FIRST_WORD = 16
 """The first number that prompts have."""
 TEMPLATE = (
-    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{{ message['content'] + ' ' }}"
+    "{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ 'IMAGE ' }}{% else %}{{ part['text'] + ' ' }}{% endif %}"
-    "{% endfor %}{% endfor %}"
+    "{% endfor %}{% endif %}{% endfor %}"
 )
 TOKENS = {
     "<|vision_start|>": 4,

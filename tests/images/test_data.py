@@ -161,7 +161,7 @@ def test_an_image_that_is_damaged_during_the_run_is_named(
 def test_a_model_without_images(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(CAT))
     rows = write(tmp_path / "rows.jsonl", {"prompt": asked({"type": "image", "image": "a.png"})})
-    with pytest.raises(ValueError, match="sees none; use one of qwen2_5_vl"):
+    with pytest.raises(ValueError, match="sees none; use one of qwen2_vl, qwen2_5_vl"):
         load(rows, None)
 
 

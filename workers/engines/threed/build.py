@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from hybridflow.layout import Layout
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.engines.base import Head
-from workers.engines.model.attention import check_packable
+from workers.engines.model.attention import check_packable, use_sequence_attention
 from workers.engines.model.expert_parallel import expert_mesh, split_experts
 from workers.engines.model.layers import prepare_layers
-from workers.engines.model.loading import ModelSource, build_on_meta
+from workers.engines.model.loading import AUTO, ModelSource, build_on_meta
 from workers.engines.model.lora import Adapter
 from workers.engines.model.scored import ScoredModel
 from workers.engines.model.tensor_parallel import parallelize
@@ -74,7 +74,7 @@ def build_share(
         if parameter.requires_grad:
             trained_shapes[name] = logical[name]
     shell = build_on_meta(model, head)
-    shell.set_attn_implementation(source.model.config._attn_implementation)
+    use_sequence_attention(shell, fused=model.attention != AUTO)
     if adapter is not None:
         adapter.put_on(shell, head)
     scored = ScoredModel(shell, head)
