@@ -82,7 +82,7 @@ class Row:
 
 def reward(*, response: str, **_columns: object) -> float:
     """A number between 0 and 1 that any change of a response changes."""
-    tokens = [int(word) for word in response.split()]
+    tokens = [int(word) if word.isdigit() else len(word) for word in response.split()]
     return sum((place + 1) * token for place, token in enumerate(tokens)) % 17 / 16
 
 
