@@ -49,13 +49,13 @@ def split_features(model: PreTrainedModel, group: ProcessGroup) -> None:
         places = options.get(FEATURE_PLACES)
         if places is None:
             return args, options
-        mine = places.chunk(group.size(), dim=1)[group.rank()]
+        local = places.chunk(group.size(), dim=1)[group.rank()]
         parts = []
         for features in options[FEATURES]:
             whole = features.new_zeros(*places.shape, features.shape[-1])
             whole = whole.masked_scatter(places[..., None], features)
-            parts.append(SliceTime.apply(whole, group)[mine])
-        return args, {**options, FEATURE_PLACES: mine, FEATURES: parts}
+            parts.append(SliceTime.apply(whole, group)[local])
+        return args, {**options, FEATURE_PLACES: local, FEATURES: parts}
 
     if num_fed_layers(model.config):
         decoder_of(model).register_forward_pre_hook(split, with_kwargs=True)

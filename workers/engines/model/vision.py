@@ -54,7 +54,7 @@ class SeenImages:
     blocks: Tensor | None
     """int64 [rows, time]: the number of the image that an input id belongs to, -1 for text; None where
     no image's tokens see each other."""
-    taken: Tensor | None = None
+    used: Tensor | None = None
     """int64: which of the images' tokens are among the input ids, where those are a part of a row; None
     for all."""
 
@@ -78,12 +78,12 @@ class SeenImages:
             self,
             positions=None if positions is None else positions[:, :, tokens],
             is_image=is_image,
-            taken=numbers[is_image[0]],
+            used=numbers[is_image[0]],
         )
 
     def without_pixels(self) -> SeenImages:
         """For a pipeline stage that gets the embedded images from the one before."""
-        return replace(self, pixel_values=None, grids=None, taken=None)
+        return replace(self, pixel_values=None, grids=None, used=None)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> SeenImages:
         """The same on another device."""
@@ -146,9 +146,9 @@ class ImageInputs:
         if blank.grid is not None:
             assert seen.positions is not None
             ids = torch.full((count,), self._images.token_id)
-            own = rotary_positions(ids, self._images.token_id, [blank.grid], self._images.merge)
+            inside = rotary_positions(ids, self._images.token_id, [blank.grid], self._images.merge)
             positions = seen.positions.clone()
-            positions[:, 0, -count:] = own.to(positions.device)
+            positions[:, 0, -count:] = inside.to(positions.device)
             grids = torch.tensor([blank.grid], device=is_image.device)
         if family.sees_itself:
             blocks = torch.where(is_image, 0, -1)
@@ -210,7 +210,7 @@ def image_arguments(images: SeenImages, packing: Packing | None) -> dict[str, An
         "pixel_values": images.pixel_values,
         "image_grid_thw": images.grids,
         BLOCKS: images.blocks,
-        TAKEN: images.taken,
+        TAKEN: images.used,
     }
     for name, value in optional.items():
         if value is not None:
@@ -240,21 +240,21 @@ def place_images(model: PreTrainedModel) -> None:
 
     def seen(*arguments: Any, **options: Any) -> Any:
         features = see(*arguments, **options)
-        taken = current[-1][1] if current else None
-        if taken is not None:
-            features.pooler_output = [torch.cat(tuple(features.pooler_output))[taken]]
+        used = current[-1][1] if current else None
+        if used is not None:
+            features.pooler_output = [torch.cat(tuple(features.pooler_output))[used]]
             if DEEPER in features:
-                features[DEEPER] = [[torch.cat(tuple(each))[taken]] for each in features[DEEPER]]
+                features[DEEPER] = [[torch.cat(tuple(each))[used]] for each in features[DEEPER]]
         return features
 
     def run(*arguments: Any, **options: Any) -> Any:
-        places, taken = options.pop(PLACES, None), options.pop(TAKEN, None)
+        places, used = options.pop(PLACES, None), options.pop(TAKEN, None)
         if places is None:
             return forward(*arguments, **options)
         attention = base.config.get_text_config()._attn_implementation
         if BLOCKS in options and attention in MASKED_ATTENTIONS:
             options["token_type_ids"] = (options.pop(BLOCKS) >= 0).long()
-        current.append((places, taken))
+        current.append((places, used))
         try:
             return forward(*arguments, **options)
         finally:

@@ -354,10 +354,10 @@ def gather_group_outputs(
 ) -> Outputs:
     """The same where each rank of `group` ran some of the micro-batches: the first rank of those
     that shared one tells its outputs. Collective."""
-    mine = []
+    counted = []
     for micro_batch, output in zip(micro_batches, outputs, strict=True):
         if counts(micro_batch):
-            mine.append((micro_batch, output))
+            counted.append((micro_batch, output))
     result: dict[str, Tensor | None] = {}
     for field in fields(Outputs):
         if _part(outputs[0], field.name) is None:
@@ -366,7 +366,7 @@ def gather_group_outputs(
         if field.name == "scores":
             total = sequences.num_rows
         whole = torch.zeros(total, dtype=torch.float32, device=micro_batches[0].input_ids.device)
-        for micro_batch, output in mine:
+        for micro_batch, output in counted:
             places = micro_batch.rows
             if field.name != "scores":
                 places = ragged_positions(sequences.scored_lengths, micro_batch.rows)
