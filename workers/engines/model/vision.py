@@ -88,12 +88,12 @@ class SeenImages:
     def moved(self, move: Callable[[Tensor], Tensor]) -> SeenImages:
         """The same on another device."""
         tensors: list[Tensor | None] = []
-        for tensor in (self.pixel_values, self.grids, self.positions, self.blocks):
+        for tensor in (self.pixel_values, self.grids, self.positions, self.blocks, self.used):
             if tensor is not None:
                 tensor = move(tensor)
             tensors.append(tensor)
-        pixels, grids, positions, blocks = tensors
-        return SeenImages(pixels, grids, positions, move(self.is_image), blocks)
+        pixels, grids, positions, blocks, used = tensors
+        return SeenImages(pixels, grids, positions, move(self.is_image), blocks, used)
 
 
 class ImageInputs:
