@@ -29,8 +29,8 @@ while [[ "$1" == -* ]]; do test "$1" != -w || shift; shift; done
 exec "$@"
 """
 PYTHON = """#!/usr/bin/env bash
-# The count of nodes, and the token.
-case "$2" in *ray.nodes*) echo 1;; *) echo abc;; esac
+# The count of nodes, once there is one, and the token.
+case "$2" in *ray.nodes*) until test -s calls; do sleep 0.05; done; echo 1;; *) echo abc;; esac
 """
 STAND_INS = {
     "srun": SRUN,
