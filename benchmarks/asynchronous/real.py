@@ -24,8 +24,8 @@ from tests.tiny import make_data, make_model
 MODELS = {"tiny": {"layers": 1, "heads": 4}, "3m": {"layers": 4, "heads": 8}}
 MEAN_TOKENS = {"tiny": 32, "3m": 24}
 """Of a response: with these the two pools have about as much to do."""
-SLICE_STEPS = 4
-"""Weights wait for two slices, and steps of these models take a second."""
+SLICE_STEPS = 8
+"""Weights wait for two slices, and steps of these models take a second or two."""
 WARM_UP, LAST = 3, 3
 """Steps that are not counted: in the last ones nothing more is drawn ahead."""
 NUM_PROMPTS, SAMPLES, NUM_ROWS = 64, 2, 2048
@@ -60,6 +60,7 @@ def settings(directory: Path, model: str, mean_tokens: int) -> dict[str, Any]:
         "actor.generation.precision": "fp32",
         "actor.generation.sampling.max_response_tokens": 6 * mean_tokens,
         "actor.generation.sampling.ignore_eos": True,
+        "actor.loss.kl_coefficient": 0.01,
         "actor.train.precision": "fp32",
         "actor.train.optimizer.learning_rate": 3e-4,
         "placement": "custom",
