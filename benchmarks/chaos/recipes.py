@@ -89,7 +89,9 @@ def given(directory: Path, recipe: str, role: str) -> Case:
 
 def acting(directory: Path, changes: Settings, *, is_exact: bool = True) -> Case:
     """GRPO on episodes."""
-    tasks = chat_settings(directory)
+    apart = directory / "chat"  # a model of its own, with words and a template
+    apart.mkdir(exist_ok=True)
+    tasks = chat_settings(apart)
     settings = common(directory) | tasks | {"data.validation": tasks["data.train"]} | changes
     settings["environment"] = "benchmarks.chaos.reward:Echo"
     return Case(recipe="grpo", settings=settings, is_exact=is_exact)

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from recipes.agents.documents import FRAMES
 from recipes.agents.model import make_agent_tokenizer
 from recipes.quickstart.model import make_tokenizer
 from tests.agents.chat import QWEN, STRIPS, conversation
 from tests.data import kinds
+from tests.tiny import make_model
 from workers.agents.config import EpisodeConfig, History
+from workers.agents.contents import Contents
 from workers.agents.model import Drawn, Request
 from workers.agents.outcome import EnvironmentMistake
 from workers.agents.renderer import Renderer
@@ -180,3 +183,16 @@ def test_a_tokenizer_that_can_not_write_it_is_named() -> None:
     assert renderer.start([{"role": "user", "content": "a"}])
     with pytest.raises(EnvironmentMistake, match=r"spells a special token.*Slow.*tokenizer.json"):
         renderer.start([{"role": "user", "content": "<|end|>"}])
+
+
+def test_a_special_token_that_is_a_plain_word(tmp_path: Path) -> None:
+    """eos_token "1" of a tokenizer whose words are numbers, which has it in its vocabulary alone."""
+    tokenizer = AutoTokenizer.from_pretrained(make_model(tmp_path / "model", layers=1))
+    tokenizer.chat_template = QWEN
+    contents = Contents(tokenizer)
+    said = contents.hidden({"role": "user", "content": "1"})["content"]
+    assert contents.encode(f"5 1 6 {said} 7") == [5, 1, 6, 7], "no other token is a 1"
+    # The words that stand for a reply spell it too.
+    history = [{"role": "user", "content": "3"}, {"role": "assistant", "content": "4"}]
+    ids = Renderer(tokenizer).extend(history, [{"role": "user", "content": "1 9"}], closed=False)
+    assert 9 in ids and 1 not in ids

@@ -95,7 +95,10 @@ class Contents:
             return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if self._tokenizer_by_name is None:
             self._tokenizer_by_name = self._renamed()
-        named = self.shown(self._replaced(text, self._names))
+        # Not within marks: a special token may be a letter or digit of theirs.
+        token_of = {mark: token for token, mark in self._marks.items()}
+        parts = re.split(f"({'|'.join(map(re.escape, token_of))})", text)
+        named = "".join(token_of.get(part) or self._replaced(part, self._names) for part in parts)
         return list(self._tokenizer_by_name.encode(named, add_special_tokens=False).ids)
 
     def _word(self, kind: str, number: int) -> str:
@@ -151,6 +154,8 @@ class Contents:
         if "merges" in model:
             model["merges"] = [merge for merge in model["merges"] if not self._makes_one(merge)]
         renamed = Tokenizer.from_str(json.dumps(described))
+        # One that is a plain word of the vocabulary would be cut where words are.
+        renamed.add_special_tokens(list(self._names.values()))
         for text, name in self._names.items():
             assert renamed.token_to_id(name) == self._tokens[text], f"{text} keeps its id"
         return renamed

@@ -155,6 +155,8 @@ class Renderer:
         while words in str(new):
             words += "q"
         shown = [*history[:-1], {"role": "assistant", "content": words}]
+        # As the rendered text has them: a tokenizer's special token may be a plain "1".
+        words = self._contents.hidden(shown[-1])["content"]
         _, found, tail = self._rendered([*shown, *new]).rpartition(words)
         if not found:
             raise EnvironmentMistake(
