@@ -43,8 +43,9 @@ SHARED_MEMORY = Path("/dev/shm")
 RECORD, OWNER = "commit.json", "owner.json"
 BEGUN_S = 60.0
 """How long a directory may be without its owner's name."""
-FREE_FRACTION = 0.25
-"""This fraction of the memory file system stays free: Ray's object store is in it too."""
+KEPT_FRACTION, MOST_KEPT_BYTES = 0.25, 16_000_000_000
+"""This fraction of the memory file system stays free, at most so many bytes: Ray's object store is
+in it too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,11 +270,12 @@ def shortage(directory: Path, num_bytes: int) -> str:
     """In words: that so many more bytes do not fit into the memory file system; empty where they do."""
     size = os.statvfs(directory)
     free, total = size.f_bavail * size.f_frsize, size.f_blocks * size.f_frsize
-    if free - num_bytes >= FREE_FRACTION * total:
+    kept = min(KEPT_FRACTION * total, MOST_KEPT_BYTES)
+    if free - num_bytes >= kept:
         return ""
     return (
         f"{num_bytes / 1e9:.3g} GB are needed in {directory}, {free / 1e9:.3g} of "
-        f"{total / 1e9:.3g} GB are free, and a quarter must stay free; give /dev/shm more "
+        f"{total / 1e9:.3g} GB are free, and {kept / 1e9:.3g} GB must stay free; give /dev/shm more "
         "(docker run --shm-size=...)"
     )
 

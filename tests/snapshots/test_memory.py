@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import torch
 from hybridflow.recovery.attempts import Attempt, Fenced
 from hybridflow.snapshots.files import Contents, file_name
 from hybridflow.snapshots.flush import Flusher
-from hybridflow.snapshots.memory import MemoryPlace, Stager, allocate, make_private
+from hybridflow.snapshots.memory import MemoryPlace, Stager, allocate, make_private, shortage
 from hybridflow.snapshots.reading import SnapshotFiles
 from tests.snapshots.layouts import parts, whole_tensors
 
@@ -112,6 +113,29 @@ def test_too_little_memory_is_said_and_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"GB are needed in .*; give /dev/shm more"):
         allocate(tmp_path / "file", 10**17)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("total_gb", "free_gb", "needed_gb", "fits"),
+    [
+        (271, 65.7, 0.002, True),  # a disk in place of memory, fuller than three quarters
+        (24, 8, 1.9, True),
+        (24, 8, 2.1, False),  # a quarter of it, 6 GB, would not stay free
+        (271, 65.7, 50, False),  # nor 16 GB
+    ],
+)
+def test_what_stays_free(
+    total_gb: float,
+    free_gb: float,
+    needed_gb: float,
+    fits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks = {"f_frsize": 4096, "f_blocks": total_gb * 1e9 / 4096, "f_bavail": free_gb * 1e9 / 4096}
+    monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(**blocks))
+    said = shortage(Path("/somewhere"), int(needed_gb * 1e9))
+    assert (said == "") is fits
+    assert fits or f"{min(total_gb / 4, 16):.3g} GB must stay free" in said
 
 
 def test_a_damaged_record_is_left_out(
