@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import signal
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -196,6 +199,56 @@ def test_a_loop_that_stands_still_is_named() -> None:
             heartbeat.check()
             time.sleep(0.1)
     assert heartbeat.is_late
+
+
+def test_a_loop_that_is_merely_slow_goes_on() -> None:
+    """Many that take their time one after the other are no standstill of one."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    heartbeat = Heartbeat(loop, thread, "my_module:Slow", limit_s=0.4)
+
+    async def work() -> None:
+        time.sleep(0.15)
+
+    for _ in range(10):
+        asyncio.run_coroutine_threadsafe(work(), loop)
+    for _ in range(14):
+        heartbeat.check()
+        time.sleep(0.1)
+    loop.call_soon_threadsafe(loop.stop)
+
+
+STOPPED = """
+import asyncio, sys, threading, time
+from workers.agents.heartbeat import Heartbeat
+
+def work():
+    print("works", flush=True)
+    while time.thread_time() < 0.5:
+        pass
+
+loop = asyncio.new_event_loop()
+thread = threading.Thread(target=loop.run_forever, daemon=True)
+thread.start()
+loop.call_soon_threadsafe(work)
+heartbeat = Heartbeat(loop, thread, "my_module:Slow", limit_s=1.0)
+until = time.monotonic() + 2.2
+while time.monotonic() < until:
+    heartbeat.check()
+    time.sleep(0.05)
+"""
+
+
+def test_a_machine_without_time_is_no_standstill() -> None:
+    """A process that is stopped for longer than the limit, while its loop is at work."""
+    child = subprocess.Popen([sys.executable, "-c", STOPPED], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "works\n"
+    time.sleep(0.1)
+    child.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    child.send_signal(signal.SIGCONT)
+    assert child.wait(timeout=60) == 0
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from workers.agents.contents import Contents
 from workers.agents.outcome import EnvironmentMistake
+from workers.agents.parts import joined, wants_parts
 from workers.text import Beginning, PieceTokenizer
 from workers.text.endings import SENTINEL, TEMPLATE_ERRORS, TurnEnding, ending_of
 
@@ -58,6 +59,7 @@ class Renderer:
     ) -> None:
         self.tokenizer, self.tools = tokenizer, list(tools or ()) or None
         self._pieces, self._contents = PieceTokenizer(tokenizer), Contents(tokenizer)
+        self._wants_parts = wants_parts(tokenizer)
         self._verdicts: dict[tuple[str, bool], str] = {}
         self._with_tools: dict[str, Renderer] = {}
 
@@ -131,7 +133,7 @@ class Renderer:
             )
         try:
             text = self.tokenizer.apply_chat_template(
-                [self._contents.hidden(message) for message in messages],
+                [self._for_template(message) for message in messages],
                 tools=self.tools and [self._contents.hidden(tool) for tool in self.tools],
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
@@ -145,6 +147,12 @@ class Renderer:
             ) from error
         assert isinstance(text, str)
         return text
+
+    def _for_template(self, message: Message) -> Message:
+        shown = self._contents.hidden(joined(message))
+        if self._wants_parts and isinstance(shown.get("content"), str):
+            shown["content"] = [{"type": "text", "text": shown["content"]}]
+        return shown
 
     def _following(
         self, history: Sequence[Message], new: Sequence[Message]
