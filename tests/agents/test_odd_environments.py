@@ -96,6 +96,15 @@ def test_huge_and_odd_texts() -> None:
     assert (outcome.turn_rewards, huge.finish_reason) == ([0.5], "context")
 
 
+def test_a_mistake_names_its_environment() -> None:
+    async def image(model: Model, task: dict[str, Any]) -> float:
+        await model.reply([{"role": "user", "content": [{"type": "image"}]}])
+        return 0.0
+
+    with pytest.raises(EnvironmentMistake, match=r"^environment=test: a message .* type 'image'"):
+        run(image, 2)
+
+
 class Exits(BaseException):
     """An error that is no Exception, as of a library that unwinds with one."""
 
@@ -264,6 +273,19 @@ def test_an_episode_that_blocks_all_ends_the_run() -> None:
     assert time.perf_counter() - began < 30
 
 
+def plain(model: Model, task: dict[str, Any]) -> float:
+    return 1.0
+
+
+async def yields(model: Model, task: dict[str, Any]) -> Any:
+    yield 1.0
+
+
+class OnlyReset:
+    def reset(self, task: dict[str, Any]) -> str:
+        return "Go"
+
+
 async def takes_one(model: Model) -> float:
     return 1.0
 
@@ -287,6 +309,9 @@ class Gymnasium:
         (Steps, r"the class takes \(returned.*called with \(\)"),
         (Steps(1), "is a Steps; name an async function"),
         (len, "name an async function"),
+        (plain, "plain' is a function without async; name an async function"),
+        (yields, "an async generator .return the reward, yield nothing.; name"),
+        (OnlyReset, "is a class with reset alone; name .* a class with reset and step"),
     ],
 )
 def test_what_can_not_be_called_is_known_before_the_run(environment: Any, fix: str) -> None:

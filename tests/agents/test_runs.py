@@ -132,6 +132,20 @@ def test_every_kind_of_algorithm_learns_from_episodes(recipe: str, tmp_path: Pat
     assert second["actor/weight_version"] == 2.0
 
 
+async def says_nothing(model: Model, task: dict[str, Any]) -> float:
+    return 1.0
+
+
+def test_episodes_without_a_reply_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An agent that was not given the URL, say."""
+    settings = chat_settings(tmp_path) | {"loop.num_steps": 1, "output_dir": tmp_path / "out"}
+    with caplog.at_level("WARNING"):
+        run("grpo", settings, environment=says_nothing)
+    assert "none of 8 episodes asked the policy for a reply" in caplog.text
+
+
 def test_a_function_and_the_environment_add_up(tmp_path: Path) -> None:
     settings = chat_settings(tmp_path)
     (first, _), _ = steps(tmp_path, settings, environment=one_turn, reward=length_reward)

@@ -224,7 +224,11 @@ class Episodes:
                 finished = await self._attempt(row, task, clock, failures)
                 if finished.outcome is not None:
                     break
-        except Exception as error:  # for the thread that waits, which raises it
+        except Exception as raised:  # for the thread that waits, which raises it
+            error = raised
+            if isinstance(raised, EnvironmentMistake) and self.name not in str(raised):
+                error = EnvironmentMistake(f"environment={self.name}: {raised}")
+                error.__cause__ = raised
             with self._changed:
                 self._error = self._error or error
                 self._changed.notify_all()

@@ -15,7 +15,7 @@ from workers.agents.executor import Episode, Task
 from workers.agents.model import Model
 from workers.agents.renderer import Message
 from workers.agents.threads import call
-from workers.agents.tools import Rewards, schemas_of, tool_names, toolbox, use
+from workers.agents.tools import Rewards, schemas_of, tool_names, toolbox, use, vars_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +64,21 @@ def as_episode(environment: Any) -> Interface:
             rewards=issubclass(value, Rewards),
         )
     raise ValueError(
-        f"environment={name!r} is {kind_of(value)}; name an async function of (model, "
+        f"environment={name!r} is {_kind_of(value)}; name an async function of (model, "
         "task), a class with reset and step, or a class whose methods are tools"
     )
+
+
+def _kind_of(value: Any) -> str:
+    """What it is, in words that say why it is no environment."""
+    if inspect.isclass(value):
+        found = [method for method in ("reset", "step") if method in vars_of(value)]
+        return f"a class with {found[0]} alone" if found else "a class without methods"
+    if inspect.isasyncgenfunction(value):
+        return "an async generator (return the reward, yield nothing)"
+    if inspect.isfunction(value):
+        return "a function without async"
+    return kind_of(value)
 
 
 METHODS = {"reset": ("task",), "step": ("action",), "reward": ("answer",), "close": ()}

@@ -131,9 +131,10 @@ class Renderer:
                 "set data.chat_template to a file with one, or let the environment speak in text "
                 "or token ids"
             )
+        shown = [self._for_template(message) for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
-                [self._for_template(message) for message in messages],
+                shown,
                 tools=self.tools and [self._contents.hidden(tool) for tool in self.tools],
                 tokenize=False,
                 add_generation_prompt=generation_prompt,

@@ -200,6 +200,13 @@ class EpisodeSampler(Sampler):
                 uid,
                 reason,
             )
+        if finished and all(map(_says_nothing, finished)):
+            LOGGER.warning(
+                "environment=%s: none of %d episodes asked the policy for a reply, and nothing of "
+                "them is trained on; await model.reply, or give the agent the URL of an Endpoint",
+                self.interface.name,
+                len(finished),
+            )
         version = self.engine.weight_version
         return batch_of(
             [
@@ -207,6 +214,12 @@ class EpisodeSampler(Sampler):
                 for uid, episode in zip(uids, finished, strict=True)
             ]
         )
+
+
+def _says_nothing(episode: Finished) -> bool:
+    """Whether it came to its end without having asked for a reply."""
+    segments = episode.model.segments
+    return episode.outcome is not None and not segments.num_turns and not segments.finish_reason
 
 
 def turn_seed(seed: int, num_drawn: int) -> int:
