@@ -35,7 +35,7 @@ class Heartbeat:
         """Whether the loop was found to stand still."""
         self._answered, self._checked_at, self._queued_s = True, 0.0, 0.0
         self._task: asyncio.Task[object] | None = None
-        """What the loop was at in the last check."""
+        """The one that the loop was at in the last check."""
         self._stood_s = 0.0
         """For how long it has been at that without an answer."""
 

@@ -70,7 +70,7 @@ def as_episode(environment: Any) -> Interface:
 
 
 def _kind_of(value: Any) -> str:
-    """What it is, in words that say why it is no environment."""
+    """The value's kind, in words that say why it is no environment."""
     if inspect.isclass(value):
         found = [method for method in ("reset", "step") if method in vars_of(value)]
         return f"a class with {found[0]} alone" if found else "a class without methods"
