@@ -58,7 +58,8 @@ def own_rows(engine: ShardedEngine, rank: int) -> list[int]:
 
 
 def two_steps(path: Path, context: RankContext, case: Case) -> list[Any]:
-    """Metrics of two steps on the rank's rows of the example."""
+    """Metrics of two steps on the rank's rows of the example, with the number of images whose pixels it
+    made."""
     engine = make_engine(
         path / case.family,
         context,
@@ -68,7 +69,13 @@ def two_steps(path: Path, context: RankContext, case: Case) -> list[Any]:
         **case.settings,
     )
     mine = make_rows(path / case.family)[0].rows(own_rows(engine, context.rank))
-    return [engine.train_step(mine, loss_fn, temperature=TEMPERATURE) for _ in range(2)]
+    steps = []
+    for _ in range(2):
+        metrics = engine.train_step(mine, loss_fn, temperature=TEMPERATURE)
+        inputs = engine._cutting.images
+        assert inputs is not None
+        steps.append({**metrics, "images": len(inputs._images._pixels)})
+    return steps
 
 
 def run(rank: int, root: Path, path: Path, cases: list[Case]) -> None:

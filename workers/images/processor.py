@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoImageProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+    smart_resize,
+)
 
 from workers.config import ModelConfig
 from workers.images.families import ImageFamily, family_of, image_token_id, published_config
@@ -24,16 +28,22 @@ KEPT_BYTES = 256 * 2**20
 same images."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pixels:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """The room that an image takes in a prompt."""
+
+    grid: tuple[int, int, int] | None
+    """Patches along time, height and width; None where all images have the same size."""
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pixels(Extent):
     """An image as the vision tower reads it."""
 
     values: Tensor
     """float32 [patches, numbers of a patch], or [1, colors, height, width] where all images have the
     same size."""
-    grid: tuple[int, int, int] | None
-    """Patches along time, height and width; None where all images have the same size."""
-    num_tokens: int
 
 
 class ImageProcessor:
@@ -59,7 +69,7 @@ class ImageProcessor:
             self._token_count = int(sizes[family.token_count])
         self._pixels: OrderedDict[str, Pixels] = OrderedDict()
         self._num_bytes = 0
-        self._num_tokens: dict[str, int] = {}
+        self._extents: dict[str, Extent] = {}
 
     @cached_property
     def _processor(self) -> Any:
@@ -82,6 +92,11 @@ class ImageProcessor:
                 f"model.path is {model.path!r}, whose preprocessor_config.json has do_pan_and_scan, which "
                 "makes several images of one; set it to false"
             )
+        if self.family.is_rotary and not isinstance(processor, Qwen2VLImageProcessorPil):
+            raise ValueError(
+                f"model.path is {model.path!r}, whose preprocessor_config.json names "
+                f"{type(processor).__name__}; use a model whose file names Qwen2VLImageProcessor"
+            )
         return processor
 
     @property
@@ -89,22 +104,39 @@ class ImageProcessor:
         """Patches along each side of what is one token."""
         return self._merge
 
-    def num_tokens(self, reference: ImageReference) -> int:
-        """Tokens of an image in a prompt; reads its size only."""
+    def extent(self, reference: ImageReference) -> Extent:
+        """The room of an image in a prompt; reads its size only."""
         if self._token_count:
             reference.size()  # a damaged one ends the run here
-            return self._token_count
-        if reference.key not in self._num_tokens:
+            return Extent(grid=None, num_tokens=self._token_count)
+        if reference.key not in self._extents:
             height, width = reference.size()
             try:
-                patches = self._processor.get_number_of_image_patches(height, width)
+                grid = self._grid(height, width)
             except ValueError as error:  # too long and thin
                 raise ValueError(
                     f"{reference} is {width} x {height} pixels, which the model's image processor does not "
                     f"take: {error}; cut it, or remove the row"
                 ) from error
-            self._num_tokens[reference.key] = int(patches) // self._merge**2
-        return self._num_tokens[reference.key]
+            self._extents[reference.key] = self._extent(grid)
+        return self._extents[reference.key]
+
+    def _grid(self, height: int, width: int) -> tuple[int, int, int]:
+        """Patches of an image with these sides, as the processor resizes it."""
+        processor = self._processor
+        side, size = processor.patch_size, processor.size
+        rows, columns = smart_resize(
+            height,
+            width,
+            side * processor.merge_size,
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+        )
+        return 1, rows // side, columns // side
+
+    def _extent(self, grid: tuple[int, int, int]) -> Extent:
+        time, height, width = grid
+        return Extent(grid=grid, num_tokens=time * height * width // self._merge**2)
 
     def expand(self, text: str, references: Sequence[ImageReference]) -> str:
         """The text with each image's tokens in the place of its placeholder. A ValueError where there
@@ -123,7 +155,7 @@ class ImageProcessor:
             )
         result = pieces[0]
         for reference, piece in zip(references, pieces[1:], strict=True):
-            result += self.family.expanded(self.num_tokens(reference)) + piece
+            result += self.family.expanded(self.extent(reference).num_tokens) + piece
         return result
 
     def pixels(self, reference: ImageReference) -> Pixels:
@@ -144,10 +176,10 @@ class ImageProcessor:
         features = self._processor(images=[reference.read()], return_tensors="pt")
         values = features["pixel_values"].float()
         if self._token_count:
-            return Pixels(values, None, self._token_count)
+            return Pixels(grid=None, num_tokens=self._token_count, values=values)
         time, height, width = features["image_grid_thw"][0].tolist()
         num_tokens = time * height * width // self._merge**2
-        return Pixels(values, (time, height, width), num_tokens)
+        return Pixels(grid=(time, height, width), num_tokens=num_tokens, values=values)
 
     def save(self, directory: str) -> None:
         """Writes the processor's files, as transformers and vLLM read them."""

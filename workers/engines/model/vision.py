@@ -10,6 +10,7 @@ Pixels are made here, from the references that the rows carry, so that no other 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from workers.engines.model.attention import BLOCKS
 from workers.engines.model.packing import Packing
 from workers.images import ImageProcessor, family_of
 from workers.images.families import image_token_id
-from workers.images.processor import Pixels, rotary_positions
+from workers.images.processor import Extent, Pixels, rotary_positions
 from workers.images.reference import blank_image
 from workers.sequences import Sequences
 
@@ -41,10 +42,11 @@ class SeenImages:
     """The images of one pass, in the order of their tokens."""
 
     pixel_values: Tensor | None
-    """float32, those of all images one after the other; None where there is no image."""
+    """float32, those of all images one after the other; None where there is no image, and in pipeline
+    stages without the tower."""
     grids: Tensor | None
-    """int64 [images, 3]: patches along time, height and width; None where all images have the same
-    size."""
+    """int64 [images, 3]: patches along time, height and width; None where there are no pixels, and
+    where all images have the same size."""
     positions: Tensor | None
     """int64 [3, rows, time]: positions of the input ids in time, height and width; None where a token
     has one position only."""
@@ -101,33 +103,41 @@ class ImageInputs:
 
     def __init__(self, model: ModelConfig) -> None:
         self._images = ImageProcessor(model)
+        self._makes_pixels = True
+
+    def without_pixels(self) -> ImageInputs:
+        """For a pipeline stage that gets the embedded images from the one before: the heads of files say
+        where their tokens are."""
+        result = copy.copy(self)
+        result._makes_pixels = False
+        return result
 
     def of(self, part: Sequences, places: Tensor, shape: tuple[int, int]) -> SeenImages:
         """The images of a pass over input ids of `shape`, whose element i is the token places[i] of
         `part`, or padding where that is -1. A ValueError names a row whose image tokens are not
         those of its images."""
         family = self._images.family
-        pixels, begins, positions, of_image = self._rows(part)
+        seen, begins, positions, of_image = self._rows(part)
         present = torch.nonzero(places >= 0).squeeze(1)
         place_of = torch.full((len(part.token_ids),), -1, dtype=torch.int64)
         place_of[places[present]] = present
         # An image of a prompt that several rows share is computed once.
         computed = [
-            (int(place_of[begin]), image) for begin, image in zip(begins, pixels, strict=True)
+            (int(place_of[begin]), image) for begin, image in zip(begins, seen, strict=True)
         ]
         ordered = sorted(
             (place, number) for number, (place, _) in enumerate(computed) if place >= 0
         )
-        chosen = [pixels[number] for _, number in ordered]
+        chosen = [seen[number] for _, number in ordered]
         blocks_of = torch.full((len(places),), -1, dtype=torch.int64)
         blocks_of[present] = of_image[places[present]]
         values = grids = rows = blocks = None
-        if chosen:
-            values = torch.cat([image.values for image in chosen])
+        if chosen and family.sees_itself:
+            blocks = blocks_of.view(shape)
+        if pixels := [image.values for image in chosen if isinstance(image, Pixels)]:
+            values = torch.cat(pixels)
             if family.is_rotary:
                 grids = torch.tensor([image.grid for image in chosen])
-            if family.sees_itself:
-                blocks = blocks_of.view(shape)
         if family.is_rotary:
             rows = torch.zeros(3, len(places), dtype=torch.int64)
             rows[:, present] = positions[:, places[present]]
@@ -160,11 +170,11 @@ class ImageInputs:
         """Tokens of a blank image."""
         return self._images.pixels(blank_image()).num_tokens
 
-    def _rows(self, part: Sequences) -> tuple[list[Pixels], list[int], Tensor, Tensor]:
-        """The images of all rows, where the tokens of each begin in part.token_ids, the positions [3,
-        tokens] of all tokens (none where they have one only), and int64 [tokens]: the number of the
-        image that a token belongs to, -1 for text."""
-        pixels: list[Pixels] = []
+    def _rows(self, part: Sequences) -> tuple[list[Extent], list[int], Tensor, Tensor]:
+        """The images of all rows, as Pixels where they are made, where the tokens of each begin in
+        part.token_ids, the positions [3, tokens] of all tokens (none where they have one only), and
+        int64 [tokens]: the number of the image that a token belongs to, -1 for text."""
+        found: list[Extent] = []
         begins: list[int] = []
         positions = [torch.zeros(3, 0, dtype=torch.int64)]
         of_image = torch.full((len(part.token_ids),), -1, dtype=torch.int64)
@@ -172,7 +182,8 @@ class ImageInputs:
         images = part.images or [()] * part.num_rows
         lengths = part.lengths.tolist()
         for row, ids in enumerate(part.token_ids.cpu().split(lengths)):
-            seen = [self._images.pixels(reference) for reference in images[row]]
+            make = self._images.pixels if self._makes_pixels else self._images.extent
+            seen = [make(reference) for reference in images[row]]
             places = torch.nonzero(ids == self._images.token_id).squeeze(1)
             expected = sum(image.num_tokens for image in seen)
             if len(places) < expected:
@@ -181,7 +192,7 @@ class ImageInputs:
                     "tokens; prompts and images must come from the same processor"
                 )
             done = 0  # tokens behind those of the images were sampled
-            for number, image in enumerate(seen, len(pixels)):
+            for number, image in enumerate(seen, len(found)):
                 begins.append(first + int(places[done]))
                 of_image[first + places[done : done + image.num_tokens]] = number
                 done += image.num_tokens
@@ -190,9 +201,9 @@ class ImageInputs:
                 positions.append(
                     rotary_positions(ids, self._images.token_id, grids, self._images.merge)
                 )
-            pixels += seen
+            found += seen
             first += len(ids)
-        return pixels, begins, torch.cat(positions, 1), of_image
+        return found, begins, torch.cat(positions, 1), of_image
 
 
 def image_arguments(images: SeenImages, packing: Packing | None) -> dict[str, Any]:

@@ -86,6 +86,9 @@ class ThreeDEngine(ShardedEngine):
         lender = self.lender
         assert lender is None or isinstance(lender, ThreeDEngine)
         self._place = self.layout.coordinates(self.context.rank)
+        images = self._cutting.images
+        if images is not None and self._place["pp"]:
+            self._cutting = replace(self._cutting, images=images.without_pixels())
         self._share: Share = build_share(
             source,
             self.model,
