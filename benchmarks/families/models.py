@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.families.experts import MIXTURES
+from benchmarks.families.experts import GRANITE, MIXTURES
 from benchmarks.families.family import (
     COMMON,
     FULL_HEADS,
@@ -82,13 +82,7 @@ FAMILIES = [
     Family(
         name="Granite",
         model_type="granite",
-        settings=COMMON
-        | {
-            "embedding_multiplier": 3.0,
-            "attention_multiplier": 0.2,
-            "residual_multiplier": 0.4,
-            "logits_scaling": 2.0,
-        },
+        settings=COMMON | GRANITE,
     ),
     Family(name="Phi-3", model_type="phi3", settings=COMMON | {"sliding_window": WINDOW}),
     Family(

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from benchmarks.families.case import GAP, Devices
+from benchmarks.families.experts import MIXTURES
 from hybridflow.context import RankContext
 from tests.engines.threed_cases import VOCABULARY
 from tests.experts.plain import CHOSEN, load_mixture, observed, save_tiny_mixture
@@ -19,6 +21,7 @@ from workers.generation import generation_engine_class
 from workers.generation.base import GenerationEngine
 from workers.generation.config import GenerationConfig, SamplingConfig
 from workers.generation.rows import FinishedRow
+from workers.generation.vllm.limits import check_fits, check_router_bias
 
 LAYERS = 2
 SAMPLING = SamplingConfig(max_response_tokens=9, ignore_eos=True)
@@ -113,3 +116,24 @@ def test_vllm_records_routes_with_a_cached_prefix_and_after_preemption(
         assert np.array_equal(row.token_ids, again.token_ids)
     check(wide, cached)
     check(wide, drawn(vllm, preempt_after=4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["GLM-4 MoE", "Qwen 2 MoE", "Granite MoE, shared expert"])
+def test_experts_after_syncs(name: str, tmp_path: Path) -> None:
+    """Log-probs are those of training: with a bias that routers keep beside their gate, with shared
+    experts that have a gate, with stacks that transformers and files cut otherwise."""
+    family = next(entry for entry in MIXTURES if entry.name == name)
+    with Devices("one process", tmp_path) as devices:
+        row = devices.measure(family)
+    assert row.log_prob_gap is not None and row.log_prob_gap < GAP, row.message
+
+
+def test_what_vllm_computes_otherwise_is_refused() -> None:
+    with pytest.raises(ValueError, match="phimoe leaves out the bias of its head") as error:
+        check_fits(AutoConfig.for_model("phimoe"), GenerationConfig())
+    assert "set generation.engine to hf" in str(error.value)
+    check_router_bias("ernie4_5_moe", "cuda")
+    check_router_bias("glm4_moe", "cpu")
+    with pytest.raises(ValueError, match="routers of ernie4_5_moe choose; set gen"):
+        check_router_bias("ernie4_5_moe", "cpu")

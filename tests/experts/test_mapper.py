@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.families.experts import MIXTURES
+from benchmarks.families.family import Family
 from hybridflow.layout import Layout
 from hybridflow.mapping.question.cluster import Cluster
 from hybridflow.mapping.question.layouts import GenerationLayout, ModelLayout
@@ -24,6 +26,7 @@ from hybridflow.resharding.analytic import decoder_rules, fsdp, generation, thre
 from hybridflow.resharding.grouping import fewest_bytes, vanilla
 from tests.experts.plain import COMMON, FAMILIES
 from tests.mapping.test_simulators import A100, WORKLOAD, machine
+from workers.engines.model.loading import standard_sizes
 
 QWEN: dict[str, Any] = {
     "vocab_size": 151936,
@@ -59,6 +62,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v3": ("deepseek_v3", {}),
 }
 """The sizes of the published config.json files; DeepSeek-V3's are transformers' defaults."""
+UNCOUNTED = ("llama4_text", "hunyuan_v1_moe", "afmoe")
+"""Families with matrices that their configurations do not name: dense layers of another inner size, a
+shared expert, a gate of the attention."""
 MIXTURE = replace(MODELS["qwen3-30b-a3b"], num_layers=8)
 
 
@@ -78,6 +84,21 @@ def test_parameters_are_those_of_transformers(family: str) -> None:
     settings = COMMON | FAMILIES[family] | {"hidden_size": 256, "vocab_size": 2000}
     spec, total = spec_of(family, settings)
     assert spec.num_parameters == pytest.approx(total, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [family for family in MIXTURES if family.model_type not in UNCOUNTED],
+    ids=lambda family: family.name,
+)
+def test_sizes_of_every_family(family: Family) -> None:
+    """Whatever a family calls its dense layers and its shared experts."""
+    config = family.config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(family.config())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    spec = ModelSpec.from_hf(standard_sizes(config), name=family.name)
+    assert spec.num_parameters == pytest.approx(total, rel=0.02)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

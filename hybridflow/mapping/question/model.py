@@ -116,14 +116,25 @@ class ModelSpec:
         if not experts:
             return dense
         expert_inner = _integer(config, "moe_intermediate_size", default=inner)
-        shared = _integer(config, "n_shared_experts", default=0) * expert_inner
+        shared = expert_inner * _integer(
+            config,
+            "n_shared_experts",
+            "num_shared_experts",
+            "moe_num_shared_experts",
+            default=0,
+        )
         return replace(
             dense,
             num_experts=experts,
-            experts_per_token=_integer(config, "num_experts_per_tok", "moe_topk", default=0),
+            experts_per_token=_integer(
+                config, "num_experts_per_tok", "moe_topk", "top_k_experts", default=0
+            ),
             expert_intermediate_size=expert_inner,
             shared_intermediate_size=_integer(
-                config, "shared_expert_intermediate_size", default=shared
+                config,
+                "shared_expert_intermediate_size",
+                "shared_intermediate_size",
+                default=shared,
             ),
             num_dense_layers=_dense_layers(config, dense.num_layers),
         )
@@ -343,9 +354,18 @@ class ModelSpec:
 
 
 def _dense_layers(config: Mapping[str, object], num_layers: int) -> int:
-    """How many layers of a mixture of experts have none: the first ones (DeepSeek), those that are
-    named, and all but every so-manieth (Qwen)."""
-    first = _integer(config, "first_k_dense_replace", default=0)
+    """How many layers of a mixture of experts have none: the first ones (DeepSeek, Ernie, LFM2), those
+    that are named, and all but every so-manieth (Qwen)."""
+    kinds = config.get("mlp_layer_types")
+    if isinstance(kinds, list):
+        return kinds.count("dense")
+    first = _integer(
+        config,
+        "first_k_dense_replace",
+        "moe_layer_start_index",
+        "num_dense_layers",
+        default=0,
+    )
     every = _integer(config, "decoder_sparse_step", default=1)
     named = config.get("mlp_only_layers")
     dense = set(range(first))

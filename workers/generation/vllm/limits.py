@@ -28,10 +28,18 @@ UNSYNCED = {
     "bloom": "can't be built without its memory",
     "falcon": "reorders its weights while it loads them",
     "gpt_oss": "computes on its weights while it loads them",
+    "llama4": "reorders its weights while it loads them",
+    "llama4_text": "reorders its weights while it loads them",
     "mamba": "computes on its weights while it loads them",
 }
 """Families whose vLLM model can't say where it keeps which slice of a checkpoint: that is discovered
 on the meta device, by what its loaders copy."""
+
+OTHERWISE = {"phimoe": "leaves out the bias of its head"}
+"""Families whose vLLM model computes something else than transformers'."""
+BIASED_ROUTERS = ("ernie4_5_moe", "minimax_m2")
+"""Families whose routers choose by a bias and not by groups: vLLM's code for CPUs knows the bias with
+groups alone, and would leave it out."""
 
 
 def check_known(model: PretrainedConfig) -> None:
@@ -86,9 +94,24 @@ def check_fits(model: PretrainedConfig, config: GenerationConfig) -> None:
             f"(max_window_layers={sizes['max_window_layers']} in the model's config.json); set "
             f"generation.engine to {other_engines('vllm')}, or use_sliding_window=false in that file"
         )
+    if why := OTHERWISE.get(model.model_type):
+        raise ValueError(
+            f"generation.engine is 'vllm', whose {model.model_type} {why}, so that its log-probs are not "
+            f"those of training; set generation.engine to {other_engines('vllm')}"
+        )
+    check_router_bias(model.model_type, installed_kind())
     if sizes.get("kv_lora_rank"):
         check_latent(sizes, config.precision, installed_kind())
     check_long_rope(sizes, config.max_model_len)
+
+
+def check_router_bias(model_type: str, build: str) -> None:
+    """ValueError for routers that vLLM's build for "cpu" computes without their bias."""
+    if model_type in BIASED_ROUTERS and build == "cpu":
+        raise ValueError(
+            f"generation.engine is 'vllm', whose CPU build leaves out the bias by which routers of "
+            f"{model_type} choose; set generation.engine to {other_engines('vllm')}, or generate on GPUs"
+        )
 
 
 def check_latent(sizes: Mapping[str, Any], precision: Precision, build: str) -> None:

@@ -233,14 +233,15 @@ class VllmWeights:
 
     def _rearranged(self) -> set[str]:
         """The parameters that vLLM may hold in another order in the same form: on CPU those of
-        experts, whose kernel reads them in blocks."""
-        names = set[str]()
+        experts, whose kernel reads them in blocks. What another module has too (the bias by which a
+        router chooses) is not the kernel's, and routers keep the tensor itself."""
+        names, others = set[str](), set[str]()
         if not self._repacks:
             return names
         for module_name, module in self._model.named_modules():
-            if _computes_experts(_quant_method(module)):
-                names |= {self._tensor_of(module_name, own) for own in module._parameters}
-        return names
+            found = names if _computes_experts(_quant_method(module)) else others
+            found |= {self._tensor_of(module_name, own) for own in module._parameters}
+        return names - others
 
     def _modules_that_derive(self, filled: Container[str]) -> list[Any]:
         """The modules that compute with tensors made from weights after loading. LoaderError for a
