@@ -77,8 +77,8 @@ def compare(cases: list[Case], tmp_path: Path) -> None:
         settings = {name: case.settings[name] for name in case.settings.keys() - ALONE}
         alone = two_steps(tmp_path, RankContext(), replace(case, engine="fsdp", settings=settings))
         if "pp" in case.settings:
-            made = [results[number][-1]["images"] for results in both]
-            assert made == [alone[-1]["images"], 0], case
+            counts = [results[number][-1]["images"] for results in both]
+            assert counts == [alone[-1]["images"], 0], case
         for results in both:
             for step in range(2):
                 for name in ("loss", "grad_norm"):

@@ -117,18 +117,18 @@ class ImageInputs:
         `part`, or padding where that is -1. A ValueError names a row whose image tokens are not
         those of its images."""
         family = self._images.family
-        seen, begins, positions, of_image = self._rows(part)
+        extents, begins, positions, of_image = self._rows(part)
         present = torch.nonzero(places >= 0).squeeze(1)
         place_of = torch.full((len(part.token_ids),), -1, dtype=torch.int64)
         place_of[places[present]] = present
         # An image of a prompt that several rows share is computed once.
         computed = [
-            (int(place_of[begin]), image) for begin, image in zip(begins, seen, strict=True)
+            (int(place_of[begin]), image) for begin, image in zip(begins, extents, strict=True)
         ]
         ordered = sorted(
             (place, number) for number, (place, _) in enumerate(computed) if place >= 0
         )
-        chosen = [seen[number] for _, number in ordered]
+        chosen = [extents[number] for _, number in ordered]
         blocks_of = torch.full((len(places),), -1, dtype=torch.int64)
         blocks_of[present] = of_image[places[present]]
         values = grids = rows = blocks = None
@@ -174,7 +174,7 @@ class ImageInputs:
         """The images of all rows, as Pixels where they are made, where the tokens of each begin in
         part.token_ids, the positions [3, tokens] of all tokens (none where they have one only), and
         int64 [tokens]: the number of the image that a token belongs to, -1 for text."""
-        found: list[Extent] = []
+        extents: list[Extent] = []
         begins: list[int] = []
         positions = [torch.zeros(3, 0, dtype=torch.int64)]
         of_image = torch.full((len(part.token_ids),), -1, dtype=torch.int64)
@@ -183,27 +183,27 @@ class ImageInputs:
         lengths = part.lengths.tolist()
         for row, ids in enumerate(part.token_ids.cpu().split(lengths)):
             make = self._images.pixels if self._makes_pixels else self._images.extent
-            seen = [make(reference) for reference in images[row]]
+            images_of_row = [make(reference) for reference in images[row]]
             places = torch.nonzero(ids == self._images.token_id).squeeze(1)
-            expected = sum(image.num_tokens for image in seen)
+            expected = sum(image.num_tokens for image in images_of_row)
             if len(places) < expected:
                 raise ValueError(
-                    f"a row has {len(places)} image tokens and {len(seen)} images of {expected} "
+                    f"a row has {len(places)} image tokens and {len(images_of_row)} images of {expected} "
                     "tokens; prompts and images must come from the same processor"
                 )
             done = 0  # tokens behind those of the images were sampled
-            for number, image in enumerate(seen, len(found)):
+            for number, image in enumerate(images_of_row, len(extents)):
                 begins.append(first + int(places[done]))
                 of_image[first + places[done : done + image.num_tokens]] = number
                 done += image.num_tokens
             if self._images.family.is_rotary:
-                grids = [image.grid for image in seen if image.grid is not None]
+                grids = [image.grid for image in images_of_row if image.grid is not None]
                 positions.append(
                     rotary_positions(ids, self._images.token_id, grids, self._images.merge)
                 )
-            found += seen
+            extents += images_of_row
             first += len(ids)
-        return found, begins, torch.cat(positions, 1), of_image
+        return extents, begins, torch.cat(positions, 1), of_image
 
 
 def image_arguments(images: SeenImages, packing: Packing | None) -> dict[str, Any]:

@@ -239,8 +239,8 @@ class VllmWeights:
         if not self._repacks:
             return names
         for module_name, module in self._model.named_modules():
-            found = names if _computes_experts(_quant_method(module)) else others
-            found |= {self._tensor_of(module_name, own) for own in module._parameters}
+            group = names if _computes_experts(_quant_method(module)) else others
+            group |= {self._tensor_of(module_name, name) for name in module._parameters}
         return names - others
 
     def _modules_that_derive(self, filled: Container[str]) -> list[Any]:
