@@ -6,8 +6,8 @@
 
 A name of models.py (experts, images) takes that model, `episodes` rows with turns of an environment;
 lora=8 and every other integer are settings of TrainConfig. Prints a JSON list of rows {stage, case,
-launches, syncs, copies}: the engine's build, what a forward pass and a training step cost for each
-micro-batch, and what a snapshot in memory costs.
+launches, syncs, copies, peak_bytes}: the engine's build, what a forward pass and a training step cost
+for each micro-batch, and what a snapshot in memory costs.
 """
 
 from __future__ import annotations
@@ -69,6 +69,10 @@ class Row:
     launches: float
     syncs: float
     copies: float
+    peak_bytes: int
+    """On the device, of all that is alive."""
+    predicted_bytes: int | None = None
+    """By the mapper, for models of full width only (memory.py)."""
 
 
 class Counter:
@@ -82,6 +86,7 @@ class Counter:
 
     def __enter__(self) -> None:
         self.before = self._now()
+        self.hollow.memory.peak = self.hollow.memory.live
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         used = [
@@ -90,7 +95,14 @@ class Counter:
         ]
         launches, syncs, copies = used
         if error is None:
-            row = Row(stage="A", case=self.case, launches=launches, syncs=syncs, copies=copies)
+            row = Row(
+                stage="A",
+                case=self.case,
+                launches=launches,
+                syncs=syncs,
+                copies=copies,
+                peak_bytes=self.hollow.memory.peak,
+            )
             self.rows.append(row)
 
 

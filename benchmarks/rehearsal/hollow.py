@@ -367,6 +367,8 @@ def become_gpu() -> None:
     cuda.memory_stats = lambda device=None: {}
     cuda.nvtx.range_push, cuda.nvtx.range_pop = answer(0), answer(0)
     torch.Tensor.record_stream = answer(None)  # type: ignore[assignment]
+    # A FakeTensor gives its numbers one by one, a device all of them in one copy.
+    FakeTensor.tolist = lambda tensor: tensor.cpu().tolist()  # type: ignore[method-assign]
     plain_to = torch.nn.Module.to
 
     def move_module(module: torch.nn.Module, *args: Any, **options: Any) -> torch.nn.Module:

@@ -45,11 +45,15 @@ RANK = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Bytes of one case with so many of the model's layers."""
+    """Bytes of one case with so many of the model's layers; what the step asks of the GPU for each
+    micro-batch."""
 
     stage: str
     case: str
     layers: int
+    launches: float
+    syncs: float
+    copies: float
     resident_bytes: int
     predicted_resident_bytes: int
     peak_bytes: int
@@ -81,16 +85,22 @@ def measure(directory: Path, name: str, layers: int, largest: int) -> Row:
         hollow.memory.watched = largest > 0
         engine.train_step(batch, loss)
         resident, hollow.memory.peak = hollow.memory.live, hollow.memory.live
+        hollow.launches, hollow.copies = 0, 0
+        hollow.syncs.clear()
         engine.train_step(batch, loss)
         peak = hollow.memory.peak
     for origin, size in hollow.memory.at_peak.most_common(largest):
         print(f"{size / 1e9:8.3f} GB  {origin}", file=sys.stderr)
     between, step = predicted(case, spec, config)
     parts = {part: round(value) for part, value in asdict(between + step).items()}
+    micro_batches = case.rows // case.rows_at_once
     return Row(
         stage="A",
         case=name,
         layers=spec.num_layers,
+        launches=hollow.launches / micro_batches,
+        syncs=hollow.syncs.total() / micro_batches,
+        copies=hollow.copies / micro_batches,
         resident_bytes=resident,
         predicted_resident_bytes=round(between.total),
         peak_bytes=peak,
