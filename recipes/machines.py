@@ -61,12 +61,13 @@ def start_all_pools(
 ) -> Mapping[str, ResourcePool]:
     """Every pool by its name, in Ray or (without a cluster) in this process."""
     names = list(dict.fromkeys(role.pool for role in placement.roles))
-    specs = [_spec(placement, cluster, name) for name in names]
+    specs = [pool_spec(placement, cluster, name) for name in names]
     pools = list(map(LocalPool, specs)) if cluster is None else start_pools(specs)
     return dict(zip(names, pools, strict=True))
 
 
-def _spec(placement: Placement, cluster: ClusterInfo | None, name: str) -> PoolSpec:
+def pool_spec(placement: Placement, cluster: ClusterInfo | None, name: str) -> PoolSpec:
+    """The pool of this name: its devices, its processes' threads and how long they are waited for."""
     config = placement.config
     custom = config.placement is PlacementMode.custom and name in config.pools
     return PoolSpec(

@@ -1,6 +1,6 @@
 """The fixes of docs/gpu.md taken back one by one: the test that names each must fail.
 
-    python -m benchmarks.rehearsal.reverts [NUMBER ...]        # a quarter of an hour on two cores
+    python -m benchmarks.rehearsal.reverts [NUMBER ...]        # twenty minutes on two cores
 
 Works on a copy of the checkout. A fix is an exact piece of text; where it is not found any more, the
 row says so, and the list below needs the new text.
@@ -146,6 +146,146 @@ REVERTS = (
         fix="@lru_cache(maxsize=1024)\ndef _rows_on(",
         before="def _rows_on(",
         test=f"{HOLLOW} 'fsdp-1'",
+    ),
+    Revert(
+        finding="3 the other build of vLLM is taken",
+        file="workers/generation/vllm/build.py",
+        fix="    if not kind or kind == needed:\n",
+        before="    if True:\n",
+        test=f"{REHEARSAL}test_environment.py -k 'installed_vllm or cpu_build'",
+    ),
+    Revert(
+        finding="5 weights that graphs hold are replaced",
+        file="workers/generation/vllm/destination.py",
+        fix="        if self.engine.has_graphs:\n",
+        before="        if False:\n",
+        test=f"{REHEARSAL}test_vllm_settings.py -k memory_that_graphs_hold",
+    ),
+    Revert(
+        finding="11 roles compute beside an awake generation engine",
+        file="workers/actor.py",
+        fix="            self.pool_memory.holders.add(self)\n",
+        before="            pass\n",
+        test="tests/workers/test_memory_owner.py",
+    ),
+    Revert(
+        finding="16 all soft-capped scores at once",
+        file="workers/engines/model/capped_attention.py",
+        fix="    if rows * heads * time * seen <= MOST_SCORES:\n",
+        before="    if True:\n",
+        test="tests/engines/test_capped_attention.py",
+    ),
+    Revert(
+        finding="17 grouped heads in float32 on CUDA",
+        file="workers/engines/model/attention.py",
+        fix="    if key.is_cuda and key.dtype is torch.float32:\n",
+        before="    if False:\n",
+        test="tests/engines/test_grouped_heads.py",
+    ),
+    Revert(
+        finding="22 operators that do not repeat",
+        file="hybridflow/devices.py",
+        fix="    torch.use_deterministic_algorithms(True)\n",
+        before="",
+        test=f"{REHEARSAL}test_environment.py -k deterministic",
+    ),
+    Revert(
+        finding="23 a clock that does not wait for the device",
+        file="workers/weight_sync.py",
+        fix="        torch.cuda.synchronize()\n",
+        before="        pass\n",
+        test=f"{REHEARSAL}test_kept_promises.py -k clock",
+    ),
+    Revert(
+        finding="24 the latest bytes of a device in place of the most",
+        file="workers/process_memory.py",
+        fix="max(_MOST.get(device, 0), total - free)",
+        before="total - free",
+        test="tests/workers/test_process_memory.py -k everybody",
+    ),
+    Revert(
+        finding="25 calibration by a CPU's sizes",
+        file="recipes/calibration_config.py",
+        fix="    amounts = ON_GPUS if num_gpus else ON_CPUS\n",
+        before="    amounts = ON_CPUS\n",
+        test="tests/recipes/test_arguments.py -k by_device",
+    ),
+    Revert(
+        finding="27 vLLM's stream stays the current one",
+        file="workers/generation/vllm/setup.py",
+        fix="            torch.cuda.set_stream(stream)\n",
+        before="",
+        test=f"{REHEARSAL}test_kept_promises.py -k stream",
+    ),
+    Revert(
+        finding="28 vLLM's precision of float32 products stays",
+        file="workers/generation/vllm/setup.py",
+        fix="        torch.set_float32_matmul_precision(matmul_precision)\n",
+        before="",
+        test=f"{REHEARSAL}test_kept_promises.py -k precision",
+    ),
+    Revert(
+        finding="29 tensors of attention kernels are lost in sleep",
+        file="workers/generation/vllm/memory.py",
+        fix="        if kernel is not None:\n",
+        before="        if False:\n",
+        test="tests/generation/test_plain_tensors.py",
+    ),
+    Revert(
+        finding="30 NCCL's watchdog comes before the report",
+        file="recipes/machines.py",
+        fix="(2 if config.device is Device.cuda else 0.5)",
+        before="0.5",
+        test=f"{REHEARSAL}test_environment.py -k watchdog",
+    ),
+    Revert(
+        finding="35 a tensor group over two nodes goes unnoticed",
+        file="hybridflow/layout.py",
+        fix="            if len(group) <= most and len({nodes[rank] for rank in group}) > 1:\n",
+        before="            if False:\n",
+        test="tests/runtime/test_layout.py -k torn",
+    ),
+    Revert(
+        finding="36 srun gives all hosts one core",
+        file="cluster/templates/slurm.sbatch",
+        fix='export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"\n',
+        before="",
+        test=f"{REHEARSAL}test_kept_promises.py -k slurm",
+    ),
+    Revert(
+        finding="37 the image has no RDMA",
+        file="cluster/templates/cuda.Dockerfile",
+        fix="libibverbs1 ",
+        before="",
+        test=f"{REHEARSAL}test_kept_promises.py -k rdma",
+    ),
+    Revert(
+        finding="37 pods may not lock memory",
+        file="cluster/templates/cluster_spec.yaml.jinja",
+        fix="            securityContext: {capabilities: {add: [IPC_LOCK]}}\n",
+        before="",
+        test=f"{REHEARSAL}test_kept_promises.py -k rdma",
+    ),
+    Revert(
+        finding="40 tasks of rewards see GPUs",
+        file="workers/reward.py",
+        fix='            runtime_env={"env_vars": HIDDEN},\n',
+        before="",
+        test=f"{REHEARSAL}test_kept_promises.py -k rewards",
+    ),
+    Revert(
+        finding="42 heads of any size go to the variable-length kernel",
+        file="workers/engines/model/attention.py",
+        fix="        and head_dim % HEAD_MULTIPLE == 0\n",
+        before="",
+        test=f"{REHEARSAL}test_kept_promises.py -k heads",
+    ),
+    Revert(
+        finding="writing to a tensor of a micro-batch is writing to all",
+        file="workers/engines/shared/together.py",
+        fix="        result.append(view.data)\n",
+        before="        result.append(view)\n",
+        test="tests/engines/test_together.py -k writing",
     ),
 )
 

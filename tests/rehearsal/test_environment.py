@@ -26,6 +26,7 @@ from hybridflow.devices import (
 )
 from hybridflow.pool import PoolSpec
 from recipes.config import Device, RunConfig, default_device
+from recipes.machines import pool_spec
 from recipes.placing import place
 from recipes.python_settings import make_settings
 from recipes.quickstart.settings import devices
@@ -269,6 +270,14 @@ def test_recipes_refuse_cpus_where_vllm_is_installed_for_gpus(
     with pytest.raises(ValueError, match=r"device is cpu, but the vLLM"):
         place(run_settings("cpu"))
     place(run_settings("cuda"))
+
+
+def test_nccls_watchdog_comes_behind_the_report_of_a_stuck_call() -> None:
+    """G30: it ends the process, and the report has every rank's stack."""
+    for device, behind in (("cuda", True), ("cpu", False)):
+        placement = place(run_settings(device))
+        spec = pool_spec(placement, None, placement.roles[0].pool)
+        assert (spec.collective_timeout_s > spec.call_timeout_s) is behind
 
 
 @pytest.mark.slow
