@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.0, help="0: as long as it takes")
     parser.add_argument("--only", default="", help="only cases whose name has this text")
     arguments = parser.parse_args()
+    if arguments.steps < 1 or arguments.minutes < 0:
+        parser.error("--steps must be at least 1, and --minutes at least 0")
     check_needed()
     # It imports what check_needed looks for.
     from benchmarks.gpu.runs import run_all

@@ -4,6 +4,8 @@ rehearsal can know. Several GPUs, predicted seconds and other systems are left o
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -157,7 +159,9 @@ def run(
     case: Case, device: str, steps: int, directory: Path, output: Path, timeout_s: float
 ) -> dict[str, Any]:
     """The summary of one run, or its error."""
-    if case.large and not (directory / "large").exists():
+    if not (directory / "train.parquet").exists():
+        prepare(directory)
+    if case.large and not (directory / "large" / "tokenizer_config.json").exists():
         prepare_large(directory)
     command = [sys.executable, "-m", "recipes.grpo", *case.settings()]
     command += [f"model.path={directory / ('large' if case.large else 'model')}"]
@@ -190,17 +194,60 @@ def train(name: str, device: str, directory: Path, timeout_s: float) -> dict[str
 def finished(name: str, command: list[str], timeout_s: float) -> tuple[dict[str, Any], str]:
     """A row of the command's seconds, and of its error where it has one; its last line."""
     started = time.perf_counter()
-    try:
-        process = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout_s
-        )
-    except subprocess.TimeoutExpired:
-        return {"case": name, "error": f"not finished within {timeout_s:.0f} s"}, ""
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            printed, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            # Its own processes too: they would keep the device's memory from the next case.
+            os.killpg(process.pid, signal.SIGKILL)
+            return {"case": name, "error": f"not finished within {timeout_s:.0f} s"}, ""
     row: dict[str, Any] = {"case": name, "seconds": time.perf_counter() - started}
     if process.returncode:
-        lines = (process.stderr or process.stdout).strip().splitlines()
-        return row | {"error": "\n".join(lines[-5:])}, ""
-    return row, process.stdout.strip().splitlines()[-1]
+        lines = (errors or printed).strip().splitlines()
+        reason = "\n".join(lines[-5:]) or f"ended with status {process.returncode}"
+        return row | {"error": reason}, ""
+    return row, (printed.strip().splitlines() or [""])[-1]
+
+
+def attempted(name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row of a case; its error where the case, or what this process does for it, fails."""
+    try:
+        return measure()
+    except Exception as error:  # whatever a device answers with: the next case starts
+        return {"case": name, "error": f"{type(error).__name__}: {error}"}
+
+
+def rows_of(json_file: Path | None) -> list[dict[str, Any]]:
+    """The rows of an earlier call that have no error; SystemExit in one line for a file that can't be
+    written, or is no such file."""
+    if json_file is None:
+        return []
+    if not json_file.resolve().parent.is_dir():
+        raise SystemExit(f"--json is {json_file}, whose directory does not exist; make it")
+    if not json_file.exists():
+        return []
+    try:
+        rows = json.loads(json_file.read_text())["runs"]
+        return [row for row in rows if "error" not in row]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"--json is {json_file}, which is no file of this script's ({error}); name another"
+        ) from None
+
+
+def write(json_file: Path | None, result: dict[str, Any]) -> None:
+    """Whole or not at all, as a call may be killed."""
+    if json_file is not None:
+        unfinished = json_file.with_name(json_file.name + ".new")
+        unfinished.write_text(json.dumps(result, indent=1) + "\n")
+        unfinished.replace(json_file)
 
 
 def training_cases(device: str) -> Iterator[str]:
@@ -215,18 +262,17 @@ def run_all(device: str, steps: int, only: str, json_file: Path | None, seconds:
     """Prints the machine and a line for each case; `json_file` holds what is known so far, and what it
     held before is not measured again."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: run it on one, or with --device cpu")
+        build = "this PyTorch has no CUDA" if torch.version.cuda is None else "no CUDA device"
+        raise SystemExit(f"{build}: run it on a GPU, or with --device cpu")
+    known_rows = rows_of(json_file)
     end = time.monotonic() + seconds
     print(describe(device, installed_kind()), flush=True)
-    result: dict[str, Any] = {"machine": machine(device), "runs": []}
-    print(json.dumps(result["machine"]), flush=True)
-    if json_file is not None and json_file.exists():
-        before = json.loads(json_file.read_text())["runs"]
-        result["runs"] = [row for row in before if "error" not in row]
-    known = {row["case"] for row in result["runs"]}
+    facts = attempted("machine", lambda: machine(device))
+    result: dict[str, Any] = {"machine": facts, "runs": known_rows}
+    print(json.dumps(facts), flush=True)
+    known = {row["case"] for row in known_rows}
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
-        prepare(directory)
         measures: dict[str, Callable[[float], dict[str, Any]]] = {}
         for name in training_cases(device):
             measures[f"training {name}"] = partial(train, name, device, directory)
@@ -237,10 +283,13 @@ def run_all(device: str, steps: int, only: str, json_file: Path | None, seconds:
         left = [name for name in measures if only in name and name not in known]
         while left and end - time.monotonic() > LEAST_S:
             name = left.pop(0)
-            row = measures[name](min(TIMEOUT_S, end - time.monotonic()))
+            timeout_s = min(TIMEOUT_S, end - time.monotonic())
+            row = attempted(name, partial(measures[name], timeout_s))
             result["runs"].append(row)
             print(json.dumps(row), flush=True)
-            if json_file is not None:
-                json_file.write_text(json.dumps(result, indent=1) + "\n")
+            write(json_file, result)
     if left:
         print(f"left for the next call: {', '.join(left)}", flush=True)
+    failed = [row["case"] for row in result["runs"] if "error" in row]
+    if failed:
+        print(f"failed, and tried again by the next call: {', '.join(failed)}", flush=True)

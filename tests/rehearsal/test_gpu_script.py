@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.gpu.installed import check_needed, describe
-from benchmarks.gpu.runs import cases
+from benchmarks.gpu.runs import attempted, cases, finished, rows_of, write
 from recipes.overrides import check_names
 from workers.generation.vllm.build import installed_kind
 
@@ -44,6 +46,48 @@ def test_the_first_line_says_what_is_missing() -> None:
     check_needed(bare)
     with pytest.raises(SystemExit, match=r"^missing: hydra-core, pyarrow; .* hydra-core pyarrow\)"):
         check_needed(lambda module: None if module in ("hydra", "pyarrow") else module)
+
+
+PARENT = """
+import subprocess, sys, time
+from pathlib import Path
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+Path(sys.argv[1]).write_text(str(child.pid))
+time.sleep(60)
+"""
+
+
+def test_a_case_that_takes_too_long_leaves_no_process(tmp_path: Path) -> None:
+    """Ray's or vLLM's would keep the device's memory from the next case."""
+    noted = tmp_path / "pid"
+    row, _ = finished("slow", [sys.executable, "-c", PARENT, str(noted)], 3.0)
+    assert row == {"case": "slow", "error": "not finished within 3 s"}
+    child = Path(f"/proc/{noted.read_text()}")
+    deadline = time.monotonic() + 10
+    while child.exists() and "zombie" not in (child / "status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_case_that_fails_is_a_row_and_is_tried_again(tmp_path: Path) -> None:
+    def failing() -> dict[str, Any]:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    row = attempted("large", failing)
+    assert row == {"case": "large", "error": "OutOfMemoryError: CUDA out of memory"}
+    silent, text = finished("silent", [sys.executable, "-c", "pass"], 60.0)
+    assert "error" not in silent and text == ""
+    died, _ = finished("died", [sys.executable, "-c", "import os; os._exit(9)"], 60.0)
+    assert died["error"] == "ended with status 9"
+    file = tmp_path / "rows.json"
+    assert rows_of(None) == rows_of(file) == []
+    write(file, {"runs": [row, {"case": "small"}]})
+    assert rows_of(file) == [{"case": "small"}] and len(list(tmp_path.iterdir())) == 1
+    file.write_text('{"runs": [')
+    with pytest.raises(SystemExit, match=r"^--json is .* no file of this script's .*name another$"):
+        rows_of(file)
+    with pytest.raises(SystemExit, match="whose directory does not exist; make it"):
+        rows_of(tmp_path / "missing" / "rows.json")
 
 
 @pytest.mark.slow
