@@ -9,7 +9,6 @@ from benchmarks.families.family import (
     FULL_HEADS,
     HEAD_DIM,
     HEADS,
-    LAYERS,
     WINDOW,
     WITH_HEAD_DIM,
     Family,
@@ -222,7 +221,7 @@ MIXTURES = [
     Family(
         name="LFM2 MoE",
         model_type="lfm2_moe",
-        settings=COMMON | SMALL | {"layer_types": ["full_attention"] * LAYERS},
+        settings=COMMON | SMALL | {"layer_types": ["conv", "full_attention"] * 2 + ["conv"]},
     ),
     Family(
         name="GLM-4.7 Flash",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.testing import assert_close
 
 from tests.engines.threed_cases import TEMPERATURE, loss_fn, make_sequences, save_tiny_model
@@ -20,8 +21,9 @@ from tests.experts.plain import (
 )
 from workers.config import ModelConfig
 from workers.engines.base import Head
+from workers.engines.model.expert_choice import check_choice
 from workers.engines.model.loading import model_config
-from workers.engines.model.routers import check_routers
+from workers.engines.model.routers import Load, check_routers
 
 EXACT = 1e-6
 COEFFICIENT = 0.3
@@ -101,3 +103,35 @@ def test_what_has_no_routers_is_refused(root: Path, tmp_path: Path) -> None:
     for bad in (-0.1, math.inf, math.nan):
         with pytest.raises(ValueError, match="use a finite number over 0"):
             check_routers(mixture, bad)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "problem"),
+    [
+        ("qwen3_moe", {"num_experts_per_tok": 9}, "a token goes to 9 of 8 experts"),
+        ("mixtral", {"num_experts_per_tok": 0}, "a token goes to 0 of 8 experts"),
+        ("deepseek_v3", {"n_group": 3}, "n_group is 3 and topk_group 1"),
+        ("deepseek_v3", {"n_group": 8}, "n_group is 8 and topk_group 1"),
+        ("deepseek_v3", {"topk_group": 3}, "n_group is 2 and topk_group 3"),
+        ("deepseek_v3", {"n_group": 4, "num_experts_per_tok": 3}, "n_group is 4"),
+    ],
+    ids=str,
+)
+def test_choices_that_can_not_be_made(
+    root: Path, family: str, settings: dict[str, Any], problem: str
+) -> None:
+    config = model_config(ModelConfig(path=str(root / family)), Head.lm)
+    check_choice(config)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=problem) as error:
+        check_choice(config)
+    assert "\n" not in str(error.value)
+
+
+def test_one_expert_has_an_even_load() -> None:
+    load = Load.zeros(2, 1, torch.device("cpu"))
+    load.chosen += 3
+    metrics = load.metrics()
+    assert metrics["router/load_entropy"] == metrics["router/load_entropy_min"] == 1.0
+    assert metrics["router/imbalance"] == 1.0

@@ -47,7 +47,7 @@ def _ask(kind: type[PreTrainedModel], model: PreTrainedModel) -> bool:
         twin.base_model(input_ids=ids, attention_mask=ids, use_cache=False, packing=True)
     except _Reached as reached:
         return reached.packed
-    except NotImplementedError:  # layers before it read numbers, which meta tensors have not
+    except RuntimeError:  # layers before it read numbers, which meta tensors have not
         return False
     return False
 

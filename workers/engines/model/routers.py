@@ -102,7 +102,9 @@ class Load:
         fraction = self.fraction
         experts = fraction.shape[-1]
         imbalance = fraction.max(-1).values * experts
-        entropy = torch.special.entr(fraction).sum(-1) / math.log(experts)
+        entropy = torch.ones_like(imbalance)
+        if experts > 1:
+            entropy = torch.special.entr(fraction).sum(-1) / math.log(experts)
         return as_floats(
             {
                 "router/imbalance": imbalance.mean(),
