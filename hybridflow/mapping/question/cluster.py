@@ -47,6 +47,16 @@ DEVICE_KINDS: dict[str, DeviceKind] = {
                    intra_bandwidth=450e9, inter_bandwidth=400e9, host_bandwidth=50e9),
         DeviceKind(name="H200-141GB", memory_bytes=141e9, flops=989e12, memory_bandwidth=4.8e12,
                    intra_bandwidth=450e9, inter_bandwidth=400e9, host_bandwidth=50e9),
+        DeviceKind(name="B200-180GB", memory_bytes=180e9, flops=2250e12, memory_bandwidth=8e12,
+                   intra_bandwidth=900e9, inter_bandwidth=400e9, host_bandwidth=50e9),
+        DeviceKind(name="H20-96GB", memory_bytes=96e9, flops=148e12, memory_bandwidth=4e12,
+                   intra_bandwidth=450e9, inter_bandwidth=400e9, host_bandwidth=50e9),
+        DeviceKind(name="L4-24GB", memory_bytes=24e9, flops=121e12, memory_bandwidth=0.3e12,
+                   intra_bandwidth=25e9, inter_bandwidth=12.5e9),
+        DeviceKind(name="A10-24GB", memory_bytes=24e9, flops=125e12, memory_bandwidth=0.6e12,
+                   intra_bandwidth=25e9, inter_bandwidth=12.5e9),
+        DeviceKind(name="RTX4090-24GB", memory_bytes=24e9, flops=165.2e12, memory_bandwidth=1.008e12,
+                   intra_bandwidth=12.5e9, inter_bandwidth=12.5e9),
         DeviceKind(name="L40S-48GB", memory_bytes=48e9, flops=362e12, memory_bandwidth=0.864e12,
                    intra_bandwidth=25e9, inter_bandwidth=25e9),
         DeviceKind(name="cpu", memory_bytes=8e9, flops=0.42e12, memory_bandwidth=31e9,
@@ -54,8 +64,9 @@ DEVICE_KINDS: dict[str, DeviceKind] = {
     )
 }  # fmt: skip
 """NVIDIA's datasheets (dense bf16, one direction of NVLink). Links between nodes: 200 Gbit/s
-for A100, the paper's testbed (section 8.1), 8 x 400 Gbit/s for H100 and H200. cpu is one core,
-measured together with calibration.CPU; `recipes.calibrate` measures yours."""
+for A100, the paper's testbed (section 8.1), 8 x 400 Gbit/s for H100, H200, B200 and H20, 100 Gbit/s
+for cards without NVLink (an RTX 4090 copies to others through the host). cpu is one core, measured
+together with calibration.CPU; `recipes.calibrate` measures yours."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +94,7 @@ class NodeGroup:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
     """Cluster.parse("16x8xA100-80GB"); Cluster.parse("4x8xH100-80GB+8x8xA100-80GB");
-    Cluster.parse("2xcpu")."""
+    Cluster.parse("2xcpu"); Cluster.parse("8xH100"), where a chip has one memory."""
 
     groups: tuple[NodeGroup, ...]
 
@@ -143,6 +154,13 @@ def _parse_group(text: str, kinds: dict[str, DeviceKind]) -> NodeGroup:
             "16x8xA100-80GB"
         )
     nodes, devices, name = match.groups()
+    of_chip = [known for known in kinds if known.partition("-")[0] == name]
+    if len(of_chip) == 1:
+        (name,) = of_chip
+    if len(of_chip) > 1:
+        raise ValueError(
+            f"cluster {text!r}: {name} comes with several memories; say {' or '.join(of_chip)}"
+        )
     if name not in kinds:
         raise ValueError(
             f"cluster {text!r}: unknown device kind {name!r}; known: {', '.join(kinds)} (or "
