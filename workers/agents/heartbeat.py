@@ -16,6 +16,9 @@ from pathlib import Path
 
 from workers.agents.outcome import EnvironmentMistake
 
+RUNNABLE = "R"
+"""Linux' state of a thread that runs or waits for a processor."""
+
 
 class Heartbeat:
     """heartbeat = Heartbeat(loop, thread, name, limit_s=60.0)
@@ -33,28 +36,19 @@ class Heartbeat:
         self.interval_s = min(1.0, limit_s / 4)
         self.is_late = False
         """Whether the loop was found to stand still."""
-        self._answered, self._checked_at, self._queued_s = True, 0.0, 0.0
-        self._task: asyncio.Task[object] | None = None
-        """The one that the loop was at in the last check."""
+        self._answered, self._checked_at, self._cpu_s = True, 0.0, 0.0
         self._stood_s = 0.0
-        """For how long it has been at that without an answer."""
+        """For how long it could have answered."""
 
     def check(self) -> None:
         """Asks the loop for a sign of life; an EnvironmentMistake that names the line where it has
         stood still for limit_s."""
-        now, queued_s = time.monotonic(), self._waited_for_a_core_s()
-        # A check that comes late says that this thread had no time either.
-        counted_s = min(now - self._checked_at, self.interval_s) - (queued_s - self._queued_s)
-        self._checked_at, self._queued_s = now, queued_s
-        task, before = asyncio.current_task(self._loop), self._task
-        self._task = task
+        counted_s = self._counted_s()
         if self._answered:
             self._answered, self._stood_s = False, 0.0
             self._loop.call_soon_threadsafe(self._answer)
             return
-        self._stood_s += max(0.0, counted_s)
-        if task is not before:  # one episode after the other, each of which takes its time
-            self._stood_s = 0.0
+        self._stood_s += counted_s
         if self._stood_s > self._limit_s and not self._answered:
             self.is_late = True
             raise EnvironmentMistake(
@@ -66,13 +60,21 @@ class Heartbeat:
     def _answer(self) -> None:
         self._answered = True
 
-    def _waited_for_a_core_s(self) -> float:
-        """Seconds that the loop's thread was ready to run and had no core (Linux; elsewhere 0)."""
+    def _counted_s(self) -> float:
+        """Seconds since the last check in which the loop could have gone on: those of a processor
+        that it got where it is at work or waits for one, else all of them (Linux; elsewhere always
+        all)."""
+        now, of_thread = time.monotonic(), Path(f"/proc/self/task/{self._thread.native_id}")
+        # A check that comes late says that this thread had no time either.
+        passed_s = min(now - self._checked_at, self.interval_s)
+        self._checked_at = now
         try:
-            numbers = Path(f"/proc/self/task/{self._thread.native_id}/schedstat").read_text()
+            state = (of_thread / "stat").read_text().rpartition(")")[2].split()[0]
+            cpu_s = int((of_thread / "schedstat").read_text().split()[0]) / 1e9
         except OSError:
-            return 0.0
-        return int(numbers.split()[1]) / 1e9
+            return passed_s
+        worked_s, self._cpu_s = cpu_s - self._cpu_s, cpu_s
+        return min(passed_s, worked_s) if state == RUNNABLE else passed_s
 
     def _place(self) -> str:
         """The line that the loop's thread is at."""
