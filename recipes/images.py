@@ -29,11 +29,12 @@ def check_images(roles: Sequence[Role], datasets: Sequence[RowDataset | None]) -
 def _check(role: Role) -> None:
     model = role.config.model
     assert model is not None
-    family = family_of(published_config(model))
+    published = published_config(model)
+    family, kind = family_of(published), published.model_type
     if family is None:
         raise ValueError(
-            f"{role.name}.model.path is {model.path!r}, which sees no images, and the data has some; "
-            f"use a model of one of {', '.join(FAMILIES)}"
+            f"{role.name}.model.path is {model.path!r}, whose family ({kind}) is given text alone, and the "
+            f"data has images; use a model of one of {', '.join(FAMILIES)}"
         )
     if isinstance(role.config, ActorConfig):
         engine = role.config.generation.engine

@@ -115,6 +115,10 @@ def with_column_images(
     elif not isinstance(values, list):
         values = [values]
     place = f"{row.place}: {column!r}"
+    if column is not None and row.values.get(column) == [] and any(map(_is_marked, messages)):
+        raise ValueError(
+            f"{place} is empty, and the messages have {MARK}; give the image, or remove the mark"
+        )
     images = [{"type": IMAGE, IMAGE: stored_reference(place, row, value)} for value in values]
     waiting = iter(images)
     filled = [_filled(message, waiting, bool(images)) for message in messages]
@@ -135,6 +139,11 @@ def with_column_images(
                     "data.images_column"
                 )
     return filled
+
+
+def _is_marked(message: Mapping[str, Any]) -> bool:
+    texts = [part.get("text", "") for part in parts_of(message) if not is_image_part(part)]
+    return any(MARK in text for text in texts)
 
 
 def _filled(

@@ -8,15 +8,23 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor
 
+from controllers.data import DataConfig, PromptDataset
 from hybridflow import open_session
+from recipes.images import check_images
+from recipes.roles import Role
 from tests.images.plain import TEMPERATURE, load, make_rows, whole_log_probs
 from tests.images.rewards import by_length
 from tests.images.runs import settings
 from tests.images.test_engine import make_engine
-from tests.images.tiny import make_model, make_tokenizer, png, square
-from workers.images import ImageReference
+from tests.images.tiny import make_data, make_model, make_tokenizer, png, square
+from workers.config import ModelConfig
+from workers.engines.base import Head
+from workers.engines.model.loading import model_config
+from workers.images import ImageProcessor, ImageReference
+from workers.reward import ModelRewardWorker
+from workers.role_config import RewardConfig
 from workers.sequences import Sequences
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "gemma3")
@@ -71,6 +79,54 @@ def test_images_behind_a_shared_prompt(world: None, tmp_path: Path) -> None:
         outputs = engine.forward(sequences, temperature=TEMPERATURE)
         assert outputs.log_probs is not None
         assert_close(outputs.log_probs, expected, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "aya_vision",
+        "glm4v",
+        "glm4v_moe",
+        "idefics3",
+        "internvl",
+        "llava",
+        "llava_next",
+        "llava_onevision",
+        "mistral3",
+        "paligemma",
+        "smolvlm",
+    ],
+)
+def test_other_families_are_refused(tmp_path: Path, family: str) -> None:
+    """In one line that names the family and what to do, from the configuration alone."""
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"{family} sees images in a way that is not known"
+    ) as error:
+        model_config(ModelConfig(path=str(tmp_path)), Head.lm)
+    assert "use a language model, or one that sees images of qwen2_vl" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["llama4", "mllama", "gemma4", "qwen3_5"])
+def test_families_that_are_given_text_alone(tmp_path: Path, model_path: Path, family: str) -> None:
+    """Language models of these are known; where the data has images they are refused by name."""
+    AutoConfig.for_model(family).save_pretrained(tmp_path / family)
+    data = make_data(tmp_path / "rows.jsonl", rows=4)
+    rows = PromptDataset.load(
+        DataConfig(train=str(data)),
+        str(data),
+        make_tokenizer(),
+        images=ImageProcessor(ModelConfig(path=str(model_path))),
+    )
+    config = RewardConfig(model=ModelConfig(path=str(tmp_path / family)))
+    role = Role(name="reward", worker=ModelRewardWorker, config=config, pool="main")
+    with pytest.raises(
+        ValueError, match=f"whose family .{family}. is given text alone, and"
+    ) as error:
+        check_images([role], [rows])
+    assert "use a model of one of qwen2_vl" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("family", FAMILIES[2:])

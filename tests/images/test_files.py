@@ -83,6 +83,34 @@ def test_palettes() -> None:
     assert (read(image, transparency=1) == table[numbers]).all()
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_frame_of_an_animation(kind: str) -> None:
+    file, frames = io.BytesIO(), [Image.new("RGB", (40, 30), name) for name in ("red", "lime")]
+    options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
+    frames[0].save(file, format=kind, save_all=True, append_images=frames[1:], **options)
+    shown = np.asarray(ImageReference(encoded=file.getvalue()).read())
+    assert (shown == np.array([255, 0, 0])).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_without_a_largest_value_are_refused(dtype: type[np.generic]) -> None:
+    """Pillow would cut them off at 255, which is a white or a black image."""
+    file = io.BytesIO()
+    Image.fromarray((greys() / 255).astype(dtype)).save(file, format="TIFF")
+    reference = ImageReference(encoded=file.getvalue(), place="rows.jsonl, line 1")
+    for ask in (reference.size, reference.read):
+        with pytest.raises(ValueError, match=r"^rows\.jsonl, line 1: .*save it with 8 or 16 bits$"):
+            ask()
+
+
+def test_print_colours() -> None:
+    """Four inks of a JPEG are the colours that they print."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 30, 40)).convert("CMYK").save(file, "JPEG", quality=95)
+    shown = np.asarray(ImageReference(encoded=file.getvalue()).read()).astype(int)
+    assert np.abs(shown - np.array([200, 30, 40])).max() <= 3
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_photographs(orientation: int) -> None:
     """EXIF's eight orientations; the prompt has the tokens of the upright image."""
@@ -207,6 +235,18 @@ def test_texts_that_spell_the_tokens_of_images(
         with pytest.raises(ValueError, match=r"rows\.jsonl, line 1: .*leave (it|the pl)") as error:
             load(tmp_path / "rows.jsonl", images, family, {"prompt": [asked(*content)]})
         assert "\n" not in str(error.value)
+
+
+def test_a_mark_whose_image_is_missing_is_named(
+    images: ImageProcessor, family: str, tmp_path: Path
+) -> None:
+    row: dict[str, Any] = {"prompt": [{"role": "user", "content": "<image>what color"}]}
+    with pytest.raises(
+        ValueError, match=r"line 1: 'images' is empty, and the messages have <image>"
+    ):
+        load(tmp_path / "rows.jsonl", images, family, row | {"images": []})
+    # Without the column it is text, as in a question about HTML.
+    assert load(tmp_path / "rows.jsonl", images, family, row).num_images == 0
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ TURNED = (5, 6, 7, 8)
 
 DEEP = "I;16"
 """Pillow's mode of 16 bits a pixel."""
+RANGELESS = {"I": "whole numbers of 32 bits", "F": "fractions"}
+"""Pillow's modes of pixels that have no largest value, and their words."""
 ENDS = (b"\xff\xd9", b"IEND\xaeB`\x82")
 """The last bytes of JPEG and PNG files."""
 LAST_BYTES = 8
@@ -84,6 +86,10 @@ class ImageReference:
         source = io.BytesIO(self.encoded) if self.encoded is not None else Path(str(self.path))
         try:
             with Image.open(source) as image:
+                if kind := RANGELESS.get(image.mode):
+                    raise ValueError(
+                        f"its pixels are {kind}, whose largest value is not known; save it with 8 or 16 bits"
+                    )
                 yield image
         except (*DAMAGE, Image.DecompressionBombError) as error:
             reason = " ".join(str(error).split())
