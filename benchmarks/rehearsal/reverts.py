@@ -287,6 +287,13 @@ REVERTS = (
         before="        result.append(view)\n",
         test="tests/engines/test_together.py -k writing",
     ),
+    Revert(
+        finding="a vision tower asks the device for the sizes of images",
+        file="workers/engines/model/vision.py",
+        fix="            options |= tower_arguments(tower, grids, pixels)\n",
+        before="            options['image_grid_thw'], arguments = grids.to(pixels.device), (pixels,)\n",
+        test=f"{HOLLOW} 'fsdp and images'",
+    ),
 )
 
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from workers.config import ModelConfig
 from workers.engines.model.attention import BLOCKS
 from workers.engines.model.packing import Packing
+from workers.engines.model.tower_sizes import tower_arguments
 from workers.images import ImageProcessor, family_of
 from workers.images.families import image_token_id
 from workers.images.processor import Extent, Pixels, rotary_positions
@@ -88,14 +89,14 @@ class SeenImages:
         return replace(self, pixel_values=None, grids=None, used=None)
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> SeenImages:
-        """The same on another device."""
+        """The same on another device, but for the sizes."""
         tensors: list[Tensor | None] = []
-        for tensor in (self.pixel_values, self.grids, self.positions, self.blocks, self.used):
+        for tensor in (self.pixel_values, self.positions, self.blocks, self.used):
             if tensor is not None:
                 tensor = move(tensor)
             tensors.append(tensor)
-        pixels, grids, positions, blocks, used = tensors
-        return SeenImages(pixels, grids, positions, move(self.is_image), blocks, used)
+        pixels, positions, blocks, used = tensors
+        return SeenImages(pixels, self.grids, positions, move(self.is_image), blocks, used)
 
 
 class ImageInputs:
@@ -159,7 +160,7 @@ class ImageInputs:
             inside = rotary_positions(ids, self._images.token_id, [blank.grid], self._images.merge)
             positions = seen.positions.clone()
             positions[:, 0, -count:] = inside.to(positions.device)
-            grids = torch.tensor([blank.grid], device=is_image.device)
+            grids = torch.tensor([blank.grid])
         if family.sees_itself:
             blocks = torch.where(is_image, 0, -1)
         values = blank.values.to(is_image.device)
@@ -250,6 +251,10 @@ def place_images(model: PreTrainedModel) -> None:
         return find(ids, *arguments, **options)
 
     def seen(*arguments: Any, **options: Any) -> Any:
+        if family.is_rotary:
+            pixels, grids = arguments
+            (tower,) = (base.get_submodule(name) for name in family.tower)
+            options |= tower_arguments(tower, grids, pixels)
         features = see(*arguments, **options)
         used = current[-1][1] if current else None
         if used is not None:
