@@ -144,6 +144,7 @@ def space_of(inputs: MapperInputs) -> SearchSpace:
         engine_space(actor.train.precision),
         replicas=actor.train.fsdp_replicas,
         compiled=actor.train.compile,
+        remade=inputs.config.device is Device.cpu,
         selective=actor.train.selective_checkpointing,
         offload_activations=actor.train.offload_activations,
         old_log_prob_pass=not recomputes,

@@ -351,7 +351,7 @@ def fewest(widths: list[int], budget: int, room: list[int]) -> int:
 
 def test_a_cpu_takes_as_many_tokens_as_memory_suggests() -> None:
     """What a layer stores, counted by hand: two norms 6 x 512 numbers, queries and outputs 2 x 512,
-    keys and values 2 x 256, the MLP's inner tensors 4 x 2048 (tests/engines/test_stored_numbers.py
+    keys and values 2 x 256, the MLP's two factors 2 x 2048 (tests/engines/test_stored_numbers.py
     counts tensors)."""
     sizes = Qwen2Config(
         hidden_size=512,
@@ -361,7 +361,7 @@ def test_a_cpu_takes_as_many_tokens_as_memory_suggests() -> None:
         num_key_value_heads=4,
         vocab_size=512,
     )
-    stored = 8 * (6 * 512 + 2 * 512 + 2 * 256 + 4 * 2048)
+    stored = 8 * (6 * 512 + 2 * 512 + 2 * 256 + 2 * 2048)
     fp32 = TrainConfig(precision=Precision.fp32)
     assert chosen_tokens(fp32, sizes, "cpu") == (512 << 20) // (4 * stored)
     assert chosen_tokens(replace(fp32, tp=2), sizes, "cpu") == (512 << 20) // (2 * stored)

@@ -304,9 +304,12 @@ class ModelSpec:
             + 2 * self.routed_rows * self.hidden_size
         )
 
-    def stored_bytes_per_token(self, number_bytes: float, *, compiled: bool = False) -> float:
+    def stored_bytes_per_token(
+        self, number_bytes: float, *, compiled: bool = False, remade: bool = False
+    ) -> float:
         """Bytes that a layer stores for its backward pass, per token. Norms compute in float32:
         under half precision they store their input and its normalised form as such (4 h more).
+        `remade`: a dense gated MLP makes what it computes of its two factors again (2 f less).
 
         A compiled layer computes again what takes no product: the normalised inputs of two norms (2
         h, and half of the float32 ones) and the MLP's gate after its activation (f).
@@ -316,6 +319,8 @@ class ModelSpec:
             elements -= 2 * self.hidden_size
             elements -= self.active_intermediate_size if self.gated_mlp else 0
             float32 = 1.0
+        elif remade and self.gated_mlp and not self.num_experts:
+            elements -= 2 * self.intermediate_size
         stored = number_bytes * elements
         if number_bytes < 4:
             stored += float32 * 4 * self.hidden_size

@@ -37,6 +37,8 @@ class SearchSpace:
     """Replicas of the data ranks over each of which ZeRO cuts by itself (train.fsdp_replicas)."""
     compiled: bool = False
     """Layers run through torch.compile (train.compile), and without tensor parallelism."""
+    remade: bool = False
+    """Gated MLPs make their products again in the backward pass, as the engines do on CPUs."""
     selective: bool = False
     """Recomputation keeps the outputs of products and of attention (train.selective_checkpointing)."""
     offload_activations: bool = False

@@ -147,7 +147,10 @@ class Stored:
 
 def stored_per_token(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:
     """Bytes that a layer's backward pass reads, per token."""
-    return model.stored_bytes_per_token(space.activation_bytes, compiled=layout.compiled)
+    remade = space.remade and not (layout.recompute or layout.offload_activations)
+    return model.stored_bytes_per_token(
+        space.activation_bytes, compiled=layout.compiled, remade=remade
+    )
 
 
 def kept_per_token(model: ModelSpec, layout: ModelLayout, space: SearchSpace) -> float:

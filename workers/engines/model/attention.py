@@ -13,6 +13,8 @@ soft-capping are applied here, not by masks of transformers. Attention sinks tak
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache, partial
 from inspect import signature
 from itertools import groupby
@@ -30,6 +32,7 @@ from workers.engines.model.blocks import Scores
 from workers.engines.model.capped_attention import capped, visible
 from workers.engines.model.context_parallel import exchange_inputs, exchange_output
 from workers.engines.model.packing import Packing, Run
+from workers.engines.model.remade import REMAKES, Copied
 from workers.engines.model.ring import block_attention, ring_attention
 from workers.engines.model.rotary import depends_on_length
 
@@ -166,8 +169,11 @@ def attend(
         packing = packing if part.seen is None else part.seen
         if s_aux is not None and part.seen is None:
             s_aux = s_aux.chunk(part.group.size())[part.group.rank()]
-    if packing is not None and packing.keys is not None:
-        keys, values = _Take.apply(keys, packing.keys), _Take.apply(values, packing.keys)
+    remakes = getattr(module, REMAKES, False) and keys.requires_grad
+    index = None if packing is None else packing.keys
+    copied = Copied((keys.detach(), values.detach()), index) if remakes else None
+    if index is not None:
+        keys, values = _Take.apply(keys, index), _Take.apply(values, index)
     variable = (
         query.is_cuda
         and query.dtype is not torch.float32
@@ -183,7 +189,8 @@ def attend(
         blocks = image_blocks.flatten()
         output = _among_images((queries, keys, values), runs, blocks, scale, sliding_window)
     elif packing is not None and variable:
-        output = _variable_length((queries, keys, values), packing, scale, sliding_window)
+        with nullcontext() if copied is None else copied.hooks(keys, values):
+            output = _variable_length((queries, keys, values), packing, scale, sliding_window)
     else:
         products = (
             not fused
@@ -192,7 +199,7 @@ def attend(
             and query.device.type == "cpu"
         )
         parts = (queries, keys, values)
-        output = _run_by_run(parts, runs, products, scale, sliding_window, softcap)
+        output = _run_by_run(parts, runs, products, scores, copied)
     if part is not None:
         output = exchange_output(output, part)
     return output.unflatten(0, (rows, time)), None
@@ -258,12 +265,12 @@ def _run_by_run(
     parts: tuple[Tensor, Tensor, Tensor],
     runs: tuple[Run, ...],
     products: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    scores: Scores,
+    copied: Copied | None,
 ) -> Tensor:
     """Queries [tokens, heads, head_dim], keys and values [keys, key_value_heads, head_dim] ->
     [tokens, heads, head_dim]."""
+    scale, window = scores.scale, scores.window
     units: list[tuple[Run, ...]] = []
     for short, group in groupby(runs, lambda run: products and run.prefix + run.length <= LONGEST):
         together = tuple(group)
@@ -271,9 +278,9 @@ def _run_by_run(
             units.append(together)
         else:
             units.extend((run,) for run in together)
-    outputs = []
+    outputs, end = [], 0
     for unit, queries, keys, values in zip(units, *_split(units, *parts), strict=True):
-        run = unit[0]
+        run, begin, end = unit[0], end, end + len(keys)
         if products and run.prefix + run.length <= LONGEST:
             outputs.append(_Products.apply(queries, keys, values, unit, scale, window))
             continue
@@ -282,10 +289,11 @@ def _run_by_run(
             tensor.unflatten(0, (run.count, run.prefix + run.length)).transpose(1, 2)
             for tensor in (keys, values)
         )
-        if softcap is not None:
-            output = capped(query, key, value, scale, window, softcap)
+        if scores.softcap is not None:
+            output = capped(query, key, value, scale, window, scores.softcap)
         else:
-            output = _fused_kernel(query, key, value, scale, window)
+            of_run = None if copied is None else copied.of_run(begin, run)
+            output = _fused_kernel(query, key, value, scale, window, copied=of_run)
         outputs.append(output.flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -336,9 +344,11 @@ def _fused_kernel(
     scale: float,
     window: int | None,
     mask: Tensor | None = None,
+    copied: Copied | None = None,
 ) -> Tensor:
     """PyTorch's fused kernel: [rows, heads, time, ...] -> [rows, time, heads, ...]. `mask`: bool [rows,
-    1, time, keys], what each token sees, where that is more than what is before it."""
+    1, time, keys], what each token sees, where that is more than what is before it. `copied`: what
+    key and value were copied from; autograd keeps that."""
     time, seen = query.shape[2], key.shape[2]
     prefix = seen - time
     if mask is not None:
@@ -351,15 +361,17 @@ def _fused_kernel(
     grouped = copies > 1 and takes_groups(mask, key, value)
     if copies > 1 and not grouped:
         key, value = repeat_kv(key, copies), repeat_kv(value, copies)
-    output = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        scale=scale,
-        is_causal=mask is None and query.shape[2] > 1,
-        enable_gqa=grouped,
-    )
+        copied = None if copied is None else replace(copied, copies=copies)
+    with nullcontext() if copied is None else copied.hooks(key, value):
+        output = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            scale=scale,
+            is_causal=mask is None and query.shape[2] > 1,
+            enable_gqa=grouped,
+        )
     return output.transpose(1, 2)[:, output.shape[2] - time :]
 
 

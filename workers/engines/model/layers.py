@@ -1,5 +1,5 @@
 """Settings of the decoder layers of a model: checkpointing, activations in host memory,
-torch.compile."""
+torch.compile, what is made again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from workers.config import TrainConfig
 from workers.engines.model.checkpointing import enable_activation_checkpointing
 from workers.engines.model.compiling import compile_layers
 from workers.engines.model.offloading import offload_activations
+from workers.engines.model.remade import remake
 
 
 def check_layers(model: PretrainedConfig, config: TrainConfig) -> None:
@@ -43,3 +44,5 @@ def prepare_layers(model: PreTrainedModel, config: TrainConfig) -> None:
         offload_activations(model)
     if config.compile:
         compile_layers(model)
+    if not (config.activation_checkpointing or config.offload_activations or config.compile):
+        remake(model)

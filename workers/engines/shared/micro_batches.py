@@ -135,7 +135,8 @@ def chosen_tokens(config: TrainConfig, model: PretrainedConfig, device: str) -> 
     except ValueError:  # not a plain decoder
         return FEWEST_TOKENS
     element = 2 if config.precision is Precision.bf16 else 4
-    layer = spec.stored_bytes_per_token(element, compiled=config.compile)
+    remade = not (config.activation_checkpointing or config.offload_activations)
+    layer = spec.stored_bytes_per_token(element, compiled=config.compile, remade=remade)
     stored = spec.num_layers * layer
     if config.selective_checkpointing:
         stored = spec.num_layers * spec.products_bytes_per_token(element) + layer
