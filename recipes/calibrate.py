@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 import torch.multiprocessing as mp
 
-from hybridflow.devices import KEEP_FREED_MEMORY
+from hybridflow.devices import KEEP_FREED_MEMORY, preloaded_allocator
 from hybridflow.mapping.answer.explain import table
 from hybridflow.mapping.calibrate.compare import save_runs
 from hybridflow.mapping.calibrate.fit import Fit, fit, refine
@@ -103,8 +103,8 @@ def measure(config: CalibrateConfig) -> Measurements:
             processes.append(context.Process(target=_measure_rank, args=arguments))
         allocator: dict[str, str] = {}
         if not torch.cuda.is_available():
-            allocator = KEEP_FREED_MEMORY
-        with environment(allocator):  # glibc reads it when a process starts
+            allocator = KEEP_FREED_MEMORY | preloaded_allocator()
+        with environment(allocator):  # read when a process starts
             for process in processes:
                 process.start()
         results = [queue.get() for _ in processes]

@@ -12,6 +12,7 @@ import resource
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,24 +65,28 @@ def most_bytes(device: str) -> int:
 
 
 def retained_bytes(device: str) -> int:
-    """Freed memory that the allocator has not given back; 0 where it does not say. On a CPU an upper
-    bound: some of the interpreter's own memory counts with it."""
+    """Freed memory that the allocator has not given back; 0 where it does not say. On a CPU with
+    glibc's an upper bound: some of the interpreter's own memory counts with it."""
     if device.startswith("cuda"):
         return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    statistics = _allocator().statistics
-    if statistics is None or "RssAnon" not in _status():
-        return 0
-    numbers = statistics()
-    outside = _status()["RssAnon"] - numbers.uordblks - numbers.hblkhd
-    return max(0, min(outside, numbers.fordblks))
+    return _allocator().retained()
 
 
 def give_back(device: str) -> None:
     """Return freed memory to the system where it is more than what a CPU process may keep."""
-    trim = _allocator().trim
-    if device.startswith("cuda") or trim is None or retained_bytes(device) <= KEPT_BYTES:
-        return
-    trim(0)
+    if not device.startswith("cuda") and retained_bytes(device) > KEPT_BYTES:
+        _allocator().trim()
+
+
+class _Allocator:
+    """The C library's, of which nothing is known."""
+
+    def retained(self) -> int:
+        """Freed bytes that were not given back."""
+        return 0
+
+    def trim(self) -> None:
+        """Give them back."""
 
 
 class _Statistics(ctypes.Structure):
@@ -99,25 +104,54 @@ class _Statistics(ctypes.Structure):
     ]
 
 
-class _Allocator:
-    """Functions of the C library that only glibc has; None elsewhere."""
+class _Glibc(_Allocator):
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._statistics: Callable[[], _Statistics] = library.mallinfo2
+        self._trim: Callable[[int], int] = library.malloc_trim
+        library.mallinfo2.restype = _Statistics
+        library.malloc_trim.argtypes = [ctypes.c_size_t]
 
-    def __init__(self) -> None:
-        self.trim: Callable[[int], int] | None = None
-        self.statistics: Callable[[], _Statistics] | None = None
-        library = ctypes.CDLL(None)
-        try:
-            statistics = library.mallinfo2
-            trim = library.malloc_trim
-        except AttributeError:
-            return
-        statistics.restype = _Statistics
-        trim.argtypes = [ctypes.c_size_t]
-        self.statistics, self.trim = statistics, trim
+    def retained(self) -> int:
+        if "RssAnon" not in _status():
+            return 0
+        numbers = self._statistics()
+        outside = _status()["RssAnon"] - numbers.uordblks - numbers.hblkhd
+        return max(0, min(outside, numbers.fordblks))
+
+    def trim(self) -> None:
+        self._trim(0)
+
+
+class _Tcmalloc(_Allocator):
+    """gperftools', preloaded (hybridflow/devices.py)."""
+
+    FREE = ("pageheap", "central_cache", "transfer_cache", "thread_cache")
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._property: Callable[[bytes, Any], int] = library.MallocExtension_GetNumericProperty
+        self._release: Callable[[], None] = library.MallocExtension_ReleaseFreeMemory
+        library.MallocExtension_ReleaseFreeMemory.restype = None
+
+    def retained(self) -> int:
+        total, value = 0, ctypes.c_size_t()
+        for kind in self.FREE:
+            name = f"tcmalloc.{kind}_free_bytes".encode()
+            if self._property(name, ctypes.byref(value)):
+                total += value.value
+        return total
+
+    def trim(self) -> None:
+        self._release()
 
 
 @cache
 def _allocator() -> _Allocator:
+    library = ctypes.CDLL(None)
+    for kind in (_Tcmalloc, _Glibc):
+        try:
+            return kind(library)
+        except AttributeError:
+            continue
     return _Allocator()
 
 

@@ -41,7 +41,7 @@ def remake(model: PreTrainedModel) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Remade:
-    """What autograd keeps in place of a tensor."""
+    """Stands in autograd's graph for a tensor."""
 
     make: Make
     shape: torch.Size
@@ -67,7 +67,7 @@ class Recipes:
         return tensor if make is None else Remade(make, tensor.shape)
 
     def of(self, tensor: Tensor) -> Make:
-        """What makes `tensor`, which has a recipe."""
+        """Makes `tensor`, which has a recipe."""
         return self._makes[tensor.data_ptr(), tensor.numel()]
 
 
@@ -125,16 +125,15 @@ class _GatedProduct:
         self._recipes = Recipes()
         self._hooks: saved_tensors_hooks | None = None
         self._active: Tensor | None = None
-        self._gate: Tensor | None = None
         self._factors: list[Tensor] = []
-        """What autograd has kept since the activation."""
+        """Autograd has kept them since the activation."""
         mlp.register_forward_pre_hook(self._begin)
         mlp.register_forward_hook(self._end, always_call=True)
         act.register_forward_hook(self._activated)
         down.register_forward_pre_hook(self._multiplied)
 
     def _begin(self, _mlp: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled() and arguments[0].device.type == "cpu":
+        if torch.is_grad_enabled() and arguments and arguments[0].device.type == "cpu":
             self._recipes = Recipes()
             self._hooks = saved_tensors_hooks(self._pack, _unpack)
             self._hooks.__enter__()
@@ -142,18 +141,21 @@ class _GatedProduct:
     def _end(self, *_: Any) -> None:
         if self._hooks is not None:
             self._hooks.__exit__(None, None, None)
-        self._hooks = self._active = self._gate = None
+        self._hooks = self._active = None
         self._recipes, self._factors = Recipes(), []
 
     def _activated(self, act: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        if self._hooks is not None and output.grad_fn is not None:
-            self._active, self._gate = output, arguments[0].detach()
-            self._recipes.add(output, partial(act.forward, self._gate))
+        if self._hooks is not None and arguments and output.grad_fn is not None:
+            self._active = output
+            self._recipes.add(output, partial(act.forward, arguments[0].detach()))
 
     def _multiplied(self, _down: nn.Module, arguments: tuple[Any, ...]) -> None:
-        product, active, gate = arguments[0], self._active, self._gate
+        active = self._active
+        if active is None or not arguments:
+            return
+        product = arguments[0]
         node = product.grad_fn
-        if active is None or gate is None or node is None or node.name() != "MulBackward0":
+        if node is None or node.name() != "MulBackward0":
             return
         factors = list(node.next_functions)
         if (active.grad_fn, active.output_nr) not in factors:
