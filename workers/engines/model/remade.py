@@ -1,4 +1,4 @@
-"""What the backward pass makes again instead of keeping it from the forward pass: copies, and
+"""Tensors that the backward pass makes again instead of keeping them from the forward pass: copies, and
 element-wise results whose inputs are kept anyway.
 
     remake(model)   # once; every pass with gradients from then on
