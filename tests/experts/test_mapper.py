@@ -62,9 +62,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v3": ("deepseek_v3", {}),
 }
 """The sizes of the published config.json files; DeepSeek-V3's are transformers' defaults."""
-UNCOUNTED = ("llama4_text", "hunyuan_v1_moe", "afmoe")
-"""Families with matrices that their configurations do not name: dense layers of another inner size, a
-shared expert, a gate of the attention."""
+UNCOUNTED = ("llama4_text", "hunyuan_v1_moe", "afmoe", "lfm2_moe")
+"""Families with matrices that the mapper does not know: dense layers of another inner size, a
+shared expert, a gate of the attention, convolutions."""
 MIXTURE = replace(MODELS["qwen3-30b-a3b"], num_layers=8)
 
 
