@@ -11,6 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from hybridflow.devices import preloaded_allocator
+
 HYBRIDFLOW, TRL = "hybridflow", "trl"
 
 
@@ -26,6 +28,7 @@ def run_apart(system: str, module: str, case: str, trl_python: str) -> dict[str,
     """What `python -m module CASE OUTPUT` writes as JSON; a RuntimeError with the end of its output
     where it fails."""
     python = trl_python if system == TRL else sys.executable
+    allocator = preloaded_allocator() if system == TRL else {}  # the one that our hosts have
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "result.json"
         finished = subprocess.run(
@@ -34,7 +37,7 @@ def run_apart(system: str, module: str, case: str, trl_python: str) -> dict[str,
             text=True,
             check=False,
             cwd=Path(__file__).resolve().parents[1],
-            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+            env={**os.environ, "PYTHONWARNINGS": "ignore", **allocator},
         )
         if finished.returncode:
             raise RuntimeError(
