@@ -3,6 +3,7 @@ responses in turns, and one of them keeps the routes of every token."""
 
 from __future__ import annotations
 
+import atexit
 import statistics
 import time
 from pathlib import Path
@@ -37,10 +38,9 @@ def overhead(directory: Path) -> tuple[float, int, int]:
     """(processor seconds of generation with routes over those without, the median of several turns;
     bytes of the routes of a call; the fewest: two for each expert of a token and layer)."""
     path = save_tiny_mixture(directory / "routes", "qwen3_moe", **SIZES)
-    started = not dist.is_initialized()
-    if started:
-        store = f"file://{directory}/store-routes"
-        dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    if not dist.is_initialized():  # for good: vLLM keeps its group of all ranks in it
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
     engines = [_engine(path), _engine(path)]
     engines[1].record_routes()
     ratios = []
@@ -54,8 +54,6 @@ def overhead(directory: Path) -> tuple[float, int, int]:
     assert routes is not None
     for engine in engines[::-1]:
         engine.close()
-    if started:
-        dist.destroy_process_group()
     tokens = ROWS * (PROMPT_TOKENS + RESPONSE_TOKENS - 1)
     fewest = 2 * tokens * int(SIZES["num_hidden_layers"]) * int(SIZES["num_experts_per_tok"])
     return statistics.median(ratios), routes.nbytes, fewest
