@@ -129,6 +129,26 @@ class Odd(nn.Module):
         return self.down_proj(inner)
 
 
+class Transposed(nn.Linear):
+    """Autograd keeps a transposed view of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight @ x.T).T
+
+
+def test_a_transposed_view_of_the_product_is_kept_itself() -> None:
+    torch.manual_seed(0)
+    module, x = Odd(), torch.randn(3, 6, requires_grad=True)
+    module.down_proj = Transposed(8, 6, bias=False)
+    leaves = [x, *module.parameters()]
+    expected = torch.autograd.grad(module(x, "plain").square().sum(), leaves)
+    remake(module)
+    for one, other in zip(
+        expected, torch.autograd.grad(module(x, "plain").square().sum(), leaves), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     "case", ["plain", "scaled", "activation twice", "up changed", "no product"]
 )

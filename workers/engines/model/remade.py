@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from workers.engines.model.packing import Run
 
 Make = Callable[[], Tensor]
+Strides = tuple[torch.dtype, tuple[int, ...]]
 REMAKES = "remakes_copies"
 """Attribute of a model's attention modules: attend() keeps no copies of keys and values."""
 
@@ -51,11 +52,11 @@ class Recipes:
     """Tensors by memory, each with what makes the same numbers again."""
 
     def __init__(self) -> None:
-        self._makes: dict[tuple[int, int], Make] = {}
+        self._makes: dict[tuple[int, int], tuple[Strides, Make]] = {}
 
     def add(self, tensor: Tensor, make: Make) -> None:
         """`tensor` must live until the hooks end."""
-        self._makes[tensor.data_ptr(), tensor.numel()] = make
+        self._makes[tensor.data_ptr(), tensor.numel()] = _strides(tensor), make
 
     def hooks(self) -> saved_tensors_hooks:
         """While they hold autograd keeps a recipe in place of its tensor."""
@@ -63,12 +64,20 @@ class Recipes:
 
     def pack(self, tensor: Tensor) -> Tensor | Remade:
         """The recipe in place of a tensor that has one."""
-        make = self._makes.get((tensor.data_ptr(), tensor.numel()))
-        return tensor if make is None else Remade(make, tensor.shape)
+        strides, make = self._makes.get((tensor.data_ptr(), tensor.numel()), (None, None))
+        # A view of another order, such as the transposed one, is kept.
+        alike = strides == _strides(tensor)
+        return Remade(make, tensor.shape) if make is not None and alike else tensor
 
     def of(self, tensor: Tensor) -> Make:
         """Makes `tensor`, which has a recipe."""
-        return self._makes[tensor.data_ptr(), tensor.numel()]
+        return self._makes[tensor.data_ptr(), tensor.numel()][1]
+
+
+def _strides(tensor: Tensor) -> Strides:
+    """Equal for views in which the numbers have the same order and type: contiguous ones have one."""
+    shape = () if tensor.is_contiguous() else (*tensor.shape, *tensor.stride())
+    return tensor.dtype, shape
 
 
 def _unpack(kept: Tensor | Remade) -> Tensor:
