@@ -22,6 +22,8 @@ from workers.images import ImageReference
 
 IMAGE = "image"
 IMAGE_URL = "image_url"
+USUAL_COLUMN = "images"
+"""data.images_column as it comes; rows of text alone have none."""
 MARK = "<image>"
 """In a text: an image of the column stands here."""
 STORED = "\x00images"
@@ -118,6 +120,11 @@ def with_column_images(
     if column is not None and row.values.get(column) == [] and any(map(_is_marked, messages)):
         raise ValueError(
             f"{place} is empty, and the messages have {MARK}; give the image, or remove the mark"
+        )
+    if column not in (None, USUAL_COLUMN, *row.values) and any(map(_is_marked, messages)):
+        raise ValueError(
+            f"{place} is not among {', '.join(map(repr, row.values))}, and the messages have {MARK}; "
+            "set data.images_column to the column of the images, or remove the mark"
         )
     images = [{"type": IMAGE, IMAGE: stored_reference(place, row, value)} for value in values]
     waiting = iter(images)

@@ -45,6 +45,18 @@ def asked(*parts: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(parts)}]
 
 
+def test_a_column_of_images_that_is_not_there(images: ImageProcessor, tmp_path: Path) -> None:
+    """A mark would stay text, and nothing would say that the images were left out."""
+    (tmp_path / "cat.png").write_bytes(png(CAT))
+    marked = {"prompt": [{"role": "user", "content": "<image>what"}], "images": ["cat.png"]}
+    plain = {"prompt": [{"role": "user", "content": "what"}]}
+    path = write(tmp_path / "rows.jsonl", plain, marked)
+    expected = r"line 2: 'imgs' is not among 'prompt', 'images', .*set data.images_column"
+    with pytest.raises(ValueError, match=expected):
+        load(path, images, images_column="imgs")
+    assert len(load(path, images)) == 2
+
+
 def test_every_way_to_give_an_image(
     images: ImageProcessor, model_path: Path, tmp_path: Path
 ) -> None:
