@@ -36,7 +36,6 @@ from workers.config import (
 )
 from workers.engines import ENGINES, engine_class
 from workers.engines.base import Head
-from workers.engines.model.expert_choice import check_choice
 from workers.engines.model.loading import (
     check_packing,
     check_whole_numbers,
@@ -442,7 +441,6 @@ def _check_train_layout(
 ) -> None:
     published = model_config(model, head)
     check_whole_numbers(model, published)
-    check_choice(published)
     check_image_layout(published, train, model.attention)
     check = engine_class(train.engine).check
     ask_engine(train.engine, "check", check, published, train, head, num_devices)

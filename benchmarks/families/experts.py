@@ -31,6 +31,15 @@ GROUPED_EXPERTS: dict[str, Any] = {
     "norm_topk_prob": True,
     "routed_scaling_factor": 1.5,
 }
+LATENT = FULL_HEADS | {
+    "num_key_value_heads": HEADS,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
+"""Latent attention."""
 GRANITE: dict[str, Any] = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.2,
@@ -63,14 +72,8 @@ MIXTURES = [
     Family(
         name="DeepSeek-V3",
         model_type="deepseek_v3",
-        settings=FULL_HEADS
+        settings=LATENT
         | {
-            "num_key_value_heads": HEADS,
-            "q_lora_rank": 48,
-            "kv_lora_rank": 512,
-            "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 32,
-            "v_head_dim": 32,
             "n_routed_experts": 8,
             "n_shared_experts": 1,
             "num_experts_per_tok": 2,
@@ -124,14 +127,8 @@ MIXTURES = [
     Family(
         name="DeepSeek-V2",
         model_type="deepseek_v2",
-        settings=FULL_HEADS
+        settings=LATENT
         | {
-            "num_key_value_heads": HEADS,
-            "q_lora_rank": 48,
-            "kv_lora_rank": 512,
-            "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 32,
-            "v_head_dim": 32,
             "n_routed_experts": 8,
             "n_shared_experts": 1,
             "num_experts_per_tok": 2,
@@ -226,14 +223,8 @@ MIXTURES = [
     Family(
         name="GLM-4.7 Flash",
         model_type="glm4_moe_lite",
-        settings=FULL_HEADS
+        settings=LATENT
         | {
-            "num_key_value_heads": HEADS,
-            "q_lora_rank": 48,
-            "kv_lora_rank": 512,
-            "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 32,
-            "v_head_dim": 32,
             "n_routed_experts": 8,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 32,

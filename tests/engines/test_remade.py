@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from workers.engines.model import remade
+from tests.engines.kept import kept_bytes
 from workers.engines.model.attention import use_sequence_attention
 from workers.engines.model.packing import packing_of
-from workers.engines.model.remade import Recipes, Remade, remake
+from workers.engines.model.remade import remake
 
 KINDS = {
     "llama": {},
@@ -58,30 +55,6 @@ def test_gradients_are_equal_bit_for_bit(kind: str, shared: bool) -> None:
     remake(model)
     for one, other in zip(plain, gradients(model, shared=shared), strict=True):
         assert torch.equal(one, other)
-
-
-def kept_bytes(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """Bytes of the storages that autograd keeps, and the number of recipes."""
-    sizes, recipes = dict[int, int](), list[Remade]()
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    class Counting(Recipes):
-        def pack(self, tensor: Tensor) -> Tensor | Remade:
-            kept = super().pack(tensor)
-            if isinstance(kept, Remade):
-                recipes.append(kept)
-                return kept
-            return pack(kept)
-
-    with monkeypatch.context() as patch, saved_tensors_hooks(pack, lambda tensor: tensor):
-        patch.setattr(remade, "Recipes", Counting)
-        kept = run()
-    assert kept is not None
-    return sum(sizes.values()), len(recipes)
 
 
 def test_copies_of_a_prompts_keys_and_values_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

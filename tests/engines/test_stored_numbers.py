@@ -9,18 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybridflow.context import RankContext
 from hybridflow.mapping.question.model import ModelSpec
+from tests.engines.kept import kept_bytes
 from workers.config import ModelConfig, Precision, TrainConfig
 from workers.engines.base import Head
 from workers.engines.fsdp.engine import FsdpEngine
-from workers.engines.model import compiling, remade
+from workers.engines.model import compiling
 from workers.engines.model.loading import standard_sizes
-from workers.engines.model.remade import Recipes, Remade
 from workers.sequences import Sequences
 
 ROWS, LENGTH = 8, 65
@@ -55,25 +53,8 @@ def stored_bytes(
         scored_lengths=torch.full((ROWS,), 20),
     )
     (micro_batch,) = engine._micro_batches(sequences, alike=False)
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    class Counting(Recipes):
-        """Hooks hide what they keep from the ones around them."""
-
-        def pack(self, tensor: Tensor) -> Tensor | Remade:
-            kept = super().pack(tensor)
-            return pack(kept) if isinstance(kept, Tensor) else kept
-
-    with monkeypatch.context() as patch, saved_tensors_hooks(pack, lambda tensor: tensor):
-        patch.setattr(remade, "Recipes", Counting)
-        outputs = engine._run(micro_batch, True, 1.0)
-    assert outputs.log_probs is not None
-    return sum(sizes.values()) / micro_batch.input_ids.numel()
+    kept, _ = kept_bytes(lambda: engine._run(micro_batch, True, 1.0).log_probs, monkeypatch)
+    return kept / micro_batch.input_ids.numel()
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16], ids=lambda p: p.value)

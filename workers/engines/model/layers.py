@@ -8,12 +8,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from workers.config import TrainConfig
 from workers.engines.model.checkpointing import enable_activation_checkpointing
 from workers.engines.model.compiling import compile_layers
+from workers.engines.model.expert_choice import check_choice
 from workers.engines.model.offloading import offload_activations
 from workers.engines.model.remade import remake
 
 
 def check_layers(model: PretrainedConfig, config: TrainConfig) -> None:
-    """ValueError for settings of the layers that do not go together, or not with `model`."""
+    """ValueError for settings of the layers that do not go together, or not with `model`, and for a
+    model whose routers can't choose their experts."""
+    check_choice(model)
     if config.compile and model.get_text_config().to_dict().get("num_experts_per_tok"):
         raise ValueError(
             f"train.compile is true, but {model.model_type} is a mixture of experts, whose tokens go "
