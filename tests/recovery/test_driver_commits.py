@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks.chaos.full_disk import full, may_mount, mount, unmount
-from controllers.ledger import LEDGER, first_difference, read_ledger
+from controllers.ledger import LEDGER, first_difference
 from controllers.loop import Loop
 from controllers.recovery import Driver
 from controllers.saving import OneNode, Saving
@@ -29,10 +29,8 @@ from hybridflow.local_pool import LocalPool
 from hybridflow.metrics import MetricsConfig, Tracker, read_jsonl
 from hybridflow.pool import Parts
 from hybridflow.recovery.actions import Exit
-from hybridflow.recovery.attempts import Attempt, Fenced
 from hybridflow.recovery.config import RecoveryConfig
 from hybridflow.results import Metrics
-from hybridflow.supervision import SUPERVISION
 from tests.controllers.hand_role import HandAlgorithm, HandEngine, HandRole, make_loop, weights
 
 
@@ -461,63 +459,6 @@ def test_too_few_devices_end_with_their_own_status(tmp_path: Path, shm: Path) ->
         driver.run()
     assert ended.value.code == Exit.other_layout == 76
     assert make_loop(tmp_path, shm).step == 4
-
-
-def test_a_replaced_controller_writes_nothing_more(tmp_path: Path, shm: Path) -> None:
-    loop = make_loop(tmp_path, shm)
-    loop.snapshot()
-    Attempt.claim(tmp_path)
-    with pytest.raises(Fenced, match="attempt 2 has taken this run over"):
-        Driver(loop).run()
-    assert [line["step"] for line in read_ledger(loop.ledger.path)] == [0]
-    assert not loop.store.all() and SUPERVISION.directory is None
-
-
-class Suspended(HandAlgorithm):
-    """During its third step another controller takes the run over."""
-
-    output = Path()
-    dies = False
-    files: dict[str, bytes]
-    """Those of the run at that moment."""
-
-    def step(self, prompts: object) -> Metrics:
-        if self.role.engine.num_steps == 2:
-            Attempt.claim(self.output)
-            self.files = contents(self.output)
-            if self.dies:
-                where = Where(role="actor", rank=0, method="update_actor", pool="main")
-                raise WorkerDied("actor rank 0 died", (where,))
-        return super().step(prompts)  # type: ignore[arg-type]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    paths = [path for path in directory.rglob("*") if path.is_file()]
-    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
-
-
-@pytest.mark.parametrize("dies", [False, True], ids=["its step ends", "a rank of it has died"])
-def test_a_run_that_was_suspended_and_replaced_writes_nothing(
-    tmp_path: Path, shm: Path, dies: bool
-) -> None:
-    """Ctrl-Z, the same command on another machine, fg: neither metrics nor the failure of a process
-    that died meanwhile, and no second start of the ledger, memory or checkpoints."""
-    output = tmp_path / "out"
-    loop = make_loop(output, shm)
-    attempt, role = loop.store.attempt, loop.trained["actor"]
-    assert attempt is not None and isinstance(role, HandRole)
-    quiet = MetricsConfig(console=False, tensorboard=True)
-    loop.tracker = Tracker(quiet, output, total_steps=5, before_writing=attempt.check)
-    loop.algorithm = algorithm = Suspended(role)  # type: ignore[assignment]
-    algorithm.output, algorithm.dies = output, dies
-    events = EventLog(output, attempt.number)
-    driver = Driver(loop, pools={"main": Pool()}, config=RecoveryConfig(), events=events)
-    with pytest.raises(Fenced, match="attempt 2 has taken this run over"), loop.tracker:
-        driver.run()
-    after = contents(output)
-    assert {"metrics.jsonl", "events.jsonl", "trace.json", LEDGER} <= after.keys()
-    assert after == algorithm.files
-    assert [commit.step for commit in loop.saving.commits()][:1] == [2]
 
 
 def test_a_notice_before_the_run_stands_puts_memory_on_disk(
