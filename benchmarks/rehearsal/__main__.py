@@ -37,6 +37,8 @@ CASES = (
     ("fsdp", "8", "episodes"),
     ("fsdp", "8", "lora=8"),
     ("fsdp", "4", "cp=2"),
+    ("fsdp", "4", "cp=2", "cp_exchange=allgather"),
+    ("fsdp", "4", "cp=2", "cp_exchange=ring"),
     ("threed", "1"),
     ("threed", "4", "tp=2"),
     ("threed", "4", "experts", "ep=4"),

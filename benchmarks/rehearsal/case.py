@@ -5,9 +5,9 @@
     python -m benchmarks.rehearsal.case DIRECTORY fsdp 8 experts ep=4
 
 A name of models.py (experts, images) takes that model, `episodes` rows with turns of an environment;
-lora=8 and every other integer are settings of TrainConfig. Prints a JSON list of rows {stage, case,
-launches, syncs, copies, peak_bytes}: the engine's build, what a forward pass and a training step cost
-for each micro-batch, and what a snapshot in memory costs.
+lora=8, cp_exchange=ring and every other integer are settings of TrainConfig. Prints a JSON list of
+rows {stage, case, launches, syncs, copies, peak_bytes}: the engine's build, what a forward pass and a
+training step cost for each micro-batch, and what a snapshot in memory costs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,14 @@ from hybridflow.resharding import (
 )
 from hybridflow.resharding.transport import Message
 from hybridflow.snapshots.memory import Stager
-from workers.config import LoraConfig, ModelConfig, OptimizerConfig, Precision, TrainConfig
+from workers.config import (
+    ContextExchange,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Precision,
+    TrainConfig,
+)
 from workers.engines import engine_class
 from workers.engines.base import Head, LossFn, TrainingEngine
 from workers.losses.config import PolicyLossConfig, ValueLossConfig
@@ -139,6 +146,8 @@ def run_engine(
 def describe(config: TrainConfig) -> str:
     sizes = {"tp": config.tp, "cp": config.cp, "pp": config.pp, "ep": config.ep}
     words = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    if config.cp_exchange is not ContextExchange.auto:
+        words.append(config.cp_exchange.value)
     if config.engine == "deepspeed":
         words.append(f"ZeRO-{config.zero_stage}")
     if config.lora.enabled:
@@ -217,7 +226,9 @@ def main(directory: Path, name: str, world_size: int, *changes: str) -> list[Row
         MAKERS[model.name](model)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     pairs = (change.split("=") for change in changes if "=" in change)
-    settings: dict[str, Any] = {key: int(value) for key, value in pairs}
+    settings: dict[str, Any] = {}
+    for key, value in pairs:
+        settings[key] = ContextExchange(value) if key == "cp_exchange" else int(value)
     if "lora" in settings:
         settings["lora"] = LoraConfig(rank=settings["lora"])
     config = TrainConfig(

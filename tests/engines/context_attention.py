@@ -102,7 +102,7 @@ def _attend(case: Case) -> Result:
     group = dist.group.WORLD
     assert group is not None
     blocks.TILE_ELEMENTS, blocks.FEWEST_QUERIES = case.tile_elements, 1
-    packing = cut_row(packing_of(LENGTHS, torch.device("cpu"), PREFIXES), group, case.exchange)
+    packing = cut_row(packing_of(LENGTHS, PREFIXES), group, case.exchange)
     assert packing.part is not None
     tokens = packing.part.tokens
     *whole, weights, sinks = inputs(case.dtype)

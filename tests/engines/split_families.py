@@ -89,7 +89,7 @@ def passed(
     ids = torch.randint(3, VOCABULARY, (1, sum(LENGTHS)), generator=generator)
     reads = torch.arange(sum(LENGTHS) - 1)
     weights = torch.randn(len(reads), generator=generator)
-    packing = packing_of(LENGTHS, torch.device("cpu"))
+    packing = packing_of(LENGTHS)
     numbers = scored(ids, reads, ids[0, 1:], packing=packing, entropy=True, temperature=0.8)
     ((numbers["log_probs"] + 0.1 * numbers["entropy"]) * weights).sum().backward()
     gradients: list[tuple[TensorPart | None, str, Tensor]] = []

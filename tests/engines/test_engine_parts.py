@@ -117,7 +117,7 @@ def test_packed_attention_equals_one_sequence_at_a_time(
         *parts,
         None,
         fused=False,
-        packing=packing_of(lengths, torch.device("cpu")),
+        packing=packing_of(lengths),
         **options,
     )
     found.backward(gradient.to(dtype))
@@ -161,7 +161,7 @@ def test_responses_that_share_a_prompt_attend_as_if_each_had_its_own(
         for kind in (dtype, torch.float64)
     )
     options = {"scaling": 0.2, "sliding_window": window, "softcap": softcap}
-    packing = packing_of(lengths, torch.device("cpu"), prefixes)
+    packing = packing_of(lengths, prefixes)
     parts = (leaf.transpose(1, 2) for leaf in packed)
     output, _ = attend(layer, *parts, None, fused=False, packing=packing, **options)
     output.backward(gradient.to(dtype))
@@ -207,9 +207,7 @@ def test_shared_prompts_change_no_number(tmp_path: Path, family: str) -> None:
         model = ModelSource(ModelConfig(path=path), Head.lm, RankContext()).model
         assert can_share_prompts(model)
         scored = ScoredModel(model, Head.lm)
-        micro_batches = make_micro_batches(
-            sequences, Head.lm, Cutting(40, True, share), torch.device("cpu")
-        )
+        micro_batches = make_micro_batches(sequences, Head.lm, Cutting(40, True, share))
         outputs = []
         for part in micro_batches:
             numbers = scored(
@@ -290,7 +288,7 @@ def test_neighbours_in_a_packed_row_see_nothing_of_each_other(
     the layers' recomputation."""
     path = str(save_tiny_model(tmp_path / family, family, layers=2))
     model = ModelSource(ModelConfig(path=path), Head.lm, RankContext()).model.to(dtype)
-    packing = packing_of([9, 9, 8, 2, 1], torch.device("cpu"))
+    packing = packing_of([9, 9, 8, 2, 1])
     ids = torch.arange(3, 32)[None]
     begin, end = 9, 18
     other = ids.clone()

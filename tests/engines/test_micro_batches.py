@@ -28,8 +28,6 @@ from workers.engines.shared.micro_batches import (
 from workers.engines.shared.rows_together import BLOCKS_PER_BUDGET, cut, pack
 from workers.sequences import Sequences
 
-CPU = torch.device("cpu")
-
 
 @st.composite
 def some_sequences(draw: st.DrawFn, prompts: int = 0) -> Sequences:
@@ -77,7 +75,7 @@ def test_every_row_once_and_results_return_in_order(
     sequences: Sequences, head: Head, budget: int, how: tuple[bool, bool], multiple: int
 ) -> None:
     packing = how[0]
-    made = make_micro_batches(sequences, head, Cutting(budget, *how), CPU)
+    made = make_micro_batches(sequences, head, Cutting(budget, *how))
     assert all(
         micro_batch.input_ids.numel() <= budget or len(micro_batch.rows) == 1
         for micro_batch in made
@@ -142,7 +140,7 @@ def test_any_tokens_may_be_the_scored_ones(
         scored=scored,
         per_token={"place": torch.arange(len(chosen))},
     )
-    micro_batches = make_micro_batches(masked, head, Cutting(budget, *how), CPU)
+    micro_batches = make_micro_batches(masked, head, Cutting(budget, *how))
     outputs = gather_outputs(
         micro_batches, [reads(micro_batch, head) for micro_batch in micro_batches], masked
     )
@@ -207,7 +205,7 @@ def test_an_empty_micro_batch_has_the_columns_and_reads_nothing() -> None:
         per_row={"uid": torch.zeros(1)},
     )
     for packing in (False, True):
-        empty = empty_micro_batch(sequences, Head.lm, Cutting(60, packing, packing), CPU)
+        empty = empty_micro_batch(sequences, Head.lm, Cutting(60, packing, packing))
         assert (
             empty.input_ids.tolist() == [[0]]
             and not len(empty.read_positions)
@@ -225,7 +223,7 @@ def test_a_packed_row_has_no_padding_and_keeps_labels_together(
     budget if there are several."""
     label = torch.arange(sequences.num_rows) % labels
     micro_batches = make_micro_batches(
-        sequences.with_columns(per_row={PAIR: label}), head, Cutting(budget, True), CPU
+        sequences.with_columns(per_row={PAIR: label}), head, Cutting(budget, True)
     )
     assert len(
         {int(one) for micro_batch in micro_batches for one in set(label[micro_batch.rows].tolist())}
@@ -264,7 +262,7 @@ def test_shared_prompts_are_computed_once_and_seen_by_their_responses(
     if labels:
         label = torch.arange(sequences.num_rows) % labels
         sequences = sequences.with_columns(per_row={PAIR: label})
-    micro_batches = make_micro_batches(sequences, head, Cutting(budget, True, True), CPU)
+    micro_batches = make_micro_batches(sequences, head, Cutting(budget, True, True))
     for micro_batch in micro_batches:
         part = micro_batch.sequences
         packing = micro_batch.packing
@@ -303,7 +301,7 @@ def test_a_large_group_is_cut_and_every_part_has_the_prompt() -> None:
         lengths=torch.full((6,), 9),
         scored_lengths=torch.full((6,), 5),
     )
-    micro_batches = make_micro_batches(sequences, Head.lm, Cutting(16, True, True), CPU)
+    micro_batches = make_micro_batches(sequences, Head.lm, Cutting(16, True, True))
     assert [micro_batch.input_ids.shape[1] for micro_batch in micro_batches] == [16, 16]
     first = micro_batches[0]
     assert first.packing is not None and first.packing.runs == (Run(1, 4), Run(3, 4, 4))

@@ -40,7 +40,7 @@ def tiny(kind: str) -> PreTrainedModel:
 
 def gradients(model: nn.Module, *, shared: bool) -> list[Tensor]:
     prefixes = PREFIXES if shared else None
-    packing = packing_of(LENGTHS, torch.device("cpu"), prefixes)
+    packing = packing_of(LENGTHS, prefixes)
     ids = torch.arange(sum(LENGTHS))[None] * 7 % 61
     logits = model(input_ids=ids, use_cache=False, **packing.arguments).logits
     weights = torch.linspace(-1, 1, logits.numel()).view_as(logits)
@@ -61,7 +61,7 @@ def test_copies_of_a_prompts_keys_and_values_are_not_kept(monkeypatch: pytest.Mo
     """Nine responses of 4 tokens to a prompt of 50. 2 of 6 heads have keys; without recipes each
     layer keeps what is taken for 50 + 9 x 54 places and repeats them for the responses' heads."""
     lengths, prefixes = [50] + [4] * 9, [-1] + [0] * 9
-    packing = packing_of(lengths, torch.device("cpu"), prefixes)
+    packing = packing_of(lengths, prefixes)
     ids = torch.arange(sum(lengths))[None] % 61
 
     def run(model: PreTrainedModel) -> Tensor:

@@ -27,7 +27,6 @@ from workers.sequences import Sequences
 ORIGINAL = 32
 """Tokens up to which the angles are those of a short row."""
 LENGTHS = (10, 60, 12, 33, 32, 31, 40, 61)
-CPU = torch.device("cpu")
 
 
 def longrope(family: str) -> PreTrainedModel:
@@ -99,7 +98,7 @@ def test_each_row_has_the_angles_of_its_own_length(model: PreTrainedModel, packi
     config = TrainConfig(packing=packing, micro_batch_tokens=150)
     for _ in range(2):  # what a pass leaves behind changes nothing
         micro_batches = []
-        for micro_batch in make_micro_batches(rows, Head.lm, cutting_of(config, packed), CPU):
+        for micro_batch in make_micro_batches(rows, Head.lm, cutting_of(config, packed)):
             micro_batches.append(pad_time(micro_batch, 3))
         outputs = []
         with torch.no_grad():

@@ -49,7 +49,7 @@ def test_what_a_loss_reads_is_the_same_on_a_gpu(episodes: bool) -> None:
     if episodes:
         rows.batch_row = torch.arange(rows.num_rows) // 2
     (micro_batch, *_) = make_micro_batches(
-        rows, Head.lm, Cutting(budget_tokens=60, packing=True, share_prompts=True), CPU
+        rows, Head.lm, Cutting(budget_tokens=60, packing=True, share_prompts=True)
     )
     here = micro_batch.sequences
     there = here.moved(torch.clone)

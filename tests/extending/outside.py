@@ -57,12 +57,12 @@ class WholeEngine(ShardedEngine):
 
     @torch.no_grad()
     def forward(self, sequences, *, entropy=False, temperature=1.0, routes=False):
-        cut = self._cut_alike(sequences, None, alike=False)
+        cut = self._share_rows(self._cut_alike(sequences, None, alike=False))
         return gather_outputs(cut, [self._run(part, entropy, temperature) for part in cut], sequences)
 
     def train_step(self, sequences, loss_fn, *, entropy=False, temperature=1.0):
         metrics = {}
-        for part in self._cut_alike(sequences, None, alike=False):
+        for part in self._share_rows(self._cut_alike(sequences, None, alike=False)):
             loss, parts = loss_fn(self._run(part, entropy, temperature), part.sequences)
             loss.backward()
             metrics = add_micro_batch(metrics, loss, parts)

@@ -30,13 +30,12 @@ MORE = {
     "zero_stage=3": (4.5, 4.0),
     "ep=4": (2.5, 0.5),
     "images": (0.5, 1.0),
-    "tp=2": (0.0, 1.0),
 }
 """Host synchronisations and copies that a word of a case adds to a micro-batch. DeepSpeed's stage 3
 compares the order of modules over ranks while it records it. With divided experts the host learns in
 each layer how many tokens travel, and ranks agree on the number of micro-batches. transformers compares
-the number of an image's tokens with that of its features, whose places go to the device by themselves.
-A row that tp does not divide gets its lengths anew."""
+the number of an image's tokens with that of its features, whose places go to the device by
+themselves."""
 LAUNCHES = {
     "sync, a parameter": 20.0,
     "attestation, a parameter": 20.0,

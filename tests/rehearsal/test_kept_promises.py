@@ -80,7 +80,7 @@ def test_heads_that_the_kernel_does_not_take_get_another(
             return output
 
         monkeypatch.setattr(attention, name, kernel)
-    packing, layer = packing_of([5, 3], torch.device("cpu")), torch.nn.Identity()
+    packing, layer = packing_of([5, 3]), torch.nn.Identity()
     layer.is_causal = True
     with FakeTensorMode(allow_non_fake_inputs=True):
         heads = torch.empty(1, 2, 8, head_dim, device="cuda", dtype=torch.bfloat16)

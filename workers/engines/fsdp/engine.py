@@ -51,6 +51,7 @@ from workers.engines.shared.micro_batches import (
     counts,
     gather_group_outputs,
     gather_outputs,
+    on_device,
     pad_time,
     run_micro_batch,
 )
@@ -266,13 +267,11 @@ class FsdpEngine(ShardedEngine):
         """`alike`: as many on every data rank, because each has collectives."""
         if self._by_length is None:
             return self._share_rows(self._cut_alike(sequences, self._data_group, alike=alike))
-        cutting = self._cutting
-        cut = self._by_length.micro_batches(sequences, self.head, cutting, self.device)
+        cut = self._by_length.micro_batches(sequences, self.head, self._cutting)
         num_with_rows = len(cut)
         cut = self._fill_up(cut, sequences, self._data_group, alike=alike)
-        return cut[:num_with_rows] + [
-            pad_time(empty, self.config.tp) for empty in cut[num_with_rows:]
-        ]
+        cut[num_with_rows:] = [pad_time(empty, self.config.tp) for empty in cut[num_with_rows:]]
+        return [on_device(micro_batch, self.device) for micro_batch in cut]
 
     def _accumulate(
         self, micro_batches: list[MicroBatch], loss_fn: LossFn, entropy: bool, temperature: float

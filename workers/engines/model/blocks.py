@@ -8,8 +8,8 @@ that windows and soft-capping work, and no more than some TILE_ELEMENTS scores e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -58,9 +58,8 @@ def ring_blocks(
     prefixes: Sequence[int],
     parts: Sequence[Chunks],
     rank: int,
-    device: torch.device,
 ) -> Row:
-    """The blocks of `rank` in a row of segments (packing.py) whose ranks have `parts`."""
+    """The blocks of `rank` in a row of segments (packing.py) whose ranks have `parts`; on the host."""
     begins = [0]
     for length in lengths:
         begins.append(begins[-1] + length)
@@ -90,15 +89,30 @@ def ring_blocks(
                 Block(
                     begin=at,
                     end=at + high - low,
-                    keys=places.to(device),
-                    query_positions=query_positions.to(device),
-                    key_positions=positions.to(device),
+                    keys=places,
+                    query_positions=query_positions,
+                    key_positions=positions,
                     nearest=int(query_positions[0] - positions[-1]),
                     farthest=int(query_positions[-1] - positions[0]),
                 )
             )
         row.append(tuple(blocks))
     return tuple(row)
+
+
+def moved_row(row: Row, move: Callable[[Tensor], Tensor]) -> Row:
+    """The same on another device."""
+    result = []
+    for blocks in row:
+        moved = []
+        for block in blocks:
+            keys, queries = move(block.keys), move(block.query_positions)
+            positions = move(block.key_positions)
+            moved.append(
+                replace(block, keys=keys, query_positions=queries, key_positions=positions)
+            )
+        result.append(tuple(moved))
+    return tuple(result)
 
 
 def _overlap(pieces: Sequence[tuple[int, int, int]], part: Chunks) -> tuple[Tensor, Tensor]:

@@ -92,14 +92,13 @@ def cut_row(
         if exchange is not ContextExchange.ulysses:
             chunks = [bounds(units, chunk, 2 * cp) for chunk in (place, 2 * cp - 1 - place)]
         parts.append([(begin * multiple, end * multiple) for begin, end in chunks])
-    device = packing.position_ids.device
     sizes = tuple(sum(end - begin for begin, end in part) for part in parts)
     tokens = torch.cat([torch.arange(*chunk) for chunk in parts[rank]])
-    part = RowPart(group=group, tokens=tokens.to(device), sizes=sizes)
+    part = RowPart(group=group, tokens=tokens, sizes=sizes)
     if exchange is ContextExchange.allgather:
         part = replace(part, seen=_seen(packing, parts, rank))
     elif exchange is ContextExchange.ring:
-        ring = ring_blocks(packing.lengths, packing.prefixes, parts, rank, device)
+        ring = ring_blocks(packing.lengths, packing.prefixes, parts, rank)
         part = replace(part, ring=ring)
     return replace(packing, part=part)
 
@@ -124,18 +123,17 @@ def _seen(packing: Packing, parts: list[list[tuple[int, int]]], rank: int) -> Pa
             places = torch.cat([*before, torch.arange(begin, high)])
             keys.append(place_of[places])
             runs.append(Run(1, high - low, len(places) - (high - low)))
-    device = packing.position_ids.device
     lengths = torch.tensor([run.length for run in runs])
     num_keys = torch.tensor([run.num_keys for run in runs])
     return Packing(
         position_ids=packing.position_ids[:, :0],
-        ends=_ends(lengths).to(device),
+        ends=_ends(lengths),
         longest=int(lengths.max()),
         lengths=tuple(lengths.tolist()),
         prefixes=(-1,) * len(runs),
         runs=tuple(runs),
-        keys=torch.cat(keys).to(device),
-        key_ends=_ends(num_keys).to(device),
+        keys=torch.cat(keys),
+        key_ends=_ends(num_keys),
     )
 
 

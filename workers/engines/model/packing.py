@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from workers.engines.model.blocks import Row
+from workers.engines.model.blocks import Row, moved_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +84,20 @@ class Packing:
         return {"position_ids": self.position_ids, "packing": self, **lengths}
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Packing:
-        """The same on another device; a whole row's."""
-        assert self.part is None, "rows are cut where they are computed"
+        """The same on another device."""
         return replace(
             self,
             position_ids=move(self.position_ids),
             ends=move(self.ends),
             keys=None if self.keys is None else move(self.keys),
             key_ends=None if self.key_ends is None else move(self.key_ends),
+            part=None if self.part is None else self.part.moved(move),
         )
 
     def padded(self, num_tokens: int) -> Packing:
         """The same with one more segment of `num_tokens` tokens at the end."""
         lengths, prefixes = [*self.lengths, num_tokens], [*self.prefixes, -1]
-        return packing_of(lengths, self.position_ids.device, prefixes)
+        return packing_of(lengths, prefixes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +116,19 @@ class RowPart:
     """The part's queries with the keys of each rank's part, which go round. With neither, ranks
     exchange heads, and each attends over the whole row with some of them."""
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> RowPart:
+        """The same on another device."""
+        return replace(
+            self,
+            tokens=move(self.tokens),
+            seen=None if self.seen is None else self.seen.moved(move),
+            ring=None if self.ring is None else moved_row(self.ring, move),
+        )
 
-def packing_of(
-    lengths: Sequence[int], device: torch.device, prefixes: Sequence[int] | None = None
-) -> Packing:
-    """The packing of segments with these lengths, each at least 1, in the order of the row.
+
+def packing_of(lengths: Sequence[int], prefixes: Sequence[int] | None = None) -> Packing:
+    """The packing of segments with these lengths, each at least 1, in the order of the row; on the
+    host.
 
     prefixes: for each segment the one that it goes on after, which has no prefix of its own, or -1.
     """
@@ -135,11 +143,11 @@ def packing_of(
     runs = tuple(Run(len(list(run)), *shape) for shape, run in groupby(shapes))
     keys = key_ends = None
     if any(prefix >= 0 for prefix in before):
-        keys = _keys(begins, sizes, shared, torch.tensor(before)).to(device)
-        key_ends = _from_zero(torch.cumsum(sizes + shared, 0)).to(device)
+        keys = _keys(begins, sizes, shared, torch.tensor(before))
+        key_ends = _from_zero(torch.cumsum(sizes + shared, 0))
     return Packing(
-        position_ids=positions[None].to(device),
-        ends=_from_zero(ends).to(device),
+        position_ids=positions[None],
+        ends=_from_zero(ends),
         longest=max(lengths),
         lengths=tuple(lengths),
         prefixes=tuple(before),

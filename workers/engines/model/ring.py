@@ -6,7 +6,7 @@ have about as much to attend to. While a rank computes with one part (blocks.py)
 its way. In the backward pass keys and values go round once more, and their gradients travel with
 them, one part behind.
 
-    row = ring_blocks(packing.lengths, packing.prefixes, parts, rank, device)
+    row = ring_blocks(packing.lengths, packing.prefixes, parts, rank)
     output = ring_attention(queries, keys, values, row, sizes, group, Scores(scale=0.125))
 
 Attention sinks (arXiv 2309.17453; learned, as GPT-OSS has them) are one more term of each query's sum,

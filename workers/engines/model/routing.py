@@ -62,11 +62,8 @@ class Routing:
         [tokens of the row]: where each token is among them, -1 for those of other ranks."""
         places = place_of[self.places]
         here = places >= 0
-        is_here = here.cpu()
         routes = None if self.row_routes is None else self.row_routes[here]
-        return routing_of(
-            self.rows[is_here], self.columns[is_here], places[here], num_tokens, routes
-        )
+        return routing_of(self.rows[here], self.columns[here], places[here], num_tokens, routes)
 
     def recorded(self, layers: int, experts_per_token: int) -> Tensor:
         """int16 [computed tokens of all rows, layers, experts per token]: where each token went; -1

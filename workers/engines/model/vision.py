@@ -159,12 +159,11 @@ class ImageInputs:
             ids = torch.full((count,), self._images.token_id)
             inside = rotary_positions(ids, self._images.token_id, [blank.grid], self._images.merge)
             positions = seen.positions.clone()
-            positions[:, 0, -count:] = inside.to(positions.device)
+            positions[:, 0, -count:] = inside
             grids = torch.tensor([blank.grid])
         if family.sees_itself:
             blocks = torch.where(is_image, 0, -1)
-        values = blank.values.to(is_image.device)
-        return SeenImages(values, grids, positions, is_image, blocks)
+        return SeenImages(blank.values, grids, positions, is_image, blocks)
 
     @property
     def num_blank_tokens(self) -> int:

@@ -33,7 +33,7 @@ class ByLength:
     """This rank's micro-batches of the rows of its row group:
 
     by_length = ByLength(layout, rank, model_config, config)      # collective
-    micro_batches = by_length.micro_batches(sequences, Head.lm, cutting, device)
+    micro_batches = by_length.micro_batches(sequences, Head.lm, cutting)
     """
 
     def __init__(
@@ -51,9 +51,7 @@ class ByLength:
             if size > 1:
                 self._groups[size] = _aligned_group(layout, size)
 
-    def micro_batches(
-        self, sequences: Sequences, head: Head, cutting: Cutting, device: torch.device
-    ) -> list[MicroBatch]:
+    def micro_batches(self, sequences: Sequences, head: Head, cutting: Cutting) -> list[MicroBatch]:
         """From the largest groups to the smallest, possibly none; cutting.budget_tokens is for each
         rank."""
         widths = computed_widths(sequences, head, cutting).numpy()
@@ -80,7 +78,7 @@ class ByLength:
         result = []
         for assignment in assignments:
             if self._place // assignment.size == assignment.place:
-                whole = micro_batch_of(sequences, assignment.rows, head, cutting, device)
+                whole = micro_batch_of(sequences, assignment.rows, head, cutting)
                 result.append(self._share(whole, assignment.size))
         return result
 

@@ -7,7 +7,8 @@ samples of a group, the two answers of a pair) share its tokens: they are comput
 response goes on after them. packing=False makes right-padded blocks of rows of similar length
 (causal attention: no mask, default positions), for models whose layers can't keep the sequences of
 a row apart. Under context parallelism the ranks of a group cut each packed row among themselves
-(share_row) and see the numbers of all of it (outputs_of).
+(share_row) and see the numbers of all of it (outputs_of). All of this happens on the host; what is
+left of a micro-batch then travels to its device at once (on_device).
 """
 
 from __future__ import annotations
@@ -159,9 +160,7 @@ def cutting_of(config: TrainConfig, model: PreTrainedModel) -> Cutting:
     )
 
 
-def make_micro_batches(
-    sequences: Sequences, head: Head, cutting: Cutting, device: torch.device
-) -> list[MicroBatch]:
+def make_micro_batches(sequences: Sequences, head: Head, cutting: Cutting) -> list[MicroBatch]:
     """All rows in micro-batches of at most `budget_tokens` tokens, padding included; one longer
     row (or pair) has one to itself."""
     if cutting.whole_rows and not cutting.packing:
@@ -171,7 +170,7 @@ def make_micro_batches(
         parts = cut_rows(sequences, head, cutting)
     micro_batches = []
     for part in parts:
-        micro_batches.append(micro_batch_of(sequences, part, head, cutting, device))
+        micro_batches.append(micro_batch_of(sequences, part, head, cutting))
     return micro_batches
 
 
@@ -200,20 +199,18 @@ def cut_rows(sequences: Sequences, head: Head, cutting: Cutting) -> list[np.ndar
 
 
 def micro_batch_of(
-    sequences: Sequences, rows: np.ndarray, head: Head, cutting: Cutting, device: torch.device
+    sequences: Sequences, rows: np.ndarray, head: Head, cutting: Cutting
 ) -> MicroBatch:
     """The micro-batch of some rows."""
     widths = computed_widths(sequences, head, cutting)
-    return _micro_batch(sequences, torch.from_numpy(rows), widths, head, cutting, device)
+    return _micro_batch(sequences, torch.from_numpy(rows), widths, head, cutting)
 
 
-def empty_micro_batch(
-    sequences: Sequences, head: Head, cutting: Cutting, device: torch.device
-) -> MicroBatch:
+def empty_micro_batch(sequences: Sequences, head: Head, cutting: Cutting) -> MicroBatch:
     """No rows: one padding token that nothing reads, for a rank that must take part in
     collectives; same columns as `sequences`."""
     rows = torch.zeros(0, dtype=torch.int64)
-    return _micro_batch(sequences, rows, sequences.lengths, head, cutting, device)
+    return _micro_batch(sequences, rows, sequences.lengths, head, cutting)
 
 
 def pad_time(micro_batch: MicroBatch, multiple: int, least: int = 1) -> MicroBatch:
@@ -260,7 +257,7 @@ def share_row(
     assert packing.part is not None
     tokens = packing.part.tokens
     place_of = torch.full_like(micro_batch.input_ids[0], -1)
-    place_of[tokens] = torch.arange(len(tokens), device=tokens.device)
+    place_of[tokens] = torch.arange(len(tokens))
     places = place_of[micro_batch.read_positions]
     reads = torch.nonzero(places >= 0).squeeze(1)
     routing, images = micro_batch.routing, micro_batch.images
@@ -286,7 +283,7 @@ def route_part(micro_batch: MicroBatch, group: ProcessGroup) -> MicroBatch:
     width = ids.shape[1] // group.size()
     begin = group.rank() * width
     place_of = torch.full_like(ids, -1)
-    mine = torch.arange(len(ids) * width, device=ids.device).view(len(ids), width)
+    mine = torch.arange(len(ids) * width).view(len(ids), width)
     place_of[:, begin : begin + width] = mine
     assert micro_batch.routing is not None, "the model has no routers"
     routing = micro_batch.routing.shared(place_of.flatten(), mine.numel())
@@ -401,7 +398,6 @@ def _micro_batch(
     widths: Tensor,
     head: Head,
     cutting: Cutting,
-    device: torch.device,
 ) -> MicroBatch:
     part, width = sequences.rows(rows), widths[rows]
     columns = part.scored_columns
@@ -431,7 +427,7 @@ def _micro_batch(
     if cutting.images is not None:
         rows_and_time = (input_ids.shape[0], input_ids.shape[1])
         images = cutting.images.of(part, tokens, rows_and_time)
-    micro_batch = MicroBatch(
+    return MicroBatch(
         sequences=part,
         rows=rows,
         input_ids=input_ids,
@@ -441,12 +437,17 @@ def _micro_batch(
         routing=routing,
         images=images,
     )
+
+
+def on_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """The micro-batch as its pass reads it, once it was padded and shared."""
     return moved_together(micro_batch, _moved, device)
 
 
 def _moved(micro_batch: MicroBatch, move: Move) -> MicroBatch:
     """Its rows' numbers stay on the CPU."""
     packing, routing, images = micro_batch.packing, micro_batch.routing, micro_batch.images
+    part = micro_batch.part
     return replace(
         micro_batch,
         sequences=micro_batch.sequences.moved(move),
@@ -454,6 +455,7 @@ def _moved(micro_batch: MicroBatch, move: Move) -> MicroBatch:
         packing=None if packing is None else packing.moved(move),
         read_positions=move(micro_batch.read_positions),
         targets=move(micro_batch.targets),
+        part=None if part is None else replace(part, reads=move(part.reads)),
         routing=None if routing is None else routing.moved(move),
         images=None if images is None else images.moved(move),
     )

@@ -53,6 +53,7 @@ from workers.engines.shared.micro_batches import (
     cutting_of,
     empty_micro_batch,
     make_micro_batches,
+    on_device,
     pad_time,
     route_part,
     share_row,
@@ -389,7 +390,7 @@ class ShardedEngine(TrainingEngine):
     def _cut(self, sequences: Sequences, budget_tokens: int) -> list[MicroBatch]:
         """Micro-batches of at most `budget_tokens` tokens a rank; none if there are no rows."""
         cutting = replace(self._cutting, budget_tokens=budget_tokens * self.config.cp)
-        return make_micro_batches(sequences, self.head, cutting, self.device)
+        return make_micro_batches(sequences, self.head, cutting)
 
     def _cut_alike(
         self, sequences: Sequences, group: ProcessGroup | None, *, alike: bool
@@ -414,13 +415,11 @@ class ShardedEngine(TrainingEngine):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
             count = int(largest)
         while len(micro_batches) < count:
-            micro_batches.append(
-                empty_micro_batch(sequences, self.head, self._cutting, self.device)
-            )
+            micro_batches.append(empty_micro_batch(sequences, self.head, self._cutting))
         return micro_batches
 
     def _share_rows(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """This rank's parts of the micro-batches, with a time that tp divides."""
+        """This rank's parts of the micro-batches, with a time that tp divides, on its device."""
         group, tp = self._row_group, self.config.tp
         shared = []
         for micro_batch in micro_batches:
@@ -430,5 +429,5 @@ class ShardedEngine(TrainingEngine):
                 part = share_row(micro_batch, group, self._exchange, tp)
             if self._tensor_group is not None:
                 part = route_part(part, self._tensor_group)
-            shared.append(part)
+            shared.append(on_device(part, self.device))
         return shared

@@ -39,13 +39,11 @@ class Segments:
         """The ids int64 [1, tokens] and the packing; one padding token if there are no rows."""
         lengths = self.lengths
         if not len(lengths):
-            return torch.zeros(1, 1, dtype=torch.int64), packing_of([1], part.lengths.device)
+            return torch.zeros(1, 1, dtype=torch.int64), packing_of([1])
         places = self.indices(part)
         prefixes = torch.cat([torch.full_like(self.shared, -1), self.prompt])
         filled = lengths > 0
-        packing = packing_of(
-            lengths[filled].tolist(), part.lengths.device, prefixes[filled].tolist()
-        )
+        packing = packing_of(lengths[filled].tolist(), prefixes[filled].tolist())
         return part.token_ids[places][None], packing
 
     def indices(self, part: Sequences) -> Tensor:
