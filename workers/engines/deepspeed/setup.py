@@ -68,7 +68,7 @@ def deepspeed_settings(config: TrainConfig, num_parameters: int) -> dict[str, An
         "steps_per_print": None,
         "zero_optimization": {
             "stage": config.zero_stage,
-            # Off until it is measured on a GPU; on a CPU nothing would overlap.
+            # Its backward passes end with a wait for the whole device, in every micro-batch.
             "overlap_comm": False,
             "contiguous_gradients": True,
             "reduce_bucket_size": bucket,
