@@ -33,7 +33,8 @@ class Revert:
 
 
 REHEARSAL = "tests/rehearsal/"
-HOLLOW = f"{REHEARSAL}test_hollow_gpu.py -m '' -k"
+HOLLOW = "test_hollow_gpu.py::test_engines_keep_to_the_device_and_to_their_budgets"
+PEAK = "test_peak_bytes.py::test_the_mapper_predicts_the_peak"
 REVERTS = (
     Revert(
         finding="1 vLLM's groups use custom all-reduce",
@@ -89,7 +90,7 @@ REVERTS = (
         file="workers/engines/fsdp/engine.py",
         fix="set_requires_gradient_sync(last or not self._one_group)",
         before="set_requires_gradient_sync(last)",
-        test=f"{REHEARSAL}test_peak_bytes.py -m '' -k '8-10'",
+        test=f"-m '' '{REHEARSAL}{PEAK}[7B on 8, 10 layers]'",
     ),
     Revert(
         finding="15 DeepSpeed has the whole float32 model at once",
@@ -117,21 +118,21 @@ REVERTS = (
         file="workers/engines/shared/host_memory.py",
         fix="            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)\n",
         before="            buffer = torch.empty(tensor.shape, dtype=tensor.dtype)\n",
-        test=f"{HOLLOW} 'fsdp-1'",
+        test=f"-m '' '{REHEARSAL}{HOLLOW}[fsdp 1]'",
     ),
     Revert(
         finding="39 a copy for each tensor of a micro-batch",
         file="workers/engines/shared/together.py",
         fix="    tensors: list[Tensor] = []\n",
         before="    return moved(part, lambda tensor: tensor.to(device))\n    tensors: list[Tensor] = []\n",
-        test=f"{HOLLOW} 'fsdp-1'",
+        test=f"-m '' '{REHEARSAL}{HOLLOW}[fsdp 1]'",
     ),
     Revert(
         finding="39 a wait for each metric of threed",
         file="workers/engines/shared/metrics.py",
         fix="torch.stack(list(metrics.values())).cpu().tolist() if metrics else []",
         before="[float(value) for value in metrics.values()]",
-        test=f"{HOLLOW} 'threed-1'",
+        test=f"-m '' '{REHEARSAL}{HOLLOW}[threed 1]'",
     ),
     Revert(
         finding="46 the allocator's segments can't grow",
@@ -145,7 +146,7 @@ REVERTS = (
         file="hybridflow/resharding/digest.py",
         fix="@lru_cache(maxsize=1024)\ndef _rows_on(",
         before="def _rows_on(",
-        test=f"{HOLLOW} 'fsdp-1'",
+        test=f"-m '' '{REHEARSAL}{HOLLOW}[fsdp 1]'",
     ),
     Revert(
         finding="3 the other build of vLLM is taken",
@@ -292,7 +293,7 @@ REVERTS = (
         file="workers/engines/model/vision.py",
         fix="            options |= tower_arguments(tower, grids, pixels)\n",
         before="            options['image_grid_thw'], arguments = grids.to(pixels.device), (pixels,)\n",
-        test=f"{HOLLOW} 'fsdp and images'",
+        test=f"-m '' '{REHEARSAL}{HOLLOW}[fsdp 8 images]'",
     ),
 )
 

@@ -236,6 +236,10 @@ def test_hosts_connect_over_the_interface_of_their_nodes_address(
         monkeypatch.delenv(name, raising=False)
     choose_interfaces(RankContext(node="192.0.2.1", device="cuda:0"), one_machine=False)
     assert "GLOO_SOCKET_IFNAME" not in os.environ and "NCCL_SOCKET_IFNAME" not in os.environ
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")  # what is set from here on is taken back
+    choose_interfaces(RankContext(node="127.0.0.1", device="cpu"), one_machine=False)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
     choose_interfaces(RankContext(node="127.0.0.1", device="cuda:0"), one_machine=True)
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib7"

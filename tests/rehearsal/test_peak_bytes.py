@@ -18,7 +18,11 @@ QUICK = [("7B on 8", 2)]
 LARGEST_ERROR = 0.15
 
 
-@pytest.mark.parametrize("case", matrix(QUICK, LAYERS.items()), ids=lambda case: case[0])
+def name(case: tuple[str, int]) -> str:
+    return f"{case[0]}, {case[1]} layers"
+
+
+@pytest.mark.parametrize("case", matrix(QUICK, LAYERS.items()), ids=name)
 def test_the_mapper_predicts_the_peak(tmp_path: Path, case: tuple[str, int]) -> None:
     """G12, G15, G18: a whole float32 gradient, a whole model on its way, whole logits."""
     row = run_memory(tmp_path, *case)

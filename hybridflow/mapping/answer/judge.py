@@ -79,7 +79,8 @@ def complete(setting: Setting, pools: tuple[Pool, ...]) -> DeviceMapping:
         hints = []
         for pool, roles in zip(pools, placement, strict=True):
             if fronts.cheapest(roles, pool.group, pool.num_devices) is None:
-                hints.append(f"pool {pool.name}: {_smallest_size(setting, pool)}")
+                size = _smallest_size(setting, pool) or _never(roles)
+                hints.append(f"pool {pool.name}: {size}")
         raise ValueError(f"no layouts fit: {'; '.join(hints)}")
     owner: dict[str, str] = {}
     for pool in pools:
@@ -196,8 +197,9 @@ def _changes(setting: Setting, mapping: DeviceMapping) -> Iterator[tuple[str, st
                     yield plan.pool, f"{plan.role}: {text} (step {predicted.step_s:.1f} s)"
                     break
     for pool in mapping.pools:
-        if pool.name in full:
-            yield pool.name, f"with other layouts: {_smallest_size(setting, pool)}"
+        size = _smallest_size(setting, pool) if pool.name in full else ""
+        if size:
+            yield pool.name, f"with other layouts: {size}"
 
 
 Variations = list[tuple[str, RolePlan]]
@@ -270,12 +272,20 @@ def _roles_in(setting: Setting, pool: Pool) -> tuple[str, ...]:
 
 
 def _smallest_size(setting: Setting, pool: Pool) -> str:
-    """Says from which number of devices on the pool's roles fit with some layouts."""
+    """Says from which number of devices on the pool's roles fit with some layouts; "" where the cluster
+    has too few for any."""
     fronts = Fronts(setting)
     roles = _roles_in(setting, pool)
     for size in setting.cluster.groups[pool.group].pool_sizes():
         if fronts.cheapest(roles, pool.group, size) is not None:
             return f"{', '.join(roles)} fit together from {size} devices on"
+    return ""
+
+
+def _never(roles: tuple[str, ...]) -> str:
+    """Says that the cluster is too small for the roles of a pool."""
+    if len(roles) == 1:
+        return f"{roles[0]} does not fit on this cluster even alone; use more devices"
     return (
         f"{', '.join(roles)} do not fit together on this cluster; put some of them into another "
         "pool"
