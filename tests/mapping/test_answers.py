@@ -154,6 +154,14 @@ def test_judge_names_the_worst_call_and_changes_that_help(paper_setting):
     assert "fit together from" in judgement.report()
 
 
+def test_a_cluster_that_is_too_small_for_any_layout_is_no_change_that_helps(paper_setting):
+    layout = ModelLayout(p=1, t=8, d=1, zero=1, micro_batch_tokens=2048)
+    generation = GenerationLayout(tg=8, replicas=1, max_running=1)
+    judgement = judge(paper_setting("llama-70b", 8), colocated(layout, generation, 8))
+    assert not judgement.fits and not judgement.changes
+    assert judgement.report().endswith("no single change makes it fit")
+
+
 def test_each_pool_that_is_too_full_gets_its_changes(paper_setting):
     pools = (
         Pool(name="policy", num_devices=8, roles=("actor", "reference")),
