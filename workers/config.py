@@ -194,7 +194,7 @@ class TrainConfig:
     """Most tokens (padding included) that one forward pass of one data-parallel rank holds; with
     cp, of each rank that shares the row, which then has cp times as many. Changes speed and
     memory, never results. 0 chooses: 8192 on an accelerator; on a CPU as many as keep about 512
-    MiB for the backward pass, 256 to 8192."""
+    MiB for the backward pass, 256 to 2048."""
     packing: bool = True
     """Rows of a micro-batch one after the other without padding, each attending to itself only.
     false: padded blocks of rows of similar length, for models with layers that look along the

@@ -4,10 +4,11 @@ phase, tokens/s, peak memory.
 python -m benchmarks.step --json FILE [--trl-python PYTHON]
 
 32 prompts x 8 samples, 8 + 64 tokens (fixed; and 8 to 64, drawn per response), random Qwen2 models
-of 3 and 32 million parameters, bf16. This system: 2 processes of 1 thread. TRL: one process with
-all cores, at several settings, of which the fastest counts. Every run has a process of its own, one
-after the other, and all of them are gone through `--repeats` times; medians over all measured
-steps. docs/performance.md says where the time goes.
+of 3 and 32 million parameters, in bf16 where the machine computes it natively and fp32 elsewhere.
+This system: 2 processes of 1 thread. TRL: one process with all cores, at several settings, of which
+the fastest counts. Every run has a process of its own, one after the other, and all of them are
+gone through `--repeats` times; medians over all measured steps. docs/performance.md says where the
+time goes.
 """
 
 from __future__ import annotations
@@ -24,25 +25,19 @@ from typing import Any
 
 from benchmarks.apart import HYBRIDFLOW, TRL, has_trl, run_apart
 from benchmarks.step.case import PHASES, SHAPES, Case, prepare
+from workers.precision import computes_bf16
 
 SIDES = {HYBRIDFLOW: "benchmarks.step.hybridflow_side", TRL: "benchmarks.step.trl_side"}
-TRL_SETTINGS: dict[str, list[dict[str, str]]] = {
-    "3m": [
-        {"precision": "bf16", "attention": "eager", "generation": "vllm", "micro_batch": "32"},
-        {
-            "precision": "fp32",
-            "attention": "sdpa",
-            "generation": "transformers",
-            "micro_batch": "32",
-        },
-    ],
-    "30m": [
-        {"precision": "bf16", "attention": "eager", "generation": "vllm", "micro_batch": "32"},
-        {"precision": "bf16", "attention": "sdpa", "generation": "vllm", "micro_batch": "32"},
-    ],
-}
-"""The fastest combinations of precision, attention, generation and micro-batch
-(docs/performance.md)."""
+
+
+def trl_settings() -> dict[str, list[dict[str, str]]]:
+    """The fastest combinations of precision, attention, generation and micro-batch for each model
+    (docs/performance.md); half precision where this machine computes it natively."""
+    half = "bf16" if computes_bf16("cpu") else "fp32"
+    vllm = {"precision": half, "generation": "vllm", "micro_batch": "32"}
+    plain = {"precision": "fp32", "generation": "transformers", "micro_batch": "32"}
+    eager, fused = {"attention": "eager"}, {"attention": "sdpa"}
+    return {"3m": [vllm | eager, plain | fused], "30m": [vllm | eager, vllm | fused]}
 
 
 def main() -> None:
@@ -114,7 +109,7 @@ def runs(
     """Every system with each of its settings; `overrides` are this system's."""
     for system in systems:
         if system == TRL:
-            for settings in TRL_SETTINGS[model]:
+            for settings in trl_settings()[model]:
                 yield system, settings
         else:
             yield system, overrides

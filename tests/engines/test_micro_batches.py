@@ -366,7 +366,7 @@ def test_a_cpu_takes_as_many_tokens_as_memory_suggests() -> None:
     assert chosen_tokens(fp32, sizes, "cuda") == 8192
     assert chosen_tokens(replace(fp32, micro_batch_tokens=77), sizes, "cpu") == 77
     sizes.num_hidden_layers = 1
-    assert chosen_tokens(fp32, sizes, "cpu") == 8192
+    assert chosen_tokens(fp32, sizes, "cpu") == 2048
 
 
 def test_a_budget_of_nothing_is_an_error() -> None:

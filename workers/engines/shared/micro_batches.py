@@ -48,9 +48,9 @@ from workers.sequences import Sequences, ragged_positions
 PAIR = "pair"
 """Per-row column of labels: rows that share one are never cut apart."""
 CPU_ACTIVATION_BYTES = 512 << 20
-FEWEST_TOKENS, MOST_TOKENS = 256, 8192
+FEWEST_TOKENS, MOST_CPU_TOKENS, MOST_TOKENS = 256, 2048, 8192
 """Bounds of a micro-batch whose size the engine chooses: with fewer tokens the fixed cost of a pass
-is felt, with more it is no faster."""
+is felt, with more it is no faster: on a CPU slower, once they leave its caches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +144,7 @@ def chosen_tokens(config: TrainConfig, model: PretrainedConfig, device: str) -> 
     elif config.activation_checkpointing:
         stored = spec.num_layers * element * spec.hidden_size + layer
     tokens = CPU_ACTIVATION_BYTES * config.tp * config.pp / stored
-    return int(min(max(tokens, FEWEST_TOKENS), MOST_TOKENS))
+    return int(min(max(tokens, FEWEST_TOKENS), MOST_CPU_TOKENS))
 
 
 def cutting_of(config: TrainConfig, model: PreTrainedModel) -> Cutting:
