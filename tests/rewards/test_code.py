@@ -12,6 +12,7 @@ import pytest
 
 from workers.reward_function import check_columns, score_rows
 from workers.rewards import code
+from workers.rewards.code import program_of
 from workers.rewards.combined import RewardPart, combined
 from workers.rewards.sandbox.mode import Sandbox, use_sandbox
 
@@ -45,6 +46,60 @@ def test_assertions(mode: dict[str, Any]) -> None:
     assert score(program, tests, **mode) == 1.0
     assert score(program, '["assert add(1, 2) == 4"]', **mode) == 0.0
     assert score(program, "for n in range(3):\n    assert add(n, n) == 2 * n", **mode) == 1.0
+
+
+BLOCKS = {
+    "```python3\nprint(1)\n```\nThis prints 1": "print(1)",
+    "```python\nprint(1)\n```\nOutput:\n```\n1\n```": "print(1)",
+    "1.  ```py\n    if 1:\n        print(1)\n    ```": "    if 1:\n        print(1)",
+    "  ```\n  if 1:\n      print(1)\n  ```": "if 1:\n    print(1)",
+    "~~~python\nprint(1)\n~~~": "print(1)",
+    "```Python title=a.py\nprint(1)```": "print(1)",
+    "```python\nprint('```')\nprint(2)\n```": "print('```')\nprint(2)",
+    "```python\nprint(1)": "print(1)",
+    "not ```this``` but\n```python\nprint(1)\n```": "print(1)",
+    "```python\nprint(1)\n```\n```bash\nls\n```\n```python\nprint(2)\n```": "print(2)",
+    "print(1)": "print(1)",
+}
+
+
+@pytest.mark.parametrize("response", BLOCKS)
+def test_the_program_is_the_last_block_of_python(response: str) -> None:
+    assert program_of(response) == BLOCKS[response]
+
+
+UNJUDGED = [
+    ("def check(candidate):\n    assert candidate(1) == 2", "asserts nothing: it defines check"),
+    ("def test_add():\n    assert add(1, 1) == 2", "asserts nothing: it defines test_add"),
+    (
+        "class T(unittest.TestCase):\n    def test(self):\n        self.assertEqual(add(1, 1), 2)\n"
+        "unittest.main()",
+        "asserts nothing",
+    ),
+    ("from solution import add\nassert add(1, 1) == 2", "imports solution, which is not installed"),
+    ("assert add(1, 1) ==", "which is no Python"),
+    ({"inputs": [[1, 1]], "outputs": [2], "fn_name": "add"}, "arguments of add"),
+    ([{"input": "[1, 1]", "output": "2", "testtype": "functional"}], "arguments of a function"),
+]
+
+
+@pytest.mark.parametrize(("answer", "message"), UNJUDGED)
+def test_tests_that_any_program_or_none_would_pass_are_refused(answer: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        score(SUM, answer)
+    assert "\n" not in str(error.value)
+
+
+def test_helpers_of_tests_that_are_called(mode: dict[str, Any]) -> None:
+    program = "def add(a, b):\n    return a + b"
+    for tests in (
+        "def check(candidate):\n    assert candidate(1, 1) == 2\ncheck(add)",
+        "def one():\n    assert add(1, 1) == 2\nfor test in (one,):\n    test()",
+        "import math\ntry:\n    assert math.sqrt(add(2, 2)) == 2\nexcept KeyError:\n    raise",
+    ):
+        assert score(program, tests, **mode) == 1.0
+        assert score(program.replace("+", "-"), tests, **mode) == 0.0
+    assert score("print(1)", [{"input": None, "output": 1}], **mode) == 1.0
 
 
 @pytest.mark.parametrize(

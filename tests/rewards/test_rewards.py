@@ -38,6 +38,25 @@ NUMBERS = [
     (1234567, "1,234,567", 1.0),
     (18, "20 - 18", 1.0),
     (-7, "it fell from 5 to -7", 1.0),
+    ("3/4", "The answer is 3/4.", 1.0),
+    (4, "The answer is 3/4.", 0.0),
+    (5.5, "5 1/2", 1.0),
+    (0.5, "5 1/2", 0.0),
+    (9, "20 18/2", 1.0),
+    (2.5, "about 2\u00bd cups", 1.0),
+    (0.75, r"$\frac{3}{4}$", 1.0),
+    (4, r"$\dfrac{3}{4}$", 0.0),
+    (3.5, r"3\frac{1}{2}", 1.0),
+    (1234, r"1{,}234 and 1\,234", 1.0),
+    (1234567, "12,34,567", 1.0),
+    (1000, "1_000", 1.0),
+    (1500, r"$1.5 \times 10^{3}$", 1.0),
+    (3, "1.5 x 10^3", 0.0),
+    (0.015, "1.5 * 10^-2", 1.0),
+    (18, "The result:\n- 18", 1.0),
+    (-18, "\u2212\u20b918", 1.0),
+    (-18, r"-\$18", 1.0),
+    (0.5, "9/18,000 or 500/1,000", 1.0),
     # B76: another number, although digits agree
     (5, "18.5", 0.0),
     (18, "3/18", 0.0),
@@ -70,6 +89,7 @@ def test_an_answer_without_a_number_is_an_error() -> None:
 def test_tolerance() -> None:
     assert value(number, "3.14", answer="3.14159", tolerance=0.01) == 1.0
     assert value(number, "3.14", answer="3.14159") == 0.0
+    assert value(number, "1.3", answer=1, tolerance=0.3) == 1.0
 
 
 MATHEMATICS = [
@@ -136,6 +156,26 @@ CHOICES = [
     ("C", "Answer: **C**", 1.0),
     ("B", "A looks right, but option b is", 1.0),
     ("A", "A cat is B", 0.0),
+    ("B", "<answer>B</answer>", 1.0),
+    ("B", "<answer> b </answer>", 1.0),
+    ("B", "**Answer**: B. I hope it helps.", 1.0),
+    ("B", r"\boxed{\textbf{(B)}\ 12}", 1.0),
+    ("B", r"\boxed{\mathrm{B}}", 1.0),
+    ("B", r"\boxed{B. Paris}", 1.0),
+    ("B", "The answer is $B$.", 1.0),
+    ("B", "B. I am confident.", 1.0),
+    ("B", "B. A cat is an animal", 1.0),
+    ("B", "The answer is a bit hard to see: B", 1.0),
+    ("B", "The answer is B, but option C is good as well", 1.0),
+    ("B", "The answer is not A but B", 1.0),
+    ("A", "B is wrong, so A is right", 1.0),
+    ("I", "The answer is (I)", 1.0),
+    ("B", "b", 1.0),
+    ("B", "b) Paris", 1.0),
+    ("B", "it is (b)", 1.0),
+    ("B", "'B'", 1.0),
+    ("B", "Plan B's goal", 0.0),
+    ("B", "P(B) is 3", 0.0),
     ("A", "none of them", 0.0),
 ]
 

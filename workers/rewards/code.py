@@ -7,18 +7,22 @@ wrote, or what its functions returned, is judged in another process. docs/reward
 
 from __future__ import annotations
 
+import ast
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 from secrets import token_hex
 from typing import Any
 
 from workers.rewards import unconfined
+from workers.rewards.fences import program_of
 from workers.rewards.sandbox import Limits, judge, run
 from workers.rewards.sandbox.mode import Sandbox, sandbox_mode
 
-FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+FUNCTIONAL = ("fn_name", "func_name")
+"""Keys by which APPS, TACO and LiveCodeBench have arguments of a function in place of text."""
 LEAST_MEMORY_MB = 64
 
 
@@ -39,7 +43,7 @@ def code(
 
     answer: a list of {"input": text on stdin, "output": text on stdout}, {"inputs": [...],
     "outputs": [...]}, a list of assert statements, or Python that asserts; or the JSON text of one
-    of them. The program is the last fenced block, or the whole response. timeout_s: seconds of each
+    of them. The program is the last fenced block of Python, or the whole response. timeout_s: seconds of each
     test by the clock, without those that it waits for a busy processor.
 
     Programs run in the sandbox; with reward.sandbox=off and allow_unsafe=true as this user, with
@@ -68,11 +72,6 @@ def code(
     share = passed / len(tests)
     reward = share if partial else float(passed == len(tests))
     return {"reward": reward, "passed": share}
-
-
-def program_of(response: str) -> str:
-    blocks = FENCED.findall(response)
-    return str(blocks[-1]) if blocks else response
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +117,8 @@ def read_tests(answer: object) -> list[Dialogue | Assertions]:
             tests = json.loads(answer)
         except json.JSONDecodeError:
             tests = [answer]
+    if isinstance(tests, Mapping):
+        check_textual(tests)
     if isinstance(tests, Mapping) and {"inputs", "outputs"} <= tests.keys():
         inputs, outputs = tests["inputs"], tests["outputs"]
         if len(inputs) != len(outputs):
@@ -133,16 +134,95 @@ def read_tests(answer: object) -> list[Dialogue | Assertions]:
 
 def read_test(test: Any) -> Dialogue | Assertions:
     if isinstance(test, Mapping) and {"input", "output"} <= test.keys():
+        check_textual(test)
         return Dialogue(text_of(test["input"]), text_of(test["output"]))
     if isinstance(test, str) and "assert" in test:
+        check_assertions(test)
         return Assertions(test)
     raise ValueError(
         f"a test is {str(test)[:80]!r}; give {{input, output}}, or Python with assert statements"
     )
 
 
+def check_textual(test: Mapping[str, Any]) -> None:
+    """A ValueError for inputs that are the arguments of a function: as text on stdin no program
+    would pass them."""
+    function = next((test[key] for key in FUNCTIONAL if test.get(key)), None)
+    if function is None and "functional" in (test.get("testtype"), test.get("type")):
+        function = "a function"
+    if function is not None:
+        raise ValueError(
+            f"the inputs of a test are arguments of {function}, which are not read; give assert "
+            "statements that call it"
+        )
+
+
+def check_assertions(source: str) -> None:
+    """A ValueError for a test that any program would pass, because nothing in it is asserted, or
+    none, because it can't run."""
+    shown = repr(source[:80])
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"a test is {shown}, which is no Python ({error}); correct it") from None
+    defined = {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
+    if not any(asserts(node, defined) for node in run_at_once(tree)):
+        names = ", ".join(sorted(defined)) or "nothing"
+        raise ValueError(
+            f"a test is {shown}, which asserts nothing: it defines {names} and calls none of it; "
+            "add the call, such as check(solution)"
+        )
+    for node in ast.walk(tree):
+        for module in imported(node):
+            if not importable(module):
+                raise ValueError(
+                    f"a test is {shown}, which imports {module}, which is not installed here; the "
+                    "program's names are there without an import"
+                )
+
+
+def asserts(node: ast.AST, defined: set[str]) -> bool:
+    """Whether it is an assert statement, the use of a function that may hold some, or the call of
+    one such as numpy.testing.assert_allclose."""
+    if isinstance(node, ast.Name):
+        return node.id in defined and isinstance(node.ctx, ast.Load)
+    if isinstance(node, ast.Call):
+        name = node.func
+        called = name.attr if isinstance(name, ast.Attribute) else ""
+        return "assert" in (name.id if isinstance(name, ast.Name) else called)
+    return isinstance(node, ast.Assert)
+
+
+def run_at_once(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those in the bodies of functions."""
+    for node in ast.iter_child_nodes(tree):
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from run_at_once(node)
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name.partition(".")[0] for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        return [node.module.partition(".")[0]]
+    return []
+
+
+@lru_cache(maxsize=1024)
+def importable(module: str) -> bool:
+    """Whether it is there; looked up, not imported."""
+    return module == "__main__" or find_spec(module) is not None
+
+
 def text_of(value: object) -> str:
-    """Text, or lines of text."""
+    """Text, or lines of text; null for none."""
+    if value is None:
+        return ""
     if isinstance(value, list | tuple):
         return "\n".join(map(str, value))
     return str(value)

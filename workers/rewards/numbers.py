@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
 MINUS_SIGNS = "-\u2212\u2013"
@@ -10,41 +11,85 @@ MINUS_SIGNS = "-\u2212\u2013"
 FINAL = re.compile(r"####\s*(.+)")
 """Where the answers of gsm8k keep their number."""
 
+SIGNS = r"+\-\u2212\u2013"
+CURRENCY = "$\u00a3\u00a5\u20a0-\u20bf"
+GROUP = r"[,_'\u2019\u202f\u2009\u00a0]"
+"""What stands between groups of digits."""
+
 NUMBER = re.compile(
     rf"""
-    (?P<sign> (?<! [\w)\]%.] ) (?<! [\w)\]%.]\s ) [+{MINUS_SIGNS}] \s?  # a sign; after a number or a bracket
-      | (?<= [\w)\]%.]\s ) [+{MINUS_SIGNS}] (?= [$\u20ac\u00a3\d.] ) )?   # it is an operator: 20-18, 20 - 18
-    [$\u20ac\u00a3]? \s?                                 # a currency before the digits
+    (?P<sign> (?<! [\w)\]%.] ) (?<! [\w)\]%.]\s ) [{SIGNS}] \s?  # a sign; after a number or a bracket
+      | (?<= [\w)\]%.]\s ) [{SIGNS}] (?= \\? [{CURRENCY}\d.] ) )?   # it is an operator: 20-18, 20 - 18
+    (?: \\? [{CURRENCY}] )? \s?                          # a currency before the digits
+    (?: (?<![\w.]) (?P<whole> \d+ ) [ ] (?= \d+ [ ]? / ) )?                               # 2 of 2 1/2
     (?P<digits>
-        (?<![\w.]) \d{{1,3}} (?: [,\u202f\u00a0] \d{{3}} )+ (?! \d ) (?: \. \d+ )?      # 1,234,567.8
+        (?<![\w.]) \d{{1,3}} (?: {GROUP} \d{{3}} )+ (?! \d ) (?: \. \d+ )?              # 1,234,567.8
+      | (?<![\w.]) \d{{1,2}} (?: , \d{{2}} )+ , \d{{3}} (?! \d ) (?: \. \d+ )?            # 12,34,567
       | (?<![\w.]) \d+ (?: \. \d+ )?                                                    # 18 and 18.0
       | (?<![\w.]) \. \d+                                                               # .5
     )
-    (?: [eE] (?P<exponent> [+-]? \d{{1,3}} ) (?! \w ) )?
-    (?: \s? / \s? (?P<below> \d+ ) (?! [\d.] ) )?        # a fraction
+    (?: [eE] (?P<exponent> [+-]? \d{{1,3}} ) (?! \w )
+      | \s? (?: [x\u00d7*\u00b7] | \\times | \\cdot ) \s? 10 \s? (?: \^ | \*\* ) \s?            # 1.5 x 10^3
+        (?: (?P<power> [{SIGNS}]? \d{{1,3}} ) | \{{ \s? (?P<braced> [{SIGNS}]? \d{{1,3}} ) \s? \}} )
+    )?
+    (?: [ ]? / [ ]? (?P<below> \d{{1,3}} (?: , \d{{3}} )+ | \d+ ) (?! \.? \d ) )?              # a fraction
     """,
     re.VERBOSE,
 )
+FRACTION = re.compile(r"\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+SPACES = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!;:])(?=\d)")
+"""What LaTeX has between groups of digits: 1{,}234, 1\\,234."""
+ONE_HALF = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 
 
 def numbers_in(text: str) -> list[Fraction]:
-    """All numbers of a text, in its order: 3/4 is one number, 20-18 are two, 1,234 is one.
+    """All numbers of a text, in its order: 3/4 and 2 1/2 are one number, 20-18 are two, 1,234 is
+    one.
 
     >>> [str(value) for value in numbers_in("20-18, that is $1,234.50 or 3/4")]
     ['20', '18', '2469/2', '3/4']
     """
+    text = plainly_written(text)
     values = []
     for match in NUMBER.finditer(text):
-        value = Fraction(re.sub(r"[,\u202f\u00a0]", "", match["digits"]))
-        if match["exponent"]:
-            value *= Fraction(10) ** int(match["exponent"])
+        value = Fraction(re.sub(GROUP, "", match["digits"]))
+        if power := match["exponent"] or match["power"] or match["braced"]:
+            negative = power[0] in MINUS_SIGNS
+            value *= Fraction(10) ** (int(power.lstrip(f"+{MINUS_SIGNS}")) * (-1) ** negative)
         if match["below"]:
-            if not int(match["below"]):
+            if not int(match["below"].replace(",", "")):
                 continue
-            value /= int(match["below"])
-        negative = match["sign"] is not None and match["sign"][0] in MINUS_SIGNS
-        values.append(-value if negative else value)
+            value /= int(match["below"].replace(",", ""))
+        if match["whole"]:
+            if value < 1:
+                value += int(match["whole"])
+            else:
+                values.append(_signed(text, match, Fraction(match["whole"])))
+                values.append(value)
+                continue
+        values.append(_signed(text, match, value))
     return values
+
+
+def plainly_written(text: str) -> str:
+    r"""\frac{3}{4} as 3/4, 1{,}234 as 1,234, and the character of one half as 1/2."""
+
+    def spelled(match: re.Match[str]) -> str:
+        return " " + unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/")
+
+    text = SPACES.sub(",", text)
+    text = ONE_HALF.sub(spelled, text)
+    after_a_digit = re.sub(rf"(?<=\d)(?={FRACTION.pattern})", " ", text)
+    return FRACTION.sub(r"\1/\2", after_a_digit)
+
+
+def _signed(text: str, match: re.Match[str], value: Fraction) -> Fraction:
+    sign = match["sign"] or ""
+    if not sign or sign[0] not in MINUS_SIGNS:
+        return value
+    if len(sign) > 1 and not text[: match.start()].rpartition("\n")[2].strip():
+        return value  # the item of a list
+    return -value
 
 
 def number(
@@ -70,4 +115,4 @@ def number(
             f"answer is {text[:80]!r}, which has no number; use another reward for this data"
         )
     found = numbers_in(response)
-    return float(bool(found) and abs(found[-1] - expected[-1]) <= Fraction(tolerance))
+    return float(bool(found) and abs(found[-1] - expected[-1]) <= Fraction(str(tolerance)))

@@ -5,14 +5,23 @@ from __future__ import annotations
 import re
 import unicodedata
 
-STATED = re.compile(
-    r"(?:answer|choice|option)\s*(?:is|:|=)?\s*:?\s*\**\(?\[?\\?(?:boxed\{|text\{)*\s*([A-Z])\b",
+OPENING = r"""(?:[\s:=>*_"'`$(\[{-]|\\[a-z]+\{|\\\()*"""
+"""What may stand before a letter: white space, quotes, brackets, and LaTeX's \\text{."""
+LETTER = rf"{OPENING}(?P<letter>[A-Z])(?!\w|['\u2019]\w)"
+BOXED = re.compile(rf"\\boxed\{{{OPENING}(?P<letter>[A-Z])(?=[\s)}}\].:,$\\])", re.IGNORECASE)
+ANSWER = re.compile(
+    rf"\b(?:answer(?:\s+(?:choice|option|letter))?|correct\s+(?:choice|option|letter))\b"
+    rf"(?:\W{{0,4}}\b(?:is|was)\b)?{LETTER}",
     re.IGNORECASE,
 )
-"""The answer is (B). / Answer: B / option b"""
-BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-Z])\)?\s*\}?\s*\}")
-ALONE = re.compile(r"(?<![\w'])\(?([A-Z])\)?(?=[\s.,:;!?)\]*]|$)")
-"""A capital letter that is a word: (B), B., **B**."""
+"""The answer is (B). / **Answer**: B / <answer>b</answer>"""
+OPTION = re.compile(rf"\b(?:choice|option)\b(?:\s+is\b)?{LETTER}", re.IGNORECASE)
+ALONE = re.compile(r"(?<!\w)(?<!\w['\u2019(])(?P<letter>[A-Z])(?!\w|['\u2019-]\w|[+#&])")
+"""A capital letter that is a word: (B), B., **B**, $B$."""
+SMALL = re.compile(r"\A\W*(?P<letter>[a-z])(?=\W*\Z|[).:])|(?<!\w)\((?P<bracketed>[a-z])\)")
+"""b / b) Paris / it is (b)"""
+WORD = re.compile(r"\s+(?!(?:is|was|are|and|or|but|not|because|since|as|looks|seems|would)\b)[a-z]")
+"""What follows "a" and "I" where they are words: a cat, I think; not A is right."""
 
 
 def multiple_choice(
@@ -27,8 +36,9 @@ def multiple_choice(
     """1.0 if the letter that the response chooses is the answer's, else 0.0.
 
     answer: a letter, "(B)", or a number that counts the choices from 0. The chosen letter is the
-    last boxed one, else the last one after "answer", "choice" or "option", else the last capital
-    letter that stands alone.
+    last boxed one, else the last one after "answer", else after "option" or "choice", else the
+    last capital letter that stands alone and is no word of a sentence ("A cat", "I think"), else a
+    small one that is all of the response, begins it as "b)" does, or stands in brackets.
     """
     text = str(answer).strip().strip("().").upper()
     if isinstance(answer, int) or text.isdecimal():
@@ -40,13 +50,23 @@ def multiple_choice(
         text = choices[position]
     if len(text) != 1 or text not in choices:
         raise ValueError(f"answer is {answer!r}; give a letter of {choices} or its number from 0")
-    for pattern in (BOXED, STATED, ALONE):
-        found = [
-            letter.upper() for letter in pattern.findall(response) if letter.upper() in choices
-        ]
+    return float(chosen_letter(unicodedata.normalize("NFKC", response), choices) == text)
+
+
+def chosen_letter(response: str, choices: str) -> str:
+    """The letter of `choices` that a response comes to; empty where it names none."""
+    for pattern in (BOXED, ANSWER, OPTION, ALONE, SMALL):
+        found = ""
+        for match in pattern.finditer(response):
+            letter = match[match.lastgroup or 0]
+            is_word = letter in "aiI" or (letter == "A" and pattern is ALONE)
+            if is_word and WORD.match(response, match.end(match.lastgroup or 0)):
+                continue
+            if letter.upper() in choices:
+                found = letter.upper()
         if found:
-            return float(found[-1] == text)
-    return 0.0
+            return found
+    return ""
 
 
 def exact_match(
