@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from controllers.data.config import DataConfig
 from controllers.data.images import images_of
-from controllers.data.messages import check_messages
+from controllers.data.messages import check_messages, text_or_messages
 from controllers.data.sources import SourceRow
 from controllers.data.tokenize import PromptTokenizer, check_text
 from workers.images import ImageProcessor
@@ -94,7 +94,8 @@ class ConversationTokenizer:
 
     def answer(self, row: SourceRow, column: str, response: Any) -> Conversation:
         """The prompt of the row (data.prompt_column) with the response of `column`: text, or a
-        list of one assistant message."""
+        list of one assistant message, also as JSON text."""
+        response = text_or_messages(response)
         message = _response_message(row, column, response)
         prompt = self.prompts.prompt(row)
         if not isinstance(prompt, str):
@@ -111,11 +112,15 @@ class ConversationTokenizer:
         return self.conversation(row, self.prompts.placed(row, messages))
 
     def conversation(self, row: SourceRow, messages: Sequence[dict[str, Any]]) -> Conversation:
-        """Every assistant turn learned; messages after the last one are left out."""
-        turns = [
-            number for number, message in enumerate(messages) if message["role"] == "assistant"
-        ]
+        """Every assistant turn learned but those of weight 0; messages after the last one are left
+        out."""
+        turns = [number for number, message in enumerate(messages) if is_learned(row, message)]
         if not turns:
+            if any(message["role"] == "assistant" for message in messages):
+                raise ValueError(
+                    f"{row.place}: every assistant's message has the weight 0, so there is nothing "
+                    "to learn; remove the row"
+                )
             raise ValueError(
                 f"{row.place}: no message has the role 'assistant', so there is nothing to learn; "
                 "remove the row"
@@ -245,6 +250,20 @@ class ConversationTokenizer:
                 "that writes one"
             )
         return int(end)
+
+
+def is_learned(row: SourceRow, message: dict[str, Any]) -> bool:
+    """Whether it is the assistant's and has no weight of 0, by which published conversations mark
+    turns that are not to be learned."""
+    weight = message.get("weight", 1)
+    if message["role"] != "assistant":
+        return False
+    if isinstance(weight, str) or weight not in (0, 1):
+        raise ValueError(
+            f"{row.place}: an assistant's message has weight={weight!r}; it is learned (1, or no "
+            "weight) or not (0)"
+        )
+    return bool(weight)
 
 
 def _response_message(row: SourceRow, column: str, response: Any) -> dict[str, Any]:

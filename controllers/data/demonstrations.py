@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from controllers.data.config import DataConfig
 from controllers.data.conversation import Answered, Conversation, ConversationTokenizer
 from controllers.data.images import STORED
-from controllers.data.messages import value_of
+from controllers.data.messages import roots, value_of
 from controllers.data.rows import Encode, RowDataset
 from controllers.data.sources import SourceRow
 from controllers.data.writer import EncodedRow
@@ -31,6 +31,13 @@ class DemonstrationDataset(RowDataset):
     length_limit = "max_tokens"
     noun = "demonstrations"
     columns = (PROMPT_IDS.name, RESPONSE_IDS.name, LOSS_MASK.name, NUM_TOKENS.name, UID.name)
+
+    @classmethod
+    def columns_read(cls, config: DataConfig, row: SourceRow) -> set[str]:
+        names = {config.messages_column}
+        if config.messages_column is None:
+            names = {config.prompt_column, config.response_column}
+        return roots({*names, config.tools_column, config.images_column})
 
     @classmethod
     def encoder(

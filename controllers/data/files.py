@@ -10,7 +10,7 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -92,6 +92,7 @@ def read_parquet(path: Path, file: BinaryIO) -> Iterator[SourceRow]:
         if path.suffix.lower().removeprefix(".") in COMPRESSIONS:
             source = pyarrow.BufferReader(file.read())
         with pyarrow.parquet.ParquetFile(source, memory_map=True) as table:
+            check_names(str(path), table.schema_arrow.names)
             number = 0
             for batch in table.iter_batches(batch_size=BATCH_ROWS):
                 for values in batch.to_pylist(maps_as_pydicts="lossy"):
@@ -131,6 +132,7 @@ def read_csv(path: Path, file: BinaryIO) -> Iterator[SourceRow]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     reader = csv.DictReader(text)
     try:
+        check_names(f"{path}, line 1", reader.fieldnames or ())
         for values in reader:
             place = f"{path}, line {reader.line_num}"
             if None in values or None in values.values():
@@ -160,9 +162,29 @@ FORMATS: dict[str, Callable[[Path, BinaryIO], Iterator[SourceRow]]] = {
 """Suffix -> reader."""
 
 
+def check_names(place: str, names: Sequence[str]) -> None:
+    """A ValueError for two columns of one name, of which a row could keep one only."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise ValueError(f"{place}: two columns are called {twice!r}; rename or remove one")
+
+
+class RepeatedName(Exception):
+    """A JSON object with two entries of one name; the message says which."""
+
+
+def _entries(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedName(f"an object has {twice!r} twice; rename or remove one")
+    return entries
+
+
 def _parsed(place: str, text: bytes, rule: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_entries)
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: not UTF-8 text ({error}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -170,6 +192,8 @@ def _parsed(place: str, text: bytes, rule: str) -> Any:
         raise ValueError(
             f"{place}: not valid JSON: {error.msg} at character {error.pos + 1} of {start}; {rule}"
         ) from error
+    except RepeatedName as error:
+        raise ValueError(f"{place}: {error}") from None
     except RecursionError as error:
         raise ValueError(f"{place}: JSON that is nested too deeply; flatten it") from error
 

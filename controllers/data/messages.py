@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from controllers.data.images import image_part, is_image_part
@@ -43,6 +44,15 @@ def find_value(values: dict[str, Any], column: str) -> Any:
             return MISSING
         value = value[name]
     return value
+
+
+def roots(columns: Iterable[str | None]) -> set[str]:
+    """The columns that hold what is named: "a" of "a.b", which may be a column itself."""
+    names: set[str] = set()
+    for column in columns:
+        if column is not None:
+            names |= {column, column.partition(".")[0]}
+    return names
 
 
 def is_null(value: Any) -> bool:
@@ -128,6 +138,8 @@ def _message(row: SourceRow, column: str, number: int, message: Any) -> dict[str
             f"{place} has 'from' and 'value'; rename them to role (user, assistant, system) and "
             "content"
         )
+    if isinstance(checked.get("tool_calls"), list):
+        checked["tool_calls"] = [_tool_call(call) for call in checked["tool_calls"]]
     content = checked.get("content")
     if isinstance(content, list) and any(map(is_image_part, content)):
         checked["content"] = content = _parts(place, row, content)
@@ -143,6 +155,21 @@ def _message(row: SourceRow, column: str, number: int, message: Any) -> dict[str
     if not isinstance(content, list):
         check_encodable(place, content or "")
     return checked
+
+
+def _tool_call(call: Any) -> Any:
+    """The call with its arguments as a dictionary, which chat templates expect; OpenAI's API has them
+    as JSON text, of which a template would make text in quotes."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except json.JSONDecodeError:
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    return {**call, "function": {**function, "arguments": without_nulls(arguments)}}
 
 
 def _parts(place: str, row: SourceRow, parts: list[Any]) -> list[dict[str, Any]]:

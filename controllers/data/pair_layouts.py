@@ -13,7 +13,13 @@ import re
 from typing import Any
 
 from controllers.data.config import DataConfig
-from controllers.data.messages import MISSING, check_messages, find_value
+from controllers.data.messages import (
+    CONTENTLESS,
+    MISSING,
+    check_messages,
+    find_value,
+    text_or_messages,
+)
 from controllers.data.sources import SourceRow
 
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
@@ -30,9 +36,12 @@ def with_prompt(row: SourceRow, config: DataConfig, *, chat: bool) -> SourceRow:
     """The row with the prompt, and one answer in either column; `chat`: there is a chat template,
     so a dialogue becomes messages. Raises Unusable where the two have no common prompt."""
     columns = (config.chosen_column, config.rejected_column)
-    values = [find_value(row.values, column) for column in columns]
+    values = [text_or_messages(find_value(row.values, column)) for column in columns]
     if all(isinstance(value, list) and len(value) > 1 for value in values):
-        conversations = [check_messages(row, column, "") for column in columns]
+        conversations = []
+        for column, value in zip(columns, values, strict=True):
+            messages = check_messages(row, column, "", value=value)
+            conversations.append(_behind_the_prompt(row, config, messages))
     elif find_value(row.values, config.prompt_column) is MISSING and all(map(_is_dialogue, values)):
         conversations = [_turns(value, chat=chat) for value in values]
     else:
@@ -46,7 +55,10 @@ def with_prompt(row: SourceRow, config: DataConfig, *, chat: bool) -> SourceRow:
                 f"{row.place}: the last message of {column!r} is not the assistant's, so there is "
                 "no response to compare; remove the row"
             )
-        if not messages[-1]["content"].strip():
+        last = messages[-1]
+        if isinstance(last.get("content"), str) and not last["content"].strip():
+            if any(map(last.get, CONTENTLESS)):
+                continue
             raise Unusable("an empty response")
     prompt: Any = chosen[:-1]
     answers: list[Any] = [[messages[-1]] for messages in conversations]
@@ -54,6 +66,34 @@ def with_prompt(row: SourceRow, config: DataConfig, *, chat: bool) -> SourceRow:
         prompt, answers = prompt[0]["content"], [answer[0]["content"] for answer in answers]
     changed = dict(zip(columns, answers, strict=True)) | {config.prompt_column: prompt}
     return SourceRow(row.place, row.values | changed)
+
+
+def _behind_the_prompt(
+    row: SourceRow, config: DataConfig, messages: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The whole conversation: behind the messages of the prompt's column, unless it begins with
+    them. Text in that column is what a conversation begins with already (UltraFeedback)."""
+    prompt = text_or_messages(find_value(row.values, config.prompt_column))
+    if isinstance(prompt, list) and prompt:
+        before = check_messages(row, config.prompt_column, "data.prompt_column", value=prompt)
+        if messages[: len(before)] == before:
+            return messages
+        if messages[0]["role"] == "assistant":
+            return before + messages
+        if before[0]["role"] == "system" and messages[: len(before) - 1] == before[1:]:
+            return before[:1] + messages
+        raise ValueError(
+            f"{row.place}: {config.prompt_column!r} is a conversation with which "
+            f"{config.chosen_column!r} or {config.rejected_column!r} does not begin; leave it out, or "
+            "store there the assistant's message alone"
+        )
+    if isinstance(prompt, str) and messages[0]["role"] == "assistant":
+        raise ValueError(
+            f"{row.place}: {config.prompt_column!r} is text, and the conversations in "
+            f"{config.chosen_column!r} and {config.rejected_column!r} go on behind it; store it as a "
+            "list of messages"
+        )
+    return messages
 
 
 def _is_dialogue(value: Any) -> bool:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from controllers.data.config import DataConfig
 from controllers.data.conversation import Answered, Conversation, ConversationTokenizer
 from controllers.data.demonstrations import stored_images
-from controllers.data.messages import value_of
+from controllers.data.messages import roots, value_of
 from controllers.data.pair_layouts import Unusable, with_prompt
 from controllers.data.rows import Encode, RowDataset
 from controllers.data.sources import SourceRow
@@ -93,6 +93,11 @@ class PairDataset(RowDataset):
         return encode
 
     @classmethod
+    def columns_read(cls, config: DataConfig, row: SourceRow) -> set[str]:
+        pair = {config.prompt_column, config.chosen_column, config.rejected_column}
+        return roots({*pair, config.tools_column, config.images_column})
+
+    @classmethod
     def labels(cls, row: SourceRow, config: DataConfig) -> dict[str, Any]:
         """Plain values of the pair that its batches need."""
         return {}
@@ -122,6 +127,11 @@ class SafetyPairDataset(PairDataset):
     """Also harm_sign: +1 for an unsafe response, -1 for a safe one."""
 
     columns = (*PairDataset.columns, HARM_SIGN.name)
+
+    @classmethod
+    def columns_read(cls, config: DataConfig, row: SourceRow) -> set[str]:
+        labels = {config.chosen_safe_column, config.rejected_safe_column}
+        return super().columns_read(config, row) | roots(labels)
 
     @classmethod
     def labels(cls, row: SourceRow, config: DataConfig) -> dict[str, Any]:

@@ -103,11 +103,17 @@ class RowDataset(ABC):
             writer = RowWriter(tokens, columns, config, cls.length_limit, cls.noun, rates)
             writer.check = VocabularyCheck(tokenizer, vocabulary)
             encode = cls.encoder(tokenizer, config, images)
+            unread: dict[str, None] = {}
             for source in sources(field, where):
                 writer.begin(source)
                 for rows in _chunks(read(source.place, field)):
                     for row, encoded in zip(rows, encode(rows), strict=True):
                         writer.add(row, encoded)
+                        unread |= dict.fromkeys(row.values.keys() - cls.columns_read(config, row))
+            if unread:
+                LOGGER.warning(
+                    "data %s: nothing reads the columns %s", where, ", ".join(sorted(unread))
+                )
             return cls.of(writer.finish(where))
 
     @classmethod
@@ -138,6 +144,11 @@ class RowDataset(ABC):
         assert config.pass_rates is not None, "DataConfig saw to it"
         lowest, highest = config.pass_rate
         return PassRates(config.pass_rates, (lowest, highest))
+
+    @classmethod
+    def columns_read(cls, config: DataConfig, row: SourceRow) -> set[str]:
+        """The columns of a row that its tokens or whoever scores it read."""
+        return set(row.values)
 
     def __len__(self) -> int:
         return len(self._token_ends) // self.num_parts

@@ -149,10 +149,16 @@ def data_files(directory: Path) -> list[Path]:
     """The files of rows in a directory, or else in its folder data/, sorted."""
     for place in (directory, directory / "data"):
         if place.is_dir():
-            files = [child for child in place.iterdir() if format_of(child) and child.is_file()]
+            files = [child for child in place.iterdir() if _has_rows(child)]
             if files:
                 return sorted(files)
     return []
+
+
+def _has_rows(file: Path) -> bool:
+    """Whether it is a file of rows: not a hidden one, nor what the hub has about a data set."""
+    about = file.name in ("dataset_info.json", "dataset_infos.json")
+    return format_of(file) is not None and file.is_file() and file.name[0] != "." and not about
 
 
 def split_of(file: Path) -> str:

@@ -29,20 +29,20 @@ class Block:
     @property
     def text(self) -> str:
         """Its lines, without the white space that stands before the block's mark."""
-        kept = []
+        dedented = []
         for line in self.lines:
             blank = len(line) - len(line.lstrip())
-            kept.append(line[min(self.indent, blank) :])
-        return "\n".join(kept)
+            dedented.append(line[min(self.indent, blank) :])
+        return "\n".join(dedented)
 
 
 def program_of(response: str) -> str:
     """The program of a response: its last block of Python, or all of it where it has no block."""
-    found = blocks_of(response)
-    if not found:
+    blocks = blocks_of(response)
+    if not blocks:
         return response
-    best = max(block.rank for block in found)
-    return [block.text for block in found if block.rank == best][-1]
+    best = max(block.rank for block in blocks)
+    return [block.text for block in blocks if block.rank == best][-1]
 
 
 def blocks_of(text: str) -> list[Block]:

@@ -14,7 +14,7 @@ FINAL = re.compile(r"####\s*(.+)")
 SIGNS = r"+\-\u2212\u2013"
 CURRENCY = "$\u00a3\u00a5\u20a0-\u20bf"
 GROUP = r"[,_'\u2019\u202f\u2009\u00a0]"
-"""What stands between groups of digits."""
+"""Separators of groups of digits."""
 
 NUMBER = re.compile(
     rf"""
@@ -38,7 +38,7 @@ NUMBER = re.compile(
 )
 FRACTION = re.compile(r"\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 SPACES = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!;:])(?=\d)")
-"""What LaTeX has between groups of digits: 1{,}234, 1\\,234."""
+"""LaTeX's separators of groups of digits: 1{,}234, 1\\,234."""
 ONE_HALF = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 
 

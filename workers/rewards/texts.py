@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 OPENING = r"""(?:[\s:=>*_"'`$(\[{-]|\\[a-z]+\{|\\\()*"""
-"""What may stand before a letter: white space, quotes, brackets, and LaTeX's \\text{."""
+"""Before a letter may stand white space, quotes, brackets, and LaTeX's \\text{."""
 LETTER = rf"{OPENING}(?P<letter>[A-Z])(?!\w|['\u2019]\w)"
 BOXED = re.compile(rf"\\boxed\{{{OPENING}(?P<letter>[A-Z])(?=[\s)}}\].:,$\\])", re.IGNORECASE)
 ANSWER = re.compile(
@@ -21,7 +21,7 @@ ALONE = re.compile(r"(?<!\w)(?<!\w['\u2019(])(?P<letter>[A-Z])(?!\w|['\u2019-]\w
 SMALL = re.compile(r"\A\W*(?P<letter>[a-z])(?=\W*\Z|[).:])|(?<!\w)\((?P<bracketed>[a-z])\)")
 """b / b) Paris / it is (b)"""
 WORD = re.compile(r"\s+(?!(?:is|was|are|and|or|but|not|because|since|as|looks|seems|would)\b)[a-z]")
-"""What follows "a" and "I" where they are words: a cat, I think; not A is right."""
+"""Behind "a" and "I" where they are words: a cat, I think; not A is right."""
 
 
 def multiple_choice(
@@ -56,16 +56,16 @@ def multiple_choice(
 def chosen_letter(response: str, choices: str) -> str:
     """The letter of `choices` that a response comes to; empty where it names none."""
     for pattern in (BOXED, ANSWER, OPTION, ALONE, SMALL):
-        found = ""
+        last = ""
         for match in pattern.finditer(response):
             letter = match[match.lastgroup or 0]
             is_word = letter in "aiI" or (letter == "A" and pattern is ALONE)
             if is_word and WORD.match(response, match.end(match.lastgroup or 0)):
                 continue
             if letter.upper() in choices:
-                found = letter.upper()
-        if found:
-            return found
+                last = letter.upper()
+        if last:
+            return last
     return ""
 
 

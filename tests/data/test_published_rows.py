@@ -1,0 +1,168 @@
+"""Rows as other tools publish them: either the tokens that their authors mean, or one line that says
+what can't be read. Never a column, a turn or a mark that is passed over without a word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from controllers.data import DemonstrationDataset, PairDataset
+from tests.data.kinds import make
+from tests.data.rows import ROWS, lines, load, row_of
+
+CHAT = make("byte_level", "chatml")
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str, **marks: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **marks}
+
+
+SYSTEM = {"role": "system", "content": "s"}
+
+
+def learned(directory: Path, messages: list[dict[str, Any]]) -> str:
+    """The text of the tokens that are learned."""
+    (directory / "a.jsonl").write_bytes(lines([{"messages": messages}]))
+    batch = load(
+        directory / "a.jsonl", DemonstrationDataset, CHAT, messages_column="messages"
+    ).all()
+    (response,), (mask,) = batch.ragged("response_ids").unbind(), batch.ragged("loss_mask").unbind()
+    return str(CHAT.decode(response[mask]))
+
+
+def pair(directory: Path, **row: Any) -> list[tuple[str, str]]:
+    """The texts of prompt and response, of the chosen and the rejected one."""
+    (directory / "a.jsonl").write_bytes(lines([row]))
+    batch = load(directory / "a.jsonl", PairDataset, CHAT).all()
+    prompts, responses = batch.ragged("prompt_ids"), batch.ragged("response_ids")
+    return [(CHAT.decode(prompts[n]), CHAT.decode(responses[n])) for n in (0, 1)]
+
+
+def expected(messages: list[dict[str, Any]], *answers: str) -> list[tuple[str, str]]:
+    prompt = CHAT.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return [(str(prompt), f"{answer}<|im_end|>") for answer in answers]
+
+
+def test_turns_of_weight_0_are_context(tmp_path: Path) -> None:
+    turns = [user("a"), assistant("b", weight=0), user("c"), assistant("d", weight=1)]
+    assert learned(tmp_path, turns) == "d<|im_end|>"
+    turns = [user("a"), assistant("b"), user("c"), assistant("d", weight=0)]
+    assert learned(tmp_path, turns) == "b<|im_end|>"
+    for weight, message in ((0, "has the weight 0, so there is nothing"), (0.5, "weight=0.5")):
+        with pytest.raises(ValueError, match=rf"a\.jsonl, line 1: .*{message}"):
+            learned(tmp_path, [user("a"), assistant("b", weight=weight)])
+
+
+def test_responses_as_json_text_are_messages(tmp_path: Path) -> None:
+    answers = {
+        name: json.dumps([assistant(text)]) for name, text in (("chosen", "4"), ("rejected", "5"))
+    }
+    assert pair(tmp_path, prompt=[user("q")], **answers) == expected([user("q")], "4", "5")
+    whole = {
+        name: json.dumps([user("q"), assistant(text)])
+        for name, text in (("chosen", "4"), ("rejected", "5"))
+    }
+    assert pair(tmp_path, **whole) == expected([user("q")], "4", "5")
+    rows = [{"prompt": "q", "response": json.dumps([assistant("4")])}]
+    (tmp_path / "b.jsonl").write_bytes(lines(rows))
+    batch = load(tmp_path / "b.jsonl", DemonstrationDataset, CHAT).all()
+    assert CHAT.decode(batch.ragged("response_ids")[0]) == "4</s>"
+
+
+@pytest.mark.parametrize(
+    "before",
+    [[user("q")], [SYSTEM, user("q")], [SYSTEM, user("q"), assistant("x"), user("y")]],
+)
+def test_the_prompt_of_a_pair_is_never_dropped(
+    tmp_path: Path, before: list[dict[str, Any]]
+) -> None:
+    """Conversations that go on behind the prompt, that repeat it, and that leave out its system's
+    message."""
+    tails = [[assistant("m"), user("n"), assistant(text)] for text in "45"]
+    wanted = expected([*before, assistant("m"), user("n")], "4", "5")
+    repeated = [before + tail for tail in tails]
+    without_system = [[turn for turn in turns if turn != SYSTEM] for turns in repeated]
+    for chosen, rejected in (tails, repeated, without_system):
+        assert pair(tmp_path, prompt=before, chosen=chosen, rejected=rejected) == wanted
+    with pytest.raises(ValueError, match="'prompt' is a conversation with which 'chosen' or"):
+        pair(tmp_path, prompt=[user("other")], chosen=repeated[0], rejected=repeated[1])
+    with pytest.raises(ValueError, match="'prompt' is text, and the conversations in 'chosen' and"):
+        pair(tmp_path, prompt="q", chosen=tails[0], rejected=tails[1])
+
+
+TOOLS = (
+    "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ ' ' ~ (m.content or '') }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+
+
+def test_arguments_of_tool_calls_as_json_text(tmp_path: Path) -> None:
+    """As OpenAI's API has them: templates write dictionaries, and would write text in quotes. A pair
+    may be a call and words."""
+    (tmp_path / "own.jinja").write_text(TOOLS)
+    prints = set()
+    for arguments in ({"city": "Rome"}, '{"city": "Rome"}'):
+        call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+        row = {
+            "chosen": [user("q"), {"role": "assistant", "tool_calls": [call]}],
+            "rejected": [user("q"), assistant("5")],
+        }
+        (tmp_path / "a.jsonl").write_bytes(lines([row]))
+        dataset = load(
+            tmp_path / "a.jsonl", PairDataset, CHAT, chat_template=str(tmp_path / "own.jinja")
+        )
+        prints.add(dataset.fingerprint)
+    assert len(prints) == 1
+    assert CHAT.decode(dataset.all().ragged("response_ids")[0]) == '{"city": "Rome"}<|im_end|>'
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "json", "parquet"])
+def test_two_columns_of_one_name(tmp_path: Path, form: str) -> None:
+    path = tmp_path / f"a.{form}"
+    if form == "parquet":
+        cells = [pa.array([cell]) for cell in "abc"]
+        pq.write_table(pa.Table.from_arrays(cells, ["prompt", "answer", "answer"]), path)
+    elif form == "csv":
+        path.write_text("prompt,answer,answer\na,b,c\n")
+    else:
+        text = '{"prompt": "a", "answer": "b", "answer": "c"}'
+        path.write_text(f"[{text}]" if form == "json" else text)
+    with pytest.raises(ValueError, match=r"'answer'.*rename or remove one") as error:
+        load(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_directory_has_files_about_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
+    (tmp_path / "data" / "train-00000-of-00001.jsonl").write_bytes(lines(ROWS))
+    (tmp_path / "data" / "._train-00000-of-00001.jsonl").write_bytes(b"\0\5\x16\7Mac OS X")
+    assert len(load(tmp_path)) == len(ROWS)
+
+
+def test_columns_that_nothing_reads_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Alpaca's `input` is half of the question."""
+    row = {"instruction": "Add", "input": "2 2", "output": "4"}
+    (tmp_path / "a.jsonl").write_bytes(lines([row, row]))
+    options = {"prompt_column": "instruction", "response_column": "output"}
+    load(tmp_path / "a.jsonl", DemonstrationDataset, CHAT, **options)
+    assert caplog.text.count("nothing reads the columns input") == 1
+    caplog.clear()
+    pair(tmp_path, prompt="q", chosen="4", rejected="5", margin=2)
+    assert caplog.text.count("nothing reads the columns margin") == 1
+    caplog.clear()
+    (tmp_path / "a.jsonl").write_bytes(lines([row_of(level=3)]))
+    load(tmp_path / "a.jsonl")
+    assert "nothing reads" not in caplog.text
