@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import Enum
-from typing import Any, Literal, Optional
+from typing import Any, Literal, NamedTuple, Optional, TypedDict
 
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 
 from tests.agents.chat import conversation, saying
 from workers.agents.arguments import fitted
@@ -30,9 +32,29 @@ class Point:
     tags: list[str] = field(default_factory=list)
 
 
+class Pair(NamedTuple):
+    left: int
+    right: int = 0
+
+
+class Row(TypedDict):
+    name: str
+
+
+class Order(BaseModel):
+    item: str
+    count: int = 1
+
+
 @pytest.mark.parametrize(
     "value, hint, result",
     [
+        ({"left": 1}, Pair, Pair(1)),
+        ({"name": "a"}, Row, {"name": "a"}),
+        ({"item": "a"}, Order, Order(item="a")),
+        ([{"item": "a", "count": 2}], list[Order], [Order(item="a", count=2)]),
+        ([1, "a"], tuple[int, str], (1, "a")),
+        ([1, 2, 3], tuple[int, ...], (1, 2, 3)),
         (3, int, 3),
         (3, float, 3),
         (None, Optional[int], None),  # noqa: UP045
@@ -66,6 +88,8 @@ def test_values_that_fit(value: Any, hint: Any, result: Any) -> None:
         ([], int | str, r"f: p is \[\], which is no int or str"),
         ({"y": 1}, Point, "f: p has the fields y; a Point has x, tags"),
         ({"x": "1"}, Point, r'f: p\.x is "1", which is no int'),
+        ({"item": "a", "count": "2"}, Order, "f: p is no Order: .*count.*valid integer"),
+        ([1], tuple[int, str], r"f: p is \[1\], which is no tuple"),
     ],
 )
 def test_values_that_do_not(value: Any, hint: Any, message: str) -> None:
@@ -104,7 +128,10 @@ class Drawing:
 def test_tools_of_dataclasses_and_static_ones() -> None:
     draw, area = schemas_of(Drawing)
     properties = draw["function"]["parameters"]["properties"]
-    assert properties["at"]["properties"] == {"x": {"type": "integer"}, "tags": {"type": "array"}}
+    assert properties["at"]["properties"] == {
+        "x": {"type": "integer"},
+        "tags": {"type": "array", "items": {"type": "string"}},
+    }
     assert properties["at"]["required"] == ["x"] and properties["at"]["description"] == "Where."
     assert properties["color"]["enum"] == ["r", "b"]
     assert area["function"]["name"] == "area"
@@ -146,7 +173,7 @@ def test_results_as_text(result: Any, text: str) -> None:
     assert text_of(result, "look") == text
 
 
-@pytest.mark.parametrize("result", [Opaque(), [Opaque()], {(1, 2): 3}])
+@pytest.mark.parametrize("result", [Opaque(), [Opaque()], {(1, 2): 3}, (i for i in ())])
 def test_results_that_nobody_can_read(result: Any) -> None:
     """They are the tool's mistake, never told to the policy as its own."""
     with pytest.raises(EnvironmentMistake, match=r"the tool look returned .*return text, numbers"):
@@ -173,7 +200,27 @@ class Any_:
         return ""
 
 
-@pytest.mark.parametrize("kind", [Forward, Any_])
+class Dates:
+    def look(self, when: datetime) -> str:
+        """Looks.
+
+        Args:
+            when: A time, which JSON has no form for.
+        """
+        return ""
+
+
+class Yields:
+    def look(self, where: str) -> Any:
+        """Looks.
+
+        Args:
+            where: A place.
+        """
+        yield where
+
+
+@pytest.mark.parametrize("kind", [Forward, Any_, Dates, Yields])
 def test_parameters_that_no_schema_can_have(kind: type) -> None:
     with pytest.raises(ValueError, match="its method look can't be described to the policy"):
         as_episode(kind)

@@ -130,10 +130,15 @@ def test_several_calls_of_one_reply() -> None:
             "Error: division by zero",
         ),
         (ADD.removesuffix("</tool_call>"), "Error: the call has no </tool_call>"),
+        (f"<tool_call>{'[' * 3_000}</tool_call>", "Error: the call is nested too deeply"),
+        (
+            '<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>',
+            "Error: the call is no valid text",
+        ),
     ],
 )
 def test_mistakes_are_told_to_the_policy(call: str, answer: str) -> None:
-    outcome, model, _ = play(call, "5")
+    outcome, model, _ = play(call, "5", reply_tokens=5_000)
     assert told(model)[0].startswith(answer)
     assert outcome.reward == 0.0
 

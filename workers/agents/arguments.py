@@ -1,8 +1,9 @@
 """fitted(): a value that the policy wrote as JSON, as the annotation of a tool's parameter wants it.
 
-It checks what JSON can say (numbers, text, lists, objects, None) and builds dataclasses and enums.
-Other annotations take the value as it is. No value is converted from another type: a policy that
-writes "2" for a number is told so.
+It checks what JSON can say (numbers, text, lists, objects, None) and builds tuples, enums,
+dataclasses and models of pydantic. No value is converted from another type: a policy that writes "2"
+for a number is told so. schema_of() is the annotation's JSON schema; it refuses what JSON has no
+form for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ import json
 from collections.abc import Mapping
 from enum import Enum
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    Protocol,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+    runtime_checkable,
+)
 
 PLAIN: Mapping[Any, tuple[type, ...]] = {
     int: (int,),
@@ -25,6 +37,28 @@ PLAIN: Mapping[Any, tuple[type, ...]] = {
     NoneType: (NoneType,),
 }
 """Annotation -> types of JSON values that it takes."""
+NAMES: Mapping[Any, str] = {
+    int: "integer",
+    float: "number",
+    str: "string",
+    bool: "boolean",
+    list: "array",
+    tuple: "array",
+    dict: "object",
+    NoneType: "null",
+}
+"""Annotation -> JSON schema's name of its type."""
+FURTHER = "For further information"
+"""The beginning of a line of pydantic's that is for people."""
+
+
+@runtime_checkable
+class OfPydantic(Protocol):
+    """A class derived from pydantic.BaseModel."""
+
+    def model_json_schema(self) -> dict[str, Any]: ...
+
+    def model_validate_json(self, text: str, *, strict: bool) -> Any: ...
 
 
 def fitted(value: Any, hint: Any, where: str) -> Any:
@@ -49,12 +83,18 @@ def fitted(value: Any, hint: Any, where: str) -> Any:
         return [fitted(part, inner[0], f"{where}[{place}]") for place, part in enumerate(value)]
     elif origin is dict and isinstance(value, dict):
         return {key: fitted(part, inner[1], f"{where}[{key!r}]") for key, part in value.items()}
+    elif hint is tuple or origin is tuple:
+        if isinstance(value, list) and (parts := _hints_of_parts(inner, len(value))) is not None:
+            whole = zip(value, parts, strict=True)
+            return tuple(fitted(part, of, f"{where}[{i}]") for i, (part, of) in enumerate(whole))
     elif inspect.isclass(hint) and issubclass(hint, Enum):
         if value in [member.value for member in hint]:
             return hint(value)
-    elif inspect.isclass(hint) and dataclasses.is_dataclass(hint):
+    elif has_fields(hint):
         if isinstance(value, dict):
-            return _dataclass(value, hint, where)
+            return _object(value, hint, where)
+    elif isinstance(hint, OfPydantic):
+        return _of_pydantic(value, hint, where)
     elif origin not in (list, dict):
         return value
     raise TypeError(
@@ -77,24 +117,99 @@ def named(hint: Any) -> str:
     return str(hint).replace("typing.", "")
 
 
-def described(hint: Any) -> dict[str, Any]:
-    """The schema of a dataclass or an enum, which transformers takes for any object; empty
-    for others."""
+def schema_of(hint: Any) -> dict[str, Any]:
+    """The JSON schema of an annotation; a TypeError for one that no JSON value fits."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any or hint is object:
+        return {}
+    if hint in NAMES:
+        return {"type": NAMES[hint]}
+    if origin is Annotated:
+        return schema_of(inner[0])
+    if origin in (Union, UnionType):
+        some = [schema_of(part) for part in inner if part is not NoneType]
+        schema = some[0] if len(some) == 1 else {"anyOf": some}
+        return schema | ({"nullable": True} if NoneType in inner else {})
+    if origin is Literal:
+        return _choice(list(inner))
+    if origin is list:
+        return {"type": "array", "items": schema_of(inner[0])}
+    if origin is dict:
+        if inner[0] is not str:
+            raise TypeError("an object's keys are text; take dict[str, ...]")
+        return {"type": "object", "additionalProperties": schema_of(inner[1])}
+    if origin is tuple:
+        if Ellipsis in inner:
+            return {"type": "array", "items": schema_of(inner[0])}
+        return {"type": "array", "prefixItems": [schema_of(part) for part in inner]}
+    if inspect.isclass(hint) and issubclass(hint, Enum):
+        return _choice([member.value for member in hint])
+    if has_fields(hint):
+        return {
+            "type": "object",
+            "properties": {name: schema_of(of) for name, of in get_type_hints(hint).items()},
+            "required": required_fields(hint),
+        }
+    if isinstance(hint, OfPydantic):
+        described: dict[str, Any] = hint.model_json_schema()
+        return described
+    raise TypeError(
+        f"no JSON value is a {named(hint)}; take text, numbers, a list, a dict, a dataclass or a "
+        "model of pydantic"
+    )
+
+
+def has_classes(hint: Any) -> bool:
+    """Whether the annotation holds a class of somebody's own."""
+    return has_fields(hint) or _is_own(hint) or any(map(has_classes, get_args(hint)))
+
+
+def has_fields(hint: Any) -> bool:
+    """Whether it is a dataclass, a TypedDict or a NamedTuple: an object with named parts."""
     if not inspect.isclass(hint):
-        return {}
-    if issubclass(hint, Enum):
-        return {"type": "string", "enum": [member.value for member in hint]}
-    if not dataclasses.is_dataclass(hint):
-        return {}
-    types = {int: "integer", float: "number", str: "string", bool: "boolean", list: "array"}
-    hints, properties, required = get_type_hints(hint), {}, []
-    for field in dataclasses.fields(hint):
-        of = hints[field.name]
-        known = types.get(get_origin(of) or of)
-        properties[field.name] = described(of) or ({"type": known} if known else {})
-        if _is_required(field):
-            required.append(field.name)
-    return {"type": "object", "properties": properties, "required": required}
+        return False
+    is_named_tuple = issubclass(hint, tuple) and "_fields" in vars(hint)
+    return dataclasses.is_dataclass(hint) or is_typeddict(hint) or is_named_tuple
+
+
+def required_fields(kind: Any) -> list[str]:
+    """The names of the fields that have no default."""
+    if dataclasses.is_dataclass(kind):
+        return [field.name for field in dataclasses.fields(kind) if _is_required(field)]
+    names = list(get_type_hints(kind))
+    if is_typeddict(kind):
+        return [name for name in names if name in kind.__required_keys__]
+    return [name for name in names if name not in kind._field_defaults]
+
+
+def _is_own(hint: Any) -> bool:
+    return inspect.isclass(hint) and (issubclass(hint, Enum) or isinstance(hint, OfPydantic))
+
+
+def _choice(values: list[Any]) -> dict[str, Any]:
+    names = list(dict.fromkeys(NAMES.get(type(value), "") for value in values))
+    if "" in names:
+        raise TypeError(f"JSON has no form for one of {values}; take text or numbers")
+    return {"type": names[0] if len(names) == 1 else names, "enum": values}
+
+
+def _hints_of_parts(inner: tuple[Any, ...], number: int) -> list[Any] | None:
+    """The annotations of a tuple's parts; None where it has another number of them."""
+    if not inner:
+        return [Any] * number
+    if Ellipsis in inner:
+        return [inner[0]] * number
+    return list(inner) if len(inner) == number else None
+
+
+def _of_pydantic(value: Any, kind: OfPydantic, where: str) -> Any:
+    try:
+        return kind.model_validate_json(json.dumps(value), strict=True)
+    except ValueError as error:
+        said = [line for line in str(error).splitlines() if FURTHER not in line]
+        raise TypeError(
+            f"{where} is no {named(kind)}: {' '.join(' '.join(said).split())}"
+        ) from None
 
 
 def _first_that_fits(value: Any, hints: tuple[Any, ...], where: str) -> Any:
@@ -112,14 +227,16 @@ def _first_that_fits(value: Any, hints: tuple[Any, ...], where: str) -> Any:
     raise TypeError(f"{where} is {json.dumps(value, ensure_ascii=False)}, which is no {names}")
 
 
-def _dataclass(value: dict[str, Any], kind: Any, where: str) -> Any:
-    hints, fields = get_type_hints(kind), dataclasses.fields(kind)
-    names = [field.name for field in fields]
-    unknown = [name for name in value if name not in names]
-    missing = [field.name for field in fields if _is_required(field) and field.name not in value]
+def _object(value: dict[str, Any], kind: Any, where: str) -> Any:
+    """The value as a dataclass, a TypedDict or a NamedTuple."""
+    hints = get_type_hints(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+    unknown = [name for name in value if name not in hints]
+    missing = [name for name in required_fields(kind) if name not in value]
     if unknown or missing:
         raise TypeError(
-            f"{where} has the fields {', '.join(value)}; a {kind.__name__} has {', '.join(names)}"
+            f"{where} has the fields {', '.join(value)}; a {kind.__name__} has {', '.join(hints)}"
         )
     parts = {name: fitted(part, hints[name], f"{where}.{name}") for name, part in value.items()}
     return kind(**parts)

@@ -60,13 +60,18 @@ def without_thoughts(text: str) -> str:
 def _call(body: str) -> ToolCall:
     try:
         value = json.loads(body)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return ToolCall(mistake="the call is no valid text: it has half of a surrogate pair")
+    except RecursionError:
+        return ToolCall(mistake="the call is nested too deeply")
     except ValueError as error:
         return ToolCall(mistake=f"the call is not valid JSON ({error})")
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return ToolCall(mistake='the call is no object with a "name" and "arguments"')
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # some models write the arguments as text
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
     if not isinstance(arguments, dict):
         return ToolCall(name=value["name"], mistake="the arguments are no object")

@@ -23,6 +23,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from transformers.utils.chat_template_utils import (
     TypeHintParsingException,
 )
 
-from workers.agents.arguments import described, fitted
+from workers.agents.arguments import fitted, has_classes, schema_of
 from workers.agents.environment import Closes, messages_of
 from workers.agents.model import Model
 from workers.agents.outcome import EnvironmentMistake, LimitReached, Outcome
@@ -53,6 +54,8 @@ UNNAMED = (
     inspect.Parameter.VAR_KEYWORD,
 )
 """Kinds of parameters that a call by name can't give."""
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+>$")
+"""The end of what Python says of a function, a generator or any other thing without a text."""
 
 
 @runtime_checkable
@@ -87,7 +90,10 @@ def tool_names(kind: type) -> list[str]:
     names: dict[str, None] = {}
     for base in reversed(kind.__mro__[:-1]):
         for name, member in vars(base).items():
-            is_method = inspect.isfunction(member) or isinstance(member, staticmethod | classmethod)
+            # Functions, and what functools.cache makes of them.
+            is_method = inspect.isroutine(member) and (
+                callable(member) or isinstance(member, staticmethod | classmethod)
+            )
             if is_method and not name.startswith("_") and name not in NO_TOOLS:
                 names[name] = None
     return list(names)
@@ -99,18 +105,44 @@ def schemas_of(kind: type) -> list[Message]:
     for name in tool_names(kind):
         method = vars_of(kind)[name].__get__(object(), kind)
         try:
-            schema = get_json_schema(method)
-            hints = get_type_hints(method)
-        except (DocstringParsingException, TypeHintParsingException, NameError) as error:
+            schemas.append(_schema(method))
+        except (DocstringParsingException, TypeHintParsingException, NameError, TypeError) as error:
             raise _indescribable(kind, name, str(error)) from error
-        for parameter in inspect.signature(method).parameters.values():
-            if parameter.kind in UNNAMED:
-                reason = f"the policy names its arguments, and can't name those of {parameter}"
-                raise _indescribable(kind, name, reason)
-            properties = schema["function"]["parameters"]["properties"]
-            properties[parameter.name] |= described(hints[parameter.name])
-        schemas.append(schema)
     return schemas
+
+
+def _schema(method: Callable[..., Any]) -> Message:
+    """A method's schema as transformers writes it; that of parameters whose types it takes for any
+    object, or for none, is schema_of's."""
+    if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
+        raise TypeError("it yields; return the result, a list say")
+    hints, parameters = get_type_hints(method), inspect.signature(method).parameters
+    for parameter in parameters.values():
+        if parameter.kind in UNNAMED:
+            raise TypeError(f"the policy names its arguments, and can't name those of {parameter}")
+    try:
+        schema = get_json_schema(method)
+        names = [name for name in parameters if has_classes(hints[name])]
+    except TypeHintParsingException:
+        schema, names = get_json_schema(_of_any_types(method)), list(parameters)
+    properties = schema["function"]["parameters"]["properties"]
+    for name in parameters:
+        described = schema_of(hints[name])
+        if name in names:
+            properties[name] = described | {"description": properties[name]["description"]}
+    return schema
+
+
+def _of_any_types(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with the method's name, docstring and parameters, which may be anything."""
+
+    def stand_in() -> None: ...
+
+    signature = inspect.signature(method)
+    vars(stand_in)["__signature__"] = signature
+    stand_in.__name__, stand_in.__doc__ = method.__name__, method.__doc__
+    stand_in.__annotations__ = dict.fromkeys(signature.parameters, Any)
+    return stand_in
 
 
 def _indescribable(kind: type, name: str, reason: str) -> ValueError:
@@ -216,6 +248,7 @@ def _as_json(value: Any) -> Any:
         return sorted(value, key=repr)
     if isinstance(value, Mapping):
         return dict(value)
-    if type(value).__repr__ is object.__repr__ and type(value).__str__ is object.__str__:
+    text = str(value)
+    if ADDRESS.search(text):
         raise TypeError(f"a {type(value).__name__} has no text of its own")
-    return str(value)
+    return text
