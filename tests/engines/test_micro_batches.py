@@ -362,7 +362,8 @@ def test_a_cpu_takes_as_many_tokens_as_memory_suggests() -> None:
     stored = 8 * (6 * 512 + 2 * 512 + 2 * 256 + 2 * 2048)
     fp32 = TrainConfig(precision=Precision.fp32)
     assert chosen_tokens(fp32, sizes, "cpu") == (512 << 20) // (4 * stored)
-    assert chosen_tokens(replace(fp32, tp=2), sizes, "cpu") == (512 << 20) // (2 * stored)
+    sizes.num_hidden_layers = 16
+    assert chosen_tokens(replace(fp32, tp=2), sizes, "cpu") == (512 << 20) // (4 * stored)
     assert chosen_tokens(fp32, sizes, "cuda") == 8192
     assert chosen_tokens(replace(fp32, micro_batch_tokens=77), sizes, "cpu") == 77
     sizes.num_hidden_layers = 1
