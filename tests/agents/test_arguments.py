@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from typing import Any, Literal, NamedTuple, Optional, TypedDict
+from typing import Any, ClassVar, Literal, NamedTuple, Optional, TypedDict
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel
 
 from tests.agents.chat import conversation, saying
-from workers.agents.arguments import fitted
+from workers.agents.arguments import fitted, schema_of
 from workers.agents.interfaces import as_episode
 from workers.agents.outcome import EnvironmentMistake
 from workers.agents.tools import schemas_of, text_of, toolbox, use
@@ -35,6 +35,16 @@ class Point:
 class Pair(NamedTuple):
     left: int
     right: int = 0
+
+
+@dataclass
+class Folder:
+    """A tree, with what nobody gives to make one."""
+
+    name: str
+    inner: list[Folder] = field(default_factory=list)
+    size: int = field(init=False, default=0)
+    limit: ClassVar[int] = 3
 
 
 class Row(TypedDict):
@@ -151,6 +161,21 @@ def test_tools_of_dataclasses_and_static_ones() -> None:
     assert json.loads(told[0]) == {"at": {"x": 2, "tags": []}, "color": "blue", "sizes": [3]}
     assert told[1] == "9.0"
     assert told[2] == "Error: draw: at has the fields z; a Point has x, tags"
+
+
+def test_a_tree_is_described_once_and_built_whole() -> None:
+    assert schema_of(list[Folder])["items"] == {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string"},
+            "inner": {"type": "array", "items": {"type": "object"}},
+        },
+        "required": ["name"],
+    }
+    tree = {"name": "a", "inner": [{"name": "b", "inner": [{"name": "c"}]}]}
+    assert fitted(tree, Folder, "p") == Folder("a", [Folder("b", [Folder("c")])])
+    with pytest.raises(TypeError, match="has the fields name, size; a Folder has name, inner"):
+        fitted({"name": "a", "size": 3}, Folder, "p")
 
 
 class Opaque:

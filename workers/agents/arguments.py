@@ -117,37 +117,41 @@ def named(hint: Any) -> str:
     return str(hint).replace("typing.", "")
 
 
-def schema_of(hint: Any) -> dict[str, Any]:
-    """The JSON schema of an annotation; a TypeError for one that no JSON value fits."""
+def schema_of(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """The JSON schema of an annotation; a TypeError for one that no JSON value fits. `within`: the
+    classes that it is a part of, which are any object where they come again, as in a tree."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any or hint is object:
         return {}
     if hint in NAMES:
         return {"type": NAMES[hint]}
     if origin is Annotated:
-        return schema_of(inner[0])
+        return schema_of(inner[0], within)
     if origin in (Union, UnionType):
-        some = [schema_of(part) for part in inner if part is not NoneType]
+        some = [schema_of(part, within) for part in inner if part is not NoneType]
         schema = some[0] if len(some) == 1 else {"anyOf": some}
         return schema | ({"nullable": True} if NoneType in inner else {})
     if origin is Literal:
         return _choice(list(inner))
     if origin is list:
-        return {"type": "array", "items": schema_of(inner[0])}
+        return {"type": "array", "items": schema_of(inner[0], within)}
     if origin is dict:
         if inner[0] is not str:
             raise TypeError("an object's keys are text; take dict[str, ...]")
-        return {"type": "object", "additionalProperties": schema_of(inner[1])}
+        return {"type": "object", "additionalProperties": schema_of(inner[1], within)}
     if origin is tuple:
         if Ellipsis in inner:
-            return {"type": "array", "items": schema_of(inner[0])}
-        return {"type": "array", "prefixItems": [schema_of(part) for part in inner]}
+            return {"type": "array", "items": schema_of(inner[0], within)}
+        return {"type": "array", "prefixItems": [schema_of(part, within) for part in inner]}
     if inspect.isclass(hint) and issubclass(hint, Enum):
         return _choice([member.value for member in hint])
     if has_fields(hint):
+        if hint in within:
+            return {"type": "object"}
+        inside = (*within, hint)
         return {
             "type": "object",
-            "properties": {name: schema_of(of) for name, of in get_type_hints(hint).items()},
+            "properties": {name: schema_of(of, inside) for name, of in fields_of(hint).items()},
             "required": required_fields(hint),
         }
     if isinstance(hint, OfPydantic):
@@ -172,11 +176,20 @@ def has_fields(hint: Any) -> bool:
     return dataclasses.is_dataclass(hint) or is_typeddict(hint) or is_named_tuple
 
 
+def fields_of(kind: Any) -> dict[str, Any]:
+    """The annotations of the fields that one gives to make a dataclass, a TypedDict or a NamedTuple."""
+    hints = get_type_hints(kind)
+    if dataclasses.is_dataclass(kind):
+        return {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+    return hints
+
+
 def required_fields(kind: Any) -> list[str]:
     """The names of the fields that have no default."""
+    names = list(fields_of(kind))
     if dataclasses.is_dataclass(kind):
-        return [field.name for field in dataclasses.fields(kind) if _is_required(field)]
-    names = list(get_type_hints(kind))
+        by_name = {field.name: field for field in dataclasses.fields(kind)}
+        return [name for name in names if _is_required(by_name[name])]
     if is_typeddict(kind):
         return [name for name in names if name in kind.__required_keys__]
     return [name for name in names if name not in kind._field_defaults]
@@ -229,9 +242,7 @@ def _first_that_fits(value: Any, hints: tuple[Any, ...], where: str) -> Any:
 
 def _object(value: dict[str, Any], kind: Any, where: str) -> Any:
     """The value as a dataclass, a TypedDict or a NamedTuple."""
-    hints = get_type_hints(kind)
-    if dataclasses.is_dataclass(kind):
-        hints = {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+    hints = fields_of(kind)
     unknown = [name for name in value if name not in hints]
     missing = [name for name in required_fields(kind) if name not in value]
     if unknown or missing:

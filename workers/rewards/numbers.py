@@ -36,7 +36,7 @@ NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-FRACTION = re.compile(r"\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+FRACTION = re.compile(rf"\\[dtc]?frac\s*\{{\s*([{SIGNS}]?\d+)\s*\}}\s*\{{\s*(\d+)\s*\}}")
 SPACES = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!;:])(?=\d)")
 """LaTeX's separators of groups of digits: 1{,}234, 1\\,234."""
 ONE_HALF = re.compile("[\u00bc-\u00be\u2150-\u215e]")
